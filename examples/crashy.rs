@@ -1,0 +1,83 @@
+//! An application that misbehaves on demand, to see what the others notice of it.
+//!
+//! `cargo run --release --example crashy -- --workers 4`, then `curl http://127.0.0.1:8080/segv`
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::Path;
+use axum::routing::{any, get};
+use http_body_util::BodyExt as _;
+
+fn main() -> ExitCode {
+    forkyard::run(|_cx| {
+        Router::new()
+            .route("/ok", any(async || "ok\n"))
+            .route("/echo", any(async |body: Body| body))
+            .route("/count", any(count))
+            .route("/bytes/{mib}", get(bytes))
+            .route("/slow/{ms}", get(slow))
+            .route("/segv", get(segv))
+            .route("/abort", get(abort))
+            .route("/panic", get(panic))
+            .route("/hang", get(hang))
+            .route("/leak/{mib}", get(leak))
+            .route("/exit/{status}", get(exit))
+    })
+}
+
+/// How many bytes the request's body has.
+async fn count(mut body: Body) -> String {
+    let mut count = 0;
+    while let Some(Ok(frame)) = body.frame().await {
+        count += frame.data_ref().map_or(0, Bytes::len);
+    }
+    format!("{count}\n")
+}
+
+/// A body of so many MiB, made as fast as it is taken.
+async fn bytes(Path(mib): Path<usize>) -> Body {
+    let piece = Bytes::from(vec![b'x'; 64 << 10]);
+    let pieces = std::iter::repeat_n(Ok::<_, std::convert::Infallible>(piece), mib * 16);
+    Body::from_stream(futures_util::stream::iter(pieces))
+}
+
+async fn slow(Path(ms): Path<u64>) -> String {
+    tokio::time::sleep(Duration::from_millis(ms)).await;
+    format!("{ms} ms\n")
+}
+
+#[expect(unsafe_code, reason = "a bad pointer is what this is about")]
+async fn segv() -> String {
+    let nowhere: *const u8 = std::ptr::without_provenance(8);
+    // SAFETY: none. The process ends here.
+    format!("{}\n", unsafe { nowhere.read_volatile() })
+}
+
+async fn abort() {
+    std::process::abort()
+}
+
+async fn panic() {
+    panic!("asked to")
+}
+
+/// The event loop itself hangs.
+async fn hang() {
+    loop {
+        std::thread::park();
+    }
+}
+
+async fn leak(Path(mib): Path<usize>) -> String {
+    // Written to, or else it would cost nothing.
+    Vec::leak(vec![1_u8; mib << 20]);
+    format!("leaked {mib} MiB\n")
+}
+
+#[expect(clippy::exit, reason = "a library that does this is what this is about")]
+async fn exit(Path(status): Path<i32>) {
+    std::process::exit(status)
+}

@@ -1,0 +1,121 @@
+//! The CPU time of processes and all that descend from them, from /proc.
+//!
+//! A child that dies is counted on, in its parent's sum of waited-for children, so workers may come and go during a run.
+//! Processes that were moved out from under the given ones (by a double fork) are not seen.
+
+use std::collections::HashMap;
+use std::fs;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::unistd::{SysconfVar, sysconf};
+
+use crate::error::Error;
+
+/// Below this a time says nothing: the kernel tells it in clock ticks of, as a rule, 10 ms.
+pub(crate) const MEASURABLE: Duration = Duration::from_millis(50);
+
+/// What is read of one process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stat {
+    parent: i32,
+    /// Its own time and that of its dead children, in clock ticks.
+    ticks: u64,
+}
+
+/// The time that the trees below `roots` have used since they started.
+pub(crate) fn of_trees(roots: &[i32]) -> Result<Duration, Error> {
+    let processes = processes();
+    if let Some(&missing) = roots.iter().find(|root| !processes.contains_key(root)) {
+        return Err(Error::NoProcess(missing));
+    }
+    let failed = Error::system("sysconf");
+    let per_second = sysconf(SysconfVar::CLK_TCK).map_err(&failed)?.and_then(|ticks| u32::try_from(ticks).ok());
+    let per_second = per_second.filter(|&ticks| ticks > 0).ok_or_else(|| failed(Errno::EINVAL))?;
+    let ticks: u64 = members(&processes, roots).iter().map(|stat| stat.ticks).sum();
+    Ok(Duration::from_secs(ticks) / per_second)
+}
+
+/// What this process has used itself.
+pub(crate) fn own() -> Result<Duration, Error> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).map_err(Error::system("getrusage"))?;
+    let micros = [usage.user_time(), usage.system_time()]
+        .map(|time| u64::try_from(time.tv_sec() * 1_000_000 + time.tv_usec()).unwrap_or_default());
+    Ok(Duration::from_micros(micros.iter().sum()))
+}
+
+fn processes() -> HashMap<i32, Stat> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return HashMap::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter_map(|pid: i32| Some((pid, parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?)))
+        .collect()
+}
+
+/// The line of /proc/PID/stat. Its second field, the command in parentheses, can contain anything.
+fn parse(line: &str) -> Option<Stat> {
+    let (_, behind_command) = line.rsplit_once(')')?;
+    let fields: Vec<&str> = behind_command.split_ascii_whitespace().collect();
+    // Fields 4 (ppid) and 14 to 17 (utime, stime, cutime, cstime) of proc_pid_stat(5); the first here is field 3.
+    let times = fields.get(11..15)?.iter().map(|field| field.parse::<u64>().ok());
+    Some(Stat { parent: fields.get(1)?.parse().ok()?, ticks: times.sum::<Option<u64>>()? })
+}
+
+fn members(processes: &HashMap<i32, Stat>, roots: &[i32]) -> Vec<Stat> {
+    let below_a_root = |mut pid: i32| {
+        // The chain is as long as the tree is deep; the limit is for one that was read while it changed.
+        for _ in 0..processes.len() {
+            if roots.contains(&pid) {
+                return true;
+            }
+            match processes.get(&pid) {
+                Some(stat) => pid = stat.parent,
+                None => return false,
+            }
+        }
+        false
+    };
+    processes.iter().filter(|(pid, _)| below_a_root(**pid)).map(|(_, stat)| *stat).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_with_parentheses_and_spaces() {
+        let line = "77 (a) S 1 (b) R 12 77 77 0 -1 4194560 1 2 3 4 100 20 3 1 20 0 1 0 555 1000 10";
+        assert_eq!(parse(line), Some(Stat { parent: 12, ticks: 124 }));
+        assert_eq!(parse("77 (short) R 12 77"), None);
+        assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn a_tree_counts_each_member_once() {
+        let stat = |parent, ticks| Stat { parent, ticks };
+        let processes =
+            HashMap::from([(1, stat(0, 1)), (10, stat(1, 2)), (11, stat(10, 4)), (12, stat(11, 8)), (20, stat(1, 16))]);
+        let sum = |roots: &[i32]| members(&processes, roots).iter().map(|stat| stat.ticks).sum::<u64>();
+        assert_eq!(sum(&[10]), 14);
+        assert_eq!(sum(&[10, 11]), 14);
+        assert_eq!(sum(&[12, 20]), 24);
+        assert_eq!(sum(&[1]), 31);
+        assert_eq!(sum(&[]), 0);
+    }
+
+    #[test]
+    fn a_chain_that_bites_its_tail_ends() {
+        let processes = HashMap::from([(5, Stat { parent: 6, ticks: 1 }), (6, Stat { parent: 5, ticks: 1 })]);
+        assert!(members(&processes, &[1]).is_empty());
+    }
+
+    #[test]
+    fn this_process_is_there() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        assert!(of_trees(&[pid]).is_ok());
+        assert!(matches!(of_trees(&[i32::MAX]), Err(Error::NoProcess(i32::MAX))));
+    }
+}

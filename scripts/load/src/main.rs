@@ -1,0 +1,62 @@
+//! `forkyard-load` puts a FastCGI or HTTP/1.1 server under a closed loop of requests and checks every
+//! response: it must end as its protocol says, have status 200, and carry the same body as the first one.
+//!
+//! ```text
+//! options -> probe (one request: the body that all others must have) -> run (the loop) -> report
+//! ```
+//! One thread and one `epoll_wait`. What decides (`response`, `request`, `tally`, the parsers in `options`
+//! and `target`) does no I/O; `socket`, `probe`, `run` and `cpu` touch the kernel.
+//!
+//! Each client has one request in flight and sends the next when the response is complete. Such a loop slows
+//! down with the server, so its latencies flatter a server that stalls: look at `max`, `starved` and `timeout` too.
+
+mod check;
+mod cpu;
+mod error;
+mod options;
+mod probe;
+mod report;
+mod request;
+mod response;
+mod run;
+mod socket;
+mod tally;
+mod target;
+
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::error::Error;
+use crate::options::Options;
+use crate::report::Report;
+
+/// The run took place, and some responses were wrong or missing. (1: no run, 2: wrong usage.)
+const EXIT_FAULTS: u8 = 3;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match load(&options) {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "forkyard-load: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(options: &Options) -> Result<ExitCode, Error> {
+    socket::raise_descriptor_limit();
+    let peer = options.connect.resolve()?;
+    let probe = probe::probe(&peer, options)?;
+    if options.show {
+        io::stdout().write_all(&probe).map_err(Error::Output)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let outcome = run::run(&peer, options, &probe)?;
+    let report = Report::new(options, &outcome);
+    let text = if options.json { report.json()? } else { report.to_string() };
+    writeln!(io::stdout(), "{text}").map_err(Error::Output)?;
+    Ok(if report.clean() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAULTS) })
+}

@@ -1,0 +1,179 @@
+//! The command line. Parsing decides everything that can be decided without the network.
+
+use std::time::Duration;
+
+use clap::Parser;
+
+use crate::target::Target;
+
+/// Load generator and response checker for FastCGI and HTTP/1.1 servers.
+///
+/// Exit status: 0 all responses were right, 1 there was no run, 2 wrong usage, 3 there were errors or starved requests.
+#[derive(Debug, Parser)]
+#[command(name = "forkyard-load", version, max_term_width = 100)]
+pub(crate) struct Options {
+    /// The server: fastcgi:unix:PATH, fastcgi:unix:@NAME, fastcgi:HOST:PORT, or the same with http
+    #[arg(long, value_name = "PROTO:ADDR")]
+    pub(crate) connect: Target,
+
+    /// Clients; each has one request in flight
+    #[arg(long, short = 'c', value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub(crate) clients: u32,
+
+    /// How long to measure; 5s unless --requests is given
+    #[arg(long, short = 'd', value_name = "TIME", value_parser = positive_duration)]
+    pub(crate) duration: Option<Duration>,
+
+    /// Run so long before measuring; errors in this time are reported apart
+    #[arg(long, value_name = "TIME", default_value = "0s", conflicts_with = "requests", value_parser = humantime::parse_duration)]
+    pub(crate) warmup: Duration,
+
+    /// Stop after so many requests (one more is sent alone before them, to learn the body)
+    #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) requests: Option<u64>,
+
+    /// A new connection for each request, instead of kept ones
+    #[arg(long)]
+    pub(crate) fresh: bool,
+
+    /// What to ask for
+    #[arg(long, value_name = "URI", default_value = "/", value_parser = uri)]
+    pub(crate) uri: String,
+
+    /// Set a FastCGI parameter, or replace one of the usual ones; can be repeated
+    #[arg(long = "param", value_name = "NAME=VALUE", value_parser = param)]
+    pub(crate) params: Vec<(String, String)>,
+
+    /// The body must have this many bytes
+    #[arg(long, value_name = "N")]
+    pub(crate) expect_body_len: Option<u64>,
+
+    /// Do not compare the bodies with each other, for a page that changes
+    #[arg(long)]
+    pub(crate) any_body: bool,
+
+    /// Give up on a request after this time
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
+    pub(crate) timeout: Duration,
+
+    /// Report the CPU time of these processes and of all that descend from them
+    #[arg(long, value_name = "PID,...", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) pids: Vec<i32>,
+
+    /// Print the report as one line of JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Send one request, print the body of its response, and stop
+    #[arg(long, conflicts_with_all = ["json", "requests", "duration"])]
+    pub(crate) show: bool,
+}
+
+impl Options {
+    /// How long to measure, if time is to end the run.
+    pub(crate) fn measured_time(&self) -> Option<Duration> {
+        const DEFAULT: Duration = Duration::from_secs(5);
+        match (self.duration, self.requests) {
+            (Some(duration), _) => Some(duration),
+            (None, Some(_)) => None,
+            (None, None) => Some(DEFAULT),
+        }
+    }
+}
+
+fn positive_duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration.is_zero() => Err("must be more than zero".into()),
+        Ok(duration) => Ok(duration),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn uri(text: &str) -> Result<String, String> {
+    if !text.starts_with('/') {
+        return Err("must start with /".into());
+    }
+    if text.bytes().any(|byte| byte <= b' ' || byte == 0x7f) {
+        return Err("must not contain spaces or control characters (write %20 for a space)".into());
+    }
+    Ok(text.into())
+}
+
+fn param(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
+        _ => Err("must be NAME=VALUE".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &str) -> Result<Options, clap::Error> {
+        Options::try_parse_from(std::iter::once("forkyard-load").chain(args.split_whitespace()))
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        <Options as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults() {
+        let options = parse("--connect fastcgi:unix:/run/a.sock").unwrap();
+        assert_eq!(options.clients, 1);
+        assert_eq!(options.measured_time(), Some(Duration::from_secs(5)));
+        assert_eq!(options.warmup, Duration::ZERO);
+        assert_eq!(options.uri, "/");
+        assert!(!options.fresh && !options.json && !options.any_body && options.pids.is_empty());
+    }
+
+    #[test]
+    fn everything_set() {
+        let options = parse(
+            "--connect http:127.0.0.1:80 -c 32 --duration 2500ms --warmup 1s --fresh --uri /a?b=c --timeout 3s \
+             --expect-body-len 13 --pids 7,8 --json",
+        )
+        .unwrap();
+        assert_eq!(options.clients, 32);
+        assert_eq!(options.duration, Some(Duration::from_millis(2500)));
+        assert_eq!(options.warmup, Duration::from_secs(1));
+        assert_eq!(options.pids, [7, 8]);
+        assert_eq!(options.expect_body_len, Some(13));
+    }
+
+    #[test]
+    fn requests_alone_end_a_run_without_a_clock() {
+        assert_eq!(parse("--connect http:localhost:80 -n 9").unwrap().measured_time(), None);
+        let both = parse("--connect http:localhost:80 -n 9 -d 1s").unwrap();
+        assert_eq!(both.measured_time(), Some(Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn params_keep_what_follows_the_first_equals_sign() {
+        let options = parse("--connect fastcgi:unix:/a --param QUERY_STRING=a=b --param X=").unwrap();
+        assert_eq!(options.params, [("QUERY_STRING".into(), "a=b".into()), ("X".into(), String::new())]);
+    }
+
+    #[test]
+    fn refused() {
+        for args in [
+            "",
+            "--connect gopher:unix:/a",
+            "--connect http:localhost:80 --clients 0",
+            "--connect http:localhost:80 --duration 0s",
+            "--connect http:localhost:80 --duration 5",
+            "--connect http:localhost:80 --requests 0",
+            "--connect http:localhost:80 --requests 5 --warmup 1s",
+            "--connect http:localhost:80 --uri index.html",
+            "--connect http:localhost:80 --uri /a\u{7f}",
+            "--connect http:localhost:80 --pids 0",
+            "--connect http:localhost:80 --pids 1,x",
+            "--connect http:localhost:80 --param NAME",
+            "--connect http:localhost:80 --show --json",
+        ] {
+            assert!(parse(args).is_err(), "accepted: {args}");
+        }
+    }
+}

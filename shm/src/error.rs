@@ -1,0 +1,113 @@
+//! What can go wrong, worded for the person who reads it.
+
+use std::io;
+
+/// Why a segment could not be created or attached.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum SegmentError {
+    /// The cache asked for is too small to be of use.
+    CacheTooSmall {
+        /// Bytes asked for.
+        asked: u64,
+        /// The smallest size possible.
+        least: u64,
+    },
+    /// More scoreboard rows than a segment can have.
+    TooManyRows {
+        /// Rows asked for.
+        asked: u32,
+        /// The most possible.
+        most: u32,
+    },
+    /// The machine does not have the memory.
+    NoMemory {
+        /// Size of the whole segment in bytes.
+        bytes: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A system call failed.
+    System {
+        /// What was tried.
+        tried: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The descriptor handed to `attach` is no segment, or not one that this build can use.
+    Unusable {
+        /// What is wrong with it.
+        why: &'static str,
+    },
+}
+
+impl std::fmt::Display for SegmentError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::CacheTooSmall { asked, least } => write!(
+                f,
+                "cannot make a page cache of {asked} bytes: the least is {least} (ask for more, or for 0 to have none)"
+            ),
+            Self::TooManyRows { asked, most } => {
+                write!(f, "cannot make a scoreboard of {asked} rows: the most is {most} (ask for fewer processes)")
+            }
+            Self::NoMemory { bytes, source } => {
+                write!(f, "cannot reserve {bytes} bytes of shared memory: {source} (ask for a smaller page cache)")
+            }
+            Self::System { tried, source } => write!(f, "cannot {tried}: {source}"),
+            Self::Unusable { why } => {
+                write!(f, "cannot attach to the shared segment: {why} (start with a new one)")
+            }
+        }
+    }
+}
+
+impl std::error::Error for SegmentError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::NoMemory { source, .. } | Self::System { source, .. } => Some(source),
+            Self::CacheTooSmall { .. } | Self::TooManyRows { .. } | Self::Unusable { .. } => None,
+        }
+    }
+}
+
+/// Why the cache did not take a page. Never a reason to fail the request: the page was made, it is only not kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The segment was made without a cache.
+    Off,
+    /// Key, value and tags together are larger than an entry can be.
+    TooLarge {
+        /// The most that fits, in bytes: the length of the key and the value, and 8 for each tag.
+        limit: u64,
+    },
+    /// The part of the cache that the key belongs to is held by a process that does not let go of it.
+    Busy,
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Off => f.write_str("page not cached: there is no page cache"),
+            Self::TooLarge { limit } => write!(f, "page not cached: larger than the {limit} bytes an entry can have"),
+            Self::Busy => f.write_str("page not cached: that part of the cache is busy"),
+        }
+    }
+}
+
+impl std::error::Error for Refused {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_say_what_to_do() {
+        let small = SegmentError::CacheTooSmall { asked: 5, least: 262_144 };
+        assert_eq!(
+            small.to_string(),
+            "cannot make a page cache of 5 bytes: the least is 262144 (ask for more, or for 0 to have none)"
+        );
+        assert!(Refused::TooLarge { limit: 77 }.to_string().contains("77 bytes"));
+    }
+}

@@ -1,0 +1,450 @@
+//! The scoreboard: what each process is doing, readable by all, also after its death.
+//!
+//! One row for each process, on cache lines of its own and written by its owner only, with plain atomic stores; there is
+//! no lock. Whoever reads a row reads gossip: numbers a moment apart, text that may be torn between two requests. So the
+//! reader bounds, replaces and cuts, and never lets a decision hang on the text.
+//!
+//! May not: lock, allocate or make a system call in `begin` or at its end: they are in the path of every request.
+
+use std::cell::Cell as Local;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use crate::clock::now_ms;
+use crate::layout::{CELLS, Cell, ROW_BYTES, RowCells, TEXT_WORDS};
+use crate::segment::Inner;
+
+/// Bytes of "GET /path" that a row has room for.
+const TEXT_BYTES: usize = TEXT_WORDS * 8;
+/// A row that is claimed by another process while it is read is read again, so many times at most.
+const READS: usize = 3;
+
+/// A handle of the scoreboard; cheap to clone, usable from any thread.
+#[derive(Clone, Debug)]
+pub struct Scoreboard {
+    segment: Arc<Inner>,
+}
+
+/// What a process is doing, as it says itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Nobody is here.
+    Empty,
+    /// Started, not yet serving.
+    Starting,
+    /// Serving.
+    Ready,
+    /// Finishing what it has, taking nothing new.
+    Draining,
+}
+
+/// A row, held by the process that it tells about, on the thread that serves.
+///
+/// To be claimed after the fork, by the process itself. Once somebody else has claimed the row, what its former holder
+/// does has no effect.
+#[derive(Clone, Debug)]
+pub struct Row {
+    held: Rc<Holding>,
+}
+
+/// What all clones of a row share; of this process alone.
+#[derive(Debug)]
+struct Holding {
+    segment: Arc<Inner>,
+    at: u64,
+    epoch: u64,
+    /// One bit for each cell in use.
+    used: Local<u16>,
+}
+
+/// A request being served. Dropping it ends the request.
+#[derive(Debug)]
+#[must_use = "the request counts as served when this is dropped"]
+pub struct InFlight {
+    held: Rc<Holding>,
+    /// `None` if all cells were in use.
+    cell: Option<usize>,
+}
+
+/// What a row said at some moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// Process id; 0 if nobody ever claimed the row.
+    pub pid: u32,
+    /// Generation that the process belongs to.
+    pub generation: u64,
+    /// What it is doing.
+    pub state: State,
+    /// How long ago it claimed the row.
+    pub started: Duration,
+    /// Requests served since.
+    pub requests: u64,
+    /// Connections open.
+    pub connections: u32,
+    /// Requests being served.
+    pub in_flight: u32,
+    /// The requests being served, at most 16 of them, the oldest first.
+    pub serving: Vec<Serving>,
+}
+
+/// A request being served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Serving {
+    /// Method and target, as in `GET /path`; printable ASCII, cut to 112 bytes.
+    pub what: String,
+    /// For how long.
+    pub since: Duration,
+}
+
+impl State {
+    fn to_word(self) -> u32 {
+        match self {
+            State::Empty => 0,
+            State::Starting => 1,
+            State::Ready => 2,
+            State::Draining => 3,
+        }
+    }
+
+    /// Reads what is in a row; what is unknown counts as empty.
+    fn from_word(word: u32) -> State {
+        match word {
+            1 => State::Starting,
+            2 => State::Ready,
+            3 => State::Draining,
+            0 | 4.. => State::Empty,
+        }
+    }
+}
+
+impl Scoreboard {
+    pub(crate) fn new(segment: Arc<Inner>) -> Scoreboard {
+        Scoreboard { segment }
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> u32 {
+        self.segment.geometry.rows
+    }
+
+    /// Takes a row for this process and resets it; `None` if there is no such row.
+    ///
+    /// The caller sees to it that the row's former owner is gone, or at least is not to be heard any more.
+    pub fn claim(&self, slot: u32, pid: u32, generation: u64) -> Option<Row> {
+        let (at, row) = self.row(slot)?;
+        let epoch = row.epoch.fetch_add(1, Ordering::AcqRel) + 1;
+        for cell in &row.cells {
+            cell.stamp_ms.store(0, Ordering::Relaxed);
+        }
+        row.requests.store(0, Ordering::Relaxed);
+        row.connections.store(0, Ordering::Relaxed);
+        row.in_flight.store(0, Ordering::Relaxed);
+        row.started_ms.store(now_ms(), Ordering::Relaxed);
+        row.generation.store(generation, Ordering::Relaxed);
+        row.pid.store(pid, Ordering::Relaxed);
+        row.state.store(State::Starting.to_word(), Ordering::Release);
+        let held = Holding { segment: Arc::clone(&self.segment), at, epoch, used: Local::new(0) };
+        Some(Row { held: Rc::new(held) })
+    }
+
+    /// What a row says now; `None` if there is no such row.
+    pub fn read(&self, slot: u32) -> Option<Snapshot> {
+        let (_, row) = self.row(slot)?;
+        let mut snapshot = None;
+        for _ in 0..READS {
+            let epoch = row.epoch.load(Ordering::Acquire);
+            snapshot = Some(Snapshot::of(row, now_ms()));
+            if row.epoch.load(Ordering::Acquire) == epoch {
+                break;
+            }
+        }
+        snapshot
+    }
+
+    /// Marks the row of a process that is dead, if it was that process's: for whoever reaps it. The rest of the
+    /// row stays, to be read.
+    pub fn bury(&self, slot: u32, pid: u32) {
+        if let Some((_, row)) = self.row(slot)
+            && row.pid.load(Ordering::Relaxed) == pid
+        {
+            row.state.store(State::Empty.to_word(), Ordering::Release);
+        }
+    }
+
+    /// The number of connections of the serving process that has the fewest, apart from the one in `slot`.
+    /// `None` if no other is serving.
+    pub fn fewest_connections(&self, slot: u32) -> Option<u32> {
+        let others = (0..self.rows()).filter(|&other| other != slot).filter_map(|other| self.row(other));
+        let serving = others.filter(|(_, row)| State::from_word(row.state.load(Ordering::Relaxed)) == State::Ready);
+        serving.map(|(_, row)| row.connections.load(Ordering::Relaxed)).min()
+    }
+
+    fn row(&self, slot: u32) -> Option<(u64, &RowCells)> {
+        if slot >= self.rows() {
+            return None;
+        }
+        let at = self.segment.geometry.rows_at + u64::from(slot) * ROW_BYTES;
+        Some((at, self.segment.map.at(at)?))
+    }
+}
+
+impl Row {
+    /// Says what the process is doing now.
+    pub fn set_state(&self, state: State) {
+        if let Some(row) = self.held.row() {
+            row.state.store(state.to_word(), Ordering::Release);
+        }
+    }
+
+    /// A connection was accepted.
+    pub fn connection_opened(&self) {
+        if let Some(row) = self.held.row() {
+            step(&row.connections, 1);
+        }
+    }
+
+    /// A connection is gone.
+    pub fn connection_closed(&self) {
+        if let Some(row) = self.held.row() {
+            step(&row.connections, -1);
+        }
+    }
+
+    /// A request is being served from now until what this returns is dropped.
+    pub fn begin(&self, method: &str, target: &str) -> InFlight {
+        let mut cell = None;
+        if let Some(row) = self.held.row() {
+            step(&row.in_flight, 1);
+            cell = self.held.take_cell();
+            if let Some(words) = cell.and_then(|index| row.cells.get(index)) {
+                words.fill(method, target);
+            }
+        }
+        InFlight { held: Rc::clone(&self.held), cell }
+    }
+
+    /// Requests served since the row was claimed.
+    pub fn requests(&self) -> u64 {
+        self.held.row().map_or(0, |row| row.requests.load(Ordering::Relaxed))
+    }
+}
+
+impl InFlight {
+    /// What is being served, as the scoreboard has it: "GET /path", cut. Empty if the row had no room for it.
+    pub fn what(&self) -> String {
+        let cell = self.cell.and_then(|index| self.held.row()?.cells.get(index));
+        cell.and_then(|cell| cell.read(now_ms())).map(|request| request.what).unwrap_or_default()
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if let Some(index) = self.cell {
+            self.held.used.set(self.held.used.get() & !(1 << index));
+        }
+        let Some(row) = self.held.row() else { return };
+        if let Some(words) = self.cell.and_then(|index| row.cells.get(index)) {
+            words.stamp_ms.store(0, Ordering::Release);
+        }
+        step(&row.in_flight, -1);
+        let served = row.requests.load(Ordering::Relaxed);
+        row.requests.store(served.wrapping_add(1), Ordering::Relaxed);
+    }
+}
+
+impl Holding {
+    /// The row, as long as nobody else claimed it.
+    fn row(&self) -> Option<&RowCells> {
+        let row: &RowCells = self.segment.map.at(self.at)?;
+        (row.epoch.load(Ordering::Relaxed) == self.epoch).then_some(row)
+    }
+
+    fn take_cell(&self) -> Option<usize> {
+        let used = self.used.get();
+        let index = used.trailing_ones() as usize;
+        if index >= CELLS {
+            return None;
+        }
+        self.used.set(used | 1 << index);
+        Some(index)
+    }
+}
+
+impl Cell {
+    /// The stamp goes last: a reader that finds it set finds the text too, or a later one.
+    fn fill(&self, method: &str, target: &str) {
+        let mut text = [0; TEXT_BYTES];
+        let mut length = 0;
+        for part in [method, " ", target] {
+            let room = &mut text[length..];
+            let taken = part.len().min(room.len());
+            room[..taken].copy_from_slice(&part.as_bytes()[..taken]);
+            length += taken;
+        }
+        for (word, bytes) in self.text.iter().zip(text[..length].chunks(8)) {
+            let mut whole = [0; 8];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            word.store(u64::from_le_bytes(whole), Ordering::Relaxed);
+        }
+        self.length.store(length as u64, Ordering::Relaxed);
+        self.stamp_ms.store(now_ms(), Ordering::Release);
+    }
+
+    /// `None` if the cell is free, or was reused while it was read.
+    fn read(&self, now_ms: u64) -> Option<Serving> {
+        let stamp_ms = self.stamp_ms.load(Ordering::Acquire);
+        if stamp_ms == 0 {
+            return None;
+        }
+        let length = usize::try_from(self.length.load(Ordering::Relaxed)).unwrap_or(TEXT_BYTES);
+        let bytes = self.text.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes());
+        let what = bytes.take(length).map(printable).collect();
+        if self.stamp_ms.load(Ordering::Acquire) != stamp_ms {
+            return None;
+        }
+        Some(Serving { what, since: Duration::from_millis(now_ms.saturating_sub(stamp_ms)) })
+    }
+}
+
+impl Snapshot {
+    fn of(row: &RowCells, now_ms: u64) -> Snapshot {
+        let mut serving: Vec<Serving> = row.cells.iter().filter_map(|cell| cell.read(now_ms)).collect();
+        serving.sort_by_key(|request| std::cmp::Reverse(request.since));
+        let pid = row.pid.load(Ordering::Relaxed);
+        let started_ms = if pid == 0 { now_ms } else { row.started_ms.load(Ordering::Relaxed) };
+        Snapshot {
+            pid,
+            generation: row.generation.load(Ordering::Relaxed),
+            state: State::from_word(row.state.load(Ordering::Acquire)),
+            started: Duration::from_millis(now_ms.saturating_sub(started_ms)),
+            requests: row.requests.load(Ordering::Relaxed),
+            connections: row.connections.load(Ordering::Relaxed),
+            in_flight: row.in_flight.load(Ordering::Relaxed),
+            serving,
+        }
+    }
+}
+
+/// Counts up or down, in a word that only this thread writes. Does not fall below 0.
+fn step(word: &AtomicU32, by: i32) {
+    word.store(word.load(Ordering::Relaxed).saturating_add_signed(by), Ordering::Relaxed);
+}
+
+/// What cannot be printed, or could play tricks with a terminal or a log, becomes a question mark.
+fn printable(byte: u8) -> char {
+    if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '?' }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Plan, Segment};
+
+    fn scoreboard(rows: u32) -> Scoreboard {
+        Segment::create(&Plan { cache_bytes: 0, rows }).unwrap().scoreboard()
+    }
+
+    #[test]
+    fn tells_what_the_owner_does() {
+        let board = scoreboard(4);
+        assert_eq!(board.rows(), 4);
+        assert!(board.claim(4, 1, 1).is_none());
+        assert!(board.read(4).is_none() && board.read(u32::MAX).is_none());
+        let empty = board.read(3).unwrap();
+        assert_eq!((empty.pid, empty.state, empty.started), (0, State::Empty, Duration::ZERO));
+
+        let row = board.claim(2, 41, 7).unwrap();
+        assert_eq!(board.read(2).unwrap().state, State::Starting);
+        row.set_state(State::Ready);
+        row.connection_opened();
+        row.connection_opened();
+        row.connection_closed();
+        let first = row.begin("GET", "/a?b=1");
+        let second = row.clone().begin("POST", "/form");
+        let seen = board.read(2).unwrap();
+        assert_eq!((seen.pid, seen.generation, seen.state), (41, 7, State::Ready));
+        assert_eq!((seen.connections, seen.in_flight, seen.requests), (1, 2, 0));
+        let mut texts: Vec<_> = seen.serving.iter().map(|request| request.what.as_str()).collect();
+        texts.sort_unstable();
+        assert_eq!(texts, ["GET /a?b=1", "POST /form"]);
+
+        drop(first);
+        let seen = board.read(2).unwrap();
+        assert_eq!((seen.in_flight, seen.requests, row.requests()), (1, 1, 1));
+        assert_eq!(seen.serving[0].what, "POST /form");
+        drop(second);
+        assert_eq!(board.read(2).unwrap().serving, []);
+        assert_eq!(board.read(1).unwrap().pid, 0, "the neighbours are untouched");
+        assert_eq!(board.read(3).unwrap().pid, 0);
+    }
+
+    #[test]
+    fn more_requests_than_cells_are_counted_but_not_named() {
+        let board = scoreboard(1);
+        let row = board.claim(0, 1, 1).unwrap();
+        let mut requests: Vec<_> = (0..40).map(|n| row.begin("GET", &format!("/{n}"))).collect();
+        let seen = board.read(0).unwrap();
+        assert_eq!((seen.in_flight, seen.serving.len()), (40, CELLS));
+        requests.drain(..20);
+        let again = row.begin("GET", "/again");
+        let seen = board.read(0).unwrap();
+        assert_eq!((seen.in_flight, seen.requests, seen.serving.len()), (21, 20, 1));
+        drop((requests, again));
+        let seen = board.read(0).unwrap();
+        assert_eq!((seen.in_flight, seen.requests, seen.serving.len()), (0, 41, 0));
+    }
+
+    #[test]
+    fn text_is_cut_and_made_printable() {
+        let board = scoreboard(1);
+        let row = board.claim(0, 1, 1).unwrap();
+        let long = row.begin("GET", &"/x".repeat(500));
+        let what = &board.read(0).unwrap().serving[0].what;
+        assert_eq!(what.len(), TEXT_BYTES);
+        assert!(what.starts_with("GET /x/x") && what.ends_with("/x"));
+        drop(long);
+        let _odd = row.begin("GET", "/\x1b[31m\n\u{202e}\0");
+        assert_eq!(board.read(0).unwrap().serving[0].what, "GET /?[31m?????");
+        let _none = row.begin("", "");
+        assert_eq!(board.read(0).unwrap().serving.len(), 2);
+    }
+
+    #[test]
+    fn a_claim_resets_and_silences_the_former_owner() {
+        let board = scoreboard(1);
+        let old = board.claim(0, 10, 1).unwrap();
+        let request = old.begin("GET", "/old");
+        old.connection_opened();
+        let new = board.claim(0, 11, 2).unwrap();
+        drop(request);
+        drop(old.begin("GET", "/late"));
+        old.connection_closed();
+        old.set_state(State::Draining);
+        let seen = board.read(0).unwrap();
+        assert_eq!((seen.pid, seen.generation, seen.state), (11, 2, State::Starting));
+        assert_eq!((seen.requests, seen.connections, seen.in_flight), (0, 0, 0));
+        assert_eq!(seen.serving, []);
+        drop(new.begin("GET", "/new"));
+        assert_eq!((new.requests(), old.requests()), (1, 0));
+    }
+
+    #[test]
+    fn nonsense_in_a_row_is_read_without_harm() {
+        let board = scoreboard(1);
+        let seed = fastrand::u64(..);
+        let mut random = fastrand::Rng::with_seed(seed);
+        for _ in 0..500 {
+            let noise: Vec<u8> = (0..ROW_BYTES).map(|_| random.u8(..)).collect();
+            board.segment.map.write(board.segment.geometry.rows_at, &noise).unwrap();
+            let seen = board.read(0).unwrap();
+            let harmless = |text: &str| text.len() <= TEXT_BYTES && text.bytes().all(|b| (32..127).contains(&b));
+            assert!(seen.serving.iter().all(|request| harmless(&request.what)), "seed {seed}");
+            assert!(seen.serving.len() <= CELLS);
+            assert_eq!(seen.state, State::Empty, "seed {seed}");
+        }
+    }
+}

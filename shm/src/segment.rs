@@ -1,0 +1,331 @@
+//! The segment as a whole: made once, attached by whoever inherits the descriptor.
+//!
+//! `create` leaves nothing half done for others to see: the descriptor is handed out only when the memory is
+//! reserved, the locks work and the header is written. `attach` believes nothing that it has not checked.
+
+use std::fs::File;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, SealFlag, fallocate, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::Plan;
+use crate::cache::Cache;
+use crate::error::SegmentError;
+use crate::layout::{FINGERPRINT, Geometry, Header, MAGIC, ShardHead, VERSION};
+use crate::map::Map;
+use crate::scoreboard::Scoreboard;
+
+/// A mapped segment: a cheap handle, to be cloned and shared between threads, and inherited by forked children.
+///
+/// The memory is unmapped when the last handle in the process is gone, and freed when the last process has let go of
+/// mapping and descriptor.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    inner: Arc<Inner>,
+}
+
+/// What all handles share. The geometry is this process's own copy.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) map: Map,
+    pub(crate) geometry: Geometry,
+    pub(crate) seed: u64,
+    fd: OwnedFd,
+}
+
+impl Segment {
+    /// Makes a segment: a sealed memory file with its memory reserved, mapped, and ready for use.
+    ///
+    /// # Errors
+    /// If the plan is out of range, or the memory or the descriptor is not to be had.
+    pub fn create(plan: &Plan) -> Result<Segment, SegmentError> {
+        let geometry = Geometry::of(plan)?;
+        let fd = memory_file(geometry.total)?;
+        let map = Map::new(fd.as_fd(), geometry.total).map_err(|error| system("map the shared segment", error))?;
+        let seed = RandomState::new().build_hasher().finish(); // keyed by the system's random numbers
+        let inner = Inner { map, geometry, seed, fd };
+        inner.init_locks()?;
+        inner.write_header(plan).ok_or(BAD_GEOMETRY)?;
+        Ok(Segment { inner: Arc::new(inner) })
+    }
+
+    /// Attaches to a segment that another process made.
+    ///
+    /// # Errors
+    /// If the descriptor is not a sealed memory file, or its header, version or size is not what this build would
+    /// have made.
+    pub fn attach(fd: OwnedFd) -> Result<Segment, SegmentError> {
+        close_on_exec(&fd)?;
+        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(|_| unusable("it is not a sealed memory file"))?;
+        if !SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) {
+            return Err(unusable("its size is not sealed"));
+        }
+        let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
+        let len = u64::try_from(stat.st_size).unwrap_or(0);
+        if len < size_of::<Header>() as u64 {
+            return Err(unusable("it is too short"));
+        }
+        let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the shared segment", error))?;
+        let header = map.at::<Header>(0).ok_or(unusable("it is too short"))?;
+        let (geometry, seed) = checked_header(header, len)?;
+        Ok(Segment { inner: Arc::new(Inner { map, geometry, seed, fd }) })
+    }
+
+    /// The descriptor, to be inherited or sent. It is close-on-exec: whoever execs clears that on purpose.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.inner.fd.as_fd()
+    }
+
+    /// Size of the segment in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a segment has a header at least, so it is never empty")]
+    pub fn len(&self) -> u64 {
+        self.inner.geometry.total
+    }
+
+    /// The page cache. Without one in the plan, it misses every lookup and refuses every page.
+    pub fn cache(&self) -> Cache {
+        Cache::new(Arc::clone(&self.inner))
+    }
+
+    /// The scoreboard.
+    pub fn scoreboard(&self) -> Scoreboard {
+        Scoreboard::new(Arc::clone(&self.inner))
+    }
+}
+
+impl Inner {
+    /// The offset of a shard.
+    pub(crate) fn shard_at(&self, index: u64) -> u64 {
+        self.geometry.shards_at + index * self.geometry.shard_bytes
+    }
+
+    fn init_locks(&self) -> Result<(), SegmentError> {
+        for index in 0..self.geometry.shards {
+            let head = self.map.at::<ShardHead>(self.shard_at(index)).ok_or(BAD_GEOMETRY)?;
+            head.lock.init().map_err(|error| system("initialise a lock in the shared segment", error))?;
+            // Position 0 means "none" in chains, so the log starts one lap later.
+            head.tail.store(self.geometry.ring_len, Ordering::Relaxed);
+            head.head.store(self.geometry.ring_len, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn write_header(&self, plan: &Plan) -> Option<()> {
+        let header = self.map.at::<Header>(0)?;
+        header.version.store(VERSION, Ordering::Relaxed);
+        header.rows.store(plan.rows, Ordering::Relaxed);
+        header.fingerprint.store(FINGERPRINT, Ordering::Relaxed);
+        header.cache_bytes.store(plan.cache_bytes, Ordering::Relaxed);
+        header.total.store(self.geometry.total, Ordering::Relaxed);
+        header.seed.store(self.seed, Ordering::Relaxed);
+        header.checksum.store(checksum(header), Ordering::Relaxed);
+        header.magic.store(MAGIC, Ordering::Release);
+        Some(())
+    }
+}
+
+/// The offsets come from `Geometry::of`, whose tests show that all lie inside; this is for the type's sake.
+const BAD_GEOMETRY: SegmentError = SegmentError::Unusable { why: "its parts do not fit into it" };
+
+/// What the header says, if it is whole and true.
+fn checked_header(header: &Header, len: u64) -> Result<(Geometry, u64), SegmentError> {
+    if header.magic.load(Ordering::Acquire) != MAGIC {
+        return Err(unusable("it does not start like a Forkyard segment"));
+    }
+    if header.version.load(Ordering::Relaxed) != VERSION || header.fingerprint.load(Ordering::Relaxed) != FINGERPRINT {
+        return Err(unusable("it was made by a build with another memory layout"));
+    }
+    if header.checksum.load(Ordering::Relaxed) != checksum(header) {
+        return Err(unusable("its header is damaged"));
+    }
+    let plan =
+        Plan { cache_bytes: header.cache_bytes.load(Ordering::Relaxed), rows: header.rows.load(Ordering::Relaxed) };
+    let geometry = Geometry::of(&plan).map_err(|_| unusable("its header makes no sense"))?;
+    if geometry.total != len || header.total.load(Ordering::Relaxed) != len {
+        return Err(unusable("its size is not what its header says"));
+    }
+    Ok((geometry, header.seed.load(Ordering::Relaxed)))
+}
+
+fn checksum(header: &Header) -> u64 {
+    let word = |word: &AtomicU64| word.load(Ordering::Relaxed);
+    let words = [
+        MAGIC,
+        u64::from(header.version.load(Ordering::Relaxed)),
+        u64::from(header.rows.load(Ordering::Relaxed)),
+        word(&header.fingerprint),
+        word(&header.cache_bytes),
+        word(&header.total),
+        word(&header.seed),
+    ];
+    xxh3_64(&words.map(u64::to_le_bytes).concat())
+}
+
+/// A memory file of `len` bytes, all of them reserved, whose size is fixed for ever.
+fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
+    let out_of_memory = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
+    // The kernel finds out page by page that the memory is not there, and may kill somebody before it says so;
+    // what cannot be there at all is refused before it tries.
+    if available_memory().is_some_and(|available| len > available) {
+        return Err(out_of_memory(Errno::ENOMEM.into()));
+    }
+    let size = i64::try_from(len).map_err(|_| out_of_memory(Errno::EFBIG.into()))?;
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let fd = memfd_create(c"forkyard", flags).map_err(|errno| system("create a memory file", errno))?;
+    // Also sets the size.
+    loop {
+        match fallocate(&fd, FallocateFlags::empty(), 0, size) {
+            Ok(()) => break,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(out_of_memory(errno.into())),
+        }
+    }
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals_of_a_segment())).map_err(|errno| system("seal the memory file", errno))?;
+    Ok(fd)
+}
+
+/// What the kernel thinks can be had without swapping, in bytes; unknown where /proc is missing.
+fn available_memory() -> Option<u64> {
+    let mut text = String::new();
+    File::open("/proc/meminfo").ok()?.take(64 * 1024).read_to_string(&mut text).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1024)
+}
+
+fn close_on_exec(fd: &OwnedFd) -> Result<(), SegmentError> {
+    let tried = "set close-on-exec on the shared segment";
+    fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map(drop).map_err(|errno| system(tried, errno))
+}
+
+fn seals_of_a_segment() -> SealFlag {
+    SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL
+}
+
+fn system(tried: &'static str, source: impl Into<io::Error>) -> SegmentError {
+    SegmentError::System { tried, source: source.into() }
+}
+
+fn unusable(why: &'static str) -> SegmentError {
+    SegmentError::Unusable { why }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 3 };
+
+    /// A sealed file with these bytes.
+    fn file_of(bytes: &[u8], seals: SealFlag) -> OwnedFd {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let mut file = File::from(memfd_create(c"test", flags).unwrap());
+        file.write_all(bytes).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+        file.into()
+    }
+
+    fn bytes_of(segment: &Segment) -> Vec<u8> {
+        let len = segment.len();
+        let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap());
+        segment.inner.map.read(0, len, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn why(result: Result<Segment, SegmentError>) -> &'static str {
+        match result {
+            Err(SegmentError::Unusable { why }) => why,
+            other => panic!("not refused as unusable: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn both_sides_see_the_same_memory() {
+        let made = Segment::create(&PLAN).unwrap();
+        let attached = Segment::attach(made.fd().try_clone_to_owned().unwrap()).unwrap();
+        assert_eq!(made.len(), attached.len());
+        made.cache().set("k", "v", &crate::Options::new()).unwrap();
+        assert_eq!(attached.cache().get("k").unwrap(), b"v");
+        let row = attached.scoreboard().claim(2, 77, 5).unwrap();
+        row.set_state(crate::State::Ready);
+        assert_eq!(made.scoreboard().read(2).unwrap().pid, 77);
+    }
+
+    #[test]
+    fn the_file_is_sealed_reserved_and_closed_on_exec() {
+        let segment = Segment::create(&PLAN).unwrap();
+        assert_eq!(nix::unistd::ftruncate(segment.fd(), 0), Err(Errno::EPERM));
+        let grown = i64::try_from(segment.len() + 4096).unwrap();
+        assert_eq!(nix::unistd::ftruncate(segment.fd(), grown), Err(Errno::EPERM));
+        let stat = nix::sys::stat::fstat(segment.fd()).unwrap();
+        assert!(u64::try_from(stat.st_blocks).unwrap() * 512 >= segment.len());
+        assert_eq!(fcntl(segment.fd(), FcntlArg::F_GETFD), Ok(libc::FD_CLOEXEC));
+
+        let inherited = nix::unistd::dup(segment.fd()).unwrap();
+        assert_eq!(fcntl(&inherited, FcntlArg::F_GETFD), Ok(0));
+        let attached = Segment::attach(inherited).unwrap();
+        assert_eq!(fcntl(attached.fd(), FcntlArg::F_GETFD), Ok(libc::FD_CLOEXEC));
+    }
+
+    #[test]
+    fn more_than_the_machine_has_is_an_error() {
+        let result = Segment::create(&Plan { cache_bytes: 1 << 45, rows: 1 });
+        assert!(matches!(result, Err(SegmentError::NoMemory { .. })), "{result:?}");
+    }
+
+    #[test]
+    fn attach_refuses_what_is_not_a_whole_segment() {
+        let good = bytes_of(&Segment::create(&PLAN).unwrap());
+        let all = seals_of_a_segment();
+        assert!(Segment::attach(file_of(&good, all)).is_ok(), "the copy itself is fine");
+
+        assert_eq!(why(Segment::attach(file_of(&good, SealFlag::F_SEAL_GROW))), "its size is not sealed");
+        let no_memfd = File::open("/proc/self/exe").unwrap().into();
+        assert_eq!(why(Segment::attach(no_memfd)), "it is not a sealed memory file");
+        for len in [0, 8, 255] {
+            assert_eq!(why(Segment::attach(file_of(&good[..len], all))), "it is too short");
+        }
+        for len in [256, 4096, good.len() - 4096, good.len() - 1] {
+            assert_eq!(why(Segment::attach(file_of(&good[..len], all))), "its size is not what its header says");
+        }
+        let longer = [&good[..], &[0; 4096]].concat();
+        assert_eq!(why(Segment::attach(file_of(&longer, all))), "its size is not what its header says");
+    }
+
+    #[test]
+    fn attach_refuses_any_flipped_bit_of_the_fixed_header() {
+        let good = bytes_of(&Segment::create(&Plan { cache_bytes: 0, rows: 3 }).unwrap());
+        for bit in 0..56 * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            why(Segment::attach(file_of(&bad, seals_of_a_segment())));
+        }
+    }
+
+    #[test]
+    fn attach_refuses_bounds_that_lie_even_with_a_good_checksum() {
+        let made = Segment::create(&PLAN).unwrap();
+        let header = made.inner.map.at::<Header>(0).unwrap();
+        for cache_bytes in [0, 1, 256 * 1024, 1 << 30, u64::MAX] {
+            header.cache_bytes.store(cache_bytes, Ordering::Relaxed);
+            header.checksum.store(checksum(header), Ordering::Relaxed);
+            why(Segment::attach(made.fd().try_clone_to_owned().unwrap()));
+        }
+    }
+
+    #[test]
+    fn the_parts_fit() {
+        let inner = Segment::create(&PLAN).unwrap().inner;
+        assert_eq!(inner.shard_at(inner.geometry.shards), inner.geometry.total);
+        assert!(inner.map.at::<ShardHead>(inner.shard_at(0)).is_some());
+    }
+}

@@ -1,0 +1,46 @@
+//! What the operator at the terminal is told outside the log: the banner, the moment of readiness, and the one
+//! line of an error. It all goes to standard error.
+
+use std::fmt::Display;
+use std::io::Write as _;
+use std::time::Duration;
+
+use crate::config::{Config, format_size};
+use crate::listen::Listener;
+
+/// Says what is about to run.
+pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str>) {
+    let mut text = format!("forkyard {}, pid {}\n", env!("CARGO_PKG_VERSION"), std::process::id());
+    for listener in listeners {
+        text += &format!("  bind     {listener}\n");
+    }
+    if let Some(program) = program {
+        text += &format!("  run      {program}, on its standard input\n");
+    }
+    let threads = match (program, config.threads) {
+        (Some(_), _) => String::new(),
+        (None, 1) => ", 1 thread each for blocking functions".to_owned(),
+        (None, threads) => format!(", {threads} threads each for blocking functions"),
+    };
+    text += &format!("  workers  {}{threads}\n", config.workers);
+    text += &match config.cache_bytes {
+        0 => "  cache    none\n".to_owned(),
+        bytes => format!("  cache    {}, shared\n", format_size(bytes)),
+    };
+    write(&text);
+}
+
+/// Says that all workers serve.
+pub(crate) fn ready(after: Duration) {
+    write(&format!("ready in {} ms\n", after.as_millis()));
+}
+
+/// Says what went wrong, before there is a log.
+pub(crate) fn complain(error: &dyn Display) {
+    write(&format!("forkyard: {error}\n"));
+}
+
+fn write(text: &str) {
+    // One write, so that it stays in one piece; and if standard error is closed, so be it.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}

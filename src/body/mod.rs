@@ -1,0 +1,270 @@
+//! The body of a request, whatever protocol it came by, and of the responses of blocking functions.
+
+pub(crate) mod pipe;
+
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+
+use bytes::{Buf as _, Bytes};
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::BodyExt as _;
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::Incoming;
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A body: of every request that an application gets, and of any response that wants to be one.
+///
+/// It is an [`http_body::Body`] of [`Bytes`], read piece by piece as it arrives, with at most some 64 KiB
+/// waiting; a blocking function reads it through [`Body::reader`].
+#[derive(Debug)]
+pub struct Body {
+    kind: Kind,
+    /// How many bytes more it may have.
+    allowed: u64,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Full(Bytes),
+    /// FastCGI's STDIN, and the length that was announced.
+    Stdin(pipe::Reader, Option<u64>),
+    Http(Incoming),
+    Other(UnsyncBoxBody<Bytes, BoxError>),
+}
+
+/// Why a body could not be read to its end.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum BodyError {
+    /// It is longer than `--max-body`.
+    TooLarge,
+    /// The client left, or took the request back.
+    Cut,
+    /// What the underlying body says.
+    Other(BoxError),
+}
+
+impl fmt::Display for BodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLarge => f.write_str("the body is longer than --max-body allows"),
+            Self::Cut => f.write_str("the client left before the body was complete"),
+            Self::Other(cause) => write!(f, "the body cannot be read: {cause}"),
+        }
+    }
+}
+
+impl std::error::Error for BodyError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Other(cause) => Some(cause.as_ref()),
+            Self::TooLarge | Self::Cut => None,
+        }
+    }
+}
+
+impl Body {
+    /// No bytes.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self::from(Bytes::new())
+    }
+
+    /// Any other body, for a response that is made piece by piece.
+    pub fn new<B>(body: B) -> Self
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        Self::from_kind(Kind::Other(body.map_err(Into::into).boxed_unsync()), u64::MAX)
+    }
+
+    /// Reads the body on a thread that may block: in a [`crate::blocking`] function.
+    #[must_use]
+    pub fn reader(self) -> BodyReader {
+        BodyReader { body: self, piece: Bytes::new() }
+    }
+
+    pub(crate) fn stdin(reader: pipe::Reader, length: Option<u64>, allowed: u64) -> Self {
+        Self::from_kind(Kind::Stdin(reader, length), allowed)
+    }
+
+    pub(crate) fn http(incoming: Incoming, allowed: u64) -> Self {
+        Self::from_kind(Kind::Http(incoming), allowed)
+    }
+
+    fn from_kind(kind: Kind, allowed: u64) -> Self {
+        Self { kind, allowed }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = match &mut self.kind {
+            Kind::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Kind::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Kind::Stdin(reader, _) => reader
+                .poll_next(context)
+                .map(|piece| piece.map(|piece| piece.map(Frame::data).map_err(|pipe::Cut| BodyError::Cut))),
+            Kind::Http(incoming) => {
+                Pin::new(incoming).poll_frame(context).map_err(|error| BodyError::Other(error.into()))
+            }
+            Kind::Other(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Other),
+        };
+        if let Poll::Ready(Some(Ok(frame))) = &frame
+            && let Some(bytes) = frame.data_ref()
+        {
+            let length = bytes.len() as u64;
+            if length > self.allowed {
+                return Poll::Ready(Some(Err(BodyError::TooLarge)));
+            }
+            self.allowed -= length;
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.kind {
+            Kind::Full(bytes) => bytes.is_empty(),
+            Kind::Stdin(reader, _) => reader.is_at_end(),
+            Kind::Http(incoming) => incoming.is_end_stream(),
+            Kind::Other(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            // What was announced is no promise: the end of the stream is what counts.
+            Kind::Stdin(_, length) => {
+                let mut hint = SizeHint::new();
+                hint.set_lower(length.unwrap_or(0));
+                hint
+            }
+            Kind::Http(incoming) => incoming.size_hint(),
+            Kind::Other(body) => body.size_hint(),
+        }
+    }
+}
+
+impl Default for Body {
+    fn default() -> Self {
+        Self::empty()
+    }
+}
+
+impl From<Bytes> for Body {
+    fn from(bytes: Bytes) -> Self {
+        Self::from_kind(Kind::Full(bytes), u64::MAX)
+    }
+}
+
+impl From<Vec<u8>> for Body {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::from(Bytes::from(bytes))
+    }
+}
+
+impl From<String> for Body {
+    fn from(text: String) -> Self {
+        Self::from(Bytes::from(text))
+    }
+}
+
+impl From<&'static str> for Body {
+    fn from(text: &'static str) -> Self {
+        Self::from(Bytes::from_static(text.as_bytes()))
+    }
+}
+
+impl From<&'static [u8]> for Body {
+    fn from(bytes: &'static [u8]) -> Self {
+        Self::from(Bytes::from_static(bytes))
+    }
+}
+
+impl From<()> for Body {
+    fn from((): ()) -> Self {
+        Self::empty()
+    }
+}
+
+/// A body as [`io::Read`]: each read waits, blocking its thread, until something has come.
+#[derive(Debug)]
+pub struct BodyReader {
+    body: Body,
+    piece: Bytes,
+}
+
+thread_local! {
+    static UNPARK: Waker = Waker::from(Arc::new(Unpark(thread::current())));
+}
+
+impl io::Read for BodyReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() {
+            let frame = UNPARK.with(|waker| Pin::new(&mut self.body).poll_frame(&mut Context::from_waker(waker)));
+            match frame {
+                Poll::Ready(None) => return Ok(0),
+                Poll::Ready(Some(Ok(frame))) => self.piece = frame.into_data().unwrap_or_default(),
+                Poll::Ready(Some(Err(error))) => return Err(io::Error::other(error)),
+                Poll::Pending => thread::park(),
+            }
+        }
+        let count = self.piece.len().min(buffer.len());
+        self.piece.copy_to_slice(&mut buffer[..count]);
+        Ok(count)
+    }
+}
+
+/// Wakes a thread that parked.
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+
+    #[test]
+    fn a_thread_reads_what_another_writes() {
+        let (writer, reader) = pipe::pipe();
+        let mut reader = Body::stdin(reader, None, 1 << 20).reader();
+        let reading = thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).map(|_| all)
+        });
+        for _ in 0..100 {
+            writer.push(Bytes::from_static(b"0123456789"));
+        }
+        writer.finish();
+        assert_eq!(reading.join().unwrap().unwrap(), b"0123456789".repeat(100));
+    }
+
+    #[test]
+    fn a_body_beyond_the_limit_is_an_error() {
+        let (writer, reader) = pipe::pipe();
+        writer.push(Bytes::from_static(b"0123456789"));
+        writer.push(Bytes::from_static(b"0"));
+        let mut read = Vec::new();
+        let error = Body::stdin(reader, None, 10).reader().read_to_end(&mut read).unwrap_err();
+        assert_eq!((read.len(), error.to_string()), (10, BodyError::TooLarge.to_string()));
+    }
+}

@@ -1,0 +1,193 @@
+//! The pipe by which a connection hands a request's body to whoever reads it, piece by piece.
+//!
+//! It holds little: when more than [`CAPACITY`] bytes wait to be read, the connection stops reading from its
+//! socket until there is room, and so the client is slowed to the reader's pace. The reader may be on
+//! another thread (a blocking function); the writer is the connection's task.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use bytes::Bytes;
+
+/// Bytes that may wait in the pipe; at this the connection stops reading. One read more can stand in it.
+const CAPACITY: usize = 64 << 10;
+
+#[derive(Debug, Default)]
+struct Shared {
+    queue: VecDeque<Bytes>,
+    bytes: usize,
+    end: End,
+    /// Nobody will read any more: what comes is thrown away.
+    abandoned: bool,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum End {
+    #[default]
+    Open,
+    Whole,
+    /// The peer left, or took the request back.
+    Cut,
+}
+
+/// The connection's end. Dropping it before [`Writer::finish`] cuts the body.
+#[derive(Debug)]
+pub(crate) struct Writer(Arc<Mutex<Shared>>);
+
+/// The request's end.
+#[derive(Debug)]
+pub(crate) struct Reader(Arc<Mutex<Shared>>);
+
+/// The body was cut off.
+#[derive(Debug)]
+pub(crate) struct Cut;
+
+pub(crate) fn pipe() -> (Writer, Reader) {
+    let shared = Arc::new(Mutex::new(Shared::default()));
+    (Writer(Arc::clone(&shared)), Reader(shared))
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    // No code that can panic runs under the lock.
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Writer {
+    pub(crate) fn push(&self, bytes: Bytes) {
+        let mut shared = lock(&self.0);
+        if shared.abandoned {
+            return;
+        }
+        shared.bytes += bytes.len();
+        shared.queue.push_back(bytes);
+        wake(shared.reader.take(), shared);
+    }
+
+    /// The body is complete.
+    pub(crate) fn finish(&self) {
+        self.end(End::Whole);
+    }
+
+    /// Ready when there is room for more.
+    pub(crate) fn poll_room(&self, context: &mut Context<'_>) -> Poll<()> {
+        let mut shared = lock(&self.0);
+        if shared.bytes < CAPACITY || shared.abandoned {
+            return Poll::Ready(());
+        }
+        shared.writer = Some(context.waker().clone());
+        Poll::Pending
+    }
+
+    fn end(&self, end: End) {
+        let mut shared = lock(&self.0);
+        if shared.end == End::Open {
+            shared.end = end;
+            wake(shared.reader.take(), shared);
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.end(End::Cut);
+    }
+}
+
+impl Reader {
+    /// The next piece; `None` at the end.
+    pub(crate) fn poll_next(&self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
+        let mut shared = lock(&self.0);
+        if let Some(bytes) = shared.queue.pop_front() {
+            shared.bytes -= bytes.len();
+            if shared.bytes < CAPACITY {
+                wake(shared.writer.take(), shared);
+            }
+            return Poll::Ready(Some(Ok(bytes)));
+        }
+        match shared.end {
+            End::Whole => Poll::Ready(None),
+            End::Cut => Poll::Ready(Some(Err(Cut))),
+            End::Open => {
+                shared.reader = Some(context.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    pub(crate) fn is_at_end(&self) -> bool {
+        let shared = lock(&self.0);
+        shared.queue.is_empty() && shared.end == End::Whole
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let mut shared = lock(&self.0);
+        shared.abandoned = true;
+        shared.queue.clear();
+        shared.bytes = 0;
+        wake(shared.writer.take(), shared);
+    }
+}
+
+/// Wakes after the lock is released.
+fn wake(waker: Option<Waker>, shared: MutexGuard<'_, Shared>) {
+    drop(shared);
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn context() -> Context<'static> {
+        Context::from_waker(Waker::noop())
+    }
+
+    #[test]
+    fn what_goes_in_comes_out_and_then_the_end() {
+        let (writer, reader) = pipe();
+        assert!(reader.poll_next(&mut context()).is_pending());
+        writer.push(Bytes::from_static(b"a"));
+        writer.push(Bytes::from_static(b"b"));
+        writer.finish();
+        for expected in ["a", "b"] {
+            let Poll::Ready(Some(Ok(bytes))) = reader.poll_next(&mut context()) else { panic!() };
+            assert_eq!(bytes, expected);
+        }
+        assert!(reader.is_at_end());
+        assert!(matches!(reader.poll_next(&mut context()), Poll::Ready(None)));
+    }
+
+    #[test]
+    fn a_full_pipe_holds_the_writer_back_until_there_is_room() {
+        let (writer, reader) = pipe();
+        writer.push(Bytes::from(vec![0; CAPACITY]));
+        assert!(writer.poll_room(&mut context()).is_pending());
+        assert!(reader.poll_next(&mut context()).is_ready());
+        assert!(writer.poll_room(&mut context()).is_ready());
+    }
+
+    #[test]
+    fn a_writer_that_vanishes_cuts_the_body() {
+        let (writer, reader) = pipe();
+        writer.push(Bytes::from_static(b"a"));
+        drop(writer);
+        assert!(matches!(reader.poll_next(&mut context()), Poll::Ready(Some(Ok(_)))));
+        assert!(matches!(reader.poll_next(&mut context()), Poll::Ready(Some(Err(Cut)))));
+    }
+
+    #[test]
+    fn without_a_reader_everything_is_thrown_away() {
+        let (writer, reader) = pipe();
+        drop(reader);
+        writer.push(Bytes::from(vec![0; 2 * CAPACITY]));
+        assert!(writer.poll_room(&mut context()).is_ready());
+        assert_eq!(lock(&writer.0).bytes, 0);
+    }
+}

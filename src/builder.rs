@@ -1,0 +1,197 @@
+//! From a command line to a running master: what [`crate::run`] and the `forkyard` command have in common.
+
+use std::error::Error;
+use std::os::fd::RawFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use forkyard_shm::{Plan, Segment};
+use http::{Request, Response};
+use http_body::Body as HttpBody;
+use tower_service::Service;
+
+use crate::body::Body;
+use crate::cli;
+use crate::config::{Config, Program, format_size};
+use crate::context::Context;
+use crate::heritage::WorkerMain;
+use crate::listen::Listener;
+use crate::master::{self, Launch};
+use crate::{banner, sys, worker};
+
+type BoxError = Box<dyn Error + Send + Sync>;
+type Preload = Box<dyn FnOnce() -> Result<(), BoxError>>;
+
+/// What [`crate::run`] does, with more to choose.
+///
+/// ```no_run
+/// use std::process::ExitCode;
+/// use forkyard::http::{Request, Response};
+///
+/// fn main() -> ExitCode {
+///     forkyard::Builder::app(|cx| {
+///         let slot = cx.slot();
+///         forkyard::blocking(move |_: Request<forkyard::Body>| Response::new(format!("worker {slot}\n")))
+///     })
+///     .preload(|| Ok(()))
+///     .run()
+/// }
+/// ```
+#[must_use = "nothing is served before `run`"]
+pub struct Builder {
+    worker: WorkerMain,
+    preload: Option<Preload>,
+}
+
+impl std::fmt::Debug for Builder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Builder").field("preload", &self.preload.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl Builder {
+    /// `factory` makes the application, once in each worker, after the fork: the place for threads, database
+    /// connections and whatever else a fork would not survive. It runs inside the worker's tokio runtime.
+    ///
+    /// The application is any tower service: an `axum::Router`, or what [`crate::blocking`] makes of a function.
+    pub fn app<F, S, B>(factory: F) -> Self
+    where
+        F: Fn(Context) -> S + Sync + 'static,
+        S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+        S::Error: Into<BoxError>,
+        B: HttpBody + 'static,
+        B::Error: Into<BoxError>,
+    {
+        Self { worker: Box::new(move |heritage| worker::run(&factory, heritage)), preload: None }
+    }
+
+    /// `load` runs once in the master, before the first fork: what it reads into memory (statics, say), all
+    /// workers share, copy on write; files that it opens stay open in them.
+    ///
+    /// It must leave no thread running and must not use tokio: neither survives a fork, and the master
+    /// refuses to fork with more than one thread.
+    pub fn preload(mut self, load: impl FnOnce() -> Result<(), BoxError> + 'static) -> Self {
+        self.preload = Some(Box::new(load));
+        self
+    }
+
+    /// Reads this program's command line and serves until it is told to stop.
+    ///
+    /// Returns 0 if it was asked to stop, 1 after a failure, 2 for a wrong command line; what went wrong is
+    /// on standard error.
+    pub fn run(self) -> ExitCode {
+        let begun = Instant::now();
+        let Self { worker, preload } = self;
+        finish(cli::parse_linked(std::env::args_os().collect()), |request| {
+            serve(request.config, &request.log_level, Launch::Worker(worker), preload, None, begun)
+        })
+    }
+}
+
+/// What the `forkyard` binary does: `forkyard run … -- COMMAND`.
+#[must_use]
+pub fn command_line() -> ExitCode {
+    let begun = Instant::now();
+    finish(cli::parse_forkyard(std::env::args_os().collect()), |request| {
+        let (command, direct) = request.program.ok_or("no COMMAND")?;
+        let program = Program::find(&command)?;
+        let note = (!direct).then_some(
+            "this version has no gateway: the program accepts for itself, as with --direct, and has no page cache",
+        );
+        serve(request.config, &request.log_level, Launch::Program(program), None, note, begun)
+    })
+}
+
+fn finish(
+    request: Result<cli::Request, clap::Error>,
+    serve: impl FnOnce(cli::Request) -> Result<bool, BoxError>,
+) -> ExitCode {
+    let request = match request {
+        Ok(request) => request,
+        Err(error) => {
+            // --help and --version come this way too, with status 0.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match serve(request) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            banner::complain(&"every worker asked not to be replaced (exit status 125)");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            banner::complain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// bind, map, preload, fork, supervise.
+fn serve(
+    config: Config,
+    log_level: &str,
+    launch: Launch,
+    preload: Option<Preload>,
+    note: Option<&str>,
+    begun: Instant,
+) -> Result<bool, BoxError> {
+    start_logging(log_level);
+    let blocking = matches!(launch, Launch::Program(_));
+    let mut listeners: Vec<Listener> = Vec::new();
+    let outcome = config
+        .binds
+        .iter()
+        .try_for_each(|bind| {
+            listeners.push(Listener::bind(bind, config.backlog, config.socket_mode, blocking)?);
+            Ok::<_, BoxError>(())
+        })
+        .and_then(|()| create_segment(&config))
+        .and_then(|segment| Ok((segment, run_preload(preload)?)));
+    let listeners: Arc<[Listener]> = listeners.into();
+    let outcome = outcome.and_then(|(segment, preloaded)| {
+        let program = match &launch {
+            Launch::Program(program) => Some(program.path.to_string_lossy().into_owned()),
+            Launch::Worker(_) => None,
+        };
+        banner::show(&config, &listeners, program.as_deref());
+        if let Some(note) = note {
+            log::warn!("{note}");
+        }
+        let ended = master::run(Arc::new(config), Arc::clone(&listeners), segment, launch, preloaded, begun);
+        ended.map_err(|error| format!("the master cannot run: {error}").into())
+    });
+    listeners.iter().for_each(Listener::remove_file);
+    outcome
+}
+
+fn start_logging(filters: &str) {
+    use std::io::Write as _;
+    // An application's own logger, if it has set one, stays.
+    let _ = env_logger::Builder::new()
+        .parse_filters(filters)
+        .format(|out, record| {
+            let (time, pid) = (out.timestamp_millis(), std::process::id());
+            writeln!(out, "{time} {:<5} [{pid}] {}", record.level(), record.args())
+        })
+        .try_init();
+}
+
+fn create_segment(config: &Config) -> Result<Segment, BoxError> {
+    let plan = Plan { cache_bytes: config.cache_bytes, rows: config.slots() };
+    Segment::create(&plan).map_err(|error| {
+        let size = format_size(config.cache_bytes);
+        format!("cannot make a shared cache of {size}: {error} (choose another size with --cache)").into()
+    })
+}
+
+/// Runs the application's preload, and returns the descriptors that it left open.
+fn run_preload(preload: Option<Preload>) -> Result<Vec<RawFd>, BoxError> {
+    let Some(preload) = preload else { return Ok(Vec::new()) };
+    let before = sys::open_descriptors()?;
+    preload().map_err(|error| format!("the application cannot preload: {error}"))?;
+    let mut after = sys::open_descriptors()?;
+    after.retain(|fd| !before.contains(fd));
+    Ok(after)
+}

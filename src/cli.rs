@@ -1,0 +1,231 @@
+//! The command line: flags, their FORKYARD_* variables and their help, turned into a [`Config`].
+//!
+//! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
+//! every binary that calls [`crate::run`], for the application linked into it.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+
+use crate::config::{Config, Limits, parse_duration, parse_mode, parse_size, parse_workers};
+use crate::listen::{self, Address, Bind, Protocol};
+
+const SIGNALS: &str = "\
+Signals to the master:
+  TERM       drain and stop: finish what is being served, for --drain-timeout at most
+  INT, QUIT  stop at once
+  HUP        replace the workers one by one; each new one is ready before an old one drains
+  TTIN, TTOU one worker more, one worker less
+  USR1       reserved for reopening logs
+Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";
+
+/// The flags of everything that serves.
+#[derive(Args, Debug)]
+struct ServeOptions {
+    /// Listen here; repeatable. PROTO is http or fastcgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME or fd:N.
+    /// Without it: standard input if that is a listening socket (a web server started us), else
+    /// http:127.0.0.1:8080
+    #[arg(long, value_name = "PROTO:ADDR", env = "FORKYARD_BIND", value_delimiter = ',', help_heading = "Sockets")]
+    bind: Vec<Bind>,
+
+    /// Connections that may wait in the kernel's queue of each socket
+    #[arg(long, value_name = "N", env = "FORKYARD_BACKLOG", default_value = "1024", help_heading = "Sockets")]
+    backlog: u32,
+
+    /// Permissions of Unix socket files, in octal [default: as the umask says]
+    #[arg(long, value_name = "MODE", env = "FORKYARD_SOCKET_MODE", value_parser = parse_mode, help_heading = "Sockets")]
+    socket_mode: Option<u32>,
+
+    /// Worker processes: 1 to 1024, or auto for one per processor
+    #[arg(long, value_name = "N", env = "FORKYARD_WORKERS", default_value = "auto", value_parser = parse_workers, help_heading = "Processes")]
+    workers: u32,
+
+    /// A worker that is not ready by then is killed and counts as failed
+    #[arg(long, value_name = "TIME", env = "FORKYARD_START_TIMEOUT", default_value = "60s", value_parser = parse_duration, help_heading = "Processes")]
+    start_timeout: Duration,
+
+    /// How long a worker that was asked to stop may finish what it serves; then it is killed
+    #[arg(long, value_name = "TIME", env = "FORKYARD_DRAIN_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Processes")]
+    drain_timeout: Duration,
+
+    /// Workers that are replaced at once within a second; beyond that the replacements wait
+    #[arg(long, value_name = "N", env = "FORKYARD_RESPAWN_RATE", default_value = "32", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Processes")]
+    respawn_rate: u32,
+
+    /// Size of the page cache that all workers share, as in 64M; 0 for none
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", default_value = "64M", value_parser = parse_size, help_heading = "Memory and limits")]
+    cache: u64,
+
+    /// Largest request body; a larger one gets 413
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BODY", default_value = "1G", value_parser = parse_size, help_heading = "Memory and limits")]
+    max_body: u64,
+
+    /// Largest head of a request (FastCGI parameters, HTTP headers), at least 8K; a larger one gets 431
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_PARAMS", default_value = "128K", value_parser = parse_max_params, help_heading = "Memory and limits")]
+    max_params: usize,
+
+    /// Connections that one worker holds at a time
+    #[arg(long, value_name = "N", env = "FORKYARD_MAX_CONNECTIONS", default_value = "4096", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
+    max_connections: u32,
+
+    /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
+    #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
+    log_level: String,
+}
+
+/// The further flags of a binary with an application linked into it.
+#[derive(Args, Debug)]
+struct WorkerOptions {
+    /// Threads per worker that run blocking functions, each one request at a time
+    #[arg(long, value_name = "N", env = "FORKYARD_THREADS", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Processes")]
+    threads: u32,
+
+    /// Requests per worker that may wait for a thread; further ones get 503
+    #[arg(long, value_name = "N", env = "FORKYARD_QUEUE", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
+    queue: u32,
+
+    /// Requests at a time on one FastCGI connection; a further one is refused with CANT_MPX_CONN
+    #[arg(long, value_name = "N", env = "FORKYARD_MAX_MULTIPLEXED", default_value = "64", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Memory and limits")]
+    max_multiplexed: u16,
+
+    /// How long a client may take to send the head of an HTTP request
+    #[arg(long, value_name = "TIME", env = "FORKYARD_HEADER_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    header_timeout: Duration,
+}
+
+/// A binary with an application linked into it.
+#[derive(Parser, Debug)]
+#[command(version, about = "Serves its web application from supervised worker processes", after_help = SIGNALS)]
+struct Linked {
+    #[command(flatten)]
+    serve: ServeOptions,
+    #[command(flatten)]
+    worker: WorkerOptions,
+}
+
+/// The `forkyard` binary.
+#[derive(Parser, Debug)]
+#[command(name = "forkyard", version, about = "A prefork process manager for web applications in any language")]
+struct Forkyard {
+    #[command(subcommand)]
+    command: Subcommands,
+}
+
+#[derive(Subcommand, Debug)]
+enum Subcommands {
+    /// Supervise an external application
+    #[command(after_help = SIGNALS)]
+    Run(RunOptions),
+}
+
+#[derive(Args, Debug)]
+struct RunOptions {
+    #[command(flatten)]
+    serve: ServeOptions,
+
+    /// Let the application accept from the public socket itself, as its standard input (as under spawn-fcgi)
+    #[arg(long, env = "FORKYARD_DIRECT", help_heading = "Sockets")]
+    direct: bool,
+
+    /// An application process counts as started when it has run for so long
+    #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", default_value = "1s", value_parser = parse_duration, help_heading = "Processes")]
+    settle: Duration,
+
+    /// The program and its arguments, as in: -- php-cgi -d memory_limit=64M
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) config: Config,
+    /// A filter in the logger's syntax.
+    pub(crate) log_level: String,
+    /// The external program, and whether `--direct` was given.
+    pub(crate) program: Option<(Vec<OsString>, bool)>,
+}
+
+/// Reads the command line of a binary with an application linked into it.
+///
+/// # Errors
+/// clap's, which also carries the text of `--help` and `--version`.
+pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Error> {
+    let name =
+        arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
+    let mut command = Linked::command();
+    if let Some(name) = name {
+        command = command.name(name.clone()).bin_name(name);
+    }
+    let linked = Linked::from_arg_matches(&command.try_get_matches_from(arguments)?)?;
+    let log_level = linked.serve.log_level.clone();
+    let config = config(linked.serve, Some(&linked.worker), Duration::ZERO);
+    Ok(Request { config, log_level, program: None })
+}
+
+/// Reads the command line of `forkyard`.
+///
+/// # Errors
+/// clap's, which also carries the text of `--help` and `--version`.
+pub(crate) fn parse_forkyard(arguments: Vec<OsString>) -> Result<Request, clap::Error> {
+    let Subcommands::Run(run) = Forkyard::try_parse_from(arguments)?.command;
+    let log_level = run.serve.log_level.clone();
+    let config = config(run.serve, None, run.settle);
+    check_run(&config).map_err(|cause| Forkyard::command().error(clap::error::ErrorKind::ValueValidation, cause))?;
+    Ok(Request { config, log_level, program: Some((run.command, run.direct)) })
+}
+
+/// An external program gets one socket, and speaks FastCGI on it.
+fn check_run(config: &Config) -> Result<(), String> {
+    match config.binds.as_slice() {
+        [Bind { protocol: Protocol::FastCgi, .. }] => Ok(()),
+        [bind] => Err(format!(
+            "run cannot serve {bind}: a program that accepts for itself is served over fastcgi only (as in --bind fastcgi:unix:/run/app.sock)"
+        )),
+        binds => Err(format!(
+            "run takes one --bind and got {}: a program that accepts for itself has one socket, its standard input",
+            binds.len()
+        )),
+    }
+}
+
+fn config(serve: ServeOptions, worker: Option<&WorkerOptions>, settle: Duration) -> Config {
+    let mut binds = serve.bind;
+    if binds.is_empty() {
+        binds.push(if listen::started_by_web_server() {
+            Bind { protocol: Protocol::FastCgi, address: Address::Inherited(0) }
+        } else {
+            Bind { protocol: Protocol::Http, address: Address::Tcp("127.0.0.1:8080".to_owned()) }
+        });
+    }
+    Config {
+        binds,
+        workers: serve.workers,
+        threads: worker.map_or(1, |worker| worker.threads),
+        queue: worker.map_or(1, |worker| worker.queue),
+        cache_bytes: serve.cache,
+        backlog: serve.backlog,
+        socket_mode: serve.socket_mode,
+        start_timeout: serve.start_timeout,
+        drain_timeout: serve.drain_timeout,
+        settle,
+        respawn_rate: serve.respawn_rate,
+        limits: Limits {
+            max_body: serve.max_body,
+            max_params: serve.max_params,
+            max_connections: serve.max_connections,
+            max_multiplexed: worker.map_or(1, |worker| worker.max_multiplexed.into()),
+            header_timeout: worker.map_or(Duration::from_secs(30), |worker| worker.header_timeout),
+        },
+    }
+}
+
+fn parse_max_params(text: &str) -> Result<usize, String> {
+    let size = parse_size(text)?;
+    if !(8 << 10..=16 << 20).contains(&size) {
+        return Err(format!("'{text}' is out of range (expected 8K to 16M)"));
+    }
+    usize::try_from(size).map_err(|_| format!("'{text}' does not fit this machine"))
+}

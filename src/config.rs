@@ -1,0 +1,202 @@
+//! The configuration: every limit and choice, parsed and checked once, then never changed.
+//!
+//! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
+//! form of an address.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use crate::listen::Bind;
+
+/// All that the master, and through it each worker, was told.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) binds: Vec<Bind>,
+    pub(crate) workers: u32,
+    /// Threads per worker that run blocking functions.
+    pub(crate) threads: u32,
+    /// Requests per worker that may wait for such a thread.
+    pub(crate) queue: u32,
+    /// Size of the shared page cache in bytes; 0 is none.
+    pub(crate) cache_bytes: u64,
+    pub(crate) backlog: u32,
+    pub(crate) socket_mode: Option<u32>,
+    pub(crate) start_timeout: Duration,
+    pub(crate) drain_timeout: Duration,
+    /// How long an external program must have run to count as started.
+    pub(crate) settle: Duration,
+    /// Workers per second that may be replaced at once; more of them wait.
+    pub(crate) respawn_rate: u32,
+    pub(crate) limits: Limits,
+}
+
+/// What a client may ask of a worker.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Bytes of a request's body.
+    pub(crate) max_body: u64,
+    /// Bytes of a request's head: FastCGI parameters, HTTP request line and headers.
+    pub(crate) max_params: usize,
+    /// Connections that a worker holds at a time; at the limit it leaves new ones to its siblings.
+    pub(crate) max_connections: u32,
+    /// Requests at a time on one FastCGI connection.
+    pub(crate) max_multiplexed: usize,
+    /// How long a client may take to send the head of an HTTP request.
+    pub(crate) header_timeout: Duration,
+}
+
+impl Config {
+    /// How many processes there can be at once: twice the workers, because while all are replaced the old
+    /// ones may still be finishing long requests, and some more so that TTIN has room.
+    pub(crate) fn slots(&self) -> u32 {
+        self.workers.saturating_mul(2).saturating_add(16)
+    }
+}
+
+/// An external program and its arguments.
+#[derive(Clone, Debug)]
+pub(crate) struct Program {
+    pub(crate) path: std::path::PathBuf,
+    /// The name as the operator gave it.
+    pub(crate) name: OsString,
+    pub(crate) arguments: Vec<OsString>,
+}
+
+impl Program {
+    /// Finds `name` as a shell would: as a path if it has a slash, else in the folders of PATH.
+    ///
+    /// # Errors
+    /// A sentence for the operator, if there is no such program or it cannot be executed.
+    pub(crate) fn find(command: &[OsString]) -> Result<Self, String> {
+        use std::os::unix::ffi::OsStrExt as _;
+        let [name, arguments @ ..] = command else { return Err("no COMMAND after '--'".to_owned()) };
+        let found = if name.as_bytes().contains(&b'/') {
+            Some(std::path::PathBuf::from(name))
+        } else {
+            let folders = std::env::var_os("PATH").unwrap_or_default();
+            std::env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| is_executable(path))
+        };
+        let shown = name.to_string_lossy();
+        let path = found.ok_or(format!(
+            "cannot run {shown}: no program of that name in PATH (install it, or give its full path)"
+        ))?;
+        if !path.exists() {
+            return Err(format!("cannot run {shown}: no such file (check the path)"));
+        }
+        if !is_executable(&path) {
+            return Err(format!("cannot run {shown}: it is not an executable file (chmod +x makes a script one)"));
+        }
+        Ok(Self { path, name: name.clone(), arguments: arguments.to_vec() })
+    }
+}
+
+fn is_executable(path: &std::path::Path) -> bool {
+    path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()
+}
+
+/// Reads a size: bytes, or with K, M, G or T (powers of 1024).
+///
+/// # Errors
+/// A sentence that says what is expected.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let expected = || format!("'{text}' is not a size (expected bytes, or a number with K, M, G or T, as in 64M)");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| expected())?;
+    let shift = match unit.trim_end_matches("iB").trim_end_matches('B') {
+        "" => 0,
+        "K" | "k" => 10,
+        "M" | "m" => 20,
+        "G" | "g" => 30,
+        "T" | "t" => 40,
+        _ => return Err(expected()),
+    };
+    number.checked_mul(1 << shift).ok_or_else(expected)
+}
+
+/// Writes a size as [`parse_size`] reads it, in the largest unit that fits it whole.
+pub(crate) fn format_size(bytes: u64) -> String {
+    let units = ["", " KiB", " MiB", " GiB", " TiB"];
+    let (mut rest, mut unit) = (bytes, 0);
+    while rest >= 1024 && rest % 1024 == 0 && unit + 1 < units.len() {
+        rest /= 1024;
+        unit += 1;
+    }
+    format!("{rest}{}", units[unit])
+}
+
+/// Reads a length of time: seconds, or with ms, s, m or h.
+///
+/// # Errors
+/// A sentence that says what is expected.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let expected = || format!("'{text}' is not a time (expected seconds, or a number with ms, s, m or h, as in 500ms)");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| expected())?;
+    let ms_per_unit = match unit {
+        "ms" => 1,
+        "" | "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err(expected()),
+    };
+    number.checked_mul(ms_per_unit).map(Duration::from_millis).ok_or_else(expected)
+}
+
+/// Reads the number of workers: 1 to 1024, or `auto`, one for each processor.
+///
+/// # Errors
+/// A sentence that says what is expected.
+pub(crate) fn parse_workers(text: &str) -> Result<u32, String> {
+    if text == "auto" {
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        return Ok(u32::try_from(processors).unwrap_or(1024).min(1024));
+    }
+    let number = text.parse().ok().filter(|number| (1..=1024).contains(number));
+    number.ok_or(format!("'{text}' is not a number of workers (expected 1 to 1024, or auto)"))
+}
+
+/// Reads permissions in octal, as `chmod` takes them.
+///
+/// # Errors
+/// A sentence that says what is expected.
+pub(crate) fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|&mode| mode <= 0o777);
+    mode.ok_or(format!("'{text}' is not a file mode (expected three octal digits, as in 660)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_and_written() {
+        for (text, bytes) in [("0", 0), ("512", 512), ("64M", 64 << 20), ("1GiB", 1 << 30), ("3kB", 3 << 10)] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "M", "-1", "1.5G", "64MM", "99999999999T"] {
+            assert!(parse_size(text).unwrap_err().contains("is not a size"), "{text}");
+        }
+        assert_eq!(format_size(64 << 20), "64 MiB");
+        assert_eq!(format_size((1 << 20) + 1), "1048577");
+    }
+
+    #[test]
+    fn times_are_read() {
+        for (text, ms) in [("30", 30_000), ("500ms", 500), ("2m", 120_000), ("1h", 3_600_000)] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "s", "1d", "-5s", "999999999999999999h"] {
+            assert!(parse_duration(text).unwrap_err().contains("is not a time"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let error = Program::find(&["no-such-program-here".into()]).unwrap_err();
+        assert!(error.contains("no program of that name in PATH"), "{error}");
+        assert!(Program::find(&["/etc/passwd".into()]).unwrap_err().contains("not an executable file"));
+        assert_eq!(Program::find(&["sh".into(), "-c".into()]).unwrap().arguments, ["-c"]);
+    }
+}

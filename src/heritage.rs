@@ -1,0 +1,46 @@
+//! The heritage: everything that a worker gets from the master, by name.
+//!
+//! A freshly forked worker closes every descriptor that is not one of these (or was opened by the
+//! application's own `preload`), and uses nothing else of the master's. Master and worker do not import each
+//! other; this is what passes between them.
+
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use forkyard_shm::Segment;
+use nix::unistd::Pid;
+
+use crate::config::Config;
+use crate::listen::Listener;
+
+/// What one worker inherits.
+#[derive(Debug)]
+pub(crate) struct Heritage {
+    /// Its number, unique among the living processes, and its row in the scoreboard.
+    pub(crate) slot: u32,
+    /// How often the master had been told to reload when this worker was made, from 1.
+    pub(crate) generation: u64,
+    pub(crate) master: Pid,
+    pub(crate) config: Arc<Config>,
+    pub(crate) listeners: Arc<[Listener]>,
+    pub(crate) segment: Segment,
+    /// The worker writes [`READY`] here when it accepts, or else its last words.
+    pub(crate) report: OwnedFd,
+    /// Never readable; at its end the master is dead.
+    pub(crate) lifeline: OwnedFd,
+}
+
+/// The byte by which a worker says that it is accepting connections.
+pub(crate) const READY: u8 = b'R';
+
+/// What a worker does with its heritage: it serves until it is told to stop, and returns an exit status.
+pub(crate) type WorkerMain = Box<dyn Fn(Heritage) -> u8>;
+
+impl Heritage {
+    /// The descriptors that stay open in the worker, beside the standard ones.
+    pub(crate) fn descriptors(&self) -> Vec<RawFd> {
+        let listeners = self.listeners.iter().map(|listener| listener.as_fd().as_raw_fd());
+        let others = [self.segment.fd().as_raw_fd(), self.report.as_raw_fd(), self.lifeline.as_raw_fd()];
+        listeners.chain(others).collect()
+    }
+}

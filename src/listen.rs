@@ -1,0 +1,407 @@
+//! Listening sockets: from the text of `--bind PROTO:ADDR` to a descriptor that all workers inherit.
+//!
+//! One socket serves all workers, and its queue belongs to no process: what waits there survives any worker's
+//! death. (With SO_REUSEPORT each worker would have a queue of its own, and its death would reset what is in
+//! it.) A stale Unix socket file is probed before it is removed, and at the end only our own is removed.
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage, UnixAddr,
+    setsockopt, sockopt,
+};
+use nix::sys::stat::{Mode, umask};
+
+use crate::sys;
+
+/// What is spoken on a listening socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    /// FastCGI 1.0, for a web server in front.
+    FastCgi,
+    /// HTTP/1.1.
+    Http,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::FastCgi => "fastcgi",
+            Self::Http => "http",
+        })
+    }
+}
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Address {
+    /// `HOST:PORT`; port 0 lets the system choose.
+    Tcp(String),
+    /// `unix:PATH`.
+    Path(PathBuf),
+    /// `unix:@NAME`, in Linux's abstract namespace.
+    Abstract(String),
+    /// `fd:N`, a listening socket that was inherited under this number.
+    Inherited(RawFd),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => f.write_str(address),
+            Self::Path(path) => write!(f, "unix:{}", path.display()),
+            Self::Abstract(name) => write!(f, "unix:@{name}"),
+            Self::Inherited(fd) => write!(f, "fd:{fd}"),
+        }
+    }
+}
+
+/// One `--bind`: a protocol and an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Bind {
+    /// What is spoken there.
+    pub(crate) protocol: Protocol,
+    /// Where that is.
+    pub(crate) address: Address,
+}
+
+impl fmt::Display for Bind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.protocol, self.address)
+    }
+}
+
+impl FromStr for Bind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "expected PROTO:ADDR, as in http:127.0.0.1:8080, fastcgi:unix:/run/app.sock or fastcgi:fd:3";
+        let (protocol, address) = text.split_once(':').ok_or(FORM)?;
+        let protocol = match protocol {
+            "fastcgi" => Protocol::FastCgi,
+            "http" => Protocol::Http,
+            other => return Err(format!("unknown protocol '{other}' (this version speaks fastcgi and http); {FORM}")),
+        };
+        let address = if let Some(name) = address.strip_prefix("unix:@") {
+            Address::Abstract(name.to_owned())
+        } else if let Some(path) = address.strip_prefix("unix:") {
+            if path.is_empty() {
+                return Err(format!("the path after 'unix:' is empty; {FORM}"));
+            }
+            Address::Path(PathBuf::from(path))
+        } else if let Some(number) = address.strip_prefix("fd:") {
+            let number = number.parse().ok().filter(|&fd: &RawFd| fd >= 0);
+            Address::Inherited(number.ok_or(format!("'fd:' takes the number of a descriptor; {FORM}"))?)
+        } else {
+            let port =
+                address.rsplit_once(':').map(|(_, port)| port).ok_or(format!("no port in '{address}'; {FORM}"))?;
+            if port.parse::<u16>().is_err() {
+                return Err(format!("'{port}' is not a port (0 to 65535); {FORM}"));
+            }
+            Address::Tcp(address.to_owned())
+        };
+        Ok(Self { protocol, address })
+    }
+}
+
+/// A `--bind` that could not be had: what was tried, what came back, what to do.
+#[derive(Debug)]
+pub(crate) struct ListenError {
+    bind: Bind,
+    cause: String,
+}
+
+impl fmt::Display for ListenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot bind {}: {}", self.bind, self.cause)
+    }
+}
+
+impl std::error::Error for ListenError {}
+
+/// A bound, listening socket. Dropping it closes it; [`Listener::remove_file`] removes its file.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    pub(crate) protocol: Protocol,
+    /// The address as it turned out: with the port that the system chose.
+    pub(crate) address: Address,
+    pub(crate) family: Family,
+    socket: OwnedFd,
+    /// Device and inode of the socket file that we made.
+    file: Option<(u64, u64)>,
+}
+
+/// The two kinds of sockets that a listener can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    Tcp,
+    Unix,
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.address, self.protocol) {
+            (Address::Tcp(address), Protocol::Http) => write!(f, "http://{address}"),
+            (address, protocol) => write!(f, "{protocol}:{address}"),
+        }
+    }
+}
+
+impl Listener {
+    /// Binds and listens.
+    ///
+    /// `backlog` is the length of the kernel's queue of connections that nobody has accepted yet; `mode` are
+    /// the permissions of a socket file; `blocking` is for programs that call `accept` themselves.
+    ///
+    /// # Errors
+    /// [`ListenError`], worded for the operator.
+    pub(crate) fn bind(bind: &Bind, backlog: u32, mode: Option<u32>, blocking: bool) -> Result<Self, ListenError> {
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let mut listener = match &bind.address {
+            Address::Tcp(address) => bind_tcp(address, bind.protocol, backlog).map_err(fail)?,
+            Address::Path(path) => bind_path(path, bind.protocol, backlog, mode).map_err(fail)?,
+            Address::Abstract(name) => bind_abstract(name, bind.protocol, backlog).map_err(fail)?,
+            Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
+        };
+        listener.set_blocking(blocking).map_err(|error| fail(error.to_string()))?;
+        if let (Family::Tcp, Ok(address)) = (listener.family, socket::getsockname(listener.socket.as_raw_fd())) {
+            let address: SockaddrStorage = address;
+            listener.address = Address::Tcp(address.to_string());
+        }
+        Ok(listener)
+    }
+
+    fn set_blocking(&mut self, blocking: bool) -> io::Result<()> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let mut flags = OFlag::from_bits_retain(fcntl(&self.socket, FcntlArg::F_GETFL)?);
+        flags.set(OFlag::O_NONBLOCK, !blocking);
+        fcntl(&self.socket, FcntlArg::F_SETFL(flags))?;
+        Ok(())
+    }
+
+    /// A second descriptor of the same socket.
+    ///
+    /// # Errors
+    /// When no more descriptors can be had.
+    pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.socket.try_clone()
+    }
+
+    /// Removes the socket file, if it is still the one that this listener made.
+    pub(crate) fn remove_file(&self) {
+        if let (Address::Path(path), Some(ours)) = (&self.address, self.file)
+            && file_identity(path) == Some(ours)
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            log::warn!("cannot remove {}: {error}", path.display());
+        }
+    }
+}
+
+fn file_identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+fn new_socket(family: AddressFamily) -> Result<OwnedFd, String> {
+    socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+        .map_err(|errno| format!("no socket can be had: {}", errno.desc()))
+}
+
+fn listen(socket: &OwnedFd, backlog: u32) -> Result<(), String> {
+    let backlog = i32::try_from(backlog).unwrap_or(i32::MAX);
+    let backlog = Backlog::new(backlog).unwrap_or(Backlog::MAXCONN);
+    socket::listen(socket, backlog).map_err(|errno| format!("listen: {}", errno.desc()))
+}
+
+fn bind_tcp(address: &str, protocol: Protocol, backlog: u32) -> Result<Listener, String> {
+    let candidates: Vec<SocketAddr> = address
+        .to_socket_addrs()
+        .map_err(|error| {
+            format!("'{address}' does not resolve: {error} (give an address and a port, as in 127.0.0.1:8080)")
+        })?
+        .collect();
+    let mut cause = format!("'{address}' resolves to no address");
+    for candidate in candidates {
+        let (family, storage): (_, Box<dyn SockaddrLike>) = match candidate {
+            SocketAddr::V4(address) => (AddressFamily::Inet, Box::new(SockaddrIn::from(address))),
+            SocketAddr::V6(address) => (AddressFamily::Inet6, Box::new(SockaddrIn6::from(address))),
+        };
+        let socket = new_socket(family)?;
+        setsockopt(&socket, sockopt::ReuseAddr, &true).map_err(|errno| errno.desc().to_owned())?;
+        match socket::bind(socket.as_raw_fd(), &*storage) {
+            Ok(()) => {
+                listen(&socket, backlog)?;
+                let address = Address::Tcp(candidate.to_string());
+                return Ok(Listener { protocol, address, family: Family::Tcp, socket, file: None });
+            }
+            Err(errno) => cause = explain_tcp(errno, candidate),
+        }
+    }
+    Err(cause)
+}
+
+fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
+    let port = address.port();
+    match errno {
+        Errno::EADDRINUSE => {
+            format!("port {port} is in use by another program (stop that one, or choose another port with --bind)")
+        }
+        Errno::EACCES => {
+            format!("permission denied for port {port} (ports below 1024 need root or CAP_NET_BIND_SERVICE)")
+        }
+        Errno::EADDRNOTAVAIL => {
+            format!("{} is not an address of this machine (127.0.0.1 is, and 0.0.0.0 means all of them)", address.ip())
+        }
+        errno => errno.desc().to_owned(),
+    }
+}
+
+fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -> Result<Listener, String> {
+    let address = UnixAddr::new(path).map_err(|_| {
+        format!(
+            "the path has {} bytes, and a Unix socket's may have 107 (choose a shorter one)",
+            path.as_os_str().len()
+        )
+    })?;
+    clear_stale(path)?;
+    let socket = new_socket(AddressFamily::Unix)?;
+    // The file is born with its permissions: nobody can connect between a bind and a chmod.
+    let before = mode.map(|mode| umask(Mode::from_bits_truncate(0o777 & !mode)));
+    let bound = socket::bind(socket.as_raw_fd(), &address);
+    if let Some(before) = before {
+        umask(before);
+    }
+    bound.map_err(|errno| explain_path(errno, path))?;
+    let file = file_identity(path);
+    listen(&socket, backlog)?;
+    Ok(Listener { protocol, address: Address::Path(path.to_owned()), family: Family::Unix, socket, file })
+}
+
+/// Removes the socket file of a program that is gone; refuses if somebody listens there.
+fn clear_stale(path: &Path) -> Result<(), String> {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    if !metadata.file_type().is_socket() {
+        return Err("the file there is not a socket (move it away, or choose another path with --bind)".to_owned());
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)
+            .map_err(|error| format!("the stale socket file there cannot be removed: {error} (remove it by hand)")),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err("permission denied for the socket that is there (run as its owner, or choose another path with --bind)"
+                .to_owned())
+        }
+        // A full queue (EAGAIN) is a live listener too.
+        Ok(_) | Err(_) => {
+            Err("another program is listening there (stop that one, or choose another path with --bind)".to_owned())
+        }
+    }
+}
+
+fn explain_path(errno: Errno, path: &Path) -> String {
+    let folder = path.parent().map_or_else(|| ".".to_owned(), |folder| folder.display().to_string());
+    match errno {
+        Errno::EACCES | Errno::EPERM | Errno::EROFS => {
+            format!("{} (run as root, or choose a path you can write, with --bind)", errno.desc().to_lowercase())
+        }
+        Errno::ENOENT => format!("the folder {folder} does not exist (create it, or choose another path with --bind)"),
+        errno => errno.desc().to_lowercase(),
+    }
+}
+
+fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listener, String> {
+    let address = UnixAddr::new_abstract(name.as_bytes())
+        .map_err(|_| format!("the name has {} bytes, and an abstract socket's may have 107", name.len()))?;
+    let socket = new_socket(AddressFamily::Unix)?;
+    socket::bind(socket.as_raw_fd(), &address).map_err(|errno| match errno {
+        Errno::EADDRINUSE => "another program is listening there (stop that one, or choose another name)".to_owned(),
+        errno => errno.desc().to_lowercase(),
+    })?;
+    listen(&socket, backlog)?;
+    Ok(Listener { protocol, address: Address::Abstract(name.to_owned()), family: Family::Unix, socket, file: None })
+}
+
+fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {
+    let socket = sys::descriptor(fd)
+        .ok_or(format!("descriptor {fd} is not open (the program that starts this one must pass it on)"))?;
+    if !socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false) {
+        return Err(format!("descriptor {fd} is not a listening socket (call listen on it before passing it on)"));
+    }
+    let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd()).map_err(|errno| errno.desc().to_owned())?;
+    let family = match address.family() {
+        Some(AddressFamily::Unix) => Family::Unix,
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => Family::Tcp,
+        other => return Err(format!("descriptor {fd} is a socket of a family not served here: {other:?}")),
+    };
+    Ok(Listener { protocol, address: Address::Inherited(fd), family, socket, file: None })
+}
+
+/// Whether standard input is a listening socket: the FastCGI convention of a program that a web server
+/// started (FastCGI specification 1.0, section 2.2).
+pub(crate) fn started_by_web_server() -> bool {
+    socket::getsockopt(&io::stdin(), sockopt::AcceptConn).unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bind_is_read_and_written_back() {
+        for text in
+            ["http:127.0.0.1:8080", "fastcgi:unix:/run/a b.sock", "fastcgi:unix:@name", "http:fd:3", "http:[::1]:80"]
+        {
+            assert_eq!(text.parse::<Bind>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn a_wrong_bind_says_what_is_expected() {
+        for (text, said) in [
+            ("8080", "expected PROTO:ADDR"),
+            ("gopher:127.0.0.1:70", "unknown protocol 'gopher'"),
+            ("http:localhost", "no port in 'localhost'"),
+            ("http:localhost:http", "'http' is not a port"),
+            ("http:fd:-1", "takes the number of a descriptor"),
+            ("fastcgi:unix:", "is empty"),
+        ] {
+            let error = text.parse::<Bind>().unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let bind: Bind = format!("fastcgi:unix:{}", path.display()).parse().unwrap();
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+
+        let first = Listener::bind(&bind, 8, Some(0o600), false).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let error = Listener::bind(&bind, 8, None, false).unwrap_err().to_string();
+        assert!(error.contains("another program is listening there"), "{error}");
+
+        // Somebody else's file under the same name stays.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "mine").unwrap();
+        first.remove_file();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+        let error = Listener::bind(&bind, 8, None, false).unwrap_err().to_string();
+        assert!(error.contains("is not a socket"), "{error}");
+    }
+}

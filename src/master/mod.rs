@@ -1,0 +1,275 @@
+//! The master: one thread, one `poll(2)`, events in, actions out.
+//!
+//! It makes processes, hears of their readiness and their end, and does what the [`supervisor`] decides. It
+//! never runs application code, never touches tokio, and takes no lock in shared memory: of that it reads the
+//! scoreboard rows of dead workers and nothing else. What a child says is gossip: bounded, and matched against
+//! the pid it came from.
+//!
+//! - [`supervisor`] decides (pure).
+//! - [`spawn`] makes processes; [`signals`] and [`output`] make signals and programs' output readable.
+//! - [`obituary`] writes the line for each process that ended.
+
+mod obituary;
+mod output;
+mod signals;
+mod spawn;
+mod supervisor;
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd as _, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forkyard_shm::{Scoreboard, Segment};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use self::signals::{Meaning, SignalInbox};
+pub(crate) use self::spawn::Launch;
+use self::spawn::{Child, Link, Nursery, is_accepting};
+use self::supervisor::{Action, Event, Note, Policy, Supervisor, Wish};
+use crate::config::Config;
+use crate::listen::Listener;
+use crate::sys::{self, Ending};
+
+/// The exit status by which a worker asks not to be replaced.
+const RETIRE: i32 = 125;
+/// How often an external program that is starting is looked at.
+const LOOK: Duration = Duration::from_millis(10);
+
+struct Master {
+    supervisor: Supervisor,
+    nursery: Nursery,
+    signals: SignalInbox,
+    scoreboard: Scoreboard,
+    children: HashMap<Pid, Child>,
+    begun: Instant,
+    /// Set when the last process is gone: whether the operator asked for that.
+    ended: Option<bool>,
+}
+
+/// Runs until it is told to stop and every process is gone. True if it was told to, false if all workers
+/// asked not to be replaced.
+///
+/// `begun` is when the program started, and `preloaded` are the descriptors that workers keep.
+///
+/// # Errors
+/// If the master cannot set itself up.
+pub(crate) fn run(
+    config: Arc<Config>,
+    listeners: Arc<[Listener]>,
+    segment: Segment,
+    launch: Launch,
+    preloaded: Vec<RawFd>,
+    begun: Instant,
+) -> io::Result<bool> {
+    // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
+    nix::sys::prctl::set_child_subreaper(true)?;
+    let policy = Policy {
+        workers: config.workers,
+        slots: config.slots(),
+        start_timeout: config.start_timeout,
+        drain_timeout: config.drain_timeout,
+        respawn_rate: config.respawn_rate,
+    };
+    let mut master = Master {
+        supervisor: Supervisor::new(policy),
+        signals: SignalInbox::open()?,
+        scoreboard: segment.scoreboard(),
+        nursery: Nursery::new(config, listeners, segment, launch, preloaded)?,
+        children: HashMap::new(),
+        begun,
+        ended: None,
+    };
+    master.feed(Event::Tick);
+    while master.ended.is_none() {
+        master.wait();
+        master.hear_signals();
+        master.hear_children();
+        master.look_at_programs();
+        master.feed(Event::Tick);
+    }
+    Ok(master.ended == Some(true))
+}
+
+impl Master {
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// The one wait point.
+    fn wait(&self) {
+        let mut timeout = self.supervisor.next_deadline().map(|deadline| deadline.saturating_sub(self.now()));
+        if self.children.values().any(Child::is_unsettled_program) {
+            timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
+        }
+        // One more millisecond, or else it would wake just before the deadline.
+        let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
+            PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
+        });
+        let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
+        let children = self.children.values().filter_map(Child::watched);
+        let children = children.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let mut watched: Vec<PollFd<'_>> = std::iter::once(signals).chain(children).collect();
+        match poll(&mut watched, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => {
+                // ENOMEM: nothing is lost, but do not spin.
+                log::error!("the master cannot poll: {errno}");
+                std::thread::sleep(LOOK);
+            }
+        }
+    }
+
+    fn hear_signals(&mut self) {
+        for meaning in self.signals.take() {
+            match meaning {
+                Meaning::Child => self.reap(),
+                Meaning::Command(command) => {
+                    log::info!("asked to {}", command.verb());
+                    self.feed(Event::Command(command));
+                }
+                Meaning::Reserved(what) => log::info!("signal {what} is reserved and does nothing yet"),
+            }
+        }
+    }
+
+    /// Reaps all that have ended: one SIGCHLD may stand for many.
+    fn reap(&mut self) {
+        while let Some((pid, ending)) = sys::reap() {
+            self.hear(pid);
+            let Some(child) = self.children.remove(&pid) else {
+                log::debug!("reaped a stranger pid={pid} {ending}");
+                continue;
+            };
+            self.scoreboard.bury(child.slot, pid.as_raw().cast_unsigned());
+            obituary::publish(pid, ending, child, &self.scoreboard);
+            let wish = if ending == Ending::Exited(RETIRE) { Wish::Retire } else { Wish::Replace };
+            self.feed(Event::Exited { pid, wish });
+        }
+    }
+
+    fn hear_children(&mut self) {
+        let pids: Vec<Pid> = self.children.keys().copied().collect();
+        for pid in pids {
+            self.hear(pid);
+        }
+    }
+
+    fn hear(&mut self, pid: Pid) {
+        if let Some(child) = self.children.get_mut(&pid)
+            && child.watched().is_some()
+            && child.listen(pid)
+        {
+            self.feed(Event::Ready { pid });
+        }
+    }
+
+    /// An external program tells us nothing. It counts as started when it sleeps in `accept`, or has lived
+    /// for `--settle`.
+    fn look_at_programs(&mut self) {
+        let settle = self.nursery.config.settle;
+        let mut started = Vec::new();
+        for (&pid, child) in &mut self.children {
+            let lived = child.since.elapsed();
+            if let Link::Program { started: seen @ false, .. } = &mut child.link
+                && (lived >= settle || is_accepting(pid))
+            {
+                *seen = true;
+                started.push(pid);
+            }
+        }
+        for pid in started {
+            self.feed(Event::Ready { pid });
+        }
+    }
+
+    /// Gives the supervisor an event and does what it wants, until it wants nothing more.
+    fn feed(&mut self, event: Event) {
+        let mut actions = VecDeque::from(self.supervisor.step(event, self.now()));
+        while let Some(action) = actions.pop_front() {
+            if let Some(answer) = self.act(action) {
+                actions.extend(self.supervisor.step(answer, self.now()));
+            }
+        }
+    }
+
+    fn act(&mut self, action: Action) -> Option<Event> {
+        match action {
+            Action::Spawn { slot, generation } => Some(self.spawn(slot, generation)),
+            Action::Terminate { pid } => {
+                self.signal(pid, Signal::SIGTERM);
+                None
+            }
+            Action::Kill { pid } => {
+                self.signal(pid, Signal::SIGKILL);
+                None
+            }
+            Action::Note(note) => {
+                self.tell(note);
+                None
+            }
+            Action::Exit { success } => {
+                self.ended = Some(success);
+                None
+            }
+        }
+    }
+
+    fn spawn(&mut self, slot: u32, generation: u64) -> Event {
+        match self.nursery.spawn(slot, generation, &self.signals) {
+            Ok((pid, child)) => {
+                log::debug!("worker spawned slot={slot} pid={pid} gen={generation}");
+                self.children.insert(pid, child);
+                Event::Spawned { slot, pid }
+            }
+            Err(error) => {
+                log::error!("cannot make a worker slot={slot} gen={generation}: {error}");
+                Event::SpawnFailed { slot }
+            }
+        }
+    }
+
+    fn signal(&mut self, pid: Pid, signal: Signal) {
+        let Some(child) = self.children.get_mut(&pid) else { return };
+        child.asked_to_leave = true;
+        // The pid cannot have been given to another process: we have not reaped it.
+        if let Err(errno) = kill(pid, signal) {
+            log::error!("cannot signal worker slot={} pid={pid} signal={signal}: {errno}", child.slot);
+        }
+    }
+
+    fn tell(&self, note: Note) {
+        match note {
+            Note::FullStrength => crate::banner::ready(self.begun.elapsed()),
+            Note::Failing { failures, delay } => log::error!(
+                "workers die before they are ready: {failures} in a row, next try in {}ms (see the lines above for why)",
+                delay.as_millis()
+            ),
+            Note::Throttled { slot, delay } => {
+                log::warn!("workers die often: replacing slot={slot} in {}ms (--respawn-rate)", delay.as_millis())
+            }
+            Note::StartTimeout { slot, pid } => {
+                log::warn!("worker slot={slot} pid={pid} is not ready in time (--start-timeout): killed");
+            }
+            Note::DrainTimeout { slot, pid } => {
+                log::warn!("worker slot={slot} pid={pid} does not finish in time (--drain-timeout): killed");
+            }
+            Note::Target(target) => log::info!("workers={target}"),
+            Note::TargetLimit(target) => log::warn!("workers={target} is the limit: left as it is"),
+            Note::ReloadStarted { generation } => log::info!("reload begins gen={generation}"),
+            Note::ReloadDone { generation } => log::info!("reload done gen={generation}"),
+            Note::ReloadFailed { generation } => {
+                log::error!("reload failed gen={generation}: a new worker died before it was ready; the old ones stay");
+            }
+        }
+    }
+}
+
+impl Child {
+    fn is_unsettled_program(&self) -> bool {
+        matches!(self.link, Link::Program { started: false, .. })
+    }
+}

@@ -1,0 +1,41 @@
+//! The obituary: one log line for each process that ended, with all that is known of it.
+
+use std::fmt::Write as _;
+
+use forkyard_shm::Scoreboard;
+use nix::unistd::Pid;
+
+use super::spawn::Child;
+use crate::sys::Ending;
+
+/// So many of the requests that it was serving are named.
+const NAMED: usize = 4;
+
+/// Writes the line. What the scoreboard says is the dead process's word: bounded, and taken as text only.
+pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Scoreboard) {
+    let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
+    let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
+    // The row is the child's only if the child had claimed it.
+    let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
+    if let Some(row) = row {
+        let _ = write!(line, " served={}", row.requests);
+        if row.in_flight > 0 {
+            let named = row.serving.iter().take(NAMED);
+            let named: Vec<String> = named.map(|one| format!("{} {}ms", one.what, one.since.as_millis())).collect();
+            let more = usize::try_from(row.in_flight).unwrap_or(usize::MAX).saturating_sub(named.len());
+            let more = if more > 0 { format!(", {more} more") } else { String::new() };
+            let _ = write!(line, " in_flight={:?}", named.join(", ") + &more);
+        }
+    }
+    let asked = child.asked_to_leave;
+    let last_words = child.bury(pid);
+    if !last_words.is_empty() {
+        let _ = write!(line, " said={last_words:?}");
+    }
+    match ending {
+        _ if asked => log::info!("worker left {line}"),
+        Ending::Exited(0) => log::info!("worker left of its own accord {line}"),
+        Ending::Exited(125) => log::warn!("worker left and asks not to be replaced {line}"),
+        Ending::Exited(_) | Ending::Signaled(_) => log::warn!("worker died {line}"),
+    }
+}

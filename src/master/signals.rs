@@ -1,0 +1,88 @@
+//! The master's signals, made readable: a flag for each and one socket that the loop's `poll` watches.
+//!
+//! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it lets
+//! signals through, or else a signal meant for it would wake the master and not end it.
+
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use signal_hook::consts::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2};
+use signal_hook::{SigId, flag, low_level};
+
+use super::supervisor::Command;
+
+/// What a signal means to the master.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Meaning {
+    /// A child has ended: reap.
+    Child,
+    Command(Command),
+    /// The master goes on, and says that it does.
+    Reserved(&'static str),
+}
+
+const MEANINGS: [(i32, Meaning); 9] = [
+    (SIGCHLD, Meaning::Child),
+    (SIGTERM, Meaning::Command(Command::Drain)),
+    (SIGINT, Meaning::Command(Command::Halt)),
+    (SIGQUIT, Meaning::Command(Command::Halt)),
+    (SIGHUP, Meaning::Command(Command::Reload)),
+    (SIGTTIN, Meaning::Command(Command::Add)),
+    (SIGTTOU, Meaning::Command(Command::Remove)),
+    (SIGUSR1, Meaning::Reserved("USR1 (reopen logs)")),
+    (SIGUSR2, Meaning::Reserved("USR2 (upgrade)")),
+];
+
+/// Where signals arrive.
+#[derive(Debug)]
+pub(crate) struct SignalInbox {
+    socket: UnixStream,
+    flags: [Arc<AtomicBool>; MEANINGS.len()],
+    registered: Vec<SigId>,
+}
+
+impl SignalInbox {
+    /// Takes over the signals that the master knows.
+    ///
+    /// # Errors
+    /// If no socket pair can be had.
+    pub(crate) fn open() -> io::Result<Self> {
+        let (socket, wake) = UnixStream::pair()?;
+        socket.set_nonblocking(true)?;
+        let mut inbox = Self { socket, flags: Default::default(), registered: Vec::new() };
+        for ((signal, _), flag) in MEANINGS.iter().zip(&inbox.flags) {
+            // The flag first: when the socket wakes the loop, it must stand.
+            inbox.registered.push(flag::register(*signal, Arc::clone(flag))?);
+            inbox.registered.push(low_level::pipe::register(*signal, wake.try_clone()?)?);
+        }
+        Ok(inbox)
+    }
+
+    /// The signals that came since the last call, each once.
+    pub(crate) fn take(&mut self) -> Vec<Meaning> {
+        let mut wakes = [0; 64];
+        while matches!(self.socket.read(&mut wakes), Ok(read) if read == wakes.len()) {}
+        let came = MEANINGS.iter().zip(&self.flags).filter(|(_, flag)| flag.swap(false, Ordering::SeqCst));
+        came.map(|((_, meaning), _)| *meaning).collect()
+    }
+
+    /// For a child: undoes every registration, so that no signal of the child's reaches the master.
+    ///
+    /// The handlers themselves stay installed, with nothing to do. That is deliberate: signal-hook (and so
+    /// tokio's signals, which the application may use) takes a signal over only once in a process's life and
+    /// would not notice that a default disposition was put back.
+    pub(crate) fn leave(&self) {
+        for &id in &self.registered {
+            low_level::unregister(id);
+        }
+    }
+}
+
+impl AsFd for SignalInbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

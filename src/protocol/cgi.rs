@@ -1,0 +1,295 @@
+//! CGI variables (RFC 3875) and `http`: a request's head out of parameters, a response's head as CGI writes it.
+//!
+//! Section numbers are those of RFC 3875. FastCGI uses both directions; the server in front is the one that
+//! speaks HTTP, and this file does not undo what that server decided: `REQUEST_URI` is taken as it came, and
+//! no variable is believed beyond what CGI says of it.
+
+use std::fmt;
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, Request, StatusCode, Uri, Version};
+
+use super::fastcgi::Params;
+
+/// Where a request came from, as the server in front tells it (`REMOTE_ADDR`, `REMOTE_PORT`), or the address
+/// at the other end of an HTTP connection. An extension of each request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// `None` for a Unix socket, or if the server in front does not say.
+    pub address: Option<SocketAddr>,
+}
+
+/// The head of a request that makes no sense. It is the server's fault, or that of whoever connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Error {
+    Method,
+    Uri,
+    Header,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Method => "REQUEST_METHOD is missing or is no method",
+            Self::Uri => "neither REQUEST_URI nor SCRIPT_NAME with PATH_INFO makes a URI",
+            Self::Header => "a header has a value that no header may have",
+        })
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// What CGI variables say of a request, collected in one pass.
+#[derive(Default)]
+struct Variables {
+    method: Option<Bytes>,
+    request_uri: Option<Bytes>,
+    script_name: Bytes,
+    path_info: Bytes,
+    query: Bytes,
+    address: Option<IpAddr>,
+    port: u16,
+    version: Version,
+    headers: HeaderMap,
+}
+
+/// Makes a request of `params`, which go with it as an extension. `body` makes its body, and is given the
+/// length that was announced, if one was.
+///
+/// # Errors
+/// [`Error`]: there is no method, URI or header in what was said.
+pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) -> Result<Request<B>, Error> {
+    let mut variables = Variables { headers: HeaderMap::with_capacity(16), ..Variables::default() };
+    for (name, value) in params.iter_shared() {
+        variables.take(name, value)?;
+    }
+    let method = variables.method.filter(|method| !method.is_empty()).ok_or(Error::Method)?;
+    let method = Method::from_bytes(&method).map_err(|_| Error::Method)?;
+    let uri = match variables.request_uri.filter(|uri| !uri.is_empty()) {
+        Some(uri) => request_uri(uri)?,
+        None => rebuilt_uri(&variables.script_name, &variables.path_info, &variables.query)?,
+    };
+    let length = variables.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    let mut request = Request::new(body(length));
+    *request.method_mut() = method;
+    *request.uri_mut() = uri;
+    *request.version_mut() = variables.version;
+    *request.headers_mut() = variables.headers;
+    let address = variables.address.map(|address| SocketAddr::new(address, variables.port));
+    request.extensions_mut().insert(Peer { address });
+    request.extensions_mut().insert(params);
+    Ok(request)
+}
+
+impl Variables {
+    fn take(&mut self, name: &[u8], value: Bytes) -> Result<(), Error> {
+        match name {
+            b"REQUEST_METHOD" => self.method = Some(value),
+            b"REQUEST_URI" => self.request_uri = Some(value),
+            b"SCRIPT_NAME" => self.script_name = value,
+            b"PATH_INFO" => self.path_info = value,
+            b"QUERY_STRING" => self.query = value,
+            b"REMOTE_ADDR" => self.address = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok()),
+            b"REMOTE_PORT" => {
+                self.port = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
+            }
+            b"SERVER_PROTOCOL" => self.version = version(&value),
+            // Sent empty when there is none (4.1.2, 4.1.3). A length that is no number (one server sends -1 for a
+            // body of unknown length) says nothing: the end of the stream is what counts.
+            b"CONTENT_LENGTH" if value.iter().all(u8::is_ascii_digit) && !value.is_empty() => {
+                self.header(header::CONTENT_LENGTH, value)?;
+            }
+            b"CONTENT_TYPE" if !value.is_empty() => self.header(header::CONTENT_TYPE, value)?,
+            // These would contradict the two above; and Proxy is never a client's to say ("httpoxy").
+            b"HTTP_CONTENT_LENGTH" | b"HTTP_CONTENT_TYPE" | b"HTTP_PROXY" => {}
+            _ => {
+                if let Some(name) = name.strip_prefix(b"HTTP_").and_then(header_name) {
+                    self.header(name, value)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn header(&mut self, name: HeaderName, value: Bytes) -> Result<(), Error> {
+        let value = HeaderValue::from_maybe_shared(value).map_err(|_| Error::Header)?;
+        self.headers.append(name, value);
+        Ok(())
+    }
+}
+
+/// `USER_AGENT` is the header `user-agent` (4.1.18). A name that no header can have is passed over.
+fn header_name(variable: &[u8]) -> Option<HeaderName> {
+    let mut name = [0; 128];
+    let name = name.get_mut(..variable.len())?;
+    for (to, &from) in name.iter_mut().zip(variable) {
+        *to = if from == b'_' { b'-' } else { from.to_ascii_lowercase() };
+    }
+    HeaderName::from_bytes(name).ok()
+}
+
+fn version(protocol: &[u8]) -> Version {
+    match protocol {
+        b"HTTP/1.0" => Version::HTTP_10,
+        b"HTTP/2.0" | b"HTTP/2" => Version::HTTP_2,
+        b"HTTP/3.0" | b"HTTP/3" => Version::HTTP_3,
+        _ => Version::HTTP_11,
+    }
+}
+
+/// What the client sent, as the server passed it on. Bytes that a URI may not have, though clients send them,
+/// are percent-encoded.
+fn request_uri(uri: Bytes) -> Result<Uri, Error> {
+    if let Ok(uri) = Uri::from_maybe_shared(uri.clone()) {
+        return Ok(uri);
+    }
+    let mut encoded = BytesMut::with_capacity(uri.len() + 16);
+    percent_encode(&mut encoded, &uri, |byte| byte > b' ' && byte < 0x7f && !b"\"<>\\^`{|}#".contains(&byte));
+    Uri::from_maybe_shared(encoded.freeze()).map_err(|_| Error::Uri)
+}
+
+/// From the decoded path, for servers that do not pass the URI on.
+fn rebuilt_uri(script_name: &[u8], path_info: &[u8], query: &[u8]) -> Result<Uri, Error> {
+    let mut uri = BytesMut::with_capacity(script_name.len() + path_info.len() + query.len() + 16);
+    if !script_name.starts_with(b"/") && !(script_name.is_empty() && path_info.starts_with(b"/")) {
+        uri.put_u8(b'/');
+    }
+    let in_path = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(&byte);
+    percent_encode(&mut uri, script_name, in_path);
+    percent_encode(&mut uri, path_info, in_path);
+    if !query.is_empty() {
+        uri.put_u8(b'?');
+        uri.put_slice(query);
+    }
+    request_uri(uri.freeze())
+}
+
+fn percent_encode(out: &mut BytesMut, bytes: &[u8], plain: impl Fn(u8) -> bool) {
+    const HEX: [u8; 16] = *b"0123456789ABCDEF";
+    for &byte in bytes {
+        if plain(byte) {
+            out.put_u8(byte);
+        } else {
+            let digit = |nibble: u8| HEX.get(usize::from(nibble)).copied().unwrap_or(b'0');
+            out.put_slice(&[b'%', digit(byte >> 4), digit(byte & 15)]);
+        }
+    }
+}
+
+/// Writes a response's head (6.3): the status always, since some servers do not know that `Location` means a
+/// redirection, then the headers, then an empty line. What belongs to one HTTP connection only is left out.
+pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &HeaderMap, length: Option<u64>) {
+    out.reserve(64 + headers.len() * 48);
+    out.put_slice(b"Status: ");
+    out.put_slice(status.as_str().as_bytes());
+    out.put_u8(b' ');
+    out.put_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
+    out.put_slice(b"\r\n");
+    for (name, value) in headers {
+        if matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE) || name == "keep-alive" {
+            continue;
+        }
+        out.put_slice(name.as_str().as_bytes());
+        out.put_slice(b": ");
+        out.put_slice(value.as_bytes());
+        out.put_slice(b"\r\n");
+    }
+    if let Some(length) = length.filter(|_| !headers.contains_key(header::CONTENT_LENGTH)) {
+        // Writing into memory cannot fail.
+        let _ = write!(out.writer(), "content-length: {length}\r\n");
+    }
+    out.put_slice(b"\r\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params(pairs: &[(&str, &str)]) -> Params {
+        let mut raw = Vec::new();
+        for (name, value) in pairs {
+            let length = |text: &str| (u32::try_from(text.len()).unwrap() | 0x8000_0000).to_be_bytes();
+            raw.extend([&length(name)[..], &length(value), name.as_bytes(), value.as_bytes()].concat());
+        }
+        Params::parse(raw.into()).unwrap()
+    }
+
+    fn made(pairs: &[(&str, &str)]) -> Result<Request<Option<u64>>, Error> {
+        request(params(pairs), |length| length)
+    }
+
+    #[test]
+    fn what_nginx_sends_becomes_a_request() {
+        let request = made(&[
+            ("QUERY_STRING", "a=1"),
+            ("REQUEST_METHOD", "POST"),
+            ("CONTENT_TYPE", "text/plain"),
+            ("CONTENT_LENGTH", "12"),
+            ("SCRIPT_NAME", "/a b"),
+            ("REQUEST_URI", "/a%20b?a=1"),
+            ("SERVER_PROTOCOL", "HTTP/2.0"),
+            ("REMOTE_ADDR", "192.0.2.7"),
+            ("REMOTE_PORT", "4711"),
+            ("HTTP_X_TWO_WORDS", "yes"),
+            ("HTTP_COOKIE", "a=b"),
+            ("HTTP_PROXY", "http://evil"),
+        ])
+        .unwrap();
+        assert_eq!((request.method(), request.uri().to_string()), (&Method::POST, "/a%20b?a=1".to_owned()));
+        assert_eq!((request.version(), *request.body()), (Version::HTTP_2, Some(12)));
+        assert_eq!(request.headers()["x-two-words"], "yes");
+        assert_eq!(request.headers()["content-type"], "text/plain");
+        assert!(!request.headers().contains_key("proxy"));
+        let peer: &Peer = request.extensions().get().unwrap();
+        assert_eq!(peer.address, Some("192.0.2.7:4711".parse().unwrap()));
+        assert_eq!(request.extensions().get::<Params>().unwrap().get("SCRIPT_NAME"), Some(&b"/a b"[..]));
+    }
+
+    #[test]
+    fn without_a_request_uri_the_path_is_encoded_again() {
+        let request = made(&[
+            ("REQUEST_METHOD", "GET"),
+            ("SCRIPT_NAME", "/ä x"),
+            ("PATH_INFO", "/100%?"),
+            ("QUERY_STRING", "q=1"),
+        ]);
+        assert_eq!(request.unwrap().uri(), "/%C3%A4%20x/100%25%3F?q=1");
+        assert_eq!(made(&[("REQUEST_METHOD", "GET")]).unwrap().uri(), "/");
+        assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("PATH_INFO", "/p")]).unwrap().uri(), "/p");
+    }
+
+    #[test]
+    fn bytes_that_a_uri_may_not_have_are_encoded() {
+        let request = made(&[("REQUEST_METHOD", "GET"), ("REQUEST_URI", "/caf\u{e9}?q=<a b>")]).unwrap();
+        assert_eq!(request.uri(), "/caf%C3%A9?q=%3Ca%20b%3E");
+    }
+
+    #[test]
+    fn a_head_that_makes_no_sense_is_refused() {
+        assert_eq!(made(&[("REQUEST_URI", "/")]).unwrap_err(), Error::Method);
+        assert_eq!(made(&[("REQUEST_METHOD", "")]).unwrap_err(), Error::Method);
+        assert_eq!(made(&[("REQUEST_METHOD", "GE T")]).unwrap_err(), Error::Method);
+        assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", "a\r\nb: c")]).unwrap_err(), Error::Header);
+    }
+
+    #[test]
+    fn a_length_that_is_none_says_nothing() {
+        for length in ["", "-1", "12x"] {
+            let request = made(&[("REQUEST_METHOD", "GET"), ("CONTENT_LENGTH", length)]).unwrap();
+            assert!(request.headers().is_empty() && request.body().is_none(), "{length}");
+        }
+    }
+
+    #[test]
+    fn a_response_head_always_has_its_status() {
+        let mut headers = HeaderMap::new();
+        headers.insert("location", HeaderValue::from_static("/there"));
+        headers.insert("connection", HeaderValue::from_static("close"));
+        let mut out = BytesMut::new();
+        response_head(&mut out, StatusCode::SEE_OTHER, &headers, Some(0));
+        assert_eq!(out, "Status: 303 See Other\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n");
+    }
+}

@@ -1,0 +1,11 @@
+//! The protocols, as pure functions from bytes to meaning and back: no I/O, no clock, no tokio.
+//!
+//! - [`fastcgi`] knows records and streams.
+//! - [`cgi`] knows what a CGI variable means to an `http::Request`, and how a response head is written.
+//!
+//! HTTP is hyper's; there is no file for it here.
+
+#![deny(clippy::indexing_slicing)]
+
+pub(crate) mod cgi;
+pub(crate) mod fastcgi;

@@ -1,0 +1,266 @@
+//! The fenced system calls: everything of the runtime that needs `unsafe`, or that is only sound at one
+//! moment of a process's life, stands here and nowhere else.
+//!
+//! What this file promises its callers:
+//! - [`fork`] is called with one thread only (it asserts that), with every signal blocked, and the child can
+//!   neither return into the master's code nor run the master's destructors: it ends in `_exit`.
+//! - Nothing here decides anything. Policy lives in `master::supervisor`; this file only does what it is told.
+#![expect(unsafe_code, reason = "this file is the fence: fork, descriptors by number, signal actions, environment")]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
+use nix::unistd::{ForkResult, Pid, getppid};
+
+/// How a child process ended, as `waitpid(2)` told it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// It called `exit` with this status.
+    Exited(i32),
+    /// The signal with this number ended it.
+    Signaled(i32),
+}
+
+impl std::fmt::Display for Ending {
+    /// A `key=value` pair for the log: `status=3` or `signal=SEGV`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Self::Exited(status) => write!(f, "status={status}"),
+            Self::Signaled(number) => match Signal::try_from(number) {
+                Ok(signal) => write!(f, "signal={}", signal.as_str().trim_start_matches("SIG")),
+                Err(_) => write!(f, "signal={number}"),
+            },
+        }
+    }
+}
+
+/// Forks a child that runs `child` and exits with the status it returns.
+///
+/// All signals are blocked in both processes while the fork happens, so that no handler of the parent's runs
+/// in a half-made child. The child's closure starts with signals still blocked: it calls
+/// [`unblock_signals`] when its own dispositions stand.
+///
+/// # Errors
+/// What `fork(2)` says: `EAGAIN` when a limit on processes is reached, `ENOMEM`.
+///
+/// # Panics
+/// If this process has more than one thread: a child could then inherit a lock that nobody will release.
+pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+    let threads = thread_count()?;
+    assert_eq!(threads, 1, "fork from a process with {threads} threads (`preload` must not leave any running)");
+    // Whatever is buffered would be written twice, once by each process.
+    io::stdout().flush()?;
+    let before = block_signals();
+    // SAFETY: this process has one thread (asserted above), so the child inherits no lock in a held state and
+    // may allocate. It leaves through `_exit` below and so never unwinds into the parent's frames.
+    let forked = unsafe { nix::unistd::fork() };
+    match forked {
+        Ok(ForkResult::Parent { child }) => {
+            restore_signals(&before);
+            Ok(child)
+        }
+        Ok(ForkResult::Child) => {
+            let status = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101);
+            exit_now(status)
+        }
+        Err(errno) => {
+            restore_signals(&before);
+            Err(errno.into())
+        }
+    }
+}
+
+/// Starts `command` as a child that dies with this process, in a process group of its own, and inherits
+/// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else.
+///
+/// # Errors
+/// What `fork(2)` or `execve(2)` says; the latter's error comes back through the standard library's pipe.
+pub(crate) fn spawn(command: &mut Command, pass: &[RawFd]) -> io::Result<Child> {
+    let master = nix::unistd::getpid();
+    let pass = pass.to_vec();
+    let in_child = move || {
+        // A foreign program makes no promise about SIGTERM, and the promise here is that none outlives us.
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        if getppid() != master {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH)); // the master died before the line above
+        }
+        set_close_on_exec_from(3)?;
+        for &fd in &pass {
+            // SAFETY: the caller holds these descriptors open in the parent, and the child has copies of them.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure only makes system calls (prctl, getppid, close_range, fcntl):
+    // no allocation, no lock.
+    unsafe { command.process_group(0).pre_exec(in_child) };
+    let before = block_signals();
+    let spawned = command.spawn(); // the standard library clears the mask again in the child
+    restore_signals(&before);
+    spawned
+}
+
+fn set_close_on_exec_from(first: u32) -> io::Result<()> {
+    // SAFETY: plain system call with three integers; it changes flags only.
+    let outcome = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Closes every descriptor that `keep` does not name. For a child that has just been forked.
+pub(crate) fn close_all_except(keep: &[RawFd]) {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
+    keep.sort_unstable();
+    keep.dedup();
+    let mut first = 0;
+    for fd in keep.into_iter().map(Some).chain([None]) {
+        let last = match fd {
+            Some(0) => None,
+            Some(fd) => Some(fd - 1),
+            None => Some(u32::MAX),
+        };
+        if let Some(last) = last.filter(|&last| first <= last) {
+            // SAFETY: closes descriptors by number. The values in this process that own them are the master's,
+            // which the child never touches again: it leaves by `_exit`.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+        if let Some(fd) = fd {
+            first = fd + 1;
+        }
+    }
+}
+
+/// The numbers of all descriptors that are open in this process.
+///
+/// # Errors
+/// What reading `/proc/self/fd` says.
+pub(crate) fn open_descriptors() -> io::Result<Vec<RawFd>> {
+    let listed: Vec<RawFd> =
+        fs::read_dir("/proc/self/fd")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    // One of them was the directory itself, which is closed again by now.
+    Ok(listed.into_iter().filter(|&fd| descriptor(fd).is_some()).collect())
+}
+
+/// A copy of descriptor `fd`, above standard error and closed on exec, if it is open in this process.
+pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC takes any number and answers EBADF if nothing is open there.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    // SAFETY: a number that F_DUPFD_CLOEXEC returned is new, open and nobody else's.
+    (copy >= 0).then(|| unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
+/// Makes the caller the owner of a descriptor that a system call has just returned.
+pub(crate) fn owned(new: RawFd) -> OwnedFd {
+    // SAFETY: for numbers fresh from the kernel only (accept4, whose result nix hands out as a bare number).
+    unsafe { OwnedFd::from_raw_fd(new) }
+}
+
+/// Ends the process at once: no destructors, no `atexit` functions, which belong to the master.
+pub(crate) fn exit_now(status: u8) -> ! {
+    // SAFETY: `_exit` is always sound; it never returns.
+    unsafe { libc::_exit(i32::from(status)) }
+}
+
+/// Asks the kernel to send SIGTERM to this process when the master dies.
+///
+/// # Errors
+/// `ESRCH` if the master is dead already.
+pub(crate) fn die_with_parent(master: Pid) -> io::Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
+    if getppid() == master { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
+}
+
+/// Blocks every signal in this thread and returns the mask that was in force.
+fn block_signals() -> SigSet {
+    let mut before = SigSet::empty();
+    let done = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before));
+    debug_assert!(done.is_ok(), "the arguments of pthread_sigmask are constant and valid");
+    before
+}
+
+fn restore_signals(mask: &SigSet) {
+    let done = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(mask), None);
+    debug_assert!(done.is_ok(), "the arguments of pthread_sigmask are constant and valid");
+}
+
+/// Lets all signals through again, in a child whose dispositions stand.
+pub(crate) fn unblock_signals() {
+    restore_signals(&SigSet::empty());
+}
+
+/// Makes each SIGTERM start the clock of `alarm(2)`: SIGALRM ends this process if it is still there after
+/// `limit`, even when its event loop hangs and no master is left to kill it.
+///
+/// # Errors
+/// What `sigaction(2)` says.
+pub(crate) fn alarm_on_term(limit: Duration) -> io::Result<()> {
+    let seconds = u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).saturating_add(2);
+    // SAFETY: `alarm` is async-signal-safe (signal-safety(7)) and touches nothing of ours.
+    let action = move || unsafe {
+        libc::alarm(seconds);
+    };
+    // SAFETY: the action above makes one async-signal-safe call, does not panic and takes no lock.
+    unsafe { signal_hook::low_level::register(libc::SIGTERM, action) }.map(|_| ())
+}
+
+/// Sets a variable in this process's environment. For a child that has just been forked.
+pub(crate) fn set_environment(name: &str, value: impl AsRef<OsStr>) {
+    // SAFETY: a freshly forked child has one thread (see `fork`), so nobody reads the environment meanwhile.
+    unsafe { std::env::set_var(name, value) }
+}
+
+/// The next child that has ended, if one has: its pid and how. Strangers (processes that were handed to us
+/// because their parent died) are returned too.
+pub(crate) fn reap() -> Option<(Pid, Ending)> {
+    // libc's call and not nix's: that one reports a process ended by a real-time signal, which it has no name
+    // for, as an error, and the pid would be lost.
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is a valid place for an int for the whole call.
+        let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
+        if pid > 0 {
+            let ending = if libc::WIFSIGNALED(status) {
+                Ending::Signaled(libc::WTERMSIG(status))
+            } else {
+                Ending::Exited(libc::WEXITSTATUS(status))
+            };
+            return Some((Pid::from_raw(pid), ending));
+        }
+        if pid == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            return None; // none has ended, or there are no children
+        }
+    }
+}
+
+/// How many threads this process has.
+///
+/// # Errors
+/// If `/proc` is not mounted.
+pub(crate) fn thread_count() -> io::Result<usize> {
+    Ok(fs::read_dir("/proc/self/task")?.count())
+}
+
+/// How many descriptors this process may have open: the soft limit, raised to the hard one.
+pub(crate) fn raise_descriptor_limit() -> u64 {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+            Ok(()) => hard,
+            Err(_) => soft,
+        },
+        Ok((soft, _)) => soft,
+        Err(_) => 1024,
+    }
+}
+
+/// The number of a descriptor, for an environment variable.
+pub(crate) fn number_of(fd: BorrowedFd<'_>) -> RawFd {
+    fd.as_raw_fd()
+}

@@ -1,0 +1,57 @@
+//! One HTTP/1.1 connection. hyper does the protocol; this file joins it to the application and to the drain.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::rc::Rc;
+
+use http::{Request, Response};
+use http_body::Body as HttpBody;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tower_service::Service;
+
+use super::serve::{Application, BoxError};
+use crate::body::Body;
+use crate::context::Drain;
+use crate::protocol::cgi::Peer;
+
+/// Serves one connection to its end. `peer` is the address at its other end, if it has one.
+pub(crate) async fn serve<IO, S, B>(socket: IO, peer: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+    S::Error: Into<BoxError>,
+    B: HttpBody + 'static,
+    B::Error: Into<BoxError>,
+{
+    let limits = application.limits;
+    let answer = service_fn(move |request: Request<Incoming>| {
+        let application = Rc::clone(&application);
+        async move {
+            let mut request = request.map(|body| Body::http(body, limits.max_body));
+            request.extensions_mut().insert(Peer { address: peer });
+            Ok::<_, Infallible>(application.answer(request).await)
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout)
+        .max_buf_size(limits.max_params)
+        .serve_connection(TokioIo::new(socket), answer);
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        biased;
+        ended = connection.as_mut() => ended,
+        () = drain.wait() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        log::debug!("an HTTP connection ended: {error}");
+    }
+}
