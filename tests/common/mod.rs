@@ -1,0 +1,218 @@
+//! What the integration tests share: starting the real programs, waiting for them without sleeping, and ending
+//! them whatever happens. Everything that a test makes is in a temporary folder of its own, listens on
+//! loopback or a Unix socket, and dies with the test.
+
+#![allow(dead_code, reason = "each test binary uses a part of this")]
+
+pub mod fastcgi;
+pub mod http;
+
+use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How long a test waits for what must come before it gives up. Not a limit on speed: only what never comes
+/// meets it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The program that was built for `name`: `forkyard`, or an example.
+pub fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("the test knows its own path");
+    let target = test.parent().and_then(Path::parent).expect("tests are in target/PROFILE/deps");
+    let path = if name == "forkyard" { target.join(name) } else { target.join("examples").join(name) };
+    assert!(path.exists(), "{} is not built: run scripts/test, or cargo build --examples --bins", path.display());
+    path
+}
+
+/// A running master, with its log. Dropping it stops it, and checks that nothing of it is left.
+pub struct Server {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    lines: Receiver<String>,
+    /// The addresses of the banner, in order: `http://127.0.0.1:4711` or `fastcgi:unix:/path`.
+    pub binds: Vec<String>,
+}
+
+impl Server {
+    /// Starts an example, or `forkyard`, and waits until it is ready.
+    pub fn start(name: &str, arguments: &[&str]) -> Self {
+        Self::start_command(Command::new(program(name)).args(arguments))
+    }
+
+    pub fn start_command(command: &mut Command) -> Self {
+        let mut server = Self::launch(command);
+        server.wait_for("ready in ");
+        server
+    }
+
+    /// Starts it without waiting for anything.
+    pub fn launch(command: &mut Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let stderr = child.stderr.take().expect("it is piped");
+        let (sender, lines) = channel();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let copy = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                copy.lock().unwrap().push(line.clone());
+                let _ = sender.send(line);
+            }
+        });
+        Self { child, log, lines, binds: Vec::new() }
+    }
+
+    /// Waits for a line of the log with this in it, and returns the line. Each line is seen once.
+    pub fn wait_for(&mut self, what: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(line) = self.lines.recv_timeout(left) else {
+                panic!("no line with {what:?} came. The log:\n{}", self.log());
+            };
+            if let Some(bind) = line.strip_prefix("  bind     ") {
+                self.binds.push(bind.to_owned());
+            }
+            if line.contains(what) {
+                return line;
+            }
+        }
+    }
+
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().join("\n")
+    }
+
+    /// `HOST:PORT` of the first `http` bind.
+    pub fn http(&self) -> String {
+        let bind = self.binds.iter().find_map(|bind| bind.strip_prefix("http://"));
+        bind.expect("there is an http bind").to_owned()
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// The pids of its living children.
+    pub fn children(&self) -> BTreeSet<i32> {
+        children_of(self.pid())
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).expect("the master lives");
+    }
+
+    /// Waits for its end, and returns the exit status.
+    pub fn wait_end(&mut self) -> Option<i32> {
+        let status = wait_until("the master has ended", || self.child.try_wait().expect("it is our child"));
+        status.code()
+    }
+
+    /// Asks it to drain and stop, and expects it to end well.
+    pub fn stop(&mut self) {
+        self.signal(Signal::SIGTERM);
+        assert_eq!(self.wait_end(), Some(0), "the log:\n{}", self.log());
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = kill(self.pid(), Signal::SIGINT);
+            let deadline = Instant::now() + PATIENCE;
+            while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                std::thread::park_timeout(Duration::from_millis(2));
+            }
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- the log of the master:\n{}", self.log());
+        }
+    }
+}
+
+/// Another program that a test needs, a web server say. Killed when dropped.
+pub struct Helper(pub Child);
+
+impl Helper {
+    pub fn start(command: &mut Command) -> Self {
+        Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error} (scripts/test installs it)")))
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        // TERM first, for those that have children of their own.
+        let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < deadline {
+            std::thread::park_timeout(Duration::from_millis(2));
+        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Asks again and again until there is an answer.
+pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "never came about: {what}");
+        std::thread::park_timeout(Duration::from_millis(1));
+    }
+}
+
+/// The living processes whose parent is `pid`, zombies included.
+pub fn children_of(pid: Pid) -> BTreeSet<i32> {
+    processes().into_iter().filter(|process| process.parent == pid.as_raw()).map(|process| process.pid).collect()
+}
+
+pub struct Process {
+    pub pid: i32,
+    pub parent: i32,
+    pub state: char,
+}
+
+/// All processes of the machine.
+pub fn processes() -> Vec<Process> {
+    let entries = std::fs::read_dir("/proc").expect("/proc is there").filter_map(Result::ok);
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(process).collect()
+}
+
+pub fn process(pid: i32) -> Option<Process> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name is in parentheses and may have any character in it.
+    let mut words = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = words.next()?.chars().next()?;
+    let parent = words.next()?.parse().ok()?;
+    Some(Process { pid, parent, state })
+}
+
+/// How many descriptors a process has open.
+pub fn descriptors_of(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// A number out of `/proc/PID/status`, in KiB where that is its unit.
+pub fn status_number(pid: i32, name: &str) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.split(':').next() == Some(name))?;
+    line.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+/// A port that was free a moment ago, for a program that cannot choose one itself.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    listener.local_addr().expect("it is bound").port()
+}
