@@ -1,6 +1,8 @@
 //! An application that misbehaves on demand, to see what the others notice of it.
 //!
 //! `cargo run --release --example crashy -- --workers 4`, then `curl http://127.0.0.1:8080/segv`
+//!
+//! With `CRASHY_BROKEN=FILE` in the environment, its workers cannot start as long as FILE exists.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,6 +15,9 @@ use http_body_util::BodyExt as _;
 
 fn main() -> ExitCode {
     forkyard::run(|_cx| {
+        if let Some(file) = std::env::var_os("CRASHY_BROKEN") {
+            assert!(!std::path::Path::new(&file).exists(), "broken on purpose");
+        }
         Router::new()
             .route("/ok", any(async || "ok\n"))
             .route("/echo", any(async |body: Body| body))

@@ -277,6 +277,15 @@ fn random_histories_agree_with_a_plain_model() {
     assert!(hits * 10 > due * 3, "misses are allowed, but so many? {hits} of {due}");
 }
 
+/// Ends the other threads of a test, also when it fails.
+struct Finish<'a>(&'a AtomicBool);
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// Renderers, a writer that purges, and readers at once: once a purge has returned, nobody gets an older page.
 #[test]
 fn no_page_from_before_a_purge_is_served_after_it() {
@@ -307,6 +316,7 @@ fn no_page_from_before_a_purge_is_served_after_it() {
                 read("plain");
             }
         });
+        let finish = Finish(&done);
         for round in 1..=5000 {
             truth.store(round, Ordering::SeqCst);
             cache.purge_tag("t");
@@ -315,7 +325,7 @@ fn no_page_from_before_a_purge_is_served_after_it() {
             read("tagged");
             read("plain");
         }
-        done.store(true, Ordering::SeqCst);
+        drop(finish);
         reader.join().unwrap();
     });
     cache.audit().unwrap();
@@ -353,4 +363,23 @@ fn nonsense_in_a_shard_costs_the_shard_only() {
         assert_eq!(cache.get("k").unwrap(), b"v");
     }
     assert!(cache.stats().shards_lost > 0);
+}
+
+#[test]
+fn a_chain_that_bites_its_tail_is_no_endless_loop() {
+    let cache = cache(SMALL);
+    cache.set("k", "v", &Options::new()).unwrap();
+    let shard = Shard::of(&cache.segment, 0).unwrap();
+    let locked = shard.lock().unwrap();
+    let hash = cache.key(b"k").hash;
+    let position = locked.bucket(hash).unwrap().load(Ordering::Relaxed);
+    locked.entry(position).unwrap().words.next.store(position, Ordering::Relaxed);
+    let absent = Key { bytes: b"other key, same chain", hash: hash ^ 1 << 40 };
+    drop(locked);
+    assert!(cache.audit().is_err_and(|why| why.contains("chain")));
+    let found =
+        cache.with_shard_at(0, |locked| locked.purge(absent, Judge { now_ms: 1, clock: cache.tag_clock().unwrap() }));
+    assert_eq!(found, Err(Trouble::Lost));
+    assert_eq!((cache.get("k"), cache.stats().shards_lost), (None, 1));
+    cache.audit().unwrap();
 }

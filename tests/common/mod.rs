@@ -2,7 +2,7 @@
 //! them whatever happens. Everything that a test makes is in a temporary folder of its own, listens on
 //! loopback or a Unix socket, and dies with the test.
 
-#![allow(dead_code, reason = "each test binary uses a part of this")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 
 pub mod fastcgi;
 pub mod http;

@@ -1,0 +1,140 @@
+//! The command line: what is asked for wrongly gets one line that says what to do, and the right exit status.
+
+mod common;
+
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Output};
+
+use common::{Server, http, program};
+
+fn run(name: &str, arguments: &[&str]) -> Output {
+    Command::new(program(name)).args(arguments).output().expect("it runs")
+}
+
+/// Runs `hello` with a bad flag, and expects this exit status and these words in its complaint.
+#[track_caller]
+fn refused(arguments: &[&str], status: i32, words: &[&str]) {
+    complained(&run("hello", arguments), status, words);
+}
+
+#[track_caller]
+fn complained(output: &Output, status: i32, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{said}");
+    for word in words {
+        assert!(said.contains(word), "no {word:?} in {said:?}");
+    }
+}
+
+#[test]
+fn a_wrong_flag_is_a_usage_error() {
+    refused(&["--no-such-flag"], 2, &["--no-such-flag", "--help"]);
+    refused(&["--workers", "0"], 2, &["'0' is not a number of workers", "1 to 1024"]);
+    refused(&["--workers", "many"], 2, &["'many' is not a number of workers", "auto"]);
+    refused(&["--cache", "64X"], 2, &["'64X' is not a size", "64M"]);
+    refused(&["--drain-timeout", "soon"], 2, &["'soon' is not a time", "500ms"]);
+    refused(&["--socket-mode", "999"], 2, &["'999' is not a file mode", "660"]);
+    refused(&["--bind", "gopher:127.0.0.1:70"], 2, &["unknown protocol 'gopher'"]);
+    refused(&["--bind", "http:127.0.0.1"], 2, &["no port in '127.0.0.1'", "http:127.0.0.1:8080"]);
+    refused(&["--max-params", "1K"], 2, &["out of range", "8K to 16M"]);
+}
+
+#[test]
+fn an_address_that_cannot_be_had_is_a_failure() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let bind = format!("http:127.0.0.1:{port}");
+    refused(&["--bind", &bind], 1, &["cannot bind", &bind, "in use by another program", "--bind"]);
+    refused(&["--bind", "http:192.0.2.1:8080"], 1, &["is not an address of this machine"]);
+    refused(&["--bind", "http:no-such-host.invalid:80"], 1, &["does not resolve"]);
+    refused(&["--bind", "fastcgi:unix:/no/such/folder/a.sock"], 1, &["the folder /no/such/folder does not exist"]);
+    refused(&["--bind", "fastcgi:fd:77"], 1, &["descriptor 77 is not open"]);
+    refused(&["--bind", "fastcgi:fd:1"], 1, &["descriptor 1 is not a listening socket"]);
+}
+
+#[test]
+fn a_unix_socket_is_not_taken_from_another_program() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("live.sock");
+    let _live = UnixListener::bind(&path).unwrap();
+    let bind = format!("fastcgi:unix:{}", path.display());
+    refused(&["--bind", &bind], 1, &["another program is listening there"]);
+    assert!(path.exists());
+
+    let long = format!("fastcgi:unix:{}/{}", folder.path().display(), "x".repeat(120));
+    refused(&["--bind", &long], 1, &["may have 107"]);
+    let file = folder.path().join("file");
+    std::fs::write(&file, "precious").unwrap();
+    refused(&["--bind", &format!("fastcgi:unix:{}", file.display())], 1, &["is not a socket"]);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
+}
+
+#[test]
+fn a_cache_of_an_impossible_size_is_refused() {
+    let bind = ["--bind", "http:127.0.0.1:0"];
+    refused(&[&bind[..], &["--cache", "1000T"]].concat(), 1, &["cannot make a shared cache of 1000 TiB", "--cache"]);
+    refused(&[&bind[..], &["--cache", "1K"]].concat(), 1, &["cannot make a shared cache of 1 KiB", "--cache"]);
+}
+
+#[test]
+fn run_says_what_it_cannot_do() {
+    let bind = "fastcgi:unix:/tmp/never-made.sock";
+    complained(&run("forkyard", &["run", "--bind", bind, "--", "no-such-program"]), 1, &["no program of that name in PATH"]);
+    complained(&run("forkyard", &["run", "--bind", bind, "--", "/etc/passwd"]), 1, &["not an executable file"]);
+    complained(&run("forkyard", &["run", "--bind", bind]), 2, &["COMMAND"]);
+    complained(&run("forkyard", &["run", "--bind", "http:127.0.0.1:0", "--", "cat"]), 2, &["over fastcgi only"]);
+    let two = ["run", "--bind", bind, "--bind", "fastcgi:127.0.0.1:0", "--", "cat"];
+    complained(&run("forkyard", &two), 2, &["one --bind and got 2"]);
+}
+
+#[test]
+fn help_names_every_flag_with_its_default_and_variable() {
+    for (name, arguments, flags) in [
+        ("hello", &["--help"][..], &["--threads", "--queue", "--header-timeout"][..]),
+        ("forkyard", &["run", "--help"], &["--direct", "--settle"]),
+    ] {
+        let help = String::from_utf8(run(name, arguments).stdout).unwrap();
+        let help = help.split_ascii_whitespace().collect::<Vec<_>>().join(" "); // it is wrapped anywhere
+        let shared = ["--bind", "--workers", "--cache", "--backlog", "--drain-timeout", "--max-body", "--log-level"];
+        for flag in shared.iter().chain(flags) {
+            let variable = flag.trim_start_matches('-').replace('-', "_").to_uppercase();
+            assert!(help.contains(flag), "{flag}");
+            assert!(help.contains(&format!("[env: FORKYARD_{variable}")), "{flag}");
+        }
+        for words in ["[default: 64M]", "TERM ", "TTIN", "Exit status", "Sockets:", "Processes:"] {
+            assert!(help.contains(words), "no {words:?} in {help}");
+        }
+    }
+    assert!(String::from_utf8(run("hello", &["--version"]).stdout).unwrap().contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn the_banner_tells_what_runs_and_variables_count() {
+    let mut server = Server::start_command(
+        Command::new(program("hello"))
+            .env("FORKYARD_WORKERS", "3")
+            .env("FORKYARD_BIND", "http:127.0.0.1:0,fastcgi:127.0.0.1:0")
+            .args(["--cache", "1M", "--threads", "2"]),
+    );
+    let log = server.log();
+    for words in ["forkyard 0.", "workers  3, 2 threads", "cache    1 MiB", "bind     http://127.0.0.1:", "ready in "] {
+        assert!(log.contains(words), "no {words:?} in {log}");
+    }
+    assert_eq!((server.binds.len(), server.children().len()), (2, 3));
+    assert_eq!(http::get(&server.http(), "/").unwrap().body, b"Hello, world\n");
+    server.stop();
+}
+
+#[test]
+fn a_listening_standard_input_is_a_web_servers_call() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let mut server = Server::start_command(
+        Command::new(program("hello")).args(["--workers", "1"]).stdin(std::os::fd::OwnedFd::from(listener)),
+    );
+    let mut client = common::fastcgi::Client::connect(&address).unwrap();
+    assert_eq!(client.request("GET", "/", b"").unwrap().body(), b"Hello, world\n");
+    drop(client);
+    server.stop();
+}

@@ -1,0 +1,349 @@
+//! What the master and the rest of the workers do when something dies, or is asked to.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use common::http::{self, Client};
+use common::{Server, descriptors_of, process, program, wait_until};
+use forkyard_shm::Segment;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+
+fn crashy(arguments: &[&str]) -> Server {
+    Server::start("crashy", &[&HTTP, arguments].concat())
+}
+
+/// The shared memory of a running master, seen from here.
+fn segment_of(server: &Server) -> Segment {
+    let folder = format!("/proc/{}/fd", server.pid());
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let is_memfd = |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:"));
+    let path = entries.filter(is_memfd).next().expect("the master holds its segment");
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    Segment::attach(OwnedFd::from(file)).expect("it is in order")
+}
+
+/// Waits until there are `count` children and none of them is one of `gone`.
+fn renewed(server: &Server, count: usize, gone: &BTreeSet<i32>) -> BTreeSet<i32> {
+    wait_until("the workers are replaced", || {
+        let children = server.children();
+        (children.len() == count && children.is_disjoint(gone)).then_some(children)
+    })
+}
+
+#[test]
+fn two_hundred_kills_under_load_and_the_cache_still_stands() {
+    let mut server = Server::start("pages", &[&HTTP[..], &["--workers", "2", "--respawn-rate", "1000", "--cache", "2M"]].concat());
+    let address = server.http();
+    let segment = segment_of(&server);
+    let descriptors = descriptors_of(server.pid().as_raw());
+    let (stop, good) = (AtomicBool::new(false), AtomicUsize::new(0));
+
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (address, stop, good) = (&address, &stop, &good);
+            scope.spawn(move || {
+                let mut random = fastrand::Rng::with_seed(thread);
+                while !stop.load(Ordering::Relaxed) {
+                    // A connection may be cut by a kill; a response that comes must be whole and right.
+                    let Ok(mut client) = Client::connect(address) else { continue };
+                    for _ in 0..random.u32(1..20) {
+                        let number = random.u32(0..300);
+                        let response = if random.u32(0..10) == 0 {
+                            client.request("POST", &format!("/purge/page-{number}"), b"")
+                        } else {
+                            client.request("GET", &format!("/page/{number}"), b"")
+                        };
+                        let Ok(response) = response else { break };
+                        if response.status == 200 {
+                            assert_eq!(response.body.len(), 16 << 10);
+                            assert!(response.text().contains(&format!("<title>Page {number}</title>")));
+                        } else {
+                            assert_eq!(response.status, 204);
+                        }
+                        good.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        let mut victims: Vec<i32> = server.children().into_iter().collect();
+        for round in 0..200 {
+            let before = good.load(Ordering::Relaxed);
+            let victim = victims[round % 2];
+            kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
+            victims = renewed(&server, 2, &BTreeSet::from([victim])).into_iter().collect();
+            wait_until("requests are answered", || (good.load(Ordering::Relaxed) > before).then_some(()));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+
+    for _ in 0..200 {
+        let line = server.wait_for("worker died");
+        assert!(line.contains("signal=KILL") && line.contains("served="), "{line}");
+    }
+    segment.cache().audit().expect("the cache is in order");
+    let stats = segment.cache().stats();
+    assert_eq!(stats.live_bytes + stats.dead_bytes + stats.free_bytes, stats.capacity);
+    assert!(stats.stores > 0 && stats.hits > 0 && stats.entries > 0, "{stats:?}");
+
+    let before = segment.cache().stats();
+    for _ in 0..2 {
+        assert_eq!(http::get(&address, "/page/1000").unwrap().status, 200);
+    }
+    let after = segment.cache().stats();
+    assert!(after.stores > before.stores && after.hits > before.hits, "it still stores and answers");
+
+    assert!(server.children().iter().all(|&pid| process(pid).is_some_and(|child| child.state != 'Z')), "no zombies");
+    assert_eq!(descriptors_of(server.pid().as_raw()), descriptors, "the master leaks no descriptor");
+    let of_workers: BTreeSet<usize> = server.children().iter().map(|&pid| descriptors_of(pid)).collect();
+    assert!(of_workers.iter().all(|&count| count < 30), "{of_workers:?}");
+    server.stop();
+}
+
+#[test]
+fn a_death_is_one_line_that_names_what_was_served() {
+    let mut server = crashy(&["--workers", "2"]);
+    let address = server.http();
+    for (path, ending) in [("/segv", "signal=SEGV"), ("/abort", "signal=ABRT"), ("/exit/3", "status=3")] {
+        assert!(http::get(&address, path).is_err(), "{path} takes its worker with it");
+        let line = server.wait_for("worker died");
+        for words in [ending, "slot=", "pid=", "gen=1", "served=", &format!("GET {path} ")] {
+            assert!(line.contains(words), "no {words:?} in {line:?}");
+        }
+        wait_until("it answers", || http::get(&address, "/ok").ok());
+    }
+    server.stop();
+}
+
+#[test]
+fn a_panic_costs_one_request_a_500() {
+    let mut server = crashy(&["--workers", "1"]);
+    let children = server.children();
+    let mut client = Client::connect(&server.http()).unwrap();
+    assert_eq!(client.request("GET", "/panic", b"").unwrap().status, 500);
+    assert_eq!(client.request("GET", "/ok", b"").unwrap().text(), "ok\n", "on the same connection");
+    let line = server.wait_for("a request panicked");
+    assert!(line.contains("asked to") && line.contains("GET /panic"), "{line}");
+    assert_eq!(server.children(), children);
+    drop(client);
+    server.stop();
+}
+
+#[test]
+fn term_drains_and_int_does_not() {
+    for (signal, answered) in [(Signal::SIGTERM, true), (Signal::SIGINT, false), (Signal::SIGQUIT, false)] {
+        let mut server = crashy(&["--workers", "2"]);
+        let mut client = Client::connect(&server.http()).unwrap();
+        let mut idle = Client::connect(&server.http()).unwrap();
+        idle.request("GET", "/ok", b"").unwrap();
+        let segment = segment_of(&server);
+        std::thread::scope(|scope| {
+            let slow = scope.spawn(move || client.request("GET", "/slow/500", b""));
+            wait_until("it is being served", || {
+                let rows = (0..segment.scoreboard().rows()).filter_map(|slot| segment.scoreboard().read(slot));
+                rows.into_iter().any(|row| row.in_flight > 0).then_some(())
+            });
+            server.signal(signal);
+            assert_eq!(server.wait_end(), Some(0));
+            assert_eq!(slow.join().unwrap().is_ok(), answered, "{signal}");
+        });
+    }
+}
+
+#[test]
+fn connections_that_wait_to_be_accepted_are_served_before_a_worker_leaves() {
+    // One worker, whose loop is stopped: what is sent now waits in the kernel.
+    let mut server = crashy(&["--workers", "1"]);
+    let worker = Pid::from_raw(*server.children().first().unwrap());
+    kill(worker, Signal::SIGSTOP).unwrap();
+    wait_until("it is stopped", || (process(worker.as_raw())?.state == 'T').then_some(()));
+    let address = server.http();
+    std::thread::scope(|scope| {
+        let mut clients: Vec<Client> = (0..20).map(|_| Client::connect(&address).unwrap()).collect();
+        server.signal(Signal::SIGTERM);
+        server.wait_for("asked to drain");
+        let waiting: Vec<_> = clients.drain(..).map(|mut client| scope.spawn(move || client.request("GET", "/ok", b""))).collect();
+        kill(worker, Signal::SIGCONT).unwrap();
+        for client in waiting {
+            assert_eq!(client.join().unwrap().unwrap().text(), "ok\n");
+        }
+    });
+    assert_eq!(server.wait_end(), Some(0));
+}
+
+#[test]
+fn a_drain_that_takes_too_long_ends_in_a_kill() {
+    let mut server = crashy(&["--workers", "1", "--drain-timeout", "200ms"]);
+    let mut client = Client::connect(&server.http()).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || client.request("GET", "/slow/600000", b"").unwrap_err());
+        let segment = segment_of(&server);
+        wait_until("it is being served", || (segment.scoreboard().read(0)?.in_flight > 0).then_some(()));
+        server.signal(Signal::SIGTERM);
+        server.wait_for("does not finish in time (--drain-timeout): killed");
+        let line = server.wait_for("worker left");
+        assert!(line.contains("signal=KILL") && line.contains("GET /slow/600000"), "{line}");
+        assert_eq!(server.wait_end(), Some(0));
+    });
+}
+
+#[test]
+fn hup_replaces_every_worker_and_no_request_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let mut server = crashy(&["--workers", "3", "--bind", &socket]);
+    let (address, stop, count) = (server.http(), AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (address, socket, stop, count) = (&address, &socket, &stop, &count);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    if thread % 2 == 0 {
+                        assert_eq!(http::get(address, "/slow/1").unwrap().status, 200);
+                    } else {
+                        let mut client = common::fastcgi::Client::connect(socket).unwrap();
+                        client.send(&common::fastcgi::request(1, false, "GET", "/slow/1", b"")).unwrap();
+                        assert_eq!(client.response(1).unwrap().status(), 200);
+                    }
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for generation in 2..6 {
+            let old = server.children();
+            let before = count.load(Ordering::Relaxed);
+            server.signal(Signal::SIGHUP);
+            server.wait_for(&format!("reload done gen={generation}"));
+            renewed(&server, 3, &old);
+            wait_until("requests are answered", || (count.load(Ordering::Relaxed) > before + 20).then_some(()));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    server.stop();
+}
+
+#[test]
+fn a_reload_that_cannot_start_keeps_the_old_workers_and_a_good_one_heals() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken");
+    let mut server = Server::start_command(
+        Command::new(program("crashy")).args(HTTP).args(["--workers", "2"]).env("CRASHY_BROKEN", &broken),
+    );
+    let old = server.children();
+    std::fs::write(&broken, "").unwrap();
+    server.signal(Signal::SIGHUP);
+    let line = server.wait_for("worker died");
+    assert!(line.contains("broken on purpose") && line.contains("gen=2"), "its last words: {line}");
+    server.wait_for("reload failed gen=2");
+    assert_eq!(server.children(), old);
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
+
+    std::fs::remove_file(&broken).unwrap();
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done gen=3");
+    renewed(&server, 2, &old);
+    server.stop();
+}
+
+#[test]
+fn workers_that_cannot_start_are_tried_with_growing_delays_and_the_master_lives() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken");
+    std::fs::write(&broken, "").unwrap();
+    let mut server = Server::launch(
+        Command::new(program("crashy")).args(HTTP).args(["--workers", "4"]).env("CRASHY_BROKEN", &broken),
+    );
+    for (failures, delay) in [(1, 100), (2, 200), (3, 400)] {
+        server.wait_for(&format!("workers die before they are ready: {failures} in a row, next try in {delay}ms"));
+    }
+    std::fs::remove_file(&broken).unwrap();
+    server.wait_for("ready in ");
+    assert_eq!(server.children().len(), 4);
+    server.stop();
+}
+
+#[test]
+fn ttin_and_ttou_change_the_number_of_workers() {
+    let mut server = crashy(&["--workers", "2"]);
+    server.signal(Signal::SIGTTIN);
+    server.wait_for("workers=3");
+    renewed(&server, 3, &BTreeSet::new());
+    for expected in [2, 1] {
+        server.signal(Signal::SIGTTOU);
+        server.wait_for(&format!("workers={expected}"));
+        renewed(&server, expected, &BTreeSet::new());
+    }
+    server.signal(Signal::SIGTTOU);
+    server.wait_for("workers=1 is the limit");
+    server.signal(Signal::SIGUSR1);
+    server.wait_for("USR1 (reopen logs) is reserved");
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
+    server.stop();
+}
+
+#[test]
+fn workers_that_ask_not_to_be_replaced_are_not() {
+    let mut server = crashy(&["--workers", "2"]);
+    let address = server.http();
+    assert!(http::get(&address, "/exit/125").is_err());
+    server.wait_for("asks not to be replaced");
+    server.wait_for("workers=1");
+    assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
+    assert!(http::get(&address, "/exit/125").is_err());
+    assert_eq!(server.wait_end(), Some(1));
+    server.wait_for("every worker asked not to be replaced");
+}
+
+#[test]
+fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
+    let mut server = crashy(&["--workers", "3", "--drain-timeout", "1s"]);
+    let address = server.http();
+    let workers = server.children();
+    let segment = segment_of(&server);
+    let in_flight = || {
+        let rows = (0..segment.scoreboard().rows()).filter_map(|slot| segment.scoreboard().read(slot));
+        rows.map(|row| row.in_flight).sum::<u32>()
+    };
+    std::thread::scope(|scope| {
+        // A worker whose event loop hangs cannot drain; the alarm ends it. The others take the rest.
+        let mut hanging = Client::connect(&address).unwrap();
+        scope.spawn(move || hanging.request("GET", "/hang", b"").unwrap_err());
+        wait_until("it hangs", || (in_flight() == 1).then_some(()));
+        let slow = scope.spawn({
+            let address = address.clone();
+            move || {
+                // A connection may wait at the hung worker's; that one is cut, and tried again elsewhere.
+                wait_until("a slow request is answered", || http::get(&address, "/slow/300").ok())
+            }
+        });
+        wait_until("it is being served", || (in_flight() >= 2).then_some(()));
+        server.signal(Signal::SIGKILL);
+        assert_eq!(server.wait_end(), None);
+        assert_eq!(slow.join().unwrap().status, 200);
+    });
+    wait_until("all workers are gone", || {
+        workers.iter().all(|&pid| process(pid).is_none_or(|left| left.state == 'Z' || left.state == 'X')).then_some(())
+    });
+}
+
+#[test]
+fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
+    let mut server = crashy(&["--workers", "2"]);
+    let worker = Pid::from_raw(*server.children().first().unwrap());
+    for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGTTIN] {
+        kill(worker, signal).unwrap(); // means nothing to a worker
+    }
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
+    kill(worker, Signal::SIGTERM).unwrap();
+    let line = server.wait_for("worker left of its own accord");
+    assert!(line.contains(&format!("pid={worker}")), "{line}");
+    renewed(&server, 2, &BTreeSet::from([worker.as_raw()]));
+    assert!(!server.log().contains("asked to"), "the master heard nothing of it");
+    server.stop();
+}
