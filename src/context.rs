@@ -3,9 +3,13 @@
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use forkyard_shm::{Cache, Segment};
 use tokio::sync::Notify;
+
+/// How long a fresh connection may take, once the worker drains, to begin its first request.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// Given to the application's factory in each worker. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -73,5 +77,13 @@ impl Drain {
         if !self.has_begun() {
             begun.await;
         }
+    }
+
+    /// Returns when the order has come, and a connection on which nothing was ever sent has had its time.
+    ///
+    /// Who has just connected is about to send: to close on him would be to fail a request.
+    pub(crate) async fn wait_for_first_request(&self) {
+        self.wait().await;
+        tokio::time::sleep(FIRST_REQUEST).await;
     }
 }

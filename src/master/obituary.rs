@@ -15,8 +15,11 @@ const NAMED: usize = 4;
 pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Scoreboard) {
     let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
     let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
-    // The row is the child's only if the child had claimed it.
+    // The row is the child's only if the child had claimed it. A program knows nothing of the scoreboard.
     let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
+    if row.is_none() && child.is_worker() {
+        line += " served=0";
+    }
     if let Some(row) = row {
         let _ = write!(line, " served={}", row.requests);
         if row.in_flight > 0 {

@@ -146,6 +146,10 @@ fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
 }
 
 impl Child {
+    pub(crate) fn is_worker(&self) -> bool {
+        matches!(self.link, Link::Worker { .. })
+    }
+
     /// The descriptor by which the child may have something to say.
     pub(crate) fn watched(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         match &self.link {

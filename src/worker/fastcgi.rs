@@ -57,12 +57,17 @@ where
         application,
         closing: false,
         draining: false,
+        used: false,
         unread: false,
     };
     let mut drained = pin!(drain.wait());
+    let mut unused = pin!(drain.wait_for_first_request());
     let ended = poll_fn(|context| {
         if !connection.draining && drained.as_mut().poll(context).is_ready() {
             connection.draining = true;
+        }
+        if connection.draining && !connection.used && unused.as_mut().poll(context).is_ready() {
+            connection.used = true;
         }
         connection.poll(context)
     });
@@ -86,6 +91,8 @@ struct Connection<IO, S, B> {
     closing: bool,
     /// The worker was asked to leave.
     draining: bool,
+    /// Something was sent on it, or it has had its time to begin.
+    used: bool,
     /// A request was answered before all of it had come.
     unread: bool,
 }
@@ -138,7 +145,7 @@ where
         }
         // A request that has half arrived when we are asked to drain is served; but a peer that did not want
         // the connection kept is owed nothing more, and may be waiting for us to close it.
-        self.closing || (self.draining && self.input.is_empty() && self.decoder.is_idle())
+        self.closing || (self.draining && self.used && self.input.is_empty() && self.decoder.is_idle())
     }
 
     fn poll_exchanges(&mut self, context: &mut Context<'_>) -> io::Result<()> {
@@ -186,6 +193,7 @@ where
             Poll::Ready(Ok(0)) if self.exchanges.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
             Poll::Ready(Ok(0)) => Err(io::Error::other("the peer left before it had its responses")),
             Poll::Ready(Ok(read)) => {
+                self.used = true;
                 if read == room {
                     self.read_size = (self.read_size * 4).min(READ_SIZES.1);
                 }

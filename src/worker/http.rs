@@ -1,5 +1,6 @@
 //! One HTTP/1.1 connection. hyper does the protocol; this file joins it to the application and to the drain.
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -12,6 +13,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Notify;
 use tower_service::Service;
 
 use super::serve::{Application, BoxError};
@@ -29,8 +31,11 @@ where
     B::Error: Into<BoxError>,
 {
     let limits = application.limits;
+    let used = Rc::new(Used::default());
+    let mark = Rc::clone(&used);
     let answer = service_fn(move |request: Request<Incoming>| {
         let application = Rc::clone(&application);
+        mark.now();
         async move {
             let mut request = request.map(|body| Body::http(body, limits.max_body));
             request.extensions_mut().insert(Peer { address: peer });
@@ -43,15 +48,44 @@ where
         .max_buf_size(limits.max_params)
         .serve_connection(TokioIo::new(socket), answer);
     let mut connection = pin!(connection);
+    let drained = async {
+        drain.wait().await;
+        // hyper would close a connection on which nothing has come yet.
+        tokio::select! {
+            () = used.wait() => {}
+            () = drain.wait_for_first_request() => {}
+        }
+    };
     let ended = tokio::select! {
         biased;
         ended = connection.as_mut() => ended,
-        () = drain.wait() => {
+        () = drained => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
     };
     if let Err(error) = ended {
         log::debug!("an HTTP connection ended: {error}");
+    }
+}
+
+/// Whether a connection has had a request.
+#[derive(Default)]
+struct Used {
+    flag: Cell<bool>,
+    first: Notify,
+}
+
+impl Used {
+    fn now(&self) {
+        if !self.flag.replace(true) {
+            self.first.notify_waiters();
+        }
+    }
+
+    async fn wait(&self) {
+        if !self.flag.get() {
+            self.first.notified().await;
+        }
     }
 }
