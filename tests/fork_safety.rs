@@ -1,0 +1,110 @@
+//! What a fork would break if nobody took care. This test is its own application: started with `--bind`, it
+//! serves; otherwise it starts itself.
+//!
+//! Incidents behind it, measured elsewhere and here: random number generators that were used before the fork
+//! give every worker the same numbers; descriptors of the master leak into workers; a child that keeps the
+//! master's signal handlers wakes the master.
+
+mod common;
+
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasher as _, RandomState};
+use std::os::fd::OwnedFd;
+use std::process::{Command, ExitCode};
+use std::sync::OnceLock;
+
+use common::Server;
+use common::http::Client;
+use forkyard::http::{Request, Response};
+use forkyard::{Body, Builder};
+use forkyard_shm::Segment;
+
+static PRELOADED: OnceLock<(String, std::fs::File)> = OnceLock::new();
+
+fn main() -> ExitCode {
+    if std::env::args().any(|argument| argument == "--bind") {
+        return Builder::app(|_cx| forkyard::blocking(describe)).preload(preload).run();
+    }
+    println!("\nrunning 1 test");
+    workers_differ_where_they_must_and_share_where_they_may();
+    println!("test workers_differ_where_they_must_and_share_where_they_may ... ok");
+    println!("\ntest result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out");
+    ExitCode::SUCCESS
+}
+
+/// Uses, before the fork, what must not be the same after it.
+fn preload() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let file = std::fs::File::open("/proc/self/status")?;
+    let (_, _) = (fastrand::u64(..), RandomState::new().hash_one(1));
+    PRELOADED.set((format!("{}", std::process::id()), file)).map_err(|_| "preload ran twice".into())
+}
+
+/// Facts about this worker, a line each.
+fn describe(_: Request<Body>) -> Response<String> {
+    let (master, file) = PRELOADED.get().expect("preload ran");
+    let variable = |name: &str| std::env::var(name).unwrap_or_default();
+    let segment: i32 = variable("FORKYARD_SHM").parse().expect("it is a number");
+    let path = std::fs::read_link(format!("/proc/self/fd/{segment}")).expect("it is open");
+    let threads = std::fs::read_dir("/proc/self/task").expect("/proc").count();
+    let descriptors = std::fs::read_dir("/proc/self/fd").expect("/proc").count() - 1;
+    let facts = [
+        ("pid", std::process::id().to_string()),
+        ("random", fastrand::u64(..).to_string()),
+        ("hash", RandomState::new().hash_one(1).to_string()),
+        ("master", master.clone()),
+        ("file", file.metadata().is_ok().to_string()),
+        ("slot", variable("FORKYARD_SLOT")),
+        ("generation", variable("FORKYARD_GENERATION")),
+        ("segment_fd", segment.to_string()),
+        ("segment", path.display().to_string()),
+        ("threads", threads.to_string()),
+        ("descriptors", descriptors.to_string()),
+    ];
+    Response::new(facts.map(|(name, value)| format!("{name}={value}\n")).concat())
+}
+
+fn workers_differ_where_they_must_and_share_where_they_may() {
+    let me = std::env::current_exe().expect("the test knows its own path");
+    // A descriptor that whoever starts us left open, and that no worker needs.
+    let stray = std::fs::File::open("/dev/null").expect("it can be opened");
+    nix::fcntl::fcntl(&stray, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).expect("it is open");
+    let mut server = Server::start_command(Command::new(me).args(["--bind", "http:127.0.0.1:0", "--workers", "3"]));
+    drop(stray);
+
+    let mut workers: HashMap<String, HashMap<String, String>> = HashMap::new();
+    let mut connections = Vec::new(); // kept open, so that the next one goes to another worker
+    while workers.len() < 3 {
+        assert!(connections.len() < 1000, "three workers never answered: {workers:?}");
+        let mut client = Client::connect(&server.http()).expect("it listens");
+        let text = client.request("GET", "/", b"").expect("it answers").text();
+        connections.push(client);
+        let facts: HashMap<String, String> =
+            text.lines().filter_map(|line| line.split_once('=')).map(|(name, value)| (name.into(), value.into())).collect();
+        workers.insert(facts["pid"].clone(), facts);
+    }
+    let distinct = |name: &str| workers.values().map(|facts| facts[name].clone()).collect::<BTreeSet<_>>();
+    assert_eq!(distinct("random").len(), 3, "each worker has its own random numbers");
+    assert_eq!(distinct("hash").len(), 3, "and its own keys of hash maps");
+    assert_eq!(distinct("slot"), BTreeSet::from(["0", "1", "2"].map(String::from)));
+    assert_eq!(distinct("generation"), BTreeSet::from(["1".to_owned()]));
+    assert_eq!(distinct("master"), BTreeSet::from([server.pid().to_string()]), "preload ran once, in the master");
+    assert_eq!(distinct("file"), BTreeSet::from(["true".to_owned()]), "what preload opened stays open");
+    // The one that waits, the event loop's, and the one for blocking functions.
+    assert_eq!(distinct("threads"), BTreeSet::from(["3".to_owned()]));
+    assert!(distinct("segment").iter().all(|path| path.contains("memfd")), "{workers:?}");
+    for (pid, facts) in &workers {
+        let path = format!("/proc/{pid}/fd/{}", facts["segment_fd"]);
+        let file = std::fs::File::options().read(true).write(true).open(path).expect("it is our child");
+        Segment::attach(OwnedFd::from(file)).expect("FORKYARD_SHM names the segment");
+        assert!(descriptor_targets(pid).iter().all(|target| target != "/dev/null"), "a stray descriptor leaked");
+    }
+    drop(connections);
+    server.stop();
+}
+
+/// What the descriptors above standard error of a process are.
+fn descriptor_targets(pid: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives").filter_map(Result::ok);
+    let above = entries.filter(|entry| entry.file_name().to_str().is_some_and(|fd| fd.parse().unwrap_or(0) > 2));
+    above.filter_map(|entry| Some(std::fs::read_link(entry.path()).ok()?.display().to_string())).collect()
+}
