@@ -22,7 +22,8 @@ struct Fixture {
 
 /// One worker that has served already, and how much memory it has had at most.
 fn start() -> Fixture {
-    let server = Server::start("crashy", &["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0", "--workers", "1"]);
+    let server =
+        Server::start("crashy", &["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0", "--workers", "1"]);
     let worker = *server.children().first().unwrap();
     http::post(&server.http(), "/echo", &[b'x'; 300_000]).unwrap();
     fastcgi::Client::connect(&server.binds[1]).unwrap().request("POST", "/echo", &[b'x'; 300_000]).unwrap();

@@ -80,7 +80,11 @@ fn a_cache_of_an_impossible_size_is_refused() {
 #[test]
 fn run_says_what_it_cannot_do() {
     let bind = "fastcgi:unix:/tmp/never-made.sock";
-    complained(&run("forkyard", &["run", "--bind", bind, "--", "no-such-program"]), 1, &["no program of that name in PATH"]);
+    complained(
+        &run("forkyard", &["run", "--bind", bind, "--", "no-such-program"]),
+        1,
+        &["no program of that name in PATH"],
+    );
     complained(&run("forkyard", &["run", "--bind", bind, "--", "/etc/passwd"]), 1, &["not an executable file"]);
     complained(&run("forkyard", &["run", "--bind", bind]), 2, &["COMMAND"]);
     complained(&run("forkyard", &["run", "--bind", "http:127.0.0.1:0", "--", "cat"]), 2, &["over fastcgi only"]);

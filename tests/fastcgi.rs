@@ -8,8 +8,8 @@ use std::os::unix::net::UnixStream;
 
 use common::Server;
 use common::fastcgi::{
-    ABORT, BEGIN, Client, END, GET_VALUES, GET_VALUES_RESULT, PARAMS, Record, STDIN, STDOUT, UNKNOWN_TYPE, begin, head, pair,
-    record, request,
+    ABORT, BEGIN, Client, END, GET_VALUES, GET_VALUES_RESULT, PARAMS, Record, STDIN, STDOUT, UNKNOWN_TYPE, begin, head,
+    pair, record, request,
 };
 
 struct Fixture {
@@ -115,13 +115,17 @@ fn requests_of_one_connection_overlap() {
 fn management_records_are_answered_at_any_time() {
     let fixture = start(&[]);
     let mut client = fixture.client();
-    let asked = [pair("FCGI_MAX_CONNS", ""), pair("FCGI_MAX_REQS", ""), pair("FCGI_MPXS_CONNS", ""), pair("FCGI_COLOUR", "")];
+    let asked =
+        [pair("FCGI_MAX_CONNS", ""), pair("FCGI_MAX_REQS", ""), pair("FCGI_MPXS_CONNS", ""), pair("FCGI_COLOUR", "")];
     client.send(&head(1, true, "POST", "/count", None)).unwrap();
     client.send(&[record(GET_VALUES, 0, &asked.concat(), 7), record(99, 0, b"what", 1)]).unwrap();
     let values = client.record().unwrap();
     assert_eq!((values.kind, values.id), (GET_VALUES_RESULT, 0));
     let said = String::from_utf8_lossy(&values.content).into_owned();
-    assert!(said.contains("FCGI_MPXS_CONNS1") && said.contains("FCGI_MAX_REQS64") && !said.contains("COLOUR"), "{said:?}");
+    assert!(
+        said.contains("FCGI_MPXS_CONNS1") && said.contains("FCGI_MAX_REQS64") && !said.contains("COLOUR"),
+        "{said:?}"
+    );
     let unknown = client.record().unwrap();
     assert_eq!(unknown, Record { kind: UNKNOWN_TYPE, id: 0, content: vec![99, 0, 0, 0, 0, 0, 0, 0] });
     client.send(&[record(STDIN, 1, b"12345", 0), record(STDIN, 1, b"", 255)]).unwrap();
@@ -175,10 +179,14 @@ fn too_much_of_a_head_is_a_431_and_nonsense_a_400() {
     let fixture = start(&["--max-params", "8K"]);
     let mut client = fixture.client();
     let long = pair("HTTP_X", &"x".repeat(9000));
-    client.send(&[begin(1, 1, true), record(PARAMS, 1, &long, 0), record(PARAMS, 1, b"", 0), record(STDIN, 1, b"", 0)]).unwrap();
+    client
+        .send(&[begin(1, 1, true), record(PARAMS, 1, &long, 0), record(PARAMS, 1, b"", 0), record(STDIN, 1, b"", 0)])
+        .unwrap();
     assert_eq!(client.response(1).unwrap().status(), 431);
     let beyond = b"\x05\xff\xff\xff\xffHELLO";
-    client.send(&[begin(1, 1, true), record(PARAMS, 1, beyond, 0), record(PARAMS, 1, b"", 0), record(STDIN, 1, b"", 0)]).unwrap();
+    client
+        .send(&[begin(1, 1, true), record(PARAMS, 1, beyond, 0), record(PARAMS, 1, b"", 0), record(STDIN, 1, b"", 0)])
+        .unwrap();
     assert_eq!(client.response(1).unwrap().status(), 400);
     client.send(&[begin(1, 1, true), record(PARAMS, 1, b"", 0), record(STDIN, 1, b"", 0)]).unwrap();
     assert_eq!(client.response(1).unwrap().status(), 400, "a request without a method");
@@ -192,7 +200,12 @@ fn what_breaks_the_protocol_is_a_clean_close() {
     let fixture = start(&[]);
     let mut version = begin(1, 1, true);
     version[0] = 2;
-    for bytes in [version, record(BEGIN, 1, &[0; 4], 0), [begin(1, 1, true), begin(1, 1, true)].concat(), b"GET / HTTP/1.1\r\n\r\n".to_vec()] {
+    for bytes in [
+        version,
+        record(BEGIN, 1, &[0; 4], 0),
+        [begin(1, 1, true), begin(1, 1, true)].concat(),
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+    ] {
         let mut client = fixture.client();
         client.send(&[bytes]).unwrap();
         assert!(client.is_closed());
@@ -204,7 +217,9 @@ fn what_breaks_the_protocol_is_a_clean_close() {
 fn records_for_a_request_that_is_not_are_ignored() {
     let fixture = start(&[]);
     let mut client = fixture.client();
-    client.send(&[record(STDIN, 5, &[0; 65535], 255), record(PARAMS, 5, b"\x7f", 0), record(ABORT, 5, b"", 0)]).unwrap();
+    client
+        .send(&[record(STDIN, 5, &[0; 65535], 255), record(PARAMS, 5, b"\x7f", 0), record(ABORT, 5, b"", 0)])
+        .unwrap();
     client.send(&[record(42, 7, b"an application record of no known type", 0)]).unwrap();
     assert_eq!(client.request("GET", "/ok", b"").unwrap().body(), b"ok\n");
     client.send(&[record(STDIN, 1, b"late", 0), record(STDIN, 1, b"", 0)]).unwrap();

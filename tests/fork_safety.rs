@@ -78,8 +78,11 @@ fn workers_differ_where_they_must_and_share_where_they_may() {
         let mut client = Client::connect(&server.http()).expect("it listens");
         let text = client.request("GET", "/", b"").expect("it answers").text();
         connections.push(client);
-        let facts: HashMap<String, String> =
-            text.lines().filter_map(|line| line.split_once('=')).map(|(name, value)| (name.into(), value.into())).collect();
+        let facts: HashMap<String, String> = text
+            .lines()
+            .filter_map(|line| line.split_once('='))
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect();
         workers.insert(facts["pid"].clone(), facts);
     }
     let distinct = |name: &str| workers.values().map(|facts| facts[name].clone()).collect::<BTreeSet<_>>();

@@ -23,7 +23,8 @@ fn crashy(arguments: &[&str]) -> Server {
 fn segment_of(server: &Server) -> Segment {
     let folder = format!("/proc/{}/fd", server.pid());
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let is_memfd = |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:"));
+    let is_memfd =
+        |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:"));
     let path = entries.filter(is_memfd).next().expect("the master holds its segment");
     let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
     Segment::attach(OwnedFd::from(file)).expect("it is in order")
@@ -39,7 +40,8 @@ fn renewed(server: &Server, count: usize, gone: &BTreeSet<i32>) -> BTreeSet<i32>
 
 #[test]
 fn two_hundred_kills_under_load_and_the_cache_still_stands() {
-    let mut server = Server::start("pages", &[&HTTP[..], &["--workers", "2", "--respawn-rate", "1000", "--cache", "2M"]].concat());
+    let mut server =
+        Server::start("pages", &[&HTTP[..], &["--workers", "2", "--respawn-rate", "1000", "--cache", "2M"]].concat());
     let address = server.http();
     let segment = segment_of(&server);
     let descriptors = descriptors_of(server.pid().as_raw());
@@ -168,7 +170,8 @@ fn connections_that_wait_to_be_accepted_are_served_before_a_worker_leaves() {
         let mut clients: Vec<Client> = (0..20).map(|_| Client::connect(&address).unwrap()).collect();
         server.signal(Signal::SIGTERM);
         server.wait_for("asked to drain");
-        let waiting: Vec<_> = clients.drain(..).map(|mut client| scope.spawn(move || client.request("GET", "/ok", b""))).collect();
+        let waiting: Vec<_> =
+            clients.drain(..).map(|mut client| scope.spawn(move || client.request("GET", "/ok", b""))).collect();
         kill(worker, Signal::SIGCONT).unwrap();
         for client in waiting {
             assert_eq!(client.join().unwrap().unwrap().text(), "ok\n");

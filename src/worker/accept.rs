@@ -5,11 +5,12 @@
 //! worker whose connections are at the limit leaves them altogether.
 
 use std::cell::Cell;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 
 use forkyard_shm::{Row, Scoreboard};
@@ -74,13 +75,21 @@ impl Connections {
         while self.open.get() >= self.limit {
             self.one_ended.notified().await;
         }
-        let fewest = self.scoreboard.fewest_connections(self.slot);
-        if fewest.is_some_and(|fewest| fewest < self.open.get()) {
-            tokio::select! {
-                () = self.one_ended.notified() => {}
-                () = sleep(LEFT_TO_SIBLINGS) => {}
+        if self.a_sibling_has_fewer() {
+            // A short request on a fresh connection is over when the tasks that wait to run have run.
+            let_others_run().await;
+            if self.a_sibling_has_fewer() {
+                tokio::select! {
+                    () = self.one_ended.notified() => {}
+                    () = sleep(LEFT_TO_SIBLINGS) => {}
+                }
             }
         }
+    }
+
+    fn a_sibling_has_fewer(&self) -> bool {
+        let open = self.open.get();
+        open > 0 && self.scoreboard.fewest_connections(self.slot).is_some_and(|fewest| fewest < open)
     }
 
     fn open(self: &Rc<Self>) -> Open {
@@ -171,6 +180,19 @@ impl Acceptor {
         }
         Ok(())
     }
+}
+
+/// Goes to the end of the event loop's queue. (tokio's `yield_now` would look at epoll in between.)
+async fn let_others_run() {
+    let mut last = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut last, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 fn start(serving: impl Future<Output = ()> + 'static, connections: &Rc<Connections>) {

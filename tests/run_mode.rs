@@ -1,0 +1,477 @@
+//! `forkyard run`: external FastCGI programs that accept from the public socket themselves. The programs are
+//! php-cgi with a script, a C program on libfcgi, and a few that do not behave.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::fastcgi::{self, PARAMS, Response, STDIN, begin, pair, record};
+use common::{Server, children_of, descriptors_of, process, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+const HELLO_C: &str = include_str!("programs/hello.c");
+const PAGES_PHP: &str = include_str!("programs/pages.php");
+
+/// A folder with the socket, and what is needed to ask there.
+struct Place {
+    folder: TempDir,
+    address: String,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let address = format!("fastcgi:unix:{}", folder.path().join("app.sock").display());
+        Self { folder, address }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.path("app.sock")
+    }
+
+    /// `forkyard run` with two processes of `command`.
+    fn run(&self, options: &[&str], command: &[&str]) -> Command {
+        let mut forkyard = Command::new(program("forkyard"));
+        forkyard.args(["run", "--bind", &self.address, "--workers", "2"]).args(options).arg("--").args(command);
+        forkyard
+    }
+
+    /// One request on a connection of its own.
+    fn ask(&self, target: &str, body: &[u8]) -> io::Result<Response> {
+        let (script, query) = target.split_once('?').unwrap_or((target, ""));
+        let length = body.len().to_string();
+        let file = self.path(script.trim_start_matches('/'));
+        let params = [
+            ("REQUEST_METHOD", if body.is_empty() { "GET" } else { "POST" }),
+            ("SCRIPT_FILENAME", &file.to_string_lossy()),
+            ("SCRIPT_NAME", script),
+            ("QUERY_STRING", query),
+            ("CONTENT_TYPE", "application/octet-stream"),
+            ("CONTENT_LENGTH", &length),
+            ("REQUEST_URI", target),
+            ("SERVER_PROTOCOL", "HTTP/1.1"),
+        ];
+        let params: Vec<u8> = params.iter().flat_map(|(name, value)| pair(name, value)).collect();
+        let mut records = vec![begin(1, 1, false), record(PARAMS, 1, &params, 0), record(PARAMS, 1, b"", 0)];
+        records.extend(body.chunks(32 << 10).map(|piece| record(STDIN, 1, piece, 0)));
+        records.push(record(STDIN, 1, b"", 0));
+        let mut client = fastcgi::Client::connect(&self.address)?;
+        client.send(&records)?;
+        let response = client.response(1)?;
+        if response.protocol_status == 0 { Ok(response) } else { Err(io::Error::other(format!("{response:?}"))) }
+    }
+
+    /// The body of the response to a request that must go well.
+    fn text(&self, target: &str) -> String {
+        let response = self.ask(target, b"").unwrap_or_else(|error| panic!("{target}: {error}"));
+        String::from_utf8(response.body().to_vec()).unwrap()
+    }
+
+    /// Two processes of php-cgi, with the script `/pages.php`.
+    fn start_php(&self, options: &[&str], variables: &[(&str, &str)]) -> Server {
+        std::fs::write(self.path("pages.php"), PAGES_PHP).unwrap();
+        // The settings of this machine's php.ini do not count; errors go to standard error, not to the web server.
+        let php = ["php-cgi", "-n", "-d", "log_errors=1", "-d", "fastcgi.logging=0"];
+        Server::start_command(self.run(options, &php).envs(variables.iter().copied()))
+    }
+
+    /// Two processes of the C program.
+    fn start_hello(&self, options: &[&str]) -> Server {
+        let hello = self.compile_hello();
+        Server::start_command(&mut self.run(options, &[&hello.to_string_lossy()]))
+    }
+
+    fn compile_hello(&self) -> PathBuf {
+        let (source, hello) = (self.path("hello.c"), self.path("hello"));
+        std::fs::write(&source, HELLO_C).unwrap();
+        let mut compiler = Command::new("gcc");
+        compiler.args(["-std=c11", "-Wall", "-O1", "-o"]).arg(&hello).arg(&source).arg("-lfcgi");
+        let output = compiler.output().expect("gcc is there (scripts/test installs it)");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        hello
+    }
+}
+
+/// What a server's processes are once there are two of them, and `known` is not among them.
+fn two_without(server: &Server, known: &BTreeSet<i32>) -> BTreeSet<i32> {
+    wait_until("there are two processes, both new", || {
+        Some(server.children()).filter(|all| all.len() == 2 && all.is_disjoint(known))
+    })
+}
+
+/// Whether no process is left of `pid`. (A zombie is none: somebody will reap it, or has no manners.)
+fn is_gone(pid: i32) -> bool {
+    process(pid).is_none_or(|process| process.state == 'Z')
+}
+
+/// The value of `name` in lines of `NAME=VALUE`.
+fn value<'a>(lines: &'a str, name: &str) -> Option<&'a str> {
+    lines.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+}
+
+// ---- php-cgi ----
+
+#[test]
+fn php_answers() {
+    let place = Place::new();
+    let mut server = place.start_php(&[], &[]);
+    let response = place.ask("/pages.php?do=add&a=19&b=23", b"").unwrap();
+    assert_eq!(response.body(), b"42\n");
+    assert!(response.head().contains("Content-type: text/plain"), "{}", response.head());
+    assert_eq!(response.application_status, 0);
+    assert_eq!(place.ask("/pages.php", b"").unwrap().status(), 404);
+    for (body, md5) in [(1, "9dd4e461268c8034f5c8564e155c67a6"), (1 << 20, "b561f87202d04959e37588ee05cf5b10")] {
+        let response = place.ask("/pages.php?do=length", &vec![b'x'; body]).unwrap();
+        assert_eq!(String::from_utf8_lossy(response.body()), format!("{body} {md5}\n"));
+    }
+    server.stop();
+    assert!(!place.socket().exists());
+}
+
+/// It also finds that php-cgi does not fork children of its own, however much its environment asks for that.
+#[test]
+fn php_knows_its_slot_and_forks_no_children() {
+    let place = Place::new();
+    let server = place.start_php(&[], &[("PHP_FCGI_CHILDREN", "3"), ("FORKYARD_SLOT", "77")]);
+    let children = server.children();
+    assert_eq!(children.len(), 2);
+    let mut slots = BTreeSet::new();
+    // Which of the two answers is for the kernel to say, so each is made to answer by stopping the other.
+    for (&pid, other) in children.iter().zip(children.iter().rev()) {
+        kill(Pid::from_raw(*other), Signal::SIGSTOP).unwrap();
+        wait_until("it stands still", || process(*other).filter(|process| process.state == 'T'));
+        let environment = place.text("/pages.php?do=environment");
+        kill(Pid::from_raw(*other), Signal::SIGCONT).unwrap();
+        assert_eq!(value(&environment, "pid"), Some(pid.to_string().as_str()), "{environment}");
+        assert_eq!(value(&environment, "FORKYARD_GENERATION"), Some("1"));
+        assert_eq!(value(&environment, "PHP_FCGI_CHILDREN"), Some("0"));
+        slots.extend(value(&environment, "FORKYARD_SLOT").map(str::to_owned));
+        assert_eq!(children_of(Pid::from_raw(pid)), BTreeSet::new());
+    }
+    assert_eq!(slots, BTreeSet::from(["0".to_owned(), "1".to_owned()]));
+    assert_eq!(server.children(), children);
+}
+
+#[test]
+fn php_may_leave_after_some_requests() {
+    let place = Place::new();
+    let mut server = place.start_php(&[], &[("PHP_FCGI_MAX_REQUESTS", "20")]);
+    let before = server.children();
+    let mut seen = BTreeSet::new();
+    for index in 0..200 {
+        let environment = place.ask("/pages.php?do=environment", b"");
+        let environment = environment.unwrap_or_else(|error| panic!("request {index}: {error}"));
+        let environment = String::from_utf8_lossy(environment.body()).into_owned();
+        let pid: i32 = value(&environment, "pid").and_then(|pid| pid.parse().ok()).expect("it says its pid");
+        seen.insert(pid);
+    }
+    // 200 requests, 20 each, and two processes are not done yet.
+    assert!(seen.len() >= 10, "{seen:?}");
+    for _ in 0..8 {
+        let line = server.wait_for("worker left of its own accord");
+        assert!(line.contains("slot=") && line.contains("status=0"), "{line}");
+    }
+    wait_until("there are two processes again", || {
+        Some(server.children()).filter(|all| all.len() == 2 && all.iter().all(|pid| children_are_none(*pid)))
+    });
+    assert_ne!(server.children(), before);
+    server.stop();
+    assert!(!server.log().contains("worker died"), "{}", server.log());
+}
+
+fn children_are_none(pid: i32) -> bool {
+    children_of(Pid::from_raw(pid)).is_empty()
+}
+
+#[test]
+fn php_errors_are_in_our_log() {
+    let place = Place::new();
+    let mut server = place.start_php(&[], &[]);
+    let pids = server.children();
+    assert_eq!(place.text("/pages.php?do=complain&text=no%20such%20table"), "complained\n");
+    let line = server.wait_for("| no such table");
+    let named = pids.iter().any(|pid| line.contains(&format!(" pid={pid} ")));
+    assert!(named && (line.contains(" slot=0 ") || line.contains(" slot=1 ")), "{line}");
+}
+
+// ---- a program on libfcgi ----
+
+#[test]
+fn a_c_program_answers() {
+    let place = Place::new();
+    let mut server = place.start_hello(&[]);
+    let response = place.ask("/hello", b"").unwrap();
+    assert_eq!((response.status(), response.body()), (200, &b"Hello, world\n"[..]));
+    assert_eq!(place.ask("/nowhere", b"").unwrap().status(), 404);
+    for length in [0, 1, 1 << 20] {
+        let body: Vec<u8> = (0..length).map(|index: u32| u8::try_from(index % 251).unwrap()).collect();
+        let echo = place.ask("/echo", &body).unwrap();
+        assert!(echo.body() == body, "{} bytes came back of {length}", echo.body().len());
+    }
+    assert_eq!(value(&place.text("/params?a=1"), "QUERY_STRING"), Some("a=1"));
+    server.stop();
+    let left = server.log().lines().filter(|line| line.contains("worker left ") && line.contains("status=0")).count();
+    assert_eq!(left, 2, "{}", server.log());
+}
+
+/// The environment as the operator gave it and our three variables; four descriptors and no more.
+#[test]
+fn a_program_inherits_what_it_should() {
+    let place = Place::new();
+    let hello = place.compile_hello();
+    let mut command = place.run(&[], &[&hello.to_string_lossy()]);
+    let server = Server::start_command(command.env("OF_THE_OPERATOR", "yes"));
+    let environment = place.text("/env");
+    assert_eq!(value(&environment, "OF_THE_OPERATOR"), Some("yes"));
+    assert!(matches!(value(&environment, "FORKYARD_SLOT"), Some("0" | "1")), "{environment}");
+    assert_eq!(value(&environment, "FORKYARD_GENERATION"), Some("1"));
+    let segment = value(&environment, "FORKYARD_SHM").expect("the descriptor of the segment");
+    for pid in server.children() {
+        // The socket, the output twice, the segment; a connection may just be closing.
+        wait_until("it has four descriptors", || (descriptors_of(pid) == 4).then_some(()));
+        let segment = std::fs::read_link(format!("/proc/{pid}/fd/{segment}")).unwrap();
+        assert!(segment.to_string_lossy().starts_with("/memfd:"), "{}", segment.display());
+        let socket = std::fs::read_link(format!("/proc/{pid}/fd/0")).unwrap();
+        assert!(socket.to_string_lossy().starts_with("socket:"), "{}", socket.display());
+    }
+}
+
+#[test]
+fn a_killed_program_is_replaced() {
+    let place = Place::new();
+    let mut server = place.start_hello(&[]);
+    let before = server.children();
+    let victim: i32 = place.text("/pid").trim().parse().unwrap();
+    assert!(before.contains(&victim));
+    kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
+    for _ in 0..20 {
+        let pid: i32 = place.text("/pid").trim().parse().unwrap();
+        assert_ne!(pid, victim);
+    }
+    let line = server.wait_for("worker died");
+    assert!(line.contains(&format!("pid={victim}")) && line.contains("signal=KILL"), "{line}");
+    let after = wait_until("there are two again", || {
+        Some(server.children()).filter(|all| all.len() == 2 && !all.contains(&victim))
+    });
+    assert_eq!(before.intersection(&after).count(), 1, "the other one of {before:?} lives: {after:?}");
+    server.stop();
+}
+
+#[test]
+fn the_log_says_how_a_program_died() {
+    let place = Place::new();
+    let mut server = place.start_hello(&[]);
+    for _ in 0..3 {
+        let died = place.ask("/abort", b"");
+        assert!(died.is_err(), "{died:?}");
+        let line = server.wait_for("worker died");
+        assert!(line.contains("signal=ABRT") && line.contains("WARN"), "{line}");
+        assert_eq!(place.text("/hello"), "Hello, world\n");
+    }
+    wait_until("there are two again", || (server.children().len() == 2).then_some(()));
+    server.stop();
+}
+
+/// Reloads while requests come one after the other, from two clients. Returns how many were answered.
+fn reload_under_load(place: &Place, server: &mut Server, target: &str) -> usize {
+    let before = server.children();
+    let (done, answered) = (AtomicBool::new(false), std::sync::atomic::AtomicUsize::new(0));
+    let failed = std::thread::scope(|scope| {
+        let client = || {
+            while !done.load(Ordering::Relaxed) {
+                let response = place.ask(target, b"")?;
+                if response.body().is_empty() {
+                    return Err(io::Error::other(format!("{response:?}")));
+                }
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        let clients = [scope.spawn(client), scope.spawn(client)];
+        wait_until("requests come", || (answered.load(Ordering::Relaxed) >= 20).then_some(()));
+        server.signal(Signal::SIGHUP);
+        // Not after a panic: the clients must hear that it is over.
+        let over = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            server.wait_for("reload done gen=2");
+            two_without(server, &before);
+        }));
+        let until = answered.load(Ordering::Relaxed) + 20;
+        let more = || answered.load(Ordering::Relaxed) >= until || clients.iter().any(|client| client.is_finished());
+        wait_until("requests still come", || more().then_some(()));
+        done.store(true, Ordering::Relaxed);
+        let failed: Vec<_> = clients.into_iter().filter_map(|client| client.join().unwrap().err()).collect();
+        over.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        failed
+    });
+    assert!(failed.is_empty(), "{failed:?}");
+    answered.into_inner()
+}
+
+#[test]
+fn a_reload_replaces_all_and_loses_no_request() {
+    let place = Place::new();
+    let mut server = place.start_hello(&[]);
+    assert!(reload_under_load(&place, &mut server, "/hello") >= 40);
+    assert_eq!(value(&place.text("/env"), "FORKYARD_GENERATION"), Some("2"));
+    server.stop();
+    assert!(!server.log().contains("killed"), "{}", server.log());
+}
+
+#[test]
+fn a_reload_of_php_loses_no_request() {
+    let place = Place::new();
+    let mut server = place.start_php(&[], &[]);
+    assert!(reload_under_load(&place, &mut server, "/pages.php?do=add&a=1&b=2") >= 40);
+    assert_eq!(value(&place.text("/pages.php?do=environment"), "FORKYARD_GENERATION"), Some("2"));
+    server.stop();
+    assert!(!server.log().contains("killed"), "{}", server.log());
+}
+
+#[test]
+fn at_the_end_nothing_is_left() {
+    let place = Place::new();
+    let mut server = place.start_hello(&[]);
+    let pids = server.children();
+    assert_eq!(pids.len(), 2);
+    assert!(place.socket().exists());
+    server.stop();
+    assert!(!place.socket().exists());
+    // The master reaped them, so not even zombies are left.
+    assert!(pids.iter().all(|pid| process(*pid).is_none()));
+}
+
+#[test]
+fn no_program_outlives_its_master() {
+    let place = Place::new();
+    let mut server = place.start_hello(&[]);
+    let pids = server.children();
+    assert_eq!(pids.len(), 2);
+    server.signal(Signal::SIGKILL);
+    assert_eq!(server.wait_end(), None, "a signal ended it");
+    for pid in pids {
+        wait_until("the program is gone", || is_gone(pid).then_some(()));
+    }
+    assert!(place.socket().exists(), "nobody was left to remove it");
+    let mut next = place.start_hello(&[]);
+    assert_eq!(place.text("/hello"), "Hello, world\n");
+    next.stop();
+}
+
+// ---- programs that do not behave ----
+
+/// How a command that should fail has failed: its status and what it said.
+fn failure(command: &mut Command) -> (Option<i32>, String) {
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    assert_eq!(stdout, b"");
+    (status.code(), String::from_utf8_lossy(&stderr).into_owned())
+}
+
+#[test]
+fn a_program_that_cannot_run_is_named() {
+    let place = Place::new();
+    let file = place.path("not-executable");
+    std::fs::write(&file, "#!/bin/sh\n").unwrap();
+    let file = file.to_string_lossy();
+    for (command, said) in [
+        ("no-such-program-anywhere", "cannot run no-such-program-anywhere: no program of that name in PATH"),
+        ("/no/such/program", "cannot run /no/such/program: no such file"),
+        (&*file, "it is not an executable file"),
+    ] {
+        let (status, error) = failure(&mut place.run(&[], &[command]));
+        assert_eq!(status, Some(1), "{error}");
+        assert!(error.contains(said) && error.starts_with("forkyard: "), "{error}");
+        assert!(!place.socket().exists(), "no socket is left of {command}");
+    }
+}
+
+#[test]
+fn a_wrong_bind_is_wrong_usage() {
+    let forkyard = |arguments: &[&str]| failure(Command::new(program("forkyard")).arg("run").args(arguments));
+    let (status, error) = forkyard(&["--bind", "http:127.0.0.1:0", "--", "true"]);
+    assert_eq!(status, Some(2), "{error}");
+    assert!(error.contains("run cannot serve http:127.0.0.1:0") && error.contains("fastcgi"), "{error}");
+    let (status, error) = forkyard(&["--bind", "fastcgi:127.0.0.1:0,fastcgi:127.0.0.1:0", "--", "true"]);
+    assert_eq!(status, Some(2), "{error}");
+    assert!(error.contains("run takes one --bind and got 2"), "{error}");
+    let (status, error) = forkyard(&["--bind", "fastcgi:127.0.0.1:0"]);
+    assert_eq!(status, Some(2), "{error}");
+    assert!(error.contains("COMMAND"), "{error}");
+}
+
+#[test]
+fn a_program_that_dies_at_once_is_tried_ever_more_rarely() {
+    let place = Place::new();
+    let mut server = Server::launch(&mut place.run(&[], &["false"]));
+    for (failures, delay_ms) in [(1, 100), (2, 200), (3, 400), (4, 800)] {
+        let line = server.wait_for("workers die before they are ready");
+        assert!(line.contains("ERROR"), "{line}");
+        assert!(line.contains(&format!(" {failures} in a row, next try in {delay_ms}ms")), "{line}");
+    }
+    server.stop();
+    assert!(!place.socket().exists());
+    let log = server.log();
+    // Two at the start, then one alone each time.
+    let died = log.lines().filter(|line| line.contains("worker died") && line.contains("status=1")).count();
+    assert!((5..=6).contains(&died), "{log}");
+    assert!(!log.contains("ready in "), "{log}");
+}
+
+#[test]
+fn an_orphan_of_a_program_is_reaped() {
+    let place = Place::new();
+    let hello = place.compile_hello();
+    let list = place.path("orphans");
+    // The second surely sees the end of its parent; the first may also be a zombie by then.
+    let script = format!(
+        "(sh -c 'echo $$ >>{list}' &); (sh -c 'while kill -0 $PPID; do :; done; echo $$ >>{list}' 2>/dev/null &); exec {}",
+        hello.display(),
+        list = list.display(),
+    );
+    let mut server = Server::start_command(&mut place.run(&[], &["sh", "-c", &script]));
+    let orphans: Vec<i32> = wait_until("both programs have left two orphans", || {
+        let list = std::fs::read_to_string(&list).ok()?;
+        let whole = list.ends_with('\n') && list.lines().count() == 4;
+        whole.then(|| list.lines().map(|line| line.parse().unwrap()).collect())
+    });
+    for orphan in orphans {
+        let is_ours = || process(orphan).is_some_and(|process| process.parent == server.pid().as_raw());
+        wait_until("the orphan is reaped", || (!is_ours()).then_some(()));
+    }
+    let children = server.children();
+    assert_eq!(children.len(), 2);
+    assert!(children.iter().all(|pid| process(*pid).is_some_and(|process| process.state != 'Z')));
+    assert_eq!(place.text("/hello"), "Hello, world\n");
+    server.stop();
+}
+
+#[test]
+fn a_program_that_does_not_want_to_leave_is_killed() {
+    let place = Place::new();
+    let options = ["--drain-timeout", "1s", "--settle", "50ms"];
+    let script = "trap '' TERM; echo deaf; exec sleep 1000";
+    let mut server = Server::launch(&mut place.run(&options, &["sh", "-c", script]));
+    server.wait_for("| deaf");
+    server.wait_for("| deaf");
+    let pids = server.children();
+    assert_eq!(pids.len(), 2);
+    server.stop();
+    let log = server.log();
+    for pid in pids {
+        assert!(process(pid).is_none(), "{log}");
+        let late = format!("pid={pid} does not finish in time (--drain-timeout): killed");
+        assert!(log.lines().any(|line| line.contains("WARN") && line.contains(&late)), "{log}");
+        let left = format!("pid={pid} gen=1 signal=KILL");
+        assert!(log.lines().any(|line| line.contains("worker left ") && line.contains(&left)), "{log}");
+    }
+    assert!(!place.socket().exists());
+}
