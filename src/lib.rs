@@ -12,44 +12,7 @@
 //! That binary has a command line: `hello --bind fastcgi:unix:/run/hello.sock --workers 4`; `hello --help` tells
 //! the rest. For applications in other languages there is the `forkyard` command.
 //!
-//! # Architecture
-//!
-//! Two straight lines, each readable in one place:
-//!
-//! ```text
-//! data     accept -> decode -> application -> encode          worker/mod.rs
-//! process  bind -> map -> fork -> supervise -> replace        builder.rs, master/mod.rs
-//! ```
-//!
-//! ```text
-//! master         one thread, one poll(2); never tokio, never application code after preload, no lock in shared memory
-//!  |- worker x N forked, not exec'd; one tokio event loop; runs the application           (a linked application)
-//!  `- process x N fork + exec of COMMAND, the listening socket as its standard input      (forkyard run)
-//! ```
-//!
-//! What decides is pure, what touches the kernel is thin and fenced:
-//!
-//! | file | what it is | imports |
-//! |---|---|---|
-//! | `protocol/` | bytes to events and back, no I/O, no clock | nothing of ours |
-//! | `master/supervisor.rs` | events to actions, the clock passed in | nothing of ours |
-//! | `config.rs`, `listen.rs`, `sys.rs` | limits; sockets; fenced system calls | each other |
-//! | `heritage.rs` | what a worker inherits, by name | those, `shm` |
-//! | `master/` | the loop, birth, signals, obituaries | all above but `protocol/` |
-//! | `worker/` | the event loop, connections, the drain | all above but `master/` |
-//! | `builder.rs` | joins master and worker | everything |
-//! | `shm/` | the crate `forkyard-shm`: scoreboard and cache | nothing of ours |
-//!
-//! **Fork safety.** The master has one thread, and [asserts](Builder::preload) that before each fork; signals are
-//! blocked around it. A child unregisters the master's signal socket, closes every descriptor that its heritage
-//! does not name, joins a process group of its own, and leaves by `_exit`. Its event loop runs on a new thread,
-//! so thread-local random number generators start anew. Nothing is logged before all that.
-//!
-//! **Deaths.** A worker that dies is reaped, written of in one log line (with what it was serving, out of the
-//! scoreboard), and replaced at once. When the master dies, each worker gets SIGTERM from the kernel and sees the
-//! end of a pipe; it finishes what it serves and leaves, and if it hangs, `alarm(2)` ends it. An external
-//! program gets SIGKILL: nothing can be promised of its manners. A lock in shared memory whose holder died is
-//! recovered by the next taker, at the price of one shard of the cache at most.
+#![doc = include_str!("../docs/architecture.md")]
 
 mod banner;
 mod blocking;
