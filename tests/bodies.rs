@@ -1,5 +1,7 @@
 //! Bodies of 100 MiB, from and to peers that are slow, in bounded memory.
 
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
 mod common;
 
 use std::io::{self, Read as _, Write as _};

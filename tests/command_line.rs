@@ -1,5 +1,7 @@
 //! The command line: what is asked for wrongly gets one line that says what to do, and the right exit status.
 
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
 mod common;
 
 use std::net::TcpListener;

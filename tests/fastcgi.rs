@@ -1,6 +1,8 @@
 //! FastCGI at the wire: what the specification and real servers make of odd input, sent by a client of its own.
 //! Section numbers are those of the FastCGI specification 1.0.
 
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
 mod common;
 
 use std::io::Write as _;

@@ -5,6 +5,8 @@
 //! give every worker the same numbers; descriptors of the master leak into workers; a child that keeps the
 //! master's signal handlers wakes the master.
 
+#![expect(clippy::print_stdout, reason = "it reports as a test runner does")]
+
 mod common;
 
 use std::collections::{BTreeSet, HashMap};

@@ -1,9 +1,11 @@
 //! What the master and the rest of the workers do when something dies, or is asked to.
 
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
 mod common;
 
 use std::collections::BTreeSet;
-use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -22,10 +24,10 @@ fn crashy(arguments: &[&str]) -> Server {
 /// The shared memory of a running master, seen from here.
 fn segment_of(server: &Server) -> Segment {
     let folder = format!("/proc/{}/fd", server.pid());
-    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let is_memfd =
         |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:"));
-    let path = entries.filter(is_memfd).next().expect("the master holds its segment");
+    let path = entries.find(is_memfd).expect("the master holds its segment");
     let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
     Segment::attach(OwnedFd::from(file)).expect("it is in order")
 }

@@ -154,7 +154,8 @@ fn request_uri(uri: Bytes) -> Result<Uri, Error> {
 /// From the decoded path, for servers that do not pass the URI on.
 fn rebuilt_uri(script_name: &[u8], path_info: &[u8], query: &[u8]) -> Result<Uri, Error> {
     let mut uri = BytesMut::with_capacity(script_name.len() + path_info.len() + query.len() + 16);
-    if !script_name.starts_with(b"/") && !(script_name.is_empty() && path_info.starts_with(b"/")) {
+    let path = if script_name.is_empty() { path_info } else { script_name };
+    if !path.starts_with(b"/") {
         uri.put_u8(b'/');
     }
     let in_path = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(&byte);

@@ -3,6 +3,7 @@
 //! loopback or a Unix socket, and dies with the test.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
 pub mod fastcgi;
 pub mod http;
