@@ -97,13 +97,15 @@ pub(crate) fn spawn(command: &mut Command, pass: &[RawFd]) -> io::Result<Child> 
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
+        // The mask outlives exec, and the standard library leaves it as it is: a program would never see TERM.
+        unblock_signals();
         Ok(())
     };
-    // SAFETY: between fork and exec the closure only makes system calls (prctl, getppid, close_range, fcntl):
-    // no allocation, no lock.
+    // SAFETY: between fork and exec the closure only makes system calls (prctl, getppid, close_range, fcntl,
+    // sigprocmask): no allocation, no lock.
     unsafe { command.process_group(0).pre_exec(in_child) };
     let before = block_signals();
-    let spawned = command.spawn(); // the standard library clears the mask again in the child
+    let spawned = command.spawn();
     restore_signals(&before);
     spawned
 }
@@ -190,7 +192,7 @@ fn restore_signals(mask: &SigSet) {
     debug_assert!(done.is_ok(), "the arguments of pthread_sigmask are constant and valid");
 }
 
-/// Lets all signals through again, in a child whose dispositions stand.
+/// Lets all signals through.
 pub(crate) fn unblock_signals() {
     restore_signals(&SigSet::empty());
 }

@@ -1,10 +1,12 @@
 //! `forkyard run`: external FastCGI programs that accept from the public socket themselves. The programs are
 //! php-cgi with a script, a C program on libfcgi, and a few that do not behave.
 
+#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+
 mod common;
 
 use std::collections::BTreeSet;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -189,6 +191,24 @@ fn php_may_leave_after_some_requests() {
     assert!(!server.log().contains("worker died"), "{}", server.log());
 }
 
+/// With never a moment in which nobody asks.
+#[test]
+fn php_may_leave_however_busy_it_is() {
+    let place = Place::new();
+    let mut server = place.start_php(&[], &[("PHP_FCGI_MAX_REQUESTS", "20")]);
+    std::thread::scope(|scope| {
+        let client = || (0..200).try_for_each(|_| place.ask("/pages.php?do=add&a=1&b=2", b"").map(|_| ()));
+        let clients: Vec<_> = (0..4).map(|_| scope.spawn(client)).collect();
+        for client in clients {
+            client.join().unwrap().unwrap();
+        }
+    });
+    server.stop();
+    let log = server.log();
+    assert!(log.matches("worker left of its own accord").count() >= 38, "{log}");
+    assert!(!log.contains("workers die before they are ready"), "{log}");
+}
+
 fn children_are_none(pid: i32) -> bool {
     children_of(Pid::from_raw(pid)).is_empty()
 }
@@ -330,7 +350,8 @@ fn a_reload_replaces_all_and_loses_no_request() {
 #[test]
 fn a_reload_of_php_loses_no_request() {
     let place = Place::new();
-    let mut server = place.start_php(&[], &[]);
+    // Without this it would leave after 500 requests, reload or not.
+    let mut server = place.start_php(&[], &[("PHP_FCGI_MAX_REQUESTS", "0")]);
     assert!(reload_under_load(&place, &mut server, "/pages.php?do=add&a=1&b=2") >= 40);
     assert_eq!(value(&place.text("/pages.php?do=environment"), "FORKYARD_GENERATION"), Some("2"));
     server.stop();
@@ -426,32 +447,33 @@ fn a_program_that_dies_at_once_is_tried_ever_more_rarely() {
     assert!(!log.contains("ready in "), "{log}");
 }
 
+/// Each process leaves two orphans: one that ends at once, and one that ends when the test says so.
 #[test]
 fn an_orphan_of_a_program_is_reaped() {
     let place = Place::new();
     let hello = place.compile_hello();
-    let list = place.path("orphans");
-    // The second surely sees the end of its parent; the first may also be a zombie by then.
+    let (gate, list) = (place.path("gate"), place.path("list"));
+    nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let script = format!(
-        "(sh -c 'echo $$ >>{list}' &); (sh -c 'while kill -0 $PPID; do :; done; echo $$ >>{list}' 2>/dev/null &); exec {}",
-        hello.display(),
-        list = list.display(),
+        "(true &); (sh -c 'read line; echo $$ >>{}' <{} &); exec {}",
+        list.display(),
+        gate.display(),
+        hello.display()
     );
     let mut server = Server::start_command(&mut place.run(&[], &["sh", "-c", &script]));
-    let orphans: Vec<i32> = wait_until("both programs have left two orphans", || {
-        let list = std::fs::read_to_string(&list).ok()?;
-        let whole = list.ends_with('\n') && list.lines().count() == 4;
-        whole.then(|| list.lines().map(|line| line.parse().unwrap()).collect())
+    let all = wait_until("the master has its two processes and their two orphans", || {
+        Some(server.children()).filter(|all| all.len() == 4)
     });
-    for orphan in orphans {
-        let is_ours = || process(orphan).is_some_and(|process| process.parent == server.pid().as_raw());
-        wait_until("the orphan is reaped", || (!is_ours()).then_some(()));
-    }
-    let children = server.children();
-    assert_eq!(children.len(), 2);
-    assert!(children.iter().all(|pid| process(*pid).is_some_and(|process| process.state != 'Z')));
+    let mut gate = std::fs::File::options().write(true).open(gate).unwrap();
+    gate.write_all(b"go\ngo\n").unwrap();
+    let two = wait_until("the orphans are reaped", || Some(server.children()).filter(|all| all.len() == 2));
+    let reaped: BTreeSet<i32> = all.difference(&two).copied().collect();
+    let orphans = std::fs::read_to_string(list).unwrap();
+    assert_eq!(reaped, orphans.lines().map(|pid| pid.parse().unwrap()).collect());
+    assert!(two.iter().all(|pid| process(*pid).is_some_and(|process| process.state != 'Z')));
     assert_eq!(place.text("/hello"), "Hello, world\n");
     server.stop();
+    assert!(!server.log().contains("worker died"), "{}", server.log());
 }
 
 #[test]

@@ -352,3 +352,24 @@ fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
     assert!(!server.log().contains("asked to"), "the master heard nothing of it");
     server.stop();
 }
+
+#[test]
+fn as_pid_1_it_reaps_strangers_and_stops_on_term() {
+    let folder = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let mut command = Command::new("unshare");
+    if !nix::unistd::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(program("forkyard"));
+    command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--log-level", "debug"]);
+    // It leaves an orphan behind and goes on.
+    command.args(["--", "sh", "-c", "(exit 7 &) ; exec sleep 600"]);
+    let mut server = Server::start_command(&mut command);
+    let master = *server.children().first().unwrap();
+    let line = if server.log().contains("reaped a stranger") { server.log() } else { server.wait_for("reaped a stranger") };
+    assert!(line.contains("status=7") && line.contains("[1]"), "it is pid 1 there: {line}");
+    kill(Pid::from_raw(master), Signal::SIGTERM).unwrap();
+    assert!(server.wait_for("worker left").contains("signal=TERM"), "a program gets the TERM that it is sent");
+    assert_eq!(server.wait_end(), Some(0));
+}

@@ -65,6 +65,8 @@ pub(crate) fn run(
     preloaded: Vec<RawFd>,
     begun: Instant,
 ) -> io::Result<bool> {
+    // Whoever started us may have blocked signals, and the mask is inherited.
+    sys::unblock_signals();
     // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
     nix::sys::prctl::set_child_subreaper(true)?;
     let policy = Policy {
