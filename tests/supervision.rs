@@ -367,7 +367,8 @@ fn as_pid_1_it_reaps_strangers_and_stops_on_term() {
     command.args(["--", "sh", "-c", "(exit 7 &) ; exec sleep 600"]);
     let mut server = Server::start_command(&mut command);
     let master = *server.children().first().unwrap();
-    let line = if server.log().contains("reaped a stranger") { server.log() } else { server.wait_for("reaped a stranger") };
+    let line =
+        if server.log().contains("reaped a stranger") { server.log() } else { server.wait_for("reaped a stranger") };
     assert!(line.contains("status=7") && line.contains("[1]"), "it is pid 1 there: {line}");
     kill(Pid::from_raw(master), Signal::SIGTERM).unwrap();
     assert!(server.wait_for("worker left").contains("signal=TERM"), "a program gets the TERM that it is sent");

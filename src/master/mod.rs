@@ -148,7 +148,11 @@ impl Master {
             };
             self.scoreboard.bury(child.slot, pid.as_raw().cast_unsigned());
             obituary::publish(pid, ending, child, &self.scoreboard);
-            let wish = if ending == Ending::Exited(RETIRE) { Wish::Retire } else { Wish::Replace };
+            let wish = match ending {
+                Ending::Exited(0) => Wish::Renew,
+                Ending::Exited(RETIRE) => Wish::Retire,
+                Ending::Exited(_) | Ending::Signaled(_) => Wish::Replace,
+            };
             self.feed(Event::Exited { pid, wish });
         }
     }

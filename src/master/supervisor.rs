@@ -69,8 +69,11 @@ pub(crate) enum Event {
 /// What the way in which a process ended asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wish {
-    /// Replace it.
+    /// It crashed: replace it.
     Replace,
+    /// It exited with 0, having done its share of work: replace it. That is no failure, not even of a process
+    /// that was never seen to be ready, if others of its kind were.
+    Renew,
     /// It exited with 125: do not replace it.
     Retire,
 }
@@ -206,6 +209,8 @@ pub(crate) struct Supervisor {
     mode: Mode,
     rolling: bool,
     reached_full_strength: bool,
+    /// Some process was ready, ever.
+    proven: bool,
     /// Processes in a row that died before they were ready.
     failures: u32,
     /// The breaker: nothing is spawned before this.
@@ -226,6 +231,7 @@ impl Supervisor {
             mode: Mode::Running,
             rolling: false,
             reached_full_strength: false,
+            proven: false,
             failures: 0,
             closed_until: Now::ZERO,
             respawns: TokenBucket::full(policy.respawn_rate),
@@ -298,6 +304,7 @@ impl Supervisor {
         match self.slots[index].state {
             State::Starting { .. } => {
                 self.slots[index].state = State::Ready { pid };
+                self.proven = true;
                 self.failures = 0;
                 self.closed_until = Now::ZERO;
                 if !self.reached_full_strength && self.count_ready() >= self.target {
@@ -323,19 +330,21 @@ impl Supervisor {
             return;
         }
         match state {
+            State::Starting { .. } if wish == Wish::Renew && self.proven => self.respawn(slot, now),
             State::Starting { .. } => self.failed_start(slot, now),
-            State::Ready { .. } if self.mode == Mode::Running => {
-                if let Some(until) = self.respawns.take(now) {
-                    self.slots[index].state = State::Backoff { until };
-                    self.note(Note::Throttled { slot, delay: until.saturating_sub(now) });
-                }
-            }
+            State::Ready { .. } => self.respawn(slot, now),
             State::Killing { unready: true, .. } => self.failed_start(slot, now),
-            State::Ready { .. }
-            | State::Draining { .. }
-            | State::Killing { .. }
-            | State::Empty
-            | State::Backoff { .. } => {}
+            State::Draining { .. } | State::Killing { .. } | State::Empty | State::Backoff { .. } => {}
+        }
+    }
+
+    /// Has the slot refilled: at once, as a rule.
+    fn respawn(&mut self, slot: u32, now: Now) {
+        if self.mode == Mode::Running
+            && let Some(until) = self.respawns.take(now)
+        {
+            self.slots[slot as usize].state = State::Backoff { until };
+            self.note(Note::Throttled { slot, delay: until.saturating_sub(now) });
         }
     }
 
@@ -754,7 +763,8 @@ mod tests {
                 30..40 => {
                     let life = random.choice([Life::Starting, Life::Ready, Life::Leaving]).unwrap();
                     if let Some(pid) = self.pick(random, life) {
-                        self.die(pid, Wish::Replace);
+                        let wish = random.choice([Wish::Replace, Wish::Renew]).unwrap();
+                        self.die(pid, wish);
                     }
                 }
                 40..60 => {
@@ -916,6 +926,21 @@ mod tests {
         assert_eq!((asked, world.now), (5, 5000 * MS));
         world.settle();
         assert_eq!(world.exited, Some(true));
+    }
+
+    #[test]
+    fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_none_ever_was() {
+        let mut world = World::new(policy(1));
+        let pid = *world.processes.keys().next().unwrap();
+        world.die(Pid::from_raw(pid), Wish::Renew);
+        assert!(matches!(world.notes[..], [Note::Failing { .. }]), "{:?}", world.notes);
+        world.settle();
+        let pid = *world.processes.keys().next().unwrap();
+        world.die(Pid::from_raw(pid), Wish::Renew);
+        let pid = *world.processes.keys().next().expect("it is replaced at once");
+        world.die(Pid::from_raw(pid), Wish::Renew);
+        assert_eq!(world.processes.len(), 1, "and so is one that nobody saw ready");
+        assert_eq!(world.notes.len(), 2, "{:?}", world.notes);
     }
 
     #[test]
