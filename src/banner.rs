@@ -24,6 +24,7 @@ pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str
     };
     text += &format!("  workers  {}{threads}\n", config.workers);
     text += &match config.cache_bytes {
+        0 if program.is_some() => String::new(),
         0 => "  cache    none\n".to_owned(),
         bytes => format!("  cache    {}, shared\n", format_size(bytes)),
     };

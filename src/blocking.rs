@@ -7,18 +7,17 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::sync::WaitGroup;
 use http::header::RETRY_AFTER;
 use http::{HeaderValue, Request, Response, StatusCode};
 use tower_service::Service;
 
 use crate::body::Body;
-
-type Job = Box<dyn FnOnce() + Send>;
 
 /// Makes a service of a function that may block.
 ///
@@ -34,19 +33,18 @@ where
     F: Fn(Request<Body>) -> Response<B> + Send + Sync + 'static,
     B: Into<Body>,
 {
-    Blocking { function: Arc::new(function), jobs: pool().clone() }
+    Blocking { function: Arc::new(function) }
 }
 
 /// The service that [`blocking`] makes.
 #[derive(Debug)]
 pub struct Blocking<F> {
     function: Arc<F>,
-    jobs: Sender<Job>,
 }
 
 impl<F> Clone for Blocking<F> {
     fn clone(&self) -> Self {
-        Self { function: Arc::clone(&self.function), jobs: self.jobs.clone() }
+        Self { function: Arc::clone(&self.function) }
     }
 }
 
@@ -67,12 +65,17 @@ where
         let place = Arc::new(Mutex::new(Place::default()));
         let function = Arc::clone(&self.function);
         let fill = Fill(Arc::clone(&place));
-        let job = move || fill.set(function(request).map(Into::into));
-        if self.jobs.try_send(Box::new(job)).is_err() {
+        let job = move || {
+            // A client that left while its request waited took its answer along.
+            if Arc::strong_count(&fill.0) > 1 {
+                fill.put(Ok(function(request).map(Into::into)));
+            }
+        };
+        if !pool().start(job) {
             let mut response = Response::new(Body::from("503: too many requests are waiting\n"));
             *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-            place.lock().unwrap_or_else(PoisonError::into_inner).outcome = Some(Ok(response));
+            lock(&place).outcome = Some(Ok(response));
         }
         Answer(place)
     }
@@ -92,15 +95,9 @@ struct Panicked;
 struct Fill(Arc<Mutex<Place>>);
 
 impl Fill {
-    fn set(self, response: Response<Body>) {
-        self.put(Ok(response));
-    }
-
     fn put(&self, outcome: Result<Response<Body>, Panicked>) {
-        let mut place = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if place.outcome.is_none() {
-            place.outcome = Some(outcome);
-        }
+        let mut place = lock(&self.0);
+        place.outcome.get_or_insert(outcome);
         let waker = place.waker.take();
         drop(place);
         if let Some(waker) = waker {
@@ -111,8 +108,13 @@ impl Fill {
 
 impl Drop for Fill {
     fn drop(&mut self) {
-        self.put(Err(Panicked));
+        self.put(Err(Panicked)); // does nothing where there is an outcome
     }
+}
+
+fn lock(place: &Mutex<Place>) -> MutexGuard<'_, Place> {
+    // No code that can panic runs under the lock.
+    place.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The response to come.
@@ -123,7 +125,7 @@ impl Future for Answer {
     type Output = Result<Response<Body>, Infallible>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut place = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut place = lock(&self.0);
         match place.outcome.take() {
             Some(Ok(response)) => Poll::Ready(Ok(response)),
             Some(Err(Panicked)) => {
@@ -139,27 +141,57 @@ impl Future for Answer {
     }
 }
 
+/// The threads, and the queue from which they take.
+struct Pool {
+    queue: Sender<Job>,
+    /// Held by each job that waits or runs.
+    jobs: Mutex<WaitGroup>,
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
 /// This worker's `--threads` and `--queue`.
 static SIZE: OnceLock<(u32, u32)> = OnceLock::new();
+static POOL: OnceLock<Pool> = OnceLock::new();
 
 /// Sets the size of the pool that will be made. Called once, in a new worker.
 pub(crate) fn configure(threads: u32, queue: u32) {
     let _ = SIZE.set((threads, queue));
 }
 
-/// The pool's queue; the first call starts the threads, so a worker without blocking functions has none.
-fn pool() -> &'static Sender<Job> {
-    static POOL: OnceLock<Sender<Job>> = OnceLock::new();
+/// Waits for all that runs. Called once, when nothing new can come.
+pub(crate) fn finish() {
+    if let Some(pool) = POOL.get() {
+        // Our own hold on the group is given up with it.
+        let jobs = std::mem::take(&mut *pool.jobs.lock().unwrap_or_else(PoisonError::into_inner));
+        jobs.wait();
+    }
+}
+
+/// The first call starts the threads: a worker without blocking functions has none, nor has the master.
+fn pool() -> &'static Pool {
     POOL.get_or_init(|| {
         let &(threads, queue) = SIZE.get().unwrap_or(&(1, 1024));
         let (sender, receiver) = bounded(queue as usize);
-        let started = (0..threads).filter(|&number| start(number, receiver.clone())).count();
+        let started = (0..threads).filter(|&number| start_thread(number, receiver.clone())).count();
         assert!(started > 0, "not one of the {threads} threads for blocking functions could be started");
-        sender
+        Pool { queue: sender, jobs: Mutex::new(WaitGroup::new()) }
     })
 }
 
-fn start(number: u32, jobs: Receiver<Job>) -> bool {
+impl Pool {
+    /// False if too many wait already.
+    fn start(&self, job: impl FnOnce() + Send + 'static) -> bool {
+        let held = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let job = move || {
+            job();
+            drop(held);
+        };
+        self.queue.try_send(Box::new(job)).is_ok()
+    }
+}
+
+fn start_thread(number: u32, jobs: Receiver<Job>) -> bool {
     let work = move || {
         for job in jobs {
             // The panic was logged by the hook; the job's place tells the event loop.

@@ -67,7 +67,7 @@ impl Builder {
     }
 
     /// `load` runs once in the master, before the first fork: what it reads into memory (statics, say), all
-    /// workers share, copy on write; files that it opens stay open in them.
+    /// workers share, copy on write; files that it opens stay open in them (as do those that `main` has open).
     ///
     /// It must leave no thread running and must not use tokio: neither survives a fork, and the master
     /// refuses to fork with more than one thread.
@@ -137,6 +137,7 @@ fn serve(
     note: Option<&str>,
     begun: Instant,
 ) -> Result<bool, BoxError> {
+    let opened = sys::own_descriptors()?;
     start_logging(log_level);
     let blocking = matches!(launch, Launch::Program(_));
     let mut listeners: Vec<Listener> = Vec::new();
@@ -148,7 +149,8 @@ fn serve(
             Ok::<_, BoxError>(())
         })
         .and_then(|()| create_segment(&config))
-        .and_then(|segment| Ok((segment, run_preload(preload)?)));
+        .and_then(|segment| Ok((segment, run_preload(preload)?)))
+        .and_then(|pair| Ok(sys::expect_one_thread().map(|()| pair)?));
     let listeners: Arc<[Listener]> = listeners.into();
     let outcome = outcome.and_then(|(segment, preloaded)| {
         let program = match &launch {
@@ -159,7 +161,8 @@ fn serve(
         if let Some(note) = note {
             log::warn!("{note}");
         }
-        let ended = master::run(Arc::new(config), Arc::clone(&listeners), segment, launch, preloaded, begun);
+        let application = [opened, preloaded].concat().into();
+        let ended = master::run(Arc::new(config), Arc::clone(&listeners), segment, launch, application, begun);
         ended.map_err(|error| format!("the master cannot run: {error}").into())
     });
     listeners.iter().for_each(Listener::remove_file);

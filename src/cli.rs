@@ -51,8 +51,20 @@ struct ServeOptions {
     drain_timeout: Duration,
 
     /// Workers that are replaced at once within a second; beyond that the replacements wait
-    #[arg(long, value_name = "N", env = "FORKYARD_RESPAWN_RATE", default_value = "32", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Processes")]
+    #[arg(long, value_name = "N", env = "FORKYARD_RESPAWN_RATE", default_value = "64", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Processes")]
     respawn_rate: u32,
+
+    /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
+    #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
+    log_level: String,
+}
+
+/// The further flags of a binary with an application linked into it.
+#[derive(Args, Debug)]
+struct WorkerOptions {
+    /// Threads per worker that run blocking functions, each one request at a time
+    #[arg(long, value_name = "N", env = "FORKYARD_THREADS", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Processes")]
+    threads: u32,
 
     /// Size of the page cache that all workers share, as in 64M; 0 for none
     #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", default_value = "64M", value_parser = parse_size, help_heading = "Memory and limits")]
@@ -70,18 +82,6 @@ struct ServeOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_CONNECTIONS", default_value = "4096", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
     max_connections: u32,
 
-    /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
-    #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
-    log_level: String,
-}
-
-/// The further flags of a binary with an application linked into it.
-#[derive(Args, Debug)]
-struct WorkerOptions {
-    /// Threads per worker that run blocking functions, each one request at a time
-    #[arg(long, value_name = "N", env = "FORKYARD_THREADS", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Processes")]
-    threads: u32,
-
     /// Requests per worker that may wait for a thread; further ones get 503
     #[arg(long, value_name = "N", env = "FORKYARD_QUEUE", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
     queue: u32,
@@ -90,7 +90,7 @@ struct WorkerOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_MULTIPLEXED", default_value = "64", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Memory and limits")]
     max_multiplexed: u16,
 
-    /// How long a client may take to send the head of an HTTP request
+    /// How long a client may take to send the head of an HTTP request, the wait for it included
     #[arg(long, value_name = "TIME", env = "FORKYARD_HEADER_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
     header_timeout: Duration,
 }
@@ -129,7 +129,12 @@ struct RunOptions {
     #[arg(long, env = "FORKYARD_DIRECT", help_heading = "Sockets")]
     direct: bool,
 
-    /// An application process counts as started when it has run for so long
+    /// Size of the cache in the shared memory that each process gets as FORKYARD_SHM, for programs that use
+    /// the forkyard-shm library; 0 for none
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", default_value = "0", value_parser = parse_size, help_heading = "Processes")]
+    cache: u64,
+
+    /// An application process counts as started when it waits for connections, has one, or has run for so long
     #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", default_value = "1s", value_parser = parse_duration, help_heading = "Processes")]
     settle: Duration,
 
@@ -161,7 +166,16 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     }
     let linked = Linked::from_arg_matches(&command.try_get_matches_from(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
-    let config = config(linked.serve, Some(&linked.worker), Duration::ZERO);
+    let WorkerOptions { threads, queue, cache, header_timeout, .. } = linked.worker;
+    let limits = Limits {
+        max_body: linked.worker.max_body,
+        max_params: linked.worker.max_params,
+        max_connections: linked.worker.max_connections,
+        max_multiplexed: linked.worker.max_multiplexed.into(),
+        header_timeout,
+    };
+    let of_workers = OfWorkers { threads, queue, limits };
+    let config = config(linked.serve, cache, Duration::ZERO, of_workers);
     Ok(Request { config, log_level, program: None })
 }
 
@@ -172,17 +186,25 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
 pub(crate) fn parse_forkyard(arguments: Vec<OsString>) -> Result<Request, clap::Error> {
     let Subcommands::Run(run) = Forkyard::try_parse_from(arguments)?.command;
     let log_level = run.serve.log_level.clone();
-    let config = config(run.serve, None, run.settle);
-    check_run(&config).map_err(|cause| Forkyard::command().error(clap::error::ErrorKind::ValueValidation, cause))?;
+    check_run(&run.serve.bind).map_err(|cause| {
+        let mut command = Forkyard::command().bin_name("forkyard");
+        command.build();
+        let run = command.find_subcommand_mut("run").cloned().unwrap_or(command);
+        run.bin_name("forkyard run").error(clap::error::ErrorKind::ValueValidation, cause)
+    })?;
+    let config = config(run.serve, run.cache, run.settle, OfWorkers::default());
     Ok(Request { config, log_level, program: Some((run.command, run.direct)) })
 }
 
 /// An external program gets one socket, and speaks FastCGI on it.
-fn check_run(config: &Config) -> Result<(), String> {
-    match config.binds.as_slice() {
+fn check_run(binds: &[Bind]) -> Result<(), String> {
+    const FORM: &str = "as in --bind fastcgi:unix:/run/app.sock";
+    match binds {
         [Bind { protocol: Protocol::FastCgi, .. }] => Ok(()),
+        [] if listen::started_by_web_server() => Ok(()),
+        [] => Err(format!("run needs to know where to listen, {FORM}")),
         [bind] => Err(format!(
-            "run cannot serve {bind}: a program that accepts for itself is served over fastcgi only (as in --bind fastcgi:unix:/run/app.sock)"
+            "run cannot serve {bind}: a program that accepts for itself is served over fastcgi only, {FORM}"
         )),
         binds => Err(format!(
             "run takes one --bind and got {}: a program that accepts for itself has one socket, its standard input",
@@ -191,7 +213,15 @@ fn check_run(config: &Config) -> Result<(), String> {
     }
 }
 
-fn config(serve: ServeOptions, worker: Option<&WorkerOptions>, settle: Duration) -> Config {
+/// What concerns our own workers, and no external program.
+#[derive(Default)]
+struct OfWorkers {
+    threads: u32,
+    queue: u32,
+    limits: Limits,
+}
+
+fn config(serve: ServeOptions, cache_bytes: u64, settle: Duration, of_workers: OfWorkers) -> Config {
     let mut binds = serve.bind;
     if binds.is_empty() {
         binds.push(if listen::started_by_web_server() {
@@ -203,22 +233,16 @@ fn config(serve: ServeOptions, worker: Option<&WorkerOptions>, settle: Duration)
     Config {
         binds,
         workers: serve.workers,
-        threads: worker.map_or(1, |worker| worker.threads),
-        queue: worker.map_or(1, |worker| worker.queue),
-        cache_bytes: serve.cache,
+        threads: of_workers.threads,
+        queue: of_workers.queue,
+        cache_bytes,
         backlog: serve.backlog,
         socket_mode: serve.socket_mode,
         start_timeout: serve.start_timeout,
         drain_timeout: serve.drain_timeout,
         settle,
         respawn_rate: serve.respawn_rate,
-        limits: Limits {
-            max_body: serve.max_body,
-            max_params: serve.max_params,
-            max_connections: serve.max_connections,
-            max_multiplexed: worker.map_or(1, |worker| worker.max_multiplexed.into()),
-            header_timeout: worker.map_or(Duration::from_secs(30), |worker| worker.header_timeout),
-        },
+        limits: of_workers.limits,
     }
 }
 

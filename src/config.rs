@@ -31,7 +31,7 @@ pub(crate) struct Config {
 }
 
 /// What a client may ask of a worker.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Limits {
     /// Bytes of a request's body.
     pub(crate) max_body: u64,

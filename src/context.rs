@@ -8,8 +8,8 @@ use std::time::Duration;
 use forkyard_shm::{Cache, Segment};
 use tokio::sync::Notify;
 
-/// How long a fresh connection may take, once the worker drains, to begin its first request.
-const FIRST_REQUEST: Duration = Duration::from_secs(1);
+/// How long an idle connection is kept, once the worker drains, for a request that may be on its way.
+const LAST_REQUEST: Duration = Duration::from_secs(1);
 
 /// Given to the application's factory in each worker. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -79,11 +79,12 @@ impl Drain {
         }
     }
 
-    /// Returns when the order has come, and a connection on which nothing was ever sent has had its time.
+    /// Returns when the order has come, and an idle connection has had its time for one more request.
     ///
-    /// Who has just connected is about to send: to close on him would be to fail a request.
-    pub(crate) async fn wait_for_first_request(&self) {
+    /// Who has just connected, or had a response a moment ago, may be about to send: to close on him would be to
+    /// fail a request.
+    pub(crate) async fn wait_for_last_request(&self) {
         self.wait().await;
-        tokio::time::sleep(FIRST_REQUEST).await;
+        tokio::time::sleep(LAST_REQUEST).await;
     }
 }

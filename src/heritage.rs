@@ -1,7 +1,7 @@
 //! The heritage: everything that a worker gets from the master, by name.
 //!
-//! A freshly forked worker closes every descriptor that is not one of these (or was opened by the
-//! application's own `preload`), and uses nothing else of the master's. Master and worker do not import each
+//! A freshly forked worker closes every descriptor that is not one of these, and uses nothing else of the
+//! master's. Master and worker do not import each
 //! other; this is what passes between them.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -28,6 +28,8 @@ pub(crate) struct Heritage {
     pub(crate) report: OwnedFd,
     /// Never readable; at its end the master is dead.
     pub(crate) lifeline: OwnedFd,
+    /// What the application itself opened before the fork, in `main` or in `preload`.
+    pub(crate) application: Arc<[RawFd]>,
 }
 
 /// The byte by which a worker says that it is accepting connections.
@@ -41,6 +43,6 @@ impl Heritage {
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let listeners = self.listeners.iter().map(|listener| listener.as_fd().as_raw_fd());
         let others = [self.segment.fd().as_raw_fd(), self.report.as_raw_fd(), self.lifeline.as_raw_fd()];
-        listeners.chain(others).collect()
+        listeners.chain(others).chain(self.application.iter().copied()).collect()
     }
 }

@@ -9,7 +9,6 @@ use std::io;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -298,10 +297,10 @@ fn clear_stale(path: &Path) -> Result<(), String> {
     if !metadata.file_type().is_socket() {
         return Err("the file there is not a socket (move it away, or choose another path with --bind)".to_owned());
     }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)
+    match probe(path) {
+        Err(Errno::ECONNREFUSED) => std::fs::remove_file(path)
             .map_err(|error| format!("the stale socket file there cannot be removed: {error} (remove it by hand)")),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+        Err(Errno::EACCES) => {
             Err("permission denied for the socket that is there (run as its owner, or choose another path with --bind)"
                 .to_owned())
         }
@@ -310,6 +309,13 @@ fn clear_stale(path: &Path) -> Result<(), String> {
             Err("another program is listening there (stop that one, or choose another path with --bind)".to_owned())
         }
     }
+}
+
+/// Connects, without waiting for a place in a full queue (that is EAGAIN).
+fn probe(path: &Path) -> Result<(), Errno> {
+    let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, kind, None)?;
+    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
 fn explain_path(errno: Errno, path: &Path) -> String {

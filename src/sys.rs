@@ -2,7 +2,7 @@
 //! moment of a process's life, stands here and nowhere else.
 //!
 //! What this file promises its callers:
-//! - [`fork`] is called with one thread only (it asserts that), with every signal blocked, and the child can
+//! - [`fork`] is called with one thread only (it checks that), with every signal blocked, and the child can
 //!   neither return into the master's code nor run the master's destructors: it ends in `_exit`.
 //! - Nothing here decides anything. Policy lives in `master::supervisor`; this file only does what it is told.
 #![expect(unsafe_code, reason = "this file is the fence: fork, descriptors by number, signal actions, environment")]
@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{ForkResult, Pid, getppid};
 
 /// How a child process ended, as `waitpid(2)` told it.
@@ -48,17 +49,14 @@ impl std::fmt::Display for Ending {
 /// [`unblock_signals`] when its own dispositions stand.
 ///
 /// # Errors
-/// What `fork(2)` says: `EAGAIN` when a limit on processes is reached, `ENOMEM`.
-///
-/// # Panics
-/// If this process has more than one thread: a child could then inherit a lock that nobody will release.
+/// What `fork(2)` says: `EAGAIN` when a limit on processes is reached, `ENOMEM`. And if this process has more
+/// than one thread: a child could then inherit a lock that nobody will release.
 pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
-    let threads = thread_count()?;
-    assert_eq!(threads, 1, "fork from a process with {threads} threads (`preload` must not leave any running)");
+    expect_one_thread()?;
     // Whatever is buffered would be written twice, once by each process.
     io::stdout().flush()?;
     let before = block_signals();
-    // SAFETY: this process has one thread (asserted above), so the child inherits no lock in a held state and
+    // SAFETY: this process has one thread (checked above), so the child inherits no lock in a held state and
     // may allocate. It leaves through `_exit` below and so never unwinds into the parent's frames.
     let forked = unsafe { nix::unistd::fork() };
     match forked {
@@ -150,6 +148,18 @@ pub(crate) fn open_descriptors() -> io::Result<Vec<RawFd>> {
     Ok(listed.into_iter().filter(|&fd| descriptor(fd).is_some()).collect())
 }
 
+/// Of those, the ones that this program opened itself: Rust opens everything close-on-exec, and what a program
+/// inherits is not.
+pub(crate) fn own_descriptors() -> io::Result<Vec<RawFd>> {
+    let mut open = open_descriptors()?;
+    open.retain(|&fd| {
+        // SAFETY: F_GETFD takes any number, and answers -1 if nothing is open there.
+        let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+        fd > 2 && flags >= 0 && flags & libc::FD_CLOEXEC != 0
+    });
+    Ok(open)
+}
+
 /// A copy of descriptor `fd`, above standard error and closed on exec, if it is open in this process.
 pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC takes any number and answers EBADF if nothing is open there.
@@ -218,35 +228,64 @@ pub(crate) fn set_environment(name: &str, value: impl AsRef<OsStr>) {
     unsafe { std::env::set_var(name, value) }
 }
 
-/// The next child that has ended, if one has: its pid and how. Strangers (processes that were handed to us
-/// because their parent died) are returned too.
-pub(crate) fn reap() -> Option<(Pid, Ending)> {
+/// A child that has ended and was not reaped yet, if there is one. Strangers (processes that were handed to us
+/// because their parent died) count too. Until it is reaped, nobody else can get its pid.
+pub(crate) fn ended_child() -> Option<Pid> {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     // libc's call and not nix's: that one reports a process ended by a real-time signal, which it has no name
     // for, as an error, and the pid would be lost.
     loop {
-        let mut status = 0;
-        // SAFETY: `status` is a valid place for an int for the whole call.
-        let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
-        if pid > 0 {
-            let ending = if libc::WIFSIGNALED(status) {
-                Ending::Signaled(libc::WTERMSIG(status))
-            } else {
-                Ending::Exited(libc::WEXITSTATUS(status))
-            };
-            return Some((Pid::from_raw(pid), ending));
+        // SAFETY: all zeroes is a valid siginfo_t.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `info` is a valid place for a siginfo_t for the whole call.
+        let outcome = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags.bits()) };
+        if outcome == 0 {
+            // SAFETY: waitid has filled in the fields of a child's siginfo_t, or left all of it zero.
+            let pid = unsafe { info.si_pid() };
+            return (pid > 0).then(|| Pid::from_raw(pid));
         }
-        if pid == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
-            return None; // none has ended, or there are no children
+        if io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            return None; // there are no children
         }
     }
 }
 
-/// How many threads this process has.
+/// Takes note of the end of a child that has ended, and frees its pid.
+pub(crate) fn reap(pid: Pid) -> Option<Ending> {
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is a valid place for an int for the whole call.
+        let reaped = unsafe { libc::waitpid(pid.as_raw(), &raw mut status, libc::WNOHANG) };
+        if reaped > 0 {
+            return Some(if libc::WIFSIGNALED(status) {
+                Ending::Signaled(libc::WTERMSIG(status))
+            } else {
+                Ending::Exited(libc::WEXITSTATUS(status))
+            });
+        }
+        if reaped == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            return None;
+        }
+    }
+}
+
+/// Makes sure that this process has one thread.
 ///
 /// # Errors
-/// If `/proc` is not mounted.
-pub(crate) fn thread_count() -> io::Result<usize> {
-    Ok(fs::read_dir("/proc/self/task")?.count())
+/// If it has more, or if `/proc` is not mounted.
+pub(crate) fn expect_one_thread() -> io::Result<()> {
+    let mut threads = 0;
+    // A thread that was joined may be seen for a moment yet.
+    for _ in 0..100 {
+        threads = fs::read_dir("/proc/self/task")?.count();
+        if threads == 1 {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Err(io::Error::other(format!(
+        "the master has {threads} threads, and a fork would copy one alone (what runs before `run`, and `preload`, must end the threads that it starts)"
+    )))
 }
 
 /// How many descriptors this process may have open: the soft limit, raised to the hard one.

@@ -43,7 +43,7 @@ impl Fixture {
 
 /// A peer that takes its time after each MiB.
 fn dawdle(done: usize) {
-    if done % MIB == 0 {
+    if done.is_multiple_of(MIB) {
         std::thread::park_timeout(Duration::from_millis(2));
     }
 }

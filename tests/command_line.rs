@@ -90,6 +90,7 @@ fn run_says_what_it_cannot_do() {
     complained(&run("forkyard", &["run", "--bind", bind, "--", "/etc/passwd"]), 1, &["not an executable file"]);
     complained(&run("forkyard", &["run", "--bind", bind]), 2, &["COMMAND"]);
     complained(&run("forkyard", &["run", "--bind", "http:127.0.0.1:0", "--", "cat"]), 2, &["over fastcgi only"]);
+    complained(&run("forkyard", &["run", "--", "cat"]), 2, &["run needs to know where to listen", "forkyard run"]);
     let two = ["run", "--bind", bind, "--bind", "fastcgi:127.0.0.1:0", "--", "cat"];
     complained(&run("forkyard", &two), 2, &["one --bind and got 2"]);
 }
@@ -97,18 +98,19 @@ fn run_says_what_it_cannot_do() {
 #[test]
 fn help_names_every_flag_with_its_default_and_variable() {
     for (name, arguments, flags) in [
-        ("hello", &["--help"][..], &["--threads", "--queue", "--header-timeout"][..]),
+        ("hello", &["--help"][..], &["--threads", "--queue", "--header-timeout", "--max-body"][..]),
         ("forkyard", &["run", "--help"], &["--direct", "--settle"]),
     ] {
         let help = String::from_utf8(run(name, arguments).stdout).unwrap();
         let help = help.split_ascii_whitespace().collect::<Vec<_>>().join(" "); // it is wrapped anywhere
-        let shared = ["--bind", "--workers", "--cache", "--backlog", "--drain-timeout", "--max-body", "--log-level"];
+        let shared =
+            ["--bind", "--workers", "--cache", "--backlog", "--drain-timeout", "--respawn-rate", "--log-level"];
         for flag in shared.iter().chain(flags) {
             let variable = flag.trim_start_matches('-').replace('-', "_").to_uppercase();
             assert!(help.contains(flag), "{flag}");
             assert!(help.contains(&format!("[env: FORKYARD_{variable}")), "{flag}");
         }
-        for words in ["[default: 64M]", "TERM ", "TTIN", "Exit status", "Sockets:", "Processes:"] {
+        for words in ["[default: 30s]", "TERM ", "TTIN", "Exit status", "Sockets:", "Processes:"] {
             assert!(help.contains(words), "no {words:?} in {help}");
         }
     }

@@ -21,10 +21,13 @@ use forkyard::http::{Request, Response};
 use forkyard::{Body, Builder};
 use forkyard_shm::Segment;
 
+/// Opened in `main`, before anything of Forkyard's runs.
+static EARLY: OnceLock<std::fs::File> = OnceLock::new();
 static PRELOADED: OnceLock<(String, std::fs::File)> = OnceLock::new();
 
 fn main() -> ExitCode {
     if std::env::args().any(|argument| argument == "--bind") {
+        EARLY.set(std::fs::File::open("/proc/self/limits").expect("it is there")).expect("once");
         return Builder::app(|_cx| forkyard::blocking(describe)).preload(preload).run();
     }
     println!("\nrunning 1 test");
@@ -55,6 +58,7 @@ fn describe(_: Request<Body>) -> Response<String> {
         ("hash", RandomState::new().hash_one(1).to_string()),
         ("master", master.clone()),
         ("file", file.metadata().is_ok().to_string()),
+        ("early", is_limits(EARLY.get().expect("main ran")).to_string()),
         ("slot", variable("FORKYARD_SLOT")),
         ("generation", variable("FORKYARD_GENERATION")),
         ("segment_fd", segment.to_string()),
@@ -63,6 +67,12 @@ fn describe(_: Request<Body>) -> Response<String> {
         ("descriptors", descriptors.to_string()),
     ];
     Response::new(facts.map(|(name, value)| format!("{name}={value}\n")).concat())
+}
+
+/// Whether the number still means the same file.
+fn is_limits(file: &std::fs::File) -> bool {
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
+    std::fs::read_link(path).is_ok_and(|target| target.ends_with("limits"))
 }
 
 fn workers_differ_where_they_must_and_share_where_they_may() {
@@ -94,6 +104,7 @@ fn workers_differ_where_they_must_and_share_where_they_may() {
     assert_eq!(distinct("generation"), BTreeSet::from(["1".to_owned()]));
     assert_eq!(distinct("master"), BTreeSet::from([server.pid().to_string()]), "preload ran once, in the master");
     assert_eq!(distinct("file"), BTreeSet::from(["true".to_owned()]), "what preload opened stays open");
+    assert_eq!(distinct("early"), BTreeSet::from(["true".to_owned()]), "and what main had open");
     // The one that waits, the event loop's, and the one for blocking functions.
     assert_eq!(distinct("threads"), BTreeSet::from(["3".to_owned()]));
     assert!(distinct("segment").iter().all(|path| path.contains("memfd")), "{workers:?}");

@@ -183,6 +183,36 @@ fn connections_that_wait_to_be_accepted_are_served_before_a_worker_leaves() {
 }
 
 #[test]
+fn a_client_that_gave_up_in_the_queue_costs_the_others_nothing() {
+    let mut server = crashy(&["--workers", "1"]);
+    let worker = Pid::from_raw(*server.children().first().unwrap());
+    kill(worker, Signal::SIGSTOP).unwrap();
+    wait_until("it is stopped", || (process(worker.as_raw())?.state == 'T').then_some(()));
+    let address = server.http();
+    std::thread::scope(|scope| {
+        let gone = Client::connect(&address).unwrap();
+        // Its end is a reset: accepting it, or asking who it was, fails.
+        nix::sys::socket::setsockopt(
+            gone.stream.get_ref(),
+            nix::sys::socket::sockopt::Linger,
+            &libc::linger { l_onoff: 1, l_linger: 0 },
+        )
+        .unwrap();
+        drop(gone);
+        let mut clients: Vec<Client> = (0..5).map(|_| Client::connect(&address).unwrap()).collect();
+        server.signal(Signal::SIGTERM);
+        server.wait_for("asked to drain");
+        let waiting: Vec<_> =
+            clients.drain(..).map(|mut client| scope.spawn(move || client.request("GET", "/ok", b""))).collect();
+        kill(worker, Signal::SIGCONT).unwrap();
+        for client in waiting {
+            assert_eq!(client.join().unwrap().unwrap().text(), "ok\n");
+        }
+    });
+    assert_eq!(server.wait_end(), Some(0));
+}
+
+#[test]
 fn a_drain_that_takes_too_long_ends_in_a_kill() {
     let mut server = crashy(&["--workers", "1", "--drain-timeout", "200ms"]);
     let mut client = Client::connect(&server.http()).unwrap();
@@ -205,12 +235,20 @@ fn hup_replaces_every_worker_and_no_request_fails() {
     let mut server = crashy(&["--workers", "3", "--bind", &socket]);
     let (address, stop, count) = (server.http(), AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
-        for thread in 0..4 {
+        for thread in 0..6 {
             let (address, socket, stop, count) = (&address, &socket, &stop, &count);
             scope.spawn(move || {
+                let mut kept = Client::connect(address).unwrap();
                 while !stop.load(Ordering::Relaxed) {
-                    if thread % 2 == 0 {
+                    if thread % 3 == 0 {
                         assert_eq!(http::get(address, "/slow/1").unwrap().status, 200);
+                    } else if thread % 3 == 1 {
+                        // A kept connection ends with a response that says so.
+                        let response = kept.request("GET", "/slow/1", b"").unwrap();
+                        assert_eq!(response.status, 200);
+                        if response.header("connection") == Some("close") {
+                            kept = Client::connect(address).unwrap();
+                        }
                     } else {
                         let mut client = common::fastcgi::Client::connect(socket).unwrap();
                         client.send(&common::fastcgi::request(1, false, "GET", "/slow/1", b"")).unwrap();

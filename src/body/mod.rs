@@ -6,6 +6,7 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
@@ -26,6 +27,8 @@ pub struct Body {
     kind: Kind,
     /// How many bytes more it may have.
     allowed: u64,
+    /// Set when it had more.
+    too_large: Option<Arc<AtomicBool>>,
 }
 
 #[derive(Debug)]
@@ -98,8 +101,17 @@ impl Body {
         Self::from_kind(Kind::Http(incoming), allowed)
     }
 
+    /// What will be set if the body turns out to be longer than it may be; `None` if its length is known, or
+    /// does not matter.
+    pub(crate) fn watch_limit(&mut self) -> Option<Arc<AtomicBool>> {
+        if self.allowed == u64::MAX || self.size_hint().exact().is_some() {
+            return None;
+        }
+        Some(Arc::clone(self.too_large.get_or_insert_default()))
+    }
+
     fn from_kind(kind: Kind, allowed: u64) -> Self {
-        Self { kind, allowed }
+        Self { kind, allowed, too_large: None }
     }
 }
 
@@ -127,6 +139,9 @@ impl http_body::Body for Body {
         {
             let length = bytes.len() as u64;
             if length > self.allowed {
+                if let Some(too_large) = &self.too_large {
+                    too_large.store(true, Ordering::Relaxed);
+                }
                 return Poll::Ready(Some(Err(BodyError::TooLarge)));
             }
             self.allowed -= length;
@@ -261,10 +276,11 @@ mod tests {
     #[test]
     fn a_body_beyond_the_limit_is_an_error() {
         let (writer, reader) = pipe::pipe();
+        let mut body = Body::stdin(reader, None, 10).reader();
         writer.push(Bytes::from_static(b"0123456789"));
+        let mut read = [0; 10];
+        body.read_exact(&mut read).unwrap();
         writer.push(Bytes::from_static(b"0"));
-        let mut read = Vec::new();
-        let error = Body::stdin(reader, None, 10).reader().read_to_end(&mut read).unwrap_err();
-        assert_eq!((read.len(), error.to_string()), (10, BodyError::TooLarge.to_string()));
+        assert_eq!(body.read(&mut read).unwrap_err().to_string(), BodyError::TooLarge.to_string());
     }
 }

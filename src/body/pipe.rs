@@ -8,14 +8,20 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 /// Bytes that may wait in the pipe; at this the connection stops reading. One read more can stand in it.
 const CAPACITY: usize = 64 << 10;
 
+/// Smaller pieces are copied together: each would otherwise hold on to the whole of the connection's buffer that it
+/// came in, and 64 KiB of single bytes would be 64 Ki pieces.
+const WORTH_SHARING: usize = 4096;
+
 #[derive(Debug, Default)]
 struct Shared {
     queue: VecDeque<Bytes>,
+    /// Comes after the queue.
+    tail: BytesMut,
     bytes: usize,
     end: End,
     /// Nobody will read any more: what comes is thrown away.
@@ -62,7 +68,15 @@ impl Writer {
             return;
         }
         shared.bytes += bytes.len();
-        shared.queue.push_back(bytes);
+        if bytes.len() < WORTH_SHARING {
+            shared.tail.extend_from_slice(&bytes);
+        } else {
+            for part in [shared.tail.split().freeze(), bytes] {
+                if !part.is_empty() {
+                    shared.queue.push_back(part);
+                }
+            }
+        }
         wake(shared.reader.take(), shared);
     }
 
@@ -100,7 +114,9 @@ impl Reader {
     /// The next piece; `None` at the end.
     pub(crate) fn poll_next(&self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
         let mut shared = lock(&self.0);
-        if let Some(bytes) = shared.queue.pop_front() {
+        let next = shared.queue.pop_front();
+        let next = next.or_else(|| (!shared.tail.is_empty()).then(|| shared.tail.split().freeze()));
+        if let Some(bytes) = next {
             shared.bytes -= bytes.len();
             if shared.bytes < CAPACITY {
                 wake(shared.writer.take(), shared);
@@ -119,7 +135,7 @@ impl Reader {
 
     pub(crate) fn is_at_end(&self) -> bool {
         let shared = lock(&self.0);
-        shared.queue.is_empty() && shared.end == End::Whole
+        shared.bytes == 0 && shared.end == End::Whole
     }
 }
 
@@ -128,6 +144,7 @@ impl Drop for Reader {
         let mut shared = lock(&self.0);
         shared.abandoned = true;
         shared.queue.clear();
+        shared.tail = BytesMut::new();
         shared.bytes = 0;
         wake(shared.writer.take(), shared);
     }
@@ -156,12 +173,27 @@ mod tests {
         writer.push(Bytes::from_static(b"a"));
         writer.push(Bytes::from_static(b"b"));
         writer.finish();
-        for expected in ["a", "b"] {
-            let Poll::Ready(Some(Ok(bytes))) = reader.poll_next(&mut context()) else { panic!() };
-            assert_eq!(bytes, expected);
-        }
+        let Poll::Ready(Some(Ok(bytes))) = reader.poll_next(&mut context()) else { panic!() };
+        assert_eq!(bytes, "ab", "small pieces are put together");
         assert!(reader.is_at_end());
         assert!(matches!(reader.poll_next(&mut context()), Poll::Ready(None)));
+    }
+
+    #[test]
+    fn pieces_of_all_sizes_stay_in_order() {
+        let (writer, reader) = pipe();
+        let mut expected = Vec::new();
+        for length in [1, 5000, 2, 3, 9000, 4096, 4095, 1] {
+            let piece = vec![u8::try_from(length % 251).unwrap(); length];
+            expected.extend_from_slice(&piece);
+            writer.push(piece.into());
+        }
+        writer.finish();
+        let mut read = Vec::new();
+        while let Poll::Ready(Some(Ok(bytes))) = reader.poll_next(&mut context()) {
+            read.extend_from_slice(&bytes);
+        }
+        assert_eq!(read, expected);
     }
 
     #[test]

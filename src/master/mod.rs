@@ -2,15 +2,15 @@
 //!
 //! It makes processes, hears of their readiness and their end, and does what the [`supervisor`] decides. It
 //! never runs application code, never touches tokio, and takes no lock in shared memory: of that it reads the
-//! scoreboard rows of dead workers and nothing else. What a child says is gossip: bounded, and matched against
+//! scoreboard rows of dead workers, marks them as such, and nothing else. What a child says is gossip: bounded, and matched against
 //! the pid it came from.
 //!
 //! - [`supervisor`] decides (pure).
-//! - [`spawn`] makes processes; [`signals`] and [`output`] make signals and programs' output readable.
+//! - [`spawn`] makes processes; [`signals`] and [`program_log`] make signals and programs' output readable.
 //! - [`obituary`] writes the line for each process that ended.
 
 mod obituary;
-mod output;
+mod program_log;
 mod signals;
 mod spawn;
 mod supervisor;
@@ -23,12 +23,12 @@ use std::time::{Duration, Instant};
 
 use forkyard_shm::{Scoreboard, Segment};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
-use self::spawn::{Child, Link, Nursery, is_accepting};
+use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
 use self::supervisor::{Action, Event, Note, Policy, Supervisor, Wish};
 use crate::config::Config;
 use crate::listen::Listener;
@@ -53,7 +53,7 @@ struct Master {
 /// Runs until it is told to stop and every process is gone. True if it was told to, false if all workers
 /// asked not to be replaced.
 ///
-/// `begun` is when the program started, and `preloaded` are the descriptors that workers keep.
+/// `begun` is when the program started, and `application` are the descriptors of the application's own, which workers keep.
 ///
 /// # Errors
 /// If the master cannot set itself up.
@@ -62,7 +62,7 @@ pub(crate) fn run(
     listeners: Arc<[Listener]>,
     segment: Segment,
     launch: Launch,
-    preloaded: Vec<RawFd>,
+    application: Arc<[RawFd]>,
     begun: Instant,
 ) -> io::Result<bool> {
     // Whoever started us may have blocked signals, and the mask is inherited.
@@ -80,7 +80,7 @@ pub(crate) fn run(
         supervisor: Supervisor::new(policy),
         signals: SignalInbox::open()?,
         scoreboard: segment.scoreboard(),
-        nursery: Nursery::new(config, listeners, segment, launch, preloaded)?,
+        nursery: Nursery::new(config, listeners, segment, launch, application)?,
         children: HashMap::new(),
         begun,
         ended: None,
@@ -140,7 +140,12 @@ impl Master {
 
     /// Reaps all that have ended: one SIGCHLD may stand for many.
     fn reap(&mut self) {
-        while let Some((pid, ending)) = sys::reap() {
+        while let Some(pid) = sys::ended_child() {
+            if self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
+                // What a wrapper script started, say, and left behind. Before the pid is free for others.
+                let _ = killpg(pid, Signal::SIGKILL);
+            }
+            let Some(ending) = sys::reap(pid) else { return };
             self.hear(pid);
             let Some(child) = self.children.remove(&pid) else {
                 log::debug!("reaped a stranger pid={pid} {ending}");
@@ -173,15 +178,15 @@ impl Master {
         }
     }
 
-    /// An external program tells us nothing. It counts as started when it sleeps in `accept`, or has lived
-    /// for `--settle`.
+    /// An external program tells us nothing. It counts as started when it sleeps in `accept`, or has a
+    /// connection, or has lived for `--settle`.
     fn look_at_programs(&mut self) {
         let settle = self.nursery.config.settle;
         let mut started = Vec::new();
         for (&pid, child) in &mut self.children {
             let lived = child.since.elapsed();
             if let Link::Program { started: seen @ false, .. } = &mut child.link
-                && (lived >= settle || is_accepting(pid))
+                && (lived >= settle || is_accepting(pid) || has_connection(pid))
             {
                 *seen = true;
                 started.push(pid);
@@ -207,6 +212,13 @@ impl Master {
             Action::Spawn { slot, generation } => Some(self.spawn(slot, generation)),
             Action::Terminate { pid } => {
                 self.signal(pid, Signal::SIGTERM);
+                None
+            }
+            Action::Remind { pid } => {
+                // Our own workers miss nothing; and to a program that is at work a second TERM may mean "at once".
+                if self.children.get(&pid).is_some_and(|child| !child.is_worker()) && is_accepting(pid) {
+                    self.signal(pid, Signal::SIGTERM);
+                }
                 None
             }
             Action::Kill { pid } => {
@@ -241,8 +253,10 @@ impl Master {
     fn signal(&mut self, pid: Pid, signal: Signal) {
         let Some(child) = self.children.get_mut(&pid) else { return };
         child.asked_to_leave = true;
-        // The pid cannot have been given to another process: we have not reaped it.
-        if let Err(errno) = kill(pid, signal) {
+        // The pid cannot have been given to another process: we have not reaped it. A program may be a wrapper:
+        // its whole group is meant.
+        let sent = if child.is_worker() { kill(pid, signal) } else { killpg(pid, signal) };
+        if let Err(errno) = sent {
             log::error!("cannot signal worker slot={} pid={pid} signal={signal}: {errno}", child.slot);
         }
     }
@@ -255,7 +269,10 @@ impl Master {
                 delay.as_millis()
             ),
             Note::Throttled { slot, delay } => {
-                log::warn!("workers die often: replacing slot={slot} in {}ms (--respawn-rate)", delay.as_millis())
+                log::warn!(
+                    "workers end too often: slot={slot} is filled again in {}ms (--respawn-rate)",
+                    delay.as_millis()
+                )
             }
             Note::StartTimeout { slot, pid } => {
                 log::warn!("worker slot={slot} pid={pid} is not ready in time (--start-timeout): killed");

@@ -20,7 +20,7 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
     if row.is_none() && child.is_worker() {
         line += " served=0";
     }
-    if let Some(row) = row {
+    if let Some(row) = &row {
         let _ = write!(line, " served={}", row.requests);
         if row.in_flight > 0 {
             let named = row.serving.iter().take(NAMED);
@@ -30,14 +30,17 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
             let _ = write!(line, " in_flight={:?}", named.join(", ") + &more);
         }
     }
-    let asked = child.asked_to_leave;
+    let idle = row.is_none_or(|row| row.in_flight == 0);
+    let as_asked = child.asked_to_leave
+        && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
     let last_words = child.bury(pid);
     if !last_words.is_empty() {
         let _ = write!(line, " said={last_words:?}");
     }
     match ending {
-        _ if asked => log::info!("worker left {line}"),
-        Ending::Exited(0) => log::info!("worker left of its own accord {line}"),
+        _ if as_asked => log::info!("worker left {line}"),
+        Ending::Exited(0) if idle => log::info!("worker left of its own accord {line}"),
+        Ending::Exited(0) => log::warn!("worker left of its own accord, and in the middle of its work {line}"),
         Ending::Exited(125) => log::warn!("worker left and asks not to be replaced {line}"),
         Ending::Exited(_) | Ending::Signaled(_) => log::warn!("worker died {line}"),
     }

@@ -12,7 +12,7 @@ use forkyard_shm::Segment;
 use nix::fcntl::OFlag;
 use nix::unistd::{Pid, pipe2, setpgid};
 
-use super::output::LineReader;
+use super::program_log::LineReader;
 use super::signals::SignalInbox;
 use crate::config::{Config, Program};
 use crate::heritage::{Heritage, READY, WorkerMain};
@@ -38,8 +38,7 @@ pub(crate) struct Nursery {
     pub(crate) launch: Launch,
     /// Both ends of the pipe that tells workers by its end that the master is dead.
     lifeline: (OwnedFd, OwnedFd),
-    /// Descriptors that were open before the master made its own: the application's.
-    preloaded: Vec<RawFd>,
+    application: Arc<[RawFd]>,
 }
 
 /// A process that lives, as the master sees it.
@@ -66,10 +65,10 @@ impl Nursery {
         listeners: Arc<[Listener]>,
         segment: Segment,
         launch: Launch,
-        preloaded: Vec<RawFd>,
+        application: Arc<[RawFd]>,
     ) -> io::Result<Self> {
         let lifeline = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        Ok(Self { config, listeners, segment, launch, lifeline, preloaded })
+        Ok(Self { config, listeners, segment, launch, lifeline, application })
     }
 
     /// Makes a process for `slot`.
@@ -101,10 +100,11 @@ impl Nursery {
             segment: self.segment.clone(),
             report,
             lifeline: self.lifeline.0.try_clone()?,
+            application: Arc::clone(&self.application),
         };
         let pid = sys::fork(|| {
             signals.leave();
-            let keep = [&[0, 1, 2], heritage.descriptors().as_slice(), &self.preloaded].concat();
+            let keep = [&[0, 1, 2], heritage.descriptors().as_slice()].concat();
             sys::close_all_except(&keep);
             // A group of its own: Ctrl-C at a terminal is the master's to handle.
             let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));
@@ -195,6 +195,14 @@ impl Child {
 
 fn log_line(slot: u32, pid: Pid, line: &str) {
     log::info!(target: "app", "slot={slot} pid={pid} | {line}");
+}
+
+/// Whether process `pid` holds a socket beside its standard input: a connection, as a rule.
+pub(crate) fn has_connection(pid: Pid) -> bool {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let beside_standard = entries.filter_map(Result::ok).filter(|entry| entry.file_name() != "0");
+    let mut targets = beside_standard.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    targets.any(|target| target.to_string_lossy().starts_with("socket:"))
 }
 
 /// Whether process `pid` sleeps in `accept` on its standard input, as far as the kernel tells us.

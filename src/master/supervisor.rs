@@ -23,8 +23,8 @@
 //! - Reload makes a new generation: one new process is spawned above the target, and only when it is ready one
 //!   of the old drains, until none is left. A new process that dies before it is ready ends the roll, and
 //!   the old ones stay.
-//! - A process that was asked to stop is asked again every second (a program may lose a signal between a check
-//!   and an `accept`), and killed at its deadline.
+//! - Of a process that was asked to stop the shell is reminded every second (a program may lose a signal between
+//!   a check and an `accept`); at its deadline it is killed.
 
 use std::time::Duration;
 
@@ -36,6 +36,8 @@ pub(crate) type Now = Duration;
 /// First delay of the breaker, and the longest.
 const BREAKER_FIRST: Duration = Duration::from_millis(100);
 const BREAKER_LONGEST: Duration = Duration::from_secs(30);
+/// The longest delay for a process that ended well, only too early to have been seen at work.
+const BREAKER_LONGEST_DONE: Duration = Duration::from_secs(1);
 const TERMINATE_AGAIN: Duration = Duration::from_secs(1);
 
 /// What the operator chose.
@@ -78,6 +80,15 @@ pub(crate) enum Wish {
     Retire,
 }
 
+/// How a process failed to become ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// It crashed, was killed, or could not be made.
+    Early,
+    /// It exited with 0.
+    Done,
+}
+
 /// What an operator can ask for by a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
@@ -113,6 +124,8 @@ pub(crate) enum Action {
     Spawn { slot: u32, generation: u64 },
     /// Ask it to finish and leave.
     Terminate { pid: Pid },
+    /// It is still there: ask it again, if it may have missed that.
+    Remind { pid: Pid },
     /// End it.
     Kill { pid: Pid },
     /// Tell the operator.
@@ -247,7 +260,7 @@ impl Supervisor {
         match event {
             Event::Tick => {}
             Event::Spawned { slot, pid } => self.spawned(slot, pid),
-            Event::SpawnFailed { slot } => self.failed_start(slot, now),
+            Event::SpawnFailed { slot } => self.failed_start(slot, Ending::Early, now),
             Event::Ready { pid } => self.ready(pid),
             Event::Exited { pid, wish } => self.exited(pid, wish, now),
             Event::Command(command) => self.command(command, now),
@@ -325,15 +338,17 @@ impl Supervisor {
         let slot = number(index);
         let state = self.slots[index].state;
         self.slots[index].state = State::Empty;
-        if wish == Wish::Retire && self.mode == Mode::Running && !state.is_leaving() {
-            self.retire();
-            return;
-        }
         match state {
+            // During a reload it is the new build that has something against it, and the old ones stay.
+            State::Starting { .. } if wish == Wish::Retire && self.rolling => {
+                self.failed_start(slot, Ending::Early, now)
+            }
+            State::Starting { .. } | State::Ready { .. } if wish == Wish::Retire => self.retire(now),
             State::Starting { .. } if wish == Wish::Renew && self.proven => self.respawn(slot, now),
-            State::Starting { .. } => self.failed_start(slot, now),
+            State::Starting { .. } if wish == Wish::Renew => self.failed_start(slot, Ending::Done, now),
+            State::Starting { .. } => self.failed_start(slot, Ending::Early, now),
             State::Ready { .. } => self.respawn(slot, now),
-            State::Killing { unready: true, .. } => self.failed_start(slot, now),
+            State::Killing { unready: true, .. } => self.failed_start(slot, Ending::Early, now),
             State::Draining { .. } | State::Killing { .. } | State::Empty | State::Backoff { .. } => {}
         }
     }
@@ -348,15 +363,25 @@ impl Supervisor {
         }
     }
 
-    fn retire(&mut self) {
+    fn retire(&mut self, now: Now) {
+        if self.mode != Mode::Running {
+            return;
+        }
         self.target = self.target.saturating_sub(1);
         self.note(Note::Target(self.target));
         if self.target == 0 {
-            self.mode = Mode::Stopping { success: false };
+            self.stop(false, now);
         }
     }
 
-    fn failed_start(&mut self, slot: u32, now: Now) {
+    fn stop(&mut self, success: bool, now: Now) {
+        self.mode = Mode::Stopping { success };
+        for index in 0..self.slots.len() {
+            self.drain(index, now);
+        }
+    }
+
+    fn failed_start(&mut self, slot: u32, ending: Ending, now: Now) {
         self.slots[slot as usize].state = State::Empty;
         if self.mode != Mode::Running {
             return;
@@ -364,26 +389,26 @@ impl Supervisor {
         if now >= self.closed_until {
             // The first failure since the breaker let processes through; its siblings' failures are the same one.
             self.failures = self.failures.saturating_add(1);
-            let delay = BREAKER_FIRST.saturating_mul(1 << (self.failures - 1).min(16)).min(BREAKER_LONGEST);
+            let longest = match ending {
+                Ending::Early => BREAKER_LONGEST,
+                Ending::Done => BREAKER_LONGEST_DONE,
+            };
+            let delay = BREAKER_FIRST.saturating_mul(1 << (self.failures - 1).min(16)).min(longest);
             self.closed_until = now + delay;
             self.note(Note::Failing { failures: self.failures, delay });
         }
-        self.slots[slot as usize].state = State::Backoff { until: self.closed_until };
         if self.rolling {
+            // The slot stays empty: it was one above the target.
             self.rolling = false;
-            self.slots[slot as usize].state = State::Empty; // it was one above the target
             self.note(Note::ReloadFailed { generation: self.generation });
+        } else {
+            self.slots[slot as usize].state = State::Backoff { until: self.closed_until };
         }
     }
 
     fn command(&mut self, command: Command, now: Now) {
         match (command, self.mode) {
-            (Command::Drain, Mode::Running) => {
-                self.mode = Mode::Stopping { success: true };
-                for index in 0..self.slots.len() {
-                    self.drain(index, now);
-                }
-            }
+            (Command::Drain, Mode::Running) => self.stop(true, now),
             (Command::Halt, Mode::Running | Mode::Stopping { .. }) => {
                 self.mode = Mode::Stopping { success: true };
                 for index in 0..self.slots.len() {
@@ -432,7 +457,7 @@ impl Supervisor {
                     self.kill(index);
                 }
                 State::Draining { pid, deadline, ask_again } if ask_again <= now => {
-                    self.actions.push(Action::Terminate { pid });
+                    self.actions.push(Action::Remind { pid });
                     self.slots[index].state = State::Draining { pid, deadline, ask_again: now + TERMINATE_AGAIN };
                 }
                 State::Empty
@@ -570,10 +595,6 @@ impl State {
     fn counts(&self) -> bool {
         matches!(self, Self::Starting { .. } | Self::Ready { .. })
     }
-
-    fn is_leaving(&self) -> bool {
-        matches!(self, Self::Draining { .. } | Self::Killing { .. })
-    }
 }
 
 fn number(index: usize) -> u32 {
@@ -656,7 +677,7 @@ mod tests {
                 assert_eq!(self.exited, None, "{action:?} after the end");
                 let answer = match action {
                     Action::Spawn { slot, .. } => self.spawn(slot),
-                    Action::Terminate { pid } => self.signal(pid, Life::Leaving),
+                    Action::Terminate { pid } | Action::Remind { pid } => self.signal(pid, Life::Leaving),
                     Action::Kill { pid } => self.signal(pid, Life::Killed),
                     Action::Note(note) => {
                         self.notes.push(note);
@@ -763,7 +784,11 @@ mod tests {
                 30..40 => {
                     let life = random.choice([Life::Starting, Life::Ready, Life::Leaving]).unwrap();
                     if let Some(pid) = self.pick(random, life) {
-                        let wish = random.choice([Wish::Replace, Wish::Renew]).unwrap();
+                        let wish = match random.u32(0..20) {
+                            0 => Wish::Retire,
+                            1..10 => Wish::Renew,
+                            _ => Wish::Replace,
+                        };
                         self.die(pid, wish);
                     }
                 }
@@ -795,13 +820,17 @@ mod tests {
                 let mut world = World::new(policy(random.u32(1..6)));
                 for _ in 0..random.u32(1..600) {
                     world.random_event(&mut random);
+                    if world.supervisor.mode != Mode::Running {
+                        break; // all have retired
+                    }
                 }
                 world.fork_fails = false;
                 world.settle();
+                if world.supervisor.target == 0 {
+                    assert_eq!((world.exited, world.ready()), (Some(false), 0));
+                    return;
+                }
                 assert_eq!(world.ready(), world.supervisor.target as usize);
-                let generations = world.processes.keys().map(|&pid| world.supervisor.place_of(Pid::from_raw(pid)));
-                assert!(generations.into_iter().all(|place| place.is_some()));
-
                 let last = random.choice([Command::Drain, Command::Halt]).unwrap();
                 world.feed(Event::Command(last));
                 world.settle();
@@ -941,6 +970,19 @@ mod tests {
         world.die(Pid::from_raw(pid), Wish::Renew);
         assert_eq!(world.processes.len(), 1, "and so is one that nobody saw ready");
         assert_eq!(world.notes.len(), 2, "{:?}", world.notes);
+    }
+
+    #[test]
+    fn a_reload_whose_new_processes_retire_keeps_the_old_ones() {
+        let mut world = World::new(policy(3));
+        world.settle();
+        let old: Vec<i32> = world.processes.keys().copied().collect();
+        world.feed(Event::Command(Command::Reload));
+        let new = *world.processes.keys().next_back().unwrap();
+        world.die(Pid::from_raw(new), Wish::Retire);
+        world.settle();
+        assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
+        assert_eq!(world.supervisor.target, 3);
     }
 
     #[test]

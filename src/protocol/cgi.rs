@@ -35,7 +35,7 @@ impl fmt::Display for Error {
         f.write_str(match self {
             Self::Method => "REQUEST_METHOD is missing or is no method",
             Self::Uri => "neither REQUEST_URI nor SCRIPT_NAME with PATH_INFO makes a URI",
-            Self::Header => "a header has a value that no header may have",
+            Self::Header => "a header has a value that no header may have, or there are too many",
         })
     }
 }
@@ -103,8 +103,9 @@ impl Variables {
                 self.header(header::CONTENT_LENGTH, value)?;
             }
             b"CONTENT_TYPE" if !value.is_empty() => self.header(header::CONTENT_TYPE, value)?,
-            // These would contradict the two above; and Proxy is never a client's to say ("httpoxy").
-            b"HTTP_CONTENT_LENGTH" | b"HTTP_CONTENT_TYPE" | b"HTTP_PROXY" => {}
+            // These would contradict the two above; the body has no chunks any more, though a server says so; and
+            // Proxy is never a client's to say ("httpoxy").
+            b"HTTP_CONTENT_LENGTH" | b"HTTP_CONTENT_TYPE" | b"HTTP_TRANSFER_ENCODING" | b"HTTP_PROXY" => {}
             _ => {
                 if let Some(name) = name.strip_prefix(b"HTTP_").and_then(header_name) {
                     self.header(name, value)?;
@@ -116,7 +117,7 @@ impl Variables {
 
     fn header(&mut self, name: HeaderName, value: Bytes) -> Result<(), Error> {
         let value = HeaderValue::from_maybe_shared(value).map_err(|_| Error::Header)?;
-        self.headers.append(name, value);
+        self.headers.try_append(name, value).map_err(|_| Error::Header)?;
         Ok(())
     }
 }
@@ -190,7 +191,9 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
     out.put_slice(b"\r\n");
     for (name, value) in headers {
-        if matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE) || name == "keep-alive" {
+        let of_one_connection = matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE);
+        // To a server a header of that name is the status.
+        if of_one_connection || name == "keep-alive" || name == "status" {
             continue;
         }
         out.put_slice(name.as_str().as_bytes());
@@ -289,6 +292,7 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert("location", HeaderValue::from_static("/there"));
         headers.insert("connection", HeaderValue::from_static("close"));
+        headers.insert("status", HeaderValue::from_static("200"));
         let mut out = BytesMut::new();
         response_head(&mut out, StatusCode::SEE_OTHER, &headers, Some(0));
         assert_eq!(out, "Status: 303 See Other\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n");

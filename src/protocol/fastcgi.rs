@@ -323,6 +323,9 @@ impl Decoder {
             end_request(&mut bytes, id, 0, Status::Complete);
             return Progress::Event(Event::Reply { bytes: bytes.freeze(), then_close });
         }
+        if let Phase::Skipped = open.phase {
+            return Progress::Continue; // it is being answered, or was aborted before
+        }
         open.phase = Phase::Skipped;
         Progress::Event(Event::Abort { id })
     }
@@ -712,6 +715,14 @@ mod tests {
         let bytes = [begin(3, RESPONDER, KEEP_CONN), record(ABORT_REQUEST, 3, b"", 0), begin(3, RESPONDER, 0)].concat();
         let events = whole(&bytes);
         assert_eq!(events.iter().map(reply_kind).collect::<Vec<_>>(), [END_REQUEST]);
+    }
+
+    #[test]
+    fn a_second_abort_is_ignored() {
+        let abort = record(ABORT_REQUEST, 1, b"", 0);
+        let bytes = [request(1, &pairs(&[("A", "1")]), b""), abort.clone(), abort].concat();
+        let events = whole(&bytes);
+        assert_eq!(events.iter().filter(|event| matches!(event, Event::Abort { .. })).count(), 1, "{events:?}");
     }
 
     #[test]

@@ -71,20 +71,25 @@ impl Connections {
     }
 
     /// Returns when it is this worker's turn to accept.
-    async fn turn(&self) {
+    async fn turn(&self, patience: &mut Patience) {
         while self.open.get() >= self.limit {
             self.one_ended.notified().await;
         }
+        if patience.is_over() || !self.a_sibling_has_fewer() {
+            return;
+        }
+        // A short request on a fresh connection is over when the tasks that wait to run have run.
+        let_others_run().await;
         if self.a_sibling_has_fewer() {
-            // A short request on a fresh connection is over when the tasks that wait to run have run.
-            let_others_run().await;
-            if self.a_sibling_has_fewer() {
-                tokio::select! {
-                    () = self.one_ended.notified() => {}
-                    () = sleep(LEFT_TO_SIBLINGS) => {}
-                }
+            tokio::select! {
+                () = self.one_ended.notified() => {}
+                () = sleep(LEFT_TO_SIBLINGS) => patience.end(),
             }
         }
+    }
+
+    fn is_full(&self) -> bool {
+        self.open.get() >= self.limit
     }
 
     fn a_sibling_has_fewer(&self) -> bool {
@@ -96,6 +101,25 @@ impl Connections {
         self.open.set(self.open.get() + 1);
         self.row.connection_opened();
         Open(Rc::clone(self))
+    }
+}
+
+/// Siblings that had their time and did not take what waits (one of them may be stopped, or hang) are not waited
+/// for again at once.
+#[derive(Default)]
+struct Patience {
+    accepts_without: u32,
+}
+
+impl Patience {
+    fn end(&mut self) {
+        self.accepts_without = 64;
+    }
+
+    fn is_over(&mut self) -> bool {
+        let over = self.accepts_without > 0;
+        self.accepts_without = self.accepts_without.saturating_sub(1);
+        over
     }
 }
 
@@ -124,12 +148,13 @@ impl Acceptor {
     /// Accepts for ever; each connection is served by a task of its own.
     pub(crate) async fn run(&self, serve: &impl Serve, connections: &Rc<Connections>) {
         let mut paused = false;
+        let mut patience = Patience::default();
         loop {
-            connections.turn().await;
+            connections.turn(&mut patience).await;
             match self.accept(serve, connections).await {
                 Ok(()) => paused = false,
-                // The client is gone already; the next one is waiting.
-                Err(error) if is_of_one_connection(&error) => {}
+                // It is about that one connection, which is gone already; the next one is waiting.
+                Err(error) if !is_of_this_system(&error) => {}
                 Err(error) => {
                     if !paused {
                         log::error!("accepting pauses until it can go on: {error}");
@@ -144,17 +169,23 @@ impl Acceptor {
     /// Accepts what is waiting in the kernel's queue, and no more. For a worker that leaves: if all leave,
     /// nobody else would.
     pub(crate) fn run_dry(&self, serve: &impl Serve, connections: &Rc<Connections>) {
-        while self.accept_waiting(serve, connections).is_ok() {}
+        while !connections.is_full() {
+            match self.accept_waiting(serve, connections) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_of_this_system(&error) => return,
+                Err(_) => {} // about that one connection
+            }
+        }
     }
 
+    /// Unlike [`Self::accept`] it does not go by what epoll said last.
     fn accept_waiting(&self, serve: &impl Serve, connections: &Rc<Connections>) -> io::Result<()> {
-        // Not tokio's accept, which believes what epoll said last.
         match self {
             Self::Tcp(listener) => {
                 let socket = accept4(listener.as_raw_fd(), SOCK_FLAGS)?;
                 let socket = TcpStream::from_std(sys::owned(socket).into())?;
-                let peer = socket.peer_addr()?;
                 socket.set_nodelay(true)?;
+                let peer = socket.peer_addr()?;
                 start(serve.serve(socket, Some(peer)), connections);
             }
             Self::Unix(listener) => {
@@ -203,9 +234,8 @@ fn start(serving: impl Future<Output = ()> + 'static, connections: &Rc<Connectio
     });
 }
 
-fn is_of_one_connection(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::InvalidInput
-    )
+/// No descriptor or memory is to be had: unlike whatever else `accept(2)` says, that concerns the next
+/// connection too.
+fn is_of_this_system(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }

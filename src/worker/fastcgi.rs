@@ -5,7 +5,7 @@
 //! connection may overlap; they share its output, in turn.
 //!
 //! What bounds the memory of a connection: the parameters of each request (`--max-params`), the pipe of each
-//! body, and [`OUTPUT_LIMIT`] of output. When a body is not read, the connection stops reading; when the
+//! body, and [`OUTBOX_LIMIT`] of output. When a body is not read, the connection stops reading; when the
 //! peer does not read, the responses wait.
 
 use std::future::{Future, poll_fn};
@@ -22,7 +22,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio_util::io::poll_read_buf;
 use tower_service::Service;
 
-use super::output::Output;
+use super::outbox::Outbox;
 use super::serve::{Application, BoxError, Served};
 use crate::body::{Body, pipe};
 use crate::context::Drain;
@@ -30,7 +30,9 @@ use crate::protocol::cgi;
 use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, Params, RequestId};
 
 /// Output that may wait on a connection before its responses do.
-const OUTPUT_LIMIT: usize = 64 << 10;
+const OUTBOX_LIMIT: usize = 64 << 10;
+/// Replies to management records and refusals that may wait beside it; one piece of a response may too.
+const REPLIES_LIMIT: usize = 1 << 20;
 /// A read takes at least, and at most, so much.
 const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 /// How long, and for how many bytes, a peer that still sends is listened to after our last word.
@@ -51,23 +53,23 @@ where
         input: BytesMut::new(),
         read_size: READ_SIZES.0,
         decoder: Decoder::new(limits.max_params, limits.max_multiplexed),
-        output: Output::default(),
+        outbox: Outbox::default(),
         head: BytesMut::new(),
         exchanges: Vec::new(),
         application,
         closing: false,
         draining: false,
-        used: false,
+        last_chance_over: false,
         unread: false,
     };
     let mut drained = pin!(drain.wait());
-    let mut unused = pin!(drain.wait_for_first_request());
+    let mut last_chance = pin!(drain.wait_for_last_request());
     let ended = poll_fn(|context| {
         if !connection.draining && drained.as_mut().poll(context).is_ready() {
             connection.draining = true;
         }
-        if connection.draining && !connection.used && unused.as_mut().poll(context).is_ready() {
-            connection.used = true;
+        if connection.draining && !connection.last_chance_over && last_chance.as_mut().poll(context).is_ready() {
+            connection.last_chance_over = true;
         }
         connection.poll(context)
     });
@@ -82,7 +84,7 @@ struct Connection<IO, S, B> {
     input: BytesMut,
     read_size: usize,
     decoder: Decoder,
-    output: Output,
+    outbox: Outbox,
     /// Where the head of a response is put together.
     head: BytesMut,
     exchanges: Vec<Exchange<B>>,
@@ -91,9 +93,9 @@ struct Connection<IO, S, B> {
     closing: bool,
     /// The worker was asked to leave.
     draining: bool,
-    /// Something was sent on it, or it has had its time to begin.
-    used: bool,
-    /// A request was answered before all of it had come.
+    /// Since then a request was answered, or time enough has passed for one to come.
+    last_chance_over: bool,
+    /// The last request was answered before all of it had come.
     unread: bool,
 }
 
@@ -125,14 +127,14 @@ where
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             self.poll_exchanges(context)?;
-            let held_back = self.output.len() >= OUTPUT_LIMIT;
-            if let Poll::Ready(Err(error)) = self.output.poll_write(Pin::new(&mut self.socket), context) {
+            let held_back = self.outbox.len() >= OUTBOX_LIMIT;
+            if let Poll::Ready(Err(error)) = self.outbox.poll_write(Pin::new(&mut self.socket), context) {
                 return Poll::Ready(Err(error));
             }
             if self.is_over() {
                 return Poll::Ready(Ok(()));
             }
-            let room_again = held_back && self.output.len() < OUTPUT_LIMIT;
+            let room_again = held_back && self.outbox.len() < OUTBOX_LIMIT;
             if self.poll_input(context)?.is_pending() && !room_again {
                 return Poll::Pending;
             }
@@ -140,24 +142,28 @@ where
     }
 
     fn is_over(&self) -> bool {
-        if !self.exchanges.is_empty() || !self.output.is_empty() {
+        if !self.exchanges.is_empty() || !self.outbox.is_empty() {
             return false;
         }
         // A request that has half arrived when we are asked to drain is served; but a peer that did not want
         // the connection kept is owed nothing more, and may be waiting for us to close it.
-        self.closing || (self.draining && self.used && self.input.is_empty() && self.decoder.is_idle())
+        self.closing || (self.draining && self.last_chance_over && self.input.is_empty() && self.decoder.is_idle())
     }
 
     fn poll_exchanges(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        for exchange in &mut self.exchanges {
-            exchange.poll(context, &mut self.output, &mut self.head)?;
+        if self.exchanges.len() > 1 {
+            self.exchanges.rotate_left(1); // the one that filled the outbox is the last to go on
         }
-        let Self { exchanges, decoder, closing, unread, .. } = self;
+        for exchange in &mut self.exchanges {
+            exchange.poll(context, &mut self.outbox, &mut self.head)?;
+        }
+        let Self { exchanges, decoder, closing, draining, last_chance_over, unread, .. } = self;
         exchanges.retain(|exchange| {
             let ended = matches!(exchange.state, State::Ended);
             if ended {
-                *unread |= !decoder.finish(exchange.id);
+                *unread = !decoder.finish(exchange.id);
                 *closing |= !exchange.keep_connection;
+                *last_chance_over |= *draining;
             }
             !ended
         });
@@ -166,9 +172,8 @@ where
 
     /// Takes in what the peer sent. Pending when there is nothing more, or no room for it.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
-        if self.output.len() >= OUTPUT_LIMIT {
-            return Ok(Poll::Pending); // the socket wakes us when the peer reads
-        }
+        // However much output waits: a peer may write all of its request before it reads. A body that nobody reads
+        // costs nothing, and one that somebody reads has its pipe.
         for exchange in &self.exchanges {
             if exchange.stdin.as_ref().is_some_and(|stdin| stdin.poll_room(context).is_pending()) {
                 return Ok(Poll::Pending);
@@ -193,7 +198,6 @@ where
             Poll::Ready(Ok(0)) if self.exchanges.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
             Poll::Ready(Ok(0)) => Err(io::Error::other("the peer left before it had its responses")),
             Poll::Ready(Ok(read)) => {
-                self.used = true;
                 if read == room {
                     self.read_size = (self.read_size * 4).min(READ_SIZES.1);
                 }
@@ -215,15 +219,15 @@ where
             let Some(event) = event else { return Ok(any) };
             any = true;
             let body_came = matches!(event, Event::Stdin { .. });
-            self.take(event);
+            self.take(event)?;
             // A piece of a body: see whether there is room for the next one.
-            if body_came || self.output.len() >= OUTPUT_LIMIT {
+            if body_came {
                 return Ok(true);
             }
         }
     }
 
-    fn take(&mut self, event: Event) {
+    fn take(&mut self, event: Event) -> io::Result<()> {
         match event {
             Event::Request { id, keep_connection, params } => self.begin(id, keep_connection, params),
             Event::BadRequest { id, keep_connection, fault } => {
@@ -250,14 +254,18 @@ where
                 if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id) {
                     exchange.state = State::Ended;
                     exchange.stdin = None;
-                    fastcgi::stdout_end(self.output.tail(), id, 0);
+                    fastcgi::stdout_end(self.outbox.tail(), id, 0);
                 }
             }
             Event::Reply { bytes, then_close } => {
-                self.output.push(bytes);
+                self.outbox.push(bytes);
                 self.closing |= then_close;
+                if self.outbox.len() > OUTBOX_LIMIT + REPLIES_LIMIT {
+                    return Err(io::Error::other("the peer asks and asks, and reads no reply"));
+                }
             }
         }
+        Ok(())
     }
 
     fn stdin_of(&self, id: RequestId) -> Option<&pipe::Writer> {
@@ -316,26 +324,26 @@ where
     ///
     /// # Errors
     /// If the response broke off: only closing the connection tells the peer.
-    fn poll(&mut self, context: &mut Context<'_>, output: &mut Output, head: &mut BytesMut) -> io::Result<()> {
-        while output.len() < OUTPUT_LIMIT {
+    fn poll(&mut self, context: &mut Context<'_>, outbox: &mut Outbox, head: &mut BytesMut) -> io::Result<()> {
+        while outbox.len() < OUTBOX_LIMIT {
             match &mut self.state {
                 State::Answering { answer, is_head } => {
                     let Poll::Ready(response) = answer.as_mut().poll(context) else { return Ok(()) };
                     let is_head = *is_head;
-                    self.send_head(response, is_head, context, output, head)?;
+                    self.send_head(response, is_head, context, outbox, head)?;
                 }
                 State::Sending(body) => match body.as_mut().poll_frame(context) {
                     Poll::Pending => return Ok(()),
                     Poll::Ready(Some(frame)) => {
                         if let Ok(data) = frame.map_err(io::Error::other)?.into_data() {
                             let ended = body.is_end_stream();
-                            self.send(data, output);
+                            self.send(data, outbox);
                             if ended {
-                                self.end(output);
+                                self.end(outbox);
                             }
                         }
                     }
-                    Poll::Ready(None) => self.end(output),
+                    Poll::Ready(None) => self.end(outbox),
                 },
                 State::Ended => return Ok(()),
             }
@@ -349,7 +357,7 @@ where
         response: Response<Served<B>>,
         is_head: bool,
         context: &mut Context<'_>,
-        output: &mut Output,
+        outbox: &mut Outbox,
         head: &mut BytesMut,
     ) -> io::Result<()> {
         let (parts, body) = response.into_parts();
@@ -380,27 +388,27 @@ where
             return Err(io::Error::other("the head of a response is longer than a record holds"));
         }
         let with_head = first.split_to(first.len().min(LARGEST_CONTENT - head.len()));
-        fastcgi::stdout_header(output.tail(), self.id, head.len() + with_head.len());
-        output.tail().extend_from_slice(head);
-        output.push(with_head);
-        self.send(first, output);
+        fastcgi::stdout_header(outbox.tail(), self.id, head.len() + with_head.len());
+        outbox.tail().extend_from_slice(head);
+        outbox.push(with_head);
+        self.send(first, outbox);
         self.state = State::Sending(body);
         if ended {
-            self.end(output);
+            self.end(outbox);
         }
         Ok(())
     }
 
-    fn send(&self, mut data: Bytes, output: &mut Output) {
+    fn send(&self, mut data: Bytes, outbox: &mut Outbox) {
         while !data.is_empty() {
             let content = data.split_to(data.len().min(LARGEST_CONTENT));
-            fastcgi::stdout_header(output.tail(), self.id, content.len());
-            output.push(content);
+            fastcgi::stdout_header(outbox.tail(), self.id, content.len());
+            outbox.push(content);
         }
     }
 
-    fn end(&mut self, output: &mut Output) {
-        fastcgi::stdout_end(output.tail(), self.id, 0);
+    fn end(&mut self, outbox: &mut Outbox) {
+        fastcgi::stdout_end(outbox.tail(), self.id, 0);
         self.state = State::Ended;
         self.stdin = None;
     }

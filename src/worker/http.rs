@@ -31,15 +31,17 @@ where
     B::Error: Into<BoxError>,
 {
     let limits = application.limits;
-    let used = Rc::new(Used::default());
-    let mark = Rc::clone(&used);
+    let requests = Rc::new(Requests::default());
+    let counted = Rc::clone(&requests);
     let answer = service_fn(move |request: Request<Incoming>| {
         let application = Rc::clone(&application);
-        mark.now();
+        let under_way = counted.begin();
         async move {
             let mut request = request.map(|body| Body::http(body, limits.max_body));
             request.extensions_mut().insert(Peer { address: peer });
-            Ok::<_, Infallible>(application.answer(request).await)
+            let response = application.answer(request).await;
+            drop(under_way);
+            Ok::<_, Infallible>(response)
         }
     });
     let connection = http1::Builder::new()
@@ -50,10 +52,11 @@ where
     let mut connection = pin!(connection);
     let drained = async {
         drain.wait().await;
-        // hyper would close a connection on which nothing has come yet.
+        // hyper closes an idle connection at once. This way the next request is answered, and told that it was
+        // the last one; what had begun before is told the same.
         tokio::select! {
-            () = used.wait() => {}
-            () = drain.wait_for_first_request() => {}
+            () = requests.one_under_way() => {}
+            () = drain.wait_for_last_request() => {}
         }
     };
     let ended = tokio::select! {
@@ -69,23 +72,31 @@ where
     }
 }
 
-/// Whether a connection has had a request.
+/// Whether the application is at work for a connection.
 #[derive(Default)]
-struct Used {
-    flag: Cell<bool>,
-    first: Notify,
+struct Requests {
+    under_way: Cell<bool>,
+    begun: Notify,
 }
 
-impl Used {
-    fn now(&self) {
-        if !self.flag.replace(true) {
-            self.first.notify_waiters();
-        }
+impl Requests {
+    fn begin(self: &Rc<Self>) -> UnderWay {
+        self.under_way.set(true);
+        self.begun.notify_waiters();
+        UnderWay(Rc::clone(self))
     }
 
-    async fn wait(&self) {
-        if !self.flag.get() {
-            self.first.notified().await;
+    async fn one_under_way(&self) {
+        if !self.under_way.get() {
+            self.begun.notified().await;
         }
+    }
+}
+
+struct UnderWay(Rc<Requests>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.under_way.set(false);
     }
 }

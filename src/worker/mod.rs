@@ -15,7 +15,7 @@
 mod accept;
 mod fastcgi;
 mod http;
-mod output;
+mod outbox;
 mod serve;
 
 use std::fs::File;
@@ -68,7 +68,7 @@ where
             match catch_unwind(AssertUnwindSafe(|| live(factory, heritage))) {
                 Ok(Ok(())) => 0,
                 Ok(Err(error)) => fail(&mut last_words, &error.to_string()),
-                Err(panic) => fail(&mut last_words, &serve::describe(&*panic)),
+                Err(_) => fail(&mut last_words, "a panic outside any request, logged above"),
             }
         };
         let worker = std::thread::Builder::new().name("worker".to_owned()).spawn_scoped(scope, life);
@@ -104,7 +104,7 @@ where
     tasks.block_on(&runtime, async {
         let drain = Drain::default();
         let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), &drain);
-        let service = factory(context);
+        let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
         let connections =
             Rc::new(Connections::new(config.limits.max_connections, row.clone(), scoreboard, heritage.slot));
         let application = Rc::new(Application::new(service, row.clone(), config.limits));
@@ -132,6 +132,8 @@ where
         connections.none().await;
         io::Result::Ok(())
     })?;
+    // What still runs on a thread though its client has left: it may be half-way through something.
+    blocking::finish();
     // Not the runtime's own end, which would wait for a blocking function that never returns.
     runtime.shutdown_background();
     Ok(())

@@ -3,12 +3,12 @@
 //! Around the user's service stand here, once for all protocols: the scoreboard, the limit of a body, and the
 //! panic that costs one 500.
 
-use std::any::Any;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::error::Error;
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
@@ -46,18 +46,23 @@ where
     B::Error: Into<BoxError>,
 {
     /// Has the application answer; if it fails or panics, answers for it.
-    pub(crate) async fn answer(&self, request: Request<Body>) -> Response<Served<B>> {
+    pub(crate) async fn answer(&self, mut request: Request<Body>) -> Response<Served<B>> {
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         let in_flight = self.row.begin(request.method().as_str(), target);
         if request.body().size_hint().lower() > self.limits.max_body {
             return refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
         }
+        let too_large = request.body_mut().watch_limit();
         let mut service = self.service.clone();
         let answering = async move {
             poll_fn(|context| service.poll_ready(context)).await?;
             service.call(request).await
         };
-        match without_panic(answering).await {
+        let answer = without_panic(answering).await;
+        if too_large.is_some_and(|too_large| too_large.load(Ordering::Relaxed)) {
+            return refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight); // whatever the application made of it
+        }
+        match answer {
             Ok(Ok(response)) => response.map(|body| Served::App { body, in_flight }),
             Ok(Err(error)) => {
                 let error: BoxError = error.into();
@@ -65,7 +70,7 @@ where
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
             }
             Err(panic) => {
-                log::error!("a request panicked: {} request={:?}", describe(&*panic), in_flight.what());
+                log::error!("a request panicked: {panic} request={:?}", in_flight.what());
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
             }
         }
@@ -85,9 +90,9 @@ fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
 }
 
 /// Runs a future to its end or its panic.
-async fn without_panic<F: Future>(future: F) -> Result<F::Output, Box<dyn Any + Send>> {
+async fn without_panic<F: Future>(future: F) -> Result<F::Output, String> {
     let mut future = pin!(future);
-    poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
+    poll_fn(|context| match catch_panic(|| future.as_mut().poll(context)) {
         Ok(poll) => poll.map(Ok),
         Err(panic) => Poll::Ready(Err(panic)),
     })
@@ -95,29 +100,36 @@ async fn without_panic<F: Future>(future: F) -> Result<F::Output, Box<dyn Any + 
 }
 
 thread_local! {
-    /// What the panic hook saw last on this thread.
-    static LAST_PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+    /// Whether a panic on this thread will be told by whoever catches it; and what it said.
+    static CAUGHT: RefCell<Option<String>> = const { RefCell::new(None) };
+    static CATCHING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Has panics end in the log instead of on standard error; a panic on the worker's own thread is kept for the
-/// line that names its request.
+/// Has panics end in the log instead of on standard error: at once, unless [`catch_panic`] is at work.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic.to_string().replace('\n', " ");
-        let worker = std::thread::current().name() == Some("worker");
-        if worker {
-            LAST_PANIC.with(|last| last.replace(Some(text)));
+        if CATCHING.get() {
+            CAUGHT.replace(Some(text));
         } else {
             log::error!("{text}");
         }
     }));
 }
 
-/// A panic in words: what the hook saw, or else that it happened on another thread, which has logged it.
-pub(crate) fn describe(panic: &(dyn Any + Send)) -> String {
-    let seen = LAST_PANIC.with(|last| last.replace(None));
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    seen.or(text).unwrap_or_else(|| "see the line above".to_owned())
+/// Runs code that may panic; returns the panic in words.
+pub(crate) fn catch_panic<T>(code: impl FnOnce() -> T) -> Result<T, String> {
+    CAUGHT.replace(None);
+    CATCHING.set(true);
+    let outcome = catch_unwind(AssertUnwindSafe(code));
+    CATCHING.set(false);
+    outcome.map_err(|panic| {
+        // A panic that goes on here from another thread has passed the hook there, and one of an application that
+        // set its own hook has not passed ours at all.
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        CAUGHT.take().or(text).unwrap_or_else(|| "see the line above".to_owned())
+    })
 }
 
 pin_project! {
@@ -143,7 +155,7 @@ where
             Projected::Canned { text, .. } if text.is_empty() => return Poll::Ready(None),
             Projected::Canned { text, .. } => return Poll::Ready(Some(Ok(Frame::data(std::mem::take(text))))),
         };
-        let error: BoxError = match catch_unwind(AssertUnwindSafe(|| body.poll_frame(context))) {
+        let error: BoxError = match catch_panic(|| body.poll_frame(context)) {
             Ok(frame) => match ready!(frame) {
                 None => return Poll::Ready(None),
                 Some(Ok(frame)) => {
@@ -151,7 +163,7 @@ where
                 }
                 Some(Err(error)) => error.into(),
             },
-            Err(panic) => describe(&*panic).into(),
+            Err(panic) => panic.into(),
         };
         log::error!("a response broke off: {error} request={:?}", in_flight.what());
         Poll::Ready(Some(Err(BodyError::Other(error))))

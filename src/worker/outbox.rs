@@ -17,14 +17,14 @@ const WORTH_SHARING: usize = 2048;
 const SLICES: usize = 32;
 
 #[derive(Debug, Default)]
-pub(crate) struct Output {
+pub(crate) struct Outbox {
     queue: VecDeque<Bytes>,
     queued: usize,
     /// Comes after the queue.
     tail: BytesMut,
 }
 
-impl Output {
+impl Outbox {
     pub(crate) fn len(&self) -> usize {
         self.queued + self.tail.len()
     }
@@ -107,7 +107,7 @@ mod tests {
     async fn pieces_of_all_sizes_leave_in_order_however_little_the_socket_takes() {
         let (client, server) = tokio::io::duplex(777);
         let mut expected = Vec::new();
-        let mut output = Output::default();
+        let mut output = Outbox::default();
         for length in (0..9000).step_by(450) {
             let piece = vec![u8::try_from(length % 251).unwrap(); length];
             output.tail().extend_from_slice(b"head");
@@ -122,7 +122,7 @@ mod tests {
             tokio::io::AsyncReadExt::read_to_end(&mut client, &mut all).await.unwrap();
             all
         };
-        let (written, read) = tokio::join!(async { writing.await }, reading);
+        let (written, read) = tokio::join!(writing, reading);
         written.unwrap();
         assert!(read == expected);
     }
