@@ -538,7 +538,8 @@ fn what_a_wrapper_started_goes_with_it() {
     kill(Pid::from_raw(wrapper), Signal::SIGKILL).unwrap();
     server.wait_for("worker died");
     gone(started);
-    let next = wait_until("it is replaced", || server.children().into_iter().find(|&pid| pid != wrapper && pid != started));
+    let next =
+        wait_until("it is replaced", || server.children().into_iter().find(|&pid| pid != wrapper && pid != started));
     let started = family(next);
     server.stop();
     gone(started);
