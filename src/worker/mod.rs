@@ -19,15 +19,17 @@ mod outbox;
 mod serve;
 
 use std::fs::File;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::task::Poll;
 use std::time::Duration;
 
 use ::http::{Request, Response};
@@ -35,7 +37,7 @@ use forkyard_shm::State;
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
 use tokio::io::AsyncReadExt as _;
-use tokio::task::LocalSet;
+use tokio::runtime::{LocalOptions, LocalRuntime};
 use tower_service::Service;
 
 use self::accept::{Acceptor, Connections, Serve, Socket};
@@ -99,9 +101,8 @@ where
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let tasks = LocalSet::new();
-    tasks.block_on(&runtime, async {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    run_in_turns(&runtime, async {
         let drain = Drain::default();
         let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), &drain);
         let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
@@ -137,6 +138,22 @@ where
     // Not the runtime's own end, which would wait for a blocking function that never returns.
     runtime.shutdown_background();
     Ok(())
+}
+
+/// Runs the event loop until `life` ends, and between its turns the blocking functions that are quick.
+fn run_in_turns<T>(runtime: &LocalRuntime, life: impl Future<Output = T>) -> T {
+    let mut life = pin!(life);
+    loop {
+        let turn = poll_fn(|context| match life.as_mut().poll(context) {
+            Poll::Ready(outcome) => Poll::Ready(Some(outcome)),
+            Poll::Pending if blocking::jobs_wait(context) => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        });
+        match runtime.block_on(turn) {
+            Some(outcome) => return outcome,
+            None => blocking::run_jobs(),
+        }
+    }
 }
 
 /// What a connection is served with.
@@ -190,4 +207,60 @@ async fn told_to_leave(term: UnixStream, lifeline: OwnedFd) -> io::Result<()> {
         _ = lifeline.read(&mut end) => log::warn!("the master is gone: this worker finishes and leaves"),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use http_body_util::BodyExt as _;
+
+    use super::*;
+    use crate::body::pipe;
+
+    /// The name of the thread that ran the function.
+    async fn ask<S, B>(service: &mut S, path: &str, body: Body) -> String
+    where
+        S: Service<Request<Body>, Response = Response<B>, Error = std::convert::Infallible>,
+        B: HttpBody<Error: std::fmt::Debug>,
+    {
+        let request = Request::get(path).body(body).unwrap();
+        let Ok(response) = service.call(request).await;
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        String::from_utf8(body.to_vec()).unwrap()
+    }
+
+    #[test]
+    fn a_function_that_is_quick_moves_to_the_loops_thread_and_one_slow_run_moves_it_back() {
+        let here = std::thread::current().name().unwrap().to_owned();
+        let runtime = tokio::runtime::Builder::new_current_thread().build_local(LocalOptions::default()).unwrap();
+        let mut service = crate::blocking(|request: Request<Body>| {
+            assert!(tokio::runtime::Handle::try_current().is_err(), "it may bring its own runtime");
+            match request.uri().path() {
+                "/panic" => panic!("asked to"),
+                "/slow" => {
+                    let begun = Instant::now();
+                    while begun.elapsed() < Duration::from_millis(2) {}
+                }
+                _ => {}
+            }
+            Response::new(std::thread::current().name().unwrap_or_default().to_owned())
+        });
+        run_in_turns(&runtime, async {
+            assert!(ask(&mut service, "/", Body::empty()).await.starts_with("blocking-"), "it is not known yet");
+            // On a busy machine a run may be interrupted and not be quick; in the end enough in a row are.
+            while ask(&mut service, "/", Body::empty()).await != here {}
+
+            let (_writer, reader) = pipe::pipe();
+            let with_body = ask(&mut service, "/", Body::stdin(reader, None, 10)).await;
+            assert!(with_body.starts_with("blocking-"), "a body that is still coming in needs the loop");
+
+            let panicked = tokio::task::spawn_local(service.call(Request::get("/panic").body(Body::empty()).unwrap()));
+            assert!(panicked.await.unwrap_err().is_panic());
+
+            while ask(&mut service, "/", Body::empty()).await != here {}
+            ask(&mut service, "/slow", Body::empty()).await;
+            assert!(ask(&mut service, "/", Body::empty()).await.starts_with("blocking-"));
+        });
+    }
 }

@@ -2,21 +2,30 @@
 //!
 //! The event loop of a worker stays free while they run, so idle connections and event streams cost no
 //! thread. There are `--threads` threads in each worker; `--queue` requests may wait for one of them, and a
-//! request beyond that gets 503 at once.
+//! request beyond that gets 503 at once. A function that has been quick for a while is run on the event loop's
+//! own thread instead, between two turns of the loop.
+//!
+//! - [`pool`] has the threads.
+//! - [`turn`] runs what is quick, and knows what is.
+
+mod pool;
+mod turn;
 
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::thread;
+use std::time::Instant;
 
-use crossbeam::channel::{Receiver, Sender, bounded};
-use crossbeam::sync::WaitGroup;
 use http::header::RETRY_AFTER;
 use http::{HeaderValue, Request, Response, StatusCode};
+use http_body::Body as _;
 use tower_service::Service;
 
+pub(crate) use self::pool::{configure, finish};
+use self::turn::Pace;
+pub(crate) use self::turn::{jobs_wait, run_jobs};
 use crate::body::Body;
 
 /// Makes a service of a function that may block.
@@ -33,18 +42,24 @@ where
     F: Fn(Request<Body>) -> Response<B> + Send + Sync + 'static,
     B: Into<Body>,
 {
-    Blocking { function: Arc::new(function) }
+    Blocking { shared: Arc::new(Shared { function, pace: Pace::default() }) }
 }
 
 /// The service that [`blocking`] makes.
 #[derive(Debug)]
 pub struct Blocking<F> {
-    function: Arc<F>,
+    shared: Arc<Shared<F>>,
+}
+
+#[derive(Debug)]
+struct Shared<F> {
+    function: F,
+    pace: Pace,
 }
 
 impl<F> Clone for Blocking<F> {
     fn clone(&self) -> Self {
-        Self { function: Arc::clone(&self.function) }
+        Self { shared: Arc::clone(&self.shared) }
     }
 }
 
@@ -63,15 +78,24 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Answer {
         let place = Arc::new(Mutex::new(Place::default()));
-        let function = Arc::clone(&self.function);
         let fill = Fill(Arc::clone(&place));
+        let shared = Arc::clone(&self.shared);
+        // A body that is still coming in needs the loop: to wait for it here would be to wait for ever.
+        let quick = self.shared.pace.is_quick() && request.body().is_end_stream();
         let job = move || {
             // A client that left while its request waited took its answer along.
             if Arc::strong_count(&fill.0) > 1 {
-                fill.put(Ok(function(request).map(Into::into)));
+                let begun = Instant::now();
+                let response = (shared.function)(request);
+                shared.pace.took(begun.elapsed());
+                fill.put(Ok(response.map(Into::into)));
             }
         };
-        if !pool().start(job) {
+        let started = match if quick { turn::run_after_turn(job) } else { Err(job) } {
+            Ok(()) => true,
+            Err(job) => pool::pool().start(job),
+        };
+        if !started {
             let mut response = Response::new(Body::from("503: too many requests are waiting\n"));
             *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
@@ -101,7 +125,7 @@ impl Fill {
         let waker = place.waker.take();
         drop(place);
         if let Some(waker) = waker {
-            waker.wake();
+            turn::wake(waker);
         }
     }
 }
@@ -141,70 +165,11 @@ impl Future for Answer {
     }
 }
 
-/// The threads, and the queue from which they take.
-struct Pool {
-    queue: Sender<Job>,
-    /// Held by each job that waits or runs.
-    jobs: Mutex<WaitGroup>,
-}
-
 type Job = Box<dyn FnOnce() + Send>;
 
-/// This worker's `--threads` and `--queue`.
-static SIZE: OnceLock<(u32, u32)> = OnceLock::new();
-static POOL: OnceLock<Pool> = OnceLock::new();
-
-/// Sets the size of the pool that will be made. Called once, in a new worker.
-pub(crate) fn configure(threads: u32, queue: u32) {
-    let _ = SIZE.set((threads, queue));
-}
-
-/// Waits for all that runs. Called once, when nothing new can come.
-pub(crate) fn finish() {
-    if let Some(pool) = POOL.get() {
-        // Our own hold on the group is given up with it.
-        let jobs = std::mem::take(&mut *pool.jobs.lock().unwrap_or_else(PoisonError::into_inner));
-        jobs.wait();
-    }
-}
-
-/// The first call starts the threads: a worker without blocking functions has none, nor has the master.
-fn pool() -> &'static Pool {
-    POOL.get_or_init(|| {
-        let &(threads, queue) = SIZE.get().unwrap_or(&(1, 1024));
-        let (sender, receiver) = bounded(queue as usize);
-        let started = (0..threads).filter(|&number| start_thread(number, receiver.clone())).count();
-        assert!(started > 0, "not one of the {threads} threads for blocking functions could be started");
-        Pool { queue: sender, jobs: Mutex::new(WaitGroup::new()) }
-    })
-}
-
-impl Pool {
-    /// False if too many wait already.
-    fn start(&self, job: impl FnOnce() + Send + 'static) -> bool {
-        let held = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let job = move || {
-            job();
-            drop(held);
-        };
-        self.queue.try_send(Box::new(job)).is_ok()
-    }
-}
-
-fn start_thread(number: u32, jobs: Receiver<Job>) -> bool {
-    let work = move || {
-        for job in jobs {
-            // The panic was logged by the hook; the job's place tells the event loop.
-            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
-        }
-    };
-    match thread::Builder::new().name(format!("blocking-{number}")).spawn(work) {
-        Ok(_) => true,
-        Err(error) => {
-            log::error!("cannot start a thread for blocking functions: {error}");
-            false
-        }
-    }
+fn run(job: Job) {
+    // The panic was logged by the hook; the job's place tells the event loop.
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
 }
 
 #[cfg(test)]
@@ -217,7 +182,7 @@ mod tests {
     async fn a_function_answers_from_its_thread_and_a_panic_stays_with_its_request() {
         let mut service = blocking(|request: Request<Body>| {
             assert_ne!(request.uri().path(), "/panic");
-            Response::new(thread::current().name().unwrap_or_default().to_owned())
+            Response::new(std::thread::current().name().unwrap_or_default().to_owned())
         });
         let panicked = service.call(Request::get("/panic").body(Body::empty()).unwrap());
         assert!(tokio::spawn(panicked).await.unwrap_err().is_panic());
