@@ -42,7 +42,7 @@ pub use crate::body::{Body, BodyError, BodyReader};
 pub use crate::builder::{Builder, command_line};
 pub use crate::context::Context;
 pub use crate::protocol::cgi::Peer;
-pub use crate::protocol::fastcgi::Params;
+pub use crate::protocol::params::Params;
 
 /// Serves the application that `factory` makes in each worker, as this program's command line says.
 ///

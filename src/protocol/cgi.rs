@@ -12,7 +12,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request, StatusCode, Uri, Version};
 
-use super::fastcgi::Params;
+use super::params::Params;
 
 /// Where a request came from, as the server in front tells it (`REMOTE_ADDR`, `REMOTE_PORT`), or the address
 /// at the other end of an HTTP connection. An extension of each request.

@@ -27,7 +27,8 @@ use super::serve::{Application, BoxError, Served};
 use crate::body::{Body, pipe};
 use crate::context::Drain;
 use crate::protocol::cgi;
-use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, Params, RequestId};
+use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
+use crate::protocol::params::Params;
 
 /// Output that may wait on a connection before its responses do.
 const OUTBOX_LIMIT: usize = 64 << 10;

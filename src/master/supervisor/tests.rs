@@ -1,0 +1,369 @@
+//! The supervisor in simulated worlds: random histories from a seed, and the rules one by one.
+
+use std::collections::BTreeMap;
+
+use super::*;
+
+const MS: Duration = Duration::from_millis(1);
+
+fn policy(workers: u32) -> Policy {
+    Policy { workers, slots: workers * 2 + 4, start_timeout: 1000 * MS, drain_timeout: 5000 * MS, respawn_rate: 8 }
+}
+
+/// What a simulated process will do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Life {
+    Starting,
+    Ready,
+    Leaving,
+    Killed,
+}
+
+/// A supervisor in a simulated world: processes exist when it says so, and what it says is checked.
+struct World {
+    supervisor: Supervisor,
+    now: Now,
+    processes: BTreeMap<i32, Life>,
+    next_pid: i32,
+    spawned: u32,
+    fork_fails: bool,
+    notes: Vec<Note>,
+    exited: Option<bool>,
+}
+
+impl World {
+    fn new(policy: Policy) -> Self {
+        let mut world = Self {
+            supervisor: Supervisor::new(policy),
+            now: Now::ZERO,
+            processes: BTreeMap::new(),
+            next_pid: 100,
+            spawned: 0,
+            fork_fails: false,
+            notes: Vec::new(),
+            exited: None,
+        };
+        world.feed(Event::Tick);
+        world
+    }
+
+    fn feed(&mut self, event: Event) {
+        let mut queue = std::collections::VecDeque::from(self.supervisor.step(event, self.now));
+        while let Some(action) = queue.pop_front() {
+            assert_eq!(self.exited, None, "{action:?} after the end");
+            let answer = match action {
+                Action::Spawn { slot, .. } => self.spawn(slot),
+                Action::Terminate { pid } | Action::Remind { pid } => self.signal(pid, Life::Leaving),
+                Action::Kill { pid } => self.signal(pid, Life::Killed),
+                Action::Note(note) => {
+                    self.notes.push(note);
+                    None
+                }
+                Action::Exit { success } => {
+                    assert!(self.processes.is_empty(), "orphans: {:?}", self.processes);
+                    self.exited = Some(success);
+                    None
+                }
+            };
+            if let Some(answer) = answer {
+                queue.extend(self.supervisor.step(answer, self.now));
+            }
+        }
+        if let Some(deadline) = self.supervisor.next_deadline() {
+            assert!(deadline > self.now, "a deadline in the past is a busy loop");
+        }
+        self.check();
+    }
+
+    fn spawn(&mut self, slot: u32) -> Option<Event> {
+        if self.fork_fails {
+            return Some(Event::SpawnFailed { slot });
+        }
+        self.next_pid += 1;
+        self.spawned += 1;
+        let taken = self.processes.keys().filter_map(|&pid| self.supervisor.place_of(Pid::from_raw(pid)));
+        assert!(taken.map(|(slot, _)| slot).all(|other| other != slot), "slot {slot} given twice");
+        self.processes.insert(self.next_pid, Life::Starting);
+        Some(Event::Spawned { slot, pid: Pid::from_raw(self.next_pid) })
+    }
+
+    fn signal(&mut self, pid: Pid, fate: Life) -> Option<Event> {
+        let process = self.processes.get_mut(&pid.as_raw()).expect("a signal to a process that is gone");
+        if *process != Life::Killed {
+            *process = fate;
+        }
+        None
+    }
+
+    fn check(&self) {
+        let policy = self.supervisor.policy;
+        assert!(self.processes.len() <= policy.slots as usize);
+        let serving = self.processes.values().filter(|&&life| matches!(life, Life::Starting | Life::Ready)).count();
+        assert!(serving <= self.supervisor.target as usize + 1, "{serving} serve, {} wanted", self.supervisor.target);
+        for &pid in self.processes.keys() {
+            assert!(self.supervisor.place_of(Pid::from_raw(pid)).is_some(), "{pid} was forgotten");
+        }
+    }
+
+    fn pick(&self, random: &mut fastrand::Rng, life: Life) -> Option<Pid> {
+        let of_kind: Vec<i32> = self.processes.iter().filter(|(_, l)| **l == life).map(|(pid, _)| *pid).collect();
+        random.choice(of_kind).map(Pid::from_raw)
+    }
+
+    fn die(&mut self, pid: Pid, wish: Wish) {
+        assert!(self.processes.remove(&pid.as_raw()).is_some());
+        self.feed(Event::Exited { pid, wish });
+    }
+
+    fn become_ready(&mut self, pid: Pid) {
+        self.processes.insert(pid.as_raw(), Life::Ready);
+        self.feed(Event::Ready { pid });
+    }
+
+    /// Lets time pass up to the next deadline, and everybody do as told.
+    fn settle(&mut self) {
+        for _ in 0..10_000 {
+            let Some((&pid, &life)) = self.processes.iter().find(|(_, life)| **life != Life::Ready) else {
+                match self.supervisor.next_deadline() {
+                    Some(deadline) => {
+                        self.now = deadline;
+                        self.feed(Event::Tick);
+                        continue;
+                    }
+                    None => return,
+                }
+            };
+            match life {
+                Life::Starting => self.become_ready(Pid::from_raw(pid)),
+                Life::Leaving | Life::Killed => self.die(Pid::from_raw(pid), Wish::Replace),
+                Life::Ready => unreachable!(),
+            }
+        }
+        panic!("never settles: {:?}", self.supervisor);
+    }
+
+    fn ready(&self) -> usize {
+        self.processes.values().filter(|&&life| life == Life::Ready).count()
+    }
+
+    fn random_event(&mut self, random: &mut fastrand::Rng) {
+        match random.u32(0..100) {
+            0..30 => {
+                if let Some(pid) = self.pick(random, Life::Starting) {
+                    self.become_ready(pid);
+                }
+            }
+            30..40 => {
+                let life = random.choice([Life::Starting, Life::Ready, Life::Leaving]).unwrap();
+                if let Some(pid) = self.pick(random, life) {
+                    let wish = match random.u32(0..20) {
+                        0 => Wish::Retire,
+                        1..10 => Wish::Renew,
+                        _ => Wish::Replace,
+                    };
+                    self.die(pid, wish);
+                }
+            }
+            40..60 => {
+                let life = random.choice([Life::Leaving, Life::Killed]).unwrap();
+                if let Some(pid) = self.pick(random, life) {
+                    self.die(pid, Wish::Replace);
+                }
+            }
+            60..85 => {
+                self.now += MS * random.u32(0..700);
+                self.feed(Event::Tick);
+            }
+            85..88 => self.fork_fails = !self.fork_fails,
+            88..91 => self.feed(Event::Command(Command::Reload)),
+            91..94 => self.feed(Event::Command(Command::Add)),
+            94..97 => self.feed(Event::Command(Command::Remove)),
+            97..98 => self.feed(Event::Ready { pid: Pid::from_raw(1) }),
+            _ => self.feed(Event::Exited { pid: Pid::from_raw(1), wish: Wish::Retire }),
+        }
+    }
+}
+
+#[test]
+fn random_histories_always_lead_back_to_full_strength() {
+    for seed in 0..400 {
+        let outcome = std::panic::catch_unwind(|| {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut world = World::new(policy(random.u32(1..6)));
+            for _ in 0..random.u32(1..600) {
+                world.random_event(&mut random);
+                if world.supervisor.mode != Mode::Running {
+                    break; // all have retired
+                }
+            }
+            world.fork_fails = false;
+            world.settle();
+            if world.supervisor.target == 0 {
+                assert_eq!((world.exited, world.ready()), (Some(false), 0));
+                return;
+            }
+            assert_eq!(world.ready(), world.supervisor.target as usize);
+            let last = random.choice([Command::Drain, Command::Halt]).unwrap();
+            world.feed(Event::Command(last));
+            world.settle();
+            assert_eq!(world.exited, Some(true));
+        });
+        assert!(outcome.is_ok(), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_crash_after_ready_is_replaced_at_once() {
+    let mut world = World::new(policy(2));
+    world.settle();
+    assert_eq!(world.notes, [Note::FullStrength]);
+    let spawned = world.spawned;
+    let pid = *world.processes.keys().next().unwrap();
+    world.die(Pid::from_raw(pid), Wish::Replace);
+    assert_eq!(world.spawned, spawned + 1, "in the same instant");
+}
+
+#[test]
+fn a_storm_of_crashes_is_throttled() {
+    let mut world = World::new(policy(2));
+    world.settle();
+    let start = (world.spawned, world.now);
+    while world.now < start.1 + 10_000 * MS {
+        // Each dies the moment it is ready.
+        let mut random = fastrand::Rng::with_seed(1);
+        if let Some(pid) = world.pick(&mut random, Life::Starting) {
+            world.become_ready(pid);
+        } else if let Some(pid) = world.pick(&mut random, Life::Ready) {
+            world.die(pid, Wish::Replace);
+        } else {
+            world.now = world.supervisor.next_deadline().unwrap();
+            world.feed(Event::Tick);
+        }
+    }
+    let in_ten_seconds = world.spawned - start.0;
+    assert!((80..=90).contains(&in_ten_seconds), "8 a second and 8 at once, got {in_ten_seconds}");
+}
+
+#[test]
+fn failing_starts_back_off_and_one_alone_tries() {
+    let mut world = World::new(policy(4));
+    let mut spawned_at = Vec::new();
+    while spawned_at.len() < 12 {
+        let before = world.spawned;
+        let starting: Vec<i32> = world.processes.keys().copied().collect();
+        if starting.is_empty() {
+            world.now = world.supervisor.next_deadline().unwrap();
+            world.feed(Event::Tick);
+            assert_eq!(world.spawned, before + 1, "one alone tries");
+            spawned_at.push(world.now);
+        }
+        for pid in starting {
+            world.die(Pid::from_raw(pid), Wish::Replace);
+        }
+    }
+    let gaps: Vec<u128> = spawned_at.windows(2).map(|pair| (pair[1] - pair[0]).as_millis()).collect();
+    assert_eq!(gaps, [200, 400, 800, 1600, 3200, 6400, 12_800, 25_600, 30_000, 30_000, 30_000]);
+    world.settle();
+    assert_eq!(world.ready(), 4);
+}
+
+#[test]
+fn a_process_that_overruns_its_start_is_killed_and_counts_as_failed() {
+    let mut world = World::new(policy(1));
+    world.now = 1000 * MS;
+    world.feed(Event::Tick);
+    let (&pid, &life) = world.processes.iter().next().unwrap();
+    assert_eq!(life, Life::Killed);
+    world.die(Pid::from_raw(pid), Wish::Replace);
+    assert!(
+        matches!(world.notes[..], [Note::StartTimeout { .. }, Note::Failing { failures: 1, .. }]),
+        "{:?}",
+        world.notes
+    );
+}
+
+#[test]
+fn a_reload_replaces_one_by_one_and_never_serves_with_fewer() {
+    let mut world = World::new(policy(3));
+    world.settle();
+    world.feed(Event::Command(Command::Reload));
+    let mut random = fastrand::Rng::with_seed(1);
+    while let Some(pid) = world.pick(&mut random, Life::Starting) {
+        assert!(world.ready() >= 3);
+        assert_eq!(world.processes.values().filter(|&&life| life == Life::Starting).count(), 1);
+        world.become_ready(pid);
+    }
+    assert!(world.notes.contains(&Note::ReloadDone { generation: 2 }));
+    world.settle();
+    for &pid in world.processes.keys() {
+        assert_eq!(world.supervisor.place_of(Pid::from_raw(pid)).unwrap().1, 2);
+    }
+}
+
+#[test]
+fn a_reload_whose_first_process_dies_keeps_the_old_ones() {
+    let mut world = World::new(policy(3));
+    world.settle();
+    let old: Vec<i32> = world.processes.keys().copied().collect();
+    world.feed(Event::Command(Command::Reload));
+    let new = *world.processes.keys().next_back().unwrap();
+    world.die(Pid::from_raw(new), Wish::Replace);
+    assert!(world.notes.contains(&Note::ReloadFailed { generation: 2 }));
+    world.settle();
+    assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
+}
+
+#[test]
+fn a_process_that_will_not_leave_is_asked_again_and_then_killed() {
+    let mut world = World::new(policy(1));
+    world.settle();
+    world.feed(Event::Command(Command::Drain));
+    let mut asked = 0;
+    while world.processes.values().all(|&life| life == Life::Leaving) {
+        world.now = world.supervisor.next_deadline().unwrap();
+        asked += 1;
+        world.feed(Event::Tick);
+    }
+    assert_eq!((asked, world.now), (5, 5000 * MS));
+    world.settle();
+    assert_eq!(world.exited, Some(true));
+}
+
+#[test]
+fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_none_ever_was() {
+    let mut world = World::new(policy(1));
+    let pid = *world.processes.keys().next().unwrap();
+    world.die(Pid::from_raw(pid), Wish::Renew);
+    assert!(matches!(world.notes[..], [Note::Failing { .. }]), "{:?}", world.notes);
+    world.settle();
+    let pid = *world.processes.keys().next().unwrap();
+    world.die(Pid::from_raw(pid), Wish::Renew);
+    let pid = *world.processes.keys().next().expect("it is replaced at once");
+    world.die(Pid::from_raw(pid), Wish::Renew);
+    assert_eq!(world.processes.len(), 1, "and so is one that nobody saw ready");
+    assert_eq!(world.notes.len(), 2, "{:?}", world.notes);
+}
+
+#[test]
+fn a_reload_whose_new_processes_retire_keeps_the_old_ones() {
+    let mut world = World::new(policy(3));
+    world.settle();
+    let old: Vec<i32> = world.processes.keys().copied().collect();
+    world.feed(Event::Command(Command::Reload));
+    let new = *world.processes.keys().next_back().unwrap();
+    world.die(Pid::from_raw(new), Wish::Retire);
+    world.settle();
+    assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
+    assert_eq!(world.supervisor.target, 3);
+}
+
+#[test]
+fn when_every_worker_retires_the_master_fails() {
+    let mut world = World::new(policy(2));
+    world.settle();
+    for pid in world.processes.keys().copied().collect::<Vec<_>>() {
+        world.die(Pid::from_raw(pid), Wish::Retire);
+    }
+    assert_eq!(world.exited, Some(false));
+    assert_eq!(world.spawned, 2);
+}
