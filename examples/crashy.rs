@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release --example crashy -- --workers 4`, then `curl http://127.0.0.1:8080/segv`
 //!
-//! With `CRASHY_BROKEN=FILE` in the environment, its workers cannot start as long as FILE exists.
+//! With `CRASHY_BROKEN=FILE` in the environment, its workers cannot start as long as FILE exists; with `hang`
+//! in FILE they do not even fail.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -16,6 +17,9 @@ use http_body_util::BodyExt as _;
 fn main() -> ExitCode {
     forkyard::run(|_cx| {
         if let Some(file) = std::env::var_os("CRASHY_BROKEN") {
+            while std::fs::read_to_string(&file).is_ok_and(|how| how == "hang") {
+                std::thread::park();
+            }
             assert!(!std::path::Path::new(&file).exists(), "broken on purpose");
         }
         Router::new()

@@ -312,6 +312,26 @@ fn workers_that_cannot_start_are_tried_with_growing_delays_and_the_master_lives(
 }
 
 #[test]
+fn a_worker_that_never_gets_ready_is_killed_and_the_others_serve() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken");
+    let mut server = Server::start_command(
+        Command::new(program("crashy"))
+            .args(HTTP)
+            .args(["--workers", "1", "--start-timeout", "300ms"])
+            .env("CRASHY_BROKEN", &broken),
+    );
+    let old = server.children();
+    std::fs::write(&broken, "hang").unwrap();
+    server.signal(Signal::SIGHUP);
+    server.wait_for("is not ready in time (--start-timeout): killed");
+    server.wait_for("reload failed gen=2");
+    assert_eq!(server.children(), old);
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
+    server.stop();
+}
+
+#[test]
 fn ttin_and_ttou_change_the_number_of_workers() {
     let mut server = crashy(&["--workers", "2"]);
     server.signal(Signal::SIGTTIN);

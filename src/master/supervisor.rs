@@ -495,10 +495,12 @@ impl Supervisor {
             self.actions.push(Action::Spawn { slot: number(index), generation: self.generation });
         }
         while self.strength() > self.wanted() {
-            // The oldest generation goes first, then the highest slot.
-            let surplus = (0..self.slots.len())
-                .filter(|&index| self.slots[index].state.counts())
-                .min_by_key(|&index| (self.slots[index].generation, std::cmp::Reverse(index)));
+            // What does not serve yet goes first, then the oldest generation, then the highest slot.
+            let surplus =
+                (0..self.slots.len()).filter(|&index| self.slots[index].state.counts()).min_by_key(|&index| {
+                    let serves = matches!(self.slots[index].state, State::Ready { .. });
+                    (serves, self.slots[index].generation, std::cmp::Reverse(index))
+                });
             let Some(index) = surplus else { break };
             self.drain(index, now);
         }
@@ -561,7 +563,9 @@ impl Supervisor {
 
     /// How many of them neither exist nor wait for their time.
     fn missing(&self) -> u32 {
-        let waiting = self.count(|state| matches!(state, State::Backoff { .. }));
+        // One that is being killed because it overran its start holds its place until its death is known: that is
+        // a failure, after which nobody else is spawned for a while.
+        let waiting = self.count(|state| matches!(state, State::Backoff { .. } | State::Killing { unready: true, .. }));
         self.wanted().saturating_sub(self.strength() + waiting)
     }
 

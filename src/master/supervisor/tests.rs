@@ -345,6 +345,23 @@ fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_none_eve
 }
 
 #[test]
+fn a_reload_whose_first_process_overruns_its_start_keeps_the_old_ones() {
+    let mut world = World::new(policy(3));
+    world.settle();
+    let old: Vec<i32> = world.processes.keys().copied().collect();
+    world.feed(Event::Command(Command::Reload));
+    let new = *world.processes.keys().next_back().unwrap();
+    world.now += 1000 * MS;
+    world.feed(Event::Tick);
+    assert_eq!(world.processes[&new], Life::Killed);
+    assert_eq!(world.processes.len(), 4, "nobody else is tried meanwhile");
+    world.die(Pid::from_raw(new), Wish::Replace);
+    assert!(world.notes.contains(&Note::ReloadFailed { generation: 2 }));
+    world.settle();
+    assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
+}
+
+#[test]
 fn a_reload_whose_new_processes_retire_keeps_the_old_ones() {
     let mut world = World::new(policy(3));
     world.settle();
