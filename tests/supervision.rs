@@ -32,6 +32,30 @@ fn segment_of(server: &Server) -> Segment {
     Segment::attach(OwnedFd::from(file)).expect("it is in order")
 }
 
+/// Stops the only worker as SIGSTOP does: what is sent to it now waits in the kernel.
+fn stop_worker(server: &Server) -> Pid {
+    let worker = Pid::from_raw(*server.children().first().unwrap());
+    kill(worker, Signal::SIGSTOP).unwrap();
+    wait_until("it is stopped", || (process(worker.as_raw())?.state == 'T').then_some(()));
+    worker
+}
+
+/// Has clients send a request each while the worker is stopped and asked to drain, then lets it go on: all are
+/// answered.
+fn drains_with(server: &mut Server, worker: Pid, clients: Vec<Client>) {
+    server.signal(Signal::SIGTERM);
+    server.wait_for("asked to drain");
+    std::thread::scope(|scope| {
+        let ask = |mut client: Client| scope.spawn(move || client.request("GET", "/ok", b""));
+        let waiting: Vec<_> = clients.into_iter().map(ask).collect();
+        kill(worker, Signal::SIGCONT).unwrap();
+        for client in waiting {
+            assert_eq!(client.join().unwrap().unwrap().text(), "ok\n");
+        }
+    });
+    assert_eq!(server.wait_end(), Some(0));
+}
+
 /// Waits until there are `count` children and none of them is one of `gone`.
 fn renewed(server: &Server, count: usize, gone: &BTreeSet<i32>) -> BTreeSet<i32> {
     wait_until("the workers are replaced", || {
@@ -162,54 +186,23 @@ fn term_drains_and_int_does_not() {
 
 #[test]
 fn connections_that_wait_to_be_accepted_are_served_before_a_worker_leaves() {
-    // One worker, whose loop is stopped: what is sent now waits in the kernel.
     let mut server = crashy(&["--workers", "1"]);
-    let worker = Pid::from_raw(*server.children().first().unwrap());
-    kill(worker, Signal::SIGSTOP).unwrap();
-    wait_until("it is stopped", || (process(worker.as_raw())?.state == 'T').then_some(()));
-    let address = server.http();
-    std::thread::scope(|scope| {
-        let mut clients: Vec<Client> = (0..20).map(|_| Client::connect(&address).unwrap()).collect();
-        server.signal(Signal::SIGTERM);
-        server.wait_for("asked to drain");
-        let waiting: Vec<_> =
-            clients.drain(..).map(|mut client| scope.spawn(move || client.request("GET", "/ok", b""))).collect();
-        kill(worker, Signal::SIGCONT).unwrap();
-        for client in waiting {
-            assert_eq!(client.join().unwrap().unwrap().text(), "ok\n");
-        }
-    });
-    assert_eq!(server.wait_end(), Some(0));
+    let worker = stop_worker(&server);
+    let clients = (0..20).map(|_| Client::connect(&server.http()).unwrap()).collect();
+    drains_with(&mut server, worker, clients);
 }
 
 #[test]
 fn a_client_that_gave_up_in_the_queue_costs_the_others_nothing() {
+    use nix::sys::socket::{setsockopt, sockopt};
     let mut server = crashy(&["--workers", "1"]);
-    let worker = Pid::from_raw(*server.children().first().unwrap());
-    kill(worker, Signal::SIGSTOP).unwrap();
-    wait_until("it is stopped", || (process(worker.as_raw())?.state == 'T').then_some(()));
-    let address = server.http();
-    std::thread::scope(|scope| {
-        let gone = Client::connect(&address).unwrap();
-        // Its end is a reset: accepting it, or asking who it was, fails.
-        nix::sys::socket::setsockopt(
-            gone.stream.get_ref(),
-            nix::sys::socket::sockopt::Linger,
-            &libc::linger { l_onoff: 1, l_linger: 0 },
-        )
-        .unwrap();
-        drop(gone);
-        let mut clients: Vec<Client> = (0..5).map(|_| Client::connect(&address).unwrap()).collect();
-        server.signal(Signal::SIGTERM);
-        server.wait_for("asked to drain");
-        let waiting: Vec<_> =
-            clients.drain(..).map(|mut client| scope.spawn(move || client.request("GET", "/ok", b""))).collect();
-        kill(worker, Signal::SIGCONT).unwrap();
-        for client in waiting {
-            assert_eq!(client.join().unwrap().unwrap().text(), "ok\n");
-        }
-    });
-    assert_eq!(server.wait_end(), Some(0));
+    let worker = stop_worker(&server);
+    let gone = Client::connect(&server.http()).unwrap();
+    // Its end is a reset: accepting it, or asking who it was, fails.
+    setsockopt(gone.stream.get_ref(), sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).unwrap();
+    drop(gone);
+    let clients = (0..5).map(|_| Client::connect(&server.http()).unwrap()).collect();
+    drains_with(&mut server, worker, clients);
 }
 
 #[test]

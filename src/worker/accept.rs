@@ -27,6 +27,9 @@ const SOCK_FLAGS: SockFlag = SockFlag::SOCK_NONBLOCK.union(SockFlag::SOCK_CLOEXE
 
 /// How long a connection is left to siblings that have fewer.
 const LEFT_TO_SIBLINGS: Duration = Duration::from_millis(1);
+/// So many connections are then accepted before siblings are waited for again: enough that one that is stopped or
+/// hangs does not slow the others much, and few enough that one that was merely late gets its share.
+const NOT_WAITED_FOR: u32 = 4;
 /// How long accepting pauses when the system has no descriptor or memory for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -113,7 +116,7 @@ struct Patience {
 
 impl Patience {
     fn end(&mut self) {
-        self.accepts_without = 64;
+        self.accepts_without = NOT_WAITED_FOR;
     }
 
     fn is_over(&mut self) -> bool {
