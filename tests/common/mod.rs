@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ pub fn program(name: &str) -> PathBuf {
 pub struct Server {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    log_ended: Arc<AtomicBool>,
     lines: Receiver<String>,
     /// The addresses of the banner, in order: `http://127.0.0.1:4711` or `fastcgi:unix:/path`.
     pub binds: Vec<String>,
@@ -60,13 +62,16 @@ impl Server {
         let (sender, lines) = channel();
         let log = Arc::new(Mutex::new(Vec::new()));
         let copy = Arc::clone(&log);
+        let log_ended = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&log_ended);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 copy.lock().unwrap().push(line.clone());
                 let _ = sender.send(line);
             }
+            ended.store(true, Ordering::SeqCst);
         });
-        Self { child, log, lines, binds: Vec::new() }
+        Self { child, log, log_ended, lines, binds: Vec::new() }
     }
 
     /// Waits for a line of the log with this in it, and returns the line. Each line is seen once.
@@ -109,9 +114,10 @@ impl Server {
         kill(self.pid(), signal).expect("the master lives");
     }
 
-    /// Waits for its end, and returns the exit status.
+    /// Waits for its end and that of its log, and returns the exit status.
     pub fn wait_end(&mut self) -> Option<i32> {
         let status = wait_until("the master has ended", || self.child.try_wait().expect("it is our child"));
+        wait_until("its log has ended", || self.log_ended.load(Ordering::SeqCst).then_some(()));
         status.code()
     }
 
