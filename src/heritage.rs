@@ -1,8 +1,7 @@
 //! The heritage: everything that a worker gets from the master, by name.
 //!
 //! A freshly forked worker closes every descriptor that is not one of these, and uses nothing else of the
-//! master's. Master and worker do not import each
-//! other; this is what passes between them.
+//! master's. Master and worker do not import each other; this is what passes between them.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::sync::Arc;

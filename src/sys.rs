@@ -10,7 +10,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -145,19 +145,25 @@ pub(crate) fn open_descriptors() -> io::Result<Vec<RawFd>> {
     let listed: Vec<RawFd> =
         fs::read_dir("/proc/self/fd")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
     // One of them was the directory itself, which is closed again by now.
-    Ok(listed.into_iter().filter(|&fd| descriptor(fd).is_some()).collect())
+    Ok(listed.into_iter().filter(|&fd| descriptor_flags(fd).is_some()).collect())
 }
 
 /// Of those, the ones that this program opened itself: Rust opens everything close-on-exec, and what a program
 /// inherits is not.
+///
+/// # Errors
+/// As above.
 pub(crate) fn own_descriptors() -> io::Result<Vec<RawFd>> {
     let mut open = open_descriptors()?;
-    open.retain(|&fd| {
-        // SAFETY: F_GETFD takes any number, and answers -1 if nothing is open there.
-        let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
-        fd > 2 && flags >= 0 && flags & libc::FD_CLOEXEC != 0
-    });
+    open.retain(|&fd| fd > 2 && descriptor_flags(fd).is_some_and(|flags| flags.contains(FdFlag::FD_CLOEXEC)));
     Ok(open)
+}
+
+/// The flags of a descriptor by its number; `None` if nothing is open there.
+fn descriptor_flags(fd: RawFd) -> Option<FdFlag> {
+    // SAFETY: F_GETFD takes any number, and answers -1 if nothing is open there.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    (flags >= 0).then(|| FdFlag::from_bits_retain(flags))
 }
 
 /// A copy of descriptor `fd`, above standard error and closed on exec, if it is open in this process.
@@ -288,20 +294,10 @@ pub(crate) fn expect_one_thread() -> io::Result<()> {
     )))
 }
 
-/// How many descriptors this process may have open: the soft limit, raised to the hard one.
-pub(crate) fn raise_descriptor_limit() -> u64 {
+/// Raises the number of descriptors that this process may have open to the hard limit, if that can be.
+pub(crate) fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    match getrlimit(Resource::RLIMIT_NOFILE) {
-        Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-            Ok(()) => hard,
-            Err(_) => soft,
-        },
-        Ok((soft, _)) => soft,
-        Err(_) => 1024,
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard); // else it stays as it is
     }
-}
-
-/// The number of a descriptor, for an environment variable.
-pub(crate) fn number_of(fd: BorrowedFd<'_>) -> RawFd {
-    fd.as_raw_fd()
 }

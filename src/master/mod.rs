@@ -2,8 +2,8 @@
 //!
 //! It makes processes, hears of their readiness and their end, and does what the [`supervisor`] decides. It
 //! never runs application code, never touches tokio, and takes no lock in shared memory: of that it reads the
-//! scoreboard rows of dead workers, marks them as such, and nothing else. What a child says is gossip: bounded, and matched against
-//! the pid it came from.
+//! scoreboard rows of dead workers, marks them as such, and nothing else. What a child says is gossip: bounded,
+//! and matched against the pid it came from.
 //!
 //! - [`supervisor`] decides (pure).
 //! - [`spawn`] makes processes; [`signals`] and [`program_log`] make signals and programs' output readable.
@@ -53,7 +53,8 @@ struct Master {
 /// Runs until it is told to stop and every process is gone. True if it was told to, false if all workers
 /// asked not to be replaced.
 ///
-/// `begun` is when the program started, and `application` are the descriptors of the application's own, which workers keep.
+/// `begun` is when the program started, and `application` are the descriptors of the application's own, which
+/// workers keep.
 ///
 /// # Errors
 /// If the master cannot set itself up.

@@ -1,6 +1,5 @@
 //! Birth: how a worker is forked with its heritage, and how an external program is started.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
@@ -128,7 +127,7 @@ impl Nursery {
             .env("FORKYARD_GENERATION", generation.to_string())
             .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
             // php-cgi would otherwise fork children of its own, which nobody supervises.
-            .env("PHP_FCGI_CHILDREN", OsString::from("0"))
+            .env("PHP_FCGI_CHILDREN", "0")
             .stdin(Stdio::from(self.listeners[0].duplicate()?))
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));

@@ -22,7 +22,7 @@ use std::fs::File;
 use std::future::{Future, poll_fn};
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
@@ -59,7 +59,7 @@ where
 {
     sys::set_environment("FORKYARD_SLOT", heritage.slot.to_string());
     sys::set_environment("FORKYARD_GENERATION", heritage.generation.to_string());
-    sys::set_environment("FORKYARD_SHM", sys::number_of(heritage.segment.fd()).to_string());
+    sys::set_environment("FORKYARD_SHM", heritage.segment.fd().as_raw_fd().to_string());
     std::thread::scope(|scope| {
         let life = || {
             serve::install_panic_hook();
