@@ -14,7 +14,7 @@ fn cache(cache_bytes: u64) -> Cache {
 
 fn get_at(cache: &Cache, key: &[u8], now_ms: u64) -> Option<Vec<u8>> {
     let mut value = b"what was there before".to_vec();
-    let found = cache.get_at(key, now_ms, &mut value);
+    let found = cache.get_at(key, Moment::At(now_ms), &mut value);
     assert!(found || value.is_empty());
     found.then_some(value)
 }

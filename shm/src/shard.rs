@@ -53,7 +53,7 @@ pub(crate) struct Shard<'a> {
     pub(crate) number: u64,
     pub(crate) head: &'a ShardHead,
     pub(crate) index: Index<'a>,
-    pub(crate) ghosts: &'a [GhostBucket],
+    ghosts_at: u64,
     pub(crate) bytes: [Bytes<'a>; 2],
 }
 
@@ -109,7 +109,7 @@ impl<'a> Shard<'a> {
             number,
             head: inner.map.at(at)?,
             index: Index { buckets: inner.map.slice(index_at, geometry.buckets)? },
-            ghosts: inner.map.slice(ghosts_at, geometry.ghosts)?,
+            ghosts_at,
             bytes: [bytes(small_at, small), bytes(small_at + small, main)],
         })
     }
@@ -120,6 +120,10 @@ impl<'a> Shard<'a> {
 
     pub(crate) fn bytes(&self, ring: Ring) -> Bytes<'a> {
         *ring.of(&self.bytes)
+    }
+
+    pub(crate) fn ghosts(&self) -> &'a [GhostBucket] {
+        self.inner.map.slice(self.ghosts_at, self.inner.geometry.ghosts).unwrap_or_default()
     }
 
     pub(crate) fn counters(&self) -> &'a Counters {
@@ -306,14 +310,11 @@ impl<'a> LockedShard<'a> {
 
     /// The entry of a key, good or not.
     pub(crate) fn find(&self, key: Key<'_>) -> Result<Option<Found<'a>>, Corrupt> {
-        for (slot, word) in self.shard.index.matches(key.hash) {
-            if let Some(found) = self.follow(slot, word)?
-                && found.entry.is_for(key)
-            {
-                return Ok(Some(found));
-            }
-        }
-        Ok(None)
+        let found = self.shard.index.find(key.hash, |slot, word| match self.follow(slot, word) {
+            Ok(found) => found.filter(|found| found.entry.is_for(key)).map(Ok),
+            Err(corrupt) => Some(Err(corrupt)),
+        });
+        found.transpose()
     }
 
     /// What a slot leads to; nothing if that is below the floor.
@@ -404,7 +405,7 @@ impl<'a> LockedShard<'a> {
             Some(old) => old.place.ring == Ring::Main || old.slot.visits.load(Ordering::Relaxed) > 0,
             None => {
                 let [_, main] = self.shard.books().entries;
-                let seen = ghosts::contains(self.shard.ghosts, &self.shard.head.ghost_seq, key.hash, main);
+                let seen = ghosts::contains(self.shard.ghosts(), &self.shard.head.ghost_seq, key.hash, main);
                 add(&self.shard.counters().ghost_hits, u64::from(seen));
                 seen
             }

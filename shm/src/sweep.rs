@@ -9,7 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use crate::cache::Cache;
 use crate::index::{Place, Slot};
-use crate::judge::{Judge, Verdict};
+use crate::judge::{Judge, Moment, Verdict};
 use crate::prefixes::{Prefixes, Purge};
 use crate::shard::{Corrupt, LockedShard, Shard};
 
@@ -47,7 +47,7 @@ impl Cache {
         for purge in prefixes.unswept() {
             self.sweep_prefix(&purge);
         }
-        let Some(judge) = self.judge(self.segment.now_ms()) else { return };
+        let Some(judge) = self.judge(Moment::At(self.segment.now_ms())) else { return };
         for shard in self.shards() {
             let slots = shard.index.len();
             let part = (slots / rounds.max(1)).max(FEWEST).min(slots);
@@ -60,7 +60,7 @@ impl Cache {
 
     /// Removes what a purge by prefix concerns, and marks the purge as done.
     pub(crate) fn sweep_prefix(&self, purge: &Purge) {
-        let Some(judge) = self.judge(self.segment.now_ms()) else { return };
+        let Some(judge) = self.judge(Moment::At(self.segment.now_ms())) else { return };
         for shard in self.shards() {
             let concerns = |entry: crate::entry::Entry<'_>| {
                 entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix())
@@ -69,7 +69,9 @@ impl Cache {
                 return;
             }
         }
-        judge.prefixes.swept(purge);
+        if let Some(prefixes) = Prefixes::of(&self.segment) {
+            prefixes.swept(purge);
+        }
     }
 
     /// Removes all entries that are `doomed` from `count` slots; `false` if the shard could not be locked.
