@@ -78,6 +78,7 @@ mod geometry;
 mod ghosts;
 mod index;
 mod judge;
+mod kept;
 mod layout;
 mod lease;
 mod list;
@@ -98,11 +99,13 @@ mod stats;
 mod sweep;
 mod sync;
 mod tags;
+mod wait;
 
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
 pub use cache::Held;
 pub use cache::Cache;
+pub use kept::Keep;
 pub use error::{Refused, SegmentError};
 pub use list::{Distribution, Listed};
 pub use options::Options;

@@ -318,7 +318,9 @@ impl LockedShard<'_> {
         let inner = self.shard.inner;
         let pins = inner.members().flat_map(|member| {
             let pins = member.head.pins.iter().filter_map(pin::get);
-            let here = pins.filter(move |pin| pin.shard == self.shard.number && pin.main == (ring == Ring::Main));
+            // No entry is larger than the largest, so such a pin is nonsense, and would be in the way for ever.
+            let sane = pins.filter(|pin| pin.size / 2 <= inner.geometry.max_record);
+            let here = sane.filter(move |pin| pin.shard == self.shard.number && pin.main == (ring == Ring::Main));
             here.map(move |pin| (member.number, pin))
         });
         let obstacles = pins.flat_map(|(member, pin)| {

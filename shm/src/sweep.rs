@@ -36,18 +36,18 @@ impl Cache {
         let waits = due > now_ms && due - now_ms <= INTERVAL_MS;
         let next = now_ms + INTERVAL_MS;
         if !waits && header.sweep_due.compare_exchange(due, next, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-            self.sweep_now(ROUNDS);
+            self.sweep_now(ROUNDS, now_ms);
         }
     }
 
     /// One part of `rounds` of the index, now.
-    pub(crate) fn sweep_now(&self, rounds: u64) {
+    pub(crate) fn sweep_now(&self, rounds: u64, now_ms: u64) {
         self.segment.bury_the_dead();
         let Some(prefixes) = Prefixes::of(&self.segment) else { return };
         for purge in prefixes.unswept() {
             self.sweep_prefix(&purge);
         }
-        let Some(judge) = self.judge(Moment::At(self.segment.now_ms())) else { return };
+        let Some(judge) = self.judge(Moment::At(now_ms)) else { return };
         for shard in self.shards() {
             let slots = shard.index.len();
             let part = (slots / rounds.max(1)).max(FEWEST).min(slots);
