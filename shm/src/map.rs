@@ -108,6 +108,17 @@ impl Map {
         Ok(())
     }
 
+    /// The same for the first page.
+    #[cfg(not(miri))]
+    pub(crate) fn flush_start(&self) -> io::Result<()> {
+        self.memory.flush_range(0, 4096.min(self.memory.len()))
+    }
+
+    #[cfg(miri)]
+    pub(crate) fn flush_start(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// The `T` at `offset`, if it lies inside the mapping and is aligned.
     pub(crate) fn at<T: Plain>(&self, offset: u64) -> Option<&T> {
         self.slice(offset, 1)?.first()

@@ -196,6 +196,25 @@ impl Inner {
         Some(number)
     }
 
+    /// Nobody is a member of a file that was just opened: whatever is held in it was held by the dead.
+    pub(crate) fn forget_the_dead(&self) {
+        for member in self.member_cells() {
+            member.head.pins.iter().for_each(pin::free);
+            member.head.pid.store(0, Ordering::Relaxed);
+        }
+        self.lease_cells().iter().for_each(|cell| cell.word.store(0, Ordering::Relaxed));
+        for index in 0..self.geometry.shards {
+            if let Some(head) = self.map.at::<ShardHead>(self.geometry.shard_at(index)) {
+                lock::bequeath(&head.lock);
+                head.suspect.store(0, Ordering::Relaxed);
+            }
+        }
+        if let Some(header) = self.header() {
+            header.prefix_lock.store(0, Ordering::Relaxed);
+            header.sweep_due.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// An open file description of this process's own: one that was inherited would share its locks with the parent.
     fn open_again(&self) -> Option<OwnedFd> {
         let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
