@@ -217,7 +217,7 @@ impl Inner {
 
     /// An open file description of this process's own: one that was inherited would share its locks with the parent.
     fn open_again(&self) -> Option<OwnedFd> {
-        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        let path = if cfg!(miri) { "/dev/null".to_owned() } else { format!("/proc/self/fd/{}", self.fd.as_raw_fd()) };
         open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).ok()
     }
 
@@ -271,7 +271,14 @@ impl LeaseCell {
     }
 }
 
+/// Miri knows no locks on files; there is one process, and nobody else.
+#[cfg(miri)]
+fn lock_byte(private: Private, _: u32, _: i32) -> bool {
+    private.get().is_some()
+}
+
 /// Locks or unlocks one byte; whether that was possible.
+#[cfg(not(miri))]
 fn lock_byte(private: Private, number: u32, kind: i32) -> bool {
     let Some(fd) = private.get() else { return false };
     let flock = libc::flock {

@@ -205,7 +205,14 @@ fn checksum(header: &Header) -> u64 {
     xxh3_64(&words.map(u64::to_le_bytes).concat())
 }
 
+/// Miri has memory in the place of the file: see `map.rs`.
+#[cfg(miri)]
+fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
+    File::open("/dev/null").map(OwnedFd::from).map_err(|error| system("open /dev/null", error))
+}
+
 /// A memory file of `len` bytes, all of them reserved, whose size is fixed for ever.
+#[cfg(not(miri))]
 fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     let out_of_memory = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
     // The kernel finds out page by page that the memory is not there, and may kill somebody before it says so;
