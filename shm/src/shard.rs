@@ -340,8 +340,14 @@ impl<'a> LockedShard<'a> {
 
     /// Stores an entry of `size` bytes in place of what is stored under its key.
     pub(crate) fn insert(&mut self, new: &NewEntry<'_>, size: u64, judge: &Judge<'_>) -> Result<Stored, Corrupt> {
-        let ring = self.ring_for(new.key, size)?;
-        let Some(position) = self.place(ring, size, judge)? else { return Ok(Stored::NoRoom) };
+        let mut ring = self.ring_for(new.key, size)?;
+        let mut position = self.place(ring, size, judge)?;
+        if position.is_none() && ring == Ring::Small {
+            // A few readers can pin all of the small ring.
+            ring = Ring::Main;
+            position = self.place(ring, size, judge)?;
+        }
+        let Some(position) = position else { return Ok(Stored::NoRoom) };
         self.shard.bytes(ring).write_entry(position, new, size).ok_or(Corrupt)?;
         crash::point("insert: bytes written");
         self.raise_head(ring, position + size);
