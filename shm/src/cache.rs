@@ -376,6 +376,19 @@ impl Cache {
         Some(Held { _shard: self.shard(self.shard_index(key))?.lock().ok()? })
     }
 
+    /// How many locks of shards somebody holds, dead or alive.
+    #[doc(hidden)]
+    pub fn locks_held(&self) -> usize {
+        self.shards().filter(|shard| shard.head.lock.load(Ordering::Relaxed) & 0xffff != 0).count()
+    }
+
+    /// How many entries are pinned, by the dead or the living.
+    #[doc(hidden)]
+    pub fn pins_set(&self) -> usize {
+        let pins = self.segment.member_cells().flat_map(|member| &member.head.pins);
+        pins.filter(|pin| pin.load(Ordering::Relaxed) != 0).count()
+    }
+
     /// Which shard a key belongs to.
     #[doc(hidden)]
     pub fn shard_index(&self, key: impl AsRef<[u8]>) -> u64 {

@@ -312,26 +312,33 @@ impl LockedShard<'_> {
         Ok(obstacle.filter(|obstacle| obstacle.start < end))
     }
 
-    /// The first pinned entry whose bytes would be written to between two positions, both less than a lap apart.
+    /// The first pinned entry from one position on that begins before another, less than a lap away.
+    ///
+    /// The head never comes to lie inside a pinned entry, so one that begins before `from` ends before it.
     fn nearest_pin(&self, ring: Ring, from: u64, to: u64) -> Option<Obstacle> {
-        let len = self.shard.bytes(ring).len;
-        let inner = self.shard.inner;
-        let pins = inner.members().flat_map(|member| {
-            let pins = member.head.pins.iter().filter_map(pin::get);
-            // No entry is larger than the largest, so such a pin is nonsense, and would be in the way for ever.
-            let sane = pins.filter(|pin| pin.size / 2 <= inner.geometry.max_record);
-            let here = sane.filter(move |pin| pin.shard == self.shard.number && pin.main == (ring == Ring::Main));
-            here.map(move |pin| (member.number, pin))
+        let by_start = |obstacle: &Obstacle| obstacle.start;
+        let mut nearest = self.pins_from(ring, from).min_by_key(by_start).filter(|pin| pin.start < to)?;
+        // Its size is rounded up, but what lies behind it may be pinned too.
+        let next = self.pins_from(ring, nearest.start + 1).map(|pin| pin.start).min();
+        nearest.end = next.map_or(nearest.end, |next| nearest.end.min(next));
+        Some(nearest)
+    }
+
+    /// What is pinned in a ring, where a head that comes from `from` will meet it.
+    fn pins_from(&self, ring: Ring, from: u64) -> impl Iterator<Item = Obstacle> {
+        let len = self.shard.bytes(ring).len.max(1);
+        let number = self.shard.number;
+        let pins = self.shard.inner.members().flat_map(|member| {
+            member.head.pins.iter().filter_map(pin::get).map(move |pin| (member.number, pin))
         });
-        let obstacles = pins.flat_map(|(member, pin)| {
-            let lap = from - from % len;
-            // The same bytes one lap before, in this one, and in the next.
-            [lap.checked_sub(len), Some(lap), lap.checked_add(len)].into_iter().flatten().map(move |lap| {
-                let start = lap + pin.position % len;
-                Obstacle { start, end: start.saturating_add(pin.size), member }
-            })
-        });
-        obstacles.filter(|at| at.start < to && at.end > from).min_by_key(|obstacle| obstacle.start)
+        // No entry is larger than the largest, so a pin that says so is nonsense, and would be in the way for ever.
+        let most = self.shard.inner.geometry.max_record;
+        let sane = pins.filter(move |(_, pin)| pin.size / 2 <= most);
+        let here = sane.filter(move |(_, pin)| pin.shard == number && pin.main == (ring == Ring::Main));
+        here.map(move |(member, pin)| {
+            let start = from + (pin.position % len + len - from % len) % len;
+            Obstacle { start, end: start.saturating_add(pin.size), member }
+        })
     }
 
     /// Raises the floors over dead records, and moves some live ones if dead ones weigh a ring down: for the sweep.

@@ -82,6 +82,7 @@ pub(crate) struct Found<'a> {
 
 const ARMED_SLOT: u64 = 1;
 const ARMED_EMPTY: u64 = 2;
+const ARMED_LOSE: u64 = 3;
 
 impl<'a> Shard<'a> {
     /// `None` if the segment has no such shard.
@@ -180,10 +181,10 @@ impl<'a> LockedShard<'a> {
             self.finish_emptying();
         }
         crash::point("repair: done, still armed");
-        intent.armed.store(0, Ordering::Release);
-        if Ring::BOTH.iter().any(|&ring| self.bounds(ring).is_err()) {
+        if armed == ARMED_LOSE || Ring::BOTH.iter().any(|&ring| self.bounds(ring).is_err()) {
             self.lose();
         }
+        intent.armed.store(0, Ordering::Release);
     }
 
     /// Stores a slot's word, and afterwards what the books say then.
@@ -192,6 +193,8 @@ impl<'a> LockedShard<'a> {
         let intent = &head.intent;
         let [a, b] = books.bytes;
         let [c, d] = books.entries;
+        // The last change was disarmed before this one's words are written.
+        fence(Ordering::Release);
         for (word, value) in intent.books.iter().zip([a, b, c, d]) {
             word.store(value, Ordering::Relaxed);
         }
@@ -236,22 +239,29 @@ impl<'a> LockedShard<'a> {
     /// Makes the shard empty, whatever state it is in, and counts the loss.
     pub(crate) fn lose(&mut self) {
         let head = self.shard.head;
+        head.intent.armed.store(ARMED_LOSE, Ordering::Release);
+        crash::point("lose: armed");
+        fence(Ordering::AcqRel);
         for bucket in self.shard.index.buckets {
             bucket.slots.iter().for_each(|slot| slot.store(0, Ordering::Relaxed));
         }
+        crash::point("lose: index cleared");
         let restarts = head.restarts.fetch_add(1, Ordering::Relaxed) + 1;
-        for (ring, floor) in head.rings.iter().zip(&head.floors) {
+        for (at, (ring, floor)) in head.rings.iter().zip(&head.floors).enumerate() {
             // Positions must not be used again as long as somebody may look at them.
             let known = ring.head.load(Ordering::Relaxed).max(floor.load(Ordering::Relaxed));
             let base = if known < LAST_POSITION / 2 { known } else { restarts << 40 & (LAST_POSITION / 4 - 1) };
-            let start = (base + (1 << 40)).next_multiple_of(GRAIN);
+            // Whole laps ahead, so that the head stays outside of what is pinned.
+            let laps = (1_u64 << 40).next_multiple_of(self.shard.bytes[at].len.max(GRAIN));
+            let start = base.next_multiple_of(GRAIN) + laps;
             floor.store(start, Ordering::Relaxed);
             ring.head.store(start, Ordering::Relaxed);
             ring.clear_to.store(start, Ordering::Relaxed);
         }
         head.books.iter().for_each(|word| word.store(0, Ordering::Relaxed));
-        head.intent.armed.store(0, Ordering::Relaxed);
+        crash::point("lose: books cleared");
         add(&head.counters.lost, 1);
+        head.intent.armed.store(0, Ordering::Release);
         fence(Ordering::SeqCst);
     }
 
@@ -301,8 +311,14 @@ impl<'a> LockedShard<'a> {
 
     /// Stores an entry of `size` bytes in place of what is stored under its key.
     pub(crate) fn insert(&mut self, new: &NewEntry<'_>, size: u64, judge: &Judge<'_>) -> Result<Stored, Corrupt> {
-        let ring = self.ring_for(new.key, size)?;
-        let Some(position) = self.place(ring, size, judge)? else { return Ok(Stored::NoRoom) };
+        let mut ring = self.ring_for(new.key, size)?;
+        let mut position = self.place(ring, size, judge)?;
+        if position.is_none() && ring == Ring::Small {
+            // A few readers can pin all of the small ring.
+            ring = Ring::Main;
+            position = self.place(ring, size, judge)?;
+        }
+        let Some(position) = position else { return Ok(Stored::NoRoom) };
         self.shard.bytes(ring).write_entry(position, new, size).ok_or(Corrupt)?;
         crash::point("insert: bytes written");
         self.raise_head(ring, position + size);

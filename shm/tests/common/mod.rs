@@ -1,0 +1,181 @@
+//! What the tests of dying processes share: children, pages that show whether they are whole, and a clock for hangs.
+//!
+//! The main thread of each test is its only one, so that forking is harmless; hence no test harness. Children are awaited by
+//! a byte in a pipe or by `waitpid`. Run with FORKYARD_SEED=n to repeat a history (the timing of the kills is not
+//! repeated), and with a word to run the tests whose names contain it.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
+#![allow(unsafe_code, clippy::print_stdout, reason = "forks, and reports like the test harness that it replaces")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use forkyard_shm::{Cache, Options, Plan, Segment, Stats};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, alarm, fork, pipe};
+use xxhash_rust::xxh3::xxh3_64;
+
+pub type Test = (&'static str, fn(u64));
+/// The smallest cache there is: one shard.
+pub const SMALL: u64 = 256 * 1024;
+
+/// Runs the tests that were asked for, or all.
+pub fn run(tests: &[Test]) {
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let seed = number("FORKYARD_SEED").unwrap_or_else(|| fastrand::u64(..));
+    println!("seed {seed}");
+    for (name, test) in tests {
+        if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
+            println!("test {name} ...");
+            test(seed);
+            println!("test {name} ... ok");
+        }
+    }
+}
+
+/// A number from the environment.
+pub fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// Has this process die of SIGALRM if it does not get here again in time: the only way out of an endless loop.
+pub fn not_longer_than(limit: Duration) {
+    alarm::set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX));
+}
+
+// ---- Children. ----
+
+#[derive(Debug)]
+pub struct Child {
+    pub pid: Pid,
+    pub ready: File,
+}
+
+/// Forks. The child runs `work` with the writing end of a pipe, and exits with 0 if that returns, with 101 if it panics.
+pub fn spawn(work: impl FnOnce(File)) -> Child {
+    let (reader, writer) = pipe().expect("pipe");
+    // SAFETY: this process has one thread, so the child may do whatever it likes.
+    match unsafe { fork() }.expect("fork") {
+        ForkResult::Parent { child } => Child { pid: child, ready: reader.into() },
+        ForkResult::Child => {
+            drop(reader);
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                set_pdeathsig(Signal::SIGKILL).expect("prctl");
+                work(writer.into());
+            }));
+            leave(if outcome.is_ok() { 0 } else { 101 })
+        }
+    }
+}
+
+/// Ends a child at once, before it returns into what its parent was doing.
+pub fn leave(code: i32) -> ! {
+    // SAFETY: ends the process, and touches nothing.
+    unsafe { libc::_exit(code) }
+}
+
+impl Child {
+    /// Waits until the child has written a byte.
+    pub fn await_ready(&mut self) {
+        let mut byte = [0];
+        if self.ready.read_exact(&mut byte).is_err() {
+            panic!("child ended early: {:?}", waitpid(self.pid, None));
+        }
+    }
+
+    /// Kills the child, which must not have ended by itself.
+    pub fn kill(self) {
+        kill(self.pid, Signal::SIGKILL).expect("kill");
+        let status = waitpid(self.pid, None).expect("waitpid");
+        assert!(matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)), "child ended by itself: {status:?}");
+    }
+
+    /// Waits for the child; `false` if it was killed, and so did not get to its end.
+    pub fn ended(self) -> bool {
+        match waitpid(self.pid, None).expect("waitpid") {
+            WaitStatus::Exited(_, 0) => true,
+            WaitStatus::Signaled(_, Signal::SIGKILL, _) => false,
+            other => panic!("child failed: {other:?}"),
+        }
+    }
+
+    pub fn join(self) {
+        assert_eq!(waitpid(self.pid, None), Ok(WaitStatus::Exited(self.pid, 0)));
+    }
+}
+
+pub fn say_ready(pipe: &mut File) {
+    pipe.write_all(b"!").expect("parent is there");
+}
+
+pub fn segment(cache_bytes: u64) -> Segment {
+    Segment::create(&Plan { cache_bytes, rows: 8, ..Plan::default() }).expect("segment")
+}
+
+// ---- Pages that show whether they are whole. ----
+
+/// Key, then bytes that follow from key and version, then a checksum of all that: `len` bytes and 20.
+pub fn page(key: u32, version: u64, len: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(len + 20);
+    bytes.extend(key.to_le_bytes());
+    bytes.extend(version.to_le_bytes());
+    let fill = xxh3_64(&bytes).to_le_bytes();
+    while bytes.len() < len + 12 {
+        bytes.extend(fill);
+    }
+    bytes.truncate(len + 12);
+    bytes.extend(xxh3_64(&bytes).to_le_bytes());
+    bytes
+}
+
+/// Whether a page is one that was made for this key, and whole.
+pub fn is_whole(key: u32, bytes: &[u8]) -> bool {
+    bytes.split_last_chunk::<8>().is_some_and(|(body, checksum)| {
+        xxh3_64(body).to_le_bytes() == *checksum && body.starts_with(&key.to_le_bytes())
+    })
+}
+
+pub fn name(key: u32) -> String {
+    format!("/page/{key}")
+}
+
+pub fn fill(cache: &Cache, keys: u32, len: usize) {
+    for key in 0..keys {
+        cache.set(name(key), page(key, 1, len), &Options::new()).expect("stored");
+    }
+}
+
+/// Those of the keys that can be had; all of them whole.
+pub fn present(cache: &Cache, keys: u32) -> Vec<u32> {
+    let found = |key: &u32| {
+        let bytes = cache.get(name(*key));
+        assert!(bytes.as_ref().is_none_or(|bytes| is_whole(*key, bytes)), "torn page under key {key}");
+        bytes.is_some()
+    };
+    (0..keys).filter(found).collect()
+}
+
+/// The cache is consistent, stores, and answers.
+pub fn assert_well(cache: &Cache, keys: u32) -> Stats {
+    assert_eq!(cache.audit(), Ok(()));
+    for key in 0..keys {
+        let bytes = page(key, 5, 100);
+        assert_eq!(cache.set(name(key), &bytes, &Options::new()), Ok(()));
+        assert_eq!(cache.get(name(key)), Some(bytes));
+    }
+    assert_eq!(cache.audit(), Ok(()));
+    let stats = cache.stats();
+    assert_eq!(adds_up(&stats), Ok(()));
+    stats
+}
+
+/// No byte is lost: each is free or used, each used one live or wasted, and no shard was given up.
+pub fn adds_up(stats: &Stats) -> Result<(), String> {
+    let adds_up = stats.used_bytes + stats.free_bytes == stats.capacity
+        && stats.live_bytes + stats.wasted_bytes == stats.used_bytes
+        && stats.lost == 0;
+    if adds_up { Ok(()) } else { Err(format!("does not add up: {stats:?}")) }
+}

@@ -1,0 +1,326 @@
+//! The kill storm: readers and writers of small segments are killed and stopped at random instants, thousands of times.
+//!
+//! What each reads says whose it is and whether it is whole. Nobody may wait long for a page, nobody may hang, no byte
+//! of room may be lost. FORKYARD_KILLS=n has so many killed in all.
+#![expect(unsafe_code, clippy::print_stdout, reason = "memory shared with forked children, and a report of its own")]
+
+mod common;
+
+use std::collections::VecDeque;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use common::{SMALL, adds_up, is_whole, leave, name, page, segment, spawn};
+use forkyard_shm::{Cache, Options, Pinned, Refused, Stats};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
+
+const KILLS: u64 = 20_000;
+const CHILDREN: usize = 5;
+const TAGS: u32 = 64;
+/// No lookup takes longer than this,
+const SLOWEST_GET: Duration = Duration::from_secs(2);
+/// and no child does nothing for so long.
+const STUCK: Duration = Duration::from_secs(10);
+/// Exit codes of children that saw what must not be.
+const TORN: i32 = 77;
+const REFUSED: i32 = 78;
+
+fn main() {
+    common::run(&[
+        ("in_one_shard", |seed| storm(seed, SMALL, 300, 80)),
+        ("in_two_shards", |seed| storm(seed, 24 << 20, 12_000, 15)),
+        ("in_four_shards", |seed| storm(seed, 36 << 20, 18_000, 5)),
+    ]);
+}
+
+/// What the children report, in memory that outlives them.
+#[repr(C)]
+#[derive(Debug)]
+struct Report {
+    slowest_get_ns: AtomicU64,
+    hits: AtomicU64,
+    stored: AtomicU64,
+    busy: AtomicU64,
+    pinned: AtomicU64,
+    slots: [Slot; CHILDREN],
+}
+
+#[repr(C, align(64))]
+#[derive(Debug)]
+struct Slot {
+    /// When the lookup that is under way began; 0 if none is.
+    since_ns: AtomicU64,
+    acts: AtomicU64,
+}
+
+impl Report {
+    fn shared() -> &'static Report {
+        let len = NonZeroUsize::new(size_of::<Report>()).expect("not empty");
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping, which nothing else refers to.
+        let memory = unsafe { mmap_anonymous(None, len, access, MapFlags::MAP_SHARED) }.expect("mmap");
+        // SAFETY: as long as a report, aligned to a page, all zeroes, atomics only, and never unmapped.
+        unsafe { memory.cast::<Report>().as_ref() }
+    }
+}
+
+fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("there is a clock");
+    u64::try_from(now.tv_sec() * 1_000_000_000 + now.tv_nsec()).expect("after the start of the machine")
+}
+
+fn count(word: &AtomicU64) {
+    word.fetch_add(1, Ordering::Relaxed);
+}
+
+// ---- The children. ----
+
+/// One that reads and writes until it is killed.
+struct Worker<'a> {
+    cache: &'a Cache,
+    report: &'a Report,
+    slot: &'a Slot,
+    random: fastrand::Rng,
+    keys: u32,
+    buffer: Vec<u8>,
+    pins: VecDeque<(u32, Pinned)>,
+}
+
+impl Worker<'_> {
+    /// Half of all goes to a tenth of the keys.
+    fn key(&mut self) -> u32 {
+        let most = if self.random.bool() { self.keys } else { self.keys / 10 };
+        self.random.u32(..most)
+    }
+
+    fn act(&mut self) {
+        let key = self.key();
+        match self.random.u32(..50_000) {
+            0..17_000 => self.timed(|worker| {
+                let bytes = worker.cache.get(name(key));
+                worker.check(key, bytes.as_deref());
+            }),
+            17_000..22_000 => self.timed(|worker| {
+                let mut buffer = std::mem::take(&mut worker.buffer);
+                let found = worker.cache.get_into(name(key), &mut buffer);
+                worker.check(key, found.then_some(&buffer));
+                worker.buffer = buffer;
+            }),
+            22_000..27_000 => self.pin(key),
+            27_000..48_000 => self.store(key),
+            48_000..49_500 => drop(self.cache.purge(name(key))),
+            49_500..49_600 => self.cache.purge_tag(&self.random.u32(..TAGS).to_string()),
+            49_600..49_700 => self.list(),
+            49_700..49_999 => self.cache.sweep(),
+            _ => self.cache.clear(),
+        }
+        count(&self.slot.acts);
+    }
+
+    /// Does a lookup, and takes the time.
+    fn timed(&mut self, lookup: impl FnOnce(&mut Self)) {
+        let since = now_ns();
+        self.slot.since_ns.store(since, Ordering::Relaxed);
+        lookup(self);
+        self.report.slowest_get_ns.fetch_max(now_ns() - since, Ordering::Relaxed);
+        self.slot.since_ns.store(0, Ordering::Relaxed);
+    }
+
+    fn check(&self, key: u32, bytes: Option<&[u8]>) {
+        match bytes {
+            Some(bytes) if is_whole(key, bytes) => count(&self.report.hits),
+            Some(_) => leave(TORN),
+            None => {}
+        }
+    }
+
+    /// Keeps a page for a while, and looks at it again before it lets go.
+    fn pin(&mut self, key: u32) {
+        self.timed(|worker| {
+            if let Some(pin) = worker.cache.pin(name(key)) {
+                worker.check(key, Some(&pin));
+                count(&worker.report.pinned);
+                worker.pins.push_back((key, pin));
+            }
+        });
+        if self.pins.len() > 8
+            && let Some((key, pin)) = self.pins.pop_front()
+        {
+            self.check(key, Some(&pin));
+        }
+    }
+
+    fn store(&mut self, key: u32) {
+        let most = if self.random.u32(..10) == 0 { 60_000 } else { 3000 };
+        let bytes = page(key, self.random.u64(..), self.random.usize(..most));
+        let mut options = Options::new().tags([(key % TAGS).to_string()]).as_of(self.cache.clock());
+        if self.random.u32(..10) == 0 {
+            options = options.ttl(Duration::from_millis(self.random.u64(1..100)));
+        }
+        match self.cache.set(name(key), bytes, &options) {
+            Ok(()) => count(&self.report.stored),
+            Err(Refused::Busy) => count(&self.report.busy),
+            Err(Refused::TooLarge { limit }) if limit < 60_100 => {}
+            Err(_) => leave(REFUSED),
+        }
+    }
+
+    fn list(&mut self) {
+        let listed = self.cache.list("/page/1", 100);
+        if listed.iter().any(|page| !page.key.starts_with(b"/page/1")) {
+            leave(TORN);
+        }
+        self.cache.distribution();
+    }
+}
+
+// ---- The one who kills. ----
+
+struct Storm<'a> {
+    cache: &'a Cache,
+    report: &'a Report,
+    random: fastrand::Rng,
+    keys: u32,
+    children: Vec<Pid>,
+    /// How far each child was when it was last seen to have done something.
+    seen: Vec<(u64, Instant)>,
+}
+
+impl Storm<'_> {
+    fn start(&mut self, at: usize) -> Pid {
+        let seed = self.random.u64(..);
+        let (cache, report, keys) = (self.cache, self.report, self.keys);
+        let slot = &report.slots[at];
+        slot.since_ns.store(0, Ordering::Relaxed);
+        let child = spawn(move |_| {
+            let random = fastrand::Rng::with_seed(seed);
+            let mut worker =
+                Worker { cache, report, slot, random, keys, buffer: Vec::new(), pins: VecDeque::new() };
+            loop {
+                worker.act();
+            }
+        });
+        child.pid
+    }
+
+    /// Kills a child at a random instant, now and then stopping it before; `false` if it was only stopped.
+    fn strike(&mut self) -> bool {
+        sleep(Duration::from_micros(self.random.u64(..800)));
+        let at = self.random.usize(..CHILDREN);
+        let pid = self.children[at];
+        if self.random.u32(..20) == 0 {
+            kill(pid, Signal::SIGSTOP).expect("kill");
+            sleep(Duration::from_micros(self.random.u64(..3000)));
+            if self.random.bool() {
+                kill(pid, Signal::SIGCONT).expect("kill");
+                return false;
+            }
+        }
+        self.end(at);
+        self.children[at] = self.start(at);
+        self.seen[at] = (0, Instant::now());
+        true
+    }
+
+    fn end(&mut self, at: usize) {
+        let pid = self.children[at];
+        kill(pid, Signal::SIGKILL).expect("kill");
+        match waitpid(pid, None).expect("waitpid") {
+            WaitStatus::Signaled(_, Signal::SIGKILL, _) => {}
+            WaitStatus::Exited(_, TORN) => panic!("a child saw a page that is torn or another's"),
+            WaitStatus::Exited(_, REFUSED) => panic!("a child's page was refused for no reason"),
+            other => panic!("a child failed: {other:?}"),
+        }
+    }
+
+    /// Nobody waits long for a page, and nobody hangs.
+    fn watch(&mut self) {
+        for (slot, seen) in self.report.slots.iter().zip(&mut self.seen) {
+            let since = slot.since_ns.load(Ordering::Relaxed);
+            let waits = Duration::from_nanos(if since == 0 { 0 } else { now_ns().saturating_sub(since) });
+            assert!(waits < SLOWEST_GET, "a lookup has been going on for {waits:?}");
+            let acts = slot.acts.load(Ordering::Relaxed);
+            if acts != seen.0 {
+                *seen = (acts, Instant::now());
+            }
+            assert!(seen.1.elapsed() < STUCK, "a child has done nothing for {STUCK:?}");
+        }
+        let slowest = Duration::from_nanos(self.report.slowest_get_ns.load(Ordering::Relaxed));
+        assert!(slowest < SLOWEST_GET, "a lookup took {slowest:?}");
+    }
+}
+
+fn storm(seed: u64, cache_bytes: u64, keys: u32, percent: u64) {
+    let cache = segment(cache_bytes).cache();
+    let report = Report::shared();
+    let random = fastrand::Rng::with_seed(seed);
+    let mut storm = Storm { cache: &cache, report, random, keys, children: Vec::new(), seen: Vec::new() };
+    for at in 0..CHILDREN {
+        let child = storm.start(at);
+        storm.children.push(child);
+        storm.seen.push((0, Instant::now()));
+    }
+    let began = Instant::now();
+    let goal = common::number("FORKYARD_KILLS").unwrap_or(KILLS) * percent / 100;
+    let (mut kills, mut stops) = (0, 0);
+    while kills < goal {
+        common::not_longer_than(STUCK * 3);
+        if storm.strike() { kills += 1 } else { stops += 1 }
+        storm.watch();
+        if (kills + stops) % 200 == 0 {
+            // The children go on meanwhile, and one may be stopped with a lock held.
+            let audit = cache.audit();
+            assert!(audit.as_ref().is_err_and(|why| why.contains("could not be locked")) || audit == Ok(()), "{audit:?}");
+        }
+    }
+    (0..CHILDREN).for_each(|at| storm.end(at));
+    let took = began.elapsed();
+    let stats = after(&cache);
+    let get = |word: &AtomicU64| word.load(Ordering::Relaxed);
+    println!("  {kills} kills and {stops} stops in {took:?}: slowest get {:?}", Duration::from_nanos(get(&report.slowest_get_ns)));
+    println!(
+        "  {} hits, {} pinned, {} stored, {} busy; {} dead owners, {} timeouts, {} retries, {} promoted, {} reprieved",
+        get(&report.hits), get(&report.pinned), get(&report.stored), get(&report.busy),
+        stats.lock_recoveries, stats.lock_timeouts, stats.retries, stats.promoted, stats.reprieved
+    );
+    assert!(get(&report.hits) > 0 && get(&report.stored) > 0 && stats.evicted_small > 0);
+    let (used, fresh) = (fill_up(&cache), fill_up(&segment(cache_bytes).cache()));
+    println!("  filled up, {used} of {} bytes are live, {fresh} in a new segment", stats.capacity);
+    assert!(used >= stats.capacity * 85 / 100, "{used} live bytes of {}", stats.capacity);
+    assert!(used.abs_diff(fresh) <= fresh / 50, "{used} live bytes, where a new segment has {fresh}");
+}
+
+/// When all are dead: nothing of theirs is left.
+fn after(cache: &Cache) -> Stats {
+    assert_eq!(cache.audit(), Ok(()));
+    // The sweep is done once in a second, and a child may have done it just now.
+    let since = Instant::now();
+    while cache.pins_set() > 0 && since.elapsed() < STUCK {
+        cache.sweep();
+        sleep(Duration::from_millis(10));
+    }
+    assert_eq!((cache.pins_set(), cache.locks_held()), (0, 0));
+    assert_eq!(cache.audit(), Ok(()));
+    let stats = cache.stats();
+    assert_eq!(adds_up(&stats), Ok(()));
+    stats
+}
+
+/// Stores pages of 1 KiB until the cache has turned over a few times; how many bytes are live then. Each is asked for once, as
+/// pages that are not do not get to the main ring when that is full, and dead ones there stay for the sweep.
+fn fill_up(cache: &Cache) -> u64 {
+    let pages = u32::try_from(cache.stats().capacity / 1024 * 3).expect("a small cache");
+    for key in 1_000_000..1_000_000 + pages {
+        assert_eq!(cache.set(name(key), page(key, 1, 1004), &Options::new()), Ok(()));
+        assert!(cache.get(name(key)).is_some_and(|bytes| is_whole(key, &bytes)));
+    }
+    assert_eq!(cache.audit(), Ok(()));
+    assert_eq!(adds_up(&cache.stats()), Ok(()));
+    cache.stats().live_bytes
+}
