@@ -214,6 +214,7 @@ impl Cache {
             // Under the lock: should a purge come after this, its own removal comes after the store.
             if judge.is_outdated(key.bytes, key.hash, &tags, new.times.snapshot) {
                 add(&shard.shard.counters().outdated, 1);
+                judge.clock.finish(tags.iter().copied().chain([key.hash]));
                 if let Some(old) = shard.find(key)? {
                     shard.remove(&old)?;
                     shard.count_drop(Verdict::Purged, old.place.ring);

@@ -88,6 +88,7 @@ mod options;
 mod pin;
 mod pinned;
 mod prefixes;
+mod purge;
 mod read;
 mod room;
 mod scoreboard;
