@@ -80,6 +80,8 @@ mod index;
 mod judge;
 mod layout;
 mod lease;
+#[cfg(test)]
+mod lease_tests; // not in lease.rs, which is also compiled for the model tests
 mod list;
 mod lock;
 mod map;
