@@ -43,7 +43,8 @@ pub(crate) enum Claim {
 pub(crate) fn take(cell: &AtomicU64, hash: u64, member: u32, now_ms: u64, deadline_ms: u64) -> Claim {
     let tag = hash >> TAG_SHIFT;
     let deadline_ms = deadline_ms.clamp(now_ms.saturating_add(1), now_ms.saturating_add(LONGEST_MS));
-    let mine = tag << TAG_SHIFT | (u64::from(member) + 1 & MEMBER_MASK) << MEMBER_SHIFT | low(deadline_ms);
+    let number = (u64::from(member) + 1) & MEMBER_MASK;
+    let mine = tag << TAG_SHIFT | number << MEMBER_SHIFT | low(deadline_ms);
     let mut seen = cell.load(Ordering::Acquire);
     loop {
         let free = seen == 0 || is_over(seen, now_ms);

@@ -67,9 +67,11 @@
 
 mod audit;
 mod cache;
+mod claim;
 mod clock;
 #[doc(hidden)]
 pub mod crash;
+mod early;
 mod entry;
 mod error;
 mod fork;
@@ -87,11 +89,14 @@ mod lock;
 mod map;
 mod member;
 mod options;
+mod page;
 mod pin;
 mod pinned;
 mod prefixes;
 mod purge;
 mod read;
+mod recorder;
+mod render;
 mod room;
 mod scoreboard;
 mod segment;
@@ -100,6 +105,7 @@ mod stats;
 mod sweep;
 mod sync;
 mod tags;
+mod watch;
 
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
@@ -109,6 +115,8 @@ pub use error::{Refused, SegmentError};
 pub use list::{Distribution, Listed};
 pub use options::Options;
 pub use pinned::Pinned;
+pub use recorder::Recorder;
+pub use render::{Answer, Source};
 pub use scoreboard::{InFlight, Row, Scoreboard, Serving, Snapshot, State};
 pub use segment::Segment;
 pub use stats::Stats;
