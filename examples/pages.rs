@@ -2,15 +2,18 @@
 //!
 //! `cargo run --release --example pages -- --workers 2`, then open http://127.0.0.1:8080
 
+use std::convert::Infallible;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::body::Body;
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderMap, Response, StatusCode};
 use axum::response::Html;
 use axum::routing::{get, post};
-use forkyard::{Context, Options};
+use forkyard::{Context, Options, Page, Served};
+use serde::Deserialize;
 
 fn main() -> ExitCode {
     forkyard::run(|cx| {
@@ -28,26 +31,37 @@ async fn front() -> Html<&'static str> {
     Html(include_str!("pages.html"))
 }
 
-/// Answers from the cache, or renders and stores.
-async fn page(State(cx): State<Context>, Path(number): Path<u32>) -> Html<Vec<u8>> {
-    let (cache, key) = (cx.cache(), format!("page {number}"));
-    if let Some(page) = cache.get(&key) {
-        return Html(page);
-    }
-    // Before rendering: should a tag be purged meanwhile, this page is out of date and will not be served.
-    let clock = cache.clock();
-    let page = render(&cx, number).await;
-    let tags = ["pages".to_owned(), format!("page-{number}")];
-    let options = Options::new().ttl(Duration::from_secs(60)).tags(tags).as_of(clock);
-    if let Err(refused) = cache.set(&key, &page, &options) {
-        log::warn!("page {number} was not stored: {refused}");
-    }
-    Html(page)
+/// How long rendering takes: as in `/page/7?ms=500`.
+#[derive(Deserialize)]
+struct Effort {
+    #[serde(default = "usual_ms")]
+    ms: u64,
 }
 
-/// 16 KiB in 50 ms.
-async fn render(cx: &Context, number: u32) -> Vec<u8> {
-    tokio::time::sleep(Duration::from_millis(50)).await;
+fn usual_ms() -> u64 {
+    50
+}
+
+/// Answers from the cache; or one worker renders the page, and the others wait for it.
+async fn page(
+    State(cx): State<Context>,
+    Path(number): Path<u32>,
+    Query(effort): Query<Effort>,
+    headers: HeaderMap,
+) -> Result<Response<Body>, StatusCode> {
+    let tags = ["pages".to_owned(), format!("page-{number}")];
+    let options = Options::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(tags);
+    let render = |_| async { Ok::<_, Infallible>(render(&cx, number, effort.ms).await) };
+    let cache = cx.cache();
+    let Ok(Served { value, .. }) = cache.get_or_render_async(format!("page {number}"), &options, render).await;
+    let response = forkyard::page::to_response(value, &headers).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+    Ok(response.map(Body::from))
+}
+
+/// 16 KiB.
+async fn render(cx: &Context, number: u32, ms: u64) -> Page {
+    log::info!("rendering page={number}");
+    tokio::time::sleep(Duration::from_millis(ms)).await;
     let pid = std::process::id();
     let mut page = format!(
         "<!doctype html><title>Page {number}</title><h1>Page {number}</h1><p>Rendered by slot {} (pid {pid}).</p>",
@@ -57,7 +71,7 @@ async fn render(cx: &Context, number: u32) -> Vec<u8> {
         page += "<p>Prefork servers share little, and so they fail alone.</p>";
     }
     page.truncate(16 << 10);
-    page.into_bytes()
+    Page::new(page).header("Content-Type", "text/html; charset=utf-8")
 }
 
 async fn purge(State(cx): State<Context>, Path(tag): Path<String>) -> StatusCode {

@@ -6,7 +6,7 @@
 //! May not: know what an entry looks like in memory, or let an error in the cache become an error of a request.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -15,6 +15,7 @@ use crate::entry::{Key, NewEntry, Times};
 use crate::error::Refused;
 use crate::judge::{Judge, Moment, Verdict};
 use crate::layout::{ENTRY_HEAD, GRAIN};
+use crate::lease;
 use crate::options::Options;
 use crate::pinned::Pinned;
 use crate::prefixes::Prefixes;
@@ -55,6 +56,8 @@ pub(crate) struct Rendering<'a> {
     pub(crate) cost_ms: u32,
     /// The tag clock before rendering.
     pub(crate) snapshot: Option<Clock>,
+    /// Nothing is stored unless this lease still says this.
+    pub(crate) lease: Option<(&'a AtomicU64, u64)>,
 }
 
 impl Cache {
@@ -215,9 +218,16 @@ impl Cache {
             return Err(Refused::TooLarge { limit });
         };
         let done = self.with_shard_at(shard.number, |shard| {
+            // Under the lock: whoever takes the lease over after this stores after this.
+            if rendering.lease.is_some_and(|(lease, word)| !lease::is_held(lease, word)) {
+                return Ok(Stored::Yes);
+            }
             // Under the lock: should a purge come after this, its own removal comes after the store.
             if judge.is_outdated(key, &tags, new.times.snapshot) {
                 add(&shard.shard.counters().outdated, 1);
+                if let Some(clock) = self.tag_clock() {
+                    clock.finish(tags.iter().copied().chain([key.hash]));
+                }
                 if let Some(old) = shard.find(key)? {
                     shard.remove(&old)?;
                     shard.count_drop(Verdict::Purged, old.place.ring);
@@ -348,7 +358,7 @@ pub(crate) fn copy_value(sight: &Sight<'_, '_>, value: &mut Vec<u8>) -> Option<(
 }
 
 /// The earlier of two moments, of which 0 is never.
-fn earlier(one: u64, other: u64) -> u64 {
+pub(crate) fn earlier(one: u64, other: u64) -> u64 {
     match (one, other) {
         (0, only) | (only, 0) => only,
         (one, other) => one.min(other),

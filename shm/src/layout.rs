@@ -25,6 +25,7 @@
 //!
 //! prefix    0 clock 8 (0 = free) | 8 length 4 | 12 swept 4 | 16 text 112
 //! lease     0 word 8 (tag 17, member + 1 15, deadline 32; 0 = free) | 8 turn 4 | 12 waiters 4
+//!           16 pass 8 (tag 17, 1 15, until 32: nobody waits for this key; 0 = none)
 //!
 //! shard     0 lock 4 | 4 suspect 4
 //!           64 floor of the small ring 8 | 72 of the main ring 8        (all that readers read of a shard's head)
@@ -164,7 +165,8 @@ pub(crate) struct LeaseCell {
     pub(crate) word: AtomicU64,
     pub(crate) turn: AtomicU32,
     pub(crate) waiters: AtomicU32,
-    unused: [AtomicU64; 6],
+    pub(crate) pass: AtomicU64,
+    unused: [AtomicU64; 5],
 }
 
 #[repr(C, align(64))]
@@ -330,7 +332,8 @@ const _: () = {
 
     assert!(offset_of!(PrefixCell, length) == 8 && offset_of!(PrefixCell, swept) == 12);
     assert!(offset_of!(PrefixCell, text) == 16 && PREFIX_BYTES == 128);
-    assert!(offset_of!(LeaseCell, turn) == 8 && offset_of!(LeaseCell, waiters) == 12 && LEASE_BYTES == 64);
+    assert!(offset_of!(LeaseCell, turn) == 8 && offset_of!(LeaseCell, waiters) == 12);
+    assert!(offset_of!(LeaseCell, pass) == 16 && LEASE_BYTES == 64);
 
     assert!(offset_of!(ShardHead, suspect) == 4 && offset_of!(ShardHead, floors) == 64);
     assert!(offset_of!(ShardHead, rings) == 128 && size_of::<RingHead>() == 16);

@@ -105,9 +105,11 @@
 
 mod audit;
 mod cache;
+mod claim;
 mod clock;
 #[doc(hidden)]
 pub mod crash;
+mod early;
 mod entry;
 mod error;
 mod file;
@@ -120,16 +122,24 @@ mod judge;
 mod kept;
 mod layout;
 mod lease;
+#[cfg(test)]
+mod lease_tests; // not in lease.rs, which is also compiled for the model tests
 mod list;
 mod lock;
+mod lookup;
 mod map;
 mod member;
 mod options;
 mod page;
 mod pin;
+#[cfg(test)]
+mod pin_tests;
 mod pinned;
 mod prefixes;
+mod purge;
 mod read;
+mod recorder;
+mod render;
 mod room;
 mod scoreboard;
 mod segment;
@@ -139,6 +149,7 @@ mod sweep;
 mod sync;
 mod tags;
 mod wait;
+mod watch;
 
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
@@ -151,6 +162,8 @@ pub use list::{Distribution, Listed};
 pub use options::Options;
 pub use page::{Damaged, Encoding, Header, NotStorable, Page};
 pub use pinned::Pinned;
+pub use recorder::Recorder;
+pub use render::{Served, Source};
 pub use scoreboard::{InFlight, Row, Scoreboard, Serving, Snapshot, State};
 pub use segment::Segment;
 pub use stats::Stats;

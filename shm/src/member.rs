@@ -264,8 +264,7 @@ impl Inner {
 impl LeaseCell {
     /// The lease has changed hands: wakes who waits for it.
     pub(crate) fn announce(&self) {
-        self.turn.fetch_add(1, Ordering::AcqRel);
-        if self.waiters.load(Ordering::Acquire) > 0 {
+        if lease::end_turn(&self.turn, &self.waiters) {
             futex::wake(&self.turn, i32::MAX);
         }
     }

@@ -12,12 +12,12 @@
 
 use crate::sync::{AtomicU64, Ordering, fence_after_swap};
 
-const RING_SHIFT: u32 = 52;
+pub(crate) const RING_SHIFT: u32 = 52;
 const SHARD_SHIFT: u32 = 53;
 const CLASS_SHIFT: u32 = 57;
-const GRAIN: u64 = 32;
+pub(crate) const GRAIN: u64 = 32;
 /// The smallest size told apart from smaller ones.
-const SMALLEST: u64 = 64;
+pub(crate) const SMALLEST: u64 = 64;
 
 /// What a cell says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,15 @@ pub(crate) fn set(cell: &AtomicU64, pin: Pin) -> bool {
     set
 }
 
+/// Whether the entry that was just pinned is still above its ring's floor, and so will stay what it is; if not, lets go.
+pub(crate) fn holds(cell: &AtomicU64, position: u64, floor: &AtomicU64) -> bool {
+    let holds = floor.load(Ordering::SeqCst) <= position;
+    if !holds {
+        free(cell);
+    }
+    holds
+}
+
 /// Lets go.
 pub(crate) fn free(cell: &AtomicU64) {
     cell.store(0, Ordering::Release);
@@ -60,39 +69,14 @@ pub(crate) fn get(cell: &AtomicU64) -> Option<Pin> {
 }
 
 /// The least class whose size is not below `size`.
-fn class(size: u64) -> u64 {
+pub(crate) fn class(size: u64) -> u64 {
     let size = size.max(SMALLEST);
     let octave = size.ilog2();
     let quarter = (size - (1 << octave)).div_ceil((1 << octave) / 4);
     (u64::from(octave - SMALLEST.ilog2()) * 4 + quarter).min(127)
 }
 
-fn size_of_class(class: u64) -> u64 {
+pub(crate) fn size_of_class(class: u64) -> u64 {
     let octave = SMALLEST << (class / 4);
     octave + octave / 4 * (class % 4)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_size_is_rounded_up_by_a_fifth_at_most() {
-        for size in (0..200_000).chain([1 << 20, (1 << 20) + 1, (1 << 30) - 1, (1 << 30) + 4096]) {
-            let rounded = size_of_class(class(size));
-            assert!(rounded >= size && (rounded <= size + size / 4 || size < SMALLEST), "{size} becomes {rounded}");
-        }
-    }
-
-    #[test]
-    fn a_cell_says_what_was_pinned_and_holds_one_pin() {
-        let cell = AtomicU64::new(0);
-        let pin = Pin { shard: 15, main: true, position: GRAIN * ((1 << RING_SHIFT) - 1), size: 320 };
-        assert_eq!(get(&cell), None);
-        assert!(set(&cell, pin));
-        assert_eq!(get(&cell), Some(pin));
-        assert!(!set(&cell, pin));
-        free(&cell);
-        assert_eq!(get(&cell), None);
-    }
 }

@@ -42,8 +42,7 @@ impl Pinned {
             return Some(Pinned { bytes: Kept::Copy(copy) });
         };
         crash::point("pin: set");
-        if sight.floor().load(Ordering::SeqCst) > place.position {
-            pin::free(cell);
+        if !pin::holds(cell, place.position, sight.floor()) {
             return None;
         }
         crash::point("pin: holds");

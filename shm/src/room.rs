@@ -152,6 +152,11 @@ impl LockedShard<'_> {
         Ok(head + need + self.reserve(ring) <= floor + self.shard.bytes(ring).len)
     }
 
+    /// Whether a ring has more room than is ever made at a time.
+    fn is_not_full(&self, ring: Ring, need: u64) -> Result<bool, Corrupt> {
+        self.has_room(ring, need + 2 * self.shard.bytes(ring).len / STRIDE)
+    }
+
     fn reserve(&self, ring: Ring) -> u64 {
         let len = self.shard.bytes(ring).len;
         match ring {
@@ -194,7 +199,7 @@ impl LockedShard<'_> {
         if verdict.keeps() {
             let heavy = self.dead_weight(ring, at)? > self.shard.bytes(ring).len / DEAD_SHARE;
             let kept = match ring {
-                Ring::Small if visits >= PROMOTION || self.has_room(Ring::Main, entry.size)? => {
+                Ring::Small if visits >= PROMOTION || self.is_not_full(Ring::Main, entry.size)? => {
                     budget.take(entry.size) && self.promote(slot, entry, from, judge)?
                 }
                 Ring::Main if visits > 0 => {

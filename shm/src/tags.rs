@@ -1,18 +1,19 @@
 //! The logical clock that makes purging by tag one step, however many pages carry the tag.
 //!
-//! The clock counts purges. A purge raises it and writes the new time into the tag's slots; a page remembers the
-//! time *before* it was rendered. So a page is out of date iff one of its tags was purged later than that, and a
-//! page whose tag is purged while it is being rendered is out of date before it is stored.
+//! The clock counts purges. A purge writes the next time into the tag's slots and raises the clock to it (`purge.rs`); a page
+//! remembers the time *before* it was rendered. So a page is out of date iff one of its tags was purged later than that,
+//! and a page whose tag is purged while it is being rendered is out of date before it is stored.
 //!
 //! A tag has two slots, given by two halves of its hash, and was last purged at the earlier time of the two. Tags that
 //! share one slot do not disturb each other; tags that share both only cause misses. Every key counts as a tag of
 //! its own page, so that purging a key works the same way, also while its shard is locked.
 //!
-//! No locks. Killed between its two stores, a purge has not happened, as its caller never returned.
+//! No locks. Killed before its last store, a purge may or may not have happened, as its caller never returned.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::layout::Header;
+use crate::purge;
 use crate::segment::Inner;
 
 /// A moment on the cache's logical clock: see [`Cache::clock`](crate::Cache::clock).
@@ -42,25 +43,29 @@ impl<'a> TagClock<'a> {
 
     /// Whatever carries this tag and was rendered before now is out of date.
     pub(crate) fn purge(self, tag: u64) {
-        let time = self.tick();
-        for slot in self.slots_of(tag) {
-            slot.fetch_max(time, Ordering::SeqCst);
-        }
+        purge::purge(self.now, &self.slots_of(tag));
     }
 
     /// Whatever was rendered before now is out of date.
     pub(crate) fn clear(self) {
-        self.cleared.fetch_max(self.tick(), Ordering::SeqCst);
+        purge::purge(self.now, &[self.cleared]);
     }
 
     /// Whether a page rendered at `snapshot` is still good, as far as this tag goes.
     pub(crate) fn is_current(self, tag: u64, snapshot: u64) -> bool {
-        self.slots_of(tag).into_iter().any(|slot| slot.load(Ordering::SeqCst) <= snapshot)
+        purge::is_current(&self.slots_of(tag), snapshot)
     }
 
     /// Whether a page rendered at `snapshot` is younger than the last `clear`.
     pub(crate) fn outlived_clear(self, snapshot: u64) -> bool {
-        self.cleared.load(Ordering::SeqCst) <= snapshot
+        purge::is_current(&[self.cleared], snapshot)
+    }
+
+    /// Finishes what a process that was purging one of these tags, or everything, when it died, left undone. To be called
+    /// when one of them turns out to be purged.
+    pub(crate) fn finish(self, tags: impl Iterator<Item = u64>) {
+        purge::finish(self.now, &[self.cleared]);
+        tags.for_each(|tag| purge::finish(self.now, &self.slots_of(tag)));
     }
 
     /// The next moment.
@@ -79,7 +84,9 @@ impl<'a> TagClock<'a> {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Plan, Segment};
+    use std::sync::atomic::Ordering;
+
+    use crate::{Options, Plan, Segment};
 
     #[test]
     fn purges_are_seen_by_what_was_rendered_before() {
@@ -98,6 +105,24 @@ mod tests {
         assert!(clock.outlived_clear(before));
         clock.clear();
         assert!(!clock.outlived_clear(before) && clock.outlived_clear(clock.now()));
+    }
+
+    #[test]
+    fn a_purge_that_nobody_finished_is_finished_by_the_next_store() {
+        let segment = Segment::create(&Plan { cache_bytes: 256 * 1024, ..Plan::default() }).unwrap();
+        let cache = segment.cache();
+        let clock = cache.tag_clock().unwrap();
+        let options = Options::new().tags(["tag"]);
+        cache.set("page", "old", &options).unwrap();
+        // As a purger leaves it that is killed before it raises the clock.
+        for slot in clock.slots_of(cache.tag("tag")) {
+            slot.store(clock.now() + 1, Ordering::SeqCst);
+        }
+        clock.cleared.store(clock.now() + 1, Ordering::SeqCst);
+        cache.set("page", "new", &options).unwrap();
+        assert_eq!(cache.get("page"), None, "who knows whether this was rendered before or after");
+        cache.set("page", "new", &options).unwrap();
+        assert_eq!(cache.get("page").unwrap(), b"new");
     }
 
     #[test]

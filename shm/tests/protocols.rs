@@ -1,0 +1,456 @@
+//! The protocols in shared memory, run by loom through the ways in which threads can interleave and stores can be seen late.
+//!
+//! The files of the protocols are compiled here against loom's atomics: what is checked is what is shipped. Sleeping in
+//! the kernel is modelled by [`Futex`]. Each protocol has twins that are broken on purpose, in an order or a fence, and
+//! must fail: so the models are known to look where it matters.
+//!
+//! This is no proof. Preemptions are bounded. Loom (0.7) decides what to try in another order by the *last* access to an
+//! atomic only, so that it overlooks some orders if several threads read it; each model is therefore run with its
+//! threads in several arrangements, of which one is enough for a twin to fail. `SeqCst` loads and stores count as
+//! acquire and release, and so for less than they are; fences are what they are.
+
+use std::sync::Arc;
+
+use loom::cell::UnsafeCell;
+use loom::model::Builder;
+use loom::sync::Mutex;
+use loom::thread;
+
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+
+/// What the protocol files are written with.
+mod sync {
+    pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+    pub(crate) fn fence_after_swap() {
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// Nobody dies in here.
+mod crash {
+    pub(crate) fn point(_: &'static str) {}
+}
+
+#[path = "../src/lease.rs"]
+#[expect(dead_code, reason = "deadlines and marks are no matter of order: lease_tests.rs")]
+mod lease;
+#[path = "../src/lock.rs"]
+#[expect(dead_code, reason = "what is done to a file that was just opened is no matter of order")]
+mod lock;
+#[path = "../src/pin.rs"]
+mod pin;
+#[path = "../src/purge.rs"]
+mod purge;
+
+#[path = "protocols/purging.rs"]
+mod purging;
+#[path = "protocols/reading.rs"]
+mod reading;
+
+/// What one thread of a model does.
+type Work = Box<dyn FnOnce()>;
+
+/// What several threads do at once, and what is to hold afterwards.
+struct Model {
+    threads: Vec<Work>,
+    afterwards: Work,
+}
+
+/// Runs a model, made anew for each run, with at most so many preemptions in one run; in several arrangements: each of
+/// the threads as the main one, and none.
+fn check(preemptions: usize, model: impl Fn() -> Model + Sync + Send + 'static) {
+    let model = Arc::new(model);
+    let mut first = 0;
+    let mut last = false;
+    while !last {
+        let threads = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let (model, count) = (Arc::clone(&model), Arc::clone(&threads));
+        let mut builder = Builder::new();
+        builder.preemption_bound = Some(preemptions);
+        builder.check(move || {
+            let Model { mut threads, afterwards } = model();
+            count.store(threads.len(), std::sync::atomic::Ordering::Relaxed);
+            let main = if first < threads.len() { Some(threads.remove(first)) } else { None };
+            let others: Vec<_> = threads.into_iter().map(thread::spawn).collect();
+            if let Some(main) = main {
+                main();
+            }
+            others.into_iter().for_each(|other| other.join().unwrap());
+            afterwards();
+        });
+        last = first == threads.load(std::sync::atomic::Ordering::Relaxed);
+        first += 1;
+    }
+}
+
+/// Something that a thread of a model does with what all share.
+fn work<T: 'static>(shared: &Arc<T>, work: impl FnOnce(&T) + 'static) -> Work {
+    let shared = Arc::clone(shared);
+    Box::new(move || work(&shared))
+}
+
+/// futex(2): compares and goes to sleep in one step, as far as wakers can tell.
+///
+/// Nobody really sleeps: who would is written down, and its thread ends. Whoever wakes it does in its stead what it
+/// would do then.
+#[derive(Default)]
+struct Futex {
+    asleep: Mutex<Vec<u32>>,
+}
+
+impl Futex {
+    /// Whether `who` sleeps now.
+    fn wait(&self, word: &AtomicU32, seen: u32, who: u32) -> bool {
+        // The kernel also passes a full fence first; better not to rely on it.
+        let mut asleep = self.asleep.lock().unwrap();
+        let sleeps = word.load(Ordering::Relaxed) == seen;
+        if sleeps {
+            asleep.push(who);
+        }
+        sleeps
+    }
+
+    /// Who is woken.
+    fn wake(&self) -> Option<u32> {
+        self.asleep.lock().unwrap().pop()
+    }
+
+    fn assert_all_awake(&self) {
+        assert_eq!(*self.asleep.lock().unwrap(), [], "slept through its wake-up");
+    }
+}
+
+// ---- lease.rs ----
+
+const KEY: u64 = 5 << 47;
+
+/// A page that one at a time may render: loom fails if two are at it.
+#[derive(Default)]
+struct Lease {
+    word: AtomicU64,
+    page: UnsafeCell<u32>,
+    turn: AtomicU32,
+    waiters: AtomicU32,
+    futex: Futex,
+}
+
+impl Lease {
+    /// One that is held by member 0 until 100; and the word.
+    fn held() -> (Arc<Lease>, u64) {
+        let lease = Arc::new(Lease::default());
+        match lease::take(&lease.word, KEY, 0, 1, 100) {
+            lease::Claim::Mine(word) => (lease, word),
+            other => panic!("it was free: {other:?}"),
+        }
+    }
+
+    /// Renders the page, if the lease is to be had.
+    fn try_to_render(&self, member: u32, now_ms: u64, release: Release) {
+        if let lease::Claim::Mine(word) = lease::take(&self.word, KEY, member, now_ms, now_ms + 100) {
+            self.page.with_mut(|_| ());
+            assert!(release(&self.word, word), "somebody else freed it");
+        }
+    }
+}
+
+type Release = fn(&AtomicU64, u64) -> bool;
+
+/// One has the lease, and is late; two others take it over when its deadline has passed.
+fn late_release(release: Release) {
+    check(3, move || {
+        let (lease, late) = Lease::held();
+        let others = (1..=2).map(|member| work(&lease, move |lease| lease.try_to_render(member, 100, release)));
+        let mut threads: Vec<Work> = others.collect();
+        threads.push(work(&lease, move |lease| {
+            let _ = release(&lease.word, late);
+        }));
+        Model { threads, afterwards: Box::new(|| ()) }
+    });
+}
+
+#[test]
+fn a_lease_has_one_holder_and_a_late_one_does_not_free_it() {
+    late_release(lease::release);
+}
+
+#[test]
+#[should_panic]
+fn a_release_that_does_not_look_frees_what_is_not_its_own() {
+    late_release(|word, _| {
+        word.store(0, Ordering::Release);
+        true
+    });
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn a_relaxed_release_does_not_hand_the_page_over() {
+    late_release(|word, mine| word.compare_exchange(mine, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok());
+}
+
+/// The holder is dead, and buried by two at once, who want its lease, as does a third.
+fn burial(take_from: fn(&AtomicU64, u32) -> bool) {
+    check(3, move || {
+        let (lease, _) = Lease::held();
+        let burier = move |lease: &Lease| {
+            take_from(&lease.word, 0);
+            lease.try_to_render(1, 2, lease::release);
+        };
+        let other = |lease: &Lease| lease.try_to_render(2, 2, lease::release);
+        let threads = vec![work(&lease, burier), work(&lease, burier), work(&lease, other)];
+        let afterwards = work(&lease, |lease| assert_eq!(lease.word.load(Ordering::Relaxed), 0));
+        Model { threads, afterwards }
+    });
+}
+
+#[test]
+fn the_lease_of_the_dead_is_passed_on_once() {
+    burial(lease::take_from);
+}
+
+#[test]
+#[should_panic]
+fn burying_without_a_second_look_frees_what_is_not_the_dead_ones() {
+    burial(|word, member| {
+        let seen = word.load(Ordering::Acquire);
+        let theirs = seen >> 32 & 0x7fff == u64::from(member) + 1;
+        if theirs {
+            word.store(0, Ordering::Release);
+        }
+        theirs
+    });
+}
+
+/// What is in a shard.
+#[derive(Default)]
+struct Shard {
+    lock: AtomicU32,
+    page: AtomicU32,
+}
+
+impl Shard {
+    fn store(&self, member: u32, page: u32, is_to_be: impl FnOnce() -> bool) {
+        while let lock::Taken::No { .. } = lock::take(&self.lock, member, false) {
+            thread::yield_now();
+        }
+        if is_to_be() {
+            self.page.store(page, Ordering::Relaxed);
+        }
+        lock::release(&self.lock);
+    }
+}
+
+/// The one who was late and its successor store their pages. With `look_first`, the late one looks whether it still has
+/// the lease before it takes the lock.
+fn late_store(look_first: bool) {
+    check(3, move || {
+        let (lease, late) = Lease::held();
+        let both = Arc::new((lease, Shard::default()));
+        let threads = vec![
+            work(&both, move |(lease, shard)| {
+                let held_before = lease::is_held(&lease.word, late);
+                shard.store(0, 1, || if look_first { held_before } else { lease::is_held(&lease.word, late) });
+                lease::release(&lease.word, late);
+            }),
+            work(&both, |(lease, shard)| {
+                if let lease::Claim::Mine(word) = lease::take(&lease.word, KEY, 1, 100, 200) {
+                    shard.store(1, 2, || lease::is_held(&lease.word, word));
+                    lease::release(&lease.word, word);
+                }
+            }),
+        ];
+        let afterwards = work(&both, |(_, shard)| {
+            assert_eq!(shard.page.load(Ordering::Relaxed), 2, "the late page replaced the newer one");
+        });
+        Model { threads, afterwards }
+    });
+}
+
+#[test]
+fn a_late_page_never_replaces_a_newer_one() {
+    late_store(false);
+}
+
+#[test]
+#[should_panic(expected = "replaced the newer one")]
+fn looking_at_the_lease_before_the_lock_is_too_early() {
+    late_store(true);
+}
+
+type Enter = fn(&AtomicU32, &AtomicU32) -> u32;
+type EndTurn = fn(&AtomicU32, &AtomicU32) -> bool;
+
+/// One waits for the end of a lease.
+fn wait_for_the_end(enter: Enter, end_turn: EndTurn) {
+    check(4, move || {
+        let (lease, word) = Lease::held();
+        let threads = vec![
+            work(&lease, move |lease| {
+                let turn = enter(&lease.waiters, &lease.turn);
+                if lease::is_held(&lease.word, word) {
+                    lease.futex.wait(&lease.turn, turn, 1);
+                }
+            }),
+            work(&lease, move |lease| {
+                lease::release(&lease.word, word);
+                if end_turn(&lease.turn, &lease.waiters) {
+                    lease.futex.wake();
+                }
+            }),
+        ];
+        Model { threads, afterwards: work(&lease, |lease| lease.futex.assert_all_awake()) }
+    });
+}
+
+#[test]
+fn nobody_sleeps_through_the_end_of_a_lease() {
+    wait_for_the_end(lease::enter, lease::end_turn);
+}
+
+#[test]
+#[should_panic(expected = "slept through")]
+fn without_its_fence_who_ends_a_lease_does_not_see_who_waits() {
+    wait_for_the_end(lease::enter, |turn, waiters| {
+        turn.fetch_add(1, Ordering::AcqRel);
+        waiters.load(Ordering::Acquire) > 0
+    });
+}
+
+#[test]
+#[should_panic(expected = "slept through")]
+fn without_its_fence_who_waits_sees_an_old_turn() {
+    let enter = |waiters: &AtomicU32, turn: &AtomicU32| {
+        waiters.fetch_add(1, Ordering::AcqRel);
+        turn.load(Ordering::Acquire)
+    };
+    wait_for_the_end(enter, lease::end_turn);
+}
+
+#[test]
+#[should_panic(expected = "slept through")]
+fn who_is_counted_after_its_look_at_the_turn_is_not_woken() {
+    let enter = |waiters: &AtomicU32, turn: &AtomicU32| {
+        fence(Ordering::SeqCst);
+        let seen = turn.load(Ordering::Acquire);
+        waiters.fetch_add(1, Ordering::AcqRel);
+        seen
+    };
+    wait_for_the_end(enter, lease::end_turn);
+}
+
+// ---- lock.rs ----
+
+#[derive(Default)]
+struct Lock {
+    word: AtomicU32,
+    inside: UnsafeCell<u32>,
+    futex: Futex,
+    visits: AtomicU32,
+    repairs: AtomicU32,
+}
+
+type Unlock = fn(&AtomicU32) -> bool;
+
+impl Lock {
+    /// Takes the lock, waiting for it as `shard.rs` does but without its timeouts; does something; gives it back.
+    fn visit(&self, me: u32, mut waiting: bool, unlock: Unlock) {
+        loop {
+            match lock::take(&self.word, me, waiting) {
+                lock::Taken::Free => break,
+                lock::Taken::FromTheDead => {
+                    self.repairs.fetch_add(1, Ordering::Relaxed);
+                    break;
+                }
+                lock::Taken::No { word, .. } => {
+                    waiting = true;
+                    if lock::announce(&self.word, word).is_some_and(|seen| self.futex.wait(&self.word, seen, me)) {
+                        return;
+                    }
+                }
+            }
+        }
+        self.inside.with_mut(|_| ());
+        self.visits.fetch_add(1, Ordering::Relaxed);
+        if unlock(&self.word) {
+            self.wake(unlock);
+        }
+    }
+
+    fn wake(&self, unlock: Unlock) {
+        if let Some(who) = self.futex.wake() {
+            self.visit(who, true, unlock);
+        }
+    }
+
+    fn assert_visited(&self, visits: u32, repairs: u32) {
+        self.futex.assert_all_awake();
+        assert_eq!(self.visits.load(Ordering::Relaxed), visits);
+        assert_eq!(self.repairs.load(Ordering::Relaxed), repairs, "one repairs what the dead one left");
+    }
+}
+
+/// Several want the lock at once.
+fn visitors(unlock: Unlock) {
+    check(2, move || {
+        let lock = Arc::new(Lock::default());
+        let threads = (0..3).map(|me| work(&lock, move |lock| lock.visit(me, false, unlock))).collect();
+        Model { threads, afterwards: work(&lock, |lock| lock.assert_visited(3, 0)) }
+    });
+}
+
+#[test]
+fn a_lock_has_one_owner_and_who_waits_for_it_is_woken() {
+    visitors(lock::release);
+}
+
+#[test]
+#[should_panic(expected = "slept through")]
+fn an_unlock_that_stores_what_it_saw_before_forgets_who_waits() {
+    visitors(|word| {
+        let waited_for = word.load(Ordering::Relaxed) & 1 << 31 != 0;
+        word.store(0, Ordering::Release);
+        waited_for
+    });
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn a_relaxed_unlock_lets_two_in() {
+    visitors(|word| word.swap(0, Ordering::Relaxed) & 1 << 31 != 0);
+}
+
+/// An owner died; its death is found twice, while two want the lock.
+fn dead_owner(mark_dead: fn(&AtomicU32, u32) -> bool) {
+    check(2, move || {
+        let lock = Arc::new(Lock::default());
+        lock::take(&lock.word, 7, false);
+        let visitor = |me| move |lock: &Lock| lock.visit(me, false, lock::release);
+        let burier = move |lock: &Lock| {
+            for _ in 0..2 {
+                if mark_dead(&lock.word, 7) {
+                    lock.wake(lock::release);
+                }
+            }
+        };
+        let threads = vec![work(&lock, visitor(0)), work(&lock, visitor(1)), work(&lock, burier)];
+        Model { threads, afterwards: work(&lock, |lock| lock.assert_visited(2, 1)) }
+    });
+}
+
+#[test]
+fn exactly_one_learns_of_a_dead_owner() {
+    dead_owner(lock::mark_dead);
+}
+
+#[test]
+#[should_panic]
+fn marking_a_lock_without_a_look_at_its_owner_is_wrong() {
+    dead_owner(|word, _| word.swap(1 << 30, Ordering::AcqRel) & 1 << 31 != 0);
+}
+
+#[test]
+#[should_panic(expected = "slept through")]
+fn a_burier_that_wakes_nobody_leaves_them_asleep() {
+    dead_owner(|word, member| lock::mark_dead(word, member) && false);
+}

@@ -1,0 +1,121 @@
+//! How pages and their fragments are purged: `purge.rs`.
+
+use std::sync::Arc;
+
+use crate::sync::{AtomicU64, Ordering};
+use crate::{Model, check, purge, work};
+
+/// The clock, the two slots of a tag, and that of another tag; and the snapshots of pages that were made.
+struct Tags {
+    clock: AtomicU64,
+    tag: [AtomicU64; 2],
+    other: AtomicU64,
+    pages: std::sync::Mutex<[Option<u64>; 2]>,
+}
+
+/// The snapshot of a fragment with the tag.
+const FRAGMENT: u64 = 5;
+
+impl Tags {
+    fn new() -> Arc<Tags> {
+        let zero = || AtomicU64::new(0);
+        let (clock, tag, other) = (AtomicU64::new(FRAGMENT), [zero(), zero()], zero());
+        Arc::new(Tags { clock, tag, other, pages: std::sync::Mutex::default() })
+    }
+
+    fn slots(&self) -> [&AtomicU64; 2] {
+        let [a, b] = &self.tag;
+        [a, b]
+    }
+
+    /// As `judge.rs` has it.
+    fn is_good(&self, snapshot: u64) -> bool {
+        snapshot >= self.clock.load(Ordering::SeqCst) || purge::is_current(&self.slots(), snapshot)
+    }
+
+    /// Makes a page of the fragment, if that is good, and a page of the page; each takes over the tag.
+    fn make_pages(&self) {
+        let page_of = |fragment: Option<u64>| {
+            let snapshot = self.clock.load(Ordering::SeqCst);
+            fragment.filter(|&fragment| self.is_good(fragment)).map(|_| snapshot)
+        };
+        let page = page_of(Some(FRAGMENT));
+        let outer = page_of(page);
+        *self.pages.lock().unwrap() = [page, outer];
+    }
+
+    fn assert_purged(&self) {
+        assert!(!self.is_good(FRAGMENT), "the purge had no effect");
+        let [page, outer] = *self.pages.lock().unwrap();
+        assert!(!page.is_some_and(|page| self.is_good(page)), "a page outlived its fragment");
+        assert!(!outer.is_some_and(|outer| self.is_good(outer)), "a page outlived its fragment's fragment");
+        assert!(self.is_good(self.clock.load(Ordering::SeqCst)), "what is made now is good");
+    }
+}
+
+/// Pages are made while the tag is purged, and another one.
+fn purge_of_a_fragment(purge: fn(&AtomicU64, &[&AtomicU64])) {
+    check(3, move || {
+        let tags = Tags::new();
+        let threads = vec![
+            work(&tags, move |tags| purge(&tags.clock, &tags.slots())),
+            work(&tags, move |tags| purge(&tags.clock, &[&tags.other])),
+            work(&tags, Tags::make_pages),
+        ];
+        Model { threads, afterwards: work(&tags, Tags::assert_purged) }
+    });
+}
+
+#[test]
+fn no_page_outlives_its_fragments() {
+    purge_of_a_fragment(purge::purge);
+}
+
+#[test]
+#[should_panic(expected = "outlived its fragment")]
+fn a_purge_that_raises_the_clock_first_lets_a_page_escape() {
+    purge_of_a_fragment(|clock, slots| {
+        let time = clock.fetch_add(1, Ordering::SeqCst) + 1;
+        for slot in slots {
+            slot.fetch_max(time, Ordering::SeqCst);
+        }
+    });
+}
+
+#[test]
+#[should_panic(expected = "outlived its fragment")]
+fn a_purge_that_does_not_look_who_else_raised_the_clock_lets_a_page_escape() {
+    purge_of_a_fragment(|clock, slots| {
+        let time = clock.load(Ordering::SeqCst) + 1;
+        for slot in slots {
+            slot.fetch_max(time, Ordering::SeqCst);
+        }
+        clock.fetch_max(time, Ordering::SeqCst);
+    });
+}
+
+/// A purger rests between its steps, and is taken for dead.
+#[test]
+fn a_purge_that_another_finishes_holds() {
+    check(3, || {
+        let tags = Tags::new();
+        let threads = vec![
+            work(&tags, |tags| purge::purge(&tags.clock, &tags.slots())),
+            work(&tags, |tags| purge::finish(&tags.clock, &tags.slots())),
+            work(&tags, Tags::make_pages),
+        ];
+        Model { threads, afterwards: work(&tags, Tags::assert_purged) }
+    });
+}
+
+#[test]
+fn a_purge_that_was_never_finished_is_finished_by_the_next_store() {
+    check(3, || {
+        let tags = Tags::new();
+        // As the one who died left it.
+        tags.slots().into_iter().for_each(|slot| slot.store(FRAGMENT + 1, Ordering::SeqCst));
+        let helper = |tags: &Tags| purge::finish(&tags.clock, &tags.slots());
+        let threads = vec![work(&tags, helper), work(&tags, helper), work(&tags, Tags::make_pages)];
+        Model { threads, afterwards: work(&tags, Tags::assert_purged) }
+    });
+}
