@@ -182,7 +182,7 @@ fn start_logging(filters: &str) {
 }
 
 fn create_segment(config: &Config) -> Result<Segment, BoxError> {
-    let plan = Plan { cache_bytes: config.cache_bytes, rows: config.slots() };
+    let plan = Plan { cache_bytes: config.cache_bytes, rows: config.slots(), ..Plan::default() };
     Segment::create(&plan).map_err(|error| {
         let size = format_size(config.cache_bytes);
         format!("cannot make a shared cache of {size}: {error} (choose another size with --cache)").into()

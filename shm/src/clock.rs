@@ -4,7 +4,7 @@ use nix::time::{ClockId, clock_gettime};
 
 /// Milliseconds of the coarse monotonic clock, never 0. Read from the vDSO: no system call, a few nanoseconds,
 /// and up to one tick (1 to 10 ms) behind.
-pub(crate) fn now_ms() -> u64 {
+pub(crate) fn monotonic_ms() -> u64 {
     let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE) else { return 1 };
     let seconds = u64::try_from(now.tv_sec()).unwrap_or(0);
     let nanoseconds = u64::try_from(now.tv_nsec()).unwrap_or(0);
@@ -17,8 +17,8 @@ mod tests {
 
     #[test]
     fn runs_forwards() {
-        let first = now_ms();
+        let first = monotonic_ms();
         assert!(first > 0);
-        assert!(now_ms() >= first);
+        assert!(monotonic_ms() >= first);
     }
 }

@@ -20,6 +20,13 @@ pub enum SegmentError {
         /// The most possible.
         most: u32,
     },
+    /// Entries as large as that do not fit into a part of the cache.
+    EntryTooLarge {
+        /// Bytes asked for.
+        asked: u64,
+        /// The most possible with a cache of this size.
+        most: u64,
+    },
     /// The machine does not have the memory.
     NoMemory {
         /// Size of the whole segment in bytes.
@@ -51,6 +58,11 @@ impl std::fmt::Display for SegmentError {
             Self::TooManyRows { asked, most } => {
                 write!(f, "cannot make a scoreboard of {asked} rows: the most is {most} (ask for fewer processes)")
             }
+            Self::EntryTooLarge { asked, most } => write!(
+                f,
+                "cannot keep entries of {asked} bytes in a page cache of this size: the most is {most} (ask for smaller \
+                 entries, or for a larger cache)"
+            ),
             Self::NoMemory { bytes, source } => {
                 write!(f, "cannot reserve {bytes} bytes of shared memory: {source} (ask for a smaller page cache)")
             }
@@ -66,7 +78,10 @@ impl std::error::Error for SegmentError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::NoMemory { source, .. } | Self::System { source, .. } => Some(source),
-            Self::CacheTooSmall { .. } | Self::TooManyRows { .. } | Self::Unusable { .. } => None,
+            Self::CacheTooSmall { .. }
+            | Self::TooManyRows { .. }
+            | Self::EntryTooLarge { .. }
+            | Self::Unusable { .. } => None,
         }
     }
 }

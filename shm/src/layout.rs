@@ -1,71 +1,77 @@
 //! What lies where in the segment.
 //!
-//! All sizes follow from the [`Plan`] alone, by [`Geometry::of`]. The creator writes the plan into the header; whoever
-//! attaches computes the geometry again and keeps its own copy, so no later change of the header moves any bound.
-//!
 //! ```text
-//! segment   0      header          4096    magic, version, plan, seed, checksum; on a line of its own: the tag clock
+//! segment   0      header          4096
 //!           4096   scoreboard      rows x 2176, rounded up to pages
-//!           ...    tag table       slots x 8, rounded up to pages                    \  absent without a cache
-//!           ...    shards          n x shard_bytes                                   /
+//!           ...    members         (rows + 32) x (640 + 64 x shards), rounded up to pages
+//!           ...    tag table       slots x 8, rounded up to pages        \
+//!           ...    prefixes        32 x 128                              |  cache_bytes in all,
+//!           ...    leases          n x 64, rounded up to pages           |  absent without a cache
+//!           ...    shards          n x shard_bytes                       /
 //!
 //! header    0 magic 8 | 8 version 4 | 12 rows 4 | 16 fingerprint 8 | 24 cache_bytes 8 | 32 total 8 | 40 seed 8
-//!           48 checksum 8 | 128 tag clock 8 | 136 cleared 8
+//!           48 max_entry 8 | 56 checksum 8
+//!           128 tag clock 8 | 136 cleared 8 | 144 newest prefix purge 8 | 152 oldest clock a prefix purge vouches for 8
+//!           256 time_base 8 | 264 clean 8 | 272 clean_ms 8 | 280 clean_real_ms 8 | 288 boot id 16 | 304 sweep_due 8
+//!           312 prefix lock 4
 //!
 //! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
 //!           40 connections 4 | 44 in_flight 4 | 128 cells 16 x 128
 //! cell      0 stamp_ms 8 (0 = free) | 8 length 8 | 16 text 112
 //!
-//! shard     0 lock 64
-//!           64 dirty 4 | 68 suspect 4 | 72 head 8 | 80 tail 8 | 88 live_bytes 8 | 96 dead_bytes 8 | 104 entries 8
-//!           128 counters 10 x 8
-//!           256 buckets n x 8 (virtual position of the newest entry of the chain, 0 = none)
-//!           ... ring
+//! member    0 pid 4 (0 = nobody) | 4 unused | 8 epoch 8 | 16 pins_taken 8 | 128 pins 32 x 16
+//!           640 tallies, one for each shard, 64 each
+//! pin       0 place 8 (shard, ring, position; 0 = free) | 8 size 8
+//! tally     0 hits 8 | 8 misses 8 | 16 stale 8 | 24 retries 8 | 32 lease_waits 8 | 40 renders 8
 //!
-//! record    0 size 4 (all of it, a multiple of 16) | 4 flags 4 (kind in the low byte, visited in bit 8)
-//! entry     0 record 8 | 8 hash 8 | 16 next 8 (older entry of the chain) | 24 position 8 (its own)
-//!           32 expires_ms 8 (0 = never) | 40 snapshot 8 (tag clock when rendered) | 48 key_len 4 | 52 tag_count 4
-//!           56 value_len 8 | 64 tag hashes 8 each | key, padded to 8 | value, padded to 16
+//! prefix    0 clock 8 (0 = free) | 8 length 4 | 12 swept 4 | 16 text 112
+//! lease     0 word 8 (tag 17, member + 1 15, deadline 32; 0 = free) | 8 turn 4 | 12 waiters 4
+//!
+//! shard     0 lock 4 | 4 suspect 4
+//!           64 floor of the small ring 8 | 72 of the main ring 8        (all that readers read of a shard's head)
+//!           128 rings 2 x 16: head 8 | clear_to 8
+//!           160 books 4 x 8: live bytes in small, in main, entries in small, in main
+//!           192 ghost_seq 8 | 200 sweep_at 8 | 208 restarts 8
+//!           256 intent: 0 armed 8 | 8 slot 8 | 16 new 8 | 24 books afterwards 4 x 8
+//!           320 counters 16 x 8
+//!           512 buckets n x 64 | ghosts n x 64 | small ring | main ring
+//! bucket    0 slots 7 x 8 | 56 visits 7 x 1 | 63 unused
+//! slot      0 = free; else fingerprint 11 | ring 1 | position / 32, 52 bits
+//! ghost     8 x 8: hash 32 | sequence 32
+//!
+//! record    0 size 4 (all of it, a multiple of 32) | 4 kind 4
+//! entry     0 record 8 | 8 hash 8 | 16 position 8 (its own) | 24 snapshot 8 (tag clock when rendered)
+//!           32 stored_ms 8 | 40 expires_ms 8 (0 = never) | 48 stale_ms 4 | 52 error_ms 4 | 56 cost_ms 4
+//!           60 tag_count 4 | 64 key_len 4 | 68 meta_len 4 | 72 value_len 8
+//!           80 tag hashes 8 each | key, padded to 8 | meta, padded to 8 | value, padded to 32
 //! ```
+//!
+//! Where each part starts follows from the [`Plan`](crate::Plan) alone: see `geometry.rs`.
 //!
 //! May not: read or write anything.
 #![expect(unsafe_code, reason = "declares which structs may be viewed in shared memory")]
 
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 
-use crate::Plan;
-use crate::error::SegmentError;
-use crate::lock::RobustMutex;
 use crate::map::Plain;
 
 /// "forkyard" in ASCII.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"forkyard");
 /// Raised with every change of anything in this file, or of what the words mean.
-pub(crate) const VERSION: u32 = 1;
-
-pub(crate) const PAGE: u64 = 4096;
-pub(crate) const SMALLEST_CACHE: u64 = 256 * 1024;
-/// 64 TiB: keeps every sum of sizes far from overflow.
-const LARGEST_CACHE: u64 = 1 << 46;
-const SMALLEST_SHARD: u64 = 4 << 20;
-const MOST_SHARDS: u64 = 16;
-pub(crate) const MOST_ROWS: u32 = 16_384;
-/// Bytes of a shard for each of its buckets.
-const SHARD_BYTES_PER_BUCKET: u64 = 512;
-/// Bytes of the cache for each slot of the tag table.
-const CACHE_BYTES_PER_TAG_SLOT: u64 = 512;
+pub(crate) const VERSION: u32 = 2;
 
 /// Every record starts at a multiple of this.
-pub(crate) const GRAIN: u64 = 16;
+pub(crate) const GRAIN: u64 = 32;
 pub(crate) const CELLS: usize = 16;
 pub(crate) const TEXT_WORDS: usize = 14;
+pub(crate) const PINS: usize = 32;
+pub(crate) const SLOTS: usize = 7;
+pub(crate) const PREFIXES: usize = 32;
+pub(crate) const PREFIX_WORDS: usize = 14;
 
-pub(crate) const KIND_MASK: u32 = 0xff;
-pub(crate) const KIND_LIVE: u32 = 1;
-pub(crate) const KIND_DEAD: u32 = 2;
-pub(crate) const KIND_PAD: u32 = 3;
-pub(crate) const VISITED: u32 = 0x100;
+pub(crate) const KIND_ENTRY: u32 = 1;
+pub(crate) const KIND_PAD: u32 = 2;
 
 #[repr(C, align(128))]
 #[derive(Debug)]
@@ -77,11 +83,23 @@ pub(crate) struct Header {
     pub(crate) cache_bytes: AtomicU64,
     pub(crate) total: AtomicU64,
     pub(crate) seed: AtomicU64,
+    pub(crate) max_entry: AtomicU64,
     pub(crate) checksum: AtomicU64,
-    unused: [AtomicU64; 9],
+    unused: [AtomicU64; 8],
     pub(crate) tag_clock: AtomicU64,
     pub(crate) cleared: AtomicU64,
-    unused_too: [AtomicU64; 14],
+    pub(crate) prefix_clock: AtomicU64,
+    pub(crate) prefix_floor: AtomicU64,
+    unused_too: [AtomicU64; 12],
+    pub(crate) time_base: AtomicU64,
+    pub(crate) clean: AtomicU64,
+    pub(crate) clean_ms: AtomicU64,
+    pub(crate) clean_real_ms: AtomicU64,
+    pub(crate) boot_id: [AtomicU64; 2],
+    pub(crate) sweep_due: AtomicU64,
+    pub(crate) prefix_lock: AtomicU32,
+    unused_word: AtomicU32,
+    unused_at_the_end: [AtomicU64; 8],
 }
 
 #[repr(C, align(128))]
@@ -107,46 +125,142 @@ pub(crate) struct Cell {
     pub(crate) text: [AtomicU64; TEXT_WORDS],
 }
 
+/// A process that uses the cache. Its tallies follow in memory.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub(crate) struct MemberHead {
+    pub(crate) pid: AtomicU32,
+    unused: AtomicU32,
+    pub(crate) epoch: AtomicU64,
+    /// One bit for each pin in use, of interest to the member itself only.
+    pub(crate) pins_taken: AtomicU64,
+    unused_too: [AtomicU64; 13],
+    pub(crate) pins: [PinCell; PINS],
+}
+
+/// What a process reads in place.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct PinCell {
+    pub(crate) place: AtomicU64,
+    pub(crate) size: AtomicU64,
+}
+
+/// What one process counted in one shard, and those before it in the same cell.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub(crate) struct Tally {
+    pub(crate) hits: AtomicU64,
+    pub(crate) misses: AtomicU64,
+    pub(crate) stale: AtomicU64,
+    pub(crate) retries: AtomicU64,
+    pub(crate) lease_waits: AtomicU64,
+    pub(crate) renders: AtomicU64,
+    unused: [AtomicU64; 2],
+}
+
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub(crate) struct PrefixCell {
+    pub(crate) clock: AtomicU64,
+    pub(crate) length: AtomicU32,
+    pub(crate) swept: AtomicU32,
+    pub(crate) text: [AtomicU64; PREFIX_WORDS],
+}
+
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub(crate) struct LeaseCell {
+    pub(crate) word: AtomicU64,
+    pub(crate) turn: AtomicU32,
+    pub(crate) waiters: AtomicU32,
+    unused: [AtomicU64; 6],
+}
+
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct ShardHead {
-    pub(crate) lock: RobustMutex,
-    /// Not 0 while the words below, the ring's records or the chains are being changed.
-    pub(crate) dirty: AtomicU32,
+    pub(crate) lock: AtomicU32,
     /// Not 0 from a lock timeout until the lock is next taken: meanwhile nobody waits for it.
     pub(crate) suspect: AtomicU32,
-    pub(crate) head: AtomicU64,
-    pub(crate) tail: AtomicU64,
-    pub(crate) live_bytes: AtomicU64,
-    pub(crate) dead_bytes: AtomicU64,
-    pub(crate) entries: AtomicU64,
-    unused: [AtomicU64; 2],
-    pub(crate) counters: Counters,
+    unused: [AtomicU64; 7],
+    /// The oldest position of each ring that may be read.
+    pub(crate) floors: [AtomicU64; 2],
     unused_too: [AtomicU64; 6],
+    pub(crate) rings: [RingHead; 2],
+    pub(crate) books: [AtomicU64; 4],
+    pub(crate) ghost_seq: AtomicU64,
+    pub(crate) sweep_at: AtomicU64,
+    pub(crate) restarts: AtomicU64,
+    unused_word: [AtomicU64; 5],
+    pub(crate) intent: Intent,
+    pub(crate) counters: Counters,
+    unused_at_the_end: [AtomicU64; 8],
 }
 
-/// Only ever added to; a death between two of them leaves them a little apart, and that is all.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct RingHead {
+    /// Where the next record goes.
+    pub(crate) head: AtomicU64,
+    /// No pin is in the way up to here.
+    pub(crate) clear_to: AtomicU64,
+}
+
+/// A change of a slot that is under way, and what the books say when it is done.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct Intent {
+    pub(crate) armed: AtomicU64,
+    pub(crate) slot: AtomicU64,
+    pub(crate) new: AtomicU64,
+    pub(crate) books: [AtomicU64; 4],
+    unused: AtomicU64,
+}
+
+/// Changed under the lock (but for the last three); a death between two of them leaves them a little apart, and that
+/// is all.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Counters {
-    pub(crate) hits: AtomicU64,
-    pub(crate) misses: AtomicU64,
     pub(crate) stores: AtomicU64,
-    pub(crate) evictions: AtomicU64,
-    pub(crate) expirations: AtomicU64,
-    pub(crate) purges: AtomicU64,
-    pub(crate) refused: AtomicU64,
+    pub(crate) replaced: AtomicU64,
+    pub(crate) evicted_small: AtomicU64,
+    pub(crate) evicted_main: AtomicU64,
+    pub(crate) evicted_index: AtomicU64,
+    pub(crate) expired: AtomicU64,
+    pub(crate) purged: AtomicU64,
+    pub(crate) promoted: AtomicU64,
+    pub(crate) reprieved: AtomicU64,
+    pub(crate) moved_bytes: AtomicU64,
+    pub(crate) ghost_hits: AtomicU64,
     pub(crate) lock_recoveries: AtomicU64,
-    pub(crate) shards_lost: AtomicU64,
+    pub(crate) lost: AtomicU64,
+    pub(crate) refused: AtomicU64,
+    pub(crate) outdated: AtomicU64,
     pub(crate) lock_timeouts: AtomicU64,
 }
 
-/// What every record of the ring starts with; all that a pad record has.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub(crate) struct Bucket {
+    pub(crate) slots: [AtomicU64; SLOTS],
+    /// How often the entry of each slot was asked for, up to 3: a hint, which readers raise.
+    pub(crate) visits: [AtomicU8; 8],
+}
+
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub(crate) struct GhostBucket {
+    pub(crate) ghosts: [AtomicU64; 8],
+}
+
+/// What every record of a ring starts with; all that a pad record has.
 #[repr(C, align(8))]
 #[derive(Debug)]
 pub(crate) struct RecordHead {
     pub(crate) size: AtomicU32,
-    pub(crate) flags: AtomicU32,
+    pub(crate) kind: AtomicU32,
 }
 
 #[repr(C)]
@@ -154,26 +268,47 @@ pub(crate) struct RecordHead {
 pub(crate) struct EntryHead {
     pub(crate) record: RecordHead,
     pub(crate) hash: AtomicU64,
-    pub(crate) next: AtomicU64,
     pub(crate) position: AtomicU64,
-    pub(crate) expires_ms: AtomicU64,
     pub(crate) snapshot: AtomicU64,
-    pub(crate) key_len: AtomicU32,
+    pub(crate) stored_ms: AtomicU64,
+    pub(crate) expires_ms: AtomicU64,
+    pub(crate) stale_ms: AtomicU32,
+    pub(crate) error_ms: AtomicU32,
+    pub(crate) cost_ms: AtomicU32,
     pub(crate) tag_count: AtomicU32,
+    pub(crate) key_len: AtomicU32,
+    pub(crate) meta_len: AtomicU32,
     pub(crate) value_len: AtomicU64,
 }
 
 pub(crate) const ENTRY_HEAD: u64 = size_of::<EntryHead>() as u64;
 pub(crate) const ROW_BYTES: u64 = size_of::<RowCells>() as u64;
+pub(crate) const MEMBER_HEAD: u64 = size_of::<MemberHead>() as u64;
+pub(crate) const TALLY_BYTES: u64 = size_of::<Tally>() as u64;
 pub(crate) const SHARD_HEAD: u64 = size_of::<ShardHead>() as u64;
+pub(crate) const BUCKET_BYTES: u64 = size_of::<Bucket>() as u64;
+pub(crate) const LEASE_BYTES: u64 = size_of::<LeaseCell>() as u64;
+pub(crate) const PREFIX_BYTES: u64 = size_of::<PrefixCell>() as u64;
 
-// SAFETY: for each of these: `repr(C)`, all fields are atomics, arrays of them, or structs of this list (or the lock),
-// and there is no padding, which the assertions on offsets and sizes below show.
+// SAFETY: for each of these: `repr(C)`, all fields are atomics, arrays of them, or structs of this list, and there is no
+// padding, which the assertions on offsets and sizes below show.
 unsafe impl Plain for Header {}
 // SAFETY: as above.
 unsafe impl Plain for RowCells {}
 // SAFETY: as above.
+unsafe impl Plain for MemberHead {}
+// SAFETY: as above.
+unsafe impl Plain for Tally {}
+// SAFETY: as above.
+unsafe impl Plain for PrefixCell {}
+// SAFETY: as above.
+unsafe impl Plain for LeaseCell {}
+// SAFETY: as above.
 unsafe impl Plain for ShardHead {}
+// SAFETY: as above.
+unsafe impl Plain for Bucket {}
+// SAFETY: as above.
+unsafe impl Plain for GhostBucket {}
 // SAFETY: as above.
 unsafe impl Plain for RecordHead {}
 // SAFETY: as above.
@@ -184,8 +319,13 @@ const _: () = {
     assert!(offset_of!(Header, version) == 8 && offset_of!(Header, rows) == 12);
     assert!(offset_of!(Header, fingerprint) == 16 && offset_of!(Header, cache_bytes) == 24);
     assert!(offset_of!(Header, total) == 32 && offset_of!(Header, seed) == 40);
-    assert!(offset_of!(Header, checksum) == 48 && offset_of!(Header, tag_clock) == 128);
-    assert!(offset_of!(Header, cleared) == 136 && size_of::<Header>() == 256);
+    assert!(offset_of!(Header, max_entry) == 48 && offset_of!(Header, checksum) == 56);
+    assert!(offset_of!(Header, tag_clock) == 128 && offset_of!(Header, cleared) == 136);
+    assert!(offset_of!(Header, prefix_clock) == 144 && offset_of!(Header, prefix_floor) == 152);
+    assert!(offset_of!(Header, time_base) == 256 && offset_of!(Header, clean) == 264);
+    assert!(offset_of!(Header, clean_ms) == 272 && offset_of!(Header, clean_real_ms) == 280);
+    assert!(offset_of!(Header, boot_id) == 288 && offset_of!(Header, sweep_due) == 304);
+    assert!(offset_of!(Header, prefix_lock) == 312 && size_of::<Header>() == 384);
 
     assert!(offset_of!(RowCells, pid) == 8 && offset_of!(RowCells, state) == 12);
     assert!(offset_of!(RowCells, generation) == 16 && offset_of!(RowCells, started_ms) == 24);
@@ -194,137 +334,34 @@ const _: () = {
     assert!(size_of::<RowCells>() == 2176 && size_of::<Cell>() == 128);
     assert!(offset_of!(Cell, length) == 8 && offset_of!(Cell, text) == 16);
 
-    assert!(size_of::<RobustMutex>() == 64 && offset_of!(ShardHead, dirty) == 64);
-    assert!(offset_of!(ShardHead, suspect) == 68 && offset_of!(ShardHead, head) == 72);
-    assert!(offset_of!(ShardHead, tail) == 80 && offset_of!(ShardHead, live_bytes) == 88);
-    assert!(offset_of!(ShardHead, dead_bytes) == 96 && offset_of!(ShardHead, entries) == 104);
-    assert!(offset_of!(ShardHead, counters) == 128 && size_of::<Counters>() == 80);
-    assert!(size_of::<ShardHead>() == 256);
+    assert!(offset_of!(MemberHead, epoch) == 8 && offset_of!(MemberHead, pins_taken) == 16);
+    assert!(offset_of!(MemberHead, pins) == 128 && size_of::<PinCell>() == 16 && MEMBER_HEAD == 640);
+    assert!(offset_of!(PinCell, size) == 8 && offset_of!(Tally, stale) == 16 && offset_of!(Tally, renders) == 40);
+    assert!(TALLY_BYTES == 64);
+
+    assert!(offset_of!(PrefixCell, length) == 8 && offset_of!(PrefixCell, swept) == 12);
+    assert!(offset_of!(PrefixCell, text) == 16 && PREFIX_BYTES == 128);
+    assert!(offset_of!(LeaseCell, turn) == 8 && offset_of!(LeaseCell, waiters) == 12 && LEASE_BYTES == 64);
+
+    assert!(offset_of!(ShardHead, suspect) == 4 && offset_of!(ShardHead, floors) == 64);
+    assert!(offset_of!(ShardHead, rings) == 128 && size_of::<RingHead>() == 16);
+    assert!(offset_of!(ShardHead, books) == 160 && offset_of!(ShardHead, ghost_seq) == 192);
+    assert!(offset_of!(ShardHead, sweep_at) == 200 && offset_of!(ShardHead, restarts) == 208);
+    assert!(offset_of!(ShardHead, intent) == 256 && size_of::<Intent>() == 64 && offset_of!(Intent, books) == 24);
+    assert!(offset_of!(ShardHead, counters) == 320 && size_of::<Counters>() == 128 && SHARD_HEAD == 512);
+    assert!(BUCKET_BYTES == 64 && offset_of!(Bucket, visits) == 56 && size_of::<GhostBucket>() == 64);
 
     assert!(size_of::<RecordHead>() == 8 && offset_of!(EntryHead, hash) == 8);
-    assert!(offset_of!(EntryHead, next) == 16 && offset_of!(EntryHead, position) == 24);
-    assert!(offset_of!(EntryHead, expires_ms) == 32 && offset_of!(EntryHead, snapshot) == 40);
-    assert!(offset_of!(EntryHead, key_len) == 48 && offset_of!(EntryHead, tag_count) == 52);
-    assert!(offset_of!(EntryHead, value_len) == 56 && ENTRY_HEAD == 64);
+    assert!(offset_of!(EntryHead, position) == 16 && offset_of!(EntryHead, snapshot) == 24);
+    assert!(offset_of!(EntryHead, stored_ms) == 32 && offset_of!(EntryHead, expires_ms) == 40);
+    assert!(offset_of!(EntryHead, stale_ms) == 48 && offset_of!(EntryHead, error_ms) == 52);
+    assert!(offset_of!(EntryHead, cost_ms) == 56 && offset_of!(EntryHead, tag_count) == 60);
+    assert!(offset_of!(EntryHead, key_len) == 64 && offset_of!(EntryHead, meta_len) == 68);
+    assert!(offset_of!(EntryHead, value_len) == 72 && ENTRY_HEAD == 80);
 };
 
-/// Tells apart builds that would disagree about the bytes though the version is the same: byte order, word size,
-/// and the C library's mutex.
+/// Tells apart builds that would disagree about the bytes though the version is the same: byte order and word size.
 pub(crate) const FINGERPRINT: u64 = {
     let order = if cfg!(target_endian = "little") { 1 } else { 2 };
-    let words = size_of::<usize>() as u64;
-    let mutex = size_of::<libc::pthread_mutex_t>() as u64;
-    let library = if cfg!(target_env = "musl") { 2 } else { 1 };
-    order | words << 8 | mutex << 16 | library << 32
+    order | (size_of::<usize>() as u64) << 8
 };
-
-/// Where everything is, computed from the plan and nothing else.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Geometry {
-    pub(crate) rows: u32,
-    pub(crate) rows_at: u64,
-    pub(crate) tags_at: u64,
-    /// A power of two, or 0 without a cache.
-    pub(crate) tag_slots: u64,
-    pub(crate) shards_at: u64,
-    /// A power of two, or 0 without a cache.
-    pub(crate) shards: u64,
-    pub(crate) shard_bytes: u64,
-    /// For each shard; a power of two.
-    pub(crate) buckets: u64,
-    pub(crate) ring_len: u64,
-    /// The largest record an entry may take, header included.
-    pub(crate) max_record: u64,
-    pub(crate) total: u64,
-}
-
-impl Geometry {
-    pub(crate) fn of(plan: &Plan) -> Result<Geometry, SegmentError> {
-        let Plan { cache_bytes, rows } = *plan;
-        if rows > MOST_ROWS {
-            return Err(SegmentError::TooManyRows { asked: rows, most: MOST_ROWS });
-        }
-        if cache_bytes > LARGEST_CACHE {
-            let source = std::io::ErrorKind::OutOfMemory.into();
-            return Err(SegmentError::NoMemory { bytes: cache_bytes, source });
-        }
-        let rows_at = PAGE;
-        let tags_at = rows_at + (u64::from(rows) * ROW_BYTES).next_multiple_of(PAGE);
-        let without = Geometry {
-            rows,
-            rows_at,
-            tags_at,
-            tag_slots: 0,
-            shards_at: tags_at,
-            shards: 0,
-            shard_bytes: 0,
-            buckets: 0,
-            ring_len: 0,
-            max_record: 0,
-            total: tags_at,
-        };
-        match cache_bytes {
-            0 => Ok(without),
-            1..SMALLEST_CACHE => Err(SegmentError::CacheTooSmall { asked: cache_bytes, least: SMALLEST_CACHE }),
-            SMALLEST_CACHE.. => Ok(without.with_cache(cache_bytes)),
-        }
-    }
-
-    fn with_cache(self, cache_bytes: u64) -> Geometry {
-        let tag_slots = floor_power_of_two(cache_bytes / CACHE_BYTES_PER_TAG_SLOT).clamp(1 << 10, 1 << 18);
-        let shards_at = self.tags_at + (tag_slots * 8).next_multiple_of(PAGE);
-        let shards = floor_power_of_two(cache_bytes / SMALLEST_SHARD).clamp(1, MOST_SHARDS);
-        let shard_bytes = cache_bytes / shards / PAGE * PAGE;
-        let buckets = floor_power_of_two(shard_bytes / SHARD_BYTES_PER_BUCKET);
-        let ring_len = (shard_bytes - SHARD_HEAD - buckets * 8) / GRAIN * GRAIN;
-        // An entry and the pad in front of it then always fit into half the ring.
-        let max_record = (ring_len / 4).min(1 << 30) / GRAIN * GRAIN;
-        let total = shards_at + shards * shard_bytes;
-        Geometry { tag_slots, shards_at, shards, shard_bytes, buckets, ring_len, max_record, total, ..self }
-    }
-}
-
-/// The largest power of two that is not larger than `value`; 1 for 0.
-const fn floor_power_of_two(value: u64) -> u64 {
-    if value == 0 { 1 } else { 1 << value.ilog2() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn geometry(cache_bytes: u64, rows: u32) -> Geometry {
-        Geometry::of(&Plan { cache_bytes, rows }).unwrap()
-    }
-
-    #[test]
-    fn parts_neither_overlap_nor_leave_the_segment() {
-        for cache_bytes in [0, 262_144, 262_145, 1 << 20, 4 << 20, (9 << 20) + 777, 64 << 20, (1 << 40) + 5, 1 << 46] {
-            for rows in [0, 1, 5, 256, MOST_ROWS] {
-                let g = geometry(cache_bytes, rows);
-                assert!(g.rows_at + u64::from(rows) * ROW_BYTES <= g.tags_at);
-                assert!(g.tags_at + g.tag_slots * 8 <= g.shards_at);
-                assert_eq!(g.shards_at + g.shards * g.shard_bytes, g.total);
-                if cache_bytes > 0 {
-                    assert!(SHARD_HEAD + g.buckets * 8 + g.ring_len <= g.shard_bytes);
-                    assert!(g.ring_len > g.shard_bytes * 9 / 10);
-                    assert!(g.tag_slots.is_power_of_two() && g.shards.is_power_of_two());
-                    assert!(g.shards == 1 || g.shard_bytes >= SMALLEST_SHARD);
-                    assert_eq!(g.max_record % GRAIN, 0);
-                    assert!(u32::try_from(g.max_record).is_ok());
-                }
-            }
-        }
-        assert_eq!(geometry(64 << 20, 8).shards, 16);
-        assert_eq!(geometry(9 << 20, 8).shards, 2);
-    }
-
-    #[test]
-    fn refuses_absurd_plans() {
-        let plan = |cache_bytes, rows| Geometry::of(&Plan { cache_bytes, rows });
-        assert!(matches!(plan(1, 0), Err(SegmentError::CacheTooSmall { .. })));
-        assert!(matches!(plan(SMALLEST_CACHE - 1, 0), Err(SegmentError::CacheTooSmall { .. })));
-        assert!(matches!(plan(u64::MAX, 0), Err(SegmentError::NoMemory { .. })));
-        assert!(matches!(plan(0, u32::MAX), Err(SegmentError::TooManyRows { .. })));
-    }
-}

@@ -7,7 +7,7 @@
 //! ```
 //! use forkyard_shm::{Options, Plan, Segment, State};
 //!
-//! let segment = Segment::create(&Plan { cache_bytes: 8 << 20, rows: 4 })?;
+//! let segment = Segment::create(&Plan { cache_bytes: 8 << 20, rows: 4, ..Plan::default() })?;
 //! // ... fork; in the child with slot 0 of generation 1:
 //! let row = segment.scoreboard().claim(0, std::process::id(), 1).expect("there are four rows");
 //! row.set_state(State::Ready);
@@ -68,30 +68,56 @@
 mod audit;
 mod cache;
 mod clock;
+#[doc(hidden)]
+pub mod crash;
 mod entry;
 mod error;
+mod fork;
+mod futex;
+mod geometry;
+mod ghosts;
+mod index;
+mod judge;
 mod layout;
+mod lease;
+mod list;
 mod lock;
 mod map;
-mod ring;
+mod member;
+mod options;
+mod pin;
+mod pinned;
+mod prefixes;
+mod read;
+mod room;
 mod scoreboard;
 mod segment;
+mod shard;
+mod stats;
+mod sweep;
+mod sync;
 mod tags;
 
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
 pub use cache::Held;
-pub use cache::{Cache, Options, Stats};
+pub use cache::Cache;
 pub use error::{Refused, SegmentError};
+pub use list::{Distribution, Listed};
+pub use options::Options;
+pub use pinned::Pinned;
 pub use scoreboard::{InFlight, Row, Scoreboard, Serving, Snapshot, State};
 pub use segment::Segment;
+pub use stats::Stats;
 pub use tags::Clock;
 
 /// What a segment is to hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Bytes for the page cache: at least 256 KiB, or 0 for none.
     pub cache_bytes: u64,
     /// Rows of the scoreboard: one for each process that is to have one.
     pub rows: u32,
+    /// The largest value the cache takes, in bytes; 0 for a 64th of the cache, but at least a MiB, as far as there is room.
+    pub max_entry: u64,
 }

@@ -8,16 +8,14 @@
 #![expect(unsafe_code, reason = "the fence around the mapped memory")]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-
-use memmap2::{MmapOptions, MmapRaw};
 
 /// A type that may be viewed in place in memory that other processes write.
 ///
 /// # Safety
-/// The type is `repr(C)`, every byte of it lies inside an `UnsafeCell` (an atomic, or the lock), and every bit pattern
-/// is a valid value, so that a reference stays sound whatever another process stores there.
+/// The type is `repr(C)`, every byte of it lies inside an `UnsafeCell` (an atomic), and every bit pattern is a valid value,
+/// so that a reference stays sound whatever another process stores there.
 pub(crate) unsafe trait Plain {}
 
 // SAFETY: one atomic word, valid for every bit pattern.
@@ -26,17 +24,88 @@ unsafe impl Plain for AtomicU64 {}
 /// A shared mapping of a whole segment; unmapped on drop.
 #[derive(Debug)]
 pub(crate) struct Map {
-    raw: MmapRaw,
+    memory: Memory,
+}
+
+#[cfg(not(miri))]
+type Memory = memmap2::MmapRaw;
+
+/// Miri knows no shared mappings: there a segment is memory of one process.
+#[cfg(miri)]
+#[derive(Debug)]
+struct Memory {
+    bytes: *mut u8,
+    layout: std::alloc::Layout,
+}
+
+#[cfg(miri)]
+mod heap {
+    use super::Memory;
+
+    // SAFETY: the memory is reached through atomics and the copies of this file only.
+    unsafe impl Send for Memory {}
+    // SAFETY: as above.
+    unsafe impl Sync for Memory {}
+
+    impl Memory {
+        pub(super) fn new(len: usize) -> Memory {
+            let layout = std::alloc::Layout::from_size_align(len, 4096).unwrap();
+            // SAFETY: the length is not 0.
+            Memory { bytes: unsafe { std::alloc::alloc_zeroed(layout) }, layout }
+        }
+        pub(super) fn len(&self) -> usize {
+            self.layout.size()
+        }
+        pub(super) fn as_mut_ptr(&self) -> *mut u8 {
+            self.bytes
+        }
+    }
+
+    impl Drop for Memory {
+        fn drop(&mut self) {
+            // SAFETY: allocated with this layout.
+            unsafe { std::alloc::dealloc(self.bytes, self.layout) }
+        }
+    }
 }
 
 impl Map {
     /// Maps the first `len` bytes of `fd`, shared and writable.
     ///
-    /// The caller has made sure that the file is at least that long and sealed against shrinking;
+    /// The caller has made sure that the file is at least that long and sealed against shrinking, or locked by us;
     /// otherwise touching it could raise SIGBUS (which is no memory error, but kills the process).
+    #[cfg(not(miri))]
     pub(crate) fn new(fd: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
+        use std::os::fd::AsRawFd;
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        Ok(Map { raw: MmapOptions::new().len(len).map_raw(fd.as_raw_fd())? })
+        Ok(Map { memory: memmap2::MmapOptions::new().len(len).map_raw(fd.as_raw_fd())? })
+    }
+
+    /// Memory in the place of the file.
+    #[cfg(miri)]
+    pub(crate) fn new(_: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
+        Ok(Map { memory: Memory::new(usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?) })
+    }
+
+    /// Asks for huge pages, and has all pages mapped now, so that no request pays for it. That either fails is no loss.
+    #[cfg(not(miri))]
+    pub(crate) fn warm(&self) {
+        let _ = self.memory.advise(memmap2::Advice::HugePage);
+        let _ = self.memory.advise(memmap2::Advice::PopulateWrite);
+    }
+
+    #[cfg(miri)]
+    pub(crate) fn warm(&self) {}
+
+    /// Writes a file's mapping back to its disk.
+    #[cfg(not(miri))]
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        self.memory.flush()
+    }
+
+    #[cfg(miri)]
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        Ok(())
     }
 
     /// The `T` at `offset`, if it lies inside the mapping and is aligned.
@@ -60,14 +129,17 @@ impl Map {
     /// Copies `bytes` to `offset`.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Option<()> {
         let to = self.range(offset, bytes.len() as u64)?;
-        // SAFETY: the target lies inside the mapping and `bytes`, a Rust slice, does not. No reference to the target
-        // can be harmed: only `Plain` ones exist. The caller holds the shard's lock, so no well-behaved process
-        // touches the range meanwhile; an ill-behaved one can spoil the bytes copied, nothing else.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        // SAFETY: the target lies inside the mapping and `bytes`, a Rust slice, does not; no reference into the target can
+        // be harmed, as only `Plain` ones exist, and pinned ranges, which nobody who holds the lock writes to. Another
+        // process may read or write the target meanwhile: `copy` is a copy of bytes that may change.
+        unsafe { copy(bytes.as_ptr(), to, bytes.len()) };
         Some(())
     }
 
     /// Appends the `len` bytes at `offset` to `out`, which must have the room already: this never allocates.
+    ///
+    /// Another process may write there meanwhile: what was copied is some mixture of bytes, which the caller has to
+    /// find out and drop.
     pub(crate) fn read(&self, offset: u64, len: u64, out: &mut Vec<u8>) -> Option<()> {
         let from = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
@@ -75,23 +147,38 @@ impl Map {
         if spare.len() < len {
             return None;
         }
-        // SAFETY: the source lies inside the mapping, the target is private memory with room for `len` bytes. Under
-        // the shard's lock no well-behaved process writes the source; a byte from an ill-behaved one is still a byte.
-        unsafe { std::ptr::copy_nonoverlapping(from.cast_const(), spare.as_mut_ptr().cast::<u8>(), len) };
+        // SAFETY: the source lies inside the mapping, the target is private memory with room for `len` bytes.
+        unsafe { copy(from.cast_const(), spare.as_mut_ptr().cast::<u8>(), len) };
         let filled = out.len() + len;
         // SAFETY: the `len` bytes after the old length were written just above, and the capacity was checked.
         unsafe { out.set_len(filled) };
         Some(())
     }
 
-    /// Moves `len` bytes from one place in the mapping to another; the two may overlap.
+    /// Copies `len` bytes from one place in the mapping to another; `None` also if the two overlap.
     pub(crate) fn shift(&self, from: u64, to: u64, len: u64) -> Option<()> {
+        let apart = from.checked_add(len)? <= to || to.checked_add(len)? <= from;
         let from = self.range(from, len)?;
         let to = self.range(to, len)?;
         let len = usize::try_from(len).ok()?;
-        // SAFETY: both ranges lie inside the mapping; `copy` allows overlap; as to other processes see `write`.
-        unsafe { std::ptr::copy(from.cast_const(), to, len) };
+        if !apart {
+            return None;
+        }
+        // SAFETY: both ranges lie inside the mapping and do not overlap; as to other processes see `write`.
+        unsafe { copy(from.cast_const(), to, len) };
         Some(())
+    }
+
+    /// The bytes of a pinned entry, in place.
+    ///
+    /// The caller holds a pin on the entry that they lie in, and found the entry valid after the pin was set: from then
+    /// on no member of the segment writes there until the pin is gone. A process that keeps to no rule can change
+    /// them; see "Whom this trusts" in the crate's documentation.
+    pub(crate) fn pinned(&self, offset: u64, len: u64) -> Option<&[u8]> {
+        let start = self.range(offset, len)?;
+        let len = usize::try_from(len).ok()?;
+        // SAFETY: inside the mapping, which lives as long as `self`, and unchanged while the caller holds the pin.
+        Some(unsafe { std::slice::from_raw_parts(start.cast_const(), len) })
     }
 
     /// Whether the bytes at `offset`, which must be a multiple of 8, are `bytes`.
@@ -111,12 +198,56 @@ impl Map {
     /// The start of `len` bytes at `offset`, if they lie inside the mapping.
     fn range(&self, offset: u64, len: u64) -> Option<*mut u8> {
         let end = offset.checked_add(len)?;
-        if end > self.raw.len() as u64 {
+        if end > self.memory.len() as u64 {
             return None;
         }
         let offset = usize::try_from(offset).ok()?;
         // SAFETY: `offset <= end <= len of the mapping`, so the result stays within it or one past its end.
-        Some(unsafe { self.raw.as_mut_ptr().add(offset) })
+        Some(unsafe { self.memory.as_mut_ptr().add(offset) })
+    }
+}
+
+/// Copies bytes that another process may change meanwhile.
+///
+/// To the compiler this is an opaque instruction, not a read of Rust memory: a race with another process (or thread) gives some
+/// mixture of old and new bytes, and no undefined behaviour. It is as fast as `memcpy`.
+///
+/// # Safety
+/// `len` bytes can be read at `from` and written at `to`, and the two do not overlap.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: as the caller promises; the direction flag is clear by the ABI.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rcx") len => _,
+            inout("rdi") to => _,
+            inout("rsi") from => _,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// As above, for machines without such an instruction: word by word, atomically where both sides are aligned.
+///
+/// # Safety
+/// `len` bytes can be read at `from` and written at `to`, and the two do not overlap.
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    use std::sync::atomic::AtomicU8;
+
+    let word = size_of::<AtomicU64>();
+    let aligned = from.cast::<AtomicU64>().is_aligned() && to.cast::<AtomicU64>().is_aligned();
+    let words = if aligned { len / word } else { 0 };
+    for at in (0..words * word).step_by(word) {
+        // SAFETY: inside both ranges, and aligned. That one of the two may be private memory does no harm.
+        let (from, to) = unsafe { (&*from.add(at).cast::<AtomicU64>(), &*to.add(at).cast::<AtomicU64>()) };
+        to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+    for at in words * word..len {
+        // SAFETY: inside both ranges.
+        let (from, to) = unsafe { (&*from.add(at).cast::<AtomicU8>(), &*to.add(at).cast::<AtomicU8>()) };
+        to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
@@ -159,9 +290,10 @@ pub(crate) mod tests {
         assert_eq!(map.equals(16, b"hello, worle"), Some(false));
         assert_eq!(map.equals(16, b"hello, w"), Some(true));
         assert_eq!(map.equals(16, b""), Some(true));
-        map.shift(16, 21, 12).unwrap();
+        map.shift(16, 40, 12).unwrap();
+        assert_eq!(map.shift(16, 21, 12), None, "they overlap");
         let mut out = Vec::with_capacity(64);
-        map.read(16, 17, &mut out).unwrap();
-        assert_eq!(out, b"hellohello, world");
+        map.read(40, 12, &mut out).unwrap();
+        assert_eq!(out, b"hello, world");
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use crate::clock::now_ms;
+use crate::clock::monotonic_ms;
 use crate::layout::{CELLS, Cell, ROW_BYTES, RowCells, TEXT_WORDS};
 use crate::segment::Inner;
 
@@ -143,7 +143,7 @@ impl Scoreboard {
         row.requests.store(0, Ordering::Relaxed);
         row.connections.store(0, Ordering::Relaxed);
         row.in_flight.store(0, Ordering::Relaxed);
-        row.started_ms.store(now_ms(), Ordering::Relaxed);
+        row.started_ms.store(monotonic_ms(), Ordering::Relaxed);
         row.generation.store(generation, Ordering::Relaxed);
         row.pid.store(pid, Ordering::Relaxed);
         row.state.store(State::Starting.to_word(), Ordering::Release);
@@ -157,7 +157,7 @@ impl Scoreboard {
         let mut snapshot = None;
         for _ in 0..READS {
             let epoch = row.epoch.load(Ordering::Acquire);
-            snapshot = Some(Snapshot::of(row, now_ms()));
+            snapshot = Some(Snapshot::of(row, monotonic_ms()));
             if row.epoch.load(Ordering::Acquire) == epoch {
                 break;
             }
@@ -237,7 +237,7 @@ impl InFlight {
     /// What is being served, as the scoreboard has it: "GET /path", cut. Empty if the row had no room for it.
     pub fn what(&self) -> String {
         let cell = self.cell.and_then(|index| self.held.row()?.cells.get(index));
-        cell.and_then(|cell| cell.read(now_ms())).map(|request| request.what).unwrap_or_default()
+        cell.and_then(|cell| cell.read(monotonic_ms())).map(|request| request.what).unwrap_or_default()
     }
 }
 
@@ -291,7 +291,7 @@ impl Cell {
             word.store(u64::from_le_bytes(whole), Ordering::Relaxed);
         }
         self.length.store(length as u64, Ordering::Relaxed);
-        self.stamp_ms.store(now_ms(), Ordering::Release);
+        self.stamp_ms.store(monotonic_ms(), Ordering::Release);
     }
 
     /// `None` if the cell is free, or was reused while it was read.
@@ -345,7 +345,7 @@ mod tests {
     use crate::{Plan, Segment};
 
     fn scoreboard(rows: u32) -> Scoreboard {
-        Segment::create(&Plan { cache_bytes: 0, rows }).unwrap().scoreboard()
+        Segment::create(&Plan { rows, ..Plan::default() }).unwrap().scoreboard()
     }
 
     #[test]

@@ -17,9 +17,12 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::Plan;
 use crate::cache::Cache;
+use crate::clock::monotonic_ms;
 use crate::error::SegmentError;
-use crate::layout::{FINGERPRINT, Geometry, Header, MAGIC, ShardHead, VERSION};
+use crate::geometry::Geometry;
+use crate::layout::{FINGERPRINT, GRAIN, Header, MAGIC, ShardHead, VERSION};
 use crate::map::Map;
+use crate::member::Membership;
 use crate::scoreboard::Scoreboard;
 
 /// A mapped segment: a cheap handle, to be cloned and shared between threads, and inherited by forked children.
@@ -37,7 +40,10 @@ pub(crate) struct Inner {
     pub(crate) map: Map,
     pub(crate) geometry: Geometry,
     pub(crate) seed: u64,
-    fd: OwnedFd,
+    /// What is added to the monotonic clock, so that the segment's clock goes on when a file is used again.
+    pub(crate) time_base: u64,
+    pub(crate) membership: Membership,
+    pub(crate) fd: OwnedFd,
 }
 
 impl Segment {
@@ -50,8 +56,9 @@ impl Segment {
         let fd = memory_file(geometry.total)?;
         let map = Map::new(fd.as_fd(), geometry.total).map_err(|error| system("map the shared segment", error))?;
         let seed = RandomState::new().build_hasher().finish(); // keyed by the system's random numbers
-        let inner = Inner { map, geometry, seed, fd };
-        inner.init_locks()?;
+        map.warm();
+        let inner = Inner { map, geometry, seed, time_base: 0, membership: Membership::new(), fd };
+        inner.init_shards().ok_or(BAD_GEOMETRY)?;
         inner.write_header(plan).ok_or(BAD_GEOMETRY)?;
         Ok(Segment { inner: Arc::new(inner) })
     }
@@ -75,7 +82,9 @@ impl Segment {
         let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the shared segment", error))?;
         let header = map.at::<Header>(0).ok_or(unusable("it is too short"))?;
         let (geometry, seed) = checked_header(header, len)?;
-        Ok(Segment { inner: Arc::new(Inner { map, geometry, seed, fd }) })
+        let time_base = header.time_base.load(Ordering::Relaxed);
+        let membership = Membership::new();
+        Ok(Segment { inner: Arc::new(Inner { map, geometry, seed, time_base, membership, fd }) })
     }
 
     /// The descriptor, to be inherited or sent. It is close-on-exec: whoever execs clears that on purpose.
@@ -101,20 +110,26 @@ impl Segment {
 }
 
 impl Inner {
-    /// The offset of a shard.
-    pub(crate) fn shard_at(&self, index: u64) -> u64 {
-        self.geometry.shards_at + index * self.geometry.shard_bytes
+    /// Milliseconds of the segment's clock, never 0. It goes on when a file is used again.
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.time_base.wrapping_add(monotonic_ms())
     }
 
-    fn init_locks(&self) -> Result<(), SegmentError> {
-        for index in 0..self.geometry.shards {
-            let head = self.map.at::<ShardHead>(self.shard_at(index)).ok_or(BAD_GEOMETRY)?;
-            head.lock.init().map_err(|error| system("initialise a lock in the shared segment", error))?;
-            // Position 0 means "none" in chains, so the log starts one lap later.
-            head.tail.store(self.geometry.ring_len, Ordering::Relaxed);
-            head.head.store(self.geometry.ring_len, Ordering::Relaxed);
+    pub(crate) fn header(&self) -> Option<&Header> {
+        self.map.at(0)
+    }
+
+    /// Position 0 means "none" in a slot, so the logs start behind it.
+    fn init_shards(&self) -> Option<()> {
+        for number in 0..self.geometry.shards {
+            let head: &ShardHead = self.map.at(self.geometry.shard_at(number))?;
+            for (ring, floor) in head.rings.iter().zip(&head.floors) {
+                ring.head.store(GRAIN, Ordering::Relaxed);
+                ring.clear_to.store(GRAIN, Ordering::Relaxed);
+                floor.store(GRAIN, Ordering::Relaxed);
+            }
         }
-        Ok(())
+        Some(())
     }
 
     fn write_header(&self, plan: &Plan) -> Option<()> {
@@ -125,6 +140,7 @@ impl Inner {
         header.cache_bytes.store(plan.cache_bytes, Ordering::Relaxed);
         header.total.store(self.geometry.total, Ordering::Relaxed);
         header.seed.store(self.seed, Ordering::Relaxed);
+        header.max_entry.store(plan.max_entry, Ordering::Relaxed);
         header.checksum.store(checksum(header), Ordering::Relaxed);
         header.magic.store(MAGIC, Ordering::Release);
         Some(())
@@ -145,8 +161,11 @@ fn checked_header(header: &Header, len: u64) -> Result<(Geometry, u64), SegmentE
     if header.checksum.load(Ordering::Relaxed) != checksum(header) {
         return Err(unusable("its header is damaged"));
     }
-    let plan =
-        Plan { cache_bytes: header.cache_bytes.load(Ordering::Relaxed), rows: header.rows.load(Ordering::Relaxed) };
+    let plan = Plan {
+        cache_bytes: header.cache_bytes.load(Ordering::Relaxed),
+        rows: header.rows.load(Ordering::Relaxed),
+        max_entry: header.max_entry.load(Ordering::Relaxed),
+    };
     let geometry = Geometry::of(&plan).map_err(|_| unusable("its header makes no sense"))?;
     if geometry.total != len || header.total.load(Ordering::Relaxed) != len {
         return Err(unusable("its size is not what its header says"));
@@ -164,6 +183,7 @@ fn checksum(header: &Header) -> u64 {
         word(&header.cache_bytes),
         word(&header.total),
         word(&header.seed),
+        word(&header.max_entry),
     ];
     xxh3_64(&words.map(u64::to_le_bytes).concat())
 }
@@ -223,7 +243,7 @@ mod tests {
 
     use super::*;
 
-    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 3 };
+    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 3, max_entry: 0 };
 
     /// A sealed file with these bytes.
     fn file_of(bytes: &[u8], seals: SealFlag) -> OwnedFd {
@@ -278,7 +298,7 @@ mod tests {
 
     #[test]
     fn more_than_the_machine_has_is_an_error() {
-        let result = Segment::create(&Plan { cache_bytes: 1 << 45, rows: 1 });
+        let result = Segment::create(&Plan { cache_bytes: 1 << 45, rows: 1, max_entry: 0 });
         assert!(matches!(result, Err(SegmentError::NoMemory { .. })), "{result:?}");
     }
 
@@ -291,10 +311,10 @@ mod tests {
         assert_eq!(why(Segment::attach(file_of(&good, SealFlag::F_SEAL_GROW))), "its size is not sealed");
         let no_memfd = File::open("/proc/self/exe").unwrap().into();
         assert_eq!(why(Segment::attach(no_memfd)), "it is not a sealed memory file");
-        for len in [0, 8, 255] {
+        for len in [0, 8, 383] {
             assert_eq!(why(Segment::attach(file_of(&good[..len], all))), "it is too short");
         }
-        for len in [256, 4096, good.len() - 4096, good.len() - 1] {
+        for len in [384, 4096, good.len() - 4096, good.len() - 1] {
             assert_eq!(why(Segment::attach(file_of(&good[..len], all))), "its size is not what its header says");
         }
         let longer = [&good[..], &[0; 4096]].concat();
@@ -303,8 +323,8 @@ mod tests {
 
     #[test]
     fn attach_refuses_any_flipped_bit_of_the_fixed_header() {
-        let good = bytes_of(&Segment::create(&Plan { cache_bytes: 0, rows: 3 }).unwrap());
-        for bit in 0..56 * 8 {
+        let good = bytes_of(&Segment::create(&Plan { rows: 3, ..Plan::default() }).unwrap());
+        for bit in 0..64 * 8 {
             let mut bad = good.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
             why(Segment::attach(file_of(&bad, seals_of_a_segment())));
@@ -325,7 +345,8 @@ mod tests {
     #[test]
     fn the_parts_fit() {
         let inner = Segment::create(&PLAN).unwrap().inner;
-        assert_eq!(inner.shard_at(inner.geometry.shards), inner.geometry.total);
-        assert!(inner.map.at::<ShardHead>(inner.shard_at(0)).is_some());
+        let geometry = inner.geometry;
+        assert_eq!(geometry.shard_at(geometry.shards), geometry.total);
+        assert!(inner.map.at::<ShardHead>(geometry.shard_at(0)).is_some());
     }
 }

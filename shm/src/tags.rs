@@ -63,7 +63,8 @@ impl<'a> TagClock<'a> {
         self.cleared.load(Ordering::SeqCst) <= snapshot
     }
 
-    fn tick(self) -> u64 {
+    /// The next moment.
+    pub(crate) fn tick(self) -> u64 {
         self.now.fetch_add(1, Ordering::SeqCst) + 1
     }
 
@@ -82,7 +83,7 @@ mod tests {
 
     #[test]
     fn purges_are_seen_by_what_was_rendered_before() {
-        let segment = Segment::create(&Plan { cache_bytes: 256 * 1024, rows: 0 }).unwrap();
+        let segment = Segment::create(&Plan { cache_bytes: 256 * 1024, ..Plan::default() }).unwrap();
         let cache = segment.cache();
         let clock = cache.tag_clock().unwrap();
         let (one, other) = (0x0000_0001_0000_0002, 0x0000_0003_0000_0004);
@@ -101,7 +102,7 @@ mod tests {
 
     #[test]
     fn without_a_cache_there_is_no_clock() {
-        let segment = Segment::create(&Plan { cache_bytes: 0, rows: 1 }).unwrap();
+        let segment = Segment::create(&Plan { rows: 1, ..Plan::default() }).unwrap();
         assert!(segment.cache().tag_clock().is_none());
     }
 }

@@ -1,0 +1,154 @@
+//! The index of a shard: buckets of seven slots, each slot one word that says where an entry lies.
+//!
+//! A key has two buckets. A new entry goes into the first unless that is full, so that most lookups touch one cache line,
+//! on which the visits lie as well. A slot is changed by one store, under the shard's lock; readers load it without.
+//!
+//! A position names a byte of a ring's endless log; it is never used twice. So a slot's word cannot come to mean
+//! another entry while a reader looks away.
+//!
+//! May not: read entries.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use crate::layout::{Bucket, GRAIN, SLOTS};
+
+/// A hit raises an entry's visits up to this.
+pub(crate) const MOST_VISITS: u8 = 3;
+
+const FINGERPRINT_SHIFT: u32 = 53;
+const RING_SHIFT: u32 = 52;
+const POSITION_MASK: u64 = (1 << RING_SHIFT) - 1;
+
+/// One of the two rings of a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ring {
+    /// What is new.
+    Small,
+    /// What was asked for again.
+    Main,
+}
+
+/// Where an entry lies: the meaning of a slot's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) ring: Ring,
+    pub(crate) position: u64,
+}
+
+/// A slot, and its visits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot<'a> {
+    pub(crate) number: u64,
+    pub(crate) word: &'a AtomicU64,
+    pub(crate) visits: &'a AtomicU8,
+}
+
+/// All slots of a shard.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Index<'a> {
+    pub(crate) buckets: &'a [Bucket],
+}
+
+impl Ring {
+    pub(crate) const BOTH: [Ring; 2] = [Ring::Small, Ring::Main];
+
+    pub(crate) fn of<T>(self, pair: &[T; 2]) -> &T {
+        match self {
+            Ring::Small => &pair[0],
+            Ring::Main => &pair[1],
+        }
+    }
+}
+
+impl Place {
+    /// The word for a slot, with some bits of the key's hash.
+    pub(crate) fn word(self, hash: u64) -> u64 {
+        let ring = match self.ring {
+            Ring::Small => 0,
+            Ring::Main => 1,
+        };
+        hash >> FINGERPRINT_SHIFT << FINGERPRINT_SHIFT | ring << RING_SHIFT | self.position / GRAIN
+    }
+
+    /// `None` for the word of a free slot.
+    pub(crate) fn of(word: u64) -> Option<Place> {
+        let ring = if word >> RING_SHIFT & 1 == 0 { Ring::Small } else { Ring::Main };
+        (word != 0).then_some(Place { ring, position: (word & POSITION_MASK) * GRAIN })
+    }
+}
+
+impl<'a> Index<'a> {
+    /// The slots that an entry with this hash may be in, those of its first bucket first.
+    pub(crate) fn candidates(self, hash: u64) -> impl Iterator<Item = Slot<'a>> {
+        self.buckets_of(hash).into_iter().flat_map(move |bucket| self.slots_of(bucket))
+    }
+
+    /// Those of them whose word may be for this hash.
+    pub(crate) fn matches(self, hash: u64) -> impl Iterator<Item = (Slot<'a>, u64)> {
+        let words = self.candidates(hash).map(|slot| (slot, slot.word.load(Ordering::Acquire)));
+        words.filter(move |&(_, word)| word != 0 && word >> FINGERPRINT_SHIFT == hash >> FINGERPRINT_SHIFT)
+    }
+
+    pub(crate) fn len(self) -> u64 {
+        (self.buckets.len() * SLOTS) as u64
+    }
+
+    /// A slot by its number.
+    pub(crate) fn slot(self, number: u64) -> Option<Slot<'a>> {
+        let number_in_bucket = usize::try_from(number % SLOTS as u64).ok()?;
+        let bucket = self.buckets.get(usize::try_from(number / SLOTS as u64).ok()?)?;
+        let (word, visits) = (bucket.slots.get(number_in_bucket)?, bucket.visits.get(number_in_bucket)?);
+        Some(Slot { number, word, visits })
+    }
+
+    fn buckets_of(self, hash: u64) -> [usize; 2] {
+        let count = self.buckets.len();
+        let first = scaled(hash, count);
+        // The high bits, which chose the shard and are the fingerprint, decide again, but stirred.
+        let second = scaled((hash ^ hash >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32, count);
+        [first, if second == first { (first + 1) % count.max(1) } else { second }]
+    }
+
+    fn slots_of(self, bucket: usize) -> impl Iterator<Item = Slot<'a>> {
+        let found = self.buckets.get(bucket);
+        found.into_iter().flat_map(move |cells| {
+            let slots = cells.slots.iter().zip(&cells.visits).enumerate();
+            slots.map(move |(at, (word, visits))| Slot { number: (bucket * SLOTS + at) as u64, word, visits })
+        })
+    }
+}
+
+impl Slot<'_> {
+    /// Somebody asked for the entry. Writes nothing when enough did: a hot page's cache line stays shared.
+    pub(crate) fn visit(self) {
+        let visits = self.visits.load(Ordering::Relaxed);
+        if visits < MOST_VISITS {
+            self.visits.store(visits + 1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The low half of `hash`, scaled to `0..count`.
+fn scaled(hash: u64, count: usize) -> usize {
+    usize::try_from((hash & 0xffff_ffff) * count as u64 >> 32).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_survives_its_word() {
+        for ring in Ring::BOTH {
+            for position in [GRAIN, 4096, GRAIN * POSITION_MASK] {
+                let place = Place { ring, position };
+                for hash in [0, 1, u64::MAX, 0x1234_5678_9abc_def0] {
+                    let word = place.word(hash);
+                    assert_eq!(Place::of(word), Some(place));
+                    assert_eq!(word >> FINGERPRINT_SHIFT, hash >> FINGERPRINT_SHIFT);
+                }
+            }
+        }
+        assert_eq!(Place::of(0), None);
+    }
+}

@@ -1,0 +1,94 @@
+//! What an entry is worth at a moment: its time, and whether it, a tag of it, or a prefix of its key was purged.
+//!
+//! May not: change anything.
+
+use std::sync::atomic::Ordering;
+
+use crate::entry::{Entry, Times};
+use crate::prefixes::Prefixes;
+use crate::tags::TagClock;
+
+/// The moment, and what was purged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Judge<'a> {
+    pub(crate) now_ms: u64,
+    pub(crate) clock: TagClock<'a>,
+    pub(crate) prefixes: Prefixes<'a>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Fresh,
+    /// Over, but may be served while somebody renders anew.
+    Stale,
+    /// Over, but may be served if rendering fails.
+    OnError,
+    Expired,
+    Purged,
+}
+
+impl Verdict {
+    /// Whether the entry is still of any use.
+    pub(crate) fn keeps(self) -> bool {
+        match self {
+            Verdict::Fresh | Verdict::Stale | Verdict::OnError => true,
+            Verdict::Expired | Verdict::Purged => false,
+        }
+    }
+}
+
+impl Judge<'_> {
+    pub(crate) fn verdict(&self, entry: &Entry<'_>) -> Verdict {
+        let times = entry.times();
+        if self.is_purged(entry, times.snapshot) { Verdict::Purged } else { freshness(&times, self.now_ms) }
+    }
+
+    /// Whether something that the entry depends on was purged after it began to be rendered.
+    fn is_purged(&self, entry: &Entry<'_>, snapshot: u64) -> bool {
+        // Nothing at all was purged since: the usual case costs one load.
+        if snapshot >= self.clock.now() {
+            return false;
+        }
+        !self.clock.outlived_clear(snapshot)
+            || !self.clock.is_current(entry.hash(), snapshot)
+            || entry.tags().iter().any(|tag| !self.clock.is_current(tag.load(Ordering::Relaxed), snapshot))
+            || self.prefixes.purged_entry(entry, snapshot)
+    }
+
+    /// Whether a page that is about to be stored is out of date already.
+    pub(crate) fn is_outdated(&self, key: &[u8], hash: u64, tags: &[u64], snapshot: u64) -> bool {
+        !self.clock.outlived_clear(snapshot)
+            || !self.clock.is_current(hash, snapshot)
+            || tags.iter().any(|&tag| !self.clock.is_current(tag, snapshot))
+            || self.prefixes.purged_key(key, snapshot)
+    }
+}
+
+/// What an entry's times alone say.
+pub(crate) fn freshness(times: &Times, now_ms: u64) -> Verdict {
+    let until = |grace_ms: u32| times.expires_ms.saturating_add(grace_ms.into());
+    if times.expires_ms == 0 || now_ms < times.expires_ms {
+        Verdict::Fresh
+    } else if now_ms < until(times.stale_ms) {
+        Verdict::Stale
+    } else if now_ms < until(times.error_ms) {
+        Verdict::OnError
+    } else {
+        Verdict::Expired
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn graces_follow_the_expiry() {
+        let times = |expires_ms| Times { snapshot: 0, stored_ms: 0, expires_ms, stale_ms: 10, error_ms: 30, cost_ms: 0 };
+        let at = |now_ms| freshness(&times(100), now_ms);
+        assert_eq!([at(99), at(100), at(109)], [Verdict::Fresh, Verdict::Stale, Verdict::Stale]);
+        assert_eq!([at(110), at(129), at(130)], [Verdict::OnError, Verdict::OnError, Verdict::Expired]);
+        assert_eq!(freshness(&times(0), u64::MAX), Verdict::Fresh);
+        assert_eq!(freshness(&times(u64::MAX), u64::MAX), Verdict::Expired);
+    }
+}

@@ -1,0 +1,124 @@
+//! Looking at what is in the cache: by prefix, and how old and how large it is.
+
+use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
+
+use crate::cache::Cache;
+use crate::entry::Entry;
+use crate::index::Place;
+use crate::judge::Verdict;
+use crate::shard::Shard;
+
+/// A page, as [`Cache::list`] shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Listed {
+    /// Its key.
+    pub key: Vec<u8>,
+    /// Length of the value in bytes.
+    pub len: u64,
+    /// How long ago it was stored.
+    pub age: Duration,
+    /// How long it is good; `None` for ever.
+    pub left: Option<Duration>,
+    /// Over, but still served while it is rendered anew, or if that fails.
+    pub stale: bool,
+    /// How many tags it has.
+    pub tags: u64,
+}
+
+/// How many pages there are of each age and size.
+///
+/// `ages[n]` counts those that were stored less than 2ⁿ seconds ago, and not in a smaller class; `sizes[n]` those whose values
+/// have less than 2ⁿ bytes. The last class takes the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Distribution {
+    /// By age.
+    pub ages: [u64; 32],
+    /// By size.
+    pub sizes: [u64; 32],
+}
+
+impl Cache {
+    /// Pages whose keys begin with `prefix`, `most` of them at the most, in no order. Takes no lock, so pages that come and go
+    /// meanwhile may be missing.
+    pub fn list(&self, prefix: impl AsRef<[u8]>, most: usize) -> Vec<Listed> {
+        let prefix = prefix.as_ref();
+        let now_ms = self.segment.now_ms();
+        let list = |entry: &Entry<'_>, verdict, holds: &dyn Fn() -> bool| {
+            if !entry.key_starts_with(prefix) || !holds() {
+                return None;
+            }
+            let mut key = Vec::with_capacity(entry.key_len());
+            entry.copy_key(&mut key)?;
+            let times = entry.times();
+            let left = times.expires_ms.saturating_sub(now_ms);
+            Some(Listed {
+                key,
+                len: entry.value_len,
+                age: Duration::from_millis(now_ms.saturating_sub(times.stored_ms)),
+                left: (times.expires_ms != 0).then_some(Duration::from_millis(left)),
+                stale: verdict != Verdict::Fresh,
+                tags: entry.tag_count,
+            })
+        };
+        self.survey(now_ms, list).take(most).collect()
+    }
+
+    /// How old and how large the pages are.
+    pub fn distribution(&self) -> Distribution {
+        let now_ms = self.segment.now_ms();
+        let mut distribution = Distribution::default();
+        let measure =
+            |entry: &Entry<'_>, _, _: &dyn Fn() -> bool| Some((entry.words.stored_ms.load(Ordering::Relaxed), entry.value_len));
+        for (stored_ms, len) in self.survey(now_ms, measure) {
+            distribution.ages[class(now_ms.saturating_sub(stored_ms) / 1000)] += 1;
+            distribution.sizes[class(len)] += 1;
+        }
+        distribution
+    }
+
+    /// Has `look` look at every entry that is of any use; what it returns counts if the entry held until then.
+    fn survey<R>(
+        &self,
+        now_ms: u64,
+        look: impl Fn(&Entry<'_>, Verdict, &dyn Fn() -> bool) -> Option<R>,
+    ) -> impl Iterator<Item = R> {
+        let judge = self.judge(now_ms);
+        let largest = self.segment.geometry.max_record;
+        let places = self.shards().flat_map(|shard| places(shard).map(move |place| (shard, place)));
+        places.filter_map(move |(shard, Place { ring, position })| {
+            let holds = || {
+                fence(Ordering::Acquire);
+                shard.floor(ring).load(Ordering::Acquire) <= position
+            };
+            let entry = shard.bytes(ring).entry(position).filter(|entry| entry.size <= largest)?;
+            let verdict = judge.as_ref()?.verdict(&entry);
+            let result = look(&entry, verdict, &holds);
+            result.filter(|_| verdict.keeps() && holds())
+        })
+    }
+}
+
+/// Where all slots of a shard lead.
+fn places(shard: Shard<'_>) -> impl Iterator<Item = Place> {
+    let slots = (0..shard.index.len()).filter_map(move |number| shard.index.slot(number));
+    slots.filter_map(|slot| Place::of(slot.word.load(Ordering::Acquire)))
+}
+
+/// The least `n` with `value < 2ⁿ`, or the last class.
+fn class(value: u64) -> usize {
+    usize::try_from(u64::BITS - value.leading_zeros()).unwrap_or(31).min(31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_are_powers_of_two() {
+        assert_eq!([0, 1, 2, 3, 4, 1023, 1024].map(class), [0, 1, 2, 2, 3, 10, 11]);
+        assert_eq!(class(u64::MAX), 31);
+    }
+}
