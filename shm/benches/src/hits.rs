@@ -21,6 +21,7 @@ use clap::Args;
 use crate::error::Error;
 use crate::hits::policy::{POLICIES, Policy};
 use crate::hits::trace::{BETWEEN_SCANS, RECIPES, Recipe, SCAN, World};
+use crate::only::Only;
 use crate::say;
 
 /// The policies that forkyard is compared with below the table.
@@ -42,9 +43,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
 
-    /// Only traces and policies whose names contain this; repeatable
-    #[arg(long, value_name = "PATTERN")]
-    only: Vec<String>,
+    #[command(flatten)]
+    only: Only,
 }
 
 /// The hits of each policy (in the order of `policies`) on one trace, in percent.
@@ -86,25 +86,10 @@ fn row(recipe: &Recipe, policies: &[&Policy], options: &Options) -> Result<Row, 
     Ok(Row { trace: recipe.name(), hits })
 }
 
-/// Patterns that match traces choose among these, and those that match policies among those.
-fn wanted(only: &[String]) -> Result<(Vec<&'static Policy>, Vec<&'static Recipe>), Error> {
-    let among = |name: &str| only.iter().any(|pattern| name.contains(pattern.as_str()));
-    let mut policies: Vec<&Policy> = POLICIES.iter().filter(|policy| among(policy.name)).collect();
-    let mut recipes: Vec<&Recipe> = RECIPES.iter().filter(|recipe| among(&recipe.name())).collect();
-    for pattern in only {
-        let found = policies.iter().any(|policy| policy.name.contains(pattern.as_str()))
-            || recipes.iter().any(|recipe| recipe.name().contains(pattern.as_str()));
-        if !found {
-            return Err(Error::NoSuchName(pattern.clone()));
-        }
-    }
-    if policies.is_empty() {
-        policies = POLICIES.iter().collect();
-    }
-    if recipes.is_empty() {
-        recipes = RECIPES.iter().collect();
-    }
-    Ok((policies, recipes))
+fn wanted(only: &Only) -> Result<(Vec<&'static Policy>, Vec<&'static Recipe>), Error> {
+    let names = POLICIES.iter().map(|policy| policy.name.to_owned());
+    only.check(&names.chain(RECIPES.iter().map(Recipe::name)).collect::<Vec<_>>())?;
+    Ok((only.choose(&POLICIES, |policy| policy.name.to_owned()), only.choose(&RECIPES, Recipe::name)))
 }
 
 fn table(out: &mut String, policies: &[&Policy], rows: &[Row]) -> std::fmt::Result {
@@ -145,10 +130,7 @@ mod tests {
 
     #[test]
     fn patterns_choose_traces_and_policies() {
-        let names = |only: &[&str]| {
-            let only: Vec<String> = only.iter().map(|&pattern| pattern.to_owned()).collect();
-            wanted(&only).map(|(policies, recipes)| (policies.len(), recipes.len()))
-        };
+        let names = |only: &[&str]| wanted(&Only::of(only)).map(|(policies, recipes)| (policies.len(), recipes.len()));
         assert_eq!(names(&[]).unwrap(), (POLICIES.len(), RECIPES.len()));
         assert_eq!(names(&["LRU"]).unwrap(), (1, RECIPES.len()));
         assert_eq!(names(&["scans"]).unwrap(), (POLICIES.len(), 1));

@@ -4,12 +4,15 @@
 //! get    what a lookup costs: in process, in shared memory, and over a socket      -> ns per operation
 //! hits   how often the eviction policy is right: replays request traces            -> hit %
 //! ```
-//! What both share is here: `sample` (who is asked for, how large it is) and `forkyard` (our cache as it is measured).
+//! What both share is here: `sample` (who is asked for, how large it is) and `forkyard` (our cache as it is measured),
+//! `only` (which rows and columns).
 //! The tables go to standard output, everything else to standard error.
 
 mod error;
 mod forkyard;
+mod get;
 mod hits;
+mod only;
 mod sample;
 
 use std::io::{self, Write as _};
@@ -29,12 +32,14 @@ struct Options {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
+    Get(get::Options),
     Hits(hits::Options),
 }
 
 fn main() -> ExitCode {
     let Options { bench } = Options::parse();
     let table = match &bench {
+        Bench::Get(options) => get::run(options),
         Bench::Hits(options) => hits::run(options),
     };
     match table.and_then(|table| io::stdout().write_all(table.as_bytes()).map_err(Error::Output)) {

@@ -1,5 +1,8 @@
 //! What is compared: textbook policies that only count bytes, and two caches that are really used.
 
+use std::collections::hash_map::DefaultHasher;
+use std::hash::BuildHasherDefault;
+
 use forkyard_shm::Options;
 use moka::sync::Cache as Moka;
 
@@ -58,13 +61,16 @@ impl Cached for Forkyard {
             assert_eq!(self.found.len(), size as usize, "a page of another size than was stored");
             return Ok(true);
         }
-        self.cache.set(key, &self.page[..size as usize], &self.options).map_err(Error::Refused)?;
+        forkyard::set(&self.cache, &key, &self.page[..size as usize], &self.options)?;
         Ok(false)
     }
 }
 
+/// Hashes alike in each run.
+type NoChance = BuildHasherDefault<DefaultHasher>;
+
 struct MokaCache {
-    cache: Moka<u32, u32>,
+    cache: Moka<u32, u32, NoChance>,
     unseen: u32,
 }
 
@@ -74,7 +80,8 @@ impl MokaCache {
 
     fn new(capacity: u64) -> MokaCache {
         let weigh = |_: &u32, size: &u32| u32::try_from(charge(*size)).unwrap_or(u32::MAX);
-        MokaCache { cache: Moka::builder().max_capacity(capacity).weigher(weigh).build(), unseen: 0 }
+        let builder = Moka::builder().max_capacity(capacity).weigher(weigh);
+        MokaCache { cache: builder.build_with_hasher(NoChance::default()), unseen: 0 }
     }
 }
 
