@@ -6,13 +6,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork};
 
 use crate::error::Error;
 
-/// A forked process. Dropping it waits for its end, to which it must have been brought before.
+/// A forked process; killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Child(Pid);
 
@@ -36,6 +36,7 @@ pub(crate) fn spawn(work: impl FnOnce()) -> Result<Child, Error> {
 
 impl Drop for Child {
     fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
         let _ = waitpid(self.0, None);
     }
 }

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
-use nix::unistd::pipe;
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
 
 use crate::error::Error;
-use crate::get::contestant::{Group, Place};
+use crate::get::contestant::{CONTESTANTS, Group, Place};
 use crate::get::data::Data;
 use crate::get::line::{Order, Talk};
 use crate::get::measure::{Sample, Task, Timed};
@@ -15,14 +16,13 @@ use crate::say;
 /// The run's end of it.
 #[derive(Debug)]
 pub(crate) struct Worker {
-    // Closed before the child is waited for, which makes it end.
     pub(crate) talk: Talk,
     _child: Child,
 }
 
 impl Worker {
     pub(crate) fn spawn(data: &Data, place: &Place, groups: &[Group]) -> Result<Worker, Error> {
-        let pipe = || pipe().map_err(Error::errno("pipe"));
+        let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(Error::errno("pipe"));
         let ((our_from, their_to), (their_from, our_to)) = (pipe()?, pipe()?);
         let talk = Talk::new(our_from, our_to);
         let child = process::spawn(|| {
@@ -64,15 +64,16 @@ impl Inside<'_> {
         let mut notes = Vec::new();
         for &group in self.groups {
             let mut stores = self.place.open(group)?;
+            let name = group.rows().next().map_or("", |row| CONTESTANTS[row].name);
             if let Some(first) = stores.first_mut() {
                 let missing = if fill || group.is_private() {
-                    say(&format!("filling {group:?} with {keys} values"));
+                    say(&format!("filling: {name}"));
                     first.fill(self.data)?
                 } else {
                     first.spot_check(self.data)?
                 };
                 if missing > 0 {
-                    notes.push(format!("{group:?} lacks {missing} of {keys} values;"));
+                    notes.push(format!("{name} lacks {missing} of {keys} values;"));
                 }
             }
             self.stores.extend(group.rows().zip(stores));
