@@ -2,8 +2,8 @@
 // Fills APCu and times its operations from within, in the way that src/get/measure.rs does it for the others.
 //
 // Arguments: a file with all keys of 38 bytes, one with the sequence of their indices in 32 bits each, the size of a value.
-// First says "ok FORKS EMPTY_LOOP_NS", then for each line "WORK MILLISECONDS START PROCESSES" one line for each process:
-// "ok NS KEPT DROPPED OPERATIONS MISSES". Nothing is subtracted from the times.
+// First says "ok FORKS EMPTY_LOOP_NS", then for each line "WORK MILLISECONDS START PROCESSES" one line for each process (of
+// which there are two if this PHP can fork): "ok NS KEPT DROPPED OPERATIONS MISSES". Nothing is subtracted from the times.
 
 const KEY_LEN = 38;
 const WINDOW_NS = 2_000_000;
@@ -20,30 +20,43 @@ if (!function_exists('apcu_fetch') || !apcu_enabled()) {
 $keys = str_split(file_get_contents($keys_file), KEY_LEN);
 $sequence = array_values(unpack('V*', file_get_contents($sequence_file)));
 $mask = count($sequence) - 1;
-$page = str_repeat(pack('P', 0), intdiv($size, 8));
+$page = value(0, $size);
 
 fill($keys, $size);
-$forks = function_exists('pcntl_fork') && function_exists('posix_kill');
-say('ok ' . ($forks ? 1 : 0) . ' ' . empty_loop_ns($keys, $sequence, $mask));
+check($keys, $size);
+$mate = second_process($keys, $size);
+say('ok ' . ($mate === null ? 0 : 1) . ' ' . empty_loop_ns($keys, $sequence, $mask));
 
 while (($line = fgets(STDIN)) !== false) {
     [$work, $milliseconds, $start, $processes] = explode(' ', trim($line));
-    if (!$forks) {
-        say(measure($work, $milliseconds, (int) $start));
-        continue;
+    if ($processes > 1) {
+        fwrite($mate, $line);
     }
-    $children = [];
-    for ($n = 0; $n < $processes; $n++) {
-        $child = pcntl_fork();
-        if ($child === 0) {
-            say(measure($work, $milliseconds, (int) $start + $n * intdiv(count($sequence), 2)));
-            posix_kill(getmypid(), SIGKILL); // nothing of the parent's is to be tidied up here
-        }
-        $children[] = $child;
+    say(measure($work, $milliseconds, (int) $start));
+    if ($processes > 1) {
+        say(trim(fgets($mate)));
     }
-    foreach ($children as $child) {
-        pcntl_waitpid($child, $status);
+}
+
+// Forks one that measures too, somewhere else in the sequence. Returns the line to it, or null if there cannot be one.
+function second_process(array $keys, int $size)
+{
+    global $sequence;
+    if (!function_exists('pcntl_fork') || !function_exists('posix_kill')) {
+        return null;
     }
+    [$ours, $theirs] = stream_socket_pair(STREAM_PF_UNIX, STREAM_SOCK_STREAM, 0);
+    if (pcntl_fork() !== 0) {
+        fclose($theirs);
+        return $ours;
+    }
+    fclose($ours);
+    check($keys, $size); // which also maps the memory into this process
+    while (($line = fgets($theirs)) !== false) {
+        [$work, $milliseconds, $start] = explode(' ', trim($line));
+        fwrite($theirs, measure($work, $milliseconds, (int) $start + intdiv(count($sequence), 2)) . "\n");
+    }
+    posix_kill(getmypid(), SIGKILL); // nothing of the other's is to be tidied up here
 }
 
 function say(string $line): void
@@ -54,14 +67,23 @@ function say(string $line): void
 function fill(array $keys, int $size): void
 {
     foreach ($keys as $index => $key) {
-        apcu_store($key, str_repeat(pack('P', $index), intdiv($size, 8)));
+        apcu_store($key, value($index, $size));
     }
+}
+
+function check(array $keys, int $size): void
+{
     foreach ($keys as $index => $key) {
-        if (apcu_fetch($key) !== str_repeat(pack('P', $index), intdiv($size, 8))) {
+        if (apcu_fetch($key) !== value($index, $size)) {
             say("error APCu has not kept the value of $key");
-            exit;
+            exit(1);
         }
     }
+}
+
+function value(int $index, int $size): string
+{
+    return str_repeat(pack('P', $index), intdiv($size, 8));
 }
 
 function measure(string $work, int $milliseconds, int $at): string

@@ -154,7 +154,7 @@ mod tests {
                 assert_eq!(first.fill(&data).unwrap(), 0, "{group:?}");
             }
             for store in &mut stores {
-                assert_eq!(store.spot_check(&data).unwrap(), 0, "{group:?}");
+                assert_eq!(store.check(&data, usize::MAX).unwrap(), 0, "{group:?}");
                 for work in [Work::Get, Work::Mix] {
                     let task = Task { work, time: Duration::from_millis(1), start: 0 };
                     assert_eq!(store.measure(&data, task).unwrap().misses, 0, "{group:?} {work:?}");

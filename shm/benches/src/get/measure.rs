@@ -58,14 +58,13 @@ pub(crate) trait Timed {
     fn fill(&mut self, data: &Data) -> Result<u32, Error>;
 
     /// Reads the first values back, as one who did not store them. The number of those that are not there.
-    fn spot_check(&mut self, data: &Data) -> Result<u32, Error>;
+    fn check(&mut self, data: &Data, most: usize) -> Result<u32, Error>;
 
     fn measure(&mut self, data: &Data, task: Task) -> Result<Sample, Error>;
 }
 
 /// How often it is tried to store what does not stay.
 const FILLS: u32 = 6;
-const SPOTS: usize = 1000;
 const WINDOW: Duration = Duration::from_millis(2);
 /// What a process must get of a CPU, in percent.
 const LEAST_CPU: u32 = 95;
@@ -94,9 +93,9 @@ impl<S: Store> Timed for S {
         Ok(missing)
     }
 
-    fn spot_check(&mut self, data: &Data) -> Result<u32, Error> {
+    fn check(&mut self, data: &Data, most: usize) -> Result<u32, Error> {
         let mut missing = 0;
-        for (index, key) in (0..).zip(data.keys.iter().take(SPOTS)) {
+        for (index, key) in (0..).zip(data.keys.iter().take(most)) {
             missing += u32::from(!is_stored(self, key, &data.shape.value(index))?);
         }
         Ok(missing)
