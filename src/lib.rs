@@ -24,6 +24,7 @@ mod context;
 mod heritage;
 mod listen;
 mod master;
+pub mod page;
 mod protocol;
 mod sys;
 mod worker;
@@ -34,7 +35,7 @@ use std::process::ExitCode;
 use http_body::Body as HttpBody;
 use tower_service::Service;
 
-pub use forkyard_shm::{Cache, Clock, Options, Refused, Stats};
+pub use forkyard_shm::{Cache, Clock, Damaged, Encoding, NotStorable, Options, Page, Refused, Stats};
 pub use http;
 
 pub use crate::blocking::{Answer, Blocking, blocking};

@@ -23,7 +23,7 @@ pub(crate) const MOST_ROWS: u32 = 16_384;
 /// Processes besides those of the scoreboard that may use the cache at the same time.
 const MORE_MEMBERS: u32 = 32;
 /// Bytes of a shard for each bucket of seven entries.
-const SHARD_BYTES_PER_BUCKET: u64 = 2048;
+const SHARD_BYTES_PER_BUCKET: u64 = 3072;
 /// Bytes of a shard for each bucket of eight ghosts.
 const SHARD_BYTES_PER_GHOSTS: u64 = 16 * 1024;
 /// Bytes of the cache for each slot of the tag table.

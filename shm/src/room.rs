@@ -32,9 +32,12 @@ const MOVES: u32 = 64;
 /// Bytes that one store moves, at most.
 const MOVED_BYTES: u64 = 512 * 1024;
 /// The floor moves by at least this part of a ring at a time, as every reader has it in its cache.
-const STRIDE: u64 = 64;
-/// Room kept in the main ring, as this part of it, so that what was asked for can go to its head.
-const RESERVE: u64 = 32;
+const STRIDE: u64 = 128;
+/// Room kept in the main ring, as this part of it, so that what was asked for can go to its head: but not less than
+/// [`LEAST_RESERVE`] unless that is more than the [`MOST_RESERVE`] part.
+const RESERVE: u64 = 64;
+const LEAST_RESERVE: u64 = 256 * 1024;
+const MOST_RESERVE: u64 = 16;
 /// Dead weight beyond this part of a ring is a reason to move live entries rather than evict them.
 const DEAD_SHARE: u64 = 8;
 /// Visits that take an entry from the small ring to the main one.
@@ -125,7 +128,7 @@ impl LockedShard<'_> {
     /// Raises a ring's floor until `need` bytes are free above its head.
     fn make_room(&mut self, ring: Ring, need: u64, judge: &Judge<'_>) -> Result<(), Corrupt> {
         let len = self.shard.bytes(ring).len;
-        let reserve = if ring == Ring::Main { len / RESERVE } else { 0 };
+        let reserve = if ring == Ring::Main { (len / RESERVE).max(LEAST_RESERVE.min(len / MOST_RESERVE)) } else { 0 };
         let (floor, head) = self.bounds(ring)?;
         if head + need + reserve <= floor + len {
             return Ok(());

@@ -397,7 +397,7 @@ impl<'a> LockedShard<'a> {
 
     /// S3-FIFO: what is new goes to the small ring, what was evicted from there lately, or asked for, to the main one.
     fn ring_for(&self, key: Key<'_>, size: u64) -> Result<Ring, Corrupt> {
-        if size > self.shard.bytes(Ring::Small).len / 4 {
+        if size > self.shard.bytes(Ring::Small).len / 2 {
             return Ok(Ring::Main);
         }
         let wanted = match self.find(key)? {

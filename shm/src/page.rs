@@ -1,0 +1,326 @@
+//! A page as HTTP knows it: status, headers, body, and whether the cache keeps the body compressed.
+//!
+//! ```text
+//!   application ─▶ Page ─▶ gzip ─▶ storable? ─▶ meta::encode + body ─▶ entry
+//!        client ◀─ negotiate ◀─ Page ◀─ meta::decode ◀─────────────────┘
+//! ```
+//!
+//! The body is compressed once, when the page is stored. A client that accepts gzip gets it as it lies there, any
+//! other one gets it decompressed; neither has the page rendered again.
+//!
+//! - [`fields`] knows what single header fields say: pure functions from bytes to answers.
+//! - [`meta`] writes everything but the body into bytes, and reads it back without believing it.
+//! - [`serve`] decides what may be stored, and what a client is sent.
+
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
+
+mod fields;
+#[cfg_attr(not(test), expect(dead_code, reason = "the cache does not store pages yet"))]
+mod meta;
+mod serve;
+
+use std::fmt;
+use std::io::{Read as _, Write as _};
+
+use flate2::Compression;
+use flate2::bufread::GzDecoder;
+use flate2::write::GzEncoder;
+
+pub use self::serve::NotStorable;
+
+/// Bodies up to this length, in bytes, are not compressed: what is saved fits in a network packet or two.
+const GZIP_MIN: usize = 1024;
+/// Room made at once for a body that is decompressed, in multiples of its compressed length. More is made as more
+/// comes out, since the length that was recorded may be wrong.
+const FIRST_ROOM: usize = 16;
+
+/// The name of a header, in lower case, and its value.
+pub type Header = (Vec<u8>, Vec<u8>);
+
+/// A response, to be cached: status, headers in order, and body.
+///
+/// ```
+/// use forkyard_shm::{Encoding, Page};
+///
+/// let page = Page::new("<h1>News</h1>\n".repeat(1000)).header("content-type", "text/html").gzip();
+/// assert_eq!(page.encoding(), Encoding::Gzip);
+/// assert!(page.body().len() < 1000);
+///
+/// let sent = page.clone().negotiate(Some(b"gzip, br"))?;
+/// assert_eq!(sent.value("content-encoding"), Some(&b"gzip"[..]));
+/// let sent = page.negotiate(Some(b"br"))?;
+/// assert_eq!(sent.value("content-encoding"), None);
+/// assert_eq!(sent.body().len(), 14_000);
+/// # Ok::<(), forkyard_shm::Damaged>(())
+/// ```
+#[derive(Clone, PartialEq, Eq)]
+pub struct Page {
+    status: u16,
+    headers: Vec<Header>,
+    body: Vec<u8>,
+    /// How long the body was before the cache compressed it; `None` if it did not.
+    plain_len: Option<u64>,
+}
+
+/// What the cache did to a body, beyond what the page's headers say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// Nothing. The body is what the headers say.
+    Identity,
+    /// It compressed the body with gzip, and the headers say nothing of it until [`Page::negotiate`].
+    Gzip,
+}
+
+/// Why a page that was kept cannot be used. To the caller that is a miss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damaged {
+    /// What is kept beside the body makes no sense.
+    Meta {
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The compressed body is not what was kept.
+    Body {
+        /// What is wrong with it.
+        why: &'static str,
+    },
+}
+
+impl fmt::Display for Damaged {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Meta { why } => write!(f, "the cached page's metadata are damaged: {why} (render the page again)"),
+            Self::Body { why } => write!(f, "the cached page's body is damaged: {why} (render the page again)"),
+        }
+    }
+}
+
+impl std::error::Error for Damaged {}
+
+impl Page {
+    /// A page with status 200 and no headers.
+    pub fn new(body: impl Into<Vec<u8>>) -> Page {
+        Page { status: 200, headers: Vec::new(), body: body.into(), plain_len: None }
+    }
+
+    /// Sets the status.
+    #[must_use]
+    pub fn status(mut self, status: u16) -> Page {
+        self.status = status;
+        self
+    }
+
+    /// Adds a header after those there are, also if one has this name already.
+    ///
+    /// The name is kept in lower case. What HTTP does not allow as a name or value is found by [`Page::storable`].
+    #[must_use]
+    pub fn header(mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Page {
+        self.headers.push((name.as_ref().to_ascii_lowercase(), value.as_ref().to_vec()));
+        self
+    }
+
+    /// The status, such as 200.
+    pub fn status_code(&self) -> u16 {
+        self.status
+    }
+
+    /// The headers in order, names in lower case.
+    pub fn headers(&self) -> &[Header] {
+        &self.headers
+    }
+
+    /// The value of the first header of this name, given in lower case.
+    pub fn value(&self, name: &str) -> Option<&[u8]> {
+        self.values(name).next()
+    }
+
+    /// The values of all headers of this name, given in lower case.
+    pub fn values(&self, name: &str) -> impl Iterator<Item = &[u8]> {
+        self.headers.iter().filter(move |(known, _)| known == name.as_bytes()).map(|(_, value)| value.as_slice())
+    }
+
+    /// Whether the body is compressed without the headers saying so.
+    pub fn encoding(&self) -> Encoding {
+        if self.plain_len.is_some() { Encoding::Gzip } else { Encoding::Identity }
+    }
+
+    /// The body as it is kept: see [`Page::encoding`].
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// Status, headers and body. [Negotiate](Page::negotiate) first: before that, the headers do not say that the body is
+    /// compressed.
+    pub fn into_parts(self) -> (u16, Vec<Header>, Vec<u8>) {
+        (self.status, self.headers, self.body)
+    }
+
+    /// Compresses the body, if that is of use and allowed.
+    ///
+    /// Nothing happens if the body has at most 1024 bytes or does not become smaller; if the content type is one that
+    /// is compressed already; if there is a `Content-Encoding` or `Content-Range`, or a digest that holds for these very
+    /// bytes; or if `Cache-Control` says `no-transform` (RFC 9111 §5.2.2.6).
+    #[must_use]
+    pub fn gzip(mut self) -> Page {
+        if self.plain_len.is_some() || self.body.len() <= GZIP_MIN || fields::forbid_coding(&self.headers) {
+            return self;
+        }
+        let mut encoder = GzEncoder::new(Vec::with_capacity(self.body.len() / 4), Compression::default());
+        // Writing into memory cannot fail; if it did, the page would stay as it is.
+        if encoder.write_all(&self.body).is_ok()
+            && let Ok(compressed) = encoder.finish()
+            && compressed.len() < self.body.len()
+        {
+            self.plain_len = Some(self.body.len() as u64);
+            self.body = compressed;
+            self.body.shrink_to_fit();
+        }
+        self
+    }
+
+    /// Undoes [`Page::gzip`].
+    ///
+    /// # Errors
+    /// If what is kept is no gzip, or becomes another number of bytes than it was made of. At most that many, and one,
+    /// are ever made of it.
+    pub fn into_plain(mut self) -> Result<Page, Damaged> {
+        if let Some(plain_len) = self.plain_len.take() {
+            self.body = decompress(&self.body, plain_len)?;
+        }
+        Ok(self)
+    }
+}
+
+fn decompress(body: &[u8], plain_len: u64) -> Result<Vec<u8>, Damaged> {
+    let damaged = |why| Damaged::Body { why };
+    let room = body.len().saturating_mul(FIRST_ROOM);
+    let mut plain = Vec::with_capacity(usize::try_from(plain_len).map_or(room, |len| len.min(room)));
+    // The one byte more has the decoder reach the end, where the checksum is, or shows that there is too much.
+    let mut decoder = GzDecoder::new(body).take(plain_len.saturating_add(1));
+    decoder.read_to_end(&mut plain).map_err(|_| damaged("it cannot be decompressed"))?;
+    if plain.len() as u64 != plain_len {
+        return Err(damaged("its length is not the one recorded"));
+    }
+    if !decoder.get_ref().get_ref().is_empty() {
+        return Err(damaged("something follows it"));
+    }
+    Ok(plain)
+}
+
+impl fmt::Debug for Page {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let headers = self.headers.iter().map(|(name, value)| (name.escape_ascii(), value.escape_ascii()));
+        f.debug_struct("Page")
+            .field("status", &self.status)
+            .field("headers", &headers.map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>())
+            .field("body", &format_args!("{} bytes", self.body.len()))
+            .field("plain_len", &self.plain_len)
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text() -> Vec<u8> {
+        b"<li>one more line of a page</li>\n".repeat(200)
+    }
+
+    fn noise(len: usize) -> Vec<u8> {
+        let mut random = fastrand::Rng::with_seed(7);
+        std::iter::repeat_with(|| random.u8(..)).take(len).collect()
+    }
+
+    #[test]
+    fn a_page_keeps_its_headers_in_order_and_repeated() {
+        let page = Page::new("x").status(404).header("Set-Cookie", "a=1").header("X", "y").header("set-cookie", "b=2");
+        assert_eq!((page.status_code(), page.body(), page.encoding()), (404, &b"x"[..], Encoding::Identity));
+        let names: Vec<&[u8]> = page.headers().iter().map(|(name, _)| name.as_slice()).collect();
+        assert_eq!(names, [&b"set-cookie"[..], b"x", b"set-cookie"]);
+        assert_eq!(page.values("set-cookie").collect::<Vec<_>>(), [b"a=1", b"b=2"]);
+        assert_eq!(page.value("set-cookie"), Some(&b"a=1"[..]));
+        assert_eq!(Page::new("").status_code(), 200);
+    }
+
+    #[test]
+    fn a_body_is_compressed_once_and_comes_back() {
+        let page = Page::new(text()).header("content-type", "text/html");
+        let kept = page.clone().gzip();
+        assert_eq!(kept.encoding(), Encoding::Gzip);
+        assert!(kept.body().len() < text().len() / 10 && kept.body().starts_with(&[0x1f, 0x8b]));
+        assert_eq!(kept.headers(), page.headers());
+        assert_eq!(kept.clone().gzip(), kept, "twice is once");
+        assert_eq!(kept.into_plain().unwrap(), page);
+    }
+
+    #[test]
+    fn a_body_that_gains_nothing_stays_as_it_is() {
+        let small = Page::new(vec![b' '; GZIP_MIN]);
+        assert_eq!(small.clone().gzip(), small);
+        assert_eq!(Page::new(vec![b' '; GZIP_MIN + 1]).gzip().encoding(), Encoding::Gzip);
+        let random = Page::new(noise(5000));
+        assert_eq!(random.clone().gzip(), random);
+        assert_eq!(random.clone().into_plain().unwrap(), random);
+    }
+
+    #[test]
+    fn headers_can_forbid_compression() {
+        let encoding = |name: &str, value: &str| Page::new(text()).header(name, value).gzip().encoding();
+        for (name, value) in [
+            ("Content-Encoding", "br"),
+            ("Content-Range", "bytes 0-9/10"),
+            ("Content-Digest", "sha-256=:AA==:"),
+            ("Cache-Control", "max-age=1, No-Transform"),
+            ("Content-Type", "image/png"),
+        ] {
+            assert_eq!(encoding(name, value), Encoding::Identity, "{name}: {value}");
+        }
+        for (name, value) in [("Content-Language", "de"), ("Cache-Control", "public"), ("Content-Type", "text/css")] {
+            assert_eq!(encoding(name, value), Encoding::Gzip, "{name}: {value}");
+        }
+    }
+
+    #[test]
+    fn no_more_comes_out_than_was_put_in() {
+        const LEN: u64 = 8 << 20;
+        let bomb = Page::new(vec![0; 8 << 20]).gzip();
+        let cut = |plain_len| Page { plain_len: Some(plain_len), ..bomb.clone() }.into_plain();
+        let wrong = Damaged::Body { why: "its length is not the one recorded" };
+        for plain_len in [0, 5000, LEN - 1, LEN + 1, u64::MAX] {
+            assert_eq!(cut(plain_len), Err(wrong), "{plain_len}");
+        }
+        assert_eq!(cut(LEN).unwrap().body().len() as u64, LEN);
+        // It is given up at the limit: the end, which is missing here, is never asked for.
+        assert_eq!(decompress(&bomb.body()[..bomb.body().len() / 2], 5000), Err(wrong));
+    }
+
+    #[test]
+    fn a_body_that_changed_is_not_decompressed() {
+        let kept = Page::new(text()).gzip();
+        for at in 0..kept.body.len() {
+            let mut bad = kept.clone();
+            bad.body[at] ^= 0xff;
+            // The first ten bytes hold a time and the name of a system; those may change.
+            if let Ok(page) = bad.into_plain() {
+                assert!(at < 10 && page.body == text(), "byte {at}");
+            }
+            let cut = Page { body: kept.body[..at].to_vec(), ..kept.clone() };
+            assert!(cut.into_plain().is_err(), "cut at {at}");
+        }
+        let mut longer = kept.clone();
+        longer.body.push(0);
+        assert_eq!(longer.into_plain(), Err(Damaged::Body { why: "something follows it" }));
+        let none = Page { body: text(), ..kept };
+        assert_eq!(none.into_plain(), Err(Damaged::Body { why: "it cannot be decompressed" }));
+    }
+
+    #[test]
+    fn messages_say_what_to_do() {
+        let text = Damaged::Body { why: "it cannot be decompressed" }.to_string();
+        assert_eq!(text, "the cached page's body is damaged: it cannot be decompressed (render the page again)");
+        let page = Page::new("12345").header("x", [b'a', 0xff]);
+        let shown = r#"Page { status: 200, headers: ["x: a\\xff"], body: 5 bytes, plain_len: None }"#;
+        assert_eq!(format!("{page:?}"), shown);
+    }
+}
