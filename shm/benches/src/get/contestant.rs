@@ -155,9 +155,13 @@ mod tests {
             }
             for store in &mut stores {
                 assert_eq!(store.check(&data, usize::MAX).unwrap(), 0, "{group:?}");
-                for work in [Work::Get, Work::Mix] {
+            }
+            // The mix comes last, as it stores other values.
+            for work in [Work::Get, Work::Mix] {
+                for store in &mut stores {
                     let task = Task { work, time: Duration::from_millis(1), start: 0 };
-                    assert_eq!(store.measure(&data, task).unwrap().misses, 0, "{group:?} {work:?}");
+                    let sample = store.measure(&data, task).unwrap();
+                    assert!(work == Work::Mix || sample.misses == 0, "{group:?}");
                 }
             }
         }
