@@ -6,18 +6,19 @@
 //! May not: know what an entry looks like in memory, or let an error in the cache become an error of a request.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::entry::{Key, NewEntry, Times};
 use crate::error::Refused;
-use crate::judge::{Judge, Verdict};
+use crate::judge::{Judge, Moment, Verdict};
 use crate::layout::{ENTRY_HEAD, GRAIN};
 use crate::options::Options;
 use crate::pinned::Pinned;
 use crate::prefixes::Prefixes;
-use crate::read::{Looked, Sight};
+use crate::read::Sight;
 use crate::segment::Inner;
 use crate::shard::{Corrupt, LockedShard, NotLocked, Shard, Stored, add};
 use crate::tags::{Clock, TagClock};
@@ -70,7 +71,7 @@ impl Cache {
     /// Puts the page into `value`, in place of what was there; whether there was one. The buffer keeps its memory, so that
     /// the next one needs no allocation.
     pub fn get_into(&self, key: impl AsRef<[u8]>, value: &mut Vec<u8>) -> bool {
-        self.get_at(key.as_ref(), self.segment.now_ms(), value)
+        self.get_at(key.as_ref(), Moment::Now(&self.segment), value)
     }
 
     /// The page in place, without a copy: it stays where it is until the result is dropped.
@@ -79,21 +80,18 @@ impl Cache {
     /// cache has to work around it. A process can have 32 of these; beyond that, what it gets is a copy.
     pub fn pin(&self, key: impl AsRef<[u8]>) -> Option<Pinned> {
         let key = self.key(key.as_ref());
-        let judge = self.judge(self.segment.now_ms())?;
+        let judge = self.judge(Moment::Now(&self.segment))?;
         let shard = self.shard(self.shard_of(key.hash))?;
-        let (looked, tries) = shard.look(key, &judge, |sight| {
-            if sight.verdict != Verdict::Fresh {
-                return Some(None);
+        let (pinned, tries) = shard.look(key, &judge, |sight| match sight.verdict {
+            Verdict::Fresh => {
+                let pinned = Pinned::new(&self.segment, sight)?;
+                sight.slot.visit();
+                Some(Some(pinned))
             }
-            let pinned = Pinned::new(&self.segment, shard.number, sight)?;
-            sight.slot.visit();
-            Some(Some(pinned))
+            Verdict::Stale | Verdict::OnError | Verdict::Expired | Verdict::Purged => Some(None),
         });
-        let pinned = match looked {
-            Looked::At(pinned) => pinned,
-            Looked::Nothing => None,
-        };
-        self.count(shard.number, tries, if pinned.is_some() { Seen::Hit } else { Seen::Miss });
+        let pinned = pinned.flatten();
+        self.count_look(shard.number, tries, pinned.is_some());
         pinned
     }
 
@@ -122,6 +120,17 @@ impl Cache {
         }
     }
 
+    /// Makes all pages out of date whose keys begin with `prefix`, and also those that are being rendered now: at once,
+    /// though it takes a while to go through them all and give their memory back. Of the prefix, 112 bytes count.
+    pub fn purge_prefix(&self, prefix: impl AsRef<[u8]>) {
+        let Some((clock, prefixes)) = self.tag_clock().zip(Prefixes::of(&self.segment)) else { return };
+        match prefixes.announce(prefix.as_ref(), clock) {
+            Some(purge) => self.sweep_prefix(&purge),
+            // Too many at once, or a stopped process is in the way: what was to be purged must not be served.
+            None => self.clear(),
+        }
+    }
+
     /// Makes all pages out of date, and also those that are being rendered now.
     pub fn clear(&self) {
         let Some(clock) = self.tag_clock() else { return };
@@ -147,29 +156,24 @@ impl Cache {
         self.segment.geometry.max_record.saturating_sub(ENTRY_HEAD + PADDING)
     }
 
-    pub(crate) fn get_at(&self, key: &[u8], now_ms: u64, value: &mut Vec<u8>) -> bool {
+    pub(crate) fn get_at(&self, key: &[u8], moment: Moment<'_>, value: &mut Vec<u8>) -> bool {
         value.clear();
         let key = self.key(key);
-        let Some(judge) = self.judge(now_ms) else { return false };
+        let Some(judge) = self.judge(moment) else { return false };
         let Some(shard) = self.shard(self.shard_of(key.hash)) else { return false };
-        let (looked, tries) = shard.look(key, &judge, |sight| {
-            if sight.verdict != Verdict::Fresh {
-                return Some(None);
+        let (hit, tries) = shard.look(key, &judge, |sight| match sight.verdict {
+            Verdict::Fresh => {
+                copy_value(sight, value)?;
+                sight.slot.visit();
+                Some(true)
             }
-            copy_value(sight, value)?;
-            Some(Some(sight.slot))
+            Verdict::Stale | Verdict::OnError | Verdict::Expired | Verdict::Purged => Some(false),
         });
-        let hit = match looked {
-            Looked::At(Some(slot)) => {
-                slot.visit();
-                true
-            }
-            Looked::At(None) | Looked::Nothing => {
-                value.clear();
-                false
-            }
-        };
-        self.count(shard.number, tries, if hit { Seen::Hit } else { Seen::Miss });
+        let hit = hit == Some(true);
+        if !hit {
+            value.clear();
+        }
+        self.count_look(shard.number, tries, hit);
         hit
     }
 
@@ -181,8 +185,8 @@ impl Cache {
         rendering: &Rendering<'_>,
         now_ms: u64,
     ) -> Result<(), Refused> {
-        let judge = self.judge(now_ms).ok_or(Refused::Off)?;
-        let now = judge.clock.now();
+        let judge = self.judge(Moment::At(now_ms)).ok_or(Refused::Off)?;
+        let Clock(now) = self.clock();
         let key = self.key(key);
         let mut tags: Vec<u64> = options.tags.iter().map(|tag| self.tag(tag)).collect();
         tags.extend(rendering.lent);
@@ -212,7 +216,7 @@ impl Cache {
         };
         let done = self.with_shard_at(shard.number, |shard| {
             // Under the lock: should a purge come after this, its own removal comes after the store.
-            if judge.is_outdated(key.bytes, key.hash, &tags, new.times.snapshot) {
+            if judge.is_outdated(key, &tags, new.times.snapshot) {
                 add(&shard.shard.counters().outdated, 1);
                 if let Some(old) = shard.find(key)? {
                     shard.remove(&old)?;
@@ -229,7 +233,7 @@ impl Cache {
     }
 
     fn purge_at(&self, key: &[u8], now_ms: u64) -> bool {
-        let Some(judge) = self.judge(now_ms) else { return false };
+        let Some(judge) = self.judge(Moment::At(now_ms)) else { return false };
         let key = self.key(key);
         let was_good = self.with_shard(key.hash, |shard| {
             let Some(found) = shard.find(key)? else { return Ok(false) };
@@ -238,12 +242,16 @@ impl Cache {
             shard.count_drop(Verdict::Purged, found.place.ring);
             Ok(good)
         });
-        judge.clock.purge(key.hash);
+        if let Some(clock) = self.tag_clock() {
+            clock.purge(key.hash);
+        }
         was_good.unwrap_or(false)
     }
 
-    pub(crate) fn judge(&self, now_ms: u64) -> Option<Judge<'_>> {
-        Some(Judge { now_ms, clock: self.tag_clock()?, prefixes: Prefixes::of(&self.segment)? })
+    /// `None` without a cache.
+    pub(crate) fn judge<'a>(&'a self, moment: Moment<'a>) -> Option<Judge<'a>> {
+        let header = self.segment.header().filter(|_| self.segment.geometry.shards > 0)?;
+        Some(Judge { moment, inner: &self.segment, header })
     }
 
     pub(crate) fn tag_clock(&self) -> Option<TagClock<'_>> {
@@ -293,10 +301,13 @@ impl Cache {
         })
     }
 
+    pub(crate) fn count_look(&self, shard: u64, retries: usize, hit: bool) {
+        self.count(shard, retries, if hit { Seen::Hit } else { Seen::Miss });
+    }
+
     /// Counts in this process's own cell, which no other writes to.
     pub(crate) fn count(&self, shard: u64, retries: usize, seen: Seen) {
-        let tallies = self.segment.member().map(|member| member.tallies);
-        if let Some(tally) = tallies.and_then(|tallies| tallies.get(usize::try_from(shard).ok()?)) {
+        if let Some(tally) = self.segment.tally(shard) {
             let counter = match seen {
                 Seen::Hit => &tally.hits,
                 Seen::Stale => &tally.stale,
@@ -304,7 +315,9 @@ impl Cache {
                 Seen::Wait => &tally.lease_waits,
                 Seen::Render => &tally.renders,
             };
-            add(counter, 1);
+            // Not `fetch_add`, which would wait for the bytes just copied to be written: should two threads of a process
+            // count at the same instant, one count is lost, and that is all.
+            counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
             add(&tally.retries, retries as u64);
         }
     }
@@ -321,7 +334,7 @@ pub(crate) enum Seen {
 }
 
 /// Copies an entry's value into a buffer that was emptied; `None` if the entry does not hold.
-pub(crate) fn copy_value(sight: &Sight<'_>, value: &mut Vec<u8>) -> Option<()> {
+pub(crate) fn copy_value(sight: &Sight<'_, '_>, value: &mut Vec<u8>) -> Option<()> {
     let len = usize::try_from(sight.entry.value_len).ok()?;
     value.clear();
     if value.capacity() < len {

@@ -116,7 +116,8 @@ impl<'a> Bytes<'a> {
 
     /// The entry at a position; `None` if there is none that says it is there.
     pub(crate) fn entry(self, position: u64) -> Option<Entry<'a>> {
-        let at = self.offset(position);
+        let into = position % self.len.max(1);
+        let at = self.at + into;
         let words: &EntryHead = self.map.at(at)?;
         let entry = Entry {
             words,
@@ -128,8 +129,8 @@ impl<'a> Bytes<'a> {
             meta_len: u64::from(words.meta_len.load(Ordering::Relaxed)),
             value_len: words.value_len.load(Ordering::Relaxed),
         };
-        let end = (entry.value_at() - at).checked_add(entry.value_len)?;
-        let fits = end <= entry.size && entry.size <= self.left(position);
+        let room = entry.size.checked_sub(entry.value_at() - at)?;
+        let fits = entry.value_len <= room && entry.size <= self.len - into;
         let is_it = words.position.load(Ordering::Relaxed) == position
             && words.record.kind.load(Ordering::Relaxed) == KIND_ENTRY;
         (fits && is_it).then_some(entry)

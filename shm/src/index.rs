@@ -80,13 +80,27 @@ impl Place {
 impl<'a> Index<'a> {
     /// The slots that an entry with this hash may be in, those of its first bucket first.
     pub(crate) fn candidates(self, hash: u64) -> impl Iterator<Item = Slot<'a>> {
-        self.buckets_of(hash).into_iter().flat_map(move |bucket| self.slots_of(bucket))
+        [self.first(hash), self.second(hash)].into_iter().flat_map(move |bucket| (0..SLOTS).filter_map(move |at| self.slot_in(bucket, at)))
     }
 
-    /// Those of them whose word may be for this hash.
-    pub(crate) fn matches(self, hash: u64) -> impl Iterator<Item = (Slot<'a>, u64)> {
-        let words = self.candidates(hash).map(|slot| (slot, slot.word.load(Ordering::Acquire)));
-        words.filter(move |&(_, word)| word != 0 && word >> FINGERPRINT_SHIFT == hash >> FINGERPRINT_SHIFT)
+    /// Has `visit` look at those of them whose word may be for this hash, until it returns something.
+    ///
+    /// Every lookup comes through here, so this is a plain loop over two cache lines.
+    pub(crate) fn find<R>(self, hash: u64, mut visit: impl FnMut(Slot<'a>, u64) -> Option<R>) -> Option<R> {
+        for choice in [Self::first, Self::second] {
+            let bucket = choice(self, hash);
+            let cells = self.buckets.get(bucket)?;
+            for (at, (word, visits)) in cells.slots.iter().zip(&cells.visits).enumerate() {
+                let seen = word.load(Ordering::Acquire);
+                if (seen ^ hash) >> FINGERPRINT_SHIFT == 0 && seen != 0 {
+                    let slot = Slot { number: (bucket * SLOTS + at) as u64, word, visits };
+                    if let Some(result) = visit(slot, seen) {
+                        return Some(result);
+                    }
+                }
+            }
+        }
+        None
     }
 
     pub(crate) fn len(self) -> u64 {
@@ -95,26 +109,25 @@ impl<'a> Index<'a> {
 
     /// A slot by its number.
     pub(crate) fn slot(self, number: u64) -> Option<Slot<'a>> {
-        let number_in_bucket = usize::try_from(number % SLOTS as u64).ok()?;
-        let bucket = self.buckets.get(usize::try_from(number / SLOTS as u64).ok()?)?;
-        let (word, visits) = (bucket.slots.get(number_in_bucket)?, bucket.visits.get(number_in_bucket)?);
-        Some(Slot { number, word, visits })
+        let at = usize::try_from(number % SLOTS as u64).ok()?;
+        self.slot_in(usize::try_from(number / SLOTS as u64).ok()?, at)
     }
 
-    fn buckets_of(self, hash: u64) -> [usize; 2] {
+    fn slot_in(self, bucket: usize, at: usize) -> Option<Slot<'a>> {
+        let cells = self.buckets.get(bucket)?;
+        let (word, visits) = (cells.slots.get(at)?, cells.visits.get(at)?);
+        Some(Slot { number: (bucket * SLOTS + at) as u64, word, visits })
+    }
+
+    fn first(self, hash: u64) -> usize {
+        scaled(hash, self.buckets.len())
+    }
+
+    fn second(self, hash: u64) -> usize {
         let count = self.buckets.len();
-        let first = scaled(hash, count);
         // The high bits, which chose the shard and are the fingerprint, decide again, but stirred.
         let second = scaled((hash ^ hash >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32, count);
-        [first, if second == first { (first + 1) % count.max(1) } else { second }]
-    }
-
-    fn slots_of(self, bucket: usize) -> impl Iterator<Item = Slot<'a>> {
-        let found = self.buckets.get(bucket);
-        found.into_iter().flat_map(move |cells| {
-            let slots = cells.slots.iter().zip(&cells.visits).enumerate();
-            slots.map(move |(at, (word, visits))| Slot { number: (bucket * SLOTS + at) as u64, word, visits })
-        })
+        if second == self.first(hash) { (second + 1) % count.max(1) } else { second }
     }
 }
 

@@ -4,16 +4,35 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::entry::{Entry, Times};
+use crate::entry::{Entry, Key, Times};
+use crate::layout::Header;
 use crate::prefixes::Prefixes;
+use crate::segment::Inner;
 use crate::tags::TagClock;
 
 /// The moment, and what was purged.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Judge<'a> {
-    pub(crate) now_ms: u64,
-    pub(crate) clock: TagClock<'a>,
-    pub(crate) prefixes: Prefixes<'a>,
+    pub(crate) moment: Moment<'a>,
+    pub(crate) inner: &'a Inner,
+    pub(crate) header: &'a Header,
+}
+
+/// A time on the segment's clock.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Moment<'a> {
+    At(u64),
+    /// Whenever it is asked for: pages without a time limit need no clock.
+    Now(&'a Inner),
+}
+
+impl Moment<'_> {
+    pub(crate) fn ms(self) -> u64 {
+        match self {
+            Moment::At(ms) => ms,
+            Moment::Now(inner) => inner.now_ms(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,27 +59,43 @@ impl Verdict {
 impl Judge<'_> {
     pub(crate) fn verdict(&self, entry: &Entry<'_>) -> Verdict {
         let times = entry.times();
-        if self.is_purged(entry, times.snapshot) { Verdict::Purged } else { freshness(&times, self.now_ms) }
+        if self.is_purged(entry, times.snapshot) {
+            Verdict::Purged
+        } else if times.expires_ms == 0 {
+            Verdict::Fresh
+        } else {
+            freshness(&times, self.moment.ms())
+        }
     }
 
     /// Whether something that the entry depends on was purged after it began to be rendered.
     fn is_purged(&self, entry: &Entry<'_>, snapshot: u64) -> bool {
         // Nothing at all was purged since: the usual case costs one load.
-        if snapshot >= self.clock.now() {
+        if snapshot >= self.header.tag_clock.load(Ordering::SeqCst) {
             return false;
         }
-        !self.clock.outlived_clear(snapshot)
-            || !self.clock.is_current(entry.hash(), snapshot)
-            || entry.tags().iter().any(|tag| !self.clock.is_current(tag.load(Ordering::Relaxed), snapshot))
-            || self.prefixes.purged_entry(entry, snapshot)
+        let (Some(clock), Some(prefixes)) = (self.clock(), self.prefixes()) else { return true };
+        !clock.outlived_clear(snapshot)
+            || !clock.is_current(entry.hash(), snapshot)
+            || entry.tags().iter().any(|tag| !clock.is_current(tag.load(Ordering::Relaxed), snapshot))
+            || prefixes.purged_entry(entry, snapshot)
     }
 
     /// Whether a page that is about to be stored is out of date already.
-    pub(crate) fn is_outdated(&self, key: &[u8], hash: u64, tags: &[u64], snapshot: u64) -> bool {
-        !self.clock.outlived_clear(snapshot)
-            || !self.clock.is_current(hash, snapshot)
-            || tags.iter().any(|&tag| !self.clock.is_current(tag, snapshot))
-            || self.prefixes.purged_key(key, snapshot)
+    pub(crate) fn is_outdated(&self, key: Key<'_>, tags: &[u64], snapshot: u64) -> bool {
+        let (Some(clock), Some(prefixes)) = (self.clock(), self.prefixes()) else { return true };
+        !clock.outlived_clear(snapshot)
+            || !clock.is_current(key.hash, snapshot)
+            || tags.iter().any(|&tag| !clock.is_current(tag, snapshot))
+            || prefixes.purged_key(key.bytes, snapshot)
+    }
+
+    fn clock(&self) -> Option<TagClock<'_>> {
+        TagClock::of(self.inner)
+    }
+
+    fn prefixes(&self) -> Option<Prefixes<'_>> {
+        Prefixes::of(self.inner)
     }
 }
 

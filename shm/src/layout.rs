@@ -3,7 +3,7 @@
 //! ```text
 //! segment   0      header          4096
 //!           4096   scoreboard      rows x 2176, rounded up to pages
-//!           ...    members         (rows + 32) x (640 + 64 x shards), rounded up to pages
+//!           ...    members         (rows + 32) x (320 + 64 x shards), rounded up to pages
 //!           ...    tag table       slots x 8, rounded up to pages        \
 //!           ...    prefixes        32 x 128                              |  cache_bytes in all,
 //!           ...    leases          n x 64, rounded up to pages           |  absent without a cache
@@ -19,9 +19,8 @@
 //!           40 connections 4 | 44 in_flight 4 | 128 cells 16 x 128
 //! cell      0 stamp_ms 8 (0 = free) | 8 length 8 | 16 text 112
 //!
-//! member    0 pid 4 (0 = nobody) | 4 unused | 8 epoch 8 | 16 pins_taken 8 | 128 pins 32 x 16
-//!           640 tallies, one for each shard, 64 each
-//! pin       0 place 8 (shard, ring, position; 0 = free) | 8 size 8
+//! member    0 pid 4 (0 = nobody) | 4 unused | 8 epoch 8 | 64 pins 32 x 8 (see `pin.rs`)
+//!           320 tallies, one for each shard, 64 each
 //! tally     0 hits 8 | 8 misses 8 | 16 stale 8 | 24 retries 8 | 32 lease_waits 8 | 40 renders 8
 //!
 //! prefix    0 clock 8 (0 = free) | 8 length 4 | 12 swept 4 | 16 text 112
@@ -132,18 +131,9 @@ pub(crate) struct MemberHead {
     pub(crate) pid: AtomicU32,
     unused: AtomicU32,
     pub(crate) epoch: AtomicU64,
-    /// One bit for each pin in use, of interest to the member itself only.
-    pub(crate) pins_taken: AtomicU64,
-    unused_too: [AtomicU64; 13],
-    pub(crate) pins: [PinCell; PINS],
-}
-
-/// What a process reads in place.
-#[repr(C)]
-#[derive(Debug)]
-pub(crate) struct PinCell {
-    pub(crate) place: AtomicU64,
-    pub(crate) size: AtomicU64,
+    unused_too: [AtomicU64; 6],
+    /// What the process reads in place.
+    pub(crate) pins: [AtomicU64; PINS],
 }
 
 /// What one process counted in one shard, and those before it in the same cell.
@@ -334,9 +324,8 @@ const _: () = {
     assert!(size_of::<RowCells>() == 2176 && size_of::<Cell>() == 128);
     assert!(offset_of!(Cell, length) == 8 && offset_of!(Cell, text) == 16);
 
-    assert!(offset_of!(MemberHead, epoch) == 8 && offset_of!(MemberHead, pins_taken) == 16);
-    assert!(offset_of!(MemberHead, pins) == 128 && size_of::<PinCell>() == 16 && MEMBER_HEAD == 640);
-    assert!(offset_of!(PinCell, size) == 8 && offset_of!(Tally, stale) == 16 && offset_of!(Tally, renders) == 40);
+    assert!(offset_of!(MemberHead, epoch) == 8 && offset_of!(MemberHead, pins) == 64 && MEMBER_HEAD == 320);
+    assert!(offset_of!(Tally, stale) == 16 && offset_of!(Tally, renders) == 40);
     assert!(TALLY_BYTES == 64);
 
     assert!(offset_of!(PrefixCell, length) == 8 && offset_of!(PrefixCell, swept) == 12);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::cache::Cache;
 use crate::entry::Entry;
 use crate::index::Place;
-use crate::judge::Verdict;
+use crate::judge::{Moment, Verdict};
 use crate::shard::Shard;
 
 /// A page, as [`Cache::list`] shows it.
@@ -85,7 +85,7 @@ impl Cache {
         now_ms: u64,
         look: impl Fn(&Entry<'_>, Verdict, &dyn Fn() -> bool) -> Option<R>,
     ) -> impl Iterator<Item = R> {
-        let judge = self.judge(now_ms);
+        let judge = self.judge(Moment::At(now_ms));
         let largest = self.segment.geometry.max_record;
         let places = self.shards().flat_map(|shard| places(shard).map(move |place| (shard, place)));
         places.filter_map(move |(shard, Place { ring, position })| {

@@ -108,6 +108,17 @@ impl Map {
         Ok(())
     }
 
+    /// The same for the first page.
+    #[cfg(not(miri))]
+    pub(crate) fn flush_start(&self) -> io::Result<()> {
+        self.memory.flush_range(0, 4096.min(self.memory.len()))
+    }
+
+    #[cfg(miri)]
+    pub(crate) fn flush_start(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// The `T` at `offset`, if it lies inside the mapping and is aligned.
     pub(crate) fn at<T: Plain>(&self, offset: u64) -> Option<&T> {
         self.slice(offset, 1)?.first()
@@ -186,13 +197,11 @@ impl Map {
     /// Compares by words: the last one is masked, so up to 7 bytes behind the range must be mapped too.
     pub(crate) fn equals(&self, offset: u64, bytes: &[u8]) -> Option<bool> {
         let words = self.slice::<AtomicU64>(offset, (bytes.len() as u64).div_ceil(8))?;
-        for (word, chunk) in words.iter().zip(bytes.chunks(8)) {
-            let found = word.load(Ordering::Relaxed).to_ne_bytes();
-            if !found.starts_with(chunk) {
-                return Some(false);
-            }
-        }
-        Some(true)
+        let (whole, rest) = bytes.as_chunks();
+        let (whole_words, last) = words.split_at(whole.len());
+        let differ = whole_words.iter().zip(whole).any(|(word, chunk)| word.load(Ordering::Relaxed) != u64::from_ne_bytes(*chunk));
+        let last = last.first().map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
+        Some(!differ && last.is_none_or(|last| last.starts_with(rest)))
     }
 
     /// The start of `len` bytes at `offset`, if they lie inside the mapping.

@@ -21,9 +21,7 @@ use nix::sys::stat::Mode;
 
 use crate::crash::Recovery;
 use crate::fork::{self, Private};
-use crate::index::Ring;
-use crate::layout::{LeaseCell, MEMBER_HEAD, MemberHead, PinCell, ShardHead, Tally};
-use crate::pin::Pin;
+use crate::layout::{LeaseCell, MEMBER_HEAD, MemberHead, ShardHead, TALLY_BYTES, Tally};
 use crate::segment::Inner;
 use crate::{crash, futex, lease, lock, pin};
 
@@ -81,6 +79,16 @@ impl Inner {
             return None;
         }
         self.claim()
+    }
+
+    /// Where this process counts what it sees in a shard.
+    pub(crate) fn tally(&self, shard: u64) -> Option<&Tally> {
+        let (generation, number) = halves(self.membership.claim.load(Ordering::Acquire));
+        if generation != fork::generation() || number >= NEVER {
+            return self.member()?.tallies.get(usize::try_from(shard).ok()?);
+        }
+        let member_at = self.geometry.members_at + u64::from(number) * self.geometry.member_bytes;
+        self.map.at(member_at + MEMBER_HEAD + shard * TALLY_BYTES)
     }
 
     /// The same, but where it could not be before it is tried again.
@@ -182,11 +190,29 @@ impl Inner {
         crash::point("claim: predecessor buried");
         let head = self.member_at(number)?.head;
         head.epoch.fetch_add(1, Ordering::Relaxed);
-        head.pins_taken.store(0, Ordering::Relaxed);
         head.pid.store(pid, Ordering::Release);
         crash::point("claim: done");
         self.membership.private.store(private.0, Ordering::Relaxed);
         Some(number)
+    }
+
+    /// Nobody is a member of a file that was just opened: whatever is held in it was held by the dead.
+    pub(crate) fn forget_the_dead(&self) {
+        for member in self.member_cells() {
+            member.head.pins.iter().for_each(pin::free);
+            member.head.pid.store(0, Ordering::Relaxed);
+        }
+        self.lease_cells().iter().for_each(|cell| cell.word.store(0, Ordering::Relaxed));
+        for index in 0..self.geometry.shards {
+            if let Some(head) = self.map.at::<ShardHead>(self.geometry.shard_at(index)) {
+                lock::bequeath(&head.lock);
+                head.suspect.store(0, Ordering::Relaxed);
+            }
+        }
+        if let Some(header) = self.header() {
+            header.prefix_lock.store(0, Ordering::Relaxed);
+            header.sweep_due.store(0, Ordering::Relaxed);
+        }
     }
 
     /// An open file description of this process's own: one that was inherited would share its locks with the parent.
@@ -206,7 +232,7 @@ impl Inner {
             && number < self.geometry.members
         {
             if !crash::skips(Recovery::Unpin) {
-                member.head.pins.iter().for_each(PinCell::free);
+                member.head.pins.iter().for_each(pin::free);
             }
             member.head.pid.store(0, Ordering::Release);
         }
@@ -245,18 +271,6 @@ impl LeaseCell {
     }
 }
 
-impl PinCell {
-    /// What the cell pins in this ring, if anything.
-    pub(crate) fn read(&self, shard: u64, ring: Ring) -> Option<Pin> {
-        let pin = pin::get(&self.place, &self.size)?;
-        (pin.place == pin::word(shard, ring == Ring::Main, 0)).then_some(pin)
-    }
-
-    pub(crate) fn free(&self) {
-        self.place.store(0, Ordering::Release);
-    }
-}
-
 /// Locks or unlocks one byte; whether that was possible.
 fn lock_byte(private: Private, number: u32, kind: i32) -> bool {
     let Some(fd) = private.get() else { return false };
@@ -277,8 +291,8 @@ fn lock_byte(private: Private, number: u32, kind: i32) -> bool {
 }
 
 fn halves(claim: u64) -> (u32, u32) {
-    let [a, b, c, d, e, f, g, h] = claim.to_be_bytes();
-    (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]))
+    let low = |word: u64| u32::try_from(word & 0xffff_ffff).unwrap_or_default();
+    (low(claim >> 32), low(claim))
 }
 
 fn word(generation: u32, number: u32) -> u64 {

@@ -5,55 +5,94 @@
 //! sides, one of them sees the other: either the reader finds the floor too high and lets go, or the pin is found.
 //!
 //! ```text
-//! place 0 = free | position / 32, 52 bits | ring 1 bit | shard 11 bits
+//! 0 = free | position / 32, 52 bits | ring 1 bit | shard 4 bits | size class 7 bits
 //! ```
-//! The cell names the process by where it lies, so that whoever buries a dead member frees its pins.
+//! The cell names the process by where it lies, so that whoever buries a dead member frees its pins. The size class is a
+//! quarter of an octave, rounded up: an entry that is jumped over may seem up to a fifth larger than it is.
 
-use crate::sync::{AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU64, Ordering, fence_after_swap};
 
 const RING_SHIFT: u32 = 52;
 const SHARD_SHIFT: u32 = 53;
+const CLASS_SHIFT: u32 = 57;
 const GRAIN: u64 = 32;
-/// A cell that changes while it is read is read again, so many times.
-const READS: u32 = 4;
+/// The smallest size told apart from smaller ones.
+const SMALLEST: u64 = 64;
 
 /// What a cell says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pin {
-    pub(crate) place: u64,
+    pub(crate) shard: u64,
+    pub(crate) main: bool,
     pub(crate) position: u64,
+    /// The entry's size, or a little more.
     pub(crate) size: u64,
 }
 
-/// The word for a place.
-pub(crate) fn word(shard: u64, main: bool, position: u64) -> u64 {
-    shard << SHARD_SHIFT | u64::from(main) << RING_SHIFT | position / GRAIN
-}
-
-/// Pins, if the entry is still above the floor afterwards.
-pub(crate) fn set(place: &AtomicU64, size: &AtomicU64, word: u64, bytes: u64, position: u64, floor: &AtomicU64) -> bool {
-    size.store(bytes, Ordering::Relaxed);
-    place.store(word, Ordering::Release);
-    fence(Ordering::SeqCst);
-    let valid = floor.load(Ordering::Acquire) <= position;
-    if !valid {
-        place.store(0, Ordering::Release);
+impl Pin {
+    fn word(self) -> u64 {
+        let ring = u64::from(self.main) << RING_SHIFT;
+        class(self.size) << CLASS_SHIFT | self.shard << SHARD_SHIFT | ring | self.position / GRAIN
     }
-    valid
 }
 
-/// What a cell says, if it pins anything. One that keeps changing is being set, and is read as it is at last.
-pub(crate) fn get(place: &AtomicU64, size: &AtomicU64) -> Option<Pin> {
-    let mut seen = place.load(Ordering::Acquire);
-    let mut bytes = size.load(Ordering::Acquire);
-    for _ in 0..READS {
-        let now = place.load(Ordering::Acquire);
-        if now == seen {
-            break;
+/// Pins, if the cell is free: whether it was.
+pub(crate) fn set(cell: &AtomicU64, pin: Pin) -> bool {
+    let set = cell.compare_exchange(0, pin.word(), Ordering::SeqCst, Ordering::Relaxed).is_ok();
+    fence_after_swap();
+    set
+}
+
+/// Lets go.
+pub(crate) fn free(cell: &AtomicU64) {
+    cell.store(0, Ordering::Release);
+}
+
+/// What a cell says, if it pins anything. To be asked after the floor was raised and a full fence.
+pub(crate) fn get(cell: &AtomicU64) -> Option<Pin> {
+    let word = cell.load(Ordering::Acquire);
+    (word != 0).then_some(Pin {
+        shard: word >> SHARD_SHIFT & 15,
+        main: word >> RING_SHIFT & 1 != 0,
+        position: (word & ((1 << RING_SHIFT) - 1)) * GRAIN,
+        size: size_of_class(word >> CLASS_SHIFT),
+    })
+}
+
+/// The least class whose size is not below `size`.
+fn class(size: u64) -> u64 {
+    let size = size.max(SMALLEST);
+    let octave = size.ilog2();
+    let quarter = (size - (1 << octave)).div_ceil((1 << octave) / 4);
+    (u64::from(octave - SMALLEST.ilog2()) * 4 + quarter).min(127)
+}
+
+fn size_of_class(class: u64) -> u64 {
+    let octave = SMALLEST << (class / 4);
+    octave + octave / 4 * (class % 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_is_rounded_up_by_a_fifth_at_most() {
+        for size in (0..200_000).chain([1 << 20, (1 << 20) + 1, (1 << 30) - 1, (1 << 30) + 4096]) {
+            let rounded = size_of_class(class(size));
+            assert!(rounded >= size && (rounded <= size + size / 4 || size < SMALLEST), "{size} becomes {rounded}");
         }
-        seen = now;
-        bytes = size.load(Ordering::Acquire);
     }
-    let position = (seen & ((1 << RING_SHIFT) - 1)) * GRAIN;
-    (seen != 0).then_some(Pin { place: seen & !((1 << RING_SHIFT) - 1), position, size: bytes })
+
+    #[test]
+    fn a_cell_says_what_was_pinned_and_holds_one_pin() {
+        let cell = AtomicU64::new(0);
+        let pin = Pin { shard: 15, main: true, position: GRAIN * ((1 << RING_SHIFT) - 1), size: 320 };
+        assert_eq!(get(&cell), None);
+        assert!(set(&cell, pin));
+        assert_eq!(get(&cell), Some(pin));
+        assert!(!set(&cell, pin));
+        free(&cell);
+        assert_eq!(get(&cell), None);
+    }
 }

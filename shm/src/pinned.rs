@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cache::copy_value;
-use crate::fork;
 use crate::index::Ring;
-use crate::layout::PINS;
-use crate::pin;
+use crate::pin::Pin;
 use crate::read::Sight;
 use crate::segment::Inner;
+use crate::{crash, fork, pin};
 
 /// A page of the cache, in place: its bytes stay what they are until this is dropped, also if the page is purged or replaced
 /// meanwhile.
@@ -23,45 +22,41 @@ pub struct Pinned {
 }
 
 enum Kept {
-    Here { inner: Arc<Inner>, generation: u32, member: u32, cell: usize, at: u64, len: u64 },
+    Here { inner: Arc<Inner>, generation: u32, cell: u64, at: u64, len: u64 },
     Copy(Vec<u8>),
 }
 
 impl Pinned {
     /// Pins what was found; `None` if it is gone already. A copy, if no pin is to be had.
-    pub(crate) fn new(inner: &Arc<Inner>, shard: u64, sight: &Sight<'_>) -> Option<Pinned> {
-        let generation = fork::generation();
-        let Some((member, cell)) = inner.member().and_then(|me| Some((me, take_cell(&me.head.pins_taken)?))) else {
+    pub(crate) fn new(inner: &Arc<Inner>, sight: &Sight<'_, '_>) -> Option<Pinned> {
+        let (entry, place) = (&sight.entry, sight.place);
+        let pin = Pin {
+            shard: sight.shard.number,
+            main: place.ring == Ring::Main,
+            position: place.position,
+            size: entry.size,
+        };
+        let Some((number, cell)) = inner.member().and_then(|me| take_cell(&me.head.pins, pin)) else {
             let mut copy = Vec::new();
             copy_value(sight, &mut copy)?;
             return Some(Pinned { bytes: Kept::Copy(copy) });
         };
-        let (entry, place) = (sight.entry, sight.place);
-        // From here on the cell is given back by `drop`.
+        crash::point("pin: set");
+        if sight.floor().load(Ordering::SeqCst) > place.position {
+            pin::free(cell);
+            return None;
+        }
+        crash::point("pin: holds");
+        // The length was read before, but the entry held until now, so it is true.
         let (at, len) = (entry.value_at(), entry.value_len);
-        let inner = Arc::clone(inner);
-        let pinned = Pinned { bytes: Kept::Here { inner, generation, member: member.number, cell, at, len } };
-        let word = pin::word(shard, place.ring == Ring::Main, place.position);
-        let floor = sight.floor();
-        let words = member.head.pins.get(cell)?;
-        crate::crash::point("pin: cell taken");
-        pin::set(&words.place, &words.size, word, entry.size, place.position, floor).then_some(pinned)
+        Some(Pinned { bytes: Kept::Here { inner: Arc::clone(inner), generation: fork::generation(), cell: number, at, len } })
     }
 }
 
-/// Takes one of a process's own cells.
-fn take_cell(taken: &AtomicU64) -> Option<usize> {
-    let mut seen = taken.load(Ordering::Relaxed);
-    loop {
-        let free = seen.trailing_ones() as usize;
-        if free >= PINS {
-            return None;
-        }
-        match taken.compare_exchange_weak(seen, seen | 1 << free, Ordering::AcqRel, Ordering::Relaxed) {
-            Ok(_) => return Some(free),
-            Err(now) => seen = now,
-        }
-    }
+/// Pins by one of a process's own cells.
+fn take_cell(cells: &[AtomicU64], pin: Pin) -> Option<(u64, &AtomicU64)> {
+    let mut cells = (0..).zip(cells);
+    cells.find(|(_, cell)| cell.load(Ordering::Relaxed) == 0 && pin::set(cell, pin))
 }
 
 impl Deref for Pinned {
@@ -86,15 +81,12 @@ impl AsRef<[u8]> for Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        let Kept::Here { inner, generation, member, cell, .. } = &self.bytes else { return };
-        if *generation != fork::generation() {
-            return;
-        }
-        if let Some(member) = inner.member().filter(|me| me.number == *member) {
-            if let Some(words) = member.head.pins.get(*cell) {
-                words.free();
-            }
-            member.head.pins_taken.fetch_and(!(1 << cell), Ordering::AcqRel);
+        let Kept::Here { inner, generation, cell, .. } = &self.bytes else { return };
+        if *generation == fork::generation()
+            && let Some(member) = inner.member()
+            && let Some(cell) = usize::try_from(*cell).ok().and_then(|cell| member.head.pins.get(cell))
+        {
+            pin::free(cell);
         }
     }
 }

@@ -9,7 +9,7 @@
 //!
 //! May not: wait, or believe a length before it is checked.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::entry::{Entry, Key};
 use crate::index::{Place, Slot};
@@ -21,71 +21,49 @@ const TRIES: usize = 4;
 
 /// An entry found without a lock: every word of it may have changed by now, until [`Sight::holds`] says otherwise.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Sight<'a> {
+pub(crate) struct Sight<'s, 'a> {
+    pub(crate) shard: &'s Shard<'a>,
     pub(crate) slot: Slot<'a>,
     pub(crate) place: Place,
     pub(crate) entry: Entry<'a>,
     pub(crate) verdict: Verdict,
-    shard: Shard<'a>,
-}
-
-/// What a lookup came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Looked<R> {
-    /// There was an entry, which held while it was looked at.
-    At(R),
-    Nothing,
 }
 
 impl<'a> Shard<'a> {
-    /// Looks a key up and has `use_it` take what it wants from the entry. What that returns counts if the entry held until
-    /// then; it may run several times.
+    /// Looks a key up and has `take` take what it wants from the entry; what that returns counts if the entry held until then.
+    /// It may run several times, and returns `None` if it found out by itself that the entry does not hold.
+    ///
+    /// Also returns how often the entry had to be looked up again.
     pub(crate) fn look<R>(
         &self,
         key: Key<'_>,
         judge: &Judge<'_>,
-        mut use_it: impl FnMut(&Sight<'a>) -> Option<R>,
-    ) -> (Looked<R>, usize) {
+        mut take: impl FnMut(&Sight<'_, 'a>) -> Option<R>,
+    ) -> (Option<R>, usize) {
         for tries in 0..TRIES {
-            match self.sight(key, judge) {
-                Ok(None) => return (Looked::Nothing, tries),
-                Ok(Some(sight)) => {
-                    if let Some(result) = use_it(&sight)
-                        && sight.holds()
-                    {
-                        return (Looked::At(result), tries);
-                    }
+            let mut passed = false;
+            let taken = self.index.find(key.hash, |slot, word| {
+                let place = Place::of(word)?;
+                if place.position < self.floor(place.ring).load(Ordering::Acquire) {
+                    // Nothing is stored here any more, or it was moved while we looked.
+                    passed |= slot.word.load(Ordering::Acquire) != word;
+                    return None;
                 }
-                Err(Passed) => {}
-            }
-        }
-        (Looked::Nothing, TRIES)
-    }
-
-    /// The entry of a key, which held when its words were read.
-    fn sight(&self, key: Key<'_>, judge: &Judge<'_>) -> Result<Option<Sight<'a>>, Passed> {
-        let mut passed = false;
-        for (slot, word) in self.index.matches(key.hash) {
-            let Some(place) = Place::of(word) else { continue };
-            if place.position < self.floor(place.ring).load(Ordering::Acquire) {
-                // Nothing is stored here any more, or it was moved while we looked.
-                passed |= slot.word.load(Ordering::Acquire) != word;
-                continue;
-            }
-            let found = self.bytes(place.ring).entry(place.position);
-            let largest = self.inner.geometry.max_record;
-            let is_it = found.filter(|entry| entry.size <= largest && entry.is_for(key));
-            let sight = is_it.map(|entry| {
-                let verdict = judge.verdict(&entry);
-                Sight { slot, place, entry, verdict, shard: *self }
+                let found = self.bytes(place.ring).entry(place.position);
+                let largest = self.inner.geometry.max_record;
+                let taken = found.filter(|entry| entry.size <= largest && entry.is_for(key)).and_then(|entry| {
+                    let verdict = judge.verdict(&entry);
+                    take(&Sight { shard: self, slot, place, entry, verdict })
+                });
+                let holds = self.holds(place);
+                passed |= !holds;
+                taken.filter(|_| holds)
             });
-            if !self.holds(place) {
-                passed = true;
-            } else if sight.is_some() {
-                return Ok(sight);
+            if taken.is_some() || !passed {
+                return (taken, tries);
             }
         }
-        if passed { Err(Passed) } else { Ok(None) }
+        (None, TRIES)
     }
 
     /// Whether what was read at a place so far is what was written there.
@@ -96,20 +74,14 @@ impl<'a> Shard<'a> {
     }
 }
 
-/// The floor passed over what was being looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Passed;
-
-impl Sight<'_> {
+impl<'a> Sight<'_, 'a> {
     /// Whether all that was read of the entry so far is true.
     pub(crate) fn holds(&self) -> bool {
         self.shard.holds(self.place)
     }
-}
 
-impl<'a> Sight<'a> {
     /// The floor that the entry has to stay above.
-    pub(crate) fn floor(&self) -> &'a std::sync::atomic::AtomicU64 {
+    pub(crate) fn floor(&self) -> &'a AtomicU64 {
         self.shard.floor(self.place.ring)
     }
 }

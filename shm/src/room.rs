@@ -4,7 +4,8 @@
 //! lies at its floor. To make room the floor is moved up, record by record:
 //!
 //! ```text
-//! small ring   asked for meanwhile -> to the main ring     else -> evicted, and remembered as a ghost
+//! small ring   asked for meanwhile, or the main ring is not full -> to the main ring     else -> evicted, and remembered
+//!              as a ghost
 //! main ring    asked for meanwhile -> to its head again, with one visit less     else -> evicted
 //! ```
 //! What no slot leads to, was purged, or is over, is dropped on the way. While more than an eighth of a ring is such dead
@@ -20,12 +21,11 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use crate::crash;
 use crate::entry::Entry;
-use crate::ghosts;
 use crate::index::{Place, Ring, Slot};
 use crate::judge::{Judge, Verdict};
 use crate::shard::{Corrupt, LockedShard, add};
+use crate::{crash, ghosts, pin};
 
 /// Entries that one store moves instead of evicting them, at most.
 const MOVES: u32 = 64;
@@ -127,12 +127,12 @@ impl LockedShard<'_> {
 
     /// Raises a ring's floor until `need` bytes are free above its head.
     fn make_room(&mut self, ring: Ring, need: u64, judge: &Judge<'_>) -> Result<(), Corrupt> {
-        let len = self.shard.bytes(ring).len;
-        let reserve = if ring == Ring::Main { (len / RESERVE).max(LEAST_RESERVE.min(len / MOST_RESERVE)) } else { 0 };
-        let (floor, head) = self.bounds(ring)?;
-        if head + need + reserve <= floor + len {
+        if self.has_room(ring, need)? {
             return Ok(());
         }
+        let len = self.shard.bytes(ring).len;
+        let (floor, _) = self.bounds(ring)?;
+        let reserve = self.reserve(ring);
         let goal = (need + reserve + len / STRIDE).min(len);
         let mut budget = Budget::new(4 * need);
         let mut at = floor;
@@ -144,6 +144,20 @@ impl LockedShard<'_> {
             at = self.pass(ring, at, judge, &mut budget)?;
         }
         self.raise_floor(ring, at)
+    }
+
+    /// Whether `need` bytes, and the reserve, are free above a ring's head.
+    fn has_room(&self, ring: Ring, need: u64) -> Result<bool, Corrupt> {
+        let (floor, head) = self.bounds(ring)?;
+        Ok(head + need + self.reserve(ring) <= floor + self.shard.bytes(ring).len)
+    }
+
+    fn reserve(&self, ring: Ring) -> u64 {
+        let len = self.shard.bytes(ring).len;
+        match ring {
+            Ring::Small => 0,
+            Ring::Main => (len / RESERVE).max(LEAST_RESERVE.min(len / MOST_RESERVE)),
+        }
     }
 
     /// Deals with the record at `at`, below which all is free already; where the next one is.
@@ -180,7 +194,7 @@ impl LockedShard<'_> {
         if verdict.keeps() {
             let heavy = self.dead_weight(ring, at)? > self.shard.bytes(ring).len / DEAD_SHARE;
             let kept = match ring {
-                Ring::Small if visits >= PROMOTION => {
+                Ring::Small if visits >= PROMOTION || self.has_room(Ring::Main, entry.size)? => {
                     budget.take(entry.size) && self.promote(slot, entry, from, judge)?
                 }
                 Ring::Main if visits > 0 => {
@@ -196,7 +210,7 @@ impl LockedShard<'_> {
             }
         }
         if ring == Ring::Small && verdict == Verdict::Fresh {
-            ghosts::remember(self.shard.ghosts, &self.shard.head.ghost_seq, entry.hash());
+            ghosts::remember(self.shard.ghosts(), &self.shard.head.ghost_seq, entry.hash());
         }
         let mut books = self.shard.books();
         books.subtract(ring, entry.size)?;
@@ -303,8 +317,11 @@ impl LockedShard<'_> {
         let len = self.shard.bytes(ring).len;
         let inner = self.shard.inner;
         let pins = inner.members().flat_map(|member| {
-            let pins = member.head.pins.iter().filter_map(|cell| cell.read(self.shard.number, ring));
-            pins.map(move |pin| (member.number, pin))
+            let pins = member.head.pins.iter().filter_map(pin::get);
+            // No entry is larger than the largest, so such a pin is nonsense, and would be in the way for ever.
+            let sane = pins.filter(|pin| pin.size / 2 <= inner.geometry.max_record);
+            let here = sane.filter(move |pin| pin.shard == self.shard.number && pin.main == (ring == Ring::Main));
+            here.map(move |pin| (member.number, pin))
         });
         let obstacles = pins.flat_map(|(member, pin)| {
             let lap = from - from % len;

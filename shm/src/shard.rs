@@ -16,23 +16,15 @@
 //! May not: wait for another lock, allocate, or make a system call, while this one is held.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::time::{Duration, Instant};
-
-use crossbeam::utils::Backoff;
 
 use crate::crash::{self, Recovery};
 use crate::entry::{Bytes, Entry, Key, NewEntry};
 use crate::index::{Index, Place, Ring, Slot};
 use crate::judge::{Judge, Verdict};
 use crate::layout::{BUCKET_BYTES, Counters, GRAIN, GhostBucket, SHARD_HEAD, ShardHead};
-use crate::lock::{self, Taken};
 use crate::segment::Inner;
-use crate::{futex, ghosts};
+use crate::{ghosts, wait};
 
-/// The longest wait for a lock.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(20);
-/// How long to sleep before looking whether the owner is dead.
-const NAP: Duration = Duration::from_micros(500);
 /// Positions end before this; a slot has 52 bits for them, in units of 32 bytes.
 const LAST_POSITION: u64 = 1 << 56;
 /// Suspects one visit to a shard remembers.
@@ -53,7 +45,7 @@ pub(crate) struct Shard<'a> {
     pub(crate) number: u64,
     pub(crate) head: &'a ShardHead,
     pub(crate) index: Index<'a>,
-    pub(crate) ghosts: &'a [GhostBucket],
+    ghosts_at: u64,
     pub(crate) bytes: [Bytes<'a>; 2],
 }
 
@@ -109,7 +101,7 @@ impl<'a> Shard<'a> {
             number,
             head: inner.map.at(at)?,
             index: Index { buckets: inner.map.slice(index_at, geometry.buckets)? },
-            ghosts: inner.map.slice(ghosts_at, geometry.ghosts)?,
+            ghosts_at,
             bytes: [bytes(small_at, small), bytes(small_at + small, main)],
         })
     }
@@ -120,6 +112,10 @@ impl<'a> Shard<'a> {
 
     pub(crate) fn bytes(&self, ring: Ring) -> Bytes<'a> {
         *ring.of(&self.bytes)
+    }
+
+    pub(crate) fn ghosts(&self) -> &'a [GhostBucket] {
+        self.inner.map.slice(self.ghosts_at, self.inner.geometry.ghosts).unwrap_or_default()
     }
 
     pub(crate) fn counters(&self) -> &'a Counters {
@@ -139,8 +135,7 @@ impl<'a> Shard<'a> {
     /// and not all of them.
     pub(crate) fn lock(self) -> Result<LockedShard<'a>, NotLocked> {
         let suspect = self.head.suspect.load(Ordering::Relaxed) != 0;
-        let taken = self.inner.member_at_last().and_then(|me| self.wait_for(me.number, suspect));
-        let Some(from_the_dead) = taken else {
+        let Some(from_the_dead) = self.inner.take_lock(&self.head.lock, suspect) else {
             self.head.suspect.store(1, Ordering::Relaxed);
             add(&self.counters().lock_timeouts, 1);
             return Err(NotLocked);
@@ -155,42 +150,12 @@ impl<'a> Shard<'a> {
         }
         Ok(locked)
     }
-
-    /// Waits for the lock, [`PATIENCE`] at the most; whether its last owner died with it.
-    fn wait_for(&self, me: u32, suspect: bool) -> Option<bool> {
-        let word = &self.head.lock;
-        let backoff = Backoff::new();
-        let mut since = None;
-        loop {
-            let (owner, seen) = match lock::take(word, me, since.is_some()) {
-                Taken::Free => return Some(false),
-                Taken::FromTheDead => return Some(true),
-                Taken::No { owner, word } => (owner, word),
-            };
-            if !backoff.is_completed() && !suspect {
-                backoff.snooze();
-                continue;
-            }
-            if since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
-                return None;
-            }
-            let buried = owner != me && self.inner.bury_if_dead(owner);
-            if !buried && suspect {
-                return None;
-            }
-            if let Some(seen) = lock::announce(word, seen).filter(|_| !buried) {
-                futex::wait(word, seen, NAP);
-            }
-        }
-    }
 }
 
 impl Drop for LockedShard<'_> {
     fn drop(&mut self) {
         crash::point("lock: about to be released");
-        if lock::release(&self.shard.head.lock) {
-            futex::wake(&self.shard.head.lock, 1);
-        }
+        wait::release(&self.shard.head.lock);
         for suspect in self.suspects.iter().flatten() {
             self.shard.inner.bury_if_dead(*suspect);
         }
@@ -306,14 +271,11 @@ impl<'a> LockedShard<'a> {
 
     /// The entry of a key, good or not.
     pub(crate) fn find(&self, key: Key<'_>) -> Result<Option<Found<'a>>, Corrupt> {
-        for (slot, word) in self.shard.index.matches(key.hash) {
-            if let Some(found) = self.follow(slot, word)?
-                && found.entry.is_for(key)
-            {
-                return Ok(Some(found));
-            }
-        }
-        Ok(None)
+        let found = self.shard.index.find(key.hash, |slot, word| match self.follow(slot, word) {
+            Ok(found) => found.filter(|found| found.entry.is_for(key)).map(Ok),
+            Err(corrupt) => Some(Err(corrupt)),
+        });
+        found.transpose()
     }
 
     /// What a slot leads to; nothing if that is below the floor.
@@ -404,7 +366,7 @@ impl<'a> LockedShard<'a> {
             Some(old) => old.place.ring == Ring::Main || old.slot.visits.load(Ordering::Relaxed) > 0,
             None => {
                 let [_, main] = self.shard.books().entries;
-                let seen = ghosts::contains(self.shard.ghosts, &self.shard.head.ghost_seq, key.hash, main);
+                let seen = ghosts::contains(self.shard.ghosts(), &self.shard.head.ghost_seq, key.hash, main);
                 add(&self.shard.counters().ghost_hits, u64::from(seen));
                 seen
             }
