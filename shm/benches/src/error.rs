@@ -1,0 +1,81 @@
+//! Why there is no table.
+
+use std::{fmt, io};
+
+use forkyard_shm::{Refused, SegmentError};
+use nix::errno::Errno;
+
+/// Why there is no table.
+#[derive(Debug)]
+pub(crate) enum Error {
+    /// Forkyard's segment could not be made.
+    Segment(SegmentError),
+    /// Forkyard did not take a value that it should.
+    Refused(Refused),
+    /// LMDB failed.
+    Lmdb(heed::Error),
+    /// A program that is compared with is not installed.
+    NoProgram { program: &'static str, package: &'static str },
+    /// A server or a script did not do what it should; `what` is what it said.
+    Program { program: &'static str, what: String },
+    /// A store answered with something else than was stored.
+    WrongValue { key: String },
+    /// A forked process failed; what it said.
+    Worker(String),
+    /// A system call, or reading and writing, failed.
+    System { what: &'static str, source: io::Error },
+    /// Nothing has a name that contains this.
+    NoSuchName { pattern: String, names: String },
+    /// The table could not be written.
+    Output(io::Error),
+}
+
+impl Error {
+    /// For `map_err` after what the system may refuse.
+    pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Error {
+        move |source| Error::System { what, source: source.into() }
+    }
+
+    /// For `map_err` after a call that tells its error as a number.
+    pub(crate) fn errno(what: &'static str) -> impl Fn(Errno) -> Error {
+        Error::system(what)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Segment(source) => write!(f, "cannot make a segment: {source}"),
+            Self::Refused(source) => write!(f, "forkyard refused a value: {source}"),
+            Self::Lmdb(source) => write!(f, "LMDB failed: {source}"),
+            Self::NoProgram { program, package } => write!(
+                f,
+                "{program} is not installed: install Debian's package {package}, or leave the servers out with --no-servers"
+            ),
+            Self::Program { program, what } => write!(f, "{program} does not do what it should: {what}"),
+            Self::WrongValue { key } => write!(f, "the value of {key} is not the one that was stored"),
+            Self::Worker(what) => write!(f, "a forked process failed: {what}"),
+            Self::System { what, source } => write!(f, "{what} failed: {source}"),
+            Self::NoSuchName { pattern, names } => {
+                write!(f, "no name has {pattern:?} in it (given with --only); there are: {names}")
+            }
+            Self::Output(source) => write!(f, "cannot write the result: {source}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Segment(source) => Some(source),
+            Self::Refused(source) => Some(source),
+            Self::Lmdb(source) => Some(source),
+            Self::System { source, .. } | Self::Output(source) => Some(source),
+            Self::NoProgram { .. }
+            | Self::Program { .. }
+            | Self::WrongValue { .. }
+            | Self::Worker(_)
+            | Self::NoSuchName { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Our own cache as the benchmarks use it: the one file that depends on what it offers.
+
+use std::ops::Deref;
+
+use forkyard_shm::{Cache, Options, Plan, Refused, Segment};
+
+use crate::error::Error;
+
+/// A cache of a segment of its own; all its overhead is within `cache_bytes`. The segment lives as long as the cache.
+pub(crate) fn open(cache_bytes: u64) -> Result<Cache, Error> {
+    let segment = Segment::create(&Plan { cache_bytes, rows: 4, ..Plan::default() }).map_err(Error::Segment)?;
+    Ok(segment.cache())
+}
+
+/// A lookup that puts the value into `into`, in place of what is there.
+#[inline]
+pub(crate) fn get_into(cache: &Cache, key: &[u8], into: &mut Vec<u8>) -> bool {
+    cache.get_into(key, into)
+}
+
+/// A lookup that gives the value where it lies.
+#[inline]
+pub(crate) fn pin(cache: &Cache, key: &[u8]) -> Option<impl Deref<Target = [u8]>> {
+    cache.pin(key)
+}
+
+/// Stores a value, unless others are at it right now: a cache may forget.
+#[inline]
+pub(crate) fn set(cache: &Cache, key: &[u8], value: &[u8], options: &Options) -> Result<(), Error> {
+    match cache.set(key, value, options) {
+        Ok(()) | Err(Refused::Busy) => Ok(()),
+        Err(refused) => Err(Error::Refused(refused)),
+    }
+}

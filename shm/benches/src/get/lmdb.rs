@@ -1,0 +1,91 @@
+//! LMDB in a memory file system, without any writing to disk, and a transaction for each operation: what one would
+//! take for a cache that several processes share.
+#![expect(unsafe_code, reason = "heed trusts the caller to open an environment as LMDB wants it")]
+
+use std::path::Path;
+
+use heed::types::Bytes;
+use heed::{Database, Env, EnvFlags, EnvOpenOptions};
+
+use crate::error::Error;
+use crate::get::data::Shape;
+use crate::get::measure::Store;
+use crate::sample::Key;
+
+/// What one process has open.
+#[derive(Clone, Debug)]
+pub(crate) struct Lmdb {
+    env: Env,
+    values: Database<Bytes, Bytes>,
+}
+
+impl Lmdb {
+    /// To be called once by each process, after the fork.
+    pub(crate) fn open(dir: &Path, shape: Shape) -> Result<Lmdb, Error> {
+        let pages = u64::from(shape.keys) * (shape.size as u64 + 4096);
+        let map_size = usize::try_from(pages + (256 << 20)).unwrap_or(usize::MAX).next_multiple_of(1 << 20);
+        let mut options = EnvOpenOptions::new();
+        options.map_size(map_size);
+        // SAFETY: without syncing, a crash of the system may leave a broken file; this one does not outlive the run. With
+        // a writable map, a stray store of this process could break it; all else in it is safe Rust.
+        unsafe { options.flags(EnvFlags::WRITE_MAP | EnvFlags::NO_SYNC | EnvFlags::NO_META_SYNC) };
+        // SAFETY: the folder is new and this run's own, and nobody changes its files by other means than LMDB.
+        let env = unsafe { options.open(dir) }.map_err(Error::Lmdb)?;
+        let mut transaction = env.write_txn().map_err(Error::Lmdb)?;
+        let values = env.create_database(&mut transaction, None).map_err(Error::Lmdb)?;
+        transaction.commit().map_err(Error::Lmdb)?;
+        Ok(Lmdb { env, values })
+    }
+
+    fn read(&self, key: &Key, seen: impl FnOnce(&[u8])) -> Result<bool, heed::Error> {
+        let transaction = self.env.read_txn()?;
+        let value = self.values.get(&transaction, key)?;
+        Ok(value.map(seen).is_some())
+    }
+
+    fn write(&self, key: &Key, value: &[u8]) -> Result<(), heed::Error> {
+        let mut transaction = self.env.write_txn()?;
+        self.values.put(&mut transaction, key, value)?;
+        transaction.commit()
+    }
+}
+
+impl Store for Lmdb {
+    #[inline]
+    fn get(&mut self, key: &Key, seen: impl FnOnce(&[u8])) -> Result<bool, Error> {
+        self.read(key, seen).map_err(Error::Lmdb)
+    }
+
+    #[inline]
+    fn set(&mut self, _: u32, key: &Key, value: &[u8]) -> Result<(), Error> {
+        self.write(key, value).map_err(Error::Lmdb)
+    }
+}
+
+/// The same, with a copy.
+#[derive(Debug)]
+pub(crate) struct Copying {
+    pub(crate) lmdb: Lmdb,
+    pub(crate) found: Vec<u8>,
+}
+
+impl Store for Copying {
+    #[inline]
+    fn get(&mut self, key: &Key, seen: impl FnOnce(&[u8])) -> Result<bool, Error> {
+        let Copying { lmdb, found } = self;
+        let copy = |value: &[u8]| {
+            found.clear();
+            found.extend_from_slice(value);
+        };
+        let there = lmdb.read(key, copy).map_err(Error::Lmdb)?;
+        if there {
+            seen(found);
+        }
+        Ok(there)
+    }
+
+    #[inline]
+    fn set(&mut self, index: u32, key: &Key, value: &[u8]) -> Result<(), Error> {
+        self.lmdb.set(index, key, value)
+    }
+}

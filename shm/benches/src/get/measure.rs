@@ -1,0 +1,338 @@
+//! How a store is filled and how its operations are timed.
+//!
+//! The time is cut into windows of some 2 ms, and the median of their means is taken. A window does not count in which
+//! the process got less than 95 % of a CPU though it never went to sleep: then somebody else was running. Where it did go
+//! to sleep, as it waited for a lock or a server, that is part of what the operation costs.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::time::{ClockId, clock_gettime};
+
+use crate::error::Error;
+use crate::get::data::Data;
+use crate::sample::Key;
+
+/// Something that keys and values can be stored in.
+pub(crate) trait Store {
+    /// Shows the value to `seen`, where it lies or where it was copied to. Whether there is one.
+    fn get(&mut self, key: &Key, seen: impl FnOnce(&[u8])) -> Result<bool, Error>;
+
+    /// Stores the value under the key of this index.
+    fn set(&mut self, index: u32, key: &Key, value: &[u8]) -> Result<(), Error>;
+}
+
+/// What is done over and over again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// Lookups that hit.
+    Get,
+    /// Each tenth operation stores a value. What is missed is stored too.
+    Mix,
+}
+
+/// One measurement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Task {
+    pub(crate) work: Work,
+    pub(crate) time: Duration,
+    /// Where in the sequence it starts.
+    pub(crate) start: usize,
+}
+
+/// What a measurement gave.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Sample {
+    /// The median of the windows; 0 if none counts.
+    pub(crate) ns: f64,
+    pub(crate) kept: u32,
+    pub(crate) dropped: u32,
+    pub(crate) operations: u64,
+    pub(crate) misses: u64,
+}
+
+/// A store behind a pointer.
+pub(crate) trait Timed {
+    /// Stores all values and reads each back. The number of keys that do not stay, however often they are stored.
+    fn fill(&mut self, data: &Data) -> Result<u32, Error>;
+
+    /// Reads the first values back, as one who did not store them. The number of those that are not there.
+    fn check(&mut self, data: &Data, most: usize) -> Result<u32, Error>;
+
+    fn measure(&mut self, data: &Data, task: Task) -> Result<Sample, Error>;
+}
+
+/// How often it is tried to store what does not stay.
+const FILLS: u32 = 6;
+const WINDOW: Duration = Duration::from_millis(2);
+/// What a process must get of a CPU, in percent.
+const LEAST_CPU: u32 = 95;
+/// With fewer windows than this the measuring goes on, up to `MOST_TIMES` the time.
+const LEAST_WINDOWS: u32 = 10;
+const MOST_TIMES: u32 = 4;
+
+impl<S: Store> Timed for S {
+    fn fill(&mut self, data: &Data) -> Result<u32, Error> {
+        let mut missing = 0;
+        for pass in 0..FILLS {
+            missing = 0;
+            for (index, key) in (0..).zip(&data.keys) {
+                let value = data.shape.value(index);
+                if pass == 0 || !is_stored(self, key, &value)? {
+                    self.set(index, key, &value)?;
+                    missing += 1;
+                    // A cache may hold on to what was asked for, and let go of the rest.
+                    is_stored(self, key, &value)?;
+                }
+            }
+            if missing == 0 {
+                break;
+            }
+        }
+        Ok(missing)
+    }
+
+    fn check(&mut self, data: &Data, most: usize) -> Result<u32, Error> {
+        let mut missing = 0;
+        for (index, key) in (0..).zip(data.keys.iter().take(most)) {
+            missing += u32::from(!is_stored(self, key, &data.shape.value(index))?);
+        }
+        Ok(missing)
+    }
+
+    fn measure(&mut self, data: &Data, task: Task) -> Result<Sample, Error> {
+        let page = data.shape.value(0);
+        let mut walk =
+            Walk { store: self, data, page: &page, at: task.start, mixed: task.work == Work::Mix, misses: 0 };
+        let operations = walk.warm_up(task.time / 4)?;
+        walk.misses = 0;
+        let mut sample = Sample::default();
+        let mut windows = Vec::new();
+        let began = Instant::now();
+        while began.elapsed() < task.time || (sample.kept < LEAST_WINDOWS && began.elapsed() < task.time * MOST_TIMES) {
+            let before = Clocks::now()?;
+            walk.go(operations)?;
+            let passed = Clocks::now()?.since(&before);
+            sample.operations += u64::from(operations);
+            if passed.ran() {
+                windows.push(passed.wall.as_secs_f64() * 1e9 / f64::from(operations));
+                sample.kept += 1;
+            } else {
+                sample.dropped += 1;
+            }
+        }
+        sample.misses = walk.misses;
+        sample.ns = median(&mut windows).unwrap_or_default();
+        Ok(sample)
+    }
+}
+
+fn is_stored<S: Store>(store: &mut S, key: &Key, value: &[u8]) -> Result<bool, Error> {
+    let mut whole = false;
+    let found = store.get(key, |seen| whole = seen == value)?;
+    if found && !whole {
+        return Err(Error::WrongValue { key: String::from_utf8_lossy(key).into_owned() });
+    }
+    Ok(found)
+}
+
+/// The way of one process through the sequence.
+struct Walk<'a, S> {
+    store: &'a mut S,
+    data: &'a Data,
+    page: &'a [u8],
+    at: usize,
+    mixed: bool,
+    misses: u64,
+}
+
+impl<'a, S: Store> Walk<'a, S> {
+    /// Works for some time. Returns how many operations fill a window.
+    fn warm_up(&mut self, time: Duration) -> Result<u32, Error> {
+        let began = Instant::now();
+        let mut operations: u32 = 16;
+        loop {
+            let window = Instant::now();
+            self.go(operations)?;
+            let took = window.elapsed();
+            if took < WINDOW / 2 {
+                operations = operations.saturating_mul(2);
+            } else if began.elapsed() >= time {
+                return Ok(operations);
+            } else if took > WINDOW * 2 {
+                operations = (operations / 2).max(1);
+            }
+        }
+    }
+
+    fn go(&mut self, operations: u32) -> Result<(), Error> {
+        if self.mixed { self.go_mixed(operations) } else { self.go_reading(operations) }
+    }
+
+    fn go_reading(&mut self, operations: u32) -> Result<(), Error> {
+        for _ in 0..operations {
+            let (_, key) = self.next();
+            self.misses += u64::from(!self.store.get(key, touch)?);
+        }
+        Ok(())
+    }
+
+    fn go_mixed(&mut self, operations: u32) -> Result<(), Error> {
+        for turn in 0..operations {
+            let (index, key) = self.next();
+            let store = turn % 10 == 9 || {
+                let missed = !self.store.get(key, touch)?;
+                self.misses += u64::from(missed);
+                missed
+            };
+            if store {
+                self.store.set(index, key, self.page)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The next key, and its index.
+    #[inline]
+    fn next(&mut self) -> (u32, &'a Key) {
+        let Data { keys, sequence, .. } = self.data;
+        let index = sequence[self.at & (sequence.len() - 1)];
+        self.at += 1;
+        (index, &keys[index as usize])
+    }
+}
+
+/// What a reader at least does with a value.
+#[inline]
+fn touch(value: &[u8]) {
+    black_box((value.first().copied(), value.last().copied()));
+    // All of it counts as read, so that no copy is optimised away.
+    black_box(value.as_ptr());
+}
+
+/// What has passed for this process, or since when.
+#[derive(Clone, Copy, Debug)]
+struct Clocks {
+    wall: Duration,
+    cpu: Duration,
+    /// How often it went to sleep.
+    sleeps: i64,
+}
+
+impl Clocks {
+    fn now() -> Result<Clocks, Error> {
+        let read = |clock| clock_gettime(clock).map(Duration::from).map_err(Error::errno("clock_gettime"));
+        let usage = getrusage(UsageWho::RUSAGE_THREAD).map_err(Error::errno("getrusage"))?;
+        Ok(Clocks {
+            wall: read(ClockId::CLOCK_MONOTONIC)?,
+            cpu: read(ClockId::CLOCK_THREAD_CPUTIME_ID)?,
+            sleeps: usage.voluntary_context_switches(),
+        })
+    }
+
+    fn since(&self, before: &Clocks) -> Clocks {
+        Clocks {
+            wall: self.wall.saturating_sub(before.wall),
+            cpu: self.cpu.saturating_sub(before.cpu),
+            sleeps: self.sleeps - before.sleeps,
+        }
+    }
+
+    /// Was the time the process's own, working or asleep?
+    fn ran(&self) -> bool {
+        self.sleeps > 0 || self.cpu * 100 >= self.wall * LEAST_CPU
+    }
+}
+
+/// The middle of the values, or the mean of the two in the middle.
+pub(crate) fn median(values: &mut [f64]) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let (low, high) = (values.get(values.len().checked_sub(1)? / 2)?, values.get(values.len() / 2)?);
+    Some(f64::midpoint(*low, *high))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::get::data::Shape;
+    use std::collections::HashMap;
+
+    /// Keeps the values, all but some; and may garble them.
+    #[derive(Default)]
+    struct Fake {
+        values: HashMap<Key, Vec<u8>>,
+        refuses: u32,
+        garbles: bool,
+        sets: u64,
+    }
+
+    impl Store for Fake {
+        fn get(&mut self, key: &Key, seen: impl FnOnce(&[u8])) -> Result<bool, Error> {
+            let found = self.values.get(key);
+            found.map(|value| seen(value)).map_or(Ok(false), |()| Ok(true))
+        }
+
+        fn set(&mut self, index: u32, key: &Key, value: &[u8]) -> Result<(), Error> {
+            self.sets += 1;
+            if index >= self.refuses {
+                let value = if self.garbles { &value[1..] } else { value };
+                self.values.insert(*key, value.to_vec());
+            }
+            Ok(())
+        }
+    }
+
+    fn data() -> Data {
+        Data::new(Shape { size: 64, keys: 100 }, 1)
+    }
+
+    fn task(work: Work) -> Task {
+        Task { work, time: Duration::from_millis(5), start: 7 }
+    }
+
+    #[test]
+    fn a_wrong_value_is_found_and_a_lost_one_counted() {
+        let data = data();
+        assert_eq!(Fake::default().fill(&data).unwrap(), 0);
+        assert_eq!(Fake { refuses: 3, ..Fake::default() }.fill(&data).unwrap(), 3);
+        assert!(matches!(Fake { garbles: true, ..Fake::default() }.fill(&data), Err(Error::WrongValue { .. })));
+    }
+
+    #[test]
+    fn reading_finds_everything_and_stores_nothing() {
+        let (data, mut fake) = (data(), Fake::default());
+        fake.fill(&data).unwrap();
+        fake.sets = 0;
+        let sample = fake.measure(&data, task(Work::Get)).unwrap();
+        assert_eq!((sample.misses, fake.sets), (0, 0));
+        assert!(sample.kept + sample.dropped > 0 && sample.operations > 0, "{sample:?}");
+    }
+
+    #[test]
+    fn a_tenth_of_the_mix_is_stored() {
+        let (data, mut fake) = (data(), Fake::default());
+        fake.fill(&data).unwrap();
+        let mut walk =
+            Walk { store: &mut fake, data: &data, page: &data.shape.value(0), at: 0, mixed: true, misses: 0 };
+        walk.go(1000).unwrap();
+        assert_eq!(walk.misses, 0);
+        assert_eq!(fake.sets, data.keys.len() as u64 + 100);
+    }
+
+    #[test]
+    fn a_window_counts_if_the_process_ran_or_slept_by_itself() {
+        let clocks =
+            |wall, cpu, sleeps| Clocks { wall: Duration::from_micros(wall), cpu: Duration::from_micros(cpu), sleeps };
+        assert!(clocks(2000, 1900, 0).ran() && clocks(2000, 100, 3).ran());
+        assert!(!clocks(2000, 1899, 0).ran());
+        assert!(clocks(2500, 2900, 4).since(&clocks(500, 1000, 4)).ran());
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&mut []), None);
+        assert_eq!(median(&mut [3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), Some(2.5));
+    }
+}

@@ -1,0 +1,49 @@
+//! Processes: our own children, and programs that must not outlive us.
+#![expect(unsafe_code, reason = "forks, and runs code between fork and exec")]
+
+use std::os::unix::process::CommandExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
+
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, fork};
+
+use crate::error::Error;
+
+/// A forked process; killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Child(Pid);
+
+/// Forks. The child runs `work` and ends; nothing else of the parent is run in it, not even a destructor. It is killed
+/// when the parent ends. The process must have one thread.
+pub(crate) fn spawn(work: impl FnOnce()) -> Result<Child, Error> {
+    // SAFETY: this process has one thread, so no lock is held by a thread that the child does not have.
+    match unsafe { fork() }.map_err(Error::errno("fork"))? {
+        ForkResult::Parent { child } => Ok(Child(child)),
+        ForkResult::Child => {
+            let done = catch_unwind(AssertUnwindSafe(|| {
+                if set_pdeathsig(Signal::SIGKILL).is_ok() {
+                    work();
+                }
+            }));
+            // SAFETY: ends the process here, before it returns into what the parent was doing.
+            unsafe { libc::_exit(i32::from(done.is_err())) }
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
+        let _ = waitpid(self.0, None);
+    }
+}
+
+/// The program is killed when this process ends, however that comes.
+pub(crate) fn die_with_us(command: &mut Command) {
+    let request = || set_pdeathsig(Signal::SIGKILL).map_err(Into::into);
+    // SAFETY: between fork and exec this makes one system call and touches nothing else.
+    unsafe { command.pre_exec(request) };
+}

@@ -1,0 +1,92 @@
+//! A forked process that measures: it has its own values, or its own connections, and does what it is told by a pipe.
+
+use std::collections::HashMap;
+
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
+
+use crate::error::Error;
+use crate::get::contestant::{CONTESTANTS, Group, Place};
+use crate::get::data::Data;
+use crate::get::line::{Order, Talk};
+use crate::get::measure::{Sample, Task, Timed};
+use crate::get::process::{self, Child};
+use crate::say;
+
+/// A server that holds all values for the one holds them for the other.
+const SPOTS: usize = 1000;
+
+/// The run's end of it.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) talk: Talk,
+    _child: Child,
+}
+
+impl Worker {
+    pub(crate) fn spawn(data: &Data, place: &Place, groups: &[Group]) -> Result<Worker, Error> {
+        let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(Error::errno("pipe"));
+        let ((our_from, their_to), (their_from, our_to)) = (pipe()?, pipe()?);
+        let talk = Talk::new(our_from, our_to);
+        let child = process::spawn(|| {
+            let stores = HashMap::new();
+            Inside { data, place, groups, stores }.serve(&mut Talk::new(their_from, their_to));
+        })?;
+        Ok(Worker { talk, _child: child })
+    }
+}
+
+/// What the process has.
+struct Inside<'a> {
+    data: &'a Data,
+    place: &'a Place,
+    groups: &'a [Group],
+    /// By row.
+    stores: HashMap<usize, Box<dyn Timed>>,
+}
+
+impl Inside<'_> {
+    fn serve(&mut self, talk: &mut Talk) {
+        while let Some(order) = talk.next() {
+            let answered = match order {
+                Order::Open { fill } => {
+                    let notes = self.open(fill);
+                    talk.answer(notes)
+                }
+                Order::Run { row, task } => talk.answer_sample(self.run(row, task)),
+            };
+            if answered.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Returns what is to be said about it below the table.
+    fn open(&mut self, fill: bool) -> Result<String, Error> {
+        let keys = self.data.keys.len();
+        let mut notes = Vec::new();
+        for &group in self.groups {
+            let mut stores = self.place.open(group)?;
+            let name = group.rows().next().map_or("", |row| CONTESTANTS[row].name);
+            if let Some(first) = stores.first_mut() {
+                let missing = if fill || group.is_private() {
+                    say(&format!("filling: {name}"));
+                    first.fill(self.data)?
+                } else {
+                    // What lies in shared memory is mapped by being read.
+                    first.check(self.data, if group.is_program() { SPOTS } else { keys })?
+                };
+                if missing > 0 {
+                    notes.push(format!("{name} lacks {missing} of {keys} values;"));
+                }
+            }
+            self.stores.extend(group.rows().zip(stores));
+        }
+        Ok(notes.join(" "))
+    }
+
+    fn run(&mut self, row: usize, task: Task) -> Result<Sample, Error> {
+        let store = self.stores.get_mut(&row).ok_or_else(|| Error::Worker(format!("row {row} is not open")))?;
+        store.measure(self.data, task)
+    }
+}

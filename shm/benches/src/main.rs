@@ -1,0 +1,67 @@
+//! `forkyard-shm-bench` measures the page cache beside other caches, in one run on one machine.
+//!
+//! ```text
+//! get    what a lookup costs: in process, in shared memory, and over a socket      -> ns per operation
+//! hits   how often the eviction policy is right: replays request traces            -> hit %
+//! ```
+//! What both share is here: `sample` (who is asked for, how large it is) and `forkyard` (our cache as it is measured),
+//! `only` (which rows and columns).
+//! The tables go to standard output, everything else to standard error.
+
+mod error;
+mod forkyard;
+mod get;
+mod hits;
+mod only;
+mod sample;
+
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Error;
+
+/// Benchmarks of Forkyard's page cache.
+#[derive(Debug, Parser)]
+#[command(name = "forkyard-shm-bench", version, max_term_width = 100)]
+struct Options {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    Get(get::Options),
+    Hits(hits::Options),
+}
+
+fn main() -> ExitCode {
+    let Options { bench } = Options::parse();
+    let table = match &bench {
+        Bench::Get(options) => get::run(options),
+        Bench::Hits(options) => hits::run(options),
+    };
+    match table.and_then(|table| io::stdout().write_all(table.as_bytes()).map_err(Error::Output)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&error.to_string());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Tells the person who waits how far it is. Nobody may be reading, which is no reason to stop.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "forkyard-shm-bench: {line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        <Options as clap::CommandFactory>::command().debug_assert();
+    }
+}

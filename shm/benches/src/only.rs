@@ -1,0 +1,54 @@
+//! `--only`: which of the things that have names take part.
+
+use crate::error::Error;
+
+/// Of each kind, a pattern chooses those whose names contain it; of a kind that no pattern matches, all take part.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Only {
+    /// Only what has this in its name, of the rows and of the columns; repeatable
+    #[arg(long, value_name = "PATTERN")]
+    only: Vec<String>,
+}
+
+impl Only {
+    pub(crate) fn choose<T>(&self, all: &'static [T], name: impl Fn(&T) -> String) -> Vec<&'static T> {
+        let found: Vec<&T> = all.iter().filter(|&each| self.matches(&name(each))).collect();
+        if found.is_empty() { all.iter().collect() } else { found }
+    }
+
+    /// Each pattern must be good for something.
+    pub(crate) fn check(&self, names: &[String]) -> Result<(), Error> {
+        match self.only.iter().find(|pattern| !names.iter().any(|name| name.contains(pattern.as_str()))) {
+            Some(pattern) => Err(Error::NoSuchName { pattern: pattern.clone(), names: names.join("; ") }),
+            None => Ok(()),
+        }
+    }
+
+    fn matches(&self, name: &str) -> bool {
+        self.only.iter().any(|pattern| name.contains(pattern.as_str()))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of(patterns: &[&str]) -> Only {
+        Only { only: patterns.iter().map(|&pattern| pattern.to_owned()).collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kind_that_is_not_named_takes_part_as_a_whole() {
+        const ROWS: [&str; 3] = ["LRU", "FIFO", "S3-FIFO"];
+        let chosen = |patterns: &[&str]| Only::of(patterns).choose(&ROWS, ToString::to_string).len();
+        assert_eq!((chosen(&[]), chosen(&["FIFO"]), chosen(&["LRU"]), chosen(&["a column"])), (3, 2, 1, 3));
+    }
+
+    #[test]
+    fn a_pattern_that_matches_nothing_is_an_error() {
+        let names = ["LRU".to_owned(), "FIFO".to_owned()];
+        assert!(Only::of(&["LRU", "FI"]).check(&names).is_ok());
+        assert!(Only::of(&["LRU", "lru"]).check(&names).is_err());
+    }
+}
