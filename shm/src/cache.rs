@@ -360,6 +360,12 @@ impl Cache {
         Some(Held { _shard: self.shard(self.shard_index(key))?.lock().ok()? })
     }
 
+    /// A sweep of all there is, whether it is due or not.
+    #[doc(hidden)]
+    pub fn sweep_all(&self) {
+        self.sweep_now(1);
+    }
+
     /// How many locks of shards somebody holds, dead or alive.
     #[doc(hidden)]
     pub fn locks_held(&self) -> usize {

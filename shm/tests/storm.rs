@@ -20,7 +20,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
-const KILLS: u64 = 20_000;
+const KILLS: u64 = 12_000;
 const CHILDREN: usize = 5;
 const TAGS: u32 = 64;
 /// No lookup takes longer than this,
@@ -33,9 +33,9 @@ const REFUSED: i32 = 78;
 
 fn main() {
     common::run(&[
-        ("in_one_shard", |seed| storm(seed, SMALL, 300, 80)),
-        ("in_two_shards", |seed| storm(seed, 24 << 20, 12_000, 15)),
-        ("in_four_shards", |seed| storm(seed, 36 << 20, 18_000, 5)),
+        ("in_one_shard", |seed| storm(seed, SMALL, 300, 90)),
+        ("in_two_shards", |seed| storm(seed, 24 << 20, 12_000, 7)),
+        ("in_four_shards", |seed| storm(seed, 36 << 20, 18_000, 3)),
     ]);
 }
 
