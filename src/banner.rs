@@ -23,10 +23,11 @@ pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str
         (None, threads) => format!(", {threads} threads each for blocking functions"),
     };
     text += &format!("  workers  {}{threads}\n", config.workers);
-    text += &match config.cache_bytes {
-        0 if program.is_some() => String::new(),
-        0 => "  cache    none\n".to_owned(),
-        bytes => format!("  cache    {}, shared\n", format_size(bytes)),
+    text += &match (config.cache.bytes, &config.cache.file) {
+        (0, _) if program.is_some() => String::new(),
+        (0, _) => "  cache    none\n".to_owned(),
+        (bytes, None) => format!("  cache    {}, shared\n", format_size(bytes)),
+        (bytes, Some(file)) => format!("  cache    {}, shared, in {}\n", format_size(bytes), file.display()),
     };
     write(&text);
 }

@@ -6,14 +6,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use forkyard_shm::{Plan, Segment};
+use forkyard_shm::{Found, Plan, Segment, SegmentError};
 use http::{Request, Response};
 use http_body::Body as HttpBody;
 use tower_service::Service;
 
 use crate::body::Body;
 use crate::cli;
-use crate::config::{Config, Program, format_size};
+use crate::config::{CacheConfig, Config, Program, format_size};
 use crate::context::Context;
 use crate::heritage::WorkerMain;
 use crate::listen::Listener;
@@ -162,7 +162,9 @@ fn serve(
             log::warn!("{note}");
         }
         let application = [opened, preloaded].concat().into();
+        let kept = segment.clone();
         let ended = master::run(Arc::new(config), Arc::clone(&listeners), segment, launch, application, begun);
+        close_segment(kept);
         ended.map_err(|error| format!("the master cannot run: {error}").into())
     });
     listeners.iter().for_each(Listener::remove_file);
@@ -182,11 +184,41 @@ fn start_logging(filters: &str) {
 }
 
 fn create_segment(config: &Config) -> Result<Segment, BoxError> {
-    let plan = Plan { cache_bytes: config.cache_bytes, rows: config.slots(), ..Plan::default() };
-    Segment::create(&plan).map_err(|error| {
-        let size = format_size(config.cache_bytes);
-        format!("cannot make a shared cache of {size}: {error} (choose another size with --cache)").into()
-    })
+    let CacheConfig { bytes, max_entry, file } = &config.cache;
+    let plan = Plan { cache_bytes: *bytes, rows: config.slots(), max_entry: *max_entry };
+    let size = format_size(*bytes);
+    if *bytes == 0 && file.is_some() {
+        return Err("--cache-file has no cache to keep (give its size with --cache)".into());
+    }
+    let Some(path) = file else {
+        return Segment::create(&plan).map_err(|error| {
+            let remedy = match error {
+                SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
+                _ => "--cache",
+            };
+            format!("cannot make a shared cache of {size}: {error} (choose another size with {remedy})").into()
+        });
+    };
+    let (segment, found) = Segment::open(path, &plan).map_err(|error| {
+        format!(
+            "cannot keep a shared cache of {size} in {}: {error} (choose another file with --cache-file, or another \
+             size with --cache)",
+            path.display()
+        )
+    })?;
+    match found {
+        Found::Warm => log::info!("cache is warm file={} pages={}", path.display(), segment.cache().stats().entries),
+        Found::Nothing => log::info!("cache is new file={}", path.display()),
+        Found::Dropped { why } => log::warn!("cache starts empty, what its file held was dropped: {why} file={}", path.display()),
+    }
+    Ok(segment)
+}
+
+/// Has a cache in a file used again by the next start; a cache in memory is gone with its last process.
+fn close_segment(segment: Segment) {
+    if let Err(error) = segment.close() {
+        log::warn!("the cache file may have to be dropped at the next start: {error}");
+    }
 }
 
 /// Runs the application's preload, and returns the descriptors that it left open.

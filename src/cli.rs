@@ -4,12 +4,12 @@
 //! every binary that calls [`crate::run`], for the application linked into it.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
-use crate::config::{Config, Limits, parse_duration, parse_mode, parse_size, parse_workers};
+use crate::config::{CacheConfig, Config, Limits, parse_duration, parse_mode, parse_size, parse_workers};
 use crate::listen::{self, Address, Bind, Protocol};
 
 const SIGNALS: &str = "\
@@ -70,6 +70,9 @@ struct WorkerOptions {
     #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", default_value = "64M", value_parser = parse_size, help_heading = "Memory and limits")]
     cache: u64,
 
+    #[command(flatten)]
+    keep: KeepOptions,
+
     /// Largest request body; a larger one gets 413
     #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BODY", default_value = "1G", value_parser = parse_size, help_heading = "Memory and limits")]
     max_body: u64,
@@ -93,6 +96,24 @@ struct WorkerOptions {
     /// How long a client may take to send the head of an HTTP request, the wait for it included
     #[arg(long, value_name = "TIME", env = "FORKYARD_HEADER_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
     header_timeout: Duration,
+}
+
+/// What the page cache keeps, and where.
+#[derive(Args, Debug)]
+struct KeepOptions {
+    /// Largest page that the cache takes, as in 4M; a 64th of the cache if not given, but at least 1M as far as that fits
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE_MAX_ENTRY", value_parser = parse_size, help_heading = "Memory and limits")]
+    cache_max_entry: Option<u64>,
+
+    /// Keep the cache in this file, so that it is warm after a stop and a start
+    #[arg(long, value_name = "FILE", env = "FORKYARD_CACHE_FILE", help_heading = "Memory and limits")]
+    cache_file: Option<PathBuf>,
+}
+
+impl KeepOptions {
+    fn cache(self, bytes: u64) -> CacheConfig {
+        CacheConfig { bytes, max_entry: self.cache_max_entry.unwrap_or(0), file: self.cache_file }
+    }
 }
 
 /// A binary with an application linked into it.
@@ -134,6 +155,9 @@ struct RunOptions {
     #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", default_value = "0", value_parser = parse_size, help_heading = "Processes")]
     cache: u64,
 
+    #[command(flatten)]
+    keep: KeepOptions,
+
     /// An application process counts as started when it waits for connections, has one, or has run for so long
     #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", default_value = "1s", value_parser = parse_duration, help_heading = "Processes")]
     settle: Duration,
@@ -166,7 +190,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     }
     let linked = Linked::from_arg_matches(&command.try_get_matches_from(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
-    let WorkerOptions { threads, queue, cache, header_timeout, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, header_timeout, .. } = linked.worker;
     let limits = Limits {
         max_body: linked.worker.max_body,
         max_params: linked.worker.max_params,
@@ -175,7 +199,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
         header_timeout,
     };
     let of_workers = OfWorkers { threads, queue, limits };
-    let config = config(linked.serve, cache, Duration::ZERO, of_workers);
+    let config = config(linked.serve, keep.cache(cache), Duration::ZERO, of_workers);
     Ok(Request { config, log_level, program: None })
 }
 
@@ -192,7 +216,7 @@ pub(crate) fn parse_forkyard(arguments: Vec<OsString>) -> Result<Request, clap::
         let run = command.find_subcommand_mut("run").cloned().unwrap_or(command);
         run.bin_name("forkyard run").error(clap::error::ErrorKind::ValueValidation, cause)
     })?;
-    let config = config(run.serve, run.cache, run.settle, OfWorkers::default());
+    let config = config(run.serve, run.keep.cache(run.cache), run.settle, OfWorkers::default());
     Ok(Request { config, log_level, program: Some((run.command, run.direct)) })
 }
 
@@ -221,7 +245,7 @@ struct OfWorkers {
     limits: Limits,
 }
 
-fn config(serve: ServeOptions, cache_bytes: u64, settle: Duration, of_workers: OfWorkers) -> Config {
+fn config(serve: ServeOptions, cache: CacheConfig, settle: Duration, of_workers: OfWorkers) -> Config {
     let mut binds = serve.bind;
     if binds.is_empty() {
         binds.push(if listen::started_by_web_server() {
@@ -235,7 +259,7 @@ fn config(serve: ServeOptions, cache_bytes: u64, settle: Duration, of_workers: O
         workers: serve.workers,
         threads: of_workers.threads,
         queue: of_workers.queue,
-        cache_bytes,
+        cache,
         backlog: serve.backlog,
         socket_mode: serve.socket_mode,
         start_timeout: serve.start_timeout,

@@ -4,6 +4,7 @@
 //! form of an address.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::listen::Bind;
@@ -17,8 +18,7 @@ pub(crate) struct Config {
     pub(crate) threads: u32,
     /// Requests per worker that may wait for such a thread.
     pub(crate) queue: u32,
-    /// Size of the shared page cache in bytes; 0 is none.
-    pub(crate) cache_bytes: u64,
+    pub(crate) cache: CacheConfig,
     pub(crate) backlog: u32,
     pub(crate) socket_mode: Option<u32>,
     pub(crate) start_timeout: Duration,
@@ -28,6 +28,17 @@ pub(crate) struct Config {
     /// Workers per second that may be replaced at once; more of them wait.
     pub(crate) respawn_rate: u32,
     pub(crate) limits: Limits,
+}
+
+/// The shared page cache.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct CacheConfig {
+    /// Its size; 0 is none.
+    pub(crate) bytes: u64,
+    /// The largest page it takes; 0 leaves that to the cache.
+    pub(crate) max_entry: u64,
+    /// The file it lies in, so that it is warm after a stop and a start.
+    pub(crate) file: Option<PathBuf>,
 }
 
 /// What a client may ask of a worker.

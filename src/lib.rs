@@ -35,7 +35,9 @@ use std::process::ExitCode;
 use http_body::Body as HttpBody;
 use tower_service::Service;
 
-pub use forkyard_shm::{Cache, Clock, Damaged, Encoding, NotStorable, Options, Page, Refused, Stats};
+pub use forkyard_shm::{
+    Cache, Clock, Damaged, Distribution, Encoding, Keep, Listed, NotStorable, Options, Page, Pinned, Refused, Stats,
+};
 pub use http;
 
 pub use crate::blocking::{Answer, Blocking, blocking};

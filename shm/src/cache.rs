@@ -17,6 +17,7 @@ use crate::judge::{Judge, Moment, Verdict};
 use crate::layout::{ENTRY_HEAD, GRAIN};
 use crate::options::Options;
 use crate::pinned::Pinned;
+use crate::prefixes::Prefixes;
 use crate::read::Sight;
 use crate::segment::Inner;
 use crate::shard::{Corrupt, LockedShard, NotLocked, Shard, Stored, add};
@@ -90,7 +91,7 @@ impl Cache {
             Verdict::Stale | Verdict::OnError | Verdict::Expired | Verdict::Purged => Some(None),
         });
         let pinned = pinned.flatten();
-        self.count(shard.number, tries, if pinned.is_some() { Seen::Hit } else { Seen::Miss });
+        self.count_look(shard.number, tries, pinned.is_some());
         pinned
     }
 
@@ -116,6 +117,17 @@ impl Cache {
     pub fn purge_tag(&self, tag: &str) {
         if let Some(clock) = self.tag_clock() {
             clock.purge(self.tag(tag));
+        }
+    }
+
+    /// Makes all pages out of date whose keys begin with `prefix`, and also those that are being rendered now: at once,
+    /// though it takes a while to go through them all and give their memory back. Of the prefix, 112 bytes count.
+    pub fn purge_prefix(&self, prefix: impl AsRef<[u8]>) {
+        let Some((clock, prefixes)) = self.tag_clock().zip(Prefixes::of(&self.segment)) else { return };
+        match prefixes.announce(prefix.as_ref(), clock) {
+            Some(purge) => self.sweep_prefix(&purge),
+            // Too many at once, or a stopped process is in the way: what was to be purged must not be served.
+            None => self.clear(),
         }
     }
 
@@ -161,7 +173,7 @@ impl Cache {
         if !hit {
             value.clear();
         }
-        self.count(shard.number, tries, if hit { Seen::Hit } else { Seen::Miss });
+        self.count_look(shard.number, tries, hit);
         hit
     }
 
@@ -287,6 +299,10 @@ impl Cache {
             locked.lose();
             Trouble::Lost
         })
+    }
+
+    pub(crate) fn count_look(&self, shard: u64, retries: usize, hit: bool) {
+        self.count(shard, retries, if hit { Seen::Hit } else { Seen::Miss });
     }
 
     /// Counts in this process's own cell, which no other writes to.

@@ -345,6 +345,54 @@ fn no_page_from_before_a_purge_is_served_after_it() {
     cache.audit().unwrap();
 }
 
+#[test]
+fn a_purge_by_prefix_concerns_what_is_there_and_what_is_being_rendered() {
+    let cache = cache(SMALL);
+    let before = cache.clock();
+    for key in ["/news/1", "/news/2", "/new", "/user/1"] {
+        cache.set(key, key, &Options::new()).unwrap();
+    }
+    cache.purge_prefix("/news/");
+    let found = |key: &str| cache.get(key).is_some();
+    assert_eq!(["/news/1", "/news/2", "/new", "/user/1"].map(found), [false, false, true, true]);
+    assert_eq!((cache.stats().purged, cache.stats().entries), (2, 2));
+    cache.set("/news/1", "old", &Options::new().as_of(before)).unwrap();
+    assert!(!found("/news/1"), "rendered before");
+    cache.set("/news/1", "new", &Options::new()).unwrap();
+    assert!(found("/news/1"));
+    // So many more that the table forgets the first; what was rendered before it is turned away all the same.
+    (0..100).for_each(|n| cache.purge_prefix(format!("/other/{n}/")));
+    cache.set("/news/2", "old", &Options::new().as_of(before)).unwrap();
+    assert!(!found("/news/2") && found("/news/1") && found("/user/1"));
+    // A purge that was announced and not finished holds, and the sweep finishes it.
+    let prefixes = Prefixes::of(&cache.segment).unwrap();
+    prefixes.announce(b"/user/", cache.tag_clock().unwrap()).unwrap();
+    assert!(!found("/user/1") && prefixes.unswept().count() == 1);
+    cache.sweep_now(1, cache.segment.now_ms());
+    assert_eq!((prefixes.unswept().count(), cache.stats().entries), (0, 2));
+    cache.purge_prefix("");
+    assert_eq!(cache.stats().entries, 0);
+    cache.audit().unwrap();
+}
+
+#[test]
+fn the_sweep_reclaims_what_is_over_without_pressure() {
+    let cache = cache(SMALL);
+    let page = [1; 1000];
+    for n in 0..100 {
+        let options = Options::new().ttl(Duration::from_millis(if n < 80 { 100 } else { 1_000_000 }));
+        set_at(&cache, format!("k{n}").as_bytes(), &page, &options, 1000).unwrap();
+    }
+    let before = cache.stats();
+    cache.sweep_now(1, 1099);
+    assert_eq!((cache.stats().expired, cache.stats().entries), (0, 100));
+    (0..20).for_each(|_| cache.sweep_now(1, 1100));
+    let after = cache.stats();
+    assert_eq!((after.expired, after.entries), (80, 20), "{after:?}");
+    assert!(after.used_bytes < before.used_bytes / 2, "{after:?}");
+    cache.audit().unwrap();
+}
+
 /// Whatever stands in the segment: no panic, no endless loop, nothing out of bounds; and it works again after.
 #[test]
 fn nonsense_in_the_segment_costs_the_cache_only() {
@@ -373,8 +421,11 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             let _ = cache.purge([random.u8(..60)]);
             let _ = cache.set([n], vec![n; random.usize(..3000)], &Options::new());
         }
-        cache.sweep_now(1);
-        // Whatever is left, an emptied shard is in order.
+        cache.sweep_now(1, cache.segment.now_ms());
+        // Whatever is left, an emptied shard is in order, unless a lock or a pin says that we hold it.
+        cache.shard(0).unwrap().head.lock.store(0, Ordering::Relaxed);
+        let me = cache.segment.member().unwrap().head;
+        me.pins.iter().for_each(|pin| pin.store(0, Ordering::Relaxed));
         cache.with_shard_at(0, |shard| Err::<(), _>({ shard.lose(); Corrupt })).unwrap_err();
         cache.audit().unwrap();
         cache.set("k", "v", &Options::new()).unwrap();

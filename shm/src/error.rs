@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::page::NotStorable;
+
 /// Why a segment could not be created or attached.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -98,6 +100,8 @@ pub enum Refused {
     },
     /// The part of the cache that the key belongs to is held by a process that does not let go of it.
     Busy,
+    /// The page may not be kept in a shared cache.
+    NotStorable(NotStorable),
 }
 
 impl std::fmt::Display for Refused {
@@ -105,6 +109,7 @@ impl std::fmt::Display for Refused {
         match self {
             Self::Off => f.write_str("page not cached: there is no page cache"),
             Self::TooLarge { limit } => write!(f, "page not cached: larger than the {limit} bytes an entry can have"),
+            Self::NotStorable(why) => write!(f, "page not cached: {why}"),
             Self::Busy => f.write_str("page not cached: that part of the cache is busy"),
         }
     }

@@ -32,9 +32,7 @@ impl Private {
     /// Takes a descriptor over; `None` if there are too many already, or no handler can be registered.
     pub(crate) fn new(fd: OwnedFd) -> Option<Private> {
         REGISTERED.call_once(|| {
-            // SAFETY: the handler touches static atomics and calls close(2): all of it async-signal-safe.
-            let registered = unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
-            WORKS.store(registered == 0, Ordering::Relaxed);
+            WORKS.store(watch_forks(), Ordering::Relaxed);
         });
         if !WORKS.load(Ordering::Relaxed) {
             return None;
@@ -65,6 +63,20 @@ impl Private {
             drop(unsafe { OwnedFd::from_raw_fd(raw) });
         }
     }
+}
+
+/// Has every child of fork forget what is its parent's; whether that worked.
+#[cfg(not(miri))]
+fn watch_forks() -> bool {
+    // SAFETY: the handler touches static atomics and calls close(2): all of it async-signal-safe.
+    unsafe { libc::pthread_atfork(None, None, Some(in_child)) == 0 }
+}
+
+/// Miri knows no fork.
+#[cfg(miri)]
+fn watch_forks() -> bool {
+    let _ = in_child;
+    true
 }
 
 extern "C" fn in_child() {

@@ -87,16 +87,24 @@ impl<'a> Index<'a> {
     ///
     /// Every lookup comes through here, so this is a plain loop over two cache lines.
     pub(crate) fn find<R>(self, hash: u64, mut visit: impl FnMut(Slot<'a>, u64) -> Option<R>) -> Option<R> {
-        for choice in [Self::first, Self::second] {
-            let bucket = choice(self, hash);
-            let cells = self.buckets.get(bucket)?;
-            for (at, (word, visits)) in cells.slots.iter().zip(&cells.visits).enumerate() {
-                let seen = word.load(Ordering::Acquire);
-                if (seen ^ hash) >> FINGERPRINT_SHIFT == 0 && seen != 0 {
-                    let slot = Slot { number: (bucket * SLOTS + at) as u64, word, visits };
-                    if let Some(result) = visit(slot, seen) {
-                        return Some(result);
-                    }
+        let first = self.first(hash);
+        self.find_in(first, hash, &mut visit).or_else(|| self.find_in(self.second(hash), hash, &mut visit))
+    }
+
+    #[inline]
+    fn find_in<R>(
+        self,
+        bucket: usize,
+        hash: u64,
+        visit: &mut impl FnMut(Slot<'a>, u64) -> Option<R>,
+    ) -> Option<R> {
+        let cells = self.buckets.get(bucket)?;
+        for (at, (word, visits)) in cells.slots.iter().zip(&cells.visits).enumerate() {
+            let seen = word.load(Ordering::Acquire);
+            if (seen ^ hash) >> FINGERPRINT_SHIFT == 0 && seen != 0 {
+                let slot = Slot { number: (bucket * SLOTS + at) as u64, word, visits };
+                if let Some(result) = visit(slot, seen) {
+                    return Some(result);
                 }
             }
         }

@@ -2,9 +2,12 @@
 //!
 //! One process makes a [`Segment`]; its children inherit the mapping, and any process that gets the descriptor can
 //! [attach](Segment::attach). The memory outlives each of them: any process may be killed at any instruction, and the
-//! others go on, with at most a sixteenth of the cache lost.
+//! others go on, with nothing of the cache lost but what was being stored.
 //!
 //! ```
+//! use std::convert::Infallible;
+//! use std::time::Duration;
+//!
 //! use forkyard_shm::{Options, Plan, Segment, State};
 //!
 //! let segment = Segment::create(&Plan { cache_bytes: 8 << 20, rows: 4, ..Plan::default() })?;
@@ -13,11 +16,9 @@
 //! row.set_state(State::Ready);
 //! let request = row.begin("GET", "/news");
 //! let cache = segment.cache();
-//! if cache.get("/news").is_none() {
-//!     let clock = cache.clock();
-//!     let page = "<h1>News</h1>";
-//!     cache.set("/news", page, &Options::new().tags(["news"]).as_of(clock))?;
-//! }
+//! let options = Options::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(["news"]);
+//! let page = cache.get_or_render("/news", &options, |_| Ok::<_, Infallible>(b"<h1>News</h1>".to_vec()));
+//! # let Ok(_) = page;
 //! drop(request);
 //! assert_eq!(row.requests(), 1);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -25,45 +26,82 @@
 //!
 //! # The picture
 //! ```text
-//! segment (sealed memfd, reserved at creation, its size fixed)
-//!  |- header       what it is, and the plan it was made from; the logical clock     written: creator; clock: all, atomics
-//!  |- scoreboard   one row for each process: pid, state, counts, what it serves     written: the row's owner, atomics
-//!  |- tag table    when each tag was last purged                                    written: all, atomics
-//!  `- shard 0..15  lock | words | hash buckets | ring log of entries                written: whoever holds its lock
+//! segment (a sealed memfd, or a file; reserved when it is made, its size fixed)
+//!  |- header       what it is, and the plan it was made from; the tag clock        written: creator; clock: all
+//!  |- scoreboard   one row for each process: pid, state, counts, what it serves    written: the row's owner
+//!  |- members      one cell for each process that uses the cache: what it reads    written: its owner, or who buries it
+//!  |               in place, what it counted
+//!  |- tag table    when each tag was last purged                                   written: all, atomically
+//!  |- prefixes     the latest purges by prefix                                     written: who holds their lock
+//!  |- leases       who renders what                                                written: all, one word each
+//!  `- shard 0..15  lock | floors | heads | books | intent | counters               written: who holds its lock
+//!                  index: buckets of 7 slots and their visits                      slots: who holds the lock; visits: all
+//!                  ghosts: hashes of what was evicted lately                       written: who holds its lock
+//!                  small ring: what is new       main ring: what was asked for     written: who holds its lock
 //!
-//! ring log        tail                                  head
-//!   ... free ...  | old | dead | live | pad | live |new |  ... free ...
-//!                   ^ evicted, or moved to the head if it was asked for meanwhile
+//! a ring, with endless positions        floor                                  head
+//!                          ... free ... | old | dead | live | pad | live | new | ... free ...
+//!                                         ^ evicted, or moved to a head         ^ written next
 //! ```
-//! What lies at which byte is in `layout.rs`, held by assertions. All positions are offsets; nothing in the segment is a
-//! pointer of ours.
+//! A slot says in one word where an entry lies: a position in a ring's endless log, which is never used twice. An entry is
+//! valid as long as its position is not below the ring's floor, and does not change until then. All of the rest follows:
+//!
+//! - **Readers take no lock.** They follow the slot, copy, and look at the floor once more. On the way they write nothing that
+//!   is shared, but for the visits of an entry that has not been asked for three times yet.
+//! - **Writers lock one shard.** They write an entry beyond the head, raise the head, and publish it with one store of a slot.
+//! - **Room is made at the floor**, by S3-FIFO: `room.rs` says how, and why that policy.
+//! - **Reading in place** ([`Cache::pin`]) names the entry in the reader's own cell; the head jumps over pinned entries.
+//!
+//! What lies at which byte is in `layout.rs`, held by assertions. All positions are offsets; nothing in the segment is a pointer.
+//! Each protocol between processes is a file of its own, without system calls, which the model checker loom runs
+//! as well: `lock.rs`, `lease.rs`, `pin.rs`.
 //!
 //! # Locks
-//! There is one kind, the shard lock, and nobody holds two: there is no order to get wrong. It is never held across
-//! a system call or an allocation. Waiting for it is bounded: 20 ms, and while one process is known to sit on it, not at
-//! all. What then cannot be looked up is a miss, and what cannot be stored is [`Refused::Busy`]. The scoreboard has no
-//! locks, so a process that must never wait may read and write it.
+//! There are two kinds, the shard lock and that of the prefix table, and nobody holds two: there is no order to get wrong.
+//! None is held across a system call or an allocation. Waiting for one is bounded: 20 ms, and while one process is
+//! known to sit on it, not at all. What then cannot be stored is [`Refused::Busy`], and counted; reading goes on. The scoreboard
+//! has no locks, so a process that must never wait may read and write it.
 //!
 //! # What holds after a death
+//! A process that uses the cache is a *member*: it holds a lock on one byte of the segment's file, which the kernel gives
+//! free when the process is gone (`member.rs`). Whoever runs into something of a dead member's, or the [sweep](Cache::sweep)
+//! within a second, buries it.
+//!
 //! | killed while | what the others see |
 //! |---|---|
-//! | making the segment | nothing: nobody else has the descriptor yet |
+//! | making the segment | nothing: nobody else has the descriptor yet; a file without a magic number is made anew |
 //! | writing its row | the row as far as written; the reader expects as much |
-//! | looking up, lock held | the lock is taken over; nothing is lost |
-//! | writing the bytes of a new entry, lock held | the same: they lie beyond the head, where nobody looks |
-//! | changing a shard (`dirty` is set) | the next to take the lock empties this shard and counts it |
-//! | emptying a shard | `dirty` is still set: the next begins again |
+//! | becoming a member | the byte is free again; whoever claims the cell next begins with burying |
+//! | looking up, copying out | nothing: it wrote nothing |
+//! | reading in place | the entry's bytes are not used again until the member is buried; then they are |
+//! | waiting for a lock or a lease | nothing |
+//! | writing the bytes of an entry or of padding, lock held | the lock is taken over; the bytes lie beyond the head, and are overwritten |
+//! | the head raised, no slot stored | the same; the record belongs to nobody, and is dropped when the floor gets there |
+//! | the slot stored, the books not | the next owner finds the intent, sees that the slot says what was intended, and finishes the books |
+//! | moving an entry | the slot leads to the old copy or to the new one, and both are whole |
+//! | the floor raised | what is below is free, for pins are looked for before it is written to |
+//! | emptying a shard | the next owner finds the intent and finishes |
 //! | purging a tag, between its two stores | the purge has not happened; its caller never got an answer |
+//! | purging a prefix, before its time is stored | the same; the cell is used again |
+//! | purging a prefix, while removing | the purge holds for all readers; the sweep removes the rest |
 //! | clearing, the clock raised, some shards not emptied | no old page is served; the memory returns with time |
+//! | rendering under a lease | the lease is freed when the member is buried, by the first who waits for it, within milliseconds; another renders |
+//! | the page stored, the lease held | the others find the page |
+//! | burying somebody | the byte is free again; the next one buries from the start, which does no harm |
+//! | taking a lock over, before the repair | the lock says again that its owner died, as the intent is still there |
+//! | using a file | `file.rs` |
 //!
-//! A process that is stopped and not dead keeps its lock, and the others do without that shard until it goes on.
+//! A process that is stopped and not dead keeps its lock, and the others do without storing in that shard until it goes on.
+//! A lease it holds ends at its deadline.
 //!
 //! # Whom this trusts
 //! The processes of one segment trust each other about as far as threads do, with two differences: a death harms nobody,
 //! and of what lies in the segment nothing is believed that could lead outside it or into an endless loop. A shard
-//! that contradicts itself is emptied and counted. What is not defended against: a process that writes
-//! over a lock while another one holds it can crash that one, as the C library keeps list pointers in there; and one that
-//! forges entries can serve what it likes.
+//! that contradicts itself is emptied and counted. What is not defended against: a process that writes over the segment can
+//! serve what it likes, change what another reads in place, or name a living process as the owner of a lock, which
+//! keeps others from storing in that shard until that process ends. A process that closes descriptors it did not open
+//! (all above 2, say) closes the one by which it is known to live: it is taken for dead, and must not use the cache
+//! any more.
 
 mod audit;
 mod cache;
@@ -72,12 +110,14 @@ mod clock;
 pub mod crash;
 mod entry;
 mod error;
+mod file;
 mod fork;
 mod futex;
 mod geometry;
 mod ghosts;
 mod index;
 mod judge;
+mod kept;
 mod layout;
 mod lease;
 mod list;
@@ -98,12 +138,15 @@ mod stats;
 mod sweep;
 mod sync;
 mod tags;
+mod wait;
 
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
 pub use cache::Held;
 pub use cache::Cache;
+pub use kept::Keep;
 pub use error::{Refused, SegmentError};
+pub use file::Found;
 pub use list::{Distribution, Listed};
 pub use options::Options;
 pub use page::{Damaged, Encoding, Header, NotStorable, Page};

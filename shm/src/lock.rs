@@ -69,3 +69,9 @@ pub(crate) fn mark_dead(lock: &AtomicU32, member: u32) -> bool {
     }
     false
 }
+
+/// Frees a lock of which nobody can be the owner any more; whoever takes it next is told if it was held.
+pub(crate) fn bequeath(lock: &AtomicU32) {
+    let left = if lock.load(Ordering::Relaxed) & (OWNER | DIED) == 0 { 0 } else { DIED };
+    lock.store(left, Ordering::Release);
+}

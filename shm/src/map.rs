@@ -9,6 +9,8 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+use std::sync::atomic::AtomicU8;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A type that may be viewed in place in memory that other processes write.
@@ -108,6 +110,17 @@ impl Map {
         Ok(())
     }
 
+    /// The same for the first page.
+    #[cfg(not(miri))]
+    pub(crate) fn flush_start(&self) -> io::Result<()> {
+        self.memory.flush_range(0, 4096.min(self.memory.len()))
+    }
+
+    #[cfg(miri)]
+    pub(crate) fn flush_start(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// The `T` at `offset`, if it lies inside the mapping and is aligned.
     pub(crate) fn at<T: Plain>(&self, offset: u64) -> Option<&T> {
         self.slice(offset, 1)?.first()
@@ -132,7 +145,7 @@ impl Map {
         // SAFETY: the target lies inside the mapping and `bytes`, a Rust slice, does not; no reference into the target can
         // be harmed, as only `Plain` ones exist, and pinned ranges, which nobody who holds the lock writes to. Another
         // process may read or write the target meanwhile: `copy` is a copy of bytes that may change.
-        unsafe { copy(bytes.as_ptr(), to, bytes.len()) };
+        unsafe { copy(Side::Private(bytes.as_ptr()), Side::Shared(to), bytes.len()) };
         Some(())
     }
 
@@ -148,7 +161,7 @@ impl Map {
             return None;
         }
         // SAFETY: the source lies inside the mapping, the target is private memory with room for `len` bytes.
-        unsafe { copy(from.cast_const(), spare.as_mut_ptr().cast::<u8>(), len) };
+        unsafe { copy(Side::Shared(from.cast_const()), Side::Private(spare.as_mut_ptr().cast::<u8>()), len) };
         let filled = out.len() + len;
         // SAFETY: the `len` bytes after the old length were written just above, and the capacity was checked.
         unsafe { out.set_len(filled) };
@@ -165,7 +178,7 @@ impl Map {
             return None;
         }
         // SAFETY: both ranges lie inside the mapping and do not overlap; as to other processes see `write`.
-        unsafe { copy(from.cast_const(), to, len) };
+        unsafe { copy(Side::Shared(from.cast_const()), Side::Shared(to), len) };
         Some(())
     }
 
@@ -205,6 +218,21 @@ impl Map {
     }
 }
 
+/// One side of a copy: memory that other processes see, or our own.
+#[derive(Clone, Copy, Debug)]
+enum Side<P> {
+    Shared(P),
+    Private(P),
+}
+
+impl<P> Side<P> {
+    fn pointer(self) -> P {
+        match self {
+            Side::Shared(pointer) | Side::Private(pointer) => pointer,
+        }
+    }
+}
+
 /// Copies bytes that another process may change meanwhile.
 ///
 /// To the compiler this is an opaque instruction, not a read of Rust memory: a race with another process (or thread) gives some
@@ -213,7 +241,8 @@ impl Map {
 /// # Safety
 /// `len` bytes can be read at `from` and written at `to`, and the two do not overlap.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
+    let (from, to) = (from.pointer(), to.pointer());
     // SAFETY: as the caller promises; the direction flag is clear by the ABI.
     unsafe {
         std::arch::asm!(
@@ -226,26 +255,39 @@ unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
     }
 }
 
-/// As above, for machines without such an instruction: word by word, atomically where both sides are aligned.
+/// As above, for machines without such an instruction: word by word where both sides are aligned, else byte by byte, and
+/// atomically on the sides that are shared.
 ///
 /// # Safety
 /// `len` bytes can be read at `from` and written at `to`, and the two do not overlap.
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-    use std::sync::atomic::AtomicU8;
-
-    let word = size_of::<AtomicU64>();
-    let aligned = from.cast::<AtomicU64>().is_aligned() && to.cast::<AtomicU64>().is_aligned();
-    let words = if aligned { len / word } else { 0 };
-    for at in (0..words * word).step_by(word) {
-        // SAFETY: inside both ranges, and aligned. That one of the two may be private memory does no harm.
-        let (from, to) = unsafe { (&*from.add(at).cast::<AtomicU64>(), &*to.add(at).cast::<AtomicU64>()) };
-        to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
+    let word = size_of::<u64>();
+    let aligned = from.pointer().cast::<u64>().is_aligned() && to.pointer().cast::<u64>().is_aligned();
+    let whole = if aligned { len / word * word } else { 0 };
+    for at in (0..whole).step_by(word) {
+        // SAFETY: inside the source, and aligned.
+        let value = match from {
+            Side::Shared(from) => unsafe { (*from.add(at).cast::<AtomicU64>()).load(Ordering::Relaxed) },
+            Side::Private(from) => unsafe { from.add(at).cast::<u64>().read() },
+        };
+        // SAFETY: inside the target, and aligned.
+        match to {
+            Side::Shared(to) => unsafe { (*to.add(at).cast::<AtomicU64>()).store(value, Ordering::Relaxed) },
+            Side::Private(to) => unsafe { to.add(at).cast::<u64>().write(value) },
+        }
     }
-    for at in words * word..len {
-        // SAFETY: inside both ranges.
-        let (from, to) = unsafe { (&*from.add(at).cast::<AtomicU8>(), &*to.add(at).cast::<AtomicU8>()) };
-        to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+    for at in whole..len {
+        // SAFETY: inside the source.
+        let value = match from {
+            Side::Shared(from) => unsafe { (*from.add(at).cast::<AtomicU8>()).load(Ordering::Relaxed) },
+            Side::Private(from) => unsafe { from.add(at).read() },
+        };
+        // SAFETY: inside the target.
+        match to {
+            Side::Shared(to) => unsafe { (*to.add(at).cast::<AtomicU8>()).store(value, Ordering::Relaxed) },
+            Side::Private(to) => unsafe { to.add(at).write(value) },
+        }
     }
 }
 

@@ -196,9 +196,28 @@ impl Inner {
         Some(number)
     }
 
+    /// Nobody is a member of a file that was just opened: whatever is held in it was held by the dead.
+    pub(crate) fn forget_the_dead(&self) {
+        for member in self.member_cells() {
+            member.head.pins.iter().for_each(pin::free);
+            member.head.pid.store(0, Ordering::Relaxed);
+        }
+        self.lease_cells().iter().for_each(|cell| cell.word.store(0, Ordering::Relaxed));
+        for index in 0..self.geometry.shards {
+            if let Some(head) = self.map.at::<ShardHead>(self.geometry.shard_at(index)) {
+                lock::bequeath(&head.lock);
+                head.suspect.store(0, Ordering::Relaxed);
+            }
+        }
+        if let Some(header) = self.header() {
+            header.prefix_lock.store(0, Ordering::Relaxed);
+            header.sweep_due.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// An open file description of this process's own: one that was inherited would share its locks with the parent.
     fn open_again(&self) -> Option<OwnedFd> {
-        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        let path = if cfg!(miri) { "/dev/null".to_owned() } else { format!("/proc/self/fd/{}", self.fd.as_raw_fd()) };
         open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).ok()
     }
 
@@ -252,7 +271,14 @@ impl LeaseCell {
     }
 }
 
+/// Miri knows no locks on files; there is one process, and nobody else.
+#[cfg(miri)]
+fn lock_byte(private: Private, _: u32, _: i32) -> bool {
+    private.get().is_some()
+}
+
 /// Locks or unlocks one byte; whether that was possible.
+#[cfg(not(miri))]
 fn lock_byte(private: Private, number: u32, kind: i32) -> bool {
     let Some(fd) = private.get() else { return false };
     let flock = libc::flock {

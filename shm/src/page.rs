@@ -15,7 +15,6 @@
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 mod fields;
-#[cfg_attr(not(test), expect(dead_code, reason = "the cache does not store pages yet"))]
 mod meta;
 mod serve;
 

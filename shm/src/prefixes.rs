@@ -13,11 +13,11 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::crash;
 use crate::entry::Entry;
 use crate::layout::{Header, PREFIX_WORDS, PREFIXES, PrefixCell};
 use crate::segment::Inner;
 use crate::tags::TagClock;
+use crate::{crash, wait};
 
 /// A longer prefix is cut to this, and so purges more than it says.
 pub(crate) const LONGEST: usize = PREFIX_WORDS * 8;
@@ -25,6 +25,7 @@ pub(crate) const LONGEST: usize = PREFIX_WORDS * 8;
 /// The table of one segment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Prefixes<'a> {
+    inner: &'a Inner,
     header: &'a Header,
     cells: &'a [PrefixCell],
 }
@@ -66,12 +67,20 @@ impl Prefix {
 impl<'a> Prefixes<'a> {
     pub(crate) fn of(inner: &'a Inner) -> Option<Prefixes<'a>> {
         let cells = inner.map.slice(inner.geometry.prefixes_at, PREFIXES as u64)?;
-        Some(Prefixes { header: inner.header()?, cells })
+        Some(Prefixes { inner, header: inner.header()?, cells })
     }
 
-    /// Makes a purge known, from now on. `None` if no cell can be used: all are still being swept. The caller holds the
-    /// prefix lock.
+    /// Makes a purge known, from now on. `None` if no cell can be used: all are still being swept, or the table is locked by
+    /// a process that does not go on.
     pub(crate) fn announce(self, prefix: &[u8], clock: TagClock<'_>) -> Option<Purge> {
+        // A cell that a dead process left half written says nothing, and is used again: there is nothing to repair.
+        self.inner.take_lock(&self.header.prefix_lock, false)?;
+        let purge = self.announce_locked(prefix, clock);
+        wait::release(&self.header.prefix_lock);
+        purge
+    }
+
+    fn announce_locked(self, prefix: &[u8], clock: TagClock<'_>) -> Option<Purge> {
         let usable = |&(_, cell): &(usize, &PrefixCell)| {
             cell.clock.load(Ordering::Acquire) == 0 || cell.swept.load(Ordering::Acquire) != 0
         };

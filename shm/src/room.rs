@@ -331,7 +331,10 @@ impl LockedShard<'_> {
         let pins = self.shard.inner.members().flat_map(|member| {
             member.head.pins.iter().filter_map(pin::get).map(move |pin| (member.number, pin))
         });
-        let here = pins.filter(move |(_, pin)| pin.shard == number && pin.main == (ring == Ring::Main));
+        // No entry is larger than the largest, so a pin that says so is nonsense, and would be in the way for ever.
+        let most = self.shard.inner.geometry.max_record;
+        let sane = pins.filter(move |(_, pin)| pin.size / 2 <= most);
+        let here = sane.filter(move |(_, pin)| pin.shard == number && pin.main == (ring == Ring::Main));
         here.map(move |(member, pin)| {
             let start = from + (pin.position % len + len - from % len) % len;
             Obstacle { start, end: start.saturating_add(pin.size), member }

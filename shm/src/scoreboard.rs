@@ -183,6 +183,14 @@ impl Scoreboard {
         serving.map(|(_, row)| row.connections.load(Ordering::Relaxed)).min()
     }
 
+    /// Makes all rows empty: for a segment that nobody uses yet.
+    pub(crate) fn reset(&self) {
+        for (_, row) in (0..self.rows()).filter_map(|slot| self.row(slot)) {
+            row.pid.store(0, Ordering::Relaxed);
+            row.state.store(State::Empty.to_word(), Ordering::Release);
+        }
+    }
+
     fn row(&self, slot: u32) -> Option<(u64, &RowCells)> {
         if slot >= self.rows() {
             return None;

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, SealFlag, fallocate, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, Flock, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::SFlag;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::Plan;
@@ -31,7 +32,7 @@ use crate::scoreboard::Scoreboard;
 /// mapping and descriptor.
 #[derive(Clone, Debug)]
 pub struct Segment {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 /// What all handles share. The geometry is this process's own copy.
@@ -44,6 +45,8 @@ pub(crate) struct Inner {
     pub(crate) time_base: u64,
     pub(crate) membership: Membership,
     pub(crate) fd: OwnedFd,
+    /// The file's lock, if the segment lies in a file and this is who opened it.
+    pub(crate) file: Option<Arc<Flock<File>>>,
 }
 
 impl Segment {
@@ -55,9 +58,20 @@ impl Segment {
         let geometry = Geometry::of(plan)?;
         let fd = memory_file(geometry.total)?;
         let map = Map::new(fd.as_fd(), geometry.total).map_err(|error| system("map the shared segment", error))?;
-        let seed = RandomState::new().build_hasher().finish(); // keyed by the system's random numbers
+        Segment::make(plan, geometry, map, fd, None)
+    }
+
+    /// Fills memory that is all zero, and that nobody else knows of yet.
+    pub(crate) fn make(
+        plan: &Plan,
+        geometry: Geometry,
+        map: Map,
+        fd: OwnedFd,
+        file: Option<Arc<Flock<File>>>,
+    ) -> Result<Segment, SegmentError> {
         map.warm();
-        let inner = Inner { map, geometry, seed, time_base: 0, membership: Membership::new(), fd };
+        let seed = RandomState::new().build_hasher().finish(); // keyed by the system's random numbers
+        let inner = Inner { map, geometry, seed, time_base: 0, membership: Membership::new(), fd, file };
         inner.init_shards().ok_or(BAD_GEOMETRY)?;
         inner.write_header(plan).ok_or(BAD_GEOMETRY)?;
         Ok(Segment { inner: Arc::new(inner) })
@@ -70,11 +84,14 @@ impl Segment {
     /// have made.
     pub fn attach(fd: OwnedFd) -> Result<Segment, SegmentError> {
         close_on_exec(&fd)?;
-        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(|_| unusable("it is not a sealed memory file"))?;
-        if !SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) {
-            return Err(unusable("its size is not sealed"));
-        }
         let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
+        match fcntl(&fd, FcntlArg::F_GET_SEALS) {
+            Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => {}
+            // A file on a disk knows no seals; nobody but its owner may change it.
+            Err(Errno::EINVAL) if stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() && stat.st_mode & 0o022 == 0 => {}
+            Ok(_) => return Err(unusable("its size is not sealed")),
+            Err(_) => return Err(unusable("it is not a sealed memory file")),
+        }
         let len = u64::try_from(stat.st_size).unwrap_or(0);
         if len < size_of::<Header>() as u64 {
             return Err(unusable("it is too short"));
@@ -84,7 +101,7 @@ impl Segment {
         let (geometry, seed) = checked_header(header, len)?;
         let time_base = header.time_base.load(Ordering::Relaxed);
         let membership = Membership::new();
-        Ok(Segment { inner: Arc::new(Inner { map, geometry, seed, time_base, membership, fd }) })
+        Ok(Segment { inner: Arc::new(Inner { map, geometry, seed, time_base, membership, fd, file: None }) })
     }
 
     /// The descriptor, to be inherited or sent. It is close-on-exec: whoever execs clears that on purpose.
@@ -148,10 +165,10 @@ impl Inner {
 }
 
 /// The offsets come from `Geometry::of`, whose tests show that all lie inside; this is for the type's sake.
-const BAD_GEOMETRY: SegmentError = SegmentError::Unusable { why: "its parts do not fit into it" };
+pub(crate) const BAD_GEOMETRY: SegmentError = SegmentError::Unusable { why: "its parts do not fit into it" };
 
 /// What the header says, if it is whole and true.
-fn checked_header(header: &Header, len: u64) -> Result<(Geometry, u64), SegmentError> {
+pub(crate) fn checked_header(header: &Header, len: u64) -> Result<(Geometry, u64), SegmentError> {
     if header.magic.load(Ordering::Acquire) != MAGIC {
         return Err(unusable("it does not start like a Forkyard segment"));
     }
@@ -188,7 +205,14 @@ fn checksum(header: &Header) -> u64 {
     xxh3_64(&words.map(u64::to_le_bytes).concat())
 }
 
+/// Miri has memory in the place of the file: see `map.rs`.
+#[cfg(miri)]
+fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
+    File::open("/dev/null").map(OwnedFd::from).map_err(|error| system("open /dev/null", error))
+}
+
 /// A memory file of `len` bytes, all of them reserved, whose size is fixed for ever.
+#[cfg(not(miri))]
 fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     let out_of_memory = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
     // The kernel finds out page by page that the memory is not there, and may kill somebody before it says so;
@@ -229,7 +253,7 @@ fn seals_of_a_segment() -> SealFlag {
     SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL
 }
 
-fn system(tried: &'static str, source: impl Into<io::Error>) -> SegmentError {
+pub(crate) fn system(tried: &'static str, source: impl Into<io::Error>) -> SegmentError {
     SegmentError::System { tried, source: source.into() }
 }
 
@@ -309,7 +333,7 @@ mod tests {
         assert!(Segment::attach(file_of(&good, all)).is_ok(), "the copy itself is fine");
 
         assert_eq!(why(Segment::attach(file_of(&good, SealFlag::F_SEAL_GROW))), "its size is not sealed");
-        let no_memfd = File::open("/proc/self/exe").unwrap().into();
+        let no_memfd = File::open("/dev/null").unwrap().into();
         assert_eq!(why(Segment::attach(no_memfd)), "it is not a sealed memory file");
         for len in [0, 8, 383] {
             assert_eq!(why(Segment::attach(file_of(&good[..len], all))), "it is too short");

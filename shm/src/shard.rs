@@ -16,23 +16,15 @@
 //! May not: wait for another lock, allocate, or make a system call, while this one is held.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::time::{Duration, Instant};
-
-use crossbeam::utils::Backoff;
 
 use crate::crash::{self, Recovery};
 use crate::entry::{Bytes, Entry, Key, NewEntry};
 use crate::index::{Index, Place, Ring, Slot};
 use crate::judge::{Judge, Verdict};
 use crate::layout::{BUCKET_BYTES, Counters, GRAIN, GhostBucket, SHARD_HEAD, ShardHead};
-use crate::lock::{self, Taken};
 use crate::segment::Inner;
-use crate::{futex, ghosts};
+use crate::{ghosts, wait};
 
-/// The longest wait for a lock.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(20);
-/// How long to sleep before looking whether the owner is dead.
-const NAP: Duration = Duration::from_micros(500);
 /// Positions end before this; a slot has 52 bits for them, in units of 32 bytes.
 const LAST_POSITION: u64 = 1 << 56;
 /// Suspects one visit to a shard remembers.
@@ -144,8 +136,7 @@ impl<'a> Shard<'a> {
     /// and not all of them.
     pub(crate) fn lock(self) -> Result<LockedShard<'a>, NotLocked> {
         let suspect = self.head.suspect.load(Ordering::Relaxed) != 0;
-        let taken = self.inner.member_at_last().and_then(|me| self.wait_for(me.number, suspect));
-        let Some(from_the_dead) = taken else {
+        let Some(from_the_dead) = self.inner.take_lock(&self.head.lock, suspect) else {
             self.head.suspect.store(1, Ordering::Relaxed);
             add(&self.counters().lock_timeouts, 1);
             return Err(NotLocked);
@@ -160,42 +151,12 @@ impl<'a> Shard<'a> {
         }
         Ok(locked)
     }
-
-    /// Waits for the lock, [`PATIENCE`] at the most; whether its last owner died with it.
-    fn wait_for(&self, me: u32, suspect: bool) -> Option<bool> {
-        let word = &self.head.lock;
-        let backoff = Backoff::new();
-        let mut since = None;
-        loop {
-            let (owner, seen) = match lock::take(word, me, since.is_some()) {
-                Taken::Free => return Some(false),
-                Taken::FromTheDead => return Some(true),
-                Taken::No { owner, word } => (owner, word),
-            };
-            if !backoff.is_completed() && !suspect {
-                backoff.snooze();
-                continue;
-            }
-            if since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
-                return None;
-            }
-            let buried = owner != me && self.inner.bury_if_dead(owner);
-            if !buried && suspect {
-                return None;
-            }
-            if let Some(seen) = lock::announce(word, seen).filter(|_| !buried) {
-                futex::wait(word, seen, NAP);
-            }
-        }
-    }
 }
 
 impl Drop for LockedShard<'_> {
     fn drop(&mut self) {
         crash::point("lock: about to be released");
-        if lock::release(&self.shard.head.lock) {
-            futex::wake(&self.shard.head.lock, 1);
-        }
+        wait::release(&self.shard.head.lock);
         for suspect in self.suspects.iter().flatten() {
             self.shard.inner.bury_if_dead(*suspect);
         }

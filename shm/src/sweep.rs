@@ -27,27 +27,34 @@ type Doomed = (u64, u64);
 
 impl Cache {
     /// Removes pages that are out of date, frees what dead processes held, and finishes purges that they began. To be called
-    /// about once a second by each process; all but one of them return at once.
+    /// about once a second by each process; all but one of them return at once. It looks at a part of the cache, which
+    /// may take some milliseconds in a large one.
     pub fn sweep(&self) {
         let now_ms = self.segment.now_ms();
         let Some(header) = self.segment.header() else { return };
         let due = header.sweep_due.load(Ordering::Relaxed);
-        // A due time far ahead is none of ours.
-        let waits = due > now_ms && due - now_ms <= INTERVAL_MS;
         let next = now_ms + INTERVAL_MS;
-        if !waits && header.sweep_due.compare_exchange(due, next, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-            self.sweep_now(ROUNDS);
+        if is_due(due, now_ms)
+            && header.sweep_due.compare_exchange(due, next, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        {
+            self.sweep_now(ROUNDS, now_ms);
         }
     }
 
+    /// Whether [`sweep`](Cache::sweep) would do anything: costs next to nothing.
+    pub fn sweep_is_due(&self) -> bool {
+        let due = self.segment.header().map(|header| header.sweep_due.load(Ordering::Relaxed));
+        self.segment.geometry.shards > 0 && due.is_some_and(|due| is_due(due, self.segment.now_ms()))
+    }
+
     /// One part of `rounds` of the index, now.
-    pub(crate) fn sweep_now(&self, rounds: u64) {
+    pub(crate) fn sweep_now(&self, rounds: u64, now_ms: u64) {
         self.segment.bury_the_dead();
         let Some(prefixes) = Prefixes::of(&self.segment) else { return };
         for purge in prefixes.unswept() {
             self.sweep_prefix(&purge);
         }
-        let Some(judge) = self.judge(Moment::At(self.segment.now_ms())) else { return };
+        let Some(judge) = self.judge(Moment::At(now_ms)) else { return };
         for shard in self.shards() {
             let slots = shard.index.len();
             let part = (slots / rounds.max(1)).max(FEWEST).min(slots);
@@ -105,6 +112,11 @@ impl Cache {
         });
         removed.is_ok()
     }
+}
+
+/// A time far ahead is none of ours, and does not count.
+fn is_due(due: u64, now_ms: u64) -> bool {
+    due <= now_ms || due - now_ms > INTERVAL_MS
 }
 
 /// The word of a slot whose entry is doomed.

@@ -33,11 +33,12 @@ use std::task::Poll;
 use std::time::Duration;
 
 use ::http::{Request, Response};
-use forkyard_shm::State;
+use forkyard_shm::{Cache, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
 use tokio::io::AsyncReadExt as _;
 use tokio::runtime::{LocalOptions, LocalRuntime};
+use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
 use self::accept::{Acceptor, Connections, Serve, Socket};
@@ -120,6 +121,7 @@ where
             accepting.push((task, acceptor, server));
         }
 
+        let sweeping = tokio::task::spawn_local(sweep(heritage.segment.cache()));
         row.set_state(State::Ready);
         File::from(heritage.report).write_all(&[READY])?;
         told_to_leave(asked_to_leave, heritage.lifeline).await?;
@@ -131,6 +133,7 @@ where
         }
         drain.begin();
         connections.none().await;
+        sweeping.abort();
         io::Result::Ok(())
     })?;
     // What still runs on a thread though its client has left: it may be half-way through something.
@@ -138,6 +141,20 @@ where
     // Not the runtime's own end, which would wait for a blocking function that never returns.
     runtime.shutdown_background();
     Ok(())
+}
+
+/// Keeps the page cache tidy: off the event loop, and in one of all workers at a time.
+async fn sweep(cache: Cache) {
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if cache.sweep_is_due() {
+            let cache = cache.clone();
+            // A panic there is none of ours.
+            let _ = tokio::task::spawn_blocking(move || cache.sweep()).await;
+        }
+    }
 }
 
 /// Runs the event loop until `life` ends, and between its turns the blocking functions that are quick.

@@ -1,0 +1,319 @@
+//! A segment in a file, so that the cache is warm after a stop and a start.
+//!
+//! The file has the same bytes as a memory file, and only one master has it open, by flock(2). What is found in it is used whole
+//! or dropped whole:
+//!
+//! | the file | is |
+//! |---|---|
+//! | empty, of another version, plan or size, or with a damaged header | dropped |
+//! | marked clean: whoever used it last wrote all of it to the disk, then the mark | used |
+//! | not clean, and the machine was not started since | used if an audit of all shards finds no fault: the processes died, and a death at any instruction leaves the cache whole; the kernel kept the bytes |
+//! | not clean, and the machine was started since | dropped: which of its pages reached the disk is up to chance |
+//!
+//! The mark is taken away, on the disk, before anything else is written. So a power cut finds either a clean file or one that is
+//! dropped.
+//!
+//! When a file is used again, nobody is a member of it, so all locks, pins and leases in it are the dead's; its clock goes on
+//! where it stopped, plus the time that passed.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
+
+use crate::Plan;
+use crate::clock::monotonic_ms;
+use crate::error::SegmentError;
+use crate::geometry::Geometry;
+use crate::layout::Header;
+use crate::map::Map;
+use crate::member::Membership;
+use crate::segment::{self, Inner, Segment, system};
+
+/// How long to wait for the processes of a former master, which finish what they serve and hold the file's lock.
+const PATIENCE: Duration = Duration::from_secs(10);
+const NAP: Duration = Duration::from_millis(50);
+const CLEAN: u64 = 1;
+
+/// What became of what was in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// It is used: the cache is warm.
+    Warm,
+    /// It was dropped: the cache is empty.
+    Dropped {
+        /// Why.
+        why: &'static str,
+    },
+    /// The file is new.
+    Nothing,
+}
+
+impl Segment {
+    /// Makes a segment in a file, with what the file holds, if that can be used.
+    ///
+    /// Waits up to 10 s for processes that still use the file. At the end, [`close`](Segment::close) is to be called.
+    ///
+    /// # Errors
+    /// If the plan is out of range, the file cannot be opened or is in use, or its file system has no room for it.
+    pub fn open(path: &Path, plan: &Plan) -> Result<(Segment, Found), SegmentError> {
+        let geometry = Geometry::of(plan)?;
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+        let file = file.map_err(|error| system("open the cache file", error))?;
+        let file = locked(file)?;
+        let found = match warm(&file, plan, &geometry)? {
+            Ok(segment) => return Ok((segment, Found::Warm)),
+            Err(found) => found,
+        };
+        reserve(&file, geometry.total)?;
+        let fd = owned(&file)?;
+        let map = Map::new(fd.as_fd(), geometry.total).map_err(|error| system("map the cache file", error))?;
+        let segment = Segment::make(plan, geometry, map, fd, Some(file))?;
+        segment.inner.mark_in_use()?;
+        Ok((segment, found))
+    }
+
+    /// Writes a file's segment to the disk and marks it clean, so that the next one to open it may use what it holds also after
+    /// the machine was started anew. To be called when no other process uses the segment any more. For a memory
+    /// segment this does nothing.
+    ///
+    /// # Errors
+    /// If the disk does not take it; the file is then dropped after the machine's next start.
+    pub fn close(self) -> Result<(), SegmentError> {
+        let flush = || self.inner.map.flush().map_err(|error| system("write the cache file to its disk", error));
+        let Some(header) = self.inner.header().filter(|_| self.inner.file.is_some()) else { return Ok(()) };
+        header.clean_ms.store(self.inner.now_ms(), Ordering::Relaxed);
+        header.clean_real_ms.store(real_ms(), Ordering::Relaxed);
+        flush()?;
+        header.clean.store(CLEAN, Ordering::Release);
+        flush()
+    }
+}
+
+impl Inner {
+    /// Takes the mark away, on the disk.
+    fn mark_in_use(&self) -> Result<(), SegmentError> {
+        let header = self.header().ok_or(segment::BAD_GEOMETRY)?;
+        header.clean.store(0, Ordering::Relaxed);
+        header.time_base.store(self.time_base, Ordering::Relaxed);
+        for (word, part) in header.boot_id.iter().zip(boot_id()) {
+            word.store(part, Ordering::Release);
+        }
+        self.map.flush_start().map_err(|error| system("write the cache file to its disk", error))
+    }
+}
+
+/// The segment in a file, or what is wrong with it.
+fn warm(
+    file: &Arc<Flock<File>>,
+    plan: &Plan,
+    geometry: &Geometry,
+) -> Result<Result<Segment, Found>, SegmentError> {
+    let dropped = |why| Ok(Err(Found::Dropped { why }));
+    let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
+    if len == 0 {
+        return Ok(Err(Found::Nothing));
+    }
+    if len != geometry.total {
+        return dropped("it is of another size");
+    }
+    let fd = owned(file)?;
+    let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the cache file", error))?;
+    let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
+    let (found, seed) = match segment::checked_header(header, len) {
+        Ok(found) => found,
+        Err(SegmentError::Unusable { why }) => return dropped(why),
+        Err(error) => return Err(error),
+    };
+    if found != *geometry || header.max_entry.load(Ordering::Relaxed) != plan.max_entry {
+        return dropped("it was made for another plan");
+    }
+    let clean = header.clean.load(Ordering::Acquire) == CLEAN;
+    let same_boot = header.boot_id.iter().zip(boot_id()).all(|(word, part)| word.load(Ordering::Relaxed) == part);
+    if !clean && (!same_boot || boot_id() == [0, 0]) {
+        return dropped("the machine went down while it was in use");
+    }
+    let time_base = if clean { clock_after(header) } else { header.time_base.load(Ordering::Relaxed) };
+    let membership = Membership::new();
+    let inner = Inner { map, geometry: found, seed, time_base, membership, fd, file: Some(Arc::clone(file)) };
+    inner.forget_the_dead();
+    inner.mark_in_use()?;
+    let segment = Segment { inner: Arc::new(inner) };
+    segment.scoreboard().reset();
+    if !clean && segment.cache().audit().is_err() {
+        return dropped("it was not closed, and contradicts itself");
+    }
+    Ok(Ok(segment))
+}
+
+/// The clock's base after a pause: it goes on by the time that passed, as far as the wall clock can be trusted.
+fn clock_after(header: &Header) -> u64 {
+    let value = |word: &AtomicU64| word.load(Ordering::Relaxed);
+    let passed = real_ms().saturating_sub(value(&header.clean_real_ms));
+    value(&header.clean_ms).saturating_add(passed).wrapping_sub(monotonic_ms())
+}
+
+/// Takes the file's lock, which all who inherit the descriptor share.
+fn locked(mut file: File) -> Result<Arc<Flock<File>>, SegmentError> {
+    let begun = Instant::now();
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => return Ok(Arc::new(locked)),
+            Err((_, Errno::EWOULDBLOCK)) if begun.elapsed() >= PATIENCE => {
+                let source = io::Error::new(io::ErrorKind::ResourceBusy, "another program is using it");
+                return Err(system("lock the cache file", source));
+            }
+            Err((back, Errno::EWOULDBLOCK | Errno::EINTR)) => file = back,
+            Err((_, errno)) => return Err(system("lock the cache file", errno)),
+        }
+        std::thread::sleep(NAP);
+    }
+}
+
+/// Makes the file empty, and then so long, with all of it reserved: a full disk is found now, and not by a signal later.
+fn reserve(file: &File, len: u64) -> Result<(), SegmentError> {
+    let no_room = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
+    file.set_len(0).map_err(|error| system("empty the cache file", error))?;
+    let size = i64::try_from(len).map_err(|_| no_room(Errno::EFBIG.into()))?;
+    loop {
+        match fallocate(file, FallocateFlags::empty(), 0, size) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(no_room(errno.into())),
+        }
+    }
+}
+
+fn owned(file: &File) -> Result<OwnedFd, SegmentError> {
+    file.as_fd().try_clone_to_owned().map_err(|error| system("duplicate a descriptor", error))
+}
+
+/// Which start of the machine this is; zeros if the kernel does not say.
+fn boot_id() -> [u64; 2] {
+    let mut text = String::new();
+    let file = File::open("/proc/sys/kernel/random/boot_id");
+    if file.and_then(|file| file.take(64).read_to_string(&mut text)).is_err() {
+        return [0, 0];
+    }
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let half = |from: usize| digits.get(from..from + 16).and_then(|half| u64::from_str_radix(half, 16).ok());
+    [half(0).unwrap_or(0), half(16).unwrap_or(0)]
+}
+
+fn real_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::Options;
+
+    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0 };
+
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Scratch {
+            let name = format!("forkyard-{name}-{}-{}", std::process::id(), fastrand::u64(..));
+            Scratch(std::env::temp_dir().join(name))
+        }
+
+        fn open(&self) -> (Segment, Found) {
+            Segment::open(&self.0, &PLAN).unwrap()
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    fn header(segment: &Segment) -> &Header {
+        segment.inner.header().unwrap()
+    }
+
+    #[test]
+    fn a_closed_file_is_warm_and_its_clock_goes_on() {
+        let scratch = Scratch::new("closed");
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Nothing);
+        let cache = segment.cache();
+        cache.set("for ever", "a", &Options::new()).unwrap();
+        cache.set("a minute", "b", &Options::new().ttl(Duration::from_secs(60))).unwrap();
+        cache.set("tagged", "c", &Options::new().tags(["t"])).unwrap();
+        cache.purge_tag("t");
+        let before = segment.inner.now_ms();
+        drop(cache);
+        segment.close().unwrap();
+
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Warm);
+        assert!(segment.inner.now_ms() >= before);
+        let cache = segment.cache();
+        let found = |key: &str| cache.get(key).is_some();
+        assert_eq!(["for ever", "a minute", "tagged"].map(found), [true, true, false]);
+        cache.audit().unwrap();
+        drop(cache);
+        segment.close().unwrap();
+
+        // Two minutes later, after another start of the machine.
+        let (segment, _) = scratch.open();
+        header(&segment).boot_id[0].fetch_xor(1, Ordering::Relaxed);
+        let cache = segment.cache();
+        segment.clone().close().unwrap();
+        header(&segment).clean_real_ms.fetch_sub(120_000, Ordering::Relaxed);
+        drop((segment, cache));
+        let (segment, found) = scratch.open();
+        let cache = segment.cache();
+        assert_eq!((found, cache.get("a minute"), cache.get("for ever").is_some()), (Found::Warm, None, true));
+    }
+
+    #[test]
+    fn a_file_that_was_not_closed_is_warm_unless_the_machine_was_started_since() {
+        let scratch = Scratch::new("killed");
+        let (segment, _) = scratch.open();
+        segment.cache().set("k", "v", &Options::new()).unwrap();
+        // As a process leaves it that is killed with a lock held.
+        let shard: &crate::layout::ShardHead = segment.inner.map.at(segment.inner.geometry.shards_at).unwrap();
+        shard.lock.store(5, Ordering::Relaxed);
+        drop(segment);
+        let (segment, found) = scratch.open();
+        assert_eq!((found, segment.cache().get("k")), (Found::Warm, Some(b"v".to_vec())));
+        assert_eq!((segment.cache().stats().lock_recoveries, segment.cache().audit()), (1, Ok(())));
+
+        header(&segment).boot_id[0].fetch_xor(1, Ordering::Relaxed);
+        drop(segment);
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Dropped { why: "the machine went down while it was in use" });
+        assert_eq!(segment.cache().get("k"), None);
+    }
+
+    #[test]
+    fn what_contradicts_itself_or_is_not_ours_is_dropped() {
+        let scratch = Scratch::new("odd");
+        let (segment, _) = scratch.open();
+        segment.cache().set("k", "v", &Options::new()).unwrap();
+        let shard: &crate::layout::ShardHead = segment.inner.map.at(segment.inner.geometry.shards_at).unwrap();
+        shard.books[0].store(77, Ordering::Relaxed);
+        drop(segment);
+        assert_eq!(scratch.open().1, Found::Dropped { why: "it was not closed, and contradicts itself" });
+        std::fs::write(&scratch.0, "something else").unwrap();
+        assert_eq!(scratch.open().1, Found::Dropped { why: "it is of another size" });
+        let (other, found) = Segment::open(&scratch.0, &Plan { rows: 40, ..PLAN }).unwrap();
+        assert_eq!(found, Found::Dropped { why: "it is of another size" });
+        drop(other);
+        assert_eq!(scratch.open().1, Found::Dropped { why: "it is of another size" });
+    }
+}

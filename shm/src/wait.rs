@@ -1,0 +1,56 @@
+//! Waiting for a lock: a little spinning, then sleeping on its word, and looking whether the owner is dead.
+//!
+//! No wait is longer than [`PATIENCE`]: an owner may also be stopped, which is no death, and then one does without what the
+//! lock protects.
+
+use std::sync::atomic::AtomicU32;
+use std::time::{Duration, Instant};
+
+use crossbeam::utils::Backoff;
+
+use crate::lock::{Taken, announce, release as give_back, take};
+use crate::futex;
+use crate::segment::Inner;
+
+/// The longest wait for a lock.
+const PATIENCE: Duration = Duration::from_millis(20);
+/// How long to sleep before looking whether the owner is dead.
+const NAP: Duration = Duration::from_micros(500);
+
+impl Inner {
+    /// Takes a lock; whether its last owner died with it. `None` if that cannot be in time; with `hurry`, without waiting
+    /// for anybody who lives.
+    pub(crate) fn take_lock(&self, lock: &AtomicU32, hurry: bool) -> Option<bool> {
+        let me = self.member_at_last()?.number;
+        let backoff = Backoff::new();
+        let mut since = None;
+        loop {
+            let (owner, seen) = match take(lock, me, since.is_some()) {
+                Taken::Free => return Some(false),
+                Taken::FromTheDead => return Some(true),
+                Taken::No { owner, word } => (owner, word),
+            };
+            if !backoff.is_completed() && !hurry {
+                backoff.snooze();
+                continue;
+            }
+            if since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+                return None;
+            }
+            let buried = owner != me && self.bury_if_dead(owner);
+            if !buried && hurry {
+                return None;
+            }
+            if let Some(seen) = announce(lock, seen).filter(|_| !buried) {
+                futex::wait(lock, seen, NAP);
+            }
+        }
+    }
+}
+
+/// Gives a lock back, by its owner, and wakes who waits for it.
+pub(crate) fn release(lock: &AtomicU32) {
+    if give_back(lock) {
+        futex::wake(lock, 1);
+    }
+}
