@@ -49,7 +49,7 @@ pub enum Rule {
 
 const PLAIN: Scene = Scene { name: "", prepare: few, act: |_| (), rule: Rule::OldOrNew, claims: false };
 
-pub const SCENES: [Scene; 18] = [
+pub const SCENES: [Scene; 20] = [
     Scene { name: "get, as a new member", act: |cache| drop(cache.get(name(3))), claims: true, ..PLAIN },
     Scene { name: "set", act: |cache| set(cache, FEW), ..PLAIN },
     Scene { name: "replace", act: |cache| set(cache, 3), ..PLAIN },
@@ -60,6 +60,8 @@ pub const SCENES: [Scene; 18] = [
     Scene { name: "jump over pins", prepare: pinned, act: set_new, rule: Rule::Gaps, ..PLAIN },
     Scene { name: "purge", act: |cache| drop(cache.purge(name(3))), ..PLAIN },
     Scene { name: "purge a tag", act: |cache| cache.purge_tag("1"), rule: Rule::AtOnce, ..PLAIN },
+    Scene { name: "purge a prefix", act: purge_tens, rule: Rule::AtOnce, ..PLAIN },
+    Scene { name: "sweep for another", prepare: half_purged, act: Cache::sweep, ..PLAIN },
     Scene { name: "clear", act: Cache::clear, rule: Rule::AtOnce, ..PLAIN },
     Scene { name: "pin and let go", act: |cache| drop(cache.pin(name(3))), ..PLAIN },
     Scene { name: "sweep", prepare: outdated, act: Cache::sweep, ..PLAIN },
@@ -81,6 +83,11 @@ fn set(cache: &Cache, key: u32) {
 
 fn set_new(cache: &Cache) {
     set(cache, KEYS - 1);
+}
+
+/// All keys that begin with 1.
+fn purge_tens(cache: &Cache) {
+    cache.purge_prefix("/page/1");
 }
 
 // ---- States. ----
@@ -108,10 +115,11 @@ fn full(each: impl Fn(&Segment, u32) -> Vec<Pinned>, act: fn(&Cache), wanted: fn
     let segment = segment(SMALL);
     let cache = segment.cache();
     let slate = Slate::for_images_like(&Image::of(&segment));
+    let mut pins = Vec::new();
     fill(&cache, KEYS - 1, LEN);
     for key in (0..KEYS - 1).cycle().take(4000) {
         cache.set(name(key), page(key, 1, LEN), &Options::new()).expect("stored");
-        let pins = each(&segment, key);
+        pins.extend(each(&segment, key));
         let copy = slate.pour(&Image::of(&segment)).cache();
         let before = copy.stats();
         let marks = marks(&copy, act);
@@ -156,8 +164,13 @@ fn pinned() -> Stage {
     // By another member than the one that the parent is in copies, who buries its predecessor.
     let each = |segment: &Segment, key: u32| {
         let reader = Segment::attach(segment.fd().try_clone_to_owned().expect("dup")).expect("attach").cache();
-        let some = (0..PINS).map(|back| (key + KEYS - 1 - back - 20) % (KEYS - 1));
-        some.filter_map(|key| reader.pin(name(key))).collect()
+        // Keys that never were there before are in the small ring, as is the one that the act stores.
+        let new = if key == 0 { KEYS..KEYS + PINS } else { 0..0 };
+        let pinned = new.map(|key| {
+            reader.set(name(key), page(key, 1, LEN), &Options::new()).expect("stored");
+            reader.pin(name(key)).expect("hit")
+        });
+        pinned.collect()
     };
     full(each, set_new, |probe| probe.pins_left == 0 && probe.marks.contains(&"pad: written"))
 }
@@ -179,7 +192,7 @@ fn untidy() -> Stage {
         segment.cache().purge(name(key / 2 * 7 % KEYS));
         Vec::new()
     };
-    full(each, Cache::sweep, |probe| probe.after.reprieved > probe.before.reprieved + 2)
+    full(each, Cache::sweep, |Probe { before, after, .. }| after.reprieved > before.reprieved + 1)
 }
 
 /// Somebody died in the act, right after the mark.
@@ -208,6 +221,10 @@ pub fn marks(cache: &Cache, act: fn(&Cache)) -> Vec<&'static str> {
 
 fn half_stored() -> Stage {
     died_in(|cache| set(cache, 3), "slot: book 1")
+}
+
+fn half_purged() -> Stage {
+    died_in(purge_tens, "prefix: published")
 }
 
 fn half_cleared() -> Stage {
