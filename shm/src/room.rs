@@ -165,7 +165,7 @@ impl LockedShard<'_> {
         let bytes = self.shard.bytes(ring);
         let record = bytes.record(at).ok_or(Corrupt)?;
         let (_, head) = self.bounds(ring)?;
-        if record.size > head - at {
+        if record.size > head.saturating_sub(at) {
             return Err(Corrupt);
         }
         if record.is_entry {
@@ -224,7 +224,7 @@ impl LockedShard<'_> {
         let (_, head) = self.bounds(ring)?;
         let [small, main] = self.shard.books().bytes;
         let live = if ring == Ring::Small { small } else { main };
-        Ok((head - at).saturating_sub(live))
+        Ok(head.saturating_sub(at).saturating_sub(live))
     }
 
     /// Copies an entry of the small ring to the main one; `false` if there is no room.
