@@ -12,6 +12,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::crash;
 use crate::layout::Header;
 use crate::segment::Inner;
 
@@ -43,14 +44,17 @@ impl<'a> TagClock<'a> {
     /// Whatever carries this tag and was rendered before now is out of date.
     pub(crate) fn purge(self, tag: u64) {
         let time = self.tick();
+        crash::point("tag: clock raised");
         for slot in self.slots_of(tag) {
             slot.fetch_max(time, Ordering::SeqCst);
+            crash::point("tag: slot raised");
         }
     }
 
     /// Whatever was rendered before now is out of date.
     pub(crate) fn clear(self) {
         self.cleared.fetch_max(self.tick(), Ordering::SeqCst);
+        crash::point("clear: time raised");
     }
 
     /// Whether a page rendered at `snapshot` is still good, as far as this tag goes.
