@@ -33,7 +33,10 @@ const SWEEP_END: usize = 320;
 const HEADER: usize = 4096;
 
 fn main() {
-    common::run(&[("nonsense_in_one_shard", |seed| scribbled(seed, SMALL)), ("nonsense_in_two_shards", |seed| scribbled(seed, 16 << 20))]);
+    common::run(&[
+        ("nonsense_in_one_shard", |seed| scribbled(seed, SMALL)),
+        ("nonsense_in_two_shards", |seed| scribbled(seed, 16 << 20)),
+    ]);
 }
 
 /// All words of a segment.
@@ -90,7 +93,8 @@ fn use_it(cache: &Cache, mut random: fastrand::Rng) -> [u32; 2] {
             30..40 => pins.extend(cache.pin(name(key))),
             40..80 => {
                 let most = if random.u32(..8) == 0 { 40_000 } else { 2000 };
-                let options = Options::new().tags([(key % 7).to_string()]).ttl(Duration::from_millis(random.u64(1..50)));
+                let options =
+                    Options::new().tags([(key % 7).to_string()]).ttl(Duration::from_millis(random.u64(1..50)));
                 let options = if random.bool() { options.as_of(cache.clock()) } else { options };
                 stored += u32::from(cache.set(name(key), page(key, 1, random.usize(..most)), &options).is_ok());
             }
@@ -106,7 +110,8 @@ fn use_it(cache: &Cache, mut random: fastrand::Rng) -> [u32; 2] {
         }
         if pins.len() > 40 {
             // All of each is there to be read.
-            let sum = pins.drain(..).flat_map(|pin| pin.to_vec()).fold(0_u64, |sum, byte| sum.wrapping_add(byte.into()));
+            let sum =
+                pins.drain(..).flat_map(|pin| pin.to_vec()).fold(0_u64, |sum, byte| sum.wrapping_add(byte.into()));
             std::hint::black_box(sum);
         }
     }

@@ -5,7 +5,7 @@
 //! on from.
 
 use forkyard_shm::crash::die_at;
-use forkyard_shm::{Cache, Options, Pinned, Segment, Stats, crash};
+use forkyard_shm::{Cache, Options, Pinned, Refused, Segment, Stats, crash};
 use nix::unistd::pause;
 
 use super::image::{Image, Slate};
@@ -60,7 +60,7 @@ pub const SCENES: [Scene; 20] = [
     Scene { name: "promote", prepare: promoting, act: set_new, rule: Rule::Gaps, ..PLAIN },
     Scene { name: "reprieve", prepare: reprieving, act: set_new, rule: Rule::Gaps, ..PLAIN },
     Scene { name: "jump over pins", prepare: pinned, act: set_new, rule: Rule::Misses, ..PLAIN },
-    Scene { name: "purge", act: |cache| drop(cache.purge(name(3))), ..PLAIN },
+    Scene { name: "purge", act: |cache| assert!(cache.purge(name(3))), ..PLAIN },
     Scene { name: "purge a tag", act: |cache| cache.purge_tag("1"), rule: Rule::AtOnce, ..PLAIN },
     Scene { name: "purge a prefix", act: purge_tens, rule: Rule::AtOnce, ..PLAIN },
     Scene { name: "sweep for another", prepare: half_purged, act: Cache::sweep, ..PLAIN },
@@ -71,16 +71,21 @@ pub const SCENES: [Scene; 20] = [
     Scene { name: "recover", prepare: half_stored, act: |cache| set(cache, 5), ..PLAIN },
     Scene { name: "recover a clear", prepare: half_cleared, act: |cache| set(cache, 5), ..PLAIN },
     Scene { name: "bury", prepare: dead_reader, act: Cache::sweep, ..PLAIN },
-    Scene { name: "give a shard up", prepare: spoilt, act: |cache| drop(set_anyhow(cache, 3)), rule: Rule::Lost, ..PLAIN },
+    Scene { name: "give a shard up", prepare: spoilt, act: set_anyhow, rule: Rule::Lost, ..PLAIN },
 ];
 
-fn set_anyhow(cache: &Cache, key: u32) -> bool {
+fn store(cache: &Cache, key: u32) -> Result<(), Refused> {
     let options = Options::new().tags([(key % 3).to_string()]);
-    cache.set(name(key), page(key, 2, 40), &options).is_ok()
+    cache.set(name(key), page(key, 2, 40), &options)
 }
 
 fn set(cache: &Cache, key: u32) {
-    assert!(set_anyhow(cache, key), "not stored");
+    store(cache, key).expect("stored");
+}
+
+/// The first who finds a shard contradicting itself is refused.
+fn set_anyhow(cache: &Cache) {
+    let _ = store(cache, 3);
 }
 
 fn set_new(cache: &Cache) {
@@ -113,8 +118,7 @@ struct Probe {
 }
 
 /// A full cache in which the act does what is wanted. After each page that is stored to get there, `each` is done.
-fn full(
-    each: impl Fn(&Segment, u32) -> Vec<Pinned>, act: fn(&Cache), wanted: fn(&Probe) -> bool) -> Stage {
+fn full(each: impl Fn(&Segment, u32) -> Vec<Pinned>, act: fn(&Cache), wanted: fn(&Probe) -> bool) -> Stage {
     let segment = segment(SMALL);
     let cache = segment.cache();
     let slate = Slate::for_images_like(&Image::of(&segment));
