@@ -59,8 +59,10 @@ pub(crate) struct Geometry {
     pub(crate) buckets: u64,
     /// For each shard: buckets of eight.
     pub(crate) ghosts: u64,
-    /// Bytes of the small ring and of the main ring of each shard.
+    /// Bytes of the small ring and of the main ring of each shard,
     pub(crate) ring_len: [u64; 2],
+    /// and where they start in it.
+    pub(crate) ring_at: [u64; 2],
     /// The largest record an entry may take, header included.
     pub(crate) max_record: u64,
     pub(crate) total: u64,
@@ -95,6 +97,7 @@ impl Geometry {
             buckets: 0,
             ghosts: 0,
             ring_len: [0, 0],
+            ring_at: [0, 0],
             max_record: 0,
             total: members_at,
         };
@@ -124,7 +127,8 @@ impl Geometry {
         let shard_bytes = (cache_bytes - (shards_at - tags_at)) / shards / PAGE * PAGE;
         let buckets = shard_bytes / SHARD_BYTES_PER_BUCKET;
         let ghosts = floor_power_of_two(shard_bytes / SHARD_BYTES_PER_GHOSTS);
-        let rings = shard_bytes - SHARD_HEAD - (buckets + ghosts) * BUCKET_BYTES;
+        let index = SHARD_HEAD + (buckets + ghosts) * BUCKET_BYTES;
+        let rings = shard_bytes - index;
         // S3-FIFO gives a tenth to what is new.
         let small = rings / 10 / GRAIN * GRAIN;
         let main = (rings - small) / GRAIN * GRAIN;
@@ -147,6 +151,7 @@ impl Geometry {
             buckets,
             ghosts,
             ring_len: [small, main],
+            ring_at: [index, index + small],
             // Room for a value of that size, and a page besides for its key, its tags and the rest.
             max_record: (wanted.next_multiple_of(GRAIN) + PAGE).min(most),
             total: shards_at + shards * shard_bytes,

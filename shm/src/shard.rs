@@ -45,8 +45,7 @@ pub(crate) struct Shard<'a> {
     pub(crate) number: u64,
     pub(crate) head: &'a ShardHead,
     pub(crate) index: Index<'a>,
-    ghosts_at: u64,
-    pub(crate) bytes: [Bytes<'a>; 2],
+    at: u64,
 }
 
 /// A shard whose lock is held; dropping it gives the lock back.
@@ -92,19 +91,8 @@ impl<'a> Shard<'a> {
             return None;
         }
         let at = geometry.shard_at(number);
-        let index_at = at + SHARD_HEAD;
-        let ghosts_at = index_at + geometry.buckets * BUCKET_BYTES;
-        let small_at = ghosts_at + geometry.ghosts * BUCKET_BYTES;
-        let [small, main] = geometry.ring_len;
-        let bytes = |at, len| Bytes { map: &inner.map, at, len };
-        Some(Shard {
-            inner,
-            number,
-            head: inner.map.at(at)?,
-            index: Index { buckets: inner.map.slice(index_at, geometry.buckets)? },
-            ghosts_at,
-            bytes: [bytes(small_at, small), bytes(small_at + small, main)],
-        })
+        let index = Index { buckets: inner.map.slice(at + SHARD_HEAD, geometry.buckets)? };
+        Some(Shard { inner, number, head: inner.map.at(at)?, index, at })
     }
 
     pub(crate) fn floor(&self, ring: Ring) -> &'a AtomicU64 {
@@ -112,11 +100,14 @@ impl<'a> Shard<'a> {
     }
 
     pub(crate) fn bytes(&self, ring: Ring) -> Bytes<'a> {
-        *ring.of(&self.bytes)
+        let geometry = &self.inner.geometry;
+        Bytes { map: &self.inner.map, at: self.at + ring.of(&geometry.ring_at), len: *ring.of(&geometry.ring_len) }
     }
 
     pub(crate) fn ghosts(&self) -> &'a [GhostBucket] {
-        self.inner.map.slice(self.ghosts_at, self.inner.geometry.ghosts).unwrap_or_default()
+        let geometry = &self.inner.geometry;
+        let ghosts_at = self.at + SHARD_HEAD + geometry.buckets * BUCKET_BYTES;
+        self.inner.map.slice(ghosts_at, geometry.ghosts).unwrap_or_default()
     }
 
     pub(crate) fn counters(&self) -> &'a Counters {
@@ -252,7 +243,7 @@ impl<'a> LockedShard<'a> {
             let known = ring.head.load(Ordering::Relaxed).max(floor.load(Ordering::Relaxed));
             let base = if known < LAST_POSITION / 2 { known } else { restarts << 40 & (LAST_POSITION / 4 - 1) };
             // Whole laps ahead, so that the head stays outside of what is pinned.
-            let laps = (1_u64 << 40).next_multiple_of(self.shard.bytes[at].len.max(GRAIN));
+            let laps = (1_u64 << 40).next_multiple_of(self.shard.inner.geometry.ring_len[at].max(GRAIN));
             let start = base.next_multiple_of(GRAIN) + laps;
             floor.store(start, Ordering::Relaxed);
             ring.head.store(start, Ordering::Relaxed);

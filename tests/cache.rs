@@ -1,0 +1,110 @@
+//! The page cache as a server's clients see it: one renders, the others wait; and a file keeps it over a restart.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::process::Command;
+use std::sync::Barrier;
+
+use common::http::{self, Client};
+use common::{Server, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+
+/// A number out of what `/stats` shows.
+fn stat(address: &str, name: &str) -> u64 {
+    let text = http::get(address, "/stats").unwrap().text();
+    let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{name}: "))).expect(name);
+    line.trim_end_matches(',').parse().unwrap()
+}
+
+/// Asks for the same page on many connections at once; the bodies that came.
+fn herd(address: &str, target: &str, clients: usize) -> Vec<String> {
+    let start = Barrier::new(clients);
+    std::thread::scope(|scope| {
+        let ask = || {
+            let client = Client::connect(address);
+            start.wait();
+            let response = client.and_then(|mut client| client.request("GET", target, b""));
+            response.ok().filter(|response| response.status == 200).map(|response| response.text())
+        };
+        let threads: Vec<_> = (0..clients).map(|_| scope.spawn(ask)).collect();
+        threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn a_herd_renders_once() {
+    let mut server = Server::start("pages", &[&HTTP[..], &["--workers", "4"]].concat());
+    let address = server.http();
+    for round in 1..=3 {
+        let pages = herd(&address, "/page/1", 1000);
+        assert_eq!(pages.len(), 1000);
+        assert_eq!(pages.iter().collect::<BTreeSet<_>>().len(), 1, "all got the same page");
+        assert_eq!(stat(&address, "renders"), round);
+        http::post(&address, "/purge/page-1", b"").unwrap();
+    }
+    assert!(stat(&address, "lease_waits") > 0);
+    server.stop();
+}
+
+#[test]
+fn when_the_renderer_is_killed_another_takes_over() {
+    let mut server = Server::start("pages", &[&HTTP[..], &["--workers", "4"]].concat());
+    let address = server.http();
+    std::thread::scope(|scope| {
+        let (herd_of, renders) = (&address, || stat(&address, "renders"));
+        let clients = scope.spawn(move || herd(herd_of, "/page/1?ms=2000", 200));
+        // The renderer is who has the lease: its process counts the page as begun.
+        let renderer = wait_until("somebody renders", || {
+            let text = http::get(&address, "/rendering").unwrap().text();
+            text.trim().parse::<i32>().ok().filter(|&pid| pid != 0)
+        });
+        kill(Pid::from_raw(renderer), Signal::SIGKILL).unwrap();
+        let pages = clients.join().unwrap();
+        let by: BTreeSet<_> = pages.iter().collect();
+        assert_eq!(by.len(), 1, "all got the page of the one who took over");
+        assert!(!pages.iter().any(|page| page.contains(&format!("(pid {renderer})"))));
+        assert!(pages.len() >= 100, "only the killed worker's own clients are cut off: {} of 200 got it", pages.len());
+        assert_eq!(renders(), 2, "one began, one finished");
+    });
+    server.stop();
+}
+
+#[test]
+fn a_cache_in_a_file_is_warm_after_a_stop_and_after_a_crash() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pages");
+    let start = || {
+        let mut command = Command::new(program("pages"));
+        command.args(HTTP).args(["--workers", "2", "--cache", "4M", "--cache-file"]).arg(&file);
+        Server::start_command(&mut command)
+    };
+    let mut server = start();
+    server.wait_for("cache is new");
+    let page = http::get(&server.http(), "/page/7").unwrap().text();
+    server.stop();
+
+    let mut server = start();
+    server.wait_for("cache is warm");
+    assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page, "as the former processes rendered it");
+    // The master and all workers at once, as the kernel does when memory is short.
+    let children = server.children();
+    server.signal(Signal::SIGSTOP);
+    children.iter().for_each(|&pid| drop(kill(Pid::from_raw(pid), Signal::SIGKILL)));
+    server.signal(Signal::SIGKILL);
+    assert_eq!(server.wait_end(), None);
+
+    let mut server = start();
+    server.wait_for("cache is warm");
+    assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
+    server.stop();
+
+    std::fs::write(&file, "something else").unwrap();
+    let mut server = start();
+    server.wait_for("what its file held was dropped: it is of another size");
+    assert_ne!(http::get(&server.http(), "/page/7").unwrap().text(), page);
+    server.stop();
+}
