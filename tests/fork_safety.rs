@@ -105,8 +105,8 @@ fn workers_differ_where_they_must_and_share_where_they_may() {
     assert_eq!(distinct("master"), BTreeSet::from([server.pid().to_string()]), "preload ran once, in the master");
     assert_eq!(distinct("file"), BTreeSet::from(["true".to_owned()]), "what preload opened stays open");
     assert_eq!(distinct("early"), BTreeSet::from(["true".to_owned()]), "and what main had open");
-    // The one that waits, the event loop's, and the one for blocking functions.
-    assert_eq!(distinct("threads"), BTreeSet::from(["3".to_owned()]));
+    // The one that waits, the event loop's, and the one for blocking functions; in one worker another sweeps the cache.
+    assert!(distinct("threads").is_subset(&BTreeSet::from(["3", "4"].map(String::from))), "{workers:?}");
     assert!(distinct("segment").iter().all(|path| path.contains("memfd")), "{workers:?}");
     for (pid, facts) in &workers {
         let path = format!("/proc/{pid}/fd/{}", facts["segment_fd"]);

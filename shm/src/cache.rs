@@ -386,10 +386,18 @@ impl Cache {
         Some(Held { _shard: self.shard(self.shard_index(key))?.lock().ok()? })
     }
 
-    /// How many locks of shards somebody holds, dead or alive.
+    /// A sweep of all there is, whether it is due or not.
+    #[doc(hidden)]
+    pub fn sweep_all(&self) {
+        self.sweep_now(1, self.segment.now_ms());
+    }
+
+    /// How many locks somebody holds, dead or alive.
     #[doc(hidden)]
     pub fn locks_held(&self) -> usize {
-        self.shards().filter(|shard| shard.head.lock.load(Ordering::Relaxed) & 0xffff != 0).count()
+        let locks = self.shards().map(|shard| &shard.head.lock);
+        let locks = locks.chain(self.segment.header().map(|header| &header.prefix_lock));
+        locks.filter(|lock| lock.load(Ordering::Relaxed) & 0xffff != 0).count()
     }
 
     /// How many entries are pinned, by the dead or the living.

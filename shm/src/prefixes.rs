@@ -99,9 +99,11 @@ impl<'a> Prefixes<'a> {
         cell.swept.store(0, Ordering::Release);
         crash::point("prefix: text written");
         let time = clock.tick();
+        // First, as it only says where it is worth to look: what publishes the purge is the store of its time.
+        self.header.prefix_clock.fetch_max(time, Ordering::SeqCst);
+        crash::point("prefix: about to be published");
         cell.clock.store(time, Ordering::SeqCst);
         crash::point("prefix: published");
-        self.header.prefix_clock.fetch_max(time, Ordering::SeqCst);
         Some(Purge { cell: at, clock: time, prefix })
     }
 

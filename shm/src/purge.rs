@@ -31,10 +31,11 @@ pub(crate) fn purge(clock: &AtomicU64, slots: &[&AtomicU64]) {
             crash::point("purge: slot raised");
         }
         match clock.compare_exchange(now, time, Ordering::SeqCst, Ordering::SeqCst) {
-            Ok(_) => return,
+            Ok(_) => break,
             Err(later) => now = later,
         }
     }
+    crash::point("purge: clock raised");
 }
 
 /// Whether what was rendered at `snapshot` is still good, as far as these slots go: those of one tag.

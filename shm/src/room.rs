@@ -152,9 +152,11 @@ impl LockedShard<'_> {
         Ok(head + need + self.reserve(ring) <= floor + self.shard.bytes(ring).len)
     }
 
-    /// Whether a ring has more room than is ever made at a time.
+    /// Whether a ring has more room than is ever made at a time, or dead weight that would be found if it was needed.
     fn is_not_full(&self, ring: Ring, need: u64) -> Result<bool, Corrupt> {
-        self.has_room(ring, need + 2 * self.shard.bytes(ring).len / STRIDE)
+        let len = self.shard.bytes(ring).len;
+        let (floor, _) = self.bounds(ring)?;
+        Ok(self.has_room(ring, need + 2 * len / STRIDE)? || self.dead_weight(ring, floor)? > len / DEAD_SHARE)
     }
 
     fn reserve(&self, ring: Ring) -> u64 {
@@ -170,7 +172,7 @@ impl LockedShard<'_> {
         let bytes = self.shard.bytes(ring);
         let record = bytes.record(at).ok_or(Corrupt)?;
         let (_, head) = self.bounds(ring)?;
-        if record.size > head - at {
+        if record.size > head.saturating_sub(at) {
             return Err(Corrupt);
         }
         if record.is_entry {
@@ -229,7 +231,7 @@ impl LockedShard<'_> {
         let (_, head) = self.bounds(ring)?;
         let [small, main] = self.shard.books().bytes;
         let live = if ring == Ring::Small { small } else { main };
-        Ok((head - at).saturating_sub(live))
+        Ok(head.saturating_sub(at).saturating_sub(live))
     }
 
     /// Copies an entry of the small ring to the main one; `false` if there is no room.

@@ -237,7 +237,7 @@ impl<'a> LockedShard<'a> {
             bucket.slots.iter().for_each(|slot| slot.store(0, Ordering::Relaxed));
         }
         crash::point("lose: index cleared");
-        let restarts = head.restarts.fetch_add(1, Ordering::Relaxed) + 1;
+        let restarts = head.restarts.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         for (at, (ring, floor)) in head.rings.iter().zip(&head.floors).enumerate() {
             // Positions must not be used again as long as somebody may look at them.
             let known = ring.head.load(Ordering::Relaxed).max(floor.load(Ordering::Relaxed));

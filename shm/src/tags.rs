@@ -70,7 +70,7 @@ impl<'a> TagClock<'a> {
 
     /// The next moment.
     pub(crate) fn tick(self) -> u64 {
-        self.now.fetch_add(1, Ordering::SeqCst) + 1
+        self.now.fetch_add(1, Ordering::SeqCst).wrapping_add(1)
     }
 
     fn slots_of(self, tag: u64) -> [&'a AtomicU64; 2] {

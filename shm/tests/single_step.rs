@@ -1,1 +1,106 @@
-fn main() {}
+//! A process is killed at every single instruction of each act on the cache.
+//!
+//! One child steps through the act. After each step the memory is just what it would be if the child had been killed
+//! there: so where it has changed, it is copied, and the copy is looked at as a segment whose members are all dead (see
+//! `common/image.rs`). That makes every instruction of the act, for the price of one run.
+//!
+//! An instruction that copies bytes is stepped byte by byte. Of the states in the middle of it, one in sixteen is looked at;
+//! with FORKYARD_EVERY=1 each.
+#![expect(clippy::print_stdout, reason = "a report of its own")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::image::{Slate, Watch};
+use common::scenes::{Known, SCENES, Scene, Stage};
+use common::{name, not_longer_than, spawn};
+use nix::sys::ptrace;
+use nix::sys::signal::{Signal, raise};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+/// A look at one state takes far less.
+const HANGS: Duration = Duration::from_secs(20);
+
+fn main() {
+    common::run(&[("killed_at_every_instruction", killed_at_every_instruction)]);
+}
+
+fn killed_at_every_instruction(_seed: u64) {
+    for scene in &SCENES {
+        let began = Instant::now();
+        let Counts { instructions, states, looked_at, locked } = step_through(scene);
+        let took = began.elapsed();
+        println!(
+            "  {}: {instructions} instructions, {states} states, {looked_at} looked at, {locked} with the lock held, {took:?}",
+            scene.name
+        );
+        assert!(instructions > 50 && states > 0, "the act was not there");
+    }
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    instructions: u64,
+    states: u64,
+    looked_at: u64,
+    locked: u64,
+}
+
+fn step_through(scene: &Scene) -> Counts {
+    not_longer_than(HANGS);
+    let Stage { segment, pins } = (scene.prepare)();
+    let cache = segment.cache();
+    let mut watch = Watch::of(&segment);
+    let slate = Slate::for_images_like(&watch.image);
+    let known = Known::of(scene, &watch.image, &slate);
+    let every = common::number("FORKYARD_EVERY").is_some();
+    let child = spawn(|_| {
+        ptrace::traceme().expect("traceme");
+        if !scene.claims {
+            drop(cache.get(name(0)));
+        }
+        raise(Signal::SIGSTOP).expect("raise");
+        (scene.act)(&cache);
+    });
+    assert!(matches!(waitpid(child.pid, None), Ok(WaitStatus::Stopped(_, Signal::SIGSTOP))));
+    let mut counts = Counts::default();
+    let mut look = true;
+    while look || stepped(child.pid) {
+        counts.instructions += 1;
+        not_longer_than(HANGS);
+        if watch.renew() || look {
+            counts.states += 1;
+            look = every || counts.states % 16 == 0 || !copies_bytes(child.pid);
+        }
+        if look {
+            let copy = slate.pour(&watch.image).cache();
+            counts.looked_at += 1;
+            counts.locked += copy.locks_held() as u64;
+            if let Err(why) = known.verify(&copy) {
+                panic!("{}, killed after instruction {}: {why}", scene.name, counts.instructions);
+            }
+        }
+        look = false;
+    }
+    drop(pins);
+    counts
+}
+
+/// Lets a traced child execute one instruction; `false` if it ended.
+fn stepped(pid: Pid) -> bool {
+    ptrace::step(pid, None).expect("step");
+    match waitpid(pid, None).expect("waitpid") {
+        WaitStatus::Stopped(_, Signal::SIGTRAP) => true,
+        WaitStatus::Exited(_, 0) => false,
+        other => panic!("the child failed: {other:?}"),
+    }
+}
+
+/// Whether the child is in the middle of an instruction that copies bytes, or right before it.
+fn copies_bytes(pid: Pid) -> bool {
+    let registers = ptrace::getregs(pid).expect("registers");
+    let code = ptrace::read(pid, registers.rip as ptrace::AddressType).expect("code");
+    code.to_le_bytes().starts_with(&[0xf3, 0xa4]) // rep movsb
+}

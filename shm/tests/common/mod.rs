@@ -18,6 +18,9 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, fork, pipe};
 use xxhash_rust::xxh3::xxh3_64;
 
+pub mod image;
+pub mod scenes;
+
 pub type Test = (&'static str, fn(u64));
 /// The smallest cache there is: one shard.
 pub const SMALL: u64 = 256 * 1024;
