@@ -1,7 +1,8 @@
 //! Taking leases, holding them, and sleeping until one ends: what `lease.rs` decides, done in a segment.
 //!
 //! Whoever sleeps looks after the one it waits for: it wakes up now and then to ask the kernel whether the holder is
-//! dead, and if so, frees what it held. The more wait, the longer each sleeps, so that all together ask about as often.
+//! dead, and if so, frees what it held. The more threads of a process wait, the longer each sleeps, so that all together
+//! ask about as often as one. (Not the more wait in the segment: who is killed while it waits stays counted there.)
 //!
 //! A child of fork that inherits a lease leaves it alone: it is the parent's.
 //!
@@ -17,12 +18,13 @@ use crate::lease::{self, Claim};
 use crate::segment::Inner;
 use crate::{crash, early, fork, futex};
 
-/// How long the only one who waits sleeps at the most. Half of that on average.
+/// How long one sleeps at the most, for each thread of its process that does; half of that on average.
 const NAP_MS: u64 = 4;
-/// What each further one adds to that.
-const NAP_FOR_EACH_MS: u64 = 1;
 /// The longest nap, however many wait.
 const LONGEST_NAP_MS: u64 = 500;
+
+/// How many threads of this process wait, with its generation in the high half: a child's threads do not.
+static WAITING: AtomicU64 = AtomicU64::new(0);
 
 /// What came of a try to get a lease.
 #[derive(Debug)]
@@ -120,7 +122,9 @@ impl Ticket {
         let Some(cell) = self.inner.lease_cell(self.hash) else { return };
         let turn = lease::enter(&cell.waiters, &cell.turn);
         if turn == self.turn && self.is_valid() {
-            futex::wait(&cell.turn, turn, self.nap(cell));
+            let nap = self.nap(count_waiting(1));
+            futex::wait(&cell.turn, turn, nap);
+            count_waiting(-1);
         }
         lease::leave(&cell.waiters);
         if self.is_valid() {
@@ -128,13 +132,21 @@ impl Ticket {
         }
     }
 
-    fn nap(&self, cell: &LeaseCell) -> Duration {
-        let others = u64::from(cell.waiters.load(Ordering::Relaxed)).saturating_sub(1);
-        let longest_ms = (NAP_MS + NAP_FOR_EACH_MS * others).min(LONGEST_NAP_MS);
-        let nap = Duration::from_millis(longest_ms).mul_f64(early::random());
+    fn nap(&self, waiting: u32) -> Duration {
+        let longest = Duration::from_millis((NAP_MS * u64::from(waiting)).min(LONGEST_NAP_MS));
         let left_ms = self.until_ms.saturating_sub(self.inner.now_ms());
-        nap.min(Duration::from_millis(left_ms))
+        longest.mul_f64(early::random()).min(Duration::from_millis(left_ms))
     }
+}
+
+/// Counts the threads of this process that wait; how many there are then.
+fn count_waiting(change: i32) -> u32 {
+    let ours = u64::from(fork::generation()) << 32;
+    let count =
+        |seen: u64| if seen & !0xffff_ffff == ours { u32::try_from(seen & 0xffff_ffff).unwrap_or(0) } else { 0 };
+    let counted = |seen: u64| Some(ours | u64::from(count(seen).saturating_add_signed(change)));
+    let before = WAITING.fetch_update(Ordering::Relaxed, Ordering::Relaxed, counted).unwrap_or_default();
+    count(before).saturating_add_signed(change)
 }
 
 thread_local! {

@@ -25,6 +25,7 @@ use crate::claim::{Claimed, Here, Lease, Ticket};
 use crate::entry::{Key, Times};
 use crate::error::Refused;
 use crate::judge::Verdict;
+use crate::layout::LeaseCell;
 use crate::options::Options;
 use crate::kept::Keep;
 use crate::lookup::{Lookup, Tags};
@@ -210,13 +211,20 @@ impl<'a> Request<'a> {
         let Some(cell) = self.cache.segment.lease_cell(self.key.hash) else { return Step::Render(None) };
         // Before the look, so that a page stored after it is noticed by the turn it ends.
         let turn = cell.turn.load(Ordering::Acquire);
-        let found = self.look(now_ms);
-        let found = match found {
-            Some(page) if self.is_good(page.verdict, &page.times) && !self.is_early(&page, now_ms) => {
-                return Step::Serve(page);
-            }
-            found => found,
-        };
+        match self.look(now_ms) {
+            Some(page) if self.is_good(page.verdict, &page.times) && !self.is_early(&page, now_ms) => Step::Serve(page),
+            found => self.try_for_lease(cell, turn, now_ms, found),
+        }
+    }
+
+    /// There is no page, or one that somebody should render anew.
+    fn try_for_lease<V: Keep>(
+        &mut self,
+        cell: &LeaseCell,
+        turn: u32,
+        now_ms: u64,
+        found: Option<Lookup<V>>,
+    ) -> Step<V> {
         let deadline_ms = millis(self.options.deadline);
         match (self.cache.segment.claim_lease(self.key.hash, turn, now_ms, deadline_ms), found) {
             (Claimed::Mine(lease), found) => self.look_again(lease, found),

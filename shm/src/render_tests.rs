@@ -85,15 +85,35 @@ fn without_a_cache_it_just_renders() {
 #[test]
 fn an_error_and_a_panic_give_the_lease_back() {
     let cache = cache();
+    let turn = || cache.segment.lease_cell(cache.key(b"k").hash).unwrap().turn.load(Ordering::SeqCst);
     assert_eq!(cache.get_or_render("k", &Options::new(), |_| Err::<Vec<u8>, _>("broken")), Err("broken"));
-    assert_eq!(lease_word(&cache, "k"), 0);
+    assert_eq!((lease_word(&cache, "k"), turn()), (0, 1));
     let panics = || cache.get_or_render("k", &Options::new(), |_| -> Result<Vec<u8>, Infallible> { panic!("broken") });
     catch_unwind(AssertUnwindSafe(panics)).unwrap_err();
-    assert_eq!(lease_word(&cache, "k"), 0);
+    assert_eq!((lease_word(&cache, "k"), turn()), (0, 2));
     assert!(!Here::renders(cache.key(b"k").hash));
     assert_eq!(cache.get_or_render("k", &Options::new(), |_| text("new")), Ok(rendered("new")));
     let stats = cache.stats();
     assert_eq!((stats.hits, stats.misses, stats.renders), (0, 2, 1));
+}
+
+#[test]
+fn who_gets_the_lease_looks_again() {
+    let cache = cache();
+    let options = Options::new();
+    let mut request = Request::new(&cache, b"k", &options, None);
+    let cell = cache.segment.lease_cell(request.key.hash).unwrap();
+    let now_ms = cache.segment.now_ms();
+    set_long_ago(&cache, "k", Options::new().stale(HOUR));
+    let old = request.look::<Vec<u8>>(now_ms);
+    assert!(old.is_some());
+    assert!(matches!(request.try_for_lease(cell, 0, now_ms, old), Step::Render(Some(_))));
+    // Somebody stored the page between the look and the lease.
+    let old = request.look(now_ms);
+    cache.set("k", "new", &options).unwrap();
+    let step = request.try_for_lease(cell, 0, now_ms, old);
+    assert!(matches!(step, Step::Serve(page) if page.value == b"new"));
+    assert_eq!(lease_word(&cache, "k"), 0);
 }
 
 #[test]
@@ -177,7 +197,10 @@ fn a_page_that_renders_itself_does_not_wait_for_itself() {
         });
         cache.purge("k");
         let between = recorder.get_or_render("between", &options, |recorder| {
-            recorder.get_or_render("k", &options, |_| text("outer")).map(|answer| answer.value)
+            std::thread::scope(|scope| {
+                let other = scope.spawn(|| recorder.get_or_render("k", &options, |_| text("outer")));
+                other.join().unwrap().map(|answer| answer.value)
+            })
         });
         between.map(|answer| answer.value)
     });

@@ -111,7 +111,7 @@ fn death_at_each_mark(_seed: u64) {
 }
 
 fn each_repair_is_needed(_seed: u64) {
-    for repair in [Recovery::Books, Recovery::Empty, Recovery::FreeLocks, Recovery::Unpin] {
+    for repair in [Recovery::Books, Recovery::Empty, Recovery::FreeLocks, Recovery::Unpin, Recovery::PassLeases] {
         let plays = SCENES.iter().map(Play::of);
         let missed = plays.into_iter().find_map(|play| {
             let mut deaths = play.deaths();

@@ -1,6 +1,6 @@
 //! How pages and their fragments are purged: `purge.rs`.
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use crate::sync::{AtomicU64, Ordering};
 use crate::{Model, check, purge, work};
@@ -17,10 +17,10 @@ struct Tags {
 const FRAGMENT: u64 = 5;
 
 impl Tags {
-    fn new() -> Arc<Tags> {
+    fn new() -> Rc<Tags> {
         let zero = || AtomicU64::new(0);
         let (clock, tag, other) = (AtomicU64::new(FRAGMENT), [zero(), zero()], zero());
-        Arc::new(Tags { clock, tag, other, pages: std::sync::Mutex::default() })
+        Rc::new(Tags { clock, tag, other, pages: std::sync::Mutex::default() })
     }
 
     fn slots(&self) -> [&AtomicU64; 2] {
@@ -41,12 +41,12 @@ impl Tags {
         };
         let page = page_of(Some(FRAGMENT));
         let outer = page_of(page);
-        *self.pages.lock().unwrap() = [page, outer];
+        *self.pages.lock().expect("no panic") = [page, outer];
     }
 
     fn assert_purged(&self) {
         assert!(!self.is_good(FRAGMENT), "the purge had no effect");
-        let [page, outer] = *self.pages.lock().unwrap();
+        let [page, outer] = *self.pages.lock().expect("no panic");
         assert!(!page.is_some_and(|page| self.is_good(page)), "a page outlived its fragment");
         assert!(!outer.is_some_and(|outer| self.is_good(outer)), "a page outlived its fragment's fragment");
         assert!(self.is_good(self.clock.load(Ordering::SeqCst)), "what is made now is good");

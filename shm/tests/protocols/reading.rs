@@ -1,6 +1,6 @@
 //! How entries are read without a lock: the pins of `pin.rs`, and the floors of `read.rs` and `room.rs`.
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use loom::cell::UnsafeCell;
 
@@ -21,7 +21,7 @@ const PIN: Pin = Pin { shard: 1, main: false, position: 0, size: 96 };
 /// A reader pins the entry while another raises the floor over it, and looks for pins.
 fn pin_against_reclaim(set: fn(&Pinnable) -> bool, reclaimers_fence: bool) {
     check(4, move || {
-        let all = Arc::new(Pinnable::default());
+        let all = Rc::new(Pinnable::default());
         let threads = vec![
             work(&all, move |all| {
                 if set(all) {
@@ -82,7 +82,7 @@ struct Ring {
 /// follows the slot (`read.rs`). With or without each side's fence.
 fn floor_against_overwriting(readers_fence: bool, writers_fence: bool) {
     check(4, move || {
-        let ring = Arc::new(Ring::default());
+        let ring = Rc::new(Ring::default());
         let threads = vec![
             work(&ring, move |ring| {
                 let position = ring.slot.load(Ordering::Acquire);
