@@ -109,7 +109,7 @@ fn who_gets_the_lease_looks_again() {
     assert!(old.is_some());
     assert!(matches!(request.try_for_lease(cell, 0, now_ms, old), Step::Render(Some(_))));
     // Somebody stored the page between the look and the lease.
-    let old = request.look(now_ms);
+    let old = request.look::<Vec<u8>>(now_ms);
     cache.set("k", "new", &options).unwrap();
     let step = request.try_for_lease(cell, 0, now_ms, old);
     assert!(matches!(step, Step::Serve(page) if page.value == b"new"));
