@@ -1,0 +1,466 @@
+//! Many processes that want one page at the same moment: rendered once, whoever dies, fails, stops or is too late.
+//!
+//! The main thread is the only one, so that forking is harmless; hence no test harness. Nobody sleeps for long enough: a
+//! renderer goes on when the others are seen to wait, and is awaited by a byte in a pipe. How long it takes until
+//! another one takes over is printed, not asserted. Run with a word to run the tests whose names contain it.
+#![expect(unsafe_code, reason = "forks, and maps memory to count in")]
+#![expect(clippy::print_stdout, reason = "reports like the test harness that it replaces")]
+
+use std::fs::File;
+use std::sync::Barrier;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use forkyard_shm::{Answer, Cache, Options, Plan, Recorder, Segment, Source, crash};
+use nix::sys::signal::{Signal, kill, raise};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::pause;
+
+use crate::counts::{Counts, load, until};
+use crate::processes::{Child, say_ready, spawn};
+
+#[path = "herd/counts.rs"]
+mod counts;
+mod processes;
+
+const PROCESSES: u64 = 4;
+const REQUESTS: u64 = 250;
+const KEY: &str = "/page";
+
+type Test = (&'static str, fn());
+
+const TESTS: [Test; 12] = [
+    ("a_herd_of_threads_renders_once", a_herd_of_threads_renders_once),
+    ("a_herd_of_tasks_renders_once", a_herd_of_tasks_renders_once),
+    ("a_killed_renderer_is_succeeded", a_killed_renderer_is_succeeded),
+    ("a_failed_renderer_is_succeeded", a_failed_renderer_is_succeeded),
+    ("a_cancelled_renderer_is_succeeded", a_cancelled_renderer_is_succeeded),
+    ("a_stopped_renderer_is_passed_over", a_stopped_renderer_is_passed_over),
+    ("killed_at_each_step", killed_at_each_step),
+    ("what_is_purged_meanwhile_is_not_stored", what_is_purged_meanwhile_is_not_stored),
+    ("stale_while_one_renders", stale_while_one_renders),
+    ("stale_if_rendering_fails", stale_if_rendering_fails),
+    ("a_fork_has_a_watch_of_its_own", a_fork_has_a_watch_of_its_own),
+    ("a_fork_leaves_the_leases_of_its_parent_alone", a_fork_leaves_the_leases_of_its_parent_alone),
+];
+
+fn main() {
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    for (name, test) in TESTS {
+        if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
+            println!("test {name} ...");
+            test();
+            println!("test {name} ... ok");
+        }
+    }
+}
+
+fn cache() -> Cache {
+    Segment::create(&Plan { cache_bytes: 16 << 20, rows: 8, ..Plan::default() }).expect("segment").cache()
+}
+
+/// A page that nobody else would render.
+fn unique_page() -> Vec<u8> {
+    format!("{} {:?}", std::process::id(), std::thread::current().id()).repeat(100).into()
+}
+
+type Failure = &'static str;
+
+fn ask(cache: &Cache, options: &Options, render: impl FnOnce(Recorder) -> Result<Vec<u8>, Failure>) -> Answer {
+    cache.get_or_render(KEY, options, render).expect("rendered")
+}
+
+fn run<F: Future>(future: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().expect("runtime").block_on(future)
+}
+
+/// Stores a page, and waits until its time is over.
+fn store_expired(cache: &Cache, options: Options) {
+    cache.set(KEY, "old", &options.ttl(Duration::ZERO)).expect("stored");
+    until(|| cache.get(KEY).is_none());
+}
+
+// ---- Herds. ----
+
+/// All ask at once; the one who renders ends when all others wait, or render as well.
+fn herd(one_process: impl Fn(&Cache, &Counts, &mut File)) {
+    let (cache, counts) = (cache(), Counts::new());
+    store_expired(&cache, Options::new());
+    let before = cache.stats();
+    let mut children: Vec<Child> =
+        (0..PROCESSES).map(|_| spawn(|mut pipe| one_process(&cache, &counts, &mut pipe))).collect();
+    children.iter_mut().for_each(Child::await_ready);
+    counts.note(0);
+    counts.go.store(1, Ordering::SeqCst);
+    children.into_iter().for_each(Child::join);
+    let (all, stats) = (PROCESSES * REQUESTS, cache.stats());
+    println!("  {all} requests had one page within {} us", counts.delays()[1]);
+    assert_eq!((load(counts.rendering), load(counts.served), load(counts.stale)), (1, all, 0));
+    assert_eq!((stats.renders, stats.lease_waits, stats.stores - before.stores), (1, all - 1, 1));
+    assert_eq!((stats.hits - before.hits, stats.misses - before.misses), (all - 1, 1));
+}
+
+fn all_others_wait(cache: &Cache, counts: &Counts) -> bool {
+    load(counts.rendering) + cache.stats().lease_waits >= PROCESSES * REQUESTS
+}
+
+fn a_herd_of_threads_renders_once() {
+    herd(|cache, counts, pipe| {
+        let barrier = Barrier::new(usize::try_from(REQUESTS).expect("small") + 1);
+        std::thread::scope(|scope| {
+            for _ in 0..REQUESTS {
+                scope.spawn(|| {
+                    barrier.wait();
+                    let answer = ask(cache, &Options::new(), |_| {
+                        counts.rendering.fetch_add(1, Ordering::SeqCst);
+                        until(|| all_others_wait(cache, counts));
+                        Ok(unique_page())
+                    });
+                    counts.serve(&answer);
+                });
+            }
+            say_ready(pipe);
+            until(|| load(counts.go) == 1);
+            barrier.wait();
+        });
+    });
+}
+
+fn a_herd_of_tasks_renders_once() {
+    herd(|cache, counts, pipe| {
+        run(async {
+            let tasks: Vec<_> = (0..REQUESTS)
+                .map(|_| {
+                    let (cache, counts) = (cache.clone(), *counts);
+                    tokio::spawn(async move {
+                        let render = |_| async {
+                            counts.rendering.fetch_add(1, Ordering::SeqCst);
+                            while !all_others_wait(&cache, &counts) {
+                                tokio::time::sleep(Duration::from_millis(1)).await;
+                            }
+                            Ok::<_, Failure>(unique_page())
+                        };
+                        let answer = cache.get_or_render_async(KEY, &Options::new(), render).await;
+                        counts.serve(&answer.expect("rendered"));
+                    })
+                })
+                .collect();
+            say_ready(pipe);
+            until(|| load(counts.go) == 1);
+            for task in tasks {
+                task.await.expect("no panic");
+            }
+        });
+        // The thread that looked after the tasks goes when there are none.
+        let threads = || std::fs::read_dir("/proc/self/task").expect("/proc").count();
+        until(|| threads() == 1);
+    });
+}
+
+// ---- A renderer that does not come to its end. ----
+
+/// Waits for somebody else's page, and takes over if need be, by five threads or by five tasks.
+fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {
+    let take_over = || {
+        counts.note(1);
+        counts.rendering.fetch_add(1, Ordering::SeqCst);
+        Ok::<_, Failure>(unique_page())
+    };
+    if threads {
+        std::thread::scope(|scope| {
+            for _ in 0..5 {
+                scope.spawn(|| counts.serve(&ask(cache, &Options::new(), |_| take_over())));
+            }
+        });
+    } else {
+        run(async {
+            let options = Options::new();
+            let ask = || async {
+                let answer = cache.get_or_render_async(KEY, &options, async |_| take_over()).await;
+                counts.serve(&answer.expect("rendered"));
+            };
+            tokio::join!(ask(), ask(), ask(), ask(), ask());
+        });
+    }
+}
+
+/// Twenty times: a renderer begins, and ends without a page when told to, while two processes of five requests each wait.
+/// Half of the times they wait in threads.
+fn succession(what: &str, renderer: impl Fn(&Cache, &Counts, &mut File), end: impl Fn(Child, &Counts)) {
+    for threads in [true, false] {
+        let mut delays: Vec<[u64; 2]> = Vec::new();
+        for _ in 0..10 {
+            let (cache, counts) = (cache(), Counts::new());
+            let mut first = spawn(|mut pipe| renderer(&cache, &counts, &mut pipe));
+            first.await_ready();
+            let others: Vec<Child> = (0..2).map(|_| spawn(|_| wait_in_five(&cache, &counts, threads))).collect();
+            until(|| cache.stats().lease_waits == 10);
+            end(first, &counts);
+            others.into_iter().for_each(Child::join);
+            assert_eq!((load(counts.rendering), load(counts.served)), (1, 10), "one took over, and all had the page");
+            assert_eq!(cache.audit(), Ok(()));
+            delays.push(counts.delays());
+        }
+        delays.sort_unstable();
+        let ([median, all], [longest, _]) = (delays[5], delays[9]);
+        let how = if threads { "threads" } else { "tasks" };
+        println!("  {what}: {how} took over within {median} us (the longest: {longest} us), all done in {all} us");
+    }
+}
+
+fn a_killed_renderer_is_succeeded() {
+    let renderer = |cache: &Cache, _: &Counts, pipe: &mut File| {
+        ask(cache, &Options::new(), |_| {
+            say_ready(pipe);
+            loop {
+                pause();
+            }
+        });
+    };
+    succession("killed", renderer, |child, counts| {
+        counts.note(0);
+        child.kill();
+    });
+}
+
+fn a_failed_renderer_is_succeeded() {
+    let renderer = |cache: &Cache, counts: &Counts, pipe: &mut File| {
+        let answer = cache.get_or_render(KEY, &Options::new(), |_| {
+            say_ready(pipe);
+            until(|| load(counts.go) == 1);
+            counts.note(0);
+            Err("broken")
+        });
+        // Unless its successor was faster than it at looking for something to serve instead.
+        assert!(answer.is_err() || answer.is_ok_and(|answer| answer.source == Source::Fresh));
+    };
+    succession("failed", renderer, |child, counts| {
+        counts.go.store(1, Ordering::SeqCst);
+        child.join();
+    });
+}
+
+fn a_cancelled_renderer_is_succeeded() {
+    let renderer = |cache: &Cache, counts: &Counts, pipe: &mut File| {
+        run(async {
+            let options = Options::new();
+            let never = cache.get_or_render_async(KEY, &options, |_| {
+                say_ready(pipe);
+                std::future::pending::<Result<_, Failure>>()
+            });
+            let told = async {
+                while load(counts.go) == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                counts.note(0);
+            };
+            tokio::select! {
+                _ = never => unreachable!(),
+                () = told => {}
+            }
+        });
+    };
+    succession("cancelled", renderer, |child, counts| {
+        counts.go.store(1, Ordering::SeqCst);
+        child.join();
+    });
+}
+
+fn a_stopped_renderer_is_passed_over() {
+    let stop_while_rendering = |cache: &Cache, options: &Options| {
+        let child = spawn(|_| {
+            let answer = ask(cache, options, |_| {
+                raise(Signal::SIGSTOP).expect("raise");
+                Ok(b"late".to_vec())
+            });
+            assert_eq!((answer.value.as_slice(), answer.source), (&b"late"[..], Source::Rendered));
+        });
+        let status = waitpid(child.pid, Some(WaitPidFlag::WUNTRACED));
+        assert_eq!(status, Ok(WaitStatus::Stopped(child.pid, Signal::SIGSTOP)));
+        child
+    };
+    let go_on = |child: Child| {
+        kill(child.pid, Signal::SIGCONT).expect("kill");
+        child.join();
+    };
+
+    let (stale, hour) = (cache(), Options::new().stale(Duration::from_secs(3600)));
+    store_expired(&stale, hour.clone());
+    let child = stop_while_rendering(&stale, &hour);
+    let answer = ask(&stale, &hour, |_| unreachable!());
+    assert_eq!((answer.value.as_slice(), answer.source, stale.stats().lease_waits), (&b"old"[..], Source::Stale, 0));
+    go_on(child);
+    assert_eq!(stale.get(KEY).expect("stored"), b"late", "nobody took over, so it is not too late");
+
+    let (cache, options) = (cache(), Options::new().deadline(Duration::from_millis(50)));
+    store_expired(&cache, Options::new());
+    let child = stop_while_rendering(&cache, &options);
+    let answer = ask(&cache, &options, |_| Ok(b"newer".to_vec()));
+    assert_eq!((answer.value.as_slice(), answer.source), (&b"newer"[..], Source::Rendered));
+    go_on(child);
+    assert_eq!(cache.get(KEY).expect("stored"), b"newer", "what comes too late does not replace it");
+    assert_eq!(cache.stats().lease_waits, 1);
+}
+
+/// Kills a renderer at the first step, at the second, and so on until it gets to its end.
+fn killed_at_each_step() {
+    let mut steps = 0;
+    loop {
+        let cache = cache();
+        let child = spawn(|_| {
+            crash::die_at(steps);
+            ask(&cache, &Options::new(), |_| Ok(b"first".to_vec()));
+        });
+        let ended = match waitpid(child.pid, None).expect("waitpid") {
+            WaitStatus::Signaled(_, Signal::SIGKILL, _) => false,
+            WaitStatus::Exited(_, 0) => true,
+            status => panic!("after {steps} steps: {status:?}"),
+        };
+        let waits = Options::new().patience(Duration::from_secs(3600));
+        let answer = ask(&cache, &waits.deadline(Duration::from_secs(3600)), |_| Ok(b"second".to_vec()));
+        let rendered = answer.source == Source::Rendered;
+        assert_eq!(answer.value, if rendered { b"second".to_vec() } else { b"first".to_vec() });
+        assert_eq!((cache.audit(), cache.get(KEY)), (Ok(()), Some(answer.value)));
+        if ended {
+            break;
+        }
+        steps += 1;
+    }
+    crash::die_at(u64::MAX - 1);
+    ask(&cache(), &Options::new(), |_| Ok(Vec::new()));
+    let passed = crash::points_passed();
+    crash::die_at(u64::MAX);
+    println!("  killed at each of {steps} steps: {passed:?}");
+    let named = ["lease: taken", "render: about to store", "render: stored", "lease: released", "lease: announced"];
+    assert!(named.iter().all(|name| passed.contains(name)), "{passed:?}");
+}
+
+// ---- What is out of date. ----
+
+type Purge = fn(&Cache);
+
+fn what_is_purged_meanwhile_is_not_stored() {
+    let purges: [(&str, Purge); 5] = [
+        ("its key", |cache| assert!(!cache.purge(KEY))),
+        ("its tag", |cache| cache.purge_tag("tag")),
+        ("a fragment's key", |cache| assert!(cache.purge("fragment"))),
+        ("a fragment's tag", |cache| cache.purge_tag("deep")),
+        ("everything", Cache::clear),
+    ];
+    for (what, purge) in purges {
+        let (cache, counts) = (cache(), Counts::new());
+        cache.set("fragment", "f", &Options::new().tags(["deep"])).expect("stored");
+        let mut child = spawn(|mut pipe| {
+            let answer = ask(&cache, &Options::new().tags(["tag"]), |recorder| {
+                let fragment = recorder.get("fragment").expect("stored");
+                say_ready(&mut pipe);
+                until(|| load(counts.go) == 1);
+                Ok(fragment)
+            });
+            assert_eq!(answer, Answer { value: b"f".to_vec(), source: Source::Rendered });
+        });
+        child.await_ready();
+        purge(&cache);
+        counts.go.store(1, Ordering::SeqCst);
+        child.join();
+        assert_eq!((cache.get(KEY), cache.stats().outdated), (None, 1), "{what} was purged");
+    }
+}
+
+fn stale_while_one_renders() {
+    let (cache, counts) = (cache(), Counts::new());
+    let options = Options::new().stale(Duration::from_secs(3600)).ttl(Duration::from_secs(3600));
+    store_expired(&cache, options.clone());
+    let children = (0..PROCESSES).map(|_| {
+        spawn(|_| {
+            let answer = ask(&cache, &options, |_| {
+                counts.rendering.fetch_add(1, Ordering::SeqCst);
+                // If the others waited for this, it would take for ever.
+                until(|| load(counts.stale) + load(counts.rendering) == PROCESSES);
+                Ok(b"new".to_vec())
+            });
+            assert_eq!(answer.value, if answer.source == Source::Stale { b"old" } else { b"new" });
+            counts.stale.fetch_add(u64::from(answer.source == Source::Stale), Ordering::SeqCst);
+        })
+    });
+    children.collect::<Vec<_>>().into_iter().for_each(Child::join);
+    assert_eq!((load(counts.rendering), load(counts.stale)), (1, PROCESSES - 1));
+    let stats = cache.stats();
+    assert_eq!((stats.renders, stats.stale_hits, stats.lease_waits), (1, PROCESSES - 1, 0));
+    assert_eq!(ask(&cache, &options, |_| unreachable!()).source, Source::Fresh);
+}
+
+fn stale_if_rendering_fails() {
+    let (cache, counts) = (cache(), Counts::new());
+    let options = Options::new().stale_if_error(Duration::from_secs(3600));
+    store_expired(&cache, options.clone());
+    let children = (0..PROCESSES).map(|_| {
+        spawn(|_| {
+            let answer = ask(&cache, &options, |_| {
+                let first = counts.rendering.fetch_add(1, Ordering::SeqCst) == 0;
+                until(|| !first || cache.stats().lease_waits == PROCESSES - 1);
+                Err("broken")
+            });
+            counts.serve(&answer);
+        })
+    });
+    children.collect::<Vec<_>>().into_iter().for_each(Child::join);
+    // Each tried after the one before had failed, and fell back.
+    assert_eq!((load(counts.rendering), load(counts.stale), load(counts.served)), (PROCESSES, PROCESSES, 0));
+    assert_eq!(cache.stats().stale_hits, PROCESSES);
+}
+
+// ---- Forks. ----
+
+fn a_fork_has_a_watch_of_its_own() {
+    let (cache, counts) = (cache(), Counts::new());
+    let mut renderer = spawn(|mut pipe| {
+        ask(&cache, &Options::new(), |_| {
+            say_ready(&mut pipe);
+            until(|| load(counts.go) == 1);
+            Ok(unique_page())
+        });
+    });
+    renderer.await_ready();
+    let parent = spawn(|_| {
+        std::thread::scope(|scope| {
+            scope.spawn(|| wait_in_five(&cache, &counts, false));
+            until(|| cache.stats().lease_waits == 5);
+            // The thread that watches is there, and may hold its lock at any time.
+            for _ in 0..50 {
+                spawn(|_| wait_in_five_with_a_patience_of_a_millisecond(&cache)).join();
+            }
+            counts.go.store(1, Ordering::SeqCst);
+        });
+    });
+    parent.join();
+    renderer.join();
+    assert_eq!((load(counts.rendering), load(counts.served)), (0, 5));
+}
+
+fn wait_in_five_with_a_patience_of_a_millisecond(cache: &Cache) {
+    run(async {
+        let options = Options::new().patience(Duration::from_millis(1));
+        let ask = || async {
+            let answer = cache.get_or_render_async(KEY, &options, async |_| Err("impatient")).await;
+            assert_eq!(answer, Err("impatient"));
+        };
+        tokio::join!(ask(), ask(), ask(), ask(), ask());
+    });
+}
+
+fn a_fork_leaves_the_leases_of_its_parent_alone() {
+    let cache = cache();
+    let options = Options::new().patience(Duration::from_millis(1));
+    let never = cache.get_or_render_async(KEY, &options, |_| std::future::pending::<Result<_, Failure>>());
+    let mut never = Some(Box::pin(never));
+    let begun = never.as_mut().map(|never| never.as_mut().poll(&mut Context::from_waker(Waker::noop())));
+    assert_eq!(begun, Some(Poll::Pending));
+    spawn(|_| drop(never.take())).join();
+    assert_eq!(cache.get_or_render(KEY, &options, |_| Err("impatient")), Err("impatient"));
+    assert_eq!(cache.stats().lease_waits, 1, "it is still held");
+    drop(never);
+    ask(&cache, &options, |_| Ok(Vec::new()));
+    assert_eq!(cache.stats().lease_waits, 1, "now it is not");
+}
