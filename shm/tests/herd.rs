@@ -7,22 +7,22 @@
 #![expect(clippy::print_stdout, reason = "reports like the test harness that it replaces")]
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::num::NonZeroUsize;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use forkyard_shm::{Served, Cache, Options, Plan, Recorder, Segment, Source, crash};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
-use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill, raise};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::time::{ClockId, clock_gettime};
-use nix::unistd::{ForkResult, Pid, fork, pause, pipe};
-use xxhash_rust::xxh3::xxh3_64;
+use nix::unistd::pause;
+
+use crate::counts::{Counts, load, until};
+use crate::processes::{Child, say_ready, spawn};
+
+#[path = "herd/counts.rs"]
+mod counts;
+mod processes;
 
 const PROCESSES: u64 = 4;
 const REQUESTS: u64 = 250;
@@ -56,117 +56,8 @@ fn main() {
     }
 }
 
-// ---- Children. ----
-
-struct Child {
-    pid: Pid,
-    ready: File,
-}
-
-/// Forks. The child runs `work` with the writing end of a pipe, and exits with 0 if that returns, with 101 if it panics.
-fn spawn(work: impl FnOnce(File)) -> Child {
-    let (reader, writer) = pipe().expect("pipe");
-    // SAFETY: this process has one thread, but for the one test that forks with more and calls nothing that
-    // their locks could concern.
-    match unsafe { fork() }.expect("fork") {
-        ForkResult::Parent { child } => Child { pid: child, ready: reader.into() },
-        ForkResult::Child => {
-            drop(reader);
-            let outcome = catch_unwind(AssertUnwindSafe(|| {
-                set_pdeathsig(Signal::SIGKILL).expect("prctl");
-                work(writer.into());
-            }));
-            // SAFETY: ends the process here, before it returns into what the parent was doing.
-            unsafe { libc::_exit(if outcome.is_ok() { 0 } else { 101 }) }
-        }
-    }
-}
-
-impl Child {
-    /// Waits until the child has written a byte.
-    fn await_ready(&mut self) {
-        let mut byte = [0];
-        if self.ready.read_exact(&mut byte).is_err() {
-            panic!("child ended early: {:?}", waitpid(self.pid, None));
-        }
-    }
-
-    fn kill(self) {
-        kill(self.pid, Signal::SIGKILL).expect("kill");
-        let status = waitpid(self.pid, None).expect("waitpid");
-        assert!(matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)), "child ended by itself: {status:?}");
-    }
-
-    fn join(self) {
-        assert_eq!(waitpid(self.pid, None), Ok(WaitStatus::Exited(self.pid, 0)));
-    }
-}
-
-fn say_ready(pipe: &mut File) {
-    pipe.write_all(b"!").expect("parent is there");
-}
-
 fn cache() -> Cache {
     Segment::create(&Plan { cache_bytes: 16 << 20, rows: 8, ..Plan::default() }).expect("segment").cache()
-}
-
-/// What all processes count together.
-#[derive(Clone, Copy)]
-struct Counts {
-    rendering: &'static AtomicU64,
-    served: &'static AtomicU64,
-    stale: &'static AtomicU64,
-    /// What the page is, by its hash; 0 if nobody got it yet.
-    page: &'static AtomicU64,
-    /// Microseconds: when something happened, when somebody took over, when the last one had the page.
-    when: [&'static AtomicU64; 3],
-    go: &'static AtomicU64,
-}
-
-impl Counts {
-    fn new() -> Counts {
-        let len = NonZeroUsize::new(4096).expect("not 0");
-        let (access, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
-        // SAFETY: a new mapping, at no address in particular, which is never unmapped.
-        let memory = unsafe { mmap_anonymous(None, len, access, flags) }.expect("memory").cast::<[AtomicU64; 8]>();
-        // SAFETY: it is larger than that, aligned to a page, zeroed, and there for ever.
-        let [rendering, served, stale, page, a, b, c, go] = unsafe { memory.as_ref() };
-        Counts { rendering, served, stale, page, when: [a, b, c], go }
-    }
-
-    /// One request has got its page, the same as all others.
-    fn serve(&self, answer: &Served) {
-        let hash = xxh3_64(&answer.value);
-        let first = self.page.compare_exchange(0, hash, Ordering::SeqCst, Ordering::SeqCst);
-        assert!(first.is_ok() || first == Err(hash), "not all got the same page");
-        let counter = if answer.source == Source::Stale { self.stale } else { self.served };
-        counter.fetch_add(1, Ordering::SeqCst);
-        self.note(2);
-    }
-
-    /// Notes the time.
-    fn note(&self, event: usize) {
-        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("clock");
-        let micros = now.tv_sec() * 1_000_000 + now.tv_nsec() / 1000;
-        self.when[event].fetch_max(u64::try_from(micros).expect("positive"), Ordering::SeqCst);
-    }
-
-    /// Microseconds from the event to the takeover, and to the last page.
-    fn delays(&self) -> [u64; 2] {
-        let [event, takeover, end] = self.when.map(|when| when.load(Ordering::SeqCst));
-        [takeover.saturating_sub(event), end.saturating_sub(event)]
-    }
-}
-
-fn load(counter: &AtomicU64) -> u64 {
-    counter.load(Ordering::SeqCst)
-}
-
-/// Asks the system for a turn now and then until something is so.
-fn until(so: impl Fn() -> bool) {
-    while !so() {
-        std::thread::sleep(Duration::from_micros(200));
-    }
 }
 
 /// A page that nobody else would render.
