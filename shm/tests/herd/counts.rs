@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use forkyard_shm::{Answer, Source};
+use forkyard_shm::{Served, Source};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::time::{ClockId, clock_gettime};
 use xxhash_rust::xxh3::xxh3_64;
@@ -35,7 +35,7 @@ impl Counts {
     }
 
     /// One request has got its page, the same as all others.
-    pub(crate) fn serve(&self, answer: &Answer) {
+    pub(crate) fn serve(&self, answer: &Served) {
         let hash = xxh3_64(&answer.value);
         let first = self.page.compare_exchange(0, hash, Ordering::SeqCst, Ordering::SeqCst);
         assert!(first.is_ok() || first == Err(hash), "not all got the same page");
