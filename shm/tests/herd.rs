@@ -2,7 +2,7 @@
 //!
 //! The main thread is the only one, so that forking is harmless; hence no test harness. Nobody sleeps for long enough: a
 //! renderer goes on when the others are seen to wait, and is awaited by a byte in a pipe. How long it takes until
-//! another one takes over is printed, not asserted. Run with a word to run the tests whose names contain it.
+//! another one takes over is printed, not asserted.
 #![expect(unsafe_code, reason = "forks, and maps memory to count in")]
 #![expect(clippy::print_stdout, reason = "reports like the test harness that it replaces")]
 
@@ -12,48 +12,37 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use forkyard_shm::{Served, Cache, Options, Plan, Recorder, Segment, Source, crash};
+use forkyard_shm::{Cache, Options, Plan, Recorder, Segment, Served, Source, crash};
 use nix::sys::signal::{Signal, kill, raise};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::pause;
 
-use crate::counts::{Counts, load, until};
-use crate::processes::{Child, say_ready, spawn};
+use common::{Child, say_ready, spawn};
+use counts::{Counts, load, until};
 
+mod common;
 #[path = "herd/counts.rs"]
 mod counts;
-mod processes;
 
 const PROCESSES: u64 = 4;
 const REQUESTS: u64 = 250;
 const KEY: &str = "/page";
 
-type Test = (&'static str, fn());
-
-const TESTS: [Test; 12] = [
-    ("a_herd_of_threads_renders_once", a_herd_of_threads_renders_once),
-    ("a_herd_of_tasks_renders_once", a_herd_of_tasks_renders_once),
-    ("a_killed_renderer_is_succeeded", a_killed_renderer_is_succeeded),
-    ("a_failed_renderer_is_succeeded", a_failed_renderer_is_succeeded),
-    ("a_cancelled_renderer_is_succeeded", a_cancelled_renderer_is_succeeded),
-    ("a_stopped_renderer_is_passed_over", a_stopped_renderer_is_passed_over),
-    ("killed_at_each_step", killed_at_each_step),
-    ("what_is_purged_meanwhile_is_not_stored", what_is_purged_meanwhile_is_not_stored),
-    ("stale_while_one_renders", stale_while_one_renders),
-    ("stale_if_rendering_fails", stale_if_rendering_fails),
-    ("a_fork_has_a_watch_of_its_own", a_fork_has_a_watch_of_its_own),
-    ("a_fork_leaves_the_leases_of_its_parent_alone", a_fork_leaves_the_leases_of_its_parent_alone),
-];
-
 fn main() {
-    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    for (name, test) in TESTS {
-        if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
-            println!("test {name} ...");
-            test();
-            println!("test {name} ... ok");
-        }
-    }
+    common::run(&[
+        ("a_herd_of_threads_renders_once", |_| a_herd_of_threads_renders_once()),
+        ("a_herd_of_tasks_renders_once", |_| a_herd_of_tasks_renders_once()),
+        ("a_killed_renderer_is_succeeded", |_| a_killed_renderer_is_succeeded()),
+        ("a_failed_renderer_is_succeeded", |_| a_failed_renderer_is_succeeded()),
+        ("a_cancelled_renderer_is_succeeded", |_| a_cancelled_renderer_is_succeeded()),
+        ("a_stopped_renderer_is_passed_over", |_| a_stopped_renderer_is_passed_over()),
+        ("killed_at_each_step", |_| killed_at_each_step()),
+        ("what_is_purged_meanwhile_is_not_stored", |_| what_is_purged_meanwhile_is_not_stored()),
+        ("stale_while_one_renders", |_| stale_while_one_renders()),
+        ("stale_if_rendering_fails", |_| stale_if_rendering_fails()),
+        ("a_fork_has_a_watch_of_its_own", |_| a_fork_has_a_watch_of_its_own()),
+        ("a_fork_leaves_the_leases_of_its_parent_alone", |_| a_fork_leaves_the_leases_of_its_parent_alone()),
+    ]);
 }
 
 fn cache() -> Cache {
