@@ -99,13 +99,21 @@ impl<'a> Index<'a> {
         visit: &mut impl FnMut(Slot<'a>, u64) -> Option<R>,
     ) -> Option<R> {
         let cells = self.buckets.get(bucket)?;
-        for (at, (word, visits)) in cells.slots.iter().zip(&cells.visits).enumerate() {
-            let seen = word.load(Ordering::Acquire);
-            if (seen ^ hash) >> FINGERPRINT_SHIFT == 0 && seen != 0 {
-                let slot = Slot { number: (bucket * SLOTS + at) as u64, word, visits };
-                if let Some(result) = visit(slot, seen) {
-                    return Some(result);
-                }
+        let words = cells.slots.each_ref().map(|slot| slot.load(Ordering::Acquire));
+        // All at once: which slot it is cannot be foretold, and a wrong guess costs more than seven comparisons.
+        let matches = words.map(|word| u32::from((word ^ hash) >> FINGERPRINT_SHIFT == 0));
+        let mut mask = matches.iter().enumerate().fold(0, |mask, (at, is_match)| mask | is_match << at);
+        while mask != 0 {
+            let at = mask.trailing_zeros() as usize;
+            mask &= mask - 1;
+            let slot = Slot {
+                number: (bucket * SLOTS + at) as u64,
+                word: cells.slots.get(at)?,
+                visits: cells.visits.get(at)?,
+            };
+            // A free slot looks like one of fingerprint 0, and leads nowhere.
+            if let Some(result) = words.get(at).and_then(|&word| visit(slot, word)) {
+                return Some(result);
             }
         }
         None

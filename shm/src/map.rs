@@ -197,13 +197,22 @@ impl Map {
     /// Whether the bytes at `offset`, which must be a multiple of 8, are `bytes`.
     ///
     /// Compares by words: the last one is masked, so up to 7 bytes behind the range must be mapped too.
+    #[inline]
     pub(crate) fn equals(&self, offset: u64, bytes: &[u8]) -> Option<bool> {
         let words = self.slice::<AtomicU64>(offset, (bytes.len() as u64).div_ceil(8))?;
         let (whole, rest) = bytes.as_chunks();
         let (whole_words, last) = words.split_at(whole.len());
         let differ = whole_words.iter().zip(whole).any(|(word, chunk)| word.load(Ordering::Relaxed) != u64::from_ne_bytes(*chunk));
-        let last = last.first().map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
-        Some(!differ && last.is_none_or(|last| last.starts_with(rest)))
+        let Some(last) = last.first().map(|word| word.load(Ordering::Relaxed)) else { return Some(!differ) };
+        // The last eight bytes without those that were compared already, if there are so many.
+        let rest_is_it = match bytes.last_chunk() {
+            Some(&tail) => {
+                let unused = 8 * (8 - rest.len());
+                u64::from_le_bytes(tail) >> unused == u64::from_le(last) << unused >> unused
+            }
+            None => last.to_ne_bytes().starts_with(rest),
+        };
+        Some(!differ && rest_is_it)
     }
 
     /// The start of `len` bytes at `offset`, if they lie inside the mapping.
@@ -376,6 +385,21 @@ pub(crate) mod tests {
         assert!(map.equals(4, b"x").is_none());
         assert!(map.read(0, 8, &mut Vec::new()).is_none(), "no room in the target");
         assert!(map.read(4090, 7, &mut Vec::with_capacity(64)).is_none());
+    }
+
+    #[test]
+    fn compares_any_length_whole() {
+        let map = scratch(4096);
+        let bytes: Vec<u8> = (1..100).collect();
+        for len in 0..60 {
+            map.write(64, &bytes).unwrap();
+            assert_eq!(map.equals(64, &bytes[..len]), Some(true), "{len}");
+            for at in 0..len {
+                let mut other = bytes.clone();
+                other[at] ^= 0x80;
+                assert_eq!(map.equals(64, &other[..len]), Some(false), "byte {at} of {len}");
+            }
+        }
     }
 
     #[test]

@@ -206,7 +206,7 @@ impl<'a, S: Store> Walk<'a, S> {
 /// What a reader at least does with a value.
 #[inline]
 fn touch(value: &[u8]) {
-    black_box((value.first().copied(), value.last().copied()));
+    black_box(value.first().copied());
     // All of it counts as read, so that no copy is optimised away.
     black_box(value.as_ptr());
 }
