@@ -209,7 +209,9 @@ fn create_segment(config: &Config) -> Result<Segment, BoxError> {
     match found {
         Found::Warm => log::info!("cache is warm file={} pages={}", path.display(), segment.cache().stats().entries),
         Found::Nothing => log::info!("cache is new file={}", path.display()),
-        Found::Dropped { why } => log::warn!("cache starts empty, what its file held was dropped: {why} file={}", path.display()),
+        Found::Dropped { why } => {
+            log::warn!("cache starts empty, what its file held was dropped: {why} file={}", path.display())
+        }
     }
     Ok(segment)
 }

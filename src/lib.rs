@@ -36,8 +36,8 @@ use http_body::Body as HttpBody;
 use tower_service::Service;
 
 pub use forkyard_shm::{
-    Cache, Clock, Damaged, Distribution, Encoding, Keep, Listed, NotStorable, Options, Page, Pinned, Recorder,
-    Refused, Served, Source, Stats,
+    Cache, Clock, Damaged, Distribution, Encoding, Keep, Listed, NotStorable, Options, Page, Pinned, Recorder, Refused,
+    Served, Source, Stats,
 };
 pub use http;
 

@@ -78,7 +78,11 @@ fn a_cache_of_an_impossible_size_is_refused() {
     refused(&[&bind[..], &["--cache", "1000T"]].concat(), 1, &["cannot make a shared cache of 1000 TiB", "--cache"]);
     refused(&[&bind[..], &["--cache", "1K"]].concat(), 1, &["cannot make a shared cache of 1 KiB", "--cache"]);
     let large = ["--cache", "4M", "--cache-max-entry", "2M"];
-    refused(&[&bind[..], &large].concat(), 1, &["cannot keep entries of 2097152 bytes", "the most is", "--cache-max-entry"]);
+    refused(
+        &[&bind[..], &large].concat(),
+        1,
+        &["cannot keep entries of 2097152 bytes", "the most is", "--cache-max-entry"],
+    );
     let nowhere = ["--cache-file", "/nonexistent/pages"];
     refused(&[&bind[..], &nowhere].concat(), 1, &["in /nonexistent/pages: cannot open the cache file", "--cache-file"]);
     refused(&[&bind[..], &nowhere, &["--cache", "0"]].concat(), 1, &["--cache-file has no cache to keep", "--cache"]);

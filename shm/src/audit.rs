@@ -43,7 +43,8 @@ fn audit(shard: &LockedShard<'_>, hash_of: impl Fn(&[u8]) -> u64) -> Result<(), 
     let index = shard.shard.index;
     for slot in (0..index.len()).filter_map(|number| index.slot(number)) {
         let word = slot.word.load(Ordering::Relaxed);
-        let lead = shard.follow(slot, word).map_err(|Corrupt| format!("has a slot {} that leads astray", slot.number))?;
+        let lead =
+            shard.follow(slot, word).map_err(|Corrupt| format!("has a slot {} that leads astray", slot.number))?;
         let Some(lead) = lead else { continue };
         let Place { ring, position } = lead.place;
         let mut key = Vec::with_capacity(lead.entry.key_len());

@@ -1,7 +1,12 @@
 //! Tests of the cache: single promises, a random history against a plain model, and nonsense in memory.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 use super::*;
 use crate::{Plan, Segment, Stats};
@@ -66,7 +71,10 @@ fn stores_answers_replaces_and_purges() {
     let stats = cache.stats();
     assert_eq!((stats.hits, stats.misses, stats.stores, stats.purged), (4, 3, 4, 1));
     assert_eq!((stats.entries, stats.shards, stats.lost), (2, 1, 0));
-    assert_eq!((stats.used_bytes + stats.free_bytes, stats.live_bytes + stats.wasted_bytes), (stats.capacity, stats.used_bytes));
+    assert_eq!(
+        (stats.used_bytes + stats.free_bytes, stats.live_bytes + stats.wasted_bytes),
+        (stats.capacity, stats.used_bytes)
+    );
     assert!(stats.wasted_bytes > 0);
 }
 
@@ -225,53 +233,89 @@ impl Model {
     }
 }
 
-/// One random history. Returns how many lookups there were of pages that the model has, and how many the cache had.
-fn history(seed: u64, steps: u32) -> (u32, u32) {
-    let mut random = fastrand::Rng::with_seed(seed);
+/// Something done with the cache, and with the model.
+#[derive(Clone, Debug)]
+enum Act {
+    Get(u8),
+    Set {
+        key: u8,
+        len: usize,
+        tags: Vec<u8>,
+        ttl_ms: u64,
+        as_of_earlier: bool,
+    },
+    Purge(u8),
+    PurgeTag(u8),
+    Clear,
+    /// From now on "earlier" means now.
+    LookAtClock,
+    Sweep,
+    Audit,
+    Wait(u64),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    // Some keys are asked for more often.
+    let key = || (any::<u8>(), any::<u8>()).prop_map(|(one, other)| one & other);
+    let tags = vec(0_u8..20, 0..4);
+    let set = (key(), 0_usize..20_000, tags, 1_u64..2000, any::<bool>())
+        .prop_map(|(key, len, tags, ttl_ms, as_of_earlier)| Act::Set { key, len, tags, ttl_ms, as_of_earlier });
+    prop_oneof![
+        550 => key().prop_map(Act::Get),
+        350 => set,
+        30 => key().prop_map(Act::Purge),
+        30 => (0_u8..20).prop_map(Act::PurgeTag),
+        2 => Just(Act::Clear),
+        18 => Just(Act::LookAtClock),
+        5 => Just(Act::Sweep),
+        5 => Just(Act::Audit),
+        10 => (0_u64..500).prop_map(Act::Wait),
+    ]
+}
+
+/// One history. Returns how many lookups there were of pages that the model has, and how many the cache had.
+fn history(acts: &[Act]) -> (u32, u32) {
     let cache = cache(SMALL);
     let mut model = Model::default();
     let (mut now_ms, mut due, mut hits) = (1000, 0, 0);
     let mut earlier = (cache.clock(), 0);
-    let largest = random.usize(100..40_000);
-    for step in 0..steps {
-        let key = random.u8(..) & random.u8(..); // some are asked for more often
-        match random.u32(..1000) {
-            0..550 => {
-                let found = get_at(&cache, &[key], now_ms);
-                let expected = model.fresh(key, now_ms).map(|page| &page.value);
+    for (step, act) in (0_u64..).zip(acts) {
+        match act {
+            Act::Get(key) => {
+                let found = get_at(&cache, &[*key], now_ms);
+                let expected = model.fresh(*key, now_ms).map(|page| &page.value);
                 due += u32::from(expected.is_some());
                 hits += u32::from(found.is_some());
                 assert!(found.is_none() || found.as_ref() == expected, "step {step}: wrong or stale value of {key}");
             }
-            550..900 => {
-                let value = vec![random.u8(..); random.usize(..largest)];
-                let tags: Vec<u8> = (0..random.usize(..4)).map(|_| random.u8(..20)).collect();
-                let ttl_ms = random.u64(1..2000);
-                let (clock, rendered) = if random.bool() { earlier } else { (cache.clock(), model.clock) };
+            Act::Set { key, len, tags, ttl_ms, as_of_earlier } => {
+                let value = step.to_le_bytes().into_iter().cycle().take(*len).collect::<Vec<u8>>();
+                let (clock, rendered) = if *as_of_earlier { earlier } else { (cache.clock(), model.clock) };
                 let options = Options::new().tags(tags.iter().map(u8::to_string)).as_of(clock);
-                let options = options.ttl(Duration::from_millis(ttl_ms));
-                set_at(&cache, &[key], &value, &options, now_ms).unwrap();
-                model.pages.insert(key, ModelPage { value, tags, rendered, expires_ms: now_ms + ttl_ms });
+                let options = options.ttl(Duration::from_millis(*ttl_ms));
+                set_at(&cache, &[*key], &value, &options, now_ms).unwrap();
+                let page = ModelPage { value, tags: tags.clone(), rendered, expires_ms: now_ms + ttl_ms };
+                model.pages.insert(*key, page);
             }
-            900..930 => {
-                let had = model.fresh(key, now_ms).is_some();
-                assert!(!cache.purge_at(&[key], now_ms) || had, "step {step}: purged {key}, which was not there");
+            Act::Purge(key) => {
+                let had = model.fresh(*key, now_ms).is_some();
+                assert!(!cache.purge_at(&[*key], now_ms) || had, "step {step}: purged {key}, which was not there");
                 let time = model.tick();
-                model.key_purged.insert(key, time);
+                model.key_purged.insert(*key, time);
             }
-            930..960 => {
-                let tag = random.u8(..20);
+            Act::PurgeTag(tag) => {
                 cache.purge_tag(&tag.to_string());
                 let time = model.tick();
-                model.tag_purged.insert(tag, time);
+                model.tag_purged.insert(*tag, time);
             }
-            960..962 => {
+            Act::Clear => {
                 cache.clear();
                 model.cleared = model.tick();
             }
-            962..980 => earlier = (cache.clock(), model.clock),
-            980..990 => cache.audit().unwrap(),
-            _ => now_ms += random.u64(..500),
+            Act::LookAtClock => earlier = (cache.clock(), model.clock),
+            Act::Sweep => cache.sweep_now(1, now_ms),
+            Act::Audit => cache.audit().unwrap(),
+            Act::Wait(ms) => now_ms += ms,
         }
     }
     cache.audit().unwrap();
@@ -280,15 +324,39 @@ fn history(seed: u64, steps: u32) -> (u32, u32) {
 }
 
 #[test]
-fn random_histories_agree_with_a_plain_model() {
-    let seed = Seed::new();
-    let (mut due, mut hits) = (0, 0);
-    for n in 0..40 {
-        let (more_due, more_hits) = history(seed.0.wrapping_add(n), 3000);
-        due += more_due;
-        hits += more_hits;
-    }
+fn histories_agree_with_a_plain_model() {
+    let (due, hits) = (Cell::new(0), Cell::new(0));
+    let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
+    let outcome = TestRunner::new(config).run(&vec(act(), 1..2500), |acts| {
+        let (more_due, more_hits) = history(&acts);
+        due.set(due.get() + more_due);
+        hits.set(hits.get() + more_hits);
+        Ok(())
+    });
+    outcome.unwrap();
+    let (due, hits) = (due.get(), hits.get());
     assert!(hits * 10 > due * 3, "misses are allowed, but so many? {hits} of {due}");
+}
+
+/// Sizes as of real pages, from 100 bytes to 256 KiB, half of them below 8 KiB.
+#[test]
+fn most_of_the_segment_is_pages() {
+    let mut random = fastrand::Rng::with_seed(7);
+    let cache = cache(64 << 20);
+    let mut live = Vec::new();
+    for n in 0..20_000_u32 {
+        // The sum of some uniform numbers is about normal, and the size about log-normal.
+        let normal = (0..12).map(|_| random.f64()).sum::<f64>() - 6.0;
+        let size = (8192.0 * (1.3 * normal).exp()).clamp(100.0, 262_144.0);
+        let page = vec![b'x'; format!("{size:.0}").parse().unwrap()];
+        cache.set(format!("https://example.org/a/page/{n}"), page, &Options::new()).unwrap();
+        if n > 5000 && n % 1000 == 0 {
+            let values: u64 = cache.list("", usize::MAX).iter().map(|page| page.len).sum();
+            live.push(values * 100 / cache.segment.geometry.total);
+        }
+    }
+    assert!(live.iter().all(|&percent| percent >= 85), "percent of the segment, over time: {live:?}");
+    cache.audit().unwrap();
 }
 
 /// Ends the other threads of a test, also when it fails.
@@ -399,11 +467,8 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
     let seed = Seed::new();
     let mut random = fastrand::Rng::with_seed(seed.0);
     let cache = cache(SMALL);
-    let (start, shard, len) = (
-        cache.segment.geometry.members_at,
-        cache.segment.geometry.shard_at(0),
-        cache.segment.geometry.total,
-    );
+    let (start, shard, len) =
+        (cache.segment.geometry.members_at, cache.segment.geometry.shard_at(0), cache.segment.geometry.total);
     for _ in 0..400 {
         for n in 0..60 {
             let _ = cache.set([n], vec![n; random.usize(..3000)], &Options::new().tags(["t"]));
@@ -426,7 +491,14 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
         cache.shard(0).unwrap().head.lock.store(0, Ordering::Relaxed);
         let me = cache.segment.member().unwrap().head;
         me.pins.iter().for_each(|pin| pin.store(0, Ordering::Relaxed));
-        cache.with_shard_at(0, |shard| Err::<(), _>({ shard.lose(); Corrupt })).unwrap_err();
+        cache
+            .with_shard_at(0, |shard| {
+                Err::<(), _>({
+                    shard.lose();
+                    Corrupt
+                })
+            })
+            .unwrap_err();
         cache.audit().unwrap();
         cache.set("k", "v", &Options::new()).unwrap();
     }

@@ -111,11 +111,7 @@ impl Inner {
 }
 
 /// The segment in a file, or what is wrong with it.
-fn warm(
-    file: &Arc<Flock<File>>,
-    plan: &Plan,
-    geometry: &Geometry,
-) -> Result<Result<Segment, Found>, SegmentError> {
+fn warm(file: &Arc<Flock<File>>, plan: &Plan, geometry: &Geometry) -> Result<Result<Segment, Found>, SegmentError> {
     let dropped = |why| Ok(Err(Found::Dropped { why }));
     let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
     if len == 0 {

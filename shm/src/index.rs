@@ -67,7 +67,7 @@ impl Place {
             Ring::Small => 0,
             Ring::Main => 1,
         };
-        hash >> FINGERPRINT_SHIFT << FINGERPRINT_SHIFT | ring << RING_SHIFT | self.position / GRAIN
+        hash >> FINGERPRINT_SHIFT << FINGERPRINT_SHIFT | ring << RING_SHIFT | (self.position / GRAIN)
     }
 
     /// `None` for the word of a free slot.
@@ -80,7 +80,9 @@ impl Place {
 impl<'a> Index<'a> {
     /// The slots that an entry with this hash may be in, those of its first bucket first.
     pub(crate) fn candidates(self, hash: u64) -> impl Iterator<Item = Slot<'a>> {
-        [self.first(hash), self.second(hash)].into_iter().flat_map(move |bucket| (0..SLOTS).filter_map(move |at| self.slot_in(bucket, at)))
+        [self.first(hash), self.second(hash)]
+            .into_iter()
+            .flat_map(move |bucket| (0..SLOTS).filter_map(move |at| self.slot_in(bucket, at)))
     }
 
     /// Has `visit` look at those of them whose word may be for this hash, until it returns something.
@@ -92,12 +94,7 @@ impl<'a> Index<'a> {
     }
 
     #[inline]
-    fn find_in<R>(
-        self,
-        bucket: usize,
-        hash: u64,
-        visit: &mut impl FnMut(Slot<'a>, u64) -> Option<R>,
-    ) -> Option<R> {
+    fn find_in<R>(self, bucket: usize, hash: u64, visit: &mut impl FnMut(Slot<'a>, u64) -> Option<R>) -> Option<R> {
         let cells = self.buckets.get(bucket)?;
         let words = cells.slots.each_ref().map(|slot| slot.load(Ordering::Acquire));
         // All at once: which slot it is cannot be foretold, and a wrong guess costs more than seven comparisons.
@@ -159,7 +156,7 @@ impl Slot<'_> {
 
 /// The low half of `hash`, scaled to `0..count`.
 fn scaled(hash: u64, count: usize) -> usize {
-    usize::try_from((hash & 0xffff_ffff) * count as u64 >> 32).unwrap_or(0)
+    usize::try_from(((hash & 0xffff_ffff) * count as u64) >> 32).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -119,7 +119,8 @@ mod tests {
 
     #[test]
     fn graces_follow_the_expiry() {
-        let times = |expires_ms| Times { snapshot: 0, stored_ms: 0, expires_ms, stale_ms: 10, error_ms: 30, cost_ms: 0 };
+        let times =
+            |expires_ms| Times { snapshot: 0, stored_ms: 0, expires_ms, stale_ms: 10, error_ms: 30, cost_ms: 0 };
         let at = |now_ms| freshness(&times(100), now_ms);
         assert_eq!([at(99), at(100), at(109)], [Verdict::Fresh, Verdict::Stale, Verdict::Stale]);
         assert_eq!([at(110), at(129), at(130)], [Verdict::OnError, Verdict::OnError, Verdict::Expired]);

@@ -151,13 +151,13 @@ mod tags;
 mod wait;
 mod watch;
 
+pub use cache::Cache;
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
 pub use cache::Held;
-pub use cache::Cache;
-pub use kept::Keep;
 pub use error::{Refused, SegmentError};
 pub use file::Found;
+pub use kept::Keep;
 pub use list::{Distribution, Listed};
 pub use options::Options;
 pub use page::{Damaged, Encoding, Header, NotStorable, Page};

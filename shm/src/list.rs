@@ -70,8 +70,9 @@ impl Cache {
     pub fn distribution(&self) -> Distribution {
         let now_ms = self.segment.now_ms();
         let mut distribution = Distribution::default();
-        let measure =
-            |entry: &Entry<'_>, _, _: &dyn Fn() -> bool| Some((entry.words.stored_ms.load(Ordering::Relaxed), entry.value_len));
+        let measure = |entry: &Entry<'_>, _, _: &dyn Fn() -> bool| {
+            Some((entry.words.stored_ms.load(Ordering::Relaxed), entry.value_len))
+        };
         for (stored_ms, len) in self.survey(now_ms, measure) {
             distribution.ages[class(now_ms.saturating_sub(stored_ms) / 1000)] += 1;
             distribution.sizes[class(len)] += 1;

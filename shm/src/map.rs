@@ -202,7 +202,10 @@ impl Map {
         let words = self.slice::<AtomicU64>(offset, (bytes.len() as u64).div_ceil(8))?;
         let (whole, rest) = bytes.as_chunks();
         let (whole_words, last) = words.split_at(whole.len());
-        let differ = whole_words.iter().zip(whole).any(|(word, chunk)| word.load(Ordering::Relaxed) != u64::from_ne_bytes(*chunk));
+        let differ = whole_words
+            .iter()
+            .zip(whole)
+            .any(|(word, chunk)| word.load(Ordering::Relaxed) != u64::from_ne_bytes(*chunk));
         let Some(last) = last.first().map(|word| word.load(Ordering::Relaxed)) else { return Some(!differ) };
         // The last eight bytes without those that were compared already, if there are so many.
         let rest_is_it = match bytes.last_chunk() {
@@ -407,13 +410,13 @@ pub(crate) mod tests {
         let map = scratch(3 << 14);
         let bytes: Vec<u8> = (0..9000_u32).map(|n| u8::try_from(n * 7 % 251).unwrap()).collect();
         for len in (0..700).chain([1023, 1024, 4095, 4096, 4097, 4100, 9000]) {
-            let at = 7 + len as u64 % 33;
+            let at = 7 + len % 33;
             map.write(0, &vec![0xee; 10_000]).unwrap();
-            map.write(at, &bytes[..len]).unwrap();
-            let mut out = Vec::with_capacity(len + at as usize + 1);
-            map.read(0, at + len as u64 + 1, &mut out).unwrap();
-            assert!(out[at as usize..][..len] == bytes[..len], "{len} bytes");
-            assert!(out[..at as usize].iter().chain(out.last()).all(|&byte| byte == 0xee), "nothing beside {len} bytes");
+            map.write(at as u64, &bytes[..len]).unwrap();
+            let mut out = Vec::with_capacity(at + len + 1);
+            map.read(0, (at + len + 1) as u64, &mut out).unwrap();
+            assert!(out[at..][..len] == bytes[..len], "{len} bytes");
+            assert!(out[..at].iter().chain(out.last()).all(|&byte| byte == 0xee), "nothing beside {len} bytes");
         }
     }
 

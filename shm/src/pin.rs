@@ -32,7 +32,7 @@ pub(crate) struct Pin {
 impl Pin {
     fn word(self) -> u64 {
         let ring = u64::from(self.main) << RING_SHIFT;
-        class(self.size) << CLASS_SHIFT | self.shard << SHARD_SHIFT | ring | self.position / GRAIN
+        class(self.size) << CLASS_SHIFT | self.shard << SHARD_SHIFT | ring | (self.position / GRAIN)
     }
 }
 

@@ -48,7 +48,9 @@ impl Pinned {
         crash::point("pin: holds");
         // The length was read before, but the entry held until now, so it is true.
         let (at, len) = (entry.value_at(), entry.value_len);
-        Some(Pinned { bytes: Kept::Here { inner: Arc::clone(inner), generation: fork::generation(), cell: number, at, len } })
+        Some(Pinned {
+            bytes: Kept::Here { inner: Arc::clone(inner), generation: fork::generation(), cell: number, at, len },
+        })
     }
 }
 

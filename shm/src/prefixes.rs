@@ -138,7 +138,11 @@ impl<'a> Prefixes<'a> {
     }
 
     fn since(self, snapshot: u64) -> impl Iterator<Item = Purge> {
-        self.cells.iter().enumerate().filter_map(|(at, cell)| read(at, cell)).filter(move |purge| purge.clock > snapshot)
+        self.cells
+            .iter()
+            .enumerate()
+            .filter_map(|(at, cell)| read(at, cell))
+            .filter(move |purge| purge.clock > snapshot)
     }
 }
 

@@ -14,10 +14,10 @@ use crate::cache::{Cache, Rendering, Seen, earlier, millis};
 use crate::entry::Key;
 use crate::error::Refused;
 use crate::judge::Verdict;
-use crate::options::Options;
 use crate::kept::Keep;
 use crate::lookup::{Lookup, Tags};
-use crate::render::{Served, Request};
+use crate::options::Options;
+use crate::render::{Request, Served};
 use crate::tags::Clock;
 
 /// Takes down which fragments of the cache, and which tags, go into the page that is being rendered.

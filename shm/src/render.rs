@@ -25,10 +25,10 @@ use crate::claim::{Claimed, Here, Lease, Ticket};
 use crate::entry::{Key, Times};
 use crate::error::Refused;
 use crate::judge::Verdict;
-use crate::layout::LeaseCell;
-use crate::options::Options;
 use crate::kept::Keep;
+use crate::layout::LeaseCell;
 use crate::lookup::{Lookup, Tags};
+use crate::options::Options;
 use crate::recorder::{Loan, Recorder};
 use crate::watch::Change;
 use crate::{crash, early, lease};
@@ -156,10 +156,7 @@ impl<'a> Request<'a> {
         Request { cache, key, options, within, began_ms, waited: false, cannot_wait: false, retries: Cell::new(0) }
     }
 
-    pub(crate) fn run<V: Keep, E>(
-        mut self,
-        render: impl FnOnce(Recorder) -> Result<V, E>,
-    ) -> Result<Served<V>, E> {
+    pub(crate) fn run<V: Keep, E>(mut self, render: impl FnOnce(Recorder) -> Result<V, E>) -> Result<Served<V>, E> {
         loop {
             match self.step() {
                 Step::Serve(page) => return Ok(self.serve(page)),

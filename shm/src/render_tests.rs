@@ -147,7 +147,11 @@ fn a_page_may_be_served_if_rendering_fails() {
     }
     set_long_ago(&cache, "k", Options::new().stale_if_error(HOUR));
     cache.purge("k");
-    assert_eq!(cache.get_or_render("k", &Options::new(), |_| Err::<Vec<u8>, _>("broken")), Err("broken"), "but not once purged");
+    assert_eq!(
+        cache.get_or_render("k", &Options::new(), |_| Err::<Vec<u8>, _>("broken")),
+        Err("broken"),
+        "but not once purged"
+    );
     assert_eq!(cache.stats().stale_hits, 2);
 }
 

@@ -235,13 +235,7 @@ impl LockedShard<'_> {
     }
 
     /// Copies an entry of the small ring to the main one; `false` if there is no room.
-    fn promote(
-        &mut self,
-        slot: Slot<'_>,
-        entry: &Entry<'_>,
-        from: Place,
-        judge: &Judge<'_>,
-    ) -> Result<bool, Corrupt> {
+    fn promote(&mut self, slot: Slot<'_>, entry: &Entry<'_>, from: Place, judge: &Judge<'_>) -> Result<bool, Corrupt> {
         let Some(position) = self.place(Ring::Main, entry.size, judge)? else { return Ok(false) };
         self.copy_to(slot, entry, from, Place { ring: Ring::Main, position }, 0)?;
         add(&self.shard.counters().promoted, 1);
@@ -335,9 +329,11 @@ impl LockedShard<'_> {
     fn pins_from(&self, ring: Ring, from: u64) -> impl Iterator<Item = Obstacle> {
         let len = self.shard.bytes(ring).len.max(1);
         let number = self.shard.number;
-        let pins = self.shard.inner.members().flat_map(|member| {
-            member.head.pins.iter().filter_map(pin::get).map(move |pin| (member.number, pin))
-        });
+        let pins = self
+            .shard
+            .inner
+            .members()
+            .flat_map(|member| member.head.pins.iter().filter_map(pin::get).map(move |pin| (member.number, pin)));
         // No entry is larger than the largest, so a pin that says so is nonsense, and would be in the way for ever.
         let most = self.shard.inner.geometry.max_record;
         let sane = pins.filter(move |(_, pin)| pin.size / 2 <= most);
@@ -357,7 +353,10 @@ impl LockedShard<'_> {
             while at < end {
                 let record = self.shard.bytes(ring).record(at).ok_or(Corrupt)?;
                 let heavy = self.dead_weight(ring, at)? > self.shard.bytes(ring).len / DEAD_SHARE;
-                if record.is_entry && self.is_live(ring, at)? && !(heavy && self.rotate(ring, at, judge, &mut budget)?) {
+                if record.is_entry
+                    && self.is_live(ring, at)?
+                    && !(heavy && self.rotate(ring, at, judge, &mut budget)?)
+                {
                     break;
                 }
                 at += record.size;

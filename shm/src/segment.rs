@@ -88,7 +88,8 @@ impl Segment {
         match fcntl(&fd, FcntlArg::F_GET_SEALS) {
             Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => {}
             // A file on a disk knows no seals; nobody but its owner may change it.
-            Err(Errno::EINVAL) if stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() && stat.st_mode & 0o022 == 0 => {}
+            Err(Errno::EINVAL)
+                if stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() && stat.st_mode & 0o022 == 0 => {}
             Ok(_) => return Err(unusable("its size is not sealed")),
             Err(_) => return Err(unusable("it is not a sealed memory file")),
         }

@@ -161,8 +161,7 @@ impl<'a> LockedShard<'a> {
         let intent = &head.intent;
         let armed = intent.armed.load(Ordering::Acquire);
         let slot = self.shard.index.slot(intent.slot.load(Ordering::Relaxed));
-        let stored =
-            slot.is_some_and(|slot| slot.word.load(Ordering::Relaxed) == intent.new.load(Ordering::Relaxed));
+        let stored = slot.is_some_and(|slot| slot.word.load(Ordering::Relaxed) == intent.new.load(Ordering::Relaxed));
         if armed == ARMED_SLOT && stored && !crash::skips(Recovery::Books) {
             for (word, then) in head.books.iter().zip(&intent.books) {
                 word.store(then.load(Ordering::Relaxed), Ordering::Relaxed);

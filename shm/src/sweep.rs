@@ -107,9 +107,8 @@ impl Cache {
     }
 
     fn remove_batch(&self, shard: &Shard<'_>, batch: &[Doomed], judge: &Judge<'_>) -> bool {
-        let removed = self.with_shard_at(shard.number, |shard| {
-            batch.iter().try_for_each(|&doomed| remove(shard, doomed, judge))
-        });
+        let removed =
+            self.with_shard_at(shard.number, |shard| batch.iter().try_for_each(|&doomed| remove(shard, doomed, judge)));
         removed.is_ok()
     }
 }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam::utils::Backoff;
 
-use crate::lock::{Taken, announce, release as give_back, take};
 use crate::futex;
+use crate::lock::{Taken, announce, release as give_back, take};
 use crate::segment::Inner;
 
 /// The longest wait for a lock.

@@ -364,7 +364,11 @@ impl Known {
         let begun = Instant::now();
         render(cache);
         // Without the lease it would be the patience of ten seconds.
-        if begun.elapsed() < Duration::from_secs(5) { Ok(()) } else { Err("a lease of the dead was not passed on".into()) }
+        if begun.elapsed() < Duration::from_secs(5) {
+            Ok(())
+        } else {
+            Err("a lease of the dead was not passed on".into())
+        }
     }
 
     /// All of the rings can be used again.

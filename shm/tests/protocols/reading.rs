@@ -4,8 +4,8 @@ use std::rc::Rc;
 
 use loom::cell::UnsafeCell;
 
-use crate::sync::{AtomicU64, Ordering, fence};
 use crate::pin::Pin;
+use crate::sync::{AtomicU64, Ordering, fence};
 use crate::{Model, check, pin, work};
 
 /// An entry at position 0, its floor, and a cell that may pin it.
