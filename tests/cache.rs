@@ -15,9 +15,9 @@ const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
 /// A number out of what `/stats` shows.
 fn stat(address: &str, name: &str) -> u64 {
-    let text = http::get(address, "/stats").unwrap().text();
+    let text = http::get(address, "/stats").expect("it answers").text();
     let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{name}: "))).expect(name);
-    line.trim_end_matches(',').parse().unwrap()
+    line.trim_end_matches(',').parse().expect("a number")
 }
 
 /// Asks for the same page on many connections at once; the bodies that came.
@@ -31,7 +31,7 @@ fn herd(address: &str, target: &str, clients: usize) -> Vec<String> {
             response.ok().filter(|response| response.status == 200).map(|response| response.text())
         };
         let threads: Vec<_> = (0..clients).map(|_| scope.spawn(ask)).collect();
-        threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+        threads.into_iter().filter_map(|thread| thread.join().expect("it does not panic")).collect()
     })
 }
 

@@ -1,6 +1,6 @@
 //! Places where a test can have the process die, and repairs that it can have left out.
 //!
-//! Each step of a change in shared memory that others could find half done is marked with [`point`]. Without the feature
+//! Each step of a change in shared memory that others could find half done is marked with `point`. Without the feature
 //! `crash-test` a mark is nothing. With it, `tests/crash_points.rs` has a child killed at the n-th mark, for each n, and
 //! then looks whether everything holds; and it shows that each repair is needed by leaving it out.
 
