@@ -4,8 +4,9 @@
 //! 0 = free | bits 0..16 owner (member + 1) | bit 30 the last owner died holding it | bit 31 somebody waits
 //! ```
 //! A robust pthread mutex would do the same with the kernel's help, but keeps pointers of the C library in shared memory: a
-//! process that scribbles over them crashes the one that holds the lock, and no model checker can follow it. Here
-//! the worst that a scribbled word does is to name a member that is not there, which counts as dead.
+//! process that scribbles over them crashes the one that holds the lock, and no model checker can follow it. Here a
+//! scribbled word names a member that is not there, which counts as dead, or by bad luck one that lives, which keeps others
+//! from taking the lock until that one ends.
 //!
 //! Whether an owner is dead only the kernel knows: see `member.rs`. Whoever finds a dead one marks its locks with
 //! [`mark_dead`]; the next to take such a lock is told, and repairs what the lock protects.
