@@ -311,11 +311,13 @@ impl Cache {
         })
     }
 
+    #[inline]
     pub(crate) fn count_look(&self, shard: u64, retries: usize, hit: bool) {
         self.count(shard, retries, if hit { Seen::Hit } else { Seen::Miss });
     }
 
     /// Counts in this process's own cell, which no other writes to.
+    #[inline]
     pub(crate) fn count(&self, shard: u64, retries: usize, seen: Seen) {
         if let Some(tally) = self.segment.tally(shard) {
             let counter = match seen {

@@ -115,6 +115,7 @@ impl<'a> Bytes<'a> {
     }
 
     /// The entry at a position; `None` if there is none that says it is there.
+    #[inline]
     pub(crate) fn entry(self, position: u64) -> Option<Entry<'a>> {
         let into = position % self.len.max(1);
         let at = self.at + into;
@@ -204,6 +205,7 @@ impl<'a> Entry<'a> {
     }
 
     /// Whether the entry is stored under this key.
+    #[inline]
     pub(crate) fn is_for(&self, key: Key<'_>) -> bool {
         self.hash() == key.hash
             && self.key_len == key.bytes.len() as u64

@@ -16,7 +16,7 @@
 //! When a file is used again, nobody is a member of it, so all locks, pins and leases in it are the dead's; its clock goes on
 //! where it stopped, plus the time that passed.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::Plan;
 use crate::clock::monotonic_ms;
@@ -111,7 +111,7 @@ impl Inner {
 }
 
 /// The segment in a file, or what is wrong with it.
-fn warm(file: &Arc<Flock<File>>, plan: &Plan, geometry: &Geometry) -> Result<Result<Segment, Found>, SegmentError> {
+fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Segment, Found>, SegmentError> {
     let dropped = |why| Ok(Err(Found::Dropped { why }));
     let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
     if len == 0 {
@@ -156,20 +156,21 @@ fn clock_after(header: &Header) -> u64 {
     value(&header.clean_ms).saturating_add(passed).wrapping_sub(monotonic_ms())
 }
 
-/// Takes the file's lock, which all who inherit the descriptor share.
-fn locked(mut file: File) -> Result<Arc<Flock<File>>, SegmentError> {
+/// Takes the file's lock, which all who inherit the descriptor share, and which ends when the last of them closes it. (Not
+/// by unlocking, which a child that ends would do to all the others.)
+fn locked(file: File) -> Result<Arc<File>, SegmentError> {
     let begun = Instant::now();
     loop {
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(locked) => return Ok(Arc::new(locked)),
-            Err((_, Errno::EWOULDBLOCK)) if begun.elapsed() >= PATIENCE => {
+        match file.try_lock() {
+            Ok(()) => return Ok(Arc::new(file)),
+            Err(TryLockError::WouldBlock) if begun.elapsed() >= PATIENCE => {
                 let source = io::Error::new(io::ErrorKind::ResourceBusy, "another program is using it");
                 return Err(system("lock the cache file", source));
             }
-            Err((back, Errno::EWOULDBLOCK | Errno::EINTR)) => file = back,
-            Err((_, errno)) => return Err(system("lock the cache file", errno)),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(NAP),
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(TryLockError::Error(error)) => return Err(system("lock the cache file", error)),
         }
-        std::thread::sleep(NAP);
     }
 }
 
@@ -294,6 +295,18 @@ mod tests {
         let (segment, found) = scratch.open();
         assert_eq!(found, Found::Dropped { why: "the machine went down while it was in use" });
         assert_eq!(segment.cache().get("k"), None);
+    }
+
+    #[test]
+    fn a_child_that_ends_does_not_give_the_file_away() {
+        let scratch = Scratch::new("locked");
+        let (segment, _) = scratch.open();
+        let inherited = segment.inner.file.as_ref().unwrap().try_clone().unwrap();
+        drop(segment);
+        let other = OpenOptions::new().read(true).open(&scratch.0).unwrap();
+        assert!(matches!(other.try_lock(), Err(TryLockError::WouldBlock)), "one who inherited it still uses it");
+        drop(inherited);
+        other.try_lock().unwrap();
     }
 
     #[test]

@@ -201,12 +201,14 @@ impl Map {
     pub(crate) fn equals(&self, offset: u64, bytes: &[u8]) -> Option<bool> {
         let words = self.slice::<AtomicU64>(offset, (bytes.len() as u64).div_ceil(8))?;
         let (whole, rest) = bytes.as_chunks();
-        let (whole_words, last) = words.split_at(whole.len());
-        let differ = whole_words
-            .iter()
-            .zip(whole)
-            .any(|(word, chunk)| word.load(Ordering::Relaxed) != u64::from_ne_bytes(*chunk));
-        let Some(last) = last.first().map(|word| word.load(Ordering::Relaxed)) else { return Some(!differ) };
+        // Without a branch for each word, as nearly always all are the same.
+        let mut difference = 0;
+        for (word, chunk) in words.iter().zip(whole) {
+            difference |= word.load(Ordering::Relaxed) ^ u64::from_ne_bytes(*chunk);
+        }
+        let Some(last) = words.get(whole.len()).map(|word| word.load(Ordering::Relaxed)) else {
+            return Some(difference == 0);
+        };
         // The last eight bytes without those that were compared already, if there are so many.
         let rest_is_it = match bytes.last_chunk() {
             Some(&tail) => {
@@ -215,7 +217,7 @@ impl Map {
             }
             None => last.to_ne_bytes().starts_with(rest),
         };
-        Some(!differ && rest_is_it)
+        Some(difference == 0 && rest_is_it)
     }
 
     /// The start of `len` bytes at `offset`, if they lie inside the mapping.

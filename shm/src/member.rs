@@ -82,12 +82,13 @@ impl Inner {
     }
 
     /// Where this process counts what it sees in a shard.
+    #[inline]
     pub(crate) fn tally(&self, shard: u64) -> Option<&Tally> {
-        let (generation, number) = halves(self.membership.claim.load(Ordering::Acquire));
-        if generation != fork::generation() || number >= NEVER {
+        let claim = self.membership.claim.load(Ordering::Acquire);
+        if claim >> 32 != u64::from(fork::generation()) || claim & 0xffff_ffff >= u64::from(NEVER) {
             return self.member()?.tallies.get(usize::try_from(shard).ok()?);
         }
-        let member_at = self.geometry.members_at + u64::from(number) * self.geometry.member_bytes;
+        let member_at = self.geometry.members_at + (claim & 0xffff_ffff) * self.geometry.member_bytes;
         self.map.at(member_at + MEMBER_HEAD + shard * TALLY_BYTES)
     }
 

@@ -34,6 +34,7 @@ impl<'a> Shard<'a> {
     /// It may run several times, and returns `None` if it found out by itself that the entry does not hold.
     ///
     /// Also returns how often the entry had to be looked up again.
+    #[inline]
     pub(crate) fn look<R>(
         &self,
         key: Key<'_>,

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, Flock, SealFlag, fallocate, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::SFlag;
 use xxhash_rust::xxh3::xxh3_64;
@@ -46,7 +46,7 @@ pub(crate) struct Inner {
     pub(crate) membership: Membership,
     pub(crate) fd: OwnedFd,
     /// The file's lock, if the segment lies in a file and this is who opened it.
-    pub(crate) file: Option<Arc<Flock<File>>>,
+    pub(crate) file: Option<Arc<File>>,
 }
 
 impl Segment {
@@ -67,7 +67,7 @@ impl Segment {
         geometry: Geometry,
         map: Map,
         fd: OwnedFd,
-        file: Option<Arc<Flock<File>>>,
+        file: Option<Arc<File>>,
     ) -> Result<Segment, SegmentError> {
         map.warm();
         let seed = RandomState::new().build_hasher().finish(); // keyed by the system's random numbers
