@@ -228,7 +228,9 @@ impl Cache {
                 if let Some(clock) = self.tag_clock() {
                     clock.finish(tags.iter().copied().chain([key.hash]));
                 }
-                if let Some(old) = shard.find(key)? {
+                // What was rendered later than this is none of its concern.
+                let old = shard.find(key)?.filter(|old| old.entry.times().snapshot <= new.times.snapshot);
+                if let Some(old) = old {
                     shard.remove(&old)?;
                     shard.count_drop(Verdict::Purged, old.place.ring);
                 }

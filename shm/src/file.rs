@@ -5,6 +5,7 @@
 //!
 //! | the file | is |
 //! |---|---|
+//! | something else, that was never a segment | left alone, and an error |
 //! | empty, of another version, plan or size, or with a damaged header | dropped |
 //! | marked clean: whoever used it last wrote all of it to the disk, then the mark | used |
 //! | not clean, and the machine was not started since | used if an audit of all shards finds no fault: the processes died, and a death at any instruction leaves the cache whole; the kernel kept the bytes |
@@ -19,7 +20,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,7 +33,7 @@ use crate::Plan;
 use crate::clock::monotonic_ms;
 use crate::error::SegmentError;
 use crate::geometry::Geometry;
-use crate::layout::Header;
+use crate::layout::{Header, MAGIC};
 use crate::map::Map;
 use crate::member::Membership;
 use crate::segment::{self, Inner, Segment, system};
@@ -87,6 +88,12 @@ impl Segment {
     /// # Errors
     /// If the disk does not take it; the file is then dropped after the machine's next start.
     pub fn close(self) -> Result<(), SegmentError> {
+        self.inner.bury_the_dead();
+        let me = self.inner.member().map(|me| me.number);
+        if self.inner.file.is_some() && self.inner.members().any(|member| Some(member.number) != me) {
+            let source = io::Error::new(io::ErrorKind::ResourceBusy, "another process still uses it");
+            return Err(system("mark the cache file as clean", source));
+        }
         let flush = || self.inner.map.flush().map_err(|error| system("write the cache file to its disk", error));
         let Some(header) = self.inner.header().filter(|_| self.inner.file.is_some()) else { return Ok(()) };
         header.clean_ms.store(self.inner.now_ms(), Ordering::Relaxed);
@@ -98,12 +105,16 @@ impl Segment {
 }
 
 impl Inner {
+    fn boot_and_file(&self) -> Result<[u64; 2], SegmentError> {
+        self.file.as_ref().map_or(Ok([0, 0]), |file| boot_and_file(file))
+    }
+
     /// Takes the mark away, on the disk.
     fn mark_in_use(&self) -> Result<(), SegmentError> {
         let header = self.header().ok_or(segment::BAD_GEOMETRY)?;
         header.clean.store(0, Ordering::Relaxed);
         header.time_base.store(self.time_base, Ordering::Relaxed);
-        for (word, part) in header.boot_id.iter().zip(boot_id()) {
+        for (word, part) in header.boot_id.iter().zip(self.boot_and_file()?) {
             word.store(part, Ordering::Release);
         }
         self.map.flush_start().map_err(|error| system("write the cache file to its disk", error))
@@ -117,9 +128,17 @@ fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Seg
     if len == 0 {
         return Ok(Err(Found::Nothing));
     }
+    let mut start = [0; 8];
+    file.read_exact_at(&mut start, 0).or_else(not_the_end).map_err(|error| system("read the cache file", error))?;
+    if start != [0; 8] && u64::from_le_bytes(start) != MAGIC {
+        let source = io::Error::new(io::ErrorKind::InvalidData, "it holds something else, which would be lost");
+        return Err(system("use the cache file", source));
+    }
     if len != geometry.total {
         return dropped("it is of another size");
     }
+    // What a copy may have left out would raise a signal when the disk is full.
+    allocate(file, len)?;
     let fd = owned(file)?;
     let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the cache file", error))?;
     let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
@@ -132,15 +151,16 @@ fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Seg
         return dropped("it was made for another plan");
     }
     let clean = header.clean.load(Ordering::Acquire) == CLEAN;
-    let same_boot = header.boot_id.iter().zip(boot_id()).all(|(word, part)| word.load(Ordering::Relaxed) == part);
+    let now = boot_and_file(file)?;
+    let same_boot = header.boot_id.iter().zip(now).all(|(word, part)| word.load(Ordering::Relaxed) == part);
     if !clean && (!same_boot || boot_id() == [0, 0]) {
         return dropped("the machine went down while it was in use");
     }
     let time_base = if clean { clock_after(header) } else { header.time_base.load(Ordering::Relaxed) };
     let membership = Membership::new();
     let inner = Inner { map, geometry: found, seed, time_base, membership, fd, file: Some(Arc::clone(file)) };
-    inner.forget_the_dead();
     inner.mark_in_use()?;
+    inner.forget_the_dead();
     let segment = Segment { inner: Arc::new(inner) };
     segment.scoreboard().reset();
     if !clean && segment.cache().audit().is_err() {
@@ -174,10 +194,20 @@ fn locked(file: File) -> Result<Arc<File>, SegmentError> {
     }
 }
 
-/// Makes the file empty, and then so long, with all of it reserved: a full disk is found now, and not by a signal later.
+/// A file that is shorter than what was to be read holds zeros there.
+fn not_the_end(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::UnexpectedEof { Ok(()) } else { Err(error) }
+}
+
+/// Makes the file empty, and then so long, with all of it reserved.
 fn reserve(file: &File, len: u64) -> Result<(), SegmentError> {
-    let no_room = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
     file.set_len(0).map_err(|error| system("empty the cache file", error))?;
+    allocate(file, len)
+}
+
+/// Reserves all of the file: a full disk is found now, and not by a signal later.
+fn allocate(file: &File, len: u64) -> Result<(), SegmentError> {
+    let no_room = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
     let size = i64::try_from(len).map_err(|_| no_room(Errno::EFBIG.into()))?;
     loop {
         match fallocate(file, FallocateFlags::empty(), 0, size) {
@@ -190,6 +220,13 @@ fn reserve(file: &File, len: u64) -> Result<(), SegmentError> {
 
 fn owned(file: &File) -> Result<OwnedFd, SegmentError> {
     file.as_fd().try_clone_to_owned().map_err(|error| system("duplicate a descriptor", error))
+}
+
+/// Which start of the machine this is, and which file: a copy of a file that was in use is not that file.
+fn boot_and_file(file: &File) -> Result<[u64; 2], SegmentError> {
+    let metadata = file.metadata().map_err(|error| system("look at the cache file", error))?;
+    let [one, other] = boot_id();
+    Ok([one ^ metadata.dev(), other ^ metadata.ino()])
 }
 
 /// Which start of the machine this is; zeros if the kernel does not say.
@@ -319,6 +356,10 @@ mod tests {
         drop(segment);
         assert_eq!(scratch.open().1, Found::Dropped { why: "it was not closed, and contradicts itself" });
         std::fs::write(&scratch.0, "something else").unwrap();
+        let refused = Segment::open(&scratch.0, &PLAN).unwrap_err();
+        assert!(refused.to_string().contains("it holds something else"), "{refused}");
+        assert_eq!(std::fs::read(&scratch.0).unwrap(), b"something else");
+        std::fs::write(&scratch.0, [0; 5000]).unwrap();
         assert_eq!(scratch.open().1, Found::Dropped { why: "it is of another size" });
         let (other, found) = Segment::open(&scratch.0, &Plan { rows: 40, ..PLAN }).unwrap();
         assert_eq!(found, Found::Dropped { why: "it is of another size" });

@@ -6,7 +6,6 @@
 #![expect(unsafe_code, reason = "pthread_atfork")]
 
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 /// Segments that one process may be a member of at the same time.
@@ -15,12 +14,29 @@ const NONE: i32 = -1;
 
 static GENERATION: AtomicU32 = AtomicU32::new(1);
 static DESCRIPTORS: [AtomicI32; MOST] = [const { AtomicI32::new(NONE) }; MOST];
-static REGISTERED: Once = Once::new();
-static WORKS: AtomicBool = AtomicBool::new(false);
+/// Held from the opening of a descriptor until it is in the list, from its removal until it is closed, and during a fork: so
+/// that no child has one that is not in the list.
+static LISTING: AtomicBool = AtomicBool::new(false);
+/// Whether the handlers are registered: not yet, somebody is at it, or what came of it.
+static REGISTERED: AtomicU32 = AtomicU32::new(NOT_YET);
+
+const NOT_YET: u32 = 0;
+const UNDER_WAY: u32 = 1;
+const WORKS: u32 = 2;
+const FAILED: u32 = 3;
 
 /// Another number in each process of a line of forks; never 0.
+#[inline]
 pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
+}
+
+/// Registers the handlers, once for a process and its children: by whoever makes or attaches a segment, when there are few
+/// threads yet.
+pub(crate) fn watch() {
+    if REGISTERED.compare_exchange(NOT_YET, UNDER_WAY, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+        REGISTERED.store(if register() { WORKS } else { FAILED }, Ordering::Release);
+    }
 }
 
 /// A descriptor that children do not get. Not closed on drop, but by [`Private::close`], as it does not know whether this
@@ -29,14 +45,19 @@ pub(crate) fn generation() -> u32 {
 pub(crate) struct Private(pub(crate) u32);
 
 impl Private {
-    /// Takes a descriptor over; `None` if there are too many already, or no handler can be registered.
-    pub(crate) fn new(fd: OwnedFd) -> Option<Private> {
-        REGISTERED.call_once(|| {
-            WORKS.store(watch_forks(), Ordering::Relaxed);
-        });
-        if !WORKS.load(Ordering::Relaxed) {
+    /// Opens a descriptor; `None` if that fails, there are too many already, or no handler can be registered.
+    pub(crate) fn open(open: impl FnOnce() -> Option<OwnedFd>) -> Option<Private> {
+        watch();
+        if REGISTERED.load(Ordering::Acquire) != WORKS {
             return None;
         }
+        begin_listing();
+        let private = open().and_then(Private::list);
+        end_listing();
+        private
+    }
+
+    fn list(fd: OwnedFd) -> Option<Private> {
         let raw = fd.into_raw_fd();
         let free = |place: &AtomicI32| place.compare_exchange(NONE, raw, Ordering::AcqRel, Ordering::Relaxed).is_ok();
         let place = DESCRIPTORS.iter().position(free);
@@ -57,6 +78,12 @@ impl Private {
 
     /// Closes the descriptor, by the process that opened it.
     pub(crate) fn close(self) {
+        begin_listing();
+        self.close_listed();
+        end_listing();
+    }
+
+    fn close_listed(self) {
         let raw = DESCRIPTORS.get(self.0 as usize).map_or(NONE, |place| place.swap(NONE, Ordering::AcqRel));
         if raw != NONE {
             // SAFETY: it was put into the list out of an `OwnedFd`, and this has just taken it from there.
@@ -65,23 +92,43 @@ impl Private {
     }
 }
 
+/// Held for a system call or two, so waiting is short; and nobody dies with it but with the whole process.
+fn begin_listing() {
+    while LISTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        std::hint::spin_loop();
+    }
+}
+
+fn end_listing() {
+    LISTING.store(false, Ordering::Release);
+}
+
 /// Has every child of fork forget what is its parent's; whether that worked.
 #[cfg(not(miri))]
-fn watch_forks() -> bool {
-    // SAFETY: the handler touches static atomics and calls close(2): all of it async-signal-safe.
-    unsafe { libc::pthread_atfork(None, None, Some(in_child)) == 0 }
+fn register() -> bool {
+    // SAFETY: the handlers touch static atomics and call close(2): all of it async-signal-safe.
+    unsafe { libc::pthread_atfork(Some(before_fork), Some(in_parent), Some(in_child)) == 0 }
 }
 
 /// Miri knows no fork.
 #[cfg(miri)]
-fn watch_forks() -> bool {
-    let _ = in_child;
+fn register() -> bool {
+    let _ = (before_fork, in_parent, in_child);
     true
+}
+
+extern "C" fn before_fork() {
+    begin_listing();
+}
+
+extern "C" fn in_parent() {
+    end_listing();
 }
 
 extern "C" fn in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
-    (0..).take(MOST).for_each(|place| Private(place).close());
+    (0..).take(MOST).for_each(|place| Private(place).close_listed());
+    end_listing();
 }
 
 #[cfg(test)]
@@ -94,7 +141,7 @@ mod tests {
     fn keeps_and_closes() {
         let fd = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let raw = fd.as_raw_fd();
-        let private = Private::new(fd).unwrap();
+        let private = Private::open(|| Some(fd)).unwrap();
         assert_eq!(private.get().unwrap().as_raw_fd(), raw);
         private.close();
         assert!(generation() > 0);

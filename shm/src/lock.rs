@@ -61,8 +61,10 @@ pub(crate) fn release(lock: &AtomicU32) -> bool {
 
 /// Frees a lock if this member holds it, who is dead; whether somebody is to be woken.
 pub(crate) fn mark_dead(lock: &AtomicU32, member: u32) -> bool {
+    // Nobody can be the member that a scribbled word names.
+    let owner = member.wrapping_add(1) & OWNER;
     let mut seen = lock.load(Ordering::Relaxed);
-    while seen & OWNER == (member + 1) & OWNER {
+    while owner != 0 && seen & OWNER == owner {
         match lock.compare_exchange_weak(seen, DIED, Ordering::AcqRel, Ordering::Relaxed) {
             Ok(_) => return seen & WAITED_FOR != 0,
             Err(now) => seen = now,

@@ -54,6 +54,7 @@ pub(crate) struct Member<'a> {
 
 impl Membership {
     pub(crate) fn new() -> Membership {
+        fork::watch();
         Membership { claim: AtomicU64::new(0), private: AtomicU32::new(u32::MAX), burying: AtomicU32::new(0) }
     }
 }
@@ -160,7 +161,7 @@ impl Inner {
         if ours || claim.compare_exchange(seen, claiming, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return self.await_claim();
         }
-        let private = self.open_again().and_then(Private::new);
+        let private = Private::open(|| self.open_again());
         let claimed = private.and_then(|private| self.claim_cell(private));
         if let (Some(private), None) = (private, claimed) {
             private.close();
@@ -229,6 +230,13 @@ impl Inner {
             self.free_lock_of(head.map(|head| &head.lock), number);
         }
         self.free_lock_of(self.header().map(|header| &header.prefix_lock), number);
+        if !crash::skips(Recovery::PassLeases) {
+            for cell in self.lease_cells() {
+                if lease::take_from(&cell.word, number) {
+                    cell.announce();
+                }
+            }
+        }
         if let Some(member) = self.member_at(number)
             && number < self.geometry.members
         {
@@ -236,13 +244,6 @@ impl Inner {
                 member.head.pins.iter().for_each(pin::free);
             }
             member.head.pid.store(0, Ordering::Release);
-        }
-        if !crash::skips(Recovery::PassLeases) {
-            for cell in self.lease_cells() {
-                if lease::take_from(&cell.word, number) {
-                    cell.announce();
-                }
-            }
         }
     }
 

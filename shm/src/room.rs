@@ -24,12 +24,13 @@ use std::sync::atomic::{Ordering, fence};
 use crate::entry::Entry;
 use crate::index::{Place, Ring, Slot};
 use crate::judge::{Judge, Verdict};
+use crate::layout::GRAIN;
 use crate::shard::{Corrupt, LockedShard, add};
 use crate::{crash, ghosts, pin};
 
-/// Entries that one store moves instead of evicting them, at most.
+/// Entries that are moved instead of evicted, at most, each time room is made for one.
 const MOVES: u32 = 64;
-/// Bytes that one store moves, at most.
+/// Bytes that are moved then, at most.
 const MOVED_BYTES: u64 = 512 * 1024;
 /// The floor moves by at least this part of a ring at a time, as every reader has it in its cache.
 const STRIDE: u64 = 128;
@@ -340,7 +341,7 @@ impl LockedShard<'_> {
         let here = sane.filter(move |(_, pin)| pin.shard == number && pin.main == (ring == Ring::Main));
         here.map(move |(member, pin)| {
             let start = from + (pin.position % len + len - from % len) % len;
-            Obstacle { start, end: start.saturating_add(pin.size), member }
+            Obstacle { start, end: start.saturating_add(pin.size.next_multiple_of(GRAIN)), member }
         })
     }
 

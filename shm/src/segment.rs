@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::stat::SFlag;
+use nix::sys::stat::{FileStat, SFlag};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::Plan;
@@ -87,9 +87,13 @@ impl Segment {
         let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
         match fcntl(&fd, FcntlArg::F_GET_SEALS) {
             Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => {}
-            // A file on a disk knows no seals; nobody but its owner may change it.
-            Err(Errno::EINVAL)
-                if stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() && stat.st_mode & 0o022 == 0 => {}
+            // A file on a disk knows no seals. Nobody but its owner may change it, and it must be inherited from who has it
+            // open, or have nobody who has.
+            Err(Errno::EINVAL) if is_private_file(&stat) => {
+                let file = File::from(fd.try_clone().map_err(|error| system("duplicate a descriptor", error))?);
+                file.try_lock()
+                    .map_err(|_| unusable("another program uses the file, and this descriptor is not its"))?;
+            }
             Ok(_) => return Err(unusable("its size is not sealed")),
             Err(_) => return Err(unusable("it is not a sealed memory file")),
         }
@@ -248,6 +252,10 @@ fn available_memory() -> Option<u64> {
 fn close_on_exec(fd: &OwnedFd) -> Result<(), SegmentError> {
     let tried = "set close-on-exec on the shared segment";
     fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map(drop).map_err(|errno| system(tried, errno))
+}
+
+fn is_private_file(stat: &FileStat) -> bool {
+    stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() && stat.st_mode & 0o022 == 0
 }
 
 fn seals_of_a_segment() -> SealFlag {

@@ -132,7 +132,7 @@ impl<'a> Shard<'a> {
             add(&self.counters().lock_timeouts, 1);
             return Err(NotLocked);
         };
-        if suspect {
+        if self.head.suspect.load(Ordering::Relaxed) != 0 {
             self.head.suspect.store(0, Ordering::Relaxed);
         }
         let mut locked = LockedShard { shard: self, suspects: [None; SUSPECTS] };

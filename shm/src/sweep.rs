@@ -33,7 +33,7 @@ impl Cache {
         let now_ms = self.segment.now_ms();
         let Some(header) = self.segment.header() else { return };
         let due = header.sweep_due.load(Ordering::Relaxed);
-        let next = now_ms + INTERVAL_MS;
+        let next = now_ms.saturating_add(INTERVAL_MS);
         if is_due(due, now_ms)
             && header.sweep_due.compare_exchange(due, next, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         {
@@ -72,7 +72,8 @@ impl Cache {
             let concerns = |entry: crate::entry::Entry<'_>| {
                 entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix())
             };
-            if !self.remove_from(&shard, 0, shard.index.len(), concerns, &judge) {
+            // Whoever holds the lock now may not know of the purge, and is done after this; whoever takes it later knows.
+            if shard.lock().is_err() || !self.remove_from(&shard, 0, shard.index.len(), concerns, &judge) {
                 return;
             }
         }
