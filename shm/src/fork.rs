@@ -17,6 +17,10 @@ static DESCRIPTORS: [AtomicI32; MOST] = [const { AtomicI32::new(NONE) }; MOST];
 /// Held from the opening of a descriptor until it is in the list, from its removal until it is closed, and during a fork: so
 /// that no child has one that is not in the list.
 static LISTING: AtomicBool = AtomicBool::new(false);
+/// The thread that forks holds the list.
+static FORKING: AtomicBool = AtomicBool::new(false);
+/// Some tenths of a second.
+const MOST_SPINS: u32 = 10_000_000;
 /// Whether the handlers are registered: not yet, somebody is at it, or what came of it.
 static REGISTERED: AtomicU32 = AtomicU32::new(NOT_YET);
 
@@ -118,11 +122,19 @@ fn register() -> bool {
 }
 
 extern "C" fn before_fork() {
-    begin_listing();
+    // A handler of a signal may fork while its own thread holds the list: that must not wait for ever, and risks no more than
+    // a child that keeps a descriptor.
+    let free = |_: &u32| {
+        std::hint::spin_loop();
+        LISTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    };
+    FORKING.store((0..MOST_SPINS).any(|turn| free(&turn)), Ordering::Relaxed);
 }
 
 extern "C" fn in_parent() {
-    end_listing();
+    if FORKING.swap(false, Ordering::Relaxed) {
+        end_listing();
+    }
 }
 
 extern "C" fn in_child() {
