@@ -5,7 +5,9 @@ use crate::sync::AtomicU64;
 
 #[test]
 fn a_size_is_rounded_up_by_a_fifth_at_most() {
-    for size in (0..if cfg!(miri) { 2000 } else { 200_000 }).chain([1 << 20, (1 << 20) + 1, (1 << 30) - 1, (1 << 30) + 4096]) {
+    for size in
+        (0..if cfg!(miri) { 2000 } else { 200_000 }).chain([1 << 20, (1 << 20) + 1, (1 << 30) - 1, (1 << 30) + 4096])
+    {
         let rounded = size_of_class(class(size));
         assert!(rounded >= size && (rounded <= size + size / 4 || size < SMALLEST), "{size} becomes {rounded}");
     }
