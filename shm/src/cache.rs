@@ -195,7 +195,6 @@ impl Cache {
         tags.extend(rendering.lent);
         tags.sort_unstable();
         tags.dedup();
-        let expires_ms = options.ttl.map_or(0, |ttl| now_ms.saturating_add(millis(ttl).max(1)));
         let new = NewEntry {
             key,
             meta: rendering.meta,
@@ -204,7 +203,7 @@ impl Cache {
             times: Times {
                 snapshot: options.as_of.or(rendering.snapshot).map_or(now, |Clock(time)| time.min(now)),
                 stored_ms: now_ms,
-                expires_ms: earlier(expires_ms, rendering.until_ms),
+                expires_ms: earlier(expiry(options.ttl, now_ms), rendering.until_ms),
                 stale_ms: u32::try_from(millis(options.stale)).unwrap_or(u32::MAX),
                 error_ms: u32::try_from(millis(options.stale_if_error)).unwrap_or(u32::MAX),
                 cost_ms: rendering.cost_ms,
@@ -228,9 +227,9 @@ impl Cache {
                 if let Some(clock) = self.tag_clock() {
                     clock.finish(tags.iter().copied().chain([key.hash]));
                 }
-                // What was rendered later than this is none of its concern.
-                let old = shard.find(key)?.filter(|old| old.entry.times().snapshot <= new.times.snapshot);
-                if let Some(old) = old {
+                // As if it had been stored, and then purged. Not even a page rendered later may stay: tags that share their
+                // slots look purged when they are not, and then the one that was set last must not be followed by another.
+                if let Some(old) = shard.find(key)? {
                     shard.remove(&old)?;
                     shard.count_drop(Verdict::Purged, old.place.ring);
                 }
@@ -359,6 +358,11 @@ pub(crate) fn copy_value(sight: &Sight<'_, '_>, value: &mut Vec<u8>) -> Option<(
         value.try_reserve_exact(len).ok()?;
     }
     sight.entry.copy_value(value)
+}
+
+/// When a page stored now is over; 0 for never.
+pub(crate) fn expiry(ttl: Option<Duration>, now_ms: u64) -> u64 {
+    ttl.map_or(0, |ttl| now_ms.saturating_add(millis(ttl).max(1)))
 }
 
 /// The earlier of two moments, of which 0 is never.

@@ -224,14 +224,12 @@ impl Model {
 
     fn fresh(&self, key: u8, now_ms: u64) -> Option<&ModelPage> {
         let page = self.pages.get(&key)?;
-        (now_ms < page.expires_ms && !self.is_purged(key, page)).then_some(page)
-    }
-
-    fn is_purged(&self, key: u8, page: &ModelPage) -> bool {
         let purged = |map: &HashMap<u8, u64>, of: &u8| map.get(of).is_some_and(|&time| time > page.rendered);
-        self.cleared > page.rendered
+        let out = now_ms >= page.expires_ms
+            || self.cleared > page.rendered
             || purged(&self.key_purged, &key)
-            || page.tags.iter().any(|tag| purged(&self.tag_purged, tag))
+            || page.tags.iter().any(|tag| purged(&self.tag_purged, tag));
+        (!out).then_some(page)
     }
 }
 
@@ -297,10 +295,7 @@ fn history(acts: &[Act]) -> (u32, u32) {
                 let options = options.ttl(Duration::from_millis(*ttl_ms));
                 set_at(&cache, &[*key], &value, &options, now_ms).unwrap();
                 let page = ModelPage { value, tags: tags.clone(), rendered, expires_ms: now_ms + ttl_ms };
-                let newer = model.pages.get(key).is_some_and(|old| old.rendered > rendered);
-                if !(newer && model.is_purged(*key, &page)) {
-                    model.pages.insert(*key, page);
-                }
+                model.pages.insert(*key, page);
             }
             Act::Purge(key) => {
                 let had = model.fresh(*key, now_ms).is_some();

@@ -88,14 +88,14 @@ impl Segment {
     /// # Errors
     /// If the disk does not take it; the file is then dropped after the machine's next start.
     pub fn close(self) -> Result<(), SegmentError> {
+        let Some(header) = self.inner.header().filter(|_| self.inner.file.is_some()) else { return Ok(()) };
         self.inner.bury_the_dead();
         let me = self.inner.member().map(|me| me.number);
-        if self.inner.file.is_some() && self.inner.members().any(|member| Some(member.number) != me) {
+        if self.inner.members().any(|member| Some(member.number) != me) {
             let source = io::Error::new(io::ErrorKind::ResourceBusy, "another process still uses it");
             return Err(system("mark the cache file as clean", source));
         }
         let flush = || self.inner.map.flush().map_err(|error| system("write the cache file to its disk", error));
-        let Some(header) = self.inner.header().filter(|_| self.inner.file.is_some()) else { return Ok(()) };
         header.clean_ms.store(self.inner.now_ms(), Ordering::Relaxed);
         header.clean_real_ms.store(real_ms(), Ordering::Relaxed);
         flush()?;

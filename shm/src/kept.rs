@@ -2,7 +2,8 @@
 
 use crate::cache::{Cache, Rendering, copy_value};
 use crate::error::Refused;
-use crate::judge::{Moment, Verdict};
+use crate::judge::Verdict;
+use crate::lookup::Tags;
 use crate::options::Options;
 use crate::page::Page;
 use crate::read::Sight;
@@ -53,15 +54,10 @@ impl Cache {
     /// The page stored under `key` with its status, headers and encoding, if there is one that is neither expired nor purged.
     pub fn get_page(&self, key: impl AsRef<[u8]>) -> Option<Page> {
         let key = self.key(key.as_ref());
-        let judge = self.judge(Moment::Now(&self.segment))?;
-        let shard = self.shard(self.shard_of(key.hash))?;
-        let (found, tries) = shard.look(key, &judge, |sight| {
-            Some(if sight.verdict == Verdict::Fresh { Some(copy_parts(sight)?) } else { None })
-        });
-        let found = found.flatten();
-        self.count_look(shard.number, tries, found.is_some());
-        let (meta, value) = found?;
-        Page::from_parts(&meta, value)
+        let fresh = |verdict, _: &_| verdict == Verdict::Fresh;
+        let (found, tries) = self.lookup(key, self.segment.now_ms(), Tags::Unwanted, fresh);
+        self.count_look(self.shard_of(key.hash), tries, found.is_some());
+        found.map(|found| found.value)
     }
 
     /// Stores a page with its status, headers and encoding, in place of what was stored under `key`: see

@@ -1,6 +1,6 @@
 //! Looking at what is in the cache: by prefix, and how old and how large it is.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::cache::Cache;
@@ -89,12 +89,9 @@ impl Cache {
         let judge = self.judge(Moment::At(now_ms));
         let largest = self.segment.geometry.max_record;
         let places = self.shards().flat_map(|shard| places(shard).map(move |place| (shard, place)));
-        places.filter_map(move |(shard, Place { ring, position })| {
-            let holds = || {
-                fence(Ordering::Acquire);
-                shard.floor(ring).load(Ordering::Acquire) <= position
-            };
-            let entry = shard.bytes(ring).entry(position).filter(|entry| entry.size <= largest)?;
+        places.filter_map(move |(shard, place)| {
+            let holds = || shard.holds(place);
+            let entry = shard.bytes(place.ring).entry(place.position).filter(|entry| entry.size <= largest)?;
             let verdict = judge.as_ref()?.verdict(&entry);
             let result = look(&entry, verdict, &holds);
             result.filter(|_| verdict.keeps() && holds())

@@ -93,15 +93,14 @@ impl Inner {
         self.map.at(member_at + MEMBER_HEAD + shard * TALLY_BYTES)
     }
 
-    /// The same, but where it could not be before it is tried again.
+    /// This process as a member; where it could not become one before, it is tried again.
     pub(crate) fn member_at_last(&self) -> Option<Member<'_>> {
         self.member().or_else(|| self.claim())
     }
 
     /// All cells that somebody uses, or used when he died.
     pub(crate) fn members(&self) -> impl Iterator<Item = Member<'_>> {
-        let cells = (0..self.geometry.members).filter_map(|number| self.member_at(number));
-        cells.filter(|member| member.head.pid.load(Ordering::Acquire) != 0)
+        self.member_cells().filter(|member| member.head.pid.load(Ordering::Acquire) != 0)
     }
 
     /// The cells of all members, whether in use or not.

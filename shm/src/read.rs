@@ -68,7 +68,7 @@ impl<'a> Shard<'a> {
     }
 
     /// Whether what was read at a place so far is what was written there.
-    fn holds(&self, place: Place) -> bool {
+    pub(crate) fn holds(&self, place: Place) -> bool {
         // The reads before this one happened before it, so a floor that is still below means that nobody wrote then.
         fence(Ordering::Acquire);
         self.floor(place.ring).load(Ordering::Acquire) <= place.position

@@ -8,9 +8,9 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::cache::{Cache, Rendering, Seen, earlier, millis};
+use crate::cache::{Cache, Rendering, earlier, expiry};
 use crate::entry::Key;
 use crate::error::Refused;
 use crate::judge::Verdict;
@@ -116,7 +116,7 @@ impl Recorder {
         let fresh = |verdict, _: &_| verdict == Verdict::Fresh;
         let (page, tries): (Option<Lookup<Vec<u8>>>, _) =
             cache.lookup(key, cache.segment.now_ms(), Tags::Wanted, fresh);
-        cache.count(cache.shard_of(key.hash), tries, if page.is_some() { Seen::Hit } else { Seen::Miss });
+        cache.count_look(cache.shard_of(key.hash), tries, page.is_some());
         let page = page?;
         self.borrow(key, page.tags, page.times.expires_ms);
         Some(page.value)
@@ -185,13 +185,10 @@ impl Recorder {
     }
 }
 
-/// When a page stored now is over; 0 for never.
-fn expiry(ttl: Option<Duration>, now_ms: u64) -> u64 {
-    ttl.map_or(0, |ttl| now_ms.saturating_add(millis(ttl).max(1)))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::{Plan, Segment};
 

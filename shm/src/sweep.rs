@@ -5,9 +5,10 @@
 //!
 //! May not: hold a lock for longer than it takes to remove a batch.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use crate::cache::Cache;
+use crate::entry::Entry;
 use crate::index::{Place, Slot};
 use crate::judge::{Judge, Moment, Verdict};
 use crate::prefixes::{Prefixes, Purge};
@@ -69,9 +70,8 @@ impl Cache {
     pub(crate) fn sweep_prefix(&self, purge: &Purge) {
         let Some(judge) = self.judge(Moment::At(self.segment.now_ms())) else { return };
         for shard in self.shards() {
-            let concerns = |entry: crate::entry::Entry<'_>| {
-                entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix())
-            };
+            let concerns =
+                |entry: Entry<'_>| entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix());
             // Whoever holds the lock now may not know of the purge, and is done after this; whoever takes it later knows.
             if shard.lock().is_err() || !self.remove_from(&shard, 0, shard.index.len(), concerns, &judge) {
                 return;
@@ -88,7 +88,7 @@ impl Cache {
         shard: &Shard<'_>,
         from: u64,
         count: u64,
-        doomed: impl Fn(crate::entry::Entry<'_>) -> bool,
+        doomed: impl Fn(Entry<'_>) -> bool,
         judge: &Judge<'_>,
     ) -> bool {
         let mut batch: Vec<Doomed> = Vec::with_capacity(BATCH);
@@ -120,17 +120,14 @@ fn is_due(due: u64, now_ms: u64) -> bool {
 }
 
 /// The word of a slot whose entry is doomed.
-fn look(shard: &Shard<'_>, slot: Slot<'_>, doomed: impl Fn(crate::entry::Entry<'_>) -> bool) -> Option<u64> {
+fn look(shard: &Shard<'_>, slot: Slot<'_>, doomed: impl Fn(Entry<'_>) -> bool) -> Option<u64> {
     let word = slot.word.load(Ordering::Acquire);
-    let Place { ring, position } = Place::of(word)?;
-    let floor = shard.floor(ring);
-    if floor.load(Ordering::Acquire) > position {
+    let place = Place::of(word)?;
+    if !shard.holds(place) {
         return None;
     }
-    let entry = shard.bytes(ring).entry(position)?;
-    let is_doomed = doomed(entry);
-    fence(Ordering::Acquire);
-    (is_doomed && floor.load(Ordering::Acquire) <= position).then_some(word)
+    let is_doomed = doomed(shard.bytes(place.ring).entry(place.position)?);
+    (is_doomed && shard.holds(place)).then_some(word)
 }
 
 /// Removes an entry if its slot still says what it did.
