@@ -34,14 +34,14 @@ impl Inner {
                 backoff.snooze();
                 continue;
             }
-            if since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+            // Patience is for the living: who finds the owner dead goes on, however long that took.
+            if owner != me && self.bury_if_dead(owner) {
+                continue;
+            }
+            if hurry || since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
                 return None;
             }
-            let buried = owner != me && self.bury_if_dead(owner);
-            if !buried && hurry {
-                return None;
-            }
-            if let Some(seen) = announce(lock, seen).filter(|_| !buried) {
+            if let Some(seen) = announce(lock, seen) {
                 futex::wait(lock, seen, NAP);
             }
         }
