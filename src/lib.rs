@@ -26,6 +26,7 @@ mod listen;
 mod master;
 pub mod page;
 mod protocol;
+mod pulse;
 mod sys;
 mod worker;
 

@@ -16,6 +16,8 @@ use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 
+use crate::pulse::Pulse;
+
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A body: of every request that an application gets, and of any response that wants to be one.
@@ -29,6 +31,8 @@ pub struct Body {
     allowed: u64,
     /// Set when it had more.
     too_large: Option<Arc<AtomicBool>>,
+    /// The connection that it comes by.
+    pulse: Option<Arc<Pulse>>,
 }
 
 #[derive(Debug)]
@@ -48,6 +52,8 @@ pub enum BodyError {
     TooLarge,
     /// The client left, or took the request back.
     Cut,
+    /// The client took longer than `--body-timeout`.
+    TimedOut,
     /// What the underlying body says.
     Other(BoxError),
 }
@@ -57,6 +63,7 @@ impl fmt::Display for BodyError {
         match self {
             Self::TooLarge => f.write_str("the body is longer than --max-body allows"),
             Self::Cut => f.write_str("the client left before the body was complete"),
+            Self::TimedOut => f.write_str("the client sent the body too slowly (--body-timeout)"),
             Self::Other(cause) => write!(f, "the body cannot be read: {cause}"),
         }
     }
@@ -66,7 +73,7 @@ impl std::error::Error for BodyError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Other(cause) => Some(cause.as_ref()),
-            Self::TooLarge | Self::Cut => None,
+            Self::TooLarge | Self::Cut | Self::TimedOut => None,
         }
     }
 }
@@ -101,6 +108,17 @@ impl Body {
         Self::from_kind(Kind::Http(incoming), allowed)
     }
 
+    /// Has the body tell the connection that it comes by when somebody waits for a piece of it.
+    pub(crate) fn with_pulse(mut self, pulse: &Arc<Pulse>) -> Self {
+        self.pulse = Some(Arc::clone(pulse));
+        self
+    }
+
+    /// The connection that it comes by, as long as not all of it has come.
+    pub(crate) fn pulse(&self) -> Option<&Arc<Pulse>> {
+        self.pulse.as_ref()
+    }
+
     /// What will be set if the body turns out to be longer than it may be; `None` if its length is known, or
     /// does not matter.
     pub(crate) fn watch_limit(&mut self) -> Option<Arc<AtomicBool>> {
@@ -111,7 +129,7 @@ impl Body {
     }
 
     fn from_kind(kind: Kind, allowed: u64) -> Self {
-        Self { kind, allowed, too_large: None }
+        Self { kind, allowed, too_large: None, pulse: None }
     }
 }
 
@@ -134,6 +152,14 @@ impl http_body::Body for Body {
             }
             Kind::Other(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Other),
         };
+        if let Some(pulse) = &self.pulse {
+            pulse.set_waits_for_body(frame.is_pending());
+            if let Poll::Ready(Some(Err(_))) = frame
+                && pulse.has_expired()
+            {
+                return Poll::Ready(Some(Err(BodyError::TimedOut)));
+            }
+        }
         if let Poll::Ready(Some(Ok(frame))) = &frame
             && let Some(bytes) = frame.data_ref()
         {

@@ -5,8 +5,8 @@
 //! no variable is believed beyond what CGI says of it.
 
 use std::fmt;
-use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -44,16 +44,16 @@ impl std::error::Error for Error {}
 
 /// What CGI variables say of a request, collected in one pass.
 #[derive(Default)]
-struct Variables {
-    method: Option<Bytes>,
-    request_uri: Option<Bytes>,
-    script_name: Bytes,
-    path_info: Bytes,
-    query: Bytes,
+struct Variables<'a> {
+    method: &'a [u8],
+    request_uri: &'a [u8],
+    script_name: &'a [u8],
+    path_info: &'a [u8],
+    query: &'a [u8],
     address: Option<IpAddr>,
     port: u16,
     version: Version,
-    headers: HeaderMap,
+    length: Option<u64>,
 }
 
 /// Makes a request of `params`, which go with it as an extension. `body` makes its body, and is given the
@@ -62,74 +62,87 @@ struct Variables {
 /// # Errors
 /// [`Error`]: there is no method, URI or header in what was said.
 pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) -> Result<Request<B>, Error> {
-    let mut variables = Variables { headers: HeaderMap::with_capacity(16), ..Variables::default() };
-    for (name, value) in params.iter_shared() {
-        variables.take(name, value)?;
+    let mut variables = Variables::default();
+    let mut headers = HeaderMap::with_capacity(12);
+    for (name, value) in params.iter() {
+        let name = match name.strip_prefix(b"HTTP_") {
+            Some(name) => header_name(name),
+            None => variables.take(name, value),
+        };
+        if let Some(name) = name {
+            let value = HeaderValue::from_maybe_shared(params.share(value)).map_err(|_| Error::Header)?;
+            headers.try_append(name, value).map_err(|_| Error::Header)?;
+        }
     }
-    let method = variables.method.filter(|method| !method.is_empty()).ok_or(Error::Method)?;
-    let method = Method::from_bytes(&method).map_err(|_| Error::Method)?;
-    let uri = match variables.request_uri.filter(|uri| !uri.is_empty()) {
-        Some(uri) => request_uri(uri)?,
-        None => rebuilt_uri(&variables.script_name, &variables.path_info, &variables.query)?,
+    let method = Method::from_bytes(variables.method).map_err(|_| Error::Method)?;
+    let uri = match variables.request_uri {
+        b"" => rebuilt_uri(variables.script_name, variables.path_info, variables.query)?,
+        uri => request_uri(params.share(uri))?,
     };
-    let length = variables.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    let mut request = Request::new(body(length));
+    let address = variables.address.map(|address| SocketAddr::new(address, variables.port));
+    let mut request = Request::new(body(variables.length));
     *request.method_mut() = method;
     *request.uri_mut() = uri;
     *request.version_mut() = variables.version;
-    *request.headers_mut() = variables.headers;
-    let address = variables.address.map(|address| SocketAddr::new(address, variables.port));
+    *request.headers_mut() = headers;
     request.extensions_mut().insert(Peer { address });
     request.extensions_mut().insert(params);
     Ok(request)
 }
 
-impl Variables {
-    fn take(&mut self, name: &[u8], value: Bytes) -> Result<(), Error> {
+impl<'a> Variables<'a> {
+    /// Takes a variable that is not one of the client's headers, except for the two that are.
+    fn take(&mut self, name: &[u8], value: &'a [u8]) -> Option<HeaderName> {
         match name {
-            b"REQUEST_METHOD" => self.method = Some(value),
-            b"REQUEST_URI" => self.request_uri = Some(value),
+            b"REQUEST_METHOD" => self.method = value,
+            b"REQUEST_URI" => self.request_uri = value,
             b"SCRIPT_NAME" => self.script_name = value,
             b"PATH_INFO" => self.path_info = value,
             b"QUERY_STRING" => self.query = value,
-            b"REMOTE_ADDR" => self.address = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok()),
-            b"REMOTE_PORT" => {
-                self.port = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
-            }
-            b"SERVER_PROTOCOL" => self.version = version(&value),
+            b"REMOTE_ADDR" => self.address = parse(value),
+            b"REMOTE_PORT" => self.port = parse(value).unwrap_or(0),
+            b"SERVER_PROTOCOL" => self.version = version(value),
             // Sent empty when there is none (4.1.2, 4.1.3). A length that is no number (one server sends -1 for a
             // body of unknown length) says nothing: the end of the stream is what counts.
             b"CONTENT_LENGTH" if value.iter().all(u8::is_ascii_digit) && !value.is_empty() => {
-                self.header(header::CONTENT_LENGTH, value)?;
+                self.length = parse(value);
+                return Some(header::CONTENT_LENGTH);
             }
-            b"CONTENT_TYPE" if !value.is_empty() => self.header(header::CONTENT_TYPE, value)?,
-            // These would contradict the two above; the body has no chunks any more, though a server says so; and
-            // Proxy is never a client's to say ("httpoxy").
-            b"HTTP_CONTENT_LENGTH" | b"HTTP_CONTENT_TYPE" | b"HTTP_TRANSFER_ENCODING" | b"HTTP_PROXY" => {}
-            _ => {
-                if let Some(name) = name.strip_prefix(b"HTTP_").and_then(header_name) {
-                    self.header(name, value)?;
-                }
-            }
+            b"CONTENT_TYPE" if !value.is_empty() => return Some(header::CONTENT_TYPE),
+            _ => {}
         }
-        Ok(())
+        None
     }
+}
 
-    fn header(&mut self, name: HeaderName, value: Bytes) -> Result<(), Error> {
-        let value = HeaderValue::from_maybe_shared(value).map_err(|_| Error::Header)?;
-        self.headers.try_append(name, value).map_err(|_| Error::Header)?;
-        Ok(())
-    }
+fn parse<T: FromStr>(value: &[u8]) -> Option<T> {
+    std::str::from_utf8(value).ok()?.parse().ok()
 }
 
 /// `USER_AGENT` is the header `user-agent` (4.1.18). A name that no header can have is passed over.
 fn header_name(variable: &[u8]) -> Option<HeaderName> {
-    let mut name = [0; 128];
-    let name = name.get_mut(..variable.len())?;
-    for (to, &from) in name.iter_mut().zip(variable) {
-        *to = if from == b'_' { b'-' } else { from.to_ascii_lowercase() };
-    }
-    HeaderName::from_bytes(name).ok()
+    Some(match variable {
+        b"HOST" => header::HOST,
+        b"COOKIE" => header::COOKIE,
+        b"ACCEPT" => header::ACCEPT,
+        b"REFERER" => header::REFERER,
+        b"USER_AGENT" => header::USER_AGENT,
+        b"CONNECTION" => header::CONNECTION,
+        b"CACHE_CONTROL" => header::CACHE_CONTROL,
+        b"ACCEPT_ENCODING" => header::ACCEPT_ENCODING,
+        b"ACCEPT_LANGUAGE" => header::ACCEPT_LANGUAGE,
+        // These would contradict the variables without HTTP_; the body has no chunks any more, though a server says so;
+        // and Proxy is never a client's to say ("httpoxy").
+        b"CONTENT_LENGTH" | b"CONTENT_TYPE" | b"TRANSFER_ENCODING" | b"PROXY" => return None,
+        _ => {
+            let mut name = [0; 128];
+            let name = name.get_mut(..variable.len())?;
+            for (to, &from) in name.iter_mut().zip(variable) {
+                *to = if from == b'_' { b'-' } else { from.to_ascii_lowercase() };
+            }
+            return HeaderName::from_bytes(name).ok();
+        }
+    })
 }
 
 fn version(protocol: &[u8]) -> Version {
@@ -202,8 +215,9 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
         out.put_slice(b"\r\n");
     }
     if let Some(length) = length.filter(|_| !headers.contains_key(header::CONTENT_LENGTH)) {
-        // Writing into memory cannot fail.
-        let _ = write!(out.writer(), "content-length: {length}\r\n");
+        out.put_slice(b"content-length: ");
+        out.put_slice(itoa::Buffer::new().format(length).as_bytes());
+        out.put_slice(b"\r\n");
     }
     out.put_slice(b"\r\n");
 }

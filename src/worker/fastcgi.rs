@@ -8,7 +8,7 @@
 //! body, and [`OUTBOX_LIMIT`] of output. When a body is not read, the connection stops reading; when the
 //! peer does not read, the responses wait.
 
-use std::future::{Future, poll_fn};
+use std::future::{Future as _, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -18,17 +18,20 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body as HttpBody;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use pin_project_lite::pin_project;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_util::io::poll_read_buf;
 use tower_service::Service;
 
 use super::outbox::Outbox;
-use super::serve::{Application, BoxError, Served};
+use super::serve::{Answer, Application, BoxError, Served};
+use super::socket::Socket;
 use crate::body::{Body, pipe};
 use crate::context::Drain;
 use crate::protocol::cgi;
 use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
 use crate::protocol::params::Params;
+use crate::pulse::Stage;
 
 /// Output that may wait on a connection before its responses do.
 const OUTBOX_LIMIT: usize = 64 << 10;
@@ -40,9 +43,8 @@ const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
 /// Serves one connection to its end.
-pub(crate) async fn serve<IO, S, B>(socket: IO, application: Rc<Application<S>>, drain: Drain)
+pub(crate) async fn serve<S, B>(socket: Socket, application: Rc<Application<S>>, drain: Drain)
 where
-    IO: AsyncRead + AsyncWrite + Unpin,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
     B: HttpBody + 'static,
@@ -57,6 +59,7 @@ where
         outbox: Outbox::default(),
         head: BytesMut::new(),
         exchanges: Vec::new(),
+        spare: None,
         application,
         closing: false,
         draining: false,
@@ -80,15 +83,17 @@ where
     }
 }
 
-struct Connection<IO, S, B> {
-    socket: IO,
+struct Connection<S: Service<Request<Body>>, B> {
+    socket: Socket,
     input: BytesMut,
     read_size: usize,
     decoder: Decoder,
     outbox: Outbox,
     /// Where the head of a response is put together.
     head: BytesMut,
-    exchanges: Vec<Exchange<B>>,
+    exchanges: Vec<Exchange<S, B>>,
+    /// Of an exchange that has ended.
+    spare: Option<Pin<Box<Work<S, B>>>>,
     application: Rc<Application<S>>,
     /// The peer did not ask to keep the connection.
     closing: bool,
@@ -101,23 +106,27 @@ struct Connection<IO, S, B> {
 }
 
 /// A request and its response.
-struct Exchange<B> {
+struct Exchange<S: Service<Request<Body>>, B> {
     id: RequestId,
     keep_connection: bool,
+    is_head: bool,
     /// Its body, while it lasts and somebody may read it.
     stdin: Option<pipe::Writer>,
-    state: State<B>,
+    /// Stays where it is, and serves the next exchange too.
+    work: Pin<Box<Work<S, B>>>,
 }
 
-enum State<B> {
-    Answering { answer: Pin<Box<dyn Future<Output = Response<Served<B>>>>>, is_head: bool },
-    Sending(Pin<Box<Served<B>>>),
-    Ended,
+pin_project! {
+    #[project = Working]
+    enum Work<S: Service<Request<Body>>, B> {
+        Answering { #[pin] answer: Answer<S> },
+        Sending { #[pin] body: Served<B> },
+        Ended,
+    }
 }
 
-impl<IO, S, B> Connection<IO, S, B>
+impl<S, B> Connection<S, B>
 where
-    IO: AsyncRead + AsyncWrite + Unpin,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
     B: HttpBody + 'static,
@@ -148,7 +157,12 @@ where
         }
         // A request that has half arrived when we are asked to drain is served; but a peer that did not want
         // the connection kept is owed nothing more, and may be waiting for us to close it.
-        self.closing || (self.draining && self.last_chance_over && self.input.is_empty() && self.decoder.is_idle())
+        self.closing || (self.draining && self.last_chance_over && self.is_idle())
+    }
+
+    /// Whether nothing of a further request has come.
+    fn is_idle(&self) -> bool {
+        self.input.is_empty() && self.decoder.is_idle()
     }
 
     fn poll_exchanges(&mut self, context: &mut Context<'_>) -> io::Result<()> {
@@ -158,16 +172,21 @@ where
         for exchange in &mut self.exchanges {
             exchange.poll(context, &mut self.outbox, &mut self.head)?;
         }
-        let Self { exchanges, decoder, closing, draining, last_chance_over, unread, .. } = self;
-        exchanges.retain(|exchange| {
-            let ended = matches!(exchange.state, State::Ended);
-            if ended {
-                *unread = !decoder.finish(exchange.id);
-                *closing |= !exchange.keep_connection;
-                *last_chance_over |= *draining;
+        let mut index = 0;
+        while let Some(exchange) = self.exchanges.get(index) {
+            if !matches!(*exchange.work, Work::Ended) {
+                index += 1;
+                continue;
             }
-            !ended
-        });
+            let ended = self.exchanges.remove(index);
+            self.unread = !self.decoder.finish(ended.id);
+            self.closing |= !ended.keep_connection;
+            self.last_chance_over |= self.draining;
+            self.spare = Some(ended.work);
+            if self.exchanges.is_empty() {
+                self.socket.pulse().set_stage(if self.is_idle() { Stage::Idle } else { Stage::Head });
+            }
+        }
         Ok(())
     }
 
@@ -253,7 +272,7 @@ where
             Event::Abort { id } => {
                 // Its future is dropped, and with it whatever it was doing.
                 if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id) {
-                    exchange.state = State::Ended;
+                    exchange.work.set(Work::Ended);
                     exchange.stdin = None;
                     fastcgi::stdout_end(self.outbox.tail(), id, 0);
                 }
@@ -275,6 +294,8 @@ where
 
     fn begin(&mut self, id: RequestId, keep_connection: bool, params: Params) {
         let max_body = self.application.limits.max_body;
+        let pulse = self.socket.pulse();
+        pulse.request_came();
         let mut stdin = None;
         let made = cgi::request(params, |length| {
             if length == Some(0) || length.is_none() && self.decoder.body_is_empty(id, &self.input) {
@@ -282,7 +303,7 @@ where
             }
             let (writer, reader) = pipe::pipe();
             stdin = Some(writer);
-            Body::stdin(reader, length, max_body)
+            Body::stdin(reader, length, max_body).with_pulse(pulse)
         });
         let request = match made {
             Ok(request) => request,
@@ -292,16 +313,27 @@ where
             }
         };
         let is_head = request.method() == Method::HEAD;
-        let application = Rc::clone(&self.application);
-        let answer = Box::pin(async move { application.answer(request).await });
-        self.exchanges.push(Exchange { id, keep_connection, stdin, state: State::Answering { answer, is_head } });
+        let answer = self.application.answer(request);
+        self.start(id, keep_connection, is_head, stdin, answer);
     }
 
     fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode) {
-        let response = self.application.refuse(status);
-        let answer = Box::pin(std::future::ready(response));
-        let state = State::Answering { answer, is_head: false };
-        self.exchanges.push(Exchange { id, keep_connection, stdin: None, state });
+        self.socket.pulse().request_came();
+        let answer = self.application.refuse(status);
+        self.start(id, keep_connection, false, None, answer);
+    }
+
+    fn start(
+        &mut self,
+        id: RequestId,
+        keep_connection: bool,
+        is_head: bool,
+        stdin: Option<pipe::Writer>,
+        answer: Answer<S>,
+    ) {
+        let mut work = self.spare.take().unwrap_or_else(|| Box::pin(Work::Ended));
+        work.set(Work::Answering { answer });
+        self.exchanges.push(Exchange { id, keep_connection, is_head, stdin, work });
     }
 
     /// If the peer may still be sending, says that nothing more will come, and listens until it has heard: closing
@@ -316,8 +348,10 @@ where
     }
 }
 
-impl<B> Exchange<B>
+impl<S, B> Exchange<S, B>
 where
+    S: Service<Request<Body>, Response = Response<B>>,
+    S::Error: Into<BoxError>,
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
@@ -327,13 +361,12 @@ where
     /// If the response broke off: only closing the connection tells the peer.
     fn poll(&mut self, context: &mut Context<'_>, outbox: &mut Outbox, head: &mut BytesMut) -> io::Result<()> {
         while outbox.len() < OUTBOX_LIMIT {
-            match &mut self.state {
-                State::Answering { answer, is_head } => {
-                    let Poll::Ready(response) = answer.as_mut().poll(context) else { return Ok(()) };
-                    let is_head = *is_head;
-                    self.send_head(response, is_head, context, outbox, head)?;
+            match self.work.as_mut().project() {
+                Working::Answering { answer } => {
+                    let Poll::Ready(response) = answer.poll(context) else { return Ok(()) };
+                    self.send_head(response, context, outbox, head)?;
                 }
-                State::Sending(body) => match body.as_mut().poll_frame(context) {
+                Working::Sending { mut body } => match body.as_mut().poll_frame(context) {
                     Poll::Pending => return Ok(()),
                     Poll::Ready(Some(frame)) => {
                         if let Ok(data) = frame.map_err(io::Error::other)?.into_data() {
@@ -346,7 +379,7 @@ where
                     }
                     Poll::Ready(None) => self.end(outbox),
                 },
-                State::Ended => return Ok(()),
+                Working::Ended => return Ok(()),
             }
         }
         Ok(())
@@ -356,7 +389,6 @@ where
     fn send_head(
         &mut self,
         response: Response<Served<B>>,
-        is_head: bool,
         context: &mut Context<'_>,
         outbox: &mut Outbox,
         head: &mut BytesMut,
@@ -368,10 +400,12 @@ where
         head.clear();
         cgi::response_head(head, status, &parts.headers, length);
 
-        let mut body = Box::pin(body);
         let mut first = Bytes::new();
-        let mut ended = bodiless || is_head || body.is_end_stream();
-        if !ended {
+        let mut ended = bodiless || self.is_head || body.is_end_stream();
+        self.work.set(Work::Sending { body });
+        if let Working::Sending { mut body } = self.work.as_mut().project()
+            && !ended
+        {
             match body.as_mut().poll_frame(context) {
                 Poll::Ready(Some(frame)) => {
                     first = frame.map_err(io::Error::other)?.into_data().unwrap_or_default();
@@ -393,7 +427,6 @@ where
         outbox.tail().extend_from_slice(head);
         outbox.push(with_head);
         self.send(first, outbox);
-        self.state = State::Sending(body);
         if ended {
             self.end(outbox);
         }
@@ -410,7 +443,7 @@ where
 
     fn end(&mut self, outbox: &mut Outbox) {
         fastcgi::stdout_end(outbox.tail(), self.id, 0);
-        self.state = State::Ended;
+        self.work.set(Work::Ended);
         self.stdin = None;
     }
 }

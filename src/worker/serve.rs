@@ -5,10 +5,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::error::Error;
-use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::{Pin, pin};
-use std::sync::atomic::Ordering;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
@@ -20,6 +20,7 @@ use tower_service::Service;
 
 use crate::body::{Body, BodyError};
 use crate::config::Limits;
+use crate::pulse::Pulse;
 
 /// What an error of the application's may be.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -38,47 +39,116 @@ impl<S> Application<S> {
     }
 }
 
-impl<S, B> Application<S>
-where
-    S: Service<Request<Body>, Response = Response<B>> + Clone,
-    S::Error: Into<BoxError>,
-    B: HttpBody,
-    B::Error: Into<BoxError>,
-{
+impl<S: Service<Request<Body>> + Clone> Application<S> {
     /// Has the application answer; if it fails or panics, answers for it.
-    pub(crate) async fn answer(&self, mut request: Request<Body>) -> Response<Served<B>> {
+    pub(crate) fn answer(&self, mut request: Request<Body>) -> Answer<S> {
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         let in_flight = self.row.begin(request.method().as_str(), target);
         if request.body().size_hint().lower() > self.limits.max_body {
-            return refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
+            return Answer::refused(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
         }
         let too_large = request.body_mut().watch_limit();
-        let mut service = self.service.clone();
-        let answering = async move {
-            poll_fn(|context| service.poll_ready(context)).await?;
-            service.call(request).await
-        };
-        let answer = without_panic(answering).await;
-        if too_large.is_some_and(|too_large| too_large.load(Ordering::Relaxed)) {
-            return refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight); // whatever the application made of it
+        let pulse = request.body().pulse().cloned();
+        let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
+        Answer { stage, in_flight: Some(in_flight), too_large, pulse }
+    }
+
+    /// An answer that the application had no part in.
+    pub(crate) fn refuse(&self, status: StatusCode) -> Answer<S> {
+        Answer::refused(status, self.row.begin("-", "-"))
+    }
+}
+
+pin_project! {
+    /// The response to come.
+    pub(crate) struct Answer<S: Service<Request<Body>>> {
+        #[pin]
+        stage: Stage<S>,
+        in_flight: Option<InFlight>,
+        too_large: Option<Arc<AtomicBool>>,
+        pulse: Option<Arc<Pulse>>,
+    }
+}
+
+pin_project! {
+    #[project = StageProjected]
+    enum Stage<S: Service<Request<Body>>> {
+        /// Until the service is ready.
+        Asking { service: S, request: Option<Request<Body>> },
+        Called { #[pin] response: S::Future },
+        Refused { status: StatusCode },
+    }
+}
+
+impl<S: Service<Request<Body>>> Answer<S> {
+    fn refused(status: StatusCode, in_flight: InFlight) -> Self {
+        Self { stage: Stage::Refused { status }, in_flight: Some(in_flight), too_large: None, pulse: None }
+    }
+}
+
+impl<S, B> Stage<S>
+where
+    S: Service<Request<Body>, Response = Response<B>>,
+{
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<Response<B>, Failure<S::Error>>> {
+        if let StageProjected::Asking { service, request } = self.as_mut().project() {
+            match catch_panic(|| service.poll_ready(context)) {
+                Ok(ready) => ready!(ready).map_err(Failure::Error)?,
+                Err(panic) => return Poll::Ready(Err(Failure::Panic(panic))),
+            }
+            let Some(request) = request.take() else { return Poll::Pending };
+            let response = catch_panic(|| service.call(request)).map_err(Failure::Panic)?;
+            self.set(Stage::Called { response });
         }
-        match answer {
-            Ok(Ok(response)) => response.map(|body| Served::App { body, in_flight }),
-            Ok(Err(error)) => {
+        match self.project() {
+            StageProjected::Called { response } => match catch_panic(|| response.poll(context)) {
+                Ok(response) => Poll::Ready(ready!(response).map_err(Failure::Error)),
+                Err(panic) => Poll::Ready(Err(Failure::Panic(panic))),
+            },
+            StageProjected::Refused { status } => Poll::Ready(Err(Failure::Refused(*status))),
+            StageProjected::Asking { .. } => Poll::Pending,
+        }
+    }
+}
+
+/// Why there is no response of the application's.
+enum Failure<E> {
+    Error(E),
+    Panic(String),
+    Refused(StatusCode),
+}
+
+impl<S, B> Future for Answer<S>
+where
+    S: Service<Request<Body>, Response = Response<B>>,
+    S::Error: Into<BoxError>,
+{
+    type Output = Response<Served<B>>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let answer = self.project();
+        let outcome = ready!(answer.stage.poll(context));
+        let Some(in_flight) = answer.in_flight.take() else { return Poll::Pending };
+        // These hold whatever the application made of it.
+        if answer.too_large.as_ref().is_some_and(|too_large| too_large.load(Ordering::Relaxed)) {
+            return Poll::Ready(refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight));
+        }
+        if answer.pulse.as_ref().is_some_and(|pulse| pulse.has_expired()) {
+            return Poll::Ready(refusal(StatusCode::REQUEST_TIMEOUT, in_flight));
+        }
+        Poll::Ready(match outcome {
+            Ok(response) => response.map(|body| Served::App { body, in_flight }),
+            Err(Failure::Refused(status)) => refusal(status, in_flight),
+            Err(Failure::Error(error)) => {
                 let error: BoxError = error.into();
                 log::error!("a request failed: {error} request={:?}", in_flight.what());
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
             }
-            Err(panic) => {
+            Err(Failure::Panic(panic)) => {
                 log::error!("a request panicked: {panic} request={:?}", in_flight.what());
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
             }
-        }
-    }
-
-    /// An answer that the application had no part in.
-    pub(crate) fn refuse(&self, status: StatusCode) -> Response<Served<B>> {
-        refusal(status, self.row.begin("-", "-"))
+        })
     }
 }
 
@@ -87,16 +157,6 @@ fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
     let mut response = Response::new(Served::Canned { text: Bytes::from(text), in_flight });
     *response.status_mut() = status;
     response
-}
-
-/// Runs a future to its end or its panic.
-async fn without_panic<F: Future>(future: F) -> Result<F::Output, String> {
-    let mut future = pin!(future);
-    poll_fn(|context| match catch_panic(|| future.as_mut().poll(context)) {
-        Ok(poll) => poll.map(Ok),
-        Err(panic) => Poll::Ready(Err(panic)),
-    })
-    .await
 }
 
 thread_local! {
