@@ -28,6 +28,7 @@ pub(crate) enum Error {
     Method,
     Uri,
     Header,
+    Length,
 }
 
 impl fmt::Display for Error {
@@ -36,6 +37,7 @@ impl fmt::Display for Error {
             Self::Method => "REQUEST_METHOD is missing or is no method",
             Self::Uri => "neither REQUEST_URI nor SCRIPT_NAME with PATH_INFO makes a URI",
             Self::Header => "a header has a value that no header may have, or there are too many",
+            Self::Length => "CONTENT_LENGTH is said twice, differently, or is beyond all measure",
         })
     }
 }
@@ -53,6 +55,7 @@ struct Variables {
     address: Option<IpAddr>,
     port: u16,
     version: Version,
+    length: Option<u64>,
     headers: HeaderMap,
 }
 
@@ -60,7 +63,7 @@ struct Variables {
 /// length that was announced, if one was.
 ///
 /// # Errors
-/// [`Error`]: there is no method, URI or header in what was said.
+/// [`Error`]: there is no method, URI or header in what was said, or two lengths.
 pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) -> Result<Request<B>, Error> {
     let mut variables = Variables { headers: HeaderMap::with_capacity(16), ..Variables::default() };
     for (name, value) in params.iter_shared() {
@@ -72,8 +75,7 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
         Some(uri) => request_uri(uri)?,
         None => rebuilt_uri(&variables.script_name, &variables.path_info, &variables.query)?,
     };
-    let length = variables.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    let mut request = Request::new(body(length));
+    let mut request = Request::new(body(variables.length));
     *request.method_mut() = method;
     *request.uri_mut() = uri;
     *request.version_mut() = variables.version;
@@ -97,11 +99,7 @@ impl Variables {
                 self.port = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
             }
             b"SERVER_PROTOCOL" => self.version = version(&value),
-            // Sent empty when there is none (4.1.2, 4.1.3). A length that is no number (one server sends -1 for a
-            // body of unknown length) says nothing: the end of the stream is what counts.
-            b"CONTENT_LENGTH" if value.iter().all(u8::is_ascii_digit) && !value.is_empty() => {
-                self.header(header::CONTENT_LENGTH, value)?;
-            }
+            b"CONTENT_LENGTH" => self.length(value)?,
             b"CONTENT_TYPE" if !value.is_empty() => self.header(header::CONTENT_TYPE, value)?,
             // These would contradict the two above; the body has no chunks any more, though a server says so; and
             // Proxy is never a client's to say ("httpoxy").
@@ -110,6 +108,25 @@ impl Variables {
                 if let Some(name) = name.strip_prefix(b"HTTP_").and_then(header_name) {
                     self.header(name, value)?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sent empty when there is none (4.1.2), and after one it takes that back: so an nginx configuration adds to
+    /// what it includes. A length that is no number (one server sends -1 for a body of unknown length) says nothing:
+    /// the end of the stream is what counts. But two that differ are somebody's trick.
+    fn length(&mut self, value: Bytes) -> Result<(), Error> {
+        if value.is_empty() {
+            self.length = None;
+            self.headers.remove(header::CONTENT_LENGTH);
+        } else if value.iter().all(u8::is_ascii_digit) {
+            let length =
+                std::str::from_utf8(&value).ok().and_then(|digits| digits.parse().ok()).ok_or(Error::Length)?;
+            match self.length.replace(length) {
+                None => self.header(header::CONTENT_LENGTH, value)?,
+                Some(other) if other != length => return Err(Error::Length),
+                Some(_) => {}
             }
         }
         Ok(())
@@ -196,7 +213,14 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
         if of_one_connection || name == "keep-alive" || name == "status" {
             continue;
         }
-        out.put_slice(name.as_str().as_bytes());
+        match name.as_str().strip_prefix("variable-") {
+            // An authorizer names a variable (FastCGI 6.3), and those are in capitals.
+            Some(variable) => {
+                out.put_slice(b"Variable-");
+                out.extend(variable.bytes().map(|byte| byte.to_ascii_uppercase()));
+            }
+            None => out.put_slice(name.as_str().as_bytes()),
+        }
         out.put_slice(b": ");
         out.put_slice(value.as_bytes());
         out.put_slice(b"\r\n");
@@ -276,7 +300,26 @@ mod tests {
         assert_eq!(made(&[("REQUEST_URI", "/")]).unwrap_err(), Error::Method);
         assert_eq!(made(&[("REQUEST_METHOD", "")]).unwrap_err(), Error::Method);
         assert_eq!(made(&[("REQUEST_METHOD", "GE T")]).unwrap_err(), Error::Method);
-        assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", "a\r\nb: c")]).unwrap_err(), Error::Header);
+        for value in ["a\r\nb: c", "a\n", "a\rb", "a\0b"] {
+            assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", value)]).unwrap_err(), Error::Header, "{value:?}");
+            assert_eq!(made(&[("REQUEST_METHOD", "PUT"), ("CONTENT_TYPE", value)]).unwrap_err(), Error::Header);
+        }
+    }
+
+    #[test]
+    fn two_lengths_that_differ_are_refused() {
+        let length = |lengths: &[&str]| {
+            let lengths = lengths.iter().map(|length| ("CONTENT_LENGTH", *length));
+            let request = made(&[("REQUEST_METHOD", "POST")].into_iter().chain(lengths).collect::<Vec<_>>())?;
+            assert_eq!(request.headers().get_all("content-length").iter().count(), request.body().iter().count());
+            Ok(*request.body())
+        };
+        assert_eq!(length(&["5", "6"]), Err(Error::Length));
+        assert_eq!(length(&["99999999999999999999999"]), Err(Error::Length));
+        assert_eq!(length(&["5", "5"]), Ok(Some(5)));
+        assert_eq!(length(&["5", "05"]), Ok(Some(5)));
+        assert_eq!(length(&["5", ""]), Ok(None));
+        assert_eq!(length(&["", "5"]), Ok(Some(5)));
     }
 
     #[test]
@@ -288,13 +331,17 @@ mod tests {
     }
 
     #[test]
-    fn a_response_head_always_has_its_status() {
+    fn a_response_head_always_has_its_status_and_variables_are_in_capitals() {
         let mut headers = HeaderMap::new();
         headers.insert("location", HeaderValue::from_static("/there"));
         headers.insert("connection", HeaderValue::from_static("close"));
         headers.insert("status", HeaderValue::from_static("200"));
+        headers.insert("variable-remote_role", HeaderValue::from_static("Editor"));
         let mut out = BytesMut::new();
         response_head(&mut out, StatusCode::SEE_OTHER, &headers, Some(0));
-        assert_eq!(out, "Status: 303 See Other\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n");
+        assert_eq!(
+            out,
+            "Status: 303 See Other\r\nlocation: /there\r\nVariable-REMOTE_ROLE: Editor\r\ncontent-length: 0\r\n\r\n"
+        );
     }
 }
