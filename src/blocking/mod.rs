@@ -26,7 +26,7 @@ use tower_service::Service;
 pub(crate) use self::pool::{configure, finish};
 use self::turn::Pace;
 pub(crate) use self::turn::{jobs_wait, run_jobs};
-use crate::body::Body;
+use crate::body::{Body, FilterData};
 
 /// Makes a service of a function that may block.
 ///
@@ -81,7 +81,8 @@ where
         let fill = Fill(Arc::clone(&place));
         let shared = Arc::clone(&self.shared);
         // A body that is still coming in needs the loop: to wait for it here would be to wait for ever.
-        let quick = self.shared.pace.is_quick() && request.body().is_end_stream();
+        let all_has_come = request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
+        let quick = all_has_come && self.shared.pace.is_quick();
         let job = move || {
             // A client that left while its request waited took its answer along.
             if Arc::strong_count(&fill.0) > 1 {

@@ -24,10 +24,10 @@ use tower_service::Service;
 
 use super::outbox::Outbox;
 use super::serve::{Application, BoxError, Served};
-use crate::body::{Body, pipe};
+use crate::body::{Body, FilterData, pipe};
 use crate::context::Drain;
 use crate::protocol::cgi;
-use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
+use crate::protocol::fastcgi::{self, AppStatus, Decoder, Event, Fault, LARGEST_CONTENT, RequestId, Role};
 use crate::protocol::params::Params;
 
 /// Output that may wait on a connection before its responses do.
@@ -106,13 +106,21 @@ struct Exchange<B> {
     keep_connection: bool,
     /// Its body, while it lasts and somebody may read it.
     stdin: Option<pipe::Writer>,
+    /// A filter's file, likewise.
+    data: Option<pipe::Writer>,
+    app_status: u32,
     state: State<B>,
 }
 
 enum State<B> {
-    Answering { answer: Pin<Box<dyn Future<Output = Response<Served<B>>>>>, is_head: bool },
+    Answering {
+        answer: Pin<Box<dyn Future<Output = Response<Served<B>>>>>,
+        is_head: bool,
+    },
     Sending(Pin<Box<Served<B>>>),
     Ended,
+    /// The response broke off. Nothing more is said of it until the connection is closed.
+    BrokenOff,
 }
 
 impl<IO, S, B> Connection<IO, S, B>
@@ -127,7 +135,7 @@ where
     /// broke the protocol.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
-            self.poll_exchanges(context)?;
+            self.poll_exchanges(context);
             let held_back = self.outbox.len() >= OUTBOX_LIMIT;
             if let Poll::Ready(Err(error)) = self.outbox.poll_write(Pin::new(&mut self.socket), context) {
                 return Poll::Ready(Err(error));
@@ -143,20 +151,28 @@ where
     }
 
     fn is_over(&self) -> bool {
-        if !self.exchanges.is_empty() || !self.outbox.is_empty() {
+        let broken_off = |exchange: &Exchange<B>| matches!(exchange.state, State::BrokenOff);
+        if !self.outbox.is_empty() || !self.exchanges.iter().all(broken_off) {
             return false;
+        }
+        // Only the close tells the peer that a response is not whole; what else was in flight has had its time.
+        if !self.exchanges.is_empty() {
+            return true;
         }
         // A request that has half arrived when we are asked to drain is served; but a peer that did not want
         // the connection kept is owed nothing more, and may be waiting for us to close it.
         self.closing || (self.draining && self.last_chance_over && self.input.is_empty() && self.decoder.is_idle())
     }
 
-    fn poll_exchanges(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+    fn poll_exchanges(&mut self, context: &mut Context<'_>) {
         if self.exchanges.len() > 1 {
             self.exchanges.rotate_left(1); // the one that filled the outbox is the last to go on
         }
         for exchange in &mut self.exchanges {
-            exchange.poll(context, &mut self.outbox, &mut self.head)?;
+            if exchange.poll(context, &mut self.outbox, &mut self.head).is_err() {
+                exchange.state = State::BrokenOff;
+                (exchange.stdin, exchange.data) = (None, None);
+            }
         }
         let Self { exchanges, decoder, closing, draining, last_chance_over, unread, .. } = self;
         exchanges.retain(|exchange| {
@@ -168,15 +184,14 @@ where
             }
             !ended
         });
-        Ok(())
     }
 
     /// Takes in what the peer sent. Pending when there is nothing more, or no room for it.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
         // However much output waits: a peer may write all of its request before it reads. A body that nobody reads
         // costs nothing, and one that somebody reads has its pipe.
-        for exchange in &self.exchanges {
-            if exchange.stdin.as_ref().is_some_and(|stdin| stdin.poll_room(context).is_pending()) {
+        for stream in self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data)) {
+            if stream.poll_room(context).is_pending() {
                 return Ok(Poll::Pending);
             }
         }
@@ -219,7 +234,7 @@ where
             })?;
             let Some(event) = event else { return Ok(any) };
             any = true;
-            let body_came = matches!(event, Event::Stdin { .. });
+            let body_came = matches!(event, Event::Stdin { .. } | Event::Data { .. });
             self.take(event)?;
             // A piece of a body: see whether there is room for the next one.
             if body_came {
@@ -230,7 +245,7 @@ where
 
     fn take(&mut self, event: Event) -> io::Result<()> {
         match event {
-            Event::Request { id, keep_connection, params } => self.begin(id, keep_connection, params),
+            Event::Request { id, keep_connection, role, params } => self.begin(id, keep_connection, role, params),
             Event::BadRequest { id, keep_connection, fault } => {
                 let status = match fault {
                     Fault::ParamsTooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
@@ -239,28 +254,37 @@ where
                 self.refuse(id, keep_connection, status);
             }
             Event::Stdin { id, bytes } => {
-                if let Some(stdin) = self.stdin_of(id) {
+                if let Some(stdin) = self.exchange(id).and_then(|exchange| exchange.stdin.as_ref()) {
                     stdin.push(bytes);
                 }
             }
             Event::StdinEnd { id } => {
-                if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id)
-                    && let Some(stdin) = exchange.stdin.take()
-                {
+                if let Some(stdin) = self.exchange(id).and_then(|exchange| exchange.stdin.take()) {
                     stdin.finish();
+                }
+            }
+            Event::Data { id, bytes } => {
+                if let Some(data) = self.exchange(id).and_then(|exchange| exchange.data.as_ref()) {
+                    data.push(bytes);
+                }
+            }
+            Event::DataEnd { id } => {
+                if let Some(data) = self.exchange(id).and_then(|exchange| exchange.data.take()) {
+                    data.finish();
                 }
             }
             Event::Abort { id } => {
                 // Its future is dropped, and with it whatever it was doing.
                 if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id) {
                     exchange.state = State::Ended;
-                    exchange.stdin = None;
+                    (exchange.stdin, exchange.data) = (None, None);
                     fastcgi::stdout_end(self.outbox.tail(), id, 0);
                 }
             }
             Event::Reply { bytes, then_close } => {
                 self.outbox.push(bytes);
                 self.closing |= then_close;
+                self.unread |= then_close; // the rest of what was refused
                 if self.outbox.len() > OUTBOX_LIMIT + REPLIES_LIMIT {
                     return Err(io::Error::other("the peer asks and asks, and reads no reply"));
                 }
@@ -269,39 +293,45 @@ where
         Ok(())
     }
 
-    fn stdin_of(&self, id: RequestId) -> Option<&pipe::Writer> {
-        self.exchanges.iter().find(|exchange| exchange.id == id)?.stdin.as_ref()
+    fn exchange(&mut self, id: RequestId) -> Option<&mut Exchange<B>> {
+        self.exchanges.iter_mut().find(|exchange| exchange.id == id)
     }
 
-    fn begin(&mut self, id: RequestId, keep_connection: bool, params: Params) {
+    fn begin(&mut self, id: RequestId, keep_connection: bool, role: Role, params: Params) {
         let max_body = self.application.limits.max_body;
         let mut stdin = None;
         let made = cgi::request(params, |length| {
-            if length == Some(0) || length.is_none() && self.decoder.body_is_empty(id, &self.input) {
+            // An authorizer has no body (6.3), even if a server says so.
+            if role == Role::Authorizer
+                || length == Some(0)
+                || length.is_none() && self.decoder.body_is_empty(id, &self.input)
+            {
                 return Body::empty();
             }
             let (writer, reader) = pipe::pipe();
             stdin = Some(writer);
             Body::stdin(reader, length, max_body)
         });
-        let request = match made {
+        let mut request = match made {
             Ok(request) => request,
             Err(error) => {
                 log::warn!("a FastCGI request was refused: {error}");
                 return self.refuse(id, keep_connection, StatusCode::BAD_REQUEST);
             }
         };
+        let data = give_role(&mut request, role);
         let is_head = request.method() == Method::HEAD;
         let application = Rc::clone(&self.application);
         let answer = Box::pin(async move { application.answer(request).await });
-        self.exchanges.push(Exchange { id, keep_connection, stdin, state: State::Answering { answer, is_head } });
+        let state = State::Answering { answer, is_head };
+        self.exchanges.push(Exchange { id, keep_connection, stdin, data, app_status: 0, state });
     }
 
     fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode) {
         let response = self.application.refuse(status);
         let answer = Box::pin(std::future::ready(response));
         let state = State::Answering { answer, is_head: false };
-        self.exchanges.push(Exchange { id, keep_connection, stdin: None, state });
+        self.exchanges.push(Exchange { id, keep_connection, stdin: None, data: None, app_status: 0, state });
     }
 
     /// If the peer may still be sending, says that nothing more will come, and listens until it has heard: closing
@@ -316,6 +346,22 @@ where
     }
 }
 
+/// Tells the application what it is asked for, unless that is the usual. Returns where a filter's file goes.
+fn give_role(request: &mut Request<Body>, role: Role) -> Option<pipe::Writer> {
+    if role == Role::Responder {
+        return None;
+    }
+    request.extensions_mut().insert(role);
+    if role != Role::Filter {
+        return None;
+    }
+    let length = request.extensions().get::<Params>().and_then(|params| params.get("FCGI_DATA_LENGTH"));
+    let length = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
+    let (writer, reader) = pipe::pipe();
+    request.extensions_mut().insert(FilterData::new(Body::stdin(reader, length, u64::MAX)));
+    Some(writer)
+}
+
 impl<B> Exchange<B>
 where
     B: HttpBody,
@@ -324,7 +370,7 @@ where
     /// Goes on until it waits for something, has ended, or has filled the output.
     ///
     /// # Errors
-    /// If the response broke off: only closing the connection tells the peer.
+    /// If the response broke off, which has been logged: only closing the connection tells the peer.
     fn poll(&mut self, context: &mut Context<'_>, outbox: &mut Outbox, head: &mut BytesMut) -> io::Result<()> {
         while outbox.len() < OUTBOX_LIMIT {
             match &mut self.state {
@@ -346,7 +392,7 @@ where
                     }
                     Poll::Ready(None) => self.end(outbox),
                 },
-                State::Ended => return Ok(()),
+                State::Ended | State::BrokenOff => return Ok(()),
             }
         }
         Ok(())
@@ -362,6 +408,7 @@ where
         head: &mut BytesMut,
     ) -> io::Result<()> {
         let (parts, body) = response.into_parts();
+        self.app_status = parts.extensions.get().map_or(0, |&AppStatus(status)| status);
         let status = parts.status;
         let bodiless = matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) || status.is_informational();
         let length = body.size_hint().exact().filter(|_| !bodiless);
@@ -382,16 +429,13 @@ where
             }
         }
         if head.len() > LARGEST_CONTENT {
-            log::error!(
-                "a response was not sent: its head has {} bytes, and a record holds {LARGEST_CONTENT}",
-                head.len()
-            );
-            return Err(io::Error::other("the head of a response is longer than a record holds"));
+            self.send(head.split().freeze(), outbox);
+        } else {
+            let with_head = first.split_to(first.len().min(LARGEST_CONTENT - head.len()));
+            fastcgi::stdout_header(outbox.tail(), self.id, head.len() + with_head.len());
+            outbox.tail().extend_from_slice(head);
+            outbox.push(with_head);
         }
-        let with_head = first.split_to(first.len().min(LARGEST_CONTENT - head.len()));
-        fastcgi::stdout_header(outbox.tail(), self.id, head.len() + with_head.len());
-        outbox.tail().extend_from_slice(head);
-        outbox.push(with_head);
         self.send(first, outbox);
         self.state = State::Sending(body);
         if ended {
@@ -409,8 +453,8 @@ where
     }
 
     fn end(&mut self, outbox: &mut Outbox) {
-        fastcgi::stdout_end(outbox.tail(), self.id, 0);
+        fastcgi::stdout_end(outbox.tail(), self.id, self.app_status);
         self.state = State::Ended;
-        self.stdin = None;
+        (self.stdin, self.data) = (None, None);
     }
 }
