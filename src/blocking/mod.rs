@@ -27,7 +27,7 @@ use tower_service::Service;
 pub(crate) use self::pool::{are_all_occupied, configure, finish, one_is_free};
 use self::turn::Pace;
 pub(crate) use self::turn::{before_waiting, jobs_wait, quiet, run_jobs, wake_when_quiet};
-use crate::body::Body;
+use crate::body::{Body, FilterData};
 
 /// Makes a service of a function that may block.
 ///
@@ -79,7 +79,8 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Answer {
         // A body that is still coming in needs the loop: to wait for it here would be to wait for ever.
-        let quick = self.shared.pace.is_quick() && request.body().is_end_stream();
+        let all_has_come = request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
+        let quick = all_has_come && self.shared.pace.is_quick();
         let progress = Mutex::new(Progress { request: Some(request), ..Progress::default() });
         let call = Arc::new(Call { shared: Arc::clone(&self.shared), progress });
         let job: Arc<dyn Job> = Arc::<Call<F>>::clone(&call);

@@ -1,5 +1,6 @@
 //! The body of a request, whatever protocol it came by, and of the responses of blocking functions.
 
+mod filter;
 pub(crate) mod pipe;
 
 use std::fmt;
@@ -16,6 +17,7 @@ use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 
+pub use self::filter::FilterData;
 use crate::pulse::Pulse;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -38,7 +40,7 @@ pub struct Body {
 #[derive(Debug)]
 enum Kind {
     Full(Bytes),
-    /// FastCGI's STDIN, and the length that was announced.
+    /// FastCGI's STDIN, and how much of the length that was announced is still to come.
     Stdin(pipe::Reader, Option<u64>),
     Http(Incoming),
     Other(UnsyncBoxBody<Bytes, BoxError>),
@@ -144,9 +146,15 @@ impl http_body::Body for Body {
         let frame = match &mut self.kind {
             Kind::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
             Kind::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
-            Kind::Stdin(reader, _) => reader
-                .poll_next(context)
-                .map(|piece| piece.map(|piece| piece.map(Frame::data).map_err(|pipe::Cut| BodyError::Cut))),
+            Kind::Stdin(reader, announced) => reader.poll_next(context).map(|piece| match piece {
+                Some(Ok(bytes)) => {
+                    *announced = announced.map(|announced| announced.saturating_sub(bytes.len() as u64));
+                    Some(Ok(Frame::data(bytes)))
+                }
+                // Less than was announced comes only if the client failed (FastCGI specification, 6.2 and 6.4).
+                None if announced.is_none_or(|announced| announced == 0) => None,
+                None | Some(Err(pipe::Cut)) => Some(Err(BodyError::Cut)),
+            }),
             Kind::Http(incoming) => {
                 Pin::new(incoming).poll_frame(context).map_err(|error| BodyError::Other(error.into()))
             }
@@ -178,7 +186,7 @@ impl http_body::Body for Body {
     fn is_end_stream(&self) -> bool {
         match &self.kind {
             Kind::Full(bytes) => bytes.is_empty(),
-            Kind::Stdin(reader, _) => reader.is_at_end(),
+            Kind::Stdin(reader, announced) => announced.unwrap_or(0) == 0 && reader.is_at_end(),
             Kind::Http(incoming) => incoming.is_end_stream(),
             Kind::Other(body) => body.is_end_stream(),
         }
@@ -187,7 +195,7 @@ impl http_body::Body for Body {
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            // What was announced is no promise: the end of the stream is what counts.
+            // There may be more than was announced: the end of the stream is what counts.
             Kind::Stdin(_, length) => {
                 let mut hint = SizeHint::new();
                 hint.set_lower(length.unwrap_or(0));

@@ -28,6 +28,7 @@ pub(crate) enum Error {
     Method,
     Uri,
     Header,
+    Length,
 }
 
 impl fmt::Display for Error {
@@ -36,6 +37,7 @@ impl fmt::Display for Error {
             Self::Method => "REQUEST_METHOD is missing or is no method",
             Self::Uri => "neither REQUEST_URI nor SCRIPT_NAME with PATH_INFO makes a URI",
             Self::Header => "a header has a value that no header may have, or there are too many",
+            Self::Length => "CONTENT_LENGTH is said twice, differently, or is beyond all measure",
         })
     }
 }
@@ -60,14 +62,14 @@ struct Variables<'a> {
 /// length that was announced, if one was.
 ///
 /// # Errors
-/// [`Error`]: there is no method, URI or header in what was said.
+/// [`Error`]: there is no method, URI or header in what was said, or two lengths.
 pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) -> Result<Request<B>, Error> {
     let mut variables = Variables::default();
     let mut headers = HeaderMap::with_capacity(12);
     for (name, value) in params.iter() {
         let name = match name.strip_prefix(b"HTTP_") {
             Some(name) => header_name(name),
-            None => variables.take(name, value),
+            None => variables.take(name, value)?,
         };
         if let Some(name) = name {
             let value = HeaderValue::from_maybe_shared(params.share(value)).map_err(|_| Error::Header)?;
@@ -80,6 +82,9 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
         uri => request_uri(params.share(uri))?,
     };
     let address = variables.address.map(|address| SocketAddr::new(address, variables.port));
+    if let Some(length) = variables.length {
+        headers.insert(header::CONTENT_LENGTH, length.into());
+    }
     let mut request = Request::new(body(variables.length));
     *request.method_mut() = method;
     *request.uri_mut() = uri;
@@ -92,7 +97,7 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
 
 impl<'a> Variables<'a> {
     /// Takes a variable that is not one of the client's headers, except for the two that are.
-    fn take(&mut self, name: &[u8], value: &'a [u8]) -> Option<HeaderName> {
+    fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<Option<HeaderName>, Error> {
         match name {
             b"REQUEST_METHOD" => self.method = value,
             b"REQUEST_URI" => self.request_uri = value,
@@ -102,16 +107,26 @@ impl<'a> Variables<'a> {
             b"REMOTE_ADDR" => self.address = parse(value),
             b"REMOTE_PORT" => self.port = parse(value).unwrap_or(0),
             b"SERVER_PROTOCOL" => self.version = version(value),
-            // Sent empty when there is none (4.1.2, 4.1.3). A length that is no number (one server sends -1 for a
-            // body of unknown length) says nothing: the end of the stream is what counts.
-            b"CONTENT_LENGTH" if value.iter().all(u8::is_ascii_digit) && !value.is_empty() => {
-                self.length = parse(value);
-                return Some(header::CONTENT_LENGTH);
-            }
-            b"CONTENT_TYPE" if !value.is_empty() => return Some(header::CONTENT_TYPE),
+            b"CONTENT_LENGTH" => self.length(value)?,
+            b"CONTENT_TYPE" if !value.is_empty() => return Ok(Some(header::CONTENT_TYPE)),
             _ => {}
         }
-        None
+        Ok(None)
+    }
+
+    /// Sent empty when there is none (4.1.2), and after one it takes that back: so an nginx configuration adds to
+    /// what it includes. A length that is no number (one server sends -1 for a body of unknown length) says nothing:
+    /// the end of the stream is what counts. But two that differ are somebody's trick.
+    fn length(&mut self, value: &[u8]) -> Result<(), Error> {
+        if value.is_empty() {
+            self.length = None;
+        } else if value.iter().all(u8::is_ascii_digit) {
+            let length = parse(value).ok_or(Error::Length)?;
+            if self.length.replace(length).is_some_and(|other| other != length) {
+                return Err(Error::Length);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -209,7 +224,14 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
         if of_one_connection || name == "keep-alive" || name == "status" {
             continue;
         }
-        out.put_slice(name.as_str().as_bytes());
+        match name.as_str().strip_prefix("variable-") {
+            // An authorizer names a variable (FastCGI 6.3), and those are in capitals.
+            Some(variable) => {
+                out.put_slice(b"Variable-");
+                out.extend(variable.bytes().map(|byte| byte.to_ascii_uppercase()));
+            }
+            None => out.put_slice(name.as_str().as_bytes()),
+        }
         out.put_slice(b": ");
         out.put_slice(value.as_bytes());
         out.put_slice(b"\r\n");
@@ -290,7 +312,26 @@ mod tests {
         assert_eq!(made(&[("REQUEST_URI", "/")]).unwrap_err(), Error::Method);
         assert_eq!(made(&[("REQUEST_METHOD", "")]).unwrap_err(), Error::Method);
         assert_eq!(made(&[("REQUEST_METHOD", "GE T")]).unwrap_err(), Error::Method);
-        assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", "a\r\nb: c")]).unwrap_err(), Error::Header);
+        for value in ["a\r\nb: c", "a\n", "a\rb", "a\0b"] {
+            assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", value)]).unwrap_err(), Error::Header, "{value:?}");
+            assert_eq!(made(&[("REQUEST_METHOD", "PUT"), ("CONTENT_TYPE", value)]).unwrap_err(), Error::Header);
+        }
+    }
+
+    #[test]
+    fn two_lengths_that_differ_are_refused() {
+        let length = |lengths: &[&str]| {
+            let lengths = lengths.iter().map(|length| ("CONTENT_LENGTH", *length));
+            let request = made(&[("REQUEST_METHOD", "POST")].into_iter().chain(lengths).collect::<Vec<_>>())?;
+            assert_eq!(request.headers().get_all("content-length").iter().count(), request.body().iter().count());
+            Ok(*request.body())
+        };
+        assert_eq!(length(&["5", "6"]), Err(Error::Length));
+        assert_eq!(length(&["99999999999999999999999"]), Err(Error::Length));
+        assert_eq!(length(&["5", "5"]), Ok(Some(5)));
+        assert_eq!(length(&["5", "05"]), Ok(Some(5)));
+        assert_eq!(length(&["5", ""]), Ok(None));
+        assert_eq!(length(&["", "5"]), Ok(Some(5)));
     }
 
     #[test]
@@ -302,13 +343,17 @@ mod tests {
     }
 
     #[test]
-    fn a_response_head_always_has_its_status() {
+    fn a_response_head_always_has_its_status_and_variables_are_in_capitals() {
         let mut headers = HeaderMap::new();
         headers.insert("location", HeaderValue::from_static("/there"));
         headers.insert("connection", HeaderValue::from_static("close"));
         headers.insert("status", HeaderValue::from_static("200"));
+        headers.insert("variable-remote_role", HeaderValue::from_static("Editor"));
         let mut out = BytesMut::new();
         response_head(&mut out, StatusCode::SEE_OTHER, &headers, Some(0));
-        assert_eq!(out, "Status: 303 See Other\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n");
+        assert_eq!(
+            out,
+            "Status: 303 See Other\r\nlocation: /there\r\nVariable-REMOTE_ROLE: Editor\r\ncontent-length: 0\r\n\r\n"
+        );
     }
 }

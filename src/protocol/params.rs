@@ -87,4 +87,28 @@ mod tests {
         let params = Params::parse(Bytes::from_static(params)).unwrap();
         assert_eq!(params.iter().collect::<Vec<_>>(), [(&b"A"[..], &b"xy"[..]), (b"B", b"")]);
     }
+
+    /// CVE-2025-23016 (libfcgi) and CVE-2025-40907 (its copy in Perl): the sum of two lengths wrapped, and a small buffer
+    /// was made for a long name. Here nothing is made of what is announced.
+    #[test]
+    fn lengths_beyond_the_end_are_refused_whatever_their_sum() {
+        let lengths: [u32; 8] = [0, 1, 2, 3, 0x7fff_fffd, 0x7fff_fffe, 0x7fff_ffff, 0x4000_0000];
+        for name in lengths {
+            for value in lengths {
+                let four = |length: u32| (length | 0x8000_0000).to_be_bytes();
+                let params = [&four(name)[..], &four(value), b"ab"].concat();
+                // Two bytes are left; what they do not fill up must be a pair of its own, and they are none.
+                let fits = u64::from(name) + u64::from(value) == 2;
+                assert_eq!(Params::parse(params.into()).is_some(), fits, "{name} + {value}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_beginning_of_some_pairs_is_some_pairs_or_refused() {
+        let params = b"\x01\x02Axy\x80\0\0\x01\x00B\x03\x80\0\0\x04ABCdefg";
+        let ends: Vec<usize> =
+            (0..=params.len()).filter(|&end| Params::parse(Bytes::from_static(&params[..end])).is_some()).collect();
+        assert_eq!(ends, [0, 5, 11, params.len()]);
+    }
 }

@@ -1,7 +1,7 @@
 //! The application as the connections see it: a request in, always a response out.
 //!
-//! Around the user's service stand here, once for all protocols: the scoreboard, the limit of a body, and the
-//! panic that costs one 500.
+//! Around the user's service stand here, once for all protocols: the scoreboard, the limit of a body, the panic
+//! that costs one 500, and the length that a response promises.
 
 use std::cell::{Cell, RefCell};
 use std::error::Error;
@@ -13,7 +13,8 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use forkyard_shm::{InFlight, Row};
-use http::{Request, Response, StatusCode};
+use http::header::CONTENT_LENGTH;
+use http::{Method, Request, Response, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
@@ -48,9 +49,10 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
             return Answer::refused(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
         }
         let too_large = request.body_mut().watch_limit();
+        let is_head = request.method() == Method::HEAD;
         let pulse = request.body().pulse().cloned();
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
-        Answer { stage, in_flight: Some(in_flight), too_large, pulse }
+        Answer { stage, is_head, in_flight: Some(in_flight), too_large, pulse }
     }
 
     /// An answer that the application had no part in.
@@ -64,6 +66,7 @@ pin_project! {
     pub(crate) struct Answer<S: Service<Request<Body>>> {
         #[pin]
         stage: Stage<S>,
+        is_head: bool,
         in_flight: Option<InFlight>,
         too_large: Option<Arc<AtomicBool>>,
         pulse: Option<Arc<Pulse>>,
@@ -82,7 +85,8 @@ pin_project! {
 
 impl<S: Service<Request<Body>>> Answer<S> {
     fn refused(status: StatusCode, in_flight: InFlight) -> Self {
-        Self { stage: Stage::Refused { status }, in_flight: Some(in_flight), too_large: None, pulse: None }
+        let (stage, in_flight) = (Stage::Refused { status }, Some(in_flight));
+        Self { stage, is_head: false, in_flight, too_large: None, pulse: None }
     }
 }
 
@@ -137,7 +141,14 @@ where
             return Poll::Ready(refusal(StatusCode::REQUEST_TIMEOUT, in_flight));
         }
         Poll::Ready(match outcome {
-            Ok(response) => response.map(|body| Served::App { body, in_flight }),
+            Ok(response) if response.status().is_informational() => {
+                log::error!("a response has status {} request={:?}", response.status(), in_flight.what());
+                refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight) // no server takes it for an answer
+            }
+            Ok(mut response) => {
+                let left = if *answer.is_head { None } else { promised(&mut response, &in_flight) };
+                response.map(|body| Served::App { body, in_flight, left })
+            }
             Err(Failure::Refused(status)) => refusal(status, in_flight),
             Err(Failure::Error(error)) => {
                 let error: BoxError = error.into();
@@ -150,6 +161,22 @@ where
             }
         })
     }
+}
+
+/// The `Content-Length` that the application itself has set for the body of a response. One that is no length
+/// is taken away: servers would make different things of it.
+fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> {
+    if matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+        return None;
+    }
+    let mut values = response.headers().get_all(CONTENT_LENGTH).iter();
+    let digits = values.next()?.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let length = digits.and_then(|text| text.parse().ok()).filter(|_| values.next().is_none());
+    if length.is_none() {
+        log::error!("a Content-Length that is no length was left out request={:?}", in_flight.what());
+        response.headers_mut().remove(CONTENT_LENGTH);
+    }
+    length
 }
 
 fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
@@ -196,7 +223,8 @@ pin_project! {
     /// The body of a response, with the request's place in the scoreboard, which it keeps until it is dropped.
     #[project = Projected]
     pub(crate) enum Served<B> {
-        App { #[pin] body: B, in_flight: InFlight },
+        /// `left` is what its `Content-Length` still promises, if it has one.
+        App { #[pin] body: B, in_flight: InFlight, left: Option<u64> },
         Canned { text: Bytes, in_flight: InFlight },
     }
 }
@@ -210,16 +238,20 @@ where
     type Error = BodyError;
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let (body, in_flight) = match self.project() {
-            Projected::App { body, in_flight } => (body, in_flight),
+        let (body, in_flight, left) = match self.project() {
+            Projected::App { body, in_flight, left } => (body, in_flight, left),
             Projected::Canned { text, .. } if text.is_empty() => return Poll::Ready(None),
             Projected::Canned { text, .. } => return Poll::Ready(Some(Ok(Frame::data(std::mem::take(text))))),
         };
         let error: BoxError = match catch_panic(|| body.poll_frame(context)) {
             Ok(frame) => match ready!(frame) {
-                None => return Poll::Ready(None),
+                None => match left {
+                    None | Some(0) => return Poll::Ready(None),
+                    Some(missing) => format!("it ended {missing} bytes before its Content-Length").into(),
+                },
                 Some(Ok(frame)) => {
-                    return Poll::Ready(Some(Ok(frame.map_data(|mut data| data.copy_to_bytes(data.remaining())))));
+                    let frame = frame.map_data(|mut data| data.copy_to_bytes(data.remaining()));
+                    return Poll::Ready(within_length(frame, left, in_flight).map(Ok));
                 }
                 Some(Err(error)) => error.into(),
             },
@@ -231,15 +263,28 @@ where
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::App { body, .. } => body.is_end_stream(),
+            Self::App { body, left, .. } => left.unwrap_or(0) == 0 && body.is_end_stream(),
             Self::Canned { text, .. } => text.is_empty(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::App { body, .. } => body.size_hint(),
+            Self::App { body, left, .. } => left.map_or_else(|| body.size_hint(), SizeHint::with_exact),
             Self::Canned { text, .. } => SizeHint::with_exact(text.len() as u64),
         }
     }
+}
+
+/// Cuts a response where its `Content-Length` ends. `None` if nothing is left of the frame.
+fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, in_flight: &InFlight) -> Option<Frame<Bytes>> {
+    let (Some(promised), Some(data)) = (left.as_mut(), frame.data_ref()) else { return Some(frame) };
+    let length = data.len() as u64;
+    if length <= *promised {
+        *promised -= length;
+        return Some(frame);
+    }
+    log::error!("a response is longer than its Content-Length, and was cut there request={:?}", in_flight.what());
+    let room = usize::try_from(std::mem::take(promised)).unwrap_or(usize::MAX);
+    (room > 0).then(|| frame.map_data(|mut data| data.split_to(room)))
 }
