@@ -27,6 +27,7 @@ fn main() -> ExitCode {
             .route("/echo", any(async |body: Body| body))
             .route("/count", any(count))
             .route("/bytes/{mib}", get(bytes))
+            .route("/break", get(break_off))
             .route("/slow/{ms}", get(slow))
             .route("/segv", get(segv))
             .route("/abort", get(abort))
@@ -51,6 +52,11 @@ async fn bytes(Path(mib): Path<usize>) -> Body {
     let piece = Bytes::from(vec![b'x'; 64 << 10]);
     let pieces = std::iter::repeat_n(Ok::<_, std::convert::Infallible>(piece), mib * 16);
     Body::from_stream(futures_util::stream::iter(pieces))
+}
+
+/// A body that breaks off after its first piece.
+async fn break_off() -> Body {
+    Body::from_stream(futures_util::stream::iter([Ok("so far, so good\n"), Err("broken on purpose")]))
 }
 
 async fn slow(Path(ms): Path<u64>) -> String {

@@ -24,7 +24,7 @@ Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 
 /// The flags of everything that serves.
 #[derive(Args, Debug)]
 struct ServeOptions {
-    /// Listen here; repeatable. PROTO is http or fastcgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME or fd:N.
+    /// Listen here; repeatable. PROTO is http, fastcgi or scgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME or fd:N.
     /// Without it: standard input if that is a listening socket (a web server started us), else
     /// http:127.0.0.1:8080
     #[arg(long, value_name = "PROTO:ADDR", env = "FORKYARD_BIND", value_delimiter = ',', help_heading = "Sockets")]

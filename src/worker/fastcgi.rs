@@ -31,13 +31,13 @@ use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, Req
 use crate::protocol::params::Params;
 
 /// Output that may wait on a connection before its responses do.
-const OUTBOX_LIMIT: usize = 64 << 10;
+pub(super) const OUTBOX_LIMIT: usize = 64 << 10;
 /// Replies to management records and refusals that may wait beside it; one piece of a response may too.
 const REPLIES_LIMIT: usize = 1 << 20;
 /// A read takes at least, and at most, so much.
-const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
+pub(super) const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 /// How long, and for how many bytes, a peer that still sends is listened to after our last word.
-const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
+pub(super) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
 /// Serves one connection to its end.
 pub(crate) async fn serve<IO, S, B>(socket: IO, application: Rc<Application<S>>, drain: Drain)

@@ -1,7 +1,7 @@
 //! A worker: a forked process with one event loop, in which the application runs.
 //!
 //! ```text
-//! accept ─▶ http | fastcgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
+//! accept ─▶ http | fastcgi | scgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
 //! ```
 //!
 //! The event loop is a tokio current-thread runtime, made after the fork, on a thread of its own. That thread is
@@ -16,8 +16,11 @@ mod accept;
 mod fastcgi;
 mod http;
 mod outbox;
+mod reply;
+mod scgi;
 mod serve;
 
+use std::any::Any;
 use std::fs::File;
 use std::future::{Future, poll_fn};
 use std::io::{self, Write as _};
@@ -37,6 +40,7 @@ use forkyard_shm::{Cache, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
 use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
 use tokio::runtime::{LocalOptions, LocalRuntime};
 use tokio::time::MissedTickBehavior;
 use tower_service::Service;
@@ -192,6 +196,15 @@ where
         async move {
             match protocol {
                 Protocol::FastCgi => fastcgi::serve(socket, application, drain).await,
+                Protocol::Scgi => {
+                    // It needs the sockets themselves, and there are these two.
+                    let socket: Box<dyn Any> = Box::new(socket);
+                    match socket.downcast::<TcpStream>().map_err(|other| other.downcast::<tokio::net::UnixStream>()) {
+                        Ok(socket) => scgi::serve(*socket, application, drain).await,
+                        Err(Ok(socket)) => scgi::serve(*socket, application, drain).await,
+                        Err(Err(_)) => log::error!("a socket of a kind that SCGI cannot be spoken on"),
+                    }
+                }
                 Protocol::Http => http::serve(socket, peer, application, drain).await,
             }
         }
