@@ -13,6 +13,7 @@
 //! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
 
 mod accept;
+pub(crate) mod cgi;
 mod fastcgi;
 mod http;
 mod outbox;
