@@ -6,8 +6,9 @@ mod common;
 
 use std::io::{self, Read as _, Write as _};
 
+use common::front::{self, lighttpd_config, nginx_config};
 use common::scgi::{Client, head, netstring, request};
-use common::{Server, wait_until};
+use common::{Server, http, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -250,4 +251,71 @@ fn a_drain_finishes_what_has_begun() {
     }
     assert_eq!(fixture.server.wait_end(), Some(0));
     drop(idle);
+}
+
+/// What every web server must make of us: `address` is that of the web server before `server`.
+fn check_front(address: &str, server: &Server) {
+    assert_eq!(http::get(address, "/ok").unwrap().text(), "ok\n");
+    assert_eq!(http::get(address, "/panic").unwrap().status, 500);
+    assert_eq!(http::post(address, "/count", &vec![b'y'; MIB]).unwrap().text(), "1048576\n");
+    assert_eq!(http::post(address, "/echo", b"").unwrap().body, b"");
+    assert_eq!(http::post(address, "/ok", &vec![b'y'; MIB]).unwrap().text(), "ok\n");
+    assert_eq!(http::get(address, "/bytes/16").unwrap().body.len(), 16 * MIB);
+    let head = http::Client::connect(address).unwrap().request("HEAD", "/ok", b"").unwrap();
+    assert_eq!((head.status, head.header("content-length")), (200, Some("3")));
+
+    let broken = http::get(address, "/break");
+    assert!(broken.as_ref().map_or(true, |response| response.status >= 500), "taken for whole: {broken:?}");
+    let mut client = http::Client::connect(address).unwrap();
+    client.stream.get_mut().write_all(b"GET /bytes/64 HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    client.stream.read_exact(&mut vec![0; MIB]).unwrap();
+    let worker = wait_until("there is a worker", || server.children().first().copied());
+    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    let mut rest = Vec::new();
+    let ended = client.stream.read_to_end(&mut rest);
+    assert!(ended.is_err() || !rest.ends_with(b"0\r\n\r\n"), "a response whose worker died is taken for whole");
+    wait_until("the next worker serves", || http::get(address, "/ok").ok().filter(|response| response.status == 200));
+}
+
+#[test]
+fn behind_nginx() {
+    let fixture = start(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    for bind in &fixture.server.binds {
+        let to = bind.strip_prefix("scgi:").unwrap();
+        let location = format!(
+            "scgi_pass {to};
+             scgi_param REQUEST_METHOD $request_method; scgi_param REQUEST_URI $request_uri;
+             scgi_param QUERY_STRING $query_string; scgi_param CONTENT_TYPE $content_type;
+             scgi_param DOCUMENT_URI $document_uri; scgi_param SCGI 1;
+             scgi_param SERVER_PROTOCOL $server_protocol; scgi_param REMOTE_ADDR $remote_addr;"
+        );
+        let config = |port| nginx_config(folder.path(), port, &location);
+        let (_nginx, address) = front::start("nginx", folder.path(), config);
+        check_front(&address, &fixture.server);
+    }
+}
+
+#[test]
+fn behind_lighttpd() {
+    let fixture = start(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    let socket = fixture.server.binds[0].strip_prefix("scgi:unix:").unwrap();
+    for streaming in ["", "server.stream-request-body = 1\nserver.stream-response-body = 1"] {
+        let rest = format!(
+            "server.modules = (\"mod_scgi\")
+             {streaming}
+             scgi.server = (\"/\" => ((\"socket\" => \"{socket}\", \"check-local\" => \"disable\")))"
+        );
+        let config = |port| lighttpd_config(folder.path(), port, &rest);
+        let (_lighttpd, address) = front::start("lighttpd", folder.path(), config);
+        let mut client = http::Client::connect(&address).unwrap();
+        let chunked = "POST /echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
+        client.stream.get_mut().write_all(chunked.as_bytes()).unwrap();
+        for piece in ["3\r\none\r\n", "5\r\n, two\r\n", "0\r\n\r\n"] {
+            client.stream.get_mut().write_all(piece.as_bytes()).unwrap();
+        }
+        assert_eq!(client.response(false).unwrap().text(), "one, two", "{streaming:?}");
+        check_front(&address, &fixture.server);
+    }
 }

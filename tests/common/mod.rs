@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
 pub mod fastcgi;
+pub mod front;
 pub mod http;
 pub mod scgi;
 
