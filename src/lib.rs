@@ -18,6 +18,7 @@ mod banner;
 mod blocking;
 mod body;
 mod builder;
+mod cgi_call;
 mod cli;
 mod config;
 mod context;

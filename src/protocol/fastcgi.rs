@@ -19,7 +19,7 @@ use std::fmt;
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::Extensions;
 
-use super::params::Params;
+use super::params::{Params, put_length};
 
 /// The id of a request on its connection, never 0.
 pub(crate) type RequestId = u16;
@@ -470,13 +470,6 @@ enum Progress {
     Event(Event),
     Continue,
     Starved,
-}
-
-fn put_length(out: &mut BytesMut, length: usize) {
-    match u8::try_from(length) {
-        Ok(short) if short < 0x80 => out.put_u8(short),
-        _ => out.put_u32(u32::try_from(length).unwrap_or(u32::MAX) | 0x8000_0000),
-    }
 }
 
 fn put_header(out: &mut BytesMut, kind: u8, id: RequestId, content: usize) {

@@ -34,13 +34,13 @@ use crate::protocol::params::Params;
 use crate::pulse::Stage;
 
 /// Output that may wait on a connection before its responses do.
-const OUTBOX_LIMIT: usize = 64 << 10;
+pub(super) const OUTBOX_LIMIT: usize = 64 << 10;
 /// Replies to management records and refusals that may wait beside it; one piece of a response may too.
 const REPLIES_LIMIT: usize = 1 << 20;
 /// A read takes at least, and at most, so much.
-const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
+pub(super) const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 /// How long, and for how many bytes, a peer that still sends is listened to after our last word.
-const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
+pub(super) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
 /// Serves one connection to its end.
 pub(crate) async fn serve<S, B>(socket: Socket, application: Rc<Application<S>>, drain: Drain)
@@ -65,6 +65,7 @@ where
         draining: false,
         last_chance_over: false,
         unread: false,
+        deaf: false,
     };
     let mut drained = pin!(drain.wait());
     let mut last_chance = pin!(drain.wait_for_last_request());
@@ -103,6 +104,8 @@ struct Connection<S: Service<Request<Body>>, B> {
     last_chance_over: bool,
     /// The last request was answered before all of it had come.
     unread: bool,
+    /// The peer took too long: what it still sends interests nobody.
+    deaf: bool,
 }
 
 /// A request and its response.
@@ -211,6 +214,9 @@ where
                 return Ok(Poll::Pending);
             }
         }
+        if self.deaf {
+            return Ok(Poll::Pending);
+        }
         if self.decode()? {
             return Ok(Poll::Ready(()));
         }
@@ -235,6 +241,14 @@ where
                 }
                 self.decode()?;
                 Ok(Poll::Ready(()))
+            }
+            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !self.exchanges.is_empty() => {
+                // Bodies are cut by that, and answers still come.
+                for exchange in &mut self.exchanges {
+                    (exchange.stdin, exchange.data) = (None, None);
+                }
+                (self.deaf, self.closing) = (true, true);
+                Ok(Poll::Pending)
             }
             Poll::Ready(Err(error)) => Err(error),
         }

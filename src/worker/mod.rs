@@ -1,7 +1,7 @@
 //! A worker: a forked process with one event loop, in which the application runs.
 //!
 //! ```text
-//! accept ─▶ http | fastcgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
+//! accept ─▶ http | fastcgi | scgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
 //! ```
 //!
 //! The event loop is a tokio current-thread runtime, made after the fork, on a thread of its own. That thread is
@@ -13,9 +13,12 @@
 //! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
 
 mod accept;
+pub(crate) mod cgi;
 mod fastcgi;
 mod http;
 mod outbox;
+mod reply;
+mod scgi;
 mod serve;
 mod socket;
 
@@ -203,6 +206,7 @@ where
         async move {
             match protocol {
                 Protocol::FastCgi => fastcgi::serve(socket, application, drain).await,
+                Protocol::Scgi => scgi::serve(socket, application, drain).await,
                 Protocol::Http => http::serve(socket, peer, application, drain).await,
             }
         }

@@ -179,7 +179,8 @@ fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> 
     length
 }
 
-fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
+/// A response of a status and its name.
+pub(super) fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
     let text = format!("{status}\n");
     let mut response = Response::new(Served::Canned { text: Bytes::from(text), in_flight });
     *response.status_mut() = status;
