@@ -25,6 +25,7 @@ mod heritage;
 mod listen;
 mod master;
 pub mod page;
+mod peers;
 mod protocol;
 mod sys;
 mod worker;

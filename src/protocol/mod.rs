@@ -2,6 +2,7 @@
 //!
 //! - [`fastcgi`] knows records and streams; [`params`] the pairs in them.
 //! - [`cgi`] knows what a CGI variable means to an `http::Request`, and how a response head is written.
+//! - [`proxy`] knows the PROXY protocol's header; [`forwarded`] what HTTP headers say of the client.
 //!
 //! HTTP is hyper's; there is no file for it here.
 
@@ -9,4 +10,6 @@
 
 pub(crate) mod cgi;
 pub(crate) mod fastcgi;
+pub(crate) mod forwarded;
 pub(crate) mod params;
+pub(crate) mod proxy;

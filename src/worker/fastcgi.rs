@@ -39,8 +39,8 @@ const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 /// How long, and for how many bytes, a peer that still sends is listened to after our last word.
 const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
-/// Serves one connection to its end.
-pub(crate) async fn serve<IO, S, B>(socket: IO, application: Rc<Application<S>>, drain: Drain)
+/// Serves one connection to its end. `early` is what was read of it already.
+pub(crate) async fn serve<IO, S, B>(socket: IO, early: BytesMut, application: Rc<Application<S>>, drain: Drain)
 where
     IO: AsyncRead + AsyncWrite + Unpin,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
@@ -51,7 +51,7 @@ where
     let limits = application.limits;
     let mut connection = Connection {
         socket,
-        input: BytesMut::new(),
+        input: early,
         read_size: READ_SIZES.0,
         decoder: Decoder::new(limits.max_params, limits.max_multiplexed),
         outbox: Outbox::default(),

@@ -13,8 +13,10 @@
 //! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
 
 mod accept;
+mod door;
 mod fastcgi;
 mod http;
+mod opening;
 mod outbox;
 mod serve;
 
@@ -33,6 +35,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use ::http::{Request, Response};
+use bytes::BytesMut;
 use forkyard_shm::{Cache, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
@@ -42,11 +45,13 @@ use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
 use self::accept::{Acceptor, Connections, Serve, Socket};
+use self::door::Door;
 use self::serve::{Application, BoxError};
 use crate::body::Body;
 use crate::context::{Context, Drain};
 use crate::heritage::{Heritage, READY};
 use crate::listen::Protocol;
+use crate::protocol::cgi::Peer;
 use crate::{blocking, sys};
 
 /// Lives a worker's life: returns its exit status when it has drained.
@@ -109,11 +114,15 @@ where
         let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
         let connections =
             Rc::new(Connections::new(config.limits.max_connections, row.clone(), scoreboard, heritage.slot));
-        let application = Rc::new(Application::new(service, row.clone(), config.limits));
+        let application = Rc::new(Application::new(service, row.clone(), config.limits, config.trust.clone()));
         let mut accepting = Vec::new();
         for listener in heritage.listeners.iter() {
-            let server =
-                Server { application: Rc::clone(&application), drain: drain.clone(), protocol: listener.protocol };
+            let server = Server {
+                application: Rc::clone(&application),
+                drain: drain.clone(),
+                protocol: listener.protocol,
+                door: Door::new(config, listener.protocol),
+            };
             let acceptor = Rc::new(Acceptor::new(listener)?);
             let (server, connections) = (Rc::new(server), Rc::clone(&connections));
             let (run, with) = (Rc::clone(&acceptor), Rc::clone(&server));
@@ -178,6 +187,7 @@ struct Server<S> {
     application: Rc<Application<S>>,
     drain: Drain,
     protocol: Protocol,
+    door: Door,
 }
 
 impl<S, B> Serve for Server<S>
@@ -187,12 +197,29 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    fn serve(&self, socket: impl Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
+    fn serve(&self, mut socket: impl Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
         let (application, drain, protocol) = (Rc::clone(&self.application), self.drain.clone(), self.protocol);
+        let permitted = self.door.permits(peer);
+        let mut peer = Peer { address: peer, is_https: false, over_unix: peer.is_none() };
         async move {
+            if !permitted {
+                return;
+            }
+            let mut early = BytesMut::new();
+            let trust = application.trust.as_ref();
+            if trust.is_some_and(|trust| trust.peers.contain(peer.address.map(|address| address.ip()))) {
+                let reading = tokio::select! {
+                    reading = opening::read_proxy_header(&mut socket, &mut peer) => reading,
+                    () = drain.wait_for_last_request() => return,
+                };
+                early = match reading {
+                    Ok(early) => early,
+                    Err(error) => return log::debug!("a connection ended before it began: {error}"),
+                };
+            }
             match protocol {
-                Protocol::FastCgi => fastcgi::serve(socket, application, drain).await,
-                Protocol::Http => http::serve(socket, peer, application, drain).await,
+                Protocol::FastCgi => fastcgi::serve(socket, early, application, drain).await,
+                Protocol::Http => http::serve(socket, early, peer, application, drain).await,
             }
         }
     }

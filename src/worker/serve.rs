@@ -13,13 +13,15 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use forkyard_shm::{InFlight, Row};
-use http::{Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, header};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::body::{Body, BodyError};
-use crate::config::Limits;
+use crate::config::{Limits, Trust};
+use crate::protocol::cgi::Peer;
+use crate::protocol::forwarded;
 
 /// What an error of the application's may be.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -30,11 +32,12 @@ pub(crate) struct Application<S> {
     service: S,
     row: Row,
     pub(crate) limits: Limits,
+    pub(crate) trust: Option<Trust>,
 }
 
 impl<S> Application<S> {
-    pub(crate) fn new(service: S, row: Row, limits: Limits) -> Self {
-        Self { service, row, limits }
+    pub(crate) fn new(service: S, row: Row, limits: Limits, trust: Option<Trust>) -> Self {
+        Self { service, row, limits, trust }
     }
 }
 
@@ -47,8 +50,17 @@ where
 {
     /// Has the application answer; if it fails or panics, answers for it.
     pub(crate) async fn answer(&self, mut request: Request<Body>) -> Response<Served<B>> {
+        if let Some(trust) = &self.trust {
+            believe(trust, &mut request);
+        }
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         let in_flight = self.row.begin(request.method().as_str(), target);
+        if target.len() > self.limits.max_uri {
+            return refusal(StatusCode::URI_TOO_LONG, in_flight);
+        }
+        if request.headers().len() > self.limits.max_headers {
+            return refusal(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, in_flight);
+        }
         if request.body().size_hint().lower() > self.limits.max_body {
             return refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
         }
@@ -80,6 +92,30 @@ where
     pub(crate) fn refuse(&self, status: StatusCode) -> Response<Served<B>> {
         refusal(status, self.row.begin("-", "-"))
     }
+}
+
+/// If a request comes from a trusted proxy, makes [`Peer`] and `Host` what that one says of its client. What clients
+/// may have made up is taken away: applications are known to go by it.
+fn believe(trust: &Trust, request: &mut Request<Body>) {
+    let Some(&peer) = request.extensions().get::<Peer>() else { return };
+    let is_trusted = match peer.address {
+        Some(address) => trust.peers.contain(Some(address.ip())),
+        None => peer.over_unix && trust.peers.contain(None),
+    };
+    let headers = request.headers_mut();
+    forwarded::remove(headers, is_trusted.then_some(trust.family));
+    if !is_trusted {
+        return;
+    }
+    let client = forwarded::client(headers, trust.family, |address| trust.peers.contain(Some(address)));
+    if let Some(host) = client.host.filter(|host| super::http::is_host(host.as_bytes())) {
+        headers.insert(header::HOST, host);
+    }
+    let is_https = client.is_https.unwrap_or(peer.is_https);
+    request.extensions_mut().insert(match client.address {
+        Some(address) => Peer { address, is_https, over_unix: false },
+        None => Peer { is_https, ..peer },
+    });
 }
 
 fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
