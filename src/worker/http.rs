@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 use std::convert::Infallible;
+use std::error::Error;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -77,8 +78,14 @@ pub(crate) async fn serve<IO, S, B>(
         until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
     };
     if let Err(error) = ended {
-        log::debug!("an HTTP connection ended: {error}");
+        log::debug!("an HTTP connection ended: {}", with_causes(&error));
     }
+}
+
+/// hyper's errors name the layer; what happened is in their sources.
+fn with_causes(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 fn http1_settings(limits: &Limits) -> http1::Builder {
@@ -213,6 +220,9 @@ fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     }
     let version = request.version();
     if request.uri().authority().is_some() {
+        if request.uri().scheme().is_none() {
+            return refuse(StatusCode::BAD_REQUEST, "the target is neither a path nor a URI");
+        }
         // An absolute URI (RFC 9112, section 3.2.2) or :authority (RFC 9113, section 8.3.1) outdoes Host.
         let uri = std::mem::take(request.uri_mut()).into_parts();
         let host = uri.authority.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok());
@@ -343,6 +353,7 @@ mod tests {
             ("GET", "/", &[("host", "a/b")], 400),
             ("GET", "/", &[("host", "a b")], 400),
             ("GET", "http://user@x/", &[("host", "x")], 400),
+            ("GET", "x", &[("host", "x")], 400),
             ("CONNECT", "x:80", &[("host", "x:80")], 501),
             ("POST", "/", &[("host", "x"), ("transfer-encoding", "gzip, chunked")], 501),
             ("POST", "/", &[("host", "x"), ("transfer-encoding", "gzip"), ("transfer-encoding", "chunked")], 501),

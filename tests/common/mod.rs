@@ -7,6 +7,7 @@
 
 pub mod fastcgi;
 pub mod http;
+pub mod http2;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
