@@ -172,7 +172,8 @@ fn a_unix_socket_is_trusted_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.sock");
     let bind = format!("http:unix:{}", path.display());
-    for (trust, peer) in [("unix,127.0.0.1", "peer=192.0.2.7:0 https=true"), ("127.0.0.1", "peer=unknown https=false")] {
+    for (trust, peer) in [("unix,127.0.0.1", "peer=192.0.2.7:0 https=true"), ("127.0.0.1", "peer=unknown https=false")]
+    {
         let mut server = mirror(&["--bind", &bind], &["--trust", trust]);
         let mut stream = UnixStream::connect(&path).unwrap();
         write!(stream, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{X_FORWARDED}\r\n").unwrap();
