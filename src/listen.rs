@@ -26,7 +26,7 @@ use crate::sys;
 pub(crate) enum Protocol {
     /// FastCGI 1.0, for a web server in front.
     FastCgi,
-    /// HTTP/1.1.
+    /// HTTP/1.1, and HTTP/2 by prior knowledge.
     Http,
 }
 
