@@ -7,11 +7,15 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
 use crate::cgi_call;
-use crate::config::{CacheConfig, Config, Limits, Timeouts, parse_duration, parse_mode, parse_size, parse_workers};
+use crate::config::{
+    CacheConfig, Config, Limits, Timeouts, Trust, parse_duration, parse_mode, parse_size, parse_workers,
+};
 use crate::listen::{self, Address, Bind, Protocol};
+use crate::peers::{Peers, Who};
+use crate::protocol::forwarded::Family;
 
 const SIGNALS: &str = "\
 Signals to the master:
@@ -74,6 +78,9 @@ struct WorkerOptions {
     #[command(flatten)]
     keep: KeepOptions,
 
+    #[command(flatten)]
+    access: AccessOptions,
+
     /// Largest request body; a larger one gets 413
     #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BODY", default_value = "1G", value_parser = parse_size, help_heading = "Memory and limits")]
     max_body: u64,
@@ -90,7 +97,25 @@ struct WorkerOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_QUEUE", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
     queue: u32,
 
-    /// Requests at a time on one FastCGI connection; a further one is refused with CANT_MPX_CONN
+    /// Headers of a request; one with more gets 431
+    #[arg(long, value_name = "N", env = "FORKYARD_MAX_HEADERS", default_value = "100", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Memory and limits")]
+    max_headers: u16,
+
+    /// Longest path with its query, at most 65534 bytes; a longer one gets 414
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_URI", default_value = "16K", value_parser = parse_max_uri, help_heading = "Memory and limits")]
+    max_uri: usize,
+
+    /// Requests after which an HTTP connection is closed; 0 for any number
+    #[arg(
+        long,
+        value_name = "N",
+        env = "FORKYARD_MAX_REQUESTS_PER_CONNECTION",
+        default_value = "0",
+        help_heading = "Memory and limits"
+    )]
+    max_requests_per_connection: u32,
+
+    /// Requests at a time on one FastCGI connection (a further one is refused with CANT_MPX_CONN) or HTTP/2 connection
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_MULTIPLEXED", default_value = "64", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Memory and limits")]
     max_multiplexed: u16,
 
@@ -126,6 +151,54 @@ impl TimeoutOptions {
             body: self.body_timeout,
             write: self.write_timeout,
         }
+    }
+}
+
+/// Who may connect, and who is believed.
+#[derive(Args, Debug)]
+struct AccessOptions {
+    /// Who may connect; repeatable. WHO is an address, a network as in 10.0.0.0/8, or unix. Without it: anybody, and
+    /// over FastCGI those in FCGI_WEB_SERVER_ADDRS, if that is set
+    #[arg(long, value_name = "WHO", env = "FORKYARD_ALLOW", value_delimiter = ',', help_heading = "Sockets")]
+    allow: Vec<Who>,
+
+    /// A proxy that is believed when it tells who its client is, by the PROXY protocol or by headers; repeatable. WHO
+    /// is as for --allow
+    #[arg(long, value_name = "WHO", env = "FORKYARD_TRUST", value_delimiter = ',', help_heading = "Sockets")]
+    trust: Vec<Who>,
+
+    /// The headers that those of --trust write; with --trust, no others of their kind reach the application
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "FORKYARD_TRUST_HEADER",
+        default_value = "x-forwarded",
+        help_heading = "Sockets"
+    )]
+    trust_header: TrustHeader,
+}
+
+/// The names of [`Family`] on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TrustHeader {
+    /// X-Forwarded-For, -Proto and -Host
+    XForwarded,
+    /// Forwarded (RFC 7239)
+    Forwarded,
+}
+
+impl AccessOptions {
+    /// # Errors
+    /// A sentence for the operator: the web server's variable makes no sense.
+    fn access(self) -> Result<Access, String> {
+        let family = match self.trust_header {
+            TrustHeader::XForwarded => Family::X,
+            TrustHeader::Forwarded => Family::Rfc7239,
+        };
+        let variable = std::env::var("FCGI_WEB_SERVER_ADDRS").unwrap_or_default();
+        let allow = Peers::new(self.allow);
+        let web_servers = if allow.is_none() { Peers::web_servers(&variable)? } else { None };
+        Ok(Access { allow, web_servers, trust: Peers::new(self.trust).map(|peers| Trust { peers, family }) })
     }
 }
 
@@ -221,18 +294,22 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     if let Some(name) = name {
         command = command.name(name.clone()).bin_name(name);
     }
-    let linked = Linked::from_arg_matches(&command.try_get_matches_from(arguments)?)?;
+    let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
-    let WorkerOptions { threads, queue, cache, keep, timeouts, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, access, timeouts, .. } = linked.worker;
+    let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let limits = Limits {
         max_body: linked.worker.max_body,
         max_params: linked.worker.max_params,
         max_connections: linked.worker.max_connections,
+        max_headers: linked.worker.max_headers.into(),
+        max_uri: linked.worker.max_uri,
         max_multiplexed: linked.worker.max_multiplexed.into(),
+        max_requests_per_connection: linked.worker.max_requests_per_connection,
         timeouts: timeouts.timeouts(),
     };
-    let of_workers = OfWorkers { threads, queue, limits };
+    let of_workers = OfWorkers { threads, queue, limits, access };
     let config = config(linked.serve, keep.cache(cache), Duration::ZERO, of_workers);
     Ok(Request { config, log_level, cgi, program: None })
 }
@@ -277,6 +354,15 @@ struct OfWorkers {
     threads: u32,
     queue: u32,
     limits: Limits,
+    access: Access,
+}
+
+/// As in [`Config`].
+#[derive(Debug, Default)]
+struct Access {
+    allow: Option<Peers>,
+    web_servers: Option<Peers>,
+    trust: Option<Trust>,
 }
 
 fn config(serve: ServeOptions, cache: CacheConfig, settle: Duration, of_workers: OfWorkers) -> Config {
@@ -301,7 +387,16 @@ fn config(serve: ServeOptions, cache: CacheConfig, settle: Duration, of_workers:
         settle,
         respawn_rate: serve.respawn_rate,
         limits: of_workers.limits,
+        allow: of_workers.access.allow,
+        web_servers: of_workers.access.web_servers,
+        trust: of_workers.access.trust,
     }
+}
+
+fn parse_max_uri(text: &str) -> Result<usize, String> {
+    // The type of a URI holds no more.
+    let size = usize::try_from(parse_size(text)?).ok().filter(|size| (1..=65534).contains(size));
+    size.ok_or(format!("'{text}' is out of range (expected 1 to 65534)"))
 }
 
 fn parse_max_params(text: &str) -> Result<usize, String> {

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::listen::Bind;
+use crate::peers::Peers;
+use crate::protocol::forwarded::Family;
 
 /// All that the master, and through it each worker, was told.
 #[derive(Clone, Debug)]
@@ -28,6 +30,19 @@ pub(crate) struct Config {
     /// Workers per second that may be replaced at once; more of them wait.
     pub(crate) respawn_rate: u32,
     pub(crate) limits: Limits,
+    /// Who may connect; anybody if `None`.
+    pub(crate) allow: Option<Peers>,
+    /// The same for FastCGI, if `allow` does not tell: the web servers.
+    pub(crate) web_servers: Option<Peers>,
+    pub(crate) trust: Option<Trust>,
+}
+
+/// The proxies that are believed when they tell who their client is.
+#[derive(Clone, Debug)]
+pub(crate) struct Trust {
+    pub(crate) peers: Peers,
+    /// The headers that they write.
+    pub(crate) family: Family,
 }
 
 /// The shared page cache.
@@ -50,8 +65,14 @@ pub(crate) struct Limits {
     pub(crate) max_params: usize,
     /// Connections that a worker holds at a time; at the limit it leaves new ones to its siblings.
     pub(crate) max_connections: u32,
-    /// Requests at a time on one FastCGI connection.
+    /// Headers of a request.
+    pub(crate) max_headers: usize,
+    /// Bytes of a request's path and query.
+    pub(crate) max_uri: usize,
+    /// Requests at a time on one FastCGI or HTTP/2 connection.
     pub(crate) max_multiplexed: usize,
+    /// Requests of one HTTP connection, after which it is closed; 0 is any number.
+    pub(crate) max_requests_per_connection: u32,
     pub(crate) timeouts: Timeouts,
 }
 

@@ -26,6 +26,7 @@ mod heritage;
 mod listen;
 mod master;
 pub mod page;
+mod peers;
 mod protocol;
 mod pulse;
 mod sys;

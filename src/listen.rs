@@ -28,7 +28,7 @@ pub(crate) enum Protocol {
     FastCgi,
     /// SCGI, for a web server in front.
     Scgi,
-    /// HTTP/1.1.
+    /// HTTP/1.1, and HTTP/2 by prior knowledge.
     Http,
 }
 

@@ -40,6 +40,10 @@ fn a_wrong_flag_is_a_usage_error() {
     refused(&["--bind", "gopher:127.0.0.1:70"], 2, &["unknown protocol 'gopher'"]);
     refused(&["--bind", "http:127.0.0.1"], 2, &["no port in '127.0.0.1'", "http:127.0.0.1:8080"]);
     refused(&["--max-params", "1K"], 2, &["out of range", "8K to 16M"]);
+    refused(&["--max-uri", "64K"], 2, &["out of range", "1 to 65534"]);
+    refused(&["--trust", "localhost"], 2, &["'localhost' is not an address", "10.0.0.0/8"]);
+    refused(&["--allow", "10.0.0.1/8"], 2, &["names an address within the network"]);
+    refused(&["--trust-header", "via"], 2, &["x-forwarded, forwarded"]);
 }
 
 #[test]
@@ -107,7 +111,22 @@ fn run_says_what_it_cannot_do() {
 #[test]
 fn help_names_every_flag_with_its_default_and_variable() {
     for (name, arguments, flags) in [
-        ("hello", &["--help"][..], &["--threads", "--queue", "--header-timeout", "--max-body"][..]),
+        (
+            "hello",
+            &["--help"][..],
+            &[
+                "--threads",
+                "--queue",
+                "--header-timeout",
+                "--max-body",
+                "--max-headers",
+                "--max-uri",
+                "--max-requests-per-connection",
+                "--allow",
+                "--trust",
+                "--trust-header",
+            ][..],
+        ),
         ("forkyard", &["run", "--help"], &["--direct", "--settle"]),
     ] {
         let help = String::from_utf8(run(name, arguments).stdout).unwrap();

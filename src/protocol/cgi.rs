@@ -14,12 +14,19 @@ use http::{Method, Request, StatusCode, Uri, Version};
 
 use super::params::Params;
 
-/// Where a request came from, as the server in front tells it (`REMOTE_ADDR`, `REMOTE_PORT`), or the address
-/// at the other end of an HTTP connection. An extension of each request.
+/// Where a request came from, and how. An extension of each request.
+///
+/// Over HTTP it is the other end of the connection; over FastCGI, what the server in front tells (`REMOTE_ADDR`,
+/// `REMOTE_PORT`, `HTTPS`, `REQUEST_SCHEME`). If that is an address of `--trust`, it is what that proxy tells of its
+/// client in turn. The host that the client asked for is the request's `Host` header, whoever told it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// `None` for a Unix socket, or if the server in front does not say.
+    /// `None` for a Unix socket, or if the server in front does not say. The port is 0 if only the address is known.
     pub address: Option<SocketAddr>,
+    /// Whether the client used HTTPS, as far as we are told.
+    pub is_https: bool,
+    /// There is no address because it is a Unix socket, of this machine or of the load balancer's.
+    pub(crate) over_unix: bool,
 }
 
 /// The head of a request that makes no sense. It is the server's fault, or that of whoever connected.
@@ -54,6 +61,7 @@ struct Variables<'a> {
     query: &'a [u8],
     address: Option<IpAddr>,
     port: u16,
+    is_https: bool,
     version: Version,
     length: Option<u64>,
 }
@@ -90,7 +98,7 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
     *request.uri_mut() = uri;
     *request.version_mut() = variables.version;
     *request.headers_mut() = headers;
-    request.extensions_mut().insert(Peer { address });
+    request.extensions_mut().insert(Peer { address, is_https: variables.is_https, over_unix: false });
     request.extensions_mut().insert(params);
     Ok(request)
 }
@@ -106,6 +114,9 @@ impl<'a> Variables<'a> {
             b"QUERY_STRING" => self.query = value,
             b"REMOTE_ADDR" => self.address = parse(value),
             b"REMOTE_PORT" => self.port = parse(value).unwrap_or(0),
+            // The one is what servers agree on, the other is nginx's; a server that speaks HTTP sets no other value, or `off`.
+            b"HTTPS" => self.is_https |= value.eq_ignore_ascii_case(b"on") || value == b"1",
+            b"REQUEST_SCHEME" => self.is_https |= value.eq_ignore_ascii_case(b"https"),
             b"SERVER_PROTOCOL" => self.version = version(value),
             b"CONTENT_LENGTH" => self.length(value)?,
             b"CONTENT_TYPE" if !value.is_empty() => return Ok(Some(header::CONTENT_TYPE)),
@@ -339,6 +350,22 @@ mod tests {
         for length in ["", "-1", "12x"] {
             let request = made(&[("REQUEST_METHOD", "GET"), ("CONTENT_LENGTH", length)]).unwrap();
             assert!(request.headers().is_empty() && request.body().is_none(), "{length}");
+        }
+    }
+
+    #[test]
+    fn the_scheme_is_in_either_of_two_variables() {
+        for (name, value, is_https) in [
+            ("HTTPS", "on", true),
+            ("HTTPS", "On", true),
+            ("HTTPS", "1", true),
+            ("HTTPS", "off", false),
+            ("HTTPS", "", false),
+            ("REQUEST_SCHEME", "https", true),
+            ("REQUEST_SCHEME", "http", false),
+        ] {
+            let request = made(&[("REQUEST_METHOD", "GET"), (name, value)]).unwrap();
+            assert_eq!(request.extensions().get::<Peer>().unwrap().is_https, is_https, "{name}={value}");
         }
     }
 

@@ -3,6 +3,7 @@
 //! - [`fastcgi`] knows records and streams; [`params`] the pairs in them.
 //! - [`scgi`] knows the netstring and the body behind it.
 //! - [`cgi`] knows what a CGI variable means to an `http::Request`, and how a response head is written.
+//! - [`proxy`] knows the PROXY protocol's header; [`forwarded`] what HTTP headers say of the client.
 //!
 //! HTTP is hyper's; there is no file for it here.
 
@@ -10,5 +11,7 @@
 
 pub(crate) mod cgi;
 pub(crate) mod fastcgi;
+pub(crate) mod forwarded;
 pub(crate) mod params;
+pub(crate) mod proxy;
 pub(crate) mod scgi;

@@ -103,7 +103,7 @@ where
     let is_head = request.method() == Method::HEAD;
     let context = Context::new(0, 1, segment, &Drain::default());
     let response = match serve::catch_panic(|| factory(context)) {
-        Ok(service) => Application::new(service, row, config.limits).answer(request).await,
+        Ok(service) => Application::new(service, row, config.limits, config.trust.clone()).answer(request).await,
         Err(panic) => {
             log::error!("the application cannot be made: {panic}");
             serve::refusal(StatusCode::INTERNAL_SERVER_ERROR, row.begin("-", "-"))

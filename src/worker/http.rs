@@ -1,28 +1,52 @@
-//! One HTTP/1.1 connection. hyper does the protocol; this file joins it to the application and to the drain.
+//! One HTTP connection, of version 1 or 2. hyper does the protocols; this file tells them apart, refuses what hyper
+//! lets pass and no application should see, and joins them to the application and to the drain.
+//!
+//! A request comes to the application in one form, whatever the version: its URI is a path, its host is in `Host`,
+//! and how it came is in [`Peer`].
 
 use std::cell::Cell;
 use std::convert::Infallible;
-use std::net::SocketAddr;
-use std::pin::pin;
+use std::error::Error;
+use std::future::Future;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 
-use http::{Request, Response};
-use http_body::Body as HttpBody;
+use bytes::Bytes;
+use http::header::{self, HeaderMap, HeaderValue};
+use http::uri::{PathAndQuery, Uri};
+use http::{Method, Request, Response, StatusCode, Version};
+use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use pin_project_lite::pin_project;
 use tokio::sync::Notify;
 use tower_service::Service;
 
-use super::serve::{Application, BoxError};
+use super::opening;
+use super::serve::{Application, BoxError, Served};
 use super::socket::Socket;
-use crate::body::Body;
+use crate::body::{Body, BodyError};
+use crate::config::Limits;
 use crate::context::Drain;
 use crate::protocol::cgi::Peer;
+use crate::pulse::{Pulse, Stage};
 
-/// Serves one connection to its end. `peer` is the address at its other end, if it has one.
-pub(crate) async fn serve<S, B>(socket: Socket, peer: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
+/// Bytes of a request's body that may be on their way in one stream of HTTP/2, and in all streams of a connection.
+const WINDOWS: (u32, u32) = (64 << 10, 1 << 20);
+/// Bytes of one stream's response that may wait to be written.
+const SEND_BUFFER: usize = 64 << 10;
+/// Streams that a client has reset and the application has not yet heard of; and those that we had to reset. Beyond that
+/// the connection is closed: whoever does so at length wants to keep us busy (CVE-2023-44487).
+const RESETS: (usize, usize) = (20, 128);
+/// Headers that hyper's parser has room for without asking for memory. More cost two allocations a request.
+const ROOM_FOR_HEADERS: usize = 100;
+
+/// Serves one connection to its end.
+pub(crate) async fn serve<S, B>(mut socket: Socket, peer: Peer, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
@@ -30,24 +54,76 @@ where
     B::Error: Into<BoxError>,
 {
     let limits = application.limits;
-    let requests = Rc::new(Requests::default());
-    let counted = Rc::clone(&requests);
-    let answer = service_fn(move |request: Request<Incoming>| {
-        let application = Rc::clone(&application);
-        let under_way = counted.begin();
-        async move {
-            let mut request = request.map(|body| Body::http(body, limits.max_body));
-            request.extensions_mut().insert(Peer { address: peer });
-            let response = application.answer(request).await;
-            drop(under_way);
-            Ok::<_, Infallible>(response)
-        }
-    });
-    let connection = http1::Builder::new()
-        .header_read_timeout(None)
-        .max_buf_size(limits.max_params)
-        .serve_connection(TokioIo::new(socket), answer);
-    let mut connection = pin!(connection);
+    let first_bytes = tokio::select! {
+        biased;
+        read = opening::speaks_http2(&mut socket) => read,
+        () = drain.wait_for_last_request() => return,
+    };
+    let is_http2 = match first_bytes {
+        Ok(is_http2) => is_http2,
+        Err(error) => return log::debug!("an HTTP connection ended: {error}"),
+    };
+    let pulse = Arc::clone(socket.pulse());
+    if is_http2 {
+        pulse.set_session();
+    }
+    let socket = TokioIo::new(socket);
+    let requests = Rc::new(Requests::new(limits.max_requests_per_connection, pulse));
+    let connection = Rc::new(Connection { application, peer, requests: Rc::clone(&requests) });
+    let answer = service_fn(move |request| Rc::clone(&connection).answer(request));
+    let ended = if is_http2 {
+        let connection = Box::pin(http2_settings(&limits).serve_connection(socket, answer));
+        until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
+    } else {
+        let connection = pin!(http1_settings(&limits).serve_connection(socket, answer));
+        until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
+    };
+    if let Err(error) = ended {
+        log::debug!("an HTTP connection ended: {}", with_causes(&error));
+    }
+}
+
+/// hyper's errors name the layer; what happened is in their sources.
+fn with_causes(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+fn http1_settings(limits: &Limits) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    // The time is the watchdog's.
+    builder.header_read_timeout(None).max_buf_size(limits.max_params).max_header_size(limits.max_params);
+    if limits.max_headers != ROOM_FOR_HEADERS {
+        builder.max_headers(limits.max_headers);
+    }
+    builder
+}
+
+fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
+    let mut builder = http2::Builder::new(LocalTasks);
+    builder
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(WINDOWS.0)
+        .initial_connection_window_size(WINDOWS.1)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_concurrent_streams(u32::try_from(limits.max_multiplexed).unwrap_or(u32::MAX))
+        .max_header_list_size(u32::try_from(limits.max_params).unwrap_or(u32::MAX))
+        .max_pending_accept_reset_streams(RESETS.0)
+        .max_local_error_reset_streams(RESETS.1);
+    builder
+}
+
+/// Serves a connection to its end. Once the worker drains, or enough requests were served on it, it is asked to end
+/// when it has answered what has begun.
+async fn until_drained<C>(
+    mut connection: Pin<C>,
+    shut_down: impl FnOnce(&mut Pin<C>),
+    requests: &Rc<Requests>,
+    drain: &Drain,
+) -> hyper::Result<()>
+where
+    Pin<C>: Future<Output = hyper::Result<()>> + Unpin,
+{
     let drained = async {
         drain.wait().await;
         // hyper closes an idle connection at once. This way the next request is answered, and told that it was
@@ -57,44 +133,275 @@ where
             () = drain.wait_for_last_request() => {}
         }
     };
-    let ended = tokio::select! {
+    tokio::select! {
         biased;
-        ended = connection.as_mut() => ended,
-        () = drained => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = ended {
-        log::debug!("an HTTP connection ended: {error}");
+        ended = &mut connection => return ended,
+        () = drained => {}
+        () = requests.limit_reached() => {}
+    }
+    shut_down(&mut connection);
+    connection.await
+}
+
+/// Runs the streams of HTTP/2 connections, as tasks of the worker's event loop.
+#[derive(Clone, Copy, Debug)]
+struct LocalTasks;
+
+impl<F: Future<Output: 'static> + 'static> hyper::rt::Executor<F> for LocalTasks {
+    fn execute(&self, stream: F) {
+        tokio::task::spawn_local(stream);
     }
 }
 
-/// Whether the application is at work for a connection.
-#[derive(Default)]
+/// What the requests of a connection have in common.
+struct Connection<S> {
+    application: Rc<Application<S>>,
+    peer: Peer,
+    requests: Rc<Requests>,
+}
+
+impl<S, B> Connection<S>
+where
+    S: Service<Request<Body>, Response = Response<B>> + Clone,
+    S::Error: Into<BoxError>,
+    B: HttpBody,
+    B::Error: Into<BoxError>,
+{
+    fn answer(
+        self: Rc<Self>,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Result<Response<Reply<B>>, Infallible>> {
+        // Counted now: hyper may let some time pass before it asks for the answer.
+        let under_way = self.requests.begin();
+        async move {
+            let max_body = self.application.limits.max_body;
+            let mut request = request.map(|body| match body.is_end_stream() {
+                true => Body::http(body, max_body),
+                false => Body::http(body, max_body).with_pulse(&self.requests.pulse),
+            });
+            let is_http2 = request.version() == Version::HTTP_2;
+            let (response, refused) = match settle(&mut request) {
+                Ok(()) => {
+                    request.extensions_mut().insert(self.peer);
+                    (self.application.answer(request).await, false)
+                }
+                Err(refusal) => {
+                    log::debug!("an HTTP request was refused: {}", refusal.why);
+                    (self.application.refuse(refusal.status).await, true)
+                }
+            };
+            let mut response = response;
+            if !is_http2 && (refused || under_way.is_last) {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok(response.map(|body| Reply { body, under_way }))
+        }
+    }
+}
+
+pin_project! {
+    /// The body of a response; until it is dropped its request is under way.
+    struct Reply<B> {
+        #[pin]
+        body: Served<B>,
+        under_way: UnderWay,
+    }
+}
+
+impl<B> HttpBody for Reply<B>
+where
+    B: HttpBody,
+    B::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.project().body.poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A request that no application gets to see.
+#[derive(Debug, PartialEq, Eq)]
+struct Refusal {
+    status: StatusCode,
+    why: &'static str,
+}
+
+/// Brings a request into the one form that applications see.
+fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
+    let refuse = |status, why| Err(Refusal { status, why });
+    if request.method() == Method::CONNECT {
+        return refuse(StatusCode::NOT_IMPLEMENTED, "CONNECT is for proxies");
+    }
+    // hyper has seen to it that the last coding is chunked; it has undone that one, and would hide the others from nobody.
+    let mut codings = request.headers().get_all(header::TRANSFER_ENCODING).iter();
+    if let Some(coding) = codings.next()
+        && (codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
+    {
+        return refuse(StatusCode::NOT_IMPLEMENTED, "Transfer-Encoding is more than chunked");
+    }
+    let version = request.version();
+    if request.uri().authority().is_some() {
+        if request.uri().scheme().is_none() {
+            return refuse(StatusCode::BAD_REQUEST, "the target is neither a path nor a URI");
+        }
+        // An absolute URI (RFC 9112, section 3.2.2) or :authority (RFC 9113, section 8.3.1) outdoes Host.
+        let uri = std::mem::take(request.uri_mut()).into_parts();
+        let host = uri.authority.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok());
+        let path = uri.path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/"));
+        *request.uri_mut() = Uri::from(path);
+        if let Some(host) = host {
+            request.headers_mut().insert(header::HOST, host);
+        }
+    }
+    // RFC 9112, section 3.2.
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) if version < Version::HTTP_11 => {}
+        (None, _) => return refuse(StatusCode::BAD_REQUEST, "there is no Host"),
+        (Some(_), Some(_)) => return refuse(StatusCode::BAD_REQUEST, "there are several Hosts"),
+        (Some(host), None) if !is_host(host.as_bytes()) => {
+            return refuse(StatusCode::BAD_REQUEST, "Host is not a host");
+        }
+        (Some(_), None) => {}
+    }
+    if version == Version::HTTP_2 {
+        join_cookies(request.headers_mut());
+    }
+    Ok(())
+}
+
+/// Whether these are the characters of a host and a port (RFC 3986, section 3.2.2; not `userinfo@`).
+pub(super) fn is_host(host: &[u8]) -> bool {
+    host.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(byte))
+}
+
+/// HTTP/2 clients may send each cookie by itself; elsewhere they are one header (RFC 9113, section 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let cookies: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if cookies.len() > 1
+        && let Ok(joined) = HeaderValue::from_bytes(&cookies.join(&b"; "[..]))
+    {
+        headers.insert(header::COOKIE, joined);
+    }
+}
+
+/// How many requests a connection has had, and whether the application is at work for it.
 struct Requests {
-    under_way: Cell<bool>,
+    pulse: Arc<Pulse>,
+    under_way: Cell<u32>,
     begun: Notify,
+    count: Cell<u32>,
+    /// How many it may have; 0 is any number.
+    limit: u32,
+    last_begun: Notify,
 }
 
 impl Requests {
+    fn new(limit: u32, pulse: Arc<Pulse>) -> Self {
+        let (under_way, count) = (Cell::new(0), Cell::new(0));
+        Self { pulse, under_way, begun: Notify::new(), count, limit, last_begun: Notify::new() }
+    }
+
     fn begin(self: &Rc<Self>) -> UnderWay {
-        self.under_way.set(true);
+        self.pulse.request_came();
+        self.under_way.set(self.under_way.get() + 1);
+        self.count.set(self.count.get().saturating_add(1));
         self.begun.notify_waiters();
-        UnderWay(Rc::clone(self))
+        let is_last = self.limit > 0 && self.count.get() >= self.limit;
+        if is_last {
+            self.last_begun.notify_one();
+        }
+        UnderWay { requests: Rc::clone(self), is_last }
     }
 
     async fn one_under_way(&self) {
-        if !self.under_way.get() {
+        if self.under_way.get() == 0 {
             self.begun.notified().await;
+        }
+    }
+
+    async fn limit_reached(&self) {
+        self.last_begun.notified().await;
+    }
+}
+
+struct UnderWay {
+    requests: Rc<Requests>,
+    /// The connection may have no further request.
+    is_last: bool,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let others = self.requests.under_way.get() - 1;
+        self.requests.under_way.set(others);
+        if others == 0 {
+            self.requests.pulse.set_stage(Stage::Idle);
         }
     }
 }
 
-struct UnderWay(Rc<Requests>);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        self.0.under_way.set(false);
+    fn settled(version: Version, method: &str, uri: &str, headers: &[(&str, &str)]) -> Result<Request<()>, Refusal> {
+        let mut request = Request::builder().version(version).method(method).uri(uri);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let mut request = request.body(()).unwrap();
+        settle(&mut request).map(|()| request)
+    }
+
+    #[test]
+    fn a_request_has_one_form_whatever_the_version() {
+        for (version, uri, headers, path) in [
+            (Version::HTTP_11, "/a?b", &[("host", "x:80")][..], "/a?b"),
+            (Version::HTTP_11, "http://x:80/a?b", &[("host", "other")], "/a?b"),
+            (Version::HTTP_11, "http://x:80", &[("host", "other"), ("host", "another")], "/"),
+            (Version::HTTP_10, "/a", &[("host", "x:80")], "/a"),
+            (Version::HTTP_2, "http://x:80/a?b", &[], "/a?b"),
+            (Version::HTTP_2, "/a", &[("host", "x:80")], "/a"),
+            (Version::HTTP_11, "*", &[("host", "x:80")], "*"),
+        ] {
+            let request = settled(version, "GET", uri, headers).unwrap();
+            assert_eq!(
+                (request.uri().to_string(), &request.headers()["host"]),
+                (path.to_owned(), &"x:80".parse().unwrap())
+            );
+        }
+        assert!(settled(Version::HTTP_10, "GET", "/", &[]).unwrap().headers().is_empty());
+        let cookies = settled(Version::HTTP_2, "GET", "http://x/", &[("cookie", "a=1"), ("cookie", "b=2")]).unwrap();
+        assert_eq!(cookies.headers().get_all("cookie").iter().collect::<Vec<_>>(), ["a=1; b=2"]);
+    }
+
+    #[test]
+    fn what_no_application_should_see_is_refused() {
+        for (method, uri, headers, status) in [
+            ("GET", "/", &[][..], 400),
+            ("GET", "/", &[("host", "a"), ("host", "a")], 400),
+            ("GET", "/", &[("host", "a/b")], 400),
+            ("GET", "/", &[("host", "a b")], 400),
+            ("GET", "http://user@x/", &[("host", "x")], 400),
+            ("GET", "x", &[("host", "x")], 400),
+            ("CONNECT", "x:80", &[("host", "x:80")], 501),
+            ("POST", "/", &[("host", "x"), ("transfer-encoding", "gzip, chunked")], 501),
+            ("POST", "/", &[("host", "x"), ("transfer-encoding", "gzip"), ("transfer-encoding", "chunked")], 501),
+        ] {
+            let refusal = settled(Version::HTTP_11, method, uri, headers).unwrap_err();
+            assert_eq!(refusal.status.as_u16(), status, "{method} {uri} {headers:?}: {}", refusal.why);
+        }
+        assert!(settled(Version::HTTP_11, "POST", "/", &[("host", ""), ("transfer-encoding", "Chunked")]).is_ok());
     }
 }

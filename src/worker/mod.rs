@@ -14,8 +14,10 @@
 
 mod accept;
 pub(crate) mod cgi;
+mod door;
 mod fastcgi;
 mod http;
+mod opening;
 mod outbox;
 mod reply;
 mod scgi;
@@ -46,12 +48,14 @@ use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
 use self::accept::{Acceptor, Connections, Serve};
+use self::door::Door;
 use self::serve::{Application, BoxError};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
 use crate::context::{Context, Drain};
 use crate::heritage::{Heritage, READY};
 use crate::listen::Protocol;
+use crate::protocol::cgi::Peer;
 use crate::{blocking, sys};
 
 /// Lives a worker's life: returns its exit status when it has drained.
@@ -119,11 +123,15 @@ where
         let limit = config.limits.max_connections;
         let connections = Connections::new(limit, row.clone(), scoreboard, heritage.slot, Rc::clone(&watchdog));
         let connections = Rc::new(connections);
-        let application = Rc::new(Application::new(service, row.clone(), config.limits));
+        let application = Rc::new(Application::new(service, row.clone(), config.limits, config.trust.clone()));
         let mut accepting = Vec::new();
         for listener in heritage.listeners.iter() {
-            let server =
-                Server { application: Rc::clone(&application), drain: drain.clone(), protocol: listener.protocol };
+            let server = Server {
+                application: Rc::clone(&application),
+                drain: drain.clone(),
+                protocol: listener.protocol,
+                door: Door::new(config, listener.protocol),
+            };
             let acceptor = Rc::new(Acceptor::new(listener, &connections)?);
             let server = Rc::new(server);
             let (run, with) = (Rc::clone(&acceptor), Rc::clone(&server));
@@ -192,6 +200,7 @@ struct Server<S> {
     application: Rc<Application<S>>,
     drain: Drain,
     protocol: Protocol,
+    door: Door,
 }
 
 impl<S, B> Serve for Server<S>
@@ -201,9 +210,24 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    fn serve(&self, socket: Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
+    fn serve(&self, mut socket: Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
         let (application, drain, protocol) = (Rc::clone(&self.application), self.drain.clone(), self.protocol);
+        let permitted = self.door.permits(peer);
+        let mut peer = Peer { address: peer, is_https: false, over_unix: peer.is_none() };
         async move {
+            if !permitted {
+                return;
+            }
+            let trust = application.trust.as_ref();
+            if trust.is_some_and(|trust| trust.peers.contain(peer.address.map(|address| address.ip()))) {
+                let reading = tokio::select! {
+                    reading = opening::read_proxy_header(&mut socket, &mut peer) => reading,
+                    () = drain.wait_for_last_request() => return,
+                };
+                if let Err(error) = reading {
+                    return log::debug!("a connection ended before it began: {error}");
+                }
+            }
             match protocol {
                 Protocol::FastCgi => fastcgi::serve(socket, application, drain).await,
                 Protocol::Scgi => scgi::serve(socket, application, drain).await,

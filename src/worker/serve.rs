@@ -13,14 +13,15 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use forkyard_shm::{InFlight, Row};
-use http::header::CONTENT_LENGTH;
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, header};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::body::{Body, BodyError};
-use crate::config::Limits;
+use crate::config::{Limits, Trust};
+use crate::protocol::cgi::Peer;
+use crate::protocol::forwarded;
 use crate::pulse::Pulse;
 
 /// What an error of the application's may be.
@@ -32,19 +33,29 @@ pub(crate) struct Application<S> {
     service: S,
     row: Row,
     pub(crate) limits: Limits,
+    pub(crate) trust: Option<Trust>,
 }
 
 impl<S> Application<S> {
-    pub(crate) fn new(service: S, row: Row, limits: Limits) -> Self {
-        Self { service, row, limits }
+    pub(crate) fn new(service: S, row: Row, limits: Limits, trust: Option<Trust>) -> Self {
+        Self { service, row, limits, trust }
     }
 }
 
 impl<S: Service<Request<Body>> + Clone> Application<S> {
     /// Has the application answer; if it fails or panics, answers for it.
     pub(crate) fn answer(&self, mut request: Request<Body>) -> Answer<S> {
+        if let Some(trust) = &self.trust {
+            believe(trust, &mut request);
+        }
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         let in_flight = self.row.begin(request.method().as_str(), target);
+        if target.len() > self.limits.max_uri {
+            return Answer::refused(StatusCode::URI_TOO_LONG, in_flight);
+        }
+        if request.headers().len() > self.limits.max_headers {
+            return Answer::refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, in_flight);
+        }
         if request.body().size_hint().lower() > self.limits.max_body {
             return Answer::refused(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
         }
@@ -169,14 +180,38 @@ fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> 
     if matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
         return None;
     }
-    let mut values = response.headers().get_all(CONTENT_LENGTH).iter();
+    let mut values = response.headers().get_all(header::CONTENT_LENGTH).iter();
     let digits = values.next()?.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
     let length = digits.and_then(|text| text.parse().ok()).filter(|_| values.next().is_none());
     if length.is_none() {
         log::error!("a Content-Length that is no length was left out request={:?}", in_flight.what());
-        response.headers_mut().remove(CONTENT_LENGTH);
+        response.headers_mut().remove(header::CONTENT_LENGTH);
     }
     length
+}
+
+/// If a request comes from a trusted proxy, makes [`Peer`] and `Host` what that one says of its client. What clients
+/// may have made up is taken away: applications are known to go by it.
+fn believe(trust: &Trust, request: &mut Request<Body>) {
+    let Some(&peer) = request.extensions().get::<Peer>() else { return };
+    let is_trusted = match peer.address {
+        Some(address) => trust.peers.contain(Some(address.ip())),
+        None => peer.over_unix && trust.peers.contain(None),
+    };
+    let headers = request.headers_mut();
+    forwarded::remove(headers, is_trusted.then_some(trust.family));
+    if !is_trusted {
+        return;
+    }
+    let client = forwarded::client(headers, trust.family, |address| trust.peers.contain(Some(address)));
+    if let Some(host) = client.host.filter(|host| super::http::is_host(host.as_bytes())) {
+        headers.insert(header::HOST, host);
+    }
+    let is_https = client.is_https.unwrap_or(peer.is_https);
+    request.extensions_mut().insert(match client.address {
+        Some(address) => Peer { address, is_https, over_unix: false },
+        None => Peer { is_https, ..peer },
+    });
 }
 
 /// A response of a status and its name.

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::BytesMut;
 use nix::sys::socket::Shutdown;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::Notify;
@@ -34,6 +35,8 @@ const PROGRESS: u32 = 4 << 10;
 /// A connection's socket.
 #[derive(Debug)]
 pub(crate) struct Socket {
+    /// What was read too early, and will be read again.
+    early: BytesMut,
     link: Link,
     pulse: Arc<Pulse>,
     watchdog: Rc<Watchdog>,
@@ -73,11 +76,17 @@ impl Socket {
             Family::Tcp => Stream::Tcp(accepted.into()),
             Family::Unix => Stream::Unix(accepted.into()),
         };
-        Self { link: Link::Fresh(stream, Look::Now), pulse: Arc::default(), watchdog: Rc::clone(watchdog) }
+        let early = BytesMut::new();
+        Self { early, link: Link::Fresh(stream, Look::Now), pulse: Arc::default(), watchdog: Rc::clone(watchdog) }
     }
 
     pub(crate) fn pulse(&self) -> &Arc<Pulse> {
         &self.pulse
+    }
+
+    /// Puts back what was read and not used.
+    pub(crate) fn unread(&mut self, early: BytesMut) {
+        self.early = early;
     }
 
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
@@ -191,6 +200,14 @@ impl AsyncRead for Socket {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if !self.early.is_empty() {
+            let count = self.early.len().min(buffer.remaining());
+            buffer.put_slice(&self.early.split_to(count));
+            if self.early.is_empty() {
+                self.early = BytesMut::new(); // its memory is not needed again
+            }
+            return Poll::Ready(Ok(()));
+        }
         let before = buffer.filled().len();
         if let Link::Fresh(stream, look @ Look::Now) = &mut self.link {
             let room = buffer.initialize_unfilled();

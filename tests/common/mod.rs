@@ -8,6 +8,7 @@
 pub mod fastcgi;
 pub mod front;
 pub mod http;
+pub mod http2;
 pub mod scgi;
 
 use std::collections::BTreeSet;

@@ -1,0 +1,161 @@
+//! Who may connect, and who is believed: sets of addresses, as `--allow` and `--trust` name them. Pure: nothing here
+//! looks at a socket.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+/// One member of such a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Who {
+    /// Whoever connects to a Unix socket.
+    Unix,
+    /// A network: the first `bits` bits of an address (RFC 4632).
+    Network { address: IpAddr, bits: u32 },
+}
+
+/// A set of peers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Peers(Vec<Who>);
+
+impl Peers {
+    /// `None` if nobody was named: that is not the same as a set of nobody.
+    pub(crate) fn new(members: Vec<Who>) -> Option<Self> {
+        (!members.is_empty()).then_some(Self(members))
+    }
+
+    /// The web servers that a FastCGI application may be asked by: `FCGI_WEB_SERVER_ADDRS`, a comma-separated list
+    /// of IPv4 addresses (FastCGI specification 1.0, section 3.2). Peers on Unix sockets are never among them.
+    /// `None` if the variable is empty.
+    ///
+    /// # Errors
+    /// A sentence for the operator: believing half of such a list would let in, or keep out, the wrong ones.
+    pub(crate) fn web_servers(variable: &str) -> Result<Option<Self>, String> {
+        let member = |text: &str| match text.trim().parse() {
+            Ok(address) => Ok(Who::Network { address: IpAddr::V4(address), bits: 32 }),
+            Err(_) => Err(format!(
+                "'{}' in FCGI_WEB_SERVER_ADDRS is not an IPv4 address (expected as in 192.0.2.1,192.0.2.2, or --allow)",
+                text.trim()
+            )),
+        };
+        if variable.trim().is_empty() {
+            return Ok(None);
+        }
+        variable.split(',').map(member).collect::<Result<_, _>>().map(Self::new)
+    }
+
+    /// Whether `peer` is in the set; `None` is a peer on a Unix socket.
+    pub(crate) fn contain(&self, peer: Option<IpAddr>) -> bool {
+        let peer = peer.map(|peer| peer.to_canonical());
+        self.0.iter().any(|who| match (who, peer) {
+            (Who::Unix, None) => true,
+            (Who::Network { address: IpAddr::V4(network), bits }, Some(IpAddr::V4(peer))) => {
+                same_start(u32::from(*network).into(), u32::from(peer).into(), 32 - bits)
+            }
+            (Who::Network { address: IpAddr::V6(network), bits }, Some(IpAddr::V6(peer))) => {
+                same_start((*network).into(), peer.into(), 128 - bits)
+            }
+            _ => false,
+        })
+    }
+}
+
+/// Whether two addresses differ in their last `host_bits` only.
+fn same_start(one: u128, other: u128, host_bits: u32) -> bool {
+    (one ^ other).checked_shr(host_bits).unwrap_or(0) == 0
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix => f.write_str("unix"),
+            Self::Network { address, bits } => write!(f, "{address}/{bits}"),
+        }
+    }
+}
+
+impl FromStr for Who {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "expected an address or a network, as in 192.0.2.1, 10.0.0.0/8 or fd00::/8, or unix";
+        if text == "unix" {
+            return Ok(Self::Unix);
+        }
+        let (address, bits) = text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
+        let address: IpAddr = address.parse().map_err(|_| format!("'{address}' is not an address ({FORM})"))?;
+        let size = if address.is_ipv4() { 32 } else { 128 };
+        let bits = match bits {
+            None => size,
+            Some(bits) => bits
+                .parse()
+                .ok()
+                .filter(|&number: &u32| number <= size && bits.bytes().all(|byte| byte.is_ascii_digit()))
+                .ok_or(format!("'/{bits}' is not the size of a network, 0 to {size} bits ({FORM})"))?,
+        };
+        let network = match address {
+            IpAddr::V4(address) => u128::from(u32::from(address)),
+            IpAddr::V6(address) => address.into(),
+        };
+        // A slip of the pen here would let in more than was meant.
+        if network & 1_u128.checked_shl(size - bits).map_or(u128::MAX, |above| above - 1) != 0 {
+            return Err(format!("'{text}' names an address within the network, not its first one ({FORM})"));
+        }
+        Ok(Self::Network { address, bits })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(members: &str) -> Peers {
+        Peers::new(members.split(' ').map(|text| text.parse().unwrap()).collect()).unwrap()
+    }
+
+    #[test]
+    fn a_set_contains_its_networks_and_no_more() {
+        let peers = set("10.0.0.0/8 192.0.2.1 fd00::/8 2001:db8::1");
+        for inside in ["10.0.0.0", "10.255.255.255", "192.0.2.1", "fd12::1", "2001:db8::1", "::ffff:10.1.2.3"] {
+            assert!(peers.contain(Some(inside.parse().unwrap())), "{inside}");
+        }
+        for outside in ["9.255.255.255", "11.0.0.0", "192.0.2.2", "fe00::1", "2001:db8::2", "::a00:1"] {
+            assert!(!peers.contain(Some(outside.parse().unwrap())), "{outside}");
+        }
+        assert!(!peers.contain(None) && set("unix").contain(None));
+        assert!(!set("unix").contain(Some("127.0.0.1".parse().unwrap())));
+        let all = set("0.0.0.0/0 ::/0");
+        assert!(all.contain(Some("255.255.255.255".parse().unwrap())) && all.contain(Some("ffff::".parse().unwrap())));
+        assert!(!set("0.0.0.0/0").contain(Some("::1".parse().unwrap())));
+    }
+
+    #[test]
+    fn a_wrong_member_says_what_is_expected() {
+        for (text, said) in [
+            ("localhost", "'localhost' is not an address"),
+            ("10.0.0.0/33", "0 to 32 bits"),
+            ("::/129", "0 to 128 bits"),
+            ("10.0.0.0/+8", "0 to 32 bits"),
+            ("10.0.0.0/", "0 to 32 bits"),
+            ("10.0.0.1/8", "names an address within the network"),
+            ("fd00::1/0", "names an address within the network"),
+        ] {
+            let error = text.parse::<Who>().unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+        for text in ["unix", "10.0.0.0/8", "0.0.0.0/0", "::/0", "fd00::/8"] {
+            assert_eq!(text.parse::<Who>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn web_servers_are_ipv4_addresses_and_never_unix() {
+        let peers = Peers::web_servers("192.0.2.1, 192.0.2.2").unwrap().unwrap();
+        assert!(peers.contain(Some("192.0.2.2".parse().unwrap())) && !peers.contain(None));
+        assert!(!peers.contain(Some("192.0.2.3".parse().unwrap())));
+        assert_eq!(Peers::web_servers(""), Ok(None));
+        for wrong in ["::1", "192.0.2.1,", "localhost"] {
+            assert!(Peers::web_servers(wrong).unwrap_err().contains("is not an IPv4 address"), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! A small HTTP/2 client (RFC 9113) that sends and sees single frames, for tests that need to know what each one did.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::TcpStream;
+
+use super::PATIENCE;
+
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const RST_STREAM: u8 = 3;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
+pub const GOAWAY: u8 = 7;
+
+pub const END_STREAM: u8 = 1;
+pub const END_HEADERS: u8 = 4;
+pub const ACK: u8 = 1;
+
+#[derive(Debug)]
+pub struct Frame {
+    pub kind: u8,
+    pub flags: u8,
+    pub stream: u32,
+    pub payload: Vec<u8>,
+}
+
+pub struct Client {
+    pub stream: TcpStream,
+}
+
+impl Client {
+    /// Connects, and says the preface and its own settings.
+    pub fn connect(address: &str) -> io::Result<Self> {
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_nodelay(true)?;
+        stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, b"")].concat())?;
+        Ok(Self { stream })
+    }
+
+    pub fn send(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.stream.write_all(frame)
+    }
+
+    /// The next frame, whatever it is.
+    pub fn frame(&mut self) -> io::Result<Frame> {
+        let mut head = [0; 9];
+        self.stream.read_exact(&mut head)?;
+        let [a, b, c, kind, flags, d, e, f, g] = head;
+        let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+        self.stream.read_exact(&mut payload)?;
+        Ok(Frame { kind, flags, stream: u32::from_be_bytes([d & 0x7f, e, f, g]), payload })
+    }
+
+    /// The next frame of this kind. Others are passed over, but settings and pings are answered.
+    pub fn next(&mut self, kind: u8) -> io::Result<Frame> {
+        loop {
+            let frame = self.frame()?;
+            if matches!(frame.kind, SETTINGS | PING) && frame.flags & ACK == 0 {
+                let payload: &[u8] = if frame.kind == PING { &frame.payload } else { b"" };
+                // If we are closed on, what was sent before that is still to be read.
+                let _ = self.send(&self::frame(frame.kind, ACK, 0, payload));
+            }
+            if frame.kind == kind {
+                return Ok(frame);
+            }
+        }
+    }
+}
+
+/// How a response's HEADERS begin: its status, as the server's encoder writes it (name 8 of the static table, Huffman).
+pub fn status(status: u16) -> &'static [u8] {
+    match status {
+        200 => &[0x88],
+        413 => &[0x48, 0x83, 0x68, 0x2c, 0xff],
+        501 => &[0x48, 0x82, 0x6c, 0x01],
+        other => panic!("{other} has to be encoded here"),
+    }
+}
+
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let [_, a, b, c] = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&[a, b, c, kind, flags][..], &stream.to_be_bytes(), payload].concat()
+}
+
+/// A HEADERS frame with a whole head: fields of HPACK's static table (RFC 7541, appendix A), and literals.
+pub fn head(stream: u32, flags: u8, method: &str, path: &str, fields: &[(&str, &str)]) -> Vec<u8> {
+    let mut block = vec![if method == "POST" { 0x83 } else { 0x82 }, 0x86];
+    let text = |text: &str, block: &mut Vec<u8>| {
+        // Lengths from 127 on would take several bytes.
+        block.push(u8::try_from(text.len()).ok().filter(|&length| length < 127).unwrap());
+        block.extend_from_slice(text.as_bytes());
+    };
+    block.push(0x04);
+    text(path, &mut block);
+    block.push(0x01);
+    text("localhost", &mut block);
+    for (name, value) in fields {
+        block.push(0);
+        text(name, &mut block);
+        text(value, &mut block);
+    }
+    frame(HEADERS, flags | END_HEADERS, stream, &block)
+}

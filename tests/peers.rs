@@ -1,0 +1,244 @@
+//! Who may connect (`--allow`), and who is believed about his client (`--trust`): over each protocol.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+
+use common::http::Client;
+use common::{PATIENCE, Server, fastcgi, program};
+
+const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+const FASTCGI: [&str; 2] = ["--bind", "fastcgi:127.0.0.1:0"];
+
+fn mirror(binds: &[&str], arguments: &[&str]) -> Server {
+    Server::start(
+        "mirror",
+        &[binds, &["--workers", "1", "--log-level", "debug,hyper=info,h2=info"], arguments].concat(),
+    )
+}
+
+/// What the application was asked, if this is sent before and within a request's head.
+fn seen(address: &str, before: &[u8], headers: &str) -> String {
+    let mut client = Client::connect(address).unwrap();
+    let head = format!("GET / HTTP/1.1\r\nHost: x\r\n{headers}\r\n");
+    client.stream.get_mut().write_all(&[before, head.as_bytes()].concat()).unwrap();
+    client.response(false).unwrap().text()
+}
+
+/// The same over FastCGI; `params` are added to those that a web server sends.
+fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> String {
+    let mut client = fastcgi::Client::connect(address).unwrap();
+    let more: Vec<u8> = params.iter().flat_map(|(name, value)| fastcgi::pair(name, value)).collect();
+    let mut records = fastcgi::head(1, true, "GET", "/", None);
+    records.insert(2, fastcgi::record(fastcgi::PARAMS, 1, &more, 0));
+    records.push(fastcgi::record(fastcgi::STDIN, 1, b"", 0));
+    records.insert(0, before.to_vec());
+    client.send(&records).unwrap();
+    String::from_utf8(client.response(1).unwrap().body().to_vec()).unwrap()
+}
+
+/// Whatever comes back before the connection is closed.
+fn all_that_comes(address: &str, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut all = Vec::new();
+    // It may be closed, and reset, before all is written.
+    let _ = stream.write_all(bytes);
+    match stream.read_to_end(&mut all) {
+        Ok(_) => {}
+        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+    }
+    String::from_utf8_lossy(&all).into_owned()
+}
+
+const X_FORWARDED: &str = "X-Forwarded-For: 6.6.6.6, 192.0.2.7, 127.0.0.1\r\nX-Forwarded-Proto: https\r\n\
+                           X-Forwarded-Host: site.example\r\nForwarded: for=6.6.6.6;host=evil\r\n";
+
+#[test]
+fn a_trusted_proxy_tells_who_its_client_is() {
+    let mut server = mirror(&[HTTP, FASTCGI].concat(), &["--trust", "10.0.0.0/8,127.0.0.1"]);
+    let text = seen(&server.http(), b"", X_FORWARDED);
+    for words in ["\npeer=192.0.2.7:0 https=true\n", "\nhost: site.example\n", "\nx-forwarded-for: 6.6.6.6, "] {
+        assert!(text.contains(words), "no {words:?} in {text}");
+    }
+    assert!(!text.contains("evil"), "that header is the client's: {text}");
+    let text = seen(&server.http(), b"", "X-Forwarded-Host: a/b\r\n");
+    assert!(text.contains("\nhost: x\n") && text.contains("\npeer=127.0.0.1:"), "{text}");
+
+    // Over FastCGI the web server's client may be such a proxy: REMOTE_ADDR is 127.0.0.1 here.
+    let forwarded = [("HTTP_X_FORWARDED_FOR", "192.0.2.7"), ("HTTP_X_FORWARDED_PROTO", "https")];
+    let text = seen_over_fastcgi(&server.binds[1], b"", &forwarded);
+    assert!(text.contains("\npeer=192.0.2.7:0 https=true\n"), "{text}");
+    let text = seen_over_fastcgi(&server.binds[1], b"", &[("REMOTE_ADDR", "192.0.2.9"), forwarded[0]]);
+    assert!(text.contains("\npeer=192.0.2.9:4711 https=false\n") && !text.contains("x-forwarded"), "{text}");
+    server.stop();
+
+    let mut server = mirror(&HTTP, &["--trust", "127.0.0.1", "--trust-header", "forwarded"]);
+    let text =
+        seen(&server.http(), b"", "Forwarded: for=\"[2001:db8::7]:80\";proto=https\r\nX-Forwarded-For: 6.6.6.6\r\n");
+    assert!(text.contains("\npeer=[2001:db8::7]:80 https=true\n") && !text.contains("6.6.6.6"), "{text}");
+    server.stop();
+}
+
+#[test]
+fn nobody_else_does() {
+    let mut server = mirror(&HTTP, &["--trust", "192.0.2.0/24"]);
+    let text = seen(&server.http(), b"", X_FORWARDED);
+    assert!(text.contains("\npeer=127.0.0.1:") && text.contains(" https=false\n"), "{text}");
+    assert!(text.contains("\nhost: x\n") && !text.contains("forwarded"), "what is not believed is removed: {text}");
+    // A PROXY header is no HTTP.
+    let proxy = "PROXY TCP4 192.0.2.7 192.0.2.1 4711 80\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n";
+    let refused = all_that_comes(&server.http(), proxy.as_bytes());
+    assert!(refused.starts_with("HTTP/1.1 400 ") && !refused.contains("200 OK"), "{refused}");
+    server.wait_for("an HTTP connection ended: invalid ");
+    server.stop();
+
+    // Without --trust headers are passed on as they came.
+    let mut server = mirror(&HTTP, &[]);
+    let text = seen(&server.http(), b"", X_FORWARDED);
+    assert!(text.contains("\npeer=127.0.0.1:") && text.contains("\nforwarded: for=6.6.6.6;host=evil\n"), "{text}");
+    let refused =
+        all_that_comes(&server.http(), b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x07\xc0\0\x02\x01\x12\x67\0\x50");
+    assert!(refused.starts_with("HTTP/1.1 400 "), "{refused}");
+    server.stop();
+}
+
+/// A header of version 2, with TLS told.
+fn proxy_v2() -> Vec<u8> {
+    let tls = [0x20, 0, 5, 1, 0, 0, 0, 0];
+    let block = [&[192, 0, 2, 7, 192, 0, 2, 1, 0x12, 0x67, 0, 80][..], &tls].concat();
+    [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x14"[..], &block].concat()
+}
+
+#[test]
+fn a_trusted_load_balancer_says_it_in_front_of_any_protocol() {
+    let mut server = mirror(&[HTTP, FASTCGI].concat(), &["--trust", "127.0.0.1"]);
+    let v1 = b"PROXY TCP6 2001:db8::7 ::1 4711 80\r\n";
+    for (header, peer) in [
+        (&v1[..], "peer=[2001:db8::7]:4711 https=false"),
+        (&proxy_v2(), "peer=192.0.2.7:4711 https=true"),
+        (b"PROXY UNKNOWN\r\n", "peer=127.0.0.1:"),
+        (b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0", "peer=127.0.0.1:"),
+        (b"", "peer=127.0.0.1:"),
+    ] {
+        let text = seen(&server.http(), header, "");
+        assert!(text.contains(&format!("\n{peer}")), "no {peer:?} in {text}");
+        // There the web server tells of its client, and the load balancer only of the web server.
+        let text = seen_over_fastcgi(&server.binds[1], header, &[]);
+        assert!(text.contains("\npeer=127.0.0.1:4711 https=false\n"), "{text}");
+    }
+    // The client that it tells of is not trusted: its headers are not believed.
+    let text = seen(&server.http(), v1, X_FORWARDED);
+    assert!(text.contains("\npeer=[2001:db8::7]:4711 https=false\n") && !text.contains("forwarded"), "{text}");
+
+    // Byte by byte, and with HTTP/2 behind it.
+    let mut stream = TcpStream::connect(server.http()).unwrap();
+    stream.set_nodelay(true).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    for byte in [&proxy_v2()[..], request].concat() {
+        stream.write_all(&[byte]).unwrap();
+    }
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.contains("\npeer=192.0.2.7:4711 https=true\n"), "{text}");
+    let curl = ["-sS", "--haproxy-protocol", "--http2-prior-knowledge"];
+    let output = Command::new("curl").args(curl).arg(format!("http://{}/", server.http())).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.starts_with("GET / HTTP/2.0\npeer=127.0.0.1:"), "{text} {}", String::from_utf8_lossy(&output.stderr));
+
+    for (wrong, said) in [
+        (&b"PROXY TCP4 nowhere\r\nGET / HTTP/1.1\r\n\r\n"[..], "a malformed PROXY header"),
+        (b"\r\n\r\n\0\r\nQUIT\n\x31\x11\0\0", "a PROXY header of an unknown version"),
+        (b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff", "a PROXY header that is too long"),
+    ] {
+        for address in
+            [server.http(), server.binds[1].trim_start_matches("fastcgi:").trim_start_matches('/').to_owned()]
+        {
+            assert_eq!(all_that_comes(&address, wrong), "");
+            server.wait_for(&format!("a connection ended before it began: {said}"));
+        }
+    }
+    server.stop();
+}
+
+#[test]
+fn a_unix_socket_is_trusted_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.sock");
+    let bind = format!("http:unix:{}", path.display());
+    for (trust, peer) in [("unix,127.0.0.1", "peer=192.0.2.7:0 https=true"), ("127.0.0.1", "peer=unknown https=false")]
+    {
+        let mut server = mirror(&["--bind", &bind], &["--trust", trust]);
+        let mut stream = UnixStream::connect(&path).unwrap();
+        write!(stream, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{X_FORWARDED}\r\n").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert!(text.contains(&format!("\n{peer}\n")), "{text}");
+        server.stop();
+    }
+}
+
+#[test]
+fn who_is_not_allowed_is_closed_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.sock");
+    let unix = format!("http:unix:{}", path.display());
+    let binds = [&HTTP[..], &FASTCGI, &["--bind", &unix]].concat();
+
+    let mut server = mirror(&binds, &["--allow", "192.0.2.0/24", "--allow", "unix"]);
+    for _ in 0..3 {
+        assert_eq!(all_that_comes(&server.http(), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"), "");
+    }
+    server.wait_for("closed a http connection from 127.0.0.1, which is not allowed (see --allow) count=1");
+    let mut stream = UnixStream::connect(&path).unwrap();
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.contains("\npeer=unknown "), "{text}");
+    server.stop();
+    assert_eq!(server.log().matches("closed a http connection").count(), 1, "one line a minute: {}", server.log());
+
+    let mut server = mirror(&binds, &["--allow", "127.0.0.1"]);
+    assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"));
+    let mut stream = UnixStream::connect(&path).unwrap();
+    let _ = stream.write_all(b"GET / HTTP/1.0\r\n\r\n");
+    let mut text = String::new();
+    let _ = stream.read_to_string(&mut text); // with bytes of ours unread, the close is a reset
+    assert_eq!(text, "");
+    server.wait_for("closed a http connection from a Unix socket");
+    server.stop();
+}
+
+#[test]
+fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
+    let start = |addresses: &str, more: &[&str]| {
+        let mut command = Command::new(program("mirror"));
+        command.args([&HTTP[..], &FASTCGI, &["--workers", "1"], more].concat());
+        Server::start_command(command.env("FCGI_WEB_SERVER_ADDRS", addresses))
+    };
+    let mut server = start("192.0.2.1,192.0.2.2", &[]);
+    let mut client = fastcgi::Client::connect(&server.binds[1]).unwrap();
+    assert!(client.is_closed());
+    server.wait_for("closed a fastcgi connection from 127.0.0.1, which is not allowed");
+    assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"));
+    server.stop();
+
+    for (addresses, more) in [("127.0.0.1", &[][..]), ("", &[]), ("192.0.2.1", &["--allow", "127.0.0.1"])] {
+        let mut server = start(addresses, more);
+        assert!(seen_over_fastcgi(&server.binds[1], b"", &[]).starts_with("GET / "), "{addresses}");
+        server.stop();
+    }
+
+    let mut command = Command::new(program("mirror"));
+    let output = command.args(HTTP).env("FCGI_WEB_SERVER_ADDRS", "localhost").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("'localhost' in FCGI_WEB_SERVER_ADDRS is not an IPv4 address"), "{said}");
+}
