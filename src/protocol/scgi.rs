@@ -369,6 +369,23 @@ mod tests {
     }
 
     #[test]
+    fn what_web_servers_send_is_taken() {
+        for (bytes, uri) in [
+            (&include_bytes!("../../fuzz/seeds/scgi/nginx-get")[..], "/page/5?with=a&query=%26"),
+            (include_bytes!("../../fuzz/seeds/scgi/nginx-post"), "/echo"),
+            (include_bytes!("../../fuzz/seeds/scgi/lighttpd-get"), "/ok?a=1"),
+            (include_bytes!("../../fuzz/seeds/scgi/lighttpd-stream"), "/echo"),
+            (include_bytes!("../../fuzz/seeds/scgi/apache-get"), "/ok"),
+        ] {
+            let (mut events, error) = decode(bytes, || usize::MAX);
+            assert_eq!(error, None, "{uri}");
+            let Event::Request { params, length } = events.remove(0) else { panic!("{uri}") };
+            let request = crate::protocol::cgi::request(params, |announced| announced).unwrap();
+            assert_eq!((request.uri().to_string().as_str(), *request.body()), (uri, length));
+        }
+    }
+
+    #[test]
     fn arbitrary_bytes_do_no_harm_however_they_are_cut() {
         for seed in 0..2000 {
             let mut random = fastrand::Rng::with_seed(seed);
