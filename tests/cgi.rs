@@ -122,6 +122,11 @@ fn limits_and_broken_bodies() {
     child.stdin.take().unwrap().write_all(b"12345").unwrap();
     assert_eq!(finish(child).response.text(), "5\n", "it counts up to the error");
 
+    for (name, value) in [("HTTP_TRANSFER_ENCODING", "chunked"), ("CONTENT_LENGTH", "-1"), ("CONTENT_LENGTH", "1x")] {
+        let called = run(command("crashy", "POST", "/count").env(name, value), b"");
+        assert_eq!((called.response.status(), called.status), (411, Some(0)), "{name}={value}");
+    }
+
     let called = call("crashy", "GET", "/break");
     assert_eq!((called.response.text().as_str(), called.status), ("so far, so good\n", Some(1)), "{}", called.errors);
     assert!(called.errors.contains("a response broke off: broken on purpose"), "{}", called.errors);

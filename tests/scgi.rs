@@ -318,13 +318,15 @@ fn behind_lighttpd() {
         );
         let config = |port| lighttpd_config(folder.path(), port, &rest);
         let (_lighttpd, address) = front::start("lighttpd", folder.path(), config);
-        let mut client = http::Client::connect(&address).unwrap();
-        let chunked = "POST /echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
-        client.stream.get_mut().write_all(chunked.as_bytes()).unwrap();
-        for piece in ["3\r\none\r\n", "5\r\n, two\r\n", "0\r\n\r\n"] {
-            client.stream.get_mut().write_all(piece.as_bytes()).unwrap();
+        // When it streams, lighttpd answers 411 to chunks that have not all come.
+        if streaming.is_empty() {
+            let mut client = http::Client::connect(&address).unwrap();
+            let chunked = "POST /echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
+            for piece in [chunked, "3\r\none\r\n", "5\r\n, two\r\n", "0\r\n\r\n"] {
+                client.stream.get_mut().write_all(piece.as_bytes()).unwrap();
+            }
+            assert_eq!(client.response(false).unwrap().text(), "one, two");
         }
-        assert_eq!(client.response(false).unwrap().text(), "one, two", "{streaming:?}");
         check_front(&address, &fixture.server);
     }
 }
