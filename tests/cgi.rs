@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use common::http;
 use common::scgi::Response;
@@ -225,6 +226,31 @@ fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
     let plan = Plan { cache_bytes: 4 << 20, rows: 20, max_entry: 0 };
     let (segment, found) = Segment::open(&file, &plan).unwrap();
     assert_eq!((found, segment.cache().stats().entries), (Found::Warm, 3));
+}
+
+#[test]
+fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pages");
+    let mut random = fastrand::Rng::with_seed(11);
+    for round in 0..12 {
+        let mut calls: Vec<_> = (0..8)
+            .map(|_| {
+                let mut child = with_cache(&file, &format!("/page/{}?ms=0", random.u8(0..4))).spawn().unwrap();
+                // Not a wait for anything: it dies wherever it is.
+                std::thread::sleep(Duration::from_micros(random.u64(0..4000)));
+                if random.bool() {
+                    child.kill().unwrap();
+                }
+                child
+            })
+            .collect();
+        calls.iter_mut().for_each(|call| assert!(call.wait().is_ok()));
+        let page_of_all = page(&file, "/page/7");
+        assert_eq!(page(&file, "/page/7"), page_of_all, "round {round}");
+    }
+    let plan = Plan { cache_bytes: 4 << 20, rows: 20, max_entry: 0 };
+    assert_eq!(Segment::open(&file, &plan).unwrap().1, Found::Warm);
 }
 
 #[test]
