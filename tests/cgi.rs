@@ -8,12 +8,13 @@ use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Barrier;
 use std::time::Duration;
 
 use common::http;
 use common::scgi::Response;
 use common::{Server, front, program, wait_until};
-use forkyard_shm::{Found, Plan, Segment};
+use forkyard_shm::{Found, Options, Plan, Segment};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -226,6 +227,32 @@ fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
     let plan = Plan { cache_bytes: 4 << 20, rows: 20, max_entry: 0 };
     let (segment, found) = Segment::open(&file, &plan).unwrap();
     assert_eq!((found, segment.cache().stats().entries), (Found::Warm, 3));
+}
+
+#[test]
+fn of_those_that_come_at_once_one_makes_the_file_and_all_share_it() {
+    let plan = Plan { cache_bytes: 4 << 20, rows: 20, max_entry: 0 };
+    let folder = tempfile::tempdir().unwrap();
+    for round in 0..20 {
+        let file = folder.path().join(round.to_string());
+        let at_once = Barrier::new(8);
+        let join = |number: u32| {
+            at_once.wait();
+            let segment = Segment::join(&file, &plan).unwrap();
+            segment.cache().set(format!("of {number}"), "page", &Options::new()).unwrap();
+            segment
+        };
+        let segments: Vec<_> = std::thread::scope(|scope| {
+            let join = &join;
+            let threads: Vec<_> = (0..8).map(|number| scope.spawn(move || join(number))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for segment in segments {
+            let missing: Vec<_> =
+                (0..8).filter(|number| segment.cache().get(format!("of {number}")).is_none()).collect();
+            assert_eq!(missing, [], "round {round}");
+        }
+    }
 }
 
 #[test]
