@@ -8,11 +8,13 @@ use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Barrier;
+use std::time::Duration;
 
 use common::http;
 use common::scgi::Response;
 use common::{Server, front, program, wait_until};
-use forkyard_shm::{Found, Plan, Segment};
+use forkyard_shm::{Found, Options, Plan, Segment};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -122,6 +124,11 @@ fn limits_and_broken_bodies() {
     child.stdin.take().unwrap().write_all(b"12345").unwrap();
     assert_eq!(finish(child).response.text(), "5\n", "it counts up to the error");
 
+    for (name, value) in [("HTTP_TRANSFER_ENCODING", "chunked"), ("CONTENT_LENGTH", "-1"), ("CONTENT_LENGTH", "1x")] {
+        let called = run(command("crashy", "POST", "/count").env(name, value), b"");
+        assert_eq!((called.response.status(), called.status), (411, Some(0)), "{name}={value}");
+    }
+
     let called = call("crashy", "GET", "/break");
     assert_eq!((called.response.text().as_str(), called.status), ("so far, so good\n", Some(1)), "{}", called.errors);
     assert!(called.errors.contains("a response broke off: broken on purpose"), "{}", called.errors);
@@ -220,6 +227,57 @@ fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
     let plan = Plan { cache_bytes: 4 << 20, rows: 20, max_entry: 0 };
     let (segment, found) = Segment::open(&file, &plan).unwrap();
     assert_eq!((found, segment.cache().stats().entries), (Found::Warm, 3));
+}
+
+#[test]
+fn of_those_that_come_at_once_one_makes_the_file_and_all_share_it() {
+    let plan = Plan { cache_bytes: 4 << 20, rows: 20, max_entry: 0 };
+    let folder = tempfile::tempdir().unwrap();
+    for round in 0..20 {
+        let file = folder.path().join(round.to_string());
+        let at_once = Barrier::new(8);
+        let join = |number: u32| {
+            at_once.wait();
+            let segment = Segment::join(&file, &plan).unwrap();
+            segment.cache().set(format!("of {number}"), "page", &Options::new()).unwrap();
+            segment
+        };
+        let segments: Vec<_> = std::thread::scope(|scope| {
+            let join = &join;
+            let threads: Vec<_> = (0..8).map(|number| scope.spawn(move || join(number))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for segment in segments {
+            let missing: Vec<_> =
+                (0..8).filter(|number| segment.cache().get(format!("of {number}")).is_none()).collect();
+            assert_eq!(missing, [], "round {round}");
+        }
+    }
+}
+
+#[test]
+fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pages");
+    let mut random = fastrand::Rng::with_seed(11);
+    for round in 0..12 {
+        let mut calls: Vec<_> = (0..8)
+            .map(|_| {
+                let mut child = with_cache(&file, &format!("/page/{}?ms=0", random.u8(0..4))).spawn().unwrap();
+                // Not a wait for anything: it dies wherever it is.
+                std::thread::sleep(Duration::from_micros(random.u64(0..4000)));
+                if random.bool() {
+                    child.kill().unwrap();
+                }
+                child
+            })
+            .collect();
+        calls.iter_mut().for_each(|call| assert!(call.wait().is_ok()));
+        let page_of_all = page(&file, "/page/7");
+        assert_eq!(page(&file, "/page/7"), page_of_all, "round {round}");
+    }
+    let plan = Plan { cache_bytes: 4 << 20, rows: 20, max_entry: 0 };
+    assert_eq!(Segment::open(&file, &plan).unwrap().1, Found::Warm);
 }
 
 #[test]

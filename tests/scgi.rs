@@ -253,6 +253,11 @@ fn a_drain_finishes_what_has_begun() {
     drop(idle);
 }
 
+/// The client is not left to wait for the rest.
+fn expect_an_end(error: &io::Error) {
+    assert!(!matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{error}");
+}
+
 /// What every web server must make of us: `address` is that of the web server before `server`.
 fn check_front(address: &str, server: &Server) {
     assert_eq!(http::get(address, "/ok").unwrap().text(), "ok\n");
@@ -264,16 +269,20 @@ fn check_front(address: &str, server: &Server) {
     let head = http::Client::connect(address).unwrap().request("HEAD", "/ok", b"").unwrap();
     assert_eq!((head.status, head.header("content-length")), (200, Some("3")));
 
-    let broken = http::get(address, "/break");
-    assert!(broken.as_ref().map_or(true, |response| response.status >= 500), "taken for whole: {broken:?}");
+    match http::get(address, "/break") {
+        Ok(response) => assert!(response.status >= 500, "taken for whole: {response:?}"),
+        Err(error) => expect_an_end(&error),
+    }
     let mut client = http::Client::connect(address).unwrap();
     client.stream.get_mut().write_all(b"GET /bytes/64 HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     client.stream.read_exact(&mut vec![0; MIB]).unwrap();
     let worker = wait_until("there is a worker", || server.children().first().copied());
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     let mut rest = Vec::new();
-    let ended = client.stream.read_to_end(&mut rest);
-    assert!(ended.is_err() || !rest.ends_with(b"0\r\n\r\n"), "a response whose worker died is taken for whole");
+    if let Err(error) = client.stream.read_to_end(&mut rest) {
+        expect_an_end(&error);
+    }
+    assert!(!rest.ends_with(b"0\r\n\r\n"), "a response whose worker died is taken for whole");
     wait_until("the next worker serves", || http::get(address, "/ok").ok().filter(|response| response.status == 200));
 }
 
@@ -309,13 +318,15 @@ fn behind_lighttpd() {
         );
         let config = |port| lighttpd_config(folder.path(), port, &rest);
         let (_lighttpd, address) = front::start("lighttpd", folder.path(), config);
-        let mut client = http::Client::connect(&address).unwrap();
-        let chunked = "POST /echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
-        client.stream.get_mut().write_all(chunked.as_bytes()).unwrap();
-        for piece in ["3\r\none\r\n", "5\r\n, two\r\n", "0\r\n\r\n"] {
-            client.stream.get_mut().write_all(piece.as_bytes()).unwrap();
+        // When it streams, lighttpd answers 411 to chunks that have not all come.
+        if streaming.is_empty() {
+            let mut client = http::Client::connect(&address).unwrap();
+            let chunked = "POST /echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
+            for piece in [chunked, "3\r\none\r\n", "5\r\n, two\r\n", "0\r\n\r\n"] {
+                client.stream.get_mut().write_all(piece.as_bytes()).unwrap();
+            }
+            assert_eq!(client.response(false).unwrap().text(), "one, two");
         }
-        assert_eq!(client.response(false).unwrap().text(), "one, two", "{streaming:?}");
         check_front(&address, &fixture.server);
     }
 }

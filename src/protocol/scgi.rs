@@ -368,6 +368,29 @@ mod tests {
         }
     }
 
+    /// As captured from nginx 1.22, lighttpd 1.4.69 and Apache 2.4.71.
+    #[test]
+    fn what_web_servers_send_is_taken() {
+        for (bytes, target, body) in [
+            (&include_bytes!("../../fuzz/seeds/scgi/nginx-get")[..], "/page/5?with=a&query=%26", ""),
+            (include_bytes!("../../fuzz/seeds/scgi/nginx-post"), "/echo", "one, two"),
+            (include_bytes!("../../fuzz/seeds/scgi/nginx-chunked"), "/echo", "one, two"),
+            (include_bytes!("../../fuzz/seeds/scgi/lighttpd-get"), "/page/5?with=a&query=%26", ""),
+            (include_bytes!("../../fuzz/seeds/scgi/lighttpd-post"), "/echo", "one, two"),
+            (include_bytes!("../../fuzz/seeds/scgi/apache-get"), "/page/5?with=a&query=%26", ""),
+            (include_bytes!("../../fuzz/seeds/scgi/apache-post"), "/echo", "one, two"),
+        ] {
+            let (mut events, error) = decode(bytes, || usize::MAX);
+            assert_eq!((error, events.pop()), (None, Some(Event::End)), "{target}");
+            let came = if body.is_empty() { None } else { events.pop() };
+            assert_eq!(came, (!body.is_empty()).then(|| Event::Body(Bytes::from_static(body.as_bytes()))));
+            let Some(Event::Request { params, .. }) = events.pop() else { panic!("{target}") };
+            let request = crate::protocol::cgi::request(params, |announced| announced).unwrap();
+            assert_eq!(request.uri().to_string(), target);
+            assert_eq!(request.body().unwrap_or(0), body.len() as u64);
+        }
+    }
+
     #[test]
     fn arbitrary_bytes_do_no_harm_however_they_are_cut() {
         for seed in 0..2000 {

@@ -95,9 +95,9 @@ where
 {
     let request = match request(config.limits.max_body) {
         Ok(request) => request,
-        Err(error) => {
+        Err((status, error)) => {
             log::warn!("a CGI request was refused: {error}");
-            return (serve::refusal(StatusCode::BAD_REQUEST, row.begin("-", "-")), false);
+            return (serve::refusal(status, row.begin("-", "-")), false);
         }
     };
     let is_head = request.method() == Method::HEAD;
@@ -112,21 +112,36 @@ where
     (response, is_head)
 }
 
-fn request(max_body: u64) -> Result<Request<Body>, BoxError> {
+/// The request, or the status that is the answer and why.
+fn request(max_body: u64) -> Result<Request<Body>, (StatusCode, BoxError)> {
     let variables: Vec<_> = std::env::vars_os().collect();
     let pairs = variables.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
     let params = Params::from_pairs(pairs);
-    let made = cgi::request(params, |length| match (length, sys::descriptor(0)) {
-        (None | Some(0), _) => Body::empty(),
-        (length, stdin) => {
-            let (writer, reader) = pipe::pipe();
-            if let (Some(length), Some(stdin)) = (length, stdin) {
-                tokio::task::spawn_local(feed(File::from(stdin), length, writer));
-            }
-            Body::stdin(reader, length, max_body)
-        }
-    });
-    Ok(made?)
+    let said = |name| params.get(name).is_some_and(|value| !value.is_empty());
+    let has_body = said("CONTENT_LENGTH") || said("HTTP_TRANSFER_ENCODING");
+    let mut length = None;
+    let request = cgi::request(params, |announced| length = announced);
+    let request = request.map_err(|error| (StatusCode::BAD_REQUEST, error.into()))?;
+    if has_body && length.is_none() {
+        // Apache passes on so what comes in chunks.
+        return Err((
+            StatusCode::LENGTH_REQUIRED,
+            "it has a body, and no good CONTENT_LENGTH says how long it is".into(),
+        ));
+    }
+    Ok(request.map(|()| body(length.unwrap_or(0), max_body)))
+}
+
+fn body(length: u64, max_body: u64) -> Body {
+    if length == 0 {
+        return Body::empty();
+    }
+    let (writer, reader) = pipe::pipe();
+    // Without standard input the body is cut at once.
+    if let Some(stdin) = sys::descriptor(0) {
+        tokio::task::spawn_local(feed(File::from(stdin), length, writer));
+    }
+    Body::stdin(reader, Some(length), max_body)
 }
 
 /// Passes the body on while it comes. If it ends early, dropping the writer says so.

@@ -58,7 +58,7 @@ where
     let mut last_chance = pin!(drain.wait_for_last_request());
     let ended = poll_fn(|context| {
         if connection.is_untouched() && last_chance.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Ok(()));
+            return Poll::Ready(Err(io::Error::other("the worker leaves, and no request has come")));
         }
         connection.poll(context)
     });
