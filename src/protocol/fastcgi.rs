@@ -506,6 +506,14 @@ pub(crate) fn end_request(out: &mut BytesMut, id: RequestId, application: u32, s
     out.put_slice(&[status as u8, 0, 0, 0]);
 }
 
+/// Writes what is no record, since its version is 0: the last bytes of a connection on which a response broke off.
+///
+/// nginx, if it does not keep the connection, takes the close alone for the end of a response without a length, and
+/// waits for the rest of one with a length. At this it gives up in both cases.
+pub(crate) fn break_off(out: &mut BytesMut) {
+    out.put_slice(&[0; HEADER]);
+}
+
 /// UNKNOWN_TYPE (4.2): the answer to a management record that we do not know.
 fn unknown_type(kind: u8) -> Event {
     let mut bytes = BytesMut::with_capacity(2 * HEADER);

@@ -59,6 +59,7 @@ where
         exchanges: Vec::new(),
         application,
         closing: false,
+        broken: false,
         draining: false,
         last_chance_over: false,
         unread: false,
@@ -92,6 +93,8 @@ struct Connection<IO, S, B> {
     application: Rc<Application<S>>,
     /// The peer did not ask to keep the connection.
     closing: bool,
+    /// A response broke off, and nothing else is in flight: what is in the outbox is the last.
+    broken: bool,
     /// The worker was asked to leave.
     draining: bool,
     /// Since then a request was answered, or time enough has passed for one to come.
@@ -144,24 +147,22 @@ where
                 return Poll::Ready(Ok(()));
             }
             let room_again = held_back && self.outbox.len() < OUTBOX_LIMIT;
-            if self.poll_input(context)?.is_pending() && !room_again {
+            // After a break nothing more is taken in.
+            if self.broken || self.poll_input(context)?.is_pending() && !room_again {
                 return Poll::Pending;
             }
         }
     }
 
     fn is_over(&self) -> bool {
-        let broken_off = |exchange: &Exchange<B>| matches!(exchange.state, State::BrokenOff);
-        if !self.outbox.is_empty() || !self.exchanges.iter().all(broken_off) {
+        if !self.exchanges.is_empty() || !self.outbox.is_empty() {
             return false;
-        }
-        // Only the close tells the peer that a response is not whole; what else was in flight has had its time.
-        if !self.exchanges.is_empty() {
-            return true;
         }
         // A request that has half arrived when we are asked to drain is served; but a peer that did not want
         // the connection kept is owed nothing more, and may be waiting for us to close it.
-        self.closing || (self.draining && self.last_chance_over && self.input.is_empty() && self.decoder.is_idle())
+        self.closing
+            || self.broken
+            || (self.draining && self.last_chance_over && self.input.is_empty() && self.decoder.is_idle())
     }
 
     fn poll_exchanges(&mut self, context: &mut Context<'_>) {
@@ -174,7 +175,7 @@ where
                 (exchange.stdin, exchange.data) = (None, None);
             }
         }
-        let Self { exchanges, decoder, closing, draining, last_chance_over, unread, .. } = self;
+        let Self { exchanges, decoder, outbox, closing, broken, draining, last_chance_over, unread, .. } = self;
         exchanges.retain(|exchange| {
             let ended = matches!(exchange.state, State::Ended);
             if ended {
@@ -184,6 +185,15 @@ where
             }
             !ended
         });
+        let broken_off = |exchange: &Exchange<B>| matches!(exchange.state, State::BrokenOff);
+        if !exchanges.is_empty() && exchanges.iter().all(broken_off) {
+            // What else was in flight has had its time.
+            for exchange in exchanges.drain(..) {
+                *unread |= !decoder.finish(exchange.id);
+            }
+            fastcgi::break_off(outbox.tail());
+            *broken = true;
+        }
     }
 
     /// Takes in what the peer sent. Pending when there is nothing more, or no room for it.
