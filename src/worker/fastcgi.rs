@@ -27,8 +27,9 @@ use super::serve::{Application, BoxError, Served};
 use crate::body::{Body, FilterData, pipe};
 use crate::context::Drain;
 use crate::protocol::cgi;
-use crate::protocol::fastcgi::{self, AppStatus, Decoder, Event, Fault, LARGEST_CONTENT, RequestId, Role};
+use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
 use crate::protocol::params::Params;
+use crate::protocol::role::{AppStatus, Role};
 
 /// Output that may wait on a connection before its responses do.
 const OUTBOX_LIMIT: usize = 64 << 10;
