@@ -345,6 +345,24 @@ mod tests {
         assert_eq!(length(&["", "5"]), Ok(Some(5)));
     }
 
+    /// CVE-2019-11043: php-fpm computed where PATH_INFO begins out of the lengths of other parameters, and a line feed in
+    /// the path made nginx send an empty one.
+    #[test]
+    fn no_parameter_is_measured_by_another() {
+        let common = [("REQUEST_METHOD", "GET"), ("SCRIPT_NAME", "/index.php/a\nb"), ("PATH_INFO", "")];
+        assert_eq!(made(&common).unwrap().uri(), "/index.php/a%0Ab");
+        let long = "/PHP/".repeat(5000);
+        let uri = made(&[("REQUEST_METHOD", "GET"), ("REQUEST_URI", "/a%0ab"), ("PATH_TRANSLATED", &long)]);
+        assert_eq!(uri.unwrap().uri(), "/a%0ab");
+    }
+
+    #[test]
+    fn of_a_parameter_that_is_said_twice_the_last_counts() {
+        let twice = made(&[("REQUEST_METHOD", "GET"), ("REQUEST_METHOD", "PUT")]).unwrap();
+        assert_eq!(twice.method(), Method::PUT);
+        assert_eq!(twice.extensions().get::<Params>().unwrap().get("REQUEST_METHOD"), Some(&b"PUT"[..]));
+    }
+
     #[test]
     fn a_length_that_is_none_says_nothing() {
         for length in ["", "-1", "12x"] {

@@ -29,8 +29,9 @@ use super::socket::Socket;
 use crate::body::{Body, FilterData, pipe};
 use crate::context::Drain;
 use crate::protocol::cgi;
-use crate::protocol::fastcgi::{self, AppStatus, Decoder, Event, Fault, LARGEST_CONTENT, RequestId, Role};
+use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
 use crate::protocol::params::Params;
+use crate::protocol::role::{AppStatus, Role};
 use crate::pulse::Stage;
 
 /// Output that may wait on a connection before its responses do.
@@ -62,6 +63,7 @@ where
         spare: None,
         application,
         closing: false,
+        broken: false,
         draining: false,
         last_chance_over: false,
         unread: false,
@@ -98,6 +100,8 @@ struct Connection<S: Service<Request<Body>>, B> {
     application: Rc<Application<S>>,
     /// The peer did not ask to keep the connection.
     closing: bool,
+    /// A response broke off, and nothing else is in flight: what is in the outbox is the last.
+    broken: bool,
     /// The worker was asked to leave.
     draining: bool,
     /// Since then a request was answered, or time enough has passed for one to come.
@@ -153,24 +157,20 @@ where
                 return Poll::Ready(Ok(()));
             }
             let room_again = held_back && self.outbox.len() < OUTBOX_LIMIT;
-            if self.poll_input(context)?.is_pending() && !room_again {
+            // After a break nothing more is taken in.
+            if self.broken || self.poll_input(context)?.is_pending() && !room_again {
                 return Poll::Pending;
             }
         }
     }
 
     fn is_over(&self) -> bool {
-        let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
-        if !self.outbox.is_empty() || !self.exchanges.iter().all(broken_off) {
+        if !self.exchanges.is_empty() || !self.outbox.is_empty() {
             return false;
-        }
-        // Only the close tells the peer that a response is not whole; what else was in flight has had its time.
-        if !self.exchanges.is_empty() {
-            return true;
         }
         // A request that has half arrived when we are asked to drain is served; but a peer that did not want
         // the connection kept is owed nothing more, and may be waiting for us to close it.
-        self.closing || (self.draining && self.last_chance_over && self.is_idle())
+        self.closing || self.broken || (self.draining && self.last_chance_over && self.is_idle())
     }
 
     /// Whether nothing of a further request has come.
@@ -202,6 +202,15 @@ where
             if self.exchanges.is_empty() {
                 self.socket.pulse().set_stage(if self.is_idle() { Stage::Idle } else { Stage::Head });
             }
+        }
+        let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
+        if !self.exchanges.is_empty() && self.exchanges.iter().all(broken_off) {
+            // What else was in flight has had its time.
+            for exchange in self.exchanges.drain(..) {
+                self.unread |= !self.decoder.finish(exchange.id);
+            }
+            fastcgi::break_off(self.outbox.tail());
+            self.broken = true;
         }
     }
 
