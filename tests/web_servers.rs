@@ -568,13 +568,13 @@ fn lighttpd_has_an_authorizer() {
 
 /// What a web server wants kept is kept, and what it does not is closed: seen by the workers' descriptors.
 fn connections_are_kept_if_that_was_asked(site: &mut Site, front: Front) {
-    let descriptors = || site.pages.children().into_iter().map(common::descriptors_of).sum::<usize>();
-    let before = descriptors();
+    let sockets = || site.pages.children().into_iter().map(common::sockets_of).sum::<usize>();
+    let before = sockets();
     for _ in 0..30 {
         assert_eq!(site.clients.ask(App::Pages, "GET", "/who").status, 200);
     }
     let open = wait_until("no connection is open that nobody asked to keep", || {
-        let open = descriptors().checked_sub(before)?;
+        let open = sockets().checked_sub(before)?;
         (front == Front::NginxKept || open == 0).then_some(open)
     });
     if front == Front::NginxKept {
