@@ -48,7 +48,7 @@ pub use crate::blocking::{Answer, Blocking, blocking};
 pub use crate::body::{Body, BodyError, BodyReader, FilterData};
 pub use crate::builder::{Builder, command_line};
 pub use crate::context::Context;
-pub use crate::protocol::cgi::Peer;
+pub use crate::protocol::cgi::Origin;
 pub use crate::protocol::params::Params;
 pub use crate::protocol::role::{AppStatus, Role};
 

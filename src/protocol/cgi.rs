@@ -19,14 +19,24 @@ use super::params::Params;
 /// Over HTTP it is the other end of the connection; over FastCGI, what the server in front tells (`REMOTE_ADDR`,
 /// `REMOTE_PORT`, `HTTPS`, `REQUEST_SCHEME`). If that is an address of `--trust`, it is what that proxy tells of its
 /// client in turn. The host that the client asked for is the request's `Host` header, whoever told it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer {
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Origin {
     /// `None` for a Unix socket, or if the server in front does not say. The port is 0 if only the address is known.
     pub address: Option<SocketAddr>,
     /// Whether the client used HTTPS, as far as we are told.
     pub is_https: bool,
+    /// The CGI variables of the request, as the server in front said them; none over HTTP.
+    pub params: Params,
     /// There is no address because it is a Unix socket, of this machine or of the load balancer's.
     pub(crate) over_unix: bool,
+}
+
+impl Origin {
+    /// Of a request without CGI variables. Without an address it came by a Unix socket.
+    pub(crate) fn of_http(address: Option<SocketAddr>, is_https: bool) -> Self {
+        Self { address, is_https, params: Params::default(), over_unix: address.is_none() }
+    }
 }
 
 /// The head of a request that makes no sense. It is the server's fault, or that of whoever connected.
@@ -98,8 +108,8 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
     *request.uri_mut() = uri;
     *request.version_mut() = variables.version;
     *request.headers_mut() = headers;
-    request.extensions_mut().insert(Peer { address, is_https: variables.is_https, over_unix: false });
-    request.extensions_mut().insert(params);
+    let is_https = variables.is_https;
+    request.extensions_mut().insert(Origin { address, is_https, params, over_unix: false });
     Ok(request)
 }
 
@@ -294,9 +304,9 @@ mod tests {
         assert_eq!(request.headers()["x-two-words"], "yes");
         assert_eq!(request.headers()["content-type"], "text/plain");
         assert!(!request.headers().contains_key("proxy"));
-        let peer: &Peer = request.extensions().get().unwrap();
-        assert_eq!(peer.address, Some("192.0.2.7:4711".parse().unwrap()));
-        assert_eq!(request.extensions().get::<Params>().unwrap().get("SCRIPT_NAME"), Some(&b"/a b"[..]));
+        let origin: &Origin = request.extensions().get().unwrap();
+        assert_eq!(origin.address, Some("192.0.2.7:4711".parse().unwrap()));
+        assert_eq!(origin.params.get("SCRIPT_NAME"), Some(&b"/a b"[..]));
     }
 
     #[test]
@@ -360,7 +370,7 @@ mod tests {
     fn of_a_parameter_that_is_said_twice_the_last_counts() {
         let twice = made(&[("REQUEST_METHOD", "GET"), ("REQUEST_METHOD", "PUT")]).unwrap();
         assert_eq!(twice.method(), Method::PUT);
-        assert_eq!(twice.extensions().get::<Params>().unwrap().get("REQUEST_METHOD"), Some(&b"PUT"[..]));
+        assert_eq!(twice.extensions().get::<Origin>().unwrap().params.get("REQUEST_METHOD"), Some(&b"PUT"[..]));
     }
 
     #[test]
@@ -383,7 +393,7 @@ mod tests {
             ("REQUEST_SCHEME", "http", false),
         ] {
             let request = made(&[("REQUEST_METHOD", "GET"), (name, value)]).unwrap();
-            assert_eq!(request.extensions().get::<Peer>().unwrap().is_https, is_https, "{name}={value}");
+            assert_eq!(request.extensions().get::<Origin>().unwrap().is_https, is_https, "{name}={value}");
         }
     }
 

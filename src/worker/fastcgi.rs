@@ -20,7 +20,6 @@ use http::{Method, Request, Response, StatusCode};
 use http_body::Body as HttpBody;
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio_util::io::poll_read_buf;
 use tower_service::Service;
 
 use super::outbox::Outbox;
@@ -28,7 +27,7 @@ use super::serve::{Answer, Application, BoxError, Served};
 use super::socket::Socket;
 use crate::body::{Body, FilterData, pipe};
 use crate::context::Drain;
-use crate::protocol::cgi;
+use crate::protocol::cgi::{self, Origin};
 use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
 use crate::protocol::params::Params;
 use crate::protocol::role::{AppStatus, Role};
@@ -38,8 +37,6 @@ use crate::pulse::Stage;
 pub(super) const OUTBOX_LIMIT: usize = 64 << 10;
 /// Replies to management records and refusals that may wait beside it; one piece of a response may too.
 const REPLIES_LIMIT: usize = 1 << 20;
-/// A read takes at least, and at most, so much.
-pub(super) const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 /// How long, and for how many bytes, a peer that still sends is listened to after our last word.
 pub(super) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
@@ -55,7 +52,6 @@ where
     let mut connection = Connection {
         socket,
         input: BytesMut::new(),
-        read_size: READ_SIZES.0,
         decoder: Decoder::new(limits.max_params, limits.max_multiplexed),
         outbox: Outbox::default(),
         head: BytesMut::new(),
@@ -89,7 +85,6 @@ where
 struct Connection<S: Service<Request<Body>>, B> {
     socket: Socket,
     input: BytesMut,
-    read_size: usize,
     decoder: Decoder,
     outbox: Outbox,
     /// Where the head of a response is put together.
@@ -229,25 +224,21 @@ where
         if self.decode()? {
             return Ok(Poll::Ready(()));
         }
-        if self.input.capacity() - self.input.len() < READ_SIZES.0 {
-            self.input.reserve(self.read_size);
-        }
-        let room = self.input.capacity() - self.input.len();
-        match poll_read_buf(Pin::new(&mut self.socket), context, &mut self.input) {
+        match self.socket.poll_bytes(context) {
             Poll::Pending => {
-                if self.exchanges.is_empty() && self.input.is_empty() && self.read_size > READ_SIZES.0 {
-                    // Idle: a connection that had a large body keeps no large buffer.
-                    self.input = BytesMut::new();
-                    self.read_size = READ_SIZES.0;
+                if !self.input.is_empty() {
+                    self.input = BytesMut::from(&self.input[..]); // who knows for how long
                 }
                 Ok(Poll::Pending)
             }
-            Poll::Ready(Ok(0)) if self.exchanges.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
-            Poll::Ready(Ok(0)) => Err(io::Error::other("the peer left before it had its responses")),
-            Poll::Ready(Ok(read)) => {
-                if read == room {
-                    self.read_size = (self.read_size * 4).min(READ_SIZES.1);
-                }
+            Poll::Ready(Ok(bytes)) if bytes.is_empty() && self.exchanges.is_empty() => {
+                Err(io::ErrorKind::UnexpectedEof.into())
+            }
+            Poll::Ready(Ok(bytes)) if bytes.is_empty() => {
+                Err(io::Error::other("the peer left before it had its responses"))
+            }
+            Poll::Ready(Ok(bytes)) => {
+                self.input.unsplit(bytes);
                 self.decode()?;
                 Ok(Poll::Ready(()))
             }
@@ -402,7 +393,7 @@ fn give_role(request: &mut Request<Body>, role: Role) -> Option<pipe::Writer> {
     if role != Role::Filter {
         return None;
     }
-    let length = request.extensions().get::<Params>().and_then(|params| params.get("FCGI_DATA_LENGTH"));
+    let length = request.extensions().get::<Origin>().and_then(|origin| origin.params.get("FCGI_DATA_LENGTH"));
     let length = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
     let (writer, reader) = pipe::pipe();
     request.extensions_mut().insert(FilterData::new(Body::stdin(reader, length, u64::MAX)));

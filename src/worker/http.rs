@@ -2,7 +2,7 @@
 //! lets pass and no application should see, and joins them to the application and to the drain.
 //!
 //! A request comes to the application in one form, whatever the version: its URI is a path, its host is in `Host`,
-//! and how it came is in [`Peer`].
+//! and how it came is in [`Origin`].
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -32,7 +32,7 @@ use super::socket::Socket;
 use crate::body::{Body, BodyError};
 use crate::config::Limits;
 use crate::context::Drain;
-use crate::protocol::cgi::Peer;
+use crate::protocol::cgi::Origin;
 use crate::pulse::{Pulse, Stage};
 
 /// Bytes of a request's body that may be on their way in one stream of HTTP/2, and in all streams of a connection.
@@ -46,7 +46,7 @@ const RESETS: (usize, usize) = (20, 128);
 const ROOM_FOR_HEADERS: usize = 100;
 
 /// Serves one connection to its end.
-pub(crate) async fn serve<S, B>(mut socket: Socket, peer: Peer, application: Rc<Application<S>>, drain: Drain)
+pub(crate) async fn serve<S, B>(mut socket: Socket, origin: Origin, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
@@ -69,7 +69,7 @@ where
     }
     let socket = TokioIo::new(socket);
     let requests = Rc::new(Requests::new(limits.max_requests_per_connection, pulse));
-    let connection = Rc::new(Connection { application, peer, requests: Rc::clone(&requests) });
+    let connection = Rc::new(Connection { application, origin, requests: Rc::clone(&requests) });
     let answer = service_fn(move |request| Rc::clone(&connection).answer(request));
     let ended = if is_http2 {
         let connection = Box::pin(http2_settings(&limits).serve_connection(socket, answer));
@@ -156,7 +156,7 @@ impl<F: Future<Output: 'static> + 'static> hyper::rt::Executor<F> for LocalTasks
 /// What the requests of a connection have in common.
 struct Connection<S> {
     application: Rc<Application<S>>,
-    peer: Peer,
+    origin: Origin,
     requests: Rc<Requests>,
 }
 
@@ -182,7 +182,7 @@ where
             let is_http2 = request.version() == Version::HTTP_2;
             let (response, refused) = match settle(&mut request) {
                 Ok(()) => {
-                    request.extensions_mut().insert(self.peer);
+                    request.extensions_mut().insert(self.origin.clone());
                     (self.application.answer(request).await, false)
                 }
                 Err(refusal) => {

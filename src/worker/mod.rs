@@ -55,7 +55,7 @@ use crate::body::Body;
 use crate::context::{Context, Drain};
 use crate::heritage::{Heritage, READY};
 use crate::listen::Protocol;
-use crate::protocol::cgi::Peer;
+use crate::protocol::cgi::Origin;
 use crate::{blocking, sys};
 
 /// Lives a worker's life: returns its exit status when it has drained.
@@ -213,15 +213,15 @@ where
     fn serve(&self, mut socket: Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
         let (application, drain, protocol) = (Rc::clone(&self.application), self.drain.clone(), self.protocol);
         let permitted = self.door.permits(peer);
-        let mut peer = Peer { address: peer, is_https: false, over_unix: peer.is_none() };
+        let mut origin = Origin::of_http(peer, false);
         async move {
             if !permitted {
                 return;
             }
             let trust = application.trust.as_ref();
-            if trust.is_some_and(|trust| trust.peers.contain(peer.address.map(|address| address.ip()))) {
+            if trust.is_some_and(|trust| trust.peers.contain(peer.map(|address| address.ip()))) {
                 let reading = tokio::select! {
-                    reading = opening::read_proxy_header(&mut socket, &mut peer) => reading,
+                    reading = opening::read_proxy_header(&mut socket, &mut origin) => reading,
                     () = drain.wait_for_last_request() => return,
                 };
                 if let Err(error) = reading {
@@ -231,7 +231,7 @@ where
             match protocol {
                 Protocol::FastCgi => fastcgi::serve(socket, application, drain).await,
                 Protocol::Scgi => scgi::serve(socket, application, drain).await,
-                Protocol::Http => http::serve(socket, peer, application, drain).await,
+                Protocol::Http => http::serve(socket, origin, application, drain).await,
             }
         }
     }

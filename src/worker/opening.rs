@@ -8,7 +8,7 @@ use bytes::{Buf as _, BytesMut};
 use tokio::io::AsyncReadExt as _;
 
 use super::socket::Socket;
-use crate::protocol::cgi::Peer;
+use crate::protocol::cgi::Origin;
 use crate::protocol::proxy::{self, Opening, Source};
 
 /// What an HTTP/2 connection begins with (RFC 9113, section 3.4).
@@ -16,11 +16,11 @@ const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// As much as hyper reads at first.
 const FIRST_READ: usize = 8 << 10;
 
-/// Reads the PROXY header of a connection, if it begins with one, and makes `peer` what it says.
+/// Reads the PROXY header of a connection, if it begins with one, and makes `origin` what it says.
 ///
 /// # Errors
 /// What the socket says, its end included; or the header makes no sense.
-pub(crate) async fn read_proxy_header(socket: &mut Socket, peer: &mut Peer) -> io::Result<()> {
+pub(crate) async fn read_proxy_header(socket: &mut Socket, origin: &mut Origin) -> io::Result<()> {
     let mut early = BytesMut::with_capacity(FIRST_READ);
     loop {
         match proxy::decode(&early).map_err(io::Error::other)? {
@@ -34,8 +34,8 @@ pub(crate) async fn read_proxy_header(socket: &mut Socket, peer: &mut Peer) -> i
                 let is_https = header.is_tls;
                 match header.source {
                     Source::Itself => {}
-                    Source::Inet(address) => *peer = Peer { address: Some(address), is_https, over_unix: false },
-                    Source::Unix => *peer = Peer { address: None, is_https, over_unix: true },
+                    Source::Inet(address) => *origin = Origin::of_http(Some(address), is_https),
+                    Source::Unix => *origin = Origin::of_http(None, is_https),
                 }
                 socket.unread(early);
                 return Ok(());

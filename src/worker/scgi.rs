@@ -25,7 +25,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_util::io::poll_read_buf;
 use tower_service::Service;
 
-use super::fastcgi::{LINGER, OUTBOX_LIMIT, READ_SIZES};
+use super::fastcgi::{LINGER, OUTBOX_LIMIT};
 use super::outbox::Outbox;
 use super::reply::Reply;
 use super::serve::{Answer, Application, BoxError};
@@ -35,6 +35,9 @@ use crate::context::Drain;
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
 use crate::protocol::scgi::{Decoder, Error, Event};
+
+/// A read takes at least, and at most, so much.
+const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 
 /// Serves one connection to its end.
 pub(crate) async fn serve<S, B>(socket: Socket, application: Rc<Application<S>>, drain: Drain)

@@ -20,7 +20,7 @@ use tower_service::Service;
 
 use crate::body::{Body, BodyError};
 use crate::config::{Limits, Trust};
-use crate::protocol::cgi::Peer;
+use crate::protocol::cgi::Origin;
 use crate::protocol::forwarded;
 use crate::pulse::Pulse;
 
@@ -190,13 +190,13 @@ fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> 
     length
 }
 
-/// If a request comes from a trusted proxy, makes [`Peer`] and `Host` what that one says of its client. What clients
+/// If a request comes from a trusted proxy, makes [`Origin`] and `Host` what that one says of its client. What clients
 /// may have made up is taken away: applications are known to go by it.
 fn believe(trust: &Trust, request: &mut Request<Body>) {
-    let Some(&peer) = request.extensions().get::<Peer>() else { return };
-    let is_trusted = match peer.address {
+    let Some(origin) = request.extensions().get::<Origin>() else { return };
+    let is_trusted = match origin.address {
         Some(address) => trust.peers.contain(Some(address.ip())),
-        None => peer.over_unix && trust.peers.contain(None),
+        None => origin.over_unix && trust.peers.contain(None),
     };
     let headers = request.headers_mut();
     forwarded::remove(headers, is_trusted.then_some(trust.family));
@@ -207,11 +207,12 @@ fn believe(trust: &Trust, request: &mut Request<Body>) {
     if let Some(host) = client.host.filter(|host| super::http::is_host(host.as_bytes())) {
         headers.insert(header::HOST, host);
     }
-    let is_https = client.is_https.unwrap_or(peer.is_https);
-    request.extensions_mut().insert(match client.address {
-        Some(address) => Peer { address, is_https, over_unix: false },
-        None => Peer { is_https, ..peer },
-    });
+    if let Some(origin) = request.extensions_mut().get_mut::<Origin>() {
+        origin.is_https = client.is_https.unwrap_or(origin.is_https);
+        if let Some(address) = client.address {
+            (origin.address, origin.over_unix) = (address, false);
+        }
+    }
 }
 
 /// A response of a status and its name.
