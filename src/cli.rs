@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
-use crate::config::{CacheConfig, Config, Limits, Trust, parse_duration, parse_mode, parse_size, parse_workers};
+use crate::config::{
+    CacheConfig, Config, Limits, Timeouts, Trust, parse_duration, parse_mode, parse_size, parse_workers,
+};
 use crate::listen::{self, Address, Bind, Protocol};
 use crate::peers::{Peers, Who};
 use crate::protocol::forwarded::Family;
@@ -116,9 +118,39 @@ struct WorkerOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_MULTIPLEXED", default_value = "64", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Memory and limits")]
     max_multiplexed: u16,
 
-    /// How long a client may take to send the head of an HTTP request, the wait for it included
+    #[command(flatten)]
+    timeouts: TimeoutOptions,
+}
+
+/// How long a client may take. All are kept to the second.
+#[derive(Args, Debug)]
+struct TimeoutOptions {
+    /// How long a connection is kept without a request; 0 for no limit, here and below
+    #[arg(long, value_name = "TIME", env = "FORKYARD_IDLE_TIMEOUT", default_value = "75s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    idle_timeout: Duration,
+
+    /// How long a client may take to send the head of a request
     #[arg(long, value_name = "TIME", env = "FORKYARD_HEADER_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
     header_timeout: Duration,
+
+    /// How long a client may take to send the next 4 KiB of a body that the application waits for
+    #[arg(long, value_name = "TIME", env = "FORKYARD_BODY_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    body_timeout: Duration,
+
+    /// How long a client may take to read the next 4 KiB of a response
+    #[arg(long, value_name = "TIME", env = "FORKYARD_WRITE_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    write_timeout: Duration,
+}
+
+impl TimeoutOptions {
+    fn timeouts(&self) -> Timeouts {
+        Timeouts {
+            idle: self.idle_timeout,
+            header: self.header_timeout,
+            body: self.body_timeout,
+            write: self.write_timeout,
+        }
+    }
 }
 
 /// Who may connect, and who is believed.
@@ -261,7 +293,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     }
     let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
-    let WorkerOptions { threads, queue, cache, keep, access, header_timeout, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, access, timeouts, .. } = linked.worker;
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let limits = Limits {
         max_body: linked.worker.max_body,
@@ -271,7 +303,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
         max_uri: linked.worker.max_uri,
         max_multiplexed: linked.worker.max_multiplexed.into(),
         max_requests_per_connection: linked.worker.max_requests_per_connection,
-        header_timeout,
+        timeouts: timeouts.timeouts(),
     };
     let of_workers = OfWorkers { threads, queue, limits, access };
     let config = config(linked.serve, keep.cache(cache), Duration::ZERO, of_workers);

@@ -73,8 +73,20 @@ pub(crate) struct Limits {
     pub(crate) max_multiplexed: usize,
     /// Requests of one HTTP connection, after which it is closed; 0 is any number.
     pub(crate) max_requests_per_connection: u32,
-    /// How long a client may take to send the head of an HTTP request.
-    pub(crate) header_timeout: Duration,
+    pub(crate) timeouts: Timeouts,
+}
+
+/// How long a client may take, to the second. Zero is no limit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Timeouts {
+    /// Until the next request on a kept connection.
+    pub(crate) idle: Duration,
+    /// For the whole head of a request.
+    pub(crate) header: Duration,
+    /// For the next 4 KiB of a request's body, while somebody waits for them.
+    pub(crate) body: Duration,
+    /// To read the next 4 KiB of a response.
+    pub(crate) write: Duration,
 }
 
 impl Config {

@@ -177,6 +177,10 @@ impl Listener {
             Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
         };
         listener.set_blocking(blocking).map_err(|error| fail(error.to_string()))?;
+        if listener.family == Family::Tcp {
+            // Answers are written whole, so there is nothing to wait for. Accepted sockets take this over.
+            setsockopt(&listener.socket, sockopt::TcpNoDelay, &true).map_err(|errno| fail(errno.desc().to_owned()))?;
+        }
         if let (Family::Tcp, Ok(address)) = (listener.family, socket::getsockname(listener.socket.as_raw_fd())) {
             let address: SockaddrStorage = address;
             listener.address = Address::Tcp(address.to_string());

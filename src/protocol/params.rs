@@ -2,46 +2,24 @@
 //! and the values that GET_VALUES asks for.
 
 use std::fmt;
-use std::ops::Range;
 
 use bytes::Bytes;
 
 /// The parameters of a request: CGI variables, in the order in which they came, as the bytes that came.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Params {
+    /// Name-value pairs, known to be whole.
     raw: Bytes,
-    pairs: Vec<(Span, Span)>,
-}
-
-/// A part of [`Params::raw`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Span {
-    start: u32,
-    end: u32,
-}
-
-impl Span {
-    fn range(self) -> Range<usize> {
-        self.start as usize..self.end as usize
-    }
 }
 
 impl Params {
     /// Reads name-value pairs (3.4). `None` if one reaches beyond the end.
     pub(crate) fn parse(raw: Bytes) -> Option<Self> {
-        let mut pairs = Vec::with_capacity(32);
         let mut rest: &[u8] = &raw;
-        let total = u32::try_from(raw.len()).ok()?;
         while !rest.is_empty() {
-            let name = take_length(&mut rest)?;
-            let value = take_length(&mut rest)?;
-            let start = total - u32::try_from(rest.len()).ok()?;
-            let middle = start.checked_add(name)?;
-            let end = middle.checked_add(value).filter(|&end| end <= total)?;
-            pairs.push((Span { start, end: middle }, Span { start: middle, end }));
-            rest = raw.get(end as usize..)?;
+            (_, rest) = take_pair(rest)?;
         }
-        Some(Self { raw, pairs })
+        Some(Self { raw })
     }
 
     /// The value of the variable `name`; of several, the last, as PHP has it.
@@ -52,16 +30,17 @@ impl Params {
 
     /// All names and values, in the order in which they came.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.pairs.iter().map(|(name, value)| (self.part(*name), self.part(*value)))
+        let mut rest: &[u8] = &self.raw;
+        std::iter::from_fn(move || {
+            let (pair, after) = take_pair(rest)?;
+            rest = after;
+            Some(pair)
+        })
     }
 
-    /// As [`Params::iter`], with values that share the memory of the parameters.
-    pub(crate) fn iter_shared(&self) -> impl Iterator<Item = (&[u8], Bytes)> {
-        self.pairs.iter().map(|(name, value)| (self.part(*name), self.raw.slice(value.range())))
-    }
-
-    fn part(&self, span: Span) -> &[u8] {
-        self.raw.get(span.range()).unwrap_or_default()
+    /// A name or value of [`Params::iter`], sharing the memory of the parameters.
+    pub(crate) fn share(&self, part: &[u8]) -> Bytes {
+        self.raw.slice_ref(part)
     }
 }
 
@@ -73,8 +52,21 @@ impl fmt::Debug for Params {
     }
 }
 
+type Pair<'a> = (&'a [u8], &'a [u8]);
+
+/// Reads a pair, and returns what is behind it. `None` if there is none, or not all of it.
+#[inline]
+fn take_pair(mut rest: &[u8]) -> Option<(Pair<'_>, &[u8])> {
+    let name = take_length(&mut rest)?;
+    let value = take_length(&mut rest)?;
+    let (name, rest) = rest.split_at_checked(name)?;
+    let (value, rest) = rest.split_at_checked(value)?;
+    Some(((name, value), rest))
+}
+
 /// Reads a length of one byte, or of four with the highest bit set. Both are legal for a short one.
-fn take_length(rest: &mut &[u8]) -> Option<u32> {
+#[inline]
+fn take_length(rest: &mut &[u8]) -> Option<usize> {
     let (&first, tail) = rest.split_first()?;
     if first < 0x80 {
         *rest = tail;
@@ -82,7 +74,7 @@ fn take_length(rest: &mut &[u8]) -> Option<u32> {
     }
     let (four, tail) = rest.split_first_chunk::<4>()?;
     *rest = tail;
-    Some(u32::from_be_bytes(*four) & 0x7fff_ffff)
+    usize::try_from(u32::from_be_bytes(*four) & 0x7fff_ffff).ok()
 }
 
 #[cfg(test)]
@@ -94,5 +86,29 @@ mod tests {
         let params = b"\x80\0\0\x01\x80\0\0\x02Axy\x01\x80\0\0\0B";
         let params = Params::parse(Bytes::from_static(params)).unwrap();
         assert_eq!(params.iter().collect::<Vec<_>>(), [(&b"A"[..], &b"xy"[..]), (b"B", b"")]);
+    }
+
+    /// CVE-2025-23016 (libfcgi) and CVE-2025-40907 (its copy in Perl): the sum of two lengths wrapped, and a small buffer
+    /// was made for a long name. Here nothing is made of what is announced.
+    #[test]
+    fn lengths_beyond_the_end_are_refused_whatever_their_sum() {
+        let lengths: [u32; 8] = [0, 1, 2, 3, 0x7fff_fffd, 0x7fff_fffe, 0x7fff_ffff, 0x4000_0000];
+        for name in lengths {
+            for value in lengths {
+                let four = |length: u32| (length | 0x8000_0000).to_be_bytes();
+                let params = [&four(name)[..], &four(value), b"ab"].concat();
+                // Two bytes are left; what they do not fill up must be a pair of its own, and they are none.
+                let fits = u64::from(name) + u64::from(value) == 2;
+                assert_eq!(Params::parse(params.into()).is_some(), fits, "{name} + {value}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_beginning_of_some_pairs_is_some_pairs_or_refused() {
+        let params = b"\x01\x02Axy\x80\0\0\x01\x00B\x03\x80\0\0\x04ABCdefg";
+        let ends: Vec<usize> =
+            (0..=params.len()).filter(|&end| Params::parse(Bytes::from_static(&params[..end])).is_some()).collect();
+        assert_eq!(ends, [0, 5, 11, params.len()]);
     }
 }

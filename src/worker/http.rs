@@ -10,26 +10,30 @@ use std::error::Error;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::{PathAndQuery, Uri};
 use http::{Method, Request, Response, StatusCode, Version};
-use http_body::Body as HttpBody;
+use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
+use hyper_util::rt::TokioIo;
+use pin_project_lite::pin_project;
 use tokio::sync::Notify;
 use tower_service::Service;
 
 use super::opening::{self, Rewound};
 use super::serve::{Application, BoxError, Served};
-use crate::body::Body;
+use super::socket::Socket;
+use crate::body::{Body, BodyError};
 use crate::config::Limits;
 use crate::context::Drain;
 use crate::protocol::cgi::Peer;
+use crate::pulse::{Pulse, Stage};
 
 /// Bytes of a request's body that may be on their way in one stream of HTTP/2, and in all streams of a connection.
 const WINDOWS: (u32, u32) = (64 << 10, 1 << 20);
@@ -42,14 +46,13 @@ const RESETS: (usize, usize) = (20, 128);
 const ROOM_FOR_HEADERS: usize = 100;
 
 /// Serves one connection to its end. `early` is what was read of it already.
-pub(crate) async fn serve<IO, S, B>(
-    mut socket: IO,
+pub(crate) async fn serve<S, B>(
+    mut socket: Socket,
     mut early: BytesMut,
     peer: Peer,
     application: Rc<Application<S>>,
     drain: Drain,
 ) where
-    IO: AsyncRead + AsyncWrite + Unpin + 'static,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
     B: HttpBody + 'static,
@@ -58,16 +61,15 @@ pub(crate) async fn serve<IO, S, B>(
     let limits = application.limits;
     let first_bytes = tokio::select! {
         biased;
-        read = tokio::time::timeout(limits.header_timeout, opening::speaks_http2(&mut socket, &mut early)) => read,
+        read = opening::speaks_http2(&mut socket, &mut early) => read,
         () = drain.wait_for_last_request() => return,
     };
     let is_http2 = match first_bytes {
-        Ok(Ok(is_http2)) => is_http2,
-        Ok(Err(error)) => return log::debug!("an HTTP connection ended: {error}"),
-        Err(_) => return log::debug!("an HTTP connection ended: no request came within --header-timeout"),
+        Ok(is_http2) => is_http2,
+        Err(error) => return log::debug!("an HTTP connection ended: {error}"),
     };
-    let socket = TokioIo::new(Rewound::new(early, socket));
-    let requests = Rc::new(Requests { limit: limits.max_requests_per_connection, ..Requests::default() });
+    let requests = Rc::new(Requests::new(limits.max_requests_per_connection, socket.pulse()));
+    let socket = TokioIo::new(Rewound::new(early, socket, is_http2));
     let connection = Rc::new(Connection { application, peer, requests: Rc::clone(&requests) });
     let answer = service_fn(move |request| Rc::clone(&connection).answer(request));
     let ended = if is_http2 {
@@ -91,8 +93,7 @@ fn with_causes(error: &dyn Error) -> String {
 fn http1_settings(limits: &Limits) -> http1::Builder {
     let mut builder = http1::Builder::new();
     builder
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
+        .header_read_timeout(None) // the watchdog sees to that
         .max_buf_size(limits.max_params)
         .max_header_size(limits.max_params);
     if limits.max_headers != ROOM_FOR_HEADERS {
@@ -104,7 +105,6 @@ fn http1_settings(limits: &Limits) -> http1::Builder {
 fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
     let mut builder = http2::Builder::new(LocalTasks);
     builder
-        .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOWS.0)
         .initial_connection_window_size(WINDOWS.1)
         .max_send_buf_size(SEND_BUFFER)
@@ -172,12 +172,12 @@ where
     fn answer(
         self: Rc<Self>,
         request: Request<Incoming>,
-    ) -> impl Future<Output = Result<Response<Served<B>>, Infallible>> {
+    ) -> impl Future<Output = Result<Response<Delivery<B>>, Infallible>> {
         // Counted now: hyper may let some time pass before it asks for the answer.
-        let under_way = self.requests.begin();
+        let mut under_way = self.requests.begin();
         async move {
             let max_body = self.application.limits.max_body;
-            let mut request = request.map(|body| Body::http(body, max_body));
+            let mut request = request.map(|body| Body::http(body, max_body).with_pulse(&self.requests.pulse));
             let is_http2 = request.version() == Version::HTTP_2;
             let (response, refused) = match settle(&mut request) {
                 Ok(()) => {
@@ -186,11 +186,13 @@ where
                 }
                 Err(refusal) => {
                     log::debug!("an HTTP request was refused: {}", refusal.why);
-                    (self.application.refuse(refusal.status), true)
+                    (self.application.refuse(refusal.status).await, true)
                 }
             };
-            let mut response = response;
-            if !is_http2 && (refused || under_way.is_last) {
+            under_way.is_answered();
+            let is_last = refused || under_way.is_last;
+            let mut response = response.map(|body| Delivery { body, _under_way: under_way });
+            if is_last && !is_http2 {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Ok(response)
@@ -264,31 +266,78 @@ fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
-/// How many requests a connection has had, and whether the application is at work for it.
-#[derive(Default)]
+pin_project! {
+    /// The body of a response. Its request is under way until this is dropped.
+    struct Delivery<B> {
+        #[pin]
+        body: Served<B>,
+        _under_way: UnderWay,
+    }
+}
+
+impl<B> HttpBody for Delivery<B>
+where
+    B: HttpBody,
+    B::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.project().body.poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// The requests of a connection.
 struct Requests {
+    pulse: Arc<Pulse>,
+    /// Those that have begun and whose response is not written yet.
     under_way: Cell<u32>,
+    /// Of these, those that the application has not answered yet.
+    unanswered: Cell<u32>,
     begun: Notify,
     count: Cell<u32>,
-    /// How many it may have; 0 is any number.
+    /// How many there may be; 0 is any number.
     limit: u32,
     last_begun: Notify,
 }
 
 impl Requests {
+    fn new(limit: u32, pulse: &Arc<Pulse>) -> Self {
+        Self {
+            pulse: Arc::clone(pulse),
+            under_way: Cell::new(0),
+            unanswered: Cell::new(0),
+            begun: Notify::new(),
+            count: Cell::new(0),
+            limit,
+            last_begun: Notify::new(),
+        }
+    }
+
     fn begin(self: &Rc<Self>) -> UnderWay {
+        self.pulse.request_came();
         self.under_way.set(self.under_way.get() + 1);
+        self.unanswered.set(self.unanswered.get() + 1);
         self.count.set(self.count.get().saturating_add(1));
         self.begun.notify_waiters();
         let is_last = self.limit > 0 && self.count.get() >= self.limit;
         if is_last {
             self.last_begun.notify_one();
         }
-        UnderWay { requests: Rc::clone(self), is_last }
+        UnderWay { requests: Rc::clone(self), is_last, is_answered: false }
     }
 
     async fn one_under_way(&self) {
-        if self.under_way.get() == 0 {
+        if self.unanswered.get() == 0 {
             self.begun.notified().await;
         }
     }
@@ -302,11 +351,26 @@ struct UnderWay {
     requests: Rc<Requests>,
     /// The connection may have no further request.
     is_last: bool,
+    is_answered: bool,
+}
+
+impl UnderWay {
+    /// The application has answered.
+    fn is_answered(&mut self) {
+        if !std::mem::replace(&mut self.is_answered, true) {
+            self.requests.unanswered.set(self.requests.unanswered.get() - 1);
+        }
+    }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.requests.under_way.set(self.requests.under_way.get() - 1);
+        self.is_answered();
+        let left = self.requests.under_way.get() - 1;
+        self.requests.under_way.set(left);
+        if left == 0 {
+            self.requests.pulse.set_stage(Stage::Idle);
+        }
     }
 }
 

@@ -19,6 +19,7 @@ mod http;
 mod opening;
 mod outbox;
 mod serve;
+mod socket;
 
 use std::fs::File;
 use std::future::{Future, poll_fn};
@@ -44,9 +45,10 @@ use tokio::runtime::{LocalOptions, LocalRuntime};
 use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
-use self::accept::{Acceptor, Connections, Serve, Socket};
+use self::accept::{Acceptor, Connections, Serve};
 use self::door::Door;
 use self::serve::{Application, BoxError};
+use self::socket::{Socket, Watchdog};
 use crate::body::Body;
 use crate::context::{Context, Drain};
 use crate::heritage::{Heritage, READY};
@@ -107,13 +109,18 @@ where
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .on_thread_park(blocking::before_waiting)
+        .build_local(LocalOptions::default())?;
     run_in_turns(&runtime, async {
         let drain = Drain::default();
         let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), &drain);
         let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
-        let connections =
-            Rc::new(Connections::new(config.limits.max_connections, row.clone(), scoreboard, heritage.slot));
+        let watchdog = Watchdog::new(config.limits.timeouts);
+        let limit = config.limits.max_connections;
+        let connections = Connections::new(limit, row.clone(), scoreboard, heritage.slot, Rc::clone(&watchdog));
+        let connections = Rc::new(connections);
         let application = Rc::new(Application::new(service, row.clone(), config.limits, config.trust.clone()));
         let mut accepting = Vec::new();
         for listener in heritage.listeners.iter() {
@@ -123,14 +130,15 @@ where
                 protocol: listener.protocol,
                 door: Door::new(config, listener.protocol),
             };
-            let acceptor = Rc::new(Acceptor::new(listener)?);
-            let (server, connections) = (Rc::new(server), Rc::clone(&connections));
+            let acceptor = Rc::new(Acceptor::new(listener, &connections)?);
+            let server = Rc::new(server);
             let (run, with) = (Rc::clone(&acceptor), Rc::clone(&server));
-            let task = tokio::task::spawn_local(async move { run.run(&*with, &connections).await });
+            let task = tokio::task::spawn_local(async move { run.run(&*with).await });
             accepting.push((task, acceptor, server));
         }
 
-        let sweeping = tokio::task::spawn_local(sweep(heritage.segment.cache()));
+        let sweeping = tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections)));
+        let watching = tokio::task::spawn_local(async move { watchdog.run().await });
         row.set_state(State::Ready);
         File::from(heritage.report).write_all(&[READY])?;
         told_to_leave(asked_to_leave, heritage.lifeline).await?;
@@ -138,11 +146,12 @@ where
         row.set_state(State::Draining);
         for (task, acceptor, server) in accepting {
             task.abort();
-            acceptor.run_dry(&*server, &connections);
+            acceptor.run_dry(&*server);
         }
         drain.begin();
         connections.none().await;
         sweeping.abort();
+        watching.abort();
         io::Result::Ok(())
     })?;
     // What still runs on a thread though its client has left: it may be half-way through something.
@@ -152,11 +161,13 @@ where
     Ok(())
 }
 
-/// Keeps the page cache tidy: off the event loop, and in one of all workers at a time.
-async fn sweep(cache: Cache) {
+/// Keeps the page cache tidy: off the event loop, and in one of all workers at a time. A worker that nobody is
+/// connected to sleeps.
+async fn sweep(cache: Cache, connections: Rc<Connections>) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        connections.some().await;
         ticks.tick().await;
         if cache.sweep_is_due() {
             let cache = cache.clone();
@@ -197,7 +208,7 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    fn serve(&self, mut socket: impl Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
+    fn serve(&self, mut socket: Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
         let (application, drain, protocol) = (Rc::clone(&self.application), self.drain.clone(), self.protocol);
         let permitted = self.door.permits(peer);
         let mut peer = Peer { address: peer, is_https: false, over_unix: peer.is_none() };

@@ -9,8 +9,10 @@ use std::task::{Context, Poll};
 use bytes::{Buf as _, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 
+use super::socket::Socket;
 use crate::protocol::cgi::Peer;
 use crate::protocol::proxy::{self, Opening, Source};
+use crate::pulse::Stage;
 
 /// What an HTTP/2 connection begins with (RFC 9113, section 3.4).
 const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -68,25 +70,34 @@ where
 
 /// A socket some bytes of which were read too early: they are read again first.
 #[derive(Debug)]
-pub(crate) struct Rewound<IO> {
+pub(crate) struct Rewound {
     early: BytesMut,
-    socket: IO,
+    socket: Socket,
+    is_http2: bool,
 }
 
-impl<IO> Rewound<IO> {
-    pub(crate) fn new(early: BytesMut, socket: IO) -> Self {
-        Self { early, socket }
+impl Rewound {
+    pub(crate) fn new(early: BytesMut, socket: Socket, is_http2: bool) -> Self {
+        if is_http2 {
+            socket.pulse().set_stage(Stage::Idle); // that was no request's head yet
+        }
+        Self { early, socket, is_http2 }
     }
 }
 
-impl<IO: AsyncRead + Unpin> AsyncRead for Rewound<IO> {
+impl AsyncRead for Rewound {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.early.is_empty() {
-            return Pin::new(&mut self.socket).poll_read(context, buffer);
+            let read = Pin::new(&mut self.socket).poll_read(context, buffer);
+            // What comes between streams of HTTP/2 is no request's head: a ping, or the answer to our settings.
+            if self.is_http2 && read.is_ready() && self.socket.pulse().stage() == Stage::Head {
+                self.socket.pulse().set_stage(Stage::Idle);
+            }
+            return read;
         }
         let count = self.early.len().min(buffer.remaining());
         buffer.put_slice(&self.early.split_to(count));
@@ -97,7 +108,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Rewound<IO> {
     }
 }
 
-impl<IO: AsyncWrite + Unpin> AsyncWrite for Rewound<IO> {
+impl AsyncWrite for Rewound {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.socket).poll_write(context, bytes)
     }
