@@ -118,6 +118,13 @@ fn targets_and_hosts() {
         ("GET / HTTP/1.1", "Host:\r\n", 200, true),
         ("GET / HTTP/1.0", "", 200, false),
         ("GET / HTTP/1.0", "Connection: keep-alive\r\n", 200, true),
+        // No upgrade to HTTP/2: the answer is in HTTP/1.
+        (
+            "GET / HTTP/1.1",
+            "Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
+            200,
+            true,
+        ),
         ("GET relative HTTP/1.1", "Host: x\r\n", 400, false),
         ("GET /\u{b} HTTP/1.1", "Host: x\r\n", 400, false),
         ("CONNECT x:80 HTTP/1.1", "Host: x\r\n", 501, false),

@@ -139,7 +139,7 @@ where
         biased;
         ended = &mut connection => return ended,
         () = drained => {}
-        () = requests.limit_reached() => {}
+        () = requests.last_begun.notified(), if requests.limit > 0 => {}
     }
     shut_down(&mut connection);
     connection.await
@@ -177,20 +177,25 @@ where
         let mut under_way = self.requests.begin();
         async move {
             let max_body = self.application.limits.max_body;
-            let mut request = request.map(|body| Body::http(body, max_body).with_pulse(&self.requests.pulse));
+            let mut request = request.map(|body| match body.is_end_stream() {
+                true => Body::http(body, max_body),
+                false => Body::http(body, max_body).with_pulse(&self.requests.pulse),
+            });
             let is_http2 = request.version() == Version::HTTP_2;
-            let (response, refused) = match settle(&mut request) {
+            let answer = match settle(&mut request) {
                 Ok(()) => {
                     request.extensions_mut().insert(self.peer);
-                    (self.application.answer(request).await, false)
+                    self.application.answer(request)
                 }
                 Err(refusal) => {
                     log::debug!("an HTTP request was refused: {}", refusal.why);
-                    (self.application.refuse(refusal.status).await, true)
+                    under_way.is_last = true;
+                    self.application.refuse(refusal.status)
                 }
             };
+            let response = answer.await;
             under_way.is_answered();
-            let is_last = refused || under_way.is_last;
+            let is_last = under_way.is_last;
             let mut response = response.map(|body| Delivery { body, _under_way: under_way });
             if is_last && !is_http2 {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -253,7 +258,8 @@ fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
 
 /// Whether these are the characters of a host and a port (RFC 3986, section 3.2.2; not `userinfo@`).
 pub(super) fn is_host(host: &[u8]) -> bool {
-    host.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(byte))
+    const OTHERS: &[u8] = b".:-_~!$&'()*+,;=[]%";
+    host.iter().all(|byte| byte.is_ascii_alphanumeric() || OTHERS.contains(byte))
 }
 
 /// HTTP/2 clients may send each cookie by itself; elsewhere they are one header (RFC 9113, section 8.2.3).
@@ -340,10 +346,6 @@ impl Requests {
         if self.unanswered.get() == 0 {
             self.begun.notified().await;
         }
-    }
-
-    async fn limit_reached(&self) {
-        self.last_begun.notified().await;
     }
 }
 
