@@ -30,12 +30,12 @@ fn main() -> ExitCode {
             .route("/echo", any(async |body: Body| body))
             .route("/count", any(count))
             .route("/bytes/{mib}", get(bytes))
+            .route("/break", get(break_off))
             .route("/slow/{ms}", get(slow))
             .route("/segv", get(segv))
             .route("/abort", get(abort))
             .route("/panic", get(panic))
             .route("/hang", get(hang))
-            .route("/break", get(break_off))
             .route("/claim/{length}/{real}", get(claim))
             .route("/head/{bytes}", get(head))
             .route(
@@ -65,7 +65,7 @@ async fn bytes(Path(mib): Path<usize>) -> Body {
 
 /// A body that ends in an error.
 async fn break_off() -> Body {
-    let pieces = [Ok(Bytes::from_static(b"a part\n")), Err("broken off on purpose")];
+    let pieces = [Ok(Bytes::from_static(b"a part\n")), Err("broken on purpose")];
     Body::from_stream(futures_util::stream::iter(pieces))
 }
 

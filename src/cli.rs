@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
+use crate::cgi_call;
 use crate::config::{
     CacheConfig, Config, Limits, Timeouts, Trust, parse_duration, parse_mode, parse_size, parse_workers,
 };
@@ -28,9 +29,9 @@ Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 
 /// The flags of everything that serves.
 #[derive(Args, Debug)]
 struct ServeOptions {
-    /// Listen here; repeatable. PROTO is http or fastcgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME or fd:N.
-    /// Without it: standard input if that is a listening socket (a web server started us), else
-    /// http:127.0.0.1:8080
+    /// Listen here; repeatable. PROTO is http, fastcgi or scgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME or fd:N.
+    /// Without it: standard input if that is a listening socket (a web server started us); one CGI request, if
+    /// the environment has one; else http:127.0.0.1:8080
     #[arg(long, value_name = "PROTO:ADDR", env = "FORKYARD_BIND", value_delimiter = ',', help_heading = "Sockets")]
     bind: Vec<Bind>,
 
@@ -276,6 +277,8 @@ pub(crate) struct Request {
     pub(crate) config: Config,
     /// A filter in the logger's syntax.
     pub(crate) log_level: String,
+    /// One request is to be answered, which is in the environment and on standard input.
+    pub(crate) cgi: bool,
     /// The external program, and whether `--direct` was given.
     pub(crate) program: Option<(Vec<OsString>, bool)>,
 }
@@ -293,6 +296,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     }
     let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
+    let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
     let WorkerOptions { threads, queue, cache, keep, access, timeouts, .. } = linked.worker;
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let limits = Limits {
@@ -307,7 +311,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     };
     let of_workers = OfWorkers { threads, queue, limits, access };
     let config = config(linked.serve, keep.cache(cache), Duration::ZERO, of_workers);
-    Ok(Request { config, log_level, program: None })
+    Ok(Request { config, log_level, cgi, program: None })
 }
 
 /// Reads the command line of `forkyard`.
@@ -324,7 +328,7 @@ pub(crate) fn parse_forkyard(arguments: Vec<OsString>) -> Result<Request, clap::
         run.bin_name("forkyard run").error(clap::error::ErrorKind::ValueValidation, cause)
     })?;
     let config = config(run.serve, run.keep.cache(run.cache), run.settle, OfWorkers::default());
-    Ok(Request { config, log_level, program: Some((run.command, run.direct)) })
+    Ok(Request { config, log_level, cgi: false, program: Some((run.command, run.direct)) })
 }
 
 /// An external program gets one socket, and speaks FastCGI on it.

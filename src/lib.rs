@@ -18,6 +18,7 @@ mod banner;
 mod blocking;
 mod body;
 mod builder;
+mod cgi_call;
 mod cli;
 mod config;
 mod context;
@@ -48,8 +49,8 @@ pub use crate::body::{Body, BodyError, BodyReader, FilterData};
 pub use crate::builder::{Builder, command_line};
 pub use crate::context::Context;
 pub use crate::protocol::cgi::Peer;
-pub use crate::protocol::fastcgi::{AppStatus, Role};
 pub use crate::protocol::params::Params;
+pub use crate::protocol::role::{AppStatus, Role};
 
 /// Serves the application that `factory` makes in each worker, as this program's command line says.
 ///

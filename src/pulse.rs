@@ -27,6 +27,7 @@ pub(crate) struct Pulse {
     read: AtomicU32,
     written: AtomicU32,
     is_writing: AtomicBool,
+    is_session: AtomicBool,
     has_expired: AtomicBool,
     is_closed: AtomicBool,
 }
@@ -62,10 +63,16 @@ impl Pulse {
         self.set_stage(if waits { Stage::Body } else { Stage::Answering });
     }
 
+    /// It sends more than requests, so what comes while it is idle is not the head of one yet (HTTP/2).
+    pub(crate) fn set_session(&self) {
+        self.is_session.store(true, Relaxed);
+        self.set_stage(Stage::Idle);
+    }
+
     /// So many bytes came from the peer.
     pub(crate) fn add_read(&self, bytes: usize) {
         add(&self.read, bytes);
-        if self.stage() == Stage::Idle {
+        if self.stage() == Stage::Idle && !self.is_session.load(Relaxed) {
             self.set_stage(Stage::Head);
         }
     }

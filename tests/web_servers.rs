@@ -28,6 +28,8 @@ enum Front {
     /// nginx that keeps its connections to us.
     NginxKept,
     Lighttpd,
+    /// lighttpd that asks the example `roles` about each request, and serves files.
+    LighttpdAuthorizer,
 }
 
 /// A web server with two applications behind it, on a port each. The fields are dropped in this order.
@@ -122,6 +124,7 @@ fn front_command(front: Front, folder: &Path, ports: [u16; 2]) -> Command {
         Front::NginxFresh => nginx_config(folder, ports, "", ""),
         Front::NginxKept => nginx_config(folder, ports, "keepalive 8;", "fastcgi_keep_conn on;"),
         Front::Lighttpd => lighttpd_config(folder, ports),
+        Front::LighttpdAuthorizer => lighttpd_authorizer_config(folder, ports),
     };
     std::fs::write(&config, text).unwrap();
     let mut command = match front {
@@ -130,7 +133,7 @@ fn front_command(front: Front, folder: &Path, ports: [u16; 2]) -> Command {
             command.arg("-p").arg(folder).arg("-e").arg(folder.join("error.log")).arg("-c");
             command
         }
-        Front::Lighttpd => {
+        Front::Lighttpd | Front::LighttpdAuthorizer => {
             let mut command = Command::new(daemon("lighttpd"));
             command.args(["-D", "-f"]);
             command
@@ -206,6 +209,24 @@ fn lighttpd_config(folder: &Path, ports: [u16; 2]) -> String {
          server.port = {first}
          {pages}
          $SERVER[\"socket\"] == \"127.0.0.1:{second}\" {{ {crashy} }}\n"
+    )
+}
+
+fn lighttpd_authorizer_config(folder: &Path, [first, second]: [u16; 2]) -> String {
+    let folder = folder.display();
+    format!(
+        "server.modules = (\"mod_fastcgi\")
+         server.document-root = \"{folder}\"
+         server.errorlog = \"{folder}/error.log\"
+         server.bind = \"127.0.0.1\"
+         server.port = {first}
+         $SERVER[\"socket\"] == \"127.0.0.1:{second}\" {{ }}
+         fastcgi.server = (\"/\" => ((
+             \"socket\" => \"{folder}/roles.sock\",
+             \"mode\" => \"authorizer\",
+             \"docroot\" => \"{folder}\",
+             \"check-local\" => \"disable\"
+         )))\n"
     )
 }
 
@@ -509,6 +530,42 @@ fn many_requests_at_once(site: &mut Site) {
     });
 }
 
+/// A response that is shorter than it said does not pass for a whole one.
+fn a_response_that_is_too_short_is_seen(site: &mut Site) {
+    for _ in 0..3 {
+        let answer = site.clients.connect(App::Crashy).request("GET", "/claim/10/5", b"");
+        assert!(answer.is_err(), "{answer:?}");
+        assert_eq!(site.clients.ask(App::Crashy, "GET", "/ok").text(), "ok\n");
+    }
+}
+
+/// Nor, behind nginx, does one that breaks off and had said no length.
+#[test]
+fn nginx_passes_the_news_of_a_response_that_breaks_off() {
+    for front in [Front::NginxFresh, Front::NginxKept] {
+        let site = Site::start(front);
+        let answer = site.clients.connect(App::Crashy).request("GET", "/break", b"");
+        assert!(answer.is_err(), "{front:?}: {answer:?}");
+        assert_eq!(site.clients.ask(App::Crashy, "GET", "/ok").text(), "ok\n");
+    }
+}
+
+/// lighttpd asks the application whether it may serve a file.
+#[test]
+fn lighttpd_has_an_authorizer() {
+    let folder = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", folder.path().join("roles.sock").display());
+    let _roles = Server::start("roles", &["--workers", "1", "--bind", &bind]);
+    std::fs::write(folder.path().join("file"), "for friends\n").unwrap();
+    let (_helper, clients) = start_front(Front::LighttpdAuthorizer, folder.path());
+    let ask = |target| {
+        let response = Client::connect(&clients.pages).unwrap().request("GET", target, b"").unwrap();
+        (response.status, response.text())
+    };
+    assert_eq!(ask("/file").0, 403);
+    assert_eq!(ask("/file?user=ann"), (200, "for friends\n".to_owned()));
+}
+
 /// What a web server wants kept is kept, and what it does not is closed: seen by the workers' descriptors.
 fn connections_are_kept_if_that_was_asked(site: &mut Site, front: Front) {
     let descriptors = || site.pages.children().into_iter().map(common::descriptors_of).sum::<usize>();
@@ -554,6 +611,7 @@ behind_each_web_server! {
     a_page_is_shared_and_purged
     a_page_outlives_its_worker
     many_requests_at_once
+    a_response_that_is_too_short_is_seen
 }
 
 // ---- real clients ----

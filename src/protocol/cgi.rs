@@ -114,7 +114,7 @@ impl<'a> Variables<'a> {
             b"QUERY_STRING" => self.query = value,
             b"REMOTE_ADDR" => self.address = parse(value),
             b"REMOTE_PORT" => self.port = parse(value).unwrap_or(0),
-            // Servers agree on the one; the other is nginx's. Beside these, HTTPS is empty or `off`.
+            // The one is what servers agree on, the other is nginx's; a server that speaks HTTP sets no other value, or `off`.
             b"HTTPS" => self.is_https |= value.eq_ignore_ascii_case(b"on") || value == b"1",
             b"REQUEST_SCHEME" => self.is_https |= value.eq_ignore_ascii_case(b"https"),
             b"SERVER_PROTOCOL" => self.version = version(value),
@@ -343,6 +343,24 @@ mod tests {
         assert_eq!(length(&["5", "05"]), Ok(Some(5)));
         assert_eq!(length(&["5", ""]), Ok(None));
         assert_eq!(length(&["", "5"]), Ok(Some(5)));
+    }
+
+    /// CVE-2019-11043: php-fpm computed where PATH_INFO begins out of the lengths of other parameters, and a line feed in
+    /// the path made nginx send an empty one.
+    #[test]
+    fn no_parameter_is_measured_by_another() {
+        let common = [("REQUEST_METHOD", "GET"), ("SCRIPT_NAME", "/index.php/a\nb"), ("PATH_INFO", "")];
+        assert_eq!(made(&common).unwrap().uri(), "/index.php/a%0Ab");
+        let long = "/PHP/".repeat(5000);
+        let uri = made(&[("REQUEST_METHOD", "GET"), ("REQUEST_URI", "/a%0ab"), ("PATH_TRANSLATED", &long)]);
+        assert_eq!(uri.unwrap().uri(), "/a%0ab");
+    }
+
+    #[test]
+    fn of_a_parameter_that_is_said_twice_the_last_counts() {
+        let twice = made(&[("REQUEST_METHOD", "GET"), ("REQUEST_METHOD", "PUT")]).unwrap();
+        assert_eq!(twice.method(), Method::PUT);
+        assert_eq!(twice.extensions().get::<Params>().unwrap().get("REQUEST_METHOD"), Some(&b"PUT"[..]));
     }
 
     #[test]

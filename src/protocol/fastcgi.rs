@@ -17,9 +17,9 @@
 use std::fmt;
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
-use http::Extensions;
 
-use super::params::Params;
+use super::params::{Params, put_length};
+use super::role::Role;
 
 /// The id of a request on its connection, never 0.
 pub(crate) type RequestId = u16;
@@ -41,48 +41,6 @@ const GET_VALUES: u8 = 9;
 const GET_VALUES_RESULT: u8 = 10;
 const UNKNOWN_TYPE: u8 = 11;
 const KEEP_CONN: u8 = 1;
-
-/// What a FastCGI server asks for (section 6 of the specification): [`Role::of`] a request tells.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Role {
-    /// A response (6.2). Requests of other protocols have this role too.
-    #[default]
-    Responder,
-    /// A decision (6.3): status 200 lets the request pass, any other is sent to the client as it is. A header
-    /// `variable-NAME` of a 200 gives the server a variable, with its name in capitals, for what serves the
-    /// request next. There is no body; lighttpd (`"mode" => "authorizer"`) and Apache's mod_fcgid and
-    /// mod_authnz_fcgi ask like this.
-    Authorizer,
-    /// A response made of the request and a file that the server sends along (6.4): [`crate::FilterData`].
-    Filter,
-}
-
-impl Role {
-    /// The role of a request with these extensions. (Only [`Role::Authorizer`] and [`Role::Filter`] are there as an
-    /// extension; a request without one is a responder's.)
-    #[must_use]
-    pub fn of(extensions: &Extensions) -> Self {
-        extensions.get().copied().unwrap_or_default()
-    }
-
-    /// As BEGIN_REQUEST has it (5.1).
-    fn read(number: u16) -> Option<Self> {
-        match number {
-            1 => Some(Self::Responder),
-            2 => Some(Self::Authorizer),
-            3 => Some(Self::Filter),
-            _ => None,
-        }
-    }
-}
-
-/// An extension of a response: the `appStatus` of its FastCGI END_REQUEST (5.5), which is 0 without it.
-///
-/// It is what a CGI program would return by `exit`: 0 if all went well. Web servers log it at most; an own client may
-/// make something of it. Other protocols have no place for it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct AppStatus(pub u32);
 
 /// The protocol status of END_REQUEST (5.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -472,13 +430,6 @@ enum Progress {
     Starved,
 }
 
-fn put_length(out: &mut BytesMut, length: usize) {
-    match u8::try_from(length) {
-        Ok(short) if short < 0x80 => out.put_u8(short),
-        _ => out.put_u32(u32::try_from(length).unwrap_or(u32::MAX) | 0x8000_0000),
-    }
-}
-
 fn put_header(out: &mut BytesMut, kind: u8, id: RequestId, content: usize) {
     let content = u16::try_from(content).unwrap_or(u16::MAX);
     out.put_slice(&[VERSION, kind]);
@@ -504,6 +455,14 @@ pub(crate) fn end_request(out: &mut BytesMut, id: RequestId, application: u32, s
     put_header(out, END_REQUEST, id, 8);
     out.put_u32(application);
     out.put_slice(&[status as u8, 0, 0, 0]);
+}
+
+/// Writes what is no record, since its version is 0: the last bytes of a connection on which a response broke off.
+///
+/// nginx, if it does not keep the connection, takes the close alone for the end of a response without a length, and
+/// waits for the rest of one with a length. At this it gives up in both cases.
+pub(crate) fn break_off(out: &mut BytesMut) {
+    out.put_slice(&[0; HEADER]);
 }
 
 /// UNKNOWN_TYPE (4.2): the answer to a management record that we do not know.

@@ -1,6 +1,8 @@
 //! The protocols, as pure functions from bytes to meaning and back: no I/O, no clock, no tokio.
 //!
-//! - [`fastcgi`] knows records and streams; [`params`] the pairs in them.
+//! - [`fastcgi`] knows records and streams; [`params`] the pairs in them; [`role`] what the
+//!   application sees of them.
+//! - [`scgi`] knows the netstring and the body behind it.
 //! - [`cgi`] knows what a CGI variable means to an `http::Request`, and how a response head is written.
 //! - [`proxy`] knows the PROXY protocol's header; [`forwarded`] what HTTP headers say of the client.
 //!
@@ -13,3 +15,5 @@ pub(crate) mod fastcgi;
 pub(crate) mod forwarded;
 pub(crate) mod params;
 pub(crate) mod proxy;
+pub(crate) mod role;
+pub(crate) mod scgi;

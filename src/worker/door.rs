@@ -25,7 +25,7 @@ impl Door {
     pub(crate) fn new(config: &Config, protocol: Protocol) -> Self {
         let allow = match protocol {
             Protocol::FastCgi => config.allow.as_ref().or(config.web_servers.as_ref()),
-            Protocol::Http => config.allow.as_ref(),
+            Protocol::Scgi | Protocol::Http => config.allow.as_ref(),
         };
         Self { allow: allow.cloned(), protocol, turned_away: Cell::new(0), last_told: Cell::new(None) }
     }

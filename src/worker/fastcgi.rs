@@ -29,21 +29,22 @@ use super::socket::Socket;
 use crate::body::{Body, FilterData, pipe};
 use crate::context::Drain;
 use crate::protocol::cgi;
-use crate::protocol::fastcgi::{self, AppStatus, Decoder, Event, Fault, LARGEST_CONTENT, RequestId, Role};
+use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
 use crate::protocol::params::Params;
+use crate::protocol::role::{AppStatus, Role};
 use crate::pulse::Stage;
 
 /// Output that may wait on a connection before its responses do.
-const OUTBOX_LIMIT: usize = 64 << 10;
+pub(super) const OUTBOX_LIMIT: usize = 64 << 10;
 /// Replies to management records and refusals that may wait beside it; one piece of a response may too.
 const REPLIES_LIMIT: usize = 1 << 20;
 /// A read takes at least, and at most, so much.
-const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
+pub(super) const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 /// How long, and for how many bytes, a peer that still sends is listened to after our last word.
-const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
+pub(super) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
-/// Serves one connection to its end. `early` is what was read of it already.
-pub(crate) async fn serve<S, B>(socket: Socket, early: BytesMut, application: Rc<Application<S>>, drain: Drain)
+/// Serves one connection to its end.
+pub(crate) async fn serve<S, B>(socket: Socket, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
@@ -53,7 +54,7 @@ where
     let limits = application.limits;
     let mut connection = Connection {
         socket,
-        input: early,
+        input: BytesMut::new(),
         read_size: READ_SIZES.0,
         decoder: Decoder::new(limits.max_params, limits.max_multiplexed),
         outbox: Outbox::default(),
@@ -62,9 +63,11 @@ where
         spare: None,
         application,
         closing: false,
+        broken: false,
         draining: false,
         last_chance_over: false,
         unread: false,
+        deaf: false,
     };
     let mut drained = pin!(drain.wait());
     let mut last_chance = pin!(drain.wait_for_last_request());
@@ -97,12 +100,16 @@ struct Connection<S: Service<Request<Body>>, B> {
     application: Rc<Application<S>>,
     /// The peer did not ask to keep the connection.
     closing: bool,
+    /// A response broke off, and nothing else is in flight: what is in the outbox is the last.
+    broken: bool,
     /// The worker was asked to leave.
     draining: bool,
     /// Since then a request was answered, or time enough has passed for one to come.
     last_chance_over: bool,
     /// The last request was answered before all of it had come.
     unread: bool,
+    /// The peer took too long: what it still sends interests nobody.
+    deaf: bool,
 }
 
 /// A request and its response.
@@ -150,24 +157,20 @@ where
                 return Poll::Ready(Ok(()));
             }
             let room_again = held_back && self.outbox.len() < OUTBOX_LIMIT;
-            if self.poll_input(context)?.is_pending() && !room_again {
+            // After a break nothing more is taken in.
+            if self.broken || self.poll_input(context)?.is_pending() && !room_again {
                 return Poll::Pending;
             }
         }
     }
 
     fn is_over(&self) -> bool {
-        let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
-        if !self.outbox.is_empty() || !self.exchanges.iter().all(broken_off) {
+        if !self.exchanges.is_empty() || !self.outbox.is_empty() {
             return false;
-        }
-        // Only the close tells the peer that a response is not whole; what else was in flight has had its time.
-        if !self.exchanges.is_empty() {
-            return true;
         }
         // A request that has half arrived when we are asked to drain is served; but a peer that did not want
         // the connection kept is owed nothing more, and may be waiting for us to close it.
-        self.closing || (self.draining && self.last_chance_over && self.is_idle())
+        self.closing || self.broken || (self.draining && self.last_chance_over && self.is_idle())
     }
 
     /// Whether nothing of a further request has come.
@@ -200,6 +203,15 @@ where
                 self.socket.pulse().set_stage(if self.is_idle() { Stage::Idle } else { Stage::Head });
             }
         }
+        let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
+        if !self.exchanges.is_empty() && self.exchanges.iter().all(broken_off) {
+            // What else was in flight has had its time.
+            for exchange in self.exchanges.drain(..) {
+                self.unread |= !self.decoder.finish(exchange.id);
+            }
+            fastcgi::break_off(self.outbox.tail());
+            self.broken = true;
+        }
     }
 
     /// Takes in what the peer sent. Pending when there is nothing more, or no room for it.
@@ -210,6 +222,9 @@ where
             if stream.poll_room(context).is_pending() {
                 return Ok(Poll::Pending);
             }
+        }
+        if self.deaf {
+            return Ok(Poll::Pending);
         }
         if self.decode()? {
             return Ok(Poll::Ready(()));
@@ -235,6 +250,14 @@ where
                 }
                 self.decode()?;
                 Ok(Poll::Ready(()))
+            }
+            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !self.exchanges.is_empty() => {
+                // Bodies are cut by that, and answers still come.
+                for exchange in &mut self.exchanges {
+                    (exchange.stdin, exchange.data) = (None, None);
+                }
+                (self.deaf, self.closing) = (true, true);
+                Ok(Poll::Pending)
             }
             Poll::Ready(Err(error)) => Err(error),
         }

@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::{PathAndQuery, Uri};
 use http::{Method, Request, Response, StatusCode, Version};
@@ -21,12 +21,12 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
 use tokio::sync::Notify;
 use tower_service::Service;
 
-use super::opening::{self, Rewound};
+use super::opening;
 use super::serve::{Application, BoxError, Served};
 use super::socket::Socket;
 use crate::body::{Body, BodyError};
@@ -45,14 +45,9 @@ const RESETS: (usize, usize) = (20, 128);
 /// Headers that hyper's parser has room for without asking for memory. More cost two allocations a request.
 const ROOM_FOR_HEADERS: usize = 100;
 
-/// Serves one connection to its end. `early` is what was read of it already.
-pub(crate) async fn serve<S, B>(
-    mut socket: Socket,
-    mut early: BytesMut,
-    peer: Peer,
-    application: Rc<Application<S>>,
-    drain: Drain,
-) where
+/// Serves one connection to its end.
+pub(crate) async fn serve<S, B>(mut socket: Socket, peer: Peer, application: Rc<Application<S>>, drain: Drain)
+where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
     B: HttpBody + 'static,
@@ -61,15 +56,19 @@ pub(crate) async fn serve<S, B>(
     let limits = application.limits;
     let first_bytes = tokio::select! {
         biased;
-        read = opening::speaks_http2(&mut socket, &mut early) => read,
+        read = opening::speaks_http2(&mut socket) => read,
         () = drain.wait_for_last_request() => return,
     };
     let is_http2 = match first_bytes {
         Ok(is_http2) => is_http2,
         Err(error) => return log::debug!("an HTTP connection ended: {error}"),
     };
-    let requests = Rc::new(Requests::new(limits.max_requests_per_connection, socket.pulse()));
-    let socket = TokioIo::new(Rewound::new(early, socket, is_http2));
+    let pulse = Arc::clone(socket.pulse());
+    if is_http2 {
+        pulse.set_session();
+    }
+    let socket = TokioIo::new(socket);
+    let requests = Rc::new(Requests::new(limits.max_requests_per_connection, pulse));
     let connection = Rc::new(Connection { application, peer, requests: Rc::clone(&requests) });
     let answer = service_fn(move |request| Rc::clone(&connection).answer(request));
     let ended = if is_http2 {
@@ -92,10 +91,8 @@ fn with_causes(error: &dyn Error) -> String {
 
 fn http1_settings(limits: &Limits) -> http1::Builder {
     let mut builder = http1::Builder::new();
-    builder
-        .header_read_timeout(None) // the watchdog sees to that
-        .max_buf_size(limits.max_params)
-        .max_header_size(limits.max_params);
+    // The time is the watchdog's.
+    builder.header_read_timeout(None).max_buf_size(limits.max_params).max_header_size(limits.max_params);
     if limits.max_headers != ROOM_FOR_HEADERS {
         builder.max_headers(limits.max_headers);
     }
@@ -105,6 +102,7 @@ fn http1_settings(limits: &Limits) -> http1::Builder {
 fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
     let mut builder = http2::Builder::new(LocalTasks);
     builder
+        .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOWS.0)
         .initial_connection_window_size(WINDOWS.1)
         .max_send_buf_size(SEND_BUFFER)
@@ -172,7 +170,7 @@ where
     fn answer(
         self: Rc<Self>,
         request: Request<Incoming>,
-    ) -> impl Future<Output = Result<Response<Delivery<B>>, Infallible>> {
+    ) -> impl Future<Output = Result<Response<Reply<B>>, Infallible>> {
         // Counted now: hyper may let some time pass before it asks for the answer.
         let mut under_way = self.requests.begin();
         async move {
@@ -193,15 +191,43 @@ where
                     self.application.refuse(refusal.status)
                 }
             };
-            let response = answer.await;
+            let mut response = answer.await;
             under_way.is_answered();
-            let is_last = under_way.is_last;
-            let mut response = response.map(|body| Delivery { body, _under_way: under_way });
-            if is_last && !is_http2 {
+            if under_way.is_last && !is_http2 {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
-            Ok(response)
+            Ok(response.map(|body| Reply { body, under_way }))
         }
+    }
+}
+
+pin_project! {
+    /// The body of a response; until it is dropped its request is under way.
+    struct Reply<B> {
+        #[pin]
+        body: Served<B>,
+        under_way: UnderWay,
+    }
+}
+
+impl<B> HttpBody for Reply<B>
+where
+    B: HttpBody,
+    B::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.project().body.poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -272,61 +298,24 @@ fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
-pin_project! {
-    /// The body of a response. Its request is under way until this is dropped.
-    struct Delivery<B> {
-        #[pin]
-        body: Served<B>,
-        _under_way: UnderWay,
-    }
-}
-
-impl<B> HttpBody for Delivery<B>
-where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
-{
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        self.project().body.poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
 /// The requests of a connection.
 struct Requests {
     pulse: Arc<Pulse>,
     /// Those that have begun and whose response is not written yet.
     under_way: Cell<u32>,
-    /// Of these, those that the application has not answered yet.
+    /// Of these, those that the application has not answered yet: they can be told that they are the last.
     unanswered: Cell<u32>,
     begun: Notify,
     count: Cell<u32>,
-    /// How many there may be; 0 is any number.
+    /// How many it may have; 0 is any number.
     limit: u32,
     last_begun: Notify,
 }
 
 impl Requests {
-    fn new(limit: u32, pulse: &Arc<Pulse>) -> Self {
-        Self {
-            pulse: Arc::clone(pulse),
-            under_way: Cell::new(0),
-            unanswered: Cell::new(0),
-            begun: Notify::new(),
-            count: Cell::new(0),
-            limit,
-            last_begun: Notify::new(),
-        }
+    fn new(limit: u32, pulse: Arc<Pulse>) -> Self {
+        let (under_way, unanswered, count) = (Cell::new(0), Cell::new(0), Cell::new(0));
+        Self { pulse, under_way, unanswered, begun: Notify::new(), count, limit, last_begun: Notify::new() }
     }
 
     fn begin(self: &Rc<Self>) -> UnderWay {
@@ -368,9 +357,9 @@ impl UnderWay {
 impl Drop for UnderWay {
     fn drop(&mut self) {
         self.is_answered();
-        let left = self.requests.under_way.get() - 1;
-        self.requests.under_way.set(left);
-        if left == 0 {
+        let others = self.requests.under_way.get() - 1;
+        self.requests.under_way.set(others);
+        if others == 0 {
             self.requests.pulse.set_stage(Stage::Idle);
         }
     }

@@ -1,7 +1,7 @@
 //! A worker: a forked process with one event loop, in which the application runs.
 //!
 //! ```text
-//! accept ─▶ http | fastcgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
+//! accept ─▶ http | fastcgi | scgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
 //! ```
 //!
 //! The event loop is a tokio current-thread runtime, made after the fork, on a thread of its own. That thread is
@@ -13,11 +13,14 @@
 //! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
 
 mod accept;
+pub(crate) mod cgi;
 mod door;
 mod fastcgi;
 mod http;
 mod opening;
 mod outbox;
+mod reply;
+mod scgi;
 mod serve;
 mod socket;
 
@@ -36,7 +39,6 @@ use std::task::Poll;
 use std::time::Duration;
 
 use ::http::{Request, Response};
-use bytes::BytesMut;
 use forkyard_shm::{Cache, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
@@ -216,21 +218,20 @@ where
             if !permitted {
                 return;
             }
-            let mut early = BytesMut::new();
             let trust = application.trust.as_ref();
             if trust.is_some_and(|trust| trust.peers.contain(peer.address.map(|address| address.ip()))) {
                 let reading = tokio::select! {
                     reading = opening::read_proxy_header(&mut socket, &mut peer) => reading,
                     () = drain.wait_for_last_request() => return,
                 };
-                early = match reading {
-                    Ok(early) => early,
-                    Err(error) => return log::debug!("a connection ended before it began: {error}"),
-                };
+                if let Err(error) = reading {
+                    return log::debug!("a connection ended before it began: {error}");
+                }
             }
             match protocol {
-                Protocol::FastCgi => fastcgi::serve(socket, early, application, drain).await,
-                Protocol::Http => http::serve(socket, early, peer, application, drain).await,
+                Protocol::FastCgi => fastcgi::serve(socket, application, drain).await,
+                Protocol::Scgi => scgi::serve(socket, application, drain).await,
+                Protocol::Http => http::serve(socket, peer, application, drain).await,
             }
         }
     }

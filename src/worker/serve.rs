@@ -13,8 +13,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use forkyard_shm::{InFlight, Row};
-use http::header::{self, CONTENT_LENGTH};
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, header};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
@@ -181,12 +180,12 @@ fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> 
     if matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
         return None;
     }
-    let mut values = response.headers().get_all(CONTENT_LENGTH).iter();
+    let mut values = response.headers().get_all(header::CONTENT_LENGTH).iter();
     let digits = values.next()?.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
     let length = digits.and_then(|text| text.parse().ok()).filter(|_| values.next().is_none());
     if length.is_none() {
         log::error!("a Content-Length that is no length was left out request={:?}", in_flight.what());
-        response.headers_mut().remove(CONTENT_LENGTH);
+        response.headers_mut().remove(header::CONTENT_LENGTH);
     }
     length
 }
@@ -215,7 +214,8 @@ fn believe(trust: &Trust, request: &mut Request<Body>) {
     });
 }
 
-fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
+/// A response of a status and its name.
+pub(super) fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
     let text = format!("{status}\n");
     let mut response = Response::new(Served::Canned { text: Bytes::from(text), in_flight });
     *response.status_mut() = status;

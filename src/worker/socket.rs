@@ -16,8 +16,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::BytesMut;
 use nix::sys::socket::Shutdown;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -34,6 +35,8 @@ const PROGRESS: u32 = 4 << 10;
 /// A connection's socket.
 #[derive(Debug)]
 pub(crate) struct Socket {
+    /// What was read too early, and will be read again.
+    early: BytesMut,
     link: Link,
     pulse: Arc<Pulse>,
     watchdog: Rc<Watchdog>,
@@ -73,14 +76,20 @@ impl Socket {
             Family::Tcp => Stream::Tcp(accepted.into()),
             Family::Unix => Stream::Unix(accepted.into()),
         };
-        Self { link: Link::Fresh(stream, Look::Now), pulse: Arc::default(), watchdog: Rc::clone(watchdog) }
+        let early = BytesMut::new();
+        Self { early, link: Link::Fresh(stream, Look::Now), pulse: Arc::default(), watchdog: Rc::clone(watchdog) }
     }
 
     pub(crate) fn pulse(&self) -> &Arc<Pulse> {
         &self.pulse
     }
 
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
+    /// Puts back what was read and not used.
+    pub(crate) fn unread(&mut self, early: BytesMut) {
+        self.early = early;
+    }
+
+    pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         Some(match &self.link {
             Link::Fresh(Stream::Tcp(stream), _) => stream.as_fd(),
             Link::Fresh(Stream::Unix(stream), _) => stream.as_fd(),
@@ -104,6 +113,50 @@ impl Socket {
             self.watchdog.watch(fd, &self.pulse);
         }
         Ok(())
+    }
+
+    /// Before a wait: the response may be on its way, and the connection then at its end. So everything else that can be
+    /// done comes first, and registering the socket last. Ready when it is registered.
+    fn poll_register(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Link::Fresh(_, look) = &mut self.link
+            && *look != Look::Quiet
+        {
+            *look = Look::Quiet;
+            blocking::wake_when_quiet(context.waker().clone());
+            return Poll::Pending;
+        }
+        Poll::Ready(self.register())
+    }
+
+    /// Tries a system call, again whenever there is something to read, until it does not say `WouldBlock`.
+    pub(crate) fn poll_try<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        if let (Link::Fresh(_, Look::Now), Some(fd)) = (&self.link, self.fd())
+            && let Some(outcome) = at_once(|| call(fd))
+        {
+            return Poll::Ready(outcome);
+        }
+        ready!(self.poll_register(context))?;
+        loop {
+            let outcome = match &self.link {
+                Link::Tcp(stream) => {
+                    ready!(stream.poll_read_ready(context))?;
+                    stream.try_io(Interest::READABLE, || call(stream.as_fd()))
+                }
+                Link::Unix(stream) => {
+                    ready!(stream.poll_read_ready(context))?;
+                    stream.try_io(Interest::READABLE, || call(stream.as_fd()))
+                }
+                Link::Fresh(..) | Link::Broken => Err(io::ErrorKind::NotConnected.into()),
+            };
+            match outcome {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                outcome => return Poll::Ready(outcome),
+            }
+        }
     }
 
     /// `count` bytes came, or none at the end.
@@ -147,13 +200,15 @@ impl AsyncRead for Socket {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        if let Link::Fresh(_, look @ Look::Later) = &mut self.link {
-            // The response may be on its way, and the connection then at its end.
-            *look = Look::Quiet;
-            blocking::wake_when_quiet(context.waker().clone());
-            return Poll::Pending;
+        if !self.early.is_empty() {
+            let count = self.early.len().min(buffer.remaining());
+            buffer.put_slice(&self.early.split_to(count));
+            if self.early.is_empty() {
+                self.early = BytesMut::new(); // its memory is not needed again
+            }
+            return Poll::Ready(Ok(()));
         }
+        let before = buffer.filled().len();
         if let Link::Fresh(stream, look @ Look::Now) = &mut self.link {
             let room = buffer.initialize_unfilled();
             let read = at_once(|| match stream {
@@ -169,7 +224,7 @@ impl AsyncRead for Socket {
                 return Poll::Ready(self.came(count));
             }
         }
-        self.register()?;
+        ready!(self.poll_register(context))?;
         let read = match &mut self.link {
             Link::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
             Link::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
