@@ -118,6 +118,13 @@ fn targets_and_hosts() {
         ("GET / HTTP/1.1", "Host:\r\n", 200, true),
         ("GET / HTTP/1.0", "", 200, false),
         ("GET / HTTP/1.0", "Connection: keep-alive\r\n", 200, true),
+        // No upgrade to HTTP/2: the answer is in HTTP/1.
+        (
+            "GET / HTTP/1.1",
+            "Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
+            200,
+            true,
+        ),
         ("GET relative HTTP/1.1", "Host: x\r\n", 400, false),
         ("GET /\u{b} HTTP/1.1", "Host: x\r\n", 400, false),
         ("CONNECT x:80 HTTP/1.1", "Host: x\r\n", 501, false),
@@ -369,4 +376,42 @@ fn a_drain_does_not_wait_for_who_never_says_what_he_speaks() {
     common::http::get(&server.http(), "/").unwrap(); // the worker has accepted the first one, too
     server.stop();
     drop(half);
+}
+
+#[test]
+fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
+    let short = ["--idle-timeout", "1s", "--header-timeout", "1s", "--body-timeout", "1s"];
+    let mut server = start("crashy", &[&short[..], &["--log-level", "debug,hyper=info,h2=info"]].concat());
+    // Nothing, less than a preface, half a head; and again after a request on the same connection.
+    let cases = [("", ""), ("", "PRI"), ("", "GET / HTT"), (NEXT, ""), (NEXT, "GET / HTT")];
+    let clients = cases.map(|(first, then)| {
+        let mut client = Client::connect(&server.http()).unwrap();
+        client.stream.get_mut().write_all(first.as_bytes()).unwrap();
+        if first == NEXT {
+            assert_eq!(client.response(false).unwrap().status, 404);
+        }
+        client.stream.get_mut().write_all(then.as_bytes()).unwrap();
+        client
+    });
+    for mut client in clients {
+        let mut rest = Vec::new();
+        let _ = client.stream.read_to_end(&mut rest);
+        assert!(rest.is_empty(), "{}", String::from_utf8_lossy(&rest));
+    }
+    let count = |what: &str| server.log().matches(&format!("it took too long: {what}")).count();
+    let counts = || Some((count("idle"), count("sending the head of a request")));
+    common::wait_until("two were idle, and three half-way through a head", || counts().filter(|all| *all == (2, 3)));
+    let mut client = Client::connect(&server.http()).unwrap();
+    client.stream.get_mut().write_all(b"POST /count HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf").unwrap();
+    assert_eq!(client.response(false).unwrap().status, 408);
+
+    // The application may take its time. (More than two ticks of the watchdog.)
+    assert_eq!(common::http::get(&server.http(), "/slow/2500").unwrap().status, 200);
+    let mut client = http2::Client::connect(&server.http()).unwrap();
+    client.send(&http2::head(1, http2::END_STREAM, "GET", "/slow/2500", &[])).unwrap();
+    assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
+    // Then nothing, but for the answers to the server's frames.
+    while client.next(http2::DATA).is_ok() {}
+    server.wait_for("a connection is cut off, it took too long: idle");
+    server.stop();
 }

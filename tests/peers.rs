@@ -242,3 +242,44 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("'localhost' in FCGI_WEB_SERVER_ADDRS is not an IPv4 address"), "{said}");
 }
+
+/// nginx as `docs/web-servers.md` has it, on a Unix socket.
+#[test]
+fn nginx_tells_who_its_client_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().display();
+    let mut server = mirror(&["--bind", &format!("http:unix:{path}/a.sock")], &["--trust", "unix"]);
+    let port = common::free_port();
+    let user = if nix::unistd::geteuid().is_root() { "user root;" } else { "" };
+    let temporary: String = ["client_body", "fastcgi", "proxy", "scgi", "uwsgi"]
+        .map(|name| format!("{name}_temp_path {path}/nginx-{name};\n"))
+        .concat();
+    let config = format!(
+        "daemon off; {user} worker_processes 1; pid {path}/nginx.pid; error_log {path}/error.log;
+         events {{ worker_connections 64; }}
+         http {{ access_log off; {temporary}
+           server {{ listen 127.0.0.1:{port}; location / {{
+             proxy_pass http://unix:{path}/a.sock;
+             proxy_http_version 1.1;
+             proxy_set_header Connection \"\";
+             proxy_set_header Host $host;
+             proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+             proxy_set_header X-Forwarded-Proto https; # as $scheme would be on a TLS port
+             proxy_set_header X-Forwarded-Host \"\";
+           }} }} }}\n"
+    );
+    let file = folder.path().join("nginx.conf");
+    std::fs::write(&file, config).unwrap();
+    let daemon =
+        ["/usr/sbin/nginx", "/usr/local/sbin/nginx"].into_iter().find(|path| std::path::Path::new(path).exists());
+    let mut command = Command::new(daemon.unwrap_or("nginx"));
+    let nginx = common::Helper::start(command.arg("-p").arg(folder.path()).args(["-e", "error.log", "-c"]).arg(&file));
+    let address = format!("127.0.0.1:{port}");
+    common::wait_until("nginx listens", || TcpStream::connect(&address).ok());
+    let text = seen(&address, b"", &format!("{X_FORWARDED}X-Forwarded-Host: evil\r\n"));
+    assert!(text.contains("\npeer=127.0.0.1:0 https=true\n") && text.contains("\nhost: x\n"), "{text}");
+    assert!(text.contains("\nx-forwarded-for: 6.6.6.6, 192.0.2.7, 127.0.0.1, 127.0.0.1\n"), "{text}");
+    assert!(!text.contains("evil"), "{text}");
+    drop(nginx);
+    server.stop();
+}

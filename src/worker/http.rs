@@ -137,7 +137,7 @@ where
         biased;
         ended = &mut connection => return ended,
         () = drained => {}
-        () = requests.limit_reached() => {}
+        () = requests.last_begun.notified(), if requests.limit > 0 => {}
     }
     shut_down(&mut connection);
     connection.await
@@ -172,7 +172,7 @@ where
         request: Request<Incoming>,
     ) -> impl Future<Output = Result<Response<Reply<B>>, Infallible>> {
         // Counted now: hyper may let some time pass before it asks for the answer.
-        let under_way = self.requests.begin();
+        let mut under_way = self.requests.begin();
         async move {
             let max_body = self.application.limits.max_body;
             let mut request = request.map(|body| match body.is_end_stream() {
@@ -180,18 +180,20 @@ where
                 false => Body::http(body, max_body).with_pulse(&self.requests.pulse),
             });
             let is_http2 = request.version() == Version::HTTP_2;
-            let (response, refused) = match settle(&mut request) {
+            let answer = match settle(&mut request) {
                 Ok(()) => {
                     request.extensions_mut().insert(self.origin.clone());
-                    (self.application.answer(request).await, false)
+                    self.application.answer(request)
                 }
                 Err(refusal) => {
                     log::debug!("an HTTP request was refused: {}", refusal.why);
-                    (self.application.refuse(refusal.status).await, true)
+                    under_way.is_last = true;
+                    self.application.refuse(refusal.status)
                 }
             };
-            let mut response = response;
-            if !is_http2 && (refused || under_way.is_last) {
+            let mut response = answer.await;
+            under_way.is_answered();
+            if under_way.is_last && !is_http2 {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Ok(response.map(|body| Reply { body, under_way }))
@@ -282,7 +284,8 @@ fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
 
 /// Whether these are the characters of a host and a port (RFC 3986, section 3.2.2; not `userinfo@`).
 pub(super) fn is_host(host: &[u8]) -> bool {
-    host.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(byte))
+    const OTHERS: &[u8] = b".:-_~!$&'()*+,;=[]%";
+    host.iter().all(|byte| byte.is_ascii_alphanumeric() || OTHERS.contains(byte))
 }
 
 /// HTTP/2 clients may send each cookie by itself; elsewhere they are one header (RFC 9113, section 8.2.3).
@@ -295,10 +298,13 @@ fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
-/// How many requests a connection has had, and whether the application is at work for it.
+/// The requests of a connection.
 struct Requests {
     pulse: Arc<Pulse>,
+    /// Those that have begun and whose response is not written yet.
     under_way: Cell<u32>,
+    /// Of these, those that the application has not answered yet: they can be told that they are the last.
+    unanswered: Cell<u32>,
     begun: Notify,
     count: Cell<u32>,
     /// How many it may have; 0 is any number.
@@ -308,30 +314,27 @@ struct Requests {
 
 impl Requests {
     fn new(limit: u32, pulse: Arc<Pulse>) -> Self {
-        let (under_way, count) = (Cell::new(0), Cell::new(0));
-        Self { pulse, under_way, begun: Notify::new(), count, limit, last_begun: Notify::new() }
+        let (under_way, unanswered, count) = (Cell::new(0), Cell::new(0), Cell::new(0));
+        Self { pulse, under_way, unanswered, begun: Notify::new(), count, limit, last_begun: Notify::new() }
     }
 
     fn begin(self: &Rc<Self>) -> UnderWay {
         self.pulse.request_came();
         self.under_way.set(self.under_way.get() + 1);
+        self.unanswered.set(self.unanswered.get() + 1);
         self.count.set(self.count.get().saturating_add(1));
         self.begun.notify_waiters();
         let is_last = self.limit > 0 && self.count.get() >= self.limit;
         if is_last {
             self.last_begun.notify_one();
         }
-        UnderWay { requests: Rc::clone(self), is_last }
+        UnderWay { requests: Rc::clone(self), is_last, is_answered: false }
     }
 
     async fn one_under_way(&self) {
-        if self.under_way.get() == 0 {
+        if self.unanswered.get() == 0 {
             self.begun.notified().await;
         }
-    }
-
-    async fn limit_reached(&self) {
-        self.last_begun.notified().await;
     }
 }
 
@@ -339,10 +342,21 @@ struct UnderWay {
     requests: Rc<Requests>,
     /// The connection may have no further request.
     is_last: bool,
+    is_answered: bool,
+}
+
+impl UnderWay {
+    /// The application has answered.
+    fn is_answered(&mut self) {
+        if !std::mem::replace(&mut self.is_answered, true) {
+            self.requests.unanswered.set(self.requests.unanswered.get() - 1);
+        }
+    }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
+        self.is_answered();
         let others = self.requests.under_way.get() - 1;
         self.requests.under_way.set(others);
         if others == 0 {

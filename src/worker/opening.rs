@@ -13,8 +13,8 @@ use crate::protocol::proxy::{self, Opening, Source};
 
 /// What an HTTP/2 connection begins with (RFC 9113, section 3.4).
 const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// As much as hyper reads at first.
-const FIRST_READ: usize = 8 << 10;
+/// Room for most heads.
+const FIRST_READ: usize = 4 << 10;
 
 /// Reads the PROXY header of a connection, if it begins with one, and makes `origin` what it says.
 ///
