@@ -15,6 +15,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
+use tokio::sync::oneshot;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -36,8 +37,31 @@ enum Kind {
     Full(Bytes),
     /// FastCGI's STDIN, and the length that was announced.
     Stdin(pipe::Reader, Option<u64>),
-    Http(Incoming),
+    Http(Unread),
     Other(UnsyncBoxBody<Bytes, BoxError>),
+}
+
+/// What has not been read of an HTTP request's body. Dropped, it goes back to its connection: hyper would close that
+/// at once, and the peer that still sends might never see the response.
+#[derive(Debug)]
+struct Unread {
+    /// There until the drop.
+    incoming: Option<Incoming>,
+    rest: Option<oneshot::Sender<Incoming>>,
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        if let (Some(incoming), Some(rest)) = (self.incoming.take(), self.rest.take())
+            && !incoming.is_end_stream()
+        {
+            let _ = rest.send(incoming); // or the connection is gone
+        }
+    }
+}
+
+fn pair<A, B>((a, b): (A, B)) -> (Option<A>, Option<B>) {
+    (Some(a), Some(b))
 }
 
 /// Why a body could not be read to its end.
@@ -97,8 +121,10 @@ impl Body {
         Self::from_kind(Kind::Stdin(reader, length), allowed)
     }
 
-    pub(crate) fn http(incoming: Incoming, allowed: u64) -> Self {
-        Self::from_kind(Kind::Http(incoming), allowed)
+    /// The body of an HTTP request; and where the rest of it arrives if it is dropped before its end.
+    pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<Incoming>>) {
+        let (sender, rest) = if incoming.is_end_stream() { (None, None) } else { pair(oneshot::channel()) };
+        (Self::from_kind(Kind::Http(Unread { incoming: Some(incoming), rest: sender }), allowed), rest)
     }
 
     /// What will be set if the body turns out to be longer than it may be; `None` if its length is known, or
@@ -129,9 +155,10 @@ impl http_body::Body for Body {
             Kind::Stdin(reader, _) => reader
                 .poll_next(context)
                 .map(|piece| piece.map(|piece| piece.map(Frame::data).map_err(|pipe::Cut| BodyError::Cut))),
-            Kind::Http(incoming) => {
+            Kind::Http(Unread { incoming: Some(incoming), .. }) => {
                 Pin::new(incoming).poll_frame(context).map_err(|error| BodyError::Other(error.into()))
             }
+            Kind::Http(_) => Poll::Ready(None),
             Kind::Other(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Other),
         };
         if let Poll::Ready(Some(Ok(frame))) = &frame
@@ -153,7 +180,7 @@ impl http_body::Body for Body {
         match &self.kind {
             Kind::Full(bytes) => bytes.is_empty(),
             Kind::Stdin(reader, _) => reader.is_at_end(),
-            Kind::Http(incoming) => incoming.is_end_stream(),
+            Kind::Http(unread) => unread.incoming.as_ref().is_none_or(http_body::Body::is_end_stream),
             Kind::Other(body) => body.is_end_stream(),
         }
     }
@@ -167,7 +194,7 @@ impl http_body::Body for Body {
                 hint.set_lower(length.unwrap_or(0));
                 hint
             }
-            Kind::Http(incoming) => incoming.size_hint(),
+            Kind::Http(unread) => unread.incoming.as_ref().map_or_else(SizeHint::new, http_body::Body::size_hint),
             Kind::Other(body) => body.size_hint(),
         }
     }

@@ -37,7 +37,7 @@ const REPLIES_LIMIT: usize = 1 << 20;
 /// A read takes at least, and at most, so much.
 const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 /// How long, and for how many bytes, a peer that still sends is listened to after our last word.
-const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
+pub(super) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
 /// Serves one connection to its end.
 pub(crate) async fn serve<IO, S, B>(socket: IO, application: Rc<Application<S>>, drain: Drain)

@@ -6,16 +6,19 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 
+use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body as HttpBody;
+use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tower_service::Service;
 
+use super::fastcgi::LINGER;
 use super::serve::{Application, BoxError};
 use crate::body::Body;
 use crate::context::Drain;
@@ -37,7 +40,12 @@ where
         let application = Rc::clone(&application);
         let under_way = counted.begin();
         async move {
-            let mut request = request.map(|body| Body::http(body, limits.max_body));
+            let (head, body) = request.into_parts();
+            let (body, rest) = Body::http(body, limits.max_body);
+            if let Some(rest) = rest {
+                tokio::task::spawn_local(read_rest(rest));
+            }
+            let mut request = Request::from_parts(head, body);
             request.extensions_mut().insert(Peer { address: peer });
             let response = application.answer(request).await;
             drop(under_way);
@@ -70,6 +78,21 @@ where
     if let Err(error) = ended {
         log::debug!("an HTTP connection ended: {error}");
     }
+}
+
+/// Reads what the application did not read of a body, up to a limit: the peer may not look for the response before it
+/// has sent all, and hyper closes a connection on which a body is dropped.
+async fn read_rest(rest: oneshot::Receiver<Incoming>) {
+    let Ok(mut body) = rest.await else { return }; // it was read to its end
+    let (time, mut left) = LINGER;
+    let reading = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, Bytes::len) as u64;
+            let Some(rest) = left.checked_sub(length) else { return };
+            left = rest;
+        }
+    };
+    let _ = tokio::time::timeout(time, reading).await;
 }
 
 /// Whether the application is at work for a connection.

@@ -63,6 +63,10 @@ where
             return refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight); // whatever the application made of it
         }
         match answer {
+            Ok(Ok(response)) if response.status().is_informational() => {
+                log::error!("{} is no final response request={:?}", response.status(), in_flight.what());
+                refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
+            }
             Ok(Ok(response)) => response.map(|body| Served::App { body, in_flight }),
             Ok(Err(error)) => {
                 let error: BoxError = error.into();

@@ -12,6 +12,7 @@ mod fronts;
 mod http;
 mod table;
 
+use std::fmt;
 use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,6 +35,15 @@ enum Protocol {
     FastCgi,
     FastCgiKept,
     Http,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Direct(protocol) => write!(f, "{protocol:?}"),
+            Self::Behind(front) => write!(f, "{front}"),
+        }
+    }
 }
 
 impl Way {
@@ -164,7 +174,14 @@ impl Expect {
 fn scenarios(way: Way) {
     let (_running, address) = start(way);
     let rows = rows();
-    let rows: Vec<(&Row, &Expect)> = rows.iter().filter_map(|row| Some((row, row.expected(way)?))).collect();
+    let mut asked: Vec<(&Row, &Expect)> = Vec::new();
+    for row in &rows {
+        match row.expected(way) {
+            Ok(expect) => asked.push((row, expect)),
+            Err(why) => eprintln!("not asked at {way}: {}: {why}", row.name),
+        }
+    }
+    let rows = asked;
     let failures = Mutex::new(Vec::new());
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -188,7 +205,7 @@ fn scenarios(way: Way) {
         }
     }
     let failures = failures.into_inner().unwrap();
-    assert!(failures.is_empty(), "{} failures at {way:?}:\n{}", failures.len(), failures.join("\n"));
+    assert!(failures.is_empty(), "{} failures at {way}:\n{}", failures.len(), failures.join("\n"));
 }
 
 macro_rules! ways {

@@ -18,15 +18,14 @@ pub(crate) struct Row {
     pub(crate) ask: Ask,
     pub(crate) expect: Expect,
     differences: Vec<Difference>,
-    is_for: fn(Way) -> bool,
 }
 
 /// What happens elsewhere.
 struct Difference {
     at: fn(Way) -> bool,
-    /// The reason, for the reader.
-    _why: &'static str,
-    expect: Expect,
+    why: &'static str,
+    /// `None`: the row is not asked.
+    expect: Option<Expect>,
 }
 
 #[derive(Clone, Debug)]
@@ -49,10 +48,15 @@ pub(crate) enum Content {
 }
 
 impl Row {
-    /// What is to be expected at `way`; `None` if the row is not for it.
-    pub(crate) fn expected(&self, way: Way) -> Option<&Expect> {
-        let different = self.differences.iter().find(|difference| (difference.at)(way));
-        (self.is_for)(way).then_some(different.map_or(&self.expect, |difference| &difference.expect))
+    /// What is to be expected at `way`.
+    ///
+    /// # Errors
+    /// Why the row is not asked there.
+    pub(crate) fn expected(&self, way: Way) -> Result<&Expect, &'static str> {
+        match self.differences.iter().find(|difference| (difference.at)(way)) {
+            Some(difference) => difference.expect.as_ref().ok_or(difference.why),
+            None => Ok(&self.expect),
+        }
     }
 
     /// Small enough to be asked once more.
@@ -62,12 +66,12 @@ impl Row {
     }
 
     fn but(mut self, at: fn(Way) -> bool, why: &'static str, expect: Expect) -> Self {
-        self.differences.push(Difference { at, _why: why, expect });
+        self.differences.push(Difference { at, why, expect: Some(expect) });
         self
     }
 
-    fn only(mut self, is_for: fn(Way) -> bool) -> Self {
-        self.is_for = is_for;
+    fn not_asked(mut self, at: fn(Way) -> bool, why: &'static str) -> Self {
+        self.differences.push(Difference { at, why, expect: None });
         self
     }
 }
@@ -112,7 +116,7 @@ impl Expect {
 }
 
 fn row(name: &'static str, ask: Ask, expect: Expect) -> Row {
-    Row { name, ask, expect, differences: Vec::new(), is_for: |_| true }
+    Row { name, ask, expect, differences: Vec::new() }
 }
 
 fn ask(method: &'static str, target: &str) -> Ask {
@@ -213,7 +217,8 @@ fn request_headers() -> Vec<Row> {
         row("Proxy is not for the application", get("/header/proxy").with("Proxy", b"http://evil"), body(""))
             .but(Way::is_http, "only in CGI is it a variable that libraries believe", body("http://evil")),
         row("HTTPS is not on", get("/variable/HTTPS"), body("(none)")),
-        row("HTTPS is on", get("/variable/HTTPS").over_tls(), body("on")).only(|way| way.is_direct() && !way.is_http()),
+        row("HTTPS is on", get("/variable/HTTPS").over_tls(), body("on"))
+            .not_asked(|way| !way.is_direct() || way.is_http(), "whether there is TLS is the web server's to know"),
     ]
 }
 
@@ -284,7 +289,7 @@ fn downloads() -> Vec<Row> {
             get(&format!("/bytes/{BEYOND_32_BITS}")),
             Expect { body: Content::Xs(BEYOND_32_BITS), ..body("").with("content-length", &[b"4294967297"]) },
         )
-        .only(Way::is_direct),
+        .not_asked(|way| !way.is_direct(), "once for each protocol is enough, it takes long"),
         row("a response that streams", get("/gate/{gate}"), body("first\nlast\n").streaming()),
     ]
 }
