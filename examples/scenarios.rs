@@ -32,6 +32,7 @@ fn main() -> ExitCode {
             .route("/header/{name}", any(header_of))
             .route("/variable/{name}", any(variable))
             .route("/echo", any(async |body: Body| body))
+            .route("/whole", any(async |body: Bytes| body))
             .route("/sum", any(sum))
             .route("/empty", any(async || StatusCode::OK))
             .route("/early", any(async || "the body was not read\n"))
@@ -147,7 +148,9 @@ impl HttpBody for Bytes64 {
 async fn stream(Path(length): Path<u64>) -> Body {
     let mut body = Bytes64 { left: length };
     Body::from_stream(futures_util::stream::poll_fn(move |context| {
-        Pin::new(&mut body).poll_frame(context).map(|frame| Some(frame?.map(|frame| frame.into_data().unwrap_or_default())))
+        Pin::new(&mut body)
+            .poll_frame(context)
+            .map(|frame| Some(frame?.map(|frame| frame.into_data().unwrap_or_default())))
     }))
 }
 

@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpStream};
 
 use super::ask::{Ask, Gate, PIECE, Reply, give, take};
 use super::http::headers;
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(8);
+use crate::common::PATIENCE;
 use crate::common::fastcgi::{END, PARAMS, STDIN, STDOUT, begin, record};
 
 type Variables = Vec<(String, Vec<u8>)>;
@@ -76,7 +76,8 @@ pub(crate) fn reply(from: impl Read, ask: &Ask, gate: &mut Gate) -> io::Result<R
     let headers = headers(&mut from)?;
     let mut reply = Reply { status: 200, headers, ..Reply::default() };
     if let Some(status) = reply.header("status") {
-        reply.status = status.get(..3).and_then(|code| code.parse().ok()).ok_or_else(|| io::Error::other("no status"))?;
+        reply.status =
+            status.get(..3).and_then(|code| code.parse().ok()).ok_or_else(|| io::Error::other("no status"))?;
     }
     reply.body = take(&mut from, ask.pace, gate)?;
     if let Some(length) = reply.header("content-length").filter(|_| ask.method != "HEAD") {

@@ -4,7 +4,7 @@ use std::io::{self, BufReader, Read};
 use std::net::{Shutdown, TcpStream};
 
 use super::ask::{Ask, Gate, Pace, Reply, Sent, give, take};
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(8);
+use crate::common::PATIENCE;
 
 pub(crate) struct Connection {
     stream: BufReader<TcpStream>,
@@ -94,9 +94,10 @@ pub(crate) fn headers(from: &mut impl io::BufRead) -> io::Result<Vec<(String, Ve
         if line.is_empty() {
             return Ok(headers);
         }
-        let colon = line.iter().position(|&byte| byte == b':').ok_or_else(|| {
-            io::Error::other(format!("not a header: {}", String::from_utf8_lossy(&line)))
-        })?;
+        let colon = line
+            .iter()
+            .position(|&byte| byte == b':')
+            .ok_or_else(|| io::Error::other(format!("not a header: {}", String::from_utf8_lossy(&line))))?;
         let name = String::from_utf8(line[..colon].to_vec()).map_err(io::Error::other)?;
         headers.push((name, line[colon + 1..].trim_ascii().to_vec()));
     }

@@ -59,9 +59,25 @@ impl Way {
         }
     }
 
-    /// Whether it is this web server, whatever its configuration.
-    fn is(self, server: WebServer) -> bool {
+    fn is_behind(self, server: WebServer) -> bool {
         matches!(self, Self::Behind(front) if front.server == server)
+    }
+
+    /// Behind this web server, which speaks FastCGI to the application.
+    fn is_fastcgi_of(self, server: WebServer) -> bool {
+        self.is_behind(server) && !self.is_http()
+    }
+
+    fn is_http_of(self, server: WebServer) -> bool {
+        self.is_behind(server) && self.is_http()
+    }
+
+    fn is_fcgid(self) -> bool {
+        self == Self::Behind(fronts::APACHE_FCGID)
+    }
+
+    fn is_apache_proxy_fastcgi(self) -> bool {
+        self.is_fastcgi_of(WebServer::Apache) && !self.is_fcgid()
     }
 }
 
@@ -142,7 +158,7 @@ fn check(row: &Row, expect: &Expect, connection: io::Result<Connection>) -> (Opt
         connection?.ask(&ask, gate)
     });
     match answer {
-        Ok((reply, connection)) => (expect.miss(&reply), connection),
+        Ok((reply, connection)) => (expect.miss(&reply), connection.filter(|_| !expect.is_last)),
         Err(error) => (Some(error.to_string()), None),
     }
 }
@@ -161,7 +177,9 @@ impl Expect {
         }
         let body = &reply.body;
         let right = match &self.body {
-            Content::Is(bytes) if body.is_all_x => bytes.len() as u64 == body.length && bytes.iter().all(|&b| b == b'x'),
+            Content::Is(bytes) if body.is_all_x => {
+                bytes.len() as u64 == body.length && bytes.iter().all(|&b| b == b'x')
+            }
             Content::Is(bytes) => *bytes == body.bytes,
             Content::Xs(length) => body.is_all_x && body.length == *length,
             Content::Any => true,

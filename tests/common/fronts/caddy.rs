@@ -4,7 +4,7 @@ use std::process::Command;
 
 use super::{Place, configuration, daemon};
 
-pub fn command(place: &Place<'_>) -> Command {
+pub(super) fn command(place: &Place<'_>) -> Command {
     let snippet = &place.snippet;
     let text = format!("{{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}}\n{snippet}");
     let mut command = Command::new(daemon("caddy"));

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use super::{Place, configuration, daemon};
 
-pub fn command(place: &Place<'_>) -> Command {
+pub(super) fn command(place: &Place<'_>) -> Command {
     let snippet = &place.snippet;
     let text = format!(
         "global\n    maxconn 256\n\ndefaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    \

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use super::{Place, configuration, daemon};
 
-pub fn command(place: &Place<'_>) -> Command {
+pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { folder, port, snippet } = place;
     let folder = folder.display();
     let text = format!(

@@ -4,6 +4,8 @@
 //!
 //! Each runs in the foreground, on a free port of the loopback, and writes nowhere but into its folder.
 
+#![allow(dead_code, reason = "each test binary uses a part of this")]
+
 mod apache;
 mod caddy;
 mod haproxy;
@@ -23,7 +25,7 @@ use crate::common::{Helper, Server, free_port, program, wait_until};
 const DOCUMENT: &str = include_str!("../../../docs/web-servers.md");
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WebServer {
+pub(crate) enum WebServer {
     Apache,
     Caddy,
     Haproxy,
@@ -33,7 +35,7 @@ pub enum WebServer {
 
 impl WebServer {
     /// As the document's blocks and the files of seeds have it.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Apache => "apache",
             Self::Caddy => "caddy",
@@ -46,7 +48,7 @@ impl WebServer {
 
 /// How a web server reaches the application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Link {
+pub(crate) enum Link {
     /// It connects.
     FastCgi,
     /// It connects and keeps the connection.
@@ -56,22 +58,13 @@ pub enum Link {
     Http,
 }
 
-impl Link {
-    fn protocol(self) -> &'static str {
-        match self {
-            Self::FastCgi | Self::FastCgiKept | Self::FastCgiStarted => "fastcgi",
-            Self::Http => "http",
-        }
-    }
-}
-
 /// A web server with one of the configurations of the document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Front {
-    pub server: WebServer,
-    pub link: Link,
+pub(crate) struct Front {
+    pub(crate) server: WebServer,
+    pub(crate) link: Link,
     /// The name of the configuration: its block in the document begins with that of the server and this one.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
 }
 
 impl fmt::Display for Front {
@@ -84,42 +77,42 @@ const fn front(server: WebServer, link: Link, name: &'static str) -> Front {
     Front { server, link, name }
 }
 
-pub const NGINX: Front = front(WebServer::Nginx, Link::FastCgi, "fastcgi");
-pub const NGINX_KEPT: Front = front(WebServer::Nginx, Link::FastCgiKept, "fastcgi-kept");
-pub const NGINX_HTTP: Front = front(WebServer::Nginx, Link::Http, "http");
-pub const LIGHTTPD: Front = front(WebServer::Lighttpd, Link::FastCgi, "fastcgi");
-pub const LIGHTTPD_STARTED: Front = front(WebServer::Lighttpd, Link::FastCgiStarted, "fastcgi-started");
-pub const LIGHTTPD_HTTP: Front = front(WebServer::Lighttpd, Link::Http, "http");
-pub const APACHE: Front = front(WebServer::Apache, Link::FastCgi, "fastcgi");
-pub const APACHE_KEPT: Front = front(WebServer::Apache, Link::FastCgiKept, "fastcgi-kept");
-pub const APACHE_FCGID: Front = front(WebServer::Apache, Link::FastCgiStarted, "fcgid");
-pub const APACHE_HTTP: Front = front(WebServer::Apache, Link::Http, "http");
-pub const HAPROXY: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi");
-pub const HAPROXY_MULTIPLEXED: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi-multiplexed");
-pub const HAPROXY_HTTP: Front = front(WebServer::Haproxy, Link::Http, "http");
-pub const CADDY: Front = front(WebServer::Caddy, Link::FastCgi, "fastcgi");
-pub const CADDY_HTTP: Front = front(WebServer::Caddy, Link::Http, "http");
+pub(crate) const NGINX: Front = front(WebServer::Nginx, Link::FastCgi, "fastcgi");
+pub(crate) const NGINX_KEPT: Front = front(WebServer::Nginx, Link::FastCgiKept, "fastcgi-kept");
+pub(crate) const NGINX_HTTP: Front = front(WebServer::Nginx, Link::Http, "http");
+pub(crate) const LIGHTTPD: Front = front(WebServer::Lighttpd, Link::FastCgi, "fastcgi");
+pub(crate) const LIGHTTPD_STARTED: Front = front(WebServer::Lighttpd, Link::FastCgiStarted, "fastcgi-started");
+pub(crate) const LIGHTTPD_HTTP: Front = front(WebServer::Lighttpd, Link::Http, "http");
+pub(crate) const APACHE: Front = front(WebServer::Apache, Link::FastCgi, "fastcgi");
+pub(crate) const APACHE_KEPT: Front = front(WebServer::Apache, Link::FastCgiKept, "fastcgi-kept");
+pub(crate) const APACHE_FCGID: Front = front(WebServer::Apache, Link::FastCgiStarted, "fcgid");
+pub(crate) const APACHE_HTTP: Front = front(WebServer::Apache, Link::Http, "http");
+pub(crate) const HAPROXY: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi");
+pub(crate) const HAPROXY_MULTIPLEXED: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi-multiplexed");
+pub(crate) const HAPROXY_HTTP: Front = front(WebServer::Haproxy, Link::Http, "http");
+pub(crate) const CADDY: Front = front(WebServer::Caddy, Link::FastCgi, "fastcgi");
+pub(crate) const CADDY_HTTP: Front = front(WebServer::Caddy, Link::Http, "http");
 
 /// Where the parts of a site are.
-pub struct Place<'a> {
-    pub folder: &'a Path,
-    pub port: u16,
+pub(crate) struct Place<'a> {
+    pub(crate) folder: &'a Path,
+    pub(crate) port: u16,
     /// The snippet of the document, with the addresses and paths of this site.
-    pub snippet: String,
+    pub(crate) snippet: String,
 }
 
 /// A running web server, with the application behind it unless the web server started that itself.
-pub struct Site {
+pub(crate) struct Site {
     front: Helper,
-    pub application: Option<Server>,
+    pub(crate) application: Option<Server>,
     /// `HOST:PORT` for its clients.
-    pub address: String,
+    pub(crate) address: String,
     folder: TempDir,
 }
 
 impl Site {
     /// The example `application` behind the web server.
-    pub fn start(front: Front, application: &str) -> Self {
+    pub(crate) fn start(front: Front, application: &str) -> Self {
         let folder = shared_folder();
         let socket = folder.path().join("app.sock");
         let bind = match front.link {
@@ -127,9 +120,8 @@ impl Site {
             Link::Http => Some("http:127.0.0.1:0".to_owned()),
             Link::FastCgiStarted => None,
         };
-        let server = bind.map(|bind| {
-            Server::start(application, &["--workers", "2", "--socket-mode", "666", "--bind", &bind])
-        });
+        let server =
+            bind.map(|bind| Server::start(application, &["--workers", "2", "--socket-mode", "666", "--bind", &bind]));
         let backend = match (&server, front.link) {
             (Some(server), Link::Http) => server.http(),
             (Some(_), _) => socket.display().to_string(),
@@ -144,13 +136,13 @@ impl Site {
         Self { front: helper, application: server, address, folder }
     }
 
-    /// Whoever listens at `socket` behind the web server.
-    pub fn before(front: Front, folder: TempDir, backend: &str) -> Self {
+    /// The web server before whoever listens at `backend`, whose socket may be in this folder.
+    pub(crate) fn before(front: Front, folder: TempDir, backend: &str) -> Self {
         let (helper, address) = start(front, folder.path(), backend);
         Self { front: helper, application: None, address, folder }
     }
 
-    pub fn application(&mut self) -> &mut Server {
+    pub(crate) fn application(&mut self) -> &mut Server {
         self.application.as_mut().expect("the web server did not start it")
     }
 }
@@ -167,7 +159,7 @@ impl Drop for Site {
 }
 
 /// A temporary folder that a web server's user may enter.
-pub fn shared_folder() -> TempDir {
+pub(crate) fn shared_folder() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     folder

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use super::{Place, configuration, daemon, is_root};
 
-pub fn command(place: &Place<'_>) -> Command {
+pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { folder, snippet, .. } = place;
     // What the snippet includes stands beside the configuration, as in /etc/nginx. It is there from the second try on.
     let _ = symlink("/etc/nginx/fastcgi_params", folder.join("fastcgi_params"));
