@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
 mod ask;
+mod capture;
 mod cgi;
 #[path = "../common/mod.rs"]
 mod common;

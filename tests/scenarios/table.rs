@@ -351,6 +351,7 @@ fn uploads() -> Vec<Row> {
                 |way| way.is_fastcgi_of(WebServer::Nginx),
                 "nginx stops sending when the response begins, and waits",
             )
+            .not_asked(Way::is_fcgid, "mod_fcgid sends all of the request before it reads")
             .not_asked(
                 |way| way.is_behind(WebServer::Caddy),
                 "Caddy reads either the request or the response at a time",

@@ -30,7 +30,7 @@ pub(super) fn command(place: &Place<'_>) -> Command {
          ScriptSock \"{folder}/cgid.sock\"\n\
          FcgidIPCDir \"{folder}/fcgid\"\nFcgidProcessTableFile \"{folder}/fcgid_shm\"\n{snippet}\n"
     );
-    let mut command = Command::new(daemon("apache2"));
+    let mut command = daemon("apache2");
     command.args(["-D", "FOREGROUND", "-f"]).arg(configuration(place, &text));
     command
 }

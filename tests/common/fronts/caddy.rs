@@ -7,7 +7,7 @@ use super::{Place, configuration, daemon};
 pub(super) fn command(place: &Place<'_>) -> Command {
     let snippet = &place.snippet;
     let text = format!("{{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}}\n{snippet}");
-    let mut command = Command::new(daemon("caddy"));
+    let mut command = daemon("caddy");
     for name in ["HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"] {
         command.env(name, place.folder);
     }

@@ -10,7 +10,7 @@ pub(super) fn command(place: &Place<'_>) -> Command {
         "global\n    maxconn 256\n\ndefaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    \
          timeout server 60s\n\n{snippet}"
     );
-    let mut command = Command::new(daemon("haproxy"));
+    let mut command = daemon("haproxy");
     command.arg("-db").arg("-f").arg(configuration(place, &text));
     command
 }

@@ -17,7 +17,7 @@ pub(super) fn command(place: &Place<'_>) -> Command {
          server.port = {port}
          server.modules = ()\n{snippet}"
     );
-    let mut command = Command::new(daemon("lighttpd"));
+    let mut command = daemon("lighttpd");
     command.args(["-D", "-f"]).arg(configuration(place, &text));
     command
 }

@@ -193,7 +193,7 @@ fn command(front: Front, place: &Place<'_>) -> Command {
         WebServer::Nginx => nginx::command(place),
     };
     let log = File::create(place.folder.join("front.log")).unwrap();
-    command.current_dir(place.folder).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+    command.current_dir("/srv").stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
     command
 }
 
@@ -244,12 +244,14 @@ fn block(front: Front) -> &'static str {
     &rest[..=end]
 }
 
-/// The path of a daemon. Those are in folders that not every user has in PATH.
-fn daemon(name: &str) -> PathBuf {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from));
-    let found = folders.map(|folder| folder.join(name)).find(|path| path.exists());
-    found.unwrap_or_else(|| panic!("{name} is not installed (scripts/test installs it)"))
+/// A daemon, with nothing in its environment that it could pass on. Daemons are in folders that not every user has in PATH.
+fn daemon(name: &str) -> Command {
+    const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    let found = PATH.split(':').map(|folder| Path::new(folder).join(name)).find(|path| path.exists());
+    let mut command =
+        Command::new(found.unwrap_or_else(|| panic!("{name} is not installed (scripts/test installs it)")));
+    command.env_clear().env("PATH", PATH);
+    command
 }
 
 fn is_root() -> bool {

@@ -19,7 +19,7 @@ pub(super) fn command(place: &Place<'_>) -> Command {
          events {{ worker_connections 256; }}
          http {{ access_log off; root /srv; keepalive_requests 10000;\n{temporary}\n{snippet}\n}}\n"
     );
-    let mut command = Command::new(daemon("nginx"));
+    let mut command = daemon("nginx");
     command.arg("-p").arg(place.folder).arg("-e").arg(place.folder.join("error.log"));
     command.arg("-c").arg(configuration(place, &text));
     command
