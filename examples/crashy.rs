@@ -11,6 +11,9 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::Path;
+use axum::http::header::CONTENT_LENGTH;
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::{any, get};
 use http_body_util::BodyExt as _;
 
@@ -27,11 +30,19 @@ fn main() -> ExitCode {
             .route("/echo", any(async |body: Body| body))
             .route("/count", any(count))
             .route("/bytes/{mib}", get(bytes))
+            .route("/break", get(break_off))
             .route("/slow/{ms}", get(slow))
             .route("/segv", get(segv))
             .route("/abort", get(abort))
             .route("/panic", get(panic))
             .route("/hang", get(hang))
+            .route("/break", get(break_off))
+            .route("/claim/{length}/{real}", get(claim))
+            .route("/head/{bytes}", get(head))
+            .route(
+                "/status/{status}",
+                get(async |Path(status): Path<u16>| StatusCode::from_u16(status).unwrap_or_default()),
+            )
             .route("/leak/{mib}", get(leak))
             .route("/exit/{status}", get(exit))
     })
@@ -52,6 +63,33 @@ async fn bytes(Path(mib): Path<usize>) -> Body {
     let pieces = std::iter::repeat_n(Ok::<_, std::convert::Infallible>(piece), mib * 16);
     Body::from_stream(futures_util::stream::iter(pieces))
 }
+
+/// A body that ends in an error.
+async fn break_off() -> Body {
+    let pieces = [Ok(Bytes::from_static(b"a part\n")), Err("broken off on purpose")];
+    Body::from_stream(futures_util::stream::iter(pieces))
+}
+
+/// Says one length, and has another.
+async fn claim(Path((length, real)): Path<(String, usize)>) -> Response {
+    let pieces = std::iter::repeat_n(Ok::<_, std::convert::Infallible>(Bytes::from_static(b"xxxxx")), real / 5);
+    ([(CONTENT_LENGTH, length)], Body::from_stream(futures_util::stream::iter(pieces))).into_response()
+}
+
+/// Headers of so many bytes, and one that would be the status of another protocol.
+async fn head(Path(bytes): Path<usize>) -> Response {
+    let mut response = "body\n".into_response();
+    for _ in 0..bytes / 1000 {
+        response.headers_mut().append("x-long", HeaderValue::from_static(LONG));
+    }
+    response.headers_mut().insert("status", HeaderValue::from_static("200 OK"));
+    response
+}
+
+const LONG: &str = match std::str::from_utf8(&[b'x'; 990]) {
+    Ok(text) => text,
+    Err(_) => "",
+};
 
 async fn slow(Path(ms): Path<u64>) -> String {
     tokio::time::sleep(Duration::from_millis(ms)).await;

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::os::fd::RawFd;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,6 +13,7 @@ use http_body::Body as HttpBody;
 use tower_service::Service;
 
 use crate::body::Body;
+use crate::cgi_call;
 use crate::cli;
 use crate::config::{CacheConfig, Config, Program, format_size};
 use crate::context::Context;
@@ -21,6 +23,8 @@ use crate::master::{self, Launch};
 use crate::{banner, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
+/// Answers one CGI request.
+type CgiMain = Box<dyn Fn(&Config, Segment) -> Result<(), BoxError>>;
 type Preload = Box<dyn FnOnce() -> Result<(), BoxError>>;
 
 /// What [`crate::run`] does, with more to choose.
@@ -41,6 +45,7 @@ type Preload = Box<dyn FnOnce() -> Result<(), BoxError>>;
 #[must_use = "nothing is served before `run`"]
 pub struct Builder {
     worker: WorkerMain,
+    cgi: CgiMain,
     preload: Option<Preload>,
 }
 
@@ -63,7 +68,13 @@ impl Builder {
         B: HttpBody + 'static,
         B::Error: Into<BoxError>,
     {
-        Self { worker: Box::new(move |heritage| worker::run(&factory, heritage)), preload: None }
+        let factory = Rc::new(factory);
+        let of_cgi = Rc::clone(&factory);
+        Self {
+            worker: Box::new(move |heritage| worker::run(&*factory, heritage)),
+            cgi: Box::new(move |config, segment| worker::cgi::run(&*of_cgi, config, segment)),
+            preload: None,
+        }
     }
 
     /// `load` runs once in the master, before the first fork: what it reads into memory (statics, say), all
@@ -78,12 +89,18 @@ impl Builder {
 
     /// Reads this program's command line and serves until it is told to stop.
     ///
-    /// Returns 0 if it was asked to stop, 1 after a failure, 2 for a wrong command line; what went wrong is
+    /// If a web server has started it as a CGI program, it answers that one request instead, in this process.
+    ///
+    /// Returns 0 if it was asked to stop, or has answered; 1 after a failure, 2 for a wrong command line; what went wrong is
     /// on standard error.
     pub fn run(self) -> ExitCode {
         let begun = Instant::now();
-        let Self { worker, preload } = self;
-        finish(cli::parse_linked(std::env::args_os().collect()), |request| {
+        let Self { worker, cgi, preload } = self;
+        let arguments = cgi_call::trusted(std::env::args_os().collect());
+        finish(cli::parse_linked(arguments), |request| {
+            if request.cgi {
+                return answer(&request.config, &request.log_level, &cgi, preload);
+            }
             serve(request.config, &request.log_level, Launch::Worker(worker), preload, None, begun)
         })
     }
@@ -169,6 +186,28 @@ fn serve(
     });
     listeners.iter().for_each(Listener::remove_file);
     outcome
+}
+
+/// The one request of a CGI call.
+fn answer(config: &Config, log_level: &str, cgi: &CgiMain, preload: Option<Preload>) -> Result<bool, BoxError> {
+    start_logging(log_level);
+    run_preload(preload)?;
+    cgi(config, join_segment(config)?)?;
+    Ok(true)
+}
+
+/// The cache of a CGI call: the one in the file, which it shares with other calls and with a server. A page without the
+/// cache is better than none.
+fn join_segment(config: &Config) -> Result<Segment, BoxError> {
+    let CacheConfig { bytes, max_entry, file } = &config.cache;
+    if let Some(path) = file.as_ref().filter(|_| *bytes > 0) {
+        let plan = Plan { cache_bytes: *bytes, rows: config.slots(), max_entry: *max_entry };
+        match Segment::join(path, &plan) {
+            Ok(segment) => return Ok(segment),
+            Err(error) => log::error!("no cache: {error} file={}", path.display()),
+        }
+    }
+    Ok(Segment::create(&Plan { rows: 1, ..Plan::default() })?)
 }
 
 fn start_logging(filters: &str) {

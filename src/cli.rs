@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
-use crate::config::{CacheConfig, Config, Limits, parse_duration, parse_mode, parse_size, parse_workers};
+use crate::cgi_call;
+use crate::config::{CacheConfig, Config, Limits, Timeouts, parse_duration, parse_mode, parse_size, parse_workers};
 use crate::listen::{self, Address, Bind, Protocol};
 
 const SIGNALS: &str = "\
@@ -24,9 +25,9 @@ Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 
 /// The flags of everything that serves.
 #[derive(Args, Debug)]
 struct ServeOptions {
-    /// Listen here; repeatable. PROTO is http or fastcgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME or fd:N.
-    /// Without it: standard input if that is a listening socket (a web server started us), else
-    /// http:127.0.0.1:8080
+    /// Listen here; repeatable. PROTO is http, fastcgi or scgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME or fd:N.
+    /// Without it: standard input if that is a listening socket (a web server started us); one CGI request, if
+    /// the environment has one; else http:127.0.0.1:8080
     #[arg(long, value_name = "PROTO:ADDR", env = "FORKYARD_BIND", value_delimiter = ',', help_heading = "Sockets")]
     bind: Vec<Bind>,
 
@@ -93,9 +94,39 @@ struct WorkerOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_MULTIPLEXED", default_value = "64", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Memory and limits")]
     max_multiplexed: u16,
 
-    /// How long a client may take to send the head of an HTTP request, the wait for it included
+    #[command(flatten)]
+    timeouts: TimeoutOptions,
+}
+
+/// How long a client may take. All are kept to the second.
+#[derive(Args, Debug)]
+struct TimeoutOptions {
+    /// How long a connection is kept without a request; 0 for no limit, here and below
+    #[arg(long, value_name = "TIME", env = "FORKYARD_IDLE_TIMEOUT", default_value = "75s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    idle_timeout: Duration,
+
+    /// How long a client may take to send the head of a request
     #[arg(long, value_name = "TIME", env = "FORKYARD_HEADER_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
     header_timeout: Duration,
+
+    /// How long a client may take to send the next 4 KiB of a body that the application waits for
+    #[arg(long, value_name = "TIME", env = "FORKYARD_BODY_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    body_timeout: Duration,
+
+    /// How long a client may take to read the next 4 KiB of a response
+    #[arg(long, value_name = "TIME", env = "FORKYARD_WRITE_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    write_timeout: Duration,
+}
+
+impl TimeoutOptions {
+    fn timeouts(&self) -> Timeouts {
+        Timeouts {
+            idle: self.idle_timeout,
+            header: self.header_timeout,
+            body: self.body_timeout,
+            write: self.write_timeout,
+        }
+    }
 }
 
 /// What the page cache keeps, and where.
@@ -173,6 +204,8 @@ pub(crate) struct Request {
     pub(crate) config: Config,
     /// A filter in the logger's syntax.
     pub(crate) log_level: String,
+    /// One request is to be answered, which is in the environment and on standard input.
+    pub(crate) cgi: bool,
     /// The external program, and whether `--direct` was given.
     pub(crate) program: Option<(Vec<OsString>, bool)>,
 }
@@ -190,17 +223,18 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     }
     let linked = Linked::from_arg_matches(&command.try_get_matches_from(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
-    let WorkerOptions { threads, queue, cache, keep, header_timeout, .. } = linked.worker;
+    let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
+    let WorkerOptions { threads, queue, cache, keep, timeouts, .. } = linked.worker;
     let limits = Limits {
         max_body: linked.worker.max_body,
         max_params: linked.worker.max_params,
         max_connections: linked.worker.max_connections,
         max_multiplexed: linked.worker.max_multiplexed.into(),
-        header_timeout,
+        timeouts: timeouts.timeouts(),
     };
     let of_workers = OfWorkers { threads, queue, limits };
     let config = config(linked.serve, keep.cache(cache), Duration::ZERO, of_workers);
-    Ok(Request { config, log_level, program: None })
+    Ok(Request { config, log_level, cgi, program: None })
 }
 
 /// Reads the command line of `forkyard`.
@@ -217,7 +251,7 @@ pub(crate) fn parse_forkyard(arguments: Vec<OsString>) -> Result<Request, clap::
         run.bin_name("forkyard run").error(clap::error::ErrorKind::ValueValidation, cause)
     })?;
     let config = config(run.serve, run.keep.cache(run.cache), run.settle, OfWorkers::default());
-    Ok(Request { config, log_level, program: Some((run.command, run.direct)) })
+    Ok(Request { config, log_level, cgi: false, program: Some((run.command, run.direct)) })
 }
 
 /// An external program gets one socket, and speaks FastCGI on it.

@@ -52,8 +52,20 @@ pub(crate) struct Limits {
     pub(crate) max_connections: u32,
     /// Requests at a time on one FastCGI connection.
     pub(crate) max_multiplexed: usize,
-    /// How long a client may take to send the head of an HTTP request.
-    pub(crate) header_timeout: Duration,
+    pub(crate) timeouts: Timeouts,
+}
+
+/// How long a client may take, to the second. Zero is no limit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Timeouts {
+    /// Until the next request on a kept connection.
+    pub(crate) idle: Duration,
+    /// For the whole head of a request.
+    pub(crate) header: Duration,
+    /// For the next 4 KiB of a request's body, while somebody waits for them.
+    pub(crate) body: Duration,
+    /// To read the next 4 KiB of a response.
+    pub(crate) write: Duration,
 }
 
 impl Config {

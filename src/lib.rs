@@ -18,6 +18,7 @@ mod banner;
 mod blocking;
 mod body;
 mod builder;
+mod cgi_call;
 mod cli;
 mod config;
 mod context;
@@ -26,6 +27,7 @@ mod listen;
 mod master;
 pub mod page;
 mod protocol;
+mod pulse;
 mod sys;
 mod worker;
 
@@ -42,10 +44,11 @@ pub use forkyard_shm::{
 pub use http;
 
 pub use crate::blocking::{Answer, Blocking, blocking};
-pub use crate::body::{Body, BodyError, BodyReader};
+pub use crate::body::{Body, BodyError, BodyReader, FilterData};
 pub use crate::builder::{Builder, command_line};
 pub use crate::context::Context;
 pub use crate::protocol::cgi::Peer;
+pub use crate::protocol::fastcgi::{AppStatus, Role};
 pub use crate::protocol::params::Params;
 
 /// Serves the application that `factory` makes in each worker, as this program's command line says.

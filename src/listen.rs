@@ -26,6 +26,8 @@ use crate::sys;
 pub(crate) enum Protocol {
     /// FastCGI 1.0, for a web server in front.
     FastCgi,
+    /// SCGI, for a web server in front.
+    Scgi,
     /// HTTP/1.1.
     Http,
 }
@@ -34,6 +36,7 @@ impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::FastCgi => "fastcgi",
+            Self::Scgi => "scgi",
             Self::Http => "http",
         })
     }
@@ -86,8 +89,11 @@ impl FromStr for Bind {
         let (protocol, address) = text.split_once(':').ok_or(FORM)?;
         let protocol = match protocol {
             "fastcgi" => Protocol::FastCgi,
+            "scgi" => Protocol::Scgi,
             "http" => Protocol::Http,
-            other => return Err(format!("unknown protocol '{other}' (this version speaks fastcgi and http); {FORM}")),
+            other => {
+                return Err(format!("unknown protocol '{other}' (this version speaks fastcgi, scgi and http); {FORM}"));
+            }
         };
         let address = if let Some(name) = address.strip_prefix("unix:@") {
             Address::Abstract(name.to_owned())
@@ -177,6 +183,10 @@ impl Listener {
             Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
         };
         listener.set_blocking(blocking).map_err(|error| fail(error.to_string()))?;
+        if listener.family == Family::Tcp {
+            // Answers are written whole, so there is nothing to wait for. Accepted sockets take this over.
+            setsockopt(&listener.socket, sockopt::TcpNoDelay, &true).map_err(|errno| fail(errno.desc().to_owned()))?;
+        }
         if let (Family::Tcp, Ok(address)) = (listener.family, socket::getsockname(listener.socket.as_raw_fd())) {
             let address: SockaddrStorage = address;
             listener.address = Address::Tcp(address.to_string());
@@ -368,9 +378,14 @@ mod tests {
 
     #[test]
     fn a_bind_is_read_and_written_back() {
-        for text in
-            ["http:127.0.0.1:8080", "fastcgi:unix:/run/a b.sock", "fastcgi:unix:@name", "http:fd:3", "http:[::1]:80"]
-        {
+        for text in [
+            "http:127.0.0.1:8080",
+            "fastcgi:unix:/run/a b.sock",
+            "fastcgi:unix:@name",
+            "scgi:unix:/run/a.sock",
+            "http:fd:3",
+            "http:[::1]:80",
+        ] {
             assert_eq!(text.parse::<Bind>().unwrap().to_string(), text);
         }
     }

@@ -10,15 +10,19 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write as _};
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
+use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
 use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{ForkResult, Pid, getppid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// How a child process ended, as `waitpid(2)` told it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,10 +178,88 @@ pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
     (copy >= 0).then(|| unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
-/// Makes the caller the owner of a descriptor that a system call has just returned.
-pub(crate) fn owned(new: RawFd) -> OwnedFd {
-    // SAFETY: for numbers fresh from the kernel only (accept4, whose result nix hands out as a bare number).
-    unsafe { OwnedFd::from_raw_fd(new) }
+/// Accepts a connection: non-blocking, closed on exec, and the address at its other end if that is one of the internet.
+///
+/// # Errors
+/// What `accept4(2)` says; `WouldBlock` if nobody waits.
+pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
+    // SAFETY: all zeroes is a valid sockaddr_storage.
+    let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let mut length = libc::socklen_t::try_from(size_of_val(&address)).unwrap_or(0);
+    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: `address` and `length` are valid places for the whole call, and `length` is the size of `address`.
+    let socket = unsafe { libc::accept4(listener.as_raw_fd(), (&raw mut address).cast(), &raw mut length, flags) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a number that accept4 returned is new, open and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // SAFETY: the kernel has written an address of `length` bytes there.
+    let address = unsafe { SockaddrStorage::from_raw((&raw const address).cast(), Some(length)) };
+    let internet = address.and_then(|address| match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+        (Some(&address), _) => Some(SocketAddr::V4(address.into())),
+        (_, Some(&address)) => Some(SocketAddr::V6(address.into())),
+        (None, None) => None,
+    });
+    Ok((socket, internet))
+}
+
+/// Registers a descriptor with the event loop, to know when it is readable.
+///
+/// # Errors
+/// What `epoll_ctl(2)` says.
+pub(crate) fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is open, and stays so: what owns it is owned by what is returned.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+}
+
+/// How a descriptor is registered with an epoll instance of this process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Registration {
+    epoll: RawFd,
+    data: u64,
+}
+
+/// Finds how `fd` is registered: `/proc` tells it of every epoll instance. `None` if it is not.
+///
+/// # Errors
+/// What reading `/proc/self` says.
+pub(crate) fn registration_of(fd: BorrowedFd<'_>) -> io::Result<Option<Registration>> {
+    for epoll in open_descriptors()? {
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{epoll}")).unwrap_or_default();
+        // "tfd:        7 events:       19 data: 5634ab…  pos:0 ino:… sdev:…" for each descriptor
+        for line in info.lines().filter(|line| line.starts_with("tfd:")) {
+            let mut words = line.split_ascii_whitespace();
+            let target = words.nth(1).and_then(|word| word.parse().ok());
+            let data = words.skip_while(|word| *word != "data:").nth(1);
+            if let (true, Some(data)) = (target == Some(fd.as_raw_fd()), data) {
+                let data = u64::from_str_radix(data, 16).map_err(io::Error::other)?;
+                return Ok(Some(Registration { epoll, data }));
+            }
+        }
+    }
+    Ok(None)
+}
+
+impl Registration {
+    /// Has events of `fd` wake one of the processes that wait for them with this flag, instead of all.
+    ///
+    /// # Errors
+    /// What `epoll_ctl(2)` says.
+    pub(crate) fn resume(self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let events = (libc::EPOLLIN | libc::EPOLLEXCLUSIVE).cast_unsigned();
+        let mut event = libc::epoll_event { events, u64: self.data };
+        // SAFETY: `event` is valid for the whole call. The epoll instance is the event loop's, which outlives its
+        // registrations; if it did not, the call would fail.
+        let outcome = unsafe { libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_ADD, fd.as_raw_fd(), &raw mut event) };
+        if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Has no events of `fd` come until [`Registration::resume`].
+    pub(crate) fn pause(self, fd: BorrowedFd<'_>) {
+        // SAFETY: plain system call with integers. If `fd` is not registered, nothing happens.
+        unsafe { libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_DEL, fd.as_raw_fd(), std::ptr::null_mut()) };
+    }
 }
 
 /// Ends the process at once: no destructors, no `atexit` functions, which belong to the master.

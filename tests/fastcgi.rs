@@ -10,36 +10,12 @@ use std::os::unix::net::UnixStream;
 
 use common::Server;
 use common::fastcgi::{
-    ABORT, BEGIN, Client, END, GET_VALUES, GET_VALUES_RESULT, PARAMS, Record, STDIN, STDOUT, UNKNOWN_TYPE, begin, head,
-    pair, record, request,
+    ABORT, BEGIN, Client, END, Fixture, GET_VALUES, GET_VALUES_RESULT, PARAMS, Record, STDIN, STDOUT, UNKNOWN_TYPE,
+    begin, head, pair, record, request,
 };
 
-struct Fixture {
-    server: Server,
-    socket: String,
-    _folder: tempfile::TempDir,
-}
-
 fn start(arguments: &[&str]) -> Fixture {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
-    let server = Server::start("crashy", &[&["--bind", &socket, "--workers", "1"], arguments].concat());
-    Fixture { server, socket, _folder: folder }
-}
-
-impl Fixture {
-    fn client(&self) -> Client {
-        Client::connect(&self.socket).unwrap()
-    }
-
-    /// After whatever happened, the worker serves.
-    fn end(mut self) {
-        assert_eq!(self.client().request("GET", "/ok", b"").unwrap().body(), b"ok\n");
-        self.server.stop();
-        for words in ["worker died", "does not finish in time"] {
-            assert!(!self.server.log().contains(words), "{}", self.server.log());
-        }
-    }
+    Fixture::start("crashy", arguments)
 }
 
 #[test]
@@ -142,7 +118,7 @@ fn management_records_are_answered_at_any_time() {
 fn what_cannot_be_served_is_refused_by_name() {
     let fixture = start(&["--max-multiplexed", "2"]);
     let mut client = fixture.client();
-    client.send(&[begin(1, 2, true)]).unwrap(); // an Authorizer
+    client.send(&[begin(1, 4, true)]).unwrap(); // there are three roles
     assert_eq!(client.response(1).unwrap().protocol_status, 3, "UNKNOWN_ROLE (5.5)");
     client.send(&[begin(1, 1, true), begin(2, 1, true), begin(3, 1, true)]).unwrap();
     assert_eq!(client.response(3).unwrap().protocol_status, 1, "CANT_MPX_CONN (5.5)");

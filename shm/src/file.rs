@@ -1,7 +1,9 @@
 //! A segment in a file, so that the cache is warm after a stop and a start.
 //!
-//! The file has the same bytes as a memory file, and only one master has it open, by flock(2). What is found in it is used whole
-//! or dropped whole:
+//! The file has the same bytes as a memory file, and only one master has it open, by flock(2). Beside it, or when there is none,
+//! any number of processes may [join](Segment::join): each shares a lock on one byte behind the file's end as long as it uses
+//! the file, and who has that byte alone may make the file anew, repair it, or mark it. What is found in it is used whole or
+//! dropped whole:
 //!
 //! | the file | is |
 //! |---|---|
@@ -13,6 +15,10 @@
 //!
 //! The mark is taken away, on the disk, before anything else is written. So a power cut finds either a clean file or one that is
 //! dropped.
+//!
+//! Who joins takes a file that is not clean as it is, without an audit: as a process that comes later it would not have asked for one
+//! either, and whatever the dead hold is taken from them as from a sibling. It does not mark the file clean when it goes; a
+//! master does that.
 //!
 //! When a file is used again, nobody is a member of it, so all locks, pins and leases in it are the dead's; its clock goes on
 //! where it stopped, plus the time that passed.
@@ -27,7 +33,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 
 use crate::Plan;
 use crate::clock::monotonic_ms;
@@ -42,6 +48,8 @@ use crate::segment::{self, Inner, Segment, system};
 const PATIENCE: Duration = Duration::from_secs(10);
 const NAP: Duration = Duration::from_millis(50);
 const CLEAN: u64 = 1;
+/// The byte that everybody locks who uses the file. The members' bytes are far before it.
+const USERS: i64 = 1 << 60;
 
 /// What became of what was in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,19 +74,51 @@ impl Segment {
     /// If the plan is out of range, the file cannot be opened or is in use, or its file system has no room for it.
     pub fn open(path: &Path, plan: &Plan) -> Result<(Segment, Found), SegmentError> {
         let geometry = Geometry::of(plan)?;
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
-        let file = file.map_err(|error| system("open the cache file", error))?;
-        let file = locked(file)?;
-        let found = match warm(&file, plan, &geometry)? {
-            Ok(segment) => return Ok((segment, Found::Warm)),
-            Err(found) => found,
-        };
-        reserve(&file, geometry.total)?;
-        let fd = owned(&file)?;
-        let map = Map::new(fd.as_fd(), geometry.total).map_err(|error| system("map the cache file", error))?;
-        let segment = Segment::make(plan, geometry, map, fd, Some(file))?;
-        segment.inner.mark_in_use()?;
-        Ok((segment, found))
+        let file = locked(open(path)?)?;
+        let begun = Instant::now();
+        loop {
+            if lock_users(&file, libc::F_WRLCK) {
+                return prepared(file, plan, geometry);
+            }
+            // Whoever joined it before us may stay, if it is what we would have made.
+            if lock_users(&file, libc::F_RDLCK)
+                && let Some(segment) = in_use(&file)?
+                && segment.inner.geometry == geometry
+                && segment
+                    .inner
+                    .header()
+                    .is_some_and(|header| header.max_entry.load(Ordering::Relaxed) == plan.max_entry)
+            {
+                segment.scoreboard().reset();
+                return Ok((segment, Found::Warm));
+            }
+            wait(&file, begun)?;
+        }
+    }
+
+    /// Joins those who use the file, whoever they are, or is the first of them. What is found there is used whatever its plan; if
+    /// nothing can be used, a segment is made as `plan` says. The scoreboard is the master's, and not to be used.
+    ///
+    /// Waits up to 10 s for a process that is just preparing the file.
+    ///
+    /// # Errors
+    /// As for [`Segment::open`].
+    pub fn join(path: &Path, plan: &Plan) -> Result<Segment, SegmentError> {
+        let geometry = Geometry::of(plan)?;
+        let file = Arc::new(open(path)?);
+        let begun = Instant::now();
+        loop {
+            if lock_users(&file, libc::F_RDLCK) {
+                if let Some(segment) = in_use(&file)? {
+                    return Ok(segment);
+                }
+                if lock_users(&file, libc::F_WRLCK) {
+                    let (plan, geometry) = plan_in(&file)?.unwrap_or((*plan, geometry));
+                    return Ok(prepared(file, &plan, geometry)?.0);
+                }
+            }
+            wait(&file, begun)?;
+        }
     }
 
     /// Writes a file's segment to the disk and marks it clean, so that the next one to open it may use what it holds also after
@@ -91,7 +131,8 @@ impl Segment {
         let Some(header) = self.inner.header().filter(|_| self.inner.file.is_some()) else { return Ok(()) };
         self.inner.bury_the_dead();
         let me = self.inner.member().map(|me| me.number);
-        if self.inner.members().any(|member| Some(member.number) != me) {
+        let alone = self.inner.file.as_ref().is_some_and(|file| lock_users(file, libc::F_WRLCK));
+        if !alone || self.inner.members().any(|member| Some(member.number) != me) {
             let source = io::Error::new(io::ErrorKind::ResourceBusy, "another process still uses it");
             return Err(system("mark the cache file as clean", source));
         }
@@ -119,6 +160,103 @@ impl Inner {
         }
         self.map.flush_start().map_err(|error| system("write the cache file to its disk", error))
     }
+}
+
+fn open(path: &Path) -> Result<File, SegmentError> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+    file.map_err(|error| system("open the cache file", error))
+}
+
+/// The segment for a file that this process uses alone; others may join when it returns.
+fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment, Found), SegmentError> {
+    let (segment, found) = match warm(&file, plan, &geometry)? {
+        Ok(segment) => (segment, Found::Warm),
+        Err(found) => {
+            reserve(&file, geometry.total)?;
+            let fd = owned(&file)?;
+            let map = Map::new(fd.as_fd(), geometry.total).map_err(|error| system("map the cache file", error))?;
+            let segment = Segment::make(plan, geometry, map, fd, Some(Arc::clone(&file)))?;
+            segment.inner.mark_in_use()?;
+            (segment, found)
+        }
+    };
+    // From the lock alone to a shared one: in one step, and it cannot fail.
+    lock_users(&file, libc::F_RDLCK);
+    Ok((segment, found))
+}
+
+/// The segment in a file that somebody uses, or used when he died since the machine was started. `None` if that cannot be said
+/// of it.
+fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
+    let Some((map, geometry, seed)) = found_in(file)? else { return Ok(None) };
+    let Some(header) = map.at::<Header>(0) else { return Ok(None) };
+    let now = boot_and_file(file)?;
+    let same_boot = header.boot_id.iter().zip(now).all(|(word, part)| word.load(Ordering::Acquire) == part);
+    if header.clean.load(Ordering::Acquire) == CLEAN || !same_boot || boot_id() == [0, 0] {
+        return Ok(None);
+    }
+    let time_base = header.time_base.load(Ordering::Relaxed);
+    let (membership, fd) = (Membership::new(), owned(file)?);
+    let inner = Inner { map, geometry, seed, time_base, membership, fd, file: Some(Arc::clone(file)) };
+    Ok(Some(Segment { inner: Arc::new(inner) }))
+}
+
+/// The plan by which a file was made, if it is whole.
+fn plan_in(file: &File) -> Result<Option<(Plan, Geometry)>, SegmentError> {
+    let Some((map, geometry, _)) = found_in(file)? else { return Ok(None) };
+    Ok(map.at::<Header>(0).map(|header| {
+        let cache_bytes = header.cache_bytes.load(Ordering::Relaxed);
+        let (rows, max_entry) = (header.rows.load(Ordering::Relaxed), header.max_entry.load(Ordering::Relaxed));
+        (Plan { cache_bytes, rows, max_entry }, geometry)
+    }))
+}
+
+fn found_in(file: &File) -> Result<Option<(Map, Geometry, u64)>, SegmentError> {
+    let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
+    if len < size_of::<Header>() as u64 {
+        return Ok(None);
+    }
+    let map = Map::new(file.as_fd(), len).map_err(|error| system("map the cache file", error))?;
+    let Some(header) = map.at::<Header>(0) else { return Ok(None) };
+    let checked = segment::checked_header(header, len);
+    Ok(checked.ok().map(|(geometry, seed)| (map, geometry, seed)))
+}
+
+/// Shares the file with others (`F_RDLCK`), has it alone (`F_WRLCK`) or gives it up (`F_UNLCK`); false if that would have to wait.
+/// Who inherits the descriptor has the same lock, until the last of them closes it.
+fn lock_users(file: &File, kind: i32) -> bool {
+    let flock = libc::flock {
+        l_type: i16::try_from(kind).unwrap_or_default(),
+        l_whence: 0, // SEEK_SET
+        l_start: USERS,
+        l_len: 1,
+        l_pid: 0,
+    };
+    loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
+            Ok(_) => return true,
+            Err(Errno::EINTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// Leaves the file to the others for a moment.
+///
+/// # Errors
+/// If that has gone on for long enough.
+fn wait(file: &File, begun: Instant) -> Result<(), SegmentError> {
+    lock_users(file, libc::F_UNLCK);
+    if begun.elapsed() >= PATIENCE {
+        return Err(busy());
+    }
+    std::thread::sleep(NAP);
+    Ok(())
+}
+
+fn busy() -> SegmentError {
+    let source = io::Error::new(io::ErrorKind::ResourceBusy, "another program is using it");
+    system("lock the cache file", source)
 }
 
 /// The segment in a file, or what is wrong with it.
@@ -184,8 +322,7 @@ fn locked(file: File) -> Result<Arc<File>, SegmentError> {
         match file.try_lock() {
             Ok(()) => return Ok(Arc::new(file)),
             Err(TryLockError::WouldBlock) if begun.elapsed() >= PATIENCE => {
-                let source = io::Error::new(io::ErrorKind::ResourceBusy, "another program is using it");
-                return Err(system("lock the cache file", source));
+                return Err(busy());
             }
             Err(TryLockError::WouldBlock) => std::thread::sleep(NAP),
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -16,7 +16,7 @@
 //!           312 prefix lock 4
 //!
 //! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
-//!           40 connections 4 | 44 in_flight 4 | 128 cells 16 x 128
+//!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 128 cells 16 x 128
 //! cell      0 stamp_ms 8 (0 = free) | 8 length 8 | 16 text 112
 //!
 //! member    0 pid 4 (0 = nobody) | 4 unused | 8 epoch 8 | 64 pins 32 x 8 (see `pin.rs`)
@@ -113,7 +113,8 @@ pub(crate) struct RowCells {
     pub(crate) requests: AtomicU64,
     pub(crate) connections: AtomicU32,
     pub(crate) in_flight: AtomicU32,
-    unused: [AtomicU64; 10],
+    pub(crate) occupied: AtomicU32,
+    unused: [AtomicU32; 19],
     pub(crate) cells: [Cell; CELLS],
 }
 
@@ -322,7 +323,8 @@ const _: () = {
     assert!(offset_of!(RowCells, pid) == 8 && offset_of!(RowCells, state) == 12);
     assert!(offset_of!(RowCells, generation) == 16 && offset_of!(RowCells, started_ms) == 24);
     assert!(offset_of!(RowCells, requests) == 32 && offset_of!(RowCells, connections) == 40);
-    assert!(offset_of!(RowCells, in_flight) == 44 && offset_of!(RowCells, cells) == 128);
+    assert!(offset_of!(RowCells, in_flight) == 44 && offset_of!(RowCells, occupied) == 48);
+    assert!(offset_of!(RowCells, cells) == 128);
     assert!(size_of::<RowCells>() == 2176 && size_of::<Cell>() == 128);
     assert!(offset_of!(Cell, length) == 8 && offset_of!(Cell, text) == 16);
 

@@ -40,6 +40,15 @@ pub enum State {
     Draining,
 }
 
+/// How busy a process is. The less it is, the smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Load {
+    /// A further request would have to wait: see [`Row::set_occupied`].
+    pub occupied: bool,
+    /// Connections open.
+    pub connections: u32,
+}
+
 /// A row, held by the process that it tells about, on the thread that serves.
 ///
 /// To be claimed after the fork, by the process itself. Once somebody else has claimed the row, what its former holder
@@ -143,6 +152,7 @@ impl Scoreboard {
         row.requests.store(0, Ordering::Relaxed);
         row.connections.store(0, Ordering::Relaxed);
         row.in_flight.store(0, Ordering::Relaxed);
+        row.occupied.store(0, Ordering::Relaxed);
         row.started_ms.store(monotonic_ms(), Ordering::Relaxed);
         row.generation.store(generation, Ordering::Relaxed);
         row.pid.store(pid, Ordering::Relaxed);
@@ -175,12 +185,11 @@ impl Scoreboard {
         }
     }
 
-    /// The number of connections of the serving process that has the fewest, apart from the one in `slot`.
-    /// `None` if no other is serving.
-    pub fn fewest_connections(&self, slot: u32) -> Option<u32> {
+    /// How busy the freest of the serving processes is, apart from the one in `slot`. `None` if no other is serving.
+    pub fn freest(&self, slot: u32) -> Option<Load> {
         let others = (0..self.rows()).filter(|&other| other != slot).filter_map(|other| self.row(other));
         let serving = others.filter(|(_, row)| State::from_word(row.state.load(Ordering::Relaxed)) == State::Ready);
-        serving.map(|(_, row)| row.connections.load(Ordering::Relaxed)).min()
+        serving.map(|(_, row)| Load::of(row)).min()
     }
 
     /// Makes all rows empty: for a segment that nobody uses yet.
@@ -200,11 +209,25 @@ impl Scoreboard {
     }
 }
 
+impl Load {
+    fn of(row: &RowCells) -> Load {
+        let occupied = row.occupied.load(Ordering::Relaxed) != 0;
+        Load { occupied, connections: row.connections.load(Ordering::Relaxed) }
+    }
+}
+
 impl Row {
     /// Says what the process is doing now.
     pub fn set_state(&self, state: State) {
         if let Some(row) = self.held.row() {
             row.state.store(state.to_word(), Ordering::Release);
+        }
+    }
+
+    /// Says whether a further request would have to wait, all threads being occupied.
+    pub fn set_occupied(&self, occupied: bool) {
+        if let Some(row) = self.held.row() {
+            row.occupied.store(occupied.into(), Ordering::Relaxed);
         }
     }
 
@@ -388,6 +411,23 @@ mod tests {
         assert_eq!(board.read(2).unwrap().serving, []);
         assert_eq!(board.read(1).unwrap().pid, 0, "the neighbours are untouched");
         assert_eq!(board.read(3).unwrap().pid, 0);
+    }
+
+    #[test]
+    fn the_freest_is_one_that_serves_and_is_not_occupied() {
+        let board = scoreboard(4);
+        let rows: Vec<_> = (0..3).map(|slot| board.claim(slot, slot, 1).unwrap()).collect();
+        assert_eq!(board.freest(3), None, "nobody serves yet");
+        rows.iter().for_each(|row| row.set_state(State::Ready));
+        rows[0].set_occupied(true);
+        (0..3).for_each(|_| rows[1].connection_opened());
+        (0..2).for_each(|_| rows[2].connection_opened());
+        let load = |occupied, connections| Some(Load { occupied, connections });
+        assert_eq!(board.freest(3), load(false, 2));
+        assert_eq!(board.freest(2), load(false, 3));
+        rows[2].set_state(State::Draining);
+        rows[1].set_occupied(true);
+        assert_eq!(board.freest(3), load(true, 0));
     }
 
     #[test]

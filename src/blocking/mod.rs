@@ -13,9 +13,10 @@ mod turn;
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Instant;
 
 use http::header::RETRY_AFTER;
@@ -23,10 +24,10 @@ use http::{HeaderValue, Request, Response, StatusCode};
 use http_body::Body as _;
 use tower_service::Service;
 
-pub(crate) use self::pool::{configure, finish};
+pub(crate) use self::pool::{are_all_occupied, configure, finish, one_is_free};
 use self::turn::Pace;
-pub(crate) use self::turn::{jobs_wait, run_jobs};
-use crate::body::Body;
+pub(crate) use self::turn::{before_waiting, jobs_wait, quiet, run_jobs, wake_when_quiet};
+use crate::body::{Body, FilterData};
 
 /// Makes a service of a function that may block.
 ///
@@ -77,20 +78,12 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Answer {
-        let place = Arc::new(Mutex::new(Place::default()));
-        let fill = Fill(Arc::clone(&place));
-        let shared = Arc::clone(&self.shared);
         // A body that is still coming in needs the loop: to wait for it here would be to wait for ever.
-        let quick = self.shared.pace.is_quick() && request.body().is_end_stream();
-        let job = move || {
-            // A client that left while its request waited took its answer along.
-            if Arc::strong_count(&fill.0) > 1 {
-                let begun = Instant::now();
-                let response = (shared.function)(request);
-                shared.pace.took(begun.elapsed());
-                fill.put(Ok(response.map(Into::into)));
-            }
-        };
+        let all_has_come = request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
+        let quick = all_has_come && self.shared.pace.is_quick();
+        let progress = Mutex::new(Progress { request: Some(request), ..Progress::default() });
+        let call = Arc::new(Call { shared: Arc::clone(&self.shared), progress });
+        let job: Arc<dyn Job> = Arc::<Call<F>>::clone(&call);
         let started = match if quick { turn::run_after_turn(job) } else { Err(job) } {
             Ok(()) => true,
             Err(job) => pool::pool().start(job),
@@ -99,15 +92,21 @@ where
             let mut response = Response::new(Body::from("503: too many requests are waiting\n"));
             *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-            lock(&place).outcome = Some(Ok(response));
+            call.put(Ok(response));
         }
-        Answer(place)
+        Answer(call)
     }
 }
 
-/// Where a thread leaves the response for the event loop.
-#[derive(Debug, Default)]
-struct Place {
+/// One call of a function: its request waits here for a thread, and its response for the event loop.
+struct Call<F> {
+    shared: Arc<Shared<F>>,
+    progress: Mutex<Progress>,
+}
+
+#[derive(Default)]
+struct Progress {
+    request: Option<Request<Body>>,
     outcome: Option<Result<Response<Body>, Panicked>>,
     waker: Option<Waker>,
 }
@@ -115,61 +114,95 @@ struct Place {
 #[derive(Debug)]
 struct Panicked;
 
-/// The thread's side of a [`Place`]: dropped unfilled, the function panicked.
-struct Fill(Arc<Mutex<Place>>);
+/// A [`Call`] of whatever function.
+trait Job: Send + Sync {
+    /// Runs the function, unless the client has left.
+    fn run(&self);
+    /// The response, once it is there.
+    fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>>;
+    /// Nobody waits for the response any more.
+    fn abandon(&self);
+}
 
-impl Fill {
+impl<F> Call<F> {
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        // No code that can panic runs under the lock.
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn put(&self, outcome: Result<Response<Body>, Panicked>) {
-        let mut place = lock(&self.0);
-        place.outcome.get_or_insert(outcome);
-        let waker = place.waker.take();
-        drop(place);
+        let mut progress = self.progress();
+        progress.outcome = Some(outcome);
+        let waker = progress.waker.take();
+        drop(progress);
         if let Some(waker) = waker {
             turn::wake(waker);
         }
     }
 }
 
-impl Drop for Fill {
-    fn drop(&mut self) {
-        self.put(Err(Panicked)); // does nothing where there is an outcome
+impl<F, B> Job for Call<F>
+where
+    F: Fn(Request<Body>) -> Response<B> + Send + Sync + 'static,
+    B: Into<Body>,
+{
+    fn run(&self) {
+        let request = self.progress().request.take();
+        // A client that left while its request waited took it along.
+        if let Some(request) = request {
+            let begun = Instant::now();
+            // The panic was logged by the hook; the outcome tells the event loop.
+            let outcome = catch_unwind(AssertUnwindSafe(|| (self.shared.function)(request).map(Into::into)));
+            self.shared.pace.took(begun.elapsed());
+            self.put(outcome.map_err(|_| Panicked));
+        }
+    }
+
+    fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>> {
+        let mut progress = self.progress();
+        match progress.outcome.take() {
+            Some(outcome) => Poll::Ready(outcome),
+            None => {
+                match &mut progress.waker {
+                    Some(waker) => waker.clone_from(context.waker()),
+                    waker => *waker = Some(context.waker().clone()),
+                }
+                Poll::Pending
+            }
+        }
+    }
+
+    fn abandon(&self) {
+        let request = self.progress().request.take();
+        drop(request); // after the lock is given back
     }
 }
 
-fn lock(place: &Mutex<Place>) -> MutexGuard<'_, Place> {
-    // No code that can panic runs under the lock.
-    place.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// The response to come.
-#[derive(Debug)]
-pub struct Answer(Arc<Mutex<Place>>);
+pub struct Answer(Arc<dyn Job>);
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Answer").finish_non_exhaustive()
+    }
+}
 
 impl Future for Answer {
     type Output = Result<Response<Body>, Infallible>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut place = lock(&self.0);
-        match place.outcome.take() {
-            Some(Ok(response)) => Poll::Ready(Ok(response)),
-            Some(Err(Panicked)) => {
-                drop(place);
-                // The panic goes on here, where the worker turns it into this request's 500.
-                std::panic::resume_unwind(Box::new(Panicked))
-            }
-            None => {
-                place.waker = Some(context.waker().clone());
-                Poll::Pending
-            }
+        match ready!(self.0.poll(context)) {
+            Ok(response) => Poll::Ready(Ok(response)),
+            // The panic goes on here, where the worker turns it into this request's 500.
+            Err(Panicked) => std::panic::resume_unwind(Box::new(Panicked)),
         }
     }
 }
 
-type Job = Box<dyn FnOnce() + Send>;
-
-fn run(job: Job) {
-    // The panic was logged by the hook; the job's place tells the event loop.
-    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.0.abandon();
+    }
 }
 
 #[cfg(test)]

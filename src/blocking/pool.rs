@@ -1,23 +1,48 @@
 //! The bounded pool of threads that run blocking functions.
 
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use crossbeam::sync::WaitGroup;
+use tokio::sync::Notify;
 
 use super::Job;
 
 /// The threads, and the queue from which they take.
 pub(super) struct Pool {
-    queue: Sender<Job>,
+    threads: u32,
+    queue: Sender<Task>,
     /// Held by each job that waits or runs.
     jobs: Mutex<WaitGroup>,
+    /// Jobs that wait or run.
+    count: AtomicU32,
+    one_is_free: Notify,
+}
+
+/// A job in the queue.
+struct Task {
+    job: Arc<dyn Job>,
+    _held: WaitGroup,
 }
 
 /// This worker's `--threads` and `--queue`.
 static SIZE: OnceLock<(u32, u32)> = OnceLock::new();
 static POOL: OnceLock<Pool> = OnceLock::new();
+
+/// Whether a further job would have to wait for a thread.
+pub(crate) fn are_all_occupied() -> bool {
+    POOL.get().is_some_and(|pool| pool.count.load(Ordering::Relaxed) >= pool.threads)
+}
+
+/// Returns when a job has ended. One that ends while nobody waits here is not told.
+pub(crate) async fn one_is_free() {
+    match POOL.get() {
+        Some(pool) => pool.one_is_free.notified().await,
+        None => std::future::pending().await,
+    }
+}
 
 /// Sets the size of the pool that will be made. Called once, in a new worker.
 pub(crate) fn configure(threads: u32, queue: u32) {
@@ -40,25 +65,36 @@ pub(super) fn pool() -> &'static Pool {
         let (sender, receiver) = bounded(queue as usize);
         let started = (0..threads).filter(|&number| start_thread(number, receiver.clone())).count();
         assert!(started > 0, "not one of the {threads} threads for blocking functions could be started");
-        Pool { queue: sender, jobs: Mutex::new(WaitGroup::new()) }
+        let (jobs, count) = (Mutex::new(WaitGroup::new()), AtomicU32::new(0));
+        Pool { threads, queue: sender, jobs, count, one_is_free: Notify::new() }
     })
 }
 
 impl Pool {
     /// False if too many wait already.
-    pub(super) fn start(&self, job: impl FnOnce() + Send + 'static) -> bool {
+    pub(super) fn start(&self, job: Arc<dyn Job>) -> bool {
         let held = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let job = move || {
-            job();
-            drop(held);
-        };
-        self.queue.try_send(Box::new(job)).is_ok()
+        self.count.fetch_add(1, Ordering::Relaxed);
+        let started = self.queue.try_send(Task { job, _held: held }).is_ok();
+        if !started {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
+        started
     }
 }
 
-fn start_thread(number: u32, jobs: Receiver<Job>) -> bool {
-    let work = move || jobs.into_iter().for_each(super::run);
-    match thread::Builder::new().name(format!("blocking-{number}")).spawn(work) {
+fn work(tasks: Receiver<Task>) {
+    for task in tasks {
+        task.job.run();
+        let Some(pool) = POOL.get() else { continue };
+        if pool.count.fetch_sub(1, Ordering::Relaxed) <= pool.threads {
+            pool.one_is_free.notify_waiters();
+        }
+    }
+}
+
+fn start_thread(number: u32, tasks: Receiver<Task>) -> bool {
+    match thread::Builder::new().name(format!("blocking-{number}")).spawn(|| work(tasks)) {
         Ok(_) => true,
         Err(error) => {
             log::error!("cannot start a thread for blocking functions: {error}");

@@ -1,5 +1,6 @@
 //! The body of a request, whatever protocol it came by, and of the responses of blocking functions.
 
+mod filter;
 pub(crate) mod pipe;
 
 use std::fmt;
@@ -17,6 +18,9 @@ use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use tokio::sync::oneshot;
 
+pub use self::filter::FilterData;
+use crate::pulse::Pulse;
+
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A body: of every request that an application gets, and of any response that wants to be one.
@@ -30,12 +34,14 @@ pub struct Body {
     allowed: u64,
     /// Set when it had more.
     too_large: Option<Arc<AtomicBool>>,
+    /// The connection that it comes by.
+    pulse: Option<Arc<Pulse>>,
 }
 
 #[derive(Debug)]
 enum Kind {
     Full(Bytes),
-    /// FastCGI's STDIN, and the length that was announced.
+    /// FastCGI's STDIN, and how much of the length that was announced is still to come.
     Stdin(pipe::Reader, Option<u64>),
     Http(Unread),
     Other(UnsyncBoxBody<Bytes, BoxError>),
@@ -72,6 +78,8 @@ pub enum BodyError {
     TooLarge,
     /// The client left, or took the request back.
     Cut,
+    /// The client took longer than `--body-timeout`.
+    TimedOut,
     /// What the underlying body says.
     Other(BoxError),
 }
@@ -81,6 +89,7 @@ impl fmt::Display for BodyError {
         match self {
             Self::TooLarge => f.write_str("the body is longer than --max-body allows"),
             Self::Cut => f.write_str("the client left before the body was complete"),
+            Self::TimedOut => f.write_str("the client sent the body too slowly (--body-timeout)"),
             Self::Other(cause) => write!(f, "the body cannot be read: {cause}"),
         }
     }
@@ -90,7 +99,7 @@ impl std::error::Error for BodyError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Other(cause) => Some(cause.as_ref()),
-            Self::TooLarge | Self::Cut => None,
+            Self::TooLarge | Self::Cut | Self::TimedOut => None,
         }
     }
 }
@@ -127,6 +136,17 @@ impl Body {
         (Self::from_kind(Kind::Http(Unread { incoming: Some(incoming), rest: sender }), allowed), rest)
     }
 
+    /// Has the body tell the connection that it comes by when somebody waits for a piece of it.
+    pub(crate) fn with_pulse(mut self, pulse: &Arc<Pulse>) -> Self {
+        self.pulse = Some(Arc::clone(pulse));
+        self
+    }
+
+    /// The connection that it comes by, as long as not all of it has come.
+    pub(crate) fn pulse(&self) -> Option<&Arc<Pulse>> {
+        self.pulse.as_ref()
+    }
+
     /// What will be set if the body turns out to be longer than it may be; `None` if its length is known, or
     /// does not matter.
     pub(crate) fn watch_limit(&mut self) -> Option<Arc<AtomicBool>> {
@@ -137,7 +157,7 @@ impl Body {
     }
 
     fn from_kind(kind: Kind, allowed: u64) -> Self {
-        Self { kind, allowed, too_large: None }
+        Self { kind, allowed, too_large: None, pulse: None }
     }
 }
 
@@ -152,15 +172,29 @@ impl http_body::Body for Body {
         let frame = match &mut self.kind {
             Kind::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
             Kind::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
-            Kind::Stdin(reader, _) => reader
-                .poll_next(context)
-                .map(|piece| piece.map(|piece| piece.map(Frame::data).map_err(|pipe::Cut| BodyError::Cut))),
+            Kind::Stdin(reader, announced) => reader.poll_next(context).map(|piece| match piece {
+                Some(Ok(bytes)) => {
+                    *announced = announced.map(|announced| announced.saturating_sub(bytes.len() as u64));
+                    Some(Ok(Frame::data(bytes)))
+                }
+                // Less than was announced comes only if the client failed (FastCGI specification, 6.2 and 6.4).
+                None if announced.is_none_or(|announced| announced == 0) => None,
+                None | Some(Err(pipe::Cut)) => Some(Err(BodyError::Cut)),
+            }),
             Kind::Http(Unread { incoming: Some(incoming), .. }) => {
                 Pin::new(incoming).poll_frame(context).map_err(|error| BodyError::Other(error.into()))
             }
             Kind::Http(_) => Poll::Ready(None),
             Kind::Other(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Other),
         };
+        if let Some(pulse) = &self.pulse {
+            pulse.set_waits_for_body(frame.is_pending());
+            if let Poll::Ready(Some(Err(_))) = frame
+                && pulse.has_expired()
+            {
+                return Poll::Ready(Some(Err(BodyError::TimedOut)));
+            }
+        }
         if let Poll::Ready(Some(Ok(frame))) = &frame
             && let Some(bytes) = frame.data_ref()
         {
@@ -179,7 +213,7 @@ impl http_body::Body for Body {
     fn is_end_stream(&self) -> bool {
         match &self.kind {
             Kind::Full(bytes) => bytes.is_empty(),
-            Kind::Stdin(reader, _) => reader.is_at_end(),
+            Kind::Stdin(reader, announced) => announced.unwrap_or(0) == 0 && reader.is_at_end(),
             Kind::Http(unread) => unread.incoming.as_ref().is_none_or(http_body::Body::is_end_stream),
             Kind::Other(body) => body.is_end_stream(),
         }
@@ -188,7 +222,7 @@ impl http_body::Body for Body {
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            // What was announced is no promise: the end of the stream is what counts.
+            // There may be more than was announced: the end of the stream is what counts.
             Kind::Stdin(_, length) => {
                 let mut hint = SizeHint::new();
                 hint.set_lower(length.unwrap_or(0));

@@ -5,8 +5,8 @@
 //! no variable is believed beyond what CGI says of it.
 
 use std::fmt;
-use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -28,6 +28,7 @@ pub(crate) enum Error {
     Method,
     Uri,
     Header,
+    Length,
 }
 
 impl fmt::Display for Error {
@@ -36,6 +37,7 @@ impl fmt::Display for Error {
             Self::Method => "REQUEST_METHOD is missing or is no method",
             Self::Uri => "neither REQUEST_URI nor SCRIPT_NAME with PATH_INFO makes a URI",
             Self::Header => "a header has a value that no header may have, or there are too many",
+            Self::Length => "CONTENT_LENGTH is said twice, differently, or is beyond all measure",
         })
     }
 }
@@ -44,92 +46,118 @@ impl std::error::Error for Error {}
 
 /// What CGI variables say of a request, collected in one pass.
 #[derive(Default)]
-struct Variables {
-    method: Option<Bytes>,
-    request_uri: Option<Bytes>,
-    script_name: Bytes,
-    path_info: Bytes,
-    query: Bytes,
+struct Variables<'a> {
+    method: &'a [u8],
+    request_uri: &'a [u8],
+    script_name: &'a [u8],
+    path_info: &'a [u8],
+    query: &'a [u8],
     address: Option<IpAddr>,
     port: u16,
     version: Version,
-    headers: HeaderMap,
+    length: Option<u64>,
 }
 
 /// Makes a request of `params`, which go with it as an extension. `body` makes its body, and is given the
 /// length that was announced, if one was.
 ///
 /// # Errors
-/// [`Error`]: there is no method, URI or header in what was said.
+/// [`Error`]: there is no method, URI or header in what was said, or two lengths.
 pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) -> Result<Request<B>, Error> {
-    let mut variables = Variables { headers: HeaderMap::with_capacity(16), ..Variables::default() };
-    for (name, value) in params.iter_shared() {
-        variables.take(name, value)?;
+    let mut variables = Variables::default();
+    let mut headers = HeaderMap::with_capacity(12);
+    for (name, value) in params.iter() {
+        let name = match name.strip_prefix(b"HTTP_") {
+            Some(name) => header_name(name),
+            None => variables.take(name, value)?,
+        };
+        if let Some(name) = name {
+            let value = HeaderValue::from_maybe_shared(params.share(value)).map_err(|_| Error::Header)?;
+            headers.try_append(name, value).map_err(|_| Error::Header)?;
+        }
     }
-    let method = variables.method.filter(|method| !method.is_empty()).ok_or(Error::Method)?;
-    let method = Method::from_bytes(&method).map_err(|_| Error::Method)?;
-    let uri = match variables.request_uri.filter(|uri| !uri.is_empty()) {
-        Some(uri) => request_uri(uri)?,
-        None => rebuilt_uri(&variables.script_name, &variables.path_info, &variables.query)?,
+    let method = Method::from_bytes(variables.method).map_err(|_| Error::Method)?;
+    let uri = match variables.request_uri {
+        b"" => rebuilt_uri(variables.script_name, variables.path_info, variables.query)?,
+        uri => request_uri(params.share(uri))?,
     };
-    let length = variables.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    let mut request = Request::new(body(length));
+    let address = variables.address.map(|address| SocketAddr::new(address, variables.port));
+    if let Some(length) = variables.length {
+        headers.insert(header::CONTENT_LENGTH, length.into());
+    }
+    let mut request = Request::new(body(variables.length));
     *request.method_mut() = method;
     *request.uri_mut() = uri;
     *request.version_mut() = variables.version;
-    *request.headers_mut() = variables.headers;
-    let address = variables.address.map(|address| SocketAddr::new(address, variables.port));
+    *request.headers_mut() = headers;
     request.extensions_mut().insert(Peer { address });
     request.extensions_mut().insert(params);
     Ok(request)
 }
 
-impl Variables {
-    fn take(&mut self, name: &[u8], value: Bytes) -> Result<(), Error> {
+impl<'a> Variables<'a> {
+    /// Takes a variable that is not one of the client's headers, except for the two that are.
+    fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<Option<HeaderName>, Error> {
         match name {
-            b"REQUEST_METHOD" => self.method = Some(value),
-            b"REQUEST_URI" => self.request_uri = Some(value),
+            b"REQUEST_METHOD" => self.method = value,
+            b"REQUEST_URI" => self.request_uri = value,
             b"SCRIPT_NAME" => self.script_name = value,
             b"PATH_INFO" => self.path_info = value,
             b"QUERY_STRING" => self.query = value,
-            b"REMOTE_ADDR" => self.address = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok()),
-            b"REMOTE_PORT" => {
-                self.port = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
-            }
-            b"SERVER_PROTOCOL" => self.version = version(&value),
-            // Sent empty when there is none (4.1.2, 4.1.3). A length that is no number (one server sends -1 for a
-            // body of unknown length) says nothing: the end of the stream is what counts.
-            b"CONTENT_LENGTH" if value.iter().all(u8::is_ascii_digit) && !value.is_empty() => {
-                self.header(header::CONTENT_LENGTH, value)?;
-            }
-            b"CONTENT_TYPE" if !value.is_empty() => self.header(header::CONTENT_TYPE, value)?,
-            // These would contradict the two above; the body has no chunks any more, though a server says so; and
-            // Proxy is never a client's to say ("httpoxy").
-            b"HTTP_CONTENT_LENGTH" | b"HTTP_CONTENT_TYPE" | b"HTTP_TRANSFER_ENCODING" | b"HTTP_PROXY" => {}
-            _ => {
-                if let Some(name) = name.strip_prefix(b"HTTP_").and_then(header_name) {
-                    self.header(name, value)?;
-                }
+            b"REMOTE_ADDR" => self.address = parse(value),
+            b"REMOTE_PORT" => self.port = parse(value).unwrap_or(0),
+            b"SERVER_PROTOCOL" => self.version = version(value),
+            b"CONTENT_LENGTH" => self.length(value)?,
+            b"CONTENT_TYPE" if !value.is_empty() => return Ok(Some(header::CONTENT_TYPE)),
+            _ => {}
+        }
+        Ok(None)
+    }
+
+    /// Sent empty when there is none (4.1.2), and after one it takes that back: so an nginx configuration adds to
+    /// what it includes. A length that is no number (one server sends -1 for a body of unknown length) says nothing:
+    /// the end of the stream is what counts. But two that differ are somebody's trick.
+    fn length(&mut self, value: &[u8]) -> Result<(), Error> {
+        if value.is_empty() {
+            self.length = None;
+        } else if value.iter().all(u8::is_ascii_digit) {
+            let length = parse(value).ok_or(Error::Length)?;
+            if self.length.replace(length).is_some_and(|other| other != length) {
+                return Err(Error::Length);
             }
         }
         Ok(())
     }
+}
 
-    fn header(&mut self, name: HeaderName, value: Bytes) -> Result<(), Error> {
-        let value = HeaderValue::from_maybe_shared(value).map_err(|_| Error::Header)?;
-        self.headers.try_append(name, value).map_err(|_| Error::Header)?;
-        Ok(())
-    }
+fn parse<T: FromStr>(value: &[u8]) -> Option<T> {
+    std::str::from_utf8(value).ok()?.parse().ok()
 }
 
 /// `USER_AGENT` is the header `user-agent` (4.1.18). A name that no header can have is passed over.
 fn header_name(variable: &[u8]) -> Option<HeaderName> {
-    let mut name = [0; 128];
-    let name = name.get_mut(..variable.len())?;
-    for (to, &from) in name.iter_mut().zip(variable) {
-        *to = if from == b'_' { b'-' } else { from.to_ascii_lowercase() };
-    }
-    HeaderName::from_bytes(name).ok()
+    Some(match variable {
+        b"HOST" => header::HOST,
+        b"COOKIE" => header::COOKIE,
+        b"ACCEPT" => header::ACCEPT,
+        b"REFERER" => header::REFERER,
+        b"USER_AGENT" => header::USER_AGENT,
+        b"CONNECTION" => header::CONNECTION,
+        b"CACHE_CONTROL" => header::CACHE_CONTROL,
+        b"ACCEPT_ENCODING" => header::ACCEPT_ENCODING,
+        b"ACCEPT_LANGUAGE" => header::ACCEPT_LANGUAGE,
+        // These would contradict the variables without HTTP_; the body has no chunks any more, though a server says so;
+        // and Proxy is never a client's to say ("httpoxy").
+        b"CONTENT_LENGTH" | b"CONTENT_TYPE" | b"TRANSFER_ENCODING" | b"PROXY" => return None,
+        _ => {
+            let mut name = [0; 128];
+            let name = name.get_mut(..variable.len())?;
+            for (to, &from) in name.iter_mut().zip(variable) {
+                *to = if from == b'_' { b'-' } else { from.to_ascii_lowercase() };
+            }
+            return HeaderName::from_bytes(name).ok();
+        }
+    })
 }
 
 fn version(protocol: &[u8]) -> Version {
@@ -187,7 +215,9 @@ fn percent_encode(out: &mut BytesMut, bytes: &[u8], plain: impl Fn(u8) -> bool) 
 pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &HeaderMap, length: Option<u64>) {
     out.reserve(64 + headers.len() * 48);
     if let Some(location) = headers.get(header::LOCATION) {
-        put_header(out, &header::LOCATION, location);
+        out.put_slice(b"location: ");
+        out.put_slice(location.as_bytes());
+        out.put_slice(b"\r\n");
     }
     out.put_slice(b"Status: ");
     out.put_slice(status.as_str().as_bytes());
@@ -196,25 +226,29 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(b"\r\n");
     for (name, value) in headers {
         let of_one_connection = matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE);
-        // To a server a header of that name is the status.
-        // Nor has a response without a body a length (RFC 9110, section 8.6).
+        // A response that has no body has no length (RFC 9110, section 8.6).
         let of_no_body = status == StatusCode::NO_CONTENT && *name == header::CONTENT_LENGTH;
+        // To a server a header of the name status is the status.
         if of_one_connection || of_no_body || name == header::LOCATION || name == "keep-alive" || name == "status" {
             continue;
         }
-        put_header(out, name, value);
+        match name.as_str().strip_prefix("variable-") {
+            // An authorizer names a variable (FastCGI 6.3), and those are in capitals.
+            Some(variable) => {
+                out.put_slice(b"Variable-");
+                out.extend(variable.bytes().map(|byte| byte.to_ascii_uppercase()));
+            }
+            None => out.put_slice(name.as_str().as_bytes()),
+        }
+        out.put_slice(b": ");
+        out.put_slice(value.as_bytes());
+        out.put_slice(b"\r\n");
     }
     if let Some(length) = length.filter(|_| !headers.contains_key(header::CONTENT_LENGTH)) {
-        // Writing into memory cannot fail.
-        let _ = write!(out.writer(), "content-length: {length}\r\n");
+        out.put_slice(b"content-length: ");
+        out.put_slice(itoa::Buffer::new().format(length).as_bytes());
+        out.put_slice(b"\r\n");
     }
-    out.put_slice(b"\r\n");
-}
-
-fn put_header(out: &mut BytesMut, name: &HeaderName, value: &HeaderValue) {
-    out.put_slice(name.as_str().as_bytes());
-    out.put_slice(b": ");
-    out.put_slice(value.as_bytes());
     out.put_slice(b"\r\n");
 }
 
@@ -286,7 +320,26 @@ mod tests {
         assert_eq!(made(&[("REQUEST_URI", "/")]).unwrap_err(), Error::Method);
         assert_eq!(made(&[("REQUEST_METHOD", "")]).unwrap_err(), Error::Method);
         assert_eq!(made(&[("REQUEST_METHOD", "GE T")]).unwrap_err(), Error::Method);
-        assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", "a\r\nb: c")]).unwrap_err(), Error::Header);
+        for value in ["a\r\nb: c", "a\n", "a\rb", "a\0b"] {
+            assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", value)]).unwrap_err(), Error::Header, "{value:?}");
+            assert_eq!(made(&[("REQUEST_METHOD", "PUT"), ("CONTENT_TYPE", value)]).unwrap_err(), Error::Header);
+        }
+    }
+
+    #[test]
+    fn two_lengths_that_differ_are_refused() {
+        let length = |lengths: &[&str]| {
+            let lengths = lengths.iter().map(|length| ("CONTENT_LENGTH", *length));
+            let request = made(&[("REQUEST_METHOD", "POST")].into_iter().chain(lengths).collect::<Vec<_>>())?;
+            assert_eq!(request.headers().get_all("content-length").iter().count(), request.body().iter().count());
+            Ok(*request.body())
+        };
+        assert_eq!(length(&["5", "6"]), Err(Error::Length));
+        assert_eq!(length(&["99999999999999999999999"]), Err(Error::Length));
+        assert_eq!(length(&["5", "5"]), Ok(Some(5)));
+        assert_eq!(length(&["5", "05"]), Ok(Some(5)));
+        assert_eq!(length(&["5", ""]), Ok(None));
+        assert_eq!(length(&["", "5"]), Ok(Some(5)));
     }
 
     #[test]
@@ -306,13 +359,17 @@ mod tests {
     }
 
     #[test]
-    fn a_response_head_always_has_its_status() {
+    fn a_response_head_always_has_its_status_and_variables_are_in_capitals() {
         let mut headers = HeaderMap::new();
         headers.insert("location", HeaderValue::from_static("/there"));
         headers.insert("connection", HeaderValue::from_static("close"));
         headers.insert("status", HeaderValue::from_static("200"));
+        headers.insert("variable-remote_role", HeaderValue::from_static("Editor"));
         let mut out = BytesMut::new();
         response_head(&mut out, StatusCode::SEE_OTHER, &headers, Some(0));
-        assert_eq!(out, "location: /there\r\nStatus: 303 See Other\r\ncontent-length: 0\r\n\r\n");
+        assert_eq!(
+            out,
+            "location: /there\r\nStatus: 303 See Other\r\nVariable-REMOTE_ROLE: Editor\r\ncontent-length: 0\r\n\r\n"
+        );
     }
 }

@@ -17,8 +17,9 @@
 use std::fmt;
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use http::Extensions;
 
-use super::params::Params;
+use super::params::{Params, put_length};
 
 /// The id of a request on its connection, never 0.
 pub(crate) type RequestId = u16;
@@ -35,11 +36,53 @@ const END_REQUEST: u8 = 3;
 const PARAMS: u8 = 4;
 const STDIN: u8 = 5;
 const STDOUT: u8 = 6;
+const DATA: u8 = 8;
 const GET_VALUES: u8 = 9;
 const GET_VALUES_RESULT: u8 = 10;
 const UNKNOWN_TYPE: u8 = 11;
-const RESPONDER: u16 = 1;
 const KEEP_CONN: u8 = 1;
+
+/// What a FastCGI server asks for (section 6 of the specification): [`Role::of`] a request tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Role {
+    /// A response (6.2). Requests of other protocols have this role too.
+    #[default]
+    Responder,
+    /// A decision (6.3): status 200 lets the request pass, any other is sent to the client as it is. A header
+    /// `variable-NAME` of a 200 gives the server a variable, with its name in capitals, for what serves the
+    /// request next. There is no body; lighttpd (`"mode" => "authorizer"`) and Apache's mod_fcgid and
+    /// mod_authnz_fcgi ask like this.
+    Authorizer,
+    /// A response made of the request and a file that the server sends along (6.4): [`crate::FilterData`].
+    Filter,
+}
+
+impl Role {
+    /// The role of a request with these extensions. (Only [`Role::Authorizer`] and [`Role::Filter`] are there as an
+    /// extension; a request without one is a responder's.)
+    #[must_use]
+    pub fn of(extensions: &Extensions) -> Self {
+        extensions.get().copied().unwrap_or_default()
+    }
+
+    /// As BEGIN_REQUEST has it (5.1).
+    fn read(number: u16) -> Option<Self> {
+        match number {
+            1 => Some(Self::Responder),
+            2 => Some(Self::Authorizer),
+            3 => Some(Self::Filter),
+            _ => None,
+        }
+    }
+}
+
+/// An extension of a response: the `appStatus` of its FastCGI END_REQUEST (5.5), which is 0 without it.
+///
+/// It is what a CGI program would return by `exit`: 0 if all went well. Web servers log it at most; an own client may
+/// make something of it. Other protocols have no place for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AppStatus(pub u32);
 
 /// The protocol status of END_REQUEST (5.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +96,9 @@ pub(crate) enum Status {
 /// What came in.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// A request whose parameters are complete. Its body follows as [`Event::Stdin`].
-    Request { id: RequestId, keep_connection: bool, params: Params },
+    /// A request whose parameters are complete. Its body follows as [`Event::Stdin`], and a filter's file as
+    /// [`Event::Data`].
+    Request { id: RequestId, keep_connection: bool, role: Role, params: Params },
     /// A request that cannot be served because its parameters are too long or make no sense. What else
     /// belongs to it is skipped; it wants an answer.
     BadRequest { id: RequestId, keep_connection: bool, fault: Fault },
@@ -62,6 +106,10 @@ pub(crate) enum Event {
     Stdin { id: RequestId, bytes: Bytes },
     /// The end of a request's body.
     StdinEnd { id: RequestId },
+    /// A piece of the file for a filter, never empty.
+    Data { id: RequestId, bytes: Bytes },
+    /// The end of that file.
+    DataEnd { id: RequestId },
     /// The peer wants nothing more of this request (5.4).
     Abort { id: RequestId },
     /// An answer that the decoder knows by itself, to be sent as it is. `then_close` if the peer had not
@@ -138,15 +186,19 @@ enum Place {
 struct Open {
     id: RequestId,
     keep_connection: bool,
+    role: Role,
     phase: Phase,
 }
 
 #[derive(Debug)]
 enum Phase {
     Params(BytesMut),
-    Stdin,
-    /// Its body has ended.
-    Done,
+    /// Which of its streams go on. A filter's file comes after the body (6.4); should a server mix them, nothing
+    /// is lost.
+    Streams {
+        stdin: bool,
+        data: bool,
+    },
     /// What comes for it interests nobody.
     Skipped,
 }
@@ -211,9 +263,10 @@ impl Decoder {
     }
 
     /// The request is over: we have sent its END_REQUEST. What still comes for it is ignored (3.3: "inactive").
-    /// True if nothing more can come, because its body has ended.
+    /// True if nothing more can come, because its streams have ended.
     pub(crate) fn finish(&mut self, id: RequestId) -> bool {
-        let whole = self.find(id).is_some_and(|open| matches!(open.phase, Phase::Done));
+        let whole =
+            self.find(id).is_some_and(|open| matches!(open.phase, Phase::Streams { stdin: false, data: false }));
         self.open.retain(|open| open.id != id);
         whole
     }
@@ -243,7 +296,7 @@ impl Decoder {
         let Record { kind, id, content, padding } = record;
         let whole = HEADER + usize::from(content);
         match kind {
-            PARAMS | STDIN if id != 0 => {
+            PARAMS | STDIN | DATA if id != 0 => {
                 input.advance(HEADER);
                 if content == 0 {
                     self.place = Place::Skip { left: padding.into() };
@@ -251,8 +304,8 @@ impl Decoder {
                 }
                 let wanted = self.find(id).is_some_and(|open| match open.phase {
                     Phase::Params(_) => kind == PARAMS,
-                    Phase::Stdin => kind == STDIN,
-                    Phase::Done | Phase::Skipped => false,
+                    Phase::Streams { stdin, data } => kind == STDIN && stdin || kind == DATA && data,
+                    Phase::Skipped => false,
                 });
                 self.place = if wanted {
                     Place::Content { kind, id, left: content, padding }
@@ -286,9 +339,11 @@ impl Decoder {
             kind => {
                 input.advance(HEADER);
                 self.place = Place::Skip { left: u32::from(content) + u32::from(padding) };
-                // An unknown management record has an answer (4.2); an application record of a type that is
-                // not for us (an output stream, say) has none, and the request goes on.
-                Ok(if id == 0 { Progress::Event(unknown_type(kind)) } else { Progress::Continue })
+                // An unknown management record has an answer (4.2), unless it is an answer itself: two that answer
+                // answers would never end. An application record of a type that is not for us (an output stream,
+                // say) has none, and the request goes on.
+                let answered = id == 0 && !matches!(kind, GET_VALUES_RESULT | UNKNOWN_TYPE);
+                Ok(if answered { Progress::Event(unknown_type(kind)) } else { Progress::Continue })
             }
         }
     }
@@ -304,13 +359,13 @@ impl Decoder {
             end_request(&mut bytes, id, 0, status);
             Progress::Event(Event::Reply { bytes: bytes.freeze(), then_close: !keep_connection })
         };
-        if u16::from_be_bytes([role_high, role_low]) != RESPONDER {
+        let Some(role) = Role::read(u16::from_be_bytes([role_high, role_low])) else {
             return Ok(refuse(Status::UnknownRole));
-        }
+        };
         if self.open.len() >= self.max_requests {
             return Ok(refuse(Status::CannotMultiplex));
         }
-        self.open.push(Open { id, keep_connection, phase: Phase::Params(BytesMut::new()) });
+        self.open.push(Open { id, keep_connection, role, phase: Phase::Params(BytesMut::new()) });
         Ok(Progress::Continue)
     }
 
@@ -346,8 +401,9 @@ impl Decoder {
                 }
                 None
             }
-            Phase::Stdin if kind == STDIN => Some(Event::Stdin { id, bytes: bytes.freeze() }),
-            Phase::Params(_) | Phase::Stdin | Phase::Done | Phase::Skipped => None,
+            Phase::Streams { stdin: true, .. } if kind == STDIN => Some(Event::Stdin { id, bytes: bytes.freeze() }),
+            Phase::Streams { data: true, .. } if kind == DATA => Some(Event::Data { id, bytes: bytes.freeze() }),
+            Phase::Params(_) | Phase::Streams { .. } | Phase::Skipped => None,
         }
     }
 
@@ -358,17 +414,22 @@ impl Decoder {
                 let raw = std::mem::take(params).freeze();
                 match Params::parse(raw) {
                     Some(params) => {
-                        open.phase = Phase::Stdin;
-                        Some(Event::Request { id, keep_connection: open.keep_connection, params })
+                        let role = open.role;
+                        open.phase = Phase::Streams { stdin: true, data: role == Role::Filter };
+                        Some(Event::Request { id, keep_connection: open.keep_connection, role, params })
                     }
                     None => Some(open.refuse(Fault::ParamsMalformed)),
                 }
             }
-            Phase::Stdin if kind == STDIN => {
-                open.phase = Phase::Done;
+            Phase::Streams { stdin, .. } if kind == STDIN && *stdin => {
+                *stdin = false;
                 Some(Event::StdinEnd { id })
             }
-            Phase::Params(_) | Phase::Stdin | Phase::Done | Phase::Skipped => None,
+            Phase::Streams { data, .. } if kind == DATA && *data => {
+                *data = false;
+                Some(Event::DataEnd { id })
+            }
+            Phase::Params(_) | Phase::Streams { .. } | Phase::Skipped => None,
         }
     }
 
@@ -411,13 +472,6 @@ enum Progress {
     Starved,
 }
 
-fn put_length(out: &mut BytesMut, length: usize) {
-    match u8::try_from(length) {
-        Ok(short) if short < 0x80 => out.put_u8(short),
-        _ => out.put_u32(u32::try_from(length).unwrap_or(u32::MAX) | 0x8000_0000),
-    }
-}
-
 fn put_header(out: &mut BytesMut, kind: u8, id: RequestId, content: usize) {
     let content = u16::try_from(content).unwrap_or(u16::MAX);
     out.put_slice(&[VERSION, kind]);
@@ -454,243 +508,5 @@ fn unknown_type(kind: u8) -> Event {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn record(kind: u8, id: RequestId, content: &[u8], padding: usize) -> Vec<u8> {
-        let mut out = BytesMut::new();
-        put_header(&mut out, kind, id, content.len());
-        out[6] = u8::try_from(padding).unwrap();
-        out.extend_from_slice(content);
-        out.extend(std::iter::repeat_n(0xEE, padding));
-        out.to_vec()
-    }
-
-    fn begin(id: RequestId, role: u16, flags: u8) -> Vec<u8> {
-        let [high, low] = role.to_be_bytes();
-        record(BEGIN_REQUEST, id, &[high, low, flags, 0, 0, 0, 0, 0], 0)
-    }
-
-    fn pairs(pairs: &[(&str, &str)]) -> Vec<u8> {
-        let mut out = BytesMut::new();
-        for (name, value) in pairs {
-            put_length(&mut out, name.len());
-            put_length(&mut out, value.len());
-            out.extend_from_slice(name.as_bytes());
-            out.extend_from_slice(value.as_bytes());
-        }
-        out.to_vec()
-    }
-
-    fn request(id: RequestId, params: &[u8], body: &[u8]) -> Vec<u8> {
-        [
-            begin(id, RESPONDER, KEEP_CONN),
-            record(PARAMS, id, params, 3),
-            record(PARAMS, id, b"", 5),
-            record(STDIN, id, body, 1),
-            if body.is_empty() { Vec::new() } else { record(STDIN, id, b"", 0) },
-        ]
-        .concat()
-    }
-
-    /// Feeds `bytes` in pieces of the given sizes, and collects events; adjacent pieces of a body are joined.
-    fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> Result<Vec<Event>, Error> {
-        let mut decoder = Decoder::new(4096, 4);
-        let (mut input, mut events) = (BytesMut::new(), Vec::new());
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let (now, later) = rest.split_at(piece().clamp(1, rest.len()));
-            rest = later;
-            input.extend_from_slice(now);
-            while let Some(event) = decoder.decode(&mut input)? {
-                match (events.last_mut(), event) {
-                    (Some(Event::Stdin { id, bytes }), Event::Stdin { id: next, bytes: more }) if *id == next => {
-                        *bytes = [bytes.as_ref(), more.as_ref()].concat().into();
-                    }
-                    (_, event) => events.push(event),
-                }
-            }
-        }
-        Ok(events)
-    }
-
-    fn whole(bytes: &[u8]) -> Vec<Event> {
-        decode(bytes, || usize::MAX).unwrap()
-    }
-
-    fn reply_kind(event: &Event) -> u8 {
-        match event {
-            Event::Reply { bytes, .. } => bytes[1],
-            other => panic!("not a reply: {other:?}"),
-        }
-    }
-
-    #[test]
-    fn every_split_of_the_same_bytes_gives_the_same_events() {
-        let long = "v".repeat(300);
-        let params = pairs(&[("REQUEST_METHOD", "POST"), ("LONG", &long), ("EMPTY", "")]);
-        let bytes = [
-            record(GET_VALUES, 0, &pairs(&[("FCGI_MPXS_CONNS", ""), ("OTHER", "")]), 7),
-            request(1, &params, b"hello body"),
-            record(42, 0, b"what", 2),
-            record(STDOUT, 1, b"not for us", 0),
-            request(1 << 8, &params, b""),
-            begin(9, 2, 0),
-            record(ABORT_REQUEST, 1, b"", 0),
-        ]
-        .concat();
-        let expected = whole(&bytes);
-        assert_eq!(expected.len(), 9, "{expected:?}");
-        assert_eq!(decode(&bytes, || 1).unwrap(), expected);
-        for seed in 0..500 {
-            let mut random = fastrand::Rng::with_seed(seed);
-            assert_eq!(decode(&bytes, || random.usize(1..60)).unwrap(), expected, "seed {seed}");
-        }
-    }
-
-    #[test]
-    fn params_split_inside_a_length_are_read_as_one() {
-        let params = pairs(&[("A", &"x".repeat(200)), ("B", "2")]);
-        let mut bytes = begin(1, RESPONDER, 0);
-        for piece in params.chunks(3) {
-            bytes.extend(record(PARAMS, 1, piece, 5));
-        }
-        bytes.extend(record(PARAMS, 1, b"", 0));
-        let [Event::Request { params, keep_connection: false, .. }] = &whole(&bytes)[..] else { panic!() };
-        assert_eq!(params.get("A"), Some("x".repeat(200).as_bytes()));
-        assert_eq!(params.get("B"), Some(&b"2"[..]));
-        assert_eq!(params.get("C"), None);
-    }
-
-    #[test]
-    fn a_length_beyond_the_end_is_the_peers_fault() {
-        // The sums of CVE-2025-23016: both lengths near 2^31.
-        for params in [&b"\x05\x05short"[..], b"\xff\xff\xff\xff\xff\xff\xff\xffx", b"\x7f", b"\x01\x80\0\0", b"\x80"] {
-            let bytes = request(1, params, b"the body is skipped");
-            let events = whole(&bytes);
-            let fault = Fault::ParamsMalformed;
-            assert_eq!(events, [Event::BadRequest { id: 1, keep_connection: true, fault }], "{params:?}");
-        }
-    }
-
-    #[test]
-    fn too_many_params_are_refused_and_skipped_and_the_connection_goes_on() {
-        let piece = record(PARAMS, 1, &[b'a'; 3000], 0);
-        let bytes = [begin(1, RESPONDER, KEEP_CONN), piece.clone(), piece.clone(), piece, record(PARAMS, 1, b"", 0)];
-        let bytes = [bytes.concat(), request(2, &pairs(&[("A", "1")]), b"")].concat();
-        let events = decode(&bytes, || 700).unwrap();
-        assert!(matches!(events[0], Event::BadRequest { id: 1, fault: Fault::ParamsTooLong, .. }), "{events:?}");
-        assert!(matches!(events[1], Event::Request { id: 2, .. }), "{events:?}");
-    }
-
-    #[test]
-    fn records_of_a_request_that_is_over_are_ignored() {
-        let mut decoder = Decoder::new(4096, 4);
-        let mut input = BytesMut::from(&[begin(1, RESPONDER, 1), record(PARAMS, 1, b"", 0)].concat()[..]);
-        assert!(matches!(decoder.decode(&mut input), Ok(Some(Event::Request { .. }))));
-        input.extend_from_slice(&record(STDIN, 1, b"0123456789", 2)[..12]);
-        assert!(matches!(decoder.decode(&mut input), Ok(Some(Event::Stdin { .. }))));
-        assert!(!decoder.finish(1)); // answered before its body was read
-        input.extend_from_slice(&record(STDIN, 1, b"0123456789", 2)[12..]);
-        input.extend_from_slice(&record(STDIN, 1, b"more", 0));
-        input.extend_from_slice(&record(STDIN, 1, b"", 0));
-        input.extend_from_slice(&record(ABORT_REQUEST, 1, b"", 0));
-        assert_eq!(decoder.decode(&mut input), Ok(None));
-        assert!(input.is_empty() && decoder.is_idle());
-    }
-
-    #[test]
-    fn management_records_get_the_replies_that_the_specification_names() {
-        let values = pairs(&[("FCGI_MAX_REQS", ""), ("FCGI_MAX_REQS", ""), ("X", "")]);
-        let events = whole(&record(GET_VALUES, 0, &values, 0));
-        let [Event::Reply { bytes, then_close: false }] = &events[..] else { panic!("{events:?}") };
-        assert_eq!(bytes[..], record(GET_VALUES_RESULT, 0, &pairs(&[("FCGI_MAX_REQS", "4")]), 0)[..]);
-
-        // A BEGIN_REQUEST with id 0 is a management record of a type that does not exist.
-        for bytes in [record(42, 0, b"abc", 3), begin(0, RESPONDER, 1)] {
-            let events = whole(&bytes);
-            assert_eq!(events.iter().map(reply_kind).collect::<Vec<_>>(), [UNKNOWN_TYPE]);
-        }
-    }
-
-    #[test]
-    fn a_role_or_a_request_too_many_is_refused() {
-        let events = whole(&begin(7, 2, KEEP_CONN));
-        let [Event::Reply { bytes, then_close: false }] = &events[..] else { panic!("{events:?}") };
-        assert_eq!((bytes[1], bytes[3], bytes[12]), (END_REQUEST, 7, Status::UnknownRole as u8));
-
-        let bytes: Vec<u8> = (1..=5).flat_map(|id| begin(id, RESPONDER, 0)).collect();
-        let events = whole(&bytes);
-        let [Event::Reply { bytes, then_close: true }] = &events[..] else { panic!("{events:?}") };
-        assert_eq!((bytes[3], bytes[12]), (5, Status::CannotMultiplex as u8));
-    }
-
-    #[test]
-    fn an_abort_before_the_params_are_complete_ends_the_request() {
-        let bytes = [begin(3, RESPONDER, KEEP_CONN), record(ABORT_REQUEST, 3, b"", 0), begin(3, RESPONDER, 0)].concat();
-        let events = whole(&bytes);
-        assert_eq!(events.iter().map(reply_kind).collect::<Vec<_>>(), [END_REQUEST]);
-    }
-
-    #[test]
-    fn a_second_abort_is_ignored() {
-        let abort = record(ABORT_REQUEST, 1, b"", 0);
-        let bytes = [request(1, &pairs(&[("A", "1")]), b""), abort.clone(), abort].concat();
-        let events = whole(&bytes);
-        assert_eq!(events.iter().filter(|event| matches!(event, Event::Abort { .. })).count(), 1, "{events:?}");
-    }
-
-    #[test]
-    fn what_has_no_reply_closes_the_connection() {
-        let mut version = begin(1, RESPONDER, 0);
-        version[0] = 2;
-        assert_eq!(decode(&version, || 1), Err(Error::Version(2)));
-        assert_eq!(decode(&record(BEGIN_REQUEST, 1, &[0; 4], 0), || 1), Err(Error::BeginLength(4)));
-        let twice = [begin(1, RESPONDER, 0), begin(1, RESPONDER, 0)].concat();
-        assert_eq!(decode(&twice, || 3), Err(Error::BeginTwice(1)));
-    }
-
-    #[test]
-    fn records_before_a_begin_cost_nothing() {
-        let bytes = [record(STDIN, 5, &[0; 60_000], 0), record(PARAMS, 5, &[0; 60_000], 255)].concat();
-        assert_eq!(whole(&bytes), []);
-    }
-
-    #[test]
-    fn a_record_of_the_greatest_length_with_the_greatest_padding_is_one_record() {
-        let mut decoder = Decoder::new(1 << 20, 4);
-        let value = "v".repeat(65_535 - 6);
-        let params = pairs(&[("N", &value)]);
-        assert_eq!(params.len(), 65_535);
-        let bytes = [begin(1, RESPONDER, 1), record(PARAMS, 1, &params, 255), record(PARAMS, 1, b"", 255)].concat();
-        let mut input = BytesMut::from(&bytes[..]);
-        let Ok(Some(Event::Request { params, .. })) = decoder.decode(&mut input) else { panic!() };
-        assert_eq!(params.get("N").map(<[u8]>::len), Some(value.len()));
-        assert_eq!(decoder.decode(&mut input), Ok(None));
-        assert!(input.is_empty());
-    }
-
-    #[test]
-    fn arbitrary_bytes_do_no_harm_however_they_are_cut() {
-        for seed in 0..2000 {
-            let mut random = fastrand::Rng::with_seed(seed);
-            let mut bytes = Vec::new();
-            for _ in 0..random.usize(1..20) {
-                let content: Vec<u8> = (0..random.usize(0..40)).map(|_| random.u8(..)).collect();
-                let (id, padding) = (random.u16(0..3), random.usize(0..9));
-                bytes.extend(match random.u8(0..4) {
-                    0 => begin(id, random.u16(1..3), random.u8(0..2)),
-                    _ => record(random.u8(0..13), id, &content, padding),
-                });
-            }
-            if random.bool() {
-                let at = random.usize(0..bytes.len());
-                bytes[at] = random.u8(..);
-            }
-            let once = decode(&bytes, || usize::MAX);
-            let pieces = decode(&bytes, || random.usize(1..9));
-            // Where the bytes end in an error, what came before it is the same all the same.
-            assert_eq!(once, pieces, "seed {seed}");
-        }
-    }
-}
+#[path = "fastcgi_tests.rs"]
+mod tests;

@@ -1,47 +1,58 @@
-//! Name-value pairs (FastCGI specification 1.0, section 3.4): the parameters of a request, which are CGI variables,
-//! and the values that GET_VALUES asks for.
+//! Name-value pairs: the parameters of a request, which are CGI variables, as FastCGI (specification 1.0, section 3.4),
+//! SCGI and the environment of a CGI program have them; and the values that FastCGI's GET_VALUES asks for.
 
 use std::fmt;
-use std::ops::Range;
 
-use bytes::Bytes;
+use bytes::{BufMut as _, Bytes, BytesMut};
 
 /// The parameters of a request: CGI variables, in the order in which they came, as the bytes that came.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Params {
+    /// Pairs, known to be whole.
     raw: Bytes,
-    pairs: Vec<(Span, Span)>,
+    form: Form,
 }
 
-/// A part of [`Params::raw`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Span {
-    start: u32,
-    end: u32,
-}
-
-impl Span {
-    fn range(self) -> Range<usize> {
-        self.start as usize..self.end as usize
-    }
+/// How the pairs are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Form {
+    /// FastCGI's: two lengths, and the bytes.
+    #[default]
+    Lengths,
+    /// SCGI's: two strings, each ended by a NUL.
+    Strings,
 }
 
 impl Params {
     /// Reads name-value pairs (3.4). `None` if one reaches beyond the end.
     pub(crate) fn parse(raw: Bytes) -> Option<Self> {
-        let mut pairs = Vec::with_capacity(32);
+        Self::read(raw, Form::Lengths)
+    }
+
+    /// Reads SCGI's strings, each ended by a NUL: name, value, name, value. `None` if there is an odd number of them,
+    /// or the last one has no end.
+    pub(crate) fn from_strings(raw: Bytes) -> Option<Self> {
+        Self::read(raw, Form::Strings)
+    }
+
+    fn read(raw: Bytes, form: Form) -> Option<Self> {
         let mut rest: &[u8] = &raw;
-        let total = u32::try_from(raw.len()).ok()?;
         while !rest.is_empty() {
-            let name = take_length(&mut rest)?;
-            let value = take_length(&mut rest)?;
-            let start = total - u32::try_from(rest.len()).ok()?;
-            let middle = start.checked_add(name)?;
-            let end = middle.checked_add(value).filter(|&end| end <= total)?;
-            pairs.push((Span { start, end: middle }, Span { start: middle, end }));
-            rest = raw.get(end as usize..)?;
+            (_, rest) = take_pair(rest, form)?;
         }
-        Some(Self { raw, pairs })
+        Some(Self { raw, form })
+    }
+
+    /// Copies pairs.
+    pub(crate) fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> Self {
+        let mut raw = BytesMut::new();
+        for (name, value) in pairs {
+            put_length(&mut raw, name.len());
+            put_length(&mut raw, value.len());
+            raw.extend_from_slice(name);
+            raw.extend_from_slice(value);
+        }
+        Self { raw: raw.freeze(), form: Form::Lengths }
     }
 
     /// The value of the variable `name`; of several, the last, as PHP has it.
@@ -52,16 +63,17 @@ impl Params {
 
     /// All names and values, in the order in which they came.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.pairs.iter().map(|(name, value)| (self.part(*name), self.part(*value)))
+        let (mut rest, form): (&[u8], _) = (&self.raw, self.form);
+        std::iter::from_fn(move || {
+            let (pair, after) = take_pair(rest, form)?;
+            rest = after;
+            Some(pair)
+        })
     }
 
-    /// As [`Params::iter`], with values that share the memory of the parameters.
-    pub(crate) fn iter_shared(&self) -> impl Iterator<Item = (&[u8], Bytes)> {
-        self.pairs.iter().map(|(name, value)| (self.part(*name), self.raw.slice(value.range())))
-    }
-
-    fn part(&self, span: Span) -> &[u8] {
-        self.raw.get(span.range()).unwrap_or_default()
+    /// A name or value of [`Params::iter`], sharing the memory of the parameters.
+    pub(crate) fn share(&self, part: &[u8]) -> Bytes {
+        self.raw.slice_ref(part)
     }
 }
 
@@ -73,8 +85,44 @@ impl fmt::Debug for Params {
     }
 }
 
+type Pair<'a> = (&'a [u8], &'a [u8]);
+
+/// Reads a pair, and returns what is behind it. `None` if there is none, or not all of it.
+#[inline]
+fn take_pair(mut rest: &[u8], form: Form) -> Option<(Pair<'_>, &[u8])> {
+    let (name, value) = match form {
+        Form::Lengths => {
+            let name = take_length(&mut rest)?;
+            let value = take_length(&mut rest)?;
+            let (name, tail) = rest.split_at_checked(name)?;
+            rest = tail;
+            let (value, tail) = rest.split_at_checked(value)?;
+            rest = tail;
+            (name, value)
+        }
+        Form::Strings => (take_string(&mut rest)?, take_string(&mut rest)?),
+    };
+    Some(((name, value), rest))
+}
+
+fn take_string<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let end = rest.iter().position(|&byte| byte == 0)?;
+    let (string, tail) = rest.split_at_checked(end)?;
+    *rest = tail.get(1..)?;
+    Some(string)
+}
+
+/// Writes a length as [`take_length`] reads it.
+pub(crate) fn put_length(out: &mut BytesMut, length: usize) {
+    match u8::try_from(length) {
+        Ok(short) if short < 0x80 => out.put_u8(short),
+        _ => out.put_u32(u32::try_from(length).unwrap_or(u32::MAX) | 0x8000_0000),
+    }
+}
+
 /// Reads a length of one byte, or of four with the highest bit set. Both are legal for a short one.
-fn take_length(rest: &mut &[u8]) -> Option<u32> {
+#[inline]
+fn take_length(rest: &mut &[u8]) -> Option<usize> {
     let (&first, tail) = rest.split_first()?;
     if first < 0x80 {
         *rest = tail;
@@ -82,7 +130,7 @@ fn take_length(rest: &mut &[u8]) -> Option<u32> {
     }
     let (four, tail) = rest.split_first_chunk::<4>()?;
     *rest = tail;
-    Some(u32::from_be_bytes(*four) & 0x7fff_ffff)
+    usize::try_from(u32::from_be_bytes(*four) & 0x7fff_ffff).ok()
 }
 
 #[cfg(test)]
@@ -94,5 +142,44 @@ mod tests {
         let params = b"\x80\0\0\x01\x80\0\0\x02Axy\x01\x80\0\0\0B";
         let params = Params::parse(Bytes::from_static(params)).unwrap();
         assert_eq!(params.iter().collect::<Vec<_>>(), [(&b"A"[..], &b"xy"[..]), (b"B", b"")]);
+    }
+
+    /// CVE-2025-23016 (libfcgi) and CVE-2025-40907 (its copy in Perl): the sum of two lengths wrapped, and a small buffer
+    /// was made for a long name. Here nothing is made of what is announced.
+    #[test]
+    fn lengths_beyond_the_end_are_refused_whatever_their_sum() {
+        let lengths: [u32; 8] = [0, 1, 2, 3, 0x7fff_fffd, 0x7fff_fffe, 0x7fff_ffff, 0x4000_0000];
+        for name in lengths {
+            for value in lengths {
+                let four = |length: u32| (length | 0x8000_0000).to_be_bytes();
+                let params = [&four(name)[..], &four(value), b"ab"].concat();
+                // Two bytes are left; what they do not fill up must be a pair of its own, and they are none.
+                let fits = u64::from(name) + u64::from(value) == 2;
+                assert_eq!(Params::parse(params.into()).is_some(), fits, "{name} + {value}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_beginning_of_some_pairs_is_some_pairs_or_refused() {
+        let params = b"\x01\x02Axy\x80\0\0\x01\x00B\x03\x80\0\0\x04ABCdefg";
+        let ends: Vec<usize> =
+            (0..=params.len()).filter(|&end| Params::parse(Bytes::from_static(&params[..end])).is_some()).collect();
+        assert_eq!(ends, [0, 5, 11, params.len()]);
+    }
+    #[test]
+    fn all_three_forms_give_the_same() {
+        let pairs = [(&b"A"[..], &b"xy"[..]), (b"B", b"")];
+        let expected = Some(pairs.to_vec());
+        for params in [
+            Params::parse(Bytes::from_static(b"\x01\x02Axy\x01\x00B")),
+            Params::from_strings(Bytes::from_static(b"A\0xy\0B\0\0")),
+            Some(Params::from_pairs(pairs)),
+        ] {
+            assert_eq!(params.as_ref().map(|params| params.iter().collect()), expected);
+        }
+        for odd in [&b"A"[..], b"A\0", b"A\0b", b"A\0b\0C\0"] {
+            assert_eq!(Params::from_strings(Bytes::from_static(odd)), None, "{odd:?}");
+        }
     }
 }

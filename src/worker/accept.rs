@@ -1,53 +1,42 @@
 //! Accepting: connections from a listener that all workers share.
 //!
-//! A worker that has more connections than a sibling leaves new ones to it for a moment, or until one of its
-//! own ends: so that kept connections spread over the workers, and work in hand comes before more work. A
-//! worker whose connections are at the limit leaves them altogether.
+//! A new connection wakes one worker of those that wait, and not all: the event loop's registration of the listener
+//! is exchanged for one with EPOLLEXCLUSIVE (see [`Doorbell`]). A worker leaves new connections to its siblings by taking
+//! itself off that list: when its blocking functions occupy all their threads and a sibling's do not; when it has more
+//! connections than a sibling, so that kept connections spread; and when its connections are at the limit. A worker
+//! whose event loop is busy does not wait, and so is not woken.
 
 use std::cell::Cell;
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
-use std::task::Poll;
 use std::time::Duration;
 
 use forkyard_shm::{Row, Scoreboard};
-use nix::sys::socket::{SockFlag, accept4};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
+use super::socket::{Socket, Watchdog};
 use crate::listen::{Family, Listener};
-use crate::sys;
-
-const SOCK_FLAGS: SockFlag = SockFlag::SOCK_NONBLOCK.union(SockFlag::SOCK_CLOEXEC);
+use crate::{blocking, sys};
 
 /// How long a connection is left to siblings that have fewer.
 const LEFT_TO_SIBLINGS: Duration = Duration::from_millis(1);
+/// How long it is left to siblings that could serve it at once while this worker could not.
+const LEFT_TO_FREE: Duration = Duration::from_millis(100);
 /// So many connections are then accepted before siblings are waited for again: enough that one that is stopped or
 /// hangs does not slow the others much, and few enough that one that was merely late gets its share.
 const NOT_WAITED_FOR: u32 = 4;
 /// How long accepting pauses when the system has no descriptor or memory for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// A listener, as tokio knows it.
-#[derive(Debug)]
-pub(crate) enum Acceptor {
-    Tcp(TcpListener),
-    Unix(UnixListener),
-}
-
-/// An accepted socket.
-pub(crate) trait Socket: AsyncRead + AsyncWrite + Unpin + 'static {}
-impl<T: AsyncRead + AsyncWrite + Unpin + 'static> Socket for T {}
-
 /// What is done with an accepted connection.
 pub(crate) trait Serve {
     /// Serves it to its end. `peer` is the address at its other end, if it has one.
-    fn serve(&self, socket: impl Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static;
+    fn serve(&self, socket: Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static;
 }
 
 /// The connections that this worker holds.
@@ -58,12 +47,22 @@ pub(crate) struct Connections {
     row: Row,
     scoreboard: Scoreboard,
     slot: u32,
+    one_began: Notify,
     one_ended: Notify,
+    watchdog: Rc<Watchdog>,
 }
 
 impl Connections {
-    pub(crate) fn new(limit: u32, row: Row, scoreboard: Scoreboard, slot: u32) -> Self {
-        Self { open: Cell::new(0), limit, row, scoreboard, slot, one_ended: Notify::new() }
+    pub(crate) fn new(limit: u32, row: Row, scoreboard: Scoreboard, slot: u32, watchdog: Rc<Watchdog>) -> Self {
+        let (one_began, one_ended) = (Notify::new(), Notify::new());
+        Self { open: Cell::new(0), limit, row, scoreboard, slot, one_began, one_ended, watchdog }
+    }
+
+    /// Returns when there is one.
+    pub(crate) async fn some(&self) {
+        while self.open.get() == 0 {
+            self.one_began.notified().await;
+        }
     }
 
     /// Returns when the last one has ended.
@@ -73,37 +72,191 @@ impl Connections {
         }
     }
 
-    /// Returns when it is this worker's turn to accept.
-    async fn turn(&self, patience: &mut Patience) {
-        while self.open.get() >= self.limit {
-            self.one_ended.notified().await;
-        }
-        if patience.is_over() || !self.a_sibling_has_fewer() {
-            return;
-        }
-        // A short request on a fresh connection is over when the tasks that wait to run have run.
-        let_others_run().await;
-        if self.a_sibling_has_fewer() {
-            tokio::select! {
-                () = self.one_ended.notified() => {}
-                () = sleep(LEFT_TO_SIBLINGS) => patience.end(),
-            }
-        }
-    }
-
     fn is_full(&self) -> bool {
         self.open.get() >= self.limit
     }
 
-    fn a_sibling_has_fewer(&self) -> bool {
-        let open = self.open.get();
-        open > 0 && self.scoreboard.fewest_connections(self.slot).is_some_and(|fewest| fewest < open)
+    /// Whether a sibling would be the better one to take the next connection.
+    fn a_sibling_is_freer(&self) -> bool {
+        let (open, occupied) = (self.open.get(), blocking::are_all_occupied());
+        if open == 0 && !occupied {
+            return false;
+        }
+        let Some(freest) = self.scoreboard.freest(self.slot) else { return false };
+        match (occupied, freest.occupied) {
+            (true, false) => true,
+            (false, true) => false,
+            // A few more are no reason to make a connection wait.
+            (true, true) | (false, false) => open > freest.connections + freest.connections / 8,
+        }
     }
 
     fn open(self: &Rc<Self>) -> Open {
-        self.open.set(self.open.get() + 1);
+        let open = self.open.get();
+        self.open.set(open + 1);
         self.row.connection_opened();
+        if open == 0 {
+            self.one_began.notify_waiters();
+        }
         Open(Rc::clone(self))
+    }
+}
+
+/// A connection that counts while it lives.
+struct Open(Rc<Connections>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.set(self.0.open.get() - 1);
+        self.0.row.connection_closed();
+        self.0.one_ended.notify_waiters();
+    }
+}
+
+/// Wakes the event loop when somebody waits to be accepted: it, and none of the siblings that wait too.
+///
+/// tokio registers descriptors in its own epoll instance, for all who wait to be woken. The kernel tells where that is
+/// and under which mark (`/proc/self/fdinfo`), so the listener can be taken out there and put in again with
+/// EPOLLEXCLUSIVE, under the same mark: tokio does not notice a difference, except that the event comes again as long as
+/// somebody waits.
+#[derive(Debug)]
+struct Doorbell {
+    listener: AsyncFd<OwnedFd>,
+    /// `None` if it could not be found: then everybody is woken.
+    registration: Option<sys::Registration>,
+    /// Off the list of those who are woken.
+    is_paused: Cell<bool>,
+}
+
+impl Doorbell {
+    fn new(listener: OwnedFd) -> io::Result<Self> {
+        let listener = sys::register(listener)?;
+        let registration = sys::registration_of(listener.as_fd()).unwrap_or_default();
+        let bell = Self { listener, registration, is_paused: Cell::new(false) };
+        if bell.registration.is_none() {
+            log::warn!("each new connection wakes all workers: how the event loop waits for them cannot be found out");
+        }
+        bell.pause();
+        bell.resume()?;
+        Ok(bell)
+    }
+
+    fn pause(&self) {
+        if let Some(registration) = self.registration.filter(|_| !self.is_paused.replace(true)) {
+            registration.pause(self.listener.as_fd());
+        }
+    }
+
+    fn resume(&self) -> io::Result<()> {
+        match self.registration.filter(|_| self.is_paused.replace(false)) {
+            Some(registration) => registration.resume(self.listener.as_fd()),
+            None => Ok(()),
+        }
+    }
+
+    /// Accepts one connection, as soon as there is one.
+    async fn accept(&self) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
+        loop {
+            let mut rung = self.listener.readable().await?;
+            match sys::accept(self.listener.as_fd()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => rung.clear_ready(),
+                outcome => {
+                    if self.registration.is_some() {
+                        rung.clear_ready(); // it rings again if more wait
+                    }
+                    return outcome;
+                }
+            }
+        }
+    }
+}
+
+/// A listener, and how its connections get to this worker.
+#[derive(Debug)]
+pub(crate) struct Acceptor {
+    bell: Doorbell,
+    family: Family,
+    connections: Rc<Connections>,
+}
+
+impl Acceptor {
+    /// # Errors
+    /// If no descriptor can be had, or epoll refuses it.
+    pub(crate) fn new(listener: &Listener, connections: &Rc<Connections>) -> io::Result<Self> {
+        let bell = Doorbell::new(listener.duplicate()?)?;
+        Ok(Self { bell, family: listener.family, connections: Rc::clone(connections) })
+    }
+
+    /// Accepts for ever; each connection is served by a task of its own.
+    pub(crate) async fn run(&self, serve: &impl Serve) {
+        let mut has_paused = false;
+        let mut patience = Patience::default();
+        loop {
+            let outcome = match self.turn(&mut patience).await {
+                Ok(()) => self.bell.accept().await,
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(accepted) => {
+                    self.start(serve, accepted);
+                    has_paused = false;
+                    // A short request on a fresh connection is over by then.
+                    blocking::quiet().await;
+                }
+                // It is about that one connection, which is gone already; the next one is waiting.
+                Err(error) if !is_of_this_system(&error) => {}
+                Err(error) => {
+                    if !has_paused {
+                        log::error!("accepting pauses until it can go on: {error}");
+                        has_paused = true;
+                    }
+                    self.bell.pause();
+                    sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Returns when it is this worker's turn to accept.
+    async fn turn(&self, patience: &mut Patience) -> io::Result<()> {
+        let connections = &self.connections;
+        while connections.is_full() {
+            self.bell.pause();
+            connections.one_ended.notified().await;
+        }
+        while !patience.is_over() && connections.a_sibling_is_freer() {
+            self.bell.pause();
+            let occupied = blocking::are_all_occupied();
+            let left_for = if occupied { LEFT_TO_FREE } else { LEFT_TO_SIBLINGS };
+            tokio::select! {
+                () = connections.one_ended.notified() => {}
+                () = blocking::one_is_free(), if occupied => {}
+                () = sleep(left_for) => patience.end(),
+            }
+        }
+        self.bell.resume()
+    }
+
+    /// Accepts what is waiting in the kernel's queue, and no more. For a worker that leaves: if all leave,
+    /// nobody else would.
+    pub(crate) fn run_dry(&self, serve: &impl Serve) {
+        while !self.connections.is_full() {
+            match sys::accept(self.bell.listener.as_fd()) {
+                Ok(accepted) => self.start(serve, accepted),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_of_this_system(&error) => return,
+                Err(_) => {} // about that one connection
+            }
+        }
+    }
+
+    fn start(&self, serve: &impl Serve, (socket, peer): (OwnedFd, Option<SocketAddr>)) {
+        let open = self.connections.open();
+        let socket = Socket::new(socket, self.family, &self.connections.watchdog);
+        let serving = serve.serve(socket, peer);
+        tokio::task::spawn_local(async move {
+            serving.await;
+            drop(open);
+        });
     }
 }
 
@@ -124,117 +277,6 @@ impl Patience {
         self.accepts_without = self.accepts_without.saturating_sub(1);
         over
     }
-}
-
-/// A connection that counts while it lives.
-struct Open(Rc<Connections>);
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.open.set(self.0.open.get() - 1);
-        self.0.row.connection_closed();
-        self.0.one_ended.notify_waiters();
-    }
-}
-
-impl Acceptor {
-    /// # Errors
-    /// If no descriptor can be had, or epoll refuses it.
-    pub(crate) fn new(listener: &Listener) -> io::Result<Self> {
-        let socket = listener.duplicate()?;
-        Ok(match listener.family {
-            Family::Tcp => Self::Tcp(TcpListener::from_std(socket.into())?),
-            Family::Unix => Self::Unix(UnixListener::from_std(socket.into())?),
-        })
-    }
-
-    /// Accepts for ever; each connection is served by a task of its own.
-    pub(crate) async fn run(&self, serve: &impl Serve, connections: &Rc<Connections>) {
-        let mut paused = false;
-        let mut patience = Patience::default();
-        loop {
-            connections.turn(&mut patience).await;
-            match self.accept(serve, connections).await {
-                Ok(()) => paused = false,
-                // It is about that one connection, which is gone already; the next one is waiting.
-                Err(error) if !is_of_this_system(&error) => {}
-                Err(error) => {
-                    if !paused {
-                        log::error!("accepting pauses until it can go on: {error}");
-                        paused = true;
-                    }
-                    sleep(PAUSE).await;
-                }
-            }
-        }
-    }
-
-    /// Accepts what is waiting in the kernel's queue, and no more. For a worker that leaves: if all leave,
-    /// nobody else would.
-    pub(crate) fn run_dry(&self, serve: &impl Serve, connections: &Rc<Connections>) {
-        while !connections.is_full() {
-            match self.accept_waiting(serve, connections) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_of_this_system(&error) => return,
-                Err(_) => {} // about that one connection
-            }
-        }
-    }
-
-    /// Unlike [`Self::accept`] it does not go by what epoll said last.
-    fn accept_waiting(&self, serve: &impl Serve, connections: &Rc<Connections>) -> io::Result<()> {
-        match self {
-            Self::Tcp(listener) => {
-                let socket = accept4(listener.as_raw_fd(), SOCK_FLAGS)?;
-                let socket = TcpStream::from_std(sys::owned(socket).into())?;
-                socket.set_nodelay(true)?;
-                let peer = socket.peer_addr()?;
-                start(serve.serve(socket, Some(peer)), connections);
-            }
-            Self::Unix(listener) => {
-                let socket = accept4(listener.as_raw_fd(), SOCK_FLAGS)?;
-                start(serve.serve(UnixStream::from_std(sys::owned(socket).into())?, None), connections);
-            }
-        }
-        Ok(())
-    }
-
-    async fn accept(&self, serve: &impl Serve, connections: &Rc<Connections>) -> io::Result<()> {
-        match self {
-            Self::Tcp(listener) => {
-                let (socket, peer) = listener.accept().await?;
-                // Answers are written whole, so there is nothing to wait for.
-                socket.set_nodelay(true)?;
-                start(serve.serve(socket, Some(peer)), connections);
-            }
-            Self::Unix(listener) => {
-                let (socket, _) = listener.accept().await?;
-                start(serve.serve(socket, None), connections);
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Goes to the end of the event loop's queue. (tokio's `yield_now` would look at epoll in between.)
-async fn let_others_run() {
-    let mut last = false;
-    poll_fn(|context| {
-        if std::mem::replace(&mut last, true) {
-            return Poll::Ready(());
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
-}
-
-fn start(serving: impl Future<Output = ()> + 'static, connections: &Rc<Connections>) {
-    let open = connections.open();
-    tokio::task::spawn_local(async move {
-        serving.await;
-        drop(open);
-    });
 }
 
 /// No descriptor or memory is to be had: unlike whatever else `accept(2)` says, that concerns the next

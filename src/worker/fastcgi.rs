@@ -8,7 +8,7 @@
 //! body, and [`OUTBOX_LIMIT`] of output. When a body is not read, the connection stops reading; when the
 //! peer does not read, the responses wait.
 
-use std::future::{Future, poll_fn};
+use std::future::{Future as _, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -18,31 +18,33 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body as HttpBody;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use pin_project_lite::pin_project;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_util::io::poll_read_buf;
 use tower_service::Service;
 
 use super::outbox::Outbox;
-use super::serve::{Application, BoxError, Served};
-use crate::body::{Body, pipe};
+use super::serve::{Answer, Application, BoxError, Served};
+use super::socket::Socket;
+use crate::body::{Body, FilterData, pipe};
 use crate::context::Drain;
 use crate::protocol::cgi;
-use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
+use crate::protocol::fastcgi::{self, AppStatus, Decoder, Event, Fault, LARGEST_CONTENT, RequestId, Role};
 use crate::protocol::params::Params;
+use crate::pulse::Stage;
 
 /// Output that may wait on a connection before its responses do.
-const OUTBOX_LIMIT: usize = 64 << 10;
+pub(super) const OUTBOX_LIMIT: usize = 64 << 10;
 /// Replies to management records and refusals that may wait beside it; one piece of a response may too.
 const REPLIES_LIMIT: usize = 1 << 20;
 /// A read takes at least, and at most, so much.
-const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
+pub(super) const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 /// How long, and for how many bytes, a peer that still sends is listened to after our last word.
 pub(super) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
 /// Serves one connection to its end.
-pub(crate) async fn serve<IO, S, B>(socket: IO, application: Rc<Application<S>>, drain: Drain)
+pub(crate) async fn serve<S, B>(socket: Socket, application: Rc<Application<S>>, drain: Drain)
 where
-    IO: AsyncRead + AsyncWrite + Unpin,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
     B: HttpBody + 'static,
@@ -57,11 +59,13 @@ where
         outbox: Outbox::default(),
         head: BytesMut::new(),
         exchanges: Vec::new(),
+        spare: None,
         application,
         closing: false,
         draining: false,
         last_chance_over: false,
         unread: false,
+        deaf: false,
     };
     let mut drained = pin!(drain.wait());
     let mut last_chance = pin!(drain.wait_for_last_request());
@@ -80,15 +84,17 @@ where
     }
 }
 
-struct Connection<IO, S, B> {
-    socket: IO,
+struct Connection<S: Service<Request<Body>>, B> {
+    socket: Socket,
     input: BytesMut,
     read_size: usize,
     decoder: Decoder,
     outbox: Outbox,
     /// Where the head of a response is put together.
     head: BytesMut,
-    exchanges: Vec<Exchange<B>>,
+    exchanges: Vec<Exchange<S, B>>,
+    /// Of an exchange that has ended.
+    spare: Option<Pin<Box<Work<S, B>>>>,
     application: Rc<Application<S>>,
     /// The peer did not ask to keep the connection.
     closing: bool,
@@ -98,26 +104,37 @@ struct Connection<IO, S, B> {
     last_chance_over: bool,
     /// The last request was answered before all of it had come.
     unread: bool,
+    /// The peer took too long: what it still sends interests nobody.
+    deaf: bool,
 }
 
 /// A request and its response.
-struct Exchange<B> {
+struct Exchange<S: Service<Request<Body>>, B> {
     id: RequestId,
     keep_connection: bool,
+    is_head: bool,
     /// Its body, while it lasts and somebody may read it.
     stdin: Option<pipe::Writer>,
-    state: State<B>,
+    /// A filter's file, likewise.
+    data: Option<pipe::Writer>,
+    app_status: u32,
+    /// Stays where it is, and serves the next exchange too.
+    work: Pin<Box<Work<S, B>>>,
 }
 
-enum State<B> {
-    Answering { answer: Pin<Box<dyn Future<Output = Response<Served<B>>>>>, is_head: bool },
-    Sending(Pin<Box<Served<B>>>),
-    Ended,
+pin_project! {
+    #[project = Working]
+    enum Work<S: Service<Request<Body>>, B> {
+        Answering { #[pin] answer: Answer<S> },
+        Sending { #[pin] body: Served<B> },
+        Ended,
+        /// The response broke off. Nothing more is said of it until the connection is closed.
+        BrokenOff,
+    }
 }
 
-impl<IO, S, B> Connection<IO, S, B>
+impl<S, B> Connection<S, B>
 where
-    IO: AsyncRead + AsyncWrite + Unpin,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
     B: HttpBody + 'static,
@@ -127,7 +144,7 @@ where
     /// broke the protocol.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
-            self.poll_exchanges(context)?;
+            self.poll_exchanges(context);
             let held_back = self.outbox.len() >= OUTBOX_LIMIT;
             if let Poll::Ready(Err(error)) = self.outbox.poll_write(Pin::new(&mut self.socket), context) {
                 return Poll::Ready(Err(error));
@@ -143,42 +160,62 @@ where
     }
 
     fn is_over(&self) -> bool {
-        if !self.exchanges.is_empty() || !self.outbox.is_empty() {
+        let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
+        if !self.outbox.is_empty() || !self.exchanges.iter().all(broken_off) {
             return false;
+        }
+        // Only the close tells the peer that a response is not whole; what else was in flight has had its time.
+        if !self.exchanges.is_empty() {
+            return true;
         }
         // A request that has half arrived when we are asked to drain is served; but a peer that did not want
         // the connection kept is owed nothing more, and may be waiting for us to close it.
-        self.closing || (self.draining && self.last_chance_over && self.input.is_empty() && self.decoder.is_idle())
+        self.closing || (self.draining && self.last_chance_over && self.is_idle())
     }
 
-    fn poll_exchanges(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+    /// Whether nothing of a further request has come.
+    fn is_idle(&self) -> bool {
+        self.input.is_empty() && self.decoder.is_idle()
+    }
+
+    fn poll_exchanges(&mut self, context: &mut Context<'_>) {
         if self.exchanges.len() > 1 {
             self.exchanges.rotate_left(1); // the one that filled the outbox is the last to go on
         }
         for exchange in &mut self.exchanges {
-            exchange.poll(context, &mut self.outbox, &mut self.head)?;
-        }
-        let Self { exchanges, decoder, closing, draining, last_chance_over, unread, .. } = self;
-        exchanges.retain(|exchange| {
-            let ended = matches!(exchange.state, State::Ended);
-            if ended {
-                *unread = !decoder.finish(exchange.id);
-                *closing |= !exchange.keep_connection;
-                *last_chance_over |= *draining;
+            if exchange.poll(context, &mut self.outbox, &mut self.head).is_err() {
+                exchange.work.set(Work::BrokenOff);
+                (exchange.stdin, exchange.data) = (None, None);
             }
-            !ended
-        });
-        Ok(())
+        }
+        let mut index = 0;
+        while let Some(exchange) = self.exchanges.get(index) {
+            if !matches!(*exchange.work, Work::Ended) {
+                index += 1;
+                continue;
+            }
+            let ended = self.exchanges.remove(index);
+            self.unread = !self.decoder.finish(ended.id);
+            self.closing |= !ended.keep_connection;
+            self.last_chance_over |= self.draining;
+            self.spare = Some(ended.work);
+            if self.exchanges.is_empty() {
+                self.socket.pulse().set_stage(if self.is_idle() { Stage::Idle } else { Stage::Head });
+            }
+        }
     }
 
     /// Takes in what the peer sent. Pending when there is nothing more, or no room for it.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
         // However much output waits: a peer may write all of its request before it reads. A body that nobody reads
         // costs nothing, and one that somebody reads has its pipe.
-        for exchange in &self.exchanges {
-            if exchange.stdin.as_ref().is_some_and(|stdin| stdin.poll_room(context).is_pending()) {
+        for stream in self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data)) {
+            if stream.poll_room(context).is_pending() {
                 return Ok(Poll::Pending);
             }
+        }
+        if self.deaf {
+            return Ok(Poll::Pending);
         }
         if self.decode()? {
             return Ok(Poll::Ready(()));
@@ -205,6 +242,14 @@ where
                 self.decode()?;
                 Ok(Poll::Ready(()))
             }
+            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !self.exchanges.is_empty() => {
+                // Bodies are cut by that, and answers still come.
+                for exchange in &mut self.exchanges {
+                    (exchange.stdin, exchange.data) = (None, None);
+                }
+                (self.deaf, self.closing) = (true, true);
+                Ok(Poll::Pending)
+            }
             Poll::Ready(Err(error)) => Err(error),
         }
     }
@@ -219,7 +264,7 @@ where
             })?;
             let Some(event) = event else { return Ok(any) };
             any = true;
-            let body_came = matches!(event, Event::Stdin { .. });
+            let body_came = matches!(event, Event::Stdin { .. } | Event::Data { .. });
             self.take(event)?;
             // A piece of a body: see whether there is room for the next one.
             if body_came {
@@ -230,7 +275,7 @@ where
 
     fn take(&mut self, event: Event) -> io::Result<()> {
         match event {
-            Event::Request { id, keep_connection, params } => self.begin(id, keep_connection, params),
+            Event::Request { id, keep_connection, role, params } => self.begin(id, keep_connection, role, params),
             Event::BadRequest { id, keep_connection, fault } => {
                 let status = match fault {
                     Fault::ParamsTooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
@@ -239,28 +284,36 @@ where
                 self.refuse(id, keep_connection, status);
             }
             Event::Stdin { id, bytes } => {
-                if let Some(stdin) = self.stdin_of(id) {
+                if let Some(stdin) = self.exchange(id).and_then(|exchange| exchange.stdin.as_ref()) {
                     stdin.push(bytes);
                 }
             }
             Event::StdinEnd { id } => {
-                if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id)
-                    && let Some(stdin) = exchange.stdin.take()
-                {
+                if let Some(stdin) = self.exchange(id).and_then(|exchange| exchange.stdin.take()) {
                     stdin.finish();
+                }
+            }
+            Event::Data { id, bytes } => {
+                if let Some(data) = self.exchange(id).and_then(|exchange| exchange.data.as_ref()) {
+                    data.push(bytes);
+                }
+            }
+            Event::DataEnd { id } => {
+                if let Some(data) = self.exchange(id).and_then(|exchange| exchange.data.take()) {
+                    data.finish();
                 }
             }
             Event::Abort { id } => {
                 // Its future is dropped, and with it whatever it was doing.
                 if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id) {
-                    exchange.state = State::Ended;
-                    exchange.stdin = None;
+                    exchange.end_now();
                     fastcgi::stdout_end(self.outbox.tail(), id, 0);
                 }
             }
             Event::Reply { bytes, then_close } => {
                 self.outbox.push(bytes);
                 self.closing |= then_close;
+                self.unread |= then_close; // the rest of what was refused
                 if self.outbox.len() > OUTBOX_LIMIT + REPLIES_LIMIT {
                     return Err(io::Error::other("the peer asks and asks, and reads no reply"));
                 }
@@ -269,39 +322,54 @@ where
         Ok(())
     }
 
-    fn stdin_of(&self, id: RequestId) -> Option<&pipe::Writer> {
-        self.exchanges.iter().find(|exchange| exchange.id == id)?.stdin.as_ref()
+    fn exchange(&mut self, id: RequestId) -> Option<&mut Exchange<S, B>> {
+        self.exchanges.iter_mut().find(|exchange| exchange.id == id)
     }
 
-    fn begin(&mut self, id: RequestId, keep_connection: bool, params: Params) {
+    fn begin(&mut self, id: RequestId, keep_connection: bool, role: Role, params: Params) {
         let max_body = self.application.limits.max_body;
+        let pulse = self.socket.pulse();
+        pulse.request_came();
         let mut stdin = None;
         let made = cgi::request(params, |length| {
-            if length == Some(0) || length.is_none() && self.decoder.body_is_empty(id, &self.input) {
+            // An authorizer has no body (6.3), even if a server says so.
+            if role == Role::Authorizer
+                || length == Some(0)
+                || length.is_none() && self.decoder.body_is_empty(id, &self.input)
+            {
                 return Body::empty();
             }
             let (writer, reader) = pipe::pipe();
             stdin = Some(writer);
-            Body::stdin(reader, length, max_body)
+            Body::stdin(reader, length, max_body).with_pulse(pulse)
         });
-        let request = match made {
+        let mut request = match made {
             Ok(request) => request,
             Err(error) => {
                 log::warn!("a FastCGI request was refused: {error}");
                 return self.refuse(id, keep_connection, StatusCode::BAD_REQUEST);
             }
         };
+        let data = give_role(&mut request, role);
         let is_head = request.method() == Method::HEAD;
-        let application = Rc::clone(&self.application);
-        let answer = Box::pin(async move { application.answer(request).await });
-        self.exchanges.push(Exchange { id, keep_connection, stdin, state: State::Answering { answer, is_head } });
+        let answer = self.application.answer(request);
+        self.start(id, keep_connection, answer);
+        if let Some(exchange) = self.exchanges.last_mut() {
+            (exchange.is_head, exchange.stdin, exchange.data) = (is_head, stdin, data);
+        }
     }
 
     fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode) {
-        let response = self.application.refuse(status);
-        let answer = Box::pin(std::future::ready(response));
-        let state = State::Answering { answer, is_head: false };
-        self.exchanges.push(Exchange { id, keep_connection, stdin: None, state });
+        self.socket.pulse().request_came();
+        let answer = self.application.refuse(status);
+        self.start(id, keep_connection, answer);
+    }
+
+    fn start(&mut self, id: RequestId, keep_connection: bool, answer: Answer<S>) {
+        let mut work = self.spare.take().unwrap_or_else(|| Box::pin(Work::Ended));
+        work.set(Work::Answering { answer });
+        let (is_head, stdin, data, app_status) = (false, None, None, 0);
+        self.exchanges.push(Exchange { id, keep_connection, is_head, stdin, data, app_status, work });
     }
 
     /// If the peer may still be sending, says that nothing more will come, and listens until it has heard: closing
@@ -316,24 +384,41 @@ where
     }
 }
 
-impl<B> Exchange<B>
+/// Tells the application what it is asked for, unless that is the usual. Returns where a filter's file goes.
+fn give_role(request: &mut Request<Body>, role: Role) -> Option<pipe::Writer> {
+    if role == Role::Responder {
+        return None;
+    }
+    request.extensions_mut().insert(role);
+    if role != Role::Filter {
+        return None;
+    }
+    let length = request.extensions().get::<Params>().and_then(|params| params.get("FCGI_DATA_LENGTH"));
+    let length = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
+    let (writer, reader) = pipe::pipe();
+    request.extensions_mut().insert(FilterData::new(Body::stdin(reader, length, u64::MAX)));
+    Some(writer)
+}
+
+impl<S, B> Exchange<S, B>
 where
+    S: Service<Request<Body>, Response = Response<B>>,
+    S::Error: Into<BoxError>,
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
     /// Goes on until it waits for something, has ended, or has filled the output.
     ///
     /// # Errors
-    /// If the response broke off: only closing the connection tells the peer.
+    /// If the response broke off, which has been logged: only closing the connection tells the peer.
     fn poll(&mut self, context: &mut Context<'_>, outbox: &mut Outbox, head: &mut BytesMut) -> io::Result<()> {
         while outbox.len() < OUTBOX_LIMIT {
-            match &mut self.state {
-                State::Answering { answer, is_head } => {
-                    let Poll::Ready(response) = answer.as_mut().poll(context) else { return Ok(()) };
-                    let is_head = *is_head;
-                    self.send_head(response, is_head, context, outbox, head)?;
+            match self.work.as_mut().project() {
+                Working::Answering { answer } => {
+                    let Poll::Ready(response) = answer.poll(context) else { return Ok(()) };
+                    self.send_head(response, context, outbox, head)?;
                 }
-                State::Sending(body) => match body.as_mut().poll_frame(context) {
+                Working::Sending { mut body } => match body.as_mut().poll_frame(context) {
                     Poll::Pending => return Ok(()),
                     Poll::Ready(Some(frame)) => {
                         if let Ok(data) = frame.map_err(io::Error::other)?.into_data() {
@@ -346,7 +431,7 @@ where
                     }
                     Poll::Ready(None) => self.end(outbox),
                 },
-                State::Ended => return Ok(()),
+                Working::Ended | Working::BrokenOff => return Ok(()),
             }
         }
         Ok(())
@@ -356,22 +441,24 @@ where
     fn send_head(
         &mut self,
         response: Response<Served<B>>,
-        is_head: bool,
         context: &mut Context<'_>,
         outbox: &mut Outbox,
         head: &mut BytesMut,
     ) -> io::Result<()> {
         let (parts, body) = response.into_parts();
+        self.app_status = parts.extensions.get().map_or(0, |&AppStatus(status)| status);
         let status = parts.status;
         let bodiless = matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) || status.is_informational();
         let length = body.size_hint().exact().filter(|_| !bodiless);
         head.clear();
         cgi::response_head(head, status, &parts.headers, length);
 
-        let mut body = Box::pin(body);
         let mut first = Bytes::new();
-        let mut ended = bodiless || is_head || body.is_end_stream();
-        if !ended {
+        let mut ended = bodiless || self.is_head || body.is_end_stream();
+        self.work.set(Work::Sending { body });
+        if let Working::Sending { mut body } = self.work.as_mut().project()
+            && !ended
+        {
             match body.as_mut().poll_frame(context) {
                 Poll::Ready(Some(frame)) => {
                     first = frame.map_err(io::Error::other)?.into_data().unwrap_or_default();
@@ -382,18 +469,14 @@ where
             }
         }
         if head.len() > LARGEST_CONTENT {
-            log::error!(
-                "a response was not sent: its head has {} bytes, and a record holds {LARGEST_CONTENT}",
-                head.len()
-            );
-            return Err(io::Error::other("the head of a response is longer than a record holds"));
+            self.send(head.split().freeze(), outbox);
+        } else {
+            let with_head = first.split_to(first.len().min(LARGEST_CONTENT - head.len()));
+            fastcgi::stdout_header(outbox.tail(), self.id, head.len() + with_head.len());
+            outbox.tail().extend_from_slice(head);
+            outbox.push(with_head);
         }
-        let with_head = first.split_to(first.len().min(LARGEST_CONTENT - head.len()));
-        fastcgi::stdout_header(outbox.tail(), self.id, head.len() + with_head.len());
-        outbox.tail().extend_from_slice(head);
-        outbox.push(with_head);
         self.send(first, outbox);
-        self.state = State::Sending(body);
         if ended {
             self.end(outbox);
         }
@@ -409,8 +492,12 @@ where
     }
 
     fn end(&mut self, outbox: &mut Outbox) {
-        fastcgi::stdout_end(outbox.tail(), self.id, 0);
-        self.state = State::Ended;
-        self.stdin = None;
+        fastcgi::stdout_end(outbox.tail(), self.id, self.app_status);
+        self.end_now();
+    }
+
+    fn end_now(&mut self) {
+        self.work.set(Work::Ended);
+        (self.stdin, self.data) = (None, None);
     }
 }

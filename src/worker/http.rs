@@ -13,21 +13,20 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
+use hyper_util::rt::TokioIo;
 use tokio::sync::{Notify, oneshot};
 use tower_service::Service;
 
 use super::fastcgi::LINGER;
 use super::serve::{Application, BoxError};
+use super::socket::Socket;
 use crate::body::Body;
 use crate::context::Drain;
 use crate::protocol::cgi::Peer;
 
 /// Serves one connection to its end. `peer` is the address at its other end, if it has one.
-pub(crate) async fn serve<IO, S, B>(socket: IO, peer: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
+pub(crate) async fn serve<S, B>(socket: Socket, peer: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
 where
-    IO: AsyncRead + AsyncWrite + Unpin,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
     B: HttpBody + 'static,
@@ -53,8 +52,7 @@ where
         }
     });
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
+        .header_read_timeout(None)
         .max_buf_size(limits.max_params)
         .serve_connection(TokioIo::new(socket), answer);
     let mut connection = pin!(connection);

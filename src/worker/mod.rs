@@ -1,7 +1,7 @@
 //! A worker: a forked process with one event loop, in which the application runs.
 //!
 //! ```text
-//! accept ─▶ http | fastcgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
+//! accept ─▶ http | fastcgi | scgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
 //! ```
 //!
 //! The event loop is a tokio current-thread runtime, made after the fork, on a thread of its own. That thread is
@@ -13,10 +13,14 @@
 //! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
 
 mod accept;
+pub(crate) mod cgi;
 mod fastcgi;
 mod http;
 mod outbox;
+mod reply;
+mod scgi;
 mod serve;
+mod socket;
 
 use std::fs::File;
 use std::future::{Future, poll_fn};
@@ -41,8 +45,9 @@ use tokio::runtime::{LocalOptions, LocalRuntime};
 use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
-use self::accept::{Acceptor, Connections, Serve, Socket};
+use self::accept::{Acceptor, Connections, Serve};
 use self::serve::{Application, BoxError};
+use self::socket::{Socket, Watchdog};
 use crate::body::Body;
 use crate::context::{Context, Drain};
 use crate::heritage::{Heritage, READY};
@@ -102,26 +107,32 @@ where
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .on_thread_park(blocking::before_waiting)
+        .build_local(LocalOptions::default())?;
     run_in_turns(&runtime, async {
         let drain = Drain::default();
         let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), &drain);
         let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
-        let connections =
-            Rc::new(Connections::new(config.limits.max_connections, row.clone(), scoreboard, heritage.slot));
+        let watchdog = Watchdog::new(config.limits.timeouts);
+        let limit = config.limits.max_connections;
+        let connections = Connections::new(limit, row.clone(), scoreboard, heritage.slot, Rc::clone(&watchdog));
+        let connections = Rc::new(connections);
         let application = Rc::new(Application::new(service, row.clone(), config.limits));
         let mut accepting = Vec::new();
         for listener in heritage.listeners.iter() {
             let server =
                 Server { application: Rc::clone(&application), drain: drain.clone(), protocol: listener.protocol };
-            let acceptor = Rc::new(Acceptor::new(listener)?);
-            let (server, connections) = (Rc::new(server), Rc::clone(&connections));
+            let acceptor = Rc::new(Acceptor::new(listener, &connections)?);
+            let server = Rc::new(server);
             let (run, with) = (Rc::clone(&acceptor), Rc::clone(&server));
-            let task = tokio::task::spawn_local(async move { run.run(&*with, &connections).await });
+            let task = tokio::task::spawn_local(async move { run.run(&*with).await });
             accepting.push((task, acceptor, server));
         }
 
-        let sweeping = tokio::task::spawn_local(sweep(heritage.segment.cache()));
+        let sweeping = tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections)));
+        let watching = tokio::task::spawn_local(async move { watchdog.run().await });
         row.set_state(State::Ready);
         File::from(heritage.report).write_all(&[READY])?;
         told_to_leave(asked_to_leave, heritage.lifeline).await?;
@@ -129,11 +140,12 @@ where
         row.set_state(State::Draining);
         for (task, acceptor, server) in accepting {
             task.abort();
-            acceptor.run_dry(&*server, &connections);
+            acceptor.run_dry(&*server);
         }
         drain.begin();
         connections.none().await;
         sweeping.abort();
+        watching.abort();
         io::Result::Ok(())
     })?;
     // What still runs on a thread though its client has left: it may be half-way through something.
@@ -143,11 +155,13 @@ where
     Ok(())
 }
 
-/// Keeps the page cache tidy: off the event loop, and in one of all workers at a time.
-async fn sweep(cache: Cache) {
+/// Keeps the page cache tidy: off the event loop, and in one of all workers at a time. A worker that nobody is
+/// connected to sleeps.
+async fn sweep(cache: Cache, connections: Rc<Connections>) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        connections.some().await;
         ticks.tick().await;
         if cache.sweep_is_due() {
             let cache = cache.clone();
@@ -187,11 +201,12 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    fn serve(&self, socket: impl Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
+    fn serve(&self, socket: Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
         let (application, drain, protocol) = (Rc::clone(&self.application), self.drain.clone(), self.protocol);
         async move {
             match protocol {
                 Protocol::FastCgi => fastcgi::serve(socket, application, drain).await,
+                Protocol::Scgi => scgi::serve(socket, application, drain).await,
                 Protocol::Http => http::serve(socket, peer, application, drain).await,
             }
         }

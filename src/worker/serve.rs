@@ -1,25 +1,27 @@
 //! The application as the connections see it: a request in, always a response out.
 //!
-//! Around the user's service stand here, once for all protocols: the scoreboard, the limit of a body, and the
-//! panic that costs one 500.
+//! Around the user's service stand here, once for all protocols: the scoreboard, the limit of a body, the panic
+//! that costs one 500, and the length that a response promises.
 
 use std::cell::{Cell, RefCell};
 use std::error::Error;
-use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::{Pin, pin};
-use std::sync::atomic::Ordering;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use forkyard_shm::{InFlight, Row};
-use http::{Request, Response, StatusCode};
+use http::header::CONTENT_LENGTH;
+use http::{Method, Request, Response, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::body::{Body, BodyError};
 use crate::config::Limits;
+use crate::pulse::Pulse;
 
 /// What an error of the application's may be.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -38,69 +40,151 @@ impl<S> Application<S> {
     }
 }
 
-impl<S, B> Application<S>
-where
-    S: Service<Request<Body>, Response = Response<B>> + Clone,
-    S::Error: Into<BoxError>,
-    B: HttpBody,
-    B::Error: Into<BoxError>,
-{
+impl<S: Service<Request<Body>> + Clone> Application<S> {
     /// Has the application answer; if it fails or panics, answers for it.
-    pub(crate) async fn answer(&self, mut request: Request<Body>) -> Response<Served<B>> {
+    pub(crate) fn answer(&self, mut request: Request<Body>) -> Answer<S> {
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         let in_flight = self.row.begin(request.method().as_str(), target);
         if request.body().size_hint().lower() > self.limits.max_body {
-            return refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
+            return Answer::refused(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
         }
         let too_large = request.body_mut().watch_limit();
-        let mut service = self.service.clone();
-        let answering = async move {
-            poll_fn(|context| service.poll_ready(context)).await?;
-            service.call(request).await
-        };
-        let answer = without_panic(answering).await;
-        if too_large.is_some_and(|too_large| too_large.load(Ordering::Relaxed)) {
-            return refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight); // whatever the application made of it
-        }
-        match answer {
-            Ok(Ok(response)) if response.status().is_informational() => {
-                log::error!("{} is no final response request={:?}", response.status(), in_flight.what());
-                refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
+        let is_head = request.method() == Method::HEAD;
+        let pulse = request.body().pulse().cloned();
+        let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
+        Answer { stage, is_head, in_flight: Some(in_flight), too_large, pulse }
+    }
+
+    /// An answer that the application had no part in.
+    pub(crate) fn refuse(&self, status: StatusCode) -> Answer<S> {
+        Answer::refused(status, self.row.begin("-", "-"))
+    }
+}
+
+pin_project! {
+    /// The response to come.
+    pub(crate) struct Answer<S: Service<Request<Body>>> {
+        #[pin]
+        stage: Stage<S>,
+        is_head: bool,
+        in_flight: Option<InFlight>,
+        too_large: Option<Arc<AtomicBool>>,
+        pulse: Option<Arc<Pulse>>,
+    }
+}
+
+pin_project! {
+    #[project = StageProjected]
+    enum Stage<S: Service<Request<Body>>> {
+        /// Until the service is ready.
+        Asking { service: S, request: Option<Request<Body>> },
+        Called { #[pin] response: S::Future },
+        Refused { status: StatusCode },
+    }
+}
+
+impl<S: Service<Request<Body>>> Answer<S> {
+    fn refused(status: StatusCode, in_flight: InFlight) -> Self {
+        let (stage, in_flight) = (Stage::Refused { status }, Some(in_flight));
+        Self { stage, is_head: false, in_flight, too_large: None, pulse: None }
+    }
+}
+
+impl<S, B> Stage<S>
+where
+    S: Service<Request<Body>, Response = Response<B>>,
+{
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<Response<B>, Failure<S::Error>>> {
+        if let StageProjected::Asking { service, request } = self.as_mut().project() {
+            match catch_panic(|| service.poll_ready(context)) {
+                Ok(ready) => ready!(ready).map_err(Failure::Error)?,
+                Err(panic) => return Poll::Ready(Err(Failure::Panic(panic))),
             }
-            Ok(Ok(response)) => response.map(|body| Served::App { body, in_flight }),
-            Ok(Err(error)) => {
+            let Some(request) = request.take() else { return Poll::Pending };
+            let response = catch_panic(|| service.call(request)).map_err(Failure::Panic)?;
+            self.set(Stage::Called { response });
+        }
+        match self.project() {
+            StageProjected::Called { response } => match catch_panic(|| response.poll(context)) {
+                Ok(response) => Poll::Ready(ready!(response).map_err(Failure::Error)),
+                Err(panic) => Poll::Ready(Err(Failure::Panic(panic))),
+            },
+            StageProjected::Refused { status } => Poll::Ready(Err(Failure::Refused(*status))),
+            StageProjected::Asking { .. } => Poll::Pending,
+        }
+    }
+}
+
+/// Why there is no response of the application's.
+enum Failure<E> {
+    Error(E),
+    Panic(String),
+    Refused(StatusCode),
+}
+
+impl<S, B> Future for Answer<S>
+where
+    S: Service<Request<Body>, Response = Response<B>>,
+    S::Error: Into<BoxError>,
+{
+    type Output = Response<Served<B>>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let answer = self.project();
+        let outcome = ready!(answer.stage.poll(context));
+        let Some(in_flight) = answer.in_flight.take() else { return Poll::Pending };
+        // These hold whatever the application made of it.
+        if answer.too_large.as_ref().is_some_and(|too_large| too_large.load(Ordering::Relaxed)) {
+            return Poll::Ready(refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight));
+        }
+        if answer.pulse.as_ref().is_some_and(|pulse| pulse.has_expired()) {
+            return Poll::Ready(refusal(StatusCode::REQUEST_TIMEOUT, in_flight));
+        }
+        Poll::Ready(match outcome {
+            Ok(response) if response.status().is_informational() => {
+                log::error!("a response has status {} request={:?}", response.status(), in_flight.what());
+                refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight) // no server takes it for an answer
+            }
+            Ok(mut response) => {
+                let left = if *answer.is_head { None } else { promised(&mut response, &in_flight) };
+                response.map(|body| Served::App { body, in_flight, left })
+            }
+            Err(Failure::Refused(status)) => refusal(status, in_flight),
+            Err(Failure::Error(error)) => {
                 let error: BoxError = error.into();
                 log::error!("a request failed: {error} request={:?}", in_flight.what());
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
             }
-            Err(panic) => {
+            Err(Failure::Panic(panic)) => {
                 log::error!("a request panicked: {panic} request={:?}", in_flight.what());
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
             }
-        }
-    }
-
-    /// An answer that the application had no part in.
-    pub(crate) fn refuse(&self, status: StatusCode) -> Response<Served<B>> {
-        refusal(status, self.row.begin("-", "-"))
+        })
     }
 }
 
-fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
+/// The `Content-Length` that the application itself has set for the body of a response. One that is no length
+/// is taken away: servers would make different things of it.
+fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> {
+    if matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+        return None;
+    }
+    let mut values = response.headers().get_all(CONTENT_LENGTH).iter();
+    let digits = values.next()?.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let length = digits.and_then(|text| text.parse().ok()).filter(|_| values.next().is_none());
+    if length.is_none() {
+        log::error!("a Content-Length that is no length was left out request={:?}", in_flight.what());
+        response.headers_mut().remove(CONTENT_LENGTH);
+    }
+    length
+}
+
+/// A response of a status and its name.
+pub(super) fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
     let text = format!("{status}\n");
     let mut response = Response::new(Served::Canned { text: Bytes::from(text), in_flight });
     *response.status_mut() = status;
     response
-}
-
-/// Runs a future to its end or its panic.
-async fn without_panic<F: Future>(future: F) -> Result<F::Output, String> {
-    let mut future = pin!(future);
-    poll_fn(|context| match catch_panic(|| future.as_mut().poll(context)) {
-        Ok(poll) => poll.map(Ok),
-        Err(panic) => Poll::Ready(Err(panic)),
-    })
-    .await
 }
 
 thread_local! {
@@ -140,7 +224,8 @@ pin_project! {
     /// The body of a response, with the request's place in the scoreboard, which it keeps until it is dropped.
     #[project = Projected]
     pub(crate) enum Served<B> {
-        App { #[pin] body: B, in_flight: InFlight },
+        /// `left` is what its `Content-Length` still promises, if it has one.
+        App { #[pin] body: B, in_flight: InFlight, left: Option<u64> },
         Canned { text: Bytes, in_flight: InFlight },
     }
 }
@@ -154,16 +239,20 @@ where
     type Error = BodyError;
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let (body, in_flight) = match self.project() {
-            Projected::App { body, in_flight } => (body, in_flight),
+        let (body, in_flight, left) = match self.project() {
+            Projected::App { body, in_flight, left } => (body, in_flight, left),
             Projected::Canned { text, .. } if text.is_empty() => return Poll::Ready(None),
             Projected::Canned { text, .. } => return Poll::Ready(Some(Ok(Frame::data(std::mem::take(text))))),
         };
         let error: BoxError = match catch_panic(|| body.poll_frame(context)) {
             Ok(frame) => match ready!(frame) {
-                None => return Poll::Ready(None),
+                None => match left {
+                    None | Some(0) => return Poll::Ready(None),
+                    Some(missing) => format!("it ended {missing} bytes before its Content-Length").into(),
+                },
                 Some(Ok(frame)) => {
-                    return Poll::Ready(Some(Ok(frame.map_data(|mut data| data.copy_to_bytes(data.remaining())))));
+                    let frame = frame.map_data(|mut data| data.copy_to_bytes(data.remaining()));
+                    return Poll::Ready(within_length(frame, left, in_flight).map(Ok));
                 }
                 Some(Err(error)) => error.into(),
             },
@@ -175,15 +264,28 @@ where
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::App { body, .. } => body.is_end_stream(),
+            Self::App { body, left, .. } => left.unwrap_or(0) == 0 && body.is_end_stream(),
             Self::Canned { text, .. } => text.is_empty(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::App { body, .. } => body.size_hint(),
+            Self::App { body, left, .. } => left.map_or_else(|| body.size_hint(), SizeHint::with_exact),
             Self::Canned { text, .. } => SizeHint::with_exact(text.len() as u64),
         }
     }
+}
+
+/// Cuts a response where its `Content-Length` ends. `None` if nothing is left of the frame.
+fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, in_flight: &InFlight) -> Option<Frame<Bytes>> {
+    let (Some(promised), Some(data)) = (left.as_mut(), frame.data_ref()) else { return Some(frame) };
+    let length = data.len() as u64;
+    if length <= *promised {
+        *promised -= length;
+        return Some(frame);
+    }
+    log::error!("a response is longer than its Content-Length, and was cut there request={:?}", in_flight.what());
+    let room = usize::try_from(std::mem::take(promised)).unwrap_or(usize::MAX);
+    (room > 0).then(|| frame.map_data(|mut data| data.split_to(room)))
 }

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
-use super::PATIENCE;
+use super::{PATIENCE, Server};
 
 pub const BEGIN: u8 = 1;
 pub const ABORT: u8 = 2;
@@ -13,6 +13,7 @@ pub const END: u8 = 3;
 pub const PARAMS: u8 = 4;
 pub const STDIN: u8 = 5;
 pub const STDOUT: u8 = 6;
+pub const DATA: u8 = 8;
 pub const GET_VALUES: u8 = 9;
 pub const GET_VALUES_RESULT: u8 = 10;
 pub const UNKNOWN_TYPE: u8 = 11;
@@ -170,4 +171,38 @@ pub fn head(id: u16, keep: bool, method: &str, target: &str, length: Option<usiz
         pair("HTTP_HOST", "localhost"),
     ];
     vec![begin(id, 1, keep), record(PARAMS, id, &params.concat(), 0), record(PARAMS, id, b"", 0)]
+}
+
+/// A worker of an example, on a Unix socket.
+pub struct Fixture {
+    pub server: Server,
+    pub socket: String,
+    _folder: tempfile::TempDir,
+}
+
+impl Fixture {
+    pub fn start(example: &str, arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+        let server = Server::start(example, &[&["--bind", &socket, "--workers", "1"], arguments].concat());
+        Self { server, socket, _folder: folder }
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(&self.socket).unwrap()
+    }
+
+    /// The pid of the worker.
+    pub fn worker(&self) -> i32 {
+        *self.server.children().first().unwrap()
+    }
+
+    /// After whatever happened, the worker serves.
+    pub fn end(mut self) {
+        assert_eq!(self.client().request("GET", "/ok", b"").unwrap().status(), 200);
+        self.server.stop();
+        for words in ["worker died", "does not finish in time"] {
+            assert!(!self.server.log().contains(words), "{}", self.server.log());
+        }
+    }
 }

@@ -6,7 +6,9 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
 pub mod fastcgi;
+pub mod front;
 pub mod http;
+pub mod scgi;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};

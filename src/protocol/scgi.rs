@@ -1,0 +1,385 @@
+//! SCGI: bytes to events. What is meant by "the specification" is Neil Schemenauer's "SCGI: A Simple Common Gateway
+//! Interface alternative" of 2008.
+//!
+//! ```text
+//!   24:CONTENT_LENGTH\0 5\0SCGI\0 1\0 … ,hello
+//!   │  └ strings: name, value, …      ││ └ the body
+//!   │                                 │└ ends the netstring
+//!   └ its length                      └ each string ends so
+//! ```
+//!
+//! A connection carries one request; the response is that of CGI, up to the end of the stream, and is written
+//! elsewhere. However the same bytes are cut into pieces, the same events come out. Nothing is allocated for a
+//! length that was only announced.
+//!
+//! [`Decoder::to_come`] tells how far it is at least to the request's last byte, so that a caller can leave that byte in
+//! the kernel's queue: see `worker/scgi.rs`.
+
+use std::fmt;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+
+use super::params::Params;
+
+/// The shortest request there can be: the length, the two variables that must be there, and the comma.
+const SHORTEST: usize = b"24:CONTENT_LENGTH\x000\x00SCGI\x001\x00,".len();
+
+/// What came in.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// The request's variables. Its body follows, of this length if one was announced.
+    Request { params: Params, length: Option<u64> },
+    /// A piece of the body, never empty.
+    Body(Bytes),
+    /// The body is complete. Not said of a body without an announced length, which ends where the stream does.
+    End,
+}
+
+/// The peer sent what is no request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Error {
+    /// The variables exceed the limit.
+    TooLong,
+    /// It does not begin with the length of a netstring, in digits, and a colon.
+    Size,
+    /// No comma ends the netstring.
+    Comma,
+    /// It is not a row of strings, each ended by a NUL, an even number of them, with names that are not empty.
+    Strings,
+    /// The first variable is not CONTENT_LENGTH, or is no number, or there is another one.
+    Length,
+    /// No variable says `SCGI=1`, or more than one speaks of it.
+    Version,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TooLong => "variables that are longer than --max-params allows",
+            Self::Size => "something that does not begin like SCGI, with a length and a colon",
+            Self::Comma => "a netstring that no comma ends",
+            Self::Strings => "variables that are not pairs of strings with NULs behind them",
+            Self::Length => "no good CONTENT_LENGTH as its first variable, or more than one",
+            Self::Version => "no SCGI=1 (in nginx, scgi_params has it)",
+        })
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Where the decoder is in the bytes.
+#[derive(Debug)]
+enum Place {
+    /// Before the netstring's length, or in it.
+    Size,
+    /// In the netstring, which has so many bytes.
+    Strings(usize),
+    /// Before the comma.
+    Comma { params: Params, length: Option<u64> },
+    /// In a body that has so many bytes more.
+    Body(u64),
+    /// In a body that the end of the stream ends.
+    Stream,
+    /// Behind the request. What may come there is nothing of ours.
+    Over,
+}
+
+/// Turns what one connection sends into events.
+#[derive(Debug)]
+pub(crate) struct Decoder {
+    max_params: usize,
+    place: Place,
+}
+
+impl Decoder {
+    /// `max_params` bytes of variables.
+    pub(crate) fn new(max_params: usize) -> Self {
+        Self { max_params, place: Place::Size }
+    }
+
+    /// Takes the next event out of `input`, and the bytes that it was made of. `None` if there are too few, or
+    /// the request is over.
+    ///
+    /// # Errors
+    /// [`Error`]: it is no request. What comes after that is passed over.
+    pub(crate) fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Event>, Error> {
+        let event = self.next(input);
+        if event.is_err() {
+            self.place = Place::Over;
+        }
+        event
+    }
+
+    /// The least number of bytes that are still to come, behind the `waiting` ones that were read and not taken, until
+    /// the request is over. 1 only if that is all; 0 when it is over; `None` if the end of the stream will tell.
+    pub(crate) fn to_come(&self, waiting: usize) -> Option<u64> {
+        let to_come = match self.place {
+            Place::Size => SHORTEST.saturating_sub(waiting).max(2) as u64,
+            Place::Strings(size) => (size + 1).saturating_sub(waiting).max(2) as u64,
+            Place::Comma { length: None, .. } | Place::Stream => return None,
+            Place::Comma { length: Some(length), .. } => length.saturating_add(1).saturating_sub(waiting as u64),
+            Place::Body(left) => left.saturating_sub(waiting as u64),
+            Place::Over => 0,
+        };
+        Some(to_come)
+    }
+
+    /// Whether nothing has come that is to be answered.
+    pub(crate) fn is_untouched(&self) -> bool {
+        matches!(self.place, Place::Size)
+    }
+
+    /// Whether the end of the stream is that of the body.
+    pub(crate) fn ends_with_the_stream(&self) -> bool {
+        matches!(self.place, Place::Stream)
+    }
+
+    fn next(&mut self, input: &mut BytesMut) -> Result<Option<Event>, Error> {
+        loop {
+            match &mut self.place {
+                Place::Size => match take_size(input, self.max_params)? {
+                    Some(size) => self.place = Place::Strings(size),
+                    None => return Ok(None),
+                },
+                Place::Strings(size) => {
+                    if input.len() < *size {
+                        return Ok(None);
+                    }
+                    let params = Params::from_strings(input.split_to(*size).freeze()).ok_or(Error::Strings)?;
+                    let length = checked(&params)?;
+                    self.place = Place::Comma { params, length };
+                }
+                Place::Comma { params, length } => {
+                    match input.first() {
+                        None => return Ok(None),
+                        Some(b',') => input.advance(1),
+                        Some(_) => return Err(Error::Comma),
+                    }
+                    let (params, length) = (std::mem::take(params), *length);
+                    self.place = length.map_or(Place::Stream, Place::Body);
+                    return Ok(Some(Event::Request { params, length }));
+                }
+                Place::Body(0) => {
+                    self.place = Place::Over;
+                    return Ok(Some(Event::End));
+                }
+                Place::Body(left) => {
+                    let take = input.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+                    *left -= take as u64;
+                    return Ok(piece(input, take));
+                }
+                Place::Stream => return Ok(piece(input, input.len())),
+                Place::Over => {
+                    input.clear();
+                    return Ok(None);
+                }
+            }
+        }
+    }
+}
+
+fn piece(input: &mut BytesMut, length: usize) -> Option<Event> {
+    (length > 0).then(|| Event::Body(input.split_to(length).freeze()))
+}
+
+/// Takes the length of a netstring and its colon. `None` if they have not come yet.
+fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, Error> {
+    let mut size: usize = 0;
+    for (at, &byte) in input.iter().enumerate() {
+        match byte {
+            b':' if at > 0 => {
+                input.advance(at + 1);
+                return Ok(Some(size));
+            }
+            // A netstring's length has no zeros in front.
+            b'0'..=b'9' if at == 0 || size > 0 => {
+                size = size.saturating_mul(10).saturating_add(usize::from(byte - b'0'));
+                if size > most {
+                    return Err(Error::TooLong);
+                }
+            }
+            _ => return Err(Error::Size),
+        }
+    }
+    Ok(None)
+}
+
+/// Checks what the specification asks of the variables, and returns the length of the body. Other names may be
+/// there twice, though the specification forbids it: servers pass on repeated headers so.
+fn checked(params: &Params) -> Result<Option<u64>, Error> {
+    let of = |wanted: &'static [u8]| params.iter().filter(move |(name, _)| *name == wanted);
+    if params.iter().any(|(name, _)| name.is_empty()) {
+        return Err(Error::Strings);
+    }
+    let Some((b"CONTENT_LENGTH", length)) = params.iter().next() else { return Err(Error::Length) };
+    if of(b"CONTENT_LENGTH").count() != 1 {
+        return Err(Error::Length);
+    }
+    let length = match length {
+        // lighttpd, of a body that it passes on while it comes in, in chunks.
+        b"-1" => None,
+        digits if digits.iter().all(u8::is_ascii_digit) => {
+            let digits = std::str::from_utf8(digits).map_err(|_| Error::Length)?;
+            Some(digits.parse().map_err(|_| Error::Length)?)
+        }
+        _ => return Err(Error::Length),
+    };
+    let mut versions = of(b"SCGI");
+    match (versions.next(), versions.next()) {
+        (Some((_, b"1")), None) => Ok(length),
+        _ => Err(Error::Version),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn netstring(content: &str) -> Vec<u8> {
+        format!("{}:{content},", content.len()).into_bytes()
+    }
+
+    fn request(more: &str, body: &str) -> Vec<u8> {
+        let mut bytes = netstring(&format!("CONTENT_LENGTH\0{}\0SCGI\x001\0{more}", body.len()));
+        bytes.extend(body.as_bytes());
+        bytes
+    }
+
+    /// Feeds `bytes` in pieces of the given sizes, and collects events; adjacent pieces of a body are joined.
+    fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<Event>, Option<Error>) {
+        let mut decoder = Decoder::new(4096);
+        let (mut input, mut events) = (BytesMut::new(), Vec::new());
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(piece().clamp(1, rest.len()));
+            rest = later;
+            input.extend_from_slice(now);
+            loop {
+                match (events.last_mut(), decoder.decode(&mut input)) {
+                    (Some(Event::Body(bytes)), Ok(Some(Event::Body(more)))) => {
+                        *bytes = [bytes.as_ref(), more.as_ref()].concat().into();
+                    }
+                    (_, Ok(Some(event))) => events.push(event),
+                    (_, Ok(None)) => break,
+                    (_, Err(error)) => return (events, Some(error)),
+                }
+            }
+        }
+        (events, None)
+    }
+
+    fn error(bytes: &[u8]) -> Error {
+        decode(bytes, || usize::MAX).1.unwrap_or_else(|| panic!("taken: {:?}", String::from_utf8_lossy(bytes)))
+    }
+
+    #[test]
+    fn the_request_of_the_specification_is_read() {
+        let bytes = b"70:CONTENT_LENGTH\x0027\0SCGI\x001\0REQUEST_METHOD\0POST\0REQUEST_URI\0/deepthought\0,\
+                      What is the answer to life?";
+        let (events, error) = decode(bytes, || usize::MAX);
+        let [Event::Request { params, length: Some(27) }, Event::Body(body), Event::End] = &events[..] else {
+            panic!("{events:?} {error:?}")
+        };
+        assert_eq!(params.get("REQUEST_URI"), Some(&b"/deepthought"[..]));
+        assert_eq!(body, "What is the answer to life?");
+        let (events, _) = decode(&request("", ""), || 1);
+        assert!(matches!(events[..], [Event::Request { length: Some(0), .. }, Event::End]), "{events:?}");
+        assert_eq!(request("", "").len(), SHORTEST);
+    }
+
+    #[test]
+    fn every_split_of_the_same_bytes_gives_the_same_events() {
+        let long = format!("LONG\0{}\0EMPTY\0\0HTTP_A\x001\0HTTP_A\x002\0", "v".repeat(300));
+        let stream = [netstring(&format!("CONTENT_LENGTH\0-1\0{long}SCGI\x001\0")), b"a stream".to_vec()].concat();
+        let wrong = [&request(&long, "")[..], b"and what is that"].concat();
+        for bytes in [request(&long, "hello body"), stream, wrong, b"12:CONTENT_LEN,".to_vec(), request("A", "")] {
+            let expected = decode(&bytes, || usize::MAX);
+            assert_eq!(decode(&bytes, || 1), expected);
+            for seed in 0..300 {
+                let mut random = fastrand::Rng::with_seed(seed);
+                assert_eq!(decode(&bytes, || random.usize(1..60)), expected, "seed {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_to_come_is_never_more_than_comes_and_says_1_before_the_last_byte_alone() {
+        for body in ["", "x", "a longer body than that"] {
+            let bytes = request("A\0b\0", body);
+            for seed in 0..200 {
+                let mut random = fastrand::Rng::with_seed(seed);
+                let (mut decoder, mut input, mut read) = (Decoder::new(4096), BytesMut::new(), 0);
+                while let Ok(Some(_)) = decoder.decode(&mut input) {}
+                loop {
+                    let left = bytes.len() - read;
+                    let to_come = usize::try_from(decoder.to_come(input.len()).unwrap()).unwrap();
+                    assert!(to_come <= left, "seed {seed}: {to_come} of {left}");
+                    assert_eq!(to_come == 1, left == 1, "seed {seed}: {to_come} of {left}");
+                    if left == 1 {
+                        break;
+                    }
+                    let now = random.usize(1..to_come);
+                    input.extend_from_slice(&bytes[read..read + now]);
+                    read += now;
+                    while let Ok(Some(_)) = decoder.decode(&mut input) {}
+                }
+            }
+        }
+        let mut decoder = Decoder::new(4096);
+        let mut input = BytesMut::from(&netstring("CONTENT_LENGTH\0-1\0SCGI\x001\0")[..]);
+        assert!(matches!(decoder.decode(&mut input), Ok(Some(Event::Request { length: None, .. }))));
+        assert!(decoder.to_come(0).is_none() && decoder.ends_with_the_stream());
+    }
+
+    #[test]
+    fn a_bad_netstring_is_refused_before_its_content_has_come() {
+        for bytes in [&b":"[..], b"x", b"-1:", b"+5:", b" 5:", b"05:", b"00:", b"GET / HTTP/1.1\r\n\r\n", b"5;"] {
+            assert_eq!(error(bytes), Error::Size, "{bytes:?}");
+        }
+        for bytes in [&b"4097:"[..], b"99999999999999999999999999999999:", b"5000"] {
+            assert_eq!(error(bytes), Error::TooLong, "{bytes:?}");
+        }
+        let mut no_comma = request("", "");
+        no_comma.pop();
+        no_comma.push(b'.');
+        assert_eq!(error(&no_comma), Error::Comma);
+    }
+
+    #[test]
+    fn variables_that_the_specification_forbids_are_refused() {
+        for (strings, expected) in [
+            ("", Error::Length),
+            ("SCGI\x001\0", Error::Length),
+            ("SCGI\x001\0CONTENT_LENGTH\x000\0", Error::Length),
+            ("CONTENT_LENGTH\0\0SCGI\x001\0", Error::Length),
+            ("CONTENT_LENGTH\0-2\0SCGI\x001\0", Error::Length),
+            ("CONTENT_LENGTH\0+1\0SCGI\x001\0", Error::Length),
+            ("CONTENT_LENGTH\x001 \0SCGI\x001\0", Error::Length),
+            ("CONTENT_LENGTH\x0099999999999999999999\0SCGI\x001\0", Error::Length),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0CONTENT_LENGTH\x000\0", Error::Length),
+            ("CONTENT_LENGTH\x000\0", Error::Version),
+            ("CONTENT_LENGTH\x000\0SCGI\x002\0", Error::Version),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0SCGI\x001\0", Error::Version),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0ODD\0", Error::Strings),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0A\0no end", Error::Strings),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0\0no name\0", Error::Strings),
+        ] {
+            assert_eq!(error(&netstring(strings)), expected, "{strings:?}");
+        }
+    }
+
+    #[test]
+    fn arbitrary_bytes_do_no_harm_however_they_are_cut() {
+        for seed in 0..2000 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut bytes = request("REQUEST_METHOD\0GET\0", "body");
+            for _ in 0..random.usize(1..4) {
+                let at = random.usize(0..bytes.len());
+                bytes[at] = *random.choice(b"\x00,:0195CONTENT_LENGTHSCGI").unwrap();
+            }
+            let once = decode(&bytes, || usize::MAX);
+            let pieces = decode(&bytes, || random.usize(1..9));
+            assert_eq!(once, pieces, "seed {seed}");
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! One CGI call (RFC 3875): the request in the environment and on standard input, the response to standard output, and
+//! the end. There is no master and no fork.
+//!
+//! Standard input is read up to the length that was announced, and never to its end, which may not come. Standard output
+//! may be shared with others and stays blocking: there is one response, and nobody to be kept waiting by it.
+
+use std::fs::File;
+use std::future::poll_fn;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::task::Poll;
+
+use bytes::BytesMut;
+use forkyard_shm::{Plan, Row, Segment};
+use http::{Method, Request, Response, StatusCode};
+use http_body::Body as HttpBody;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use tokio::runtime::LocalOptions;
+use tower_service::Service;
+
+use super::reply::Reply;
+use super::run_in_turns;
+use super::serve::{self, Application, BoxError, Served};
+use crate::body::{Body, pipe};
+use crate::config::Config;
+use crate::context::{Context, Drain};
+use crate::protocol::cgi;
+use crate::protocol::params::Params;
+use crate::{blocking, sys};
+
+/// What is read at a time, and what is gathered of small pieces before it is written.
+const PIECE: usize = 64 << 10;
+
+/// Answers the request. `segment` has the cache; its scoreboard belongs to others, and this call has one of its own.
+///
+/// # Errors
+/// If the response could not be written, or broke off.
+pub(crate) fn run<F, S, B>(factory: &F, config: &Config, segment: Segment) -> Result<(), BoxError>
+where
+    F: Fn(Context) -> S,
+    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+    S::Error: Into<BoxError>,
+    B: HttpBody + 'static,
+    B::Error: Into<BoxError>,
+{
+    serve::install_panic_hook();
+    sys::unblock_signals();
+    blocking::configure(config.threads, config.queue);
+    let own = Segment::create(&Plan { rows: 1, ..Plan::default() })?;
+    let row = own.scoreboard().claim(0, std::process::id(), 1).ok_or("the scoreboard has no row")?;
+    let stdout = sys::descriptor(1).ok_or("standard output is closed")?;
+    let watched = sys::descriptor(1).ok_or("standard output is closed")?;
+
+    let cache = segment.cache();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    let outcome = run_in_turns(&runtime, async {
+        let exchange = async {
+            let (response, is_head) = answer(factory, config, segment, row).await;
+            send(response, is_head, &mut File::from(stdout)).await
+        };
+        tokio::select! {
+            biased;
+            outcome = exchange => outcome,
+            () = gone(watched) => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    });
+    // The end of standard output is that of the response. What follows is no matter of the client's.
+    if let Ok(nothing) = File::options().write(true).open("/dev/null") {
+        let _ = nix::unistd::dup2_stdout(nothing);
+    }
+    blocking::finish();
+    if cache.sweep_is_due() {
+        cache.sweep();
+    }
+    runtime.shutdown_background();
+    match outcome {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+            log::debug!("the web server left before it had the response");
+            Ok(())
+        }
+        outcome => Ok(outcome?),
+    }
+}
+
+/// The response, and whether its head alone is wanted.
+async fn answer<F, S, B>(factory: &F, config: &Config, segment: Segment, row: Row) -> (Response<Served<B>>, bool)
+where
+    F: Fn(Context) -> S,
+    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+    S::Error: Into<BoxError>,
+    B: HttpBody + 'static,
+    B::Error: Into<BoxError>,
+{
+    let request = match request(config.limits.max_body) {
+        Ok(request) => request,
+        Err(error) => {
+            log::warn!("a CGI request was refused: {error}");
+            return (serve::refusal(StatusCode::BAD_REQUEST, row.begin("-", "-")), false);
+        }
+    };
+    let is_head = request.method() == Method::HEAD;
+    let context = Context::new(0, 1, segment, &Drain::default());
+    let response = match serve::catch_panic(|| factory(context)) {
+        Ok(service) => Application::new(service, row, config.limits).answer(request).await,
+        Err(panic) => {
+            log::error!("the application cannot be made: {panic}");
+            serve::refusal(StatusCode::INTERNAL_SERVER_ERROR, row.begin("-", "-"))
+        }
+    };
+    (response, is_head)
+}
+
+fn request(max_body: u64) -> Result<Request<Body>, BoxError> {
+    let variables: Vec<_> = std::env::vars_os().collect();
+    let pairs = variables.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
+    let params = Params::from_pairs(pairs);
+    let made = cgi::request(params, |length| match (length, sys::descriptor(0)) {
+        (None | Some(0), _) => Body::empty(),
+        (length, stdin) => {
+            let (writer, reader) = pipe::pipe();
+            if let (Some(length), Some(stdin)) = (length, stdin) {
+                tokio::task::spawn_local(feed(File::from(stdin), length, writer));
+            }
+            Body::stdin(reader, length, max_body)
+        }
+    });
+    Ok(made?)
+}
+
+/// Passes the body on while it comes. If it ends early, dropping the writer says so.
+async fn feed(mut stdin: File, length: u64, body: pipe::Writer) {
+    let mut left = length;
+    while left > 0 {
+        poll_fn(|context| body.poll_room(context)).await;
+        let most = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+        let read = tokio::task::spawn_blocking(move || {
+            let mut bytes = BytesMut::zeroed(most);
+            loop {
+                match stdin.read(&mut bytes) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    read => return read.map(|read| (stdin, bytes.split_to(read))),
+                }
+            }
+        });
+        match read.await {
+            Ok(Ok((again, bytes))) if !bytes.is_empty() => {
+                stdin = again;
+                left -= bytes.len() as u64;
+                body.push(bytes.freeze());
+            }
+            Ok(Ok(_)) => return,
+            Ok(Err(error)) => return log::warn!("standard input cannot be read: {error}"),
+            Err(_) => return, // the event loop ends
+        }
+    }
+    body.finish();
+}
+
+/// Writes the response: at once what is there, and the rest as it comes.
+async fn send<B>(response: Response<Served<B>>, is_head: bool, stdout: &mut File) -> io::Result<()>
+where
+    B: HttpBody,
+    B::Error: Into<BoxError>,
+{
+    let mut waiting = BytesMut::new();
+    let mut reply = Reply::begin(response, is_head, &mut waiting);
+    loop {
+        let next = poll_fn(|context| {
+            let next = reply.poll_piece(context);
+            if next.is_pending()
+                && let Err(error) = write(stdout, &mut waiting)
+            {
+                return Poll::Ready(Some(Err(error)));
+            }
+            next
+        });
+        let Some(piece) = next.await else { return write(stdout, &mut waiting) };
+        let piece = match piece {
+            Ok(piece) => piece,
+            Err(error) => {
+                write(stdout, &mut waiting)?;
+                return Err(error);
+            }
+        };
+        if waiting.len() + piece.len() > PIECE {
+            write(stdout, &mut waiting)?;
+        }
+        if piece.len() > PIECE {
+            stdout.write_all(&piece)?;
+        } else {
+            waiting.extend_from_slice(&piece);
+        }
+    }
+}
+
+fn write(stdout: &mut File, waiting: &mut BytesMut) -> io::Result<()> {
+    let written = stdout.write_all(waiting);
+    waiting.clear();
+    written
+}
+
+/// Returns when nobody reads standard output any more. Of a file nobody can tell.
+async fn gone(stdout: OwnedFd) {
+    // On a thread, since epoll takes no files. It ends with the process.
+    let hung_up = tokio::task::spawn_blocking(move || {
+        let mut sockets = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+        while let Err(Errno::EINTR) = nix::poll::poll(&mut sockets, PollTimeout::NONE) {}
+    });
+    let _ = hung_up.await;
+}

@@ -1,0 +1,465 @@
+//! An accepted connection's socket, and how long it may keep somebody waiting.
+//!
+//! It is registered with the event loop only when it has to wait. A short request on a fresh connection has most
+//! often come before the connection is accepted, and its response fits the socket's buffer: then it costs accept, read,
+//! write and close, and no more.
+//!
+//! The [`Watchdog`] looks once a second at every connection that had to wait, at its [`Stage`], and at what has moved since;
+//! whoever takes too long is cut off. That costs a request a few stores, and no timer of its own.
+
+use std::cell::RefCell;
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use nix::sys::socket::Shutdown;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::sync::Notify;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::blocking;
+use crate::config::Timeouts;
+use crate::listen::Family;
+use crate::pulse::{Pulse, Stage};
+
+/// How often the watchdog looks.
+const TICK: Duration = Duration::from_secs(1);
+/// So many bytes have to move, of a body within its timeout and of a response within its own, or all that is left.
+const PROGRESS: u32 = 4 << 10;
+
+/// A connection's socket.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    link: Link,
+    pulse: Arc<Pulse>,
+    watchdog: Rc<Watchdog>,
+}
+
+#[derive(Debug)]
+enum Link {
+    /// Never had to wait.
+    Fresh(Stream, Look),
+    Tcp(tokio::net::TcpStream),
+    Unix(tokio::net::UnixStream),
+    /// It could not be registered.
+    Broken,
+}
+
+/// Whether there may be something to read on a socket that the event loop does not know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// Perhaps.
+    Now,
+    /// All was read that had come.
+    Later,
+    /// As above, and everything that can go on without has done so.
+    Quiet,
+}
+
+#[derive(Debug)]
+enum Stream {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+}
+
+impl Socket {
+    /// `accepted` is a new connection, and does not block.
+    pub(crate) fn new(accepted: OwnedFd, family: Family, watchdog: &Rc<Watchdog>) -> Self {
+        let stream = match family {
+            Family::Tcp => Stream::Tcp(accepted.into()),
+            Family::Unix => Stream::Unix(accepted.into()),
+        };
+        Self { link: Link::Fresh(stream, Look::Now), pulse: Arc::default(), watchdog: Rc::clone(watchdog) }
+    }
+
+    pub(crate) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
+    }
+
+    pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(match &self.link {
+            Link::Fresh(Stream::Tcp(stream), _) => stream.as_fd(),
+            Link::Fresh(Stream::Unix(stream), _) => stream.as_fd(),
+            Link::Tcp(stream) => stream.as_fd(),
+            Link::Unix(stream) => stream.as_fd(),
+            Link::Broken => return None,
+        })
+    }
+
+    /// It has to wait: from now on the event loop knows it.
+    fn register(&mut self) -> io::Result<()> {
+        if !matches!(self.link, Link::Fresh(..)) {
+            return Ok(());
+        }
+        self.link = match std::mem::replace(&mut self.link, Link::Broken) {
+            Link::Fresh(Stream::Tcp(stream), _) => Link::Tcp(tokio::net::TcpStream::from_std(stream)?),
+            Link::Fresh(Stream::Unix(stream), _) => Link::Unix(tokio::net::UnixStream::from_std(stream)?),
+            registered => registered,
+        };
+        if let Some(fd) = self.fd() {
+            self.watchdog.watch(fd, &self.pulse);
+        }
+        Ok(())
+    }
+
+    /// Before a wait: the response may be on its way, and the connection then at its end. So everything else that can be
+    /// done comes first, and registering the socket last. Ready when it is registered.
+    fn poll_register(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Link::Fresh(_, look) = &mut self.link
+            && *look != Look::Quiet
+        {
+            *look = Look::Quiet;
+            blocking::wake_when_quiet(context.waker().clone());
+            return Poll::Pending;
+        }
+        Poll::Ready(self.register())
+    }
+
+    /// Tries a system call, again whenever there is something to read, until it does not say `WouldBlock`.
+    pub(crate) fn poll_try<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        if let (Link::Fresh(_, Look::Now), Some(fd)) = (&self.link, self.fd())
+            && let Some(outcome) = at_once(|| call(fd))
+        {
+            return Poll::Ready(outcome);
+        }
+        ready!(self.poll_register(context))?;
+        loop {
+            let outcome = match &self.link {
+                Link::Tcp(stream) => {
+                    ready!(stream.poll_read_ready(context))?;
+                    stream.try_io(Interest::READABLE, || call(stream.as_fd()))
+                }
+                Link::Unix(stream) => {
+                    ready!(stream.poll_read_ready(context))?;
+                    stream.try_io(Interest::READABLE, || call(stream.as_fd()))
+                }
+                Link::Fresh(..) | Link::Broken => Err(io::ErrorKind::NotConnected.into()),
+            };
+            match outcome {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                outcome => return Poll::Ready(outcome),
+            }
+        }
+    }
+
+    /// `count` bytes came, or none at the end.
+    fn came(&self, count: usize) -> io::Result<()> {
+        if count == 0 && self.pulse.has_expired() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.pulse.add_read(count);
+        Ok(())
+    }
+
+    fn went(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(count)) = &outcome {
+            self.pulse.add_written(*count);
+        }
+        self.pulse.set_writing(outcome.is_pending());
+        outcome
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.pulse.close();
+    }
+}
+
+/// Makes one system call on a socket that is not registered; `None` if it would have to wait.
+fn at_once<T>(mut call: impl FnMut() -> io::Result<T>) -> Option<io::Result<T>> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            outcome => return Some(outcome),
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        if let Link::Fresh(stream, look @ Look::Now) = &mut self.link {
+            let room = buffer.initialize_unfilled();
+            let read = at_once(|| match stream {
+                Stream::Tcp(stream) => (&mut &*stream).read(room),
+                Stream::Unix(stream) => (&mut &*stream).read(room),
+            });
+            if let Some(read) = read {
+                let count = read?;
+                if count < room.len() {
+                    *look = Look::Later;
+                }
+                buffer.advance(count);
+                return Poll::Ready(self.came(count));
+            }
+        }
+        ready!(self.poll_register(context))?;
+        let read = match &mut self.link {
+            Link::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
+            Link::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+            Link::Fresh(..) | Link::Broken => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        };
+        ready!(read)?;
+        Poll::Ready(self.came(buffer.filled().len() - before))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if let Link::Fresh(stream, _) = &self.link {
+            let written = at_once(|| match stream {
+                Stream::Tcp(stream) => (&mut &*stream).write(bytes),
+                Stream::Unix(stream) => (&mut &*stream).write(bytes),
+            });
+            match written {
+                Some(written) => return Poll::Ready(written),
+                None => self.register()?,
+            }
+        }
+        let written = match &mut self.link {
+            Link::Tcp(stream) => Pin::new(stream).poll_write(context, bytes),
+            Link::Unix(stream) => Pin::new(stream).poll_write(context, bytes),
+            Link::Fresh(..) | Link::Broken => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        };
+        self.went(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if let Link::Fresh(stream, _) = &self.link {
+            let written = at_once(|| match stream {
+                Stream::Tcp(stream) => (&mut &*stream).write_vectored(slices),
+                Stream::Unix(stream) => (&mut &*stream).write_vectored(slices),
+            });
+            match written {
+                Some(written) => return Poll::Ready(written),
+                None => self.register()?,
+            }
+        }
+        let written = match &mut self.link {
+            Link::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, slices),
+            Link::Unix(stream) => Pin::new(stream).poll_write_vectored(context, slices),
+            Link::Fresh(..) | Link::Broken => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        };
+        self.went(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// Nothing is buffered here.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.fd() {
+            Some(fd) => Poll::Ready(shut(fd.as_raw_fd(), Shutdown::Write)),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+    }
+}
+
+fn shut(fd: RawFd, how: Shutdown) -> io::Result<()> {
+    Ok(nix::sys::socket::shutdown(fd, how)?)
+}
+
+/// Cuts off connections that take too long.
+#[derive(Debug)]
+pub(crate) struct Watchdog {
+    timeouts: Timeouts,
+    watched: RefCell<Vec<Watched>>,
+    some: Notify,
+}
+
+/// A connection as it was at the last tick.
+#[derive(Debug)]
+struct Watched {
+    fd: RawFd,
+    pulse: Arc<Pulse>,
+    stage: Stage,
+    requests: u32,
+    /// Ticks in this stage, and what had come when they were counted from.
+    waited: u32,
+    read: u32,
+    /// Ticks for which a write has waited.
+    unread: u32,
+    written: u32,
+}
+
+impl Watchdog {
+    pub(crate) fn new(timeouts: Timeouts) -> Rc<Self> {
+        Rc::new(Self { timeouts, watched: RefCell::default(), some: Notify::new() })
+    }
+
+    fn watch(&self, fd: BorrowedFd<'_>, pulse: &Arc<Pulse>) {
+        let mut watched = self.watched.borrow_mut();
+        if watched.is_empty() {
+            self.some.notify_one();
+        }
+        watched.push(Watched::new(fd.as_raw_fd(), Arc::clone(pulse)));
+    }
+
+    /// Looks after the connections for ever. While there are none, it sleeps.
+    pub(crate) async fn run(&self) {
+        loop {
+            self.some.notified().await;
+            let mut ticks = interval(TICK);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks.tick().await; // the first is at once
+            while !self.watched.borrow().is_empty() {
+                ticks.tick().await;
+                self.watched.borrow_mut().retain_mut(|watched| watched.tick(&self.timeouts));
+            }
+        }
+    }
+}
+
+impl Watched {
+    fn new(fd: RawFd, pulse: Arc<Pulse>) -> Self {
+        Self { fd, pulse, stage: Stage::Idle, requests: 0, waited: 0, read: 0, unread: 0, written: 0 }
+    }
+
+    /// Another second has passed. False if the connection needs no more looking after.
+    fn tick(&mut self, timeouts: &Timeouts) -> bool {
+        if self.pulse.is_closed() {
+            return false;
+        }
+        let stage = self.count();
+        let (doing, limit) = match stage {
+            Stage::Idle => ("idle", timeouts.idle),
+            Stage::Head => ("sending the head of a request", timeouts.header),
+            Stage::Body => ("sending the body of a request", timeouts.body),
+            Stage::Answering => ("", Duration::ZERO),
+        };
+        if is_over(self.unread, timeouts.write) {
+            self.cut_off("reading a response", Shutdown::Both)
+        } else if is_over(self.waited, limit) {
+            self.cut_off(doing, Shutdown::Read)
+        } else {
+            true
+        }
+    }
+
+    fn count(&mut self) -> Stage {
+        let pulse = &self.pulse;
+        let (stage, requests) = (pulse.stage(), pulse.requests());
+        let (read, written) = (pulse.read(), pulse.written());
+        // While the application reads a body it waits now and then: that adds up until enough has come.
+        let goes_on = stage == self.stage || matches!(stage, Stage::Body | Stage::Answering);
+        let moves = stage == Stage::Body && read.wrapping_sub(self.read) >= PROGRESS;
+        if requests != self.requests || !goes_on || moves {
+            (self.waited, self.read) = (0, read);
+        }
+        (self.stage, self.requests) = (stage, requests);
+        self.waited += u32::from(stage != Stage::Answering);
+
+        let writing = pulse.is_writing();
+        if !writing || written.wrapping_sub(self.written) >= PROGRESS {
+            (self.unread, self.written) = (0, written);
+        }
+        self.unread += u32::from(writing);
+        stage
+    }
+
+    fn cut_off(&self, doing: &str, how: Shutdown) -> bool {
+        log::debug!("a connection is cut off, it took too long: {doing}");
+        self.pulse.expire();
+        let _ = shut(self.fd, how); // it may have been closed by its peer
+        false
+    }
+}
+
+/// Whether so many ticks are certainly longer than `limit`; none is longer than a limit of zero.
+fn is_over(ticks: u32, limit: Duration) -> bool {
+    !limit.is_zero() && TICK * ticks.saturating_sub(1) >= limit
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    const TIMEOUTS: Timeouts = Timeouts {
+        idle: Duration::from_secs(9),
+        header: Duration::from_secs(3),
+        body: Duration::from_secs(4),
+        write: Duration::from_secs(5),
+    };
+
+    /// How many ticks a connection lives to which `each` happens before every one; 100 if that many.
+    fn ticks(mut each: impl FnMut(&Pulse)) -> u32 {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
+        let mut lives = || {
+            each(&watched.pulse);
+            watched.tick(&TIMEOUTS)
+        };
+        (0..100).take_while(|_| lives()).map(|_| 1).sum()
+    }
+
+    #[test]
+    fn whoever_takes_too_long_is_cut_off() {
+        assert_eq!(ticks(|_| ()), 9, "idle");
+        assert_eq!(ticks(|pulse| pulse.set_stage(Stage::Answering)), 100, "the application may take its time");
+        let trickle = |stage, bytes| {
+            move |pulse: &Pulse| {
+                pulse.add_read(bytes);
+                pulse.set_stage(stage);
+            }
+        };
+        assert_eq!(ticks(trickle(Stage::Head, 2000)), 3, "a head is not allowed to trickle");
+        assert_eq!(ticks(trickle(Stage::Body, 1)), 4);
+        assert_eq!(ticks(trickle(Stage::Body, 1024)), 100, "it is slow, but it gets on");
+        let write = |bytes| {
+            move |pulse: &Pulse| {
+                pulse.set_stage(Stage::Answering);
+                pulse.set_writing(true);
+                pulse.add_written(bytes);
+            }
+        };
+        assert_eq!(ticks(write(1)), 5);
+        assert_eq!(ticks(write(1024)), 100);
+    }
+
+    #[test]
+    fn each_request_has_its_own_time_and_the_waits_of_one_body_add_up() {
+        let mut turn = 0;
+        let requests = ticks(|pulse| {
+            turn += 1;
+            pulse.request_came();
+            pulse.set_stage(if turn % 2 == 0 { Stage::Idle } else { Stage::Head });
+        });
+        assert_eq!(requests, 100);
+        let mut turn = 0;
+        let body = ticks(|pulse| {
+            turn += 1;
+            pulse.set_waits_for_body(turn % 2 == 0);
+        });
+        assert_eq!(body, 9, "every second tick finds somebody waiting");
+    }
+
+    #[test]
+    fn a_closed_connection_is_forgotten() {
+        assert_eq!(ticks(|pulse| pulse.close()), 0);
+    }
+}

@@ -1,0 +1,289 @@
+//! The examples as CGI programs: called as a web server calls them, and by lighttpd.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use common::http;
+use common::scgi::Response;
+use common::{Server, front, program, wait_until};
+use forkyard_shm::{Found, Plan, Segment};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const MIB: usize = 1 << 20;
+
+/// The call of a web server.
+fn command(name: &str, method: &str, target: &str) -> Command {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let mut command = Command::new(program(name));
+    command
+        .env_clear()
+        .envs([("GATEWAY_INTERFACE", "CGI/1.1"), ("SERVER_PROTOCOL", "HTTP/1.1"), ("REQUEST_METHOD", method)])
+        .envs([("REQUEST_URI", target), ("SCRIPT_NAME", ""), ("PATH_INFO", path), ("QUERY_STRING", query)])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+struct Called {
+    response: Response,
+    errors: String,
+    status: Option<i32>,
+}
+
+/// Runs it to its end. Standard input stays open all the time: a program that waited for its end would wait for ever.
+fn run(command: &mut Command, body: &[u8]) -> Called {
+    finish(start(command, body))
+}
+
+fn start(command: &mut Command, body: &[u8]) -> Child {
+    if !body.is_empty() {
+        command.env("CONTENT_LENGTH", body.len().to_string());
+    }
+    let child = command.spawn().unwrap();
+    let mut stdin = child.stdin.as_ref().unwrap();
+    let _ = stdin.write_all(body); // it may have answered before it has read all of that
+    child
+}
+
+fn finish(mut child: Child) -> Called {
+    let (mut output, mut errors) = (Vec::new(), String::new());
+    child.stdout.as_mut().unwrap().read_to_end(&mut output).unwrap();
+    child.stderr.as_mut().unwrap().read_to_string(&mut errors).unwrap();
+    let status = wait_until("the program ends", || child.try_wait().unwrap());
+    Called { response: Response::parse(&output), errors, status: status.code() }
+}
+
+fn call(name: &str, method: &str, target: &str) -> Called {
+    run(&mut command(name, method, target), b"")
+}
+
+#[test]
+fn a_call_is_answered_and_over() {
+    let large = vec![b'y'; 40 << 10];
+    for (name, method, target, body, status, answer) in [
+        ("hello", "GET", "/", &b""[..], 200, &b"Hello, world\n"[..]),
+        ("hello", "HEAD", "/", b"", 200, b""),
+        ("crashy", "GET", "/ok", b"", 200, b"ok\n"),
+        ("crashy", "GET", "/slow/20", b"", 200, b"20 ms\n"),
+        ("crashy", "GET", "/nowhere", b"", 404, b""),
+        ("crashy", "GET", "/panic", b"", 500, b"500 Internal Server Error\n"),
+        ("crashy", "GET", "/bytes/16", b"", 200, &vec![b'x'; 16 * MIB]),
+        ("crashy", "HEAD", "/bytes/16", b"", 200, b""),
+        ("crashy", "POST", "/echo", b"the body", 200, b"the body"),
+        ("crashy", "POST", "/count", &large, 200, b"40960\n"),
+        ("crashy", "POST", "/count", b"", 200, b"0\n"),
+        ("crashy", "POST", "/ok", &large, 200, b"ok\n"),
+        ("crashy", "GE T", "/ok", b"", 400, b"400 Bad Request\n"),
+    ] {
+        let called = run(&mut command(name, method, target), body);
+        let what = format!("{name}: {method} {target}: {}", called.errors);
+        assert_eq!((called.response.status(), called.status), (status, Some(0)), "{what}");
+        assert!(called.response.body == answer, "{what}: {} bytes", called.response.body.len());
+    }
+    assert!(call("crashy", "GET", "/panic").errors.contains("a request panicked"), "for the web server's log");
+    assert!(call("hello", "HEAD", "/").response.head.contains("content-length: 13"));
+    assert_eq!(call("pages", "GET", "/who").response.text().split(" pid ").next(), Some("slot 0"));
+}
+
+#[test]
+fn a_body_streams_through() {
+    let mut child = start(command("crashy", "POST", "/echo").env("CONTENT_LENGTH", "8"), b"");
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    stdin.write_all(b"1234").unwrap();
+    let mut came = Vec::new();
+    while !came.ends_with(b"\r\n\r\n1234") {
+        let mut byte = [0];
+        stdout.read_exact(&mut byte).unwrap();
+        came.push(byte[0]);
+    }
+    stdin.write_all(b"5678 and what is not of the request").unwrap();
+    let mut rest = Vec::new();
+    stdout.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"5678");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn limits_and_broken_bodies() {
+    let mut limited = command("crashy", "POST", "/count");
+    let called = run(limited.env("FORKYARD_MAX_BODY", "10"), &[0; 11]);
+    assert_eq!((called.response.status(), called.status), (413, Some(0)));
+
+    let mut child = start(command("crashy", "POST", "/count").env("CONTENT_LENGTH", "10"), b"");
+    child.stdin.take().unwrap().write_all(b"12345").unwrap();
+    assert_eq!(finish(child).response.text(), "5\n", "it counts up to the error");
+
+    let called = call("crashy", "GET", "/break");
+    assert_eq!((called.response.text().as_str(), called.status), ("so far, so good\n", Some(1)), "{}", called.errors);
+    assert!(called.errors.contains("a response broke off: broken on purpose"), "{}", called.errors);
+}
+
+#[test]
+fn a_client_gives_no_flags_and_the_operator_may() {
+    // What Apache makes of the URI /count?--max-body+10, and of one with %3D in it.
+    for (query, arguments) in [("--max-body+10", &["--max-body", "10"][..]), ("--bind%3Dx", &["--bind=x"])] {
+        let mut injected = command("crashy", "POST", &format!("/count?{query}"));
+        let called = run(injected.args(arguments), &[0; 11]);
+        assert_eq!((called.response.text().as_str(), called.status), ("11\n", Some(0)), "{}", called.errors);
+    }
+
+    let mut limited = command("crashy", "POST", "/count");
+    assert_eq!(run(limited.args(["--max-body", "10"]), &[0; 11]).response.status(), 413);
+
+    let mut server = command("hello", "GET", "/?a=b");
+    server.args(["--bind", "http:127.0.0.1:0", "--workers", "1"]).stdout(Stdio::null());
+    let mut server = Server::start_command(&mut server);
+    assert_eq!(http::get(&server.http(), "/").unwrap().text(), "Hello, world\n");
+    server.stop();
+}
+
+#[test]
+fn a_term_or_a_web_server_that_has_left_ends_it() {
+    let begin = || {
+        let mut child = start(&mut command("pages", "GET", "/page/1?ms=600000"), b"");
+        let mut line = String::new();
+        BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.contains("rendering page=1"), "{line}");
+        child
+    };
+    let mut child = begin();
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    wait_until("it ends by TERM", || child.try_wait().unwrap());
+
+    let mut child = begin();
+    drop(child.stdout.take());
+    assert_eq!(wait_until("it ends without a reader", || child.try_wait().unwrap()).code(), Some(0));
+}
+
+fn with_cache(file: &Path, target: &str) -> Command {
+    let mut command = command("pages", "GET", target);
+    command.envs([("FORKYARD_CACHE", "4M"), ("FORKYARD_WORKERS", "2")]).env("FORKYARD_CACHE_FILE", file);
+    command
+}
+
+fn page(file: &Path, target: &str) -> String {
+    let called = run(&mut with_cache(file, target), b"");
+    assert_eq!((called.response.status(), called.status), (200, Some(0)), "{}", called.errors);
+    assert!(!called.errors.contains("no cache"), "{}", called.errors);
+    called.response.text()
+}
+
+fn server(file: &Path) -> Server {
+    let mut command = Command::new(program("pages"));
+    command.args(["--bind", "http:127.0.0.1:0", "--workers", "2", "--cache", "4M", "--cache-file"]).arg(file);
+    Server::start_command(&mut command)
+}
+
+#[test]
+fn calls_share_a_cache_with_each_other_and_with_a_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pages");
+    let first = page(&file, "/page/1");
+    assert_eq!(page(&file, "/page/1"), first, "rendered by the first call");
+
+    let mut running = server(&file);
+    assert!(running.log().contains("cache is warm"), "{}", running.log());
+    assert_eq!(http::get(&running.http(), "/page/1").unwrap().text(), first);
+    let second = http::get(&running.http(), "/page/2").unwrap().text();
+    assert_eq!(page(&file, "/page/2"), second, "beside a server");
+    let third = page(&file, "/page/3");
+    assert_eq!(http::get(&running.http(), "/page/3").unwrap().text(), third);
+    http::post(&running.http(), "/purge/page-3", b"").unwrap();
+    assert_ne!(page(&file, "/page/3"), third);
+    running.stop();
+    assert!(!running.log().contains("may have to be dropped"), "{}", running.log());
+
+    assert_eq!(page(&file, "/page/2"), second, "the file was closed");
+    assert_eq!(page(&file, "/page/1"), first, "and is in use again");
+}
+
+#[test]
+fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pages");
+    for round in 1..=3 {
+        let calls: Vec<_> =
+            (0..24).map(|_| start(&mut with_cache(&file, &format!("/page/{round}?ms=1")), b"")).collect();
+        let pages: BTreeSet<_> = calls.into_iter().map(|call| finish(call).response.text()).collect();
+        assert_eq!(pages.len(), 1, "one renders, whoever makes the file");
+    }
+    // Whoever opens it as a master does audits it first.
+    let plan = Plan { cache_bytes: 4 << 20, rows: 20, max_entry: 0 };
+    let (segment, found) = Segment::open(&file, &plan).unwrap();
+    assert_eq!((found, segment.cache().stats().entries), (Found::Warm, 3));
+}
+
+#[test]
+fn a_server_starts_while_a_call_uses_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pages");
+    let first = page(&file, "/page/1");
+    let mut child = start(&mut with_cache(&file, "/page/2?ms=3000"), b"");
+    let mut line = String::new();
+    BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("rendering page=2"), "{line}");
+    let mut running = server(&file);
+    assert!(child.try_wait().unwrap().is_none(), "the call is still at it");
+    assert_eq!(http::get(&running.http(), "/page/1").unwrap().text(), first);
+    let waited_for = http::get(&running.http(), "/page/2").unwrap().text();
+    assert_eq!(finish(child).response.text(), waited_for, "the server waits for the call's page");
+    running.stop();
+}
+
+#[test]
+fn a_file_of_another_plan_or_of_something_else_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pages");
+    let plan = Plan { cache_bytes: 1 << 20, rows: 3, max_entry: 0 };
+    Segment::open(&file, &plan).unwrap().0.close().unwrap();
+    let first = page(&file, "/page/1");
+    assert_eq!(page(&file, "/page/1"), first);
+    let (segment, found) = Segment::open(&file, &plan).unwrap();
+    assert_eq!((found, segment.cache().stats().entries), (Found::Warm, 1));
+    drop(segment);
+
+    std::fs::write(&file, "something else").unwrap();
+    let called = run(&mut with_cache(&file, "/page/1"), b"");
+    assert_eq!((called.response.status(), called.status), (200, Some(0)), "a page without a cache");
+    assert!(called.errors.contains("no cache: ") && called.errors.contains("something else"), "{}", called.errors);
+    assert_eq!(std::fs::read(&file).unwrap(), b"something else");
+}
+
+#[test]
+fn behind_lighttpd() {
+    for name in ["pages", "crashy"] {
+        let folder = tempfile::tempdir().unwrap();
+        let config = |port| {
+            let rest = format!(
+                "server.modules = (\"mod_alias\", \"mod_setenv\", \"mod_cgi\")
+                 setenv.set-environment = (\"FORKYARD_CACHE_FILE\" => \"{}\", \"FORKYARD_CACHE\" => \"4M\")
+                 alias.url = (\"/\" => \"{}/\")
+                 cgi.assign = (\"\" => \"\")",
+                folder.path().join("cache").display(),
+                program(name).display(),
+            );
+            front::lighttpd_config(folder.path(), port, &rest)
+        };
+        let (_lighttpd, address) = front::start("lighttpd", folder.path(), config);
+        if name == "pages" {
+            let first = http::get(&address, "/page/5").unwrap();
+            assert_eq!((first.status, first.body.len()), (200, 16 << 10), "{}", first.text());
+            assert_eq!(http::get(&address, "/page/5").unwrap().body, first.body, "from the cache");
+            assert_eq!(http::get(&address, "/page/five").unwrap().status, 400);
+            assert_eq!(http::get(&address, "/?--help").unwrap().status, 200);
+        } else {
+            assert_eq!(http::post(&address, "/count", &vec![b'y'; 3 * MIB]).unwrap().text(), "3145728\n");
+            assert_eq!(http::get(&address, "/bytes/16").unwrap().body.len(), 16 * MIB);
+            assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! An SCGI client, written against the specification and not against our codec.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+
+use super::PATIENCE;
+use super::fastcgi::Stream;
+
+pub struct Client {
+    pub stream: Box<dyn Stream>,
+    shutdown: Box<dyn Fn() -> io::Result<()> + Send>,
+}
+
+/// What came back, taken apart as CGI.
+#[derive(Debug)]
+pub struct Response {
+    pub head: String,
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    pub fn parse(bytes: &[u8]) -> Self {
+        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("there is a head");
+        Self { head: String::from_utf8_lossy(&bytes[..end]).into_owned(), body: bytes[end + 4..].to_vec() }
+    }
+
+    pub fn status(&self) -> u16 {
+        let status = self.head.strip_prefix("Status: ").and_then(|rest| rest.get(..3));
+        status.and_then(|status| status.parse().ok()).expect("it begins with a status")
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+}
+
+impl Client {
+    /// `address` as in the banner: `scgi:unix:/path` or `scgi:HOST:PORT`.
+    pub fn connect(address: &str) -> io::Result<Self> {
+        let address = address.strip_prefix("scgi:").unwrap_or(address);
+        Ok(if let Some(path) = address.strip_prefix("unix:") {
+            let stream = UnixStream::connect(path)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            let other = stream.try_clone()?;
+            Self { stream: Box::new(stream), shutdown: Box::new(move || other.shutdown(Shutdown::Write)) }
+        } else {
+            let stream = TcpStream::connect(address)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            let other = stream.try_clone()?;
+            Self { stream: Box::new(stream), shutdown: Box::new(move || other.shutdown(Shutdown::Write)) }
+        })
+    }
+
+    /// Says that nothing more will be sent.
+    pub fn end_writing(&self) -> io::Result<()> {
+        (self.shutdown)()
+    }
+
+    /// A whole request, and its response.
+    pub fn request(mut self, method: &str, target: &str, body: &[u8]) -> io::Result<Response> {
+        self.stream.write_all(&request(method, target, body))?;
+        self.response()
+    }
+
+    /// Reads to the end of the stream.
+    pub fn response(&mut self) -> io::Result<Response> {
+        let mut bytes = Vec::new();
+        self.stream.read_to_end(&mut bytes)?;
+        Ok(Response::parse(&bytes))
+    }
+}
+
+pub fn netstring(pairs: &[(&str, &str)]) -> Vec<u8> {
+    let strings: String = pairs.iter().map(|(name, value)| format!("{name}\0{value}\0")).collect();
+    format!("{}:{strings},", strings.len()).into_bytes()
+}
+
+/// A request up to its body, as nginx would send it.
+pub fn head(method: &str, target: &str, length: &str) -> Vec<u8> {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    netstring(&[
+        ("CONTENT_LENGTH", length),
+        ("REQUEST_METHOD", method),
+        ("REQUEST_URI", target),
+        ("QUERY_STRING", query),
+        ("CONTENT_TYPE", ""),
+        ("DOCUMENT_URI", path),
+        ("SCGI", "1"),
+        ("SERVER_PROTOCOL", "HTTP/1.1"),
+        ("REMOTE_ADDR", "127.0.0.1"),
+        ("REMOTE_PORT", "4711"),
+        ("HTTP_HOST", "localhost"),
+    ])
+}
+
+pub fn request(method: &str, target: &str, body: &[u8]) -> Vec<u8> {
+    [&head(method, target, &body.len().to_string())[..], body].concat()
+}
