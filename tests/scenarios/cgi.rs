@@ -1,13 +1,16 @@
 //! Clients for the protocols that speak in CGI variables (RFC 3875): what a web server sends, and its reading of
 //! what comes back.
 
+use std::ffi::OsStr;
 use std::io::{self, BufReader, Read};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::ffi::OsStrExt as _;
+use std::process::{Command, Stdio};
 
-use super::ask::{Ask, Gate, PIECE, Reply, give, take};
+use super::ask::{Ask, Gate, PIECE, Reply, Sent, give, take};
 use super::http::headers;
-use crate::common::PATIENCE;
 use crate::common::fastcgi::{END, PARAMS, STDIN, STDOUT, begin, record};
+use crate::common::{PATIENCE, program};
 
 type Variables = Vec<(String, Vec<u8>)>;
 
@@ -128,6 +131,58 @@ impl FastCgi {
         }
         Ok((reply, (keep && sent_all).then_some(self)))
     }
+}
+
+/// An SCGI connection, which serves one request.
+pub(crate) struct Scgi {
+    stream: TcpStream,
+}
+
+impl Scgi {
+    /// `address` as in the banner: `scgi:HOST:PORT`.
+    pub(crate) fn open(address: &str) -> io::Result<Self> {
+        let stream = TcpStream::connect(address.strip_prefix("scgi:").unwrap_or(address))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self { stream })
+    }
+
+    pub(crate) fn ask(mut self, ask: &Ask, gate: &mut Gate) -> io::Result<Reply> {
+        let mut all = vec![("CONTENT_LENGTH".to_owned(), ask.body.bytes().len().to_string().into_bytes())];
+        all.push(("SCGI".to_owned(), b"1".to_vec()));
+        all.extend(variables(ask).into_iter().filter(|(name, _)| name != "CONTENT_LENGTH"));
+        let strings: Vec<u8> =
+            all.iter().flat_map(|(name, value)| [name.as_bytes(), b"\0", value, b"\0"].concat()).collect();
+        let sent = [format!("{}:", strings.len()).as_bytes(), &strings, b",", ask.body.bytes()].concat();
+        let mut to = self.stream.try_clone()?;
+        std::thread::scope(|scope| {
+            scope.spawn(|| give(&mut to, &sent, ask.pace));
+            let reply = reply(&mut self.stream, ask, gate);
+            let _ = self.stream.shutdown(Shutdown::Both); // who has its answer does not send on for ever
+            reply
+        })
+    }
+}
+
+/// Runs the application as a CGI program.
+pub(crate) fn call(ask: &Ask, gate: &mut Gate) -> io::Result<Reply> {
+    let mut command = Command::new(program("scenarios"));
+    command.env_clear().stdin(Stdio::piped()).stdout(Stdio::piped());
+    for (name, value) in variables(ask) {
+        command.env(name, OsStr::from_bytes(&value));
+    }
+    if let Sent::Chunked(bytes) = &ask.body {
+        command.env("CONTENT_LENGTH", bytes.len().to_string()); // a web server must know it
+    }
+    let mut child = command.spawn()?;
+    let (mut stdin, mut stdout) = (child.stdin.take().expect("a pipe"), child.stdout.take().expect("a pipe"));
+    let reply = std::thread::scope(|scope| {
+        scope.spawn(move || give(&mut stdin, ask.body.bytes(), ask.pace));
+        let reply = reply(&mut stdout, ask, gate);
+        drop(stdout);
+        reply
+    });
+    let status = child.wait()?;
+    if status.success() { reply } else { Err(io::Error::other(status.to_string())) }
 }
 
 fn pair(name: &str, value: &[u8]) -> Vec<u8> {

@@ -36,6 +36,8 @@ enum Protocol {
     FastCgi,
     FastCgiKept,
     Http,
+    Scgi,
+    Cgi,
 }
 
 impl fmt::Display for Way {
@@ -64,8 +66,8 @@ impl Way {
         matches!(self, Self::Behind(front) if front.server == server)
     }
 
-    /// Behind this web server, which speaks FastCGI to the application.
-    fn is_fastcgi_of(self, server: WebServer) -> bool {
+    /// Behind this web server, which speaks to the application in CGI variables.
+    fn is_cgi_of(self, server: WebServer) -> bool {
         self.is_behind(server) && !self.is_http()
     }
 
@@ -77,8 +79,13 @@ impl Way {
         self == Self::Behind(fronts::APACHE_FCGID)
     }
 
+    /// Behind Apache's mod_proxy, over FastCGI or SCGI.
+    fn is_apache_proxy_cgi(self) -> bool {
+        self.is_apache_proxy_fastcgi() || self == Self::Behind(fronts::APACHE_SCGI)
+    }
+
     fn is_apache_proxy_fastcgi(self) -> bool {
-        self.is_fastcgi_of(WebServer::Apache) && !self.is_fcgid()
+        self == Self::Behind(fronts::APACHE) || self == Self::Behind(fronts::APACHE_KEPT)
     }
 }
 
@@ -86,6 +93,7 @@ impl Way {
 enum Running {
     Alone(#[expect(dead_code, reason = "it is there to be dropped")] Server),
     Behind(#[expect(dead_code, reason = "it is there to be dropped")] Site),
+    ForEachRequest,
 }
 
 /// Where clients go.
@@ -105,6 +113,8 @@ fn start(way: Way) -> (Running, Address) {
         Way::Direct(protocol) => protocol,
     };
     let bind = match protocol {
+        Protocol::Cgi => return (Running::ForEachRequest, Address { protocol, at: String::new() }),
+        Protocol::Scgi => "scgi:127.0.0.1:0",
         Protocol::Http => "http:127.0.0.1:0",
         Protocol::FastCgi | Protocol::FastCgiKept => "fastcgi:127.0.0.1:0",
     };
@@ -117,6 +127,8 @@ impl Address {
     fn connect(&self) -> io::Result<Connection> {
         Ok(match self.protocol {
             Protocol::Http => Connection::Http(http::Connection::open(&self.at)?),
+            Protocol::Scgi => Connection::Scgi(cgi::Scgi::open(&self.at)?),
+            Protocol::Cgi => Connection::Cgi,
             protocol => Connection::FastCgi(cgi::FastCgi::open(&self.at)?, protocol == Protocol::FastCgiKept),
         })
     }
@@ -126,6 +138,8 @@ enum Connection {
     Http(http::Connection),
     /// Whether to keep it.
     FastCgi(cgi::FastCgi, bool),
+    Scgi(cgi::Scgi),
+    Cgi,
 }
 
 impl Connection {
@@ -136,6 +150,8 @@ impl Connection {
                 let (reply, connection) = connection.ask(ask, gate)?;
                 (reply, connection.map(Self::Http))
             }
+            Self::Scgi(connection) => (connection.ask(ask, gate)?, None),
+            Self::Cgi => (cgi::call(ask, gate)?, None),
             Self::FastCgi(connection, keep) => {
                 let (reply, connection) = connection.ask(ask, gate, keep)?;
                 (reply, connection.map(|connection| Self::FastCgi(connection, keep)))
@@ -240,6 +256,12 @@ ways! {
     fastcgi Way::Direct(Protocol::FastCgi);
     fastcgi_kept Way::Direct(Protocol::FastCgiKept);
     http_ Way::Direct(Protocol::Http);
+    scgi Way::Direct(Protocol::Scgi);
+    cgi_ Way::Direct(Protocol::Cgi);
+    behind_nginx_scgi Way::Behind(fronts::NGINX_SCGI);
+    behind_lighttpd_scgi Way::Behind(fronts::LIGHTTPD_SCGI);
+    behind_lighttpd_cgi Way::Behind(fronts::LIGHTTPD_CGI);
+    behind_apache_scgi Way::Behind(fronts::APACHE_SCGI);
     behind_nginx Way::Behind(fronts::NGINX);
     behind_nginx_kept Way::Behind(fronts::NGINX_KEPT);
     behind_nginx_http Way::Behind(fronts::NGINX_HTTP);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Way;
 use super::ask::{Ask, Pace, Sent};
-use super::fronts::WebServer;
+use super::fronts::{APACHE_SCGI, NGINX_SCGI, WebServer};
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
@@ -185,16 +185,20 @@ pub(crate) fn rows() -> Vec<Row> {
 
 fn methods() -> Vec<Row> {
     vec![
-        row("GET", get("/method"), body("GET").with("content-length", &[b"3"])).but(
-            Way::is_apache_proxy_fastcgi,
-            "mod_proxy_fcgi believes no length, and sends chunks",
-            body("GET").with("content-length", &[]),
-        ),
-        row("HEAD has the length and no body", ask("HEAD", "/method"), body("").with("content-length", &[b"4"])).but(
-            Way::is_apache_proxy_fastcgi,
-            "mod_proxy_fcgi believes no length, and sends chunks",
-            body("").with("content-length", &[]),
-        ),
+        row("GET", get("/method"), body("GET").with("content-length", &[b"3"]))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "Apache counts itself, if all is there at once", body("GET"))
+            .but(
+                Way::is_apache_proxy_fastcgi,
+                "mod_proxy passes on no length that CGI tells, and sends chunks",
+                body("GET").with("content-length", &[]),
+            ),
+        row("HEAD has the length and no body", ask("HEAD", "/method"), body("").with("content-length", &[b"4"]))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "Apache counts itself, if all is there at once", body(""))
+            .but(
+                Way::is_apache_proxy_cgi,
+                "mod_proxy passes on no length that CGI tells, and sends chunks",
+                body("").with("content-length", &[]),
+            ),
         row("HEAD of a huge body", ask("HEAD", "/bytes/67108864"), body("")),
         row("POST without a body", post("/method").sending(b""), body("POST")),
         row("PUT", ask("PUT", "/method").sending(b"body"), body("PUT")),
@@ -225,15 +229,17 @@ fn targets() -> Vec<Row> {
             body("/target/a/b"),
         ),
         row("an encoded percent sign", get("/target/100%25"), body("/target/100%25")).but(
-            Way::is_apache_proxy_fastcgi,
+            Way::is_apache_proxy_cgi,
             "Apache refuses it here, nobody knows why",
             refused(&[400]),
         ),
-        row("the path in CGI is decoded", get("/path/a%20b%C3%A9?c"), body("/path/a b\u{e9}")).but(
-            Way::is_http,
-            "HTTP has no decoded path",
-            body("/path/a%20b%C3%A9"),
-        ),
+        row("the path in CGI is decoded", get("/path/a%20b%C3%A9?c"), body("/path/a b\u{e9}"))
+            .but(
+                |way| way == Way::Behind(NGINX_SCGI),
+                "nginx's scgi_params have neither SCRIPT_NAME nor PATH_INFO",
+                body(""),
+            )
+            .but(Way::is_http, "HTTP has no decoded path", body("/path/a%20b%C3%A9")),
     ]
 }
 
@@ -243,7 +249,7 @@ fn request_headers() -> Vec<Row> {
         row("an empty header", get("/header/x-none").with("X-None", b""), body("")),
         row("a header twice", get("/header/x-twice").with("X-Twice", b"one").with("X-Twice", b"two"), body("one, two")),
         row("Cookie twice", get("/header/cookie").with("Cookie", b"a=1").with("Cookie", b"b=2"), body("a=1; b=2")).but(
-            |way| way.is_behind(WebServer::Apache) || way.is_fastcgi_of(WebServer::Caddy),
+            |way| way.is_behind(WebServer::Apache) || way.is_cgi_of(WebServer::Caddy),
             "they join cookies like any other header",
             body("a=1, b=2"),
         ),
@@ -270,7 +276,11 @@ fn request_headers() -> Vec<Row> {
 
 fn statuses() -> Vec<Row> {
     vec![
-        row("200 and nothing in it", get("/empty"), body("").with("content-length", &[b"0"])),
+        row("200 and nothing in it", get("/empty"), body("").with("content-length", &[b"0"])).but(
+            |way| way == Way::Behind(APACHE_SCGI),
+            "Apache may leave a length of 0 out",
+            body(""),
+        ),
         row("204", get("/status/204"), status(&[204], "").with("content-length", &[])),
         row("204 to a POST", post("/status/204").sending(b"body"), status(&[204], "")),
         row(
@@ -303,7 +313,7 @@ fn response_headers() -> Vec<Row> {
                 .with("x-repeated", &[b"one", b"two"]),
         )
         .but(
-            |way| way.is_fastcgi_of(WebServer::Apache),
+            |way| way.is_cgi_of(WebServer::Apache),
             "Apache joins what it reads from CGI, but for Set-Cookie",
             body("repeated\n")
                 .with("set-cookie", &[b"a=1; Path=/", b"b=2; HttpOnly"])
@@ -323,20 +333,32 @@ fn uploads() -> Vec<Row> {
         row("a body of 64 KiB", ask("PUT", "/whole").sending(&large[..64 * KIB]), body(&large[..64 * KIB])),
         row("a body of 1 MiB", post("/sum").sending(&large), sum(&large)),
         row("a huge body", post("/sum").sending(&huge), sum(&huge)),
-        row("an empty body in chunks", post("/sum").in_chunks(b""), sum(b"")),
-        row("a small body in chunks", post("/whole").in_chunks(b"0123456789"), body("0123456789")),
-        row("a body of 1 MiB in chunks", post("/sum").in_chunks(&large), sum(&large)).but(
-            |way| way.is_fastcgi_of(WebServer::Haproxy),
-            "HAProxy counts the bytes of a chunked body, and has one buffer for that",
-            refused(&[400]).last(),
+        row("an empty body in chunks", post("/sum").in_chunks(b""), sum(b"")).but(
+            |way| way == Way::Behind(APACHE_SCGI),
+            "mod_proxy_scgi wants a length",
+            refused(&[411]).last(),
         ),
-        row("a huge body in chunks", post("/sum").in_chunks(&huge), sum(&huge)).but(
-            |way| way.is_fastcgi_of(WebServer::Haproxy),
-            "HAProxy counts the bytes of a chunked body, and has one buffer for that",
-            refused(&[400]).last(),
+        row("a small body in chunks", post("/whole").in_chunks(b"0123456789"), body("0123456789")).but(
+            |way| way == Way::Behind(APACHE_SCGI),
+            "mod_proxy_scgi wants a length",
+            refused(&[411]).last(),
         ),
+        row("a body of 1 MiB in chunks", post("/sum").in_chunks(&large), sum(&large))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "mod_proxy_scgi wants a length", refused(&[411]).last())
+            .but(
+                |way| way.is_cgi_of(WebServer::Haproxy),
+                "HAProxy counts the bytes of a chunked body, and has one buffer for that",
+                refused(&[400]).last(),
+            ),
+        row("a huge body in chunks", post("/sum").in_chunks(&huge), sum(&huge))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "mod_proxy_scgi wants a length", refused(&[411]).last())
+            .but(
+                |way| way.is_cgi_of(WebServer::Haproxy),
+                "HAProxy counts the bytes of a chunked body, and has one buffer for that",
+                refused(&[400]).last(),
+            ),
         row("a body that nobody reads", post("/early").sending(&large), body("the body was not read\n")).but(
-            |way| way.is_fastcgi_of(WebServer::Haproxy),
+            |way| way.is_cgi_of(WebServer::Haproxy),
             "HAProxy 2.6 forgets a client whose request was answered before it had come whole",
             body("the body was not read\n").last(),
         ),
@@ -347,10 +369,7 @@ fn uploads() -> Vec<Row> {
             body("the body was not read\n"),
         ),
         row("a body comes back while it is sent", post("/echo").sending(&large), body(&large))
-            .not_asked(
-                |way| way.is_fastcgi_of(WebServer::Nginx),
-                "nginx stops sending when the response begins, and waits",
-            )
+            .not_asked(|way| way.is_cgi_of(WebServer::Nginx), "nginx stops sending when the response begins, and waits")
             .not_asked(Way::is_fcgid, "mod_fcgid sends all of the request before it reads")
             .not_asked(
                 |way| way.is_behind(WebServer::Caddy),
@@ -361,11 +380,13 @@ fn uploads() -> Vec<Row> {
 
 fn downloads() -> Vec<Row> {
     vec![
-        row("64 KiB", get("/bytes/65536"), xs(64 * KIB).with("content-length", &[b"65536"])).but(
-            Way::is_apache_proxy_fastcgi,
-            "mod_proxy_fcgi believes no length, and sends chunks",
-            xs(64 * KIB).with("content-length", &[]),
-        ),
+        row("64 KiB", get("/bytes/65536"), xs(64 * KIB).with("content-length", &[b"65536"]))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "Apache counts itself, if all is there at once", xs(64 * KIB))
+            .but(
+                Way::is_apache_proxy_cgi,
+                "mod_proxy passes on no length that CGI tells, and sends chunks",
+                xs(64 * KIB).with("content-length", &[]),
+            ),
         row("a huge response", get("/bytes/67108864"), xs(HUGE)),
         row("no bytes, of unknown length", get("/stream/0"), body("")),
         row("a huge response of unknown length", get("/stream/67108864"), xs(HUGE)),
@@ -376,9 +397,9 @@ fn downloads() -> Vec<Row> {
         )
         .not_asked(|way| !way.is_direct(), "once for each protocol is enough, it takes long"),
         row("a response that streams", get("/gate/{gate}"), body("first\nlast\n").streaming())
-            .but(|way| way.is_fastcgi_of(WebServer::Nginx), "nginx fills a buffer first", body("first\nlast\n"))
+            .but(|way| way.is_cgi_of(WebServer::Nginx), "nginx fills a buffer first", body("first\nlast\n"))
             .but(|way| way.is_behind(WebServer::Lighttpd), "lighttpd buffers the whole response", body("first\nlast\n"))
-            .but(|way| way.is_fastcgi_of(WebServer::Apache), "Apache fills a buffer first", body("first\nlast\n")),
+            .but(|way| way.is_cgi_of(WebServer::Apache), "Apache fills a buffer first", body("first\nlast\n")),
     ]
 }
 
@@ -386,7 +407,11 @@ fn paces() -> Vec<Row> {
     let bytes = some_bytes(5000);
     vec![
         row("a client that sends slowly", post("/sum").sending(&bytes).at(Pace::SlowSender), sum(&bytes)),
-        row("a client that sends chunks slowly", post("/sum").in_chunks(&bytes).at(Pace::SlowSender), sum(&bytes)),
+        row("a client that sends chunks slowly", post("/sum").in_chunks(&bytes).at(Pace::SlowSender), sum(&bytes)).but(
+            |way| way == Way::Behind(APACHE_SCGI),
+            "mod_proxy_scgi wants a length",
+            refused(&[411]).last(),
+        ),
         row("a client that reads slowly", get("/bytes/4194304").at(Pace::SlowReader), xs(4 * MIB)),
         row("a client that waits for 100 Continue", post("/sum").sending(&bytes).at(Pace::AwaitsContinue), sum(&bytes)),
     ]

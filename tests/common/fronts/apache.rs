@@ -7,7 +7,8 @@ use std::process::Command;
 
 use super::{Place, configuration, daemon, is_root};
 
-const MODULES: [&str; 8] = ["mpm_event", "authz_core", "alias", "proxy", "proxy_fcgi", "proxy_http", "cgid", "fcgid"];
+const MODULES: [&str; 9] =
+    ["mpm_event", "authz_core", "alias", "proxy", "proxy_fcgi", "proxy_http", "proxy_scgi", "cgid", "fcgid"];
 
 pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { folder, port, snippet } = place;

@@ -56,6 +56,9 @@ pub(crate) enum Link {
     /// It starts the application with a listening socket as standard input.
     FastCgiStarted,
     Http,
+    Scgi,
+    /// It starts the application for each request.
+    Cgi,
 }
 
 /// A web server with one of the configurations of the document.
@@ -80,13 +83,18 @@ const fn front(server: WebServer, link: Link, name: &'static str) -> Front {
 pub(crate) const NGINX: Front = front(WebServer::Nginx, Link::FastCgi, "fastcgi");
 pub(crate) const NGINX_KEPT: Front = front(WebServer::Nginx, Link::FastCgiKept, "fastcgi-kept");
 pub(crate) const NGINX_HTTP: Front = front(WebServer::Nginx, Link::Http, "http");
+pub(crate) const NGINX_SCGI: Front = front(WebServer::Nginx, Link::Scgi, "scgi");
 pub(crate) const LIGHTTPD: Front = front(WebServer::Lighttpd, Link::FastCgi, "fastcgi");
 pub(crate) const LIGHTTPD_STARTED: Front = front(WebServer::Lighttpd, Link::FastCgiStarted, "fastcgi-started");
 pub(crate) const LIGHTTPD_HTTP: Front = front(WebServer::Lighttpd, Link::Http, "http");
+pub(crate) const LIGHTTPD_SCGI: Front = front(WebServer::Lighttpd, Link::Scgi, "scgi");
+pub(crate) const LIGHTTPD_CGI: Front = front(WebServer::Lighttpd, Link::Cgi, "cgi");
 pub(crate) const APACHE: Front = front(WebServer::Apache, Link::FastCgi, "fastcgi");
 pub(crate) const APACHE_KEPT: Front = front(WebServer::Apache, Link::FastCgiKept, "fastcgi-kept");
 pub(crate) const APACHE_FCGID: Front = front(WebServer::Apache, Link::FastCgiStarted, "fcgid");
 pub(crate) const APACHE_HTTP: Front = front(WebServer::Apache, Link::Http, "http");
+pub(crate) const APACHE_SCGI: Front = front(WebServer::Apache, Link::Scgi, "scgi");
+pub(crate) const APACHE_CGI: Front = front(WebServer::Apache, Link::Cgi, "cgi");
 pub(crate) const HAPROXY: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi");
 pub(crate) const HAPROXY_MULTIPLEXED: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi-multiplexed");
 pub(crate) const HAPROXY_HTTP: Front = front(WebServer::Haproxy, Link::Http, "http");
@@ -118,12 +126,17 @@ impl Site {
         let bind = match front.link {
             Link::FastCgi | Link::FastCgiKept => Some(format!("fastcgi:unix:{}", socket.display())),
             Link::Http => Some("http:127.0.0.1:0".to_owned()),
-            Link::FastCgiStarted => None,
+            Link::Scgi if front.server == WebServer::Apache => Some("scgi:127.0.0.1:0".to_owned()),
+            Link::Scgi => Some(format!("scgi:unix:{}", socket.display())),
+            Link::FastCgiStarted | Link::Cgi => None,
         };
         let server =
             bind.map(|bind| Server::start(application, &["--workers", "2", "--socket-mode", "666", "--bind", &bind]));
         let backend = match (&server, front.link) {
             (Some(server), Link::Http) => server.http(),
+            (Some(server), Link::Scgi) if front.server == WebServer::Apache => {
+                server.binds[0].strip_prefix("scgi:").expect("it speaks SCGI").to_owned()
+            }
             (Some(_), _) => socket.display().to_string(),
             (None, _) => {
                 // The web server's user may not see into the folder that it was built in.
@@ -211,11 +224,13 @@ fn snippet(front: Front, folder: &Path, port: u16, backend: &str) -> String {
     let listens = format!("127.0.0.1:{port}");
     let port = format!(":{port} {{");
     let application: &[(&str, &str)] = match front.link {
-        Link::FastCgi | Link::FastCgiKept => &[("/run/app.sock", backend)],
+        Link::Scgi if front.server == WebServer::Apache => &[("127.0.0.1:4000", backend)],
+        Link::FastCgi | Link::FastCgiKept | Link::Scgi => &[("/run/app.sock", backend)],
+        Link::Cgi if front.server == WebServer::Lighttpd => &[("/usr/local/bin/app", backend)],
         Link::FastCgiStarted if front.server == WebServer::Lighttpd => {
             &[("/run/app.sock", &socket), ("/usr/local/bin/app", backend)]
         }
-        Link::FastCgiStarted => {
+        Link::FastCgiStarted | Link::Cgi => {
             &[("/usr/local/bin/app", backend), ("/usr/local/bin", folder.to_str().expect("the path is UTF-8"))]
         }
         Link::Http if front.server == WebServer::Lighttpd => {

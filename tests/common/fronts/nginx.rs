@@ -1,6 +1,7 @@
 //! nginx: one worker, all its files in the folder.
 
 use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::process::Command;
 
 use super::{Place, configuration, daemon, is_root};
@@ -8,7 +9,9 @@ use super::{Place, configuration, daemon, is_root};
 pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { folder, snippet, .. } = place;
     // What the snippet includes stands beside the configuration, as in /etc/nginx. It is there from the second try on.
-    let _ = symlink("/etc/nginx/fastcgi_params", folder.join("fastcgi_params"));
+    for name in ["fastcgi_params", "scgi_params"] {
+        let _ = symlink(Path::new("/etc/nginx").join(name), folder.join(name));
+    }
     let user = if is_root() { "user root;" } else { "" };
     let temporary: String = ["client_body", "fastcgi", "proxy", "scgi", "uwsgi"]
         .map(|name| format!("{name}_temp_path {}/nginx-{name};\n", folder.display()))
