@@ -94,7 +94,6 @@ pub(crate) const APACHE_KEPT: Front = front(WebServer::Apache, Link::FastCgiKept
 pub(crate) const APACHE_FCGID: Front = front(WebServer::Apache, Link::FastCgiStarted, "fcgid");
 pub(crate) const APACHE_HTTP: Front = front(WebServer::Apache, Link::Http, "http");
 pub(crate) const APACHE_SCGI: Front = front(WebServer::Apache, Link::Scgi, "scgi");
-pub(crate) const APACHE_CGI: Front = front(WebServer::Apache, Link::Cgi, "cgi");
 pub(crate) const HAPROXY: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi");
 pub(crate) const HAPROXY_MULTIPLEXED: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi-multiplexed");
 pub(crate) const HAPROXY_HTTP: Front = front(WebServer::Haproxy, Link::Http, "http");
