@@ -16,6 +16,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
+use tokio::sync::oneshot;
 
 pub use self::filter::FilterData;
 use crate::pulse::Pulse;
@@ -42,8 +43,31 @@ enum Kind {
     Full(Bytes),
     /// FastCGI's STDIN, and how much of the length that was announced is still to come.
     Stdin(pipe::Reader, Option<u64>),
-    Http(Incoming),
+    Http(Unread),
     Other(UnsyncBoxBody<Bytes, BoxError>),
+}
+
+/// What has not been read of an HTTP request's body. Dropped, it goes back to its connection: hyper would close that
+/// at once, and the peer that still sends might never see the response.
+#[derive(Debug)]
+struct Unread {
+    /// There until the drop.
+    incoming: Option<Incoming>,
+    rest: Option<oneshot::Sender<Incoming>>,
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        if let (Some(incoming), Some(rest)) = (self.incoming.take(), self.rest.take())
+            && !incoming.is_end_stream()
+        {
+            let _ = rest.send(incoming); // or the connection is gone
+        }
+    }
+}
+
+fn pair<A, B>((a, b): (A, B)) -> (Option<A>, Option<B>) {
+    (Some(a), Some(b))
 }
 
 /// Why a body could not be read to its end.
@@ -106,8 +130,10 @@ impl Body {
         Self::from_kind(Kind::Stdin(reader, length), allowed)
     }
 
-    pub(crate) fn http(incoming: Incoming, allowed: u64) -> Self {
-        Self::from_kind(Kind::Http(incoming), allowed)
+    /// The body of an HTTP request; and where the rest of it arrives if it is dropped before its end.
+    pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<Incoming>>) {
+        let (sender, rest) = if incoming.is_end_stream() { (None, None) } else { pair(oneshot::channel()) };
+        (Self::from_kind(Kind::Http(Unread { incoming: Some(incoming), rest: sender }), allowed), rest)
     }
 
     /// Has the body tell the connection that it comes by when somebody waits for a piece of it.
@@ -155,9 +181,10 @@ impl http_body::Body for Body {
                 None if announced.is_none_or(|announced| announced == 0) => None,
                 None | Some(Err(pipe::Cut)) => Some(Err(BodyError::Cut)),
             }),
-            Kind::Http(incoming) => {
+            Kind::Http(Unread { incoming: Some(incoming), .. }) => {
                 Pin::new(incoming).poll_frame(context).map_err(|error| BodyError::Other(error.into()))
             }
+            Kind::Http(_) => Poll::Ready(None),
             Kind::Other(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Other),
         };
         if let Some(pulse) = &self.pulse {
@@ -187,7 +214,7 @@ impl http_body::Body for Body {
         match &self.kind {
             Kind::Full(bytes) => bytes.is_empty(),
             Kind::Stdin(reader, announced) => announced.unwrap_or(0) == 0 && reader.is_at_end(),
-            Kind::Http(incoming) => incoming.is_end_stream(),
+            Kind::Http(unread) => unread.incoming.as_ref().is_none_or(http_body::Body::is_end_stream),
             Kind::Other(body) => body.is_end_stream(),
         }
     }
@@ -201,7 +228,7 @@ impl http_body::Body for Body {
                 hint.set_lower(length.unwrap_or(0));
                 hint
             }
-            Kind::Http(incoming) => incoming.size_hint(),
+            Kind::Http(unread) => unread.incoming.as_ref().map_or_else(SizeHint::new, http_body::Body::size_hint),
             Kind::Other(body) => body.size_hint(),
         }
     }

@@ -231,9 +231,15 @@ fn percent_encode(out: &mut BytesMut, bytes: &[u8], plain: impl Fn(u8) -> bool) 
 }
 
 /// Writes a response's head (6.3): the status always, since some servers do not know that `Location` means a
-/// redirection, then the headers, then an empty line. What belongs to one HTTP connection only is left out.
+/// redirection, then the headers, then an empty line. `Location` stands before the status, since one server
+/// (HAProxy) makes a 302 of every response that has it after. What belongs to one HTTP connection only is left out.
 pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &HeaderMap, length: Option<u64>) {
     out.reserve(64 + headers.len() * 48);
+    if let Some(location) = headers.get(header::LOCATION) {
+        out.put_slice(b"location: ");
+        out.put_slice(location.as_bytes());
+        out.put_slice(b"\r\n");
+    }
     out.put_slice(b"Status: ");
     out.put_slice(status.as_str().as_bytes());
     out.put_u8(b' ');
@@ -241,8 +247,10 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(b"\r\n");
     for (name, value) in headers {
         let of_one_connection = matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE);
-        // To a server a header of that name is the status.
-        if of_one_connection || name == "keep-alive" || name == "status" {
+        // A response that has no body has no length (RFC 9110, section 8.6).
+        let of_no_body = status == StatusCode::NO_CONTENT && *name == header::CONTENT_LENGTH;
+        // To a server a header of the name status is the status.
+        if of_one_connection || of_no_body || name == header::LOCATION || name == "keep-alive" || name == "status" {
             continue;
         }
         match name.as_str().strip_prefix("variable-") {
@@ -398,6 +406,14 @@ mod tests {
     }
 
     #[test]
+    fn a_204_has_no_length_whatever_the_application_says() {
+        let headers = HeaderMap::from_iter([(header::CONTENT_LENGTH, HeaderValue::from_static("0"))]);
+        let mut out = BytesMut::new();
+        response_head(&mut out, StatusCode::NO_CONTENT, &headers, None);
+        assert_eq!(out, "Status: 204 No Content\r\n\r\n");
+    }
+
+    #[test]
     fn a_response_head_always_has_its_status_and_variables_are_in_capitals() {
         let mut headers = HeaderMap::new();
         headers.insert("location", HeaderValue::from_static("/there"));
@@ -408,7 +424,7 @@ mod tests {
         response_head(&mut out, StatusCode::SEE_OTHER, &headers, Some(0));
         assert_eq!(
             out,
-            "Status: 303 See Other\r\nlocation: /there\r\nVariable-REMOTE_ROLE: Editor\r\ncontent-length: 0\r\n\r\n"
+            "location: /there\r\nStatus: 303 See Other\r\nVariable-REMOTE_ROLE: Editor\r\ncontent-length: 0\r\n\r\n"
         );
     }
 }

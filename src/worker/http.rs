@@ -18,14 +18,16 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::{PathAndQuery, Uri};
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tower_service::Service;
 
+use super::fastcgi::LINGER;
 use super::opening;
 use super::serve::{Application, BoxError, Served};
 use super::socket::Socket;
@@ -175,10 +177,16 @@ where
         let mut under_way = self.requests.begin();
         async move {
             let max_body = self.application.limits.max_body;
-            let mut request = request.map(|body| match body.is_end_stream() {
-                true => Body::http(body, max_body),
-                false => Body::http(body, max_body).with_pulse(&self.requests.pulse),
-            });
+            let (head, incoming) = request.into_parts();
+            let (body, rest) = Body::http(incoming, max_body);
+            let body = match rest {
+                None => body,
+                Some(rest) => {
+                    tokio::task::spawn_local(read_rest(rest));
+                    body.with_pulse(&self.requests.pulse)
+                }
+            };
+            let mut request = Request::from_parts(head, body);
             let is_http2 = request.version() == Version::HTTP_2;
             let answer = match settle(&mut request) {
                 Ok(()) => {
@@ -296,6 +304,21 @@ fn join_cookies(headers: &mut HeaderMap) {
     {
         headers.insert(header::COOKIE, joined);
     }
+}
+
+/// Reads what the application did not read of a body, up to a limit: the peer may not look for the response before it
+/// has sent all, and hyper closes a connection on which a body is dropped.
+async fn read_rest(rest: oneshot::Receiver<Incoming>) {
+    let Ok(mut body) = rest.await else { return }; // it was read to its end
+    let (time, mut left) = LINGER;
+    let reading = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, Bytes::len) as u64;
+            let Some(rest) = left.checked_sub(length) else { return };
+            left = rest;
+        }
+    };
+    let _ = tokio::time::timeout(time, reading).await;
 }
 
 /// The requests of a connection.

@@ -1,0 +1,166 @@
+//! An application that says what it saw of a request, and answers in every form that a response can have: what
+//! web servers in front of it make of both is then to be seen from outside.
+//!
+//! `cargo run --release --example scenarios`, then `curl http://127.0.0.1:8080/target/a%20b?c=d`
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::task::{Context, Poll};
+
+use axum::Router;
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::{Path, Request};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::any;
+use forkyard::Params;
+use futures_util::stream::{StreamExt as _, once};
+use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt as _;
+use tokio::io::AsyncReadExt as _;
+
+const PIECE: usize = 64 << 10;
+
+fn main() -> ExitCode {
+    forkyard::run(|_cx| {
+        Router::new()
+            .route("/method", any(async |method: Method| method.to_string()))
+            .route("/target/{*rest}", any(async |uri: Uri| uri.to_string()))
+            .route("/path/{*rest}", any(path))
+            .route("/header/{name}", any(header_of))
+            .route("/variable/{name}", any(variable))
+            .route("/echo", any(async |body: Body| body))
+            .route("/whole", any(async |body: Bytes| body))
+            .route("/sum", any(sum))
+            .route("/empty", any(async || StatusCode::OK))
+            .route("/early", any(async || "the body was not read\n"))
+            .route("/status/{code}", any(status))
+            .route("/not-modified", any(not_modified))
+            .route("/repeat", any(repeat))
+            .route("/odd", any(odd))
+            .route("/redirect", any(async || (StatusCode::SEE_OTHER, [(header::LOCATION, "/there?a=%20b")])))
+            .route("/long/{length}", any(long))
+            .route("/bytes/{length}", any(async |Path(length): Path<u64>| Body::new(Bytes64 { left: length })))
+            .route("/stream/{length}", any(stream))
+            .route("/gate/{port}", any(gate))
+    })
+}
+
+/// The script's name and the path behind it, decoded by the web server; the URI's path where there are no variables.
+async fn path(request: Request) -> Vec<u8> {
+    let path = request.uri().path().as_bytes();
+    let Some(variables) = request.extensions().get::<Params>() else { return path.to_vec() };
+    ["SCRIPT_NAME", "PATH_INFO"].map(|name| variables.get(name).unwrap_or_default()).concat()
+}
+
+/// The values of a header, joined, since a web server may have joined them before.
+async fn header_of(Path(name): Path<String>, headers: HeaderMap) -> Vec<u8> {
+    let values: Vec<&[u8]> = headers.get_all(&name).iter().map(HeaderValue::as_bytes).collect();
+    let glue: &[u8] = if name == "cookie" { b"; " } else { b", " };
+    values.join(glue)
+}
+
+/// The value of a CGI variable, or that there is none.
+async fn variable(Path(name): Path<String>, request: Request) -> Vec<u8> {
+    let value = request.extensions().get::<Params>().and_then(|variables| variables.get(&name));
+    value.unwrap_or(b"(none)").to_vec()
+}
+
+/// How many bytes the request's body has, and what they add up to.
+async fn sum(mut body: Body) -> Result<String, StatusCode> {
+    let (mut count, mut sum) = (0, 0_u64);
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| StatusCode::BAD_REQUEST)?;
+        for &byte in frame.data_ref().into_iter().flatten() {
+            count += 1;
+            sum = sum.wrapping_mul(31).wrapping_add(byte.into());
+        }
+    }
+    Ok(format!("{count} {sum:016x}\n"))
+}
+
+/// With a body that says the code, if there may be one.
+async fn status(Path(code): Path<u16>) -> Response {
+    match StatusCode::from_u16(code) {
+        Ok(status @ (StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)) => status.into_response(),
+        Ok(status) => (status, format!("{code}\n")).into_response(),
+        Err(_) => StatusCode::BAD_REQUEST.into_response(),
+    }
+}
+
+async fn not_modified() -> impl IntoResponse {
+    (StatusCode::NOT_MODIFIED, [(header::ETAG, "\"v1\""), (header::CACHE_CONTROL, "max-age=60")])
+}
+
+async fn repeat() -> Response {
+    let mut response = "repeated\n".into_response();
+    for value in ["a=1; Path=/", "b=2; HttpOnly"] {
+        response.headers_mut().append(header::SET_COOKIE, HeaderValue::from_static(value));
+    }
+    for value in ["one", "two"] {
+        response.headers_mut().append("x-repeated", HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// A header with bytes that are no ASCII (obs-text, RFC 9110, section 5.5).
+async fn odd() -> Response {
+    let mut response = "odd\n".into_response();
+    if let Ok(value) = HeaderValue::from_bytes(b"caf\xe9 \x80\xff") {
+        response.headers_mut().insert("x-odd", value);
+    }
+    response
+}
+
+/// A header with a value of `length` bytes.
+async fn long(Path(length): Path<usize>) -> Response {
+    let mut response = "long\n".into_response();
+    if let Ok(value) = HeaderValue::from_str(&"v".repeat(length)) {
+        response.headers_mut().insert("x-long", value);
+    }
+    response
+}
+
+/// A body whose length is known, also beyond what 32 bits hold.
+struct Bytes64 {
+    left: u64,
+}
+
+impl HttpBody for Bytes64 {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        static X: [u8; PIECE] = [b'x'; PIECE];
+        let length = usize::try_from(self.left).unwrap_or(PIECE).min(PIECE);
+        self.left -= length as u64;
+        Poll::Ready((length > 0).then(|| Ok(Frame::data(Bytes::from_static(&X[..length])))))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.left)
+    }
+}
+
+/// The same without saying how long it will be.
+async fn stream(Path(length): Path<u64>) -> Body {
+    let mut body = Bytes64 { left: length };
+    Body::from_stream(futures_util::stream::poll_fn(move |context| {
+        Pin::new(&mut body)
+            .poll_frame(context)
+            .map(|frame| Some(frame?.map(|frame| frame.into_data().unwrap_or_default())))
+    }))
+}
+
+/// Sends a first line, and the last one when whoever listens on this port of the loopback has closed the connection.
+async fn gate(Path(port): Path<u16>) -> Body {
+    let last = async move {
+        let mut gate = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;
+        gate.read_to_end(&mut Vec::new()).await?;
+        Ok::<_, io::Error>(Bytes::from_static(b"last\n"))
+    };
+    let first = std::future::ready(Ok(Bytes::from_static(b"first\n")));
+    Body::from_stream(once(first).chain(once(last)))
+}

@@ -1,0 +1,16 @@
+//! HAProxy, in the foreground, with the sections `global` and `defaults` that Debian's configuration has too.
+
+use std::process::Command;
+
+use super::{Place, configuration, daemon};
+
+pub(super) fn command(place: &Place<'_>) -> Command {
+    let snippet = &place.snippet;
+    let text = format!(
+        "global\n    maxconn 256\n\ndefaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    \
+         timeout server 60s\n\n{snippet}"
+    );
+    let mut command = daemon("haproxy");
+    command.arg("-db").arg("-f").arg(configuration(place, &text));
+    command
+}

@@ -1,0 +1,281 @@
+//! Real web servers in front of Forkyard. What is particular to an application in their configuration is taken out
+//! of docs/web-servers.md, so that what stands there works; one file per web server adds what a server in a
+//! temporary folder needs around it.
+//!
+//! Each runs in the foreground, on a free port of the loopback, and writes nowhere but into its folder.
+
+#![allow(dead_code, reason = "each test binary uses a part of this")]
+
+mod apache;
+mod caddy;
+mod haproxy;
+mod lighttpd;
+mod nginx;
+
+use std::fmt;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+use crate::common::{Helper, Server, free_port, program, wait_until};
+
+const DOCUMENT: &str = include_str!("../../../docs/web-servers.md");
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WebServer {
+    Apache,
+    Caddy,
+    Haproxy,
+    Lighttpd,
+    Nginx,
+}
+
+impl WebServer {
+    /// As the document's blocks and the files of seeds have it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Apache => "apache",
+            Self::Caddy => "caddy",
+            Self::Haproxy => "haproxy",
+            Self::Lighttpd => "lighttpd",
+            Self::Nginx => "nginx",
+        }
+    }
+}
+
+/// How a web server reaches the application.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Link {
+    /// It connects.
+    FastCgi,
+    /// It connects and keeps the connection.
+    FastCgiKept,
+    /// It starts the application with a listening socket as standard input.
+    FastCgiStarted,
+    Http,
+    Scgi,
+    /// It starts the application for each request.
+    Cgi,
+}
+
+/// A web server with one of the configurations of the document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Front {
+    pub(crate) server: WebServer,
+    pub(crate) link: Link,
+    /// The name of the configuration: its block in the document begins with that of the server and this one.
+    pub(crate) name: &'static str,
+}
+
+impl fmt::Display for Front {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.server.name(), self.name)
+    }
+}
+
+const fn front(server: WebServer, link: Link, name: &'static str) -> Front {
+    Front { server, link, name }
+}
+
+pub(crate) const NGINX: Front = front(WebServer::Nginx, Link::FastCgi, "fastcgi");
+pub(crate) const NGINX_KEPT: Front = front(WebServer::Nginx, Link::FastCgiKept, "fastcgi-kept");
+pub(crate) const NGINX_HTTP: Front = front(WebServer::Nginx, Link::Http, "http");
+pub(crate) const NGINX_SCGI: Front = front(WebServer::Nginx, Link::Scgi, "scgi");
+pub(crate) const LIGHTTPD: Front = front(WebServer::Lighttpd, Link::FastCgi, "fastcgi");
+pub(crate) const LIGHTTPD_AUTHORIZER: Front = front(WebServer::Lighttpd, Link::FastCgi, "fastcgi-authorizer");
+pub(crate) const LIGHTTPD_STARTED: Front = front(WebServer::Lighttpd, Link::FastCgiStarted, "fastcgi-started");
+pub(crate) const LIGHTTPD_HTTP: Front = front(WebServer::Lighttpd, Link::Http, "http");
+pub(crate) const LIGHTTPD_SCGI: Front = front(WebServer::Lighttpd, Link::Scgi, "scgi");
+pub(crate) const LIGHTTPD_CGI: Front = front(WebServer::Lighttpd, Link::Cgi, "cgi");
+pub(crate) const APACHE: Front = front(WebServer::Apache, Link::FastCgi, "fastcgi");
+pub(crate) const APACHE_KEPT: Front = front(WebServer::Apache, Link::FastCgiKept, "fastcgi-kept");
+pub(crate) const APACHE_FCGID: Front = front(WebServer::Apache, Link::FastCgiStarted, "fcgid");
+pub(crate) const APACHE_HTTP: Front = front(WebServer::Apache, Link::Http, "http");
+pub(crate) const APACHE_SCGI: Front = front(WebServer::Apache, Link::Scgi, "scgi");
+pub(crate) const HAPROXY: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi");
+pub(crate) const HAPROXY_MULTIPLEXED: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi-multiplexed");
+pub(crate) const HAPROXY_HTTP: Front = front(WebServer::Haproxy, Link::Http, "http");
+pub(crate) const CADDY: Front = front(WebServer::Caddy, Link::FastCgi, "fastcgi");
+pub(crate) const CADDY_HTTP: Front = front(WebServer::Caddy, Link::Http, "http");
+
+/// Where the parts of a site are.
+pub(crate) struct Place<'a> {
+    pub(crate) folder: &'a Path,
+    pub(crate) port: u16,
+    /// The snippet of the document, with the addresses and paths of this site.
+    pub(crate) snippet: String,
+}
+
+/// A running web server, with the application behind it unless the web server started that itself.
+pub(crate) struct Site {
+    front: Helper,
+    pub(crate) application: Option<Server>,
+    /// `HOST:PORT` for its clients.
+    pub(crate) address: String,
+    folder: TempDir,
+}
+
+impl Site {
+    /// The example `application` behind the web server.
+    pub(crate) fn start(front: Front, application: &str) -> Self {
+        let folder = shared_folder();
+        let socket = folder.path().join("app.sock");
+        let bind = match front.link {
+            Link::FastCgi | Link::FastCgiKept => Some(format!("fastcgi:unix:{}", socket.display())),
+            Link::Http => Some("http:127.0.0.1:0".to_owned()),
+            Link::Scgi if front.server == WebServer::Apache => Some("scgi:127.0.0.1:0".to_owned()),
+            Link::Scgi => Some(format!("scgi:unix:{}", socket.display())),
+            Link::FastCgiStarted | Link::Cgi => None,
+        };
+        let server =
+            bind.map(|bind| Server::start(application, &["--workers", "2", "--socket-mode", "666", "--bind", &bind]));
+        let backend = match (&server, front.link) {
+            (Some(server), Link::Http) => server.http(),
+            (Some(server), Link::Scgi) if front.server == WebServer::Apache => {
+                server.binds[0].strip_prefix("scgi:").expect("it speaks SCGI").to_owned()
+            }
+            (Some(_), _) => socket.display().to_string(),
+            (None, _) => {
+                // The web server's user may not see into the folder that it was built in.
+                let copy = folder.path().join("app");
+                fs::copy(program(application), &copy).expect("there is room for a copy");
+                copy.display().to_string()
+            }
+        };
+        let (helper, address) = start(front, folder.path(), &backend);
+        Self { front: helper, application: server, address, folder }
+    }
+
+    /// The web server before whoever listens at `backend`, whose socket may be in this folder.
+    pub(crate) fn before(front: Front, folder: TempDir, backend: &str) -> Self {
+        let (helper, address) = start(front, folder.path(), backend);
+        Self { front: helper, application: None, address, folder }
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn application(&mut self) -> &mut Server {
+        self.application.as_mut().expect("the web server did not start it")
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for name in ["front.log", "error.log"] {
+                let log = fs::read_to_string(self.folder.path().join(name)).unwrap_or_default();
+                eprintln!("--- {name} of the web server (pid {}):\n{log}", self.front.0.id());
+            }
+        }
+    }
+}
+
+/// A temporary folder that a web server's user may enter.
+pub(crate) fn shared_folder() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    folder
+}
+
+fn start(front: Front, folder: &Path, backend: &str) -> (Helper, String) {
+    // The port was free when we looked. If it is not any more, the web server ends, and there are others.
+    for _ in 0..5 {
+        let port = free_port();
+        let place = Place { folder, port, snippet: snippet(front, folder, port, backend) };
+        let mut helper = Helper::start(&mut command(front, &place));
+        let address = format!("127.0.0.1:{port}");
+        let up = wait_until("the web server listens, or has ended", || {
+            let ended = helper.0.try_wait().expect("it is our child").is_some();
+            (ended || std::net::TcpStream::connect(&address).is_ok()).then_some(!ended)
+        });
+        if up {
+            return (helper, address);
+        }
+    }
+    let logs = ["front.log", "error.log"].map(|name| fs::read_to_string(folder.join(name)).unwrap_or_default());
+    panic!("{front} does not start: {}", logs.concat());
+}
+
+fn command(front: Front, place: &Place<'_>) -> Command {
+    let mut command = match front.server {
+        WebServer::Apache => apache::command(place),
+        WebServer::Caddy => caddy::command(place),
+        WebServer::Haproxy => haproxy::command(place),
+        WebServer::Lighttpd => lighttpd::command(place),
+        WebServer::Nginx => nginx::command(place),
+    };
+    let log = File::create(place.folder.join("front.log")).unwrap();
+    command.current_dir("/srv").stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+    command
+}
+
+/// Writes the configuration, and returns where it is.
+fn configuration(place: &Place<'_>, text: &str) -> PathBuf {
+    let path = place.folder.join("front.conf");
+    fs::write(&path, text).unwrap();
+    path
+}
+
+/// The block of the document for `front`, with the addresses of the document replaced.
+fn snippet(front: Front, folder: &Path, port: u16, backend: &str) -> String {
+    let mut text = block(front).to_owned();
+    let socket = folder.join("app.sock").display().to_string();
+    let listens = format!("127.0.0.1:{port}");
+    let port = format!(":{port} {{");
+    let application: &[(&str, &str)] = match front.link {
+        Link::Scgi if front.server == WebServer::Apache => &[("127.0.0.1:4000", backend)],
+        Link::FastCgi if front == LIGHTTPD_AUTHORIZER => {
+            &[("/run/app.sock", backend), ("/var/www", folder.to_str().expect("the path is UTF-8"))]
+        }
+        Link::FastCgi | Link::FastCgiKept | Link::Scgi => &[("/run/app.sock", backend)],
+        Link::Cgi if front.server == WebServer::Lighttpd => &[("/usr/local/bin/app", backend)],
+        Link::FastCgiStarted if front.server == WebServer::Lighttpd => {
+            &[("/run/app.sock", &socket), ("/usr/local/bin/app", backend)]
+        }
+        Link::FastCgiStarted | Link::Cgi => {
+            &[("/usr/local/bin/app", backend), ("/usr/local/bin", folder.to_str().expect("the path is UTF-8"))]
+        }
+        Link::Http if front.server == WebServer::Lighttpd => {
+            &[("8080", backend.rsplit_once(':').expect("it has a port").1)]
+        }
+        Link::Http => &[("127.0.0.1:8080", backend)],
+    };
+    let listen: &[(&str, &str)] = match front.server {
+        WebServer::Nginx => &[("listen 80;", &format!("listen {listens};"))],
+        WebServer::Haproxy => &[("bind :80", &format!("bind {listens}"))],
+        WebServer::Caddy => &[(":80 {", &port)],
+        WebServer::Apache | WebServer::Lighttpd => &[],
+    };
+    for (from, to) in listen.iter().chain(application) {
+        assert!(text.contains(from), "docs/web-servers.md: no {from:?} in the block of {front}");
+        text = text.replace(from, to);
+    }
+    text
+}
+
+fn block(front: Front) -> &'static str {
+    let opening = format!("\n```{} {}\n", front.server.name(), front.name);
+    let from = DOCUMENT.find(&opening).unwrap_or_else(|| panic!("docs/web-servers.md has no block {opening:?}"));
+    let rest = &DOCUMENT[from + opening.len()..];
+    let end = rest.find("\n```").expect("the block ends");
+    &rest[..=end]
+}
+
+/// A daemon, with nothing in its environment that it could pass on. Daemons are in folders that not every user has in PATH.
+fn daemon(name: &str) -> Command {
+    const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    let found = PATH.split(':').map(|folder| Path::new(folder).join(name)).find(|path| path.exists());
+    let mut command =
+        Command::new(found.unwrap_or_else(|| panic!("{name} is not installed (scripts/test installs it)")));
+    command.env_clear().env("PATH", PATH);
+    command
+}
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}

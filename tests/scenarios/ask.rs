@@ -1,0 +1,159 @@
+//! What is asked, and what came back; both the same for all protocols.
+
+use std::io::{self, Read, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A piece of what is written or read at a time.
+pub(crate) const PIECE: usize = 64 << 10;
+
+/// A request.
+#[derive(Clone, Debug)]
+pub(crate) struct Ask {
+    pub(crate) method: &'static str,
+    /// `{gate}` in it stands for the port of a [`Gate`].
+    pub(crate) target: String,
+    pub(crate) headers: Vec<(&'static str, &'static [u8])>,
+    pub(crate) body: Sent,
+    pub(crate) pace: Pace,
+    /// The client connected over TLS: only who speaks CGI variables to us can say so.
+    pub(crate) is_tls: bool,
+}
+
+/// A request's body.
+#[derive(Clone, Debug)]
+pub(crate) enum Sent {
+    Nothing,
+    /// With its length before it.
+    Known(Arc<[u8]>),
+    /// In chunks.
+    Chunked(Arc<[u8]>),
+}
+
+impl Sent {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Nothing => &[],
+            Self::Known(bytes) | Self::Chunked(bytes) => bytes,
+        }
+    }
+
+    pub(crate) fn length(&self) -> Option<usize> {
+        match self {
+            Self::Known(bytes) => Some(bytes.len()),
+            Self::Nothing | Self::Chunked(_) => None,
+        }
+    }
+}
+
+/// How fast the client is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    Even,
+    /// Sends its request in 50 pieces.
+    SlowSender,
+    SlowReader,
+    /// Over HTTP: sends its body when the server says 100 Continue, and not before.
+    AwaitsContinue,
+}
+
+/// A response.
+#[derive(Debug, Default)]
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, Vec<u8>)>,
+    pub(crate) body: Taken,
+    /// The statuses of interim responses (1xx) before it.
+    pub(crate) interim: Vec<u16>,
+}
+
+impl Reply {
+    pub(crate) fn all(&self, name: &str) -> Vec<&[u8]> {
+        let named = self.headers.iter().filter(|(other, _)| other.eq_ignore_ascii_case(name));
+        named.map(|(_, value)| value.as_slice()).collect()
+    }
+
+    pub(crate) fn shown(&self, name: &str) -> String {
+        let values: Vec<_> = self.all(name).into_iter().map(String::from_utf8_lossy).collect();
+        format!("{name}: {values:.200?}")
+    }
+
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.all(name).first().and_then(|value| str::from_utf8(value).ok())
+    }
+}
+
+/// The body of a response. Of one that is nothing but `x` only the length is kept.
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    pub(crate) length: u64,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) is_all_x: bool,
+}
+
+/// Takes a body, at the client's pace. The gate is opened when the first bytes are there.
+pub(crate) fn take(from: &mut impl Read, pace: Pace, gate: &mut Gate) -> io::Result<Taken> {
+    let mut taken = Taken { is_all_x: true, ..Taken::default() };
+    let mut buffer = vec![0; PIECE];
+    loop {
+        let count = from.read(&mut buffer)?;
+        if count == 0 {
+            return Ok(taken);
+        }
+        gate.open();
+        let piece = &buffer[..count];
+        taken.length += count as u64;
+        if taken.is_all_x && piece.iter().any(|&byte| byte != b'x') {
+            taken.bytes.resize(usize::try_from(taken.length).map_err(io::Error::other)? - count, b'x');
+            taken.is_all_x = false;
+        }
+        if !taken.is_all_x {
+            taken.bytes.extend_from_slice(piece);
+        }
+        if pace == Pace::SlowReader {
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Sends a request, at the client's pace. A server may answer and close before it has read all: its answer tells.
+pub(crate) fn give(to: &mut impl Write, bytes: &[u8], pace: Pace) {
+    let piece = if pace == Pace::SlowSender { bytes.len().div_ceil(50).max(1) } else { PIECE };
+    for piece in bytes.chunks(piece) {
+        if to.write_all(piece).and_then(|()| to.flush()).is_err() {
+            return;
+        }
+        if pace == Pace::SlowSender {
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+    }
+}
+
+/// What the application waits for in mid-response: it connects, and goes on when the connection is closed.
+#[derive(Debug)]
+pub(crate) struct Gate(Option<TcpListener>);
+
+impl Gate {
+    /// For a request that names one.
+    pub(crate) fn of(ask: &mut Ask) -> Self {
+        if !ask.target.contains("{gate}") {
+            return Self(None);
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let port = listener.local_addr().expect("it is bound").port();
+        ask.target = ask.target.replace("{gate}", &port.to_string());
+        Self(Some(listener))
+    }
+
+    pub(crate) fn none() -> Self {
+        Self(None)
+    }
+
+    /// Lets the application go on, when it has come.
+    pub(crate) fn open(&mut self) {
+        if let Some(listener) = self.0.take() {
+            drop(listener.accept());
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! What each web server sends to a FastCGI application, byte for byte: read record by record and answered by hand.
+//! With `CAPTURE_SEEDS=FOLDER` in the environment (scripts/capture-seeds) the bytes are kept there.
+
+use std::fs::{self, Permissions};
+use std::io::{self, Read, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use crate::ask::{Ask, Gate, Pace, Sent};
+use crate::common::PATIENCE;
+use crate::common::fastcgi::{END, GET_VALUES, GET_VALUES_RESULT, PARAMS, STDIN, STDOUT, pair, record};
+use crate::fronts::{self, Front, Site};
+use crate::http::Connection;
+
+const ANSWER: &[u8] = b"Status: 200 OK\r\nContent-Length: 3\r\n\r\nok\n";
+
+/// Reads, and remembers what it read.
+struct Recorder {
+    stream: UnixStream,
+    bytes: Vec<u8>,
+}
+
+impl Recorder {
+    fn take(&mut self, length: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        self.stream.read_exact(&mut bytes)?;
+        self.bytes.extend_from_slice(&bytes);
+        Ok(bytes)
+    }
+
+    /// The type, the request id and the content of a record.
+    fn record(&mut self) -> io::Result<(u8, u16, Vec<u8>)> {
+        let header = self.take(8)?;
+        let number = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
+        assert_eq!(header[0], 1, "the version of FastCGI");
+        let content = self.take(number(4).into())?;
+        self.take(header[6].into())?;
+        Ok((header[1], number(2), content))
+    }
+
+    /// Takes one request and answers it. Returns its parameters and its body.
+    fn serve(&mut self) -> io::Result<(Vec<u8>, Vec<u8>)> {
+        let (mut params, mut body) = (Vec::new(), Vec::new());
+        loop {
+            let (kind, id, content) = self.record()?;
+            match kind {
+                GET_VALUES => {
+                    let values = [pair("FCGI_MPXS_CONNS", "1"), pair("FCGI_MAX_REQS", "64")].concat();
+                    self.stream.write_all(&record(GET_VALUES_RESULT, 0, &values, 0))?;
+                }
+                PARAMS => params.extend(content),
+                STDIN if !content.is_empty() => body.extend(content),
+                STDIN => {
+                    let answer =
+                        [record(STDOUT, id, ANSWER, 0), record(STDOUT, id, b"", 0), record(END, id, &[0; 8], 0)];
+                    self.stream.write_all(&answer.concat())?;
+                    return Ok((params, body));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn cases() -> [(&'static str, Ask); 3] {
+    let ask = |method, body| Ask {
+        method,
+        target: "/page/a%20b?c=d".to_owned(),
+        headers: vec![("User-Agent", b"seed"), ("Cookie", b"a=1"), ("Content-Type", b"text/plain")],
+        body,
+        pace: Pace::Even,
+        is_tls: false,
+    };
+    let body = || b"hello=world".as_slice().into();
+    [
+        ("get", ask("GET", Sent::Nothing)),
+        ("post", ask("POST", Sent::Known(body()))),
+        ("chunked", ask("POST", Sent::Chunked(body()))),
+    ]
+}
+
+fn capture(front: Front) {
+    let folder = fronts::shared_folder();
+    let own_path = folder.path().display().to_string();
+    let socket = folder.path().join("app.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    fs::set_permissions(&socket, Permissions::from_mode(0o666)).unwrap();
+    let site = Site::before(front, folder, socket.to_str().unwrap());
+    for (name, ask) in cases() {
+        let (params, body, bytes) = std::thread::scope(|scope| {
+            let client = scope.spawn(|| Connection::open(&site.address)?.ask(&ask, &mut Gate::none()));
+            let (stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut recorder = Recorder { stream, bytes: Vec::new() };
+            let (params, body) = recorder.serve().unwrap();
+            // A connection that is kept would be used for the next case, and nobody would listen.
+            drop(recorder.stream);
+            let (reply, _) = client.join().unwrap().unwrap();
+            assert_eq!((reply.status, reply.body.bytes.as_slice()), (200, &b"ok\n"[..]), "{front}, {name}");
+            (params, body, recorder.bytes)
+        });
+        let has = |what: &str| params.windows(what.len()).any(|window| window == what.as_bytes());
+        assert!(has(&format!("REQUEST_METHOD{}", ask.method)) && has("REQUEST_URI/page/a%20b?c=d"), "{front}, {name}");
+        assert_eq!(body, ask.body.bytes(), "{front}, {name}");
+        assert!(!has(&own_path), "{front}, {name}: a path of this machine");
+        if let Some(seeds) = std::env::var_os("CAPTURE_SEEDS") {
+            fs::write(Path::new(&seeds).join("fastcgi").join(format!("{front}-{name}")), bytes).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_each_web_server_sends_can_be_read() {
+    for front in [
+        fronts::NGINX,
+        fronts::NGINX_KEPT,
+        fronts::LIGHTTPD,
+        fronts::APACHE,
+        fronts::APACHE_KEPT,
+        fronts::HAPROXY,
+        fronts::HAPROXY_MULTIPLEXED,
+        fronts::CADDY,
+    ] {
+        capture(front);
+    }
+}

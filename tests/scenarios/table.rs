@@ -1,0 +1,418 @@
+//! The requests, and the responses that must come back whatever is between the client and the application. Where
+//! something in between is known to do otherwise, its row says what it does, and why.
+
+use std::sync::Arc;
+
+use super::Way;
+use super::ask::{Ask, Pace, Sent};
+use super::fronts::{APACHE_SCGI, NGINX_SCGI, WebServer};
+
+const KIB: usize = 1 << 10;
+const MIB: usize = 1 << 20;
+/// Large enough to fill every buffer on the way.
+const HUGE: usize = 64 * MIB;
+/// More than 32 bits can count.
+const BEYOND_32_BITS: u64 = (4 << 30) + 1;
+
+pub(crate) struct Row {
+    pub(crate) name: &'static str,
+    pub(crate) ask: Ask,
+    pub(crate) expect: Expect,
+    differences: Vec<Difference>,
+}
+
+/// What happens elsewhere.
+struct Difference {
+    at: fn(Way) -> bool,
+    why: &'static str,
+    /// `None`: the row is not asked.
+    expect: Option<Expect>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Expect {
+    pub(crate) statuses: &'static [u16],
+    pub(crate) body: Content,
+    /// The values of headers, in their order; none means that there is no such header.
+    pub(crate) headers: Vec<(&'static str, Vec<&'static [u8]>)>,
+    /// The first bytes of the response are there before the application has made the last ones.
+    pub(crate) streams: bool,
+    /// The client must not use its connection again.
+    pub(crate) is_last: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Content {
+    Is(Vec<u8>),
+    /// So many `x`.
+    Xs(u64),
+    /// A page of the web server's own, say.
+    Any,
+}
+
+impl Row {
+    /// What is to be expected at `way`.
+    ///
+    /// # Errors
+    /// Why the row is not asked there.
+    pub(crate) fn expected(&self, way: Way) -> Result<&Expect, &'static str> {
+        match self.differences.iter().find(|difference| (difference.at)(way)) {
+            Some(difference) => difference.expect.as_ref().ok_or(difference.why),
+            None => Ok(&self.expect),
+        }
+    }
+
+    /// Small enough to be asked once more.
+    pub(crate) fn is_small(&self) -> bool {
+        let large = matches!(self.expect.body, Content::Xs(length) if length > MIB as u64);
+        self.ask.body.bytes().len() <= MIB && !large && self.ask.pace == Pace::Even
+    }
+
+    fn but(mut self, at: fn(Way) -> bool, why: &'static str, expect: Expect) -> Self {
+        self.differences.push(Difference { at, why, expect: Some(expect) });
+        self
+    }
+
+    fn not_asked(mut self, at: fn(Way) -> bool, why: &'static str) -> Self {
+        self.differences.push(Difference { at, why, expect: None });
+        self
+    }
+}
+
+impl Ask {
+    fn with(mut self, name: &'static str, value: &'static [u8]) -> Self {
+        self.headers.push((name, value));
+        self
+    }
+
+    fn sending(mut self, bytes: &[u8]) -> Self {
+        self.body = Sent::Known(bytes.into());
+        self
+    }
+
+    fn in_chunks(mut self, bytes: &[u8]) -> Self {
+        self.body = Sent::Chunked(bytes.into());
+        self
+    }
+
+    fn at(mut self, pace: Pace) -> Self {
+        self.pace = pace;
+        self
+    }
+
+    fn over_tls(mut self) -> Self {
+        self.is_tls = true;
+        self
+    }
+}
+
+impl Expect {
+    fn with(mut self, name: &'static str, values: &[&'static [u8]]) -> Self {
+        self.headers.push((name, values.to_vec()));
+        self
+    }
+
+    fn last(mut self) -> Self {
+        self.is_last = true;
+        self
+    }
+
+    fn streaming(mut self) -> Self {
+        self.streams = true;
+        self
+    }
+}
+
+fn row(name: &'static str, ask: Ask, expect: Expect) -> Row {
+    Row { name, ask, expect, differences: Vec::new() }
+}
+
+fn ask(method: &'static str, target: &str) -> Ask {
+    let target = target.to_owned();
+    Ask { method, target, headers: Vec::new(), body: Sent::Nothing, pace: Pace::Even, is_tls: false }
+}
+
+fn get(target: &str) -> Ask {
+    ask("GET", target)
+}
+
+fn post(target: &str) -> Ask {
+    ask("POST", target)
+}
+
+fn body(bytes: impl AsRef<[u8]>) -> Expect {
+    Expect {
+        statuses: &[200],
+        body: Content::Is(bytes.as_ref().to_vec()),
+        headers: Vec::new(),
+        streams: false,
+        is_last: false,
+    }
+}
+
+fn xs(length: usize) -> Expect {
+    Expect { body: Content::Xs(length as u64), ..body("") }
+}
+
+/// The application's status, with its body.
+fn status(statuses: &'static [u16], bytes: &str) -> Expect {
+    Expect { statuses, ..body(bytes) }
+}
+
+/// One of these, from whoever is in between.
+fn refused(statuses: &'static [u16]) -> Expect {
+    Expect { statuses, body: Content::Any, ..body("") }
+}
+
+/// What `/sum` says of a body.
+fn sum(bytes: &[u8]) -> Expect {
+    let sum = bytes.iter().fold(0_u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
+    body(format!("{} {sum:016x}\n", bytes.len()))
+}
+
+/// Bytes of which no piece can be mistaken for another of the same length.
+fn some_bytes(length: usize) -> Arc<[u8]> {
+    let mut random = fastrand::Rng::with_seed(7);
+    std::iter::repeat_with(|| random.u8(..)).take(length).collect()
+}
+
+pub(crate) fn rows() -> Vec<Row> {
+    [methods(), targets(), request_headers(), statuses(), response_headers(), uploads(), downloads(), paces()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+fn methods() -> Vec<Row> {
+    vec![
+        row("GET", get("/method"), body("GET").with("content-length", &[b"3"]))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "Apache counts itself, if all is there at once", body("GET"))
+            .but(
+                Way::is_apache_proxy_fastcgi,
+                "mod_proxy passes on no length that CGI tells, and sends chunks",
+                body("GET").with("content-length", &[]),
+            ),
+        row("HEAD has the length and no body", ask("HEAD", "/method"), body("").with("content-length", &[b"4"]))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "Apache counts itself, if all is there at once", body(""))
+            .but(
+                Way::is_apache_proxy_cgi,
+                "mod_proxy passes on no length that CGI tells, and sends chunks",
+                body("").with("content-length", &[]),
+            ),
+        row("HEAD of a huge body", ask("HEAD", "/bytes/67108864"), body("")),
+        row("POST without a body", post("/method").sending(b""), body("POST")),
+        row("PUT", ask("PUT", "/method").sending(b"body"), body("PUT")),
+        row("PATCH", ask("PATCH", "/method").sending(b"body"), body("PATCH")),
+        row("DELETE", ask("DELETE", "/method"), body("DELETE")),
+        row("OPTIONS", ask("OPTIONS", "/method"), body("OPTIONS")),
+        row("a method of an extension", ask("PROPFIND", "/method"), body("PROPFIND")),
+        row("a method that nobody knows", ask("BREW", "/method"), body("BREW")).but(
+            |way| way.is_behind(WebServer::Lighttpd),
+            "lighttpd has a list of methods",
+            refused(&[501]),
+        ),
+    ]
+}
+
+fn targets() -> Vec<Row> {
+    vec![
+        row("a query", get("/target/a?b=1&c=%26&d"), body("/target/a?b=1&c=%26&d")),
+        row("an empty query", get("/target/a?"), body("/target/a?")),
+        row("percent-encoding stays as it is", get("/target/a%20b%c3%A9/~c"), body("/target/a%20b%c3%A9/~c")).but(
+            |way| way.is_http_of(WebServer::Lighttpd),
+            "mod_proxy passes a path on as lighttpd has put it right",
+            body("/target/a%20b%C3%A9/~c"),
+        ),
+        row("an encoded slash", get("/target/a%2Fb"), body("/target/a%2Fb")).but(
+            |way| way.is_http_of(WebServer::Lighttpd),
+            "mod_proxy passes a path on as lighttpd has put it right",
+            body("/target/a/b"),
+        ),
+        row("an encoded percent sign", get("/target/100%25"), body("/target/100%25")).but(
+            Way::is_apache_proxy_cgi,
+            "Apache refuses it here, nobody knows why",
+            refused(&[400]),
+        ),
+        row("the path in CGI is decoded", get("/path/a%20b%C3%A9?c"), body("/path/a b\u{e9}"))
+            .but(
+                |way| way == Way::Behind(NGINX_SCGI),
+                "nginx's scgi_params have neither SCRIPT_NAME nor PATH_INFO",
+                body(""),
+            )
+            .but(Way::is_http, "HTTP has no decoded path", body("/path/a%20b%C3%A9")),
+    ]
+}
+
+fn request_headers() -> Vec<Row> {
+    vec![
+        row("a header", get("/header/x-some").with("X-Some", b"some thing"), body("some thing")),
+        row("an empty header", get("/header/x-none").with("X-None", b""), body("")),
+        row("a header twice", get("/header/x-twice").with("X-Twice", b"one").with("X-Twice", b"two"), body("one, two")),
+        row("Cookie twice", get("/header/cookie").with("Cookie", b"a=1").with("Cookie", b"b=2"), body("a=1; b=2")).but(
+            |way| way.is_behind(WebServer::Apache) || way.is_cgi_of(WebServer::Caddy),
+            "they join cookies like any other header",
+            body("a=1, b=2"),
+        ),
+        row(
+            "bytes that are no ASCII",
+            get("/header/x-odd").with("X-Odd", b"caf\xe9 \x80\xff"),
+            body(b"caf\xe9 \x80\xff"),
+        ),
+        row("a head of nearly 4 KiB", get("/header/x-long").with("X-Long", &[b'v'; 3900]), body([b'v'; 3900])),
+        row(
+            "Content-Type",
+            post("/header/content-type").with("Content-Type", b"text/x; a=b").sending(b"1"),
+            body("text/x; a=b"),
+        ),
+        row("Content-Length", post("/header/content-length").sending(b"12345"), body("5")),
+        row("Proxy is not for the application", get("/header/proxy").with("Proxy", b"http://evil"), body(""))
+            .but(|way| way.is_http_of(WebServer::Lighttpd), "lighttpd drops it for all", body(""))
+            .but(Way::is_http, "only in CGI is it a variable that libraries believe", body("http://evil")),
+        row("HTTPS is not on", get("/variable/HTTPS"), body("(none)")),
+        row("HTTPS is on", get("/variable/HTTPS").over_tls(), body("on"))
+            .not_asked(|way| !way.is_direct() || way.is_http(), "whether there is TLS is the web server's to know"),
+    ]
+}
+
+fn statuses() -> Vec<Row> {
+    vec![
+        row("200 and nothing in it", get("/empty"), body("").with("content-length", &[b"0"])).but(
+            |way| way == Way::Behind(APACHE_SCGI),
+            "Apache may leave a length of 0 out",
+            body(""),
+        ),
+        row("204", get("/status/204"), status(&[204], "").with("content-length", &[])),
+        row("204 to a POST", post("/status/204").sending(b"body"), status(&[204], "")),
+        row(
+            "304",
+            get("/not-modified").with("If-None-Match", b"\"v1\""),
+            status(&[304], "").with("etag", &[b"\"v1\""]).with("cache-control", &[b"max-age=60"]),
+        ),
+        row("201", get("/status/201"), status(&[201], "201\n")),
+        row("299, which has no name", get("/status/299"), status(&[299], "299\n")),
+        row("400", get("/status/400"), status(&[400], "400\n")),
+        row("401", get("/status/401"), status(&[401], "401\n")),
+        row("404", get("/status/404"), status(&[404], "404\n")),
+        row("418", get("/status/418"), status(&[418], "418\n")),
+        row("499, which has no name", get("/status/499"), status(&[499], "499\n")),
+        row("500", get("/status/500"), status(&[500], "500\n")),
+        row("503", get("/status/503"), status(&[503], "503\n")),
+        row("599, which has no name", get("/status/599"), status(&[599], "599\n")),
+        row("103 is no response", get("/status/103"), status(&[500], "500 Internal Server Error\n")),
+        row("a redirection", get("/redirect"), status(&[303], "").with("location", &[b"/there?a=%20b"])),
+    ]
+}
+
+fn response_headers() -> Vec<Row> {
+    vec![
+        row(
+            "Set-Cookie twice, and another header twice",
+            get("/repeat"),
+            body("repeated\n")
+                .with("set-cookie", &[b"a=1; Path=/", b"b=2; HttpOnly"])
+                .with("x-repeated", &[b"one", b"two"]),
+        )
+        .but(
+            |way| way.is_cgi_of(WebServer::Apache),
+            "Apache joins what it reads from CGI, but for Set-Cookie",
+            body("repeated\n")
+                .with("set-cookie", &[b"a=1; Path=/", b"b=2; HttpOnly"])
+                .with("x-repeated", &[b"one, two"]),
+        ),
+        row("bytes that are no ASCII in a response", get("/odd"), body("odd\n").with("x-odd", &[b"caf\xe9 \x80\xff"])),
+        row("a head of nearly 4 KiB in a response", get("/long/3900"), body("long\n").with("x-long", &[&[b'v'; 3900]])),
+    ]
+}
+
+fn uploads() -> Vec<Row> {
+    let large = some_bytes(MIB);
+    let huge = some_bytes(HUGE);
+    vec![
+        row("an empty body", post("/sum").sending(b""), sum(b"")),
+        row("a body of one byte", post("/whole").sending(b"1"), body("1")),
+        row("a body of 64 KiB", ask("PUT", "/whole").sending(&large[..64 * KIB]), body(&large[..64 * KIB])),
+        row("a body of 1 MiB", post("/sum").sending(&large), sum(&large)),
+        row("a huge body", post("/sum").sending(&huge), sum(&huge)),
+        row("an empty body in chunks", post("/sum").in_chunks(b""), sum(b"")).but(
+            |way| way == Way::Behind(APACHE_SCGI),
+            "mod_proxy_scgi wants a length",
+            refused(&[411]).last(),
+        ),
+        row("a small body in chunks", post("/whole").in_chunks(b"0123456789"), body("0123456789")).but(
+            |way| way == Way::Behind(APACHE_SCGI),
+            "mod_proxy_scgi wants a length",
+            refused(&[411]).last(),
+        ),
+        row("a body of 1 MiB in chunks", post("/sum").in_chunks(&large), sum(&large))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "mod_proxy_scgi wants a length", refused(&[411]).last())
+            .but(
+                |way| way.is_cgi_of(WebServer::Haproxy),
+                "HAProxy counts the bytes of a chunked body, and has one buffer for that",
+                refused(&[400]).last(),
+            ),
+        row("a huge body in chunks", post("/sum").in_chunks(&huge), sum(&huge))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "mod_proxy_scgi wants a length", refused(&[411]).last())
+            .but(
+                |way| way.is_cgi_of(WebServer::Haproxy),
+                "HAProxy counts the bytes of a chunked body, and has one buffer for that",
+                refused(&[400]).last(),
+            ),
+        row("a body that nobody reads", post("/early").sending(&large), body("the body was not read\n")).but(
+            |way| way.is_cgi_of(WebServer::Haproxy),
+            "HAProxy 2.6 forgets a client whose request was answered before it had come whole",
+            body("the body was not read\n").last(),
+        ),
+        // After its response we listen to 64 MiB more at most.
+        row(
+            "a huge body that nobody reads",
+            post("/early").sending(&huge[..48 * MIB]),
+            body("the body was not read\n"),
+        ),
+        row("a body comes back while it is sent", post("/echo").sending(&large), body(&large))
+            .not_asked(|way| way.is_cgi_of(WebServer::Nginx), "nginx stops sending when the response begins, and waits")
+            .not_asked(Way::is_fcgid, "mod_fcgid sends all of the request before it reads")
+            .not_asked(
+                |way| way.is_behind(WebServer::Caddy),
+                "Caddy reads either the request or the response at a time",
+            ),
+    ]
+}
+
+fn downloads() -> Vec<Row> {
+    vec![
+        row("64 KiB", get("/bytes/65536"), xs(64 * KIB).with("content-length", &[b"65536"]))
+            .but(|way| way == Way::Behind(APACHE_SCGI), "Apache counts itself, if all is there at once", xs(64 * KIB))
+            .but(
+                Way::is_apache_proxy_cgi,
+                "mod_proxy passes on no length that CGI tells, and sends chunks",
+                xs(64 * KIB).with("content-length", &[]),
+            ),
+        row("a huge response", get("/bytes/67108864"), xs(HUGE)),
+        row("no bytes, of unknown length", get("/stream/0"), body("")),
+        row("a huge response of unknown length", get("/stream/67108864"), xs(HUGE)),
+        row(
+            "more than 4 GiB",
+            get(&format!("/bytes/{BEYOND_32_BITS}")),
+            Expect { body: Content::Xs(BEYOND_32_BITS), ..body("").with("content-length", &[b"4294967297"]) },
+        )
+        .not_asked(|way| !way.is_direct(), "once for each protocol is enough, it takes long"),
+        row("a response that streams", get("/gate/{gate}"), body("first\nlast\n").streaming())
+            .but(|way| way.is_cgi_of(WebServer::Nginx), "nginx fills a buffer first", body("first\nlast\n"))
+            .but(|way| way.is_behind(WebServer::Lighttpd), "lighttpd buffers the whole response", body("first\nlast\n"))
+            .but(|way| way.is_cgi_of(WebServer::Apache), "Apache fills a buffer first", body("first\nlast\n")),
+    ]
+}
+
+fn paces() -> Vec<Row> {
+    let bytes = some_bytes(5000);
+    vec![
+        row("a client that sends slowly", post("/sum").sending(&bytes).at(Pace::SlowSender), sum(&bytes)),
+        row("a client that sends chunks slowly", post("/sum").in_chunks(&bytes).at(Pace::SlowSender), sum(&bytes)).but(
+            |way| way == Way::Behind(APACHE_SCGI),
+            "mod_proxy_scgi wants a length",
+            refused(&[411]).last(),
+        ),
+        row("a client that reads slowly", get("/bytes/4194304").at(Pace::SlowReader), xs(4 * MIB)),
+        row("a client that waits for 100 Continue", post("/sum").sending(&bytes).at(Pace::AwaitsContinue), sum(&bytes)),
+    ]
+}
