@@ -61,6 +61,12 @@ impl Params {
         self.iter().filter(|(other, _)| *other == name.as_bytes()).last().map(|(_, value)| value)
     }
 
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.raw.is_empty()
+    }
+
     /// All names and values, in the order in which they came.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         let (mut rest, form): (&[u8], _) = (&self.raw, self.form);
