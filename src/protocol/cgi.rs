@@ -116,20 +116,31 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
 impl<'a> Variables<'a> {
     /// Takes a variable that is not one of the client's headers, except for the two that are.
     fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<Option<HeaderName>, Error> {
-        match name {
-            b"REQUEST_METHOD" => self.method = value,
-            b"REQUEST_URI" => self.request_uri = value,
-            b"SCRIPT_NAME" => self.script_name = value,
-            b"PATH_INFO" => self.path_info = value,
-            b"QUERY_STRING" => self.query = value,
-            b"REMOTE_ADDR" => self.address = parse(value),
-            b"REMOTE_PORT" => self.port = parse(value).unwrap_or(0),
-            // The one is what servers agree on, the other is nginx's; a server that speaks HTTP sets no other value, or `off`.
-            b"HTTPS" => self.is_https |= value.eq_ignore_ascii_case(b"on") || value == b"1",
-            b"REQUEST_SCHEME" => self.is_https |= value.eq_ignore_ascii_case(b"https"),
-            b"SERVER_PROTOCOL" => self.version = version(value),
-            b"CONTENT_LENGTH" => self.length(value)?,
-            b"CONTENT_TYPE" if !value.is_empty() => return Ok(Some(header::CONTENT_TYPE)),
+        // By the first letter first: most variables are none of these.
+        match name.first() {
+            Some(b'R') => match name {
+                b"REQUEST_METHOD" => self.method = value,
+                b"REQUEST_URI" => self.request_uri = value,
+                b"REQUEST_SCHEME" => self.is_https |= value.eq_ignore_ascii_case(b"https"),
+                b"REMOTE_ADDR" => self.address = parse(value),
+                b"REMOTE_PORT" => self.port = parse(value).unwrap_or(0),
+                _ => {}
+            },
+            Some(b'C') => match name {
+                b"CONTENT_LENGTH" => self.length(value)?,
+                b"CONTENT_TYPE" if !value.is_empty() => return Ok(Some(header::CONTENT_TYPE)),
+                _ => {}
+            },
+            Some(b'S') => match name {
+                b"SCRIPT_NAME" => self.script_name = value,
+                b"SERVER_PROTOCOL" => self.version = version(value),
+                _ => {}
+            },
+            Some(b'P') if name == b"PATH_INFO" => self.path_info = value,
+            Some(b'Q') if name == b"QUERY_STRING" => self.query = value,
+            // The one is what servers agree on, REQUEST_SCHEME is nginx's; a server that speaks HTTP sets no other value,
+            // or `off`.
+            Some(b'H') if name == b"HTTPS" => self.is_https |= value.eq_ignore_ascii_case(b"on") || value == b"1",
             _ => {}
         }
         Ok(None)

@@ -98,8 +98,14 @@ type Pair<'a> = (&'a [u8], &'a [u8]);
 fn take_pair(mut rest: &[u8], form: Form) -> Option<(Pair<'_>, &[u8])> {
     let (name, value) = match form {
         Form::Lengths => {
-            let name = take_length(&mut rest)?;
-            let value = take_length(&mut rest)?;
+            let (name, value) = match rest {
+                // As a rule both are short.
+                [name, value, tail @ ..] if (name | value) < 0x80 => {
+                    rest = tail;
+                    (usize::from(*name), usize::from(*value))
+                }
+                _ => (take_length(&mut rest)?, take_length(&mut rest)?),
+            };
             let (name, tail) = rest.split_at_checked(name)?;
             rest = tail;
             let (value, tail) = rest.split_at_checked(value)?;

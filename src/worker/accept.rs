@@ -7,11 +7,12 @@
 //! whose event loop is busy does not wait, and so is not woken.
 
 use std::cell::Cell;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 
 use forkyard_shm::{Row, Scoreboard};
@@ -200,8 +201,7 @@ impl Acceptor {
                 Ok(accepted) => {
                     self.start(serve, accepted);
                     has_paused = false;
-                    // A short request on a fresh connection is over by then.
-                    blocking::quiet().await;
+                    self.settled().await;
                 }
                 // It is about that one connection, which is gone already; the next one is waiting.
                 Err(error) if !is_of_this_system(&error) => {}
@@ -214,6 +214,14 @@ impl Acceptor {
                     sleep(PAUSE).await;
                 }
             }
+        }
+    }
+
+    /// Returns when the connection that was just accepted has got as far as it can: a short request is then over.
+    async fn settled(&self) {
+        let_others_run().await;
+        if self.connections.open.get() > 0 {
+            blocking::quiet().await;
         }
     }
 
@@ -258,6 +266,19 @@ impl Acceptor {
             drop(open);
         });
     }
+}
+
+/// Goes to the end of the event loop's queue. (tokio's `yield_now` would look at epoll in between.)
+async fn let_others_run() {
+    let mut last = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut last, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Siblings that had their time and did not take what waits (one of them may be stopped, or hang) are not waited

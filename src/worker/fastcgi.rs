@@ -67,9 +67,12 @@ where
     };
     let mut drained = pin!(drain.wait());
     let mut last_chance = pin!(drain.wait_for_last_request());
+    let mut will_hear = false;
     let ended = poll_fn(|context| {
-        if !connection.draining && drained.as_mut().poll(context).is_ready() {
-            connection.draining = true;
+        // To ask once is to be woken. (To ask each time would cost a tenth of a request.)
+        if !connection.draining && (!will_hear || drain.has_begun()) {
+            connection.draining = drained.as_mut().poll(context).is_ready();
+            will_hear = true;
         }
         if connection.draining && !connection.last_chance_over && last_chance.as_mut().poll(context).is_ready() {
             connection.last_chance_over = true;
