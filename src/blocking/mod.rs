@@ -26,7 +26,7 @@ use tower_service::Service;
 
 pub(crate) use self::pool::{are_all_occupied, configure, finish, one_is_free};
 use self::turn::Pace;
-pub(crate) use self::turn::{before_waiting, jobs_wait, quiet, run_jobs, wake_when_quiet};
+pub(crate) use self::turn::{jobs_wait, run_jobs};
 use crate::body::{Body, FilterData};
 
 /// Makes a service of a function that may block.

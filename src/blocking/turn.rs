@@ -10,10 +10,9 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use super::Job;
@@ -65,33 +64,6 @@ thread_local! {
     /// Between two turns, wakers are kept until the loop goes on: to wake it from outside is a system call each.
     static WAKE_LATER: RefCell<Vec<Waker>> = const { RefCell::new(Vec::new()) };
     static BETWEEN_TURNS: Cell<bool> = const { Cell::new(false) };
-    /// Who wants to go on before the loop waits for events.
-    static WHEN_QUIET: RefCell<Vec<Waker>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Wakes when everything that can be done now has been done, quick jobs included, and the loop is about to wait.
-pub(crate) fn wake_when_quiet(waker: Waker) {
-    WHEN_QUIET.with_borrow_mut(|wakers| wakers.push(waker));
-}
-
-/// Returns when the loop is about to wait.
-pub(crate) async fn quiet() {
-    let mut asked = false;
-    poll_fn(|context| {
-        if std::mem::replace(&mut asked, true) {
-            return Poll::Ready(());
-        }
-        wake_when_quiet(context.waker().clone());
-        Poll::Pending
-    })
-    .await;
-}
-
-/// To be called by the event loop when it is about to wait for events.
-pub(crate) fn before_waiting() {
-    for waker in WHEN_QUIET.take() {
-        waker.wake();
-    }
 }
 
 /// Has the job run after this turn of the loop. Gives it back if this thread has no loop for that.

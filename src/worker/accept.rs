@@ -221,7 +221,7 @@ impl Acceptor {
     async fn settled(&self) {
         let_others_run().await;
         if self.connections.open.get() > 0 {
-            blocking::quiet().await;
+            tokio::task::yield_now().await;
         }
     }
 

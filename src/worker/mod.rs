@@ -17,6 +17,7 @@ pub(crate) mod cgi;
 mod door;
 mod fastcgi;
 mod http;
+mod later;
 mod opening;
 mod outbox;
 mod reply;
@@ -111,10 +112,7 @@ where
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .on_thread_park(blocking::before_waiting)
-        .build_local(LocalOptions::default())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     run_in_turns(&runtime, async {
         let drain = Drain::default();
         let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), &drain);
@@ -140,6 +138,7 @@ where
         }
 
         let sweeping = tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections)));
+        let waking = tokio::task::spawn_local(later::run());
         let watching = tokio::task::spawn_local(async move { watchdog.run().await });
         row.set_state(State::Ready);
         File::from(heritage.report).write_all(&[READY])?;
@@ -154,6 +153,7 @@ where
         connections.none().await;
         sweeping.abort();
         watching.abort();
+        waking.abort();
         io::Result::Ok(())
     })?;
     // What still runs on a thread though its client has left: it may be half-way through something.

@@ -23,7 +23,7 @@ use tokio::sync::Notify;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::io::poll_read_buf;
 
-use crate::blocking;
+use super::later;
 use crate::config::Timeouts;
 use crate::listen::Family;
 use crate::pulse::{Pulse, Stage};
@@ -71,7 +71,7 @@ enum Look {
     /// All was read that had come.
     Later,
     /// As above, and everything that can go on without has done so.
-    Quiet,
+    Last,
 }
 
 #[derive(Debug)]
@@ -148,10 +148,10 @@ impl Socket {
     /// done comes first, and registering the socket last. Ready when it is registered.
     fn poll_register(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Link::Fresh(_, look) = &mut self.link
-            && *look != Look::Quiet
+            && *look != Look::Last
         {
-            *look = Look::Quiet;
-            blocking::wake_when_quiet(context.waker().clone());
+            *look = Look::Last;
+            later::wake_later(context.waker().clone());
             return Poll::Pending;
         }
         Poll::Ready(self.register())
