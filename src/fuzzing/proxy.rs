@@ -15,6 +15,7 @@ pub fn proxy(data: &[u8]) {
     let whole = decode(data);
     match whole {
         Ok(Opening::Header(header)) => {
+            assert!(header.length <= if data[0] == b'P' { 107 } else { 4096 }, "it is within what the text allows");
             assert_eq!(decode(&data[..header.length]), whole, "what follows a header does not matter");
             assert_eq!(decode(&data[..header.length - 1]), Ok(Opening::Incomplete), "it has no byte too many");
         }
@@ -57,7 +58,7 @@ fn written(mut dice: Dice<'_>) {
         };
         block.extend(ports.iter().flat_map(|port| port.to_be_bytes()));
         while !dice.is_empty() && block.len() < 3000 {
-            let (kind, value) = (dice.byte(), dice.bytes());
+            let (kind, value) = (if dice.coin(2) { 0x20 } else { dice.byte() }, dice.bytes());
             if kind == 0x20 {
                 let Some(flags) = value.first() else { continue };
                 is_tls = flags & 1 == 1;
