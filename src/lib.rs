@@ -22,6 +22,9 @@ mod cgi_call;
 mod cli;
 mod config;
 mod context;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod heritage;
 mod listen;
 mod master;

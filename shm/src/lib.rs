@@ -115,6 +115,9 @@ mod error;
 mod file;
 mod fork;
 mod futex;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod geometry;
 mod ghosts;
 mod index;

@@ -61,6 +61,10 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// So many names of headers a request may have. A `HeaderMap` holds half as many again, and panics when one more is inserted: by
+/// us, or by the application.
+const MOST_NAMES: usize = 16_384;
+
 /// What CGI variables say of a request, collected in one pass.
 #[derive(Default)]
 struct Variables<'a> {
@@ -93,6 +97,9 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
             let value = HeaderValue::from_maybe_shared(params.share(value)).map_err(|_| Error::Header)?;
             headers.try_append(name, value).map_err(|_| Error::Header)?;
         }
+    }
+    if headers.keys_len() > MOST_NAMES {
+        return Err(Error::Header);
     }
     let method = Method::from_bytes(variables.method).map_err(|_| Error::Method)?;
     let uri = match variables.request_uri {
@@ -178,16 +185,19 @@ fn header_name(variable: &[u8]) -> Option<HeaderName> {
         b"CACHE_CONTROL" => header::CACHE_CONTROL,
         b"ACCEPT_ENCODING" => header::ACCEPT_ENCODING,
         b"ACCEPT_LANGUAGE" => header::ACCEPT_LANGUAGE,
-        // These would contradict the variables without HTTP_; the body has no chunks any more, though a server says so;
-        // and Proxy is never a client's to say ("httpoxy").
-        b"CONTENT_LENGTH" | b"CONTENT_TYPE" | b"TRANSFER_ENCODING" | b"PROXY" => return None,
         _ => {
             let mut name = [0; 128];
             let name = name.get_mut(..variable.len())?;
             for (to, &from) in name.iter_mut().zip(variable) {
                 *to = if from == b'_' { b'-' } else { from.to_ascii_lowercase() };
             }
-            return HeaderName::from_bytes(name).ok();
+            return HeaderName::from_bytes(name).ok().filter(|name| {
+                // These would contradict the variables without HTTP_; the body has no chunks any more, though a server
+                // says so; and Proxy is never a client's to say ("httpoxy"). However the variable is written.
+                let contradicts =
+                    matches!(*name, header::CONTENT_LENGTH | header::CONTENT_TYPE | header::TRANSFER_ENCODING);
+                !contradicts && name != "proxy"
+            });
         }
     })
 }
@@ -326,6 +336,27 @@ mod tests {
         let origin: &Origin = request.extensions().get().unwrap();
         assert_eq!(origin.address, Some("192.0.2.7:4711".parse().unwrap()));
         assert_eq!(origin.params.get("SCRIPT_NAME"), Some(&b"/a b"[..]));
+    }
+
+    /// Found by fuzzing: only the names in capitals were left out.
+    #[test]
+    fn headers_that_are_not_a_clients_to_say_are_left_out_however_they_are_written() {
+        for name in ["HTTP_PROXY", "HTTP_Proxy", "HTTP_CONTENT-LENGTH", "HTTP_content_type", "HTTP_TRANSFER_ENCODiNG"] {
+            let request = made(&[("REQUEST_METHOD", "GET"), (name, "5")]).unwrap();
+            assert!(request.headers().is_empty(), "{name}");
+        }
+    }
+
+    /// A full map panics when a header is inserted: the length did, with 24 576 others.
+    #[test]
+    fn a_map_of_headers_is_never_so_full_that_none_can_be_inserted() {
+        let names: Vec<String> = (0..33_000).map(|number| format!("HTTP_X{number}")).collect();
+        for (count, fits) in [(MOST_NAMES, true), (MOST_NAMES + 1, false), (24_576, false), (33_000, false)] {
+            let mut pairs = vec![("REQUEST_METHOD", "PUT"), ("CONTENT_LENGTH", "1")];
+            pairs.extend(names[..count].iter().map(|name| (name.as_str(), "")));
+            let made = made(&pairs).map(|request| request.headers().keys_len());
+            assert_eq!(made, if fits { Ok(MOST_NAMES + 1) } else { Err(Error::Header) });
+        }
     }
 
     #[test]

@@ -245,6 +245,16 @@ impl Decoder {
         self.open.is_empty() && matches!(self.place, Place::Header | Place::Skip { .. })
     }
 
+    /// How many requests are open, and how many bytes of parameters are kept for them.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn held(&self) -> (usize, usize) {
+        let params = self.open.iter().map(|open| match &open.phase {
+            Phase::Params(params) => params.len(),
+            Phase::Streams { .. } | Phase::Skipped => 0,
+        });
+        (self.open.len(), params.sum())
+    }
+
     fn find(&mut self, id: RequestId) -> Option<&mut Open> {
         self.open.iter_mut().find(|open| open.id == id)
     }

@@ -1,0 +1,37 @@
+//! What must hold of a page whatever stands in the shared memory, and whatever a client says: see `docs/fuzzing.md` of
+//! Forkyard. There for tests and `--cfg fuzzing` only.
+
+use crate::page::{Encoding, Page};
+
+/// Takes the first byte of `data` for the length of a body, a line for `Accept-Encoding`, and the rest for what is kept
+/// beside the body, and for `If-None-Match`.
+///
+/// # Panics
+/// If what is read is not written again as it was, or what is sent contradicts itself.
+pub fn page(data: &[u8]) {
+    let Some((&length, rest)) = data.split_first() else { return };
+    let at = rest.iter().position(|&byte| byte == b'\n').unwrap_or(0);
+    let (accept, rest) = rest.split_at(at);
+    let rest = rest.strip_prefix(b"\n").unwrap_or(rest);
+
+    if let Ok(page) = Page::decode(rest, vec![b'x'; length.into()]) {
+        assert_eq!(page.encode_meta(), rest, "a page is written in one way only");
+        let is_compressed = page.encoding() != Encoding::Identity;
+        // What is no gzip cannot be sent, except to who takes it as it is.
+        if let Ok(sent) = page.negotiate(Some(accept)) {
+            assert_eq!(sent.encoding(), Encoding::Identity, "nothing is left to negotiate");
+            assert!(!is_compressed || sent.value("content-encoding").is_some() && sent.value("vary").is_some());
+            let again = sent.clone().negotiate(None);
+            assert_eq!(again.as_ref().ok(), Some(&sent), "what is sent is sent again as it is");
+            let not_modified = sent.not_modified(None);
+            assert!(not_modified.status_code() == 304 && not_modified.body().is_empty());
+        }
+    }
+
+    let page = Page::new("body").header("etag", "W/\"a\"");
+    assert!(page.matches(b"*") && page.matches(b"\"a\"") && !page.matches(b"\"b\""));
+    // Tags are looked for from the left: what follows, if it is whole, is found behind anything that leaves no quote open.
+    if !rest.contains(&b'"') && page.matches(rest) {
+        assert_eq!(rest.trim_ascii(), b"*", "a tag is in quotes");
+    }
+}
