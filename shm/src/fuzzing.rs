@@ -35,3 +35,19 @@ pub fn page(data: &[u8]) {
         assert_eq!(rest.trim_ascii(), b"*", "a tag is in quotes");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    #[test]
+    fn every_seed_and_each_of_its_beginnings_holds() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/page");
+        let seeds: Vec<_> = fs::read_dir(folder).unwrap().map(|file| fs::read(file.unwrap().path()).unwrap()).collect();
+        assert!(!seeds.is_empty());
+        for seed in seeds {
+            (0..=seed.len()).for_each(|end| super::page(&seed[..end]));
+        }
+    }
+}

@@ -115,7 +115,7 @@ mod error;
 mod file;
 mod fork;
 mod futex;
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod geometry;
