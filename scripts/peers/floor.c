@@ -44,6 +44,7 @@ static int workers, listener, poller;
 static unsigned char response[BODY_MAX + 512];
 static size_t response_len, end_at; /* of FastCGI: where the last two records start */
 static volatile int *connections;   /* of each worker, in shared memory */
+static pid_t pids[WORKERS_MAX];
 
 static void die(const char *what) { perror(what); exit(1); }
 
@@ -224,6 +225,15 @@ static void listen_at(const char *path) {
     fflush(stdout);
 }
 
+static void stop(int signal) {
+    (void)signal;
+    for (int i = 0; i < workers; i++)
+        kill(pids[i], SIGKILL);
+    while (wait(NULL) > 0)
+        continue;
+    _exit(0);
+}
+
 int main(int argc, char **argv) {
     http = argc == 4 && strcmp(argv[1], "http") == 0;
     workers = argc < 4 ? 0 : atoi(argv[2]);
@@ -240,17 +250,16 @@ int main(int argc, char **argv) {
     listen_at(argv[4]);
     pid_t master = getpid();
     for (int i = 0; i < workers; i++) {
-        pid_t pid = fork();
-
-        if (pid < 0)
+        if ((pids[i] = fork()) < 0)
             die("floor: fork");
-        if (pid == 0) {
+        if (pids[i] == 0) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);
             if (getppid() == master)
                 work(i);
             _exit(1);
         }
     }
+    signal(SIGTERM, stop);
     wait(NULL); /* no worker ends by itself; the others die with the master */
     fputs("floor: a worker died\n", stderr);
     return 1;

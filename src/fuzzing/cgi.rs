@@ -146,11 +146,17 @@ pub fn cgi_response(data: &[u8]) {
     let Some(head) = out.strip_prefix(b"before") else { panic!("what was there is gone") };
 
     let mut rest = head;
+    let location = headers.get(header::LOCATION);
+    if let Some(location) = location {
+        assert_eq!(line(&mut rest), Some((&b"location"[..], location.as_bytes())), "it stands before the status");
+    }
     let Some((name, value)) = line(&mut rest) else { panic!("no line at all") };
     let (code, reason) = value.split_at(3);
     assert!(name == b"Status" && code == status.as_str().as_bytes() && reason.len() > 1 && reason[0] == b' ');
-    let dropped = ["connection", "transfer-encoding", "upgrade", "keep-alive", "status"];
-    for (name, value) in headers.iter().filter(|(name, _)| !dropped.contains(&name.as_str())) {
+    let dropped = ["connection", "transfer-encoding", "upgrade", "keep-alive", "status", "location"];
+    let of_no_body = |name: &HeaderName| status == StatusCode::NO_CONTENT && *name == header::CONTENT_LENGTH;
+    let kept = |name: &HeaderName| !dropped.contains(&name.as_str()) && !of_no_body(name);
+    for (name, value) in headers.iter().filter(|(name, _)| kept(name)) {
         let read = line(&mut rest);
         assert!(
             read.is_some_and(|(other, bytes)| other.eq_ignore_ascii_case(name.as_ref()) && bytes == value.as_bytes()),

@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::uri::PathAndQuery;
 use http::{Method, Request, StatusCode, Uri, Version};
 
 use super::params::Params;
@@ -214,12 +215,19 @@ fn version(protocol: &[u8]) -> Version {
 /// What the client sent, as the server passed it on. Bytes that a URI may not have, though clients send them,
 /// are percent-encoded.
 fn request_uri(uri: Bytes) -> Result<Uri, Error> {
-    if let Ok(uri) = Uri::from_maybe_shared(uri.clone()) {
+    let uri = Uri::from_maybe_shared(uri.clone()).or_else(|_| {
+        let mut encoded = BytesMut::with_capacity(uri.len() + 16);
+        percent_encode(&mut encoded, &uri, |byte| byte > b' ' && byte < 0x7f && !b"\"<>\\^`{|}#".contains(&byte));
+        Uri::from_maybe_shared(encoded.freeze()).map_err(|_| Error::Uri)
+    })?;
+    if uri.authority().is_none() {
         return Ok(uri);
     }
-    let mut encoded = BytesMut::with_capacity(uri.len() + 16);
-    percent_encode(&mut encoded, &uri, |byte| byte > b' ' && byte < 0x7f && !b"\"<>\\^`{|}#".contains(&byte));
-    Uri::from_maybe_shared(encoded.freeze()).map_err(|_| Error::Uri)
+    // A client may send the whole URI to its server; the host alone is for proxies.
+    if uri.scheme().is_none() {
+        return Err(Error::Uri);
+    }
+    Ok(uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/")).into())
 }
 
 /// From the decoded path, for servers that do not pass the URI on.
@@ -370,6 +378,18 @@ mod tests {
         assert_eq!(request.unwrap().uri(), "/%C3%A4%20x/100%25%3F?q=1");
         assert_eq!(made(&[("REQUEST_METHOD", "GET")]).unwrap().uri(), "/");
         assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("PATH_INFO", "/p")]).unwrap().uri(), "/p");
+    }
+
+    #[test]
+    fn a_uri_is_a_path() {
+        let uri =
+            |uri| made(&[("REQUEST_METHOD", "GET"), ("REQUEST_URI", uri)]).map(|request| request.uri().to_string());
+        for (sent, path) in [("/a?b", "/a?b"), ("http://host:80/a?b", "/a?b"), ("http://host", "/"), ("*", "*")] {
+            assert_eq!(uri(sent).unwrap(), path, "{sent}");
+        }
+        for sent in ["host:80", "host"] {
+            assert_eq!(uri(sent).unwrap_err(), Error::Uri, "{sent}");
+        }
     }
 
     #[test]

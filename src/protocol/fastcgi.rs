@@ -168,12 +168,14 @@ pub(crate) struct Decoder {
     max_requests: usize,
     place: Place,
     open: Vec<Open>,
+    /// Some request's parameters are a part of what was read together with them.
+    shares: bool,
 }
 
 impl Decoder {
     /// `max_params` bytes of parameters per request, `max_requests` requests at a time.
     pub(crate) fn new(max_params: usize, max_requests: usize) -> Self {
-        Self { max_params, max_requests, place: Place::Header, open: Vec::new() }
+        Self { max_params, max_requests, place: Place::Header, open: Vec::new(), shares: false }
     }
 
     /// Takes the next event out of `input`, and the bytes that it was made of. `None` if there are too few.
@@ -215,6 +217,18 @@ impl Decoder {
                     if left > 0 {
                         return Ok(None);
                     }
+                }
+            }
+        }
+    }
+
+    /// Copies what has come of parameters, if that shares memory with the rest of what was read: for a connection that
+    /// has to wait.
+    pub(crate) fn unshare(&mut self) {
+        if std::mem::take(&mut self.shares) {
+            for open in &mut self.open {
+                if let Phase::Params(params) = &mut open.phase {
+                    *params = BytesMut::from(&params[..]);
                 }
             }
         }
@@ -364,6 +378,7 @@ impl Decoder {
                 }
                 if params.is_empty() {
                     *params = bytes; // all of them at once, as a rule: no copy
+                    self.shares = true;
                 } else {
                     params.unsplit(bytes);
                 }

@@ -229,8 +229,10 @@ where
         }
         match self.socket.poll_bytes(context) {
             Poll::Pending => {
+                // Who knows for how long: the block that this is a part of is not kept for it.
+                self.decoder.unshare();
                 if !self.input.is_empty() {
-                    self.input = BytesMut::from(&self.input[..]); // who knows for how long
+                    self.input = BytesMut::from(&self.input[..]);
                 }
                 Ok(Poll::Pending)
             }
