@@ -9,6 +9,7 @@ pub mod fastcgi;
 pub mod front;
 pub mod http;
 pub mod http2;
+pub mod raw;
 pub mod scgi;
 
 use std::collections::BTreeSet;
