@@ -1,8 +1,10 @@
 //! One CGI call (RFC 3875): the request in the environment and on standard input, the response to standard output, and
 //! the end. There is no master and no fork.
 //!
-//! Standard input is read up to the length that was announced, and never to its end, which may not come. Standard output
-//! may be shared with others and stays blocking: there is one response, and nobody to be kept waiting by it.
+//! Standard input is read up to the length that was announced, and never to its end, which may not come; what the
+//! application did not read of it is thrown away after the response, since standard input may be the same socket as
+//! standard output (Apache's mod_cgid), and a socket that is closed with bytes unread in it takes what was written to it
+//! along. Standard output may be shared with others and stays blocking: there is one response, and nobody to be kept waiting by it.
 
 use std::fs::File;
 use std::future::poll_fn;
