@@ -3,9 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
 mod common;
+#[path = "common/fronts/mod.rs"]
+mod fronts;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
@@ -13,8 +18,9 @@ use std::time::Duration;
 
 use common::http;
 use common::scgi::Response;
-use common::{Server, front, program, wait_until};
+use common::{Server, program, wait_until};
 use forkyard_shm::{Found, Options, Plan, Segment};
+use fronts::WebServer;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -316,22 +322,39 @@ fn a_file_of_another_plan_or_of_something_else_is_left_alone() {
     assert_eq!(std::fs::read(&file).unwrap(), b"something else");
 }
 
+/// Apache's mod_cgid: to leave with something unread would reset the one socket, and lose the response.
+#[test]
+fn on_one_socket_a_body_that_nobody_reads_costs_no_response() {
+    for (name, value, status) in [("CONTENT_LENGTH", "4194304", 200), ("HTTP_TRANSFER_ENCODING", "chunked", 411)] {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(common::PATIENCE)).unwrap();
+        let mut command = command("crashy", "POST", "/ok");
+        command.env(name, value).stderr(Stdio::null());
+        command.stdin(OwnedFd::from(theirs.try_clone().unwrap())).stdout(OwnedFd::from(theirs));
+        let mut child = command.spawn().unwrap();
+        drop(command); // and its hold on the other end
+        ours.write_all(&vec![b'x'; 4 * MIB]).unwrap();
+        ours.shutdown(Shutdown::Write).unwrap();
+        let mut response = Vec::new();
+        ours.read_to_end(&mut response).unwrap();
+        assert_eq!(Response::parse(&response).status(), status);
+        assert!(child.wait().unwrap().success());
+    }
+}
+
 #[test]
 fn behind_lighttpd() {
     for name in ["pages", "crashy"] {
-        let folder = tempfile::tempdir().unwrap();
-        let config = |port| {
-            let rest = format!(
-                "server.modules = (\"mod_alias\", \"mod_setenv\", \"mod_cgi\")
+        let folder = fronts::shared_folder();
+        let config = format!(
+            "server.modules += (\"mod_alias\", \"mod_setenv\", \"mod_cgi\")
                  setenv.set-environment = (\"FORKYARD_CACHE_FILE\" => \"{}\", \"FORKYARD_CACHE\" => \"4M\")
                  alias.url = (\"/\" => \"{}/\")
                  cgi.assign = (\"\" => \"\")",
-                folder.path().join("cache").display(),
-                program(name).display(),
-            );
-            front::lighttpd_config(folder.path(), port, &rest)
-        };
-        let (_lighttpd, address) = front::start("lighttpd", folder.path(), config);
+            folder.path().join("cache").display(),
+            program(name).display(),
+        );
+        let (_lighttpd, address) = fronts::start_with(WebServer::Lighttpd, folder.path(), |_| config.clone());
         if name == "pages" {
             let first = http::get(&address, "/page/5").unwrap();
             assert_eq!((first.status, first.body.len()), (200, 16 << 10), "{}", first.text());

@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
 mod common;
+#[path = "common/fronts/mod.rs"]
+mod fronts;
 
 use std::io::{self, Read as _, Write as _};
 
-use common::front::{self, lighttpd_config, nginx_config};
 use common::scgi::{Client, head, netstring, request};
 use common::{Server, http, wait_until};
+use fronts::WebServer;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -289,7 +291,7 @@ fn check_front(address: &str, server: &Server) {
 #[test]
 fn behind_nginx() {
     let fixture = start(&[]);
-    let folder = tempfile::tempdir().unwrap();
+    let folder = fronts::shared_folder();
     for bind in &fixture.server.binds {
         let to = bind.strip_prefix("scgi:").unwrap();
         let location = format!(
@@ -299,8 +301,10 @@ fn behind_nginx() {
              scgi_param DOCUMENT_URI $document_uri; scgi_param SCGI 1;
              scgi_param SERVER_PROTOCOL $server_protocol; scgi_param REMOTE_ADDR $remote_addr;"
         );
-        let config = |port| nginx_config(folder.path(), port, &location);
-        let (_nginx, address) = front::start("nginx", folder.path(), config);
+        let config = |port| {
+            format!("server {{ listen 127.0.0.1:{port}; client_max_body_size 64m; location / {{ {location} }} }}")
+        };
+        let (_nginx, address) = fronts::start_with(WebServer::Nginx, folder.path(), config);
         check_front(&address, &fixture.server);
     }
 }
@@ -308,16 +312,15 @@ fn behind_nginx() {
 #[test]
 fn behind_lighttpd() {
     let fixture = start(&[]);
-    let folder = tempfile::tempdir().unwrap();
+    let folder = fronts::shared_folder();
     let socket = fixture.server.binds[0].strip_prefix("scgi:unix:").unwrap();
     for streaming in ["", "server.stream-request-body = 1\nserver.stream-response-body = 1"] {
         let rest = format!(
-            "server.modules = (\"mod_scgi\")
+            "server.modules += (\"mod_scgi\")
              {streaming}
              scgi.server = (\"/\" => ((\"socket\" => \"{socket}\", \"check-local\" => \"disable\")))"
         );
-        let config = |port| lighttpd_config(folder.path(), port, &rest);
-        let (_lighttpd, address) = front::start("lighttpd", folder.path(), config);
+        let (_lighttpd, address) = fronts::start_with(WebServer::Lighttpd, folder.path(), |_| rest.clone());
         // When it streams, lighttpd answers 411 to chunks that have not all come.
         if streaming.is_empty() {
             let mut client = http::Client::connect(&address).unwrap();

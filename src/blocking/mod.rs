@@ -24,7 +24,7 @@ use http::{HeaderValue, Request, Response, StatusCode};
 use http_body::Body as _;
 use tower_service::Service;
 
-pub(crate) use self::pool::{are_all_occupied, configure, finish, one_is_free};
+pub(crate) use self::pool::{all_became_occupied, are_all_occupied, configure, finish, one_is_free};
 use self::turn::Pace;
 pub(crate) use self::turn::{jobs_wait, run_jobs};
 use crate::body::{Body, FilterData};

@@ -30,6 +30,7 @@ struct Task {
 /// This worker's `--threads` and `--queue`.
 static SIZE: OnceLock<(u32, u32)> = OnceLock::new();
 static POOL: OnceLock<Pool> = OnceLock::new();
+static ALL_ARE_OCCUPIED: Notify = Notify::const_new();
 
 /// Whether a further job would have to wait for a thread.
 pub(crate) fn are_all_occupied() -> bool {
@@ -42,6 +43,11 @@ pub(crate) async fn one_is_free() {
         Some(pool) => pool.one_is_free.notified().await,
         None => std::future::pending().await,
     }
+}
+
+/// Returns when a job has taken the last free thread. One that does so while nobody waits here is not told.
+pub(crate) async fn all_became_occupied() {
+    ALL_ARE_OCCUPIED.notified().await;
 }
 
 /// Sets the size of the pool that will be made. Called once, in a new worker.
@@ -74,7 +80,9 @@ impl Pool {
     /// False if too many wait already.
     pub(super) fn start(&self, job: Arc<dyn Job>) -> bool {
         let held = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        self.count.fetch_add(1, Ordering::Relaxed);
+        if self.count.fetch_add(1, Ordering::Relaxed) + 1 == self.threads {
+            ALL_ARE_OCCUPIED.notify_waiters();
+        }
         let started = self.queue.try_send(Task { job, _held: held }).is_ok();
         if !started {
             self.count.fetch_sub(1, Ordering::Relaxed);

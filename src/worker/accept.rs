@@ -16,6 +16,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use forkyard_shm::{Row, Scoreboard};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::sleep;
@@ -155,6 +156,12 @@ impl Doorbell {
         }
     }
 
+    /// Whether somebody waits to be accepted.
+    fn is_ringing(&self) -> bool {
+        let mut listener = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        nix::poll::poll(&mut listener, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Accepts one connection, as soon as there is one.
     async fn accept(&self) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
         loop {
@@ -194,7 +201,12 @@ impl Acceptor {
         let mut patience = Patience::default();
         loop {
             let outcome = match self.turn(&mut patience).await {
-                Ok(()) => self.bell.accept().await,
+                Ok(()) => tokio::select! {
+                    biased;
+                    accepted = self.bell.accept() => accepted,
+                    // By a request of a connection that is here already: whose turn it is may be another matter now.
+                    () = blocking::all_became_occupied() => continue,
+                },
                 Err(error) => Err(error),
             };
             match outcome {
@@ -232,14 +244,15 @@ impl Acceptor {
             self.bell.pause();
             connections.one_ended.notified().await;
         }
-        while !patience.is_over() && connections.a_sibling_is_freer() {
+        while !patience.is_over(blocking::are_all_occupied()) && connections.a_sibling_is_freer() {
             self.bell.pause();
             let occupied = blocking::are_all_occupied();
             let left_for = if occupied { LEFT_TO_FREE } else { LEFT_TO_SIBLINGS };
             tokio::select! {
                 () = connections.one_ended.notified() => {}
                 () = blocking::one_is_free(), if occupied => {}
-                () = sleep(left_for) => patience.end(),
+                // While nobody waits, nobody has been left waiting.
+                () = sleep(left_for) => if !occupied || self.bell.is_ringing() { patience.end(occupied) },
             }
         }
         self.bell.resume()
@@ -286,15 +299,18 @@ async fn let_others_run() {
 #[derive(Default)]
 struct Patience {
     accepts_without: u32,
+    /// Siblings that have few connections were waited for while this worker could serve, which says nothing of how long
+    /// to leave them what it cannot serve.
+    while_occupied: bool,
 }
 
 impl Patience {
-    fn end(&mut self) {
-        self.accepts_without = NOT_WAITED_FOR;
+    fn end(&mut self, occupied: bool) {
+        (self.accepts_without, self.while_occupied) = (NOT_WAITED_FOR, occupied);
     }
 
-    fn is_over(&mut self) -> bool {
-        let over = self.accepts_without > 0;
+    fn is_over(&mut self, occupied: bool) -> bool {
+        let over = self.accepts_without > 0 && (self.while_occupied || !occupied);
         self.accepts_without = self.accepts_without.saturating_sub(1);
         over
     }

@@ -1,12 +1,14 @@
 //! One CGI call (RFC 3875): the request in the environment and on standard input, the response to standard output, and
 //! the end. There is no master and no fork.
 //!
-//! Standard input is read up to the length that was announced, and never to its end, which may not come. Standard output
-//! may be shared with others and stays blocking: there is one response, and nobody to be kept waiting by it.
+//! Standard input is read up to the length that was announced, and never to its end, which may not come. What the
+//! application leaves of it is read after the response: both may be one socket (Apache's mod_cgid), and a socket that is
+//! closed with something unread in it takes along what was written to it. Standard output may be shared with others and
+//! stays blocking: there is one response, and nobody to be kept waiting by it.
 
 use std::fs::File;
 use std::future::poll_fn;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, PipeReader, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::task::Poll;
@@ -18,8 +20,10 @@ use http_body::Body as HttpBody;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use tokio::runtime::LocalOptions;
+use tokio::task::JoinHandle;
 use tower_service::Service;
 
+use super::fastcgi::LINGER;
 use super::reply::Reply;
 use super::run_in_turns;
 use super::serve::{self, Application, BoxError, Served};
@@ -55,20 +59,27 @@ where
 
     let cache = segment.cache();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    let outcome = run_in_turns(&runtime, async {
+    let (over, going_on) = io::pipe()?;
+    let (outcome, rest) = run_in_turns(&runtime, async {
         let exchange = async {
-            let (response, is_head) = answer(factory, config, segment, row).await;
-            send(response, is_head, &mut File::from(stdout)).await
+            let (request, rest) = request(config.limits.max_body);
+            let (response, is_head) = answer(factory, config, segment, row, request).await;
+            (send(response, is_head, &mut File::from(stdout)).await, rest)
         };
         tokio::select! {
             biased;
             outcome = exchange => outcome,
-            () = gone(watched) => Err(io::ErrorKind::BrokenPipe.into()),
+            () = gone(watched, over) => (Err(io::ErrorKind::BrokenPipe.into()), None),
         }
     });
     // The end of standard output is that of the response. What follows is no matter of the client's.
+    drop(going_on);
     if let Ok(nothing) = File::options().write(true).open("/dev/null") {
         let _ = nix::unistd::dup2_stdout(nothing);
+    }
+    if let Some(rest) = rest {
+        // Outside the runtime there would be no clock.
+        let _ = run_in_turns(&runtime, async { tokio::time::timeout(LINGER.0, rest).await });
     }
     blocking::finish();
     if cache.sweep_is_due() {
@@ -85,7 +96,13 @@ where
 }
 
 /// The response, and whether its head alone is wanted.
-async fn answer<F, S, B>(factory: &F, config: &Config, segment: Segment, row: Row) -> (Response<Served<B>>, bool)
+async fn answer<F, S, B>(
+    factory: &F,
+    config: &Config,
+    segment: Segment,
+    row: Row,
+    request: Result<Request<Body>, Refusal>,
+) -> (Response<Served<B>>, bool)
 where
     F: Fn(Context) -> S,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
@@ -93,7 +110,7 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    let request = match request(config.limits.max_body) {
+    let request = match request {
         Ok(request) => request,
         Err((status, error)) => {
             log::warn!("a CGI request was refused: {error}");
@@ -112,36 +129,32 @@ where
     (response, is_head)
 }
 
-/// The request, or the status that is the answer and why.
-fn request(max_body: u64) -> Result<Request<Body>, (StatusCode, BoxError)> {
+/// The status that is the answer, and why.
+type Refusal = (StatusCode, BoxError);
+
+/// The request, and what ends when all of its body was read.
+fn request(max_body: u64) -> (Result<Request<Body>, Refusal>, Option<JoinHandle<()>>) {
     let variables: Vec<_> = std::env::vars_os().collect();
     let pairs = variables.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
     let params = Params::from_pairs(pairs);
     let said = |name| params.get(name).is_some_and(|value| !value.is_empty());
     let has_body = said("CONTENT_LENGTH") || said("HTTP_TRANSFER_ENCODING");
     let mut length = None;
-    let request = cgi::request(params, |announced| length = announced);
-    let request = request.map_err(|error| (StatusCode::BAD_REQUEST, error.into()))?;
-    if has_body && length.is_none() {
+    let request = match cgi::request(params, |announced| length = announced) {
         // Apache passes on so what comes in chunks.
-        return Err((
-            StatusCode::LENGTH_REQUIRED,
-            "it has a body, and no good CONTENT_LENGTH says how long it is".into(),
-        ));
-    }
-    Ok(request.map(|()| body(length.unwrap_or(0), max_body)))
-}
-
-fn body(length: u64, max_body: u64) -> Body {
-    if length == 0 {
-        return Body::empty();
+        Ok(_) if has_body && length.is_none() => {
+            Err((StatusCode::LENGTH_REQUIRED, "it has a body, and no good CONTENT_LENGTH says how long it is".into()))
+        }
+        request => request.map_err(|error| (StatusCode::BAD_REQUEST, error.into())),
+    };
+    if !has_body || length == Some(0) {
+        return (request.map(|request| request.map(|()| Body::empty())), None);
     }
     let (writer, reader) = pipe::pipe();
     // Without standard input the body is cut at once.
-    if let Some(stdin) = sys::descriptor(0) {
-        tokio::task::spawn_local(feed(File::from(stdin), length, writer));
-    }
-    Body::stdin(reader, Some(length), max_body)
+    let stdin = sys::descriptor(0).map(File::from);
+    let rest = stdin.map(|stdin| tokio::task::spawn_local(feed(stdin, length.unwrap_or(u64::MAX), writer)));
+    (request.map(|request| request.map(|()| Body::stdin(reader, length, max_body))), rest)
 }
 
 /// Passes the body on while it comes. If it ends early, dropping the writer says so.
@@ -216,11 +229,11 @@ fn write(stdout: &mut File, waiting: &mut BytesMut) -> io::Result<()> {
     written
 }
 
-/// Returns when nobody reads standard output any more. Of a file nobody can tell.
-async fn gone(stdout: OwnedFd) {
-    // On a thread, since epoll takes no files. It ends with the process.
+/// Returns when nobody reads standard output any more, or the other end of `over` is closed. Of a file nobody can tell.
+async fn gone(stdout: OwnedFd, over: PipeReader) {
+    // On a thread, since epoll takes no files.
     let hung_up = tokio::task::spawn_blocking(move || {
-        let mut sockets = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+        let mut sockets = [stdout.as_fd(), over.as_fd()].map(|fd| PollFd::new(fd, PollFlags::empty()));
         while let Err(Errno::EINTR) = nix::poll::poll(&mut sockets, PollTimeout::NONE) {}
     });
     let _ = hung_up.await;

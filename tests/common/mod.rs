@@ -6,9 +6,9 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
 pub mod fastcgi;
-pub mod front;
 pub mod http;
 pub mod http2;
+pub mod raw;
 pub mod scgi;
 
 use std::collections::BTreeSet;

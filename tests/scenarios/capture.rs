@@ -1,8 +1,10 @@
-//! What each web server sends to a FastCGI application, byte for byte: read record by record and answered by hand.
+//! What each web server sends to a FastCGI or SCGI application, byte for byte: read piece by piece and answered by hand.
 //! With `CAPTURE_SEEDS=FOLDER` in the environment (scripts/capture-seeds) the bytes are kept there.
 
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write as _};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -10,13 +12,14 @@ use std::path::Path;
 use crate::ask::{Ask, Gate, Pace, Sent};
 use crate::common::PATIENCE;
 use crate::common::fastcgi::{END, GET_VALUES, GET_VALUES_RESULT, PARAMS, STDIN, STDOUT, pair, record};
-use crate::fronts::{self, Front, Site};
+use crate::fronts::{self, Front, Link, Site};
 use crate::http::Connection;
 
 const ANSWER: &[u8] = b"Status: 200 OK\r\nContent-Length: 3\r\n\r\nok\n";
 
 /// Reads, and remembers what it read.
 struct Recorder {
+    /// Or a TCP one: reading and writing are the same system calls.
     stream: UnixStream,
     bytes: Vec<u8>,
 }
@@ -37,6 +40,26 @@ impl Recorder {
         let content = self.take(number(4).into())?;
         self.take(header[6].into())?;
         Ok((header[1], number(2), content))
+    }
+
+    /// The same for SCGI. Parameters have zero bytes between them.
+    fn serve_scgi(&mut self) -> io::Result<(Vec<u8>, Vec<u8>)> {
+        let mut length = 0;
+        loop {
+            match self.take(1)?[0] {
+                digit @ b'0'..=b'9' => length = length * 10 + usize::from(digit - b'0'),
+                byte => break assert_eq!(byte, b':', "the end of the netstring's length"),
+            }
+        }
+        let params = self.take(length)?;
+        assert_eq!(self.take(1)?, b",", "the end of the netstring");
+        let text = String::from_utf8_lossy(&params);
+        let (name, rest) = text.split_once('\0').expect("strings end in zero bytes");
+        assert_eq!(name, "CONTENT_LENGTH", "it comes first");
+        let length = rest.split('\0').next().and_then(|length| length.parse().ok()).expect("a length");
+        let body = self.take(length)?;
+        self.stream.write_all(ANSWER)?;
+        Ok((params, body))
     }
 
     /// Takes one request and answers it. Returns its parameters and its body.
@@ -80,20 +103,50 @@ fn cases() -> [(&'static str, Ask); 3] {
     ]
 }
 
+/// Where an application would listen, as the web server's configuration names it.
+enum Backend {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Backend {
+    /// In `folder`, or on a port for the one server that knows no Unix sockets there.
+    fn new(front: Front, folder: &Path) -> (Self, String) {
+        if front == fronts::APACHE_SCGI {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = listener.local_addr().unwrap().to_string();
+            return (Self::Tcp(listener), address);
+        }
+        let socket = folder.join("app.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        fs::set_permissions(&socket, Permissions::from_mode(0o666)).unwrap();
+        (Self::Unix(listener), socket.display().to_string())
+    }
+
+    fn accept(&self) -> Recorder {
+        let stream: UnixStream = match self {
+            Self::Unix(listener) => listener.accept().unwrap().0,
+            Self::Tcp(listener) => OwnedFd::from(listener.accept().unwrap().0).into(),
+        };
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Recorder { stream, bytes: Vec::new() }
+    }
+}
+
 fn capture(front: Front) {
+    let is_scgi = front.link == Link::Scgi;
     let folder = fronts::shared_folder();
     let own_path = folder.path().display().to_string();
-    let socket = folder.path().join("app.sock");
-    let listener = UnixListener::bind(&socket).unwrap();
-    fs::set_permissions(&socket, Permissions::from_mode(0o666)).unwrap();
-    let site = Site::before(front, folder, socket.to_str().unwrap());
+    let (backend, at) = Backend::new(front, folder.path());
+    let site = Site::before(front, folder, &at);
     for (name, ask) in cases() {
+        if front == fronts::APACHE_SCGI && matches!(ask.body, Sent::Chunked(_)) {
+            continue; // mod_proxy_scgi answers 411 by itself
+        }
         let (params, body, bytes) = std::thread::scope(|scope| {
             let client = scope.spawn(|| Connection::open(&site.address)?.ask(&ask, &mut Gate::none()));
-            let (stream, _) = listener.accept().unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            let mut recorder = Recorder { stream, bytes: Vec::new() };
-            let (params, body) = recorder.serve().unwrap();
+            let mut recorder = backend.accept();
+            let (params, body) = if is_scgi { recorder.serve_scgi() } else { recorder.serve() }.unwrap();
             // A connection that is kept would be used for the next case, and nobody would listen.
             drop(recorder.stream);
             let (reply, _) = client.join().unwrap().unwrap();
@@ -101,11 +154,15 @@ fn capture(front: Front) {
             (params, body, recorder.bytes)
         });
         let has = |what: &str| params.windows(what.len()).any(|window| window == what.as_bytes());
-        assert!(has(&format!("REQUEST_METHOD{}", ask.method)) && has("REQUEST_URI/page/a%20b?c=d"), "{front}, {name}");
+        let between = if is_scgi { "\0" } else { "" };
+        let method = format!("REQUEST_METHOD{between}{}", ask.method);
+        let target = format!("REQUEST_URI{between}/page/a%20b?c=d");
+        assert!(has(&method) && has(&target), "{front}, {name}");
         assert_eq!(body, ask.body.bytes(), "{front}, {name}");
         assert!(!has(&own_path), "{front}, {name}: a path of this machine");
         if let Some(seeds) = std::env::var_os("CAPTURE_SEEDS") {
-            fs::write(Path::new(&seeds).join("fastcgi").join(format!("{front}-{name}")), bytes).unwrap();
+            let protocol = if is_scgi { "scgi" } else { "fastcgi" };
+            fs::write(Path::new(&seeds).join(protocol).join(format!("{front}-{name}")), bytes).unwrap();
         }
     }
 }
@@ -115,9 +172,12 @@ fn what_each_web_server_sends_can_be_read() {
     for front in [
         fronts::NGINX,
         fronts::NGINX_KEPT,
+        fronts::NGINX_SCGI,
         fronts::LIGHTTPD,
+        fronts::LIGHTTPD_SCGI,
         fronts::APACHE,
         fronts::APACHE_KEPT,
+        fronts::APACHE_SCGI,
         fronts::HAPROXY,
         fronts::HAPROXY_MULTIPLEXED,
         fronts::CADDY,

@@ -84,6 +84,11 @@ impl Way {
         self.is_apache_proxy_fastcgi() || self == Self::Behind(fronts::APACHE_SCGI)
     }
 
+    /// Behind one of Apache's modules that find out no length for a body in chunks, and leave that of a response to Apache.
+    fn is_apache_scgi_or_cgi(self) -> bool {
+        self == Self::Behind(fronts::APACHE_SCGI) || self == Self::Behind(fronts::APACHE_CGI)
+    }
+
     fn is_apache_proxy_fastcgi(self) -> bool {
         self == Self::Behind(fronts::APACHE) || self == Self::Behind(fronts::APACHE_KEPT)
     }
@@ -262,6 +267,7 @@ ways! {
     behind_lighttpd_scgi Way::Behind(fronts::LIGHTTPD_SCGI);
     behind_lighttpd_cgi Way::Behind(fronts::LIGHTTPD_CGI);
     behind_apache_scgi Way::Behind(fronts::APACHE_SCGI);
+    behind_apache_cgi Way::Behind(fronts::APACHE_CGI);
     behind_nginx Way::Behind(fronts::NGINX);
     behind_nginx_kept Way::Behind(fronts::NGINX_KEPT);
     behind_nginx_http Way::Behind(fronts::NGINX_HTTP);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Way;
 use super::ask::{Ask, Pace, Sent};
-use super::fronts::{APACHE_SCGI, NGINX_SCGI, WebServer};
+use super::fronts::{APACHE_CGI, NGINX_SCGI, WebServer};
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
@@ -186,14 +186,14 @@ pub(crate) fn rows() -> Vec<Row> {
 fn methods() -> Vec<Row> {
     vec![
         row("GET", get("/method"), body("GET").with("content-length", &[b"3"]))
-            .but(|way| way == Way::Behind(APACHE_SCGI), "Apache counts itself, if all is there at once", body("GET"))
+            .but(Way::is_apache_scgi_or_cgi, "Apache counts itself, if all is there at once", body("GET"))
             .but(
                 Way::is_apache_proxy_fastcgi,
                 "mod_proxy passes on no length that CGI tells, and sends chunks",
                 body("GET").with("content-length", &[]),
             ),
         row("HEAD has the length and no body", ask("HEAD", "/method"), body("").with("content-length", &[b"4"]))
-            .but(|way| way == Way::Behind(APACHE_SCGI), "Apache counts itself, if all is there at once", body(""))
+            .but(Way::is_apache_scgi_or_cgi, "Apache counts itself, if all is there at once", body(""))
             .but(
                 Way::is_apache_proxy_cgi,
                 "mod_proxy passes on no length that CGI tells, and sends chunks",
@@ -277,7 +277,7 @@ fn request_headers() -> Vec<Row> {
 fn statuses() -> Vec<Row> {
     vec![
         row("200 and nothing in it", get("/empty"), body("").with("content-length", &[b"0"])).but(
-            |way| way == Way::Behind(APACHE_SCGI),
+            Way::is_apache_scgi_or_cgi,
             "Apache may leave a length of 0 out",
             body(""),
         ),
@@ -334,24 +334,24 @@ fn uploads() -> Vec<Row> {
         row("a body of 1 MiB", post("/sum").sending(&large), sum(&large)),
         row("a huge body", post("/sum").sending(&huge), sum(&huge)),
         row("an empty body in chunks", post("/sum").in_chunks(b""), sum(b"")).but(
-            |way| way == Way::Behind(APACHE_SCGI),
-            "mod_proxy_scgi wants a length",
+            Way::is_apache_scgi_or_cgi,
+            "there must be a length",
             refused(&[411]).last(),
         ),
         row("a small body in chunks", post("/whole").in_chunks(b"0123456789"), body("0123456789")).but(
-            |way| way == Way::Behind(APACHE_SCGI),
-            "mod_proxy_scgi wants a length",
+            Way::is_apache_scgi_or_cgi,
+            "there must be a length",
             refused(&[411]).last(),
         ),
         row("a body of 1 MiB in chunks", post("/sum").in_chunks(&large), sum(&large))
-            .but(|way| way == Way::Behind(APACHE_SCGI), "mod_proxy_scgi wants a length", refused(&[411]).last())
+            .but(Way::is_apache_scgi_or_cgi, "there must be a length", refused(&[411]).last())
             .but(
                 |way| way.is_cgi_of(WebServer::Haproxy),
                 "HAProxy counts the bytes of a chunked body, and has one buffer for that",
                 refused(&[400]).last(),
             ),
         row("a huge body in chunks", post("/sum").in_chunks(&huge), sum(&huge))
-            .but(|way| way == Way::Behind(APACHE_SCGI), "mod_proxy_scgi wants a length", refused(&[411]).last())
+            .but(Way::is_apache_scgi_or_cgi, "there must be a length", refused(&[411]).last())
             .but(
                 |way| way.is_cgi_of(WebServer::Haproxy),
                 "HAProxy counts the bytes of a chunked body, and has one buffer for that",
@@ -371,6 +371,7 @@ fn uploads() -> Vec<Row> {
         row("a body comes back while it is sent", post("/echo").sending(&large), body(&large))
             .not_asked(|way| way.is_cgi_of(WebServer::Nginx), "nginx stops sending when the response begins, and waits")
             .not_asked(Way::is_fcgid, "mod_fcgid sends all of the request before it reads")
+            .not_asked(|way| way == Way::Behind(APACHE_CGI), "mod_cgid sends all of the request before it reads")
             .not_asked(
                 |way| way.is_behind(WebServer::Caddy),
                 "Caddy reads either the request or the response at a time",
@@ -381,7 +382,7 @@ fn uploads() -> Vec<Row> {
 fn downloads() -> Vec<Row> {
     vec![
         row("64 KiB", get("/bytes/65536"), xs(64 * KIB).with("content-length", &[b"65536"]))
-            .but(|way| way == Way::Behind(APACHE_SCGI), "Apache counts itself, if all is there at once", xs(64 * KIB))
+            .but(Way::is_apache_scgi_or_cgi, "Apache counts itself, if all is there at once", xs(64 * KIB))
             .but(
                 Way::is_apache_proxy_cgi,
                 "mod_proxy passes on no length that CGI tells, and sends chunks",
@@ -408,8 +409,8 @@ fn paces() -> Vec<Row> {
     vec![
         row("a client that sends slowly", post("/sum").sending(&bytes).at(Pace::SlowSender), sum(&bytes)),
         row("a client that sends chunks slowly", post("/sum").in_chunks(&bytes).at(Pace::SlowSender), sum(&bytes)).but(
-            |way| way == Way::Behind(APACHE_SCGI),
-            "mod_proxy_scgi wants a length",
+            Way::is_apache_scgi_or_cgi,
+            "there must be a length",
             refused(&[411]).last(),
         ),
         row("a client that reads slowly", get("/bytes/4194304").at(Pace::SlowReader), xs(4 * MIB)),

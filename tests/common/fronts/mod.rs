@@ -5,6 +5,7 @@
 //! Each runs in the foreground, on a free port of the loopback, and writes nowhere but into its folder.
 
 #![allow(dead_code, reason = "each test binary uses a part of this")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
 mod apache;
 mod caddy;
@@ -95,6 +96,7 @@ pub(crate) const APACHE_KEPT: Front = front(WebServer::Apache, Link::FastCgiKept
 pub(crate) const APACHE_FCGID: Front = front(WebServer::Apache, Link::FastCgiStarted, "fcgid");
 pub(crate) const APACHE_HTTP: Front = front(WebServer::Apache, Link::Http, "http");
 pub(crate) const APACHE_SCGI: Front = front(WebServer::Apache, Link::Scgi, "scgi");
+pub(crate) const APACHE_CGI: Front = front(WebServer::Apache, Link::Cgi, "cgi");
 pub(crate) const HAPROXY: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi");
 pub(crate) const HAPROXY_MULTIPLEXED: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi-multiplexed");
 pub(crate) const HAPROXY_HTTP: Front = front(WebServer::Haproxy, Link::Http, "http");
@@ -183,11 +185,17 @@ pub(crate) fn shared_folder() -> TempDir {
 }
 
 fn start(front: Front, folder: &Path, backend: &str) -> (Helper, String) {
+    start_with(front.server, folder, |port| snippet(front, folder, port, backend))
+}
+
+/// Starts a web server with a configuration that is not one of the document's; `snippet` writes it for a port. Returns the
+/// server and its address.
+pub(crate) fn start_with(server: WebServer, folder: &Path, snippet: impl Fn(u16) -> String) -> (Helper, String) {
     // The port was free when we looked. If it is not any more, the web server ends, and there are others.
     for _ in 0..5 {
         let port = free_port();
-        let place = Place { folder, port, snippet: snippet(front, folder, port, backend) };
-        let mut helper = Helper::start(&mut command(front, &place));
+        let place = Place { folder, port, snippet: snippet(port) };
+        let mut helper = Helper::start(&mut command(server, &place));
         let address = format!("127.0.0.1:{port}");
         let up = wait_until("the web server listens, or has ended", || {
             let ended = helper.0.try_wait().expect("it is our child").is_some();
@@ -198,11 +206,11 @@ fn start(front: Front, folder: &Path, backend: &str) -> (Helper, String) {
         }
     }
     let logs = ["front.log", "error.log"].map(|name| fs::read_to_string(folder.join(name)).unwrap_or_default());
-    panic!("{front} does not start: {}", logs.concat());
+    panic!("{} does not start: {}", server.name(), logs.concat());
 }
 
-fn command(front: Front, place: &Place<'_>) -> Command {
-    let mut command = match front.server {
+fn command(server: WebServer, place: &Place<'_>) -> Command {
+    let mut command = match server {
         WebServer::Apache => apache::command(place),
         WebServer::Caddy => caddy::command(place),
         WebServer::Haproxy => haproxy::command(place),

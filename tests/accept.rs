@@ -1,0 +1,143 @@
+//! Who accepts: a connection wakes one worker, and one that can serve it at once.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test that fails says where, and measurements are shown"
+)]
+
+mod common;
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::raw::{self, Protocol};
+use common::{Server, wait_until};
+
+const KEPT: [Protocol; 2] = [Protocol::Http, Protocol::FastCgi];
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Four workers, one of which is held up by a request for `hold`: fresh connections that ask for `next` are answered
+/// all the same. With `kept` connections there before.
+fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next: &str, kept: usize) {
+    let mut server = protocol.start("holds", &["--workers", "4", "--threads", "1"]);
+    let bind = server.binds[0].clone();
+    let ask = |stream: &mut UnixStream| assert_eq!(raw::ask(stream, &protocol.head("GET", next, 0)).0, 200);
+    let kept: Vec<UnixStream> = (0..kept)
+        .map(|_| {
+            let mut stream = raw::connect(&bind);
+            ask(&mut stream);
+            stream
+        })
+        .collect();
+
+    let gate = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("{hold}/{}", gate.local_addr().unwrap().port());
+    let mut held = raw::connect(&bind);
+    let request = protocol.head("GET", &target, 0);
+    let held_up = std::thread::spawn(move || raw::ask(&mut held, &request).0);
+    let (gate, _) = gate.accept().unwrap();
+    for _ in 0..40 {
+        ask(&mut raw::connect(&bind));
+    }
+    let fresh: Vec<UnixStream> = (0..40)
+        .map(|_| {
+            let mut stream = raw::connect(&bind);
+            ask(&mut stream);
+            stream
+        })
+        .collect();
+    assert!(!held_up.is_finished(), "all were answered while it was held up");
+    drop((gate, fresh, kept));
+    assert_eq!(held_up.join().unwrap(), 200);
+    server.stop();
+}
+
+#[test]
+fn nobody_waits_for_a_blocking_function_of_another() {
+    for (protocol, kept) in KEPT.into_iter().flat_map(|protocol| [(protocol, 0), (protocol, 32)]) {
+        nobody_waits_for_the_one_that_is_held_up(protocol, "/hold", "/", kept);
+    }
+}
+
+#[test]
+fn nobody_waits_for_an_event_loop_that_hangs() {
+    for (protocol, kept) in KEPT.into_iter().flat_map(|protocol| [(protocol, 0), (protocol, 32)]) {
+        for next in ["/", "/loop/"] {
+            nobody_waits_for_the_one_that_is_held_up(protocol, "/loop/hold", next, kept);
+        }
+    }
+}
+
+/// What all threads of the workers have had: clock ticks of processor time, and waits.
+fn usage(server: &Server) -> (u64, u64) {
+    let tasks = server.children().into_iter().flat_map(|worker| {
+        let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
+        tasks.map(|task| task.unwrap().path())
+    });
+    let of_task = |task: std::path::PathBuf| {
+        let stat = std::fs::read_to_string(task.join("stat")).unwrap();
+        // The 14th and 15th field of proc_pid_stat(5), counted from behind the name, which is the second.
+        let times = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().skip(11).take(2);
+        let ticks: u64 = times.map(|time| time.parse::<u64>().unwrap()).sum();
+        let status = std::fs::read_to_string(task.join("status")).unwrap();
+        let waits = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+        (ticks, waits.trim().parse::<u64>().unwrap())
+    };
+    tasks.map(of_task).fold((0, 0), |sum, task| (sum.0 + task.0, sum.1 + task.1))
+}
+
+fn get_ok(server: &Server) {
+    let mut stream = raw::connect(&server.binds[0]);
+    assert_eq!(raw::ask(&mut stream, &Protocol::FastCgi.head("GET", "/ok", 0)).0, 200);
+}
+
+/// Returns when the workers have done nothing at all for three seconds.
+fn wait_until_quiet(server: &Server) {
+    wait_until("the workers sleep", || {
+        let before = usage(server);
+        std::thread::sleep(QUIET); // time without events is what is measured
+        (usage(server) == before).then_some(())
+    });
+}
+
+#[test]
+fn workers_without_connections_sleep_and_a_connection_wakes_one_of_them() {
+    let mut server = Protocol::FastCgi.start("crashy", &["--workers", "8"]);
+    wait_until_quiet(&server);
+    let kept: Vec<UnixStream> = (0..16).map(|_| raw::connect(&server.binds[0])).collect();
+    get_ok(&server);
+    drop(kept);
+    wait_until_quiet(&server); // and so they do when there were some
+
+    let (_, before) = usage(&server);
+    for _ in 0..400 {
+        get_ok(&server);
+    }
+    let (_, after) = usage(&server);
+    eprintln!("400 connections woke 8 workers {} times", after - before);
+    assert!(after - before < 3 * 400, "400 connections woke 8 workers {} times", after - before);
+    server.stop();
+}
+
+#[test]
+fn connections_beyond_the_limit_wait_in_the_queue_and_are_served() {
+    for protocol in raw::ALL {
+        let mut server = protocol.start("crashy", &["--workers", "1", "--max-connections", "2"]);
+        let bind = server.binds[0].clone();
+        // They are accepted in the order in which they come.
+        let first = [raw::connect(&bind), raw::connect(&bind)];
+        let mut third = raw::connect(&bind);
+        third.write_all(&protocol.head("GET", "/ok", 0)).unwrap();
+        third.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let waits = third.read(&mut [0]).expect_err("there is no room for it");
+        assert_eq!(waits.kind(), ErrorKind::WouldBlock, "{protocol:?}");
+        drop(first);
+        third.set_read_timeout(Some(common::PATIENCE)).unwrap();
+        assert_eq!(raw::ask(&mut third, b"").0, 200, "{protocol:?}");
+        drop(third);
+        server.stop();
+    }
+}

@@ -1,0 +1,82 @@
+//! The same request over each protocol, as bytes on a connection: for tests of what comes before and after the protocol.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use super::{PATIENCE, Server, fastcgi, scgi};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    Http,
+    FastCgi,
+    Scgi,
+}
+
+pub const ALL: [Protocol; 3] = [Protocol::Http, Protocol::FastCgi, Protocol::Scgi];
+
+impl Protocol {
+    /// An example that listens for this protocol alone, on a port of its choice.
+    pub fn start(self, example: &str, arguments: &[&str]) -> Server {
+        let bind = match self {
+            Self::Http => "http:127.0.0.1:0",
+            Self::FastCgi => "fastcgi:127.0.0.1:0",
+            Self::Scgi => "scgi:127.0.0.1:0",
+        };
+        Server::start(example, &[&["--bind", bind][..], arguments].concat())
+    }
+
+    /// A request up to its body. Over FastCGI the head of a record of 65,535 bytes of the body is there too, so that in
+    /// every protocol bytes that follow are bytes of the body.
+    pub fn head(self, method: &str, target: &str, length: usize) -> Vec<u8> {
+        match self {
+            Self::Http => {
+                let length = if length > 0 { format!("Content-Length: {length}\r\n") } else { String::new() };
+                format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n").into_bytes()
+            }
+            Self::FastCgi => {
+                let mut bytes = fastcgi::head(1, true, method, target, Some(length)).concat();
+                let end = fastcgi::record(fastcgi::STDIN, 1, b"", 0);
+                bytes.extend(if length > 0 { vec![1, fastcgi::STDIN, 0, 1, 0xFF, 0xFF, 0, 0] } else { end });
+                bytes
+            }
+            Self::Scgi => scgi::head(method, target, &length.to_string()),
+        }
+    }
+}
+
+/// A connection to `bind`, as in the banner. What is called a Unix stream here may be a TCP one: reading, writing and
+/// timeouts are the same system calls.
+pub fn connect(bind: &str) -> UnixStream {
+    let (_, address) = bind.split_once(':').expect("a protocol comes first");
+    let stream = match address.strip_prefix("unix:") {
+        Some(path) => UnixStream::connect(path).unwrap(),
+        None => OwnedFd::from(TcpStream::connect(address.trim_start_matches('/')).unwrap()).into(),
+    };
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// Sends these bytes and reads until the status of a response is there.
+pub fn ask(stream: &mut UnixStream, bytes: &[u8]) -> (u16, Vec<u8>) {
+    stream.write_all(bytes).unwrap();
+    let mut response = Vec::new();
+    loop {
+        if let Some(status) = status(&response) {
+            return (status, response);
+        }
+        let mut piece = [0; 4096];
+        let count = stream.read(&mut piece).unwrap();
+        assert!(count > 0, "it ended after {:?}", String::from_utf8_lossy(&response));
+        response.extend_from_slice(&piece[..count]);
+    }
+}
+
+/// The status of a response whose head is complete.
+pub fn status(response: &[u8]) -> Option<u16> {
+    let text = String::from_utf8_lossy(response);
+    let (head, _) = text.split_once("\r\n\r\n")?;
+    let status = ["HTTP/1.1 ", "Status: "].iter().find_map(|before| head.split_once(before))?.1;
+    status.get(..3)?.parse().ok()
+}

@@ -1,0 +1,91 @@
+//! What is beyond a limit gets a status that says so, over each protocol.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::io::Write as _;
+use std::net::Shutdown;
+
+use common::raw::{self, ALL, Protocol};
+use common::{fastcgi, scgi};
+
+const LIMITS: [&str; 10] =
+    ["--workers", "1", "--max-params", "8K", "--max-headers", "3", "--max-uri", "100", "--max-body", "1000"];
+
+/// A request with these headers and another: `Host`, and over SCGI the length, which must be there and is a header too.
+fn with_headers(protocol: Protocol, headers: &[(&str, &str)]) -> Vec<u8> {
+    let variables = headers.iter().map(|(name, value)| (format!("HTTP_{name}"), *value));
+    match protocol {
+        Protocol::Http => {
+            let lines: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+            format!("GET /ok HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n").into_bytes()
+        }
+        Protocol::FastCgi => {
+            let mut records = fastcgi::head(1, true, "GET", "/ok", None);
+            let more: Vec<u8> = variables.flat_map(|(name, value)| fastcgi::pair(&name, value)).collect();
+            records.insert(2, fastcgi::record(fastcgi::PARAMS, 1, &more, 0));
+            records.push(fastcgi::record(fastcgi::STDIN, 1, b"", 0));
+            records.concat()
+        }
+        Protocol::Scgi => {
+            let variables: Vec<_> = variables.collect();
+            let mut pairs =
+                vec![("CONTENT_LENGTH", "0"), ("SCGI", "1"), ("REQUEST_METHOD", "GET"), ("REQUEST_URI", "/ok")];
+            pairs.extend(variables.iter().map(|(name, value)| (name.as_str(), *value)));
+            scgi::netstring(&pairs)
+        }
+    }
+}
+
+/// A body of so many bytes whose length nobody announces.
+fn unannounced(protocol: Protocol, length: usize) -> Vec<u8> {
+    let body = vec![b'x'; length];
+    match protocol {
+        Protocol::Http => {
+            let head = "POST /count HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
+            [format!("{head}{length:x}\r\n").as_bytes(), &body, b"\r\n0\r\n\r\n"].concat()
+        }
+        Protocol::FastCgi => {
+            let mut records = fastcgi::head(1, true, "POST", "/count", None);
+            records.push(fastcgi::record(fastcgi::STDIN, 1, &body, 0));
+            records.push(fastcgi::record(fastcgi::STDIN, 1, b"", 0));
+            records.concat()
+        }
+        // It ends with the stream.
+        Protocol::Scgi => [&scgi::head("POST", "/count", "-1"), &body[..]].concat(),
+    }
+}
+
+#[test]
+fn what_is_beyond_a_limit_gets_its_status() {
+    let long = "v".repeat(8 << 10);
+    let get = |protocol: Protocol, length: usize| protocol.head("GET", &format!("/{}", "a".repeat(length)), 0);
+    for protocol in ALL {
+        let mut server = protocol.start("crashy", &LIMITS);
+        let status = |request: Vec<u8>| raw::ask(&mut raw::connect(&server.binds[0]), &request).0;
+        let cases = [
+            ("as many headers as there may be", with_headers(protocol, &[("A", "1"), ("B", "2")]), 200),
+            ("one header more", with_headers(protocol, &[("A", "1"), ("B", "2"), ("C", "3")]), 431),
+            ("a long header", with_headers(protocol, &[("A", &long)]), 431),
+            ("as long a path as there may be", get(protocol, 99), 404),
+            ("a longer one", get(protocol, 100), 414),
+            ("a length that is too large", protocol.head("POST", "/count", 1001), 413),
+        ];
+        for (what, request, expected) in cases {
+            assert_eq!(status(request), expected, "{protocol:?}: {what}");
+        }
+        for (length, expected) in [(1000, 200), (1001, 413)] {
+            let mut stream = raw::connect(&server.binds[0]);
+            stream.write_all(&unannounced(protocol, length)).unwrap();
+            if protocol == Protocol::Scgi {
+                stream.shutdown(Shutdown::Write).unwrap();
+            }
+            let (status, _) = raw::ask(&mut stream, b"");
+            assert_eq!(status, expected, "{protocol:?}: {length} bytes that nobody announced");
+        }
+        // None of that has cost the worker more than its own connection.
+        assert_eq!(status(protocol.head("GET", "/ok", 0)), 200, "{protocol:?}");
+        server.stop();
+    }
+}
