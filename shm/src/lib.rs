@@ -167,7 +167,7 @@ pub use page::{Damaged, Encoding, Header, NotStorable, Page};
 pub use pinned::Pinned;
 pub use recorder::Recorder;
 pub use render::{Served, Source};
-pub use scoreboard::{InFlight, Load, Row, Scoreboard, Serving, Snapshot, State};
+pub use scoreboard::{InFlight, Load, Occupancy, Row, Scoreboard, Serving, Snapshot, State};
 pub use segment::Segment;
 pub use stats::Stats;
 pub use tags::Clock;

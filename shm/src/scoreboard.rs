@@ -43,7 +43,7 @@ pub enum State {
 /// How busy a process is. The less it is, the smaller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Load {
-    /// A further request would have to wait: see [`Row::set_occupied`].
+    /// A further request would have to wait: see [`Occupancy`].
     pub occupied: bool,
     /// Connections open.
     pub connections: u32,
@@ -56,6 +56,14 @@ pub struct Load {
 #[derive(Clone, Debug)]
 pub struct Row {
     held: Rc<Holding>,
+}
+
+/// Whether all threads of a row's process are occupied, to be said from any of them.
+#[derive(Clone, Debug)]
+pub struct Occupancy {
+    segment: Arc<Inner>,
+    at: u64,
+    epoch: u64,
 }
 
 /// What all clones of a row share; of this process alone.
@@ -224,11 +232,10 @@ impl Row {
         }
     }
 
-    /// Says whether a further request would have to wait, all threads being occupied.
-    pub fn set_occupied(&self, occupied: bool) {
-        if let Some(row) = self.held.row() {
-            row.occupied.store(occupied.into(), Ordering::Relaxed);
-        }
+    /// For the threads of the process, to say whether they all are occupied.
+    pub fn occupancy(&self) -> Occupancy {
+        let Holding { segment, at, epoch, .. } = &*self.held;
+        Occupancy { segment: Arc::clone(segment), at: *at, epoch: *epoch }
     }
 
     /// A connection was accepted.
@@ -261,6 +268,16 @@ impl Row {
     /// Requests served since the row was claimed.
     pub fn requests(&self) -> u64 {
         self.held.row().map_or(0, |row| row.requests.load(Ordering::Relaxed))
+    }
+}
+
+impl Occupancy {
+    /// Says whether a further request would have to wait.
+    pub fn set(&self, occupied: bool) {
+        let row: Option<&RowCells> = self.segment.map.at(self.at);
+        if let Some(row) = row.filter(|row| row.epoch.load(Ordering::Relaxed) == self.epoch) {
+            row.occupied.store(occupied.into(), Ordering::SeqCst);
+        }
     }
 }
 
@@ -419,14 +436,14 @@ mod tests {
         let rows: Vec<_> = (0..3).map(|slot| board.claim(slot, slot, 1).unwrap()).collect();
         assert_eq!(board.freest(3), None, "nobody serves yet");
         rows.iter().for_each(|row| row.set_state(State::Ready));
-        rows[0].set_occupied(true);
+        rows[0].occupancy().set(true);
         (0..3).for_each(|_| rows[1].connection_opened());
         (0..2).for_each(|_| rows[2].connection_opened());
         let load = |occupied, connections| Some(Load { occupied, connections });
         assert_eq!(board.freest(3), load(false, 2));
         assert_eq!(board.freest(2), load(false, 3));
         rows[2].set_state(State::Draining);
-        rows[1].set_occupied(true);
+        rows[1].occupancy().set(true);
         assert_eq!(board.freest(3), load(true, 0));
     }
 

@@ -6,6 +6,7 @@ use std::thread;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use crossbeam::sync::WaitGroup;
+use forkyard_shm::Occupancy;
 use tokio::sync::Notify;
 
 use super::Job;
@@ -18,6 +19,7 @@ pub(super) struct Pool {
     jobs: Mutex<WaitGroup>,
     /// Jobs that wait or run.
     count: AtomicU32,
+    occupancy: Option<Occupancy>,
     one_is_free: Notify,
 }
 
@@ -27,8 +29,8 @@ struct Task {
     _held: WaitGroup,
 }
 
-/// This worker's `--threads` and `--queue`.
-static SIZE: OnceLock<(u32, u32)> = OnceLock::new();
+/// This worker's `--threads` and `--queue`, and where its siblings see whether it is occupied.
+static SIZE: OnceLock<(u32, u32, Option<Occupancy>)> = OnceLock::new();
 static POOL: OnceLock<Pool> = OnceLock::new();
 static ALL_ARE_OCCUPIED: Notify = Notify::const_new();
 
@@ -50,9 +52,10 @@ pub(crate) async fn all_became_occupied() {
     ALL_ARE_OCCUPIED.notified().await;
 }
 
-/// Sets the size of the pool that will be made. Called once, in a new worker.
-pub(crate) fn configure(threads: u32, queue: u32) {
-    let _ = SIZE.set((threads, queue));
+/// Sets the size of the pool that will be made, and tells siblings through `occupancy` when all its threads are
+/// occupied. Called once, in a new worker.
+pub(crate) fn configure(threads: u32, queue: u32, occupancy: Option<Occupancy>) {
+    let _ = SIZE.set((threads, queue, occupancy));
 }
 
 /// Waits for all that runs. Called once, when nothing new can come.
@@ -67,12 +70,12 @@ pub(crate) fn finish() {
 /// The first call starts the threads: a worker without blocking functions has none, nor has the master.
 pub(super) fn pool() -> &'static Pool {
     POOL.get_or_init(|| {
-        let &(threads, queue) = SIZE.get().unwrap_or(&(1, 1024));
+        let (threads, queue, occupancy) = SIZE.get().cloned().unwrap_or((1, 1024, None));
         let (sender, receiver) = bounded(queue as usize);
         let started = (0..threads).filter(|&number| start_thread(number, receiver.clone())).count();
         assert!(started > 0, "not one of the {threads} threads for blocking functions could be started");
         let (jobs, count) = (Mutex::new(WaitGroup::new()), AtomicU32::new(0));
-        Pool { threads, queue: sender, jobs, count, one_is_free: Notify::new() }
+        Pool { threads, queue: sender, jobs, count, occupancy, one_is_free: Notify::new() }
     })
 }
 
@@ -80,23 +83,43 @@ impl Pool {
     /// False if too many wait already.
     pub(super) fn start(&self, job: Arc<dyn Job>) -> bool {
         let held = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if self.count.fetch_add(1, Ordering::Relaxed) + 1 == self.threads {
+        if self.count.fetch_add(1, Ordering::SeqCst) + 1 == self.threads {
+            self.tell();
             ALL_ARE_OCCUPIED.notify_waiters();
         }
         let started = self.queue.try_send(Task { job, _held: held }).is_ok();
         if !started {
-            self.count.fetch_sub(1, Ordering::Relaxed);
+            self.one_ended();
         }
         started
+    }
+
+    fn one_ended(&self) {
+        if self.count.fetch_sub(1, Ordering::SeqCst) <= self.threads {
+            self.tell();
+            self.one_is_free.notify_waiters();
+        }
+    }
+
+    /// Tells the siblings, until what they were told is how it is: another thread may have told them something else
+    /// meanwhile.
+    fn tell(&self) {
+        let Some(occupancy) = &self.occupancy else { return };
+        let are_occupied = || self.count.load(Ordering::SeqCst) >= self.threads;
+        let mut told = None;
+        while told != Some(are_occupied()) {
+            let now = are_occupied();
+            occupancy.set(now);
+            told = Some(now);
+        }
     }
 }
 
 fn work(tasks: Receiver<Task>) {
     for task in tasks {
         task.job.run();
-        let Some(pool) = POOL.get() else { continue };
-        if pool.count.fetch_sub(1, Ordering::Relaxed) <= pool.threads {
-            pool.one_is_free.notify_waiters();
+        if let Some(pool) = POOL.get() {
+            pool.one_ended();
         }
     }
 }

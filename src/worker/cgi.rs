@@ -51,7 +51,7 @@ where
 {
     serve::install_panic_hook();
     sys::unblock_signals();
-    blocking::configure(config.threads, config.queue);
+    blocking::configure(config.threads, config.queue, None);
     let own = Segment::create(&Plan { rows: 1, ..Plan::default() })?;
     let row = own.scoreboard().claim(0, std::process::id(), 1).ok_or("the scoreboard has no row")?;
     let stdout = sys::descriptor(1).ok_or("standard output is closed")?;

@@ -106,11 +106,11 @@ where
     let config = &heritage.config;
     let asked_to_leave = take_signals(config.drain_timeout)?;
     sys::raise_descriptor_limit();
-    blocking::configure(config.threads, config.queue);
     let scoreboard = heritage.segment.scoreboard();
     let row = scoreboard
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
+    blocking::configure(config.threads, config.queue, Some(row.occupancy()));
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     run_in_turns(&runtime, async {
