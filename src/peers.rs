@@ -84,6 +84,11 @@ impl FromStr for Who {
         }
         let (address, bits) = text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
         let address: IpAddr = address.parse().map_err(|_| format!("'{address}' is not an address ({FORM})"))?;
+        if address.to_canonical() != address {
+            // Peers over IPv4 are known by that alone.
+            let address = address.to_canonical();
+            return Err(format!("'{text}' is an IPv4 address written as one of IPv6 (write it as {address})"));
+        }
         let size = if address.is_ipv4() { 32 } else { 128 };
         let bits = match bits {
             None => size,

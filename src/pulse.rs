@@ -1,13 +1,14 @@
 //! What a connection is at: told by its protocol and by the bodies of its requests, looked at by the worker's watchdog
 //! (`worker/socket.rs`), which cuts off whoever takes too long.
 //!
-//! A few stores per request, and nothing to wait for: whoever tells may be on any thread.
+//! It counts what is under way, so that several requests of one connection do not speak over each other. That is a few
+//! stores per request, and nothing to wait for: whoever tells may be on any thread.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 /// What a connection's reads wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
 pub(crate) enum Stage {
     /// The next request; nothing of it has come.
     Idle,
@@ -15,65 +16,82 @@ pub(crate) enum Stage {
     Head,
     /// A piece of a request's body, for somebody who wants to read it.
     Body,
-    /// Nothing that the peer owes us: the application is at work.
+    /// Nothing that the peer owes us: the application is at work, or its response is on its way.
     Answering,
 }
 
 /// A connection's pulse.
 #[derive(Debug, Default)]
 pub(crate) struct Pulse {
-    stage: AtomicU8,
+    /// Requests whose response is not complete.
+    under_way: AtomicU32,
+    /// Bodies of which somebody waits for a piece.
+    bodies: AtomicU32,
+    /// Responses for which the peer gives no room in their streams (HTTP/2).
+    held_back: AtomicU32,
+    /// Something of a head has come.
+    head_begun: AtomicBool,
+    /// The protocol tells about heads itself, since it sends more than requests.
+    knows_heads: AtomicBool,
+    is_writing: AtomicBool,
+    /// These wrap around.
     requests: AtomicU32,
     read: AtomicU32,
     written: AtomicU32,
-    is_writing: AtomicBool,
-    is_session: AtomicBool,
     has_expired: AtomicBool,
     is_closed: AtomicBool,
 }
 
 impl Pulse {
-    /// The connection waits for something else now.
-    pub(crate) fn set_stage(&self, stage: Stage) {
-        self.stage.store(stage as u8, Relaxed);
-    }
-
     pub(crate) fn stage(&self) -> Stage {
-        match self.stage.load(Relaxed) {
-            0 => Stage::Idle,
-            1 => Stage::Head,
-            2 => Stage::Body,
-            _ => Stage::Answering,
+        if self.bodies.load(Relaxed) > 0 {
+            Stage::Body
+        } else if self.under_way.load(Relaxed) > 0 || self.is_writing.load(Relaxed) {
+            Stage::Answering
+        } else if self.head_begun.load(Relaxed) {
+            Stage::Head
+        } else {
+            Stage::Idle
         }
     }
 
     /// The head of a request is complete.
     pub(crate) fn request_came(&self) {
-        self.set_stage(Stage::Answering);
+        self.under_way.fetch_add(1, Relaxed);
+        self.head_begun.store(false, Relaxed);
         add(&self.requests, 1);
     }
 
-    /// How many requests there were. This, as all numbers here, wraps around.
+    /// The response to a request is complete, or will never be.
+    pub(crate) fn request_over(&self) {
+        self.under_way.fetch_sub(1, Relaxed);
+    }
+
+    pub(crate) fn under_way(&self) -> u32 {
+        self.under_way.load(Relaxed)
+    }
+
+    /// How many requests there were.
     pub(crate) fn requests(&self) -> u32 {
         self.requests.load(Relaxed)
     }
 
-    /// Somebody waits for a piece of a body, or does so no longer.
-    pub(crate) fn set_waits_for_body(&self, waits: bool) {
-        self.set_stage(if waits { Stage::Body } else { Stage::Answering });
+    /// From now on [`Pulse::set_head_begun`] tells about heads. Otherwise whatever comes between requests begins one.
+    pub(crate) fn set_knows_heads(&self) {
+        self.knows_heads.store(true, Relaxed);
+        self.set_head_begun(false);
     }
 
-    /// It sends more than requests, so what comes while it is idle is not the head of one yet (HTTP/2).
-    pub(crate) fn set_session(&self) {
-        self.is_session.store(true, Relaxed);
-        self.set_stage(Stage::Idle);
+    /// A part of a request's head has come, or none.
+    pub(crate) fn set_head_begun(&self, has: bool) {
+        self.head_begun.store(has, Relaxed);
     }
 
     /// So many bytes came from the peer.
     pub(crate) fn add_read(&self, bytes: usize) {
         add(&self.read, bytes);
-        if self.stage() == Stage::Idle && !self.is_session.load(Relaxed) {
-            self.set_stage(Stage::Head);
+        if self.under_way.load(Relaxed) == 0 && !self.knows_heads.load(Relaxed) {
+            self.set_head_begun(true);
         }
     }
 
@@ -95,8 +113,9 @@ impl Pulse {
         self.is_writing.store(waits, Relaxed);
     }
 
+    /// Whether a response waits for the peer.
     pub(crate) fn is_writing(&self) -> bool {
-        self.is_writing.load(Relaxed)
+        self.is_writing.load(Relaxed) || self.held_back.load(Relaxed) > 0
     }
 
     /// The peer took too long, and is cut off.
@@ -122,4 +141,45 @@ impl Pulse {
 fn add(word: &AtomicU32, count: usize) {
     let count = u32::try_from(count).unwrap_or(u32::MAX);
     word.store(word.load(Relaxed).wrapping_add(count), Relaxed);
+}
+
+/// One of those who may wait for a connection's peer. Dropped, it waits no more.
+#[derive(Debug)]
+pub(crate) struct Wait {
+    pulse: Arc<Pulse>,
+    counter: fn(&Pulse) -> &AtomicU32,
+    waits: bool,
+}
+
+impl Wait {
+    /// For pieces of a request's body.
+    pub(crate) fn for_body(pulse: &Arc<Pulse>) -> Self {
+        Self { pulse: Arc::clone(pulse), counter: |pulse| &pulse.bodies, waits: false }
+    }
+
+    /// For room in a stream.
+    pub(crate) fn for_room(pulse: &Arc<Pulse>) -> Self {
+        Self { pulse: Arc::clone(pulse), counter: |pulse| &pulse.held_back, waits: false }
+    }
+
+    pub(crate) fn set(&mut self, waits: bool) {
+        if std::mem::replace(&mut self.waits, waits) != waits {
+            let counter = (self.counter)(&self.pulse);
+            if waits {
+                counter.fetch_add(1, Relaxed);
+            } else {
+                counter.fetch_sub(1, Relaxed);
+            }
+        }
+    }
+
+    pub(crate) fn has_expired(&self) -> bool {
+        self.pulse.has_expired()
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        self.set(false);
+    }
 }

@@ -7,11 +7,12 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
 use bytes::{Buf as _, Bytes};
+use http::StatusCode;
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -19,7 +20,7 @@ use hyper::body::Incoming;
 use tokio::sync::oneshot;
 
 pub use self::filter::FilterData;
-use crate::pulse::Pulse;
+use crate::pulse::{Pulse, Wait};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -32,16 +33,34 @@ pub struct Body {
     kind: Kind,
     /// How many bytes more it may have.
     allowed: u64,
-    /// Set when it had more.
-    too_large: Option<Arc<AtomicBool>>,
-    /// The connection that it comes by.
-    pulse: Option<Arc<Pulse>>,
+    /// Told when it had more, or came too slowly.
+    trouble: Option<Arc<Trouble>>,
+    /// On the connection that it comes by.
+    wait: Option<Wait>,
+}
+
+/// Why a body was not read to its end, for whoever answers the request whatever its reader made of that.
+#[derive(Debug, Default)]
+pub(crate) struct Trouble(AtomicU8);
+
+impl Trouble {
+    const TOO_LARGE: u8 = 1;
+    const TOO_SLOW: u8 = 2;
+
+    /// The status that is the answer, if there was any.
+    pub(crate) fn status(&self) -> Option<StatusCode> {
+        match self.0.load(Ordering::Relaxed) {
+            Self::TOO_LARGE => Some(StatusCode::PAYLOAD_TOO_LARGE),
+            Self::TOO_SLOW => Some(StatusCode::REQUEST_TIMEOUT),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Debug)]
 enum Kind {
     Full(Bytes),
-    /// FastCGI's STDIN, and how much of the length that was announced is still to come.
+    /// What a FastCGI, SCGI or CGI connection passes on, and how much of the length that was announced is still to come.
     Stdin(pipe::Reader, Option<u64>),
     Http(Unread),
     Other(UnsyncBoxBody<Bytes, BoxError>),
@@ -138,26 +157,26 @@ impl Body {
 
     /// Has the body tell the connection that it comes by when somebody waits for a piece of it.
     pub(crate) fn with_pulse(mut self, pulse: &Arc<Pulse>) -> Self {
-        self.pulse = Some(Arc::clone(pulse));
+        self.wait = Some(Wait::for_body(pulse));
         self
     }
 
-    /// The connection that it comes by, as long as not all of it has come.
-    pub(crate) fn pulse(&self) -> Option<&Arc<Pulse>> {
-        self.pulse.as_ref()
-    }
-
-    /// What will be set if the body turns out to be longer than it may be; `None` if its length is known, or
-    /// does not matter.
-    pub(crate) fn watch_limit(&mut self) -> Option<Arc<AtomicBool>> {
-        if self.allowed == u64::MAX || self.size_hint().exact().is_some() {
+    /// What will be told if the body turns out to be longer than it may be, or comes too slowly; `None` if neither can be.
+    pub(crate) fn watch(&mut self) -> Option<Arc<Trouble>> {
+        if self.wait.is_none() && (self.allowed == u64::MAX || self.size_hint().exact().is_some()) {
             return None;
         }
-        Some(Arc::clone(self.too_large.get_or_insert_default()))
+        Some(Arc::clone(self.trouble.get_or_insert_default()))
+    }
+
+    fn tell(&self, trouble: u8) {
+        if let Some(told) = &self.trouble {
+            told.0.store(trouble, Ordering::Relaxed);
+        }
     }
 
     fn from_kind(kind: Kind, allowed: u64) -> Self {
-        Self { kind, allowed, too_large: None, pulse: None }
+        Self { kind, allowed, trouble: None, wait: None }
     }
 }
 
@@ -187,11 +206,12 @@ impl http_body::Body for Body {
             Kind::Http(_) => Poll::Ready(None),
             Kind::Other(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Other),
         };
-        if let Some(pulse) = &self.pulse {
-            pulse.set_waits_for_body(frame.is_pending());
+        if let Some(wait) = &mut self.wait {
+            wait.set(frame.is_pending());
             if let Poll::Ready(Some(Err(_))) = frame
-                && pulse.has_expired()
+                && wait.has_expired()
             {
+                self.tell(Trouble::TOO_SLOW);
                 return Poll::Ready(Some(Err(BodyError::TimedOut)));
             }
         }
@@ -200,9 +220,7 @@ impl http_body::Body for Body {
         {
             let length = bytes.len() as u64;
             if length > self.allowed {
-                if let Some(too_large) = &self.too_large {
-                    too_large.store(true, Ordering::Relaxed);
-                }
+                self.tell(Trouble::TOO_LARGE);
                 return Poll::Ready(Some(Err(BodyError::TooLarge)));
             }
             self.allowed -= length;

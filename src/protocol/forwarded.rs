@@ -8,6 +8,8 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use http::HeaderMap;
 use http::header::{self, HeaderName, HeaderValue};
 
+use super::params::Params;
+
 const X_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -56,12 +58,29 @@ pub(crate) fn client(headers: &HeaderMap, family: Family, is_trusted: impl Fn(Ip
 
 /// Removes what is not to be believed: all, or from a trusted peer what belongs to the `other` family than it writes.
 pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<Family>) {
-    for name in &ALL {
-        let family = if *name == header::FORWARDED { Family::Rfc7239 } else { Family::X };
-        if trusted != Some(family) {
-            headers.remove(name);
-        }
+    let names: Vec<HeaderName> =
+        headers.keys().filter(|name| is_not_believed(name.as_str().as_bytes(), trusted)).cloned().collect();
+    for name in names {
+        headers.remove(name);
     }
+}
+
+/// The same for CGI variables, which are headers in another spelling. `None` if there is nothing to remove.
+pub(crate) fn without(params: &Params, trusted: Option<Family>) -> Option<Params> {
+    let is_theirs = |name: &[u8]| name.strip_prefix(b"HTTP_").is_some_and(|name| is_not_believed(name, trusted));
+    let any = params.iter().any(|(name, _)| is_theirs(name));
+    any.then(|| Params::from_pairs(params.iter().filter(|(name, _)| !is_theirs(name))))
+}
+
+/// Whether this is the name of a header of proxies' that those who are trusted do not write, in any spelling of it.
+fn is_not_believed(name: &[u8], trusted: Option<Family>) -> bool {
+    let plain = |byte: u8| if byte == b'_' { b'-' } else { byte.to_ascii_lowercase() };
+    let is = |known: &HeaderName| name.iter().map(|&byte| plain(byte)).eq(known.as_str().bytes());
+    ALL.iter().any(|known| {
+        let family = if *known == header::FORWARDED { Family::Rfc7239 } else { Family::X };
+        let is_exact = name == known.as_str().as_bytes() || !name.iter().any(u8::is_ascii_lowercase);
+        is(known) && (trusted != Some(family) || !is_exact)
+    })
 }
 
 fn client_of_x(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Client {

@@ -150,10 +150,11 @@ impl Doorbell {
     }
 
     fn resume(&self) -> io::Result<()> {
-        match self.registration.filter(|_| self.is_paused.replace(false)) {
-            Some(registration) => registration.resume(self.listener.as_fd()),
-            None => Ok(()),
+        if let Some(registration) = self.registration.filter(|_| self.is_paused.get()) {
+            registration.resume(self.listener.as_fd())?;
+            self.is_paused.set(false);
         }
+        Ok(())
     }
 
     /// Whether somebody waits to be accepted.
@@ -216,7 +217,7 @@ impl Acceptor {
                     self.settled().await;
                 }
                 // It is about that one connection, which is gone already; the next one is waiting.
-                Err(error) if !is_of_this_system(&error) => {}
+                Err(error) if !self.bell.is_paused.get() && !is_of_this_system(&error) => {}
                 Err(error) => {
                     if !has_paused {
                         log::error!("accepting pauses until it can go on: {error}");

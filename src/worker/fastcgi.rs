@@ -12,6 +12,7 @@ use std::future::{Future as _, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -31,7 +32,7 @@ use crate::protocol::cgi::{self, Origin};
 use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
 use crate::protocol::params::Params;
 use crate::protocol::role::{AppStatus, Role};
-use crate::pulse::Stage;
+use crate::pulse::Pulse;
 
 /// Output that may wait on a connection before its responses do.
 pub(super) const OUTBOX_LIMIT: usize = 64 << 10;
@@ -49,6 +50,7 @@ where
     B::Error: Into<BoxError>,
 {
     let limits = application.limits;
+    socket.pulse().set_knows_heads();
     let mut connection = Connection {
         socket,
         input: BytesMut::new(),
@@ -197,15 +199,14 @@ where
             self.closing |= !ended.keep_connection;
             self.last_chance_over |= self.draining;
             self.spare = Some(ended.work);
-            if self.exchanges.is_empty() {
-                self.socket.pulse().set_stage(if self.is_idle() { Stage::Idle } else { Stage::Head });
-            }
+            self.socket.pulse().request_over();
         }
         let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
         if !self.exchanges.is_empty() && self.exchanges.iter().all(broken_off) {
             // What else was in flight has had its time.
             for exchange in self.exchanges.drain(..) {
                 self.unread |= !self.decoder.finish(exchange.id);
+                self.socket.pulse().request_over();
             }
             fastcgi::break_off(self.outbox.tail());
             self.broken = true;
@@ -229,6 +230,7 @@ where
         }
         match self.socket.poll_bytes(context) {
             Poll::Pending => {
+                self.socket.pulse().set_head_begun(!self.is_idle());
                 // Who knows for how long: the block that this is a part of is not kept for it.
                 self.decoder.unshare();
                 if !self.input.is_empty() {
@@ -355,7 +357,7 @@ where
                 return self.refuse(id, keep_connection, StatusCode::BAD_REQUEST);
             }
         };
-        let data = give_role(&mut request, role);
+        let data = give_role(&mut request, role, self.socket.pulse());
         let is_head = request.method() == Method::HEAD;
         let answer = self.application.answer(request);
         self.start(id, keep_connection, answer);
@@ -390,7 +392,7 @@ where
 }
 
 /// Tells the application what it is asked for, unless that is the usual. Returns where a filter's file goes.
-fn give_role(request: &mut Request<Body>, role: Role) -> Option<pipe::Writer> {
+fn give_role(request: &mut Request<Body>, role: Role, pulse: &Arc<Pulse>) -> Option<pipe::Writer> {
     if role == Role::Responder {
         return None;
     }
@@ -401,7 +403,7 @@ fn give_role(request: &mut Request<Body>, role: Role) -> Option<pipe::Writer> {
     let length = request.extensions().get::<Origin>().and_then(|origin| origin.params.get("FCGI_DATA_LENGTH"));
     let length = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
     let (writer, reader) = pipe::pipe();
-    request.extensions_mut().insert(FilterData::new(Body::stdin(reader, length, u64::MAX)));
+    request.extensions_mut().insert(FilterData::new(Body::stdin(reader, length, u64::MAX).with_pulse(pulse)));
     Some(writer)
 }
 

@@ -35,7 +35,7 @@ use crate::body::{Body, BodyError};
 use crate::config::Limits;
 use crate::context::Drain;
 use crate::protocol::cgi::Origin;
-use crate::pulse::{Pulse, Stage};
+use crate::pulse::{Pulse, Wait};
 
 /// Bytes of a request's body that may be on their way in one stream of HTTP/2, and in all streams of a connection.
 const WINDOWS: (u32, u32) = (64 << 10, 1 << 20);
@@ -67,7 +67,7 @@ where
     };
     let pulse = Arc::clone(socket.pulse());
     if is_http2 {
-        pulse.set_session();
+        pulse.set_knows_heads();
     }
     let socket = TokioIo::new(socket);
     let requests = Rc::new(Requests::new(limits.max_requests_per_connection, pulse));
@@ -204,7 +204,12 @@ where
             if under_way.is_last && !is_http2 {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
-            Ok(response.map(|body| Reply { body, under_way }))
+            let room = is_http2.then(|| {
+                let mut room = Wait::for_room(&self.requests.pulse);
+                room.set(true);
+                room
+            });
+            Ok(response.map(|body| Reply { body, room, under_way }))
         }
     }
 }
@@ -214,6 +219,8 @@ pin_project! {
     struct Reply<B> {
         #[pin]
         body: Served<B>,
+        // Over HTTP/2: while the last piece has not been taken, the peer gives no room for it.
+        room: Option<Wait>,
         under_way: UnderWay,
     }
 }
@@ -227,7 +234,12 @@ where
     type Error = BodyError;
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        self.project().body.poll_frame(context)
+        let reply = self.project();
+        let frame = reply.body.poll_frame(context);
+        if let Some(room) = reply.room {
+            room.set(matches!(frame, Poll::Ready(Some(Ok(_)))));
+        }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
@@ -324,9 +336,7 @@ async fn read_rest(rest: oneshot::Receiver<Incoming>) {
 /// The requests of a connection.
 struct Requests {
     pulse: Arc<Pulse>,
-    /// Those that have begun and whose response is not written yet.
-    under_way: Cell<u32>,
-    /// Of these, those that the application has not answered yet: they can be told that they are the last.
+    /// Those that the application has not answered yet: they can be told that they are the last.
     unanswered: Cell<u32>,
     begun: Notify,
     count: Cell<u32>,
@@ -337,13 +347,12 @@ struct Requests {
 
 impl Requests {
     fn new(limit: u32, pulse: Arc<Pulse>) -> Self {
-        let (under_way, unanswered, count) = (Cell::new(0), Cell::new(0), Cell::new(0));
-        Self { pulse, under_way, unanswered, begun: Notify::new(), count, limit, last_begun: Notify::new() }
+        let (unanswered, count) = (Cell::new(0), Cell::new(0));
+        Self { pulse, unanswered, begun: Notify::new(), count, limit, last_begun: Notify::new() }
     }
 
     fn begin(self: &Rc<Self>) -> UnderWay {
         self.pulse.request_came();
-        self.under_way.set(self.under_way.get() + 1);
         self.unanswered.set(self.unanswered.get() + 1);
         self.count.set(self.count.get().saturating_add(1));
         self.begun.notify_waiters();
@@ -380,11 +389,7 @@ impl UnderWay {
 impl Drop for UnderWay {
     fn drop(&mut self) {
         self.is_answered();
-        let others = self.requests.under_way.get() - 1;
-        self.requests.under_way.set(others);
-        if others == 0 {
-            self.requests.pulse.set_stage(Stage::Idle);
-        }
+        self.requests.pulse.request_over();
     }
 }
 

@@ -220,8 +220,9 @@ where
             }
             let trust = application.trust.as_ref();
             if trust.is_some_and(|trust| trust.peers.contain(peer.map(|address| address.ip()))) {
+                let time = application.limits.timeouts.header;
                 let reading = tokio::select! {
-                    reading = opening::read_proxy_header(&mut socket, &mut origin) => reading,
+                    reading = opening::read_proxy_header(&mut socket, &mut origin, time) => reading,
                     () = drain.wait_for_last_request() => return,
                 };
                 if let Err(error) = reading {

@@ -8,7 +8,6 @@ use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
@@ -18,11 +17,10 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use crate::body::{Body, BodyError};
+use crate::body::{Body, BodyError, Trouble};
 use crate::config::{Limits, Trust};
 use crate::protocol::cgi::Origin;
 use crate::protocol::forwarded;
-use crate::pulse::Pulse;
 
 /// What an error of the application's may be.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -59,11 +57,10 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
         if request.body().size_hint().lower() > self.limits.max_body {
             return Answer::refused(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
         }
-        let too_large = request.body_mut().watch_limit();
+        let trouble = request.body_mut().watch();
         let is_head = request.method() == Method::HEAD;
-        let pulse = request.body().pulse().cloned();
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
-        Answer { stage, is_head, in_flight: Some(in_flight), too_large, pulse }
+        Answer { stage, is_head, in_flight: Some(in_flight), trouble }
     }
 
     /// An answer that the application had no part in.
@@ -79,8 +76,7 @@ pin_project! {
         stage: Stage<S>,
         is_head: bool,
         in_flight: Option<InFlight>,
-        too_large: Option<Arc<AtomicBool>>,
-        pulse: Option<Arc<Pulse>>,
+        trouble: Option<Arc<Trouble>>,
     }
 }
 
@@ -97,7 +93,7 @@ pin_project! {
 impl<S: Service<Request<Body>>> Answer<S> {
     fn refused(status: StatusCode, in_flight: InFlight) -> Self {
         let (stage, in_flight) = (Stage::Refused { status }, Some(in_flight));
-        Self { stage, is_head: false, in_flight, too_large: None, pulse: None }
+        Self { stage, is_head: false, in_flight, trouble: None }
     }
 }
 
@@ -144,12 +140,9 @@ where
         let answer = self.project();
         let outcome = ready!(answer.stage.poll(context));
         let Some(in_flight) = answer.in_flight.take() else { return Poll::Pending };
-        // These hold whatever the application made of it.
-        if answer.too_large.as_ref().is_some_and(|too_large| too_large.load(Ordering::Relaxed)) {
-            return Poll::Ready(refusal(StatusCode::PAYLOAD_TOO_LARGE, in_flight));
-        }
-        if answer.pulse.as_ref().is_some_and(|pulse| pulse.has_expired()) {
-            return Poll::Ready(refusal(StatusCode::REQUEST_TIMEOUT, in_flight));
+        // Whatever the application made of it.
+        if let Some(status) = answer.trouble.as_ref().and_then(|trouble| trouble.status()) {
+            return Poll::Ready(refusal(status, in_flight));
         }
         Poll::Ready(match outcome {
             Ok(response) if response.status().is_informational() => {
@@ -198,8 +191,13 @@ fn believe(trust: &Trust, request: &mut Request<Body>) {
         Some(address) => trust.peers.contain(Some(address.ip())),
         None => origin.over_unix && trust.peers.contain(None),
     };
+    let believed = is_trusted.then_some(trust.family);
+    let params = forwarded::without(&origin.params, believed);
+    if let (Some(params), Some(origin)) = (params, request.extensions_mut().get_mut::<Origin>()) {
+        origin.params = params;
+    }
     let headers = request.headers_mut();
-    forwarded::remove(headers, is_trusted.then_some(trust.family));
+    forwarded::remove(headers, believed);
     if !is_trusted {
         return;
     }

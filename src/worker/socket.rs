@@ -346,6 +346,8 @@ struct Watched {
     /// Ticks in this stage, and what had come when they were counted from.
     waited: u32,
     read: u32,
+    /// It is shut down for reading.
+    is_deaf: bool,
     /// Ticks for which a write has waited.
     unread: u32,
     written: u32,
@@ -381,7 +383,7 @@ impl Watchdog {
 
 impl Watched {
     fn new(fd: RawFd, pulse: Arc<Pulse>) -> Self {
-        Self { fd, pulse, stage: Stage::Idle, requests: 0, waited: 0, read: 0, unread: 0, written: 0 }
+        Self { fd, pulse, stage: Stage::Idle, requests: 0, waited: 0, read: 0, is_deaf: false, unread: 0, written: 0 }
     }
 
     /// Another second has passed. False if the connection needs no more looking after.
@@ -397,12 +399,14 @@ impl Watched {
             Stage::Answering => ("", Duration::ZERO),
         };
         if is_over(self.unread, timeouts.write) {
-            self.cut_off("reading a response", Shutdown::Both)
-        } else if is_over(self.waited, limit) {
-            self.cut_off(doing, Shutdown::Read)
-        } else {
-            true
+            self.cut_off("reading a response", Shutdown::Both);
+            return false;
         }
+        if !self.is_deaf && is_over(self.waited, limit) {
+            // A response may still be on its way.
+            self.cut_off(doing, Shutdown::Read);
+        }
+        true
     }
 
     fn count(&mut self) -> Stage {
@@ -412,7 +416,9 @@ impl Watched {
         // While the application reads a body it waits now and then: that adds up until enough has come.
         let goes_on = stage == self.stage || matches!(stage, Stage::Body | Stage::Answering);
         let moves = stage == Stage::Body && read.wrapping_sub(self.read) >= PROGRESS;
-        if requests != self.requests || !goes_on || moves {
+        // Beside a body that is waited for, further requests change nothing.
+        let begins = requests != self.requests && !(stage == Stage::Body && pulse.under_way() > 1);
+        if begins || !goes_on || moves {
             (self.waited, self.read) = (0, read);
         }
         (self.stage, self.requests) = (stage, requests);
@@ -426,11 +432,11 @@ impl Watched {
         stage
     }
 
-    fn cut_off(&self, doing: &str, how: Shutdown) -> bool {
+    fn cut_off(&mut self, doing: &str, how: Shutdown) {
         log::debug!("a connection is cut off, it took too long: {doing}");
         self.pulse.expire();
+        self.is_deaf = true;
         let _ = shut(self.fd, how); // it may have been closed by its peer
-        false
     }
 }
 
@@ -444,6 +450,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::pulse::Wait;
 
     const TIMEOUTS: Timeouts = Timeouts {
         idle: Duration::from_secs(9),
@@ -454,11 +461,15 @@ mod tests {
 
     /// How many ticks a connection lives to which `each` happens before every one; 100 if that many.
     fn ticks(mut each: impl FnMut(&Pulse)) -> u32 {
+        ticks_of(move |pulse| each(pulse))
+    }
+
+    fn ticks_of(mut each: impl FnMut(&Arc<Pulse>)) -> u32 {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
         let mut lives = || {
             each(&watched.pulse);
-            watched.tick(&TIMEOUTS)
+            watched.tick(&TIMEOUTS) && !watched.is_deaf
         };
         (0..100).take_while(|_| lives()).map(|_| 1).sum()
     }
@@ -466,42 +477,84 @@ mod tests {
     #[test]
     fn whoever_takes_too_long_is_cut_off() {
         assert_eq!(ticks(|_| ()), 9, "idle");
-        assert_eq!(ticks(|pulse| pulse.set_stage(Stage::Answering)), 100, "the application may take its time");
-        let trickle = |stage, bytes| {
-            move |pulse: &Pulse| {
-                pulse.add_read(bytes);
-                pulse.set_stage(stage);
+        let answering = |pulse: &Pulse| {
+            if pulse.requests() == 0 {
+                pulse.request_came();
             }
         };
-        assert_eq!(ticks(trickle(Stage::Head, 2000)), 3, "a head is not allowed to trickle");
-        assert_eq!(ticks(trickle(Stage::Body, 1)), 4);
-        assert_eq!(ticks(trickle(Stage::Body, 1024)), 100, "it is slow, but it gets on");
+        assert_eq!(ticks(answering), 100, "the application may take its time");
+        assert_eq!(ticks(|pulse| pulse.add_read(2000)), 3, "a head is not allowed to trickle");
         let write = |bytes| {
             move |pulse: &Pulse| {
-                pulse.set_stage(Stage::Answering);
                 pulse.set_writing(true);
                 pulse.add_written(bytes);
             }
         };
         assert_eq!(ticks(write(1)), 5);
-        assert_eq!(ticks(write(1024)), 100);
+        assert_eq!(ticks(write(1024)), 100, "it is slow, but it gets on: that is not idle");
     }
 
     #[test]
-    fn each_request_has_its_own_time_and_the_waits_of_one_body_add_up() {
+    fn a_body_may_be_slow_but_has_to_get_on_whatever_else_is_under_way() {
+        let trickle = |bytes, others| {
+            let mut body = None;
+            ticks_of(move |pulse| {
+                let wait = body.get_or_insert_with(|| {
+                    pulse.request_came();
+                    Wait::for_body(pulse)
+                });
+                wait.set(true);
+                pulse.add_read(bytes);
+                for _ in 0..others {
+                    pulse.request_came();
+                }
+            })
+        };
+        assert_eq!(trickle(1, 0), 4);
+        assert_eq!(trickle(1, 1), 4);
+        assert_eq!(trickle(1024, 0), 100);
+        let mut body = None;
         let mut turn = 0;
-        let requests = ticks(|pulse| {
+        let waits_now_and_then = ticks_of(move |pulse| {
             turn += 1;
+            let wait = body.get_or_insert_with(|| {
+                pulse.request_came();
+                Wait::for_body(pulse)
+            });
+            wait.set(turn % 2 == 0);
+        });
+        assert_eq!(waits_now_and_then, 9, "every second tick finds somebody waiting");
+        let dropped = ticks_of(|pulse| {
+            if pulse.requests() == 0 {
+                pulse.request_came();
+                Wait::for_body(pulse).set(true);
+            }
+        });
+        assert_eq!(dropped, 100, "nobody waits for a body that was given up");
+    }
+
+    #[test]
+    fn each_request_has_its_own_time() {
+        let requests = ticks(|pulse| {
+            pulse.add_read(100);
             pulse.request_came();
-            pulse.set_stage(if turn % 2 == 0 { Stage::Idle } else { Stage::Head });
+            pulse.request_over();
         });
         assert_eq!(requests, 100);
-        let mut turn = 0;
-        let body = ticks(|pulse| {
-            turn += 1;
-            pulse.set_waits_for_body(turn % 2 == 0);
+    }
+
+    #[test]
+    fn a_response_that_gets_no_room_in_its_stream_is_not_read() {
+        let mut reply = None;
+        let held_back = ticks_of(move |pulse| {
+            reply
+                .get_or_insert_with(|| {
+                    pulse.request_came();
+                    Wait::for_room(pulse)
+                })
+                .set(true);
         });
-        assert_eq!(body, 9, "every second tick finds somebody waiting");
+        assert_eq!(held_back, 5);
     }
 
     #[test]
