@@ -30,6 +30,7 @@ fn main() -> ExitCode {
             .route("/echo", any(async |body: Body| body))
             .route("/count", any(count))
             .route("/bytes/{mib}", get(bytes))
+            .route("/piece/{mib}", get(async |Path(mib): Path<usize>| vec![b'x'; mib << 20]))
             .route("/break", get(break_off))
             .route("/slow/{ms}", get(slow))
             .route("/segv", get(segv))

@@ -24,6 +24,9 @@ async fn tell(request: Request<Body>) -> Response<Body> {
     if let Some(peer) = head.extensions.get::<Origin>() {
         let address = peer.address.map_or_else(|| "unknown".to_owned(), |address| address.to_string());
         let _ = writeln!(text, "peer={address} https={}", peer.is_https);
+        for (name, value) in peer.params.iter().map(|(name, value)| (name.escape_ascii(), value.escape_ascii())) {
+            let _ = writeln!(text, "variable {name}={value}");
+        }
     }
     tell_fields(&mut text, &head.headers);
     text.push('\n');

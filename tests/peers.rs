@@ -13,6 +13,7 @@ use common::http::Client;
 use common::{PATIENCE, Server, fastcgi, program};
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+const SCGI: [&str; 2] = ["--bind", "scgi:127.0.0.1:0"];
 const FASTCGI: [&str; 2] = ["--bind", "fastcgi:127.0.0.1:0"];
 
 fn mirror(binds: &[&str], arguments: &[&str]) -> Server {
@@ -40,6 +41,19 @@ fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> S
     records.insert(0, before.to_vec());
     client.send(&records).unwrap();
     String::from_utf8(client.response(1).unwrap().body().to_vec()).unwrap()
+}
+
+/// The same over SCGI, where the last byte of a request is particular.
+fn seen_over_scgi(address: &str, before: &[u8]) -> String {
+    let mut stream = TcpStream::connect(address.strip_prefix("scgi:").unwrap()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let pairs =
+        "CONTENT_LENGTH\00\0SCGI\01\0REQUEST_METHOD\0GET\0REQUEST_URI\0/\0REMOTE_ADDR\0192.0.2.9\0REMOTE_PORT\080\0";
+    let request = format!("{}:{pairs},", pairs.len());
+    stream.write_all(&[before, request.as_bytes()].concat()).unwrap();
+    let mut all = String::new();
+    stream.read_to_string(&mut all).unwrap();
+    all
 }
 
 /// Whatever comes back before the connection is closed.
@@ -76,6 +90,7 @@ fn a_trusted_proxy_tells_who_its_client_is() {
     assert!(text.contains("\npeer=192.0.2.7:0 https=true\n"), "{text}");
     let text = seen_over_fastcgi(&server.binds[1], b"", &[("REMOTE_ADDR", "192.0.2.9"), forwarded[0]]);
     assert!(text.contains("\npeer=192.0.2.9:4711 https=false\n") && !text.contains("x-forwarded"), "{text}");
+    assert!(!text.contains("HTTP_X_FORWARDED"), "nor is it among the variables: {text}");
     server.stop();
 
     let mut server = mirror(&HTTP, &["--trust", "127.0.0.1", "--trust-header", "forwarded"]);
@@ -117,7 +132,7 @@ fn proxy_v2() -> Vec<u8> {
 
 #[test]
 fn a_trusted_load_balancer_says_it_in_front_of_any_protocol() {
-    let mut server = mirror(&[HTTP, FASTCGI].concat(), &["--trust", "127.0.0.1"]);
+    let mut server = mirror(&[HTTP, FASTCGI, SCGI].concat(), &["--trust", "127.0.0.1"]);
     let v1 = b"PROXY TCP6 2001:db8::7 ::1 4711 80\r\n";
     for (header, peer) in [
         (&v1[..], "peer=[2001:db8::7]:4711 https=false"),
@@ -131,6 +146,7 @@ fn a_trusted_load_balancer_says_it_in_front_of_any_protocol() {
         // There the web server tells of its client, and the load balancer only of the web server.
         let text = seen_over_fastcgi(&server.binds[1], header, &[]);
         assert!(text.contains("\npeer=127.0.0.1:4711 https=false\n"), "{text}");
+        assert!(seen_over_scgi(&server.binds[2], header).contains("\npeer=192.0.2.9:80 https=false\n"));
     }
     // The client that it tells of is not trusted: its headers are not believed.
     let text = seen(&server.http(), v1, X_FORWARDED);

@@ -193,6 +193,26 @@ fn who_reads_nothing_is_cut_off() {
     }
 }
 
+/// The application has long done its part, and the whole response lies with the connection: that is not idle.
+#[test]
+fn who_reads_slowly_but_steadily_gets_all() {
+    const LENGTH: usize = 16 << 20;
+    for protocol in ALL {
+        let mut server = protocol.start("crashy", &[&["--workers", "1"], &SHORT[..]].concat());
+        let mut stream = raw::connect(&server.binds[0]);
+        stream.write_all(&protocol.head("GET", "/piece/16", 0)).unwrap();
+        let (mut count, mut piece) = (0, vec![0; 64 << 10]);
+        while count < LENGTH {
+            let read = stream.read(&mut piece).unwrap();
+            assert!(read > 0, "{protocol:?}: {count} bytes came of {LENGTH}");
+            count += read;
+            // Some four seconds for all, of which the kernel's buffers hold little.
+            std::thread::sleep(Duration::from_micros(15 * read as u64 / 64));
+        }
+        server.stop();
+    }
+}
+
 #[test]
 fn who_asks_for_nothing_is_cut_off() {
     for protocol in ALL {

@@ -34,7 +34,7 @@ const FIRST_READ: usize = 4 << 10;
 /// What the socket says, its end included; or the header makes no sense, or does not come in `time` (zero is no limit).
 pub(crate) async fn read_proxy_header(socket: &mut Socket, origin: &mut Origin, time: Duration) -> io::Result<()> {
     let begun = Instant::now();
-    let mut seen = [0; MOST_OF_PROXY];
+    let mut seen = vec![0; MOST_OF_PROXY]; // not in the future, which every connection has
     loop {
         let look = |fd: BorrowedFd<'_>, seen: &mut [u8]| Ok(recv(fd.as_raw_fd(), seen, PEEK)?);
         let count = poll_fn(|context| socket.poll_try(context, |fd| look(fd, &mut seen))).await?;
