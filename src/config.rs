@@ -1,7 +1,7 @@
 //! The configuration: every limit and choice, parsed and checked once, then never changed.
 //!
 //! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
-//! form of an address.
+//! form of an address, and which headers proxies write.
 
 use std::ffi::OsString;
 use std::path::PathBuf;

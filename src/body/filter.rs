@@ -11,7 +11,7 @@ use super::Body;
 /// section 6.4).
 ///
 /// Its length in bytes and the time of its last change are the parameters `FCGI_DATA_LENGTH` and
-/// `FCGI_DATA_LAST_MOD` of [`crate::Params`]; who can answer by these alone need not take the file. It comes after the
+/// `FCGI_DATA_LAST_MOD` of [`crate::Origin::params`]; who can answer by these alone need not take the file. It comes after the
 /// request's body: read that first, or drop it. `--max-body` does not apply, since the server chose the
 /// file. If less of it comes than was announced, its end is [`crate::BodyError::Cut`].
 #[derive(Clone, Debug)]

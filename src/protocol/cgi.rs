@@ -1,6 +1,6 @@
 //! CGI variables (RFC 3875) and `http`: a request's head out of parameters, a response's head as CGI writes it.
 //!
-//! Section numbers are those of RFC 3875. FastCGI uses both directions; the server in front is the one that
+//! Section numbers are those of RFC 3875. FastCGI, SCGI and CGI use both directions; the server in front is the one that
 //! speaks HTTP, and this file does not undo what that server decided: `REQUEST_URI` is taken as it came, and
 //! no variable is believed beyond what CGI says of it.
 
