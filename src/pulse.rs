@@ -57,14 +57,14 @@ impl Pulse {
 
     /// The head of a request is complete.
     pub(crate) fn request_came(&self) {
-        self.under_way.fetch_add(1, Relaxed);
+        step(&self.under_way, 1);
         self.head_begun.store(false, Relaxed);
         add(&self.requests, 1);
     }
 
     /// The response to a request is complete, or will never be.
     pub(crate) fn request_over(&self) {
-        self.under_way.fetch_sub(1, Relaxed);
+        step(&self.under_way, -1);
     }
 
     pub(crate) fn under_way(&self) -> u32 {
@@ -137,10 +137,15 @@ impl Pulse {
     }
 }
 
-/// Counts, in a word that one thread writes.
+/// Counts, in a word that one thread writes: that of the connection.
 fn add(word: &AtomicU32, count: usize) {
     let count = u32::try_from(count).unwrap_or(u32::MAX);
     word.store(word.load(Relaxed).wrapping_add(count), Relaxed);
+}
+
+/// Counts up or down, likewise.
+fn step(word: &AtomicU32, by: i32) {
+    word.store(word.load(Relaxed).saturating_add_signed(by), Relaxed);
 }
 
 /// One of those who may wait for a connection's peer. Dropped, it waits no more.
