@@ -47,8 +47,16 @@ fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> S
 fn seen_over_scgi(address: &str, before: &[u8]) -> String {
     let mut stream = TcpStream::connect(address.strip_prefix("scgi:").unwrap()).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let pairs =
-        "CONTENT_LENGTH\00\0SCGI\01\0REQUEST_METHOD\0GET\0REQUEST_URI\0/\0REMOTE_ADDR\0192.0.2.9\0REMOTE_PORT\080\0";
+    let pairs = [
+        ("CONTENT_LENGTH", "0"),
+        ("SCGI", "1"),
+        ("REQUEST_METHOD", "GET"),
+        ("REQUEST_URI", "/"),
+        ("REMOTE_ADDR", "192.0.2.9"),
+        ("REMOTE_PORT", "80"),
+    ]
+    .map(|(name, value)| format!("{name}\0{value}\0"))
+    .concat();
     let request = format!("{}:{pairs},", pairs.len());
     stream.write_all(&[before, request.as_bytes()].concat()).unwrap();
     let mut all = String::new();
