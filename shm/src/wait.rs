@@ -24,6 +24,7 @@ impl Inner {
         let me = self.member_at_last()?.number;
         let backoff = Backoff::new();
         let mut since = None;
+        let mut has_buried = false;
         loop {
             let (owner, seen) = match take(lock, me, since.is_some()) {
                 Taken::Free => return Some(false),
@@ -34,13 +35,16 @@ impl Inner {
                 backoff.snooze();
                 continue;
             }
-            // Patience is for the living: who finds the owner dead goes on, however long that took.
-            if owner != me && self.bury_if_dead(owner) {
+            // Patience is for the living: who finds the owner dead goes on, however long that took. Once: if that does not
+            // help, nothing will.
+            if owner != me && !has_buried && self.bury_if_dead(owner) {
+                has_buried = true;
                 continue;
             }
             if hurry || since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
                 return None;
             }
+            has_buried = false;
             if let Some(seen) = announce(lock, seen) {
                 futex::wait(lock, seen, NAP);
             }
