@@ -259,6 +259,11 @@ fn percent_encode(out: &mut BytesMut, bytes: &[u8], plain: impl Fn(u8) -> bool) 
     }
 }
 
+/// Whether a response of this status ends with its head (RFC 9110, section 6.4.1).
+pub(crate) fn has_no_body(status: StatusCode) -> bool {
+    matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) || status.is_informational()
+}
+
 /// Writes a response's head (6.3): the status always, since some servers do not know that `Location` means a
 /// redirection, then the headers, then an empty line. `Location` stands before the status, since one server
 /// (HAProxy) makes a 302 of every response that has it after. What belongs to one HTTP connection only is left out.

@@ -23,7 +23,7 @@ use tokio::runtime::LocalOptions;
 use tokio::task::JoinHandle;
 use tower_service::Service;
 
-use super::fastcgi::LINGER;
+use super::closing::LINGER;
 use super::reply::Reply;
 use super::run_in_turns;
 use super::serve::{self, Application, BoxError, Served};

@@ -14,15 +14,14 @@ use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body as HttpBody;
 use pin_project_lite::pin_project;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tower_service::Service;
 
+use super::closing;
 use super::outbox::Outbox;
 use super::serve::{Answer, Application, BoxError, Served};
 use super::socket::Socket;
@@ -38,8 +37,6 @@ use crate::pulse::Pulse;
 pub(super) const OUTBOX_LIMIT: usize = 64 << 10;
 /// Replies to management records and refusals that may wait beside it; one piece of a response may too.
 const REPLIES_LIMIT: usize = 1 << 20;
-/// How long, and for how many bytes, a peer that still sends is listened to after our last word.
-pub(super) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
 /// Serves one connection to its end.
 pub(crate) async fn serve<S, B>(socket: Socket, application: Rc<Application<S>>, drain: Drain)
@@ -381,12 +378,9 @@ where
 
     /// If the peer may still be sending, says that nothing more will come, and listens until it has heard: closing
     /// a socket with bytes unread in it would destroy what we wrote on its way.
-    async fn close(mut self) {
-        if self.unread && self.socket.shutdown().await.is_ok() {
-            let (time, bytes) = LINGER;
-            let mut rest = self.socket.take(bytes);
-            let mut sink = tokio::io::sink();
-            let _ = tokio::time::timeout(time, tokio::io::copy(&mut rest, &mut sink)).await;
+    async fn close(self) {
+        if self.unread {
+            closing::linger(self.socket).await;
         }
     }
 }
@@ -455,7 +449,7 @@ where
         let (parts, body) = response.into_parts();
         self.app_status = parts.extensions.get().map_or(0, |&AppStatus(status)| status);
         let status = parts.status;
-        let bodiless = matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) || status.is_informational();
+        let bodiless = cgi::has_no_body(status);
         let length = body.size_hint().exact().filter(|_| !bodiless);
         head.clear();
         cgi::response_head(head, status, &parts.headers, length);

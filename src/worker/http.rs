@@ -27,7 +27,7 @@ use pin_project_lite::pin_project;
 use tokio::sync::{Notify, oneshot};
 use tower_service::Service;
 
-use super::fastcgi::LINGER;
+use super::closing::LINGER;
 use super::opening;
 use super::serve::{Application, BoxError, Served};
 use super::socket::Socket;

@@ -14,6 +14,7 @@
 
 mod accept;
 pub(crate) mod cgi;
+mod closing;
 mod door;
 mod fastcgi;
 mod http;

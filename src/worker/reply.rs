@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
-use http::{Response, StatusCode};
+use http::Response;
 use http_body::Body as HttpBody;
 
 use super::serve::{BoxError, Served};
@@ -28,7 +28,7 @@ where
     pub(crate) fn begin(response: Response<Served<B>>, is_head: bool, head: &mut BytesMut) -> Self {
         let (parts, body) = response.into_parts();
         let status = parts.status;
-        let bodiless = matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) || status.is_informational();
+        let bodiless = cgi::has_no_body(status);
         let length = body.size_hint().exact().filter(|_| !bodiless);
         cgi::response_head(head, status, &parts.headers, length);
         let over = bodiless || is_head || body.is_end_stream();

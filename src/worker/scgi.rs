@@ -21,11 +21,11 @@ use http::{Method, Request, Response, StatusCode};
 use http_body::Body as HttpBody;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{MsgFlags, recv};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_util::io::poll_read_buf;
 use tower_service::Service;
 
-use super::fastcgi::{LINGER, OUTBOX_LIMIT};
+use super::closing;
+use super::fastcgi::OUTBOX_LIMIT;
 use super::outbox::Outbox;
 use super::reply::Reply;
 use super::serve::{Answer, Application, BoxError};
@@ -310,19 +310,12 @@ where
 
     /// The response is written. Takes what the peer has sent: closing a socket with bytes unread in it would destroy
     /// what we wrote on its way.
-    async fn close(mut self) {
+    async fn close(self) {
         match self.rest {
             Rest::LastByte => {
                 let _ = self.socket.fd().map(|fd| recv(fd.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT));
             }
-            Rest::Coming => {
-                if self.socket.shutdown().await.is_ok() {
-                    let (time, bytes) = LINGER;
-                    let mut rest = self.socket.take(bytes);
-                    let mut sink = tokio::io::sink();
-                    let _ = tokio::time::timeout(time, tokio::io::copy(&mut rest, &mut sink)).await;
-                }
-            }
+            Rest::Coming => closing::linger(self.socket).await,
             Rest::Nothing => {}
         }
     }

@@ -19,7 +19,7 @@ use tower_service::Service;
 
 use crate::body::{Body, BodyError, Trouble};
 use crate::config::{Limits, Trust};
-use crate::protocol::cgi::Origin;
+use crate::protocol::cgi::{self, Origin};
 use crate::protocol::forwarded;
 
 /// What an error of the application's may be.
@@ -170,7 +170,7 @@ where
 /// The `Content-Length` that the application itself has set for the body of a response. One that is no length
 /// is taken away: servers would make different things of it.
 fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> {
-    if matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+    if cgi::has_no_body(response.status()) {
         return None;
     }
     let mut values = response.headers().get_all(header::CONTENT_LENGTH).iter();
