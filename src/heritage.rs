@@ -23,7 +23,7 @@ pub(crate) struct Heritage {
     pub(crate) config: Arc<Config>,
     pub(crate) listeners: Arc<[Listener]>,
     pub(crate) segment: Segment,
-    /// The worker writes [`READY`] here when it accepts, or else its last words.
+    /// The worker writes its [`Report`]s here.
     pub(crate) report: OwnedFd,
     /// Never readable; at its end the master is dead.
     pub(crate) lifeline: OwnedFd,
@@ -31,8 +31,37 @@ pub(crate) struct Heritage {
     pub(crate) application: Arc<[RawFd]>,
 }
 
-/// The byte by which a worker says that it is accepting connections.
-pub(crate) const READY: u8 = b'R';
+/// What a worker tells the master: a line each. To the master it is gossip.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Report {
+    /// It is accepting connections.
+    Ready,
+    /// It has served its time, for this reason, and goes on until somebody takes its place.
+    Recycle(String),
+    /// Why it cannot go on.
+    LastWords(String),
+}
+
+impl Report {
+    /// As it is written, with the end of the line. A text is one line.
+    pub(crate) fn line(&self) -> String {
+        match self {
+            Self::Ready => "ready\n".to_owned(),
+            Self::Recycle(reason) => format!("recycle {}\n", reason.replace('\n', " ")),
+            Self::LastWords(words) => format!("said {}\n", words.replace('\n', " ")),
+        }
+    }
+
+    /// Reads a line without its end; what makes no sense are last words.
+    pub(crate) fn parse(line: &str) -> Self {
+        match line.split_once(' ') {
+            None if line == "ready" => Self::Ready,
+            Some(("recycle", reason)) => Self::Recycle(reason.to_owned()),
+            Some(("said", words)) => Self::LastWords(words.to_owned()),
+            None | Some(_) => Self::LastWords(line.to_owned()),
+        }
+    }
+}
 
 /// What a worker does with its heritage: it serves until it is told to stop, and returns an exit status.
 pub(crate) type WorkerMain = Box<dyn Fn(Heritage) -> u8>;

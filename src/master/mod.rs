@@ -31,6 +31,7 @@ pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
 use self::supervisor::{Action, Event, Note, Policy, Supervisor, Wish};
 use crate::config::Config;
+use crate::heritage::Report;
 use crate::listen::Listener;
 use crate::sys::{self, Ending};
 
@@ -171,11 +172,16 @@ impl Master {
     }
 
     fn hear(&mut self, pid: Pid) {
-        if let Some(child) = self.children.get_mut(&pid)
-            && child.watched().is_some()
-            && child.listen(pid)
-        {
-            self.feed(Event::Ready { pid });
+        let Some(child) = self.children.get_mut(&pid) else { return };
+        if child.watched().is_none() {
+            return;
+        }
+        for report in child.listen(pid) {
+            match report {
+                Report::Ready => self.feed(Event::Ready { pid }),
+                Report::Recycle(reason) => log::info!("worker wants to be replaced pid={pid} reason={reason}"),
+                Report::LastWords(_) => {}
+            }
         }
     }
 

@@ -14,12 +14,12 @@ use nix::unistd::{Pid, pipe2, setpgid};
 use super::program_log::LineReader;
 use super::signals::SignalInbox;
 use crate::config::{Config, Program};
-use crate::heritage::{Heritage, READY, WorkerMain};
+use crate::heritage::{Heritage, Report, WorkerMain};
 use crate::listen::Listener;
 use crate::sys;
 
-/// Longest last words that are kept of a worker that could not start.
-const LAST_WORDS: usize = 512;
+/// Bytes of a worker's last words that are kept, and of a line of its reports.
+const LAST_WORDS: usize = 4096;
 
 /// What the processes run.
 pub(crate) enum Launch {
@@ -52,7 +52,7 @@ pub(crate) struct Child {
 
 /// What the master hears of a child.
 pub(crate) enum Link {
-    Worker { report: File, open: bool, last_words: Vec<u8> },
+    Worker { report: File, open: bool, unread: Vec<u8>, last_words: String },
     Program { output: LineReader, open: bool, started: bool },
 }
 
@@ -112,7 +112,7 @@ impl Nursery {
             }
             main(heritage)
         })?;
-        Ok((pid, Link::Worker { report: File::from(read), open: true, last_words: Vec::new() }))
+        Ok((pid, Link::Worker { report: File::from(read), open: true, unread: Vec::new(), last_words: String::new() }))
     }
 
     fn start_program(&self, program: &Program, slot: u32, generation: u64) -> io::Result<(Pid, Link)> {
@@ -157,24 +157,38 @@ impl Child {
         }
     }
 
-    /// Takes in what the child said. True if it said, just now, that it is ready.
-    pub(crate) fn listen(&mut self, pid: Pid) -> bool {
+    /// Takes in what the child said, and returns what of it is to be acted upon.
+    pub(crate) fn listen(&mut self, pid: Pid) -> Vec<Report> {
         match &mut self.link {
-            Link::Worker { report, open, last_words } => {
+            Link::Worker { report, open, unread, last_words } => {
                 let mut said = [0; LAST_WORDS];
-                let Ok(count) = report.read(&mut said) else { return false }; // nothing yet
-                let ready = said[..count] == [READY];
-                *open = count > 0 && !ready; // there is nothing to come after either
-                if !ready {
-                    let room = LAST_WORDS.saturating_sub(last_words.len()).min(count);
-                    last_words.extend_from_slice(&said[..room]);
+                let mut reports = Vec::new();
+                // What fits a pipe, and no more: one that talks and talks does not hold up the master.
+                for _ in 0..16 {
+                    let Ok(count) = report.read(&mut said) else { break };
+                    *open = count > 0;
+                    if count == 0 && !unread.is_empty() {
+                        unread.push(b'\n'); // it died in the middle of a line
+                    }
+                    unread.extend_from_slice(&said[..count]);
+                    while let Some(end) = unread.iter().position(|&byte| byte == b'\n') {
+                        let line: Vec<u8> = unread.drain(..=end).collect();
+                        match Report::parse(&String::from_utf8_lossy(&line[..end])) {
+                            Report::LastWords(words) => keep(last_words, &words),
+                            report @ (Report::Ready | Report::Recycle(_)) => reports.push(report),
+                        }
+                    }
+                    unread.truncate(LAST_WORDS);
+                    if count == 0 {
+                        break;
+                    }
                 }
-                ready
+                reports
             }
             Link::Program { output, open, .. } => {
                 let slot = self.slot;
                 *open = output.read(|line| log_line(slot, pid, line));
-                false
+                Vec::new()
             }
         }
     }
@@ -183,12 +197,23 @@ impl Child {
     pub(crate) fn bury(mut self, pid: Pid) -> String {
         self.listen(pid);
         match self.link {
-            Link::Worker { last_words, .. } => String::from_utf8_lossy(&last_words).into_owned(),
+            Link::Worker { last_words, .. } => last_words,
             Link::Program { output, .. } => {
                 output.finish(|line| log_line(self.slot, pid, line));
                 String::new()
             }
         }
+    }
+}
+
+/// Adds a line to a worker's last words, as far as there is room.
+fn keep(last_words: &mut String, line: &str) {
+    let separator = if last_words.is_empty() { "" } else { "; " };
+    let room = LAST_WORDS.saturating_sub(last_words.len() + separator.len());
+    let line: String = line.chars().take(room / 4).collect();
+    if !line.is_empty() {
+        *last_words += separator;
+        *last_words += &line;
     }
 }
 

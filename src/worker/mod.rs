@@ -55,7 +55,7 @@ use self::serve::{Application, BoxError};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
 use crate::context::{Context, Drain};
-use crate::heritage::{Heritage, READY};
+use crate::heritage::{Heritage, Report};
 use crate::listen::Protocol;
 use crate::protocol::cgi::Origin;
 use crate::{blocking, sys};
@@ -92,7 +92,7 @@ where
 
 /// Tells the master why, for the line that it writes of this worker's end.
 fn fail(last_words: &mut File, why: &str) -> u8 {
-    let _ = last_words.write_all(why.as_bytes()); // if the master is gone, nobody wants to know
+    let _ = last_words.write_all(Report::LastWords(why.to_owned()).line().as_bytes()); // if the master is gone, nobody wants to know
     1
 }
 
@@ -142,7 +142,7 @@ where
         let waking = tokio::task::spawn_local(later::run());
         let watching = tokio::task::spawn_local(async move { watchdog.run().await });
         row.set_state(State::Ready);
-        File::from(heritage.report).write_all(&[READY])?;
+        File::from(heritage.report).write_all(Report::Ready.line().as_bytes())?;
         told_to_leave(asked_to_leave, heritage.lifeline).await?;
 
         row.set_state(State::Draining);
