@@ -10,6 +10,7 @@ use forkyard_shm::Segment;
 use nix::unistd::Pid;
 
 use crate::config::Config;
+use crate::handover::Channel;
 use crate::listen::Listener;
 
 /// What one worker inherits.
@@ -25,6 +26,8 @@ pub(crate) struct Heritage {
     pub(crate) segment: Segment,
     /// The worker writes its [`Report`]s here.
     pub(crate) report: OwnedFd,
+    /// Where connections pass from one worker to another.
+    pub(crate) handover: Arc<Channel>,
     /// Never readable; at its end the master is dead.
     pub(crate) lifeline: OwnedFd,
     /// What the application itself opened before the fork, in `main` or in `preload`.
@@ -70,7 +73,8 @@ impl Heritage {
     /// The descriptors that stay open in the worker, beside the standard ones.
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let listeners = self.listeners.iter().map(|listener| listener.as_fd().as_raw_fd());
-        let others = [self.segment.fd().as_raw_fd(), self.report.as_raw_fd(), self.lifeline.as_raw_fd()];
+        let [send, receive] = [self.handover.sender(), self.handover.receiver()].map(|fd| fd.as_raw_fd());
+        let others = [self.segment.fd().as_raw_fd(), self.report.as_raw_fd(), self.lifeline.as_raw_fd(), send, receive];
         listeners.chain(others).chain(self.application.iter().copied()).collect()
     }
 }

@@ -25,6 +25,8 @@ mod context;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod handover;
+mod heir;
 mod heritage;
 mod listen;
 mod master;

@@ -210,6 +210,18 @@ impl Listener {
         self.socket.try_clone()
     }
 
+    /// Whether `ours`, the near end of a connection, is this listener's.
+    pub(crate) fn accepts_at(&self, ours: &SockaddrStorage) -> bool {
+        let Ok(bound) = socket::getsockname::<SockaddrStorage>(self.socket.as_raw_fd()) else { return false };
+        match (sys::internet_address(&bound), sys::internet_address(ours)) {
+            (Some(bound), Some(ours)) => {
+                bound.port() == ours.port() && (bound.ip().is_unspecified() || bound.ip() == ours.ip())
+            }
+            (None, None) => bound == *ours,
+            _ => false,
+        }
+    }
+
     /// Removes the socket file, if it is still the one that this listener made.
     pub(crate) fn remove_file(&self) {
         if let (Address::Path(path), Some(ours)) = (&self.address, self.file)

@@ -79,6 +79,48 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     }
 }
 
+/// Clones this process, which has one thread: the child gets a copy of the memory, and shares the table of descriptors, so
+/// that what the parent opens or closes later is open or closed in both. It runs `child` and exits with the status it
+/// returns. Signals stay blocked in it, as they have to be in the parent at this moment.
+///
+/// No signal tells of its end, and `wait(2)` does not know it, until the parent is dead and somebody else inherits it.
+///
+/// # Errors
+/// What `clone(2)` says.
+pub(crate) fn clone_with_descriptors(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+    expect_one_thread()?;
+    // Not the library's `fork`: its handlers would close descriptors that the parent goes on to use.
+    // SAFETY: as in `fork`; without a stack of its own the child goes on with a copy of this one. Every further argument
+    // is zero, whatever their order on this architecture.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
+    match pid {
+        0 => exit_now(std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101)),
+        1.. => Ok(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A descriptor of process `pid`, which is readable when that has ended.
+///
+/// # Errors
+/// What `pidfd_open(2)` says.
+pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call with two integers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0).ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: a number that pidfd_open returned is new, open and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Takes over a descriptor whose owner was in a process that is dead; `None` if it is not open.
+///
+/// For a process that shared its descriptors with the dead one, and for descriptors that no value here owns.
+pub(crate) fn own(fd: RawFd) -> Option<OwnedFd> {
+    descriptor_flags(fd)?;
+    // SAFETY: it is open, and by the text above nobody else's.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Starts `command` as a child that dies with this process, in a process group of its own, and inherits
 /// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else.
 ///
@@ -196,21 +238,25 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<So
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: the kernel has written an address of `length` bytes there.
     let address = unsafe { SockaddrStorage::from_raw((&raw const address).cast(), Some(length)) };
-    let internet = address.and_then(|address| match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+    Ok((socket, address.as_ref().and_then(internet_address)))
+}
+
+/// An address, if it is one of the internet.
+pub(crate) fn internet_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
         (Some(&address), _) => Some(SocketAddr::V4(address.into())),
         (_, Some(&address)) => Some(SocketAddr::V6(address.into())),
         (None, None) => None,
-    });
-    Ok((socket, internet))
+    }
 }
 
-/// Registers a descriptor with the event loop, to know when it is readable.
+/// Registers a descriptor with the event loop, to know when it is ready.
 ///
 /// # Errors
 /// What `epoll_ctl(2)` says.
-pub(crate) fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor is open, and stays so: what owns it is owned by what is returned.
-    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
 /// How a descriptor is registered with an epoll instance of this process.

@@ -14,6 +14,7 @@ use nix::unistd::{Pid, pipe2, setpgid};
 use super::program_log::LineReader;
 use super::signals::SignalInbox;
 use crate::config::{Config, Program};
+use crate::handover::Channel;
 use crate::heritage::{Heritage, Report, WorkerMain};
 use crate::listen::Listener;
 use crate::sys;
@@ -35,6 +36,7 @@ pub(crate) struct Nursery {
     pub(crate) listeners: Arc<[Listener]>,
     pub(crate) segment: Segment,
     pub(crate) launch: Launch,
+    handover: Arc<Channel>,
     /// Both ends of the pipe that tells workers by its end that the master is dead.
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
@@ -67,7 +69,8 @@ impl Nursery {
         application: Arc<[RawFd]>,
     ) -> io::Result<Self> {
         let lifeline = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        Ok(Self { config, listeners, segment, launch, lifeline, application })
+        let handover = Arc::new(Channel::open()?);
+        Ok(Self { config, listeners, segment, launch, handover, lifeline, application })
     }
 
     /// Makes a process for `slot`.
@@ -98,6 +101,7 @@ impl Nursery {
             listeners: Arc::clone(&self.listeners),
             segment: self.segment.clone(),
             report,
+            handover: Arc::clone(&self.handover),
             lifeline: self.lifeline.0.try_clone()?,
             application: Arc::clone(&self.application),
         };

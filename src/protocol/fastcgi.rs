@@ -259,6 +259,17 @@ impl Decoder {
         self.open.is_empty() && matches!(self.place, Place::Header | Place::Skip { .. })
     }
 
+    /// Whether what comes next begins a record, and no request is known by half.
+    pub(crate) fn is_between_records(&self) -> bool {
+        matches!(self.place, Place::Header | Place::Skip { left: 0 }) && self.assembled().next().is_none()
+    }
+
+    /// The requests whose parameters have not come to their end: their ids, and whether to keep the connection.
+    pub(crate) fn assembled(&self) -> impl Iterator<Item = (RequestId, bool)> {
+        let open = self.open.iter().filter(|open| matches!(open.phase, Phase::Params(_)));
+        open.map(|open| (open.id, open.keep_connection))
+    }
+
     /// How many requests are open, and how many bytes of parameters are kept for them.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn held(&self) -> (usize, usize) {

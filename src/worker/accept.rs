@@ -1,4 +1,4 @@
-//! Accepting: connections from a listener that all workers share.
+//! Accepting: connections from a listener that all workers share, and those that other workers pass on.
 //!
 //! A new connection wakes one worker of those that wait, and not all: the event loop's registration of the listener
 //! is exchanged for one with EPOLLEXCLUSIVE (see [`Doorbell`]). A worker leaves new connections to its siblings by taking
@@ -9,20 +9,23 @@
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
 use forkyard_shm::{Row, Scoreboard};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use super::socket::{Socket, Watchdog};
-use crate::listen::{Family, Listener};
+use crate::handover::{Channel, PackedOrigin, Parcel};
+use crate::heir;
+use crate::heir::ledger::{Ledger, Tongue};
+use crate::listen::Listener;
 use crate::{blocking, sys};
 
 /// How long a connection is left to siblings that have fewer.
@@ -37,8 +40,19 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// What is done with an accepted connection.
 pub(crate) trait Serve {
-    /// Serves it to its end. `peer` is the address at its other end, if it has one.
-    fn serve(&self, socket: Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static;
+    /// Serves it to its end.
+    fn serve(&self, socket: Socket, arrival: Arrival) -> impl Future<Output = ()> + 'static;
+
+    /// What is spoken on the connections of a listener.
+    fn tongue(&self, listener: u16) -> Tongue;
+}
+
+/// How a connection came.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arrival {
+    /// Index of the listener at which it came, here or at another worker.
+    pub(crate) listener: u16,
+    pub(crate) origin: PackedOrigin,
 }
 
 /// The connections that this worker holds.
@@ -132,7 +146,7 @@ struct Doorbell {
 
 impl Doorbell {
     fn new(listener: OwnedFd) -> io::Result<Self> {
-        let listener = sys::register(listener)?;
+        let listener = sys::register(listener, Interest::READABLE)?;
         let registration = sys::registration_of(listener.as_fd()).unwrap_or_default();
         let bell = Self { listener, registration, is_paused: Cell::new(false) };
         if bell.registration.is_none() {
@@ -163,11 +177,11 @@ impl Doorbell {
         nix::poll::poll(&mut listener, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Accepts one connection, as soon as there is one.
-    async fn accept(&self) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
+    /// Takes one connection, as soon as there is one.
+    async fn wait<T>(&self, take: impl Fn(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
         loop {
             let mut rung = self.listener.readable().await?;
-            match sys::accept(self.listener.as_fd()) {
+            match take(self.listener.as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => rung.clear_ready(),
                 outcome => {
                     if self.registration.is_some() {
@@ -180,20 +194,68 @@ impl Doorbell {
     }
 }
 
-/// A listener, and how its connections get to this worker.
+/// Where connections come from, and how they get to this worker.
 #[derive(Debug)]
 pub(crate) struct Acceptor {
     bell: Doorbell,
-    family: Family,
+    source: Source,
     connections: Rc<Connections>,
+    ledger: Ledger,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Listener {
+        index: u16,
+        tongue: Tongue,
+    },
+    /// Other workers pass them on.
+    Channel,
+}
+
+/// A connection that was taken, before it is entered in the ledger.
+struct Taken {
+    socket: OwnedFd,
+    arrival: Arrival,
+    early: Vec<u8>,
 }
 
 impl Acceptor {
+    /// Of a listener, the one with this index.
+    ///
     /// # Errors
     /// If no descriptor can be had, or epoll refuses it.
-    pub(crate) fn new(listener: &Listener, connections: &Rc<Connections>) -> io::Result<Self> {
-        let bell = Doorbell::new(listener.duplicate()?)?;
-        Ok(Self { bell, family: listener.family, connections: Rc::clone(connections) })
+    pub(crate) fn of_listener(
+        index: u16,
+        listener: &Listener,
+        connections: &Rc<Connections>,
+        ledger: Ledger,
+    ) -> io::Result<Self> {
+        let source = Source::Listener { index, tongue: heir::tongue_of(listener.protocol) };
+        Ok(Self { bell: Doorbell::new(listener.duplicate()?)?, source, connections: Rc::clone(connections), ledger })
+    }
+
+    /// Of the connections that other workers pass on.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) fn of_channel(channel: &Channel, connections: &Rc<Connections>, ledger: Ledger) -> io::Result<Self> {
+        let bell = Doorbell::new(channel.receiver().try_clone_to_owned()?)?;
+        Ok(Self { bell, source: Source::Channel, connections: Rc::clone(connections), ledger })
+    }
+
+    fn take(&self, from: BorrowedFd<'_>) -> io::Result<Taken> {
+        match self.source {
+            Source::Listener { index, .. } => {
+                let (socket, peer) = self.ledger.accept(from)?;
+                let arrival = Arrival { listener: index, origin: PackedOrigin::of_peer(peer) };
+                Ok(Taken { socket, arrival, early: Vec::new() })
+            }
+            Source::Channel => {
+                let (socket, Parcel { listener, origin, early }) = self.ledger.take_over(from)?;
+                Ok(Taken { socket, arrival: Arrival { listener, origin }, early })
+            }
+        }
     }
 
     /// Accepts for ever; each connection is served by a task of its own.
@@ -204,15 +266,15 @@ impl Acceptor {
             let outcome = match self.turn(&mut patience).await {
                 Ok(()) => tokio::select! {
                     biased;
-                    accepted = self.bell.accept() => accepted,
+                    taken = self.bell.wait(|from| self.take(from)) => taken,
                     // By a request of a connection that is here already: whose turn it is may be another matter now.
                     () = blocking::all_became_occupied() => continue,
                 },
                 Err(error) => Err(error),
             };
             match outcome {
-                Ok(accepted) => {
-                    self.start(serve, accepted);
+                Ok(taken) => {
+                    self.start(serve, taken).await;
                     has_paused = false;
                     self.settled().await;
                 }
@@ -261,20 +323,29 @@ impl Acceptor {
 
     /// Accepts what is waiting in the kernel's queue, and no more. For a worker that leaves: if all leave,
     /// nobody else would.
-    pub(crate) fn run_dry(&self, serve: &impl Serve) {
+    pub(crate) async fn run_dry(&self, serve: &impl Serve) {
         while !self.connections.is_full() {
-            match sys::accept(self.bell.listener.as_fd()) {
-                Ok(accepted) => self.start(serve, accepted),
+            match self.take(self.bell.listener.as_fd()) {
+                Ok(taken) => self.start(serve, taken).await,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_of_this_system(&error) => return,
                 Err(_) => {} // about that one connection
             }
         }
     }
 
-    fn start(&self, serve: &impl Serve, (socket, peer): (OwnedFd, Option<SocketAddr>)) {
+    async fn start(&self, serve: &impl Serve, Taken { socket, arrival, early }: Taken) {
         let open = self.connections.open();
-        let socket = Socket::new(socket, self.family, &self.connections.watchdog);
-        let serving = serve.serve(socket, peer);
+        let tongue = match self.source {
+            Source::Listener { tongue, .. } => tongue,
+            Source::Channel => serve.tongue(arrival.listener),
+        };
+        let account = self.ledger.enter(socket.as_fd(), tongue, arrival.listener, arrival.origin);
+        let socket = Socket::new(socket, account, &early, &self.connections.watchdog);
+        let mut serving = Box::pin(serve.serve(socket, arrival));
+        // What came with it is on the ledger's desk: it has to be looked at before anything else is read.
+        if !early.is_empty() && poll_fn(|context| Poll::Ready(serving.as_mut().poll(context))).await.is_ready() {
+            return drop(open);
+        }
         tokio::task::spawn_local(async move {
             serving.await;
             drop(open);

@@ -29,7 +29,7 @@ use super::run_in_turns;
 use super::serve::{self, Application, BoxError, Served};
 use crate::body::{Body, pipe};
 use crate::config::Config;
-use crate::context::{Context, Drain};
+use crate::context::Context;
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
 use crate::{blocking, sys};
@@ -118,7 +118,7 @@ where
         }
     };
     let is_head = request.method() == Method::HEAD;
-    let context = Context::new(0, 1, segment, &Drain::default());
+    let context = Context::new(0, 1, segment, std::sync::Arc::default());
     let response = match serve::catch_panic(|| factory(context)) {
         Ok(service) => Application::new(service, row, config.limits, config.trust.clone()).answer(request).await,
         Err(panic) => {

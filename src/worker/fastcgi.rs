@@ -22,11 +22,12 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::closing;
+use super::drain::Drain;
 use super::outbox::Outbox;
 use super::serve::{Answer, Application, BoxError, Served};
 use super::socket::Socket;
 use crate::body::{Body, FilterData, pipe};
-use crate::context::Drain;
+use crate::heir::ledger::Entry;
 use crate::protocol::cgi::{self, Origin};
 use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
 use crate::protocol::params::Params;
@@ -61,6 +62,8 @@ where
         broken: false,
         draining: false,
         last_chance_over: false,
+        moving: false,
+        assembled: Vec::new(),
         unread: false,
         deaf: false,
     };
@@ -73,15 +76,30 @@ where
             connection.draining = drained.as_mut().poll(context).is_ready();
             will_hear = true;
         }
-        if connection.draining && !connection.last_chance_over && last_chance.as_mut().poll(context).is_ready() {
-            connection.last_chance_over = true;
+        if connection.draining {
+            connection.moving = drain.has_sibling();
+            if !connection.last_chance_over && last_chance.as_mut().poll(context).is_ready() {
+                connection.last_chance_over = true;
+            }
         }
         connection.poll(context)
     });
     match ended.await {
-        Ok(()) => connection.close().await,
+        Ok(Outcome::Over) => connection.close().await,
+        Ok(Outcome::Movable) => {
+            let Connection { socket, input, .. } = connection;
+            drop(drain.pass_on(socket, &input)); // if nobody takes it, it is closed
+        }
         Err(error) => log::debug!("a FastCGI connection ended: {error}"),
     }
+}
+
+/// How serving a connection ends.
+enum Outcome {
+    /// Its peer is to hear that nothing more will come.
+    Over,
+    /// Nothing is under way, and another worker may go on.
+    Movable,
 }
 
 struct Connection<S: Service<Request<Body>>, B> {
@@ -103,6 +121,10 @@ struct Connection<S: Service<Request<Body>>, B> {
     draining: bool,
     /// Since then a request was answered, or time enough has passed for one to come.
     last_chance_over: bool,
+    /// A sibling is there to go on.
+    moving: bool,
+    /// Requests of which a part has come, in the ledger.
+    assembled: Vec<(RequestId, Entry)>,
     /// The last request was answered before all of it had come.
     unread: bool,
     /// The peer took too long: what it still sends interests nobody.
@@ -112,6 +134,9 @@ struct Connection<S: Service<Request<Body>>, B> {
 /// A request and its response.
 struct Exchange<S: Service<Request<Body>>, B> {
     id: RequestId,
+    entry: Entry,
+    /// Something of its response is in the outbox, or was.
+    has_begun: bool,
     keep_connection: bool,
     is_head: bool,
     /// Its body, while it lasts and somebody may read it.
@@ -143,15 +168,25 @@ where
 {
     /// Goes on as far as it can. Ready when the connection is to be closed; an error if the peer is gone or
     /// broke the protocol.
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Outcome>> {
         loop {
             self.poll_exchanges(context);
             let held_back = self.outbox.len() >= OUTBOX_LIMIT;
+            self.socket.account().queue(self.outbox.len());
             if let Poll::Ready(Err(error)) = self.outbox.poll_write(Pin::new(&mut self.socket), context) {
                 return Poll::Ready(Err(error));
             }
+            if self.moving && !self.closing && !self.broken {
+                if self.is_idle() {
+                    return Poll::Ready(Ok(Outcome::Movable));
+                }
+                // What comes next is for the next worker.
+                if !self.exchanges.is_empty() && self.is_whole() {
+                    return Poll::Pending;
+                }
+            }
             if self.is_over() {
-                return Poll::Ready(Ok(()));
+                return Poll::Ready(Ok(Outcome::Over));
             }
             let room_again = held_back && self.outbox.len() < OUTBOX_LIMIT;
             // After a break nothing more is taken in.
@@ -170,17 +205,33 @@ where
         self.closing || self.broken || (self.draining && self.last_chance_over && self.is_idle())
     }
 
-    /// Whether nothing of a further request has come.
+    /// Whether nothing is under way, and nothing of a further request has come.
     fn is_idle(&self) -> bool {
-        self.input.is_empty() && self.decoder.is_idle()
+        self.exchanges.is_empty() && self.outbox.is_empty() && self.input.is_empty() && self.decoder.is_idle()
+    }
+
+    /// Whether all requests that have begun are here as a whole, and nothing else.
+    fn is_whole(&self) -> bool {
+        let streams = self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data));
+        streams.count() == 0 && self.input.is_empty() && self.decoder.is_between_records()
     }
 
     fn poll_exchanges(&mut self, context: &mut Context<'_>) {
         if self.exchanges.len() > 1 {
             self.exchanges.rotate_left(1); // the one that filled the outbox is the last to go on
         }
+        let account = *self.socket.account();
         for exchange in &mut self.exchanges {
-            if exchange.poll(context, &mut self.outbox, &mut self.head).is_err() {
+            let waiting = self.outbox.len();
+            let outcome = exchange.poll(context, &mut self.outbox, &mut self.head);
+            if !exchange.has_begun && self.outbox.len() > waiting {
+                exchange.has_begun = true;
+                account.response_from(exchange.entry, account.output(waiting));
+            }
+            if matches!(*exchange.work, Work::Ended) {
+                account.response_to(exchange.entry, account.output(self.outbox.len()));
+            }
+            if outcome.is_err() {
                 exchange.work.set(Work::BrokenOff);
                 (exchange.stdin, exchange.data) = (None, None);
             }
@@ -227,7 +278,9 @@ where
         }
         match self.socket.poll_bytes(context) {
             Poll::Pending => {
-                self.socket.pulse().set_head_begun(!self.is_idle());
+                let is_idle = self.input.is_empty() && self.decoder.is_idle();
+                self.socket.pulse().set_head_begun(!is_idle);
+                self.enter_assembled();
                 // Who knows for how long: the block that this is a part of is not kept for it.
                 self.decoder.unshare();
                 if !self.input.is_empty() {
@@ -266,7 +319,12 @@ where
                 log::warn!("closing a FastCGI connection: the peer sent {error}");
                 io::Error::other(error)
             })?;
-            let Some(event) = event else { return Ok(any) };
+            let Some(event) = event else {
+                if self.input.is_empty() && self.decoder.is_between_records() {
+                    self.socket.account().clean();
+                }
+                return Ok(any);
+            };
             any = true;
             let body_came = matches!(event, Event::Stdin { .. } | Event::Data { .. });
             self.take(event)?;
@@ -275,6 +333,32 @@ where
                 return Ok(true);
             }
         }
+    }
+
+    /// Has the ledger know of requests that have come in part: the bytes of them are with us alone.
+    fn enter_assembled(&mut self) {
+        let account = *self.socket.account();
+        let (decoder, outbox) = (&self.decoder, &self.outbox);
+        self.assembled.retain(|&(known, entry)| {
+            let goes_on = decoder.assembled().any(|(id, _)| id == known);
+            if !goes_on {
+                account.response_to(entry, account.output(outbox.len())); // it was aborted
+            }
+            goes_on
+        });
+        for (id, keep_connection) in self.decoder.assembled() {
+            if !self.assembled.iter().any(|&(known, _)| known == id) {
+                self.assembled.push((id, account.begin(id, false, !keep_connection)));
+            }
+        }
+    }
+
+    /// Has the ledger know of a request, before anybody else does.
+    fn enter(&mut self, id: RequestId, keep_connection: bool, is_head: bool) -> Entry {
+        if let Some(index) = self.assembled.iter().position(|&(known, _)| known == id) {
+            return self.assembled.swap_remove(index).1;
+        }
+        self.socket.account().begin(id, is_head, !keep_connection)
     }
 
     fn take(&mut self, event: Event) -> io::Result<()> {
@@ -356,8 +440,9 @@ where
         };
         let data = give_role(&mut request, role, self.socket.pulse());
         let is_head = request.method() == Method::HEAD;
+        let entry = self.enter(id, keep_connection, is_head);
         let answer = self.application.answer(request);
-        self.start(id, keep_connection, answer);
+        self.start(id, entry, keep_connection, answer);
         if let Some(exchange) = self.exchanges.last_mut() {
             (exchange.is_head, exchange.stdin, exchange.data) = (is_head, stdin, data);
         }
@@ -365,15 +450,16 @@ where
 
     fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode) {
         self.socket.pulse().request_came();
+        let entry = self.enter(id, keep_connection, false);
         let answer = self.application.refuse(status);
-        self.start(id, keep_connection, answer);
+        self.start(id, entry, keep_connection, answer);
     }
 
-    fn start(&mut self, id: RequestId, keep_connection: bool, answer: Answer<S>) {
+    fn start(&mut self, id: RequestId, entry: Entry, keep_connection: bool, answer: Answer<S>) {
         let mut work = self.spare.take().unwrap_or_else(|| Box::pin(Work::Ended));
         work.set(Work::Answering { answer });
-        let (is_head, stdin, data, app_status) = (false, None, None, 0);
-        self.exchanges.push(Exchange { id, keep_connection, is_head, stdin, data, app_status, work });
+        let (has_begun, is_head, stdin, data, app_status) = (false, false, None, None, 0);
+        self.exchanges.push(Exchange { id, entry, has_begun, keep_connection, is_head, stdin, data, app_status, work });
     }
 
     /// If the peer may still be sending, says that nothing more will come, and listens until it has heard: closing

@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::error::Error;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,7 +20,8 @@ use http::{Method, Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http1::{self, Parts};
+use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
@@ -28,12 +29,13 @@ use tokio::sync::{Notify, oneshot};
 use tower_service::Service;
 
 use super::closing::LINGER;
+use super::drain::Drain;
 use super::opening;
 use super::serve::{Application, BoxError, Served};
 use super::socket::Socket;
 use crate::body::{Body, BodyError};
 use crate::config::Limits;
-use crate::context::Drain;
+use crate::heir::ledger::{Account, Entry, Tongue};
 use crate::protocol::cgi::Origin;
 use crate::pulse::{Pulse, Wait};
 
@@ -59,29 +61,85 @@ where
     let first_bytes = tokio::select! {
         biased;
         read = opening::speaks_http2(&mut socket) => read,
-        () = drain.wait_for_last_request() => return,
+        () = nobody_came(&drain) => {
+            let early = socket.early().to_vec();
+            return drop(drain.pass_on(socket, &early)); // if nobody takes it, it is closed
+        }
     };
     let is_http2 = match first_bytes {
         Ok(is_http2) => is_http2,
         Err(error) => return log::debug!("an HTTP connection ended: {error}"),
     };
-    let pulse = Arc::clone(socket.pulse());
+    let (pulse, account) = (Arc::clone(socket.pulse()), *socket.account());
     if is_http2 {
         pulse.set_knows_heads();
+        account.set_tongue(Tongue::Http2);
     }
     let socket = TokioIo::new(socket);
-    let requests = Rc::new(Requests::new(limits.max_requests_per_connection, pulse));
+    let requests = Rc::new(Requests::new(limits.max_requests_per_connection, pulse, account));
     let connection = Rc::new(Connection { application, origin, requests: Rc::clone(&requests) });
     let answer = service_fn(move |request| Rc::clone(&connection).answer(request));
     let ended = if is_http2 {
         let connection = Box::pin(http2_settings(&limits).serve_connection(socket, answer));
         until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
     } else {
-        let connection = pin!(http1_settings(&limits).serve_connection(socket, answer));
-        until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
+        let connection = http1_settings(&limits).serve_connection(socket, answer);
+        match until_movable(connection, &requests, &drain).await {
+            Served1::Ended(ended) => ended,
+            Served1::Movable(connection) => {
+                let Parts { io, read_buf, .. } = connection.into_parts();
+                return drop(drain.pass_on(io.into_inner(), &read_buf)); // if nobody takes it, it is closed
+            }
+            Served1::Ending(connection) => {
+                let connection = pin!(connection);
+                until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
+            }
+        }
     };
     if let Err(error) = ended {
         log::debug!("an HTTP connection ended: {}", with_causes(&error));
+    }
+}
+
+/// Returns when the worker leaves, and nothing that has begun stands in the way of passing the connection on, or time
+/// enough has passed for it to begin.
+async fn nobody_came(drain: &Drain) {
+    drain.wait().await;
+    if !drain.has_sibling() {
+        drain.wait_for_last_request().await;
+    }
+}
+
+/// How far an HTTP/1 connection was served.
+enum Served1<C> {
+    Ended(hyper::Result<()>),
+    /// The worker leaves, a sibling is there, and nothing is under way: it can be passed on.
+    Movable(C),
+    /// It is to be closed when what has begun is over.
+    Ending(C),
+}
+
+/// Serves an HTTP/1 connection until it ends, or the worker leaves.
+async fn until_movable<C>(mut connection: C, requests: &Requests, drain: &Drain) -> Served1<C>
+where
+    C: Future<Output = hyper::Result<()>> + Unpin,
+{
+    let mut drained = pin!(drain.wait());
+    let mut will_hear = false;
+    let ended = poll_fn(|context| {
+        if !will_hear && !drain.has_begun() {
+            will_hear = drained.as_mut().poll(context).is_pending();
+        }
+        if let Poll::Ready(ended) = Pin::new(&mut connection).poll(context) {
+            return Poll::Ready(Some(ended));
+        }
+        let leaves = drain.has_begun() && (requests.are_over() || !drain.has_sibling());
+        if leaves || requests.are_enough() { Poll::Ready(None) } else { Poll::Pending }
+    });
+    match ended.await {
+        Some(ended) => Served1::Ended(ended),
+        None if drain.has_begun() && drain.has_sibling() && !requests.are_enough() => Served1::Movable(connection),
+        None => Served1::Ending(connection),
     }
 }
 
@@ -174,7 +232,7 @@ where
         request: Request<Incoming>,
     ) -> impl Future<Output = Result<Response<Reply<B>>, Infallible>> {
         // Counted now: hyper may let some time pass before it asks for the answer.
-        let mut under_way = self.requests.begin();
+        let mut under_way = self.requests.begin(&request);
         async move {
             let max_body = self.application.limits.max_body;
             let (head, incoming) = request.into_parts();
@@ -204,6 +262,7 @@ where
             if under_way.is_last && !is_http2 {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
+            under_way.enter_response(&response);
             let room = is_http2.then(|| {
                 let mut room = Wait::for_room(&self.requests.pulse);
                 room.set(true);
@@ -336,6 +395,7 @@ async fn read_rest(rest: oneshot::Receiver<Incoming>) {
 /// The requests of a connection.
 struct Requests {
     pulse: Arc<Pulse>,
+    account: Account,
     /// Those that the application has not answered yet: they can be told that they are the last.
     unanswered: Cell<u32>,
     begun: Notify,
@@ -346,21 +406,44 @@ struct Requests {
 }
 
 impl Requests {
-    fn new(limit: u32, pulse: Arc<Pulse>) -> Self {
+    fn new(limit: u32, pulse: Arc<Pulse>, account: Account) -> Self {
         let (unanswered, count) = (Cell::new(0), Cell::new(0));
-        Self { pulse, unanswered, begun: Notify::new(), count, limit, last_begun: Notify::new() }
+        Self { pulse, account, unanswered, begun: Notify::new(), count, limit, last_begun: Notify::new() }
     }
 
-    fn begin(self: &Rc<Self>) -> UnderWay {
+    fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> UnderWay {
+        let entry = (request.version() != Version::HTTP_2).then(|| self.enter(request));
         self.pulse.request_came();
         self.unanswered.set(self.unanswered.get() + 1);
         self.count.set(self.count.get().saturating_add(1));
         self.begun.notify_waiters();
-        let is_last = self.limit > 0 && self.count.get() >= self.limit;
-        if is_last {
+        if self.are_enough() {
             self.last_begun.notify_one();
         }
-        UnderWay { requests: Rc::clone(self), is_last, is_answered: false }
+        UnderWay { requests: Rc::clone(self), entry, is_last: self.are_enough(), is_answered: false }
+    }
+
+    /// Has the ledger know of an HTTP/1 request, and of where it ends.
+    fn enter(&self, request: &Request<Incoming>) -> Entry {
+        let head = self.account.fresh_input().and_then(|(position, bytes)| Some((position, head_length(bytes)?)));
+        let entry =
+            self.account.begin(1, request.method() == Method::HEAD, is_last(request.version(), request.headers()));
+        if let (Some((position, head)), Some(body)) = (head, request.body().size_hint().exact()) {
+            #[expect(clippy::cast_possible_truncation, reason = "positions wrap around")]
+            let end = position.wrapping_add(head as u32).wrapping_add(body as u32);
+            self.account.clean_up_to(end);
+        }
+        entry
+    }
+
+    /// Whether there can be no further request.
+    fn are_enough(&self) -> bool {
+        self.limit > 0 && self.count.get() >= self.limit
+    }
+
+    /// Whether all responses have been written.
+    fn are_over(&self) -> bool {
+        self.pulse.under_way() == 0 && !self.pulse.is_writing()
     }
 
     async fn one_under_way(&self) {
@@ -370,8 +453,28 @@ impl Requests {
     }
 }
 
+/// Bytes of a head at the beginning of `input`, if all of it is there.
+fn head_length(input: &[u8]) -> Option<usize> {
+    const END: &[u8] = b"\r\n\r\n";
+    input.windows(END.len()).position(|window| window == END).map(|position| position + END.len())
+}
+
+/// Whether a message says that the connection is not kept after it (RFC 9112, section 9.3).
+fn is_last(version: Version, headers: &HeaderMap) -> bool {
+    let options =
+        headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    let mut options = options.map(<[u8]>::trim_ascii);
+    if version < Version::HTTP_11 {
+        !options.any(|option| option.eq_ignore_ascii_case(b"keep-alive"))
+    } else {
+        options.any(|option| option.eq_ignore_ascii_case(b"close"))
+    }
+}
+
 struct UnderWay {
     requests: Rc<Requests>,
+    /// In the ledger, over HTTP/1.
+    entry: Option<Entry>,
     /// The connection may have no further request.
     is_last: bool,
     is_answered: bool,
@@ -384,11 +487,24 @@ impl UnderWay {
             self.requests.unanswered.set(self.requests.unanswered.get() - 1);
         }
     }
+
+    /// Has the ledger know that the response is on its way.
+    fn enter_response<B>(&self, response: &Response<B>) {
+        let Some(entry) = self.entry else { return };
+        let account = &self.requests.account;
+        account.response_from(entry, account.output(0));
+        if is_last(Version::HTTP_11, response.headers()) {
+            account.is_last(entry);
+        }
+    }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
         self.is_answered();
+        if let Some(entry) = self.entry {
+            self.requests.account.response_over(entry);
+        }
         self.requests.pulse.request_over();
     }
 }

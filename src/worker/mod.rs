@@ -16,6 +16,7 @@ mod accept;
 pub(crate) mod cgi;
 mod closing;
 mod door;
+mod drain;
 mod fastcgi;
 mod http;
 mod later;
@@ -29,7 +30,6 @@ mod socket;
 use std::fs::File;
 use std::future::{Future, poll_fn};
 use std::io::{self, Write as _};
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -44,17 +44,22 @@ use ::http::{Request, Response};
 use forkyard_shm::{Cache, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, Interest};
 use tokio::runtime::{LocalOptions, LocalRuntime};
 use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
-use self::accept::{Acceptor, Connections, Serve};
+use self::accept::{Acceptor, Arrival, Connections, Serve};
 use self::door::Door;
+use self::drain::Drain;
 use self::serve::{Application, BoxError};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
-use crate::context::{Context, Drain};
+use crate::config::Config;
+use crate::context::Context;
+use crate::handover::PackedOrigin;
+use crate::heir::ledger::{Ledger, Tongue};
+use crate::heir::{self, Appointed};
 use crate::heritage::{Heritage, Report};
 use crate::listen::Protocol;
 use crate::protocol::cgi::Origin;
@@ -69,6 +74,10 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
+    let heir = match heir::appoint(&heritage) {
+        Ok(heir) => heir,
+        Err(error) => return fail(&mut File::from(heritage.report), &format!("no memory for a ledger: {error}")),
+    };
     sys::set_environment("FORKYARD_SLOT", heritage.slot.to_string());
     sys::set_environment("FORKYARD_GENERATION", heritage.generation.to_string());
     sys::set_environment("FORKYARD_SHM", heritage.segment.fd().as_raw_fd().to_string());
@@ -79,7 +88,7 @@ where
                 Ok(report) => report,
                 Err(_) => return 1,
             });
-            match catch_unwind(AssertUnwindSafe(|| live(factory, heritage))) {
+            match catch_unwind(AssertUnwindSafe(|| live(factory, heritage, heir))) {
                 Ok(Ok(())) => 0,
                 Ok(Err(error)) => fail(&mut last_words, &error.to_string()),
                 Err(_) => fail(&mut last_words, "a panic outside any request, logged above"),
@@ -96,7 +105,7 @@ fn fail(last_words: &mut File, why: &str) -> u8 {
     1
 }
 
-fn live<F, S, B>(factory: &F, heritage: Heritage) -> io::Result<()>
+fn live<F, S, B>(factory: &F, heritage: Heritage, heir: Appointed) -> io::Result<()>
 where
     F: Fn(Context) -> S,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
@@ -104,7 +113,8 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    let config = &heritage.config;
+    let config = Arc::clone(&heritage.config);
+    let slot = heritage.slot;
     let asked_to_leave = take_signals(config.drain_timeout)?;
     sys::raise_descriptor_limit();
     let scoreboard = heritage.segment.scoreboard();
@@ -115,46 +125,54 @@ where
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     run_in_turns(&runtime, async {
-        let drain = Drain::default();
-        let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), &drain);
+        let drain = Drain::new(Arc::clone(&heritage.handover), scoreboard.clone(), heritage.slot);
+        let flag = Arc::clone(drain.flag());
+        let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), flag);
         let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
         let watchdog = Watchdog::new(config.limits.timeouts);
         let limit = config.limits.max_connections;
         let connections = Connections::new(limit, row.clone(), scoreboard, heritage.slot, Rc::clone(&watchdog));
         let connections = Rc::new(connections);
         let application = Rc::new(Application::new(service, row.clone(), config.limits, config.trust.clone()));
+        let entrances = heritage.listeners.iter().map(|listener| Entrance::new(&config, listener.protocol)).collect();
+        let server = Rc::new(Server { application, drain: drain.clone(), entrances });
         let mut accepting = Vec::new();
-        for listener in heritage.listeners.iter() {
-            let server = Server {
-                application: Rc::clone(&application),
-                drain: drain.clone(),
-                protocol: listener.protocol,
-                door: Door::new(config, listener.protocol),
-            };
-            let acceptor = Rc::new(Acceptor::new(listener, &connections)?);
-            let server = Rc::new(server);
+        for acceptor in acceptors(&heritage, &connections, heir.ledger)? {
+            let acceptor = Rc::new(acceptor);
             let (run, with) = (Rc::clone(&acceptor), Rc::clone(&server));
             let task = tokio::task::spawn_local(async move { run.run(&*with).await });
-            accepting.push((task, acceptor, server));
+            accepting.push((task, acceptor));
         }
 
-        let sweeping = tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections)));
-        let waking = tokio::task::spawn_local(later::run());
-        let watching = tokio::task::spawn_local(async move { watchdog.run().await });
+        let tasks = [
+            tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections))),
+            tokio::task::spawn_local(later::run()),
+            tokio::task::spawn_local(async move { watchdog.run().await }),
+            tokio::task::spawn_local(miss_heir(heir.end, heritage.report.try_clone()?)),
+        ];
         row.set_state(State::Ready);
         File::from(heritage.report).write_all(Report::Ready.line().as_bytes())?;
         told_to_leave(asked_to_leave, heritage.lifeline).await?;
 
         row.set_state(State::Draining);
-        for (task, acceptor, server) in accepting {
+        for (task, acceptor) in &accepting {
             task.abort();
-            acceptor.run_dry(&*server);
+            // The kernel may have told us alone of who waits there.
+            acceptor.run_dry(&*server).await;
         }
         drain.begin();
-        connections.none().await;
-        sweeping.abort();
-        watching.abort();
-        waking.abort();
+        loop {
+            tokio::select! {
+                () = connections.none() => break,
+                () = drain.stranded() => {
+                    for (_, acceptor) in &accepting {
+                        acceptor.run_dry(&*server).await;
+                    }
+                }
+            }
+        }
+        tasks.iter().for_each(tokio::task::JoinHandle::abort);
+        log::debug!("drained slot={} passed_on={}", slot, drain.passed_on());
         io::Result::Ok(())
     })?;
     // What still runs on a thread though its client has left: it may be half-way through something.
@@ -196,12 +214,38 @@ fn run_in_turns<T>(runtime: &LocalRuntime, life: impl Future<Output = T>) -> T {
     }
 }
 
-/// What a connection is served with.
+/// All ways by which connections come to this worker.
+fn acceptors(heritage: &Heritage, connections: &Rc<Connections>, ledger: Ledger) -> io::Result<Vec<Acceptor>> {
+    let listeners = (0..).zip(heritage.listeners.iter());
+    let of_listeners = listeners.map(|(index, listener)| Acceptor::of_listener(index, listener, connections, ledger));
+    of_listeners.chain([Acceptor::of_channel(&heritage.handover, connections, ledger)]).collect()
+}
+
+/// Asks to be replaced when the heir has died.
+async fn miss_heir(end: Option<OwnedFd>, report: OwnedFd) {
+    let Some(end) = end.and_then(|end| sys::register(end, Interest::READABLE).ok()) else { return };
+    if end.readable().await.is_ok() {
+        let _ = File::from(report).write_all(Report::Recycle("its heir died".to_owned()).line().as_bytes());
+    }
+}
+
+/// One of the listeners, as its connections see it.
+struct Entrance {
+    protocol: Protocol,
+    door: Door,
+}
+
+impl Entrance {
+    fn new(config: &Config, protocol: Protocol) -> Self {
+        Self { protocol, door: Door::new(config, protocol) }
+    }
+}
+
+/// What connections are served with.
 struct Server<S> {
     application: Rc<Application<S>>,
     drain: Drain,
-    protocol: Protocol,
-    door: Door,
+    entrances: Vec<Entrance>,
 }
 
 impl<S, B> Serve for Server<S>
@@ -211,16 +255,22 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    fn serve(&self, mut socket: Socket, peer: Option<SocketAddr>) -> impl Future<Output = ()> + 'static {
-        let (application, drain, protocol) = (Rc::clone(&self.application), self.drain.clone(), self.protocol);
-        let permitted = self.door.permits(peer);
-        let mut origin = Origin::of_http(peer, false);
+    fn tongue(&self, listener: u16) -> Tongue {
+        let entrance = self.entrances.get(usize::from(listener));
+        entrance.map_or(Tongue::Nothing, |entrance| heir::tongue_of(entrance.protocol))
+    }
+
+    fn serve(&self, mut socket: Socket, arrival: Arrival) -> impl Future<Output = ()> + 'static {
+        let (application, drain) = (Rc::clone(&self.application), self.drain.clone());
+        let entrance = self.entrances.get(usize::from(arrival.listener));
+        let protocol = entrance.map(|entrance| entrance.protocol);
+        let (address, is_admitted) = (arrival.origin.address(), arrival.origin.is_admitted());
+        let permitted = is_admitted || entrance.is_some_and(|entrance| entrance.door.permits(address));
+        let mut origin = Origin::of_http(address, arrival.origin.is_tls());
         async move {
-            if !permitted {
-                return;
-            }
-            let trust = application.trust.as_ref();
-            if trust.is_some_and(|trust| trust.peers.contain(peer.map(|address| address.ip()))) {
+            let (Some(protocol), true) = (protocol, permitted) else { return };
+            let trust = application.trust.as_ref().filter(|_| !is_admitted);
+            if trust.is_some_and(|trust| trust.peers.contain(address.map(|address| address.ip()))) {
                 let time = application.limits.timeouts.header;
                 let reading = tokio::select! {
                     reading = opening::read_proxy_header(&mut socket, &mut origin, time) => reading,
@@ -229,6 +279,9 @@ where
                 if let Err(error) = reading {
                     return log::debug!("a connection ended before it began: {error}");
                 }
+            }
+            if !is_admitted {
+                socket.account().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
             }
             match protocol {
                 Protocol::FastCgi => fastcgi::serve(socket, application, drain).await,

@@ -1,6 +1,6 @@
 //! The first bytes of a connection: what is read before it is known what is spoken, and by whom.
 //!
-//! Nothing here waits for more than it needs to tell; what was read too much goes back in front ([`Socket::unread`]), or is
+//! Nothing here waits for more than it needs to tell; what was read too much goes back in front ([`Socket::look_ahead`]), or is
 //! only looked at.
 
 use std::future::poll_fn;
@@ -8,7 +8,6 @@ use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::AsyncReadExt as _;
 use tokio::time::sleep;
@@ -24,8 +23,6 @@ const MOST_OF_PROXY: usize = 16 + (4 << 10);
 /// Between two looks at a PROXY header of which not all has come.
 const PAUSE: Duration = Duration::from_millis(5);
 const PEEK: MsgFlags = MsgFlags::MSG_PEEK.union(MsgFlags::MSG_DONTWAIT);
-/// Room for most heads.
-const FIRST_READ: usize = 4 << 10;
 
 /// Reads the PROXY header of a connection, if it begins with one, and makes `origin` what it says. What is behind it is
 /// left in the kernel's queue: SCGI needs its last byte there.
@@ -67,13 +64,11 @@ pub(crate) async fn read_proxy_header(socket: &mut Socket, origin: &mut Origin, 
 /// # Errors
 /// What the socket says. (Its end is left to be found again.)
 pub(crate) async fn speaks_http2(socket: &mut Socket) -> io::Result<bool> {
-    let mut early = BytesMut::with_capacity(FIRST_READ);
-    while early.len() < HTTP2_PREFACE.len() && HTTP2_PREFACE.starts_with(&early) {
-        if socket.read_buf(&mut early).await? == 0 {
+    // What was read stays with the socket: it may be passed on before this returns.
+    while socket.early().len() < HTTP2_PREFACE.len() && HTTP2_PREFACE.starts_with(socket.early()) {
+        if socket.look_ahead().await? == 0 {
             break;
         }
     }
-    let is_http2 = early.starts_with(HTTP2_PREFACE);
-    socket.unread(early);
-    Ok(is_http2)
+    Ok(socket.early().starts_with(HTTP2_PREFACE))
 }

@@ -25,13 +25,14 @@ use tokio_util::io::poll_read_buf;
 use tower_service::Service;
 
 use super::closing;
+use super::drain::Drain;
 use super::fastcgi::OUTBOX_LIMIT;
 use super::outbox::Outbox;
 use super::reply::Reply;
 use super::serve::{Answer, Application, BoxError};
 use super::socket::Socket;
 use crate::body::{Body, pipe};
-use crate::context::Drain;
+use crate::heir::ledger::Entry;
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
 use crate::protocol::scgi::{Decoder, Error, Event};
@@ -56,17 +57,25 @@ where
         outbox: Outbox::default(),
         stdin: None,
         state: State::Reading,
+        entry: None,
         application,
     };
+    let mut drained = pin!(drain.wait());
     let mut last_chance = pin!(drain.wait_for_last_request());
     let ended = poll_fn(|context| {
-        if connection.is_untouched() && last_chance.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Err(io::Error::other("the worker leaves, and no request has come")));
+        if connection.is_untouched() && (drain.has_begun() || drained.as_mut().poll(context).is_ready()) {
+            if drain.has_sibling() {
+                return Poll::Ready(Ok(false));
+            }
+            if last_chance.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Err(io::Error::other("the worker leaves, and no request has come")));
+            }
         }
-        connection.poll(context)
+        connection.poll(context).map_ok(|()| true)
     });
     match ended.await {
-        Ok(()) => connection.close().await,
+        Ok(true) => connection.close().await,
+        Ok(false) => drop(drain.pass_on(connection.socket, &[])), // if nobody takes it, it is closed
         Err(error) => log::debug!("an SCGI connection ended: {error}"),
     }
 }
@@ -81,6 +90,8 @@ struct Connection<S: Service<Request<Body>>, B> {
     /// The request's body, while it lasts.
     stdin: Option<pipe::Writer>,
     state: State<S, B>,
+    /// The request in the ledger, as soon as something of it has come.
+    entry: Option<Entry>,
     application: Rc<Application<S>>,
 }
 
@@ -117,8 +128,10 @@ where
     /// broke off.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
+            let waiting = self.outbox.len();
             self.poll_response(context)?;
             let held_back = self.outbox.len() >= OUTBOX_LIMIT;
+            self.enter_response(waiting);
             if let Poll::Ready(Err(error)) = self.outbox.poll_write(Pin::new(&mut self.socket), context) {
                 return Poll::Ready(Err(error));
             }
@@ -130,6 +143,19 @@ where
                 return Poll::Pending;
             }
         }
+    }
+
+    /// Has the ledger know of what has been added to the output, of which `waiting` bytes were there before.
+    fn enter_response(&self, waiting: usize) {
+        let Some(entry) = self.entry else { return };
+        let (account, now) = (self.socket.account(), self.outbox.len());
+        if now > waiting && !account.has_begun(entry) {
+            account.response_from(entry, account.output(waiting));
+        }
+        if matches!(self.state, State::Answered) {
+            account.response_to(entry, account.output(now));
+        }
+        account.queue(now);
     }
 
     fn is_untouched(&self) -> bool {
@@ -277,6 +303,12 @@ where
         }
     }
 
+    fn enter(&mut self, is_head: bool) {
+        if self.entry.is_none() {
+            self.entry = Some(self.socket.account().begin(1, is_head, true));
+        }
+    }
+
     fn begin(&mut self, params: Params, length: Option<u64>) {
         let max_body = self.application.limits.max_body;
         let pulse = self.socket.pulse();
@@ -298,11 +330,13 @@ where
             }
         };
         let is_head = request.method() == Method::HEAD;
+        self.enter(is_head);
         let answer = Box::pin(self.application.answer(request));
         self.state = State::Answering { answer, is_head };
     }
 
     fn refuse(&mut self, status: StatusCode) {
+        self.enter(false);
         self.socket.pulse().request_came();
         let answer = Box::pin(self.application.refuse(status));
         self.state = State::Answering { answer, is_head: false };

@@ -8,7 +8,8 @@
 //! whoever takes too long is cut off. That costs a request a few stores, and no timer of its own.
 
 use std::cell::RefCell;
-use std::io::{self, IoSlice, Read, Write};
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -18,6 +19,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use nix::sys::socket::Shutdown;
+use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{MissedTickBehavior, interval};
@@ -25,8 +27,9 @@ use tokio_util::io::poll_read_buf;
 
 use super::later;
 use crate::config::Timeouts;
-use crate::listen::Family;
+use crate::heir::ledger::{Account, LANDING};
 use crate::pulse::{Pulse, Stage};
+use crate::sys;
 
 /// How often the watchdog looks.
 const TICK: Duration = Duration::from_secs(1);
@@ -39,6 +42,7 @@ pub(crate) struct Socket {
     /// What was read too early, and will be read again.
     early: BytesMut,
     link: Link,
+    account: Account,
     pulse: Arc<Pulse>,
     watchdog: Rc<Watchdog>,
 }
@@ -46,10 +50,9 @@ pub(crate) struct Socket {
 #[derive(Debug)]
 enum Link {
     /// Never had to wait.
-    Fresh(Stream, Look),
-    Tcp(tokio::net::TcpStream),
-    Unix(tokio::net::UnixStream),
-    /// It could not be registered.
+    Fresh(OwnedFd, Look),
+    Registered(AsyncFd<OwnedFd>),
+    /// It could not be registered, or is closed.
     Broken,
 }
 
@@ -74,30 +77,40 @@ enum Look {
     Last,
 }
 
-#[derive(Debug)]
-enum Stream {
-    Tcp(std::net::TcpStream),
-    Unix(std::os::unix::net::UnixStream),
-}
-
 impl Socket {
-    /// `accepted` is a new connection, and does not block.
-    pub(crate) fn new(accepted: OwnedFd, family: Family, watchdog: &Rc<Watchdog>) -> Self {
-        let stream = match family {
-            Family::Tcp => Stream::Tcp(accepted.into()),
-            Family::Unix => Stream::Unix(accepted.into()),
-        };
-        let early = BytesMut::new();
-        Self { early, link: Link::Fresh(stream, Look::Now), pulse: Arc::default(), watchdog: Rc::clone(watchdog) }
+    /// `accepted` is a connection, does not block, and has been entered in the ledger. `early` was read of it before.
+    pub(crate) fn new(accepted: OwnedFd, account: Account, early: &[u8], watchdog: &Rc<Watchdog>) -> Self {
+        let (link, early) = (Link::Fresh(accepted, Look::Now), BytesMut::from(early));
+        Self { early, link, account, pulse: Arc::default(), watchdog: Rc::clone(watchdog) }
+    }
+
+    /// Its page in the ledger.
+    pub(crate) fn account(&self) -> &Account {
+        &self.account
     }
 
     pub(crate) fn pulse(&self) -> &Arc<Pulse> {
         &self.pulse
     }
 
-    /// Puts back what was read and not used.
-    pub(crate) fn unread(&mut self, early: BytesMut) {
-        self.early = early;
+    /// What was read and will be read again.
+    pub(crate) fn early(&self) -> &[u8] {
+        &self.early
+    }
+
+    /// Reads what comes next, and keeps it to be read again. Returns how much that was.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub(crate) async fn look_ahead(&mut self) -> io::Result<usize> {
+        poll_fn(|context| {
+            let mut early = std::mem::take(&mut self.early); // or it would be read once more
+            early.reserve(FIRST);
+            let read = poll_read_buf(Pin::new(&mut *self), context, &mut early);
+            self.early = early;
+            read
+        })
+        .await
     }
 
     /// Reads what has come, at most [`BLOCK`] bytes; none at the end of the stream.
@@ -119,13 +132,11 @@ impl Socket {
     }
 
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(match &self.link {
-            Link::Fresh(Stream::Tcp(stream), _) => stream.as_fd(),
-            Link::Fresh(Stream::Unix(stream), _) => stream.as_fd(),
-            Link::Tcp(stream) => stream.as_fd(),
-            Link::Unix(stream) => stream.as_fd(),
-            Link::Broken => return None,
-        })
+        match &self.link {
+            Link::Fresh(socket, _) => Some(socket.as_fd()),
+            Link::Registered(socket) => Some(socket.get_ref().as_fd()),
+            Link::Broken => None,
+        }
     }
 
     /// It has to wait: from now on the event loop knows it.
@@ -134,8 +145,7 @@ impl Socket {
             return Ok(());
         }
         self.link = match std::mem::replace(&mut self.link, Link::Broken) {
-            Link::Fresh(Stream::Tcp(stream), _) => Link::Tcp(tokio::net::TcpStream::from_std(stream)?),
-            Link::Fresh(Stream::Unix(stream), _) => Link::Unix(tokio::net::UnixStream::from_std(stream)?),
+            Link::Fresh(socket, _) => Link::Registered(sys::register(socket, Interest::READABLE | Interest::WRITABLE)?),
             registered => registered,
         };
         if let Some(fd) = self.fd() {
@@ -169,20 +179,11 @@ impl Socket {
             return Poll::Ready(outcome);
         }
         ready!(self.poll_register(context))?;
+        let Link::Registered(socket) = &self.link else { return Poll::Ready(Err(io::ErrorKind::NotConnected.into())) };
         loop {
-            let outcome = match &self.link {
-                Link::Tcp(stream) => {
-                    ready!(stream.poll_read_ready(context))?;
-                    stream.try_io(Interest::READABLE, || call(stream.as_fd()))
-                }
-                Link::Unix(stream) => {
-                    ready!(stream.poll_read_ready(context))?;
-                    stream.try_io(Interest::READABLE, || call(stream.as_fd()))
-                }
-                Link::Fresh(..) | Link::Broken => Err(io::ErrorKind::NotConnected.into()),
-            };
-            match outcome {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            let mut readable = ready!(socket.poll_read_ready(context))?;
+            match call(socket.get_ref().as_fd()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => readable.clear_ready(),
                 outcome => return Poll::Ready(outcome),
             }
         }
@@ -197,6 +198,18 @@ impl Socket {
         Ok(())
     }
 
+    fn poll_write_registered(&self, context: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let Link::Registered(fd) = &self.link else { return Poll::Ready(Err(io::ErrorKind::NotConnected.into())) };
+        loop {
+            let mut writable = ready!(fd.poll_write_ready(context))?;
+            match self.account.write(fd.get_ref().as_fd(), slices) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => writable.clear_ready(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                outcome => return Poll::Ready(outcome),
+            }
+        }
+    }
+
     fn went(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(count)) = &outcome {
             self.pulse.add_written(*count);
@@ -209,6 +222,7 @@ impl Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         self.pulse.close();
+        self.account.close(std::mem::replace(&mut self.link, Link::Broken));
     }
 }
 
@@ -237,51 +251,41 @@ impl AsyncRead for Socket {
             }
             return Poll::Ready(Ok(()));
         }
-        let before = buffer.filled().len();
-        if let Link::Fresh(stream, look @ Look::Now) = &mut self.link {
-            let room = buffer.initialize_unfilled_to(buffer.remaining().min(FIRST));
-            let read = at_once(|| match stream {
-                Stream::Tcp(stream) => (&mut &*stream).read(room),
-                Stream::Unix(stream) => (&mut &*stream).read(room),
-            });
-            if let Some(read) = read {
+        let socket = &mut *self;
+        if let Link::Fresh(fd, look @ Look::Now) = &mut socket.link {
+            let room = buffer.remaining().min(FIRST);
+            if let Some(read) = at_once(|| socket.account.read(fd.as_fd(), buffer, room)) {
                 let count = read?;
-                if count < room.len() {
+                if count < room {
                     *look = Look::Later;
                 }
-                buffer.advance(count);
-                return Poll::Ready(self.came(count));
+                return Poll::Ready(socket.came(count));
             }
         }
-        ready!(self.poll_register(context))?;
-        let read = match &mut self.link {
-            Link::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
-            Link::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
-            Link::Fresh(..) | Link::Broken => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
-        };
-        ready!(read)?;
-        Poll::Ready(self.came(buffer.filled().len() - before))
+        ready!(socket.poll_register(context))?;
+        let Link::Registered(fd) = &socket.link else { return Poll::Ready(Err(io::ErrorKind::NotConnected.into())) };
+        let room = buffer.remaining().min(LANDING);
+        loop {
+            let mut readable = ready!(fd.poll_read_ready(context))?;
+            match socket.account.read(fd.get_ref().as_fd(), buffer, room) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => readable.clear_ready(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+                Ok(count) => {
+                    // That was all; what comes later is told by another event.
+                    if count > 0 && count < room {
+                        readable.clear_ready();
+                    }
+                    return Poll::Ready(socket.came(count));
+                }
+            }
+        }
     }
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        if let Link::Fresh(stream, _) = &self.link {
-            let written = at_once(|| match stream {
-                Stream::Tcp(stream) => (&mut &*stream).write(bytes),
-                Stream::Unix(stream) => (&mut &*stream).write(bytes),
-            });
-            match written {
-                Some(written) => return Poll::Ready(written),
-                None => self.register()?,
-            }
-        }
-        let written = match &mut self.link {
-            Link::Tcp(stream) => Pin::new(stream).poll_write(context, bytes),
-            Link::Unix(stream) => Pin::new(stream).poll_write(context, bytes),
-            Link::Fresh(..) | Link::Broken => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
-        };
-        self.went(written)
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(context, &[IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
@@ -289,22 +293,15 @@ impl AsyncWrite for Socket {
         context: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if let Link::Fresh(stream, _) = &self.link {
-            let written = at_once(|| match stream {
-                Stream::Tcp(stream) => (&mut &*stream).write_vectored(slices),
-                Stream::Unix(stream) => (&mut &*stream).write_vectored(slices),
-            });
-            match written {
+        let socket = &mut *self;
+        if let Link::Fresh(fd, _) = &socket.link {
+            match at_once(|| socket.account.write(fd.as_fd(), slices)) {
                 Some(written) => return Poll::Ready(written),
-                None => self.register()?,
+                None => socket.register()?,
             }
         }
-        let written = match &mut self.link {
-            Link::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, slices),
-            Link::Unix(stream) => Pin::new(stream).poll_write_vectored(context, slices),
-            Link::Fresh(..) | Link::Broken => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
-        };
-        self.went(written)
+        let written = socket.poll_write_registered(context, slices);
+        socket.went(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -313,6 +310,7 @@ impl AsyncWrite for Socket {
 
     /// Nothing is buffered here.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.account.flushed();
         Poll::Ready(Ok(()))
     }
 

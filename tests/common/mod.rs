@@ -182,13 +182,15 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// The living processes whose parent is `pid`, zombies included.
+/// The living processes whose parent is `pid`, zombies included, but for the heirs of those that are dead.
 pub fn children_of(pid: Pid) -> BTreeSet<i32> {
-    processes().into_iter().filter(|process| process.parent == pid.as_raw()).map(|process| process.pid).collect()
+    let children = processes().into_iter().filter(|process| process.parent == pid.as_raw() && process.name != "heir");
+    children.map(|process| process.pid).collect()
 }
 
 pub struct Process {
     pub pid: i32,
+    pub name: String,
     pub parent: i32,
     pub state: char,
 }
@@ -203,10 +205,12 @@ pub fn processes() -> Vec<Process> {
 pub fn process(pid: i32) -> Option<Process> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name is in parentheses and may have any character in it.
-    let mut words = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let (before, after) = stat.rsplit_once(')')?;
+    let name = before.split_once('(')?.1.to_owned();
+    let mut words = after.split_ascii_whitespace();
     let state = words.next()?.chars().next()?;
     let parent = words.next()?.parse().ok()?;
-    Some(Process { pid, parent, state })
+    Some(Process { pid, name, parent, state })
 }
 
 /// How many descriptors a process has open.

@@ -1,0 +1,177 @@
+//! Connections on their way from one process to another.
+//!
+//! The master makes one channel, a pair of sockets of which every worker has both ends. A worker that leaves passes on the
+//! connections that it has not served to their end of life, and the heir of a dead worker those that can go on; whichever
+//! worker is free takes them, as it takes new ones from a listener. A connection in the channel belongs to nobody, and
+//! survives its sender.
+//!
+//! Each message is one connection: its descriptor, and a [`Parcel`].
+//!
+//! May not: know what a connection speaks.
+
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair, sockopt,
+};
+
+/// Bytes of a parcel before those of the connection.
+pub(crate) const HEADER: usize = 32;
+const MAGIC: [u8; 4] = *b"FYHO";
+/// Room for connections on their way: with the kernel's overhead, some thousand of them if the kernel lets us.
+const BUFFER: usize = 4 << 20;
+
+/// What goes along with a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Parcel {
+    /// Index of the listener at which it came.
+    pub(crate) listener: u16,
+    /// Who is at its other end.
+    pub(crate) origin: PackedOrigin,
+    /// What was read of it, and is to be read again.
+    pub(crate) early: Vec<u8>,
+}
+
+impl Parcel {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut message = Vec::with_capacity(HEADER + self.early.len());
+        message.extend(MAGIC);
+        message.extend(self.listener.to_le_bytes());
+        message.extend([0; 2]);
+        message.extend(self.origin.0.iter().flat_map(|part| part.to_le_bytes()));
+        message.extend(&self.early);
+        message
+    }
+
+    /// `None` if that is no parcel.
+    pub(crate) fn decode(message: &[u8]) -> Option<Self> {
+        let (header, early) = message.split_first_chunk::<HEADER>()?;
+        let (magic, rest) = header.split_first_chunk::<4>()?;
+        let (&listener, rest) = rest.split_first_chunk::<2>()?;
+        let (parts, _) = rest.get(2..)?.as_chunks::<8>();
+        let &[first, second, third] = parts else { return None };
+        let origin = PackedOrigin([first, second, third].map(u64::from_le_bytes));
+        (*magic == MAGIC).then(|| Self { listener: u16::from_le_bytes(listener), origin, early: early.to_vec() })
+    }
+}
+
+/// Who is at the other end of a connection, as three words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PackedOrigin(pub(crate) [u64; 3]);
+
+/// Beside the port, in the first word.
+const HAS_ADDRESS: u64 = 1 << 16;
+const IS_V4: u64 = 1 << 17;
+const IS_TLS: u64 = 1 << 18;
+const IS_ADMITTED: u64 = 1 << 19;
+
+impl PackedOrigin {
+    /// Of a connection of which nothing has been read. `None` is a Unix socket.
+    pub(crate) fn of_peer(peer: Option<SocketAddr>) -> Self {
+        let Some(peer) = peer else { return Self::default() };
+        let (ip, is_v4) = match peer.ip() {
+            IpAddr::V4(ip) => (ip.to_ipv6_mapped(), IS_V4),
+            IpAddr::V6(ip) => (ip, 0),
+        };
+        let bits = ip.to_bits();
+        #[expect(clippy::cast_possible_truncation, reason = "halves of it")]
+        let (high, low) = ((bits >> 64) as u64, bits as u64);
+        Self([HAS_ADDRESS | is_v4 | u64::from(peer.port()), high, low])
+    }
+
+    /// Of a connection that may be here, and whose client is known: it has this address, and used TLS or not.
+    pub(crate) fn admitted(client: Option<SocketAddr>, is_tls: bool) -> Self {
+        let Self([head, high, low]) = Self::of_peer(client);
+        Self([head | IS_ADMITTED | if is_tls { IS_TLS } else { 0 }, high, low])
+    }
+
+    pub(crate) fn address(self) -> Option<SocketAddr> {
+        let Self([head, high, low]) = self;
+        let ip = Ipv6Addr::from_bits(u128::from(high) << 64 | u128::from(low));
+        let ip = ip.to_ipv4_mapped().filter(|_| head & IS_V4 != 0).map_or(IpAddr::V6(ip), IpAddr::V4);
+        #[expect(clippy::cast_possible_truncation, reason = "the port is the low half")]
+        let port = head as u16;
+        (head & HAS_ADDRESS != 0).then(|| SocketAddr::new(ip, port))
+    }
+
+    pub(crate) fn is_tls(self) -> bool {
+        self.0[0] & IS_TLS != 0
+    }
+
+    /// Whether it has been let in; what is read next is a request.
+    pub(crate) fn is_admitted(self) -> bool {
+        self.0[0] & IS_ADMITTED != 0
+    }
+}
+
+/// The channel: both ends of it.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    send: OwnedFd,
+    receive: OwnedFd,
+}
+
+impl Channel {
+    /// # Errors
+    /// If no sockets can be had.
+    pub(crate) fn open() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (send, receive) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        if setsockopt(&send, sockopt::SndBufForce, &BUFFER).is_err() {
+            setsockopt(&send, sockopt::SndBuf, &BUFFER)?; // not root: what the system allows
+        }
+        Ok(Self { send, receive })
+    }
+
+    /// Where connections are passed on.
+    pub(crate) fn sender(&self) -> BorrowedFd<'_> {
+        self.send.as_fd()
+    }
+
+    /// Where they come out.
+    pub(crate) fn receiver(&self) -> BorrowedFd<'_> {
+        self.receive.as_fd()
+    }
+}
+
+/// Passes a connection on; it is to be closed here next.
+///
+/// # Errors
+/// `WouldBlock` if too many are on their way already, or what the channel says.
+pub(crate) fn pass_on(channel: BorrowedFd<'_>, connection: BorrowedFd<'_>, message: &[u8]) -> io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+    let descriptors = [connection.as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&descriptors)];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    sendmsg::<()>(channel.as_raw_fd(), &[io::IoSlice::new(message)], &control, flags, None)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_survives_the_way() {
+        for address in [None, Some("127.0.0.1:80"), Some("[::1]:65535"), Some("[::ffff:1.2.3.4]:1")] {
+            let address = address.map(|address| address.parse().unwrap());
+            let fresh = PackedOrigin::of_peer(address);
+            assert_eq!((fresh.address(), fresh.is_tls(), fresh.is_admitted()), (address, false, false));
+            for is_tls in [false, true] {
+                let origin = PackedOrigin::admitted(address, is_tls);
+                assert_eq!((origin.address(), origin.is_tls(), origin.is_admitted()), (address, is_tls, true));
+            }
+        }
+    }
+
+    #[test]
+    fn a_parcel_survives_the_way_and_what_is_none_is_refused() {
+        let parcel = Parcel { listener: 3, origin: PackedOrigin([1, u64::MAX, 0]), early: b"GET / HT".to_vec() };
+        let message = parcel.encode();
+        assert_eq!(Parcel::decode(&message), Some(parcel));
+        assert_eq!(Parcel::decode(&message[..HEADER - 1]), None);
+        assert_eq!(Parcel::decode(&[0; HEADER]), None);
+    }
+}

@@ -1,0 +1,284 @@
+//! What becomes of a dead worker's connection: decided from its page in the ledger, without a system call.
+//!
+//! | the connection | what its peer gets |
+//! |---|---|
+//! | nothing is under way; what was read last was not looked at | another worker, which reads that again |
+//! | requests of whose responses nothing has left | a 502 each |
+//! | a response of which a part has left | a connection that breaks off |
+//! | all responses have left, and it is kept | another worker |
+//! | its output ends within a record | a connection that breaks off |
+//!
+//! After a 502 an HTTP or SCGI connection is closed; a FastCGI connection goes on to another worker if it is kept and what
+//! was read of it ends between two records.
+
+use bytes::BytesMut;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+
+use super::ledger::{Page, Request, Tongue};
+use crate::protocol::{cgi, fastcgi};
+
+/// What is said to those whose request died with its worker.
+const SORRY: &[u8] = b"502 Bad Gateway\n";
+/// HTTP/2 (RFC 9113, section 6.8): GOAWAY, INTERNAL_ERROR, and no word on which streams had an effect.
+const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 2];
+
+/// What is done about a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Settlement {
+    /// Written first.
+    pub(crate) say: BytesMut,
+    pub(crate) then: Then,
+    /// Requests that get a 502.
+    pub(crate) answered: u32,
+    /// Requests whose response breaks off, or of which nothing is known.
+    pub(crate) cut: u32,
+}
+
+/// What is done with a connection at last.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// Another worker goes on, with these bytes.
+    PassOn(Vec<u8>),
+    /// It ends, when its peer has read what was said.
+    Close,
+    /// It breaks off.
+    Reset,
+}
+
+/// Decides about a connection.
+pub(crate) fn settle(page: &Page) -> Settlement {
+    let mut settlement = Settlement { say: BytesMut::new(), then: Then::Reset, answered: 0, cut: 0 };
+    let is_open = |request: &&Request| !has_left(page, request);
+    let open: Vec<&Request> = page.requests.iter().filter(is_open).collect();
+    let (begun, waiting): (Vec<&Request>, Vec<&Request>) =
+        open.iter().partition(|request| request.from.is_some_and(|from| is_beyond(page.written, from)));
+    let at_border = page.written == page.queued || page.written == page.batch;
+    if !at_border {
+        settlement.cut = count(open.len());
+        return settlement;
+    }
+    settlement.cut = count(begun.len()) + u32::from(page.overflow);
+    settlement.answered = count(waiting.len());
+    for request in &waiting {
+        say_sorry(&mut settlement.say, page.tongue, request);
+    }
+    settlement.then = match page.tongue {
+        Tongue::FastCgi if settlement.cut > 0 => {
+            fastcgi::break_off(&mut settlement.say);
+            Then::Close
+        }
+        Tongue::FastCgi => go_on(page),
+        Tongue::Scgi | Tongue::Http1 if !begun.is_empty() => Then::Reset,
+        Tongue::Scgi | Tongue::Http1 if !waiting.is_empty() => Then::Close,
+        Tongue::Scgi | Tongue::Http1 => match go_on(page) {
+            // Half of a request has come, and is lost.
+            Then::Close if input(page) == Input::Lost && !is_ending(page) => {
+                let half = Request { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
+                say_sorry(&mut settlement.say, page.tongue, &half);
+                settlement.answered = 1;
+                Then::Close
+            }
+            then => then,
+        },
+        Tongue::Http2 => {
+            settlement.say.extend_from_slice(&GOAWAY);
+            Then::Close
+        }
+        Tongue::Nothing => Then::Reset,
+    };
+    settlement
+}
+
+/// What of the input was taken in.
+#[derive(Debug, PartialEq, Eq)]
+enum Input {
+    /// All of it belongs to requests that are known.
+    Whole,
+    /// And these bytes, which nobody has looked at.
+    Early(Vec<u8>),
+    /// And something that is gone.
+    Lost,
+}
+
+fn input(page: &Page) -> Input {
+    if page.read == page.clean {
+        return Input::Whole;
+    }
+    match &page.landed {
+        // If a request out of them is known, they have been looked at.
+        Some((base, bytes)) if *base == page.clean && !page.requests.iter().any(|request| request.at == page.read) => {
+            Input::Early(bytes.clone())
+        }
+        Some(_) | None => Input::Lost,
+    }
+}
+
+fn go_on(page: &Page) -> Then {
+    if is_ending(page) {
+        return Then::Close;
+    }
+    match input(page) {
+        Input::Whole => Then::PassOn(Vec::new()),
+        Input::Early(bytes) => Then::PassOn(bytes),
+        Input::Lost => Then::Close,
+    }
+}
+
+/// Whether the peer waits for the end of the connection.
+fn is_ending(page: &Page) -> bool {
+    page.requests.iter().any(|request| request.is_last)
+}
+
+/// Whether all of a response has left the worker.
+fn has_left(page: &Page, request: &Request) -> bool {
+    let whole = page.tongue != Tongue::Http1 || page.written == page.queued;
+    whole && request.to.is_some_and(|to| !is_beyond(to, page.written))
+}
+
+/// Whether a position comes after another one.
+fn is_beyond(position: u32, other: u32) -> bool {
+    position.wrapping_sub(other).cast_signed() > 0
+}
+
+fn say_sorry(say: &mut BytesMut, tongue: Tongue, request: &Request) {
+    let (status, length) = (StatusCode::BAD_GATEWAY, Some(SORRY.len() as u64));
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    let mut text = BytesMut::new();
+    match tongue {
+        Tongue::Http1 => {
+            text.extend_from_slice(b"HTTP/1.1 502 Bad Gateway\r\ncontent-type: text/plain\r\nconnection: close\r\n");
+            text.extend_from_slice(format!("content-length: {}\r\n\r\n", SORRY.len()).as_bytes());
+        }
+        Tongue::FastCgi | Tongue::Scgi => cgi::response_head(&mut text, status, &headers, length),
+        Tongue::Http2 | Tongue::Nothing => return,
+    }
+    if !request.is_head {
+        text.extend_from_slice(SORRY);
+    }
+    if tongue == Tongue::FastCgi {
+        fastcgi::stdout_header(say, request.id, text.len());
+        say.extend_from_slice(&text);
+        fastcgi::stdout_end(say, request.id, 0);
+    } else {
+        say.extend_from_slice(&text);
+    }
+}
+
+fn count(length: usize) -> u32 {
+    u32::try_from(length).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handover::PackedOrigin;
+
+    /// A kept FastCGI connection on which everything so far is over.
+    fn idle(tongue: Tongue) -> Page {
+        Page {
+            tongue,
+            listener: 0,
+            read: 100,
+            clean: 100,
+            written: 50,
+            batch: 0,
+            queued: 50,
+            overflow: false,
+            origin: PackedOrigin::default(),
+            requests: Vec::new(),
+            landed: None,
+        }
+    }
+
+    fn request() -> Request {
+        Request { id: 1, is_head: false, is_last: false, at: 100, from: None, to: None }
+    }
+
+    #[test]
+    fn an_idle_connection_goes_on() {
+        for tongue in [Tongue::FastCgi, Tongue::Scgi, Tongue::Http1] {
+            let settled = settle(&idle(tongue));
+            assert_eq!((settled.then, settled.answered, settled.say.len()), (Then::PassOn(Vec::new()), 0, 0));
+            let mut answered = idle(tongue);
+            answered.requests = vec![Request { from: Some(10), to: Some(50), ..request() }];
+            assert_eq!(settle(&answered).then, Then::PassOn(Vec::new()));
+            answered.requests[0].is_last = true;
+            assert_eq!(settle(&answered).then, Then::Close, "the peer waits for that");
+        }
+    }
+
+    #[test]
+    fn what_was_read_and_not_looked_at_is_read_again() {
+        for tongue in [Tongue::FastCgi, Tongue::Scgi, Tongue::Http1] {
+            let mut page = idle(tongue);
+            (page.read, page.landed) = (103, Some((100, b"abc".to_vec())));
+            assert_eq!(settle(&page).then, Then::PassOn(b"abc".to_vec()));
+            page.landed = Some((101, b"bc".to_vec()));
+            let settled = settle(&page);
+            assert_eq!(settled.then, Then::Close, "its beginning is lost");
+            assert_eq!(settled.answered, u32::from(tongue != Tongue::FastCgi));
+            (page.landed, page.requests) = (Some((100, b"abc".to_vec())), vec![Request { at: 103, ..request() }]);
+            let settled = settle(&page);
+            assert_eq!((settled.then, settled.answered), (Then::Close, 1), "the application may have seen it");
+        }
+    }
+
+    #[test]
+    fn a_request_of_whose_response_nothing_has_left_gets_a_502() {
+        let mut page = idle(Tongue::FastCgi);
+        page.requests = vec![request(), Request { id: 2, is_head: true, from: Some(50), to: Some(90), ..request() }];
+        let settled = settle(&page);
+        assert_eq!((settled.answered, settled.cut, settled.then), (2, 0, Then::PassOn(Vec::new())));
+        let text = String::from_utf8_lossy(&settled.say).into_owned();
+        assert_eq!(text.matches("Status: 502").count(), 2);
+        assert_eq!(text.matches("502 Bad Gateway\n").count(), 1, "none for HEAD");
+        for tongue in [Tongue::Scgi, Tongue::Http1] {
+            let settled = settle(&Page { tongue, requests: vec![request()], ..page.clone() });
+            assert_eq!((settled.answered, settled.then), (1, Then::Close));
+            assert!(String::from_utf8_lossy(&settled.say).contains("502 Bad Gateway"));
+        }
+    }
+
+    #[test]
+    fn a_response_of_which_a_part_has_left_breaks_off() {
+        for tongue in [Tongue::FastCgi, Tongue::Scgi, Tongue::Http1] {
+            let mut page = idle(tongue);
+            page.requests = vec![Request { from: Some(20), ..request() }];
+            let settled = settle(&page);
+            assert_eq!((settled.answered, settled.cut), (0, 1));
+            assert_eq!(settled.then, if tongue == Tongue::FastCgi { Then::Close } else { Then::Reset });
+            (page.written, page.batch, page.queued) = (45, 40, 50);
+            let settled = settle(&page);
+            assert_eq!((settled.cut, settled.then, settled.say.len()), (1, Then::Reset, 0), "within a record");
+        }
+    }
+
+    #[test]
+    fn an_http_response_has_left_when_the_last_write_is_whole() {
+        let mut page = idle(Tongue::Http1);
+        page.requests = vec![Request { from: Some(10), to: Some(41), ..request() }];
+        assert_eq!(settle(&page).then, Then::PassOn(Vec::new()));
+        page.queued = 60;
+        page.batch = 50;
+        assert_eq!(settle(&page).then, Then::Reset);
+        (page.queued, page.requests[0].to) = (50, Some(51));
+        assert_eq!(settle(&page).then, Then::Reset, "its end has not been written");
+    }
+
+    #[test]
+    fn positions_wrap_around() {
+        let mut page = idle(Tongue::FastCgi);
+        (page.written, page.queued) = (5, 5);
+        page.requests = vec![Request { from: Some(u32::MAX - 9), to: Some(5), ..request() }];
+        assert_eq!(settle(&page).then, Then::PassOn(Vec::new()));
+        page.requests[0].to = Some(6);
+        assert_eq!(settle(&page).cut, 1);
+    }
+
+    #[test]
+    fn http2_is_told_that_it_ends() {
+        let settled = settle(&idle(Tongue::Http2));
+        assert_eq!((settled.say.len(), settled.then), (17, Then::Close));
+    }
+}

@@ -1,0 +1,246 @@
+//! The heir: a process beside each worker that sees to it that the worker's death costs its clients as little as can be.
+//!
+//! ```text
+//! worker dies ─▶ every request in flight: 502 ─▶ kept connections: to another worker ─▶ the rest: closed
+//! ```
+//!
+//! An heir is a clone of its worker that shares its table of descriptors (`clone(2)`, CLONE_FILES) and nothing else. While
+//! the worker lives it sleeps, and a connection costs neither of them a system call. When the worker dies, by whatever
+//! signal, the table stays, and with it every connection, open; the [`ledger`] tells what each was at, and [`estate`] what
+//! becomes of it.
+//!
+//! - The heir is made right after the fork, when the worker has one thread, and before anything of the application
+//!   runs. It never touches the application's memory, the page cache or tokio.
+//! - First it closes all descriptors that are not connections: the kernel takes locks by them for a sign of life.
+//! - It is no child that the application could wait for (its exit signal is none). When the worker is dead it is the
+//!   master's, who reaps it.
+//! - Killed itself, it takes nothing along: its worker asks to be replaced. Killed together with its worker, the
+//!   connections break off.
+//!
+//! May not: believe the ledger more than its own safety allows; wait for anybody longer than [`PATIENCE`].
+
+pub(crate) mod estate;
+pub(crate) mod ledger;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    MsgFlags, Shutdown, SockaddrStorage, getpeername, getsockname, recv, send, setsockopt, shutdown, sockopt,
+};
+use nix::unistd::{Pid, setpgid};
+
+use self::estate::{Settlement, Then, settle};
+use self::ledger::{LastAct, Ledger, Page, Tongue};
+use crate::handover::{self, PackedOrigin, Parcel};
+use crate::heritage::Heritage;
+use crate::listen::Protocol;
+use crate::sys;
+
+/// How long peers that have been told that it is over are listened to, so that they hear it.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What a worker has of its heir.
+#[derive(Debug)]
+pub(crate) struct Appointed {
+    pub(crate) ledger: Ledger,
+    /// Readable when the heir is dead. None if there is no heir.
+    pub(crate) end: Option<OwnedFd>,
+    /// The heir's view of the worker: it has to stay open in both.
+    _worker: OwnedFd,
+}
+
+/// Makes the heir of the process that calls this: a worker with one thread.
+///
+/// # Errors
+/// If there is no memory for the ledger. Without an heir the worker can live.
+pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
+    let ledger = Ledger::create()?;
+    let worker = sys::process_descriptor(nix::unistd::getpid())?;
+    let heir = sys::clone_with_descriptors(|| live(heritage, ledger, &worker)).and_then(sys::process_descriptor);
+    let end = heir.inspect_err(|error| {
+        log::warn!("a worker has no heir, and its clients would see its death: {error} slot={}", heritage.slot);
+    });
+    Ok(Appointed { ledger, end: end.ok(), _worker: worker })
+}
+
+/// The heir's life. Signals are blocked, as they were when the worker was forked, and stay so.
+fn live(heritage: &Heritage, ledger: Ledger, worker: &OwnedFd) -> u8 {
+    let parent = nix::unistd::getppid();
+    let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
+    let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group ends both
+    await_death(parent, worker.as_fd());
+    Estate::open(heritage, ledger).close();
+    0
+}
+
+/// Returns when the worker is dead.
+fn await_death(worker: Pid, end: BorrowedFd<'_>) {
+    let mut own = None;
+    // Nothing must be touched before: the descriptors are the worker's.
+    while nix::unistd::getppid() == worker {
+        let end = own.as_ref().map_or(end, OwnedFd::as_fd);
+        let mut ends = [PollFd::new(end, PollFlags::POLLIN)];
+        match poll(&mut ends, PollTimeout::NONE) {
+            Ok(_) if ends[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN)) => return,
+            Err(nix::errno::Errno::EINTR) => {}
+            // The application has closed it.
+            Ok(_) | Err(_) => match sys::process_descriptor(worker) {
+                Ok(end) => own = Some(end),
+                Err(_) => std::thread::sleep(PATIENCE / 100),
+            },
+        }
+    }
+}
+
+/// The connections of a dead worker.
+struct Estate<'a> {
+    heritage: &'a Heritage,
+    /// To be passed on, with their messages.
+    parcels: Vec<(OwnedFd, Vec<u8>)>,
+    /// Told that it is over.
+    leaving: Vec<OwnedFd>,
+    answered: u32,
+    cut: u32,
+}
+
+impl<'a> Estate<'a> {
+    /// Takes stock, closes all other descriptors, and settles.
+    fn open(heritage: &'a Heritage, ledger: Ledger) -> Self {
+        let mut estate = Self { heritage, parcels: Vec::new(), leaving: Vec::new(), answered: 0, cut: 0 };
+        let mut pages: BTreeMap<RawFd, Page> =
+            ledger.descriptors().filter_map(|fd| Some((fd, ledger.read_page(fd)?))).collect();
+        let mut without_page = Vec::new();
+        match ledger.last_act() {
+            LastAct::Settled => {}
+            LastAct::Closing(fd) | LastAct::Passed(fd) => drop(pages.remove(&fd)),
+            LastAct::Received(fd, message) => {
+                pages.remove(&fd);
+                without_page.push((fd, message));
+            }
+            LastAct::Accepting => without_page = estate.unentered(&pages),
+        }
+        let inherited = [heritage.handover.sender(), heritage.lifeline.as_fd()].map(|fd| fd.as_raw_fd());
+        let connections = pages.keys().chain(without_page.iter().map(|(fd, _)| fd));
+        let keep: Vec<RawFd> = [0, 1, 2].into_iter().chain(inherited).chain(connections.copied()).collect();
+        sys::close_all_except(&keep);
+        for (fd, page) in pages {
+            if let Some(connection) = sys::own(fd) {
+                estate.settle(connection, &page);
+            }
+        }
+        let fresh = without_page.into_iter().filter_map(|(fd, message)| Some((sys::own(fd)?, message)));
+        estate.parcels.extend(fresh);
+        estate
+    }
+
+    /// Connections that were accepted and not entered, with the messages by which they are passed on: the last one.
+    fn unentered(&self, pages: &BTreeMap<RawFd, Page>) -> Vec<(RawFd, Vec<u8>)> {
+        let candidates = sys::open_descriptors().unwrap_or_else(|_| (3..1 << 16).collect()); // no /proc here
+        let unknown = candidates.into_iter().filter(|fd| !pages.contains_key(fd));
+        unknown.filter_map(|fd| Some((fd, self.fresh(fd)?))).collect()
+    }
+
+    /// The message of a connection of which nothing was read, if `fd` is one, and ours.
+    fn fresh(&self, fd: RawFd) -> Option<Vec<u8>> {
+        let ours: SockaddrStorage = getsockname(fd).ok()?;
+        let peer: SockaddrStorage = getpeername(fd).ok()?; // a listener has none
+        let listener = self.heritage.listeners.iter().position(|listener| listener.accepts_at(&ours))?;
+        let origin = PackedOrigin::of_peer(sys::internet_address(&peer));
+        Some(Parcel { listener: u16::try_from(listener).ok()?, origin, early: Vec::new() }.encode())
+    }
+
+    fn settle(&mut self, connection: OwnedFd, page: &Page) {
+        let Settlement { say, then, answered, cut } = settle(page);
+        (self.answered, self.cut) = (self.answered + answered, self.cut + cut);
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let said = say.is_empty() || send(connection.as_raw_fd(), &say, flags) == Ok(say.len());
+        match then {
+            Then::PassOn(early) if said => {
+                let parcel = Parcel { listener: page.listener, origin: page.origin, early };
+                self.parcels.push((connection, parcel.encode()));
+            }
+            Then::Close if said => {
+                let _ = shutdown(connection.as_raw_fd(), Shutdown::Write);
+                self.leaving.push(connection);
+            }
+            Then::PassOn(_) | Then::Close | Then::Reset => {
+                // So that nobody takes the end of the connection for the end of a response.
+                let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+                let _ = setsockopt(&connection, sockopt::Linger, &at_once);
+            }
+        }
+    }
+
+    /// Passes on what can be passed on, and waits until those that leave have heard.
+    fn close(mut self) {
+        let (slot, passed_on) = (self.heritage.slot, self.parcels.len());
+        let begun = Instant::now();
+        loop {
+            self.pass_on();
+            self.listen();
+            let left = PATIENCE.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                self.leaving.clear();
+            }
+            if self.parcels.is_empty() && self.leaving.is_empty() || !self.wait(left) {
+                break;
+            }
+        }
+        let Self { answered, cut, .. } = self;
+        if answered > 0 || cut > 0 || passed_on > 0 {
+            log::info!("estate settled slot={slot} answered={answered} cut={cut} passed_on={passed_on}");
+        }
+    }
+
+    fn pass_on(&mut self) {
+        let channel = self.heritage.handover.sender();
+        self.parcels.retain(|(connection, message)| {
+            let passed = handover::pass_on(channel, connection.as_fd(), message);
+            passed.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        });
+    }
+
+    /// Reads and forgets what the leaving still send, and closes those that have left.
+    fn listen(&mut self) {
+        self.leaving.retain(|connection| {
+            let mut sink = [0; 16 << 10];
+            for _ in 0..64 {
+                match recv(connection.as_raw_fd(), &mut sink, MsgFlags::MSG_DONTWAIT) {
+                    Ok(1..) => {}
+                    Err(nix::errno::Errno::EAGAIN) => return true,
+                    Ok(0) | Err(_) => return false,
+                }
+            }
+            true
+        });
+    }
+
+    /// Waits for something to happen, and at most `left` for those who leave. False if the master is dead: then nobody
+    /// takes what is passed on.
+    fn wait(&self, left: Duration) -> bool {
+        let mut events = vec![PollFd::new(self.heritage.lifeline.as_fd(), PollFlags::POLLIN)];
+        if !self.parcels.is_empty() {
+            events.push(PollFd::new(self.heritage.handover.sender(), PollFlags::POLLOUT));
+        }
+        events.extend(self.leaving.iter().map(|connection| PollFd::new(connection.as_fd(), PollFlags::POLLIN)));
+        let timeout = match self.leaving.len() {
+            0 => PollTimeout::NONE,
+            _ => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),
+        };
+        let _ = poll(&mut events, timeout); // if it fails, the next round is just earlier
+        !events.first().and_then(PollFd::any).unwrap_or(false)
+    }
+}
+
+/// What connections of a listener speak, until more is known.
+pub(crate) fn tongue_of(protocol: Protocol) -> Tongue {
+    match protocol {
+        Protocol::FastCgi => Tongue::FastCgi,
+        Protocol::Scgi => Tongue::Scgi,
+        Protocol::Http => Tongue::Http1,
+    }
+}

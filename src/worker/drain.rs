@@ -1,0 +1,114 @@
+//! The order to leave, as the worker's own tasks see it, and where the connections go that outlive the worker.
+//!
+//! A worker that leaves closes nothing that could go on: a connection on which nothing is under way is passed on to a
+//! sibling, with whatever is on its way in it, and its peer notices nothing. If all workers leave there is nobody to pass it
+//! on to: then it gets a little time for one more request, and is closed.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use forkyard_shm::Scoreboard;
+use tokio::sync::Notify;
+
+use super::socket::Socket;
+use crate::handover::Channel;
+
+/// How long an idle connection that nobody takes over is kept for a request that may be on its way.
+const LAST_REQUEST: Duration = Duration::from_secs(1);
+
+/// The order to drain. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Drain(Rc<State>);
+
+#[derive(Debug)]
+struct State {
+    flag: Arc<AtomicBool>,
+    begun: Notify,
+    channel: Arc<Channel>,
+    scoreboard: Scoreboard,
+    slot: u32,
+    /// A connection was passed on when the last sibling had left as well.
+    stranded: Notify,
+    passed_on: Cell<u64>,
+}
+
+impl Drain {
+    pub(crate) fn new(channel: Arc<Channel>, scoreboard: Scoreboard, slot: u32) -> Self {
+        let (begun, stranded) = (Notify::new(), Notify::new());
+        Self(Rc::new(State {
+            flag: Arc::default(),
+            begun,
+            channel,
+            scoreboard,
+            slot,
+            stranded,
+            passed_on: Cell::new(0),
+        }))
+    }
+
+    /// True once the order has come.
+    pub(crate) fn flag(&self) -> &Arc<AtomicBool> {
+        &self.0.flag
+    }
+
+    pub(crate) fn begin(&self) {
+        self.0.flag.store(true, Ordering::Relaxed);
+        self.0.begun.notify_waiters();
+    }
+
+    pub(crate) fn has_begun(&self) -> bool {
+        self.0.flag.load(Ordering::Relaxed)
+    }
+
+    /// Returns when the order has come.
+    pub(crate) async fn wait(&self) {
+        let begun = self.0.begun.notified();
+        if !self.has_begun() {
+            begun.await;
+        }
+    }
+
+    /// Returns when the order has come, and an idle connection has had its time for one more request.
+    ///
+    /// Who has just connected, or had a response a moment ago, may be about to send: to close on him would be to
+    /// fail a request.
+    pub(crate) async fn wait_for_last_request(&self) {
+        self.wait().await;
+        tokio::time::sleep(LAST_REQUEST).await;
+    }
+
+    /// Whether there is a sibling to take connections over.
+    pub(crate) fn has_sibling(&self) -> bool {
+        self.0.scoreboard.freest(self.0.slot).is_some()
+    }
+
+    /// Passes a connection on, with what was read of it and not dealt with. It comes back if that cannot be done.
+    pub(crate) fn pass_on(&self, socket: Socket, early: &[u8]) -> Option<Socket> {
+        if !self.has_sibling() {
+            return Some(socket);
+        }
+        if let Err(error) = socket.account().pass_on(self.0.channel.sender(), early) {
+            log::debug!("a connection cannot be passed on: {error}");
+            return Some(socket);
+        }
+        self.0.passed_on.set(self.0.passed_on.get() + 1);
+        // Those that had not begun to leave before the message was there will find it; if none is left, it is ours again.
+        if !self.has_sibling() {
+            self.0.stranded.notify_one();
+        }
+        None
+    }
+
+    /// Returns when a connection was passed on that nobody will take.
+    pub(crate) async fn stranded(&self) {
+        self.0.stranded.notified().await;
+    }
+
+    /// How many connections were passed on.
+    pub(crate) fn passed_on(&self) -> u64 {
+        self.0.passed_on.get()
+    }
+}
