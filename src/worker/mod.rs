@@ -17,8 +17,10 @@ pub(crate) mod cgi;
 mod closing;
 mod door;
 mod fastcgi;
+mod health;
 mod http;
 mod later;
+mod lifetime;
 mod opening;
 mod outbox;
 mod reply;
@@ -38,7 +40,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::http::{Request, Response};
 use forkyard_shm::{Cache, State};
@@ -51,6 +53,7 @@ use tower_service::Service;
 
 use self::accept::{Acceptor, Connections, Serve};
 use self::door::Door;
+use self::lifetime::Counted;
 use self::serve::{Application, BoxError};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
@@ -104,6 +107,7 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
+    let begun = Instant::now();
     let config = &heritage.config;
     let asked_to_leave = take_signals(config.drain_timeout)?;
     sys::raise_descriptor_limit();
@@ -122,7 +126,14 @@ where
         let limit = config.limits.max_connections;
         let connections = Connections::new(limit, row.clone(), scoreboard, heritage.slot, Rc::clone(&watchdog));
         let connections = Rc::new(connections);
+        let report = File::from(heritage.report);
+        let service = Counted::new(service, config.numbers.max_requests, report.try_clone()?);
         let application = Rc::new(Application::new(service, row.clone(), config.limits, config.trust.clone()));
+        if let Some(path) = &config.numbers.health_path {
+            // A little less than the master gives it, so that it can still say why.
+            let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
+            health::check(&application, path, limit).await?;
+        }
         let mut accepting = Vec::new();
         for listener in heritage.listeners.iter() {
             let server = Server {
@@ -142,7 +153,7 @@ where
         let waking = tokio::task::spawn_local(later::run());
         let watching = tokio::task::spawn_local(async move { watchdog.run().await });
         row.set_state(State::Ready);
-        File::from(heritage.report).write_all(Report::Ready.line().as_bytes())?;
+        (&report).write_all(Report::Ready.line().as_bytes())?;
         told_to_leave(asked_to_leave, heritage.lifeline).await?;
 
         row.set_state(State::Draining);
