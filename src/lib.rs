@@ -34,6 +34,7 @@ pub mod page;
 mod peers;
 mod protocol;
 mod pulse;
+mod queue_depth;
 mod sys;
 mod worker;
 

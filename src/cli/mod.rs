@@ -3,15 +3,18 @@
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
 //! every binary that calls [`crate::run`], for the application linked into it.
 
+mod numbers;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
+use self::numbers::{NumberOptions, OfEachWorker, RefusedByRun};
 use crate::cgi_call;
 use crate::config::{
-    CacheConfig, Config, Limits, Timeouts, Trust, parse_duration, parse_mode, parse_size, parse_workers,
+    CacheConfig, Config, Limits, Numbers, Range, Timeouts, Trust, parse_duration, parse_mode, parse_size,
 };
 use crate::listen::{self, Address, Bind, Protocol};
 use crate::peers::{Peers, Who};
@@ -22,7 +25,7 @@ Signals to the master:
   TERM       drain and stop: finish what is being served, for --drain-timeout at most
   INT, QUIT  stop at once
   HUP        replace the workers one by one; each new one is ready before an old one drains
-  TTIN, TTOU one worker more, one worker less
+  TTIN, TTOU one worker more, one worker less; of a range, both ends
   USR1       reserved for reopening logs
 Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";
 
@@ -43,9 +46,13 @@ struct ServeOptions {
     #[arg(long, value_name = "MODE", env = "FORKYARD_SOCKET_MODE", value_parser = parse_mode, help_heading = "Sockets")]
     socket_mode: Option<u32>,
 
-    /// Worker processes: 1 to 1024, or auto for one per processor
-    #[arg(long, value_name = "N", env = "FORKYARD_WORKERS", default_value = "auto", value_parser = parse_workers, help_heading = "Processes")]
-    workers: u32,
+    /// Worker processes: 1 to 1024; a range as in 2..16, to have as many as are needed (0..4: none while nobody asks);
+    /// or auto for one per processor
+    #[arg(long, value_name = "N", env = "FORKYARD_WORKERS", default_value = "auto", help_heading = "Processes")]
+    workers: Range,
+
+    #[command(flatten)]
+    numbers: NumberOptions,
 
     /// A worker that is not ready by then is killed and counts as failed
     #[arg(long, value_name = "TIME", env = "FORKYARD_START_TIMEOUT", default_value = "60s", value_parser = parse_duration, help_heading = "Processes")]
@@ -121,6 +128,9 @@ struct WorkerOptions {
 
     #[command(flatten)]
     timeouts: TimeoutOptions,
+
+    #[command(flatten)]
+    of_each: OfEachWorker,
 }
 
 /// How long a client may take. All are kept to the second.
@@ -266,6 +276,9 @@ struct RunOptions {
     #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", default_value = "1s", value_parser = parse_duration, help_heading = "Processes")]
     settle: Duration,
 
+    #[command(flatten)]
+    refused: RefusedByRun,
+
     /// The program and its arguments, as in: -- php-cgi -d memory_limit=64M
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -297,7 +310,8 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
-    let WorkerOptions { threads, queue, cache, keep, access, timeouts, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, .. } = linked.worker;
+    let numbers = linked.serve.numbers.numbers(of_each);
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let limits = Limits {
         max_body: linked.worker.max_body,
@@ -310,7 +324,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
         timeouts: timeouts.timeouts(),
     };
     let of_workers = OfWorkers { threads, queue, limits, access };
-    let config = config(linked.serve, keep.cache(cache), Duration::ZERO, of_workers);
+    let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers);
     Ok(Request { config, log_level, cgi, program: None })
 }
 
@@ -327,7 +341,8 @@ pub(crate) fn parse_forkyard(arguments: Vec<OsString>) -> Result<Request, clap::
         let run = command.find_subcommand_mut("run").cloned().unwrap_or(command);
         run.bin_name("forkyard run").error(clap::error::ErrorKind::ValueValidation, cause)
     })?;
-    let config = config(run.serve, run.keep.cache(run.cache), run.settle, OfWorkers::default());
+    let numbers = run.serve.numbers.numbers(OfEachWorker::default());
+    let config = config(run.serve, numbers, run.keep.cache(run.cache), run.settle, OfWorkers::default());
     Ok(Request { config, log_level, cgi: false, program: Some((run.command, run.direct)) })
 }
 
@@ -365,7 +380,13 @@ struct Access {
     trust: Option<Trust>,
 }
 
-fn config(serve: ServeOptions, cache: CacheConfig, settle: Duration, of_workers: OfWorkers) -> Config {
+fn config(
+    serve: ServeOptions,
+    numbers: Numbers,
+    cache: CacheConfig,
+    settle: Duration,
+    of_workers: OfWorkers,
+) -> Config {
     let mut binds = serve.bind;
     if binds.is_empty() {
         binds.push(if listen::started_by_web_server() {
@@ -377,6 +398,7 @@ fn config(serve: ServeOptions, cache: CacheConfig, settle: Duration, of_workers:
     Config {
         binds,
         workers: serve.workers,
+        numbers,
         threads: of_workers.threads,
         queue: of_workers.queue,
         cache,

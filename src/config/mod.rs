@@ -3,10 +3,15 @@
 //! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
 //! form of an address, and which headers proxies write.
 
+mod numbers;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub(crate) use self::numbers::{
+    Jittered, Numbers, Range, Share, parse_health_path, parse_max_age, parse_max_memory, parse_max_requests,
+};
 use crate::listen::Bind;
 use crate::peers::Peers;
 use crate::protocol::forwarded::Family;
@@ -15,7 +20,8 @@ use crate::protocol::forwarded::Family;
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub(crate) binds: Vec<Bind>,
-    pub(crate) workers: u32,
+    pub(crate) workers: Range,
+    pub(crate) numbers: Numbers,
     /// Threads per worker that run blocking functions.
     pub(crate) threads: u32,
     /// Requests per worker that may wait for such a thread.
@@ -93,7 +99,7 @@ impl Config {
     /// How many processes there can be at once: twice the workers, because while all are replaced the old
     /// ones may still be finishing long requests, and some more so that TTIN has room.
     pub(crate) fn slots(&self) -> u32 {
-        self.workers.saturating_mul(2).saturating_add(16)
+        self.workers.max.saturating_mul(2).saturating_add(16)
     }
 }
 
@@ -186,19 +192,6 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
         _ => return Err(expected()),
     };
     number.checked_mul(ms_per_unit).map(Duration::from_millis).ok_or_else(expected)
-}
-
-/// Reads the number of workers: 1 to 1024, or `auto`, one for each processor.
-///
-/// # Errors
-/// A sentence that says what is expected.
-pub(crate) fn parse_workers(text: &str) -> Result<u32, String> {
-    if text == "auto" {
-        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        return Ok(u32::try_from(processors).unwrap_or(1024).min(1024));
-    }
-    let number = text.parse().ok().filter(|number| (1..=1024).contains(number));
-    number.ok_or(format!("'{text}' is not a number of workers (expected 1 to 1024, or auto)"))
 }
 
 /// Reads permissions in octal, as `chmod` takes them.

@@ -7,10 +7,14 @@
 //!
 //! - [`supervisor`] decides (pure).
 //! - [`spawn`] makes processes; [`signals`] and [`program_log`] make signals and programs' output readable.
+//! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
 //! - [`obituary`] writes the line for each process that ended.
 
+mod demand;
+mod notes;
 mod obituary;
 mod program_log;
+mod recycling;
 mod signals;
 mod spawn;
 mod supervisor;
@@ -26,13 +30,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+use self::recycling::Recycling;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
-use self::supervisor::{Action, Event, Note, Policy, Supervisor, Wish};
-use crate::config::Config;
+use self::supervisor::{Action, Budget, Event, Policy, Supervisor, Wish};
+use crate::config::{Config, Share};
 use crate::heritage::Report;
 use crate::listen::Listener;
+use crate::queue_depth::QueueDepth;
 use crate::sys::{self, Ending};
 
 /// The exit status by which a worker asks not to be replaced.
@@ -46,6 +52,10 @@ struct Master {
     signals: SignalInbox,
     scoreboard: Scoreboard,
     children: HashMap<Pid, Child>,
+    recycling: Recycling,
+    queue_depth: QueueDepth,
+    /// The process that was buried last, and its last words.
+    last_buried: Option<(Pid, String)>,
     begun: Instant,
     /// Set when the last process is gone: whether the operator asked for that.
     ended: Option<bool>,
@@ -71,31 +81,49 @@ pub(crate) fn run(
     sys::unblock_signals();
     // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
     nix::sys::prctl::set_child_subreaper(true)?;
-    let policy = Policy {
-        workers: config.workers,
-        slots: config.slots(),
-        start_timeout: config.start_timeout,
-        drain_timeout: config.drain_timeout,
-        respawn_rate: config.respawn_rate,
-    };
+    let recycling = Recycling::new(&config.numbers);
     let mut master = Master {
-        supervisor: Supervisor::new(policy),
+        supervisor: Supervisor::new(policy(&config)),
         signals: SignalInbox::open()?,
         scoreboard: segment.scoreboard(),
         nursery: Nursery::new(config, listeners, segment, launch, application)?,
+        recycling,
+        queue_depth: QueueDepth::new(),
         children: HashMap::new(),
+        last_buried: None,
         begun,
         ended: None,
     };
     master.feed(Event::Tick);
     while master.ended.is_none() {
-        master.wait();
+        if master.wait() {
+            master.feed(Event::Arrival);
+        }
         master.hear_signals();
         master.hear_children();
         master.look_at_programs();
+        master.recycle();
         master.feed(Event::Tick);
     }
     Ok(master.ended == Some(true))
+}
+
+/// What of the configuration the supervisor goes by.
+fn policy(config: &Config) -> Policy {
+    Policy {
+        workers: (config.workers.min, config.workers.max),
+        // A program serves one request at a time, as far as we know.
+        per_worker: config.threads.max(1),
+        scale_down_after: config.numbers.scale_down_after,
+        max_unavailable: match config.numbers.max_unavailable {
+            Share::Number(number) => Budget::Number(number),
+            Share::Percent(percent) => Budget::Percent(percent),
+        },
+        slots: config.slots(),
+        start_timeout: config.start_timeout,
+        drain_timeout: config.drain_timeout,
+        respawn_rate: config.respawn_rate,
+    }
 }
 
 impl Master {
@@ -103,9 +131,11 @@ impl Master {
         self.begun.elapsed()
     }
 
-    /// The one wait point.
-    fn wait(&self) {
-        let mut timeout = self.supervisor.next_deadline().map(|deadline| deadline.saturating_sub(self.now()));
+    /// The one wait point. True if a connection waits and there is no worker.
+    fn wait(&self) -> bool {
+        let deadlines = [self.supervisor.next_deadline(), self.recycling.next_deadline()];
+        let deadline = deadlines.into_iter().flatten().min();
+        let mut timeout = deadline.map(|deadline| deadline.saturating_sub(self.now()));
         if self.children.values().any(Child::is_unsettled_program) {
             timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
         }
@@ -116,13 +146,18 @@ impl Master {
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
         let children = self.children.values().filter_map(Child::watched);
         let children = children.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        let mut watched: Vec<PollFd<'_>> = std::iter::once(signals).chain(children).collect();
+        // Without workers nobody else looks whether somebody comes.
+        let listeners = if self.supervisor.awaits_arrival() { &*self.nursery.listeners } else { &[] };
+        let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+        let mut watched: Vec<PollFd<'_>> = arrivals.chain([signals]).chain(children).collect();
         match poll(&mut watched, timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) => watched[..listeners.len()].iter().any(|listener| listener.any().unwrap_or(false)),
+            Err(nix::errno::Errno::EINTR) => false,
             Err(errno) => {
                 // ENOMEM: nothing is lost, but do not spin.
                 log::error!("the master cannot poll: {errno}");
                 std::thread::sleep(LOOK);
+                false
             }
         }
     }
@@ -154,7 +189,9 @@ impl Master {
                 continue;
             };
             self.scoreboard.bury(child.slot, pid.as_raw().cast_unsigned());
-            obituary::publish(pid, ending, child, &self.scoreboard);
+            self.recycling.died(pid);
+            let last_words = obituary::publish(pid, ending, child, &self.scoreboard);
+            self.last_buried = Some((pid, last_words));
             let wish = match ending {
                 Ending::Exited(0) => Wish::Renew,
                 Ending::Exited(RETIRE) => Wish::Retire,
@@ -179,7 +216,7 @@ impl Master {
         for report in child.listen(pid) {
             match report {
                 Report::Ready => self.feed(Event::Ready { pid }),
-                Report::Recycle(reason) => log::info!("worker wants to be replaced pid={pid} reason={reason}"),
+                Report::Recycle(reason) => self.wear_out(pid, &reason),
                 Report::LastWords(_) => {}
             }
         }
@@ -202,6 +239,29 @@ impl Master {
         for pid in started {
             self.feed(Event::Ready { pid });
         }
+    }
+
+    /// Looks who has served its time.
+    fn recycle(&mut self) {
+        let now = self.now();
+        for pid in self.recycling.too_old(|pid| self.supervisor.is_ready(pid), now) {
+            self.wear_out(pid, "max-age");
+        }
+        if let Some(pid) = self.recycling.turn(now)
+            && self.supervisor.is_ready(pid)
+            && let Some(bytes) = recycling::own_memory(pid)
+            && self.recycling.is_too_large(pid, bytes)
+        {
+            self.wear_out(pid, &format!("max-memory memory={}K", bytes >> 10));
+        }
+    }
+
+    /// Has a process replaced that serves well, and goes on doing so meanwhile.
+    fn wear_out(&mut self, pid: Pid, reason: &str) {
+        let Some(child) = self.children.get(&pid) else { return };
+        let (slot, lived) = (child.slot, child.since.elapsed().as_millis());
+        log::info!("worker is to be replaced slot={slot} pid={pid} lived={lived}ms reason={reason}");
+        self.feed(Event::Recycle { pid });
     }
 
     /// Gives the supervisor an event and does what it wants, until it wants nothing more.
@@ -232,6 +292,11 @@ impl Master {
                 self.signal(pid, Signal::SIGKILL);
                 None
             }
+            Action::Sample => {
+                let (children, listeners) = (&self.children, &self.nursery.listeners);
+                let (supervisor, scoreboard) = (&self.supervisor, &self.scoreboard);
+                Some(Event::Demand(demand::sample(children, supervisor, scoreboard, &self.queue_depth, listeners)))
+            }
             Action::Note(note) => {
                 self.tell(note);
                 None
@@ -248,6 +313,7 @@ impl Master {
             Ok((pid, child)) => {
                 log::debug!("worker spawned slot={slot} pid={pid} gen={generation}");
                 self.children.insert(pid, child);
+                self.recycling.born(pid, self.now());
                 Event::Spawned { slot, pid }
             }
             Err(error) => {
@@ -265,35 +331,6 @@ impl Master {
         let sent = if child.is_worker() { kill(pid, signal) } else { killpg(pid, signal) };
         if let Err(errno) = sent {
             log::error!("cannot signal worker slot={} pid={pid} signal={signal}: {errno}", child.slot);
-        }
-    }
-
-    fn tell(&self, note: Note) {
-        match note {
-            Note::FullStrength => crate::banner::ready(self.begun.elapsed()),
-            Note::Failing { failures, delay } => log::error!(
-                "workers die before they are ready: {failures} in a row, next try in {}ms (see the lines above for why)",
-                delay.as_millis()
-            ),
-            Note::Throttled { slot, delay } => {
-                log::warn!(
-                    "workers end too often: slot={slot} is filled again in {}ms (--respawn-rate)",
-                    delay.as_millis()
-                )
-            }
-            Note::StartTimeout { slot, pid } => {
-                log::warn!("worker slot={slot} pid={pid} is not ready in time (--start-timeout): killed");
-            }
-            Note::DrainTimeout { slot, pid } => {
-                log::warn!("worker slot={slot} pid={pid} does not finish in time (--drain-timeout): killed");
-            }
-            Note::Target(target) => log::info!("workers={target}"),
-            Note::TargetLimit(target) => log::warn!("workers={target} is the limit: left as it is"),
-            Note::ReloadStarted { generation } => log::info!("reload begins gen={generation}"),
-            Note::ReloadDone { generation } => log::info!("reload done gen={generation}"),
-            Note::ReloadFailed { generation } => {
-                log::error!("reload failed gen={generation}: a new worker died before it was ready; the old ones stay");
-            }
         }
     }
 }

@@ -11,8 +11,8 @@ use crate::sys::Ending;
 /// So many of the requests that it was serving are named.
 const NAMED: usize = 4;
 
-/// Writes the line. What the scoreboard says is the dead process's word: bounded, and taken as text only.
-pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Scoreboard) {
+/// Writes the line, and returns the process's last words. What the scoreboard says is the dead process's word: bounded, and taken as text only.
+pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Scoreboard) -> String {
     let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
     let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
     // The row is the child's only if the child had claimed it. A program knows nothing of the scoreboard.
@@ -44,4 +44,5 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
         Ending::Exited(125) => log::warn!("worker left and asks not to be replaced {line}"),
         Ending::Exited(_) | Ending::Signaled(_) => log::warn!("worker died {line}"),
     }
+    last_words
 }

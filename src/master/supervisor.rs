@@ -14,163 +14,36 @@
 //!
 //! The rules:
 //! - One process a slot; a slot's number is unique among the living, and is the process's row in the scoreboard.
-//! - Strength is `target` processes that are starting or ready. Draining ones do not count.
+//! - Strength is `target` processes that are starting or ready. Draining ones do not count. [`scale`] moves the target.
 //! - A process that dies after it was ready is replaced at once, as long as fewer than `respawn_rate` were
 //!   replaced within about a second; further ones wait for their turn.
 //! - A process that dies before it is ready opens the breaker: nothing is spawned until a delay has passed,
 //!   which doubles with each failure in a row; then one process alone tries, and if it becomes ready the
 //!   breaker closes and all are spawned. The delay is a deadline and blocks nobody.
-//! - Reload makes a new generation: one new process is spawned above the target, and only when it is ready one
-//!   of the old drains, until none is left. A new process that dies before it is ready ends the roll, and
-//!   the old ones stay.
+//! - Who is replaced while it lives (reload, recycling) drains when its replacement is ready, and a budget bounds how
+//!   many are being replaced at a time. A reload whose new processes do not start leaves the old ones as they
+//!   are: see [`roll`].
 //! - Of a process that was asked to stop the shell is reminded every second (a program may lose a signal between
 //!   a check and an `accept`); at its deadline it is killed.
+
+mod breaker;
+mod messages;
+mod roll;
+mod scale;
 
 use std::time::Duration;
 
 use nix::unistd::Pid;
 
+use self::breaker::{Breaker, Ending, TokenBucket};
+pub(crate) use self::messages::{Action, Budget, Command, Demand, Event, Note, Policy, Wish};
+use self::roll::Roll;
+use self::scale::Scaler;
+
 /// Time since the master started.
 pub(crate) type Now = Duration;
 
-/// First delay of the breaker, and the longest.
-const BREAKER_FIRST: Duration = Duration::from_millis(100);
-const BREAKER_LONGEST: Duration = Duration::from_secs(30);
-/// The longest delay for a process that ended well, only too early to have been seen at work.
-const BREAKER_LONGEST_DONE: Duration = Duration::from_secs(1);
 const TERMINATE_AGAIN: Duration = Duration::from_secs(1);
-
-/// What the operator chose.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Policy {
-    pub(crate) workers: u32,
-    /// How many processes there can be at once, draining ones included.
-    pub(crate) slots: u32,
-    pub(crate) start_timeout: Duration,
-    pub(crate) drain_timeout: Duration,
-    pub(crate) respawn_rate: u32,
-}
-
-/// What happened.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Event {
-    /// The clock: something may be due.
-    Tick,
-    /// The process asked for with [`Action::Spawn`] exists.
-    Spawned { slot: u32, pid: Pid },
-    /// It could not be made.
-    SpawnFailed { slot: u32 },
-    /// A process says that it is serving.
-    Ready { pid: Pid },
-    /// A child was reaped.
-    Exited { pid: Pid, wish: Wish },
-    /// The operator wants something.
-    Command(Command),
-}
-
-/// What the way in which a process ended asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wish {
-    /// It crashed: replace it.
-    Replace,
-    /// It exited with 0, having done its share of work: replace it. That is no failure, not even of a process
-    /// that was never seen to be ready, if others of its kind were.
-    Renew,
-    /// It exited with 125: do not replace it.
-    Retire,
-}
-
-/// How a process failed to become ready.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ending {
-    /// It crashed, was killed, or could not be made.
-    Early,
-    /// It exited with 0.
-    Done,
-}
-
-/// What an operator can ask for by a signal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Command {
-    /// Let all finish what they serve, then end.
-    Drain,
-    /// End now.
-    Halt,
-    /// Replace all, one by one.
-    Reload,
-    /// One worker more.
-    Add,
-    /// One worker less.
-    Remove,
-}
-
-impl Command {
-    /// For the log.
-    pub(crate) fn verb(self) -> &'static str {
-        match self {
-            Self::Drain => "drain and stop",
-            Self::Halt => "stop at once",
-            Self::Reload => "reload",
-            Self::Add => "add a worker",
-            Self::Remove => "remove a worker",
-        }
-    }
-}
-
-/// What is to be done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Action {
-    /// Make a process for this slot and report [`Event::Spawned`] or [`Event::SpawnFailed`].
-    Spawn { slot: u32, generation: u64 },
-    /// Ask it to finish and leave.
-    Terminate { pid: Pid },
-    /// It is still there: ask it again, if it may have missed that.
-    Remind { pid: Pid },
-    /// End it.
-    Kill { pid: Pid },
-    /// Tell the operator.
-    Note(Note),
-    /// The last process is gone: end the master.
-    Exit { success: bool },
-}
-
-/// What an operator should know.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Note {
-    /// As many processes are ready as there should be, for the first time.
-    FullStrength,
-    /// So many processes in a row died before they were ready; the next try comes after `delay`.
-    Failing {
-        failures: u32,
-        delay: Duration,
-    },
-    /// Replacements wait, because too many processes die.
-    Throttled {
-        slot: u32,
-        delay: Duration,
-    },
-    StartTimeout {
-        slot: u32,
-        pid: Pid,
-    },
-    DrainTimeout {
-        slot: u32,
-        pid: Pid,
-    },
-    /// The number of workers that there should be is now this.
-    Target(u32),
-    /// It stays as it is.
-    TargetLimit(u32),
-    ReloadStarted {
-        generation: u64,
-    },
-    ReloadDone {
-        generation: u64,
-    },
-    ReloadFailed {
-        generation: u64,
-    },
-}
 
 /// What a slot holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -203,6 +76,18 @@ pub(crate) enum State {
 struct Slot {
     state: State,
     generation: u64,
+    /// Since when its process has served its time.
+    worn: Option<Now>,
+    /// Its process drains because another has taken its place.
+    replaced: bool,
+    /// It served something when demand was last looked at.
+    busy: bool,
+}
+
+impl Slot {
+    fn new(state: State, generation: u64) -> Self {
+        Self { state, generation, worn: None, replaced: false, busy: false }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -218,16 +103,17 @@ pub(crate) struct Supervisor {
     policy: Policy,
     slots: Vec<Slot>,
     target: u32,
+    scaler: Scaler,
+    /// That of all processes, when no reload is under way and none has failed.
     generation: u64,
+    /// The last one that a reload was given.
+    newest: u64,
+    roll: Option<Roll>,
     mode: Mode,
-    rolling: bool,
     reached_full_strength: bool,
     /// Some process was ready, ever.
     proven: bool,
-    /// Processes in a row that died before they were ready.
-    failures: u32,
-    /// The breaker: nothing is spawned before this.
-    closed_until: Now,
+    breaker: Breaker,
     respawns: TokenBucket,
     /// The time of the last step.
     now: Now,
@@ -236,17 +122,17 @@ pub(crate) struct Supervisor {
 
 impl Supervisor {
     pub(crate) fn new(policy: Policy) -> Self {
-        let empty = Slot { state: State::Empty, generation: 0 };
         Self {
-            slots: vec![empty; policy.slots as usize],
-            target: policy.workers,
+            slots: vec![Slot::new(State::Empty, 0); policy.slots as usize],
+            target: policy.workers.0,
+            scaler: Scaler::new(policy.workers, policy.per_worker, policy.scale_down_after),
             generation: 1,
+            newest: 1,
+            roll: None,
             mode: Mode::Running,
-            rolling: false,
             reached_full_strength: false,
             proven: false,
-            failures: 0,
-            closed_until: Now::ZERO,
+            breaker: Breaker::default(),
             respawns: TokenBucket::full(policy.respawn_rate),
             now: Now::ZERO,
             policy,
@@ -260,18 +146,31 @@ impl Supervisor {
         match event {
             Event::Tick => {}
             Event::Spawned { slot, pid } => self.spawned(slot, pid),
-            Event::SpawnFailed { slot } => self.failed_start(slot, Ending::Early, now),
+            Event::SpawnFailed { slot } => self.failed_start(slot, None, Ending::Early, now),
             Event::Ready { pid } => self.ready(pid),
+            Event::Recycle { pid } => self.wear_out(pid, now),
+            Event::Hung { pid, grace } => self.hung(pid, grace, now),
+            Event::Demand(demand) => self.demanded(&demand, now),
+            Event::Arrival if self.awaits_arrival() => self.target = self.scaler.arrival(now),
+            Event::Arrival => {}
             Event::Exited { pid, wish } => self.exited(pid, wish, now),
             Event::Command(command) => self.command(command, now),
         }
         self.meet_deadlines(now);
         match self.mode {
-            Mode::Running => self.balance(now),
+            Mode::Running => {
+                self.balance(now);
+                self.look_ahead(now);
+            }
             Mode::Stopping { success } => self.finish(success),
             Mode::Stopped => {}
         }
         std::mem::take(&mut self.actions)
+    }
+
+    /// Whether there is no worker, and a connection is to be told of with [`Event::Arrival`].
+    pub(crate) fn awaits_arrival(&self) -> bool {
+        self.mode == Mode::Running && self.target == 0
     }
 
     /// When [`Event::Tick`] is due, if nothing else happens before. Always later than the last step.
@@ -283,8 +182,14 @@ impl Supervisor {
             State::Empty | State::Ready { .. } | State::Killing { .. } => None,
         });
         // A slot that is empty while the breaker is open waits for the breaker alone.
-        let breaker = (self.mode == Mode::Running && self.missing() > 0).then_some(self.closed_until);
-        slots.chain(breaker.filter(|&until| until > self.now)).min()
+        let breaker = (self.mode == Mode::Running && self.missing() > 0).then_some(self.breaker.open_until());
+        let sample = (self.mode == Mode::Running).then(|| self.scaler.sample_at(self.target)).flatten();
+        slots.chain(breaker.into_iter().chain(sample).filter(|&until| until > self.now)).min()
+    }
+
+    /// Whether it serves, and is to go on.
+    pub(crate) fn is_ready(&self, pid: Pid) -> bool {
+        self.find(pid).is_some_and(|index| matches!(self.slots[index].state, State::Ready { .. }))
     }
 
     /// The slot and generation of a living process, if it is one of ours.
@@ -318,12 +223,8 @@ impl Supervisor {
             State::Starting { .. } => {
                 self.slots[index].state = State::Ready { pid };
                 self.proven = true;
-                self.failures = 0;
-                self.closed_until = Now::ZERO;
-                if !self.reached_full_strength && self.count_ready() >= self.target {
-                    self.reached_full_strength = true;
-                    self.note(Note::FullStrength);
-                }
+                self.breaker.close();
+                self.prove(self.slots[index].generation);
             }
             State::Empty
             | State::Ready { .. }
@@ -336,21 +237,21 @@ impl Supervisor {
     fn exited(&mut self, pid: Pid, wish: Wish, now: Now) {
         let Some(index) = self.find(pid) else { return }; // a stranger
         let slot = number(index);
-        let state = self.slots[index].state;
-        self.slots[index].state = State::Empty;
-        match state {
+        let Slot { state, generation, .. } = self.slots[index];
+        self.slots[index] = Slot::new(State::Empty, generation);
+        let failed = |ending| (slot, Some(pid), ending, now);
+        let failed = match state {
             // During a reload it is the new build that has something against it, and the old ones stay.
-            State::Starting { .. } if wish == Wish::Retire && self.rolling => {
-                self.failed_start(slot, Ending::Early, now)
-            }
-            State::Starting { .. } | State::Ready { .. } if wish == Wish::Retire => self.retire(now),
-            State::Starting { .. } if wish == Wish::Renew && self.proven => self.respawn(slot, now),
-            State::Starting { .. } if wish == Wish::Renew => self.failed_start(slot, Ending::Done, now),
-            State::Starting { .. } => self.failed_start(slot, Ending::Early, now),
-            State::Ready { .. } => self.respawn(slot, now),
-            State::Killing { unready: true, .. } => self.failed_start(slot, Ending::Early, now),
-            State::Draining { .. } | State::Killing { .. } | State::Empty | State::Backoff { .. } => {}
-        }
+            State::Starting { .. } if wish == Wish::Retire && self.is_new(generation) => failed(Ending::Early),
+            State::Starting { .. } | State::Ready { .. } if wish == Wish::Retire => return self.retire(now),
+            State::Starting { .. } if wish == Wish::Renew && self.proven => return self.respawn(slot, now),
+            State::Starting { .. } if wish == Wish::Renew => failed(Ending::Done),
+            State::Starting { .. } => failed(Ending::Early),
+            State::Ready { .. } => return self.respawn(slot, now),
+            State::Killing { unready: true, .. } => failed(Ending::Early),
+            State::Draining { .. } | State::Killing { .. } | State::Empty | State::Backoff { .. } => return,
+        };
+        self.failed_start(failed.0, failed.1, failed.2, failed.3);
     }
 
     /// Has the slot refilled: at once, as a rule.
@@ -367,9 +268,12 @@ impl Supervisor {
         if self.mode != Mode::Running {
             return;
         }
-        self.target = self.target.saturating_sub(1);
+        let (min, max) = self.scaler.limits();
+        let fewer = max.saturating_sub(1);
+        let target = self.target.saturating_sub(1);
+        self.target = self.scaler.set_limits((min.min(fewer), fewer), target, now);
         self.note(Note::Target(self.target));
-        if self.target == 0 {
+        if fewer == 0 {
             self.stop(false, now);
         }
     }
@@ -381,29 +285,23 @@ impl Supervisor {
         }
     }
 
-    fn failed_start(&mut self, slot: u32, ending: Ending, now: Now) {
-        self.slots[slot as usize].state = State::Empty;
+    fn failed_start(&mut self, slot: u32, pid: Option<Pid>, ending: Ending, now: Now) {
+        let place = &mut self.slots[slot as usize];
+        let generation = place.generation;
+        *place = Slot::new(State::Empty, generation);
         if self.mode != Mode::Running {
             return;
         }
-        if now >= self.closed_until {
-            // The first failure since the breaker let processes through; its siblings' failures are the same one.
-            self.failures = self.failures.saturating_add(1);
-            let longest = match ending {
-                Ending::Early => BREAKER_LONGEST,
-                Ending::Done => BREAKER_LONGEST_DONE,
-            };
-            let delay = BREAKER_FIRST.saturating_mul(1 << (self.failures - 1).min(16)).min(longest);
-            self.closed_until = now + delay;
-            self.note(Note::Failing { failures: self.failures, delay });
+        if self.is_new(generation) {
+            self.fail_roll(slot, pid);
+            if self.strength() >= self.target {
+                return; // it was one above the target, and is not missed
+            }
         }
-        if self.rolling {
-            // The slot stays empty: it was one above the target.
-            self.rolling = false;
-            self.note(Note::ReloadFailed { generation: self.generation });
-        } else {
-            self.slots[slot as usize].state = State::Backoff { until: self.closed_until };
+        if let Some((failures, delay)) = self.breaker.fail(ending, now) {
+            self.note(Note::Failing { failures, delay });
         }
+        self.slots[slot as usize].state = State::Backoff { until: self.breaker.open_until() };
     }
 
     fn command(&mut self, command: Command, now: Now) {
@@ -415,32 +313,68 @@ impl Supervisor {
                     self.kill(index);
                 }
             }
-            (Command::Reload, Mode::Running) => {
-                self.generation += 1;
-                self.rolling = true;
-                // A reload is the operator's way to say that the cause is mended: try at once.
-                self.closed_until = Now::ZERO;
-                self.failures = 0;
-                self.end_backoffs(Now::MAX);
-                self.note(Note::ReloadStarted { generation: self.generation });
-            }
+            (Command::Reload, Mode::Running) => self.begin_roll(),
             (Command::Add, Mode::Running) => {
-                let more = self.target + 1;
-                self.retarget(if more < self.policy.slots { more } else { self.target });
+                let (min, max) = self.scaler.limits();
+                self.retarget((min + 1, max + 1), self.target + 1, now);
             }
-            (Command::Remove, Mode::Running) => self.retarget(self.target.saturating_sub(1).max(1)),
+            (Command::Remove, Mode::Running) => {
+                let (min, max) = self.scaler.limits();
+                // Only who was told so at the start does without workers.
+                let lowest = self.policy.workers.0.min(1);
+                let fewer = max.saturating_sub(1).max(1);
+                let least = min.saturating_sub(1).max(lowest).min(fewer);
+                self.retarget((least, fewer), self.target.saturating_sub(1).max(lowest), now);
+            }
+            (Command::Scale(number), Mode::Running) => self.retarget((number, number), number, now),
             (
-                Command::Drain | Command::Reload | Command::Add | Command::Remove,
+                Command::Drain | Command::Reload | Command::Add | Command::Remove | Command::Scale(_),
                 Mode::Stopping { .. } | Mode::Stopped,
             )
             | (Command::Halt, Mode::Stopped) => {}
         }
     }
 
-    fn retarget(&mut self, target: u32) {
-        let note = if target == self.target { Note::TargetLimit(target) } else { Note::Target(target) };
-        self.target = target;
-        self.note(note);
+    /// The operator wants another number of workers.
+    fn retarget(&mut self, limits: (u32, u32), target: u32, now: Now) {
+        let is_possible = limits.1 > 0 && limits.1 < self.policy.slots;
+        if !is_possible || (limits == self.scaler.limits() && target == self.target) {
+            return self.note(Note::TargetLimit(self.target));
+        }
+        self.target = self.scaler.set_limits(limits, target, now);
+        self.note(Note::Target(self.target));
+    }
+
+    /// How much there is to do, and what follows from it for the number of workers.
+    fn demanded(&mut self, demand: &Demand, now: Now) {
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            slot.busy = demand.busy.contains(&number(index));
+        }
+        if self.mode != Mode::Running || self.target == 0 {
+            return;
+        }
+        let (from, may_grow) = (self.target, !self.breaker.is_failing());
+        let verdict = self.scaler.judge(demand, from, may_grow, now);
+        let Demand { in_flight, waiting, .. } = *demand;
+        if verdict.is_saturated {
+            self.note(Note::Saturated { workers: from, in_flight, waiting });
+        }
+        if verdict.target != from {
+            self.target = verdict.target;
+            self.note(Note::Scaled { from, to: verdict.target, in_flight, waiting });
+        }
+    }
+
+    /// Says when all are there, and looks at demand when it is time.
+    fn look_ahead(&mut self, now: Now) {
+        if !self.reached_full_strength && self.count_ready() >= self.target {
+            self.reached_full_strength = true;
+            self.note(Note::FullStrength);
+        }
+        if self.scaler.sample_at(self.target).is_some_and(|at| at <= now) {
+            self.scaler.sampled(now);
+            self.actions.push(Action::Sample);
+        }
     }
 
     fn meet_deadlines(&mut self, now: Now) {
@@ -479,49 +413,27 @@ impl Supervisor {
         }
     }
 
-    /// Spawns what is missing, and drains what is too much or old.
+    /// Spawns what is missing, and drains what is too much or has been replaced.
     fn balance(&mut self, now: Now) {
-        if self.rolling {
-            self.roll(now);
-        }
-        while self.missing() > 0 {
-            let trying = self.count(|state| matches!(state, State::Starting { .. })) > 0;
-            if now < self.closed_until || (self.failures > 0 && trying) {
-                break;
-            }
+        self.replace(now);
+        while self.missing() > 0 && self.breaker.permits(self.is_starting(), now) {
+            let Some(generation) = self.next_generation() else { break };
             let Some(index) = self.slots.iter().position(|slot| slot.state == State::Empty) else { break };
             let deadline = now + self.policy.start_timeout;
-            self.slots[index] = Slot { state: State::Starting { pid: None, deadline }, generation: self.generation };
-            self.actions.push(Action::Spawn { slot: number(index), generation: self.generation });
+            self.slots[index] = Slot::new(State::Starting { pid: None, deadline }, generation);
+            self.actions.push(Action::Spawn { slot: number(index), generation });
         }
         while self.strength() > self.wanted() {
-            // What does not serve yet goes first, then the oldest generation, then the highest slot.
-            let surplus =
-                (0..self.slots.len()).filter(|&index| self.slots[index].state.counts()).min_by_key(|&index| {
-                    let serves = matches!(self.slots[index].state, State::Ready { .. });
-                    (serves, self.slots[index].generation, std::cmp::Reverse(index))
-                });
-            let Some(index) = surplus else { break };
+            // What does not serve yet goes first, then what has nothing to do, then the oldest generation, then the
+            // highest slot.
+            let candidates = (0..self.slots.len()).filter(|&index| self.slots[index].state.counts());
+            let surplus = candidates.min_by_key(|&index| {
+                let Slot { state, busy, generation, .. } = self.slots[index];
+                (matches!(state, State::Ready { .. }), busy, generation, std::cmp::Reverse(index))
+            });
+            // One that is just being made has no pid to be asked by: its time comes in the next step.
+            let Some(index) = surplus.filter(|&index| self.slots[index].state.pid().is_some()) else { break };
             self.drain(index, now);
-        }
-    }
-
-    /// One step of a reload: for each new process that is ready, one old one drains.
-    fn roll(&mut self, now: Now) {
-        loop {
-            let old = (0..self.slots.len())
-                .find(|&index| self.slots[index].state.counts() && self.slots[index].generation < self.generation);
-            let Some(old) = old else {
-                if self.count(|state| matches!(state, State::Starting { .. })) == 0 {
-                    self.rolling = false;
-                    self.note(Note::ReloadDone { generation: self.generation });
-                }
-                return;
-            };
-            if self.count_ready() <= self.target {
-                return;
-            }
-            self.drain(old, now);
         }
     }
 
@@ -533,7 +445,7 @@ impl Supervisor {
                 self.actions.push(Action::Terminate { pid });
             }
             State::Backoff { .. } => self.slots[index].state = State::Empty,
-            // The shell answers each Spawn before the next event, so there is no Starting without a pid here.
+            // Without a pid it is just being made: the shell answers each Spawn before the next event.
             State::Starting { pid: None, .. } | State::Empty | State::Draining { .. } | State::Killing { .. } => {}
         }
     }
@@ -556,9 +468,9 @@ impl Supervisor {
         }
     }
 
-    /// How many processes there should be: one above the target while a reload replaces them.
+    /// How many processes there should be: more than the target while some are being replaced.
     fn wanted(&self) -> u32 {
-        self.target + u32::from(self.rolling)
+        self.target + self.surge()
     }
 
     /// How many of them neither exist nor wait for their time.
@@ -578,8 +490,16 @@ impl Supervisor {
         self.count(|state| matches!(state, State::Ready { .. }))
     }
 
+    fn is_starting(&self) -> bool {
+        self.count(|state| matches!(state, State::Starting { .. })) > 0
+    }
+
     fn count(&self, which: impl Fn(&State) -> bool) -> u32 {
-        number(self.slots.iter().filter(|slot| which(&slot.state)).count())
+        self.count_slots(|slot| which(&slot.state))
+    }
+
+    fn count_slots(&self, which: impl Fn(&Slot) -> bool) -> u32 {
+        number(self.slots.iter().filter(|slot| which(slot)).count())
     }
 
     fn note(&mut self, note: Note) {
@@ -599,31 +519,15 @@ impl State {
     fn counts(&self) -> bool {
         matches!(self, Self::Starting { .. } | Self::Ready { .. })
     }
+
+    /// It counts, or will as long as its end is not known.
+    fn holds_place(&self) -> bool {
+        self.counts() || matches!(self, Self::Killing { unready: true, .. })
+    }
 }
 
 fn number(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX)
-}
-
-/// So many at once, and so many a second.
-#[derive(Debug)]
-struct TokenBucket {
-    rate: u32,
-    /// When the bucket would be full if nothing more were taken.
-    full_at: Now,
-}
-
-impl TokenBucket {
-    fn full(rate: u32) -> Self {
-        Self { rate: rate.max(1), full_at: Now::ZERO }
-    }
-
-    /// Takes one token; if there was none, says when it will have come.
-    fn take(&mut self, now: Now) -> Option<Now> {
-        self.full_at = self.full_at.max(now) + Duration::from_secs(1) / self.rate;
-        let due = self.full_at.saturating_sub(Duration::from_secs(1));
-        (due > now).then_some(due)
-    }
 }
 
 #[cfg(test)]

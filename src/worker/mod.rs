@@ -18,8 +18,10 @@ mod closing;
 mod door;
 mod drain;
 mod fastcgi;
+mod health;
 mod http;
 mod later;
+mod lifetime;
 mod opening;
 mod outbox;
 mod reply;
@@ -38,7 +40,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::http::{Request, Response};
 use forkyard_shm::{Cache, State};
@@ -52,16 +54,17 @@ use tower_service::Service;
 use self::accept::{Acceptor, Arrival, Connections, Serve};
 use self::door::Door;
 use self::drain::Drain;
+use self::lifetime::Counted;
 use self::serve::{Application, BoxError};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
 use crate::config::Config;
 use crate::context::Context;
-use crate::handover::PackedOrigin;
+use crate::handover::{Channel, PackedOrigin};
 use crate::heir::ledger::{Ledger, Tongue};
 use crate::heir::{self, Appointed};
 use crate::heritage::{Heritage, Report};
-use crate::listen::Protocol;
+use crate::listen::{Listener, Protocol};
 use crate::protocol::cgi::Origin;
 use crate::{blocking, sys};
 
@@ -115,6 +118,7 @@ where
 {
     let config = Arc::clone(&heritage.config);
     let slot = heritage.slot;
+    let begun = Instant::now();
     let asked_to_leave = take_signals(config.drain_timeout)?;
     sys::raise_descriptor_limit();
     let scoreboard = heritage.segment.scoreboard();
@@ -133,11 +137,18 @@ where
         let limit = config.limits.max_connections;
         let connections = Connections::new(limit, row.clone(), scoreboard, heritage.slot, Rc::clone(&watchdog));
         let connections = Rc::new(connections);
+        let report = File::from(heritage.report);
+        let service = Counted::new(service, config.numbers.max_requests, report.try_clone()?);
         let application = Rc::new(Application::new(service, row.clone(), config.limits, config.trust.clone()));
         let entrances = heritage.listeners.iter().map(|listener| Entrance::new(&config, listener.protocol)).collect();
+        if let Some(path) = &config.numbers.health_path {
+            // A little less than the master gives it, so that it can still say why.
+            let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
+            health::check(&application, path, limit).await?;
+        }
         let server = Rc::new(Server { application, drain: drain.clone(), entrances });
         let mut accepting = Vec::new();
-        for acceptor in acceptors(&heritage, &connections, heir.ledger)? {
+        for acceptor in acceptors(&heritage.listeners, &heritage.handover, &connections, heir.ledger)? {
             let acceptor = Rc::new(acceptor);
             let (run, with) = (Rc::clone(&acceptor), Rc::clone(&server));
             let task = tokio::task::spawn_local(async move { run.run(&*with).await });
@@ -148,10 +159,10 @@ where
             tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections))),
             tokio::task::spawn_local(later::run()),
             tokio::task::spawn_local(async move { watchdog.run().await }),
-            tokio::task::spawn_local(miss_heir(heir.end, heritage.report.try_clone()?)),
+            tokio::task::spawn_local(miss_heir(heir.end, report.try_clone()?)),
         ];
         row.set_state(State::Ready);
-        File::from(heritage.report).write_all(Report::Ready.line().as_bytes())?;
+        (&report).write_all(Report::Ready.line().as_bytes())?;
         told_to_leave(asked_to_leave, heritage.lifeline).await?;
 
         row.set_state(State::Draining);
@@ -215,17 +226,22 @@ fn run_in_turns<T>(runtime: &LocalRuntime, life: impl Future<Output = T>) -> T {
 }
 
 /// All ways by which connections come to this worker.
-fn acceptors(heritage: &Heritage, connections: &Rc<Connections>, ledger: Ledger) -> io::Result<Vec<Acceptor>> {
-    let listeners = (0..).zip(heritage.listeners.iter());
+fn acceptors(
+    listeners: &[Listener],
+    channel: &Channel,
+    connections: &Rc<Connections>,
+    ledger: Ledger,
+) -> io::Result<Vec<Acceptor>> {
+    let listeners = (0..).zip(listeners);
     let of_listeners = listeners.map(|(index, listener)| Acceptor::of_listener(index, listener, connections, ledger));
-    of_listeners.chain([Acceptor::of_channel(&heritage.handover, connections, ledger)]).collect()
+    of_listeners.chain([Acceptor::of_channel(channel, connections, ledger)]).collect()
 }
 
 /// Asks to be replaced when the heir has died.
-async fn miss_heir(end: Option<OwnedFd>, report: OwnedFd) {
+async fn miss_heir(end: Option<OwnedFd>, mut report: File) {
     let Some(end) = end.and_then(|end| sys::register(end, Interest::READABLE).ok()) else { return };
     if end.readable().await.is_ok() {
-        let _ = File::from(report).write_all(Report::Recycle("its heir died".to_owned()).line().as_bytes());
+        let _ = report.write_all(Report::Recycle("its heir died".to_owned()).line().as_bytes());
     }
 }
 

@@ -1,5 +1,7 @@
 //! The supervisor in simulated worlds: random histories from a seed, and the rules one by one.
 
+mod numbers;
+
 use std::collections::BTreeMap;
 
 use super::*;
@@ -7,7 +9,20 @@ use super::*;
 const MS: Duration = Duration::from_millis(1);
 
 fn policy(workers: u32) -> Policy {
-    Policy { workers, slots: workers * 2 + 4, start_timeout: 1000 * MS, drain_timeout: 5000 * MS, respawn_rate: 8 }
+    range(workers, workers)
+}
+
+fn range(min: u32, max: u32) -> Policy {
+    Policy {
+        workers: (min, max),
+        per_worker: 1,
+        scale_down_after: 10_000 * MS,
+        max_unavailable: Budget::Number(1),
+        slots: max * 2 + 4,
+        start_timeout: 1000 * MS,
+        drain_timeout: 5000 * MS,
+        respawn_rate: 8,
+    }
 }
 
 /// What a simulated process will do.
@@ -27,6 +42,10 @@ struct World {
     next_pid: i32,
     spawned: u32,
     fork_fails: bool,
+    /// What there is to do: so many requests, which the processes that are ready share.
+    requests: u32,
+    /// The process that is being given up because it hangs.
+    hanging: Option<Pid>,
     notes: Vec<Note>,
     exited: Option<bool>,
 }
@@ -40,6 +59,8 @@ impl World {
             next_pid: 100,
             spawned: 0,
             fork_fails: false,
+            requests: 0,
+            hanging: None,
             notes: Vec::new(),
             exited: None,
         };
@@ -53,8 +74,17 @@ impl World {
             assert_eq!(self.exited, None, "{action:?} after the end");
             let answer = match action {
                 Action::Spawn { slot, .. } => self.spawn(slot),
-                Action::Terminate { pid } | Action::Remind { pid } => self.signal(pid, Life::Leaving),
+                Action::Terminate { pid } => {
+                    let serves = self.processes.get(&pid.as_raw()) == Some(&Life::Ready) && self.hanging != Some(pid);
+                    let answer = self.signal(pid, Life::Leaving);
+                    if serves && self.supervisor.mode == Mode::Running {
+                        assert!(self.ready() >= self.supervisor.target as usize, "{pid} is missed");
+                    }
+                    answer
+                }
+                Action::Remind { pid } => self.signal(pid, Life::Leaving),
                 Action::Kill { pid } => self.signal(pid, Life::Killed),
+                Action::Sample => Some(Event::Demand(self.demand())),
                 Action::Note(note) => {
                     self.notes.push(note);
                     None
@@ -99,10 +129,29 @@ impl World {
         let policy = self.supervisor.policy;
         assert!(self.processes.len() <= policy.slots as usize);
         let serving = self.processes.values().filter(|&&life| matches!(life, Life::Starting | Life::Ready)).count();
-        assert!(serving <= self.supervisor.target as usize + 1, "{serving} serve, {} wanted", self.supervisor.target);
+        let target = self.supervisor.target;
+        let budget = policy.max_unavailable.of(target);
+        assert!(serving <= (target + budget) as usize, "{serving} serve, {target} wanted, {budget} more allowed");
+        let (min, max) = self.supervisor.scaler.limits();
+        assert!((min..=max).contains(&target), "{target} workers of {min}..{max}");
+        let replaced = self.supervisor.count_slots(|slot| slot.replaced);
+        let above = number(serving).saturating_sub(target);
+        assert!(replaced + above <= budget, "{replaced} leave and {above} come, {budget} allowed");
         for &pid in self.processes.keys() {
             assert!(self.supervisor.place_of(Pid::from_raw(pid)).is_some(), "{pid} was forgotten");
         }
+    }
+
+    /// Each process that is ready takes one request; the others wait.
+    fn demand(&self) -> Demand {
+        let ready = self.processes.iter().filter(|(_, life)| **life == Life::Ready);
+        let slots = ready.filter_map(|(&pid, _)| self.supervisor.place_of(Pid::from_raw(pid))).map(|(slot, _)| slot);
+        // Those in the highest slots, which would be the first to leave if they were idle.
+        let mut busy: Vec<u32> = slots.collect();
+        busy.sort_unstable_by_key(|&slot| std::cmp::Reverse(slot));
+        busy.truncate(self.requests as usize);
+        let in_flight = number(busy.len());
+        Demand { busy, in_flight, waiting: self.requests - in_flight }
     }
 
     fn pick(&self, random: &mut fastrand::Rng, life: Life) -> Option<Pid> {
@@ -115,16 +164,25 @@ impl World {
         self.feed(Event::Exited { pid, wish });
     }
 
+    fn hung(&mut self, pid: i32, grace: Duration) {
+        let pid = Pid::from_raw(pid);
+        self.hanging = Some(pid);
+        self.feed(Event::Hung { pid, grace });
+        self.hanging = None;
+    }
+
     fn become_ready(&mut self, pid: Pid) {
         self.processes.insert(pid.as_raw(), Life::Ready);
         self.feed(Event::Ready { pid });
     }
 
-    /// Lets time pass up to the next deadline, and everybody do as told.
+    /// Lets time pass up to the next deadline, and everybody do as told, until all is as it should be.
     fn settle(&mut self) {
         for _ in 0..10_000 {
             let Some((&pid, &life)) = self.processes.iter().find(|(_, life)| **life != Life::Ready) else {
-                match self.supervisor.next_deadline() {
+                let is_whole = self.supervisor.missing() == 0
+                    && self.supervisor.count(|state| matches!(state, State::Backoff { .. })) == 0;
+                match self.supervisor.next_deadline().filter(|_| !is_whole) {
                     Some(deadline) => {
                         self.now = deadline;
                         self.feed(Event::Tick);
@@ -153,7 +211,18 @@ impl World {
                     self.become_ready(pid);
                 }
             }
-            30..40 => {
+            30..34 => {
+                if let Some(pid) = self.pick(random, Life::Ready) {
+                    self.feed(Event::Recycle { pid });
+                }
+            }
+            34..35 => {
+                if let Some(pid) = self.pick(random, Life::Ready) {
+                    let grace = MS * random.u32(0..3) * 400;
+                    self.hung(pid.as_raw(), grace);
+                }
+            }
+            35..40 => {
                 let life = random.choice([Life::Starting, Life::Ready, Life::Leaving]).unwrap();
                 if let Some(pid) = self.pick(random, life) {
                     let wish = match random.u32(0..20) {
@@ -178,18 +247,32 @@ impl World {
             88..91 => self.feed(Event::Command(Command::Reload)),
             91..94 => self.feed(Event::Command(Command::Add)),
             94..97 => self.feed(Event::Command(Command::Remove)),
-            97..98 => self.feed(Event::Ready { pid: Pid::from_raw(1) }),
+            97..98 => self.random_number(random),
+            98..99 => self.feed(Event::Ready { pid: Pid::from_raw(1) }),
             _ => self.feed(Event::Exited { pid: Pid::from_raw(1), wish: Wish::Retire }),
+        }
+    }
+
+    fn random_number(&mut self, random: &mut fastrand::Rng) {
+        if random.u32(0..8) == 0 {
+            self.feed(Event::Command(Command::Scale(random.u32(0..20))));
+            return;
+        }
+        self.requests = random.u32(0..12);
+        if self.requests > 0 {
+            self.feed(Event::Arrival);
         }
     }
 }
 
 #[test]
 fn random_histories_always_lead_back_to_full_strength() {
-    for seed in 0..400 {
+    for seed in 0..1000 {
         let outcome = std::panic::catch_unwind(|| {
             let mut random = fastrand::Rng::with_seed(seed);
-            let mut world = World::new(policy(random.u32(1..6)));
+            let min = random.u32(0..6);
+            let policy = range(min, min.max(1) + random.u32(0..2) * random.u32(0..6));
+            let mut world = World::new(Policy { max_unavailable: Budget::Number(random.u32(1..4)), ..policy });
             for _ in 0..random.u32(1..600) {
                 world.random_event(&mut random);
                 if world.supervisor.mode != Mode::Running {
@@ -198,7 +281,7 @@ fn random_histories_always_lead_back_to_full_strength() {
             }
             world.fork_fails = false;
             world.settle();
-            if world.supervisor.target == 0 {
+            if world.supervisor.mode == Mode::Stopped {
                 assert_eq!((world.exited, world.ready()), (Some(false), 0));
                 return;
             }
@@ -292,12 +375,22 @@ fn a_reload_replaces_one_by_one_and_never_serves_with_fewer() {
         assert!(world.ready() >= 3);
         assert_eq!(world.processes.values().filter(|&&life| life == Life::Starting).count(), 1);
         world.become_ready(pid);
+        let old = world.pick(&mut random, Life::Leaving).expect("one has drained");
+        assert_eq!(world.pick(&mut random, Life::Starting), None, "the next one has to wait until that is gone");
+        world.die(old, Wish::Renew);
     }
     assert!(world.notes.contains(&Note::ReloadDone { generation: 2 }));
     world.settle();
     for &pid in world.processes.keys() {
         assert_eq!(world.supervisor.place_of(Pid::from_raw(pid)).unwrap().1, 2);
     }
+}
+
+/// Whether the reload to this generation failed because of this process.
+fn failed_with(world: &World, generation: u64, new: i32) -> bool {
+    let failed = |note: &&Note| matches!(note, Note::ReloadFailed { .. });
+    let note = world.notes.iter().rfind(failed).expect("it failed");
+    matches!(*note, Note::ReloadFailed { generation: of, pid: Some(pid), .. } if (of, pid.as_raw()) == (generation, new))
 }
 
 #[test]
@@ -308,7 +401,7 @@ fn a_reload_whose_first_process_dies_keeps_the_old_ones() {
     world.feed(Event::Command(Command::Reload));
     let new = *world.processes.keys().next_back().unwrap();
     world.die(Pid::from_raw(new), Wish::Replace);
-    assert!(world.notes.contains(&Note::ReloadFailed { generation: 2 }));
+    assert!(failed_with(&world, 2, new));
     world.settle();
     assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
 }
@@ -356,7 +449,7 @@ fn a_reload_whose_first_process_overruns_its_start_keeps_the_old_ones() {
     assert_eq!(world.processes[&new], Life::Killed);
     assert_eq!(world.processes.len(), 4, "nobody else is tried meanwhile");
     world.die(Pid::from_raw(new), Wish::Replace);
-    assert!(world.notes.contains(&Note::ReloadFailed { generation: 2 }));
+    assert!(failed_with(&world, 2, new));
     world.settle();
     assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
 }

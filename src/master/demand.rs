@@ -1,0 +1,41 @@
+//! How much there is to do: what the scoreboard says of the workers, or the kernel of programs, and the queues of the
+//! listening sockets.
+
+use std::collections::HashMap;
+
+use forkyard_shm::Scoreboard;
+use nix::unistd::Pid;
+
+use super::spawn::{Child, has_connection, is_accepting};
+use super::supervisor::{Demand, Supervisor};
+use crate::listen::Listener;
+use crate::queue_depth::QueueDepth;
+
+/// What one worker may say that it serves: more than that is no reason to start more workers.
+const MOST: u32 = 1 << 16;
+
+/// One sample of it.
+pub(crate) fn sample(
+    children: &HashMap<Pid, Child>,
+    supervisor: &Supervisor,
+    scoreboard: &Scoreboard,
+    depth: &QueueDepth,
+    listeners: &[Listener],
+) -> Demand {
+    let mut demand = Demand::default();
+    for (&pid, child) in children.iter().filter(|(pid, _)| supervisor.is_ready(**pid)) {
+        let serving = if child.is_worker() {
+            let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
+            row.map_or(0, |row| row.in_flight.min(MOST))
+        } else {
+            // One that never sleeps in `accept` (it waits in epoll, say) is at work while it has a connection.
+            u32::from(!is_accepting(pid) && has_connection(pid))
+        };
+        demand.in_flight = demand.in_flight.saturating_add(serving);
+        if serving > 0 {
+            demand.busy.push(child.slot);
+        }
+    }
+    demand.waiting = listeners.iter().map(|listener| depth.of(listener)).fold(0, u32::saturating_add);
+    demand
+}

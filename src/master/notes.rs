@@ -1,0 +1,51 @@
+//! What the operator is told of the supervisor's decisions: a line of the log for each note.
+
+use super::Master;
+use super::supervisor::Note;
+
+impl Master {
+    pub(super) fn tell(&self, note: Note) {
+        match note {
+            Note::FullStrength => crate::banner::ready(self.begun.elapsed()),
+            Note::Failing { failures, delay } => log::error!(
+                "workers die before they are ready: {failures} in a row, next try in {}ms (see the lines above for why)",
+                delay.as_millis()
+            ),
+            Note::Throttled { slot, delay } => {
+                log::warn!(
+                    "workers end too often: slot={slot} is filled again in {}ms (--respawn-rate)",
+                    delay.as_millis()
+                )
+            }
+            Note::StartTimeout { slot, pid } => {
+                log::warn!("worker slot={slot} pid={pid} is not ready in time (--start-timeout): killed");
+            }
+            Note::DrainTimeout { slot, pid } => {
+                log::warn!("worker slot={slot} pid={pid} does not finish in time (--drain-timeout): killed");
+            }
+            Note::Target(target) => log::info!("workers={target}"),
+            Note::TargetLimit(target) => log::warn!("workers={target} is the limit: left as it is"),
+            Note::Scaled { from, to, in_flight, waiting } => {
+                log::info!("scaled workers={to} from={from} in_flight={in_flight} waiting={waiting}");
+            }
+            Note::Saturated { workers, in_flight, waiting } => log::warn!(
+                "there is more to do than the most workers can do (--workers): workers={workers} \
+                 in_flight={in_flight} waiting={waiting}"
+            ),
+            Note::ReloadStarted { generation } => log::info!("reload begins gen={generation}"),
+            Note::ReloadDone { generation } => log::info!("reload done gen={generation}"),
+            Note::ReloadFailed { generation, slot, pid } => {
+                let (pid, said) = match (pid, &self.last_buried) {
+                    (Some(pid), Some((buried, said))) if *buried == pid => (format!(" pid={pid}"), said.as_str()),
+                    (Some(pid), _) => (format!(" pid={pid}"), ""),
+                    (None, _) => (String::new(), ""),
+                };
+                let said = if said.is_empty() { String::new() } else { format!(" said={said:?}") };
+                log::error!(
+                    "reload failed gen={generation}: a new worker died before it was ready; the old ones stay \
+                     slot={slot}{pid}{said}"
+                );
+            }
+        }
+    }
+}

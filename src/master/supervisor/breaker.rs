@@ -1,0 +1,86 @@
+//! What bounds how fast processes are made: the breaker, for those that fail to start, and the bucket of tokens, for
+//! those that die at work.
+
+use std::time::Duration;
+
+use super::Now;
+
+/// First delay of the breaker, and the longest.
+const FIRST: Duration = Duration::from_millis(100);
+const LONGEST: Duration = Duration::from_secs(30);
+/// The longest delay for a process that ended well, only too early to have been seen at work.
+const LONGEST_DONE: Duration = Duration::from_secs(1);
+
+/// How a process failed to become ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// It crashed, was killed, or could not be made.
+    Early,
+    /// It exited with 0.
+    Done,
+}
+
+/// Opens when a process dies before it is ready, for a time that doubles; then one alone may try.
+#[derive(Debug, Default)]
+pub(super) struct Breaker {
+    /// Processes in a row that died before they were ready.
+    failures: u32,
+    /// Nothing is spawned before this.
+    open_until: Now,
+}
+
+impl Breaker {
+    pub(super) fn open_until(&self) -> Now {
+        self.open_until
+    }
+
+    /// Whether a process may be made, if `trying` says whether one is starting.
+    pub(super) fn permits(&self, trying: bool, now: Now) -> bool {
+        now >= self.open_until && !(self.failures > 0 && trying)
+    }
+
+    pub(super) fn is_failing(&self) -> bool {
+        self.failures > 0
+    }
+
+    /// A process became ready, or the operator says that the cause is mended.
+    pub(super) fn close(&mut self) {
+        *self = Self::default();
+    }
+
+    /// A process failed. Returns how many in a row, and the delay; `None` if this is the same failure as the last one.
+    pub(super) fn fail(&mut self, ending: Ending, now: Now) -> Option<(u32, Duration)> {
+        if now < self.open_until {
+            return None; // its siblings, which were let through with it
+        }
+        self.failures = self.failures.saturating_add(1);
+        let longest = match ending {
+            Ending::Early => LONGEST,
+            Ending::Done => LONGEST_DONE,
+        };
+        let delay = FIRST.saturating_mul(1 << (self.failures - 1).min(16)).min(longest);
+        self.open_until = now + delay;
+        Some((self.failures, delay))
+    }
+}
+
+/// So many at once, and so many a second.
+#[derive(Debug)]
+pub(super) struct TokenBucket {
+    rate: u32,
+    /// When the bucket would be full if nothing more were taken.
+    full_at: Now,
+}
+
+impl TokenBucket {
+    pub(super) fn full(rate: u32) -> Self {
+        Self { rate: rate.max(1), full_at: Now::ZERO }
+    }
+
+    /// Takes one token; if there was none, says when it will have come.
+    pub(super) fn take(&mut self, now: Now) -> Option<Now> {
+        self.full_at = self.full_at.max(now) + Duration::from_secs(1) / self.rate;
+        let due = self.full_at.saturating_sub(Duration::from_secs(1));
+        (due > now).then_some(due)
+    }
+}
