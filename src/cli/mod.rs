@@ -3,13 +3,17 @@
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
 //! every binary that calls [`crate::run`], for the application linked into it.
 
+mod privileges;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
+use self::privileges::{PrivilegeOptions, SandboxOptions};
 use crate::cgi_call;
+use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
     CacheConfig, Config, Limits, Timeouts, Trust, parse_duration, parse_mode, parse_size, parse_workers,
 };
@@ -62,6 +66,9 @@ struct ServeOptions {
     /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
     #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
     log_level: String,
+
+    #[command(flatten)]
+    privileges: PrivilegeOptions,
 }
 
 /// The further flags of a binary with an application linked into it.
@@ -121,6 +128,9 @@ struct WorkerOptions {
 
     #[command(flatten)]
     timeouts: TimeoutOptions,
+
+    #[command(flatten)]
+    sandbox: SandboxOptions,
 }
 
 /// How long a client may take. All are kept to the second.
@@ -297,8 +307,9 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
-    let WorkerOptions { threads, queue, cache, keep, access, timeouts, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, access, timeouts, sandbox, .. } = linked.worker;
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
+    let sandbox = sandbox.config().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let limits = Limits {
         max_body: linked.worker.max_body,
         max_params: linked.worker.max_params,
@@ -309,7 +320,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
         max_requests_per_connection: linked.worker.max_requests_per_connection,
         timeouts: timeouts.timeouts(),
     };
-    let of_workers = OfWorkers { threads, queue, limits, access };
+    let of_workers = OfWorkers { threads, queue, limits, access, sandbox };
     let config = config(linked.serve, keep.cache(cache), Duration::ZERO, of_workers);
     Ok(Request { config, log_level, cgi, program: None })
 }
@@ -355,6 +366,7 @@ struct OfWorkers {
     queue: u32,
     limits: Limits,
     access: Access,
+    sandbox: Option<SandboxConfig>,
 }
 
 /// As in [`Config`].
@@ -374,6 +386,7 @@ fn config(serve: ServeOptions, cache: CacheConfig, settle: Duration, of_workers:
             Bind { protocol: Protocol::Http, address: Address::Tcp("127.0.0.1:8080".to_owned()) }
         });
     }
+    let privileges: PrivilegesConfig = serve.privileges.config(of_workers.sandbox);
     Config {
         binds,
         workers: serve.workers,
@@ -390,6 +403,7 @@ fn config(serve: ServeOptions, cache: CacheConfig, settle: Duration, of_workers:
         allow: of_workers.access.allow,
         web_servers: of_workers.access.web_servers,
         trust: of_workers.access.trust,
+        privileges,
     }
 }
 

@@ -106,7 +106,9 @@ where
 {
     let config = &heritage.config;
     let asked_to_leave = take_signals(config.drain_timeout)?;
-    sys::raise_descriptor_limit();
+    if !config.privileges.limits_descriptors() {
+        sys::raise_descriptor_limit();
+    }
     let scoreboard = heritage.segment.scoreboard();
     let row = scoreboard
         .claim(heritage.slot, std::process::id(), heritage.generation)
