@@ -15,11 +15,14 @@ use tower_service::Service;
 use crate::body::Body;
 use crate::cgi_call;
 use crate::cli;
+use crate::config::privileges::PrivilegesConfig;
 use crate::config::{CacheConfig, Config, Program, format_size};
 use crate::context::Context;
 use crate::heritage::WorkerMain;
 use crate::listen::Listener;
 use crate::master::{self, Launch};
+use crate::pid_file::PidFile;
+use crate::privileges::{self, Privileges};
 use crate::{banner, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
@@ -112,7 +115,9 @@ pub fn command_line() -> ExitCode {
     let begun = Instant::now();
     finish(cli::parse_forkyard(std::env::args_os().collect()), |request| {
         let (command, direct) = request.program.ok_or("no COMMAND")?;
-        let program = Program::find(&command)?;
+        let Config { privileges: PrivilegesConfig { chroot, chdir, .. }, .. } = &request.config;
+        let program =
+            Program::find(&command, chroot.as_deref())?.with_path_for(chdir.as_deref().filter(|_| chroot.is_none()))?;
         let note = (!direct).then_some(
             "this version has no gateway: the program accepts for itself, as with --direct, and has no page cache",
         );
@@ -157,13 +162,18 @@ fn serve(
     let opened = sys::own_descriptors()?;
     start_logging(log_level);
     let blocking = matches!(launch, Launch::Program(_));
+    // Before anything is made: what cannot be is found out at once.
+    Privileges::resolve(&config.privileges, blocking)?;
+    let pid_file = config.privileges.pid_file.as_deref().map(PidFile::create).transpose()?;
     let mut listeners: Vec<Listener> = Vec::new();
     let outcome = config
         .binds
         .iter()
         .try_for_each(|bind| {
-            listeners.push(Listener::bind(bind, config.backlog, config.socket_mode, blocking)?);
-            Ok::<_, BoxError>(())
+            let listener = Listener::bind(bind, config.backlog, config.socket_mode, blocking)?;
+            let given = config.privileges.owner_of_sockets().map(|owner| listener.give_file(owner));
+            listeners.push(listener);
+            Ok::<_, BoxError>(given.transpose().map(drop)?)
         })
         .and_then(|()| create_segment(&config))
         .and_then(|segment| Ok((segment, run_preload(preload)?)))
@@ -185,6 +195,9 @@ fn serve(
         ended.map_err(|error| format!("the master cannot run: {error}").into())
     });
     listeners.iter().for_each(Listener::remove_file);
+    if let Some(file) = pid_file {
+        file.remove();
+    }
     outcome
 }
 
@@ -245,6 +258,11 @@ fn create_segment(config: &Config) -> Result<Segment, BoxError> {
             path.display()
         )
     })?;
+    if let Some(owner) = config.privileges.owner_of_files() {
+        privileges::give(segment.fd(), owner).map_err(|error| {
+            format!("--user: the cache file {} cannot be given to that user: {error} (choose another one with --cache-file)", path.display())
+        })?;
+    }
     match found {
         Found::Warm => log::info!("cache is warm file={} pages={}", path.display(), segment.cache().stats().entries),
         Found::Nothing => log::info!("cache is new file={}", path.display()),

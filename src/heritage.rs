@@ -3,6 +3,7 @@
 //! A freshly forked worker closes every descriptor that is not one of these, and uses nothing else of the
 //! master's. Master and worker do not import each other; this is what passes between them.
 
+use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use nix::unistd::Pid;
 use crate::config::Config;
 use crate::handover::Channel;
 use crate::listen::Listener;
+use crate::privileges::Privileges;
 
 /// What one worker inherits.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub(crate) struct Heritage {
     pub(crate) lifeline: OwnedFd,
     /// What the application itself opened before the fork, in `main` or in `preload`.
     pub(crate) application: Arc<[RawFd]>,
+    /// What it gives up before the application runs.
+    pub(crate) privileges: Arc<Privileges>,
 }
 
 /// What a worker tells the master: a line each. To the master it is gossip.
@@ -70,6 +74,26 @@ impl Report {
 pub(crate) type WorkerMain = Box<dyn Fn(Heritage) -> u8>;
 
 impl Heritage {
+    /// Makes this process what its slot may be: once, after the fork, before anything of the application. What it does from then
+    /// on, and what it forks, is done with that. (So what must be able to do more has to be forked before.)
+    ///
+    /// # Errors
+    /// What could not be done, with its flag.
+    pub(crate) fn apply_privileges(&self) -> io::Result<()> {
+        if self.privileges.change_access() {
+            // It becomes a user of the cache while it can still open it again.
+            self.segment.enter();
+        }
+        self.privileges.apply(self.slot)
+    }
+
+    /// Tells the master why this worker cannot go on. Returns its exit status.
+    pub(crate) fn fail(&self, why: &impl std::fmt::Display) -> u8 {
+        let line = Report::LastWords(why.to_string()).line();
+        let _ = nix::unistd::write(&self.report, line.as_bytes()); // if the master is gone, nobody wants to know
+        1
+    }
+
     /// The descriptors that stay open in the worker, beside the standard ones.
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let listeners = self.listeners.iter().map(|listener| listener.as_fd().as_raw_fd());

@@ -22,6 +22,7 @@ mod cgi_call;
 mod cli;
 mod config;
 mod context;
+mod folder_lock;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -32,6 +33,8 @@ mod listen;
 mod master;
 pub mod page;
 mod peers;
+mod pid_file;
+mod privileges;
 mod protocol;
 mod pulse;
 mod queue_depth;

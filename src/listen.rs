@@ -13,13 +13,16 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
 use nix::sys::socket::{
     self, AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage, UnixAddr,
     setsockopt, sockopt,
 };
-use nix::sys::stat::{Mode, umask};
+use nix::sys::stat::{Mode, fstat, umask};
 
-use crate::sys;
+use crate::config::privileges::Owner;
+use crate::folder_lock::FolderLock;
+use crate::{privileges, sys};
 
 /// What is spoken on a listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,11 +198,33 @@ impl Listener {
     }
 
     fn set_blocking(&mut self, blocking: bool) -> io::Result<()> {
-        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        use nix::fcntl::{FcntlArg, fcntl};
         let mut flags = OFlag::from_bits_retain(fcntl(&self.socket, FcntlArg::F_GETFL)?);
         flags.set(OFlag::O_NONBLOCK, !blocking);
         fcntl(&self.socket, FcntlArg::F_SETFL(flags))?;
         Ok(())
+    }
+
+    /// Gives the socket file that this listener made to `owner`.
+    ///
+    /// # Errors
+    /// [`ListenError`], worded for the operator.
+    pub(crate) fn give_file(&self, owner: Owner) -> Result<(), ListenError> {
+        let (Address::Path(path), Some(ours)) = (&self.address, self.file) else { return Ok(()) };
+        let given = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
+            .map_err(io::Error::from)
+            .and_then(|file| {
+                let found = fstat(&file)?;
+                let same = (found.st_dev, found.st_ino) == ours;
+                if same { privileges::give(file.as_fd(), owner) } else { Err(io::Error::other("it was replaced")) }
+            });
+        given.map_err(|error| ListenError {
+            bind: Bind { protocol: self.protocol, address: self.address.clone() },
+            cause: format!(
+                "its file cannot be given to user {} and group {}: {error} (name others with --socket-owner)",
+                owner.user, owner.group
+            ),
+        })
     }
 
     /// A second descriptor of the same socket.
@@ -299,6 +324,8 @@ fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -
             path.as_os_str().len()
         )
     })?;
+    // Until it listens, the new one looks like what a dead program left.
+    let _turn = FolderLock::of(path)?;
     clear_stale(path)?;
     let socket = new_socket(AddressFamily::Unix)?;
     // The file is born with its permissions: nobody can connect between a bind and a chmod.
@@ -414,6 +441,28 @@ mod tests {
         ] {
             let error = text.parse::<Bind>().unwrap_err();
             assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn of_all_that_start_at_once_on_one_path_one_listens() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let bind: Bind = format!("fastcgi:unix:{}", path.display()).parse().unwrap();
+        for _ in 0..50 {
+            drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+            let start = std::sync::Barrier::new(4);
+            let one = || {
+                start.wait();
+                Listener::bind(&bind, 8, None, false)
+            };
+            let all: Vec<_> = std::thread::scope(|scope| {
+                let threads = [(); 4].map(|()| scope.spawn(one));
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(all.iter().filter(|listener| listener.is_ok()).count(), 1, "{all:?}");
+            assert_eq!(probe(&path), Ok(()), "the one that listens has the file");
+            all.iter().flatten().for_each(Listener::remove_file);
         }
     }
 

@@ -24,6 +24,8 @@ use nix::unistd::{ForkResult, Pid, getppid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::privileges::{self, Step};
+
 /// How a child process ended, as `waitpid(2)` told it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
@@ -122,14 +124,21 @@ pub(crate) fn own(fd: RawFd) -> Option<OwnedFd> {
 }
 
 /// Starts `command` as a child that dies with this process, in a process group of its own, and inherits
-/// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else.
+/// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else. It first
+/// carries out `steps`; the flag of one that fails is written to its standard error.
 ///
 /// # Errors
-/// What `fork(2)` or `execve(2)` says; the latter's error comes back through the standard library's pipe.
-pub(crate) fn spawn(command: &mut Command, pass: &[RawFd]) -> io::Result<Child> {
+/// What `fork(2)`, `execve(2)` or a step says; the latter two's error comes back through the standard library's pipe.
+pub(crate) fn spawn(command: &mut Command, pass: &[RawFd], steps: Vec<Step>) -> io::Result<Child> {
     let master = nix::unistd::getpid();
     let pass = pass.to_vec();
     let in_child = move || {
+        for step in &steps {
+            privileges::carry_out(step).inspect_err(|_| {
+                let _ = nix::unistd::write(io::stderr(), step.flag().as_bytes()); // the error itself is returned
+            })?;
+        }
+        // After the steps: the kernel forgets this when the user changes.
         // A foreign program makes no promise about SIGTERM, and the promise here is that none outlives us.
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
         if getppid() != master {
@@ -145,8 +154,8 @@ pub(crate) fn spawn(command: &mut Command, pass: &[RawFd]) -> io::Result<Child> 
         unblock_signals();
         Ok(())
     };
-    // SAFETY: between fork and exec the closure only makes system calls (prctl, getppid, close_range, fcntl,
-    // sigprocmask): no allocation, no lock.
+    // SAFETY: between fork and exec the closure only makes system calls (those of the steps, prctl, getppid,
+    // close_range, fcntl, sigprocmask): no allocation, no lock.
     unsafe { command.process_group(0).pre_exec(in_child) };
     let before = block_signals();
     let spawned = command.spawn();
@@ -380,6 +389,14 @@ pub(crate) fn alarm_on_term(limit: Duration) -> io::Result<()> {
 pub(crate) fn set_environment(name: &str, value: impl AsRef<OsStr>) {
     // SAFETY: a freshly forked child has one thread (see `fork`), so nobody reads the environment meanwhile.
     unsafe { std::env::set_var(name, value) }
+}
+
+/// Takes all variables out of this process's environment. For a child that has just been forked.
+pub(crate) fn clear_environment() {
+    for (name, _) in std::env::vars_os() {
+        // SAFETY: as in `set_environment`.
+        unsafe { std::env::remove_var(name) }
+    }
 }
 
 /// A child that has ended and was not reaped yet, if there is one. Strangers (processes that were handed to us

@@ -125,6 +125,13 @@ impl Segment {
         Cache::new(Arc::clone(&self.inner))
     }
 
+    /// Makes this process a user of the cache now, as it would become one when it first touches it: for a process that will not
+    /// be able to open the segment again, because it becomes another user or no longer sees `/proc`. False if it cannot be one,
+    /// or if there is no cache.
+    pub fn enter(&self) -> bool {
+        self.inner.member_at_last().is_some()
+    }
+
     /// The scoreboard.
     pub fn scoreboard(&self) -> Scoreboard {
         Scoreboard::new(Arc::clone(&self.inner))

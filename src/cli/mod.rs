@@ -4,6 +4,7 @@
 //! every binary that calls [`crate::run`], for the application linked into it.
 
 mod numbers;
+mod privileges;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,9 @@ use std::time::Duration;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
 use self::numbers::{NumberOptions, OfEachWorker, RefusedByRun};
+use self::privileges::{PrivilegeOptions, SandboxOptions};
 use crate::cgi_call;
+use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
     CacheConfig, Config, Limits, Numbers, Range, Timeouts, Trust, parse_duration, parse_mode, parse_size,
 };
@@ -69,6 +72,9 @@ struct ServeOptions {
     /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
     #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
     log_level: String,
+
+    #[command(flatten)]
+    privileges: PrivilegeOptions,
 }
 
 /// The further flags of a binary with an application linked into it.
@@ -131,6 +137,9 @@ struct WorkerOptions {
 
     #[command(flatten)]
     of_each: OfEachWorker,
+
+    #[command(flatten)]
+    sandbox: SandboxOptions,
 }
 
 /// How long a client may take. All are kept to the second.
@@ -310,9 +319,10 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
-    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, .. } = linked.worker;
     let numbers = linked.serve.numbers.numbers(of_each);
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
+    let sandbox = sandbox.config().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let limits = Limits {
         max_body: linked.worker.max_body,
         max_params: linked.worker.max_params,
@@ -323,7 +333,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
         max_requests_per_connection: linked.worker.max_requests_per_connection,
         timeouts: timeouts.timeouts(),
     };
-    let of_workers = OfWorkers { threads, queue, limits, access };
+    let of_workers = OfWorkers { threads, queue, limits, access, sandbox };
     let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers);
     Ok(Request { config, log_level, cgi, program: None })
 }
@@ -370,6 +380,7 @@ struct OfWorkers {
     queue: u32,
     limits: Limits,
     access: Access,
+    sandbox: Option<SandboxConfig>,
 }
 
 /// As in [`Config`].
@@ -395,6 +406,7 @@ fn config(
             Bind { protocol: Protocol::Http, address: Address::Tcp("127.0.0.1:8080".to_owned()) }
         });
     }
+    let privileges: PrivilegesConfig = serve.privileges.config(of_workers.sandbox);
     Config {
         binds,
         workers: serve.workers,
@@ -412,6 +424,7 @@ fn config(
         allow: of_workers.access.allow,
         web_servers: of_workers.access.web_servers,
         trust: of_workers.access.trust,
+        privileges,
     }
 }
 

@@ -4,6 +4,7 @@
 //! form of an address, and which headers proxies write.
 
 mod numbers;
+pub(crate) mod privileges;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use std::time::Duration;
 pub(crate) use self::numbers::{
     Jittered, Numbers, Range, Share, parse_health_path, parse_max_age, parse_max_memory, parse_max_requests,
 };
+use self::privileges::PrivilegesConfig;
 use crate::listen::Bind;
 use crate::peers::Peers;
 use crate::protocol::forwarded::Family;
@@ -41,6 +43,7 @@ pub(crate) struct Config {
     /// The same for FastCGI, if `allow` does not tell: the web servers.
     pub(crate) web_servers: Option<Peers>,
     pub(crate) trust: Option<Trust>,
+    pub(crate) privileges: PrivilegesConfig,
 }
 
 /// The proxies that are believed when they tell who their client is.
@@ -113,31 +116,54 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Finds `name` as a shell would: as a path if it has a slash, else in the folders of PATH.
+    /// Finds `name` as a shell would: as a path if it has a slash, else in the folders of PATH. With `root`, below that,
+    /// where it will be executed.
     ///
     /// # Errors
     /// A sentence for the operator, if there is no such program or it cannot be executed.
-    pub(crate) fn find(command: &[OsString]) -> Result<Self, String> {
+    pub(crate) fn find(command: &[OsString], root: Option<&std::path::Path>) -> Result<Self, String> {
         use std::os::unix::ffi::OsStrExt as _;
         let [name, arguments @ ..] = command else { return Err("no COMMAND after '--'".to_owned()) };
         let found = if name.as_bytes().contains(&b'/') {
             Some(std::path::PathBuf::from(name))
         } else {
             let folders = std::env::var_os("PATH").unwrap_or_default();
-            std::env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| is_executable(path))
+            std::env::split_paths(&folders)
+                .map(|folder| folder.join(name))
+                .find(|path| is_executable(&below(root, path)))
         };
         let shown = name.to_string_lossy();
         let path = found.ok_or(format!(
             "cannot run {shown}: no program of that name in PATH (install it, or give its full path)"
         ))?;
-        if !path.exists() {
+        let seen = below(root, &path);
+        if !seen.exists() {
             return Err(format!("cannot run {shown}: no such file (check the path)"));
         }
-        if !is_executable(&path) {
+        if !is_executable(&seen) {
             return Err(format!("cannot run {shown}: it is not an executable file (chmod +x makes a script one)"));
         }
         Ok(Self { path, name: name.clone(), arguments: arguments.to_vec() })
     }
+}
+
+impl Program {
+    /// The same program, by a path that also holds if it is started in `folder`.
+    ///
+    /// # Errors
+    /// If the folder of this process is gone.
+    pub(crate) fn with_path_for(self, folder: Option<&std::path::Path>) -> Result<Self, String> {
+        if folder.is_none() {
+            return Ok(self);
+        }
+        let path = std::path::absolute(&self.path).map_err(|error| format!("cannot run it from here: {error}"))?;
+        Ok(Self { path, ..self })
+    }
+}
+
+/// What a process with `root` as its root folder sees as `path`.
+fn below(root: Option<&std::path::Path>, path: &std::path::Path) -> std::path::PathBuf {
+    root.map_or_else(|| path.to_owned(), |root| root.join(path.strip_prefix("/").unwrap_or(path)))
 }
 
 fn is_executable(path: &std::path::Path) -> bool {
@@ -231,9 +257,12 @@ mod tests {
 
     #[test]
     fn a_missing_program_is_named() {
-        let error = Program::find(&["no-such-program-here".into()]).unwrap_err();
+        let error = Program::find(&["no-such-program-here".into()], None).unwrap_err();
         assert!(error.contains("no program of that name in PATH"), "{error}");
-        assert!(Program::find(&["/etc/passwd".into()]).unwrap_err().contains("not an executable file"));
-        assert_eq!(Program::find(&["sh".into(), "-c".into()]).unwrap().arguments, ["-c"]);
+        assert!(Program::find(&["/etc/passwd".into()], None).unwrap_err().contains("not an executable file"));
+        assert_eq!(Program::find(&["sh".into(), "-c".into()], None).unwrap().arguments, ["-c"]);
+        let root = tempfile::tempdir().unwrap();
+        let error = Program::find(&["/bin/sh".into()], Some(root.path())).unwrap_err();
+        assert!(error.contains("no such file"), "{error}");
     }
 }

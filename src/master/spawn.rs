@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,6 +17,7 @@ use crate::config::{Config, Program};
 use crate::handover::Channel;
 use crate::heritage::{Heritage, Report, WorkerMain};
 use crate::listen::Listener;
+use crate::privileges::Privileges;
 use crate::sys;
 
 /// Bytes of a worker's last words that are kept, and of a line of its reports.
@@ -40,6 +41,7 @@ pub(crate) struct Nursery {
     /// Both ends of the pipe that tells workers by its end that the master is dead.
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
+    privileges: Arc<Privileges>,
 }
 
 /// A process that lives, as the master sees it.
@@ -60,7 +62,7 @@ pub(crate) enum Link {
 
 impl Nursery {
     /// # Errors
-    /// If no pipe can be had.
+    /// If no pipe can be had, or processes cannot be what the configuration asks for.
     pub(crate) fn new(
         config: Arc<Config>,
         listeners: Arc<[Listener]>,
@@ -70,7 +72,10 @@ impl Nursery {
     ) -> io::Result<Self> {
         let lifeline = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         let handover = Arc::new(Channel::open()?);
-        Ok(Self { config, listeners, segment, launch, handover, lifeline, application })
+        let executes = matches!(launch, Launch::Program(_));
+        let privileges = Privileges::resolve(&config.privileges, executes).map_err(io::Error::other)?;
+        let privileges = Arc::new(privileges);
+        Ok(Self { config, listeners, segment, launch, handover, lifeline, application, privileges })
     }
 
     /// Makes a process for `slot`.
@@ -104,6 +109,7 @@ impl Nursery {
             handover: Arc::clone(&self.handover),
             lifeline: self.lifeline.0.try_clone()?,
             application: Arc::clone(&self.application),
+            privileges: Arc::clone(&self.privileges),
         };
         let pid = sys::fork(|| {
             signals.leave();
@@ -111,6 +117,10 @@ impl Nursery {
             sys::close_all_except(&keep);
             // A group of its own: Ctrl-C at a terminal is the master's to handle.
             let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));
+            if let Err(error) = heritage.apply_privileges() {
+                return heritage.fail(&error);
+            }
+            // After that: the kernel forgets it when the user changes.
             if grouped.is_err() || sys::die_with_parent(heritage.master).is_err() {
                 return 1;
             }
@@ -125,6 +135,7 @@ impl Nursery {
         let write = blocking(write)?;
         let segment = self.segment.fd();
         let mut command = Command::new(&program.path);
+        self.privileges.set_environment(&mut command);
         command
             .args(&program.arguments)
             .env("FORKYARD_SLOT", slot.to_string())
@@ -136,10 +147,20 @@ impl Nursery {
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);
-        let child = sys::spawn(&mut command, &[segment.as_raw_fd()])?;
+        let steps = self.privileges.steps(slot).map_err(io::Error::other)?;
+        let child =
+            sys::spawn(&mut command, &[segment.as_raw_fd()], steps).map_err(|error| explain(&error, read.as_fd()))?;
         let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
         Ok((pid, Link::Program { output: LineReader::new(read), open: true, started: false }))
     }
+}
+
+/// Why a program did not start: the step that failed has left its flag in the output.
+fn explain(error: &io::Error, output: BorrowedFd<'_>) -> io::Error {
+    let mut flag = [0; 64];
+    let read = nix::unistd::read(output, &mut flag).unwrap_or(0);
+    let flag = String::from_utf8_lossy(&flag[..read]);
+    io::Error::other(if flag.is_empty() { error.to_string() } else { format!("{flag}: {error}") })
 }
 
 fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {

@@ -120,7 +120,9 @@ where
     let slot = heritage.slot;
     let begun = Instant::now();
     let asked_to_leave = take_signals(config.drain_timeout)?;
-    sys::raise_descriptor_limit();
+    if !config.privileges.limits_descriptors() {
+        sys::raise_descriptor_limit();
+    }
     let scoreboard = heritage.segment.scoreboard();
     let row = scoreboard
         .claim(heritage.slot, std::process::id(), heritage.generation)

@@ -1,0 +1,115 @@
+//! The pid file: the master's number for other programs, and a lock that keeps a second master out.
+//!
+//! The file is written whole under another name, locked, and moved into place: nobody reads half of it. The lock ends with
+//! the master however that ends, so a file without a lock is what a dead one left. May not be closed before the master is done.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::folder_lock::{FolderLock, folder_of};
+
+/// A pid file of this process.
+#[derive(Debug)]
+pub(crate) struct PidFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl PidFile {
+    /// Writes this process's pid to `path`.
+    ///
+    /// # Errors
+    /// A sentence for the operator: another master has the file, or it cannot be written.
+    pub(crate) fn create(path: &Path) -> Result<Self, String> {
+        let fail = |cause: String| format!("cannot write the pid file {}: {cause}", path.display());
+        let denied = |error: std::io::Error| fail(format!("{error} (choose another path with --pid-file)"));
+        let _turn = FolderLock::of(path).map_err(fail)?;
+        refuse_second(path).map_err(fail)?;
+        let pid = std::process::id();
+        let name = path.file_name().ok_or_else(|| fail("it has no name (give a file with --pid-file)".to_owned()))?;
+        let fresh = folder_of(path).join(format!(".{}.{pid}", name.to_string_lossy()));
+        let write = || {
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&fresh)?;
+            let written = file.write_all(format!("{pid}\n").as_bytes());
+            written.and_then(|()| Ok(file.try_lock()?)).and_then(|()| std::fs::rename(&fresh, path)).map(|()| file)
+        };
+        match write() {
+            Ok(file) => Ok(Self { path: path.to_owned(), file }),
+            Err(error) => {
+                let _ = std::fs::remove_file(&fresh); // it may not be there
+                Err(denied(error))
+            }
+        }
+    }
+
+    /// Removes the file, if it is still this one.
+    pub(crate) fn remove(self) {
+        let (Ok(ours), Ok(there)) = (self.file.metadata(), self.path.symlink_metadata()) else { return };
+        if (ours.dev(), ours.ino()) == (there.dev(), there.ino())
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            log::warn!("cannot remove the pid file {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// An error if a living master has the file, or if it is something else than a pid file.
+fn refuse_second(path: &Path) -> Result<(), String> {
+    let Ok(metadata) = path.symlink_metadata() else { return Ok(()) };
+    if !metadata.is_file() {
+        return Err("there is something else than a file (choose another path with --pid-file)".to_owned());
+    }
+    let mut text = String::new();
+    let file = File::open(path).map_err(|error| format!("{error} (choose another path with --pid-file)"))?;
+    let held = matches!(file.try_lock(), Err(TryLockError::WouldBlock));
+    let read = file.take(32).read_to_string(&mut text);
+    let text = text.trim();
+    if read.is_err() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err("it holds something else than a pid (choose another path with --pid-file)".to_owned());
+    }
+    if held {
+        return Err(format!(
+            "another master has it, and runs as pid {text} (stop that one, or choose another path with --pid-file)"
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_at_a_time_has_the_file_and_what_a_dead_one_left_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pid");
+        std::fs::write(&path, "4000000\n").unwrap();
+        let first = PidFile::create(&path).unwrap();
+        let own = format!("{}\n", std::process::id());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), own);
+        let error = PidFile::create(&path).unwrap_err();
+        assert!(error.contains("another master has it") && error.contains("--pid-file"), "{error}");
+        first.remove();
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_no_pid_file_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pid");
+        std::fs::write(&path, "notes").unwrap();
+        assert!(PidFile::create(&path).unwrap_err().contains("something else than a pid"));
+        assert!(PidFile::create(folder.path()).unwrap_err().contains("something else than a file"));
+        assert!(PidFile::create(&path.join("b")).unwrap_err().contains("--pid-file"));
+
+        // Somebody else's under the same name stays too.
+        std::fs::remove_file(&path).unwrap();
+        let first = PidFile::create(&path).unwrap();
+        std::fs::rename(&path, folder.path().join("b")).unwrap();
+        std::fs::write(&path, "1\n").unwrap();
+        first.remove();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "1\n");
+    }
+}

@@ -1,0 +1,184 @@
+//! The fenced system calls by which a process gives up what it may do, and the signal that tells of a refused call.
+//!
+//! All of it may run between fork and exec: no memory is asked for, no lock is taken. Nothing is decided here.
+#![expect(unsafe_code, reason = "capset, setpriority, prctl and a signal's context have no safe form")]
+
+use std::fmt::Write as _;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::sched::sched_setaffinity;
+use nix::sys::resource::setrlimit;
+use nix::sys::stat::umask;
+use nix::unistd::{Pid, chdir, chroot, setgroups, setresgid, setresuid};
+
+use super::steps::Step;
+use super::syscalls;
+use crate::config::privileges::CapabilitySet;
+
+/// Carries out one step.
+///
+/// # Errors
+/// What the system call says.
+pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
+    match step {
+        Step::Limit { resource, soft, hard } => setrlimit(*resource, *soft, *hard)?,
+        Step::Nice(nice) => set_nice(*nice)?,
+        Step::Affinity(processors) => sched_setaffinity(Pid::from_raw(0), processors)?,
+        Step::Umask(mode) => {
+            umask(*mode);
+        }
+        Step::Chroot(folder) => {
+            chroot(folder.as_c_str())?;
+            chdir(c"/")?; // or else `..` of the old folder leads out
+        }
+        Step::Bound(kept) => bound_capabilities(*kept)?,
+        Step::CarryCapabilities => nix::sys::prctl::set_keepcaps(true)?,
+        Step::Groups(groups) => setgroups(groups)?,
+        Step::Group(group) => setresgid(*group, *group, *group)?,
+        Step::User(user) => setresuid(*user, *user, *user)?,
+        Step::Capabilities { kept, ambient } => set_capabilities(*kept, *ambient)?,
+        Step::NoNewPrivileges => nix::sys::prctl::set_no_new_privs()?,
+        Step::Chdir(folder) => chdir(folder.as_c_str())?,
+    }
+    Ok(())
+}
+
+fn set_nice(nice: i32) -> io::Result<()> {
+    // SAFETY: plain system call with integers.
+    outcome(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }.into())
+}
+
+/// Takes all but these out of the bounding set: what no program that is executed later can get.
+fn bound_capabilities(CapabilitySet(kept): CapabilitySet) -> io::Result<()> {
+    for number in (0..64).filter(|number| kept & (1 << number) == 0) {
+        // SAFETY: plain system call with integers.
+        match outcome(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) }.into()) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => break, // the kernel knows none beyond
+            done => done?,
+        }
+    }
+    Ok(())
+}
+
+/// Leaves these and no others: permitted, effective and, if `ambient`, also for the program that is executed next.
+fn set_capabilities(CapabilitySet(kept): CapabilitySet, ambient: bool) -> io::Result<()> {
+    /// As `linux/capability.h` has it.
+    const VERSION_3: u32 = 0x2008_0522;
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: libc::c_int,
+    }
+    #[repr(C)]
+    struct Sets {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    let half = |bits: u64| {
+        let bits = u32::try_from(bits & u64::from(u32::MAX)).unwrap_or(0);
+        Sets { effective: bits, permitted: bits, inheritable: if ambient { bits } else { 0 } }
+    };
+    let (mut header, sets) = (Header { version: VERSION_3, pid: 0 }, [half(kept), half(kept >> 32)]);
+    // SAFETY: both places are valid for the whole call, and of the layout that version 3 of the call has: two halves.
+    outcome(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) })?;
+    // SAFETY: plain system call with integers.
+    outcome(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) }.into())?;
+    for number in (0..64_u64).filter(|number| ambient && kept & (1 << number) != 0) {
+        // SAFETY: plain system call with integers.
+        outcome(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, number, 0, 0) }.into())?;
+    }
+    Ok(())
+}
+
+fn outcome(returned: libc::c_long) -> io::Result<()> {
+    if returned < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Has a system call that the sandbox traps return an error, and the log name it: once for each call and process.
+///
+/// # Errors
+/// What `sigaction(2)` says.
+pub(super) fn report_refused_calls() -> io::Result<()> {
+    // SAFETY: all zeroes is a valid sigaction.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
+    let refuse: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = refuse;
+    action.sa_sigaction = refuse as *const () as libc::sighandler_t;
+    // SAFETY: `action` is a whole sigaction, and what it calls is async-signal-safe: atomics, write and _exit.
+    outcome(unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) }.into())
+}
+
+/// Of each system call by its number, whether it was told of.
+static TOLD: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
+
+extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    /// `si_code` of a signal that seccomp sent.
+    const SYS_SECCOMP: i32 = 1;
+    /// siginfo_t as the kernel fills it in for SIGSYS on machines of 64 bits (sigaction(2)).
+    #[repr(C)]
+    struct Trapped {
+        signo: i32,
+        errno: i32,
+        code: i32,
+        padding: i32,
+        address: *const libc::c_void,
+        number: i32,
+        arch: u32,
+    }
+    // SAFETY: the kernel calls this with a valid siginfo_t, which is larger than `Trapped` and as strictly aligned.
+    let trapped = unsafe { &*info.cast::<Trapped>() };
+    let Some(number) = u64::try_from(trapped.number).ok().filter(|_| trapped.code == SYS_SECCOMP) else {
+        // Somebody sent SIGSYS: it does what it would have done.
+        // SAFETY: `_exit` is async-signal-safe, and never returns.
+        unsafe { libc::_exit(128 + libc::SIGSYS) }
+    };
+    let (word, bit) = (usize::try_from(number / 64).unwrap_or(usize::MAX), 1 << (number % 64));
+    if TOLD.get(word).is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0) {
+        tell(number);
+    }
+    let errno = i64::from(syscalls::errno_of(number));
+    // SAFETY: with SA_SIGINFO the third argument is this thread's ucontext_t, which nobody else touches meanwhile.
+    let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
+    set_result(context, -errno);
+}
+
+/// What the interrupted system call returns.
+#[cfg(target_arch = "x86_64")]
+fn set_result(context: &mut libc::ucontext_t, value: i64) {
+    context.uc_mcontext.gregs[libc::REG_RAX as usize] = value;
+}
+
+/// What the interrupted system call returns.
+#[cfg(target_arch = "aarch64")]
+fn set_result(context: &mut libc::ucontext_t, value: i64) {
+    context.uc_mcontext.regs[0] = value.cast_unsigned();
+}
+
+/// Elsewhere no filter is made, so nothing is refused.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn set_result(_: &mut libc::ucontext_t, _: i64) {}
+
+/// One line to standard error, written at once, without memory or a lock.
+fn tell(number: u64) {
+    struct Line {
+        bytes: [u8; 160],
+        length: usize,
+    }
+    impl std::fmt::Write for Line {
+        fn write_str(&mut self, text: &str) -> std::fmt::Result {
+            let place = self.bytes.get_mut(self.length..self.length + text.len()).ok_or(std::fmt::Error)?;
+            place.copy_from_slice(text.as_bytes());
+            self.length += text.len();
+            Ok(())
+        }
+    }
+    // SAFETY: getpid always succeeds.
+    let pid = unsafe { libc::getpid() };
+    let mut line = Line { bytes: [0; 160], length: 0 };
+    let name = syscalls::name_of(number).unwrap_or("unknown");
+    let _ = writeln!(line, "WARN sandbox refused a system call pid={pid} call={name} number={number} (--sandbox)"); // it has room
+    // SAFETY: the buffer has `length` bytes. If nobody reads standard error there is nobody to tell.
+    unsafe { libc::write(2, line.bytes.as_ptr().cast(), line.length) };
+}

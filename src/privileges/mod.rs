@@ -1,0 +1,152 @@
+//! What the application's processes may do: resolved and checked once, in the master, and applied in each process before
+//! anything of the application runs.
+//!
+//! - [`steps`] decides what is done, and in which order (pure).
+//! - [`calls`] makes the system calls; between fork and exec too.
+//! - [`sandbox`] confines a worker; [`syscalls`] is its list of system calls.
+//!
+//! Imports the configuration, and nothing of master or worker.
+
+mod calls;
+mod sandbox;
+mod steps;
+mod syscalls;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use caps::{CapSet, Capability};
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::stat::{SFlag, fstat};
+use nix::unistd::Pid;
+
+use self::steps::Standing;
+pub(crate) use self::steps::Step;
+use crate::config::privileges::{Owner, PrivilegesConfig, Variable};
+use crate::sys;
+
+/// What a process gives up, and what it is given instead.
+#[derive(Clone, Debug)]
+pub(crate) struct Privileges {
+    config: PrivilegesConfig,
+    standing: Standing,
+    steps: Vec<Step>,
+}
+
+impl Privileges {
+    /// Looks what can be done of `config`. `executes` tells that each process executes a program.
+    ///
+    /// # Errors
+    /// A sentence for the operator, which names the flag.
+    pub(crate) fn resolve(config: &PrivilegesConfig, executes: bool) -> Result<Self, String> {
+        let standing = standing().map_err(|error| format!("what this process may do cannot be found out: {error}"))?;
+        let steps = steps::steps(config, &standing, executes)?;
+        steps::affinity(config, &standing, 0)?;
+        let root = config.chroot.as_deref().unwrap_or(Path::new("/"));
+        let inside = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
+        is_folder("--chroot", root)?;
+        if let Some(folder) = &config.chdir {
+            let seen = if folder.is_absolute() || config.chroot.is_some() { inside(folder) } else { folder.clone() };
+            is_folder("--chdir", &seen)?;
+        }
+        if let Some(config) = &config.sandbox {
+            sandbox::check(config, root)?;
+        }
+        if config.owner_of_sockets().is_some_and(|owner| owner.user != standing.user)
+            && standing.capabilities & Capability::CAP_CHOWN.bitmask() == 0
+        {
+            let flag = if config.socket_owner.is_some() { "--socket-owner" } else { "--user" };
+            return Err(format!("{flag}: this process may not give files away: it lacks CAP_CHOWN (start it as root)"));
+        }
+        Ok(Self { config: config.clone(), standing, steps })
+    }
+
+    /// What the process in `slot` has to do, in order.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub(crate) fn steps(&self, slot: u32) -> Result<Vec<Step>, String> {
+        let affinity = steps::affinity(&self.config, &self.standing, slot)?;
+        Ok(affinity.into_iter().chain(self.steps.iter().cloned()).collect())
+    }
+
+    /// Turns this process, a worker that has been forked a moment ago and has one thread, into what its slot may be. It must
+    /// come before anything of the application; after it, the kernel has forgotten who asked for a signal at the parent's
+    /// death.
+    ///
+    /// # Errors
+    /// What could not be done, with the flag that asked for it.
+    pub(crate) fn apply(&self, slot: u32) -> io::Result<()> {
+        if self.config.clear_env {
+            sys::clear_environment();
+        }
+        for Variable { name, value } in self.config.environment() {
+            sys::set_environment(&name, value);
+        }
+        for step in self.steps(slot).map_err(io::Error::other)? {
+            calls::carry_out(&step).map_err(|error| io::Error::other(format!("{}: {error}", step.flag())))?;
+        }
+        self.config.sandbox.as_ref().map_or(Ok(()), sandbox::enter).map_err(io::Error::other)
+    }
+
+    /// Whether processes may be other than the master in what they can open.
+    pub(crate) fn change_access(&self) -> bool {
+        !self.steps.is_empty() || self.config.sandbox.is_some()
+    }
+
+    /// Sets the environment of a program.
+    pub(crate) fn set_environment(&self, command: &mut std::process::Command) {
+        if self.config.clear_env {
+            command.env_clear();
+        }
+        command.envs(self.config.environment().into_iter().map(|variable| (variable.name, variable.value)));
+    }
+}
+
+/// Carries out one step; async-signal-safe.
+///
+/// # Errors
+/// What the system call says.
+pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
+    calls::carry_out(step)
+}
+
+/// Gives an open file to `owner`, if it is a plain file or a socket's that is ours and has one name: in a folder that others can
+/// write to, a name may lead anywhere.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn give(file: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
+    let status = fstat(file)?;
+    let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;
+    if (status.st_uid, status.st_gid) == (owner.user.as_raw(), owner.group.as_raw()) {
+        return Ok(());
+    }
+    let ours = status.st_uid == nix::unistd::geteuid().as_raw() && status.st_nlink == 1;
+    if !ours || ![SFlag::S_IFREG, SFlag::S_IFSOCK].contains(&kind) {
+        return Err(io::Error::other("it belongs to somebody else, or has a second name"));
+    }
+    // An O_PATH descriptor takes no fchown(2), but this.
+    nix::unistd::fchownat(file, c"", Some(owner.user), Some(owner.group), nix::fcntl::AtFlags::AT_EMPTY_PATH)?;
+    Ok(())
+}
+
+fn is_folder(flag: &str, path: &Path) -> Result<(), String> {
+    match path.metadata() {
+        Ok(found) if found.is_dir() => Ok(()),
+        Ok(_) => Err(format!("{flag}: {} is not a folder", path.display())),
+        Err(error) => Err(format!("{flag}: {}: {error} (create the folder, or name another one)", path.display())),
+    }
+}
+
+fn standing() -> io::Result<Standing> {
+    let effective = caps::read(None, CapSet::Effective).map_err(io::Error::other)?;
+    let allowed = sched_getaffinity(Pid::from_raw(0))?;
+    Ok(Standing {
+        user: nix::unistd::geteuid(),
+        group: nix::unistd::getegid(),
+        capabilities: effective.iter().map(Capability::bitmask).fold(0, |all, one| all | one),
+        processors: (0..CpuSet::count()).filter(|&processor| allowed.is_set(processor).unwrap_or(false)).collect(),
+    })
+}

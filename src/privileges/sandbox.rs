@@ -1,0 +1,185 @@
+//! The sandbox of a worker: Landlock for files, seccomp for system calls. Both bind the process and all its children, for ever.
+//!
+//! Landlock: below `READ`, and what `--sandbox-read` names, files can be read; `WRITE` and what `--sandbox-write` names can be
+//! written too; nothing else can be opened at all. What is open already stays usable: sockets, the segment, what the application
+//! opened in `preload`. No TCP port can be bound, no process outside be signalled or reached over an abstract socket.
+//!
+//! Seccomp: a list of the calls that are let through. A refused one returns an error, and the log has its name.
+//!
+//! May not run between fork and exec of a program: it allocates.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset,
+    RulesetAttr as _, RulesetCreated, RulesetCreatedAttr as _, RulesetStatus, Scope,
+};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
+
+use super::{calls, syscalls};
+use crate::config::privileges::SandboxConfig;
+
+/// What libraries read: code, certificates, names of hosts, users and time zones, and what the kernel tells.
+const READ: [&str; 33] = [
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/bin",
+    "/sbin",
+    "/nix/store",
+    "/proc",
+    "/sys/devices/system/cpu",
+    "/sys/fs/cgroup",
+    "/dev/urandom",
+    "/dev/random",
+    "/etc/ld.so.cache",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/ssl",
+    "/etc/pki",
+    "/etc/ca-certificates",
+    "/etc/resolv.conf",
+    "/etc/hosts",
+    "/etc/host.conf",
+    "/etc/hostname",
+    "/etc/nsswitch.conf",
+    "/etc/gai.conf",
+    "/etc/services",
+    "/etc/protocols",
+    "/etc/passwd",
+    "/etc/group",
+    "/etc/localtime",
+    "/etc/timezone",
+    "/etc/mime.types",
+    "/etc/locale.alias",
+    "/run/systemd/resolve",
+    "/var/run/nscd",
+];
+const WRITE: [&str; 3] = ["/dev/null", "/dev/zero", "/dev/full"];
+
+/// Whether this kernel can do it, and the paths that the operator named are there.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(super) fn check(config: &SandboxConfig, root: &Path) -> Result<(), String> {
+    let named = config.read.iter().map(|path| ("--sandbox-read", path));
+    for (flag, path) in named.chain(config.write.iter().map(|path| ("--sandbox-write", path))) {
+        let seen = root.join(path.strip_prefix("/").unwrap_or(path));
+        seen.metadata()
+            .map_err(|error| format!("{flag} {}: {error} (it must be there at the start)", path.display()))?;
+    }
+    filters().map_err(|error| format!("--sandbox: {error}"))?;
+    ruleset(config.required).map(drop).map_err(|error| {
+        format!(
+            "--sandbox: this kernel has no Landlock, or one before Linux 6.2 ({error}); --sandbox=best-effort goes on with what \
+             there is"
+        )
+    })
+}
+
+/// Confines this thread, and all threads and processes that it starts.
+///
+/// # Errors
+/// A sentence that says what is missing.
+pub(super) fn enter(config: &SandboxConfig) -> Result<(), String> {
+    restrict_files(config).map_err(|error| format!("--sandbox: {error}"))?;
+    calls::report_refused_calls().map_err(|error| format!("--sandbox: {error}"))?;
+    for filter in filters()? {
+        seccompiler::apply_filter(&filter).map_err(|error| format!("--sandbox: {error}"))?;
+    }
+    Ok(())
+}
+
+fn ruleset(required: bool) -> Result<RulesetCreated, landlock::RulesetError> {
+    let level = if required { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
+    Ruleset::default()
+        .set_compatibility(level)
+        .handle_access(AccessFs::from_all(ABI::V3))?
+        // What later kernels have added is taken where it is.
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(ABI::V6))?
+        .handle_access(AccessNet::BindTcp)?
+        .scope(Scope::AbstractUnixSocket | Scope::Signal)?
+        .create()
+}
+
+fn restrict_files(config: &SandboxConfig) -> Result<(), String> {
+    let failed = |error: landlock::RulesetError| error.to_string();
+    let read: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::ReadDir;
+    let no_devices = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
+    let write = AccessFs::from_all(ABI::V6) & !no_devices;
+    let mut rules = ruleset(config.required).map_err(failed)?;
+    // A program's backtraces read the program.
+    let own = std::env::current_exe().ok();
+    let system = READ.iter().map(Path::new).chain(own.as_deref());
+    rules = rules.add_rules(landlock::path_beneath_rules(system, read)).map_err(failed)?;
+    rules = rules.add_rules(landlock::path_beneath_rules(WRITE, read | AccessFs::WriteFile)).map_err(failed)?;
+    for (paths, access, flag) in [(&config.read, read, "--sandbox-read"), (&config.write, write, "--sandbox-write")] {
+        for path in paths {
+            let opened = PathFd::new(path).map_err(|error| format!("{flag}: {error}"))?;
+            let access = if path.is_dir() { access } else { access & AccessFs::from_file(ABI::V6) };
+            rules = rules.add_rule(PathBeneath::new(opened, access)).map_err(failed)?;
+        }
+    }
+    let status = rules.restrict_self().map_err(failed)?;
+    if config.required && status.ruleset == RulesetStatus::NotEnforced {
+        return Err("the kernel has not enforced the rules for files".to_owned());
+    }
+    Ok(())
+}
+
+/// The filters, in the order in which they are set. Of their verdicts the strictest counts.
+fn filters() -> Result<Vec<BpfProgram>, String> {
+    let machine = std::env::consts::ARCH;
+    if !["x86_64", "aarch64"].contains(&machine) {
+        return Err(format!("there is no list of system calls for {machine}"));
+    }
+    let machine: TargetArch = machine.try_into().map_err(|error| format!("{error}"))?;
+    let filter = |rules: BTreeMap<i64, Vec<SeccompRule>>, matched: SeccompAction, else_: SeccompAction| {
+        let filter = SeccompFilter::new(rules, else_, matched, machine).map_err(|error| error.to_string())?;
+        BpfProgram::try_from(filter).map_err(|error| error.to_string())
+    };
+    let whole = |calls: &[i64]| calls.iter().map(|&call| (call, Vec::new())).collect();
+    // These the C library makes where no signal could tell of them, or only to try: they fail in silence.
+    let errno = |number: i32| SeccompAction::Errno(number.cast_unsigned());
+    let tried = [libc::SYS_clone3, libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
+    let executed = [libc::SYS_execve, libc::SYS_execveat];
+    let mut allowed: BTreeMap<i64, Vec<SeccompRule>> = syscalls::allowed().map(|call| (call, Vec::new())).collect();
+    allowed.extend(tried.map(|call| (call, Vec::new())));
+    allowed.extend(conditional().map_err(|error| error.to_string())?);
+    Ok(vec![
+        filter(whole(&tried), errno(libc::ENOSYS), SeccompAction::Allow)?,
+        filter(whole(&executed), errno(libc::EPERM), SeccompAction::Allow)?,
+        filter(allowed, SeccompAction::Allow, SeccompAction::Trap)?,
+    ])
+}
+
+/// What is let through with some arguments only.
+fn conditional() -> Result<[(i64, Vec<SeccompRule>); 3], seccompiler::BackendError> {
+    let word = |argument, operator, value: i32| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, u64::from(value.cast_unsigned()))
+    };
+    let namespaces = libc::CLONE_NEWNS
+        | libc::CLONE_NEWCGROUP
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET;
+    let no_namespace = SeccompCmpOp::MaskedEq(u64::from(namespaces.cast_unsigned()));
+    let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+    let families = families.map(|family| SeccompRule::new(vec![word(0, SeccompCmpOp::Eq, family)?]));
+    // To push characters into a terminal is to type there.
+    let (push, console) = (i32::try_from(libc::TIOCSTI).unwrap_or(0), 0x541c);
+    Ok([
+        (libc::SYS_clone, vec![SeccompRule::new(vec![word(0, no_namespace, 0)?])?]),
+        (libc::SYS_socket, families.into_iter().collect::<Result<_, _>>()?),
+        (
+            libc::SYS_ioctl,
+            vec![SeccompRule::new(vec![word(1, SeccompCmpOp::Ne, push)?, word(1, SeccompCmpOp::Ne, console)?])?],
+        ),
+    ])
+}

@@ -1,0 +1,369 @@
+//! The order in which a process gives up what it may do: pure, from what the operator asked for to a list of [`Step`]s.
+//!
+//! Each step takes away something that a step after it does not need any more:
+//!
+//! ```text
+//! limits, priority, processors   may need CAP_SYS_RESOURCE and CAP_SYS_NICE
+//! root folder                    needs CAP_SYS_CHROOT, and the accounts were looked up before
+//! bounding set                   needs CAP_SETPCAP
+//! groups, group, user            in this order: who is not root any more may not change its groups
+//! capabilities                   those that are kept survive the change of user until here
+//! no_new_privs                   from here on nothing comes back, not even by a setuid program
+//! folder                         as that user: it must be able to enter it
+//! sandbox                        Landlock, which opens files, then seccomp (in `sandbox.rs`)
+//! ```
+//!
+//! It makes no system call: what this process may do comes as [`Standing`].
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use caps::Capability;
+use nix::sched::CpuSet;
+use nix::sys::resource::Resource;
+use nix::sys::stat::Mode;
+use nix::unistd::{Gid, Uid};
+
+use crate::config::privileges::{Affinity, CapabilitySet, PrivilegesConfig};
+
+/// What this process is and may do.
+#[derive(Clone, Debug)]
+pub(crate) struct Standing {
+    pub(crate) user: Uid,
+    pub(crate) group: Gid,
+    /// Its effective capabilities, a bit for each.
+    pub(crate) capabilities: u64,
+    /// The processors that it may run on, in order.
+    pub(crate) processors: Vec<usize>,
+}
+
+/// One change of a process. To carry it out needs no memory and no lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    Limit {
+        resource: Resource,
+        soft: u64,
+        hard: u64,
+    },
+    Nice(i32),
+    Affinity(CpuSet),
+    Umask(Mode),
+    Chroot(CString),
+    /// Takes all but these out of the bounding set.
+    Bound(CapabilitySet),
+    /// Has the change of user leave the capabilities alone.
+    CarryCapabilities,
+    Groups(Vec<Gid>),
+    Group(Gid),
+    User(Uid),
+    /// These, and no others; `ambient` also for the program that is executed next.
+    Capabilities {
+        kept: CapabilitySet,
+        ambient: bool,
+    },
+    NoNewPrivileges,
+    Chdir(CString),
+}
+
+impl Step {
+    /// The flag that asked for it.
+    pub(crate) fn flag(&self) -> &'static str {
+        match self {
+            Self::Limit { .. } => "--rlimit",
+            Self::Nice(_) => "--nice",
+            Self::Affinity(_) => "--cpu-affinity",
+            Self::Umask(_) => "--umask",
+            Self::Chroot(_) => "--chroot",
+            Self::Bound(_) | Self::CarryCapabilities | Self::Capabilities { .. } => "--capabilities",
+            Self::Groups(_) => "--supplementary-groups",
+            Self::Group(_) => "--group",
+            Self::User(_) => "--user",
+            Self::NoNewPrivileges => "--no-new-privileges",
+            Self::Chdir(_) => "--chdir",
+        }
+    }
+}
+
+/// All steps for a process, in order, but the processors it is bound to, which its slot decides: [`affinity`].
+///
+/// `executes` tells that the process will execute a program.
+///
+/// # Errors
+/// A sentence for the operator: what cannot be done, why, and the flag.
+pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bool) -> Result<Vec<Step>, String> {
+    let may = |capability: Capability| standing.capabilities & capability.bitmask() != 0;
+    let need = |capability: Capability, flag: &str, what: &str| {
+        if may(capability) {
+            return Ok(());
+        }
+        Err(format!(
+            "{flag}: this process may not {what}: it lacks {capability} (start it as root, or leave {flag} away)"
+        ))
+    };
+    let mut steps: Vec<Step> = Vec::new();
+    for limit in &config.limits {
+        steps.push(Step::Limit { resource: limit.resource, soft: limit.soft, hard: limit.hard });
+    }
+    steps.extend(config.nice.map(Step::Nice));
+    steps.extend(config.umask.map(|mode| Step::Umask(Mode::from_bits_truncate(mode))));
+    if let Some(folder) = &config.chroot {
+        need(Capability::CAP_SYS_CHROOT, "--chroot", "change its root folder")?;
+        steps.push(Step::Chroot(text(folder, "--chroot")?));
+    }
+
+    let identity = identity(config, standing)?;
+    if identity.groups.is_some() || identity.group.is_some() {
+        let flag = if config.user.is_some() { "--user" } else { "--group" };
+        need(Capability::CAP_SETGID, flag, "change its groups")?;
+    }
+    if identity.user.is_some() {
+        need(Capability::CAP_SETUID, "--user", "become another user")?;
+        need(Capability::CAP_KILL, "--user", "signal processes of another user, as it must to stop them")?;
+    }
+    let kept = config.capabilities.or(config.user.as_ref().map(|_| CapabilitySet(0)));
+    if let Some(CapabilitySet(kept)) = kept
+        && let missing @ 1.. = kept & !standing.capabilities
+    {
+        let names = names(missing);
+        return Err(format!(
+            "--capabilities: this process cannot keep what it lacks: {names} (start it as root, or leave them away)"
+        ));
+    }
+    if let Some(kept) = kept {
+        if may(Capability::CAP_SETPCAP) {
+            steps.push(Step::Bound(kept));
+        }
+        if kept.0 != 0 && identity.user.is_some() {
+            steps.push(Step::CarryCapabilities);
+        }
+    }
+    steps.extend(identity.groups.map(Step::Groups));
+    steps.extend(identity.group.map(Step::Group));
+    steps.extend(identity.user.map(Step::User));
+    steps.extend(kept.map(|kept| Step::Capabilities { kept, ambient: executes }));
+    if no_new_privileges(config)? {
+        steps.push(Step::NoNewPrivileges);
+    }
+    if let Some(folder) = &config.chdir {
+        steps.push(Step::Chdir(text(folder, "--chdir")?));
+    }
+    sandbox_makes_sense(config, standing)?;
+    Ok(steps)
+}
+
+/// What of the identity changes.
+struct Identity {
+    groups: Option<Vec<Gid>>,
+    group: Option<Gid>,
+    user: Option<Uid>,
+}
+
+fn identity(config: &PrivilegesConfig, standing: &Standing) -> Result<Identity, String> {
+    let group = config.group.or(config.user.as_ref().and_then(|user| user.gid));
+    if let (Some(user), None) = (&config.user, group) {
+        return Err(format!("--user: user {} has no account, and so no group (name one with --group)", user.uid));
+    }
+    let groups = config.supplementary_groups.as_ref().map(|groups| groups.0.clone());
+    let of_user = || config.user.as_ref().map(|user| user.groups.clone());
+    // A group alone: what the master belongs to beside is not for the application.
+    let groups = groups.or_else(of_user).or_else(|| group.map(|_| Vec::new()));
+    let user = config.user.as_ref().map(|user| user.uid).filter(|&user| user != standing.user);
+    let group = group.filter(|&group| group != standing.group);
+    // Who is that user already, and may not change its groups, has been given them by whoever started it.
+    let given = user.is_none() && group.is_none() && config.supplementary_groups.is_none();
+    let groups = groups.filter(|_| !given || standing.capabilities & Capability::CAP_SETGID.bitmask() != 0);
+    Ok(Identity { groups, group, user })
+}
+
+fn no_new_privileges(config: &PrivilegesConfig) -> Result<bool, String> {
+    match config.no_new_privileges {
+        Some(false) if config.sandbox.is_some() => {
+            Err("--no-new-privileges=false: a sandbox needs them to be refused (leave it away, or --sandbox)"
+                .to_owned())
+        }
+        Some(asked) => Ok(asked),
+        None => Ok(config.user.is_some() || config.sandbox.is_some()),
+    }
+}
+
+fn sandbox_makes_sense(config: &PrivilegesConfig, standing: &Standing) -> Result<(), String> {
+    let root = config.user.as_ref().map_or(standing.user, |user| user.uid).is_root();
+    if config.sandbox.is_some() && root {
+        return Err(
+            "--sandbox: the workers would be root, whose files it cannot protect from a change of their mode or \
+                    owner (give another user with --user)"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}
+
+/// The processors that the process in `slot` is bound to.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn affinity(config: &PrivilegesConfig, standing: &Standing, slot: u32) -> Result<Option<Step>, String> {
+    let available = &standing.processors;
+    let chosen = match &config.affinity {
+        None => return Ok(None),
+        Some(Affinity::Spread) => {
+            let index = usize::try_from(slot).unwrap_or(0).checked_rem(available.len());
+            index.and_then(|index| available.get(index)).copied().into_iter().collect()
+        }
+        Some(Affinity::Processors(list)) => list.clone(),
+    };
+    if let Some(missing) = chosen.iter().find(|processor| !available.contains(processor)) {
+        return Err(format!(
+            "--cpu-affinity: processor {missing} is none that this process may run on (there are {available:?})"
+        ));
+    }
+    let mut set = CpuSet::new();
+    for processor in chosen {
+        set.set(processor).map_err(|errno| format!("--cpu-affinity: processor {processor}: {}", errno.desc()))?;
+    }
+    Ok(Some(Step::Affinity(set)))
+}
+
+fn text(path: &Path, flag: &str) -> Result<CString, String> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| format!("{flag}: a path cannot have a zero byte in it"))
+}
+
+/// The names of capabilities.
+fn names(set: u64) -> String {
+    let mut names: Vec<String> =
+        caps::all().iter().filter(|one| one.bitmask() & set != 0).map(ToString::to_string).collect();
+    names.sort();
+    names.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::privileges::{Account, GroupList, ResourceLimit, SandboxConfig};
+
+    const ALL: u64 = (1 << 41) - 1;
+
+    fn root() -> Standing {
+        Standing { user: Uid::from_raw(0), group: Gid::from_raw(0), capabilities: ALL, processors: vec![0, 2, 5] }
+    }
+
+    fn nobody() -> Standing {
+        Standing { user: Uid::from_raw(99), group: Gid::from_raw(99), capabilities: 0, ..root() }
+    }
+
+    fn account(number: u32) -> Account {
+        let (uid, gid) = (Uid::from_raw(number), Some(Gid::from_raw(number)));
+        Account { uid, gid, groups: vec![Gid::from_raw(number), Gid::from_raw(7)], name: None, home: None }
+    }
+
+    fn random(random: &mut fastrand::Rng) -> PrivilegesConfig {
+        let limit = ResourceLimit { resource: Resource::RLIMIT_CORE, soft: 0, hard: 0 };
+        PrivilegesConfig {
+            user: random.bool().then(|| account(random.u32(1..3))),
+            group: random.bool().then(|| Gid::from_raw(random.u32(0..3))),
+            supplementary_groups: random.bool().then(|| GroupList(vec![Gid::from_raw(5)])),
+            capabilities: random.bool().then(|| CapabilitySet(random.u64(..) & ALL)),
+            no_new_privileges: random.bool().then(|| random.bool()),
+            chroot: random.bool().then(|| "/srv".into()),
+            chdir: random.bool().then(|| "/".into()),
+            umask: random.bool().then_some(0o27),
+            limits: if random.bool() { vec![limit] } else { Vec::new() },
+            nice: random.bool().then(|| random.i32(-20..20)),
+            sandbox: random.bool().then(|| SandboxConfig { required: true, read: Vec::new(), write: Vec::new() }),
+            ..PrivilegesConfig::default()
+        }
+    }
+
+    #[test]
+    fn whatever_is_asked_for_no_step_needs_what_was_given_up_before() {
+        let rank = |step: &Step| match step {
+            Step::Limit { .. } | Step::Nice(_) | Step::Affinity(_) | Step::Umask(_) => 0,
+            Step::Chroot(_) => 1,
+            Step::Bound(_) => 2,
+            Step::CarryCapabilities => 3,
+            Step::Groups(_) => 4,
+            Step::Group(_) => 5,
+            Step::User(_) => 6,
+            Step::Capabilities { .. } => 7,
+            Step::NoNewPrivileges => 8,
+            Step::Chdir(_) => 9,
+        };
+        let seed = fastrand::u64(..);
+        let mut source = fastrand::Rng::with_seed(seed);
+        let mut planned = 0;
+        for _ in 0..2000 {
+            let config = random(&mut source);
+            let standing = if source.bool() { root() } else { nobody() };
+            let Ok(steps) = steps(&config, &standing, source.bool()) else { continue };
+            planned += 1;
+            assert!(steps.is_sorted_by_key(rank), "seed {seed}: {steps:?}");
+            let has = |wanted: u8| steps.iter().any(|step| rank(step) == wanted);
+            assert!(
+                !has(6) || (has(4) && has(7)),
+                "seed {seed}: another user, with the master's groups or capabilities: {steps:?}"
+            );
+            assert!(config.sandbox.is_none() || has(8), "seed {seed}: {steps:?}");
+        }
+        assert!(planned > 300, "seed {seed}: {planned}");
+    }
+
+    #[test]
+    fn another_user_has_its_own_groups_no_capability_and_gets_none() {
+        let config = PrivilegesConfig { user: Some(account(33)), ..PrivilegesConfig::default() };
+        let (gid, none) = (Gid::from_raw(33), CapabilitySet(0));
+        let expected = [
+            Step::Bound(none),
+            Step::Groups(vec![gid, Gid::from_raw(7)]),
+            Step::Group(gid),
+            Step::User(Uid::from_raw(33)),
+            Step::Capabilities { kept: none, ambient: false },
+            Step::NoNewPrivileges,
+        ];
+        assert_eq!(steps(&config, &root(), false).unwrap(), expected);
+        // Who was started as that user already has nothing to change and nothing to ask for.
+        let same = Standing { user: Uid::from_raw(33), group: gid, ..nobody() };
+        assert_eq!(steps(&config, &same, false).unwrap(), expected[4..]);
+        assert_eq!(steps(&PrivilegesConfig::default(), &root(), true), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_said_with_its_flag() {
+        let none = PrivilegesConfig::default;
+        let sandbox = || Some(SandboxConfig { required: true, read: Vec::new(), write: Vec::new() });
+        for (config, standing, said) in [
+            (PrivilegesConfig { user: Some(account(1)), ..none() }, nobody(), "--user: this process may not change"),
+            (PrivilegesConfig { group: Some(Gid::from_raw(1)), ..none() }, nobody(), "--group: this process may not"),
+            (PrivilegesConfig { chroot: Some("/srv".into()), ..none() }, nobody(), "it lacks CAP_SYS_CHROOT"),
+            (PrivilegesConfig { capabilities: Some(CapabilitySet(1)), ..none() }, nobody(), "what it lacks: CAP_CHOWN"),
+            (
+                PrivilegesConfig { user: Some(Account { gid: None, ..account(1) }), ..none() },
+                root(),
+                "name one with --group",
+            ),
+            (PrivilegesConfig { sandbox: sandbox(), ..none() }, root(), "give another user with --user"),
+            (
+                PrivilegesConfig { sandbox: sandbox(), no_new_privileges: Some(false), ..none() },
+                nobody(),
+                "--no-new-privileges=false",
+            ),
+        ] {
+            let error = steps(&config, &standing, false).unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn slots_are_spread_over_the_processors_that_there_are() {
+        let spread = PrivilegesConfig { affinity: Some(Affinity::Spread), ..PrivilegesConfig::default() };
+        for (slot, processor) in [(0, 0), (1, 2), (2, 5), (3, 0)] {
+            let mut set = CpuSet::new();
+            set.set(processor).unwrap();
+            assert_eq!(affinity(&spread, &root(), slot), Ok(Some(Step::Affinity(set))));
+        }
+        let list = PrivilegesConfig { affinity: Some(Affinity::Processors(vec![2, 3])), ..PrivilegesConfig::default() };
+        let error = affinity(&list, &root(), 0).unwrap_err();
+        assert!(error.contains("--cpu-affinity: processor 3 is none"), "{error}");
+        assert_eq!(affinity(&PrivilegesConfig::default(), &root(), 0), Ok(None));
+    }
+}
