@@ -12,7 +12,7 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::Path;
 use axum::http::header::CONTENT_LENGTH;
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderValue, Request, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{any, get};
 use http_body_util::BodyExt as _;
@@ -36,7 +36,11 @@ fn main() -> ExitCode {
             .route("/segv", get(segv))
             .route("/abort", get(abort))
             .route("/panic", get(panic))
+            .route("/overflow", get(overflow))
             .route("/hang", get(hang))
+            .route("/hang-and-say/{word}", get(hang))
+            .route("/poison/{id}", get(segv))
+            .route_service("/thread/{what}", forkyard::blocking(in_a_thread))
             .route("/claim/{length}/{real}", get(claim))
             .route("/head/{bytes}", get(head))
             .route(
@@ -109,6 +113,43 @@ async fn abort() {
 
 async fn panic() {
     panic!("asked to")
+}
+
+#[expect(unconditional_recursion, reason = "a stack that ends is what this is about")]
+fn recurse(depth: &mut [u64; 512]) -> u64 {
+    let mut deeper = [depth[0] + 1; 512];
+    recurse(&mut deeper) + std::hint::black_box(&mut deeper)[7]
+}
+
+async fn overflow() -> String {
+    format!("{}\n", recurse(&mut [0; 512]))
+}
+
+/// The same on a thread for blocking functions.
+#[expect(unsafe_code, reason = "a bad pointer is what this is about")]
+fn in_a_thread(request: Request<forkyard::Body>) -> axum::http::Response<String> {
+    let path = request.uri().path();
+    if let Some(ms) = path.strip_prefix("/thread/sleep-").and_then(|ms| ms.parse().ok()) {
+        sleep_in_a_thread(Duration::from_millis(ms));
+    }
+    if path.ends_with("/segv") {
+        let nowhere: *const u8 = std::ptr::without_provenance(16);
+        // SAFETY: none. The process ends here.
+        let byte = unsafe { nowhere.read_volatile() };
+        return axum::http::Response::new(byte.to_string());
+    }
+    if path.ends_with("/hang") {
+        loop {
+            std::thread::park();
+        }
+    }
+    axum::http::Response::new("done\n".to_owned())
+}
+
+#[inline(never)]
+fn sleep_in_a_thread(time: Duration) {
+    std::thread::sleep(time);
+    std::hint::black_box(time);
 }
 
 /// The event loop itself hangs.

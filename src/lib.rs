@@ -14,6 +14,7 @@
 //!
 #![doc = include_str!("../docs/architecture.md")]
 
+mod at_work;
 mod banner;
 mod blocking;
 mod body;
@@ -22,16 +23,20 @@ mod cgi_call;
 mod cli;
 mod config;
 mod context;
+mod crash;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod heritage;
 mod listen;
 mod master;
+mod modules;
 pub mod page;
 mod peers;
 mod protocol;
 mod pulse;
+mod sample;
+mod suspect;
 mod sys;
 mod worker;
 

@@ -3,6 +3,8 @@
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
 //! every binary that calls [`crate::run`], for the application linked into it.
 
+mod failures;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,6 +12,7 @@ use std::time::Duration;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
 use crate::cgi_call;
+use crate::config::failures::Failures;
 use crate::config::{
     CacheConfig, Config, Limits, Timeouts, Trust, parse_duration, parse_mode, parse_size, parse_workers,
 };
@@ -121,6 +124,9 @@ struct WorkerOptions {
 
     #[command(flatten)]
     timeouts: TimeoutOptions,
+
+    #[command(flatten)]
+    failures: failures::FailureOptions,
 }
 
 /// How long a client may take. All are kept to the second.
@@ -297,7 +303,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
-    let WorkerOptions { threads, queue, cache, keep, access, timeouts, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, access, timeouts, failures, .. } = linked.worker;
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let limits = Limits {
         max_body: linked.worker.max_body,
@@ -309,7 +315,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
         max_requests_per_connection: linked.worker.max_requests_per_connection,
         timeouts: timeouts.timeouts(),
     };
-    let of_workers = OfWorkers { threads, queue, limits, access };
+    let of_workers = OfWorkers { threads, queue, limits, access, failures: failures.failures() };
     let config = config(linked.serve, keep.cache(cache), Duration::ZERO, of_workers);
     Ok(Request { config, log_level, cgi, program: None })
 }
@@ -355,6 +361,7 @@ struct OfWorkers {
     queue: u32,
     limits: Limits,
     access: Access,
+    failures: Failures,
 }
 
 /// As in [`Config`].
@@ -390,6 +397,7 @@ fn config(serve: ServeOptions, cache: CacheConfig, settle: Duration, of_workers:
         allow: of_workers.access.allow,
         web_servers: of_workers.access.web_servers,
         trust: of_workers.access.trust,
+        failures: of_workers.failures,
     }
 }
 

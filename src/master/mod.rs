@@ -7,13 +7,19 @@
 //!
 //! - [`supervisor`] decides (pure).
 //! - [`spawn`] makes processes; [`signals`] and [`program_log`] make signals and programs' output readable.
+//! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
+//!   them what they go by. [`symbols`] has the functions named in which workers crashed.
 //! - [`obituary`] writes the line for each process that ended.
 
+mod hangs;
 mod obituary;
 mod program_log;
+mod quarantine;
+mod sickbed;
 mod signals;
 mod spawn;
 mod supervisor;
+mod symbols;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -26,6 +32,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
@@ -47,6 +54,7 @@ struct Master {
     scoreboard: Scoreboard,
     children: HashMap<Pid, Child>,
     begun: Instant,
+    sickbed: Sickbed,
     /// Set when the last process is gone: whether the operator asked for that.
     ended: Option<bool>,
 }
@@ -82,6 +90,7 @@ pub(crate) fn run(
         supervisor: Supervisor::new(policy),
         signals: SignalInbox::open()?,
         scoreboard: segment.scoreboard(),
+        sickbed: Sickbed::new(&config.failures, segment.quarantine()),
         nursery: Nursery::new(config, listeners, segment, launch, application)?,
         children: HashMap::new(),
         begun,
@@ -93,6 +102,7 @@ pub(crate) fn run(
         master.hear_signals();
         master.hear_children();
         master.look_at_programs();
+        master.look_after_the_sick();
         master.feed(Event::Tick);
     }
     Ok(master.ended == Some(true))
@@ -105,7 +115,8 @@ impl Master {
 
     /// The one wait point.
     fn wait(&self) {
-        let mut timeout = self.supervisor.next_deadline().map(|deadline| deadline.saturating_sub(self.now()));
+        let deadlines = [self.supervisor.next_deadline(), self.sickbed.next_deadline()];
+        let mut timeout = deadlines.into_iter().flatten().min().map(|deadline| deadline.saturating_sub(self.now()));
         if self.children.values().any(Child::is_unsettled_program) {
             timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
         }
@@ -150,11 +161,15 @@ impl Master {
             let Some(ending) = sys::reap(pid) else { return };
             self.hear(pid);
             let Some(child) = self.children.remove(&pid) else {
-                log::debug!("reaped a stranger pid={pid} {ending}");
+                if !self.sickbed.symbols.ended(pid) {
+                    log::debug!("reaped a stranger pid={pid} {ending}");
+                }
                 continue;
             };
-            self.scoreboard.bury(child.slot, pid.as_raw().cast_unsigned());
-            obituary::publish(pid, ending, child, &self.scoreboard);
+            let slot = child.slot;
+            self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
+            let end = obituary::publish(pid, ending, child, &self.scoreboard);
+            self.take_evidence(slot, pid, end);
             let wish = match ending {
                 Ending::Exited(0) => Wish::Renew,
                 Ending::Exited(RETIRE) => Wish::Retire,
@@ -180,7 +195,7 @@ impl Master {
             match report {
                 Report::Ready => self.feed(Event::Ready { pid }),
                 Report::Recycle(reason) => log::info!("worker wants to be replaced pid={pid} reason={reason}"),
-                Report::LastWords(_) => {}
+                Report::LastWords(_) | Report::Trace(_) => {}
             }
         }
     }
@@ -230,6 +245,10 @@ impl Master {
             }
             Action::Kill { pid } => {
                 self.signal(pid, Signal::SIGKILL);
+                None
+            }
+            Action::Abort { pid } => {
+                self.abort(pid);
                 None
             }
             Action::Note(note) => {

@@ -64,6 +64,8 @@ pub(crate) enum Event {
     Ready { pid: Pid },
     /// A child was reaped.
     Exited { pid: Pid, wish: Wish },
+    /// The event loop of a process hangs.
+    Hung { pid: Pid },
     /// The operator wants something.
     Command(Command),
 }
@@ -128,6 +130,8 @@ pub(crate) enum Action {
     Remind { pid: Pid },
     /// End it.
     Kill { pid: Pid },
+    /// It hangs: have it tell where, and end it.
+    Abort { pid: Pid },
     /// Tell the operator.
     Note(Note),
     /// The last process is gone: end the master.
@@ -263,6 +267,7 @@ impl Supervisor {
             Event::SpawnFailed { slot } => self.failed_start(slot, Ending::Early, now),
             Event::Ready { pid } => self.ready(pid),
             Event::Exited { pid, wish } => self.exited(pid, wish, now),
+            Event::Hung { pid } => self.hung(pid),
             Event::Command(command) => self.command(command, now),
         }
         self.meet_deadlines(now);
@@ -330,6 +335,15 @@ impl Supervisor {
             | State::Draining { .. }
             | State::Killing { .. }
             | State::Backoff { .. } => {}
+        }
+    }
+
+    /// Its place is filled at once; it does not finish anything any more.
+    fn hung(&mut self, pid: Pid) {
+        let Some(index) = self.find(pid) else { return };
+        if let State::Ready { .. } | State::Draining { .. } = self.slots[index].state {
+            self.slots[index].state = State::Killing { pid, unready: false };
+            self.actions.push(Action::Abort { pid });
         }
     }
 

@@ -24,6 +24,7 @@ mod outbox;
 mod reply;
 mod scgi;
 mod serve;
+mod slow;
 mod socket;
 
 use std::fs::File;
@@ -41,7 +42,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use ::http::{Request, Response};
-use forkyard_shm::{Cache, State};
+use forkyard_shm::{Cache, Pulse, Row, Segment, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
 use tokio::io::AsyncReadExt as _;
@@ -51,14 +52,15 @@ use tower_service::Service;
 
 use self::accept::{Acceptor, Connections, Serve};
 use self::door::Door;
-use self::serve::{Application, BoxError};
+use self::serve::{Application, BoxError, Guard};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
+use crate::config::failures::Failures;
 use crate::context::{Context, Drain};
 use crate::heritage::{Heritage, Report};
 use crate::listen::Protocol;
 use crate::protocol::cgi::Origin;
-use crate::{blocking, sys};
+use crate::{at_work, blocking, crash, sys};
 
 /// Lives a worker's life: returns its exit status when it has drained.
 pub(crate) fn run<F, S, B>(factory: &F, heritage: Heritage) -> u8
@@ -72,8 +74,12 @@ where
     sys::set_environment("FORKYARD_SLOT", heritage.slot.to_string());
     sys::set_environment("FORKYARD_GENERATION", heritage.generation.to_string());
     sys::set_environment("FORKYARD_SHM", heritage.segment.fd().as_raw_fd().to_string());
+    let (scoreboard, slot, slow) =
+        (heritage.segment.scoreboard(), heritage.slot, heritage.config.failures.slow_request);
+    let first_thread = std::thread::current();
     std::thread::scope(|scope| {
         let life = || {
+            let _end = WakeAtEnd(first_thread);
             serve::install_panic_hook();
             let mut last_words = File::from(match heritage.report.try_clone() {
                 Ok(report) => report,
@@ -86,8 +92,20 @@ where
             }
         };
         let worker = std::thread::Builder::new().name("worker".to_owned()).spawn_scoped(scope, life);
+        if let (Ok(worker), false) = (&worker, slow.is_zero()) {
+            slow::watch(worker, &scoreboard, slot, slow);
+        }
         worker.ok().and_then(|worker| worker.join().ok()).unwrap_or(1)
     })
+}
+
+/// Wakes a thread when it is dropped.
+struct WakeAtEnd(std::thread::Thread);
+
+impl Drop for WakeAtEnd {
+    fn drop(&mut self) {
+        self.0.unpark();
+    }
 }
 
 /// Tells the master why, for the line that it writes of this worker's end.
@@ -112,9 +130,13 @@ where
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
     blocking::configure(config.threads, config.queue, Some(row.occupancy()));
+    blocking::set_patience(config.failures.hang_timeout);
+    crash::give_stack();
+    at_work::enlist();
+    crash::install(heritage.report.try_clone()?, row.pulse())?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    run_in_turns(&runtime, async {
+    let runtime = event_loop(row.pulse(), !config.failures.hang_timeout.is_zero())?;
+    let outcome = run_in_turns(&runtime, async {
         let drain = Drain::default();
         let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), &drain);
         let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
@@ -122,7 +144,8 @@ where
         let limit = config.limits.max_connections;
         let connections = Connections::new(limit, row.clone(), scoreboard, heritage.slot, Rc::clone(&watchdog));
         let connections = Rc::new(connections);
-        let application = Rc::new(Application::new(service, row.clone(), config.limits, config.trust.clone()));
+        let application = Application::new(service, row.clone(), config.limits, config.trust.clone());
+        let application = Rc::new(application.guarded(guard(&config.failures, &heritage.segment)));
         let mut accepting = Vec::new();
         for listener in heritage.listeners.iter() {
             let server = Server {
@@ -138,11 +161,13 @@ where
             accepting.push((task, acceptor, server));
         }
 
-        let sweeping = tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections)));
+        let sweeping = tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections), row.clone()));
         let waking = tokio::task::spawn_local(later::run());
         let watching = tokio::task::spawn_local(async move { watchdog.run().await });
+        let report = File::from(heritage.report);
+        let hanging = tokio::task::spawn_local(tell_of_hangs(report.try_clone()?));
         row.set_state(State::Ready);
-        File::from(heritage.report).write_all(Report::Ready.line().as_bytes())?;
+        (&report).write_all(Report::Ready.line().as_bytes())?;
         told_to_leave(asked_to_leave, heritage.lifeline).await?;
 
         row.set_state(State::Draining);
@@ -155,8 +180,12 @@ where
         sweeping.abort();
         watching.abort();
         waking.abort();
+        hanging.abort();
         io::Result::Ok(())
-    })?;
+    });
+    // What comes now is not the event loop's work, however long it takes.
+    row.pulse().sleep();
+    outcome?;
     // What still runs on a thread though its client has left: it may be half-way through something.
     blocking::finish();
     // Not the runtime's own end, which would wait for a blocking function that never returns.
@@ -164,14 +193,41 @@ where
     Ok(())
 }
 
+/// The event loop. With `is_watched`, it notes when it goes to work and when it sleeps.
+fn event_loop(pulse: Pulse, is_watched: bool) -> io::Result<LocalRuntime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().on_thread_start(crash::give_stack);
+    if is_watched {
+        pulse.runs_on(nix::unistd::gettid().as_raw().cast_unsigned());
+        pulse.work();
+        let asleep = pulse.clone();
+        builder.on_thread_unpark(move || pulse.work()).on_thread_park(move || asleep.sleep());
+    }
+    builder.build_local(LocalOptions::default())
+}
+
+fn guard(failures: &Failures, segment: &Segment) -> Guard {
+    let quarantine = (failures.quarantine.deaths > 0).then(|| segment.quarantine());
+    Guard { request_timeout: failures.request_timeout, quarantine, by: failures.quarantine.by }
+}
+
+/// Asks to be replaced when a function hangs.
+async fn tell_of_hangs(mut report: File) {
+    loop {
+        blocking::one_hangs().await;
+        let _ = report.write_all(Report::Recycle("hung thread".to_owned()).line().as_bytes()); // a full pipe has the word already
+    }
+}
+
 /// Keeps the page cache tidy: off the event loop, and in one of all workers at a time. A worker that nobody is
 /// connected to sleeps.
-async fn sweep(cache: Cache, connections: Rc<Connections>) {
+async fn sweep(cache: Cache, connections: Rc<Connections>, row: Row) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         connections.some().await;
         ticks.tick().await;
+        row.beat(); // the loop is busy, maybe, and gets on
         if cache.sweep_is_due() {
             let cache = cache.clone();
             // A panic there is none of ours.

@@ -54,7 +54,7 @@ impl World {
             let answer = match action {
                 Action::Spawn { slot, .. } => self.spawn(slot),
                 Action::Terminate { pid } | Action::Remind { pid } => self.signal(pid, Life::Leaving),
-                Action::Kill { pid } => self.signal(pid, Life::Killed),
+                Action::Kill { pid } | Action::Abort { pid } => self.signal(pid, Life::Killed),
                 Action::Note(note) => {
                     self.notes.push(note);
                     None
