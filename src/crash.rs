@@ -63,6 +63,8 @@ static DYING: AtomicI32 = AtomicI32::new(0);
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 static ADDRESS: AtomicUsize = AtomicUsize::new(0);
 static CODE: AtomicUsize = AtomicUsize::new(0);
+static INSTRUCTION: AtomicUsize = AtomicUsize::new(0);
+static STACK_POINTER: AtomicUsize = AtomicUsize::new(0);
 
 /// Has crashes of this process told through `report`, and the request of the crashing thread through `pulse`. Called
 /// once, in a new worker.
@@ -124,7 +126,7 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
         Ok(_) => {}
         // What it passed its crash on to has aborted.
         Err(first) if first == thread => {
-            say(will, context);
+            say(will);
             return die_of(signal, by_itself);
         }
         // Another thread is dying: it ends us too.
@@ -140,11 +142,14 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     ADDRESS.store(unsafe { about.si_addr() }.addr(), Ordering::Relaxed);
     CODE.store(usize::try_from(code).unwrap_or(0), Ordering::Relaxed);
     SIGNAL.store(signal, Ordering::Relaxed);
+    let (instruction, stack) = registers(context).unwrap_or_default();
+    INSTRUCTION.store(instruction, Ordering::Relaxed);
+    STACK_POINTER.store(stack, Ordering::Relaxed);
     if pass_on(will, signal, info, context).is_some() && !is_default(signal) {
         DYING.store(0, Ordering::SeqCst); // it was mended
         return;
     }
-    say(will, context);
+    say(will);
     die_of(signal, by_itself);
 }
 
@@ -178,7 +183,7 @@ fn die_of(signal: c_int, by_itself: bool) {
 }
 
 /// Writes the last words: the request first, then the line that is safe to write, then the backtrace.
-fn say(will: &Will, context: *mut c_void) {
+fn say(will: &Will) {
     if let Some(cell) = at_work::current() {
         will.pulse.accuse(cell);
     }
@@ -194,11 +199,10 @@ fn say(will: &Will, context: *mut c_void) {
     if has_address {
         let _ = write!(line, " at address {:#x}", ADDRESS.load(Ordering::Relaxed));
     }
-    let at = instruction(context);
+    let at = INSTRUCTION.load(Ordering::Relaxed);
     let _ = line.write_str(", instruction ");
     let _ = will.modules.write(&mut line, at);
-    // SAFETY: the context is the kernel's, or was handed on by its owner.
-    if has_address && overflows(unsafe { &*context.cast::<ucontext_t>() }) {
+    if has_address && is_overflow() {
         let _ = line.write_str(" (stack overflow)");
     }
     line.send(will.report);
@@ -272,12 +276,10 @@ pub(crate) fn instruction(context: *mut c_void) -> usize {
     registers(context).map_or(0, |(instruction, _)| instruction)
 }
 
-/// Whether what was interrupted reached for what lies just below its stack, or has moved its stack out of its bounds.
-fn overflows(context: &ucontext_t) -> bool {
-    let address = ADDRESS.load(Ordering::Relaxed);
-    let stack = registers(ptr::from_ref(context).cast_mut().cast()).map_or(0, |(_, stack)| stack);
-    // Compilers touch a large frame page by page, from above.
-    address.wrapping_sub(stack.wrapping_sub(64 << 10)) <= (68 << 10) && stack != 0
+/// Whether it reached for what lies just below its stack. Compilers touch a large frame page by page, from above.
+fn is_overflow() -> bool {
+    let (address, stack) = (ADDRESS.load(Ordering::Relaxed), STACK_POINTER.load(Ordering::Relaxed));
+    stack != 0 && address.wrapping_sub(stack.wrapping_sub(64 << 10)) <= (68 << 10)
 }
 
 /// Instruction and stack pointer.

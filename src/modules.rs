@@ -6,6 +6,8 @@ use std::fs;
 
 /// A name is cut to so many bytes.
 const LONGEST_NAME: usize = 48;
+/// The same for a function's, which may have the types of half a program in it.
+const LONGEST_FUNCTION: usize = 120;
 
 /// The files whose code this process has mapped.
 #[derive(Debug)]
@@ -76,9 +78,12 @@ pub(crate) fn names_of(addresses: impl Iterator<Item = usize>) -> Vec<String> {
         // What is asked for is taken for a return address, which is one behind.
         backtrace::resolve(std::ptr::without_provenance_mut(address.wrapping_add(1)), |symbol| {
             let Some(name) = symbol.name() else { return };
-            let place = symbol.filename().zip(symbol.lineno());
+            // The standard library's sources are named by the folder they were built in, which says nothing.
+            let file = symbol.filename().filter(|file| !file.starts_with("/rustc/"));
+            let place = file.zip(symbol.lineno());
             let place = place.map_or_else(String::new, |(file, line)| format!(" {}:{line}", file.display()));
-            names.push(format!("{name:#}{place}"));
+            let name: String = format!("{name:#}").chars().take(LONGEST_FUNCTION).collect();
+            names.push(name + &place);
         });
         if names.len() == before {
             names.push(format!("{address:#x}"));

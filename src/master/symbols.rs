@@ -10,7 +10,7 @@ use crate::modules::{self, Modules};
 use crate::sys;
 
 /// Functions that are named.
-const NAMED: usize = 32;
+const NAMED: usize = 24;
 /// Files with much debug information take a while; no file takes that long.
 const PATIENCE: u32 = 30;
 

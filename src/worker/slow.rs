@@ -14,7 +14,7 @@ use crate::{at_work, modules, sample};
 /// How often it looks.
 const PERIOD: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// Functions that are named.
-const NAMED: usize = 32;
+const NAMED: usize = 24;
 
 /// Looks for requests older than `age` until the worker's thread ends.
 pub(super) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, slot: u32, age: Duration) {
