@@ -5,17 +5,21 @@
 //! With `CRASHY_BROKEN=FILE` in the environment, its workers cannot start as long as FILE exists; with `hang`
 //! in FILE they do not even fail.
 
+use std::convert::Infallible;
+use std::pin::Pin;
 use std::process::ExitCode;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::Path;
 use axum::http::header::CONTENT_LENGTH;
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderValue, Request, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{any, get};
 use http_body_util::BodyExt as _;
+use tower_service::Service;
 
 fn main() -> ExitCode {
     forkyard::run(|_cx| {
@@ -25,7 +29,7 @@ fn main() -> ExitCode {
             }
             assert!(!std::path::Path::new(&file).exists(), "broken on purpose");
         }
-        Router::new()
+        let router = Router::new()
             .route("/ok", any(async || "ok\n"))
             .route("/echo", any(async |body: Body| body))
             .route("/count", any(count))
@@ -36,7 +40,9 @@ fn main() -> ExitCode {
             .route("/segv", get(segv))
             .route("/abort", get(abort))
             .route("/panic", get(panic))
+            .route("/overflow", get(overflow))
             .route("/hang", get(hang))
+            .route("/poison/{id}", get(segv))
             .route("/claim/{length}/{real}", get(claim))
             .route("/head/{bytes}", get(head))
             .route(
@@ -44,8 +50,36 @@ fn main() -> ExitCode {
                 get(async |Path(status): Path<u16>| StatusCode::from_u16(status).unwrap_or_default()),
             )
             .route("/leak/{mib}", get(leak))
-            .route("/exit/{status}", get(exit))
+            .route("/exit/{status}", get(exit));
+        Crashy { router, threads: forkyard::blocking(in_a_thread as InThread) }
     })
+}
+
+type InThread = fn(Request<forkyard::Body>) -> Response<String>;
+
+/// What is under `/thread/` runs on a thread for blocking functions, the rest on the event loop.
+#[derive(Clone)]
+struct Crashy {
+    router: Router,
+    threads: forkyard::Blocking<InThread>,
+}
+
+impl Service<Request<forkyard::Body>> for Crashy {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>>>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<forkyard::Body>) -> Self::Future {
+        if request.uri().path().starts_with("/thread/") {
+            let answer = self.threads.call(request);
+            return Box::pin(async { Ok(answer.await?.map(Body::new)) });
+        }
+        Box::pin(self.router.call(request))
+    }
 }
 
 /// How many bytes the request's body has.
@@ -60,7 +94,7 @@ async fn count(mut body: Body) -> String {
 /// A body of so many MiB, made as fast as it is taken.
 async fn bytes(Path(mib): Path<usize>) -> Body {
     let piece = Bytes::from(vec![b'x'; 64 << 10]);
-    let pieces = std::iter::repeat_n(Ok::<_, std::convert::Infallible>(piece), mib * 16);
+    let pieces = std::iter::repeat_n(Ok::<_, Infallible>(piece), mib * 16);
     Body::from_stream(futures_util::stream::iter(pieces))
 }
 
@@ -72,7 +106,7 @@ async fn break_off() -> Body {
 
 /// Says one length, and has another.
 async fn claim(Path((length, real)): Path<(String, usize)>) -> Response {
-    let pieces = std::iter::repeat_n(Ok::<_, std::convert::Infallible>(Bytes::from_static(b"xxxxx")), real / 5);
+    let pieces = std::iter::repeat_n(Ok::<_, Infallible>(Bytes::from_static(b"xxxxx")), real / 5);
     ([(CONTENT_LENGTH, length)], Body::from_stream(futures_util::stream::iter(pieces))).into_response()
 }
 
@@ -109,6 +143,43 @@ async fn abort() {
 
 async fn panic() {
     panic!("asked to")
+}
+
+#[expect(unconditional_recursion, reason = "a stack that ends is what this is about")]
+fn recurse(depth: &mut [u64; 512]) -> u64 {
+    let mut deeper = [depth[0] + 1; 512];
+    recurse(&mut deeper) + std::hint::black_box(&mut deeper)[7]
+}
+
+async fn overflow() -> String {
+    format!("{}\n", recurse(&mut [0; 512]))
+}
+
+/// The same on a thread for blocking functions.
+#[expect(unsafe_code, reason = "a bad pointer is what this is about")]
+fn in_a_thread(request: Request<forkyard::Body>) -> Response<String> {
+    let path = request.uri().path();
+    if let Some(ms) = path.strip_prefix("/thread/sleep-").and_then(|ms| ms.parse().ok()) {
+        sleep_in_a_thread(Duration::from_millis(ms));
+    }
+    if path.ends_with("/segv") {
+        let nowhere: *const u8 = std::ptr::without_provenance(16);
+        // SAFETY: none. The process ends here.
+        let byte = unsafe { nowhere.read_volatile() };
+        return Response::new(byte.to_string());
+    }
+    if path.ends_with("/hang") {
+        loop {
+            std::thread::park();
+        }
+    }
+    Response::new("done\n".to_owned())
+}
+
+#[inline(never)]
+fn sleep_in_a_thread(time: Duration) {
+    std::thread::sleep(time);
+    std::hint::black_box(time);
 }
 
 /// The event loop itself hangs.

@@ -47,6 +47,8 @@ pub(crate) enum Report {
     Recycle(String),
     /// Why it cannot go on.
     LastWords(String),
+    /// Where it crashed: addresses, as `modules.rs` writes them, the innermost function first.
+    Trace(String),
 }
 
 impl Report {
@@ -56,6 +58,7 @@ impl Report {
             Self::Ready => "ready\n".to_owned(),
             Self::Recycle(reason) => format!("recycle {}\n", reason.replace('\n', " ")),
             Self::LastWords(words) => format!("said {}\n", words.replace('\n', " ")),
+            Self::Trace(addresses) => format!("trace {addresses}\n"),
         }
     }
 
@@ -65,6 +68,7 @@ impl Report {
             None if line == "ready" => Self::Ready,
             Some(("recycle", reason)) => Self::Recycle(reason.to_owned()),
             Some(("said", words)) => Self::LastWords(words.to_owned()),
+            Some(("trace", addresses)) => Self::Trace(addresses.to_owned()),
             None | Some(_) => Self::LastWords(line.to_owned()),
         }
     }

@@ -14,6 +14,7 @@
 //!
 #![doc = include_str!("../docs/architecture.md")]
 
+mod at_work;
 mod banner;
 mod blocking;
 mod body;
@@ -22,6 +23,7 @@ mod cgi_call;
 mod cli;
 mod config;
 mod context;
+mod crash;
 mod folder_lock;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
@@ -31,6 +33,7 @@ mod heir;
 mod heritage;
 mod listen;
 mod master;
+mod modules;
 pub mod page;
 mod peers;
 mod pid_file;
@@ -38,6 +41,8 @@ mod privileges;
 mod protocol;
 mod pulse;
 mod queue_depth;
+mod sample;
+mod suspect;
 mod sys;
 mod worker;
 

@@ -365,6 +365,16 @@ fn restore_signals(mask: &SigSet) {
     debug_assert!(done.is_ok(), "the arguments of pthread_sigmask are constant and valid");
 }
 
+/// Sends a signal to one thread of a process.
+///
+/// # Errors
+/// `ESRCH` if that process has no such thread; and whatever else `tgkill(2)` says.
+pub(crate) fn signal_thread(process: Pid, thread: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: plain system call with three integers. The kernel checks that the thread is one of that process.
+    let outcome = unsafe { libc::syscall(libc::SYS_tgkill, process.as_raw(), thread, signal) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Lets all signals through.
 pub(crate) fn unblock_signals() {
     restore_signals(&SigSet::empty());

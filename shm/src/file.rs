@@ -90,6 +90,7 @@ impl Segment {
                     .is_some_and(|header| header.max_entry.load(Ordering::Relaxed) == plan.max_entry)
             {
                 segment.scoreboard().reset();
+                segment.quarantine().set([]);
                 return Ok((segment, Found::Warm));
             }
             wait(&file, begun)?;
@@ -301,6 +302,7 @@ fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Seg
     inner.forget_the_dead();
     let segment = Segment { inner: Arc::new(inner) };
     segment.scoreboard().reset();
+    segment.quarantine().set([]);
     if !clean && segment.cache().audit().is_err() {
         return dropped("it was not closed, and contradicts itself");
     }

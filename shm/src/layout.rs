@@ -14,9 +14,12 @@
 //!           128 tag clock 8 | 136 cleared 8 | 144 newest prefix purge 8 | 152 oldest clock a prefix purge vouches for 8
 //!           256 time_base 8 | 264 clean 8 | 272 clean_ms 8 | 280 clean_real_ms 8 | 288 boot id 16 | 304 sweep_due 8
 //!           312 prefix lock 4
+//!           1024 quarantine: 0 count 4 | 4 unused 4 | 64 entries 64 x 16        (written by the master alone)
+//! barred    0 key 8 (0 = free) | 8 until_ms 8
 //!
 //! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
-//!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 128 cells 16 x 128
+//!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 culprit 4 (a cell + 1; 0 = unknown)
+//!           56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 128 cells 16 x 128
 //! cell      0 stamp_ms 8 (0 = free) | 8 length 8 | 16 text 112
 //!
 //! member    0 pid 4 (0 = nobody) | 4 unused | 8 epoch 8 | 64 pins 32 x 8 (see `pin.rs`)
@@ -59,12 +62,15 @@ use crate::map::Plain;
 /// "forkyard" in ASCII.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"forkyard");
 /// Raised with every change of anything in this file, or of what the words mean.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 /// Every record starts at a multiple of this.
 pub(crate) const GRAIN: u64 = 32;
 pub(crate) const CELLS: usize = 16;
 pub(crate) const TEXT_WORDS: usize = 14;
+/// Where the quarantine lies in the header's page, and how many requests it has room for.
+pub(crate) const QUARANTINE_AT: u64 = 1024;
+pub(crate) const BARRED: usize = 64;
 pub(crate) const PINS: usize = 32;
 pub(crate) const SLOTS: usize = 7;
 pub(crate) const PREFIXES: usize = 32;
@@ -102,6 +108,23 @@ pub(crate) struct Header {
     unused_at_the_end: [AtomicU64; 8],
 }
 
+/// The requests that are refused for a while.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub(crate) struct QuarantineTable {
+    pub(crate) count: AtomicU32,
+    unused: AtomicU32,
+    unused_too: [AtomicU64; 7],
+    pub(crate) barred: [Barred; BARRED],
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct Barred {
+    pub(crate) key: AtomicU64,
+    pub(crate) until_ms: AtomicU64,
+}
+
 #[repr(C, align(128))]
 #[derive(Debug)]
 pub(crate) struct RowCells {
@@ -114,7 +137,11 @@ pub(crate) struct RowCells {
     pub(crate) connections: AtomicU32,
     pub(crate) in_flight: AtomicU32,
     pub(crate) occupied: AtomicU32,
-    unused: [AtomicU32; 19],
+    pub(crate) culprit: AtomicU32,
+    pub(crate) busy_ms: AtomicU64,
+    pub(crate) pulse: AtomicU32,
+    pub(crate) loop_thread: AtomicU32,
+    unused: [AtomicU32; 14],
     pub(crate) cells: [Cell; CELLS],
 }
 
@@ -289,6 +316,8 @@ unsafe impl Plain for Header {}
 // SAFETY: as above.
 unsafe impl Plain for RowCells {}
 // SAFETY: as above.
+unsafe impl Plain for QuarantineTable {}
+// SAFETY: as above.
 unsafe impl Plain for MemberHead {}
 // SAFETY: as above.
 unsafe impl Plain for Tally {}
@@ -319,11 +348,15 @@ const _: () = {
     assert!(offset_of!(Header, clean_ms) == 272 && offset_of!(Header, clean_real_ms) == 280);
     assert!(offset_of!(Header, boot_id) == 288 && offset_of!(Header, sweep_due) == 304);
     assert!(offset_of!(Header, prefix_lock) == 312 && size_of::<Header>() == 384);
+    assert!(offset_of!(QuarantineTable, barred) == 64 && size_of::<Barred>() == 16);
+    assert!(QUARANTINE_AT + size_of::<QuarantineTable>() as u64 <= 4096);
 
     assert!(offset_of!(RowCells, pid) == 8 && offset_of!(RowCells, state) == 12);
     assert!(offset_of!(RowCells, generation) == 16 && offset_of!(RowCells, started_ms) == 24);
     assert!(offset_of!(RowCells, requests) == 32 && offset_of!(RowCells, connections) == 40);
     assert!(offset_of!(RowCells, in_flight) == 44 && offset_of!(RowCells, occupied) == 48);
+    assert!(offset_of!(RowCells, culprit) == 52 && offset_of!(RowCells, busy_ms) == 56);
+    assert!(offset_of!(RowCells, pulse) == 64 && offset_of!(RowCells, loop_thread) == 68);
     assert!(offset_of!(RowCells, cells) == 128);
     assert!(size_of::<RowCells>() == 2176 && size_of::<Cell>() == 128);
     assert!(offset_of!(Cell, length) == 8 && offset_of!(Cell, text) == 16);

@@ -66,6 +66,15 @@ pub struct Occupancy {
     epoch: u64,
 }
 
+/// Says of a row's process, from any of its threads and from signal handlers, whether its event loop gets on, and which
+/// request a crash is due to.
+#[derive(Clone, Debug)]
+pub struct Pulse {
+    segment: Arc<Inner>,
+    at: u64,
+    epoch: u64,
+}
+
 /// What all clones of a row share; of this process alone.
 #[derive(Debug)]
 struct Holding {
@@ -105,6 +114,15 @@ pub struct Snapshot {
     pub in_flight: u32,
     /// The requests being served, at most 16 of them, the oldest first.
     pub serving: Vec<Serving>,
+    /// The one of them that the crashing thread was at work on, if that is known.
+    pub culprit: Option<String>,
+    /// Since when its event loop has been at work without a pause, in milliseconds of a clock that stands still in
+    /// suspend; `None` if it sleeps.
+    pub busy_since_ms: Option<u64>,
+    /// Differs from what it was if something has been done since.
+    pub pulse: u32,
+    /// The thread id of the event loop; 0 if it did not tell.
+    pub loop_thread: u32,
 }
 
 /// A request being served.
@@ -115,6 +133,10 @@ pub struct Serving {
     pub what: String,
     /// For how long.
     pub since: Duration,
+    /// The place in the row that it holds: see [`InFlight::cell`].
+    pub cell: usize,
+    /// When it began, in milliseconds of a clock that stands still in suspend.
+    pub begun_ms: u64,
 }
 
 impl State {
@@ -161,6 +183,9 @@ impl Scoreboard {
         row.connections.store(0, Ordering::Relaxed);
         row.in_flight.store(0, Ordering::Relaxed);
         row.occupied.store(0, Ordering::Relaxed);
+        row.culprit.store(0, Ordering::Relaxed);
+        row.busy_ms.store(0, Ordering::Relaxed);
+        row.loop_thread.store(0, Ordering::Relaxed);
         row.started_ms.store(monotonic_ms(), Ordering::Relaxed);
         row.generation.store(generation, Ordering::Relaxed);
         row.pid.store(pid, Ordering::Relaxed);
@@ -238,6 +263,19 @@ impl Row {
         Occupancy { segment: Arc::clone(segment), at: *at, epoch: *epoch }
     }
 
+    /// For the event loop, and for signal handlers.
+    pub fn pulse(&self) -> Pulse {
+        let Holding { segment, at, epoch, .. } = &*self.held;
+        Pulse { segment: Arc::clone(segment), at: *at, epoch: *epoch }
+    }
+
+    /// The event loop got on with something.
+    pub fn beat(&self) {
+        if let Some(row) = self.held.row() {
+            row.pulse.store(row.pulse.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        }
+    }
+
     /// A connection was accepted.
     pub fn connection_opened(&self) {
         if let Some(row) = self.held.row() {
@@ -281,11 +319,58 @@ impl Occupancy {
     }
 }
 
+impl Pulse {
+    /// The event loop runs on the thread with this id.
+    pub fn runs_on(&self, thread: u32) {
+        if let Some(row) = self.row() {
+            row.loop_thread.store(thread, Ordering::Relaxed);
+        }
+    }
+
+    /// The event loop goes to work.
+    pub fn work(&self) {
+        if let Some(row) = self.row() {
+            row.busy_ms.store(monotonic_ms(), Ordering::Relaxed);
+        }
+    }
+
+    /// The event loop has nothing to do, and sleeps.
+    pub fn sleep(&self) {
+        if let Some(row) = self.row() {
+            row.busy_ms.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// This process is about to die, and the thread that crashed was at work on the request in `cell`. Async-signal-safe.
+    pub fn accuse(&self, cell: usize) {
+        if let (Some(row), Ok(word)) = (self.row(), u32::try_from(cell + 1)) {
+            row.culprit.store(word, Ordering::Relaxed);
+        }
+    }
+
+    fn row(&self) -> Option<&RowCells> {
+        let row: Option<&RowCells> = self.segment.map.at(self.at);
+        row.filter(|row| row.epoch.load(Ordering::Relaxed) == self.epoch)
+    }
+}
+
 impl InFlight {
+    /// The place in the row that it holds; `None` if the row had no room for it.
+    pub fn cell(&self) -> Option<usize> {
+        self.cell
+    }
+
+    /// The event loop got on with something.
+    pub fn beat(&self) {
+        if let Some(row) = self.held.row() {
+            row.pulse.store(row.pulse.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        }
+    }
+
     /// What is being served, as the scoreboard has it: "GET /path", cut. Empty if the row had no room for it.
     pub fn what(&self) -> String {
         let cell = self.cell.and_then(|index| self.held.row()?.cells.get(index));
-        cell.and_then(|cell| cell.read(monotonic_ms())).map(|request| request.what).unwrap_or_default()
+        cell.and_then(|cell| cell.read(0, monotonic_ms())).map(|request| request.what).unwrap_or_default()
     }
 }
 
@@ -343,7 +428,7 @@ impl Cell {
     }
 
     /// `None` if the cell is free, or was reused while it was read.
-    fn read(&self, now_ms: u64) -> Option<Serving> {
+    fn read(&self, index: usize, now_ms: u64) -> Option<Serving> {
         let stamp_ms = self.stamp_ms.load(Ordering::Acquire);
         if stamp_ms == 0 {
             return None;
@@ -354,13 +439,19 @@ impl Cell {
         if self.stamp_ms.load(Ordering::Acquire) != stamp_ms {
             return None;
         }
-        Some(Serving { what, since: Duration::from_millis(now_ms.saturating_sub(stamp_ms)) })
+        let since = Duration::from_millis(now_ms.saturating_sub(stamp_ms));
+        Some(Serving { what, since, cell: index, begun_ms: stamp_ms })
     }
 }
 
 impl Snapshot {
     fn of(row: &RowCells, now_ms: u64) -> Snapshot {
-        let mut serving: Vec<Serving> = row.cells.iter().filter_map(|cell| cell.read(now_ms)).collect();
+        let cells = row.cells.iter().enumerate();
+        let mut serving: Vec<Serving> = cells.filter_map(|(index, cell)| cell.read(index, now_ms)).collect();
+        let culprit = usize::try_from(row.culprit.load(Ordering::Relaxed)).unwrap_or(0).checked_sub(1);
+        let culprit = culprit.and_then(|index| serving.iter().find(|request| request.cell == index));
+        let culprit = culprit.map(|request| request.what.clone());
+        let busy_ms = row.busy_ms.load(Ordering::Relaxed);
         serving.sort_by_key(|request| std::cmp::Reverse(request.since));
         let pid = row.pid.load(Ordering::Relaxed);
         let started_ms = if pid == 0 { now_ms } else { row.started_ms.load(Ordering::Relaxed) };
@@ -373,6 +464,10 @@ impl Snapshot {
             connections: row.connections.load(Ordering::Relaxed),
             in_flight: row.in_flight.load(Ordering::Relaxed),
             serving,
+            culprit,
+            busy_since_ms: (busy_ms != 0).then_some(busy_ms),
+            pulse: row.pulse.load(Ordering::Relaxed),
+            loop_thread: row.loop_thread.load(Ordering::Relaxed),
         }
     }
 }
@@ -428,6 +523,32 @@ mod tests {
         assert_eq!(board.read(2).unwrap().serving, []);
         assert_eq!(board.read(1).unwrap().pid, 0, "the neighbours are untouched");
         assert_eq!(board.read(3).unwrap().pid, 0);
+    }
+
+    #[test]
+    fn tells_whether_the_event_loop_gets_on_and_whom_a_crash_is_due_to() {
+        let board = scoreboard(1);
+        let row = board.claim(0, 41, 1).unwrap();
+        let (_first, second) = (row.begin("GET", "/first"), row.begin("GET", "/second"));
+        let pulse = row.pulse();
+        pulse.runs_on(42);
+        assert_eq!(board.read(0).unwrap().busy_since_ms, None);
+        pulse.work();
+        pulse.accuse(second.cell().unwrap());
+        let seen = board.read(0).unwrap();
+        assert!(seen.busy_since_ms.is_some_and(|since| since <= monotonic_ms()));
+        assert_eq!((seen.culprit.as_deref(), seen.loop_thread), (Some("GET /second"), 42));
+        row.beat();
+        second.beat();
+        pulse.sleep();
+        let later = board.read(0).unwrap();
+        assert_eq!((later.pulse, later.busy_since_ms), (seen.pulse.wrapping_add(2), None));
+
+        let _other = board.claim(0, 43, 2).unwrap();
+        pulse.work();
+        pulse.accuse(0);
+        let seen = board.read(0).unwrap();
+        assert_eq!((seen.culprit, seen.busy_since_ms, seen.loop_thread), (None, None, 0), "it is not theirs any more");
     }
 
     #[test]

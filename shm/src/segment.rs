@@ -24,6 +24,7 @@ use crate::geometry::Geometry;
 use crate::layout::{FINGERPRINT, GRAIN, Header, MAGIC, ShardHead, VERSION};
 use crate::map::Map;
 use crate::member::Membership;
+use crate::quarantine::Quarantine;
 use crate::scoreboard::Scoreboard;
 
 /// A mapped segment: a cheap handle, to be cloned and shared between threads, and inherited by forked children.
@@ -135,6 +136,11 @@ impl Segment {
     /// The scoreboard.
     pub fn scoreboard(&self) -> Scoreboard {
         Scoreboard::new(Arc::clone(&self.inner))
+    }
+
+    /// The requests that are refused for a while.
+    pub fn quarantine(&self) -> Quarantine {
+        Quarantine::new(Arc::clone(&self.inner))
     }
 }
 

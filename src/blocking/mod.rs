@@ -6,8 +6,10 @@
 //! own thread instead, between two turns of the loop.
 //!
 //! - [`pool`] has the threads.
+//! - [`overdue`] watches those that run on although their request was given up.
 //! - [`turn`] runs what is quick, and knows what is.
 
+mod overdue;
 mod pool;
 mod turn;
 
@@ -24,9 +26,11 @@ use http::{HeaderValue, Request, Response, StatusCode};
 use http_body::Body as _;
 use tower_service::Service;
 
+pub(crate) use self::overdue::{give_up, one_hangs, set_patience};
 pub(crate) use self::pool::{all_became_occupied, are_all_occupied, configure, finish, one_is_free};
 use self::turn::Pace;
 pub(crate) use self::turn::{jobs_wait, run_jobs};
+use crate::at_work;
 use crate::body::{Body, FilterData};
 
 /// Makes a service of a function that may block.
@@ -82,7 +86,7 @@ where
         let all_has_come = request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
         let quick = all_has_come && self.shared.pace.is_quick();
         let progress = Mutex::new(Progress { request: Some(request), ..Progress::default() });
-        let call = Arc::new(Call { shared: Arc::clone(&self.shared), progress });
+        let call = Arc::new(Call { shared: Arc::clone(&self.shared), cell: at_work::current(), progress });
         let job: Arc<dyn Job> = Arc::<Call<F>>::clone(&call);
         let started = match if quick { turn::run_after_turn(job) } else { Err(job) } {
             Ok(()) => true,
@@ -101,6 +105,8 @@ where
 /// One call of a function: its request waits here for a thread, and its response for the event loop.
 struct Call<F> {
     shared: Arc<Shared<F>>,
+    /// The request's place in the scoreboard, while its response is waited for.
+    cell: Option<usize>,
     progress: Mutex<Progress>,
 }
 
@@ -122,6 +128,8 @@ trait Job: Send + Sync {
     fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>>;
     /// Nobody waits for the response any more.
     fn abandon(&self);
+    /// Whether a thread is at it.
+    fn is_running(&self) -> bool;
 }
 
 impl<F> Call<F> {
@@ -147,15 +155,18 @@ where
     B: Into<Body>,
 {
     fn run(&self) {
-        let request = self.progress().request.take();
-        // A client that left while its request waited took it along.
-        if let Some(request) = request {
+        at_work::on(None, || {
+            let mut progress = self.progress();
+            // A client that left while its request waited took it along.
+            let Some(request) = progress.request.take() else { return };
+            at_work::turn_to(self.cell);
+            drop(progress);
             let begun = Instant::now();
             // The panic was logged by the hook; the outcome tells the event loop.
             let outcome = catch_unwind(AssertUnwindSafe(|| (self.shared.function)(request).map(Into::into)));
             self.shared.pace.took(begun.elapsed());
             self.put(outcome.map_err(|_| Panicked));
-        }
+        });
     }
 
     fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>> {
@@ -173,8 +184,18 @@ where
     }
 
     fn abandon(&self) {
-        let request = self.progress().request.take();
+        let mut progress = self.progress();
+        let request = progress.request.take();
+        if let (None, None, Some(cell)) = (&request, &progress.outcome, self.cell) {
+            at_work::forget(cell); // it will be another request's
+        }
+        drop(progress);
         drop(request); // after the lock is given back
+    }
+
+    fn is_running(&self) -> bool {
+        let progress = self.progress();
+        progress.request.is_none() && progress.outcome.is_none()
     }
 }
 
@@ -201,6 +222,7 @@ impl Future for Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
+        overdue::watch(&self.0);
         self.0.abandon();
     }
 }

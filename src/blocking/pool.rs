@@ -10,6 +10,7 @@ use forkyard_shm::Occupancy;
 use tokio::sync::Notify;
 
 use super::Job;
+use crate::{at_work, crash};
 
 /// The threads, and the queue from which they take.
 pub(super) struct Pool {
@@ -116,6 +117,8 @@ impl Pool {
 }
 
 fn work(tasks: Receiver<Task>) {
+    crash::give_stack();
+    at_work::enlist();
     for task in tasks {
         task.job.run();
         if let Some(pool) = POOL.get() {

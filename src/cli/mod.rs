@@ -3,6 +3,7 @@
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
 //! every binary that calls [`crate::run`], for the application linked into it.
 
+mod failures;
 mod numbers;
 mod privileges;
 
@@ -15,6 +16,7 @@ use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, V
 use self::numbers::{NumberOptions, OfEachWorker, RefusedByRun};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
 use crate::cgi_call;
+use crate::config::failures::Failures;
 use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
     CacheConfig, Config, Limits, Numbers, Range, Timeouts, Trust, parse_duration, parse_mode, parse_size,
@@ -140,6 +142,9 @@ struct WorkerOptions {
 
     #[command(flatten)]
     sandbox: SandboxOptions,
+
+    #[command(flatten)]
+    failures: failures::FailureOptions,
 }
 
 /// How long a client may take. All are kept to the second.
@@ -319,7 +324,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
-    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, failures, .. } = linked.worker;
     let numbers = linked.serve.numbers.numbers(of_each);
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let sandbox = sandbox.config().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
@@ -333,7 +338,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
         max_requests_per_connection: linked.worker.max_requests_per_connection,
         timeouts: timeouts.timeouts(),
     };
-    let of_workers = OfWorkers { threads, queue, limits, access, sandbox };
+    let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures() };
     let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers);
     Ok(Request { config, log_level, cgi, program: None })
 }
@@ -381,6 +386,7 @@ struct OfWorkers {
     limits: Limits,
     access: Access,
     sandbox: Option<SandboxConfig>,
+    failures: Failures,
 }
 
 /// As in [`Config`].
@@ -425,6 +431,7 @@ fn config(
         web_servers: of_workers.access.web_servers,
         trust: of_workers.access.trust,
         privileges,
+        failures: of_workers.failures,
     }
 }
 

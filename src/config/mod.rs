@@ -3,6 +3,7 @@
 //! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
 //! form of an address, and which headers proxies write.
 
+pub(crate) mod failures;
 mod numbers;
 pub(crate) mod privileges;
 
@@ -44,6 +45,8 @@ pub(crate) struct Config {
     pub(crate) web_servers: Option<Peers>,
     pub(crate) trust: Option<Trust>,
     pub(crate) privileges: PrivilegesConfig,
+    /// Requests that hang, dawdle or kill; all zero for external programs.
+    pub(crate) failures: failures::Failures,
 }
 
 /// The proxies that are believed when they tell who their client is.

@@ -8,16 +8,22 @@
 //! - [`supervisor`] decides (pure).
 //! - [`spawn`] makes processes; [`signals`] and [`program_log`] make signals and programs' output readable.
 //! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
+//! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
+//!   them what they go by. [`symbols`] has the functions named in which workers crashed.
 //! - [`obituary`] writes the line for each process that ended.
 
 mod demand;
+mod hangs;
 mod notes;
 mod obituary;
 mod program_log;
+mod quarantine;
 mod recycling;
+mod sickbed;
 mod signals;
 mod spawn;
 mod supervisor;
+mod symbols;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -31,6 +37,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use self::recycling::Recycling;
+use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
@@ -57,6 +64,7 @@ struct Master {
     /// The process that was buried last, and its last words.
     last_buried: Option<(Pid, String)>,
     begun: Instant,
+    sickbed: Sickbed,
     /// Set when the last process is gone: whether the operator asked for that.
     ended: Option<bool>,
 }
@@ -86,6 +94,7 @@ pub(crate) fn run(
         supervisor: Supervisor::new(policy(&config)),
         signals: SignalInbox::open()?,
         scoreboard: segment.scoreboard(),
+        sickbed: Sickbed::new(&config.failures, segment.quarantine()),
         nursery: Nursery::new(config, listeners, segment, launch, application)?,
         recycling,
         queue_depth: QueueDepth::new(),
@@ -103,6 +112,7 @@ pub(crate) fn run(
         master.hear_children();
         master.look_at_programs();
         master.recycle();
+        master.look_after_the_sick();
         master.feed(Event::Tick);
     }
     Ok(master.ended == Some(true))
@@ -133,7 +143,7 @@ impl Master {
 
     /// The one wait point. True if a connection waits and there is no worker.
     fn wait(&self) -> bool {
-        let deadlines = [self.supervisor.next_deadline(), self.recycling.next_deadline()];
+        let deadlines = [self.supervisor.next_deadline(), self.recycling.next_deadline(), self.sickbed.next_deadline()];
         let deadline = deadlines.into_iter().flatten().min();
         let mut timeout = deadline.map(|deadline| deadline.saturating_sub(self.now()));
         if self.children.values().any(Child::is_unsettled_program) {
@@ -185,13 +195,17 @@ impl Master {
             let Some(ending) = sys::reap(pid) else { return };
             self.hear(pid);
             let Some(child) = self.children.remove(&pid) else {
-                log::debug!("reaped a stranger pid={pid} {ending}");
+                if !self.sickbed.symbols.ended(pid) {
+                    log::debug!("reaped a stranger pid={pid} {ending}");
+                }
                 continue;
             };
-            self.scoreboard.bury(child.slot, pid.as_raw().cast_unsigned());
+            let slot = child.slot;
             self.recycling.died(pid);
-            let last_words = obituary::publish(pid, ending, child, &self.scoreboard);
-            self.last_buried = Some((pid, last_words));
+            self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
+            let mut end = obituary::publish(pid, ending, child, &self.scoreboard);
+            self.last_buried = Some((pid, std::mem::take(&mut end.last_words)));
+            self.take_evidence(slot, pid, end);
             let wish = match ending {
                 Ending::Exited(0) => Wish::Renew,
                 Ending::Exited(RETIRE) => Wish::Retire,
@@ -217,7 +231,7 @@ impl Master {
             match report {
                 Report::Ready => self.feed(Event::Ready { pid }),
                 Report::Recycle(reason) => self.wear_out(pid, &reason),
-                Report::LastWords(_) => {}
+                Report::LastWords(_) | Report::Trace(_) => {}
             }
         }
     }
@@ -296,6 +310,10 @@ impl Master {
                 let (children, listeners) = (&self.children, &self.nursery.listeners);
                 let (supervisor, scoreboard) = (&self.supervisor, &self.scoreboard);
                 Some(Event::Demand(demand::sample(children, supervisor, scoreboard, &self.queue_depth, listeners)))
+            }
+            Action::Abort { pid } => {
+                self.abort(pid);
+                None
             }
             Action::Note(note) => {
                 self.tell(note);

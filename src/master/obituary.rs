@@ -11,8 +11,46 @@ use crate::sys::Ending;
 /// So many of the requests that it was serving are named.
 const NAMED: usize = 4;
 
-/// Writes the line, and returns the process's last words. What the scoreboard says is the dead process's word: bounded, and taken as text only.
-pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Scoreboard) -> String {
+/// What there is to know of an end beside the line.
+#[derive(Debug)]
+pub(crate) struct End {
+    /// Nobody wanted it.
+    pub(crate) is_crash: bool,
+    /// The requests that were in flight, and whether these are all.
+    pub(crate) in_flight: Vec<String>,
+    pub(crate) complete: bool,
+    /// What the crashing thread was at work on.
+    pub(crate) culprit: Option<String>,
+    /// Where it crashed; empty if that is not known.
+    pub(crate) trace: String,
+    /// What the process said of it.
+    pub(crate) last_words: String,
+}
+
+/// By these the kernel and the library end a process for what it did. KILL is not among them: an operator sends it, or the
+/// kernel to whom it chooses when memory runs out, and neither tells that the process was to blame.
+const CRASHES: [i32; 9] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGABRT,
+    libc::SIGFPE,
+    libc::SIGILL,
+    libc::SIGSYS,
+    libc::SIGTRAP,
+    libc::SIGXCPU,
+    libc::SIGXFSZ,
+];
+
+fn is_crash(ending: Ending, child: &Child) -> bool {
+    let unasked = match ending {
+        Ending::Exited(status) => ![0, 125].contains(&status),
+        Ending::Signaled(signal) => CRASHES.contains(&signal),
+    };
+    child.is_worker() && (child.hung || (unasked && !child.asked_to_leave))
+}
+
+/// Writes the line. What the scoreboard says is the dead process's word: bounded, and taken as text only.
+pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Scoreboard) -> End {
     let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
     let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
     // The row is the child's only if the child had claimed it. A program knows nothing of the scoreboard.
@@ -30,12 +68,19 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
             let _ = write!(line, " in_flight={:?}", named.join(", ") + &more);
         }
     }
-    let idle = row.is_none_or(|row| row.in_flight == 0);
+    let is_crash = is_crash(ending, &child);
+    if let Some(culprit) = row.as_ref().and_then(|row| row.culprit.as_ref()) {
+        let _ = write!(line, " crashed_in={culprit:?}");
+    }
+    let idle = row.as_ref().is_none_or(|row| row.in_flight == 0);
     let as_asked = child.asked_to_leave
         && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
-    let last_words = child.bury(pid);
+    let (last_words, trace) = child.bury(pid);
     if !last_words.is_empty() {
         let _ = write!(line, " said={last_words:?}");
+    }
+    if !trace.is_empty() {
+        let _ = write!(line, " trace={trace:?}");
     }
     match ending {
         _ if as_asked => log::info!("worker left {line}"),
@@ -44,5 +89,9 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
         Ending::Exited(125) => log::warn!("worker left and asks not to be replaced {line}"),
         Ending::Exited(_) | Ending::Signaled(_) => log::warn!("worker died {line}"),
     }
-    last_words
+    let (in_flight, complete, culprit) = row.map_or((Vec::new(), true, None), |row| {
+        let complete = usize::try_from(row.in_flight) == Ok(row.serving.len());
+        (row.serving.into_iter().map(|one| one.what).collect(), complete, row.culprit)
+    });
+    End { is_crash, in_flight, complete, culprit, trace, last_words }
 }

@@ -51,12 +51,14 @@ pub(crate) struct Child {
     pub(crate) since: Instant,
     /// It was told to leave, so its end is no accident.
     pub(crate) asked_to_leave: bool,
+    /// It hangs, and was told to die.
+    pub(crate) hung: bool,
     pub(crate) link: Link,
 }
 
 /// What the master hears of a child.
 pub(crate) enum Link {
-    Worker { report: File, open: bool, unread: Vec<u8>, last_words: String },
+    Worker { report: File, open: bool, unread: Vec<u8>, last_words: String, trace: String },
     Program { output: LineReader, open: bool, started: bool },
 }
 
@@ -87,7 +89,7 @@ impl Nursery {
             Launch::Worker(main) => self.fork_worker(main, slot, generation, signals)?,
             Launch::Program(program) => self.start_program(program, slot, generation)?,
         };
-        Ok((pid, Child { slot, generation, since: Instant::now(), asked_to_leave: false, link }))
+        Ok((pid, Child { slot, generation, since: Instant::now(), asked_to_leave: false, hung: false, link }))
     }
 
     fn fork_worker(
@@ -126,7 +128,8 @@ impl Nursery {
             }
             main(heritage)
         })?;
-        Ok((pid, Link::Worker { report: File::from(read), open: true, unread: Vec::new(), last_words: String::new() }))
+        let (report, last_words, trace) = (File::from(read), String::new(), String::new());
+        Ok((pid, Link::Worker { report, open: true, unread: Vec::new(), last_words, trace }))
     }
 
     fn start_program(&self, program: &Program, slot: u32, generation: u64) -> io::Result<(Pid, Link)> {
@@ -185,7 +188,7 @@ impl Child {
     /// Takes in what the child said, and returns what of it is to be acted upon.
     pub(crate) fn listen(&mut self, pid: Pid) -> Vec<Report> {
         match &mut self.link {
-            Link::Worker { report, open, unread, last_words } => {
+            Link::Worker { report, open, unread, last_words, trace } => {
                 let mut said = [0; LAST_WORDS];
                 let mut reports = Vec::new();
                 // What fits a pipe, and no more: one that talks and talks does not hold up the master.
@@ -200,6 +203,7 @@ impl Child {
                         let line: Vec<u8> = unread.drain(..=end).collect();
                         match Report::parse(&String::from_utf8_lossy(&line[..end])) {
                             Report::LastWords(words) => keep(last_words, &words),
+                            Report::Trace(addresses) => *trace = addresses,
                             report @ (Report::Ready | Report::Recycle(_)) => reports.push(report),
                         }
                     }
@@ -218,14 +222,14 @@ impl Child {
         }
     }
 
-    /// Hands out what is left after the child's end, and returns its last words.
-    pub(crate) fn bury(mut self, pid: Pid) -> String {
+    /// Hands out what is left after the child's end, and returns its last words, and where it crashed.
+    pub(crate) fn bury(mut self, pid: Pid) -> (String, String) {
         self.listen(pid);
         match self.link {
-            Link::Worker { last_words, .. } => last_words,
+            Link::Worker { last_words, trace, .. } => (last_words, trace),
             Link::Program { output, .. } => {
                 output.finish(|line| log_line(self.slot, pid, line));
-                String::new()
+                Default::default()
             }
         }
     }

@@ -149,7 +149,7 @@ impl Supervisor {
             Event::SpawnFailed { slot } => self.failed_start(slot, None, Ending::Early, now),
             Event::Ready { pid } => self.ready(pid),
             Event::Recycle { pid } => self.wear_out(pid, now),
-            Event::Hung { pid, grace } => self.hung(pid, grace, now),
+            Event::Hung { pid } => self.hung(pid),
             Event::Demand(demand) => self.demanded(&demand, now),
             Event::Arrival if self.awaits_arrival() => self.target = self.scaler.arrival(now),
             Event::Arrival => {}

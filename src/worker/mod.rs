@@ -27,6 +27,7 @@ mod outbox;
 mod reply;
 mod scgi;
 mod serve;
+mod slow;
 mod socket;
 
 use std::fs::File;
@@ -43,11 +44,12 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use ::http::{Request, Response};
-use forkyard_shm::{Cache, State};
+use forkyard_shm::{Cache, Pulse, Row, Segment, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
 use tokio::io::{AsyncReadExt as _, Interest};
 use tokio::runtime::{LocalOptions, LocalRuntime};
+use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
@@ -55,10 +57,11 @@ use self::accept::{Acceptor, Arrival, Connections, Serve};
 use self::door::Door;
 use self::drain::Drain;
 use self::lifetime::Counted;
-use self::serve::{Application, BoxError};
+use self::serve::{Application, BoxError, Guard};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
 use crate::config::Config;
+use crate::config::failures::Failures;
 use crate::context::Context;
 use crate::handover::{Channel, PackedOrigin};
 use crate::heir::ledger::{Ledger, Tongue};
@@ -66,7 +69,7 @@ use crate::heir::{self, Appointed};
 use crate::heritage::{Heritage, Report};
 use crate::listen::{Listener, Protocol};
 use crate::protocol::cgi::Origin;
-use crate::{blocking, sys};
+use crate::{at_work, blocking, crash, sys};
 
 /// Lives a worker's life: returns its exit status when it has drained.
 pub(crate) fn run<F, S, B>(factory: &F, heritage: Heritage) -> u8
@@ -84,8 +87,12 @@ where
     sys::set_environment("FORKYARD_SLOT", heritage.slot.to_string());
     sys::set_environment("FORKYARD_GENERATION", heritage.generation.to_string());
     sys::set_environment("FORKYARD_SHM", heritage.segment.fd().as_raw_fd().to_string());
+    let (scoreboard, slot, slow) =
+        (heritage.segment.scoreboard(), heritage.slot, heritage.config.failures.slow_request);
+    let first_thread = std::thread::current();
     std::thread::scope(|scope| {
         let life = || {
+            let _end = WakeAtEnd(first_thread);
             serve::install_panic_hook();
             let mut last_words = File::from(match heritage.report.try_clone() {
                 Ok(report) => report,
@@ -98,8 +105,20 @@ where
             }
         };
         let worker = std::thread::Builder::new().name("worker".to_owned()).spawn_scoped(scope, life);
+        if let (Ok(worker), false) = (&worker, slow.is_zero()) {
+            slow::watch(worker, &scoreboard, slot, slow);
+        }
         worker.ok().and_then(|worker| worker.join().ok()).unwrap_or(1)
     })
+}
+
+/// Wakes a thread when it is dropped.
+struct WakeAtEnd(std::thread::Thread);
+
+impl Drop for WakeAtEnd {
+    fn drop(&mut self) {
+        self.0.unpark();
+    }
 }
 
 /// Tells the master why, for the line that it writes of this worker's end.
@@ -128,9 +147,13 @@ where
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
     blocking::configure(config.threads, config.queue, Some(row.occupancy()));
+    blocking::set_patience(config.failures.hang_timeout);
+    crash::give_stack();
+    at_work::enlist();
+    crash::install(heritage.report.try_clone()?, row.pulse())?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    run_in_turns(&runtime, async {
+    let runtime = event_loop(row.pulse(), !config.failures.hang_timeout.is_zero())?;
+    let outcome = run_in_turns(&runtime, async {
         let drain = Drain::new(Arc::clone(&heritage.handover), scoreboard.clone(), heritage.slot);
         let flag = Arc::clone(drain.flag());
         let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), flag);
@@ -141,7 +164,8 @@ where
         let connections = Rc::new(connections);
         let report = File::from(heritage.report);
         let service = Counted::new(service, config.numbers.max_requests, report.try_clone()?);
-        let application = Rc::new(Application::new(service, row.clone(), config.limits, config.trust.clone()));
+        let application = Application::new(service, row.clone(), config.limits, config.trust.clone());
+        let application = Rc::new(application.guarded(guard(&config.failures, &heritage.segment)));
         let entrances = heritage.listeners.iter().map(|listener| Entrance::new(&config, listener.protocol)).collect();
         if let Some(path) = &config.numbers.health_path {
             // A little less than the master gives it, so that it can still say why.
@@ -158,10 +182,11 @@ where
         }
 
         let tasks = [
-            tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections))),
+            tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections), row.clone())),
             tokio::task::spawn_local(later::run()),
             tokio::task::spawn_local(async move { watchdog.run().await }),
             tokio::task::spawn_local(miss_heir(heir.end, report.try_clone()?)),
+            tokio::task::spawn_local(tell_of_hangs(report.try_clone()?)),
         ];
         row.set_state(State::Ready);
         (&report).write_all(Report::Ready.line().as_bytes())?;
@@ -174,20 +199,14 @@ where
             acceptor.run_dry(&*server).await;
         }
         drain.begin();
-        loop {
-            tokio::select! {
-                () = connections.none() => break,
-                () = drain.stranded() => {
-                    for (_, acceptor) in &accepting {
-                        acceptor.run_dry(&*server).await;
-                    }
-                }
-            }
-        }
-        tasks.iter().for_each(tokio::task::JoinHandle::abort);
-        log::debug!("drained slot={} passed_on={}", slot, drain.passed_on());
+        leave(&drain, &connections, &accepting, &*server).await;
+        tasks.iter().for_each(JoinHandle::abort);
+        log::debug!("drained slot={slot} passed_on={}", drain.passed_on());
         io::Result::Ok(())
-    })?;
+    });
+    // What comes now is not the event loop's work, however long it takes.
+    row.pulse().sleep();
+    outcome?;
     // What still runs on a thread though its client has left: it may be half-way through something.
     blocking::finish();
     // Not the runtime's own end, which would wait for a blocking function that never returns.
@@ -195,14 +214,60 @@ where
     Ok(())
 }
 
+/// Returns when the last connection is gone, or is somebody else's.
+async fn leave(
+    drain: &Drain,
+    connections: &Connections,
+    accepting: &[(JoinHandle<()>, Rc<Acceptor>)],
+    server: &impl Serve,
+) {
+    loop {
+        tokio::select! {
+            () = connections.none() => return,
+            () = drain.stranded() => {
+                for (_, acceptor) in accepting {
+                    acceptor.run_dry(server).await;
+                }
+            }
+        }
+    }
+}
+
+/// The event loop. With `is_watched`, it notes when it goes to work and when it sleeps.
+fn event_loop(pulse: Pulse, is_watched: bool) -> io::Result<LocalRuntime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().on_thread_start(crash::give_stack);
+    if is_watched {
+        pulse.runs_on(nix::unistd::gettid().as_raw().cast_unsigned());
+        pulse.work();
+        let asleep = pulse.clone();
+        builder.on_thread_unpark(move || pulse.work()).on_thread_park(move || asleep.sleep());
+    }
+    builder.build_local(LocalOptions::default())
+}
+
+fn guard(failures: &Failures, segment: &Segment) -> Guard {
+    let quarantine = (failures.quarantine.deaths > 0).then(|| segment.quarantine());
+    Guard { request_timeout: failures.request_timeout, quarantine, by: failures.quarantine.by }
+}
+
+/// Asks to be replaced when a function hangs.
+async fn tell_of_hangs(mut report: File) {
+    loop {
+        blocking::one_hangs().await;
+        let _ = report.write_all(Report::Recycle("hung thread".to_owned()).line().as_bytes()); // a full pipe has the word already
+    }
+}
+
 /// Keeps the page cache tidy: off the event loop, and in one of all workers at a time. A worker that nobody is
 /// connected to sleeps.
-async fn sweep(cache: Cache, connections: Rc<Connections>) {
+async fn sweep(cache: Cache, connections: Rc<Connections>, row: Row) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         connections.some().await;
         ticks.tick().await;
+        row.beat(); // the loop is busy, maybe, and gets on
         if cache.sweep_is_due() {
             let cache = cache.clone();
             // A panic there is none of ours.

@@ -9,18 +9,23 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use forkyard_shm::{InFlight, Row};
-use http::{Method, Request, Response, StatusCode, header};
+use forkyard_shm::{InFlight, Quarantine, Row};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
+use tokio::time::Sleep;
 use tower_service::Service;
 
 use crate::body::{Body, BodyError, Trouble};
+use crate::config::failures::QuarantineBy;
 use crate::config::{Limits, Trust};
 use crate::protocol::cgi::{self, Origin};
 use crate::protocol::forwarded;
+use crate::suspect::Suspect;
+use crate::{at_work, blocking};
 
 /// What an error of the application's may be.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -32,11 +37,39 @@ pub(crate) struct Application<S> {
     row: Row,
     pub(crate) limits: Limits,
     pub(crate) trust: Option<Trust>,
+    guard: Guard,
+}
+
+/// What a worker that serves more than one request is guarded against.
+#[derive(Debug, Default)]
+pub(crate) struct Guard {
+    /// For the head of a response; zero is no limit.
+    pub(crate) request_timeout: Duration,
+    /// The requests that kill.
+    pub(crate) quarantine: Option<Quarantine>,
+    pub(crate) by: QuarantineBy,
 }
 
 impl<S> Application<S> {
     pub(crate) fn new(service: S, row: Row, limits: Limits, trust: Option<Trust>) -> Self {
-        Self { service, row, limits, trust }
+        Self { service, row, limits, trust, guard: Guard::default() }
+    }
+
+    pub(crate) fn guarded(self, guard: Guard) -> Self {
+        Self { guard, ..self }
+    }
+}
+
+impl Guard {
+    /// For how long such a request is refused yet, if it is.
+    fn refuses(&self, in_flight: &InFlight) -> Option<Duration> {
+        let quarantine = self.quarantine.as_ref().filter(|quarantine| !quarantine.is_empty())?;
+        let suspect = Suspect::of(&in_flight.what(), self.by);
+        suspect.keys().filter_map(|key| quarantine.left(key)).max()
+    }
+
+    fn deadline(&self) -> Option<Pin<Box<Sleep>>> {
+        (!self.request_timeout.is_zero()).then(|| Box::pin(tokio::time::sleep(self.request_timeout)))
     }
 }
 
@@ -57,10 +90,13 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
         if request.body().size_hint().lower() > self.limits.max_body {
             return Answer::refused(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
         }
+        if let Some(left) = self.guard.refuses(&in_flight) {
+            return Answer::put_off(left, in_flight);
+        }
         let trouble = request.body_mut().watch();
         let is_head = request.method() == Method::HEAD;
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
-        Answer { stage, is_head, in_flight: Some(in_flight), trouble }
+        Answer { stage, is_head, in_flight: Some(in_flight), trouble, deadline: self.guard.deadline() }
     }
 
     /// An answer that the application had no part in.
@@ -77,6 +113,8 @@ pin_project! {
         is_head: bool,
         in_flight: Option<InFlight>,
         trouble: Option<Arc<Trouble>>,
+        // The application is given up then.
+        deadline: Option<Pin<Box<Sleep>>>,
     }
 }
 
@@ -86,14 +124,20 @@ pin_project! {
         /// Until the service is ready.
         Asking { service: S, request: Option<Request<Body>> },
         Called { #[pin] response: S::Future },
-        Refused { status: StatusCode },
+        Refused { status: StatusCode, again_after: Option<Duration> },
     }
 }
 
 impl<S: Service<Request<Body>>> Answer<S> {
     fn refused(status: StatusCode, in_flight: InFlight) -> Self {
-        let (stage, in_flight) = (Stage::Refused { status }, Some(in_flight));
-        Self { stage, is_head: false, in_flight, trouble: None }
+        let (stage, in_flight) = (Stage::Refused { status, again_after: None }, Some(in_flight));
+        Self { stage, is_head: false, in_flight, trouble: None, deadline: None }
+    }
+
+    /// Refused for so long.
+    fn put_off(left: Duration, in_flight: InFlight) -> Self {
+        let stage = Stage::Refused { status: StatusCode::SERVICE_UNAVAILABLE, again_after: Some(left) };
+        Self { stage, is_head: false, in_flight: Some(in_flight), trouble: None, deadline: None }
     }
 }
 
@@ -116,7 +160,9 @@ where
                 Ok(response) => Poll::Ready(ready!(response).map_err(Failure::Error)),
                 Err(panic) => Poll::Ready(Err(Failure::Panic(panic))),
             },
-            StageProjected::Refused { status } => Poll::Ready(Err(Failure::Refused(*status))),
+            StageProjected::Refused { status, again_after } => {
+                Poll::Ready(Err(Failure::Refused(*status, *again_after)))
+            }
             StageProjected::Asking { .. } => Poll::Pending,
         }
     }
@@ -126,7 +172,7 @@ where
 enum Failure<E> {
     Error(E),
     Panic(String),
-    Refused(StatusCode),
+    Refused(StatusCode, Option<Duration>),
 }
 
 impl<S, B> Future for Answer<S>
@@ -138,7 +184,24 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let answer = self.project();
-        let outcome = ready!(answer.stage.poll(context));
+        let Some(serving) = answer.in_flight.as_ref() else { return Poll::Pending };
+        let mut stage = answer.stage;
+        let polled = at_work::on(serving.cell(), || stage.as_mut().poll(context));
+        serving.beat();
+        let outcome = match (polled, answer.deadline.as_mut()) {
+            (Poll::Ready(outcome), _) => outcome,
+            (Poll::Pending, None) => return Poll::Pending,
+            (Poll::Pending, Some(deadline)) => {
+                ready!(deadline.as_mut().poll(context));
+                let (status, what) = (StatusCode::GATEWAY_TIMEOUT, serving.what());
+                log::error!("a request takes too long (--request-timeout): answered 504 request={what:?}");
+                let give_up = || blocking::give_up(what, || stage.set(Stage::Refused { status, again_after: None }));
+                if let Err(panic) = catch_panic(give_up) {
+                    log::error!("a request that was given up panicked: {panic} request={:?}", serving.what());
+                }
+                Err(Failure::Refused(status, None))
+            }
+        };
         let Some(in_flight) = answer.in_flight.take() else { return Poll::Pending };
         // Whatever the application made of it.
         if let Some(status) = answer.trouble.as_ref().and_then(|trouble| trouble.status()) {
@@ -153,7 +216,14 @@ where
                 let left = if *answer.is_head { None } else { promised(&mut response, &in_flight) };
                 response.map(|body| Served::App { body, in_flight, left })
             }
-            Err(Failure::Refused(status)) => refusal(status, in_flight),
+            Err(Failure::Refused(status, again_after)) => {
+                let mut response = refusal(status, in_flight);
+                if let Some(left) = again_after {
+                    let seconds = left.as_secs().saturating_add(1);
+                    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+                }
+                response
+            }
             Err(Failure::Error(error)) => {
                 let error: BoxError = error.into();
                 log::error!("a request failed: {error} request={:?}", in_flight.what());
@@ -278,7 +348,8 @@ where
             Projected::Canned { text, .. } if text.is_empty() => return Poll::Ready(None),
             Projected::Canned { text, .. } => return Poll::Ready(Some(Ok(Frame::data(std::mem::take(text))))),
         };
-        let error: BoxError = match catch_panic(|| body.poll_frame(context)) {
+        in_flight.beat();
+        let error: BoxError = match catch_panic(|| at_work::on(in_flight.cell(), || body.poll_frame(context))) {
             Ok(frame) => match ready!(frame) {
                 None => match left {
                     None | Some(0) => return Poll::Ready(None),

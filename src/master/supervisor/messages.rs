@@ -53,9 +53,8 @@ pub(crate) enum Event {
     Ready { pid: Pid },
     /// A process has served its time, and goes on until another has taken its place.
     Recycle { pid: Pid },
-    /// A process serves no more, though it lives: replace it now, and end it after `grace` if it is still there.
-    #[cfg_attr(not(test), expect(dead_code, reason = "hangs are not looked for yet"))]
-    Hung { pid: Pid, grace: Duration },
+    /// The event loop of a process hangs: it serves no more, though it lives.
+    Hung { pid: Pid },
     /// The answer to [`Action::Sample`].
     Demand(Demand),
     /// A connection waits, and there was nobody to accept it: see [`Supervisor::awaits_arrival`].
@@ -136,6 +135,8 @@ pub(crate) enum Action {
     Kill { pid: Pid },
     /// Find out how much there is to do, and report [`Event::Demand`].
     Sample,
+    /// It hangs: have it tell where, and end it.
+    Abort { pid: Pid },
     /// Tell the operator.
     Note(Note),
     /// The last process is gone: end the master.

@@ -98,25 +98,15 @@ impl Supervisor {
     }
 
     /// A process that serves no more is replaced without further ado: nothing is lost by its going first.
-    pub(super) fn hung(&mut self, pid: nix::unistd::Pid, grace: std::time::Duration, now: Now) {
+    pub(super) fn hung(&mut self, pid: nix::unistd::Pid) {
         let Some(index) = self.find(pid) else { return };
         match self.slots[index].state {
-            State::Ready { pid } if grace.is_zero() => {
+            State::Ready { .. } | State::Draining { .. } => {
                 self.slots[index].state = State::Killing { pid, unready: false };
-                self.actions.push(Action::Kill { pid });
+                self.actions.push(Action::Abort { pid });
             }
-            State::Ready { .. } => {
-                self.drain(index, now);
-                if let State::Draining { deadline, .. } = &mut self.slots[index].state {
-                    *deadline = (*deadline).min(now + grace);
-                }
-            }
-            // Those have a deadline already, or are dying.
-            State::Empty
-            | State::Starting { .. }
-            | State::Draining { .. }
-            | State::Killing { .. }
-            | State::Backoff { .. } => {}
+            // The first has a deadline already, and the others are gone or dying.
+            State::Starting { .. } | State::Empty | State::Killing { .. } | State::Backoff { .. } => {}
         }
     }
 

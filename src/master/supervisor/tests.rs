@@ -83,7 +83,7 @@ impl World {
                     answer
                 }
                 Action::Remind { pid } => self.signal(pid, Life::Leaving),
-                Action::Kill { pid } => self.signal(pid, Life::Killed),
+                Action::Kill { pid } | Action::Abort { pid } => self.signal(pid, Life::Killed),
                 Action::Sample => Some(Event::Demand(self.demand())),
                 Action::Note(note) => {
                     self.notes.push(note);
@@ -164,10 +164,10 @@ impl World {
         self.feed(Event::Exited { pid, wish });
     }
 
-    fn hung(&mut self, pid: i32, grace: Duration) {
+    fn hung(&mut self, pid: i32) {
         let pid = Pid::from_raw(pid);
         self.hanging = Some(pid);
-        self.feed(Event::Hung { pid, grace });
+        self.feed(Event::Hung { pid });
         self.hanging = None;
     }
 
@@ -218,8 +218,7 @@ impl World {
             }
             34..35 => {
                 if let Some(pid) = self.pick(random, Life::Ready) {
-                    let grace = MS * random.u32(0..3) * 400;
-                    self.hung(pid.as_raw(), grace);
+                    self.hung(pid.as_raw());
                 }
             }
             35..40 => {

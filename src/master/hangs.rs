@@ -1,0 +1,169 @@
+//! Which workers hang: decided without a single system call, from what their rows in the scoreboard said at each look.
+//!
+//! An event loop notes when it goes to work and when it sleeps, and counts what it gets done. One that was at the same
+//! work at five looks in a row, a quarter of the timeout apart, without getting anything done, hangs. Looks are counted,
+//! and not time alone: a machine that stood still finds nobody hanging when it goes on.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use nix::unistd::Pid;
+
+use super::supervisor::Now;
+
+/// Looks in a row, after the first, that find a worker as it was.
+const LOOKS: u32 = 4;
+/// From the signal that has a hanging worker tell where it is to the one that ends it.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What a worker's row says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Work {
+    /// Since when its event loop has been at work; `None` if it sleeps, or is not to be judged.
+    pub(crate) since_ms: Option<u64>,
+    pub(crate) pulse: u32,
+}
+
+#[derive(Debug)]
+pub(crate) struct Hangs {
+    /// Zero is never.
+    timeout: Duration,
+    next_look: Now,
+    seen: HashMap<Pid, (Work, u32)>,
+    /// Those that were told to die, and when they are killed.
+    dying: HashMap<Pid, Now>,
+}
+
+impl Hangs {
+    pub(crate) fn new(timeout: Duration) -> Self {
+        Self { timeout, next_look: Now::ZERO, seen: HashMap::new(), dying: HashMap::new() }
+    }
+
+    /// When [`Hangs::is_due`] or [`Hangs::overdue`] will have something to say.
+    pub(crate) fn next_deadline(&self) -> Option<Now> {
+        let look = (!self.timeout.is_zero()).then_some(self.next_look);
+        self.dying.values().copied().chain(look).min()
+    }
+
+    /// Whether it is time to look at the workers.
+    pub(crate) fn is_due(&self, now: Now) -> bool {
+        !self.timeout.is_zero() && now >= self.next_look
+    }
+
+    /// Takes in what the rows of all workers say; returns those that hang.
+    pub(crate) fn look(&mut self, rows: impl IntoIterator<Item = (Pid, Work)>, now: Now) -> Vec<Pid> {
+        self.next_look = now + self.timeout / LOOKS;
+        let mut before = std::mem::take(&mut self.seen);
+        for (pid, work) in rows {
+            let same = before.remove(&pid).filter(|(seen, _)| *seen == work && work.since_ms.is_some());
+            self.seen.insert(pid, (work, same.map_or(0, |(_, looks)| looks + 1)));
+        }
+        let dying = &self.dying;
+        let hangs = self.seen.iter().filter(|(pid, (_, looks))| *looks >= LOOKS && !dying.contains_key(pid));
+        hangs.map(|(&pid, _)| pid).collect()
+    }
+
+    /// The worker was told to die.
+    pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
+        self.dying.insert(pid, now + LAST_WORDS);
+    }
+
+    /// Those that should be dead by now. Each is named again a while later, if it is not.
+    pub(crate) fn overdue(&mut self, now: Now) -> Vec<Pid> {
+        let overdue = self.dying.iter_mut().filter(|(_, until)| **until <= now);
+        overdue
+            .map(|(&pid, until)| {
+                *until = now + LAST_WORDS;
+                pid
+            })
+            .collect()
+    }
+
+    /// The worker is dead. True if it was told to die.
+    pub(crate) fn ended(&mut self, pid: Pid) -> bool {
+        self.seen.remove(&pid);
+        self.dying.remove(&pid).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(30);
+
+    fn pid(number: i32) -> Pid {
+        Pid::from_raw(number)
+    }
+
+    #[test]
+    fn whoever_gets_on_or_sleeps_does_not_hang_in_any_history() {
+        for seed in 0..500 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut hangs = Hangs::new(TIMEOUT);
+            let mut now = Duration::from_secs(random.u64(1..1000));
+            let mut work: Vec<Work> = vec![Work { since_ms: None, pulse: 0 }; 8];
+            // How often each was seen in the same work.
+            let mut stuck = [0_u32; 8];
+            for _ in 0..300 {
+                now += Duration::from_millis(random.u64(0..20_000));
+                for (index, work) in work.iter_mut().enumerate() {
+                    let before = *work;
+                    match random.u32(0..12) {
+                        0 => work.since_ms = None,
+                        1 => work.since_ms = Some(random.u64(1..1_000_000)),
+                        2 => work.pulse = work.pulse.wrapping_add(1),
+                        _ => {}
+                    }
+                    if *work != before || work.since_ms.is_none() {
+                        stuck[index] = 0;
+                    }
+                }
+                if !hangs.is_due(now) {
+                    continue;
+                }
+                let rows = (1..).zip(&work).map(|(number, work)| (pid(number), *work));
+                let mut found = hangs.look(rows, now);
+                found.sort_unstable();
+                let expected = (1..).zip(work.iter().zip(&stuck));
+                let expected = expected.filter(|(_, (work, stuck))| work.since_ms.is_some() && **stuck > LOOKS - 1);
+                let expected: Vec<Pid> = expected.map(|(number, _)| pid(number)).collect();
+                assert!(found.iter().all(|pid| expected.contains(pid)), "seed {seed}: {found:?} {expected:?}");
+                stuck.iter_mut().for_each(|looks| *looks += 1);
+            }
+        }
+    }
+
+    #[test]
+    fn a_hang_is_found_after_the_timeout_and_its_worker_killed_a_second_later() {
+        let mut hangs = Hangs::new(TIMEOUT);
+        let work = Work { since_ms: Some(17), pulse: 4 };
+        let mut looks = 0;
+        let found = loop {
+            let now = hangs.next_deadline().unwrap();
+            assert!(hangs.is_due(now));
+            let found = hangs.look([(pid(7), work)], now);
+            looks += 1;
+            if !found.is_empty() {
+                assert!(now >= TIMEOUT && now < TIMEOUT * 2, "{now:?}");
+                hangs.told_to_die(pid(7), now);
+                break found;
+            }
+        };
+        assert_eq!((found, looks), (vec![pid(7)], 5));
+        let now = hangs.next_deadline().unwrap();
+        assert_eq!(hangs.look([(pid(7), work)], now), [], "it is known already");
+        assert_eq!(hangs.overdue(now), [pid(7)]);
+        assert_eq!(hangs.overdue(now), []);
+        assert!(hangs.ended(pid(7)) && !hangs.ended(pid(7)));
+        assert_eq!(Hangs::new(Duration::ZERO).next_deadline(), None);
+    }
+
+    #[test]
+    fn a_machine_that_stood_still_finds_nobody_hanging() {
+        let mut hangs = Hangs::new(TIMEOUT);
+        let work = Work { since_ms: Some(17), pulse: 4 };
+        assert_eq!(hangs.look([(pid(7), work)], Duration::from_secs(1)), []);
+        assert_eq!(hangs.look([(pid(7), work)], Duration::from_secs(100_000)), []);
+    }
+}

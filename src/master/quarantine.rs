@@ -1,0 +1,193 @@
+//! Which requests are refused for a while because workers died of them: decided without a single system call.
+//!
+//! Each death by a crash brings evidence: the request that the crashing thread was at work on, if its last words tell;
+//! else all that were in flight. A request is found guilty when
+//! - it alone was the evidence of N deaths within the window, or of a single one shortly after it was let go; or
+//! - it was among the evidence of each of the last N deaths, was not in flight in any worker that lived on at those
+//!   moments, and nothing else was both. So a popular request that is in flight beside the poison each time goes
+//!   free: other workers serve it. Where there is no other worker this rule finds nobody guilty.
+//!
+//! First paths are judged. If no path is guilty, requests that differ in their numbers alone are taken for the same,
+//! and judged again. What was in flight is the dead worker's word: it can have itself refused, and nobody's memory grown.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use super::supervisor::Now;
+use crate::config::failures::QuarantineConfig;
+use crate::suspect::Suspect;
+
+/// Deaths that are remembered, and requests.
+const DEATHS: usize = 256;
+const RECORDS: usize = 1024;
+/// No request is refused for longer at a time, unless the operator says so.
+const LONGEST: Duration = Duration::from_secs(60 * 60);
+
+/// A death by a crash, and what it may be due to.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Death {
+    pub(crate) in_flight: Vec<Suspect>,
+    /// Whether that is all that was in flight.
+    pub(crate) complete: bool,
+    /// What the crashing thread was at work on.
+    pub(crate) culprit: Option<Suspect>,
+    /// How many other workers lived on, and what they were serving.
+    pub(crate) witnesses: usize,
+    pub(crate) elsewhere: Vec<Suspect>,
+}
+
+/// What an operator should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Refused { key: String, time: Duration, times: u32 },
+    LetGo { key: String },
+}
+
+/// A request that is refused, for the operator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listed {
+    pub(crate) key: String,
+    pub(crate) left: Duration,
+    /// How often it has been refused in a row of relapses, this time included.
+    pub(crate) times: u32,
+}
+
+#[derive(Debug)]
+pub(crate) struct Quarantine {
+    config: QuarantineConfig,
+    deaths: VecDeque<(Now, Death)>,
+    records: BTreeMap<String, Record>,
+}
+
+/// A request that was found guilty, until it has been good for long enough.
+#[derive(Debug)]
+struct Record {
+    refused: bool,
+    /// It is let go then; or, if it was, forgotten.
+    until: Now,
+    time: Duration,
+    times: u32,
+}
+
+type Key = for<'a> fn(&'a Suspect) -> Option<&'a str>;
+
+impl Quarantine {
+    pub(crate) fn new(config: QuarantineConfig) -> Self {
+        Self { config, deaths: VecDeque::new(), records: BTreeMap::new() }
+    }
+
+    /// A worker has died of a crash.
+    pub(crate) fn died(&mut self, death: Death, now: Now) -> Vec<Verdict> {
+        // Of a request that nobody can name nothing is known.
+        let is_evidence = death.culprit.is_some() || (death.complete && !death.in_flight.is_empty());
+        if self.config.deaths == 0 || !is_evidence {
+            return Vec::new();
+        }
+        self.deaths.push_back((now, death));
+        let window = self.config.window;
+        self.deaths.retain(|(at, _)| now.saturating_sub(*at) <= window);
+        while self.deaths.len() > DEATHS {
+            self.deaths.pop_front();
+        }
+        let levels: [Key; 2] = [|suspect| Some(&suspect.path), |suspect| suspect.pattern.as_deref()];
+        for key_of in levels {
+            if let Some(guilty) = self.judge(key_of) {
+                let verdict = self.refuse(guilty.clone(), now);
+                self.deaths.retain(|(_, death)| !death.evidence(key_of).contains(guilty.as_str()));
+                return vec![verdict];
+            }
+        }
+        Vec::new()
+    }
+
+    /// Who is guilty of the last death, if that can be said.
+    fn judge(&self, key_of: Key) -> Option<String> {
+        let (_, last) = self.deaths.back()?;
+        let enough = self.config.deaths as usize;
+        let evidence = last.evidence(key_of);
+        if let [one] = evidence.iter().copied().collect::<Vec<_>>()[..] {
+            let alone = self.deaths.iter().filter(|(_, death)| death.evidence(key_of) == evidence).count();
+            let on_probation = self.records.get(one).is_some_and(|record| !record.refused);
+            if alone >= enough || on_probation {
+                return Some(one.to_owned());
+            }
+        }
+        let recent = || self.deaths.iter().rev().take(enough).map(|(_, death)| death);
+        if self.deaths.len() < enough || recent().any(|death| death.witnesses == 0) {
+            return None;
+        }
+        let is_guilty = |key: &&str| {
+            let served_elsewhere = |death: &Death| death.elsewhere.iter().any(|suspect| key_of(suspect) == Some(*key));
+            recent().all(|death| death.evidence(key_of).contains(*key) && !served_elsewhere(death))
+        };
+        let mut guilty = evidence.into_iter().filter(is_guilty);
+        let one = guilty.next()?;
+        guilty.next().is_none().then(|| one.to_owned())
+    }
+
+    fn refuse(&mut self, key: String, now: Now) -> Verdict {
+        let times = self.records.get(&key).map_or(0, |record| record.times).saturating_add(1);
+        let longest = LONGEST.max(self.config.time);
+        let time = self.config.time.saturating_mul(1 << (times - 1).min(16)).min(longest);
+        if self.records.len() >= RECORDS
+            && let Some(oldest) = self.records.iter().min_by_key(|(_, record)| record.until).map(|(key, _)| key.clone())
+        {
+            self.records.remove(&oldest);
+        }
+        self.records.insert(key.clone(), Record { refused: true, until: now + time, time, times });
+        Verdict::Refused { key, time, times }
+    }
+
+    /// Lets go whose time is over, and forgets who has been good since.
+    pub(crate) fn tick(&mut self, now: Now) -> Vec<Verdict> {
+        let mut verdicts = Vec::new();
+        self.records.retain(|_, record| record.refused || record.until > now);
+        for (key, record) in self.records.iter_mut().filter(|(_, record)| record.refused && record.until <= now) {
+            record.refused = false;
+            record.until = now + record.time.max(self.config.window);
+            verdicts.push(Verdict::LetGo { key: key.clone() });
+        }
+        verdicts
+    }
+
+    /// When [`Quarantine::tick`] has something to do.
+    pub(crate) fn next_deadline(&self) -> Option<Now> {
+        self.records.values().map(|record| record.until).min()
+    }
+
+    /// What is refused now, the longest first.
+    pub(crate) fn list(&self, now: Now) -> Vec<Listed> {
+        let refused = self.records.iter().filter(|(_, record)| record.refused);
+        let listed = |(key, record): (&String, &Record)| {
+            let left = record.until.saturating_sub(now);
+            Listed { key: key.clone(), left, times: record.times }
+        };
+        let mut list: Vec<Listed> = refused.map(listed).collect();
+        list.sort_by_key(|listed| std::cmp::Reverse(listed.left));
+        list
+    }
+
+    /// Lets one go and forgets that it was ever refused. False if it was not.
+    pub(crate) fn release(&mut self, key: &str) -> bool {
+        self.records.remove(key).is_some_and(|record| record.refused)
+    }
+
+    /// The same for all; returns how many were refused.
+    pub(crate) fn release_all(&mut self) -> usize {
+        let records = std::mem::take(&mut self.records);
+        records.values().filter(|record| record.refused).count()
+    }
+}
+
+impl Death {
+    /// What it may be due to.
+    fn evidence(&self, key_of: Key) -> BTreeSet<&str> {
+        match &self.culprit {
+            Some(culprit) => key_of(culprit).into_iter().collect(),
+            None => self.in_flight.iter().filter_map(key_of).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,53 @@
+//! Names for the addresses of a crash: made by a child, as the master itself reads no debug information.
+//!
+//! There is one such child at a time; of crashes that come meanwhile the log has the addresses alone.
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use super::signals::SignalInbox;
+use crate::modules::{self, Modules};
+use crate::sys;
+
+/// Functions that are named.
+const NAMED: usize = 24;
+/// Files with much debug information take a while; no file takes that long.
+const PATIENCE: u32 = 30;
+
+#[derive(Debug, Default)]
+pub(crate) struct Symbols {
+    child: Option<Pid>,
+}
+
+impl Symbols {
+    /// Has the names of a dead worker's last instructions logged. They are its word: numbers, which are looked up.
+    pub(crate) fn log(&mut self, slot: u32, pid: Pid, trace: &str, signals: &SignalInbox) {
+        if self.child.is_some() {
+            return;
+        }
+        let child = sys::fork(|| {
+            signals.leave();
+            sys::close_all_except(&[0, 1, 2]);
+            if nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).is_err() {
+                return 1;
+            }
+            nix::unistd::alarm::set(PATIENCE);
+            sys::unblock_signals();
+            let own = Modules::own();
+            let addresses = trace.split(' ').filter_map(|text| own.read(text));
+            let mut names = modules::names_of(addresses);
+            names.truncate(NAMED);
+            log::warn!("backtrace slot={slot} pid={pid} at={:?}", names.join(" < "));
+            0
+        });
+        match child {
+            Ok(child) => self.child = Some(child),
+            Err(error) => log::error!("cannot make names of a backtrace: {error}"),
+        }
+    }
+
+    /// Whether `pid` was the child. It has ended.
+    pub(crate) fn ended(&mut self, pid: Pid) -> bool {
+        self.child.take_if(|child| *child == pid).is_some()
+    }
+}

@@ -1,0 +1,75 @@
+//! A crash says where it happened, and is otherwise what it was.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use common::http;
+use common::{Server, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+fn crashy(arguments: &[&str]) -> Server {
+    Server::start("crashy", &[&["--bind", "http:127.0.0.1:0", "--quarantine", "0"], arguments].concat())
+}
+
+/// The value of `key="..."` in a line of the log.
+fn quoted<'a>(line: &'a str, key: &str) -> &'a str {
+    let start = format!(" {key}=\"");
+    let rest = line.split_once(&start).unwrap_or_else(|| panic!("no {key} in {line:?}")).1;
+    rest.split_once('"').unwrap().0
+}
+
+#[test]
+fn the_obituary_says_where_a_worker_crashed_and_a_line_names_the_functions() {
+    let mut server = crashy(&["--workers", "2"]);
+    let address = server.http();
+    for (path, signal, words, function) in [
+        ("/segv", "SEGV", "SEGV in thread worker at address 0x8, instruction crashy+0x", "crashy.rs:"),
+        ("/abort", "ABRT", "ABRT in thread worker, instruction ", "crashy::abort"),
+        ("/thread/segv", "SEGV", "SEGV in thread blocking-0 at address 0x10, instruction crashy+0x", "in_a_thread"),
+    ] {
+        assert!(http::get(&address, path).is_err(), "{path} takes its worker with it");
+        let line = server.wait_for("worker died");
+        assert!(line.contains(&format!(" signal={signal} ")), "it dies of the same signal: {line}");
+        assert_eq!(quoted(&line, "crashed_in"), format!("GET {path}"));
+        assert!(quoted(&line, "said").contains(words), "{line}");
+        let trace = quoted(&line, "trace");
+        assert!(trace.split(' ').count() > 2 && trace.contains("crashy+0x"), "{line}");
+        let names = server.wait_for("backtrace slot=");
+        assert!(quoted(&names, "at").contains(function), "no {function} in {names}");
+        wait_until("it answers", || http::get(&address, "/ok").ok());
+    }
+    server.stop();
+}
+
+#[test]
+fn a_stack_overflow_is_told_by_us_and_by_the_standard_library() {
+    let mut server = crashy(&["--workers", "1"]);
+    assert!(http::get(&server.http(), "/overflow").is_err());
+    server.wait_for("thread 'worker'");
+    let line = server.wait_for("worker died");
+    assert!(line.contains(" signal=ABRT "), "as the standard library has it: {line}");
+    assert_eq!(quoted(&line, "crashed_in"), "GET /overflow");
+    let said = quoted(&line, "said");
+    assert!(said.starts_with("SEGV in thread worker at address 0x") && said.ends_with("(stack overflow)"), "{line}");
+    assert!(server.log().contains("has overflowed its stack"));
+    assert!(quoted(&server.wait_for("backtrace slot="), "at").starts_with("recurse"));
+    server.stop();
+}
+
+#[test]
+fn a_signal_from_outside_is_told_too_and_blames_no_request() {
+    let mut server = crashy(&["--workers", "1"]);
+    for signal in [Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGSYS] {
+        let worker = wait_until("there is a worker", || server.children().first().copied());
+        wait_until("it answers", || http::get(&server.http(), "/ok").ok());
+        kill(Pid::from_raw(worker), signal).unwrap();
+        let line = server.wait_for("worker died");
+        let name = signal.as_str().trim_start_matches("SIG");
+        assert!(line.contains(&format!(" signal={name} ")), "{line}");
+        assert!(quoted(&line, "said").starts_with(&format!("{name} in thread ")), "{line}");
+        assert!(!line.contains("crashed_in"), "{line}");
+    }
+    server.stop();
+}
