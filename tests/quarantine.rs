@@ -14,6 +14,15 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&["--bind", "http:127.0.0.1:0", "--workers", "3"], arguments].concat())
 }
 
+/// Also if the test fails.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Asks for what kills until it does not any more, and returns how often it did.
 fn poison(address: &str, mut path: impl FnMut(usize) -> String) -> usize {
     let refused = |path: &str| http::get(address, path).is_ok_and(|response| response.status == 503);
@@ -31,7 +40,9 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
     let mut server = crashy(&[]);
     let address = server.http();
     let (stop, good) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let mut deaths = 0;
     std::thread::scope(|scope| {
+        let _stop = SetAtEnd(&stop);
         // A popular route, in flight all the time, also in the workers that die.
         for _ in 0..4 {
             scope.spawn(|| {
@@ -48,7 +59,9 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
                 }
             });
         }
-        assert!(poison(&address, |_| "/segv?once=more".to_owned()) >= 3);
+        // A client may ask once more before the master has drawn its conclusions.
+        deaths = poison(&address, |_| "/segv?once=more".to_owned());
+        assert!(deaths >= 3);
         let line = server.wait_for("quarantined request=");
         assert!(line.contains("request=\"GET /segv\" time=60s times=1"), "{line}");
         let before = good.load(Ordering::Relaxed);
@@ -59,21 +72,20 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
         }
         assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
         wait_until("the others are answered", || (good.load(Ordering::Relaxed) > before + 50).then_some(()));
-        stop.store(true, Ordering::Relaxed);
     });
     server.stop();
-    assert_eq!(server.log().matches("worker died").count(), 3, "no more than that");
+    assert_eq!(server.log().matches("worker died").count(), deaths, "none since it is refused");
 }
 
 #[test]
 fn what_kills_by_many_ids_is_refused_by_its_pattern() {
     let mut server = crashy(&[]);
-    assert_eq!(poison(&server.http(), |number| format!("/poison/{number}")), 3);
+    assert!(poison(&server.http(), |number| format!("/poison/{number}")) >= 3);
     assert!(server.wait_for("quarantined").contains("request=\"GET /poison/*\""));
     server.stop();
 
     let mut server = crashy(&["--quarantine-by", "path", "--quarantine", "2"]);
-    assert_eq!(poison(&server.http(), |_| "/poison/1".to_owned()), 2);
+    assert!(poison(&server.http(), |_| "/poison/1".to_owned()) >= 2);
     assert!(server.wait_for("quarantined").contains("request=\"GET /poison/1\""));
     assert!(http::get(&server.http(), "/poison/2").is_err());
     server.stop();

@@ -195,7 +195,7 @@ impl Master {
             let Some(ending) = sys::reap(pid) else { return };
             self.hear(pid);
             let Some(child) = self.children.remove(&pid) else {
-                if !self.sickbed.symbols.ended(pid) {
+                if !self.sickbed.symbols.ended(pid, &self.signals) {
                     log::debug!("reaped a stranger pid={pid} {ending}");
                 }
                 continue;

@@ -122,7 +122,7 @@ impl Master {
         let now = self.now();
         self.sickbed.hangs.ended(pid);
         if !end.trace.is_empty() {
-            self.sickbed.symbols.log(slot, pid, &end.trace, &self.signals);
+            self.sickbed.symbols.log(slot, pid, end.trace, &self.signals);
         }
         if !end.is_crash {
             return;

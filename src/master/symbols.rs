@@ -1,6 +1,9 @@
 //! Names for the addresses of a crash: made by a child, as the master itself reads no debug information.
 //!
-//! There is one such child at a time; of crashes that come meanwhile the log has the addresses alone.
+//! There is one such child at a time. A few crashes that come meanwhile wait for the next; of further ones the log has
+//! the addresses alone.
+
+use std::collections::VecDeque;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -13,18 +16,36 @@ use crate::sys;
 const NAMED: usize = 24;
 /// Files with much debug information take a while; no file takes that long.
 const PATIENCE: u32 = 30;
+/// Crashes that wait.
+const WAITING: usize = 4;
 
 #[derive(Debug, Default)]
 pub(crate) struct Symbols {
     child: Option<Pid>,
+    waiting: VecDeque<Crash>,
+}
+
+#[derive(Debug)]
+struct Crash {
+    slot: u32,
+    pid: Pid,
+    trace: String,
 }
 
 impl Symbols {
     /// Has the names of a dead worker's last instructions logged. They are its word: numbers, which are looked up.
-    pub(crate) fn log(&mut self, slot: u32, pid: Pid, trace: &str, signals: &SignalInbox) {
+    pub(crate) fn log(&mut self, slot: u32, pid: Pid, trace: String, signals: &SignalInbox) {
+        if self.waiting.len() < WAITING {
+            self.waiting.push_back(Crash { slot, pid, trace });
+        }
+        self.start(signals);
+    }
+
+    fn start(&mut self, signals: &SignalInbox) {
         if self.child.is_some() {
             return;
         }
+        let Some(Crash { slot, pid, trace }) = self.waiting.pop_front() else { return };
         let child = sys::fork(|| {
             signals.leave();
             sys::close_all_except(&[0, 1, 2]);
@@ -47,7 +68,9 @@ impl Symbols {
     }
 
     /// Whether `pid` was the child. It has ended.
-    pub(crate) fn ended(&mut self, pid: Pid) -> bool {
-        self.child.take_if(|child| *child == pid).is_some()
+    pub(crate) fn ended(&mut self, pid: Pid, signals: &SignalInbox) -> bool {
+        let was_ours = self.child.take_if(|child| *child == pid).is_some();
+        self.start(signals);
+        was_ours
     }
 }
