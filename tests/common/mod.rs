@@ -8,6 +8,7 @@
 pub mod fastcgi;
 pub mod http;
 pub mod http2;
+pub mod load;
 pub mod raw;
 pub mod scgi;
 
