@@ -53,6 +53,9 @@ const RETIRE: i32 = 125;
 /// How often an external program that is starting is looked at.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// How long the heirs of the last workers are waited for: a little longer than they take.
+const HEIRS: Duration = Duration::from_millis(2500);
+
 struct Master {
     supervisor: Supervisor,
     nursery: Nursery,
@@ -115,6 +118,7 @@ pub(crate) fn run(
         master.look_after_the_sick();
         master.feed(Event::Tick);
     }
+    master.await_heirs();
     Ok(master.ended == Some(true))
 }
 
@@ -139,6 +143,16 @@ fn policy(config: &Config) -> Policy {
 impl Master {
     fn now(&self) -> Duration {
         self.begun.elapsed()
+    }
+
+    /// Waits for the heirs of the last workers, for as long as these may take.
+    fn await_heirs(&mut self) {
+        let begun = Instant::now();
+        while let Some(left) = HEIRS.checked_sub(begun.elapsed()).filter(|_| spawn::has_heirs()) {
+            let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+            let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], timeout);
+            self.hear_signals();
+        }
     }
 
     /// The one wait point. True if a connection waits and there is no worker.
