@@ -1,5 +1,7 @@
 //! What a worker's death costs its clients: a 502 for what it was at, and nothing for the rest.
 
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
 mod common;
 
 use std::io::{Read as _, Write as _};

@@ -2,6 +2,8 @@
 //!
 //! Each test makes some 100,000 requests; `scripts/soak` makes as many as it is told (`FORKYARD_SOAK`).
 
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
+
 mod common;
 
 use std::collections::BTreeSet;
