@@ -324,6 +324,8 @@ impl Acceptor {
     /// Accepts what is waiting in the kernel's queue, and no more. For a worker that leaves: if all leave,
     /// nobody else would.
     pub(crate) async fn run_dry(&self, serve: &impl Serve) {
+        // Before, or else the kernel would go on to tell this worker, and it alone, of the next one.
+        self.bell.pause();
         while !self.connections.is_full() {
             match self.take(self.bell.listener.as_fd()) {
                 Ok(taken) => self.start(serve, taken).await,

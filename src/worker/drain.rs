@@ -8,6 +8,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use forkyard_shm::Scoreboard;
@@ -18,6 +19,22 @@ use crate::handover::Channel;
 
 /// How long an idle connection that nobody takes over is kept for a request that may be on its way.
 const LAST_REQUEST: Duration = Duration::from_secs(1);
+
+/// Who was asked to be woken: to ask once is enough, as long as it is the same task. (To ask each time would cost a tenth of a
+/// request.)
+#[derive(Debug, Default)]
+pub(crate) struct Asked(Option<Waker>);
+
+impl Asked {
+    /// True for a task that has not asked before.
+    pub(crate) fn is_new(&mut self, context: &Context<'_>) -> bool {
+        if self.0.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
+            return false;
+        }
+        self.0 = Some(context.waker().clone());
+        true
+    }
+}
 
 /// The order to drain. Cheap to clone.
 #[derive(Clone, Debug)]

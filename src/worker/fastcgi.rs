@@ -22,7 +22,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::closing;
-use super::drain::Drain;
+use super::drain::{Asked, Drain};
 use super::outbox::Outbox;
 use super::serve::{Answer, Application, BoxError, Served};
 use super::socket::Socket;
@@ -69,12 +69,10 @@ where
     };
     let mut drained = pin!(drain.wait());
     let mut last_chance = pin!(drain.wait_for_last_request());
-    let mut will_hear = false;
+    let mut asked = Asked::default();
     let ended = poll_fn(|context| {
-        // To ask once is to be woken. (To ask each time would cost a tenth of a request.)
-        if !connection.draining && (!will_hear || drain.has_begun()) {
+        if !connection.draining && (asked.is_new(context) || drain.has_begun()) {
             connection.draining = drained.as_mut().poll(context).is_ready();
-            will_hear = true;
         }
         if connection.draining {
             connection.moving = drain.has_sibling();

@@ -29,7 +29,7 @@ use tokio::sync::{Notify, oneshot};
 use tower_service::Service;
 
 use super::closing::LINGER;
-use super::drain::Drain;
+use super::drain::{Asked, Drain};
 use super::opening;
 use super::serve::{Application, BoxError, Served};
 use super::socket::Socket;
@@ -125,10 +125,10 @@ where
     C: Future<Output = hyper::Result<()>> + Unpin,
 {
     let mut drained = pin!(drain.wait());
-    let mut will_hear = false;
+    let mut asked = Asked::default();
     let ended = poll_fn(|context| {
-        if !will_hear && !drain.has_begun() {
-            will_hear = drained.as_mut().poll(context).is_pending();
+        if !drain.has_begun() && asked.is_new(context) {
+            let _ = drained.as_mut().poll(context);
         }
         if let Poll::Ready(ended) = Pin::new(&mut connection).poll(context) {
             return Poll::Ready(Some(ended));
