@@ -130,7 +130,7 @@ extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: the kernel calls this with a valid siginfo_t, which is larger than `Trapped` and as strictly aligned.
     let trapped = unsafe { &*info.cast::<Trapped>() };
     let Some(number) = u64::try_from(trapped.number).ok().filter(|_| trapped.code == SYS_SECCOMP) else {
-        // Somebody sent SIGSYS: it does what it would have done.
+        // Somebody sent SIGSYS: it ends the process, as it would have without this.
         // SAFETY: `_exit` is async-signal-safe, and never returns.
         unsafe { libc::_exit(128 + libc::SIGSYS) }
     };
