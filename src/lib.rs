@@ -22,6 +22,7 @@ mod cgi_call;
 mod cli;
 mod config;
 mod context;
+mod control;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -3,10 +3,13 @@
 //! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
 //! form of an address, and which headers proxies write.
 
+pub(crate) mod control;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use self::control::ControlConfig;
 use crate::listen::Bind;
 use crate::peers::Peers;
 use crate::protocol::forwarded::Family;
@@ -35,6 +38,7 @@ pub(crate) struct Config {
     /// The same for FastCGI, if `allow` does not tell: the web servers.
     pub(crate) web_servers: Option<Peers>,
     pub(crate) trust: Option<Trust>,
+    pub(crate) control: ControlConfig,
 }
 
 /// The proxies that are believed when they tell who their client is.

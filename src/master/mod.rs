@@ -8,11 +8,15 @@
 //! - [`supervisor`] decides (pure).
 //! - [`spawn`] makes processes; [`signals`] and [`program_log`] make signals and programs' output readable.
 //! - [`obituary`] writes the line for each process that ended.
+//! - [`control`] is the socket at which operators ask, [`operator`] does it, and [`status`] says how things are.
 
+mod control;
 mod obituary;
+mod operator;
 mod program_log;
 mod signals;
 mod spawn;
+mod status;
 mod supervisor;
 
 use std::collections::{HashMap, VecDeque};
@@ -26,10 +30,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+pub(crate) use self::control::Control;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
-use self::supervisor::{Action, Event, Note, Policy, Supervisor, Wish};
+use self::supervisor::{Action, Command, Event, Note, Policy, Supervisor, Wish};
 use crate::config::Config;
 use crate::heritage::Report;
 use crate::listen::Listener;
@@ -40,8 +45,32 @@ const RETIRE: i32 = 125;
 /// How often an external program that is starting is looked at.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// How operators reach the master, beside signals.
+pub(crate) struct Operators {
+    pub(crate) control: Option<Control>,
+    pub(crate) reread: Reread,
+}
+
+/// Reads the configuration anew. `None` if there is none to be read.
+///
+/// # Errors
+/// A sentence that says what is wrong with it.
+pub(crate) type Reread = Box<dyn Fn() -> Result<Option<Reloaded>, String>>;
+
+/// A configuration that was read anew.
+pub(crate) struct Reloaded {
+    /// For the workers to come. What cannot change without a restart is as it was.
+    pub(crate) config: Arc<Config>,
+    /// The flags that have changed and need a restart.
+    pub(crate) fixed: Vec<String>,
+}
+
 struct Master {
     supervisor: Supervisor,
+    control: Option<Control>,
+    reread: Reread,
+    /// The latest, for those who ask why a reload failed.
+    obituary: String,
     nursery: Nursery,
     signals: SignalInbox,
     scoreboard: Scoreboard,
@@ -55,7 +84,7 @@ struct Master {
 /// asked not to be replaced.
 ///
 /// `begun` is when the program started, and `application` are the descriptors of the application's own, which
-/// workers keep.
+/// workers keep. `operators` keeps its control socket, to be closed last.
 ///
 /// # Errors
 /// If the master cannot set itself up.
@@ -66,7 +95,8 @@ pub(crate) fn run(
     launch: Launch,
     application: Arc<[RawFd]>,
     begun: Instant,
-) -> io::Result<bool> {
+    operators: Operators,
+) -> io::Result<(bool, Option<Control>)> {
     // Whoever started us may have blocked signals, and the mask is inherited.
     sys::unblock_signals();
     // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
@@ -80,6 +110,9 @@ pub(crate) fn run(
     };
     let mut master = Master {
         supervisor: Supervisor::new(policy),
+        control: operators.control,
+        reread: operators.reread,
+        obituary: String::new(),
         signals: SignalInbox::open()?,
         scoreboard: segment.scoreboard(),
         nursery: Nursery::new(config, listeners, segment, launch, application)?,
@@ -89,13 +122,15 @@ pub(crate) fn run(
     };
     master.feed(Event::Tick);
     while master.ended.is_none() {
-        master.wait();
+        let events = master.wait();
         master.hear_signals();
         master.hear_children();
         master.look_at_programs();
+        master.hear_operators(&events);
         master.feed(Event::Tick);
     }
-    Ok(master.ended == Some(true))
+    master.farewell();
+    Ok((master.ended == Some(true), master.control))
 }
 
 impl Master {
@@ -103,11 +138,16 @@ impl Master {
         self.begun.elapsed()
     }
 
-    /// The one wait point.
-    fn wait(&self) {
+    /// The one wait point. Returns what is to be heard by the control socket.
+    fn wait(&self) -> Vec<PollFlags> {
         let mut timeout = self.supervisor.next_deadline().map(|deadline| deadline.saturating_sub(self.now()));
         if self.children.values().any(Child::is_unsettled_program) {
             timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
+        }
+        let now = self.now();
+        if let Some(deadline) = self.control.as_ref().and_then(|control| control.next_deadline(now)) {
+            let left = deadline.saturating_sub(now);
+            timeout = Some(timeout.map_or(left, |timeout| timeout.min(left)));
         }
         // One more millisecond, or else it would wake just before the deadline.
         let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
@@ -117,6 +157,8 @@ impl Master {
         let children = self.children.values().filter_map(Child::watched);
         let children = children.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let mut watched: Vec<PollFd<'_>> = std::iter::once(signals).chain(children).collect();
+        let others = watched.len();
+        watched.extend(self.control.iter().flat_map(|control| control.watched(now)));
         match poll(&mut watched, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => {
@@ -125,6 +167,7 @@ impl Master {
                 std::thread::sleep(LOOK);
             }
         }
+        watched[others..].iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty())).collect()
     }
 
     fn hear_signals(&mut self) {
@@ -133,7 +176,12 @@ impl Master {
                 Meaning::Child => self.reap(),
                 Meaning::Command(command) => {
                     log::info!("asked to {}", command.verb());
-                    self.feed(Event::Command(command));
+                    match command {
+                        Command::Reload => drop(self.reload()), // what went wrong is in the log
+                        Command::Drain | Command::Halt | Command::Add | Command::Remove => {
+                            self.feed(Event::Command(command));
+                        }
+                    }
                 }
                 Meaning::Reserved(what) => log::info!("signal {what} is reserved and does nothing yet"),
             }
@@ -154,7 +202,8 @@ impl Master {
                 continue;
             };
             self.scoreboard.bury(child.slot, pid.as_raw().cast_unsigned());
-            obituary::publish(pid, ending, child, &self.scoreboard);
+            let obituary = obituary::publish(pid, ending, child, &self.scoreboard);
+            self.left(obituary);
             let wish = match ending {
                 Ending::Exited(0) => Wish::Renew,
                 Ending::Exited(RETIRE) => Wish::Retire,
@@ -178,7 +227,7 @@ impl Master {
         }
         for report in child.listen(pid) {
             match report {
-                Report::Ready => self.feed(Event::Ready { pid }),
+                Report::Ready => self.ready(pid),
                 Report::Recycle(reason) => log::info!("worker wants to be replaced pid={pid} reason={reason}"),
                 Report::LastWords(_) => {}
             }
@@ -200,7 +249,7 @@ impl Master {
             }
         }
         for pid in started {
-            self.feed(Event::Ready { pid });
+            self.ready(pid);
         }
     }
 
@@ -234,6 +283,7 @@ impl Master {
             }
             Action::Note(note) => {
                 self.tell(note);
+                self.pass_on(note);
                 None
             }
             Action::Exit { success } => {
@@ -251,7 +301,8 @@ impl Master {
                 Event::Spawned { slot, pid }
             }
             Err(error) => {
-                log::error!("cannot make a worker slot={slot} gen={generation}: {error}");
+                self.obituary = format!("cannot make a worker slot={slot} gen={generation}: {error}");
+                log::error!("{}", self.obituary);
                 Event::SpawnFailed { slot }
             }
         }

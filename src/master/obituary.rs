@@ -11,8 +11,8 @@ use crate::sys::Ending;
 /// So many of the requests that it was serving are named.
 const NAMED: usize = 4;
 
-/// Writes the line. What the scoreboard says is the dead process's word: bounded, and taken as text only.
-pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Scoreboard) {
+/// Writes the line, and returns it. What the scoreboard says is the dead process's word: bounded, and taken as text only.
+pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Scoreboard) -> String {
     let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
     let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
     // The row is the child's only if the child had claimed it. A program knows nothing of the scoreboard.
@@ -37,11 +37,13 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
     if !last_words.is_empty() {
         let _ = write!(line, " said={last_words:?}");
     }
-    match ending {
-        _ if as_asked => log::info!("worker left {line}"),
-        Ending::Exited(0) if idle => log::info!("worker left of its own accord {line}"),
-        Ending::Exited(0) => log::warn!("worker left of its own accord, and in the middle of its work {line}"),
-        Ending::Exited(125) => log::warn!("worker left and asks not to be replaced {line}"),
-        Ending::Exited(_) | Ending::Signaled(_) => log::warn!("worker died {line}"),
-    }
+    let (level, what) = match ending {
+        _ if as_asked => (log::Level::Info, "worker left"),
+        Ending::Exited(0) if idle => (log::Level::Info, "worker left of its own accord"),
+        Ending::Exited(0) => (log::Level::Warn, "worker left of its own accord, and in the middle of its work"),
+        Ending::Exited(125) => (log::Level::Warn, "worker left and asks not to be replaced"),
+        Ending::Exited(_) | Ending::Signaled(_) => (log::Level::Warn, "worker died"),
+    };
+    log::log!(level, "{what} {line}");
+    format!("{what} {line}")
 }

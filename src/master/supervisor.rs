@@ -626,5 +626,8 @@ impl TokenBucket {
     }
 }
 
+mod view;
+pub(crate) use self::view::{Phase, Place};
+
 #[cfg(test)]
 mod tests;
