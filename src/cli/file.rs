@@ -39,8 +39,8 @@ pub(super) fn read(path: &Path, command: &Command, matches: &ArgMatches) -> Resu
     let name = path.display().to_string();
     let text =
         text_of(path).map_err(|cause| vec![format!("cannot read {name}: {cause} (choose a file with --config)")])?;
-    let mut reading =
-        Reading { name, text: &text, command, matches, additions: Additions::default(), mistakes: Vec::new() };
+    let (additions, broken, mistakes) = Default::default();
+    let mut reading = Reading { name, text: &text, command, matches, additions, broken, mistakes };
     reading.read();
     if reading.mistakes.is_empty() { Ok(reading.additions) } else { Err(reading.lines()) }
 }
@@ -63,6 +63,8 @@ struct Reading<'a> {
     command: &'a Command,
     matches: &'a ArgMatches,
     additions: Additions,
+    /// What could not be read: nothing is said of the value that was put in its place.
+    broken: Vec<Range<usize>>,
     /// Where in the text, and what.
     mistakes: Vec<(usize, String)>,
 }
@@ -71,6 +73,7 @@ impl Reading<'_> {
     fn read(&mut self) {
         let (table, errors) = DeTable::parse_recoverable(self.text);
         for error in errors {
+            self.broken.extend(error.span());
             self.mistake(error.span().unwrap_or_default(), error.message().to_owned());
         }
         let mut seen: Vec<String> = Vec::new();
@@ -85,6 +88,9 @@ impl Reading<'_> {
     }
 
     fn setting(&mut self, at: Range<usize>, flag: &str, value: &Spanned<DeValue<'_>>) {
+        if self.broken.iter().any(|broken| (broken.start..=broken.end).contains(&value.span().start)) {
+            return;
+        }
         let argument = self.command.get_arguments().find(|argument| argument.get_long() == Some(flag));
         let behind = self.command.get_positionals().find(|argument| argument.get_id() == COMMAND);
         match (argument, behind) {
@@ -166,7 +172,9 @@ impl Reading<'_> {
     fn similar(&self, flag: &str) -> Option<String> {
         let error = self.alone().try_get_matches_from([format!("--{flag}=x")]).err()?;
         match error.get(ContextKind::SuggestedArg)? {
-            ContextValue::String(name) => Some(name.trim_start_matches('-').to_owned()),
+            ContextValue::String(name) => {
+                Some(name.trim_start_matches('-').to_owned()).filter(|name| !NEVER.contains(&name.as_str()))
+            }
             _ => None,
         }
     }

@@ -125,9 +125,8 @@ impl Master {
     /// A process has said that it is ready, or looks like it.
     pub(super) fn ready(&mut self, pid: Pid) {
         let name = self.children.get(&pid).map(|child| name_of(pid, child)).unwrap_or_default();
+        self.tell_movers(&format!("worker ready {name}"));
         self.feed(Event::Ready { pid });
-        let text = format!("worker ready {name}");
-        self.tell_movers(&text);
     }
 
     /// A process has ended, with this obituary.
