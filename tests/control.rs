@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::http::{self, Client};
-use common::{Server, descriptors_of, program, wait_until};
+use common::{PATIENCE, Server, descriptors_of, program, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -206,6 +206,20 @@ fn the_signals_of_upgrade_and_reopen_logs_mean_the_same_here() {
         let reserved = served.server.wait_for(" is reserved and does nothing yet");
         let words = reserved.split("signal ").nth(1).unwrap();
         assert!(served.complaint(&[command], 1).contains(words), "{command}: {words}");
+    }
+    served.server.stop();
+}
+
+#[test]
+fn the_connection_ends_with_the_outcome() {
+    let mut served = Controlled::start("crashy", &["--workers", "1"]);
+    for request in ["status", "reopen-logs", "segment", "reload"] {
+        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap(); // or else a connection that stays open would hang the test
+        writeln!(stream, "{{\"command\":\"{request}\"}}").unwrap();
+        let mut answers = String::new();
+        stream.read_to_string(&mut answers).unwrap();
+        assert!(answers.starts_with("{\"answer\":") && answers.ends_with("}\n"), "{request}: {answers}");
     }
     served.server.stop();
 }

@@ -29,7 +29,8 @@ const SIGNALS: &str = "\
 Signals to the master:
   TERM       drain and stop: finish what is being served, for --drain-timeout at most
   INT, QUIT  stop at once
-  HUP        replace the workers one by one; each new one is ready before an old one drains
+  HUP        replace the workers one by one; each new one is ready before an old one drains;
+             the file of --config is read anew
   TTIN, TTOU one worker more, one worker less
   USR1       reserved for reopening logs
 Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";

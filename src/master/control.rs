@@ -110,7 +110,8 @@ impl Control {
         asked
     }
 
-    fn sweep(&mut self, now: Now) {
+    /// Closes the connections of those who have their outcome, are gone, or take too long.
+    pub(crate) fn sweep(&mut self, now: Now) {
         self.clients.retain(|client| {
             let late = client.is_timed() && client.deadline <= now;
             if late {

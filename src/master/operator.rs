@@ -27,6 +27,11 @@ impl Master {
             self.answer(client, request);
         }
         self.end_waits();
+        // Those who were just told their outcome wait for the end of the connection, and nothing may wake us soon.
+        let now = self.now();
+        if let Some(control) = &mut self.control {
+            control.sweep(now);
+        }
     }
 
     fn answer(&mut self, client: ClientId, request: Request) {
