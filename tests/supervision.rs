@@ -5,13 +5,11 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::http::{self, Client};
 use common::{Server, descriptors_of, process, program, wait_until};
-use forkyard_shm::Segment;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -19,17 +17,6 @@ const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
 fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&HTTP, arguments].concat())
-}
-
-/// The shared memory of a running master, seen from here.
-fn segment_of(server: &Server) -> Segment {
-    let folder = format!("/proc/{}/fd", server.pid());
-    let mut entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let is_memfd =
-        |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:"));
-    let path = entries.find(is_memfd).expect("the master holds its segment");
-    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
-    Segment::attach(OwnedFd::from(file)).expect("it is in order")
 }
 
 /// Stops the only worker as SIGSTOP does: what is sent to it now waits in the kernel.
@@ -69,7 +56,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
     let mut server =
         Server::start("pages", &[&HTTP[..], &["--workers", "2", "--respawn-rate", "1000", "--cache", "2M"]].concat());
     let address = server.http();
-    let segment = segment_of(&server);
+    let segment = server.segment();
     let descriptors = descriptors_of(server.pid().as_raw());
     let (stop, good) = (AtomicBool::new(false), AtomicUsize::new(0));
 
@@ -172,7 +159,7 @@ fn term_drains_and_int_does_not() {
         let mut client = Client::connect(&server.http()).unwrap();
         let mut idle = Client::connect(&server.http()).unwrap();
         idle.request("GET", "/ok", b"").unwrap();
-        let segment = segment_of(&server);
+        let segment = server.segment();
         std::thread::scope(|scope| {
             let slow = scope.spawn(move || client.request("GET", "/slow/500", b""));
             wait_until("it is being served", || {
@@ -214,7 +201,7 @@ fn a_drain_that_takes_too_long_ends_in_a_kill() {
     let mut client = Client::connect(&server.http()).unwrap();
     std::thread::scope(|scope| {
         let slow = scope.spawn(move || client.request("GET", "/slow/600000", b"").unwrap().status);
-        let segment = segment_of(&server);
+        let segment = server.segment();
         wait_until("it is being served", || (segment.scoreboard().read(0)?.in_flight > 0).then_some(()));
         server.signal(Signal::SIGTERM);
         server.wait_for("does not finish in time (--drain-timeout): killed");
@@ -365,7 +352,7 @@ fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
     let mut server = crashy(&["--workers", "3", "--drain-timeout", "1s"]);
     let address = server.http();
     let workers = server.children();
-    let segment = segment_of(&server);
+    let segment = server.segment();
     let in_flight = || {
         let rows = (0..segment.scoreboard().rows()).filter_map(|slot| segment.scoreboard().read(slot));
         rows.map(|row| row.in_flight).sum::<u32>()

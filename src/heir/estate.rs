@@ -15,7 +15,8 @@ use bytes::BytesMut;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 use super::ledger::{Page, Request, Tongue};
-use crate::protocol::{cgi, fastcgi};
+use crate::protocol::cgi;
+use crate::protocol::fastcgi::{self, Decoder, Event};
 
 /// What is said to those whose request died with its worker.
 const SORRY: &[u8] = b"502 Bad Gateway\n";
@@ -57,9 +58,11 @@ pub(crate) fn settle(page: &Page) -> Settlement {
         settlement.cut = count(open.len());
         return settlement;
     }
+    let input = input(page);
+    let unseen = if let Input::Looked { unseen, .. } = &input { unseen.as_slice() } else { &[] };
     settlement.cut = count(begun.len()) + u32::from(page.overflow);
-    settlement.answered = count(waiting.len());
-    for request in &waiting {
+    settlement.answered = count(waiting.len() + unseen.len());
+    for request in waiting.iter().copied().chain(unseen) {
         say_sorry(&mut settlement.say, page.tongue, request);
     }
     settlement.then = match page.tongue {
@@ -67,12 +70,12 @@ pub(crate) fn settle(page: &Page) -> Settlement {
             fastcgi::break_off(&mut settlement.say);
             Then::Close
         }
-        Tongue::FastCgi => go_on(page),
+        Tongue::FastCgi => go_on(page, &input),
         Tongue::Scgi | Tongue::Http1 if !begun.is_empty() => Then::Reset,
         Tongue::Scgi | Tongue::Http1 if !waiting.is_empty() => Then::Close,
-        Tongue::Scgi | Tongue::Http1 => match go_on(page) {
+        Tongue::Scgi | Tongue::Http1 => match go_on(page, &input) {
             // Half of a request has come, and is lost.
-            Then::Close if input(page) == Input::Lost && !is_ending(page) => {
+            Then::Close if input == Input::Lost && !is_ending(page) => {
                 let half = Request { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
                 say_sorry(&mut settlement.say, page.tongue, &half);
                 settlement.answered = 1;
@@ -96,6 +99,9 @@ enum Input {
     Whole,
     /// And these bytes, which nobody has looked at.
     Early(Vec<u8>),
+    /// Of the bytes that came last some requests are known, and these are not. Is that all that there is in them, and do they
+    /// end between two records?
+    Looked { unseen: Vec<Request>, ends_whole: bool },
     /// And something that is gone.
     Lost,
 }
@@ -104,23 +110,51 @@ fn input(page: &Page) -> Input {
     if page.read == page.clean {
         return Input::Whole;
     }
-    match &page.landed {
-        // If a request out of them is known, they have been looked at.
-        Some((base, bytes)) if *base == page.clean && !page.requests.iter().any(|request| request.at == page.read) => {
-            Input::Early(bytes.clone())
-        }
-        Some(_) | None => Input::Lost,
+    let Some((_, bytes)) = page.landed.as_ref().filter(|(base, _)| *base == page.clean) else { return Input::Lost };
+    if !page.requests.iter().any(|request| request.at == page.read) {
+        return Input::Early(bytes.clone());
+    }
+    match page.tongue {
+        Tongue::FastCgi => looked(page, bytes),
+        Tongue::Scgi | Tongue::Http1 | Tongue::Http2 | Tongue::Nothing => Input::Lost,
     }
 }
 
-fn go_on(page: &Page) -> Then {
+/// The worker was about to take requests out of these bytes, and had some of them.
+fn looked(page: &Page, bytes: &[u8]) -> Input {
+    let mut decoder = Decoder::new(bytes.len(), usize::from(u16::MAX));
+    let mut rest = BytesMut::from(bytes);
+    let mut found = Vec::new();
+    loop {
+        match decoder.decode(&mut rest) {
+            Ok(Some(Event::Request { id, keep_connection, .. } | Event::BadRequest { id, keep_connection, .. })) => {
+                found.push((id, keep_connection));
+            }
+            Ok(Some(_)) => {}
+            Ok(None) => break,
+            Err(_) => return Input::Lost,
+        }
+    }
+    found.extend(decoder.assembled());
+    let ends_whole = rest.is_empty() && decoder.is_between_records();
+    let is_known = |id| page.requests.iter().any(|request| request.id == id && request.at == page.read);
+    let request =
+        |(id, keep): (u16, bool)| Request { id, is_head: false, is_last: !keep, at: page.read, from: None, to: None };
+    let unseen = found.into_iter().filter(|&(id, _)| !is_known(id)).map(request).collect();
+    Input::Looked { unseen, ends_whole }
+}
+
+fn go_on(page: &Page, input: &Input) -> Then {
     if is_ending(page) {
         return Then::Close;
     }
-    match input(page) {
+    match input {
         Input::Whole => Then::PassOn(Vec::new()),
-        Input::Early(bytes) => Then::PassOn(bytes),
-        Input::Lost => Then::Close,
+        Input::Early(bytes) => Then::PassOn(bytes.clone()),
+        Input::Looked { unseen, ends_whole: true } if unseen.iter().all(|request| !request.is_last) => {
+            Then::PassOn(Vec::new())
+        }
+        Input::Looked { .. } | Input::Lost => Then::Close,
     }
 }
 
@@ -222,6 +256,24 @@ mod tests {
             let settled = settle(&page);
             assert_eq!((settled.then, settled.answered), (Then::Close, 1), "the application may have seen it");
         }
+    }
+
+    #[test]
+    fn of_several_requests_in_one_read_each_is_known_or_found() {
+        let request_of = |id: u8| -> Vec<u8> {
+            let begin = [1, 1, 0, id, 0, 8, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0];
+            [&begin[..], &[1, 4, 0, id, 0, 0, 0, 0, 1, 5, 0, id, 0, 0, 0, 0]].concat()
+        };
+        let bytes = [request_of(1), request_of(2)].concat();
+        let mut page = idle(Tongue::FastCgi);
+        let read = 100 + u32::try_from(bytes.len()).unwrap();
+        (page.read, page.landed) = (read, Some((100, bytes)));
+        page.requests = vec![Request { at: read, ..request() }];
+        let settled = settle(&page);
+        assert_eq!((settled.answered, settled.then), (2, Then::PassOn(Vec::new())));
+        page.landed.as_mut().unwrap().1.pop(); // and the last record is not whole
+        let settled = settle(&page);
+        assert_eq!((settled.answered, settled.then), (2, Then::Close));
     }
 
     #[test]

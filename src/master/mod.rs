@@ -59,6 +59,8 @@ const RETIRE: i32 = 125;
 /// How often an external program that is starting is looked at.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// How long the heirs of the last workers are waited for: a little longer than they take.
+const HEIRS: Duration = Duration::from_millis(2500);
 /// How operators reach the master, beside signals.
 pub(crate) struct Operators {
     pub(crate) control: Option<Control>,
@@ -148,6 +150,8 @@ pub(crate) fn run(
         master.hear_operators(&events);
         master.feed(Event::Tick);
     }
+    // Heirs first: who is told that the master has stopped finds that nobody of it is left.
+    master.await_heirs();
     master.farewell();
     Ok((master.ended == Some(true), master.control))
 }
@@ -173,6 +177,16 @@ fn policy(config: &Config) -> Policy {
 impl Master {
     fn now(&self) -> Duration {
         self.begun.elapsed()
+    }
+
+    /// Waits for the heirs of the last workers, for as long as these may take.
+    fn await_heirs(&mut self) {
+        let begun = Instant::now();
+        while let Some(left) = HEIRS.checked_sub(begun.elapsed()).filter(|_| spawn::has_heirs()) {
+            let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+            let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], timeout);
+            self.hear_signals();
+        }
     }
 
     /// The one wait point. Returns whether a connection waits and there is no worker, and what is to be heard by the

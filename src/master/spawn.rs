@@ -261,6 +261,13 @@ fn log_line(slot: u32, pid: Pid, line: &str) {
     log::info!(target: "app", "slot={slot} pid={pid} | {line}");
 }
 
+/// Whether the heirs of dead workers, which are this process's children now, are still at work.
+pub(crate) fn has_heirs() -> bool {
+    let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+    let name = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    children.split_ascii_whitespace().any(|pid| name(pid) == "heir\n")
+}
+
 /// Whether process `pid` holds a socket beside its standard input: a connection, as a rule.
 pub(crate) fn has_connection(pid: Pid) -> bool {
     let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };

@@ -425,7 +425,7 @@ impl Requests {
 
     /// Has the ledger know of an HTTP/1 request, and of where it ends.
     fn enter(&self, request: &Request<Incoming>) -> Entry {
-        let head = self.account.fresh_input().and_then(|(position, bytes)| Some((position, head_length(bytes)?)));
+        let head = self.account.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
         let entry =
             self.account.begin(1, request.method() == Method::HEAD, is_last(request.version(), request.headers()));
         if let (Some((position, head)), Some(body)) = (head, request.body().size_hint().exact()) {

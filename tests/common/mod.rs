@@ -8,11 +8,13 @@
 pub mod fastcgi;
 pub mod http;
 pub mod http2;
+pub mod load;
 pub mod raw;
 pub mod scgi;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +22,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use forkyard_shm::Segment;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -106,6 +109,17 @@ impl Server {
 
     pub fn pid(&self) -> Pid {
         Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// Its shared memory, seen from here.
+    pub fn segment(&self) -> Segment {
+        let folder = format!("/proc/{}/fd", self.pid());
+        let mut entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let is_memfd =
+            |path: &PathBuf| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:"));
+        let path = entries.find(is_memfd).expect("the master holds its segment");
+        let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+        Segment::attach(OwnedFd::from(file)).expect("it is in order")
     }
 
     /// The pids of its living children.

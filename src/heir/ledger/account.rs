@@ -1,0 +1,235 @@
+//! The page of one connection, for the worker to write as it goes.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
+use tokio::io::ReadBuf;
+
+use super::desk::{Act, Enclosure};
+use super::{HEAD, KNOWN, LAST, Ledger, PageCells, Request, RequestCells, Tongue, USED};
+use crate::handover::{PackedOrigin, Parcel};
+
+/// Pieces of one write.
+const SLICES: usize = 64;
+
+/// The page of one connection, for the worker to write.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Account {
+    pub(super) ledger: Ledger,
+    pub(super) fd: RawFd,
+    pub(super) epoch: u32,
+}
+
+/// A request in its connection's page; none if the page had no room for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry(u8);
+
+impl Account {
+    /// None for a connection without a page, or one that is closed.
+    fn page(&self) -> Option<&PageCells> {
+        self.ledger.page(self.fd).filter(|page| page.epoch.load(Acquire) == self.epoch)
+    }
+
+    fn position(&self, of: impl Fn(&PageCells) -> &AtomicU32) -> u32 {
+        self.page().map_or(0, |page| of(page).load(Acquire))
+    }
+
+    /// Reads what has come, at most `most` bytes, and returns how much that was; 0 at the end of the stream.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub(crate) fn read(&self, socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>, most: usize) -> io::Result<usize> {
+        let base = self.position(|page| &page.read);
+        let desk = self.ledger.desk();
+        let read = desk.read(socket.as_raw_fd(), base, most.min(buffer.remaining()))?;
+        desk.with_landed(read, |landed| buffer.put_slice(landed));
+        if let Some(page) = self.page() {
+            page.read.store(base.wrapping_add(read), Release);
+        }
+        Ok(read as usize)
+    }
+
+    /// Writes what fits, as `send(2)`, and returns how much that was.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub(crate) fn write(&self, socket: BorrowedFd<'_>, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut copies = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; SLICES];
+        let count = slices.len().min(SLICES);
+        for (copy, slice) in copies.iter_mut().zip(slices) {
+            *copy = libc::iovec { iov_base: slice.as_ptr().cast_mut().cast(), iov_len: slice.len() };
+        }
+        let offered: usize = slices[..count].iter().map(|slice| slice.len()).sum();
+        if offered == 0 {
+            return Ok(0);
+        }
+        let base = self.position(|page| &page.written);
+        if self.output(offered).wrapping_sub(self.position(|page| &page.queued)).cast_signed() > 0 {
+            self.queue(offered);
+        }
+        let (desk, to) = (self.ledger.desk(), socket.as_raw_fd());
+        let sent = desk.send(Act::Write, (self.fd, base), &mut copies[..count], Enclosure::Nothing, to)?;
+        if let Some(page) = self.page() {
+            page.written.store(base.wrapping_add(sent), Release);
+        }
+        Ok(sent as usize)
+    }
+
+    /// So many bytes wait to be written, the last of which ends a record.
+    pub(crate) fn queue(&self, length: usize) {
+        let Some(page) = self.page() else { return };
+        let written = page.written.load(Acquire);
+        let (before, queued) = (page.queued.load(Acquire), self.output(length));
+        if before != queued {
+            if before == written {
+                page.batch.store(written, Release);
+            }
+            page.queued.store(queued, Release);
+        }
+    }
+
+    /// The position in the output behind `waiting` bytes that are not written yet.
+    #[expect(clippy::cast_possible_truncation, reason = "positions wrap around")]
+    pub(crate) fn output(&self, waiting: usize) -> u32 {
+        self.position(|page| &page.written).wrapping_add(waiting as u32)
+    }
+
+    /// All that was read has been dealt with.
+    pub(crate) fn clean(&self) {
+        if let Some(page) = self.page() {
+            page.clean.store(page.read.load(Acquire), Release);
+        }
+    }
+
+    /// The connection turns out to speak this.
+    pub(crate) fn set_tongue(&self, tongue: Tongue) {
+        if let Some(page) = self.page() {
+            page.tongue.store(tongue as u32, Release);
+        }
+    }
+
+    /// A request is under way: from now on the peer is owed a response.
+    pub(crate) fn begin(&self, id: u16, is_head: bool, is_last: bool) -> Entry {
+        let Some(page) = self.page() else { return Entry(u8::MAX) };
+        let written = page.written.load(Acquire);
+        let is_free = |request: &RequestCells| match request.read() {
+            None => true,
+            Some(Request { to: Some(to), .. }) => written.wrapping_sub(to).cast_signed() >= 0,
+            Some(_) => false,
+        };
+        let Some(index) = page.requests.iter().position(is_free) else {
+            page.overflow.store(1, Release);
+            return Entry(u8::MAX);
+        };
+        let request = &page.requests[index];
+        request.word.store(0, Release);
+        request.from.store(0, Release);
+        request.to.store(0, Release);
+        request.at.store(page.read.load(Acquire), Release);
+        let flags = if is_head { HEAD } else { 0 } | if is_last { LAST } else { 0 };
+        request.word.store(USED | flags | u32::from(id), Release);
+        Entry(u8::try_from(index).unwrap_or(u8::MAX))
+    }
+
+    /// The response begins at this position of the output.
+    pub(crate) fn response_from(&self, Entry(index): Entry, position: u32) {
+        if let Some(request) = self.page().and_then(|page| page.requests.get(usize::from(index))) {
+            request.from.store(KNOWN | u64::from(position), Release);
+        }
+    }
+
+    /// Whether it is known where the response begins.
+    pub(crate) fn has_begun(&self, Entry(index): Entry) -> bool {
+        let request = self.page().and_then(|page| page.requests.get(usize::from(index)));
+        request.is_none_or(|request| request.from.load(Acquire) & KNOWN != 0)
+    }
+
+    /// The response ends at this position of the output.
+    pub(crate) fn response_to(&self, Entry(index): Entry, position: u32) {
+        if let Some(request) = self.page().and_then(|page| page.requests.get(usize::from(index))) {
+            request.to.store(KNOWN | u64::from(position), Release);
+        }
+    }
+
+    /// All of an HTTP response has been made; its last byte is still to be written.
+    pub(crate) fn response_over(&self, entry: Entry) {
+        self.response_to(entry, self.output(1));
+        if let Some(page) = self.page() {
+            page.ending.store(1, Release);
+        }
+    }
+
+    /// Nothing waits to be written.
+    pub(crate) fn flushed(&self) {
+        let Some(page) = self.page().filter(|page| page.ending.load(Acquire) != 0) else { return };
+        let written = page.written.load(Acquire);
+        for request in &page.requests {
+            let ended = request.read().and_then(|request| request.to);
+            if ended.is_some_and(|to| to.wrapping_sub(written).cast_signed() > 0) {
+                request.to.store(KNOWN | u64::from(written), Release);
+            }
+        }
+        page.ending.store(0, Release);
+    }
+
+    /// Looks at the bytes that were read last, if nothing before them is unfinished, and at the position of the first.
+    pub(crate) fn look_at_fresh<T>(&self, look: impl FnOnce(u32, &[u8]) -> Option<T>) -> Option<T> {
+        let (desk, clean) = (self.ledger.desk(), self.position(|page| &page.clean));
+        let is_fresh = desk.act() == Act::Read && desk.fd() == self.fd && desk.base() == clean;
+        if is_fresh { desk.with_landed(desk.came(), |landed| look(clean, landed)) } else { None }
+    }
+
+    /// What was read up to this position is dealt with, or will be.
+    pub(crate) fn clean_up_to(&self, position: u32) {
+        if let Some(page) = self.page() {
+            page.clean.store(position, Release);
+        }
+    }
+
+    /// Who is at the other end is known, and the request may be read.
+    pub(crate) fn set_origin(&self, PackedOrigin(origin): PackedOrigin) {
+        if let Some(page) = self.page() {
+            for (word, part) in page.origin.iter().zip(origin) {
+                word.store(part, Release);
+            }
+            page.clean.store(page.read.load(Acquire), Release);
+        }
+    }
+
+    /// The connection is not kept after this request.
+    pub(crate) fn is_last(&self, Entry(index): Entry) {
+        if let Some(request) = self.page().and_then(|page| page.requests.get(usize::from(index))) {
+            request.word.store(request.word.load(Acquire) | LAST, Release);
+        }
+    }
+
+    /// Passes the connection on to another worker, with what was read and not dealt with. It is to be closed here next.
+    ///
+    /// # Errors
+    /// `WouldBlock` if too many are on their way already, or what the channel says: the connection stays here.
+    pub(crate) fn pass_on(&self, channel: BorrowedFd<'_>, early: &[u8]) -> io::Result<()> {
+        let Some(page) = self.page() else { return Err(io::ErrorKind::Unsupported.into()) };
+        let listener = u16::try_from(page.listener.load(Acquire)).unwrap_or(u16::MAX);
+        let message = Parcel { listener, origin: page.origin(), early: early.to_vec() }.encode();
+        let mut slices = [libc::iovec { iov_base: message.as_ptr().cast_mut().cast(), iov_len: message.len() }];
+        let (desk, enclosure) = (self.ledger.desk(), Enclosure::Descriptor(self.fd));
+        desk.send(Act::Pass, (self.fd, 0), &mut slices, enclosure, channel.as_raw_fd())?;
+        page.tongue.store(Tongue::Nothing as u32, Release);
+        desk.clear();
+        Ok(())
+    }
+
+    /// Closes the connection, by dropping what holds it.
+    pub(crate) fn close<T>(&self, connection: T) {
+        let desk = self.ledger.desk();
+        desk.set(Act::Close, self.fd);
+        drop(connection);
+        if let Some(page) = self.page() {
+            page.tongue.store(Tongue::Nothing as u32, Release);
+            page.epoch.store(self.epoch.wrapping_add(1), Release);
+        }
+        desk.clear();
+    }
+}

@@ -1,0 +1,240 @@
+//! The desk: what the event loop is about to do with a connection, laid out where the kernel can note that it is done.
+//!
+//! `recvmmsg(2)` and `sendmmsg(2)` write the number of bytes that they moved into the message that they are given, before they
+//! return to a process that might be dead by then. The message lies here, in shared memory.
+#![expect(unsafe_code, reason = "system calls that store their outcome in shared memory")]
+
+use std::cell::UnsafeCell;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::{AtomicI32, AtomicU32};
+
+use crate::handover::HEADER;
+
+/// Bytes of one read.
+pub(crate) const LANDING: usize = 64 << 10;
+
+/// What the event loop is doing at this moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Act {
+    Nothing = 0,
+    /// A connection is being accepted, and has no page yet.
+    Accept = 1,
+    Read = 2,
+    Write = 3,
+    Close = 4,
+    /// A connection is passed on to another worker.
+    Pass = 5,
+    /// A connection of another worker is taken over, and has no page yet.
+    Receive = 6,
+}
+
+impl Act {
+    fn from_word(word: u32) -> Self {
+        match word {
+            1 => Self::Accept,
+            2 => Self::Read,
+            3 => Self::Write,
+            4 => Self::Close,
+            5 => Self::Pass,
+            6 => Self::Receive,
+            0 | 7.. => Self::Nothing,
+        }
+    }
+}
+
+/// Control data that carry one descriptor.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Rights {
+    header: libc::cmsghdr,
+    fd: RawFd,
+}
+
+/// Whether a message carries a descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Enclosure {
+    Nothing,
+    /// There is room for one.
+    Room,
+    /// This one.
+    Descriptor(RawFd),
+}
+
+#[repr(C)]
+pub(super) struct Desk {
+    act: AtomicU32,
+    fd: AtomicI32,
+    /// The connection's position before the act.
+    base: AtomicU32,
+    /// So many bytes of what was read were not the connection's.
+    skip: AtomicU32,
+    /// One more than the highest descriptor that ever had a page.
+    pub(super) top: AtomicU32,
+    message: UnsafeCell<libc::mmsghdr>,
+    rights: UnsafeCell<Rights>,
+    header: UnsafeCell<[u8; HEADER]>,
+    landing: UnsafeCell<[u8; LANDING]>,
+}
+
+impl Desk {
+    /// Bytes at its beginning that the kernel has to be able to write at any time.
+    pub(super) const VITAL: usize = std::mem::offset_of!(Desk, landing);
+
+    pub(super) fn act(&self) -> Act {
+        Act::from_word(self.act.load(Acquire))
+    }
+
+    /// The connection that the act is about.
+    pub(super) fn fd(&self) -> RawFd {
+        self.fd.load(Acquire)
+    }
+
+    /// Where in the connection's input or output the act began.
+    pub(super) fn base(&self) -> u32 {
+        self.base.load(Acquire)
+    }
+
+    /// Says what is done from here on, without a message.
+    pub(super) fn set(&self, act: Act, fd: RawFd) {
+        self.act.store(Act::Nothing as u32, Release);
+        self.fd.store(fd, Release);
+        self.act.store(act as u32, Release);
+    }
+
+    /// Nothing is being done that is not in the pages.
+    pub(super) fn clear(&self) {
+        self.act.store(Act::Nothing as u32, Release);
+    }
+
+    /// What was received as a message counts from here on as read from connection `fd`, but for its header.
+    pub(super) fn take_as_read(&self, fd: RawFd) {
+        self.fd.store(fd, Release);
+        self.base.store(0, Release);
+        self.skip.store(u32::try_from(HEADER).unwrap_or(0), Release);
+        self.act.store(Act::Read as u32, Release);
+    }
+
+    /// Bytes that the last message moved.
+    pub(super) fn moved(&self) -> u32 {
+        // SAFETY: only the desk's one owner writes there, and the kernel on its behalf. Any value is valid.
+        let message = unsafe { self.message.get().read_volatile() };
+        message.msg_len
+    }
+
+    /// Of these, the connection's own.
+    pub(super) fn came(&self) -> u32 {
+        self.moved().saturating_sub(self.skip.load(Acquire))
+    }
+
+    /// Lays out a message. Nothing of it has moved yet.
+    fn lay_out(&self, act: Act, fd: RawFd, base: u32, slices: &mut [libc::iovec], enclosure: Enclosure) {
+        self.clear();
+        // SAFETY: all zeroes is a valid mmsghdr, on every system.
+        let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
+        message.msg_hdr.msg_iov = slices.as_mut_ptr();
+        message.msg_hdr.msg_iovlen = slices.len() as _;
+        if enclosure != Enclosure::Nothing {
+            message.msg_hdr.msg_control = self.rights.get().cast();
+            message.msg_hdr.msg_controllen = size_of::<Rights>() as _;
+        }
+        // SAFETY: all zeroes is valid control data.
+        let mut rights: Rights = unsafe { std::mem::zeroed() };
+        if let Enclosure::Descriptor(enclosed) = enclosure {
+            rights.header.cmsg_level = libc::SOL_SOCKET;
+            rights.header.cmsg_type = libc::SCM_RIGHTS;
+            rights.header.cmsg_len = (size_of::<libc::cmsghdr>() + size_of::<RawFd>()) as _;
+            rights.fd = enclosed;
+        }
+        // SAFETY: this thread is the desk's one owner.
+        unsafe { self.rights.get().write_volatile(rights) };
+        // SAFETY: as above.
+        unsafe { self.message.get().write_volatile(message) };
+        self.fd.store(fd, Release);
+        self.base.store(base, Release);
+        self.skip.store(0, Release);
+        self.act.store(act as u32, Release);
+    }
+
+    /// Sends `slices` through socket `through`, as a part of `act` on connection `fd`. Returns how many bytes went.
+    ///
+    /// # Errors
+    /// What `sendmmsg(2)` says; then nothing went, and nothing is being done.
+    pub(super) fn send(
+        &self,
+        act: Act,
+        (fd, base): (RawFd, u32),
+        slices: &mut [libc::iovec],
+        enclosure: Enclosure,
+        through: RawFd,
+    ) -> io::Result<u32> {
+        self.lay_out(act, fd, base, slices, enclosure);
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: the message was laid out just now; what it names is the caller's for the whole call.
+        let sent = unsafe { libc::sendmmsg(through, self.message.get(), 1, flags) };
+        self.outcome(sent)
+    }
+
+    /// Reads from connection `fd` into the landing, at most `most` bytes. Returns how many came.
+    ///
+    /// # Errors
+    /// What `recvmmsg(2)` says; then nothing came, and nothing is being done.
+    pub(super) fn read(&self, fd: RawFd, base: u32, most: usize) -> io::Result<u32> {
+        let mut slices = [libc::iovec { iov_base: self.landing.get().cast(), iov_len: most.min(LANDING) }];
+        self.lay_out(Act::Read, fd, base, &mut slices, Enclosure::Nothing);
+        self.receive(fd, 0)
+    }
+
+    /// Receives a message with a connection from `channel`: its header, and the rest into the landing. Returns its length.
+    ///
+    /// # Errors
+    /// As above.
+    pub(super) fn receive_message(&self, channel: RawFd) -> io::Result<u32> {
+        let header = libc::iovec { iov_base: self.header.get().cast(), iov_len: HEADER };
+        let landing = libc::iovec { iov_base: self.landing.get().cast(), iov_len: LANDING };
+        self.lay_out(Act::Receive, -1, 0, &mut [header, landing], Enclosure::Room);
+        self.receive(channel, libc::MSG_CMSG_CLOEXEC)
+    }
+
+    fn receive(&self, from: RawFd, flags: i32) -> io::Result<u32> {
+        let (message, flags) = (self.message.get(), (flags | libc::MSG_DONTWAIT) as _);
+        // SAFETY: the message was laid out just now; it names the desk's own memory, as long as it says.
+        let received = unsafe { libc::recvmmsg(from, message, 1, flags, std::ptr::null_mut()) };
+        self.outcome(received)
+    }
+
+    fn outcome(&self, messages: i32) -> io::Result<u32> {
+        if messages == 1 {
+            return Ok(self.moved());
+        }
+        let error = io::Error::last_os_error();
+        self.clear();
+        Err(error)
+    }
+
+    /// Looks at the first bytes of the landing.
+    pub(super) fn with_landed<T>(&self, length: u32, look: impl FnOnce(&[u8]) -> T) -> T {
+        let length = (length as usize).min(LANDING);
+        // SAFETY: the landing has so many bytes, all initialised. Only a read or a message writes there, by this thread, and
+        // none of them is made while it looks: `look` has no desk.
+        look(unsafe { std::slice::from_raw_parts(self.landing.get().cast(), length) })
+    }
+
+    /// The message that was received, put together. None if it is too short to be one.
+    pub(super) fn message(&self) -> Option<Vec<u8>> {
+        let early = self.moved().checked_sub(u32::try_from(HEADER).ok()?)?;
+        // SAFETY: only this thread writes there; any bytes are valid.
+        let header = unsafe { self.header.get().read_volatile() };
+        Some(self.with_landed(early, |landed| [&header[..], landed].concat()))
+    }
+
+    /// The number of the descriptor that came with the message.
+    pub(super) fn enclosed(&self) -> Option<RawFd> {
+        // SAFETY: only this thread writes there, and the kernel on its behalf; any bytes are valid.
+        let rights = unsafe { self.rights.get().read_volatile() };
+        let is_one = rights.header.cmsg_level == libc::SOL_SOCKET && rights.header.cmsg_type == libc::SCM_RIGHTS;
+        is_one.then_some(rights.fd)
+    }
+}

@@ -1,0 +1,201 @@
+//! What a worker's death costs its clients: a 502 for what it was at, and nothing for the rest.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+
+use common::{Server, fastcgi, http, http2, process, processes, scgi, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const ALL: [&str; 6] = ["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0", "--bind", "scgi:127.0.0.1:0"];
+
+struct Fixture {
+    server: Server,
+    http: String,
+    fastcgi: String,
+    scgi: String,
+}
+
+fn start(arguments: &[&str]) -> Fixture {
+    let server = Server::start("crashy", &[&ALL[..], arguments].concat());
+    let (http, fastcgi, scgi) = (server.http(), server.binds[1].clone(), server.binds[2].clone());
+    Fixture { server, http, fastcgi, scgi }
+}
+
+impl Fixture {
+    /// The one worker.
+    fn worker(&self) -> Pid {
+        let workers = self.server.children();
+        Pid::from_raw(*workers.first().filter(|_| workers.len() == 1).expect("there is one worker"))
+    }
+
+    /// Waits until so many requests are being served.
+    fn serves(&self, count: u32) {
+        let board = self.server.segment().scoreboard();
+        let rows = || (0..board.rows()).filter_map(|slot| board.read(slot));
+        wait_until("they are being served", || (rows().map(|row| row.in_flight).sum::<u32>() == count).then_some(()));
+    }
+
+    fn kill(&mut self) {
+        kill(self.worker(), Signal::SIGKILL).unwrap();
+    }
+}
+
+/// The heir of a living worker.
+fn heir_of(worker: Pid) -> Pid {
+    let found = processes().into_iter().find(|process| process.parent == worker.as_raw() && process.name == "heir");
+    Pid::from_raw(found.expect("each worker has an heir").pid)
+}
+
+#[test]
+fn a_killed_worker_s_requests_get_502_and_its_idle_connections_go_on() {
+    let mut at = start(&["--workers", "1"]);
+    let mut idle_http = http::Client::connect(&at.http).unwrap();
+    assert_eq!(idle_http.request("GET", "/ok", b"").unwrap().status, 200);
+    let mut idle_fastcgi = fastcgi::Client::connect(&at.fastcgi).unwrap();
+    assert_eq!(idle_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
+    let mut fresh = http::Client::connect(&at.http).unwrap();
+
+    let mut slow_http = http::Client::connect(&at.http).unwrap();
+    slow_http.stream.get_mut().write_all(b"GET /slow/60000 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    // Several on one connection, one of them without a body.
+    let mut slow_fastcgi = fastcgi::Client::connect(&at.fastcgi).unwrap();
+    for (id, method) in [(1, "GET"), (7, "HEAD"), (2, "GET")] {
+        slow_fastcgi.send(&fastcgi::request(id, true, method, "/slow/60000", b"")).unwrap();
+    }
+    let mut slow_scgi = scgi::Client::connect(&at.scgi).unwrap();
+    slow_scgi.stream.write_all(&scgi::request("GET", "/slow/60000", b"")).unwrap();
+    at.serves(5);
+    at.kill();
+
+    let sorry = slow_http.response(false).unwrap();
+    assert_eq!((sorry.status, sorry.text().as_str()), (502, "502 Bad Gateway\n"));
+    let mut answered = Vec::new();
+    while answered.len() < 3 {
+        let record = slow_fastcgi.record().unwrap();
+        if record.kind == fastcgi::END {
+            answered.push(record.id);
+        } else if !record.content.is_empty() {
+            let text = String::from_utf8_lossy(&record.content).into_owned();
+            assert!(text.starts_with("Status: 502 ") || text.starts_with("status: 502 "), "{text}");
+            assert_eq!(text.ends_with("502 Bad Gateway\n"), record.id != 7, "{text}");
+        }
+    }
+    answered.sort_unstable();
+    assert_eq!(answered, [1, 2, 7]);
+    assert_eq!(slow_scgi.response().unwrap().status(), 502);
+
+    // All of them are with the next worker now.
+    assert_eq!(slow_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
+    assert_eq!(idle_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
+    assert_eq!(idle_http.request("GET", "/ok", b"").unwrap().status, 200);
+    assert_eq!(fresh.request("GET", "/ok", b"").unwrap().status, 200);
+    let line = at.server.wait_for("estate settled");
+    assert!(line.contains("answered=5 cut=0 passed_on=4"), "{line}");
+    at.server.stop();
+}
+
+#[test]
+fn half_a_request_gets_502_and_half_a_response_breaks_off() {
+    let mut at = start(&["--workers", "1"]);
+    let mut half = http::Client::connect(&at.http).unwrap();
+    half.stream.get_mut().write_all(b"GET /ok HTTP/1.1\r\nHost").unwrap();
+    let mut half_fastcgi = fastcgi::Client::connect(&at.fastcgi).unwrap();
+    let records = fastcgi::request(9, true, "GET", "/ok", b"").concat();
+    half_fastcgi.stream.write_all(&records[..40]).unwrap();
+    // In two pieces, so that the first is certainly not the last that was read.
+    let mut stream = TcpStream::connect(&at.http).unwrap();
+    stream.write_all(b"GET /bytes/64 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    let mut begun = [0; 1000];
+    stream.read_exact(&mut begun).unwrap();
+    // What came before has been read when these have been answered.
+    assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
+    half.stream.get_mut().write_all(b": a\r\n").unwrap();
+    assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
+    at.kill();
+
+    assert_eq!(half.response(false).unwrap().status, 502);
+    assert_eq!(half_fastcgi.response(9).unwrap().status(), 502);
+    let mut rest = Vec::new();
+    let ended = stream.read_to_end(&mut rest);
+    assert!(ended.is_err() || rest.len() < 64 << 20, "a response that is cut does not look whole");
+    at.server.stop();
+}
+
+#[test]
+fn an_http2_connection_is_told_that_it_ends() {
+    let mut at = start(&["--workers", "1"]);
+    let mut client = http2::Client::connect(&at.http).unwrap();
+    while client.next(http2::SETTINGS).unwrap().flags & http2::ACK == 0 {}
+    at.kill();
+    client.next(http2::GOAWAY).unwrap();
+    assert_eq!(client.stream.read(&mut [0]).unwrap(), 0);
+    at.server.stop();
+}
+
+#[test]
+fn a_worker_without_an_heir_is_replaced_and_takes_nothing_along() {
+    let mut at = start(&["--workers", "1"]);
+    let worker = at.worker();
+    let mut kept = fastcgi::Client::connect(&at.fastcgi).unwrap();
+    assert_eq!(kept.request("GET", "/ok", b"").unwrap().status(), 200);
+    kill(heir_of(worker), Signal::SIGKILL).unwrap();
+    at.server.wait_for("its heir died");
+    wait_until("another has taken its place", || {
+        (process(worker.as_raw()).is_none() && at.server.children().len() == 1).then_some(())
+    });
+    assert_eq!(kept.request("GET", "/ok", b"").unwrap().status(), 200);
+    heir_of(at.worker());
+    at.server.stop();
+}
+
+#[test]
+fn heirs_leave_with_their_workers() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGKILL] {
+        let mut at = start(&["--workers", "1"]);
+        let heir = heir_of(at.worker());
+        let mut kept = http::Client::connect(&at.http).unwrap();
+        assert_eq!(kept.request("GET", "/ok", b"").unwrap().status, 200);
+        at.server.signal(signal);
+        at.server.wait_end();
+        if signal != Signal::SIGKILL {
+            assert!(process(heir.as_raw()).is_none(), "it does not outlive the master: {signal}");
+        }
+        wait_until("it is gone", || process(heir.as_raw()).is_none_or(|heir| heir.state == 'Z').then_some(()));
+    }
+}
+
+#[test]
+fn a_reload_closes_no_connection() {
+    let mut at = start(&["--workers", "2"]);
+    let mut https: Vec<_> = (0..20).map(|_| http::Client::connect(&at.http).unwrap()).collect();
+    let mut fastcgis: Vec<_> = (0..20).map(|_| fastcgi::Client::connect(&at.fastcgi).unwrap()).collect();
+    for generation in 2..6 {
+        for client in &mut https {
+            let response = client.request("GET", "/ok", b"").unwrap();
+            assert_eq!((response.status, response.header("connection")), (200, None));
+        }
+        for client in &mut fastcgis {
+            assert_eq!(client.request("GET", "/ok", b"").unwrap().status(), 200);
+        }
+        at.server.signal(Signal::SIGHUP);
+        at.server.wait_for(&format!("reload done gen={generation}"));
+    }
+    // One of whose head a part has come goes on as well.
+    let (begun, rest) = (b"GET /ok HTTP/1.1\r\nHo", b"st: a\r\n\r\n");
+    for client in &mut https {
+        client.stream.get_mut().write_all(begun).unwrap();
+    }
+    assert_eq!(http::get(&at.http, "/slow/50").unwrap().status, 200);
+    at.server.signal(Signal::SIGHUP);
+    at.server.wait_for("reload done gen=6");
+    for client in &mut https {
+        client.stream.get_mut().write_all(rest).unwrap();
+        assert_eq!(client.response(false).unwrap().status, 200);
+    }
+    at.server.stop();
+}

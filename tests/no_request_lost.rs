@@ -1,0 +1,127 @@
+//! No request fails while workers are replaced, and those that are killed take nothing with them but what they were at.
+//!
+//! Each test makes some 100,000 requests; `scripts/soak` makes as many as it is told (`FORKYARD_SOAK`).
+
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+
+use common::load::Load;
+use common::{Server, process, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How many requests to make at least, in each test.
+fn requests() -> u64 {
+    std::env::var("FORKYARD_SOAK").map_or(100_000, |number| number.parse().expect("FORKYARD_SOAK is a number"))
+}
+
+/// A server for the load, and the folder of its sockets.
+fn server(arguments: &[&str]) -> (Server, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let binds = Load::binds(folder.path());
+    let binds: Vec<&str> = binds.iter().map(String::as_str).collect();
+    (Server::start("crashy", &[&binds, arguments].concat()), folder)
+}
+
+/// Does something again and again until there were enough requests. Returns how often.
+fn again(load: &Load, mut act: impl FnMut()) -> u64 {
+    let mut times = 0;
+    while load.total() < requests() && !load.has_failed() {
+        act();
+        times += 1;
+    }
+    times
+}
+
+#[test]
+fn reloads() {
+    let (mut server, _folder) = server(&["--workers", "2"]);
+    let load = Load::default();
+    let mut reloads = 0;
+    load.run(&mut server, |server| {
+        let mut generation = 1;
+        reloads = again(&load, || {
+            generation += 1;
+            server.signal(Signal::SIGHUP);
+            server.wait_for(&format!("reload done gen={generation}"));
+        });
+    });
+    eprintln!("{reloads} reloads");
+    assert!(reloads >= 3);
+    server.stop();
+}
+
+#[test]
+fn recycling() {
+    let (mut server, _folder) = server(&["--workers", "4", "--max-requests", "500~100", "--respawn-rate", "1000"]);
+    let load = Load::default();
+    let first = server.children();
+    load.run(&mut server, |server| {
+        again(&load, || {
+            wait_until("requests are answered", || (load.total() >= requests() || load.has_failed()).then_some(()));
+        });
+        let still: BTreeSet<i32> = server.children().intersection(&first).copied().collect();
+        assert!(still.is_empty(), "all have served their time: {still:?}");
+    });
+    let recycled = server.log().matches("worker left").count();
+    eprintln!("{recycled} workers were recycled");
+    assert!(recycled as u64 >= requests() / 2000, "{recycled}");
+    server.stop();
+}
+
+#[test]
+fn scaling() {
+    let (mut server, _folder) = server(&["--workers", "1"]);
+    let load = Load::default();
+    load.run(&mut server, |server| {
+        again(&load, || {
+            for signal in [[Signal::SIGTTIN; 7], [Signal::SIGTTOU; 7]].concat() {
+                server.signal(signal);
+                server.wait_for("workers=");
+            }
+        });
+    });
+    server.stop();
+}
+
+#[test]
+fn kills() {
+    let (mut server, _folder) = server(&["--workers", "2", "--respawn-rate", "1000"]);
+    let kills = (requests() / 1000).max(100);
+    let load = Load::default();
+    load.run(&mut server, |server| {
+        let mut random = fastrand::Rng::with_seed(7);
+        for _ in 0..kills {
+            let before = load.good.load(Ordering::SeqCst);
+            let enough = before + random.u64(1..2000);
+            wait_until("requests are answered", || {
+                (load.good.load(Ordering::SeqCst) > enough || load.has_failed()).then_some(())
+            });
+            let workers: Vec<i32> = server.children().into_iter().collect();
+            let Some(&victim) = workers.get(random.usize(..workers.len().max(1))) else { continue };
+            load.kills();
+            kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
+            wait_until("it is replaced", || {
+                let gone = process(victim).is_none_or(|worker| worker.state == 'Z');
+                (gone && server.children().len() == 2).then_some(())
+            });
+            if load.has_failed() {
+                break;
+            }
+        }
+    });
+    let mut late = load.answers_after_kill.lock().unwrap().clone();
+    late.sort_unstable();
+    assert!(late.len() as u64 >= kills / 10, "kills meet requests: {}", late.len());
+    eprintln!(
+        "{kills} kills, {} requests in flight: 502 after {:?} (median), {:?} (slowest)",
+        late.len(),
+        late[late.len() / 2],
+        late[late.len() - 1]
+    );
+    server.stop();
+}

@@ -1,0 +1,100 @@
+//! Workers that have served their time are replaced, and nobody notices.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use common::http;
+use common::{Server, program, wait_until};
+
+const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+
+fn crashy(arguments: &[&str]) -> Server {
+    Server::start("crashy", &[&HTTP, arguments].concat())
+}
+
+fn all_new(server: &Server, old: &BTreeSet<i32>) {
+    wait_until("all are replaced", || {
+        let children = server.children();
+        (children.len() == old.len() && children.is_disjoint(old)).then_some(())
+    });
+}
+
+#[test]
+fn a_worker_is_replaced_after_its_number_of_requests() {
+    let mut server = crashy(&["--workers", "2", "--max-requests", "20~10"]);
+    let old = server.children();
+    let mut asked = 0;
+    wait_until("all are replaced", || {
+        assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
+        asked += 1;
+        server.children().is_disjoint(&old).then_some(())
+    });
+    assert!(asked >= 40, "each has served its 20: {asked}");
+    let line = server.wait_for("is to be replaced");
+    assert!(line.contains("reason=max-requests") && line.contains("slot="), "{line}");
+    assert!(!server.log().contains("worker died"), "{}", server.log());
+    server.stop();
+}
+
+#[test]
+fn a_worker_that_grows_is_replaced() {
+    let mut server = crashy(&["--workers", "2", "--max-memory", "100M", "--memory-interval", "100ms"]);
+    let old = server.children();
+    assert_eq!(http::get(&server.http(), "/leak/200").unwrap().status, 200);
+    let line = server.wait_for("is to be replaced");
+    assert!(line.contains("reason=max-memory memory="), "{line}");
+    wait_until("one is replaced", || {
+        let children = server.children();
+        (children.len() == 2 && children != old).then_some(())
+    });
+    assert_eq!(server.children().intersection(&old).count(), 1, "the other one has not grown");
+    server.stop();
+}
+
+#[test]
+fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
+    let mut server = crashy(&["--workers", "2", "--max-age", "500ms~200ms"]);
+    let old = server.children();
+    assert!(server.wait_for("is to be replaced").contains("reason=max-age"));
+    all_new(&server, &old);
+    server.stop();
+
+    let folder = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let mut server = Server::start_command(Command::new(program("forkyard")).args([
+        "run",
+        "--bind",
+        &bind,
+        "--workers",
+        "2",
+        "--settle",
+        "10ms",
+        "--max-age",
+        "500ms",
+        "--",
+        "sleep",
+        "600",
+    ]));
+    let old = server.children();
+    assert!(server.wait_for("is to be replaced").contains("reason=max-age"));
+    all_new(&server, &old);
+    server.stop();
+}
+
+#[test]
+fn what_cannot_be_known_of_a_program_is_refused_with_the_reason() {
+    for (flag, value, reason) in [
+        ("--max-requests", "100", "nobody but the program knows"),
+        ("--health-path", "/health", "no request can be sent to a certain one"),
+    ] {
+        let command = ["run", "--bind", "fastcgi:unix:/nowhere/a.sock", flag, value, "--", "sleep", "600"];
+        let output = Command::new(program("forkyard")).args(command).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(reason), "{said}");
+    }
+}

@@ -1,0 +1,100 @@
+//! Reloads: gated by readiness and health, bounded in how many at a time, reported with a reason.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use common::http;
+use common::{Server, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+
+#[test]
+fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken");
+    let mut server = Server::start_command(
+        Command::new(program("crashy")).args(HTTP).args(["--workers", "2"]).env("CRASHY_BROKEN", &broken),
+    );
+    let old = server.children();
+    std::fs::write(&broken, "").unwrap();
+    server.signal(Signal::SIGHUP);
+    let line = server.wait_for("reload failed gen=2");
+    for words in ["slot=", "pid=", "said=", "broken on purpose"] {
+        assert!(line.contains(words), "no {words:?} in {line:?}");
+    }
+    assert_eq!(server.children(), old);
+
+    // What was broken is mended, without a reload. Whoever dies now is replaced by one of the old generation.
+    std::fs::remove_file(&broken).unwrap();
+    let victim = *old.first().unwrap();
+    kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
+    let line = server.wait_for("worker died");
+    assert!(line.contains(&format!("pid={victim} gen=1")), "{line}");
+    wait_until("it is replaced", || {
+        let children = server.children();
+        (children.len() == 2 && !children.contains(&victim)).then_some(())
+    });
+    wait_until("it answers", || http::get(&server.http(), "/ok").ok());
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done gen=3");
+    wait_until("all are new", || server.children().is_disjoint(&old).then_some(()));
+    let generations =
+        server.log().lines().filter(|line| line.contains("worker left")).map(str::to_owned).collect::<Vec<_>>();
+    assert!(generations.iter().all(|line| line.contains("gen=1")), "{generations:?}");
+    server.stop();
+}
+
+#[test]
+fn a_worker_whose_application_is_not_well_never_gets_ready() {
+    let folder = tempfile::tempdir().unwrap();
+    for (path, limit, said) in [
+        ("/status/503", "30s", "status 503"),
+        ("/panic", "30s", "status 500"),
+        ("/break", "30s", "breaks off"),
+        ("/slow/600000", "300ms", "has no answer"),
+    ] {
+        let bind = format!("http:unix:{}", folder.path().join("a.sock").display());
+        let mut server = Server::launch(Command::new(program("crashy")).args([
+            "--bind",
+            &bind,
+            "--workers",
+            "1",
+            "--start-timeout",
+            limit,
+            "--health-path",
+            path,
+        ]));
+        let line = server.wait_for("worker died");
+        assert!(line.contains(&format!("GET {path} (--health-path)")) && line.contains(said), "{path}: {line}");
+        server.wait_for("workers die before they are ready: 1 in a row");
+        server.stop();
+    }
+    let mut server = Server::start("crashy", &[&HTTP[..], &["--workers", "2", "--health-path", "/ok"]].concat());
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
+    server.stop();
+}
+
+#[test]
+fn no_more_are_replaced_at_a_time_than_may_be_and_the_new_ones_come_first() {
+    let mut server = Server::start("crashy", &[&HTTP[..], &["--workers", "4", "--max-unavailable", "50%"]].concat());
+    let mut old = server.children();
+    for generation in 2..5 {
+        server.signal(Signal::SIGHUP);
+        let mut most = BTreeSet::new();
+        wait_until("all are replaced", || {
+            let children = server.children();
+            most.insert(children.len());
+            (children.len() == 4 && children.is_disjoint(&old)).then_some(())
+        });
+        server.wait_for(&format!("reload done gen={generation}"));
+        assert!(most.iter().all(|count| (4..=6).contains(count)), "4, and 2 more at most: {most:?}");
+        old = server.children();
+    }
+    server.stop();
+}

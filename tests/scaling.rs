@@ -1,0 +1,94 @@
+//! The number of workers: it follows demand between two limits, and is nought while nobody asks.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::http;
+use common::{Server, program, wait_until};
+use nix::sys::signal::Signal;
+
+const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+
+fn crashy(arguments: &[&str]) -> Server {
+    Server::start("crashy", &[&HTTP, arguments].concat())
+}
+
+fn has(server: &Server, count: usize) -> BTreeSet<i32> {
+    wait_until("there are as many", || Some(server.children()).filter(|children| children.len() == count))
+}
+
+#[test]
+fn requests_that_take_long_bring_workers_and_quiet_sends_them_away() {
+    let mut server = crashy(&["--workers", "1..4", "--scale-down-after", "1s"]);
+    has(&server, 1);
+    let (address, stop) = (server.http(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            let (address, stop) = (&address, &stop);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(http::get(address, "/slow/200").unwrap().status, 200);
+                }
+            });
+        }
+        server.wait_for("scaled workers=2 from=1");
+        server.wait_for("scaled workers=4");
+        has(&server, 4);
+        stop.store(true, Ordering::Relaxed);
+    });
+    for workers in [3, 2, 1] {
+        server.wait_for(&format!("scaled workers={workers}"));
+    }
+    has(&server, 1);
+    assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
+    server.stop();
+}
+
+#[test]
+fn nobody_is_there_until_somebody_asks() {
+    let mut server = crashy(&["--workers", "0..2", "--scale-down-after", "500ms"]);
+    assert_eq!(server.children(), BTreeSet::new());
+    for _ in 0..3 {
+        assert_eq!(http::get(&server.http(), "/ok").unwrap().text(), "ok\n");
+        has(&server, 0);
+    }
+    server.signal(Signal::SIGTTIN);
+    server.wait_for("workers=1");
+    has(&server, 1);
+    assert!(!server.log().contains("worker died"));
+    server.stop();
+}
+
+#[test]
+fn programs_are_scaled_by_whether_they_wait_for_connections() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("a.sock");
+    let bind = format!("fastcgi:unix:{}", socket.display());
+    // It accepts nothing, and has no connection of its own: what waits in the kernel's queue tells.
+    let mut server = Server::start_command(Command::new(program("forkyard")).args([
+        "run",
+        "--bind",
+        &bind,
+        "--workers",
+        "1..3",
+        "--settle",
+        "10ms",
+        "--scale-down-after",
+        "500ms",
+        "--",
+        "sleep",
+        "600",
+    ]));
+    has(&server, 1);
+    let waiting: Vec<UnixStream> = (0..2).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    assert!(server.wait_for("scaled workers=2 from=1").contains("in_flight=0 waiting="));
+    has(&server, 3);
+    drop(waiting);
+    server.stop();
+}
