@@ -8,26 +8,29 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use forkyard_shm::{Found, Plan, Segment, SegmentError};
-use http::{Request, Response};
+use http::{Request as HttpRequest, Response};
 use http_body::Body as HttpBody;
 use tower_service::Service;
 
 use crate::body::Body;
 use crate::cgi_call;
-use crate::cli;
-use crate::config::privileges::PrivilegesConfig;
+use crate::cli::check::Findings;
+use crate::cli::{self, Invocation, Request, Task};
+use crate::config::control::reloaded;
 use crate::config::{CacheConfig, Config, Program, format_size};
 use crate::context::Context;
 use crate::heritage::WorkerMain;
-use crate::listen::Listener;
-use crate::master::{self, Launch};
+use crate::listen::{ControlListener, Listener};
+use crate::master::{self, Control, Launch, Operators, Reloaded, Reread};
 use crate::pid_file::PidFile;
 use crate::privileges::{self, Privileges};
-use crate::{banner, sys, worker};
+use crate::{banner, control, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
 /// Answers one CGI request.
 type CgiMain = Box<dyn Fn(&Config, Segment) -> Result<(), BoxError>>;
+/// Reads the command line, with the configuration file.
+type Parse = Box<dyn Fn() -> Result<Invocation, clap::Error>>;
 type Preload = Box<dyn FnOnce() -> Result<(), BoxError>>;
 
 /// What [`crate::run`] does, with more to choose.
@@ -66,7 +69,7 @@ impl Builder {
     pub fn app<F, S, B>(factory: F) -> Self
     where
         F: Fn(Context) -> S + Sync + 'static,
-        S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+        S: Service<HttpRequest<Body>, Response = Response<B>> + Clone + 'static,
         S::Error: Into<BoxError>,
         B: HttpBody + 'static,
         B::Error: Into<BoxError>,
@@ -100,11 +103,12 @@ impl Builder {
         let begun = Instant::now();
         let Self { worker, cgi, preload } = self;
         let arguments = cgi_call::trusted(std::env::args_os().collect());
-        finish(cli::parse_linked(arguments), |request| {
+        let parse: Parse = Box::new(move || cli::parse_linked(&arguments));
+        finish(parse(), |request| {
             if request.cgi {
                 return answer(&request.config, &request.log_level, &cgi, preload);
             }
-            serve(request.config, &request.log_level, Launch::Worker(worker), preload, None, begun)
+            serve(*request, Launch::Worker(worker), preload, None, begun, parse)
         })
     }
 }
@@ -113,24 +117,29 @@ impl Builder {
 #[must_use]
 pub fn command_line() -> ExitCode {
     let begun = Instant::now();
-    finish(cli::parse_forkyard(std::env::args_os().collect()), |request| {
-        let (command, direct) = request.program.ok_or("no COMMAND")?;
-        let Config { privileges: PrivilegesConfig { chroot, chdir, .. }, .. } = &request.config;
-        let program =
-            Program::find(&command, chroot.as_deref())?.with_path_for(chdir.as_deref().filter(|_| chroot.is_none()))?;
+    let parse: Parse = Box::new(|| cli::parse_forkyard(&std::env::args_os().collect::<Vec<_>>()));
+    finish(parse(), |request| {
+        let (command, direct) = request.program.as_ref().ok_or("no COMMAND")?;
+        let program = Program::for_privileges(command, &request.config.privileges)?;
         let note = (!direct).then_some(
             "this version has no gateway: the program accepts for itself, as with --direct, and has no page cache",
         );
-        serve(request.config, &request.log_level, Launch::Program(program), None, note, begun)
+        serve(*request, Launch::Program(program), None, note, begun, parse)
     })
 }
 
 fn finish(
-    request: Result<cli::Request, clap::Error>,
-    serve: impl FnOnce(cli::Request) -> Result<bool, BoxError>,
+    invocation: Result<Invocation, clap::Error>,
+    serve: impl FnOnce(Box<Request>) -> Result<bool, BoxError>,
 ) -> ExitCode {
-    let request = match request {
-        Ok(request) => request,
+    let request = match invocation {
+        Ok(Invocation::Serve(request)) => request,
+        Ok(Invocation::Check(request)) => return check(&request),
+        Ok(Invocation::Broken { mistakes, checked }) => {
+            mistakes.iter().for_each(|mistake| banner::complain(mistake));
+            return ExitCode::from(if checked { 1 } else { 2 });
+        }
+        Ok(Invocation::Task(task)) => return perform(&task),
         Err(error) => {
             // --help and --version come this way too, with status 0.
             let _ = error.print();
@@ -150,22 +159,67 @@ fn finish(
     }
 }
 
+/// Says what stands in the way of serving.
+fn check(request: &Request) -> ExitCode {
+    let Findings { errors, notes } = cli::check::examine(request);
+    notes.iter().chain(&errors).for_each(|line| banner::complain(line));
+    if !errors.is_empty() {
+        return ExitCode::FAILURE;
+    }
+    perform(&Task::Print(b"configuration is fine\n".to_vec()))
+}
+
+/// Does what serves nothing.
+fn perform(task: &Task) -> ExitCode {
+    use std::io::Write as _;
+    let done = match task {
+        Task::Errand(errand) => control::commands::run(errand),
+        Task::Print(text) => std::io::stdout().write_all(text).map_err(|error| format!("cannot write: {error}")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            banner::complain(&why);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What reads the configuration file of a running master anew, by reading the command line anew.
+fn reread(running: &Config, parse: Parse) -> Reread {
+    if running.control.file.is_none() {
+        return Box::new(|_| Ok(None));
+    }
+    let slots = running.slots();
+    Box::new(move |running| match parse() {
+        Ok(Invocation::Serve(request)) => {
+            let (config, fixed) = reloaded(running, request.config, slots);
+            Ok(Some(Reloaded { config: Arc::new(config), fixed }))
+        }
+        Ok(Invocation::Broken { mistakes, .. }) => Err(mistakes.join("; ")),
+        Ok(Invocation::Check(_) | Invocation::Task(_)) => Ok(None),
+        Err(error) => Err(error.to_string().trim().replace('\n', " ")),
+    })
+}
+
 /// bind, map, preload, fork, supervise.
 fn serve(
-    config: Config,
-    log_level: &str,
+    request: Request,
     launch: Launch,
     preload: Option<Preload>,
     note: Option<&str>,
     begun: Instant,
+    parse: Parse,
 ) -> Result<bool, BoxError> {
+    let Request { config, log_level, .. } = request;
     let opened = sys::own_descriptors()?;
-    start_logging(log_level);
+    start_logging(&log_level);
     let blocking = matches!(launch, Launch::Program(_));
     // Before anything is made: what cannot be is found out at once.
     Privileges::resolve(&config.privileges, blocking)?;
     let pid_file = config.privileges.pid_file.as_deref().map(PidFile::create).transpose()?;
     let mut listeners: Vec<Listener> = Vec::new();
+    let mut control = None;
     let outcome = config
         .binds
         .iter()
@@ -175,7 +229,10 @@ fn serve(
             listeners.push(listener);
             Ok::<_, BoxError>(given.transpose().map(drop)?)
         })
-        .and_then(|()| create_segment(&config))
+        .and_then(|()| {
+            control = config.control.socket.as_deref().map(ControlListener::bind).transpose()?;
+            create_segment(&config)
+        })
         .and_then(|segment| Ok((segment, run_preload(preload)?)))
         .and_then(|pair| Ok(sys::expect_one_thread().map(|()| pair)?));
     let listeners: Arc<[Listener]> = listeners.into();
@@ -190,7 +247,9 @@ fn serve(
         }
         let application = [opened, preloaded].concat().into();
         let kept = segment.clone();
-        let ended = master::run(Arc::new(config), Arc::clone(&listeners), segment, launch, application, begun);
+        let operators = Operators { reread: reread(&config, parse), control: control.take().map(Control::new) };
+        let config = Arc::new(config);
+        let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, begun, operators);
         close_segment(kept);
         ended.map_err(|error| format!("the master cannot run: {error}").into())
     });
@@ -198,7 +257,10 @@ fn serve(
     if let Some(file) = pid_file {
         file.remove();
     }
-    outcome
+    // Who waits at the control socket for our end is told by this, and finds nothing of us.
+    let (ended, control) = outcome?;
+    drop(control);
+    Ok(ended)
 }
 
 /// The one request of a CGI call.

@@ -23,6 +23,7 @@ mod cgi_call;
 mod cli;
 mod config;
 mod context;
+mod control;
 mod crash;
 mod folder_lock;
 #[cfg(any(test, fuzzing))]

@@ -185,7 +185,7 @@ impl Listener {
             Address::Abstract(name) => bind_abstract(name, bind.protocol, backlog).map_err(fail)?,
             Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
         };
-        listener.set_blocking(blocking).map_err(|error| fail(error.to_string()))?;
+        set_blocking(&listener.socket, blocking).map_err(|error| fail(error.to_string()))?;
         if listener.family == Family::Tcp {
             // Answers are written whole, so there is nothing to wait for. Accepted sockets take this over.
             setsockopt(&listener.socket, sockopt::TcpNoDelay, &true).map_err(|errno| fail(errno.desc().to_owned()))?;
@@ -195,14 +195,6 @@ impl Listener {
             listener.address = Address::Tcp(address.to_string());
         }
         Ok(listener)
-    }
-
-    fn set_blocking(&mut self, blocking: bool) -> io::Result<()> {
-        use nix::fcntl::{FcntlArg, fcntl};
-        let mut flags = OFlag::from_bits_retain(fcntl(&self.socket, FcntlArg::F_GETFL)?);
-        flags.set(OFlag::O_NONBLOCK, !blocking);
-        fcntl(&self.socket, FcntlArg::F_SETFL(flags))?;
-        Ok(())
     }
 
     /// Gives the socket file that this listener made to `owner`.
@@ -249,18 +241,126 @@ impl Listener {
 
     /// Removes the socket file, if it is still the one that this listener made.
     pub(crate) fn remove_file(&self) {
-        if let (Address::Path(path), Some(ours)) = (&self.address, self.file)
-            && file_identity(path) == Some(ours)
-            && let Err(error) = std::fs::remove_file(path)
-        {
-            log::warn!("cannot remove {}: {error}", path.display());
+        if let Address::Path(path) = &self.address {
+            remove_own(path, self.file);
         }
     }
+}
+
+/// The socket at which operators ask. Its file is for its owner alone.
+#[derive(Debug)]
+pub(crate) struct ControlListener {
+    path: PathBuf,
+    socket: OwnedFd,
+    file: Option<(u64, u64)>,
+}
+
+impl AsFd for ControlListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl ControlListener {
+    /// # Errors
+    /// A sentence for the operator.
+    pub(crate) fn bind(path: &Path) -> Result<Self, String> {
+        let fail = |cause: String| format!("cannot have a control socket at {}: {cause}", path.display());
+        let (socket, file) = bind_file(path, 64, Some(0o600), "--control").map_err(fail)?;
+        set_blocking(&socket, false).map_err(|error| fail(error.to_string()))?;
+        Ok(Self { path: path.to_owned(), socket, file })
+    }
+}
+
+impl Drop for ControlListener {
+    /// Removes the socket file, if it is still the one that this listener made.
+    fn drop(&mut self) {
+        remove_own(&self.path, self.file);
+    }
+}
+
+fn remove_own(path: &Path, file: Option<(u64, u64)>) {
+    if file.is_some()
+        && file_identity(path) == file
+        && let Err(error) = std::fs::remove_file(path)
+    {
+        log::warn!("cannot remove {}: {error}", path.display());
+    }
+}
+
+fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    let mut flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_NONBLOCK, !blocking);
+    fcntl(socket, FcntlArg::F_SETFL(flags))?;
+    Ok(())
 }
 
 fn file_identity(path: &Path) -> Option<(u64, u64)> {
     let metadata = std::fs::symlink_metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
+}
+
+/// Tries what can be tried of a `--bind` without listening. A note, if somebody holds the address: that may be this
+/// service itself.
+///
+/// # Errors
+/// A sentence for the operator: why it could not be bound.
+pub(crate) fn examine(bind: &Bind) -> Result<Option<String>, String> {
+    let found = match &bind.address {
+        Address::Path(path) => examine_path(path, "--bind"),
+        Address::Tcp(address) => examine_tcp(address),
+        // The name is free, or its holder's; the descriptor is this process's own, and not the server's.
+        Address::Abstract(_) | Address::Inherited(_) => Ok(None),
+    };
+    found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
+}
+
+fn examine_tcp(address: &str) -> Result<Option<String>, String> {
+    let mut found = Err(format!("'{address}' resolves to no address"));
+    for candidate in resolve(address)? {
+        found = match bound_tcp(candidate)? {
+            Ok(_) => return Ok(None),
+            Err(Errno::EADDRINUSE) => {
+                return Ok(Some("the port is in use now (by this service, if it runs)".to_owned()));
+            }
+            Err(errno) => Err(explain_tcp(errno, candidate)),
+        };
+    }
+    found
+}
+
+/// The same for the file of a socket; `flag` is the one that chose the path.
+///
+/// # Errors
+/// As above.
+pub(crate) fn examine_path(path: &Path, flag: &str) -> Result<Option<String>, String> {
+    UnixAddr::new(path).map_err(|_| too_long(path))?;
+    let Ok(metadata) = std::fs::symlink_metadata(path) else { return examine_folder(path).map(|()| None) };
+    if !metadata.file_type().is_socket() {
+        return Err(format!("the file there is not a socket (move it away, or choose another path with {flag})"));
+    }
+    match probe(path) {
+        Err(Errno::ECONNREFUSED) => examine_folder(path).map(|()| None),
+        Ok(()) | Err(_) => Ok(Some("a program is listening there now (this service, if it runs)".to_owned())),
+    }
+}
+
+/// Whether a file can be made at this path.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn examine_folder(path: &Path) -> Result<(), String> {
+    use nix::unistd::{AccessFlags, access};
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    match access(folder, AccessFlags::W_OK | AccessFlags::X_OK) {
+        Ok(()) => Ok(()),
+        Err(Errno::ENOENT) => Err(format!("the folder {} does not exist (create it)", folder.display())),
+        Err(errno) => Err(format!("the folder {}: {}", folder.display(), errno.desc().to_lowercase())),
+    }
 }
 
 fn new_socket(family: AddressFamily) -> Result<OwnedFd, String> {
@@ -275,22 +375,10 @@ fn listen(socket: &OwnedFd, backlog: u32) -> Result<(), String> {
 }
 
 fn bind_tcp(address: &str, protocol: Protocol, backlog: u32) -> Result<Listener, String> {
-    let candidates: Vec<SocketAddr> = address
-        .to_socket_addrs()
-        .map_err(|error| {
-            format!("'{address}' does not resolve: {error} (give an address and a port, as in 127.0.0.1:8080)")
-        })?
-        .collect();
     let mut cause = format!("'{address}' resolves to no address");
-    for candidate in candidates {
-        let (family, storage): (_, Box<dyn SockaddrLike>) = match candidate {
-            SocketAddr::V4(address) => (AddressFamily::Inet, Box::new(SockaddrIn::from(address))),
-            SocketAddr::V6(address) => (AddressFamily::Inet6, Box::new(SockaddrIn6::from(address))),
-        };
-        let socket = new_socket(family)?;
-        setsockopt(&socket, sockopt::ReuseAddr, &true).map_err(|errno| errno.desc().to_owned())?;
-        match socket::bind(socket.as_raw_fd(), &*storage) {
-            Ok(()) => {
+    for candidate in resolve(address)? {
+        match bound_tcp(candidate)? {
+            Ok(socket) => {
                 listen(&socket, backlog)?;
                 let address = Address::Tcp(candidate.to_string());
                 return Ok(Listener { protocol, address, family: Family::Tcp, socket, file: None });
@@ -299,6 +387,24 @@ fn bind_tcp(address: &str, protocol: Protocol, backlog: u32) -> Result<Listener,
         }
     }
     Err(cause)
+}
+
+fn resolve(address: &str) -> Result<Vec<SocketAddr>, String> {
+    let found = address.to_socket_addrs().map_err(|error| {
+        format!("'{address}' does not resolve: {error} (give an address and a port, as in 127.0.0.1:8080)")
+    })?;
+    Ok(found.collect())
+}
+
+/// A socket that is bound and does not listen yet, or why it could not be bound.
+fn bound_tcp(address: SocketAddr) -> Result<Result<OwnedFd, Errno>, String> {
+    let (family, storage): (_, Box<dyn SockaddrLike>) = match address {
+        SocketAddr::V4(address) => (AddressFamily::Inet, Box::new(SockaddrIn::from(address))),
+        SocketAddr::V6(address) => (AddressFamily::Inet6, Box::new(SockaddrIn6::from(address))),
+    };
+    let socket = new_socket(family)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true).map_err(|errno| errno.desc().to_owned())?;
+    Ok(socket::bind(socket.as_raw_fd(), &*storage).map(|()| socket))
 }
 
 fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
@@ -318,15 +424,18 @@ fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
 }
 
 fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -> Result<Listener, String> {
-    let address = UnixAddr::new(path).map_err(|_| {
-        format!(
-            "the path has {} bytes, and a Unix socket's may have 107 (choose a shorter one)",
-            path.as_os_str().len()
-        )
-    })?;
+    let (socket, file) = bind_file(path, backlog, mode, "--bind")?;
+    Ok(Listener { protocol, address: Address::Path(path.to_owned()), family: Family::Unix, socket, file })
+}
+
+/// A listening socket with a file, and the file's device and inode. `flag` is the one that chose the path.
+type SocketAndFile = (OwnedFd, Option<(u64, u64)>);
+
+fn bind_file(path: &Path, backlog: u32, mode: Option<u32>, flag: &str) -> Result<SocketAndFile, String> {
+    let address = UnixAddr::new(path).map_err(|_| too_long(path))?;
     // Until it listens, the new one looks like what a dead program left.
     let _turn = FolderLock::of(path)?;
-    clear_stale(path)?;
+    clear_stale(path, flag)?;
     let socket = new_socket(AddressFamily::Unix)?;
     // The file is born with its permissions: nobody can connect between a bind and a chmod.
     let before = mode.map(|mode| umask(Mode::from_bits_truncate(0o777 & !mode)));
@@ -334,28 +443,27 @@ fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -
     if let Some(before) = before {
         umask(before);
     }
-    bound.map_err(|errno| explain_path(errno, path))?;
+    bound.map_err(|errno| explain_path(errno, path, flag))?;
     let file = file_identity(path);
     listen(&socket, backlog)?;
-    Ok(Listener { protocol, address: Address::Path(path.to_owned()), family: Family::Unix, socket, file })
+    Ok((socket, file))
 }
 
 /// Removes the socket file of a program that is gone; refuses if somebody listens there.
-fn clear_stale(path: &Path) -> Result<(), String> {
+fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
     if !metadata.file_type().is_socket() {
-        return Err("the file there is not a socket (move it away, or choose another path with --bind)".to_owned());
+        return Err(format!("the file there is not a socket (move it away, or choose another path with {flag})"));
     }
     match probe(path) {
         Err(Errno::ECONNREFUSED) => std::fs::remove_file(path)
             .map_err(|error| format!("the stale socket file there cannot be removed: {error} (remove it by hand)")),
-        Err(Errno::EACCES) => {
-            Err("permission denied for the socket that is there (run as its owner, or choose another path with --bind)"
-                .to_owned())
-        }
+        Err(Errno::EACCES) => Err(format!(
+            "permission denied for the socket that is there (run as its owner, or choose another path with {flag})"
+        )),
         // A full queue (EAGAIN) is a live listener too.
         Ok(_) | Err(_) => {
-            Err("another program is listening there (stop that one, or choose another path with --bind)".to_owned())
+            Err(format!("another program is listening there (stop that one, or choose another path with {flag})"))
         }
     }
 }
@@ -367,13 +475,18 @@ fn probe(path: &Path) -> Result<(), Errno> {
     socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
-fn explain_path(errno: Errno, path: &Path) -> String {
+fn too_long(path: &Path) -> String {
+    let length = path.as_os_str().len();
+    format!("the path has {length} bytes, and a Unix socket's may have 107 (choose a shorter one)")
+}
+
+fn explain_path(errno: Errno, path: &Path, flag: &str) -> String {
     let folder = path.parent().map_or_else(|| ".".to_owned(), |folder| folder.display().to_string());
     match errno {
         Errno::EACCES | Errno::EPERM | Errno::EROFS => {
-            format!("{} (run as root, or choose a path you can write, with --bind)", errno.desc().to_lowercase())
+            format!("{} (run as root, or choose a path you can write, with {flag})", errno.desc().to_lowercase())
         }
-        Errno::ENOENT => format!("the folder {folder} does not exist (create it, or choose another path with --bind)"),
+        Errno::ENOENT => format!("the folder {folder} does not exist (create it, or choose another path with {flag})"),
         errno => errno.desc().to_lowercase(),
     }
 }

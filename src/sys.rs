@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
-use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrLike as _, SockaddrStorage, recvmsg};
 use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{ForkResult, Pid, getppid};
 use tokio::io::Interest;
@@ -280,6 +280,28 @@ pub(crate) fn tcp_queue(listener: BorrowedFd<'_>) -> io::Result<u32> {
 }
 
 /// Registers a descriptor with the event loop, to know when it is ready.
+/// Reads once from a Unix socket, together with a descriptor if one comes along: closed on exec, and this process's own.
+///
+/// # Errors
+/// What `recvmsg(2)` says.
+pub(crate) fn receive_with_descriptor(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    let mut room = nix::cmsg_space!(RawFd);
+    let mut pieces = [io::IoSliceMut::new(into)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut pieces, Some(&mut room), flags)?;
+    let mut descriptor = None;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(numbers) = control {
+            for number in numbers {
+                // SAFETY: the kernel has just made this descriptor for us, so it is open, and nobody else's.
+                descriptor = Some(unsafe { OwnedFd::from_raw_fd(number) });
+            }
+        }
+    }
+    Ok((message.bytes, descriptor))
+}
+
+/// Registers a descriptor with the event loop, to know when it is readable.
 ///
 /// # Errors
 /// What `epoll_ctl(2)` says.

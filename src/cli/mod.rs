@@ -1,7 +1,13 @@
 //! The command line: flags, their FORKYARD_* variables and their help, turned into a [`Config`].
 //!
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
-//! every binary that calls [`crate::run`], for the application linked into it.
+//! every binary that calls [`crate::run`], for the application linked into it. Both have the same sub-commands beside.
+//!
+//! - [`control`]: the sub-commands. [`file`]: the configuration file. [`check`]: what `check` tries.
+
+pub(crate) mod check;
+mod control;
+mod file;
 
 mod failures;
 mod numbers;
@@ -11,8 +17,10 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
+use clap::{ArgMatches, Args, Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
+pub(crate) use self::control::Task;
+use self::control::{ControlOptions, Operation};
 use self::numbers::{NumberOptions, OfEachWorker, RefusedByRun};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
 use crate::cgi_call;
@@ -29,7 +37,8 @@ const SIGNALS: &str = "\
 Signals to the master:
   TERM       drain and stop: finish what is being served, for --drain-timeout at most
   INT, QUIT  stop at once
-  HUP        replace the workers one by one; each new one is ready before an old one drains
+  HUP        replace the workers one by one; each new one is ready before an old one drains;
+             the file of --config is read anew
   TTIN, TTOU one worker more, one worker less; of a range, both ends
   USR1       reserved for reopening logs
 Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";
@@ -77,6 +86,9 @@ struct ServeOptions {
 
     #[command(flatten)]
     privileges: PrivilegeOptions,
+
+    #[command(flatten)]
+    control: ControlOptions,
 }
 
 /// The further flags of a binary with an application linked into it.
@@ -247,11 +259,28 @@ impl KeepOptions {
 /// A binary with an application linked into it.
 #[derive(Parser, Debug)]
 #[command(version, about = "Serves its web application from supervised worker processes", after_help = SIGNALS)]
+#[command(args_conflicts_with_subcommands = true, subcommand_help_heading = "Instead of serving")]
 struct Linked {
+    #[command(subcommand)]
+    command: Option<LinkedCommands>,
+    #[command(flatten)]
+    options: LinkedOptions,
+}
+
+#[derive(Args, Debug)]
+struct LinkedOptions {
     #[command(flatten)]
     serve: ServeOptions,
     #[command(flatten)]
     worker: WorkerOptions,
+}
+
+#[derive(Subcommand, Debug)]
+enum LinkedCommands {
+    /// Find everything that is wrong with the settings, and serve nothing
+    Check(Box<LinkedOptions>),
+    #[command(flatten)]
+    Operation(Operation),
 }
 
 /// The `forkyard` binary.
@@ -266,7 +295,11 @@ struct Forkyard {
 enum Subcommands {
     /// Supervise an external application
     #[command(after_help = SIGNALS)]
-    Run(RunOptions),
+    Run(Box<RunOptions>),
+    /// Find everything that is wrong with the settings of run, and run nothing
+    Check(Box<RunOptions>),
+    #[command(flatten)]
+    Operation(Operation),
 }
 
 #[derive(Args, Debug)]
@@ -294,7 +327,7 @@ struct RunOptions {
     refused: RefusedByRun,
 
     /// The program and its arguments, as in: -- php-cgi -d memory_limit=64M
-    #[arg(last = true, required = true, value_name = "COMMAND")]
+    #[arg(last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
 
@@ -310,18 +343,45 @@ pub(crate) struct Request {
     pub(crate) program: Option<(Vec<OsString>, bool)>,
 }
 
+/// What is to be done.
+#[derive(Debug)]
+pub(crate) enum Invocation {
+    Serve(Box<Request>),
+    /// Only what is wrong is to be said.
+    Check(Box<Request>),
+    /// The configuration file has these mistakes. `checked`: that was to be found out.
+    Broken {
+        mistakes: Vec<String>,
+        checked: bool,
+    },
+    /// Something beside serving.
+    Task(Task),
+}
+
 /// Reads the command line of a binary with an application linked into it.
 ///
 /// # Errors
 /// clap's, which also carries the text of `--help` and `--version`.
-pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Error> {
+pub(crate) fn parse_linked(arguments: &[OsString]) -> Result<Invocation, clap::Error> {
     let name =
         arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
     let mut command = Linked::command();
     if let Some(name) = name {
         command = command.name(name.clone()).bin_name(name);
     }
-    let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
+    let matches = match matches(&mut command, arguments, &["check"])? {
+        Ok(matches) => matches,
+        Err(broken) => return Ok(broken),
+    };
+    let linked = Linked::from_arg_matches(&matches)?;
+    Ok(match linked.command {
+        None => Invocation::Serve(Box::new(linked_request(linked.options, &mut command)?)),
+        Some(LinkedCommands::Check(options)) => Invocation::Check(Box::new(linked_request(*options, &mut command)?)),
+        Some(LinkedCommands::Operation(operation)) => Invocation::Task(operation.task(&mut command)?),
+    })
+}
+
+fn linked_request(linked: LinkedOptions, command: &mut Command) -> Result<Request, clap::Error> {
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
     let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, failures, .. } = linked.worker;
@@ -347,18 +407,60 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
 ///
 /// # Errors
 /// clap's, which also carries the text of `--help` and `--version`.
-pub(crate) fn parse_forkyard(arguments: Vec<OsString>) -> Result<Request, clap::Error> {
-    let Subcommands::Run(run) = Forkyard::try_parse_from(arguments)?.command;
+pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap::Error> {
+    let mut command = Forkyard::command().bin_name("forkyard");
+    let matches = match matches(&mut command, arguments, &["run", "check"])? {
+        Ok(matches) => matches,
+        Err(broken) => return Ok(broken),
+    };
+    Ok(match Forkyard::from_arg_matches(&matches)?.command {
+        Subcommands::Run(run) => Invocation::Serve(Box::new(run_request(*run, "run", &mut command)?)),
+        Subcommands::Check(run) => Invocation::Check(Box::new(run_request(*run, "check", &mut command)?)),
+        Subcommands::Operation(operation) => Invocation::Task(operation.task(&mut command)?),
+    })
+}
+
+fn run_request(run: RunOptions, name: &str, command: &mut Command) -> Result<Request, clap::Error> {
     let log_level = run.serve.log_level.clone();
-    check_run(&run.serve.bind).map_err(|cause| {
-        let mut command = Forkyard::command().bin_name("forkyard");
+    let no_command = || "no COMMAND: give it after '--', or as command in the configuration file".to_owned();
+    let some = if run.command.is_empty() { Err(no_command()) } else { Ok(()) };
+    some.and_then(|()| check_run(&run.serve.bind)).map_err(|cause| {
         command.build();
-        let run = command.find_subcommand_mut("run").cloned().unwrap_or(command);
-        run.bin_name("forkyard run").error(clap::error::ErrorKind::ValueValidation, cause)
+        let run = command.find_subcommand_mut(name).cloned().unwrap_or_else(|| command.clone());
+        run.bin_name(format!("forkyard {name}")).error(clap::error::ErrorKind::ValueValidation, cause)
     })?;
     let numbers = run.serve.numbers.numbers(OfEachWorker::default());
     let config = config(run.serve, numbers, run.keep.cache(run.cache), run.settle, OfWorkers::default());
     Ok(Request { config, log_level, cgi: false, program: Some((run.command, run.direct)) })
+}
+
+/// What the arguments say, together with the configuration file, if they or a variable name one. `serving` are the
+/// sub-commands that take the flags of serving.
+fn matches(
+    command: &mut Command,
+    arguments: &[OsString],
+    serving: &[&str],
+) -> Result<Result<ArgMatches, Invocation>, clap::Error> {
+    let matches = command.try_get_matches_from_mut(arguments)?;
+    let (name, given) = match matches.subcommand() {
+        Some((name, given)) if serving.contains(&name) => (Some(name), given),
+        Some(_) => return Ok(Ok(matches)),
+        None => (None, &matches),
+    };
+    let Some(path) = given.get_one::<PathBuf>("config") else { return Ok(Ok(matches)) };
+    let grammar = name.and_then(|name| command.find_subcommand(name)).unwrap_or(command);
+    let additions = match file::read(path, grammar, given) {
+        Ok(additions) => additions,
+        Err(mistakes) => return Ok(Err(Invocation::Broken { mistakes, checked: name == Some("check") })),
+    };
+    // In front of all that was given: behind the program's name, and the sub-command.
+    let (before, after) = arguments.split_at(arguments.len().min(1 + usize::from(name.is_some())));
+    let mut all = [before, &additions.flags, after].concat();
+    if !additions.command.is_empty() {
+        all.extend([OsString::from("--")].into_iter().filter(|dashes| !arguments.contains(dashes)));
+        all.extend(additions.command);
+    }
+    command.try_get_matches_from_mut(all).map(Ok)
 }
 
 /// An external program gets one socket, and speaks FastCGI on it.
@@ -432,6 +534,7 @@ fn config(
         trust: of_workers.access.trust,
         privileges,
         failures: of_workers.failures,
+        control: serve.control.config(),
     }
 }
 

@@ -3,6 +3,7 @@
 //! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
 //! form of an address, and which headers proxies write.
 
+pub(crate) mod control;
 pub(crate) mod failures;
 mod numbers;
 pub(crate) mod privileges;
@@ -11,6 +12,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use self::control::ControlConfig;
 pub(crate) use self::numbers::{
     Jittered, Numbers, Range, Share, parse_health_path, parse_max_age, parse_max_memory, parse_max_requests,
 };
@@ -47,6 +49,7 @@ pub(crate) struct Config {
     pub(crate) privileges: PrivilegesConfig,
     /// Requests that hang, dawdle or kill; all zero for external programs.
     pub(crate) failures: failures::Failures,
+    pub(crate) control: ControlConfig,
 }
 
 /// The proxies that are believed when they tell who their client is.
@@ -124,7 +127,7 @@ impl Program {
     ///
     /// # Errors
     /// A sentence for the operator, if there is no such program or it cannot be executed.
-    pub(crate) fn find(command: &[OsString], root: Option<&std::path::Path>) -> Result<Self, String> {
+    fn find(command: &[OsString], root: Option<&std::path::Path>) -> Result<Self, String> {
         use std::os::unix::ffi::OsStrExt as _;
         let [name, arguments @ ..] = command else { return Err("no COMMAND after '--'".to_owned()) };
         let found = if name.as_bytes().contains(&b'/') {
@@ -151,11 +154,20 @@ impl Program {
 }
 
 impl Program {
+    /// Finds it where it will be executed by processes with these privileges.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub(crate) fn for_privileges(command: &[OsString], privileges: &PrivilegesConfig) -> Result<Self, String> {
+        let PrivilegesConfig { chroot, chdir, .. } = privileges;
+        Self::find(command, chroot.as_deref())?.with_path_for(chdir.as_deref().filter(|_| chroot.is_none()))
+    }
+
     /// The same program, by a path that also holds if it is started in `folder`.
     ///
     /// # Errors
     /// If the folder of this process is gone.
-    pub(crate) fn with_path_for(self, folder: Option<&std::path::Path>) -> Result<Self, String> {
+    fn with_path_for(self, folder: Option<&std::path::Path>) -> Result<Self, String> {
         if folder.is_none() {
             return Ok(self);
         }

@@ -39,6 +39,10 @@ impl Hangs {
         Self { timeout, next_look: Now::ZERO, seen: HashMap::new(), dying: HashMap::new() }
     }
 
+    pub(crate) fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
     /// When [`Hangs::is_due`] or [`Hangs::overdue`] will have something to say.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         let look = (!self.timeout.is_zero()).then_some(self.next_look);

@@ -11,17 +11,21 @@
 //! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
 //!   them what they go by. [`symbols`] has the functions named in which workers crashed.
 //! - [`obituary`] writes the line for each process that ended.
+//! - [`control`] is the socket at which operators ask, [`operator`] does it, and [`status`] says how things are.
 
+mod control;
 mod demand;
 mod hangs;
 mod notes;
 mod obituary;
+mod operator;
 mod program_log;
 mod quarantine;
 mod recycling;
 mod sickbed;
 mod signals;
 mod spawn;
+mod status;
 mod supervisor;
 mod symbols;
 
@@ -36,12 +40,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+pub(crate) use self::control::Control;
+use self::obituary::Obituary;
 use self::recycling::Recycling;
 use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
-use self::supervisor::{Action, Budget, Event, Policy, Supervisor, Wish};
+use self::supervisor::{Action, Budget, Command, Event, Policy, Supervisor, Wish};
 use crate::config::{Config, Share};
 use crate::heritage::Report;
 use crate::listen::Listener;
@@ -55,17 +61,38 @@ const LOOK: Duration = Duration::from_millis(10);
 
 /// How long the heirs of the last workers are waited for: a little longer than they take.
 const HEIRS: Duration = Duration::from_millis(2500);
+/// How operators reach the master, beside signals.
+pub(crate) struct Operators {
+    pub(crate) control: Option<Control>,
+    pub(crate) reread: Reread,
+}
+
+/// Reads the configuration anew, given the one that holds. `None` if there is none to be read.
+///
+/// # Errors
+/// A sentence that says what is wrong with it.
+pub(crate) type Reread = Box<dyn Fn(&Config) -> Result<Option<Reloaded>, String>>;
+
+/// A configuration that was read anew.
+pub(crate) struct Reloaded {
+    /// For the workers to come. What cannot change without a restart is as it was.
+    pub(crate) config: Arc<Config>,
+    /// The flags that have changed and need a restart.
+    pub(crate) fixed: Vec<String>,
+}
 
 struct Master {
     supervisor: Supervisor,
+    control: Option<Control>,
+    reread: Reread,
+    /// The latest, for those who ask why a reload failed.
+    obituary: Obituary,
     nursery: Nursery,
     signals: SignalInbox,
     scoreboard: Scoreboard,
     children: HashMap<Pid, Child>,
     recycling: Recycling,
     queue_depth: QueueDepth,
-    /// The process that was buried last, and its last words.
-    last_buried: Option<(Pid, String)>,
     begun: Instant,
     sickbed: Sickbed,
     /// Set when the last process is gone: whether the operator asked for that.
@@ -76,7 +103,7 @@ struct Master {
 /// asked not to be replaced.
 ///
 /// `begun` is when the program started, and `application` are the descriptors of the application's own, which
-/// workers keep.
+/// workers keep. `operators` keeps its control socket, to be closed last.
 ///
 /// # Errors
 /// If the master cannot set itself up.
@@ -87,7 +114,8 @@ pub(crate) fn run(
     launch: Launch,
     application: Arc<[RawFd]>,
     begun: Instant,
-) -> io::Result<bool> {
+    operators: Operators,
+) -> io::Result<(bool, Option<Control>)> {
     // Whoever started us may have blocked signals, and the mask is inherited.
     sys::unblock_signals();
     // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
@@ -95,6 +123,9 @@ pub(crate) fn run(
     let recycling = Recycling::new(&config.numbers);
     let mut master = Master {
         supervisor: Supervisor::new(policy(&config)),
+        control: operators.control,
+        reread: operators.reread,
+        obituary: Obituary::default(),
         signals: SignalInbox::open()?,
         scoreboard: segment.scoreboard(),
         sickbed: Sickbed::new(&config.failures, segment.quarantine()),
@@ -102,13 +133,13 @@ pub(crate) fn run(
         recycling,
         queue_depth: QueueDepth::new(),
         children: HashMap::new(),
-        last_buried: None,
         begun,
         ended: None,
     };
     master.feed(Event::Tick);
     while master.ended.is_none() {
-        if master.wait() {
+        let (arrived, events) = master.wait();
+        if arrived {
             master.feed(Event::Arrival);
         }
         master.hear_signals();
@@ -116,10 +147,13 @@ pub(crate) fn run(
         master.look_at_programs();
         master.recycle();
         master.look_after_the_sick();
+        master.hear_operators(&events);
         master.feed(Event::Tick);
     }
+    // Heirs first: who is told that the master has stopped finds that nobody of it is left.
     master.await_heirs();
-    Ok(master.ended == Some(true))
+    master.farewell();
+    Ok((master.ended == Some(true), master.control))
 }
 
 /// What of the configuration the supervisor goes by.
@@ -155,11 +189,18 @@ impl Master {
         }
     }
 
-    /// The one wait point. True if a connection waits and there is no worker.
-    fn wait(&self) -> bool {
-        let deadlines = [self.supervisor.next_deadline(), self.recycling.next_deadline(), self.sickbed.next_deadline()];
+    /// The one wait point. Returns whether a connection waits and there is no worker, and what is to be heard by the
+    /// control socket.
+    fn wait(&self) -> (bool, Vec<PollFlags>) {
+        let now = self.now();
+        let deadlines = [
+            self.supervisor.next_deadline(),
+            self.recycling.next_deadline(),
+            self.sickbed.next_deadline(),
+            self.control.as_ref().and_then(|control| control.next_deadline(now)),
+        ];
         let deadline = deadlines.into_iter().flatten().min();
-        let mut timeout = deadline.map(|deadline| deadline.saturating_sub(self.now()));
+        let mut timeout = deadline.map(|deadline| deadline.saturating_sub(now));
         if self.children.values().any(Child::is_unsettled_program) {
             timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
         }
@@ -174,16 +215,19 @@ impl Master {
         let listeners = if self.supervisor.awaits_arrival() { &*self.nursery.listeners } else { &[] };
         let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
         let mut watched: Vec<PollFd<'_>> = arrivals.chain([signals]).chain(children).collect();
+        let others = watched.len();
+        watched.extend(self.control.iter().flat_map(|control| control.watched(now)));
         match poll(&mut watched, timeout) {
-            Ok(_) => watched[..listeners.len()].iter().any(|listener| listener.any().unwrap_or(false)),
-            Err(nix::errno::Errno::EINTR) => false,
+            // Without an answer nothing is said of any of them.
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => {
                 // ENOMEM: nothing is lost, but do not spin.
                 log::error!("the master cannot poll: {errno}");
                 std::thread::sleep(LOOK);
-                false
             }
         }
+        let arrived = watched[..listeners.len()].iter().any(|listener| listener.any().unwrap_or(false));
+        (arrived, watched[others..].iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty())).collect())
     }
 
     fn hear_signals(&mut self) {
@@ -192,7 +236,12 @@ impl Master {
                 Meaning::Child => self.reap(),
                 Meaning::Command(command) => {
                     log::info!("asked to {}", command.verb());
-                    self.feed(Event::Command(command));
+                    match command {
+                        Command::Reload => drop(self.reload()), // what went wrong is in the log
+                        Command::Drain | Command::Halt | Command::Add | Command::Remove | Command::Scale(_) => {
+                            self.feed(Event::Command(command));
+                        }
+                    }
                 }
                 Meaning::Reserved(what) => log::info!("signal {what} is reserved and does nothing yet"),
             }
@@ -218,7 +267,7 @@ impl Master {
             self.recycling.died(pid);
             self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
             let mut end = obituary::publish(pid, ending, child, &self.scoreboard);
-            self.last_buried = Some((pid, std::mem::take(&mut end.last_words)));
+            self.left(std::mem::take(&mut end.obituary));
             self.take_evidence(slot, pid, end);
             let wish = match ending {
                 Ending::Exited(0) => Wish::Renew,
@@ -243,7 +292,7 @@ impl Master {
         }
         for report in child.listen(pid) {
             match report {
-                Report::Ready => self.feed(Event::Ready { pid }),
+                Report::Ready => self.ready(pid),
                 Report::Recycle(reason) => self.wear_out(pid, &reason),
                 Report::LastWords(_) | Report::Trace(_) => {}
             }
@@ -265,7 +314,7 @@ impl Master {
             }
         }
         for pid in started {
-            self.feed(Event::Ready { pid });
+            self.ready(pid);
         }
     }
 
@@ -331,6 +380,7 @@ impl Master {
             }
             Action::Note(note) => {
                 self.tell(note);
+                self.pass_on(note);
                 None
             }
             Action::Exit { success } => {
@@ -349,7 +399,9 @@ impl Master {
                 Event::Spawned { slot, pid }
             }
             Err(error) => {
-                log::error!("cannot make a worker slot={slot} gen={generation}: {error}");
+                let line = format!("cannot make a worker slot={slot} gen={generation}: {error}");
+                log::error!("{line}");
+                self.obituary = Obituary { line, ..Obituary::default() };
                 Event::SpawnFailed { slot }
             }
         }

@@ -35,12 +35,10 @@ impl Master {
             Note::ReloadStarted { generation } => log::info!("reload begins gen={generation}"),
             Note::ReloadDone { generation } => log::info!("reload done gen={generation}"),
             Note::ReloadFailed { generation, slot, pid } => {
-                let (pid, said) = match (pid, &self.last_buried) {
-                    (Some(pid), Some((buried, said))) if *buried == pid => (format!(" pid={pid}"), said.as_str()),
-                    (Some(pid), _) => (format!(" pid={pid}"), ""),
-                    (None, _) => (String::new(), ""),
-                };
-                let said = if said.is_empty() { String::new() } else { format!(" said={said:?}") };
+                let said =
+                    Some(&self.obituary).filter(|obituary| obituary.pid == pid && !obituary.last_words.is_empty());
+                let said = said.map_or_else(String::new, |obituary| format!(" said={:?}", obituary.last_words));
+                let pid = pid.map_or_else(String::new, |pid| format!(" pid={pid}"));
                 log::error!(
                     "reload failed gen={generation}: a new worker died before it was ready; the old ones stay \
                      slot={slot}{pid}{said}"

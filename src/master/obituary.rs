@@ -23,7 +23,16 @@ pub(crate) struct End {
     pub(crate) culprit: Option<String>,
     /// Where it crashed; empty if that is not known.
     pub(crate) trace: String,
-    /// What the process said of it.
+    pub(crate) obituary: Obituary,
+}
+
+/// The line, and of whom it tells.
+#[derive(Debug, Default)]
+pub(crate) struct Obituary {
+    /// `None` if the process could not even be made.
+    pub(crate) pid: Option<Pid>,
+    pub(crate) line: String,
+    /// What the process said of its end.
     pub(crate) last_words: String,
 }
 
@@ -82,16 +91,18 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
     if !trace.is_empty() {
         let _ = write!(line, " trace={trace:?}");
     }
-    match ending {
-        _ if as_asked => log::info!("worker left {line}"),
-        Ending::Exited(0) if idle => log::info!("worker left of its own accord {line}"),
-        Ending::Exited(0) => log::warn!("worker left of its own accord, and in the middle of its work {line}"),
-        Ending::Exited(125) => log::warn!("worker left and asks not to be replaced {line}"),
-        Ending::Exited(_) | Ending::Signaled(_) => log::warn!("worker died {line}"),
-    }
+    let (level, what) = match ending {
+        _ if as_asked => (log::Level::Info, "worker left"),
+        Ending::Exited(0) if idle => (log::Level::Info, "worker left of its own accord"),
+        Ending::Exited(0) => (log::Level::Warn, "worker left of its own accord, and in the middle of its work"),
+        Ending::Exited(125) => (log::Level::Warn, "worker left and asks not to be replaced"),
+        Ending::Exited(_) | Ending::Signaled(_) => (log::Level::Warn, "worker died"),
+    };
+    log::log!(level, "{what} {line}");
+    let obituary = Obituary { pid: Some(pid), line: format!("{what} {line}"), last_words };
     let (in_flight, complete, culprit) = row.map_or((Vec::new(), true, None), |row| {
         let complete = usize::try_from(row.in_flight) == Ok(row.serving.len());
         (row.serving.into_iter().map(|one| one.what).collect(), complete, row.culprit)
     });
-    End { is_crash, in_flight, complete, culprit, trace, last_words }
+    End { is_crash, in_flight, complete, culprit, trace, obituary }
 }

@@ -76,6 +76,10 @@ impl Quarantine {
         Self { config, deaths: VecDeque::new(), records: BTreeMap::new() }
     }
 
+    pub(crate) fn set_limits(&mut self, config: QuarantineConfig) {
+        self.config = config;
+    }
+
     /// A worker has died of a crash.
     pub(crate) fn died(&mut self, death: Death, now: Now) -> Vec<Verdict> {
         // Of a request that nobody can name nothing is known.

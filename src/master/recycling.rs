@@ -39,6 +39,12 @@ impl Recycling {
         Self { max_memory, interval, max_age, lives: BTreeMap::new(), next_look: Now::ZERO, last_looked_at: None }
     }
 
+    /// Goes by other limits from now on. Who lives has its age already.
+    pub(crate) fn set_limits(&mut self, numbers: &Numbers) {
+        let Self { max_memory, interval, max_age, .. } = Self::new(numbers);
+        (self.max_memory, self.interval, self.max_age) = (max_memory, interval, max_age);
+    }
+
     pub(crate) fn born(&mut self, pid: Pid, now: Now) {
         let ends = self.max_age.map(|age| now + age.draw());
         self.lives.insert(pid, Life { ends, strikes: 0 });

@@ -36,6 +36,13 @@ impl Sickbed {
         }
     }
 
+    /// Goes by other limits from now on. What is refused already has its time.
+    pub(crate) fn set_limits(&mut self, failures: &Failures) {
+        self.hangs.set_timeout(failures.hang_timeout);
+        self.quarantine.set_limits(failures.quarantine);
+        self.by = failures.quarantine.by;
+    }
+
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         [self.hangs.next_deadline(), self.quarantine.next_deadline()].into_iter().flatten().min()
     }

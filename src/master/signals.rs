@@ -36,6 +36,11 @@ const MEANINGS: [(i32, Meaning); 9] = [
     (SIGUSR2, Meaning::Reserved("USR2 (upgrade)")),
 ];
 
+/// What a signal means, for those who ask by other ways for the same.
+pub(crate) fn meaning(signal: i32) -> Option<Meaning> {
+    MEANINGS.iter().find(|(number, _)| *number == signal).map(|(_, meaning)| *meaning)
+}
+
 /// Where signals arrive.
 #[derive(Debug)]
 pub(crate) struct SignalInbox {

@@ -80,6 +80,17 @@ impl Nursery {
         Ok(Self { config, listeners, segment, launch, handover, lifeline, application, privileges })
     }
 
+    /// Makes processes from now on as another configuration says.
+    ///
+    /// # Errors
+    /// A sentence for the operator, if processes cannot be what it asks for: nothing has changed then.
+    pub(crate) fn adopt(&mut self, config: Arc<Config>) -> Result<(), String> {
+        let executes = matches!(self.launch, Launch::Program(_));
+        self.privileges = Arc::new(Privileges::resolve(&config.privileges, executes)?);
+        self.config = config;
+        Ok(())
+    }
+
     /// Makes a process for `slot`.
     ///
     /// # Errors

@@ -30,6 +30,7 @@ mod breaker;
 mod messages;
 mod roll;
 mod scale;
+mod view;
 
 use std::time::Duration;
 
@@ -39,6 +40,7 @@ use self::breaker::{Breaker, Ending, TokenBucket};
 pub(crate) use self::messages::{Action, Budget, Command, Demand, Event, Note, Policy, Wish};
 use self::roll::Roll;
 use self::scale::Scaler;
+pub(crate) use self::view::{Phase, Place};
 
 /// Time since the master started.
 pub(crate) type Now = Duration;
@@ -155,6 +157,7 @@ impl Supervisor {
             Event::Arrival => {}
             Event::Exited { pid, wish } => self.exited(pid, wish, now),
             Event::Command(command) => self.command(command, now),
+            Event::Policy(policy) => self.set_policy(policy, now),
         }
         self.meet_deadlines(now);
         match self.mode {
@@ -332,6 +335,17 @@ impl Supervisor {
                 Mode::Stopping { .. } | Mode::Stopped,
             )
             | (Command::Halt, Mode::Stopped) => {}
+        }
+    }
+
+    fn set_policy(&mut self, policy: Policy, now: Now) {
+        let before = self.policy;
+        self.policy = Policy { slots: before.slots, ..policy };
+        self.respawns.set_rate(policy.respawn_rate);
+        self.scaler.set_pace(policy.per_worker, policy.scale_down_after);
+        // What was asked for by a command meanwhile stays, unless this is another choice.
+        if policy.workers != before.workers && self.mode == Mode::Running {
+            self.retarget(policy.workers, self.target, now);
         }
     }
 

@@ -77,6 +77,10 @@ impl TokenBucket {
         Self { rate: rate.max(1), full_at: Now::ZERO }
     }
 
+    pub(super) fn set_rate(&mut self, rate: u32) {
+        self.rate = rate.max(1);
+    }
+
     /// Takes one token; if there was none, says when it will have come.
     pub(super) fn take(&mut self, now: Now) -> Option<Now> {
         self.full_at = self.full_at.max(now) + Duration::from_secs(1) / self.rate;

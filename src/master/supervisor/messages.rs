@@ -65,6 +65,8 @@ pub(crate) enum Event {
     Exited { pid: Pid, wish: Wish },
     /// The operator wants something.
     Command(Command),
+    /// The operator has chosen anew. How many processes there can be at once stays as it was.
+    Policy(Policy),
 }
 
 /// How much there is to do, at one moment.
@@ -104,7 +106,6 @@ pub(crate) enum Command {
     /// One worker less.
     Remove,
     /// So many workers, neither more nor less.
-    #[cfg_attr(not(test), expect(dead_code, reason = "no signal says a number"))]
     Scale(u32),
 }
 

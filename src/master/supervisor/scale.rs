@@ -76,6 +76,10 @@ impl Scaler {
         (self.min, self.max)
     }
 
+    pub(super) fn set_pace(&mut self, per_worker: u32, after: Duration) {
+        (self.per_worker, self.after) = (per_worker.max(1), after);
+    }
+
     /// Sets other limits, and returns the number within them.
     pub(super) fn set_limits(&mut self, (min, max): (u32, u32), target: u32, now: Now) -> u32 {
         (self.min, self.max) = (min, max.max(min));

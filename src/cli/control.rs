@@ -1,0 +1,216 @@
+//! The flags by which operators reach a master, and the sub-commands with which they do.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Command, Subcommand};
+use clap_complete::Shell;
+
+use crate::config::control::ControlConfig;
+use crate::config::parse_duration;
+use crate::control::CacheOperation;
+use crate::control::commands::{Errand, What};
+use crate::control::wire::Request;
+
+/// Of everything that serves.
+#[derive(Args, Debug)]
+pub(super) struct ControlOptions {
+    /// Answer status, reload, stop and the other sub-commands at this Unix socket, for root and the user of the master
+    #[arg(long, value_name = "PATH", env = "FORKYARD_CONTROL", help_heading = "Operation")]
+    control: Option<PathBuf>,
+
+    /// Read settings from this TOML file: the same names as the flags, which win over FORKYARD_* variables, which win
+    /// over the file
+    #[arg(long, value_name = "FILE", env = "FORKYARD_CONFIG", help_heading = "Operation")]
+    config: Option<PathBuf>,
+}
+
+impl ControlOptions {
+    pub(super) fn config(self) -> ControlConfig {
+        ControlConfig { socket: self.control, file: self.config }
+    }
+}
+
+/// Of the sub-commands.
+#[derive(Args, Debug)]
+pub(super) struct Socket {
+    /// The control socket of the master
+    #[arg(long, value_name = "PATH", env = "FORKYARD_CONTROL")]
+    control: PathBuf,
+
+    /// Print JSON, a value a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// The sub-commands beside those that serve and check.
+#[derive(Subcommand, Debug)]
+pub(super) enum Operation {
+    /// Show the master, its sockets, and what each worker is doing
+    Status(Socket),
+    /// Show the status again and again
+    Top {
+        #[command(flatten)]
+        socket: Socket,
+        /// Time between two looks
+        #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+        interval: Duration,
+        /// Look so many times, then end
+        #[arg(long, value_name = "N")]
+        rounds: Option<u32>,
+    },
+    /// Replace the workers one by one, and wait until that is done or has failed
+    Reload(Socket),
+    /// Replace the master's program in place, as USR2 does
+    Upgrade(Socket),
+    /// Finish what is being served, end, and wait until that is done
+    Stop {
+        #[command(flatten)]
+        socket: Socket,
+        /// Finish nothing
+        #[arg(long)]
+        now: bool,
+    },
+    /// Change the number of workers, and wait until there are so many
+    Scale {
+        /// How many workers there should be
+        workers: u32,
+        #[command(flatten)]
+        socket: Socket,
+    },
+    /// Open the log files anew, as USR1 does
+    ReopenLogs(Socket),
+    /// Look at the page cache, and purge from it
+    #[command(subcommand)]
+    Cache(Cache),
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print a manual page, in the format of man
+    Man {
+        /// The sub-command that it is to be about
+        command: Option<String>,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+pub(super) enum Cache {
+    /// What is in the cache, and what happened to it
+    Stats(Socket),
+    /// List the pages
+    Ls {
+        /// Only those whose keys begin with this
+        #[arg(default_value = "")]
+        prefix: OsString,
+        /// So many at the most
+        #[arg(long, value_name = "N", default_value = "1000")]
+        most: usize,
+        #[command(flatten)]
+        socket: Socket,
+    },
+    /// Print a page
+    Get {
+        /// Its key
+        key: OsString,
+        /// Print its status and headers first
+        #[arg(long)]
+        headers: bool,
+        #[command(flatten)]
+        socket: Socket,
+    },
+    /// Make a page out of date, or all with a tag, or all whose keys begin alike
+    Purge {
+        /// Its key
+        #[arg(required_unless_present_any = ["tag", "prefix"], conflicts_with_all = ["tag", "prefix"])]
+        key: Option<OsString>,
+        /// All pages with this tag
+        #[arg(long, conflicts_with = "prefix")]
+        tag: Option<String>,
+        /// All pages whose keys begin with this
+        #[arg(long)]
+        prefix: Option<OsString>,
+        #[command(flatten)]
+        socket: Socket,
+    },
+    /// Make all pages out of date
+    Clear(Socket),
+}
+
+/// What is to be done that serves nothing.
+#[derive(Debug)]
+pub(crate) enum Task {
+    /// A master is to be asked.
+    Errand(Errand),
+    /// This is to be printed.
+    Print(Vec<u8>),
+}
+
+impl Socket {
+    fn ask(self, what: What) -> Task {
+        Task::Errand(Errand { control: self.control, json: self.json, what })
+    }
+}
+
+impl Operation {
+    /// `command` is the whole command line, for completions and the manual.
+    ///
+    /// # Errors
+    /// clap's, if there is no such sub-command to make a page of.
+    pub(super) fn task(self, command: &mut Command) -> Result<Task, clap::Error> {
+        Ok(match self {
+            Self::Status(socket) => socket.ask(What::Ask(Request::Status)),
+            Self::Top { socket, interval, rounds } => socket.ask(What::Top { interval, rounds }),
+            Self::Reload(socket) => socket.ask(What::Ask(Request::Reload)),
+            Self::Upgrade(socket) => socket.ask(What::Ask(Request::Upgrade)),
+            Self::Stop { socket, now } => socket.ask(What::Ask(Request::Stop { now })),
+            Self::Scale { workers, socket } => socket.ask(What::Ask(Request::Scale { workers })),
+            Self::ReopenLogs(socket) => socket.ask(What::Ask(Request::ReopenLogs)),
+            Self::Cache(cache) => cache.task(),
+            Self::Completions { shell } => {
+                let mut script = Vec::new();
+                let name = command.get_name().to_owned();
+                clap_complete::generate(shell, command, name, &mut script);
+                Task::Print(script)
+            }
+            Self::Man { command: about } => Task::Print(manual(command, about.as_deref())?),
+        })
+    }
+}
+
+impl Cache {
+    fn task(self) -> Task {
+        let (socket, operation) = match self {
+            Self::Stats(socket) => (socket, CacheOperation::Stats),
+            Self::Ls { prefix, most, socket } => (socket, CacheOperation::List { prefix, most }),
+            Self::Get { key, headers, socket } => (socket, CacheOperation::Get { key, headers }),
+            Self::Purge { tag: Some(tag), socket, .. } => (socket, CacheOperation::PurgeTag { tag }),
+            Self::Purge { prefix: Some(prefix), socket, .. } => (socket, CacheOperation::PurgePrefix { prefix }),
+            Self::Purge { key, socket, .. } => (socket, CacheOperation::Purge { key: key.unwrap_or_default() }),
+            Self::Clear(socket) => (socket, CacheOperation::Clear),
+        };
+        socket.ask(What::Cache(operation))
+    }
+}
+
+/// The page of the whole command, or of one of its sub-commands.
+fn manual(command: &mut Command, about: Option<&str>) -> Result<Vec<u8>, clap::Error> {
+    command.build();
+    let subject = match about {
+        None => command.clone(),
+        Some(name) => match command.find_subcommand(name) {
+            Some(found) => found.clone().name(format!("{}-{name}", command.get_name())),
+            None => {
+                let kind = clap::error::ErrorKind::InvalidSubcommand;
+                return Err(command.error(kind, format!("there is no sub-command '{name}' to make a page of")));
+            }
+        },
+    };
+    let mut page = Vec::new();
+    let written: io::Result<()> = clap_mangen::Man::new(subject).render(&mut page);
+    written.map_err(|error| command.error(clap::error::ErrorKind::Io, error))?;
+    Ok(page)
+}

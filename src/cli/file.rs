@@ -1,0 +1,236 @@
+//! The configuration file: TOML whose keys are the names of the flags, turned into command-line arguments.
+//!
+//! There is no second list of names, types or limits: a key is the flag of that name, and its value is checked by the
+//! flag's own parser. Flags and FORKYARD_* variables win: what they give is not taken from the file.
+
+use std::error::Error as _;
+use std::ffi::OsString;
+use std::ops::Range;
+use std::path::Path;
+
+use clap::builder::Resettable;
+use clap::error::{ContextKind, ContextValue};
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+/// The key for what stands behind `--` on the command line.
+const COMMAND: &str = "command";
+/// What makes no sense in a file.
+const NEVER: [&str; 3] = ["config", "help", "version"];
+/// The longest file that is read.
+const LONGEST: u64 = 1 << 20;
+
+/// What a file adds to the command line.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Additions {
+    /// In front of the other arguments.
+    pub(super) flags: Vec<OsString>,
+    /// Behind `--`.
+    pub(super) command: Vec<OsString>,
+}
+
+/// Reads a file for `command`, of which the command line and the variables have given `matches`.
+///
+/// # Errors
+/// All mistakes that are in it, a line each: `FILE:LINE:COLUMN: what is wrong`.
+pub(super) fn read(path: &Path, command: &Command, matches: &ArgMatches) -> Result<Additions, Vec<String>> {
+    let name = path.display().to_string();
+    let text =
+        text_of(path).map_err(|cause| vec![format!("cannot read {name}: {cause} (choose a file with --config)")])?;
+    let (additions, broken, mistakes) = Default::default();
+    let mut reading = Reading { name, text: &text, command, matches, additions, broken, mistakes };
+    reading.read();
+    if reading.mistakes.is_empty() { Ok(reading.additions) } else { Err(reading.lines()) }
+}
+
+fn text_of(path: &Path) -> Result<String, String> {
+    let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
+    // A pipe would keep us waiting, and a device might never end.
+    if !metadata.is_file() {
+        return Err("it is not a file".to_owned());
+    }
+    if metadata.len() > LONGEST {
+        return Err(format!("it is longer than {LONGEST} bytes"));
+    }
+    std::fs::read_to_string(path).map_err(|error| error.to_string())
+}
+
+struct Reading<'a> {
+    name: String,
+    text: &'a str,
+    command: &'a Command,
+    matches: &'a ArgMatches,
+    additions: Additions,
+    /// What could not be read: nothing is said of the value that was put in its place.
+    broken: Vec<Range<usize>>,
+    /// Where in the text, and what.
+    mistakes: Vec<(usize, String)>,
+}
+
+impl Reading<'_> {
+    fn read(&mut self) {
+        let (table, errors) = DeTable::parse_recoverable(self.text);
+        for error in errors {
+            self.broken.extend(error.span());
+            self.mistake(error.span().unwrap_or_default(), error.message().to_owned());
+        }
+        let mut seen: Vec<String> = Vec::new();
+        for (key, value) in table.get_ref() {
+            let flag = key.get_ref().replace('_', "-");
+            if seen.contains(&flag) {
+                self.mistake(key.span(), format!("'{flag}' is given twice (- and _ are the same)"));
+            }
+            self.setting(key.span(), &flag, value);
+            seen.push(flag);
+        }
+    }
+
+    fn setting(&mut self, at: Range<usize>, flag: &str, value: &Spanned<DeValue<'_>>) {
+        if self.broken.iter().any(|broken| (broken.start..=broken.end).contains(&value.span().start)) {
+            return;
+        }
+        let argument = self.command.get_arguments().find(|argument| argument.get_long() == Some(flag));
+        let behind = self.command.get_positionals().find(|argument| argument.get_id() == COMMAND);
+        match (argument, behind) {
+            (_, Some(argument)) if flag == COMMAND => {
+                let words = self.words(value);
+                if !self.is_given(argument) {
+                    self.additions.command = words.into_iter().map(Into::into).collect();
+                }
+            }
+            (Some(_), _) if NEVER.contains(&flag) => {
+                self.mistake(at, format!("'{flag}' makes no sense in a configuration file (give --{flag} as a flag)"));
+            }
+            (Some(argument), _) => self.flag(argument, flag, value),
+            (None, _) => {
+                let hint = self.similar(flag).map(|name| format!(" (is '{name}' meant?)"));
+                self.mistake(at, format!("there is no setting '{flag}'{}", hint.unwrap_or_default()));
+            }
+        }
+    }
+
+    fn flag(&mut self, argument: &Arg, flag: &str, value: &Spanned<DeValue<'_>>) {
+        let mut arguments = Vec::new();
+        match (argument.get_action(), value.get_ref()) {
+            (ArgAction::SetTrue, DeValue::Boolean(true)) => arguments.push(format!("--{flag}")),
+            (ArgAction::SetTrue, DeValue::Boolean(false)) => {}
+            (ArgAction::SetTrue, _) => self.mistake(value.span(), format!("'{flag}' is true or false")),
+            (ArgAction::Append, DeValue::Array(values)) => {
+                for value in values.iter() {
+                    arguments.extend(self.checked(flag, value));
+                }
+            }
+            (_, DeValue::Array(_)) => self.mistake(value.span(), format!("'{flag}' takes one value, and no list")),
+            _ => arguments.extend(self.checked(flag, value)),
+        }
+        if !self.is_given(argument) {
+            self.additions.flags.extend(arguments.into_iter().map(Into::into));
+        }
+    }
+
+    /// The flag with its value, if the flag's own parser takes it.
+    fn checked(&mut self, flag: &str, value: &Spanned<DeValue<'_>>) -> Option<String> {
+        let Some(text) = plain(value.get_ref()) else {
+            self.mistake(
+                value.span(),
+                format!("'{flag}' takes text or a number, and this is {}", kind(value.get_ref())),
+            );
+            return None;
+        };
+        let argument = format!("--{flag}={text}");
+        if let Err(error) = self.alone().try_get_matches_from([&argument]) {
+            self.mistake(value.span(), format!("'{flag}': {}", explain(&error)));
+            return None;
+        }
+        Some(argument)
+    }
+
+    fn words(&mut self, value: &Spanned<DeValue<'_>>) -> Vec<String> {
+        let mut words = Vec::new();
+        let Some(values) = value.get_ref().as_array() else {
+            self.mistake(value.span(), format!("'{COMMAND}' is a list: the program, and each of its arguments"));
+            return words;
+        };
+        for value in values.iter() {
+            match value.get_ref().as_str() {
+                Some(word) => words.push(word.to_owned()),
+                None => self.mistake(value.span(), format!("'{COMMAND}' is a list of texts")),
+            }
+        }
+        words
+    }
+
+    /// The command as if nothing else were given: no variable, nothing that is required.
+    fn alone(&self) -> Command {
+        let command = self.command.clone().no_binary_name(true);
+        command.mut_args(|argument| argument.env(Resettable::Reset).required(false))
+    }
+
+    /// The setting whose name is most like this one, as clap finds it.
+    fn similar(&self, flag: &str) -> Option<String> {
+        let error = self.alone().try_get_matches_from([format!("--{flag}=x")]).err()?;
+        match error.get(ContextKind::SuggestedArg)? {
+            ContextValue::String(name) => {
+                Some(name.trim_start_matches('-').to_owned()).filter(|name| !NEVER.contains(&name.as_str()))
+            }
+            _ => None,
+        }
+    }
+
+    fn is_given(&self, argument: &Arg) -> bool {
+        let source = self.matches.value_source(argument.get_id().as_str());
+        matches!(source, Some(ValueSource::CommandLine | ValueSource::EnvVariable))
+    }
+
+    fn mistake(&mut self, at: Range<usize>, what: String) {
+        self.mistakes.push((at.start, what));
+    }
+
+    fn lines(mut self) -> Vec<String> {
+        self.mistakes.sort();
+        let place = |(at, what): &(usize, String)| {
+            let before = self.text.get(..*at).unwrap_or(self.text);
+            let line = before.matches('\n').count() + 1;
+            let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+            format!("{}:{line}:{column}: {what}", self.name)
+        };
+        self.mistakes.iter().map(place).collect()
+    }
+}
+
+/// A value as it would stand on the command line.
+fn plain(value: &DeValue<'_>) -> Option<String> {
+    match value {
+        DeValue::String(text) => Some(text.to_string()),
+        DeValue::Integer(number) if number.radix() == 10 => Some(number.as_str().to_owned()),
+        // A mode as TOML writes octal numbers.
+        DeValue::Integer(number) if number.radix() == 8 => Some(number.as_str().to_owned()),
+        DeValue::Integer(_)
+        | DeValue::Float(_)
+        | DeValue::Boolean(_)
+        | DeValue::Datetime(_)
+        | DeValue::Array(_)
+        | DeValue::Table(_) => None,
+    }
+}
+
+fn kind(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::Boolean(_) => "true or false".to_owned(),
+        DeValue::Integer(_) => "a number in another base".to_owned(),
+        other => format!("a {}", other.type_str()),
+    }
+}
+
+/// What the flag's parser says, without clap's frame around it.
+fn explain(error: &clap::Error) -> String {
+    if let Some(source) = error.source() {
+        return source.to_string();
+    }
+    let text = error.render().to_string();
+    let lines = text.lines().take_while(|line| !line.starts_with("For more")).map(str::trim);
+    let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+    lines.join(" ").trim_start_matches("error: ").to_owned()
+}

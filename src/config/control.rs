@@ -1,0 +1,57 @@
+//! How operators reach the master, and where its configuration was read.
+
+use std::path::PathBuf;
+
+use super::Config;
+use super::privileges::PrivilegesConfig;
+
+/// As in [`super::Config`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ControlConfig {
+    /// The control socket; `None` for none.
+    pub(crate) socket: Option<PathBuf>,
+    /// The configuration file.
+    pub(crate) file: Option<PathBuf>,
+}
+
+/// The configuration after a reload: `read`, but what cannot change in a running master is as it was in `running`. And the
+/// names of the flags of which that is true and that have changed. `slots`: for so many processes there is room.
+pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, Vec<String>) {
+    let mut fixed = Vec::new();
+    let mut differs = |flag: &str, differs: bool| {
+        if differs {
+            fixed.push(format!("--{flag}"));
+        }
+    };
+    differs("bind", running.binds != read.binds);
+    differs("backlog", running.backlog != read.backlog);
+    differs("socket-mode", running.socket_mode != read.socket_mode);
+    let workers_fit = read.workers.max < slots;
+    differs("workers", !workers_fit);
+    differs("cache", running.cache.bytes != read.cache.bytes);
+    differs("cache-max-entry", running.cache.max_entry != read.cache.max_entry);
+    differs("cache-file", running.cache.file != read.cache.file);
+    differs("socket-owner", running.privileges.socket_owner != read.privileges.socket_owner);
+    differs("pid-file", running.privileges.pid_file != read.privileges.pid_file);
+    // By these the program was found.
+    differs("chroot", running.privileges.chroot != read.privileges.chroot);
+    differs("chdir", running.privileges.chdir != read.privileges.chdir);
+    differs("control", running.control != read.control);
+    let config = Config {
+        binds: running.binds.clone(),
+        backlog: running.backlog,
+        socket_mode: running.socket_mode,
+        workers: if workers_fit { read.workers } else { running.workers },
+        cache: running.cache.clone(),
+        privileges: PrivilegesConfig {
+            socket_owner: running.privileges.socket_owner,
+            pid_file: running.privileges.pid_file.clone(),
+            chroot: running.privileges.chroot.clone(),
+            chdir: running.privileges.chdir.clone(),
+            ..read.privileges
+        },
+        control: running.control.clone(),
+        ..read
+    };
+    (config, fixed)
+}

@@ -1,0 +1,128 @@
+//! A master's status as text, for people.
+
+use std::fmt::Write as _;
+
+use super::wire::{Status, WorkerStatus};
+
+const HEAD: [&str; 9] = ["SLOT", "PID", "GEN", "STATE", "AGE", "REQUESTS", "CONNS", "BUSY", "RSS"];
+
+/// The master in a line, its sockets, and a row for each worker. What a worker serves follows its row.
+pub(crate) fn table(status: &Status) -> String {
+    let Status { version, pid, generation, target, state, .. } = status;
+    let uptime = time(status.uptime_ms);
+    let mut text = format!("forkyard {version} pid={pid} {state} up {uptime} gen={generation} workers={target}\n");
+    for bind in &status.binds {
+        let _ = writeln!(text, "  bind  {}:{}", bind.protocol, bind.address);
+    }
+    let rows: Vec<[String; 9]> = status.workers.iter().map(row).collect();
+    let width = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].len());
+        cells.chain([HEAD[column].len()]).max().unwrap_or(0)
+    };
+    let widths: [usize; 9] = std::array::from_fn(width);
+    let mut line = |cells: [&str; 9]| {
+        for (column, (cell, width)) in cells.iter().zip(widths).enumerate() {
+            let gap = if column == 0 { "" } else { "  " };
+            // Words to the left, numbers to the right.
+            let _ = if column == 3 { write!(text, "{gap}{cell:<width$}") } else { write!(text, "{gap}{cell:>width$}") };
+        }
+        text.push('\n');
+    };
+    line(HEAD);
+    let mut lines = Vec::new();
+    for (cells, worker) in rows.iter().zip(&status.workers) {
+        line(std::array::from_fn(|column| cells[column].as_str()));
+        lines.extend(worker.serving.iter().map(|request| (worker.slot, request)));
+    }
+    if !lines.is_empty() {
+        text.push_str("in flight:\n");
+    }
+    for (slot, request) in lines {
+        let _ = writeln!(text, "  slot={slot} {:>8}  {}", time(request.for_ms), request.what);
+    }
+    text
+}
+
+fn row(worker: &WorkerStatus) -> [String; 9] {
+    fn known<T: ToString>(value: Option<T>) -> String {
+        value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+    }
+    [
+        worker.slot.to_string(),
+        known(worker.pid),
+        worker.generation.to_string(),
+        worker.state.clone(),
+        known(worker.age_ms.map(time)),
+        known(worker.requests),
+        known(worker.connections),
+        known(worker.in_flight),
+        known(worker.rss_bytes.map(|bytes| format!("{}M", bytes >> 20))),
+    ]
+}
+
+/// As in `340ms`, `12s`, `3m20s`, `5h07m` and `12d04h`.
+pub(crate) fn time(ms: u64) -> String {
+    let seconds = ms / 1000;
+    match seconds {
+        0 => format!("{ms}ms"),
+        1..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3600..86400 => format!("{}h{:02}m", seconds / 3600, seconds / 60 % 60),
+        86400.. => format!("{}d{:02}h", seconds / 86400, seconds / 3600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::wire::{BindStatus, ServingStatus};
+
+    #[test]
+    fn columns_stand_in_line_and_what_is_not_known_is_a_dash() {
+        let serving = vec![ServingStatus { what: "GET /slow".to_owned(), for_ms: 1500 }];
+        let known = WorkerStatus {
+            slot: 10,
+            pid: Some(123_456),
+            generation: 2,
+            state: "ready".to_owned(),
+            age_ms: Some(200_000),
+            requests: Some(1_234_567),
+            connections: Some(3),
+            in_flight: Some(1),
+            rss_bytes: Some(12 << 20),
+            serving,
+        };
+        let waiting = WorkerStatus { slot: 3, generation: 1, state: "waiting".to_owned(), ..WorkerStatus::default() };
+        let status = Status {
+            version: "1.2.3".to_owned(),
+            pid: 7,
+            uptime_ms: 90_061_000,
+            generation: 2,
+            target: 2,
+            state: "running".to_owned(),
+            binds: vec![BindStatus { protocol: "http".to_owned(), address: "127.0.0.1:80".to_owned() }],
+            workers: vec![known, waiting],
+        };
+        assert_eq!(
+            table(&status),
+            "\
+forkyard 1.2.3 pid=7 running up 1d01h gen=2 workers=2
+  bind  http:127.0.0.1:80
+SLOT     PID  GEN  STATE      AGE  REQUESTS  CONNS  BUSY  RSS
+  10  123456    2  ready    3m20s   1234567      3     1  12M
+   3       -    1  waiting      -         -      -     -    -
+in flight:
+  slot=10       1s  GET /slow
+"
+        );
+    }
+
+    #[test]
+    fn times_are_short() {
+        for (ms, text) in
+            [(0, "0ms"), (999, "999ms"), (59_999, "59s"), (3_600_000, "1h00m"), (u64::MAX, "213503982334d14h")]
+        {
+            assert_eq!(time(ms), text);
+        }
+    }
+}

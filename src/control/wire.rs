@@ -1,0 +1,177 @@
+//! What passes over the control socket: one request, a line of JSON; then answers, a line of JSON each, of which the last
+//! is the outcome. After that the master closes the connection.
+//!
+//! This file has no I/O. A master must be able to answer the sub-commands of an older version and the other way round:
+//! fields are added, never renamed, and a request that is not known is answered with a failure.
+
+use serde::{Deserialize, Serialize};
+
+/// The longest request, with the end of its line.
+pub(crate) const LONGEST_REQUEST: usize = 4096;
+/// The longest answer that a client reads: the status of a thousand workers has half of that.
+pub(crate) const LONGEST_ANSWER: u64 = 4 << 20;
+/// Requests in flight that a status names, over all workers.
+pub(crate) const MOST_SERVING: usize = 2048;
+
+/// What an operator asks of the master.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum Request {
+    /// How things are.
+    Status,
+    /// Replace all workers, one by one.
+    Reload,
+    /// Replace the master's own program.
+    Upgrade,
+    /// End, at once or after what is being served.
+    Stop { now: bool },
+    /// Have so many workers.
+    Scale { workers: u32 },
+    /// Open the log files anew.
+    ReopenLogs,
+    /// Hand out the descriptor of the shared memory, with the outcome.
+    Segment,
+}
+
+/// What the master says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub(crate) enum Answer {
+    /// It is under way; more is to come.
+    Progress { text: String },
+    /// The outcome of [`Request::Status`].
+    Status { status: Status },
+    /// The outcome: it is done.
+    Done { text: String },
+    /// The outcome: it is not done, or went wrong.
+    Failed { text: String },
+}
+
+/// How things are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Status {
+    pub(crate) version: String,
+    /// The master's process id, as the master knows it.
+    pub(crate) pid: i32,
+    pub(crate) uptime_ms: u64,
+    /// 1, and one more for each reload.
+    pub(crate) generation: u64,
+    /// How many workers there should be.
+    pub(crate) target: u32,
+    /// `running`, `reloading` or `stopping`.
+    pub(crate) state: String,
+    pub(crate) binds: Vec<BindStatus>,
+    pub(crate) workers: Vec<WorkerStatus>,
+}
+
+/// A listening socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BindStatus {
+    pub(crate) protocol: String,
+    pub(crate) address: String,
+}
+
+/// A worker, or a slot that waits for one. What is `None` is not known: an external program tells nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct WorkerStatus {
+    pub(crate) slot: u32,
+    pub(crate) pid: Option<i32>,
+    pub(crate) generation: u64,
+    /// `starting`, `ready`, `draining`, `killed` or `waiting`.
+    pub(crate) state: String,
+    pub(crate) age_ms: Option<u64>,
+    pub(crate) requests: Option<u64>,
+    pub(crate) connections: Option<u32>,
+    pub(crate) in_flight: Option<u32>,
+    /// Resident memory, what it shares with others included.
+    pub(crate) rss_bytes: Option<u64>,
+    /// What it is serving, the oldest first; 16 of them at the most.
+    pub(crate) serving: Vec<ServingStatus>,
+}
+
+/// A request in flight.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ServingStatus {
+    /// Method and target, as in `GET /path`, cut.
+    pub(crate) what: String,
+    pub(crate) for_ms: u64,
+}
+
+impl Request {
+    /// # Errors
+    /// A sentence for who sent that.
+    pub(crate) fn parse(line: &[u8]) -> Result<Self, String> {
+        serde_json::from_slice(line).map_err(|error| {
+            format!(
+                "this is no request of the control socket: {error} (ask with the sub-commands of version {VERSION})"
+            )
+        })
+    }
+
+    /// For the log.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Reload => "reload",
+            Self::Upgrade => "upgrade",
+            Self::Stop { now: false } => "stop",
+            Self::Stop { now: true } => "stop --now",
+            Self::Scale { .. } => "scale",
+            Self::ReopenLogs => "reopen-logs",
+            Self::Segment => "cache",
+        }
+    }
+}
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+impl Answer {
+    pub(crate) fn done(text: impl Into<String>) -> Self {
+        Self::Done { text: text.into() }
+    }
+
+    pub(crate) fn failed(text: impl Into<String>) -> Self {
+        Self::Failed { text: text.into() }
+    }
+
+    /// Whether nothing follows it.
+    pub(crate) fn is_outcome(&self) -> bool {
+        match self {
+            Self::Progress { .. } => false,
+            Self::Status { .. } | Self::Done { .. } | Self::Failed { .. } => true,
+        }
+    }
+}
+
+/// As it is written, with the end of the line.
+pub(crate) fn line(message: &impl Serialize) -> Vec<u8> {
+    // Neither type has anything that JSON cannot say; and if it had, an empty line is no answer.
+    let mut line = serde_json::to_vec(message).unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_read_as_they_are_written() {
+        for request in [
+            Request::Status,
+            Request::Reload,
+            Request::Upgrade,
+            Request::Stop { now: true },
+            Request::Scale { workers: 4 },
+            Request::ReopenLogs,
+            Request::Segment,
+        ] {
+            let line = line(&request);
+            assert_eq!(Request::parse(&line), Ok(request));
+            assert!(line.len() < LONGEST_REQUEST && line.ends_with(b"}\n"));
+        }
+        for garbage in [&b""[..], b"GET / HTTP/1.1\r\n", b"{}", br#"{"command":"explode"}"#, b"\xff", b"[[[[[["] {
+            assert!(Request::parse(garbage).unwrap_err().contains("no request of the control socket"));
+        }
+    }
+}

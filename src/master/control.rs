@@ -1,0 +1,303 @@
+//! The control socket: who may ask, what was asked, and the answers on their way.
+//!
+//! A Unix stream socket of mode 0600. Whoever connects must be root or the user as whom the master runs, by the kernel's
+//! word. He sends one line and gets lines back until the outcome; a command that takes time keeps him waiting. All is
+//! bounded, and nobody holds up the master: who sends no line, or does not read his, is dropped.
+//!
+//! May not: block, or decide what a request does. That is in `operator.rs`.
+
+use std::io::{self, ErrorKind, IoSlice, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
+
+use crate::control::wire::{self, Answer, LONGEST_REQUEST, Request};
+use crate::listen::ControlListener;
+use crate::sys;
+
+/// Time since the master started.
+type Now = Duration;
+
+/// Clients at a time; further ones wait in the kernel's queue.
+const MOST_CLIENTS: usize = 16;
+/// How long a client may take to send its line, or to read the next piece of what it is told.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes that may wait for a client to read them. The longest status fits.
+const MOST_UNSENT: usize = 4 << 20;
+/// How long nobody is accepted after that has failed: descriptors have run out, say.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The socket and those who have connected. Dropping it removes the socket's file, and then closes all connections.
+pub(crate) struct Control {
+    listener: ControlListener,
+    clients: Vec<Client>,
+    next: ClientId,
+    paused_until: Now,
+}
+
+/// Names a client for as long as the master lives.
+pub(crate) type ClientId = u64;
+
+/// What a client waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiting {
+    /// Nothing: it has not asked yet, or has its outcome.
+    No,
+    Reload,
+    /// So many workers, and none besides that drains.
+    Scale(u32),
+    Stop,
+}
+
+struct Client {
+    id: ClientId,
+    stream: UnixStream,
+    unread: Vec<u8>,
+    unsent: Vec<u8>,
+    /// No more is to be heard of it.
+    asked: bool,
+    /// The outcome is among what is unsent: it is closed when that is sent.
+    ending: bool,
+    gone: bool,
+    /// By when it must have sent, or read, something.
+    deadline: Now,
+    waiting: Waiting,
+}
+
+impl Control {
+    pub(crate) fn new(listener: ControlListener) -> Self {
+        Self { listener, clients: Vec::new(), next: 1, paused_until: Now::ZERO }
+    }
+
+    /// What the master's `poll` is to watch. The same order is expected by [`Control::attend`].
+    pub(crate) fn watched(&self, now: Now) -> Vec<PollFd<'_>> {
+        let mut watched: Vec<PollFd<'_>> =
+            self.clients.iter().map(|client| PollFd::new(client.stream.as_fd(), client.interest())).collect();
+        if self.clients.len() < MOST_CLIENTS && now >= self.paused_until {
+            watched.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
+        }
+        watched
+    }
+
+    /// When [`Control::attend`] is due even if nothing happens.
+    pub(crate) fn next_deadline(&self, now: Now) -> Option<Now> {
+        let clients = self.clients.iter().filter(|client| client.is_timed()).map(|client| client.deadline);
+        clients.chain((self.paused_until > now).then_some(self.paused_until)).min()
+    }
+
+    /// Hears and serves all clients, and accepts new ones. `events` are what `poll` said of what is watched. Returns what
+    /// was asked.
+    pub(crate) fn attend(&mut self, events: &[PollFlags], now: Now) -> Vec<(ClientId, Request)> {
+        let mut asked = Vec::new();
+        for (client, &events) in self.clients.iter_mut().zip(events) {
+            if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR)
+                && let Some(request) = client.hear(now)
+            {
+                asked.push((client.id, request));
+            }
+            // Whoever is gone reads nothing any more; what he asked for goes on.
+            client.gone |= events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR);
+            client.send(now);
+        }
+        let accept = events.get(self.clients.len()).is_some_and(|events| !events.is_empty());
+        self.sweep(now);
+        if accept {
+            self.accept(now);
+        }
+        asked
+    }
+
+    /// Closes the connections of those who have their outcome, are gone, or take too long.
+    pub(crate) fn sweep(&mut self, now: Now) {
+        self.clients.retain(|client| {
+            let late = client.is_timed() && client.deadline <= now;
+            if late {
+                log::info!("control client dropped: it sent no line, or did not read, for {}s", PATIENCE.as_secs());
+            }
+            !(late || client.gone || client.ending && client.unsent.is_empty())
+        });
+    }
+
+    fn accept(&mut self, now: Now) {
+        while self.clients.len() < MOST_CLIENTS {
+            match sys::accept(self.listener.as_fd()) {
+                Ok((socket, _)) => {
+                    let mut client = Client::new(self.next, socket.into(), now + PATIENCE);
+                    self.next += 1;
+                    if let Err(why) = may_ask(client.stream.as_fd()) {
+                        log::warn!("control client refused: {why}");
+                        client.asked = true;
+                        client.tell(&Answer::failed(why), now);
+                    }
+                    self.clients.push(client);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => {
+                    log::error!("the control socket cannot accept: {error}");
+                    self.paused_until = now + PAUSE;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Tells a client something, if it is still there.
+    pub(crate) fn tell(&mut self, id: ClientId, answer: &Answer, now: Now) {
+        if let Some(client) = self.clients.iter_mut().find(|client| client.id == id) {
+            client.tell(answer, now);
+        }
+    }
+
+    /// Gives a client a descriptor together with the outcome.
+    pub(crate) fn hand_over(&mut self, id: ClientId, fd: BorrowedFd<'_>, answer: &Answer, now: Now) {
+        let Some(client) = self.clients.iter_mut().find(|client| client.id == id) else { return };
+        let line = wire::line(answer);
+        // Nothing was sent to this client before, so the line fits the socket's buffer whole.
+        let sent = sendmsg::<()>(
+            client.stream.as_raw_fd(),
+            &[IoSlice::new(&line)],
+            &[ControlMessage::ScmRights(&[fd.as_raw_fd()])],
+            MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
+        match sent {
+            Ok(sent) if sent == line.len() => client.ending = true,
+            Ok(_) => client.gone = true,
+            Err(errno) => client.tell(&Answer::failed(format!("the descriptor cannot be sent: {errno}")), now),
+        }
+    }
+
+    pub(crate) fn set_waiting(&mut self, id: ClientId, waiting: Waiting) {
+        if let Some(client) = self.clients.iter_mut().find(|client| client.id == id) {
+            client.waiting = waiting;
+        }
+    }
+
+    /// Those who wait, and for what.
+    pub(crate) fn waiting(&self) -> Vec<(ClientId, Waiting)> {
+        let waiting = self.clients.iter().filter(|client| client.waiting != Waiting::No);
+        waiting.map(|client| (client.id, client.waiting)).collect()
+    }
+
+    /// Tells all who wait for the same.
+    pub(crate) fn tell_waiting(&mut self, what: Waiting, answer: &Answer, now: Now) {
+        for client in self.clients.iter_mut().filter(|client| client.waiting == what) {
+            client.tell(answer, now);
+        }
+    }
+}
+
+impl Client {
+    fn new(id: ClientId, stream: UnixStream, deadline: Now) -> Self {
+        let (unread, unsent) = (Vec::new(), Vec::new());
+        let (asked, ending, gone) = (false, false, false);
+        Self { id, stream, unread, unsent, asked, ending, gone, deadline, waiting: Waiting::No }
+    }
+
+    fn interest(&self) -> PollFlags {
+        let mut interest = PollFlags::empty();
+        interest.set(PollFlags::POLLIN, !self.asked);
+        interest.set(PollFlags::POLLOUT, !self.unsent.is_empty());
+        interest
+    }
+
+    /// A client who waits for his outcome, and has read what there is, may take his time.
+    fn is_timed(&self) -> bool {
+        !self.asked || !self.unsent.is_empty()
+    }
+
+    /// Reads until there is a line, which is the request; one line is all that it may send.
+    fn hear(&mut self, now: Now) -> Option<Request> {
+        while !self.asked {
+            let mut piece = [0; 512];
+            match self.stream.read(&mut piece) {
+                Ok(0) => {
+                    self.asked = true;
+                    self.gone = true; // it has said nothing whole
+                }
+                Ok(count) => self.unread.extend_from_slice(&piece[..count]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
+                Err(_) => {
+                    self.asked = true;
+                    self.gone = true;
+                }
+            }
+            let line = self.unread.iter().position(|&byte| byte == b'\n');
+            if line.unwrap_or(self.unread.len()) >= LONGEST_REQUEST {
+                self.refuse(format!("a request has {LONGEST_REQUEST} bytes at the most"), now);
+            } else if let Some(end) = line {
+                self.asked = true;
+                match Request::parse(&self.unread[..end]) {
+                    Ok(request) => return Some(request),
+                    Err(why) => self.refuse(why, now),
+                }
+            }
+        }
+        None
+    }
+
+    fn refuse(&mut self, why: String, now: Now) {
+        self.asked = true;
+        self.tell(&Answer::failed(why), now);
+    }
+
+    fn tell(&mut self, answer: &Answer, now: Now) {
+        if self.ending {
+            return;
+        }
+        let line = wire::line(answer);
+        if self.unsent.len() + line.len() > MOST_UNSENT {
+            self.gone = true;
+            return;
+        }
+        if self.unsent.is_empty() {
+            self.deadline = now + PATIENCE;
+        }
+        self.unsent.extend_from_slice(&line);
+        if answer.is_outcome() {
+            self.ending = true;
+            self.waiting = Waiting::No;
+        }
+        self.send(now);
+    }
+
+    /// Sends what the socket takes.
+    fn send(&mut self, now: Now) {
+        let mut sent = 0;
+        while sent < self.unsent.len() {
+            match self.stream.write(&self.unsent[sent..]) {
+                Ok(count) if count > 0 => sent += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Ok(_) | Err(_) => {
+                    self.gone = true;
+                    break;
+                }
+            }
+        }
+        if sent > 0 {
+            self.unsent.drain(..sent);
+            self.deadline = now + PATIENCE;
+        }
+    }
+}
+
+/// Whether the process at the other end is root's, or of the user as whom this one runs.
+fn may_ask(socket: BorrowedFd<'_>) -> Result<(), String> {
+    let peer = getsockopt(&socket, sockopt::PeerCredentials)
+        .map_err(|errno| format!("the kernel does not say who it is: {}", io::Error::from(errno)))?;
+    let ours = nix::unistd::geteuid().as_raw();
+    if peer.uid() == 0 || peer.uid() == ours {
+        return Ok(());
+    }
+    Err(format!(
+        "user {} (pid {}) may not ask this master: only root and user {ours} may (run the command as one of them)",
+        peer.uid(),
+        peer.pid()
+    ))
+}

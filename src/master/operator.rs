@@ -1,0 +1,256 @@
+//! What operators ask for by the control socket, and how they hear of its outcome.
+//!
+//! A command goes to the supervisor as a signal's would. Who asked waits until the supervisor's notes, or its state, say what
+//! came of it; should he go away meanwhile, the command goes on.
+
+use std::sync::Arc;
+
+use nix::poll::PollFlags;
+use nix::unistd::Pid;
+
+use super::control::{ClientId, Control, Waiting};
+use super::obituary::Obituary;
+use super::signals::{self, Meaning};
+use super::status::name_of;
+use super::supervisor::{Command, Event, Note, Phase};
+use super::{Master, Reloaded, policy};
+use crate::control::wire::{Answer, Request};
+
+const STOPPING: &str = "the master is stopping";
+
+impl Master {
+    /// Hears what the clients of the control socket ask, and does it. `events` are what `poll` said of them.
+    pub(super) fn hear_operators(&mut self, events: &[PollFlags]) {
+        let now = self.now();
+        let Some(control) = &mut self.control else { return };
+        for (client, request) in control.attend(events, now) {
+            if request != Request::Status {
+                log::info!("asked by the control socket command={:?}", request.name());
+            }
+            self.answer(client, request);
+        }
+        self.end_waits();
+        // Those who were just told their outcome wait for the end of the connection, and nothing may wake us soon.
+        let now = self.now();
+        if let Some(control) = &mut self.control {
+            control.sweep(now);
+        }
+    }
+
+    fn answer(&mut self, client: ClientId, request: Request) {
+        let stopping = self.supervisor.view().phase == Phase::Stopping;
+        match request {
+            Request::Status => {
+                let status = self.status();
+                self.reply(client, &Answer::Status { status });
+            }
+            Request::Segment if self.nursery.config.cache.bytes == 0 => {
+                self.reply(client, &Answer::failed("there is no page cache (start with --cache SIZE to have one)"));
+            }
+            Request::Segment => {
+                let now = self.now();
+                let done = Answer::done("the shared memory comes with this line");
+                if let Some(control) = &mut self.control {
+                    control.hand_over(client, self.nursery.segment.fd(), &done, now);
+                }
+            }
+            Request::Stop { now } => {
+                self.keep_waiting(client, Waiting::Stop);
+                self.feed(Event::Command(if now { Command::Halt } else { Command::Drain }));
+            }
+            Request::Reload | Request::Scale { .. } | Request::Upgrade | Request::ReopenLogs if stopping => {
+                self.reply(client, &Answer::failed(STOPPING));
+            }
+            Request::Reload => {
+                // Before the reload begins, so that this one hears all of it.
+                self.keep_waiting(client, Waiting::Reload);
+                if let Err(why) = self.reload() {
+                    self.reply(client, &Answer::failed(why));
+                }
+            }
+            Request::Scale { workers } => self.scale(client, workers),
+            Request::Upgrade => self.as_signal(client, libc::SIGUSR2),
+            Request::ReopenLogs => self.as_signal(client, libc::SIGUSR1),
+        }
+    }
+
+    /// Does what the signal does.
+    fn as_signal(&mut self, client: ClientId, signal: i32) {
+        let answer = match signals::meaning(signal) {
+            Some(Meaning::Command(command)) => {
+                self.feed(Event::Command(command));
+                Answer::done(format!("asked to {}", command.verb()))
+            }
+            Some(Meaning::Reserved(what)) => Answer::failed(format!("{what} is reserved and does nothing yet")),
+            Some(Meaning::Child) | None => Answer::failed("that means nothing"),
+        };
+        self.reply(client, &answer);
+    }
+
+    fn scale(&mut self, client: ClientId, workers: u32) {
+        let view = self.supervisor.view();
+        let most = view.most;
+        if !(1..=most).contains(&workers) {
+            let why =
+                format!("{workers} is not a number of workers this master can have: 1 to {most} (more with --workers)");
+            self.reply(client, &Answer::failed(why));
+            return;
+        }
+        self.keep_waiting(client, Waiting::Scale(workers));
+        if view.limits != (workers, workers) {
+            self.feed(Event::Command(Command::Scale(workers)));
+        }
+    }
+
+    /// Reads the configuration anew, and replaces the workers.
+    ///
+    /// # Errors
+    /// A sentence, if the configuration is broken: nothing has changed then.
+    pub(super) fn reload(&mut self) -> Result<(), String> {
+        match (self.reread)(&self.nursery.config) {
+            Err(why) => {
+                log::error!("reload refused, the workers stay: {why}");
+                return Err(format!("the workers stay as they are: {why}"));
+            }
+            Ok(None) => {}
+            Ok(Some(Reloaded { config, fixed })) => {
+                if let Err(why) = self.nursery.adopt(Arc::clone(&config)) {
+                    log::error!("reload refused, the workers stay: {why}");
+                    return Err(format!("the workers stay as they are: {why}"));
+                }
+                if !fixed.is_empty() {
+                    let text = format!("these change with a restart only: {}", fixed.join(", "));
+                    log::warn!("{text}");
+                    self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
+                }
+                self.recycling.set_limits(&config.numbers);
+                self.sickbed.set_limits(&config.failures);
+                self.feed(Event::Policy(policy(&config)));
+            }
+        }
+        self.feed(Event::Command(Command::Reload));
+        Ok(())
+    }
+
+    /// A process has said that it is ready, or looks like it.
+    pub(super) fn ready(&mut self, pid: Pid) {
+        let name = self.children.get(&pid).map(|child| name_of(pid, child)).unwrap_or_default();
+        self.tell_movers(&format!("worker ready {name}"));
+        self.feed(Event::Ready { pid });
+    }
+
+    /// A process has ended, with this obituary.
+    pub(super) fn left(&mut self, obituary: Obituary) {
+        self.tell_movers(&obituary.line);
+        self.tell_waiting(Waiting::Stop, &Answer::Progress { text: obituary.line.clone() });
+        self.obituary = obituary;
+    }
+
+    /// Passes on what the supervisor notes to those who wait for it.
+    pub(super) fn pass_on(&mut self, note: Note) {
+        match note {
+            Note::ReloadStarted { generation } => {
+                let text = format!("reload begins gen={generation}");
+                self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
+            }
+            Note::ReloadDone { generation } => {
+                self.tell_waiting(Waiting::Reload, &Answer::done(format!("reload done gen={generation}")));
+            }
+            Note::ReloadFailed { generation, .. } => {
+                let why = format!("reload failed gen={generation}, the old workers stay: {}", self.obituary.line);
+                self.tell_waiting(Waiting::Reload, &Answer::failed(why));
+            }
+            Note::Failing { .. } => {
+                let failed = Answer::failed(format!("a worker died before it was ready: {}", self.obituary.line));
+                for (client, waiting) in self.waiting() {
+                    if matches!(waiting, Waiting::Scale(_)) {
+                        self.reply(client, &failed);
+                    }
+                }
+            }
+            Note::StartTimeout { slot, pid } => {
+                self.tell_movers(&format!(
+                    "worker slot={slot} pid={pid} is not ready in time (--start-timeout): killed"
+                ));
+            }
+            Note::DrainTimeout { slot, pid } => {
+                let text = format!("worker slot={slot} pid={pid} does not finish in time (--drain-timeout): killed");
+                self.tell_movers(&text);
+                self.tell_waiting(Waiting::Stop, &Answer::Progress { text });
+            }
+            Note::FullStrength
+            | Note::Throttled { .. }
+            | Note::Target(_)
+            | Note::TargetLimit(_)
+            | Note::Scaled { .. }
+            | Note::Saturated { .. } => {}
+        }
+    }
+
+    /// The last process is gone.
+    pub(super) fn farewell(&mut self) {
+        for (client, waiting) in self.waiting() {
+            let answer = if waiting == Waiting::Stop { Answer::done("stopped") } else { Answer::failed(STOPPING) };
+            self.reply(client, &answer);
+        }
+    }
+
+    /// Tells those their outcome who wait for a state of affairs and not for an event.
+    fn end_waits(&mut self) {
+        let waiting = self.waiting();
+        if waiting.is_empty() {
+            return;
+        }
+        let view = self.supervisor.view();
+        for (client, waiting) in waiting {
+            let outcome = match waiting {
+                Waiting::No | Waiting::Stop => None,
+                Waiting::Reload | Waiting::Scale(_) if view.phase == Phase::Stopping => Some(Answer::failed(STOPPING)),
+                Waiting::Reload => None,
+                Waiting::Scale(workers) if view.target != workers => {
+                    Some(Answer::failed(format!("meanwhile there should be {} workers", view.target)))
+                }
+                // As many as that are ready, and there are no others that have yet to leave.
+                Waiting::Scale(workers) => {
+                    let settled = view.ready() == workers as usize && view.places.len() == workers as usize;
+                    settled.then(|| Answer::done(format!("workers={workers}")))
+                }
+            };
+            if let Some(outcome) = outcome {
+                self.reply(client, &outcome);
+            }
+        }
+    }
+
+    fn tell_movers(&mut self, text: &str) {
+        for (client, waiting) in self.waiting() {
+            if matches!(waiting, Waiting::Reload | Waiting::Scale(_)) {
+                self.reply(client, &Answer::Progress { text: text.to_owned() });
+            }
+        }
+    }
+
+    fn waiting(&self) -> Vec<(ClientId, Waiting)> {
+        self.control.as_ref().map(Control::waiting).unwrap_or_default()
+    }
+
+    fn keep_waiting(&mut self, client: ClientId, what: Waiting) {
+        if let Some(control) = &mut self.control {
+            control.set_waiting(client, what);
+        }
+    }
+
+    fn reply(&mut self, client: ClientId, answer: &Answer) {
+        let now = self.now();
+        if let Some(control) = &mut self.control {
+            control.tell(client, answer, now);
+        }
+    }
+
+    fn tell_waiting(&mut self, what: Waiting, answer: &Answer) {
+        let now = self.now();
+        if let Some(control) = &mut self.control {
+            control.tell_waiting(what, answer, now);
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What the master says of how things are: what the supervisor knows, beside what the workers' rows in the scoreboard say.
+//!
+//! The rows are gossip: bounded, taken as text and numbers only, and left out if they are another process's. May not: lock.
+
+use super::Master;
+use super::spawn::Child;
+use super::supervisor::{Phase, Place};
+use crate::control::wire::{BindStatus, MOST_SERVING, ServingStatus, Status, WorkerStatus};
+
+impl Master {
+    pub(super) fn status(&self) -> Status {
+        let view = self.supervisor.view();
+        let state = match view.phase {
+            Phase::Running => "running",
+            Phase::Reloading => "reloading",
+            Phase::Stopping => "stopping",
+        };
+        let listeners = self.nursery.listeners.iter();
+        let binds = listeners.map(|listener| BindStatus {
+            protocol: listener.protocol.to_string(),
+            address: listener.address.to_string(),
+        });
+        let mut room = MOST_SERVING;
+        let workers = view.places.iter().map(|place| {
+            let mut worker = self.worker_status(place);
+            worker.serving.truncate(room);
+            room -= worker.serving.len();
+            worker
+        });
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: nix::unistd::getpid().as_raw(),
+            uptime_ms: ms(self.now()),
+            generation: view.generation,
+            target: view.target,
+            state: state.to_owned(),
+            binds: binds.collect(),
+            workers: workers.collect(),
+        }
+    }
+
+    fn worker_status(&self, place: &Place) -> WorkerStatus {
+        let Place { slot, generation, pid, state } = *place;
+        let state = state.to_owned();
+        let mut worker =
+            WorkerStatus { slot, generation, state, pid: pid.map(|pid| pid.as_raw()), ..Default::default() };
+        let Some((pid, child)) = pid.and_then(|pid| Some((pid, self.children.get(&pid)?))) else { return worker };
+        worker.age_ms = Some(ms(child.since.elapsed()));
+        worker.rss_bytes = resident_bytes(pid.as_raw());
+        // The row is the child's only if the child has claimed it.
+        let row = self.scoreboard.read(slot).filter(|_| child.is_worker());
+        let Some(row) = row.filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw())) else { return worker };
+        worker.requests = Some(row.requests);
+        worker.connections = Some(row.connections);
+        worker.in_flight = Some(row.in_flight);
+        worker.serving = row
+            .serving
+            .into_iter()
+            .map(|request| ServingStatus { what: request.what, for_ms: ms(request.since) })
+            .collect();
+        worker
+    }
+}
+
+fn ms(time: std::time::Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The resident memory of process `pid`, as the kernel counts it.
+fn resident_bytes(pid: i32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// For the one who is told of a worker: which one that is.
+pub(super) fn name_of(pid: nix::unistd::Pid, child: &Child) -> String {
+    format!("slot={} pid={pid} gen={}", child.slot, child.generation)
+}

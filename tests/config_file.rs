@@ -1,0 +1,217 @@
+//! The configuration file: what it says counts, what is wrong with it is said all at once, and a reload reads it anew.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use common::http;
+use common::{Server, program, wait_until};
+use nix::sys::signal::Signal;
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Writes the file, and returns where it is.
+    fn file(&self, text: &str) -> PathBuf {
+        let path = self.path("forkyard.toml");
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+fn with_config(name: &str, before: &[&str], file: &Path, after: &[&str]) -> Command {
+    let mut command = Command::new(program(name));
+    command.args(before).arg("--config").arg(file).args(after);
+    command
+}
+
+#[track_caller]
+fn complained(output: &Output, status: i32, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{said}{}", String::from_utf8_lossy(&output.stdout));
+    for word in words {
+        assert!(said.contains(word), "no {word:?} in {said:?}");
+    }
+}
+
+#[test]
+fn a_flag_wins_over_a_variable_and_that_over_the_file() {
+    let folder = Folder::new();
+    let file = folder.file(
+        "# all kinds of values\nbind = ['http:127.0.0.1:0', \"fastcgi:127.0.0.1:0\"]\nworkers = 3\nthreads = 2\n\
+         cache = \"1M\"\nidle_timeout = 30\nsocket-mode = 0o660\n",
+    );
+    let mut command = with_config("hello", &[], &file, &[]);
+    let mut server = Server::start_command(&mut command);
+    let log = server.log();
+    assert!(log.contains("workers  3, 2 threads") && log.contains("cache    1 MiB"), "{log}");
+    assert_eq!((server.binds.len(), server.children().len()), (2, 3));
+    server.stop();
+
+    let mut server =
+        Server::start_command(command.env("FORKYARD_WORKERS", "2").env("FORKYARD_BIND", "http:127.0.0.1:0"));
+    assert!(server.log().contains("workers  2, 2 threads"), "{}", server.log());
+    assert_eq!(server.binds.len(), 1, "the list of the variable, and not both");
+    server.stop();
+
+    let mut server = Server::start_command(command.args(["--workers", "1", "--cache=2M"]));
+    assert!(server.log().contains("workers  1, 2 threads") && server.log().contains("cache    2 MiB"));
+    server.stop();
+
+    // The file itself by a variable.
+    let mut command = Command::new(program("hello"));
+    let mut server = Server::start_command(command.env("FORKYARD_CONFIG", &file));
+    assert!(server.log().contains("workers  3"), "{}", server.log());
+    server.stop();
+}
+
+#[test]
+fn run_takes_its_command_from_the_file() {
+    let folder = Folder::new();
+    let socket = folder.path("a.sock");
+    let file = folder.file(&format!(
+        "command = ['sleep', '600']\nbind = 'fastcgi:unix:{}'\nworkers = 2\nsettle = '10ms'\ndirect = true\n",
+        socket.display()
+    ));
+    let mut server = Server::start_command(&mut with_config("forkyard", &["run"], &file, &[]));
+    assert!(server.log().contains("/sleep, on its standard input") && server.children().len() == 2, "{}", server.log());
+    assert!(!server.log().contains("as with --direct"), "direct was given");
+    server.stop();
+    let mut server =
+        Server::start_command(&mut with_config("forkyard", &["run"], &file, &["--", "tail", "-f", "/dev/null"]));
+    assert!(server.log().contains("/tail, on its standard input"), "{}", server.log());
+    server.stop();
+    let file = folder.file("command = 'sleep 600'\nbind = 'fastcgi:unix:/a.sock'\n");
+    complained(&with_config("forkyard", &["run"], &file, &[]).output().unwrap(), 2, &[":1:11: 'command' is a list"]);
+}
+
+#[test]
+fn every_mistake_is_told_at_once_with_its_place() {
+    let folder = Folder::new();
+    let file = folder.file(
+        "workers = 'many'\nbnd = 'http:127.0.0.1:0'\nbind = ['http:127.0.0.1:0', 'gopher:1']\nqueue = [1]\n\
+         idle_timeout = true\nidle-timeout = '3s'\nthreads =\nmax-body = 1.5\nhelp = true\n[section]\nvalue = 1\n",
+    );
+    let expected = [
+        ":1:11: 'workers': 'many' is not a number of workers (expected 1 to 1024, a range as in 2..16 or 0..4, or auto)",
+        ":2:1: there is no setting 'bnd' (is 'bind' meant?)",
+        ":3:29: 'bind': unknown protocol 'gopher'",
+        ":4:9: 'queue' takes one value, and no list",
+        ":5:16: 'idle-timeout' takes text or a number, and this is true or false",
+        "'idle-timeout' is given twice",
+        ":7:",
+        ":8:12: 'max-body' takes text or a number, and this is a float",
+        ":9:1: 'help' makes no sense in a configuration file",
+        ":10:2: there is no setting 'section' (is 'socket-owner' meant?)\n",
+    ];
+    for (before, status) in [(&["check"][..], 1), (&[], 2)] {
+        let output = with_config("hello", before, &file, &[]).output().unwrap();
+        complained(&output, status, &expected);
+        let lines = String::from_utf8_lossy(&output.stderr).lines().count();
+        assert_eq!(lines, expected.len(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    // What a flag overrides is checked all the same.
+    let file = folder.file("workers = 0\n");
+    let output = with_config("hello", &["check"], &file, &["--workers", "2"]).output().unwrap();
+    complained(&output, 1, &[":1:11: 'workers': '0' is not"]);
+    complained(
+        &with_config("hello", &[], &folder.path("none"), &[]).output().unwrap(),
+        2,
+        &["cannot read", "--config"],
+    );
+    complained(&with_config("hello", &["check"], folder.0.path(), &[]).output().unwrap(), 1, &["it is not a file"]);
+}
+
+#[test]
+fn check_tries_what_can_be_tried_without_serving() {
+    let folder = Folder::new();
+    let file = folder.file("workers = 2\nbind = 'http:127.0.0.1:0'\n");
+    let output = with_config("hello", &["check"], &file, &[]).output().unwrap();
+    complained(&output, 0, &[]);
+    assert_eq!(output.stdout, b"configuration is fine\n");
+
+    let folder_name = folder.0.path().display();
+    let file = folder.file(&format!(
+        "command = ['no-such-program']\nbind = 'fastcgi:unix:{folder_name}/none/a.sock'\ncache = '1M'\n\
+         cache-file = '{folder_name}/none/cache'\ncontrol = '{}'\n",
+        folder.path("forkyard.toml").display()
+    ));
+    let output = with_config("forkyard", &["check"], &file, &[]).output().unwrap();
+    complained(
+        &output,
+        1,
+        &[
+            "no program of that name in PATH",
+            "/none does not exist (create it)",
+            "cannot keep the cache in",
+            "the file there is not a socket",
+        ],
+    );
+    assert!(output.stdout.is_empty());
+
+    // Of a service that runs, the addresses are taken: that is no error, and neither is it disturbed.
+    let arguments = ["--bind", &format!("fastcgi:unix:{}", folder.path("a.sock").display()), "--workers", "1"];
+    let control = folder.path("control.sock");
+    let control = ["--control", control.to_str().unwrap()];
+    let mut server = Server::start("hello", &[&arguments[..], &control].concat());
+    let check = [&["check"][..], &arguments, &control].concat();
+    let output = Command::new(program("hello")).args(check).output().unwrap();
+    complained(&output, 0, &["a program is listening there now", "control socket"]);
+    server.stop();
+}
+
+#[test]
+fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
+    let folder = Folder::new();
+    let control = folder.path("control.sock");
+    let good = format!("bind = 'http:127.0.0.1:0'\nworkers = 2\ncontrol = '{}'\n", control.display());
+    let file = folder.file(&good);
+    let mut server = Server::start_command(&mut with_config("crashy", &[], &file, &[]));
+    let address = server.http();
+    let reload = || Command::new(program("crashy")).args(["reload", "--control"]).arg(&control).output().unwrap();
+    let posted = || http::post(&address, "/echo", &[b'x'; 2000]).unwrap().status;
+    assert_eq!(posted(), 200);
+
+    let old = server.children();
+    folder.file(&(good.clone() + "max-body = '1Q'\n"));
+    complained(&reload(), 1, &["the workers stay as they are", "forkyard.toml:4:12: 'max-body'", "is not a size"]);
+    server.signal(Signal::SIGHUP);
+    assert!(server.wait_for("asked to reload").contains("asked to reload"));
+    assert!(server.wait_for("reload refused").contains("forkyard.toml:4:12"));
+    assert_eq!((server.children(), posted()), (old, 200));
+
+    folder.file(&(good.replace("= 2", "= 5") + "max-body = '1K'\nbacklog = 7\n"));
+    let output = reload();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("these change with a restart only: --backlog\n"), "{said}");
+    wait_until("there are five", || (server.children().len() == 5).then_some(()));
+    wait_until("the new limit holds", || (posted() == 413).then_some(()));
+    assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
+
+    // What was given as a flag or a variable stays what it is, whatever the file says.
+    folder.file(&good);
+    assert_eq!(reload().status.code(), Some(0));
+    wait_until("the old limit holds", || (posted() == 200).then_some(()));
+    wait_until("there are two", || (server.children().len() == 2).then_some(()));
+
+    // A master that began with two workers has room for twenty processes, draining ones included.
+    folder.file(&(good.replace("= 2", "= 20") + "user = 'no-such-user'\n"));
+    complained(&reload(), 1, &["the workers stay as they are", "no-such-user"]);
+    folder.file(&good.replace("= 2", "= 20"));
+    let said = String::from_utf8_lossy(&reload().stdout).into_owned();
+    assert!(said.contains("these change with a restart only: --workers\n"), "{said}");
+    wait_until("there are still two", || (server.children().len() == 2).then_some(()));
+    server.stop();
+}

@@ -1,0 +1,411 @@
+//! The control socket and the sub-commands: real masters, and the real command line against them.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use common::http::{self, Client};
+use common::{PATIENCE, Server, descriptors_of, program, wait_until};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+/// A master with a control socket, and the folder where that is.
+struct Controlled {
+    server: Server,
+    socket: PathBuf,
+    name: &'static str,
+    folder: tempfile::TempDir,
+}
+
+impl Controlled {
+    fn start(name: &'static str, arguments: &[&str]) -> Self {
+        Self::start_with(name, arguments, |_, _| {})
+    }
+
+    fn start_with(name: &'static str, arguments: &[&str], more: impl FnOnce(&mut Command, &Path)) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        let mut command = Command::new(program(name));
+        command.args(["--bind", "http:127.0.0.1:0", "--control"]).arg(&socket).args(arguments);
+        more(&mut command, folder.path());
+        Self { server: Server::start_command(&mut command), socket, name, folder }
+    }
+
+    fn ask(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(program(self.name));
+        command.args(arguments).env("FORKYARD_CONTROL", &self.socket).output().unwrap()
+    }
+
+    /// What a sub-command prints that is expected to end well.
+    #[track_caller]
+    fn said(&self, arguments: &[&str]) -> String {
+        let output = self.ask(arguments);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(output.status.code(), Some(0), "{said}{}", String::from_utf8_lossy(&output.stderr));
+        said
+    }
+
+    /// What it complains of.
+    #[track_caller]
+    fn complaint(&self, arguments: &[&str], status: i32) -> String {
+        let output = self.ask(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(status), "{said}{}", String::from_utf8_lossy(&output.stdout));
+        said
+    }
+
+    fn status(&self) -> Value {
+        serde_json::from_str(&self.said(&["status", "--json"])).unwrap()
+    }
+
+    /// The first line of the answer to these bytes.
+    fn answer_to(&self, bytes: &[u8]) -> String {
+        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        let _ = stream.write_all(bytes); // it may have been refused before all was read
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        line
+    }
+}
+
+#[test]
+fn status_tells_of_the_master_and_of_each_request_in_flight() {
+    let mut served = Controlled::start("crashy", &["--workers", "2"]);
+    let address = served.server.http();
+    let mut client = Client::connect(&address).unwrap();
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(move || client.request("GET", "/slow/600000", b""));
+        let busy = wait_until("it is in flight", || {
+            let status = served.status();
+            let workers = status["workers"].as_array().unwrap().clone();
+            workers.into_iter().find(|worker| worker["in_flight"] == 1)
+        });
+        assert_eq!(busy["serving"][0]["what"], "GET /slow/600000");
+        assert!(busy["serving"][0]["for_ms"].is_u64() && busy["rss_bytes"].as_u64().unwrap() > 100_000, "{busy}");
+        assert!(served.server.children().contains(&i32::try_from(busy["pid"].as_i64().unwrap()).unwrap()));
+        assert_eq!(
+            (&busy["state"], &busy["generation"], &busy["connections"]),
+            (&"ready".into(), &1.into(), &1.into())
+        );
+
+        let status = served.status();
+        assert_eq!(status["pid"], served.server.pid().as_raw());
+        assert_eq!(
+            (&status["state"], &status["generation"], &status["target"]),
+            (&"running".into(), &1.into(), &2.into())
+        );
+        assert_eq!(
+            (&status["version"], &status["binds"][0]["protocol"]),
+            (&env!("CARGO_PKG_VERSION").into(), &"http".into())
+        );
+        assert_eq!(status["binds"][0]["address"], address);
+        let table = served.said(&["status"]);
+        for words in ["SLOT", "ready", "running", &format!("http:{address}"), "GET /slow/600000", "in flight:"] {
+            assert!(table.contains(words), "no {words:?} in {table}");
+        }
+        let top = served.said(&["top", "--rounds", "2", "--interval", "1ms"]);
+        assert_eq!((top.matches("SLOT").count(), top.contains('\x1b')), (2, false), "{top}");
+        served.said(&["stop", "--now"]);
+        assert_eq!(slow.join().unwrap().unwrap().status, 502);
+    });
+    assert_eq!(served.server.wait_end(), Some(0));
+}
+
+#[test]
+fn reload_returns_when_the_new_workers_serve() {
+    let mut served = Controlled::start("crashy", &["--workers", "3"]);
+    let old = served.server.children();
+    let said = served.said(&["reload"]);
+    assert!(said.ends_with("reload done gen=2\n") && said.matches("worker ready slot=").count() >= 3, "{said}");
+    let status = served.status();
+    let workers = status["workers"].as_array().unwrap();
+    let ready = workers.iter().filter(|worker| worker["state"] == "ready");
+    let pids: BTreeSet<i32> = ready.map(|worker| i32::try_from(worker["pid"].as_i64().unwrap()).unwrap()).collect();
+    assert!(pids.len() == 3 && pids.is_disjoint(&old), "{status}");
+
+    let lines = served.said(&["reload", "--json"]);
+    let answers: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(answers.last().unwrap()["answer"], "done");
+    assert!(answers.len() > 1 && answers[..answers.len() - 1].iter().all(|answer| answer["answer"] == "progress"));
+    served.server.stop();
+    assert!(!served.socket.exists(), "the socket goes with its master");
+    assert!(served.complaint(&["reload"], 1).contains("no such socket"));
+}
+
+#[test]
+fn a_reload_that_fails_says_the_workers_last_words() {
+    let mut served = Controlled::start_with("crashy", &["--workers", "2"], |command, folder| {
+        command.env("CRASHY_BROKEN", folder.join("broken"));
+    });
+    let old = served.server.children();
+    std::fs::write(served.folder.path().join("broken"), "").unwrap();
+    let complaint = served.complaint(&["reload"], 1);
+    assert!(complaint.contains("reload failed gen=2, the old workers stay"), "{complaint}");
+    assert!(complaint.contains("broken on purpose") && complaint.contains("status="), "{complaint}");
+    assert_eq!(served.server.children(), old);
+    assert!(served.complaint(&["scale", "3"], 1).contains("broken on purpose"));
+    std::fs::remove_file(served.folder.path().join("broken")).unwrap();
+    assert!(served.said(&["reload"]).contains("reload done gen=3"));
+    served.server.stop();
+}
+
+#[test]
+fn a_client_that_goes_away_does_not_cancel_its_command() {
+    let mut served = Controlled::start("crashy", &["--workers", "2"]);
+    for (generation, request) in [(2, &b"{\"command\":\"reload\"}\n"[..]), (3, b"{\"command\":\"reload\"}\nmore")] {
+        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        stream.write_all(request).unwrap();
+        drop(stream);
+        served.server.wait_for(&format!("reload done gen={generation}"));
+    }
+    served.server.stop();
+}
+
+#[test]
+fn scale_returns_when_there_are_so_many() {
+    let mut served = Controlled::start("crashy", &["--workers", "2"]);
+    for (asked, expected) in [("4", 4), ("1", 1), ("3", 3)] {
+        assert!(served.said(&["scale", asked]).ends_with(&format!("workers={expected}\n")));
+        assert_eq!(served.server.children().len(), expected);
+    }
+    for asked in ["0", "20", "4294967295"] {
+        assert!(served.complaint(&["scale", asked], 1).contains("1 to 19"));
+    }
+    assert!(served.complaint(&["scale", "many"], 2).contains("'many'"));
+    assert_eq!(served.server.children().len(), 3);
+    served.server.stop();
+}
+
+#[test]
+fn stop_returns_when_the_master_is_gone_and_what_it_served_is_finished() {
+    let mut served = Controlled::start("crashy", &["--workers", "1"]);
+    let mut client = Client::connect(&served.server.http()).unwrap();
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(move || client.request("GET", "/slow/300", b""));
+        wait_until("it is in flight", || (served.status()["workers"][0]["in_flight"] == 1).then_some(()));
+        let said = served.said(&["stop"]);
+        assert!(said.contains("worker left") && said.ends_with("stopped\n"), "{said}");
+        assert_eq!(slow.join().unwrap().unwrap().status, 200);
+        assert!(!served.socket.exists());
+    });
+    assert_eq!(served.server.wait_end(), Some(0));
+}
+
+#[test]
+fn the_signals_of_upgrade_and_reopen_logs_mean_the_same_here() {
+    let mut served = Controlled::start("crashy", &["--workers", "1"]);
+    for (command, signal) in [("upgrade", Signal::SIGUSR2), ("reopen-logs", Signal::SIGUSR1)] {
+        served.server.signal(signal);
+        let reserved = served.server.wait_for(" is reserved and does nothing yet");
+        let words = reserved.split("signal ").nth(1).unwrap();
+        assert!(served.complaint(&[command], 1).contains(words), "{command}: {words}");
+    }
+    served.server.stop();
+}
+
+#[test]
+fn the_connection_ends_with_the_outcome() {
+    let mut served = Controlled::start("crashy", &["--workers", "1"]);
+    for request in ["status", "reopen-logs", "segment", "reload"] {
+        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap(); // or else a connection that stays open would hang the test
+        writeln!(stream, "{{\"command\":\"{request}\"}}").unwrap();
+        let mut answers = String::new();
+        stream.read_to_string(&mut answers).unwrap();
+        assert!(answers.starts_with("{\"answer\":") && answers.ends_with("}\n"), "{request}: {answers}");
+    }
+    served.server.stop();
+}
+
+#[test]
+fn garbage_on_the_socket_is_refused_and_costs_nothing() {
+    let mut served = Controlled::start("crashy", &["--workers", "1"]);
+    let before = descriptors_of(served.server.pid().as_raw());
+    let long = [&[b' '; 5000][..], b"\n"].concat();
+    let garbage: [&[u8]; 6] =
+        [b"\n", b"GET / HTTP/1.1\r\n", b"{}\n", b"\xff\xfe\n", b"{\"command\":\"explode\"}\n", &long];
+    for bytes in garbage {
+        let line = served.answer_to(bytes);
+        assert!(line.starts_with(r#"{"answer":"failed""#), "{line:?} for {:?}", bytes.escape_ascii().to_string());
+    }
+    let mut random = fastrand::Rng::with_seed(7);
+    for _ in 0..200 {
+        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        let mut bytes = vec![0; random.usize(..6000)];
+        random.fill(&mut bytes);
+        let _ = stream.write_all(&bytes);
+        if random.bool() {
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+        }
+    }
+    // More than are heard at a time: those who say nothing are dropped, and then it is our turn.
+    let silent: Vec<UnixStream> = (0..20).map(|_| UnixStream::connect(&served.socket).unwrap()).collect();
+    served.server.wait_for("control client dropped");
+    assert_eq!(served.status()["state"], "running");
+    drop(silent);
+    wait_until("all are closed", || (descriptors_of(served.server.pid().as_raw()) == before).then_some(()));
+    assert_eq!(http::get(&served.server.http(), "/ok").unwrap().status, 200);
+    served.server.stop();
+}
+
+#[test]
+fn the_socket_is_for_its_owner_and_taken_from_no_one() {
+    let mut served = Controlled::start("crashy", &["--workers", "1"]);
+    assert_eq!(std::fs::metadata(&served.socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let second = |socket: &Path| {
+        let mut command = Command::new(program("crashy"));
+        command.args(["--bind", "http:127.0.0.1:0", "--workers", "1", "--control"]).arg(socket).output().unwrap()
+    };
+    let refused = second(&served.socket);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(1) && said.contains("another program is listening there"), "{said}");
+    assert!(said.contains("--control") && !said.contains("--bind"), "{said}");
+    served.said(&["status"]);
+    served.server.signal(Signal::SIGKILL);
+    served.server.wait_end();
+    assert!(served.socket.exists() && served.complaint(&["status"], 1).contains("is gone"));
+    let mut command = Command::new(program("crashy"));
+    command.args(["--bind", "http:127.0.0.1:0", "--workers", "1", "--control"]).arg(&served.socket);
+    served.server = Server::start_command(&mut command);
+    served.said(&["status"]);
+    served.server.stop();
+}
+
+/// The thread that calls this, and no other, becomes another user.
+#[expect(unsafe_code, reason = "the library's function would change the user of all threads")]
+fn become_nobody() {
+    const NOBODY: libc::c_long = 65534;
+    // SAFETY: a system call with three integers.
+    let outcome = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+    assert_eq!(
+        outcome,
+        0,
+        "this test has to run as root: it asks as another user ({})",
+        std::io::Error::last_os_error()
+    );
+}
+
+#[test]
+fn another_user_is_refused_even_if_the_file_lets_him_in() {
+    let mut served = Controlled::start("crashy", &["--workers", "1"]);
+    std::fs::set_permissions(served.folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let as_nobody = |socket: &Path| {
+        std::thread::scope(|scope| {
+            let ask = || {
+                become_nobody();
+                let mut stream = UnixStream::connect(socket)?;
+                let _ = stream.write_all(b"{\"command\":\"stop\",\"now\":true}\n");
+                let mut line = String::new();
+                BufReader::new(stream).read_line(&mut line).map(|_| line)
+            };
+            scope.spawn(ask).join().unwrap()
+        })
+    };
+    assert_eq!(as_nobody(&served.socket).unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
+    std::fs::set_permissions(&served.socket, PermissionsExt::from_mode(0o666)).unwrap();
+    let line = as_nobody(&served.socket).unwrap();
+    assert!(line.contains(r#""answer":"failed""#) && line.contains("user 65534"), "{line}");
+    assert!(served.server.wait_for("control client refused").contains("user 65534"));
+    assert_eq!(served.status()["state"], "running");
+    served.server.stop();
+}
+
+#[test]
+fn the_cache_is_looked_at_and_purged_while_it_is_used() {
+    for file in [false, true] {
+        let mut served = Controlled::start_with("pages", &["--workers", "2", "--cache", "2M"], |command, folder| {
+            if file {
+                command.arg("--cache-file").arg(folder.join("pages.cache"));
+            }
+        });
+        let address = served.server.http();
+        for number in 1..=3 {
+            assert_eq!(http::get(&address, &format!("/page/{number}?ms=0")).unwrap().status, 200);
+        }
+        let stats = || -> Value { serde_json::from_str(&served.said(&["cache", "stats", "--json"])).unwrap() };
+        assert_eq!((&stats()["entries"], &stats()["stores"]), (&3.into(), &3.into()));
+        assert!(served.said(&["cache", "stats"]).contains("entries          3\n"));
+        let keys = || -> Vec<String> {
+            let lines = served.said(&["cache", "ls", "page", "--json"]);
+            let pages = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+            pages.map(|page| page["key"].as_str().unwrap().to_owned()).collect()
+        };
+        assert_eq!(keys(), ["page 1", "page 2", "page 3"]);
+        assert!(served.said(&["cache", "ls"]).contains(" page 2\n"));
+        assert_eq!(served.said(&["cache", "ls", "other"]).lines().count(), 1, "the head alone");
+        let page = served.said(&["cache", "get", "page 2", "--headers"]);
+        assert!(page.starts_with("200\ncontent-type: text/html") && page.contains("<title>Page 2</title>"), "{page}");
+        assert_eq!(served.said(&["cache", "get", "page 2"]).len(), 16 << 10);
+
+        assert_eq!(served.said(&["cache", "purge", "page 1"]), "purged\n");
+        assert!(served.said(&["cache", "purge", "page 1"]).contains("there was no such page"));
+        served.said(&["cache", "purge", "--tag", "page-2"]);
+        assert_eq!(keys(), ["page 3"]);
+        assert!(served.complaint(&["cache", "get", "page 2"], 1).contains("no good page under the key page 2"));
+        served.said(&["cache", "purge", "--prefix", "pa"]);
+        assert!(keys().is_empty());
+        http::get(&address, "/page/4?ms=0").unwrap();
+        served.said(&["cache", "clear"]);
+        assert!(keys().is_empty());
+        for usage in [&["cache", "purge"][..], &["cache", "purge", "a", "--tag", "b"], &["cache"]] {
+            served.complaint(usage, 2);
+        }
+        assert_eq!(http::get(&address, "/page/4?ms=0").unwrap().status, 200);
+        served.server.stop();
+    }
+    let mut served = Controlled::start("hello", &["--workers", "1", "--cache", "0"]);
+    assert!(served.complaint(&["cache", "stats"], 1).contains("there is no page cache"));
+    served.server.stop();
+}
+
+#[test]
+fn programs_that_tell_nothing_have_a_status_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("control.sock");
+    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let mut command = Command::new(program("forkyard"));
+    command.args(["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--control"]).arg(&socket);
+    command.args(["--", "sleep", "600"]);
+    let mut served = Controlled { server: Server::start_command(&mut command), socket, name: "forkyard", folder };
+    let status = served.status();
+    assert_eq!(status["workers"].as_array().unwrap().len(), 2, "{status}");
+    assert_eq!((&status["workers"][0]["state"], &status["workers"][0]["requests"]), (&"ready".into(), &Value::Null));
+    assert!(served.said(&["reload"]).contains("reload done gen=2"));
+    assert!(served.said(&["status"]).contains(&bind));
+    served.said(&["stop"]);
+    assert_eq!(served.server.wait_end(), Some(0));
+}
+
+#[test]
+fn completions_and_manual_pages_name_every_flag() {
+    let said = |name: &str, arguments: &[&str]| {
+        let output = Command::new(program(name)).args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for shell in ["bash", "zsh", "fish"] {
+        for (name, flag) in [("forkyard", "settle"), ("hello", "max-uri")] {
+            let script = said(name, &["completions", shell]);
+            assert!(script.contains(flag) && script.contains("reopen-logs") && script.contains(name), "{name} {shell}");
+        }
+    }
+    assert!(said("hello", &["man"]).contains("\\-\\-drain\\-timeout"));
+    assert!(said("forkyard", &["man", "run"]).contains("\\-\\-settle"));
+    assert!(said("forkyard", &["man"]).contains("forkyard\\-status"));
+    let unknown = Command::new(program("forkyard")).args(["man", "explode"]).output().unwrap();
+    assert_eq!(unknown.status.code(), Some(2));
+    // A sub-command is none of serving, and the other way round.
+    let output = Command::new(program("hello")).args(["--workers", "1", "status"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let output = Command::new(program("hello")).args(["status"]).env_remove("FORKYARD_CONTROL").output().unwrap();
+    assert!(output.status.code() == Some(2) && String::from_utf8_lossy(&output.stderr).contains("--control"));
+}
