@@ -4,6 +4,7 @@
 //! every binary that calls [`crate::run`], for the application linked into it.
 
 mod failures;
+mod logs;
 mod numbers;
 mod privileges;
 
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
+use self::logs::{AccessLogOptions, LogOptions, NoAccessLog};
 use self::numbers::{NumberOptions, OfEachWorker, RefusedByRun};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
 use crate::cgi_call;
@@ -31,7 +33,7 @@ Signals to the master:
   INT, QUIT  stop at once
   HUP        replace the workers one by one; each new one is ready before an old one drains
   TTIN, TTOU one worker more, one worker less; of a range, both ends
-  USR1       reserved for reopening logs
+  USR1       open the log file and the access log again, after a rotation
 Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";
 
 /// The flags of everything that serves.
@@ -74,6 +76,9 @@ struct ServeOptions {
     /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
     #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
     log_level: String,
+
+    #[command(flatten)]
+    logs: LogOptions,
 
     #[command(flatten)]
     privileges: PrivilegeOptions,
@@ -145,6 +150,9 @@ struct WorkerOptions {
 
     #[command(flatten)]
     failures: failures::FailureOptions,
+
+    #[command(flatten)]
+    access_log: AccessLogOptions,
 }
 
 /// How long a client may take. All are kept to the second.
@@ -293,6 +301,9 @@ struct RunOptions {
     #[command(flatten)]
     refused: RefusedByRun,
 
+    #[command(flatten)]
+    no_access_log: NoAccessLog,
+
     /// The program and its arguments, as in: -- php-cgi -d memory_limit=64M
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -324,7 +335,8 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
-    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, failures, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, failures, access_log, .. } =
+        linked.worker;
     let numbers = linked.serve.numbers.numbers(of_each);
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let sandbox = sandbox.config().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
@@ -338,7 +350,7 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
         max_requests_per_connection: linked.worker.max_requests_per_connection,
         timeouts: timeouts.timeouts(),
     };
-    let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures() };
+    let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
     let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers);
     Ok(Request { config, log_level, cgi, program: None })
 }
@@ -387,6 +399,7 @@ struct OfWorkers {
     access: Access,
     sandbox: Option<SandboxConfig>,
     failures: Failures,
+    access_log: AccessLogOptions,
 }
 
 /// As in [`Config`].
@@ -432,6 +445,7 @@ fn config(
         trust: of_workers.access.trust,
         privileges,
         failures: of_workers.failures,
+        logs: serve.logs.config(of_workers.access_log),
     }
 }
 

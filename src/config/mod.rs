@@ -4,6 +4,7 @@
 //! form of an address, and which headers proxies write.
 
 pub(crate) mod failures;
+pub(crate) mod logs;
 mod numbers;
 pub(crate) mod privileges;
 
@@ -47,6 +48,7 @@ pub(crate) struct Config {
     pub(crate) privileges: PrivilegesConfig,
     /// Requests that hang, dawdle or kill; all zero for external programs.
     pub(crate) failures: failures::Failures,
+    pub(crate) logs: logs::LogConfig,
 }
 
 /// The proxies that are believed when they tell who their client is.
