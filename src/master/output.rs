@@ -99,6 +99,7 @@ impl LateOutputs {
         if !output.read(pid, REST, now) {
             return;
         }
+        output.end(now); // it cannot finish its line any more
         if self.0.len() == LATE {
             let mut oldest = self.0.remove(0);
             oldest.end(now);

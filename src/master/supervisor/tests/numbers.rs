@@ -96,7 +96,7 @@ fn it_grows_by_1_2_4_and_shrinks_one_by_one() {
     world.notes.clear();
     world.requests = 0;
     world.pass(S * 9);
-    assert_eq!(world.scaled(), [], "not before they were not needed for ten seconds");
+    assert_eq!(world.scaled(), [0_u32; 0], "not before they were not needed for ten seconds");
     world.pass(S * 60);
     assert_eq!(world.scaled(), (1..40).rev().collect::<Vec<_>>());
 }
@@ -109,7 +109,7 @@ fn a_need_of_one_moment_is_no_need_unless_somebody_waits() {
     world.pass(MS * 1000); // one sample: all are busy, and nobody waits
     world.requests = 0;
     world.pass(S * 5);
-    assert_eq!(world.scaled(), []);
+    assert_eq!(world.scaled(), [0_u32; 0]);
     world.requests = 2;
     world.pass(MS * 1000);
     assert_eq!(world.scaled().first(), Some(&2), "one waits");
