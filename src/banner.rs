@@ -1,5 +1,5 @@
 //! What the operator at the terminal is told outside the log: the banner, the moment of readiness, and the one
-//! line of an error. It all goes to standard error.
+//! line of an error. It all goes to standard error; if the log is JSON, into the log, or else its reader would stumble.
 
 use std::fmt::Display;
 use std::io::Write as _;
@@ -39,10 +39,16 @@ pub(crate) fn ready(after: Duration) {
 
 /// Says what went wrong, before there is a log.
 pub(crate) fn complain(error: &dyn Display) {
+    if crate::logging::is_json() {
+        return log::error!("{error}");
+    }
     write(&format!("forkyard: {error}\n"));
 }
 
 fn write(text: &str) {
+    if crate::logging::is_json() {
+        return text.lines().for_each(|line| log::info!("{}", line.trim()));
+    }
     // One write, so that it stays in one piece; and if standard error is closed, so be it.
     let _ = std::io::stderr().write_all(text.as_bytes());
 }

@@ -21,10 +21,11 @@ use crate::config::{CacheConfig, Config, Program, format_size};
 use crate::context::Context;
 use crate::heritage::WorkerMain;
 use crate::listen::{ControlListener, Listener};
+use crate::logging::files::LogFiles;
 use crate::master::{self, Control, Launch, Operators, Reloaded, Reread};
 use crate::pid_file::PidFile;
 use crate::privileges::{self, Privileges};
-use crate::{banner, control, sys, worker};
+use crate::{banner, control, logging, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
 /// Answers one CGI request.
@@ -213,7 +214,8 @@ fn serve(
 ) -> Result<bool, BoxError> {
     let Request { config, log_level, .. } = request;
     let opened = sys::own_descriptors()?;
-    start_logging(&log_level);
+    logging::start(&log_level, &config.logs)?;
+    let log_files = Arc::new(LogFiles::open(&config.logs)?);
     let blocking = matches!(launch, Launch::Program(_));
     // Before anything is made: what cannot be is found out at once.
     Privileges::resolve(&config.privileges, blocking)?;
@@ -247,7 +249,8 @@ fn serve(
         }
         let application = [opened, preloaded].concat().into();
         let kept = segment.clone();
-        let operators = Operators { reread: reread(&config, parse), control: control.take().map(Control::new) };
+        let control = control.take().map(Control::new);
+        let operators = Operators { reread: reread(&config, parse), control, log_files };
         let config = Arc::new(config);
         let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, begun, operators);
         close_segment(kept);
@@ -265,7 +268,7 @@ fn serve(
 
 /// The one request of a CGI call.
 fn answer(config: &Config, log_level: &str, cgi: &CgiMain, preload: Option<Preload>) -> Result<bool, BoxError> {
-    start_logging(log_level);
+    logging::start(log_level, &config.logs)?;
     run_preload(preload)?;
     cgi(config, join_segment(config)?)?;
     Ok(true)
@@ -283,18 +286,6 @@ fn join_segment(config: &Config) -> Result<Segment, BoxError> {
         }
     }
     Ok(Segment::create(&Plan { rows: 1, ..Plan::default() })?)
-}
-
-fn start_logging(filters: &str) {
-    use std::io::Write as _;
-    // An application's own logger, if it has set one, stays.
-    let _ = env_logger::Builder::new()
-        .parse_filters(filters)
-        .format(|out, record| {
-            let (time, pid) = (out.timestamp_millis(), std::process::id());
-            writeln!(out, "{time} {:<5} [{pid}] {}", record.level(), record.args())
-        })
-        .try_init();
 }
 
 fn create_segment(config: &Config) -> Result<Segment, BoxError> {

@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use crate::config::Config;
 use crate::handover::Channel;
 use crate::listen::Listener;
+use crate::logging::files::LogFiles;
 use crate::privileges::Privileges;
 
 /// What one worker inherits.
@@ -36,6 +37,10 @@ pub(crate) struct Heritage {
     pub(crate) application: Arc<[RawFd]>,
     /// What it gives up before the application runs.
     pub(crate) privileges: Arc<Privileges>,
+    /// The log and the access log.
+    pub(crate) log_files: Arc<LogFiles>,
+    /// Here they come again after a rotation.
+    pub(crate) files: Option<OwnedFd>,
 }
 
 /// What a worker tells the master: a line each. To the master it is gossip.
@@ -103,6 +108,7 @@ impl Heritage {
         let listeners = self.listeners.iter().map(|listener| listener.as_fd().as_raw_fd());
         let [send, receive] = [self.handover.sender(), self.handover.receiver()].map(|fd| fd.as_raw_fd());
         let others = [self.segment.fd().as_raw_fd(), self.report.as_raw_fd(), self.lifeline.as_raw_fd(), send, receive];
-        listeners.chain(others).chain(self.application.iter().copied()).collect()
+        let logs = self.log_files.descriptors().chain(self.files.as_ref().map(|files| files.as_raw_fd()));
+        listeners.chain(others).chain(logs).chain(self.application.iter().copied()).collect()
     }
 }

@@ -33,6 +33,7 @@ mod handover;
 mod heir;
 mod heritage;
 mod listen;
+mod logging;
 mod master;
 mod modules;
 pub mod page;

@@ -221,12 +221,56 @@ fn descriptor_flags(fd: RawFd) -> Option<FdFlag> {
     (flags >= 0).then(|| FdFlag::from_bits_retain(flags))
 }
 
+/// What descriptor `fd` stands for, to be compared; `None` if it is not open.
+pub(crate) fn identity(fd: RawFd) -> Option<(u64, u64)> {
+    let status = nix::sys::stat::fstat(descriptor(fd)?).ok()?;
+    Some((status.st_dev, status.st_ino))
+}
+
 /// A copy of descriptor `fd`, above standard error and closed on exec, if it is open in this process.
 pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC takes any number and answers EBADF if nothing is open there.
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
     // SAFETY: a number that F_DUPFD_CLOEXEC returned is new, open and nobody else's.
     (copy >= 0).then(|| unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
+/// Has descriptor `fd` stand for what `file` stands for, from one instant to the next. `fd` is one that is kept open for this
+/// process's life. Above standard error it is closed on exec.
+///
+/// # Errors
+/// What `dup3(2)` says.
+pub(crate) fn replace(fd: RawFd, file: &OwnedFd) -> io::Result<()> {
+    let flags = if fd > 2 { libc::O_CLOEXEC } else { 0 };
+    // SAFETY: `file` is open. Whoever uses `fd` by its number, or owns it, goes on to have an open descriptor.
+    let outcome = unsafe { libc::dup3(file.as_raw_fd(), fd, flags) };
+    if outcome >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Writes all of `bytes` to descriptor `fd`, with one write(2) if that takes them; waits where it must.
+///
+/// # Errors
+/// What `write(2)` says.
+pub(crate) fn write_all(fd: RawFd, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        // SAFETY: `bytes` is valid for its length; write(2) takes any descriptor, and only reads from memory.
+        let written = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+        let Ok(written) = usize::try_from(written) else {
+            let error = io::Error::last_os_error();
+            match error.kind() {
+                io::ErrorKind::Interrupted => {}
+                io::ErrorKind::WouldBlock => {
+                    let mut room = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+                    // SAFETY: one pollfd, valid for the whole call. If it fails, the next write tells why.
+                    unsafe { libc::poll(&raw mut room, 1, -1) };
+                }
+                _ => return Err(error),
+            }
+            continue;
+        };
+        bytes = bytes.get(written..).unwrap_or_default();
+    }
+    Ok(())
 }
 
 /// Accepts a connection: non-blocking, closed on exec, and the address at its other end if that is one of the internet.

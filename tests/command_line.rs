@@ -125,14 +125,25 @@ fn help_names_every_flag_with_its_default_and_variable() {
                 "--allow",
                 "--trust",
                 "--trust-header",
+                "--access-log",
+                "--access-log-format",
             ][..],
         ),
         ("forkyard", &["run", "--help"], &["--direct", "--settle"]),
     ] {
         let help = String::from_utf8(run(name, arguments).stdout).unwrap();
         let help = help.split_ascii_whitespace().collect::<Vec<_>>().join(" "); // it is wrapped anywhere
-        let shared =
-            ["--bind", "--workers", "--cache", "--backlog", "--drain-timeout", "--respawn-rate", "--log-level"];
+        let shared = [
+            "--bind",
+            "--workers",
+            "--cache",
+            "--backlog",
+            "--drain-timeout",
+            "--respawn-rate",
+            "--log-level",
+            "--log-file",
+            "--log-format",
+        ];
         for flag in shared.iter().chain(flags) {
             let variable = flag.trim_start_matches('-').replace('-', "_").to_uppercase();
             assert!(help.contains(flag), "{flag}");

@@ -329,7 +329,7 @@ fn ttin_and_ttou_change_the_number_of_workers() {
     server.signal(Signal::SIGTTOU);
     server.wait_for("workers=1 is the limit");
     server.signal(Signal::SIGUSR1);
-    server.wait_for("USR1 (reopen logs) is reserved");
+    server.wait_for("log files reopened errors=0");
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
     server.stop();
 }

@@ -10,6 +10,7 @@ mod control;
 mod file;
 
 mod failures;
+mod logs;
 mod numbers;
 mod privileges;
 
@@ -21,6 +22,7 @@ use clap::{ArgMatches, Args, Command, CommandFactory as _, FromArgMatches as _, 
 
 pub(crate) use self::control::Task;
 use self::control::{ControlOptions, Operation};
+use self::logs::{AccessLogOptions, LogOptions, NoAccessLog};
 use self::numbers::{NumberOptions, OfEachWorker, RefusedByRun};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
 use crate::cgi_call;
@@ -40,7 +42,7 @@ Signals to the master:
   HUP        replace the workers one by one; each new one is ready before an old one drains;
              the file of --config is read anew
   TTIN, TTOU one worker more, one worker less; of a range, both ends
-  USR1       reserved for reopening logs
+  USR1       open the log file and the access log again, after a rotation
 Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";
 
 /// The flags of everything that serves.
@@ -83,6 +85,9 @@ struct ServeOptions {
     /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
     #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
     log_level: String,
+
+    #[command(flatten)]
+    logs: LogOptions,
 
     #[command(flatten)]
     privileges: PrivilegeOptions,
@@ -157,6 +162,9 @@ struct WorkerOptions {
 
     #[command(flatten)]
     failures: failures::FailureOptions,
+
+    #[command(flatten)]
+    access_log: AccessLogOptions,
 }
 
 /// How long a client may take. All are kept to the second.
@@ -326,6 +334,9 @@ struct RunOptions {
     #[command(flatten)]
     refused: RefusedByRun,
 
+    #[command(flatten)]
+    no_access_log: NoAccessLog,
+
     /// The program and its arguments, as in: -- php-cgi -d memory_limit=64M
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -384,7 +395,8 @@ pub(crate) fn parse_linked(arguments: &[OsString]) -> Result<Invocation, clap::E
 fn linked_request(linked: LinkedOptions, command: &mut Command) -> Result<Request, clap::Error> {
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
-    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, failures, .. } = linked.worker;
+    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, failures, access_log, .. } =
+        linked.worker;
     let numbers = linked.serve.numbers.numbers(of_each);
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let sandbox = sandbox.config().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
@@ -398,7 +410,7 @@ fn linked_request(linked: LinkedOptions, command: &mut Command) -> Result<Reques
         max_requests_per_connection: linked.worker.max_requests_per_connection,
         timeouts: timeouts.timeouts(),
     };
-    let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures() };
+    let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
     let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers);
     Ok(Request { config, log_level, cgi, program: None })
 }
@@ -489,6 +501,7 @@ struct OfWorkers {
     access: Access,
     sandbox: Option<SandboxConfig>,
     failures: Failures,
+    access_log: AccessLogOptions,
 }
 
 /// As in [`Config`].
@@ -535,6 +548,7 @@ fn config(
         privileges,
         failures: of_workers.failures,
         control: serve.control.config(),
+        logs: serve.logs.config(of_workers.access_log),
     }
 }
 

@@ -5,6 +5,7 @@
 
 pub(crate) mod control;
 pub(crate) mod failures;
+pub(crate) mod logs;
 mod numbers;
 pub(crate) mod privileges;
 
@@ -50,6 +51,7 @@ pub(crate) struct Config {
     /// Requests that hang, dawdle or kill; all zero for external programs.
     pub(crate) failures: failures::Failures,
     pub(crate) control: ControlConfig,
+    pub(crate) logs: logs::LogConfig,
 }
 
 /// The proxies that are believed when they tell who their client is.

@@ -38,6 +38,7 @@ use self::ledger::{LastAct, Ledger, Page, Tongue};
 use crate::handover::{self, PackedOrigin, Parcel};
 use crate::heritage::Heritage;
 use crate::listen::Protocol;
+use crate::logging::line_buffer::LineBuffer;
 use crate::sys;
 
 /// How long peers that have been told that it is over are listened to, so that they hear it.
@@ -47,6 +48,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Appointed {
     pub(crate) ledger: Ledger,
+    /// For the access log, if there is one.
+    pub(crate) lines: Option<LineBuffer>,
     /// Readable when the heir is dead. None if there is no heir.
     pub(crate) end: Option<OwnedFd>,
     /// The heir's view of the worker: it has to stay open in both.
@@ -59,22 +62,34 @@ pub(crate) struct Appointed {
 /// If there is no memory for the ledger. Without an heir the worker can live.
 pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
     let ledger = Ledger::create()?;
+    let lines = heritage.log_files.has_access_log().then(LineBuffer::create).transpose()?;
     let worker = sys::process_descriptor(nix::unistd::getpid())?;
-    let heir = sys::clone_with_descriptors(|| live(heritage, ledger, &worker)).and_then(sys::process_descriptor);
+    let heir = sys::clone_with_descriptors(|| live(heritage, ledger, lines, &worker)).and_then(sys::process_descriptor);
     let end = heir.inspect_err(|error| {
         log::warn!("a worker has no heir, and its clients would see its death: {error} slot={}", heritage.slot);
     });
-    Ok(Appointed { ledger, end: end.ok(), _worker: worker })
+    Ok(Appointed { ledger, lines, end: end.ok(), _worker: worker })
 }
 
 /// The heir's life. Signals are blocked, as they were when the worker was forked, and stay so.
-fn live(heritage: &Heritage, ledger: Ledger, worker: &OwnedFd) -> u8 {
+fn live(heritage: &Heritage, ledger: Ledger, lines: Option<LineBuffer>, worker: &OwnedFd) -> u8 {
     let parent = nix::unistd::getppid();
     let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
     let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group ends both
     await_death(parent, worker.as_fd());
-    Estate::open(heritage, ledger).close();
+    let estate = Estate::open(heritage, ledger);
+    if let Some(lines) = lines {
+        lines.empty(|lines| write_last(heritage, lines));
+    }
+    estate.close();
     0
+}
+
+/// Writes the lines of the access log that the worker had no time for.
+fn write_last(heritage: &Heritage, lines: &[u8]) {
+    if let Err(error) = heritage.log_files.write_access(lines) {
+        log::error!("the last lines of a dead worker's access log are lost: {error} slot={}", heritage.slot);
+    }
 }
 
 /// Returns when the worker is dead.
@@ -125,7 +140,8 @@ impl<'a> Estate<'a> {
         }
         let inherited = [heritage.handover.sender(), heritage.lifeline.as_fd()].map(|fd| fd.as_raw_fd());
         let connections = pages.keys().chain(without_page.iter().map(|(fd, _)| fd));
-        let keep: Vec<RawFd> = [0, 1, 2].into_iter().chain(inherited).chain(connections.copied()).collect();
+        let logs = heritage.log_files.descriptors();
+        let keep: Vec<RawFd> = [0, 1, 2].into_iter().chain(logs).chain(inherited).chain(connections.copied()).collect();
         sys::close_all_except(&keep);
         for (fd, page) in pages {
             if let Some(connection) = sys::own(fd) {

@@ -6,7 +6,7 @@
 //! and matched against the pid it came from.
 //!
 //! - [`supervisor`] decides (pure).
-//! - [`spawn`] makes processes; [`signals`] and [`program_log`] make signals and programs' output readable.
+//! - [`spawn`] makes processes; [`signals`] and [`output`] make signals and what processes put out readable.
 //! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
 //! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
 //!   them what they go by. [`symbols`] has the functions named in which workers crashed.
@@ -19,7 +19,7 @@ mod hangs;
 mod notes;
 mod obituary;
 mod operator;
-mod program_log;
+mod output;
 mod quarantine;
 mod recycling;
 mod sickbed;
@@ -42,6 +42,7 @@ use nix::unistd::Pid;
 
 pub(crate) use self::control::Control;
 use self::obituary::Obituary;
+use self::output::LateOutputs;
 use self::recycling::Recycling;
 use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
@@ -51,6 +52,7 @@ use self::supervisor::{Action, Budget, Command, Event, Policy, Supervisor, Wish}
 use crate::config::{Config, Share};
 use crate::heritage::Report;
 use crate::listen::Listener;
+use crate::logging::files::LogFiles;
 use crate::queue_depth::QueueDepth;
 use crate::sys::{self, Ending};
 
@@ -65,6 +67,7 @@ const HEIRS: Duration = Duration::from_millis(2500);
 pub(crate) struct Operators {
     pub(crate) control: Option<Control>,
     pub(crate) reread: Reread,
+    pub(crate) log_files: Arc<LogFiles>,
 }
 
 /// Reads the configuration anew, given the one that holds. `None` if there is none to be read.
@@ -95,6 +98,8 @@ struct Master {
     queue_depth: QueueDepth,
     begun: Instant,
     sickbed: Sickbed,
+    /// What the dead have put out.
+    late: LateOutputs,
     /// Set when the last process is gone: whether the operator asked for that.
     ended: Option<bool>,
 }
@@ -129,7 +134,8 @@ pub(crate) fn run(
         signals: SignalInbox::open()?,
         scoreboard: segment.scoreboard(),
         sickbed: Sickbed::new(&config.failures, segment.quarantine()),
-        nursery: Nursery::new(config, listeners, segment, launch, application)?,
+        nursery: Nursery::new(config, listeners, segment, launch, application, operators.log_files)?,
+        late: LateOutputs::default(),
         recycling,
         queue_depth: QueueDepth::new(),
         children: HashMap::new(),
@@ -144,6 +150,7 @@ pub(crate) fn run(
         }
         master.hear_signals();
         master.hear_children();
+        master.late.read(master.now());
         master.look_at_programs();
         master.recycle();
         master.look_after_the_sick();
@@ -152,6 +159,7 @@ pub(crate) fn run(
     }
     // Heirs first: who is told that the master has stopped finds that nobody of it is left.
     master.await_heirs();
+    master.late.finish(master.now());
     master.farewell();
     Ok((master.ended == Some(true), master.control))
 }
@@ -199,7 +207,8 @@ impl Master {
             self.sickbed.next_deadline(),
             self.control.as_ref().and_then(|control| control.next_deadline(now)),
         ];
-        let deadline = deadlines.into_iter().flatten().min();
+        let outputs = self.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
+        let deadline = deadlines.into_iter().flatten().chain(outputs).chain(self.late.next_deadline()).min();
         let mut timeout = deadline.map(|deadline| deadline.saturating_sub(now));
         if self.children.values().any(Child::is_unsettled_program) {
             timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
@@ -209,7 +218,7 @@ impl Master {
             PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
-        let children = self.children.values().filter_map(Child::watched);
+        let children = self.children.values().flat_map(Child::watched).chain(self.late.watched());
         let children = children.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         // Without workers nobody else looks whether somebody comes.
         let listeners = if self.supervisor.awaits_arrival() { &*self.nursery.listeners } else { &[] };
@@ -243,6 +252,7 @@ impl Master {
                         }
                     }
                 }
+                Meaning::ReopenLogs => drop(self.reopen_logs()), // what went wrong is in the log
                 Meaning::Reserved(what) => log::info!("signal {what} is reserved and does nothing yet"),
             }
         }
@@ -256,13 +266,16 @@ impl Master {
                 let _ = killpg(pid, Signal::SIGKILL);
             }
             let Some(ending) = sys::reap(pid) else { return };
-            self.hear(pid);
-            let Some(child) = self.children.remove(&pid) else {
+            self.hear(pid, 0);
+            let Some(mut child) = self.children.remove(&pid) else {
                 if !self.sickbed.symbols.ended(pid, &self.signals) {
                     log::debug!("reaped a stranger pid={pid} {ending}");
                 }
                 continue;
             };
+            if let Some(output) = child.output.take() {
+                self.late.adopt(output, pid, self.now());
+            }
             let slot = child.slot;
             self.recycling.died(pid);
             self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
@@ -280,23 +293,39 @@ impl Master {
 
     fn hear_children(&mut self) {
         let pids: Vec<Pid> = self.children.keys().copied().collect();
+        let share = output::share(pids.len());
         for pid in pids {
-            self.hear(pid);
+            self.hear(pid, share);
         }
     }
 
-    fn hear(&mut self, pid: Pid) {
+    /// Takes in what the process has to say, and `most` bytes of what it puts out.
+    fn hear(&mut self, pid: Pid, most: usize) {
+        let now = self.now();
         let Some(child) = self.children.get_mut(&pid) else { return };
-        if child.watched().is_none() {
-            return;
-        }
-        for report in child.listen(pid) {
+        child.log_output(pid, most, now);
+        for report in child.listen() {
             match report {
                 Report::Ready => self.ready(pid),
                 Report::Recycle(reason) => self.wear_out(pid, &reason),
                 Report::LastWords(_) | Report::Trace(_) => {}
             }
         }
+    }
+
+    /// Opens the files of the logs again, and has the workers follow.
+    fn reopen_logs(&mut self) -> Vec<String> {
+        let files = &self.nursery.log_files;
+        let errors = files.reopen();
+        for (pid, child) in &self.children {
+            let Some(channel) = &child.files else { continue };
+            if let Err(error) = files.hand_out(channel.as_fd()) {
+                log::warn!("worker goes on with its old log files slot={} pid={pid}: {error}", child.slot);
+            }
+        }
+        errors.iter().for_each(|error| log::error!("{error}"));
+        log::info!("log files reopened errors={}", errors.len());
+        errors.iter().map(ToString::to_string).collect()
     }
 
     /// An external program tells us nothing. It counts as started when it sleeps in `accept`, or has a
@@ -306,7 +335,7 @@ impl Master {
         let mut started = Vec::new();
         for (&pid, child) in &mut self.children {
             let lived = child.since.elapsed();
-            if let Link::Program { started: seen @ false, .. } = &mut child.link
+            if let Link::Program { started: seen @ false } = &mut child.link
                 && (lived >= settle || is_accepting(pid) || has_connection(pid))
             {
                 *seen = true;
@@ -421,6 +450,6 @@ impl Master {
 
 impl Child {
     fn is_unsettled_program(&self) -> bool {
-        matches!(self.link, Link::Program { started: false, .. })
+        matches!(self.link, Link::Program { started: false })
     }
 }

@@ -84,7 +84,7 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
     let idle = row.as_ref().is_none_or(|row| row.in_flight == 0);
     let as_asked = child.asked_to_leave
         && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
-    let (last_words, trace) = child.bury(pid);
+    let (last_words, trace) = child.bury();
     if !last_words.is_empty() {
         let _ = write!(line, " said={last_words:?}");
     }

@@ -70,7 +70,15 @@ impl Master {
             }
             Request::Scale { workers } => self.scale(client, workers),
             Request::Upgrade => self.as_signal(client, libc::SIGUSR2),
-            Request::ReopenLogs => self.as_signal(client, libc::SIGUSR1),
+            Request::ReopenLogs => {
+                let errors = self.reopen_logs();
+                let answer = if errors.is_empty() {
+                    Answer::done("the log files are open again")
+                } else {
+                    Answer::failed(errors.join("; "))
+                };
+                self.reply(client, &answer);
+            }
         }
     }
 
@@ -82,7 +90,7 @@ impl Master {
                 Answer::done(format!("asked to {}", command.verb()))
             }
             Some(Meaning::Reserved(what)) => Answer::failed(format!("{what} is reserved and does nothing yet")),
-            Some(Meaning::Child) | None => Answer::failed("that means nothing"),
+            Some(Meaning::Child | Meaning::ReopenLogs) | None => Answer::failed("that means nothing"),
         };
         self.reply(client, &answer);
     }

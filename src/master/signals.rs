@@ -20,6 +20,8 @@ pub(crate) enum Meaning {
     /// A child has ended: reap.
     Child,
     Command(Command),
+    /// The log files were moved away, and are to be opened again.
+    ReopenLogs,
     /// The master goes on, and says that it does.
     Reserved(&'static str),
 }
@@ -32,7 +34,7 @@ const MEANINGS: [(i32, Meaning); 9] = [
     (SIGHUP, Meaning::Command(Command::Reload)),
     (SIGTTIN, Meaning::Command(Command::Add)),
     (SIGTTOU, Meaning::Command(Command::Remove)),
-    (SIGUSR1, Meaning::Reserved("USR1 (reopen logs)")),
+    (SIGUSR1, Meaning::ReopenLogs),
     (SIGUSR2, Meaning::Reserved("USR2 (upgrade)")),
 ];
 

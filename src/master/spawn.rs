@@ -11,12 +11,14 @@ use forkyard_shm::Segment;
 use nix::fcntl::OFlag;
 use nix::unistd::{Pid, pipe2, setpgid};
 
-use super::program_log::LineReader;
+use super::output::Output;
 use super::signals::SignalInbox;
+use super::supervisor::Now;
 use crate::config::{Config, Program};
 use crate::handover::Channel;
 use crate::heritage::{Heritage, Report, WorkerMain};
 use crate::listen::Listener;
+use crate::logging::files::LogFiles;
 use crate::privileges::Privileges;
 use crate::sys;
 
@@ -42,6 +44,7 @@ pub(crate) struct Nursery {
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
     privileges: Arc<Privileges>,
+    pub(crate) log_files: Arc<LogFiles>,
 }
 
 /// A process that lives, as the master sees it.
@@ -54,12 +57,16 @@ pub(crate) struct Child {
     /// It hangs, and was told to die.
     pub(crate) hung: bool,
     pub(crate) link: Link,
+    /// What it puts out, until that has ended.
+    pub(crate) output: Option<Output>,
+    /// By which it gets the log files anew.
+    pub(crate) files: Option<OwnedFd>,
 }
 
 /// What the master hears of a child.
 pub(crate) enum Link {
     Worker { report: File, open: bool, unread: Vec<u8>, last_words: String, trace: String },
-    Program { output: LineReader, open: bool, started: bool },
+    Program { started: bool },
 }
 
 impl Nursery {
@@ -71,13 +78,14 @@ impl Nursery {
         segment: Segment,
         launch: Launch,
         application: Arc<[RawFd]>,
+        log_files: Arc<LogFiles>,
     ) -> io::Result<Self> {
         let lifeline = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         let handover = Arc::new(Channel::open()?);
         let executes = matches!(launch, Launch::Program(_));
         let privileges = Privileges::resolve(&config.privileges, executes).map_err(io::Error::other)?;
         let privileges = Arc::new(privileges);
-        Ok(Self { config, listeners, segment, launch, handover, lifeline, application, privileges })
+        Ok(Self { config, listeners, segment, launch, handover, lifeline, application, privileges, log_files })
     }
 
     /// Makes processes from now on as another configuration says.
@@ -96,11 +104,16 @@ impl Nursery {
     /// # Errors
     /// What fork or exec says, or that no pipe can be had.
     pub(crate) fn spawn(&self, slot: u32, generation: u64, signals: &SignalInbox) -> io::Result<(Pid, Child)> {
-        let (pid, link) = match &self.launch {
-            Launch::Worker(main) => self.fork_worker(main, slot, generation, signals)?,
-            Launch::Program(program) => self.start_program(program, slot, generation)?,
+        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        // Non-blocking is a property of each end; that of the process must block.
+        let write = blocking(write)?;
+        let (pid, link, files) = match &self.launch {
+            Launch::Worker(main) => self.fork_worker(main, slot, generation, signals, write)?,
+            Launch::Program(program) => self.start_program(program, slot, generation, (write, read.as_fd()))?,
         };
-        Ok((pid, Child { slot, generation, since: Instant::now(), asked_to_leave: false, hung: false, link }))
+        let since = Instant::now();
+        let output = Some(Output::new(slot, read));
+        Ok((pid, Child { slot, generation, since, asked_to_leave: false, hung: false, link, output, files }))
     }
 
     fn fork_worker(
@@ -109,7 +122,9 @@ impl Nursery {
         slot: u32,
         generation: u64,
         signals: &SignalInbox,
-    ) -> io::Result<(Pid, Link)> {
+        output: OwnedFd,
+    ) -> io::Result<(Pid, Link, Option<OwnedFd>)> {
+        let (masters, files) = self.log_files.channel()?.unzip();
         let (read, report) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         let heritage = Heritage {
             slot,
@@ -123,9 +138,14 @@ impl Nursery {
             lifeline: self.lifeline.0.try_clone()?,
             application: Arc::clone(&self.application),
             privileges: Arc::clone(&self.privileges),
+            log_files: Arc::clone(&self.log_files),
+            files,
         };
         let pid = sys::fork(|| {
             signals.leave();
+            if [1, 2].into_iter().try_for_each(|fd| sys::replace(fd, &output)).is_err() {
+                return 1;
+            }
             let keep = [&[0, 1, 2], heritage.descriptors().as_slice()].concat();
             sys::close_all_except(&keep);
             // A group of its own: Ctrl-C at a terminal is the master's to handle.
@@ -140,13 +160,16 @@ impl Nursery {
             main(heritage)
         })?;
         let (report, last_words, trace) = (File::from(read), String::new(), String::new());
-        Ok((pid, Link::Worker { report, open: true, unread: Vec::new(), last_words, trace }))
+        Ok((pid, Link::Worker { report, open: true, unread: Vec::new(), last_words, trace }, masters))
     }
 
-    fn start_program(&self, program: &Program, slot: u32, generation: u64) -> io::Result<(Pid, Link)> {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        // Non-blocking is a property of each end; the program's must block.
-        let write = blocking(write)?;
+    fn start_program(
+        &self,
+        program: &Program,
+        slot: u32,
+        generation: u64,
+        (write, read): (OwnedFd, BorrowedFd<'_>),
+    ) -> io::Result<(Pid, Link, Option<OwnedFd>)> {
         let segment = self.segment.fd();
         let mut command = Command::new(&program.path);
         self.privileges.set_environment(&mut command);
@@ -162,10 +185,9 @@ impl Nursery {
             .stderr(Stdio::from(write));
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);
         let steps = self.privileges.steps(slot).map_err(io::Error::other)?;
-        let child =
-            sys::spawn(&mut command, &[segment.as_raw_fd()], steps).map_err(|error| explain(&error, read.as_fd()))?;
+        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], steps).map_err(|error| explain(&error, read))?;
         let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
-        Ok((pid, Link::Program { output: LineReader::new(read), open: true, started: false }))
+        Ok((pid, Link::Program { started: false }, None))
     }
 }
 
@@ -188,60 +210,62 @@ impl Child {
         matches!(self.link, Link::Worker { .. })
     }
 
-    /// The descriptor by which the child may have something to say.
-    pub(crate) fn watched(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
-        match &self.link {
+    /// The descriptors by which the child may have something to say.
+    pub(crate) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let report = match &self.link {
             Link::Worker { report, open, .. } => open.then(|| report.as_fd()),
-            Link::Program { output, open, .. } => open.then(|| output.as_fd()),
+            Link::Program { .. } => None,
+        };
+        report.into_iter().chain(self.output.as_ref().map(AsFd::as_fd))
+    }
+
+    /// Logs what the child put out, up to `most` bytes.
+    pub(crate) fn log_output(&mut self, pid: Pid, most: usize, now: Now) {
+        if let Some(output) = self.output.take_if(|output| !output.read(pid, most, now)) {
+            drop(output); // all of it is in the log
+        } else if let Some(output) = &mut self.output {
+            output.tick(now);
         }
     }
 
-    /// Takes in what the child said, and returns what of it is to be acted upon.
-    pub(crate) fn listen(&mut self, pid: Pid) -> Vec<Report> {
-        match &mut self.link {
-            Link::Worker { report, open, unread, last_words, trace } => {
-                let mut said = [0; LAST_WORDS];
-                let mut reports = Vec::new();
-                // What fits a pipe, and no more: one that talks and talks does not hold up the master.
-                for _ in 0..16 {
-                    let Ok(count) = report.read(&mut said) else { break };
-                    *open = count > 0;
-                    if count == 0 && !unread.is_empty() {
-                        unread.push(b'\n'); // it died in the middle of a line
-                    }
-                    unread.extend_from_slice(&said[..count]);
-                    while let Some(end) = unread.iter().position(|&byte| byte == b'\n') {
-                        let line: Vec<u8> = unread.drain(..=end).collect();
-                        match Report::parse(&String::from_utf8_lossy(&line[..end])) {
-                            Report::LastWords(words) => keep(last_words, &words),
-                            Report::Trace(addresses) => *trace = addresses,
-                            report @ (Report::Ready | Report::Recycle(_)) => reports.push(report),
-                        }
-                    }
-                    unread.truncate(LAST_WORDS);
-                    if count == 0 {
-                        break;
-                    }
+    /// Takes in what the child reported, and returns what of it is to be acted upon.
+    pub(crate) fn listen(&mut self) -> Vec<Report> {
+        let Link::Worker { report, open, unread, last_words, trace } = &mut self.link else { return Vec::new() };
+        if !*open {
+            return Vec::new();
+        }
+        let mut said = [0; LAST_WORDS];
+        let mut reports = Vec::new();
+        // What fits a pipe, and no more: one that talks and talks does not hold up the master.
+        for _ in 0..16 {
+            let Ok(count) = report.read(&mut said) else { break };
+            *open = count > 0;
+            if count == 0 && !unread.is_empty() {
+                unread.push(b'\n'); // it died in the middle of a line
+            }
+            unread.extend_from_slice(&said[..count]);
+            while let Some(end) = unread.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = unread.drain(..=end).collect();
+                match Report::parse(&String::from_utf8_lossy(&line[..end])) {
+                    Report::LastWords(words) => keep(last_words, &words),
+                    Report::Trace(addresses) => *trace = addresses,
+                    report @ (Report::Ready | Report::Recycle(_)) => reports.push(report),
                 }
-                reports
             }
-            Link::Program { output, open, .. } => {
-                let slot = self.slot;
-                *open = output.read(|line| log_line(slot, pid, line));
-                Vec::new()
+            unread.truncate(LAST_WORDS);
+            if count == 0 {
+                break;
             }
         }
+        reports
     }
 
-    /// Hands out what is left after the child's end, and returns its last words, and where it crashed.
-    pub(crate) fn bury(mut self, pid: Pid) -> (String, String) {
-        self.listen(pid);
+    /// Returns the last words of a child that has ended, and where it crashed.
+    pub(crate) fn bury(mut self) -> (String, String) {
+        self.listen();
         match self.link {
             Link::Worker { last_words, trace, .. } => (last_words, trace),
-            Link::Program { output, .. } => {
-                output.finish(|line| log_line(self.slot, pid, line));
-                Default::default()
-            }
+            Link::Program { .. } => Default::default(),
         }
     }
 }
@@ -255,10 +279,6 @@ fn keep(last_words: &mut String, line: &str) {
         *last_words += separator;
         *last_words += &line;
     }
-}
-
-fn log_line(slot: u32, pid: Pid, line: &str) {
-    log::info!(target: "app", "slot={slot} pid={pid} | {line}");
 }
 
 /// Whether the heirs of dead workers, which are this process's children now, are still at work.

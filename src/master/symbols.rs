@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 
 use super::signals::SignalInbox;
 use crate::modules::{self, Modules};
-use crate::sys;
+use crate::{logging, sys};
 
 /// Functions that are named.
 const NAMED: usize = 24;
@@ -48,7 +48,7 @@ impl Symbols {
         let Some(Crash { slot, pid, trace }) = self.waiting.pop_front() else { return };
         let child = sys::fork(|| {
             signals.leave();
-            sys::close_all_except(&[0, 1, 2]);
+            sys::close_all_except(&[0, 1, 2, logging::descriptor()]);
             if nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).is_err() {
                 return 1;
             }

@@ -30,6 +30,7 @@ use super::serve::{self, Application, BoxError, Served};
 use crate::body::{Body, pipe};
 use crate::config::Config;
 use crate::context::Context;
+use crate::listen::Protocol;
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
 use crate::{blocking, sys};
@@ -114,16 +115,18 @@ where
         Ok(request) => request,
         Err((status, error)) => {
             log::warn!("a CGI request was refused: {error}");
-            return (serve::refusal(status, row.begin("-", "-")), false);
+            return (serve::refusal(status, row.begin("-", "-").into()), false);
         }
     };
     let is_head = request.method() == Method::HEAD;
     let context = Context::new(0, 1, segment, std::sync::Arc::default());
     let response = match serve::catch_panic(|| factory(context)) {
-        Ok(service) => Application::new(service, row, config.limits, config.trust.clone()).answer(request).await,
+        Ok(service) => {
+            Application::new(service, row, config.limits, config.trust.clone()).answer(Protocol::Http, request).await
+        }
         Err(panic) => {
             log::error!("the application cannot be made: {panic}");
-            serve::refusal(StatusCode::INTERNAL_SERVER_ERROR, row.begin("-", "-"))
+            serve::refusal(StatusCode::INTERNAL_SERVER_ERROR, row.begin("-", "-").into())
         }
     };
     (response, is_head)

@@ -28,6 +28,7 @@ use super::serve::{Answer, Application, BoxError, Served};
 use super::socket::Socket;
 use crate::body::{Body, FilterData, pipe};
 use crate::heir::ledger::Entry;
+use crate::listen::Protocol;
 use crate::protocol::cgi::{self, Origin};
 use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
 use crate::protocol::params::Params;
@@ -439,7 +440,7 @@ where
         let data = give_role(&mut request, role, self.socket.pulse());
         let is_head = request.method() == Method::HEAD;
         let entry = self.enter(id, keep_connection, is_head);
-        let answer = self.application.answer(request);
+        let answer = self.application.answer(Protocol::FastCgi, request);
         self.start(id, entry, keep_connection, answer);
         if let Some(exchange) = self.exchanges.last_mut() {
             (exchange.is_head, exchange.stdin, exchange.data) = (is_head, stdin, data);
@@ -449,7 +450,7 @@ where
     fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode) {
         self.socket.pulse().request_came();
         let entry = self.enter(id, keep_connection, false);
-        let answer = self.application.refuse(status);
+        let answer = self.application.refuse(Protocol::FastCgi, status);
         self.start(id, entry, keep_connection, answer);
     }
 

@@ -11,6 +11,7 @@ use tower_service::Service;
 
 use super::serve::{Application, BoxError};
 use crate::body::Body;
+use crate::listen::Protocol;
 use crate::protocol::cgi::Origin;
 
 /// Asks for `path`, and waits for the whole response: what breaks off is no health.
@@ -32,7 +33,7 @@ where
         .map_err(|error| fail(format!("is no request: {error}")))?;
     request.extensions_mut().insert(Origin::of_http(None, false));
     let exchange = async {
-        let (head, body) = application.answer(request).await.into_parts();
+        let (head, body) = application.answer(Protocol::Http, request).await.into_parts();
         let mut body = std::pin::pin!(body);
         while let Some(frame) = body.frame().await {
             frame.map_err(|error| fail(format!("breaks off: {error}")))?;

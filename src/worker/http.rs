@@ -36,6 +36,7 @@ use super::socket::Socket;
 use crate::body::{Body, BodyError};
 use crate::config::Limits;
 use crate::heir::ledger::{Account, Entry, Tongue};
+use crate::listen::Protocol;
 use crate::protocol::cgi::Origin;
 use crate::pulse::{Pulse, Wait};
 
@@ -249,12 +250,12 @@ where
             let answer = match settle(&mut request) {
                 Ok(()) => {
                     request.extensions_mut().insert(self.origin.clone());
-                    self.application.answer(request)
+                    self.application.answer(Protocol::Http, request)
                 }
                 Err(refusal) => {
                     log::debug!("an HTTP request was refused: {}", refusal.why);
                     under_way.is_last = true;
-                    self.application.refuse(refusal.status)
+                    self.application.refuse(Protocol::Http, refusal.status)
                 }
             };
             let mut response = answer.await;

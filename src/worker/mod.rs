@@ -13,6 +13,7 @@
 //! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
 
 mod accept;
+mod access_log;
 pub(crate) mod cgi;
 mod closing;
 mod door;
@@ -22,6 +23,7 @@ mod health;
 mod http;
 mod later;
 mod lifetime;
+mod logs;
 mod opening;
 mod outbox;
 mod reply;
@@ -54,9 +56,11 @@ use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
 use self::accept::{Acceptor, Arrival, Connections, Serve};
+use self::access_log::AccessLog;
 use self::door::Door;
 use self::drain::Drain;
 use self::lifetime::Counted;
+use self::logs::Pipes;
 use self::serve::{Application, BoxError, Guard};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
@@ -139,6 +143,7 @@ where
     let slot = heritage.slot;
     let begun = Instant::now();
     let asked_to_leave = take_signals(config.drain_timeout)?;
+    let output = Pipes::now();
     if !config.privileges.limits_descriptors() {
         sys::raise_descriptor_limit();
     }
@@ -165,7 +170,9 @@ where
         let report = File::from(heritage.report);
         let service = Counted::new(service, config.numbers.max_requests, report.try_clone()?);
         let application = Application::new(service, row.clone(), config.limits, config.trust.clone());
-        let application = Rc::new(application.guarded(guard(&config.failures, &heritage.segment)));
+        let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
+        let application = application.guarded(guard(&config.failures, &heritage.segment)).logged(access_log.clone());
+        let application = Rc::new(application);
         let entrances = heritage.listeners.iter().map(|listener| Entrance::new(&config, listener.protocol)).collect();
         if let Some(path) = &config.numbers.health_path {
             // A little less than the master gives it, so that it can still say why.
@@ -173,13 +180,8 @@ where
             health::check(&application, path, limit).await?;
         }
         let server = Rc::new(Server { application, drain: drain.clone(), entrances });
-        let mut accepting = Vec::new();
-        for acceptor in acceptors(&heritage.listeners, &heritage.handover, &connections, heir.ledger)? {
-            let acceptor = Rc::new(acceptor);
-            let (run, with) = (Rc::clone(&acceptor), Rc::clone(&server));
-            let task = tokio::task::spawn_local(async move { run.run(&*with).await });
-            accepting.push((task, acceptor));
-        }
+        let acceptors = acceptors(&heritage.listeners, &heritage.handover, &connections, heir.ledger)?;
+        let accepting = accept(acceptors, &server);
 
         let tasks = [
             tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections), row.clone())),
@@ -187,10 +189,11 @@ where
             tokio::task::spawn_local(async move { watchdog.run().await }),
             tokio::task::spawn_local(miss_heir(heir.end, report.try_clone()?)),
             tokio::task::spawn_local(tell_of_hangs(report.try_clone()?)),
+            tokio::task::spawn_local(logs::keep(heritage.log_files, heritage.files, access_log.clone())),
         ];
         row.set_state(State::Ready);
         (&report).write_all(Report::Ready.line().as_bytes())?;
-        told_to_leave(asked_to_leave, heritage.lifeline).await?;
+        told_to_leave(asked_to_leave, heritage.lifeline, &output).await?;
 
         row.set_state(State::Draining);
         for (task, acceptor) in &accepting {
@@ -201,6 +204,7 @@ where
         drain.begin();
         leave(&drain, &connections, &accepting, &*server).await;
         tasks.iter().for_each(JoinHandle::abort);
+        access_log.iter().for_each(|log| log.flush());
         log::debug!("drained slot={slot} passed_on={}", drain.passed_on());
         io::Result::Ok(())
     });
@@ -304,6 +308,16 @@ fn acceptors(
     of_listeners.chain([Acceptor::of_channel(channel, connections, ledger)]).collect()
 }
 
+/// Has all of them accept, each in a task.
+fn accept(acceptors: Vec<Acceptor>, server: &Rc<impl Serve + 'static>) -> Vec<(JoinHandle<()>, Rc<Acceptor>)> {
+    let begin = |acceptor: Acceptor| {
+        let acceptor = Rc::new(acceptor);
+        let (run, with) = (Rc::clone(&acceptor), Rc::clone(server));
+        (tokio::task::spawn_local(async move { run.run(&*with).await }), acceptor)
+    };
+    acceptors.into_iter().map(begin).collect()
+}
+
 /// Asks to be replaced when the heir has died.
 async fn miss_heir(end: Option<OwnedFd>, mut report: File) {
     let Some(end) = end.and_then(|end| sys::register(end, Interest::READABLE).ok()) else { return };
@@ -392,13 +406,16 @@ fn take_signals(drain_timeout: Duration) -> io::Result<UnixStream> {
 }
 
 /// Returns when TERM has come, or the master is dead.
-async fn told_to_leave(term: UnixStream, lifeline: OwnedFd) -> io::Result<()> {
+async fn told_to_leave(term: UnixStream, lifeline: OwnedFd, output: &Pipes) -> io::Result<()> {
     let mut term = tokio::net::UnixStream::from_std(term)?;
     let mut lifeline = tokio::net::unix::pipe::Receiver::from_owned_fd(lifeline)?;
     let (mut byte, mut end) = ([0], [0]);
     tokio::select! {
         _ = term.read(&mut byte) => {}
-        _ = lifeline.read(&mut end) => log::warn!("the master is gone: this worker finishes and leaves"),
+        _ = lifeline.read(&mut end) => {
+            output.replace();
+            log::warn!("the master is gone: this worker finishes and leaves");
+        }
     }
     Ok(())
 }

@@ -33,6 +33,7 @@ use super::serve::{Answer, Application, BoxError};
 use super::socket::Socket;
 use crate::body::{Body, pipe};
 use crate::heir::ledger::Entry;
+use crate::listen::Protocol;
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
 use crate::protocol::scgi::{Decoder, Error, Event};
@@ -331,14 +332,14 @@ where
         };
         let is_head = request.method() == Method::HEAD;
         self.enter(is_head);
-        let answer = Box::pin(self.application.answer(request));
+        let answer = Box::pin(self.application.answer(Protocol::Scgi, request));
         self.state = State::Answering { answer, is_head };
     }
 
     fn refuse(&mut self, status: StatusCode) {
         self.enter(false);
         self.socket.pulse().request_came();
-        let answer = Box::pin(self.application.refuse(status));
+        let answer = Box::pin(self.application.refuse(Protocol::Scgi, status));
         self.state = State::Answering { answer, is_head: false };
     }
 

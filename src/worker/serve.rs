@@ -5,8 +5,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::error::Error;
+use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -19,9 +21,11 @@ use pin_project_lite::pin_project;
 use tokio::time::Sleep;
 use tower_service::Service;
 
+use super::access_log::{AccessLog, Entry};
 use crate::body::{Body, BodyError, Trouble};
 use crate::config::failures::QuarantineBy;
 use crate::config::{Limits, Trust};
+use crate::listen::Protocol;
 use crate::protocol::cgi::{self, Origin};
 use crate::protocol::forwarded;
 use crate::suspect::Suspect;
@@ -38,6 +42,7 @@ pub(crate) struct Application<S> {
     pub(crate) limits: Limits,
     pub(crate) trust: Option<Trust>,
     guard: Guard,
+    access_log: Option<Rc<AccessLog>>,
 }
 
 /// What a worker that serves more than one request is guarded against.
@@ -52,11 +57,15 @@ pub(crate) struct Guard {
 
 impl<S> Application<S> {
     pub(crate) fn new(service: S, row: Row, limits: Limits, trust: Option<Trust>) -> Self {
-        Self { service, row, limits, trust, guard: Guard::default() }
+        Self { service, row, limits, trust, guard: Guard::default(), access_log: None }
     }
 
     pub(crate) fn guarded(self, guard: Guard) -> Self {
         Self { guard, ..self }
+    }
+
+    pub(crate) fn logged(self, access_log: Option<Rc<AccessLog>>) -> Self {
+        Self { access_log, ..self }
     }
 }
 
@@ -75,12 +84,15 @@ impl Guard {
 
 impl<S: Service<Request<Body>> + Clone> Application<S> {
     /// Has the application answer; if it fails or panics, answers for it.
-    pub(crate) fn answer(&self, mut request: Request<Body>) -> Answer<S> {
+    pub(crate) fn answer(&self, protocol: Protocol, mut request: Request<Body>) -> Answer<S> {
         if let Some(trust) = &self.trust {
             believe(trust, &mut request);
         }
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
-        let in_flight = self.row.begin(request.method().as_str(), target);
+        let in_flight = Serving {
+            in_flight: self.row.begin(request.method().as_str(), target),
+            entry: self.access_log.as_ref().map(|log| Entry::begin(log, protocol, Some(&request))),
+        };
         if target.len() > self.limits.max_uri {
             return Answer::refused(StatusCode::URI_TOO_LONG, in_flight);
         }
@@ -100,8 +112,45 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
     }
 
     /// An answer that the application had no part in.
-    pub(crate) fn refuse(&self, status: StatusCode) -> Answer<S> {
-        Answer::refused(status, self.row.begin("-", "-"))
+    pub(crate) fn refuse(&self, protocol: Protocol, status: StatusCode) -> Answer<S> {
+        let in_flight = self.row.begin("-", "-");
+        let entry = self.access_log.as_ref().map(|log| Entry::begin::<Body>(log, protocol, None));
+        Answer::refused(status, Serving { in_flight, entry })
+    }
+}
+
+/// A request that is being served: its place in the scoreboard, and its line in the access log.
+#[derive(Debug)]
+pub(crate) struct Serving {
+    in_flight: InFlight,
+    entry: Option<Box<Entry>>,
+}
+
+impl From<InFlight> for Serving {
+    fn from(in_flight: InFlight) -> Self {
+        Self { in_flight, entry: None }
+    }
+}
+
+impl Deref for Serving {
+    type Target = InFlight;
+
+    fn deref(&self) -> &InFlight {
+        &self.in_flight
+    }
+}
+
+impl Serving {
+    fn answered(&mut self, status: StatusCode) {
+        if let Some(entry) = &mut self.entry {
+            entry.answered(status);
+        }
+    }
+
+    fn sent(&mut self, frame: Option<&Frame<Bytes>>) {
+        if let (Some(entry), Some(data)) = (&mut self.entry, frame.and_then(Frame::data_ref)) {
+            entry.sent(data.len());
+        }
     }
 }
 
@@ -111,7 +160,7 @@ pin_project! {
         #[pin]
         stage: Stage<S>,
         is_head: bool,
-        in_flight: Option<InFlight>,
+        in_flight: Option<Serving>,
         trouble: Option<Arc<Trouble>>,
         // The application is given up then.
         deadline: Option<Pin<Box<Sleep>>>,
@@ -129,13 +178,13 @@ pin_project! {
 }
 
 impl<S: Service<Request<Body>>> Answer<S> {
-    fn refused(status: StatusCode, in_flight: InFlight) -> Self {
+    fn refused(status: StatusCode, in_flight: Serving) -> Self {
         let (stage, in_flight) = (Stage::Refused { status, again_after: None }, Some(in_flight));
         Self { stage, is_head: false, in_flight, trouble: None, deadline: None }
     }
 
     /// Refused for so long.
-    fn put_off(left: Duration, in_flight: InFlight) -> Self {
+    fn put_off(left: Duration, in_flight: Serving) -> Self {
         let stage = Stage::Refused { status: StatusCode::SERVICE_UNAVAILABLE, again_after: Some(left) };
         Self { stage, is_head: false, in_flight: Some(in_flight), trouble: None, deadline: None }
     }
@@ -202,7 +251,7 @@ where
                 Err(Failure::Refused(status, None))
             }
         };
-        let Some(in_flight) = answer.in_flight.take() else { return Poll::Pending };
+        let Some(mut in_flight) = answer.in_flight.take() else { return Poll::Pending };
         // Whatever the application made of it.
         if let Some(status) = answer.trouble.as_ref().and_then(|trouble| trouble.status()) {
             return Poll::Ready(refusal(status, in_flight));
@@ -213,6 +262,7 @@ where
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight) // no server takes it for an answer
             }
             Ok(mut response) => {
+                in_flight.answered(response.status());
                 let left = if *answer.is_head { None } else { promised(&mut response, &in_flight) };
                 response.map(|body| Served::App { body, in_flight, left })
             }
@@ -284,7 +334,8 @@ fn believe(trust: &Trust, request: &mut Request<Body>) {
 }
 
 /// A response of a status and its name.
-pub(super) fn refusal<B>(status: StatusCode, in_flight: InFlight) -> Response<Served<B>> {
+pub(super) fn refusal<B>(status: StatusCode, mut in_flight: Serving) -> Response<Served<B>> {
+    in_flight.answered(status);
     let text = format!("{status}\n");
     let mut response = Response::new(Served::Canned { text: Bytes::from(text), in_flight });
     *response.status_mut() = status;
@@ -329,8 +380,8 @@ pin_project! {
     #[project = Projected]
     pub(crate) enum Served<B> {
         /// `left` is what its `Content-Length` still promises, if it has one.
-        App { #[pin] body: B, in_flight: InFlight, left: Option<u64> },
-        Canned { text: Bytes, in_flight: InFlight },
+        App { #[pin] body: B, in_flight: Serving, left: Option<u64> },
+        Canned { text: Bytes, in_flight: Serving },
     }
 }
 
@@ -346,7 +397,11 @@ where
         let (body, in_flight, left) = match self.project() {
             Projected::App { body, in_flight, left } => (body, in_flight, left),
             Projected::Canned { text, .. } if text.is_empty() => return Poll::Ready(None),
-            Projected::Canned { text, .. } => return Poll::Ready(Some(Ok(Frame::data(std::mem::take(text))))),
+            Projected::Canned { text, in_flight } => {
+                let frame = Frame::data(std::mem::take(text));
+                in_flight.sent(Some(&frame));
+                return Poll::Ready(Some(Ok(frame)));
+            }
         };
         in_flight.beat();
         let error: BoxError = match catch_panic(|| at_work::on(in_flight.cell(), || body.poll_frame(context))) {
@@ -357,7 +412,9 @@ where
                 },
                 Some(Ok(frame)) => {
                     let frame = frame.map_data(|mut data| data.copy_to_bytes(data.remaining()));
-                    return Poll::Ready(within_length(frame, left, in_flight).map(Ok));
+                    let frame = within_length(frame, left, in_flight);
+                    in_flight.sent(frame.as_ref());
+                    return Poll::Ready(frame.map(Ok));
                 }
                 Some(Err(error)) => error.into(),
             },

@@ -1,0 +1,97 @@
+//! The flags of the log and the access log.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::config::logs::{AccessConfig, AccessFormat, LogConfig, LogFormat};
+
+/// Those of everything that serves.
+#[derive(Args, Debug)]
+pub(super) struct LogOptions {
+    /// The log goes to this file, which is opened again on USR1 [default: standard error]
+    #[arg(long, value_name = "FILE", env = "FORKYARD_LOG_FILE", help_heading = "Logging")]
+    log_file: Option<PathBuf>,
+
+    /// The form of the log's lines: text, or json for one object a line
+    #[arg(
+        long,
+        value_name = "FORM",
+        env = "FORKYARD_LOG_FORMAT",
+        default_value = "text",
+        hide_possible_values = true,
+        help_heading = "Logging"
+    )]
+    log_format: Form,
+}
+
+/// Those of an application linked in.
+#[derive(Args, Debug, Default)]
+pub(super) struct AccessLogOptions {
+    /// A line for each request goes to this file, which is opened again on USR1; - is standard output [default: none]
+    #[arg(long, value_name = "FILE", env = "FORKYARD_ACCESS_LOG", help_heading = "Logging")]
+    access_log: Option<PathBuf>,
+
+    /// The form of the access log's lines: combined (as other servers write it, and more behind it), or json for one
+    /// object a line
+    #[arg(
+        long,
+        value_name = "FORM",
+        env = "FORKYARD_ACCESS_LOG_FORMAT",
+        default_value = "combined",
+        hide_possible_values = true,
+        help_heading = "Logging"
+    )]
+    access_log_format: AccessForm,
+}
+
+/// In `forkyard run`: a program answers its clients itself, and nobody else knows what it answers.
+#[derive(Args, Debug)]
+pub(super) struct NoAccessLog {
+    #[arg(long, hide = true, value_parser = refuse_access_log)]
+    access_log: Option<String>,
+    #[arg(long, hide = true, value_parser = refuse_access_log)]
+    access_log_format: Option<String>,
+}
+
+fn refuse_access_log(_: &str) -> Result<String, String> {
+    Err("a program that accepts for itself answers its clients itself, and nobody else sees its requests (use the access log of \
+         the web server in front of it)"
+        .to_owned())
+}
+
+/// The names of [`LogFormat`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Form {
+    Text,
+    Json,
+}
+
+/// The names of [`AccessFormat`].
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum AccessForm {
+    #[default]
+    Combined,
+    Json,
+}
+
+impl LogOptions {
+    pub(super) fn config(&self, access: AccessLogOptions) -> LogConfig {
+        let format = match self.log_format {
+            Form::Text => LogFormat::Text,
+            Form::Json => LogFormat::Json,
+        };
+        LogConfig { file: self.log_file.clone(), format, access: access.config() }
+    }
+}
+
+impl AccessLogOptions {
+    fn config(self) -> Option<AccessConfig> {
+        let format = match self.access_log_format {
+            AccessForm::Combined => AccessFormat::Combined,
+            AccessForm::Json => AccessFormat::Json,
+        };
+        let path = self.access_log?;
+        Some(AccessConfig { file: Some(path).filter(|path| path.as_os_str() != "-"), format })
+    }
+}

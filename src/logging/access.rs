@@ -1,0 +1,216 @@
+//! The form of a line of the access log. Pure.
+//!
+//! A client chooses much of what is in it: control characters, quotes and what is no ASCII are escaped, so that a line is
+//! one line, and each field is cut, so that a line has a bound below [`LONGEST`].
+
+use std::io::Write as _;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use http::{HeaderValue, Method, Version};
+
+use super::json::Object;
+use crate::listen::Protocol;
+
+/// No line is longer.
+pub(crate) const LONGEST: usize = 60 << 10;
+/// Bytes of the target and of other fields that are kept.
+const TARGET: usize = 4 << 10;
+const OTHER: usize = 1 << 10;
+/// Stands where something was cut off.
+const CUT: &[u8] = b"...";
+
+/// One request that is over.
+#[derive(Debug)]
+pub(crate) struct Exchange<'a> {
+    pub(crate) address: Option<IpAddr>,
+    pub(crate) user: Option<&'a [u8]>,
+    /// None if it could not be read.
+    pub(crate) request: Option<Asked<'a>>,
+    pub(crate) status: u16,
+    /// Of the response's body.
+    pub(crate) bytes: u64,
+    pub(crate) took: Duration,
+    pub(crate) slot: u32,
+    pub(crate) generation: u64,
+    pub(crate) protocol: Protocol,
+}
+
+/// What was asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked<'a> {
+    pub(crate) method: &'a Method,
+    pub(crate) target: &'a str,
+    pub(crate) version: Version,
+    pub(crate) host: Option<&'a HeaderValue>,
+    pub(crate) referer: Option<&'a HeaderValue>,
+    pub(crate) user_agent: Option<&'a HeaderValue>,
+}
+
+impl Exchange<'_> {
+    /// Apache's combined format, and pairs behind it. `time` is as `02/Jan/2026:03:04:05 +0000`.
+    pub(crate) fn write_combined(&self, time: &str, line: &mut Vec<u8>) {
+        match self.address {
+            Some(address) => write(line, format_args!("{address} - ")),
+            None => line.extend_from_slice(b"- - "),
+        }
+        escaped(line, self.user.unwrap_or(b"-"), OTHER);
+        write(line, format_args!(" [{time}] \""));
+        if let Some(Asked { method, target, version, .. }) = &self.request {
+            escaped(line, method.as_str().as_bytes(), OTHER);
+            line.push(b' ');
+            escaped(line, target.as_bytes(), TARGET);
+            write(line, format_args!(" {version:?}"));
+        } else {
+            line.push(b'-');
+        }
+        write(line, format_args!("\" {} {}", self.status, self.bytes));
+        let asked = self.request.as_ref();
+        for value in [asked.and_then(|asked| asked.referer), asked.and_then(|asked| asked.user_agent)] {
+            let value = value.map_or(&b"-"[..], HeaderValue::as_bytes);
+            line.extend_from_slice(b" \"");
+            escaped(line, value, OTHER);
+            line.push(b'"');
+        }
+        let (ms, rest) = self.took_ms();
+        let (slot, generation, protocol) = (self.slot, self.generation, self.protocol_name());
+        write(line, format_args!(" duration_ms={ms}.{rest:03} slot={slot} gen={generation} protocol={protocol}\n"));
+    }
+
+    /// `time` is as `2026-01-02T03:04:05.678Z`.
+    pub(crate) fn write_json(&self, time: &str, line: &mut Vec<u8>) {
+        let mut object = Object::begin(line);
+        object.text("time", time);
+        if let Some(address) = self.address {
+            object.text("client", &address.to_string());
+        }
+        let mut optional = |key, value: Option<&[u8]>, most| {
+            if let Some(value) = value {
+                object.text(key, &cut(value, most));
+            }
+        };
+        optional("user", self.user, OTHER);
+        if let Some(Asked { method, target, version, host, referer, user_agent }) = self.request {
+            optional("method", Some(method.as_str().as_bytes()), OTHER);
+            optional("target", Some(target.as_bytes()), TARGET);
+            optional("version", Some(format!("{version:?}").as_bytes()), OTHER);
+            optional("host", host.map(HeaderValue::as_bytes), OTHER);
+            optional("referer", referer.map(HeaderValue::as_bytes), OTHER);
+            optional("user_agent", user_agent.map(HeaderValue::as_bytes), OTHER);
+        }
+        let (ms, rest) = self.took_ms();
+        object.plain("status", self.status);
+        object.plain("bytes", self.bytes);
+        object.plain("duration_ms", format_args!("{ms}.{rest:03}"));
+        object.plain("slot", self.slot);
+        object.plain("gen", self.generation);
+        object.text("protocol", self.protocol_name());
+        object.end();
+    }
+
+    fn took_ms(&self) -> (u128, u128) {
+        let micros = self.took.as_micros();
+        (micros / 1000, micros % 1000)
+    }
+
+    fn protocol_name(&self) -> &'static str {
+        match self.protocol {
+            Protocol::FastCgi => "fastcgi",
+            Protocol::Scgi => "scgi",
+            Protocol::Http => "http",
+        }
+    }
+}
+
+fn write(line: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+    let _ = line.write_fmt(text); // there is always room
+}
+
+/// As Apache does it.
+fn escaped(line: &mut Vec<u8>, value: &[u8], most: usize) {
+    for &byte in value.iter().take(most) {
+        match byte {
+            b'"' | b'\\' => line.extend_from_slice(&[b'\\', byte]),
+            b' '..=b'~' => line.push(byte),
+            _ => write(line, format_args!("\\x{byte:02x}")),
+        }
+    }
+    if value.len() > most {
+        line.extend_from_slice(CUT);
+    }
+}
+
+/// What is no UTF-8 is replaced.
+fn cut(value: &[u8], most: usize) -> String {
+    let mut text = String::from_utf8_lossy(value.get(..most).unwrap_or(value)).into_owned();
+    if value.len() > most {
+        text += "...";
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    fn exchange<'a>(asked: Option<Asked<'a>>, user: Option<&'a [u8]>) -> Exchange<'a> {
+        let address = Some("192.0.2.7".parse().unwrap());
+        let took = Duration::from_micros(12_034);
+        let (slot, generation, protocol) = (3, 2, Protocol::FastCgi);
+        Exchange { address, user, request: asked, status: 200, bytes: 42, took, slot, generation, protocol }
+    }
+
+    fn asked<'a>(target: &'a str, value: &'a HeaderValue) -> Asked<'a> {
+        let (host, referer, user_agent) = (None, None, Some(value));
+        Asked { method: &Method::GET, target, version: Version::HTTP_11, host, referer, user_agent }
+    }
+
+    #[test]
+    fn a_line_is_what_readers_of_the_combined_format_expect() {
+        let agent = HeaderValue::from_static("curl/8");
+        let mut line = Vec::new();
+        exchange(Some(asked("/a?b=c", &agent)), Some(b"ann")).write_combined("T", &mut line);
+        let expected = "192.0.2.7 - ann [T] \"GET /a?b=c HTTP/1.1\" 200 42 \"-\" \"curl/8\" \
+                        duration_ms=12.034 slot=3 gen=2 protocol=fastcgi\n";
+        assert_eq!(String::from_utf8(line).unwrap(), expected);
+        let mut line = Vec::new();
+        Exchange { address: None, ..exchange(None, None) }.write_combined("T", &mut line);
+        assert!(String::from_utf8(line).unwrap().starts_with("- - - [T] \"-\" 200 42 \"-\" \"-\" duration"));
+    }
+
+    #[test]
+    fn no_client_can_break_a_line() {
+        for seed in 0..2000 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let long = random.bool();
+            let mut bytes = |most: usize| -> Vec<u8> {
+                let length = if long { most * 2 } else { random.usize(0..24) };
+                let byte = |random: &mut fastrand::Rng| match random.u32(0..3) {
+                    0 => b"\"\\\t\x80\xff="[random.usize(0..6)],
+                    _ => random.u8(b' '..=b'~'),
+                };
+                (0..length).map(|_| byte(&mut random)).collect()
+            };
+            let agent = HeaderValue::from_bytes(&bytes(OTHER)).unwrap();
+            let (user, target) = (bytes(OTHER), String::from_utf8_lossy(&bytes(TARGET)).into_owned());
+            let exchange = exchange(Some(asked(&target, &agent)), Some(&user));
+            let mut line = Vec::new();
+            exchange.write_combined("T", &mut line);
+            assert!(line.len() < LONGEST && line.is_ascii(), "seed {seed}");
+            assert_eq!(line.iter().position(|byte| byte.is_ascii_control()), Some(line.len() - 1), "seed {seed}");
+            let quotes = line.windows(2).filter(|pair| pair[1] == b'"' && pair[0] != b'\\').count();
+            let escaped = line.windows(3).filter(|three| three == b"\\\\\"").count();
+            assert!(quotes <= 6 && quotes + escaped >= 6, "seed {seed}: {}", String::from_utf8_lossy(&line));
+            let mut line = Vec::new();
+            exchange.write_json("T", &mut line);
+            let object: Value = serde_json::from_slice(&line).unwrap();
+            assert!(line.len() < LONGEST, "seed {seed}");
+            assert_eq!((&object["status"], &object["duration_ms"]), (&200.into(), &12.034.into()));
+            if target.len() <= TARGET {
+                assert_eq!(object["target"], target, "seed {seed}");
+            }
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! What workers and programs put out, line by line into our log.
+//!
+//! May not: hold up the master, whoever floods it (a bounded number of bytes is read a turn, and the writer waits); lose a
+//! line without saying so.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::unistd::Pid;
+
+use super::supervisor::Now;
+use crate::logging::OUTPUT;
+
+/// A line longer than this is logged in pieces.
+const LONGEST_LINE: usize = 64 << 10;
+/// Says that a line goes on in the next piece.
+const GOES_ON: &str = " [continued]";
+/// Bytes that are read of all processes in one turn of the master's loop, and the bounds of what that comes to for each.
+const TURN: usize = 64 << 10;
+const SHARE: (usize, usize) = (1 << 10, 16 << 10);
+/// More than a pipe holds: what is read of one that is dead.
+const REST: usize = 1 << 20;
+/// The same line in a row is logged so often as it comes, and then counted.
+const AS_IT_COMES: u32 = 10;
+/// How often the count is logged.
+const COUNTED: Now = Now::from_secs(1);
+/// Outputs of processes that are dead that are still listened to.
+const LATE: usize = 64;
+
+/// The output of one process, and of those that it has started.
+#[derive(Debug)]
+pub(crate) struct Output {
+    slot: u32,
+    pid: Option<Pid>,
+    reader: LineReader,
+    repeats: Repeats,
+}
+
+impl Output {
+    /// `pipe` must be non-blocking.
+    pub(crate) fn new(slot: u32, pipe: OwnedFd) -> Self {
+        Self { slot, pid: None, reader: LineReader::new(pipe), repeats: Repeats::default() }
+    }
+
+    /// Logs what has come, up to `most` bytes. False if nothing more will come.
+    pub(crate) fn read(&mut self, pid: Pid, most: usize, now: Now) -> bool {
+        self.pid = Some(pid);
+        let Self { slot, reader, repeats, .. } = self;
+        let open = reader.read(most, &mut |line, is_whole| log_line(repeats, *slot, pid, line, is_whole, now));
+        if !open {
+            self.end(now);
+        }
+        open
+    }
+
+    /// When it has something to log though nothing comes.
+    pub(crate) fn next_deadline(&self) -> Option<Now> {
+        self.repeats.due
+    }
+
+    pub(crate) fn tick(&mut self, now: Now) {
+        if let Some(pid) = self.pid
+            && let Some(count) = self.repeats.tick(now)
+        {
+            log_repeats(self.slot, pid, count);
+        }
+    }
+
+    /// Logs what is left, though it may have no end.
+    fn end(&mut self, now: Now) {
+        let Some(pid) = self.pid else { return };
+        let Self { slot, reader, repeats, .. } = self;
+        reader.finish(&mut |line, is_whole| log_line(repeats, *slot, pid, line, is_whole, now));
+        if let Some(count) = repeats.end() {
+            log_repeats(*slot, pid, count);
+        }
+    }
+}
+
+impl AsFd for Output {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reader.pipe.as_fd()
+    }
+}
+
+/// What each of so many processes may have logged in a turn.
+pub(crate) fn share(processes: usize) -> usize {
+    (TURN / processes.max(1)).clamp(SHARE.0, SHARE.1)
+}
+
+/// The outputs of processes that are dead: their heirs and their children may have something to say.
+#[derive(Debug, Default)]
+pub(crate) struct LateOutputs(Vec<Output>);
+
+impl LateOutputs {
+    /// The process `pid` is dead.
+    pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Now) {
+        if !output.read(pid, REST, now) {
+            return;
+        }
+        output.end(now); // it cannot finish its line any more
+        if self.0.len() == LATE {
+            let mut oldest = self.0.remove(0);
+            oldest.end(now);
+            log::warn!(
+                "output is no longer logged: its process is dead, and too many others are as well slot={}",
+                oldest.slot
+            );
+        }
+        self.0.push(output);
+    }
+
+    pub(crate) fn read(&mut self, now: Now) {
+        let most = share(self.0.len());
+        self.0.retain_mut(|output| output.pid.is_some_and(|pid| output.read(pid, most, now)));
+        self.0.iter_mut().for_each(|output| output.tick(now));
+    }
+
+    /// The master ends.
+    pub(crate) fn finish(&mut self, now: Now) {
+        for mut output in self.0.drain(..) {
+            if output.pid.is_some_and(|pid| output.read(pid, REST, now)) {
+                output.end(now);
+            }
+        }
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Now> {
+        self.0.iter().filter_map(Output::next_deadline).min()
+    }
+
+    pub(crate) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().map(AsFd::as_fd)
+    }
+}
+
+fn log_line(repeats: &mut Repeats, slot: u32, pid: Pid, line: &str, is_whole: bool, now: Now) {
+    let Verdict { count, log } = repeats.take(line, now);
+    if let Some(count) = count {
+        log_repeats(slot, pid, count);
+    }
+    if log {
+        let mark = if is_whole { "" } else { GOES_ON };
+        log::info!(target: OUTPUT, "slot={slot} pid={pid} | {line}{mark}");
+    }
+}
+
+fn log_repeats(slot: u32, pid: Pid, count: u64) {
+    log::info!("the last line of output came again slot={slot} pid={pid} times={count}");
+}
+
+/// Finds the same line again and again: without a system call or a clock.
+#[derive(Debug, Default)]
+struct Repeats {
+    last: String,
+    /// How often it has come in a row.
+    row: u32,
+    /// How often without being logged.
+    held: u64,
+    due: Option<Now>,
+}
+
+/// What becomes of a line.
+#[derive(Debug, PartialEq, Eq)]
+struct Verdict {
+    /// To be logged before: so often the line before came again.
+    count: Option<u64>,
+    /// Whether it is logged itself.
+    log: bool,
+}
+
+impl Repeats {
+    fn take(&mut self, line: &str, now: Now) -> Verdict {
+        if self.row == 0 || line != self.last {
+            let count = self.end();
+            line.clone_into(&mut self.last);
+            self.row = 1;
+            return Verdict { count, log: true };
+        }
+        self.row = self.row.saturating_add(1);
+        if self.row <= AS_IT_COMES {
+            return Verdict { count: None, log: true };
+        }
+        self.held += 1;
+        let due = *self.due.get_or_insert(now + COUNTED);
+        Verdict { count: if due <= now { self.tick(now) } else { None }, log: false }
+    }
+
+    fn tick(&mut self, now: Now) -> Option<u64> {
+        self.due.take_if(|due| *due <= now)?;
+        Some(std::mem::take(&mut self.held))
+    }
+
+    fn end(&mut self) -> Option<u64> {
+        self.row = 0;
+        self.due = None;
+        Some(std::mem::take(&mut self.held)).filter(|&held| held > 0)
+    }
+}
+
+/// The read end of a pipe, and the line that is not finished yet.
+#[derive(Debug)]
+struct LineReader {
+    pipe: File,
+    partial: Vec<u8>,
+    open: bool,
+}
+
+impl LineReader {
+    fn new(pipe: OwnedFd) -> Self {
+        Self { pipe: File::from(pipe), partial: Vec::new(), open: true }
+    }
+
+    /// Reads what is there, up to `most` bytes, and calls `line` for each line that is complete, or a piece of it, which it is
+    /// told. False if nothing more will come.
+    fn read(&mut self, mut most: usize, line: &mut impl FnMut(&str, bool)) -> bool {
+        let mut buffer = [0; 8192];
+        while most > 0 && self.open {
+            let room = most.min(buffer.len());
+            match self.pipe.read(&mut buffer[..room]) {
+                Ok(0) => self.open = false,
+                Ok(count) => {
+                    self.take(&buffer[..count], line);
+                    most -= count;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => self.open = false,
+            }
+        }
+        self.open
+    }
+
+    /// Hands out what stands without a line end.
+    fn finish(&mut self, line: &mut impl FnMut(&str, bool)) {
+        if !self.partial.is_empty() {
+            self.emit(line, true);
+        }
+    }
+
+    fn take(&mut self, mut bytes: &[u8], line: &mut impl FnMut(&str, bool)) {
+        while !bytes.is_empty() {
+            let room = LONGEST_LINE - self.partial.len();
+            let end = bytes.iter().take(room + 1).position(|&byte| byte == b'\n');
+            let taken = end.unwrap_or(bytes.len().min(room));
+            self.partial.extend_from_slice(&bytes[..taken]);
+            bytes = &bytes[taken..];
+            if end.is_some() {
+                bytes = &bytes[1..];
+                self.emit(line, true);
+            } else if !bytes.is_empty() {
+                self.emit(line, false);
+            }
+        }
+    }
+
+    fn emit(&mut self, line: &mut impl FnMut(&str, bool), is_whole: bool) {
+        // A piece ends between two characters, if these are characters.
+        let cut = match std::str::from_utf8(&self.partial) {
+            Err(error) if !is_whole && error.error_len().is_none() && error.valid_up_to() > 0 => error.valid_up_to(),
+            _ => self.partial.len(),
+        };
+        let text = String::from_utf8_lossy(&self.partial[..cut]);
+        line(text.trim_end_matches('\r'), is_whole);
+        self.partial.drain(..cut);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn pipe() -> (LineReader, File) {
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+        (LineReader::new(read), File::from(write))
+    }
+
+    #[test]
+    fn lines_are_whole_however_they_arrive() {
+        let (mut reader, mut write) = pipe();
+        let mut lines = Vec::new();
+        let mut take = |line: &str, is_whole: bool| {
+            assert!(is_whole);
+            lines.push(line.to_owned());
+        };
+        for piece in ["one\ntw", "o\r\n", "", "\nlast"] {
+            write.write_all(piece.as_bytes()).unwrap();
+            assert!(reader.read(4, &mut take), "a few bytes a turn");
+            assert!(reader.read(64, &mut take));
+        }
+        drop(write);
+        assert!(!reader.read(64, &mut take));
+        reader.finish(&mut take);
+        assert_eq!(lines, ["one", "two", "", "last"]);
+    }
+
+    #[test]
+    fn a_line_of_64_kib_is_whole_and_a_longer_one_comes_in_marked_pieces() {
+        for (length, pieces) in
+            [(LONGEST_LINE, vec![(LONGEST_LINE, true)]), (LONGEST_LINE + 1, vec![(LONGEST_LINE - 1, false), (2, true)])]
+        {
+            let (mut reader, mut write) = pipe();
+            // The last character of the first piece is half in the next.
+            let mut text = vec![b'x'; length - 2];
+            text.extend("é".as_bytes());
+            let mut found = Vec::new();
+            for piece in text.chunks(8192) {
+                write.write_all(piece).unwrap();
+                assert!(reader.read(usize::MAX, &mut |line, is_whole| found.push((line.len(), is_whole))));
+            }
+            write.write_all(b"\n").unwrap();
+            reader.read(usize::MAX, &mut |line, is_whole| found.push((line.len(), is_whole)));
+            assert_eq!(found, pieces);
+        }
+    }
+
+    #[test]
+    fn no_line_is_lost_in_any_history() {
+        for seed in 0..500 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let (mut repeats, mut now) = (Repeats::default(), Now::from_secs(5));
+            let (mut written, mut told, mut logged) = ([0_u64; 2], [0_u64; 2], 0);
+            let mut last = 0;
+            for _ in 0..400 {
+                now += Now::from_millis(random.u64(0..200));
+                if random.u32(0..4) == 0
+                    && let Some(count) = repeats.tick(now)
+                {
+                    assert!(count > 0, "seed {seed}");
+                    told[last] += count;
+                    logged += 1;
+                }
+                let line = if random.u32(0..60) == 0 { 1 - last } else { last };
+                let Verdict { count, log } = repeats.take(["a", "b"][line], now);
+                told[last] += count.unwrap_or(0);
+                told[line] += u64::from(log);
+                logged += u32::from(log) + u32::from(count.is_some());
+                written[line] += 1;
+                last = line;
+                assert!(repeats.due.is_none_or(|due| due <= now + COUNTED), "seed {seed}");
+                assert_eq!(repeats.held > 0, repeats.due.is_some(), "seed {seed}");
+            }
+            told[last] += repeats.end().unwrap_or(0);
+            assert_eq!(written, told, "seed {seed}");
+            assert!(logged < 300, "seed {seed}: {logged} lines");
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! The log and the access log, of real processes: what the application puts out, floods, rotation, JSON, and the line for
+//! each request.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use common::{Server, fastcgi, http, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, Uid};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const HTTP: [&str; 4] = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
+
+fn start(arguments: &[&str]) -> Server {
+    Server::start("chatty", &[&HTTP, arguments].concat())
+}
+
+fn worker(server: &Server) -> i32 {
+    wait_until("there is a worker", || server.children().first().copied())
+}
+
+fn get(server: &Server, target: &str) -> u16 {
+    http::get(&server.http(), target).unwrap().status
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+fn objects(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
+}
+
+fn wait_for_line(path: &Path, what: &str) -> String {
+    wait_until(what, || read(path).lines().find(|line| line.contains(what)).map(str::to_owned))
+}
+
+/// The words behind the bar, of lines of output.
+fn words(log: &str) -> Vec<&str> {
+    log.lines().filter_map(|line| line.split_once(" | ")).map(|(_, words)| words).collect()
+}
+
+#[test]
+fn what_a_worker_puts_out_is_logged_with_its_slot_and_pid() {
+    let mut server = start(&[]);
+    let pid = worker(&server);
+    assert_eq!(get(&server, "/line/5"), 200);
+    let line = server.wait_for("xxxxx");
+    assert!(line.ends_with(&format!("] slot=0 pid={pid} | xxxxx")), "{line}");
+    assert!(line.contains("INFO"), "{line}");
+    server.stop();
+}
+
+#[test]
+fn lines_of_64_kib_are_whole_and_longer_ones_are_marked() {
+    let mut server = start(&[]);
+    for length in [64 << 10, (64 << 10) + 7] {
+        assert_eq!(get(&server, &format!("/line/{length}")), 200);
+    }
+    server.stop();
+    let log = server.log();
+    let lengths: Vec<usize> =
+        words(&log).iter().map(|words| words.bytes().filter(|&byte| byte == b'x').count()).collect();
+    assert_eq!(lengths, [64 << 10, 64 << 10, 7]);
+    let marked: Vec<bool> = words(&log).iter().map(|words| words.ends_with(" [continued]")).collect();
+    assert_eq!(marked, [false, true, false]);
+}
+
+#[test]
+fn a_flood_is_logged_whole_and_does_not_stop_the_master() {
+    const LINES: u32 = 100_000;
+    let mut server = start(&[]);
+    let address = server.http();
+    std::thread::scope(|scope| {
+        let flood = scope.spawn(|| http::get(&address, &format!("/flood/{LINES}")).unwrap().status);
+        // The master goes on: it hears a signal and adds a worker meanwhile.
+        wait_until("the flood has begun", || server.log().contains("| number 0").then_some(()));
+        server.signal(Signal::SIGTTIN);
+        wait_until("there are two workers", || (server.children().len() == 2).then_some(()));
+        assert_eq!(flood.join().unwrap(), 200);
+    });
+    server.stop();
+    let log = server.log();
+    let found = words(&log);
+    assert_eq!(found.len(), LINES as usize);
+    assert!((0..LINES).zip(&found).all(|(number, words)| *words == format!("number {number}")), "in order, each once");
+    let added = log.find("asked to add").unwrap_or(usize::MAX);
+    assert!(added < log.rfind("| number").unwrap(), "it heard the signal in the middle of the flood");
+}
+
+#[test]
+fn the_same_line_again_and_again_is_counted() {
+    let mut server = start(&[]);
+    assert_eq!(get(&server, "/again/5000"), 200);
+    assert_eq!(get(&server, "/line/3"), 200);
+    server.wait_for("| xxx");
+    server.stop();
+    let log = server.log();
+    let as_it_came = words(&log).iter().filter(|words| **words == "the same").count();
+    let counted = log.lines().filter(|line| line.contains("the last line of output came again"));
+    let counts = counted.map(|line| line.rsplit_once("times=").unwrap().1.parse::<usize>().unwrap());
+    assert_eq!(as_it_came + counts.sum::<usize>(), 5000);
+    assert!(as_it_came < 100, "{as_it_came}");
+}
+
+#[test]
+fn the_last_words_of_a_worker_stand_before_its_obituary() {
+    let mut server = start(&[]);
+    assert_eq!(get(&server, "/half"), 502);
+    server.wait_for("| these are my last");
+    server.wait_for("worker died");
+    server.stop();
+}
+
+#[test]
+fn output_outlives_the_master() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let server = start(&["--log-file", log.to_str().unwrap()]);
+    let pid = worker(&server);
+    let mut client = http::Client::connect(&server.http()).unwrap();
+    assert_eq!(client.request("GET", "/ok", b"").unwrap().status, 200);
+    kill(server.pid(), Signal::SIGKILL).unwrap();
+    wait_for_line(&log, "the master is gone");
+    // Its connection has a second for one more request.
+    if let Ok(response) = client.request("GET", "/line/9", b"") {
+        assert_eq!(response.text(), "Ok(())\n", "it can still write");
+        assert!(read(&log).lines().any(|line| line == "xxxxxxxxx"), "{}", read(&log));
+    }
+    wait_until("the worker has left", || common::process(pid).is_none_or(|process| process.state == 'Z').then_some(()));
+}
+
+#[test]
+fn a_log_of_objects_has_nothing_else_in_it() {
+    let mut server = start(&["--log-format", "json"]);
+    let (master, pid) = (server.pid().as_raw(), worker(&server));
+    wait_until("it listens", || server.log().contains("bind").then_some(()));
+    let bind = server.log();
+    let address = bind.split_once("http://").unwrap().1.split('"').next().unwrap().to_owned();
+    assert_eq!(http::get(&address, "/line/4").unwrap().status, 200);
+    assert_eq!(http::get(&address, "/half").unwrap().status, 502);
+    server.wait_for("worker died");
+    server.stop();
+    let lines = objects(&server.log());
+    for line in &lines {
+        assert!(line["time"].is_string() && line["level"].is_string() && line["target"].is_string(), "{line}");
+        assert!(line["pid"].is_u64() && line["message"].is_string(), "{line}");
+    }
+    let output = lines.iter().find(|line| line["target"] == "app").unwrap();
+    assert_eq!((&output["message"], &output["slot"], &output["pid"]), (&"xxxx".into(), &0.into(), &pid.into()));
+    let died = lines.iter().find(|line| line["message"] == "worker died").unwrap();
+    assert_eq!((&died["pid"], &died["signal"], &died["level"]), (&pid.into(), &"ABRT".into(), &"warn".into()));
+    assert!(died["in_flight"].as_str().unwrap().starts_with("GET /half"), "{died}");
+    assert!(lines.iter().any(|line| line["pid"] == master));
+}
+
+/// Requests without end, while the files are moved away again and again.
+#[test]
+fn no_line_is_lost_when_the_files_are_rotated_under_load() {
+    assert!(Uid::effective().is_root(), "this test changes users: run it as root");
+    let folder = tempfile::tempdir().unwrap();
+    let (log, access) = (folder.path().join("log"), folder.path().join("access"));
+    let (log_file, access_log) = (log.to_str().unwrap(), access.to_str().unwrap());
+    let user = ["--user", "4711", "--group", "4712"];
+    let files = ["--workers", "2", "--log-file", log_file, "--access-log", access_log];
+    let mut server = Server::start("chatty", &[&["--bind", "http:127.0.0.1:0"], &user[..], &files].concat());
+    let address = server.http();
+    let (stop, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for client in 0..3 {
+            let (address, stop, sent) = (&address, &stop, &sent);
+            scope.spawn(move || {
+                for number in 0.. {
+                    if stop.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    let target = format!("/flood/1?{client}-{number}");
+                    assert_eq!(http::get(address, &target).unwrap().status, 200);
+                    sent.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        for round in 1..=4 {
+            let before = sent.load(Ordering::SeqCst);
+            wait_until("requests are served", || (sent.load(Ordering::SeqCst) > before + 50).then_some(()));
+            for path in [&log, &access] {
+                std::fs::rename(path, path.with_extension(round.to_string())).unwrap();
+            }
+            server.signal(Signal::SIGUSR1);
+            wait_for_line(&log, "log files reopened errors=0");
+            // Both workers write there: they have followed, though they may not open it.
+            let lines = || {
+                read(&access)
+                    .lines()
+                    .filter_map(|line| line.split_once(" slot="))
+                    .map(|(_, rest)| rest[..1].to_owned())
+                    .collect()
+            };
+            wait_until("both workers have followed", || {
+                let slots: BTreeSet<String> = lines();
+                (slots.len() == 2).then_some(())
+            });
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    server.stop();
+    let all = |path: &Path| -> String {
+        let old = (1..=4).map(|round| read(&path.with_extension(round.to_string())));
+        old.chain([read(path)]).collect()
+    };
+    let (logged, accessed) = (all(&log), all(&access));
+    let targets: Vec<&str> = accessed.lines().map(|line| line.split(' ').nth(6).unwrap()).collect();
+    let distinct: BTreeSet<&str> = targets.iter().copied().collect();
+    assert_eq!((targets.len(), distinct.len()), (sent.load(Ordering::SeqCst), sent.load(Ordering::SeqCst)));
+    let counted =
+        logged.lines().filter_map(|line| line.rsplit_once("times=")).map(|(_, count)| count.parse::<usize>().unwrap());
+    let came = logged.lines().filter(|line| line.ends_with("| number 0")).count();
+    assert_eq!(came + counted.sum::<usize>(), sent.load(Ordering::SeqCst));
+}
+
+#[test]
+fn each_request_has_a_line_over_each_protocol() {
+    let folder = tempfile::tempdir().unwrap();
+    let (access, socket) = (folder.path().join("access"), folder.path().join("app.sock"));
+    let address = format!("fastcgi:unix:{}", socket.display());
+    let path = access.to_str().unwrap();
+    let mut server = start(&["--bind", &address, "--access-log", path, "--access-log-format", "json"]);
+    let pid = worker(&server);
+    assert_eq!(get(&server, "/ok?a=%22b"), 200);
+    assert_eq!(get(&server, "/none"), 404);
+    let mut client = fastcgi::Client::connect(&address).unwrap();
+    assert_eq!(client.request("GET", "/line/7", b"").unwrap().status(), 200);
+    assert_eq!(read(&access), "", "they wait for company");
+    wait_for_line(&access, "/line/7");
+    let lines = objects(&read(&access));
+    let seen = |line: &Value| {
+        (line["protocol"].clone(), line["target"].clone(), line["status"].clone(), line["bytes"].clone())
+    };
+    let expected = |protocol: &str, target: &str, status: u16, bytes: u64| {
+        (protocol.into(), target.into(), status.into(), bytes.into())
+    };
+    assert_eq!(seen(&lines[0]), expected("http", "/ok?a=%22b", 200, 3));
+    assert_eq!(seen(&lines[1]), expected("http", "/none", 404, 0));
+    assert_eq!(seen(&lines[2]), expected("fastcgi", "/line/7", 200, 7));
+    for line in &lines {
+        assert!(line["duration_ms"].is_number() && line["time"].is_string(), "{line}");
+        assert_eq!((&line["slot"], &line["gen"], &line["method"]), (&0.into(), &1.into(), &"GET".into()));
+    }
+    assert_eq!(lines[0]["client"], "127.0.0.1");
+    assert_eq!(server.children(), BTreeSet::from([pid]));
+    server.stop();
+    assert_eq!(objects(&read(&access)).len(), 3);
+}
+
+#[test]
+fn the_lines_of_a_killed_worker_are_written_by_its_heir() {
+    let folder = tempfile::tempdir().unwrap();
+    let access = folder.path().join("access");
+    let mut server = start(&["--access-log", access.to_str().unwrap()]);
+    for _ in 0..5 {
+        assert_eq!(get(&server, "/ok"), 200);
+    }
+    assert_eq!(get(&server, "/kill"), 502);
+    server.wait_for("worker died");
+    wait_until("five lines", || (read(&access).lines().count() == 5).then_some(()));
+    let text = read(&access);
+    let line = text.lines().next().unwrap();
+    assert!(line.starts_with("127.0.0.1 - - [") && line.contains("] \"GET /ok HTTP/1.1\" 200 3 \"-\" "), "{line}");
+    assert!(line.ends_with(" slot=0 gen=1 protocol=http"), "{line}");
+    server.stop();
+}
+
+#[test]
+fn files_that_cannot_be_opened_are_named_and_a_rotation_that_fails_changes_nothing() {
+    for flag in ["--log-file", "--access-log"] {
+        let output = Command::new(program("chatty")).args(HTTP).args([flag, "/nowhere/at/all"]).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.code() == Some(1) && error.contains(flag) && error.contains("/nowhere/at/all"),
+            "{error}"
+        );
+    }
+    let folder: TempDir = tempfile::tempdir().unwrap();
+    let inner = folder.path().join("logs");
+    std::fs::create_dir(&inner).unwrap();
+    let mut server = start(&["--access-log", inner.join("access").to_str().unwrap()]);
+    assert_eq!(get(&server, "/ok"), 200);
+    let moved = folder.path().join("moved");
+    std::fs::rename(&inner, &moved).unwrap();
+    server.signal(Signal::SIGUSR1);
+    server.wait_for("--access-log: cannot open");
+    server.wait_for("log files reopened errors=1");
+    server.stop();
+    assert_eq!(read(&moved.join("access")).lines().count(), 1);
+}
+
+#[test]
+fn run_has_no_access_log_and_says_why() {
+    let arguments = ["run", "--bind", "fastcgi:unix:/tmp/unused.sock", "--access-log", "-", "--", "true"];
+    let output = Command::new(program("forkyard")).args(arguments).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && error.contains("web server"), "{error}");
+}
+
+#[test]
+fn a_program_under_run_is_logged_as_objects_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let bind = format!("fastcgi:unix:{}", folder.path().join("app.sock").display());
+    let mut forkyard = Command::new(program("forkyard"));
+    forkyard
+        .args(["run", "--bind", &bind, "--workers", "1", "--settle", "0", "--log-format", "json", "--log-file"])
+        .arg(&log);
+    forkyard.args(["--", "sh", "-c", "echo slot=9 level=none; exec sleep 1000"]);
+    let mut server = Server::launch(&mut forkyard);
+    let line = wait_for_line(&log, "level=none");
+    let line: Value = serde_json::from_str(&line).unwrap();
+    let pid = worker(&server);
+    assert_eq!((&line["message"], &line["slot"]), (&"slot=9 level=none".into(), &0.into()));
+    assert_eq!((&line["pid"], &line["level"]), (&pid.into(), &"info".into()));
+    assert!(kill(Pid::from_raw(pid), None).is_ok());
+    server.stop();
+}
