@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 
 use crate::config::Config;
 use crate::handover::Channel;
+use crate::hooks::WorkerHooks;
 use crate::listen::Listener;
 use crate::privileges::Privileges;
 
@@ -36,6 +37,8 @@ pub(crate) struct Heritage {
     pub(crate) application: Arc<[RawFd]>,
     /// What it gives up before the application runs.
     pub(crate) privileges: Arc<Privileges>,
+    /// What the application wants called.
+    pub(crate) hooks: Arc<WorkerHooks>,
 }
 
 /// What a worker tells the master: a line each. To the master it is gossip.

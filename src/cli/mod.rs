@@ -4,6 +4,7 @@
 //! every binary that calls [`crate::run`], for the application linked into it.
 
 mod failures;
+mod helpers;
 mod numbers;
 mod privileges;
 
@@ -77,6 +78,9 @@ struct ServeOptions {
 
     #[command(flatten)]
     privileges: PrivilegeOptions,
+
+    #[command(flatten)]
+    helpers: helpers::HelperOptions,
 }
 
 /// The further flags of a binary with an application linked into it.
@@ -339,7 +343,8 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
         timeouts: timeouts.timeouts(),
     };
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures() };
-    let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers);
+    let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers)
+        .map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     Ok(Request { config, log_level, cgi, program: None })
 }
 
@@ -350,14 +355,16 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
 pub(crate) fn parse_forkyard(arguments: Vec<OsString>) -> Result<Request, clap::Error> {
     let Subcommands::Run(run) = Forkyard::try_parse_from(arguments)?.command;
     let log_level = run.serve.log_level.clone();
-    check_run(&run.serve.bind).map_err(|cause| {
+    let refuse = |cause: String| {
         let mut command = Forkyard::command().bin_name("forkyard");
         command.build();
         let run = command.find_subcommand_mut("run").cloned().unwrap_or(command);
         run.bin_name("forkyard run").error(clap::error::ErrorKind::ValueValidation, cause)
-    })?;
+    };
+    check_run(&run.serve.bind).map_err(refuse)?;
     let numbers = run.serve.numbers.numbers(OfEachWorker::default());
-    let config = config(run.serve, numbers, run.keep.cache(run.cache), run.settle, OfWorkers::default());
+    let config =
+        config(run.serve, numbers, run.keep.cache(run.cache), run.settle, OfWorkers::default()).map_err(refuse)?;
     Ok(Request { config, log_level, cgi: false, program: Some((run.command, run.direct)) })
 }
 
@@ -397,13 +404,15 @@ struct Access {
     trust: Option<Trust>,
 }
 
+/// # Errors
+/// A sentence for the operator: flags that do not go together.
 fn config(
     serve: ServeOptions,
     numbers: Numbers,
     cache: CacheConfig,
     settle: Duration,
     of_workers: OfWorkers,
-) -> Config {
+) -> Result<Config, String> {
     let mut binds = serve.bind;
     if binds.is_empty() {
         binds.push(if listen::started_by_web_server() {
@@ -413,7 +422,7 @@ fn config(
         });
     }
     let privileges: PrivilegesConfig = serve.privileges.config(of_workers.sandbox);
-    Config {
+    Ok(Config {
         binds,
         workers: serve.workers,
         numbers,
@@ -432,7 +441,8 @@ fn config(
         trust: of_workers.access.trust,
         privileges,
         failures: of_workers.failures,
-    }
+        helpers: serve.helpers.config()?,
+    })
 }
 
 fn parse_max_uri(text: &str) -> Result<usize, String> {

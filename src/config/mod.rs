@@ -4,6 +4,7 @@
 //! form of an address, and which headers proxies write.
 
 pub(crate) mod failures;
+pub(crate) mod helpers;
 mod numbers;
 pub(crate) mod privileges;
 
@@ -47,6 +48,8 @@ pub(crate) struct Config {
     pub(crate) privileges: PrivilegesConfig,
     /// Requests that hang, dawdle or kill; all zero for external programs.
     pub(crate) failures: failures::Failures,
+    /// What runs beside the workers.
+    pub(crate) helpers: helpers::HelpersConfig,
 }
 
 /// The proxies that are believed when they tell who their client is.

@@ -10,10 +10,13 @@
 //! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
 //! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
 //!   them what they go by. [`symbols`] has the functions named in which workers crashed.
+//! - [`helpers`] decides which daemons and jobs run beside the workers (pure); [`beside`] runs them.
 //! - [`obituary`] writes the line for each process that ended.
 
+mod beside;
 mod demand;
 mod hangs;
+mod helpers;
 mod notes;
 mod obituary;
 mod program_log;
@@ -36,14 +39,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+use self::beside::Beside;
+pub(crate) use self::beside::check_helpers;
 use self::recycling::Recycling;
 use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
-use self::supervisor::{Action, Budget, Event, Policy, Supervisor, Wish};
+use self::supervisor::{Action, Budget, Event, Note, Policy, Supervisor, Wish};
 use crate::config::{Config, Share};
 use crate::heritage::Report;
+use crate::hooks::{WorkerExit, WorkerId};
 use crate::listen::Listener;
 use crate::queue_depth::QueueDepth;
 use crate::sys::{self, Ending};
@@ -65,6 +71,9 @@ struct Master {
     last_buried: Option<(Pid, String)>,
     begun: Instant,
     sickbed: Sickbed,
+    beside: Beside,
+    /// Set when the last worker is gone: whether the operator asked for that.
+    emptied: Option<bool>,
     /// Set when the last process is gone: whether the operator asked for that.
     ended: Option<bool>,
 }
@@ -95,12 +104,14 @@ pub(crate) fn run(
         signals: SignalInbox::open()?,
         scoreboard: segment.scoreboard(),
         sickbed: Sickbed::new(&config.failures, segment.quarantine()),
+        beside: Beside::new(&config, segment.clone(), begun)?,
         nursery: Nursery::new(config, listeners, segment, launch, application)?,
         recycling,
         queue_depth: QueueDepth::new(),
         children: HashMap::new(),
         last_buried: None,
         begun,
+        emptied: None,
         ended: None,
     };
     master.feed(Event::Tick);
@@ -114,6 +125,7 @@ pub(crate) fn run(
         master.recycle();
         master.look_after_the_sick();
         master.feed(Event::Tick);
+        master.look_beside();
     }
     Ok(master.ended == Some(true))
 }
@@ -143,7 +155,12 @@ impl Master {
 
     /// The one wait point. True if a connection waits and there is no worker.
     fn wait(&self) -> bool {
-        let deadlines = [self.supervisor.next_deadline(), self.recycling.next_deadline(), self.sickbed.next_deadline()];
+        let deadlines = [
+            self.supervisor.next_deadline(),
+            self.recycling.next_deadline(),
+            self.sickbed.next_deadline(),
+            self.beside.next_deadline(),
+        ];
         let deadline = deadlines.into_iter().flatten().min();
         let mut timeout = deadline.map(|deadline| deadline.saturating_sub(self.now()));
         if self.children.values().any(Child::is_unsettled_program) {
@@ -155,7 +172,7 @@ impl Master {
         });
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
         let children = self.children.values().filter_map(Child::watched);
-        let children = children.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let children = children.chain(self.beside.watched()).map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         // Without workers nobody else looks whether somebody comes.
         let listeners = if self.supervisor.awaits_arrival() { &*self.nursery.listeners } else { &[] };
         let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
@@ -188,11 +205,14 @@ impl Master {
     /// Reaps all that have ended: one SIGCHLD may stand for many.
     fn reap(&mut self) {
         while let Some(pid) = sys::ended_child() {
-            if self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
+            if self.beside.has(pid) || self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
                 // What a wrapper script started, say, and left behind. Before the pid is free for others.
                 let _ = killpg(pid, Signal::SIGKILL);
             }
             let Some(ending) = sys::reap(pid) else { return };
+            if self.beside.ended(pid, ending) {
+                continue;
+            }
             self.hear(pid);
             let Some(child) = self.children.remove(&pid) else {
                 if !self.sickbed.symbols.ended(pid, &self.signals) {
@@ -200,11 +220,17 @@ impl Master {
                 }
                 continue;
             };
-            let slot = child.slot;
+            let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
             self.recycling.died(pid);
             self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
             let mut end = obituary::publish(pid, ending, child, &self.scoreboard);
             self.last_buried = Some((pid, std::mem::take(&mut end.last_words)));
+            if let Launch::Worker(_, hooks) = &self.nursery.launch {
+                let worker = WorkerId { slot, generation };
+                let (pid, served, lived) = (pid.as_raw().cast_unsigned(), end.served, since.elapsed());
+                let exit = WorkerExit { worker, pid, status: ending.status(), asked, served, lived };
+                hooks.of_master.on_worker_exit(exit);
+            }
             self.take_evidence(slot, pid, end);
             let wish = match ending {
                 Ending::Exited(0) => Wish::Renew,
@@ -278,8 +304,19 @@ impl Master {
         self.feed(Event::Recycle { pid });
     }
 
+    /// Has daemons and jobs go on. When they are gone too, after the last worker, the master ends.
+    fn look_beside(&mut self) {
+        self.beside.turn(self.supervisor.is_up());
+        if self.beside.is_empty() {
+            self.ended = self.emptied;
+        }
+    }
+
     /// Gives the supervisor an event and does what it wants, until it wants nothing more.
     fn feed(&mut self, event: Event) {
+        if let Event::Command(command) = event {
+            self.beside.heed(command);
+        }
         let mut actions = VecDeque::from(self.supervisor.step(event, self.now()));
         while let Some(action) = actions.pop_front() {
             if let Some(answer) = self.act(action) {
@@ -317,10 +354,14 @@ impl Master {
             }
             Action::Note(note) => {
                 self.tell(note);
+                if let Note::ReloadDone { .. } = note {
+                    self.beside.reloaded();
+                }
                 None
             }
             Action::Exit { success } => {
-                self.ended = Some(success);
+                self.emptied = Some(success);
+                self.beside.stop();
                 None
             }
         }

@@ -25,6 +25,8 @@ pub(crate) struct End {
     pub(crate) trace: String,
     /// What the process said of it.
     pub(crate) last_words: String,
+    /// Requests that it had served.
+    pub(crate) served: u64,
 }
 
 /// By these the kernel and the library end a process for what it did. KILL is not among them: an operator sends it, or the
@@ -89,9 +91,10 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
         Ending::Exited(125) => log::warn!("worker left and asks not to be replaced {line}"),
         Ending::Exited(_) | Ending::Signaled(_) => log::warn!("worker died {line}"),
     }
+    let served = row.as_ref().map_or(0, |row| row.requests);
     let (in_flight, complete, culprit) = row.map_or((Vec::new(), true, None), |row| {
         let complete = usize::try_from(row.in_flight) == Ok(row.serving.len());
         (row.serving.into_iter().map(|one| one.what).collect(), complete, row.culprit)
     });
-    End { is_crash, in_flight, complete, culprit, trace, last_words }
+    End { is_crash, in_flight, complete, culprit, trace, last_words, served }
 }

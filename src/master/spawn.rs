@@ -16,6 +16,7 @@ use super::signals::SignalInbox;
 use crate::config::{Config, Program};
 use crate::handover::Channel;
 use crate::heritage::{Heritage, Report, WorkerMain};
+use crate::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::listen::Listener;
 use crate::privileges::Privileges;
 use crate::sys;
@@ -25,8 +26,8 @@ const LAST_WORDS: usize = 4096;
 
 /// What the processes run.
 pub(crate) enum Launch {
-    /// The application linked into this binary, in a fork of the master.
-    Worker(WorkerMain),
+    /// The application linked into this binary, in a fork of the master, and what it wants called.
+    Worker(WorkerMain, Hooks),
     /// An external program, which accepts from its standard input.
     Program(Program),
 }
@@ -42,6 +43,7 @@ pub(crate) struct Nursery {
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
     privileges: Arc<Privileges>,
+    worker_hooks: Arc<WorkerHooks>,
 }
 
 /// A process that lives, as the master sees it.
@@ -69,7 +71,7 @@ impl Nursery {
         config: Arc<Config>,
         listeners: Arc<[Listener]>,
         segment: Segment,
-        launch: Launch,
+        mut launch: Launch,
         application: Arc<[RawFd]>,
     ) -> io::Result<Self> {
         let lifeline = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
@@ -77,7 +79,11 @@ impl Nursery {
         let executes = matches!(launch, Launch::Program(_));
         let privileges = Privileges::resolve(&config.privileges, executes).map_err(io::Error::other)?;
         let privileges = Arc::new(privileges);
-        Ok(Self { config, listeners, segment, launch, handover, lifeline, application, privileges })
+        let worker_hooks = match &mut launch {
+            Launch::Worker(_, hooks) => Arc::new(std::mem::take(&mut hooks.of_worker)),
+            Launch::Program(_) => Arc::default(),
+        };
+        Ok(Self { config, listeners, segment, launch, handover, lifeline, application, privileges, worker_hooks })
     }
 
     /// Makes a process for `slot`.
@@ -86,7 +92,10 @@ impl Nursery {
     /// What fork or exec says, or that no pipe can be had.
     pub(crate) fn spawn(&self, slot: u32, generation: u64, signals: &SignalInbox) -> io::Result<(Pid, Child)> {
         let (pid, link) = match &self.launch {
-            Launch::Worker(main) => self.fork_worker(main, slot, generation, signals)?,
+            Launch::Worker(main, hooks) => {
+                hooks.of_master.before_fork(WorkerId { slot, generation })?;
+                self.fork_worker(main, slot, generation, signals)?
+            }
             Launch::Program(program) => self.start_program(program, slot, generation)?,
         };
         Ok((pid, Child { slot, generation, since: Instant::now(), asked_to_leave: false, hung: false, link }))
@@ -112,6 +121,7 @@ impl Nursery {
             lifeline: self.lifeline.0.try_clone()?,
             application: Arc::clone(&self.application),
             privileges: Arc::clone(&self.privileges),
+            hooks: Arc::clone(&self.worker_hooks),
         };
         let pid = sys::fork(|| {
             signals.leave();
@@ -159,14 +169,14 @@ impl Nursery {
 }
 
 /// Why a program did not start: the step that failed has left its flag in the output.
-fn explain(error: &io::Error, output: BorrowedFd<'_>) -> io::Error {
+pub(super) fn explain(error: &io::Error, output: BorrowedFd<'_>) -> io::Error {
     let mut flag = [0; 64];
     let read = nix::unistd::read(output, &mut flag).unwrap_or(0);
     let flag = String::from_utf8_lossy(&flag[..read]);
     io::Error::other(if flag.is_empty() { error.to_string() } else { format!("{flag}: {error}") })
 }
 
-fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
+pub(super) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
     use nix::fcntl::{FcntlArg, fcntl};
     fcntl(&pipe, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(pipe)

@@ -67,6 +67,7 @@ use crate::handover::{Channel, PackedOrigin};
 use crate::heir::ledger::{Ledger, Tongue};
 use crate::heir::{self, Appointed};
 use crate::heritage::{Heritage, Report};
+use crate::hooks::WorkerId;
 use crate::listen::{Listener, Protocol};
 use crate::protocol::cgi::Origin;
 use crate::{at_work, blocking, crash, sys};
@@ -136,7 +137,8 @@ where
     B::Error: Into<BoxError>,
 {
     let config = Arc::clone(&heritage.config);
-    let slot = heritage.slot;
+    let (slot, hooks) = (heritage.slot, Arc::clone(&heritage.hooks));
+    let worker = WorkerId { slot, generation: heritage.generation };
     let begun = Instant::now();
     let asked_to_leave = take_signals(config.drain_timeout)?;
     if !config.privileges.limits_descriptors() {
@@ -148,9 +150,8 @@ where
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
     blocking::configure(config.threads, config.queue, Some(row.occupancy()));
     blocking::set_patience(config.failures.hang_timeout);
-    crash::give_stack();
-    at_work::enlist();
-    crash::install(heritage.report.try_clone()?, row.pulse())?;
+    watch_for_crashes(&heritage, &row)?;
+    hooks.after_fork(worker)?;
 
     let runtime = event_loop(row.pulse(), !config.failures.hang_timeout.is_zero())?;
     let outcome = run_in_turns(&runtime, async {
@@ -188,6 +189,7 @@ where
             tokio::task::spawn_local(miss_heir(heir.end, report.try_clone()?)),
             tokio::task::spawn_local(tell_of_hangs(report.try_clone()?)),
         ];
+        hooks.on_ready(worker)?;
         row.set_state(State::Ready);
         (&report).write_all(Report::Ready.line().as_bytes())?;
         told_to_leave(asked_to_leave, heritage.lifeline).await?;
@@ -199,6 +201,7 @@ where
             acceptor.run_dry(&*server).await;
         }
         drain.begin();
+        hooks.on_drain(worker, config.drain_timeout);
         leave(&drain, &connections, &accepting, &*server).await;
         tasks.iter().for_each(JoinHandle::abort);
         log::debug!("drained slot={slot} passed_on={}", drain.passed_on());
@@ -209,9 +212,17 @@ where
     outcome?;
     // What still runs on a thread though its client has left: it may be half-way through something.
     blocking::finish();
+    hooks.on_exit(worker);
     // Not the runtime's own end, which would wait for a blocking function that never returns.
     runtime.shutdown_background();
     Ok(())
+}
+
+/// Has this thread tell of a crash, and in which request.
+fn watch_for_crashes(heritage: &Heritage, row: &Row) -> io::Result<()> {
+    crash::give_stack();
+    at_work::enlist();
+    crash::install(heritage.report.try_clone()?, row.pulse())
 }
 
 /// Returns when the last connection is gone, or is somebody else's.
