@@ -94,7 +94,7 @@ impl Builder {
         self
     }
 
-    /// `hook` runs in the master before each fork, on its one thread: the place to bring up to date what all further workers
+    /// `hook` runs in the master before each worker is forked, on its one thread: the place to bring up to date what all further workers
     /// share. It must not block, for nothing is supervised meanwhile, and must leave no thread running, as with
     /// [`preload`](Self::preload). What it opens is closed in the workers.
     ///

@@ -61,7 +61,6 @@ fn hooks_are_called_in_order_over_a_crash_a_reload_and_a_stop() {
     server.signal(Signal::SIGHUP);
     let end = server.wait_for("hook: on_worker_exit");
     assert!(end.contains("asked=true") && end.contains("exit status: 0"), "{end}");
-    server.wait_for("reload done gen=2");
     expected.extend(of_generation(&BIRTH, 2));
     expected.extend(of_generation(&["on_drain", "on_exit", "on_worker_exit"], 1));
     assert_eq!(called(&server), expected);
@@ -70,7 +69,7 @@ fn hooks_are_called_in_order_over_a_crash_a_reload_and_a_stop() {
     server.stop();
     expected.extend(of_generation(&["on_drain", "on_exit", "on_worker_exit"], 2));
     assert_eq!(called(&server), expected);
-    assert!(server.log().contains("on_drain slot=1 gen=2 within=20s") || server.log().contains("gen=2 within=20s"));
+    assert!(server.log().contains("gen=2 within=20s"), "what --drain-timeout says");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The master: one thread, one `poll(2)`, events in, actions out.
 //!
 //! It makes processes, hears of their readiness and their end, and does what the [`supervisor`] decides. It
-//! never runs application code, never touches tokio, and takes no lock in shared memory: of that it reads the
+//! runs no code of the application's but two hooks, never touches tokio, and takes no lock in shared memory: of that it reads the
 //! scoreboard rows of dead workers, marks them as such, and nothing else. What a child says is gossip: bounded,
 //! and matched against the pid it came from.
 //!

@@ -148,9 +148,7 @@ where
     let row = scoreboard
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
-    blocking::configure(config.threads, config.queue, Some(row.occupancy()));
-    blocking::set_patience(config.failures.hang_timeout);
-    watch_for_crashes(&heritage, &row)?;
+    prepare(&heritage, &row)?;
     hooks.after_fork(worker)?;
 
     let runtime = event_loop(row.pulse(), !config.failures.hang_timeout.is_zero())?;
@@ -218,8 +216,11 @@ where
     Ok(())
 }
 
-/// Has this thread tell of a crash, and in which request.
-fn watch_for_crashes(heritage: &Heritage, row: &Row) -> io::Result<()> {
+/// Says how blocking functions run here, and has this thread tell of a crash, and in which request.
+fn prepare(heritage: &Heritage, row: &Row) -> io::Result<()> {
+    let Config { threads, queue, failures, .. } = &*heritage.config;
+    blocking::configure(*threads, *queue, Some(row.occupancy()));
+    blocking::set_patience(failures.hang_timeout);
     crash::give_stack();
     at_work::enlist();
     crash::install(heritage.report.try_clone()?, row.pulse())
