@@ -1,11 +1,12 @@
 //! From a command line to a running master: what [`crate::run`] and the `forkyard` command have in common.
 
+use std::cell::RefCell;
 use std::error::Error;
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forkyard_shm::{Found, Plan, Segment, SegmentError};
 use http::{Request as HttpRequest, Response};
@@ -20,6 +21,7 @@ use crate::config::control::reloaded;
 use crate::config::{CacheConfig, Config, Program, format_size};
 use crate::context::Context;
 use crate::heritage::WorkerMain;
+use crate::hooks::{Hooks, WorkerExit, WorkerId};
 use crate::listen::{ControlListener, Listener};
 use crate::logging::files::LogFiles;
 use crate::master::{self, Control, Launch, Operators, Reloaded, Reread};
@@ -54,6 +56,7 @@ pub struct Builder {
     worker: WorkerMain,
     cgi: CgiMain,
     preload: Option<Preload>,
+    hooks: Hooks,
 }
 
 impl std::fmt::Debug for Builder {
@@ -81,6 +84,7 @@ impl Builder {
             worker: Box::new(move |heritage| worker::run(&*factory, heritage)),
             cgi: Box::new(move |config, segment| worker::cgi::run(&*of_cgi, config, segment)),
             preload: None,
+            hooks: Hooks::default(),
         }
     }
 
@@ -94,6 +98,69 @@ impl Builder {
         self
     }
 
+    /// `hook` runs in the master before each worker is forked, on its one thread: the place to bring up to date what all further workers
+    /// share. It must not block, for nothing is supervised meanwhile, and must leave no thread running, as with
+    /// [`preload`](Self::preload). What it opens is closed in the workers.
+    ///
+    /// After an error or a panic that worker is not made; the log says why, and the next try comes a little later.
+    ///
+    /// ```no_run
+    /// # use forkyard::http::{Request, Response};
+    /// # fn main() -> std::process::ExitCode {
+    /// # let answer = |_: Request<forkyard::Body>| Response::new("");
+    /// forkyard::Builder::app(move |_cx| forkyard::blocking(answer))
+    ///     .before_fork(|worker| Ok(log::debug!("a worker for slot {}", worker.slot)))
+    ///     .after_fork(|_worker| Ok(std::env::set_current_dir("data")?))
+    ///     .on_ready(|_worker| Ok(std::fs::write("ready", "")?))
+    ///     .on_drain(|worker, within| log::info!("{worker:?} has {within:?} left"))
+    ///     .on_exit(|_worker| drop(std::fs::remove_file("ready")))
+    ///     .on_worker_exit(|exit| log::info!("pid {} served {}: {}", exit.pid, exit.served, exit.status))
+    ///     .run()
+    /// # }
+    /// ```
+    pub fn before_fork(mut self, hook: impl FnMut(WorkerId) -> Result<(), BoxError> + 'static) -> Self {
+        self.hooks.of_master.before_fork = Some(RefCell::new(Box::new(hook)));
+        self
+    }
+
+    /// `hook` runs in each worker, after the fork and after its privileges were given up, before its event loop and the
+    /// factory. An error or a panic ends the worker, which has then failed to start.
+    pub fn after_fork(mut self, hook: impl Fn(WorkerId) -> Result<(), BoxError> + Send + Sync + 'static) -> Self {
+        self.hooks.of_worker.after_fork = Some(Box::new(hook));
+        self
+    }
+
+    /// `hook` runs in each worker when it can serve (its factory and `--health-path` have succeeded), just before it says so
+    /// to the master. It runs on the event loop: until it returns nothing is served, and after `--start-timeout` the worker
+    /// is killed. An error or a panic ends the worker, which has then failed to start.
+    pub fn on_ready(mut self, hook: impl Fn(WorkerId) -> Result<(), BoxError> + Send + Sync + 'static) -> Self {
+        self.hooks.of_worker.on_ready = Some(Box::new(hook));
+        self
+    }
+
+    /// `hook` runs in a worker when it was asked to leave, with the time that it may take for that (`--drain-timeout`).
+    /// [`Context::draining`] is true by then. It runs on the event loop, which serves nothing until it returns: to tell
+    /// threads to come to an end is its business, to wait for them is that of [`on_exit`](Self::on_exit). A panic is logged.
+    pub fn on_drain(mut self, hook: impl Fn(WorkerId, Duration) + Send + Sync + 'static) -> Self {
+        self.hooks.of_worker.on_drain = Some(Box::new(move |(worker, within)| hook(worker, within)));
+        self
+    }
+
+    /// `hook` runs in a worker that has drained, as the last thing before its end: all requests are answered, and the event
+    /// loop stands still. It has what remains of the drain. It does not run in a worker that crashes, is killed, or failed
+    /// to start. A panic is logged.
+    pub fn on_exit(mut self, hook: impl Fn(WorkerId) + Send + Sync + 'static) -> Self {
+        self.hooks.of_worker.on_exit = Some(Box::new(hook));
+        self
+    }
+
+    /// `hook` runs in the master after the end of each worker, however it came about, before another takes its place. It must not
+    /// block, for nothing is supervised meanwhile. A panic is logged.
+    pub fn on_worker_exit(mut self, hook: impl FnMut(WorkerExit) + 'static) -> Self {
+        self.hooks.of_master.on_worker_exit = Some(RefCell::new(Box::new(hook)));
+        self
+    }
+
     /// Reads this program's command line and serves until it is told to stop.
     ///
     /// If a web server has started it as a CGI program, it answers that one request instead, in this process.
@@ -102,14 +169,14 @@ impl Builder {
     /// on standard error.
     pub fn run(self) -> ExitCode {
         let begun = Instant::now();
-        let Self { worker, cgi, preload } = self;
+        let Self { worker, cgi, preload, hooks } = self;
         let arguments = cgi_call::trusted(std::env::args_os().collect());
         let parse: Parse = Box::new(move || cli::parse_linked(&arguments));
         finish(parse(), |request| {
             if request.cgi {
                 return answer(&request.config, &request.log_level, &cgi, preload);
             }
-            serve(*request, Launch::Worker(worker), preload, None, begun, parse)
+            serve(*request, Launch::Worker(worker, hooks), preload, None, begun, parse)
         })
     }
 }
@@ -219,6 +286,7 @@ fn serve(
     let blocking = matches!(launch, Launch::Program(_));
     // Before anything is made: what cannot be is found out at once.
     Privileges::resolve(&config.privileges, blocking)?;
+    master::check_helpers(&config)?;
     let pid_file = config.privileges.pid_file.as_deref().map(PidFile::create).transpose()?;
     let mut listeners: Vec<Listener> = Vec::new();
     let mut control = None;
@@ -241,7 +309,7 @@ fn serve(
     let outcome = outcome.and_then(|(segment, preloaded)| {
         let program = match &launch {
             Launch::Program(program) => Some(program.path.to_string_lossy().into_owned()),
-            Launch::Worker(_) => None,
+            Launch::Worker(..) => None,
         };
         banner::show(&config, &listeners, program.as_deref());
         if let Some(note) = note {

@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 
 use crate::config::Config;
 use crate::handover::Channel;
+use crate::hooks::WorkerHooks;
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
 use crate::privileges::Privileges;
@@ -41,6 +42,8 @@ pub(crate) struct Heritage {
     pub(crate) log_files: Arc<LogFiles>,
     /// Here they come again after a rotation.
     pub(crate) files: Option<OwnedFd>,
+    /// What the application wants called.
+    pub(crate) hooks: Arc<WorkerHooks>,
 }
 
 /// What a worker tells the master: a line each. To the master it is gossip.

@@ -12,8 +12,8 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -33,6 +33,16 @@ pub(crate) enum Ending {
     Exited(i32),
     /// The signal with this number ended it.
     Signaled(i32),
+}
+
+impl Ending {
+    /// As the standard library has it. Whether the kernel wrote a core dump, it does not tell.
+    pub(crate) fn status(self) -> ExitStatus {
+        match self {
+            Self::Exited(status) => ExitStatus::from_raw(status << 8),
+            Self::Signaled(number) => ExitStatus::from_raw(number),
+        }
+    }
 }
 
 impl std::fmt::Display for Ending {
@@ -531,7 +541,7 @@ pub(crate) fn expect_one_thread() -> io::Result<()> {
         std::thread::sleep(Duration::from_millis(1));
     }
     Err(io::Error::other(format!(
-        "the master has {threads} threads, and a fork would copy one alone (what runs before `run`, and `preload`, must end the threads that it starts)"
+        "the master has {threads} threads, and a fork would copy one alone (what runs before `run`, `preload` and `before_fork` must end the threads that it starts)"
     )))
 }
 

@@ -10,6 +10,7 @@ mod control;
 mod file;
 
 mod failures;
+mod helpers;
 mod logs;
 mod numbers;
 mod privileges;
@@ -94,6 +95,9 @@ struct ServeOptions {
 
     #[command(flatten)]
     control: ControlOptions,
+
+    #[command(flatten)]
+    helpers: helpers::HelperOptions,
 }
 
 /// The further flags of a binary with an application linked into it.
@@ -411,7 +415,8 @@ fn linked_request(linked: LinkedOptions, command: &mut Command) -> Result<Reques
         timeouts: timeouts.timeouts(),
     };
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
-    let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers);
+    let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers)
+        .map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     Ok(Request { config, log_level, cgi, program: None })
 }
 
@@ -436,13 +441,15 @@ fn run_request(run: RunOptions, name: &str, command: &mut Command) -> Result<Req
     let log_level = run.serve.log_level.clone();
     let no_command = || "no COMMAND: give it after '--', or as command in the configuration file".to_owned();
     let some = if run.command.is_empty() { Err(no_command()) } else { Ok(()) };
-    some.and_then(|()| check_run(&run.serve.bind)).map_err(|cause| {
+    let mut refuse = |cause: String| {
         command.build();
         let run = command.find_subcommand_mut(name).cloned().unwrap_or_else(|| command.clone());
         run.bin_name(format!("forkyard {name}")).error(clap::error::ErrorKind::ValueValidation, cause)
-    })?;
+    };
+    some.and_then(|()| check_run(&run.serve.bind)).map_err(&mut refuse)?;
     let numbers = run.serve.numbers.numbers(OfEachWorker::default());
-    let config = config(run.serve, numbers, run.keep.cache(run.cache), run.settle, OfWorkers::default());
+    let config =
+        config(run.serve, numbers, run.keep.cache(run.cache), run.settle, OfWorkers::default()).map_err(refuse)?;
     Ok(Request { config, log_level, cgi: false, program: Some((run.command, run.direct)) })
 }
 
@@ -512,13 +519,15 @@ struct Access {
     trust: Option<Trust>,
 }
 
+/// # Errors
+/// A sentence for the operator: flags that do not go together.
 fn config(
     serve: ServeOptions,
     numbers: Numbers,
     cache: CacheConfig,
     settle: Duration,
     of_workers: OfWorkers,
-) -> Config {
+) -> Result<Config, String> {
     let mut binds = serve.bind;
     if binds.is_empty() {
         binds.push(if listen::started_by_web_server() {
@@ -528,7 +537,7 @@ fn config(
         });
     }
     let privileges: PrivilegesConfig = serve.privileges.config(of_workers.sandbox);
-    Config {
+    Ok(Config {
         binds,
         workers: serve.workers,
         numbers,
@@ -549,7 +558,8 @@ fn config(
         failures: of_workers.failures,
         control: serve.control.config(),
         logs: serve.logs.config(of_workers.access_log),
-    }
+        helpers: serve.helpers.config()?,
+    })
 }
 
 fn parse_max_uri(text: &str) -> Result<usize, String> {

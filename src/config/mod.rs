@@ -5,6 +5,7 @@
 
 pub(crate) mod control;
 pub(crate) mod failures;
+pub(crate) mod helpers;
 pub(crate) mod logs;
 mod numbers;
 pub(crate) mod privileges;
@@ -52,6 +53,8 @@ pub(crate) struct Config {
     pub(crate) failures: failures::Failures,
     pub(crate) control: ControlConfig,
     pub(crate) logs: logs::LogConfig,
+    /// What runs beside the workers.
+    pub(crate) helpers: helpers::HelpersConfig,
 }
 
 /// The proxies that are believed when they tell who their client is.

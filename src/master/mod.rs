@@ -1,7 +1,7 @@
 //! The master: one thread, one `poll(2)`, events in, actions out.
 //!
 //! It makes processes, hears of their readiness and their end, and does what the [`supervisor`] decides. It
-//! never runs application code, never touches tokio, and takes no lock in shared memory: of that it reads the
+//! runs no code of the application's but two hooks, never touches tokio, and takes no lock in shared memory: of that it reads the
 //! scoreboard rows of dead workers, marks them as such, and nothing else. What a child says is gossip: bounded,
 //! and matched against the pid it came from.
 //!
@@ -10,12 +10,15 @@
 //! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
 //! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
 //!   them what they go by. [`symbols`] has the functions named in which workers crashed.
+//! - [`helpers`] decides which daemons and jobs run beside the workers (pure); [`beside`] runs them.
 //! - [`obituary`] writes the line for each process that ended.
 //! - [`control`] is the socket at which operators ask, [`operator`] does it, and [`status`] says how things are.
 
+mod beside;
 mod control;
 mod demand;
 mod hangs;
+mod helpers;
 mod notes;
 mod obituary;
 mod operator;
@@ -40,6 +43,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+use self::beside::Beside;
+pub(crate) use self::beside::check_helpers;
 pub(crate) use self::control::Control;
 use self::obituary::Obituary;
 use self::output::LateOutputs;
@@ -48,9 +53,10 @@ use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
-use self::supervisor::{Action, Budget, Command, Event, Policy, Supervisor, Wish};
+use self::supervisor::{Action, Budget, Command, Event, Note, Policy, Supervisor, Wish};
 use crate::config::{Config, Share};
 use crate::heritage::Report;
+use crate::hooks::{WorkerExit, WorkerId};
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
 use crate::queue_depth::QueueDepth;
@@ -100,6 +106,10 @@ struct Master {
     sickbed: Sickbed,
     /// What the dead have put out.
     late: LateOutputs,
+    /// What runs beside the workers.
+    beside: Beside,
+    /// Set when the last worker is gone: whether the operator asked for that.
+    emptied: Option<bool>,
     /// Set when the last process is gone: whether the operator asked for that.
     ended: Option<bool>,
 }
@@ -134,12 +144,14 @@ pub(crate) fn run(
         signals: SignalInbox::open()?,
         scoreboard: segment.scoreboard(),
         sickbed: Sickbed::new(&config.failures, segment.quarantine()),
+        beside: Beside::new(&config, segment.clone(), begun)?,
         nursery: Nursery::new(config, listeners, segment, launch, application, operators.log_files)?,
         late: LateOutputs::default(),
         recycling,
         queue_depth: QueueDepth::new(),
         children: HashMap::new(),
         begun,
+        emptied: None,
         ended: None,
     };
     master.feed(Event::Tick);
@@ -156,6 +168,7 @@ pub(crate) fn run(
         master.look_after_the_sick();
         master.hear_operators(&events);
         master.feed(Event::Tick);
+        master.look_beside();
     }
     // Heirs first: who is told that the master has stopped finds that nobody of it is left.
     master.await_heirs();
@@ -206,6 +219,7 @@ impl Master {
             self.recycling.next_deadline(),
             self.sickbed.next_deadline(),
             self.control.as_ref().and_then(|control| control.next_deadline(now)),
+            self.beside.next_deadline(),
         ];
         let outputs = self.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
         let deadline = deadlines.into_iter().flatten().chain(outputs).chain(self.late.next_deadline()).min();
@@ -219,7 +233,7 @@ impl Master {
         });
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
         let children = self.children.values().flat_map(Child::watched).chain(self.late.watched());
-        let children = children.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let children = children.chain(self.beside.watched()).map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         // Without workers nobody else looks whether somebody comes.
         let listeners = if self.supervisor.awaits_arrival() { &*self.nursery.listeners } else { &[] };
         let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
@@ -261,11 +275,14 @@ impl Master {
     /// Reaps all that have ended: one SIGCHLD may stand for many.
     fn reap(&mut self) {
         while let Some(pid) = sys::ended_child() {
-            if self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
+            if self.beside.has(pid) || self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
                 // What a wrapper script started, say, and left behind. Before the pid is free for others.
                 let _ = killpg(pid, Signal::SIGKILL);
             }
             let Some(ending) = sys::reap(pid) else { return };
+            if self.beside.ended(pid, ending) {
+                continue;
+            }
             self.hear(pid, 0);
             let Some(mut child) = self.children.remove(&pid) else {
                 if !self.sickbed.symbols.ended(pid, &self.signals) {
@@ -276,11 +293,17 @@ impl Master {
             if let Some(output) = child.output.take() {
                 self.late.adopt(output, pid, self.now());
             }
-            let slot = child.slot;
+            let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
             self.recycling.died(pid);
             self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
             let mut end = obituary::publish(pid, ending, child, &self.scoreboard);
             self.left(std::mem::take(&mut end.obituary));
+            if let Launch::Worker(_, hooks) = &self.nursery.launch {
+                let worker = WorkerId { slot, generation };
+                let (pid, served, lived) = (pid.as_raw().cast_unsigned(), end.served, since.elapsed());
+                let exit = WorkerExit { worker, pid, status: ending.status(), asked, served, lived };
+                hooks.of_master.on_worker_exit(exit);
+            }
             self.take_evidence(slot, pid, end);
             let wish = match ending {
                 Ending::Exited(0) => Wish::Renew,
@@ -370,8 +393,19 @@ impl Master {
         self.feed(Event::Recycle { pid });
     }
 
+    /// Has daemons and jobs go on. When they are gone too, after the last worker, the master ends.
+    fn look_beside(&mut self) {
+        self.beside.turn(self.supervisor.is_up());
+        if self.beside.is_empty() {
+            self.ended = self.emptied;
+        }
+    }
+
     /// Gives the supervisor an event and does what it wants, until it wants nothing more.
     fn feed(&mut self, event: Event) {
+        if let Event::Command(command) = event {
+            self.beside.heed(command);
+        }
         let mut actions = VecDeque::from(self.supervisor.step(event, self.now()));
         while let Some(action) = actions.pop_front() {
             if let Some(answer) = self.act(action) {
@@ -410,10 +444,14 @@ impl Master {
             Action::Note(note) => {
                 self.tell(note);
                 self.pass_on(note);
+                if let Note::ReloadDone { .. } = note {
+                    self.beside.reloaded();
+                }
                 None
             }
             Action::Exit { success } => {
-                self.ended = Some(success);
+                self.emptied = Some(success);
+                self.beside.stop();
                 None
             }
         }

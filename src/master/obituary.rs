@@ -24,6 +24,8 @@ pub(crate) struct End {
     /// Where it crashed; empty if that is not known.
     pub(crate) trace: String,
     pub(crate) obituary: Obituary,
+    /// Requests that it had served.
+    pub(crate) served: u64,
 }
 
 /// The line, and of whom it tells.
@@ -100,9 +102,10 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
     };
     log::log!(level, "{what} {line}");
     let obituary = Obituary { pid: Some(pid), line: format!("{what} {line}"), last_words };
+    let served = row.as_ref().map_or(0, |row| row.requests);
     let (in_flight, complete, culprit) = row.map_or((Vec::new(), true, None), |row| {
         let complete = usize::try_from(row.in_flight) == Ok(row.serving.len());
         (row.serving.into_iter().map(|one| one.what).collect(), complete, row.culprit)
     });
-    End { is_crash, in_flight, complete, culprit, trace, obituary }
+    End { is_crash, in_flight, complete, culprit, trace, obituary, served }
 }

@@ -20,7 +20,7 @@ const GOES_ON: &str = " [continued]";
 const TURN: usize = 64 << 10;
 const SHARE: (usize, usize) = (1 << 10, 16 << 10);
 /// More than a pipe holds: what is read of one that is dead.
-const REST: usize = 1 << 20;
+pub(super) const REST: usize = 1 << 20;
 /// The same line in a row is logged so often as it comes, and then counted.
 const AS_IT_COMES: u32 = 10;
 /// How often the count is logged.
@@ -81,6 +81,12 @@ impl Output {
 impl AsFd for Output {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.reader.pipe.as_fd()
+    }
+}
+
+impl AsFd for LineReader {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
     }
 }
 
@@ -201,20 +207,20 @@ impl Repeats {
 
 /// The read end of a pipe, and the line that is not finished yet.
 #[derive(Debug)]
-struct LineReader {
+pub(super) struct LineReader {
     pipe: File,
     partial: Vec<u8>,
     open: bool,
 }
 
 impl LineReader {
-    fn new(pipe: OwnedFd) -> Self {
+    pub(super) fn new(pipe: OwnedFd) -> Self {
         Self { pipe: File::from(pipe), partial: Vec::new(), open: true }
     }
 
     /// Reads what is there, up to `most` bytes, and calls `line` for each line that is complete, or a piece of it, which it is
     /// told. False if nothing more will come.
-    fn read(&mut self, mut most: usize, line: &mut impl FnMut(&str, bool)) -> bool {
+    pub(super) fn read(&mut self, mut most: usize, line: &mut impl FnMut(&str, bool)) -> bool {
         let mut buffer = [0; 8192];
         while most > 0 && self.open {
             let room = most.min(buffer.len());
@@ -233,7 +239,7 @@ impl LineReader {
     }
 
     /// Hands out what stands without a line end.
-    fn finish(&mut self, line: &mut impl FnMut(&str, bool)) {
+    pub(super) fn finish(&mut self, line: &mut impl FnMut(&str, bool)) {
         if !self.partial.is_empty() {
             self.emit(line, true);
         }

@@ -17,6 +17,7 @@ use super::supervisor::Now;
 use crate::config::{Config, Program};
 use crate::handover::Channel;
 use crate::heritage::{Heritage, Report, WorkerMain};
+use crate::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
 use crate::privileges::Privileges;
@@ -27,8 +28,8 @@ const LAST_WORDS: usize = 4096;
 
 /// What the processes run.
 pub(crate) enum Launch {
-    /// The application linked into this binary, in a fork of the master.
-    Worker(WorkerMain),
+    /// The application linked into this binary, in a fork of the master, and what it wants called.
+    Worker(WorkerMain, Hooks),
     /// An external program, which accepts from its standard input.
     Program(Program),
 }
@@ -45,6 +46,7 @@ pub(crate) struct Nursery {
     application: Arc<[RawFd]>,
     privileges: Arc<Privileges>,
     pub(crate) log_files: Arc<LogFiles>,
+    worker_hooks: Arc<WorkerHooks>,
 }
 
 /// A process that lives, as the master sees it.
@@ -76,7 +78,7 @@ impl Nursery {
         config: Arc<Config>,
         listeners: Arc<[Listener]>,
         segment: Segment,
-        launch: Launch,
+        mut launch: Launch,
         application: Arc<[RawFd]>,
         log_files: Arc<LogFiles>,
     ) -> io::Result<Self> {
@@ -85,7 +87,22 @@ impl Nursery {
         let executes = matches!(launch, Launch::Program(_));
         let privileges = Privileges::resolve(&config.privileges, executes).map_err(io::Error::other)?;
         let privileges = Arc::new(privileges);
-        Ok(Self { config, listeners, segment, launch, handover, lifeline, application, privileges, log_files })
+        let worker_hooks = match &mut launch {
+            Launch::Worker(_, hooks) => Arc::new(std::mem::take(&mut hooks.of_worker)),
+            Launch::Program(_) => Arc::default(),
+        };
+        Ok(Self {
+            config,
+            listeners,
+            segment,
+            launch,
+            handover,
+            lifeline,
+            application,
+            privileges,
+            log_files,
+            worker_hooks,
+        })
     }
 
     /// Makes processes from now on as another configuration says.
@@ -108,7 +125,10 @@ impl Nursery {
         // Non-blocking is a property of each end; that of the process must block.
         let write = blocking(write)?;
         let (pid, link, files) = match &self.launch {
-            Launch::Worker(main) => self.fork_worker(main, slot, generation, signals, write)?,
+            Launch::Worker(main, hooks) => {
+                hooks.of_master.before_fork(WorkerId { slot, generation })?;
+                self.fork_worker(main, slot, generation, signals, write)?
+            }
             Launch::Program(program) => self.start_program(program, slot, generation, (write, read.as_fd()))?,
         };
         let since = Instant::now();
@@ -140,6 +160,7 @@ impl Nursery {
             privileges: Arc::clone(&self.privileges),
             log_files: Arc::clone(&self.log_files),
             files,
+            hooks: Arc::clone(&self.worker_hooks),
         };
         let pid = sys::fork(|| {
             signals.leave();
@@ -192,14 +213,14 @@ impl Nursery {
 }
 
 /// Why a program did not start: the step that failed has left its flag in the output.
-fn explain(error: &io::Error, output: BorrowedFd<'_>) -> io::Error {
+pub(super) fn explain(error: &io::Error, output: BorrowedFd<'_>) -> io::Error {
     let mut flag = [0; 64];
     let read = nix::unistd::read(output, &mut flag).unwrap_or(0);
     let flag = String::from_utf8_lossy(&flag[..read]);
     io::Error::other(if flag.is_empty() { error.to_string() } else { format!("{flag}: {error}") })
 }
 
-fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
+pub(super) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
     use nix::fcntl::{FcntlArg, fcntl};
     fcntl(&pipe, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(pipe)

@@ -36,7 +36,8 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-use self::breaker::{Breaker, Ending, TokenBucket};
+pub(super) use self::breaker::{Breaker, Ending as StartEnding};
+use self::breaker::{Ending, TokenBucket};
 pub(crate) use self::messages::{Action, Budget, Command, Demand, Event, Note, Policy, Wish};
 use self::roll::Roll;
 use self::scale::Scaler;
@@ -193,6 +194,11 @@ impl Supervisor {
     /// Whether it serves, and is to go on.
     pub(crate) fn is_ready(&self, pid: Pid) -> bool {
         self.find(pid).is_some_and(|index| matches!(self.slots[index].state, State::Ready { .. }))
+    }
+
+    /// Whether some process was ready, ever, or none is needed for now.
+    pub(crate) fn is_up(&self) -> bool {
+        self.proven || self.reached_full_strength
     }
 
     /// The slot and generation of a living process, if it is one of ours.

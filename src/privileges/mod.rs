@@ -23,7 +23,7 @@ use nix::unistd::Pid;
 
 use self::steps::Standing;
 pub(crate) use self::steps::Step;
-use crate::config::privileges::{Owner, PrivilegesConfig, Variable};
+use crate::config::privileges::{Affinity, Owner, PrivilegesConfig, Variable};
 use crate::sys;
 
 /// What a process gives up, and what it is given instead.
@@ -69,6 +69,17 @@ impl Privileges {
     pub(crate) fn steps(&self, slot: u32) -> Result<Vec<Step>, String> {
         let affinity = steps::affinity(&self.config, &self.standing, slot)?;
         Ok(affinity.into_iter().chain(self.steps.iter().cloned()).collect())
+    }
+
+    /// What a process without a slot has to do: the same, but for a processor that each slot has of its own.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub(crate) fn steps_without_slot(&self) -> Result<Vec<Step>, String> {
+        match self.config.affinity {
+            Some(Affinity::Spread) => Ok(self.steps.clone()),
+            Some(Affinity::Processors(_)) | None => self.steps(0),
+        }
     }
 
     /// Turns this process, a worker that has been forked a moment ago and has one thread, into what its slot may be. It must

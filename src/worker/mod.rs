@@ -71,6 +71,7 @@ use crate::handover::{Channel, PackedOrigin};
 use crate::heir::ledger::{Ledger, Tongue};
 use crate::heir::{self, Appointed};
 use crate::heritage::{Heritage, Report};
+use crate::hooks::WorkerId;
 use crate::listen::{Listener, Protocol};
 use crate::protocol::cgi::Origin;
 use crate::{at_work, blocking, crash, sys};
@@ -140,7 +141,8 @@ where
     B::Error: Into<BoxError>,
 {
     let config = Arc::clone(&heritage.config);
-    let slot = heritage.slot;
+    let (slot, hooks) = (heritage.slot, Arc::clone(&heritage.hooks));
+    let worker = WorkerId { slot, generation: heritage.generation };
     let begun = Instant::now();
     let asked_to_leave = take_signals(config.drain_timeout)?;
     let output = Pipes::now();
@@ -151,11 +153,8 @@ where
     let row = scoreboard
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
-    blocking::configure(config.threads, config.queue, Some(row.occupancy()));
-    blocking::set_patience(config.failures.hang_timeout);
-    crash::give_stack();
-    at_work::enlist();
-    crash::install(heritage.report.try_clone()?, row.pulse())?;
+    prepare(&heritage, &row)?;
+    hooks.after_fork(worker)?;
 
     let runtime = event_loop(row.pulse(), !config.failures.hang_timeout.is_zero())?;
     let outcome = run_in_turns(&runtime, async {
@@ -191,6 +190,7 @@ where
             tokio::task::spawn_local(tell_of_hangs(report.try_clone()?)),
             tokio::task::spawn_local(logs::keep(heritage.log_files, heritage.files, access_log.clone())),
         ];
+        hooks.on_ready(worker)?;
         row.set_state(State::Ready);
         (&report).write_all(Report::Ready.line().as_bytes())?;
         told_to_leave(asked_to_leave, heritage.lifeline, &output).await?;
@@ -202,6 +202,7 @@ where
             acceptor.run_dry(&*server).await;
         }
         drain.begin();
+        hooks.on_drain(worker, config.drain_timeout);
         leave(&drain, &connections, &accepting, &*server).await;
         tasks.iter().for_each(JoinHandle::abort);
         access_log.iter().for_each(|log| log.flush());
@@ -213,9 +214,20 @@ where
     outcome?;
     // What still runs on a thread though its client has left: it may be half-way through something.
     blocking::finish();
+    hooks.on_exit(worker);
     // Not the runtime's own end, which would wait for a blocking function that never returns.
     runtime.shutdown_background();
     Ok(())
+}
+
+/// Says how blocking functions run here, and has this thread tell of a crash, and in which request.
+fn prepare(heritage: &Heritage, row: &Row) -> io::Result<()> {
+    let Config { threads, queue, failures, .. } = &*heritage.config;
+    blocking::configure(*threads, *queue, Some(row.occupancy()));
+    blocking::set_patience(failures.hang_timeout);
+    crash::give_stack();
+    at_work::enlist();
+    crash::install(heritage.report.try_clone()?, row.pulse())
 }
 
 /// Returns when the last connection is gone, or is somebody else's.

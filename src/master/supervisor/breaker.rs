@@ -13,7 +13,7 @@ const LONGEST_DONE: Duration = Duration::from_secs(1);
 
 /// How a process failed to become ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ending {
+pub(in crate::master) enum Ending {
     /// It crashed, was killed, or could not be made.
     Early,
     /// It exited with 0.
@@ -22,7 +22,7 @@ pub(super) enum Ending {
 
 /// Opens when a process dies before it is ready, for a time that doubles; then one alone may try.
 #[derive(Debug, Default)]
-pub(super) struct Breaker {
+pub(in crate::master) struct Breaker {
     /// Processes in a row that died before they were ready.
     failures: u32,
     /// Nothing is spawned before this.
@@ -30,7 +30,7 @@ pub(super) struct Breaker {
 }
 
 impl Breaker {
-    pub(super) fn open_until(&self) -> Now {
+    pub(in crate::master) fn open_until(&self) -> Now {
         self.open_until
     }
 
@@ -44,12 +44,12 @@ impl Breaker {
     }
 
     /// A process became ready, or the operator says that the cause is mended.
-    pub(super) fn close(&mut self) {
+    pub(in crate::master) fn close(&mut self) {
         *self = Self::default();
     }
 
     /// A process failed. Returns how many in a row, and the delay; `None` if this is the same failure as the last one.
-    pub(super) fn fail(&mut self, ending: Ending, now: Now) -> Option<(u32, Duration)> {
+    pub(in crate::master) fn fail(&mut self, ending: Ending, now: Now) -> Option<(u32, Duration)> {
         if now < self.open_until {
             return None; // its siblings, which were let through with it
         }

@@ -1,0 +1,158 @@
+//! The application's hooks: what it wants called when its workers are born, serve, leave and die.
+//!
+//! Those of the master run in it, between its events, and those of a worker in that: each half knows its own. Neither
+//! can end the process that calls it by a panic.
+
+use std::cell::RefCell;
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+type BoxError = Box<dyn Error + Send + Sync>;
+/// A hook of the master's, which has one thread.
+type OfMaster<A, R> = Option<RefCell<Box<dyn FnMut(A) -> R>>>;
+/// A hook of a worker, which is called on a thread that the fork did not copy.
+type OfWorker<A, R> = Option<Box<dyn Fn(A) -> R + Send + Sync>>;
+
+/// Which worker a hook is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct WorkerId {
+    /// Its number, unique among the living ones: see [`Context::slot`](crate::Context::slot).
+    pub slot: u32,
+    /// 1 for the first workers, one more for those of each reload.
+    pub generation: u64,
+}
+
+/// How a worker ended.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct WorkerExit {
+    /// Which one.
+    pub worker: WorkerId,
+    /// The pid that it had.
+    pub pid: u32,
+    /// Its exit status, or the signal that ended it.
+    pub status: ExitStatus,
+    /// It had been asked to leave. (It may have crashed on the way: see `status`.)
+    pub asked: bool,
+    /// Requests that it had served, as it said itself.
+    pub served: u64,
+    /// How long it lived.
+    pub lived: Duration,
+}
+
+/// All of an application's.
+#[derive(Default)]
+pub(crate) struct Hooks {
+    pub(crate) of_master: MasterHooks,
+    pub(crate) of_worker: WorkerHooks,
+}
+
+/// Those that run in the master.
+#[derive(Default)]
+pub(crate) struct MasterHooks {
+    pub(crate) before_fork: OfMaster<WorkerId, Result<(), BoxError>>,
+    pub(crate) on_worker_exit: OfMaster<WorkerExit, ()>,
+}
+
+/// Those that run in each worker.
+#[derive(Default)]
+pub(crate) struct WorkerHooks {
+    pub(crate) after_fork: OfWorker<WorkerId, Result<(), BoxError>>,
+    pub(crate) on_ready: OfWorker<WorkerId, Result<(), BoxError>>,
+    pub(crate) on_drain: OfWorker<(WorkerId, Duration), ()>,
+    pub(crate) on_exit: OfWorker<WorkerId, ()>,
+}
+
+impl fmt::Debug for WorkerHooks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkerHooks").finish_non_exhaustive()
+    }
+}
+
+impl MasterHooks {
+    /// # Errors
+    /// The hook's, or that it panicked.
+    pub(crate) fn before_fork(&self, worker: WorkerId) -> io::Result<()> {
+        let Some(hook) = &self.before_fork else { return Ok(()) };
+        call("before_fork", || (hook.borrow_mut())(worker))
+    }
+
+    pub(crate) fn on_worker_exit(&self, exit: WorkerExit) {
+        let Some(hook) = &self.on_worker_exit else { return };
+        complain(call("on_worker_exit", || {
+            (hook.borrow_mut())(exit);
+            Ok(())
+        }));
+    }
+}
+
+impl WorkerHooks {
+    /// # Errors
+    /// The hook's, or that it panicked.
+    pub(crate) fn after_fork(&self, worker: WorkerId) -> io::Result<()> {
+        self.after_fork.as_ref().map_or(Ok(()), |hook| call("after_fork", || hook(worker)))
+    }
+
+    /// # Errors
+    /// The hook's, or that it panicked.
+    pub(crate) fn on_ready(&self, worker: WorkerId) -> io::Result<()> {
+        self.on_ready.as_ref().map_or(Ok(()), |hook| call("on_ready", || hook(worker)))
+    }
+
+    pub(crate) fn on_drain(&self, worker: WorkerId, within: Duration) {
+        let Some(hook) = &self.on_drain else { return };
+        complain(call("on_drain", || {
+            hook((worker, within));
+            Ok(())
+        }));
+    }
+
+    pub(crate) fn on_exit(&self, worker: WorkerId) {
+        let Some(hook) = &self.on_exit else { return };
+        complain(call("on_exit", || {
+            hook(worker);
+            Ok(())
+        }));
+    }
+}
+
+/// Calls a hook; a panic is an error like others.
+fn call(name: &str, hook: impl FnOnce() -> Result<(), BoxError>) -> io::Result<()> {
+    let outcome = catch_unwind(AssertUnwindSafe(hook)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        Err(format!("a panic: {}", text.unwrap_or("(without words)")).into())
+    });
+    outcome.map_err(|error| io::Error::other(format!("the application's {name} failed: {error}")))
+}
+
+fn complain(outcome: io::Result<()>) {
+    if let Err(error) = outcome {
+        log::error!("{error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_an_error_and_the_hook_can_be_called_again() {
+        let mut count = 0;
+        let hook = move |_| {
+            count += 1;
+            if count == 1 { panic!("number {count}") } else { Err(format!("number {count}").into()) }
+        };
+        let hooks = MasterHooks { before_fork: Some(RefCell::new(Box::new(hook))), ..MasterHooks::default() };
+        let worker = WorkerId { slot: 0, generation: 1 };
+        for words in ["a panic: number 1", "failed: number 2"] {
+            let error = hooks.before_fork(worker).unwrap_err().to_string();
+            assert!(error.contains("before_fork") && error.contains(words), "{error}");
+        }
+        WorkerHooks { on_exit: Some(Box::new(|_| panic!("contained"))), ..WorkerHooks::default() }.on_exit(worker);
+    }
+}

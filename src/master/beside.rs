@@ -1,0 +1,373 @@
+//! The processes beside the workers: makes and ends what [`helpers`](super::helpers) decides, and logs what they say.
+//!
+//! They are programs, started as those under `forkyard run`: in a process group of their own, with the privileges of the
+//! workers, and killed by the kernel if the master dies.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use forkyard_shm::Segment;
+use jiff::Timestamp;
+use nix::fcntl::OFlag;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, pipe2};
+
+use super::RETIRE;
+use super::helpers::{Action, Event, Helpers, Note, Wish};
+use super::output::{LineReader, REST};
+use super::spawn::{blocking, explain};
+use super::supervisor::{Command as Order, Now};
+use crate::config::privileges::PrivilegesConfig;
+use crate::config::{Config, Program};
+use crate::privileges::Privileges;
+use crate::sys::{self, Ending};
+
+/// All of them, and what is needed to make them.
+pub(super) struct Beside {
+    helpers: Helpers,
+    /// In the order of the configuration.
+    programs: Vec<Helper>,
+    processes: HashMap<Pid, Process>,
+    /// `None` if there is nothing to start.
+    privileges: Option<Privileges>,
+    segment: Segment,
+    begun: Instant,
+}
+
+/// What is to run.
+struct Helper {
+    label: Label,
+    program: Program,
+}
+
+/// What a helper is called in the log.
+#[derive(Clone, Debug)]
+struct Label {
+    kind: &'static str,
+    name: String,
+}
+
+/// Bytes of one's output that are read in one turn of the master's loop.
+const TURN: usize = 16 << 10;
+
+/// What runs.
+struct Process {
+    helper: usize,
+    label: Label,
+    since: Instant,
+    asked_to_leave: bool,
+    output: LineReader,
+    open: bool,
+}
+
+/// One that lives, for a master that takes over.
+#[cfg_attr(not(test), expect(dead_code, reason = "for an upgrade in place"))]
+pub(super) struct Living<'a> {
+    pub(super) name: &'a str,
+    pub(super) pid: Pid,
+    /// The end of the pipe from which its output is read; it has to stay open, or else its next word ends it.
+    pub(super) output: BorrowedFd<'a>,
+}
+
+/// Finds the programs, and what they may be.
+///
+/// # Errors
+/// A sentence for the operator, which names the flag.
+fn resolve(config: &Config) -> Result<(Vec<Helper>, Option<Privileges>), String> {
+    let PrivilegesConfig { chroot, chdir, .. } = &config.privileges;
+    let helpers = config.helpers.helpers.iter().map(|helper| {
+        let label = Label { kind: helper.kind(), name: helper.name.clone() };
+        Ok(Helper { label, program: helper.program(chroot.as_deref(), chdir.as_deref())? })
+    });
+    let helpers: Vec<Helper> = helpers.collect::<Result<_, String>>()?;
+    let privileges = (!helpers.is_empty()).then(|| Privileges::resolve(&config.privileges, true)).transpose()?;
+    Ok((helpers, privileges))
+}
+
+/// Looks whether all can be started.
+///
+/// # Errors
+/// A sentence for the operator, which names the flag.
+pub(crate) fn check_helpers(config: &Config) -> Result<(), String> {
+    resolve(config)?;
+    if config.privileges.sandbox.is_some() && !config.helpers.helpers.is_empty() {
+        log::warn!("daemons and jobs are not in the sandbox: it is for workers (--sandbox, --daemon, --cron)");
+    }
+    Ok(())
+}
+
+impl Beside {
+    /// # Errors
+    /// If a program is not there, or cannot be what the configuration asks for.
+    pub(super) fn new(config: &Config, segment: Segment, begun: Instant) -> io::Result<Self> {
+        let (programs, privileges) = resolve(config).map_err(io::Error::other)?;
+        let helpers = Helpers::new(&config.helpers, config.drain_timeout, Timestamp::now());
+        Ok(Self { helpers, programs, processes: HashMap::new(), privileges, segment, begun })
+    }
+
+    fn now(&self) -> Now {
+        self.begun.elapsed()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.helpers.is_empty()
+    }
+
+    pub(super) fn has(&self, pid: Pid) -> bool {
+        self.processes.contains_key(&pid)
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Now> {
+        self.helpers.next_deadline()
+    }
+
+    /// Where something may be to be read.
+    pub(super) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.processes.values().filter(|process| process.open).map(|process| process.output.as_fd())
+    }
+
+    /// Those that live.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for an upgrade in place"))]
+    pub(super) fn living(&self) -> Vec<Living<'_>> {
+        let living = self.processes.iter();
+        living
+            .map(|(&pid, process)| Living { name: &process.label.name, pid, output: process.output.as_fd() })
+            .collect()
+    }
+
+    /// Takes over a child of this process, which was made before this process was what it is now. If nothing in the
+    /// configuration has its name, it is asked to stop.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for an upgrade in place"))]
+    pub(super) fn adopt(&mut self, name: &str, pid: Pid, output: OwnedFd) {
+        let wanted = self.programs.iter().position(|helper| helper.label.name == name);
+        let label =
+            wanted.map_or(Label { kind: "daemon", name: name.to_owned() }, |at| self.programs[at].label.clone());
+        let helper = self.helpers.adopt(wanted, pid, self.now());
+        self.enter(pid, helper, label, output);
+    }
+
+    fn enter(&mut self, pid: Pid, helper: usize, label: Label, output: OwnedFd) {
+        let output = LineReader::new(output);
+        let process = Process { helper, label, since: Instant::now(), asked_to_leave: false, output, open: true };
+        self.processes.insert(pid, process);
+    }
+
+    /// Logs what was said, and does what is due. `is_up` says whether there are workers.
+    pub(super) fn turn(&mut self, is_up: bool) {
+        for (pid, process) in self.processes.iter_mut().filter(|(_, process)| process.open) {
+            let label = &process.label;
+            process.open = process.output.read(TURN, &mut |line, _| log_line(label, *pid, line));
+        }
+        self.feed(if is_up { Event::Begin } else { Event::Tick });
+    }
+
+    /// The operator wants something of the workers.
+    pub(super) fn heed(&mut self, order: Order) {
+        match order {
+            Order::Drain => self.feed(Event::Closing),
+            Order::Halt => self.feed(Event::Halt),
+            Order::Reload | Order::Add | Order::Remove | Order::Scale(_) => {}
+        }
+    }
+
+    /// All workers are of the new generation.
+    pub(super) fn reloaded(&mut self) {
+        self.feed(Event::Reloaded);
+    }
+
+    /// The last worker is gone.
+    pub(super) fn stop(&mut self) {
+        self.feed(Event::Stop);
+    }
+
+    /// Takes note of an end; false if that was none of these.
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending) -> bool {
+        let Some(process) = self.processes.remove(&pid) else { return false };
+        let Process { label, since, asked_to_leave, mut output, .. } = process;
+        let mut log = |line: &str, _| log_line(&label, pid, line);
+        output.read(REST, &mut log);
+        output.finish(&mut log);
+        let line = format!("{} ended name={} pid={pid} {ending}", label.kind, label.name);
+        let lived = since.elapsed().as_millis();
+        if asked_to_leave || ending == Ending::Exited(0) {
+            log::info!("{line} lived={lived}ms");
+        } else {
+            log::warn!("{line} lived={lived}ms");
+        }
+        let wish = match ending {
+            Ending::Exited(0) => Wish::Renew,
+            Ending::Exited(RETIRE) => Wish::Retire,
+            Ending::Exited(_) | Ending::Signaled(_) => Wish::Replace,
+        };
+        self.feed(Event::Exited { pid, wish });
+        true
+    }
+
+    /// Gives an event to what decides and does what it wants, until it wants nothing more.
+    fn feed(&mut self, event: Event) {
+        let mut actions = VecDeque::from(self.helpers.step(event, self.now(), Timestamp::now()));
+        while let Some(action) = actions.pop_front() {
+            let answer = match action {
+                Action::Spawn { helper } => self.spawn(helper),
+                Action::Terminate { pid } => {
+                    self.signal(pid, Signal::SIGTERM);
+                    continue;
+                }
+                Action::Kill { pid } => {
+                    self.signal(pid, Signal::SIGKILL);
+                    continue;
+                }
+                Action::Note { helper, note } => {
+                    self.tell(helper, note);
+                    continue;
+                }
+            };
+            actions.extend(self.helpers.step(answer, self.now(), Timestamp::now()));
+        }
+    }
+
+    fn spawn(&mut self, helper: usize) -> Event {
+        let Helper { label, program } = &self.programs[helper];
+        match self.start(label, program) {
+            Ok((pid, output)) => {
+                log::info!("{} started name={} pid={pid}", label.kind, label.name);
+                self.enter(pid, helper, label.clone(), output);
+                Event::Spawned { helper, pid }
+            }
+            Err(error) => {
+                log::error!("cannot start {} name={}: {error} (--{})", label.kind, label.name, label.kind);
+                Event::SpawnFailed { helper }
+            }
+        }
+    }
+
+    fn start(&self, label: &Label, program: &Program) -> io::Result<(Pid, OwnedFd)> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        // Non-blocking is a property of each end; the program's must block.
+        let write = blocking(write)?;
+        let segment = self.segment.fd();
+        let mut command = Command::new(&program.path);
+        let privileges = self.privileges.as_ref().ok_or_else(|| io::Error::other("no privileges were resolved"))?;
+        privileges.set_environment(&mut command);
+        // If it is a server of this kind too, it is not to start the same ones again.
+        for ours in ["FORKYARD_SLOT", "FORKYARD_GENERATION", "FORKYARD_DAEMON", "FORKYARD_CRON"] {
+            command.env_remove(ours);
+        }
+        command
+            .arg0(&program.name)
+            .args(&program.arguments)
+            .env("FORKYARD_NAME", &label.name)
+            .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::from(write.try_clone()?))
+            .stderr(Stdio::from(write));
+        let steps = privileges.steps_without_slot().map_err(io::Error::other)?;
+        let child =
+            sys::spawn(&mut command, &[segment.as_raw_fd()], steps).map_err(|error| explain(&error, read.as_fd()))?;
+        Ok((Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?), read))
+    }
+
+    fn signal(&mut self, pid: Pid, signal: Signal) {
+        let Some(process) = self.processes.get_mut(&pid) else { return };
+        process.asked_to_leave = true;
+        // The pid cannot have been given to another process: we have not reaped it.
+        if let Err(errno) = killpg(pid, signal) {
+            let Label { kind, name } = &process.label;
+            log::error!("cannot signal {kind} name={name} pid={pid} signal={signal}: {errno}");
+        }
+    }
+
+    fn tell(&self, helper: usize, note: Note) {
+        let of_process =
+            || self.processes.values().find(|process| process.helper == helper).map(|process| &process.label);
+        let Some(Label { kind, name }) = self.programs.get(helper).map(|helper| &helper.label).or_else(of_process)
+        else {
+            return;
+        };
+        match note {
+            Note::Failing { failures, delay } => log::error!(
+                "{kind} ends as soon as it is started name={name}: {failures} in a row, next try in {}ms (see the lines above \
+                 for why)",
+                delay.as_millis()
+            ),
+            Note::Retired => log::warn!("{kind} asks not to be restarted name={name} (a reload starts it again)"),
+            Note::Skipped { pid } => log::warn!("{kind} is skipped: its last run goes on name={name} pid={pid}"),
+            Note::RunTimeout { pid } => {
+                log::warn!("{kind} takes too long (--cron-timeout): asked to stop name={name} pid={pid}");
+            }
+            Note::StopTimeout { pid } => {
+                log::warn!("{kind} does not stop in time (--drain-timeout): killed name={name} pid={pid}");
+            }
+        }
+    }
+}
+
+fn log_line(label: &Label, pid: Pid, line: &str) {
+    log::info!(target: "app", "{}={} pid={pid} | {line}", label.kind, label.name);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use forkyard_shm::Plan;
+
+    use super::*;
+
+    /// What these flags ask for.
+    fn beside(flags: &[&str]) -> Beside {
+        let arguments: Vec<std::ffi::OsString> = [&["x"], flags].concat().into_iter().map(Into::into).collect();
+        let crate::cli::Invocation::Serve(request) = crate::cli::parse_linked(&arguments).unwrap() else {
+            panic!("it is to serve")
+        };
+        let config = request.config;
+        let segment = Segment::create(&Plan { rows: 1, ..Plan::default() }).unwrap();
+        Beside::new(&config, segment, Instant::now()).unwrap()
+    }
+
+    fn end(beside: &mut Beside, pid: Pid) {
+        killpg(pid, Signal::SIGKILL).unwrap();
+        loop {
+            if let Some(ending) = sys::reap(pid) {
+                assert!(beside.ended(pid, ending), "{pid} is one of them");
+                return;
+            }
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn those_that_live_can_be_handed_to_another_master_which_goes_on_with_them() {
+        let mut first = beside(&["--daemon", "kept=sleep 600", "--daemon", "dropped=sleep 600"]);
+        first.turn(true);
+        let living = first.living();
+        let given: Vec<_> =
+            living.iter().map(|one| (one.name.to_owned(), one.pid, one.output.try_clone_to_owned().unwrap())).collect();
+        assert_eq!(given.len(), 2);
+
+        let mut second = beside(&["--daemon", "kept=sleep 600"]);
+        let mut pids = HashMap::new();
+        for (name, pid, output) in given {
+            second.adopt(&name, pid, output);
+            pids.insert(name, pid);
+        }
+        second.turn(true);
+        assert_eq!(second.living().len(), 2, "it starts no second one");
+        assert!(second.processes[&pids["dropped"]].asked_to_leave && !second.processes[&pids["kept"]].asked_to_leave);
+        end(&mut second, pids["dropped"]);
+        end(&mut second, pids["kept"]);
+        assert!(second.is_empty(), "the next one comes a little later");
+        while second.is_empty() {
+            second.turn(true);
+        }
+        let (name, pid) = second.living().first().map(|one| (one.name.to_owned(), one.pid)).unwrap();
+        assert_eq!(name, "kept");
+        second.stop();
+        end(&mut second, pid);
+        assert!(second.is_empty());
+    }
+}

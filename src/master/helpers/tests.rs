@@ -1,0 +1,287 @@
+//! Histories of helpers: those that matter, told one by one, and random ones from a seed.
+
+use std::collections::BTreeMap;
+
+use jiff::tz::TimeZone;
+
+use super::*;
+use crate::config::helpers::HelperConfig;
+
+const S: Duration = Duration::from_secs(1);
+const STOP: Duration = Duration::from_secs(10);
+
+/// Helpers, a clock for them, and the processes that live.
+struct World {
+    helpers: Helpers,
+    now: Now,
+    wall: Timestamp,
+    alive: BTreeMap<Pid, usize>,
+    asked: BTreeMap<Pid, Action>,
+    next_pid: i32,
+    notes: Vec<(usize, Note)>,
+    /// How often each was started.
+    starts: Vec<u32>,
+    fails_to_spawn: bool,
+}
+
+/// The first are daemons, the others jobs with this schedule.
+fn world(daemons: usize, schedules: &[&str], cron_timeout: Duration) -> World {
+    let daemons = (0..daemons).map(|number| HelperConfig::daemon(&format!("d{number}=x")).unwrap());
+    let jobs = schedules.iter().enumerate().map(|(number, text)| {
+        let mut job = HelperConfig::job(&format!("j{number}={text}=x")).unwrap();
+        job.schedule = Some(Schedule::parse(text, TimeZone::UTC).unwrap());
+        job
+    });
+    let all: Vec<_> = daemons.chain(jobs).collect();
+    let starts = vec![0; all.len()];
+    let config = HelpersConfig::new(all, cron_timeout).unwrap();
+    let wall = "2026-05-01T00:00:30Z".parse().unwrap();
+    World {
+        helpers: Helpers::new(&config, STOP, wall),
+        now: Now::ZERO,
+        wall,
+        alive: BTreeMap::new(),
+        asked: BTreeMap::new(),
+        next_pid: 100,
+        notes: Vec::new(),
+        starts,
+        fails_to_spawn: false,
+    }
+}
+
+impl World {
+    fn feed(&mut self, event: Event) {
+        if let Event::Exited { pid, .. } = event {
+            self.alive.remove(&pid).expect("it lived");
+            self.asked.remove(&pid);
+        }
+        let mut events = vec![event];
+        while let Some(event) = events.pop() {
+            for action in self.helpers.step(event, self.now, self.wall) {
+                match action {
+                    Action::Spawn { helper } if self.fails_to_spawn => events.push(Event::SpawnFailed { helper }),
+                    Action::Spawn { helper } => {
+                        assert!(!self.alive.values().any(|&other| other == helper), "one process a helper");
+                        let pid = Pid::from_raw(self.next_pid);
+                        self.next_pid += 1;
+                        self.alive.insert(pid, helper);
+                        self.starts[helper] += 1;
+                        events.push(Event::Spawned { helper, pid });
+                    }
+                    Action::Terminate { pid } => {
+                        assert!(self.alive.contains_key(&pid), "only the living are asked");
+                        assert_eq!(self.asked.insert(pid, action), None, "once");
+                    }
+                    Action::Kill { pid } => {
+                        assert!(self.alive.contains_key(&pid), "only the living are killed");
+                        assert_ne!(self.asked.insert(pid, action), Some(action), "once");
+                    }
+                    Action::Note { helper, note } => self.notes.push((helper, note)),
+                }
+            }
+        }
+        assert_eq!(self.helpers.is_empty(), self.alive.is_empty());
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.wall += time;
+        self.feed(Event::Tick);
+    }
+
+    fn pid(&self, helper: usize) -> Pid {
+        *self.alive.iter().find(|(_, number)| **number == helper).expect("it runs").0
+    }
+
+    fn end(&mut self, helper: usize, wish: Wish) {
+        let pid = self.pid(helper);
+        self.feed(Event::Exited { pid, wish });
+    }
+}
+
+#[test]
+fn nothing_runs_before_there_are_workers_and_jobs_wait_for_their_time() {
+    let mut world = world(1, &["* * * * *"], Duration::ZERO);
+    world.pass(90 * S);
+    assert_eq!(world.starts, [0, 0]);
+    world.feed(Event::Begin);
+    assert_eq!(world.starts, [1, 0]);
+    assert_eq!(world.helpers.next_deadline(), Some(world.now + 60 * S), "it is on the full minute now");
+    world.pass(60 * S);
+    assert_eq!(world.starts, [1, 1]);
+}
+
+#[test]
+fn a_daemon_that_had_run_is_restarted_at_once_and_one_that_had_not_later_and_later() {
+    let mut world = world(1, &[], Duration::ZERO);
+    world.feed(Event::Begin);
+    world.pass(S);
+    world.end(0, Wish::Replace);
+    assert_eq!(world.starts, [2]);
+    for delay_ms in [100, 200, 400] {
+        world.end(0, Wish::Replace);
+        assert!(world.alive.is_empty());
+        assert_eq!(world.helpers.next_deadline(), Some(world.now + Duration::from_millis(delay_ms)));
+        world.pass(Duration::from_millis(delay_ms));
+    }
+    assert_eq!(world.starts, [5]);
+    assert_eq!(world.notes.len(), 3);
+    world.fails_to_spawn = true;
+    world.end(0, Wish::Renew);
+    world.pass(S);
+    assert!(world.alive.is_empty());
+    world.fails_to_spawn = false;
+    world.pass(30 * S);
+    assert_eq!(world.starts, [6]);
+}
+
+#[test]
+fn one_that_exits_with_125_stays_away_until_a_reload() {
+    let mut world = world(2, &[], Duration::ZERO);
+    world.feed(Event::Begin);
+    world.end(0, Wish::Retire);
+    world.pass(3600 * S);
+    assert_eq!((world.starts.as_slice(), world.notes.as_slice()), (&[1, 1][..], &[(0, Note::Retired)][..]));
+    let other = world.pid(1);
+    world.feed(Event::Reloaded);
+    assert_eq!(world.starts, [2, 1], "the one that runs is asked to stop first");
+    assert_eq!(world.asked, BTreeMap::from([(other, Action::Terminate { pid: other })]));
+    world.end(1, Wish::Retire);
+    assert_eq!(world.starts, [2, 2], "what it said when it was asked to stop is not held against it");
+}
+
+#[test]
+fn a_run_that_lasts_makes_the_next_be_skipped_and_has_an_end() {
+    let mut world = world(0, &["* * * * *"], 90 * S);
+    world.feed(Event::Begin);
+    world.pass(30 * S);
+    let pid = world.pid(0);
+    world.pass(60 * S);
+    assert_eq!(world.notes, [(0, Note::Skipped { pid })]);
+    world.pass(30 * S);
+    assert_eq!(world.asked[&pid], Action::Terminate { pid });
+    world.pass(STOP);
+    assert_eq!(world.asked[&pid], Action::Kill { pid });
+    world.end(0, Wish::Replace);
+    world.pass(20 * S);
+    assert_eq!(world.starts, [2]);
+}
+
+#[test]
+fn what_was_missed_is_run_once_and_a_clock_set_back_does_not_stop_a_job() {
+    let mut world = world(0, &["*/10 * * * *"], Duration::ZERO);
+    world.feed(Event::Begin);
+    // The machine slept for a day: only the wall knows.
+    world.wall += 24 * 3600 * S;
+    world.pass(S);
+    assert_eq!(world.starts, [1]);
+    world.end(0, Wish::Renew);
+    world.pass(9 * 60 * S);
+    assert_eq!(world.starts, [1], "once");
+    world.pass(60 * S);
+    assert_eq!(world.starts, [2]);
+    world.end(0, Wish::Renew);
+    world.wall -= 24 * 3600 * S;
+    world.pass(S);
+    world.pass(600 * S);
+    assert_eq!(world.starts, [3], "it does not wait for a day");
+}
+
+#[test]
+fn the_end_has_an_order() {
+    let mut world = world(2, &["* * * * *"], Duration::ZERO);
+    world.feed(Event::Begin);
+    world.pass(30 * S);
+    world.feed(Event::Closing);
+    world.end(0, Wish::Replace);
+    world.end(2, Wish::Renew);
+    world.pass(120 * S);
+    assert_eq!(world.starts, [2, 1, 1], "workers that drain may need a daemon, but no job begins");
+    assert!(world.asked.is_empty());
+    world.feed(Event::Stop);
+    assert_eq!(world.asked.len(), 2);
+    world.end(0, Wish::Replace);
+    world.pass(STOP);
+    assert_eq!(world.notes.last(), Some(&(1, Note::StopTimeout { pid: world.pid(1) })));
+    world.end(1, Wish::Replace);
+    assert!(world.helpers.is_empty());
+}
+
+#[test]
+fn who_is_adopted_goes_on_and_who_is_not_wanted_leaves() {
+    let mut world = world(1, &["* * * * *"], 90 * S);
+    let pids = [1, 2, 3].map(Pid::from_raw);
+    for (helper, pid) in [Some(0), Some(1), None].into_iter().zip(pids) {
+        let number = world.helpers.adopt(helper, pid, world.now);
+        world.alive.insert(pid, number);
+    }
+    world.feed(Event::Begin);
+    assert_eq!(world.starts, [0, 0], "they run already");
+    assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[2]]);
+    world.feed(Event::Exited { pid: pids[2], wish: Wish::Renew });
+    world.pass(90 * S);
+    assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[1]], "a job's time has its end");
+    world.end(0, Wish::Replace);
+    assert_eq!(world.starts, [1, 0]);
+}
+
+/// One history from a seed: whatever happens, what is asserted in `feed` holds, and it comes to an end.
+fn history(seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let timeout = S * random.u32(0..3) * 40;
+    let mut world =
+        world(random.usize(0..3), &["* * * * *", "*/7 * * * * *", "@hourly"][..random.usize(0..4)], timeout);
+    let (mut begun, mut closing) = (false, None);
+    for _ in 0..300 {
+        world.fails_to_spawn = random.u8(0..10) == 0;
+        let living: Vec<Pid> = world.alive.keys().copied().collect();
+        match random.u8(0..20) {
+            0 => {
+                begun = true;
+                world.feed(Event::Begin);
+            }
+            1 => world.feed(Event::Reloaded),
+            2 if random.u8(0..10) == 0 => {
+                let jobs = |world: &World| world.starts.iter().sum::<u32>();
+                world.feed(Event::Closing);
+                closing = closing.or(Some(jobs(&world)));
+            }
+            3 => world.wall -= S * random.u32(0..7200),
+            4 => world.wall += S * random.u32(0..7200),
+            5..12 if !living.is_empty() => {
+                let pid = living[random.usize(0..living.len())];
+                let wish = [Wish::Replace, Wish::Renew, Wish::Retire][random.usize(0..3)];
+                world.feed(Event::Exited { pid, wish });
+            }
+            _ => {
+                // As the shell does: it wakes when it was told to, or before.
+                let wait = world.helpers.next_deadline().map_or(S, |at| at.saturating_sub(world.now));
+                world.pass(if random.bool() { wait } else { wait.mul_f64(random.f64()) });
+            }
+        }
+        assert!(begun || world.starts.iter().all(|&starts| starts == 0) || closing.is_some(), "nothing before Begin");
+        let late = world.helpers.next_deadline().is_some_and(|at| at < world.now);
+        assert!(!late, "a deadline that has passed was not met");
+    }
+    world.fails_to_spawn = false;
+    world.feed(if random.bool() { Event::Stop } else { Event::Halt });
+    let starts = world.starts.clone();
+    world.pass(STOP);
+    for &pid in world.alive.keys() {
+        assert_eq!(world.asked.get(&pid), Some(&Action::Kill { pid }), "who does not stop is killed");
+    }
+    for pid in world.alive.keys().copied().collect::<Vec<_>>() {
+        world.feed(Event::Exited { pid, wish: Wish::Replace });
+    }
+    world.pass(7200 * S);
+    assert!(world.helpers.is_empty() && world.starts == starts, "nothing is started after the end");
+    assert_eq!(world.helpers.next_deadline(), None);
+}
+
+#[test]
+fn whatever_happens_the_rules_hold() {
+    for seed in 0..1000 {
+        let outcome = std::panic::catch_unwind(|| history(seed));
+        assert!(outcome.is_ok(), "seed {seed}");
+    }
+}

@@ -1,0 +1,228 @@
+//! Daemons and jobs: real programs beside real workers, with what they are given, and how they end.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+
+use common::{Server, descriptors_of, http, process, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const FLAGS: [&str; 4] = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
+
+fn crashy(arguments: &[&str]) -> Server {
+    Server::start("crashy", &[&FLAGS, arguments].concat())
+}
+
+/// A script in `folder`, as a command for a flag.
+fn script(folder: &Path, name: &str, text: &str) -> String {
+    let path = folder.join(name);
+    std::fs::write(&path, text).unwrap();
+    format!("sh '{}'", path.display())
+}
+
+fn pid_in(line: &str) -> Pid {
+    let pid = line.split(' ').find_map(|word| word.strip_prefix("pid=")).unwrap();
+    Pid::from_raw(pid.parse().unwrap())
+}
+
+/// Where in the log this stands; it is there once at least.
+#[track_caller]
+fn place(server: &Server, what: &str) -> usize {
+    server.log().find(what).unwrap_or_else(|| panic!("no {what:?}"))
+}
+
+fn is_gone(pid: Pid) -> bool {
+    process(pid.as_raw()).is_none_or(|process| process.state == 'Z')
+}
+
+#[test]
+fn a_daemon_runs_beside_the_workers_is_restarted_and_is_stopped_after_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "trap 'echo told to stop; exit 0' TERM\n\
+        echo \"name=$FORKYARD_NAME slot=${FORKYARD_SLOT-none} shm=$(readlink /proc/self/fd/$FORKYARD_SHM)\"\n\
+        while :; do sleep 0.05; done\n";
+    let mail = format!("mail={}", script(folder.path(), "mail", text));
+    let mut server = crashy(&["--daemon", &mail]);
+    let line = server.wait_for("daemon=mail");
+    assert!(line.contains("| name=mail slot=none shm=/memfd:"), "{line}");
+    let first = pid_in(&line);
+    assert!(place(&server, "ready in ") < place(&server, "daemon started name=mail"));
+
+    kill(first, Signal::SIGKILL).unwrap();
+    let end = server.wait_for("daemon ended name=mail");
+    assert!(end.contains("signal=KILL") && end.contains("WARN"), "{end}");
+    let second = pid_in(&server.wait_for("daemon=mail"));
+    assert_ne!(first, second);
+
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done gen=2");
+    assert!(server.wait_for("told to stop").contains("daemon=mail"));
+    let end = server.wait_for("daemon ended name=mail");
+    assert!(pid_in(&end) == second && end.contains("INFO"), "{end}");
+    let third = pid_in(&server.wait_for("daemon=mail"));
+    assert_ne!(second, third);
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
+
+    server.stop();
+    assert!(is_gone(third));
+    let log = server.log();
+    let worker_left = log.rfind("worker left").unwrap();
+    assert!(worker_left < log.rfind("told to stop").unwrap(), "workers that drain may need it");
+}
+
+#[test]
+fn daemons_wait_for_the_first_worker() {
+    let folder = tempfile::tempdir().unwrap();
+    let go = folder.path().join("refuse");
+    std::fs::write(&go, "not yet").unwrap();
+    let mut command = Command::new(program("hooks"));
+    command.args(FLAGS).args(["--daemon", "idle=sleep 600"]).env("HOOKS_REFUSE", &go);
+    let mut server = Server::launch(&mut command);
+    server.wait_for("cannot make a worker");
+    server.wait_for("cannot make a worker");
+    assert!(!server.log().contains("daemon started"));
+    std::fs::remove_file(&go).unwrap();
+    server.wait_for("daemon started name=idle");
+    assert!(place(&server, "hook: on_ready") < place(&server, "daemon started"));
+    server.stop();
+}
+
+#[test]
+fn a_daemon_that_cannot_start_is_tried_less_and_less_and_125_is_taken_for_an_answer() {
+    let mut server = crashy(&["--daemon", "broken=sh -c 'echo alas; exit 3'", "--daemon", "done=sh -c 'exit 125'"]);
+    let failing = "daemon ends as soon as it is started name=broken:";
+    assert!(server.wait_for(failing).contains("1 in a row, next try in 100ms"));
+    assert!(server.wait_for(failing).contains("2 in a row, next try in 200ms"));
+    wait_until("the other has ended", || server.log().contains("asks not to be restarted name=done").then_some(()));
+    assert!(server.wait_for(failing).contains("3 in a row, next try in 400ms"));
+    assert_eq!(server.log().matches("daemon started name=done").count(), 1);
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done gen=2");
+    server.wait_for("daemon started name=done");
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "the workers have nothing to do with it");
+    server.stop();
+}
+
+#[test]
+fn one_that_does_not_stop_is_killed_with_what_it_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "trap '' TERM\nsleep 600 &\necho child=$!\nwhile :; do sleep 0.05; done\n";
+    let deaf = format!("deaf={}", script(folder.path(), "deaf", text));
+    let mut server = crashy(&["--daemon", &deaf, "--drain-timeout", "300ms"]);
+    let line = server.wait_for("| child=");
+    let child = Pid::from_raw(line.rsplit('=').next().unwrap().parse().unwrap());
+    server.stop();
+    assert!(server.log().contains("daemon does not stop in time (--drain-timeout): killed name=deaf"));
+    assert!(is_gone(pid_in(&line)));
+    wait_until("what it had started is gone", || is_gone(child).then_some(()));
+}
+
+#[test]
+fn int_ends_helpers_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let deaf =
+        format!("deaf={}", script(folder.path(), "deaf", "trap '' TERM\necho up\nwhile :; do sleep 0.05; done\n"));
+    let mut server = crashy(&["--daemon", &deaf, "--drain-timeout", "1h"]);
+    let pid = pid_in(&server.wait_for("| up"));
+    server.signal(Signal::SIGTERM);
+    server.wait_for("worker left");
+    server.signal(Signal::SIGINT);
+    assert_eq!(server.wait_end(), Some(0));
+    assert!(is_gone(pid));
+}
+
+#[test]
+fn a_job_runs_at_its_times_and_not_twice_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (gate, quick) = (folder.path().join("gate"), "quick=* * * * * *=echo 'it is time'");
+    let text =
+        format!("echo began as $FORKYARD_NAME\nwhile [ ! -e '{}' ]; do sleep 0.05; done\necho done\n", gate.display());
+    let slow = format!("slow=* * * * * *={}", script(folder.path(), "slow", &text));
+    let mut server = crashy(&["--cron", quick, "--cron", &slow]);
+    server.wait_for("cron=slow");
+    server.wait_for("cron is skipped: its last run goes on name=slow");
+    server.wait_for("cron is skipped: its last run goes on name=slow");
+    assert_eq!(server.log().matches("began as slow").count(), 1);
+    wait_until("the other has run twice", || (server.log().matches("| it is time").count() >= 2).then_some(()));
+    assert!(server.log().contains("cron ended name=quick"));
+    std::fs::write(&gate, "").unwrap();
+    server.wait_for("| done");
+    server.wait_for("began as slow");
+    server.stop();
+    let after = server.log().split("asked to drain and stop").nth(1).unwrap().to_owned();
+    assert!(!after.contains("cron started"), "{after}");
+}
+
+#[test]
+fn a_job_that_takes_too_long_is_stopped_and_one_that_runs_at_the_end_is_asked_to() {
+    let slow =
+        "slow=* * * * * *=sh -c 'trap \"echo interrupted; exit 4\" TERM; echo begun; while :; do sleep 0.05; done'";
+    let mut server = crashy(&["--cron", slow, "--cron-timeout", "500ms"]);
+    server.wait_for("cron takes too long (--cron-timeout): asked to stop name=slow");
+    server.wait_for("| interrupted");
+    server.wait_for("cron ended name=slow");
+    server.stop();
+
+    let mut server = crashy(&["--cron", slow]);
+    server.wait_for("| begun");
+    server.stop();
+    let log = server.log();
+    assert!(log.rfind("worker left").unwrap() < log.rfind("| interrupted").unwrap(), "{log}");
+}
+
+#[test]
+fn nothing_beside_the_workers_outlives_a_killed_master() {
+    let mut server = crashy(&["--daemon", "idle=sleep 600"]);
+    let pid = pid_in(&server.wait_for("daemon started name=idle"));
+    assert_eq!(descriptors_of(pid.as_raw()), 4, "the standard ones, and the shared memory");
+    server.signal(Signal::SIGKILL);
+    assert_eq!(server.wait_end(), None);
+    wait_until("the daemon is gone", || is_gone(pid).then_some(()));
+}
+
+#[test]
+fn helpers_have_the_privileges_of_the_workers() {
+    assert!(nix::unistd::geteuid().is_root(), "this test has to run as root: it gives privileges up");
+    let show =
+        "show=sh -c 'echo $(id -u) $(id -g) $(umask) $(grep NoNewPrivs /proc/self/status) $GIVEN; exec sleep 600'";
+    let flags = ["--user", "65534", "--group", "65534", "--umask", "027", "--no-new-privileges", "--env", "GIVEN=this"];
+    let mut server = crashy(&[&["--daemon", show][..], &flags].concat());
+    let line = server.wait_for("daemon=show");
+    let words = line.split_once("| ").unwrap().1.replace('\t', " ");
+    assert_eq!(words, "65534 65534 0027 NoNewPrivs: 1 this", "{line}");
+    server.stop();
+}
+
+#[test]
+fn variables_have_a_line_for_each_and_programs_have_daemons_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(program("forkyard"));
+    command.args(["run", "--bind", &format!("fastcgi:unix:{}", folder.path().join("a.sock").display())]);
+    command.args(["--workers", "1", "--settle", "10ms", "--", "sleep", "600"]);
+    command.env("FORKYARD_DAEMON", "one=sh -c 'echo [$FORKYARD_DAEMON]; exec sleep 600'\ntwo=sleep 600\n");
+    command.env("FORKYARD_CRON", "tick=* * * * * *=echo tick");
+    let mut server = Server::start_command(&mut command);
+    server.wait_for("| tick");
+    for line in ["daemon started name=one", "daemon started name=two", "| []"] {
+        wait_until(line, || server.log().contains(line).then_some(()));
+    }
+    server.stop();
+}
+
+#[test]
+fn what_cannot_be_is_refused_before_anything_is_made() {
+    let refused = |arguments: &[&str], status: i32, words: &[&str]| {
+        let output = Command::new(program("hello")).args(arguments).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{said}");
+        words.iter().for_each(|word| assert!(said.contains(word), "no {word:?} in {said:?}"));
+    };
+    refused(&["--daemon", "x"], 2, &["'x' is not a daemon", "expected NAME=COMMAND"]);
+    refused(&["--cron", "x=* * *=y"], 2, &["'* * *' is not a schedule", "*/5 * * * *"]);
+    refused(&["--daemon", "x=y", "--cron", "x=@daily=y"], 2, &["there are two named 'x'"]);
+    refused(&["--daemon", "x=no-such-program-here"], 1, &["--daemon x", "no program of that name in PATH"]);
+}
