@@ -386,6 +386,58 @@ fn programs_that_tell_nothing_have_a_status_too() {
 }
 
 #[test]
+fn what_is_quarantined_is_listed_and_let_go() {
+    let mut served = Controlled::start("crashy", &["--workers", "1", "--quarantine", "1"]);
+    let address = served.server.http();
+    let status_of = |path: &str| http::get(&address, path).unwrap().status;
+    assert_eq!(served.said(&["quarantine", "ls"]), "");
+    for path in ["/abort", "/segv"] {
+        assert_eq!(status_of(path), 502);
+        wait_until("it is refused", || (status_of(path) == 503).then_some(()));
+    }
+    let status = served.status();
+    let listed = status["quarantined"].as_array().unwrap();
+    assert_eq!(listed.len(), 2, "{status}");
+    let abort = listed.iter().find(|listed| listed["request"] == "GET /abort").unwrap();
+    assert!(abort["times"] == 1 && (1..=60_000).contains(&abort["left_ms"].as_u64().unwrap()), "{status}");
+    let lines = served.said(&["quarantine", "ls"]);
+    assert!(lines.lines().count() == 2 && lines.contains("times=1  GET /abort\n"), "{lines}");
+    assert!(served.said(&["status"]).contains("quarantined:\n  left="));
+    let json = served.said(&["quarantine", "ls", "--json"]);
+    let requests = json.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["request"].clone());
+    assert!(requests.clone().count() == 2 && requests.into_iter().any(|request| request == "GET /abort"), "{json}");
+
+    assert_eq!(served.said(&["quarantine", "release", "GET /abort"]), "let go request=\"GET /abort\"\n");
+    assert!(served.complaint(&["quarantine", "release", "GET /abort"], 1).contains("is not refused"));
+    assert_eq!(status_of("/abort"), 502, "it is let in again, and kills again");
+    wait_until("it is refused again", || (status_of("/abort") == 503).then_some(()));
+    assert_eq!(served.said(&["quarantine", "release", "--all"]), "let go requests=2\n");
+    assert_eq!(served.said(&["quarantine", "ls"]), "");
+    assert!(served.complaint(&["quarantine", "release"], 2).contains("<REQUEST>"));
+    served.server.stop();
+}
+
+#[test]
+fn status_tells_how_many_wait_at_each_socket() {
+    let mut served = Controlled::start("crashy", &["--workers", "1..3"]);
+    let address = served.server.http();
+    let status = served.status();
+    assert_eq!((&status["binds"][0]["waiting"], &status["min"], &status["max"]), (&0.into(), &1.into(), &3.into()));
+    assert!(served.said(&["status"]).contains("workers=1 (1..3)"));
+    served.said(&["scale", "1"]);
+    let [worker] = served.server.children().into_iter().collect::<Vec<_>>()[..] else { panic!("it has one") };
+    let worker = nix::unistd::Pid::from_raw(worker);
+    nix::sys::signal::kill(worker, Signal::SIGSTOP).unwrap();
+    let waiting: Vec<Client> = (0..3).map(|_| Client::connect(&address).unwrap()).collect();
+    wait_until("they are counted", || (served.status()["binds"][0]["waiting"] == 3).then_some(()));
+    assert!(served.said(&["top", "--rounds", "1"]).contains(&format!("http:{address} waiting=3\n")));
+    nix::sys::signal::kill(worker, Signal::SIGCONT).unwrap();
+    wait_until("they are accepted", || (served.status()["binds"][0]["waiting"] == 0).then_some(()));
+    drop(waiting);
+    served.server.stop();
+}
+
+#[test]
 fn completions_and_manual_pages_name_every_flag() {
     let said = |name: &str, arguments: &[&str]| {
         let output = Command::new(program(name)).args(arguments).output().unwrap();

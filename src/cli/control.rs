@@ -82,6 +82,9 @@ pub(super) enum Operation {
     },
     /// Open the log files anew, as USR1 does
     ReopenLogs(Socket),
+    /// See which requests are refused because workers died of them, and let them go
+    #[command(subcommand)]
+    Quarantine(Quarantine),
     /// Look at the page cache, and purge from it
     #[command(subcommand)]
     Cache(Cache),
@@ -94,6 +97,23 @@ pub(super) enum Operation {
     Man {
         /// The sub-command that it is to be about
         command: Option<String>,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+pub(super) enum Quarantine {
+    /// List the requests that are refused, and for how long yet
+    Ls(Socket),
+    /// Refuse a request no longer
+    Release {
+        /// The request as ls shows it, as in 'GET /items/*'
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        request: Option<String>,
+        /// All of them
+        #[arg(long)]
+        all: bool,
+        #[command(flatten)]
+        socket: Socket,
     },
 }
 
@@ -169,6 +189,11 @@ impl Operation {
             Self::Stop { socket, now } => socket.ask(What::Ask(Request::Stop { now })),
             Self::Scale { workers, socket } => socket.ask(What::Ask(Request::Scale { workers })),
             Self::ReopenLogs(socket) => socket.ask(What::Ask(Request::ReopenLogs)),
+            Self::Quarantine(Quarantine::Ls(socket)) => socket.ask(What::Quarantine),
+            // Either a request is named, or it is all.
+            Self::Quarantine(Quarantine::Release { request, socket, .. }) => {
+                socket.ask(What::Ask(Request::Release { request }))
+            }
             Self::Cache(cache) => cache.task(),
             Self::Completions { shell } => {
                 let mut script = Vec::new();

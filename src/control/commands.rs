@@ -28,6 +28,8 @@ pub(crate) enum What {
         rounds: Option<u32>,
     },
     Cache(cache::Operation),
+    /// The requests that are refused.
+    Quarantine,
 }
 
 /// Does it.
@@ -38,6 +40,7 @@ pub(crate) fn run(errand: &Errand) -> Result<(), String> {
     let Errand { control, json, what } = errand;
     match what {
         What::Ask(Request::Status) => write(&shown(control, *json)?),
+        What::Quarantine => write(&quarantined(control, *json)?),
         What::Ask(request) => ask(control, request, *json),
         What::Top { interval, rounds } => top(control, *json, *interval, *rounds),
         What::Cache(operation) => cache::run(control, operation, *json, &mut io::stdout().lock()),
@@ -51,6 +54,15 @@ fn shown(control: &Path, json: bool) -> Result<String, String> {
     }
     let line = serde_json::to_string(&status).map_err(|error| error.to_string())?;
     Ok(line + "\n")
+}
+
+fn quarantined(control: &Path, json: bool) -> Result<String, String> {
+    let listed = client::status(control)?.quarantined;
+    if !json {
+        return Ok(show::quarantine(&listed));
+    }
+    let lines = listed.iter().flat_map(super::wire::line).collect();
+    String::from_utf8(lines).map_err(|error| error.to_string())
 }
 
 /// Tells what is under way, until the outcome is known.

@@ -2,17 +2,19 @@
 
 use std::fmt::Write as _;
 
-use super::wire::{Status, WorkerStatus};
+use super::wire::{QuarantinedStatus, Status, WorkerStatus};
 
 const HEAD: [&str; 9] = ["SLOT", "PID", "GEN", "STATE", "AGE", "REQUESTS", "CONNS", "BUSY", "RSS"];
 
 /// The master in a line, its sockets, and a row for each worker. What a worker serves follows its row.
 pub(crate) fn table(status: &Status) -> String {
-    let Status { version, pid, generation, target, state, .. } = status;
+    let Status { version, pid, generation, target, min, max, state, .. } = status;
+    let range = if min == max { String::new() } else { format!(" ({min}..{max})") };
     let uptime = time(status.uptime_ms);
-    let mut text = format!("forkyard {version} pid={pid} {state} up {uptime} gen={generation} workers={target}\n");
+    let mut text =
+        format!("forkyard {version} pid={pid} {state} up {uptime} gen={generation} workers={target}{range}\n");
     for bind in &status.binds {
-        let _ = writeln!(text, "  bind  {}:{}", bind.protocol, bind.address);
+        let _ = writeln!(text, "  bind  {}:{} waiting={}", bind.protocol, bind.address, bind.waiting);
     }
     let rows: Vec<[String; 9]> = status.workers.iter().map(row).collect();
     let width = |column: usize| {
@@ -40,7 +42,20 @@ pub(crate) fn table(status: &Status) -> String {
     for (slot, request) in lines {
         let _ = writeln!(text, "  slot={slot} {:>8}  {}", time(request.for_ms), request.what);
     }
+    if !status.quarantined.is_empty() {
+        text.push_str("quarantined:\n");
+        text += &quarantine(&status.quarantined);
+    }
     text
+}
+
+/// A line for each request that is refused.
+pub(crate) fn quarantine(listed: &[QuarantinedStatus]) -> String {
+    let line = |QuarantinedStatus { request, left_ms, times }: &_| {
+        let left = time(*left_ms);
+        format!("  left={left} times={times}  {request}\n")
+    };
+    listed.iter().map(line).collect()
 }
 
 fn row(worker: &WorkerStatus) -> [String; 9] {
@@ -99,20 +114,25 @@ mod tests {
             uptime_ms: 90_061_000,
             generation: 2,
             target: 2,
+            min: 1,
+            max: 4,
             state: "running".to_owned(),
-            binds: vec![BindStatus { protocol: "http".to_owned(), address: "127.0.0.1:80".to_owned() }],
+            binds: vec![BindStatus { protocol: "http".to_owned(), address: "127.0.0.1:80".to_owned(), waiting: 5 }],
             workers: vec![known, waiting],
+            quarantined: vec![QuarantinedStatus { request: "GET /items/*".to_owned(), left_ms: 59_000, times: 2 }],
         };
         assert_eq!(
             table(&status),
             "\
-forkyard 1.2.3 pid=7 running up 1d01h gen=2 workers=2
-  bind  http:127.0.0.1:80
+forkyard 1.2.3 pid=7 running up 1d01h gen=2 workers=2 (1..4)
+  bind  http:127.0.0.1:80 waiting=5
 SLOT     PID  GEN  STATE      AGE  REQUESTS  CONNS  BUSY  RSS
   10  123456    2  ready    3m20s   1234567      3     1  12M
    3       -    1  waiting      -         -      -     -    -
 in flight:
   slot=10       1s  GET /slow
+quarantined:
+  left=59s times=2  GET /items/*
 "
         );
     }

@@ -29,6 +29,8 @@ pub(crate) enum Request {
     Scale { workers: u32 },
     /// Open the log files anew.
     ReopenLogs,
+    /// Refuse this request no longer, as the status names it; without one, none.
+    Release { request: Option<String> },
     /// Hand out the descriptor of the shared memory, with the outcome.
     Segment,
 }
@@ -58,10 +60,18 @@ pub(crate) struct Status {
     pub(crate) generation: u64,
     /// How many workers there should be.
     pub(crate) target: u32,
+    /// Between which numbers that moves.
+    #[serde(default)]
+    pub(crate) min: u32,
+    #[serde(default)]
+    pub(crate) max: u32,
     /// `running`, `reloading` or `stopping`.
     pub(crate) state: String,
     pub(crate) binds: Vec<BindStatus>,
     pub(crate) workers: Vec<WorkerStatus>,
+    /// The requests that are refused, because workers died of them.
+    #[serde(default)]
+    pub(crate) quarantined: Vec<QuarantinedStatus>,
 }
 
 /// A listening socket.
@@ -69,6 +79,19 @@ pub(crate) struct Status {
 pub(crate) struct BindStatus {
     pub(crate) protocol: String,
     pub(crate) address: String,
+    /// Connections that nobody has accepted yet; where the kernel does not count them, 1 if there are any.
+    #[serde(default)]
+    pub(crate) waiting: u32,
+}
+
+/// A request that is refused for a while.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct QuarantinedStatus {
+    /// Method and path, or pattern, as in `GET /items/*`.
+    pub(crate) request: String,
+    pub(crate) left_ms: u64,
+    /// How often it has been refused in a row of relapses, this time included.
+    pub(crate) times: u32,
 }
 
 /// A worker, or a slot that waits for one. What is `None` is not known: an external program tells nothing.
@@ -118,6 +141,7 @@ impl Request {
             Self::Stop { now: true } => "stop --now",
             Self::Scale { .. } => "scale",
             Self::ReopenLogs => "reopen-logs",
+            Self::Release { .. } => "quarantine release",
             Self::Segment => "cache",
         }
     }
@@ -164,6 +188,8 @@ mod tests {
             Request::Stop { now: true },
             Request::Scale { workers: 4 },
             Request::ReopenLogs,
+            Request::Release { request: None },
+            Request::Release { request: Some("GET /a\"b".to_owned()) },
             Request::Segment,
         ] {
             let line = line(&request);

@@ -69,6 +69,18 @@ impl Master {
                 }
             }
             Request::Scale { workers } => self.scale(client, workers),
+            Request::Release { request: None } => {
+                let released = self.release_all();
+                self.reply(client, &Answer::done(format!("let go requests={released}")));
+            }
+            Request::Release { request: Some(request) } => {
+                let answer = if self.release(&request) {
+                    Answer::done(format!("let go request={request:?}"))
+                } else {
+                    Answer::failed(format!("{request:?} is not refused (see: quarantine ls)"))
+                };
+                self.reply(client, &answer);
+            }
             Request::Upgrade => self.as_signal(client, libc::SIGUSR2),
             Request::ReopenLogs => {
                 let errors = self.reopen_logs();

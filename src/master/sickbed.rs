@@ -149,13 +149,11 @@ impl Master {
     }
 
     /// The requests that are refused now.
-    #[expect(dead_code, reason = "for the control socket")]
     pub(super) fn quarantined(&self) -> Vec<Listed> {
         self.sickbed.quarantine.list(self.now())
     }
 
     /// Lets one request go, as [`Listed::key`] has it. False if it is not refused.
-    #[expect(dead_code, reason = "for the control socket")]
     pub(super) fn release(&mut self, key: &str) -> bool {
         let released = self.sickbed.quarantine.release(key);
         self.tell_of_release(usize::from(released), key);
@@ -163,7 +161,6 @@ impl Master {
     }
 
     /// Lets all go; returns how many.
-    #[expect(dead_code, reason = "for the control socket")]
     pub(super) fn release_all(&mut self) -> usize {
         let released = self.sickbed.quarantine.release_all();
         self.tell_of_release(released, "*");

@@ -5,7 +5,7 @@
 use super::Master;
 use super::spawn::Child;
 use super::supervisor::{Phase, Place};
-use crate::control::wire::{BindStatus, MOST_SERVING, ServingStatus, Status, WorkerStatus};
+use crate::control::wire::{BindStatus, MOST_SERVING, QuarantinedStatus, ServingStatus, Status, WorkerStatus};
 
 impl Master {
     pub(super) fn status(&self) -> Status {
@@ -19,6 +19,12 @@ impl Master {
         let binds = listeners.map(|listener| BindStatus {
             protocol: listener.protocol.to_string(),
             address: listener.address.to_string(),
+            waiting: self.queue_depth.of(listener),
+        });
+        let quarantined = self.quarantined().into_iter().map(|listed| QuarantinedStatus {
+            request: listed.key,
+            left_ms: ms(listed.left),
+            times: listed.times,
         });
         let mut room = MOST_SERVING;
         let workers = view.places.iter().map(|place| {
@@ -33,9 +39,12 @@ impl Master {
             uptime_ms: ms(self.now()),
             generation: view.generation,
             target: view.target,
+            min: view.limits.0,
+            max: view.limits.1,
             state: state.to_owned(),
             binds: binds.collect(),
             workers: workers.collect(),
+            quarantined: quarantined.collect(),
         }
     }
 
