@@ -61,7 +61,6 @@ use self::serve::{Application, BoxError, Guard};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
 use crate::config::Config;
-use crate::config::failures::Failures;
 use crate::context::Context;
 use crate::handover::{Channel, PackedOrigin};
 use crate::heir::ledger::{Ledger, Tongue};
@@ -165,7 +164,7 @@ where
         let report = File::from(heritage.report);
         let service = Counted::new(service, config.numbers.max_requests, report.try_clone()?);
         let application = Application::new(service, row.clone(), config.limits, config.trust.clone());
-        let application = Rc::new(application.guarded(guard(&config.failures, &heritage.segment)));
+        let application = Rc::new(application.guarded(guard(&config, &heritage.segment)));
         let entrances = heritage.listeners.iter().map(|listener| Entrance::new(&config, listener.protocol)).collect();
         if let Some(path) = &config.numbers.health_path {
             // A little less than the master gives it, so that it can still say why.
@@ -246,9 +245,10 @@ fn event_loop(pulse: Pulse, is_watched: bool) -> io::Result<LocalRuntime> {
     builder.build_local(LocalOptions::default())
 }
 
-fn guard(failures: &Failures, segment: &Segment) -> Guard {
+fn guard(config: &Config, segment: &Segment) -> Guard {
+    let (failures, max_queue_time) = (&config.failures, config.numbers.max_queue_time);
     let quarantine = (failures.quarantine.deaths > 0).then(|| segment.quarantine());
-    Guard { request_timeout: failures.request_timeout, quarantine, by: failures.quarantine.by }
+    Guard { request_timeout: failures.request_timeout, max_queue_time, quarantine, by: failures.quarantine.by }
 }
 
 /// Asks to be replaced when a function hangs.
@@ -352,6 +352,9 @@ where
         let mut origin = Origin::of_http(address, arrival.origin.is_tls());
         async move {
             let (Some(protocol), true) = (protocol, permitted) else { return };
+            if !is_admitted && address.is_some() && application.sheds() {
+                socket.ask_wait();
+            }
             let trust = application.trust.as_ref().filter(|_| !is_admitted);
             if trust.is_some_and(|trust| trust.peers.contain(address.map(|address| address.ip()))) {
                 let time = application.limits.timeouts.header;
