@@ -44,6 +44,7 @@ mod privileges;
 mod protocol;
 mod pulse;
 mod queue_depth;
+mod queue_time;
 mod sample;
 mod suspect;
 mod sys;

@@ -6,6 +6,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::time::Duration;
+
+use http::Request;
+
+use crate::queue_time::WaitedInKernel;
 
 /// What a connection's reads wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +45,8 @@ pub(crate) struct Pulse {
     written: AtomicU32,
     has_expired: AtomicBool,
     is_closed: AtomicBool,
+    /// Milliseconds that the first bytes had waited in the kernel; for the first request to take.
+    waited_ms: AtomicU32,
 }
 
 impl Pulse {
@@ -52,6 +59,19 @@ impl Pulse {
             Stage::Head
         } else {
             Stage::Idle
+        }
+    }
+
+    /// The first bytes had waited in the kernel for so long.
+    pub(crate) fn set_waited(&self, time: Duration) {
+        self.waited_ms.store(u32::try_from(time.as_millis()).unwrap_or(u32::MAX), Relaxed);
+    }
+
+    /// Tells the first request how long it has waited.
+    pub(crate) fn tell_waited<B>(&self, request: &mut Request<B>) {
+        if self.waited_ms.load(Relaxed) > 0 {
+            let waited = WaitedInKernel(Duration::from_millis(self.waited_ms.swap(0, Relaxed).into()));
+            request.extensions_mut().insert(waited);
         }
     }
 

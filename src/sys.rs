@@ -319,18 +319,28 @@ pub(crate) fn internet_address(address: &SockaddrStorage) -> Option<SocketAddr> 
 /// What `getsockopt(2)` says; `InvalidInput` if it does not listen.
 pub(crate) fn tcp_queue(listener: BorrowedFd<'_>) -> io::Result<u32> {
     const LISTEN: u8 = 10; // TCP_LISTEN, of the kernel's net/tcp_states.h
+    let info = tcp_info(listener)?;
+    // Of a socket that listens the kernel puts the length of its queue here.
+    if info.tcpi_state == LISTEN { Ok(info.tcpi_unacked) } else { Err(io::ErrorKind::InvalidInput.into()) }
+}
+
+/// How long ago the last bytes came on a TCP connection.
+///
+/// # Errors
+/// What `getsockopt(2)` says.
+pub(crate) fn since_last_received(connection: BorrowedFd<'_>) -> io::Result<Duration> {
+    Ok(Duration::from_millis(tcp_info(connection)?.tcpi_last_data_recv.into()))
+}
+
+fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     // SAFETY: all zeroes is a valid tcp_info.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut length = libc::socklen_t::try_from(size_of_val(&info)).unwrap_or(0);
     let place = (&raw mut info).cast();
     // SAFETY: `info` and `length` are valid places for the whole call, and `length` is the size of `info`.
     let outcome =
-        unsafe { libc::getsockopt(listener.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length) };
-    if outcome != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // Of a socket that listens the kernel puts the length of its queue here.
-    if info.tcpi_state == LISTEN { Ok(info.tcpi_unacked) } else { Err(io::ErrorKind::InvalidInput.into()) }
+        unsafe { libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length) };
+    if outcome == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Registers a descriptor with the event loop, to know when it is ready.

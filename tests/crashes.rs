@@ -29,7 +29,7 @@ fn the_obituary_says_where_a_worker_crashed_and_a_line_names_the_functions() {
         ("/abort", "ABRT", "ABRT in thread worker, instruction ", "crashy::abort"),
         ("/thread/segv", "SEGV", "SEGV in thread blocking-0 at address 0x10, instruction crashy+0x", "in_a_thread"),
     ] {
-        assert!(http::get(&address, path).is_err(), "{path} takes its worker with it");
+        assert_eq!(http::get(&address, path).unwrap().status, 502, "{path} takes its worker with it");
         let line = server.wait_for("worker died");
         assert!(line.contains(&format!(" signal={signal} ")), "it dies of the same signal: {line}");
         assert_eq!(quoted(&line, "crashed_in"), format!("GET {path}"));
@@ -46,7 +46,7 @@ fn the_obituary_says_where_a_worker_crashed_and_a_line_names_the_functions() {
 #[test]
 fn a_stack_overflow_is_told_by_us_and_by_the_standard_library() {
     let mut server = crashy(&["--workers", "1"]);
-    assert!(http::get(&server.http(), "/overflow").is_err());
+    assert_eq!(http::get(&server.http(), "/overflow").unwrap().status, 502);
     server.wait_for("thread 'worker'");
     let line = server.wait_for("worker died");
     assert!(line.contains(" signal=ABRT "), "as the standard library has it: {line}");

@@ -24,14 +24,16 @@ use std::time::Instant;
 use http::header::RETRY_AFTER;
 use http::{HeaderValue, Request, Response, StatusCode};
 use http_body::Body as _;
+use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
 pub(crate) use self::overdue::{give_up, one_hangs, set_patience};
 pub(crate) use self::pool::{all_became_occupied, are_all_occupied, configure, finish, one_is_free};
 use self::turn::Pace;
 pub(crate) use self::turn::{jobs_wait, run_jobs};
-use crate::at_work;
 use crate::body::{Body, FilterData};
+use crate::queue_time::BeginBy;
+use crate::{at_work, queue_time};
 
 /// Makes a service of a function that may block.
 ///
@@ -85,6 +87,7 @@ where
         // A body that is still coming in needs the loop: to wait for it here would be to wait for ever.
         let all_has_come = request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
         let quick = all_has_come && self.shared.pace.is_quick();
+        let begin_by = request.extensions().get::<BeginBy>().map(|&BeginBy(at)| Box::pin(sleep_until(at.into())));
         let progress = Mutex::new(Progress { request: Some(request), ..Progress::default() });
         let call = Arc::new(Call { shared: Arc::clone(&self.shared), cell: at_work::current(), progress });
         let job: Arc<dyn Job> = Arc::<Call<F>>::clone(&call);
@@ -98,7 +101,7 @@ where
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
             call.put(Ok(response));
         }
-        Answer(call)
+        Answer { job: call, begin_by }
     }
 }
 
@@ -126,6 +129,8 @@ trait Job: Send + Sync {
     fn run(&self);
     /// The response, once it is there.
     fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>>;
+    /// The request has waited too long, unless a thread is at it.
+    fn shed(&self);
     /// Nobody waits for the response any more.
     fn abandon(&self);
     /// Whether a thread is at it.
@@ -159,6 +164,10 @@ where
             let mut progress = self.progress();
             // A client that left while its request waited took it along.
             let Some(request) = progress.request.take() else { return };
+            if BeginBy::is_past(&request) {
+                drop(progress);
+                return self.put(Ok(queue_time::shed()));
+            }
             at_work::turn_to(self.cell);
             drop(progress);
             let begun = Instant::now();
@@ -183,6 +192,16 @@ where
         }
     }
 
+    fn shed(&self) {
+        let mut progress = self.progress();
+        let request = progress.request.take();
+        if request.is_some() {
+            progress.outcome = Some(Ok(queue_time::shed()));
+        }
+        drop(progress);
+        drop(request); // after the lock is given back
+    }
+
     fn abandon(&self) {
         let mut progress = self.progress();
         let request = progress.request.take();
@@ -200,7 +219,11 @@ where
 }
 
 /// The response to come.
-pub struct Answer(Arc<dyn Job>);
+pub struct Answer {
+    job: Arc<dyn Job>,
+    /// When the request is given up, if no thread has begun with it.
+    begin_by: Option<Pin<Box<Sleep>>>,
+}
 
 impl std::fmt::Debug for Answer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -211,8 +234,14 @@ impl std::fmt::Debug for Answer {
 impl Future for Answer {
     type Output = Result<Response<Body>, Infallible>;
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        match ready!(self.0.poll(context)) {
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(begin_by) = &mut self.begin_by
+            && begin_by.as_mut().poll(context).is_ready()
+        {
+            self.begin_by = None;
+            self.job.shed();
+        }
+        match ready!(self.job.poll(context)) {
             Ok(response) => Poll::Ready(Ok(response)),
             // The panic goes on here, where the worker turns it into this request's 500.
             Err(Panicked) => std::panic::resume_unwind(Box::new(Panicked)),
@@ -222,8 +251,8 @@ impl Future for Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        overdue::watch(&self.0);
-        self.0.abandon();
+        overdue::watch(&self.job);
+        self.job.abandon();
     }
 }
 

@@ -47,6 +47,12 @@ pub(super) struct OfEachWorker {
     /// answer within --start-timeout is a failed start
     #[arg(long, value_name = "PATH", env = "FORKYARD_HEALTH_PATH", value_parser = parse_health_path, help_heading = "Processes")]
     health_path: Option<String>,
+
+    /// A request that has waited for so long when the application could begin with it gets 503; 0 for never. What counts is
+    /// the wait for a thread, that in the kernel (over TCP, for the first request of a connection), and what a proxy of
+    /// --trust says with X-Request-Start or X-Queue-Start
+    #[arg(long, value_name = "TIME", env = "FORKYARD_MAX_QUEUE_TIME", default_value = "0", value_parser = parse_duration, help_heading = "Processes")]
+    max_queue_time: Duration,
 }
 
 /// What `forkyard run` does not take, so that it says why.
@@ -57,6 +63,9 @@ pub(super) struct RefusedByRun {
 
     #[arg(long, hide = true, value_parser = refuse_health_path)]
     health_path: Option<String>,
+
+    #[arg(long, hide = true, value_parser = refuse_max_queue_time)]
+    max_queue_time: Option<String>,
 }
 
 fn refuse_max_requests(_: &str) -> Result<String, String> {
@@ -71,6 +80,12 @@ fn refuse_health_path(_: &str) -> Result<String, String> {
         .to_owned())
 }
 
+fn refuse_max_queue_time(_: &str) -> Result<String, String> {
+    Err("a program accepts for itself, and nobody else knows how long a request has waited (a shorter --backlog bounds how \
+         many wait)"
+        .to_owned())
+}
+
 impl NumberOptions {
     pub(super) fn numbers(&self, of_each: OfEachWorker) -> Numbers {
         Numbers {
@@ -81,6 +96,7 @@ impl NumberOptions {
             memory_interval: self.memory_interval,
             max_age: Some(self.max_age).filter(|age| !age.limit.is_zero()),
             health_path: of_each.health_path,
+            max_queue_time: of_each.max_queue_time,
         }
     }
 }

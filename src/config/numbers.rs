@@ -26,6 +26,8 @@ pub(crate) struct Numbers {
     pub(crate) max_age: Option<Jittered<Duration>>,
     /// What a new worker asks its own application before it is ready.
     pub(crate) health_path: Option<String>,
+    /// How long a request may have waited when the application begins with it; zero is any time.
+    pub(crate) max_queue_time: Duration,
 }
 
 /// How many workers: one number, or as many as are needed between two.

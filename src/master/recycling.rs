@@ -130,6 +130,7 @@ mod tests {
             memory_interval,
             max_age,
             health_path: None,
+            max_queue_time: Duration::ZERO,
         };
         Recycling::new(&numbers)
     }

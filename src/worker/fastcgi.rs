@@ -440,6 +440,7 @@ where
         let data = give_role(&mut request, role, self.socket.pulse());
         let is_head = request.method() == Method::HEAD;
         let entry = self.enter(id, keep_connection, is_head);
+        self.socket.pulse().tell_waited(&mut request);
         let answer = self.application.answer(Protocol::FastCgi, request);
         self.start(id, entry, keep_connection, answer);
         if let Some(exchange) = self.exchanges.last_mut() {

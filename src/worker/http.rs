@@ -250,6 +250,7 @@ where
             let answer = match settle(&mut request) {
                 Ok(()) => {
                     request.extensions_mut().insert(self.origin.clone());
+                    self.requests.pulse.tell_waited(&mut request);
                     self.application.answer(Protocol::Http, request)
                 }
                 Err(refusal) => {

@@ -65,7 +65,6 @@ use self::serve::{Application, BoxError, Guard};
 use self::socket::{Socket, Watchdog};
 use crate::body::Body;
 use crate::config::Config;
-use crate::config::failures::Failures;
 use crate::context::Context;
 use crate::handover::{Channel, PackedOrigin};
 use crate::heir::ledger::{Ledger, Tongue};
@@ -170,7 +169,7 @@ where
         let service = Counted::new(service, config.numbers.max_requests, report.try_clone()?);
         let application = Application::new(service, row.clone(), config.limits, config.trust.clone());
         let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
-        let application = application.guarded(guard(&config.failures, &heritage.segment)).logged(access_log.clone());
+        let application = application.guarded(guard(&config, &heritage.segment)).logged(access_log.clone());
         let application = Rc::new(application);
         let entrances = heritage.listeners.iter().map(|listener| Entrance::new(&config, listener.protocol)).collect();
         if let Some(path) = &config.numbers.health_path {
@@ -262,9 +261,10 @@ fn event_loop(pulse: Pulse, is_watched: bool) -> io::Result<LocalRuntime> {
     builder.build_local(LocalOptions::default())
 }
 
-fn guard(failures: &Failures, segment: &Segment) -> Guard {
+fn guard(config: &Config, segment: &Segment) -> Guard {
+    let (failures, max_queue_time) = (&config.failures, config.numbers.max_queue_time);
     let quarantine = (failures.quarantine.deaths > 0).then(|| segment.quarantine());
-    Guard { request_timeout: failures.request_timeout, quarantine, by: failures.quarantine.by }
+    Guard { request_timeout: failures.request_timeout, max_queue_time, quarantine, by: failures.quarantine.by }
 }
 
 /// Asks to be replaced when a function hangs.
@@ -378,6 +378,9 @@ where
         let mut origin = Origin::of_http(address, arrival.origin.is_tls());
         async move {
             let (Some(protocol), true) = (protocol, permitted) else { return };
+            if !is_admitted && address.is_some() && application.sheds() {
+                socket.ask_wait();
+            }
             let trust = application.trust.as_ref().filter(|_| !is_admitted);
             if trust.is_some_and(|trust| trust.peers.contain(address.map(|address| address.ip()))) {
                 let time = application.limits.timeouts.header;

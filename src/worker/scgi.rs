@@ -322,7 +322,7 @@ where
             self.stdin = Some(writer);
             Body::stdin(reader, length, max_body).with_pulse(pulse)
         });
-        let request = match made {
+        let mut request = match made {
             Ok(request) => request,
             Err(error) => {
                 log::warn!("an SCGI request was refused: {error}");
@@ -332,6 +332,7 @@ where
         };
         let is_head = request.method() == Method::HEAD;
         self.enter(is_head);
+        self.socket.pulse().tell_waited(&mut request);
         let answer = Box::pin(self.application.answer(Protocol::Scgi, request));
         self.state = State::Answering { answer, is_head };
     }

@@ -28,8 +28,9 @@ use crate::config::{Limits, Trust};
 use crate::listen::Protocol;
 use crate::protocol::cgi::{self, Origin};
 use crate::protocol::forwarded;
+use crate::queue_time::BeginBy;
 use crate::suspect::Suspect;
-use crate::{at_work, blocking};
+use crate::{at_work, blocking, queue_time};
 
 /// What an error of the application's may be.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -50,6 +51,8 @@ pub(crate) struct Application<S> {
 pub(crate) struct Guard {
     /// For the head of a response; zero is no limit.
     pub(crate) request_timeout: Duration,
+    /// Before the application begins; zero is no limit.
+    pub(crate) max_queue_time: Duration,
     /// The requests that kill.
     pub(crate) quarantine: Option<Quarantine>,
     pub(crate) by: QuarantineBy,
@@ -85,9 +88,7 @@ impl Guard {
 impl<S: Service<Request<Body>> + Clone> Application<S> {
     /// Has the application answer; if it fails or panics, answers for it.
     pub(crate) fn answer(&self, protocol: Protocol, mut request: Request<Body>) -> Answer<S> {
-        if let Some(trust) = &self.trust {
-            believe(trust, &mut request);
-        }
+        let is_trusted = self.trust.as_ref().is_some_and(|trust| believe(trust, &mut request));
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         let in_flight = Serving {
             in_flight: self.row.begin(request.method().as_str(), target),
@@ -105,10 +106,19 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
         if let Some(left) = self.guard.refuses(&in_flight) {
             return Answer::put_off(left, in_flight);
         }
+        if self.sheds() && !queue_time::admits(self.guard.max_queue_time, &mut request, is_trusted) {
+            queue_time::count();
+            return Answer::put_off(Duration::ZERO, in_flight);
+        }
         let trouble = request.body_mut().watch();
         let is_head = request.method() == Method::HEAD;
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
         Answer { stage, is_head, in_flight: Some(in_flight), trouble, deadline: self.guard.deadline() }
+    }
+
+    /// Whether requests that have waited too long are refused.
+    pub(crate) fn sheds(&self) -> bool {
+        !self.guard.max_queue_time.is_zero()
     }
 
     /// An answer that the application had no part in.
@@ -201,6 +211,10 @@ where
                 Err(panic) => return Poll::Ready(Err(Failure::Panic(panic))),
             }
             let Some(request) = request.take() else { return Poll::Pending };
+            if BeginBy::is_past(&request) {
+                queue_time::count();
+                return Poll::Ready(Err(Failure::Refused(StatusCode::SERVICE_UNAVAILABLE, Some(Duration::ZERO))));
+            }
             let response = catch_panic(|| service.call(request)).map_err(Failure::Panic)?;
             self.set(Stage::Called { response });
         }
@@ -304,9 +318,9 @@ fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> 
 }
 
 /// If a request comes from a trusted proxy, makes [`Origin`] and `Host` what that one says of its client. What clients
-/// may have made up is taken away: applications are known to go by it.
-fn believe(trust: &Trust, request: &mut Request<Body>) {
-    let Some(origin) = request.extensions().get::<Origin>() else { return };
+/// may have made up is taken away: applications are known to go by it. Returns whether it does.
+fn believe(trust: &Trust, request: &mut Request<Body>) -> bool {
+    let Some(origin) = request.extensions().get::<Origin>() else { return false };
     let is_trusted = match origin.address {
         Some(address) => trust.peers.contain(Some(address.ip())),
         None => origin.over_unix && trust.peers.contain(None),
@@ -319,7 +333,7 @@ fn believe(trust: &Trust, request: &mut Request<Body>) {
     let headers = request.headers_mut();
     forwarded::remove(headers, believed);
     if !is_trusted {
-        return;
+        return false;
     }
     let client = forwarded::client(headers, trust.family, |address| trust.peers.contain(Some(address)));
     if let Some(host) = client.host.filter(|host| super::http::is_host(host.as_bytes())) {
@@ -331,6 +345,7 @@ fn believe(trust: &Trust, request: &mut Request<Body>) {
             (origin.address, origin.over_unix) = (address, false);
         }
     }
+    true
 }
 
 /// A response of a status and its name.

@@ -7,7 +7,7 @@
 //! The [`Watchdog`] looks once a second at every connection that had to wait, at its [`Stage`], and at what has moved since;
 //! whoever takes too long is cut off. That costs a request a few stores, and no timer of its own.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -45,6 +45,8 @@ pub(crate) struct Socket {
     account: Account,
     pulse: Arc<Pulse>,
     watchdog: Rc<Watchdog>,
+    /// How long the first bytes waited is to be found out.
+    asks_wait: Cell<bool>,
 }
 
 #[derive(Debug)]
@@ -81,7 +83,13 @@ impl Socket {
     /// `accepted` is a connection, does not block, and has been entered in the ledger. `early` was read of it before.
     pub(crate) fn new(accepted: OwnedFd, account: Account, early: &[u8], watchdog: &Rc<Watchdog>) -> Self {
         let (link, early) = (Link::Fresh(accepted, Look::Now), BytesMut::from(early));
-        Self { early, link, account, pulse: Arc::default(), watchdog: Rc::clone(watchdog) }
+        let asks_wait = Cell::new(false);
+        Self { early, link, account, pulse: Arc::default(), watchdog: Rc::clone(watchdog), asks_wait }
+    }
+
+    /// Has the first request know how long it has waited in the kernel, if this is TCP. Nothing was read yet.
+    pub(crate) fn ask_wait(&self) {
+        self.asks_wait.set(true);
     }
 
     /// Its page in the ledger.
@@ -195,6 +203,11 @@ impl Socket {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.pulse.add_read(count);
+        if self.asks_wait.take()
+            && let Some(Ok(waited)) = self.fd().map(sys::since_last_received)
+        {
+            self.pulse.set_waited(waited);
+        }
         Ok(())
     }
 

@@ -257,6 +257,13 @@ impl World {
             self.feed(Event::Command(Command::Scale(random.u32(0..20))));
             return;
         }
+        if random.u32(0..8) == 0 {
+            let min = random.u32(0..6);
+            let policy = range(min, min.max(1) + random.u32(0..6));
+            // Who is leaving already cannot be called back when fewer may.
+            let max_unavailable = self.supervisor.policy.max_unavailable;
+            return self.feed(Event::Policy(Policy { max_unavailable, respawn_rate: random.u32(1..16), ..policy }));
+        }
         self.requests = random.u32(0..12);
         if self.requests > 0 {
             self.feed(Event::Arrival);

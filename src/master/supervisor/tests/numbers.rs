@@ -325,3 +325,25 @@ fn one_that_hangs_is_replaced_at_once_and_ended() {
     world.obey();
     assert_eq!(world.ready(), 2);
 }
+
+#[test]
+fn another_choice_of_the_operators_holds_at_once_and_what_a_command_said_until_then() {
+    let mut world = World::new(range(2, 2));
+    world.settle();
+    world.feed(Event::Command(Command::Scale(3)));
+    world.settle();
+    world.feed(Event::Policy(Policy { drain_timeout: S, ..range(2, 2) }));
+    world.settle();
+    assert_eq!(world.ready(), 3, "the file says what it said");
+    world.feed(Event::Policy(range(5, 6)));
+    world.settle();
+    assert_eq!((world.ready(), world.supervisor.view().limits), (5, (5, 6)));
+    let most = world.supervisor.view().most;
+    world.feed(Event::Policy(range(most + 1, most + 1)));
+    world.settle();
+    assert_eq!((world.ready(), world.supervisor.view().most), (5, most), "there is no room for so many");
+    world.feed(Event::Policy(range(1, 1)));
+    world.settle();
+    world.obey();
+    assert_eq!(world.all(Life::Ready).len(), 1);
+}
