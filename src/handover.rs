@@ -149,6 +149,12 @@ pub(crate) fn pass_on(channel: BorrowedFd<'_>, connection: BorrowedFd<'_>, messa
     Ok(())
 }
 
+/// Whether passing on fails only for now: too many connections are on their way, here or in the whole system.
+pub(crate) fn is_for_later(error: &io::Error) -> bool {
+    let for_later = [libc::EAGAIN, libc::ETOOMANYREFS, libc::ENOBUFS, libc::ENOMEM];
+    error.raw_os_error().is_some_and(|code| for_later.contains(&code))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -199,3 +199,69 @@ fn a_reload_closes_no_connection() {
     }
     at.server.stop();
 }
+
+/// What a client might send as the rest of a body, for another worker to take for a request.
+const SMUGGLED: &str = "GET /status/418 HTTP/1.1\r\nHost: a\r\n\r\n";
+
+#[test]
+fn the_rest_of_a_body_is_never_taken_for_a_request() {
+    let mut at = start(&["--workers", "1"]);
+    // Answered before it has come whole, and then: a reload; a kill, also after a length that no counter of 32 bits holds.
+    for (length, kills) in [(5000 + SMUGGLED.len(), false), (5000 + SMUGGLED.len(), true), (1 << 32, true)] {
+        let mut client = http::Client::connect(&at.http).unwrap();
+        let head = format!("POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
+        let begun = if length < 1 << 32 { 5000 } else { 0 };
+        client.stream.get_mut().write_all(&[head.as_bytes(), &vec![b'x'; begun]].concat()).unwrap();
+        assert!(matches!(client.response(false).unwrap().status, 200 | 413));
+        replace(&mut at, kills);
+        let _ = client.stream.get_mut().write_all(SMUGGLED.as_bytes());
+        assert!(client.response(false).map_or(true, |answer| answer.status != 418), "{length} {kills}");
+    }
+    // The same within a record of FastCGI, of a request that is over.
+    for kills in [false, true] {
+        let mut client = fastcgi::Client::connect(&at.fastcgi).unwrap();
+        client.send(&fastcgi::head(1, true, "POST", "/ok", Some(70_000))).unwrap();
+        assert_eq!(client.response(1).unwrap().status(), 200);
+        let smuggled = fastcgi::request(1, true, "GET", "/status/418", b"").concat();
+        let mut record = fastcgi::record(fastcgi::STDIN, 1, &[&vec![b'x'; 5000], &smuggled[..]].concat(), 0);
+        let rest = record.split_off(5008);
+        client.stream.write_all(&record).unwrap();
+        // It has been read when something else was answered that came later.
+        assert_eq!(http::get(&at.http, "/slow/50").unwrap().status, 200);
+        replace(&mut at, kills);
+        let _ = client.stream.write_all(&rest);
+        let _ = client.send(&fastcgi::request(2, true, "GET", "/ok", b""));
+        let answer = client.response(2);
+        assert!(answer.as_ref().map_or(true, |answer| answer.status() == 200), "{:?}", answer.map(|a| a.status()));
+    }
+    at.server.stop();
+}
+
+/// Has another worker take the place of the one there is.
+fn replace(at: &mut Fixture, kills: bool) {
+    let old = at.worker();
+    if kills {
+        kill(old, Signal::SIGKILL).unwrap();
+    } else {
+        at.server.signal(Signal::SIGHUP);
+    }
+    wait_until("it is replaced", || {
+        let workers = at.server.children();
+        (workers.len() == 1 && !workers.contains(&old.as_raw())).then_some(())
+    });
+}
+
+#[test]
+fn a_head_that_fits_no_message_is_served_where_it_is() {
+    let mut at = start(&["--workers", "1"]);
+    let mut client = http::Client::connect(&at.http).unwrap();
+    let long = format!("GET /ok HTTP/1.1\r\nHost: a\r\nX-Long: {}", "x".repeat(90_000));
+    client.stream.get_mut().write_all(long.as_bytes()).unwrap();
+    assert_eq!(http::get(&at.http, "/slow/50").unwrap().status, 200);
+    at.server.signal(Signal::SIGHUP);
+    at.server.wait_for("reload done gen=2");
+    let _ = client.stream.get_mut().write_all(b"\r\n\r\n");
+    let answer = client.response(false);
+    assert!(answer.as_ref().map_or(true, |answer| answer.status == 200), "whole, or not at all");
+    at.server.stop();
+}

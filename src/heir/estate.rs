@@ -74,8 +74,8 @@ pub(crate) fn settle(page: &Page) -> Settlement {
         Tongue::Scgi | Tongue::Http1 if !begun.is_empty() => Then::Reset,
         Tongue::Scgi | Tongue::Http1 if !waiting.is_empty() => Then::Close,
         Tongue::Scgi | Tongue::Http1 => match go_on(page, &input) {
-            // Half of a request has come, and is lost.
-            Then::Close if input == Input::Lost && !is_ending(page) => {
+            // Half of the first request has come, and is lost. (Later nobody knows whether it is half of one.)
+            Then::Close if input == Input::Lost && page.requests.is_empty() => {
                 let half = Request { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
                 say_sorry(&mut settlement.say, page.tongue, &half);
                 settlement.answered = 1;

@@ -25,6 +25,7 @@ pub(crate) mod ledger;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -34,10 +35,11 @@ use nix::sys::socket::{
 use nix::unistd::{Pid, setpgid};
 
 use self::estate::{Settlement, Then, settle};
-use self::ledger::{LastAct, Ledger, Page, Tongue};
-use crate::handover::{self, PackedOrigin, Parcel};
+use self::ledger::{LastAct, Ledger, PAGES, Page, Tongue};
+use crate::handover::{self, Channel, PackedOrigin, Parcel};
 use crate::heritage::Heritage;
-use crate::listen::Protocol;
+use crate::listen::{Listener, Protocol};
+use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::LineBuffer;
 use crate::sys;
 
@@ -52,8 +54,19 @@ pub(crate) struct Appointed {
     pub(crate) lines: Option<LineBuffer>,
     /// Readable when the heir is dead. None if there is no heir.
     pub(crate) end: Option<OwnedFd>,
-    /// The heir's view of the worker: it has to stay open in both.
-    _worker: OwnedFd,
+    /// What the heir goes by: it has to stay open as long as the worker lives.
+    _kept: Kept,
+}
+
+/// Descriptors that the heir uses, and the worker must not close.
+#[derive(Debug)]
+struct Kept {
+    worker: OwnedFd,
+    /// The worker gives up its own when it leaves.
+    lifeline: OwnedFd,
+    _channel: Arc<Channel>,
+    _listeners: Arc<[Listener]>,
+    _log_files: Arc<LogFiles>,
 }
 
 /// Makes the heir of the process that calls this: a worker with one thread.
@@ -63,21 +76,27 @@ pub(crate) struct Appointed {
 pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
     let ledger = Ledger::create()?;
     let lines = heritage.log_files.has_access_log().then(LineBuffer::create).transpose()?;
-    let worker = sys::process_descriptor(nix::unistd::getpid())?;
-    let heir = sys::clone_with_descriptors(|| live(heritage, ledger, lines, &worker)).and_then(sys::process_descriptor);
+    let kept = Kept {
+        worker: sys::process_descriptor(nix::unistd::getpid())?,
+        lifeline: heritage.lifeline.try_clone()?,
+        _channel: Arc::clone(&heritage.handover),
+        _listeners: Arc::clone(&heritage.listeners),
+        _log_files: Arc::clone(&heritage.log_files),
+    };
+    let heir = sys::clone_with_descriptors(|| live(heritage, ledger, lines, &kept)).and_then(sys::process_descriptor);
     let end = heir.inspect_err(|error| {
         log::warn!("a worker has no heir, and its clients would see its death: {error} slot={}", heritage.slot);
     });
-    Ok(Appointed { ledger, lines, end: end.ok(), _worker: worker })
+    Ok(Appointed { ledger, lines, end: end.ok(), _kept: kept })
 }
 
 /// The heir's life. Signals are blocked, as they were when the worker was forked, and stay so.
-fn live(heritage: &Heritage, ledger: Ledger, lines: Option<LineBuffer>, worker: &OwnedFd) -> u8 {
+fn live(heritage: &Heritage, ledger: Ledger, lines: Option<LineBuffer>, kept: &Kept) -> u8 {
     let parent = nix::unistd::getppid();
     let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
     let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group ends both
-    await_death(parent, worker.as_fd());
-    let estate = Estate::open(heritage, ledger);
+    await_death(parent, kept.worker.as_fd());
+    let estate = Estate::open(heritage, ledger, kept.lifeline.as_fd());
     if let Some(lines) = lines {
         lines.empty(|lines| write_last(heritage, lines));
     }
@@ -95,12 +114,16 @@ fn write_last(heritage: &Heritage, lines: &[u8]) {
 /// Returns when the worker is dead.
 fn await_death(worker: Pid, end: BorrowedFd<'_>) {
     let mut own = None;
+    let is_alive = || nix::unistd::getppid() == worker;
     // Nothing must be touched before: the descriptors are the worker's.
-    while nix::unistd::getppid() == worker {
+    while is_alive() {
         let end = own.as_ref().map_or(end, OwnedFd::as_fd);
         let mut ends = [PollFd::new(end, PollFlags::POLLIN)];
         match poll(&mut ends, PollTimeout::NONE) {
-            Ok(_) if ends[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN)) => return,
+            // What is readable may be a stranger's: then the worker is still our parent.
+            Ok(_) if ends[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN)) && !is_alive() => {
+                return;
+            }
             Err(nix::errno::Errno::EINTR) => {}
             // The application has closed it.
             Ok(_) | Err(_) => match sys::process_descriptor(worker) {
@@ -114,6 +137,11 @@ fn await_death(worker: Pid, end: BorrowedFd<'_>) {
 /// The connections of a dead worker.
 struct Estate<'a> {
     heritage: &'a Heritage,
+    /// At its end the master is dead.
+    lifeline: BorrowedFd<'a>,
+    /// Too many connections are on their way in the whole system.
+    crowded: bool,
+    passed_on: u32,
     /// To be passed on, with their messages.
     parcels: Vec<(OwnedFd, Vec<u8>)>,
     /// Told that it is over.
@@ -124,8 +152,10 @@ struct Estate<'a> {
 
 impl<'a> Estate<'a> {
     /// Takes stock, closes all other descriptors, and settles.
-    fn open(heritage: &'a Heritage, ledger: Ledger) -> Self {
-        let mut estate = Self { heritage, parcels: Vec::new(), leaving: Vec::new(), answered: 0, cut: 0 };
+    fn open(heritage: &'a Heritage, ledger: Ledger, lifeline: BorrowedFd<'a>) -> Self {
+        let (parcels, leaving) = (Vec::new(), Vec::new());
+        let mut estate =
+            Self { heritage, lifeline, crowded: false, passed_on: 0, parcels, leaving, answered: 0, cut: 0 };
         let mut pages: BTreeMap<RawFd, Page> =
             ledger.descriptors().filter_map(|fd| Some((fd, ledger.read_page(fd)?))).collect();
         let mut without_page = Vec::new();
@@ -138,7 +168,7 @@ impl<'a> Estate<'a> {
             }
             LastAct::Accepting => without_page = estate.unentered(&pages),
         }
-        let inherited = [heritage.handover.sender(), heritage.lifeline.as_fd()].map(|fd| fd.as_raw_fd());
+        let inherited = [heritage.handover.sender(), lifeline].map(|fd| fd.as_raw_fd());
         let connections = pages.keys().chain(without_page.iter().map(|(fd, _)| fd));
         let logs = heritage.log_files.descriptors();
         let keep: Vec<RawFd> = [0, 1, 2].into_iter().chain(logs).chain(inherited).chain(connections.copied()).collect();
@@ -156,7 +186,8 @@ impl<'a> Estate<'a> {
     /// Connections that were accepted and not entered, with the messages by which they are passed on: the last one.
     fn unentered(&self, pages: &BTreeMap<RawFd, Page>) -> Vec<(RawFd, Vec<u8>)> {
         let candidates = sys::open_descriptors().unwrap_or_else(|_| (3..1 << 16).collect()); // no /proc here
-        let unknown = candidates.into_iter().filter(|fd| !pages.contains_key(fd));
+        let has_page = |fd: &RawFd| usize::try_from(*fd).is_ok_and(|fd| fd < PAGES);
+        let unknown = candidates.into_iter().filter(|fd| has_page(fd) && !pages.contains_key(fd));
         unknown.filter_map(|fd| Some((fd, self.fresh(fd)?))).collect()
     }
 
@@ -193,7 +224,7 @@ impl<'a> Estate<'a> {
 
     /// Passes on what can be passed on, and waits until those that leave have heard.
     fn close(mut self) {
-        let (slot, passed_on) = (self.heritage.slot, self.parcels.len());
+        let slot = self.heritage.slot;
         let begun = Instant::now();
         loop {
             self.pass_on();
@@ -206,7 +237,7 @@ impl<'a> Estate<'a> {
                 break;
             }
         }
-        let Self { answered, cut, .. } = self;
+        let Self { answered, cut, passed_on, .. } = self;
         if answered > 0 || cut > 0 || passed_on > 0 {
             log::info!("estate settled slot={slot} answered={answered} cut={cut} passed_on={passed_on}");
         }
@@ -214,9 +245,21 @@ impl<'a> Estate<'a> {
 
     fn pass_on(&mut self) {
         let channel = self.heritage.handover.sender();
-        self.parcels.retain(|(connection, message)| {
-            let passed = handover::pass_on(channel, connection.as_fd(), message);
-            passed.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        self.crowded = false;
+        let Self { parcels, crowded, passed_on, cut, .. } = self;
+        parcels.retain(|(connection, message)| match handover::pass_on(channel, connection.as_fd(), message) {
+            Ok(()) => {
+                *passed_on += 1;
+                false
+            }
+            Err(error) if handover::is_for_later(&error) => {
+                *crowded |= error.kind() != io::ErrorKind::WouldBlock;
+                true
+            }
+            Err(_) => {
+                *cut += 1;
+                false
+            }
         });
     }
 
@@ -238,12 +281,14 @@ impl<'a> Estate<'a> {
     /// Waits for something to happen, and at most `left` for those who leave. False if the master is dead: then nobody
     /// takes what is passed on.
     fn wait(&self, left: Duration) -> bool {
-        let mut events = vec![PollFd::new(self.heritage.lifeline.as_fd(), PollFlags::POLLIN)];
-        if !self.parcels.is_empty() {
+        let mut events = vec![PollFd::new(self.lifeline, PollFlags::POLLIN)];
+        if !self.parcels.is_empty() && !self.crowded {
             events.push(PollFd::new(self.heritage.handover.sender(), PollFlags::POLLOUT));
         }
         events.extend(self.leaving.iter().map(|connection| PollFd::new(connection.as_fd(), PollFlags::POLLIN)));
         let timeout = match self.leaving.len() {
+            // Nobody tells when there is room again in the whole system.
+            _ if self.crowded => PollTimeout::from(20_u8),
             0 => PollTimeout::NONE,
             _ => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),
         };

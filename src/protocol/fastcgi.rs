@@ -256,7 +256,7 @@ impl Decoder {
 
     /// Whether nothing has begun that is not over.
     pub(crate) fn is_idle(&self) -> bool {
-        self.open.is_empty() && matches!(self.place, Place::Header | Place::Skip { .. })
+        self.open.is_empty() && matches!(self.place, Place::Header | Place::Skip { left: 0 })
     }
 
     /// Whether what comes next begins a record, and no request is known by half.

@@ -15,10 +15,14 @@ use forkyard_shm::Scoreboard;
 use tokio::sync::Notify;
 
 use super::socket::Socket;
-use crate::handover::Channel;
+use crate::handover::{self, Channel};
+use crate::heir::ledger::LANDING;
 
 /// How long an idle connection that nobody takes over is kept for a request that may be on its way.
 const LAST_REQUEST: Duration = Duration::from_secs(1);
+
+/// Between two tries to pass a connection on when too many are on their way.
+const CROWDED: Duration = Duration::from_millis(5);
 
 /// Who was asked to be woken: to ask once is enough, as long as it is the same task. (To ask each time would cost a tenth of a
 /// request.)
@@ -102,21 +106,34 @@ impl Drain {
         self.0.scoreboard.freest(self.0.slot).is_some()
     }
 
-    /// Passes a connection on, with what was read of it and not dealt with. It comes back if that cannot be done.
-    pub(crate) fn pass_on(&self, socket: Socket, early: &[u8]) -> Option<Socket> {
+    /// Returns when the order has come and a connection that has not begun can be passed on, or has had its time.
+    pub(crate) async fn wait_to_move(&self) {
+        self.wait().await;
         if !self.has_sibling() {
-            return Some(socket);
+            tokio::time::sleep(LAST_REQUEST).await;
         }
-        if let Err(error) = socket.account().pass_on(self.0.channel.sender(), early) {
-            log::debug!("a connection cannot be passed on: {error}");
-            return Some(socket);
+    }
+
+    /// Passes a connection on, with `early`, which was read of it and not dealt with. If nobody is there to take it, it is
+    /// closed.
+    pub(crate) async fn hand_over(&self, socket: Socket, early: &[u8]) {
+        let early = [early, socket.early()].concat();
+        while self.has_sibling() && early.len() <= LANDING {
+            match socket.account().pass_on(self.0.channel.sender(), &early) {
+                Ok(()) => {
+                    self.0.passed_on.set(self.0.passed_on.get() + 1);
+                    // Those that had not begun to leave before the message was there will find it; if none is left, it is
+                    // ours again.
+                    if !self.has_sibling() {
+                        self.0.stranded.notify_one();
+                    }
+                    return;
+                }
+                // Many leave at a time, and the siblings are about to take them. `--drain-timeout` bounds that.
+                Err(error) if handover::is_for_later(&error) => tokio::time::sleep(CROWDED).await,
+                Err(error) => return log::debug!("a connection cannot be passed on: {error}"),
+            }
         }
-        self.0.passed_on.set(self.0.passed_on.get() + 1);
-        // Those that had not begun to leave before the message was there will find it; if none is left, it is ours again.
-        if !self.has_sibling() {
-            self.0.stranded.notify_one();
-        }
-        None
     }
 
     /// Returns when a connection was passed on that nobody will take.

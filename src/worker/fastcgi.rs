@@ -87,7 +87,7 @@ where
         Ok(Outcome::Over) => connection.close().await,
         Ok(Outcome::Movable) => {
             let Connection { socket, input, .. } = connection;
-            drop(drain.pass_on(socket, &input)); // if nobody takes it, it is closed
+            drain.hand_over(socket, &input).await;
         }
         Err(error) => log::debug!("a FastCGI connection ended: {error}"),
     }

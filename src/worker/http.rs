@@ -28,14 +28,14 @@ use pin_project_lite::pin_project;
 use tokio::sync::{Notify, oneshot};
 use tower_service::Service;
 
-use super::closing::LINGER;
+use super::closing::{LINGER, linger};
 use super::drain::{Asked, Drain};
 use super::opening;
 use super::serve::{Application, BoxError, Served};
 use super::socket::Socket;
 use crate::body::{Body, BodyError};
 use crate::config::Limits;
-use crate::heir::ledger::{Account, Entry, Tongue};
+use crate::heir::ledger::{Account, Entry, LANDING, Tongue};
 use crate::listen::Protocol;
 use crate::protocol::cgi::Origin;
 use crate::pulse::{Pulse, Wait};
@@ -47,6 +47,8 @@ const SEND_BUFFER: usize = 64 << 10;
 /// Streams that a client has reset and the application has not yet heard of; and those that we had to reset. Beyond that
 /// the connection is closed: whoever does so at length wants to keep us busy (CVE-2023-44487).
 const RESETS: (usize, usize) = (20, 128);
+/// The longest body of which the end is known as a position, which wraps around.
+const LONGEST_BODY: u32 = 1 << 30;
 /// Headers that hyper's parser has room for without asking for memory. More cost two allocations a request.
 const ROOM_FOR_HEADERS: usize = 100;
 
@@ -62,10 +64,7 @@ where
     let first_bytes = tokio::select! {
         biased;
         read = opening::speaks_http2(&mut socket) => read,
-        () = nobody_came(&drain) => {
-            let early = socket.early().to_vec();
-            return drop(drain.pass_on(socket, &early)); // if nobody takes it, it is closed
-        }
+        () = drain.wait_to_move() => return drain.hand_over(socket, &[]).await,
     };
     let is_http2 = match first_bytes {
         Ok(is_http2) => is_http2,
@@ -89,7 +88,12 @@ where
             Served1::Ended(ended) => ended,
             Served1::Movable(connection) => {
                 let Parts { io, read_buf, .. } = connection.into_parts();
-                return drop(drain.pass_on(io.into_inner(), &read_buf)); // if nobody takes it, it is closed
+                let socket = io.into_inner();
+                // What hyper has taken in must be whole requests: the rest of a body must not become one.
+                if usize::try_from(socket.account().unfinished()) == Ok(read_buf.len() + socket.early().len()) {
+                    return drain.hand_over(socket, &read_buf).await;
+                }
+                return linger(socket).await;
             }
             Served1::Ending(connection) => {
                 let connection = pin!(connection);
@@ -99,15 +103,6 @@ where
     };
     if let Err(error) = ended {
         log::debug!("an HTTP connection ended: {}", with_causes(&error));
-    }
-}
-
-/// Returns when the worker leaves, and nothing that has begun stands in the way of passing the connection on, or time
-/// enough has passed for it to begin.
-async fn nobody_came(drain: &Drain) {
-    drain.wait().await;
-    if !drain.has_sibling() {
-        drain.wait_for_last_request().await;
     }
 }
 
@@ -134,12 +129,15 @@ where
         if let Poll::Ready(ended) = Pin::new(&mut connection).poll(context) {
             return Poll::Ready(Some(ended));
         }
-        let leaves = drain.has_begun() && (requests.are_over() || !drain.has_sibling());
+        let leaves =
+            drain.has_begun() && (requests.are_over() || !drain.has_sibling() || requests.end_is_unknown.get());
         if leaves || requests.are_enough() { Poll::Ready(None) } else { Poll::Pending }
     });
     match ended.await {
         Some(ended) => Served1::Ended(ended),
-        None if drain.has_begun() && drain.has_sibling() && !requests.are_enough() => Served1::Movable(connection),
+        None if drain.has_begun() && drain.has_sibling() && requests.can_go_on_elsewhere() => {
+            Served1::Movable(connection)
+        }
         None => Served1::Ending(connection),
     }
 }
@@ -405,12 +403,15 @@ struct Requests {
     /// How many it may have; 0 is any number.
     limit: u32,
     last_begun: Notify,
+    /// There was a request of which nobody knows where in the input it ends.
+    end_is_unknown: Cell<bool>,
 }
 
 impl Requests {
     fn new(limit: u32, pulse: Arc<Pulse>, account: Account) -> Self {
         let (unanswered, count) = (Cell::new(0), Cell::new(0));
-        Self { pulse, account, unanswered, begun: Notify::new(), count, limit, last_begun: Notify::new() }
+        let (begun, last_begun, end_is_unknown) = (Notify::new(), Notify::new(), Cell::new(false));
+        Self { pulse, account, unanswered, begun, count, limit, last_begun, end_is_unknown }
     }
 
     fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> UnderWay {
@@ -430,10 +431,12 @@ impl Requests {
         let head = self.account.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
         let entry =
             self.account.begin(1, request.method() == Method::HEAD, is_last(request.version(), request.headers()));
-        if let (Some((position, head)), Some(body)) = (head, request.body().size_hint().exact()) {
-            #[expect(clippy::cast_possible_truncation, reason = "positions wrap around")]
-            let end = position.wrapping_add(head as u32).wrapping_add(body as u32);
-            self.account.clean_up_to(end);
+        let body = request.body().size_hint().exact().and_then(|length| u32::try_from(length).ok());
+        match (head, body.filter(|&length| length <= LONGEST_BODY)) {
+            (Some((position, head)), Some(body)) => {
+                self.account.clean_up_to(position.wrapping_add(head).wrapping_add(body));
+            }
+            _ => self.end_is_unknown.set(true),
         }
         entry
     }
@@ -441,6 +444,13 @@ impl Requests {
     /// Whether there can be no further request.
     fn are_enough(&self) -> bool {
         self.limit > 0 && self.count.get() >= self.limit
+    }
+
+    /// Whether another worker can go on: all that was taken in are whole requests, or the beginning of one that fits a
+    /// message.
+    fn can_go_on_elsewhere(&self) -> bool {
+        let unfinished = usize::try_from(self.account.unfinished());
+        !self.are_enough() && !self.end_is_unknown.get() && unfinished.is_ok_and(|length| length <= LANDING)
     }
 
     /// Whether all responses have been written.
@@ -455,10 +465,19 @@ impl Requests {
     }
 }
 
-/// Bytes of a head at the beginning of `input`, if all of it is there.
-fn head_length(input: &[u8]) -> Option<usize> {
-    const END: &[u8] = b"\r\n\r\n";
-    input.windows(END.len()).position(|window| window == END).map(|position| position + END.len())
+/// Bytes of a head at the beginning of `input`, if all of it is there, and its lines end as they should: hyper takes others
+/// too.
+fn head_length(input: &[u8]) -> Option<u32> {
+    let mut from = 0;
+    loop {
+        let end = from + input.get(from..)?.iter().position(|&byte| byte == b'\n')?;
+        let line = input.get(from..end)?.strip_suffix(b"\r")?;
+        from = end + 1;
+        if line.is_empty() {
+            // An empty line in front is none of the request's.
+            return u32::try_from(from).ok().filter(|&length| length > 2);
+        }
+    }
 }
 
 /// Whether a message says that the connection is not kept after it (RFC 9112, section 9.3).

@@ -237,13 +237,17 @@ async fn leave(
     server: &impl Serve,
 ) {
     loop {
-        tokio::select! {
-            () = connections.none() => return,
-            () = drain.stranded() => {
-                for (_, acceptor) in accepting {
-                    acceptor.run_dry(server).await;
-                }
+        let is_last = tokio::select! {
+            biased;
+            () = drain.stranded() => false,
+            () = connections.none() => true,
+        };
+        if !is_last {
+            for (_, acceptor) in accepting {
+                acceptor.run_dry(server).await;
             }
+        } else {
+            return;
         }
     }
 }
@@ -386,7 +390,7 @@ where
                 let time = application.limits.timeouts.header;
                 let reading = tokio::select! {
                     reading = opening::read_proxy_header(&mut socket, &mut origin, time) => reading,
-                    () = drain.wait_for_last_request() => return,
+                    () = drain.wait_to_move() => return drain.hand_over(socket, &[]).await,
                 };
                 if let Err(error) = reading {
                     return log::debug!("a connection ended before it began: {error}");

@@ -76,7 +76,7 @@ where
     });
     match ended.await {
         Ok(true) => connection.close().await,
-        Ok(false) => drop(drain.pass_on(connection.socket, &[])), // if nobody takes it, it is closed
+        Ok(false) => drain.hand_over(connection.socket, &[]).await,
         Err(error) => log::debug!("an SCGI connection ended: {error}"),
     }
 }

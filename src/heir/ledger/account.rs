@@ -103,6 +103,11 @@ impl Account {
         }
     }
 
+    /// Bytes that were read and not dealt with; negative while a part of what is being dealt with is still to come.
+    pub(crate) fn unfinished(&self) -> i32 {
+        self.position(|page| &page.read).wrapping_sub(self.position(|page| &page.clean)).cast_signed()
+    }
+
     /// The connection turns out to speak this.
     pub(crate) fn set_tongue(&self, tongue: Tongue) {
         if let Some(page) = self.page() {

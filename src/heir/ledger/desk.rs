@@ -138,7 +138,9 @@ impl Desk {
         message.msg_hdr.msg_iovlen = slices.len() as _;
         if enclosure != Enclosure::Nothing {
             message.msg_hdr.msg_control = self.rights.get().cast();
-            message.msg_hdr.msg_controllen = size_of::<Rights>() as _;
+            // Room for one descriptor and no second, which the padding would hold.
+            let room = size_of::<libc::cmsghdr>() + size_of::<RawFd>();
+            message.msg_hdr.msg_controllen = if enclosure == Enclosure::Room { room } else { size_of::<Rights>() } as _;
         }
         // SAFETY: all zeroes is valid control data.
         let mut rights: Rights = unsafe { std::mem::zeroed() };
@@ -228,6 +230,13 @@ impl Desk {
         // SAFETY: only this thread writes there; any bytes are valid.
         let header = unsafe { self.header.get().read_volatile() };
         Some(self.with_landed(early, |landed| [&header[..], landed].concat()))
+    }
+
+    /// Whether all of the message came.
+    pub(super) fn is_whole(&self) -> bool {
+        // SAFETY: only this thread writes there, and the kernel on its behalf. Any value is valid.
+        let message = unsafe { self.message.get().read_volatile() };
+        message.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) == 0
     }
 
     /// The number of the descriptor that came with the message.

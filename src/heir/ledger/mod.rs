@@ -219,10 +219,13 @@ impl Ledger {
     /// `WouldBlock` if there is none; `InvalidData` for a message without a connection.
     pub(crate) fn take_over(&self, channel: BorrowedFd<'_>) -> io::Result<(OwnedFd, Parcel)> {
         let desk = self.desk();
+        // If no number is free, the kernel would hand out the message and drop the connection.
+        drop(channel.try_clone_to_owned()?);
         desk.receive_message(channel.as_raw_fd())?;
         // The kernel has just made that descriptor for us.
         let connection = desk.enclosed().and_then(sys::own);
-        let parcel = desk.message().and_then(|message| Parcel::decode(&message));
+        let message = desk.message().filter(|_| desk.is_whole());
+        let parcel = message.and_then(|message| Parcel::decode(&message));
         if let (Some(connection), Some(parcel)) = (connection, parcel) {
             return Ok((connection, parcel));
         }

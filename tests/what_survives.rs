@@ -1,0 +1,231 @@
+//! What the rest of the system sees when something dies: a test for each line of "What survives" in
+//! `docs/architecture.md`. Other files go into each of them at length; the line on reloads, upgrades, scaling and recycling under load
+//! is `no_request_lost.rs`, the one on slow clients `slow_clients.rs`.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::process::Command;
+use std::time::Instant;
+
+use common::http::{self, Client};
+use common::{Server, process, processes, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+
+fn crashy(arguments: &[&str]) -> Server {
+    Server::start("crashy", &[&HTTP, arguments].concat())
+}
+
+fn in_flight(server: &Server) -> u32 {
+    let board = server.segment().scoreboard();
+    (0..board.rows()).filter_map(|slot| board.read(slot)).map(|row| row.in_flight).sum()
+}
+
+#[test]
+fn a_worker_panics_in_one_request() {
+    let mut server = crashy(&["--workers", "1"]);
+    let (address, workers) = (server.http(), server.children());
+    let mut other = Client::connect(&address).unwrap();
+    std::thread::scope(|scope| {
+        let beside = scope.spawn(|| other.request("GET", "/slow/200", b"").unwrap().status);
+        wait_until("it is being served", || (in_flight(&server) == 1).then_some(()));
+        assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
+        assert_eq!(beside.join().unwrap(), 200, "the request beside it is unharmed");
+    });
+    assert_eq!(server.children(), workers, "the worker lives");
+    server.stop();
+}
+
+#[test]
+fn a_worker_is_killed_or_segfaults() {
+    let mut server = crashy(&["--workers", "1"]);
+    let address = server.http();
+    for path in ["/segv", "/slow/60000"] {
+        let mut kept = Client::connect(&address).unwrap();
+        assert_eq!(kept.request("GET", "/ok", b"").unwrap().status, 200);
+        let board = server.segment().scoreboard();
+        let worker = || i32::try_from(board.read(0).unwrap().pid).unwrap();
+        let old = worker();
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| http::get(&address, path).unwrap().status);
+            if path != "/segv" {
+                wait_until("it is being served", || (in_flight(&server) == 1).then_some(()));
+                kill(Pid::from_raw(old), Signal::SIGKILL).unwrap();
+            }
+            assert_eq!(asked.join().unwrap(), 502, "{path}");
+        });
+        assert_eq!(kept.request("GET", "/ok", b"").unwrap().status, 200, "its idle connection goes on");
+        let line = server.wait_for("worker died");
+        assert!(line.contains(&format!("GET {path} ")), "{line}");
+        wait_until("it is replaced", || (worker() != old).then_some(()));
+    }
+    server.stop();
+}
+
+#[test]
+fn a_worker_dies_holding_a_lock_in_shared_memory() {
+    let arguments = ["--workers", "2", "--cache", "2M", "--respawn-rate", "1000"];
+    let mut server = Server::start("pages", &[&HTTP[..], &arguments].concat());
+    let (address, segment) = (server.http(), server.segment());
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            for number in 0..2000 {
+                let status = http::get(&address, &format!("/page/{}", number % 300)).unwrap().status;
+                assert!(status == 200 || status == 502, "{status}");
+            }
+        });
+        while !asking.is_finished() {
+            if let Some(&worker) = server.children().first() {
+                let _ = kill(Pid::from_raw(worker), Signal::SIGKILL); // it may be dead already
+                wait_until("it is replaced", || process(worker).is_none_or(|dead| dead.state == 'Z').then_some(()));
+            }
+        }
+    });
+    segment.cache().audit().expect("the cache is in order");
+    let stats = segment.cache().stats();
+    assert_eq!((stats.lock_timeouts, stats.lost), (0, 0), "nobody waited for a dead holder: {stats:?}");
+    server.stop();
+}
+
+#[test]
+fn the_same_request_kills_workers_again_and_again() {
+    let mut server = crashy(&["--workers", "2"]);
+    let address = server.http();
+    wait_until("it is refused", || (http::get(&address, "/poison/1").ok()?.status == 503).then_some(()));
+    server.wait_for("quarantined");
+    assert_eq!(http::get(&address, "/ok").unwrap().status, 200, "the rest of the site lives");
+    server.stop();
+}
+
+#[test]
+fn a_worker_hangs() {
+    let mut server = crashy(&["--workers", "2", "--hang-timeout", "400ms"]);
+    let address = server.http();
+    std::thread::scope(|scope| {
+        let hanging = scope.spawn(|| http::get(&address, "/hang").unwrap().status);
+        let line = server.wait_for("worker hangs");
+        assert!(line.contains("GET /hang "), "the request is named: {line}");
+        assert_eq!(hanging.join().unwrap(), 502);
+    });
+    wait_until("it is replaced", || (server.children().len() == 2).then_some(()));
+    server.stop();
+}
+
+#[test]
+fn all_workers_crash_at_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken");
+    std::fs::write(&broken, "").unwrap();
+    let begun = Instant::now();
+    let command = [&HTTP[..], &["--workers", "4"]].concat();
+    let mut server = Server::launch(Command::new(program("crashy")).args(command).env("CRASHY_BROKEN", &broken));
+    for failures in 1..=6 {
+        server.wait_for(&format!("{failures} in a row"));
+    }
+    // Up to here 100, 200, 400, 800 and 1600 ms have passed, and after the first four one alone has tried at a time.
+    let forks = server.log().matches("worker died").count();
+    assert!(forks <= 4 + 5, "{forks} forks");
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", server.pid())).unwrap();
+    let fields: Vec<u64> =
+        stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().filter_map(|word| word.parse().ok()).collect();
+    // The state is no number, so utime and stime are the 11th and 12th that are; in hundredths of a second.
+    let (used, passed) = ((fields[10] + fields[11]) as f64 / 100.0, begun.elapsed().as_secs_f64());
+    assert!(used <= passed / 100.0 + 0.05, "the master used {used} s of {passed} s, its start included");
+    std::fs::remove_file(&broken).unwrap();
+    server.signal(Signal::SIGHUP);
+    server.wait_for("ready in ");
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "a good reload heals it");
+    server.stop();
+}
+
+#[test]
+fn sighup_with_a_build_that_does_not_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let (broken, control) = (folder.path().join("broken"), folder.path().join("control"));
+    let mut command = Command::new(program("crashy"));
+    command.args(HTTP).args(["--workers", "2", "--control"]).arg(&control).env("CRASHY_BROKEN", &broken);
+    let mut server = Server::start_command(&mut command);
+    let workers = server.children();
+    std::fs::write(&broken, "").unwrap();
+    let reload = || Command::new(program("crashy")).args(["reload", "--control"]).arg(&control).output().unwrap();
+    let refused = reload();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && said.contains("broken on purpose"), "{said}");
+    assert_eq!(server.children(), workers, "the old workers stay");
+    std::fs::remove_file(&broken).unwrap();
+    assert_eq!(reload().status.code(), Some(0));
+    server.stop();
+}
+
+#[test]
+fn the_master_is_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = format!("http:unix:{}", folder.path().join("a.sock").display());
+    let mut server = crashy(&["--workers", "2", "--bind", &socket]);
+    let address = server.http();
+    let workers = server.children();
+    let ours: Vec<i32> = processes()
+        .into_iter()
+        .filter(|process| workers.contains(&process.pid) || workers.contains(&process.parent))
+        .map(|process| process.pid)
+        .collect();
+    assert_eq!(ours.len(), 4, "two workers, and their heirs");
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(|| http::get(&address, "/slow/300").unwrap().status);
+        wait_until("it is being served", || (in_flight(&server) == 1).then_some(()));
+        server.signal(Signal::SIGKILL);
+        assert_eq!(slow.join().unwrap(), 200, "what is being served is finished");
+    });
+    server.wait_end();
+    wait_until("no orphan remains", || {
+        ours.iter().all(|&pid| process(pid).is_none_or(|left| left.state == 'Z')).then_some(())
+    });
+    let mut next = Server::start("crashy", &["--bind", &socket, "--workers", "1"]);
+    next.stop();
+}
+
+#[test]
+fn descriptors_run_out() {
+    let mut server = crashy(&["--workers", "1", "--rlimit", "nofile=64"]);
+    let address = server.http();
+    let mut clients: Vec<Client> = (0..80).map(|_| Client::connect(&address).unwrap()).collect();
+    for client in &mut clients {
+        use std::io::Write as _;
+        client.stream.get_mut().write_all(b"GET /ok HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    }
+    server.wait_for("accepting pauses until it can go on");
+    // Each that leaves makes room for one that waits; nothing is lost.
+    for mut client in clients {
+        assert_eq!(client.response(false).unwrap().status, 200);
+    }
+    assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
+    assert_eq!(server.log().matches("accepting pauses").count(), 1, "the log says so once");
+    server.stop();
+}
+
+#[test]
+fn a_power_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("cache").display().to_string();
+    let arguments = [&HTTP[..], &["--workers", "2", "--cache-file", &file]].concat();
+    let mut server = Server::start("pages", &arguments);
+    assert_eq!(http::get(&server.http(), "/page/1").unwrap().status, 200);
+    let ours: Vec<i32> = server.children().into_iter().collect();
+    // All at once, and no time for last words.
+    for pid in [server.pid()].into_iter().chain(ours.iter().map(|&pid| Pid::from_raw(pid))) {
+        let _ = kill(pid, Signal::SIGKILL);
+    }
+    server.wait_end();
+    wait_until("all are gone", || {
+        ours.iter().all(|&pid| process(pid).is_none_or(|left| left.state == 'Z')).then_some(())
+    });
+    let mut next = Server::start("pages", &arguments);
+    let said = next.log();
+    assert!(said.contains("was dropped") || said.contains("cache is warm"), "used whole, or dropped: {said}");
+    assert_eq!(http::get(&next.http(), "/page/1").unwrap().status, 200);
+    next.stop();
+}
