@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use forkyard_shm::{Found, Plan, Segment, SegmentError};
+use forkyard_shm::{Plan, Segment};
 use http::{Request, Response};
 use http_body::Body as HttpBody;
 use tower_service::Service;
@@ -15,12 +15,13 @@ use tower_service::Service;
 use crate::body::Body;
 use crate::cgi_call;
 use crate::cli;
-use crate::config::{CacheConfig, Config, Program, format_size};
+use crate::config::{CacheConfig, Config, Program};
 use crate::context::Context;
 use crate::heritage::WorkerMain;
 use crate::listen::Listener;
-use crate::master::{self, Launch};
-use crate::{banner, sys, worker};
+use crate::master::upgrade::{Origin, Takeover};
+use crate::master::{self, Launch, Start};
+use crate::{banner, memory, sockets, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
 /// Answers one CGI request.
@@ -156,32 +157,37 @@ fn serve(
 ) -> Result<bool, BoxError> {
     let opened = sys::own_descriptors()?;
     start_logging(log_level);
-    let blocking = matches!(launch, Launch::Program(_));
+    let mut takeover = Takeover::find()?;
+    let origin = takeover.as_ref().map_or_else(Origin::record, |left| Ok(left.saved.origin.clone()))?;
     let mut listeners: Vec<Listener> = Vec::new();
-    let outcome = config
-        .binds
-        .iter()
-        .try_for_each(|bind| {
-            listeners.push(Listener::bind(bind, config.backlog, config.socket_mode, blocking)?);
-            Ok::<_, BoxError>(())
-        })
-        .and_then(|()| create_segment(&config))
+    let blocking = matches!(launch, Launch::Program(_));
+    let outcome = sockets::open(&config, blocking, takeover.as_mut(), &mut listeners)
+        .map_err(BoxError::from)
+        .and_then(|()| memory::open(&config, takeover.as_mut()))
         .and_then(|segment| Ok((segment, run_preload(preload)?)))
         .and_then(|pair| Ok(sys::expect_one_thread().map(|()| pair)?));
+    if takeover.as_ref().is_some_and(|left| left.check) {
+        // The running master has the others still.
+        listeners.iter().filter(|listener| !listener.is_adopted()).for_each(Listener::remove_file);
+        return outcome.map(|_| banner::can_take_over());
+    }
     let listeners: Arc<[Listener]> = listeners.into();
     let outcome = outcome.and_then(|(segment, preloaded)| {
-        let program = match &launch {
-            Launch::Program(program) => Some(program.path.to_string_lossy().into_owned()),
-            Launch::Worker(_) => None,
-        };
-        banner::show(&config, &listeners, program.as_deref());
+        if takeover.is_none() {
+            let program = match &launch {
+                Launch::Program(program) => Some(program.path.to_string_lossy().into_owned()),
+                Launch::Worker(_) => None,
+            };
+            banner::show(&config, &listeners, program.as_deref());
+        }
         if let Some(note) = note {
             log::warn!("{note}");
         }
         let application = [opened, preloaded].concat().into();
         let kept = segment.clone();
-        let ended = master::run(Arc::new(config), Arc::clone(&listeners), segment, launch, application, begun);
-        close_segment(kept);
+        let start = Start { begun, origin, takeover };
+        let ended = master::run(Arc::new(config), Arc::clone(&listeners), segment, launch, application, start);
+        memory::close(kept);
         ended.map_err(|error| format!("the master cannot run: {error}").into())
     });
     listeners.iter().for_each(Listener::remove_file);
@@ -220,46 +226,6 @@ fn start_logging(filters: &str) {
             writeln!(out, "{time} {:<5} [{pid}] {}", record.level(), record.args())
         })
         .try_init();
-}
-
-fn create_segment(config: &Config) -> Result<Segment, BoxError> {
-    let CacheConfig { bytes, max_entry, file } = &config.cache;
-    let plan = Plan { cache_bytes: *bytes, rows: config.slots(), max_entry: *max_entry };
-    let size = format_size(*bytes);
-    if *bytes == 0 && file.is_some() {
-        return Err("--cache-file has no cache to keep (give its size with --cache)".into());
-    }
-    let Some(path) = file else {
-        return Segment::create(&plan).map_err(|error| {
-            let remedy = match error {
-                SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
-                _ => "--cache",
-            };
-            format!("cannot make a shared cache of {size}: {error} (choose another size with {remedy})").into()
-        });
-    };
-    let (segment, found) = Segment::open(path, &plan).map_err(|error| {
-        format!(
-            "cannot keep a shared cache of {size} in {}: {error} (choose another file with --cache-file, or another \
-             size with --cache)",
-            path.display()
-        )
-    })?;
-    match found {
-        Found::Warm => log::info!("cache is warm file={} pages={}", path.display(), segment.cache().stats().entries),
-        Found::Nothing => log::info!("cache is new file={}", path.display()),
-        Found::Dropped { why } => {
-            log::warn!("cache starts empty, what its file held was dropped: {why} file={}", path.display())
-        }
-    }
-    Ok(segment)
-}
-
-/// Has a cache in a file used again by the next start; a cache in memory is gone with its last process.
-fn close_segment(segment: Segment) {
-    if let Err(error) = segment.close() {
-        log::warn!("the cache file may have to be dropped at the next start: {error}");
-    }
 }
 
 /// Runs the application's preload, and returns the descriptors that it left open.

@@ -28,10 +28,12 @@ pub mod fuzzing;
 mod heritage;
 mod listen;
 mod master;
+mod memory;
 pub mod page;
 mod peers;
 mod protocol;
 mod pulse;
+mod sockets;
 mod sys;
 mod worker;
 

@@ -139,9 +139,12 @@ pub(crate) struct Listener {
     /// The address as it turned out: with the port that the system chose.
     pub(crate) address: Address,
     pub(crate) family: Family,
+    /// What it was made for.
+    pub(crate) bind: Bind,
     socket: OwnedFd,
     /// Device and inode of the socket file that we made.
     file: Option<(u64, u64)>,
+    adopted: bool,
 }
 
 /// The two kinds of sockets that a listener can be.
@@ -176,12 +179,45 @@ impl Listener {
     /// [`ListenError`], worded for the operator.
     pub(crate) fn bind(bind: &Bind, backlog: u32, mode: Option<u32>, blocking: bool) -> Result<Self, ListenError> {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
-        let mut listener = match &bind.address {
+        let listener = match &bind.address {
             Address::Tcp(address) => bind_tcp(address, bind.protocol, backlog).map_err(fail)?,
             Address::Path(path) => bind_path(path, bind.protocol, backlog, mode).map_err(fail)?,
             Address::Abstract(name) => bind_abstract(name, bind.protocol, backlog).map_err(fail)?,
             Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
         };
+        listener.prepared(bind, blocking)
+    }
+
+    /// Goes on with a socket that a predecessor made for `bind`, and with its `file`.
+    ///
+    /// # Errors
+    /// If it is not a listening socket.
+    pub(crate) fn adopt(
+        bind: &Bind,
+        socket: OwnedFd,
+        file: Option<(u64, u64)>,
+        blocking: bool,
+    ) -> Result<Self, ListenError> {
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let family = family_of(&socket).map_err(|cause| fail(format!("the socket of the former master {cause}")))?;
+        let mut listener = Self::new(bind.protocol, bind.address.clone(), family, socket, file);
+        listener.adopted = true;
+        listener.prepared(bind, blocking)
+    }
+
+    /// Whether a former master made it.
+    pub(crate) fn is_adopted(&self) -> bool {
+        self.adopted
+    }
+
+    fn new(protocol: Protocol, address: Address, family: Family, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
+        let bind = Bind { protocol, address: address.clone() };
+        Self { protocol, address, family, bind, socket, file, adopted: false }
+    }
+
+    fn prepared(mut self, bind: &Bind, blocking: bool) -> Result<Self, ListenError> {
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let listener = &mut self;
         listener.set_blocking(blocking).map_err(|error| fail(error.to_string()))?;
         if listener.family == Family::Tcp {
             // Answers are written whole, so there is nothing to wait for. Accepted sockets take this over.
@@ -191,7 +227,13 @@ impl Listener {
             let address: SockaddrStorage = address;
             listener.address = Address::Tcp(address.to_string());
         }
-        Ok(listener)
+        self.bind = bind.clone();
+        Ok(self)
+    }
+
+    /// Device and inode of the socket file that is ours.
+    pub(crate) fn file(&self) -> Option<(u64, u64)> {
+        self.file
     }
 
     fn set_blocking(&mut self, blocking: bool) -> io::Result<()> {
@@ -256,7 +298,7 @@ fn bind_tcp(address: &str, protocol: Protocol, backlog: u32) -> Result<Listener,
             Ok(()) => {
                 listen(&socket, backlog)?;
                 let address = Address::Tcp(candidate.to_string());
-                return Ok(Listener { protocol, address, family: Family::Tcp, socket, file: None });
+                return Ok(Listener::new(protocol, address, Family::Tcp, socket, None));
             }
             Err(errno) => cause = explain_tcp(errno, candidate),
         }
@@ -298,7 +340,7 @@ fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -
     bound.map_err(|errno| explain_path(errno, path))?;
     let file = file_identity(path);
     listen(&socket, backlog)?;
-    Ok(Listener { protocol, address: Address::Path(path.to_owned()), family: Family::Unix, socket, file })
+    Ok(Listener::new(protocol, Address::Path(path.to_owned()), Family::Unix, socket, file))
 }
 
 /// Removes the socket file of a program that is gone; refuses if somebody listens there.
@@ -348,22 +390,27 @@ fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listene
         errno => errno.desc().to_lowercase(),
     })?;
     listen(&socket, backlog)?;
-    Ok(Listener { protocol, address: Address::Abstract(name.to_owned()), family: Family::Unix, socket, file: None })
+    Ok(Listener::new(protocol, Address::Abstract(name.to_owned()), Family::Unix, socket, None))
 }
 
 fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {
     let socket = sys::descriptor(fd)
         .ok_or(format!("descriptor {fd} is not open (the program that starts this one must pass it on)"))?;
-    if !socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false) {
-        return Err(format!("descriptor {fd} is not a listening socket (call listen on it before passing it on)"));
+    let family = family_of(&socket).map_err(|cause| format!("descriptor {fd} {cause}"))?;
+    Ok(Listener::new(protocol, Address::Inherited(fd), family, socket, None))
+}
+
+/// The family of a socket that must be listening; else what it is instead.
+fn family_of(socket: &OwnedFd) -> Result<Family, String> {
+    if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
+        return Err("is not a listening socket (call listen on it before passing it on)".to_owned());
     }
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd()).map_err(|errno| errno.desc().to_owned())?;
-    let family = match address.family() {
-        Some(AddressFamily::Unix) => Family::Unix,
-        Some(AddressFamily::Inet | AddressFamily::Inet6) => Family::Tcp,
-        other => return Err(format!("descriptor {fd} is a socket of a family not served here: {other:?}")),
-    };
-    Ok(Listener { protocol, address: Address::Inherited(fd), family, socket, file: None })
+    match address.family() {
+        Some(AddressFamily::Unix) => Ok(Family::Unix),
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Family::Tcp),
+        other => Err(format!("is a socket of a family not served here: {other:?}")),
+    }
 }
 
 /// Whether standard input is a listening socket: the FastCGI convention of a program that a web server

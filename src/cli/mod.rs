@@ -3,6 +3,8 @@
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
 //! every binary that calls [`crate::run`], for the application linked into it.
 
+mod upgrade;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -24,6 +26,7 @@ Signals to the master:
   HUP        replace the workers one by one; each new one is ready before an old one drains
   TTIN, TTOU one worker more, one worker less
   USR1       reserved for reopening logs
+  USR2       become the program's new build, if it passes its check; then replace the workers as HUP does
 Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";
 
 /// The flags of everything that serves.
@@ -58,6 +61,9 @@ struct ServeOptions {
     /// Workers that are replaced at once within a second; beyond that the replacements wait
     #[arg(long, value_name = "N", env = "FORKYARD_RESPAWN_RATE", default_value = "64", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Processes")]
     respawn_rate: u32,
+
+    #[command(flatten)]
+    upgrade: upgrade::UpgradeOptions,
 
     /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
     #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
@@ -390,6 +396,7 @@ fn config(serve: ServeOptions, cache: CacheConfig, settle: Duration, of_workers:
         allow: of_workers.access.allow,
         web_servers: of_workers.access.web_servers,
         trust: of_workers.access.trust,
+        upgrade: serve.upgrade.config(),
     }
 }
 

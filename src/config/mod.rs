@@ -3,6 +3,8 @@
 //! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
 //! form of an address, and which headers proxies write.
 
+pub(crate) mod upgrade;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -35,6 +37,7 @@ pub(crate) struct Config {
     /// The same for FastCGI, if `allow` does not tell: the web servers.
     pub(crate) web_servers: Option<Peers>,
     pub(crate) trust: Option<Trust>,
+    pub(crate) upgrade: upgrade::UpgradeConfig,
 }
 
 /// The proxies that are believed when they tell who their client is.

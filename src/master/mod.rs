@@ -7,6 +7,7 @@
 //!
 //! - [`supervisor`] decides (pure).
 //! - [`spawn`] makes processes; [`signals`] and [`program_log`] make signals and programs' output readable.
+//! - [`upgrade`] has this process become another build of the program.
 //! - [`obituary`] writes the line for each process that ended.
 
 mod obituary;
@@ -14,6 +15,7 @@ mod program_log;
 mod signals;
 mod spawn;
 mod supervisor;
+pub(crate) mod upgrade;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -30,6 +32,7 @@ use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
 use self::supervisor::{Action, Event, Note, Policy, Supervisor, Wish};
+use self::upgrade::{Origin, Takeover, Upgrade};
 use crate::config::Config;
 use crate::heritage::Report;
 use crate::listen::Listener;
@@ -47,15 +50,25 @@ struct Master {
     scoreboard: Scoreboard,
     children: HashMap<Pid, Child>,
     begun: Instant,
+    origin: Origin,
+    upgrade: Upgrade,
     /// Set when the last process is gone: whether the operator asked for that.
     ended: Option<bool>,
+}
+
+/// How the program came to be here.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) begun: Instant,
+    pub(crate) origin: Origin,
+    /// What the master left whose place this one takes.
+    pub(crate) takeover: Option<Takeover>,
 }
 
 /// Runs until it is told to stop and every process is gone. True if it was told to, false if all workers
 /// asked not to be replaced.
 ///
-/// `begun` is when the program started, and `application` are the descriptors of the application's own, which
-/// workers keep.
+/// `application` are the descriptors of the application's own, which workers keep.
 ///
 /// # Errors
 /// If the master cannot set itself up.
@@ -65,37 +78,51 @@ pub(crate) fn run(
     segment: Segment,
     launch: Launch,
     application: Arc<[RawFd]>,
-    begun: Instant,
+    start: Start,
 ) -> io::Result<bool> {
-    // Whoever started us may have blocked signals, and the mask is inherited.
+    let Start { begun, origin, mut takeover } = start;
+    let lifeline = takeover.as_mut().and_then(Takeover::lifeline);
+    let signals = SignalInbox::open()?;
+    // After an upgrade they are all blocked, so that none came too early. And whoever started us may have blocked some: the
+    // mask is inherited.
     sys::unblock_signals();
     // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
     nix::sys::prctl::set_child_subreaper(true)?;
-    let policy = Policy {
-        workers: config.workers,
-        slots: config.slots(),
-        start_timeout: config.start_timeout,
-        drain_timeout: config.drain_timeout,
-        respawn_rate: config.respawn_rate,
-    };
     let mut master = Master {
-        supervisor: Supervisor::new(policy),
-        signals: SignalInbox::open()?,
+        supervisor: Supervisor::new(policy(&config)),
+        signals,
         scoreboard: segment.scoreboard(),
-        nursery: Nursery::new(config, listeners, segment, launch, application)?,
+        nursery: Nursery::new(config, listeners, segment, launch, application, lifeline)?,
         children: HashMap::new(),
         begun,
+        origin,
+        upgrade: Upgrade::default(),
         ended: None,
     };
-    master.feed(Event::Tick);
+    match takeover {
+        Some(left) => master.adopt(left),
+        None => master.feed(Event::Tick),
+    }
     while master.ended.is_none() {
         master.wait();
         master.hear_signals();
         master.hear_children();
         master.look_at_programs();
+        master.upgrade.listen();
         master.feed(Event::Tick);
+        master.finish_upgrade();
     }
     Ok(master.ended == Some(true))
+}
+
+fn policy(config: &Config) -> Policy {
+    Policy {
+        workers: config.workers,
+        slots: config.slots(),
+        start_timeout: config.start_timeout,
+        drain_timeout: config.drain_timeout,
+        respawn_rate: config.respawn_rate,
+    }
 }
 
 impl Master {
@@ -109,14 +136,17 @@ impl Master {
         if self.children.values().any(Child::is_unsettled_program) {
             timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
         }
+        if let Some(due) = self.upgrade.due_in() {
+            timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
+        }
         // One more millisecond, or else it would wake just before the deadline.
         let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
             PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
         let children = self.children.values().filter_map(Child::watched);
-        let children = children.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        let mut watched: Vec<PollFd<'_>> = std::iter::once(signals).chain(children).collect();
+        let others = children.chain(self.upgrade.watched()).map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let mut watched: Vec<PollFd<'_>> = std::iter::once(signals).chain(others).collect();
         match poll(&mut watched, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => {
@@ -143,11 +173,16 @@ impl Master {
     /// Reaps all that have ended: one SIGCHLD may stand for many.
     fn reap(&mut self) {
         while let Some(pid) = sys::ended_child() {
-            if self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
+            let is_check = self.upgrade.is_check(pid);
+            if is_check || self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
                 // What a wrapper script started, say, and left behind. Before the pid is free for others.
                 let _ = killpg(pid, Signal::SIGKILL);
             }
             let Some(ending) = sys::reap(pid) else { return };
+            if is_check {
+                self.upgrade.ended(ending);
+                continue;
+            }
             self.hear(pid);
             let Some(child) = self.children.remove(&pid) else {
                 log::debug!("reaped a stranger pid={pid} {ending}");
@@ -230,6 +265,10 @@ impl Master {
             }
             Action::Kill { pid } => {
                 self.signal(pid, Signal::SIGKILL);
+                None
+            }
+            Action::Upgrade => {
+                self.begin_upgrade();
                 None
             }
             Action::Note(note) => {

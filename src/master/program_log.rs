@@ -21,6 +21,16 @@ impl LineReader {
         Self { pipe: File::from(pipe), partial: Vec::new(), open: true }
     }
 
+    /// Goes on where another reader stopped.
+    pub(crate) fn resume(pipe: OwnedFd, partial: Vec<u8>) -> Self {
+        Self { partial, ..Self::new(pipe) }
+    }
+
+    /// The line that is not finished yet.
+    pub(crate) fn partial(&self) -> &[u8] {
+        &self.partial
+    }
+
     /// Reads what is there (up to a limit, so that a chatty program does not hold up the master) and calls
     /// `line` for each line that is complete. False if nothing more will come.
     pub(crate) fn read(&mut self, mut line: impl FnMut(&str)) -> bool {

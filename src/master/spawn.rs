@@ -13,6 +13,7 @@ use nix::unistd::{Pid, pipe2, setpgid};
 
 use super::program_log::LineReader;
 use super::signals::SignalInbox;
+use super::upgrade::OF_THE_MASTER;
 use crate::config::{Config, Program};
 use crate::heritage::{Heritage, Report, WorkerMain};
 use crate::listen::Listener;
@@ -57,6 +58,8 @@ pub(crate) enum Link {
 }
 
 impl Nursery {
+    /// `lifeline` is the one of a former master whose workers live on.
+    ///
     /// # Errors
     /// If no pipe can be had.
     pub(crate) fn new(
@@ -65,9 +68,18 @@ impl Nursery {
         segment: Segment,
         launch: Launch,
         application: Arc<[RawFd]>,
+        lifeline: Option<(OwnedFd, OwnedFd)>,
     ) -> io::Result<Self> {
-        let lifeline = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        let lifeline = match lifeline {
+            Some(left) => left,
+            None => pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?,
+        };
         Ok(Self { config, listeners, segment, launch, lifeline, application })
+    }
+
+    /// The descriptors of the lifeline's ends.
+    pub(crate) fn lifeline(&self) -> (RawFd, RawFd) {
+        (self.lifeline.0.as_raw_fd(), self.lifeline.1.as_raw_fd())
     }
 
     /// Makes a process for `slot`.
@@ -105,6 +117,7 @@ impl Nursery {
             signals.leave();
             let keep = [&[0, 1, 2], heritage.descriptors().as_slice()].concat();
             sys::close_all_except(&keep);
+            sys::forget_environment(&OF_THE_MASTER);
             // A group of its own: Ctrl-C at a terminal is the master's to handle.
             let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));
             if grouped.is_err() || sys::die_with_parent(heritage.master).is_err() {
@@ -131,6 +144,9 @@ impl Nursery {
             .stdin(Stdio::from(self.listeners[0].duplicate()?))
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));
+        for name in OF_THE_MASTER {
+            command.env_remove(name);
+        }
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);
         let child = sys::spawn(&mut command, &[segment.as_raw_fd()])?;
         let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
@@ -138,7 +154,8 @@ impl Nursery {
     }
 }
 
-fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
+/// The same pipe, with reading or writing that waits.
+pub(super) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
     use nix::fcntl::{FcntlArg, fcntl};
     fcntl(&pipe, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(pipe)

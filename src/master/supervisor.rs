@@ -26,6 +26,8 @@
 //! - Of a process that was asked to stop the shell is reminded every second (a program may lose a signal between
 //!   a check and an `accept`); at its deadline it is killed.
 
+pub(crate) mod restore;
+
 use std::time::Duration;
 
 use nix::unistd::Pid;
@@ -102,6 +104,8 @@ pub(crate) enum Command {
     Add,
     /// One worker less.
     Remove,
+    /// Have another build of this program take over.
+    Upgrade,
 }
 
 impl Command {
@@ -113,6 +117,7 @@ impl Command {
             Self::Reload => "reload",
             Self::Add => "add a worker",
             Self::Remove => "remove a worker",
+            Self::Upgrade => "upgrade",
         }
     }
 }
@@ -128,6 +133,8 @@ pub(crate) enum Action {
     Remind { pid: Pid },
     /// End it.
     Kill { pid: Pid },
+    /// See whether the program's new build can take over, and let it.
+    Upgrade,
     /// Tell the operator.
     Note(Note),
     /// The last process is gone: end the master.
@@ -429,8 +436,9 @@ impl Supervisor {
                 self.retarget(if more < self.policy.slots { more } else { self.target });
             }
             (Command::Remove, Mode::Running) => self.retarget(self.target.saturating_sub(1).max(1)),
+            (Command::Upgrade, Mode::Running) => self.actions.push(Action::Upgrade),
             (
-                Command::Drain | Command::Reload | Command::Add | Command::Remove,
+                Command::Drain | Command::Reload | Command::Add | Command::Remove | Command::Upgrade,
                 Mode::Stopping { .. } | Mode::Stopped,
             )
             | (Command::Halt, Mode::Stopped) => {}
@@ -489,7 +497,9 @@ impl Supervisor {
             if now < self.closed_until || (self.failures > 0 && trying) {
                 break;
             }
-            let Some(index) = self.slots.iter().position(|slot| slot.state == State::Empty) else { break };
+            // Those beyond the policy's were left by a predecessor that had more.
+            let mut slots = self.slots.iter().take(self.policy.slots as usize);
+            let Some(index) = slots.position(|slot| slot.state == State::Empty) else { break };
             let deadline = now + self.policy.start_timeout;
             self.slots[index] = Slot { state: State::Starting { pid: None, deadline }, generation: self.generation };
             self.actions.push(Action::Spawn { slot: number(index), generation: self.generation });
@@ -628,3 +638,5 @@ impl TokenBucket {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod upgrade_tests;

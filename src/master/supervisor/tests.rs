@@ -55,6 +55,7 @@ impl World {
                 Action::Spawn { slot, .. } => self.spawn(slot),
                 Action::Terminate { pid } | Action::Remind { pid } => self.signal(pid, Life::Leaving),
                 Action::Kill { pid } => self.signal(pid, Life::Killed),
+                Action::Upgrade => None,
                 Action::Note(note) => {
                     self.notes.push(note);
                     None
