@@ -143,7 +143,7 @@ fn a_build_that_fails_its_check_changes_nothing() {
         ("#!/bin/sh\nkill -SEGV $$\n", 0o755, "signal=SEGV"),
         ("#!/bin/sh\nsleep 600 & wait\n", 0o755, "it took too long: --upgrade-timeout"),
         ("#!/bin/sh\nexit 0\n", 0o644, "Permission denied"),
-        ("no program at all", 0o755, "Exec format error"),
+        ("no program at all", 0o755, "status=127"),
     ];
     for (text, mode, why) in cases {
         place.script(text, mode);
@@ -166,14 +166,24 @@ fn a_build_that_fails_its_check_changes_nothing() {
     server.stop();
 }
 
+/// Ends the load however the test ends.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn twenty_upgrades_under_load_leave_nothing_behind() {
     let place = Place::with("crashy");
     let mut server = place.start(&ARGUMENTS);
     let address = server.http();
-    let descriptors = descriptors_of(server.pid().as_raw());
+    let mut descriptors = BTreeSet::new();
     let (stop, count) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
+        let _stop = StopAtEnd(&stop);
         for _ in 0..2 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
@@ -188,9 +198,10 @@ fn twenty_upgrades_under_load_leave_nothing_behind() {
             upgrade(&mut server);
             renewed(&server, &old);
             wait_until("requests are answered", || (count.load(Ordering::Relaxed) > before + 5).then_some(()));
-            assert_eq!(descriptors_of(server.pid().as_raw()), descriptors, "in round {round}");
+            // The first upgrade closes what this test's own runner has left open.
+            descriptors.insert(descriptors_of(server.pid().as_raw()));
+            assert_eq!(descriptors.len(), 1, "in round {round}: {descriptors:?}");
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert!(server.children().iter().all(|&pid| process(pid).is_some_and(|child| child.state != 'Z')), "no zombies");
     assert!(!server.log().contains("worker died"), "{}", server.log());

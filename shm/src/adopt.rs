@@ -81,14 +81,14 @@ mod tests {
 
     #[test]
     fn who_adopts_a_file_may_close_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("cache");
+        let path = std::env::temp_dir().join(format!("forkyard-adopt-{}", std::process::id()));
         let (made, _) = Segment::open(&path, &PLAN).unwrap();
         made.cache().set("k", "v", &crate::Options::new()).unwrap();
         let adopted = Segment::adopt(made.fd().try_clone_to_owned().unwrap(), &PLAN).unwrap();
         drop(made);
         adopted.close().unwrap();
         let (again, found) = Segment::open(&path, &PLAN).unwrap();
+        std::fs::remove_file(path).unwrap();
         assert_eq!((found, again.cache().get("k")), (crate::Found::Warm, Some(b"v".to_vec())));
     }
 }

@@ -393,6 +393,9 @@ impl Supervisor {
         if self.mode != Mode::Running {
             return;
         }
+        if self.rolling && self.slots[slot as usize].generation < self.generation {
+            return; // it says nothing of the new ones, which take its place in any case
+        }
         if now >= self.closed_until {
             // The first failure since the breaker let processes through; its siblings' failures are the same one.
             self.failures = self.failures.saturating_add(1);

@@ -36,7 +36,7 @@ pub(crate) enum Phase {
     Starting { left_ms: u64 },
     Ready,
     Draining { left_ms: u64 },
-    Killing { unready: bool },
+    Killing,
 }
 
 impl Supervisor {
@@ -51,7 +51,7 @@ impl Supervisor {
                 State::Starting { pid: Some(pid), deadline } => (pid, Phase::Starting { left_ms: left_ms(deadline) }),
                 State::Ready { pid } => (pid, Phase::Ready),
                 State::Draining { pid, deadline, .. } => (pid, Phase::Draining { left_ms: left_ms(deadline) }),
-                State::Killing { pid, unready } => (pid, Phase::Killing { unready }),
+                State::Killing { pid, .. } => (pid, Phase::Killing),
                 State::Starting { pid: None, .. } | State::Empty | State::Backoff { .. } => return None,
             };
             Some(Place { slot: number(index), generation: slot.generation, pid: pid.as_raw(), phase })
@@ -88,7 +88,8 @@ impl Supervisor {
                     deadline: at(left_ms).min(now + policy.drain_timeout),
                     ask_again: now + TERMINATE_AGAIN,
                 },
-                Phase::Killing { unready } => State::Killing { pid, unready },
+                // Whatever it was killed for, it is no failure of the new build's.
+                Phase::Killing => State::Killing { pid, unready: false },
             };
             restored.proven |= matches!(state, State::Ready { .. });
             let index = place.slot as usize;
