@@ -29,12 +29,14 @@ mod heritage;
 mod listen;
 mod master;
 mod memory;
+mod notify;
 pub mod page;
 mod peers;
 mod protocol;
 mod pulse;
 mod sockets;
 mod sys;
+mod systemd;
 mod worker;
 
 use std::error::Error;

@@ -53,6 +53,8 @@ pub(crate) enum Address {
     Abstract(String),
     /// `fd:N`, a listening socket that was inherited under this number.
     Inherited(RawFd),
+    /// `systemd[:NAME]`, the sockets that systemd passed, or those of that name.
+    Systemd(Option<String>),
 }
 
 impl fmt::Display for Address {
@@ -62,6 +64,8 @@ impl fmt::Display for Address {
             Self::Path(path) => write!(f, "unix:{}", path.display()),
             Self::Abstract(name) => write!(f, "unix:@{name}"),
             Self::Inherited(fd) => write!(f, "fd:{fd}"),
+            Self::Systemd(None) => f.write_str("systemd"),
+            Self::Systemd(Some(name)) => write!(f, "systemd:{name}"),
         }
     }
 }
@@ -102,6 +106,10 @@ impl FromStr for Bind {
                 return Err(format!("the path after 'unix:' is empty; {FORM}"));
             }
             Address::Path(PathBuf::from(path))
+        } else if address == "systemd" {
+            Address::Systemd(None)
+        } else if let Some(name) = address.strip_prefix("systemd:") {
+            Address::Systemd(Some(name.to_owned()))
         } else if let Some(number) = address.strip_prefix("fd:") {
             let number = number.parse().ok().filter(|&fd: &RawFd| fd >= 0);
             Address::Inherited(number.ok_or(format!("'fd:' takes the number of a descriptor; {FORM}"))?)
@@ -131,6 +139,12 @@ impl fmt::Display for ListenError {
 }
 
 impl std::error::Error for ListenError {}
+
+impl ListenError {
+    pub(crate) fn new(bind: &Bind, cause: impl Into<String>) -> Self {
+        Self { bind: bind.clone(), cause: cause.into() }
+    }
+}
 
 /// A bound, listening socket. Dropping it closes it; [`Listener::remove_file`] removes its file.
 #[derive(Debug)]
@@ -184,6 +198,7 @@ impl Listener {
             Address::Path(path) => bind_path(path, bind.protocol, backlog, mode).map_err(fail)?,
             Address::Abstract(name) => bind_abstract(name, bind.protocol, backlog).map_err(fail)?,
             Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
+            Address::Systemd(_) => return Err(fail("its sockets are known at the start only".to_owned())),
         };
         listener.prepared(bind, blocking)
     }
@@ -431,6 +446,8 @@ mod tests {
             "fastcgi:unix:@name",
             "scgi:unix:/run/a.sock",
             "http:fd:3",
+            "http:systemd",
+            "fastcgi:systemd:app.socket",
             "http:[::1]:80",
         ] {
             assert_eq!(text.parse::<Bind>().unwrap().to_string(), text);

@@ -1,4 +1,5 @@
-//! Which shared memory a start has: what a former master left, if it is what this one would make; else new memory, or a file.
+//! Which shared memory a start has: what a former master left or had stored, if it is what this one would make; else new memory, or
+//! a file.
 
 use std::error::Error;
 
@@ -6,6 +7,7 @@ use forkyard_shm::{Found, Plan, Segment, SegmentError};
 
 use crate::config::{CacheConfig, Config, format_size};
 use crate::master::upgrade::Takeover;
+use crate::systemd;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
@@ -17,7 +19,8 @@ fn plan(config: &Config) -> Plan {
 /// # Errors
 /// A sentence for the operator, if the memory or the file is not to be had.
 pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<Segment, BoxError> {
-    let Some((left, file)) = takeover.and_then(Takeover::segment) else { return create(config) };
+    let Some(takeover) = takeover else { return open_stored(config) };
+    let Some((left, file)) = takeover.segment() else { return create(config) };
     if file != config.cache.file {
         log::warn!("the cache starts empty: --cache-file is another one now");
         return create(config);
@@ -28,6 +31,27 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
             log::warn!("the cache starts empty: that of the former master cannot be used here: {error}");
             create(config)
         }
+    }
+}
+
+/// Whether systemd is to keep the memory for the next start: a cache, and not one that lies in a file.
+pub(crate) fn is_worth_storing(config: &Config) -> bool {
+    config.cache.bytes > 0 && config.cache.file.is_none()
+}
+
+fn open_stored(config: &Config) -> Result<Segment, BoxError> {
+    match systemd::stored_segment() {
+        Some(stored) if is_worth_storing(config) => match Segment::adopt_alone(stored, &plan(config)) {
+            Ok(segment) => {
+                log::info!("cache is warm kept_by=systemd pages={}", segment.cache().stats().entries);
+                Ok(segment)
+            }
+            Err(error) => {
+                log::warn!("cache starts empty, what systemd kept of it was dropped: {error}");
+                create(config)
+            }
+        },
+        Some(_) | None => create(config),
     }
 }
 

@@ -400,8 +400,8 @@ pub(crate) fn set_environment(name: &str, value: impl AsRef<OsStr>) {
 }
 
 /// Removes variables from this process's environment. For a child that has just been forked.
-pub(crate) fn forget_environment(names: &[&str]) {
-    for name in names {
+pub(crate) fn forget_environment(names: &[&[&str]]) {
+    for name in names.iter().copied().flatten() {
         // SAFETY: as above.
         unsafe { std::env::remove_var(name) }
     }

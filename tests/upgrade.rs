@@ -255,3 +255,25 @@ fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
     wait_until("both have said so", || (server.log().matches("| parting words").count() == 2).then_some(()));
     server.stop();
 }
+
+#[test]
+fn as_pid_1_it_is_upgraded_like_anywhere() {
+    let place = Place::with("hello");
+    let mut command = Command::new("unshare");
+    if !nix::unistd::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(place.path()).args(ARGUMENTS);
+    let mut server = Server::start_command(&mut command);
+    let master = nix::unistd::Pid::from_raw(*server.children().first().unwrap());
+    place.install("crashy");
+    nix::sys::signal::kill(master, Signal::SIGUSR2).unwrap();
+    let line = server.wait_for("upgraded version=");
+    assert!(line.contains("[1]"), "it is pid 1 there: {line}");
+    server.wait_for("reload done");
+    wait_until("the new build answers", || {
+        http::get(&server.http(), "/ok").ok().filter(|answer| answer.text() == "ok\n")
+    });
+    nix::sys::signal::kill(master, Signal::SIGTERM).unwrap();
+    assert_eq!(server.wait_end(), Some(0));
+}

@@ -18,6 +18,7 @@ use crate::config::{
 use crate::listen::{self, Address, Bind, Protocol};
 use crate::peers::{Peers, Who};
 use crate::protocol::forwarded::Family;
+use crate::systemd;
 
 const SIGNALS: &str = "\
 Signals to the master:
@@ -32,8 +33,8 @@ Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 
 /// The flags of everything that serves.
 #[derive(Args, Debug)]
 struct ServeOptions {
-    /// Listen here; repeatable. PROTO is http, fastcgi or scgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME or fd:N.
-    /// Without it: standard input if that is a listening socket (a web server started us); one CGI request, if
+    /// Listen here; repeatable. PROTO is http, fastcgi or scgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME, fd:N
+    /// or systemd[:NAME]. Without it: the sockets that systemd passes; standard input if that is a listening socket (a web server started us); one CGI request, if
     /// the environment has one; else http:127.0.0.1:8080
     #[arg(long, value_name = "PROTO:ADDR", env = "FORKYARD_BIND", value_delimiter = ',', help_heading = "Sockets")]
     bind: Vec<Bind>,
@@ -68,6 +69,15 @@ struct ServeOptions {
     /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
     #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
     log_level: String,
+}
+
+impl ServeOptions {
+    /// Without `--bind`, systemd's sockets come first.
+    fn bind_what_is_passed(&mut self) {
+        if self.bind.is_empty() {
+            self.bind = systemd::binds();
+        }
+    }
 }
 
 /// The further flags of a binary with an application linked into it.
@@ -300,7 +310,8 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
     if let Some(name) = name {
         command = command.name(name.clone()).bin_name(name);
     }
-    let linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
+    let mut linked = Linked::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?;
+    linked.serve.bind_what_is_passed();
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
     let WorkerOptions { threads, queue, cache, keep, access, timeouts, .. } = linked.worker;
@@ -325,7 +336,8 @@ pub(crate) fn parse_linked(arguments: Vec<OsString>) -> Result<Request, clap::Er
 /// # Errors
 /// clap's, which also carries the text of `--help` and `--version`.
 pub(crate) fn parse_forkyard(arguments: Vec<OsString>) -> Result<Request, clap::Error> {
-    let Subcommands::Run(run) = Forkyard::try_parse_from(arguments)?.command;
+    let Subcommands::Run(mut run) = Forkyard::try_parse_from(arguments)?.command;
+    run.serve.bind_what_is_passed();
     let log_level = run.serve.log_level.clone();
     check_run(&run.serve.bind).map_err(|cause| {
         let mut command = Forkyard::command().bin_name("forkyard");

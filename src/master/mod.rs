@@ -31,12 +31,14 @@ use nix::unistd::Pid;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
-use self::supervisor::{Action, Event, Note, Policy, Supervisor, Wish};
+use self::supervisor::{Action, Command, Event, Note, Policy, Supervisor, Wish};
 use self::upgrade::{Origin, Takeover, Upgrade};
 use crate::config::Config;
 use crate::heritage::Report;
 use crate::listen::Listener;
+use crate::notify::Notify;
 use crate::sys::{self, Ending};
+use crate::{memory, systemd};
 
 /// The exit status by which a worker asks not to be replaced.
 const RETIRE: i32 = 125;
@@ -52,6 +54,7 @@ struct Master {
     begun: Instant,
     origin: Origin,
     upgrade: Upgrade,
+    notify: Notify,
     /// Set when the last process is gone: whether the operator asked for that.
     ended: Option<bool>,
 }
@@ -97,8 +100,12 @@ pub(crate) fn run(
         begun,
         origin,
         upgrade: Upgrade::default(),
+        notify: Notify::from_environment(Instant::now()),
         ended: None,
     };
+    if memory::is_worth_storing(&master.nursery.config) {
+        master.notify.store(systemd::SEGMENT, master.nursery.segment.fd());
+    }
     match takeover {
         Some(left) => master.adopt(left),
         None => master.feed(Event::Tick),
@@ -109,6 +116,7 @@ pub(crate) fn run(
         master.hear_children();
         master.look_at_programs();
         master.upgrade.listen();
+        master.notify.tick(Instant::now());
         master.feed(Event::Tick);
         master.finish_upgrade();
     }
@@ -136,7 +144,7 @@ impl Master {
         if self.children.values().any(Child::is_unsettled_program) {
             timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
         }
-        if let Some(due) = self.upgrade.due_in() {
+        for due in [self.upgrade.due_in(), self.notify.due_in(Instant::now())].into_iter().flatten() {
             timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
         }
         // One more millisecond, or else it would wake just before the deadline.
@@ -241,6 +249,9 @@ impl Master {
 
     /// Gives the supervisor an event and does what it wants, until it wants nothing more.
     fn feed(&mut self, event: Event) {
+        if matches!(event, Event::Command(Command::Drain | Command::Halt)) {
+            self.notify.stopping();
+        }
         let mut actions = VecDeque::from(self.supervisor.step(event, self.now()));
         while let Some(action) = actions.pop_front() {
             if let Some(answer) = self.act(action) {
@@ -307,7 +318,23 @@ impl Master {
         }
     }
 
-    fn tell(&self, note: Note) {
+    fn notify_of(&mut self, note: Note) {
+        match note {
+            Note::FullStrength => self.notify.ready("serving"),
+            Note::ReloadStarted { .. } => self.notify.reloading(),
+            Note::ReloadDone { .. } => self.notify.ready("serving"),
+            Note::ReloadFailed { .. } => self.notify.ready("serving with the old workers: the last reload failed"),
+            Note::Failing { .. } => self.notify.status("workers die before they are ready: see the log"),
+            Note::Target(_)
+            | Note::TargetLimit(_)
+            | Note::Throttled { .. }
+            | Note::StartTimeout { .. }
+            | Note::DrainTimeout { .. } => {}
+        }
+    }
+
+    fn tell(&mut self, note: Note) {
+        self.notify_of(note);
         match note {
             Note::FullStrength => crate::banner::ready(self.begun.elapsed()),
             Note::Failing { failures, delay } => log::error!(

@@ -13,12 +13,14 @@ use nix::unistd::{Pid, pipe2, setpgid};
 
 use super::program_log::LineReader;
 use super::signals::SignalInbox;
-use super::upgrade::OF_THE_MASTER;
+use super::upgrade;
 use crate::config::{Config, Program};
 use crate::heritage::{Heritage, Report, WorkerMain};
 use crate::listen::Listener;
-use crate::sys;
+use crate::{notify, sys, systemd};
 
+/// Variables that concern the master alone, and no process of its.
+const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &notify::VARIABLES, &systemd::VARIABLES];
 /// Bytes of a worker's last words that are kept, and of a line of its reports.
 const LAST_WORDS: usize = 4096;
 
@@ -117,7 +119,7 @@ impl Nursery {
             signals.leave();
             let keep = [&[0, 1, 2], heritage.descriptors().as_slice()].concat();
             sys::close_all_except(&keep);
-            sys::forget_environment(&OF_THE_MASTER);
+            sys::forget_environment(OF_THE_MASTER);
             // A group of its own: Ctrl-C at a terminal is the master's to handle.
             let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));
             if grouped.is_err() || sys::die_with_parent(heritage.master).is_err() {
@@ -144,7 +146,7 @@ impl Nursery {
             .stdin(Stdio::from(self.listeners[0].duplicate()?))
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));
-        for name in OF_THE_MASTER {
+        for name in OF_THE_MASTER.iter().copied().flatten() {
             command.env_remove(name);
         }
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);

@@ -32,16 +32,16 @@ use nix::unistd::{Pid, pipe2};
 use self::origin::Identity;
 pub(crate) use self::origin::Origin;
 use self::saved::{FORMAT, Saved, SavedChild, SavedLink, SavedListener, SavedSegment};
-pub(crate) use self::takeover::Takeover;
 use self::takeover::{CHECK, STATE};
+pub(crate) use self::takeover::{Takeover, is_check};
 use super::program_log::LineReader;
 use super::spawn::{Child, Link, blocking};
 use super::supervisor::Command as Asked;
 use super::{Event, Master};
 use crate::sys::{self, Ending};
 
-/// Variables that concern the master alone, and no process of its.
-pub(crate) const OF_THE_MASTER: [&str; 2] = [STATE, CHECK];
+/// The variables of an upgrade, which are the master's alone.
+pub(crate) const VARIABLES: [&str; 2] = [STATE, CHECK];
 /// Bytes of what the check says that are kept: the last ones.
 const LAST_WORDS: usize = 4096;
 
@@ -206,7 +206,7 @@ impl Master {
             Err(error) => return error,
         };
         let arguments: Vec<OsString> = std::env::args_os().collect();
-        let variables = std::env::vars_os().filter(|(name, _)| OF_THE_MASTER.iter().all(|ours| name != ours));
+        let variables = std::env::vars_os().filter(|(name, _)| VARIABLES.iter().all(|ours| name != ours));
         let number = OsString::from(state.as_raw_fd().to_string());
         let environment: Vec<_> = variables.chain([(OsString::from(STATE), number)]).collect();
         let keep: Vec<RawFd> = saved.descriptors().into_iter().chain([state.as_raw_fd()]).collect();

@@ -15,6 +15,11 @@ pub(crate) const STATE: &str = "FORKYARD_UPGRADE_FD";
 /// Set for the check: get ready, say so, and end.
 pub(crate) const CHECK: &str = "FORKYARD_UPGRADE_CHECK";
 
+/// Whether this process only shows that it could.
+pub(crate) fn is_check() -> bool {
+    std::env::var_os(CHECK).is_some()
+}
+
 /// What a predecessor left, as far as nobody has claimed it yet. The rest is closed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Takeover {
@@ -31,7 +36,7 @@ impl Takeover {
     /// A sentence for the operator, if something was, and this build cannot use it.
     pub(crate) fn find() -> Result<Option<Self>, String> {
         let number = std::env::var(STATE).ok().and_then(|text| text.parse::<RawFd>().ok());
-        let check = std::env::var_os(CHECK).is_some();
+        let check = is_check();
         let Some(number) = number else {
             return if check { Err(format!("{CHECK} is set, and no {STATE}")) } else { Ok(None) };
         };

@@ -1,0 +1,130 @@
+//! What the service manager is told (`sd_notify(3)`): datagrams to the socket that `NOTIFY_SOCKET` names, none of which is waited
+//! for. Without that variable nothing is said.
+//!
+//! An own file and no crate: the ones there are send blocking, and the master never waits but in its one place.
+
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socket};
+use nix::time::{ClockId, clock_gettime};
+
+/// The variables of this protocol, which are the master's alone.
+pub(crate) const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
+/// How often the manager hears that a stop or a reload goes on, and for how long it may then hear nothing.
+const PROGRESS: Duration = Duration::from_secs(5);
+const PATIENCE_US: u64 = 20_000_000;
+
+/// What a manager knows of us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Starting,
+    Ready,
+    Reloading,
+    Stopping,
+}
+
+/// The way to the service manager, if there is one.
+#[derive(Debug)]
+pub(crate) struct Notify {
+    socket: Option<(OwnedFd, UnixAddr)>,
+    /// How often it wants a sign of life; half of what it allows.
+    watchdog: Option<Duration>,
+    phase: Phase,
+    next_watchdog: Option<Instant>,
+    next_progress: Option<Instant>,
+}
+
+impl Notify {
+    /// As the environment says.
+    pub(crate) fn from_environment(now: Instant) -> Self {
+        let address = std::env::var_os("NOTIFY_SOCKET").and_then(|path| match path.as_bytes() {
+            [b'@', name @ ..] => UnixAddr::new_abstract(name).ok(),
+            path @ [b'/', ..] => UnixAddr::new(path).ok(),
+            _ => None,
+        });
+        let socket = address.and_then(|address| {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            Some((socket(AddressFamily::Unix, SockType::Datagram, flags, None).ok()?, address))
+        });
+        let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
+        // An upgrade keeps the pid.
+        let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+        let allowed = number("WATCHDOG_USEC").filter(|&us| ours && us > 0 && socket.is_some());
+        let watchdog = allowed.map(|us| Duration::from_micros(us / 2).max(Duration::from_millis(1)));
+        Self { socket, watchdog, phase: Phase::Starting, next_watchdog: watchdog.map(|_| now), next_progress: None }
+    }
+
+    /// As many workers serve as there should be, or a reload is over.
+    pub(crate) fn ready(&mut self, status: &str) {
+        self.enter(Phase::Ready, &format!("READY=1\nSTATUS={status}"));
+    }
+
+    pub(crate) fn reloading(&mut self) {
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+        let text = format!("RELOADING=1\nMONOTONIC_USEC={}\nSTATUS=replacing the workers", now.as_micros());
+        self.enter(Phase::Reloading, &text);
+    }
+
+    pub(crate) fn stopping(&mut self) {
+        self.enter(Phase::Stopping, "STOPPING=1\nSTATUS=finishing what is being served");
+    }
+
+    /// Says in words how it is.
+    pub(crate) fn status(&self, text: &str) {
+        self.send(&format!("STATUS={text}"), None);
+    }
+
+    /// Has the shared memory kept for the next start of the service.
+    pub(crate) fn store(&self, name: &str, memory: BorrowedFd<'_>) {
+        // What is stored under that name by a former start is dropped first, or else both would be kept.
+        self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
+        self.send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(memory));
+    }
+
+    /// When [`Notify::tick`] is due.
+    pub(crate) fn due_in(&self, now: Instant) -> Option<Duration> {
+        let due = [self.next_watchdog, self.next_progress].into_iter().flatten().min();
+        due.map(|due| due.saturating_duration_since(now))
+    }
+
+    /// The signs of life that are due.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        if let (Some(interval), Some(_)) = (self.watchdog, self.next_watchdog.take_if(|due| *due <= now)) {
+            self.send("WATCHDOG=1", None);
+            self.next_watchdog = Some(now + interval);
+        }
+        if self.next_progress.take_if(|due| *due <= now).is_some() {
+            self.send(&format!("EXTEND_TIMEOUT_USEC={PATIENCE_US}"), None);
+            self.next_progress = Some(now + PROGRESS);
+        }
+    }
+
+    fn enter(&mut self, phase: Phase, text: &str) {
+        if self.phase == Phase::Stopping || self.socket.is_none() {
+            return;
+        }
+        self.phase = phase;
+        self.send(text, None);
+        self.next_progress = matches!(phase, Phase::Reloading | Phase::Stopping).then(Instant::now);
+    }
+
+    fn send(&self, text: &str, descriptor: Option<BorrowedFd<'_>>) {
+        let Some((socket, address)) = &self.socket else { return };
+        let numbers: Vec<_> = descriptor.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&numbers)];
+        let rights = if numbers.is_empty() { &[] } else { &rights[..] };
+        let sent = sendmsg(
+            socket.as_raw_fd(),
+            &[IoSlice::new(text.as_bytes())],
+            rights,
+            MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
+            Some(address),
+        );
+        if let Err(errno) = sent {
+            log::warn!("the service manager does not hear us: {} message={text:?}", errno.desc());
+        }
+    }
+}
