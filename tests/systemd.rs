@@ -143,10 +143,11 @@ fn the_manager_hears_of_every_turn() {
         server.wait_for(done);
     }
     let address = server.http();
+    common::wait_until("the old worker has left", || (server.children().len() == 1).then_some(()));
     let worker = *server.children().first().unwrap();
     let idle = sockets_of(worker);
     std::thread::scope(|scope| {
-        let slow = scope.spawn(|| http::get(&address, "/slow/300"));
+        let slow = scope.spawn(|| http::get(&address, "/slow/1000"));
         common::wait_until("it is being served", || (sockets_of(worker) > idle).then_some(()));
         server.signal(Signal::SIGTERM);
         manager.wait_for("STOPPING=1");
@@ -155,6 +156,22 @@ fn the_manager_hears_of_every_turn() {
         assert_eq!(slow.join().unwrap().unwrap().status, 200);
     });
     assert_eq!(server.wait_end(), Some(0));
+}
+
+#[test]
+fn a_manager_that_is_busy_hears_it_later() {
+    let mut manager = Manager::new();
+    // Its queue is full of another's messages.
+    let other = UnixDatagram::unbound().unwrap();
+    other.set_nonblocking(true).unwrap();
+    while other.send_to(b"X=1", &manager.path).is_ok() {}
+    let arguments = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
+    let mut server = start("crashy", &arguments, Vec::new(), &manager);
+    assert!(server.log().contains("the service manager does not hear us"), "{}", server.log());
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "it goes on meanwhile");
+    manager.wait_for("READY=1");
+    server.stop();
+    assert_eq!(server.log().matches("does not hear us").count(), 1, "{}", server.log());
 }
 
 #[test]
@@ -188,10 +205,11 @@ fn what_is_the_masters_is_not_in_a_programs_environment() {
     let folder = tempfile::tempdir().unwrap();
     let (out, socket) = (folder.path().join("variables"), folder.path().join("a.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
-    let script = format!("env > {}; exec sleep 600", out.display());
+    // Under its name it is whole.
+    let script = format!("env > {0}.new; mv {0}.new {0}; exec sleep 600", out.display());
     let run = ["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", &script];
     let mut server = start("forkyard", &run, Vec::new(), &manager);
-    let variables = std::fs::read_to_string(out).unwrap();
+    let variables = common::wait_until("it has written them", || std::fs::read_to_string(&out).ok());
     assert!(variables.contains("FORKYARD_SLOT=0"), "{variables}");
     for name in ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"] {
         assert!(!variables.contains(name), "{name} in {variables}");
