@@ -199,14 +199,30 @@ fn stop_returns_when_the_master_is_gone_and_what_it_served_is_finished() {
 }
 
 #[test]
-fn the_signals_of_upgrade_and_reopen_logs_mean_the_same_here() {
-    let mut served = Controlled::start("crashy", &["--workers", "1"]);
-    for (command, signal) in [("upgrade", Signal::SIGUSR2), ("reopen-logs", Signal::SIGUSR1)] {
-        served.server.signal(signal);
-        let reserved = served.server.wait_for(" is reserved and does nothing yet");
-        let words = reserved.split("signal ").nth(1).unwrap();
-        assert!(served.complaint(&[command], 1).contains(words), "{command}: {words}");
+fn an_upgrade_is_waited_for_until_its_reload_is_done() {
+    let mut served = Controlled::start("crashy", &["--workers", "2"]);
+    let before = served.status()["pid"].clone();
+    let said = served.said(&["upgrade"]);
+    for line in
+        ["upgrade: checking ", "upgrade: becoming ", "upgraded version=", "reload begins gen=2", "reload done gen=2"]
+    {
+        assert!(said.contains(line), "{line:?} is not in {said}");
     }
+    // The same socket, the same process.
+    let status = served.status();
+    assert_eq!((&status["pid"], &status["generation"]), (&before, &2.into()), "{status}");
+    assert!(served.said(&["scale", "3"]).contains("workers=3"));
+    served.said(&["upgrade"]);
+    assert_eq!(served.status()["target"], 3, "what was asked for by command stays");
+    served.said(&["stop"]);
+    assert_eq!(served.server.wait_end(), Some(0));
+    assert!(!served.socket.exists(), "the new build removes the file of the socket that the old one made");
+}
+
+#[test]
+fn logs_are_reopened_by_command() {
+    let mut served = Controlled::start("crashy", &["--workers", "1"]);
+    assert!(served.said(&["reopen-logs"]).contains("open again"));
     served.server.stop();
 }
 
