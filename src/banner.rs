@@ -37,6 +37,12 @@ pub(crate) fn ready(after: Duration) {
     write(&format!("ready in {} ms\n", after.as_millis()));
 }
 
+/// Says to a running master that this build can take its place; true, as nothing failed.
+pub(crate) fn can_take_over() -> bool {
+    write(&format!("{}\n", crate::master::upgrade::password()));
+    true
+}
+
 /// Says what went wrong, before there is a log.
 pub(crate) fn complain(error: &dyn Display) {
     if crate::logging::is_json() {

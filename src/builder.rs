@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkyard_shm::{Found, Plan, Segment, SegmentError};
+use forkyard_shm::{Plan, Segment};
 use http::{Request as HttpRequest, Response};
 use http_body::Body as HttpBody;
 use tower_service::Service;
@@ -18,16 +18,17 @@ use crate::cgi_call;
 use crate::cli::check::Findings;
 use crate::cli::{self, Invocation, Request, Task};
 use crate::config::control::reloaded;
-use crate::config::{CacheConfig, Config, Program, format_size};
+use crate::config::{CacheConfig, Config, Program};
 use crate::context::Context;
 use crate::heritage::WorkerMain;
 use crate::hooks::{Hooks, WorkerExit, WorkerId};
-use crate::listen::{ControlListener, Listener};
+use crate::listen::Listener;
 use crate::logging::files::LogFiles;
-use crate::master::{self, Control, Launch, Operators, Reloaded, Reread};
+use crate::master::upgrade::{Origin, Takeover};
+use crate::master::{self, Control, Launch, Operators, Reloaded, Reread, Start};
 use crate::pid_file::PidFile;
-use crate::privileges::{self, Privileges};
-use crate::{banner, control, logging, sys, worker};
+use crate::privileges::Privileges;
+use crate::{banner, control, logging, memory, sockets, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
 /// Answers one CGI request.
@@ -270,7 +271,8 @@ fn reread(running: &Config, parse: Parse) -> Reread {
     })
 }
 
-/// bind, map, preload, fork, supervise.
+/// bind, map, preload, fork, supervise; or, if a running master asks whether this build could take its place, what comes
+/// before the first fork.
 fn serve(
     request: Request,
     launch: Launch,
@@ -282,56 +284,65 @@ fn serve(
     let Request { config, log_level, .. } = request;
     let opened = sys::own_descriptors()?;
     logging::start(&log_level, &config.logs)?;
+    let mut takeover = Takeover::find()?;
+    let origin = takeover.as_ref().map_or_else(Origin::record, |left| Ok(left.saved.origin.clone()))?;
     let log_files = Arc::new(LogFiles::open(&config.logs)?);
     let blocking = matches!(launch, Launch::Program(_));
     // Before anything is made: what cannot be is found out at once.
     Privileges::resolve(&config.privileges, blocking)?;
     master::check_helpers(&config)?;
-    let pid_file = config.privileges.pid_file.as_deref().map(PidFile::create).transpose()?;
+    let pid_file = PidFile::open(config.privileges.pid_file.as_deref(), takeover.as_mut())?;
     let mut listeners: Vec<Listener> = Vec::new();
     let mut control = None;
-    let outcome = config
-        .binds
-        .iter()
-        .try_for_each(|bind| {
-            let listener = Listener::bind(bind, config.backlog, config.socket_mode, blocking)?;
-            let given = config.privileges.owner_of_sockets().map(|owner| listener.give_file(owner));
-            listeners.push(listener);
-            Ok::<_, BoxError>(given.transpose().map(drop)?)
-        })
+    let outcome = sockets::open(&config, blocking, takeover.as_mut(), &mut listeners)
         .and_then(|()| {
-            control = config.control.socket.as_deref().map(ControlListener::bind).transpose()?;
-            create_segment(&config)
+            control = sockets::open_control(&config, takeover.as_mut())?;
+            memory::open(&config, takeover.as_mut())
         })
         .and_then(|segment| Ok((segment, run_preload(preload)?)))
         .and_then(|pair| Ok(sys::expect_one_thread().map(|()| pair)?));
+    if takeover.as_ref().is_some_and(|left| left.check) {
+        // The running master has the others still.
+        listeners.iter().filter(|listener| !listener.is_adopted()).for_each(Listener::remove_file);
+        pid_file.into_iter().for_each(PidFile::remove);
+        return outcome.map(|_| banner::can_take_over());
+    }
     let listeners: Arc<[Listener]> = listeners.into();
     let outcome = outcome.and_then(|(segment, preloaded)| {
-        let program = match &launch {
-            Launch::Program(program) => Some(program.path.to_string_lossy().into_owned()),
-            Launch::Worker(..) => None,
-        };
-        banner::show(&config, &listeners, program.as_deref());
+        if takeover.is_none() {
+            show(&config, &listeners, &launch);
+        }
         if let Some(note) = note {
             log::warn!("{note}");
         }
         let application = [opened, preloaded].concat().into();
         let kept = segment.clone();
-        let control = control.take().map(Control::new);
-        let operators = Operators { reread: reread(&config, parse), control, log_files };
+        let operators = Operators {
+            reread: reread(&config, parse),
+            control: control.take().map(Control::new),
+            log_files,
+            pid_file: pid_file.as_ref().map(PidFile::saved),
+        };
+        let start = Start { begun, origin, takeover };
         let config = Arc::new(config);
-        let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, begun, operators);
-        close_segment(kept);
+        let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, start, operators);
+        memory::close(kept);
         ended.map_err(|error| format!("the master cannot run: {error}").into())
     });
     listeners.iter().for_each(Listener::remove_file);
-    if let Some(file) = pid_file {
-        file.remove();
-    }
+    pid_file.into_iter().for_each(PidFile::remove);
     // Who waits at the control socket for our end is told by this, and finds nothing of us.
     let (ended, control) = outcome?;
     drop(control);
     Ok(ended)
+}
+
+fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
+    let program = match launch {
+        Launch::Program(program) => Some(program.path.to_string_lossy().into_owned()),
+        Launch::Worker(..) => None,
+    };
+    banner::show(config, listeners, program.as_deref());
 }
 
 /// The one request of a CGI call.
@@ -354,51 +365,6 @@ fn join_segment(config: &Config) -> Result<Segment, BoxError> {
         }
     }
     Ok(Segment::create(&Plan { rows: 1, ..Plan::default() })?)
-}
-
-fn create_segment(config: &Config) -> Result<Segment, BoxError> {
-    let CacheConfig { bytes, max_entry, file } = &config.cache;
-    let plan = Plan { cache_bytes: *bytes, rows: config.slots(), max_entry: *max_entry };
-    let size = format_size(*bytes);
-    if *bytes == 0 && file.is_some() {
-        return Err("--cache-file has no cache to keep (give its size with --cache)".into());
-    }
-    let Some(path) = file else {
-        return Segment::create(&plan).map_err(|error| {
-            let remedy = match error {
-                SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
-                _ => "--cache",
-            };
-            format!("cannot make a shared cache of {size}: {error} (choose another size with {remedy})").into()
-        });
-    };
-    let (segment, found) = Segment::open(path, &plan).map_err(|error| {
-        format!(
-            "cannot keep a shared cache of {size} in {}: {error} (choose another file with --cache-file, or another \
-             size with --cache)",
-            path.display()
-        )
-    })?;
-    if let Some(owner) = config.privileges.owner_of_files() {
-        privileges::give(segment.fd(), owner).map_err(|error| {
-            format!("--user: the cache file {} cannot be given to that user: {error} (choose another one with --cache-file)", path.display())
-        })?;
-    }
-    match found {
-        Found::Warm => log::info!("cache is warm file={} pages={}", path.display(), segment.cache().stats().entries),
-        Found::Nothing => log::info!("cache is new file={}", path.display()),
-        Found::Dropped { why } => {
-            log::warn!("cache starts empty, what its file held was dropped: {why} file={}", path.display())
-        }
-    }
-    Ok(segment)
-}
-
-/// Has a cache in a file used again by the next start; a cache in memory is gone with its last process.
-fn close_segment(segment: Segment) {
-    if let Err(error) = segment.close() {
-        log::warn!("the cache file may have to be dropped at the next start: {error}");
-    }
 }
 
 /// Runs the application's preload, and returns the descriptors that it left open.

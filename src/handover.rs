@@ -125,6 +125,11 @@ impl Channel {
         Ok(Self { send, receive })
     }
 
+    /// Goes on with the ends that a former master left.
+    pub(crate) fn resume((send, receive): (OwnedFd, OwnedFd)) -> Self {
+        Self { send, receive }
+    }
+
     /// Where connections are passed on.
     pub(crate) fn sender(&self) -> BorrowedFd<'_> {
         self.send.as_fd()

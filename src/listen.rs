@@ -56,6 +56,8 @@ pub(crate) enum Address {
     Abstract(String),
     /// `fd:N`, a listening socket that was inherited under this number.
     Inherited(RawFd),
+    /// `systemd[:NAME]`, the sockets that systemd passed, or those of that name.
+    Systemd(Option<String>),
 }
 
 impl fmt::Display for Address {
@@ -65,6 +67,8 @@ impl fmt::Display for Address {
             Self::Path(path) => write!(f, "unix:{}", path.display()),
             Self::Abstract(name) => write!(f, "unix:@{name}"),
             Self::Inherited(fd) => write!(f, "fd:{fd}"),
+            Self::Systemd(None) => f.write_str("systemd"),
+            Self::Systemd(Some(name)) => write!(f, "systemd:{name}"),
         }
     }
 }
@@ -105,6 +109,10 @@ impl FromStr for Bind {
                 return Err(format!("the path after 'unix:' is empty; {FORM}"));
             }
             Address::Path(PathBuf::from(path))
+        } else if address == "systemd" {
+            Address::Systemd(None)
+        } else if let Some(name) = address.strip_prefix("systemd:") {
+            Address::Systemd(Some(name.to_owned()))
         } else if let Some(number) = address.strip_prefix("fd:") {
             let number = number.parse().ok().filter(|&fd: &RawFd| fd >= 0);
             Address::Inherited(number.ok_or(format!("'fd:' takes the number of a descriptor; {FORM}"))?)
@@ -135,6 +143,12 @@ impl fmt::Display for ListenError {
 
 impl std::error::Error for ListenError {}
 
+impl ListenError {
+    pub(crate) fn new(bind: &Bind, cause: impl Into<String>) -> Self {
+        Self { bind: bind.clone(), cause: cause.into() }
+    }
+}
+
 /// A bound, listening socket. Dropping it closes it; [`Listener::remove_file`] removes its file.
 #[derive(Debug)]
 pub(crate) struct Listener {
@@ -142,9 +156,12 @@ pub(crate) struct Listener {
     /// The address as it turned out: with the port that the system chose.
     pub(crate) address: Address,
     pub(crate) family: Family,
+    /// What it was made for.
+    pub(crate) bind: Bind,
     socket: OwnedFd,
     /// Device and inode of the socket file that we made.
     file: Option<(u64, u64)>,
+    adopted: bool,
 }
 
 /// The two kinds of sockets that a listener can be.
@@ -179,12 +196,46 @@ impl Listener {
     /// [`ListenError`], worded for the operator.
     pub(crate) fn bind(bind: &Bind, backlog: u32, mode: Option<u32>, blocking: bool) -> Result<Self, ListenError> {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
-        let mut listener = match &bind.address {
+        let listener = match &bind.address {
             Address::Tcp(address) => bind_tcp(address, bind.protocol, backlog).map_err(fail)?,
             Address::Path(path) => bind_path(path, bind.protocol, backlog, mode).map_err(fail)?,
             Address::Abstract(name) => bind_abstract(name, bind.protocol, backlog).map_err(fail)?,
             Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
+            Address::Systemd(_) => return Err(fail("its sockets are known at the start only".to_owned())),
         };
+        listener.prepared(bind, blocking)
+    }
+
+    /// Goes on with a socket that a predecessor made for `bind`, and with its `file`.
+    ///
+    /// # Errors
+    /// If it is not a listening socket.
+    pub(crate) fn adopt(
+        bind: &Bind,
+        socket: OwnedFd,
+        file: Option<(u64, u64)>,
+        blocking: bool,
+    ) -> Result<Self, ListenError> {
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let family = family_of(&socket).map_err(|cause| fail(format!("the socket of the former master {cause}")))?;
+        let mut listener = Self::new(bind.protocol, bind.address.clone(), family, socket, file);
+        listener.adopted = true;
+        listener.prepared(bind, blocking)
+    }
+
+    /// Whether a former master made it.
+    pub(crate) fn is_adopted(&self) -> bool {
+        self.adopted
+    }
+
+    fn new(protocol: Protocol, address: Address, family: Family, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
+        let bind = Bind { protocol, address: address.clone() };
+        Self { protocol, address, family, bind, socket, file, adopted: false }
+    }
+
+    fn prepared(mut self, bind: &Bind, blocking: bool) -> Result<Self, ListenError> {
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let listener = &mut self;
         set_blocking(&listener.socket, blocking).map_err(|error| fail(error.to_string()))?;
         if listener.family == Family::Tcp {
             // Answers are written whole, so there is nothing to wait for. Accepted sockets take this over.
@@ -194,7 +245,13 @@ impl Listener {
             let address: SockaddrStorage = address;
             listener.address = Address::Tcp(address.to_string());
         }
-        Ok(listener)
+        self.bind = bind.clone();
+        Ok(self)
+    }
+
+    /// Device and inode of the socket file that is ours.
+    pub(crate) fn file(&self) -> Option<(u64, u64)> {
+        self.file
     }
 
     /// Gives the socket file that this listener made to `owner`.
@@ -262,6 +319,20 @@ impl AsFd for ControlListener {
 }
 
 impl ControlListener {
+    /// Goes on with a socket that a predecessor made at `path`, and with its `file`.
+    pub(crate) fn adopt(path: PathBuf, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
+        Self { path, socket, file }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode of the socket file that is ours.
+    pub(crate) fn file(&self) -> Option<(u64, u64)> {
+        self.file
+    }
+
     /// # Errors
     /// A sentence for the operator.
     pub(crate) fn bind(path: &Path) -> Result<Self, String> {
@@ -311,7 +382,7 @@ pub(crate) fn examine(bind: &Bind) -> Result<Option<String>, String> {
         Address::Path(path) => examine_path(path, "--bind"),
         Address::Tcp(address) => examine_tcp(address),
         // The name is free, or its holder's; the descriptor is this process's own, and not the server's.
-        Address::Abstract(_) | Address::Inherited(_) => Ok(None),
+        Address::Abstract(_) | Address::Inherited(_) | Address::Systemd(_) => Ok(None),
     };
     found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
 }
@@ -381,7 +452,7 @@ fn bind_tcp(address: &str, protocol: Protocol, backlog: u32) -> Result<Listener,
             Ok(socket) => {
                 listen(&socket, backlog)?;
                 let address = Address::Tcp(candidate.to_string());
-                return Ok(Listener { protocol, address, family: Family::Tcp, socket, file: None });
+                return Ok(Listener::new(protocol, address, Family::Tcp, socket, None));
             }
             Err(errno) => cause = explain_tcp(errno, candidate),
         }
@@ -425,7 +496,7 @@ fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
 
 fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -> Result<Listener, String> {
     let (socket, file) = bind_file(path, backlog, mode, "--bind")?;
-    Ok(Listener { protocol, address: Address::Path(path.to_owned()), family: Family::Unix, socket, file })
+    Ok(Listener::new(protocol, Address::Path(path.to_owned()), Family::Unix, socket, file))
 }
 
 /// A listening socket with a file, and the file's device and inode. `flag` is the one that chose the path.
@@ -500,22 +571,27 @@ fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listene
         errno => errno.desc().to_lowercase(),
     })?;
     listen(&socket, backlog)?;
-    Ok(Listener { protocol, address: Address::Abstract(name.to_owned()), family: Family::Unix, socket, file: None })
+    Ok(Listener::new(protocol, Address::Abstract(name.to_owned()), Family::Unix, socket, None))
 }
 
 fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {
     let socket = sys::descriptor(fd)
         .ok_or(format!("descriptor {fd} is not open (the program that starts this one must pass it on)"))?;
-    if !socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false) {
-        return Err(format!("descriptor {fd} is not a listening socket (call listen on it before passing it on)"));
+    let family = family_of(&socket).map_err(|cause| format!("descriptor {fd} {cause}"))?;
+    Ok(Listener::new(protocol, Address::Inherited(fd), family, socket, None))
+}
+
+/// The family of a socket that must be listening; else what it is instead.
+fn family_of(socket: &OwnedFd) -> Result<Family, String> {
+    if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
+        return Err("is not a listening socket (call listen on it before passing it on)".to_owned());
     }
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd()).map_err(|errno| errno.desc().to_owned())?;
-    let family = match address.family() {
-        Some(AddressFamily::Unix) => Family::Unix,
-        Some(AddressFamily::Inet | AddressFamily::Inet6) => Family::Tcp,
-        other => return Err(format!("descriptor {fd} is a socket of a family not served here: {other:?}")),
-    };
-    Ok(Listener { protocol, address: Address::Inherited(fd), family, socket, file: None })
+    match address.family() {
+        Some(AddressFamily::Unix) => Ok(Family::Unix),
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Family::Tcp),
+        other => Err(format!("is a socket of a family not served here: {other:?}")),
+    }
 }
 
 /// Whether standard input is a listening socket: the FastCGI convention of a program that a web server
@@ -536,6 +612,8 @@ mod tests {
             "fastcgi:unix:@name",
             "scgi:unix:/run/a.sock",
             "http:fd:3",
+            "http:systemd",
+            "fastcgi:systemd:app.socket",
             "http:[::1]:80",
         ] {
             assert_eq!(text.parse::<Bind>().unwrap().to_string(), text);

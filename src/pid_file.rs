@@ -5,10 +5,13 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::folder_lock::{FolderLock, folder_of};
+use crate::master::upgrade::Takeover;
+use crate::master::upgrade::saved::SavedPidFile;
 
 /// A pid file of this process.
 #[derive(Debug)]
@@ -42,6 +45,30 @@ impl PidFile {
                 Err(denied(error))
             }
         }
+    }
+
+    /// The one at `path`: a former master's, if it has that one, or a new one. Of another one that it has, nothing is left. `None` if there
+    /// is to be none, or if this process only looks whether it could take over that master's.
+    ///
+    /// # Errors
+    /// As for [`PidFile::create`].
+    pub(crate) fn open(path: Option<&Path>, takeover: Option<&mut Takeover>) -> Result<Option<Self>, String> {
+        let is_check = takeover.as_ref().is_some_and(|left| left.check);
+        let Some((former, descriptor)) = takeover.and_then(Takeover::pid_file) else {
+            return path.map(Self::create).transpose();
+        };
+        let adopted = descriptor.map(|descriptor| Self { path: former.clone(), file: File::from(descriptor) });
+        if path == Some(&*former) && (is_check || adopted.is_some()) {
+            return Ok(adopted);
+        }
+        let created = path.map(Self::create).transpose()?;
+        adopted.into_iter().for_each(Self::remove);
+        Ok(created)
+    }
+
+    /// For a master that takes over.
+    pub(crate) fn saved(&self) -> SavedPidFile {
+        SavedPidFile { fd: self.file.as_raw_fd(), path: self.path.clone() }
     }
 
     /// Removes the file, if it is still this one.

@@ -7,12 +7,15 @@
 //! - Nothing here decides anything. Policy lives in `master::supervisor`; this file only does what it is told.
 #![expect(unsafe_code, reason = "this file is the fence: fork, descriptors by number, signal actions, environment")]
 
-use std::ffi::OsStr;
+use std::collections::BTreeMap;
+use std::ffi::{CString, OsStr, OsString};
 use std::fs;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
 
@@ -283,6 +286,85 @@ pub(crate) fn write_all(fd: RawFd, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Takes possession of those of `numbers` that are open here and were handed down: nothing that this program opened itself is
+/// touched, since Rust opens everything close-on-exec. They are close-on-exec from now on.
+///
+/// `numbers` are for the caller to know: from whoever became this program, or started it, and opened them for it. Each can be taken
+/// once.
+pub(crate) fn take_over(numbers: &[RawFd]) -> BTreeMap<RawFd, OwnedFd> {
+    let mut taken = BTreeMap::new();
+    for &fd in numbers {
+        if fd <= 2 || descriptor_flags(fd).is_none_or(|flags| flags.contains(FdFlag::FD_CLOEXEC)) {
+            continue;
+        }
+        // SAFETY: the number is open, and no value of this process owns it: it was open before `main`, and what takes
+        // such a number (here, the only place) makes it close-on-exec, so that it is not taken again.
+        let descriptor = unsafe { OwnedFd::from_raw_fd(fd) };
+        if fcntl(&descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).is_ok() {
+            taken.insert(fd, descriptor);
+        }
+    }
+    taken
+}
+
+/// Makes this process another program, which inherits standard input, output and error and the descriptors of `keep`, and
+/// starts in `folder`. Returns only if that cannot be, and then nothing has changed.
+///
+/// To be called with all signals blocked: none may come before the other program knows what it means.
+pub(crate) fn exec(
+    program: &Path,
+    arguments: &[OsString],
+    environment: &[(OsString, OsString)],
+    folder: &Path,
+    keep: &[RawFd],
+) -> io::Error {
+    let before = std::env::current_dir();
+    let error = match try_exec(program, arguments, environment, folder, keep) {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    let undone = set_close_on_exec_from(3).and(before.and_then(std::env::set_current_dir));
+    if let Err(error) = undone {
+        log::error!("after an exec that failed: {error}");
+    }
+    error
+}
+
+fn try_exec(
+    program: &Path,
+    arguments: &[OsString],
+    environment: &[(OsString, OsString)],
+    folder: &Path,
+    keep: &[RawFd],
+) -> io::Result<std::convert::Infallible> {
+    let program = CString::new(program.as_os_str().as_bytes())?;
+    let arguments = arguments.iter().map(|argument| Ok(CString::new(argument.as_bytes())?));
+    let arguments: Vec<CString> = arguments.collect::<io::Result<_>>()?;
+    let pair =
+        |(name, value): &(OsString, OsString)| Ok(CString::new([name.as_bytes(), b"=", value.as_bytes()].concat())?);
+    let environment: Vec<CString> = environment.iter().map(pair).collect::<io::Result<_>>()?;
+    io::stdout().flush()?;
+    std::env::set_current_dir(folder)?;
+    set_close_on_exec_from(3)?;
+    for &fd in keep {
+        // SAFETY: changes a flag of a descriptor by its number, and fails if nothing is open there.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(nix::unistd::execve(&program, &arguments, &environment)?)
+}
+
+/// Whether `pid` is a child of ours, dead or alive, that was not reaped.
+pub(crate) fn is_child(pid: Pid) -> bool {
+    let flags = (WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT).bits();
+    let Ok(id) = libc::id_t::try_from(pid.as_raw()) else { return false };
+    // SAFETY: all zeroes is a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `info` is a valid place for a siginfo_t for the whole call; nothing is reaped.
+    unsafe { libc::waitid(libc::P_PID, id, &raw mut info, flags) == 0 }
+}
+
 /// Accepts a connection: non-blocking, closed on exec, and the address at its other end if that is one of the internet.
 ///
 /// # Errors
@@ -439,14 +521,15 @@ pub(crate) fn die_with_parent(master: Pid) -> io::Result<()> {
 }
 
 /// Blocks every signal in this thread and returns the mask that was in force.
-fn block_signals() -> SigSet {
+pub(crate) fn block_signals() -> SigSet {
     let mut before = SigSet::empty();
     let done = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before));
     debug_assert!(done.is_ok(), "the arguments of pthread_sigmask are constant and valid");
     before
 }
 
-fn restore_signals(mask: &SigSet) {
+/// Puts a mask back that [`block_signals`] returned.
+pub(crate) fn restore_signals(mask: &SigSet) {
     let done = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(mask), None);
     debug_assert!(done.is_ok(), "the arguments of pthread_sigmask are constant and valid");
 }
@@ -491,6 +574,14 @@ pub(crate) fn set_environment(name: &str, value: impl AsRef<OsStr>) {
 pub(crate) fn clear_environment() {
     for (name, _) in std::env::vars_os() {
         // SAFETY: as in `set_environment`.
+        unsafe { std::env::remove_var(name) }
+    }
+}
+
+/// Removes variables from this process's environment. For a child that has just been forked.
+pub(crate) fn forget_environment(names: &[&[&str]]) {
+    for name in names.iter().copied().flatten() {
+        // SAFETY: as above.
         unsafe { std::env::remove_var(name) }
     }
 }

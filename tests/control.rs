@@ -209,6 +209,27 @@ fn reopen_logs_does_what_the_signal_does() {
 }
 
 #[test]
+fn an_upgrade_is_waited_for_until_its_reload_is_done() {
+    let mut served = Controlled::start("crashy", &["--workers", "2"]);
+    let before = served.status()["pid"].clone();
+    let said = served.said(&["upgrade"]);
+    for line in
+        ["upgrade: checking ", "upgrade: becoming ", "upgraded version=", "reload begins gen=2", "reload done gen=2"]
+    {
+        assert!(said.contains(line), "{line:?} is not in {said}");
+    }
+    // The same socket, the same process.
+    let status = served.status();
+    assert_eq!((&status["pid"], &status["generation"]), (&before, &2.into()), "{status}");
+    assert!(served.said(&["scale", "3"]).contains("workers=3"));
+    served.said(&["upgrade"]);
+    assert_eq!(served.status()["target"], 3, "what was asked for by command stays");
+    served.said(&["stop"]);
+    assert_eq!(served.server.wait_end(), Some(0));
+    assert!(!served.socket.exists(), "the new build removes the file of the socket that the old one made");
+}
+
+#[test]
 fn the_connection_ends_with_the_outcome() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     for request in ["status", "reopen-logs", "segment", "reload"] {

@@ -178,7 +178,8 @@ fn a_job_that_takes_too_long_is_stopped_and_one_that_runs_at_the_end_is_asked_to
 fn nothing_beside_the_workers_outlives_a_killed_master() {
     let mut server = crashy(&["--daemon", "idle=sleep 600"]);
     let pid = pid_in(&server.wait_for("daemon started name=idle"));
-    assert_eq!(descriptors_of(pid.as_raw()), 4, "the standard ones, and the shared memory");
+    let has_what_it_needs = || (descriptors_of(pid.as_raw()) == 4).then_some(());
+    wait_until("it has the standard ones, the shared memory, and is through with its libraries", has_what_it_needs);
     server.signal(Signal::SIGKILL);
     assert_eq!(server.wait_end(), None);
     wait_until("the daemon is gone", || is_gone(pid).then_some(()));

@@ -56,6 +56,25 @@ fn reloads() {
 }
 
 #[test]
+fn upgrades() {
+    let (mut server, _folder) = server(&["--workers", "2"]);
+    let load = Load::default();
+    let mut upgrades = 0;
+    load.run(&mut server, |server| {
+        let mut generation = 1;
+        upgrades = again(&load, || {
+            generation += 1;
+            server.signal(Signal::SIGUSR2);
+            server.wait_for("upgraded version=");
+            server.wait_for(&format!("reload done gen={generation}"));
+        });
+    });
+    eprintln!("{upgrades} upgrades");
+    assert!(upgrades >= 3);
+    server.stop();
+}
+
+#[test]
 fn recycling() {
     let (mut server, _folder) = server(&["--workers", "4", "--max-requests", "500~100", "--respawn-rate", "1000"]);
     let load = Load::default();

@@ -103,6 +103,7 @@
 //! (all above 2, say) closes the one by which it is known to live: it is taken for dead, and must not use the cache
 //! any more.
 
+mod adopt;
 mod audit;
 mod cache;
 mod claim;

@@ -15,6 +15,8 @@ mod logs;
 mod numbers;
 mod privileges;
 
+mod upgrade;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -35,6 +37,7 @@ use crate::config::{
 use crate::listen::{self, Address, Bind, Protocol};
 use crate::peers::{Peers, Who};
 use crate::protocol::forwarded::Family;
+use crate::systemd;
 
 const SIGNALS: &str = "\
 Signals to the master:
@@ -44,13 +47,14 @@ Signals to the master:
              the file of --config is read anew
   TTIN, TTOU one worker more, one worker less; of a range, both ends
   USR1       open the log file and the access log again, after a rotation
+  USR2       become the program's new build, if it passes its check; then replace the workers as HUP does
 Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";
 
 /// The flags of everything that serves.
 #[derive(Args, Debug)]
 struct ServeOptions {
-    /// Listen here; repeatable. PROTO is http, fastcgi or scgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME or fd:N.
-    /// Without it: standard input if that is a listening socket (a web server started us); one CGI request, if
+    /// Listen here; repeatable. PROTO is http, fastcgi or scgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME, fd:N
+    /// or systemd[:NAME]. Without it: the sockets that systemd passes; standard input if that is a listening socket (a web server started us); one CGI request, if
     /// the environment has one; else http:127.0.0.1:8080
     #[arg(long, value_name = "PROTO:ADDR", env = "FORKYARD_BIND", value_delimiter = ',', help_heading = "Sockets")]
     bind: Vec<Bind>,
@@ -83,6 +87,9 @@ struct ServeOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_RESPAWN_RATE", default_value = "64", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Processes")]
     respawn_rate: u32,
 
+    #[command(flatten)]
+    upgrade: upgrade::UpgradeOptions,
+
     /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
     #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
     log_level: String,
@@ -98,6 +105,15 @@ struct ServeOptions {
 
     #[command(flatten)]
     helpers: helpers::HelperOptions,
+}
+
+impl ServeOptions {
+    /// Without `--bind`, systemd's sockets come first.
+    fn bind_what_is_passed(&mut self) {
+        if self.bind.is_empty() {
+            self.bind = systemd::binds();
+        }
+    }
 }
 
 /// The further flags of a binary with an application linked into it.
@@ -396,7 +412,8 @@ pub(crate) fn parse_linked(arguments: &[OsString]) -> Result<Invocation, clap::E
     })
 }
 
-fn linked_request(linked: LinkedOptions, command: &mut Command) -> Result<Request, clap::Error> {
+fn linked_request(mut linked: LinkedOptions, command: &mut Command) -> Result<Request, clap::Error> {
+    linked.serve.bind_what_is_passed();
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
     let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, failures, access_log, .. } =
@@ -437,7 +454,8 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
     })
 }
 
-fn run_request(run: RunOptions, name: &str, command: &mut Command) -> Result<Request, clap::Error> {
+fn run_request(mut run: RunOptions, name: &str, command: &mut Command) -> Result<Request, clap::Error> {
+    run.serve.bind_what_is_passed();
     let log_level = run.serve.log_level.clone();
     let no_command = || "no COMMAND: give it after '--', or as command in the configuration file".to_owned();
     let some = if run.command.is_empty() { Err(no_command()) } else { Ok(()) };
@@ -559,6 +577,7 @@ fn config(
         control: serve.control.config(),
         logs: serve.logs.config(of_workers.access_log),
         helpers: serve.helpers.config()?,
+        upgrade: serve.upgrade.config(),
     })
 }
 

@@ -9,6 +9,7 @@ pub(crate) mod helpers;
 pub(crate) mod logs;
 mod numbers;
 pub(crate) mod privileges;
+pub(crate) mod upgrade;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -55,6 +56,7 @@ pub(crate) struct Config {
     pub(crate) logs: logs::LogConfig,
     /// What runs beside the workers.
     pub(crate) helpers: helpers::HelpersConfig,
+    pub(crate) upgrade: upgrade::UpgradeConfig,
 }
 
 /// The proxies that are believed when they tell who their client is.

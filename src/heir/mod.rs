@@ -83,7 +83,10 @@ pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
         _listeners: Arc::clone(&heritage.listeners),
         _log_files: Arc::clone(&heritage.log_files),
     };
-    let heir = sys::clone_with_descriptors(|| live(heritage, ledger, lines, &kept)).and_then(sys::process_descriptor);
+    // Asked here: an heir that asks who its parent is may be an orphan already.
+    let worker = nix::unistd::getpid();
+    let heir =
+        sys::clone_with_descriptors(|| live(worker, heritage, ledger, lines, &kept)).and_then(sys::process_descriptor);
     let end = heir.inspect_err(|error| {
         log::warn!("a worker has no heir, and its clients would see its death: {error} slot={}", heritage.slot);
     });
@@ -91,11 +94,10 @@ pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
 }
 
 /// The heir's life. Signals are blocked, as they were when the worker was forked, and stay so.
-fn live(heritage: &Heritage, ledger: Ledger, lines: Option<LineBuffer>, kept: &Kept) -> u8 {
-    let parent = nix::unistd::getppid();
+fn live(worker: Pid, heritage: &Heritage, ledger: Ledger, lines: Option<LineBuffer>, kept: &Kept) -> u8 {
     let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
     let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group ends both
-    await_death(parent, kept.worker.as_fd());
+    await_death(worker, kept.worker.as_fd());
     let estate = Estate::open(heritage, ledger, kept.lifeline.as_fd());
     if let Some(lines) = lines {
         lines.empty(|lines| write_last(heritage, lines));

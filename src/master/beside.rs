@@ -19,7 +19,7 @@ use nix::unistd::{Pid, pipe2};
 use super::RETIRE;
 use super::helpers::{Action, Event, Helpers, Note, Wish};
 use super::output::{LineReader, REST};
-use super::spawn::{blocking, explain};
+use super::spawn::{OF_THE_MASTER, blocking, explain};
 use super::supervisor::{Command as Order, Now};
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
@@ -65,7 +65,6 @@ struct Process {
 }
 
 /// One that lives, for a master that takes over.
-#[cfg_attr(not(test), expect(dead_code, reason = "for an upgrade in place"))]
 pub(super) struct Living<'a> {
     pub(super) name: &'a str,
     pub(super) pid: Pid,
@@ -131,7 +130,6 @@ impl Beside {
     }
 
     /// Those that live.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for an upgrade in place"))]
     pub(super) fn living(&self) -> Vec<Living<'_>> {
         let living = self.processes.iter();
         living
@@ -141,7 +139,6 @@ impl Beside {
 
     /// Takes over a child of this process, which was made before this process was what it is now. If nothing in the
     /// configuration has its name, it is asked to stop.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for an upgrade in place"))]
     pub(super) fn adopt(&mut self, name: &str, pid: Pid, output: OwnedFd) {
         let wanted = self.programs.iter().position(|helper| helper.label.name == name);
         let label =
@@ -170,7 +167,7 @@ impl Beside {
         match order {
             Order::Drain => self.feed(Event::Closing),
             Order::Halt => self.feed(Event::Halt),
-            Order::Reload | Order::Add | Order::Remove | Order::Scale(_) => {}
+            Order::Reload | Order::Add | Order::Remove | Order::Scale(_) | Order::Upgrade => {}
         }
     }
 
@@ -256,6 +253,9 @@ impl Beside {
         // If it is a server of this kind too, it is not to start the same ones again.
         for ours in ["FORKYARD_SLOT", "FORKYARD_GENERATION", "FORKYARD_DAEMON", "FORKYARD_CRON"] {
             command.env_remove(ours);
+        }
+        for name in OF_THE_MASTER.iter().copied().flatten() {
+            command.env_remove(name);
         }
         command
             .arg0(&program.name)

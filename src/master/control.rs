@@ -7,13 +7,14 @@
 //! May not: block, or decide what a request does. That is in `operator.rs`.
 
 use std::io::{self, ErrorKind, IoSlice, Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 
+use super::upgrade::saved::{SavedClient, SavedControl, SavedWaiting};
 use crate::control::wire::{self, Answer, LONGEST_REQUEST, Request};
 use crate::listen::ControlListener;
 use crate::sys;
@@ -27,6 +28,8 @@ const MOST_CLIENTS: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that may wait for a client to read them. The longest status fits.
 const MOST_UNSENT: usize = 4 << 20;
+/// Of those, what is left for a master that takes over.
+const MOST_SAVED: usize = 64 << 10;
 /// How long nobody is accepted after that has failed: descriptors have run out, say.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -50,6 +53,8 @@ pub(crate) enum Waiting {
     /// So many workers, and none besides that drains.
     Scale(u32),
     Stop,
+    /// To become the new build, or to hear why not.
+    Upgrade,
 }
 
 struct Client {
@@ -70,6 +75,34 @@ struct Client {
 impl Control {
     pub(crate) fn new(listener: ControlListener) -> Self {
         Self { listener, clients: Vec::new(), next: 1, paused_until: Now::ZERO }
+    }
+
+    /// For a master that takes over. Who does not read what he is told is left behind.
+    pub(crate) fn save(&self) -> SavedControl {
+        let clients = self.clients.iter().filter(|client| !client.gone && client.unsent.len() <= MOST_SAVED);
+        SavedControl {
+            fd: self.listener.as_fd().as_raw_fd(),
+            path: self.listener.path().to_owned(),
+            file: self.listener.file(),
+            clients: clients.map(Client::save).collect(),
+        }
+    }
+
+    /// Goes on with the clients of a former master.
+    pub(crate) fn restore(&mut self, clients: Vec<(OwnedFd, SavedClient)>, now: Now) {
+        for (socket, saved) in clients {
+            let mut client = Client::new(self.next, socket.into(), now + PATIENCE);
+            self.next += 1;
+            let SavedClient { unread, unsent, asked, ending, waiting, .. } = saved;
+            (client.unread, client.unsent, client.asked, client.ending) = (unread, unsent, asked, ending);
+            client.waiting = match waiting {
+                SavedWaiting::No => Waiting::No,
+                SavedWaiting::Reload => Waiting::Reload,
+                SavedWaiting::Scale(workers) => Waiting::Scale(workers),
+                SavedWaiting::Stop => Waiting::Stop,
+            };
+            self.clients.push(client);
+        }
     }
 
     /// What the master's `poll` is to watch. The same order is expected by [`Control::attend`].
@@ -196,6 +229,22 @@ impl Client {
         let (unread, unsent) = (Vec::new(), Vec::new());
         let (asked, ending, gone) = (false, false, false);
         Self { id, stream, unread, unsent, asked, ending, gone, deadline, waiting: Waiting::No }
+    }
+
+    fn save(&self) -> SavedClient {
+        SavedClient {
+            fd: self.stream.as_raw_fd(),
+            unread: self.unread.clone(),
+            unsent: self.unsent.clone(),
+            asked: self.asked,
+            ending: self.ending,
+            waiting: match self.waiting {
+                Waiting::No => SavedWaiting::No,
+                Waiting::Reload | Waiting::Upgrade => SavedWaiting::Reload,
+                Waiting::Scale(workers) => SavedWaiting::Scale(workers),
+                Waiting::Stop => SavedWaiting::Stop,
+            },
+        }
     }
 
     fn interest(&self) -> PollFlags {

@@ -10,6 +10,7 @@
 //! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
 //! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
 //!   them what they go by. [`symbols`] has the functions named in which workers crashed.
+//! - [`upgrade`] has this process become another build of the program.
 //! - [`helpers`] decides which daemons and jobs run beside the workers (pure); [`beside`] runs them.
 //! - [`obituary`] writes the line for each process that ended.
 //! - [`control`] is the socket at which operators ask, [`operator`] does it, and [`status`] says how things are.
@@ -31,6 +32,7 @@ mod spawn;
 mod status;
 mod supervisor;
 mod symbols;
+pub(crate) mod upgrade;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -52,15 +54,19 @@ use self::recycling::Recycling;
 use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
-use self::spawn::{Child, Link, Nursery, has_connection, is_accepting};
+use self::spawn::{Child, Link, Nursery, Ties, has_connection, is_accepting};
 use self::supervisor::{Action, Budget, Command, Event, Note, Policy, Supervisor, Wish};
+use self::upgrade::saved::SavedPidFile;
+use self::upgrade::{Origin, Takeover, Upgrade};
 use crate::config::{Config, Share};
 use crate::heritage::Report;
 use crate::hooks::{WorkerExit, WorkerId};
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
+use crate::notify::Notify;
 use crate::queue_depth::QueueDepth;
 use crate::sys::{self, Ending};
+use crate::{memory, systemd};
 
 /// The exit status by which a worker asks not to be replaced.
 const RETIRE: i32 = 125;
@@ -74,6 +80,8 @@ pub(crate) struct Operators {
     pub(crate) control: Option<Control>,
     pub(crate) reread: Reread,
     pub(crate) log_files: Arc<LogFiles>,
+    /// Kept open by the caller.
+    pub(crate) pid_file: Option<SavedPidFile>,
 }
 
 /// Reads the configuration anew, given the one that holds. `None` if there is none to be read.
@@ -106,6 +114,10 @@ struct Master {
     sickbed: Sickbed,
     /// What the dead have put out.
     late: LateOutputs,
+    origin: Origin,
+    upgrade: Upgrade,
+    notify: Notify,
+    pid_file: Option<SavedPidFile>,
     /// What runs beside the workers.
     beside: Beside,
     /// Set when the last worker is gone: whether the operator asked for that.
@@ -114,11 +126,19 @@ struct Master {
     ended: Option<bool>,
 }
 
+/// How the program came to be here.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) begun: Instant,
+    pub(crate) origin: Origin,
+    /// What the master left whose place this one takes.
+    pub(crate) takeover: Option<Takeover>,
+}
+
 /// Runs until it is told to stop and every process is gone. True if it was told to, false if all workers
 /// asked not to be replaced.
 ///
-/// `begun` is when the program started, and `application` are the descriptors of the application's own, which
-/// workers keep. `operators` keeps its control socket, to be closed last.
+/// `application` are the descriptors of the application's own, which workers keep. `operators` keeps its control socket, to be closed last.
 ///
 /// # Errors
 /// If the master cannot set itself up.
@@ -128,10 +148,14 @@ pub(crate) fn run(
     segment: Segment,
     launch: Launch,
     application: Arc<[RawFd]>,
-    begun: Instant,
+    start: Start,
     operators: Operators,
 ) -> io::Result<(bool, Option<Control>)> {
-    // Whoever started us may have blocked signals, and the mask is inherited.
+    let Start { begun, origin, mut takeover } = start;
+    let ties = takeover.as_mut().map_or_else(Ties::default, |left| left.ties(&listeners));
+    let signals = SignalInbox::open()?;
+    // After an upgrade they are all blocked, so that none came too early. And whoever started us may have blocked some: the
+    // mask is inherited.
     sys::unblock_signals();
     // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
     nix::sys::prctl::set_child_subreaper(true)?;
@@ -141,12 +165,16 @@ pub(crate) fn run(
         control: operators.control,
         reread: operators.reread,
         obituary: Obituary::default(),
-        signals: SignalInbox::open()?,
+        signals,
         scoreboard: segment.scoreboard(),
         sickbed: Sickbed::new(&config.failures, segment.quarantine()),
         beside: Beside::new(&config, segment.clone(), begun)?,
-        nursery: Nursery::new(config, listeners, segment, launch, application, operators.log_files)?,
+        nursery: Nursery::new(config, listeners, segment, launch, application, operators.log_files, ties)?,
         late: LateOutputs::default(),
+        origin,
+        upgrade: Upgrade::default(),
+        notify: Notify::from_environment(Instant::now()),
+        pid_file: operators.pid_file,
         recycling,
         queue_depth: QueueDepth::new(),
         children: HashMap::new(),
@@ -154,7 +182,13 @@ pub(crate) fn run(
         emptied: None,
         ended: None,
     };
-    master.feed(Event::Tick);
+    if memory::is_worth_storing(&master.nursery.config) {
+        master.notify.store(systemd::SEGMENT, master.nursery.segment.fd());
+    }
+    match takeover {
+        Some(left) => master.adopt(left),
+        None => master.feed(Event::Tick),
+    }
     while master.ended.is_none() {
         let (arrived, events) = master.wait();
         if arrived {
@@ -169,6 +203,9 @@ pub(crate) fn run(
         master.hear_operators(&events);
         master.feed(Event::Tick);
         master.look_beside();
+        master.upgrade.listen();
+        master.notify.tick(Instant::now());
+        master.finish_upgrade();
     }
     // Heirs first: who is told that the master has stopped finds that nobody of it is left.
     master.await_heirs();
@@ -227,13 +264,19 @@ impl Master {
         if self.children.values().any(Child::is_unsettled_program) {
             timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
         }
+        for due in [self.upgrade.due_in(), self.notify.due_in(Instant::now())].into_iter().flatten() {
+            timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
+        }
         // One more millisecond, or else it would wake just before the deadline.
         let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
             PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
         let children = self.children.values().flat_map(Child::watched).chain(self.late.watched());
-        let children = children.chain(self.beside.watched()).map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let children = children
+            .chain(self.beside.watched())
+            .chain(self.upgrade.watched())
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         // Without workers nobody else looks whether somebody comes.
         let listeners = if self.supervisor.awaits_arrival() { &*self.nursery.listeners } else { &[] };
         let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
@@ -261,13 +304,15 @@ impl Master {
                     log::info!("asked to {}", command.verb());
                     match command {
                         Command::Reload => drop(self.reload()), // what went wrong is in the log
-                        Command::Drain | Command::Halt | Command::Add | Command::Remove | Command::Scale(_) => {
-                            self.feed(Event::Command(command));
-                        }
+                        Command::Drain
+                        | Command::Halt
+                        | Command::Add
+                        | Command::Remove
+                        | Command::Scale(_)
+                        | Command::Upgrade => self.feed(Event::Command(command)),
                     }
                 }
                 Meaning::ReopenLogs => drop(self.reopen_logs()), // what went wrong is in the log
-                Meaning::Reserved(what) => log::info!("signal {what} is reserved and does nothing yet"),
             }
         }
     }
@@ -275,11 +320,18 @@ impl Master {
     /// Reaps all that have ended: one SIGCHLD may stand for many.
     fn reap(&mut self) {
         while let Some(pid) = sys::ended_child() {
-            if self.beside.has(pid) || self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
+            let is_check = self.upgrade.is_check(pid);
+            if is_check || self.beside.has(pid) || self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
                 // What a wrapper script started, say, and left behind. Before the pid is free for others.
                 let _ = killpg(pid, Signal::SIGKILL);
             }
             let Some(ending) = sys::reap(pid) else { return };
+            if is_check {
+                if let Err(why) = self.upgrade.ended(ending) {
+                    self.refuse_upgrade(why);
+                }
+                continue;
+            }
             if self.beside.ended(pid, ending) {
                 continue;
             }
@@ -404,6 +456,9 @@ impl Master {
     /// Gives the supervisor an event and does what it wants, until it wants nothing more.
     fn feed(&mut self, event: Event) {
         if let Event::Command(command) = event {
+            if let Command::Drain | Command::Halt = command {
+                self.notify.stopping();
+            }
             self.beside.heed(command);
         }
         let mut actions = VecDeque::from(self.supervisor.step(event, self.now()));
@@ -436,6 +491,10 @@ impl Master {
                 let (children, listeners) = (&self.children, &self.nursery.listeners);
                 let (supervisor, scoreboard) = (&self.supervisor, &self.scoreboard);
                 Some(Event::Demand(demand::sample(children, supervisor, scoreboard, &self.queue_depth, listeners)))
+            }
+            Action::Upgrade => {
+                self.begin_upgrade();
+                None
             }
             Action::Abort { pid } => {
                 self.abort(pid);

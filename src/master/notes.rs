@@ -4,7 +4,25 @@ use super::Master;
 use super::supervisor::Note;
 
 impl Master {
-    pub(super) fn tell(&self, note: Note) {
+    /// Tells the service manager what concerns it.
+    fn notify_of(&mut self, note: Note) {
+        match note {
+            Note::FullStrength | Note::ReloadDone { .. } => self.notify.ready("serving"),
+            Note::ReloadStarted { .. } => self.notify.reloading(),
+            Note::ReloadFailed { .. } => self.notify.ready("serving with the old workers: the last reload failed"),
+            Note::Failing { .. } => self.notify.status("workers die before they are ready: see the log"),
+            Note::Target(_)
+            | Note::TargetLimit(_)
+            | Note::Scaled { .. }
+            | Note::Saturated { .. }
+            | Note::Throttled { .. }
+            | Note::StartTimeout { .. }
+            | Note::DrainTimeout { .. } => {}
+        }
+    }
+
+    pub(super) fn tell(&mut self, note: Note) {
+        self.notify_of(note);
         match note {
             Note::FullStrength => crate::banner::ready(self.begun.elapsed()),
             Note::Failing { failures, delay } => log::error!(

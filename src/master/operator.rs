@@ -10,7 +10,6 @@ use nix::unistd::Pid;
 
 use super::control::{ClientId, Control, Waiting};
 use super::obituary::Obituary;
-use super::signals::{self, Meaning};
 use super::status::name_of;
 use super::supervisor::{Command, Event, Note, Phase};
 use super::{Master, Reloaded, policy};
@@ -81,7 +80,10 @@ impl Master {
                 };
                 self.reply(client, &answer);
             }
-            Request::Upgrade => self.as_signal(client, libc::SIGUSR2),
+            Request::Upgrade => {
+                self.keep_waiting(client, Waiting::Upgrade);
+                self.feed(Event::Command(Command::Upgrade));
+            }
             Request::ReopenLogs => {
                 let errors = self.reopen_logs();
                 let answer = if errors.is_empty() {
@@ -92,19 +94,6 @@ impl Master {
                 self.reply(client, &answer);
             }
         }
-    }
-
-    /// Does what the signal does.
-    fn as_signal(&mut self, client: ClientId, signal: i32) {
-        let answer = match signals::meaning(signal) {
-            Some(Meaning::Command(command)) => {
-                self.feed(Event::Command(command));
-                Answer::done(format!("asked to {}", command.verb()))
-            }
-            Some(Meaning::Reserved(what)) => Answer::failed(format!("{what} is reserved and does nothing yet")),
-            Some(Meaning::Child | Meaning::ReopenLogs) | None => Answer::failed("that means nothing"),
-        };
-        self.reply(client, &answer);
     }
 
     fn scale(&mut self, client: ClientId, workers: u32) {
@@ -225,8 +214,10 @@ impl Master {
         for (client, waiting) in waiting {
             let outcome = match waiting {
                 Waiting::No | Waiting::Stop => None,
-                Waiting::Reload | Waiting::Scale(_) if view.phase == Phase::Stopping => Some(Answer::failed(STOPPING)),
-                Waiting::Reload => None,
+                Waiting::Reload | Waiting::Scale(_) | Waiting::Upgrade if view.phase == Phase::Stopping => {
+                    Some(Answer::failed(STOPPING))
+                }
+                Waiting::Reload | Waiting::Upgrade => None,
                 Waiting::Scale(workers) if view.target != workers => {
                     Some(Answer::failed(format!("meanwhile there should be {} workers", view.target)))
                 }
@@ -267,7 +258,7 @@ impl Master {
         }
     }
 
-    fn tell_waiting(&mut self, what: Waiting, answer: &Answer) {
+    pub(super) fn tell_waiting(&mut self, what: Waiting, answer: &Answer) {
         let now = self.now();
         if let Some(control) = &mut self.control {
             control.tell_waiting(what, answer, now);

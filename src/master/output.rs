@@ -5,11 +5,12 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use nix::unistd::Pid;
 
 use super::supervisor::Now;
+use super::upgrade::saved::SavedOutput;
 use crate::logging::OUTPUT;
 
 /// A line longer than this is logged in pieces.
@@ -41,6 +42,19 @@ impl Output {
     /// `pipe` must be non-blocking.
     pub(crate) fn new(slot: u32, pipe: OwnedFd) -> Self {
         Self { slot, pid: None, reader: LineReader::new(pipe), repeats: Repeats::default() }
+    }
+
+    /// Goes on where another master stopped.
+    pub(crate) fn resume(slot: u32, pipe: OwnedFd, partial: Vec<u8>) -> Self {
+        let mut output = Self::new(slot, pipe);
+        output.reader.partial = partial;
+        output
+    }
+
+    /// For a master that takes over. `pid` is whose output it is.
+    pub(crate) fn save(&self, pid: Pid) -> SavedOutput {
+        let (fd, partial) = (self.as_fd().as_raw_fd(), self.reader.partial.clone());
+        SavedOutput { slot: self.slot, pid: pid.as_raw(), fd, partial }
     }
 
     /// Logs what has come, up to `most` bytes. False if nothing more will come.
@@ -115,6 +129,11 @@ impl LateOutputs {
             );
         }
         self.0.push(output);
+    }
+
+    /// For a master that takes over.
+    pub(crate) fn save(&self) -> Vec<SavedOutput> {
+        self.0.iter().filter_map(|output| Some(output.save(output.pid?))).collect()
     }
 
     pub(crate) fn read(&mut self, now: Now) {

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use super::supervisor::Now;
+use super::upgrade::saved::SavedRefusal;
 use crate::config::failures::QuarantineConfig;
 use crate::suspect::Suspect;
 
@@ -78,6 +79,27 @@ impl Quarantine {
 
     pub(crate) fn set_limits(&mut self, config: QuarantineConfig) {
         self.config = config;
+    }
+
+    /// For a master that takes over.
+    pub(crate) fn save(&self, now: Now) -> Vec<SavedRefusal> {
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let save = |(request, record): (&String, &Record)| SavedRefusal {
+            request: request.clone(),
+            refused: record.refused,
+            left_ms: ms(record.until.saturating_sub(now)),
+            time_ms: ms(record.time),
+            times: record.times,
+        };
+        self.records.iter().map(save).collect()
+    }
+
+    /// Goes on with what a former master knew of requests; the deaths before are forgotten.
+    pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Now) {
+        for SavedRefusal { request, refused, left_ms, time_ms, times } in saved.into_iter().take(RECORDS) {
+            let until = now.saturating_add(Duration::from_millis(left_ms));
+            self.records.insert(request, Record { refused, until, time: Duration::from_millis(time_ms), times });
+        }
     }
 
     /// A worker has died of a crash.

@@ -11,6 +11,7 @@ use super::obituary::End;
 use super::quarantine::{Death, Listed, Quarantine, Verdict};
 use super::supervisor::{Event, Now};
 use super::symbols::Symbols;
+use super::upgrade::saved::SavedRefusal;
 use crate::config::failures::{Failures, QuarantineBy};
 use crate::suspect::Suspect;
 use crate::sys;
@@ -34,6 +35,17 @@ impl Sickbed {
             table,
             symbols: Symbols::default(),
         }
+    }
+
+    /// For a master that takes over.
+    pub(crate) fn save(&self, now: Now) -> Vec<SavedRefusal> {
+        self.quarantine.save(now)
+    }
+
+    /// Goes on with what a former master left.
+    pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Now) {
+        self.quarantine.restore(saved, now);
+        self.publish(now);
     }
 
     /// Goes by other limits from now on. What is refused already has its time.

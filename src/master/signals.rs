@@ -9,6 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use signal_hook::consts::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2};
 use signal_hook::{SigId, flag, low_level};
 
@@ -22,8 +24,6 @@ pub(crate) enum Meaning {
     Command(Command),
     /// The log files were moved away, and are to be opened again.
     ReopenLogs,
-    /// The master goes on, and says that it does.
-    Reserved(&'static str),
 }
 
 const MEANINGS: [(i32, Meaning); 9] = [
@@ -35,13 +35,8 @@ const MEANINGS: [(i32, Meaning); 9] = [
     (SIGTTIN, Meaning::Command(Command::Add)),
     (SIGTTOU, Meaning::Command(Command::Remove)),
     (SIGUSR1, Meaning::ReopenLogs),
-    (SIGUSR2, Meaning::Reserved("USR2 (upgrade)")),
+    (SIGUSR2, Meaning::Command(Command::Upgrade)),
 ];
-
-/// What a signal means, for those who ask by other ways for the same.
-pub(crate) fn meaning(signal: i32) -> Option<Meaning> {
-    MEANINGS.iter().find(|(number, _)| *number == signal).map(|(_, meaning)| *meaning)
-}
 
 /// Where signals arrive.
 #[derive(Debug)]
@@ -74,6 +69,18 @@ impl SignalInbox {
         while matches!(self.socket.read(&mut wakes), Ok(read) if read == wakes.len()) {}
         let came = MEANINGS.iter().zip(&self.flags).filter(|(_, flag)| flag.swap(false, Ordering::SeqCst));
         came.map(|((_, meaning), _)| *meaning).collect()
+    }
+
+    /// Before this process becomes another program, with all signals blocked: what came and was not looked at is sent again,
+    /// and so waits for the next to look. (Not SIGCHLD: who starts looks for its dead first.)
+    pub(crate) fn hand_on(&mut self) {
+        for meaning in self.take() {
+            let signal = MEANINGS.iter().find(|(_, other)| *other == meaning && meaning != Meaning::Child);
+            let signal = signal.and_then(|(signal, _)| Signal::try_from(*signal).ok());
+            if let Some(Err(errno)) = signal.map(|signal| kill(Pid::this(), signal)) {
+                log::error!("a signal was lost: {errno}");
+            }
+        }
     }
 
     /// For a child: undoes every registration, so that no signal of the child's reaches the master.

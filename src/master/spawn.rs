@@ -14,6 +14,7 @@ use nix::unistd::{Pid, pipe2, setpgid};
 use super::output::Output;
 use super::signals::SignalInbox;
 use super::supervisor::Now;
+use super::upgrade;
 use crate::config::{Config, Program};
 use crate::handover::Channel;
 use crate::heritage::{Heritage, Report, WorkerMain};
@@ -21,8 +22,10 @@ use crate::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
 use crate::privileges::Privileges;
-use crate::sys;
+use crate::{notify, sys, systemd};
 
+/// Variables that concern the master alone, and no process of its.
+pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &notify::VARIABLES, &systemd::VARIABLES];
 /// Bytes of a worker's last words that are kept, and of a line of its reports.
 const LAST_WORDS: usize = 4096;
 
@@ -40,13 +43,20 @@ pub(crate) struct Nursery {
     pub(crate) listeners: Arc<[Listener]>,
     pub(crate) segment: Segment,
     pub(crate) launch: Launch,
-    handover: Arc<Channel>,
+    pub(crate) handover: Arc<Channel>,
     /// Both ends of the pipe that tells workers by its end that the master is dead.
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
     privileges: Arc<Privileges>,
     pub(crate) log_files: Arc<LogFiles>,
     worker_hooks: Arc<WorkerHooks>,
+}
+
+/// What binds the workers of a former master, who live on, to this one and to those to come.
+#[derive(Debug, Default)]
+pub(crate) struct Ties {
+    pub(crate) lifeline: Option<(OwnedFd, OwnedFd)>,
+    pub(crate) handover: Option<Channel>,
 }
 
 /// A process that lives, as the master sees it.
@@ -72,6 +82,8 @@ pub(crate) enum Link {
 }
 
 impl Nursery {
+    /// `ties` are those of a former master whose workers live on.
+    ///
     /// # Errors
     /// If no pipe can be had, or processes cannot be what the configuration asks for.
     pub(crate) fn new(
@@ -81,9 +93,13 @@ impl Nursery {
         mut launch: Launch,
         application: Arc<[RawFd]>,
         log_files: Arc<LogFiles>,
+        ties: Ties,
     ) -> io::Result<Self> {
-        let lifeline = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        let handover = Arc::new(Channel::open()?);
+        let lifeline = match ties.lifeline {
+            Some(left) => left,
+            None => pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?,
+        };
+        let handover = Arc::new(ties.handover.map_or_else(Channel::open, Ok)?);
         let executes = matches!(launch, Launch::Program(_));
         let privileges = Privileges::resolve(&config.privileges, executes).map_err(io::Error::other)?;
         let privileges = Arc::new(privileges);
@@ -114,6 +130,11 @@ impl Nursery {
         self.privileges = Arc::new(Privileges::resolve(&config.privileges, executes)?);
         self.config = config;
         Ok(())
+    }
+
+    /// The descriptors of the lifeline's ends.
+    pub(crate) fn lifeline(&self) -> (RawFd, RawFd) {
+        (self.lifeline.0.as_raw_fd(), self.lifeline.1.as_raw_fd())
     }
 
     /// Makes a process for `slot`.
@@ -169,6 +190,7 @@ impl Nursery {
             }
             let keep = [&[0, 1, 2], heritage.descriptors().as_slice()].concat();
             sys::close_all_except(&keep);
+            sys::forget_environment(OF_THE_MASTER);
             // A group of its own: Ctrl-C at a terminal is the master's to handle.
             let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));
             if let Err(error) = heritage.apply_privileges() {
@@ -204,6 +226,9 @@ impl Nursery {
             .stdin(Stdio::from(self.listeners[0].duplicate()?))
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));
+        for name in OF_THE_MASTER.iter().copied().flatten() {
+            command.env_remove(name);
+        }
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);
         let steps = self.privileges.steps(slot).map_err(io::Error::other)?;
         let child = sys::spawn(&mut command, &[segment.as_raw_fd()], steps).map_err(|error| explain(&error, read))?;

@@ -28,6 +28,7 @@
 
 mod breaker;
 mod messages;
+pub(crate) mod restore;
 mod roll;
 mod scale;
 mod view;
@@ -336,8 +337,14 @@ impl Supervisor {
                 self.retarget((least, fewer), self.target.saturating_sub(1).max(lowest), now);
             }
             (Command::Scale(number), Mode::Running) => self.retarget((number, number), number, now),
+            (Command::Upgrade, Mode::Running) => self.actions.push(Action::Upgrade),
             (
-                Command::Drain | Command::Reload | Command::Add | Command::Remove | Command::Scale(_),
+                Command::Drain
+                | Command::Reload
+                | Command::Add
+                | Command::Remove
+                | Command::Scale(_)
+                | Command::Upgrade,
                 Mode::Stopping { .. } | Mode::Stopped,
             )
             | (Command::Halt, Mode::Stopped) => {}
@@ -438,7 +445,9 @@ impl Supervisor {
         self.replace(now);
         while self.missing() > 0 && self.breaker.permits(self.is_starting(), now) {
             let Some(generation) = self.next_generation() else { break };
-            let Some(index) = self.slots.iter().position(|slot| slot.state == State::Empty) else { break };
+            // Those beyond the policy's were left by a predecessor that had more.
+            let mut slots = self.slots.iter().take(self.policy.slots as usize);
+            let Some(index) = slots.position(|slot| slot.state == State::Empty) else { break };
             let deadline = now + self.policy.start_timeout;
             self.slots[index] = Slot::new(State::Starting { pid: None, deadline }, generation);
             self.actions.push(Action::Spawn { slot: number(index), generation });
@@ -552,3 +561,5 @@ fn number(index: usize) -> u32 {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod upgrade_tests;

@@ -107,6 +107,8 @@ pub(crate) enum Command {
     Remove,
     /// So many workers, neither more nor less.
     Scale(u32),
+    /// Have another build of this program take over.
+    Upgrade,
 }
 
 impl Command {
@@ -119,6 +121,7 @@ impl Command {
             Self::Add => "add a worker",
             Self::Remove => "remove a worker",
             Self::Scale(_) => "change the number of workers",
+            Self::Upgrade => "upgrade",
         }
     }
 }
@@ -138,6 +141,8 @@ pub(crate) enum Action {
     Sample,
     /// It hangs: have it tell where, and end it.
     Abort { pid: Pid },
+    /// See whether the program's new build can take over, and let it.
+    Upgrade,
     /// Tell the operator.
     Note(Note),
     /// The last process is gone: end the master.

@@ -84,6 +84,7 @@ impl World {
                 }
                 Action::Remind { pid } => self.signal(pid, Life::Leaving),
                 Action::Kill { pid } | Action::Abort { pid } => self.signal(pid, Life::Killed),
+                Action::Upgrade => None,
                 Action::Sample => Some(Event::Demand(self.demand())),
                 Action::Note(note) => {
                     self.notes.push(note);

@@ -1,0 +1,22 @@
+//! The flags of an upgrade in place.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::config::parse_duration;
+use crate::config::upgrade::UpgradeConfig;
+
+/// What concerns an upgrade by USR2.
+#[derive(Args, Debug)]
+pub(super) struct UpgradeOptions {
+    /// On USR2, how long the new build may take to show that it can take over; after that the old one goes on
+    #[arg(long, value_name = "TIME", env = "FORKYARD_UPGRADE_TIMEOUT", default_value = "60s", value_parser = parse_duration, help_heading = "Processes")]
+    upgrade_timeout: Duration,
+}
+
+impl UpgradeOptions {
+    pub(super) fn config(&self) -> UpgradeConfig {
+        UpgradeConfig { timeout: self.upgrade_timeout }
+    }
+}

@@ -1,0 +1,120 @@
+//! What of the supervisor outlives an upgrade: who is there, and in which state. Pure, as the rest of it.
+
+use std::time::Duration;
+
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use super::{Mode, Now, Policy, Slot, State, Supervisor, TERMINATE_AGAIN, number};
+
+/// More slots than any policy has.
+const MOST_SLOTS: u32 = 1 << 16;
+
+/// All processes, as one supervisor leaves them to the next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Roster {
+    pub(crate) generation: u64,
+    /// The last one that a reload was given.
+    pub(crate) newest: u64,
+    /// How many workers were asked for at the start, between which numbers that moved in the end, and how many there were to be.
+    pub(crate) workers: (u32, u32),
+    pub(crate) limits: (u32, u32),
+    pub(crate) target: u32,
+    pub(crate) reached_full_strength: bool,
+    pub(crate) places: Vec<Place>,
+}
+
+/// A slot that holds a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Place {
+    pub(crate) slot: u32,
+    pub(crate) generation: u64,
+    pub(crate) pid: i32,
+    pub(crate) phase: Phase,
+    /// It has served its time.
+    #[serde(default)]
+    pub(crate) worn: bool,
+    /// It leaves because another has taken its place.
+    #[serde(default)]
+    pub(crate) replaced: bool,
+}
+
+/// [`State`] of a process that exists; times are what is left of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Phase {
+    Starting { left_ms: u64 },
+    Ready,
+    Draining { left_ms: u64 },
+    Killing,
+}
+
+impl Supervisor {
+    /// All that a successor has to know; `None` while everything is being stopped, when there is nothing to succeed to.
+    pub(crate) fn save(&self, now: Now) -> Option<Roster> {
+        if self.mode != Mode::Running {
+            return None;
+        }
+        let left_ms = |deadline: Now| u64::try_from(deadline.saturating_sub(now).as_millis()).unwrap_or(u64::MAX);
+        let places = self.slots.iter().enumerate().filter_map(|(index, slot)| {
+            let (pid, phase) = match slot.state {
+                State::Starting { pid: Some(pid), deadline } => (pid, Phase::Starting { left_ms: left_ms(deadline) }),
+                State::Ready { pid } => (pid, Phase::Ready),
+                State::Draining { pid, deadline, .. } => (pid, Phase::Draining { left_ms: left_ms(deadline) }),
+                State::Killing { pid, .. } => (pid, Phase::Killing),
+                State::Starting { pid: None, .. } | State::Empty | State::Backoff { .. } => return None,
+            };
+            let (worn, replaced) = (slot.worn.is_some(), slot.replaced);
+            Some(Place { slot: number(index), generation: slot.generation, pid: pid.as_raw(), phase, worn, replaced })
+        });
+        Some(Roster {
+            generation: self.generation,
+            newest: self.newest,
+            workers: self.policy.workers,
+            limits: self.scaler.limits(),
+            target: self.target,
+            reached_full_strength: self.reached_full_strength,
+            places: places.collect(),
+        })
+    }
+
+    /// A supervisor of the processes that another one left. There may be some in slots that this policy has no more: nobody
+    /// else gets these.
+    pub(crate) fn restore(policy: Policy, roster: &Roster, now: Now) -> Self {
+        let mut restored = Self::new(policy);
+        restored.now = now;
+        restored.generation = roster.generation.max(1);
+        restored.newest = roster.newest.max(restored.generation);
+        restored.reached_full_strength = roster.reached_full_strength;
+        // What was asked for by a command meanwhile stays, unless the new build is told something else.
+        let is_possible = (1..policy.slots).contains(&roster.limits.1) && roster.limits.0 <= roster.limits.1;
+        let limits = if roster.workers == policy.workers && is_possible { roster.limits } else { policy.workers };
+        restored.target = restored.scaler.set_limits(limits, roster.target, now);
+        for place in roster.places.iter().filter(|place| place.slot < MOST_SLOTS && place.pid > 0) {
+            let pid = Pid::from_raw(place.pid);
+            let at = |left_ms: u64| now.saturating_add(Duration::from_millis(left_ms));
+            let state = match place.phase {
+                Phase::Starting { left_ms } => {
+                    State::Starting { pid: Some(pid), deadline: at(left_ms).min(now + policy.start_timeout) }
+                }
+                Phase::Ready => State::Ready { pid },
+                Phase::Draining { left_ms } => State::Draining {
+                    pid,
+                    deadline: at(left_ms).min(now + policy.drain_timeout),
+                    ask_again: now + TERMINATE_AGAIN,
+                },
+                // Whatever it was killed for, it is no failure of the new build's.
+                Phase::Killing => State::Killing { pid, unready: false },
+            };
+            restored.proven |= matches!(state, State::Ready { .. });
+            let index = place.slot as usize;
+            if restored.slots.len() <= index {
+                restored.slots.resize(index + 1, Slot::new(State::Empty, 0));
+            }
+            let mut slot = Slot::new(state, place.generation);
+            slot.worn = place.worn.then_some(now);
+            slot.replaced = place.replaced;
+            restored.slots[index] = slot;
+        }
+        restored
+    }
+}

@@ -1,0 +1,120 @@
+//! What the supervisor saves for its successor, and what that one makes of it.
+
+use super::restore::Phase;
+use super::*;
+
+const MS: Duration = Duration::from_millis(1);
+
+fn policy(workers: u32) -> Policy {
+    Policy {
+        workers: (workers, workers),
+        per_worker: 1,
+        scale_down_after: 5000 * MS,
+        max_unavailable: Budget::Number(1),
+        slots: workers * 2 + 16,
+        start_timeout: 1000 * MS,
+        drain_timeout: 5000 * MS,
+        respawn_rate: 8,
+    }
+}
+
+/// Plays a random history and returns the supervisor, the time, and who lives.
+fn history(random: &mut fastrand::Rng, policy: Policy) -> (Supervisor, Now, Vec<i32>) {
+    let mut supervisor = Supervisor::new(policy);
+    let (mut now, mut alive, mut next) = (Now::ZERO, Vec::new(), 100);
+    let mut event = Event::Tick;
+    for _ in 0..random.u32(1..200) {
+        let mut actions = std::collections::VecDeque::from(supervisor.step(event, now));
+        while let Some(action) = actions.pop_front() {
+            if let Action::Spawn { slot, .. } = action {
+                next += 1;
+                alive.push(next);
+                actions.extend(supervisor.step(Event::Spawned { slot, pid: Pid::from_raw(next) }, now));
+            }
+        }
+        now += random.u32(0..300) * MS;
+        let some = (!alive.is_empty()).then(|| random.usize(0..alive.len()));
+        event = match (random.u32(0..10), some) {
+            (0..4, Some(one)) => Event::Ready { pid: Pid::from_raw(alive[one]) },
+            (4..6, Some(one)) => {
+                let wish = random.choice([Wish::Replace, Wish::Renew]).unwrap_or(Wish::Replace);
+                Event::Exited { pid: Pid::from_raw(alive.swap_remove(one)), wish }
+            }
+            (6, _) => {
+                let commands = [Command::Reload, Command::Add, Command::Remove, Command::Scale(3)];
+                Event::Command(random.choice(commands).unwrap())
+            }
+            (7, Some(one)) => Event::Recycle { pid: Pid::from_raw(alive[one]) },
+            _ => Event::Tick,
+        };
+    }
+    (supervisor, now, alive)
+}
+
+#[test]
+fn after_any_history_everybody_is_known_again_and_is_replaced() {
+    for seed in 0..400 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let workers = random.u32(1..6);
+        let (old, before, mut alive) = history(&mut random, policy(workers));
+        let roster = old.save(before).expect("it runs");
+        // The next may be told otherwise, and begins its own time.
+        let now_workers = if random.bool() { workers } else { random.u32(1..6) };
+        let mut new = Supervisor::restore(policy(now_workers), &roster, Now::ZERO);
+        for &pid in &alive {
+            let pid = Pid::from_raw(pid);
+            assert_eq!(new.place_of(pid), old.place_of(pid), "seed {seed}");
+        }
+        if now_workers == workers {
+            assert_eq!(new.save(Now::ZERO).as_ref(), Some(&roster), "seed {seed}");
+        }
+        let former = alive.clone();
+        let (mut now, mut next) = (Now::ZERO, 10_000);
+        let mut events = std::collections::VecDeque::from([Event::Command(Command::Reload)]);
+        for place in roster.places.iter().filter(|place| place.phase == Phase::Killing) {
+            alive.retain(|&pid| pid != place.pid);
+            events.push_back(Event::Exited { pid: Pid::from_raw(place.pid), wish: Wish::Replace });
+        }
+        while let Some(event) = events.pop_front() {
+            let mut actions = std::collections::VecDeque::from(new.step(event, now));
+            while let Some(action) = actions.pop_front() {
+                match action {
+                    Action::Spawn { slot, generation } => {
+                        assert!(slot < policy(now_workers).slots, "seed {seed}: a slot that is no more");
+                        // One that fills in for an old one before the first new one is ready has the old number.
+                        assert!(generation == roster.generation || generation > roster.newest, "seed {seed}");
+                        next += 1;
+                        alive.push(next);
+                        actions.extend(new.step(Event::Spawned { slot, pid: Pid::from_raw(next) }, now));
+                        events.push_back(Event::Ready { pid: Pid::from_raw(next) });
+                    }
+                    Action::Terminate { pid } | Action::Kill { pid } | Action::Abort { pid } => {
+                        alive.retain(|&other| other != pid.as_raw());
+                        events.push_back(Event::Exited { pid, wish: Wish::Renew });
+                    }
+                    Action::Remind { .. } | Action::Note(_) | Action::Upgrade | Action::Sample => {}
+                    Action::Exit { .. } => panic!("seed {seed}: nobody asked for that"),
+                }
+            }
+            if let (true, Some(deadline)) = (events.is_empty(), new.next_deadline()) {
+                assert!(deadline > now, "seed {seed}: a deadline in the past is a busy loop");
+                now = deadline;
+                events.push_back(Event::Tick);
+            }
+            assert!(next < 11_000, "seed {seed}: it never comes to rest");
+        }
+        assert!(former.iter().all(|pid| !alive.contains(pid)), "seed {seed}: {alive:?} of {roster:?}");
+        let target = if now_workers == workers { roster.target } else { now_workers };
+        assert_eq!(new.count_ready(), target, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_master_that_stops_has_no_successor() {
+    let mut supervisor = Supervisor::new(policy(2));
+    supervisor.step(Event::Command(Command::Drain), Now::ZERO);
+    assert_eq!(supervisor.save(Now::ZERO), None);
+    assert_eq!(supervisor.step(Event::Command(Command::Upgrade), Now::ZERO), []);
+    let mut supervisor = Supervisor::new(policy(2));
+    assert!(supervisor.step(Event::Command(Command::Upgrade), Now::ZERO).contains(&Action::Upgrade));
+}

@@ -1,0 +1,157 @@
+//! What one master leaves and the next takes over: each thing that it holds, by the numbers of its descriptors.
+//!
+//! Whatever holds a descriptor, or is known of a process that lives on, is saved and restored here. What is not saved is closed by
+//! the exec, without a word.
+
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::Takeover;
+use super::saved::{FORMAT, Saved, SavedChild, SavedHelper, SavedLink, SavedListener, SavedOutput, SavedSegment};
+use crate::control::wire::Answer;
+use crate::master::control::Waiting;
+use crate::master::output::Output;
+use crate::master::spawn::{Child, Link, Nursery};
+use crate::master::supervisor::{Command, Event, Supervisor};
+use crate::master::{Master, policy};
+use crate::sys;
+
+impl Master {
+    /// All of it; `None` while everything is being stopped, when nobody takes over.
+    pub(super) fn save(&self) -> Option<Saved> {
+        let nursery = &self.nursery;
+        let helpers = self.beside.living().into_iter().map(|one| SavedHelper {
+            name: one.name.to_owned(),
+            pid: one.pid.as_raw(),
+            output: one.output.as_raw_fd(),
+        });
+        Some(Saved {
+            format: FORMAT,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: nix::unistd::getpid().as_raw(),
+            origin: self.origin.clone(),
+            listeners: save_listeners(nursery),
+            segment: SavedSegment { fd: nursery.segment.fd().as_raw_fd(), file: nursery.config.cache.file.clone() },
+            lifeline: nursery.lifeline(),
+            handover: Some((nursery.handover.sender().as_raw_fd(), nursery.handover.receiver().as_raw_fd())),
+            roster: self.supervisor.save(self.now())?,
+            children: self.children.iter().map(|(pid, child)| child.save(*pid)).collect(),
+            late: self.late.save(),
+            helpers: helpers.collect(),
+            quarantine: self.sickbed.save(self.now()),
+            control: self.control.as_ref().map(|control| control.save()),
+            pid_file: self.pid_file.clone(),
+        })
+    }
+
+    /// Takes the children of the former program over and has them replaced. Who is no child of ours is forgotten; who has
+    /// ended is reaped as ever.
+    pub(in crate::master) fn adopt(&mut self, mut left: Takeover) {
+        let now = self.now();
+        self.adopt_children(&mut left);
+        left.saved.roster.places.retain(|place| self.children.contains_key(&Pid::from_raw(place.pid)));
+        self.supervisor = Supervisor::restore(policy(&self.nursery.config), &left.saved.roster, now);
+        for saved in std::mem::take(&mut left.saved.late) {
+            let pid = saved.pid;
+            if let Some(output) = restore_output(saved, &mut left) {
+                self.late.adopt(output, Pid::from_raw(pid), now);
+            }
+        }
+        for SavedHelper { name, pid, output } in std::mem::take(&mut left.saved.helpers) {
+            let pid = Pid::from_raw(pid);
+            if let (true, Some(output)) = (sys::is_child(pid), left.claim(output)) {
+                self.beside.adopt(&name, pid, output);
+            } else {
+                log::error!("cannot go on with name={name} pid={pid}: it is not ours any more");
+            }
+        }
+        self.sickbed.restore(std::mem::take(&mut left.saved.quarantine), now);
+        let clients = left.saved.control.take().map(|saved| saved.clients).unwrap_or_default();
+        let clients: Vec<_> = clients.into_iter().filter_map(|client| Some((left.claim(client.fd)?, client))).collect();
+        if let Some(control) = &mut self.control {
+            control.restore(clients, now);
+        }
+        let (version, from) = (env!("CARGO_PKG_VERSION"), &left.saved.version);
+        let text = format!("upgraded version={version} from={from} workers={}", self.children.len());
+        log::info!("{text}");
+        // Who waited for the upgrade waits for its reload.
+        self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
+        drop(left);
+        self.feed(Event::Command(Command::Reload));
+        self.reap();
+    }
+
+    fn adopt_children(&mut self, left: &mut Takeover) {
+        let now = self.now();
+        for saved in std::mem::take(&mut left.saved.children) {
+            let pid = Pid::from_raw(saved.pid);
+            if !sys::is_child(pid) {
+                log::error!("worker pid={pid} is not ours any more");
+            } else if let Some(child) = Child::restore(saved, left) {
+                self.children.insert(pid, child);
+                self.recycling.born(pid, now);
+            } else {
+                log::error!("worker pid={pid} cannot be heard any more: it is asked to leave");
+                let _ = kill(pid, Signal::SIGTERM);
+            }
+        }
+    }
+}
+
+fn save_listeners(nursery: &Nursery) -> Vec<SavedListener> {
+    let save = |listener: &crate::listen::Listener| SavedListener {
+        fd: listener.as_fd().as_raw_fd(),
+        bind: listener.bind.to_string(),
+        file: listener.file(),
+    };
+    nursery.listeners.iter().map(save).collect()
+}
+
+fn restore_output(saved: SavedOutput, left: &mut Takeover) -> Option<Output> {
+    Some(Output::resume(saved.slot, left.claim(saved.fd)?, saved.partial))
+}
+
+impl Child {
+    fn save(&self, pid: Pid) -> SavedChild {
+        let link = match &self.link {
+            Link::Worker { report, open, unread, last_words, trace } => SavedLink::Worker {
+                report: report.as_raw_fd(),
+                open: *open,
+                unread: unread.clone(),
+                last_words: last_words.clone(),
+                trace: trace.clone(),
+            },
+            Link::Program { started } => SavedLink::Program { started: *started },
+        };
+        SavedChild {
+            pid: pid.as_raw(),
+            slot: self.slot,
+            generation: self.generation,
+            age_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            asked_to_leave: self.asked_to_leave,
+            hung: self.hung,
+            link,
+            output: self.output.as_ref().map(|output| output.save(pid)),
+            files: self.files.as_ref().map(|files| files.as_raw_fd()),
+        }
+    }
+
+    /// `None` if it cannot be heard.
+    fn restore(saved: SavedChild, left: &mut Takeover) -> Option<Self> {
+        let SavedChild { slot, generation, age_ms, asked_to_leave, hung, link, output, files, .. } = saved;
+        let link = match link {
+            SavedLink::Worker { report, open, unread, last_words, trace } => {
+                Link::Worker { report: left.claim(report)?.into(), open, unread, last_words, trace }
+            }
+            SavedLink::Program { started } => Link::Program { started },
+        };
+        let output = output.and_then(|output| restore_output(output, left));
+        let files = files.and_then(|files| left.claim(files));
+        let now = Instant::now();
+        let since = now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now);
+        Some(Self { slot, generation, since, asked_to_leave, hung, link, output, files })
+    }
+}

@@ -1,0 +1,235 @@
+//! The upgrade in place: this process becomes the program's new build, and keeps its pid, its sockets, the shared memory
+//! and its children.
+//!
+//! ```text
+//! begin: start the new build with FORKYARD_UPGRADE_CHECK ── fails, or too late ──▶ a log line, nothing has changed
+//!          │ it reads this command line, this state, maps the segment, runs `preload`, says so and ends
+//! exec:    signals blocked ─▶ state into a sealed memory file ─▶ exec ── fails ──▶ as above
+//!          │
+//! the new build (builder.rs): takes descriptors and children over, unblocks signals, reloads: new workers, then the old drain
+//! ```
+//!
+//! The check runs beside the loop: a child, a pipe and a deadline. What it says is gossip, cut at 4 KiB.
+//!
+//! If the new build fails after the exec, though it passed its check, there is no way back: the process ends, the workers
+//! notice (the lifeline's end), finish what they serve and leave.
+
+mod adopt;
+mod origin;
+pub(crate) mod saved;
+mod takeover;
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, pipe2};
+
+use self::origin::Identity;
+pub(crate) use self::origin::Origin;
+use self::saved::{FORMAT, Saved};
+use self::takeover::{CHECK, STATE};
+pub(crate) use self::takeover::{Takeover, is_check};
+use super::Master;
+use super::control::Waiting;
+use super::output::{LineReader, REST};
+use super::spawn::blocking;
+use crate::control::wire::Answer;
+use crate::sys::{self, Ending};
+
+/// The variables of an upgrade, which are the master's alone.
+pub(crate) const VARIABLES: [&str; 2] = [STATE, CHECK];
+/// Bytes of what the check says that are kept: the last ones.
+const LAST_WORDS: usize = 4096;
+
+/// What the check says when it has come to its end.
+pub(crate) fn password() -> String {
+    format!("forkyard: this build can take over (state format {FORMAT})")
+}
+
+/// How far an upgrade has come.
+#[derive(Default)]
+pub(super) enum Upgrade {
+    #[default]
+    No,
+    Checking(Check),
+    /// This build may be executed, as long as it is the one that was checked.
+    Passed(Identity),
+}
+
+/// The new build, which looks whether it could take over.
+pub(super) struct Check {
+    pid: Pid,
+    output: LineReader,
+    open: bool,
+    passed: bool,
+    last_words: String,
+    /// Until it is met.
+    deadline: Option<Instant>,
+    build: Identity,
+}
+
+impl Check {
+    fn listen(&mut self) {
+        let password = password();
+        let (passed, last_words) = (&mut self.passed, &mut self.last_words);
+        self.open = self.output.read(REST, &mut |line, _| {
+            if line == password {
+                *passed = true;
+                return;
+            }
+            if !last_words.is_empty() {
+                last_words.push_str("; ");
+            }
+            last_words.push_str(line);
+            let surplus = last_words.len().saturating_sub(LAST_WORDS);
+            last_words.drain(..last_words.ceil_char_boundary(surplus));
+        });
+    }
+}
+
+impl Upgrade {
+    pub(super) fn watched(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Checking(check) => check.open.then(|| check.output.as_fd()),
+            Self::No | Self::Passed(_) => None,
+        }
+    }
+
+    pub(super) fn due_in(&self) -> Option<Duration> {
+        match self {
+            Self::Checking(check) => Some(check.deadline?.saturating_duration_since(Instant::now())),
+            Self::No | Self::Passed(_) => None,
+        }
+    }
+
+    /// Takes in what the check said, and ends one that takes too long; its death is heard of like any other.
+    pub(super) fn listen(&mut self) {
+        let Self::Checking(check) = self else { return };
+        check.listen();
+        if check.deadline.take_if(|deadline| *deadline <= Instant::now()).is_some() {
+            check.last_words.push_str(" (it took too long: --upgrade-timeout)");
+            let _ = killpg(check.pid, Signal::SIGKILL);
+        }
+    }
+
+    /// Whether that child is the check.
+    pub(super) fn is_check(&self, pid: Pid) -> bool {
+        matches!(self, Self::Checking(check) if check.pid == pid)
+    }
+
+    /// The check has ended. Why there is no upgrade, if that is so.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub(super) fn ended(&mut self, ending: Ending) -> Result<(), String> {
+        let Self::Checking(mut check) = std::mem::take(self) else { return Ok(()) };
+        check.listen();
+        if check.passed && ending == Ending::Exited(0) {
+            *self = Self::Passed(check.build);
+            return Ok(());
+        }
+        let mute = if ending == Ending::Exited(0) { " it did not say that it can take over" } else { "" };
+        Err(format!("the new build fails its check: {ending}{mute} said={:?}", check.last_words))
+    }
+}
+
+impl Master {
+    /// Tells the log and those who wait.
+    pub(super) fn refuse_upgrade(&mut self, why: impl std::fmt::Display) {
+        let text = format!("no upgrade, and nothing has changed: {why}");
+        log::error!("{text}");
+        self.tell_waiting(Waiting::Upgrade, &Answer::failed(text));
+    }
+
+    fn tell_of_upgrade(&mut self, text: String) {
+        log::info!("{text}");
+        self.tell_waiting(Waiting::Upgrade, &Answer::Progress { text });
+    }
+
+    pub(super) fn begin_upgrade(&mut self) {
+        if !matches!(self.upgrade, Upgrade::No) {
+            log::warn!("an upgrade is under way already");
+            return;
+        }
+        let program = self.origin.program.display().to_string();
+        match self.start_check() {
+            Ok(check) => {
+                self.tell_of_upgrade(format!("upgrade: checking {program} pid={}", check.pid));
+                self.upgrade = Upgrade::Checking(check);
+            }
+            Err(error) => {
+                self.refuse_upgrade(format!("{program} cannot be started: {error} (put the new build there)"));
+            }
+        }
+    }
+
+    fn start_check(&self) -> io::Result<Check> {
+        let build = Identity::of(&self.origin.program)?;
+        let saved = self.save().ok_or(io::ErrorKind::Interrupted)?;
+        let state = saved.write()?;
+        let (output, said) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        let said = blocking(said)?;
+        let mut arguments = std::env::args_os();
+        let mut command = Command::new(&self.origin.program);
+        command
+            .arg0(arguments.next().unwrap_or_default())
+            .args(arguments)
+            .current_dir(&self.origin.folder)
+            .env(CHECK, "1")
+            .env(STATE, state.as_raw_fd().to_string())
+            .stdout(Stdio::from(said.try_clone()?))
+            .stderr(Stdio::from(said));
+        let pass = [&[state.as_raw_fd()], saved.foundation().as_slice()].concat();
+        // It gives up nothing: it is to be what this process is.
+        let child = sys::spawn(&mut command, &pass, Vec::new())?;
+        Ok(Check {
+            pid: Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?),
+            output: LineReader::new(output),
+            open: true,
+            passed: false,
+            last_words: String::new(),
+            deadline: Some(Instant::now() + self.nursery.config.upgrade.timeout),
+            build,
+        })
+    }
+
+    /// Becomes the new build, if it has passed.
+    pub(super) fn finish_upgrade(&mut self) {
+        let Upgrade::Passed(build) = &self.upgrade else { return };
+        let same = Identity::of(&self.origin.program).is_ok_and(|now| now == *build);
+        self.upgrade = Upgrade::No;
+        if !same {
+            return self
+                .refuse_upgrade("the program's file was changed after its check (try again when it is complete)");
+        }
+        self.tell_of_upgrade(format!("upgrade: becoming {}", self.origin.program.display()));
+        let before = sys::block_signals();
+        self.signals.hand_on();
+        let why = match self.save() {
+            Some(saved) => self.exec(&saved).to_string(),
+            None => "everything is being stopped".to_owned(),
+        };
+        sys::restore_signals(&before);
+        self.refuse_upgrade(why);
+    }
+
+    /// Returns only if it fails.
+    fn exec(&self, saved: &Saved) -> io::Error {
+        let state = match saved.write() {
+            Ok(state) => state,
+            Err(error) => return error,
+        };
+        let arguments: Vec<OsString> = std::env::args_os().collect();
+        let variables = std::env::vars_os().filter(|(name, _)| VARIABLES.iter().all(|ours| name != ours));
+        let number = OsString::from(state.as_raw_fd().to_string());
+        let environment: Vec<_> = variables.chain([(OsString::from(STATE), number)]).collect();
+        let keep: Vec<RawFd> = saved.descriptors().into_iter().chain([state.as_raw_fd()]).collect();
+        sys::exec(&self.origin.program, &arguments, &environment, &self.origin.folder, &keep)
+    }
+}

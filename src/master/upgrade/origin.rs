@@ -1,0 +1,84 @@
+//! How this program was started: what an upgrade starts again.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::{env, io};
+
+use serde::{Deserialize, Serialize};
+
+/// Recorded at the first start, before anybody changes folder, and kept through upgrades.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    /// The path as it was called by: a link in it is followed anew each time, so that it may point to the next release.
+    pub(crate) program: PathBuf,
+    /// What relative paths on the command line are relative to.
+    pub(crate) folder: PathBuf,
+}
+
+/// Which file a path leads to, and in which state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    inode: (u64, u64),
+    size: u64,
+    changed: (i64, i64),
+}
+
+impl Identity {
+    /// # Errors
+    /// If there is no such file.
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+        let metadata = path.metadata()?;
+        Ok(Self {
+            inode: (metadata.dev(), metadata.ino()),
+            size: metadata.size(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        })
+    }
+}
+
+impl Origin {
+    /// # Errors
+    /// If the system does not tell where we are.
+    pub(crate) fn record() -> io::Result<Self> {
+        let folder = env::current_dir()?;
+        // This has links resolved, and says "(deleted)" when the file has been replaced.
+        let running = env::current_exe()?;
+        let called = env::args_os().next().map(PathBuf::from).unwrap_or_default();
+        let mut candidates = vec![folder.join(&called)];
+        if called.components().count() == 1 {
+            let folders = env::var_os("PATH").unwrap_or_default();
+            candidates = env::split_paths(&folders).map(|place| folder.join(place).join(&called)).collect();
+        }
+        let is_this = |path: &PathBuf| same_file(path, Path::new("/proc/self/exe"));
+        let program = candidates.into_iter().find(is_this).unwrap_or(running);
+        Ok(Self { program, folder })
+    }
+}
+
+fn same_file(one: &Path, other: &Path) -> bool {
+    matches!((Identity::of(one), Identity::of(other)), (Ok(one), Ok(other)) if one.inode == other.inode)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_program_is_found() {
+        let origin = Origin::record().unwrap();
+        assert!(same_file(&origin.program, Path::new("/proc/self/exe")), "{origin:?}");
+        assert!(origin.program.is_absolute() && origin.folder.is_absolute(), "{origin:?}");
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_is_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        assert!(Identity::of(&path).is_err());
+        std::fs::write(&path, "one").unwrap();
+        let before = Identity::of(&path).unwrap();
+        assert_eq!(Identity::of(&path).unwrap(), before);
+        std::fs::write(&path, "three").unwrap();
+        assert_ne!(Identity::of(&path).unwrap(), before);
+    }
+}

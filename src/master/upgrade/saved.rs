@@ -1,0 +1,336 @@
+//! What a master leaves to the program that takes its place: JSON in a sealed memory file.
+//!
+//! The two may be builds of different age. So: what a later build adds must have a default (`#[serde(default)]`), and what
+//! an earlier one does not know it passes over. Any other change makes a new [`FORMAT`], which the check refuses.
+
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde::{Deserialize, Serialize};
+
+use super::origin::Origin;
+use crate::master::supervisor::restore::Roster;
+
+/// The format written here, and the only one read.
+pub(crate) const FORMAT: u32 = 1;
+/// More than any state needs: 4096 processes with 4 KiB of last words each, escaped.
+const LARGEST: u64 = 64 << 20;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Saved {
+    pub(crate) format: u32,
+    /// Of the build that wrote this.
+    pub(crate) version: String,
+    /// The master, before and after.
+    pub(crate) pid: i32,
+    pub(crate) origin: Origin,
+    pub(crate) listeners: Vec<SavedListener>,
+    pub(crate) segment: SavedSegment,
+    /// Both ends of the pipe by whose end workers know that the master is dead.
+    pub(crate) lifeline: (RawFd, RawFd),
+    /// Both ends of the channel by which workers pass connections on: where they go in, and where they come out.
+    #[serde(default)]
+    pub(crate) handover: Option<(RawFd, RawFd)>,
+    pub(crate) roster: Roster,
+    pub(crate) children: Vec<SavedChild>,
+    /// Of processes that are dead, whose heirs and children live.
+    #[serde(default)]
+    pub(crate) late: Vec<SavedOutput>,
+    /// The processes beside the workers.
+    #[serde(default)]
+    pub(crate) helpers: Vec<SavedHelper>,
+    #[serde(default)]
+    pub(crate) quarantine: Vec<SavedRefusal>,
+    #[serde(default)]
+    pub(crate) control: Option<SavedControl>,
+    #[serde(default)]
+    pub(crate) pid_file: Option<SavedPidFile>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedListener {
+    pub(crate) fd: RawFd,
+    /// The `--bind` that it was made for.
+    pub(crate) bind: String,
+    /// Device and inode of the socket file that we made.
+    pub(crate) file: Option<(u64, u64)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedSegment {
+    pub(crate) fd: RawFd,
+    /// `--cache-file`
+    pub(crate) file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedChild {
+    pub(crate) pid: i32,
+    pub(crate) slot: u32,
+    pub(crate) generation: u64,
+    pub(crate) age_ms: u64,
+    pub(crate) asked_to_leave: bool,
+    #[serde(default)]
+    pub(crate) hung: bool,
+    pub(crate) link: SavedLink,
+    pub(crate) output: Option<SavedOutput>,
+    /// Through which it gets the log files anew.
+    #[serde(default)]
+    pub(crate) files: Option<RawFd>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum SavedLink {
+    Worker {
+        report: RawFd,
+        open: bool,
+        unread: Vec<u8>,
+        last_words: String,
+        #[serde(default)]
+        trace: String,
+    },
+    Program {
+        started: bool,
+    },
+}
+
+/// The pipe by which a process's output comes, and the line that is not finished yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedOutput {
+    pub(crate) slot: u32,
+    pub(crate) pid: i32,
+    pub(crate) fd: RawFd,
+    pub(crate) partial: Vec<u8>,
+}
+
+/// A daemon or a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedHelper {
+    pub(crate) name: String,
+    pub(crate) pid: i32,
+    pub(crate) output: RawFd,
+}
+
+/// A request of which workers died: it is refused, or was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedRefusal {
+    pub(crate) request: String,
+    pub(crate) refused: bool,
+    pub(crate) left_ms: u64,
+    pub(crate) time_ms: u64,
+    pub(crate) times: u32,
+}
+
+/// The control socket, and who is connected to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedControl {
+    pub(crate) fd: RawFd,
+    pub(crate) path: PathBuf,
+    pub(crate) file: Option<(u64, u64)>,
+    pub(crate) clients: Vec<SavedClient>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedClient {
+    pub(crate) fd: RawFd,
+    pub(crate) unread: Vec<u8>,
+    pub(crate) unsent: Vec<u8>,
+    pub(crate) asked: bool,
+    pub(crate) ending: bool,
+    pub(crate) waiting: SavedWaiting,
+}
+
+/// What a client waits for. Who waits for the upgrade waits for the reload that follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum SavedWaiting {
+    No,
+    Reload,
+    Scale(u32),
+    Stop,
+}
+
+/// The pid file, and the lock on it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedPidFile {
+    pub(crate) fd: RawFd,
+    pub(crate) path: PathBuf,
+}
+
+impl Saved {
+    /// The descriptors that the new program needs to begin at all.
+    pub(crate) fn foundation(&self) -> Vec<RawFd> {
+        self.listeners.iter().map(|listener| listener.fd).chain([self.segment.fd]).collect()
+    }
+
+    /// All of them.
+    pub(crate) fn descriptors(&self) -> Vec<RawFd> {
+        let of_child = |child: &SavedChild| {
+            let report = match child.link {
+                SavedLink::Worker { report, .. } => Some(report),
+                SavedLink::Program { .. } => None,
+            };
+            [report, child.output.as_ref().map(|output| output.fd), child.files].into_iter().flatten()
+        };
+        let mut all = self.foundation();
+        all.extend([self.lifeline.0, self.lifeline.1]);
+        all.extend(self.handover.iter().flat_map(|&(send, receive)| [send, receive]));
+        all.extend(self.children.iter().flat_map(of_child));
+        all.extend(self.late.iter().map(|output| output.fd));
+        all.extend(self.helpers.iter().map(|helper| helper.output));
+        let of_control = |control: &SavedControl| {
+            [control.fd].into_iter().chain(control.clients.iter().map(|client| client.fd)).collect::<Vec<_>>()
+        };
+        all.extend(self.control.iter().flat_map(of_control));
+        all.extend(self.pid_file.iter().map(|file| file.fd));
+        all
+    }
+
+    /// Writes it where nobody can change it any more.
+    ///
+    /// # Errors
+    /// If a path in it is not Unicode, or there is no memory.
+    pub(crate) fn write(&self) -> io::Result<OwnedFd> {
+        let json = serde_json::to_vec(self)?;
+        let mut file =
+            File::from(memfd_create(c"forkyard-state", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+        file.write_all(&json)?;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::all()))?;
+        Ok(file.into())
+    }
+
+    /// Reads it. `Ok(None)` if this is not what [`Saved::write`] returned.
+    ///
+    /// # Errors
+    /// A sentence for the operator, if it is, and makes no sense here.
+    pub(crate) fn read(descriptor: OwnedFd) -> Result<Option<Self>, String> {
+        #[derive(Deserialize)]
+        struct Head {
+            format: u32,
+        }
+        let sealed = fcntl(&descriptor, FcntlArg::F_GET_SEALS).is_ok_and(|seals| {
+            SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW)
+        });
+        if !sealed {
+            return Ok(None);
+        }
+        let mut file = File::from(descriptor);
+        let mut json = Vec::new();
+        let read = file.rewind().and_then(|()| file.take(LARGEST).read_to_end(&mut json));
+        read.map_err(|error| format!("the running master's state cannot be read: {error}"))?;
+        let Ok(Head { format }) = serde_json::from_slice(&json) else { return Ok(None) };
+        if format != FORMAT {
+            return Err(format!(
+                "the running master's state has format {format}, and this build reads {FORMAT} (stop and start instead)"
+            ));
+        }
+        let saved = serde_json::from_slice(&json);
+        saved.map(Some).map_err(|error| format!("the running master's state makes no sense to this build: {error}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::master::supervisor::restore::{Phase, Place};
+
+    fn state() -> Saved {
+        let phase = Phase::Draining { left_ms: 5 };
+        let place = Place { slot: 3, generation: 2, pid: 77, phase, worn: true, replaced: false };
+        let output = |fd| SavedOutput { slot: 3, pid: 77, fd, partial: vec![b'x'] };
+        let client = SavedClient {
+            fd: 17,
+            unread: Vec::new(),
+            unsent: vec![1],
+            asked: true,
+            ending: false,
+            waiting: SavedWaiting::Scale(3),
+        };
+        Saved {
+            format: FORMAT,
+            version: "0.1.0".to_owned(),
+            pid: 1,
+            origin: Origin { program: "/usr/bin/a b".into(), folder: "/".into() },
+            listeners: vec![SavedListener { fd: 5, bind: "http:127.0.0.1:0".to_owned(), file: Some((1, u64::MAX)) }],
+            segment: SavedSegment { fd: 6, file: None },
+            lifeline: (7, 8),
+            handover: Some((10, 11)),
+            roster: Roster {
+                generation: 2,
+                newest: 3,
+                workers: (1, 2),
+                limits: (1, 4),
+                target: 1,
+                reached_full_strength: true,
+                places: vec![place],
+            },
+            children: vec![SavedChild {
+                pid: 77,
+                slot: 3,
+                generation: 2,
+                age_ms: 1,
+                asked_to_leave: true,
+                hung: true,
+                link: SavedLink::Worker {
+                    report: 9,
+                    open: true,
+                    unread: vec![0xff],
+                    last_words: "\"\n".to_owned(),
+                    trace: "a+1".to_owned(),
+                },
+                output: Some(output(12)),
+                files: Some(13),
+            }],
+            late: vec![output(14)],
+            helpers: vec![SavedHelper { name: "queue".to_owned(), pid: 78, output: 15 }],
+            quarantine: vec![SavedRefusal {
+                request: "GET /a".to_owned(),
+                refused: true,
+                left_ms: 1,
+                time_ms: 2,
+                times: 3,
+            }],
+            control: Some(SavedControl { fd: 16, path: "/run/c".into(), file: None, clients: vec![client] }),
+            pid_file: Some(SavedPidFile { fd: 18, path: "/run/p".into() }),
+        }
+    }
+
+    fn memory_file(text: &str, seals: SealFlag) -> OwnedFd {
+        let mut file = File::from(memfd_create(c"test", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        file.write_all(text.as_bytes()).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+        file.into()
+    }
+
+    #[test]
+    fn it_is_read_as_it_was_written_and_names_all_descriptors() {
+        let written = state().write().unwrap();
+        assert_eq!(Saved::read(written).unwrap(), Some(state()));
+        let mut descriptors = state().descriptors();
+        descriptors.sort_unstable();
+        assert_eq!(descriptors, (5..=18).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_a_later_build_adds_is_passed_over_and_another_format_refused() {
+        let text = serde_json::to_string(&state()).unwrap();
+        let later = text.replacen('{', "{\"invented\": [1],", 1);
+        assert_eq!(Saved::read(memory_file(&later, SealFlag::all())).unwrap(), Some(state()));
+        let other = text.replacen("\"format\":1", "\"format\":2", 1);
+        let refused = Saved::read(memory_file(&other, SealFlag::all())).unwrap_err();
+        assert!(refused.contains("has format 2"), "{refused}");
+        let cut = Saved::read(memory_file("{\"format\":1}", SealFlag::all())).unwrap_err();
+        assert!(cut.contains("makes no sense"), "{cut}");
+    }
+
+    #[test]
+    fn what_somebody_else_left_open_is_not_read() {
+        let text = serde_json::to_string(&state()).unwrap();
+        assert_eq!(Saved::read(memory_file(&text, SealFlag::F_SEAL_SHRINK)).unwrap(), None, "it could still change");
+        assert_eq!(Saved::read(memory_file("something else", SealFlag::all())).unwrap(), None);
+        assert_eq!(Saved::read(File::open("/dev/null").unwrap().into()).unwrap(), None);
+    }
+}

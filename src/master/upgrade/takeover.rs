@@ -1,0 +1,123 @@
+//! The start of a program that takes a running master's place, or is to show that it could.
+//!
+//! The variables by which it knows are believed only if the descriptor that they name is a sealed state in which the master
+//! is this very process (or, for the check, its parent): a stray variable in somebody's environment means nothing.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use super::saved::{Saved, SavedPidFile};
+use crate::handover::Channel;
+use crate::listen::{ControlListener, Listener};
+use crate::master::spawn::Ties;
+use crate::sys;
+
+/// Names the descriptor of the state.
+pub(crate) const STATE: &str = "FORKYARD_UPGRADE_FD";
+/// Set for the check: get ready, say so, and end.
+pub(crate) const CHECK: &str = "FORKYARD_UPGRADE_CHECK";
+
+/// Whether this process only shows that it could.
+pub(crate) fn is_check() -> bool {
+    std::env::var_os(CHECK).is_some()
+}
+
+/// What a predecessor left, as far as nobody has claimed it yet. The rest is closed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Takeover {
+    pub(crate) saved: Saved,
+    /// The `--bind` of each of the former master's sockets, in its order.
+    binds: Vec<String>,
+    descriptors: BTreeMap<RawFd, OwnedFd>,
+    /// The predecessor is still there, and wants to know whether we could.
+    pub(crate) check: bool,
+}
+
+impl Takeover {
+    /// What was left to this process, if anything was.
+    ///
+    /// # Errors
+    /// A sentence for the operator, if something was, and this build cannot use it.
+    pub(crate) fn find() -> Result<Option<Self>, String> {
+        let number = std::env::var(STATE).ok().and_then(|text| text.parse::<RawFd>().ok());
+        let check = is_check();
+        let Some(number) = number else {
+            return if check { Err(format!("{CHECK} is set, and no {STATE}")) } else { Ok(None) };
+        };
+        let saved = match sys::descriptor(number) {
+            Some(descriptor) => Saved::read(descriptor)?,
+            None => None,
+        };
+        let master = if check { nix::unistd::getppid() } else { nix::unistd::getpid() };
+        let Some(saved) = saved.filter(|saved| saved.pid == master.as_raw()) else {
+            return if check { Err(format!("{STATE} is not the state of the master that asks")) } else { Ok(None) };
+        };
+        // Nothing else was passed on for the check: other numbers may be anybody's.
+        let left = if check { saved.foundation() } else { saved.descriptors() };
+        let mut descriptors = sys::take_over(&[&[number], left.as_slice()].concat());
+        descriptors.remove(&number);
+        let binds = saved.listeners.iter().map(|listener| listener.bind.clone()).collect();
+        Ok(Some(Self { saved, binds, descriptors, check }))
+    }
+
+    /// The sockets that were made for this `--bind`, with the device and inode of their files.
+    pub(crate) fn listeners(&mut self, bind: &str) -> Vec<(OwnedFd, Option<(u64, u64)>)> {
+        let (ours, others) = std::mem::take(&mut self.saved.listeners).into_iter().partition(|one| one.bind == bind);
+        self.saved.listeners = others;
+        let ours: Vec<super::saved::SavedListener> = ours;
+        ours.into_iter().filter_map(|one| Some((self.claim(one.fd)?, one.file))).collect()
+    }
+
+    /// The shared memory, and the file that it lies in.
+    pub(crate) fn segment(&mut self) -> Option<(OwnedFd, Option<PathBuf>)> {
+        Some((self.claim(self.saved.segment.fd)?, self.saved.segment.file.clone()))
+    }
+
+    /// What ties the old workers to the new ones.
+    pub(crate) fn ties(&mut self, listeners: &[Listener]) -> Ties {
+        Ties { lifeline: self.lifeline(), handover: self.handover(listeners) }
+    }
+
+    /// The channel by which the old workers pass connections on, if `listeners` are what it was made for: a connection tells from which
+    /// of them it is by its number.
+    fn handover(&mut self, listeners: &[Listener]) -> Option<Channel> {
+        let (send, receive) = self.saved.handover?;
+        let now = listeners.iter().map(|listener| listener.bind.to_string());
+        if !self.binds.iter().zip(now).all(|(before, now)| *before == now) {
+            log::warn!("the sockets are others, or in another order: connections that old workers pass on are closed");
+            return None;
+        }
+        Some(Channel::resume((self.claim(send)?, self.claim(receive)?)))
+    }
+
+    /// The control socket, if it is the one at `path`.
+    pub(crate) fn control(&mut self, path: &Path) -> Option<ControlListener> {
+        let saved = self.saved.control.as_ref().filter(|saved| saved.path == path)?;
+        let (fd, file) = (saved.fd, saved.file);
+        Some(ControlListener::adopt(path.to_owned(), self.claim(fd)?, file))
+    }
+
+    /// Whether the former master has a control socket at `path`.
+    pub(crate) fn has_control(&self, path: &Path) -> bool {
+        self.saved.control.as_ref().is_some_and(|saved| saved.path == path)
+    }
+
+    /// The path of the pid file, and its descriptor; none of the latter for the check.
+    pub(crate) fn pid_file(&mut self) -> Option<(PathBuf, Option<OwnedFd>)> {
+        let SavedPidFile { fd, path } = self.saved.pid_file.take()?;
+        Some((path, self.claim(fd)))
+    }
+
+    fn lifeline(&mut self) -> Option<(OwnedFd, OwnedFd)> {
+        let (read, write) = self.saved.lifeline;
+        Some((self.claim(read)?, self.claim(write)?))
+    }
+
+    /// A descriptor that the state names.
+    pub(crate) fn claim(&mut self, number: RawFd) -> Option<OwnedFd> {
+        let claimed = self.descriptors.remove(&number)?;
+        debug_assert_eq!(claimed.as_raw_fd(), number, "they keep their numbers");
+        Some(claimed)
+    }
+}

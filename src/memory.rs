@@ -1,0 +1,101 @@
+//! Which shared memory a start has: what a former master left or had stored, if it is what this one would make; else new memory, or
+//! a file.
+
+use std::error::Error;
+
+use forkyard_shm::{Found, Plan, Segment, SegmentError};
+
+use crate::config::{CacheConfig, Config, format_size};
+use crate::master::upgrade::Takeover;
+use crate::{privileges, systemd};
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+fn plan(config: &Config) -> Plan {
+    let CacheConfig { bytes, max_entry, .. } = config.cache;
+    Plan { cache_bytes: bytes, rows: config.slots(), max_entry }
+}
+
+/// # Errors
+/// A sentence for the operator, if the memory or the file is not to be had.
+pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<Segment, BoxError> {
+    let Some(takeover) = takeover else { return open_stored(config) };
+    let Some((left, file)) = takeover.segment() else { return create(config) };
+    if file != config.cache.file {
+        log::warn!("the cache starts empty: --cache-file is another one now");
+        return create(config);
+    }
+    match Segment::adopt(left, &plan(config)) {
+        Ok(segment) => Ok(segment),
+        Err(error) => {
+            log::warn!("the cache starts empty: that of the former master cannot be used here: {error}");
+            create(config)
+        }
+    }
+}
+
+/// Whether systemd is to keep the memory for the next start: a cache, and not one that lies in a file.
+pub(crate) fn is_worth_storing(config: &Config) -> bool {
+    config.cache.bytes > 0 && config.cache.file.is_none()
+}
+
+fn open_stored(config: &Config) -> Result<Segment, BoxError> {
+    match systemd::stored_segment() {
+        Some(stored) if is_worth_storing(config) => match Segment::adopt_alone(stored, &plan(config)) {
+            Ok(segment) => {
+                log::info!("cache is warm kept_by=systemd pages={}", segment.cache().stats().entries);
+                Ok(segment)
+            }
+            Err(error) => {
+                log::warn!("cache starts empty, what systemd kept of it was dropped: {error}");
+                create(config)
+            }
+        },
+        Some(_) | None => create(config),
+    }
+}
+
+fn create(config: &Config) -> Result<Segment, BoxError> {
+    let CacheConfig { bytes, file, .. } = &config.cache;
+    let plan = plan(config);
+    let size = format_size(*bytes);
+    if *bytes == 0 && file.is_some() {
+        return Err("--cache-file has no cache to keep (give its size with --cache)".into());
+    }
+    let Some(path) = file else {
+        return Segment::create(&plan).map_err(|error| {
+            let remedy = match error {
+                SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
+                _ => "--cache",
+            };
+            format!("cannot make a shared cache of {size}: {error} (choose another size with {remedy})").into()
+        });
+    };
+    let (segment, found) = Segment::open(path, &plan).map_err(|error| {
+        format!(
+            "cannot keep a shared cache of {size} in {}: {error} (choose another file with --cache-file, or another \
+             size with --cache)",
+            path.display()
+        )
+    })?;
+    if let Some(owner) = config.privileges.owner_of_files() {
+        privileges::give(segment.fd(), owner).map_err(|error| {
+            format!("--user: the cache file {} cannot be given to that user: {error} (choose another one with --cache-file)", path.display())
+        })?;
+    }
+    match found {
+        Found::Warm => log::info!("cache is warm file={} pages={}", path.display(), segment.cache().stats().entries),
+        Found::Nothing => log::info!("cache is new file={}", path.display()),
+        Found::Dropped { why } => {
+            log::warn!("cache starts empty, what its file held was dropped: {why} file={}", path.display())
+        }
+    }
+    Ok(segment)
+}
+
+/// Has a cache in a file used again by the next start; a cache in memory is gone with its last process.
+pub(crate) fn close(segment: Segment) {
+    if let Err(error) = segment.close() {
+        log::warn!("the cache file may have to be dropped at the next start: {error}");
+    }
+}

@@ -1,0 +1,173 @@
+//! What the service manager is told (`sd_notify(3)`): datagrams to the socket that `NOTIFY_SOCKET` names, none of which is waited
+//! for. Without that variable nothing is said.
+//!
+//! An own file and no crate: the ones there are send blocking, and the master never waits but in its one place.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socket};
+use nix::time::{ClockId, clock_gettime};
+
+/// The variables of this protocol, which are the master's alone.
+pub(crate) const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
+/// How often the manager hears that a stop or a reload goes on, and for how long it may then hear nothing.
+const PROGRESS: Duration = Duration::from_secs(5);
+const PATIENCE_US: u64 = 20_000_000;
+/// When its queue is full: how often to try again, and how many states are kept for it.
+const RETRY: Duration = Duration::from_millis(100);
+const MOST_UNSENT: usize = 8;
+
+/// What a manager knows of us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Starting,
+    Ready,
+    Reloading,
+    Stopping,
+}
+
+/// The way to the service manager, if there is one.
+#[derive(Debug)]
+pub(crate) struct Notify {
+    socket: Option<(OwnedFd, UnixAddr)>,
+    /// How often it wants a sign of life; half of what it allows.
+    watchdog: Option<Duration>,
+    phase: Phase,
+    next_watchdog: Option<Instant>,
+    next_progress: Option<Instant>,
+    /// States that it had no room for, the oldest first.
+    unsent: VecDeque<String>,
+    next_try: Option<Instant>,
+    /// It did not take the last message, and the log says so.
+    deaf: bool,
+}
+
+impl Notify {
+    /// As the environment says.
+    pub(crate) fn from_environment(now: Instant) -> Self {
+        let address = std::env::var_os("NOTIFY_SOCKET").and_then(|path| match path.as_bytes() {
+            [b'@', name @ ..] => UnixAddr::new_abstract(name).ok(),
+            path @ [b'/', ..] => UnixAddr::new(path).ok(),
+            _ => None,
+        });
+        let socket = address.and_then(|address| {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            Some((socket(AddressFamily::Unix, SockType::Datagram, flags, None).ok()?, address))
+        });
+        let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
+        // An upgrade keeps the pid.
+        let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+        let allowed = number("WATCHDOG_USEC").filter(|&us| ours && us > 0 && socket.is_some());
+        let watchdog = allowed.map(|us| Duration::from_micros(us / 2).max(Duration::from_millis(1)));
+        Self {
+            socket,
+            watchdog,
+            phase: Phase::Starting,
+            next_watchdog: watchdog.map(|_| now),
+            next_progress: None,
+            unsent: VecDeque::new(),
+            next_try: None,
+            deaf: false,
+        }
+    }
+
+    /// As many workers serve as there should be, or a reload is over.
+    pub(crate) fn ready(&mut self, status: &str) {
+        self.enter(Phase::Ready, &format!("READY=1\nSTATUS={status}"));
+    }
+
+    pub(crate) fn reloading(&mut self) {
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+        let text = format!("RELOADING=1\nMONOTONIC_USEC={}\nSTATUS=replacing the workers", now.as_micros());
+        self.enter(Phase::Reloading, &text);
+    }
+
+    pub(crate) fn stopping(&mut self) {
+        self.enter(Phase::Stopping, "STOPPING=1\nSTATUS=finishing what is being served");
+    }
+
+    /// Says in words how it is.
+    pub(crate) fn status(&mut self, text: &str) {
+        self.send(&format!("STATUS={text}"), true);
+    }
+
+    /// Has the shared memory kept for the next start of the service.
+    pub(crate) fn store(&mut self, name: &str, memory: BorrowedFd<'_>) {
+        // What is stored under that name by a former start is dropped first, or else both would be kept.
+        let _ = self.try_send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
+        let _ = self.try_send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(memory)); // else it is not kept
+    }
+
+    /// When [`Notify::tick`] is due.
+    pub(crate) fn due_in(&self, now: Instant) -> Option<Duration> {
+        let due = [self.next_watchdog, self.next_progress, self.next_try].into_iter().flatten().min();
+        due.map(|due| due.saturating_duration_since(now))
+    }
+
+    /// Sends what is due.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        if self.next_try.take_if(|due| *due <= now).is_some() {
+            self.send_again();
+        }
+        if let (Some(interval), Some(_)) = (self.watchdog, self.next_watchdog.take_if(|due| *due <= now)) {
+            self.send("WATCHDOG=1", false);
+            self.next_watchdog = Some(now + interval);
+        }
+        if self.next_progress.take_if(|due| *due <= now).is_some() {
+            self.send(&format!("EXTEND_TIMEOUT_USEC={PATIENCE_US}"), false);
+            self.next_progress = Some(now + PROGRESS);
+        }
+    }
+
+    fn enter(&mut self, phase: Phase, text: &str) {
+        if self.phase == Phase::Stopping || self.socket.is_none() {
+            return;
+        }
+        self.phase = phase;
+        self.send(text, true);
+        self.next_progress = matches!(phase, Phase::Reloading | Phase::Stopping).then(Instant::now);
+    }
+
+    /// What tells a state is kept until the manager has room for it; a sign of life is not, since another follows.
+    fn send(&mut self, text: &str, keep: bool) {
+        if self.unsent.is_empty() && self.try_send(text, None) != Err(Errno::EAGAIN) {
+            return;
+        }
+        if keep {
+            if self.unsent.len() == MOST_UNSENT {
+                self.unsent.pop_front();
+            }
+            self.unsent.push_back(text.to_owned());
+            self.next_try = Some(Instant::now() + RETRY);
+        }
+    }
+
+    fn send_again(&mut self) {
+        while let Some(text) = self.unsent.pop_front() {
+            if self.try_send(&text, None) == Err(Errno::EAGAIN) {
+                self.unsent.push_front(text);
+                self.next_try = Some(Instant::now() + RETRY);
+                return;
+            }
+        }
+    }
+
+    fn try_send(&mut self, text: &str, descriptor: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+        let Some((socket, address)) = &self.socket else { return Ok(()) };
+        let numbers: Vec<_> = descriptor.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&numbers)];
+        let rights = if numbers.is_empty() { &[] } else { &rights[..] };
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        let sent = sendmsg(socket.as_raw_fd(), &[IoSlice::new(text.as_bytes())], rights, flags, Some(address));
+        if let (Err(errno), false) = (sent, self.deaf) {
+            log::warn!("the service manager does not hear us: {} message={text:?}", errno.desc());
+        }
+        self.deaf = sent.is_err();
+        sent.map(drop)
+    }
+}

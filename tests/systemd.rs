@@ -1,0 +1,238 @@
+//! What systemd hands to a service and hears from it, with real sockets in its place; and the files for it in `scripts/systemd`.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::io::IoSliceMut;
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use common::http;
+use common::{PATIENCE, Server, program, sockets_of};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+
+/// Listens as the service manager does.
+struct Manager {
+    _folder: tempfile::TempDir,
+    socket: UnixDatagram,
+    path: PathBuf,
+    stored: Option<OwnedFd>,
+}
+
+impl Manager {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { _folder: folder, socket, path, stored: None }
+    }
+
+    /// The next message. A descriptor that comes with one is stored.
+    #[expect(unsafe_code, reason = "what the kernel has just made for us is a number in nix")]
+    fn hear(&mut self) -> String {
+        let mut text = [0; 4096];
+        let mut space = nix::cmsg_space!([RawFd; 4]);
+        let (count, descriptor) = {
+            let mut slices = [IoSliceMut::new(&mut text)];
+            let got = recvmsg::<()>(self.socket.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::empty()).unwrap();
+            let descriptor = got.cmsgs().unwrap().find_map(|message| match message {
+                ControlMessageOwned::ScmRights(numbers) => numbers.first().copied(),
+                _ => None,
+            });
+            (got.bytes, descriptor)
+        };
+        if let Some(number) = descriptor {
+            // SAFETY: the kernel has just made it for this message, and nobody else knows of it.
+            self.stored = Some(unsafe { OwnedFd::from_raw_fd(number) });
+        }
+        String::from_utf8(text[..count].to_vec()).unwrap()
+    }
+
+    /// Messages up to the first with this line.
+    fn wait_for(&mut self, line: &str) -> String {
+        loop {
+            let message = self.hear();
+            if message.lines().any(|one| one == line) {
+                return message;
+            }
+        }
+    }
+}
+
+/// Starts a program with these descriptors from number 3 on, as the first of them is told.
+fn start(name: &str, arguments: &[&str], passed: Vec<(&str, OwnedFd)>, manager: &Manager) -> Server {
+    let mut command = Command::new("sh");
+    let names: Vec<&str> = passed.iter().map(|(name, _)| *name).collect();
+    command.env("LISTEN_FDS", passed.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
+    command.env("NOTIFY_SOCKET", &manager.path);
+    let mut passed = passed.into_iter().map(|(_, descriptor)| Stdio::from(descriptor));
+    command.stdin(passed.next().unwrap_or_else(Stdio::null));
+    command.stdout(passed.next().unwrap_or_else(Stdio::null));
+    assert!(passed.next().is_none(), "two are as many as this can pass");
+    command.arg("-c").arg("exec 3<&0 4>&1 </dev/null >/dev/null; LISTEN_PID=$$ exec \"$0\" \"$@\"");
+    Server::start_command(command.arg(program(name)).args(arguments))
+}
+
+fn listener() -> (OwnedFd, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    (listener.into(), address)
+}
+
+#[test]
+fn sockets_come_from_systemd_and_names_tell_their_protocols() {
+    let manager = Manager::new();
+    let ((web, web_at), (fast, fast_at)) = (listener(), listener());
+    let mut server = start("crashy", &["--workers", "1"], vec![("app.socket", web), ("fastcgi", fast)], &manager);
+    assert_eq!(server.binds, [format!("http://{web_at}"), format!("fastcgi:{fast_at}")]);
+    assert_eq!(http::get(&web_at, "/ok").unwrap().status, 200);
+    let mut client = common::fastcgi::Client::connect(&server.binds[1]).unwrap();
+    client.send(&common::fastcgi::request(1, false, "GET", "/ok", b"")).unwrap();
+    assert_eq!(client.response(1).unwrap().status(), 200);
+    drop(client);
+
+    // They are kept through an upgrade, though nobody passes them a second time.
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("upgraded version=");
+    server.wait_for("reload done");
+    assert_eq!(http::get(&web_at, "/ok").unwrap().status, 200);
+    server.stop();
+}
+
+#[test]
+fn a_name_that_was_not_passed_is_an_error_that_says_which_were() {
+    let run = |arguments: &str| {
+        let (socket, _) = listener();
+        let script =
+            format!("exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=web exec \"$0\" {arguments}");
+        let output = Command::new("sh").arg("-c").arg(script).arg(program("hello")).stdin(socket).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = run("--bind http:systemd:other");
+    assert!(said.contains("systemd passed no socket named 'other', but web (see FileDescriptorName="), "{said}");
+    let output = Command::new(program("hello")).args(["--bind", "http:systemd"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("systemd passed no socket (a .socket unit"), "{said}");
+}
+
+#[test]
+fn the_manager_hears_of_every_turn() {
+    let mut manager = Manager::new();
+    let mut server = Server::start_command(
+        Command::new(program("crashy"))
+            .args(["--bind", "http:127.0.0.1:0", "--workers", "1"])
+            .env("NOTIFY_SOCKET", &manager.path)
+            .env("WATCHDOG_USEC", "40000"),
+    );
+    manager.wait_for("READY=1");
+    manager.wait_for("WATCHDOG=1");
+    manager.wait_for("WATCHDOG=1");
+    for (signal, done) in [(Signal::SIGHUP, "reload done gen=2"), (Signal::SIGUSR2, "reload done gen=3")] {
+        server.signal(signal);
+        let message = manager.wait_for("RELOADING=1");
+        let since = message.lines().find_map(|line| line.strip_prefix("MONOTONIC_USEC=")).unwrap();
+        assert!(since.parse::<u64>().unwrap() > 0);
+        manager.wait_for("READY=1");
+        server.wait_for(done);
+    }
+    let address = server.http();
+    common::wait_until("the old worker has left", || (server.children().len() == 1).then_some(()));
+    let worker = *server.children().first().unwrap();
+    let idle = sockets_of(worker);
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(|| http::get(&address, "/slow/1000"));
+        common::wait_until("it is being served", || (sockets_of(worker) > idle).then_some(()));
+        server.signal(Signal::SIGTERM);
+        manager.wait_for("STOPPING=1");
+        manager.wait_for("EXTEND_TIMEOUT_USEC=20000000");
+        manager.wait_for("WATCHDOG=1");
+        assert_eq!(slow.join().unwrap().unwrap().status, 200);
+    });
+    assert_eq!(server.wait_end(), Some(0));
+}
+
+#[test]
+fn a_manager_that_is_busy_hears_it_later() {
+    let mut manager = Manager::new();
+    // Its queue is full of another's messages.
+    let other = UnixDatagram::unbound().unwrap();
+    other.set_nonblocking(true).unwrap();
+    while other.send_to(b"X=1", &manager.path).is_ok() {}
+    let arguments = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
+    let mut server = start("crashy", &arguments, Vec::new(), &manager);
+    assert!(server.log().contains("the service manager does not hear us"), "{}", server.log());
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "it goes on meanwhile");
+    manager.wait_for("READY=1");
+    server.stop();
+    assert_eq!(server.log().matches("does not hear us").count(), 1, "{}", server.log());
+}
+
+#[test]
+fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
+    let mut manager = Manager::new();
+    let arguments = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "2M"];
+    let mut server = start("pages", &arguments, Vec::new(), &manager);
+    let message = manager.wait_for("FDSTORE=1");
+    assert!(message.contains("FDNAME=forkyard-segment") && message.contains("FDPOLL=0"), "{message}");
+    let page = http::get(&server.http(), "/page/7").unwrap().text();
+    server.stop();
+
+    let stored = manager.stored.take().expect("the descriptor came with the message");
+    let again = stored.try_clone().unwrap();
+    let mut server = start("pages", &arguments, vec![("forkyard-segment", stored)], &manager);
+    assert!(server.log().contains("cache is warm kept_by=systemd pages=1"), "{}", server.log());
+    assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
+    server.stop();
+
+    // Another plan: it is dropped, and said so.
+    let larger = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "4M"];
+    let mut server = start("pages", &larger, vec![("forkyard-segment", again)], &manager);
+    assert!(server.log().contains("what systemd kept of it was dropped"), "{}", server.log());
+    assert_ne!(http::get(&server.http(), "/page/7").unwrap().text(), page);
+    server.stop();
+}
+
+#[test]
+fn what_is_the_masters_is_not_in_a_programs_environment() {
+    let manager = Manager::new();
+    let folder = tempfile::tempdir().unwrap();
+    let (out, socket) = (folder.path().join("variables"), folder.path().join("a.sock"));
+    let bind = format!("fastcgi:unix:{}", socket.display());
+    // Under its name it is whole.
+    let script = format!("env > {0}.new; mv {0}.new {0}; exec sleep 600", out.display());
+    let run = ["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", &script];
+    let mut server = start("forkyard", &run, Vec::new(), &manager);
+    let variables = common::wait_until("it has written them", || std::fs::read_to_string(&out).ok());
+    assert!(variables.contains("FORKYARD_SLOT=0"), "{variables}");
+    for name in ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"] {
+        assert!(!variables.contains(name), "{name} in {variables}");
+    }
+    server.stop();
+}
+
+#[test]
+fn systemd_finds_no_fault_with_the_unit_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/systemd");
+    for name in ["forkyard.service", "forkyard.socket"] {
+        // It looks whether the program is there.
+        let text = std::fs::read_to_string(source.join(name)).unwrap();
+        let text = text.replace("/usr/local/bin/forkyard", &program("forkyard").display().to_string());
+        std::fs::write(folder.path().join(name), text.replace("/usr/bin/php-cgi", "/bin/true")).unwrap();
+    }
+    let output = Command::new("systemd-analyze")
+        .args(["verify", "--man=no"])
+        .args(["forkyard.service", "forkyard.socket"].map(|name| folder.path().join(name)))
+        .output()
+        .expect("systemd-analyze is there (scripts/test installs systemd)");
+    let said = String::from_utf8_lossy(&output.stderr);
+    let about_ours: Vec<&str> = said.lines().filter(|line| line.contains("forkyard")).collect();
+    assert!(output.status.success() && about_ours.is_empty(), "{said}");
+}

@@ -1,0 +1,286 @@
+//! USR2: the master becomes another build of its program, and nobody outside notices.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use common::http;
+use common::{Server, descriptors_of, process, program, wait_until};
+use nix::sys::signal::Signal;
+
+/// A folder from which a program runs, to be replaced there by others.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    /// With the program that was built for `name`.
+    fn with(name: &str) -> Self {
+        let place = Self { folder: tempfile::tempdir().unwrap() };
+        place.install(name);
+        place
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("app")
+    }
+
+    /// As a package manager does it: the new file under another name, then in the place of the old one. Another process
+    /// writes it: what this one has open for writing, a child that another test forks just now has too, and then nobody may
+    /// execute it ("text file busy").
+    fn put(&self, source: &Path, mode: u32) {
+        let new = self.folder.path().join("app.new");
+        assert!(Command::new("cp").arg(source).arg(&new).status().unwrap().success());
+        std::fs::set_permissions(&new, std::fs::Permissions::from_mode(mode)).unwrap();
+        std::fs::rename(new, self.path()).unwrap();
+    }
+
+    fn install(&self, name: &str) {
+        self.put(&program(name), 0o755);
+    }
+
+    fn script(&self, text: &str, mode: u32) {
+        let source = self.folder.path().join("text");
+        std::fs::write(&source, text).unwrap();
+        self.put(&source, mode);
+    }
+
+    fn start(&self, arguments: &[&str]) -> Server {
+        Server::start_command(Command::new(self.path()).args(arguments))
+    }
+}
+
+const ARGUMENTS: [&str; 4] = ["--bind", "http:127.0.0.1:0", "--workers", "2"];
+
+fn upgrade(server: &mut Server) {
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("upgraded version=");
+    server.wait_for("reload done");
+}
+
+/// Waits until none of `old` is left and there are two others.
+fn renewed(server: &Server, old: &BTreeSet<i32>) -> BTreeSet<i32> {
+    wait_until("the workers are replaced", || {
+        let children = server.children();
+        (children.len() == 2 && children.is_disjoint(old)).then_some(children)
+    })
+}
+
+#[test]
+fn the_new_build_answers_in_the_old_ones_place() {
+    let place = Place::with("hello");
+    let socket = place.folder.path().join("a.sock");
+    let bind = format!("fastcgi:unix:{}", socket.display());
+    let mut server = place.start(&[&ARGUMENTS[..], &["--bind", &bind]].concat());
+    let (address, old) = (server.http(), server.children());
+    assert_eq!(http::get(&address, "/ok").unwrap().text(), "Hello, world\n");
+
+    place.install("crashy");
+    upgrade(&mut server);
+    renewed(&server, &old);
+    assert_eq!(http::get(&address, "/ok").unwrap().text(), "ok\n", "the same port, another program");
+    let executable = std::fs::read_link(format!("/proc/{}/exe", server.pid())).unwrap();
+    assert_eq!(executable, place.path(), "in the same process");
+
+    let mut client = common::fastcgi::Client::connect(&bind).unwrap();
+    client.send(&common::fastcgi::request(1, false, "GET", "/ok", b"")).unwrap();
+    assert_eq!(client.response(1).unwrap().status(), 200);
+    drop(client);
+    assert!(socket.exists());
+    server.stop();
+    assert!(!socket.exists(), "the socket file is its, though a former build has made it");
+}
+
+#[test]
+fn a_page_cached_before_is_a_hit_after() {
+    let place = Place::with("pages");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("cache").display().to_string();
+    for keep in [&[][..], &["--cache-file", &file]] {
+        let mut server = place.start(&[&ARGUMENTS[..], &["--cache", "2M"], keep].concat());
+        let (address, old) = (server.http(), server.children());
+        let page = http::get(&address, "/page/7").unwrap().text();
+        place.install("pages");
+        upgrade(&mut server);
+        renewed(&server, &old);
+        assert_eq!(http::get(&address, "/page/7").unwrap().text(), page, "rendered by a worker that is gone");
+        assert_eq!(server.log().matches("rendering page=7").count(), 1);
+        server.stop();
+        assert!(!server.log().contains("may have to be dropped"), "a file is closed by who adopted it");
+    }
+}
+
+#[test]
+fn a_cache_of_another_size_begins_empty_and_says_so() {
+    let place = Place::with("pages");
+    let mut server = Server::start_command(Command::new(place.path()).args(ARGUMENTS).env("FORKYARD_CACHE", "2M"));
+    let (address, old) = (server.http(), server.children());
+    let page = http::get(&address, "/page/7").unwrap().text();
+    let text = format!("#!/bin/sh\nFORKYARD_CACHE=4M exec {} \"$@\"\n", program("pages").display());
+    place.script(&text, 0o755);
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("the cache starts empty");
+    server.wait_for("reload done");
+    let now = renewed(&server, &old);
+    assert_ne!(http::get(&address, "/page/7").unwrap().text(), page, "it is rendered again");
+    // The wrapper is what is upgraded next time.
+    upgrade(&mut server);
+    renewed(&server, &now);
+    server.stop();
+}
+
+#[test]
+fn a_build_that_fails_its_check_changes_nothing() {
+    let place = Place::with("hello");
+    let mut server = place.start(&[&ARGUMENTS[..], &["--upgrade-timeout", "500ms"]].concat());
+    let (address, old) = (server.http(), server.children());
+    let descriptors = descriptors_of(server.pid().as_raw());
+    let cases = [
+        ("#!/bin/sh\necho no library >&2\nexit 1\n", 0o755, "status=1 said=\"no library\""),
+        ("#!/bin/sh\nexit 0\n", 0o755, "it did not say that it can take over"),
+        ("#!/bin/sh\nkill -SEGV $$\n", 0o755, "signal=SEGV"),
+        ("#!/bin/sh\nsleep 600 & wait\n", 0o755, "it took too long: --upgrade-timeout"),
+        ("#!/bin/sh\nexit 0\n", 0o644, "Permission denied"),
+        ("no program at all", 0o755, "status=127"),
+    ];
+    for (text, mode, why) in cases {
+        place.script(text, mode);
+        server.signal(Signal::SIGUSR2);
+        let line = server.wait_for("no upgrade, and nothing has changed");
+        assert!(line.contains(why), "{why:?} is not in {line:?}");
+        assert_eq!(http::get(&address, "/").unwrap().text(), "Hello, world\n");
+        wait_until("the check is gone", || (server.children() == old).then_some(()));
+    }
+    std::fs::remove_file(place.path()).unwrap();
+    server.signal(Signal::SIGUSR2);
+    let line = server.wait_for("no upgrade, and nothing has changed");
+    assert!(line.contains("No such file"), "{line}");
+    assert_eq!(descriptors_of(server.pid().as_raw()), descriptors);
+
+    place.install("crashy");
+    upgrade(&mut server);
+    renewed(&server, &old);
+    assert_eq!(http::get(&address, "/ok").unwrap().text(), "ok\n", "and a good one heals it");
+    server.stop();
+}
+
+/// Ends the load however the test ends.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn twenty_upgrades_under_load_leave_nothing_behind() {
+    let place = Place::with("crashy");
+    let mut server = place.start(&ARGUMENTS);
+    let address = server.http();
+    let mut least = usize::MAX;
+    let (stop, count) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let _stop = StopAtEnd(&stop);
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(http::get(&address, "/slow/1").unwrap().status, 200);
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for _ in 0..20 {
+            let (old, before) = (server.children(), count.load(Ordering::Relaxed));
+            place.install("crashy");
+            upgrade(&mut server);
+            renewed(&server, &old);
+            wait_until("requests are answered", || (count.load(Ordering::Relaxed) > before + 5).then_some(()));
+            // The first upgrade closes what this test's own runner has left open.
+            least = least.min(descriptors_of(server.pid().as_raw()));
+        }
+    });
+    // A dead worker's pipe is closed a moment after its pid is gone; what leaks is never closed.
+    wait_until("no more descriptors are open than at the least", || {
+        (descriptors_of(server.pid().as_raw()) == least).then_some(())
+    });
+    assert!(server.children().iter().all(|&pid| process(pid).is_some_and(|child| child.state != 'Z')), "no zombies");
+    assert!(!server.log().contains("worker died"), "{}", server.log());
+    server.stop();
+}
+
+#[test]
+fn signals_that_come_during_an_upgrade_are_not_lost() {
+    for delay in 0..6 {
+        let place = Place::with("hello");
+        let mut server = place.start(&ARGUMENTS);
+        server.signal(Signal::SIGUSR2);
+        server.wait_for("upgrade: becoming");
+        // Somewhere between the last line of the old build and the first of the new one.
+        for _ in 0..delay * 20_000 {
+            std::hint::spin_loop();
+        }
+        server.signal(Signal::SIGTERM);
+        assert_eq!(server.wait_end(), Some(0), "{}", server.log());
+        server.wait_for("asked to drain and stop");
+    }
+}
+
+#[test]
+fn what_died_during_an_upgrade_is_reaped_and_replaced() {
+    let place = Place::with("crashy");
+    let mut server = place.start(&ARGUMENTS);
+    let old = server.children();
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("upgrade: becoming");
+    for &pid in &old {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    server.wait_for("reload done");
+    renewed(&server, &old);
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().text(), "ok\n");
+    server.stop();
+}
+
+#[test]
+fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
+    let place = Place::with("forkyard");
+    let bind = format!("fastcgi:unix:{}", place.folder.path().join("a.sock").display());
+    // Its parting words come after the upgrade, by the pipe that was made before.
+    let text = "trap 'echo parting words; exit' TERM; while :; do sleep 0.01; done";
+    let run = ["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--", "sh", "-c", text];
+    let mut server = place.start(&run);
+    let old = server.children();
+    upgrade(&mut server);
+    renewed(&server, &old);
+    wait_until("both have said so", || (server.log().matches("| parting words").count() == 2).then_some(()));
+    server.stop();
+}
+
+#[test]
+fn as_pid_1_it_is_upgraded_like_anywhere() {
+    let place = Place::with("hello");
+    let mut command = Command::new("unshare");
+    if !nix::unistd::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(place.path()).args(ARGUMENTS);
+    let mut server = Server::start_command(&mut command);
+    let master = nix::unistd::Pid::from_raw(*server.children().first().unwrap());
+    place.install("crashy");
+    nix::sys::signal::kill(master, Signal::SIGUSR2).unwrap();
+    let line = server.wait_for("upgraded version=");
+    assert!(line.contains("[1]"), "it is pid 1 there: {line}");
+    server.wait_for("reload done");
+    wait_until("the new build answers", || {
+        http::get(&server.http(), "/ok").ok().filter(|answer| answer.text() == "ok\n")
+    });
+    nix::sys::signal::kill(master, Signal::SIGTERM).unwrap();
+    assert_eq!(server.wait_end(), Some(0));
+}
