@@ -120,13 +120,13 @@ fn kills() {
             wait_until("requests are answered", || {
                 (load.good.load(Ordering::SeqCst) > enough || load.has_failed()).then_some(())
             });
-            let workers: Vec<i32> = server.children().into_iter().collect();
+            let workers: Vec<i32> = server.workers().into_iter().collect();
             let Some(&victim) = workers.get(random.usize(..workers.len().max(1))) else { continue };
             load.kills();
             kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
             wait_until("it is replaced", || {
                 let gone = process(victim).is_none_or(|worker| worker.state == 'Z');
-                (gone && server.children().len() == 2).then_some(())
+                (gone && server.workers().len() == 2).then_some(())
             });
             if load.has_failed() {
                 break;

@@ -46,8 +46,8 @@ fn drains_with(server: &mut Server, worker: Pid, clients: Vec<Client>) {
 /// Waits until there are `count` children and none of them is one of `gone`.
 fn renewed(server: &Server, count: usize, gone: &BTreeSet<i32>) -> BTreeSet<i32> {
     wait_until("the workers are replaced", || {
-        let children = server.children();
-        (children.len() == count && children.is_disjoint(gone)).then_some(children)
+        let workers = server.workers();
+        (workers.len() == count && workers.is_disjoint(gone)).then_some(workers)
     })
 }
 

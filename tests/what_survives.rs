@@ -78,10 +78,8 @@ fn a_worker_dies_holding_a_lock_in_shared_memory() {
                 assert!(status == 200 || status == 502, "{status}");
             }
         });
-        let board = segment.scoreboard();
         while !asking.is_finished() {
-            // Not a child of the master whose name is not heir's: a young heir has its worker's name.
-            if let Some(worker) = board.read(0).map(|row| i32::try_from(row.pid).unwrap()).filter(|&pid| pid > 0) {
+            if let Some(&worker) = server.workers().first() {
                 let _ = kill(Pid::from_raw(worker), Signal::SIGKILL); // it may be dead already
                 wait_until("it is dead", || process(worker).is_none_or(|dead| dead.state == 'Z').then_some(()));
             }

@@ -122,6 +122,13 @@ impl Server {
         Segment::attach(OwnedFd::from(file)).expect("it is in order")
     }
 
+    /// The pids of its living workers, by the scoreboard. A child may also be an heir that has not named itself yet.
+    pub fn workers(&self) -> BTreeSet<i32> {
+        let board = self.segment().scoreboard();
+        let pids = (0..board.rows()).filter_map(|slot| i32::try_from(board.read(slot)?.pid).ok());
+        pids.filter(|&pid| process(pid).is_some_and(|worker| worker.state != 'Z')).collect()
+    }
+
     /// The pids of its living children.
     pub fn children(&self) -> BTreeSet<i32> {
         children_of(self.pid())
