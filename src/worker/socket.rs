@@ -192,6 +192,8 @@ impl Socket {
             let mut readable = ready!(socket.poll_read_ready(context))?;
             match call(socket.get_ref().as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => readable.clear_ready(),
+                // `poll(2)` says so if a signal is there, even if it was not to wait.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 outcome => return Poll::Ready(outcome),
             }
         }

@@ -66,7 +66,9 @@ impl Client {
     /// Reads to the end of the stream.
     pub fn response(&mut self) -> io::Result<Response> {
         let mut bytes = Vec::new();
-        self.stream.read_to_end(&mut bytes)?;
+        let outcome = self.stream.read_to_end(&mut bytes);
+        let told = |error: io::Error| io::Error::new(error.kind(), format!("{error}, after {} bytes", bytes.len()));
+        outcome.map_err(told)?;
         Ok(Response::parse(&bytes))
     }
 }
