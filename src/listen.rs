@@ -595,6 +595,9 @@ fn family_of(socket: &OwnedFd) -> Result<Family, String> {
     if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err("is not a listening socket (call listen on it before passing it on)".to_owned());
     }
+    if socket::getsockopt(socket, sockopt::SockType) != Ok(SockType::Stream) {
+        return Err("is not a stream socket (under systemd: ListenStream= in the .socket unit)".to_owned());
+    }
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd()).map_err(|errno| errno.desc().to_owned())?;
     match address.family() {
         Some(AddressFamily::Unix) => Ok(Family::Unix),
@@ -681,6 +684,19 @@ mod tests {
             adopt(&made, blocking).unwrap();
             assert!(!is_blocking(&made.socket).unwrap());
         }
+    }
+
+    #[test]
+    fn a_socket_that_keeps_packets_apart_is_not_served() {
+        let folder = tempfile::tempdir().unwrap();
+        let kind = SockType::SeqPacket;
+        let socket = socket::socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let address = UnixAddr::new(&folder.path().join("a.sock")).unwrap();
+        socket::bind(socket.as_raw_fd(), &address).unwrap();
+        listen(&socket, 8).unwrap();
+        let bind = Bind { protocol: Protocol::Http, address: Address::Inherited(socket.as_raw_fd()) };
+        let error = Listener::bind(&bind, 8, None, false).unwrap_err().to_string();
+        assert!(error.contains("is not a stream socket"), "{error}");
     }
 
     #[test]
