@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::http;
-use common::{Server, descriptors_of, process, program, wait_until};
+use common::{Server, descriptors_of, process, program, sockets_of, wait_until};
 use nix::sys::signal::Signal;
 
 /// A folder from which a program runs, to be replaced there by others.
@@ -95,6 +95,22 @@ fn the_new_build_answers_in_the_old_ones_place() {
     assert!(socket.exists());
     server.stop();
     assert!(!socket.exists(), "the socket file is its, though a former build has made it");
+}
+
+#[test]
+fn the_same_bind_twice_is_two_sockets_before_and_after() {
+    let place = Place::with("hello");
+    let mut server = place.start(&[&ARGUMENTS[..], &["--bind", "http:127.0.0.1:0"]].concat());
+    let addresses: Vec<String> =
+        server.binds.iter().map(|bind| bind.strip_prefix("http://").unwrap().to_owned()).collect();
+    upgrade(&mut server);
+    let sockets = sockets_of(server.pid().as_raw());
+    upgrade(&mut server);
+    assert_eq!(sockets_of(server.pid().as_raw()), sockets, "none is made anew");
+    for address in addresses {
+        assert_eq!(http::get(&address, "/").unwrap().text(), "Hello, world\n");
+    }
+    server.stop();
 }
 
 #[test]
