@@ -186,6 +186,25 @@ fn a_build_that_fails_its_check_changes_nothing() {
     server.stop();
 }
 
+#[test]
+fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
+    let place = Place::with("hello");
+    let folder = place.folder.path().join("folder");
+    for when in ["before", "after"] {
+        std::fs::create_dir(&folder).unwrap();
+        let script = if when == "before" { "rmdir \"$PWD\"; exec \"$0\" \"$@\"" } else { "exec \"$0\" \"$@\"" };
+        let mut command = Command::new("sh");
+        command.current_dir(&folder).env("PWD", &folder).args(["-c", script]).arg(place.path()).args(ARGUMENTS);
+        let mut server = Server::start_command(&mut command);
+        let _ = std::fs::remove_dir(&folder); // the first has done so
+        server.signal(Signal::SIGUSR2);
+        let line = server.wait_for("no upgrade, and nothing has changed");
+        assert!(line.contains("the folder of the first start is gone"), "{line}");
+        assert_eq!(http::get(&server.http(), "/").unwrap().text(), "Hello, world\n");
+        server.stop();
+    }
+}
+
 /// Ends the load however the test ends.
 struct StopAtEnd<'a>(&'a AtomicBool);
 

@@ -158,6 +158,11 @@ impl Master {
             return;
         }
         let program = self.origin.program.display().to_string();
+        if !self.origin.folder.is_dir() {
+            let folder = self.origin.folder.display();
+            let remedy = "make it again, or stop and start elsewhere";
+            return self.refuse_upgrade(format!("the folder of the first start is gone: {folder:?} ({remedy})"));
+        }
         match self.start_check() {
             Ok(check) => {
                 self.tell_of_upgrade(format!("upgrade: checking {program} pid={}", check.pid));

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Origin {
     /// The path as it was called by: a link in it is followed anew each time, so that it may point to the next release.
     pub(crate) program: PathBuf,
-    /// What relative paths on the command line are relative to.
+    /// What relative paths on the command line are relative to. Empty if it was removed before the start.
     pub(crate) folder: PathBuf,
 }
 
@@ -40,7 +40,7 @@ impl Origin {
     /// # Errors
     /// If the system does not tell where we are.
     pub(crate) fn record() -> io::Result<Self> {
-        let folder = env::current_dir()?;
+        let folder = env::current_dir().unwrap_or_default();
         // This has links resolved, and says "(deleted)" when the file has been replaced.
         let running = env::current_exe()?;
         let called = env::args_os().next().map(PathBuf::from).unwrap_or_default();
