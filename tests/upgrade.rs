@@ -152,6 +152,22 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
 }
 
 #[test]
+fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
+    let place = Place::with("hello");
+    let mut server = place.start(&ARGUMENTS);
+    let mut old = server.children();
+    // Given twice, its flag would be a mistake.
+    let text = format!("#!/bin/sh\nexec {} --drain-timeout 5s \"$@\"\n", program("crashy").display());
+    place.script(&text, 0o755);
+    for _ in 0..2 {
+        upgrade(&mut server);
+        old = renewed(&server, &old);
+        assert_eq!(http::get(&server.http(), "/ok").unwrap().text(), "ok\n");
+    }
+    server.stop();
+}
+
+#[test]
 fn a_build_that_fails_its_check_changes_nothing() {
     let place = Place::with("hello");
     let mut server = place.start(&[&ARGUMENTS[..], &["--upgrade-timeout", "500ms"]].concat());

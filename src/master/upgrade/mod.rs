@@ -180,7 +180,7 @@ impl Master {
         let state = saved.write()?;
         let (output, said) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         let said = blocking(said)?;
-        let mut arguments = std::env::args_os();
+        let mut arguments = self.origin.arguments().into_iter();
         let mut command = Command::new(&self.origin.program);
         command
             .arg0(arguments.next().unwrap_or_default())
@@ -230,11 +230,10 @@ impl Master {
             Ok(state) => state,
             Err(error) => return error,
         };
-        let arguments: Vec<OsString> = std::env::args_os().collect();
         let variables = std::env::vars_os().filter(|(name, _)| VARIABLES.iter().all(|ours| name != ours));
         let number = OsString::from(state.as_raw_fd().to_string());
         let environment: Vec<_> = variables.chain([(OsString::from(STATE), number)]).collect();
         let keep: Vec<RawFd> = saved.descriptors().into_iter().chain([state.as_raw_fd()]).collect();
-        sys::exec(&self.origin.program, &arguments, &environment, &self.origin.folder, &keep)
+        sys::exec(&self.origin.program, &self.origin.arguments(), &environment, &self.origin.folder, &keep)
     }
 }

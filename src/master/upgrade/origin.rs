@@ -1,5 +1,6 @@
 //! How this program was started: what an upgrade starts again.
 
+use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::{env, io};
@@ -13,6 +14,10 @@ pub(crate) struct Origin {
     pub(crate) program: PathBuf,
     /// What relative paths on the command line are relative to. Empty if it was removed before the start.
     pub(crate) folder: PathBuf,
+    /// Those of the first start: a script that stands in the program's place may add its own, each time. Empty if a build
+    /// that did not write them down has begun.
+    #[serde(default)]
+    arguments: Vec<OsString>,
 }
 
 /// Which file a path leads to, and in which state.
@@ -51,12 +56,28 @@ impl Origin {
         }
         let is_this = |path: &PathBuf| same_file(path, Path::new("/proc/self/exe"));
         let program = candidates.into_iter().find(is_this).unwrap_or(running);
-        Ok(Self { program, folder })
+        Ok(Self { program, folder, arguments: env::args_os().collect() })
+    }
+
+    /// With the name by which the program was called.
+    pub(super) fn arguments(&self) -> Vec<OsString> {
+        if self.arguments.is_empty() { env::args_os().collect() } else { self.arguments.clone() }
     }
 }
 
 fn same_file(one: &Path, other: &Path) -> bool {
     matches!((Identity::of(one), Identity::of(other)), (Ok(one), Ok(other)) if one.inode == other.inode)
+}
+
+#[cfg(test)]
+impl Origin {
+    pub(super) fn of(program: &str, folder: &str, arguments: &[&str]) -> Self {
+        Self {
+            program: program.into(),
+            folder: folder.into(),
+            arguments: arguments.iter().map(OsString::from).collect(),
+        }
+    }
 }
 
 #[cfg(test)]

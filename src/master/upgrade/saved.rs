@@ -253,7 +253,7 @@ mod tests {
             format: FORMAT,
             version: "0.1.0".to_owned(),
             pid: 1,
-            origin: Origin { program: "/usr/bin/a b".into(), folder: "/".into() },
+            origin: Origin::of("/usr/bin/a b", "/", &["a", "--b"]),
             listeners: vec![SavedListener { fd: 5, bind: "http:127.0.0.1:0".to_owned(), file: Some((1, u64::MAX)) }],
             segment: SavedSegment { fd: 6, file: None },
             lifeline: (7, 8),
