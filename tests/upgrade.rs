@@ -157,7 +157,8 @@ fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
     let mut server = place.start(&ARGUMENTS);
     let mut old = server.children();
     // Given twice, its flag would be a mistake.
-    let text = format!("#!/bin/sh\nexec {} --drain-timeout 5s \"$@\"\n", program("crashy").display());
+    let text = "#!/bin/sh\nprintf 'a line without an end: ' >&2; exec";
+    let text = format!("{text} {} --drain-timeout 5s \"$@\"\n", program("crashy").display());
     place.script(&text, 0o755);
     for _ in 0..2 {
         upgrade(&mut server);
