@@ -152,6 +152,23 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
 }
 
 #[test]
+fn a_cache_file_does_not_change_its_size_under_the_workers() {
+    let place = Place::with("pages");
+    let file = place.folder.path().join("cache").display().to_string();
+    let mut command = Command::new(place.path());
+    command.args(ARGUMENTS).args(["--cache-file", &file]).env("FORKYARD_CACHE", "2M");
+    let mut server = Server::start_command(&mut command);
+    let page = http::get(&server.http(), "/page/7").unwrap().text();
+    let text = format!("#!/bin/sh\nFORKYARD_CACHE=4M exec {} \"$@\"\n", program("pages").display());
+    place.script(&text, 0o755);
+    server.signal(Signal::SIGUSR2);
+    let line = server.wait_for("no upgrade, and nothing has changed");
+    assert!(line.contains("--cache-file: the workers use it until they leave"), "{line}");
+    assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
+    server.stop();
+}
+
+#[test]
 fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
     let place = Place::with("hello");
     let mut server = place.start(&ARGUMENTS);
