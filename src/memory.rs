@@ -55,7 +55,11 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
                 create(config)
             }
         },
-        Some(_) | None => create(config),
+        Some(_) => {
+            log::info!("what systemd kept of a cache was dropped: there is none now, or it lies in a file");
+            create(config)
+        }
+        None => create(config),
     }
 }
 
