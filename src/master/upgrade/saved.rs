@@ -17,7 +17,8 @@ use crate::master::supervisor::restore::Roster;
 
 /// The format written here, and the only one read.
 pub(crate) const FORMAT: u32 = 1;
-/// More than any state needs: 4096 processes with 4 KiB of last words each, escaped.
+/// More than any state needs, as a rule: 4096 processes with 4 KiB of last words each, escaped. (Unfinished lines of output can come
+/// to more, for a moment.)
 const LARGEST: u64 = 64 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -192,9 +193,12 @@ impl Saved {
     /// Writes it where nobody can change it any more.
     ///
     /// # Errors
-    /// If a path in it is not Unicode, or there is no memory.
+    /// If a path in it is not Unicode, it is too large, or there is no memory.
     pub(crate) fn write(&self) -> io::Result<OwnedFd> {
         let json = serde_json::to_vec(self)?;
+        if json.len() as u64 >= LARGEST {
+            return Err(io::Error::other("the state is too large to be handed on (try again)"));
+        }
         let mut file =
             File::from(memfd_create(c"forkyard-state", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
         file.write_all(&json)?;
@@ -324,6 +328,13 @@ mod tests {
         assert!(refused.contains("has format 2"), "{refused}");
         let cut = Saved::read(memory_file("{\"format\":1}", SealFlag::all())).unwrap_err();
         assert!(cut.contains("makes no sense"), "{cut}");
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_not_written() {
+        let mut large = state();
+        large.late[0].partial = vec![b'x'; 22 << 20];
+        assert!(large.write().unwrap_err().to_string().contains("too large"));
     }
 
     #[test]
