@@ -91,6 +91,9 @@ impl Master {
             if !sys::is_child(pid) {
                 log::error!("worker pid={pid} is not ours any more");
             } else if let Some(child) = Child::restore(saved, left) {
+                if child.hung {
+                    self.sickbed.told_to_die(pid, now);
+                }
                 self.children.insert(pid, child);
                 self.recycling.born(pid, now);
             } else {
