@@ -137,6 +137,18 @@ impl Beside {
             .collect()
     }
 
+    /// When it was last looked which jobs are due, in milliseconds of the wall's clock, for a master that takes over.
+    pub(super) fn looked_at_ms(&self) -> Option<i64> {
+        self.helpers.looked_at().map(Timestamp::as_millisecond)
+    }
+
+    /// Goes on from there.
+    pub(super) fn resume(&mut self, looked_at_ms: i64) {
+        if let Ok(looked_at) = Timestamp::from_millisecond(looked_at_ms) {
+            self.helpers.resume(looked_at);
+        }
+    }
+
     /// Takes over a child of this process, which was made before this process was what it is now. If nothing in the
     /// configuration has its name, it is asked to stop.
     pub(super) fn adopt(&mut self, name: &str, pid: Pid, output: OwnedFd) {

@@ -41,6 +41,7 @@ impl Master {
             children: self.children.iter().map(|(pid, child)| child.save(*pid)).collect(),
             late: self.late.save(),
             helpers: helpers.collect(),
+            jobs_looked_at_ms: self.beside.looked_at_ms(),
             quarantine: self.sickbed.save(self.now()),
             control: self.control.as_ref().map(|control| control.save()),
             pid_file: self.pid_file.clone(),
@@ -67,6 +68,9 @@ impl Master {
             } else {
                 log::error!("cannot go on with name={name} pid={pid}: it is not ours any more");
             }
+        }
+        if let Some(looked_at_ms) = left.saved.jobs_looked_at_ms {
+            self.beside.resume(looked_at_ms);
         }
         self.sickbed.restore(std::mem::take(&mut left.saved.quarantine), now);
         let clients = left.saved.control.take().map(|saved| saved.clients).unwrap_or_default();

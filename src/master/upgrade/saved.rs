@@ -44,6 +44,9 @@ pub(crate) struct Saved {
     /// The processes beside the workers.
     #[serde(default)]
     pub(crate) helpers: Vec<SavedHelper>,
+    /// When it was last looked which jobs are due: milliseconds of the wall's clock.
+    #[serde(default)]
+    pub(crate) jobs_looked_at_ms: Option<i64>,
     #[serde(default)]
     pub(crate) quarantine: Vec<SavedRefusal>,
     #[serde(default)]
@@ -290,6 +293,7 @@ mod tests {
             }],
             late: vec![output(14)],
             helpers: vec![SavedHelper { name: "queue".to_owned(), pid: 78, output: 15 }],
+            jobs_looked_at_ms: Some(-1),
             quarantine: vec![SavedRefusal {
                 request: "GET /a".to_owned(),
                 refused: true,
