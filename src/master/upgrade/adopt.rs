@@ -13,7 +13,7 @@ use super::Takeover;
 use super::saved::{FORMAT, Saved, SavedChild, SavedHelper, SavedLink, SavedListener, SavedOutput, SavedSegment};
 use crate::control::wire::Answer;
 use crate::master::control::Waiting;
-use crate::master::output::Output;
+use crate::master::output::{LineReader, Output};
 use crate::master::spawn::{Child, Link, Nursery};
 use crate::master::supervisor::{Command, Event, Supervisor};
 use crate::master::{Master, policy};
@@ -27,6 +27,7 @@ impl Master {
             name: one.name.to_owned(),
             pid: one.pid.as_raw(),
             output: one.output.as_raw_fd(),
+            partial: one.partial.to_vec(),
         });
         Some(Saved {
             format: FORMAT,
@@ -61,10 +62,10 @@ impl Master {
                 self.late.adopt(output, Pid::from_raw(pid), now);
             }
         }
-        for SavedHelper { name, pid, output } in std::mem::take(&mut left.saved.helpers) {
+        for SavedHelper { name, pid, output, partial } in std::mem::take(&mut left.saved.helpers) {
             let pid = Pid::from_raw(pid);
             if let (true, Some(output)) = (sys::is_child(pid), left.claim(output)) {
-                self.beside.adopt(&name, pid, output);
+                self.beside.adopt(&name, pid, LineReader::resume(output, partial));
             } else {
                 log::error!("cannot go on with name={name} pid={pid}: it is not ours any more");
             }

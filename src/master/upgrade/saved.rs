@@ -117,6 +117,9 @@ pub(crate) struct SavedHelper {
     pub(crate) name: String,
     pub(crate) pid: i32,
     pub(crate) output: RawFd,
+    /// The line that is not finished yet.
+    #[serde(default)]
+    pub(crate) partial: Vec<u8>,
 }
 
 /// A request of which workers died: it is refused, or was.
@@ -292,7 +295,7 @@ mod tests {
                 files: Some(13),
             }],
             late: vec![output(14)],
-            helpers: vec![SavedHelper { name: "queue".to_owned(), pid: 78, output: 15 }],
+            helpers: vec![SavedHelper { name: "queue".to_owned(), pid: 78, output: 15, partial: vec![b'y'] }],
             jobs_looked_at_ms: Some(-1),
             quarantine: vec![SavedRefusal {
                 request: "GET /a".to_owned(),
