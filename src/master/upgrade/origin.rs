@@ -1,6 +1,7 @@
 //! How this program was started: what an upgrade starts again.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::{env, io};
@@ -46,8 +47,8 @@ impl Origin {
     /// If the system does not tell where we are.
     pub(crate) fn record() -> io::Result<Self> {
         let folder = env::current_dir().unwrap_or_default();
-        // This has links resolved, and says "(deleted)" when the file has been replaced.
-        let running = env::current_exe()?;
+        // This has links resolved.
+        let running = place_of(env::current_exe()?);
         let called = env::args_os().next().map(PathBuf::from).unwrap_or_default();
         let mut candidates = vec![folder.join(&called)];
         if called.components().count() == 1 {
@@ -62,6 +63,14 @@ impl Origin {
     /// With the name by which the program was called.
     pub(super) fn arguments(&self) -> Vec<OsString> {
         if self.arguments.is_empty() { env::args_os().collect() } else { self.arguments.clone() }
+    }
+}
+
+/// Where the file was, if it has been replaced since it was executed: the system says so behind its path.
+fn place_of(executable: PathBuf) -> PathBuf {
+    match executable.as_os_str().as_bytes().strip_suffix(b" (deleted)") {
+        Some(path) if !executable.exists() => PathBuf::from(OsStr::from_bytes(path)),
+        Some(_) | None => executable,
     }
 }
 
@@ -89,6 +98,16 @@ mod tests {
         let origin = Origin::record().unwrap();
         assert!(same_file(&origin.program, Path::new("/proc/self/exe")), "{origin:?}");
         assert!(origin.program.is_absolute() && origin.folder.is_absolute(), "{origin:?}");
+    }
+
+    #[test]
+    fn a_program_that_was_replaced_before_it_looked_is_found_in_its_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let (place, marked) = (folder.path().join("a"), folder.path().join("a (deleted)"));
+        assert_eq!(place_of(place.clone()), place);
+        assert_eq!(place_of(marked.clone()), place);
+        std::fs::write(&marked, "").unwrap();
+        assert_eq!(place_of(marked.clone()), marked, "a strange name, but its own");
     }
 
     #[test]
