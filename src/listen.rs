@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::socket::{
     self, AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage, UnixAddr,
     setsockopt, sockopt,
@@ -203,13 +203,15 @@ impl Listener {
             Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
             Address::Systemd(_) => return Err(fail("its sockets are known at the start only".to_owned())),
         };
-        listener.prepared(bind, blocking)
+        set_blocking(&listener.socket, blocking).map_err(|error| fail(error.to_string()))?;
+        listener.prepared(bind)
     }
 
-    /// Goes on with a socket that a predecessor made for `bind`, and with its `file`.
+    /// Goes on with a socket that a predecessor made for `bind`, and with its `file`. Whether it blocks is left as it is: that is
+    /// the socket's, not the descriptor's, and those who accept at it go by it. (A program with an event loop may have set it.)
     ///
     /// # Errors
-    /// If it is not a listening socket.
+    /// If it is not a listening socket, or blocks though it may not.
     pub(crate) fn adopt(
         bind: &Bind,
         socket: OwnedFd,
@@ -218,9 +220,13 @@ impl Listener {
     ) -> Result<Self, ListenError> {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
         let family = family_of(&socket).map_err(|cause| fail(format!("the socket of the former master {cause}")))?;
+        if !blocking && is_blocking(&socket).map_err(|error| fail(error.to_string()))? {
+            let cause = "programs wait at it that accept for themselves, as this build's workers do not";
+            return Err(fail(format!("{cause} (stop and start instead)")));
+        }
         let mut listener = Self::new(bind.protocol, bind.address.clone(), family, socket, file);
         listener.adopted = true;
-        listener.prepared(bind, blocking)
+        listener.prepared(bind)
     }
 
     /// Whether a former master made it.
@@ -233,10 +239,9 @@ impl Listener {
         Self { protocol, address, family, bind, socket, file, adopted: false }
     }
 
-    fn prepared(mut self, bind: &Bind, blocking: bool) -> Result<Self, ListenError> {
+    fn prepared(mut self, bind: &Bind) -> Result<Self, ListenError> {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
         let listener = &mut self;
-        set_blocking(&listener.socket, blocking).map_err(|error| fail(error.to_string()))?;
         if listener.family == Family::Tcp {
             // Answers are written whole, so there is nothing to wait for. Accepted sockets take this over.
             setsockopt(&listener.socket, sockopt::TcpNoDelay, &true).map_err(|errno| fail(errno.desc().to_owned()))?;
@@ -359,8 +364,12 @@ fn remove_own(path: &Path, file: Option<(u64, u64)>) {
     }
 }
 
+fn is_blocking(socket: &OwnedFd) -> io::Result<bool> {
+    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    Ok(!flags.contains(OFlag::O_NONBLOCK))
+}
+
 fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
-    use nix::fcntl::{FcntlArg, fcntl};
     let mut flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
     flags.set(OFlag::O_NONBLOCK, !blocking);
     fcntl(socket, FcntlArg::F_SETFL(flags))?;
@@ -586,6 +595,9 @@ fn family_of(socket: &OwnedFd) -> Result<Family, String> {
     if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err("is not a listening socket (call listen on it before passing it on)".to_owned());
     }
+    if socket::getsockopt(socket, sockopt::SockType) != Ok(SockType::Stream) {
+        return Err("is not a stream socket (under systemd: ListenStream= in the .socket unit)".to_owned());
+    }
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd()).map_err(|errno| errno.desc().to_owned())?;
     match address.family() {
         Some(AddressFamily::Unix) => Ok(Family::Unix),
@@ -655,6 +667,36 @@ mod tests {
             assert_eq!(probe(&path), Ok(()), "the one that listens has the file");
             all.iter().flatten().for_each(Listener::remove_file);
         }
+    }
+
+    #[test]
+    fn who_goes_on_with_a_socket_does_not_change_it_under_those_who_accept() {
+        let bind: Bind = "fastcgi:127.0.0.1:0".parse().unwrap();
+        let adopt = |made: &Listener, blocking| Listener::adopt(&bind, made.duplicate().unwrap(), None, blocking);
+        // Made for programs that wait in accept; one with an event loop has it otherwise.
+        let made = Listener::bind(&bind, 8, None, true).unwrap();
+        assert!(is_blocking(&made.socket).unwrap());
+        let error = adopt(&made, false).unwrap_err().to_string();
+        assert!(error.contains("stop and start"), "{error}");
+        assert!(is_blocking(&made.socket).unwrap(), "whoever only looked has changed nothing");
+        set_blocking(&made.socket, false).unwrap();
+        for blocking in [true, false] {
+            adopt(&made, blocking).unwrap();
+            assert!(!is_blocking(&made.socket).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_socket_that_keeps_packets_apart_is_not_served() {
+        let folder = tempfile::tempdir().unwrap();
+        let kind = SockType::SeqPacket;
+        let socket = socket::socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let address = UnixAddr::new(&folder.path().join("a.sock")).unwrap();
+        socket::bind(socket.as_raw_fd(), &address).unwrap();
+        listen(&socket, 8).unwrap();
+        let bind = Bind { protocol: Protocol::Http, address: Address::Inherited(socket.as_raw_fd()) };
+        let error = Listener::bind(&bind, 8, None, false).unwrap_err().to_string();
+        assert!(error.contains("is not a stream socket"), "{error}");
     }
 
     #[test]

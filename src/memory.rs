@@ -27,6 +27,10 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
     }
     match Segment::adopt(left, &plan(config)) {
         Ok(segment) => Ok(segment),
+        // A file has one segment at a time, and the old workers use it.
+        Err(error) if file.is_some() => {
+            Err(format!("--cache-file: the workers use it until they leave: {error} (stop and start instead)").into())
+        }
         Err(error) => {
             log::warn!("the cache starts empty: that of the former master cannot be used here: {error}");
             create(config)
@@ -51,7 +55,11 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
                 create(config)
             }
         },
-        Some(_) | None => create(config),
+        Some(_) => {
+            log::info!("what systemd kept of a cache was dropped: there is none now, or it lies in a file");
+            create(config)
+        }
+        None => create(config),
     }
 }
 

@@ -103,6 +103,11 @@ impl Notify {
         let _ = self.try_send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(memory)); // else it is not kept
     }
 
+    /// Has what a former start had stored under that name dropped.
+    pub(crate) fn forget(&mut self, name: &str) {
+        self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), true);
+    }
+
     /// When [`Notify::tick`] is due.
     pub(crate) fn due_in(&self, now: Instant) -> Option<Duration> {
         let due = [self.next_watchdog, self.next_progress, self.next_try].into_iter().flatten().min();

@@ -22,7 +22,7 @@ pub(crate) fn open(
     listeners: &mut Vec<Listener>,
 ) -> Result<(), BoxError> {
     for bind in &config.binds {
-        let left = takeover.as_deref_mut().map(|left| left.listeners(&bind.to_string())).unwrap_or_default();
+        let left = takeover.as_deref_mut().map(|left| left.listeners(bind)).unwrap_or_default();
         match &bind.address {
             _ if !left.is_empty() => {}
             Address::Systemd(_) if takeover.is_some() => {

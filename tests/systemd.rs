@@ -191,6 +191,17 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
     server.stop();
 
+    // Nobody wants it: it is to take up no memory.
+    for _ in 0..2 {
+        manager.wait_for("STOPPING=1");
+    }
+    let none = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "0"];
+    let mut server = start("pages", &none, vec![("forkyard-segment", again.try_clone().unwrap())], &manager);
+    let message = manager.wait_for("FDSTOREREMOVE=1");
+    assert!(message.contains("FDNAME=forkyard-segment"), "{message}");
+    assert!(server.log().contains("what systemd kept of a cache was dropped"), "{}", server.log());
+    server.stop();
+
     // Another plan: it is dropped, and said so.
     let larger = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "4M"];
     let mut server = start("pages", &larger, vec![("forkyard-segment", again)], &manager);

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::http;
-use common::{Server, descriptors_of, process, program, wait_until};
+use common::{Server, descriptors_of, process, program, sockets_of, wait_until};
 use nix::sys::signal::Signal;
 
 /// A folder from which a program runs, to be replaced there by others.
@@ -98,6 +98,22 @@ fn the_new_build_answers_in_the_old_ones_place() {
 }
 
 #[test]
+fn the_same_bind_twice_is_two_sockets_before_and_after() {
+    let place = Place::with("hello");
+    let mut server = place.start(&[&ARGUMENTS[..], &["--bind", "http:127.0.0.1:0"]].concat());
+    let addresses: Vec<String> =
+        server.binds.iter().map(|bind| bind.strip_prefix("http://").unwrap().to_owned()).collect();
+    upgrade(&mut server);
+    let sockets = sockets_of(server.pid().as_raw());
+    upgrade(&mut server);
+    assert_eq!(sockets_of(server.pid().as_raw()), sockets, "none is made anew");
+    for address in addresses {
+        assert_eq!(http::get(&address, "/").unwrap().text(), "Hello, world\n");
+    }
+    server.stop();
+}
+
+#[test]
 fn a_page_cached_before_is_a_hit_after() {
     let place = Place::with("pages");
     let folder = tempfile::tempdir().unwrap();
@@ -136,6 +152,40 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
 }
 
 #[test]
+fn a_cache_file_does_not_change_its_size_under_the_workers() {
+    let place = Place::with("pages");
+    let file = place.folder.path().join("cache").display().to_string();
+    let mut command = Command::new(place.path());
+    command.args(ARGUMENTS).args(["--cache-file", &file]).env("FORKYARD_CACHE", "2M");
+    let mut server = Server::start_command(&mut command);
+    let page = http::get(&server.http(), "/page/7").unwrap().text();
+    let text = format!("#!/bin/sh\nFORKYARD_CACHE=4M exec {} \"$@\"\n", program("pages").display());
+    place.script(&text, 0o755);
+    server.signal(Signal::SIGUSR2);
+    let line = server.wait_for("no upgrade, and nothing has changed");
+    assert!(line.contains("--cache-file: the workers use it until they leave"), "{line}");
+    assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
+    server.stop();
+}
+
+#[test]
+fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
+    let place = Place::with("hello");
+    let mut server = place.start(&ARGUMENTS);
+    let mut old = server.children();
+    // Given twice, its flag would be a mistake.
+    let text = "#!/bin/sh\nprintf 'a line without an end: ' >&2; exec";
+    let text = format!("{text} {} --drain-timeout 5s \"$@\"\n", program("crashy").display());
+    place.script(&text, 0o755);
+    for _ in 0..2 {
+        upgrade(&mut server);
+        old = renewed(&server, &old);
+        assert_eq!(http::get(&server.http(), "/ok").unwrap().text(), "ok\n");
+    }
+    server.stop();
+}
+
+#[test]
 fn a_build_that_fails_its_check_changes_nothing() {
     let place = Place::with("hello");
     let mut server = place.start(&[&ARGUMENTS[..], &["--upgrade-timeout", "500ms"]].concat());
@@ -168,6 +218,25 @@ fn a_build_that_fails_its_check_changes_nothing() {
     renewed(&server, &old);
     assert_eq!(http::get(&address, "/ok").unwrap().text(), "ok\n", "and a good one heals it");
     server.stop();
+}
+
+#[test]
+fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
+    let place = Place::with("hello");
+    let folder = place.folder.path().join("folder");
+    for when in ["before", "after"] {
+        std::fs::create_dir(&folder).unwrap();
+        let script = if when == "before" { "rmdir \"$PWD\"; exec \"$0\" \"$@\"" } else { "exec \"$0\" \"$@\"" };
+        let mut command = Command::new("sh");
+        command.current_dir(&folder).env("PWD", &folder).args(["-c", script]).arg(place.path()).args(ARGUMENTS);
+        let mut server = Server::start_command(&mut command);
+        let _ = std::fs::remove_dir(&folder); // the first has done so
+        server.signal(Signal::SIGUSR2);
+        let line = server.wait_for("no upgrade, and nothing has changed");
+        assert!(line.contains("the folder of the first start is gone"), "{line}");
+        assert_eq!(http::get(&server.http(), "/").unwrap().text(), "Hello, world\n");
+        server.stop();
+    }
 }
 
 /// Ends the load however the test ends.

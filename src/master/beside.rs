@@ -70,6 +70,8 @@ pub(super) struct Living<'a> {
     pub(super) pid: Pid,
     /// The end of the pipe from which its output is read; it has to stay open, or else its next word ends it.
     pub(super) output: BorrowedFd<'a>,
+    /// The line that is not finished yet.
+    pub(super) partial: &'a [u8],
 }
 
 /// Finds the programs, and what they may be.
@@ -130,16 +132,29 @@ impl Beside {
     }
 
     /// Those that live.
-    pub(super) fn living(&self) -> Vec<Living<'_>> {
-        let living = self.processes.iter();
-        living
-            .map(|(&pid, process)| Living { name: &process.label.name, pid, output: process.output.as_fd() })
-            .collect()
+    pub(super) fn living<'a>(&'a self) -> Vec<Living<'a>> {
+        let living = |(&pid, process): (&Pid, &'a Process)| {
+            let Process { label, output, .. } = process;
+            Living { name: &label.name, pid, output: output.as_fd(), partial: output.partial() }
+        };
+        self.processes.iter().map(living).collect()
+    }
+
+    /// When it was last looked which jobs are due, in milliseconds of the wall's clock, for a master that takes over.
+    pub(super) fn looked_at_ms(&self) -> Option<i64> {
+        self.helpers.looked_at().map(Timestamp::as_millisecond)
+    }
+
+    /// Goes on from there.
+    pub(super) fn resume(&mut self, looked_at_ms: i64) {
+        if let Ok(looked_at) = Timestamp::from_millisecond(looked_at_ms) {
+            self.helpers.resume(looked_at);
+        }
     }
 
     /// Takes over a child of this process, which was made before this process was what it is now. If nothing in the
     /// configuration has its name, it is asked to stop.
-    pub(super) fn adopt(&mut self, name: &str, pid: Pid, output: OwnedFd) {
+    pub(super) fn adopt(&mut self, name: &str, pid: Pid, output: LineReader) {
         let wanted = self.programs.iter().position(|helper| helper.label.name == name);
         let label =
             wanted.map_or(Label { kind: "daemon", name: name.to_owned() }, |at| self.programs[at].label.clone());
@@ -147,8 +162,7 @@ impl Beside {
         self.enter(pid, helper, label, output);
     }
 
-    fn enter(&mut self, pid: Pid, helper: usize, label: Label, output: OwnedFd) {
-        let output = LineReader::new(output);
+    fn enter(&mut self, pid: Pid, helper: usize, label: Label, output: LineReader) {
         let process = Process { helper, label, since: Instant::now(), asked_to_leave: false, output, open: true };
         self.processes.insert(pid, process);
     }
@@ -232,7 +246,7 @@ impl Beside {
         match self.start(label, program) {
             Ok((pid, output)) => {
                 log::info!("{} started name={} pid={pid}", label.kind, label.name);
-                self.enter(pid, helper, label.clone(), output);
+                self.enter(pid, helper, label.clone(), LineReader::new(output));
                 Event::Spawned { helper, pid }
             }
             Err(error) => {
@@ -352,11 +366,12 @@ mod tests {
         let mut second = beside(&["--daemon", "kept=sleep 600"]);
         let mut pids = HashMap::new();
         for (name, pid, output) in given {
-            second.adopt(&name, pid, output);
+            second.adopt(&name, pid, LineReader::resume(output, b"half a line".to_vec()));
             pids.insert(name, pid);
         }
         second.turn(true);
         assert_eq!(second.living().len(), 2, "it starts no second one");
+        assert!(second.living().iter().all(|one| one.partial == b"half a line"), "nor a line in its middle");
         assert!(second.processes[&pids["dropped"]].asked_to_leave && !second.processes[&pids["kept"]].asked_to_leave);
         end(&mut second, pids["dropped"]);
         end(&mut second, pids["kept"]);

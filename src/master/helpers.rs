@@ -159,6 +159,8 @@ pub(crate) struct Helpers {
     stop_timeout: Duration,
     now: Now,
     wall: Timestamp,
+    /// When another master, whose place this one takes, looked last at what is due.
+    looked_at: Option<Timestamp>,
     actions: Vec<Action>,
 }
 
@@ -177,6 +179,7 @@ impl Helpers {
             stop_timeout,
             now: Now::ZERO,
             wall,
+            looked_at: None,
             actions: Vec::new(),
         }
     }
@@ -198,6 +201,16 @@ impl Helpers {
         index
     }
 
+    /// When it was last looked what is due, for a master that takes over; `None` if jobs do not run.
+    pub(crate) fn looked_at(&self) -> Option<Timestamp> {
+        (self.mode == Mode::Running).then_some(self.wall)
+    }
+
+    /// Jobs whose time has come since then run, each once.
+    pub(crate) fn resume(&mut self, looked_at: Timestamp) {
+        self.looked_at = Some(looked_at);
+    }
+
     /// Takes an event, and returns what is to be done because of it, in order.
     pub(crate) fn step(&mut self, event: Event, now: Now, wall: Timestamp) -> Vec<Action> {
         // By a little it may be at any time, and that is no reason to run a job twice.
@@ -207,7 +220,8 @@ impl Helpers {
             Event::Tick => {}
             Event::Begin if self.mode == Mode::Waiting => {
                 self.mode = Mode::Running;
-                self.find_next_times();
+                let from = self.looked_at.take().map_or(wall, |looked_at| looked_at.min(wall));
+                self.find_next_times(from);
             }
             Event::Begin => {}
             Event::Spawned { helper, pid } => self.spawned(helper, pid),
@@ -223,7 +237,7 @@ impl Helpers {
             }
         }
         if was_set_back {
-            self.find_next_times();
+            self.find_next_times(wall);
         }
         for index in 0..self.helpers.len() {
             self.meet_deadline(index);
@@ -259,10 +273,10 @@ impl Helpers {
         self.helpers.iter().position(|helper| helper.state.pid() == Some(pid))
     }
 
-    fn find_next_times(&mut self) {
+    fn find_next_times(&mut self, from: Timestamp) {
         for helper in &mut self.helpers {
             if let Kind::Job { schedule, next } = &mut helper.kind {
-                *next = schedule.after(self.wall);
+                *next = schedule.after(from);
             }
         }
     }

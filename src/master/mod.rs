@@ -184,6 +184,9 @@ pub(crate) fn run(
     };
     if memory::is_worth_storing(&master.nursery.config) {
         master.notify.store(systemd::SEGMENT, master.nursery.segment.fd());
+    } else {
+        // A former start may have had one.
+        master.notify.forget(systemd::SEGMENT);
     }
     match takeover {
         Some(left) => master.adopt(left),

@@ -234,7 +234,16 @@ pub(super) struct LineReader {
 
 impl LineReader {
     pub(super) fn new(pipe: OwnedFd) -> Self {
-        Self { pipe: File::from(pipe), partial: Vec::new(), open: true }
+        Self::resume(pipe, Vec::new())
+    }
+
+    /// Goes on with the beginning of a line.
+    pub(super) fn resume(pipe: OwnedFd, partial: Vec<u8>) -> Self {
+        Self { pipe: File::from(pipe), partial, open: true }
+    }
+
+    pub(super) fn partial(&self) -> &[u8] {
+        &self.partial
     }
 
     /// Reads what is there, up to `most` bytes, and calls `line` for each line that is complete, or a piece of it, which it is

@@ -48,6 +48,11 @@ impl Sickbed {
         self.publish(now);
     }
 
+    /// A former master has told this worker to die, and it may not be able to.
+    pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
+        self.hangs.told_to_die(pid, now);
+    }
+
     /// Goes by other limits from now on. What is refused already has its time.
     pub(crate) fn set_limits(&mut self, failures: &Failures) {
         self.hangs.set_timeout(failures.hang_timeout);

@@ -72,10 +72,10 @@ impl SignalInbox {
     }
 
     /// Before this process becomes another program, with all signals blocked: what came and was not looked at is sent again,
-    /// and so waits for the next to look. (Not SIGCHLD: who starts looks for its dead first.)
+    /// and so waits for whoever looks next: the other program, or this one if it cannot be executed.
     pub(crate) fn hand_on(&mut self) {
         for meaning in self.take() {
-            let signal = MEANINGS.iter().find(|(_, other)| *other == meaning && meaning != Meaning::Child);
+            let signal = MEANINGS.iter().find(|(_, other)| *other == meaning);
             let signal = signal.and_then(|(signal, _)| Signal::try_from(*signal).ok());
             if let Some(Err(errno)) = signal.map(|signal| kill(Pid::this(), signal)) {
                 log::error!("a signal was lost: {errno}");

@@ -225,6 +225,22 @@ fn who_is_adopted_goes_on_and_who_is_not_wanted_leaves() {
     assert_eq!(world.starts, [1, 0]);
 }
 
+#[test]
+fn what_came_due_while_one_master_took_anothers_place_is_run_once() {
+    let schedules = ["* * * * *", "@hourly"];
+    let mut first = world(0, &schedules, S);
+    assert_eq!(first.helpers.looked_at(), None, "nothing runs yet");
+    first.feed(Event::Begin);
+    let looked_at = first.helpers.looked_at().unwrap();
+    let mut second = world(0, &schedules, S);
+    second.wall += 90 * S;
+    second.helpers.resume(looked_at);
+    second.feed(Event::Begin);
+    assert_eq!(second.starts, [1, 0]);
+    second.feed(Event::Begin);
+    assert_eq!(second.starts, [1, 0], "once");
+}
+
 /// One history from a seed: whatever happens, what is asserted in `feed` holds, and it comes to an end.
 fn history(seed: u64) {
     let mut random = fastrand::Rng::with_seed(seed);

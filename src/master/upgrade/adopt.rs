@@ -13,7 +13,7 @@ use super::Takeover;
 use super::saved::{FORMAT, Saved, SavedChild, SavedHelper, SavedLink, SavedListener, SavedOutput, SavedSegment};
 use crate::control::wire::Answer;
 use crate::master::control::Waiting;
-use crate::master::output::Output;
+use crate::master::output::{LineReader, Output};
 use crate::master::spawn::{Child, Link, Nursery};
 use crate::master::supervisor::{Command, Event, Supervisor};
 use crate::master::{Master, policy};
@@ -27,6 +27,7 @@ impl Master {
             name: one.name.to_owned(),
             pid: one.pid.as_raw(),
             output: one.output.as_raw_fd(),
+            partial: one.partial.to_vec(),
         });
         Some(Saved {
             format: FORMAT,
@@ -41,6 +42,7 @@ impl Master {
             children: self.children.iter().map(|(pid, child)| child.save(*pid)).collect(),
             late: self.late.save(),
             helpers: helpers.collect(),
+            jobs_looked_at_ms: self.beside.looked_at_ms(),
             quarantine: self.sickbed.save(self.now()),
             control: self.control.as_ref().map(|control| control.save()),
             pid_file: self.pid_file.clone(),
@@ -60,13 +62,16 @@ impl Master {
                 self.late.adopt(output, Pid::from_raw(pid), now);
             }
         }
-        for SavedHelper { name, pid, output } in std::mem::take(&mut left.saved.helpers) {
+        for SavedHelper { name, pid, output, partial } in std::mem::take(&mut left.saved.helpers) {
             let pid = Pid::from_raw(pid);
             if let (true, Some(output)) = (sys::is_child(pid), left.claim(output)) {
-                self.beside.adopt(&name, pid, output);
+                self.beside.adopt(&name, pid, LineReader::resume(output, partial));
             } else {
                 log::error!("cannot go on with name={name} pid={pid}: it is not ours any more");
             }
+        }
+        if let Some(looked_at_ms) = left.saved.jobs_looked_at_ms {
+            self.beside.resume(looked_at_ms);
         }
         self.sickbed.restore(std::mem::take(&mut left.saved.quarantine), now);
         let clients = left.saved.control.take().map(|saved| saved.clients).unwrap_or_default();
@@ -91,6 +96,9 @@ impl Master {
             if !sys::is_child(pid) {
                 log::error!("worker pid={pid} is not ours any more");
             } else if let Some(child) = Child::restore(saved, left) {
+                if child.hung {
+                    self.sickbed.told_to_die(pid, now);
+                }
                 self.children.insert(pid, child);
                 self.recycling.born(pid, now);
             } else {

@@ -79,7 +79,8 @@ impl Check {
         let password = password();
         let (passed, last_words) = (&mut self.passed, &mut self.last_words);
         self.open = self.output.read(REST, &mut |line, _| {
-            if line == password {
+            // Something may have been said before without a line's end.
+            if line.ends_with(&password) {
                 *passed = true;
                 return;
             }
@@ -158,6 +159,11 @@ impl Master {
             return;
         }
         let program = self.origin.program.display().to_string();
+        if !self.origin.folder.is_dir() {
+            let folder = self.origin.folder.display();
+            let remedy = "make it again, or stop and start elsewhere";
+            return self.refuse_upgrade(format!("the folder of the first start is gone: {folder:?} ({remedy})"));
+        }
         match self.start_check() {
             Ok(check) => {
                 self.tell_of_upgrade(format!("upgrade: checking {program} pid={}", check.pid));
@@ -175,7 +181,7 @@ impl Master {
         let state = saved.write()?;
         let (output, said) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         let said = blocking(said)?;
-        let mut arguments = std::env::args_os();
+        let mut arguments = self.origin.arguments().into_iter();
         let mut command = Command::new(&self.origin.program);
         command
             .arg0(arguments.next().unwrap_or_default())
@@ -225,11 +231,10 @@ impl Master {
             Ok(state) => state,
             Err(error) => return error,
         };
-        let arguments: Vec<OsString> = std::env::args_os().collect();
         let variables = std::env::vars_os().filter(|(name, _)| VARIABLES.iter().all(|ours| name != ours));
         let number = OsString::from(state.as_raw_fd().to_string());
         let environment: Vec<_> = variables.chain([(OsString::from(STATE), number)]).collect();
         let keep: Vec<RawFd> = saved.descriptors().into_iter().chain([state.as_raw_fd()]).collect();
-        sys::exec(&self.origin.program, &arguments, &environment, &self.origin.folder, &keep)
+        sys::exec(&self.origin.program, &self.origin.arguments(), &environment, &self.origin.folder, &keep)
     }
 }

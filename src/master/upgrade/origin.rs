@@ -1,5 +1,7 @@
 //! How this program was started: what an upgrade starts again.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::{env, io};
@@ -11,8 +13,12 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Origin {
     /// The path as it was called by: a link in it is followed anew each time, so that it may point to the next release.
     pub(crate) program: PathBuf,
-    /// What relative paths on the command line are relative to.
+    /// What relative paths on the command line are relative to. Empty if it was removed before the start.
     pub(crate) folder: PathBuf,
+    /// Those of the first start: a script that stands in the program's place may add its own, each time. Empty if a build
+    /// that did not write them down has begun.
+    #[serde(default)]
+    arguments: Vec<OsString>,
 }
 
 /// Which file a path leads to, and in which state.
@@ -40,9 +46,9 @@ impl Origin {
     /// # Errors
     /// If the system does not tell where we are.
     pub(crate) fn record() -> io::Result<Self> {
-        let folder = env::current_dir()?;
-        // This has links resolved, and says "(deleted)" when the file has been replaced.
-        let running = env::current_exe()?;
+        let folder = env::current_dir().unwrap_or_default();
+        // This has links resolved.
+        let running = place_of(env::current_exe()?);
         let called = env::args_os().next().map(PathBuf::from).unwrap_or_default();
         let mut candidates = vec![folder.join(&called)];
         if called.components().count() == 1 {
@@ -51,12 +57,36 @@ impl Origin {
         }
         let is_this = |path: &PathBuf| same_file(path, Path::new("/proc/self/exe"));
         let program = candidates.into_iter().find(is_this).unwrap_or(running);
-        Ok(Self { program, folder })
+        Ok(Self { program, folder, arguments: env::args_os().collect() })
+    }
+
+    /// With the name by which the program was called.
+    pub(super) fn arguments(&self) -> Vec<OsString> {
+        if self.arguments.is_empty() { env::args_os().collect() } else { self.arguments.clone() }
+    }
+}
+
+/// Where the file was, if it has been replaced since it was executed: the system says so behind its path.
+fn place_of(executable: PathBuf) -> PathBuf {
+    match executable.as_os_str().as_bytes().strip_suffix(b" (deleted)") {
+        Some(path) if !executable.exists() => PathBuf::from(OsStr::from_bytes(path)),
+        Some(_) | None => executable,
     }
 }
 
 fn same_file(one: &Path, other: &Path) -> bool {
     matches!((Identity::of(one), Identity::of(other)), (Ok(one), Ok(other)) if one.inode == other.inode)
+}
+
+#[cfg(test)]
+impl Origin {
+    pub(super) fn of(program: &str, folder: &str, arguments: &[&str]) -> Self {
+        Self {
+            program: program.into(),
+            folder: folder.into(),
+            arguments: arguments.iter().map(OsString::from).collect(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -68,6 +98,16 @@ mod tests {
         let origin = Origin::record().unwrap();
         assert!(same_file(&origin.program, Path::new("/proc/self/exe")), "{origin:?}");
         assert!(origin.program.is_absolute() && origin.folder.is_absolute(), "{origin:?}");
+    }
+
+    #[test]
+    fn a_program_that_was_replaced_before_it_looked_is_found_in_its_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let (place, marked) = (folder.path().join("a"), folder.path().join("a (deleted)"));
+        assert_eq!(place_of(place.clone()), place);
+        assert_eq!(place_of(marked.clone()), place);
+        std::fs::write(&marked, "").unwrap();
+        assert_eq!(place_of(marked.clone()), marked, "a strange name, but its own");
     }
 
     #[test]

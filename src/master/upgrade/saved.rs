@@ -17,7 +17,8 @@ use crate::master::supervisor::restore::Roster;
 
 /// The format written here, and the only one read.
 pub(crate) const FORMAT: u32 = 1;
-/// More than any state needs: 4096 processes with 4 KiB of last words each, escaped.
+/// More than any state needs, as a rule: 4096 processes with 4 KiB of last words each, escaped. (Unfinished lines of output can come
+/// to more, for a moment.)
 const LARGEST: u64 = 64 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +44,9 @@ pub(crate) struct Saved {
     /// The processes beside the workers.
     #[serde(default)]
     pub(crate) helpers: Vec<SavedHelper>,
+    /// When it was last looked which jobs are due: milliseconds of the wall's clock.
+    #[serde(default)]
+    pub(crate) jobs_looked_at_ms: Option<i64>,
     #[serde(default)]
     pub(crate) quarantine: Vec<SavedRefusal>,
     #[serde(default)]
@@ -113,6 +117,9 @@ pub(crate) struct SavedHelper {
     pub(crate) name: String,
     pub(crate) pid: i32,
     pub(crate) output: RawFd,
+    /// The line that is not finished yet.
+    #[serde(default)]
+    pub(crate) partial: Vec<u8>,
 }
 
 /// A request of which workers died: it is refused, or was.
@@ -192,9 +199,12 @@ impl Saved {
     /// Writes it where nobody can change it any more.
     ///
     /// # Errors
-    /// If a path in it is not Unicode, or there is no memory.
+    /// If a path in it is not Unicode, it is too large, or there is no memory.
     pub(crate) fn write(&self) -> io::Result<OwnedFd> {
         let json = serde_json::to_vec(self)?;
+        if json.len() as u64 >= LARGEST {
+            return Err(io::Error::other("the state is too large to be handed on (try again)"));
+        }
         let mut file =
             File::from(memfd_create(c"forkyard-state", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
         file.write_all(&json)?;
@@ -253,7 +263,7 @@ mod tests {
             format: FORMAT,
             version: "0.1.0".to_owned(),
             pid: 1,
-            origin: Origin { program: "/usr/bin/a b".into(), folder: "/".into() },
+            origin: Origin::of("/usr/bin/a b", "/", &["a", "--b"]),
             listeners: vec![SavedListener { fd: 5, bind: "http:127.0.0.1:0".to_owned(), file: Some((1, u64::MAX)) }],
             segment: SavedSegment { fd: 6, file: None },
             lifeline: (7, 8),
@@ -285,7 +295,8 @@ mod tests {
                 files: Some(13),
             }],
             late: vec![output(14)],
-            helpers: vec![SavedHelper { name: "queue".to_owned(), pid: 78, output: 15 }],
+            helpers: vec![SavedHelper { name: "queue".to_owned(), pid: 78, output: 15, partial: vec![b'y'] }],
+            jobs_looked_at_ms: Some(-1),
             quarantine: vec![SavedRefusal {
                 request: "GET /a".to_owned(),
                 refused: true,
@@ -324,6 +335,13 @@ mod tests {
         assert!(refused.contains("has format 2"), "{refused}");
         let cut = Saved::read(memory_file("{\"format\":1}", SealFlag::all())).unwrap_err();
         assert!(cut.contains("makes no sense"), "{cut}");
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_not_written() {
+        let mut large = state();
+        large.late[0].partial = vec![b'x'; 22 << 20];
+        assert!(large.write().unwrap_err().to_string().contains("too large"));
     }
 
     #[test]

@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use super::saved::{Saved, SavedPidFile};
+use super::saved::{Saved, SavedListener, SavedPidFile};
 use crate::handover::Channel;
-use crate::listen::{ControlListener, Listener};
+use crate::listen::{Address, Bind, ControlListener, Listener};
 use crate::master::spawn::Ties;
 use crate::sys;
 
@@ -61,11 +61,12 @@ impl Takeover {
         Ok(Some(Self { saved, binds, descriptors, check }))
     }
 
-    /// The sockets that were made for this `--bind`, with the device and inode of their files.
-    pub(crate) fn listeners(&mut self, bind: &str) -> Vec<(OwnedFd, Option<(u64, u64)>)> {
-        let (ours, others) = std::mem::take(&mut self.saved.listeners).into_iter().partition(|one| one.bind == bind);
-        self.saved.listeners = others;
-        let ours: Vec<super::saved::SavedListener> = ours;
+    /// The sockets that were made for this `--bind`, with the device and inode of their files: all that systemd passed, or
+    /// one. The same port 0 may be bound twice, and each has its own.
+    pub(crate) fn listeners(&mut self, bind: &Bind) -> Vec<(OwnedFd, Option<(u64, u64)>)> {
+        let text = bind.to_string();
+        let most = if matches!(bind.address, Address::Systemd(_)) { usize::MAX } else { 1 };
+        let ours: Vec<SavedListener> = self.saved.listeners.extract_if(.., |one| one.bind == text).take(most).collect();
         ours.into_iter().filter_map(|one| Some((self.claim(one.fd)?, one.file))).collect()
     }
 
