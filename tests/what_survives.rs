@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use common::http::{self, Client};
 use common::{Server, process, processes, program, wait_until};
+use forkyard_shm::State;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -78,8 +79,11 @@ fn a_worker_dies_holding_a_lock_in_shared_memory() {
                 assert!(status == 200 || status == 502, "{status}");
             }
         });
+        let board = segment.scoreboard();
         while !asking.is_finished() {
-            if let Some(&worker) = server.workers().first() {
+            // One that is ready: who kills them before that meets the breaker, and its delays.
+            let ready = (0..2).filter_map(|slot| board.read(slot)).find(|row| row.state == State::Ready);
+            if let Some(worker) = ready.map(|row| i32::try_from(row.pid).unwrap()) {
                 let _ = kill(Pid::from_raw(worker), Signal::SIGKILL); // it may be dead already
                 wait_until("it is dead", || process(worker).is_none_or(|dead| dead.state == 'Z').then_some(()));
             }

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkyard_shm::{Row, Scoreboard};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -37,6 +37,8 @@ const LEFT_TO_FREE: Duration = Duration::from_millis(100);
 const NOT_WAITED_FOR: u32 = 4;
 /// How long accepting pauses when the system has no descriptor or memory for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
+/// The log hears of that so often.
+const TOLD_EVERY: Duration = Duration::from_secs(60);
 
 /// What is done with an accepted connection.
 pub(crate) trait Serve {
@@ -260,7 +262,7 @@ impl Acceptor {
 
     /// Accepts for ever; each connection is served by a task of its own.
     pub(crate) async fn run(&self, serve: &impl Serve) {
-        let mut has_paused = false;
+        let mut told = None::<Instant>;
         let mut patience = Patience::default();
         loop {
             let outcome = match self.turn(&mut patience).await {
@@ -275,15 +277,14 @@ impl Acceptor {
             match outcome {
                 Ok(taken) => {
                     self.start(serve, taken).await;
-                    has_paused = false;
                     self.settled().await;
                 }
                 // It is about that one connection, which is gone already; the next one is waiting.
                 Err(error) if !self.bell.is_paused.get() && !is_of_this_system(&error) => {}
                 Err(error) => {
-                    if !has_paused {
+                    if told.is_none_or(|told| told.elapsed() > TOLD_EVERY) {
                         log::error!("accepting pauses until it can go on: {error}");
-                        has_paused = true;
+                        told = Some(Instant::now());
                     }
                     self.bell.pause();
                     sleep(PAUSE).await;
