@@ -446,7 +446,7 @@ fn status_tells_how_many_wait_at_each_socket() {
     served.said(&["scale", "1"]);
     let [worker] = served.server.children().into_iter().collect::<Vec<_>>()[..] else { panic!("it has one") };
     let worker = nix::unistd::Pid::from_raw(worker);
-    nix::sys::signal::kill(worker, Signal::SIGSTOP).unwrap();
+    common::stop(worker);
     let waiting: Vec<Client> = (0..3).map(|_| Client::connect(&address).unwrap()).collect();
     wait_until("they are counted", || (served.status()["binds"][0]["waiting"] == 3).then_some(()));
     assert!(served.said(&["top", "--rounds", "1"]).contains(&format!("http:{address} waiting=3\n")));

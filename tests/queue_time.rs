@@ -55,7 +55,7 @@ fn the_wait_in_the_kernel_counts_for_the_first_request_of_a_connection() {
         let worker = Pid::from_raw(server.children().into_iter().next().unwrap());
         let head = protocol.head("GET", "/ok", 0);
         let mut silent = raw::connect(&server.binds[0]);
-        kill(worker, Signal::SIGSTOP).unwrap();
+        common::stop(worker);
         let mut stream = raw::connect(&server.binds[0]);
         stream.write_all(&head).unwrap();
         too_late();

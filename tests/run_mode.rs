@@ -150,8 +150,7 @@ fn php_knows_its_slot_and_forks_no_children() {
     let mut slots = BTreeSet::new();
     // Which of the two answers is for the kernel to say, so each is made to answer by stopping the other.
     for (&pid, other) in children.iter().zip(children.iter().rev()) {
-        kill(Pid::from_raw(*other), Signal::SIGSTOP).unwrap();
-        wait_until("it stands still", || process(*other).filter(|process| process.state == 'T'));
+        common::stop(Pid::from_raw(*other));
         let environment = place.text("/pages.php?do=environment");
         kill(Pid::from_raw(*other), Signal::SIGCONT).unwrap();
         assert_eq!(value(&environment, "pid"), Some(pid.to_string().as_str()), "{environment}");

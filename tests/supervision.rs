@@ -22,8 +22,7 @@ fn crashy(arguments: &[&str]) -> Server {
 /// Stops the only worker as SIGSTOP does: what is sent to it now waits in the kernel.
 fn stop_worker(server: &Server) -> Pid {
     let worker = Pid::from_raw(*server.children().first().unwrap());
-    kill(worker, Signal::SIGSTOP).unwrap();
-    wait_until("it is stopped", || (process(worker.as_raw())?.state == 'T').then_some(()));
+    common::stop(worker);
     worker
 }
 

@@ -223,6 +223,21 @@ pub fn processes() -> Vec<Process> {
     pids.filter_map(process).collect()
 }
 
+/// Stops a process as SIGSTOP does, and returns when all of its threads stand still.
+pub fn stop(pid: Pid) {
+    kill(pid, Signal::SIGSTOP).expect("it lives");
+    wait_until("it stands still", || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+        let states = threads.filter_map(|thread| state_in(&thread.ok()?.path().join("stat")));
+        states.into_iter().all(|state| state == 'T').then_some(())
+    });
+}
+
+fn state_in(stat: &Path) -> Option<char> {
+    let stat = std::fs::read_to_string(stat).ok()?;
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
 pub fn process(pid: i32) -> Option<Process> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name is in parentheses and may have any character in it.
