@@ -89,7 +89,10 @@ fn no_more_are_replaced_at_a_time_than_may_be_and_the_new_ones_come_first() {
         let mut most = BTreeSet::new();
         wait_until("all are replaced", || {
             let children = server.children();
-            most.insert(children.len());
+            // The list takes a while, and misses who came when another had left: what is true is seen twice.
+            if children == server.children() {
+                most.insert(children.len());
+            }
             (children.len() == 4 && children.is_disjoint(&old)).then_some(())
         });
         server.wait_for(&format!("reload done gen={generation}"));
