@@ -358,7 +358,7 @@ fn answer(config: &Config, log_level: &str, cgi: &CgiMain, preload: Option<Prelo
 fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     let CacheConfig { bytes, max_entry, file } = &config.cache;
     if let Some(path) = file.as_ref().filter(|_| *bytes > 0) {
-        let plan = Plan { cache_bytes: *bytes, rows: config.slots(), max_entry: *max_entry };
+        let plan = Plan { cache_bytes: *bytes, rows: config.slots(), max_entry: *max_entry, events_bytes: 0 };
         match Segment::join(path, &plan) {
             Ok(segment) => return Ok(segment),
             Err(error) => log::error!("no cache: {error} file={}", path.display()),

@@ -13,7 +13,7 @@ type BoxError = Box<dyn Error + Send + Sync>;
 
 fn plan(config: &Config) -> Plan {
     let CacheConfig { bytes, max_entry, .. } = config.cache;
-    Plan { cache_bytes: bytes, rows: config.slots(), max_entry }
+    Plan { cache_bytes: bytes, rows: config.slots(), max_entry, events_bytes: 0 }
 }
 
 /// # Errors

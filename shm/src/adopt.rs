@@ -58,7 +58,7 @@ impl Segment {
 mod tests {
     use super::*;
 
-    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 3, max_entry: 0 };
+    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 3, max_entry: 0, events_bytes: 64 * 1024 };
 
     #[test]
     fn it_is_adopted_with_its_pages_if_the_plan_is_the_same() {

@@ -15,6 +15,13 @@ pub enum SegmentError {
         /// The smallest size possible.
         least: u64,
     },
+    /// The event log asked for is too small to be of use.
+    LogTooSmall {
+        /// Bytes asked for.
+        asked: u64,
+        /// The smallest size possible.
+        least: u64,
+    },
     /// More scoreboard rows than a segment can have.
     TooManyRows {
         /// Rows asked for.
@@ -57,6 +64,10 @@ impl std::fmt::Display for SegmentError {
                 f,
                 "cannot make a page cache of {asked} bytes: the least is {least} (ask for more, or for 0 to have none)"
             ),
+            Self::LogTooSmall { asked, least } => write!(
+                f,
+                "cannot make an event log of {asked} bytes: the least is {least} (ask for more, or for 0 to have none)"
+            ),
             Self::TooManyRows { asked, most } => {
                 write!(f, "cannot make a scoreboard of {asked} rows: the most is {most} (ask for fewer processes)")
             }
@@ -81,6 +92,7 @@ impl std::error::Error for SegmentError {
         match self {
             Self::NoMemory { source, .. } | Self::System { source, .. } => Some(source),
             Self::CacheTooSmall { .. }
+            | Self::LogTooSmall { .. }
             | Self::TooManyRows { .. }
             | Self::EntryTooLarge { .. }
             | Self::Unusable { .. } => None,

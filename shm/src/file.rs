@@ -208,7 +208,8 @@ fn plan_in(file: &File) -> Result<Option<(Plan, Geometry)>, SegmentError> {
     Ok(map.at::<Header>(0).map(|header| {
         let cache_bytes = header.cache_bytes.load(Ordering::Relaxed);
         let (rows, max_entry) = (header.rows.load(Ordering::Relaxed), header.max_entry.load(Ordering::Relaxed));
-        (Plan { cache_bytes, rows, max_entry }, geometry)
+        let events_bytes = header.events_bytes.load(Ordering::Relaxed);
+        (Plan { cache_bytes, rows, max_entry, events_bytes }, geometry)
     }))
 }
 
@@ -303,7 +304,7 @@ fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Seg
     let segment = Segment { inner: Arc::new(inner) };
     segment.scoreboard().reset();
     segment.quarantine().set([]);
-    if !clean && segment.cache().audit().is_err() {
+    if !clean && (segment.cache().audit().is_err() || segment.events().audit().is_err()) {
         return dropped("it was not closed, and contradicts itself");
     }
     Ok(Ok(segment))
@@ -392,7 +393,7 @@ mod tests {
     use super::*;
     use crate::Options;
 
-    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0 };
+    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0, events_bytes: 64 * 1024 };
 
     struct Scratch(PathBuf);
 

@@ -8,7 +8,8 @@
 use crate::Plan;
 use crate::error::SegmentError;
 use crate::layout::{
-    BUCKET_BYTES, GRAIN, LEASE_BYTES, MEMBER_HEAD, PREFIX_BYTES, PREFIXES, ROW_BYTES, SHARD_HEAD, TALLY_BYTES,
+    BUCKET_BYTES, EVENT_HEAD, EVENTS_HEAD, GRAIN, LEASE_BYTES, MEMBER_HEAD, PREFIX_BYTES, PREFIXES, ROW_BYTES,
+    SHARD_HEAD, TALLY_BYTES, TOPIC_BYTES, TOPIC_CELL,
 };
 
 pub(crate) const PAGE: u64 = 4096;
@@ -33,6 +34,11 @@ const CACHE_BYTES_PER_LEASE: u64 = 16 * 1024;
 /// The largest entry unless the plan says otherwise: this part of the cache, but at least a MiB.
 const ENTRY_SHARE: u64 = 64;
 const DEFAULT_ENTRY: u64 = 1 << 20;
+pub(crate) const SMALLEST_LOG: u64 = 64 * 1024;
+/// Bytes of the event log for each topic.
+const LOG_BYTES_PER_TOPIC: u64 = 4096;
+/// The longest event: this part of the log's ring.
+const EVENT_SHARE: u64 = 8;
 /// A record's size has to fit into its 32-bit word.
 const LARGEST_ENTRY: u64 = 1 << 30;
 
@@ -65,6 +71,14 @@ pub(crate) struct Geometry {
     pub(crate) ring_at: [u64; 2],
     /// The largest record an entry may take, header included.
     pub(crate) max_record: u64,
+    /// Where the event log starts.
+    pub(crate) events_at: u64,
+    /// 0 without a log.
+    pub(crate) topics: u64,
+    pub(crate) events_ring_at: u64,
+    pub(crate) events_ring_len: u64,
+    /// Bytes of the longest name and data of an event, together.
+    pub(crate) max_event: u64,
     pub(crate) total: u64,
 }
 
@@ -74,9 +88,9 @@ impl Geometry {
         if rows > MOST_ROWS {
             return Err(SegmentError::TooManyRows { asked: rows, most: MOST_ROWS });
         }
-        if cache_bytes > LARGEST_CACHE {
+        if cache_bytes.max(plan.events_bytes) > LARGEST_CACHE {
             let source = std::io::ErrorKind::OutOfMemory.into();
-            return Err(SegmentError::NoMemory { bytes: cache_bytes, source });
+            return Err(SegmentError::NoMemory { bytes: cache_bytes.max(plan.events_bytes), source });
         }
         let rows_at = PAGE;
         let members_at = rows_at + (u64::from(rows) * ROW_BYTES).next_multiple_of(PAGE);
@@ -99,12 +113,48 @@ impl Geometry {
             ring_len: [0, 0],
             ring_at: [0, 0],
             max_record: 0,
+            events_at: members_at,
+            topics: 0,
+            events_ring_at: members_at,
+            events_ring_len: 0,
+            max_event: 0,
             total: members_at,
         };
-        match cache_bytes {
-            0 => Ok(without),
-            1..SMALLEST_CACHE => Err(SegmentError::CacheTooSmall { asked: cache_bytes, least: SMALLEST_CACHE }),
-            SMALLEST_CACHE.. => without.with_cache(plan),
+        let with_cache = match cache_bytes {
+            0 => without,
+            1..SMALLEST_CACHE => {
+                return Err(SegmentError::CacheTooSmall { asked: cache_bytes, least: SMALLEST_CACHE });
+            }
+            SMALLEST_CACHE.. => without.with_cache(plan)?,
+        };
+        match plan.events_bytes {
+            0 => Ok(with_cache),
+            1..SMALLEST_LOG => Err(SegmentError::LogTooSmall { asked: plan.events_bytes, least: SMALLEST_LOG }),
+            bytes => Ok(with_cache.with_events(bytes)),
+        }
+    }
+
+    fn with_events(mut self, bytes: u64) -> Geometry {
+        if self.members == 0 {
+            // The lock of the log needs them as well.
+            (self.members, self.member_bytes) = (self.rows + MORE_MEMBERS, MEMBER_HEAD);
+            self.total += (u64::from(self.members) * MEMBER_HEAD).next_multiple_of(PAGE);
+            (self.tags_at, self.prefixes_at) = (self.total, self.total);
+            (self.leases_at, self.shards_at) = (self.total, self.total);
+        }
+        let bytes = bytes / PAGE * PAGE;
+        let topics = (bytes / LOG_BYTES_PER_TOPIC).min(1 << 16);
+        let before_ring = (EVENTS_HEAD + topics * TOPIC_CELL).next_multiple_of(64);
+        let ring_len = (bytes - before_ring) / GRAIN * GRAIN;
+        Geometry {
+            events_at: self.total,
+            topics,
+            events_ring_at: self.total + before_ring,
+            events_ring_len: ring_len,
+            // What else is in a record has its place besides; and its size has to fit into 32 bits.
+            max_event: (ring_len / EVENT_SHARE).min(LARGEST_ENTRY) - EVENT_HEAD - TOPIC_BYTES as u64 - GRAIN,
+            total: self.total + bytes,
+            ..self
         }
     }
 
@@ -154,6 +204,7 @@ impl Geometry {
             ring_at: [index, index + small],
             // Room for a value of that size, and a page besides for its key, its tags and the rest.
             max_record: (wanted.next_multiple_of(GRAIN) + PAGE).min(most),
+            events_at: shards_at + shards * shard_bytes,
             total: shards_at + shards * shard_bytes,
             ..self
         })
@@ -210,10 +261,29 @@ mod tests {
         assert_eq!(geometry(64 << 20, 8).shards, 8);
         assert_eq!(geometry(1 << 30, 8).max_record, (16 << 20) + PAGE);
         assert_eq!(geometry(9 << 20, 8).shards, 1);
-        let plan = |max_entry| Plan { cache_bytes: 64 << 20, rows: 1, max_entry };
+        let plan = |max_entry| Plan { cache_bytes: 64 << 20, rows: 1, max_entry, ..Plan::default() };
         assert_eq!(Geometry::of(&plan(8 << 20)).unwrap().max_record, (8 << 20) + PAGE);
         assert!(matches!(Geometry::of(&plan(32 << 20)), Err(SegmentError::EntryTooLarge { .. })));
         assert!(matches!(Geometry::of(&plan(u64::MAX)), Err(SegmentError::EntryTooLarge { .. })));
+    }
+
+    #[test]
+    fn the_event_log_has_its_own_place() {
+        for cache_bytes in [0, 1 << 20] {
+            for events_bytes in [SMALLEST_LOG, SMALLEST_LOG + 777, 1 << 20, 1 << 30] {
+                let without = geometry(cache_bytes, 3);
+                let with = Geometry::of(&Plan { cache_bytes, rows: 3, events_bytes, ..Plan::default() }).unwrap();
+                assert!(with.events_at >= without.total && with.members == 3 + MORE_MEMBERS);
+                assert!(with.members_at + u64::from(with.members) * with.member_bytes <= with.events_at);
+                assert!(with.events_at + EVENTS_HEAD + with.topics * TOPIC_CELL <= with.events_ring_at);
+                assert!(with.events_ring_at + with.events_ring_len <= with.total);
+                assert!(with.total - with.events_at <= events_bytes && with.topics >= 16);
+                assert!(with.events_ring_len > events_bytes * 9 / 10 - 4096, "{with:?}");
+                assert!(with.max_event > 1024);
+            }
+        }
+        let plan = Plan { events_bytes: SMALLEST_LOG - 1, ..Plan::default() };
+        assert!(matches!(Geometry::of(&plan), Err(SegmentError::LogTooSmall { .. })));
     }
 
     #[test]

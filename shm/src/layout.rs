@@ -8,9 +8,10 @@
 //!           ...    prefixes        32 x 128                              |  cache_bytes in all,
 //!           ...    leases          n x 64, rounded up to pages           |  absent without a cache
 //!           ...    shards          n x shard_bytes                       /
+//!           ...    events          head, topics x 160, ring              events_bytes in all, absent without a log
 //!
 //! header    0 magic 8 | 8 version 4 | 12 rows 4 | 16 fingerprint 8 | 24 cache_bytes 8 | 32 total 8 | 40 seed 8
-//!           48 max_entry 8 | 56 checksum 8
+//!           48 max_entry 8 | 56 checksum 8 | 64 events_bytes 8
 //!           128 tag clock 8 | 136 cleared 8 | 144 newest prefix purge 8 | 152 oldest clock a prefix purge vouches for 8
 //!           256 time_base 8 | 264 clean 8 | 272 clean_ms 8 | 280 clean_real_ms 8 | 288 boot id 16 | 304 sweep_due 8
 //!           312 prefix lock 4
@@ -47,6 +48,16 @@
 //!           32 stored_ms 8 | 40 expires_ms 8 (0 = never) | 48 stale_ms 4 | 52 error_ms 4 | 56 cost_ms 4
 //!           60 tag_count 4 | 64 key_len 4 | 68 meta_len 4 | 72 value_len 8
 //!           80 tag hashes 8 each | key, padded to 8 | meta, padded to 8 | value, padded to 32
+//!
+//! events    0 lock 4 | 4 sequence 4 (of publications) | 8 sleepers 4 (somebody waits for it to change) | 12 epoch 4
+//!           64 floor 8 | 72 head 8 | 80 linked 8 (up to here the topics know of the records) | 88 retired 8 (the highest
+//!           id of a topic that was given up) | 128 counters 4 x 8
+//!           192 topics n x 160 | ring
+//! topic     0 length 4 (0 = never used; all ones = given up) | 4 unused | 8 hash 8 | 16 last_id 8
+//!           24 last_at 8 (0 = none) | 32 text 128
+//! event     0 record 8 | 8 position 8 (its own) | 16 id 8 | 24 before 8 (position of the topic's event before it; 0 = none)
+//!           32 published_us 8 (of the wall's clock) | 40 topic 4 (a cell) | 44 topic_len 4 | 48 name_len 4 | 52 data_len 4
+//!           56 unused 8 | topic | name | data, padded to 32
 //! ```
 //!
 //! Where each part starts follows from the [`Plan`](crate::Plan) alone: see `geometry.rs`.
@@ -62,7 +73,7 @@ use crate::map::Plain;
 /// "forkyard" in ASCII.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"forkyard");
 /// Raised with every change of anything in this file, or of what the words mean.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 
 /// Every record starts at a multiple of this.
 pub(crate) const GRAIN: u64 = 32;
@@ -78,6 +89,9 @@ pub(crate) const PREFIX_WORDS: usize = 14;
 
 pub(crate) const KIND_ENTRY: u32 = 1;
 pub(crate) const KIND_PAD: u32 = 2;
+pub(crate) const KIND_EVENT: u32 = 3;
+/// Bytes of the longest topic.
+pub(crate) const TOPIC_BYTES: usize = 128;
 
 #[repr(C, align(128))]
 #[derive(Debug)]
@@ -91,7 +105,8 @@ pub(crate) struct Header {
     pub(crate) seed: AtomicU64,
     pub(crate) max_entry: AtomicU64,
     pub(crate) checksum: AtomicU64,
-    unused: [AtomicU64; 8],
+    pub(crate) events_bytes: AtomicU64,
+    unused: [AtomicU64; 7],
     pub(crate) tag_clock: AtomicU64,
     pub(crate) cleared: AtomicU64,
     pub(crate) prefix_clock: AtomicU64,
@@ -301,6 +316,64 @@ pub(crate) struct EntryHead {
     pub(crate) value_len: AtomicU64,
 }
 
+/// The event log's own words.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub(crate) struct EventsHead {
+    pub(crate) lock: AtomicU32,
+    pub(crate) sequence: AtomicU32,
+    pub(crate) sleepers: AtomicU32,
+    pub(crate) epoch: AtomicU32,
+    unused: [AtomicU64; 6],
+    /// The oldest position that may be read.
+    pub(crate) floor: AtomicU64,
+    /// Where the next record goes; raised, it makes the record before it an event.
+    pub(crate) head: AtomicU64,
+    pub(crate) linked: AtomicU64,
+    pub(crate) retired: AtomicU64,
+    unused_too: [AtomicU64; 4],
+    pub(crate) counters: EventCounters,
+    unused_at_the_end: [AtomicU64; 4],
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct EventCounters {
+    pub(crate) published: AtomicU64,
+    pub(crate) evicted: AtomicU64,
+    pub(crate) recoveries: AtomicU64,
+    pub(crate) restarts: AtomicU64,
+}
+
+#[repr(C, align(32))]
+#[derive(Debug)]
+pub(crate) struct TopicCell {
+    pub(crate) length: AtomicU32,
+    unused: AtomicU32,
+    pub(crate) hash: AtomicU64,
+    pub(crate) last_id: AtomicU64,
+    pub(crate) last_at: AtomicU64,
+    pub(crate) text: [AtomicU64; TOPIC_BYTES / 8],
+}
+
+#[repr(C, align(32))]
+#[derive(Debug)]
+pub(crate) struct EventHead {
+    pub(crate) record: RecordHead,
+    pub(crate) position: AtomicU64,
+    pub(crate) id: AtomicU64,
+    pub(crate) before: AtomicU64,
+    pub(crate) published_us: AtomicU64,
+    pub(crate) topic: AtomicU32,
+    pub(crate) topic_len: AtomicU32,
+    pub(crate) name_len: AtomicU32,
+    pub(crate) data_len: AtomicU32,
+    unused: AtomicU64,
+}
+
+pub(crate) const EVENTS_HEAD: u64 = size_of::<EventsHead>() as u64;
+pub(crate) const TOPIC_CELL: u64 = size_of::<TopicCell>() as u64;
+pub(crate) const EVENT_HEAD: u64 = size_of::<EventHead>() as u64;
 pub(crate) const ENTRY_HEAD: u64 = size_of::<EntryHead>() as u64;
 pub(crate) const ROW_BYTES: u64 = size_of::<RowCells>() as u64;
 pub(crate) const MEMBER_HEAD: u64 = size_of::<MemberHead>() as u64;
@@ -335,6 +408,12 @@ unsafe impl Plain for GhostBucket {}
 unsafe impl Plain for RecordHead {}
 // SAFETY: as above.
 unsafe impl Plain for EntryHead {}
+// SAFETY: as above.
+unsafe impl Plain for EventsHead {}
+// SAFETY: as above.
+unsafe impl Plain for TopicCell {}
+// SAFETY: as above.
+unsafe impl Plain for EventHead {}
 
 // The byte table of the module documentation.
 const _: () = {
@@ -385,6 +464,18 @@ const _: () = {
     assert!(offset_of!(EntryHead, cost_ms) == 56 && offset_of!(EntryHead, tag_count) == 60);
     assert!(offset_of!(EntryHead, key_len) == 64 && offset_of!(EntryHead, meta_len) == 68);
     assert!(offset_of!(EntryHead, value_len) == 72 && ENTRY_HEAD == 80);
+
+    assert!(offset_of!(Header, events_bytes) == 64);
+    assert!(offset_of!(EventsHead, sequence) == 4 && offset_of!(EventsHead, sleepers) == 8);
+    assert!(offset_of!(EventsHead, epoch) == 12 && offset_of!(EventsHead, floor) == 64);
+    assert!(offset_of!(EventsHead, head) == 72 && offset_of!(EventsHead, linked) == 80);
+    assert!(offset_of!(EventsHead, retired) == 88 && offset_of!(EventsHead, counters) == 128);
+    assert!(EVENTS_HEAD == 192 && TOPIC_CELL == 160 && EVENT_HEAD == 64);
+    assert!(offset_of!(TopicCell, hash) == 8 && offset_of!(TopicCell, last_id) == 16);
+    assert!(offset_of!(TopicCell, last_at) == 24 && offset_of!(TopicCell, text) == 32);
+    assert!(offset_of!(EventHead, id) == 16 && offset_of!(EventHead, before) == 24);
+    assert!(offset_of!(EventHead, published_us) == 32 && offset_of!(EventHead, topic) == 40);
+    assert!(offset_of!(EventHead, topic_len) == 44 && offset_of!(EventHead, data_len) == 52);
 };
 
 /// Tells apart builds that would disagree about the bytes though the version is the same: byte order and word size.

@@ -1,4 +1,4 @@
-//! A scoreboard and a page cache in shared memory, for processes that were forked from one another.
+//! A scoreboard, a page cache and an event log in shared memory, for processes that were forked from one another.
 //!
 //! One process makes a [`Segment`]; its children inherit the mapping, and any process that gets the descriptor can
 //! [attach](Segment::attach). The memory outlives each of them: any process may be killed at any instruction, and the
@@ -34,10 +34,11 @@
 //!  |- tag table    when each tag was last purged                                   written: all, atomically
 //!  |- prefixes     the latest purges by prefix                                     written: who holds their lock
 //!  |- leases       who renders what                                                written: all, one word each
-//!  `- shard 0..15  lock | floors | heads | books | intent | counters               written: who holds its lock
-//!                  index: buckets of 7 slots and their visits                      slots: who holds the lock; visits: all
-//!                  ghosts: hashes of what was evicted lately                       written: who holds its lock
-//!                  small ring: what is new       main ring: what was asked for     written: who holds its lock
+//!  |- shard 0..15  lock | floors | heads | books | intent | counters               written: who holds its lock
+//!  |               index: buckets of 7 slots and their visits                      slots: who holds the lock; visits: all
+//!  |               ghosts: hashes of what was evicted lately                       written: who holds its lock
+//!  |               small ring: what is new       main ring: what was asked for     written: who holds its lock
+//!  `- event log    lock | floor | head; topics and the ring of events: `events.rs` written: who holds its lock
 //!
 //! a ring, with endless positions        floor                                  head
 //!                          ... free ... | old | dead | live | pad | live | new | ... free ...
@@ -57,13 +58,14 @@
 //! as well: `lock.rs`, `lease.rs`, `pin.rs`.
 //!
 //! # Locks
-//! There are two kinds, the shard lock and that of the prefix table, and nobody holds two: there is no order to get wrong.
+//! There are three kinds, the shard lock, that of the prefix table and that of the event log, and nobody holds two: there is no
+//! order to get wrong.
 //! None is held across a system call or an allocation. Waiting for one is bounded: 20 ms, and while one process is
 //! known to sit on it, not at all. What then cannot be stored is [`Refused::Busy`], and counted; reading goes on. The scoreboard
 //! has no locks, so a process that must never wait may read and write it.
 //!
 //! # What holds after a death
-//! A process that uses the cache is a *member*: it holds a lock on one byte of the segment's file, which the kernel gives
+//! A process that uses the cache, or publishes events, is a *member*: it holds a lock on one byte of the segment's file, which the kernel gives
 //! free when the process is gone (`member.rs`). Whoever runs into something of a dead member's, or the [sweep](Cache::sweep)
 //! within a second, buries it.
 //!
@@ -89,6 +91,7 @@
 //! | the page stored, the lease held | the others find the page |
 //! | burying somebody | the byte is free again; the next one buries from the start, which does no harm |
 //! | taking a lock over, before the repair | the lock says again that its owner died, as the intent is still there |
+//! | publishing an event | `events/publish.rs` |
 //! | using a file | `file.rs` |
 //!
 //! A process that is stopped and not dead keeps its lock, and the others do without storing in that shard until it goes on.
@@ -113,6 +116,7 @@ pub mod crash;
 mod early;
 mod entry;
 mod error;
+mod events;
 mod file;
 mod fork;
 mod futex;
@@ -161,6 +165,7 @@ pub use cache::Cache;
 #[doc(hidden)]
 pub use cache::Held;
 pub use error::{Refused, SegmentError};
+pub use events::{Event, EventStats, Events, PublishError, Since, Tail, Tailed};
 pub use file::Found;
 pub use kept::Keep;
 pub use list::{Distribution, Listed};
@@ -184,4 +189,6 @@ pub struct Plan {
     pub rows: u32,
     /// The largest value the cache takes, in bytes; 0 for a 64th of the cache, but at least a MiB, as far as there is room.
     pub max_entry: u64,
+    /// Bytes for the event log: at least 64 KiB, or 0 for none.
+    pub events_bytes: u64,
 }

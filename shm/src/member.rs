@@ -210,6 +210,9 @@ impl Inner {
                 head.suspect.store(0, Ordering::Relaxed);
             }
         }
+        if let Some(head) = self.events_head() {
+            lock::bequeath(&head.lock);
+        }
         if let Some(header) = self.header() {
             header.prefix_lock.store(0, Ordering::Relaxed);
             header.sweep_due.store(0, Ordering::Relaxed);
@@ -229,6 +232,7 @@ impl Inner {
             self.free_lock_of(head.map(|head| &head.lock), number);
         }
         self.free_lock_of(self.header().map(|header| &header.prefix_lock), number);
+        self.free_lock_of(self.events_head().map(|head| &head.lock), number);
         if !crash::skips(Recovery::PassLeases) {
             for cell in self.lease_cells() {
                 if lease::take_from(&cell.word, number) {

@@ -20,6 +20,7 @@ use crate::Plan;
 use crate::cache::Cache;
 use crate::clock::monotonic_ms;
 use crate::error::SegmentError;
+use crate::events::Events;
 use crate::geometry::Geometry;
 use crate::layout::{FINGERPRINT, GRAIN, Header, MAGIC, ShardHead, VERSION};
 use crate::map::Map;
@@ -74,6 +75,7 @@ impl Segment {
         let seed = RandomState::new().build_hasher().finish(); // keyed by the system's random numbers
         let inner = Inner { map, geometry, seed, time_base: 0, membership: Membership::new(), fd, file };
         inner.init_shards().ok_or(BAD_GEOMETRY)?;
+        inner.init_events().ok_or(BAD_GEOMETRY)?;
         inner.write_header(plan).ok_or(BAD_GEOMETRY)?;
         Ok(Segment { inner: Arc::new(inner) })
     }
@@ -128,7 +130,7 @@ impl Segment {
 
     /// Makes this process a user of the cache now, as it would become one when it first touches it: for a process that will not
     /// be able to open the segment again, because it becomes another user or no longer sees `/proc`. False if it cannot be one,
-    /// or if there is no cache.
+    /// or if there is neither a cache nor an event log.
     pub fn enter(&self) -> bool {
         self.inner.member_at_last().is_some()
     }
@@ -136,6 +138,11 @@ impl Segment {
     /// The scoreboard.
     pub fn scoreboard(&self) -> Scoreboard {
         Scoreboard::new(Arc::clone(&self.inner))
+    }
+
+    /// The event log. Without one in the plan, nothing can be published.
+    pub fn events(&self) -> Events {
+        Events::new(Arc::clone(&self.inner))
     }
 
     /// The requests that are refused for a while.
@@ -176,6 +183,7 @@ impl Inner {
         header.total.store(self.geometry.total, Ordering::Relaxed);
         header.seed.store(self.seed, Ordering::Relaxed);
         header.max_entry.store(plan.max_entry, Ordering::Relaxed);
+        header.events_bytes.store(plan.events_bytes, Ordering::Relaxed);
         header.checksum.store(checksum(header), Ordering::Relaxed);
         header.magic.store(MAGIC, Ordering::Release);
         Some(())
@@ -200,6 +208,7 @@ pub(crate) fn checked_header(header: &Header, len: u64) -> Result<(Geometry, u64
         cache_bytes: header.cache_bytes.load(Ordering::Relaxed),
         rows: header.rows.load(Ordering::Relaxed),
         max_entry: header.max_entry.load(Ordering::Relaxed),
+        events_bytes: header.events_bytes.load(Ordering::Relaxed),
     };
     let geometry = Geometry::of(&plan).map_err(|_| unusable("its header makes no sense"))?;
     if geometry.total != len || header.total.load(Ordering::Relaxed) != len {
@@ -219,6 +228,7 @@ fn checksum(header: &Header) -> u64 {
         word(&header.total),
         word(&header.seed),
         word(&header.max_entry),
+        word(&header.events_bytes),
     ];
     xxh3_64(&words.map(u64::to_le_bytes).concat())
 }
@@ -289,7 +299,7 @@ mod tests {
 
     use super::*;
 
-    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 3, max_entry: 0 };
+    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 3, max_entry: 0, events_bytes: 0 };
 
     /// A sealed file with these bytes.
     fn file_of(bytes: &[u8], seals: SealFlag) -> OwnedFd {
@@ -344,7 +354,7 @@ mod tests {
 
     #[test]
     fn more_than_the_machine_has_is_an_error() {
-        let result = Segment::create(&Plan { cache_bytes: 1 << 45, rows: 1, max_entry: 0 });
+        let result = Segment::create(&Plan { cache_bytes: 1 << 45, rows: 1, ..Plan::default() });
         assert!(matches!(result, Err(SegmentError::NoMemory { .. })), "{result:?}");
     }
 
@@ -370,7 +380,7 @@ mod tests {
     #[test]
     fn attach_refuses_any_flipped_bit_of_the_fixed_header() {
         let good = bytes_of(&Segment::create(&Plan { rows: 3, ..Plan::default() }).unwrap());
-        for bit in 0..64 * 8 {
+        for bit in 0..72 * 8 {
             let mut bad = good.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
             why(Segment::attach(file_of(&bad, seals_of_a_segment())));

@@ -1,0 +1,204 @@
+//! Publishing: one event, whole or not at all.
+//!
+//! | killed | what the others see |
+//! |---|---|
+//! | making a topic | a cell without a topic, which stays so until the table is full; or the topic, without events |
+//! | raising the floor | the oldest events are gone; nothing is written where they were |
+//! | writing beyond the head | nothing: it is overwritten |
+//! | the head raised, the topic not told | the event; the next publisher tells the topic |
+//! | before waking who sleeps | the event, when their time is over, or with the next one |
+//!
+//! May not: wait for readers, or hold the lock across a system call.
+
+use std::fmt;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::ring::{Draft, Record};
+use super::topics::Topics;
+use super::{Events, Log};
+use crate::layout::GRAIN;
+use crate::segment::Inner;
+use crate::{crash, futex, wait};
+
+/// Why an event was not published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PublishError {
+    /// There is no event log.
+    Off,
+    /// That is no name for a topic.
+    BadTopic,
+    /// Name and data have more bytes than this.
+    TooLong {
+        /// The most.
+        most: u64,
+    },
+    /// There is no room for another topic, as all have events in the log.
+    TooManyTopics {
+        /// The most.
+        most: u64,
+    },
+    /// A process that is stopped holds the log's lock, or this one cannot take part in the locking (no `/proc`, too many
+    /// processes).
+    Busy,
+}
+
+impl fmt::Display for PublishError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("event not published: there is no event log (--events gives it a size)"),
+            Self::BadTopic => f.write_str("event not published: a topic has 1 to 128 bytes, and no control characters"),
+            Self::TooLong { most } => {
+                write!(
+                    f,
+                    "event not published: longer than the {most} bytes it may have (a larger log takes longer ones)"
+                )
+            }
+            Self::TooManyTopics { most } => {
+                write!(f, "event not published: all {most} topics are in use (a larger log has room for more)")
+            }
+            Self::Busy => f.write_str("event not published: another process holds the event log (try again)"),
+        }
+    }
+}
+
+impl std::error::Error for PublishError {}
+
+impl Events {
+    /// Publishes an event, and returns its id. `name` is the kind of event, and may be empty.
+    ///
+    /// Waits up to 20 ms for other publishers, and never for readers.
+    ///
+    /// # Errors
+    /// See [`PublishError`]; nothing has happened then.
+    pub fn publish(&self, topic: &str, name: &str, data: &[u8]) -> Result<u64, PublishError> {
+        let log = Log::of(&self.segment).ok_or(PublishError::Off)?;
+        if !Topics::is_name(topic) {
+            return Err(PublishError::BadTopic);
+        }
+        let most = self.max_event();
+        if (name.len() as u64).saturating_add(data.len() as u64) > most {
+            return Err(PublishError::TooLong { most });
+        }
+        let taken = self.segment.take_lock(&log.head.lock, false).ok_or(PublishError::Busy)?;
+        if taken {
+            log.head.counters.recoveries.fetch_add(1, Ordering::Relaxed);
+        }
+        let outcome = log.publish(topic, name, data);
+        wait::release(&log.head.lock);
+        crash::point("event: lock released");
+        if outcome.is_some() {
+            self.segment.announce_event();
+        }
+        outcome.ok_or(PublishError::TooManyTopics { most: self.segment.geometry.topics })
+    }
+}
+
+impl Inner {
+    /// Wakes who waits for events.
+    fn announce_event(&self) {
+        let Some(head) = self.events_head() else { return };
+        head.sequence.fetch_add(1, Ordering::SeqCst);
+        if head.sleepers.swap(0, Ordering::SeqCst) != 0 {
+            futex::wake(&head.sequence, i32::MAX);
+        }
+    }
+}
+
+/// What is done under the lock.
+impl Log<'_> {
+    /// `None` if there is no room for the topic.
+    fn publish(&self, topic: &str, name: &str, data: &[u8]) -> Option<u64> {
+        self.check();
+        self.link();
+        let (cell_number, cell) = self.topics.find_or_make(topic, self.head)?;
+        let id = cell.last_id.load(Ordering::Relaxed) + 1;
+        let before = cell.last_at.load(Ordering::Relaxed);
+        let draft = Draft { id, before, published_us: wall_us(), cell: cell_number, topic, name, data };
+        let (head, size) = (self.head.head.load(Ordering::Relaxed), draft.size());
+        let pad = if size > self.ring.left_from(head) { self.ring.left_from(head) } else { 0 };
+        self.make_room(head + pad + size);
+        crash::point("event: room made");
+        if pad > 0 {
+            self.ring.write_pad(head, pad)?;
+        }
+        self.ring.write(head + pad, &draft)?;
+        crash::point("event: written");
+        self.head.head.store(head + pad + size, Ordering::Release);
+        crash::point("event: published");
+        self.head.counters.published.fetch_add(1, Ordering::Relaxed);
+        self.link();
+        Some(id)
+    }
+
+    /// Raises the floor until all up to `end` fits into the ring.
+    fn make_room(&self, end: u64) {
+        let head = self.head.head.load(Ordering::Relaxed);
+        let mut floor = self.head.floor.load(Ordering::Relaxed);
+        let mut evicted = 0;
+        while end - floor > self.ring.len() {
+            match self.ring.record(floor, head) {
+                Some(record) => {
+                    floor += record.size();
+                    evicted += u64::from(matches!(record, Record::Event(_)));
+                }
+                None => {
+                    // Not by a death: somebody has written over it.
+                    self.head.counters.restarts.fetch_add(1, Ordering::Relaxed);
+                    floor = head;
+                }
+            }
+        }
+        self.head.counters.evicted.fetch_add(evicted, Ordering::Relaxed);
+        self.head.floor.store(floor, Ordering::Release);
+        // Whoever reads something that is written from here on sees that the floor has passed.
+        fence(Ordering::Release);
+    }
+
+    /// Tells the topics of the events that they do not know of yet: the one just published, or one whose publisher died.
+    fn link(&self) {
+        let head = self.head.head.load(Ordering::Relaxed);
+        let mut at = self.head.linked.load(Ordering::Relaxed);
+        while at < head {
+            let Some(record) = self.ring.record(at, head) else { break };
+            if let Record::Event(lies) = record
+                && let Some(cell) = self.topics.cell(lies.topic)
+            {
+                cell.last_id.store(lies.id, Ordering::Relaxed);
+                crash::point("link: id stored");
+                cell.last_at.store(at, Ordering::Release);
+                crash::point("link: position stored");
+            }
+            at += record.size();
+        }
+        self.head.linked.store(head, Ordering::Release);
+        crash::point("link: done");
+    }
+
+    /// Empties the log if its positions cannot be.
+    fn check(&self) {
+        let [floor, head, linked] =
+            [&self.head.floor, &self.head.head, &self.head.linked].map(|position| position.load(Ordering::Relaxed));
+        let is_sound = floor <= head
+            && head - floor <= self.ring.len()
+            && linked <= head
+            && linked >= floor
+            && head < 1 << 62
+            && [floor, head, linked].iter().all(|position| *position >= GRAIN && position.is_multiple_of(GRAIN));
+        if !is_sound {
+            self.head.counters.restarts.fetch_add(1, Ordering::Relaxed);
+            let anew = if head < 1 << 62 { head.next_multiple_of(GRAIN).max(GRAIN) } else { GRAIN };
+            self.head.head.store(anew, Ordering::Release);
+            self.head.linked.store(anew, Ordering::Release);
+            self.head.floor.store(anew, Ordering::Release);
+            fence(Ordering::Release);
+        }
+    }
+}
+
+/// Microseconds since 1970.
+fn wall_us() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,126 @@
+//! The table of topics: which there are, and where the latest event of each lies.
+//!
+//! A topic is looked for from the cell that its hash names, up to one that was never used. A cell that is given up, or that
+//! somebody died writing, stays marked as such, so that nobody stops looking there.
+//!
+//! Readers look without a lock; that a cell has got another topic meanwhile they see by the events that it leads to.
+//!
+//! May not: wait, or give up a topic of which there is an event in the log.
+
+use std::sync::atomic::Ordering;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::crash;
+use crate::layout::{EVENTS_HEAD, EventsHead, TOPIC_BYTES, TOPIC_CELL, TopicCell};
+use crate::map::Map;
+use crate::segment::Inner;
+
+/// The length of a topic in a cell that has none.
+const GIVEN_UP: u32 = u32::MAX;
+const TEXT_AT: u64 = 32;
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Topics<'a> {
+    map: &'a Map,
+    at: u64,
+    cells: &'a [TopicCell],
+}
+
+impl<'a> Topics<'a> {
+    pub(super) fn of(segment: &'a Inner) -> Option<Topics<'a>> {
+        let at = segment.geometry.events_at + EVENTS_HEAD;
+        Some(Topics { map: &segment.map, at, cells: segment.map.slice(at, segment.geometry.topics)? })
+    }
+
+    /// A topic's name as it may be: 1 to 128 bytes, no control characters.
+    pub(super) fn is_name(topic: &str) -> bool {
+        (1..=TOPIC_BYTES).contains(&topic.len()) && !topic.chars().any(char::is_control)
+    }
+
+    pub(super) fn cell(&self, index: u32) -> Option<&'a TopicCell> {
+        self.cells.get(index as usize)
+    }
+
+    /// The cells that have a topic, with its name.
+    pub(super) fn living(&self) -> impl Iterator<Item = (&'a TopicCell, String)> {
+        let all = self.cells.iter().zip(0_u64..);
+        all.filter_map(|(cell, index)| {
+            let length = cell.length.load(Ordering::Acquire);
+            let length = usize::try_from(length).ok().filter(|length| (1..=TOPIC_BYTES).contains(length))?;
+            let mut text = Vec::with_capacity(length);
+            self.map.read(self.text_at(index), length as u64, &mut text)?;
+            Some((cell, String::from_utf8(text).ok()?))
+        })
+    }
+
+    /// Where a topic is.
+    pub(super) fn find(&self, topic: &str) -> Option<(u32, &'a TopicCell)> {
+        self.search(topic).0
+    }
+
+    /// Where a topic is, and if it is nowhere, the cell at which the search ended because it was never used.
+    fn search(&self, topic: &str) -> (Option<(u32, &'a TopicCell)>, Option<u32>) {
+        let hash = xxh3_64(topic.as_bytes());
+        let count = self.cells.len();
+        let first = usize::try_from(hash % (count as u64).max(1)).unwrap_or(0);
+        for step in 0..count {
+            let index = (first + step) % count;
+            let (Some(cell), Ok(number)) = (self.cells.get(index), u32::try_from(index)) else { break };
+            match cell.length.load(Ordering::Acquire) {
+                0 => return (None, Some(number)),
+                length
+                    if length as usize == topic.len()
+                        && cell.hash.load(Ordering::Relaxed) == hash
+                        && self.map.equals(self.text_at(index as u64), topic.as_bytes()) == Some(true) =>
+                {
+                    return (Some((number, cell)), None);
+                }
+                _ => {}
+            }
+        }
+        (None, None)
+    }
+
+    /// Where a topic is; if it is new, a place is made for it. `None` if all topics have events in the log. Under the lock.
+    pub(super) fn find_or_make(&self, topic: &str, head: &EventsHead) -> Option<(u32, &'a TopicCell)> {
+        let (found, unused) = self.search(topic);
+        if found.is_some() {
+            return found;
+        }
+        let index = match unused {
+            Some(unused) => unused,
+            None => self.idle_longest(head.floor.load(Ordering::Relaxed))?,
+        };
+        let cell = self.cell(index)?;
+        if cell.length.load(Ordering::Relaxed) != 0 {
+            let retired = cell.last_id.load(Ordering::Relaxed).max(head.retired.load(Ordering::Relaxed));
+            head.retired.store(retired, Ordering::Relaxed);
+            crash::point("topic: retired");
+        }
+        cell.length.store(GIVEN_UP, Ordering::Release);
+        crash::point("topic: cell taken");
+        cell.last_at.store(0, Ordering::Relaxed);
+        cell.last_id.store(head.retired.load(Ordering::Relaxed), Ordering::Relaxed);
+        cell.hash.store(xxh3_64(topic.as_bytes()), Ordering::Relaxed);
+        self.map.write(self.text_at(index.into()), topic.as_bytes())?;
+        crash::point("topic: written");
+        cell.length.store(u32::try_from(topic.len()).ok()?, Ordering::Release);
+        crash::point("topic: made");
+        Some((index, cell))
+    }
+
+    /// A cell without a topic, or else the one whose last event is the oldest, if that is in the log no more.
+    fn idle_longest(&self, floor: u64) -> Option<u32> {
+        let last_at = |cell: &TopicCell| match cell.length.load(Ordering::Relaxed) {
+            GIVEN_UP => 0,
+            _ => cell.last_at.load(Ordering::Relaxed),
+        };
+        let (index, cell) = (0_u32..).zip(self.cells).min_by_key(|(_, cell)| last_at(cell))?;
+        (last_at(cell) < floor).then_some(index)
+    }
+
+    fn text_at(&self, index: u64) -> u64 {
+        self.at + index * TOPIC_CELL + TEXT_AT
+    }
+}

@@ -1,0 +1,302 @@
+//! The event log under deaths: publishers that are killed at each marked step, and publishers and readers that are killed at
+//! random. No event is torn, doubled or lost that was confirmed, and the ids of each topic have no gap.
+//!
+//! FORKYARD_KILLS says how many deaths at random (default 300).
+#![expect(clippy::print_stdout, reason = "a report of its own")]
+
+mod common;
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use common::{Child, not_longer_than, spawn};
+use forkyard_shm::{Event, Events, Plan, Segment, Tail, Tailed, crash};
+use xxhash_rust::xxh3::xxh3_64;
+
+const HANGS: Duration = Duration::from_secs(60);
+const TOPIC: &str = "prices";
+
+fn main() {
+    common::run(&[
+        ("killed_at_each_mark", killed_at_each_mark),
+        ("killed_at_random", killed_at_random),
+        ("a_publisher_that_stands_still_stops_no_reader", a_publisher_that_stands_still_stops_no_reader),
+    ]);
+}
+
+fn segment(events_bytes: u64) -> Segment {
+    Segment::create(&Plan { rows: 8, events_bytes, ..Plan::default() }).expect("segment")
+}
+
+/// What an event's data have to be.
+fn data_of(topic: &str, seed: u64) -> Vec<u8> {
+    let mut data = seed.to_le_bytes().to_vec();
+    let length = usize::try_from(seed % 1500).expect("small");
+    data.extend((0..length).map(|at| (xxh3_64(topic.as_bytes()) ^ seed).to_le_bytes()[at % 8]));
+    data
+}
+
+fn assert_whole(event: &Event) {
+    let seed = event.data.first_chunk().copied().map(u64::from_le_bytes).expect("a seed");
+    assert!(event.data == data_of(&event.topic, seed), "{} {} is torn", event.topic, event.id);
+}
+
+fn publish(events: &Events, topic: &str, seed: u64) -> u64 {
+    events.publish(topic, "kind", &data_of(topic, seed)).expect("published")
+}
+
+fn publish_all(events: &Events, topic: &str, seeds: std::ops::Range<u64>) {
+    for seed in seeds {
+        publish(events, topic, seed);
+    }
+}
+
+// ---- At each mark. ----
+
+/// What has been published before the death.
+type Scene = (&'static str, fn(&Events));
+
+const SCENES: [Scene; 4] = [
+    ("a new topic", |_| ()),
+    ("one that is known", |events| publish_all(events, TOPIC, 7..8)),
+    ("a log that is full", |events| publish_all(events, TOPIC, 200..500)),
+    ("a table that is full", |events| {
+        let most = events.stats().most_topics;
+        (0..most).for_each(|topic| publish_all(events, &topic.to_string(), 2..3));
+        publish_all(events, "1", 1200..1400);
+    }),
+];
+
+/// Has a child publish and die at a mark. False if it came to its end.
+fn dies(events: &Events, at: u64, topic: &str) -> bool {
+    not_longer_than(HANGS);
+    let child = spawn(|_| {
+        crash::die_at(at);
+        publish(events, topic, 1499);
+    });
+    !child.ended()
+}
+
+fn killed_at_each_mark(_seed: u64) {
+    let mut passed = BTreeSet::new();
+    for (name, prepare) in SCENES {
+        let (mut deaths, mut deaths_after) = (0, 0);
+        for at in 0.. {
+            let mut again = 0;
+            // Whoever comes next dies at each mark as well, and at last does not.
+            loop {
+                let segment = segment(64 * 1024);
+                let events = segment.events();
+                prepare(&events);
+                let (mut tail, before) = (events.tail(), events.last_id(TOPIC));
+                if !dies(&events, at, TOPIC) {
+                    break;
+                }
+                let died_again = dies(&events, again, "other");
+                verify(&events, &mut tail, before).unwrap_or_else(|why| panic!("{name}, {at} and {again}: {why}"));
+                (deaths, deaths_after) = (deaths + u64::from(again == 0), deaths_after + u64::from(died_again));
+                if !died_again {
+                    break;
+                }
+                again += 1;
+            }
+            if again == 0 {
+                break;
+            }
+        }
+        let events = segment(64 * 1024).events();
+        prepare(&events);
+        crash::die_at(u64::MAX - 1);
+        publish(&events, TOPIC, 1499);
+        passed.extend(crash::points_passed());
+        crash::die_at(u64::MAX);
+        println!("  {name}: {deaths} deaths, {deaths_after} of the next publisher");
+        assert!(deaths > 5);
+    }
+    for mark in marks_of_the_sources() {
+        assert!(passed.contains(mark.as_str()), "no scene passes {mark:?}");
+    }
+}
+
+/// Looks at a log after a death or two.
+fn verify(events: &Events, tail: &mut Tail, before: u64) -> Result<(), String> {
+    events.audit()?;
+    let mut seen = Vec::new();
+    loop {
+        match tail.next() {
+            Tailed::Event(event) if *event.topic == *TOPIC => seen.push(event),
+            Tailed::Event(_) => {}
+            Tailed::Gap => return Err("a gap".to_owned()),
+            Tailed::CaughtUp => break,
+        }
+    }
+    seen.iter().for_each(assert_whole);
+    let ids: Vec<u64> = seen.iter().map(|event| event.id).collect();
+    let first = ids.first().copied().unwrap_or(before + 1);
+    if seen.len() > 1 || first <= before {
+        return Err(format!("{ids:?} after {before}"));
+    }
+    let last = ids.last().copied().unwrap_or(before);
+    if !seen.is_empty() && (events.last_id(TOPIC) != last || events.since(TOPIC, before, 10).events != seen) {
+        return Err(format!("it is known to the tail alone: {ids:?}"));
+    }
+    let next = publish(events, TOPIC, 3);
+    if !seen.is_empty() && next != last + 1 || next <= before {
+        return Err(format!("{next} follows {last}"));
+    }
+    events.audit()
+}
+
+fn marks_of_the_sources() -> BTreeSet<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/events");
+    let sources = std::fs::read_dir(folder).expect("the sources are there").map(|entry| entry.expect("entry").path());
+    let text: String = sources.map(|path| std::fs::read_to_string(path).expect("a source is text")).collect();
+    let names: BTreeSet<String> = text
+        .lines()
+        .filter(|line| line.contains("crash::point("))
+        .flat_map(|line| line.split('"').skip(1).step_by(2))
+        .map(str::to_owned)
+        .collect();
+    assert!(names.len() > 10, "{names:?}");
+    names
+}
+
+// ---- At random. ----
+
+/// Publishes for ever, and says each id that was confirmed.
+fn publisher(events: &Events, mut said: File, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    loop {
+        let topic = random.u8(0..3);
+        let id = publish(events, &topic.to_string(), random.u64(..));
+        let word = id << 8 | u64::from(topic);
+        if said.write_all(&word.to_le_bytes()).is_err() {
+            return;
+        }
+        if random.u8(..) < 64 {
+            std::thread::sleep(Duration::from_micros(random.u64(..100))); // or the witness would not keep up
+        }
+    }
+}
+
+/// Reads for ever, by `since` and by a tail in turn.
+fn reader(events: &Events, mut said: File) {
+    let (mut tail, mut last) = (events.tail(), HashMap::new());
+    common::say_ready(&mut said);
+    let mut after = events.last_id("1");
+    loop {
+        let seen = events.sequence();
+        loop {
+            match tail.next() {
+                Tailed::Event(event) => {
+                    assert_whole(&event);
+                    let before = last.insert(event.topic.clone(), event.id);
+                    assert!(before.is_none_or(|before| before + 1 == event.id), "{before:?}, {}", event.id);
+                }
+                Tailed::Gap => last.clear(),
+                Tailed::CaughtUp => break,
+            }
+        }
+        let since = events.since("1", after, 100);
+        if let (Some(first), Some(newest)) = (since.events.first(), since.events.last()) {
+            assert_eq!(first.id, after + 1 + since.missed);
+            after = newest.id;
+        }
+        events.wait(seen, Duration::from_secs(1));
+    }
+}
+
+/// What was seen of the log by one who lives.
+struct Witness {
+    tail: Tail,
+    last: HashMap<Box<str>, u64>,
+}
+
+impl Witness {
+    fn look(&mut self) {
+        loop {
+            match self.tail.next() {
+                Tailed::Event(event) => {
+                    assert_whole(&event);
+                    let last = self.last.entry(event.topic.clone()).or_default();
+                    assert_eq!(event.id, *last + 1, "topic {}", event.topic);
+                    *last = event.id;
+                }
+                Tailed::Gap => panic!("the log is large enough"),
+                Tailed::CaughtUp => return,
+            }
+        }
+    }
+}
+
+fn killed_at_random(seed: u64) {
+    let kills = common::number("FORKYARD_KILLS").unwrap_or(300);
+    let segment = segment(64 << 20);
+    let events = segment.events();
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut witness = Witness { tail: events.tail(), last: HashMap::new() };
+    let mut children: Vec<(bool, Child)> = Vec::new();
+    let mut confirmed = [0_u64; 3];
+    let mut events_confirmed = 0;
+    for _ in 0..kills {
+        not_longer_than(HANGS);
+        while children.len() < 6 {
+            let publishes = children.iter().filter(|(publishes, _)| *publishes).count() < 3;
+            let (events, seed) = (&events, random.u64(..));
+            children.push((
+                publishes,
+                spawn(|pipe| if publishes { publisher(events, pipe, seed) } else { reader(events, pipe) }),
+            ));
+        }
+        for _ in 0..random.u64(1..6) {
+            std::thread::sleep(Duration::from_micros(random.u64(..500)));
+            witness.look();
+        }
+        let (publishes, child) = children.swap_remove(random.usize(..children.len()));
+        let mut said = child.ready.try_clone().expect("dup");
+        child.kill();
+        let mut words = Vec::new();
+        said.read_to_end(&mut words).expect("what it said");
+        if publishes {
+            witness.look();
+            for word in words.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)) {
+                let (topic, id) = (word & 0xff, word >> 8);
+                let newest = &mut confirmed[usize::try_from(topic).expect("one of three")];
+                *newest = (*newest).max(id);
+                events_confirmed += 1;
+                assert!(witness.last[topic.to_string().as_str()] >= id, "{id} of topic {topic} was confirmed");
+            }
+        }
+    }
+    children.into_iter().for_each(|(_, child)| child.kill());
+    witness.look();
+    events.audit().expect("in order");
+    let stats = events.stats();
+    println!("  {kills} kills: {} events, {events_confirmed} confirmed, {stats:?}", stats.published);
+    assert!(stats.restarts == 0 && events_confirmed > kills);
+}
+
+fn a_publisher_that_stands_still_stops_no_reader(_seed: u64) {
+    let segment = segment(64 * 1024);
+    let (events, mut tail) = (segment.events(), segment.events().tail());
+    publish(&events, TOPIC, 1);
+    let mut child = spawn(|mut pipe| {
+        common::say_ready(&mut pipe);
+        publisher(&events, pipe, 5);
+    });
+    child.await_ready();
+    nix::sys::signal::kill(child.pid, nix::sys::signal::Signal::SIGSTOP).expect("it lives");
+    let mut seen = 0;
+    while let Tailed::Event(event) = tail.next() {
+        assert_whole(&event);
+        seen += 1;
+    }
+    println!("  {seen} events seen");
+    assert!(events.last_id(TOPIC) == 1);
+    child.kill();
+    publish(&events, TOPIC, 2);
+    events.audit().expect("in order");
+}
