@@ -356,10 +356,9 @@ fn answer(config: &Config, log_level: &str, cgi: &CgiMain, preload: Option<Prelo
 /// The cache of a CGI call: the one in the file, which it shares with other calls and with a server. A page without the
 /// cache is better than none.
 fn join_segment(config: &Config) -> Result<Segment, BoxError> {
-    let CacheConfig { bytes, max_entry, file } = &config.cache;
+    let CacheConfig { bytes, file, .. } = &config.cache;
     if let Some(path) = file.as_ref().filter(|_| *bytes > 0) {
-        let plan = Plan { cache_bytes: *bytes, rows: config.slots(), max_entry: *max_entry, events_bytes: 0 };
-        match Segment::join(path, &plan) {
+        match Segment::join(path, &memory::plan(config)) {
             Ok(segment) => return Ok(segment),
             Err(error) => log::error!("no cache: {error} file={}", path.display()),
         }
