@@ -80,7 +80,8 @@ fn current(cx: &Context) -> Vec<f64> {
 /// Waits to be elected, and then makes prices as long as the process lives.
 fn make_prices(cx: &Context) {
     // A file that is opened anew has locks of its own, and none of its parent's.
-    let Some(office) = OFFICE.get().and_then(|file| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()) else {
+    let Some(office) = OFFICE.get().and_then(|file| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok())
+    else {
         return log::error!("no prices: the file to lock cannot be opened");
     };
     if let Err(error) = office.lock() {
@@ -99,7 +100,8 @@ fn make_prices(cx: &Context) {
         let text = text.join(",");
         let _ = cx.cache().set(TOPIC, &text, &Options::new()); // a cache may refuse; the next start is at the old prices then
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let event = format!("{{\"at\":{},\"maker\":{},\"prices\":[{text}]}}", since_1970.as_millis(), std::process::id());
+        let event =
+            format!("{{\"at\":{},\"maker\":{},\"prices\":[{text}]}}", since_1970.as_millis(), std::process::id());
         if let Err(error) = cx.events().publish(TOPIC, event) {
             log::error!("{error}");
         }

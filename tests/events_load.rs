@@ -128,7 +128,8 @@ fn every_subscriber_gets_every_event_once_and_in_order() {
     let subscribers = usize::try_from(number("FORKYARD_SUBSCRIBERS", 400)).unwrap();
     let events = number("FORKYARD_SECONDS", 5) * RATE;
     let workers = WORKERS.to_string();
-    let mut server = Server::start("stream", &["--bind", "http:127.0.0.1:0", "--workers", &workers, "--backlog", "4096"]);
+    let mut server =
+        Server::start("stream", &["--bind", "http:127.0.0.1:0", "--workers", &workers, "--backlog", "4096"]);
     let address = server.http();
     let before = memory(&server);
     let seen: &'static Seen = Box::leak(Box::new(Seen {

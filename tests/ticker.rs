@@ -3,15 +3,15 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
 
-mod common;
 #[path = "common/browser.rs"]
 mod browser;
+mod common;
 #[path = "common/fronts/mod.rs"]
 mod fronts;
 
 use browser::Browser;
 use common::{Server, http, wait_until};
-use fronts::{Front, LIGHTTPD, NGINX, Site};
+use fronts::{Front, LIGHTTPD_EVENTS, NGINX, Site};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -64,11 +64,16 @@ fn prices_go_on(front: Front, script: &str, by: &str) {
         }
     }
     assert_dense(&mut browser);
-    let mut lags: Vec<i64> = browser.evaluate("ticker.lags").as_array().unwrap().iter().filter_map(Value::as_i64).collect();
+    let mut lags: Vec<i64> =
+        browser.evaluate("ticker.lags").as_array().unwrap().iter().filter_map(Value::as_i64).collect();
     lags.sort_unstable();
     let makers = server.log().matches("makes the prices").count();
-    eprintln!("{front}, {by}: {} events by {makers} makers, {} ms after their publication (median), {} ms (slowest)",
-        lags.len(), lags[lags.len() / 2], lags[lags.len() - 1]);
+    eprintln!(
+        "{front}, {by}: {} events by {makers} makers, {} ms after their publication (median), {} ms (slowest)",
+        lags.len(),
+        lags[lags.len() / 2],
+        lags[lags.len() - 1]
+    );
     assert!(makers > 1, "another is elected");
     server.stop();
 }
@@ -80,7 +85,7 @@ fn behind_nginx_the_page_goes_on_when_its_worker_is_killed() {
 
 #[test]
 fn behind_lighttpd_the_page_goes_on_when_its_worker_is_killed() {
-    prices_go_on(LIGHTTPD, "", "EventSource");
+    prices_go_on(LIGHTTPD_EVENTS, "", "EventSource");
 }
 
 #[test]
@@ -90,7 +95,7 @@ fn without_event_source_the_page_polls_behind_nginx() {
 
 #[test]
 fn without_event_source_the_page_polls_behind_lighttpd() {
-    prices_go_on(LIGHTTPD, WITHOUT_EVENT_SOURCE, "polling");
+    prices_go_on(LIGHTTPD_EVENTS, WITHOUT_EVENT_SOURCE, "polling");
 }
 
 #[test]

@@ -92,6 +92,7 @@ pub struct InFlight {
     held: Rc<Holding>,
     /// `None` if all cells were in use.
     cell: Option<usize>,
+    is_counted: bool,
 }
 
 /// What a row said at some moment.
@@ -300,7 +301,7 @@ impl Row {
                 words.fill(method, target);
             }
         }
-        InFlight { held: Rc::clone(&self.held), cell }
+        InFlight { held: Rc::clone(&self.held), cell, is_counted: true }
     }
 
     /// Requests served since the row was claimed.
@@ -374,16 +375,29 @@ impl InFlight {
     }
 }
 
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        if let Some(index) = self.cell {
+impl InFlight {
+    /// From here on the request is none of those that are being served: it keeps nobody at work. It counts as served when this
+    /// is dropped.
+    pub fn stop_counting(&mut self) {
+        if !std::mem::take(&mut self.is_counted) {
+            return;
+        }
+        let cell = self.cell.take();
+        if let Some(index) = cell {
             self.held.used.set(self.held.used.get() & !(1 << index));
         }
         let Some(row) = self.held.row() else { return };
-        if let Some(words) = self.cell.and_then(|index| row.cells.get(index)) {
+        if let Some(words) = cell.and_then(|index| row.cells.get(index)) {
             words.stamp_ms.store(0, Ordering::Release);
         }
         step(&row.in_flight, -1);
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.stop_counting();
+        let Some(row) = self.held.row() else { return };
         let served = row.requests.load(Ordering::Relaxed);
         row.requests.store(served.wrapping_add(1), Ordering::Relaxed);
     }
