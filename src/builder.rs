@@ -293,10 +293,11 @@ fn serve(
     master::check_helpers(&config)?;
     let pid_file = PidFile::open(config.privileges.pid_file.as_deref(), takeover.as_mut())?;
     let mut listeners: Vec<Listener> = Vec::new();
-    let mut control = None;
+    let (mut control, mut publish) = (None, None);
     let outcome = sockets::open(&config, blocking, takeover.as_mut(), &mut listeners)
         .and_then(|()| {
             control = sockets::open_control(&config, takeover.as_mut())?;
+            publish = sockets::open_publish(&config, takeover.as_mut())?;
             memory::open(&config, takeover.as_mut())
         })
         .and_then(|segment| Ok((segment, run_preload(preload)?)))
@@ -320,6 +321,7 @@ fn serve(
         let operators = Operators {
             reread: reread(&config, parse),
             control: control.take().map(Control::new),
+            publish: publish.take(),
             log_files,
             pid_file: pid_file.as_ref().map(PidFile::saved),
         };
@@ -356,10 +358,9 @@ fn answer(config: &Config, log_level: &str, cgi: &CgiMain, preload: Option<Prelo
 /// The cache of a CGI call: the one in the file, which it shares with other calls and with a server. A page without the
 /// cache is better than none.
 fn join_segment(config: &Config) -> Result<Segment, BoxError> {
-    let CacheConfig { bytes, max_entry, file } = &config.cache;
+    let CacheConfig { bytes, file, .. } = &config.cache;
     if let Some(path) = file.as_ref().filter(|_| *bytes > 0) {
-        let plan = Plan { cache_bytes: *bytes, rows: config.slots(), max_entry: *max_entry, events_bytes: 0 };
-        match Segment::join(path, &plan) {
+        match Segment::join(path, &memory::plan(config)) {
             Ok(segment) => return Ok(segment),
             Err(error) => log::error!("no cache: {error} file={}", path.display()),
         }

@@ -11,9 +11,10 @@ use crate::{privileges, systemd};
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
-fn plan(config: &Config) -> Plan {
+/// What the segment is to have.
+pub(crate) fn plan(config: &Config) -> Plan {
     let CacheConfig { bytes, max_entry, .. } = config.cache;
-    Plan { cache_bytes: bytes, rows: config.slots(), max_entry, events_bytes: 0 }
+    Plan { cache_bytes: bytes, rows: config.slots(), max_entry, events_bytes: config.events.bytes }
 }
 
 /// # Errors

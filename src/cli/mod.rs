@@ -9,11 +9,13 @@ pub(crate) mod check;
 mod control;
 mod file;
 
+mod events;
 mod failures;
 mod helpers;
 mod logs;
 mod numbers;
 mod privileges;
+mod publish;
 
 mod upgrade;
 
@@ -29,6 +31,7 @@ use self::logs::{AccessLogOptions, LogOptions, NoAccessLog};
 use self::numbers::{NumberOptions, OfEachWorker, RefusedByRun};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
 use crate::cgi_call;
+use crate::config::events::EventsConfig;
 use crate::config::failures::Failures;
 use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
@@ -105,6 +108,9 @@ struct ServeOptions {
 
     #[command(flatten)]
     helpers: helpers::HelperOptions,
+
+    #[command(flatten)]
+    publish: publish::PublishOptions,
 }
 
 impl ServeOptions {
@@ -129,6 +135,9 @@ struct WorkerOptions {
 
     #[command(flatten)]
     keep: KeepOptions,
+
+    #[command(flatten)]
+    events: events::EventsOptions,
 
     #[command(flatten)]
     access: AccessOptions,
@@ -347,6 +356,9 @@ struct RunOptions {
     #[command(flatten)]
     keep: KeepOptions,
 
+    #[command(flatten)]
+    events: events::LogOfProgram,
+
     /// An application process counts as started when it waits for connections, has one, or has run for so long
     #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", default_value = "1s", value_parser = parse_duration, help_heading = "Processes")]
     settle: Duration,
@@ -416,8 +428,20 @@ fn linked_request(mut linked: LinkedOptions, command: &mut Command) -> Result<Re
     linked.serve.bind_what_is_passed();
     let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
-    let WorkerOptions { threads, queue, cache, keep, access, timeouts, of_each, sandbox, failures, access_log, .. } =
-        linked.worker;
+    let WorkerOptions {
+        threads,
+        queue,
+        cache,
+        keep,
+        events,
+        access,
+        timeouts,
+        of_each,
+        sandbox,
+        failures,
+        access_log,
+        ..
+    } = linked.worker;
     let numbers = linked.serve.numbers.numbers(of_each);
     let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     let sandbox = sandbox.config().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
@@ -432,7 +456,7 @@ fn linked_request(mut linked: LinkedOptions, command: &mut Command) -> Result<Re
         timeouts: timeouts.timeouts(),
     };
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
-    let config = config(linked.serve, numbers, keep.cache(cache), Duration::ZERO, of_workers)
+    let config = config(linked.serve, numbers, (keep.cache(cache), events.config()), Duration::ZERO, of_workers)
         .map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
     Ok(Request { config, log_level, cgi, program: None })
 }
@@ -467,7 +491,8 @@ fn run_request(mut run: RunOptions, name: &str, command: &mut Command) -> Result
     some.and_then(|()| check_run(&run.serve.bind)).map_err(&mut refuse)?;
     let numbers = run.serve.numbers.numbers(OfEachWorker::default());
     let config =
-        config(run.serve, numbers, run.keep.cache(run.cache), run.settle, OfWorkers::default()).map_err(refuse)?;
+        config(run.serve, numbers, (run.keep.cache(run.cache), run.events.config()), run.settle, OfWorkers::default())
+            .map_err(refuse)?;
     Ok(Request { config, log_level, cgi: false, program: Some((run.command, run.direct)) })
 }
 
@@ -542,7 +567,7 @@ struct Access {
 fn config(
     serve: ServeOptions,
     numbers: Numbers,
-    cache: CacheConfig,
+    (cache, events): (CacheConfig, EventsConfig),
     settle: Duration,
     of_workers: OfWorkers,
 ) -> Result<Config, String> {
@@ -562,6 +587,8 @@ fn config(
         threads: of_workers.threads,
         queue: of_workers.queue,
         cache,
+        events,
+        publish: serve.publish.config(),
         backlog: serve.backlog,
         socket_mode: serve.socket_mode,
         start_timeout: serve.start_timeout,

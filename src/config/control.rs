@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::Config;
+use super::events::EventsConfig;
 use super::privileges::PrivilegesConfig;
 
 /// As in [`super::Config`].
@@ -31,6 +32,8 @@ pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, V
     differs("cache", running.cache.bytes != read.cache.bytes);
     differs("cache-max-entry", running.cache.max_entry != read.cache.max_entry);
     differs("cache-file", running.cache.file != read.cache.file);
+    differs("events", running.events.bytes != read.events.bytes);
+    differs("events-socket", running.publish != read.publish);
     differs("socket-owner", running.privileges.socket_owner != read.privileges.socket_owner);
     differs("pid-file", running.privileges.pid_file != read.privileges.pid_file);
     // By these the program was found.
@@ -43,6 +46,8 @@ pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, V
         socket_mode: running.socket_mode,
         workers: if workers_fit { read.workers } else { running.workers },
         cache: running.cache.clone(),
+        events: EventsConfig { bytes: running.events.bytes },
+        publish: running.publish.clone(),
         privileges: PrivilegesConfig {
             socket_owner: running.privileges.socket_owner,
             pid_file: running.privileges.pid_file.clone(),

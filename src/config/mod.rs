@@ -4,11 +4,13 @@
 //! form of an address, and which headers proxies write.
 
 pub(crate) mod control;
+pub(crate) mod events;
 pub(crate) mod failures;
 pub(crate) mod helpers;
 pub(crate) mod logs;
 mod numbers;
 pub(crate) mod privileges;
+pub(crate) mod publish;
 pub(crate) mod upgrade;
 
 use std::ffi::OsString;
@@ -35,6 +37,8 @@ pub(crate) struct Config {
     /// Requests per worker that may wait for such a thread.
     pub(crate) queue: u32,
     pub(crate) cache: CacheConfig,
+    pub(crate) events: events::EventsConfig,
+    pub(crate) publish: publish::PublishConfig,
     pub(crate) backlog: u32,
     pub(crate) socket_mode: Option<u32>,
     pub(crate) start_timeout: Duration,
