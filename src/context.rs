@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use forkyard_shm::{Cache, Segment};
 
+use crate::events::Events;
+
 /// Given to the application's factory in each worker. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Context {
@@ -12,17 +14,24 @@ pub struct Context {
     generation: u64,
     segment: Segment,
     draining: Arc<AtomicBool>,
+    events: Events,
 }
 
 impl Context {
-    pub(crate) fn new(slot: u32, generation: u64, segment: Segment, draining: Arc<AtomicBool>) -> Self {
-        Self { slot, generation, segment, draining }
+    pub(crate) fn new(slot: u32, generation: u64, segment: Segment, draining: Arc<AtomicBool>, events: Events) -> Self {
+        Self { slot, generation, segment, draining, events }
     }
 
     /// The page cache that all workers share.
     #[must_use]
     pub fn cache(&self) -> Cache {
         self.segment.cache()
+    }
+
+    /// The event log that all workers share.
+    #[must_use]
+    pub fn events(&self) -> Events {
+        self.events.clone()
     }
 
     /// This worker's number, unique among the living processes.

@@ -25,6 +25,7 @@ mod config;
 mod context;
 mod control;
 mod crash;
+mod events;
 mod folder_lock;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
@@ -72,6 +73,7 @@ pub use crate::blocking::{Answer, Blocking, blocking};
 pub use crate::body::{Body, BodyError, BodyReader, FilterData};
 pub use crate::builder::{Builder, command_line};
 pub use crate::context::Context;
+pub use crate::events::{Event, Events, EventsError, Message, Published, Sse, Subscription, sse};
 pub use crate::hooks::{WorkerExit, WorkerId};
 pub use crate::protocol::cgi::Origin;
 pub use crate::protocol::params::Params;

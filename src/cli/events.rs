@@ -5,31 +5,39 @@ use clap::Args;
 use crate::config::events::EventsConfig;
 use crate::config::parse_size;
 
-/// The event log of our own workers.
+/// The event log of our own workers, and their subscribers.
 #[derive(Args, Debug)]
 pub(super) struct EventsOptions {
     /// Size of the event log that all workers share, as in 4M; 0 for none. When it is full the oldest events are forgotten
     #[arg(long, value_name = "SIZE", env = "FORKYARD_EVENTS_SIZE", default_value = "1M", value_parser = parse_size, help_heading = "Memory and limits")]
     events: u64,
+
+    /// Events that each worker has at hand for its subscribers; one who is further behind reads them from the log
+    #[arg(long, value_name = "N", env = "FORKYARD_EVENTS_BACKLOG", default_value = "256", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
+    events_backlog: u32,
+
+    /// Subscribers to events that one worker has at a time; a further one gets 503
+    #[arg(long, value_name = "N", env = "FORKYARD_MAX_SUBSCRIBERS", default_value = "16384", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
+    max_subscribers: u32,
 }
 
 impl EventsOptions {
     pub(super) fn config(&self) -> EventsConfig {
-        EventsConfig { bytes: self.events }
+        EventsConfig { bytes: self.events, backlog: self.events_backlog, max_subscribers: self.max_subscribers }
     }
 }
 
 /// The event log beside an external program.
 #[derive(Args, Debug)]
 pub(super) struct LogOfProgram {
-    /// Size of the event log in the shared memory, for programs that use the forkyard-shm library, for the publish socket
-    /// (FORKYARD_EVENTS) and the events sub-commands, as in 1M; 0 for none
+    /// Size of the event log in the shared memory, for the publish socket (FORKYARD_EVENTS), the events
+    /// sub-commands, and programs that use the forkyard-shm library, as in 1M; 0 for none
     #[arg(long, value_name = "SIZE", env = "FORKYARD_EVENTS_SIZE", default_value = "0", value_parser = parse_size, help_heading = "Processes")]
     events: u64,
 }
 
 impl LogOfProgram {
     pub(super) fn config(&self) -> EventsConfig {
-        EventsConfig { bytes: self.events }
+        EventsConfig { bytes: self.events, ..EventsConfig::default() }
     }
 }

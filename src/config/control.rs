@@ -46,8 +46,8 @@ pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, V
         socket_mode: running.socket_mode,
         workers: if workers_fit { read.workers } else { running.workers },
         cache: running.cache.clone(),
-        events: EventsConfig { bytes: running.events.bytes },
         publish: running.publish.clone(),
+        events: EventsConfig { bytes: running.events.bytes, ..read.events },
         privileges: PrivilegesConfig {
             socket_owner: running.privileges.socket_owner,
             pid_file: running.privileges.pid_file.clone(),

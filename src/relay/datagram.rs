@@ -49,7 +49,7 @@ impl<'a> Datagram<'a> {
 
 /// Whether an event may be called that: a name is a line of an event stream.
 pub(crate) fn is_name(name: &str) -> bool {
-    !name.chars().any(char::is_control)
+    !name.contains(|character: char| character.is_ascii_control())
 }
 
 #[cfg(test)]

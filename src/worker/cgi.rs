@@ -30,6 +30,7 @@ use super::serve::{self, Application, BoxError, Served};
 use crate::body::{Body, pipe};
 use crate::config::Config;
 use crate::context::Context;
+use crate::events::Events;
 use crate::listen::Protocol;
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
@@ -119,7 +120,9 @@ where
         }
     };
     let is_head = request.method() == Method::HEAD;
-    let context = Context::new(0, 1, segment, std::sync::Arc::default());
+    let events = Events::new(&segment, config.events);
+    tokio::task::spawn_local(events.clone().deliver());
+    let context = Context::new(0, 1, segment, std::sync::Arc::default(), events);
     let response = match serve::catch_panic(|| factory(context)) {
         Ok(service) => {
             Application::new(service, row, config.limits, config.trust.clone()).answer(Protocol::Http, request).await

@@ -46,7 +46,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use ::http::{Request, Response};
-use forkyard_shm::{Cache, Pulse, Row, Segment, State};
+use forkyard_shm::{Cache, Pulse, Row, Scoreboard, Segment, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
 use tokio::io::{AsyncReadExt as _, Interest};
@@ -66,6 +66,7 @@ use self::socket::{Socket, Watchdog};
 use crate::body::Body;
 use crate::config::Config;
 use crate::context::Context;
+use crate::events::Events;
 use crate::handover::{Channel, PackedOrigin};
 use crate::heir::ledger::{Ledger, Tongue};
 use crate::heir::{self, Appointed};
@@ -145,21 +146,16 @@ where
     let begun = Instant::now();
     let asked_to_leave = take_signals(config.drain_timeout)?;
     let output = Pipes::now();
-    if !config.privileges.limits_descriptors() {
-        sys::raise_descriptor_limit();
-    }
     let scoreboard = heritage.segment.scoreboard();
-    let row = scoreboard
-        .claim(heritage.slot, std::process::id(), heritage.generation)
-        .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
-    prepare(&heritage, &row)?;
+    let row = prepare(&heritage, &scoreboard)?;
     hooks.after_fork(worker)?;
 
     let runtime = event_loop(row.pulse(), !config.failures.hang_timeout.is_zero())?;
     let outcome = run_in_turns(&runtime, async {
         let drain = Drain::new(Arc::clone(&heritage.handover), scoreboard.clone(), heritage.slot);
         let flag = Arc::clone(drain.flag());
-        let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), flag);
+        let events = Events::new(&heritage.segment, config.events);
+        let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), flag, events.clone());
         let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
         let watchdog = Watchdog::new(config.limits.timeouts);
         let limit = config.limits.max_connections;
@@ -184,6 +180,7 @@ where
         let tasks = [
             tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections), row.clone())),
             tokio::task::spawn_local(later::run()),
+            tokio::task::spawn_local(events.clone().deliver()),
             tokio::task::spawn_local(async move { watchdog.run().await }),
             tokio::task::spawn_local(miss_heir(heir.end, report.try_clone()?)),
             tokio::task::spawn_local(tell_of_hangs(report.try_clone()?)),
@@ -201,6 +198,7 @@ where
             acceptor.run_dry(&*server).await;
         }
         drain.begin();
+        events.drain();
         hooks.on_drain(worker, config.drain_timeout);
         leave(&drain, &connections, &accepting, &*server).await;
         tasks.iter().for_each(JoinHandle::abort);
@@ -219,14 +217,22 @@ where
     Ok(())
 }
 
-/// Says how blocking functions run here, and has this thread tell of a crash, and in which request.
-fn prepare(heritage: &Heritage, row: &Row) -> io::Result<()> {
-    let Config { threads, queue, failures, .. } = &*heritage.config;
+/// Takes a place in the scoreboard, says how blocking functions run here, and has this thread tell of a crash, and in
+/// which request.
+fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
+    let Config { threads, queue, failures, privileges, .. } = &*heritage.config;
+    if !privileges.limits_descriptors() {
+        sys::raise_descriptor_limit();
+    }
+    let row = scoreboard
+        .claim(heritage.slot, std::process::id(), heritage.generation)
+        .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
     blocking::configure(*threads, *queue, Some(row.occupancy()));
     blocking::set_patience(failures.hang_timeout);
     crash::give_stack();
     at_work::enlist();
-    crash::install(heritage.report.try_clone()?, row.pulse())
+    crash::install(heritage.report.try_clone()?, row.pulse())?;
+    Ok(row)
 }
 
 /// Returns when the last connection is gone, or is somebody else's.

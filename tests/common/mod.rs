@@ -11,6 +11,7 @@ pub mod http2;
 pub mod load;
 pub mod raw;
 pub mod scgi;
+pub mod sse;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};

@@ -1,0 +1,271 @@
+//! Events, from whatever process publishes them to subscribers in every worker. `docs/events.md` tells users.
+//!
+//! ```text
+//! publish ─▶ the log in shared memory ─▶ a thread of each worker wakes its event loop, once
+//!            ─▶ hub: the loop reads the log, once ─▶ feeds: what is at hand ─▶ each subscription ─▶ sse ─▶ the body
+//! ```
+//!
+//! - [`cursor`], [`frame`]: ids and events as text. [`feeds`]: what is at hand, and who waits. All three are pure.
+//! - [`hub`]: the thread, and the one reader of the log that a worker has.
+//! - [`subscription`]: what one subscriber gets. [`sse`]: that as a response.
+
+mod cursor;
+mod feeds;
+mod frame;
+mod hub;
+mod sse;
+mod subscription;
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use forkyard_shm::{PublishError, Segment};
+
+use self::cursor::Cursor;
+use self::frame::Frame;
+use self::hub::Hub;
+pub use self::sse::{Sse, sse};
+pub use self::subscription::Subscription;
+use crate::config::events::EventsConfig;
+
+/// Topics of one subscription.
+const MOST_TOPICS: usize = 32;
+
+/// The event log that all workers share: whatever is published in one reaches the subscribers in all.
+///
+/// Cheap to clone, and usable on any thread.
+#[derive(Clone, Debug)]
+pub struct Events {
+    hub: Arc<Hub>,
+}
+
+impl Events {
+    pub(crate) fn new(segment: &Segment, config: EventsConfig) -> Self {
+        Self { hub: Arc::new(Hub::new(segment.events(), config)) }
+    }
+
+    /// Publishes an event to a topic, and returns its id there. It does not wait for subscribers.
+    ///
+    /// ```no_run
+    /// # fn publish(cx: forkyard::Context) -> Result<(), forkyard::EventsError> {
+    /// use forkyard::Event;
+    ///
+    /// cx.events().publish("news", "it rains")?;
+    /// cx.events().publish("prices", Event::new("12.40").name("bid"))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// If there is no log, the name of the topic or of the event is none, the event is too long, or others hold the log for too long.
+    pub fn publish(&self, topic: &str, event: impl Into<Event>) -> Result<u64, EventsError> {
+        let Event { name, data } = event.into();
+        if name.contains(|c: char| c.is_ascii_control()) {
+            return Err(EventsError::Name { name });
+        }
+        self.hub.log().publish(topic, &name, &data).map_err(EventsError::NotPublished)
+    }
+
+    /// The id of a topic's latest event; 0 if there was none.
+    #[must_use]
+    pub fn last_id(&self, topic: &str) -> u64 {
+        self.hub.log().last_id(topic)
+    }
+
+    /// How many subscribers this worker has.
+    #[must_use]
+    pub fn subscribers(&self) -> usize {
+        self.hub.subscribers()
+    }
+
+    /// Subscribes to topics: from now on, or after the last event that a subscriber has got, as
+    /// [`Subscription::last_event_id`] told it (with the same topics in the same order).
+    ///
+    /// # Errors
+    /// If there is no log, the name of a topic is none or comes twice, there are more than 32 topics, or the worker has
+    /// `--max-subscribers` already.
+    pub fn subscribe<T>(&self, topics: T, last_event_id: Option<&str>) -> Result<Subscription, EventsError>
+    where
+        T: IntoIterator<Item: AsRef<str>>,
+    {
+        Subscription::new(&self.hub, topics.into_iter().map(|topic| Arc::from(topic.as_ref())).collect(), last_event_id)
+    }
+
+    /// Brings what is published to this process's subscribers. To be run for ever, as one task of the event loop.
+    pub(crate) async fn deliver(self) {
+        self.hub.deliver().await;
+    }
+
+    /// Ends all subscriptions, and those to come.
+    pub(crate) fn drain(&self) {
+        self.hub.drain();
+    }
+}
+
+/// An event to be published: some bytes, which should be UTF-8 text for browsers, and a name if it is to have one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Event {
+    name: String,
+    data: Bytes,
+}
+
+impl Event {
+    /// An event without a name, which is a `message` to browsers.
+    pub fn new(data: impl Into<Bytes>) -> Self {
+        Self { name: String::new(), data: data.into() }
+    }
+
+    /// Names it: the type for which browsers have a listener called. `gap` has a meaning already.
+    #[must_use]
+    pub fn name(self, name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..self }
+    }
+}
+
+impl<D: Into<Bytes>> From<D> for Event {
+    fn from(data: D) -> Self {
+        Self::new(data)
+    }
+}
+
+/// An event that was published. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Published(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    topic: Box<str>,
+    id: u64,
+    name: Box<str>,
+    data: Bytes,
+    epoch: u32,
+    /// For all whose only topic it is; made when the first of them gets it.
+    frame: OnceLock<Frame>,
+}
+
+impl Published {
+    fn new(event: forkyard_shm::Event, epoch: u32) -> Self {
+        let forkyard_shm::Event { topic, id, name, data, .. } = event;
+        Self(Arc::new(Inner { topic, id, name, data: data.into(), epoch, frame: OnceLock::new() }))
+    }
+
+    /// Where it was published.
+    #[must_use]
+    pub fn topic(&self) -> &str {
+        &self.0.topic
+    }
+
+    /// One more than that of the topic's event before it.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.0.id
+    }
+
+    /// Empty if it has none.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// What it says.
+    #[must_use]
+    pub fn data(&self) -> &Bytes {
+        &self.0.data
+    }
+
+    fn frame(&self) -> &Frame {
+        let id = || Cursor { epoch: self.0.epoch, ids: vec![self.id()] };
+        self.0.frame.get_or_init(|| Frame::new(&id(), self.name(), self.data()))
+    }
+}
+
+/// What a [`Subscription`] yields.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Message {
+    /// The next event of one of the topics.
+    Event(Published),
+    /// The log has forgotten events of this topic that the subscriber has not got.
+    Gap {
+        /// The topic.
+        topic: Arc<str>,
+        /// How many; `None` if nobody knows.
+        missed: Option<u64>,
+    },
+}
+
+/// Why an event cannot be published, or topics not subscribed to.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum EventsError {
+    /// There is no event log.
+    NoLog,
+    /// That cannot be the name of a topic, or it came twice.
+    Topic {
+        /// The name.
+        topic: String,
+    },
+    /// That cannot be the name of an event.
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// The log has not taken the event.
+    NotPublished(PublishError),
+    /// A subscription has no topic, or too many.
+    TopicCount,
+    /// The worker has as many as it may have.
+    TooManySubscribers {
+        /// How many.
+        most: u32,
+    },
+    /// The thread that waits for events cannot be started.
+    Thread(io::Error),
+}
+
+impl fmt::Display for EventsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoLog => f.write_str("there is no event log (--events gives it a size)"),
+            Self::Topic { topic } => {
+                write!(
+                    f,
+                    "{topic:?} cannot be a topic (1 to 128 bytes without control characters, and each topic once)"
+                )
+            }
+            Self::Name { name } => write!(f, "{name:?} cannot be the name of an event (it has control characters)"),
+            Self::NotPublished(error @ (PublishError::TooLong { .. } | PublishError::TooManyTopics { .. })) => {
+                write!(f, "{error}; its size is that of --events")
+            }
+            Self::NotPublished(error) => error.fmt(f),
+            Self::TopicCount => write!(f, "a subscription has 1 to {MOST_TOPICS} topics"),
+            Self::TooManySubscribers { most } => {
+                write!(
+                    f,
+                    "this worker has {most} subscribers already (allow more with --max-subscribers, or have more workers)"
+                )
+            }
+            Self::Thread(error) => write!(f, "the thread that waits for events cannot be started: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for EventsError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::NotPublished(error) => Some(error),
+            Self::Thread(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+impl Published {
+    fn for_test(topic: &str, id: u64, data: &str) -> Self {
+        let data = Bytes::copy_from_slice(data.as_bytes());
+        Self(Arc::new(Inner { topic: topic.into(), id, name: "".into(), data, epoch: 1, frame: OnceLock::new() }))
+    }
+}

@@ -1,0 +1,148 @@
+//! What one subscriber gets: the events of its topics, each once and in order, from where it was.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_core::Stream;
+
+use super::cursor::Cursor;
+use super::feeds::Key;
+use super::hub::{Hub, Look};
+use super::{EventsError, MOST_TOPICS, Message, Published};
+
+/// Events that are taken at a time of what the worker has at hand, and first of what the log has.
+const AT_A_TIME: usize = 16;
+/// Of the log these are copies, for this subscriber alone; and each look at it walks over all that is behind.
+const COPIED: (usize, usize) = (64 << 10, 256);
+
+/// The events of some topics, as a [`Stream`]. It ends when the worker is about to leave; dropped, it is over.
+#[derive(Debug)]
+pub struct Subscription {
+    hub: Arc<Hub>,
+    key: Key,
+    topics: Box<[Arc<str>]>,
+    /// The topics again, and how far each was taken.
+    taken: Vec<(Arc<str>, u64)>,
+    /// Taken and not yet yielded, with the topic's number, and where that stands afterwards.
+    waiting: VecDeque<(usize, u64, Message)>,
+    /// Of what was yielded.
+    cursor: Cursor,
+    /// The topic that is looked at first.
+    turn: usize,
+    /// Events that are read of the log at a time.
+    stride: usize,
+}
+
+impl Subscription {
+    pub(super) fn new(
+        hub: &Arc<Hub>,
+        topics: Box<[Arc<str>]>,
+        last_event_id: Option<&str>,
+    ) -> Result<Self, EventsError> {
+        if hub.log().is_none() {
+            return Err(EventsError::NoLog);
+        }
+        if topics.is_empty() || topics.len() > MOST_TOPICS {
+            return Err(EventsError::TopicCount);
+        }
+        let is_bad = |(index, topic): &(usize, &Arc<str>)| {
+            !(1..=128).contains(&topic.len()) || topic.chars().any(char::is_control) || topics[..*index].contains(topic)
+        };
+        if let Some((_, topic)) = topics.iter().enumerate().find(is_bad) {
+            return Err(EventsError::Topic { topic: topic.to_string() });
+        }
+        let (key, ends) = hub.subscribe(&topics)?;
+        let epoch = hub.epoch();
+        let is_known = |cursor: &Cursor| {
+            cursor.epoch == epoch
+                && cursor.ids.len() == ends.len()
+                && cursor.ids.iter().zip(&ends).all(|(id, end)| id <= end)
+        };
+        let mut waiting = VecDeque::new();
+        let ids = match last_event_id.map(|text| Cursor::parse(text).filter(is_known)) {
+            None => ends,
+            Some(Some(Cursor { ids, .. })) => ids,
+            Some(None) => {
+                let gap = |topic: &Arc<str>| Message::Gap { topic: Arc::clone(topic), missed: None };
+                waiting.extend((0..).zip(&topics).map(|(number, topic)| (number, ends[number], gap(topic))));
+                ends
+            }
+        };
+        let taken = topics.iter().cloned().zip(ids.iter().copied()).collect();
+        let cursor = Cursor { epoch, ids };
+        Ok(Self { hub: Arc::clone(hub), key, topics, taken, waiting, cursor, turn: 0, stride: AT_A_TIME })
+    }
+
+    /// Where this subscriber is, by what it has got: for [`Events::subscribe`](super::Events::subscribe), in whatever
+    /// worker.
+    #[must_use]
+    pub fn last_event_id(&self) -> String {
+        self.cursor.to_string()
+    }
+
+    pub(super) fn cursor(&self) -> &Cursor {
+        &self.cursor
+    }
+
+    pub(super) fn topics(&self) -> &[Arc<str>] {
+        &self.topics
+    }
+
+    /// The next message. Pending if there is none now; with `context`, its task is woken when there is.
+    pub(super) fn advance(&mut self, context: Option<&Context<'_>>) -> Poll<Option<Message>> {
+        loop {
+            if let Some((number, at, message)) = self.waiting.pop_front() {
+                self.cursor.ids[number] = at;
+                return Poll::Ready(Some(message));
+            }
+            match self.hub.look(self.key, &self.taken, (self.turn, AT_A_TIME), context) {
+                Look::Nothing => return Poll::Pending,
+                Look::Over => return Poll::Ready(None),
+                Look::Events(number, events) => self.take(number, events),
+                Look::InLog(number, end) => self.read_log(number, end),
+            }
+        }
+    }
+
+    fn take(&mut self, number: usize, events: impl IntoIterator<Item = Published>) {
+        self.turn = number + 1;
+        for event in events {
+            self.taken[number].1 = event.id();
+            self.waiting.push_back((number, event.id(), Message::Event(event)));
+        }
+    }
+
+    /// The worker has the next event of this topic not at hand; there were some up to `end`.
+    fn read_log(&mut self, number: usize, end: u64) {
+        let (topic, after) = (Arc::clone(&self.taken[number].0), self.taken[number].1);
+        let since = self.hub.log().since(&topic, after, self.stride);
+        let first = since.events.first().map_or(end, |event| event.id - 1);
+        if first > after {
+            let gap = Message::Gap { topic, missed: Some(first - after) };
+            self.waiting.push_back((number, first, gap));
+            self.taken[number].1 = first;
+        }
+        let bytes: usize = since.events.iter().map(|event| event.data.len()).sum();
+        if let Some(average) = bytes.checked_div(since.events.len()) {
+            self.stride = (COPIED.0 / average.max(1)).clamp(1, COPIED.1);
+        }
+        let epoch = self.hub.epoch();
+        self.take(number, since.events.into_iter().map(|event| Published::new(event, epoch)));
+    }
+}
+
+impl Stream for Subscription {
+    type Item = Message;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Message>> {
+        self.advance(Some(context))
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.hub.leave(self.key, &self.topics);
+    }
+}

@@ -1,0 +1,96 @@
+//! Event streams through real web servers, with the configurations of docs/web-servers.md: an event that is published comes
+//! while the stream stays open, who comes back goes on where he was, and who leaves is missed.
+
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
+
+mod common;
+#[path = "common/fronts/mod.rs"]
+mod fronts;
+
+use std::io::Write as _;
+
+use common::http::{self, Client};
+use common::sse::{Source, Way};
+use common::{Server, wait_until};
+use fronts::{Front, Site};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+fn open(site: &Site, last_id: &str) -> Source {
+    let source = Source::open(Way::Http, &format!("http://{}", site.address), "/events?topics=news", last_id);
+    source.unwrap_or_else(|error| panic!("no stream: {error}"))
+}
+
+fn publish(site: &Site, data: &str) {
+    let answer = http::post(&site.address, "/publish/news", data.as_bytes()).unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+}
+
+/// Requests that are being served.
+fn in_flight(server: &Server) -> u64 {
+    let board = server.segment().scoreboard();
+    (0..board.rows()).filter_map(|slot| board.read(slot)).map(|row| u64::from(row.in_flight)).sum()
+}
+
+fn wait_for_in_flight(site: &mut Site, count: u64, why: &str) {
+    let server = site.application();
+    wait_until(why, || (in_flight(server) == count).then_some(()));
+}
+
+fn streams(front: Front) {
+    let mut site = Site::start(front, "stream");
+    let mut source = open(&site, "");
+    assert!(source.head.contains("content-type: text/event-stream\n"), "{:?}", source.head);
+    // Each comes before the next one is published, or never.
+    for number in 1..=5_u64 {
+        publish(&site, "now");
+        let event = source.next();
+        assert_eq!((event.number(), event.data.as_str()), (number, "now"));
+    }
+    let last_id = source.last_id.clone();
+    drop(source);
+    wait_for_in_flight(&mut site, 0, "the application has heard that the client left");
+
+    publish(&site, "meanwhile");
+    let mut source = open(&site, &last_id);
+    assert_eq!(source.next().number(), 6);
+
+    let mut client = Client::connect(&site.address).unwrap();
+    let ask = format!("GET /events?topics=news HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nLast-Event-ID: {last_id}\r\n\r\n");
+    client.stream.get_mut().write_all(ask.as_bytes()).unwrap();
+    assert!(client.response(false).unwrap().text().ends_with("-6\ndata: meanwhile\n\n"), "at once, to who polls");
+
+    // Whatever the web server makes of it, the stream is over, and another worker goes on.
+    for worker in site.application().workers() {
+        kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    }
+    let end = source.event();
+    assert!(!matches!(end, Ok(Some(_))), "{end:?}");
+    let mut source = wait_until("there is a worker again", || {
+        Source::open(Way::Http, &format!("http://{}", site.address), "/events?topics=news", &source.last_id).ok()
+    });
+    publish(&site, "again");
+    assert_eq!(source.next().number(), 7);
+    drop(source);
+    wait_for_in_flight(&mut site, 0, "the application has heard it again");
+    site.application().stop();
+}
+
+macro_rules! through {
+    ($($name:ident $front:ident),* $(,)?) => {
+        $(
+            #[test]
+            fn $name() {
+                streams(fronts::$front);
+            }
+        )*
+    };
+}
+
+through! {
+    nginx NGINX, nginx_kept NGINX_KEPT, nginx_http NGINX_HTTP, nginx_scgi NGINX_SCGI,
+    lighttpd LIGHTTPD_EVENTS,
+    apache APACHE_EVENTS, apache_http APACHE_HTTP, apache_scgi APACHE_SCGI,
+    haproxy HAPROXY_EVENTS, haproxy_http HAPROXY_HTTP,
+    caddy CADDY, caddy_http CADDY_HTTP,
+}
