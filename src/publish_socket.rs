@@ -10,6 +10,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as 
 use std::path::{Path, PathBuf};
 
 use crate::config::Config;
+use crate::folder_lock::FolderLock;
 use crate::listen::{self, SocketAndFile};
 
 /// In every program's environment: where the socket is.
@@ -144,7 +145,9 @@ fn sweep(place: &Path) {
     for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(FOLDER)) {
         let is_ours = entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == ours);
         let socket = entry.path().join(NAME);
-        if is_ours && listen::is_stale(&socket) && std::fs::remove_file(&socket).is_ok() {
+        // One that is being made looks like what a dead program left.
+        let turn = is_ours.then(|| FolderLock::of(&socket));
+        if matches!(turn, Some(Ok(_))) && listen::is_stale(&socket) && std::fs::remove_file(&socket).is_ok() {
             let _ = std::fs::remove_dir(entry.path()); // something else is there
         }
     }
