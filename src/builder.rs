@@ -293,10 +293,11 @@ fn serve(
     master::check_helpers(&config)?;
     let pid_file = PidFile::open(config.privileges.pid_file.as_deref(), takeover.as_mut())?;
     let mut listeners: Vec<Listener> = Vec::new();
-    let mut control = None;
+    let (mut control, mut publish) = (None, None);
     let outcome = sockets::open(&config, blocking, takeover.as_mut(), &mut listeners)
         .and_then(|()| {
             control = sockets::open_control(&config, takeover.as_mut())?;
+            publish = sockets::open_publish(&config, takeover.as_mut())?;
             memory::open(&config, takeover.as_mut())
         })
         .and_then(|segment| Ok((segment, run_preload(preload)?)))
@@ -320,6 +321,7 @@ fn serve(
         let operators = Operators {
             reread: reread(&config, parse),
             control: control.take().map(Control::new),
+            publish: publish.take(),
             log_files,
             pid_file: pid_file.as_ref().map(PidFile::saved),
         };

@@ -265,14 +265,7 @@ impl Listener {
     /// [`ListenError`], worded for the operator.
     pub(crate) fn give_file(&self, owner: Owner) -> Result<(), ListenError> {
         let (Address::Path(path), Some(ours)) = (&self.address, self.file) else { return Ok(()) };
-        let given = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
-            .map_err(io::Error::from)
-            .and_then(|file| {
-                let found = fstat(&file)?;
-                let same = (found.st_dev, found.st_ino) == ours;
-                if same { privileges::give(file.as_fd(), owner) } else { Err(io::Error::other("it was replaced")) }
-            });
-        given.map_err(|error| ListenError {
+        give_socket_file(path, ours, owner).map_err(|error| ListenError {
             bind: Bind { protocol: self.protocol, address: self.address.clone() },
             cause: format!(
                 "its file cannot be given to user {} and group {}: {error} (name others with --socket-owner)",
@@ -309,6 +302,17 @@ impl Listener {
     }
 }
 
+/// Gives a socket file to `owner`, if it is still `ours`.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> io::Result<()> {
+    let file = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+    let found = fstat(&file)?;
+    let same = (found.st_dev, found.st_ino) == ours;
+    if same { privileges::give(file.as_fd(), owner) } else { Err(io::Error::other("it was replaced")) }
+}
+
 /// The socket at which operators ask. Its file is for its owner alone.
 #[derive(Debug)]
 pub(crate) struct ControlListener {
@@ -342,7 +346,7 @@ impl ControlListener {
     /// A sentence for the operator.
     pub(crate) fn bind(path: &Path) -> Result<Self, String> {
         let fail = |cause: String| format!("cannot have a control socket at {}: {cause}", path.display());
-        let (socket, file) = bind_file(path, 64, Some(0o600), "--control").map_err(fail)?;
+        let (socket, file) = bind_file(path, Some(64), Some(0o600), "--control").map_err(fail)?;
         set_blocking(&socket, false).map_err(|error| fail(error.to_string()))?;
         Ok(Self { path: path.to_owned(), socket, file })
     }
@@ -355,7 +359,8 @@ impl Drop for ControlListener {
     }
 }
 
-fn remove_own(path: &Path, file: Option<(u64, u64)>) {
+/// Removes a socket file, if it is still this one.
+pub(crate) fn remove_own(path: &Path, file: Option<(u64, u64)>) {
     if file.is_some()
         && file_identity(path) == file
         && let Err(error) = std::fs::remove_file(path)
@@ -443,8 +448,8 @@ pub(crate) fn examine_folder(path: &Path) -> Result<(), String> {
     }
 }
 
-fn new_socket(family: AddressFamily) -> Result<OwnedFd, String> {
-    socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+fn new_socket(family: AddressFamily, kind: SockType) -> Result<OwnedFd, String> {
+    socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
         .map_err(|errno| format!("no socket can be had: {}", errno.desc()))
 }
 
@@ -482,7 +487,7 @@ fn bound_tcp(address: SocketAddr) -> Result<Result<OwnedFd, Errno>, String> {
         SocketAddr::V4(address) => (AddressFamily::Inet, Box::new(SockaddrIn::from(address))),
         SocketAddr::V6(address) => (AddressFamily::Inet6, Box::new(SockaddrIn6::from(address))),
     };
-    let socket = new_socket(family)?;
+    let socket = new_socket(family, SockType::Stream)?;
     setsockopt(&socket, sockopt::ReuseAddr, &true).map_err(|errno| errno.desc().to_owned())?;
     Ok(socket::bind(socket.as_raw_fd(), &*storage).map(|()| socket))
 }
@@ -504,19 +509,29 @@ fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
 }
 
 fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -> Result<Listener, String> {
-    let (socket, file) = bind_file(path, backlog, mode, "--bind")?;
+    let (socket, file) = bind_file(path, Some(backlog), mode, "--bind")?;
     Ok(Listener::new(protocol, Address::Path(path.to_owned()), Family::Unix, socket, file))
 }
 
-/// A listening socket with a file, and the file's device and inode. `flag` is the one that chose the path.
-type SocketAndFile = (OwnedFd, Option<(u64, u64)>);
+/// A socket with a file, and the file's device and inode.
+pub(crate) type SocketAndFile = (OwnedFd, Option<(u64, u64)>);
 
-fn bind_file(path: &Path, backlog: u32, mode: Option<u32>, flag: &str) -> Result<SocketAndFile, String> {
+/// A socket for datagrams with a file. `flag` is the one that chose the path.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn bind_datagrams(path: &Path, mode: u32, flag: &str) -> Result<SocketAndFile, String> {
+    bind_file(path, None, Some(mode), flag)
+}
+
+/// A listening socket; without `backlog`, one for datagrams.
+fn bind_file(path: &Path, backlog: Option<u32>, mode: Option<u32>, flag: &str) -> Result<SocketAndFile, String> {
     let address = UnixAddr::new(path).map_err(|_| too_long(path))?;
     // Until it listens, the new one looks like what a dead program left.
     let _turn = FolderLock::of(path)?;
     clear_stale(path, flag)?;
-    let socket = new_socket(AddressFamily::Unix)?;
+    let kind = if backlog.is_some() { SockType::Stream } else { SockType::Datagram };
+    let socket = new_socket(AddressFamily::Unix, kind)?;
     // The file is born with its permissions: nobody can connect between a bind and a chmod.
     let before = mode.map(|mode| umask(Mode::from_bits_truncate(0o777 & !mode)));
     let bound = socket::bind(socket.as_raw_fd(), &address);
@@ -525,7 +540,7 @@ fn bind_file(path: &Path, backlog: u32, mode: Option<u32>, flag: &str) -> Result
     }
     bound.map_err(|errno| explain_path(errno, path, flag))?;
     let file = file_identity(path);
-    listen(&socket, backlog)?;
+    backlog.map_or(Ok(()), |backlog| listen(&socket, backlog))?;
     Ok((socket, file))
 }
 
@@ -546,6 +561,11 @@ fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
             Err(format!("another program is listening there (stop that one, or choose another path with {flag})"))
         }
     }
+}
+
+/// Whether that is the socket file of a program that is gone.
+pub(crate) fn is_stale(path: &Path) -> bool {
+    probe(path) == Err(Errno::ECONNREFUSED)
 }
 
 /// Connects, without waiting for a place in a full queue (that is EAGAIN).
@@ -574,7 +594,7 @@ fn explain_path(errno: Errno, path: &Path, flag: &str) -> String {
 fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listener, String> {
     let address = UnixAddr::new_abstract(name.as_bytes())
         .map_err(|_| format!("the name has {} bytes, and an abstract socket's may have 107", name.len()))?;
-    let socket = new_socket(AddressFamily::Unix)?;
+    let socket = new_socket(AddressFamily::Unix, SockType::Stream)?;
     socket::bind(socket.as_raw_fd(), &address).map_err(|errno| match errno {
         Errno::EADDRINUSE => "another program is listening there (stop that one, or choose another name)".to_owned(),
         errno => errno.desc().to_lowercase(),

@@ -6,6 +6,7 @@ use std::error::Error;
 use crate::config::Config;
 use crate::listen::{Address, Bind, ControlListener, ListenError, Listener};
 use crate::master::upgrade::Takeover;
+use crate::publish_socket::PublishSocket;
 use crate::systemd;
 
 type BoxError = Box<dyn Error + Send + Sync>;
@@ -68,6 +69,29 @@ pub(crate) fn open_control(
         }
     }
     Ok(Some(ControlListener::bind(path)?))
+}
+
+/// The publish socket: a former master's, if it is what would be made now, or a new one; none without an event log. Of another one that
+/// a former master had, nothing is left. For a check as for the control socket.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn open_publish(
+    config: &Config,
+    takeover: Option<&mut Takeover>,
+) -> Result<Option<PublishSocket>, BoxError> {
+    let asked = config.publish.socket.as_deref();
+    let wanted = config.events.bytes > 0;
+    if let Some(takeover) = takeover {
+        if takeover.check && wanted && takeover.has_publish(asked) {
+            return Ok(None);
+        }
+        match takeover.publish() {
+            Some(left) if wanted && left.asked() == asked => return Ok(Some(left)),
+            Some(_) | None => {}
+        }
+    }
+    Ok(if wanted { Some(PublishSocket::bind(config)?) } else { None })
 }
 
 fn take_passed(

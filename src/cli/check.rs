@@ -50,6 +50,13 @@ pub(crate) fn examine(request: &Request) -> Findings {
             Err(cause) => findings.errors.push(format!("control socket {}: {cause}", path.display())),
         }
     }
+    if let Some(path) = config.publish.socket.as_ref().filter(|_| config.events.bytes > 0) {
+        match listen::examine_path(path, "--events-socket") {
+            Ok(None) => {}
+            Ok(Some(note)) => findings.notes.push(format!("publish socket {}: {note}", path.display())),
+            Err(cause) => findings.errors.push(format!("publish socket {}: {cause}", path.display())),
+        }
+    }
     if let Some(file) = &config.cache.file {
         if config.cache.bytes == 0 {
             findings.errors.push("--cache-file has no cache to keep (give its size with --cache)".to_owned());

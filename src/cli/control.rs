@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Command, Subcommand};
 use clap_complete::Shell;
 
+use super::publish::Events;
 use crate::config::control::ControlConfig;
 use crate::config::parse_duration;
 use crate::control::CacheOperation;
@@ -88,6 +89,9 @@ pub(super) enum Operation {
     /// Look at the page cache, and purge from it
     #[command(subcommand)]
     Cache(Cache),
+    /// Publish events, and see what is published
+    #[command(subcommand)]
+    Events(Events),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -170,7 +174,7 @@ pub(crate) enum Task {
 }
 
 impl Socket {
-    fn ask(self, what: What) -> Task {
+    pub(super) fn ask(self, what: What) -> Task {
         Task::Errand(Errand { control: self.control, json: self.json, what })
     }
 }
@@ -195,6 +199,7 @@ impl Operation {
                 socket.ask(What::Ask(Request::Release { request }))
             }
             Self::Cache(cache) => cache.task(),
+            Self::Events(events) => events.task(),
             Self::Completions { shell } => {
                 let mut script = Vec::new();
                 let name = command.get_name().to_owned();

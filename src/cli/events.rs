@@ -30,8 +30,8 @@ impl EventsOptions {
 /// The event log beside an external program.
 #[derive(Args, Debug)]
 pub(super) struct LogOfProgram {
-    /// Size of the event log in the shared memory, for programs that use the forkyard-shm library and for the events
-    /// sub-commands, as in 1M; 0 for none
+    /// Size of the event log in the shared memory, for the publish socket (FORKYARD_EVENTS), the events
+    /// sub-commands, and programs that use the forkyard-shm library, as in 1M; 0 for none
     #[arg(long, value_name = "SIZE", env = "FORKYARD_EVENTS_SIZE", default_value = "0", value_parser = parse_size, help_heading = "Processes")]
     events: u64,
 }

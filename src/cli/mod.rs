@@ -15,6 +15,7 @@ mod helpers;
 mod logs;
 mod numbers;
 mod privileges;
+mod publish;
 
 mod upgrade;
 
@@ -107,6 +108,9 @@ struct ServeOptions {
 
     #[command(flatten)]
     helpers: helpers::HelperOptions,
+
+    #[command(flatten)]
+    publish: publish::PublishOptions,
 }
 
 impl ServeOptions {
@@ -584,6 +588,7 @@ fn config(
         queue: of_workers.queue,
         cache,
         events,
+        publish: serve.publish.config(),
         backlog: serve.backlog,
         socket_mode: serve.socket_mode,
         start_timeout: serve.start_timeout,

@@ -33,6 +33,7 @@ pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, V
     differs("cache-max-entry", running.cache.max_entry != read.cache.max_entry);
     differs("cache-file", running.cache.file != read.cache.file);
     differs("events", running.events.bytes != read.events.bytes);
+    differs("events-socket", running.publish != read.publish);
     differs("socket-owner", running.privileges.socket_owner != read.privileges.socket_owner);
     differs("pid-file", running.privileges.pid_file != read.privileges.pid_file);
     // By these the program was found.
@@ -45,6 +46,7 @@ pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, V
         socket_mode: running.socket_mode,
         workers: if workers_fit { read.workers } else { running.workers },
         cache: running.cache.clone(),
+        publish: running.publish.clone(),
         events: EventsConfig { bytes: running.events.bytes, ..read.events },
         privileges: PrivilegesConfig {
             socket_owner: running.privileges.socket_owner,

@@ -10,6 +10,7 @@ pub(crate) mod helpers;
 pub(crate) mod logs;
 mod numbers;
 pub(crate) mod privileges;
+pub(crate) mod publish;
 pub(crate) mod upgrade;
 
 use std::ffi::OsString;
@@ -37,6 +38,7 @@ pub(crate) struct Config {
     pub(crate) queue: u32,
     pub(crate) cache: CacheConfig,
     pub(crate) events: events::EventsConfig,
+    pub(crate) publish: publish::PublishConfig,
     pub(crate) backlog: u32,
     pub(crate) socket_mode: Option<u32>,
     pub(crate) start_timeout: Duration,

@@ -7,6 +7,10 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::unistd::Pid;
+
 use super::wire::{self, Answer, LONGEST_ANSWER, Request, Status};
 use crate::sys;
 
@@ -28,6 +32,12 @@ impl Connection {
         // A master that refuses us closes without reading: what it says is still there to be read.
         let _ = (&stream).write_all(&wire::line(request));
         Ok(Self { stream: BufReader::new(stream), at })
+    }
+
+    /// Its pid, if it is to be seen from here.
+    pub(crate) fn master(&self) -> Option<Pid> {
+        let peer = getsockopt(self.stream.get_ref(), PeerCredentials).ok()?;
+        (peer.pid() > 0).then(|| Pid::from_raw(peer.pid()))
     }
 
     /// The next answer.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::cache;
 use super::client::{self, Connection};
+use super::events;
 use super::show;
 use super::wire::{Answer, Request};
 
@@ -28,6 +29,7 @@ pub(crate) enum What {
         rounds: Option<u32>,
     },
     Cache(cache::Operation),
+    Events(events::Operation),
     /// The requests that are refused.
     Quarantine,
 }
@@ -44,6 +46,7 @@ pub(crate) fn run(errand: &Errand) -> Result<(), String> {
         What::Ask(request) => ask(control, request, *json),
         What::Top { interval, rounds } => top(control, *json, *interval, *rounds),
         What::Cache(operation) => cache::run(control, operation, *json, &mut io::stdout().lock()),
+        What::Events(operation) => events::run(control, operation, *json),
     }
 }
 

@@ -33,6 +33,8 @@ pub(crate) enum Request {
     Release { request: Option<String> },
     /// Hand out the descriptor of the shared memory, with the outcome.
     Segment,
+    /// The same, for the event log in it.
+    Events,
 }
 
 /// What the master says.
@@ -143,6 +145,7 @@ impl Request {
             Self::ReopenLogs => "reopen-logs",
             Self::Release { .. } => "quarantine release",
             Self::Segment => "cache",
+            Self::Events => "events",
         }
     }
 }
@@ -191,6 +194,7 @@ mod tests {
             Request::Release { request: None },
             Request::Release { request: Some("GET /a\"b".to_owned()) },
             Request::Segment,
+            Request::Events,
         ] {
             let line = line(&request);
             assert_eq!(Request::parse(&line), Ok(request));

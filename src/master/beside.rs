@@ -7,6 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -24,6 +25,7 @@ use super::supervisor::{Command as Order, Now};
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
 use crate::privileges::Privileges;
+use crate::publish_socket;
 use crate::sys::{self, Ending};
 
 /// All of them, and what is needed to make them.
@@ -35,6 +37,8 @@ pub(super) struct Beside {
     /// `None` if there is nothing to start.
     privileges: Option<Privileges>,
     segment: Segment,
+    /// Where programs find the publish socket.
+    pub(super) events: Option<PathBuf>,
     begun: Instant,
 }
 
@@ -107,7 +111,7 @@ impl Beside {
     pub(super) fn new(config: &Config, segment: Segment, begun: Instant) -> io::Result<Self> {
         let (programs, privileges) = resolve(config).map_err(io::Error::other)?;
         let helpers = Helpers::new(&config.helpers, config.drain_timeout, Timestamp::now());
-        Ok(Self { helpers, programs, processes: HashMap::new(), privileges, segment, begun })
+        Ok(Self { helpers, programs, processes: HashMap::new(), privileges, segment, events: None, begun })
     }
 
     fn now(&self) -> Now {
@@ -276,6 +280,7 @@ impl Beside {
             .args(&program.arguments)
             .env("FORKYARD_NAME", &label.name)
             .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
+            .envs(self.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
             .stdin(Stdio::null())
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));

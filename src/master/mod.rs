@@ -12,6 +12,7 @@
 //!   them what they go by. [`symbols`] has the functions named in which workers crashed.
 //! - [`upgrade`] has this process become another build of the program.
 //! - [`helpers`] decides which daemons and jobs run beside the workers (pure); [`beside`] runs them.
+//! - [`relay`] keeps the process that publishes for programs in other languages.
 //! - [`obituary`] writes the line for each process that ended.
 //! - [`control`] is the socket at which operators ask, [`operator`] does it, and [`status`] says how things are.
 
@@ -26,6 +27,7 @@ mod operator;
 mod output;
 mod quarantine;
 mod recycling;
+mod relay;
 mod sickbed;
 mod signals;
 mod spawn;
@@ -51,6 +53,7 @@ pub(crate) use self::control::Control;
 use self::obituary::Obituary;
 use self::output::LateOutputs;
 use self::recycling::Recycling;
+use self::relay::Relay;
 use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
@@ -64,6 +67,7 @@ use crate::hooks::{WorkerExit, WorkerId};
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
 use crate::notify::Notify;
+use crate::publish_socket::PublishSocket;
 use crate::queue_depth::QueueDepth;
 use crate::sys::{self, Ending};
 use crate::{memory, systemd};
@@ -78,6 +82,8 @@ const HEIRS: Duration = Duration::from_millis(2500);
 /// How operators reach the master, beside signals.
 pub(crate) struct Operators {
     pub(crate) control: Option<Control>,
+    /// Where programs publish events.
+    pub(crate) publish: Option<PublishSocket>,
     pub(crate) reread: Reread,
     pub(crate) log_files: Arc<LogFiles>,
     /// Kept open by the caller.
@@ -120,6 +126,7 @@ struct Master {
     pid_file: Option<SavedPidFile>,
     /// What runs beside the workers.
     beside: Beside,
+    relay: Relay,
     /// Set when the last worker is gone: whether the operator asked for that.
     emptied: Option<bool>,
     /// Set when the last process is gone: whether the operator asked for that.
@@ -169,6 +176,7 @@ pub(crate) fn run(
         scoreboard: segment.scoreboard(),
         sickbed: Sickbed::new(&config.failures, segment.quarantine()),
         beside: Beside::new(&config, segment.clone(), begun)?,
+        relay: Relay::new(operators.publish),
         nursery: Nursery::new(config, listeners, segment, launch, application, operators.log_files, ties)?,
         late: LateOutputs::default(),
         origin,
@@ -182,6 +190,7 @@ pub(crate) fn run(
         emptied: None,
         ended: None,
     };
+    master.tell_of_publish_socket();
     if memory::is_worth_storing(&master.nursery.config) {
         master.notify.store(systemd::SEGMENT, master.nursery.segment.fd());
     } else {
@@ -206,12 +215,15 @@ pub(crate) fn run(
         master.hear_operators(&events);
         master.feed(Event::Tick);
         master.look_beside();
+        master.relay.turn(&master.nursery, &master.signals, begun.elapsed());
         master.upgrade.listen();
         master.notify.tick(Instant::now());
         master.finish_upgrade();
     }
+    master.relay.stop();
     // Heirs first: who is told that the master has stopped finds that nobody of it is left.
     master.await_heirs();
+    master.relay.end();
     master.late.finish(master.now());
     master.farewell();
     Ok((master.ended == Some(true), master.control))
@@ -240,10 +252,19 @@ impl Master {
         self.begun.elapsed()
     }
 
-    /// Waits for the heirs of the last workers, for as long as these may take.
+    /// Has all programs find the publish socket.
+    fn tell_of_publish_socket(&mut self) {
+        let events = self.relay.seen_by_programs(&self.nursery.config);
+        self.nursery.events.clone_from(&events);
+        self.beside.events = events;
+    }
+
+    /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take.
     fn await_heirs(&mut self) {
         let begun = Instant::now();
-        while let Some(left) = HEIRS.checked_sub(begun.elapsed()).filter(|_| spawn::has_heirs()) {
+        while let Some(left) =
+            HEIRS.checked_sub(begun.elapsed()).filter(|_| spawn::has_heirs() || self.relay.pid().is_some())
+        {
             let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
             let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], timeout);
             self.hear_signals();
@@ -260,6 +281,7 @@ impl Master {
             self.sickbed.next_deadline(),
             self.control.as_ref().and_then(|control| control.next_deadline(now)),
             self.beside.next_deadline(),
+            self.relay.next_deadline(now),
         ];
         let outputs = self.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
         let deadline = deadlines.into_iter().flatten().chain(outputs).chain(self.late.next_deadline()).min();
@@ -278,6 +300,7 @@ impl Master {
         let children = self.children.values().flat_map(Child::watched).chain(self.late.watched());
         let children = children
             .chain(self.beside.watched())
+            .chain(self.relay.watched(now))
             .chain(self.upgrade.watched())
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         // Without workers nobody else looks whether somebody comes.
@@ -335,7 +358,7 @@ impl Master {
                 }
                 continue;
             }
-            if self.beside.ended(pid, ending) {
+            if self.relay.ended(pid, ending, self.begun.elapsed()) || self.beside.ended(pid, ending) {
                 continue;
             }
             self.hear(pid, 0);

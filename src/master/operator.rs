@@ -46,7 +46,10 @@ impl Master {
             Request::Segment if self.nursery.config.cache.bytes == 0 => {
                 self.reply(client, &Answer::failed("there is no page cache (start with --cache SIZE to have one)"));
             }
-            Request::Segment => {
+            Request::Events if self.nursery.config.events.bytes == 0 => {
+                self.reply(client, &Answer::failed("there is no event log (start with --events SIZE to have one)"));
+            }
+            Request::Segment | Request::Events => {
                 let now = self.now();
                 let done = Answer::done("the shared memory comes with this line");
                 if let Some(control) = &mut self.control {

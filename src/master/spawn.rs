@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
@@ -22,7 +23,7 @@ use crate::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
 use crate::privileges::Privileges;
-use crate::{notify, sys, systemd};
+use crate::{notify, publish_socket, sys, systemd};
 
 /// Variables that concern the master alone, and no process of its.
 pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &notify::VARIABLES, &systemd::VARIABLES];
@@ -50,6 +51,8 @@ pub(crate) struct Nursery {
     privileges: Arc<Privileges>,
     pub(crate) log_files: Arc<LogFiles>,
     worker_hooks: Arc<WorkerHooks>,
+    /// Where programs find the publish socket.
+    pub(crate) events: Option<PathBuf>,
 }
 
 /// What binds the workers of a former master, who live on, to this one and to those to come.
@@ -118,6 +121,7 @@ impl Nursery {
             privileges,
             log_files,
             worker_hooks,
+            events: None,
         })
     }
 
@@ -196,6 +200,9 @@ impl Nursery {
             if let Err(error) = heritage.apply_privileges() {
                 return heritage.fail(&error);
             }
+            if let Some(socket) = &self.events {
+                sys::set_environment(publish_socket::VARIABLE, socket);
+            }
             // After that: the kernel forgets it when the user changes.
             if grouped.is_err() || sys::die_with_parent(heritage.master).is_err() {
                 return 1;
@@ -221,6 +228,7 @@ impl Nursery {
             .env("FORKYARD_SLOT", slot.to_string())
             .env("FORKYARD_GENERATION", generation.to_string())
             .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
+            .envs(self.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
             // php-cgi would otherwise fork children of its own, which nobody supervises.
             .env("PHP_FCGI_CHILDREN", "0")
             .stdin(Stdio::from(self.listeners[0].duplicate()?))

@@ -89,13 +89,25 @@ impl Privileges {
     /// # Errors
     /// What could not be done, with the flag that asked for it.
     pub(crate) fn apply(&self, slot: u32) -> io::Result<()> {
+        self.carry_out_all(self.steps(slot))
+    }
+
+    /// The same for a process without a slot.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) fn apply_without_slot(&self) -> io::Result<()> {
+        self.carry_out_all(self.steps_without_slot())
+    }
+
+    fn carry_out_all(&self, steps: Result<Vec<Step>, String>) -> io::Result<()> {
         if self.config.clear_env {
             sys::clear_environment();
         }
         for Variable { name, value } in self.config.environment() {
             sys::set_environment(&name, value);
         }
-        for step in self.steps(slot).map_err(io::Error::other)? {
+        for step in steps.map_err(io::Error::other)? {
             calls::carry_out(&step).map_err(|error| io::Error::other(format!("{}: {error}", step.flag())))?;
         }
         self.config.sandbox.as_ref().map_or(Ok(()), sandbox::enter).map_err(io::Error::other)

@@ -46,6 +46,8 @@ impl Master {
             quarantine: self.sickbed.save(self.now()),
             control: self.control.as_ref().map(|control| control.save()),
             pid_file: self.pid_file.clone(),
+            publish: self.relay.save_socket(),
+            relay: self.relay.pid().map(Pid::as_raw),
         })
     }
 
@@ -69,6 +71,9 @@ impl Master {
             } else {
                 log::error!("cannot go on with name={name} pid={pid}: it is not ours any more");
             }
+        }
+        if let Some(pid) = left.saved.relay.map(Pid::from_raw).filter(|pid| sys::is_child(*pid)) {
+            self.relay.adopt(pid, now);
         }
         if let Some(looked_at_ms) = left.saved.jobs_looked_at_ms {
             self.beside.resume(looked_at_ms);

@@ -53,6 +53,11 @@ pub(crate) struct Saved {
     pub(crate) control: Option<SavedControl>,
     #[serde(default)]
     pub(crate) pid_file: Option<SavedPidFile>,
+    #[serde(default)]
+    pub(crate) publish: Option<SavedPublish>,
+    /// The relay, which ends by itself.
+    #[serde(default)]
+    pub(crate) relay: Option<i32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -167,6 +172,16 @@ pub(crate) struct SavedPidFile {
     pub(crate) path: PathBuf,
 }
 
+/// The publish socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedPublish {
+    pub(crate) fd: RawFd,
+    /// `--events-socket`
+    pub(crate) asked: Option<PathBuf>,
+    pub(crate) path: PathBuf,
+    pub(crate) file: Option<(u64, u64)>,
+}
+
 impl Saved {
     /// The descriptors that the new program needs to begin at all.
     pub(crate) fn foundation(&self) -> Vec<RawFd> {
@@ -193,6 +208,7 @@ impl Saved {
         };
         all.extend(self.control.iter().flat_map(of_control));
         all.extend(self.pid_file.iter().map(|file| file.fd));
+        all.extend(self.publish.iter().map(|socket| socket.fd));
         all
     }
 
@@ -306,6 +322,8 @@ mod tests {
             }],
             control: Some(SavedControl { fd: 16, path: "/run/c".into(), file: None, clients: vec![client] }),
             pid_file: Some(SavedPidFile { fd: 18, path: "/run/p".into() }),
+            publish: Some(SavedPublish { fd: 19, asked: None, path: "/run/e".into(), file: Some((1, 2)) }),
+            relay: Some(80),
         }
     }
 
@@ -322,7 +340,7 @@ mod tests {
         assert_eq!(Saved::read(written).unwrap(), Some(state()));
         let mut descriptors = state().descriptors();
         descriptors.sort_unstable();
-        assert_eq!(descriptors, (5..=18).collect::<Vec<_>>());
+        assert_eq!(descriptors, (5..=19).collect::<Vec<_>>());
     }
 
     #[test]

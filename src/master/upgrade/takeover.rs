@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use super::saved::{Saved, SavedListener, SavedPidFile};
+use super::saved::{Saved, SavedListener, SavedPidFile, SavedPublish};
 use crate::handover::Channel;
 use crate::listen::{Address, Bind, ControlListener, Listener};
 use crate::master::spawn::Ties;
+use crate::publish_socket::PublishSocket;
 use crate::sys;
 
 /// Names the descriptor of the state.
@@ -102,6 +103,17 @@ impl Takeover {
     /// Whether the former master has a control socket at `path`.
     pub(crate) fn has_control(&self, path: &Path) -> bool {
         self.saved.control.as_ref().is_some_and(|saved| saved.path == path)
+    }
+
+    /// The publish socket.
+    pub(crate) fn publish(&mut self) -> Option<PublishSocket> {
+        let SavedPublish { fd, asked, path, file } = self.saved.publish.take()?;
+        Some(PublishSocket::adopt(asked, path, self.claim(fd)?, file))
+    }
+
+    /// Whether the former master has a publish socket that it was asked for so.
+    pub(crate) fn has_publish(&self, asked: Option<&Path>) -> bool {
+        self.saved.publish.as_ref().is_some_and(|saved| saved.asked.as_deref() == asked)
     }
 
     /// The path of the pid file, and its descriptor; none of the latter for the check.

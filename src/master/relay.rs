@@ -1,0 +1,248 @@
+//! The relay as the master sees it: made when a datagram waits in the publish socket and there is none, and made again
+//! when it has died. [`crate::relay`] is what it does.
+//!
+//! Of the socket the master looks only whether something waits, and only while there is no relay.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, pipe2, setpgid};
+
+use super::output::{LineReader, REST};
+use super::signals::SignalInbox;
+use super::spawn::Nursery;
+use super::supervisor::{Breaker, Now, StartEnding};
+use super::upgrade::saved::SavedPublish;
+use crate::config::Config;
+use crate::privileges::Privileges;
+use crate::publish_socket::PublishSocket;
+use crate::relay;
+use crate::sys::{self, Ending};
+
+/// Bytes of its words that are read in one turn of the master's loop.
+const TURN: usize = 4 << 10;
+/// How long one may take to end by itself.
+const ENDING: Duration = Duration::from_secs(2);
+
+/// None, one that works, or one that is to end.
+pub(super) struct Relay {
+    /// `None` without an event log.
+    socket: Option<PublishSocket>,
+    state: State,
+    breaker: Breaker,
+}
+
+enum State {
+    None,
+    Works(Process),
+    /// It was told to end, and is killed at the deadline.
+    Ends {
+        pid: Pid,
+        deadline: Option<Now>,
+    },
+    /// There will be none any more.
+    Over,
+}
+
+struct Process {
+    pid: Pid,
+    since: Instant,
+    /// Whether it has come to work.
+    ready: bool,
+    output: LineReader,
+    open: bool,
+    /// At the end of which it ends.
+    _lifeline: OwnedFd,
+}
+
+impl Relay {
+    pub(super) fn new(socket: Option<PublishSocket>) -> Self {
+        Self { socket, state: State::None, breaker: Breaker::default() }
+    }
+
+    /// The path at which programs find the publish socket, if there is one for them.
+    pub(super) fn seen_by_programs(&self, config: &Config) -> Option<PathBuf> {
+        let socket = self.socket.as_ref()?;
+        let seen = socket.seen_from(config.privileges.chroot.as_deref());
+        if seen.is_none() {
+            let path = socket.path().display();
+            log::warn!(
+                "programs cannot see the publish socket {path} (choose a path inside of --chroot with --events-socket)"
+            );
+        }
+        seen
+    }
+
+    pub(super) fn save_socket(&self) -> Option<SavedPublish> {
+        let socket = self.socket.as_ref()?;
+        let (asked, path) = (socket.asked().map(ToOwned::to_owned), socket.path().to_owned());
+        Some(SavedPublish { fd: socket.raw(), asked, path, file: socket.file() })
+    }
+
+    /// Of the one that lives.
+    pub(super) fn pid(&self) -> Option<Pid> {
+        match &self.state {
+            State::Works(Process { pid, .. }) | State::Ends { pid, .. } => Some(*pid),
+            State::None | State::Over => None,
+        }
+    }
+
+    /// That of a former master, whose lifeline has ended.
+    pub(super) fn adopt(&mut self, pid: Pid, now: Now) {
+        self.state = State::Ends { pid, deadline: Some(now + ENDING) };
+    }
+
+    /// Where something may be to be heard.
+    pub(super) fn watched(&self, now: Now) -> Option<BorrowedFd<'_>> {
+        match &self.state {
+            State::None => {
+                self.socket.as_ref().filter(|_| now >= self.breaker.open_until()).map(|socket| socket.as_fd())
+            }
+            State::Works(process) => process.open.then(|| process.output.as_fd()),
+            State::Ends { .. } | State::Over => None,
+        }
+    }
+
+    pub(super) fn next_deadline(&self, now: Now) -> Option<Now> {
+        match &self.state {
+            State::None => self.socket.as_ref().map(|_| self.breaker.open_until()).filter(|until| *until > now),
+            State::Ends { deadline, .. } => *deadline,
+            State::Works(_) | State::Over => None,
+        }
+    }
+
+    /// Logs what it says, and makes one if there is something for it to do.
+    pub(super) fn turn(&mut self, nursery: &Nursery, signals: &SignalInbox, now: Now) {
+        match &mut self.state {
+            State::Works(process) => process.hear(TURN, &mut self.breaker),
+            State::Ends { pid, deadline } => {
+                if deadline.take_if(|deadline| *deadline <= now).is_some() {
+                    log::warn!("relay does not end by itself: killed pid={pid}");
+                    let _ = kill(*pid, Signal::SIGKILL);
+                }
+            }
+            State::None => {
+                if let Some(socket) = self.socket.as_ref().filter(|_| now >= self.breaker.open_until())
+                    && has_come(socket)
+                {
+                    match start(socket, nursery, signals) {
+                        Ok(process) => {
+                            log::info!("relay started pid={}", process.pid);
+                            self.state = State::Works(process);
+                        }
+                        Err(error) => self.failed(now, &format!("cannot start the relay: {error}")),
+                    }
+                }
+            }
+            State::Over => {}
+        }
+    }
+
+    fn failed(&mut self, now: Now, what: &str) {
+        if let Some((failures, delay)) = self.breaker.fail(StartEnding::Early, now) {
+            let delay = delay.as_millis();
+            log::error!("{what} (events wait in the publish socket) failures={failures} next_try={delay}ms");
+        }
+    }
+
+    /// Takes note of an end; false if that was not the relay's.
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) -> bool {
+        if self.pid() != Some(pid) {
+            return false;
+        }
+        match std::mem::replace(&mut self.state, State::None) {
+            State::Works(mut process) => {
+                process.hear(REST, &mut self.breaker);
+                let what = format!("relay ended pid={pid} {ending} lived={}ms", process.since.elapsed().as_millis());
+                if process.ready {
+                    log::warn!("{what}: the datagram that it was at may be lost, the others wait for the next one");
+                } else {
+                    self.failed(now, &what);
+                }
+            }
+            State::Ends { deadline, .. } => {
+                log::debug!("relay ended pid={pid} {ending}");
+                if deadline.is_none() {
+                    self.state = State::Over;
+                }
+            }
+            State::None | State::Over => {}
+        }
+        true
+    }
+
+    /// Has the relay end, for good: the master does.
+    pub(super) fn stop(&mut self) {
+        // With the process goes the lifeline.
+        self.state = match self.pid() {
+            Some(pid) => State::Ends { pid, deadline: None },
+            None => State::Over,
+        };
+    }
+
+    /// Nobody waits for it any longer.
+    pub(super) fn end(&mut self) {
+        if let Some(pid) = self.pid() {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+}
+
+impl Process {
+    fn hear(&mut self, most: usize, breaker: &mut Breaker) {
+        if !self.open {
+            return;
+        }
+        let (pid, ready) = (self.pid, &mut self.ready);
+        self.open = self.output.read(most, &mut |line, _| {
+            if line == relay::READY {
+                *ready = true;
+                breaker.close();
+            } else {
+                log::warn!("relay pid={pid} | {line}");
+            }
+        });
+    }
+}
+
+/// Whether something waits in the socket.
+fn has_come(socket: &PublishSocket) -> bool {
+    let mut watched = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    poll(&mut watched, PollTimeout::ZERO).is_ok() && watched[0].any().unwrap_or(false)
+}
+
+fn start(socket: &PublishSocket, nursery: &Nursery, signals: &SignalInbox) -> io::Result<Process> {
+    // It never blocks at what it says, and neither does the master.
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let (watched, lifeline) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let privileges = Privileges::resolve(&nursery.config.privileges, false).map_err(io::Error::other)?;
+    let segment = &nursery.segment;
+    let pid = sys::fork(|| {
+        // The handlers stay, and do nothing: who stops all processes of a service at once does not stop this one before its time.
+        signals.leave();
+        if [1, 2].into_iter().try_for_each(|fd| sys::replace(fd, &write)).is_err() {
+            return 1;
+        }
+        let own = [socket.raw(), watched.as_raw_fd(), segment.fd().as_raw_fd()];
+        // The logs' too: their numbers are not to become something else's.
+        let keep: Vec<_> = [0, 1, 2].into_iter().chain(own).chain(nursery.log_files.descriptors()).collect();
+        sys::close_all_except(&keep);
+        let _ = nix::sys::prctl::set_name(c"relay"); // a name for ps, nothing more
+        let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));
+        // While it can still open it again.
+        segment.enter();
+        if let Err(error) = grouped.map_err(io::Error::from).and_then(|()| privileges.apply_without_slot()) {
+            relay::say(&format!("{error}"));
+            return 1;
+        }
+        sys::unblock_signals();
+        relay::run(socket.as_fd(), watched.as_fd(), segment)
+    })?;
+    let (since, output) = (Instant::now(), LineReader::new(read));
+    Ok(Process { pid, since, ready: false, output, open: true, _lifeline: lifeline })
+}

@@ -1,0 +1,62 @@
+//! What the relay has to complain of: at most a line a second, in which the rest is counted.
+//!
+//! This file has no I/O and no clock.
+
+use std::fmt::Display;
+use std::time::Duration;
+
+/// How far apart the lines are.
+const APART: Duration = Duration::from_secs(1);
+
+/// What was not told yet. Times are since some beginning.
+#[derive(Debug, Default)]
+pub(super) struct Complaints {
+    untold: u64,
+    total: u64,
+    last: String,
+    not_before: Duration,
+}
+
+impl Complaints {
+    /// A datagram was not published.
+    pub(super) fn add(&mut self, why: impl Display) {
+        self.untold += 1;
+        self.total += 1;
+        self.last = why.to_string();
+    }
+
+    /// In how long there is a line to be told, if nothing more happens.
+    pub(super) fn due_in(&self, now: Duration) -> Option<Duration> {
+        (self.untold > 0).then(|| self.not_before.saturating_sub(now))
+    }
+
+    /// The line, if it is time for one.
+    pub(super) fn take(&mut self, now: Duration) -> Option<String> {
+        self.due_in(now).filter(Duration::is_zero)?;
+        self.not_before = now + APART;
+        let untold = std::mem::take(&mut self.untold);
+        Some(format!("datagrams not published count={untold} total={} last={:?}", self.total, self.last))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_is_told_at_once_and_those_that_follow_together() {
+        let ms = Duration::from_millis;
+        let mut complaints = Complaints::default();
+        assert_eq!((complaints.due_in(ms(5)), complaints.take(ms(5))), (None, None));
+        complaints.add("one");
+        assert_eq!(complaints.due_in(ms(5)), Some(Duration::ZERO));
+        assert_eq!(complaints.take(ms(5)).unwrap(), "datagrams not published count=1 total=1 last=\"one\"");
+        for _ in 0..1000 {
+            complaints.add("a \"line\"\n");
+        }
+        assert_eq!((complaints.due_in(ms(6)), complaints.take(ms(6))), (Some(ms(999)), None));
+        let line = complaints.take(ms(1005)).unwrap();
+        assert_eq!(line, "datagrams not published count=1000 total=1001 last=\"a \\\"line\\\"\\n\"");
+        assert_eq!((complaints.due_in(ms(9000)), complaints.take(ms(9000))), (None, None));
+    }
+}

@@ -1,0 +1,95 @@
+//! A datagram of the publish socket: the topic, the event's name and its data, with a line end behind the first two.
+//!
+//! This file has no I/O.
+
+use std::fmt;
+
+/// What one says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Datagram<'a> {
+    pub(super) topic: &'a str,
+    /// May be empty.
+    pub(super) name: &'a str,
+    /// All that is left, whatever it is.
+    pub(super) data: &'a [u8],
+}
+
+/// Why one says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Malformed {
+    /// There are no two line ends in it.
+    Lines,
+    Topic,
+    Name,
+}
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Lines => "it has no two line ends (TOPIC, NAME and DATA are to be separated by them)",
+            Self::Topic => "its topic is not UTF-8",
+            Self::Name => "its name is not UTF-8, or has control characters",
+        })
+    }
+}
+
+impl<'a> Datagram<'a> {
+    /// # Errors
+    /// What is wrong with it. (Whether that can be a topic is the log's to say.)
+    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
+        let mut parts = bytes.splitn(3, |&byte| byte == b'\n');
+        let (Some(topic), Some(name), Some(data)) = (parts.next(), parts.next(), parts.next()) else {
+            return Err(Malformed::Lines);
+        };
+        let topic = std::str::from_utf8(topic).map_err(|_| Malformed::Topic)?;
+        let name = std::str::from_utf8(name).ok().filter(|name| is_name(name)).ok_or(Malformed::Name)?;
+        Ok(Self { topic, name, data })
+    }
+}
+
+/// Whether an event may be called that: a name is a line of an event stream.
+pub(crate) fn is_name(name: &str) -> bool {
+    !name.contains(|character: char| character.is_ascii_control())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_lines_and_the_rest() {
+        let parsed = |topic, name, data| Ok(Datagram { topic, name, data });
+        assert_eq!(Datagram::parse(b"news\n\nit rains"), parsed("news", "", b"it rains"));
+        assert_eq!(Datagram::parse(b"news\nweather\n"), parsed("news", "weather", b""));
+        assert_eq!(Datagram::parse(b"a\nb\nc\nd\n\0\xff"), parsed("a", "b", b"c\nd\n\0\xff"));
+        assert_eq!(Datagram::parse("\u{fc}\n\u{e9}\n\r\n".as_bytes()), parsed("\u{fc}", "\u{e9}", b"\r\n"));
+        assert_eq!(Datagram::parse(b"\n\n"), parsed("", "", b""), "the log refuses that topic");
+    }
+
+    #[test]
+    fn what_is_none_is_told_why() {
+        for (bytes, why) in [
+            (&b""[..], Malformed::Lines),
+            (b"news", Malformed::Lines),
+            (b"news\nit rains", Malformed::Lines),
+            (b"\xff\n\nx", Malformed::Topic),
+            (b"news\n\xff\nx", Malformed::Name),
+            (b"news\nweather\r\nx", Malformed::Name),
+            (b"news\nwea\0ther\nx", Malformed::Name),
+        ] {
+            assert_eq!(Datagram::parse(bytes), Err(why), "{}", bytes.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic_and_what_it_takes_is_all_there() {
+        let mut random = fastrand::Rng::with_seed(11);
+        for _ in 0..20_000 {
+            let bytes: Vec<u8> =
+                (0..random.usize(..12)).map(|_| *random.choice(b"\n\n\na\xc3\xa9\r\0").unwrap()).collect();
+            if let Ok(Datagram { topic, name, data }) = Datagram::parse(&bytes) {
+                assert_eq!([topic.as_bytes(), name.as_bytes(), data].join(&b'\n'), bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,494 @@
+//! Publishing by datagram and by command: real programs in other languages, real relays, and what is left of their events when
+//! these die.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use common::fastcgi::{self, PARAMS, STDIN, begin, pair, record};
+use common::{Server, http, process, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+const DOCUMENT: &str = include_str!("../docs/events-from-other-languages.md");
+
+/// A server with an event log.
+struct Place {
+    server: Server,
+    folder: TempDir,
+}
+
+impl Place {
+    fn start(arguments: &[&str]) -> Self {
+        Self::start_program(&program("stream"), arguments)
+    }
+
+    fn start_program(path: &Path, arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        // Other users may come to the socket.
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mut command = Command::new(path);
+        command.args(["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "0"]);
+        command.arg("--control").arg(folder.path().join("control"));
+        command.arg("--events-socket").arg(folder.path().join("events")).args(arguments);
+        Self { server: Server::start_command(&mut command), folder }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("events")
+    }
+
+    fn sender(&self) -> UnixDatagram {
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.connect(self.socket()).unwrap();
+        sender
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        events_command(&self.folder.path().join("control"), arguments)
+    }
+
+    #[track_caller]
+    fn said(&self, arguments: &[&str]) -> String {
+        said(self.command(arguments).output().unwrap())
+    }
+
+    #[track_caller]
+    fn complaint(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        said
+    }
+
+    /// The data of a topic, all of which must be in the log still, its ids without a gap from 1.
+    fn data(&self, topic: &str) -> Vec<String> {
+        let since = self.server.segment().events().since(topic, 0, usize::MAX);
+        assert_eq!(since.missed, 0);
+        assert!(since.events.iter().zip(1..).all(|(event, id)| event.id == id));
+        since.events.into_iter().map(|event| String::from_utf8(event.data).unwrap()).collect()
+    }
+
+    fn last_id(&self, topic: &str) -> u64 {
+        self.server.segment().events().last_id(topic)
+    }
+
+    fn wait_for_last_id(&self, topic: &str, id: u64) {
+        wait_until("it is in the log", || (self.last_id(topic) >= id).then_some(()));
+    }
+
+    fn relay(&self) -> Option<Pid> {
+        let children = self.server.children().into_iter();
+        let mut relays =
+            children.filter(|pid| process(*pid).is_some_and(|one| one.name == "relay" && one.state != 'Z'));
+        relays.next().map(Pid::from_raw)
+    }
+}
+
+fn events_command(control: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program("forkyard"));
+    command.arg("events").args(arguments).env("FORKYARD_CONTROL", control);
+    command
+}
+
+#[track_caller]
+fn said(output: Output) -> String {
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    said
+}
+
+/// The examples of a language in the document.
+fn example(language: &str) -> &'static str {
+    let begin = format!("\n```{language}\n");
+    let (_, rest) = DOCUMENT.split_once(&begin).expect("there is one");
+    rest.split_once("\n```").unwrap().0
+}
+
+// ---- other languages ----
+
+#[test]
+fn the_documents_examples_publish_from_php_python_and_a_shell() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let php = write("publish.php", &format!("<?php\n{}\necho 'done';\n", example("php")));
+    let python = write("publish.py", example("python"));
+    let shell = write("publish.sh", example("sh"));
+    let (control, socket) = (folder.path().join("control"), folder.path().join("app.sock"));
+    let bind = format!("fastcgi:unix:{}", socket.display());
+    // 125: not to be started again.
+    let daemons =
+        [format!("python=sh -c 'python3 {python} && exit 125'"), format!("shell=sh -c 'sh {shell} && exit 125'")];
+    let mut command = Command::new(program("forkyard"));
+    command.args(["run", "--events", "1M", "--bind", &bind, "--workers", "1", "--control"]).arg(&control);
+    command.args(["--daemon", &daemons[0], "--daemon", &daemons[1]]).env("TMPDIR", folder.path());
+    let mut server = Server::start_command(command.args(["--", "php-cgi", "-n"]));
+
+    let params = [("REQUEST_METHOD", "GET"), ("SCRIPT_FILENAME", &php), ("QUERY_STRING", ""), ("REQUEST_URI", "/")];
+    let params: Vec<u8> = params.iter().flat_map(|(name, value)| pair(name, value)).collect();
+    let mut client = fastcgi::Client::connect(&bind).unwrap();
+    let records =
+        [begin(1, 1, false), record(PARAMS, 1, &params, 0), record(PARAMS, 1, b"", 0), record(STDIN, 1, b"", 0)];
+    client.send(&records).unwrap();
+    assert_eq!(String::from_utf8_lossy(client.response(1).unwrap().body()), "done");
+
+    let tail = said(events_command(&control, &["tail", "news", "--from", "1", "--count", "3"]).output().unwrap());
+    let mut lines: Vec<&str> = tail.lines().map(|line| line.split_once('\t').unwrap().1).collect();
+    lines.sort_unstable();
+    let expected = ["PHP", "Python", "a shell"].map(|what| format!("news\tweather\tit rains in {what}"));
+    assert_eq!(lines, expected);
+    let is_ours = |name: &str| name.starts_with("forkyard-events-");
+    let folders = || {
+        let names = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| is_ours(&name.to_string_lossy())).count()
+    };
+    assert_eq!(folders(), 1);
+    server.stop();
+    assert_eq!(folders(), 0, "the socket's folder goes with the server");
+}
+
+#[test]
+fn a_datagram_may_be_as_long_as_an_event_and_have_any_bytes() {
+    let place = Place::start(&[]);
+    let sender = place.sender();
+    let log = place.server.segment().events();
+    let most = usize::try_from(log.max_event()).unwrap();
+    let longest: Vec<u8> = (0..most - 1).map(|at| u8::try_from(at % 251).unwrap()).collect();
+    let topic = "t".repeat(128);
+    sender.send(&[topic.as_bytes(), b"\nn\n", &longest].concat()).unwrap();
+    sender.send(b"empty\n\n").unwrap();
+    place.wait_for_last_id("empty", 1);
+    let event = log.since(&topic, 0, 1).events.remove(0);
+    assert!((&*event.name, event.data == longest) == ("n", true));
+    assert_eq!(place.data("empty"), [""]);
+}
+
+#[test]
+fn what_is_no_event_is_counted_and_harms_nobody() {
+    let mut place = Place::start(&[]);
+    let sender = place.sender();
+    sender.send(b"news\n\nfirst").unwrap();
+    place.wait_for_last_id("news", 1);
+    let relay = place.relay().unwrap();
+    let most = usize::try_from(place.server.segment().events().max_event()).unwrap();
+    let too_long = [b"news\n\n".as_slice(), &vec![b'x'; most + 1]].concat();
+    let longer_than_any = [b"news\n\n".as_slice(), &vec![b'x'; most + 1000]].concat();
+    let long_topic = format!("{}\n\nx", "t".repeat(129));
+    let wrong: [&[u8]; 9] = [
+        b"",
+        b"news",
+        b"news\nsecond",
+        b"\n\nno topic",
+        b"\xff\n\nx",
+        b"news\n\x1b[2J\nx",
+        &too_long,
+        &longer_than_any,
+        long_topic.as_bytes(),
+    ];
+    for datagram in wrong {
+        sender.send(datagram).unwrap();
+    }
+    let line = place.server.wait_for("datagrams not published count=");
+    assert!(line.contains(&format!("WARN  [{}] relay pid={relay}", place.server.pid())), "{line}");
+    let last = if line.contains("total=9") { line } else { place.server.wait_for("total=9 ") };
+    assert!(last.contains("a topic has 1 to 128 bytes"), "{last}");
+    sender.send(b"news\n\nlast").unwrap();
+    place.wait_for_last_id("news", 2);
+    assert_eq!(place.data("news"), ["first", "last"]);
+    assert_eq!(place.relay(), Some(relay));
+    let lines = place.server.log().lines().filter(|line| line.contains("not published")).count();
+    assert!(lines <= 2, "{}", place.server.log());
+}
+
+#[test]
+fn what_comes_by_datagram_reaches_a_subscriber() {
+    let place = Place::start(&[]);
+    let address = place.server.http();
+    let mut curl = Command::new("curl");
+    curl.args(["-sN", "-H", "Accept: text/event-stream"]);
+    let mut stream = curl.arg(format!("http://{address}/events?topics=news")).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(stream.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.starts_with("id: ")), "it has subscribed");
+    place.sender().send(b"news\nweather\nit rains").unwrap();
+    assert!(lines.any(|line| line == "event: weather"));
+    assert_eq!(lines.next().unwrap(), "data: it rains");
+    stream.kill().unwrap();
+    stream.wait().unwrap();
+}
+
+#[test]
+fn workers_find_the_socket_in_their_environment() {
+    let place = Place::start_program(&program("confined"), &["--clear-env"]);
+    let environment = http::get(&place.server.http(), "/env").unwrap().text();
+    let line = format!("FORKYARD_EVENTS={}\n", place.socket().display());
+    assert!(environment.contains(&line), "{environment}");
+}
+
+// ---- the relay ----
+
+/// Sends numbers to a topic until it is told to stop. Returns how many.
+fn send_numbers(sender: &UnixDatagram, topic: &str, stop: &AtomicBool, sent: &AtomicU64) {
+    while !stop.load(Ordering::SeqCst) {
+        let number = sent.fetch_add(1, Ordering::SeqCst);
+        sender.send(format!("{topic}\n\n{number}").as_bytes()).unwrap();
+    }
+}
+
+#[test]
+fn of_each_relay_that_is_killed_one_event_is_lost_at_most_and_none_is_doubled() {
+    const KILLS: u64 = 50;
+    let mut place = Place::start(&["--events", "256M"]);
+    let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
+    let sender = place.sender();
+    std::thread::scope(|scope| {
+        scope.spawn(|| send_numbers(&sender, "n", &stop, &sent));
+        for _ in 0..KILLS {
+            let before = place.last_id("n");
+            let relay = wait_until("a relay is at work", || place.relay().filter(|_| place.last_id("n") > before));
+            kill(relay, Signal::SIGKILL).unwrap();
+            wait_until("it is dead", || process(relay.as_raw()).is_none().then_some(()));
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    sender.send(b"end\n\n").unwrap();
+    place.wait_for_last_id("end", 1);
+    let numbers: Vec<u64> = place.data("n").iter().map(|data| data.parse().unwrap()).collect();
+    assert!(numbers.is_sorted_by(|one, other| one < other), "in order, and none twice");
+    let lost = sent.load(Ordering::SeqCst) - numbers.len() as u64;
+    assert!(lost <= KILLS, "{lost} of {} are lost", numbers.len());
+    assert_eq!(place.server.segment().events().audit(), Ok(()));
+    assert_eq!(place.server.log().matches("relay ended").count() as u64, KILLS);
+    let relay = place.relay().unwrap();
+    place.server.stop();
+    assert!(process(relay.as_raw()).is_none(), "it ends with the master");
+    assert!(!place.socket().exists());
+}
+
+#[test]
+fn a_relay_ends_with_a_master_that_is_killed_and_the_next_one_takes_the_path() {
+    let mut place = Place::start(&[]);
+    place.sender().send(b"news\n\nx").unwrap();
+    place.wait_for_last_id("news", 1);
+    let relay = place.relay().unwrap();
+    place.server.signal(Signal::SIGKILL);
+    place.server.wait_end();
+    wait_until("it is gone", || process(relay.as_raw()).is_none_or(|one| one.state == 'Z').then_some(()));
+    assert!(place.socket().exists());
+    let start = || {
+        let mut command = Command::new(program("stream"));
+        command.args(["--bind", "http:127.0.0.1:0", "--workers", "1", "--events-socket"]).arg(place.socket());
+        command
+    };
+    let mut second = Server::start_command(&mut start());
+    let refused = start().output().unwrap();
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && why.contains("another program is listening there"), "{why}");
+    assert!(why.contains("--events-socket"), "{why}");
+    let sender = UnixDatagram::unbound().unwrap();
+    sender.send_to(b"news\n\nx", place.socket()).unwrap();
+    wait_until("it is published", || (second.segment().events().last_id("news") == 1).then_some(()));
+    second.stop();
+}
+
+#[test]
+fn an_upgrade_loses_nothing_that_is_sent_meanwhile() {
+    let mut place = Place::start(&["--events", "64M"]);
+    let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
+    let sender = place.sender();
+    sender.send(b"begin\n\n").unwrap();
+    place.wait_for_last_id("begin", 1);
+    let inode = std::fs::metadata(place.socket()).unwrap().ino();
+    let mut relays = BTreeSet::from([place.relay().unwrap()]);
+    std::thread::scope(|scope| {
+        let server = &mut place.server;
+        let (stop, sent, sender) = (&stop, &sent, &sender);
+        scope.spawn(move || {
+            while !stop.load(Ordering::SeqCst) {
+                let number = sent.fetch_add(1, Ordering::SeqCst);
+                sender.send(format!("n\n\n{number}").as_bytes()).unwrap();
+                std::thread::park_timeout(std::time::Duration::from_micros(200));
+            }
+        });
+        for _ in 0..3 {
+            server.signal(Signal::SIGUSR2);
+            server.wait_for("upgraded version=");
+            server.wait_for("reload done");
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    sender.send(b"end\n\n").unwrap();
+    place.wait_for_last_id("end", 1);
+    let expected: Vec<String> = (0..sent.load(Ordering::SeqCst)).map(|number| number.to_string()).collect();
+    assert!(place.data("n") == expected, "{} of {} came", place.data("n").len(), expected.len());
+    assert_eq!(std::fs::metadata(place.socket()).unwrap().ino(), inode);
+    assert!(relays.insert(place.relay().unwrap()), "the new build has a relay of its own");
+    assert!(!place.server.log().contains("relay ended"), "none has died:\n{}", place.server.log());
+    place.server.stop();
+    assert!(!place.socket().exists());
+}
+
+#[test]
+fn the_user_of_the_workers_may_publish_and_others_may_not() {
+    assert!(nix::unistd::geteuid().is_root(), "this test has to run as root: it changes users");
+    let place = Place::start(&["--user", "4711", "--group", "4712"]);
+    let send = |user: u32, group: u32| {
+        let socket = format!("UNIX-SENDTO:{}", place.socket().display());
+        let mut socat = Command::new("socat");
+        socat.args(["-u", "-", &socket]).uid(user).gid(group).current_dir("/").stdin(Stdio::piped());
+        let mut child = socat.stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{error} (scripts/test)"));
+        // One that may not send may be gone before it has read.
+        let _ = child.stdin.take().unwrap().write_all(b"news\n\nx");
+        let output = child.wait_with_output().unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    for (user, group) in [(4713, 4713), (4713, 4711)] {
+        assert!(send(user, group).contains("Permission denied"), "EACCES");
+    }
+    assert_eq!((place.relay(), place.last_id("news")), (None, 0), "nothing came, and there is no relay");
+    for (user, group) in [(4711, 4712), (4713, 4712)] {
+        assert_eq!(send(user, group), "");
+    }
+    place.wait_for_last_id("news", 2);
+    let relay = place.relay().unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{relay}/status")).unwrap();
+    assert!(status.contains("Uid:\t4711\t4711\t4711\t4711\n") && status.contains("Gid:\t4712\t4712"), "{status}");
+    let metadata = std::fs::metadata(place.socket()).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o777), (4711, 4712, 0o660));
+}
+
+// ---- the command line ----
+
+#[test]
+fn commands_publish_and_list() {
+    let place = Place::start(&[]);
+    assert_eq!(place.said(&["publish", "news", "it rains", "--name", "weather"]), "1\n");
+    assert_eq!(place.said(&["publish", "news", "it snows", "--json"]), "{\"id\":2,\"topic\":\"news\"}\n");
+    let mut child =
+        place.command(&["publish", "chat", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"two\nlines\xff").unwrap();
+    assert_eq!(said(child.wait_with_output().unwrap()), "1\n");
+    assert_eq!(place.said(&["tail", "--from", "1", "--count", "1", "chat"]), "1\tchat\t-\ttwo\\nlines\\xff\n");
+    assert_eq!(place.said(&["tail", "--from", "2", "--count", "1", "news"]), "2\tnews\t-\tit snows\n");
+
+    let list: Value = serde_json::from_str(&place.said(&["ls", "--json"])).unwrap();
+    assert_eq!(list["topics"], serde_json::json!([{"topic":"chat","last_id":1},{"topic":"news","last_id":2}]));
+    assert_eq!((&list["published"], &list["evicted"]), (&3.into(), &0.into()));
+    assert_eq!(list["epoch"], format!("{:x}", place.server.segment().events().epoch()));
+    let list = place.said(&["ls"]);
+    assert!(
+        list.contains("published   3, of which 0") && list.ends_with("         1  chat\n         2  news\n"),
+        "{list}"
+    );
+
+    for (arguments, why) in [
+        (&["publish", "", "x"][..], "a topic has 1 to 128 bytes"),
+        (&["publish", "news", "x", "--name", "a\nb"], "control characters (give another --name)"),
+        (&["publish", "news", &"x".repeat(126_000)], "longer than the"),
+    ] {
+        let complaint = place.complaint(arguments);
+        assert!(complaint.contains(why), "{complaint}");
+    }
+    assert_eq!(place.relay(), None, "these publish by themselves");
+}
+
+#[test]
+fn without_an_event_log_there_is_no_socket_and_commands_say_so() {
+    let place = Place::start(&["--events", "0"]);
+    assert!(!place.socket().exists());
+    for arguments in [&["ls"][..], &["tail"], &["publish", "a", "b"]] {
+        let complaint = place.complaint(arguments);
+        assert!(complaint.contains("there is no event log (start with --events SIZE to have one)"), "{complaint}");
+    }
+    drop(place);
+    let nobody = events_command(Path::new("/nowhere/control"), &["ls"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&nobody.stderr).contains("no master is at /nowhere/control"));
+}
+
+/// A tail that runs.
+struct Tail {
+    child: Child,
+    lines: Option<BufReader<ChildStdout>>,
+}
+
+impl Tail {
+    fn start(place: &Place, arguments: &[&str]) -> Self {
+        let mut command = place.command(&[&["tail"], arguments].concat());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let lines = child.stdout.take().map(BufReader::new);
+        Self { child, lines }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.lines.as_mut().unwrap().read_line(&mut line).unwrap();
+        line
+    }
+}
+
+impl Drop for Tail {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn tail_prints_what_comes_and_ends_well() {
+    let mut place = Place::start(&[]);
+    place.said(&["publish", "news", "one"]);
+    place.said(&["publish", "chat", "a"]);
+    let mut all = Tail::start(&place, &["--from", "1", "--json"]);
+    let mut news = Tail::start(&place, &["--from", "1", "news"]);
+    assert_eq!(news.line(), "1\tnews\t-\tone\n");
+    let first: BTreeSet<String> = [all.line(), all.line()].into_iter().collect();
+    let topics: BTreeSet<_> =
+        first.iter().map(|line| serde_json::from_str::<Value>(line).unwrap()["topic"].to_string()).collect();
+    assert_eq!(topics, BTreeSet::from(["\"chat\"".to_owned(), "\"news\"".to_owned()]));
+
+    place.said(&["publish", "chat", "b"]);
+    place.said(&["publish", "news", "two", "--name", "n"]);
+    assert_eq!(news.line(), "2\tnews\tn\ttwo\n");
+    let line: Value = serde_json::from_str(&all.line()).unwrap();
+    assert_eq!((&line["topic"], &line["id"], &line["data"]), (&"chat".into(), &2.into(), &"b".into()));
+    assert!(line["published_us"].as_u64().unwrap() > 1_600_000_000_000_000, "{line}");
+
+    kill(Pid::from_raw(news.child.id().cast_signed()), Signal::SIGINT).unwrap();
+    assert_eq!((news.line(), news.child.wait().unwrap().code()), (String::new(), Some(0)));
+    // Nobody reads it any more: it ends by itself, without an event.
+    all.lines = None;
+    assert_eq!(wait_until("it has ended", || all.child.try_wait().unwrap()).code(), Some(0));
+
+    let mut orphan = Tail::start(&place, &["--from", "1", "news"]);
+    assert_eq!(orphan.line(), "1\tnews\t-\tone\n");
+    place.server.stop();
+    assert_eq!(wait_until("it has ended", || orphan.child.try_wait().unwrap()).code(), Some(1));
+}
+
+#[test]
+fn tail_tells_what_is_gone() {
+    let place = Place::start(&["--events", "64K"]);
+    assert_eq!(http::post(&place.server.http(), "/flood/news/200/1000", b"").unwrap().status, 200);
+    let output = place.said(&["tail", "news", "--from", "3", "--count", "2"]);
+    let lines: Vec<&str> = output.lines().collect();
+    let first: u64 = lines[1].split('\t').next().unwrap().parse().unwrap();
+    assert_eq!(lines[0], format!("# {} events of news are gone", first - 3));
+    assert_eq!(lines.len(), 3);
+    let output = place.said(&["tail", "news", "--from", "3", "--count", "1", "--json"]);
+    let gap: Value = serde_json::from_str(output.lines().next().unwrap()).unwrap();
+    assert_eq!(gap, serde_json::json!({ "topic": "news", "missed": first - 3 }));
+}
