@@ -92,7 +92,7 @@ pub struct InFlight {
     held: Rc<Holding>,
     /// `None` if all cells were in use.
     cell: Option<usize>,
-    is_counted: bool,
+    is_stream: bool,
 }
 
 /// What a row said at some moment.
@@ -113,6 +113,8 @@ pub struct Snapshot {
     pub connections: u32,
     /// Requests being served.
     pub in_flight: u32,
+    /// Event streams, which are none of those.
+    pub streams: u32,
     /// The requests being served, at most 16 of them, the oldest first.
     pub serving: Vec<Serving>,
     /// The one of them that the crashing thread was at work on, if that is known.
@@ -183,6 +185,7 @@ impl Scoreboard {
         row.requests.store(0, Ordering::Relaxed);
         row.connections.store(0, Ordering::Relaxed);
         row.in_flight.store(0, Ordering::Relaxed);
+        row.streams.store(0, Ordering::Relaxed);
         row.occupied.store(0, Ordering::Relaxed);
         row.culprit.store(0, Ordering::Relaxed);
         row.busy_ms.store(0, Ordering::Relaxed);
@@ -301,7 +304,7 @@ impl Row {
                 words.fill(method, target);
             }
         }
-        InFlight { held: Rc::clone(&self.held), cell, is_counted: true }
+        InFlight { held: Rc::clone(&self.held), cell, is_stream: false }
     }
 
     /// Requests served since the row was claimed.
@@ -376,12 +379,17 @@ impl InFlight {
 }
 
 impl InFlight {
-    /// From here on the request is none of those that are being served: it keeps nobody at work. It counts as served when this
-    /// is dropped.
-    pub fn stop_counting(&mut self) {
-        if !std::mem::take(&mut self.is_counted) {
-            return;
+    /// From here on the request is none of those that are being served, but an event stream, which keeps nobody at work. It
+    /// counts as served when this is dropped.
+    pub fn becomes_stream(&mut self) {
+        if !std::mem::replace(&mut self.is_stream, true) {
+            self.leave();
+            self.held.row().inspect(|row| step(&row.streams, 1));
         }
+    }
+
+    /// Gives its place up.
+    fn leave(&mut self) {
         let cell = self.cell.take();
         if let Some(index) = cell {
             self.held.used.set(self.held.used.get() & !(1 << index));
@@ -396,8 +404,13 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.stop_counting();
+        if !self.is_stream {
+            self.leave();
+        }
         let Some(row) = self.held.row() else { return };
+        if self.is_stream {
+            step(&row.streams, -1);
+        }
         let served = row.requests.load(Ordering::Relaxed);
         row.requests.store(served.wrapping_add(1), Ordering::Relaxed);
     }
@@ -477,6 +490,7 @@ impl Snapshot {
             requests: row.requests.load(Ordering::Relaxed),
             connections: row.connections.load(Ordering::Relaxed),
             in_flight: row.in_flight.load(Ordering::Relaxed),
+            streams: row.streams.load(Ordering::Relaxed),
             serving,
             culprit,
             busy_since_ms: (busy_ms != 0).then_some(busy_ms),
@@ -535,6 +549,15 @@ mod tests {
         assert_eq!(seen.serving[0].what, "POST /form");
         drop(second);
         assert_eq!(board.read(2).unwrap().serving, []);
+        let mut stream = row.begin("GET", "/events");
+        stream.becomes_stream();
+        stream.becomes_stream();
+        let seen = board.read(2).unwrap();
+        assert_eq!((seen.in_flight, seen.streams, seen.serving.len(), seen.requests), (0, 1, 0, 2));
+        assert_eq!(row.begin("GET", "/b").cell(), Some(0), "its place is free");
+        drop(stream);
+        let seen = board.read(2).unwrap();
+        assert_eq!((seen.in_flight, seen.streams, seen.requests), (0, 0, 4));
         assert_eq!(board.read(1).unwrap().pid, 0, "the neighbours are untouched");
         assert_eq!(board.read(3).unwrap().pid, 0);
     }

@@ -279,7 +279,7 @@ where
                 in_flight.answered(response.status());
                 let left = if *answer.is_head { None } else { promised(&mut response, &in_flight) };
                 if is_event_stream(&response) {
-                    in_flight.in_flight.stop_counting();
+                    in_flight.in_flight.becomes_stream();
                 }
                 response.map(|body| Served::App { body, in_flight, left })
             }
