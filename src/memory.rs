@@ -75,6 +75,7 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
         return Segment::create(&plan).map_err(|error| {
             let remedy = match error {
                 SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
+                SegmentError::LogTooSmall { .. } => "--events",
                 _ => "--cache",
             };
             format!("cannot make a shared cache of {size}: {error} (choose another size with {remedy})").into()

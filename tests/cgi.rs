@@ -230,14 +230,14 @@ fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
         assert_eq!(pages.len(), 1, "one renders, whoever makes the file");
     }
     // Whoever opens it as a master does audits it first.
-    let plan = Plan { cache_bytes: 4 << 20, rows: 20, ..Plan::default() };
+    let plan = Plan { cache_bytes: 4 << 20, rows: 20, events_bytes: 1 << 20, ..Plan::default() };
     let (segment, found) = Segment::open(&file, &plan).unwrap();
     assert_eq!((found, segment.cache().stats().entries), (Found::Warm, 3));
 }
 
 #[test]
 fn of_those_that_come_at_once_one_makes_the_file_and_all_share_it() {
-    let plan = Plan { cache_bytes: 4 << 20, rows: 20, ..Plan::default() };
+    let plan = Plan { cache_bytes: 4 << 20, rows: 20, events_bytes: 1 << 20, ..Plan::default() };
     let folder = tempfile::tempdir().unwrap();
     for round in 0..20 {
         let file = folder.path().join(round.to_string());
@@ -282,7 +282,7 @@ fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
         let page_of_all = page(&file, "/page/7");
         assert_eq!(page(&file, "/page/7"), page_of_all, "round {round}");
     }
-    let plan = Plan { cache_bytes: 4 << 20, rows: 20, ..Plan::default() };
+    let plan = Plan { cache_bytes: 4 << 20, rows: 20, events_bytes: 1 << 20, ..Plan::default() };
     assert_eq!(Segment::open(&file, &plan).unwrap().1, Found::Warm);
 }
 

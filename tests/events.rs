@@ -7,13 +7,14 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::http::{self, Client, Response};
 use common::raw::{self, Protocol};
 use common::sse::{Event, Source, WAYS, Way};
-use common::{PATIENCE, Server, fastcgi, status_number, wait_until};
+use common::{PATIENCE, Server, fastcgi, program, status_number, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -450,6 +451,11 @@ fn beyond_max_subscribers_there_is_a_503_and_without_a_log_as_well() {
         assert_eq!((refused.status, refused.header("retry-after")), (503, None), "{topics}");
     }
     site.0.stop();
+
+    let mut tiny =
+        Server::launch(Command::new(program("stream")).args(["--bind", "http:127.0.0.1:0", "--events", "1"]));
+    tiny.wait_for("with --events)");
+    assert_eq!(tiny.wait_end(), Some(1));
 
     let mut site = Site::start(&["--workers", "1", "--events", "0"]);
     let refused = poll(&site.0.http(), "/events?topics=a", "Accept: text/event-stream\r\n");

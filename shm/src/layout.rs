@@ -20,7 +20,8 @@
 //!
 //! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
 //!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 culprit 4 (a cell + 1; 0 = unknown)
-//!           56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 128 cells 16 x 128
+//!           56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 72 streams 4
+//!           128 cells 16 x 128
 //! cell      0 stamp_ms 8 (0 = free) | 8 length 8 | 16 text 112
 //!
 //! member    0 pid 4 (0 = nobody) | 4 unused | 8 epoch 8 | 64 pins 32 x 8 (see `pin.rs`)
@@ -156,7 +157,8 @@ pub(crate) struct RowCells {
     pub(crate) busy_ms: AtomicU64,
     pub(crate) pulse: AtomicU32,
     pub(crate) loop_thread: AtomicU32,
-    unused: [AtomicU32; 14],
+    pub(crate) streams: AtomicU32,
+    unused: [AtomicU32; 13],
     pub(crate) cells: [Cell; CELLS],
 }
 
@@ -436,6 +438,7 @@ const _: () = {
     assert!(offset_of!(RowCells, in_flight) == 44 && offset_of!(RowCells, occupied) == 48);
     assert!(offset_of!(RowCells, culprit) == 52 && offset_of!(RowCells, busy_ms) == 56);
     assert!(offset_of!(RowCells, pulse) == 64 && offset_of!(RowCells, loop_thread) == 68);
+    assert!(offset_of!(RowCells, streams) == 72);
     assert!(offset_of!(RowCells, cells) == 128);
     assert!(size_of::<RowCells>() == 2176 && size_of::<Cell>() == 128);
     assert!(offset_of!(Cell, length) == 8 && offset_of!(Cell, text) == 16);

@@ -92,6 +92,7 @@ pub struct InFlight {
     held: Rc<Holding>,
     /// `None` if all cells were in use.
     cell: Option<usize>,
+    is_stream: bool,
 }
 
 /// What a row said at some moment.
@@ -112,6 +113,8 @@ pub struct Snapshot {
     pub connections: u32,
     /// Requests being served.
     pub in_flight: u32,
+    /// Event streams, which are none of those.
+    pub streams: u32,
     /// The requests being served, at most 16 of them, the oldest first.
     pub serving: Vec<Serving>,
     /// The one of them that the crashing thread was at work on, if that is known.
@@ -182,6 +185,7 @@ impl Scoreboard {
         row.requests.store(0, Ordering::Relaxed);
         row.connections.store(0, Ordering::Relaxed);
         row.in_flight.store(0, Ordering::Relaxed);
+        row.streams.store(0, Ordering::Relaxed);
         row.occupied.store(0, Ordering::Relaxed);
         row.culprit.store(0, Ordering::Relaxed);
         row.busy_ms.store(0, Ordering::Relaxed);
@@ -300,7 +304,7 @@ impl Row {
                 words.fill(method, target);
             }
         }
-        InFlight { held: Rc::clone(&self.held), cell }
+        InFlight { held: Rc::clone(&self.held), cell, is_stream: false }
     }
 
     /// Requests served since the row was claimed.
@@ -374,16 +378,39 @@ impl InFlight {
     }
 }
 
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        if let Some(index) = self.cell {
+impl InFlight {
+    /// From here on the request is none of those that are being served, but an event stream, which keeps nobody at work. It
+    /// counts as served when this is dropped.
+    pub fn becomes_stream(&mut self) {
+        if !std::mem::replace(&mut self.is_stream, true) {
+            self.leave();
+            self.held.row().inspect(|row| step(&row.streams, 1));
+        }
+    }
+
+    /// Gives its place up.
+    fn leave(&mut self) {
+        let cell = self.cell.take();
+        if let Some(index) = cell {
             self.held.used.set(self.held.used.get() & !(1 << index));
         }
         let Some(row) = self.held.row() else { return };
-        if let Some(words) = self.cell.and_then(|index| row.cells.get(index)) {
+        if let Some(words) = cell.and_then(|index| row.cells.get(index)) {
             words.stamp_ms.store(0, Ordering::Release);
         }
         step(&row.in_flight, -1);
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if !self.is_stream {
+            self.leave();
+        }
+        let Some(row) = self.held.row() else { return };
+        if self.is_stream {
+            step(&row.streams, -1);
+        }
         let served = row.requests.load(Ordering::Relaxed);
         row.requests.store(served.wrapping_add(1), Ordering::Relaxed);
     }
@@ -463,6 +490,7 @@ impl Snapshot {
             requests: row.requests.load(Ordering::Relaxed),
             connections: row.connections.load(Ordering::Relaxed),
             in_flight: row.in_flight.load(Ordering::Relaxed),
+            streams: row.streams.load(Ordering::Relaxed),
             serving,
             culprit,
             busy_since_ms: (busy_ms != 0).then_some(busy_ms),
@@ -521,6 +549,15 @@ mod tests {
         assert_eq!(seen.serving[0].what, "POST /form");
         drop(second);
         assert_eq!(board.read(2).unwrap().serving, []);
+        let mut stream = row.begin("GET", "/events");
+        stream.becomes_stream();
+        stream.becomes_stream();
+        let seen = board.read(2).unwrap();
+        assert_eq!((seen.in_flight, seen.streams, seen.serving.len(), seen.requests), (0, 1, 0, 2));
+        assert_eq!(row.begin("GET", "/b").cell(), Some(0), "its place is free");
+        drop(stream);
+        let seen = board.read(2).unwrap();
+        assert_eq!((seen.in_flight, seen.streams, seen.requests), (0, 0, 4));
         assert_eq!(board.read(1).unwrap().pid, 0, "the neighbours are untouched");
         assert_eq!(board.read(3).unwrap().pid, 0);
     }

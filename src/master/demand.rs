@@ -24,15 +24,16 @@ pub(crate) fn sample(
 ) -> Demand {
     let mut demand = Demand::default();
     for (&pid, child) in children.iter().filter(|(pid, _)| supervisor.is_ready(**pid)) {
-        let serving = if child.is_worker() {
+        let (serving, streams) = if child.is_worker() {
             let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
-            row.map_or(0, |row| row.in_flight.min(MOST))
+            row.map_or((0, 0), |row| (row.in_flight.min(MOST), row.streams))
         } else {
             // One that never sleeps in `accept` (it waits in epoll, say) is at work while it has a connection.
-            u32::from(!is_accepting(pid) && has_connection(pid))
+            (u32::from(!is_accepting(pid) && has_connection(pid)), 0)
         };
         demand.in_flight = demand.in_flight.saturating_add(serving);
-        if serving > 0 {
+        // Event streams are no work, but to end them would have their clients come back at once.
+        if serving > 0 || streams > 0 {
             demand.busy.push(child.slot);
         }
     }

@@ -278,6 +278,9 @@ where
             Ok(mut response) => {
                 in_flight.answered(response.status());
                 let left = if *answer.is_head { None } else { promised(&mut response, &in_flight) };
+                if is_event_stream(&response) {
+                    in_flight.in_flight.becomes_stream();
+                }
                 response.map(|body| Served::App { body, in_flight, left })
             }
             Err(Failure::Refused(status, again_after)) => {
@@ -299,6 +302,14 @@ where
             }
         })
     }
+}
+
+/// A response that may go on for hours, and is not at work but for moments: it says nothing of how busy the worker is, or
+/// of what it died of.
+fn is_event_stream<B>(response: &Response<B>) -> bool {
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
+        && !response.headers().contains_key(header::CONTENT_LENGTH)
 }
 
 /// The `Content-Length` that the application itself has set for the body of a response. One that is no length

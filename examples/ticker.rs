@@ -1,0 +1,109 @@
+//! A stock ticker: a page of prices that every worker serves, and every browser sees change at the same moment.
+//!
+//! `cargo run --release --example ticker -- --workers 4`, then open http://127.0.0.1:8080 in some windows, kill a worker or
+//! two, and watch the prices go on.
+//!
+//! One of the workers makes the prices: the one that holds a lock on a file which the kernel gives to the next when its
+//! holder is gone. It publishes them, with no thought of who listens, and keeps them in the cache, where its successor finds them.
+
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
+use std::process::ExitCode;
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::Response;
+use axum::response::Html;
+use axum::routing::get;
+use forkyard::{Builder, Context, Options, sse};
+
+const TOPIC: &str = "prices";
+const STOCKS: [(&str, &str, f64); 6] = [
+    ("AMBR", "Amber & Daughters", 84.20),
+    ("BRCH", "Birch Railways", 31.75),
+    ("CORL", "Coral Instruments", 212.40),
+    ("DUNE", "Dune Glassworks", 17.05),
+    ("ELMS", "Elm Street Bakeries", 49.90),
+    ("FJRD", "Fjord Shipping", 128.60),
+];
+
+/// Nobody's file, without a name: workers lock it.
+static OFFICE: OnceLock<File> = OnceLock::new();
+
+fn main() -> ExitCode {
+    Builder::app(|cx| {
+        let maker = cx.clone();
+        std::thread::spawn(move || make_prices(&maker));
+        Router::new()
+            .route("/", get(page))
+            .route("/prices", get(prices))
+            .route("/who", get(async || format!("{}\n", std::process::id())))
+            .with_state(cx)
+    })
+    .preload(|| {
+        let _ = OFFICE.set(tempfile::tempfile()?);
+        Ok(())
+    })
+    .run()
+}
+
+/// The stream of prices; or the next ones, for a browser that polls.
+async fn prices(State(cx): State<Context>, request: Request) -> Response<forkyard::Body> {
+    let mut response = sse(&request, &cx.events(), [TOPIC]).retry(Duration::from_millis(250)).response();
+    response.headers_mut().insert("x-worker", std::process::id().into());
+    response
+}
+
+/// The page has the prices of this moment in it, for those who have no scripts, and so that nobody waits for the first event.
+async fn page(State(cx): State<Context>) -> Html<String> {
+    let prices = current(&cx);
+    let row = |((symbol, name, _), price): (&(&str, &str, f64), &f64)| {
+        format!(
+            "<tr id=\"{symbol}\"><th>{symbol}<small>{name}</small></th><td class=\"chart\"><svg viewBox=\"0 0 120 32\" \
+             preserveAspectRatio=\"none\"><polyline/></svg></td><td class=\"price\">{price:.2}</td><td class=\"change\">0.00 %</td></tr>"
+        )
+    };
+    let rows: String = STOCKS.iter().zip(&prices).map(row).collect();
+    let page = include_str!("ticker.html").replace("<!-- rows -->", &rows);
+    Html(page.replace("<!-- worker -->", &format!("worker {}, pid {}", cx.slot(), std::process::id())))
+}
+
+/// The prices as they are, from the cache.
+fn current(cx: &Context) -> Vec<f64> {
+    let text = cx.cache().get(TOPIC).and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or_default();
+    let prices: Vec<f64> = text.split(',').filter_map(|price| price.parse().ok()).collect();
+    if prices.len() == STOCKS.len() { prices } else { STOCKS.map(|(_, _, price)| price).to_vec() }
+}
+
+/// Waits to be elected, and then makes prices as long as the process lives.
+fn make_prices(cx: &Context) {
+    // A file that is opened anew has locks of its own, and none of its parent's.
+    let Some(office) = OFFICE.get().and_then(|file| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok())
+    else {
+        return log::error!("no prices: the file to lock cannot be opened");
+    };
+    if let Err(error) = office.lock() {
+        return log::error!("no prices: {error}");
+    }
+    log::info!("makes the prices from now on slot={}", cx.slot());
+    let mut prices = current(cx);
+    let pause = std::env::var("TICKER_MS").ok().and_then(|ms| ms.parse().ok()).unwrap_or(400);
+    loop {
+        std::thread::sleep(Duration::from_millis(pause));
+        for price in &mut prices {
+            // Up or down by half a percent at most, and never to nothing.
+            *price = (*price * (1.0 + (fastrand::f64() - 0.5) / 100.0)).clamp(1.0, 10_000.0);
+        }
+        let text: Vec<String> = prices.iter().map(|price| format!("{price:.2}")).collect();
+        let text = text.join(",");
+        let _ = cx.cache().set(TOPIC, &text, &Options::new()); // a cache may refuse; the next start is at the old prices then
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let event =
+            format!("{{\"at\":{},\"maker\":{},\"prices\":[{text}]}}", since_1970.as_millis(), std::process::id());
+        if let Err(error) = cx.events().publish(TOPIC, event) {
+            log::error!("{error}");
+        }
+    }
+}

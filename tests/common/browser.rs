@@ -1,0 +1,98 @@
+//! A real browser: headless Chromium, by the DevTools protocol over a pair of pipes (JSON, each message ended by a zero byte).
+
+#![allow(dead_code, reason = "each test binary uses a part of this")]
+#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use serde_json::{Value, json};
+
+use super::wait_until;
+
+/// A browser with one page.
+pub(crate) struct Browser {
+    process: Child,
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+    last_id: u64,
+    session: Option<String>,
+    _profile: tempfile::TempDir,
+}
+
+impl Browser {
+    /// Starts it; each page runs `script` before its own.
+    pub(crate) fn start(script: &str) -> Self {
+        let profile = tempfile::tempdir().unwrap();
+        // It has its pipes at 3 and 4. It is not shut up in a sandbox of its own, which root and containers do not allow.
+        let shell = "exec chromium \"$@\" 3<&0 4>&1 </dev/null >/dev/null 2>&1";
+        let mut process = Command::new("sh")
+            .args(["-c", shell, "sh", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+            .args(["--remote-debugging-pipe", "--no-first-run", "--disable-background-networking"])
+            .args(["--disable-component-update", "--disable-sync", "--proxy-server=direct://"])
+            .arg(format!("--user-data-dir={}", profile.path().display()))
+            .env("HOME", profile.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a shell starts");
+        let (to, from) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
+        let mut browser = Self { process, to, from, last_id: 0, session: None, _profile: profile };
+        let page = browser.call("Target.createTarget", json!({"url": "about:blank"}))["targetId"].clone();
+        let session = browser.call("Target.attachToTarget", json!({"targetId": page, "flatten": true}));
+        browser.session = session["sessionId"].as_str().map(str::to_owned);
+        browser.call("Page.enable", json!({}));
+        browser.call("Page.addScriptToEvaluateOnNewDocument", json!({"source": script}));
+        browser
+    }
+
+    pub(crate) fn open(&mut self, url: &str) {
+        let answer = self.call("Page.navigate", json!({"url": url}));
+        assert!(answer["errorText"].is_null(), "{url}: {answer}");
+    }
+
+    /// What an expression is in the page; null while it cannot be said.
+    pub(crate) fn evaluate(&mut self, expression: &str) -> Value {
+        let mut answer = self.call("Runtime.evaluate", json!({"expression": expression, "returnByValue": true}));
+        answer["result"]["value"].take()
+    }
+
+    /// Waits until an expression is true in the page.
+    pub(crate) fn wait_for(&mut self, expression: &str) {
+        wait_until(&format!("{expression} in the page"), || {
+            (self.evaluate(expression) == Value::Bool(true)).then_some(())
+        });
+    }
+
+    fn call(&mut self, method: &str, parameters: Value) -> Value {
+        self.last_id += 1;
+        let mut message = json!({"id": self.last_id, "method": method, "params": parameters});
+        if let Some(session) = &self.session {
+            message["sessionId"] = session.as_str().into();
+        }
+        self.to.write_all(format!("{message}\0").as_bytes()).expect("the browser lives (the package `chromium`)");
+        loop {
+            let mut bytes = Vec::new();
+            self.from.read_until(0, &mut bytes).unwrap();
+            bytes.pop().expect("the browser lives (the package `chromium`)");
+            let mut said: Value = serde_json::from_slice(&bytes).expect("it speaks JSON");
+            // What else it says are events, which nobody asked for.
+            if said["id"] == self.last_id {
+                assert!(said["error"].is_null(), "{method}: {said}");
+                return said["result"].take();
+            }
+        }
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        let _ = self.to.write_all(b"{\"id\":0,\"method\":\"Browser.close\"}\0");
+        // If that is not heard, the end of the pipe is.
+        if !std::thread::panicking() {
+            wait_until("the browser has ended", || self.process.try_wait().ok().flatten());
+        }
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}

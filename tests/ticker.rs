@@ -1,0 +1,117 @@
+//! The example `ticker` in a real browser, behind real web servers: prices come at once, by EventSource or by polling, and
+//! when the worker that serves them is killed, the page goes on without an event missed or doubled.
+
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
+
+#[path = "common/browser.rs"]
+mod browser;
+mod common;
+#[path = "common/fronts/mod.rs"]
+mod fronts;
+
+use browser::Browser;
+use common::{Server, http, wait_until};
+use fronts::{Front, LIGHTTPD_EVENTS, NGINX, Site};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+const WITHOUT_EVENT_SOURCE: &str = "delete window.EventSource";
+
+/// How far the page is.
+fn received(browser: &mut Browser) -> Vec<u64> {
+    let ids = browser.evaluate("ticker.ids");
+    // As in `9f3a61c2-17`.
+    let number = |id: &Value| id.as_str().unwrap().split_once('-').unwrap().1.parse().unwrap();
+    ids.as_array().unwrap().iter().map(number).collect()
+}
+
+fn wait_for_more(browser: &mut Browser, count: usize) {
+    let have = received(browser).len();
+    browser.wait_for(&format!("ticker.ids.length >= {}", have + count));
+}
+
+fn assert_dense(browser: &mut Browser) {
+    let ids = received(browser);
+    let first = *ids.first().unwrap();
+    assert_eq!(ids, (first..first + ids.len() as u64).collect::<Vec<_>>(), "none missed, none doubled");
+    assert_eq!(browser.evaluate("ticker.gaps"), 0);
+}
+
+/// Kills a worker, and waits until there is another.
+fn kill_one(server: &Server, worker: i32) {
+    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    wait_until("it is replaced", || {
+        let workers = server.workers();
+        (workers.len() == 2 && !workers.contains(&worker)).then_some(())
+    });
+}
+
+fn prices_go_on(front: Front, script: &str, by: &str) {
+    let mut site = Site::start(front, "ticker");
+    let url = format!("http://{}/", site.address);
+    let server = site.application();
+    let mut browser = Browser::start(script);
+    browser.open(&url);
+    browser.wait_for("window.ticker && ticker.ids.length >= 3");
+    assert_eq!(browser.evaluate("ticker.by"), by);
+    assert!(browser.evaluate("document.querySelectorAll('td.price').length") == 6);
+    // The worker that serves the page, whichever it is, and the one that makes the prices: both are killed by the way.
+    for _ in 0..3 {
+        for worker in server.workers() {
+            kill_one(server, worker);
+            wait_for_more(&mut browser, 3);
+        }
+    }
+    assert_dense(&mut browser);
+    let mut lags: Vec<i64> =
+        browser.evaluate("ticker.lags").as_array().unwrap().iter().filter_map(Value::as_i64).collect();
+    lags.sort_unstable();
+    let makers = server.log().matches("makes the prices").count();
+    eprintln!(
+        "{front}, {by}: {} events by {makers} makers, {} ms after their publication (median), {} ms (slowest)",
+        lags.len(),
+        lags[lags.len() / 2],
+        lags[lags.len() - 1]
+    );
+    assert!(makers > 1, "another is elected");
+    server.stop();
+}
+
+#[test]
+fn behind_nginx_the_page_goes_on_when_its_worker_is_killed() {
+    prices_go_on(NGINX, "", "EventSource");
+}
+
+#[test]
+fn behind_lighttpd_the_page_goes_on_when_its_worker_is_killed() {
+    prices_go_on(LIGHTTPD_EVENTS, "", "EventSource");
+}
+
+#[test]
+fn without_event_source_the_page_polls_behind_nginx() {
+    prices_go_on(NGINX, WITHOUT_EVENT_SOURCE, "polling");
+}
+
+#[test]
+fn without_event_source_the_page_polls_behind_lighttpd() {
+    prices_go_on(LIGHTTPD_EVENTS, WITHOUT_EVENT_SOURCE, "polling");
+}
+
+#[test]
+fn one_at_a_time_makes_the_prices() {
+    let mut server = Server::start("ticker", &["--bind", "http:127.0.0.1:0", "--workers", "3"]);
+    for round in 0..5 {
+        let makers = wait_until("one is elected", || {
+            let log = server.log();
+            let lines = log.lines().filter(|line| line.contains("makes the prices from now on"));
+            let makers: Vec<i32> = lines.map(|line| line.split(['[', ']']).nth(1).unwrap().parse().unwrap()).collect();
+            (makers.len() > round).then_some(makers)
+        });
+        assert_eq!(makers.len(), round + 1, "nobody is elected while another lives: {makers:?}");
+        kill(Pid::from_raw(makers[round]), Signal::SIGKILL).unwrap();
+    }
+    let page = http::get(&server.http(), "/").unwrap().text();
+    assert!(page.contains("FJRD") && !page.contains("<!-- rows -->"), "{page}");
+    server.stop();
+}
