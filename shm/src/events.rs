@@ -17,8 +17,8 @@
 //! - **Waiting** is for the `sequence` to change, a futex. A publisher makes that system call only if somebody sleeps. Killed
 //!   before it, it leaves the sleepers to the next publisher, or to the end of their time: they should not sleep for long.
 //!
-//! The files: [`publish`] writes, [`read`] reads, [`topics`] is the table, [`ring`] is what both know of records, [`bell`] is
-//! how readers are woken, [`audit`] is for tests.
+//! The files: [`publish`] writes, [`read`] reads, [`topics`] is the table, [`ring`] is what both know of records, [`bell`] and
+//! [`told`] are protocols between processes, which loom runs as well, [`audit`] is for tests.
 //!
 //! # To miss nothing
 //! Whoever wants all events of a topic from some id on, and then each new one, takes a [`Tail`] first and asks
@@ -38,6 +38,7 @@ mod read;
 mod ring;
 #[cfg(test)]
 mod tests;
+mod told;
 mod topics;
 
 use std::hash::{BuildHasher as _, RandomState};

@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::ring::{Draft, Record};
 use super::topics::Topics;
-use super::{Events, Log};
+use super::{Events, Log, told};
 use crate::layout::{EventsHead, GRAIN};
 use crate::segment::Inner;
 use crate::{crash, futex, wait};
@@ -181,11 +181,7 @@ impl Log<'_> {
             if let Record::Event(lies) = record
                 && let Some(cell) = self.topics.cell(lies.topic)
             {
-                // In this order: who sees the id finds the event.
-                cell.last_at.store(at, Ordering::Release);
-                crash::point("link: position stored");
-                cell.last_id.store(lies.id, Ordering::Release);
-                crash::point("link: id stored");
+                told::tell(&cell.last_id, &cell.last_at, (lies.id, at));
             }
             at += record.size();
         }

@@ -11,6 +11,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::told;
 use crate::crash;
 use crate::layout::{EVENTS_HEAD, EventsHead, TOPIC_BYTES, TOPIC_CELL, TopicCell};
 use crate::map::Map;
@@ -57,9 +58,8 @@ impl<'a> Topics<'a> {
     /// The id of a topic's latest event, and the position of that event or a later one.
     pub(super) fn last(&self, topic: &str) -> Option<(u64, u64)> {
         let (number, cell) = self.search(topic).0?;
-        let last = (cell.last_id.load(Ordering::Acquire), cell.last_at.load(Ordering::Acquire));
-        // If that is of another topic already, its name is seen to be gone.
-        fence(Ordering::Acquire);
+        let last = told::told(&cell.last_id, &cell.last_at);
+        // If that was another topic's already, the name is seen to be gone.
         self.is(number, cell, topic, xxh3_64(topic.as_bytes())).then_some(last)
     }
 
