@@ -1,99 +1,169 @@
 #!/usr/bin/env bash
-# The unit files under a real systemd: a user manager, in namespaces of its own, whose /run is empty. Called by
-# tests/systemd_itself.rs within these namespaces: systemd.sh UNITS PROGRAM (a folder with forkyard.service and
-# forkyard.socket, and the example `pages`). Says each thing that it has seen.
+# The unit files under a real systemd: a user manager that is made to look like the system's, so that the account and the
+# hardening are real, too. Called by tests/systemd_itself.rs as the first process of namespaces of its own, in a control group of
+# its own: systemd.sh UNITS PROGRAMS (the folder of forkyard.service and .socket, and that of the examples `pages` and `crashy`).
+# Says each thing that it has seen. May not: reach what is outside.
 set -euo pipefail
-units=$1 program=$2
+units=$1 programs=$2
 
 mount -t proc proc /proc
-mount -t tmpfs tmpfs /run
-# Where the hierarchy's root is our own group now, systemd is to see it as such.
-if [[ -d /sys/fs/cgroup/systemd ]]; then
-  umount --lazy /sys/fs/cgroup/systemd
-  mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd
-else
-  umount --lazy /sys/fs/cgroup
-  mount -t cgroup2 cgroup2 /sys/fs/cgroup
-fi
-mkdir -p /run/systemd/system /run/u /run/home/.config/systemd/user
-chmod 700 /run/u
-export XDG_RUNTIME_DIR=/run/u HOME=/run/home
-log=/run/u/log
+mount -t tmpfs -o mode=755 tmpfs /run
+# Of the machine's hierarchies none is left: a manager takes whatever processes it finds at a root.
+umount --recursive --lazy /sys/fs/cgroup
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mkdir -p /run/systemd/system /run/systemd/user/forkyard.service.d /run/programs /run/seen
+# Somewhere that ProtectHome= and PrivateTmp= do not hide.
+mount --bind "$programs" /run/programs
+chmod 755 /run/seen
+export XDG_RUNTIME_DIR=/run HOME=/run/home
+log=/run/seen/log
 
-# What docs/systemd.md says is to be changed; and the account and the hardening go, which are for the system's manager alone.
+# What docs/systemd.md says is to be changed: the command and the socket. And the log goes where this can read it.
 for unit in service socket; do
-  sed -e "s|^ExecStart=.*|ExecStart=$program --bind http:systemd:http --workers 2 --cache 4M|" \
-    -e "s|^ListenStream=.*|ListenStream=/run/u/app.sock|" -e 's|^FileDescriptorName=.*|FileDescriptorName=http|' \
-    -e 's|^WatchdogSec=.*|WatchdogSec=4s\nTimeoutAbortSec=1s\nStandardError=append:'"$log|" \
-    -e '/^SocketGroup=/d' -e '/^DynamicUser=/,/^UMask=/d' -e '/^After=network/d' \
-    "$units/forkyard.$unit" > "$HOME/.config/systemd/user/forkyard.$unit"
+  sed -e "s|^ExecStart=.*|ExecStart=/run/programs/pages --bind http:systemd:http --workers 2 --cache 4M\nStandardError=append:$log|" \
+    -e 's|^ListenStream=.*|ListenStream=/run/seen/app.sock|' -e 's|^FileDescriptorName=.*|FileDescriptorName=http|' \
+    -e 's|^SocketGroup=.*|SocketGroup=root|' "$units/forkyard.$unit" > "/run/systemd/user/forkyard.$unit"
 done
+cp /run/systemd/user/forkyard.service /run/seen/plain.service
 
-/lib/systemd/systemd --user --log-target=console --log-level=notice &
-manager=$!
-trap 'kill "$manager"; wait' EXIT
-until systemctl --user is-system-running --quiet 2>/dev/null || [[ $(systemctl --user is-system-running 2>/dev/null) == degraded ]]; do
-  kill -0 "$manager"
-  sleep 0.1
-done
+# The system's manager has no umask either: else the service's account may not write to the socket for notifications.
+(umask 0 && exec /lib/systemd/systemd --user) &
+ended() {
+  status=$?
+  ((status == 0)) || { systemctl --user status forkyard.service forkyard.socket || true; tail -n 100 "$log"; } >&2
+}
+trap ended EXIT
 
-ask() { curl --silent --fail --max-time 60 --unix-socket /run/u/app.sock "http://localhost$1"; }
-main_pid() { systemctl --user show --property MainPID --value forkyard.service; }
-is_active() { systemctl --user is-active --quiet forkyard.service; }
-await() { until "$@"; do sleep 0.05; done; }
-differs() { [[ $("${@:2}") != "$1" ]]; }
-worker() { ask /who | cut -d' ' -f4; }
+fail() { echo "FAILED: $*" >&2; exit 1; }
+# A minute is for what never comes.
+await() {
+  local end=$((SECONDS + 60))
+  until "$@"; do
+    ((SECONDS < end)) || fail "this never came: $*"
+    sleep 0.05
+  done
+}
+ask() { curl --silent --show-error --fail --max-time 60 --unix-socket /run/seen/app.sock "http://localhost$1"; }
+property() { systemctl --user show --property "$1" --value forkyard.service; }
+property_is() { [[ $(property "$1") == "$2" ]]; }
+replaced() { local now; now=$(property MainPID) && [[ $now != 0 && $now != "$1" ]]; }
+expect_property() { property_is "$1" "$2" || fail "$1 is $(property "$1"), not $2"; }
+logged() { [[ $(grep -c "$1" "$log") == "$2" ]]; }
+# Changes the unit for what follows.
+drop_in() {
+  printf '[Service]\n%b\n' "$1" > /run/systemd/user/forkyard.service.d/test.conf
+  systemctl --user daemon-reload
+}
+
+manager_answers() { systemctl --user show --property Version &> /run/seen/version; }
+await manager_answers
+version=$(sed 's/^Version=\([0-9]*\).*/\1/' /run/seen/version)
 
 systemctl --user start forkyard.socket
-! is_active
+expect_property ActiveState inactive
 ask /who
-is_active
+await property_is ActiveState active
+main=$(property MainPID)
 echo "seen: the first connection starts the service, which answers"
 
-first=$(main_pid)
-page=$(ask /page/1)
-systemctl --user stop forkyard.service
-systemctl --user start forkyard.service
-[[ $(grep -c '^ready in' "$log") == 2 ]]
-echo "seen: start returns when all workers are ready"
+[[ $(awk '/^Uid:/ { print $2 }' "/proc/$main/status") != 0 ]] || fail "the service runs as root"
+grep -q '^CapBnd:[[:space:]]*0*$' "/proc/$main/status" || fail "CapabilityBoundingSet= is not in force"
+grep -q '^Seccomp:.2' "/proc/$main/status" || fail "no filter of system calls is in force"
+awk '$5 == "/" && $6 ~ /^ro/ { ro = 1 } END { exit !ro }' "/proc/$main/mountinfo" || fail "its file system can be written to"
+echo "seen: it has an account of its own, and the hardening is in force"
 
-page=$(ask /page/1)
-main=$(main_pid) old=$(worker)
-[[ $main != "$first" ]]
+systemctl --user stop forkyard.service
+touch /run/seen/broken
+drop_in 'ExecStart=\nExecStart=/run/programs/crashy --bind http:systemd:http --workers 2\nEnvironment=CRASHY_BROKEN=/run/seen/broken'
+systemctl --user start forkyard.service &
+starting=$!
+await grep -q 'workers die before they are ready: 2 in a row' "$log"
+expect_property ActiveState activating
+kill -0 "$starting" || fail "start has returned, and no worker is ready"
+rm /run/seen/broken
+wait "$starting"
+expect_property ActiveState active
+logged '^ready in' 2 || fail "start has returned too early"
+systemctl --user stop forkyard.service
+drop_in ''
+echo "seen: start waits until all workers are ready"
+
+systemctl --user start forkyard.service
+main=$(property MainPID)
 systemctl --user reload forkyard.service
-await grep -q 'reload done gen=2' "$log"
-await differs "$old" worker
-[[ $(main_pid) == "$main" ]]
+await logged 'reload done gen=2' 1
+[[ $(ask /who) == *"generation 2" ]] || fail "the workers are the old ones"
+await property_is ActiveState active
+expect_property MainPID "$main"
 echo "seen: reload replaces the workers and not the master"
 
-kill -USR2 "$main"
-await grep -q 'upgraded version=' "$log"
-await grep -q 'reload done gen=3' "$log"
-[[ $(main_pid) == "$main" ]]
-is_active
-echo "seen: an upgrade keeps the main pid"
+systemctl --user kill --kill-whom=main -s USR2 forkyard.service
+await logged 'upgraded version=' 1
+await logged 'reload done gen=3' 1
+await property_is ActiveState active
+expect_property MainPID "$main"
+expect_property NRestarts 0
+[[ $(ask /who) == *"generation 3" ]] || fail "the workers are the old ones"
+echo "seen: an upgrade keeps the main pid, and the service active"
 
-asked=0
-while [[ ! -e /run/u/stop ]]; do ask "/page/$((asked % 50 + 100))?ms=1" > /dev/null && asked=$((asked + 1)) || exit 1; done &
-asking=$!
+# Three clients, each with one new connection after another; any failure ends one with an error.
+page=$(ask /page/1)
+clients=()
+for client in 1 2 3; do
+  while [[ ! -e /run/seen/enough ]]; do
+    ask "/who" >> "/run/seen/answers-$client" || exit 1
+  done &
+  clients+=($!)
+done
+answered() { wc -l < "/run/seen/answers-$1" || echo 0; }
+all_beyond() { for client in 1 2 3; do (($(answered "$client") > $1)) || return 1; done; }
+await all_beyond 5
 systemctl --user restart forkyard.service
-touch /run/u/stop
-wait "$asking"
-[[ $(main_pid) != "$main" ]]
-[[ $(ask /page/1) == "$page" ]]
+most=$(cat /run/seen/answers-* | wc -l)
+await all_beyond "$most"
+touch /run/seen/enough
+for client in "${clients[@]}"; do
+  wait "$client" || fail "a request failed while the service was restarted"
+done
+replaced "$main" || fail "the master is the old one"
+[[ $(ask /page/1) == "$page" ]] || fail "the page was rendered anew"
+logged 'rendering page=1$' 1 || fail "the page was rendered again"
 echo "seen: a restart fails no request, and the page cache survives it"
 
-main=$(main_pid)
+drop_in 'WatchdogSec=5s\nTimeoutAbortSec=1s'
+systemctl --user restart forkyard.service
+main=$(property MainPID)
 kill -STOP "$main"
-await differs "$main" main_pid
-await is_active
+await replaced "$main"
+await property_is ActiveState active
+expect_property NRestarts 1
+[[ ! -e /proc/$main ]] || fail "the old master is still there"
 ask /who
-echo "seen: a master that stands still is replaced by the watchdog"
+drop_in ''
+systemctl --user restart forkyard.service
+echo "seen: a master that stands still is killed and replaced by the watchdog"
 
-ask '/page/999?ms=1000' > /run/u/slow &
+ask '/page/999?ms=5000' > /run/seen/slow &
 asking=$!
-await grep -q 'rendering page=999' "$log"
-systemctl --user stop forkyard.service
-wait "$asking"
-grep -q 'Page 999' /run/u/slow
+await logged 'rendering page=999$' 1
+systemctl --user stop --no-block forkyard.service
+await property_is ActiveState deactivating
+kill -0 "$asking" || fail "the slow request was over before the stop"
+wait "$asking" || fail "the slow request was cut off"
+grep -q 'Page 999' /run/seen/slow || fail "the slow request has no page"
+await property_is ActiveState inactive
+expect_property Result success
 echo "seen: stop lets a request be finished"
+
+# As docs/systemd.md says.
+if ((version < 253)); then
+  echo "NOT RUN: Type=notify-reload, which needs systemd 253; this is $version"
+  exit
+fi
+sed -e 's/^Type=.*/Type=notify-reload/' -e '/^ExecReload=/d' /run/seen/plain.service > /run/systemd/user/forkyard.service
+systemctl --user daemon-reload
+systemctl --user start forkyard.service
+systemctl --user reload forkyard.service
+logged 'reload done gen=2' 2 || fail "reload has returned too early"
+[[ $(ask /who) == *"generation 2" ]] || fail "the workers are the old ones"
+echo "seen: with Type=notify-reload, reload waits until it is over"
