@@ -42,10 +42,10 @@ impl Histogram {
         self.0[power as usize * 8 + usize::try_from(eighth).unwrap()] += 1;
     }
 
-    /// At most so many microseconds, for this part of all.
-    fn quantile_us(&self, part: f64) -> u64 {
+    /// At most so many microseconds, for so many in a hundred.
+    fn percentile_us(&self, percent: u64) -> u64 {
         let total: u64 = self.0.iter().sum();
-        let mut left = (total as f64 * part) as u64;
+        let mut left = total * percent / 100;
         for (step, count) in self.0.iter().enumerate() {
             if *count > left {
                 return (9 + step as u64 % 8) << (step / 8 - 3);
@@ -174,8 +174,8 @@ fn every_subscriber_gets_every_event_once_and_in_order() {
          latency {} us (median), {} us (p99); {each} bytes each",
         begun.elapsed().as_secs_f64(),
         used * 1e6 / delivered as f64,
-        latencies.quantile_us(0.5),
-        latencies.quantile_us(0.99),
+        latencies.percentile_us(50),
+        latencies.percentile_us(99),
     );
     assert!(each < MOST_EACH, "{each} bytes for each subscriber");
     server.stop();

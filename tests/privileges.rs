@@ -113,7 +113,10 @@ fn a_worker_is_what_it_was_told_to_be() {
     expect_all(child(&server), &folder);
     let environment = ask(&server, "/env");
     let names: BTreeSet<&str> = environment.lines().filter_map(|line| Some(line.split_once('=')?.0)).collect();
-    assert_eq!(names, BTreeSet::from(["COLOUR", "FORKYARD_GENERATION", "FORKYARD_SHM", "FORKYARD_SLOT"]));
+    assert_eq!(
+        names,
+        BTreeSet::from(["COLOUR", "FORKYARD_EVENTS", "FORKYARD_GENERATION", "FORKYARD_SHM", "FORKYARD_SLOT"])
+    );
     assert!(environment.contains("COLOUR=blue\n"));
     assert_eq!(ask(&server, "/cache"), "true Some(\"kept\")");
     assert_eq!(ask(&server, "/write?path=new"), "written");
