@@ -147,7 +147,7 @@ fn readers_beside_publishers_never_see_anything_torn() {
                 let events = &events;
                 scope.spawn(move || {
                     let mut random = fastrand::Rng::with_seed(publisher);
-                    for _ in 0..if cfg!(miri) { 20 } else { 20_000 } {
+                    for _ in 0..if cfg!(miri) { 12 } else { 20_000 } {
                         let byte = random.u8(..);
                         let topic = ["x", "y", "z"][random.usize(..3)];
                         let _ = events.publish(topic, &byte.to_string(), &vec![byte; random.usize(..3000)]);
@@ -198,7 +198,7 @@ fn readers_beside_publishers_never_see_anything_torn() {
 #[test]
 fn nothing_is_said_to_be_missing_that_is_there() {
     let events = log_of(8 << 20);
-    let count = if cfg!(miri) { 50 } else { 80_000 };
+    let count = 80_000;
     std::thread::scope(|scope| {
         scope.spawn(|| (1..=count).for_each(|id| assert_eq!(events.publish("a", "", b""), Ok(id))));
         let (mut by_since, mut by_last) = (0, 0);
@@ -219,7 +219,7 @@ fn a_log_that_was_written_over_is_emptied_and_counted() {
     let segment = Segment::create(&Plan { rows: 1, events_bytes: 64 * 1024, ..Plan::default() }).unwrap();
     let events = segment.events();
     let mut random = fastrand::Rng::with_seed(3);
-    for round in 0..if cfg!(miri) { 3 } else { 300 } {
+    for round in 0..300 {
         for _ in 0..20 {
             let _ = events.publish("a", "", &vec![1; random.usize(..4000)]);
         }
