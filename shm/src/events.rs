@@ -17,7 +17,8 @@
 //! - **Waiting** is for the `sequence` to change, a futex. A publisher makes that system call only if somebody sleeps. Killed
 //!   before it, it leaves the sleepers to the next publisher, or to the end of their time: they should not sleep for long.
 //!
-//! The files: [`publish`] writes, [`read`] reads, [`topics`] is the table, [`ring`] is what both know of records.
+//! The files: [`publish`] writes, [`read`] reads, [`topics`] is the table, [`ring`] is what both know of records, [`bell`] and
+//! [`told`] are protocols between processes, which loom runs as well, [`audit`] is for tests.
 //!
 //! # To miss nothing
 //! Whoever wants all events of a topic from some id on, and then each new one, takes a [`Tail`] first and asks
@@ -27,20 +28,25 @@
 //! The table has room for one topic for each 4 KiB of the log. If it is full, a new topic takes the place of the one that has
 //! been idle for longest, and of which nothing is left in the log. Should that one come back, its ids go on above the
 //! highest that any topic in its situation had: no id is used twice, and whoever asks for what came after its last
-//! one learns that something is missing.
+//! one learns that something may be missing. Until then that highest id is what is told as its last: a reader who begins
+//! there misses nothing. A topic that is new then begins above it as well, as nobody knows whether it is.
 
+mod audit;
+mod bell;
 mod publish;
 mod read;
 mod ring;
 #[cfg(test)]
 mod tests;
+mod told;
 mod topics;
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use self::bell::Bell;
 pub use self::publish::PublishError;
 pub use self::read::{Event, Since, Tail, Tailed};
 use self::ring::Ring;
@@ -70,6 +76,8 @@ pub struct EventStats {
     pub used_bytes: u64,
     /// Bytes for events.
     pub capacity: u64,
+    /// When the oldest of the events that are there was published, in microseconds since 1970; 0 if there is none.
+    pub oldest_us: u64,
     /// How often a publisher died at work, and another went on in its place.
     pub recoveries: u64,
     /// How often the log contradicted itself and was emptied.
@@ -101,26 +109,17 @@ impl Events {
         self.segment.events_head().map_or(0, |head| head.sequence.load(Ordering::SeqCst))
     }
 
-    /// Sleeps until the sequence is not `seen` any more, or the time is over. Returns the sequence.
+    /// Sleeps until the sequence is not `seen` any more, the time is over, or a signal or [`Events::wake`] comes. Returns the
+    /// sequence.
     pub fn wait(&self, seen: u32, longest: Duration) -> u32 {
         let Some(head) = self.segment.events_head() else {
             std::thread::sleep(longest);
             return seen;
         };
-        let begun = Instant::now();
-        loop {
-            // Whoever publishes after this sees it; whoever did before it has changed the sequence already.
-            head.sleepers.store(1, Ordering::SeqCst);
-            let now = head.sequence.load(Ordering::SeqCst);
-            let left = longest.saturating_sub(begun.elapsed());
-            if now != seen || left.is_zero() {
-                return now;
-            }
-            futex::wait(&head.sequence, seen, left);
-            if head.sequence.load(Ordering::SeqCst) == seen {
-                return seen; // its time is over, or somebody has called `wake`
-            }
+        if head.bell().may_sleep(seen) {
+            futex::wait(&head.sequence, seen, longest);
         }
+        head.sequence.load(Ordering::SeqCst)
     }
 
     /// Ends the sleep of all who wait.
@@ -138,10 +137,11 @@ impl Events {
         EventStats {
             published: counters.published.load(Ordering::Relaxed),
             evicted: counters.evicted.load(Ordering::Relaxed),
-            topics: log.topics.living().count() as u64,
+            topics: log.topics.names().count() as u64,
             most_topics: self.segment.geometry.topics,
             used_bytes: head.saturating_sub(floor),
             capacity: self.segment.geometry.events_ring_len,
+            oldest_us: log.oldest_us(),
             recoveries: counters.recoveries.load(Ordering::Relaxed),
             restarts: counters.restarts.load(Ordering::Relaxed),
         }
@@ -162,6 +162,12 @@ impl<'a> Log<'a> {
         let ring = Ring::new(&segment.map, geometry.events_ring_at, geometry.events_ring_len);
         let topics = topics::Topics::of(segment)?;
         Some(Log { head, ring, topics })
+    }
+}
+
+impl EventsHead {
+    fn bell(&self) -> Bell<'_> {
+        Bell { sequence: &self.sequence, sleepers: &self.sleepers, woken: &self.woken }
     }
 }
 

@@ -50,7 +50,7 @@
 //!           60 tag_count 4 | 64 key_len 4 | 68 meta_len 4 | 72 value_len 8
 //!           80 tag hashes 8 each | key, padded to 8 | meta, padded to 8 | value, padded to 32
 //!
-//! events    0 lock 4 | 4 sequence 4 (of publications) | 8 sleepers 4 (somebody waits for it to change) | 12 epoch 4
+//! events    0 lock 4 | 4 sequence 4 (of publications) | 8 sleepers 4 | 12 epoch 4 | 16 woken 4 | 20 suspect 4
 //!           64 floor 8 | 72 head 8 | 80 linked 8 (up to here the topics know of the records) | 88 retired 8 (the highest
 //!           id of a topic that was given up) | 128 counters 4 x 8
 //!           192 topics n x 160 | ring
@@ -74,7 +74,7 @@ use crate::map::Plain;
 /// "forkyard" in ASCII.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"forkyard");
 /// Raised with every change of anything in this file, or of what the words mean.
-pub(crate) const VERSION: u32 = 4;
+pub(crate) const VERSION: u32 = 5;
 
 /// Every record starts at a multiple of this.
 pub(crate) const GRAIN: u64 = 32;
@@ -326,7 +326,10 @@ pub(crate) struct EventsHead {
     pub(crate) sequence: AtomicU32,
     pub(crate) sleepers: AtomicU32,
     pub(crate) epoch: AtomicU32,
-    unused: [AtomicU64; 6],
+    pub(crate) woken: AtomicU32,
+    /// Not 0: somebody waited for the lock in vain, and nobody has got it since.
+    pub(crate) suspect: AtomicU32,
+    unused: [AtomicU64; 5],
     /// The oldest position that may be read.
     pub(crate) floor: AtomicU64,
     /// Where the next record goes; raised, it makes the record before it an event.
@@ -470,7 +473,8 @@ const _: () = {
 
     assert!(offset_of!(Header, events_bytes) == 64);
     assert!(offset_of!(EventsHead, sequence) == 4 && offset_of!(EventsHead, sleepers) == 8);
-    assert!(offset_of!(EventsHead, epoch) == 12 && offset_of!(EventsHead, floor) == 64);
+    assert!(offset_of!(EventsHead, epoch) == 12 && offset_of!(EventsHead, woken) == 16);
+    assert!(offset_of!(EventsHead, suspect) == 20 && offset_of!(EventsHead, floor) == 64);
     assert!(offset_of!(EventsHead, head) == 72 && offset_of!(EventsHead, linked) == 80);
     assert!(offset_of!(EventsHead, retired) == 88 && offset_of!(EventsHead, counters) == 128);
     assert!(EVENTS_HEAD == 192 && TOPIC_CELL == 160 && EVENT_HEAD == 64);

@@ -55,18 +55,19 @@
 //!
 //! What lies at which byte is in `layout.rs`, held by assertions. All positions are offsets; nothing in the segment is a pointer.
 //! Each protocol between processes is a file of its own, without system calls, which the model checker loom runs
-//! as well: `lock.rs`, `lease.rs`, `pin.rs`.
+//! as well: `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `events/bell.rs`, `events/told.rs`.
 //!
 //! # Locks
-//! There are three kinds, the shard lock, that of the prefix table and that of the event log, and nobody holds two: there is no
-//! order to get wrong.
+//! There are three kinds, the shard lock, that of the prefix table and that of the event log, and nobody holds two: there
+//! is no order to get wrong.
 //! None is held across a system call or an allocation. Waiting for one is bounded: 20 ms, and while one process is
-//! known to sit on it, not at all. What then cannot be stored is [`Refused::Busy`], and counted; reading goes on. The scoreboard
+//! known to sit on it, not at all. What then cannot be stored is [`Refused::Busy`], and counted, and what cannot be
+//! published is [`PublishError::Busy`]; reading goes on. The scoreboard
 //! has no locks, so a process that must never wait may read and write it.
 //!
 //! # What holds after a death
-//! A process that uses the cache, or publishes events, is a *member*: it holds a lock on one byte of the segment's file, which the kernel gives
-//! free when the process is gone (`member.rs`). Whoever runs into something of a dead member's, or the [sweep](Cache::sweep)
+//! A process that uses the cache, or publishes events, is a *member*: it holds a lock on one byte of the segment's file,
+//! which the kernel gives free when the process is gone (`member.rs`). Whoever runs into something of a dead member's, or the [sweep](Cache::sweep)
 //! within a second, buries it.
 //!
 //! | killed while | what the others see |

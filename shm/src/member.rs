@@ -212,6 +212,7 @@ impl Inner {
         }
         if let Some(head) = self.events_head() {
             lock::bequeath(&head.lock);
+            head.suspect.store(0, Ordering::Relaxed);
         }
         if let Some(header) = self.header() {
             header.prefix_lock.store(0, Ordering::Relaxed);

@@ -33,6 +33,8 @@ mod crash {
     pub(crate) fn point(_: &'static str) {}
 }
 
+#[path = "../src/events/bell.rs"]
+mod bell;
 #[path = "../src/lease.rs"]
 #[expect(dead_code, reason = "deadlines and marks are no matter of order: lease_tests.rs")]
 mod lease;
@@ -43,7 +45,11 @@ mod lock;
 mod pin;
 #[path = "../src/purge.rs"]
 mod purge;
+#[path = "../src/events/told.rs"]
+mod told;
 
+#[path = "protocols/events.rs"]
+mod events;
 #[path = "protocols/purging.rs"]
 mod purging;
 #[path = "protocols/reading.rs"]

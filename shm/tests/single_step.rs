@@ -14,10 +14,9 @@ use std::time::{Duration, Instant};
 
 use common::image::{Slate, Watch};
 use common::scenes::{Known, SCENES, Scene, Stage};
-use common::{name, not_longer_than, spawn};
+use common::{await_stop, name, not_longer_than, spawn, stepped};
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, raise};
-use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 /// A look at one state takes far less.
@@ -64,7 +63,7 @@ fn step_through(scene: &Scene) -> Counts {
         raise(Signal::SIGSTOP).expect("raise");
         (scene.act)(&cache);
     });
-    assert!(matches!(waitpid(child.pid, None), Ok(WaitStatus::Stopped(_, Signal::SIGSTOP))));
+    await_stop(child.pid);
     let mut counts = Counts::default();
     let mut look = true;
     while look || stepped(child.pid) {
@@ -86,16 +85,6 @@ fn step_through(scene: &Scene) -> Counts {
     }
     drop(pins);
     counts
-}
-
-/// Lets a traced child execute one instruction; `false` if it ended.
-fn stepped(pid: Pid) -> bool {
-    ptrace::step(pid, None).expect("step");
-    match waitpid(pid, None).expect("waitpid") {
-        WaitStatus::Stopped(_, Signal::SIGTRAP) => true,
-        WaitStatus::Exited(_, 0) => false,
-        other => panic!("the child failed: {other:?}"),
-    }
 }
 
 /// Whether the child is in the middle of an instruction that copies bytes, or right before it.

@@ -68,7 +68,8 @@ impl Events {
         self.hub.log().publish(topic, &name, &data).map_err(EventsError::NotPublished)
     }
 
-    /// The id of a topic's latest event; 0 if there was none.
+    /// The id of a topic's latest event; 0 if there was none. If the log has forgotten topics, it is of one that it does not
+    /// know the id above which this one would go on.
     #[must_use]
     pub fn last_id(&self, topic: &str) -> u64 {
         self.hub.log().last_id(topic)

@@ -2,7 +2,7 @@
 
 use std::{fmt, io};
 
-use forkyard_shm::{Refused, SegmentError};
+use forkyard_shm::{PublishError, Refused, SegmentError};
 use nix::errno::Errno;
 
 /// Why there is no table.
@@ -12,6 +12,8 @@ pub(crate) enum Error {
     Segment(SegmentError),
     /// Forkyard did not take a value that it should.
     Refused(Refused),
+    /// The event log did not take an event.
+    NotPublished(PublishError),
     /// LMDB failed.
     Lmdb(heed::Error),
     /// A program that is compared with is not installed.
@@ -47,6 +49,7 @@ impl fmt::Display for Error {
         match self {
             Self::Segment(source) => write!(f, "cannot make a segment: {source}"),
             Self::Refused(source) => write!(f, "forkyard refused a value: {source}"),
+            Self::NotPublished(source) => write!(f, "{source}"),
             Self::Lmdb(source) => write!(f, "LMDB failed: {source}"),
             Self::NoProgram { program, package } => write!(
                 f,
@@ -69,6 +72,7 @@ impl std::error::Error for Error {
         match self {
             Self::Segment(source) => Some(source),
             Self::Refused(source) => Some(source),
+            Self::NotPublished(source) => Some(source),
             Self::Lmdb(source) => Some(source),
             Self::System { source, .. } | Self::Output(source) => Some(source),
             Self::NoProgram { .. }

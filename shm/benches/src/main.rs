@@ -1,14 +1,16 @@
-//! `forkyard-shm-bench` measures the page cache beside other caches, in one run on one machine.
+//! `forkyard-shm-bench` measures the page cache beside other caches, in one run on one machine, and the event log.
 //!
 //! ```text
 //! get    what a lookup costs: in process, in shared memory, and over a socket      -> ns per operation
 //! hits   how often the eviction policy is right: replays request traces            -> hit %
+//! events what publishing and reading events costs                                  -> ns per operation
 //! ```
 //! What both share is here: `sample` (who is asked for, how large it is) and `forkyard` (our cache as it is measured),
 //! `only` (which rows and columns).
 //! The tables go to standard output, everything else to standard error.
 
 mod error;
+mod events;
 mod forkyard;
 mod get;
 mod hits;
@@ -22,7 +24,7 @@ use clap::{Parser, Subcommand};
 
 use crate::error::Error;
 
-/// Benchmarks of Forkyard's page cache.
+/// Benchmarks of Forkyard's page cache and event log.
 #[derive(Debug, Parser)]
 #[command(name = "forkyard-shm-bench", version, max_term_width = 100)]
 struct Options {
@@ -34,6 +36,7 @@ struct Options {
 enum Bench {
     Get(get::Options),
     Hits(hits::Options),
+    Events(events::Options),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
     let table = match &bench {
         Bench::Get(options) => get::run(options),
         Bench::Hits(options) => hits::run(options),
+        Bench::Events(options) => events::run(options),
     };
     match table.and_then(|table| io::stdout().write_all(table.as_bytes()).map_err(Error::Output)) {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,7 +6,7 @@
 //! | raising the floor | the oldest events are gone; nothing is written where they were |
 //! | writing beyond the head | nothing: it is overwritten |
 //! | the head raised, the topic not told | the event; the next publisher tells the topic |
-//! | before waking who sleeps | the event, when their time is over, or with the next one |
+//! | before waking who sleeps | the event; who sleeps is woken by the next publisher, or the end of its time |
 //!
 //! May not: wait for readers, or hold the lock across a system call.
 
@@ -16,8 +16,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::ring::{Draft, Record};
 use super::topics::Topics;
-use super::{Events, Log};
-use crate::layout::GRAIN;
+use super::{Events, Log, told};
+use crate::layout::{EventsHead, GRAIN};
 use crate::segment::Inner;
 use crate::{crash, futex, wait};
 
@@ -68,7 +68,7 @@ impl std::error::Error for PublishError {}
 impl Events {
     /// Publishes an event, and returns its id. `name` is the kind of event, and may be empty.
     ///
-    /// Waits up to 20 ms for other publishers, and never for readers.
+    /// Waits up to 20 ms for other publishers, not at all while one of them is known to stand still, and never for readers.
     ///
     /// # Errors
     /// See [`PublishError`]; nothing has happened then.
@@ -81,41 +81,57 @@ impl Events {
         if (name.len() as u64).saturating_add(data.len() as u64) > most {
             return Err(PublishError::TooLong { most });
         }
-        let taken = self.segment.take_lock(&log.head.lock, false).ok_or(PublishError::Busy)?;
-        if taken {
-            log.head.counters.recoveries.fetch_add(1, Ordering::Relaxed);
+        let published_us = wall_us();
+        if !self.segment.lock_events(log.head) {
+            return Err(PublishError::Busy);
         }
-        let outcome = log.publish(topic, name, data);
+        let outcome = log.publish(topic, name, data, published_us);
         wait::release(&log.head.lock);
         crash::point("event: lock released");
         if outcome.is_some() {
-            self.segment.announce_event();
+            announce(log.head);
         }
         outcome.ok_or(PublishError::TooManyTopics { most: self.segment.geometry.topics })
     }
 }
 
 impl Inner {
-    /// Wakes who waits for events.
-    fn announce_event(&self) {
-        let Some(head) = self.events_head() else { return };
-        head.sequence.fetch_add(1, Ordering::SeqCst);
-        if head.sleepers.swap(0, Ordering::SeqCst) != 0 {
-            futex::wake(&head.sequence, i32::MAX);
+    /// As with a shard: after a wait in vain nobody waits for the living until somebody got the lock again.
+    fn lock_events(&self, head: &EventsHead) -> bool {
+        let suspect = head.suspect.load(Ordering::Relaxed) != 0;
+        let Some(from_the_dead) = self.take_lock(&head.lock, suspect) else {
+            head.suspect.store(1, Ordering::Relaxed);
+            return false;
+        };
+        if head.suspect.load(Ordering::Relaxed) != 0 {
+            head.suspect.store(0, Ordering::Relaxed);
         }
+        if from_the_dead {
+            head.counters.recoveries.fetch_add(1, Ordering::Relaxed);
+        }
+        true
     }
+}
+
+/// Wakes who waits for events.
+fn announce(head: &EventsHead) {
+    let Some(before) = head.bell().ring() else { return };
+    crash::point("event: counted");
+    futex::wake(&head.sequence, i32::MAX);
+    crash::point("event: others woken");
+    head.bell().all_woken(before);
 }
 
 /// What is done under the lock.
 impl Log<'_> {
     /// `None` if there is no room for the topic.
-    fn publish(&self, topic: &str, name: &str, data: &[u8]) -> Option<u64> {
+    fn publish(&self, topic: &str, name: &str, data: &[u8], published_us: u64) -> Option<u64> {
         self.check();
         self.link();
         let (cell_number, cell) = self.topics.find_or_make(topic, self.head)?;
-        let id = cell.last_id.load(Ordering::Relaxed) + 1;
+        let id = cell.last_id.load(Ordering::Relaxed).saturating_add(1);
         let before = cell.last_at.load(Ordering::Relaxed);
-        let draft = Draft { id, before, published_us: wall_us(), cell: cell_number, topic, name, data };
+        let draft = Draft { id, before, published_us, cell: cell_number, topic, name, data };
         let (head, size) = (self.head.head.load(Ordering::Relaxed), draft.size());
         let pad = if size > self.ring.left_from(head) { self.ring.left_from(head) } else { 0 };
         self.make_room(head + pad + size);
@@ -165,10 +181,7 @@ impl Log<'_> {
             if let Record::Event(lies) = record
                 && let Some(cell) = self.topics.cell(lies.topic)
             {
-                cell.last_id.store(lies.id, Ordering::Relaxed);
-                crash::point("link: id stored");
-                cell.last_at.store(at, Ordering::Release);
-                crash::point("link: position stored");
+                told::tell(&cell.last_id, &cell.last_at, (lies.id, at));
             }
             at += record.size();
         }

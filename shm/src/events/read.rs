@@ -54,80 +54,35 @@ pub enum Tailed {
     CaughtUp,
 }
 
-/// A walk is begun again when the log has moved on under it, so many times at most.
-const TRIES: usize = 8;
-
 impl Events {
-    /// The id of the latest event of a topic; 0 if there was none.
+    /// The id of the latest event of a topic. Of one that the log does not know it is the highest that any topic had which
+    /// was given up, for this one may be of those: 0 as long as there was none.
     pub fn last_id(&self, topic: &str) -> u64 {
         let Some(log) = Log::of(&self.segment) else { return 0 };
         // First, for what is published later needs not be known.
         let unlinked = log.unlinked(topic, 0);
-        let known = log.topics.find(topic).map_or(0, |(_, cell)| cell.last_id.load(Ordering::Acquire));
+        let known = log.last(topic).0;
         unlinked.last().map_or(known, |event| known.max(event.id))
     }
 
     /// The topics, each with the id of its latest event.
     pub fn topics(&self) -> Vec<(String, u64)> {
         let Some(log) = Log::of(&self.segment) else { return Vec::new() };
-        log.topics.living().map(|(cell, name)| (name, cell.last_id.load(Ordering::Acquire))).collect()
+        let known = |name: String| log.topics.last(&name).map(|(id, _)| (name, id));
+        log.topics.names().filter_map(known).collect()
     }
 
     /// The events of a topic whose ids are above `after`, at most `most` of them: the oldest.
     pub fn since(&self, topic: &str, after: u64, most: usize) -> Since {
         let Some(log) = Log::of(&self.segment) else { return Since::default() };
-        for _ in 0..TRIES {
-            if let Some(since) = log.since(topic, after, most) {
-                return since;
-            }
-        }
-        // Publishers were faster each time: so all that we looked for is gone, or going.
-        let last = self.last_id(topic);
-        Since { events: Vec::new(), missed: last.saturating_sub(after) }
+        let lost = || Since { events: Vec::new(), missed: self.last_id(topic).saturating_sub(after) };
+        log.since(topic, after, most).unwrap_or_else(lost)
     }
 
     /// A reader of what is published from now on.
     pub fn tail(&self) -> Tail {
         let position = self.segment.events_head().map_or(0, |head| head.head.load(Ordering::Acquire));
         Tail { events: self.clone(), position }
-    }
-
-    /// Whether the log is in order: the ids of each topic are dense, and all that is said of records is true. For a time when
-    /// nobody publishes, who would change it meanwhile.
-    ///
-    /// # Errors
-    /// What is wrong.
-    pub fn audit(&self) -> Result<(), String> {
-        let Some(log) = Log::of(&self.segment) else { return Ok(()) };
-        let (floor, head) = (log.head.floor.load(Ordering::Acquire), log.head.head.load(Ordering::Acquire));
-        let mut last = std::collections::HashMap::new();
-        let mut at = floor;
-        while at < head {
-            let record = log.ring.record(at, head).ok_or_else(|| format!("no record at {at} of {floor}..{head}"))?;
-            if let Record::Event(lies) = record {
-                let event = log.event(at, &lies).ok_or_else(|| format!("no event at {at}"))?;
-                match last.insert(event.topic.clone(), (event.id, at)) {
-                    Some(before) if (event.id - 1, lies.before) != before => {
-                        return Err(format!(
-                            "{} {} follows {before:?}, and knows {}",
-                            event.topic, event.id, lies.before
-                        ));
-                    }
-                    None if lies.before >= floor => return Err(format!("{} follows nothing", event.id)),
-                    Some(_) | None => {}
-                }
-            }
-            at += record.size();
-        }
-        for (topic, (id, at)) in last {
-            let cell = log.topics.find(&topic).ok_or_else(|| format!("{topic} is in no cell"))?.1;
-            let known = (cell.last_id.load(Ordering::Acquire), cell.last_at.load(Ordering::Acquire));
-            let is_linked = log.head.linked.load(Ordering::Acquire) > at;
-            if is_linked && known != (id, at) {
-                return Err(format!("{topic} is at {known:?} and not at {:?}", (id, at)));
-            }
-        }
-        Ok(())
     }
 }
 
@@ -177,7 +132,7 @@ impl Log<'_> {
     }
 
     /// A copy of an event. It counts if the floor does not pass it meanwhile.
-    fn event(&self, position: u64, lies: &Lies) -> Option<Event> {
+    pub(super) fn event(&self, position: u64, lies: &Lies) -> Option<Event> {
         let bytes = self.ring.copy(position, lies)?;
         let (topic, rest) = bytes.split_at_checked(usize::try_from(lies.topic_len).ok()?)?;
         let (name, data) = rest.split_at_checked(usize::try_from(lies.name_len).ok()?)?;
@@ -192,50 +147,78 @@ impl Log<'_> {
         let head = self.head.head.load(Ordering::Acquire);
         let mut events = Vec::new();
         while at < head {
-            let Some(record) = self.ring.record(at, head) else { break };
-            if let Record::Event(lies) = record
-                && lies.id > after
-                && self.ring.is_of(at, &lies, topic)
-                && let Some(event) = self.event(at, &lies)
-                && self.floor_now() <= at
-            {
-                events.push(event);
+            let record = self.ring.record(at, head);
+            let event = match record {
+                Some(Record::Event(lies)) if lies.id > after && self.ring.is_of(at, &lies, topic) => {
+                    self.event(at, &lies)
+                }
+                _ => None,
+            };
+            if self.floor_now() > at {
+                break; // so its cell knows of it by now; and what was read may be anything
             }
+            events.extend(event);
+            let Some(record) = record else { break };
             at += record.size();
         }
         events
     }
 
-    /// `None` if the log has moved on meanwhile, in a way that asks for another look.
-    fn since(&self, topic: &str, after: u64, most: usize) -> Option<Since> {
-        let unlinked = self.unlinked(topic, after);
-        let mut places = Vec::new();
-        let known = self.topics.find(topic).map(|(_, cell)| cell);
-        let mut at = known.map_or(0, |cell| cell.last_at.load(Ordering::Acquire));
-        let last_id = known.map_or(0, |cell| cell.last_id.load(Ordering::Acquire));
-        while at != 0 && at >= self.head.floor.load(Ordering::Acquire) {
+    /// The id of a topic's latest event, and the position of that one or of a later one; 0 if there is none.
+    fn last(&self, topic: &str) -> (u64, u64) {
+        // First: a topic that comes into being meanwhile begins above it.
+        let retired = self.head.retired.load(Ordering::Acquire);
+        self.topics.last(topic).unwrap_or((retired, 0))
+    }
+
+    /// When the oldest event was published; 0 if there is none.
+    pub(super) fn oldest_us(&self) -> u64 {
+        let mut at = self.head.floor.load(Ordering::Acquire);
+        loop {
             let record = self.ring.record(at, self.head.head.load(Ordering::Acquire));
-            let here = match record {
-                Some(Record::Event(lies)) if self.ring.is_of(at, &lies, topic) => Some(lies),
-                _ => None,
-            };
+            let floor = self.floor_now();
+            match record {
+                _ if floor > at => at = floor,
+                Some(Record::Pad { size }) => at += size,
+                Some(Record::Event(lies)) => return lies.published_us,
+                None => return 0,
+            }
+        }
+    }
+
+    /// What lies at a position, if that is an event of this topic.
+    fn lies(&self, at: u64, topic: &str) -> Option<Lies> {
+        match self.ring.record(at, self.head.head.load(Ordering::Acquire))? {
+            Record::Event(lies) if self.ring.is_of(at, &lies, topic) => Some(lies),
+            _ => None,
+        }
+    }
+
+    /// `None` if what is there makes no sense.
+    fn since(&self, topic: &str, after: u64, most: usize) -> Option<Since> {
+        // First: what is told to its cell meanwhile is found twice, and not missed.
+        let unlinked = self.unlinked(topic, after);
+        let (last_id, mut at) = self.last(topic);
+        let mut places = Vec::new();
+        while at != 0 && at >= self.head.floor.load(Ordering::Acquire) {
+            let lies = self.lies(at, topic);
             if self.floor_now() > at {
                 break; // it has made room meanwhile, and so have those before it
             }
-            let lies = here?; // the cell has another topic now
+            let lies = lies?;
             if lies.id <= after {
                 break;
             }
-            places.push((at, lies));
+            places.push(at);
             at = lies.before;
         }
         let mut events = Vec::new();
-        for (at, lies) in places.iter().rev() {
+        for at in places.into_iter().rev() {
             if events.len() == most {
                 break;
             }
-            let event = self.event(*at, lies);
-            if self.floor_now() > *at {
+            let event = self.lies(at, topic).and_then(|lies| self.event(at, &lies));
+            if self.floor_now() > at {
                 events.clear(); // this one and those before it have made room
                 continue;
             }

@@ -3,14 +3,15 @@
 //! A topic is looked for from the cell that its hash names, up to one that was never used. A cell that is given up, or that
 //! somebody died writing, stays marked as such, so that nobody stops looking there.
 //!
-//! Readers look without a lock; that a cell has got another topic meanwhile they see by the events that it leads to.
+//! Readers look without a lock, and look once more at the name when they have read what the cell says of it.
 //!
 //! May not: wait, or give up a topic of which there is an event in the log.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::told;
 use crate::crash;
 use crate::layout::{EVENTS_HEAD, EventsHead, TOPIC_BYTES, TOPIC_CELL, TopicCell};
 use crate::map::Map;
@@ -42,21 +43,31 @@ impl<'a> Topics<'a> {
         self.cells.get(index as usize)
     }
 
-    /// The cells that have a topic, with its name.
-    pub(super) fn living(&self) -> impl Iterator<Item = (&'a TopicCell, String)> {
+    /// The names of all topics.
+    pub(super) fn names(&self) -> impl Iterator<Item = String> {
         let all = self.cells.iter().zip(0_u64..);
         all.filter_map(|(cell, index)| {
             let length = cell.length.load(Ordering::Acquire);
             let length = usize::try_from(length).ok().filter(|length| (1..=TOPIC_BYTES).contains(length))?;
             let mut text = Vec::with_capacity(length);
             self.map.read(self.text_at(index), length as u64, &mut text)?;
-            Some((cell, String::from_utf8(text).ok()?))
+            String::from_utf8(text).ok()
         })
     }
 
-    /// Where a topic is.
-    pub(super) fn find(&self, topic: &str) -> Option<(u32, &'a TopicCell)> {
-        self.search(topic).0
+    /// The id of a topic's latest event, and the position of that event or a later one.
+    pub(super) fn last(&self, topic: &str) -> Option<(u64, u64)> {
+        let (number, cell) = self.search(topic).0?;
+        let last = told::told(&cell.last_id, &cell.last_at);
+        // If that was another topic's already, the name is seen to be gone.
+        self.is(number, cell, topic, xxh3_64(topic.as_bytes())).then_some(last)
+    }
+
+    /// Whether a cell has this topic.
+    fn is(&self, number: u32, cell: &TopicCell, topic: &str, hash: u64) -> bool {
+        cell.length.load(Ordering::Acquire) as usize == topic.len()
+            && cell.hash.load(Ordering::Relaxed) == hash
+            && self.map.equals(self.text_at(number.into()), topic.as_bytes()) == Some(true)
     }
 
     /// Where a topic is, and if it is nowhere, the cell at which the search ended because it was never used.
@@ -67,16 +78,11 @@ impl<'a> Topics<'a> {
         for step in 0..count {
             let index = (first + step) % count;
             let (Some(cell), Ok(number)) = (self.cells.get(index), u32::try_from(index)) else { break };
-            match cell.length.load(Ordering::Acquire) {
-                0 => return (None, Some(number)),
-                length
-                    if length as usize == topic.len()
-                        && cell.hash.load(Ordering::Relaxed) == hash
-                        && self.map.equals(self.text_at(index as u64), topic.as_bytes()) == Some(true) =>
-                {
-                    return (Some((number, cell)), None);
-                }
-                _ => {}
+            if cell.length.load(Ordering::Acquire) == 0 {
+                return (None, Some(number));
+            }
+            if self.is(number, cell, topic, hash) {
+                return (Some((number, cell)), None);
             }
         }
         (None, None)
@@ -95,10 +101,12 @@ impl<'a> Topics<'a> {
         let cell = self.cell(index)?;
         if cell.length.load(Ordering::Relaxed) != 0 {
             let retired = cell.last_id.load(Ordering::Relaxed).max(head.retired.load(Ordering::Relaxed));
-            head.retired.store(retired, Ordering::Relaxed);
+            head.retired.store(retired, Ordering::Release);
             crash::point("topic: retired");
         }
         cell.length.store(GIVEN_UP, Ordering::Release);
+        // Whoever reads something that is written from here on sees that the name is gone.
+        fence(Ordering::Release);
         crash::point("topic: cell taken");
         cell.last_at.store(0, Ordering::Relaxed);
         cell.last_id.store(head.retired.load(Ordering::Relaxed), Ordering::Relaxed);

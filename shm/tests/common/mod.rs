@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use forkyard_shm::{Cache, Options, Plan, Segment, Stats};
 use nix::sys::prctl::set_pdeathsig;
+use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, fork, pipe};
@@ -107,6 +108,21 @@ impl Child {
 
     pub fn join(self) {
         assert_eq!(waitpid(self.pid, None), Ok(WaitStatus::Exited(self.pid, 0)));
+    }
+}
+
+/// Waits for the stop with which a traced child begins.
+pub fn await_stop(pid: Pid) {
+    assert!(matches!(waitpid(pid, None), Ok(WaitStatus::Stopped(_, Signal::SIGSTOP))));
+}
+
+/// Lets a traced child execute one instruction; `false` if it ended.
+pub fn stepped(pid: Pid) -> bool {
+    ptrace::step(pid, None).expect("step");
+    match waitpid(pid, None).expect("waitpid") {
+        WaitStatus::Stopped(_, Signal::SIGTRAP) => true,
+        WaitStatus::Exited(_, 0) => false,
+        other => panic!("the child failed: {other:?}"),
     }
 }
 

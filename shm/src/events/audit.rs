@@ -1,0 +1,80 @@
+//! Whether the log hangs together: for tests, and for a file that was not closed.
+//!
+//! May not: write, or believe that nobody else does; what it says counts only if nobody publishes meanwhile.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
+
+use super::ring::Record;
+use super::{Events, Log};
+
+/// The id of a topic's latest event, and where it lies.
+type Latest = HashMap<Box<str>, (u64, u64)>;
+
+impl Events {
+    /// Whether the log is in order: the ids of each topic are dense, and all that is said of records is true. For a time when
+    /// nobody publishes, who would change it meanwhile.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn audit(&self) -> Result<(), String> {
+        let Some(log) = Log::of(&self.segment) else { return Ok(()) };
+        let [floor, linked, head] =
+            [&log.head.floor, &log.head.linked, &log.head.head].map(|position| position.load(Ordering::Acquire));
+        if !(floor <= linked && linked <= head && head - floor <= log.ring.len()) {
+            return Err(format!("the topics know of the events up to {linked}, of {floor}..{head}"));
+        }
+        let (known, latest) = log.audit_ring(floor, linked, head)?;
+        log.audit_topics(floor, &known, &latest)
+    }
+}
+
+impl Log<'_> {
+    /// What the topics should know of, and what there is.
+    fn audit_ring(&self, floor: u64, linked: u64, head: u64) -> Result<(Latest, Latest), String> {
+        let (mut known, mut latest) = (Latest::new(), Latest::new());
+        let mut at = floor;
+        while at < head {
+            if at == linked {
+                known.clone_from(&latest);
+            }
+            let record = self.ring.record(at, head).ok_or_else(|| format!("no record at {at} of {floor}..{head}"))?;
+            if let Record::Event(lies) = record {
+                let event = self.event(at, &lies).ok_or_else(|| format!("no event at {at}"))?;
+                let follows = match latest.insert(event.topic.clone(), (event.id, at)) {
+                    Some((id, before)) => id.checked_add(1) == Some(event.id) && before == lies.before,
+                    None => event.id > 0 && lies.before < floor,
+                };
+                if !follows {
+                    return Err(format!("{} {} at {at} follows nothing at {}", event.topic, event.id, lies.before));
+                }
+            }
+            at += record.size();
+        }
+        if linked == head {
+            known.clone_from(&latest);
+        }
+        Ok((known, latest))
+    }
+
+    fn audit_topics(&self, floor: u64, known: &Latest, latest: &Latest) -> Result<(), String> {
+        let mut names = HashSet::new();
+        for name in self.topics.names() {
+            let (id, at) = self.topics.last(&name).ok_or_else(|| format!("{name} is where nobody finds it"))?;
+            let is_at = |events: &Latest| events.get(&*name).map_or(at < floor, |event| *event == (id, at));
+            let newest = latest.get(&*name).filter(|newest| known.get(&*name) != Some(newest));
+            // A publisher that died may have told the position, and not the id.
+            let is_half_told = newest.is_some_and(|&(newest, place)| place == at && newest == id + 1);
+            if !(is_at(known) || is_at(latest) || is_half_told) {
+                return Err(format!("{name} is at {:?} and not at {:?}", latest.get(&*name), (id, at)));
+            }
+            if !names.insert(name.clone()) {
+                return Err(format!("{name} is there twice"));
+            }
+        }
+        match latest.keys().find(|name| !names.contains(&***name)) {
+            Some(name) => Err(format!("{name} has events, and is in no cell")),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! How events are published, read and waited for: `events/bell.rs`, `events/told.rs`, and what `events/publish.rs` and
+//! `events/read.rs` do with the head, the floor and the names of topics.
+
+use std::rc::Rc;
+
+use crate::bell::Bell;
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::{Futex, Model, check, told, work};
+
+// ---- Sleeping. ----
+
+#[derive(Default)]
+struct Sleep {
+    sequence: AtomicU32,
+    sleepers: AtomicU32,
+    woken: AtomicU32,
+    futex: Futex,
+}
+
+type Announce = fn(&Sleep);
+
+impl Sleep {
+    fn bell(&self) -> Bell<'_> {
+        Bell { sequence: &self.sequence, sleepers: &self.sleepers, woken: &self.woken }
+    }
+
+    /// Sleeps until there is something after `seen`.
+    fn wait(&self, seen: u32, may_sleep: fn(&Sleep, u32) -> bool) {
+        if may_sleep(self, seen) {
+            self.futex.wait(&self.sequence, seen, 1);
+        }
+    }
+
+    fn wake_all(&self) {
+        while self.futex.wake().is_some() {}
+    }
+
+    fn announce(&self) {
+        if let Some(before) = self.bell().ring() {
+            self.wake_all();
+            self.bell().all_woken(before);
+        }
+    }
+}
+
+fn may_sleep(all: &Sleep, seen: u32) -> bool {
+    all.bell().may_sleep(seen)
+}
+
+/// One has seen all there is and lies down, while another publishes.
+fn lie_down(may_sleep: fn(&Sleep, u32) -> bool, announce: Announce) {
+    check(4, move || {
+        let all = Rc::new(Sleep::default());
+        let threads = vec![work(&all, move |all| all.wait(0, may_sleep)), work(&all, announce)];
+        Model { threads, afterwards: work(&all, |all| all.futex.assert_all_awake()) }
+    });
+}
+
+#[test]
+fn nobody_sleeps_through_a_publication() {
+    lie_down(may_sleep, Sleep::announce);
+}
+
+#[test]
+#[should_panic(expected = "slept through")]
+fn who_lies_down_without_saying_so_is_not_woken() {
+    lie_down(|all, seen| all.sequence.load(Ordering::SeqCst) == seen, Sleep::announce);
+}
+
+#[test]
+#[should_panic(expected = "slept through")]
+fn a_publisher_that_looks_for_sleepers_first_overlooks_one() {
+    lie_down(may_sleep, |all| {
+        let sleepers = all.sleepers.load(Ordering::SeqCst);
+        all.sequence.fetch_add(1, Ordering::SeqCst);
+        if sleepers != all.woken.load(Ordering::Relaxed) {
+            all.wake_all();
+        }
+    });
+}
+
+/// One lies down, with what he sees there, while one publishes and another one does so and dies; afterwards a third one publishes.
+fn next_publisher(announce: Announce, dies: Announce) {
+    check(3, move || {
+        let all = Rc::new(Sleep::default());
+        let sleeper = |all: &Sleep| all.wait(all.sequence.load(Ordering::SeqCst), may_sleep);
+        let threads = vec![work(&all, sleeper), work(&all, announce), work(&all, dies)];
+        let afterwards = work(&all, move |all| {
+            announce(all);
+            all.futex.assert_all_awake();
+        });
+        Model { threads, afterwards }
+    });
+}
+
+/// Killed before it has woken anybody.
+fn rings_and_dies(all: &Sleep) {
+    let _ = all.bell().ring();
+}
+
+#[test]
+fn the_next_publisher_wakes_all_who_sleep() {
+    next_publisher(Sleep::announce, rings_and_dies);
+}
+
+#[test]
+#[should_panic(expected = "slept through")]
+fn who_lay_down_after_the_publication_must_not_count_as_woken() {
+    let announce = |all: &Sleep| {
+        if all.bell().ring().is_some() {
+            let now = all.sleepers.load(Ordering::SeqCst);
+            all.wake_all();
+            all.bell().all_woken(now);
+        }
+    };
+    next_publisher(announce, rings_and_dies);
+}
+
+#[test]
+#[should_panic(expected = "slept through")]
+fn who_dies_after_it_has_said_that_all_are_woken_leaves_them_asleep() {
+    next_publisher(Sleep::announce, |all| {
+        if let Some(before) = all.bell().ring() {
+            all.bell().all_woken(before);
+        }
+    });
+}
+
+// ---- Latest events. ----
+
+/// A log in which event 5 lies at 5, and the topic knows.
+struct Latest {
+    linked: AtomicU64,
+    head: AtomicU64,
+    last_id: AtomicU64,
+    last_at: AtomicU64,
+}
+
+impl Latest {
+    /// Whether event 6 is found; and the latest id. As `Log::since` has it.
+    fn look(&self, read: fn(&Latest) -> (u64, u64), unlinked_first: bool) -> (bool, u64) {
+        let is_unlinked = || {
+            let at = self.linked.load(Ordering::Acquire);
+            self.head.load(Ordering::Acquire) > at
+        };
+        let before = unlinked_first && is_unlinked();
+        let (id, at) = read(self);
+        let is_found = before || at == 6 || !unlinked_first && is_unlinked();
+        (is_found, id)
+    }
+}
+
+fn read(log: &Latest) -> (u64, u64) {
+    told::told(&log.last_id, &log.last_at)
+}
+
+/// Event 6 is published, while somebody looks for what came after 5, and after he was told of 6.
+fn since_against_publisher(tell: fn(&Latest), read: fn(&Latest) -> (u64, u64), unlinked_first: bool) {
+    check(4, move || {
+        let new = AtomicU64::new;
+        let log = Rc::new(Latest { linked: new(6), head: new(6), last_id: new(5), last_at: new(5) });
+        let threads = vec![
+            work(&log, move |log| {
+                log.head.store(7, Ordering::Release);
+                tell(log);
+                log.linked.store(7, Ordering::Release);
+            }),
+            work(&log, move |log| {
+                let was_published = log.head.load(Ordering::Acquire) == 7;
+                let (is_found, id) = log.look(read, unlinked_first);
+                assert!(is_found || id == 5 && !was_published, "what is there was said to be missing");
+            }),
+        ];
+        Model { threads, afterwards: Box::new(|| ()) }
+    });
+}
+
+fn tell(log: &Latest) {
+    told::tell(&log.last_id, &log.last_at, (6, 6));
+}
+
+#[test]
+fn what_is_there_is_found() {
+    since_against_publisher(tell, read, true);
+}
+
+#[test]
+#[should_panic(expected = "said to be missing")]
+fn told_the_id_first_a_reader_takes_the_event_for_gone() {
+    let tell = |log: &Latest| {
+        log.last_id.store(6, Ordering::Release);
+        log.last_at.store(6, Ordering::Release);
+    };
+    since_against_publisher(tell, read, true);
+}
+
+#[test]
+#[should_panic(expected = "said to be missing")]
+fn who_reads_the_position_first_takes_the_event_for_gone() {
+    let read = |log: &Latest| {
+        let at = log.last_at.load(Ordering::Acquire);
+        (log.last_id.load(Ordering::Acquire), at)
+    };
+    since_against_publisher(tell, read, true);
+}
+
+#[test]
+#[should_panic(expected = "said to be missing")]
+fn who_asks_the_topic_first_overlooks_what_it_is_told_meanwhile() {
+    since_against_publisher(tell, read, false);
+}
+
+// ---- Records. ----
+
+/// A ring with room for one event of two words, which contain its position.
+struct Ring {
+    floor: AtomicU64,
+    head: AtomicU64,
+    words: [AtomicU64; 2],
+}
+
+/// Event 1 takes the place of event 0, while somebody reads that of a position. With or without each side's fence.
+fn read_against_publisher(position: u64, readers_fence: bool, publishers_fence: bool, publish: Ordering) {
+    check(4, move || {
+        let zero = || AtomicU64::new(0);
+        let ring = Rc::new(Ring { floor: zero(), head: AtomicU64::new(1), words: [zero(), zero()] });
+        let threads = vec![
+            work(&ring, move |ring| {
+                if ring.head.load(Ordering::Acquire) <= position {
+                    return;
+                }
+                let [a, b] = &ring.words;
+                let read = [a.load(Ordering::Relaxed), b.load(Ordering::Relaxed)];
+                if readers_fence {
+                    fence(Ordering::Acquire);
+                }
+                if ring.floor.load(Ordering::Acquire) <= position {
+                    assert_eq!(read, [position; 2], "torn");
+                }
+            }),
+            work(&ring, move |ring| {
+                ring.floor.store(1, Ordering::Release);
+                if publishers_fence {
+                    fence(Ordering::Release);
+                }
+                ring.words.iter().for_each(|word| word.store(1, Ordering::Relaxed));
+                ring.head.store(2, publish);
+            }),
+        ];
+        Model { threads, afterwards: Box::new(|| ()) }
+    });
+}
+
+#[test]
+fn no_reader_accepts_half_an_event() {
+    read_against_publisher(0, true, true, Ordering::Release);
+    read_against_publisher(1, true, true, Ordering::Release);
+}
+
+#[test]
+#[should_panic(expected = "torn")]
+fn without_the_readers_fence_half_an_event_is_accepted() {
+    read_against_publisher(0, false, true, Ordering::Release);
+}
+
+#[test]
+#[should_panic(expected = "torn")]
+fn without_the_publishers_fence_half_an_event_is_accepted() {
+    read_against_publisher(0, true, false, Ordering::Release);
+}
+
+#[test]
+#[should_panic(expected = "torn")]
+fn a_head_that_is_raised_relaxed_publishes_half_an_event() {
+    read_against_publisher(1, true, true, Ordering::Relaxed);
+}
+
+// ---- Topics. ----
+
+/// A cell: the name of its topic, and the latest id.
+struct Cell {
+    name: AtomicU64,
+    last_id: AtomicU64,
+    last_at: AtomicU64,
+}
+
+const OLD: u64 = 1;
+const NONE: u64 = 2;
+const NEW: u64 = 3;
+
+/// A topic whose latest event is 5 is given up for another, while somebody asks for it. With or without the
+/// publisher's fence, and the other's second look.
+fn ask_against_giving_up(publishers_fence: bool, look_again: bool) {
+    check(4, move || {
+        let new = AtomicU64::new;
+        let cell = Rc::new(Cell { name: new(OLD), last_id: new(5), last_at: new(5) });
+        let threads = vec![
+            work(&cell, move |cell| {
+                if cell.name.load(Ordering::Acquire) != OLD {
+                    return;
+                }
+                let (id, _) = told::told(&cell.last_id, &cell.last_at);
+                if !look_again || cell.name.load(Ordering::Acquire) == OLD {
+                    assert_eq!(id, 5, "another topic's");
+                }
+            }),
+            work(&cell, move |cell| {
+                cell.name.store(NONE, Ordering::Release);
+                if publishers_fence {
+                    fence(Ordering::Release);
+                }
+                cell.last_at.store(0, Ordering::Relaxed);
+                cell.last_id.store(9, Ordering::Relaxed);
+                cell.name.store(NEW, Ordering::Release);
+            }),
+        ];
+        Model { threads, afterwards: Box::new(|| ()) }
+    });
+}
+
+#[test]
+fn nobody_is_told_of_another_topics_events() {
+    ask_against_giving_up(true, true);
+}
+
+#[test]
+#[should_panic(expected = "another topic's")]
+fn who_does_not_look_at_the_name_again_is_told_of_another_topics_events() {
+    ask_against_giving_up(true, false);
+}
+
+#[test]
+#[should_panic(expected = "another topic's")]
+fn without_the_publishers_fence_another_topics_events_are_told() {
+    ask_against_giving_up(false, true);
+}
