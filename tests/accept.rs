@@ -73,7 +73,7 @@ fn nobody_waits_for_an_event_loop_that_hangs() {
 
 /// What all threads of the workers have had: clock ticks of processor time, and waits.
 fn usage(server: &Server) -> (u64, u64) {
-    let tasks = server.children().into_iter().flat_map(|worker| {
+    let tasks = server.workers().into_iter().flat_map(|worker| {
         let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
         tasks.map(|task| task.unwrap().path())
     });

@@ -26,7 +26,7 @@ struct Fixture {
 fn start() -> Fixture {
     let server =
         Server::start("crashy", &["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0", "--workers", "1"]);
-    let worker = *server.children().first().unwrap();
+    let worker = *server.workers().first().unwrap();
     http::post(&server.http(), "/echo", &[b'x'; 300_000]).unwrap();
     fastcgi::Client::connect(&server.binds[1]).unwrap().request("POST", "/echo", &[b'x'; 300_000]).unwrap();
     let before = status_number(worker, "VmHWM").unwrap();

@@ -168,7 +168,7 @@ fn the_banner_tells_what_runs_and_variables_count() {
     for words in ["forkyard 0.", "workers  3, 2 threads", "cache    1 MiB", "bind     http://127.0.0.1:", "ready in "] {
         assert!(log.contains(words), "no {words:?} in {log}");
     }
-    assert_eq!((server.binds.len(), server.children().len()), (2, 3));
+    assert_eq!((server.binds.len(), server.workers().len()), (2, 3));
     assert_eq!(http::get(&server.http(), "/").unwrap().body, b"Hello, world\n");
     server.stop();
 }

@@ -56,7 +56,7 @@ fn a_flag_wins_over_a_variable_and_that_over_the_file() {
     let mut server = Server::start_command(&mut command);
     let log = server.log();
     assert!(log.contains("workers  3, 2 threads") && log.contains("cache    1 MiB"), "{log}");
-    assert_eq!((server.binds.len(), server.children().len()), (2, 3));
+    assert_eq!((server.binds.len(), server.workers().len()), (2, 3));
     server.stop();
 
     let mut server =
@@ -85,7 +85,7 @@ fn run_takes_its_command_from_the_file() {
         socket.display()
     ));
     let mut server = Server::start_command(&mut with_config("forkyard", &["run"], &file, &[]));
-    assert!(server.log().contains("/sleep, on its standard input") && server.children().len() == 2, "{}", server.log());
+    assert!(server.log().contains("/sleep, on its standard input") && server.workers().len() == 2, "{}", server.log());
     assert!(!server.log().contains("as with --direct"), "direct was given");
     server.stop();
     let mut server =
@@ -183,20 +183,20 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     let posted = || http::post(&address, "/echo", &[b'x'; 2000]).unwrap().status;
     assert_eq!(posted(), 200);
 
-    let old = server.children();
+    let old = server.workers();
     folder.file(&(good.clone() + "max-body = '1Q'\n"));
     complained(&reload(), 1, &["the workers stay as they are", "forkyard.toml:4:12: 'max-body'", "is not a size"]);
     server.signal(Signal::SIGHUP);
     assert!(server.wait_for("asked to reload").contains("asked to reload"));
     assert!(server.wait_for("reload refused").contains("forkyard.toml:4:12"));
-    assert_eq!((server.children(), posted()), (old, 200));
+    assert_eq!((server.workers(), posted()), (old, 200));
 
     folder.file(&(good.replace("= 2", "= 5") + "max-body = '1K'\nbacklog = 7\n"));
     let output = reload();
     let said = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{said}");
     assert!(said.contains("these change with a restart only: --backlog\n"), "{said}");
-    wait_until("there are five", || (server.children().len() == 5).then_some(()));
+    wait_until("there are five", || (server.workers().len() == 5).then_some(()));
     wait_until("the new limit holds", || (posted() == 413).then_some(()));
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
 
@@ -204,7 +204,7 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     folder.file(&good);
     assert_eq!(reload().status.code(), Some(0));
     wait_until("the old limit holds", || (posted() == 200).then_some(()));
-    wait_until("there are two", || (server.children().len() == 2).then_some(()));
+    wait_until("there are two", || (server.workers().len() == 2).then_some(()));
 
     // A master that began with two workers has room for twenty processes, draining ones included.
     folder.file(&(good.replace("= 2", "= 20") + "user = 'no-such-user'\n"));
@@ -212,6 +212,6 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     folder.file(&good.replace("= 2", "= 20"));
     let said = String::from_utf8_lossy(&reload().stdout).into_owned();
     assert!(said.contains("these change with a restart only: --workers\n"), "{said}");
-    wait_until("there are still two", || (server.children().len() == 2).then_some(()));
+    wait_until("there are still two", || (server.workers().len() == 2).then_some(()));
     server.stop();
 }

@@ -89,7 +89,7 @@ fn status_tells_of_the_master_and_of_each_request_in_flight() {
         });
         assert_eq!(busy["serving"][0]["what"], "GET /slow/600000");
         assert!(busy["serving"][0]["for_ms"].is_u64() && busy["rss_bytes"].as_u64().unwrap() > 100_000, "{busy}");
-        assert!(served.server.children().contains(&i32::try_from(busy["pid"].as_i64().unwrap()).unwrap()));
+        assert!(served.server.workers().contains(&i32::try_from(busy["pid"].as_i64().unwrap()).unwrap()));
         assert_eq!(
             (&busy["state"], &busy["generation"], &busy["connections"]),
             (&"ready".into(), &1.into(), &1.into())
@@ -121,7 +121,7 @@ fn status_tells_of_the_master_and_of_each_request_in_flight() {
 #[test]
 fn reload_returns_when_the_new_workers_serve() {
     let mut served = Controlled::start("crashy", &["--workers", "3"]);
-    let old = served.server.children();
+    let old = served.server.workers();
     let said = served.said(&["reload"]);
     assert!(said.ends_with("reload done gen=2\n") && said.matches("worker ready slot=").count() >= 3, "{said}");
     let status = served.status();
@@ -144,12 +144,12 @@ fn a_reload_that_fails_says_the_workers_last_words() {
     let mut served = Controlled::start_with("crashy", &["--workers", "2"], |command, folder| {
         command.env("CRASHY_BROKEN", folder.join("broken"));
     });
-    let old = served.server.children();
+    let old = served.server.workers();
     std::fs::write(served.folder.path().join("broken"), "").unwrap();
     let complaint = served.complaint(&["reload"], 1);
     assert!(complaint.contains("reload failed gen=2, the old workers stay"), "{complaint}");
     assert!(complaint.contains("broken on purpose") && complaint.contains("status="), "{complaint}");
-    assert_eq!(served.server.children(), old);
+    assert_eq!(served.server.workers(), old);
     assert!(served.complaint(&["scale", "3"], 1).contains("broken on purpose"));
     std::fs::remove_file(served.folder.path().join("broken")).unwrap();
     assert!(served.said(&["reload"]).contains("reload done gen=3"));
@@ -173,13 +173,13 @@ fn scale_returns_when_there_are_so_many() {
     let mut served = Controlled::start("crashy", &["--workers", "2"]);
     for (asked, expected) in [("4", 4), ("1", 1), ("3", 3)] {
         assert!(served.said(&["scale", asked]).ends_with(&format!("workers={expected}\n")));
-        assert_eq!(served.server.children().len(), expected);
+        assert_eq!(served.server.workers().len(), expected);
     }
     for asked in ["0", "20", "4294967295"] {
         assert!(served.complaint(&["scale", asked], 1).contains("1 to 19"));
     }
     assert!(served.complaint(&["scale", "many"], 2).contains("'many'"));
-    assert_eq!(served.server.children().len(), 3);
+    assert_eq!(served.server.workers().len(), 3);
     served.server.stop();
 }
 
@@ -444,7 +444,7 @@ fn status_tells_how_many_wait_at_each_socket() {
     assert_eq!((&status["binds"][0]["waiting"], &status["min"], &status["max"]), (&0.into(), &1.into(), &3.into()));
     assert!(served.said(&["status"]).contains("workers=1 (1..3)"));
     served.said(&["scale", "1"]);
-    let [worker] = served.server.children().into_iter().collect::<Vec<_>>()[..] else { panic!("it has one") };
+    let [worker] = served.server.workers().into_iter().collect::<Vec<_>>()[..] else { panic!("it has one") };
     let worker = nix::unistd::Pid::from_raw(worker);
     common::stop(worker);
     let waiting: Vec<Client> = (0..3).map(|_| Client::connect(&address).unwrap()).collect();

@@ -63,7 +63,7 @@ fn a_signal_from_outside_is_told_too_and_blames_no_request() {
     let mut server = crashy(&["--workers", "1"]);
     for signal in [Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGSYS] {
         // And nobody who names functions.
-        let alone = || Some(server.children()).filter(|children| children.len() == 1);
+        let alone = || Some(server.workers()).filter(|children| children.len() == 1);
         let worker = wait_until("there is a worker", || alone()?.first().copied());
         wait_until("it answers", || http::get(&server.http(), "/ok").ok());
         kill(Pid::from_raw(worker), signal).unwrap();

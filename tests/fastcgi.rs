@@ -271,7 +271,7 @@ fn a_short_response_overtakes_a_long_one() {
 #[test]
 fn a_body_in_single_bytes_costs_little_memory() {
     let fixture = start(&[]);
-    let worker = *fixture.server.children().first().unwrap();
+    let worker = *fixture.server.workers().first().unwrap();
     let mut client = fixture.client();
     client.request("GET", "/ok", b"").unwrap();
     let before = common::status_number(worker, "VmHWM").unwrap();

@@ -18,7 +18,7 @@ fn crashy(arguments: &[&str]) -> Server {
 fn a_request_that_takes_too_long_gets_504_over_each_protocol_and_the_worker_lives() {
     for protocol in ALL {
         let mut server = protocol.start("crashy", &["--workers", "1", "--request-timeout", "200ms"]);
-        let worker = server.children();
+        let worker = server.workers();
         let target = "/slow/60000?a=b";
         for target in [target, "/thread/sleep-1000"] {
             let (status, _) = raw::ask(&mut raw::connect(&server.binds[0]), &protocol.head("GET", target, 0));
@@ -27,7 +27,7 @@ fn a_request_that_takes_too_long_gets_504_over_each_protocol_and_the_worker_live
             assert!(line.contains(&format!("request=\"GET {target}\"")), "{line}");
         }
         let (status, _) = raw::ask(&mut raw::connect(&server.binds[0]), &protocol.head("GET", "/ok", 0));
-        assert_eq!((status, server.children()), (200, worker), "{protocol:?}");
+        assert_eq!((status, server.workers()), (200, worker), "{protocol:?}");
         server.stop();
     }
 }
@@ -35,7 +35,7 @@ fn a_request_that_takes_too_long_gets_504_over_each_protocol_and_the_worker_live
 #[test]
 fn a_loop_that_hangs_is_named_ended_and_replaced() {
     let mut server = crashy(&["--workers", "1", "--hang-timeout", "400ms"]);
-    let (address, worker) = (server.http(), server.children());
+    let (address, worker) = (server.http(), server.workers());
     let asked = std::thread::spawn({
         let address = address.clone();
         move || http::get(&address, "/hang")
@@ -48,7 +48,7 @@ fn a_loop_that_hangs_is_named_ended_and_replaced() {
     assert!(names.contains("crashy::hang"), "{names}");
     assert_eq!(asked.join().unwrap().unwrap().status, 502);
     wait_until("another answers", || http::get(&address, "/ok").ok());
-    assert!(server.children().is_disjoint(&worker));
+    assert!(server.workers().is_disjoint(&worker));
     server.stop();
 }
 
@@ -92,7 +92,7 @@ fn a_slow_request_is_named_once_with_what_its_thread_is_at() {
 fn an_idle_worker_sleeps_however_often_the_master_looks() {
     let mut server = crashy(&["--workers", "1", "--hang-timeout", "100ms"]);
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
-    let worker = *server.children().first().unwrap();
+    let worker = *server.workers().first().unwrap();
     let switches = |pid| status_number(pid, "voluntary_ctxt_switches").unwrap();
     let master = server.pid().as_raw();
     let threads: Vec<i32> = std::fs::read_dir(format!("/proc/{worker}/task"))

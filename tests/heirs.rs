@@ -29,7 +29,7 @@ fn start(arguments: &[&str]) -> Fixture {
 impl Fixture {
     /// The one worker.
     fn worker(&self) -> Pid {
-        let workers = self.server.children();
+        let workers = self.server.workers();
         Pid::from_raw(*workers.first().filter(|_| workers.len() == 1).expect("there is one worker"))
     }
 
@@ -146,7 +146,7 @@ fn a_worker_without_an_heir_is_replaced_and_takes_nothing_along() {
     kill(heir_of(worker), Signal::SIGKILL).unwrap();
     at.server.wait_for("its heir died");
     wait_until("another has taken its place", || {
-        (process(worker.as_raw()).is_none() && at.server.children().len() == 1).then_some(())
+        (process(worker.as_raw()).is_none() && at.server.workers().len() == 1).then_some(())
     });
     assert_eq!(kept.request("GET", "/ok", b"").unwrap().status(), 200);
     heir_of(at.worker());
@@ -246,7 +246,7 @@ fn replace(at: &mut Fixture, kills: bool) {
         at.server.signal(Signal::SIGHUP);
     }
     wait_until("it is replaced", || {
-        let workers = at.server.children();
+        let workers = at.server.workers();
         (workers.len() == 1 && !workers.contains(&old.as_raw())).then_some(())
     });
 }

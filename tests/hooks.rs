@@ -41,7 +41,7 @@ fn hooks_are_called_in_order_over_a_crash_a_reload_and_a_stop() {
     let mut expected = of_generation(&BIRTH, 1);
     assert_eq!(called(&server), expected);
     let master = server.pid().as_raw();
-    let worker = *server.children().first().unwrap();
+    let worker = *server.workers().first().unwrap();
     let by = |hook: &str| {
         let line = server.log().lines().find(|line| line.contains(&format!("hook: {hook}"))).unwrap().to_owned();
         number(&line, "in")
@@ -83,7 +83,7 @@ fn a_hook_before_the_fork_that_fails_or_panics_puts_the_worker_off() {
     server.wait_for("next try in 100ms");
     std::fs::write(&refuse, "panic").unwrap();
     wait_until("it panics", || server.log().contains("before_fork failed: a panic: not now").then_some(()));
-    assert!(server.children().is_empty());
+    assert!(server.workers().is_empty());
     std::fs::remove_file(&refuse).unwrap();
     server.wait_for("ready in ");
     assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
@@ -95,12 +95,12 @@ fn a_worker_whose_hook_fails_is_none_and_a_reload_keeps_the_old_ones() {
     let folder = tempfile::tempdir().unwrap();
     let spoil = folder.path().join("spoil");
     let mut server = Server::start_command(Command::new(program("hooks")).args(FLAGS).env("HOOKS_SPOIL", &spoil));
-    let old = server.children();
+    let old = server.workers();
     std::fs::write(&spoil, "").unwrap();
     server.signal(Signal::SIGHUP);
     let line = server.wait_for("reload failed gen=2");
     assert!(line.contains("the application's on_ready failed: it is spoilt"), "{line}");
-    wait_until("the new one is gone", || (server.children() == old).then_some(()));
+    wait_until("the new one is gone", || (server.workers() == old).then_some(()));
     assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
     server.stop();
 }

@@ -23,7 +23,7 @@ fn start(arguments: &[&str]) -> Server {
 }
 
 fn worker(server: &Server) -> i32 {
-    wait_until("there is a worker", || server.children().first().copied())
+    wait_until("there is a worker", || server.workers().first().copied())
 }
 
 fn get(server: &Server, target: &str) -> u16 {
@@ -83,7 +83,7 @@ fn a_flood_is_logged_whole_and_does_not_stop_the_master() {
         // The master goes on: it hears a signal and adds a worker meanwhile.
         wait_until("the flood has begun", || server.log().contains("| number 0").then_some(()));
         server.signal(Signal::SIGTTIN);
-        wait_until("there are two workers", || (server.children().len() == 2).then_some(()));
+        wait_until("there are two workers", || (server.workers().len() == 2).then_some(()));
         assert_eq!(flood.join().unwrap(), 200);
     });
     server.stop();
@@ -254,7 +254,7 @@ fn each_request_has_a_line_over_each_protocol() {
         assert_eq!((&line["slot"], &line["gen"], &line["method"]), (&0.into(), &1.into(), &"GET".into()));
     }
     assert_eq!(lines[0]["client"], "127.0.0.1");
-    assert_eq!(server.children(), BTreeSet::from([pid]));
+    assert_eq!(server.workers(), BTreeSet::from([pid]));
     server.stop();
     assert_eq!(objects(&read(&access)).len(), 3);
 }

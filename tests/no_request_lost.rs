@@ -78,12 +78,12 @@ fn upgrades() {
 fn recycling() {
     let (mut server, _folder) = server(&["--workers", "4", "--max-requests", "500~100", "--respawn-rate", "1000"]);
     let load = Load::default();
-    let first = server.children();
+    let first = server.workers();
     load.run(&mut server, |server| {
         again(&load, || {
             wait_until("requests are answered", || (load.total() >= requests() || load.has_failed()).then_some(()));
         });
-        let still: BTreeSet<i32> = server.children().intersection(&first).copied().collect();
+        let still: BTreeSet<i32> = server.workers().intersection(&first).copied().collect();
         assert!(still.is_empty(), "all have served their time: {still:?}");
     });
     let recycled = server.log().matches("worker left").count();

@@ -34,7 +34,7 @@ fn program_under_run(folder: &TempDir, arguments: &[&str], command: &[&str]) -> 
 }
 
 fn child(server: &Server) -> i32 {
-    wait_until("there is a worker", || server.children().first().copied())
+    wait_until("there is a worker", || server.workers().first().copied())
 }
 
 fn ask(server: &Server, target: &str) -> String {
@@ -127,7 +127,7 @@ fn a_worker_is_what_it_was_told_to_be() {
     // It replaces a dead one with one of its kind, and the log has nothing to complain of.
     let first = child(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
-    let next = wait_until("it is replaced", || server.children().into_iter().find(|&pid| pid != first));
+    let next = wait_until("it is replaced", || server.workers().into_iter().find(|&pid| pid != first));
     assert_eq!(ask(&server, "/folder"), folder.path().canonicalize().unwrap().to_string_lossy());
     expect_all(next, &folder);
     assert!(

@@ -52,7 +52,7 @@ fn who_waits_too_long_for_a_thread_is_shed_while_the_thread_is_still_at_work() {
 fn the_wait_in_the_kernel_counts_for_the_first_request_of_a_connection() {
     for protocol in ALL {
         let mut server = protocol.start("crashy", &["--workers", "1", "--max-queue-time", "300ms"]);
-        let worker = Pid::from_raw(server.children().into_iter().next().unwrap());
+        let worker = Pid::from_raw(server.workers().into_iter().next().unwrap());
         let head = protocol.head("GET", "/ok", 0);
         let mut silent = raw::connect(&server.binds[0]);
         common::stop(worker);

@@ -18,7 +18,7 @@ fn crashy(arguments: &[&str]) -> Server {
 
 fn all_new(server: &Server, old: &BTreeSet<i32>) {
     wait_until("all are replaced", || {
-        let children = server.children();
+        let children = server.workers();
         (children.len() == old.len() && children.is_disjoint(old)).then_some(())
     });
 }
@@ -26,12 +26,12 @@ fn all_new(server: &Server, old: &BTreeSet<i32>) {
 #[test]
 fn a_worker_is_replaced_after_its_number_of_requests() {
     let mut server = crashy(&["--workers", "2", "--max-requests", "20~10"]);
-    let old = server.children();
+    let old = server.workers();
     let mut asked = 0;
     wait_until("all are replaced", || {
         assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
         asked += 1;
-        server.children().is_disjoint(&old).then_some(())
+        server.workers().is_disjoint(&old).then_some(())
     });
     assert!(asked >= 40, "each has served its 20: {asked}");
     let line = server.wait_for("is to be replaced");
@@ -43,22 +43,22 @@ fn a_worker_is_replaced_after_its_number_of_requests() {
 #[test]
 fn a_worker_that_grows_is_replaced() {
     let mut server = crashy(&["--workers", "2", "--max-memory", "100M", "--memory-interval", "100ms"]);
-    let old = server.children();
+    let old = server.workers();
     assert_eq!(http::get(&server.http(), "/leak/200").unwrap().status, 200);
     let line = server.wait_for("is to be replaced");
     assert!(line.contains("reason=max-memory memory="), "{line}");
     wait_until("one is replaced", || {
-        let children = server.children();
+        let children = server.workers();
         (children.len() == 2 && children != old).then_some(())
     });
-    assert_eq!(server.children().intersection(&old).count(), 1, "the other one has not grown");
+    assert_eq!(server.workers().intersection(&old).count(), 1, "the other one has not grown");
     server.stop();
 }
 
 #[test]
 fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
     let mut server = crashy(&["--workers", "2", "--max-age", "500ms~200ms"]);
-    let old = server.children();
+    let old = server.workers();
     assert!(server.wait_for("is to be replaced").contains("reason=max-age"));
     all_new(&server, &old);
     server.stop();
@@ -79,7 +79,7 @@ fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
         "sleep",
         "600",
     ]));
-    let old = server.children();
+    let old = server.workers();
     assert!(server.wait_for("is to be replaced").contains("reason=max-age"));
     all_new(&server, &old);
     server.stop();

@@ -21,14 +21,14 @@ fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
     let mut server = Server::start_command(
         Command::new(program("crashy")).args(HTTP).args(["--workers", "2"]).env("CRASHY_BROKEN", &broken),
     );
-    let old = server.children();
+    let old = server.workers();
     std::fs::write(&broken, "").unwrap();
     server.signal(Signal::SIGHUP);
     let line = server.wait_for("reload failed gen=2");
     for words in ["slot=", "pid=", "said=", "broken on purpose"] {
         assert!(line.contains(words), "no {words:?} in {line:?}");
     }
-    assert_eq!(server.children(), old);
+    assert_eq!(server.workers(), old);
 
     // What was broken is mended, without a reload. Whoever dies now is replaced by one of the old generation.
     std::fs::remove_file(&broken).unwrap();
@@ -37,13 +37,13 @@ fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
     let line = server.wait_for("worker died");
     assert!(line.contains(&format!("pid={victim} gen=1")), "{line}");
     wait_until("it is replaced", || {
-        let children = server.children();
+        let children = server.workers();
         (children.len() == 2 && !children.contains(&victim)).then_some(())
     });
     wait_until("it answers", || http::get(&server.http(), "/ok").ok());
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=3");
-    wait_until("all are new", || server.children().is_disjoint(&old).then_some(()));
+    wait_until("all are new", || server.workers().is_disjoint(&old).then_some(()));
     let generations =
         server.log().lines().filter(|line| line.contains("worker left")).map(str::to_owned).collect::<Vec<_>>();
     assert!(generations.iter().all(|line| line.contains("gen=1")), "{generations:?}");
@@ -83,21 +83,21 @@ fn a_worker_whose_application_is_not_well_never_gets_ready() {
 #[test]
 fn no_more_are_replaced_at_a_time_than_may_be_and_the_new_ones_come_first() {
     let mut server = Server::start("crashy", &[&HTTP[..], &["--workers", "4", "--max-unavailable", "50%"]].concat());
-    let mut old = server.children();
+    let mut old = server.workers();
     for generation in 2..5 {
         server.signal(Signal::SIGHUP);
         let mut most = BTreeSet::new();
         wait_until("all are replaced", || {
-            let children = server.children();
+            let children = server.workers();
             // The list takes a while, and misses who came when another had left: what is true is seen twice.
-            if children == server.children() {
+            if children == server.workers() {
                 most.insert(children.len());
             }
             (children.len() == 4 && children.is_disjoint(&old)).then_some(())
         });
         server.wait_for(&format!("reload done gen={generation}"));
         assert!(most.iter().all(|count| (4..=6).contains(count)), "4, and 2 more at most: {most:?}");
-        old = server.children();
+        old = server.workers();
     }
     server.stop();
 }

@@ -107,7 +107,7 @@ impl Place {
 /// What a server's processes are once there are two of them, and `known` is not among them.
 fn two_without(server: &Server, known: &BTreeSet<i32>) -> BTreeSet<i32> {
     wait_until("there are two processes, both new", || {
-        Some(server.children()).filter(|all| all.len() == 2 && all.is_disjoint(known))
+        Some(server.workers()).filter(|all| all.len() == 2 && all.is_disjoint(known))
     })
 }
 
@@ -145,7 +145,7 @@ fn php_answers() {
 fn php_knows_its_slot_and_forks_no_children() {
     let place = Place::new();
     let server = place.start_php(&[], &[("PHP_FCGI_CHILDREN", "3"), ("FORKYARD_SLOT", "77")]);
-    let children = server.children();
+    let children = server.workers();
     assert_eq!(children.len(), 2);
     let mut slots = BTreeSet::new();
     // Which of the two answers is for the kernel to say, so each is made to answer by stopping the other.
@@ -160,14 +160,14 @@ fn php_knows_its_slot_and_forks_no_children() {
         assert_eq!(children_of(Pid::from_raw(pid)), BTreeSet::new());
     }
     assert_eq!(slots, BTreeSet::from(["0".to_owned(), "1".to_owned()]));
-    assert_eq!(server.children(), children);
+    assert_eq!(server.workers(), children);
 }
 
 #[test]
 fn php_may_leave_after_some_requests() {
     let place = Place::new();
     let mut server = place.start_php(&[], &[("PHP_FCGI_MAX_REQUESTS", "20")]);
-    let before = server.children();
+    let before = server.workers();
     let mut seen = BTreeSet::new();
     for index in 0..200 {
         let environment = place.ask("/pages.php?do=environment", b"");
@@ -183,9 +183,9 @@ fn php_may_leave_after_some_requests() {
         assert!(line.contains("slot=") && line.contains("status=0"), "{line}");
     }
     wait_until("there are two processes again", || {
-        Some(server.children()).filter(|all| all.len() == 2 && all.iter().all(|pid| children_are_none(*pid)))
+        Some(server.workers()).filter(|all| all.len() == 2 && all.iter().all(|pid| children_are_none(*pid)))
     });
-    assert_ne!(server.children(), before);
+    assert_ne!(server.workers(), before);
     server.stop();
     assert!(!server.log().contains("worker died"), "{}", server.log());
 }
@@ -227,7 +227,7 @@ fn children_are_none(pid: i32) -> bool {
 fn php_errors_are_in_our_log() {
     let place = Place::new();
     let mut server = place.start_php(&[], &[]);
-    let pids = server.children();
+    let pids = server.workers();
     assert_eq!(place.text("/pages.php?do=complain&text=no%20such%20table"), "complained\n");
     let line = server.wait_for("| no such table");
     let named = pids.iter().any(|pid| line.contains(&format!(" pid={pid} ")));
@@ -266,7 +266,7 @@ fn a_program_inherits_what_it_should() {
     assert!(matches!(value(&environment, "FORKYARD_SLOT"), Some("0" | "1")), "{environment}");
     assert_eq!(value(&environment, "FORKYARD_GENERATION"), Some("1"));
     let segment = value(&environment, "FORKYARD_SHM").expect("the descriptor of the segment");
-    for pid in server.children() {
+    for pid in server.workers() {
         // It lets through what it was given; all of it, that is.
         wait_until("it blocks no signal", || (blocked_signals(pid)? == 0).then_some(()));
         // The socket, the output twice, the segment; a connection may just be closing.
@@ -289,7 +289,7 @@ fn blocked_signals(pid: i32) -> Option<u64> {
 fn a_killed_program_is_replaced() {
     let place = Place::new();
     let mut server = place.start_hello(&[]);
-    let before = server.children();
+    let before = server.workers();
     let victim: i32 = place.text("/pid").trim().parse().unwrap();
     assert!(before.contains(&victim));
     kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
@@ -300,7 +300,7 @@ fn a_killed_program_is_replaced() {
     let line = server.wait_for("worker died");
     assert!(line.contains(&format!("pid={victim}")) && line.contains("signal=KILL"), "{line}");
     let after = wait_until("there are two again", || {
-        Some(server.children()).filter(|all| all.len() == 2 && !all.contains(&victim))
+        Some(server.workers()).filter(|all| all.len() == 2 && !all.contains(&victim))
     });
     assert_eq!(before.intersection(&after).count(), 1, "the other one of {before:?} lives: {after:?}");
     server.stop();
@@ -317,13 +317,13 @@ fn the_log_says_how_a_program_died() {
         assert!(line.contains("signal=ABRT") && line.contains("WARN"), "{line}");
         assert_eq!(place.text("/hello"), "Hello, world\n");
     }
-    wait_until("there are two again", || (server.children().len() == 2).then_some(()));
+    wait_until("there are two again", || (server.workers().len() == 2).then_some(()));
     server.stop();
 }
 
 /// Reloads while requests come one after the other, from two clients. Returns how many were answered.
 fn reload_under_load(place: &Place, server: &mut Server, target: &str) -> usize {
-    let before = server.children();
+    let before = server.workers();
     let (done, answered) = (AtomicBool::new(false), std::sync::atomic::AtomicUsize::new(0));
     let failed = std::thread::scope(|scope| {
         let client = || {
@@ -381,7 +381,7 @@ fn a_reload_of_php_loses_no_request() {
 fn at_the_end_nothing_is_left() {
     let place = Place::new();
     let mut server = place.start_hello(&[]);
-    let pids = server.children();
+    let pids = server.workers();
     assert_eq!(pids.len(), 2);
     assert!(place.socket().exists());
     server.stop();
@@ -394,7 +394,7 @@ fn at_the_end_nothing_is_left() {
 fn no_program_outlives_its_master() {
     let place = Place::new();
     let mut server = place.start_hello(&[]);
-    let pids = server.children();
+    let pids = server.workers();
     assert_eq!(pids.len(), 2);
     server.signal(Signal::SIGKILL);
     assert_eq!(server.wait_end(), None, "a signal ended it");
@@ -503,7 +503,7 @@ fn a_program_that_does_not_want_to_leave_is_killed() {
     let mut server = Server::launch(&mut place.run(&options, &["sh", "-c", script]));
     server.wait_for("| deaf");
     server.wait_for("| deaf");
-    let pids = server.children();
+    let pids = server.workers();
     assert_eq!(pids.len(), 2);
     server.stop();
     let log = server.log();
@@ -532,13 +532,13 @@ fn what_a_wrapper_started_goes_with_it() {
             common::process(pid).is_none_or(|process| matches!(process.state, 'Z' | 'X')).then_some(())
         });
     };
-    let wrapper = *server.children().first().unwrap();
+    let wrapper = *server.workers().first().unwrap();
     let started = family(wrapper);
     kill(Pid::from_raw(wrapper), Signal::SIGKILL).unwrap();
     server.wait_for("worker died");
     gone(started);
     let next =
-        wait_until("it is replaced", || server.children().into_iter().find(|&pid| pid != wrapper && pid != started));
+        wait_until("it is replaced", || server.workers().into_iter().find(|&pid| pid != wrapper && pid != started));
     let started = family(next);
     server.stop();
     gone(started);

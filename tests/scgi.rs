@@ -185,7 +185,7 @@ fn a_worker_that_dies_resets_its_connections() {
     let fixture = start(&[]);
     for body in [&b""[..], b"a body that was read"] {
         let mut clients = fixture.clients();
-        let worker = wait_until("there is a worker", || fixture.server.children().first().copied());
+        let worker = wait_until("there is a worker", || fixture.server.workers().first().copied());
         for client in &mut clients {
             client.stream.write_all(&request("GET", "/bytes/64", body)).unwrap();
             client.stream.read_exact(&mut vec![0; MIB]).unwrap();
@@ -278,7 +278,7 @@ fn check_front(address: &str, server: &Server) {
     let mut client = http::Client::connect(address).unwrap();
     client.stream.get_mut().write_all(b"GET /bytes/64 HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     client.stream.read_exact(&mut vec![0; MIB]).unwrap();
-    let worker = wait_until("there is a worker", || server.children().first().copied());
+    let worker = wait_until("there is a worker", || server.workers().first().copied());
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     let mut rest = Vec::new();
     if let Err(error) = client.stream.read_to_end(&mut rest) {

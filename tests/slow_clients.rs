@@ -34,7 +34,7 @@ fn clients() -> usize {
 }
 
 fn memory(server: &Server) -> u64 {
-    server.children().into_iter().map(|worker| status_number(worker, "VmRSS").unwrap()).sum()
+    server.workers().into_iter().map(|worker| status_number(worker, "VmRSS").unwrap()).sum()
 }
 
 /// Thousands of slow clients, each of which has sent `begun`, send a byte a second. Returns the KiB that each costs.

@@ -21,7 +21,7 @@ fn crashy(arguments: &[&str]) -> Server {
 
 /// Stops the only worker as SIGSTOP does: what is sent to it now waits in the kernel.
 fn stop_worker(server: &Server) -> Pid {
-    let worker = Pid::from_raw(*server.children().first().unwrap());
+    let worker = Pid::from_raw(*server.workers().first().unwrap());
     common::stop(worker);
     worker
 }
@@ -88,7 +88,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
                 }
             });
         }
-        let mut victims: Vec<i32> = server.children().into_iter().collect();
+        let mut victims: Vec<i32> = server.workers().into_iter().collect();
         for round in 0..200 {
             let before = good.load(Ordering::Relaxed);
             let victim = victims[round % 2];
@@ -118,7 +118,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
     assert!(server.children().iter().all(|&pid| process(pid).is_some_and(|child| child.state != 'Z')), "no zombies");
     let as_before = || (descriptors_of(server.pid().as_raw()) == descriptors).then_some(());
     wait_until("the master has no more descriptors than before", as_before);
-    let of_workers: BTreeSet<usize> = server.children().iter().map(|&pid| descriptors_of(pid)).collect();
+    let of_workers: BTreeSet<usize> = server.workers().iter().map(|&pid| descriptors_of(pid)).collect();
     assert!(of_workers.iter().all(|&count| count < 30), "{of_workers:?}");
     server.stop();
 }
@@ -141,13 +141,13 @@ fn a_death_is_one_line_that_names_what_was_served() {
 #[test]
 fn a_panic_costs_one_request_a_500() {
     let mut server = crashy(&["--workers", "1"]);
-    let children = server.children();
+    let children = server.workers();
     let mut client = Client::connect(&server.http()).unwrap();
     assert_eq!(client.request("GET", "/panic", b"").unwrap().status, 500);
     assert_eq!(client.request("GET", "/ok", b"").unwrap().text(), "ok\n", "on the same connection");
     let line = server.wait_for("a request panicked");
     assert!(line.contains("asked to") && line.contains("GET /panic"), "{line}");
-    assert_eq!(server.children(), children);
+    assert_eq!(server.workers(), children);
     drop(client);
     server.stop();
 }
@@ -243,7 +243,7 @@ fn hup_replaces_every_worker_and_no_request_fails() {
             });
         }
         for generation in 2..6 {
-            let old = server.children();
+            let old = server.workers();
             let before = count.load(Ordering::Relaxed);
             server.signal(Signal::SIGHUP);
             server.wait_for(&format!("reload done gen={generation}"));
@@ -262,13 +262,13 @@ fn a_reload_that_cannot_start_keeps_the_old_workers_and_a_good_one_heals() {
     let mut server = Server::start_command(
         Command::new(program("crashy")).args(HTTP).args(["--workers", "2"]).env("CRASHY_BROKEN", &broken),
     );
-    let old = server.children();
+    let old = server.workers();
     std::fs::write(&broken, "").unwrap();
     server.signal(Signal::SIGHUP);
     let line = server.wait_for("worker died");
     assert!(line.contains("broken on purpose") && line.contains("gen=2"), "its last words: {line}");
     server.wait_for("reload failed gen=2");
-    assert_eq!(server.children(), old);
+    assert_eq!(server.workers(), old);
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
 
     std::fs::remove_file(&broken).unwrap();
@@ -291,7 +291,7 @@ fn workers_that_cannot_start_are_tried_with_growing_delays_and_the_master_lives(
     }
     std::fs::remove_file(&broken).unwrap();
     server.wait_for("ready in ");
-    assert_eq!(server.children().len(), 4);
+    assert_eq!(server.workers().len(), 4);
     server.stop();
 }
 
@@ -305,12 +305,12 @@ fn a_worker_that_never_gets_ready_is_killed_and_the_others_serve() {
             .args(["--workers", "1", "--start-timeout", "300ms"])
             .env("CRASHY_BROKEN", &broken),
     );
-    let old = server.children();
+    let old = server.workers();
     std::fs::write(&broken, "hang").unwrap();
     server.signal(Signal::SIGHUP);
     server.wait_for("is not ready in time (--start-timeout): killed");
     server.wait_for("reload failed gen=2");
-    assert_eq!(server.children(), old);
+    assert_eq!(server.workers(), old);
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
     server.stop();
 }
@@ -351,7 +351,7 @@ fn workers_that_ask_not_to_be_replaced_are_not() {
 fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
     let mut server = crashy(&["--workers", "3", "--drain-timeout", "1s"]);
     let address = server.http();
-    let workers = server.children();
+    let workers = server.workers();
     let segment = server.segment();
     let in_flight = || {
         let rows = (0..segment.scoreboard().rows()).filter_map(|slot| segment.scoreboard().read(slot));
@@ -385,7 +385,7 @@ fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
 #[test]
 fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
     let mut server = crashy(&["--workers", "2"]);
-    let worker = Pid::from_raw(*server.children().first().unwrap());
+    let worker = Pid::from_raw(*server.workers().first().unwrap());
     for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGTTIN] {
         kill(worker, signal).unwrap(); // means nothing to a worker
     }

@@ -143,8 +143,8 @@ fn the_manager_hears_of_every_turn() {
         server.wait_for(done);
     }
     let address = server.http();
-    common::wait_until("the old worker has left", || (server.children().len() == 1).then_some(()));
-    let worker = *server.children().first().unwrap();
+    common::wait_until("the old worker has left", || (server.workers().len() == 1).then_some(()));
+    let worker = *server.workers().first().unwrap();
     let idle = sockets_of(worker);
     std::thread::scope(|scope| {
         let slow = scope.spawn(|| http::get(&address, "/slow/1000"));

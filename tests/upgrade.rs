@@ -67,7 +67,7 @@ fn upgrade(server: &mut Server) {
 /// Waits until none of `old` is left and there are two others.
 fn renewed(server: &Server, old: &BTreeSet<i32>) -> BTreeSet<i32> {
     wait_until("the workers are replaced", || {
-        let children = server.children();
+        let children = server.workers();
         (children.len() == 2 && children.is_disjoint(old)).then_some(children)
     })
 }
@@ -78,7 +78,7 @@ fn the_new_build_answers_in_the_old_ones_place() {
     let socket = place.folder.path().join("a.sock");
     let bind = format!("fastcgi:unix:{}", socket.display());
     let mut server = place.start(&[&ARGUMENTS[..], &["--bind", &bind]].concat());
-    let (address, old) = (server.http(), server.children());
+    let (address, old) = (server.http(), server.workers());
     assert_eq!(http::get(&address, "/ok").unwrap().text(), "Hello, world\n");
 
     place.install("crashy");
@@ -120,7 +120,7 @@ fn a_page_cached_before_is_a_hit_after() {
     let file = folder.path().join("cache").display().to_string();
     for keep in [&[][..], &["--cache-file", &file]] {
         let mut server = place.start(&[&ARGUMENTS[..], &["--cache", "2M"], keep].concat());
-        let (address, old) = (server.http(), server.children());
+        let (address, old) = (server.http(), server.workers());
         let page = http::get(&address, "/page/7").unwrap().text();
         place.install("pages");
         upgrade(&mut server);
@@ -136,7 +136,7 @@ fn a_page_cached_before_is_a_hit_after() {
 fn a_cache_of_another_size_begins_empty_and_says_so() {
     let place = Place::with("pages");
     let mut server = Server::start_command(Command::new(place.path()).args(ARGUMENTS).env("FORKYARD_CACHE", "2M"));
-    let (address, old) = (server.http(), server.children());
+    let (address, old) = (server.http(), server.workers());
     let page = http::get(&address, "/page/7").unwrap().text();
     let text = format!("#!/bin/sh\nFORKYARD_CACHE=4M exec {} \"$@\"\n", program("pages").display());
     place.script(&text, 0o755);
@@ -172,7 +172,7 @@ fn a_cache_file_does_not_change_its_size_under_the_workers() {
 fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
     let place = Place::with("hello");
     let mut server = place.start(&ARGUMENTS);
-    let mut old = server.children();
+    let mut old = server.workers();
     // Given twice, its flag would be a mistake.
     let text = "#!/bin/sh\nprintf 'a line without an end: ' >&2; exec";
     let text = format!("{text} {} --drain-timeout 5s \"$@\"\n", program("crashy").display());
@@ -189,7 +189,7 @@ fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
 fn a_build_that_fails_its_check_changes_nothing() {
     let place = Place::with("hello");
     let mut server = place.start(&[&ARGUMENTS[..], &["--upgrade-timeout", "500ms"]].concat());
-    let (address, old) = (server.http(), server.children());
+    let (address, old) = (server.http(), server.workers());
     let descriptors = descriptors_of(server.pid().as_raw());
     let cases = [
         ("#!/bin/sh\necho no library >&2\nexit 1\n", 0o755, "status=1 said=\"no library\""),
@@ -266,7 +266,7 @@ fn twenty_upgrades_under_load_leave_nothing_behind() {
             });
         }
         for _ in 0..20 {
-            let (old, before) = (server.children(), count.load(Ordering::Relaxed));
+            let (old, before) = (server.workers(), count.load(Ordering::Relaxed));
             place.install("crashy");
             upgrade(&mut server);
             renewed(&server, &old);
@@ -305,7 +305,7 @@ fn signals_that_come_during_an_upgrade_are_not_lost() {
 fn what_died_during_an_upgrade_is_reaped_and_replaced() {
     let place = Place::with("crashy");
     let mut server = place.start(&ARGUMENTS);
-    let old = server.children();
+    let old = server.workers();
     server.signal(Signal::SIGUSR2);
     server.wait_for("upgrade: becoming");
     for &pid in &old {
@@ -325,7 +325,7 @@ fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
     let text = "trap 'echo parting words; exit' TERM; while :; do sleep 0.01; done";
     let run = ["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--", "sh", "-c", text];
     let mut server = place.start(&run);
-    let old = server.children();
+    let old = server.workers();
     upgrade(&mut server);
     renewed(&server, &old);
     wait_until("both have said so", || (server.log().matches("| parting words").count() == 2).then_some(()));

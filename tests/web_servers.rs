@@ -77,7 +77,7 @@ fn some_bytes(length: usize) -> Vec<u8> {
 
 /// The log names the request as the client wrote it, with its query.
 fn a_panic_costs_one_response(site: &mut Site) {
-    let workers = site.crashy.children();
+    let workers = site.crashy.workers();
     for round in 0..4 {
         let target = format!("/panic?round={round}&text=two%20words");
         let response = site.clients.ask(App::Crashy, "GET", &target);
@@ -86,12 +86,12 @@ fn a_panic_costs_one_response(site: &mut Site) {
         assert!(line.contains("asked to") && line.contains(&format!("request=\"GET {target}\"")), "{line}");
         assert_eq!(site.clients.ask(App::Crashy, "GET", "/ok").status, 200);
     }
-    assert_eq!(site.crashy.children(), workers);
+    assert_eq!(site.crashy.workers(), workers);
 }
 
 /// The client of the request that killed the worker gets an error from the web server, and nobody else does.
 fn a_crash_costs_one_response(site: &mut Site) {
-    let workers = site.crashy.children();
+    let workers = site.crashy.workers();
     let response = site.clients.ask(App::Crashy, "GET", "/segv");
     assert!(matches!(response.status, 500 | 502 | 503), "{response:?}");
     for _ in 0..50 {
@@ -99,7 +99,7 @@ fn a_crash_costs_one_response(site: &mut Site) {
     }
     let line = site.crashy.wait_for("worker died");
     assert!(line.contains("signal=SEGV") && line.contains("GET /segv"), "{line}");
-    let after = wait_until("there are two workers again", || Some(site.crashy.children()).filter(|all| all.len() == 2));
+    let after = wait_until("there are two workers again", || Some(site.crashy.workers()).filter(|all| all.len() == 2));
     assert_eq!(after.intersection(&workers).count(), 1, "one of {workers:?} was replaced: {after:?}");
 }
 
@@ -113,7 +113,7 @@ fn pid_in(text: &str) -> i32 {
 /// Who answers, seen through the web server. A worker that has more to do than the other leaves connections to
 /// it, so with eight clients at once it does not take long until each has had its turn.
 fn both_workers_answer(site: &mut Site) {
-    let workers = site.pages.children();
+    let workers = site.pages.workers();
     assert_eq!(workers.len(), 2);
     let mut seen = BTreeSet::new();
     for round in 0..50 {
@@ -186,7 +186,7 @@ fn a_page_is_shared_and_purged(site: &mut Site) {
 fn a_page_outlives_its_worker(site: &mut Site) {
     let rendered = site.clients.ask(App::Pages, "GET", "/page/9").body;
     let dead = renderer(&rendered);
-    assert!(site.pages.children().contains(&dead));
+    assert!(site.pages.workers().contains(&dead));
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(dead), nix::sys::signal::Signal::SIGKILL).unwrap();
     let line = site.pages.wait_for("worker died");
     assert!(line.contains(&format!("pid={dead}")) && line.contains("signal=KILL"), "{line}");
@@ -263,7 +263,7 @@ fn lighttpd_has_an_authorizer() {
 
 /// What a web server wants kept is kept, and what it does not is closed: seen by the workers' descriptors.
 fn connections_are_kept_if_that_was_asked(site: &mut Site, front: Front) {
-    let sockets = || site.pages.children().into_iter().map(common::sockets_of).sum::<usize>();
+    let sockets = || site.pages.workers().into_iter().map(common::sockets_of).sum::<usize>();
     let before = sockets();
     for _ in 0..30 {
         assert_eq!(site.clients.ask(App::Pages, "GET", "/who").status, 200);

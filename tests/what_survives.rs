@@ -29,7 +29,7 @@ fn in_flight(server: &Server) -> u32 {
 #[test]
 fn a_worker_panics_in_one_request() {
     let mut server = crashy(&["--workers", "1"]);
-    let (address, workers) = (server.http(), server.children());
+    let (address, workers) = (server.http(), server.workers());
     let mut other = Client::connect(&address).unwrap();
     std::thread::scope(|scope| {
         let beside = scope.spawn(|| other.request("GET", "/slow/200", b"").unwrap().status);
@@ -37,7 +37,7 @@ fn a_worker_panics_in_one_request() {
         assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
         assert_eq!(beside.join().unwrap(), 200, "the request beside it is unharmed");
     });
-    assert_eq!(server.children(), workers, "the worker lives");
+    assert_eq!(server.workers(), workers, "the worker lives");
     server.stop();
 }
 
@@ -115,7 +115,7 @@ fn a_worker_hangs() {
         assert!(line.contains("GET /hang "), "the request is named: {line}");
         assert_eq!(hanging.join().unwrap(), 502);
     });
-    wait_until("it is replaced", || (server.children().len() == 2).then_some(()));
+    wait_until("it is replaced", || (server.workers().len() == 2).then_some(()));
     server.stop();
 }
 
@@ -153,13 +153,13 @@ fn sighup_with_a_build_that_does_not_start() {
     let mut command = Command::new(program("crashy"));
     command.args(HTTP).args(["--workers", "2", "--control"]).arg(&control).env("CRASHY_BROKEN", &broken);
     let mut server = Server::start_command(&mut command);
-    let workers = server.children();
+    let workers = server.workers();
     std::fs::write(&broken, "").unwrap();
     let reload = || Command::new(program("crashy")).args(["reload", "--control"]).arg(&control).output().unwrap();
     let refused = reload();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(1) && said.contains("broken on purpose"), "{said}");
-    assert_eq!(server.children(), workers, "the old workers stay");
+    assert_eq!(server.workers(), workers, "the old workers stay");
     std::fs::remove_file(&broken).unwrap();
     assert_eq!(reload().status.code(), Some(0));
     server.stop();
@@ -171,7 +171,7 @@ fn the_master_is_killed() {
     let socket = format!("http:unix:{}", folder.path().join("a.sock").display());
     let mut server = crashy(&["--workers", "2", "--bind", &socket]);
     let address = server.http();
-    let workers = server.children();
+    let workers = server.workers();
     let ours: Vec<i32> = processes()
         .into_iter()
         .filter(|process| workers.contains(&process.pid) || workers.contains(&process.parent))

@@ -194,7 +194,7 @@ impl Fixture {
 
     /// The pid of the worker.
     pub fn worker(&self) -> i32 {
-        *self.server.children().first().unwrap()
+        *self.server.workers().first().unwrap()
     }
 
     /// After whatever happened, the worker serves.

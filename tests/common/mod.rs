@@ -112,25 +112,23 @@ impl Server {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// Its shared memory, seen from here.
+    /// Its shared memory (where it has no file), seen from here.
     pub fn segment(&self) -> Segment {
-        let folder = format!("/proc/{}/fd", self.pid());
-        let mut entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-        let is_memfd =
-            |path: &PathBuf| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:"));
-        let path = entries.find(is_memfd).expect("the master holds its segment");
-        let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
-        Segment::attach(OwnedFd::from(file)).expect("it is in order")
+        wait_until("the master holds its segment", || {
+            let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).ok()?;
+            descriptors.filter_map(|entry| segment_at(&entry.ok()?.path())).next()
+        })
     }
 
-    /// The pids of its living workers, by the scoreboard. A child may also be an heir that has not named itself yet.
+    /// The pids of its living workers, by the scoreboard.
     pub fn workers(&self) -> BTreeSet<i32> {
         let board = self.segment().scoreboard();
         let pids = (0..board.rows()).filter_map(|slot| i32::try_from(board.read(slot)?.pid).ok());
         pids.filter(|&pid| process(pid).is_some_and(|worker| worker.state != 'Z')).collect()
     }
 
-    /// The pids of its living children.
+    /// The pids of all its children: workers, helpers, zombies, and an heir that was born just now, which goes by its
+    /// worker's name for a moment.
     pub fn children(&self) -> BTreeSet<i32> {
         children_of(self.pid())
     }
@@ -202,6 +200,12 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
         assert!(Instant::now() < deadline, "never came about: {what}");
         std::thread::park_timeout(Duration::from_millis(1));
     }
+}
+
+fn segment_at(path: &Path) -> Option<Segment> {
+    let is_memfd = std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:"));
+    let file = is_memfd.then(|| std::fs::File::options().read(true).write(true).open(path))?.ok()?;
+    Segment::attach(OwnedFd::from(file)).ok()
 }
 
 /// The living processes whose parent is `pid`, zombies included, but for the heirs of those that are dead.
