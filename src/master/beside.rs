@@ -17,8 +17,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, pipe2};
 
-use super::RETIRE;
-use super::helpers::{Action, Event, Helpers, Note, Wish};
+use super::helpers::{Action, Event, Helpers, Note};
 use super::output::{LineReader, REST};
 use super::spawn::{OF_THE_MASTER, blocking, explain};
 use super::supervisor::{Command as Order, Now};
@@ -213,12 +212,7 @@ impl Beside {
         } else {
             log::warn!("{line} lived={lived}ms");
         }
-        let wish = match ending {
-            Ending::Exited(0) => Wish::Renew,
-            Ending::Exited(RETIRE) => Wish::Retire,
-            Ending::Exited(_) | Ending::Signaled(_) => Wish::Replace,
-        };
-        self.feed(Event::Exited { pid, wish });
+        self.feed(Event::Exited { pid, wish: super::wish(ending) });
         true
     }
 

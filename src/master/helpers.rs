@@ -26,7 +26,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use nix::unistd::Pid;
 
-use super::supervisor::{Breaker, Now, StartEnding};
+use super::supervisor::{Breaker, Now, StartEnding, Wish};
 use crate::config::helpers::{HelpersConfig, Schedule};
 
 /// A daemon that ends sooner has not started.
@@ -57,17 +57,6 @@ pub(crate) enum Event {
     Stop,
     /// All is to end now.
     Halt,
-}
-
-/// What the way in which a process ended asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wish {
-    /// It crashed.
-    Replace,
-    /// It exited with 0.
-    Renew,
-    /// It exited with 125.
-    Retire,
 }
 
 /// What is to be done.

@@ -383,12 +383,7 @@ impl Master {
                 hooks.of_master.on_worker_exit(exit);
             }
             self.take_evidence(slot, pid, end);
-            let wish = match ending {
-                Ending::Exited(0) => Wish::Renew,
-                Ending::Exited(RETIRE) => Wish::Retire,
-                Ending::Exited(_) | Ending::Signaled(_) => Wish::Replace,
-            };
-            self.feed(Event::Exited { pid, wish });
+            self.feed(Event::Exited { pid, wish: wish(ending) });
         }
     }
 
@@ -568,6 +563,14 @@ impl Master {
         if let Err(errno) = sent {
             log::error!("cannot signal worker slot={} pid={pid} signal={signal}: {errno}", child.slot);
         }
+    }
+}
+
+fn wish(ending: Ending) -> Wish {
+    match ending {
+        Ending::Exited(0) => Wish::Renew,
+        Ending::Exited(RETIRE) => Wish::Retire,
+        Ending::Exited(_) | Ending::Signaled(_) => Wish::Replace,
     }
 }
 
