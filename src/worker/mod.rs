@@ -243,17 +243,14 @@ async fn leave(
     server: &impl Serve,
 ) {
     loop {
-        let is_last = tokio::select! {
+        tokio::select! {
             biased;
-            () = drain.stranded() => false,
-            () = connections.none() => true,
-        };
-        if !is_last {
-            for (_, acceptor) in accepting {
-                acceptor.run_dry(server).await;
+            () = drain.stranded() => {
+                for (_, acceptor) in accepting {
+                    acceptor.run_dry(server).await;
+                }
             }
-        } else {
-            return;
+            () = connections.none() => return,
         }
     }
 }

@@ -157,6 +157,10 @@ impl Serving {
         }
     }
 
+    fn becomes_stream(&mut self) {
+        self.in_flight.becomes_stream();
+    }
+
     fn sent(&mut self, frame: Option<&Frame<Bytes>>) {
         if let (Some(entry), Some(data)) = (&mut self.entry, frame.and_then(Frame::data_ref)) {
             entry.sent(data.len());
@@ -279,7 +283,7 @@ where
                 in_flight.answered(response.status());
                 let left = if *answer.is_head { None } else { promised(&mut response, &in_flight) };
                 if is_event_stream(&response) {
-                    in_flight.in_flight.becomes_stream();
+                    in_flight.becomes_stream();
                 }
                 response.map(|body| Served::App { body, in_flight, left })
             }
