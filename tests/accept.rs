@@ -71,22 +71,18 @@ fn nobody_waits_for_an_event_loop_that_hangs() {
     }
 }
 
-/// What all threads of the workers have had: clock ticks of processor time, and waits.
-fn usage(server: &Server) -> (u64, u64) {
+/// What all threads of the workers have had: processor time, and waits.
+fn usage(server: &Server) -> (Duration, u64) {
     let tasks = server.workers().into_iter().flat_map(|worker| {
         let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
         tasks.map(|task| task.unwrap().path())
     });
     let of_task = |task: std::path::PathBuf| {
-        let stat = std::fs::read_to_string(task.join("stat")).unwrap();
-        // The 14th and 15th field of proc_pid_stat(5), counted from behind the name, which is the second.
-        let times = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().skip(11).take(2);
-        let ticks: u64 = times.map(|time| time.parse::<u64>().unwrap()).sum();
         let status = std::fs::read_to_string(task.join("status")).unwrap();
         let waits = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
-        (ticks, waits.trim().parse::<u64>().unwrap())
+        (common::cpu_time(&task), waits.trim().parse::<u64>().unwrap())
     };
-    tasks.map(of_task).fold((0, 0), |sum, task| (sum.0 + task.0, sum.1 + task.1))
+    tasks.map(of_task).fold((Duration::ZERO, 0), |sum, task| (sum.0 + task.0, sum.1 + task.1))
 }
 
 fn get_ok(server: &Server) {

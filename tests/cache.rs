@@ -87,7 +87,7 @@ fn a_cache_in_a_file_is_warm_after_a_stop_and_after_a_crash() {
     assert!(server.log().contains("cache is warm"));
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page, "as the former processes rendered it");
     // The master and all workers at once, as the kernel does when memory is short.
-    let children = server.children();
+    let children = server.workers();
     server.signal(Signal::SIGSTOP);
     children.iter().for_each(|&pid| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap());
     server.signal(Signal::SIGKILL);

@@ -115,14 +115,9 @@ fn memory(server: &Server) -> u64 {
     server.workers().into_iter().map(of).sum()
 }
 
-/// Seconds of CPU that the workers have used.
-fn cpu(server: &Server) -> f64 {
-    let of = |pid: i32| {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        let words: Vec<&str> = text.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
-        words[11].parse::<f64>().unwrap() + words[12].parse::<f64>().unwrap()
-    };
-    server.workers().into_iter().map(of).sum::<f64>() / 100.0
+/// Processor time that the workers have used.
+fn cpu(server: &Server) -> Duration {
+    server.workers().into_iter().map(|pid| common::cpu_time(&common::proc_of(pid))).sum()
 }
 
 #[test]
@@ -175,7 +170,7 @@ fn every_subscriber_gets_every_event_once_and_in_order() {
         "{subscribers} subscribers of {WORKERS} workers, {events} events in {:.1} s: {delivered} deliveries, {:.2} us of CPU each; \
          latency {} us (median), {} us (p99); {each} bytes each",
         begun.elapsed().as_secs_f64(),
-        used * 1e6 / delivered as f64,
+        used.as_secs_f64() * 1e6 / delivered as f64,
         latencies.percentile_us(50),
         latencies.percentile_us(99),
     );

@@ -15,7 +15,7 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::fastcgi::{self, PARAMS, STDIN, begin, pair, record};
-use common::{Server, http, process, program, wait_until};
+use common::{Server, http, is_gone, process, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -287,7 +287,7 @@ fn a_relay_ends_with_a_master_that_is_killed_and_the_next_one_takes_the_path() {
     let relay = place.relay().unwrap();
     place.server.signal(Signal::SIGKILL);
     place.server.wait_end();
-    wait_until("it is gone", || process(relay.as_raw()).is_none_or(|one| one.state == 'Z').then_some(()));
+    wait_until("it is gone", || is_gone(relay.as_raw()).then_some(()));
     assert!(place.socket().exists());
     let start = || {
         let mut command = Command::new(program("stream"));

@@ -7,7 +7,7 @@ mod common;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 
-use common::{Server, fastcgi, http, http2, process, processes, scgi, wait_until};
+use common::{Server, fastcgi, http, http2, is_gone, process, processes, scgi, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -165,7 +165,7 @@ fn heirs_leave_with_their_workers() {
         if signal != Signal::SIGKILL {
             assert!(process(heir.as_raw()).is_none(), "it does not outlive the master: {signal}");
         }
-        wait_until("it is gone", || process(heir.as_raw()).is_none_or(|heir| heir.state == 'Z').then_some(()));
+        wait_until("it is gone", || is_gone(heir.as_raw()).then_some(()));
     }
 }
 

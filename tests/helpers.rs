@@ -7,7 +7,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Server, descriptors_of, http, process, program, wait_until};
+use common::{Server, descriptors_of, http, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -33,10 +33,6 @@ fn pid_in(line: &str) -> Pid {
 #[track_caller]
 fn place(server: &Server, what: &str) -> usize {
     server.log().find(what).unwrap_or_else(|| panic!("no {what:?}"))
-}
-
-fn is_gone(pid: Pid) -> bool {
-    process(pid.as_raw()).is_none_or(|process| process.state == 'Z')
 }
 
 #[test]
@@ -68,7 +64,7 @@ fn a_daemon_runs_beside_the_workers_is_restarted_and_is_stopped_after_them() {
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
 
     server.stop();
-    assert!(is_gone(third));
+    assert!(is_gone(third.as_raw()));
     let log = server.log();
     let worker_left = log.rfind("worker left").unwrap();
     assert!(worker_left < log.rfind("told to stop").unwrap(), "workers that drain may need it");
@@ -117,8 +113,8 @@ fn one_that_does_not_stop_is_killed_with_what_it_started() {
     let child = Pid::from_raw(line.rsplit('=').next().unwrap().parse().unwrap());
     server.stop();
     assert!(server.log().contains("daemon does not stop in time (--drain-timeout): killed name=deaf"));
-    assert!(is_gone(pid_in(&line)));
-    wait_until("what it had started is gone", || is_gone(child).then_some(()));
+    assert!(is_gone(pid_in(&line).as_raw()));
+    wait_until("what it had started is gone", || is_gone(child.as_raw()).then_some(()));
 }
 
 #[test]
@@ -132,7 +128,7 @@ fn int_ends_helpers_at_once() {
     server.wait_for("worker left");
     server.signal(Signal::SIGINT);
     assert_eq!(server.wait_end(), Some(0));
-    assert!(is_gone(pid));
+    assert!(is_gone(pid.as_raw()));
 }
 
 #[test]
@@ -182,7 +178,7 @@ fn nothing_beside_the_workers_outlives_a_killed_master() {
     wait_until("it has the standard ones, the shared memory, and is through with its libraries", has_what_it_needs);
     server.signal(Signal::SIGKILL);
     assert_eq!(server.wait_end(), None);
-    wait_until("the daemon is gone", || is_gone(pid).then_some(()));
+    wait_until("the daemon is gone", || is_gone(pid.as_raw()).then_some(()));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use common::{Server, fastcgi, http, program, wait_until};
+use common::{Server, fastcgi, http, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 use serde_json::Value;
@@ -134,7 +134,7 @@ fn output_outlives_the_master() {
         assert_eq!(response.text(), "Ok(())\n", "it can still write");
         assert!(read(&log).lines().any(|line| line == "xxxxxxxxx"), "{}", read(&log));
     }
-    wait_until("the worker has left", || common::process(pid).is_none_or(|process| process.state == 'Z').then_some(()));
+    wait_until("the worker has left", || is_gone(pid).then_some(()));
 }
 
 #[test]

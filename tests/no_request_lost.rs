@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use common::load::Load;
-use common::{Server, process, wait_until};
+use common::{Server, is_gone, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -37,41 +37,35 @@ fn again(load: &Load, mut act: impl FnMut()) -> u64 {
     times
 }
 
-#[test]
-fn reloads() {
+/// Has every worker replaced again and again by `signal`, which the master acknowledges with `lines` and then is done.
+fn replaced_by(signal: Signal, lines: &[&str]) {
     let (mut server, _folder) = server(&["--workers", "2"]);
     let load = Load::default();
-    let mut reloads = 0;
+    let mut times = 0;
     load.run(&mut server, |server| {
         let mut generation = 1;
-        reloads = again(&load, || {
+        times = again(&load, || {
             generation += 1;
-            server.signal(Signal::SIGHUP);
+            server.signal(signal);
+            for line in lines {
+                server.wait_for(line);
+            }
             server.wait_for(&format!("reload done gen={generation}"));
         });
     });
-    eprintln!("{reloads} reloads");
-    assert!(reloads >= 3);
+    eprintln!("{times} times");
+    assert!(times >= 3);
     server.stop();
 }
 
 #[test]
+fn reloads() {
+    replaced_by(Signal::SIGHUP, &[]);
+}
+
+#[test]
 fn upgrades() {
-    let (mut server, _folder) = server(&["--workers", "2"]);
-    let load = Load::default();
-    let mut upgrades = 0;
-    load.run(&mut server, |server| {
-        let mut generation = 1;
-        upgrades = again(&load, || {
-            generation += 1;
-            server.signal(Signal::SIGUSR2);
-            server.wait_for("upgraded version=");
-            server.wait_for(&format!("reload done gen={generation}"));
-        });
-    });
-    eprintln!("{upgrades} upgrades");
-    assert!(upgrades >= 3);
-    server.stop();
+    replaced_by(Signal::SIGUSR2, &["upgraded version="]);
 }
 
 #[test]
@@ -124,10 +118,7 @@ fn kills() {
             let Some(&victim) = workers.get(random.usize(..workers.len().max(1))) else { continue };
             load.kills();
             kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
-            wait_until("it is replaced", || {
-                let gone = process(victim).is_none_or(|worker| worker.state == 'Z');
-                (gone && server.workers().len() == 2).then_some(())
-            });
+            wait_until("it is replaced", || (is_gone(victim) && server.workers().len() == 2).then_some(()));
             if load.has_failed() {
                 break;
             }

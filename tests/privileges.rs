@@ -10,7 +10,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use common::{Server, fastcgi, http, process, program, scgi, wait_until};
+use common::{Server, fastcgi, http, is_gone, program, scgi, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 use tempfile::TempDir;
@@ -59,10 +59,8 @@ fn status(pid: i32, name: &str) -> String {
     line(pid, "status", &format!("{name}:")).join(" ")
 }
 
-/// The fields of `/proc/PID/stat` from the third on.
 fn nice(pid: i32) -> i32 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().nth(16).unwrap().parse().unwrap()
+    common::field_of(&common::proc_of(pid), 19).unwrap()
 }
 
 /// What both kinds of processes are with these flags.
@@ -257,7 +255,7 @@ fn no_process_of_another_user_outlives_a_killed_master() {
     for server in [&mut workers, &mut programs] {
         let pid = child(server);
         server.signal(Signal::SIGKILL);
-        wait_until("it has left", || process(pid).is_none_or(|process| process.state == 'Z').then_some(()));
+        wait_until("it has left", || is_gone(pid).then_some(()));
         server.wait_end();
     }
 }

@@ -12,7 +12,7 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::fastcgi::{self, PARAMS, Response, STDIN, begin, pair, record};
-use common::{Server, children_of, descriptors_of, process, program, wait_until};
+use common::{Server, children_of, descriptors_of, is_gone, process, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -102,18 +102,6 @@ impl Place {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         hello
     }
-}
-
-/// What a server's processes are once there are two of them, and `known` is not among them.
-fn two_without(server: &Server, known: &BTreeSet<i32>) -> BTreeSet<i32> {
-    wait_until("there are two processes, both new", || {
-        Some(server.workers()).filter(|all| all.len() == 2 && all.is_disjoint(known))
-    })
-}
-
-/// Whether no process is left of `pid`. (A zombie is none: somebody will reap it, or has no manners.)
-fn is_gone(pid: i32) -> bool {
-    process(pid).is_none_or(|process| process.state == 'Z')
 }
 
 /// The value of `name` in lines of `NAME=VALUE`.
@@ -342,7 +330,7 @@ fn reload_under_load(place: &Place, server: &mut Server, target: &str) -> usize 
         // Not after a panic: the clients must hear that it is over.
         let over = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             server.wait_for("reload done gen=2");
-            two_without(server, &before);
+            server.renewed(2, &before);
         }));
         let until = answered.load(Ordering::Relaxed) + 20;
         let more = || answered.load(Ordering::Relaxed) >= until || clients.iter().any(|client| client.is_finished());
@@ -528,9 +516,7 @@ fn what_a_wrapper_started_goes_with_it() {
         wait_until("the wrapper has started something", || children_of(Pid::from_raw(wrapper)).first().copied())
     };
     let gone = |pid: i32| {
-        wait_until("it is gone", || {
-            common::process(pid).is_none_or(|process| matches!(process.state, 'Z' | 'X')).then_some(())
-        });
+        wait_until("it is gone", || is_gone(pid).then_some(()));
     };
     let wrapper = *server.workers().first().unwrap();
     let started = family(wrapper);

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::http::{self, Client};
-use common::{Server, descriptors_of, process, program, wait_until};
+use common::{Server, descriptors_of, is_gone, process, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -40,14 +40,6 @@ fn drains_with(server: &mut Server, worker: Pid, clients: Vec<Client>) {
         }
     });
     assert_eq!(server.wait_end(), Some(0));
-}
-
-/// Waits until there are `count` children and none of them is one of `gone`.
-fn renewed(server: &Server, count: usize, gone: &BTreeSet<i32>) -> BTreeSet<i32> {
-    wait_until("the workers are replaced", || {
-        let workers = server.workers();
-        (workers.len() == count && workers.is_disjoint(gone)).then_some(workers)
-    })
 }
 
 #[test]
@@ -93,7 +85,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
             let before = good.load(Ordering::Relaxed);
             let victim = victims[round % 2];
             kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
-            victims = renewed(&server, 2, &BTreeSet::from([victim])).into_iter().collect();
+            victims = server.renewed(2, &BTreeSet::from([victim])).into_iter().collect();
             wait_until("requests are answered", || (good.load(Ordering::Relaxed) > before).then_some(()));
         }
         stop.store(true, Ordering::Relaxed);
@@ -247,7 +239,7 @@ fn hup_replaces_every_worker_and_no_request_fails() {
             let before = count.load(Ordering::Relaxed);
             server.signal(Signal::SIGHUP);
             server.wait_for(&format!("reload done gen={generation}"));
-            renewed(&server, 3, &old);
+            server.renewed(3, &old);
             wait_until("requests are answered", || (count.load(Ordering::Relaxed) > before + 20).then_some(()));
         }
         stop.store(true, Ordering::Relaxed);
@@ -274,7 +266,7 @@ fn a_reload_that_cannot_start_keeps_the_old_workers_and_a_good_one_heals() {
     std::fs::remove_file(&broken).unwrap();
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=3");
-    renewed(&server, 2, &old);
+    server.renewed(2, &old);
     server.stop();
 }
 
@@ -320,11 +312,11 @@ fn ttin_and_ttou_change_the_number_of_workers() {
     let mut server = crashy(&["--workers", "2"]);
     server.signal(Signal::SIGTTIN);
     server.wait_for("workers=3");
-    renewed(&server, 3, &BTreeSet::new());
+    server.renewed(3, &BTreeSet::new());
     for expected in [2, 1] {
         server.signal(Signal::SIGTTOU);
         server.wait_for(&format!("workers={expected}"));
-        renewed(&server, expected, &BTreeSet::new());
+        server.renewed(expected, &BTreeSet::new());
     }
     server.signal(Signal::SIGTTOU);
     server.wait_for("workers=1 is the limit");
@@ -377,9 +369,7 @@ fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
         assert_eq!(slow.join().unwrap().status, 200);
         assert_eq!(hung.join().unwrap(), 502);
     });
-    wait_until("all workers are gone", || {
-        workers.iter().all(|&pid| process(pid).is_none_or(|left| left.state == 'Z' || left.state == 'X')).then_some(())
-    });
+    wait_until("all workers are gone", || workers.iter().all(|&pid| is_gone(pid)).then_some(()));
 }
 
 #[test]
@@ -393,7 +383,7 @@ fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
     kill(worker, Signal::SIGTERM).unwrap();
     let line = server.wait_for("worker left of its own accord");
     assert!(line.contains(&format!("pid={worker}")), "{line}");
-    renewed(&server, 2, &BTreeSet::from([worker.as_raw()]));
+    server.renewed(2, &BTreeSet::from([worker.as_raw()]));
     assert!(!server.log().contains("asked to"), "the master heard nothing of it");
     server.stop();
 }

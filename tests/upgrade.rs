@@ -4,7 +4,6 @@
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -64,14 +63,6 @@ fn upgrade(server: &mut Server) {
     server.wait_for("reload done");
 }
 
-/// Waits until none of `old` is left and there are two others.
-fn renewed(server: &Server, old: &BTreeSet<i32>) -> BTreeSet<i32> {
-    wait_until("the workers are replaced", || {
-        let children = server.workers();
-        (children.len() == 2 && children.is_disjoint(old)).then_some(children)
-    })
-}
-
 #[test]
 fn the_new_build_answers_in_the_old_ones_place() {
     let place = Place::with("hello");
@@ -83,7 +74,7 @@ fn the_new_build_answers_in_the_old_ones_place() {
 
     place.install("crashy");
     upgrade(&mut server);
-    renewed(&server, &old);
+    server.renewed(2, &old);
     assert_eq!(http::get(&address, "/ok").unwrap().text(), "ok\n", "the same port, another program");
     let executable = std::fs::read_link(format!("/proc/{}/exe", server.pid())).unwrap();
     assert_eq!(executable, place.path(), "in the same process");
@@ -124,7 +115,7 @@ fn a_page_cached_before_is_a_hit_after() {
         let page = http::get(&address, "/page/7").unwrap().text();
         place.install("pages");
         upgrade(&mut server);
-        renewed(&server, &old);
+        server.renewed(2, &old);
         assert_eq!(http::get(&address, "/page/7").unwrap().text(), page, "rendered by a worker that is gone");
         assert_eq!(server.log().matches("rendering page=7").count(), 1);
         server.stop();
@@ -143,11 +134,11 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
     server.signal(Signal::SIGUSR2);
     server.wait_for("the cache starts empty");
     server.wait_for("reload done");
-    let now = renewed(&server, &old);
+    let now = server.renewed(2, &old);
     assert_ne!(http::get(&address, "/page/7").unwrap().text(), page, "it is rendered again");
     // The wrapper is what is upgraded next time.
     upgrade(&mut server);
-    renewed(&server, &now);
+    server.renewed(2, &now);
     server.stop();
 }
 
@@ -179,7 +170,7 @@ fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
     place.script(&text, 0o755);
     for _ in 0..2 {
         upgrade(&mut server);
-        old = renewed(&server, &old);
+        old = server.renewed(2, &old);
         assert_eq!(http::get(&server.http(), "/ok").unwrap().text(), "ok\n");
     }
     server.stop();
@@ -215,7 +206,7 @@ fn a_build_that_fails_its_check_changes_nothing() {
 
     place.install("crashy");
     upgrade(&mut server);
-    renewed(&server, &old);
+    server.renewed(2, &old);
     assert_eq!(http::get(&address, "/ok").unwrap().text(), "ok\n", "and a good one heals it");
     server.stop();
 }
@@ -269,7 +260,7 @@ fn twenty_upgrades_under_load_leave_nothing_behind() {
             let (old, before) = (server.workers(), count.load(Ordering::Relaxed));
             place.install("crashy");
             upgrade(&mut server);
-            renewed(&server, &old);
+            server.renewed(2, &old);
             wait_until("requests are answered", || (count.load(Ordering::Relaxed) > before + 5).then_some(()));
             // The first upgrade closes what this test's own runner has left open.
             least = least.min(descriptors_of(server.pid().as_raw()));
@@ -312,7 +303,7 @@ fn what_died_during_an_upgrade_is_reaped_and_replaced() {
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
     }
     server.wait_for("reload done");
-    renewed(&server, &old);
+    server.renewed(2, &old);
     assert_eq!(http::get(&server.http(), "/ok").unwrap().text(), "ok\n");
     server.stop();
 }
@@ -327,7 +318,7 @@ fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
     let mut server = place.start(&run);
     let old = server.workers();
     upgrade(&mut server);
-    renewed(&server, &old);
+    server.renewed(2, &old);
     wait_until("both have said so", || (server.log().matches("| parting words").count() == 2).then_some(()));
     server.stop();
 }

@@ -7,10 +7,10 @@
 mod common;
 
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::http::{self, Client};
-use common::{Server, process, processes, program, wait_until};
+use common::{Server, is_gone, processes, program, wait_until};
 use forkyard_shm::State;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -85,7 +85,7 @@ fn a_worker_dies_holding_a_lock_in_shared_memory() {
             let ready = (0..2).filter_map(|slot| board.read(slot)).find(|row| row.state == State::Ready);
             if let Some(worker) = ready.map(|row| i32::try_from(row.pid).unwrap()) {
                 let _ = kill(Pid::from_raw(worker), Signal::SIGKILL); // it may be dead already
-                wait_until("it is dead", || process(worker).is_none_or(|dead| dead.state == 'Z').then_some(()));
+                wait_until("it is dead", || is_gone(worker).then_some(()));
             }
         }
     });
@@ -133,12 +133,11 @@ fn all_workers_crash_at_start() {
     // Up to here 100, 200, 400, 800 and 1600 ms have passed, and after the first four one alone has tried at a time.
     let forks = server.log().matches("worker died").count();
     assert!(forks <= 4 + 5, "{forks} forks");
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", server.pid())).unwrap();
-    let fields: Vec<u64> =
-        stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().filter_map(|word| word.parse().ok()).collect();
-    // The state is no number, so utime and stime are the 11th and 12th that are; in hundredths of a second.
-    let (used, passed) = ((fields[10] + fields[11]) as f64 / 100.0, begun.elapsed().as_secs_f64());
-    assert!(used <= passed / 100.0 + 0.05, "the master used {used} s of {passed} s, its start included");
+    let (used, passed) = (common::cpu_time(&common::proc_of(server.pid().as_raw())), begun.elapsed());
+    assert!(
+        used <= passed / 100 + Duration::from_millis(50),
+        "the master used {used:?} of {passed:?}, its start included"
+    );
     std::fs::remove_file(&broken).unwrap();
     server.signal(Signal::SIGHUP);
     server.wait_for("ready in ");
@@ -185,9 +184,7 @@ fn the_master_is_killed() {
         assert_eq!(slow.join().unwrap(), 200, "what is being served is finished");
     });
     server.wait_end();
-    wait_until("no orphan remains", || {
-        ours.iter().all(|&pid| process(pid).is_none_or(|left| left.state == 'Z')).then_some(())
-    });
+    wait_until("no orphan remains", || ours.iter().all(|&pid| is_gone(pid)).then_some(()));
     let mut next = Server::start("crashy", &["--bind", &socket, "--workers", "1"]);
     next.stop();
 }
@@ -224,9 +221,7 @@ fn a_power_cut() {
         let _ = kill(pid, Signal::SIGKILL);
     }
     server.wait_end();
-    wait_until("all are gone", || {
-        ours.iter().all(|&pid| process(pid).is_none_or(|left| left.state == 'Z')).then_some(())
-    });
+    wait_until("all are gone", || ours.iter().all(|&pid| is_gone(pid)).then_some(()));
     let mut next = Server::start("pages", &arguments);
     let said = next.log();
     assert!(said.contains("was dropped") || said.contains("cache is warm"), "used whole, or dropped: {said}");

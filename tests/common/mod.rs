@@ -18,6 +18,7 @@ use std::io::{BufRead as _, BufReader};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
@@ -46,6 +47,7 @@ pub struct Server {
     log: Arc<Mutex<Vec<String>>>,
     log_ended: Arc<AtomicBool>,
     lines: Receiver<String>,
+    runs_programs: bool,
     /// The addresses of the banner, in order: `http://127.0.0.1:4711` or `fastcgi:unix:/path`.
     pub binds: Vec<String>,
 }
@@ -78,7 +80,8 @@ impl Server {
             }
             ended.store(true, Ordering::SeqCst);
         });
-        Self { child, log, log_ended, lines, binds: Vec::new() }
+        let runs_programs = command.get_args().any(|argument| argument == "run");
+        Self { child, log, log_ended, lines, runs_programs, binds: Vec::new() }
     }
 
     /// Waits for a line of the log with this in it, and returns the line. Each line is seen once.
@@ -112,19 +115,35 @@ impl Server {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// Its shared memory (where it has no file), seen from here.
+    /// Its shared memory, seen from here: not that which is a file, as nobody else may open it.
     pub fn segment(&self) -> Segment {
-        wait_until("the master holds its segment", || {
-            let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).ok()?;
-            descriptors.filter_map(|entry| segment_at(&entry.ok()?.path())).next()
-        })
+        self.memory().expect("the master holds a sealed memory file")
     }
 
-    /// The pids of its living workers, by the scoreboard.
+    fn memory(&self) -> Option<Segment> {
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).ok()?;
+        descriptors.filter_map(|entry| segment_at(&entry.ok()?.path())).next()
+    }
+
+    /// The pids of its living workers: those that have a row in the scoreboard. Where that cannot be seen, and under `run`,
+    /// where they have none: all children.
     pub fn workers(&self) -> BTreeSet<i32> {
-        let board = self.segment().scoreboard();
-        let pids = (0..board.rows()).filter_map(|slot| i32::try_from(board.read(slot)?.pid).ok());
-        pids.filter(|&pid| process(pid).is_some_and(|worker| worker.state != 'Z')).collect()
+        match self.memory() {
+            Some(segment) if !self.runs_programs => {
+                let board = segment.scoreboard();
+                let pids = (0..board.rows()).filter_map(|slot| i32::try_from(board.read(slot)?.pid).ok());
+                pids.filter(|&pid| !is_gone(pid)).collect()
+            }
+            _ => self.children(),
+        }
+    }
+
+    /// Waits until there are `count` workers and none of them is one of `gone`.
+    pub fn renewed(&self, count: usize, gone: &BTreeSet<i32>) -> BTreeSet<i32> {
+        wait_until("the workers are replaced", || {
+            let workers = self.workers();
+            (workers.len() == count && workers.is_disjoint(gone)).then_some(workers)
+        })
     }
 
     /// The pids of all its children: workers, helpers, zombies, and an heir that was born just now, which goes by its
@@ -233,25 +252,44 @@ pub fn stop(pid: Pid) {
     kill(pid, Signal::SIGSTOP).expect("it lives");
     wait_until("it stands still", || {
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
-        let states = threads.filter_map(|thread| state_in(&thread.ok()?.path().join("stat")));
-        states.into_iter().all(|state| state == 'T').then_some(())
+        let mut states = threads.filter_map(|thread| field_of::<char>(&thread.ok()?.path(), 3));
+        states.all(|state| state == 'T').then_some(())
     });
-}
-
-fn state_in(stat: &Path) -> Option<char> {
-    let stat = std::fs::read_to_string(stat).ok()?;
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
 pub fn process(pid: i32) -> Option<Process> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name is in parentheses and may have any character in it.
-    let (before, after) = stat.rsplit_once(')')?;
-    let name = before.split_once('(')?.1.to_owned();
-    let mut words = after.split_ascii_whitespace();
-    let state = words.next()?.chars().next()?;
-    let parent = words.next()?.parse().ok()?;
-    Some(Process { pid, name, parent, state })
+    let name = stat.rsplit_once(')')?.0.split_once('(')?.1.to_owned();
+    let fields = fields(&stat)?;
+    Some(Process { pid, name, parent: fields[1].parse().ok()?, state: fields[0].chars().next()? })
+}
+
+/// Whether no process is left of `pid`. (A zombie is none: its parent will reap it, or has no manners.)
+pub fn is_gone(pid: i32) -> bool {
+    process(pid).is_none_or(|process| matches!(process.state, 'Z' | 'X'))
+}
+
+/// The fields of a `stat` file of `/proc` from the third on, which is the state: proc_pid_stat(5). Before them comes the name
+/// in parentheses, which may have any character in it.
+fn fields(stat: &str) -> Option<Vec<&str>> {
+    Some(stat.rsplit_once(')')?.1.split_ascii_whitespace().collect())
+}
+
+/// One field of `/proc/PID/stat` or `/proc/PID/task/TID/stat`, by its number in proc_pid_stat(5), from 3 on.
+pub fn field_of<T: FromStr>(folder: &Path, number: usize) -> Option<T> {
+    fields(&std::fs::read_to_string(folder.join("stat")).ok()?)?.get(number - 3)?.parse().ok()
+}
+
+/// Processor time that a process (or a thread, by its folder in `/proc`) has used, in the kernel and outside.
+pub fn cpu_time(folder: &Path) -> Duration {
+    let ticks: u64 = [14, 15].map(|number| field_of::<u64>(folder, number).unwrap()).iter().sum();
+    let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap();
+    Duration::from_secs(ticks) / u32::try_from(second).unwrap()
+}
+
+/// Where `/proc` tells of a process.
+pub fn proc_of(pid: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}"))
 }
 
 /// How many descriptors a process has open.
