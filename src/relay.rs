@@ -25,7 +25,6 @@ use nix::sys::socket::{MsgFlags, recvmsg};
 
 use self::complaints::Complaints;
 use self::datagram::Datagram;
-pub(crate) use self::datagram::is_name;
 
 /// What it says first.
 pub(crate) const READY: &str = "ready";

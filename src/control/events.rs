@@ -24,7 +24,7 @@ use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGTERM};
 
 use super::client::Connection;
 use super::wire::Request;
-use crate::relay;
+use crate::events::name;
 
 /// What is to be done with the log.
 #[derive(Clone, Debug)]
@@ -78,8 +78,8 @@ fn publish(
     json: bool,
     out: &mut dyn Write,
 ) -> Result<(), String> {
-    if !relay::is_name(name) {
-        return Err(format!("event not published: its name {name:?} has control characters (give another --name)"));
+    if let Some(why) = name::fault(name) {
+        return Err(format!("event not published: its name {name:?} {why} (give another --name)"));
     }
     let mut read = Vec::new();
     let data = if data == "-" {

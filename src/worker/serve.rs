@@ -30,7 +30,7 @@ use crate::protocol::cgi::{self, Origin};
 use crate::protocol::forwarded;
 use crate::queue_time::BeginBy;
 use crate::suspect::Suspect;
-use crate::{at_work, blocking, queue_time};
+use crate::{at_work, blocking, events, queue_time};
 
 /// What an error of the application's may be.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -312,7 +312,7 @@ where
 /// of what it died of.
 fn is_event_stream<B>(response: &Response<B>) -> bool {
     let kind = response.headers().get(header::CONTENT_TYPE);
-    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
+    kind.is_some_and(|kind| kind.as_bytes().starts_with(events::TYPE.as_bytes()))
         && !response.headers().contains_key(header::CONTENT_LENGTH)
 }
 

@@ -117,11 +117,6 @@ impl Tail {
             }
         }
     }
-
-    /// Where it is in the log, which has endless positions.
-    pub fn position(&self) -> u64 {
-        self.position
-    }
 }
 
 impl Log<'_> {
