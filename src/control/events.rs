@@ -154,8 +154,9 @@ fn tail(
             continue;
         };
         follow.start(&topic, from - 1);
+        let mut place = 0;
         loop {
-            let since = events.since(&topic, follow.last(&topic), CHUNK);
+            let since = events.since_at(&topic, follow.last(&topic), CHUNK, &mut place);
             if since.events.is_empty() && since.missed == 0 {
                 break;
             }

@@ -14,7 +14,7 @@ use super::{EventsError, MOST_TOPICS, Message, Published};
 
 /// Events that are taken at a time of what the worker has at hand, and first of what the log has.
 const AT_A_TIME: usize = 16;
-/// Of the log these are copies, for this subscriber alone; and each look at it walks over all that is behind.
+/// Of the log these are copies, for this subscriber alone.
 const COPIED: (usize, usize) = (64 << 10, 256);
 
 /// The events of some topics, as a [`Stream`]. It ends when the worker is about to leave; dropped, it is over.
@@ -33,6 +33,8 @@ pub struct Subscription {
     turn: usize,
     /// Events that are read of the log at a time.
     stride: usize,
+    /// Where in the log that has ended for each of the topics; none as long as the log was not read.
+    places: Vec<u64>,
 }
 
 impl Subscription {
@@ -72,7 +74,17 @@ impl Subscription {
         };
         let taken = topics.iter().cloned().zip(ids.iter().copied()).collect();
         let cursor = Cursor { epoch, ids };
-        Ok(Self { hub: Arc::clone(hub), key, topics, taken, waiting, cursor, turn: 0, stride: AT_A_TIME })
+        Ok(Self {
+            hub: Arc::clone(hub),
+            key,
+            topics,
+            taken,
+            waiting,
+            cursor,
+            turn: 0,
+            stride: AT_A_TIME,
+            places: Vec::new(),
+        })
     }
 
     /// Where this subscriber is, by what it has got: for [`Events::subscribe`](super::Events::subscribe), in whatever
@@ -117,7 +129,8 @@ impl Subscription {
     /// The worker has the next event of this topic not at hand; there were some up to `end`.
     fn read_log(&mut self, number: usize, end: u64) {
         let (topic, after) = (Arc::clone(&self.taken[number].0), self.taken[number].1);
-        let since = self.hub.log().since(&topic, after, self.stride);
+        self.places.resize(self.taken.len(), 0);
+        let since = self.hub.log().since_at(&topic, after, self.stride, &mut self.places[number]);
         let first = since.events.first().map_or(end, |event| event.id - 1);
         if first > after {
             let gap = Message::Gap { topic, missed: Some(first - after) };
