@@ -230,7 +230,7 @@ impl Stream {
             }
             Stage::Going => {
                 for _ in 0..HELD_BACK {
-                    match self.subscription.advance(Some(context)) {
+                    match self.subscription.poll(context) {
                         Poll::Ready(Some(message)) => {
                             if let Some(bytes) = self.encode(&message) {
                                 return self.send(bytes);

@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
+use tokio::task::coop::poll_proceed;
 
 use super::cursor::Cursor;
 use super::feeds::Key;
@@ -102,6 +103,17 @@ impl Subscription {
         &self.topics
     }
 
+    /// The next message, for a task. A task that has had many in one turn waits for its next turn, however many there are:
+    /// tokio's budget says when.
+    pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Message>> {
+        let turn = ready!(poll_proceed(context));
+        let message = self.advance(Some(context));
+        if message.is_ready() {
+            turn.made_progress();
+        }
+        message
+    }
+
     /// The next message. Pending if there is none now; with `context`, its task is woken when there is.
     pub(super) fn advance(&mut self, context: Option<&Context<'_>>) -> Poll<Option<Message>> {
         loop {
@@ -150,12 +162,68 @@ impl Stream for Subscription {
     type Item = Message;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Message>> {
-        self.advance(Some(context))
+        self.poll(context)
     }
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
         self.hub.leave(self.key, &self.topics);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use forkyard_shm::{Plan, Segment};
+
+    use super::super::Events;
+    use super::*;
+    use crate::config::events::EventsConfig;
+
+    fn events() -> Events {
+        let segment = Segment::create(&Plan { rows: 1, events_bytes: 4 << 20, ..Plan::default() }).unwrap();
+        Events::new(&segment, EventsConfig { bytes: 4 << 20, backlog: 256, max_subscribers: 4 })
+    }
+
+    /// All that a subscriber gets in one turn of its task.
+    async fn turn(subscription: &mut Subscription) -> Vec<(String, u64)> {
+        poll_fn(|context| {
+            let mut got = Vec::new();
+            while let Poll::Ready(message) = subscription.poll(context) {
+                let Some(Message::Event(event)) = message else { panic!("{message:?}") };
+                got.push((event.topic().to_owned(), event.id()));
+            }
+            Poll::Ready(got)
+        })
+        .await
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn who_is_far_behind_gets_all_in_many_turns_from_all_topics() {
+        const COUNT: u64 = 3000;
+        let events = events();
+        for id in 1..=COUNT {
+            for topic in ["a", "b"] {
+                assert_eq!(events.publish(topic, id.to_string()).unwrap(), id);
+            }
+        }
+        let beginning = format!("{:08x}-0.0", events.hub.epoch());
+        let mut subscription = events.subscribe(["a", "b"], Some(&beginning)).unwrap();
+        let mut next = [1, 1];
+        let mut turns = 0;
+        while next != [COUNT + 1; 2] {
+            let got = turn(&mut subscription).await;
+            assert!(got.len() < 500, "{} in one turn", got.len());
+            for (topic, id) in got {
+                let next = &mut next[usize::from(topic == "b")];
+                assert_eq!(id, *next);
+                *next += 1;
+            }
+            turns += 1;
+            tokio::task::yield_now().await;
+        }
+        assert!(turns > 10);
     }
 }
