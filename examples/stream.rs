@@ -4,12 +4,15 @@
 //! `curl -N -H 'Accept: text/event-stream' 'http://127.0.0.1:8080/events?topics=news'` and, elsewhere,
 //! `curl -d 'it rains' http://127.0.0.1:8080/publish/news`
 
+use std::convert::Infallible;
 use std::process::ExitCode;
+use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, Request, State};
+use axum::http::header::{CONTENT_TYPE, HeaderName};
 use axum::http::{Response, StatusCode};
 use axum::routing::{get, post};
 use forkyard::{Context, Event, Published, Sse, sse};
@@ -21,6 +24,7 @@ fn main() -> ExitCode {
             .route("/events", get(events))
             .route("/publish/{topic}", post(publish))
             .route("/flood/{topic}/{count}/{length}", post(flood))
+            .route("/answer/{pieces}", get(answer))
             .route("/who", get(async || format!("{}\n", std::process::id())))
             .route("/subscribers", get(async |State(cx): State<Context>| format!("{}\n", cx.events().subscribers())))
             .with_state(cx)
@@ -59,6 +63,22 @@ fn choose(cx: &Context, wish: &Wish, request: &Request) -> Sse {
         }),
         _ => stream,
     }
+}
+
+/// An event stream of our own making, which has so many pieces, one a second, and goes on while the worker leaves.
+async fn answer(Path(pieces): Path<u32>) -> ([(HeaderName, &'static str); 1], Body) {
+    let mut seconds = tokio::time::interval(Duration::from_secs(1));
+    let mut left = pieces;
+    let pieces = futures_util::stream::poll_fn(move |context| {
+        if left == 0 {
+            return Poll::Ready(None);
+        }
+        seconds.poll_tick(context).map(|_| {
+            left -= 1;
+            Some(Ok::<_, Infallible>(format!("data: {left}\n\n")))
+        })
+    });
+    ([(CONTENT_TYPE, "text/event-stream")], Body::from_stream(pieces))
 }
 
 /// As in `/publish/news?name=headline`.

@@ -34,7 +34,7 @@ pub(crate) struct Pulse {
     bodies: AtomicU32,
     /// Responses for which the peer gives no room in their streams (HTTP/2).
     held_back: AtomicU32,
-    /// Event streams among the requests under way.
+    /// Streams that end with the worker among the requests under way.
     streams: AtomicU32,
     /// The last request was for an event stream, and when that began all else had been written, as far as is known.
     ends_in_stream: AtomicBool,

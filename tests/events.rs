@@ -266,6 +266,10 @@ fn who_polls_gets_what_there_is_or_waits_for_it() {
         let at_once = poll(&address, &format!("/events?topics=news&{parameter}={id}"), "Accept: */*\r\n");
         assert_eq!(at_once.text(), expected, "{parameter}");
     }
+    let at_once = poll(&address, &format!("/events?topics=news&lastEventId={id}"), "Accept: */*\r\nLast-Event-ID:\r\n");
+    assert_eq!(at_once.text(), expected, "a header that says nothing");
+    let nonsense = poll(&address, "/events?topics=news", "Accept: */*\r\nLast-Event-ID: \u{e9}\r\n");
+    assert_eq!(nonsense.text(), format!("id: {epoch}-2\nevent: gap\ndata: ? news\n\n"));
     std::thread::scope(|scope| {
         let waiting = scope
             .spawn(|| poll(&address, "/events?topics=news", &format!("Accept: */*\r\nLast-Event-ID: {epoch}-2\r\n")));

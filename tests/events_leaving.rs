@@ -72,6 +72,24 @@ fn a_stop_does_not_wait_for_a_window_that_stays_closed() {
     reading.join().unwrap();
 }
 
+/// An answer that happens to be an event stream is an answer: it is sent to its end.
+#[test]
+fn a_stop_waits_for_a_stream_of_the_applications_own() {
+    let mut server = start(&["--workers", "1"]);
+    let streams = WAYS.map(|way| {
+        let source = Source::open(way, &bind(&server, way), "/answer/6", "");
+        (way, source.unwrap_or_else(|error| panic!("{way:?}: {error}")))
+    });
+    server.signal(Signal::SIGTERM);
+    for (way, mut source) in streams {
+        for left in (0..6).rev() {
+            assert_eq!(source.next().data, left.to_string(), "{way:?}");
+        }
+        assert_eq!(source.event().unwrap(), None, "{way:?}: its proper end");
+    }
+    assert_eq!(server.wait_end(), Some(0));
+}
+
 /// Reads every event from the first on, over connections that come and go, until one says that it is the end. Returns how many
 /// connections that took.
 fn follow(way: Way, bind: &str, began: &AtomicBool) -> usize {

@@ -28,7 +28,7 @@ use forkyard_shm::{PublishError, Segment};
 use self::cursor::Cursor;
 use self::frame::Frame;
 use self::hub::Hub;
-pub(crate) use self::sse::TYPE;
+pub(crate) use self::sse::{EndsWithWorker, TYPE};
 pub use self::sse::{Sse, sse};
 pub use self::subscription::Subscription;
 use crate::config::events::EventsConfig;

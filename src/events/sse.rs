@@ -21,6 +21,10 @@ use crate::body::Body;
 
 /// What says of a response that it is one of these.
 pub(crate) const TYPE: &str = "text/event-stream";
+/// Among the extensions of a response: it ends when its worker leaves, and its client goes on elsewhere. (An event stream of the
+/// application's own making does neither.)
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EndsWithWorker;
 const LAST_EVENT_ID: &str = "last-event-id";
 const SIMULATE: &str = "x-event-source-simulate";
 /// After the end of a worker its clients come back within this, not all at a time.
@@ -57,14 +61,14 @@ where
     T: IntoIterator<Item: AsRef<str>>,
 {
     let headers = request.headers();
-    let of_header = headers.get(LAST_EVENT_ID).and_then(|value| value.to_str().ok());
+    let of_header = headers.get(LAST_EVENT_ID).map(|value| String::from_utf8_lossy(value.as_bytes()));
     let of_query = || {
         let mut pairs = request.uri().query()?.split('&').filter_map(|pair| pair.split_once('='));
-        pairs.find_map(|(name, value)| matches!(name, "lastEventId" | LAST_EVENT_ID).then_some(value))
+        pairs.find_map(|(name, value)| matches!(name, "lastEventId" | LAST_EVENT_ID).then_some(value.into()))
     };
-    let last_event_id = of_header.or_else(of_query).filter(|id| !id.is_empty());
+    let last_event_id = of_header.filter(|id| !id.is_empty()).or_else(of_query).filter(|id| !id.is_empty());
     Sse {
-        subscription: events.subscribe(topics, last_event_id),
+        subscription: events.subscribe(topics, last_event_id.as_deref()),
         polls: polls(headers),
         retry: Duration::from_secs(2),
         keep_alive: Duration::from_secs(15),
@@ -158,8 +162,13 @@ impl Sse {
             is_id_due: false,
         };
         let at_once = if self.polls { stream.batch(None) } else { BytesMut::new() };
-        let body = if at_once.is_empty() { Body::new(stream) } else { Body::from(at_once.freeze()) };
-        let mut response = Response::new(body);
+        let mut response = if at_once.is_empty() {
+            let mut response = Response::new(Body::new(stream));
+            response.extensions_mut().insert(EndsWithWorker);
+            response
+        } else {
+            Response::new(Body::from(at_once.freeze()))
+        };
         let headers = [
             (CONTENT_TYPE, TYPE),
             (CACHE_CONTROL, "no-cache, no-transform"),
@@ -281,7 +290,8 @@ impl Stream {
             return Poll::Pending;
         }
         loop {
-            let due = *self.sent_at.get_or_insert_with(Instant::now) + self.every;
+            let since = *self.sent_at.get_or_insert_with(Instant::now);
+            let Some(due) = since.checked_add(self.every) else { return Poll::Pending };
             let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due)));
             if alarm.as_mut().poll(context).is_pending() {
                 return Poll::Pending;

@@ -143,8 +143,8 @@ pub(crate) struct Serving {
 #[derive(Debug)]
 enum Kind {
     Answer,
-    /// An event stream; of which its connection knows, as long as it is one.
-    Stream(Option<Wait>),
+    /// Events, until the worker leaves; of which the connection knows.
+    Events(Option<Wait>),
 }
 
 impl From<InFlight> for Serving {
@@ -170,7 +170,6 @@ impl Serving {
 
     fn becomes_stream(&mut self) {
         self.in_flight.becomes_stream();
-        self.kind = Kind::Stream(None);
     }
 
     fn sent(&mut self, frame: Option<&Frame<Bytes>>) {
@@ -294,6 +293,9 @@ where
             Ok(mut response) => {
                 in_flight.answered(response.status());
                 let left = if *answer.is_head { None } else { promised(&mut response, &in_flight) };
+                if response.extensions().get::<events::EndsWithWorker>().is_some() {
+                    in_flight.kind = Kind::Events(None);
+                }
                 if is_event_stream(&response) {
                     in_flight.becomes_stream();
                 }
@@ -428,9 +430,9 @@ pin_project! {
 }
 
 impl<B> Served<B> {
-    /// If this is an event stream, has its connection know.
+    /// If this is a stream that ends with the worker, has its connection know.
     pub(crate) fn tell(&mut self, pulse: &Arc<Pulse>) {
-        if let Self::App { in_flight: Serving { kind: Kind::Stream(told), .. }, .. } = self {
+        if let Self::App { in_flight: Serving { kind: Kind::Events(told), .. }, .. } = self {
             *told = Some(Wait::for_events(pulse));
         }
     }
