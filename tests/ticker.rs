@@ -88,6 +88,46 @@ fn behind_lighttpd_the_page_goes_on_when_its_worker_is_killed() {
     prices_go_on(LIGHTTPD_EVENTS, "", "EventSource");
 }
 
+/// The two ways of docs/events.md by which a page subscribes.
+#[test]
+fn the_documents_scripts_get_what_is_published_whatever_is_in_it() {
+    const DOCUMENT: &str = include_str!("../docs/events.md");
+    let scripts: Vec<&str> =
+        DOCUMENT.split("\n```js\n").skip(1).map(|rest| rest.split_once("\n```").unwrap().0).collect();
+    let [by_event_source, by_polling] = scripts[..] else { panic!("there are two") };
+    let mut server = Server::start("stream", &["--bind", "http:127.0.0.1:0", "--workers", "1"]);
+    let mut browser = Browser::start("");
+    browser.open(&format!("http://{}/who", server.http()));
+    browser.wait_for("document.readyState === 'complete'");
+    browser.evaluate("window.polled = []; window.pushed = []; console.log = data => pushed.push(data)");
+    // The application's address and topic.
+    let by_event_source = by_event_source.replace("\"/events\"", "\"/events?topics=news\"");
+    browser.evaluate(&format!("{by_event_source}; window.source = source"));
+    browser.evaluate(&format!(
+        "{by_polling}; void poll('/events?topics=news', (name, data) => polled.push([name, data]))"
+    ));
+    let log = server.segment().events();
+    wait_until("both have subscribed", || {
+        let count = http::get(&server.http(), "/subscribers").unwrap().text();
+        (count.trim() == "2").then_some(())
+    });
+    let data = ["one", "two\nlines", " spaces ", "", "\u{2028}a line of its own, to some\u{2029}", "id: 7", "\u{85}é"];
+    for data in data {
+        log.publish("news", "weather", data.as_bytes()).unwrap();
+    }
+    log.publish("news", "", b"the end").unwrap();
+    for (list, last) in [("pushed", "pushed.at(-1)"), ("polled", "polled.at(-1)[1]")] {
+        browser.wait_for(&format!("{list}.length > 0 && {last} === 'the end'"));
+    }
+    let mut pushed: Vec<_> = data.map(Value::from).into();
+    pushed.push("the end".into());
+    assert_eq!(browser.evaluate("pushed"), Value::from(pushed));
+    let mut polled: Vec<_> = data.map(|data| Value::from(vec!["weather", data])).into();
+    polled.push(Value::from(vec!["message", "the end"]));
+    assert_eq!(browser.evaluate("polled"), Value::from(polled));
+    server.stop();
+}
+
 #[test]
 fn without_event_source_the_page_polls_behind_nginx() {
     prices_go_on(NGINX, WITHOUT_EVENT_SOURCE, "polling");

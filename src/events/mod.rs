@@ -33,6 +33,11 @@ pub use self::sse::{Sse, sse};
 pub use self::subscription::Subscription;
 use crate::config::events::EventsConfig;
 
+/// Compiles the document's Rust.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/events.md")]
+struct Document;
+
 /// Topics of one subscription.
 const MOST_TOPICS: usize = 32;
 
