@@ -22,6 +22,10 @@ pub(crate) struct EventsOptions {
     #[arg(long, value_name = "URI", value_parser = uri)]
     pub(crate) subscribe: String,
 
+    /// What subscribers ask for first, on the same connection, as a browser does that has loaded a page
+    #[arg(long, value_name = "URI", value_parser = uri)]
+    pub(crate) first: Option<String>,
+
     /// Where events are posted
     #[arg(long, value_name = "URI", value_parser = uri)]
     pub(crate) publish: String,
@@ -96,6 +100,7 @@ mod tests {
             "--connect fastcgi:localhost:80 --subscribe /s --publish /p",
             "--connect http:localhost:80 --publish /p",
             "--connect http:localhost:80 --subscribe /s",
+            "--connect http:localhost:80 --subscribe /s --publish /p --first page",
             "--connect http:localhost:80 --subscribe /s --publish /p --rate 0",
             "--connect http:localhost:80 --subscribe /s --publish /p --subscribers 0",
             "--connect http:localhost:80 --subscribe /s --publish /p --clients 1",

@@ -12,7 +12,7 @@ use super::stream::{Came, Stream};
 use super::{EventsOptions, Signals};
 use crate::cpu;
 use crate::error::Error;
-use crate::probe::{connect, send_all};
+use crate::probe::{connect, exchange, send_all};
 use crate::response::Response;
 use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
@@ -83,11 +83,13 @@ impl<'a> Subscribers<'a> {
 
     /// Connects and asks, until each has the beginning of an answer.
     pub(super) fn open(&mut self) -> Result<(), Error> {
-        let (uri, host) = (&self.options.subscribe, self.options.connect.host());
-        let request = format!("GET {uri} HTTP/1.1\r\nHost: {host}\r\nAccept: text/event-stream\r\n\r\n");
+        let host = self.options.connect.host();
+        let get = |uri: &str, accept: &str| format!("GET {uri} HTTP/1.1\r\nHost: {host}\r\nAccept: {accept}\r\n\r\n");
+        let first = self.options.first.as_deref().map(|uri| get(uri, "*/*"));
+        let request = get(&self.options.subscribe, "text/event-stream");
         self.progress = Instant::now();
         for opened in 1..=self.options.subscribers {
-            self.open_one(request.as_bytes()).map_err(|fault| self.unsubscribed(fault))?;
+            self.open_one(first.as_deref(), &request).map_err(|fault| self.unsubscribed(fault))?;
             while opened - self.answered > UNANSWERED {
                 self.turn_before_all()?;
             }
@@ -98,9 +100,15 @@ impl<'a> Subscribers<'a> {
         Ok(())
     }
 
-    fn open_one(&mut self, request: &[u8]) -> Result<(), Fault> {
+    fn open_one(&mut self, first: Option<&str>, request: &str) -> Result<(), Fault> {
         let socket = connect(self.peer, self.options.timeout)?;
-        send_all(&socket, request)?;
+        if let Some(first) = first {
+            let end = exchange(&socket, Protocol::Http, first.as_bytes(), |_| ())?;
+            if end.status != 200 || !end.keep {
+                return Err(Fault::new(Kind::Status, format!("{} to the first request, or not kept", end.status)));
+            }
+        }
+        send_all(&socket, request.as_bytes())?;
         let interest = EpollEvent::new(EpollFlags::EPOLLIN, self.each.len() as u64);
         self.epoll.add(&socket, interest).map_err(|error| Fault::new(Kind::Connect, error.desc()))?;
         let response = Response::new(Protocol::Http);
