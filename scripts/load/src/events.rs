@@ -34,8 +34,10 @@ use crate::target::Peer;
 struct Signals {
     /// Each subscriber has got an event.
     all_subscribed: AtomicBool,
-    /// There will be no further event.
+    /// There will be no further event,
     is_published: AtomicBool,
+    /// and there was none of those that are measured.
+    has_failed: AtomicBool,
 }
 
 /// What the server has used.
@@ -55,6 +57,7 @@ pub(crate) fn measure(peer: &Peer, options: &EventsOptions) -> Result<Report, Er
     let (published, own_cpu) = thread::scope(|scope| {
         let publisher = scope.spawn(|| {
             let published = Publisher::new(peer, options, clock).run(&signals);
+            signals.has_failed.store(published.is_err(), Ordering::Release);
             signals.is_published.store(true, Ordering::Release);
             published
         });

@@ -122,7 +122,7 @@ impl Server {
 fn against(name: &str, does: Does, more: &str) -> (serde_json::Value, Option<i32>) {
     let output = Command::new(env!("CARGO_BIN_EXE_forkyard-load"))
         .args(["events", "--connect", &Server::start(name, does), "--subscribe", "/events", "--publish", "/publish"])
-        .args(["--subscribers", &SUBSCRIBERS.to_string(), "--rate", "100", "-d", "200ms", "--timeout", "1s", "--json"])
+        .args(["--subscribers", &SUBSCRIBERS.to_string(), "--rate", "100", "-d", "200ms", "--timeout", "20s", "--json"])
         .args(more.split_whitespace())
         .args(["--pids", &std::process::id().to_string()])
         .output()

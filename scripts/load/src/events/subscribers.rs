@@ -127,7 +127,8 @@ impl<'a> Subscribers<'a> {
         signals.all_subscribed.store(true, Ordering::Release);
         while self.done < self.options.subscribers {
             self.turn()?;
-            if signals.is_published.load(Ordering::Acquire) && self.is_stuck() {
+            let is_published = signals.is_published.load(Ordering::Acquire);
+            if signals.has_failed.load(Ordering::Acquire) || (is_published && self.is_stuck()) {
                 break;
             }
         }
