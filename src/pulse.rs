@@ -34,6 +34,10 @@ pub(crate) struct Pulse {
     bodies: AtomicU32,
     /// Responses for which the peer gives no room in their streams (HTTP/2).
     held_back: AtomicU32,
+    /// Event streams among the requests under way.
+    streams: AtomicU32,
+    /// The last request was for an event stream, and when that began all else had been written, as far as is known.
+    ends_in_stream: AtomicBool,
     /// Something of a head has come.
     head_begun: AtomicBool,
     /// The protocol tells about heads itself, since it sends more than requests.
@@ -78,6 +82,7 @@ impl Pulse {
     /// The head of a request is complete.
     pub(crate) fn request_came(&self) {
         step(&self.under_way, 1);
+        self.ends_in_stream.store(false, Relaxed);
         self.head_begun.store(false, Relaxed);
         add(&self.requests, 1);
     }
@@ -89,6 +94,17 @@ impl Pulse {
 
     pub(crate) fn under_way(&self) -> u32 {
         self.under_way.load(Relaxed)
+    }
+
+    /// Whether all that is under way is event streams. What was answered before may still be on its way.
+    pub(crate) fn is_streaming(&self) -> bool {
+        let streams = self.streams.load(Relaxed);
+        streams > 0 && streams == self.under_way()
+    }
+
+    /// Whether nothing is on its way but event streams, or their ends.
+    pub(crate) fn ends_in_stream(&self) -> bool {
+        self.ends_in_stream.load(Relaxed)
     }
 
     /// How many requests there were.
@@ -185,6 +201,14 @@ impl Wait {
     /// For room in a stream.
     pub(crate) fn for_room(pulse: &Arc<Pulse>) -> Self {
         Self { pulse: Arc::clone(pulse), counter: |pulse| &pulse.held_back, waits: false }
+    }
+
+    /// For events to send: of the request under way that has come last, say.
+    pub(crate) fn for_events(pulse: &Arc<Pulse>) -> Self {
+        let mut stream = Self { pulse: Arc::clone(pulse), counter: |pulse| &pulse.streams, waits: false };
+        stream.set(true);
+        pulse.ends_in_stream.store(pulse.is_streaming() && !pulse.is_writing(), Relaxed);
+        stream
     }
 
     pub(crate) fn set(&mut self, waits: bool) {

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Whatever it has not taken out of the socket waits there, should it die: so at most the datagram that it was at is lost,
-//! and none comes twice. It takes one at a time for that reason. It ends when the lifeline does, after the datagram
-//! that it is at: at the end of the master, and when the master becomes another build.
+//! and none comes twice. It takes one at a time for that reason. It ends when the lifeline does, after those that it can
+//! publish at once: at the end of the master, and when the master becomes another build.
 //!
 //! It says on standard error what it has to say, which the master logs. It may not: write logs by itself, which are not
 //! reopened here; know the master or the workers.
@@ -15,6 +15,7 @@ mod complaints;
 mod datagram;
 
 use std::io::{self, IoSliceMut};
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,6 @@ use nix::sys::socket::{MsgFlags, recvmsg};
 
 use self::complaints::Complaints;
 use self::datagram::Datagram;
-pub(crate) use self::datagram::is_name;
 
 /// What it says first.
 pub(crate) const READY: &str = "ready";
@@ -89,7 +89,11 @@ impl Relay<'_> {
                 match take(self.socket, buffer)? {
                     Taken::Nothing => break,
                     Taken::TooLong => self.complaints.add(PublishError::TooLong { most: self.events.max_event() }),
-                    Taken::Whole(count) => self.publish(&buffer[..count])?,
+                    Taken::Whole(count) => {
+                        if self.publish(&buffer[..count])?.is_break() {
+                            return Ok(()); // what still waits is for the next relay
+                        }
+                    }
                 }
             }
             if let Some(line) = self.complaints.take(self.begun.elapsed()) {
@@ -98,12 +102,13 @@ impl Relay<'_> {
         }
     }
 
-    fn publish(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Breaks off if the lifeline ends while others hold the log.
+    fn publish(&mut self, bytes: &[u8]) -> io::Result<ControlFlow<()>> {
         let Datagram { topic, name, data } = match Datagram::parse(bytes) {
             Ok(datagram) => datagram,
             Err(why) => {
                 self.complaints.add(why);
-                return Ok(());
+                return Ok(ControlFlow::Continue(()));
             }
         };
         let begun = Instant::now();
@@ -112,10 +117,10 @@ impl Relay<'_> {
                 Ok(_) => self.patience = PATIENCE,
                 Err(PublishError::Busy) if begun.elapsed() < self.patience => {
                     // The senders wait meanwhile.
-                    if !wait(self.lifeline, None, Some(NAP))? {
-                        continue;
+                    if wait(self.lifeline, None, Some(NAP))? {
+                        return Ok(ControlFlow::Break(()));
                     }
-                    self.complaints.add(PublishError::Busy);
+                    continue;
                 }
                 Err(error) => {
                     if error == PublishError::Busy {
@@ -124,7 +129,7 @@ impl Relay<'_> {
                     self.complaints.add(error);
                 }
             }
-            return Ok(());
+            return Ok(ControlFlow::Continue(()));
         }
     }
 }

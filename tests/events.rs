@@ -475,7 +475,12 @@ fn beyond_max_subscribers_there_is_a_503_and_without_a_log_as_well() {
 fn what_cannot_be_published_is_refused_with_a_reason() {
     let mut site = Site::start(&["--workers", "1", "--events", "64K"]);
     for (target, data, why) in [
-        ("/publish/a?name=two%0alines", &b"x"[..], "cannot be the name of an event"),
+        ("/publish/a?name=two%0alines", &b"x"[..], "cannot be the name of an event (it has control characters)"),
+        (
+            "/publish/a?name=gap",
+            b"x",
+            "\"gap\" cannot be the name of an event (it tells clients of events that they have missed)",
+        ),
         ("/publish/two%0alines", b"x", "a topic has 1 to 128 bytes"),
         ("/publish/a", &[b'x'; 64 << 10], "its size is that of --events"),
     ] {

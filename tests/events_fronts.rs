@@ -93,7 +93,7 @@ macro_rules! through {
 
 through! {
     nginx NGINX, nginx_kept NGINX_KEPT, nginx_http NGINX_HTTP, nginx_scgi NGINX_SCGI,
-    lighttpd LIGHTTPD_EVENTS,
+    lighttpd LIGHTTPD_EVENTS, lighttpd_http LIGHTTPD_HTTP_EVENTS, lighttpd_scgi LIGHTTPD_SCGI_EVENTS,
     apache APACHE_EVENTS, apache_http APACHE_HTTP, apache_scgi APACHE_SCGI,
     haproxy HAPROXY_EVENTS, haproxy_http HAPROXY_HTTP,
     caddy CADDY, caddy_http CADDY_HTTP,

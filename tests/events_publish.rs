@@ -189,13 +189,14 @@ fn what_is_no_event_is_counted_and_harms_nobody() {
     let too_long = [b"news\n\n".as_slice(), &vec![b'x'; most + 1]].concat();
     let longer_than_any = [b"news\n\n".as_slice(), &vec![b'x'; most + 1000]].concat();
     let long_topic = format!("{}\n\nx", "t".repeat(129));
-    let wrong: [&[u8]; 9] = [
+    let wrong: [&[u8]; 10] = [
         b"",
         b"news",
         b"news\nsecond",
         b"\n\nno topic",
         b"\xff\n\nx",
         b"news\n\x1b[2J\nx",
+        b"news\ngap\nx",
         &too_long,
         &longer_than_any,
         long_topic.as_bytes(),
@@ -205,7 +206,7 @@ fn what_is_no_event_is_counted_and_harms_nobody() {
     }
     let line = place.server.wait_for("datagrams not published count=");
     assert!(line.contains(&format!("WARN  [{}] relay pid={relay}", place.server.pid())), "{line}");
-    let last = if line.contains("total=9") { line } else { place.server.wait_for("total=9 ") };
+    let last = if line.contains("total=10 ") { line } else { place.server.wait_for("total=10 ") };
     assert!(last.contains("a topic has 1 to 128 bytes"), "{last}");
     sender.send(b"news\n\nlast").unwrap();
     place.wait_for_last_id("news", 2);
@@ -398,6 +399,10 @@ fn commands_publish_and_list() {
     for (arguments, why) in [
         (&["publish", "", "x"][..], "a topic has 1 to 128 bytes"),
         (&["publish", "news", "x", "--name", "a\nb"], "control characters (give another --name)"),
+        (
+            &["publish", "news", "x", "--name", "gap"],
+            "tells clients of events that they have missed (give another --name)",
+        ),
         (&["publish", "news", &"x".repeat(126_000)], "longer than the"),
     ] {
         let complaint = place.complaint(arguments);

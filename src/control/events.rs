@@ -24,7 +24,7 @@ use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGTERM};
 
 use super::client::Connection;
 use super::wire::Request;
-use crate::relay;
+use crate::events::name;
 
 /// What is to be done with the log.
 #[derive(Clone, Debug)]
@@ -78,8 +78,8 @@ fn publish(
     json: bool,
     out: &mut dyn Write,
 ) -> Result<(), String> {
-    if !relay::is_name(name) {
-        return Err(format!("event not published: its name {name:?} has control characters (give another --name)"));
+    if let Some(why) = name::fault(name) {
+        return Err(format!("event not published: its name {name:?} {why} (give another --name)"));
     }
     let mut read = Vec::new();
     let data = if data == "-" {
@@ -154,8 +154,9 @@ fn tail(
             continue;
         };
         follow.start(&topic, from - 1);
+        let mut place = 0;
         loop {
-            let since = events.since(&topic, follow.last(&topic), CHUNK);
+            let since = events.since_at(&topic, follow.last(&topic), CHUNK, &mut place);
             if since.events.is_empty() && since.missed == 0 {
                 break;
             }

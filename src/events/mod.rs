@@ -5,7 +5,8 @@
 //!            ─▶ hub: the loop reads the log, once ─▶ feeds: what is at hand ─▶ each subscription ─▶ sse ─▶ the body
 //! ```
 //!
-//! - [`cursor`], [`frame`]: ids and events as text. [`feeds`]: what is at hand, and who waits. All three are pure.
+//! - [`name`]: what an event may be called. [`cursor`], [`frame`]: ids and events as text. [`feeds`]: what is at hand, and who
+//!   waits. All four are pure.
 //! - [`hub`]: the thread, and the one reader of the log that a worker has.
 //! - [`subscription`]: what one subscriber gets. [`sse`]: that as a response.
 
@@ -13,6 +14,7 @@ mod cursor;
 mod feeds;
 mod frame;
 mod hub;
+pub(crate) mod name;
 mod sse;
 mod subscription;
 
@@ -26,6 +28,7 @@ use forkyard_shm::{PublishError, Segment};
 use self::cursor::Cursor;
 use self::frame::Frame;
 use self::hub::Hub;
+pub(crate) use self::sse::TYPE;
 pub use self::sse::{Sse, sse};
 pub use self::subscription::Subscription;
 use crate::config::events::EventsConfig;
@@ -62,7 +65,7 @@ impl Events {
     /// If there is no log, the name of the topic or of the event is none, the event is too long, or others hold the log for too long.
     pub fn publish(&self, topic: &str, event: impl Into<Event>) -> Result<u64, EventsError> {
         let Event { name, data } = event.into();
-        if name.contains(|c: char| c.is_ascii_control()) {
+        if name::fault(&name).is_some() {
             return Err(EventsError::Name { name });
         }
         self.hub.log().publish(topic, &name, &data).map_err(EventsError::NotPublished)
@@ -118,7 +121,8 @@ impl Event {
         Self { name: String::new(), data: data.into() }
     }
 
-    /// Names it: the type for which browsers have a listener called. `gap` has a meaning already.
+    /// Names it: the type for which browsers have a listener called. Without control characters, and not `gap`, by which
+    /// clients are told that they have missed events.
     #[must_use]
     pub fn name(self, name: impl Into<String>) -> Self {
         Self { name: name.into(), ..self }
@@ -236,7 +240,10 @@ impl fmt::Display for EventsError {
                     "{topic:?} cannot be a topic (1 to 128 bytes without control characters, and each topic once)"
                 )
             }
-            Self::Name { name } => write!(f, "{name:?} cannot be the name of an event (it has control characters)"),
+            Self::Name { name } => {
+                let why = name::fault(name).unwrap_or("is none");
+                write!(f, "{name:?} cannot be the name of an event (it {why})")
+            }
             Self::NotPublished(error @ (PublishError::TooLong { .. } | PublishError::TooManyTopics { .. })) => {
                 write!(f, "{error}; its size is that of --events")
             }

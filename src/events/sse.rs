@@ -16,10 +16,11 @@ use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::frame::{COMMENT, put_event, put_id, put_retry};
-use super::{Event, Events, EventsError, Message, Published, Subscription};
+use super::{Event, Events, EventsError, Message, Published, Subscription, name};
 use crate::body::Body;
 
-const TYPE: &str = "text/event-stream";
+/// What says of a response that it is one of these.
+pub(crate) const TYPE: &str = "text/event-stream";
 const LAST_EVENT_ID: &str = "last-event-id";
 const SIMULATE: &str = "x-event-source-simulate";
 /// After the end of a worker its clients come back within this, not all at a time.
@@ -229,7 +230,7 @@ impl Stream {
             }
             Stage::Going => {
                 for _ in 0..HELD_BACK {
-                    match self.subscription.advance(Some(context)) {
+                    match self.subscription.poll(context) {
                         Poll::Ready(Some(message)) => {
                             if let Some(bytes) = self.encode(&message) {
                                 return self.send(bytes);
@@ -313,7 +314,7 @@ impl Stream {
             Message::Event(event) => self.encode_event(event),
             Message::Gap { topic, missed } => {
                 let missed = missed.map_or_else(|| "?".to_owned(), |missed| missed.to_string());
-                Some(self.encode_as("gap", format!("{missed} {topic}").as_bytes()))
+                Some(self.encode_as(name::GAP, format!("{missed} {topic}").as_bytes()))
             }
         };
         self.is_id_due = bytes.is_none();

@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
+use tokio::task::coop::poll_proceed;
 
 use super::cursor::Cursor;
 use super::feeds::Key;
@@ -14,7 +15,7 @@ use super::{EventsError, MOST_TOPICS, Message, Published};
 
 /// Events that are taken at a time of what the worker has at hand, and first of what the log has.
 const AT_A_TIME: usize = 16;
-/// Of the log these are copies, for this subscriber alone; and each look at it walks over all that is behind.
+/// Of the log these are copies, for this subscriber alone.
 const COPIED: (usize, usize) = (64 << 10, 256);
 
 /// The events of some topics, as a [`Stream`]. It ends when the worker is about to leave; dropped, it is over.
@@ -33,6 +34,8 @@ pub struct Subscription {
     turn: usize,
     /// Events that are read of the log at a time.
     stride: usize,
+    /// Where in the log that has ended for each of the topics; none as long as the log was not read.
+    places: Vec<u64>,
 }
 
 impl Subscription {
@@ -72,7 +75,17 @@ impl Subscription {
         };
         let taken = topics.iter().cloned().zip(ids.iter().copied()).collect();
         let cursor = Cursor { epoch, ids };
-        Ok(Self { hub: Arc::clone(hub), key, topics, taken, waiting, cursor, turn: 0, stride: AT_A_TIME })
+        Ok(Self {
+            hub: Arc::clone(hub),
+            key,
+            topics,
+            taken,
+            waiting,
+            cursor,
+            turn: 0,
+            stride: AT_A_TIME,
+            places: Vec::new(),
+        })
     }
 
     /// Where this subscriber is, by what it has got: for [`Events::subscribe`](super::Events::subscribe), in whatever
@@ -88,6 +101,17 @@ impl Subscription {
 
     pub(super) fn topics(&self) -> &[Arc<str>] {
         &self.topics
+    }
+
+    /// The next message, for a task. A task that has had many in one turn waits for its next turn, however many there are:
+    /// tokio's budget says when.
+    pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Message>> {
+        let turn = ready!(poll_proceed(context));
+        let message = self.advance(Some(context));
+        if message.is_ready() {
+            turn.made_progress();
+        }
+        message
     }
 
     /// The next message. Pending if there is none now; with `context`, its task is woken when there is.
@@ -117,7 +141,8 @@ impl Subscription {
     /// The worker has the next event of this topic not at hand; there were some up to `end`.
     fn read_log(&mut self, number: usize, end: u64) {
         let (topic, after) = (Arc::clone(&self.taken[number].0), self.taken[number].1);
-        let since = self.hub.log().since(&topic, after, self.stride);
+        self.places.resize(self.taken.len(), 0);
+        let since = self.hub.log().since_at(&topic, after, self.stride, &mut self.places[number]);
         let first = since.events.first().map_or(end, |event| event.id - 1);
         if first > after {
             let gap = Message::Gap { topic, missed: Some(first - after) };
@@ -137,12 +162,68 @@ impl Stream for Subscription {
     type Item = Message;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Message>> {
-        self.advance(Some(context))
+        self.poll(context)
     }
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
         self.hub.leave(self.key, &self.topics);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use forkyard_shm::{Plan, Segment};
+
+    use super::super::Events;
+    use super::*;
+    use crate::config::events::EventsConfig;
+
+    fn events() -> Events {
+        let segment = Segment::create(&Plan { rows: 1, events_bytes: 4 << 20, ..Plan::default() }).unwrap();
+        Events::new(&segment, EventsConfig { bytes: 4 << 20, backlog: 256, max_subscribers: 4 })
+    }
+
+    /// All that a subscriber gets in one turn of its task.
+    async fn turn(subscription: &mut Subscription) -> Vec<(String, u64)> {
+        poll_fn(|context| {
+            let mut got = Vec::new();
+            while let Poll::Ready(message) = subscription.poll(context) {
+                let Some(Message::Event(event)) = message else { panic!("{message:?}") };
+                got.push((event.topic().to_owned(), event.id()));
+            }
+            Poll::Ready(got)
+        })
+        .await
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn who_is_far_behind_gets_all_in_many_turns_from_all_topics() {
+        const COUNT: u64 = 3000;
+        let events = events();
+        for id in 1..=COUNT {
+            for topic in ["a", "b"] {
+                assert_eq!(events.publish(topic, id.to_string()).unwrap(), id);
+            }
+        }
+        let beginning = format!("{:08x}-0.0", events.hub.epoch());
+        let mut subscription = events.subscribe(["a", "b"], Some(&beginning)).unwrap();
+        let mut next = [1, 1];
+        let mut turns = 0;
+        while next != [COUNT + 1; 2] {
+            let got = turn(&mut subscription).await;
+            assert!(got.len() < 500, "{} in one turn", got.len());
+            for (topic, id) in got {
+                let next = &mut next[usize::from(topic == "b")];
+                assert_eq!(id, *next);
+                *next += 1;
+            }
+            turns += 1;
+            tokio::task::yield_now().await;
+        }
+        assert!(turns > 10);
     }
 }

@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use crate::events::name;
+
 /// What one says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Datagram<'a> {
@@ -20,16 +22,17 @@ pub(super) enum Malformed {
     /// There are no two line ends in it.
     Lines,
     Topic,
-    Name,
+    /// What its name is, or has, or does.
+    Name(&'static str),
 }
 
 impl fmt::Display for Malformed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Lines => "it has no two line ends (TOPIC, NAME and DATA are to be separated by them)",
-            Self::Topic => "its topic is not UTF-8",
-            Self::Name => "its name is not UTF-8, or has control characters",
-        })
+        match self {
+            Self::Lines => f.write_str("it has no two line ends (TOPIC, NAME and DATA are to be separated by them)"),
+            Self::Topic => f.write_str("its topic is not UTF-8"),
+            Self::Name(why) => write!(f, "its name {why}"),
+        }
     }
 }
 
@@ -42,14 +45,9 @@ impl<'a> Datagram<'a> {
             return Err(Malformed::Lines);
         };
         let topic = std::str::from_utf8(topic).map_err(|_| Malformed::Topic)?;
-        let name = std::str::from_utf8(name).ok().filter(|name| is_name(name)).ok_or(Malformed::Name)?;
-        Ok(Self { topic, name, data })
+        let name = std::str::from_utf8(name).map_err(|_| Malformed::Name("is not UTF-8"))?;
+        name::fault(name).map_or(Ok(Self { topic, name, data }), |why| Err(Malformed::Name(why)))
     }
-}
-
-/// Whether an event may be called that: a name is a line of an event stream.
-pub(crate) fn is_name(name: &str) -> bool {
-    !name.contains(|character: char| character.is_ascii_control())
 }
 
 #[cfg(test)]
@@ -73,9 +71,10 @@ mod tests {
             (b"news", Malformed::Lines),
             (b"news\nit rains", Malformed::Lines),
             (b"\xff\n\nx", Malformed::Topic),
-            (b"news\n\xff\nx", Malformed::Name),
-            (b"news\nweather\r\nx", Malformed::Name),
-            (b"news\nwea\0ther\nx", Malformed::Name),
+            (b"news\n\xff\nx", Malformed::Name("is not UTF-8")),
+            (b"news\nweather\r\nx", Malformed::Name("has control characters")),
+            (b"news\nwea\0ther\nx", Malformed::Name("has control characters")),
+            (b"news\ngap\nx", Malformed::Name("tells clients of events that they have missed")),
         ] {
             assert_eq!(Datagram::parse(bytes), Err(why), "{}", bytes.escape_ascii());
         }

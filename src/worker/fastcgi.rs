@@ -219,10 +219,10 @@ where
         if self.exchanges.len() > 1 {
             self.exchanges.rotate_left(1); // the one that filled the outbox is the last to go on
         }
-        let account = *self.socket.account();
+        let (account, pulse) = (*self.socket.account(), self.socket.pulse());
         for exchange in &mut self.exchanges {
             let waiting = self.outbox.len();
-            let outcome = exchange.poll(context, &mut self.outbox, &mut self.head);
+            let outcome = exchange.poll(context, pulse, &mut self.outbox, &mut self.head);
             if !exchange.has_begun && self.outbox.len() > waiting {
                 exchange.has_begun = true;
                 account.response_from(exchange.entry, account.output(waiting));
@@ -498,11 +498,18 @@ where
     ///
     /// # Errors
     /// If the response broke off, which has been logged: only closing the connection tells the peer.
-    fn poll(&mut self, context: &mut Context<'_>, outbox: &mut Outbox, head: &mut BytesMut) -> io::Result<()> {
+    fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+        pulse: &Arc<Pulse>,
+        outbox: &mut Outbox,
+        head: &mut BytesMut,
+    ) -> io::Result<()> {
         while outbox.len() < OUTBOX_LIMIT {
             match self.work.as_mut().project() {
                 Working::Answering { answer } => {
-                    let Poll::Ready(response) = answer.poll(context) else { return Ok(()) };
+                    let Poll::Ready(mut response) = answer.poll(context) else { return Ok(()) };
+                    response.body_mut().tell(pulse);
                     self.send_head(response, context, outbox, head)?;
                 }
                 Working::Sending { mut body } => match body.as_mut().poll_frame(context) {

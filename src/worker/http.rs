@@ -263,6 +263,7 @@ where
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             under_way.enter_response(&response);
+            response.body_mut().tell(&self.requests.pulse);
             let room = is_http2.then(|| {
                 let mut room = Wait::for_room(&self.requests.pulse);
                 room.set(true);

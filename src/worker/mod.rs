@@ -157,7 +157,7 @@ where
         let events = Events::new(&heritage.segment, config.events);
         let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), flag, events.clone());
         let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
-        let watchdog = Watchdog::new(config.limits.timeouts);
+        let watchdog = Watchdog::new(config.limits.timeouts, Arc::clone(drain.flag()));
         let limit = config.limits.max_connections;
         let connections = Connections::new(limit, row.clone(), scoreboard, heritage.slot, Rc::clone(&watchdog));
         let connections = Rc::new(connections);

@@ -168,7 +168,8 @@ where
         while self.outbox.len() < OUTBOX_LIMIT {
             match &mut self.state {
                 State::Answering { answer, is_head } => {
-                    let Poll::Ready(response) = answer.as_mut().poll(context) else { return Ok(()) };
+                    let Poll::Ready(mut response) = answer.as_mut().poll(context) else { return Ok(()) };
+                    response.body_mut().tell(self.socket.pulse());
                     self.state = State::Sending(Reply::begin(response, *is_head, self.outbox.tail()));
                 }
                 State::Sending(reply) => match reply.poll_piece(context) {

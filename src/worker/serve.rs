@@ -28,9 +28,10 @@ use crate::config::{Limits, Trust};
 use crate::listen::Protocol;
 use crate::protocol::cgi::{self, Origin};
 use crate::protocol::forwarded;
+use crate::pulse::{Pulse, Wait};
 use crate::queue_time::BeginBy;
 use crate::suspect::Suspect;
-use crate::{at_work, blocking, queue_time};
+use crate::{at_work, blocking, events, queue_time};
 
 /// What an error of the application's may be.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -93,6 +94,7 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
         let in_flight = Serving {
             in_flight: self.row.begin(request.method().as_str(), target),
             entry: self.access_log.as_ref().map(|log| Entry::begin(log, protocol, Some(&request))),
+            kind: Kind::Answer,
         };
         if target.len() > self.limits.max_uri {
             return Answer::refused(StatusCode::URI_TOO_LONG, in_flight);
@@ -125,7 +127,7 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
     pub(crate) fn refuse(&self, protocol: Protocol, status: StatusCode) -> Answer<S> {
         let in_flight = self.row.begin("-", "-");
         let entry = self.access_log.as_ref().map(|log| Entry::begin::<Body>(log, protocol, None));
-        Answer::refused(status, Serving { in_flight, entry })
+        Answer::refused(status, Serving { in_flight, entry, kind: Kind::Answer })
     }
 }
 
@@ -134,11 +136,20 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
 pub(crate) struct Serving {
     in_flight: InFlight,
     entry: Option<Box<Entry>>,
+    kind: Kind,
+}
+
+/// What is sent.
+#[derive(Debug)]
+enum Kind {
+    Answer,
+    /// An event stream; of which its connection knows, as long as it is one.
+    Stream(Option<Wait>),
 }
 
 impl From<InFlight> for Serving {
     fn from(in_flight: InFlight) -> Self {
-        Self { in_flight, entry: None }
+        Self { in_flight, entry: None, kind: Kind::Answer }
     }
 }
 
@@ -159,6 +170,7 @@ impl Serving {
 
     fn becomes_stream(&mut self) {
         self.in_flight.becomes_stream();
+        self.kind = Kind::Stream(None);
     }
 
     fn sent(&mut self, frame: Option<&Frame<Bytes>>) {
@@ -312,7 +324,7 @@ where
 /// of what it died of.
 fn is_event_stream<B>(response: &Response<B>) -> bool {
     let kind = response.headers().get(header::CONTENT_TYPE);
-    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
+    kind.is_some_and(|kind| kind.as_bytes().starts_with(events::TYPE.as_bytes()))
         && !response.headers().contains_key(header::CONTENT_LENGTH)
 }
 
@@ -412,6 +424,15 @@ pin_project! {
         /// `left` is what its `Content-Length` still promises, if it has one.
         App { #[pin] body: B, in_flight: Serving, left: Option<u64> },
         Canned { text: Bytes, in_flight: Serving },
+    }
+}
+
+impl<B> Served<B> {
+    /// If this is an event stream, has its connection know.
+    pub(crate) fn tell(&mut self, pulse: &Arc<Pulse>) {
+        if let Self::App { in_flight: Serving { kind: Kind::Stream(told), .. }, .. } = self {
+            *told = Some(Wait::for_events(pulse));
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ use crate::sys;
 
 /// How often the watchdog looks.
 const TICK: Duration = Duration::from_secs(1);
+/// How long the end of an event stream may take to leave, after the worker was told to.
+const LAST_EVENTS: Duration = Duration::from_secs(2);
 /// So many bytes have to move, of a body within its timeout and of a response within its own, or all that is left.
 const PROGRESS: u32 = 4 << 10;
 
@@ -345,6 +348,8 @@ fn shut(fd: RawFd, how: Shutdown) -> io::Result<()> {
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     timeouts: Timeouts,
+    /// The worker was told to leave.
+    drains: Arc<AtomicBool>,
     watched: RefCell<Vec<Watched>>,
     some: Notify,
 }
@@ -364,11 +369,13 @@ struct Watched {
     /// Ticks for which a write has waited.
     unread: u32,
     written: u32,
+    /// Ticks of a drain in which there was nothing but the end of an event stream.
+    leaving: u32,
 }
 
 impl Watchdog {
-    pub(crate) fn new(timeouts: Timeouts) -> Rc<Self> {
-        Rc::new(Self { timeouts, watched: RefCell::default(), some: Notify::new() })
+    pub(crate) fn new(timeouts: Timeouts, drains: Arc<AtomicBool>) -> Rc<Self> {
+        Rc::new(Self { timeouts, drains, watched: RefCell::default(), some: Notify::new() })
     }
 
     fn watch(&self, fd: BorrowedFd<'_>, pulse: &Arc<Pulse>) {
@@ -388,7 +395,8 @@ impl Watchdog {
             ticks.tick().await; // the first is at once
             while !self.watched.borrow().is_empty() {
                 ticks.tick().await;
-                self.watched.borrow_mut().retain_mut(|watched| watched.tick(&self.timeouts));
+                let drains = self.drains.load(Relaxed);
+                self.watched.borrow_mut().retain_mut(|watched| watched.tick(&self.timeouts, drains));
             }
         }
     }
@@ -396,11 +404,12 @@ impl Watchdog {
 
 impl Watched {
     fn new(fd: RawFd, pulse: Arc<Pulse>) -> Self {
-        Self { fd, pulse, stage: Stage::Idle, requests: 0, waited: 0, read: 0, is_deaf: false, unread: 0, written: 0 }
+        let (stage, is_deaf) = (Stage::Idle, false);
+        Self { fd, pulse, stage, requests: 0, waited: 0, read: 0, is_deaf, unread: 0, written: 0, leaving: 0 }
     }
 
     /// Another second has passed. False if the connection needs no more looking after.
-    fn tick(&mut self, timeouts: &Timeouts) -> bool {
+    fn tick(&mut self, timeouts: &Timeouts, drains: bool) -> bool {
         if self.pulse.is_closed() {
             return false;
         }
@@ -413,6 +422,10 @@ impl Watched {
         };
         if is_over(self.unread, timeouts.write) {
             self.cut_off("reading a response", Shutdown::Both);
+            return false;
+        }
+        if drains && self.outstays() {
+            self.cut_off("reading the end of an event stream", Shutdown::Both);
             return false;
         }
         if !self.is_deaf && is_over(self.waited, limit) {
@@ -443,6 +456,13 @@ impl Watched {
         }
         self.unread += u32::from(writing);
         stage
+    }
+
+    /// In a drain: whether it is there for event streams alone, whose clients have been told to come back, and may be elsewhere.
+    /// They lose nothing by it: each knows how far it is.
+    fn outstays(&mut self) -> bool {
+        self.leaving = if self.pulse.ends_in_stream() { self.leaving + 1 } else { 0 };
+        is_over(self.leaving, LAST_EVENTS) || self.pulse.is_streaming() && is_over(self.unread, LAST_EVENTS)
     }
 
     fn cut_off(&mut self, doing: &str, how: Shutdown) {
@@ -477,12 +497,16 @@ mod tests {
         ticks_of(move |pulse| each(pulse))
     }
 
-    fn ticks_of(mut each: impl FnMut(&Arc<Pulse>)) -> u32 {
+    fn ticks_of(each: impl FnMut(&Arc<Pulse>)) -> u32 {
+        ticks_with(false, each)
+    }
+
+    fn ticks_with(drains: bool, mut each: impl FnMut(&Arc<Pulse>)) -> u32 {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
         let mut lives = || {
             each(&watched.pulse);
-            watched.tick(&TIMEOUTS) && !watched.is_deaf
+            watched.tick(&TIMEOUTS, drains) && !watched.is_deaf
         };
         (0..100).take_while(|_| lives()).map(|_| 1).sum()
     }
@@ -568,6 +592,46 @@ mod tests {
                 .set(true);
         });
         assert_eq!(held_back, 5);
+    }
+
+    #[test]
+    fn a_drain_waits_for_answers_and_not_for_event_streams() {
+        let ticks = |requests: u32, streams: u32, writing: Option<usize>| {
+            let mut waits = Vec::new();
+            ticks_with(true, move |pulse| {
+                if pulse.requests() == 0 {
+                    (0..requests).for_each(|_| pulse.request_came());
+                    waits.extend((0..streams).map(|_| Wait::for_events(pulse)));
+                }
+                pulse.set_writing(writing.is_some());
+                pulse.add_written(writing.unwrap_or_default());
+            })
+        };
+        assert_eq!(ticks(1, 0, None), 100, "an answer");
+        assert_eq!(ticks(2, 1, None), 100, "an answer and a stream");
+        assert_eq!(ticks(2, 1, Some(0)), 5, "likewise, to who does not read");
+        for writing in [None, Some(0), Some(5000)] {
+            assert_eq!(ticks(2, 2, writing), 2, "{writing:?}");
+        }
+        let mut ended = false;
+        let after_its_end = ticks_with(true, |pulse| {
+            if !std::mem::replace(&mut ended, true) {
+                pulse.request_came();
+                drop(Wait::for_events(pulse));
+                pulse.request_over();
+            }
+        });
+        assert_eq!(after_its_end, 2);
+        let mut stream = None;
+        let beside_an_answer_on_its_way = ticks_with(true, |pulse| {
+            if pulse.requests() == 0 {
+                pulse.set_writing(true);
+                pulse.request_came();
+                stream = Some(Wait::for_events(pulse));
+            }
+            pulse.add_written(5000);
+        });
+        assert_eq!(beside_an_answer_on_its_way, 100);
     }
 
     #[test]

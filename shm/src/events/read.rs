@@ -73,10 +73,24 @@ impl Events {
     }
 
     /// The events of a topic whose ids are above `after`, at most `most` of them: the oldest.
+    ///
+    /// It walks back over all of them, and so costs as much as there are: who wants them piece by piece has
+    /// [`Events::since_at`].
     pub fn since(&self, topic: &str, after: u64, most: usize) -> Since {
+        self.since_at(topic, after, most, &mut 0)
+    }
+
+    /// As [`Events::since`], for who asks again and again, each time for what came after the last answer: `place` says where
+    /// in the log that ended, so that this one goes on there. 0 at first; any other number that it was not set to does no harm.
+    pub fn since_at(&self, topic: &str, after: u64, most: usize, place: &mut u64) -> Since {
         let Some(log) = Log::of(&self.segment) else { return Since::default() };
+        if let Some((events, last)) = log.onwards(topic, after, most, *place) {
+            *place = last;
+            return Since { events, missed: 0 };
+        }
         let lost = || Since { events: Vec::new(), missed: self.last_id(topic).saturating_sub(after) };
-        log.since(topic, after, most).unwrap_or_else(lost)
+        *place = 0;
+        log.since(topic, after, most, place).unwrap_or_else(lost)
     }
 
     /// A reader of what is published from now on.
@@ -116,11 +130,6 @@ impl Tail {
                 }
             }
         }
-    }
-
-    /// Where it is in the log, which has endless positions.
-    pub fn position(&self) -> u64 {
-        self.position
     }
 }
 
@@ -194,8 +203,38 @@ impl Log<'_> {
         }
     }
 
-    /// `None` if what is there makes no sense.
-    fn since(&self, topic: &str, after: u64, most: usize) -> Option<Since> {
+    /// The events of a topic after an id, whose own event, or one before it, is at `place`; and where the last of them is. `None`
+    /// if they are not to be had from there on, or there are none.
+    fn onwards(&self, topic: &str, after: u64, most: usize, place: u64) -> Option<(Vec<Event>, u64)> {
+        let (mut at, mut last) = (place, place);
+        let head = self.head.head.load(Ordering::Acquire);
+        let mut events = Vec::new();
+        while place != 0 && at < head && events.len() < most {
+            let record = self.ring.record(at, head)?;
+            let event = match &record {
+                Record::Event(lies) if lies.id > after && self.ring.is_of(at, lies, topic) => {
+                    Some(self.event(at, lies)?)
+                }
+                _ => None,
+            };
+            if self.floor_now() > at {
+                return None; // what was read may be anything
+            }
+            if let Some(event) = event {
+                if event.id != after + 1 + events.len() as u64 {
+                    return None; // the topic was given up meanwhile; or this was no place of its events
+                }
+                last = at;
+                events.push(event);
+            }
+            at += record.size();
+        }
+        (!events.is_empty()).then_some((events, last))
+    }
+
+    /// By the links from each event to the one before it. Sets `place` to that of the last of them. `None` if what is there
+    /// makes no sense.
+    fn since(&self, topic: &str, after: u64, most: usize, place: &mut u64) -> Option<Since> {
         // First: what is told to its cell meanwhile is found twice, and not missed.
         let unlinked = self.unlinked(topic, after);
         let (last_id, mut at) = self.last(topic);
@@ -223,6 +262,7 @@ impl Log<'_> {
                 continue;
             }
             events.push(event?);
+            *place = at;
         }
         let next = |events: &[Event]| events.last().map_or(after, |event| event.id) + 1;
         for event in unlinked {

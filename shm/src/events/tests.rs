@@ -141,6 +141,7 @@ fn who_sleeps_is_woken_by_the_next_event_or_the_end_of_his_time() {
 fn readers_beside_publishers_never_see_anything_torn() {
     let events = small();
     let done = std::sync::atomic::AtomicBool::new(false);
+    let mut tail = events.tail(); // before there is anything to miss
     std::thread::scope(|scope| {
         let publishers: Vec<_> = (0..2)
             .map(|publisher| {
@@ -161,7 +162,7 @@ fn readers_beside_publishers_never_see_anything_torn() {
         };
         let (reading, done) = (&events, &done);
         scope.spawn(move || {
-            let (mut tail, mut last) = (reading.tail(), std::collections::HashMap::new());
+            let mut last = std::collections::HashMap::new();
             let mut fell_behind = false;
             while !done.load(Ordering::Relaxed) {
                 match tail.next() {
@@ -176,9 +177,9 @@ fn readers_beside_publishers_never_see_anything_torn() {
             }
         });
         scope.spawn(move || {
-            let mut after = 0;
+            let (mut after, mut place) = (0, 0);
             while !done.load(Ordering::Relaxed) {
-                let since = reading.since("y", after, 7);
+                let since = reading.since_at("y", after, 7, &mut place);
                 since.events.iter().for_each(whole);
                 if let (Some(first), Some(last)) = (since.events.first(), since.events.last()) {
                     assert_eq!(first.id, after + since.missed + 1);
@@ -236,5 +237,36 @@ fn a_log_that_was_written_over_is_emptied_and_counted() {
     }
     for _ in 0..200 {
         let _ = events.publish("c", "", &[0; 1000]);
+    }
+}
+
+/// Whoever goes on where he was gets what he would get by asking anew, whatever was published and forgotten meanwhile.
+#[test]
+fn piece_by_piece_it_is_the_same() {
+    const TOPICS: [&str; 3] = ["a", "b", "c"];
+    for seed in 0..if cfg!(miri) { 2 } else { 200 } {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let events = small();
+        let mut readers: Vec<(&str, u64, u64)> = TOPICS.map(|topic| (topic, 0, 0)).to_vec();
+        let mut went_on = 0;
+        for _ in 0..if cfg!(miri) { 30 } else { 300 } {
+            for _ in 0..random.usize(..8) {
+                let data = vec![b'x'; random.usize(..1500)];
+                events.publish(random.choice(TOPICS).unwrap(), "", &data).unwrap();
+            }
+            let (topic, after, place) = &mut readers[random.usize(..TOPICS.len())];
+            let most = random.usize(..6);
+            let before = *place;
+            if random.u8(..20) == 0 {
+                *place = random.u64(..) & !63; // what it was never told
+            }
+            let since = events.since_at(topic, *after, most, place);
+            assert_eq!(since, events.since(topic, *after, most), "seed {seed}");
+            went_on += u32::from(before != 0 && *place > before);
+            if since.missed > 0 || random.u8(..4) > 0 {
+                *after = since.events.last().map_or(*after + since.missed, |event| event.id);
+            }
+        }
+        assert!(cfg!(miri) || went_on > 0, "seed {seed}");
     }
 }

@@ -1,0 +1,31 @@
+//! What an event may be called, whoever publishes it. Text in, and no I/O.
+
+/// By this clients are told that they have missed events.
+pub(crate) const GAP: &str = "gap";
+
+/// Why an event may not be called that: what its name is, or has, or does. `None` if it may; it may have no name.
+pub(crate) fn fault(name: &str) -> Option<&'static str> {
+    if name == GAP {
+        Some("tells clients of events that they have missed")
+    } else if name.contains(char::is_control) {
+        Some("has control characters") // it is a line of an event stream
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_a_line_that_means_nothing_else() {
+        for name in ["", "price", "Gap", "gap 2", "später", "a:b"] {
+            assert_eq!(fault(name), None, "{name:?}");
+        }
+        for name in ["\n", "a\r", "\0", "\u{85}", "gap\n"] {
+            assert_eq!(fault(name), Some("has control characters"), "{name:?}");
+        }
+        assert!(fault(GAP).is_some());
+    }
+}

@@ -1,0 +1,135 @@
+//! Workers that leave while event streams are open: those end at once, whatever their clients do; and who comes back misses
+//! nothing, through reloads and upgrades.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::http2;
+use common::raw::Protocol;
+use common::sse::{Source, WAYS, Way};
+use common::{Server, http, wait_until};
+use nix::sys::signal::Signal;
+
+const TARGET: &str = "/events?topics=news";
+
+/// The example, reachable in every way. Only the end of its streams ends it: no timeout does before this test gives up.
+fn start(arguments: &[&str]) -> Server {
+    let times = ["--drain-timeout", "10m", "--write-timeout", "10m", "--idle-timeout", "10m"];
+    let binds = ["http", "fastcgi", "scgi"].map(|protocol| format!("{protocol}:127.0.0.1:0"));
+    let binds = binds.iter().flat_map(|bind| ["--bind", bind]);
+    Server::start("stream", &binds.chain(times).chain(arguments.iter().copied()).collect::<Vec<_>>())
+}
+
+fn bind(server: &Server, way: Way) -> String {
+    let number = [Protocol::Http, Protocol::FastCgi, Protocol::Scgi].iter().position(|one| *one == way.protocol());
+    server.binds[number.unwrap()].clone()
+}
+
+fn open(server: &Server, way: Way) -> Source {
+    Source::open(way, &bind(server, way), TARGET, "").unwrap_or_else(|error| panic!("{way:?}: {error}"))
+}
+
+/// More than the kernel and the protocols hold for one who does not read.
+fn flood(server: &Server) {
+    for _ in 0..10 {
+        assert_eq!(http::post(&server.http(), "/flood/news/100/20000", b"").unwrap().status, 200);
+    }
+}
+
+#[test]
+fn a_stop_does_not_wait_for_who_reads_nothing() {
+    let mut server = start(&["--workers", "1"]);
+    let clients = WAYS.map(|way| open(&server, way));
+    flood(&server);
+    server.stop();
+    drop(clients);
+}
+
+#[test]
+fn a_stop_does_not_wait_for_who_says_nothing() {
+    let mut server = start(&["--workers", "1"]);
+    // Over HTTP/2 such a client does not answer the PING by which a server learns that the client has heard.
+    let clients = WAYS.map(|way| open(&server, way));
+    server.stop();
+    drop(clients);
+}
+
+/// It reads, and answers, but gives no room for a response: neither in the stream nor in the connection.
+#[test]
+fn a_stop_does_not_wait_for_a_window_that_stays_closed() {
+    let mut server = start(&["--workers", "1"]);
+    let mut client = http2::Client::connect(&server.http()).unwrap();
+    let accept = [("accept", "text/event-stream")];
+    client.send(&http2::head(1, http2::END_STREAM | http2::END_HEADERS, "GET", TARGET, &accept)).unwrap();
+    client.next(http2::DATA).unwrap();
+    let reading = std::thread::spawn(move || while client.next(http2::DATA).is_ok() {});
+    flood(&server);
+    server.stop();
+    reading.join().unwrap();
+}
+
+/// Reads every event from the first on, over connections that come and go, until one says that it is the end. Returns how many
+/// connections that took.
+fn follow(way: Way, bind: &str, began: &AtomicBool) -> usize {
+    let (mut last_id, mut next, mut connections) = (String::new(), 1, 0);
+    loop {
+        let open = || Source::open(way, bind, TARGET, &last_id).ok();
+        let mut source = wait_until("there is a worker to go on", open);
+        connections += 1;
+        began.store(true, Ordering::SeqCst);
+        while let Some(event) = source.event().unwrap_or_else(|error| panic!("{way:?}: not a proper end: {error}")) {
+            assert_eq!((event.number(), event.name.as_str()), (next, ""), "{way:?}: missing or doubled: {event:?}");
+            next += 1;
+            if event.data == "the end" {
+                return connections;
+            }
+        }
+        last_id.clone_from(&source.last_id);
+    }
+}
+
+#[test]
+fn through_upgrades_and_reloads_no_event_is_missing_or_doubled() {
+    const ROUNDS: usize = 4;
+    let mut server = start(&["--workers", "2"]);
+    let log = server.segment().events();
+    let epoch = log.epoch();
+    let binds = WAYS.map(|way| bind(&server, way));
+    let (began, over) = (WAYS.map(|_| AtomicBool::new(false)), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let following: Vec<_> = WAYS
+            .iter()
+            .zip(&binds)
+            .zip(&began)
+            .map(|((way, bind), began)| scope.spawn(|| follow(*way, bind, began)))
+            .collect();
+        wait_until("all have begun", || began.iter().all(|began| began.load(Ordering::SeqCst)).then_some(()));
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                log.publish("news", "", b"on and on").unwrap();
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            log.publish("news", "", b"the end").unwrap();
+        });
+        for round in 0..ROUNDS {
+            if round % 2 == 0 {
+                server.signal(Signal::SIGUSR2);
+                server.wait_for("upgraded version=");
+            } else {
+                server.signal(Signal::SIGHUP);
+            }
+            server.wait_for("reload done");
+        }
+        over.store(true, Ordering::SeqCst);
+        for (way, following) in WAYS.iter().zip(following) {
+            let connections = following.join().unwrap();
+            assert!(connections > ROUNDS, "{way:?}: {connections} connections: its workers have all left");
+        }
+    });
+    assert_eq!(server.segment().events().epoch(), epoch, "it is the same log");
+    server.stop();
+}
