@@ -2,131 +2,31 @@
 //!
 //! One socket serves all workers, and its queue belongs to no process: what waits there survives any worker's
 //! death. (With SO_REUSEPORT each worker would have a queue of its own, and its death would reset what is in
-//! it.) A stale Unix socket file is probed before it is removed, and at the end only our own is removed.
+//! it.)
+
+mod address;
+mod socket_file;
 
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     self, AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage, UnixAddr,
     setsockopt, sockopt,
 };
-use nix::sys::stat::{Mode, fstat, umask};
 
+pub(crate) use self::address::{Address, Bind, Protocol};
+use self::socket_file::bind_file;
+pub(crate) use self::socket_file::{
+    SocketAndFile, bind_datagrams, examine_folder, examine_path, give_socket_file, is_stale, remove_own,
+};
 use crate::config::privileges::Owner;
-use crate::folder_lock::FolderLock;
-use crate::{privileges, sys};
-
-/// What is spoken on a listening socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Protocol {
-    /// FastCGI 1.0, for a web server in front.
-    FastCgi,
-    /// SCGI, for a web server in front.
-    Scgi,
-    /// HTTP/1.1, and HTTP/2 by prior knowledge.
-    Http,
-}
-
-impl fmt::Display for Protocol {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::FastCgi => "fastcgi",
-            Self::Scgi => "scgi",
-            Self::Http => "http",
-        })
-    }
-}
-
-/// Where to listen.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Address {
-    /// `HOST:PORT`; port 0 lets the system choose.
-    Tcp(String),
-    /// `unix:PATH`.
-    Path(PathBuf),
-    /// `unix:@NAME`, in Linux's abstract namespace.
-    Abstract(String),
-    /// `fd:N`, a listening socket that was inherited under this number.
-    Inherited(RawFd),
-    /// `systemd[:NAME]`, the sockets that systemd passed, or those of that name.
-    Systemd(Option<String>),
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => f.write_str(address),
-            Self::Path(path) => write!(f, "unix:{}", path.display()),
-            Self::Abstract(name) => write!(f, "unix:@{name}"),
-            Self::Inherited(fd) => write!(f, "fd:{fd}"),
-            Self::Systemd(None) => f.write_str("systemd"),
-            Self::Systemd(Some(name)) => write!(f, "systemd:{name}"),
-        }
-    }
-}
-
-/// One `--bind`: a protocol and an address.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Bind {
-    /// What is spoken there.
-    pub(crate) protocol: Protocol,
-    /// Where that is.
-    pub(crate) address: Address,
-}
-
-impl fmt::Display for Bind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.protocol, self.address)
-    }
-}
-
-impl FromStr for Bind {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        const FORM: &str = "expected PROTO:ADDR, as in http:127.0.0.1:8080, fastcgi:unix:/run/app.sock or fastcgi:fd:3";
-        let (protocol, address) = text.split_once(':').ok_or(FORM)?;
-        let protocol = match protocol {
-            "fastcgi" => Protocol::FastCgi,
-            "scgi" => Protocol::Scgi,
-            "http" => Protocol::Http,
-            other => {
-                return Err(format!("unknown protocol '{other}' (this version speaks fastcgi, scgi and http); {FORM}"));
-            }
-        };
-        let address = if let Some(name) = address.strip_prefix("unix:@") {
-            Address::Abstract(name.to_owned())
-        } else if let Some(path) = address.strip_prefix("unix:") {
-            if path.is_empty() {
-                return Err(format!("the path after 'unix:' is empty; {FORM}"));
-            }
-            Address::Path(PathBuf::from(path))
-        } else if address == "systemd" {
-            Address::Systemd(None)
-        } else if let Some(name) = address.strip_prefix("systemd:") {
-            Address::Systemd(Some(name.to_owned()))
-        } else if let Some(number) = address.strip_prefix("fd:") {
-            let number = number.parse().ok().filter(|&fd: &RawFd| fd >= 0);
-            Address::Inherited(number.ok_or(format!("'fd:' takes the number of a descriptor; {FORM}"))?)
-        } else {
-            let port =
-                address.rsplit_once(':').map(|(_, port)| port).ok_or(format!("no port in '{address}'; {FORM}"))?;
-            if port.parse::<u16>().is_err() {
-                return Err(format!("'{port}' is not a port (0 to 65535); {FORM}"));
-            }
-            Address::Tcp(address.to_owned())
-        };
-        Ok(Self { protocol, address })
-    }
-}
+use crate::sys;
 
 /// A `--bind` that could not be had: what was tried, what came back, what to do.
 #[derive(Debug)]
@@ -302,17 +202,6 @@ impl Listener {
     }
 }
 
-/// Gives a socket file to `owner`, if it is still `ours`.
-///
-/// # Errors
-/// What the system says.
-pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> io::Result<()> {
-    let file = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
-    let found = fstat(&file)?;
-    let same = (found.st_dev, found.st_ino) == ours;
-    if same { privileges::give(file.as_fd(), owner) } else { Err(io::Error::other("it was replaced")) }
-}
-
 /// The socket at which operators ask. Its file is for its owner alone.
 #[derive(Debug)]
 pub(crate) struct ControlListener {
@@ -359,16 +248,6 @@ impl Drop for ControlListener {
     }
 }
 
-/// Removes a socket file, if it is still this one.
-pub(crate) fn remove_own(path: &Path, file: Option<(u64, u64)>) {
-    if file.is_some()
-        && file_identity(path) == file
-        && let Err(error) = std::fs::remove_file(path)
-    {
-        log::warn!("cannot remove {}: {error}", path.display());
-    }
-}
-
 fn is_blocking(socket: &OwnedFd) -> io::Result<bool> {
     let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
     Ok(!flags.contains(OFlag::O_NONBLOCK))
@@ -379,11 +258,6 @@ fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
     flags.set(OFlag::O_NONBLOCK, !blocking);
     fcntl(socket, FcntlArg::F_SETFL(flags))?;
     Ok(())
-}
-
-fn file_identity(path: &Path) -> Option<(u64, u64)> {
-    let metadata = std::fs::symlink_metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
 }
 
 /// Tries what can be tried of a `--bind` without listening. A note, if somebody holds the address: that may be this
@@ -413,39 +287,6 @@ fn examine_tcp(address: &str) -> Result<Option<String>, String> {
         };
     }
     found
-}
-
-/// The same for the file of a socket; `flag` is the one that chose the path.
-///
-/// # Errors
-/// As above.
-pub(crate) fn examine_path(path: &Path, flag: &str) -> Result<Option<String>, String> {
-    UnixAddr::new(path).map_err(|_| too_long(path))?;
-    let Ok(metadata) = std::fs::symlink_metadata(path) else { return examine_folder(path).map(|()| None) };
-    if !metadata.file_type().is_socket() {
-        return Err(format!("the file there is not a socket (move it away, or choose another path with {flag})"));
-    }
-    match probe(path) {
-        Err(Errno::ECONNREFUSED) => examine_folder(path).map(|()| None),
-        Ok(()) | Err(_) => Ok(Some("a program is listening there now (this service, if it runs)".to_owned())),
-    }
-}
-
-/// Whether a file can be made at this path.
-///
-/// # Errors
-/// A sentence for the operator.
-pub(crate) fn examine_folder(path: &Path) -> Result<(), String> {
-    use nix::unistd::{AccessFlags, access};
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    match access(folder, AccessFlags::W_OK | AccessFlags::X_OK) {
-        Ok(()) => Ok(()),
-        Err(Errno::ENOENT) => Err(format!("the folder {} does not exist (create it)", folder.display())),
-        Err(errno) => Err(format!("the folder {}: {}", folder.display(), errno.desc().to_lowercase())),
-    }
 }
 
 fn new_socket(family: AddressFamily, kind: SockType) -> Result<OwnedFd, String> {
@@ -513,84 +354,6 @@ fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -
     Ok(Listener::new(protocol, Address::Path(path.to_owned()), Family::Unix, socket, file))
 }
 
-/// A socket with a file, and the file's device and inode.
-pub(crate) type SocketAndFile = (OwnedFd, Option<(u64, u64)>);
-
-/// A socket for datagrams with a file. `flag` is the one that chose the path.
-///
-/// # Errors
-/// A sentence for the operator.
-pub(crate) fn bind_datagrams(path: &Path, mode: u32, flag: &str) -> Result<SocketAndFile, String> {
-    bind_file(path, None, Some(mode), flag)
-}
-
-/// A listening socket; without `backlog`, one for datagrams.
-fn bind_file(path: &Path, backlog: Option<u32>, mode: Option<u32>, flag: &str) -> Result<SocketAndFile, String> {
-    let address = UnixAddr::new(path).map_err(|_| too_long(path))?;
-    // Until it listens, the new one looks like what a dead program left.
-    let _turn = FolderLock::of(path)?;
-    clear_stale(path, flag)?;
-    let kind = if backlog.is_some() { SockType::Stream } else { SockType::Datagram };
-    let socket = new_socket(AddressFamily::Unix, kind)?;
-    // The file is born with its permissions: nobody can connect between a bind and a chmod.
-    let before = mode.map(|mode| umask(Mode::from_bits_truncate(0o777 & !mode)));
-    let bound = socket::bind(socket.as_raw_fd(), &address);
-    if let Some(before) = before {
-        umask(before);
-    }
-    bound.map_err(|errno| explain_path(errno, path, flag))?;
-    let file = file_identity(path);
-    backlog.map_or(Ok(()), |backlog| listen(&socket, backlog))?;
-    Ok((socket, file))
-}
-
-/// Removes the socket file of a program that is gone; refuses if somebody listens there.
-fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
-    let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
-    if !metadata.file_type().is_socket() {
-        return Err(format!("the file there is not a socket (move it away, or choose another path with {flag})"));
-    }
-    match probe(path) {
-        Err(Errno::ECONNREFUSED) => std::fs::remove_file(path)
-            .map_err(|error| format!("the stale socket file there cannot be removed: {error} (remove it by hand)")),
-        Err(Errno::EACCES) => Err(format!(
-            "permission denied for the socket that is there (run as its owner, or choose another path with {flag})"
-        )),
-        // A full queue (EAGAIN) is a live listener too.
-        Ok(_) | Err(_) => {
-            Err(format!("another program is listening there (stop that one, or choose another path with {flag})"))
-        }
-    }
-}
-
-/// Whether that is the socket file of a program that is gone.
-pub(crate) fn is_stale(path: &Path) -> bool {
-    probe(path) == Err(Errno::ECONNREFUSED)
-}
-
-/// Connects, without waiting for a place in a full queue (that is EAGAIN).
-fn probe(path: &Path) -> Result<(), Errno> {
-    let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, kind, None)?;
-    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
-}
-
-fn too_long(path: &Path) -> String {
-    let length = path.as_os_str().len();
-    format!("the path has {length} bytes, and a Unix socket's may have 107 (choose a shorter one)")
-}
-
-fn explain_path(errno: Errno, path: &Path, flag: &str) -> String {
-    let folder = path.parent().map_or_else(|| ".".to_owned(), |folder| folder.display().to_string());
-    match errno {
-        Errno::EACCES | Errno::EPERM | Errno::EROFS => {
-            format!("{} (run as root, or choose a path you can write, with {flag})", errno.desc().to_lowercase())
-        }
-        Errno::ENOENT => format!("the folder {folder} does not exist (create it, or choose another path with {flag})"),
-        errno => errno.desc().to_lowercase(),
-    }
-}
-
 fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listener, String> {
     let address = UnixAddr::new_abstract(name.as_bytes())
         .map_err(|_| format!("the name has {} bytes, and an abstract socket's may have 107", name.len()))?;
@@ -634,38 +397,10 @@ pub(crate) fn started_by_web_server() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::socket_file::probe;
     use super::*;
-
-    #[test]
-    fn a_bind_is_read_and_written_back() {
-        for text in [
-            "http:127.0.0.1:8080",
-            "fastcgi:unix:/run/a b.sock",
-            "fastcgi:unix:@name",
-            "scgi:unix:/run/a.sock",
-            "http:fd:3",
-            "http:systemd",
-            "fastcgi:systemd:app.socket",
-            "http:[::1]:80",
-        ] {
-            assert_eq!(text.parse::<Bind>().unwrap().to_string(), text);
-        }
-    }
-
-    #[test]
-    fn a_wrong_bind_says_what_is_expected() {
-        for (text, said) in [
-            ("8080", "expected PROTO:ADDR"),
-            ("gopher:127.0.0.1:70", "unknown protocol 'gopher'"),
-            ("http:localhost", "no port in 'localhost'"),
-            ("http:localhost:http", "'http' is not a port"),
-            ("http:fd:-1", "takes the number of a descriptor"),
-            ("fastcgi:unix:", "is empty"),
-        ] {
-            let error = text.parse::<Bind>().unwrap_err();
-            assert!(error.contains(said), "{text}: {error}");
-        }
-    }
 
     #[test]
     fn of_all_that_start_at_once_on_one_path_one_listens() {

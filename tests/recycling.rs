@@ -4,23 +4,15 @@
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::process::Command;
 
 use common::http;
-use common::{Server, program, wait_until};
+use common::{Server, is_gone, program, wait_until};
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
 fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&HTTP, arguments].concat())
-}
-
-fn all_new(server: &Server, old: &BTreeSet<i32>) {
-    wait_until("all are replaced", || {
-        let children = server.workers();
-        (children.len() == old.len() && children.is_disjoint(old)).then_some(())
-    });
 }
 
 #[test]
@@ -31,7 +23,7 @@ fn a_worker_is_replaced_after_its_number_of_requests() {
     wait_until("all are replaced", || {
         assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
         asked += 1;
-        server.workers().is_disjoint(&old).then_some(())
+        old.iter().all(|&pid| is_gone(pid)).then_some(())
     });
     assert!(asked >= 40, "each has served its 20: {asked}");
     let line = server.wait_for("is to be replaced");
@@ -60,7 +52,7 @@ fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
     let mut server = crashy(&["--workers", "2", "--max-age", "500ms~200ms"]);
     let old = server.workers();
     assert!(server.wait_for("is to be replaced").contains("reason=max-age"));
-    all_new(&server, &old);
+    server.renewed(old.len(), &old);
     server.stop();
 
     let folder = tempfile::tempdir().unwrap();
@@ -81,7 +73,7 @@ fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
     ]));
     let old = server.workers();
     assert!(server.wait_for("is to be replaced").contains("reason=max-age"));
-    all_new(&server, &old);
+    server.renewed(old.len(), &old);
     server.stop();
 }
 

@@ -268,7 +268,7 @@ fn twenty_upgrades_under_load_leave_nothing_behind() {
     });
     // A dead worker's pipe is closed a moment after its pid is gone; what leaks is never closed.
     wait_until("no more descriptors are open than at the least", || {
-        (descriptors_of(server.pid().as_raw()) == least).then_some(())
+        (descriptors_of(server.pid().as_raw()) <= least).then_some(())
     });
     assert!(server.children().iter().all(|&pid| process(pid).is_some_and(|child| child.state != 'Z')), "no zombies");
     assert!(!server.log().contains("worker died"), "{}", server.log());

@@ -138,11 +138,11 @@ impl Server {
         }
     }
 
-    /// Waits until there are `count` workers and none of them is one of `gone`.
-    pub fn renewed(&self, count: usize, gone: &BTreeSet<i32>) -> BTreeSet<i32> {
+    /// Waits until all of `old` are gone and there are `count` workers.
+    pub fn renewed(&self, count: usize, old: &BTreeSet<i32>) -> BTreeSet<i32> {
         wait_until("the workers are replaced", || {
             let workers = self.workers();
-            (workers.len() == count && workers.is_disjoint(gone)).then_some(workers)
+            (workers.len() == count && old.iter().all(|&pid| is_gone(pid))).then_some(workers)
         })
     }
 

@@ -30,17 +30,26 @@ struct Stat {
 
 /// The time that the trees below `roots` have used since they started.
 pub(crate) fn of_trees(roots: &[i32]) -> Result<Duration, Error> {
+    let members = trees(roots)?;
+    let failed = Error::system("sysconf");
+    let per_second = sysconf(SysconfVar::CLK_TCK).map_err(&failed)?.and_then(|ticks| u32::try_from(ticks).ok());
+    let per_second = per_second.filter(|&ticks| ticks > 0).ok_or_else(|| failed(Errno::EINVAL))?;
+    let dead: u64 = members.iter().map(|(_, stat)| stat.dead).sum();
+    let living: Duration = members.iter().filter_map(|(pid, _)| clock(*pid)).sum();
+    Ok(living + Duration::from_secs(dead) / per_second)
+}
+
+/// The processes of these trees.
+pub(crate) fn pids_of_trees(roots: &[i32]) -> Result<Vec<i32>, Error> {
+    Ok(trees(roots)?.into_iter().map(|(pid, _)| pid).collect())
+}
+
+fn trees(roots: &[i32]) -> Result<Vec<(i32, Stat)>, Error> {
     let processes = processes();
     if let Some(&missing) = roots.iter().find(|root| !processes.contains_key(root)) {
         return Err(Error::NoProcess(missing));
     }
-    let failed = Error::system("sysconf");
-    let per_second = sysconf(SysconfVar::CLK_TCK).map_err(&failed)?.and_then(|ticks| u32::try_from(ticks).ok());
-    let per_second = per_second.filter(|&ticks| ticks > 0).ok_or_else(|| failed(Errno::EINVAL))?;
-    let members = members(&processes, roots);
-    let dead: u64 = members.iter().map(|(_, stat)| stat.dead).sum();
-    let living: Duration = members.iter().filter_map(|(pid, _)| clock(*pid)).sum();
-    Ok(living + Duration::from_secs(dead) / per_second)
+    Ok(members(&processes, roots))
 }
 
 /// The time of a process, all its threads together; `None` if it has just died.

@@ -13,6 +13,12 @@ pub(crate) enum Error {
     Resolve { host: String, source: Option<io::Error> },
     /// The first request, sent alone before the run, was not answered as it should be.
     Probe(Fault),
+    /// Not everybody could subscribe.
+    Subscribe { ready: u32, of: u32, fault: Fault },
+    /// Nothing could be published.
+    Publish(Fault),
+    /// What a process of `--pids` uses cannot be read.
+    Memory { pid: i32, source: io::Error },
     /// The first response's body is larger than what is kept in memory for comparison.
     LargeBody { limit: usize },
     /// A process of `--pids` is not there.
@@ -40,6 +46,14 @@ impl fmt::Display for Error {
             Self::Probe(fault) => {
                 write!(f, "the first request failed, so there was no run: {}: {}", fault.kind.name(), fault.what)
             }
+            Self::Subscribe { ready, of, fault } => {
+                let (kind, what) = (fault.kind.name(), &fault.what);
+                write!(f, "only {ready} of {of} have subscribed and got an event, so there was no run: {kind}: {what}")
+            }
+            Self::Publish(fault) => {
+                write!(f, "cannot publish, so there was no run: {}: {}", fault.kind.name(), fault.what)
+            }
+            Self::Memory { pid, source } => write!(f, "cannot read /proc/{pid}/smaps_rollup: {source}"),
             Self::LargeBody { limit } => {
                 write!(f, "the first body is over {limit} bytes: too large to compare (use --any-body)")
             }
@@ -53,9 +67,16 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Resolve { source: Some(source), .. } | Self::Output(source) => Some(source),
+            Self::Resolve { source: Some(source), .. } | Self::Output(source) | Self::Memory { source, .. } => {
+                Some(source)
+            }
             Self::System { source, .. } => Some(source),
-            Self::Resolve { source: None, .. } | Self::Probe(_) | Self::LargeBody { .. } | Self::NoProcess(_) => None,
+            Self::Resolve { source: None, .. }
+            | Self::Probe(_)
+            | Self::Subscribe { .. }
+            | Self::Publish(_)
+            | Self::LargeBody { .. }
+            | Self::NoProcess(_) => None,
         }
     }
 }

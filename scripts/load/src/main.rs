@@ -4,6 +4,8 @@
 //! ```text
 //! options -> probe (one request: the body that all others must have) -> run (the loop) -> report
 //! ```
+//! With `events` as its first word it measures event streams instead: see `events`.
+//!
 //! One thread and one `epoll_wait`. What decides (`response`, `request`, `tally`, the parsers in `options`
 //! and `target`) does no I/O; `socket`, `probe`, `run` and `cpu` touch the kernel.
 //!
@@ -13,6 +15,8 @@
 mod check;
 mod cpu;
 mod error;
+mod events;
+mod memory;
 mod options;
 mod probe;
 mod report;
@@ -26,24 +30,38 @@ mod target;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser as _};
 
 use crate::error::Error;
-use crate::options::Options;
+use crate::events::EventsOptions;
+use crate::options::{Arguments, Command, Options};
 use crate::report::Report;
 
 /// The run took place, and some responses were wrong or missing. (1: no run, 2: wrong usage.)
 const EXIT_FAULTS: u8 = 3;
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    match load(&options) {
+    let arguments = Arguments::parse();
+    let done = match (&arguments.command, &arguments.options) {
+        (Some(Command::Events(options)), _) => measure_events(options),
+        (None, Some(options)) => load(options),
+        (None, None) => Arguments::command().error(ErrorKind::MissingRequiredArgument, "--connect is missing").exit(),
+    };
+    match done {
         Ok(code) => code,
         Err(error) => {
             let _ = writeln!(io::stderr(), "forkyard-load: {error}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn measure_events(options: &EventsOptions) -> Result<ExitCode, Error> {
+    socket::raise_descriptor_limit();
+    let report = events::measure(&options.connect.resolve()?, options)?;
+    let text = if options.json { report.json()? } else { report.to_string() };
+    print(&text, report.clean())
 }
 
 fn load(options: &Options) -> Result<ExitCode, Error> {
@@ -57,6 +75,10 @@ fn load(options: &Options) -> Result<ExitCode, Error> {
     let outcome = run::run(&peer, options, &probe)?;
     let report = Report::new(options, &outcome);
     let text = if options.json { report.json()? } else { report.to_string() };
+    print(&text, report.clean())
+}
+
+fn print(text: &str, is_clean: bool) -> Result<ExitCode, Error> {
     writeln!(io::stdout(), "{text}").map_err(Error::Output)?;
-    Ok(if report.clean() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAULTS) })
+    Ok(if is_clean { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAULTS) })
 }

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 
+use crate::events::EventsOptions;
 use crate::target::Target;
 
 /// Load generator and response checker for FastCGI and HTTP/1.1 servers.
@@ -11,6 +12,22 @@ use crate::target::Target;
 /// Exit status: 0 all responses were right, 1 there was no run, 2 wrong usage, 3 there were errors or starved requests.
 #[derive(Debug, Parser)]
 #[command(name = "forkyard-load", version, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    #[command(flatten)]
+    pub(crate) options: Option<Options>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Subscribe to a server's events many times over, publish some, and see when and how often they come
+    Events(EventsOptions),
+}
+
+/// A run of requests.
+#[derive(Debug, Args)]
 pub(crate) struct Options {
     /// The server: fastcgi:unix:PATH, fastcgi:unix:@NAME, fastcgi:HOST:PORT, or the same with http
     #[arg(long, value_name = "PROTO:ADDR")]
@@ -81,7 +98,7 @@ impl Options {
     }
 }
 
-fn positive_duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn positive_duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(duration) if duration.is_zero() => Err("must be more than zero".into()),
         Ok(duration) => Ok(duration),
@@ -89,7 +106,7 @@ fn positive_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn uri(text: &str) -> Result<String, String> {
+pub(crate) fn uri(text: &str) -> Result<String, String> {
     if !text.starts_with('/') {
         return Err("must start with /".into());
     }
@@ -111,12 +128,13 @@ mod tests {
     use super::*;
 
     fn parse(args: &str) -> Result<Options, clap::Error> {
-        Options::try_parse_from(std::iter::once("forkyard-load").chain(args.split_whitespace()))
+        let arguments = Arguments::try_parse_from(std::iter::once("forkyard-load").chain(args.split_whitespace()))?;
+        Ok(arguments.options.expect("a run of requests"))
     }
 
     #[test]
     fn the_definition_is_consistent() {
-        <Options as clap::CommandFactory>::command().debug_assert();
+        <Arguments as clap::CommandFactory>::command().debug_assert();
     }
 
     #[test]

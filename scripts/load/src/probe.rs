@@ -1,5 +1,7 @@
 //! One request, sent alone before the run: it shows that there is a server, and its body is what all others are compared with.
 
+use std::time::Duration;
+
 use nix::errno::Errno;
 
 use crate::check::{Expectation, Seen};
@@ -9,56 +11,71 @@ use crate::request::request;
 use crate::response::{End, Response};
 use crate::socket::Socket;
 use crate::tally::{Fault, Kind};
-use crate::target::Peer;
+use crate::target::{Peer, Protocol};
 
 /// The largest body that is kept for comparison.
 const LIMIT: usize = 64 << 20;
 
 /// Asks once, on a connection of its own, and gives the body. A wrong response is an error here.
 pub(crate) fn probe(peer: &Peer, options: &Options) -> Result<Vec<u8>, Error> {
-    let socket = Socket::open_blocking(peer, options.timeout).map_err(|error| fault(Kind::Connect, error))?;
+    let socket = connect(peer, options.timeout).map_err(Error::Probe)?;
     let expectation = Expectation { body: None, length: options.expect_body_len };
     let mut seen = Seen::default();
     let mut body = Vec::new();
-    let end = exchange(&socket, options, |part| {
+    let end = exchange(&socket, options.connect.protocol, &request(options, false), |part| {
         seen.pass(part, &expectation);
         let room = LIMIT.saturating_sub(body.len());
         body.extend_from_slice(&part[..part.len().min(room)]);
     });
-    expectation.judge(&end?, &seen).map_err(Error::Probe)?;
+    end.and_then(|end| expectation.judge(&end, &seen)).map_err(Error::Probe)?;
     if body.len() as u64 != seen.length && !options.any_body {
         return Err(Error::LargeBody { limit: LIMIT });
     }
     Ok(body)
 }
 
-fn exchange(socket: &Socket, options: &Options, mut body: impl FnMut(&[u8])) -> Result<End, Error> {
-    let request = request(options, false);
-    let mut sent = 0;
-    while sent < request.len() {
-        sent += socket.send(&request[sent..]).map_err(|error| fault(Kind::Dropped, error))?;
-    }
-    let mut response = Response::new(options.connect.protocol);
+/// A connection whose calls wait, for `timeout` at most.
+pub(crate) fn connect(peer: &Peer, timeout: Duration) -> Result<Socket, Fault> {
+    Socket::open_blocking(peer, timeout).map_err(|error| fault(Kind::Connect, error))
+}
+
+/// Sends a request and waits for the end of its response.
+pub(crate) fn exchange(
+    socket: &Socket,
+    protocol: Protocol,
+    request: &[u8],
+    mut body: impl FnMut(&[u8]),
+) -> Result<End, Fault> {
+    send_all(socket, request)?;
+    let mut response = Response::new(protocol);
     let mut buffer = vec![0; 64 * 1024];
     let mut if_closed = Kind::Dropped;
     loop {
         let received = socket.receive(&mut buffer).map_err(|error| fault(if_closed, error))?;
         if received == 0 {
-            let closed = || Error::Probe(Fault::new(if_closed, "the server closed the connection"));
-            return response.closed().ok_or_else(closed);
+            return response.closed().ok_or_else(|| Fault::new(if_closed, "the server closed the connection"));
         }
         if_closed = Kind::Cut;
         match response.feed(&buffer[..received], &mut body) {
             Ok(Some(end)) => return Ok(end),
             Ok(None) => {}
-            Err(malformed) => return Err(Error::Probe(Fault::new(Kind::Malformed, malformed.0))),
+            Err(malformed) => return Err(Fault::new(Kind::Malformed, malformed.0)),
         }
     }
 }
 
-fn fault(kind: Kind, error: Errno) -> Error {
-    Error::Probe(match error {
+/// Sends all of a request on a connection whose calls wait.
+pub(crate) fn send_all(socket: &Socket, request: &[u8]) -> Result<(), Fault> {
+    let mut sent = 0;
+    while sent < request.len() {
+        sent += socket.send(&request[sent..]).map_err(|error| fault(Kind::Dropped, error))?;
+    }
+    Ok(())
+}
+
+fn fault(kind: Kind, error: Errno) -> Fault {
+    match error {
         Errno::EAGAIN if kind != Kind::Connect => Fault::new(Kind::Timeout, "no complete response in time"),
         _ => Fault::new(kind, error.desc()),
-    })
+    }
 }

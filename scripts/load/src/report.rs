@@ -120,11 +120,11 @@ impl fmt::Display for Report {
     }
 }
 
-fn each(time: Duration, requests: u64) -> Option<f64> {
+pub(crate) fn each(time: Duration, requests: u64) -> Option<f64> {
     (requests > 0).then(|| rounded(time.as_secs_f64() * 1e6 / requests as f64, 2))
 }
 
-fn rounded(value: f64, digits: i32) -> f64 {
+pub(crate) fn rounded(value: f64, digits: i32) -> f64 {
     let scale = 10_f64.powi(digits);
     (value * scale).round() / scale
 }
@@ -132,8 +132,14 @@ fn rounded(value: f64, digits: i32) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::Arguments;
     use crate::tally::Fault;
     use clap::Parser as _;
+
+    fn options() -> Options {
+        let arguments = Arguments::parse_from(["forkyard-load", "--connect", "http:localhost:80"]);
+        arguments.options.expect("a run of requests")
+    }
 
     fn outcome() -> Outcome {
         let mut tally = Tally::new();
@@ -153,7 +159,7 @@ mod tests {
 
     #[test]
     fn rates_count_only_good_requests() {
-        let options = Options::parse_from(["forkyard-load", "--connect", "http:localhost:80"]);
+        let options = options();
         let report = Report::new(&options, &outcome());
         assert_eq!((report.requests, report.ok, report.errors, report.rate), (5, 4, 1, 2.0));
         assert_eq!((report.server_cpu_us, report.client_cpu_us), (Some(10.0), Some(2.0)));
@@ -172,7 +178,7 @@ mod tests {
 
     #[test]
     fn errors_in_the_warm_up_and_starving_are_not_clean() {
-        let options = Options::parse_from(["forkyard-load", "--connect", "http:localhost:80"]);
+        let options = options();
         let with = |warmup_errors, starved| {
             let mut outcome = Outcome { warmup_errors, starved, ..outcome() };
             outcome.tally = Tally::new();

@@ -119,6 +119,12 @@ impl Tally {
         (count.times, count.first.as_deref())
     }
 
+    /// One that went wrong, if any did.
+    pub(crate) fn first_fault(&self) -> Option<Fault> {
+        let mut faults = Kind::ALL.into_iter().map(|kind| (kind, self.faults(kind).1));
+        faults.find_map(|(kind, first)| Some(Fault::new(kind, first?)))
+    }
+
     /// The time that the fraction `quantile` of the good requests took at most, to 1 %.
     pub(crate) fn latency(&self, quantile: f64) -> Duration {
         Duration::from_nanos(self.latency_ns.value_at_quantile(quantile))

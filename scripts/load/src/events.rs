@@ -1,0 +1,78 @@
+//! Event streams: many subscribers to one topic, and one publisher of numbered events that tell when they were published.
+//!
+//! ```text
+//! all subscribe -> events of number 0 until each has got one -> events 1, 2, 3 … at a rate -> until each has got the last
+//! ```
+//! Two threads, so that the publisher keeps its times while the subscribers read: this one with one `epoll_wait` for all
+//! subscribers, and that of the publisher, who waits for each answer on a kept connection. What decides (`stream`) does no I/O.
+//!
+//! An event carries the time just before its request was sent. Should the server answer so late that the next one is due
+//! already, that one follows at once and `late_max_us` tells it.
+
+mod options;
+mod publisher;
+mod report;
+mod stream;
+mod subscribers;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+pub(crate) use options::EventsOptions;
+use publisher::Publisher;
+use report::{Outcome, Report};
+use subscribers::Subscribers;
+
+use crate::cpu;
+use crate::error::Error;
+use crate::memory;
+use crate::target::Peer;
+
+/// What the two threads tell each other.
+#[derive(Debug, Default)]
+struct Signals {
+    /// Each subscriber has got an event.
+    all_subscribed: AtomicBool,
+    /// There will be no further event,
+    is_published: AtomicBool,
+    /// and there was none of those that are measured.
+    has_failed: AtomicBool,
+}
+
+/// What the server has used.
+#[derive(Debug, Default, Clone, Copy)]
+struct Usage {
+    cpu: std::time::Duration,
+    memory: u64,
+}
+
+/// Measures what `options` describe.
+pub(crate) fn measure(peer: &Peer, options: &EventsOptions) -> Result<Report, Error> {
+    let clock = Instant::now();
+    let signals = Signals::default();
+    let at_start = usage(options)?;
+    let mut subscribers = Subscribers::new(peer, options, clock)?;
+    subscribers.open()?;
+    let (published, own_cpu) = thread::scope(|scope| {
+        let publisher = scope.spawn(|| {
+            let published = Publisher::new(peer, options, clock).run(&signals);
+            signals.has_failed.store(published.is_err(), Ordering::Release);
+            signals.is_published.store(true, Ordering::Release);
+            published
+        });
+        let read = subscribers.read(&signals);
+        signals.all_subscribed.store(true, Ordering::Release); // also if not: the publisher is not to go on for ever
+        let published = publisher.join().expect("the publisher does not panic")?;
+        Ok::<_, Error>((published, cpu::own()?.saturating_sub(read?)))
+    })?;
+    let outcome = Outcome { at_start, at_end: usage(options)?, own_cpu, seen: subscribers.finish(), published };
+    Ok(Report::new(options, &outcome))
+}
+
+fn usage(options: &EventsOptions) -> Result<Usage, Error> {
+    if options.pids.is_empty() {
+        return Ok(Usage::default());
+    }
+    Ok(Usage { memory: memory::of_trees(&options.pids)?, cpu: cpu::of_trees(&options.pids)? })
+}
