@@ -21,7 +21,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use super::socket::{Socket, Watchdog};
+use super::socket::Socket;
+use super::watchdog::Watchdog;
 use crate::handover::{Channel, PackedOrigin, Parcel};
 use crate::heir;
 use crate::heir::ledger::{Ledger, Tongue};

@@ -31,6 +31,7 @@ mod scgi;
 mod serve;
 mod slow;
 mod socket;
+mod watchdog;
 
 use std::fs::File;
 use std::future::{Future, poll_fn};
@@ -62,7 +63,8 @@ use self::drain::Drain;
 use self::lifetime::Counted;
 use self::logs::Pipes;
 use self::serve::{Application, BoxError, Guard};
-use self::socket::{Socket, Watchdog};
+use self::socket::Socket;
+use self::watchdog::Watchdog;
 use crate::body::Body;
 use crate::config::Config;
 use crate::context::Context;
