@@ -149,7 +149,7 @@ fn a_reload_that_fails_says_the_workers_last_words() {
     let complaint = served.complaint(&["reload"], 1);
     assert!(complaint.contains("reload failed gen=2, the old workers stay"), "{complaint}");
     assert!(complaint.contains("broken on purpose") && complaint.contains("status="), "{complaint}");
-    assert_eq!(served.server.workers(), old);
+    served.server.has_only(&old);
     assert!(served.complaint(&["scale", "3"], 1).contains("broken on purpose"));
     std::fs::remove_file(served.folder.path().join("broken")).unwrap();
     assert!(served.said(&["reload"]).contains("reload done gen=3"));

@@ -254,7 +254,7 @@ fn each_request_has_a_line_over_each_protocol() {
         assert_eq!((&line["slot"], &line["gen"], &line["method"]), (&0.into(), &1.into(), &"GET".into()));
     }
     assert_eq!(lines[0]["client"], "127.0.0.1");
-    assert_eq!(server.workers(), BTreeSet::from([pid]));
+    server.has_only(&BTreeSet::from([pid]));
     server.stop();
     assert_eq!(objects(&read(&access)).len(), 3);
 }

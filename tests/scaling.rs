@@ -53,7 +53,7 @@ fn requests_that_take_long_bring_workers_and_quiet_sends_them_away() {
 #[test]
 fn nobody_is_there_until_somebody_asks() {
     let mut server = crashy(&["--workers", "0..2", "--scale-down-after", "500ms"]);
-    assert_eq!(server.workers(), BTreeSet::new());
+    server.has_only(&BTreeSet::new());
     for _ in 0..3 {
         assert_eq!(http::get(&server.http(), "/ok").unwrap().text(), "ok\n");
         has(&server, 0);

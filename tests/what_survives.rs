@@ -37,7 +37,7 @@ fn a_worker_panics_in_one_request() {
         assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
         assert_eq!(beside.join().unwrap(), 200, "the request beside it is unharmed");
     });
-    assert_eq!(server.workers(), workers, "the worker lives");
+    server.has_only(&workers); // the worker lives
     server.stop();
 }
 
@@ -158,7 +158,7 @@ fn sighup_with_a_build_that_does_not_start() {
     let refused = reload();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(1) && said.contains("broken on purpose"), "{said}");
-    assert_eq!(server.workers(), workers, "the old workers stay");
+    server.has_only(&workers); // the old ones stay
     std::fs::remove_file(&broken).unwrap();
     assert_eq!(reload().status.code(), Some(0));
     server.stop();

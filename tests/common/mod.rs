@@ -138,6 +138,13 @@ impl Server {
         }
     }
 
+    /// Its workers are these, and it has no other children: none is left of what was tried, nor is a zombie. (An heir that was
+    /// born just now is waited for, until it goes by its own name.)
+    pub fn has_only(&self, workers: &BTreeSet<i32>) {
+        assert_eq!(&self.workers(), workers);
+        wait_until("it has no other children", || (self.children() == *workers).then_some(()));
+    }
+
     /// Waits until all of `old` are gone and there are `count` workers.
     pub fn renewed(&self, count: usize, old: &BTreeSet<i32>) -> BTreeSet<i32> {
         wait_until("the workers are replaced", || {
