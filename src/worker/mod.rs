@@ -435,11 +435,12 @@ async fn told_to_leave(term: UnixStream, lifeline: OwnedFd, output: &Pipes) -> i
     let mut lifeline = tokio::net::unix::pipe::Receiver::from_owned_fd(lifeline)?;
     let (mut byte, mut end) = ([0], [0]);
     tokio::select! {
-        _ = term.read(&mut byte) => {}
+        biased; // a master that dies has TERM sent as well, when its files are closed
         _ = lifeline.read(&mut end) => {
             output.replace();
             log::warn!("the master is gone: this worker finishes and leaves");
         }
+        _ = term.read(&mut byte) => {}
     }
     Ok(())
 }
