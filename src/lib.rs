@@ -26,7 +26,6 @@ mod context;
 mod control;
 mod crash;
 mod events;
-mod folder_lock;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -35,6 +34,7 @@ mod heir;
 mod heritage;
 mod hooks;
 mod listen;
+mod lock_file;
 mod logging;
 mod master;
 mod memory;

@@ -23,7 +23,7 @@ use nix::sys::socket::{
 pub(crate) use self::address::{Address, Bind, Protocol};
 use self::socket_file::bind_file;
 pub(crate) use self::socket_file::{
-    SocketAndFile, bind_datagrams, examine_folder, examine_path, give_socket_file, is_stale, remove_own,
+    SocketAndFile, bind_datagrams, examine_folder, examine_length, examine_path, give_socket_file, is_stale, remove_own,
 };
 use crate::config::privileges::Owner;
 use crate::sys;

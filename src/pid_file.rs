@@ -1,15 +1,18 @@
 //! The pid file: the master's number for other programs, and a lock that keeps a second master out.
 //!
 //! The file is written whole under another name, locked, and moved into place: nobody reads half of it. The lock ends with
-//! the master however that ends, so a file without a lock is what a dead one left. May not be closed before the master is done.
+//! the master however that ends, so a file without a lock is what a dead one left. It is a write lock of fcntl(2): who may only
+//! read the file cannot take one, and so cannot pass for a living master. May not be closed before the master is done.
 
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read as _, Write as _};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use crate::folder_lock::{FolderLock, folder_of};
+use nix::fcntl::{FcntlArg, fcntl};
+
+use crate::lock_file::{LockFile, directory_of};
 use crate::master::upgrade::Takeover;
 use crate::master::upgrade::saved::SavedPidFile;
 
@@ -28,15 +31,19 @@ impl PidFile {
     pub(crate) fn create(path: &Path) -> Result<Self, String> {
         let fail = |cause: String| format!("cannot write the pid file {}: {cause}", path.display());
         let denied = |error: std::io::Error| fail(format!("{error} (choose another path with --pid-file)"));
-        let _turn = FolderLock::of(path).map_err(fail)?;
+        let _turn = LockFile::beside(path);
         refuse_second(path).map_err(fail)?;
-        let pid = std::process::id();
         let name = path.file_name().ok_or_else(|| fail("it has no name (give a file with --pid-file)".to_owned()))?;
-        let fresh = folder_of(path).join(format!(".{}.{pid}", name.to_string_lossy()));
+        let prefix = format!(".{}.", name.to_string_lossy());
+        remove_leftovers(directory_of(path), &prefix);
+        // A name that nobody can have taken: neither a master of the same number that was killed in here, nor a stranger.
+        let mut random = [0; 8];
+        getrandom::fill(&mut random).map_err(|error| denied(io::Error::other(error)))?;
+        let fresh = directory_of(path).join(format!("{prefix}{:016x}", u64::from_ne_bytes(random)));
         let write = || {
             let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&fresh)?;
-            let written = file.write_all(format!("{pid}\n").as_bytes());
-            written.and_then(|()| Ok(file.try_lock()?)).and_then(|()| std::fs::rename(&fresh, path)).map(|()| file)
+            let written = file.write_all(format!("{}\n", std::process::id()).as_bytes());
+            written.and_then(|()| lock(&file)).and_then(|()| std::fs::rename(&fresh, path)).map(|()| file)
         };
         match write() {
             Ok(file) => Ok(Self { path: path.to_owned(), file }),
@@ -58,6 +65,11 @@ impl PidFile {
             return path.map(Self::create).transpose();
         };
         let adopted = descriptor.map(|descriptor| Self { path: former.clone(), file: File::from(descriptor) });
+        if let Some(Self { path, file }) = &adopted {
+            if let Err(error) = lock(file) {
+                log::warn!("the pid file {} is not locked: {error}", path.display());
+            }
+        }
         if path == Some(&*former) && (is_check || adopted.is_some()) {
             return Ok(adopted);
         }
@@ -82,6 +94,44 @@ impl PidFile {
     }
 }
 
+/// Locks the file for as long as it is open here. To have it locked already is no error.
+fn lock(file: &File) -> io::Result<()> {
+    let flock = flock_of(libc::F_WRLCK);
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
+        Ok(_) => Ok(()),
+        // A file system without locks: as good as it gets.
+        Err(nix::errno::Errno::ENOLCK | nix::errno::Errno::EOPNOTSUPP) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Whether somebody has it locked who may write to it.
+fn is_locked(file: &File) -> bool {
+    let mut flock = flock_of(libc::F_RDLCK);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut flock)).is_ok() && i32::from(flock.l_type) == libc::F_WRLCK
+}
+
+/// All of the file.
+fn flock_of(kind: libc::c_int) -> libc::flock {
+    let kind = libc::c_short::try_from(kind).unwrap_or(0);
+    let whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or(0);
+    libc::flock { l_type: kind, l_whence: whence, l_start: 0, l_len: 0, l_pid: 0 }
+}
+
+/// Removes what masters of this user left that were killed before they had moved their file into place. The caller holds the lock,
+/// so none is about to.
+fn remove_leftovers(directory: &Path, prefix: &str) {
+    let is_number = |rest: &str| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let ours = nix::unistd::geteuid().as_raw();
+    for entry in directory.read_dir().into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let left = name.to_str().and_then(|name| name.strip_prefix(prefix)).is_some_and(is_number);
+        if left && entry.metadata().is_ok_and(|found| found.is_file() && found.uid() == ours) {
+            let _ = std::fs::remove_file(entry.path()); // it is in nobody's way
+        }
+    }
+}
+
 /// An error if a living master has the file, or if it is something else than a pid file.
 fn refuse_second(path: &Path) -> Result<(), String> {
     let Ok(metadata) = path.symlink_metadata() else { return Ok(()) };
@@ -90,7 +140,7 @@ fn refuse_second(path: &Path) -> Result<(), String> {
     }
     let mut text = String::new();
     let file = File::open(path).map_err(|error| format!("{error} (choose another path with --pid-file)"))?;
-    let held = matches!(file.try_lock(), Err(TryLockError::WouldBlock));
+    let held = is_locked(&file);
     let read = file.take(32).read_to_string(&mut text);
     let text = text.trim();
     if read.is_err() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -120,6 +170,30 @@ mod tests {
         assert!(error.contains("another master has it") && error.contains("--pid-file"), "{error}");
         first.remove();
         assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_master_left_half_made_is_in_nobodys_way_and_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pid");
+        for left in [format!(".a.pid.{}", std::process::id()), ".a.pid.0123456789abcdef".to_owned()] {
+            std::fs::write(folder.path().join(left), "").unwrap();
+        }
+        std::fs::write(folder.path().join(".a.pid.swp"), "an editor's").unwrap();
+        let first = PidFile::create(&path).unwrap();
+        assert_eq!(folder.path().read_dir().unwrap().count(), 2);
+        first.remove();
+    }
+
+    #[test]
+    fn who_can_only_read_a_dead_masters_file_cannot_pass_for_a_living_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pid");
+        std::fs::write(&path, "4000000\n").unwrap();
+        let stranger = File::open(&path).unwrap();
+        stranger.lock().unwrap();
+        fcntl(&stranger, FcntlArg::F_OFD_SETLK(&flock_of(libc::F_RDLCK))).unwrap();
+        PidFile::create(&path).unwrap().remove();
     }
 
     #[test]

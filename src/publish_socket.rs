@@ -1,7 +1,8 @@
 //! The publish socket: datagrams of programs in any language, which the relay reads.
 //!
 //! It is a file, so that the kernel says who may send. Without `--events-socket` it is in a folder made for it alone, which
-//! goes with it; what a master left that was killed is removed by the next one that makes such a folder.
+//! goes with it; what a master left that was killed is removed by the next one that makes such a folder. Such a folder is made
+//! in the first place that can have one; if none can, programs cannot publish, and the server starts without the socket.
 
 use std::fs::DirBuilder;
 use std::io;
@@ -10,8 +11,9 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as 
 use std::path::{Path, PathBuf};
 
 use crate::config::Config;
-use crate::folder_lock::FolderLock;
 use crate::listen::{self, SocketAndFile};
+use crate::lock_file::LockFile;
+use crate::privileges::Visitor;
 
 /// In every program's environment: where the socket is.
 pub(crate) const VARIABLE: &str = "FORKYARD_EVENTS";
@@ -31,32 +33,40 @@ pub(crate) struct PublishSocket {
 }
 
 impl PublishSocket {
+    /// `None`, with a warning, if nobody asked for it and there is no place for it.
+    ///
     /// # Errors
-    /// A sentence for the operator.
-    pub(crate) fn bind(config: &Config) -> Result<Self, String> {
-        let asked = config.publish.socket.clone();
-        let fail = |path: &Path, cause: String| format!("cannot have a publish socket at {}: {cause}", path.display());
-        let path = match &asked {
-            Some(asked) => std::path::absolute(asked).map_err(|error| fail(asked, error.to_string()))?,
-            None => {
-                let place = place();
-                private_folder(&place)
-                    .map_err(|error| fail(&place, format!("{error} (choose a path with {FLAG})")))?
-                    .join(NAME)
-            }
+    /// A sentence for the operator: `--events-socket` names a place where there can be none.
+    pub(crate) fn bind(config: &Config) -> Result<Option<Self>, String> {
+        let Some(asked) = &config.publish.socket else {
+            return Ok(Self::bind_somewhere(config).inspect_err(|why| log::warn!("{why}")).ok());
         };
-        let bound = listen::bind_datagrams(&path, 0o660, FLAG);
-        let (socket, file): SocketAndFile = bound.map_err(|cause| {
-            remove_folder(&asked, &path);
-            fail(&path, cause)
-        })?;
+        let fail = |cause: String| format!("cannot have a publish socket at {}: {cause}", asked.display());
+        let path = std::path::absolute(asked).map_err(|error| fail(error.to_string()))?;
+        let made = Self::make(Some(asked.clone()), path, config).map_err(fail)?;
+        if let Some(note) = note_on(asked, config) {
+            log::warn!("{note}");
+        }
+        Ok(Some(made))
+    }
+
+    /// In a folder of its own, in the first place that can have one.
+    ///
+    /// # Errors
+    /// Why there is no such place.
+    fn bind_somewhere(config: &Config) -> Result<Self, String> {
+        first_of(&places(), config, |place| {
+            let path = private_folder(place).map_err(|error| error.to_string())?.join(NAME);
+            Self::make(None, path.clone(), config).inspect_err(|_| remove_folder(&None, &path))
+        })
+    }
+
+    fn make(asked: Option<PathBuf>, path: PathBuf, config: &Config) -> Result<Self, String> {
+        let (socket, file): SocketAndFile = listen::bind_datagrams(&path, 0o660, FLAG)?;
         let made = Self { asked, path, socket, file };
         if let (Some(owner), Some(file)) = (config.privileges.owner_of_files(), made.file) {
             listen::give_socket_file(&made.path, file, owner).map_err(|error| {
-                fail(
-                    &made.path,
-                    format!("it cannot be given to the user of --user: {error} (choose a path with {FLAG})"),
-                )
+                format!("it cannot be given to the user of --user: {error} (choose a path with {FLAG})")
             })?;
         }
         Ok(made)
@@ -118,11 +128,87 @@ fn remove_folder(asked: &Option<PathBuf>, path: &Path) {
     }
 }
 
-/// Where folders are made: what systemd made for this service, or the folder of temporary files.
-fn place() -> PathBuf {
+/// Where folders may be made, best first: what systemd made for this service, the folder of temporary files, and where they are as a
+/// rule.
+fn places() -> Vec<PathBuf> {
     let given = std::env::var_os("RUNTIME_DIRECTORY");
-    let first = given.and_then(|given| std::env::split_paths(&given).find(|path| path.is_dir()));
-    first.unwrap_or_else(std::env::temp_dir)
+    let given = given.and_then(|given| std::env::split_paths(&given).find(|path| path.is_dir()));
+    let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    let further = ["/run", "/tmp"].map(PathBuf::from);
+    let all = given.into_iter().chain([std::env::temp_dir()]).chain(of_user).chain(further);
+    let mut places: Vec<PathBuf> = Vec::new();
+    for place in all {
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    places
+}
+
+/// The first place where `try_it` succeeds, of those to which the workers' user gets.
+///
+/// # Errors
+/// A sentence for the operator: why there is none.
+fn first_of<T>(
+    places: &[PathBuf],
+    config: &Config,
+    mut try_it: impl FnMut(&Path) -> Result<T, String>,
+) -> Result<T, String> {
+    let visitor = Visitor::of(&config.privileges);
+    let mut causes = Vec::new();
+    for place in places {
+        let barred = visitor.as_ref().and_then(|visitor| visitor.barred_at(place));
+        let found = match barred {
+            Some(folder) => Err(format!("the user of --user may not enter {}", folder.display())),
+            None => try_it(place),
+        };
+        match found {
+            Ok(found) => return Ok(found),
+            Err(cause) => causes.push(format!("{}: {cause}", place.display())),
+        }
+    }
+    Err(format!(
+        "programs cannot publish events and get no {VARIABLE}, as there is no place for the socket: {} (name a path with \
+         {FLAG}, set TMPDIR, or leave the event log out with --events 0)",
+        causes.join("; ")
+    ))
+}
+
+/// What a start would find out about the publish socket: an error if it was asked for and cannot be had, and what else an operator may
+/// want to know. Nothing is made.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
+    if config.events.bytes == 0 {
+        return Ok(None);
+    }
+    let Some(path) = &config.publish.socket else {
+        let name_of_folder = format!("{FOLDER}{:016x}", 0);
+        let look = |place: &Path| {
+            let socket =
+                std::path::absolute(place).map_err(|error| error.to_string())?.join(&name_of_folder).join(NAME);
+            listen::examine_length(&socket, FLAG)?;
+            listen::examine_folder(&place.join(NAME))
+        };
+        return Ok(first_of(&places(), config, look).err());
+    };
+    match listen::examine_path(path, FLAG) {
+        Ok(None) => Ok(note_on(path, config)),
+        Ok(Some(note)) => Ok(Some(format!("publish socket {}: {note}", path.display()))),
+        Err(cause) => Err(format!("publish socket {}: {cause}", path.display())),
+    }
+}
+
+/// What stands in the way of those who are to publish at a path that was asked for.
+fn note_on(path: &Path, config: &Config) -> Option<String> {
+    let folder = std::path::absolute(path).ok()?.parent()?.to_owned();
+    let barred = Visitor::of(&config.privileges)?.barred_at(&folder)?;
+    Some(format!(
+        "the user of --user cannot publish at {}: it may not enter {} (choose another path with {FLAG}, or chmod o+x that folder)",
+        path.display(),
+        barred.display()
+    ))
 }
 
 /// One that everybody may pass through, but only we may change.
@@ -146,8 +232,9 @@ fn sweep(place: &Path) {
         let is_ours = entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == ours);
         let socket = entry.path().join(NAME);
         // One that is being made looks like what a dead program left.
-        let turn = is_ours.then(|| FolderLock::of(&socket));
-        if matches!(turn, Some(Ok(_))) && listen::is_stale(&socket) && std::fs::remove_file(&socket).is_ok() {
+        let turn = is_ours.then(|| LockFile::beside(&socket));
+        if turn.is_some() && listen::is_stale(&socket) && std::fs::remove_file(&socket).is_ok() {
+            drop(turn); // its file is in there
             let _ = std::fs::remove_dir(entry.path()); // something else is there
         }
     }

@@ -71,8 +71,8 @@ pub(crate) fn open_control(
     Ok(Some(ControlListener::bind(path)?))
 }
 
-/// The publish socket: a former master's, if it is what would be made now, or a new one; none without an event log. Of another one that
-/// a former master had, nothing is left. For a check as for the control socket.
+/// The publish socket: a former master's, if it is what would be made now, or a new one; none without an event log, or if nobody
+/// asked for it and there is no place for it. Of another one that a former master had, nothing is left. For a check as for the control socket.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -91,7 +91,7 @@ pub(crate) fn open_publish(
             Some(_) | None => {}
         }
     }
-    Ok(if wanted { Some(PublishSocket::bind(config)?) } else { None })
+    if wanted { Ok(PublishSocket::bind(config)?) } else { Ok(None) }
 }
 
 fn take_passed(

@@ -17,9 +17,11 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrLike as _, SockaddrStorage, recvmsg};
 use nix::sys::wait::WaitPidFlag;
@@ -59,6 +61,25 @@ impl std::fmt::Display for Ending {
             },
         }
     }
+}
+
+/// An error of the system as the operator is told it: with what to raise, if it is a limit.
+pub(crate) fn explain(error: &io::Error) -> String {
+    let hint = match error.raw_os_error() {
+        Some(libc::EMFILE) => {
+            let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+            return format!(
+                "{error}: this process may have {limit} descriptors (raise it with ulimit -n, or LimitNOFILE= in the unit)"
+            );
+        }
+        Some(libc::ENFILE) => "the whole system has no more descriptors (raise fs.file-max)",
+        Some(libc::EAGAIN) => {
+            "no more processes are allowed (raise ulimit -u, TasksMax= in the unit, or pids.max of the container)"
+        }
+        Some(libc::ENOMEM) => "there is no memory (raise the memory limit, or have fewer workers or a smaller cache)",
+        _ => return error.to_string(),
+    };
+    format!("{error}: {hint}")
 }
 
 /// Forks a child that runs `child` and exits with the status it returns.
@@ -145,6 +166,7 @@ pub(crate) fn own(fd: RawFd) -> Option<OwnedFd> {
 pub(crate) fn spawn(command: &mut Command, pass: &[RawFd], steps: Vec<Step>) -> io::Result<Child> {
     let master = nix::unistd::getpid();
     let pass = pass.to_vec();
+    let open = numbers_without_close_range();
     let in_child = move || {
         for step in &steps {
             privileges::carry_out(step).inspect_err(|_| {
@@ -157,7 +179,7 @@ pub(crate) fn spawn(command: &mut Command, pass: &[RawFd], steps: Vec<Step>) -> 
         if getppid() != master {
             return Err(io::Error::from_raw_os_error(libc::ESRCH)); // the master died before the line above
         }
-        set_close_on_exec_from(3)?;
+        set_close_on_exec_from(3, &open)?;
         for &fd in &pass {
             // SAFETY: the caller holds these descriptors open in the parent, and the child has copies of them.
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
@@ -168,7 +190,7 @@ pub(crate) fn spawn(command: &mut Command, pass: &[RawFd], steps: Vec<Step>) -> 
         Ok(())
     };
     // SAFETY: between fork and exec the closure only makes system calls (those of the steps, prctl, getppid,
-    // close_range, fcntl, sigprocmask): no allocation, no lock.
+    // close_range, fcntl, sigprocmask): no allocation, no lock. What the child opens before exec is close-on-exec by itself.
     unsafe { command.process_group(0).pre_exec(in_child) };
     let before = block_signals();
     let spawned = command.spawn();
@@ -176,10 +198,43 @@ pub(crate) fn spawn(command: &mut Command, pass: &[RawFd], steps: Vec<Step>) -> 
     spawned
 }
 
-fn set_close_on_exec_from(first: u32) -> io::Result<()> {
-    // SAFETY: plain system call with three integers; it changes flags only.
-    let outcome = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+/// Where close_range(2) is to be had with this flag: Linux 5.11 and later, unless a seccomp filter refuses it.
+fn has_close_range() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| close_range(u32::MAX, u32::MAX, libc::CLOSE_RANGE_CLOEXEC).is_ok())
+}
+
+fn close_range(first: u32, last: u32, flags: u32) -> io::Result<()> {
+    // SAFETY: plain system call with three integers. Whoever has descriptors closed answers for that.
+    let outcome = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What [`set_close_on_exec_from`] has to be given: nothing where close_range(2) is to be had, or else what is open here. To be
+/// asked before a fork, since it allocates.
+fn numbers_without_close_range() -> Vec<RawFd> {
+    if has_close_range() { Vec::new() } else { open_or_possible() }
+}
+
+/// The descriptors that are open here, or may be.
+fn open_or_possible() -> Vec<RawFd> {
+    open_descriptors().unwrap_or_else(|_| {
+        // No /proc here: then all that the limit allows, as far as anybody goes.
+        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard);
+        (0..RawFd::try_from(limit.min(1 << 20)).unwrap_or(RawFd::MAX)).collect()
+    })
+}
+
+/// Async-signal-safe. `open` are the numbers that are open, where the kernel cannot go through them by itself.
+fn set_close_on_exec_from(first: u32, open: &[RawFd]) -> io::Result<()> {
+    if open.is_empty() {
+        return close_range(first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+    }
+    for &fd in open.iter().filter(|&&fd| u32::try_from(fd).is_ok_and(|fd| fd >= first)) {
+        // SAFETY: F_SETFD takes any number, and changes a flag of what is open there.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+    Ok(())
 }
 
 /// Closes every descriptor that `keep` does not name. For a child that has just been forked.
@@ -187,6 +242,14 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
     let mut keep: Vec<u32> = keep.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
     keep.sort_unstable();
     keep.dedup();
+    if !has_close_range() {
+        let is_kept = |fd: &RawFd| u32::try_from(*fd).is_ok_and(|fd| keep.binary_search(&fd).is_ok());
+        for fd in open_or_possible().into_iter().filter(|fd| !is_kept(fd)) {
+            // SAFETY: as below.
+            unsafe { libc::close(fd) };
+        }
+        return;
+    }
     let mut first = 0;
     for fd in keep.into_iter().map(Some).chain([None]) {
         let last = match fd {
@@ -195,9 +258,9 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
             None => Some(u32::MAX),
         };
         if let Some(last) = last.filter(|&last| first <= last) {
-            // SAFETY: closes descriptors by number. The values in this process that own them are the master's,
-            // which the child never touches again: it leaves by `_exit`.
-            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+            // Closes descriptors by number. The values in this process that own them are the master's, which the child never
+            // touches again: it leaves by `_exit`.
+            let _ = close_range(first, last, 0); // it was asked for before
         }
         if let Some(fd) = fd {
             first = fd + 1;
@@ -323,7 +386,8 @@ pub(crate) fn exec(
         Ok(never) => match never {},
         Err(error) => error,
     };
-    let undone = set_close_on_exec_from(3).and(before.and_then(std::env::set_current_dir));
+    let undone =
+        set_close_on_exec_from(3, &numbers_without_close_range()).and(before.and_then(std::env::set_current_dir));
     if let Err(error) = undone {
         log::error!("after an exec that failed: {error}");
     }
@@ -345,7 +409,7 @@ fn try_exec(
     let environment: Vec<CString> = environment.iter().map(pair).collect::<io::Result<_>>()?;
     io::stdout().flush()?;
     std::env::set_current_dir(folder)?;
-    set_close_on_exec_from(3)?;
+    set_close_on_exec_from(3, &numbers_without_close_range())?;
     for &fd in keep {
         // SAFETY: changes a flag of a descriptor by its number, and fails if nothing is open there.
         if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } != 0 {

@@ -7,8 +7,8 @@ use nix::unistd::{AccessFlags, access};
 
 use super::Request;
 use crate::config::Program;
-use crate::listen;
 use crate::privileges::Privileges;
+use crate::{listen, publish_socket};
 
 /// What stands in the way of serving, and what an operator may want to know.
 #[derive(Debug, Default)]
@@ -50,12 +50,9 @@ pub(crate) fn examine(request: &Request) -> Findings {
             Err(cause) => findings.errors.push(format!("control socket {}: {cause}", path.display())),
         }
     }
-    if let Some(path) = config.publish.socket.as_ref().filter(|_| config.events.bytes > 0) {
-        match listen::examine_path(path, "--events-socket") {
-            Ok(None) => {}
-            Ok(Some(note)) => findings.notes.push(format!("publish socket {}: {note}", path.display())),
-            Err(cause) => findings.errors.push(format!("publish socket {}: {cause}", path.display())),
-        }
+    match publish_socket::examine(config) {
+        Ok(note) => findings.notes.extend(note),
+        Err(cause) => findings.errors.push(cause),
     }
     if let Some(file) = &config.cache.file {
         if config.cache.bytes == 0 {

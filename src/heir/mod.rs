@@ -61,7 +61,8 @@ pub(crate) struct Appointed {
 /// Descriptors that the heir uses, and the worker must not close.
 #[derive(Debug)]
 struct Kept {
-    worker: OwnedFd,
+    /// None without an heir.
+    worker: Option<OwnedFd>,
     /// The worker gives up its own when it leaves.
     lifeline: OwnedFd,
     _channel: Arc<Channel>,
@@ -69,36 +70,65 @@ struct Kept {
     _log_files: Arc<LogFiles>,
 }
 
-/// Makes the heir of the process that calls this: a worker with one thread.
+/// Why processes of this machine can have no heir, if that is so: an heir goes by descriptors of processes.
+pub(crate) fn obstacle() -> Option<io::Error> {
+    sys::process_descriptor(nix::unistd::getpid()).err().filter(lacks_call)
+}
+
+/// Whether the kernel, or a filter of system calls, does not have the call; other errors may be gone the next time.
+fn lacks_call(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES))
+}
+
+/// Makes the heir of the process that calls this: a worker with one thread. Without an heir the worker can live.
 ///
 /// # Errors
-/// If there is no memory for the ledger. Without an heir the worker can live.
+/// If there is no memory for the ledger, or no descriptor for what the worker itself needs.
 pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
     let ledger = Ledger::create()?;
     let lines = heritage.log_files.has_access_log().then(LineBuffer::create).transpose()?;
-    let kept = Kept {
-        worker: sys::process_descriptor(nix::unistd::getpid())?,
+    // Asked here: an heir that asks who its parent is may be an orphan already.
+    let worker = nix::unistd::getpid();
+    let end_of_worker = sys::process_descriptor(worker);
+    let mut kept = Kept {
+        worker: None,
         lifeline: heritage.lifeline.try_clone()?,
         _channel: Arc::clone(&heritage.handover),
         _listeners: Arc::clone(&heritage.listeners),
         _log_files: Arc::clone(&heritage.log_files),
     };
-    // Asked here: an heir that asks who its parent is may be an orphan already.
-    let worker = nix::unistd::getpid();
-    let heir =
-        sys::clone_with_descriptors(|| live(worker, heritage, ledger, lines, &kept)).and_then(sys::process_descriptor);
-    let end = heir.inspect_err(|error| {
-        log::warn!("a worker has no heir, and its clients would see its death: {error} slot={}", heritage.slot);
+    let heir = end_of_worker.and_then(|end| {
+        let ends = (kept.worker.insert(end), &kept.lifeline);
+        sys::clone_with_descriptors(|| live(worker, heritage, ledger, lines, (ends.0.as_fd(), ends.1.as_fd())))
+            .and_then(sys::process_descriptor)
     });
-    Ok(Appointed { ledger, lines, end: end.ok(), _kept: kept })
+    match &heir {
+        Ok(_) => {}
+        // The master has said so, once for all.
+        Err(error) if lacks_call(error) => log::debug!("a worker has no heir: {error} slot={}", heritage.slot),
+        Err(error) => {
+            let slot = heritage.slot;
+            log::warn!(
+                "a worker has no heir, and its clients would see its death: {} slot={slot}",
+                sys::explain(error)
+            );
+        }
+    }
+    Ok(Appointed { ledger, lines, end: heir.ok(), _kept: kept })
 }
 
 /// The heir's life. Signals are blocked, as they were when the worker was forked, and stay so.
-fn live(worker: Pid, heritage: &Heritage, ledger: Ledger, lines: Option<LineBuffer>, kept: &Kept) -> u8 {
+fn live(
+    worker: Pid,
+    heritage: &Heritage,
+    ledger: Ledger,
+    lines: Option<LineBuffer>,
+    (end, lifeline): (BorrowedFd<'_>, BorrowedFd<'_>),
+) -> u8 {
     let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
     let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group ends both
-    await_death(worker, kept.worker.as_fd());
-    let estate = Estate::open(heritage, ledger, kept.lifeline.as_fd());
+    await_death(worker, end);
+    let estate = Estate::open(heritage, ledger, lifeline);
     if let Some(lines) = lines {
         lines.empty(|lines| write_last(heritage, lines));
     }

@@ -13,7 +13,7 @@ use nix::sys::stat::{Mode, fstat, umask};
 
 use super::{listen, new_socket};
 use crate::config::privileges::Owner;
-use crate::folder_lock::FolderLock;
+use crate::lock_file::LockFile;
 use crate::privileges;
 
 /// A socket with a file, and the file's device and inode.
@@ -34,9 +34,9 @@ pub(super) fn bind_file(
     mode: Option<u32>,
     flag: &str,
 ) -> Result<SocketAndFile, String> {
-    let address = UnixAddr::new(path).map_err(|_| too_long(path))?;
+    let address = UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
     // Until it listens, the new one looks like what a dead program left.
-    let _turn = FolderLock::of(path)?;
+    let _turn = LockFile::beside(path);
     clear_stale(path, flag)?;
     let kind = if backlog.is_some() { SockType::Stream } else { SockType::Datagram };
     let socket = new_socket(AddressFamily::Unix, kind)?;
@@ -83,9 +83,15 @@ pub(super) fn probe(path: &Path) -> Result<(), Errno> {
     socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
-fn too_long(path: &Path) -> String {
+fn too_long(path: &Path, flag: &str) -> String {
     let length = path.as_os_str().len();
-    format!("the path has {length} bytes, and a Unix socket's may have 107 (choose a shorter one)")
+    format!("the path has {length} bytes, and a Unix socket's may have 107 (choose a shorter one with {flag})")
+}
+
+/// # Errors
+/// A sentence for the operator, if no Unix socket can have this path; `flag` is the one that chose it.
+pub(crate) fn examine_length(path: &Path, flag: &str) -> Result<(), String> {
+    UnixAddr::new(path).map(drop).map_err(|_| too_long(path, flag))
 }
 
 fn explain_path(errno: Errno, path: &Path, flag: &str) -> String {
@@ -130,7 +136,7 @@ fn file_identity(path: &Path) -> Option<(u64, u64)> {
 /// # Errors
 /// As above.
 pub(crate) fn examine_path(path: &Path, flag: &str) -> Result<Option<String>, String> {
-    UnixAddr::new(path).map_err(|_| too_long(path))?;
+    UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
     let Ok(metadata) = std::fs::symlink_metadata(path) else { return examine_folder(path).map(|()| None) };
     if !metadata.file_type().is_socket() {
         return Err(format!("the file there is not a socket (move it away, or choose another path with {flag})"));

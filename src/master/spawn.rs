@@ -23,7 +23,7 @@ use crate::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
 use crate::privileges::Privileges;
-use crate::{notify, publish_socket, sys, systemd};
+use crate::{heir, notify, publish_socket, sys, systemd};
 
 /// Variables that concern the master alone, and no process of its.
 pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &notify::VARIABLES, &systemd::VARIABLES];
@@ -106,6 +106,12 @@ impl Nursery {
         let executes = matches!(launch, Launch::Program(_));
         let privileges = Privileges::resolve(&config.privileges, executes).map_err(io::Error::other)?;
         let privileges = Arc::new(privileges);
+        if let (Launch::Worker(..), Some(error)) = (&launch, heir::obstacle()) {
+            log::warn!(
+                "workers have no heirs, so that a worker's death resets its connections: pidfd_open(2) is not available: \
+                 {error} (Linux 5.3 has it; a container's seccomp profile has to allow it)"
+            );
+        }
         let worker_hooks = match &mut launch {
             Launch::Worker(_, hooks) => Arc::new(std::mem::take(&mut hooks.of_worker)),
             Launch::Program(_) => Arc::default(),

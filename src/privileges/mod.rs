@@ -3,11 +3,13 @@
 //!
 //! - [`steps`] decides what is done, and in which order (pure).
 //! - [`calls`] makes the system calls; between fork and exec too.
+//! - [`reach`] tells whether another user gets to a path.
 //! - [`sandbox`] confines a worker; [`syscalls`] is its list of system calls.
 //!
 //! Imports the configuration, and nothing of master or worker.
 
 mod calls;
+mod reach;
 mod sandbox;
 mod steps;
 mod syscalls;
@@ -21,6 +23,7 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::Pid;
 
+pub(crate) use self::reach::Visitor;
 use self::steps::Standing;
 pub(crate) use self::steps::Step;
 use crate::config::privileges::{Affinity, Owner, PrivilegesConfig, Variable};

@@ -1,0 +1,189 @@
+//! A lock for the moment in which a file is looked at and replaced: two masters that start at once with one socket path, or
+//! one pid file, would otherwise each take the other's for what a dead one left.
+//!
+//! It is flock(2) on a file of our own beside the path, `.NAME.lock`, which only its owner can open. A lock on the directory
+//! itself would be anybody's to hold: flock(2) asks for nothing but a descriptor that can read. The file is removed by
+//! whoever holds the lock, so that who gets a lock looks whether the name still leads to the file that it locked.
+//!
+//! ```text
+//! open or create ─▶ is it ours alone? ─▶ flock ─▶ does the name still lead here? ─▶ use ─▶ unlink ─▶ close
+//!        ▲                                                  │ no: its holder removed it
+//!        └──────────────────────────────────────────────────┘
+//! ```
+//!
+//! No one can keep a master from starting by this lock: where it cannot be had, the log says why and the start goes on. The
+//! race that it prevents is rare. May not be held for longer than that moment.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+
+/// How long others may hold it.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to sleep between two looks.
+const LOCK_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Ends, and removes its file, when it is dropped.
+#[derive(Debug)]
+pub(crate) struct LockFile {
+    held: Option<(PathBuf, File)>,
+}
+
+/// The directory in which `path` is.
+pub(crate) fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+impl LockFile {
+    /// Waits until no other master is about to replace `path`. Goes on without a lock where there can be none, or where
+    /// somebody holds it for long.
+    pub(crate) fn beside(path: &Path) -> Self {
+        Self::with_timeout(path, LOCK_TIMEOUT)
+    }
+
+    fn with_timeout(path: &Path, timeout: Duration) -> Self {
+        let Some(name) = path.file_name() else { return Self { held: None } };
+        let lock = directory_of(path).join(format!(".{}.lock", name.to_string_lossy()));
+        let begun = Instant::now();
+        loop {
+            let file = match open(&lock) {
+                Ok(file) => file,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    // Whatever needs the directory says what is wrong with that.
+                    if let Ok(found) = lock.symlink_metadata() {
+                        log::warn!(
+                            "starting without a lock: {} belongs to somebody else: {error} (remove it) uid={} path={}",
+                            lock.display(),
+                            found.uid(),
+                            path.display()
+                        );
+                    } else {
+                        log::debug!("cannot make the lock file {}: {error}", lock.display());
+                    }
+                    return Self { held: None };
+                }
+            };
+            match file.try_lock() {
+                Ok(()) if leads_to(&lock, &file) => return Self { held: Some((lock, file)) },
+                Ok(()) => {} // its holder has removed it meanwhile
+                Err(TryLockError::WouldBlock) if begun.elapsed() < timeout => std::thread::sleep(LOCK_INTERVAL),
+                Err(TryLockError::WouldBlock) => {
+                    log::warn!(
+                        "starting without a lock: another program of this user has held {} for {}s (find it with: lslocks)",
+                        lock.display(),
+                        timeout.as_secs()
+                    );
+                    return Self { held: None };
+                }
+                Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(TryLockError::Error(error)) => {
+                    log::debug!("cannot lock {}: {error}", lock.display()); // a file system without locks
+                    let _ = std::fs::remove_file(&lock); // an empty file, of use to nobody
+                    return Self { held: None };
+                }
+            }
+        }
+    }
+}
+
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        if let Some((lock, file)) = self.held.take()
+            && leads_to(&lock, &file)
+        {
+            // Nobody else removes it while we hold the lock, so it is still this one.
+            let _ = std::fs::remove_file(&lock); // left there, it is used by the next start
+        }
+    }
+}
+
+/// Opens the file, which is ours alone or made now: somebody else's could be locked by somebody else.
+fn open(lock: &Path) -> io::Result<File> {
+    let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
+    let file = OpenOptions::new().read(true).write(true).create(true).mode(0o600).custom_flags(flags).open(lock)?;
+    let found = file.metadata()?;
+    let ours = found.uid() == nix::unistd::geteuid().as_raw() && found.nlink() <= 1 && found.mode() & 0o077 == 0;
+    // Without a name it has just been removed: the caller looks at that.
+    if found.is_file() && ours { Ok(file) } else { Err(io::Error::other("others can open it")) }
+}
+
+fn leads_to(path: &Path, file: &File) -> bool {
+    let (Ok(there), Ok(ours)) = (path.symlink_metadata(), file.metadata()) else { return false };
+    (there.dev(), there.ino()) == (ours.dev(), ours.ino())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = directory.read_dir().unwrap();
+        entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn one_at_a_time_holds_it_and_nothing_is_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
+        let inside = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let lock = LockFile::with_timeout(&path, Duration::from_secs(60));
+                        assert!(lock.held.is_some());
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "nobody else is in here");
+                        std::thread::yield_now();
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(names(directory.path()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_lock_on_the_directory_or_a_file_of_others_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
+        let of_a_stranger = File::open(directory.path()).unwrap();
+        of_a_stranger.lock().unwrap();
+        assert!(LockFile::beside(&path).held.is_some());
+
+        // Others could hold it, so it is no lock.
+        let lock = directory.path().join(".a.sock.lock");
+        std::fs::write(&lock, "").unwrap();
+        std::fs::set_permissions(&lock, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let held = File::open(&lock).unwrap();
+        held.lock().unwrap();
+        assert!(LockFile::beside(&path).held.is_none());
+        std::fs::remove_file(&lock).unwrap();
+
+        // Where it leads is not looked at, nor touched.
+        std::fs::write(directory.path().join("b"), "b").unwrap();
+        std::os::unix::fs::symlink("b", &lock).unwrap();
+        assert!(LockFile::beside(&path).held.is_none());
+        assert_eq!(std::fs::read_to_string(directory.path().join("b")).unwrap(), "b");
+        assert!(lock.symlink_metadata().unwrap().is_symlink());
+    }
+
+    #[test]
+    fn what_a_dead_master_left_is_used_and_one_that_never_ends_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
+        let left = open(&directory.path().join(".a.sock.lock")).unwrap();
+        let held = LockFile::with_timeout(&path, Duration::from_secs(60));
+        assert!(held.held.is_some());
+        assert!(LockFile::with_timeout(&path, Duration::ZERO).held.is_none());
+        drop((left, held));
+        assert_eq!(names(directory.path()), Vec::<String>::new());
+    }
+}

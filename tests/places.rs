@@ -1,0 +1,249 @@
+//! Places that lack something: a start, and what is served, where directories cannot be written, memory and descriptors are
+//! few, system calls are missing, and other users are in the way.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::{Server, http, is_gone, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+
+fn serves(server: &Server) {
+    assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
+}
+
+/// How many lines of the log have this in them.
+fn count(server: &Server, what: &str) -> usize {
+    server.log().lines().filter(|line| line.contains(what)).count()
+}
+
+// ---- locks of others ----
+
+#[test]
+fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let directory = File::open(folder.path()).unwrap();
+    directory.lock().unwrap();
+    // What a killed master left, whose file everybody can read.
+    std::fs::write(path("a.pid"), "4000000\n").unwrap();
+    let left = File::open(path("a.pid")).unwrap();
+    left.lock().unwrap();
+    let bind = format!("fastcgi:unix:{}", path("a.sock"));
+    let control = path("a.control");
+    let arguments = ["--bind", &bind, "--workers", "1", "--pid-file", &path("a.pid"), "--control", &control];
+    let mut server = Server::start("hello", &[&HTTP[..], &arguments].concat());
+    serves(&server);
+    assert_eq!(std::fs::read_to_string(path("a.pid")).unwrap(), format!("{}\n", server.pid()));
+    // A second one is still refused.
+    let second = Command::new(program("hello")).args(HTTP).args(["--pid-file", &path("a.pid")]).output().unwrap();
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(!second.status.success() && said.contains("another master has it"), "{said}");
+    server.stop();
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0, "nothing is left, no lock file either");
+}
+
+// ---- missing system calls ----
+
+/// Runs programs for which system calls do not exist.
+struct Refuse {
+    _folder: TempDir,
+    path: PathBuf,
+}
+
+impl Refuse {
+    fn compile() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("refuse");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/refuse.c");
+        let mut compiler = Command::new("gcc");
+        let output = compiler.args(["-Wall", "-O1", "-o"]).arg(&path).arg(source).output();
+        let output = output.expect("gcc is there (scripts/test installs it)");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Self { _folder: folder, path }
+    }
+
+    /// `name` with these calls refused.
+    fn command(&self, errno: i32, calls: &[i64], name: &str) -> Command {
+        let mut command = Command::new(&self.path);
+        command.arg(errno.to_string()).args(calls.iter().map(ToString::to_string)).arg("--").arg(program(name));
+        command
+    }
+}
+
+/// What Linux has got since 4.4, as far as the server or its libraries call it.
+const NEWER: &[i64] = &[
+    libc::SYS_pidfd_open,
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_close_range,
+    libc::SYS_clone3,
+    libc::SYS_openat2,
+    libc::SYS_statx,
+    libc::SYS_faccessat2,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_io_uring_setup,
+    libc::SYS_copy_file_range,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_rseq,
+    libc::SYS_futex_waitv,
+    libc::SYS_landlock_create_ruleset,
+    libc::SYS_memfd_secret,
+];
+
+/// What descriptor `name` of the link's end process `pid` has open.
+fn has_open(pid: i32, what: &str) -> bool {
+    let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(Result::ok);
+    links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|to| to.to_string_lossy().contains(what))
+}
+
+#[test]
+fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() {
+    let refuse = Refuse::compile();
+    let few = [libc::SYS_pidfd_open, libc::SYS_close_range];
+    for (errno, calls) in [(libc::ENOSYS, NEWER), (libc::EPERM, &few[..])] {
+        let folder = tempfile::tempdir().unwrap();
+        let [control, pid_file] = ["control", "pid"].map(|name| folder.path().join(name));
+        let mut command = refuse.command(errno, calls, "hello");
+        command.args(HTTP).args(["--workers", "2", "--daemon", "beside=sleep 1000", "--cache-file"]);
+        command.arg(folder.path().join("cache")).arg("--control").arg(&control).arg("--pid-file").arg(&pid_file);
+        let mut server = Server::start_command(&mut command);
+        serves(&server);
+        // The pid file is the master's alone, so that its lock ends with the master.
+        let children: Vec<i32> = wait_until("workers and the daemon", || {
+            let children: Vec<i32> = server.children().into_iter().collect();
+            let is_execed =
+                |pid: &&i32| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("sleep"));
+            (children.len() == 3 && children.iter().filter(is_execed).count() == 1).then_some(children)
+        });
+        assert!(has_open(server.pid().as_raw(), &pid_file.to_string_lossy()));
+        for pid in children {
+            assert!(
+                !has_open(pid, &pid_file.to_string_lossy()),
+                "process {pid} got descriptors that it should not have"
+            );
+        }
+        let old = wait_until("the workers", || Some(server.children()).filter(|all| all.len() == 3));
+        server.signal(Signal::SIGHUP);
+        server.wait_for("reload done");
+        serves(&server);
+        let worker = *wait_until("the new workers", || {
+            let new: Vec<i32> = server.children().difference(&old).copied().collect();
+            (new.len() >= 2).then_some(new)
+        })
+        .first()
+        .unwrap();
+        kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+        server.wait_for("worker died");
+        wait_until("it is gone", || is_gone(worker).then_some(()));
+        wait_until("it is served", || http::get(&server.http(), "/").ok().filter(|response| response.status == 200));
+        server.stop();
+        assert_eq!(count(&server, "pidfd_open"), 1, "{}", server.log());
+        assert_eq!(count(&server, "ERROR"), 0, "{}", server.log());
+    }
+}
+
+// ---- no place for the default publish socket ----
+
+/// What `check` says.
+fn check(command: &mut Command) -> (bool, String) {
+    let output = command.arg("check").args(HTTP).output().unwrap();
+    (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// In a mount namespace of its own, in which `read_only` are file systems that nobody can write to, and nothing else is.
+fn with_read_only(read_only: &[&str], name: &str) -> Command {
+    let mut command = Command::new("unshare");
+    let mounts: String =
+        read_only.iter().map(|path| format!("mount -t tmpfs -o ro,mode=1777 tmpfs {path} && ")).collect();
+    command.args(["--mount", "sh", "-c", &format!("{mounts} exec \"$0\" \"$@\"")]).arg(program(name));
+    command
+}
+
+#[test]
+fn a_server_starts_without_a_place_for_a_socket_that_nobody_asked_for_and_says_so_once() {
+    assert!(nix::unistd::geteuid().is_root(), "this test mounts file systems: run it as root");
+    let all = ["/tmp", "/run", "/var/tmp"];
+    let long = format!("/tmp/{}", "x".repeat(110));
+    for tmpdir in [None, Some("/nonexistent"), Some(long.as_str())] {
+        let command = |name: &str| {
+            let mut command = with_read_only(&all, name);
+            command.env_remove("TMPDIR").env_remove("XDG_RUNTIME_DIR").env_remove("RUNTIME_DIRECTORY");
+            command.envs(tmpdir.map(|path| ("TMPDIR", path)));
+            command
+        };
+        let (fine, said) = check(&mut command("hello"));
+        assert!(fine && said.contains("no place for the socket") && said.contains("--events-socket"), "{said}");
+        let mut server = Server::start_command(command("hello").args(HTTP).args([
+            "--workers",
+            "2",
+            "--daemon",
+            "beside=sh -c 'echo events=$FORKYARD_EVENTS; sleep 1000'",
+        ]));
+        server.wait_for("| events=");
+        serves(&server);
+        server.stop();
+        assert_eq!(count(&server, "no place for the socket"), 1, "{}", server.log());
+        assert!(server.log().lines().any(|line| line.ends_with("| events=")), "{}", server.log());
+        // Asked for, it is an error.
+        let asked = command("hello").args(HTTP).args(["--events-socket", "/tmp/events"]).output().unwrap();
+        let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+        assert!(asked.status.code() == Some(1) && said.contains("--events-socket"), "{said}");
+    }
+}
+
+#[test]
+fn where_the_temporary_directory_will_not_do_the_socket_is_somewhere_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let long = folder.path().join("x".repeat(90));
+    std::fs::create_dir(&long).unwrap();
+    for tmpdir in [&long, Path::new("/nonexistent")] {
+        let runtime = folder.path().join("run");
+        std::fs::create_dir(&runtime).unwrap();
+        let mut command = Command::new(program("hello"));
+        command.args(HTTP).args([
+            "--workers",
+            "1",
+            "--daemon",
+            "beside=sh -c 'echo events=$FORKYARD_EVENTS; sleep 1000'",
+        ]);
+        command.env("TMPDIR", tmpdir).env("XDG_RUNTIME_DIR", &runtime).env_remove("RUNTIME_DIRECTORY");
+        let mut server = Server::start_command(&mut command);
+        let line = server.wait_for("| events=");
+        assert!(line.contains(&format!("events={}", runtime.display())), "{line}");
+        server.stop();
+        assert_eq!(count(&server, "WARN"), 0, "{}", server.log());
+        std::fs::remove_dir(&runtime).unwrap();
+    }
+}
+
+#[test]
+fn another_user_publishes_although_the_temporary_directory_is_roots_alone() {
+    use std::os::unix::fs::PermissionsExt as _;
+    assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
+    let private = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(private.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+    let send = "beside=sh -c 'printf \"news\\nname\\nfrom nobody\" | socat -u - UNIX-SENDTO:$FORKYARD_EVENTS; echo sent=$?; sleep 1000'";
+    let user = ["--workers", "1", "--user", "4711", "--group", "4712", "--daemon", send];
+    let mut command = Command::new(program("hello"));
+    command.args(HTTP).args(user).env("TMPDIR", private.path()).env_remove("XDG_RUNTIME_DIR");
+    let mut server = Server::start_command(&mut command);
+    server.wait_for("| sent=0");
+    wait_until("it is in the log", || (server.segment().events().stats().published > 0).then_some(()));
+    server.stop();
+    assert_eq!(count(&server, "WARN"), 0, "{}", server.log());
+
+    // A path that was asked for is taken, with a warning.
+    let path = private.path().join("events").to_string_lossy().into_owned();
+    let mut server = Server::start("hello", &[&HTTP[..], &user[..6], &["--events-socket", &path]].concat());
+    assert_eq!(count(&server, "--user cannot publish at"), 1, "{}", server.log());
+    server.stop();
+}
