@@ -19,7 +19,8 @@ use forkyard::Origin;
 use futures_util::stream::{StreamExt as _, once};
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt as _;
-use tokio::io::AsyncReadExt as _;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const PIECE: usize = 64 << 10;
 
@@ -45,6 +46,9 @@ fn main() -> ExitCode {
             .route("/bytes/{length}", any(async |Path(length): Path<u64>| Body::new(Bytes64 { left: length })))
             .route("/stream/{length}", any(stream))
             .route("/gate/{port}", any(gate))
+            .route("/upgrade", any(upgrade))
+            .route("/switch", any(async || (StatusCode::SWITCHING_PROTOCOLS, [(header::UPGRADE, "echo")])))
+            .route("/switch-to-nothing", any(async || StatusCode::SWITCHING_PROTOCOLS))
     })
 }
 
@@ -155,6 +159,21 @@ async fn stream(Path(length): Path<u64>) -> Body {
             .poll_frame(context)
             .map(|frame| Some(frame?.map(|frame| frame.into_data().unwrap_or_default())))
     }))
+}
+
+/// Becomes an echo of what the client sends, if the connection can be upgraded.
+async fn upgrade(mut request: Request) -> Response {
+    if request.extensions().get::<hyper::upgrade::OnUpgrade>().is_none() {
+        return StatusCode::UPGRADE_REQUIRED.into_response();
+    }
+    let upgraded = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let (mut read, mut write) = tokio::io::split(TokioIo::new(upgraded.await?));
+        tokio::io::copy(&mut read, &mut write).await?;
+        write.shutdown().await?;
+        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
+    });
+    (StatusCode::SWITCHING_PROTOCOLS, [(header::UPGRADE, "echo")]).into_response()
 }
 
 /// Sends a first line, and the last one when whoever listens on this port of the loopback has closed the connection.

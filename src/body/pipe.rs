@@ -80,6 +80,21 @@ impl Writer {
         wake(shared.reader.take(), shared);
     }
 
+    /// Copies `bytes` into the pipe.
+    pub(crate) fn push_copy(&self, bytes: &[u8]) {
+        let mut shared = lock(&self.0);
+        if !shared.abandoned {
+            shared.bytes += bytes.len();
+            shared.tail.extend_from_slice(bytes);
+            wake(shared.reader.take(), shared);
+        }
+    }
+
+    /// Whether nobody will read any more. Who waits for room is told of it.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        lock(&self.0).abandoned
+    }
+
     /// The body is complete.
     pub(crate) fn finish(&self) {
         self.end(End::Whole);

@@ -214,6 +214,10 @@ struct TimeoutOptions {
     /// How long a client may take to read the next 4 KiB of a response
     #[arg(long, value_name = "TIME", env = "FORKYARD_WRITE_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
     write_timeout: Duration,
+
+    /// How long an upgraded connection (a WebSocket) may be silent in both directions
+    #[arg(long, value_name = "TIME", env = "FORKYARD_UPGRADED_TIMEOUT", default_value = "0s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    upgraded_timeout: Duration,
 }
 
 impl TimeoutOptions {
@@ -223,6 +227,7 @@ impl TimeoutOptions {
             header: self.header_timeout,
             body: self.body_timeout,
             write: self.write_timeout,
+            upgraded: self.upgraded_timeout,
         }
     }
 }

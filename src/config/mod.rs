@@ -113,6 +113,8 @@ pub(crate) struct Timeouts {
     pub(crate) body: Duration,
     /// To read the next 4 KiB of a response.
     pub(crate) write: Duration,
+    /// Until something moves on an upgraded connection, in either direction.
+    pub(crate) upgraded: Duration,
 }
 
 impl Config {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use forkyard_shm::Scoreboard;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::socket::Socket;
 use crate::handover::{self, Channel};
@@ -23,6 +24,10 @@ const LAST_REQUEST: Duration = Duration::from_secs(1);
 
 /// Between two tries to pass a connection on when too many are on their way.
 const CROWDED: Duration = Duration::from_millis(5);
+
+/// How long before the end of a drain what cannot be passed on is told to end, at most: the first half of it for the
+/// application's last words, the second for the client to take them.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Who was asked to be woken: to ask once is enough, as long as it is the same task. (To ask each time would cost a tenth of a
 /// request.)
@@ -54,10 +59,12 @@ struct State {
     /// A connection was passed on when the last sibling had left as well.
     stranded: Notify,
     passed_on: Cell<u64>,
+    timeout: Duration,
+    begun_at: Cell<Option<Instant>>,
 }
 
 impl Drain {
-    pub(crate) fn new(channel: Arc<Channel>, scoreboard: Scoreboard, slot: u32) -> Self {
+    pub(crate) fn new(channel: Arc<Channel>, scoreboard: Scoreboard, slot: u32, timeout: Duration) -> Self {
         let (begun, stranded) = (Notify::new(), Notify::new());
         Self(Rc::new(State {
             flag: Arc::default(),
@@ -67,6 +74,8 @@ impl Drain {
             slot,
             stranded,
             passed_on: Cell::new(0),
+            timeout,
+            begun_at: Cell::new(None),
         }))
     }
 
@@ -76,6 +85,7 @@ impl Drain {
     }
 
     pub(crate) fn begin(&self) {
+        self.0.begun_at.set(Some(Instant::now()));
         self.0.flag.store(true, Ordering::Relaxed);
         self.0.begun.notify_waiters();
     }
@@ -99,6 +109,20 @@ impl Drain {
     pub(crate) async fn wait_for_last_request(&self) {
         self.wait().await;
         tokio::time::sleep(LAST_REQUEST).await;
+    }
+
+    /// Returns when the drain has gone on for nearly as long as it may (`--drain-timeout`), and what is still open has to
+    /// end.
+    pub(crate) async fn wait_for_end(&self) {
+        self.wait().await;
+        if let Some(begun) = self.0.begun_at.get() {
+            tokio::time::sleep_until(begun + self.0.timeout.saturating_sub(self.farewell() * 2)).await;
+        }
+    }
+
+    /// How long the last words may take, and for how long the client may take them.
+    pub(crate) fn farewell(&self) -> Duration {
+        FAREWELL.min(self.0.timeout / 4) / 2
     }
 
     /// Whether there is a sibling to take connections over.

@@ -154,7 +154,7 @@ where
 
     let runtime = event_loop(row.pulse(), !config.failures.hang_timeout.is_zero())?;
     let outcome = run_in_turns(&runtime, async {
-        let drain = Drain::new(Arc::clone(&heritage.handover), scoreboard.clone(), heritage.slot);
+        let drain = Drain::new(Arc::clone(&heritage.handover), scoreboard.clone(), heritage.slot, config.drain_timeout);
         let flag = Arc::clone(drain.flag());
         let events = Events::new(&heritage.segment, config.events);
         let context = Context::new(heritage.slot, heritage.generation, heritage.segment.clone(), flag, events.clone());

@@ -115,7 +115,8 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
         let trouble = request.body_mut().watch();
         let is_head = request.method() == Method::HEAD;
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
-        Answer { stage, is_head, in_flight: Some(in_flight), trouble, deadline: self.guard.deadline() }
+        let (switch, in_flight, deadline) = (Switch::No, Some(in_flight), self.guard.deadline());
+        Answer { stage, is_head, switch, in_flight, trouble, deadline }
     }
 
     /// Whether requests that have waited too long are refused.
@@ -137,6 +138,27 @@ pub(crate) struct Serving {
     in_flight: InFlight,
     entry: Option<Box<Entry>>,
     kind: Kind,
+}
+
+/// Whether a request may turn its connection, or its stream, over to another protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Switch {
+    No,
+    /// By 101 (RFC 9110, section 7.8).
+    Upgrade,
+    /// By 2xx: extended CONNECT (RFC 8441).
+    Connect,
+}
+
+impl Switch {
+    /// Whether this is the answer that does it.
+    pub(crate) fn is_made_by(self, status: StatusCode) -> bool {
+        match self {
+            Self::No => false,
+            Self::Upgrade => status == StatusCode::SWITCHING_PROTOCOLS,
+            Self::Connect => status.is_success(),
+        }
+    }
 }
 
 /// What is sent.
@@ -172,6 +194,13 @@ impl Serving {
         self.in_flight.becomes_stream();
     }
 
+    /// So many bytes went to the client behind an upgrade.
+    pub(crate) fn carried(&mut self, bytes: usize) {
+        if let Some(entry) = &mut self.entry {
+            entry.sent(bytes);
+        }
+    }
+
     fn sent(&mut self, frame: Option<&Frame<Bytes>>) {
         if let (Some(entry), Some(data)) = (&mut self.entry, frame.and_then(Frame::data_ref)) {
             entry.sent(data.len());
@@ -185,6 +214,7 @@ pin_project! {
         #[pin]
         stage: Stage<S>,
         is_head: bool,
+        switch: Switch,
         in_flight: Option<Serving>,
         trouble: Option<Arc<Trouble>>,
         // The application is given up then.
@@ -205,13 +235,18 @@ pin_project! {
 impl<S: Service<Request<Body>>> Answer<S> {
     fn refused(status: StatusCode, in_flight: Serving) -> Self {
         let (stage, in_flight) = (Stage::Refused { status, again_after: None }, Some(in_flight));
-        Self { stage, is_head: false, in_flight, trouble: None, deadline: None }
+        Self { stage, is_head: false, switch: Switch::No, in_flight, trouble: None, deadline: None }
+    }
+
+    /// The application may switch protocols.
+    pub(crate) fn offering(self, switch: Switch) -> Self {
+        Self { switch, ..self }
     }
 
     /// Refused for so long.
     fn put_off(left: Duration, in_flight: Serving) -> Self {
         let stage = Stage::Refused { status: StatusCode::SERVICE_UNAVAILABLE, again_after: Some(left) };
-        Self { stage, is_head: false, in_flight: Some(in_flight), trouble: None, deadline: None }
+        Self { stage, is_head: false, switch: Switch::No, in_flight: Some(in_flight), trouble: None, deadline: None }
     }
 }
 
@@ -286,8 +321,27 @@ where
             return Poll::Ready(refusal(status, in_flight));
         }
         Poll::Ready(match outcome {
+            Ok(mut response) if answer.switch.is_made_by(response.status()) => {
+                if let Err(why) = prepare_switch(&mut response) {
+                    log::error!("{why} request={:?}", in_flight.what());
+                    return Poll::Ready(refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight));
+                }
+                in_flight.answered(response.status());
+                in_flight.becomes_stream();
+                response.map(|body| Served::App { body, in_flight, left: None })
+            }
             Ok(response) if response.status().is_informational() => {
-                log::error!("a response has status {} request={:?}", response.status(), in_flight.what());
+                let (status, what) = (response.status(), in_flight.what());
+                let why = match (status, *answer.switch) {
+                    (StatusCode::SWITCHING_PROTOCOLS, Switch::Connect) => {
+                        "over HTTP/2 an extended CONNECT is accepted by 200"
+                    }
+                    (StatusCode::SWITCHING_PROTOCOLS, _) => {
+                        "the request asks for no upgrade (Connection: upgrade, over HTTP/1.1), or came over FastCGI, SCGI or CGI, which have none"
+                    }
+                    _ => "that is no answer, and an application cannot send interim responses",
+                };
+                log::error!("a response has status {status}: {why} request={what:?}");
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight) // no server takes it for an answer
             }
             Ok(mut response) => {
@@ -320,6 +374,25 @@ where
             }
         })
     }
+}
+
+/// Makes a response fit to switch protocols.
+///
+/// # Errors
+/// If it does not say to which one.
+fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'static str> {
+    let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    // It has no body (RFC 9110, sections 8.6 and 9.3.6; RFC 9112, section 6.1).
+    headers.remove(header::CONTENT_LENGTH);
+    headers.remove(header::TRANSFER_ENCODING);
+    if is_upgrade {
+        if !headers.contains_key(header::UPGRADE) {
+            return Err("a response has status 101 Switching Protocols, and no Upgrade that says which protocol");
+        }
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+    Ok(())
 }
 
 /// A response that may go on for hours, and is not at work but for moments: it says nothing of how busy the worker is, or
@@ -426,10 +499,20 @@ pin_project! {
         /// `left` is what its `Content-Length` still promises, if it has one.
         App { #[pin] body: B, in_flight: Serving, left: Option<u64> },
         Canned { text: Bytes, in_flight: Serving },
+        // Its request lives on elsewhere.
+        Switched,
     }
 }
 
 impl<B> Served<B> {
+    /// Takes the request out of a response that switches protocols.
+    pub(crate) fn switch(self) -> (Self, Option<Serving>) {
+        match self {
+            Self::App { in_flight, .. } | Self::Canned { in_flight, .. } => (Self::Switched, Some(in_flight)),
+            Self::Switched => (Self::Switched, None),
+        }
+    }
+
     /// If this is a stream that ends with the worker, has its connection know.
     pub(crate) fn tell(&mut self, pulse: &Arc<Pulse>) {
         if let Self::App { in_flight: Serving { kind: Kind::Events(told), .. }, .. } = self {
@@ -449,6 +532,7 @@ where
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let (body, in_flight, left) = match self.project() {
             Projected::App { body, in_flight, left } => (body, in_flight, left),
+            Projected::Switched => return Poll::Ready(None),
             Projected::Canned { text, .. } if text.is_empty() => return Poll::Ready(None),
             Projected::Canned { text, in_flight } => {
                 let frame = Frame::data(std::mem::take(text));
@@ -481,6 +565,7 @@ where
         match self {
             Self::App { body, left, .. } => left.unwrap_or(0) == 0 && body.is_end_stream(),
             Self::Canned { text, .. } => text.is_empty(),
+            Self::Switched => true,
         }
     }
 
@@ -488,6 +573,7 @@ where
         match self {
             Self::App { body, left, .. } => left.map_or_else(|| body.size_hint(), SizeHint::with_exact),
             Self::Canned { text, .. } => SizeHint::with_exact(text.len() as u64),
+            Self::Switched => SizeHint::with_exact(0),
         }
     }
 }

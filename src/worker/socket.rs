@@ -57,6 +57,20 @@ thread_local! {
     static BLOCK_OF_THREAD: RefCell<BytesMut> = RefCell::default();
 }
 
+/// Reads what has come, at most [`BLOCK`] bytes, as [`Socket::poll_bytes`]; none at the end of the stream.
+///
+/// # Errors
+/// What `io` says.
+pub(crate) fn poll_block(io: Pin<&mut impl AsyncRead>, context: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
+    BLOCK_OF_THREAD.with_borrow_mut(|block| {
+        if block.capacity() < ROOM {
+            block.reserve(BLOCK);
+        }
+        ready!(poll_read_buf(io, context, block))?;
+        Poll::Ready(Ok(block.split()))
+    })
+}
+
 /// Whether there may be something to read on a socket that the event loop does not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
@@ -119,13 +133,7 @@ impl Socket {
     /// # Errors
     /// What the socket says, or `TimedOut`.
     pub(crate) fn poll_bytes(&mut self, context: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
-        BLOCK_OF_THREAD.with_borrow_mut(|block| {
-            if block.capacity() < ROOM {
-                block.reserve(BLOCK);
-            }
-            ready!(poll_read_buf(Pin::new(self), context, block))?;
-            Poll::Ready(Ok(block.split()))
-        })
+        poll_block(Pin::new(self), context)
     }
 
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {

@@ -171,6 +171,7 @@ mod tests {
         header: Duration::from_secs(3),
         body: Duration::from_secs(4),
         write: Duration::from_secs(5),
+        upgraded: Duration::ZERO,
     };
 
     /// How many ticks a connection lives to which `each` happens before every one; 100 if that many.

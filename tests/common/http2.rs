@@ -85,6 +85,20 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&[a, b, c, kind, flags][..], &stream.to_be_bytes(), payload].concat()
 }
 
+/// A HEADERS frame that asks for a tunnel of this protocol (RFC 8441, section 4).
+pub fn connect(stream: u32, protocol: &str, path: &str, fields: &[(&str, &str)]) -> Vec<u8> {
+    let mut block = Vec::new();
+    let pseudo = [(":method", "CONNECT"), (":protocol", protocol), (":scheme", "http"), (":path", path)];
+    for (name, value) in pseudo.iter().chain(&[(":authority", "localhost")]).chain(fields) {
+        block.push(0);
+        for text in [name, value] {
+            block.push(u8::try_from(text.len()).ok().filter(|&length| length < 127).unwrap());
+            block.extend_from_slice(text.as_bytes());
+        }
+    }
+    frame(HEADERS, END_HEADERS, stream, &block)
+}
+
 /// A HEADERS frame with a whole head: fields of HPACK's static table (RFC 7541, appendix A), and literals.
 pub fn head(stream: u32, flags: u8, method: &str, path: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = vec![if method == "POST" { 0x83 } else { 0x82 }, 0x86];

@@ -1,0 +1,315 @@
+//! Connections that are upgraded to another protocol: WebSockets by axum's own handler, and whatever else answers 101.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+#[path = "common/browser.rs"]
+mod browser;
+mod common;
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::process::Command;
+
+use common::{PATIENCE, Server, fastcgi, http, http2, program, scgi, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tungstenite::protocol::frame::coding::CloseCode;
+use tungstenite::{Message, WebSocket};
+
+const ONE_WORKER: [&str; 4] = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
+
+fn start(name: &str, arguments: &[&str]) -> Server {
+    Server::start(name, &[&ONE_WORKER[..], arguments].concat())
+}
+
+fn websocket(server: &Server) -> WebSocket<TcpStream> {
+    let stream = TcpStream::connect(server.http()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    tungstenite::client(format!("ws://{}/ws", server.http()), stream).unwrap().0
+}
+
+/// Asks for `/upgrade` (or another target), with `early` right behind the request, and reads the head of the response.
+fn upgrade(server: &Server, target: &str, early: &str) -> (u16, TcpStream) {
+    let mut client = http::Client::connect(&server.http()).unwrap();
+    let request = format!("GET {target} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n{early}");
+    client.stream.get_mut().write_all(request.as_bytes()).unwrap();
+    let (status, headers) = client.head().unwrap();
+    if status == 101 {
+        let has = |name: &str, value: &str| headers.iter().any(|(n, v)| n == name && v.eq_ignore_ascii_case(value));
+        assert!(has("connection", "upgrade") && has("upgrade", "echo"), "{headers:?}");
+        assert!(
+            !headers.iter().any(|(name, _)| name == "content-length" || name == "transfer-encoding"),
+            "{headers:?}"
+        );
+    }
+    let buffered = client.stream.buffer().to_vec();
+    assert!(buffered.is_empty() || early.as_bytes().starts_with(&buffered) || status != 101);
+    let mut stream = client.stream.get_ref().try_clone().unwrap();
+    if status == 101 {
+        let mut echo = vec![0; early.len() - buffered.len()];
+        stream.read_exact(&mut echo).unwrap();
+        assert_eq!([buffered, echo].concat(), early.as_bytes());
+    }
+    (status, stream)
+}
+
+#[track_caller]
+fn echoes(stream: &mut TcpStream, text: &str) {
+    stream.write_all(text.as_bytes()).unwrap();
+    let mut echo = vec![0; text.len()];
+    stream.read_exact(&mut echo).unwrap();
+    assert_eq!(echo, text.as_bytes());
+}
+
+/// The numbers of the only worker: its connections, and the streams among its requests.
+fn counts(server: &Server) -> (u32, u32) {
+    let row = server.segment().scoreboard().read(0).expect("it has a row");
+    (row.connections, row.streams)
+}
+
+#[test]
+fn an_axum_websocket_handler_works_unchanged() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access");
+    let mut server = start("websocket", &["--access-log", log.to_str().unwrap()]);
+    let mut socket = websocket(&server);
+    for message in [Message::text("hello"), Message::binary(vec![7; 1 << 20]), Message::text("")] {
+        socket.send(message.clone()).unwrap();
+        assert_eq!(socket.read().unwrap(), message);
+    }
+    socket.send(Message::Ping(b"x".as_slice().into())).unwrap();
+    assert_eq!(socket.read().unwrap(), Message::Pong(b"x".as_slice().into()));
+    assert_eq!(counts(&server), (1, 1), "it is a connection, and a stream");
+    socket.close(None).unwrap();
+    assert!(matches!(socket.read(), Ok(Message::Close(_))));
+    drop(socket);
+    wait_until("it is over", || (counts(&server) == (0, 0)).then_some(()));
+    server.stop();
+    let lines = std::fs::read_to_string(&log).unwrap();
+    let (_, rest) = lines.split_once("\"GET /ws HTTP/1.1\" 101 ").expect(&lines);
+    let bytes: usize = rest.split(' ').next().unwrap().parse().unwrap();
+    assert!((1 << 20..(1 << 20) + 100).contains(&bytes), "what went to the client: {lines}");
+}
+
+#[test]
+fn a_browser_and_its_websocket() {
+    let mut server = start("websocket", &[]);
+    let mut browser = browser::Browser::start("");
+    browser.open(&format!("http://{}/", server.http()));
+    browser.wait_for("window.socket && socket.readyState == 1");
+    browser.evaluate("socket.send('over and out')");
+    browser.wait_for("document.querySelector('pre').textContent.includes('over and out')");
+    // A reload tells it to go (1001), and it comes back to the new worker.
+    server.signal(Signal::SIGHUP);
+    browser.wait_for("document.querySelector('pre').textContent.includes('closed: 1001')");
+    browser.wait_for("socket.readyState == 1");
+    drop(browser);
+    server.stop();
+}
+
+#[test]
+fn any_protocol_can_be_switched_to_and_each_direction_ends_by_itself() {
+    let mut server = start("scenarios", &[]);
+    let (status, mut stream) = upgrade(&server, "/upgrade", "what came with the request");
+    assert_eq!(status, 101);
+    let long = "0123456789".repeat(100_000);
+    let mut write = stream.try_clone().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            write.write_all(long.as_bytes()).unwrap();
+            write.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut echo = String::new();
+        stream.read_to_string(&mut echo).unwrap();
+        assert!(echo == long, "{} bytes", echo.len());
+    });
+    // A client that leaves at once.
+    drop(upgrade(&server, "/upgrade", ""));
+    wait_until("they are over", || (counts(&server) == (0, 0)).then_some(()));
+    server.stop();
+}
+
+#[test]
+fn without_a_request_for_an_upgrade_101_is_an_error_that_says_so() {
+    let mut server = start("scenarios", &[]);
+    for headers in ["", "Upgrade: echo\r\n", "Connection: Upgrade\r\n"] {
+        let mut client = http::Client::connect(&server.http()).unwrap();
+        for (target, status) in [("/switch", 500), ("/upgrade", 426)] {
+            let request = format!("GET {target} HTTP/1.1\r\nHost: x\r\n{headers}\r\n");
+            client.stream.get_mut().write_all(request.as_bytes()).unwrap();
+            assert_eq!(client.response(false).unwrap().status, status, "{target} {headers}");
+        }
+        server.wait_for("status 101 Switching Protocols: the request asks for no upgrade");
+    }
+    // HTTP/1.0 has none (RFC 9110, section 7.8).
+    let mut client = http::Client::connect(&server.http()).unwrap();
+    client
+        .stream
+        .get_mut()
+        .write_all(b"GET /upgrade HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+        .unwrap();
+    assert_eq!(client.response(false).unwrap().status, 426);
+    // It has to say what it switches to.
+    assert_eq!(upgrade(&server, "/switch-to-nothing", "").0, 500);
+    server.wait_for("and no Upgrade that says which protocol");
+    server.stop();
+}
+
+#[test]
+fn over_fastcgi_scgi_and_cgi_there_is_no_upgrade_and_the_application_is_told() {
+    let wishes = [("HTTP_CONNECTION", "Upgrade"), ("HTTP_UPGRADE", "echo")];
+    let mut server = Server::start("scenarios", &["--bind", "fastcgi:127.0.0.1:0,scgi:127.0.0.1:0", "--workers", "1"]);
+    for (target, status) in [("/upgrade", 426), ("/switch", 500)] {
+        let mut client = fastcgi::Client::connect(&server.binds[0]).unwrap();
+        let mut records = fastcgi::head(1, true, "GET", target, None);
+        let more: Vec<u8> = wishes.iter().flat_map(|(name, value)| fastcgi::pair(name, value)).collect();
+        records.insert(2, fastcgi::record(fastcgi::PARAMS, 1, &more, 0));
+        records.push(fastcgi::record(fastcgi::STDIN, 1, b"", 0));
+        client.send(&records).unwrap();
+        assert_eq!(client.response(1).unwrap().status(), status, "FastCGI {target}");
+
+        let mut stream = common::raw::connect(&server.binds[1]);
+        let response = common::raw::ask(&mut stream, &scgi::head("GET", target, "0"));
+        assert_eq!(response.0, status, "SCGI {target}");
+
+        let mut command = Command::new(program("scenarios"));
+        command.env_clear().env("GATEWAY_INTERFACE", "CGI/1.1").env("REQUEST_METHOD", "GET").envs(wishes);
+        let output = command.env("REQUEST_URI", target).env("SERVER_PROTOCOL", "HTTP/1.1").output().unwrap();
+        assert!(output.stdout.starts_with(format!("Status: {status} ").as_bytes()), "CGI {target}");
+        let why = "came over FastCGI, SCGI or CGI, which have none";
+        assert_eq!(String::from_utf8_lossy(&output.stderr).contains(why), status == 500);
+        if status == 500 {
+            server.wait_for(why);
+        }
+    }
+    server.stop();
+}
+
+#[test]
+fn a_drain_lets_upgraded_connections_go_on_and_ends_them_without_a_reset() {
+    for stops in [false, true] {
+        let mut server = start("scenarios", &["--drain-timeout", "4s"]);
+        let old = server.workers();
+        let (_, mut stream) = upgrade(&server, "/upgrade", "");
+        server.signal(if stops { Signal::SIGTERM } else { Signal::SIGHUP });
+        if stops {
+            wait_until("the worker drains", || {
+                let row = server.segment().scoreboard().read(0)?;
+                (row.state == forkyard_shm::State::Draining).then_some(())
+            });
+        } else {
+            wait_until("the new worker is ready", || (server.workers().len() == 2).then_some(()));
+        }
+        echoes(&mut stream, "still here");
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).expect("an end, and no reset");
+        assert_eq!(rest, b"");
+        drop(stream);
+        if stops {
+            assert_eq!(server.wait_end(), Some(0));
+        } else {
+            server.renewed(1, &old);
+            server.stop();
+        }
+        assert!(!server.log().contains("KILL"), "it left by itself:\n{}", server.log());
+    }
+}
+
+#[test]
+fn a_websocket_handler_can_say_goodbye_when_its_worker_leaves() {
+    let mut server = start("websocket", &[]);
+    let mut socket = websocket(&server);
+    server.signal(Signal::SIGTERM);
+    let Ok(Message::Close(Some(goodbye))) = socket.read() else { panic!("no close frame came") };
+    assert_eq!(goodbye.code, CloseCode::Away);
+    while socket.read().is_ok() {}
+    assert_eq!(server.wait_end(), Some(0));
+}
+
+#[test]
+fn when_the_worker_dies_the_client_of_an_upgraded_connection_sees_its_end() {
+    let mut server = start("scenarios", &[]);
+    let old = server.workers();
+    let (_, mut stream) = upgrade(&server, "/upgrade", "");
+    echoes(&mut stream, "alive");
+    old.iter().for_each(|&pid| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap());
+    match stream.read(&mut [0; 10]) {
+        Ok(count) => assert_eq!(count, 0),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+    }
+    server.renewed(1, &old);
+    let (_, mut stream) = upgrade(&server, "/upgrade", "");
+    echoes(&mut stream, "the next worker");
+    drop(stream);
+    server.stop();
+}
+
+#[test]
+fn the_timeouts_of_requests_are_not_those_of_an_upgraded_connection() {
+    let short = ["--idle-timeout", "1s", "--header-timeout", "1s", "--body-timeout", "1s", "--request-timeout", "1s"];
+    let mut server = start("scenarios", &short);
+    let (_, mut upgraded) = upgrade(&server, "/upgrade", "");
+    for round in 0..2 {
+        // The clock is a connection on which nothing happens.
+        let mut idle = http::Client::connect(&server.http()).unwrap();
+        idle.request("GET", "/empty", b"").unwrap();
+        assert_eq!(idle.stream.read(&mut [0]).unwrap(), 0);
+        echoes(&mut upgraded, &format!("round {round}"));
+    }
+    drop(upgraded);
+    server.stop();
+
+    let mut server = start("scenarios", &["--upgraded-timeout", "1s"]);
+    let (_, mut upgraded) = upgrade(&server, "/upgrade", "");
+    echoes(&mut upgraded, "and then nothing");
+    assert_eq!(upgraded.read(&mut [0; 10]).unwrap(), 0, "it was silent for too long");
+    server.stop();
+}
+
+#[test]
+fn an_upgrade_is_the_last_request_that_a_connection_may_have() {
+    let mut server = start("scenarios", &["--max-requests-per-connection", "1"]);
+    let (status, mut stream) = upgrade(&server, "/upgrade", "");
+    assert_eq!(status, 101);
+    echoes(&mut stream, "x");
+    drop(stream);
+    server.stop();
+}
+
+/// A frame from a client: masked, with a mask of zeroes.
+fn masked(text: &str) -> Vec<u8> {
+    [&[0x81, 0x80 | u8::try_from(text.len()).unwrap(), 0, 0, 0, 0][..], text.as_bytes()].concat()
+}
+
+#[test]
+fn a_websocket_over_http_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access");
+    let mut server = start("websocket", &["--access-log", log.to_str().unwrap(), "--drain-timeout", "60s"]);
+    let mut client = http2::Client::connect(&server.http()).unwrap();
+    // RFC 8441: SETTINGS_ENABLE_CONNECT_PROTOCOL (8) is 1.
+    let settings = client.frame().unwrap();
+    assert_eq!(settings.kind, http2::SETTINGS);
+    assert!(settings.payload.chunks(6).any(|setting| setting == [0, 8, 0, 0, 0, 1]), "{settings:?}");
+    client.send(&http2::connect(1, "websocket", "/ws", &[("sec-websocket-version", "13")])).unwrap();
+    assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
+    client.send(&http2::frame(http2::DATA, 0, 1, &masked("hello"))).unwrap();
+    assert_eq!(client.next(http2::DATA).unwrap().payload, b"\x81\x05hello");
+    assert_eq!(counts(&server), (1, 1));
+    // Another stream of the connection is not disturbed, nor does it disturb.
+    client.send(&http2::head(3, http2::END_STREAM, "GET", "/", &[])).unwrap();
+    assert_eq!(client.next(http2::HEADERS).unwrap().stream, 3);
+    client.send(&http2::frame(http2::DATA, 0, 1, &masked("again"))).unwrap();
+    while client.next(http2::DATA).unwrap().payload != b"\x81\x05again" {}
+    // The worker leaves: the application says goodbye, and the stream ends.
+    server.signal(Signal::SIGTERM);
+    let goodbye = client.next(http2::DATA).unwrap();
+    assert_eq!((goodbye.stream, &goodbye.payload[2..4]), (1, &1001_u16.to_be_bytes()[..]));
+    let last = client.next(http2::DATA).unwrap();
+    assert_eq!((last.stream, last.flags & http2::END_STREAM), (1, http2::END_STREAM));
+    client.send(&http2::frame(http2::DATA, http2::END_STREAM, 1, b"")).unwrap();
+    while client.next(http2::GOAWAY).is_ok() {} // answers the server's ping
+    assert_eq!(server.wait_end(), Some(0));
+    let lines = std::fs::read_to_string(&log).unwrap();
+    assert!(lines.contains("\"CONNECT /ws HTTP/2.0\" 200 "), "{lines}");
+}
