@@ -1,6 +1,6 @@
 //! An application that is held up on demand, to see whether others wait for it: `/hold/PORT` answers when whoever
-//! listens on that port of the loopback has closed the connection, `/count` when all of the request's body has come, and
-//! anything else at once. All say which process they are.
+//! listens on that port of the loopback has closed the connection, `/page/PORT` likewise, with a page that is then in the cache, `/count` when all
+//! of the request's body has come, and anything else at once. All say which process they are, and the page who rendered it.
 //!
 //! That runs in a blocking function; below `/loop/` it holds up the event loop itself.
 //!
@@ -12,20 +12,30 @@ use std::io::{self, Read as _};
 use std::net::TcpStream;
 use std::pin::Pin;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use forkyard::http::{Request, Response, StatusCode};
-use forkyard::{Blocking, Body};
+use forkyard::{Blocking, Body, Cache, Options};
 use tower_service::Service;
 
 fn main() -> ExitCode {
-    forkyard::run(|_cx| Holds(forkyard::blocking(answer as Answer)))
+    forkyard::run(|cx| {
+        let cache = cx.cache();
+        let answer: Answer = Arc::new(move |request| answer(&cache, request));
+        let function = Arc::clone(&answer);
+        Holds { answer, threads: forkyard::blocking(Box::new(move |request| function(request))) }
+    })
 }
 
-type Answer = fn(Request<Body>) -> Response<Body>;
+type Answer = Arc<dyn Fn(Request<Body>) -> Response<Body> + Send + Sync>;
+type Function = Box<dyn Fn(Request<Body>) -> Response<Body> + Send + Sync>;
 
 #[derive(Clone)]
-struct Holds(Blocking<Answer>);
+struct Holds {
+    answer: Answer,
+    threads: Blocking<Function>,
+}
 
 impl Service<Request<Body>> for Holds {
     type Response = Response<Body>;
@@ -38,15 +48,16 @@ impl Service<Request<Body>> for Holds {
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         if request.uri().path().starts_with("/loop/") {
-            Box::pin(async { Ok(answer(request)) })
+            let answer = Arc::clone(&self.answer);
+            Box::pin(async move { Ok(answer(request)) })
         } else {
-            Box::pin(self.0.call(request))
+            Box::pin(self.threads.call(request))
         }
     }
 }
 
-fn answer(request: Request<Body>) -> Response<Body> {
-    let answer = hold(request).map(|()| Response::new(Body::from(format!("{}\n", std::process::id()))));
+fn answer(cache: &Cache, request: Request<Body>) -> Response<Body> {
+    let answer = answer_of(cache, request).map(|answer| Response::new(Body::from(answer)));
     answer.unwrap_or_else(|error| {
         let mut response = Response::new(Body::from(format!("{error}\n")));
         *response.status_mut() = StatusCode::BAD_REQUEST;
@@ -54,13 +65,22 @@ fn answer(request: Request<Body>) -> Response<Body> {
     })
 }
 
-fn hold(request: Request<Body>) -> io::Result<()> {
+fn answer_of(cache: &Cache, request: Request<Body>) -> io::Result<Vec<u8>> {
+    let own = format!("{}\n", std::process::id()).into_bytes();
     let path = request.uri().path();
     if let Some((_, port)) = path.rsplit_once("/hold/") {
-        let port: u16 = port.parse().map_err(io::Error::other)?;
-        TcpStream::connect(("127.0.0.1", port))?.read_to_end(&mut Vec::new())?;
+        hold(port)?;
+    } else if let Some((_, port)) = path.rsplit_once("/page/") {
+        let render = |_| hold(port).map(|()| own);
+        return Ok(cache.get_or_render(path, &Options::new(), render)?.value);
     } else if path == "/count" {
         io::copy(&mut request.into_body().reader(), &mut io::sink())?;
     }
+    Ok(own)
+}
+
+fn hold(port: &str) -> io::Result<()> {
+    let port: u16 = port.parse().map_err(io::Error::other)?;
+    TcpStream::connect(("127.0.0.1", port))?.read_to_end(&mut Vec::new())?;
     Ok(())
 }

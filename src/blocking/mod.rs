@@ -2,12 +2,12 @@
 //!
 //! The event loop of a worker stays free while they run, so idle connections and event streams cost no
 //! thread. There are `--threads` threads in each worker; `--queue` requests may wait for one of them, and a
-//! request beyond that gets 503 at once. A function that has been quick for a while is run on the event loop's
-//! own thread instead, between two turns of the loop.
+//! request beyond that gets 503 at once. Nothing that blocks in such a function holds up anybody else. A function of which its author
+//! says that it never does ([`Blocking::inline`]) is run on the event loop's own thread, between two turns of the loop.
 //!
 //! - [`pool`] has the threads.
 //! - [`overdue`] watches those that run on although their request was given up.
-//! - [`turn`] runs what is quick, and knows what is.
+//! - [`turn`] joins threads and event loop, and runs what is quick.
 
 mod overdue;
 mod pool;
@@ -19,7 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::header::RETRY_AFTER;
 use http::{HeaderValue, Request, Response, StatusCode};
@@ -29,13 +29,17 @@ use tower_service::Service;
 
 pub(crate) use self::overdue::{give_up, one_hangs, set_patience};
 pub(crate) use self::pool::{all_became_occupied, are_all_occupied, configure, finish, one_is_free};
-use self::turn::Pace;
+use self::turn::{Bell, Pace};
 pub(crate) use self::turn::{jobs_wait, run_jobs};
 use crate::body::{Body, FilterData};
 use crate::queue_time::BeginBy;
 use crate::{at_work, queue_time};
 
-/// Makes a service of a function that may block.
+/// A run on the event loop's thread that takes so long is worth a line in the log.
+const LONG_FOR_THE_LOOP: Duration = Duration::from_millis(100);
+
+/// Makes a service of a function that may block: it runs on the worker's `--threads`, and never on the event loop, however quick
+/// it is.
 ///
 /// ```no_run
 /// use forkyard::http::{Request, Response};
@@ -49,13 +53,40 @@ where
     F: Fn(Request<Body>) -> Response<B> + Send + Sync + 'static,
     B: Into<Body>,
 {
-    Blocking { shared: Arc::new(Shared { function, pace: Pace::default() }) }
+    Blocking { shared: Arc::new(Shared { function, pace: Pace::default() }), is_inline: false }
 }
 
 /// The service that [`blocking`] makes.
 #[derive(Debug)]
 pub struct Blocking<F> {
     shared: Arc<Shared<F>>,
+    is_inline: bool,
+}
+
+impl<F> Blocking<F> {
+    /// Declares that the function never waits, and has it run on the event loop's own thread.
+    ///
+    /// That saves passing each request to another thread and its response back, which costs several times what a function
+    /// does that answers out of memory. In return the function must not wait for anything: not for a disk, a database or another
+    /// server, not for a lock that somebody else may hold for long, and not for another worker, as
+    /// [`get_or_render`](crate::Cache::get_or_render) does while that one renders the page. **While such a function waits,
+    /// so does everything else in its worker:** no connection is accepted, no other response goes out, `--request-timeout` cannot
+    /// send its 504, and after `--hang-timeout` the worker is ended.
+    ///
+    /// The function has to prove it: it runs on threads until 32 runs in a row took at most 50 µs each, and a run of a millisecond
+    /// or more sends it back there until twice as many were that quick. So does a request of which the body is still coming in.
+    ///
+    /// ```no_run
+    /// use forkyard::http::{Request, Response};
+    ///
+    /// fn main() -> std::process::ExitCode {
+    ///     forkyard::run(|_cx| forkyard::blocking(|_: Request<forkyard::Body>| Response::new("Hello, world\n")).inline())
+    /// }
+    /// ```
+    #[must_use]
+    pub fn inline(self) -> Self {
+        Self { is_inline: true, ..self }
+    }
 }
 
 #[derive(Debug)]
@@ -66,7 +97,7 @@ struct Shared<F> {
 
 impl<F> Clone for Blocking<F> {
     fn clone(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared) }
+        Self { shared: Arc::clone(&self.shared), is_inline: self.is_inline }
     }
 }
 
@@ -85,11 +116,12 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Answer {
         // A body that is still coming in needs the loop: to wait for it here would be to wait for ever.
-        let all_has_come = request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
-        let quick = all_has_come && self.shared.pace.is_quick();
+        let all_has_come = || request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
+        let quick = self.is_inline && self.shared.pace.is_quick() && all_has_come();
         let begin_by = request.extensions().get::<BeginBy>().map(|&BeginBy(at)| Box::pin(sleep_until(at.into())));
         let progress = Mutex::new(Progress { request: Some(request), ..Progress::default() });
-        let call = Arc::new(Call { shared: Arc::clone(&self.shared), cell: at_work::current(), progress });
+        let (shared, cell, bell) = (Arc::clone(&self.shared), at_work::current(), Bell::of_this_thread());
+        let call = Arc::new(Call { shared, cell, bell, is_quick: quick, progress });
         let job: Arc<dyn Job> = Arc::<Call<F>>::clone(&call);
         let started = match if quick { turn::run_after_turn(job) } else { Err(job) } {
             Ok(()) => true,
@@ -110,6 +142,10 @@ struct Call<F> {
     shared: Arc<Shared<F>>,
     /// The request's place in the scoreboard, while its response is waited for.
     cell: Option<usize>,
+    /// Of the event loop that waits for the response.
+    bell: Option<Arc<Bell>>,
+    /// It runs on the event loop's thread.
+    is_quick: bool,
     progress: Mutex<Progress>,
 }
 
@@ -135,6 +171,8 @@ trait Job: Send + Sync {
     fn abandon(&self);
     /// Whether a thread is at it.
     fn is_running(&self) -> bool;
+    /// Of the event loop that waits for the response.
+    fn bell(&self) -> Option<&Arc<Bell>>;
 }
 
 impl<F> Call<F> {
@@ -148,8 +186,10 @@ impl<F> Call<F> {
         progress.outcome = Some(outcome);
         let waker = progress.waker.take();
         drop(progress);
-        if let Some(waker) = waker {
-            turn::wake(waker);
+        match (waker, &self.bell) {
+            (Some(waker), Some(bell)) => bell.wake(waker),
+            (Some(waker), None) => waker.wake(),
+            (None, _) => {}
         }
     }
 }
@@ -173,7 +213,13 @@ where
             let begun = Instant::now();
             // The panic was logged by the hook; the outcome tells the event loop.
             let outcome = catch_unwind(AssertUnwindSafe(|| (self.shared.function)(request).map(Into::into)));
-            self.shared.pace.took(begun.elapsed());
+            let took = begun.elapsed();
+            if self.shared.pace.took(took) && self.is_quick && took >= LONG_FOR_THE_LOOP {
+                let took = took.as_millis();
+                log::warn!(
+                    "a function that was declared quick (Blocking::inline) held up the event loop for {took}ms: it runs on threads again"
+                );
+            }
             self.put(outcome.map_err(|_| Panicked));
         });
     }
@@ -215,6 +261,10 @@ where
     fn is_running(&self) -> bool {
         let progress = self.progress();
         progress.request.is_none() && progress.outcome.is_none()
+    }
+
+    fn bell(&self) -> Option<&Arc<Bell>> {
+        self.bell.as_ref()
     }
 }
 

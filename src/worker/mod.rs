@@ -301,7 +301,7 @@ async fn sweep(cache: Cache, connections: Rc<Connections>, row: Row) {
     }
 }
 
-/// Runs the event loop until `life` ends, and between its turns the blocking functions that are quick.
+/// Runs the event loop until `life` ends, and between its turns the blocking functions that are declared quick.
 fn run_in_turns<T>(runtime: &LocalRuntime, life: impl Future<Output = T>) -> T {
     let mut life = pin!(life);
     loop {
@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn a_function_that_is_quick_moves_to_the_loops_thread_and_one_slow_run_moves_it_back() {
+    fn a_function_that_is_declared_quick_and_is_moves_to_the_loops_thread_and_one_slow_run_moves_it_back() {
         let here = std::thread::current().name().unwrap().to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread().build_local(LocalOptions::default()).unwrap();
         let mut service = crate::blocking(|request: Request<Body>| {
@@ -481,7 +481,8 @@ mod tests {
                 _ => {}
             }
             Response::new(std::thread::current().name().unwrap_or_default().to_owned())
-        });
+        })
+        .inline();
         run_in_turns(&runtime, async {
             assert!(ask(&mut service, "/", Body::empty()).await.starts_with("blocking-"), "it is not known yet");
             // On a busy machine a run may be interrupted and not be quick; in the end enough in a row are.

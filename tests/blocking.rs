@@ -1,0 +1,166 @@
+//! What blocks in a blocking function holds up nothing but its own request.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::raw::{self, Protocol};
+use common::{PATIENCE, Server, wait_until};
+
+/// So many quick runs in a row are more than any function needs to be taken for a quick one.
+const MANY: u32 = 300;
+
+fn ask(protocol: Protocol, stream: &mut UnixStream, target: &str) -> (u16, i32) {
+    let (status, response) = raw::ask(stream, &protocol.head("GET", target, 0));
+    (status, pid_in(protocol, &response))
+}
+
+/// The pid that the body of a response is; -1 if it is none.
+fn pid_in(protocol: Protocol, response: &[u8]) -> i32 {
+    let text = String::from_utf8_lossy(response);
+    let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    // Over FastCGI another record follows.
+    let digits = body.find(|c: char| !c.is_ascii_digit()).unwrap_or(body.len());
+    assert!(protocol == Protocol::FastCgi || body.len() <= digits + 1, "{text:?}");
+    body[..digits].parse().unwrap_or(-1)
+}
+
+/// A request that is held up until the gate is dropped.
+fn hold(protocol: Protocol, bind: &str, path: &str) -> (UnixStream, TcpStream) {
+    let gate = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut held = raw::connect(bind);
+    let target = format!("{path}/{}", gate.local_addr().unwrap().port());
+    held.write_all(&protocol.head("GET", &target, 0)).unwrap();
+    (held, gate.accept().unwrap().0)
+}
+
+#[test]
+fn a_run_that_blocks_after_many_quick_ones_holds_up_nobody() {
+    for protocol in [Protocol::Http, Protocol::FastCgi] {
+        let mut server = protocol.start("holds", &["--workers", "1", "--threads", "2"]);
+        let mut kept = raw::connect(&server.binds[0]);
+        for _ in 0..MANY {
+            assert_eq!(ask(protocol, &mut kept, "/").0, 200);
+        }
+        let (mut held, gate) = hold(protocol, &server.binds[0], "/hold");
+        for target in ["/", "/loop/"] {
+            assert_eq!(ask(protocol, &mut kept, target).0, 200, "{protocol:?} {target} on a kept connection");
+            let mut fresh = raw::connect(&server.binds[0]);
+            assert_eq!(ask(protocol, &mut fresh, target).0, 200, "{protocol:?} {target} on a fresh connection");
+        }
+        drop(gate);
+        assert_eq!(raw::ask(&mut held, b"").0, 200);
+        drop((kept, held));
+        server.stop();
+    }
+}
+
+#[test]
+fn a_run_that_blocks_gets_its_504_in_time_although_all_threads_are_occupied() {
+    for protocol in raw::ALL {
+        let mut server = protocol.start("holds", &["--workers", "1", "--threads", "1", "--request-timeout", "2s"]);
+        for _ in 0..MANY {
+            assert_eq!(ask(protocol, &mut raw::connect(&server.binds[0]), "/").0, 200);
+        }
+        let (mut held, gate) = hold(protocol, &server.binds[0], "/hold");
+        // Only the function's own thread is occupied: the event loop answers.
+        assert_eq!(ask(protocol, &mut raw::connect(&server.binds[0]), "/loop/").0, 200);
+        assert_eq!(raw::ask(&mut held, b"").0, 504, "{protocol:?}");
+        drop((gate, held));
+        server.stop();
+    }
+}
+
+#[test]
+fn a_page_that_another_worker_renders_holds_up_nobody() {
+    for protocol in [Protocol::Http, Protocol::FastCgi] {
+        let mut server = protocol.start("holds", &["--workers", "2", "--threads", "1"]);
+        let bind = server.binds[0].clone();
+        let (mut renders, gate) = hold(protocol, &bind, "/page");
+        let port = gate.local_addr().unwrap().port();
+        // The other worker, which has a free thread.
+        let mut kept = raw::connect(&bind);
+        let (_, other) = ask(protocol, &mut kept, "/");
+        for _ in 0..MANY {
+            assert_eq!(ask(protocol, &mut kept, "/"), (200, other));
+        }
+        let mut beside = raw::connect(&bind);
+        assert_eq!(ask(protocol, &mut beside, "/loop/"), (200, other));
+        kept.write_all(&protocol.head("GET", &format!("/page/{port}"), 0)).unwrap();
+        // It waits for the page, on its thread.
+        wait_for_occupation(&server, other);
+        assert_eq!(ask(protocol, &mut beside, "/loop/"), (200, other), "{protocol:?}");
+        kept.set_nonblocking(true).unwrap();
+        let waits = kept.read(&mut [0]).unwrap_err();
+        assert_eq!(waits.kind(), ErrorKind::WouldBlock, "{protocol:?}: the page is not there yet");
+        kept.set_nonblocking(false).unwrap();
+        drop(gate);
+        let (_, page) = raw::ask(&mut renders, b"");
+        let (status, same) = raw::ask(&mut kept, b"");
+        let renderer = pid_in(protocol, &page);
+        assert_eq!((status, pid_in(protocol, &same)), (200, renderer));
+        assert!(renderer != other && renderer > 0, "{protocol:?}: rendered by {renderer}, waited for by {other}");
+        drop((kept, beside, renders));
+        server.stop();
+    }
+}
+
+/// Waits until a request of this worker's is under way.
+fn wait_for_occupation(server: &Server, pid: i32) {
+    let segment = server.segment();
+    let board = segment.scoreboard();
+    wait_until("the worker waits for the page", || {
+        let rows = (0..board.rows()).filter_map(|slot| board.read(slot));
+        let row = rows.into_iter().find(|row| i32::try_from(row.pid) == Ok(pid))?;
+        (!row.serving.is_empty()).then_some(())
+    });
+}
+
+#[test]
+fn a_function_that_is_declared_quick_is_answered_like_any_other() {
+    for protocol in raw::ALL {
+        let mut server = protocol.start("quick", &["--workers", "1"]);
+        for _ in 0..MANY {
+            let (status, response) = raw::ask(&mut raw::connect(&server.binds[0]), &protocol.head("GET", "/", 0));
+            assert_eq!(status, 200, "{protocol:?}");
+            assert!(String::from_utf8_lossy(&response).contains("Hello, world"), "{protocol:?}");
+        }
+        server.stop();
+    }
+}
+
+#[test]
+fn more_requests_than_may_wait_get_503_and_as_many_as_may_are_all_answered() {
+    let mut server = Protocol::Http.start("holds", &["--workers", "1", "--threads", "1", "--queue", "3"]);
+    let bind = server.binds[0].clone();
+    let (mut held, gate) = hold(Protocol::Http, &bind, "/hold");
+    let mut waiting: Vec<UnixStream> = (0..8).map(|_| raw::connect(&bind)).collect();
+    for stream in &mut waiting {
+        stream.write_all(&Protocol::Http.head("GET", "/", 0)).unwrap();
+    }
+    // Five of them cannot wait.
+    wait_until("five are refused", || {
+        waiting.retain_mut(|stream| {
+            stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+            let mut piece = [0; 1024];
+            let Ok(count) = stream.read(&mut piece) else { return true };
+            assert_eq!(raw::status(&piece[..count]), Some(503));
+            false
+        });
+        (waiting.len() <= 3).then_some(())
+    });
+    assert_eq!(waiting.len(), 3);
+    drop(gate);
+    assert_eq!(raw::ask(&mut held, b"").0, 200);
+    for stream in &mut waiting {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(raw::ask(stream, b"").0, 200);
+    }
+    drop(waiting);
+    server.stop();
+}
