@@ -266,6 +266,11 @@ fn who_polls_gets_what_there_is_or_waits_for_it() {
         let at_once = poll(&address, &format!("/events?topics=news&{parameter}={id}"), "Accept: */*\r\n");
         assert_eq!(at_once.text(), expected, "{parameter}");
     }
+    let encoded = id.replace('-', "%2D");
+    for query in [format!("lastEventId={encoded}"), format!("last%2devent%2Did={encoded}")] {
+        let at_once = poll(&address, &format!("/events?topics=news&{query}"), "Accept: */*\r\n");
+        assert_eq!(at_once.text(), expected, "{query}: the same, percent-encoded (RFC 3986, section 6.2.2.2)");
+    }
     let at_once = poll(&address, &format!("/events?topics=news&lastEventId={id}"), "Accept: */*\r\nLast-Event-ID:\r\n");
     assert_eq!(at_once.text(), expected, "a header that says nothing");
     let nonsense = poll(&address, "/events?topics=news", "Accept: */*\r\nLast-Event-ID: \u{e9}\r\n");

@@ -15,7 +15,7 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::fastcgi::{self, PARAMS, STDIN, begin, pair, record};
-use common::{Server, http, is_gone, process, program, wait_until};
+use common::{Server, http, is_gone, process, program, sse, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -278,6 +278,58 @@ fn of_each_relay_that_is_killed_one_event_is_lost_at_most_and_none_is_doubled() 
     place.server.stop();
     assert!(process(relay.as_raw()).is_none(), "it ends with the master");
     assert!(!place.socket().exists());
+}
+
+#[test]
+fn a_relay_that_is_stopped_is_replaced_and_its_publishers_go_on() {
+    let mut place = Place::start(&["--events", "64M"]);
+    let sender = place.sender();
+    sender.send(b"begin\n\n").unwrap();
+    place.wait_for_last_id("begin", 1);
+    let relay = place.relay().unwrap();
+    common::stop(relay);
+    // More than the kernel holds for the socket: whoever sends them has to wait.
+    std::thread::scope(|scope| {
+        let sending = scope.spawn(|| {
+            sender.set_write_timeout(Some(common::PATIENCE)).unwrap();
+            (0..2000).try_for_each(|number| sender.send(format!("n\n\n{number}").as_bytes()).map(drop))
+        });
+        place.server.wait_for("relay does nothing although events wait for it");
+        sending.join().unwrap().expect("the publisher goes on");
+    });
+    sender.send(b"end\n\n").unwrap();
+    place.wait_for_last_id("end", 1);
+    let numbers = place.data("n");
+    assert!(numbers.len() >= 1999, "one may be lost with the relay, and {} came", numbers.len());
+    assert_ne!(place.relay().unwrap(), relay);
+    assert_eq!(place.server.segment().events().audit(), Ok(()));
+    place.server.stop();
+}
+
+#[test]
+fn one_publishers_topics_lock_nobody_out() {
+    let mut place = Place::start(&[]);
+    let sender = place.sender();
+    let bind = place.server.binds[0].clone();
+    sender.send(b"prices\n\nfirst").unwrap();
+    place.wait_for_last_id("prices", 1);
+    let mut listens = sse::Source::open(sse::Way::Http, &bind, "/events?topics=prices,user%20999", "").unwrap();
+    let most = place.server.segment().events().stats().most_topics;
+    assert!(most < 500, "the log has room for {most} topics");
+    for number in 0..1000 {
+        sender.send(format!("user {number}\n\nhello {number}").as_bytes()).unwrap();
+    }
+    sender.send(b"prices\n\nsecond").unwrap();
+    sender.send(b"news\n\nnobody has kept this topic from coming").unwrap();
+    wait_until("they are in the log", || (place.server.segment().events().stats().published >= 1003).then_some(()));
+    assert_eq!(place.server.segment().events().stats().published, 1003, "nothing was refused");
+    // Topics that were given up and have come back, or were not there before: whoever listens misses nothing.
+    let events: Vec<sse::Event> = (0..2).map(|_| listens.event().unwrap().unwrap()).collect();
+    let got: BTreeSet<(&str, &str)> = events.iter().map(|event| (event.name.as_str(), event.data.as_str())).collect();
+    assert_eq!(got, BTreeSet::from([("", "hello 999"), ("", "second")]), "no gap");
+    assert!(!place.server.log().contains("not published"), "{}", place.server.log());
+    drop(listens);
+    place.server.stop();
 }
 
 #[test]

@@ -26,7 +26,8 @@
 //!
 //! # Topics that come and go
 //! The table has room for one topic for each 4 KiB of the log. If it is full, a new topic takes the place of the one that has
-//! been idle for longest, and of which nothing is left in the log. Should that one come back, its ids go on above the
+//! been idle for longest, so that no publisher can keep others from publishing, however many topics it makes. Events of the topic that was given up
+//! stay in the log, and whoever follows it by a [`Tail`] gets them; by its name they are found no more. Should it come back, its ids go on above the
 //! highest that any topic in its situation had: no id is used twice, and whoever asks for what came after its last
 //! one learns that something may be missing. Until then that highest id is what is told as its last: a reader who begins
 //! there misses nothing. A topic that is new then begins above it as well, as nobody knows whether it is.

@@ -18,6 +18,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::frame::{COMMENT, put_event, put_id, put_retry};
 use super::{Event, Events, EventsError, Message, Published, Subscription, name};
 use crate::body::Body;
+use crate::protocol::query;
 
 /// What says of a response that it is one of these.
 pub(crate) const TYPE: &str = "text/event-stream";
@@ -63,8 +64,8 @@ where
     let headers = request.headers();
     let of_header = headers.get(LAST_EVENT_ID).map(|value| String::from_utf8_lossy(value.as_bytes()));
     let of_query = || {
-        let mut pairs = request.uri().query()?.split('&').filter_map(|pair| pair.split_once('='));
-        pairs.find_map(|(name, value)| matches!(name, "lastEventId" | LAST_EVENT_ID).then_some(value.into()))
+        let mut pairs = query::pairs(request.uri().query()?);
+        pairs.find_map(|(name, value)| matches!(&*name, "lastEventId" | LAST_EVENT_ID).then_some(value))
     };
     let last_event_id = of_header.filter(|id| !id.is_empty()).or_else(of_query).filter(|id| !id.is_empty());
     Sse {

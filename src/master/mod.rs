@@ -31,6 +31,7 @@ mod relay;
 mod sickbed;
 mod signals;
 mod spawn;
+mod stall;
 mod status;
 mod supervisor;
 mod symbols;

@@ -1,7 +1,8 @@
 //! The relay as the master sees it: made when a datagram waits in the publish socket and there is none, and made again
-//! when it has died. [`crate::relay`] is what it does.
+//! when it has died. One that does nothing although something waits (somebody has stopped it, say) is killed: else publishers would wait for ever.
+//! [`crate::relay`] is what it does.
 //!
-//! Of the socket the master looks only whether something waits, and only while there is no relay.
+//! Of the socket the master looks only whether something waits: while there is no relay, and now and then while there is one.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -16,6 +17,7 @@ use nix::unistd::{Pid, pipe2, setpgid};
 use super::output::{LineReader, REST};
 use super::signals::SignalInbox;
 use super::spawn::Nursery;
+use super::stall::Stall;
 use super::supervisor::{Breaker, Now, StartEnding};
 use super::upgrade::saved::SavedPublish;
 use crate::config::Config;
@@ -56,6 +58,8 @@ struct Process {
     ready: bool,
     output: LineReader,
     open: bool,
+    stall: Stall,
+    is_given_up: bool,
     /// At the end of which it ends.
     _lifeline: OwnedFd,
 }
@@ -112,14 +116,20 @@ impl Relay {
         match &self.state {
             State::None => self.socket.as_ref().map(|_| self.breaker.open_until()).filter(|until| *until > now),
             State::Ends { deadline, .. } => *deadline,
-            State::Works(_) | State::Over => None,
+            State::Works(process) => (!process.is_given_up).then(|| process.stall.next_look()),
+            State::Over => None,
         }
     }
 
     /// Logs what it says, and makes one if there is something for it to do.
     pub(super) fn turn(&mut self, nursery: &Nursery, signals: &SignalInbox, now: Now) {
         match &mut self.state {
-            State::Works(process) => process.hear(TURN, &mut self.breaker),
+            State::Works(process) => {
+                process.hear(TURN, &mut self.breaker);
+                if let Some(socket) = self.socket.as_ref().filter(|_| now >= process.stall.next_look()) {
+                    process.look(socket, now);
+                }
+            }
             State::Ends { pid, deadline } => {
                 if deadline.take_if(|deadline| *deadline <= now).is_some() {
                     log::warn!("relay does not end by itself: killed pid={pid}");
@@ -130,7 +140,7 @@ impl Relay {
                 if let Some(socket) = self.socket.as_ref().filter(|_| now >= self.breaker.open_until())
                     && has_come(socket)
                 {
-                    match start(socket, nursery, signals) {
+                    match start(socket, nursery, signals, now) {
                         Ok(process) => {
                             log::info!("relay started pid={}", process.pid);
                             self.state = State::Works(process);
@@ -194,6 +204,18 @@ impl Relay {
 }
 
 impl Process {
+    fn look(&mut self, socket: &PublishSocket, now: Now) {
+        let something_waits = has_come(socket);
+        let work = if something_waits { work_of(self.pid) } else { None };
+        if self.stall.look(now, something_waits, work) && !std::mem::replace(&mut self.is_given_up, true) {
+            let pid = self.pid;
+            log::error!(
+                "relay does nothing although events wait for it (was it stopped?): killed, another one goes on pid={pid}"
+            );
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+
     fn hear(&mut self, most: usize, breaker: &mut Breaker) {
         if !self.open {
             return;
@@ -216,7 +238,20 @@ fn has_come(socket: &PublishSocket) -> bool {
     poll(&mut watched, PollTimeout::ZERO).is_ok() && watched[0].any().unwrap_or(false)
 }
 
-fn start(socket: &PublishSocket, nursery: &Nursery, signals: &SignalInbox) -> io::Result<Process> {
+/// A number that changes as long as a process does anything: its time on processors, and how often it got one or gave it up.
+fn work_of(pid: Pid) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    // Fields 14 and 15 of proc_pid_stat(5); the third is the first here.
+    let ticks = [11, 12].into_iter().map(|field| fields.get(field)?.parse::<u64>().ok()).sum::<Option<u64>>()?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let switches = status.lines().filter(|line| line.contains("ctxt_switches:"));
+    let switches =
+        switches.map(|line| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()).sum::<Option<u64>>()?;
+    Some(ticks.wrapping_add(switches))
+}
+
+fn start(socket: &PublishSocket, nursery: &Nursery, signals: &SignalInbox, now: Now) -> io::Result<Process> {
     // It never blocks at what it says, and neither does the master.
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let (watched, lifeline) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
@@ -244,5 +279,6 @@ fn start(socket: &PublishSocket, nursery: &Nursery, signals: &SignalInbox) -> io
         relay::run(socket.as_fd(), watched.as_fd(), segment)
     })?;
     let (since, output) = (Instant::now(), LineReader::new(read));
-    Ok(Process { pid, since, ready: false, output, open: true, _lifeline: lifeline })
+    let stall = Stall::new(now);
+    Ok(Process { pid, since, ready: false, output, open: true, stall, is_given_up: false, _lifeline: lifeline })
 }

@@ -4,6 +4,7 @@
 //!   application sees of them.
 //! - [`scgi`] knows the netstring and the body behind it.
 //! - [`cgi`] knows what a CGI variable means to an `http::Request`, and how a response head is written.
+//! - [`query`] knows the pairs of a query.
 //! - [`proxy`] knows the PROXY protocol's header; [`forwarded`] what HTTP headers say of the client.
 //!
 //! HTTP is hyper's; there is no file for it here.
@@ -15,5 +16,6 @@ pub(crate) mod fastcgi;
 pub(crate) mod forwarded;
 pub(crate) mod params;
 pub(crate) mod proxy;
+pub(crate) mod query;
 pub(crate) mod role;
 pub(crate) mod scgi;

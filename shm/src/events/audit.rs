@@ -42,6 +42,8 @@ impl Log<'_> {
             if let Record::Event(lies) = record {
                 let event = self.event(at, &lies).ok_or_else(|| format!("no event at {at}"))?;
                 let follows = match latest.insert(event.topic.clone(), (event.id, at)) {
+                    // The topic was given up, and has come back.
+                    Some((id, _)) if lies.before == 0 => id < event.id,
                     Some((id, before)) => id.checked_add(1) == Some(event.id) && before == lies.before,
                     None => event.id > 0 && lies.before < floor,
                 };
@@ -61,7 +63,10 @@ impl Log<'_> {
         let mut names = HashSet::new();
         for name in self.topics.names() {
             let (id, at) = self.topics.last(&name).ok_or_else(|| format!("{name} is where nobody finds it"))?;
-            let is_at = |events: &Latest| events.get(&*name).map_or(at < floor, |event| *event == (id, at));
+            // One that was made again, and has no event yet, knows nothing of its former ones.
+            let is_at = |events: &Latest| {
+                events.get(&*name).map_or(at < floor, |event| *event == (id, at) || at == 0 && event.0 <= id)
+            };
             let newest = latest.get(&*name).filter(|newest| known.get(&*name) != Some(newest));
             // A publisher that died may have told the position, and not the id.
             let is_half_told = newest.is_some_and(|&(newest, place)| place == at && newest == id + 1);
@@ -72,8 +77,11 @@ impl Log<'_> {
                 return Err(format!("{name} is there twice"));
             }
         }
-        match latest.keys().find(|name| !names.contains(&***name)) {
-            Some(name) => Err(format!("{name} has events, and is in no cell")),
+        let retired = self.head.retired.load(Ordering::Acquire);
+        match latest.iter().find(|(name, (id, _))| !names.contains(&***name) && *id > retired) {
+            Some((name, (id, _))) => {
+                Err(format!("{name} has event {id}, is in no cell, and was not given up ({retired})"))
+            }
             None => Ok(()),
         }
     }

@@ -34,7 +34,8 @@ pub enum PublishError {
         /// The most.
         most: u64,
     },
-    /// There is no room for another topic, as all have events in the log.
+    /// The log has no room for any topic. (Among topics there is always room for another: the one that was idle for longest makes
+    /// it.)
     TooManyTopics {
         /// The most.
         most: u64,
@@ -56,7 +57,7 @@ impl fmt::Display for PublishError {
                 )
             }
             Self::TooManyTopics { most } => {
-                write!(f, "event not published: all {most} topics are in use (a larger log has room for more)")
+                write!(f, "event not published: the log has room for {most} topics, and none of them can be used")
             }
             Self::Busy => f.write_str("event not published: another process holds the event log (try again)"),
         }

@@ -99,23 +99,49 @@ fn a_topic_that_comes_back_uses_no_id_twice() {
         events.publish(&format!("t{topic}"), "", b"").unwrap();
     }
     events.publish("t3", "", b"").unwrap();
-    assert_eq!(events.publish("one more", "", b""), Err(PublishError::TooManyTopics { most }));
-    for _ in 0..200 {
-        events.publish("t5", "", &[0; 1000]).unwrap();
-    }
-    assert_eq!(events.publish("one more", "", b""), Ok(2), "t0 had one");
+    assert_eq!(events.publish("one more", "", b""), Ok(2), "t0 makes room, which had one");
     assert_eq!((events.last_id("t0"), events.last_id("never there")), (1, 1), "no topic will have these ids again");
-    assert_eq!(events.publish("another", "", b""), Ok(2));
-    assert_eq!(events.publish("t0", "", b""), Ok(2));
+    assert_eq!((ids(&events.since("t1", 0, 10).events), events.since("t1", 0, 10).missed), (vec![1], 0));
+    assert_eq!(events.publish("another", "", b""), Ok(2), "t1 makes room");
+    assert_eq!(events.since("t1", 0, 10), Since { events: Vec::new(), missed: 1 }, "it may have had one, nobody knows");
+    assert_eq!(events.publish("t0", "", b""), Ok(2), "t2 makes room");
     assert_eq!(events.since("t0", 1, 10).missed, 0);
+    events.audit().unwrap();
     for topic in 0..most - 4 {
         events.publish(&format!("u{topic}"), "", b"").unwrap();
     }
-    assert_eq!(events.publish("t3", "", b""), Err(PublishError::TooManyTopics { most }));
-    for _ in 0..200 {
-        events.publish("t5", "", &[0; 1000]).unwrap();
+    assert_eq!(events.last_id("t3"), 2, "it was idle for less long than all others, and is there yet");
+    events.publish("v", "", b"").unwrap();
+    assert_eq!(events.publish("t3", "", b""), Ok(3), "it had two, and was given up");
+    events.audit().unwrap();
+}
+
+/// A publisher that makes ever new topics takes nobody's place who goes on publishing, and refuses nobody.
+#[test]
+fn a_flood_of_topics_locks_nobody_out() {
+    let events = log_of(1 << 20);
+    let most = events.stats().most_topics;
+    let mut tail = events.tail();
+    let mut next = 1;
+    for topic in 0..4 * most {
+        events.publish(&format!("flood {topic}"), "", b"x").unwrap();
+        if topic % (most / 2) == 0 {
+            assert_eq!(events.publish("prices", "", b"y"), Ok(next), "its place was never taken");
+            next += 1;
+        }
     }
-    assert_eq!(events.publish("t3", "", b""), Ok(3), "it had two");
+    let since = events.since("prices", 0, 1000);
+    assert_eq!((ids(&since.events), since.missed), ((1..next).collect(), 0));
+    // Those of the flood that were given up are in the log still.
+    let mut flood = 0;
+    loop {
+        match tail.next() {
+            Tailed::Event(event) => flood += u64::from(&*event.topic != "prices"),
+            Tailed::CaughtUp => break,
+            Tailed::Gap => panic!("the log has room for all of them"),
+        }
+    }
+    assert_eq!((flood, events.stats().topics), (4 * most, most));
     events.audit().unwrap();
 }
 

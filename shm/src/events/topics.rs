@@ -5,7 +5,7 @@
 //!
 //! Readers look without a lock, and look once more at the name when they have read what the cell says of it.
 //!
-//! May not: wait, or give up a topic of which there is an event in the log.
+//! May not: wait, or refuse a topic because others have come before it.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -88,7 +88,8 @@ impl<'a> Topics<'a> {
         (None, None)
     }
 
-    /// Where a topic is; if it is new, a place is made for it. `None` if all topics have events in the log. Under the lock.
+    /// Where a topic is; if it is new, a place is made for it, that of the topic that was idle for longest if there is no other.
+    /// `None` if the table has no cells, or lies outside of the memory. Under the lock, and when all topics know of their events.
     pub(super) fn find_or_make(&self, topic: &str, head: &EventsHead) -> Option<(u32, &'a TopicCell)> {
         let (found, unused) = self.search(topic);
         if found.is_some() {
@@ -96,7 +97,7 @@ impl<'a> Topics<'a> {
         }
         let index = match unused {
             Some(unused) => unused,
-            None => self.idle_longest(head.floor.load(Ordering::Relaxed))?,
+            None => self.idle_longest()?,
         };
         let cell = self.cell(index)?;
         if cell.length.load(Ordering::Relaxed) != 0 {
@@ -118,14 +119,13 @@ impl<'a> Topics<'a> {
         Some((index, cell))
     }
 
-    /// A cell without a topic, or else the one whose last event is the oldest, if that is in the log no more.
-    fn idle_longest(&self, floor: u64) -> Option<u32> {
+    /// A cell without a topic, or else the one whose last event is the oldest, be it in the log still or not.
+    fn idle_longest(&self) -> Option<u32> {
         let last_at = |cell: &TopicCell| match cell.length.load(Ordering::Relaxed) {
             GIVEN_UP => 0,
             _ => cell.last_at.load(Ordering::Relaxed),
         };
-        let (index, cell) = (0_u32..).zip(self.cells).min_by_key(|(_, cell)| last_at(cell))?;
-        (last_at(cell) < floor).then_some(index)
+        (0_u32..).zip(self.cells).min_by_key(|(_, cell)| last_at(cell)).map(|(index, _)| index)
     }
 
     fn text_at(&self, index: u64) -> u64 {

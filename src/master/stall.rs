@@ -1,0 +1,71 @@
+//! Whether a process gets on with what waits for it, by looking at it now and then.
+//!
+//! No I/O, no clock: what is seen is passed in.
+
+use std::time::Duration;
+
+use super::supervisor::Now;
+
+/// Between two looks while nothing waits, and while something does.
+const APART: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
+/// So many looks one after the other at which something waits and nothing was done since the one before.
+const LOOKS: u32 = 3;
+
+/// What was seen of it.
+#[derive(Debug)]
+pub(super) struct Stall {
+    next_look: Now,
+    /// At the last look, if something waited then.
+    work: Option<u64>,
+    in_vain: u32,
+}
+
+impl Stall {
+    pub(super) fn new(now: Now) -> Self {
+        Self { next_look: now + APART.0, work: None, in_vain: 0 }
+    }
+
+    pub(super) fn next_look(&self) -> Now {
+        self.next_look
+    }
+
+    /// A look. `work` changes as long as the process does anything, and is `None` if that cannot be found out. Returns whether it is
+    /// to be given up.
+    pub(super) fn look(&mut self, now: Now, something_waits: bool, work: Option<u64>) -> bool {
+        self.next_look = now + if something_waits { APART.1 } else { APART.0 };
+        let work = work.filter(|_| something_waits);
+        self.in_vain = if work.is_some() && self.work == work { self.in_vain + 1 } else { 0 };
+        self.work = work;
+        self.in_vain >= LOOKS
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// At which look it is given up, and when that is.
+    fn given_up(looks: &[(bool, Option<u64>)]) -> Option<(usize, Now)> {
+        let mut stall = Stall::new(Duration::ZERO);
+        looks.iter().enumerate().find_map(|(index, &(something_waits, work))| {
+            let now = stall.next_look();
+            stall.look(now, something_waits, work).then_some((index, now))
+        })
+    }
+
+    #[test]
+    fn one_that_does_nothing_although_something_waits_is_given_up() {
+        let waits = (true, Some(7));
+        assert_eq!(given_up(&[waits; 9]), Some((3, Duration::from_secs(8))));
+        assert_eq!(given_up(&[(false, Some(7)); 9]), None, "nothing waits");
+        assert_eq!(given_up(&[(true, None); 9]), None, "nobody knows what it does");
+        let works: Vec<_> = (0..9).map(|work| (true, Some(work))).collect();
+        assert_eq!(given_up(&works), None);
+        assert_eq!(given_up(&[waits, waits, waits, (false, Some(7)), waits, waits, waits]), None, "all was taken");
+        assert_eq!(
+            given_up(&[waits, waits, waits, (true, Some(8)), waits, waits, waits]),
+            None,
+            "it works now and then"
+        );
+    }
+}
