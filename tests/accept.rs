@@ -38,7 +38,7 @@ fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next
     let mut held = raw::connect(&bind);
     let request = protocol.head("GET", &target, 0);
     let held_up = std::thread::spawn(move || raw::ask(&mut held, &request).0);
-    let (gate, _) = gate.accept().unwrap();
+    let gate = common::accepted(&gate, "the held request has begun");
     for _ in 0..40 {
         ask(&mut raw::connect(&bind));
     }

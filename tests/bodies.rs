@@ -138,7 +138,7 @@ fn a_large_download_over_fastcgi() {
 fn a_large_echo_over_fastcgi_to_a_client_that_reads_slowly() {
     let fixture = start();
     let address = fixture.server.binds[1].strip_prefix("fastcgi:").unwrap();
-    let stream = TcpStream::connect(address).unwrap();
+    let stream = common::connect_tcp(address).unwrap();
     let mut sender = stream.try_clone().unwrap();
     let mut client = fastcgi::Client { stream: Box::new(stream) };
     std::thread::scope(|scope| {

@@ -7,7 +7,7 @@ mod common;
 mod fronts;
 
 use std::collections::BTreeSet;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -17,8 +17,9 @@ use std::sync::Barrier;
 use std::time::Duration;
 
 use common::http;
+use common::limit::{self, Pipe};
 use common::scgi::Response;
-use common::{Server, program, wait_until};
+use common::{Server, line_of, program, wait_until};
 use forkyard_shm::{Found, Options, Plan, Segment};
 use fronts::WebServer;
 use nix::sys::signal::{Signal, kill};
@@ -62,11 +63,11 @@ fn start(command: &mut Command, body: &[u8]) -> Child {
 }
 
 fn finish(mut child: Child) -> Called {
-    let (mut output, mut errors) = (Vec::new(), String::new());
-    child.stdout.as_mut().unwrap().read_to_end(&mut output).unwrap();
-    child.stderr.as_mut().unwrap().read_to_string(&mut errors).unwrap();
-    let status = wait_until("the program ends", || child.try_wait().unwrap());
-    Called { response: Response::parse(&output), errors, status: status.code() }
+    let stdin = child.stdin.take(); // stays open
+    let output = limit::output_of(child, "the program");
+    drop(stdin);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    Called { response: Response::parse(&output.stdout), errors, status: output.status.code() }
 }
 
 fn call(name: &str, method: &str, target: &str) -> Called {
@@ -105,7 +106,7 @@ fn a_call_is_answered_and_over() {
 fn a_body_streams_through() {
     let mut child = start(command("crashy", "POST", "/echo").env("CONTENT_LENGTH", "8"), b"");
     let mut stdin = child.stdin.take().unwrap();
-    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut stdout = Pipe::of(child.stdout.take().unwrap());
     stdin.write_all(b"1234").unwrap();
     let mut came = Vec::new();
     while !came.ends_with(b"\r\n\r\n1234") {
@@ -114,10 +115,8 @@ fn a_body_streams_through() {
         came.push(byte[0]);
     }
     stdin.write_all(b"5678 and what is not of the request").unwrap();
-    let mut rest = Vec::new();
-    stdout.read_to_end(&mut rest).unwrap();
-    assert_eq!(rest, b"5678");
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(stdout.rest("the rest of the response"), b"5678");
+    assert_eq!(limit::end_of(&mut child, "the program").code(), Some(0));
 }
 
 #[test]
@@ -163,8 +162,7 @@ fn a_client_gives_no_flags_and_the_operator_may() {
 fn a_term_or_a_web_server_that_has_left_ends_it() {
     let begin = || {
         let mut child = start(&mut command("pages", "GET", "/page/1?ms=600000"), b"");
-        let mut line = String::new();
-        BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let line = line_of(child.stderr.as_mut().unwrap(), "a line of its log");
         assert!(line.contains("rendering page=1"), "{line}");
         child
     };
@@ -278,7 +276,7 @@ fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
                 child
             })
             .collect();
-        calls.iter_mut().for_each(|call| assert!(call.wait().is_ok()));
+        calls.iter_mut().for_each(|call| assert!(limit::end_of(call, "a call").code() != Some(101)));
         let page_of_all = page(&file, "/page/7");
         assert_eq!(page(&file, "/page/7"), page_of_all, "round {round}");
     }
@@ -292,8 +290,7 @@ fn a_server_starts_while_a_call_uses_the_file() {
     let file = folder.path().join("pages");
     let first = page(&file, "/page/1");
     let mut child = start(&mut with_cache(&file, "/page/2?ms=3000"), b"");
-    let mut line = String::new();
-    BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let line = line_of(child.stderr.as_mut().unwrap(), "a line of its log");
     assert!(line.contains("rendering page=2"), "{line}");
     let mut running = server(&file);
     assert!(child.try_wait().unwrap().is_none(), "the call is still at it");
@@ -338,7 +335,7 @@ fn on_one_socket_a_body_that_nobody_reads_costs_no_response() {
         let mut response = Vec::new();
         ours.read_to_end(&mut response).unwrap();
         assert_eq!(Response::parse(&response).status(), status);
-        assert!(child.wait().unwrap().success());
+        assert!(limit::end_of(&mut child, "the program").success());
     }
 }
 

@@ -8,10 +8,11 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Output};
 
+use common::limit::InTime as _;
 use common::{Server, http, program};
 
 fn run(name: &str, arguments: &[&str]) -> Output {
-    Command::new(program(name)).args(arguments).output().expect("it runs")
+    Command::new(program(name)).args(arguments).output_in_time().expect("it runs")
 }
 
 /// Runs `hello` with a bad flag, and expects this exit status and these words in its complaint.

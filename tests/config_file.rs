@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::http;
+use common::limit::InTime as _;
 use common::{Server, program, wait_until};
 use nix::sys::signal::Signal;
 
@@ -93,7 +94,11 @@ fn run_takes_its_command_from_the_file() {
     assert!(server.log().contains("/tail, on its standard input"), "{}", server.log());
     server.stop();
     let file = folder.file("command = 'sleep 600'\nbind = 'fastcgi:unix:/a.sock'\n");
-    complained(&with_config("forkyard", &["run"], &file, &[]).output().unwrap(), 2, &[":1:11: 'command' is a list"]);
+    complained(
+        &with_config("forkyard", &["run"], &file, &[]).output_in_time().unwrap(),
+        2,
+        &[":1:11: 'command' is a list"],
+    );
 }
 
 #[test]
@@ -116,28 +121,32 @@ fn every_mistake_is_told_at_once_with_its_place() {
         ":10:2: there is no setting 'section' (is 'socket-owner' meant?)\n",
     ];
     for (before, status) in [(&["check"][..], 1), (&[], 2)] {
-        let output = with_config("hello", before, &file, &[]).output().unwrap();
+        let output = with_config("hello", before, &file, &[]).output_in_time().unwrap();
         complained(&output, status, &expected);
         let lines = String::from_utf8_lossy(&output.stderr).lines().count();
         assert_eq!(lines, expected.len(), "{}", String::from_utf8_lossy(&output.stderr));
     }
     // What a flag overrides is checked all the same.
     let file = folder.file("workers = 0\n");
-    let output = with_config("hello", &["check"], &file, &["--workers", "2"]).output().unwrap();
+    let output = with_config("hello", &["check"], &file, &["--workers", "2"]).output_in_time().unwrap();
     complained(&output, 1, &[":1:11: 'workers': '0' is not"]);
     complained(
-        &with_config("hello", &[], &folder.path("none"), &[]).output().unwrap(),
+        &with_config("hello", &[], &folder.path("none"), &[]).output_in_time().unwrap(),
         2,
         &["cannot read", "--config"],
     );
-    complained(&with_config("hello", &["check"], folder.0.path(), &[]).output().unwrap(), 1, &["it is not a file"]);
+    complained(
+        &with_config("hello", &["check"], folder.0.path(), &[]).output_in_time().unwrap(),
+        1,
+        &["it is not a file"],
+    );
 }
 
 #[test]
 fn check_tries_what_can_be_tried_without_serving() {
     let folder = Folder::new();
     let file = folder.file("workers = 2\nbind = 'http:127.0.0.1:0'\n");
-    let output = with_config("hello", &["check"], &file, &[]).output().unwrap();
+    let output = with_config("hello", &["check"], &file, &[]).output_in_time().unwrap();
     complained(&output, 0, &[]);
     assert_eq!(output.stdout, b"configuration is fine\n");
 
@@ -147,7 +156,7 @@ fn check_tries_what_can_be_tried_without_serving() {
          cache-file = '{folder_name}/none/cache'\ncontrol = '{}'\n",
         folder.path("forkyard.toml").display()
     ));
-    let output = with_config("forkyard", &["check"], &file, &[]).output().unwrap();
+    let output = with_config("forkyard", &["check"], &file, &[]).output_in_time().unwrap();
     complained(
         &output,
         1,
@@ -166,7 +175,7 @@ fn check_tries_what_can_be_tried_without_serving() {
     let control = ["--control", control.to_str().unwrap()];
     let mut server = Server::start("hello", &[&arguments[..], &control].concat());
     let check = [&["check"][..], &arguments, &control].concat();
-    let output = Command::new(program("hello")).args(check).output().unwrap();
+    let output = Command::new(program("hello")).args(check).output_in_time().unwrap();
     complained(&output, 0, &["a program is listening there now", "control socket"]);
     server.stop();
 }
@@ -179,7 +188,8 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     let file = folder.file(&good);
     let mut server = Server::start_command(&mut with_config("crashy", &[], &file, &[]));
     let address = server.http();
-    let reload = || Command::new(program("crashy")).args(["reload", "--control"]).arg(&control).output().unwrap();
+    let reload =
+        || Command::new(program("crashy")).args(["reload", "--control"]).arg(&control).output_in_time().unwrap();
     let posted = || http::post(&address, "/echo", &[b'x'; 2000]).unwrap().status;
     assert_eq!(posted(), 200);
 

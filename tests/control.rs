@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::http::{self, Client};
+use common::limit::InTime as _;
 use common::{PATIENCE, Server, descriptors_of, program, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -40,7 +41,7 @@ impl Controlled {
 
     fn ask(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(program(self.name));
-        command.args(arguments).env("FORKYARD_CONTROL", &self.socket).output().unwrap()
+        command.args(arguments).env("FORKYARD_CONTROL", &self.socket).output_in_time().unwrap()
     }
 
     /// What a sub-command prints that is expected to end well.
@@ -67,7 +68,7 @@ impl Controlled {
 
     /// The first line of the answer to these bytes.
     fn answer_to(&self, bytes: &[u8]) -> String {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        let mut stream = common::connect_unix(&self.socket).unwrap();
         let _ = stream.write_all(bytes); // it may have been refused before all was read
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line).unwrap();
@@ -160,7 +161,7 @@ fn a_reload_that_fails_says_the_workers_last_words() {
 fn a_client_that_goes_away_does_not_cancel_its_command() {
     let mut served = Controlled::start("crashy", &["--workers", "2"]);
     for (generation, request) in [(2, &b"{\"command\":\"reload\"}\n"[..]), (3, b"{\"command\":\"reload\"}\nmore")] {
-        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        let mut stream = common::connect_unix(&served.socket).unwrap();
         stream.write_all(request).unwrap();
         drop(stream);
         served.server.wait_for(&format!("reload done gen={generation}"));
@@ -233,7 +234,7 @@ fn an_upgrade_is_waited_for_until_its_reload_is_done() {
 fn the_connection_ends_with_the_outcome() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     for request in ["status", "reopen-logs", "segment", "reload"] {
-        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        let mut stream = common::connect_unix(&served.socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap(); // or else a connection that stays open would hang the test
         writeln!(stream, "{{\"command\":\"{request}\"}}").unwrap();
         let mut answers = String::new();
@@ -256,7 +257,7 @@ fn garbage_on_the_socket_is_refused_and_costs_nothing() {
     }
     let mut random = fastrand::Rng::with_seed(7);
     for _ in 0..200 {
-        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        let mut stream = common::connect_unix(&served.socket).unwrap();
         let mut bytes = vec![0; random.usize(..6000)];
         random.fill(&mut bytes);
         let _ = stream.write_all(&bytes);
@@ -267,7 +268,7 @@ fn garbage_on_the_socket_is_refused_and_costs_nothing() {
         }
     }
     // More than are heard at a time: those who say nothing are dropped, and then it is our turn.
-    let silent: Vec<UnixStream> = (0..20).map(|_| UnixStream::connect(&served.socket).unwrap()).collect();
+    let silent: Vec<UnixStream> = (0..20).map(|_| common::connect_unix(&served.socket).unwrap()).collect();
     served.server.wait_for("control client dropped");
     assert_eq!(served.status()["state"], "running");
     drop(silent);
@@ -282,7 +283,11 @@ fn the_socket_is_for_its_owner_and_taken_from_no_one() {
     assert_eq!(std::fs::metadata(&served.socket).unwrap().permissions().mode() & 0o777, 0o600);
     let second = |socket: &Path| {
         let mut command = Command::new(program("crashy"));
-        command.args(["--bind", "http:127.0.0.1:0", "--workers", "1", "--control"]).arg(socket).output().unwrap()
+        command
+            .args(["--bind", "http:127.0.0.1:0", "--workers", "1", "--control"])
+            .arg(socket)
+            .output_in_time()
+            .unwrap()
     };
     let refused = second(&served.socket);
     let said = String::from_utf8_lossy(&refused.stderr);
@@ -321,7 +326,7 @@ fn another_user_is_refused_even_if_the_file_lets_him_in() {
         std::thread::scope(|scope| {
             let ask = || {
                 become_nobody();
-                let mut stream = UnixStream::connect(socket)?;
+                let mut stream = common::connect_unix(socket)?;
                 let _ = stream.write_all(b"{\"command\":\"stop\",\"now\":true}\n");
                 let mut line = String::new();
                 BufReader::new(stream).read_line(&mut line).map(|_| line)
@@ -459,7 +464,7 @@ fn status_tells_how_many_wait_at_each_socket() {
 #[test]
 fn completions_and_manual_pages_name_every_flag() {
     let said = |name: &str, arguments: &[&str]| {
-        let output = Command::new(program(name)).args(arguments).output().unwrap();
+        let output = Command::new(program(name)).args(arguments).output_in_time().unwrap();
         assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     };
@@ -472,11 +477,12 @@ fn completions_and_manual_pages_name_every_flag() {
     assert!(said("hello", &["man"]).contains("\\-\\-drain\\-timeout"));
     assert!(said("forkyard", &["man", "run"]).contains("\\-\\-settle"));
     assert!(said("forkyard", &["man"]).contains("forkyard\\-status"));
-    let unknown = Command::new(program("forkyard")).args(["man", "explode"]).output().unwrap();
+    let unknown = Command::new(program("forkyard")).args(["man", "explode"]).output_in_time().unwrap();
     assert_eq!(unknown.status.code(), Some(2));
     // A sub-command is none of serving, and the other way round.
-    let output = Command::new(program("hello")).args(["--workers", "1", "status"]).output().unwrap();
+    let output = Command::new(program("hello")).args(["--workers", "1", "status"]).output_in_time().unwrap();
     assert_eq!(output.status.code(), Some(2));
-    let output = Command::new(program("hello")).args(["status"]).env_remove("FORKYARD_CONTROL").output().unwrap();
+    let output =
+        Command::new(program("hello")).args(["status"]).env_remove("FORKYARD_CONTROL").output_in_time().unwrap();
     assert!(output.status.code() == Some(2) && String::from_utf8_lossy(&output.stderr).contains("--control"));
 }

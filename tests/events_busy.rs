@@ -29,6 +29,7 @@ impl Place {
         let server =
             Server::start("stream", &[&arguments[..], &["--hang-timeout", "0", "--events-socket", &socket]].concat());
         let sender = UnixDatagram::unbound().unwrap();
+        sender.set_write_timeout(Some(common::PATIENCE)).unwrap();
         sender.connect(path).unwrap();
         Self { server, sender, _folder: folder }
     }

@@ -6,16 +6,17 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::fastcgi::{self, PARAMS, STDIN, begin, pair, record};
-use common::{Server, http, is_gone, process, program, sse, wait_until};
+use common::limit::{self, InTime as _, Pipe};
+use common::{Server, StopOnDrop, http, is_gone, process, program, sse, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -51,6 +52,7 @@ impl Place {
 
     fn sender(&self) -> UnixDatagram {
         let sender = UnixDatagram::unbound().unwrap();
+        sender.set_write_timeout(Some(common::PATIENCE)).unwrap();
         sender.connect(self.socket()).unwrap();
         sender
     }
@@ -61,12 +63,12 @@ impl Place {
 
     #[track_caller]
     fn said(&self, arguments: &[&str]) -> String {
-        said(self.command(arguments).output().unwrap())
+        said(self.command(arguments).output_in_time().unwrap())
     }
 
     #[track_caller]
     fn complaint(&self, arguments: &[&str]) -> String {
-        let output = self.command(arguments).output().unwrap();
+        let output = self.command(arguments).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{said}");
         said
@@ -147,7 +149,8 @@ fn the_documents_examples_publish_from_php_python_and_a_shell() {
     client.send(&records).unwrap();
     assert_eq!(String::from_utf8_lossy(client.response(1).unwrap().body()), "done");
 
-    let tail = said(events_command(&control, &["tail", "news", "--from", "1", "--count", "3"]).output().unwrap());
+    let tail =
+        said(events_command(&control, &["tail", "news", "--from", "1", "--count", "3"]).output_in_time().unwrap());
     let mut lines: Vec<&str> = tail.lines().map(|line| line.split_once('\t').unwrap().1).collect();
     lines.sort_unstable();
     let expected = ["PHP", "Python", "a shell"].map(|what| format!("news\tweather\tit rains in {what}"));
@@ -223,13 +226,20 @@ fn what_comes_by_datagram_reaches_a_subscriber() {
     let mut curl = Command::new("curl");
     curl.args(["-sN", "-H", "Accept: text/event-stream"]);
     let mut stream = curl.arg(format!("http://{address}/events?topics=news")).stdout(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(stream.stdout.take().unwrap()).lines().map(Result::unwrap);
-    assert!(lines.any(|line| line.starts_with("id: ")), "it has subscribed");
+    let mut lines = Pipe::of(stream.stdout.take().unwrap());
+    let mut line_with = |what: &str| loop {
+        let line = lines.line(what);
+        assert!(!line.is_empty(), "curl has ended before {what:?}");
+        if line.starts_with(what) {
+            break line;
+        }
+    };
+    line_with("id: ");
     place.sender().send(b"news\nweather\nit rains").unwrap();
-    assert!(lines.any(|line| line == "event: weather"));
-    assert_eq!(lines.next().unwrap(), "data: it rains");
+    assert_eq!(line_with("event: "), "event: weather\n");
+    assert_eq!(lines.line("the data"), "data: it rains\n");
     stream.kill().unwrap();
-    stream.wait().unwrap();
+    limit::end_of(&mut stream, "curl");
 }
 
 #[test]
@@ -258,13 +268,13 @@ fn of_each_relay_that_is_killed_one_event_is_lost_at_most_and_none_is_doubled() 
     let sender = place.sender();
     std::thread::scope(|scope| {
         scope.spawn(|| send_numbers(&sender, "n", &stop, &sent));
+        let _sender_ends = StopOnDrop(&stop);
         for _ in 0..KILLS {
             let before = place.last_id("n");
             let relay = wait_until("a relay is at work", || place.relay().filter(|_| place.last_id("n") > before));
             kill(relay, Signal::SIGKILL).unwrap();
             wait_until("it is dead", || process(relay.as_raw()).is_none().then_some(()));
         }
-        stop.store(true, Ordering::SeqCst);
     });
     sender.send(b"end\n\n").unwrap();
     place.wait_for_last_id("end", 1);
@@ -348,7 +358,7 @@ fn a_relay_ends_with_a_master_that_is_killed_and_the_next_one_takes_the_path() {
         command
     };
     let mut second = Server::start_command(&mut start());
-    let refused = start().output().unwrap();
+    let refused = start().output_in_time().unwrap();
     let why = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(1) && why.contains("another program is listening there"), "{why}");
     assert!(why.contains("--events-socket"), "{why}");
@@ -377,12 +387,12 @@ fn an_upgrade_loses_nothing_that_is_sent_meanwhile() {
                 std::thread::park_timeout(std::time::Duration::from_micros(200));
             }
         });
+        let _sender_ends = StopOnDrop(stop);
         for _ in 0..3 {
             server.signal(Signal::SIGUSR2);
             server.wait_for("upgraded version=");
             server.wait_for("reload done");
         }
-        stop.store(true, Ordering::SeqCst);
     });
     sender.send(b"end\n\n").unwrap();
     place.wait_for_last_id("end", 1);
@@ -406,7 +416,7 @@ fn the_user_of_the_workers_may_publish_and_others_may_not() {
         let mut child = socat.stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{error} (scripts/test)"));
         // One that may not send may be gone before it has read.
         let _ = child.stdin.take().unwrap().write_all(b"news\n\nx");
-        let output = child.wait_with_output().unwrap();
+        let output = limit::output_of(child, "socat");
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
     for (user, group) in [(4713, 4713), (4713, 4711)] {
@@ -434,7 +444,7 @@ fn commands_publish_and_list() {
     let mut child =
         place.command(&["publish", "chat", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"two\nlines\xff").unwrap();
-    assert_eq!(said(child.wait_with_output().unwrap()), "1\n");
+    assert_eq!(said(limit::output_of(child, "events publish")), "1\n");
     assert_eq!(place.said(&["tail", "--from", "1", "--count", "1", "chat"]), "1\tchat\t-\ttwo\\nlines\\xff\n");
     assert_eq!(place.said(&["tail", "--from", "2", "--count", "1", "news"]), "2\tnews\t-\tit snows\n");
 
@@ -472,28 +482,26 @@ fn without_an_event_log_there_is_no_socket_and_commands_say_so() {
         assert!(complaint.contains("there is no event log (start with --events SIZE to have one)"), "{complaint}");
     }
     drop(place);
-    let nobody = events_command(Path::new("/nowhere/control"), &["ls"]).output().unwrap();
+    let nobody = events_command(Path::new("/nowhere/control"), &["ls"]).output_in_time().unwrap();
     assert!(String::from_utf8_lossy(&nobody.stderr).contains("no master is at /nowhere/control"));
 }
 
 /// A tail that runs.
 struct Tail {
     child: Child,
-    lines: Option<BufReader<ChildStdout>>,
+    lines: Option<Pipe>,
 }
 
 impl Tail {
     fn start(place: &Place, arguments: &[&str]) -> Self {
         let mut command = place.command(&[&["tail"], arguments].concat());
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let lines = child.stdout.take().map(BufReader::new);
+        let lines = child.stdout.take().map(Pipe::of);
         Self { child, lines }
     }
 
     fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.lines.as_mut().unwrap().read_line(&mut line).unwrap();
-        line
+        self.lines.as_mut().unwrap().line("a line of the tail")
     }
 }
 
@@ -525,7 +533,7 @@ fn tail_prints_what_comes_and_ends_well() {
     assert!(line["published_us"].as_u64().unwrap() > 1_600_000_000_000_000, "{line}");
 
     kill(Pid::from_raw(news.child.id().cast_signed()), Signal::SIGINT).unwrap();
-    assert_eq!((news.line(), news.child.wait().unwrap().code()), (String::new(), Some(0)));
+    assert_eq!((news.line(), limit::end_of(&mut news.child, "the tail").code()), (String::new(), Some(0)));
     // Nobody reads it any more: it ends by itself, without an event.
     all.lines = None;
     assert_eq!(wait_until("it has ended", || all.child.try_wait().unwrap()).code(), Some(0));

@@ -5,7 +5,6 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 
 use common::{Server, fastcgi, http, http2, is_gone, process, processes, scgi, wait_until};
 use nix::sys::signal::{Signal, kill};
@@ -108,7 +107,7 @@ fn half_a_request_gets_502_and_half_a_response_breaks_off() {
     let records = fastcgi::request(9, true, "GET", "/ok", b"").concat();
     half_fastcgi.stream.write_all(&records[..40]).unwrap();
     // In two pieces, so that the first is certainly not the last that was read.
-    let mut stream = TcpStream::connect(&at.http).unwrap();
+    let mut stream = common::connect_tcp(&at.http).unwrap();
     stream.write_all(b"GET /bytes/64 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     let mut begun = [0; 1000];
     stream.read_exact(&mut begun).unwrap();

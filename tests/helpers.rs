@@ -7,6 +7,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
+use common::limit::InTime as _;
 use common::{Server, descriptors_of, http, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -213,7 +214,7 @@ fn variables_have_a_line_for_each_and_programs_have_daemons_too() {
 #[test]
 fn what_cannot_be_is_refused_before_anything_is_made() {
     let refused = |arguments: &[&str], status: i32, words: &[&str]| {
-        let output = Command::new(program("hello")).args(arguments).output().unwrap();
+        let output = Command::new(program("hello")).args(arguments).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(status), "{said}");
         words.iter().for_each(|word| assert!(said.contains(word), "no {word:?} in {said:?}"));

@@ -9,6 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::process::Command;
 
 use common::http::Client;
+use common::limit::InTime as _;
 use common::{Server, http2};
 
 const ONE_WORKER: [&str; 4] = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
@@ -257,7 +258,8 @@ fn a_connection_ends_after_so_many_requests() {
 }
 
 fn curl(arguments: &[&str]) -> String {
-    let output = Command::new("curl").args(["-sS", "--http2-prior-knowledge"]).args(arguments).output().unwrap();
+    let output =
+        Command::new("curl").args(["-sS", "--http2-prior-knowledge"]).args(arguments).output_in_time().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -291,7 +293,7 @@ fn http_2_without_tls_on_the_same_port() {
 #[test]
 fn a_preface_in_pieces_is_a_preface() {
     let mut server = start("mirror", &[]);
-    let mut stream = std::net::TcpStream::connect(server.http()).unwrap();
+    let mut stream = common::connect_tcp(server.http()).unwrap();
     stream.set_nodelay(true).unwrap();
     stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
     for byte in [http2::PREFACE, &http2::frame(http2::SETTINGS, 0, 0, b"")].concat() {
@@ -371,7 +373,7 @@ fn a_drain_finishes_the_streams_that_have_begun() {
 #[test]
 fn a_drain_does_not_wait_for_who_never_says_what_he_speaks() {
     let mut server = start("mirror", &["--trust", "127.0.0.1"]);
-    let mut half = std::net::TcpStream::connect(server.http()).unwrap();
+    let mut half = common::connect_tcp(server.http()).unwrap();
     half.write_all(b"PR").unwrap(); // it may become PRI, PROXY or PROPFIND
     common::http::get(&server.http(), "/").unwrap(); // the worker has accepted the first one, too
     server.stop();

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use common::limit::InTime as _;
 use common::{Server, fastcgi, http, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
@@ -280,7 +281,8 @@ fn the_lines_of_a_killed_worker_are_written_by_its_heir() {
 #[test]
 fn files_that_cannot_be_opened_are_named_and_a_rotation_that_fails_changes_nothing() {
     for flag in ["--log-file", "--access-log"] {
-        let output = Command::new(program("chatty")).args(HTTP).args([flag, "/nowhere/at/all"]).output().unwrap();
+        let output =
+            Command::new(program("chatty")).args(HTTP).args([flag, "/nowhere/at/all"]).output_in_time().unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(
             output.status.code() == Some(1) && error.contains(flag) && error.contains("/nowhere/at/all"),
@@ -304,7 +306,7 @@ fn files_that_cannot_be_opened_are_named_and_a_rotation_that_fails_changes_nothi
 #[test]
 fn run_has_no_access_log_and_says_why() {
     let arguments = ["run", "--bind", "fastcgi:unix:/tmp/unused.sock", "--access-log", "-", "--", "true"];
-    let output = Command::new(program("forkyard")).args(arguments).output().unwrap();
+    let output = Command::new(program("forkyard")).args(arguments).output_in_time().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(2) && error.contains("web server"), "{error}");
 }

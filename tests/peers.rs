@@ -5,11 +5,11 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, TcpStream};
-use std::os::unix::net::UnixStream;
+use std::net::Shutdown;
 use std::process::Command;
 
 use common::http::Client;
+use common::limit::InTime as _;
 use common::{PATIENCE, Server, fastcgi, program};
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
@@ -45,8 +45,7 @@ fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> S
 
 /// The same over SCGI, where the last byte of a request is particular.
 fn seen_over_scgi(address: &str, before: &[u8]) -> String {
-    let mut stream = TcpStream::connect(address.strip_prefix("scgi:").unwrap()).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut stream = common::connect_tcp(address.strip_prefix("scgi:").unwrap()).unwrap();
     let pairs = [
         ("CONTENT_LENGTH", "0"),
         ("SCGI", "1"),
@@ -66,8 +65,7 @@ fn seen_over_scgi(address: &str, before: &[u8]) -> String {
 
 /// Whatever comes back before the connection is closed.
 fn all_that_comes(address: &str, bytes: &[u8]) -> String {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut stream = common::connect_tcp(address).unwrap();
     let mut all = Vec::new();
     // It may be closed, and reset, before all is written.
     let _ = stream.write_all(bytes);
@@ -161,7 +159,7 @@ fn a_trusted_load_balancer_says_it_in_front_of_any_protocol() {
     assert!(text.contains("\npeer=[2001:db8::7]:4711 https=false\n") && !text.contains("forwarded"), "{text}");
 
     // Byte by byte, and with HTTP/2 behind it.
-    let mut stream = TcpStream::connect(server.http()).unwrap();
+    let mut stream = common::connect_tcp(server.http()).unwrap();
     stream.set_nodelay(true).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
@@ -172,7 +170,7 @@ fn a_trusted_load_balancer_says_it_in_front_of_any_protocol() {
     stream.read_to_string(&mut text).unwrap();
     assert!(text.contains("\npeer=192.0.2.7:4711 https=true\n"), "{text}");
     let curl = ["-sS", "--haproxy-protocol", "--http2-prior-knowledge"];
-    let output = Command::new("curl").args(curl).arg(format!("http://{}/", server.http())).output().unwrap();
+    let output = Command::new("curl").args(curl).arg(format!("http://{}/", server.http())).output_in_time().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.starts_with("GET / HTTP/2.0\npeer=127.0.0.1:"), "{text} {}", String::from_utf8_lossy(&output.stderr));
 
@@ -199,7 +197,7 @@ fn a_unix_socket_is_trusted_by_name() {
     for (trust, peer) in [("unix,127.0.0.1", "peer=192.0.2.7:0 https=true"), ("127.0.0.1", "peer=unknown https=false")]
     {
         let mut server = mirror(&["--bind", &bind], &["--trust", trust]);
-        let mut stream = UnixStream::connect(&path).unwrap();
+        let mut stream = common::connect_unix(&path).unwrap();
         write!(stream, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{X_FORWARDED}\r\n").unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
         let mut text = String::new();
@@ -221,7 +219,7 @@ fn who_is_not_allowed_is_closed_on() {
         assert_eq!(all_that_comes(&server.http(), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"), "");
     }
     server.wait_for("closed a http connection from 127.0.0.1, which is not allowed (see --allow) count=1");
-    let mut stream = UnixStream::connect(&path).unwrap();
+    let mut stream = common::connect_unix(&path).unwrap();
     stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
@@ -231,7 +229,7 @@ fn who_is_not_allowed_is_closed_on() {
 
     let mut server = mirror(&binds, &["--allow", "127.0.0.1"]);
     assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"));
-    let mut stream = UnixStream::connect(&path).unwrap();
+    let mut stream = common::connect_unix(&path).unwrap();
     let _ = stream.write_all(b"GET / HTTP/1.0\r\n\r\n");
     let mut text = String::new();
     let _ = stream.read_to_string(&mut text); // with bytes of ours unread, the close is a reset
@@ -261,7 +259,7 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
     }
 
     let mut command = Command::new(program("mirror"));
-    let output = command.args(HTTP).env("FCGI_WEB_SERVER_ADDRS", "localhost").output().unwrap();
+    let output = command.args(HTTP).env("FCGI_WEB_SERVER_ADDRS", "localhost").output_in_time().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("'localhost' in FCGI_WEB_SERVER_ADDRS is not an IPv4 address"), "{said}");
@@ -299,7 +297,7 @@ fn nginx_tells_who_its_client_is() {
     let mut command = Command::new(daemon.unwrap_or("nginx"));
     let nginx = common::Helper::start(command.arg("-p").arg(folder.path()).args(["-e", "error.log", "-c"]).arg(&file));
     let address = format!("127.0.0.1:{port}");
-    common::wait_until("nginx listens", || TcpStream::connect(&address).ok());
+    common::wait_until("nginx listens", || common::connect_tcp(&address).ok());
     let text = seen(&address, b"", &format!("{X_FORWARDED}X-Forwarded-Host: evil\r\n"));
     assert!(text.contains("\npeer=127.0.0.1:0 https=true\n") && text.contains("\nhost: x\n"), "{text}");
     assert!(text.contains("\nx-forwarded-for: 6.6.6.6, 192.0.2.7, 127.0.0.1, 127.0.0.1\n"), "{text}");

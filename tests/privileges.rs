@@ -8,8 +8,9 @@ mod common;
 use std::collections::BTreeSet;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
+use common::limit::InTime as _;
 use common::{Server, fastcgi, http, is_gone, program, scgi, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
@@ -234,7 +235,7 @@ fn a_program_in_another_root_is_found_there() {
     std::fs::set_permissions(root.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let source = root.path().join("wait.c");
     std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
-    let built = Command::new("gcc").args(["-static", "-o"]).arg(root.path().join("wait")).arg(&source).status();
+    let built = Command::new("gcc").args(["-static", "-o"]).arg(root.path().join("wait")).arg(&source).status_in_time();
     assert!(built.expect("gcc is there: scripts/test installs it").success());
     let at = root.path().to_string_lossy().into_owned();
     let arguments = [&USER[..], &["--chroot", &at]].concat();
@@ -244,7 +245,7 @@ fn a_program_in_another_root_is_found_there() {
     assert_eq!(std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), root.path().canonicalize().unwrap());
     server.stop();
 
-    let output = program_under_run(&folder, &arguments, &["/bin/sleep", "1"]).output().unwrap();
+    let output = program_under_run(&folder, &arguments, &["/bin/sleep", "1"]).output_in_time().unwrap();
     assert!(String::from_utf8_lossy(&output.stderr).contains("no such file"), "{output:?}");
 }
 
@@ -330,7 +331,7 @@ fn the_service_example_serves_in_a_sandbox_over_every_protocol() {
 #[test]
 fn what_cannot_be_had_names_its_flag() {
     let complaint = |command: &mut Command, code: i32, words: &[&str]| {
-        let output = command.stdin(Stdio::null()).output().unwrap();
+        let output = command.output_in_time().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{said}");
         for word in words {
@@ -397,7 +398,7 @@ fn a_pid_file_keeps_a_second_master_out_and_goes_with_the_first() {
     let arguments = [&HTTP[..], &["--pid-file", &at]].concat();
     let mut server = Server::start("hello", &arguments);
     assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", server.pid()));
-    let output = Command::new(program("hello")).args(&arguments).output().unwrap();
+    let output = Command::new(program("hello")).args(&arguments).output_in_time().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(&format!("runs as pid {}", server.pid())) && said.contains("--pid-file"), "{said}");

@@ -7,6 +7,7 @@ mod common;
 use std::process::Command;
 
 use common::http;
+use common::limit::InTime as _;
 use common::{Server, is_gone, program, wait_until};
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
@@ -84,7 +85,7 @@ fn what_cannot_be_known_of_a_program_is_refused_with_the_reason() {
         ("--health-path", "/health", "no request can be sent to a certain one"),
     ] {
         let command = ["run", "--bind", "fastcgi:unix:/nowhere/a.sock", flag, value, "--", "sleep", "600"];
-        let output = Command::new(program("forkyard")).args(command).output().unwrap();
+        let output = Command::new(program("forkyard")).args(command).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(said.contains(reason), "{said}");

@@ -12,6 +12,7 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::fastcgi::{self, PARAMS, Response, STDIN, begin, pair, record};
+use common::limit::InTime as _;
 use common::{Server, children_of, descriptors_of, is_gone, process, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -98,7 +99,7 @@ impl Place {
         std::fs::write(&source, HELLO_C).unwrap();
         let mut compiler = Command::new("gcc");
         compiler.args(["-std=c11", "-Wall", "-O1", "-o"]).arg(&hello).arg(&source).arg("-lfcgi");
-        let output = compiler.output().expect("gcc is there (scripts/test installs it)");
+        let output = compiler.output_in_time().expect("gcc is there (scripts/test installs it)");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         hello
     }
@@ -399,7 +400,7 @@ fn no_program_outlives_its_master() {
 
 /// How a command that should fail has failed: its status and what it said.
 fn failure(command: &mut Command) -> (Option<i32>, String) {
-    let Output { status, stdout, stderr } = command.output().unwrap();
+    let Output { status, stdout, stderr } = command.output_in_time().unwrap();
     assert_eq!(stdout, b"");
     (status.code(), String::from_utf8_lossy(&stderr).into_owned())
 }

@@ -86,7 +86,7 @@ fn programs_are_scaled_by_whether_they_wait_for_connections() {
         "600",
     ]));
     has(&server, 1);
-    let waiting: Vec<UnixStream> = (0..2).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    let waiting: Vec<UnixStream> = (0..2).map(|_| common::connect_unix(&socket).unwrap()).collect();
     assert!(server.wait_for("scaled workers=2 from=1").contains("in_flight=0 waiting="));
     has(&server, 3);
     drop(waiting);

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use common::http;
+use common::limit::InTime as _;
 use common::{PATIENCE, Server, program, sockets_of};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
@@ -111,13 +112,19 @@ fn a_name_that_was_not_passed_is_an_error_that_says_which_were() {
         let (socket, _) = listener();
         let script =
             format!("exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=web exec \"$0\" {arguments}");
-        let output = Command::new("sh").arg("-c").arg(script).arg(program("hello")).stdin(socket).output().unwrap();
+        let output = Command::new("sh")
+            .arg("-c")
+            .arg(script)
+            .arg(program("hello"))
+            .stdin(socket)
+            .output_with_input_in_time()
+            .unwrap();
         assert_eq!(output.status.code(), Some(1));
         String::from_utf8(output.stderr).unwrap()
     };
     let said = run("--bind http:systemd:other");
     assert!(said.contains("systemd passed no socket named 'other', but web (see FileDescriptorName="), "{said}");
-    let output = Command::new(program("hello")).args(["--bind", "http:systemd"]).output().unwrap();
+    let output = Command::new(program("hello")).args(["--bind", "http:systemd"]).output_in_time().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("systemd passed no socket (a .socket unit"), "{said}");
 }
@@ -241,7 +248,7 @@ fn systemd_finds_no_fault_with_the_unit_files() {
     let output = Command::new("systemd-analyze")
         .args(["verify", "--man=no"])
         .args(["forkyard.service", "forkyard.socket"].map(|name| folder.path().join(name)))
-        .output()
+        .output_in_time()
         .expect("systemd-analyze is there (scripts/test installs systemd)");
     let said = String::from_utf8_lossy(&output.stderr);
     let about_ours: Vec<&str> = said.lines().filter(|line| line.contains("forkyard")).collect();

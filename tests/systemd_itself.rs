@@ -12,6 +12,7 @@ use std::io::{Error, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use common::limit::InTime as _;
 use common::{program, wait_until};
 
 /// Seen even if the test passes, unlike what `eprintln!` says.
@@ -82,7 +83,7 @@ fn the_unit_files_do_what_they_promise() {
         .arg(programs)
         .current_dir(here)
         .stdin(Stdio::null())
-        .output()
+        .output_in_time()
         .unwrap();
     let [said, log] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
     assert!(output.status.success(), "{}\n{said}{log}", output.status);

@@ -10,6 +10,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::http;
+use common::limit::InTime as _;
 use common::{Server, descriptors_of, process, program, sockets_of, wait_until};
 use nix::sys::signal::Signal;
 
@@ -35,7 +36,7 @@ impl Place {
     /// execute it ("text file busy").
     fn put(&self, source: &Path, mode: u32) {
         let new = self.folder.path().join("app.new");
-        assert!(Command::new("cp").arg(source).arg(&new).status().unwrap().success());
+        assert!(Command::new("cp").arg(source).arg(&new).status_in_time().unwrap().success());
         std::fs::set_permissions(&new, std::fs::Permissions::from_mode(mode)).unwrap();
         std::fs::rename(new, self.path()).unwrap();
     }

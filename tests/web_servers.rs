@@ -11,11 +11,11 @@ mod common;
 mod fronts;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Read as _, Write as _};
-use std::process::{Command, Stdio};
+use std::io::{self, Write as _};
+use std::process::{Command, Output, Stdio};
 
 use common::http::{Client, Response};
-use common::{Server, fastcgi, wait_until};
+use common::{Server, fastcgi, limit, wait_until};
 use fronts::{Front, Link};
 
 const MIB: usize = 1 << 20;
@@ -319,15 +319,13 @@ behind_each_web_server! {
 /// Gives a command its standard input, and returns what it said on standard output, if it ended well.
 fn output_of(command: &mut Command, input: &[u8]) -> io::Result<Vec<u8>> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    let mut output = Vec::new();
-    std::thread::scope(|scope| {
+    let mut stdin = child.stdin.take().unwrap();
+    let Output { status, stdout, .. } = std::thread::scope(|scope| {
         // It may end before it has read all: that is for the answer to say.
         scope.spawn(move || stdin.write_all(input));
-        stdout.read_to_end(&mut output)
-    })?;
-    let status = child.wait()?;
-    if status.success() { Ok(output) } else { Err(io::Error::other(format!("{command:?}: {status}"))) }
+        limit::output_of(child, &format!("{command:?}"))
+    });
+    if status.success() { Ok(stdout) } else { Err(io::Error::other(format!("{command:?}: {status}"))) }
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::http::{self, Client};
+use common::limit::InTime as _;
 use common::{Server, is_gone, processes, program, wait_until};
 use forkyard_shm::State;
 use nix::sys::signal::{Signal, kill};
@@ -154,7 +155,8 @@ fn sighup_with_a_build_that_does_not_start() {
     let mut server = Server::start_command(&mut command);
     let workers = server.workers();
     std::fs::write(&broken, "").unwrap();
-    let reload = || Command::new(program("crashy")).args(["reload", "--control"]).arg(&control).output().unwrap();
+    let reload =
+        || Command::new(program("crashy")).args(["reload", "--control"]).arg(&control).output_in_time().unwrap();
     let refused = reload();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(1) && said.contains("broken on purpose"), "{said}");

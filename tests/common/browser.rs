@@ -3,18 +3,19 @@
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::io::Write as _;
+use std::process::{Child, ChildStdin, Command, Stdio};
 
 use serde_json::{Value, json};
 
 use super::wait_until;
+use crate::common::limit::Pipe;
 
 /// A browser with one page.
 pub(crate) struct Browser {
     process: Child,
     to: ChildStdin,
-    from: BufReader<ChildStdout>,
+    from: Pipe,
     last_id: u64,
     session: Option<String>,
     _profile: tempfile::TempDir,
@@ -36,7 +37,7 @@ impl Browser {
             .stdout(Stdio::piped())
             .spawn()
             .expect("a shell starts");
-        let (to, from) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
+        let (to, from) = (process.stdin.take().unwrap(), Pipe::of(process.stdout.take().unwrap()));
         let mut browser = Self { process, to, from, last_id: 0, session: None, _profile: profile };
         let page = browser.call("Target.createTarget", json!({"url": "about:blank"}))["targetId"].clone();
         let session = browser.call("Target.attachToTarget", json!({"targetId": page, "flatten": true}));
@@ -72,8 +73,7 @@ impl Browser {
         }
         self.to.write_all(format!("{message}\0").as_bytes()).expect("the browser lives (the package `chromium`)");
         loop {
-            let mut bytes = Vec::new();
-            self.from.read_until(0, &mut bytes).unwrap();
+            let mut bytes = self.from.until(0, &format!("the browser's answer to {method}"));
             bytes.pop().expect("the browser lives (the package `chromium`)");
             let mut said: Value = serde_json::from_slice(&bytes).expect("it speaks JSON");
             // What else it says are events, which nobody asked for.

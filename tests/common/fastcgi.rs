@@ -2,10 +2,8 @@
 //! form, and reads replies record by record.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
 
-use super::{PATIENCE, Server};
+use super::{Server, awaited, connect_tcp, connect_unix};
 
 pub const BEGIN: u8 = 1;
 pub const ABORT: u8 = 2;
@@ -61,14 +59,9 @@ impl Client {
     /// `address` as in the banner: `fastcgi:unix:/path` or `fastcgi:HOST:PORT`.
     pub fn connect(address: &str) -> io::Result<Self> {
         let address = address.strip_prefix("fastcgi:").unwrap_or(address);
-        Ok(if let Some(path) = address.strip_prefix("unix:") {
-            let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            Self { stream: Box::new(stream) }
-        } else {
-            let stream = TcpStream::connect(address)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            Self { stream: Box::new(stream) }
+        Ok(match address.strip_prefix("unix:") {
+            Some(path) => Self { stream: Box::new(connect_unix(path)?) },
+            None => Self { stream: Box::new(connect_tcp(address)?) },
         })
     }
 
@@ -104,13 +97,13 @@ impl Client {
 
     pub fn record(&mut self) -> io::Result<Record> {
         let mut header = [0; 8];
-        self.stream.read_exact(&mut header)?;
+        self.stream.read_exact(&mut header).map_err(|error| awaited("a FastCGI record", error))?;
         let [1, kind, id_high, id_low, length_high, length_low, padding, _] = header else {
             return Err(io::Error::other(format!("not a record: {header:?}")));
         };
         let length = usize::from(u16::from_be_bytes([length_high, length_low]));
         let mut content = vec![0; length + usize::from(padding)];
-        self.stream.read_exact(&mut content)?;
+        self.stream.read_exact(&mut content).map_err(|error| awaited("the rest of a FastCGI record", error))?;
         content.truncate(length);
         Ok(Record { kind, id: u16::from_be_bytes([id_high, id_low]), content })
     }

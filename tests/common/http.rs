@@ -3,8 +3,9 @@
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
+use std::time::Instant;
 
-use super::PATIENCE;
+use super::{PATIENCE, awaited, connect_tcp, read_all};
 
 #[derive(Debug)]
 pub struct Response {
@@ -29,8 +30,7 @@ pub struct Client {
 
 impl Client {
     pub fn connect(address: &str) -> io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = connect_tcp(address)?;
         stream.set_nodelay(true)?;
         Ok(Self { stream: BufReader::new(stream) })
     }
@@ -50,14 +50,14 @@ impl Client {
         }
         if let Some(length) = response.header("content-length") {
             let length: u64 = length.parse().map_err(io::Error::other)?;
-            (&mut self.stream).take(length).read_to_end(&mut response.body)?;
+            read_all(&mut (&mut self.stream).take(length), &mut response.body)?;
             if response.body.len() as u64 != length {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         } else if response.header("transfer-encoding") == Some("chunked") {
             self.chunks(&mut response.body)?;
         } else {
-            self.stream.read_to_end(&mut response.body)?;
+            read_all(&mut self.stream, &mut response.body)?;
         }
         Ok(response)
     }
@@ -78,9 +78,13 @@ impl Client {
     }
 
     fn chunks(&mut self, body: &mut Vec<u8>) -> io::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
         loop {
+            if Instant::now() >= deadline {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, format!("no last chunk in {PATIENCE:?}")));
+            }
             let length = u64::from_str_radix(&self.line()?, 16).map_err(io::Error::other)?;
-            (&mut self.stream).take(length).read_to_end(body)?;
+            read_all(&mut (&mut self.stream).take(length), body)?;
             self.line()?;
             if length == 0 {
                 return Ok(());
@@ -90,7 +94,7 @@ impl Client {
 
     fn line(&mut self) -> io::Result<String> {
         let mut line = String::new();
-        if self.stream.read_line(&mut line)? == 0 {
+        if self.stream.read_line(&mut line).map_err(|error| awaited("a line of a response", error))? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         Ok(line.trim_end().to_owned())

@@ -3,7 +3,7 @@
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
 
-use super::PATIENCE;
+use super::{awaited, connect_tcp};
 
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -33,8 +33,7 @@ pub struct Client {
 impl Client {
     /// Connects, and says the preface and its own settings.
     pub fn connect(address: &str) -> io::Result<Self> {
-        let mut stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut stream = connect_tcp(address)?;
         stream.set_nodelay(true)?;
         stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, b"")].concat())?;
         Ok(Self { stream })
@@ -47,7 +46,7 @@ impl Client {
     /// The next frame, whatever it is.
     pub fn frame(&mut self) -> io::Result<Frame> {
         let mut head = [0; 9];
-        self.stream.read_exact(&mut head)?;
+        self.stream.read_exact(&mut head).map_err(|error| awaited("an HTTP/2 frame", error))?;
         let [a, b, c, kind, flags, d, e, f, g] = head;
         let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
         self.stream.read_exact(&mut payload)?;

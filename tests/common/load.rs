@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Server, fastcgi, http, scgi};
+use super::{Server, StopOnDrop, fastcgi, http, scgi};
 
 /// Clients at a time.
 pub const CLIENTS: usize = 32;
@@ -79,12 +79,8 @@ impl Load {
                 let way = ways[client % ways.len()].clone();
                 scope.spawn(move || self.client(client, &way));
             }
-            // Whatever happens, the clients have to end.
-            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| operator(server)));
-            self.stop.store(true, Ordering::SeqCst);
-            if let Err(panic) = outcome {
-                std::panic::resume_unwind(panic);
-            }
+            let _clients_end = StopOnDrop(&self.stop);
+            operator(server);
         });
         let failures = self.failures.lock().unwrap();
         let total = self.total();

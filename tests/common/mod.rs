@@ -1,6 +1,11 @@
 //! What the integration tests share: starting the real programs, waiting for them without sleeping, and ending
 //! them whatever happens. Everything that a test makes is in a temporary folder of its own, listens on
 //! loopback or a Unix socket, and dies with the test.
+//!
+//! No test can hang. Every wait has a limit and ends in a failure that names what was waited for: [`wait_until`] and what is built
+//! on it, sockets with timeouts ([`connect_tcp`], [`connect_unix`] and the clients), [`limit::InTime`] for commands,
+//! [`limit::end_of`] for children, [`limit::Pipe`] for their output, [`received`] for channels. Threads that work until they are
+//! told to stop are told by a [`StopOnDrop`], so that a panic stops them too. And the whole binary has a limit: [`limit`].
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
@@ -8,29 +13,33 @@
 pub mod fastcgi;
 pub mod http;
 pub mod http2;
+pub mod limit;
 pub mod load;
 pub mod raw;
 pub mod scgi;
 pub mod sse;
 
 use std::collections::BTreeSet;
-use std::io::{BufRead as _, BufReader};
-use std::os::fd::OwnedFd;
+use std::io::{self, BufRead as _, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use forkyard_shm::Segment;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 use nix::unistd::Pid;
 
-/// How long a test waits for what must come before it gives up. Not a limit on speed: only what never comes
-/// meets it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub use limit::PATIENCE;
 
 /// The program that was built for `name`: `forkyard`, or an example.
 pub fn program(name: &str) -> PathBuf {
@@ -41,10 +50,55 @@ pub fn program(name: &str) -> PathBuf {
     path
 }
 
+/// The log of a server, and what the watchdog says of it.
+struct Log {
+    pid: Pid,
+    command: String,
+    /// The thread that has started it, which has the name of its test.
+    test: String,
+    lines: Mutex<Vec<String>>,
+}
+
+impl Log {
+    fn text(&self) -> String {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
+    }
+}
+
+/// The servers of this binary that live, for the watchdog.
+static SERVERS: Mutex<Vec<Weak<Log>>> = Mutex::new(Vec::new());
+
+fn register(log: &Arc<Log>) {
+    static REPORTED: Once = Once::new();
+    REPORTED.call_once(|| limit::report_with(report_servers));
+    limit::start();
+    let mut servers = SERVERS.lock().unwrap_or_else(PoisonError::into_inner);
+    servers.retain(|server| server.strong_count() > 0);
+    servers.push(Arc::downgrade(log));
+}
+
+fn report_servers(out: &mut dyn Write) {
+    let servers: Vec<_> =
+        SERVERS.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect();
+    for server in servers {
+        let Log { pid, command, test, .. } = &*server;
+        let _ = writeln!(out, "--- the server pid={pid} of the test {test}: {command}");
+        if let Some(segment) = memory_of(*pid) {
+            let board = segment.scoreboard();
+            for (slot, row) in (0..board.rows()).filter_map(|slot| Some((slot, board.read(slot)?))) {
+                if row.pid != 0 {
+                    let _ = writeln!(out, "slot {slot}: {row:?}");
+                }
+            }
+        }
+        let _ = writeln!(out, "its log:\n{}", server.text());
+    }
+}
+
 /// A running master, with its log. Dropping it stops it, and checks that nothing of it is left.
 pub struct Server {
     child: Child,
-    log: Arc<Mutex<Vec<String>>>,
+    log: Arc<Log>,
     log_ended: Arc<AtomicBool>,
     lines: Receiver<String>,
     runs_programs: bool,
@@ -69,15 +123,22 @@ impl Server {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let stderr = child.stderr.take().expect("it is piped");
         let (sender, lines) = channel();
-        let log = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::new(Log {
+            pid: Pid::from_raw(child.id().cast_signed()),
+            command: format!("{command:?}"),
+            test: std::thread::current().name().unwrap_or("?").to_owned(),
+            lines: Mutex::default(),
+        });
+        register(&log);
         let copy = Arc::clone(&log);
         let log_ended = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&log_ended);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                copy.lock().unwrap().push(line.clone());
+                copy.lines.lock().unwrap().push(line.clone());
                 let _ = sender.send(line);
             }
+            drop(copy);
             ended.store(true, Ordering::SeqCst);
         });
         let runs_programs = command.get_args().any(|argument| argument == "run");
@@ -102,7 +163,7 @@ impl Server {
     }
 
     pub fn log(&self) -> String {
-        self.log.lock().unwrap().join("\n")
+        self.log.text()
     }
 
     /// `HOST:PORT` of the first `http` bind.
@@ -121,8 +182,7 @@ impl Server {
     }
 
     fn memory(&self) -> Option<Segment> {
-        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).ok()?;
-        descriptors.filter_map(|entry| segment_at(&entry.ok()?.path())).next()
+        memory_of(self.pid())
     }
 
     /// The pids of its living workers: those that have a row in the scoreboard. Where that cannot be seen, and under `run`,
@@ -185,7 +245,9 @@ impl Drop for Server {
             while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
                 std::thread::park_timeout(Duration::from_millis(2));
             }
-            let _ = self.child.kill();
+            if matches!(self.child.try_wait(), Ok(None)) {
+                limit::kill_trees(&BTreeSet::from([self.child.id()]));
+            }
             let _ = self.child.wait();
         }
         if std::thread::panicking() {
@@ -199,6 +261,7 @@ pub struct Helper(pub Child);
 
 impl Helper {
     pub fn start(command: &mut Command) -> Self {
+        limit::start();
         Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error} (scripts/test installs it)")))
     }
 }
@@ -218,14 +281,131 @@ impl Drop for Helper {
 
 /// Asks again and again until there is an answer.
 pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    limit::start();
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(answer) = ask() {
             return answer;
         }
-        assert!(Instant::now() < deadline, "never came about: {what}");
+        assert!(Instant::now() < deadline, "never came about in {PATIENCE:?}: {what}");
         std::thread::park_timeout(Duration::from_millis(1));
     }
+}
+
+/// The next message of a channel, which must come.
+pub fn received<T>(messages: &Receiver<T>, what: &str) -> T {
+    match messages.recv_timeout(PATIENCE) {
+        Ok(message) => message,
+        Err(RecvTimeoutError::Timeout) => panic!("never came in {PATIENCE:?}: {what}"),
+        Err(RecvTimeoutError::Disconnected) => panic!("its sender has gone: {what}"),
+    }
+}
+
+/// Sets a flag when it is dropped, also by a panic: for `thread::scope`, which waits for threads that work until the flag is set.
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Connects, with timeouts for that and for each read and write.
+pub fn connect_tcp(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
+    limit::start();
+    let addresses: Vec<SocketAddr> = address.to_socket_addrs()?.collect();
+    let mut outcome = Err(io::Error::other("the name has no address"));
+    for address in addresses {
+        outcome = TcpStream::connect_timeout(&address, PATIENCE);
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    let stream = outcome?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// The same for a Unix socket, whose queue may be full.
+pub fn connect_unix(path: impl AsRef<Path>) -> io::Result<UnixStream> {
+    limit::start();
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let patience = TimeVal::milliseconds(i64::try_from(PATIENCE.as_millis()).expect("it is short"));
+    setsockopt(&socket, sockopt::SendTimeout, &patience)?;
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path.as_ref())?)?;
+    Ok(socket.into())
+}
+
+/// The next connection to a listener, which must come; with timeouts.
+pub fn accepted(listener: &TcpListener, what: &str) -> TcpStream {
+    listener.set_nonblocking(true).expect("it listens");
+    let stream = wait_until(what, || listener.accept().ok()).0;
+    stream.set_nonblocking(false).expect("it is connected");
+    stream.set_read_timeout(Some(PATIENCE)).expect("it is connected");
+    stream.set_write_timeout(Some(PATIENCE)).expect("it is connected");
+    stream
+}
+
+/// The same at a Unix socket.
+pub fn accepted_unix(listener: &UnixListener, what: &str) -> UnixStream {
+    listener.set_nonblocking(true).expect("it listens");
+    let stream = wait_until(what, || listener.accept().ok()).0;
+    stream.set_nonblocking(false).expect("it is connected");
+    stream.set_read_timeout(Some(PATIENCE)).expect("it is connected");
+    stream.set_write_timeout(Some(PATIENCE)).expect("it is connected");
+    stream
+}
+
+/// A line of a pipe, which must come. What follows it stays in the pipe.
+pub fn line_of(pipe: &mut (impl Read + AsFd), what: &str) -> String {
+    let deadline = Instant::now() + PATIENCE;
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut ready = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        let count = poll(&mut ready, PollTimeout::try_from(left).expect("it is short"));
+        assert!(count != Ok(0), "never came in {PATIENCE:?}: {what}, after {:?}", String::from_utf8_lossy(&line));
+        let mut byte = [0];
+        if pipe.read(&mut byte).unwrap_or_else(|error| panic!("{what}: {error}")) == 0 {
+            break;
+        }
+        line.extend_from_slice(&byte);
+    }
+    String::from_utf8(line).unwrap_or_else(|error| panic!("{what}: {error}"))
+}
+
+/// Reads until the end of the stream, which must come: a stream that always has a little more does not reset this limit.
+pub fn read_all(stream: &mut impl Read, into: &mut Vec<u8>) -> io::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut piece = vec![0; 64 << 10];
+    loop {
+        match stream.read(&mut piece) {
+            Ok(0) => return Ok(()),
+            Ok(count) => into.extend_from_slice(&piece[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(awaited("the end of the stream", error)),
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("no end of the stream in {PATIENCE:?}")));
+        }
+    }
+}
+
+/// Says what was waited for when a timeout of a socket has ended the wait.
+pub fn awaited(what: &str, error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            io::Error::new(error.kind(), format!("{what} did not come in time ({error})"))
+        }
+        _ => error,
+    }
+}
+
+fn memory_of(master: Pid) -> Option<Segment> {
+    let descriptors = std::fs::read_dir(format!("/proc/{master}/fd")).ok()?;
+    descriptors.filter_map(|entry| segment_at(&entry.ok()?.path())).next()
 }
 
 fn segment_at(path: &Path) -> Option<Segment> {

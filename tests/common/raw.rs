@@ -1,11 +1,10 @@
 //! The same request over each protocol, as bytes on a connection: for tests of what comes before and after the protocol.
 
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use super::{PATIENCE, Server, fastcgi, scgi};
+use super::{Server, awaited, connect_tcp, connect_unix, fastcgi, scgi};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
@@ -50,12 +49,10 @@ impl Protocol {
 /// timeouts are the same system calls.
 pub fn connect(bind: &str) -> UnixStream {
     let (_, address) = bind.split_once(':').expect("a protocol comes first");
-    let stream = match address.strip_prefix("unix:") {
-        Some(path) => UnixStream::connect(path).unwrap(),
-        None => OwnedFd::from(TcpStream::connect(address.trim_start_matches('/')).unwrap()).into(),
-    };
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream
+    match address.strip_prefix("unix:") {
+        Some(path) => connect_unix(path).unwrap(),
+        None => OwnedFd::from(connect_tcp(address.trim_start_matches('/')).unwrap()).into(),
+    }
 }
 
 /// Sends these bytes and reads until the status of a response is there.
@@ -67,7 +64,7 @@ pub fn ask(stream: &mut UnixStream, bytes: &[u8]) -> (u16, Vec<u8>) {
             return (status, response);
         }
         let mut piece = [0; 4096];
-        let count = stream.read(&mut piece).unwrap();
+        let count = stream.read(&mut piece).map_err(|error| awaited("the head of a response", error)).unwrap();
         assert!(count > 0, "it ended after {:?}", String::from_utf8_lossy(&response));
         response.extend_from_slice(&piece[..count]);
     }

@@ -1,11 +1,10 @@
 //! An SCGI client, written against the specification and not against our codec.
 
-use std::io::{self, Read as _, Write as _};
-use std::net::{Shutdown, TcpStream};
-use std::os::unix::net::UnixStream;
+use std::io::{self, Write as _};
+use std::net::Shutdown;
 
-use super::PATIENCE;
 use super::fastcgi::Stream;
+use super::{connect_tcp, connect_unix, read_all};
 
 pub struct Client {
     pub stream: Box<dyn Stream>,
@@ -40,13 +39,11 @@ impl Client {
     pub fn connect(address: &str) -> io::Result<Self> {
         let address = address.strip_prefix("scgi:").unwrap_or(address);
         Ok(if let Some(path) = address.strip_prefix("unix:") {
-            let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            let stream = connect_unix(path)?;
             let other = stream.try_clone()?;
             Self { stream: Box::new(stream), shutdown: Box::new(move || other.shutdown(Shutdown::Write)) }
         } else {
-            let stream = TcpStream::connect(address)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            let stream = connect_tcp(address)?;
             let other = stream.try_clone()?;
             Self { stream: Box::new(stream), shutdown: Box::new(move || other.shutdown(Shutdown::Write)) }
         })
@@ -66,7 +63,7 @@ impl Client {
     /// Reads to the end of the stream.
     pub fn response(&mut self) -> io::Result<Response> {
         let mut bytes = Vec::new();
-        let outcome = self.stream.read_to_end(&mut bytes);
+        let outcome = read_all(&mut self.stream, &mut bytes);
         let told = |error: io::Error| io::Error::new(error.kind(), format!("{error}, after {} bytes", bytes.len()));
         outcome.map_err(told)?;
         Ok(Response::parse(&bytes))

@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead as _, BufReader, Read, Write as _};
+use std::time::Instant;
 
 use super::raw::{self, Protocol};
-use super::{fastcgi, http, http2, scgi};
+use super::{PATIENCE, awaited, fastcgi, http, http2, scgi};
 
 /// What a browser would dispatch.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,9 +113,15 @@ impl Source {
         Ok(source)
     }
 
-    /// The next event; `None` when the stream has come to its proper end.
+    /// The next event; `None` when the stream has come to its proper end. An error if none comes in time: the comments that keep
+    /// a stream alive do not count.
     pub fn event(&mut self) -> io::Result<Option<Event>> {
+        let deadline = Instant::now() + PATIENCE;
         while self.events.is_empty() {
+            if Instant::now() >= deadline {
+                let text = format!("no event in {PATIENCE:?} after {:?}, {} comments", self.last_id, self.comments);
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
             if !self.block()? {
                 return Ok(None);
             }
@@ -124,7 +131,8 @@ impl Source {
 
     /// The next event, which must come.
     pub fn next(&mut self) -> Event {
-        self.event().unwrap().expect("the stream goes on")
+        let event = self.event().unwrap_or_else(|error| panic!("the next event: {error}"));
+        event.expect("the stream goes on")
     }
 
     /// Reads up to the next empty line. False at the end.
@@ -133,7 +141,8 @@ impl Source {
         let mut id = self.last_id.clone();
         loop {
             let mut line = String::new();
-            if self.lines.read_line(&mut line)? == 0 {
+            let count = self.lines.read_line(&mut line);
+            if count.map_err(|error| awaited("a line of an event stream", error))? == 0 {
                 return Ok(false);
             }
             let line = line.trim_end_matches('\n');

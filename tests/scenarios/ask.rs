@@ -5,6 +5,8 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::common::accepted;
+
 /// A piece of what is written or read at a time.
 pub(crate) const PIECE: usize = 64 << 10;
 
@@ -153,7 +155,7 @@ impl Gate {
     /// Lets the application go on, when it has come.
     pub(crate) fn open(&mut self) {
         if let Some(listener) = self.0.take() {
-            drop(listener.accept());
+            drop(accepted(&listener, "the application comes to the gate"));
         }
     }
 }

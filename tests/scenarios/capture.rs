@@ -10,8 +10,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use crate::ask::{Ask, Gate, Pace, Sent};
-use crate::common::PATIENCE;
 use crate::common::fastcgi::{END, GET_VALUES, GET_VALUES_RESULT, PARAMS, STDIN, STDOUT, pair, record};
+use crate::common::{accepted, accepted_unix};
 use crate::fronts::{self, Front, Link, Site};
 use crate::http::Connection;
 
@@ -124,11 +124,11 @@ impl Backend {
     }
 
     fn accept(&self) -> Recorder {
+        let what = "the web server connects";
         let stream: UnixStream = match self {
-            Self::Unix(listener) => listener.accept().unwrap().0,
-            Self::Tcp(listener) => OwnedFd::from(listener.accept().unwrap().0).into(),
+            Self::Unix(listener) => accepted_unix(listener, what),
+            Self::Tcp(listener) => OwnedFd::from(accepted(listener, what)).into(),
         };
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Recorder { stream, bytes: Vec::new() }
     }
 }

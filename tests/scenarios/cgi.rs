@@ -10,7 +10,8 @@ use std::process::{Command, Stdio};
 use super::ask::{Ask, Gate, PIECE, Reply, Sent, give, take};
 use super::http::headers;
 use crate::common::fastcgi::{END, PARAMS, STDIN, STDOUT, begin, record};
-use crate::common::{PATIENCE, program};
+use crate::common::limit::{Pipe, end_of};
+use crate::common::program;
 
 type Variables = Vec<(String, Vec<u8>)>;
 
@@ -100,8 +101,7 @@ pub(crate) struct FastCgi {
 impl FastCgi {
     /// `address` as in the banner: `fastcgi:HOST:PORT`.
     pub(crate) fn open(address: &str) -> io::Result<Self> {
-        let stream = TcpStream::connect(address.strip_prefix("fastcgi:").unwrap_or(address))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = crate::common::connect_tcp(address.strip_prefix("fastcgi:").unwrap_or(address))?;
         Ok(Self { stream })
     }
 
@@ -141,8 +141,7 @@ pub(crate) struct Scgi {
 impl Scgi {
     /// `address` as in the banner: `scgi:HOST:PORT`.
     pub(crate) fn open(address: &str) -> io::Result<Self> {
-        let stream = TcpStream::connect(address.strip_prefix("scgi:").unwrap_or(address))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = crate::common::connect_tcp(address.strip_prefix("scgi:").unwrap_or(address))?;
         Ok(Self { stream })
     }
 
@@ -174,14 +173,14 @@ pub(crate) fn call(ask: &Ask, gate: &mut Gate) -> io::Result<Reply> {
         command.env("CONTENT_LENGTH", bytes.len().to_string()); // a web server must know it
     }
     let mut child = command.spawn()?;
-    let (mut stdin, mut stdout) = (child.stdin.take().expect("a pipe"), child.stdout.take().expect("a pipe"));
+    let (mut stdin, mut stdout) = (child.stdin.take().expect("a pipe"), Pipe::of(child.stdout.take().expect("a pipe")));
     let reply = std::thread::scope(|scope| {
         scope.spawn(move || give(&mut stdin, ask.body.bytes(), ask.pace));
         let reply = reply(&mut stdout, ask, gate);
         drop(stdout);
         reply
     });
-    let status = child.wait()?;
+    let status = end_of(&mut child, "the application");
     if status.success() { reply } else { Err(io::Error::other(status.to_string())) }
 }
 

@@ -4,7 +4,6 @@ use std::io::{self, BufReader, Read};
 use std::net::{Shutdown, TcpStream};
 
 use super::ask::{Ask, Gate, Pace, Reply, Sent, give, take};
-use crate::common::PATIENCE;
 
 pub(crate) struct Connection {
     stream: BufReader<TcpStream>,
@@ -12,8 +11,7 @@ pub(crate) struct Connection {
 
 impl Connection {
     pub(crate) fn open(address: &str) -> io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = crate::common::connect_tcp(address)?;
         stream.set_nodelay(true)?;
         Ok(Self { stream: BufReader::with_capacity(super::ask::PIECE, stream) })
     }

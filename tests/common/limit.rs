@@ -1,0 +1,328 @@
+//! Limits for tests, so that none can hang: a watchdog for the whole test binary, and waits for child processes and pipes that
+//! end in a failure which names what was waited for.
+//!
+//! The watchdog is a thread that the first use of this module starts. When the binary has run for FORKYARD_TEST_LIMIT seconds
+//! (600 unless that is set), it prints which tests still run, all processes that the binary has started, and what the reporters
+//! know; then it kills those processes and exits with status 1. `scripts/limit` does the same from the outside, for test binaries
+//! that do not use this module.
+//!
+//! Only the standard library is used: crates that have no part in `tests/common` include this file by its path.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel, sync_channel};
+use std::sync::{Mutex, Once, PoisonError};
+use std::time::{Duration, Instant};
+use std::{fmt, fs, thread};
+
+/// How long a test waits for something that must happen before it gives up. Not a limit on speed: only what never happens
+/// meets it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a test binary may run, unless FORKYARD_TEST_LIMIT says otherwise.
+const BINARY_LIMIT: Duration = Duration::from_secs(600);
+
+/// Prints what it knows about the state of the servers.
+type Reporter = fn(&mut dyn Write);
+
+static REPORTERS: Mutex<Vec<Reporter>> = Mutex::new(Vec::new());
+
+/// Starts the watchdog of this test binary, once.
+pub fn start() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        let seconds = std::env::var("FORKYARD_TEST_LIMIT").ok().and_then(|text| text.parse().ok());
+        let limit = seconds.map_or(BINARY_LIMIT, Duration::from_secs);
+        thread::Builder::new().name("watchdog".into()).spawn(move || watch(limit)).expect("a thread starts");
+    });
+}
+
+/// Has the watchdog call this too before it ends the binary.
+pub fn report_with(reporter: Reporter) {
+    REPORTERS.lock().unwrap_or_else(PoisonError::into_inner).push(reporter);
+}
+
+#[expect(clippy::exit, reason = "nothing else ends a test binary whose threads hang")]
+fn watch(limit: Duration) {
+    thread::sleep(limit);
+    // Not by eprintln!, which is captured in the threads of the test harness and in those that they have started.
+    let mut out = io::stderr();
+    let _ = writeln!(out, "\nThis test binary has reached its limit of {} s (FORKYARD_TEST_LIMIT).", limit.as_secs());
+    print_state(&mut out, std::process::id());
+    for reporter in REPORTERS.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+        reporter(&mut out);
+    }
+    kill_trees(&children_of(std::process::id()));
+    std::process::exit(1);
+}
+
+// ---- Processes. ----
+
+#[derive(Debug)]
+struct Process {
+    parent: u32,
+    name: String,
+    state: String,
+    /// In clock ticks.
+    cpu: u64,
+}
+
+/// One `stat` file of `/proc`: proc_pid_stat(5).
+fn read_stat(folder: &Path) -> Option<Process> {
+    let stat = fs::read_to_string(folder.join("stat")).ok()?;
+    let (before, after) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = after.split_ascii_whitespace().collect();
+    let number = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
+    Some(Process {
+        parent: u32::try_from(number(1)?).ok()?,
+        name: before.split_once('(')?.1.to_owned(),
+        state: (*fields.first()?).to_owned(),
+        cpu: number(11)? + number(12)?,
+    })
+}
+
+fn numbered(folder: &Path) -> Vec<u32> {
+    let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn processes() -> BTreeMap<u32, Process> {
+    let folder = |pid: u32| Path::new("/proc").join(pid.to_string());
+    numbered(Path::new("/proc")).into_iter().filter_map(|pid| Some((pid, read_stat(&folder(pid))?))).collect()
+}
+
+fn children_of(pid: u32) -> BTreeSet<u32> {
+    processes().into_iter().filter(|(_, process)| process.parent == pid).map(|(pid, _)| pid).collect()
+}
+
+/// Prints the threads of a test binary, of which each test has one of its name, and all processes below it.
+pub fn print_state(out: &mut dyn Write, pid: u32) {
+    let folder = Path::new("/proc").join(pid.to_string());
+    let _ = writeln!(out, "--- the threads of the test binary (pid {pid}):");
+    for thread in numbered(&folder.join("task")) {
+        let _ = write_line(out, "  ", thread, &folder.join("task").join(thread.to_string()));
+    }
+    let _ = writeln!(out, "--- its processes:");
+    let all = processes();
+    print_below(out, &all, pid, 1);
+}
+
+fn print_below(out: &mut dyn Write, all: &BTreeMap<u32, Process>, parent: u32, depth: usize) {
+    for pid in all.iter().filter(|(_, process)| process.parent == parent).map(|(pid, _)| *pid) {
+        let _ = write_line(out, &"  ".repeat(depth), pid, &Path::new("/proc").join(pid.to_string()));
+        if depth < 32 {
+            print_below(out, all, pid, depth + 1);
+        }
+    }
+}
+
+/// What a process or thread is at: where it sleeps in the kernel, and in which system call, as far as that may be read.
+fn write_line(out: &mut dyn Write, indent: &str, pid: u32, folder: &Path) -> Option<()> {
+    let Process { name, state, cpu, .. } = read_stat(folder)?;
+    let read = |file: &str| fs::read_to_string(folder.join(file)).unwrap_or_default();
+    let command = read("cmdline").replace('\0', " ");
+    let call = read("syscall").split(' ').next().unwrap_or_default().trim().to_owned();
+    let waits = read("wchan");
+    writeln!(out, "{indent}{pid} {name} state={state} ticks={cpu} syscall={call} wchan={waits} {command}").ok()
+}
+
+/// Kills these processes and all below them, after having stopped them, so that none starts another meanwhile.
+pub fn kill_trees(roots: &BTreeSet<u32>) {
+    let mut found = BTreeSet::new();
+    loop {
+        let all = processes();
+        let is_new = |pid: &u32| {
+            let process = &all[pid];
+            let below = roots.contains(pid) || found.contains(&process.parent);
+            // What the kill itself is made of is no part of the tree, and ends by itself.
+            below && !found.contains(pid) && !process.state.starts_with(['Z', 'X'])
+        };
+        let new: BTreeSet<u32> = all.keys().copied().filter(is_new).collect();
+        if new.is_empty() {
+            break;
+        }
+        send("STOP", &new);
+        found.extend(new);
+    }
+    send("KILL", &found);
+}
+
+fn send(signal: &str, pids: &BTreeSet<u32>) {
+    let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
+    let script = format!("kill -{signal} {} 2>/dev/null", pids.join(" "));
+    let _ = Command::new("sh").args(["-c", &script]).status();
+}
+
+// ---- Commands. ----
+
+/// Running a command to its end, which must come: a panic if it has not ended after [`PATIENCE`]. It is killed then, with what it
+/// has started.
+pub trait InTime {
+    /// As [`Command::output`], with nothing to read from standard input.
+    fn output_in_time(&mut self) -> io::Result<Output>;
+    /// The same with the standard input that the command was given.
+    fn output_with_input_in_time(&mut self) -> io::Result<Output>;
+    /// As [`Command::status`].
+    fn status_in_time(&mut self) -> io::Result<ExitStatus>;
+}
+
+impl InTime for Command {
+    fn output_in_time(&mut self) -> io::Result<Output> {
+        self.stdin(Stdio::null()).output_with_input_in_time()
+    }
+
+    fn output_with_input_in_time(&mut self) -> io::Result<Output> {
+        let child = self.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        Ok(output_of(child, &format!("{self:?}")))
+    }
+
+    fn status_in_time(&mut self) -> io::Result<ExitStatus> {
+        Ok(end_of(&mut self.spawn()?, &format!("{self:?}")))
+    }
+}
+
+/// Waits for a child to end. A child that does not is killed, with what it has started.
+pub fn end_of(child: &mut Child, what: &str) -> ExitStatus {
+    end_before(Instant::now() + PATIENCE, child).unwrap_or_else(|| {
+        kill_trees(&BTreeSet::from([child.id()]));
+        panic!("{what}: has not ended in {PATIENCE:?}, and was killed")
+    })
+}
+
+fn end_before(deadline: Instant, child: &mut Child) -> Option<ExitStatus> {
+    start();
+    loop {
+        let status = child.try_wait().expect("it is our child");
+        if status.is_some() || Instant::now() >= deadline {
+            return status;
+        }
+        thread::park_timeout(Duration::from_millis(1));
+    }
+}
+
+/// As [`Child::wait_with_output`], with a limit.
+pub fn output_of(mut child: Child, what: &str) -> Output {
+    drop(child.stdin.take());
+    let (out, err) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
+    let end = end_before(Instant::now() + PATIENCE, &mut child);
+    if end.is_none() {
+        kill_trees(&BTreeSet::from([child.id()]));
+    }
+    let rest = |pipe: Option<Receiver<Vec<u8>>>, name: &str| {
+        let Some(pipe) = pipe else { return Vec::new() };
+        pipe.recv_timeout(PATIENCE)
+            .unwrap_or_else(|_| panic!("{what}: has ended, but its {name} has not in {PATIENCE:?}"))
+    };
+    let (stdout, stderr) = (rest(out, "standard output"), rest(err, "standard error"));
+    let Some(status) = end else {
+        let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
+        panic!("{what}: has not ended in {PATIENCE:?}, and was killed. Its output: {said}");
+    };
+    Output { status, stdout, stderr }
+}
+
+fn collect(mut stream: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
+    let (sender, all) = channel();
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        let _ = sender.send(bytes);
+    });
+    all
+}
+
+/// The reading end of a pipe, or another stream that has no timeouts of its own, of which each read has a limit. A thread reads
+/// it.
+pub struct Pipe {
+    pieces: Receiver<io::Result<Vec<u8>>>,
+    /// What has come and was not read.
+    buffer: Vec<u8>,
+}
+
+impl fmt::Debug for Pipe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pipe").finish_non_exhaustive()
+    }
+}
+
+impl Pipe {
+    pub fn of(mut stream: impl Read + Send + 'static) -> Self {
+        start();
+        // Of a stream that is not read, no more than a piece or two is taken.
+        let (sender, pieces) = sync_channel(0);
+        thread::spawn(move || {
+            let mut piece = vec![0; 8 << 10];
+            loop {
+                let outcome = match stream.read(&mut piece) {
+                    Ok(0) => return,
+                    Ok(count) => Ok(piece[..count].to_vec()),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) => Err(error),
+                };
+                let failed = outcome.is_err();
+                if sender.send(outcome).is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Self { pieces, buffer: Vec::new() }
+    }
+
+    /// Waits for the next piece. False at the end of the stream.
+    fn fill(&mut self, deadline: Instant) -> io::Result<bool> {
+        match self.pieces.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(piece) => self.buffer.extend(piece?),
+            Err(RecvTimeoutError::Disconnected) => return Ok(false),
+            Err(RecvTimeoutError::Timeout) => return Err(io::ErrorKind::TimedOut.into()),
+        }
+        Ok(true)
+    }
+
+    /// What comes up to this byte, with it. Less, or nothing, at the end of the stream.
+    pub fn until(&mut self, end: u8, what: &str) -> Vec<u8> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.buffer.iter().position(|byte| *byte == end) {
+                return self.buffer.drain(..=at).collect();
+            }
+            match self.fill(deadline) {
+                Ok(true) => {}
+                Ok(false) => return std::mem::take(&mut self.buffer),
+                Err(error) => panic!("{what}: {error} after {:?}", String::from_utf8_lossy(&self.buffer)),
+            }
+        }
+    }
+
+    /// The next line, with its end. Empty at the end of the stream.
+    pub fn line(&mut self, what: &str) -> String {
+        String::from_utf8(self.until(b'\n', what)).unwrap_or_else(|error| panic!("{what}: {error}"))
+    }
+
+    /// What is left until the end of the stream.
+    pub fn rest(&mut self, what: &str) -> Vec<u8> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.fill(deadline) {
+                Ok(true) => {}
+                Ok(false) => return std::mem::take(&mut self.buffer),
+                Err(error) => panic!("{what}: {error} after {:?}", String::from_utf8_lossy(&self.buffer)),
+            }
+        }
+    }
+}
+
+impl Read for Pipe {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.buffer.is_empty() {
+            self.fill(Instant::now() + PATIENCE)?;
+        }
+        let count = self.buffer.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&self.buffer[..count]);
+        self.buffer.drain(..count);
+        Ok(count)
+    }
+}

@@ -1,0 +1,58 @@
+//! The harness itself: that no test can hang, and that one that would is shown.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::limit::InTime as _;
+use common::{Server, StopOnDrop, is_gone, wait_until};
+
+/// Only run by the test below, which gives it a limit.
+#[test]
+#[ignore = "it hangs"]
+fn this_one_hangs() {
+    let server = Server::start("hello", &["--bind", "http:127.0.0.1:0", "--workers", "2"]);
+    println!("captured, and never shown: {}", server.pid());
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn a_binary_at_its_limit_fails_shows_its_servers_and_ends_them() {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "this_one_hangs"])
+        .env("FORKYARD_TEST_LIMIT", "5")
+        .output_in_time()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("has reached its limit of 5 s"), "{said}");
+    let threads = said.split("--- its processes:").next().unwrap();
+    assert!(threads.contains(" this_one_hangs "), "the test that hangs: {said}");
+    let server = said.split("--- the server pid=").nth(1).unwrap_or_else(|| panic!("no server: {said}"));
+    assert!(server.contains(" of the test this_one_hangs: ") && server.contains("/hello"), "{said}");
+    assert!(server.contains("slot 1: ") && server.contains("ready in "), "its workers, and its log: {said}");
+    let master: i32 = server.split(' ').next().unwrap().parse().unwrap();
+    let processes = said.split("--- its processes:").nth(1).unwrap().split("---").next().unwrap();
+    let pids: Vec<i32> = processes.lines().filter_map(|line| line.trim().split(' ').next()?.parse().ok()).collect();
+    assert!(pids.contains(&master) && pids.len() >= 3, "{said}");
+    wait_until("all that it has started is gone", || pids.iter().all(|pid| is_gone(*pid)).then_some(()));
+}
+
+#[test]
+fn a_panic_ends_the_threads_of_its_scope() {
+    let stop = AtomicBool::new(false);
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        std::thread::scope(|scope| {
+            scope.spawn(|| wait_until("it is told to stop", || stop.load(Ordering::SeqCst).then_some(())));
+            let _stops = StopOnDrop(&stop);
+            panic!("on purpose");
+        });
+    }));
+    assert_eq!(outcome.unwrap_err().downcast_ref::<&str>(), Some(&"on purpose"));
+}
