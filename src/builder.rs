@@ -175,7 +175,7 @@ impl Builder {
         let parse: Parse = Box::new(move || cli::parse_linked(&arguments));
         finish(parse(), |request| {
             if request.cgi {
-                return answer(&request.config, &request.log_level, &cgi, preload);
+                return answer(&request.config, &cgi, preload);
             }
             serve(*request, Launch::Worker(worker, hooks), preload, None, begun, parse)
         })
@@ -263,7 +263,8 @@ fn reread(running: &Config, parse: Parse) -> Reread {
     Box::new(move |running| match parse() {
         Ok(Invocation::Serve(request)) => {
             let (config, fixed) = reloaded(running, request.config, slots);
-            Ok(Some(Reloaded { config: Arc::new(config), fixed }))
+            let program = request.program.map(|(command, _)| Program::for_privileges(&command, &config.privileges));
+            Ok(Some(Reloaded { config, program: program.transpose()?, fixed }))
         }
         Ok(Invocation::Broken { mistakes, .. }) => Err(mistakes.join("; ")),
         Ok(Invocation::Check(_) | Invocation::Task(_)) => Ok(None),
@@ -281,9 +282,9 @@ fn serve(
     begun: Instant,
     parse: Parse,
 ) -> Result<bool, BoxError> {
-    let Request { config, log_level, .. } = request;
+    let Request { config, .. } = request;
     let opened = sys::own_descriptors()?;
-    logging::start(&log_level, &config.logs)?;
+    logging::start(&config.logs)?;
     let mut takeover = Takeover::find()?;
     let origin = takeover.as_ref().map_or_else(Origin::record, |left| Ok(left.saved.origin.clone()))?;
     let log_files = Arc::new(LogFiles::open(&config.logs)?);
@@ -348,8 +349,8 @@ fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
 }
 
 /// The one request of a CGI call.
-fn answer(config: &Config, log_level: &str, cgi: &CgiMain, preload: Option<Preload>) -> Result<bool, BoxError> {
-    logging::start(log_level, &config.logs)?;
+fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<bool, BoxError> {
+    logging::start(&config.logs)?;
     run_preload(preload)?;
     cgi(config, join_segment(config)?)?;
     Ok(true)

@@ -23,7 +23,8 @@ use nix::sys::socket::{
 pub(crate) use self::address::{Address, Bind, Protocol};
 use self::socket_file::bind_file;
 pub(crate) use self::socket_file::{
-    SocketAndFile, bind_datagrams, examine_folder, examine_length, examine_path, give_socket_file, is_stale, remove_own,
+    SocketAndFile, bind_datagrams, examine_folder, examine_length, examine_path, give_socket_file, give_socket_file_of,
+    is_stale, remove_own,
 };
 use crate::config::privileges::Owner;
 use crate::sys;
@@ -164,8 +165,16 @@ impl Listener {
     /// # Errors
     /// [`ListenError`], worded for the operator.
     pub(crate) fn give_file(&self, owner: Owner) -> Result<(), ListenError> {
+        self.give_file_of(nix::unistd::geteuid(), owner)
+    }
+
+    /// The same, of a file that was given to `from` before.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) fn give_file_of(&self, from: nix::unistd::Uid, owner: Owner) -> Result<(), ListenError> {
         let (Address::Path(path), Some(ours)) = (&self.address, self.file) else { return Ok(()) };
-        give_socket_file(path, ours, owner).map_err(|error| ListenError {
+        give_socket_file_of(path, ours, from, owner).map_err(|error| ListenError {
             bind: Bind { protocol: self.protocol, address: self.address.clone() },
             cause: format!(
                 "its file cannot be given to user {} and group {}: {error} (name others with --socket-owner)",

@@ -10,7 +10,10 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use nix::unistd::Uid;
+
 use crate::config::Config;
+use crate::config::privileges::Owner;
 use crate::listen::{self, SocketAndFile};
 use crate::lock_file::LockFile;
 use crate::privileges::Visitor;
@@ -80,6 +83,14 @@ impl PublishSocket {
         file: Option<(u64, u64)>,
     ) -> PublishSocket {
         Self { asked, path, socket, file }
+    }
+
+    /// Gives the file, which is that of `from`, to another owner.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn give(&self, from: Uid, to: Owner) -> io::Result<()> {
+        self.file.map_or(Ok(()), |file| listen::give_socket_file_of(&self.path, file, from, to))
     }
 
     /// The path that `--events-socket` named.

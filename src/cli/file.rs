@@ -3,6 +3,7 @@
 //! There is no second list of names, types or limits: a key is the flag of that name, and its value is checked by the
 //! flag's own parser. Flags and FORKYARD_* variables win: what they give is not taken from the file.
 
+use std::any::TypeId;
 use std::error::Error as _;
 use std::ffi::OsString;
 use std::ops::Range;
@@ -72,12 +73,30 @@ struct Reading<'a> {
 impl Reading<'_> {
     fn read(&mut self) {
         let (table, errors) = DeTable::parse_recoverable(self.text);
-        for error in errors {
+        let unclosed = table.get_ref().iter().find_map(|(key, value)| self.unclosed(key.get_ref(), value, &errors));
+        // From there on the reader takes everything for a part of the list, and each line for a mistake.
+        let end = unclosed.as_ref().map_or(usize::MAX, |(at, _)| *at);
+        for error in errors.iter().filter(|error| error.span().unwrap_or_default().start < end) {
+            let at = error.span().unwrap_or_default();
             self.broken.extend(error.span());
-            self.mistake(error.span().unwrap_or_default(), error.message().to_owned());
+            let name = self.text.get(at.clone()).unwrap_or_default().trim();
+            let text = match error.message() {
+                "duplicate key" => format!("'{name}' is given twice"),
+                message if message.starts_with("invalid basic string") => {
+                    "the text is not closed: \" is missing".to_owned()
+                }
+                message => message.to_owned(),
+            };
+            self.mistake(at, text);
+        }
+        if let Some((at, what)) = unclosed {
+            self.mistake(at..at, what);
         }
         let mut seen: Vec<String> = Vec::new();
         for (key, value) in table.get_ref() {
+            if value.span().start >= end {
+                continue;
+            }
             let flag = key.get_ref().replace('_', "-");
             if seen.contains(&flag) {
                 self.mistake(key.span(), format!("'{flag}' is given twice (- and _ are the same)"));
@@ -85,6 +104,32 @@ impl Reading<'_> {
             self.setting(key.span(), &flag, value);
             seen.push(flag);
         }
+    }
+
+    /// Where a list begins that has swallowed the settings behind it, and what to say of that.
+    fn unclosed(&self, key: &str, value: &Spanned<DeValue<'_>>, errors: &[toml::de::Error]) -> Option<(usize, String)> {
+        let (kind, bracket) = match value.get_ref() {
+            DeValue::Array(_) => ("list", ']'),
+            DeValue::Table(_) if self.text.get(value.span())?.starts_with('{') => ("table", '}'),
+            _ => return None,
+        };
+        let (begin, end) = (value.span().start, value.span().end);
+        let within = |error: &&toml::de::Error| error.span().is_some_and(|at| (begin..=end).contains(&at.start));
+        let is_sign = |error: &&toml::de::Error| {
+            let message = error.message();
+            message.starts_with("unclosed ") || message.starts_with("unexpected `=` in array")
+        };
+        errors.iter().filter(within).find(is_sign)?;
+        // The first line behind that looks like a setting.
+        let text = self.text.get(begin..)?;
+        let is_setting = |line: &str| line.split_once('=').is_some_and(|(name, _)| is_name(name.trim()));
+        let next = text.lines().skip(1).position(is_setting).map(|lines| self.line_of(begin) + lines + 1);
+        let place = next.map_or_else(|| "at the end".to_owned(), |line| format!("before line {line}"));
+        Some((begin, format!("'{key}': the {kind} that begins here is not closed ('{bracket}' is missing {place})")))
+    }
+
+    fn line_of(&self, at: usize) -> usize {
+        self.text.get(..at).unwrap_or(self.text).matches('\n').count() + 1
     }
 
     fn setting(&mut self, at: Range<usize>, flag: &str, value: &Spanned<DeValue<'_>>) {
@@ -116,7 +161,16 @@ impl Reading<'_> {
         match (argument.get_action(), value.get_ref()) {
             (ArgAction::SetTrue, DeValue::Boolean(true)) => arguments.push(format!("--{flag}")),
             (ArgAction::SetTrue, DeValue::Boolean(false)) => {}
-            (ArgAction::SetTrue, _) => self.mistake(value.span(), format!("'{flag}' is true or false")),
+            (ArgAction::SetTrue, _) => {
+                self.mistake(value.span(), format!("'{flag}' is true or false (without quotes)"));
+            }
+            (_, DeValue::Boolean(given)) if argument.get_value_parser().type_id() == TypeId::of::<bool>() => {
+                arguments.push(format!("--{flag}={given}"));
+            }
+            // The flag alone means something, and so it is given or not.
+            (_, DeValue::Boolean(given)) if argument.get_num_args().is_some_and(|count| count.min_values() == 0) => {
+                arguments.extend(given.then(|| format!("--{flag}")));
+            }
             (ArgAction::Append, DeValue::Array(values)) => {
                 for value in values.iter() {
                     arguments.extend(self.checked(flag, value));
@@ -192,12 +246,16 @@ impl Reading<'_> {
         self.mistakes.sort();
         let place = |(at, what): &(usize, String)| {
             let before = self.text.get(..*at).unwrap_or(self.text);
-            let line = before.matches('\n').count() + 1;
+            let line = self.line_of(*at);
             let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
             format!("{}:{line}:{column}: {what}", self.name)
         };
         self.mistakes.iter().map(place).collect()
     }
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c))
 }
 
 /// A value as it would stand on the command line.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use crate::config::logs::{AccessConfig, AccessFormat, LogConfig, LogFormat};
+use crate::config::logs::{AccessConfig, AccessFormat, Filters, LogConfig, LogFormat};
 
 /// Those of everything that serves.
 #[derive(Args, Debug)]
@@ -76,12 +76,12 @@ enum AccessForm {
 }
 
 impl LogOptions {
-    pub(super) fn config(&self, access: AccessLogOptions) -> LogConfig {
+    pub(super) fn config(&self, filters: Filters, access: AccessLogOptions) -> LogConfig {
         let format = match self.log_format {
             Form::Text => LogFormat::Text,
             Form::Json => LogFormat::Json,
         };
-        LogConfig { file: self.log_file.clone(), format, access: access.config() }
+        LogConfig { filters, file: self.log_file.clone(), format, access: access.config() }
     }
 }
 

@@ -33,6 +33,7 @@ use self::privileges::{PrivilegeOptions, SandboxOptions};
 use crate::cgi_call;
 use crate::config::events::EventsConfig;
 use crate::config::failures::Failures;
+use crate::config::logs::Filters;
 use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
     CacheConfig, Config, Limits, Numbers, Range, Timeouts, Trust, parse_duration, parse_mode, parse_size,
@@ -94,8 +95,8 @@ struct ServeOptions {
     upgrade: upgrade::UpgradeOptions,
 
     /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
-    #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", help_heading = "Logging")]
-    log_level: String,
+    #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", value_parser = Filters::parse, help_heading = "Logging")]
+    log_level: Filters,
 
     #[command(flatten)]
     logs: LogOptions,
@@ -383,8 +384,6 @@ struct RunOptions {
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) config: Config,
-    /// A filter in the logger's syntax.
-    pub(crate) log_level: String,
     /// One request is to be answered, which is in the environment and on standard input.
     pub(crate) cgi: bool,
     /// The external program, and whether `--direct` was given.
@@ -431,7 +430,6 @@ pub(crate) fn parse_linked(arguments: &[OsString]) -> Result<Invocation, clap::E
 
 fn linked_request(mut linked: LinkedOptions, command: &mut Command) -> Result<Request, clap::Error> {
     linked.serve.bind_what_is_passed();
-    let log_level = linked.serve.log_level.clone();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
     let WorkerOptions {
         threads,
@@ -463,7 +461,7 @@ fn linked_request(mut linked: LinkedOptions, command: &mut Command) -> Result<Re
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
     let config = config(linked.serve, numbers, (keep.cache(cache), events.config()), Duration::ZERO, of_workers)
         .map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
-    Ok(Request { config, log_level, cgi, program: None })
+    Ok(Request { config, cgi, program: None })
 }
 
 /// Reads the command line of `forkyard`.
@@ -485,7 +483,6 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
 
 fn run_request(mut run: RunOptions, name: &str, command: &mut Command) -> Result<Request, clap::Error> {
     run.serve.bind_what_is_passed();
-    let log_level = run.serve.log_level.clone();
     let no_command = || "no COMMAND: give it after '--', or as command in the configuration file".to_owned();
     let some = if run.command.is_empty() { Err(no_command()) } else { Ok(()) };
     let mut refuse = |cause: String| {
@@ -498,7 +495,7 @@ fn run_request(mut run: RunOptions, name: &str, command: &mut Command) -> Result
     let config =
         config(run.serve, numbers, (run.keep.cache(run.cache), run.events.config()), run.settle, OfWorkers::default())
             .map_err(refuse)?;
-    Ok(Request { config, log_level, cgi: false, program: Some((run.command, run.direct)) })
+    Ok(Request { config, cgi: false, program: Some((run.command, run.direct)) })
 }
 
 /// What the arguments say, together with the configuration file, if they or a variable name one. `serving` are the
@@ -607,7 +604,7 @@ fn config(
         privileges,
         failures: of_workers.failures,
         control: serve.control.config(),
-        logs: serve.logs.config(of_workers.access_log),
+        logs: serve.logs.config(serve.log_level, of_workers.access_log),
         helpers: serve.helpers.config()?,
         upgrade: serve.upgrade.config(),
     })

@@ -17,6 +17,9 @@ pub(crate) struct ControlConfig {
 
 /// The configuration after a reload: `read`, but what cannot change in a running master is as it was in `running`. And the
 /// names of the flags of which that is true and that have changed. `slots`: for so many processes there is room.
+///
+/// The sockets and the shared memory are made once, and the processes that run share them; the pid file and the control socket
+/// are where others look for this master.
 pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, Vec<String>) {
     let mut fixed = Vec::new();
     let mut differs = |flag: &str, differs: bool| {
@@ -34,11 +37,7 @@ pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, V
     differs("cache-file", running.cache.file != read.cache.file);
     differs("events", running.events.bytes != read.events.bytes);
     differs("events-socket", running.publish != read.publish);
-    differs("socket-owner", running.privileges.socket_owner != read.privileges.socket_owner);
     differs("pid-file", running.privileges.pid_file != read.privileges.pid_file);
-    // By these the program was found.
-    differs("chroot", running.privileges.chroot != read.privileges.chroot);
-    differs("chdir", running.privileges.chdir != read.privileges.chdir);
     differs("control", running.control != read.control);
     let config = Config {
         binds: running.binds.clone(),
@@ -48,13 +47,7 @@ pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, V
         cache: running.cache.clone(),
         publish: running.publish.clone(),
         events: EventsConfig { bytes: running.events.bytes, ..read.events },
-        privileges: PrivilegesConfig {
-            socket_owner: running.privileges.socket_owner,
-            pid_file: running.privileges.pid_file.clone(),
-            chroot: running.privileges.chroot.clone(),
-            chdir: running.privileges.chdir.clone(),
-            ..read.privileges
-        },
+        privileges: PrivilegesConfig { pid_file: running.privileges.pid_file.clone(), ..read.privileges },
         control: running.control.clone(),
         ..read
     };

@@ -35,7 +35,7 @@ pub(crate) struct HelperConfig {
 }
 
 /// The times at which a job runs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Schedule {
     cron: Cron,
     zone: TimeZone,
@@ -118,6 +118,12 @@ impl Schedule {
         let next = self.cron.find_next_occurrence(&time.to_zoned(self.zone.clone()), false).ok()?.timestamp();
         // What makes no progress would be due without end.
         (next > time).then_some(next)
+    }
+}
+
+impl std::fmt::Display for Schedule {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.cron.as_str())
     }
 }
 

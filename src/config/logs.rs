@@ -1,10 +1,12 @@
-//! Where the log and the access log go, and in which form: parsed once, then never changed.
+//! Where the log and the access log go, what is logged, and in which form: parsed once, then never changed.
 
+use std::fmt;
 use std::path::PathBuf;
 
 /// All about logs.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LogConfig {
+    pub(crate) filters: Filters,
     /// Standard error if `None`.
     pub(crate) file: Option<PathBuf>,
     pub(crate) format: LogFormat,
@@ -21,7 +23,7 @@ pub(crate) enum LogFormat {
 }
 
 /// A line for each request.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct AccessConfig {
     /// Standard output if `None`.
     pub(crate) file: Option<PathBuf>,
@@ -35,4 +37,148 @@ pub(crate) enum AccessFormat {
     Combined,
     /// One object a line.
     Json,
+}
+
+/// Which lines are logged: a level, and levels of modules that differ from it, in the logger's syntax.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Filters(String);
+
+/// The levels that there are, the quietest first.
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+/// The level of modules for which none is given.
+const DEFAULT: &str = "info";
+/// What other programs call a level.
+const OTHER_NAMES: [(&str, &str); 19] = [
+    ("warning", "warn"),
+    ("notice", "info"),
+    ("information", "info"),
+    ("informational", "info"),
+    ("normal", "info"),
+    ("err", "error"),
+    ("fatal", "error"),
+    ("crit", "error"),
+    ("critical", "error"),
+    ("alert", "error"),
+    ("emerg", "error"),
+    ("emergency", "error"),
+    ("severe", "error"),
+    ("verbose", "debug"),
+    ("fine", "debug"),
+    ("all", "trace"),
+    ("none", "off"),
+    ("quiet", "off"),
+    ("silent", "off"),
+];
+
+impl Filters {
+    /// Reads `LEVEL`, `MODULE=LEVEL`, or several of them with commas between them. The logger itself takes any word for a
+    /// module's name, and then logs nothing else.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        let mut general = None;
+        let mut directives = Vec::new();
+        for part in text.split(',').map(str::trim) {
+            match part.split_once('=') {
+                Some((module, level)) => {
+                    let module = module.trim();
+                    let is_path = |c: char| c.is_alphanumeric() || "_:-".contains(c);
+                    if module.is_empty() || !module.chars().all(is_path) {
+                        return Err(format!("'{module}' is not a module's name ({})", expected()));
+                    }
+                    directives.push(format!("{module}={}", level_of(level.trim())?));
+                }
+                None => {
+                    let level = level_of(part)?;
+                    if let Some(other) = general.replace(level) {
+                        return Err(format!("there are two levels, {other} and {level} ({})", expected()));
+                    }
+                }
+            }
+        }
+        directives.insert(0, general.unwrap_or(DEFAULT).to_owned());
+        Ok(Self(directives.join(",")))
+    }
+
+    /// In the logger's syntax.
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for Filters {
+    fn default() -> Self {
+        Self(DEFAULT.to_owned())
+    }
+}
+
+impl fmt::Debug for Filters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+fn expected() -> String {
+    format!("expected {}, also per module as in info,hyper=debug", LEVELS.join(", "))
+}
+
+fn level_of(text: &str) -> Result<&'static str, String> {
+    if let Some(level) = LEVELS.iter().find(|level| text.eq_ignore_ascii_case(level)) {
+        return Ok(level);
+    }
+    let other = OTHER_NAMES.iter().find(|(name, _)| text.eq_ignore_ascii_case(name));
+    let hint = other.map_or_else(String::new, |(_, level)| format!("; is '{level}' meant?"));
+    Err(format!("'{text}' is not a log level ({}{hint})", expected()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_read_and_what_is_none_is_refused_with_the_list_and_a_hint() {
+        for (text, read) in [
+            ("warn", "warn"),
+            ("INFO", "info"),
+            ("debug,hyper=off", "debug,hyper=off"),
+            ("hyper=Trace , forkyard::master=warn,error", "error,hyper=trace,forkyard::master=warn"),
+            // The rest is not silent.
+            ("hyper=debug", "info,hyper=debug"),
+        ] {
+            assert_eq!(Filters::parse(text).as_ref().map(Filters::as_str), Ok(read), "{text}");
+        }
+        for (text, said) in [
+            ("loud", "'loud' is not a log level (expected off, error, warn, info, debug, trace, also per module"),
+            ("warning", "; is 'warn' meant?)"),
+            ("Notice", "; is 'info' meant?)"),
+            ("info,zzz=nix", "'nix' is not a log level"),
+            ("info,zzz=warning", "; is 'warn' meant?)"),
+            ("info,zzz=", "'' is not a log level"),
+            ("info,hyper", "'hyper' is not a log level"),
+            ("info,=debug", "'' is not a module's name"),
+            ("info,a b=debug", "'a b' is not a module's name"),
+            ("info,debug", "two levels, info and debug"),
+            ("info/words", "'info/words' is not a log level"),
+            ("", "'' is not a log level"),
+            ("info,", "'' is not a log level"),
+        ] {
+            let error = Filters::parse(text).unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_read_is_what_the_logger_understands() {
+        use log::Log as _;
+        let enabled = |filters: &str, target: &str, level| {
+            let filters = Filters::parse(filters).unwrap();
+            let logger = env_logger::Builder::new().parse_filters(filters.as_str()).build();
+            logger.enabled(&log::Metadata::builder().target(target).level(level).build())
+        };
+        assert!(enabled("hyper=off", "forkyard::master", log::Level::Info));
+        assert!(!enabled("hyper=off", "hyper::proto", log::Level::Error));
+        assert!(enabled("info,hyper=debug", "hyper::proto", log::Level::Debug));
+        assert!(!enabled("off", "forkyard", log::Level::Error));
+    }
 }

@@ -4,6 +4,7 @@
 //! nobody. Whether all of it together can be done is decided in `privileges`.
 
 use std::ffi::CString;
+use std::fmt;
 use std::path::PathBuf;
 
 use caps::Capability;
@@ -13,7 +14,7 @@ use nix::unistd::{Gid, Group, Uid, User, getgrouplist};
 use super::parse_size;
 
 /// All of it; nothing, by default.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PrivilegesConfig {
     pub(crate) user: Option<Account>,
     pub(crate) group: Option<Gid>,
@@ -107,10 +108,17 @@ pub(crate) enum Affinity {
 }
 
 /// A variable of the environment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Variable {
     pub(crate) name: String,
     pub(crate) value: String,
+}
+
+impl fmt::Debug for Variable {
+    /// Without its value, which may be a password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}=…", self.name)
+    }
 }
 
 /// What a sandboxed worker may reach beside what every program needs.

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::{Mode, fstat, umask};
+use nix::unistd::Uid;
 
 use super::{listen, new_socket};
 use crate::config::privileges::Owner;
@@ -110,10 +111,18 @@ fn explain_path(errno: Errno, path: &Path, flag: &str) -> String {
 /// # Errors
 /// What the system says.
 pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> io::Result<()> {
+    give_socket_file_of(path, ours, nix::unistd::geteuid(), owner)
+}
+
+/// The same, of one that was given to `from` before.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn give_socket_file_of(path: &Path, ours: (u64, u64), from: Uid, owner: Owner) -> io::Result<()> {
     let file = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
     let found = fstat(&file)?;
     let same = (found.st_dev, found.st_ino) == ours;
-    if same { privileges::give(file.as_fd(), owner) } else { Err(io::Error::other("it was replaced")) }
+    if same { privileges::give_of(file.as_fd(), from, owner) } else { Err(io::Error::other("it was replaced")) }
 }
 
 /// Removes a socket file, if it is still this one.

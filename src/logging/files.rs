@@ -9,6 +9,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+use std::sync::Arc;
 
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
@@ -87,15 +88,24 @@ impl LogFiles {
         [super::descriptor()].into_iter().chain(self.access.as_ref().map(|access| access.as_raw_fd()))
     }
 
-    /// Opens all files again; returns what went wrong, each a sentence for the operator. What could not be opened goes on
-    /// as before.
-    pub(crate) fn reopen(&self) -> Vec<String> {
-        let log = self.config.file.as_deref().map(super::reopen);
-        let access = self.access_file().map(|(path, access)| {
-            let opened = open(path, "--access-log")?;
-            sys::replace(access, &opened).map_err(|error| format!("--access-log: {}: {error}", path.display()))
-        });
-        log.into_iter().chain(access).filter_map(Result::err).collect()
+    /// The files of another configuration: these, if they are the same.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub(crate) fn reconfigured(self: &Arc<Self>, config: &LogConfig) -> Result<Arc<Self>, String> {
+        // Workers need to know whether there is a log file, and all about the access log.
+        let same = self.config.file == config.file && self.config.access == config.access;
+        if same { Ok(Arc::clone(self)) } else { Self::open(config).map(Arc::new) }
+    }
+
+    /// Opens the access log again.
+    ///
+    /// # Errors
+    /// A sentence for the operator; the old one goes on.
+    pub(crate) fn reopen_access(&self) -> Result<(), String> {
+        let Some((path, access)) = self.access_file() else { return Ok(()) };
+        let opened = open(path, "--access-log")?;
+        sys::replace(access, &opened).map_err(|error| format!("--access-log: {}: {error}", path.display()))
     }
 
     /// A channel for the files of one worker: the master's end and the worker's. `None` if there are no files.
@@ -198,12 +208,12 @@ mod tests {
         sys::write_all(place, b"new\n").unwrap();
         assert_eq!(std::fs::read_to_string(&moved).unwrap(), "old\nstill old\n");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "new\n");
-        assert_eq!(files.reopen(), [""; 0]);
+        assert_eq!(files.reopen_access(), Ok(()));
         drop(master);
         assert!(!files.take_in(worker.as_fd()).unwrap());
         std::fs::remove_dir_all(folder.path()).unwrap();
-        let errors = files.reopen();
-        assert!(errors.len() == 1 && errors[0].contains("--access-log: cannot open"), "{errors:?}");
+        let error = files.reopen_access().unwrap_err();
+        assert!(error.contains("--access-log: cannot open"), "{error}");
         sys::write_all(place, b"goes on\n").unwrap();
     }
 

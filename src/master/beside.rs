@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forkyard_shm::Segment;
 use jiff::Timestamp;
@@ -21,6 +21,7 @@ use super::helpers::{Action, Event, Helpers, Note};
 use super::output::{LineReader, REST};
 use super::spawn::{OF_THE_MASTER, blocking, explain};
 use super::supervisor::{Command as Order, Now};
+use crate::config::helpers::HelpersConfig;
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
 use crate::privileges::Privileges;
@@ -37,18 +38,31 @@ pub(super) struct Beside {
     privileges: Option<Privileges>,
     segment: Segment,
     /// Where programs find the publish socket.
-    pub(super) events: Option<PathBuf>,
+    events: Option<PathBuf>,
+    /// For when the reload is done that has read it.
+    read: Option<Settings>,
     begun: Instant,
 }
 
+/// What another configuration wants, found and checked.
+pub(super) struct Settings {
+    programs: Vec<Helper>,
+    privileges: Option<Privileges>,
+    config: HelpersConfig,
+    stop_timeout: Duration,
+    /// Where programs find the publish socket.
+    pub(super) events: Option<PathBuf>,
+}
+
 /// What is to run.
+#[derive(Debug)]
 struct Helper {
     label: Label,
     program: Program,
 }
 
 /// What a helper is called in the log.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Label {
     kind: &'static str,
     name: String,
@@ -98,10 +112,14 @@ fn resolve(config: &Config) -> Result<(Vec<Helper>, Option<Privileges>), String>
 /// A sentence for the operator, which names the flag.
 pub(crate) fn check_helpers(config: &Config) -> Result<(), String> {
     resolve(config)?;
+    warn_of_sandbox(config);
+    Ok(())
+}
+
+fn warn_of_sandbox(config: &Config) {
     if config.privileges.sandbox.is_some() && !config.helpers.helpers.is_empty() {
         log::warn!("daemons and jobs are not in the sandbox: it is for workers (--sandbox, --daemon, --cron)");
     }
-    Ok(())
 }
 
 impl Beside {
@@ -110,7 +128,60 @@ impl Beside {
     pub(super) fn new(config: &Config, segment: Segment, begun: Instant) -> io::Result<Self> {
         let (programs, privileges) = resolve(config).map_err(io::Error::other)?;
         let helpers = Helpers::new(&config.helpers, config.drain_timeout, Timestamp::now());
-        Ok(Self { helpers, programs, processes: HashMap::new(), privileges, segment, events: None, begun })
+        Ok(Self { helpers, programs, processes: HashMap::new(), privileges, segment, events: None, read: None, begun })
+    }
+
+    /// Has programs find the publish socket there.
+    pub(super) fn tell_of_publish_socket(&mut self, events: Option<PathBuf>) {
+        self.events = events;
+    }
+
+    /// What would run with another configuration.
+    ///
+    /// # Errors
+    /// A sentence for the operator: a program is not there, or cannot be what it asks for.
+    pub(super) fn prepare(config: &Config, events: Option<PathBuf>) -> Result<Settings, String> {
+        let (programs, privileges) = resolve(config)?;
+        warn_of_sandbox(config);
+        Ok(Settings {
+            programs,
+            privileges,
+            config: config.helpers.clone(),
+            stop_timeout: config.drain_timeout,
+            events,
+        })
+    }
+
+    /// A reload begins that has read this. Until it is done, all goes on as before.
+    pub(super) fn expect(&mut self, settings: Settings) {
+        self.read = Some(settings);
+    }
+
+    /// That reload has failed.
+    pub(super) fn forget(&mut self) {
+        self.read = None;
+    }
+
+    fn change(&mut self, settings: Settings) {
+        let Settings { programs, privileges, config, stop_timeout, events } = settings;
+        // One that is not wanted and not gone yet may be wanted again.
+        let leaving = |label: &Label| {
+            self.processes.values().find(|process| process.label == *label).map(|process| process.helper)
+        };
+        let present = |label: &Label| self.programs.iter().position(|helper| helper.label == *label);
+        let former: Vec<Option<usize>> =
+            programs.iter().map(|helper| present(&helper.label).or_else(|| leaving(&helper.label))).collect();
+        let now_at = self.helpers.reconfigure(&config, stop_timeout, &former, Timestamp::now());
+        for process in self.processes.values_mut() {
+            // Whatever has a process is still there.
+            process.helper = now_at.get(process.helper).copied().flatten().unwrap_or(process.helper);
+        }
+        (self.programs, self.privileges, self.events) = (programs, privileges, events);
+    }
+
+    /// For the log: what is to run, and for how long it may.
+    pub(super) fn describe(&self) -> String {
+        format!("{} {:?}", self.helpers.describe(), self.programs)
     }
 
     fn now(&self) -> Now {
@@ -188,8 +259,11 @@ impl Beside {
         }
     }
 
-    /// All workers are of the new generation.
+    /// All workers are of the new generation. What has changed is taken over, and each daemon started anew.
     pub(super) fn reloaded(&mut self) {
+        if let Some(settings) = self.read.take() {
+            self.change(settings);
+        }
         self.feed(Event::Reloaded);
     }
 
@@ -325,8 +399,6 @@ fn log_line(label: &Label, pid: Pid, line: &str) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use forkyard_shm::Plan;
 
     use super::*;

@@ -39,6 +39,10 @@ impl Hangs {
         Self { timeout, next_look: Now::ZERO, seen: HashMap::new(), dying: HashMap::new() }
     }
 
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
     pub(crate) fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
     }

@@ -190,6 +190,71 @@ impl Helpers {
         index
     }
 
+    /// Goes by another configuration from now on. `former` says of each helper in it which one of the present ones it is.
+    /// What is in it no more is asked to stop by the next step. Returns the number that each of the present ones has now;
+    /// `None` if nothing is left of it.
+    pub(crate) fn reconfigure(
+        &mut self,
+        config: &HelpersConfig,
+        stop_timeout: Duration,
+        former: &[Option<usize>],
+        wall: Timestamp,
+    ) -> Vec<Option<usize>> {
+        (self.cron_timeout, self.stop_timeout) = (config.cron_timeout, stop_timeout);
+        let mut before: Vec<Option<Helper>> = std::mem::take(&mut self.helpers).into_iter().map(Some).collect();
+        let mut now_at = vec![None; before.len()];
+        for (one, former) in config.helpers.iter().zip(former) {
+            let was = former.and_then(|index| before[index].take());
+            if let Some(index) = *former {
+                now_at[index] = Some(self.helpers.len());
+            }
+            let (kind, state) = was.map_or((None, State::Idle), |was| (Some(was.kind), was.state));
+            let helper = match (&one.schedule, kind) {
+                (Some(schedule), Some(Kind::Job { schedule: same, next })) if *same == *schedule => {
+                    Helper { kind: Kind::Job { schedule: same, next }, state: self.timed(state) }
+                }
+                (Some(schedule), _) => {
+                    let next = schedule.after(wall).filter(|_| self.mode == Mode::Running);
+                    Helper { kind: Kind::Job { schedule: Box::new(schedule.clone()), next }, state: self.timed(state) }
+                }
+                (None, Some(kind @ Kind::Daemon { .. })) => Helper { kind, state },
+                (None, _) => Helper { kind: Kind::Daemon { breaker: Breaker::default() }, state },
+            };
+            self.helpers.push(helper);
+        }
+        for (index, left) in before.into_iter().enumerate() {
+            if let Some(Helper { state, .. }) = left
+                && state.pid().is_some()
+            {
+                now_at[index] = Some(self.helpers.len());
+                self.helpers.push(Helper { kind: Kind::Unwanted, state });
+            }
+        }
+        now_at
+    }
+
+    /// For the log.
+    pub(crate) fn describe(&self) -> String {
+        let schedules = self.helpers.iter().filter_map(|helper| match &helper.kind {
+            Kind::Job { schedule, .. } => Some(schedule.to_string()),
+            Kind::Daemon { .. } | Kind::Unwanted => None,
+        });
+        let schedules: Vec<String> = schedules.collect();
+        let Self { cron_timeout, stop_timeout, .. } = self;
+        format!("cron_timeout={cron_timeout:?} stop_timeout={stop_timeout:?} schedules={schedules:?}")
+    }
+
+    /// The state of a job, with the deadline that it has now.
+    fn timed(&self, state: State) -> State {
+        match state {
+            State::Running { pid, since, .. } => {
+                let deadline = (!self.cron_timeout.is_zero()).then(|| since + self.cron_timeout);
+                State::Running { pid, since, deadline }
+            }
+            other => other,
+        }
+    }
+
     /// When it was last looked what is due, for a master that takes over; `None` if jobs do not run.
     pub(crate) fn looked_at(&self) -> Option<Timestamp> {
         (self.mode == Mode::Running).then_some(self.wall)

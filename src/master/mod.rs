@@ -14,7 +14,7 @@
 //! - [`helpers`] decides which daemons and jobs run beside the workers (pure); [`beside`] runs them.
 //! - [`relay`] keeps the process that publishes for programs in other languages.
 //! - [`obituary`] writes the line for each process that ended.
-//! - [`control`] is the socket at which operators ask, [`operator`] does it, and [`status`] says how things are.
+//! - [`control`] is the socket at which operators ask, [`operator`] does it, [`reload`] takes over what was changed, and [`status`] says how things are.
 
 mod beside;
 mod control;
@@ -28,6 +28,7 @@ mod output;
 mod quarantine;
 mod recycling;
 mod relay;
+mod reload;
 mod sickbed;
 mod signals;
 mod spawn;
@@ -59,10 +60,10 @@ use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Link, Nursery, Ties, has_connection, is_accepting};
-use self::supervisor::{Action, Budget, Command, Event, Note, Policy, Supervisor, Wish};
+use self::supervisor::{Action, Budget, Command, Event, Policy, Supervisor, Wish};
 use self::upgrade::saved::SavedPidFile;
 use self::upgrade::{Origin, Takeover, Upgrade};
-use crate::config::{Config, Share};
+use crate::config::{Config, Program, Share};
 use crate::heritage::Report;
 use crate::hooks::{WorkerExit, WorkerId};
 use crate::listen::Listener;
@@ -99,8 +100,10 @@ pub(crate) type Reread = Box<dyn Fn(&Config) -> Result<Option<Reloaded>, String>
 
 /// A configuration that was read anew.
 pub(crate) struct Reloaded {
-    /// For the workers to come. What cannot change without a restart is as it was.
-    pub(crate) config: Arc<Config>,
+    /// What cannot change without a restart is as it was.
+    pub(crate) config: Config,
+    /// The external program, if there is one.
+    pub(crate) program: Option<Program>,
     /// The flags that have changed and need a restart.
     pub(crate) fixed: Vec<String>,
 }
@@ -192,6 +195,8 @@ pub(crate) fn run(
         ended: None,
     };
     master.tell_of_publish_socket();
+    master.describe_settings();
+    master.describe_beside();
     if memory::is_worth_storing(&master.nursery.config) {
         master.notify.store(systemd::SEGMENT, master.nursery.segment.fd());
     } else {
@@ -256,8 +261,8 @@ impl Master {
     /// Has all programs find the publish socket.
     fn tell_of_publish_socket(&mut self) {
         let events = self.relay.seen_by_programs(&self.nursery.config);
-        self.nursery.events.clone_from(&events);
-        self.beside.events = events;
+        self.nursery.current.events.clone_from(&events);
+        self.beside.tell_of_publish_socket(events);
     }
 
     /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take.
@@ -410,21 +415,6 @@ impl Master {
         }
     }
 
-    /// Opens the files of the logs again, and has the workers follow.
-    fn reopen_logs(&mut self) -> Vec<String> {
-        let files = &self.nursery.log_files;
-        let errors = files.reopen();
-        for (pid, child) in &self.children {
-            let Some(channel) = &child.files else { continue };
-            if let Err(error) = files.hand_out(channel.as_fd()) {
-                log::warn!("worker goes on with its old log files slot={} pid={pid}: {error}", child.slot);
-            }
-        }
-        errors.iter().for_each(|error| log::error!("{error}"));
-        log::info!("log files reopened errors={}", errors.len());
-        errors.iter().map(ToString::to_string).collect()
-    }
-
     /// An external program tells us nothing. It counts as started when it sleeps in `accept`, or has a
     /// connection, or has lived for `--settle`.
     fn look_at_programs(&mut self) {
@@ -523,11 +513,9 @@ impl Master {
                 None
             }
             Action::Note(note) => {
+                self.follow_reload(note);
                 self.tell(note);
                 self.pass_on(note);
-                if let Note::ReloadDone { .. } = note {
-                    self.beside.reloaded();
-                }
                 None
             }
             Action::Exit { success } => {

@@ -3,16 +3,14 @@
 //! A command goes to the supervisor as a signal's would. Who asked waits until the supervisor's notes, or its state, say what
 //! came of it; should he go away meanwhile, the command goes on.
 
-use std::sync::Arc;
-
 use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
+use super::Master;
 use super::control::{ClientId, Control, Waiting};
 use super::obituary::Obituary;
 use super::status::name_of;
 use super::supervisor::{Command, Event, Note, Phase};
-use super::{Master, Reloaded, policy};
 use crate::control::wire::{Answer, Request};
 
 const STOPPING: &str = "the master is stopping";
@@ -112,36 +110,6 @@ impl Master {
         if view.limits != (workers, workers) {
             self.feed(Event::Command(Command::Scale(workers)));
         }
-    }
-
-    /// Reads the configuration anew, and replaces the workers.
-    ///
-    /// # Errors
-    /// A sentence, if the configuration is broken: nothing has changed then.
-    pub(super) fn reload(&mut self) -> Result<(), String> {
-        match (self.reread)(&self.nursery.config) {
-            Err(why) => {
-                log::error!("reload refused, the workers stay: {why}");
-                return Err(format!("the workers stay as they are: {why}"));
-            }
-            Ok(None) => {}
-            Ok(Some(Reloaded { config, fixed })) => {
-                if let Err(why) = self.nursery.adopt(Arc::clone(&config)) {
-                    log::error!("reload refused, the workers stay: {why}");
-                    return Err(format!("the workers stay as they are: {why}"));
-                }
-                if !fixed.is_empty() {
-                    let text = format!("these change with a restart only: {}", fixed.join(", "));
-                    log::warn!("{text}");
-                    self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
-                }
-                self.recycling.set_limits(&config.numbers);
-                self.sickbed.set_limits(&config.failures);
-                self.feed(Event::Policy(policy(&config)));
-            }
-        }
-        self.feed(Event::Command(Command::Reload));
-        Ok(())
     }
 
     /// A process has said that it is ready, or looks like it.

@@ -73,6 +73,10 @@ struct Record {
 type Key = for<'a> fn(&'a Suspect) -> Option<&'a str>;
 
 impl Quarantine {
+    pub(crate) fn limits(&self) -> QuarantineConfig {
+        self.config
+    }
+
     pub(crate) fn new(config: QuarantineConfig) -> Self {
         Self { config, deaths: VecDeque::new(), records: BTreeMap::new() }
     }

@@ -45,6 +45,12 @@ impl Recycling {
         (self.max_memory, self.interval, self.max_age) = (max_memory, interval, max_age);
     }
 
+    /// For the log: the limits.
+    pub(crate) fn describe(&self) -> String {
+        let Self { max_memory, interval, max_age, .. } = self;
+        format!("max_memory={max_memory:?} interval={interval:?} max_age={max_age:?}")
+    }
+
     pub(crate) fn born(&mut self, pid: Pid, now: Now) {
         let ends = self.max_age.map(|age| now + age.draw());
         self.lives.insert(pid, Life { ends, strikes: 0 });

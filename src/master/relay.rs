@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, pipe2, setpgid};
+use nix::unistd::{Pid, Uid, pipe2, setpgid};
 
 use super::output::{LineReader, REST};
 use super::signals::SignalInbox;
@@ -21,6 +21,7 @@ use super::stall::Stall;
 use super::supervisor::{Breaker, Now, StartEnding};
 use super::upgrade::saved::SavedPublish;
 use crate::config::Config;
+use crate::config::privileges::Owner;
 use crate::privileges::Privileges;
 use crate::publish_socket::PublishSocket;
 use crate::relay;
@@ -80,6 +81,14 @@ impl Relay {
             );
         }
         seen
+    }
+
+    /// Gives the publish socket to another owner of the processes.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(super) fn give_socket(&self, from: Uid, to: Owner) -> io::Result<()> {
+        self.socket.as_ref().map_or(Ok(()), |socket| socket.give(from, to))
     }
 
     pub(super) fn save_socket(&self) -> Option<SavedPublish> {
@@ -186,6 +195,14 @@ impl Relay {
         true
     }
 
+    /// Has another one made, when there is something to do: this one is not what it should be any more.
+    pub(super) fn renew(&mut self, now: Now) {
+        if let State::Works(Process { pid, .. }) = &self.state {
+            // With the process goes the lifeline.
+            self.state = State::Ends { pid: *pid, deadline: Some(now + ENDING) };
+        }
+    }
+
     /// Has the relay end, for good: the master does.
     pub(super) fn stop(&mut self) {
         // With the process goes the lifeline.
@@ -255,7 +272,7 @@ fn start(socket: &PublishSocket, nursery: &Nursery, signals: &SignalInbox, now: 
     // It never blocks at what it says, and neither does the master.
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let (watched, lifeline) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-    let privileges = Privileges::resolve(&nursery.config.privileges, false).map_err(io::Error::other)?;
+    let privileges = Privileges::resolve(&nursery.current.config.privileges, false).map_err(io::Error::other)?;
     let segment = &nursery.segment;
     let pid = sys::fork(|| {
         // The handlers stay, and do nothing: who stops all processes of a service at once does not stop this one before its time.
@@ -265,7 +282,7 @@ fn start(socket: &PublishSocket, nursery: &Nursery, signals: &SignalInbox, now: 
         }
         let own = [socket.raw(), watched.as_raw_fd(), segment.fd().as_raw_fd()];
         // The logs' too: their numbers are not to become something else's.
-        let keep: Vec<_> = [0, 1, 2].into_iter().chain(own).chain(nursery.log_files.descriptors()).collect();
+        let keep: Vec<_> = [0, 1, 2].into_iter().chain(own).chain(nursery.current.log_files.descriptors()).collect();
         sys::close_all_except(&keep);
         let _ = nix::sys::prctl::set_name(c"relay"); // a name for ps, nothing more
         let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));

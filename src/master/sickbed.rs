@@ -60,6 +60,11 @@ impl Sickbed {
         self.by = failures.quarantine.by;
     }
 
+    /// For the log: the limits.
+    pub(crate) fn describe(&self) -> String {
+        format!("hang_timeout={:?} quarantine={:?} by={:?}", self.hangs.timeout(), self.quarantine.limits(), self.by)
+    }
+
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         [self.hangs.next_deadline(), self.quarantine.next_deadline()].into_iter().flatten().min()
     }

@@ -38,9 +38,28 @@ pub(crate) enum Launch {
     Program(Program),
 }
 
+/// What a reload may change about the processes that are made.
+#[derive(Clone, Debug)]
+pub(crate) struct SpawnSettings {
+    pub(crate) config: Arc<Config>,
+    privileges: Arc<Privileges>,
+    /// The external program, if it is not the application linked in that runs.
+    program: Option<Program>,
+    pub(crate) log_files: Arc<LogFiles>,
+    /// Where programs find the publish socket.
+    pub(crate) events: Option<PathBuf>,
+}
+
 /// All that is needed to make a process.
 pub(crate) struct Nursery {
+    /// What the master itself goes by: what was read last.
     pub(crate) config: Arc<Config>,
+    /// Those of the processes that serve.
+    pub(crate) current: SpawnSettings,
+    /// Read by a reload that has yet to begin.
+    read: Option<SpawnSettings>,
+    /// Those of processes from this generation on, until the reload is done, or has failed.
+    next: Option<(u64, SpawnSettings)>,
     pub(crate) listeners: Arc<[Listener]>,
     pub(crate) segment: Segment,
     pub(crate) launch: Launch,
@@ -48,11 +67,7 @@ pub(crate) struct Nursery {
     /// Both ends of the pipe that tells workers by its end that the master is dead.
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
-    privileges: Arc<Privileges>,
-    pub(crate) log_files: Arc<LogFiles>,
     worker_hooks: Arc<WorkerHooks>,
-    /// Where programs find the publish socket.
-    pub(crate) events: Option<PathBuf>,
 }
 
 /// What binds the workers of a former master, who live on, to this one and to those to come.
@@ -76,6 +91,8 @@ pub(crate) struct Child {
     pub(crate) output: Option<Output>,
     /// By which it gets the log files anew.
     pub(crate) files: Option<OwnedFd>,
+    /// Those that it has; `None` if a former master made it, whose files are taken to be ours.
+    pub(crate) log_files: Option<Arc<LogFiles>>,
 }
 
 /// What the master hears of a child.
@@ -105,41 +122,81 @@ impl Nursery {
         let handover = Arc::new(ties.handover.map_or_else(Channel::open, Ok)?);
         let executes = matches!(launch, Launch::Program(_));
         let privileges = Privileges::resolve(&config.privileges, executes).map_err(io::Error::other)?;
-        let privileges = Arc::new(privileges);
         if let (Launch::Worker(..), Some(error)) = (&launch, heir::obstacle()) {
             log::warn!(
                 "workers have no heirs, so that a worker's death resets its connections: pidfd_open(2) is not available: \
                  {error} (Linux 5.3 has it; a container's seccomp profile has to allow it)"
             );
         }
-        let worker_hooks = match &mut launch {
-            Launch::Worker(_, hooks) => Arc::new(std::mem::take(&mut hooks.of_worker)),
-            Launch::Program(_) => Arc::default(),
+        let (worker_hooks, program) = match &mut launch {
+            Launch::Worker(_, hooks) => (Arc::new(std::mem::take(&mut hooks.of_worker)), None),
+            Launch::Program(program) => (Arc::default(), Some(program.clone())),
         };
+        let privileges = Arc::new(privileges);
+        let current = SpawnSettings { config: Arc::clone(&config), privileges, program, log_files, events: None };
         Ok(Self {
             config,
+            current,
+            read: None,
+            next: None,
             listeners,
             segment,
             launch,
             handover,
             lifeline,
             application,
-            privileges,
-            log_files,
             worker_hooks,
+        })
+    }
+
+    /// What processes would be made by with another configuration, and another program if there is one.
+    ///
+    /// # Errors
+    /// A sentence for the operator, if processes cannot be what it asks for.
+    pub(crate) fn prepare(&self, config: &Arc<Config>, program: Option<Program>) -> Result<SpawnSettings, String> {
+        let executes = matches!(self.launch, Launch::Program(_));
+        Ok(SpawnSettings {
+            config: Arc::clone(config),
+            privileges: Arc::new(Privileges::resolve(&config.privileges, executes)?),
+            program: program.or_else(|| self.current.program.clone()),
+            log_files: self.current.log_files.reconfigured(&config.logs)?,
             events: None,
         })
     }
 
-    /// Makes processes from now on as another configuration says.
-    ///
-    /// # Errors
-    /// A sentence for the operator, if processes cannot be what it asks for: nothing has changed then.
-    pub(crate) fn adopt(&mut self, config: Arc<Config>) -> Result<(), String> {
-        let executes = matches!(self.launch, Launch::Program(_));
-        self.privileges = Arc::new(Privileges::resolve(&config.privileges, executes)?);
-        self.config = config;
-        Ok(())
+    /// A reload is about to begin with these.
+    pub(crate) fn adopt(&mut self, settings: SpawnSettings) {
+        self.config = Arc::clone(&settings.config);
+        self.read = Some(settings);
+    }
+
+    /// A reload has begun: processes of this generation are made by what was read for it. Those that replace older ones
+    /// meanwhile are made as these were. True if there is something new.
+    pub(crate) fn begin(&mut self, generation: u64) -> bool {
+        let Some(settings) = self.read.take() else { return false };
+        self.next = Some((generation, settings));
+        true
+    }
+
+    /// It is done. Returns the settings that hold no more, if there are others.
+    pub(crate) fn finish(&mut self) -> Option<SpawnSettings> {
+        let (_, settings) = self.next.take()?;
+        Some(std::mem::replace(&mut self.current, settings))
+    }
+
+    /// It has failed. Returns the settings that were tried.
+    pub(crate) fn give_up(&mut self) -> Option<SpawnSettings> {
+        self.next.take().map(|(_, settings)| settings)
+    }
+
+    /// Those of a generation.
+    fn settings(&self, generation: u64) -> &SpawnSettings {
+        self.next.as_ref().filter(|(from, _)| generation >= *from).map_or(&self.current, |(_, settings)| settings)
+    }
+
+    /// Those by which processes are made, the newest last.
+    pub(crate) fn in_use(&self) -> impl Iterator<Item = &SpawnSettings> {
+        [&self.current].into_iter().chain(self.next.as_ref().map(|(_, settings)| settings)).chain(&self.read)
     }
 
     /// The descriptors of the lifeline's ends.
@@ -155,41 +212,47 @@ impl Nursery {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         // Non-blocking is a property of each end; that of the process must block.
         let write = blocking(write)?;
+        let settings = self.settings(generation);
         let (pid, link, files) = match &self.launch {
             Launch::Worker(main, hooks) => {
                 hooks.of_master.before_fork(WorkerId { slot, generation })?;
-                self.fork_worker(main, slot, generation, signals, write)?
+                self.fork_worker(main, settings, slot, generation, signals, write)?
             }
-            Launch::Program(program) => self.start_program(program, slot, generation, (write, read.as_fd()))?,
+            Launch::Program(first) => {
+                let program = settings.program.as_ref().unwrap_or(first);
+                self.start_program(program, settings, slot, generation, (write, read.as_fd()))?
+            }
         };
         let since = Instant::now();
         let output = Some(Output::new(slot, read));
-        Ok((pid, Child { slot, generation, since, asked_to_leave: false, hung: false, link, output, files }))
+        let log_files = Some(Arc::clone(&settings.log_files));
+        Ok((pid, Child { slot, generation, since, asked_to_leave: false, hung: false, link, output, files, log_files }))
     }
 
     fn fork_worker(
         &self,
         main: &WorkerMain,
+        settings: &SpawnSettings,
         slot: u32,
         generation: u64,
         signals: &SignalInbox,
         output: OwnedFd,
     ) -> io::Result<(Pid, Link, Option<OwnedFd>)> {
-        let (masters, files) = self.log_files.channel()?.unzip();
+        let (masters, files) = settings.log_files.channel()?.unzip();
         let (read, report) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         let heritage = Heritage {
             slot,
             generation,
             master: nix::unistd::getpid(),
-            config: Arc::clone(&self.config),
+            config: Arc::clone(&settings.config),
             listeners: Arc::clone(&self.listeners),
             segment: self.segment.clone(),
             report,
             handover: Arc::clone(&self.handover),
             lifeline: self.lifeline.0.try_clone()?,
             application: Arc::clone(&self.application),
-            privileges: Arc::clone(&self.privileges),
-            log_files: Arc::clone(&self.log_files),
+            privileges: Arc::clone(&settings.privileges),
+            log_files: Arc::clone(&settings.log_files),
             files,
             hooks: Arc::clone(&self.worker_hooks),
         };
@@ -206,7 +269,7 @@ impl Nursery {
             if let Err(error) = heritage.apply_privileges() {
                 return heritage.fail(&error);
             }
-            if let Some(socket) = &self.events {
+            if let Some(socket) = &settings.events {
                 sys::set_environment(publish_socket::VARIABLE, socket);
             }
             // After that: the kernel forgets it when the user changes.
@@ -222,19 +285,20 @@ impl Nursery {
     fn start_program(
         &self,
         program: &Program,
+        settings: &SpawnSettings,
         slot: u32,
         generation: u64,
         (write, read): (OwnedFd, BorrowedFd<'_>),
     ) -> io::Result<(Pid, Link, Option<OwnedFd>)> {
         let segment = self.segment.fd();
         let mut command = Command::new(&program.path);
-        self.privileges.set_environment(&mut command);
+        settings.privileges.set_environment(&mut command);
         command
             .args(&program.arguments)
             .env("FORKYARD_SLOT", slot.to_string())
             .env("FORKYARD_GENERATION", generation.to_string())
             .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
-            .envs(self.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
+            .envs(settings.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
             // php-cgi would otherwise fork children of its own, which nobody supervises.
             .env("PHP_FCGI_CHILDREN", "0")
             .stdin(Stdio::from(self.listeners[0].duplicate()?))
@@ -244,7 +308,7 @@ impl Nursery {
             command.env_remove(name);
         }
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);
-        let steps = self.privileges.steps(slot).map_err(io::Error::other)?;
+        let steps = settings.privileges.steps(slot).map_err(io::Error::other)?;
         let child = sys::spawn(&mut command, &[segment.as_raw_fd()], steps).map_err(|error| explain(&error, read))?;
         let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
         Ok((pid, Link::Program { started: false }, None))

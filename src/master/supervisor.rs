@@ -351,6 +351,11 @@ impl Supervisor {
         }
     }
 
+    /// What it goes by.
+    pub(crate) fn policy(&self) -> Policy {
+        self.policy
+    }
+
     fn set_policy(&mut self, policy: Policy, now: Now) {
         let before = self.policy;
         self.policy = Policy { slots: before.slots, ..policy };

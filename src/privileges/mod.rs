@@ -21,7 +21,7 @@ use std::path::Path;
 use caps::{CapSet, Capability};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::stat::{SFlag, fstat};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, Uid};
 
 pub(crate) use self::reach::Visitor;
 use self::steps::Standing;
@@ -144,12 +144,20 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
 /// # Errors
 /// What the system says.
 pub(crate) fn give(file: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
+    give_of(file, nix::unistd::geteuid(), owner)
+}
+
+/// The same, of a file that was given to `from` before.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn give_of(file: BorrowedFd<'_>, from: Uid, owner: Owner) -> io::Result<()> {
     let status = fstat(file)?;
     let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;
     if (status.st_uid, status.st_gid) == (owner.user.as_raw(), owner.group.as_raw()) {
         return Ok(());
     }
-    let ours = status.st_uid == nix::unistd::geteuid().as_raw() && status.st_nlink == 1;
+    let ours = status.st_uid == from.as_raw() && status.st_nlink == 1;
     if !ours || ![SFlag::S_IFREG, SFlag::S_IFSOCK].contains(&kind) {
         return Err(io::Error::other("it belongs to somebody else, or has a second name"));
     }

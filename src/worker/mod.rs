@@ -146,6 +146,7 @@ where
     let (slot, hooks) = (heritage.slot, Arc::clone(&heritage.hooks));
     let worker = WorkerId { slot, generation: heritage.generation };
     let begun = Instant::now();
+    log::debug!("settings part=worker slot={slot} gen={} {config:?}", heritage.generation);
     let asked_to_leave = take_signals(config.drain_timeout)?;
     let output = Pipes::now();
     let scoreboard = heritage.segment.scoreboard();

@@ -165,6 +165,6 @@ impl Child {
         let files = files.and_then(|files| left.claim(files));
         let now = Instant::now();
         let since = now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now);
-        Some(Self { slot, generation, since, asked_to_leave, hung, link, output, files })
+        Some(Self { slot, generation, since, asked_to_leave, hung, link, output, files, log_files: None })
     }
 }

@@ -1,0 +1,193 @@
+//! A reload: the configuration is read anew, everything in it is looked at, and then all of it is taken over, or nothing.
+//!
+//! ```text
+//! read ─▶ prepare: users, programs, log files ──▶ take over ─▶ roll ─▶ done: daemons, jobs and the relay change too
+//!   └────────────┴─ broken: nothing has changed                  └───▶ failed: processes are made as before
+//! ```
+//!
+//! - What the master itself goes by (how many workers, timeouts, the log) holds at once.
+//! - What concerns the processes that serve holds for the new generation. Those that replace older ones before that is
+//!   proven, or after it has failed, are made as the older ones were.
+//! - What cannot change is named ([`crate::config::control::reloaded`]).
+
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+
+use nix::unistd::Uid;
+
+use super::beside::Beside;
+use super::control::Waiting;
+use super::supervisor::{Command, Event, Note};
+use super::{Master, Reloaded, policy};
+use crate::config::privileges::{Owner, PrivilegesConfig};
+use crate::control::wire::Answer;
+use crate::logging::files::LogFiles;
+use crate::{logging, privileges};
+
+impl Master {
+    /// Reads the configuration anew, and replaces the workers.
+    ///
+    /// # Errors
+    /// A sentence, if the configuration is broken: nothing has changed then.
+    pub(super) fn reload(&mut self) -> Result<(), String> {
+        let read =
+            (self.reread)(&self.nursery.config).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
+        if let Err(why) = read {
+            log::error!("reload refused, the workers stay: {why}");
+            return Err(format!("the workers stay as they are: {why}"));
+        }
+        self.feed(Event::Command(Command::Reload));
+        Ok(())
+    }
+
+    /// Nothing fails after the first thing that changes.
+    fn take_over(&mut self, read: Reloaded) -> Result<(), String> {
+        let Reloaded { config, program, fixed } = read;
+        let config = Arc::new(config);
+        let mut settings = self.nursery.prepare(&config, program)?;
+        settings.events = self.relay.seen_by_programs(&config);
+        let beside = Beside::prepare(&config, settings.events.clone())?;
+        let log = logging::prepare(&self.nursery.config.logs, &config.logs)?;
+
+        let log_moved = logging::change(log);
+        if !fixed.is_empty() {
+            let text = format!("these change with a restart only: {}", fixed.join(", "));
+            log::warn!("{text}");
+            self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
+        }
+        self.nursery.adopt(settings);
+        self.beside.expect(beside);
+        if log_moved {
+            self.hand_out_log_files();
+        }
+        self.recycling.set_limits(&config.numbers);
+        self.sickbed.set_limits(&config.failures);
+        self.feed(Event::Policy(policy(&config)));
+        self.describe_settings();
+        Ok(())
+    }
+
+    /// Has settings hold, or not, as a reload goes on.
+    pub(super) fn follow_reload(&mut self, note: Note) {
+        match note {
+            Note::ReloadStarted { generation } => self.reload_began(generation),
+            Note::ReloadDone { .. } => self.reload_done(),
+            Note::ReloadFailed { .. } => self.reload_failed(),
+            Note::FullStrength
+            | Note::Failing { .. }
+            | Note::Throttled { .. }
+            | Note::Target(_)
+            | Note::TargetLimit(_)
+            | Note::Scaled { .. }
+            | Note::Saturated { .. }
+            | Note::StartTimeout { .. }
+            | Note::DrainTimeout { .. } => {}
+        }
+    }
+
+    /// The new generation begins.
+    fn reload_began(&mut self, generation: u64) {
+        let before = Arc::clone(&self.nursery.current.config);
+        if self.nursery.begin(generation) {
+            let now = Arc::clone(&self.nursery.config);
+            // The first of the new ones may want to publish at once.
+            self.give_files(&before.privileges, &now.privileges);
+        }
+    }
+
+    /// All processes are of the new generation.
+    fn reload_done(&mut self) {
+        self.beside.reloaded();
+        if let Some(before) = self.nursery.finish()
+            && before.config.privileges != self.nursery.current.config.privileges
+        {
+            self.relay.renew(self.now());
+        }
+        self.describe_beside();
+    }
+
+    /// The old ones stay.
+    fn reload_failed(&mut self) {
+        self.beside.forget();
+        if let Some(tried) = self.nursery.give_up() {
+            let now = Arc::clone(&self.nursery.current.config);
+            self.give_files(&tried.config.privileges, &now.privileges);
+        }
+    }
+
+    /// What the parts of the master go by, each as it has it.
+    pub(super) fn describe_settings(&self) {
+        let Self { supervisor, recycling, sickbed, nursery, .. } = self;
+        let config = &nursery.config;
+        log::debug!("settings part=supervisor {:?}", supervisor.policy());
+        log::debug!("settings part=recycling {}", recycling.describe());
+        log::debug!("settings part=sickbed {}", sickbed.describe());
+        log::debug!("settings part=master settle={:?} upgrade={:?}", config.settle, config.upgrade);
+    }
+
+    /// The same for what runs beside the workers.
+    pub(super) fn describe_beside(&self) {
+        log::debug!("settings part=beside {}", self.beside.describe());
+    }
+
+    /// Gives the files of sockets and of the cache to the user of the processes, where that has changed.
+    fn give_files(&self, before: &PrivilegesConfig, now: &PrivilegesConfig) {
+        let ours = || Owner { user: nix::unistd::geteuid(), group: nix::unistd::getegid() };
+        let changed = |before: Option<Owner>, now: Option<Owner>| {
+            (before != now).then(|| (before.unwrap_or_else(ours).user, now.unwrap_or_else(ours)))
+        };
+        if let Some((from, to)) = changed(before.owner_of_sockets(), now.owner_of_sockets()) {
+            let given = self.nursery.listeners.iter().map(|listener| listener.give_file_of(from, to));
+            given.filter_map(Result::err).for_each(|error| log::warn!("{error}"));
+        }
+        if let Some((from, to)) = changed(before.owner_of_files(), now.owner_of_files()) {
+            self.give_publish_socket(from, to);
+            if let Some(file) = &self.nursery.config.cache.file
+                && let Err(error) = privileges::give_of(self.nursery.segment.fd(), from, to)
+            {
+                let file = file.display();
+                log::warn!("the cache file {file} stays with its owner: {error} (start anew after a change of --user)");
+            }
+        }
+    }
+
+    fn give_publish_socket(&self, from: Uid, to: Owner) {
+        if let Err(error) = self.relay.give_socket(from, to) {
+            log::warn!("the publish socket stays with its owner: {error} (see --events-socket)");
+        }
+    }
+
+    /// Opens the files of the logs again, and has the workers follow.
+    pub(super) fn reopen_logs(&mut self) -> Vec<String> {
+        let log = self.nursery.config.logs.file.as_deref().map_or(Ok(()), logging::reopen);
+        let access = self.log_files().into_iter().map(|files| files.reopen_access());
+        let errors: Vec<String> = [log].into_iter().chain(access).filter_map(Result::err).collect();
+        self.hand_out_log_files();
+        errors.iter().for_each(|error| log::error!("{error}"));
+        log::info!("log files reopened errors={}", errors.len());
+        errors
+    }
+
+    /// Each once: those of workers that live, and of those to come.
+    fn log_files(&self) -> Vec<Arc<LogFiles>> {
+        let to_come = self.nursery.in_use().map(|settings| &settings.log_files);
+        let living = self.children.values().filter_map(|child| child.log_files.as_ref());
+        let mut all: Vec<Arc<LogFiles>> = Vec::new();
+        for files in to_come.chain(living) {
+            if !all.iter().any(|known| Arc::ptr_eq(known, files)) {
+                all.push(Arc::clone(files));
+            }
+        }
+        all
+    }
+
+    fn hand_out_log_files(&self) {
+        for (pid, child) in &self.children {
+            let Some(channel) = &child.files else { continue };
+            let files = child.log_files.as_ref().unwrap_or(&self.nursery.current.log_files);
+            if let Err(error) = files.hand_out(channel.as_fd()) {
+                log::warn!("worker goes on with its old log files slot={} pid={pid}: {error}", child.slot);
+            }
+        }
+    }
+}

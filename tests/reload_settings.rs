@@ -1,0 +1,391 @@
+//! A reload takes over each setting, or names it: a table of all that there are, as the programs' own help lists them.
+//!
+//! A new flag needs a row here. `Seen` says where the setting is seen at work: at the processes that are made, or in what
+//! the part of the master, or the worker, that goes by it logs of it (at the level debug).
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use common::{Server, program, wait_until};
+
+/// How it is seen that a reload has taken a setting over.
+#[derive(Clone, Copy)]
+enum Seen {
+    /// It is not: it is named in the warning.
+    Named,
+    /// In what a new worker logs of its settings.
+    InWorker,
+    /// In what this part of the master logs of its settings.
+    InMaster(&'static str),
+    /// In what the kernel says of a new worker or program.
+    OfWorker(fn(i32) -> String),
+    /// The same, and of a daemon as well.
+    OfProcesses(fn(i32) -> String),
+    /// Of a daemon, whose environment the kernel shows; of a program as well.
+    InEnvironment,
+    /// In the log between the beginning of the reload and its end.
+    InLog(fn(&str) -> String),
+    /// At a file in the folder.
+    AtFile(fn(&Path) -> String),
+    /// Why there is nothing to be seen.
+    Never(#[expect(dead_code, reason = "it is for who reads the table")] &'static str),
+}
+
+use Seen::{AtFile, InEnvironment, InLog, InMaster, InWorker, Named, Never, OfProcesses, OfWorker};
+
+/// A setting, what it is changed to, and how that is seen. `with` are further settings, before the change and after it.
+struct Row {
+    name: &'static str,
+    to: &'static str,
+    with: &'static [(&'static str, &'static str)],
+    seen: Seen,
+}
+
+const fn row(name: &'static str, to: &'static str, seen: Seen) -> Row {
+    Row { name, to, with: &[], seen }
+}
+
+const fn with(name: &'static str, to: &'static str, with: &'static [(&'static str, &'static str)], seen: Seen) -> Row {
+    Row { name, to, with, seen }
+}
+
+const AS_SOMEBODY: &[(&str, &str)] = &[("user", "4711"), ("group", "4711")];
+const SANDBOXED: &[(&str, &str)] = &[("user", "4711"), ("group", "4711"), ("sandbox", "'best-effort'")];
+
+/// `DIR` stands for the folder.
+const TABLE: &[Row] = &[
+    // Sockets.
+    row("bind", "['fastcgi:unix:DIR/b.sock']", Named),
+    row("backlog", "7", Named),
+    row("socket-mode", "0o600", Named),
+    with("socket-owner", "'4711:4712'", &[], AtFile(|folder| owner(&folder.join("a.sock")))),
+    row("allow", "['10.0.0.0/8']", InWorker),
+    row("trust", "['10.0.0.0/8']", InWorker),
+    with("trust-header", "'forwarded'", &[("trust", "['unix']")], InWorker),
+    row("events-socket", "'DIR/events'", Named),
+    row("direct", "true", Never("in this version programs accept for themselves with it and without it")),
+    // Processes.
+    row("workers", "2", InMaster("supervisor")),
+    row("max-unavailable", "'50%'", InMaster("supervisor")),
+    row("scale-down-after", "'7s'", InMaster("supervisor")),
+    row("start-timeout", "'7s'", InMaster("supervisor")),
+    row("drain-timeout", "'7s'", InMaster("beside")),
+    row("respawn-rate", "7", InMaster("supervisor")),
+    row("max-memory", "'700M'", InMaster("recycling")),
+    row("memory-interval", "'7s'", InMaster("recycling")),
+    row("max-age", "'7h~1h'", InMaster("recycling")),
+    row("max-requests", "7000", InWorker),
+    row("health-path", "'/ok'", InWorker),
+    row("max-queue-time", "'7s'", InWorker),
+    row("upgrade-timeout", "'7s'", InMaster("master")),
+    row("settle", "'7s'", InMaster("master")),
+    row("threads", "2", InWorker),
+    row("pid-file", "'DIR/pid'", Named),
+    row("command", "['DIR/wait', 'changed']", OfWorker(command_line)),
+    // Memory and limits.
+    row("cache", "'2M'", Named),
+    row("cache-max-entry", "'64K'", Named),
+    row("cache-file", "'DIR/cache'", Named),
+    row("events", "'2M'", Named),
+    row("events-backlog", "7", InWorker),
+    row("max-subscribers", "7", InWorker),
+    row("max-body", "'7M'", InWorker),
+    row("max-params", "'9K'", InWorker),
+    row("max-connections", "7", InWorker),
+    row("queue", "7", InWorker),
+    row("max-headers", "7", InWorker),
+    row("max-uri", "'7K'", InWorker),
+    row("max-requests-per-connection", "7", InWorker),
+    row("max-multiplexed", "7", InWorker),
+    row("idle-timeout", "'7s'", InWorker),
+    row("header-timeout", "'7s'", InWorker),
+    row("body-timeout", "'7s'", InWorker),
+    row("write-timeout", "'7s'", InWorker),
+    // Hangs and crashes.
+    row("request-timeout", "'7s'", InWorker),
+    row("hang-timeout", "'7s'", InMaster("sickbed")),
+    row("slow-request", "'7s'", InWorker),
+    row("quarantine", "7", InMaster("sickbed")),
+    row("quarantine-window", "'7s'", InMaster("sickbed")),
+    row("quarantine-time", "'7s'", InMaster("sickbed")),
+    row("quarantine-by", "'path'", InMaster("sickbed")),
+    // Privileges.
+    with("user", "4712", &[("group", "4711")], OfProcesses(|pid| status_line(pid, "Uid"))),
+    row("group", "4711", OfProcesses(|pid| status_line(pid, "Gid"))),
+    row("supplementary-groups", "'4711,4712'", OfProcesses(|pid| status_line(pid, "Groups"))),
+    with("capabilities", "'chown'", AS_SOMEBODY, OfProcesses(|pid| status_line(pid, "CapEff"))),
+    row("no-new-privileges", "true", OfProcesses(|pid| status_line(pid, "NoNewPrivs"))),
+    row("chroot", "'DIR/root'", OfProcesses(|pid| link(pid, "root"))),
+    row("chdir", "'DIR'", OfProcesses(|pid| link(pid, "cwd"))),
+    row("umask", "0o027", OfProcesses(|pid| status_line(pid, "Umask"))),
+    row("rlimit", "['core=7:8']", OfProcesses(limits)),
+    row("nice", "7", OfProcesses(nice)),
+    row("cpu-affinity", "CPU", OfProcesses(|pid| status_line(pid, "Cpus_allowed_list"))),
+    row("env", "['CHANGED=yes']", InEnvironment),
+    row("clear-env", "true", InEnvironment),
+    with("sandbox", "'best-effort'", AS_SOMEBODY, OfWorker(|pid| status_line(pid, "Seccomp"))),
+    with("sandbox-read", "['/usr']", SANDBOXED, InWorker),
+    with("sandbox-write", "['/var/tmp']", SANDBOXED, InWorker),
+    // Daemons and jobs.
+    row("daemon", "['d=DIR/wait changed']", InMaster("beside")),
+    row("cron", "['c=@yearly=DIR/wait']", InMaster("beside")),
+    row("cron-timeout", "'7s'", InMaster("beside")),
+    // Logging.
+    row("log-level", "'debug,forkyard::master=info'", InLog(|log| log.contains("worker spawned").to_string())),
+    row("log-file", "'DIR/log'", AtFile(|folder| reloads_in(&folder.join("log")))),
+    row("log-format", "'json'", InLog(|log| log.contains("{\"time\"").to_string())),
+    row("access-log", "'DIR/access'", InWorker),
+    with("access-log-format", "'json'", &[("access-log", "'DIR/access'")], InWorker),
+    // Operation.
+    row("control", "'DIR/other'", Named),
+    row("config", "", Never("a file does not say where it is")),
+];
+
+fn status_line(pid: i32, name: &str) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    status.lines().find(|line| line.starts_with(&format!("{name}:"))).expect("the kernel has that").to_owned()
+}
+
+fn link(pid: i32, name: &str) -> String {
+    std::fs::read_link(format!("/proc/{pid}/{name}")).unwrap().display().to_string()
+}
+
+fn limits(pid: i32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap()
+}
+
+fn nice(pid: i32) -> String {
+    common::field_of::<i32>(&common::proc_of(pid), 19).unwrap().to_string()
+}
+
+fn command_line(pid: i32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap()
+}
+
+fn environment(pid: i32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/environ")).unwrap()
+}
+
+fn owner(path: &Path) -> String {
+    let metadata = std::fs::metadata(path).unwrap();
+    format!("{}:{}", metadata.uid(), metadata.gid())
+}
+
+fn reloads_in(path: &Path) -> String {
+    std::fs::read_to_string(path).map_or(0, |text| text.matches("reload done").count()).to_string()
+}
+
+/// The flags of a command, as its help lists them.
+fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
+    let help = Command::new(program(name)).args(arguments).arg("--help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    // The names stand in a column of their own, so that no line of a description is taken for one.
+    let names = help.lines().filter_map(|line| {
+        let line = line.strip_prefix("      --").or_else(|| line.strip_prefix("  -").and_then(|line| line.get(4..)))?;
+        let name = line.trim_start_matches('-').split([' ', '=', '[', '<']).next()?;
+        Some(name.to_owned()).filter(|name| name != "help" && name != "version")
+    });
+    names.collect()
+}
+
+/// A master with a configuration file.
+struct Served {
+    server: Server,
+    folder: tempfile::TempDir,
+    name: &'static str,
+    /// The worker and the daemon of the last reload.
+    processes: (i32, i32),
+    /// What was logged since it was asked for.
+    log: String,
+}
+
+impl Served {
+    /// `run` is what comes before the flags.
+    fn start(name: &'static str, run: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        std::fs::set_permissions(at, PermissionsExt::from_mode(0o755)).unwrap();
+        // A program that is there with another root too, by the same path.
+        let source = at.join("wait.c");
+        std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
+        let built = Command::new("gcc").args(["-static", "-o"]).arg(at.join("wait")).arg(&source).status();
+        assert!(built.expect("gcc is there: scripts/test installs it").success());
+        let inside = at.join("root").join(at.strip_prefix("/").unwrap());
+        std::fs::create_dir_all(&inside).unwrap();
+        std::fs::copy(at.join("wait"), inside.join("wait")).unwrap();
+
+        let is_run = !run.is_empty();
+        let file = write_file(at, is_run, &[]);
+        let mut command = Command::new(program(name));
+        command.args(run).arg("--config").arg(file).current_dir("/");
+        let server = Server::start_command(&mut command);
+        let mut served = Self { server, folder, name, processes: (0, 0), log: String::new() };
+        served.reload(is_run, &[]);
+        served
+    }
+
+    /// Has the settings in the file be these, beside those of all, and reloads. Returns what the reload said.
+    fn reload(&mut self, is_run: bool, settings: &[(&str, &str)]) -> String {
+        let at = self.folder.path();
+        write_file(at, is_run, settings);
+        // That of a former row: whoever still writes to it is about to stop.
+        let _ = std::fs::remove_file(at.join("log"));
+        let before = self.server.log().len();
+        let said = self.ask(&["reload"]);
+        let text = format!("{}{}", String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
+        assert_eq!(said.status.code(), Some(0), "{settings:?}: {text}");
+        let log = at.join("log");
+        let all = |server: &Server| {
+            let own = server.log().get(before..).unwrap_or_default().to_owned();
+            own + &std::fs::read_to_string(&log).unwrap_or_default()
+        };
+        // The daemon is the last that changes.
+        let server = &self.server;
+        self.log = wait_until("the daemon is new", || {
+            let text = all(server);
+            let begun = text.rsplit_once("reload begins").unwrap_or_default().1;
+            begun.contains("daemon started").then(|| text.clone())
+        });
+        let daemon = self.log.lines().rfind(|line| line.contains("daemon started")).unwrap();
+        let daemon = number_behind(daemon, "pid");
+        let worker = wait_until("there is one worker, and the daemon", || {
+            let children = server.children();
+            let workers: Vec<i32> = children.into_iter().filter(|&pid| pid != daemon).collect();
+            let settled = workers.iter().all(|&pid| !common::is_gone(pid)) && workers.len() <= 2;
+            settled.then(|| workers.first().copied()).flatten()
+        });
+        self.processes = (worker, daemon);
+        text
+    }
+
+    fn ask(&self, arguments: &[&str]) -> Output {
+        let socket = self.folder.path().join("control");
+        Command::new(program(self.name)).args(arguments).env("FORKYARD_CONTROL", socket).output().unwrap()
+    }
+
+    /// What is to be seen of a setting.
+    fn look(&self, seen: Seen, is_run: bool) -> String {
+        let (worker, daemon) = self.processes;
+        match seen {
+            Named | Never(_) => String::new(),
+            InWorker => self.settings("worker"),
+            InMaster(part) => self.settings(part),
+            OfWorker(look) => look(worker),
+            OfProcesses(look) => format!("{} {}", look(worker), look(daemon)),
+            InEnvironment if is_run => format!("{} {}", environment(worker), environment(daemon)),
+            InEnvironment => environment(daemon),
+            InLog(look) => look(&self.log),
+            AtFile(look) => look(self.folder.path()),
+        }
+    }
+
+    /// The last that this part has logged of its settings.
+    fn settings(&self, part: &str) -> String {
+        let line = self.log.lines().rfind(|line| line.contains(&format!("settings part={part}")));
+        let line = line.unwrap_or_else(|| panic!("{part} says nothing in\n{}", self.log));
+        // What is of this worker alone stands before that.
+        line.split_once(" Config {").or_else(|| line.split_once("part=")).unwrap().1.to_owned()
+    }
+}
+
+fn number_behind(line: &str, key: &str) -> i32 {
+    let text = line.replace('"', "");
+    let at = text.rfind(&format!("{key}=")).or_else(|| text.rfind(&format!("{key}:"))).unwrap();
+    let digits: String = text[at + key.len() + 1..].chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap()
+}
+
+fn write_file(folder: &Path, is_run: bool, settings: &[(&str, &str)]) -> PathBuf {
+    let mut all = vec![
+        ("bind", if is_run { "['fastcgi:unix:DIR/a.sock']" } else { "['http:unix:DIR/a.sock']" }),
+        ("workers", "1"),
+        ("control", "'DIR/control'"),
+        ("log-level", "'debug'"),
+        ("daemon", "['d=DIR/wait']"),
+        ("cache", "'1M'"),
+        ("events", "'1M'"),
+    ];
+    if is_run {
+        all.push(("command", "['DIR/wait']"));
+        all.push(("settle", "'20ms'"));
+    }
+    all.retain(|(name, _)| settings.iter().all(|(other, _)| other != name));
+    let mut text = String::new();
+    for (name, value) in all.iter().chain(settings) {
+        let value =
+            value.replace("DIR", &folder.display().to_string()).replace("CPU", &format!("'{}'", last_processor()));
+        writeln!(text, "{name} = {value}").unwrap();
+    }
+    let path = folder.join("forkyard.toml");
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+fn last_processor() -> String {
+    let all = status_line(std::process::id().cast_signed(), "Cpus_allowed_list");
+    let all = all.split_ascii_whitespace().last().unwrap().to_owned();
+    assert!(all.contains(['-', ',']), "this test needs two processors, and has {all}");
+    all.rsplit(['-', ',']).next().unwrap().to_owned()
+}
+
+fn each_setting_is_taken_over_or_named(name: &'static str, run: &[&str]) {
+    let is_run = !run.is_empty();
+    let mut flags = flags_of(name, run);
+    flags.extend(is_run.then(|| "command".to_owned()));
+    let missing: Vec<&String> = flags.iter().filter(|flag| TABLE.iter().all(|row| row.name != **flag)).collect();
+    assert!(
+        missing.is_empty(),
+        "these flags have no row in this file, which says how a reload takes them over: {missing:?}"
+    );
+
+    let mut served = Served::start(name, run);
+    let mut wrong = Vec::new();
+    for Row { name, to, with, seen } in TABLE.iter().filter(|row| flags.contains(row.name)) {
+        if let Never(_) = seen {
+            continue;
+        }
+        served.reload(is_run, with);
+        let before = served.look(*seen, is_run);
+        let said = served.reload(is_run, &[with, &[(*name, *to)][..]].concat());
+        let is_named = said.lines().any(|line| {
+            let named = line.strip_prefix("these change with a restart only: ").unwrap_or_default();
+            named.split(", ").any(|flag| flag == format!("--{name}"))
+        });
+        let after = served.look(*seen, is_run);
+        match seen {
+            Named if !is_named => wrong.push(format!("--{name} is not named: {said}")),
+            Named => {}
+            _ if is_named => wrong.push(format!("--{name} is named: {said}")),
+            _ if before == after => wrong.push(format!("--{name} is not taken over: {after}")),
+            _ => {}
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    served.server.stop();
+}
+
+#[test]
+fn a_reload_takes_over_each_setting_of_an_application_linked_in_or_names_it() {
+    each_setting_is_taken_over_or_named("crashy", &[]);
+}
+
+#[test]
+fn a_reload_takes_over_each_setting_of_run_or_names_it() {
+    each_setting_is_taken_over_or_named("forkyard", &["run"]);
+}
+
+#[test]
+fn no_row_is_about_a_flag_that_there_is_not() {
+    let mut flags = flags_of("crashy", &[]);
+    flags.extend(flags_of("forkyard", &["run"]));
+    flags.insert("command".to_owned());
+    let rows: Vec<&str> = TABLE.iter().map(|row| row.name).filter(|name| !flags.contains(*name)).collect();
+    assert!(rows.is_empty(), "{rows:?}");
+}
