@@ -7,12 +7,9 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 
 use tokio::io::ReadBuf;
 
-use super::desk::{Act, Enclosure};
+use super::desk::{Act, Enclosure, SLICES};
 use super::{HEAD, KNOWN, LAST, Ledger, PageCells, Request, RequestCells, Tongue, USED};
 use crate::handover::{PackedOrigin, Parcel};
-
-/// Pieces of one write.
-const SLICES: usize = 64;
 
 /// The page of one connection, for the worker to write.
 #[derive(Clone, Copy, Debug)]
@@ -56,12 +53,8 @@ impl Account {
     /// # Errors
     /// What the socket says.
     pub(crate) fn write(&self, socket: BorrowedFd<'_>, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        let mut copies = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; SLICES];
-        let count = slices.len().min(SLICES);
-        for (copy, slice) in copies.iter_mut().zip(slices) {
-            *copy = libc::iovec { iov_base: slice.as_ptr().cast_mut().cast(), iov_len: slice.len() };
-        }
-        let offered: usize = slices[..count].iter().map(|slice| slice.len()).sum();
+        let slices = &slices[..slices.len().min(SLICES)];
+        let offered: usize = slices.iter().map(|slice| slice.len()).sum();
         if offered == 0 {
             return Ok(0);
         }
@@ -70,7 +63,7 @@ impl Account {
             self.queue(offered);
         }
         let (desk, to) = (self.ledger.desk(), socket.as_raw_fd());
-        let sent = desk.send(Act::Write, (self.fd, base), &mut copies[..count], Enclosure::Nothing, to)?;
+        let sent = desk.send(Act::Write, (self.fd, base), slices, Enclosure::Nothing, to)?;
         if let Some(page) = self.page() {
             page.written.store(base.wrapping_add(sent), Release);
         }
@@ -218,9 +211,8 @@ impl Account {
         let Some(page) = self.page() else { return Err(io::ErrorKind::Unsupported.into()) };
         let listener = u16::try_from(page.listener.load(Acquire)).unwrap_or(u16::MAX);
         let message = Parcel { listener, origin: page.origin(), early: early.to_vec() }.encode();
-        let mut slices = [libc::iovec { iov_base: message.as_ptr().cast_mut().cast(), iov_len: message.len() }];
         let (desk, enclosure) = (self.ledger.desk(), Enclosure::Descriptor(self.fd));
-        desk.send(Act::Pass, (self.fd, 0), &mut slices, enclosure, channel.as_raw_fd())?;
+        desk.send(Act::Pass, (self.fd, 0), &[IoSlice::new(&message)], enclosure, channel.as_raw_fd())?;
         page.tongue.store(Tongue::Nothing as u32, Release);
         desk.clear();
         Ok(())

@@ -5,7 +5,8 @@
 #![expect(unsafe_code, reason = "system calls that store their outcome in shared memory")]
 
 use std::cell::UnsafeCell;
-use std::io;
+use std::io::{self, IoSlice};
+use std::marker::PhantomData;
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::{AtomicI32, AtomicU32};
@@ -14,6 +15,10 @@ use crate::handover::HEADER;
 
 /// Bytes of one read.
 pub(crate) const LANDING: usize = 64 << 10;
+/// Pieces of one write; what is beyond is written by the next.
+pub(super) const SLICES: usize = 64;
+
+const NOWHERE: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 
 /// What the event loop is doing at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +66,39 @@ pub(super) enum Enclosure {
     Room,
     /// This one.
     Descriptor(RawFd),
+}
+
+/// A message of the desk's, laid out and not moved yet.
+///
+/// The message lies in memory shared with the heir and holds the address of an array of `iovec`s in this process. The
+/// kernel follows that address in the calls below, so the array has to live until they return: this type borrows it.
+#[must_use = "a message that is laid out is to be sent, or received into"]
+struct LaidOut<'a> {
+    desk: &'a Desk,
+    _slices: PhantomData<&'a mut [libc::iovec]>,
+}
+
+impl LaidOut<'_> {
+    /// Sends it through a socket.
+    fn send(self, through: RawFd) -> io::Result<u32> {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: `lay_out` has written the message, and no other message since, as `self` is made there alone and used up
+        // here. The array it points to is borrowed by `self`, and each entry names memory that the caller of `lay_out` lends
+        // for longer than this call: `Desk::send` from slices that it borrows. The control data are the desk's own. The heir,
+        // which has the same memory, reads the desk and never writes it while the worker lives (`estate.rs`).
+        let sent = unsafe { libc::sendmmsg(through, self.desk.message.get(), 1, flags) };
+        self.desk.outcome(sent)
+    }
+
+    /// Receives into it from a socket.
+    fn receive(self, from: RawFd, flags: i32) -> io::Result<u32> {
+        let (message, flags) = (self.desk.message.get(), (flags | libc::MSG_DONTWAIT) as _);
+        // SAFETY: as for `send`. The entries name the desk's header and landing, with lengths that are not beyond theirs
+        // (`Desk::read`, `Desk::receive_message`), and no reference to those exists now: `with_landed` hands them out for the
+        // time of a function that has no desk.
+        let received = unsafe { libc::recvmmsg(from, message, 1, flags, std::ptr::null_mut()) };
+        self.desk.outcome(received)
+    }
 }
 
 #[repr(C)]
@@ -129,8 +167,15 @@ impl Desk {
         self.moved().saturating_sub(self.skip.load(Acquire))
     }
 
-    /// Lays out a message. Nothing of it has moved yet.
-    fn lay_out(&self, act: Act, fd: RawFd, base: u32, slices: &mut [libc::iovec], enclosure: Enclosure) {
+    /// Lays out a message. Nothing of it has moved yet. What is returned borrows `slices`, to which the message points, and
+    /// is the only way to the system calls: the compiler rejects a call that the slices do not outlive.
+    fn lay_out<'a>(
+        &'a self,
+        act: Act,
+        (fd, base): (RawFd, u32),
+        slices: &'a mut [libc::iovec],
+        enclosure: Enclosure,
+    ) -> LaidOut<'a> {
         self.clear();
         // SAFETY: all zeroes is a valid mmsghdr, on every system.
         let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
@@ -158,6 +203,7 @@ impl Desk {
         self.base.store(base, Release);
         self.skip.store(0, Release);
         self.act.store(act as u32, Release);
+        LaidOut { desk: self, _slices: PhantomData }
     }
 
     /// Sends `slices` through socket `through`, as a part of `act` on connection `fd`. Returns how many bytes went.
@@ -168,15 +214,17 @@ impl Desk {
         &self,
         act: Act,
         (fd, base): (RawFd, u32),
-        slices: &mut [libc::iovec],
+        pieces: &[IoSlice<'_>],
         enclosure: Enclosure,
         through: RawFd,
     ) -> io::Result<u32> {
-        self.lay_out(act, fd, base, slices, enclosure);
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: the message was laid out just now; what it names is the caller's for the whole call.
-        let sent = unsafe { libc::sendmmsg(through, self.message.get(), 1, flags) };
-        self.outcome(sent)
+        let mut slices = [NOWHERE; SLICES];
+        let count = pieces.len().min(SLICES);
+        for (slice, piece) in slices.iter_mut().zip(pieces) {
+            *slice = libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() };
+        }
+        // Each slice is a piece that the caller lends until this function returns; `sendmmsg` only reads from it.
+        self.lay_out(act, (fd, base), &mut slices[..count], enclosure).send(through)
     }
 
     /// Reads from connection `fd` into the landing, at most `most` bytes. Returns how many came.
@@ -185,8 +233,7 @@ impl Desk {
     /// What `recvmmsg(2)` says; then nothing came, and nothing is being done.
     pub(super) fn read(&self, fd: RawFd, base: u32, most: usize) -> io::Result<u32> {
         let mut slices = [libc::iovec { iov_base: self.landing.get().cast(), iov_len: most.min(LANDING) }];
-        self.lay_out(Act::Read, fd, base, &mut slices, Enclosure::Nothing);
-        self.receive(fd, 0)
+        self.lay_out(Act::Read, (fd, base), &mut slices, Enclosure::Nothing).receive(fd, 0)
     }
 
     /// Receives a message with a connection from `channel`: its header, and the rest into the landing. Returns its length.
@@ -196,15 +243,8 @@ impl Desk {
     pub(super) fn receive_message(&self, channel: RawFd) -> io::Result<u32> {
         let header = libc::iovec { iov_base: self.header.get().cast(), iov_len: HEADER };
         let landing = libc::iovec { iov_base: self.landing.get().cast(), iov_len: LANDING };
-        self.lay_out(Act::Receive, -1, 0, &mut [header, landing], Enclosure::Room);
-        self.receive(channel, libc::MSG_CMSG_CLOEXEC)
-    }
-
-    fn receive(&self, from: RawFd, flags: i32) -> io::Result<u32> {
-        let (message, flags) = (self.message.get(), (flags | libc::MSG_DONTWAIT) as _);
-        // SAFETY: the message was laid out just now; it names the desk's own memory, as long as it says.
-        let received = unsafe { libc::recvmmsg(from, message, 1, flags, std::ptr::null_mut()) };
-        self.outcome(received)
+        let mut slices = [header, landing];
+        self.lay_out(Act::Receive, (-1, 0), &mut slices, Enclosure::Room).receive(channel, libc::MSG_CMSG_CLOEXEC)
     }
 
     fn outcome(&self, messages: i32) -> io::Result<u32> {
