@@ -7,6 +7,9 @@
 //! - Nothing here decides anything. Policy lives in `master::supervisor`; this file only does what it is told.
 #![expect(unsafe_code, reason = "this file is the fence: fork, descriptors by number, signal actions, environment")]
 
+mod exclusive;
+mod receive;
+
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs;
@@ -23,12 +26,14 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrLike as _, SockaddrStorage, recvmsg};
+use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
 use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{ForkResult, Pid, getppid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+pub(crate) use self::exclusive::Exclusive;
+pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};
 use crate::privileges::{self, Step};
 
 /// How a child process ended, as `waitpid(2)` told it.
@@ -489,28 +494,6 @@ fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     if outcome == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Registers a descriptor with the event loop, to know when it is ready.
-/// Reads once from a Unix socket, together with a descriptor if one comes along: closed on exec, and this process's own.
-///
-/// # Errors
-/// What `recvmsg(2)` says.
-pub(crate) fn receive_with_descriptor(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
-    let mut room = nix::cmsg_space!(RawFd);
-    let mut pieces = [io::IoSliceMut::new(into)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut pieces, Some(&mut room), flags)?;
-    let mut descriptor = None;
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(numbers) = control {
-            for number in numbers {
-                // SAFETY: the kernel has just made this descriptor for us, so it is open, and nobody else's.
-                descriptor = Some(unsafe { OwnedFd::from_raw_fd(number) });
-            }
-        }
-    }
-    Ok((message.bytes, descriptor))
-}
-
 /// Registers a descriptor with the event loop, to know when it is readable.
 ///
 /// # Errors
@@ -518,55 +501,6 @@ pub(crate) fn receive_with_descriptor(socket: BorrowedFd<'_>, into: &mut [u8]) -
 pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor is open, and stays so: what owns it is owned by what is returned.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
-}
-
-/// How a descriptor is registered with an epoll instance of this process.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Registration {
-    epoll: RawFd,
-    data: u64,
-}
-
-/// Finds how `fd` is registered: `/proc` tells it of every epoll instance. `None` if it is not.
-///
-/// # Errors
-/// What reading `/proc/self` says.
-pub(crate) fn registration_of(fd: BorrowedFd<'_>) -> io::Result<Option<Registration>> {
-    for epoll in open_descriptors()? {
-        let info = fs::read_to_string(format!("/proc/self/fdinfo/{epoll}")).unwrap_or_default();
-        // "tfd:        7 events:       19 data: 5634ab…  pos:0 ino:… sdev:…" for each descriptor
-        for line in info.lines().filter(|line| line.starts_with("tfd:")) {
-            let mut words = line.split_ascii_whitespace();
-            let target = words.nth(1).and_then(|word| word.parse().ok());
-            let data = words.skip_while(|word| *word != "data:").nth(1);
-            if let (true, Some(data)) = (target == Some(fd.as_raw_fd()), data) {
-                let data = u64::from_str_radix(data, 16).map_err(io::Error::other)?;
-                return Ok(Some(Registration { epoll, data }));
-            }
-        }
-    }
-    Ok(None)
-}
-
-impl Registration {
-    /// Has events of `fd` wake one of the processes that wait for them with this flag, instead of all.
-    ///
-    /// # Errors
-    /// What `epoll_ctl(2)` says.
-    pub(crate) fn resume(self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let events = (libc::EPOLLIN | libc::EPOLLEXCLUSIVE).cast_unsigned();
-        let mut event = libc::epoll_event { events, u64: self.data };
-        // SAFETY: `event` is valid for the whole call. The epoll instance is the event loop's, which outlives its
-        // registrations; if it did not, the call would fail.
-        let outcome = unsafe { libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_ADD, fd.as_raw_fd(), &raw mut event) };
-        if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    }
-
-    /// Has no events of `fd` come until [`Registration::resume`].
-    pub(crate) fn pause(self, fd: BorrowedFd<'_>) {
-        // SAFETY: plain system call with integers. If `fd` is not registered, nothing happens.
-        unsafe { libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_DEL, fd.as_raw_fd(), std::ptr::null_mut()) };
-    }
 }
 
 /// Ends the process at once: no destructors, no `atexit` functions, which belong to the master.

@@ -5,15 +5,13 @@
 //! that moment writes to the one or to the other, and its heir, which shares the table, follows along.
 
 use std::fs::OpenOptions;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
-};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use nix::sys::stat::{SFlag, fstat};
 
 use crate::config::logs::LogConfig;
@@ -138,21 +136,12 @@ impl LogFiles {
     /// `WouldBlock` if none wait, or what the system says.
     pub(crate) fn take_in(&self, channel: BorrowedFd<'_>) -> io::Result<bool> {
         let mut byte = [0];
-        let mut room = nix::cmsg_space!([RawFd; 2]);
-        let mut pieces = [IoSliceMut::new(&mut byte)];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(channel.as_raw_fd(), &mut pieces, Some(&mut room), flags)?;
-        let mut taken: Vec<OwnedFd> = Vec::new();
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(descriptors) = control {
-                taken.extend(descriptors.into_iter().filter_map(sys::own));
-            }
-        }
+        let (bytes, taken) = sys::receive_with_descriptors::<2>(channel, &mut byte, MsgFlags::MSG_DONTWAIT)?;
         let places = self.files();
         if taken.len() == places.len() {
             places.iter().zip(&taken).try_for_each(|(&place, file)| sys::replace(place, file))?;
         }
-        Ok(message.bytes > 0)
+        Ok(bytes > 0)
     }
 
     /// The descriptors of those that are opened again, in the order in which they are sent.

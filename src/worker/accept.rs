@@ -16,8 +16,6 @@ use std::time::{Duration, Instant};
 
 use forkyard_shm::{Row, Scoreboard};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
@@ -134,44 +132,28 @@ impl Drop for Open {
 
 /// Wakes the event loop when somebody waits to be accepted: it, and none of the siblings that wait too.
 ///
-/// tokio registers descriptors in its own epoll instance, for all who wait to be woken. The kernel tells where that is
-/// and under which mark (`/proc/self/fdinfo`), so the listener can be taken out there and put in again with
-/// EPOLLEXCLUSIVE, under the same mark: tokio does not notice a difference, except that the event comes again as long as
-/// somebody waits.
+/// That is what [`sys::Exclusive`] is for. tokio does not notice a difference to its own registrations, except that the event
+/// comes again as long as somebody waits.
 #[derive(Debug)]
 struct Doorbell {
-    listener: AsyncFd<OwnedFd>,
-    /// `None` if it could not be found: then everybody is woken.
-    registration: Option<sys::Registration>,
-    /// Off the list of those who are woken.
-    is_paused: Cell<bool>,
+    listener: sys::Exclusive,
 }
 
 impl Doorbell {
     fn new(listener: OwnedFd) -> io::Result<Self> {
-        let listener = sys::register(listener, Interest::READABLE)?;
-        let registration = sys::registration_of(listener.as_fd()).unwrap_or_default();
-        let bell = Self { listener, registration, is_paused: Cell::new(false) };
-        if bell.registration.is_none() {
+        let listener = sys::Exclusive::new(listener)?;
+        if !listener.is_exclusive() {
             log::warn!("each new connection wakes all workers: how the event loop waits for them cannot be found out");
         }
-        bell.pause();
-        bell.resume()?;
-        Ok(bell)
+        Ok(Self { listener })
     }
 
     fn pause(&self) {
-        if let Some(registration) = self.registration.filter(|_| !self.is_paused.replace(true)) {
-            registration.pause(self.listener.as_fd());
-        }
+        self.listener.pause();
     }
 
     fn resume(&self) -> io::Result<()> {
-        if let Some(registration) = self.registration.filter(|_| self.is_paused.get()) {
-            registration.resume(self.listener.as_fd())?;
-            self.is_paused.set(false);
-        }
-        Ok(())
+        self.listener.resume()
     }
 
     /// Whether somebody waits to be accepted.
@@ -187,7 +169,7 @@ impl Doorbell {
             match take(self.listener.as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => rung.clear_ready(),
                 outcome => {
-                    if self.registration.is_some() {
+                    if self.listener.is_exclusive() {
                         rung.clear_ready(); // it rings again if more wait
                     }
                     return outcome;
@@ -281,7 +263,7 @@ impl Acceptor {
                     self.settled().await;
                 }
                 // It is about that one connection, which is gone already; the next one is waiting.
-                Err(error) if !self.bell.is_paused.get() && !is_of_this_system(&error) => {}
+                Err(error) if !self.bell.listener.is_paused() && !is_of_this_system(&error) => {}
                 Err(error) => {
                     if told.is_none_or(|told| told.elapsed() > TOLD_EVERY) {
                         log::error!("accepting pauses until it can go on: {error}");
