@@ -50,7 +50,9 @@ fn main() -> ExitCode {
                 get(async |Path(status): Path<u16>| StatusCode::from_u16(status).unwrap_or_default()),
             )
             .route("/leak/{mib}", get(leak))
-            .route("/exit/{status}", get(exit));
+            .route("/exit/{status}", get(exit))
+            .route("/exit-at-once/{status}", get(exit_at_once))
+            .route("/kill", get(kill));
         Crashy { router, threads: forkyard::blocking(in_a_thread as InThread) }
     })
 }
@@ -198,4 +200,16 @@ async fn leak(Path(mib): Path<usize>) -> String {
 #[expect(clippy::exit, reason = "a library that does this is what this is about")]
 async fn exit(Path(status): Path<i32>) {
     std::process::exit(status)
+}
+
+/// Without what `exit(3)` does before.
+#[expect(unsafe_code, reason = "a library that does this is what this is about")]
+async fn exit_at_once(Path(status): Path<i32>) {
+    // SAFETY: `_exit` is always sound.
+    unsafe { libc::_exit(status) }
+}
+
+/// As by the kernel, or by an operator.
+async fn kill() {
+    let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
 }

@@ -1,86 +1,95 @@
-//! Which request each thread of this worker is at work on: read by signal handlers, and by the thread that looks for
-//! slow requests.
+//! Which request each thread of this worker is at work on: read by signal handlers, by the thread that looks for slow
+//! requests, and in the worker's row of the scoreboard by the master, also when the worker was killed.
 //!
 //! May not: lock or allocate. What is here is in the path of every request.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
 
+use forkyard_shm::{Before, Pulse, Seat};
 use nix::unistd::gettid;
 
 /// Threads that can be told apart: the event loop's, and the most that `--threads` allows.
 const SEATS: usize = 1025;
 
-/// A thread, and the scoreboard's cell of its request.
-struct Seat {
-    thread: AtomicI32,
-    /// Plus one; 0 is none.
-    cell: AtomicUsize,
-}
-
-static SEATED: [Seat; SEATS] = [const { Seat { thread: AtomicI32::new(0), cell: AtomicUsize::new(0) } }; SEATS];
+/// The threads that have taken the seats with these numbers.
+static SEATED: [AtomicI32; SEATS] = [const { AtomicI32::new(0) }; SEATS];
+/// Where the seats are.
+static PULSE: OnceLock<Pulse> = OnceLock::new();
 
 thread_local! {
     /// Without a destructor and made at compile time: a signal handler may read it.
-    static SEAT: Cell<Option<&'static Seat>> = const { Cell::new(None) };
+    static SEAT: Cell<Option<Seat<'static>>> = const { Cell::new(None) };
+}
+
+/// Has all that is noted here noted in this row. Called once, in a new worker.
+pub(crate) fn note_in(pulse: Pulse) {
+    let _ = PULSE.set(pulse);
 }
 
 /// Takes note of this thread, which runs requests until the process ends.
 pub(crate) fn enlist() {
     let thread = gettid().as_raw();
-    let take = |seat: &&Seat| seat.thread.compare_exchange(0, thread, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-    if SEAT.get().is_none() {
-        SEAT.set(SEATED.iter().find(take));
+    let take = |seat: &AtomicI32| seat.compare_exchange(0, thread, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+    if let (None, Some(pulse)) = (SEAT.get(), PULSE.get()) {
+        SEAT.set(SEATED.iter().position(take).and_then(|number| pulse.seat(number)));
     }
 }
 
-/// The cell of the request that this thread is at work on. Async-signal-safe.
+/// The cell of the request that this thread is at work on.
 pub(crate) fn current() -> Option<usize> {
-    SEAT.get()?.cell.load(Ordering::Relaxed).checked_sub(1)
+    SEAT.get()?.cell()
 }
 
 /// The thread that is at work on the request in `cell`.
 pub(crate) fn thread_of(cell: usize) -> Option<i32> {
-    let of_cell = |seat: &&Seat| seat.cell.load(Ordering::Relaxed) == cell + 1;
-    SEATED.iter().take_while(|seat| seat.number() != 0).find(of_cell).map(Seat::number)
+    taken().find(|(_, seat)| seat.cell() == Some(cell)).map(|(thread, _)| thread)
 }
 
 /// This thread is at work on the request in `cell` while `work` runs.
 pub(crate) fn on<T>(cell: Option<usize>, work: impl FnOnce() -> T) -> T {
     let Some(seat) = SEAT.get() else { return work() };
     // Put back also if `work` panics.
-    let _before = Before { seat, cell: seat.cell.swap(cell.map_or(0, |cell| cell + 1), Ordering::Relaxed) };
+    let _return = Return { seat, before: seat.turn_to(cell) };
     work()
 }
 
 /// The same from here on, within [`on`].
 pub(crate) fn turn_to(cell: Option<usize>) {
     if let Some(seat) = SEAT.get() {
-        seat.cell.store(cell.map_or(0, |cell| cell + 1), Ordering::Relaxed);
+        seat.turn_to(cell);
     }
 }
 
-/// What is in `cell` will be another request, and the threads that are at work on it are so for nobody.
+/// What is in `cell` will be another request. The threads that are at work on the one that leaves it keep its text.
 pub(crate) fn forget(cell: usize) {
-    for seat in SEATED.iter().take_while(|seat| seat.number() != 0) {
-        let _ = seat.cell.compare_exchange(cell + 1, 0, Ordering::Relaxed, Ordering::Relaxed);
+    taken().for_each(|(_, seat)| seat.keep_text_of(cell));
+}
+
+/// This process is about to die by what this thread does: notes its request in the scoreboard, or that it has none.
+/// Async-signal-safe.
+pub(crate) fn accuse() {
+    match (SEAT.get(), PULSE.get()) {
+        (Some(seat), _) => seat.accuse(),
+        (None, Some(pulse)) => pulse.accuse_nobody(),
+        (None, None) => {}
     }
 }
 
-struct Before {
-    seat: &'static Seat,
-    cell: usize,
+fn taken() -> impl Iterator<Item = (i32, Seat<'static>)> {
+    let threads = SEATED.iter().map(|thread| thread.load(Ordering::Relaxed)).take_while(|thread| *thread != 0);
+    threads.enumerate().filter_map(|(number, thread)| Some((thread, PULSE.get()?.seat(number)?)))
 }
 
-impl Drop for Before {
+struct Return {
+    seat: Seat<'static>,
+    before: Before,
+}
+
+impl Drop for Return {
     fn drop(&mut self) {
-        self.seat.cell.store(self.cell, Ordering::Relaxed);
-    }
-}
-
-impl Seat {
-    fn number(&self) -> i32 {
-        self.thread.load(Ordering::Relaxed)
+        self.seat.return_to(self.before);
     }
 }
 
@@ -90,26 +99,36 @@ mod tests {
 
     #[test]
     fn a_thread_is_known_by_its_request_while_it_is_at_work_on_it() {
-        std::thread::spawn(|| {
-            assert_eq!(on(Some(7000), current), None, "this thread is not known yet");
+        let plan = forkyard_shm::Plan { rows: 1, ..forkyard_shm::Plan::default() };
+        let scoreboard = forkyard_shm::Segment::create(&plan).unwrap().scoreboard();
+        let row = scoreboard.claim(0, 1, 1).unwrap();
+        let requests: Vec<_> = (0..100).map(|number| row.begin("GET", &format!("/{number}"))).collect();
+        let [first, second] = [3, 90].map(|number: usize| requests[number].cell());
+        let running = || scoreboard.read(0).unwrap().running;
+        note_in(row.pulse());
+        let on_its_thread = || {
+            assert_eq!(on(Some(first), current), None, "this thread is not known yet");
             enlist();
             enlist();
             assert_eq!(current(), None);
-            on(Some(7000), || {
-                assert_eq!((current(), thread_of(7000)), (Some(7000), Some(gettid().as_raw())));
-                on(Some(7001), || assert_eq!((current(), thread_of(7000)), (Some(7001), None)));
+            on(Some(first), || {
+                assert_eq!((current(), thread_of(first)), (Some(first), Some(gettid().as_raw())));
+                on(Some(second), || {
+                    assert_eq!((current(), thread_of(first)), (Some(second), None));
+                    assert_eq!(running(), ["GET /90"]);
+                });
                 let panicked = std::panic::catch_unwind(|| on(None, || panic!("asked to")));
-                assert!(panicked.is_err() && current() == Some(7000));
+                assert!(panicked.is_err() && current() == Some(first));
             });
-            assert_eq!((current(), thread_of(7000)), (None, None));
+            assert_eq!((current(), thread_of(first)), (None, None));
             on(None, || {
-                turn_to(Some(7002));
-                assert_eq!(current(), Some(7002));
-                forget(7002);
-                assert_eq!(current(), None);
+                turn_to(Some(first));
+                assert_eq!(current(), Some(first));
+                forget(first);
+                assert_eq!((current(), running()), (None, vec!["GET /3".to_owned()]));
             });
-        })
-        .join()
-        .unwrap();
+            assert_eq!(running(), [""; 0]);
+        };
+        std::thread::scope(|scope| scope.spawn(on_its_thread).join().unwrap());
     }
 }

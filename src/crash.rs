@@ -22,7 +22,6 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::{io, mem, process};
 
-use forkyard_shm::Pulse;
 use libc::{c_int, c_void, sigaction, siginfo_t, ucontext_t};
 
 use crate::at_work;
@@ -50,7 +49,6 @@ const PATIENCE: u32 = 2;
 struct Will {
     process: c_int,
     report: c_int,
-    pulse: Pulse,
     modules: Modules,
     /// What was to be done with each of [`SIGNALS`] before.
     before: [Option<sigaction>; SIGNALS.len()],
@@ -66,22 +64,34 @@ static CODE: AtomicUsize = AtomicUsize::new(0);
 static INSTRUCTION: AtomicUsize = AtomicUsize::new(0);
 static STACK_POINTER: AtomicUsize = AtomicUsize::new(0);
 
-/// Has crashes of this process told through `report`, and the request of the crashing thread through `pulse`. Called
-/// once, in a new worker.
+/// Has crashes of this process told through `report`, and the request of the crashing thread in the scoreboard; the latter
+/// also for a thread that calls `exit(3)`. Called once, in a new worker.
 ///
 /// # Errors
 /// What `sigaction(2)` says.
-pub(crate) fn install(report: OwnedFd, pulse: Pulse) -> io::Result<()> {
+pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
     let before = SIGNALS.map(|(signal, _)| action_of(signal).filter(|action| is_ours_to_take(signal, action)));
     let process = process::id().cast_signed();
     // The unwinder sets itself up at its first use.
     backtrace::trace(|_| true);
-    let will = Will { process, report: report.into_raw_fd(), pulse, modules: Modules::own(), before };
+    let will = Will { process, report: report.into_raw_fd(), modules: Modules::own(), before };
     let taken = WILL.get_or_init(|| will).before.map(|before| before.is_some());
     for ((signal, _), _) in SIGNALS.iter().zip(taken).filter(|(_, taken)| *taken) {
         set_action(*signal, on_crash as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK)?;
     }
+    // SAFETY: `on_exit` is a function of this binary that may be called at any exit. If there is no room for it, an exit is
+    // told without its request.
+    unsafe { libc::atexit(on_exit) };
     Ok(())
+}
+
+/// The application calls `exit(3)`, on this thread. A worker itself leaves by `_exit`, and never comes here.
+extern "C" fn on_exit() {
+    // SAFETY: async-signal-safe calls without arguments.
+    let process = unsafe { libc::getpid() };
+    if WILL.get().is_some_and(|will| will.process == process) {
+        at_work::accuse();
+    }
 }
 
 /// A handler of the application's is left alone, but for a fault's: there the standard library has one anyway.
@@ -184,9 +194,7 @@ fn die_of(signal: c_int, by_itself: bool) {
 
 /// Writes the last words: the request first, then the line that is safe to write, then the backtrace.
 fn say(will: &Will) {
-    if let Some(cell) = at_work::current() {
-        will.pulse.accuse(cell);
-    }
+    at_work::accuse();
     let signal = SIGNAL.load(Ordering::Relaxed);
     let name = SIGNALS.iter().find(|(known, _)| *known == signal).map_or("?", |(_, name)| name);
     let mut line = Line::<512>::new("said ");

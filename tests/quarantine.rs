@@ -4,11 +4,14 @@
 
 mod common;
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::http::{self, Client};
-use common::raw::{self, ALL};
-use common::{Server, wait_until};
+use common::raw::{self, ALL, Protocol};
+use common::{Server, fastcgi, http2, wait_until};
+use forkyard_shm::State;
 
 fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&["--bind", "http:127.0.0.1:0", "--workers", "3"], arguments].concat())
@@ -126,4 +129,144 @@ fn it_can_be_switched_off() {
         server.wait_for("worker died");
     }
     server.stop();
+}
+
+/// How requests reach a worker together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Each on a connection of its own.
+    Apart(Protocol),
+    /// All on one connection.
+    FastCgi,
+    Http2,
+}
+
+impl Way {
+    fn start(self, arguments: &[&str]) -> Server {
+        let protocol = match self {
+            Self::Apart(protocol) => protocol,
+            Self::FastCgi => Protocol::FastCgi,
+            Self::Http2 => Protocol::Http,
+        };
+        let arguments = [&["--workers", "1", "--quarantine", "3", "--max-multiplexed", "500"], arguments].concat();
+        protocol.start("crashy", &arguments)
+    }
+
+    /// Sends these requests, and returns the connections with them. The last request is on the last connection.
+    fn send(self, server: &Server, targets: &[&str]) -> Vec<UnixStream> {
+        let together = |bytes: Vec<u8>| {
+            let mut stream = raw::connect(&server.binds[0]);
+            stream.write_all(&bytes).unwrap();
+            vec![stream]
+        };
+        match self {
+            Self::Apart(protocol) => {
+                let one = |target: &&str| {
+                    let mut stream = raw::connect(&server.binds[0]);
+                    stream.write_all(&protocol.head("GET", target, 0)).unwrap();
+                    stream
+                };
+                targets.iter().map(one).collect()
+            }
+            Self::FastCgi => {
+                let requests =
+                    targets.iter().zip(1..).map(|(target, id)| fastcgi::request(id, true, "GET", target, b""));
+                together(requests.flatten().flatten().collect())
+            }
+            Self::Http2 => {
+                let begin = [http2::PREFACE, &http2::frame(http2::SETTINGS, 0, 0, b"")].concat();
+                let head = |(target, stream): (&&str, u32)| http2::head(stream, http2::END_STREAM, "GET", target, &[]);
+                together([begin, targets.iter().zip((1..).step_by(2)).flat_map(head).collect()].concat())
+            }
+        }
+    }
+
+    /// Whether this is a response with this status.
+    fn has_status(self, response: &[u8], status: u16) -> bool {
+        match (self, status) {
+            (Self::Http2, 502) => response.windows(4).any(|bytes| bytes == [0x48, 0x82, 0x6c, 0x02]),
+            (Self::Http2, 503) => response.windows(5).any(|bytes| bytes == [0x48, 0x83, 0x6c, 0x0c, 0xff]),
+            (Self::Http2, _) => panic!("{status} has to be encoded here"),
+            (Self::Apart(_) | Self::FastCgi, _) => raw::status(response) == Some(status),
+        }
+    }
+
+    /// Reads until this status is there.
+    fn expect(self, mut stream: &UnixStream, status: u16) {
+        let mut response = Vec::new();
+        while !self.has_status(&response, status) {
+            let mut piece = [0; 4096];
+            let count = stream.read(&mut piece).unwrap();
+            assert!(count > 0, "{self:?}: no {status} in {:?}", String::from_utf8_lossy(&response));
+            response.extend_from_slice(&piece[..count]);
+        }
+    }
+}
+
+/// Has a worker serve these, waits until it does, and then sends `last` in the same way.
+fn send_among(way: Way, server: &Server, others: &[&str], last: &str) -> Vec<UnixStream> {
+    let board = server.segment().scoreboard();
+    let is_ready = || board.read(0).is_some_and(|row| row.state == State::Ready);
+    wait_until("the worker is there", || is_ready().then_some(()));
+    let is_serving = || board.read(0).is_some_and(|row| row.in_flight as usize >= others.len());
+    let mut connections = way.send(server, others);
+    wait_until("all the others are in flight", || is_serving().then_some(()));
+    connections.extend(way.send(server, &[last]));
+    connections
+}
+
+fn in_quotes<'a>(line: &'a str, key: &str) -> &'a str {
+    let start = format!(" {key}=\"");
+    line.split_once(&start).unwrap_or_else(|| panic!("no {key} in {line:?}")).1.split_once('"').unwrap().0
+}
+
+#[test]
+fn poison_among_a_hundred_others_is_named_and_refused_after_as_many_deaths_as_on_an_idle_worker() {
+    let hundred = ["/slow/600000"; 100];
+    // More threads than the scoreboard has seats for.
+    let busy = [&hundred[..], &["/thread/sleep-600000"; 18]].concat();
+    let http = Way::Apart(Protocol::Http);
+    for (way, poison, named, others) in [
+        (http, "/segv", "crashed_in", &hundred[..]),
+        (Way::Http2, "/segv", "crashed_in", &hundred),
+        (Way::Apart(Protocol::FastCgi), "/segv", "crashed_in", &hundred),
+        (Way::FastCgi, "/segv", "crashed_in", &hundred),
+        (Way::Apart(Protocol::Scgi), "/segv", "crashed_in", &hundred),
+        (http, "/thread/segv", "crashed_in", &busy),
+        (http, "/exit/3", "exited_in", &busy),
+        (http, "/exit-at-once/3", "at_work", &hundred),
+    ] {
+        let mut server = way.start(&["--threads", "20", "--drain-timeout", "1s"]);
+        for _ in 0..3 {
+            let connections = send_among(way, &server, others, poison);
+            let line = server.wait_for("worker died");
+            assert_eq!(in_quotes(&line, named), format!("GET {poison}"), "{way:?}: {line}");
+            drop(connections);
+        }
+        server.wait_for(&format!("quarantined request=\"GET {poison}\""));
+        let connections = send_among(way, &server, others, poison);
+        way.expect(connections.last().unwrap(), 503);
+        let panicked = way.send(&server, &["/panic"]);
+        assert!(server.wait_for("a request panicked").contains("request=\"GET /panic\""), "{way:?}");
+        drop((connections, panicked));
+        server.stop();
+        let log = server.log();
+        assert_eq!(log.matches("worker died").count(), 3, "{way:?}: {log}");
+        assert!(!log.contains("request=\"\""), "{way:?}: {log}");
+    }
+}
+
+#[test]
+fn of_a_worker_that_is_killed_the_log_says_what_it_was_at_and_nothing_is_refused_for_it() {
+    let mut server = Way::Apart(Protocol::Http).start(&[]);
+    for _ in 0..4 {
+        let others = ["/slow/600000"; 40];
+        let connections = send_among(Way::Apart(Protocol::Http), &server, &others, "/kill");
+        let line = server.wait_for("worker died");
+        assert_eq!(in_quotes(&line, "at_work"), "GET /kill", "{line}");
+        assert!(line.contains("signal=KILL"), "{line}");
+        drop(connections);
+    }
+    server.stop();
+    assert!(!server.log().contains("quarantined"), "{}", server.log());
 }

@@ -176,7 +176,9 @@ pub use pinned::Pinned;
 pub use quarantine::Quarantine;
 pub use recorder::Recorder;
 pub use render::{Served, Source};
-pub use scoreboard::{InFlight, Load, Occupancy, Pulse, Row, Scoreboard, Serving, Snapshot, State};
+pub use scoreboard::{
+    Before, InFlight, Load, Occupancy, Pulse, Row, Scoreboard, Seat, Serving, Snapshot, State, request_text,
+};
 pub use segment::Segment;
 pub use stats::Stats;
 pub use tags::Clock;

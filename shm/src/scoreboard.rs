@@ -4,20 +4,30 @@
 //! no lock. Whoever reads a row reads gossip: numbers a moment apart, text that may be torn between two requests. So the
 //! reader bounds, replaces and cuts, and never lets a decision hang on the text.
 //!
+//! - [`seat`]: what each thread is at work on.
+//! - [`surplus`]: the requests that a row has no room for.
+//! - [`text`]: how a request is written down.
+//!
 //! May not: lock, allocate or make a system call in `begin` or at its end: they are in the path of every request.
 
-use std::cell::Cell as Local;
+mod seat;
+mod surplus;
+mod text;
+
+use std::cell::{Cell as Local, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+pub use self::seat::{Before, Seat};
+use self::seat::{KNOWN, NOBODY};
+use self::surplus::Surplus;
+pub use self::text::request_text;
 use crate::clock::monotonic_ms;
-use crate::layout::{CELLS, Cell, ROW_BYTES, RowCells, TEXT_WORDS};
+use crate::layout::{CELLS, Cell, ROW_BYTES, RowCells};
 use crate::segment::Inner;
 
-/// Bytes of "GET /path" that a row has room for.
-const TEXT_BYTES: usize = TEXT_WORDS * 8;
 /// A row that is claimed by another process while it is read is read again, so many times at most.
 const READS: usize = 3;
 
@@ -66,13 +76,14 @@ pub struct Occupancy {
     epoch: u64,
 }
 
-/// Says of a row's process, from any of its threads and from signal handlers, whether its event loop gets on, and which
-/// request a crash is due to.
+/// Says of a row's process, from any of its threads and from signal handlers, whether its event loop gets on, and what
+/// each thread is at work on.
 #[derive(Clone, Debug)]
 pub struct Pulse {
     segment: Arc<Inner>,
     at: u64,
     epoch: u64,
+    surplus: Arc<Surplus>,
 }
 
 /// What all clones of a row share; of this process alone.
@@ -81,8 +92,12 @@ struct Holding {
     segment: Arc<Inner>,
     at: u64,
     epoch: u64,
-    /// One bit for each cell in use.
+    /// One bit for each cell of the row that is in use.
     used: Local<u16>,
+    surplus: Arc<Surplus>,
+    /// Cells of the surplus that were made and are free, and how many were made.
+    free: RefCell<Vec<usize>>,
+    made: Local<usize>,
 }
 
 /// A request being served. Dropping it ends the request.
@@ -90,8 +105,8 @@ struct Holding {
 #[must_use = "the request counts as served when this is dropped"]
 pub struct InFlight {
     held: Rc<Holding>,
-    /// `None` if all cells were in use.
-    cell: Option<usize>,
+    /// Beyond those of the row, of the surplus.
+    cell: usize,
     is_stream: bool,
 }
 
@@ -117,8 +132,14 @@ pub struct Snapshot {
     pub streams: u32,
     /// The requests being served, at most 16 of them, the oldest first.
     pub serving: Vec<Serving>,
-    /// The one of them that the crashing thread was at work on, if that is known.
+    /// The request that the crashing thread was at work on, if that is known. It need not be one of `serving`.
     pub culprit: Option<String>,
+    /// The thread that crashed was at work on no request.
+    pub no_culprit: bool,
+    /// The requests that threads are at work on, while all others wait for something. They need not be in `serving`.
+    pub running: Vec<String>,
+    /// Whether those are all: a row has 16 seats for threads.
+    pub all_running: bool,
     /// Since when its event loop has been at work without a pause, in milliseconds of a clock that stands still in
     /// suspend; `None` if it sleeps.
     pub busy_since_ms: Option<u64>,
@@ -136,7 +157,7 @@ pub struct Serving {
     pub what: String,
     /// For how long.
     pub since: Duration,
-    /// The place in the row that it holds: see [`InFlight::cell`].
+    /// The cell that it holds: see [`InFlight::cell`].
     pub cell: usize,
     /// When it began, in milliseconds of a clock that stands still in suspend.
     pub begun_ms: u64,
@@ -187,15 +208,20 @@ impl Scoreboard {
         row.in_flight.store(0, Ordering::Relaxed);
         row.streams.store(0, Ordering::Relaxed);
         row.occupied.store(0, Ordering::Relaxed);
-        row.culprit.store(0, Ordering::Relaxed);
+        row.culprit.stamp_ms.store(0, Ordering::Relaxed);
+        row.seated.store(0, Ordering::Relaxed);
+        for seat in &row.seats {
+            seat.current.store(0, Ordering::Relaxed);
+        }
         row.busy_ms.store(0, Ordering::Relaxed);
         row.loop_thread.store(0, Ordering::Relaxed);
         row.started_ms.store(monotonic_ms(), Ordering::Relaxed);
         row.generation.store(generation, Ordering::Relaxed);
         row.pid.store(pid, Ordering::Relaxed);
         row.state.store(State::Starting.to_word(), Ordering::Release);
-        let held = Holding { segment: Arc::clone(&self.segment), at, epoch, used: Local::new(0) };
-        Some(Row { held: Rc::new(held) })
+        let (segment, surplus) = (Arc::clone(&self.segment), Arc::default());
+        let (used, free, made) = (Local::new(0), RefCell::default(), Local::new(0));
+        Some(Row { held: Rc::new(Holding { segment, at, epoch, used, surplus, free, made }) })
     }
 
     /// What a row says now; `None` if there is no such row.
@@ -269,8 +295,8 @@ impl Row {
 
     /// For the event loop, and for signal handlers.
     pub fn pulse(&self) -> Pulse {
-        let Holding { segment, at, epoch, .. } = &*self.held;
-        Pulse { segment: Arc::clone(segment), at: *at, epoch: *epoch }
+        let Holding { segment, at, epoch, surplus, .. } = &*self.held;
+        Pulse { segment: Arc::clone(segment), at: *at, epoch: *epoch, surplus: Arc::clone(surplus) }
     }
 
     /// The event loop got on with something.
@@ -296,13 +322,13 @@ impl Row {
 
     /// A request is being served from now until what this returns is dropped.
     pub fn begin(&self, method: &str, target: &str) -> InFlight {
-        let mut cell = None;
-        if let Some(row) = self.held.row() {
+        let row = self.held.row();
+        let cell = row.and_then(|_| self.held.take_shown()).unwrap_or_else(|| self.held.take_surplus());
+        if let Some(row) = row {
             step(&row.in_flight, 1);
-            cell = self.held.take_cell();
-            if let Some(words) = cell.and_then(|index| row.cells.get(index)) {
-                words.fill(method, target);
-            }
+        }
+        if let Some(words) = self.held.cell(cell) {
+            words.fill(method, target);
         }
         InFlight { held: Rc::clone(&self.held), cell, is_stream: false }
     }
@@ -345,13 +371,6 @@ impl Pulse {
         }
     }
 
-    /// This process is about to die, and the thread that crashed was at work on the request in `cell`. Async-signal-safe.
-    pub fn accuse(&self, cell: usize) {
-        if let (Some(row), Ok(word)) = (self.row(), u32::try_from(cell + 1)) {
-            row.culprit.store(word, Ordering::Relaxed);
-        }
-    }
-
     fn row(&self) -> Option<&RowCells> {
         let row: Option<&RowCells> = self.segment.map.at(self.at);
         row.filter(|row| row.epoch.load(Ordering::Relaxed) == self.epoch)
@@ -359,8 +378,9 @@ impl Pulse {
 }
 
 impl InFlight {
-    /// The place in the row that it holds; `None` if the row had no room for it.
-    pub fn cell(&self) -> Option<usize> {
+    /// The cell that it holds, until it becomes a stream. The row shows the first 16; further ones are in this process's own
+    /// memory.
+    pub fn cell(&self) -> usize {
         self.cell
     }
 
@@ -371,46 +391,43 @@ impl InFlight {
         }
     }
 
-    /// What is being served, as the scoreboard has it: "GET /path", cut. Empty if the row had no room for it.
+    /// What is being served: "GET /path", as [`request_text`] makes it. A hyphen if another process has taken the row.
     pub fn what(&self) -> String {
-        let cell = self.cell.and_then(|index| self.held.row()?.cells.get(index));
-        cell.and_then(|cell| cell.read(0, monotonic_ms())).map(|request| request.what).unwrap_or_default()
+        let text = self.held.cell(self.cell).map(|cell| cell.text.read());
+        text.filter(|text| !text.is_empty()).unwrap_or_else(|| "-".to_owned())
     }
-}
 
-impl InFlight {
     /// From here on the request is none of those that are being served, but an event stream, which keeps nobody at work. It
     /// counts as served when this is dropped.
     pub fn becomes_stream(&mut self) {
-        if !std::mem::replace(&mut self.is_stream, true) {
-            self.leave();
-            self.held.row().inspect(|row| step(&row.streams, 1));
+        if std::mem::replace(&mut self.is_stream, true) {
+            return;
         }
+        let cell = self.held.take_surplus();
+        if let (Some(from), Some(to)) = (self.held.cell(self.cell), self.held.cell(cell)) {
+            to.text.copy_from(&from.text);
+        }
+        self.leave();
+        self.cell = cell;
+        self.held.row().inspect(|row| step(&row.streams, 1));
     }
 
-    /// Gives its place up.
+    /// Is served no longer, and gives its cell up.
     fn leave(&mut self) {
-        let cell = self.cell.take();
-        if let Some(index) = cell {
-            self.held.used.set(self.held.used.get() & !(1 << index));
-        }
-        let Some(row) = self.held.row() else { return };
-        if let Some(words) = cell.and_then(|index| row.cells.get(index)) {
-            words.stamp_ms.store(0, Ordering::Release);
-        }
-        step(&row.in_flight, -1);
+        self.held.give_back(self.cell);
+        self.held.row().inspect(|row| step(&row.in_flight, -1));
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        if !self.is_stream {
+        if self.is_stream {
+            self.held.give_back(self.cell);
+            self.held.row().inspect(|row| step(&row.streams, -1));
+        } else {
             self.leave();
         }
         let Some(row) = self.held.row() else { return };
-        if self.is_stream {
-            step(&row.streams, -1);
-        }
         let served = row.requests.load(Ordering::Relaxed);
         row.requests.store(served.wrapping_add(1), Ordering::Relaxed);
     }
@@ -423,7 +440,8 @@ impl Holding {
         (row.epoch.load(Ordering::Relaxed) == self.epoch).then_some(row)
     }
 
-    fn take_cell(&self) -> Option<usize> {
+    /// A cell that the row shows.
+    fn take_shown(&self) -> Option<usize> {
         let used = self.used.get();
         let index = used.trailing_ones() as usize;
         if index >= CELLS {
@@ -432,25 +450,41 @@ impl Holding {
         self.used.set(used | 1 << index);
         Some(index)
     }
+
+    /// One of this process's own. They are used again; only where more are in use than ever before is one made.
+    #[cold]
+    fn take_surplus(&self) -> usize {
+        let number = self.free.borrow_mut().pop().unwrap_or_else(|| {
+            let number = self.made.get();
+            self.surplus.make(number);
+            self.made.set(number + 1);
+            number
+        });
+        CELLS + number
+    }
+
+    fn give_back(&self, index: usize) {
+        if index >= CELLS {
+            return self.free.borrow_mut().push(index - CELLS);
+        }
+        self.used.set(self.used.get() & !(1 << index));
+        if let Some(words) = self.cell(index) {
+            words.stamp_ms.store(0, Ordering::Release);
+        }
+    }
+
+    fn cell(&self, index: usize) -> Option<&Cell> {
+        match index.checked_sub(CELLS) {
+            None => self.row()?.cells.get(index),
+            Some(number) => self.surplus.cell(number),
+        }
+    }
 }
 
 impl Cell {
     /// The stamp goes last: a reader that finds it set finds the text too, or a later one.
     fn fill(&self, method: &str, target: &str) {
-        let mut text = [0; TEXT_BYTES];
-        let mut length = 0;
-        for part in [method, " ", target] {
-            let room = &mut text[length..];
-            let taken = part.len().min(room.len());
-            room[..taken].copy_from_slice(&part.as_bytes()[..taken]);
-            length += taken;
-        }
-        for (word, bytes) in self.text.iter().zip(text[..length].chunks(8)) {
-            let mut whole = [0; 8];
-            whole[..bytes.len()].copy_from_slice(bytes);
-            word.store(u64::from_le_bytes(whole), Ordering::Relaxed);
-        }
-        self.length.store(length as u64, Ordering::Relaxed);
+        self.text.put(method, target);
         self.stamp_ms.store(monotonic_ms(), Ordering::Release);
     }
 
@@ -460,9 +494,7 @@ impl Cell {
         if stamp_ms == 0 {
             return None;
         }
-        let length = usize::try_from(self.length.load(Ordering::Relaxed)).unwrap_or(TEXT_BYTES);
-        let bytes = self.text.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes());
-        let what = bytes.take(length).map(printable).collect();
+        let what = self.text.read();
         if self.stamp_ms.load(Ordering::Acquire) != stamp_ms {
             return None;
         }
@@ -475,9 +507,9 @@ impl Snapshot {
     fn of(row: &RowCells, now_ms: u64) -> Snapshot {
         let cells = row.cells.iter().enumerate();
         let mut serving: Vec<Serving> = cells.filter_map(|(index, cell)| cell.read(index, now_ms)).collect();
-        let culprit = usize::try_from(row.culprit.load(Ordering::Relaxed)).unwrap_or(0).checked_sub(1);
-        let culprit = culprit.and_then(|index| serving.iter().find(|request| request.cell == index));
-        let culprit = culprit.map(|request| request.what.clone());
+        let found = row.culprit.stamp_ms.load(Ordering::Acquire);
+        let culprit = (found == KNOWN).then(|| row.culprit.text.read()).filter(|text| !text.is_empty());
+        let seats = row.seats.iter().filter_map(|seat| seat.read(row));
         let busy_ms = row.busy_ms.load(Ordering::Relaxed);
         serving.sort_by_key(|request| std::cmp::Reverse(request.since));
         let pid = row.pid.load(Ordering::Relaxed);
@@ -493,6 +525,9 @@ impl Snapshot {
             streams: row.streams.load(Ordering::Relaxed),
             serving,
             culprit,
+            no_culprit: found == NOBODY,
+            running: seats.filter(|text| !text.is_empty()).collect(),
+            all_running: row.seated.load(Ordering::Relaxed) as usize <= row.seats.len(),
             busy_since_ms: (busy_ms != 0).then_some(busy_ms),
             pulse: row.pulse.load(Ordering::Relaxed),
             loop_thread: row.loop_thread.load(Ordering::Relaxed),
@@ -503,11 +538,6 @@ impl Snapshot {
 /// Counts up or down, in a word that only this thread writes. Does not fall below 0.
 fn step(word: &AtomicU32, by: i32) {
     word.store(word.load(Ordering::Relaxed).saturating_add_signed(by), Ordering::Relaxed);
-}
-
-/// What cannot be printed, or could play tricks with a terminal or a log, becomes a question mark.
-fn printable(byte: u8) -> char {
-    if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '?' }
 }
 
 #[cfg(test)]

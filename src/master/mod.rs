@@ -23,6 +23,7 @@ mod hangs;
 mod helpers;
 mod notes;
 mod obituary;
+mod oom;
 mod operator;
 mod output;
 mod quarantine;
@@ -380,7 +381,10 @@ impl Master {
             let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
             self.recycling.died(pid);
             self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
-            let mut end = obituary::publish(pid, ending, child, &self.scoreboard);
+            let unasked = child.is_worker() && !child.asked_to_leave && !child.hung;
+            let no_memory =
+                unasked && ending == Ending::Signaled(libc::SIGKILL) && self.sickbed.ran_out_of_memory(self.now());
+            let mut end = obituary::publish(pid, ending, child, no_memory, &self.scoreboard);
             self.left(std::mem::take(&mut end.obituary));
             if let Launch::Worker(_, hooks) = &self.nursery.launch {
                 let worker = WorkerId { slot, generation };

@@ -21,6 +21,11 @@ pub(crate) struct End {
     pub(crate) complete: bool,
     /// What the crashing thread was at work on.
     pub(crate) culprit: Option<String>,
+    /// What all threads were at work on; `None` if that is not known, or if it is known of the crashing thread that it was
+    /// at work on no request.
+    pub(crate) running: Option<Vec<String>>,
+    /// It died of what it did: not of a signal that reaches whoever is there.
+    pub(crate) by_itself: bool,
     /// Where it crashed; empty if that is not known.
     pub(crate) trace: String,
     pub(crate) obituary: Obituary,
@@ -38,8 +43,8 @@ pub(crate) struct Obituary {
     pub(crate) last_words: String,
 }
 
-/// By these the kernel and the library end a process for what it did. KILL is not among them: an operator sends it, or the
-/// kernel to whom it chooses when memory runs out, and neither tells that the process was to blame.
+/// By these the kernel and the library end a process for what it did. KILL is not among them: an operator sends it, and does
+/// not tell that the process was to blame. If the kernel sends it because memory ran out, `oom.rs` knows.
 const CRASHES: [i32; 9] = [
     libc::SIGSEGV,
     libc::SIGBUS,
@@ -52,17 +57,25 @@ const CRASHES: [i32; 9] = [
     libc::SIGXFSZ,
 ];
 
-fn is_crash(ending: Ending, child: &Child) -> bool {
+/// Of what happens to be there when a limit of the whole process, or of the system, is reached, little is known.
+fn is_by_itself(ending: Ending) -> bool {
+    ![libc::SIGKILL, libc::SIGXCPU].map(Ending::Signaled).contains(&ending)
+}
+
+fn is_crash(ending: Ending, child: &Child, no_memory: bool) -> bool {
     let unasked = match ending {
         Ending::Exited(status) => ![0, 125].contains(&status),
-        Ending::Signaled(signal) => CRASHES.contains(&signal),
+        Ending::Signaled(signal) => CRASHES.contains(&signal) || no_memory,
     };
     child.is_worker() && (child.hung || (unasked && !child.asked_to_leave))
 }
 
-/// Writes the line. What the scoreboard says is the dead process's word: bounded, and taken as text only.
-pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Scoreboard) -> End {
+/// Writes the line; `no_memory` if the kernel has killed it because memory ran out. What the scoreboard says is the dead process's word: bounded, and taken as text only.
+pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, no_memory: bool, scoreboard: &Scoreboard) -> End {
     let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
+    if no_memory {
+        line += " cause=oom-kill";
+    }
     let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
     // The row is the child's only if the child had claimed it. A program knows nothing of the scoreboard.
     let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
@@ -79,9 +92,16 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
             let _ = write!(line, " in_flight={:?}", named.join(", ") + &more);
         }
     }
-    let is_crash = is_crash(ending, &child);
-    if let Some(culprit) = row.as_ref().and_then(|row| row.culprit.as_ref()) {
-        let _ = write!(line, " crashed_in={culprit:?}");
+    let is_crash = is_crash(ending, &child, no_memory);
+    let by_itself = is_by_itself(ending) || child.hung;
+    let is_as_asked = matches!(ending, Ending::Exited(_)) && child.asked_to_leave;
+    let running = row.as_ref().filter(|row| row.culprit.is_none() && !row.no_culprit && row.all_running);
+    let running = running.map(|row| row.running.clone()).filter(|running| !running.is_empty() && !is_as_asked);
+    match (row.as_ref().and_then(|row| row.culprit.as_ref()), &running, ending) {
+        (Some(culprit), _, Ending::Signaled(_)) => drop(write!(line, " crashed_in={culprit:?}")),
+        (Some(culprit), _, Ending::Exited(_)) => drop(write!(line, " exited_in={culprit:?}")),
+        (None, Some(running), _) => drop(write!(line, " at_work={:?}", running[..running.len().min(NAMED)].join(", "))),
+        (None, None, _) => {}
     }
     let idle = row.as_ref().is_none_or(|row| row.in_flight == 0);
     let as_asked = child.asked_to_leave
@@ -107,5 +127,5 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, scoreboard: &Score
         let complete = usize::try_from(row.in_flight) == Ok(row.serving.len());
         (row.serving.into_iter().map(|one| one.what).collect(), complete, row.culprit)
     });
-    End { is_crash, in_flight, complete, culprit, trace, obituary, served }
+    End { is_crash, in_flight, complete, culprit, running, by_itself, trace, obituary, served }
 }

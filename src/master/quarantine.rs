@@ -1,8 +1,10 @@
 //! Which requests are refused for a while because workers died of them: decided without a single system call.
 //!
 //! Each death by a crash brings evidence: the request that the crashing thread was at work on, if its last words tell;
-//! else all that were in flight. A request is found guilty when
-//! - it alone was the evidence of N deaths within the window, or of a single one shortly after it was let go; or
+//! else those that any thread was at work on, if it had no last words; else all that were in flight, if they are all known.
+//! A request is found guilty when
+//! - it alone was the evidence of N deaths within the window, or of a single one shortly after it was let go, unless the worker
+//!   was killed for what it used, like memory: what runs at that moment need not be what used it; or
 //! - it was among the evidence of each of the last N deaths, was not in flight in any worker that lived on at those
 //!   moments, and nothing else was both. So a popular request that is in flight beside the poison each time goes
 //!   free: other workers serve it. Where there is no other worker this rule finds nobody guilty.
@@ -32,7 +34,11 @@ pub(crate) struct Death {
     pub(crate) complete: bool,
     /// What the crashing thread was at work on.
     pub(crate) culprit: Option<Suspect>,
-    /// How many other workers lived on, and what they were serving.
+    /// What all threads were at work on, if that is known and the culprit is not.
+    pub(crate) running: Option<Vec<Suspect>>,
+    /// It died of what it did, and not because of what it had used up till then.
+    pub(crate) by_itself: bool,
+    /// How many other workers lived on, and what they were serving. None counts if that is not all known.
     pub(crate) witnesses: usize,
     pub(crate) elsewhere: Vec<Suspect>,
 }
@@ -109,7 +115,8 @@ impl Quarantine {
     /// A worker has died of a crash.
     pub(crate) fn died(&mut self, death: Death, now: Now) -> Vec<Verdict> {
         // Of a request that nobody can name nothing is known.
-        let is_evidence = death.culprit.is_some() || (death.complete && !death.in_flight.is_empty());
+        let is_evidence =
+            death.culprit.is_some() || death.running.is_some() || (death.complete && !death.in_flight.is_empty());
         if self.config.deaths == 0 || !is_evidence {
             return Vec::new();
         }
@@ -136,8 +143,9 @@ impl Quarantine {
         let enough = self.config.deaths as usize;
         let evidence = last.evidence(key_of);
         if let [one] = evidence.iter().copied().collect::<Vec<_>>()[..] {
-            let alone = self.deaths.iter().filter(|(_, death)| death.evidence(key_of) == evidence).count();
-            let on_probation = self.records.get(one).is_some_and(|record| !record.refused);
+            let is_alone = |death: &Death| death.is_certain() && death.evidence(key_of) == evidence;
+            let alone = self.deaths.iter().filter(|(_, death)| is_alone(death)).count();
+            let on_probation = last.is_certain() && self.records.get(one).is_some_and(|record| !record.refused);
             if alone >= enough || on_probation {
                 return Some(one.to_owned());
             }
@@ -212,10 +220,16 @@ impl Quarantine {
 impl Death {
     /// What it may be due to.
     fn evidence(&self, key_of: Key) -> BTreeSet<&str> {
-        match &self.culprit {
-            Some(culprit) => key_of(culprit).into_iter().collect(),
-            None => self.in_flight.iter().filter_map(key_of).collect(),
+        match (&self.culprit, &self.running) {
+            (Some(culprit), _) => key_of(culprit).into_iter().collect(),
+            (None, Some(running)) => running.iter().filter_map(key_of).collect(),
+            (None, None) => self.in_flight.iter().filter_map(key_of).collect(),
         }
+    }
+
+    /// Whether a request that is its only evidence is to blame.
+    fn is_certain(&self) -> bool {
+        self.culprit.is_some() || self.by_itself
     }
 }
 

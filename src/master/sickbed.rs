@@ -8,6 +8,7 @@ use nix::unistd::Pid;
 use super::Master;
 use super::hangs::{Hangs, Work};
 use super::obituary::End;
+use super::oom::OomKills;
 use super::quarantine::{Death, Listed, Quarantine, Verdict};
 use super::supervisor::{Event, Now};
 use super::symbols::Symbols;
@@ -23,6 +24,7 @@ pub(crate) struct Sickbed {
     /// Where workers read what is refused.
     table: forkyard_shm::Quarantine,
     pub(crate) symbols: Symbols,
+    oom_kills: OomKills,
 }
 
 impl Sickbed {
@@ -34,6 +36,7 @@ impl Sickbed {
             by: failures.quarantine.by,
             table,
             symbols: Symbols::default(),
+            oom_kills: OomKills::new(),
         }
     }
 
@@ -51,6 +54,11 @@ impl Sickbed {
     /// A former master has told this worker to die, and it may not be able to.
     pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
         self.hangs.told_to_die(pid, now);
+    }
+
+    /// Whether a worker that is found dead of a SIGKILL was killed by the kernel, because memory ran out.
+    pub(super) fn ran_out_of_memory(&mut self, now: Now) -> bool {
+        self.oom_kills.explain(now)
     }
 
     /// Goes by other limits from now on. What is refused already has its time.
@@ -165,7 +173,12 @@ impl Master {
         let elsewhere = rows.iter().flat_map(|row| &row.serving).map(|one| Suspect::of(&one.what, by)).collect();
         let in_flight = end.in_flight.iter().map(|what| Suspect::of(what, by)).collect();
         let culprit = end.culprit.as_deref().map(|what| Suspect::of(what, by));
-        let death = Death { in_flight, complete: end.complete, culprit, witnesses: rows.len(), elsewhere };
+        let running = end.running.map(|running| running.iter().map(|what| Suspect::of(what, by)).collect());
+        // A worker that serves more than its row shows does not say what it does not serve.
+        let all_known = rows.iter().all(|row| usize::try_from(row.in_flight) == Ok(row.serving.len()));
+        let witnesses = if all_known { rows.len() } else { 0 };
+        let (complete, by_itself) = (end.complete, end.by_itself);
+        let death = Death { in_flight, complete, culprit, running, by_itself, witnesses, elsewhere };
         let verdicts = self.sickbed.quarantine.died(death, now);
         self.sickbed.announce(&verdicts, now);
     }

@@ -233,8 +233,9 @@ fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
     blocking::configure(*threads, *queue, Some(row.occupancy()));
     blocking::set_patience(failures.hang_timeout);
     crash::give_stack();
+    at_work::note_in(row.pulse());
     at_work::enlist();
-    crash::install(heritage.report.try_clone()?, row.pulse())?;
+    crash::install(heritage.report.try_clone()?)?;
     Ok(row)
 }
 

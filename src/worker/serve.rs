@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use forkyard_shm::{InFlight, Quarantine, Row};
+use forkyard_shm::{InFlight, Quarantine, Row, request_text};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
@@ -75,9 +75,9 @@ impl<S> Application<S> {
 
 impl Guard {
     /// For how long such a request is refused yet, if it is.
-    fn refuses(&self, in_flight: &InFlight) -> Option<Duration> {
+    fn refuses(&self, method: &Method, target: &str) -> Option<Duration> {
         let quarantine = self.quarantine.as_ref().filter(|quarantine| !quarantine.is_empty())?;
-        let suspect = Suspect::of(&in_flight.what(), self.by);
+        let suspect = Suspect::of(&request_text(method.as_str(), target), self.by);
         suspect.keys().filter_map(|key| quarantine.left(key)).max()
     }
 
@@ -105,7 +105,7 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
         if request.body().size_hint().lower() > self.limits.max_body {
             return Answer::refused(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
         }
-        if let Some(left) = self.guard.refuses(&in_flight) {
+        if let Some(left) = self.guard.refuses(request.method(), target) {
             return Answer::put_off(left, in_flight);
         }
         if self.sheds() && !queue_time::admits(self.guard.max_queue_time, &mut request, is_trusted) {
@@ -299,7 +299,7 @@ where
         let answer = self.project();
         let Some(serving) = answer.in_flight.as_ref() else { return Poll::Pending };
         let mut stage = answer.stage;
-        let polled = at_work::on(serving.cell(), || stage.as_mut().poll(context));
+        let polled = at_work::on(Some(serving.cell()), || stage.as_mut().poll(context));
         serving.beat();
         let outcome = match (polled, answer.deadline.as_mut()) {
             (Poll::Ready(outcome), _) => outcome,
@@ -541,7 +541,7 @@ where
             }
         };
         in_flight.beat();
-        let error: BoxError = match catch_panic(|| at_work::on(in_flight.cell(), || body.poll_frame(context))) {
+        let error: BoxError = match catch_panic(|| at_work::on(Some(in_flight.cell()), || body.poll_frame(context))) {
             Ok(frame) => match ready!(frame) {
                 None => match left {
                     None | Some(0) => return Poll::Ready(None),

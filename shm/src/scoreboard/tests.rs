@@ -1,3 +1,4 @@
+use super::text::TEXT_BYTES;
 use super::*;
 use crate::{Plan, Segment};
 
@@ -40,7 +41,7 @@ fn tells_what_the_owner_does() {
     stream.becomes_stream();
     let seen = board.read(2).unwrap();
     assert_eq!((seen.in_flight, seen.streams, seen.serving.len(), seen.requests), (0, 1, 0, 2));
-    assert_eq!(row.begin("GET", "/b").cell(), Some(0), "its place is free");
+    assert_eq!(row.begin("GET", "/b").cell(), 0, "its place is free");
     drop(stream);
     let seen = board.read(2).unwrap();
     assert_eq!((seen.in_flight, seen.streams, seen.requests), (0, 0, 4));
@@ -57,7 +58,12 @@ fn tells_whether_the_event_loop_gets_on_and_whom_a_crash_is_due_to() {
     pulse.runs_on(42);
     assert_eq!(board.read(0).unwrap().busy_since_ms, None);
     pulse.work();
-    pulse.accuse(second.cell().unwrap());
+    let seat = pulse.seat(0).unwrap();
+    let before = seat.turn_to(Some(second.cell()));
+    assert_eq!(board.read(0).unwrap().running, ["GET /second"]);
+    seat.accuse();
+    seat.return_to(before);
+    assert_eq!(board.read(0).unwrap().running, [""; 0]);
     let seen = board.read(0).unwrap();
     assert!(seen.busy_since_ms.is_some_and(|since| since <= monotonic_ms()));
     assert_eq!((seen.culprit.as_deref(), seen.loop_thread), (Some("GET /second"), 42));
@@ -69,9 +75,12 @@ fn tells_whether_the_event_loop_gets_on_and_whom_a_crash_is_due_to() {
 
     let _other = board.claim(0, 43, 2).unwrap();
     pulse.work();
-    pulse.accuse(0);
+    assert!(pulse.seat(0).is_none());
+    seat.turn_to(Some(0));
+    seat.accuse();
     let seen = board.read(0).unwrap();
     assert_eq!((seen.culprit, seen.busy_since_ms, seen.loop_thread), (None, None, 0), "it is not theirs any more");
+    assert_eq!(seen.running, [""; 0]);
 }
 
 #[test]
@@ -92,19 +101,77 @@ fn the_freest_is_one_that_serves_and_is_not_occupied() {
 }
 
 #[test]
-fn more_requests_than_cells_are_counted_but_not_named() {
+fn of_any_number_of_requests_each_is_known_and_a_row_shows_16() {
     let board = scoreboard(1);
     let row = board.claim(0, 1, 1).unwrap();
-    let mut requests: Vec<_> = (0..40).map(|n| row.begin("GET", &format!("/{n}"))).collect();
+    let pulse = row.pulse();
+    let seat = pulse.seat(0).unwrap();
+    let mut requests: Vec<_> = (0..1000).map(|n| row.begin("GET", &format!("/{n}"))).collect();
     let seen = board.read(0).unwrap();
-    assert_eq!((seen.in_flight, seen.serving.len()), (40, CELLS));
-    requests.drain(..20);
+    assert_eq!((seen.in_flight, seen.serving.len()), (1000, CELLS));
+    for (number, request) in requests.iter().enumerate() {
+        let what = format!("GET /{number}");
+        assert_eq!(request.what(), what);
+        seat.turn_to(Some(request.cell()));
+        assert_eq!(board.read(0).unwrap().running, [what.as_str()]);
+        let outer = seat.turn_to(Some(requests[999].cell()));
+        seat.return_to(outer);
+        seat.accuse();
+        let seen = board.read(0).unwrap();
+        assert_eq!((seen.culprit.as_deref(), seen.running), (Some(what.as_str()), vec![what.clone()]));
+    }
+    requests.drain(..980);
     let again = row.begin("GET", "/again");
+    assert_eq!(again.cell(), 0);
     let seen = board.read(0).unwrap();
-    assert_eq!((seen.in_flight, seen.requests, seen.serving.len()), (21, 20, 1));
+    assert_eq!((seen.in_flight, seen.requests, seen.serving.len()), (21, 980, 1));
     drop((requests, again));
     let seen = board.read(0).unwrap();
-    assert_eq!((seen.in_flight, seen.requests, seen.serving.len()), (0, 41, 0));
+    assert_eq!((seen.in_flight, seen.requests, seen.serving.len()), (0, 1001, 0));
+    let _more: Vec<_> = (0..1000).map(|_| row.begin("GET", "/")).collect();
+    assert_eq!(row.held.made.get(), 1000 - CELLS, "the cells are used again");
+}
+
+#[test]
+fn a_thread_keeps_the_text_of_a_request_whose_cell_is_given_up() {
+    let board = scoreboard(1);
+    let row = board.claim(0, 1, 1).unwrap();
+    let pulse = row.pulse();
+    let (ours, others, far) = (pulse.seat(0).unwrap(), pulse.seat(1).unwrap(), pulse.seat(40).unwrap());
+    assert!(!board.read(0).unwrap().all_running, "a thread sits where nobody sees it");
+    let left = row.begin("GET", "/left");
+    for seat in [ours, far] {
+        let cell = left.cell();
+        seat.turn_to(Some(cell));
+        others.keep_text_of(cell);
+        seat.keep_text_of(cell);
+        assert_eq!(seat.cell(), None);
+    }
+    drop(left);
+    let next = row.begin("GET", "/next");
+    others.turn_to(Some(next.cell()));
+    assert_eq!(board.read(0).unwrap().running, ["GET /left", "GET /next"]);
+    far.accuse();
+    assert_eq!(board.read(0).unwrap().culprit.as_deref(), Some("GET /left"));
+    ours.turn_to(None);
+    assert_eq!(board.read(0).unwrap().running, ["GET /next"]);
+}
+
+#[test]
+fn a_stream_has_its_text_though_the_row_does_not_show_it() {
+    let board = scoreboard(1);
+    let row = board.claim(0, 1, 1).unwrap();
+    let mut streams: Vec<_> = (0..40).map(|n| row.begin("GET", &format!("/events/{n}"))).collect();
+    streams.iter_mut().for_each(InFlight::becomes_stream);
+    for (number, stream) in streams.iter().enumerate() {
+        assert_eq!(stream.what(), format!("GET /events/{number}"));
+    }
+    let pulse = row.pulse();
+    let seat = pulse.seat(0).unwrap();
+    seat.turn_to(Some(streams[7].cell()));
+    seat.accuse();
+    let seen = board.read(0).unwrap();
+    assert_eq!((seen.culprit.as_deref(), seen.serving.len(), seen.in_flight), (Some("GET /events/7"), 0, 0));
 }
 
 #[test]
@@ -115,8 +182,11 @@ fn text_is_cut_and_made_printable() {
     let what = &board.read(0).unwrap().serving[0].what;
     assert_eq!(what.len(), TEXT_BYTES);
     assert!(what.starts_with("GET /x/x") && what.ends_with("/x"));
+    let long_what = long.what();
     drop(long);
-    let _odd = row.begin("GET", "/\x1b[31m\n\u{202e}\0");
+    assert_eq!(request_text("GET", &"/x".repeat(500)), long_what);
+    let odd = row.begin("GET", "/\x1b[31m\n\u{202e}\0");
+    assert_eq!((odd.what(), request_text("GET", "/\x1b[31m\n\u{202e}\0")), (odd.what(), odd.what()));
     assert_eq!(board.read(0).unwrap().serving[0].what, "GET /?[31m?????");
     let _none = row.begin("", "");
     assert_eq!(board.read(0).unwrap().serving.len(), 2);
@@ -151,8 +221,9 @@ fn nonsense_in_a_row_is_read_without_harm() {
         board.segment.map.write(board.segment.geometry.rows_at, &noise).unwrap();
         let seen = board.read(0).unwrap();
         let harmless = |text: &str| text.len() <= TEXT_BYTES && text.bytes().all(|b| (32..127).contains(&b));
-        assert!(seen.serving.iter().all(|request| harmless(&request.what)), "seed {seed}");
-        assert!(seen.serving.len() <= CELLS);
+        let whats = seen.serving.iter().map(|request| &request.what).chain(&seen.culprit).chain(&seen.running);
+        assert!(whats.into_iter().all(|text| harmless(text)), "seed {seed}");
+        assert!(seen.serving.len() <= CELLS && seen.running.len() <= CELLS);
         assert_eq!(seen.state, State::Empty, "seed {seed}");
     }
 }

@@ -20,7 +20,12 @@ fn suspects(whats: &[&str]) -> Vec<Suspect> {
 /// A death of which the crashing thread told nothing.
 fn silent(in_flight: &[&str], elsewhere: &[&str]) -> Death {
     let (in_flight, elsewhere) = (suspects(in_flight), suspects(elsewhere));
-    Death { in_flight, complete: true, culprit: None, witnesses: 1, elsewhere }
+    Death { in_flight, complete: true, culprit: None, running: None, by_itself: true, witnesses: 1, elsewhere }
+}
+
+/// A death without last words, while threads were at work on these, and a hundred others waited.
+fn at_work_on(running: &[&str], elsewhere: &[&str]) -> Death {
+    Death { running: Some(suspects(running)), complete: false, ..silent(&["GET /popular"; 16], elsewhere) }
 }
 
 fn of(culprit: &str) -> Death {
@@ -65,7 +70,11 @@ fn no_innocent_is_refused_in_any_history() {
             let elsewhere: Vec<Vec<Suspect>> = (1..workers).map(|_| busy(&mut random)).collect();
             let culprit = random.bool().then(|| suspect(&poison));
             let witnesses = elsewhere.len();
-            let death = Death { in_flight, complete: random.bool(), culprit, witnesses, elsewhere: elsewhere.concat() };
+            let mut running = vec![suspect(&poison)];
+            running.extend(in_flight.iter().filter(|_| random.f64() < 0.2).cloned());
+            let running = random.bool().then_some(running);
+            let (complete, by_itself, elsewhere) = (random.bool(), random.bool(), elsewhere.concat());
+            let death = Death { in_flight, complete, culprit, running, by_itself, witnesses, elsewhere };
             let verdicts = [quarantine.died(death, now), quarantine.tick(now)].concat();
             assert!(refused(&verdicts).iter().all(|key| key.starts_with("GET /poison/")), "seed {seed}: {verdicts:?}");
             found += refused(&verdicts).len();
@@ -107,6 +116,26 @@ fn of_several_in_flight_only_one_that_nobody_else_serves_is_guilty() {
     assert_eq!(verdicts(&[unnamed.clone(), unnamed.clone(), unnamed]), []);
     let idle = silent(&[], &[]);
     assert_eq!(verdicts(&[idle.clone(), idle.clone(), idle]), []);
+}
+
+#[test]
+fn what_threads_were_at_work_on_is_evidence_however_much_was_in_flight() {
+    let exited = at_work_on(&["GET /bad"], &[]);
+    assert_eq!(refused(&verdicts(&[exited.clone(), exited.clone(), exited.clone()])), ["GET /bad"]);
+    let alone = Death { witnesses: 0, ..exited };
+    assert_eq!(refused(&verdicts(&[alone.clone(), alone.clone(), alone.clone()])), ["GET /bad"]);
+
+    // Killed when memory ran out: what ran then is to blame only if no worker serves it and lives.
+    let killed = Death { by_itself: false, ..alone };
+    assert_eq!(
+        verdicts(&[killed.clone(), killed.clone(), killed.clone()]),
+        [],
+        "nobody else can show that it is innocent"
+    );
+    let witnessed = Death { witnesses: 1, elsewhere: suspects(&["GET /popular"]), ..killed };
+    assert_eq!(refused(&verdicts(&[witnessed.clone(), witnessed.clone(), witnessed.clone()])), ["GET /bad"]);
+    let popular = Death { running: Some(suspects(&["GET /popular"])), ..witnessed };
+    assert_eq!(verdicts(&[popular.clone(), popular.clone(), popular]), []);
 }
 
 #[test]

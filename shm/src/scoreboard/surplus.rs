@@ -1,0 +1,71 @@
+//! Cells in a process's own memory, for the requests that its row has no room for.
+//!
+//! A row shows 16 requests. The texts of all others are kept here: no other process reads them, but the crash handler and
+//! the threads of this process do, at any moment. So a cell stays where it is once it was made, and is all atomics.
+
+use std::sync::OnceLock;
+
+use crate::layout::{Cell, SeatCells, TEXT_WORDS, Text};
+
+/// Cells of the first chunk; each further chunk has twice as many as the one before.
+const FIRST: usize = 64;
+const CHUNKS: usize = 24;
+/// Seats in one chunk.
+const SEAT_CHUNK: usize = 64;
+const SEAT_CHUNKS: usize = 32;
+
+#[derive(Debug, Default)]
+pub(super) struct Surplus {
+    cells: [OnceLock<Box<[Cell]>>; CHUNKS],
+    seats: [OnceLock<Box<[SeatCells]>>; SEAT_CHUNKS],
+}
+
+impl Surplus {
+    /// A cell that was made. Async-signal-safe.
+    pub(super) fn cell(&self, number: usize) -> Option<&Cell> {
+        let (chunk, index) = place(number);
+        self.cells.get(chunk)?.get()?.get(index)
+    }
+
+    /// Makes a cell, if it was not made before. False if there are too many.
+    pub(super) fn make(&self, number: usize) -> bool {
+        let (chunk, _) = place(number);
+        let Some(chunk_of_cells) = self.cells.get(chunk) else { return false };
+        chunk_of_cells.get_or_init(|| (0..FIRST << chunk).map(|_| Cell::default()).collect());
+        true
+    }
+
+    /// A seat of a thread for which the row has none.
+    pub(super) fn seat(&self, number: usize) -> Option<&SeatCells> {
+        let chunk = self.seats.get(number / SEAT_CHUNK)?;
+        chunk.get_or_init(|| (0..SEAT_CHUNK).map(|_| SeatCells::default()).collect()).get(number % SEAT_CHUNK)
+    }
+}
+
+/// Which chunk has a cell, and where in it.
+fn place(number: usize) -> (usize, usize) {
+    let chunk = (number / FIRST + 1).ilog2();
+    (chunk as usize, number + FIRST - (FIRST << chunk))
+}
+
+impl Default for Text {
+    fn default() -> Self {
+        Text { length: Default::default(), words: [const { std::sync::atomic::AtomicU64::new(0) }; TEXT_WORDS] }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_number_has_a_place_of_its_own() {
+        let places: Vec<_> = (0..FIRST * 7).map(place).collect();
+        let in_order = (0..3).flat_map(|chunk| (0..FIRST << chunk).map(move |index| (chunk, index)));
+        assert_eq!(places, in_order.collect::<Vec<_>>());
+        let surplus = Surplus::default();
+        assert!(surplus.cell(0).is_none() && surplus.cell(usize::MAX / 2).is_none());
+        assert!(surplus.make(FIRST) && surplus.cell(FIRST).is_some() && surplus.cell(0).is_none());
+        assert!(!surplus.make(FIRST << CHUNKS));
+    }
+}

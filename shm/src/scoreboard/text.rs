@@ -1,0 +1,60 @@
+//! "GET /path" in a place of fixed size, as atomic words: in a row, or in a process's own memory.
+
+use std::sync::atomic::Ordering;
+
+use crate::layout::{TEXT_WORDS, Text};
+
+/// Bytes of "GET /path" that there is room for.
+pub(super) const TEXT_BYTES: usize = TEXT_WORDS * 8;
+
+/// A method and a target as the scoreboard shows them: `GET /path`, printable ASCII, cut to 112 bytes. Whoever compares a
+/// request with what the scoreboard had of one compares these.
+pub fn request_text(method: &str, target: &str) -> String {
+    let (bytes, length) = cut(method, target);
+    bytes[..length].iter().copied().map(printable).collect()
+}
+
+fn cut(method: &str, target: &str) -> ([u8; TEXT_BYTES], usize) {
+    let mut text = [0; TEXT_BYTES];
+    let mut length = 0;
+    for part in [method, " ", target] {
+        let room = &mut text[length..];
+        let taken = part.len().min(room.len());
+        room[..taken].copy_from_slice(&part.as_bytes()[..taken]);
+        length += taken;
+    }
+    (text, length)
+}
+
+impl Text {
+    pub(super) fn put(&self, method: &str, target: &str) {
+        let (text, length) = cut(method, target);
+        for (word, bytes) in self.words.iter().zip(text[..length].chunks(8)) {
+            let mut whole = [0; 8];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            word.store(u64::from_le_bytes(whole), Ordering::Relaxed);
+        }
+        self.length.store(length as u64, Ordering::Relaxed);
+    }
+
+    /// Async-signal-safe.
+    pub(super) fn copy_from(&self, other: &Text) {
+        let length = other.length.load(Ordering::Relaxed).min(TEXT_BYTES as u64);
+        let words = usize::try_from(length.div_ceil(8)).unwrap_or(TEXT_WORDS);
+        for (to, from) in self.words.iter().zip(&other.words).take(words) {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        self.length.store(length, Ordering::Relaxed);
+    }
+
+    pub(super) fn read(&self) -> String {
+        let length = usize::try_from(self.length.load(Ordering::Relaxed)).unwrap_or(TEXT_BYTES);
+        let bytes = self.words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes());
+        bytes.take(length).map(printable).collect()
+    }
+}
+
+/// What cannot be printed, or could play tricks with a terminal or a log, becomes a question mark.
+fn printable(byte: u8) -> char {
+    if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '?' }
+}

@@ -1,0 +1,76 @@
+//! Whether the kernel has killed a worker because memory ran out: it sends SIGKILL as an operator does, and counts.
+//!
+//! The count of our cgroup has the processes in it; where there is no cgroup with one, that of the whole system is taken,
+//! which may have risen for another process at the same moment. So what depends on it has to be right in that case too.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::supervisor::Now;
+
+/// Workers that die within this time after the count rose died of it.
+const SAME_MOMENT: Duration = Duration::from_secs(1);
+
+pub(crate) struct OomKills {
+    source: PathBuf,
+    count: u64,
+    rose_at: Option<Now>,
+}
+
+impl OomKills {
+    /// Counts from here on.
+    pub(crate) fn new() -> Self {
+        let own = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| Some(events_of(&text)?.into()));
+        let source: PathBuf = own.filter(|path: &PathBuf| path.exists()).unwrap_or_else(|| "/proc/vmstat".into());
+        let count = fs::read_to_string(&source).ok().and_then(|text| count_in(&text)).unwrap_or(0);
+        Self { source, count, rose_at: None }
+    }
+
+    /// Whether a worker that is found dead now, of a SIGKILL that we did not send, was killed for that.
+    pub(crate) fn explain(&mut self, now: Now) -> bool {
+        let count = fs::read_to_string(&self.source).ok().and_then(|text| count_in(&text));
+        self.counted(count.unwrap_or(self.count), now)
+    }
+
+    fn counted(&mut self, count: u64, now: Now) -> bool {
+        if count > self.count {
+            self.rose_at = Some(now);
+        }
+        self.count = count;
+        self.rose_at.is_some_and(|at| now.saturating_sub(at) < SAME_MOMENT)
+    }
+}
+
+/// The file with the counts of a process's cgroup, by its `/proc/PID/cgroup`.
+fn events_of(text: &str) -> Option<String> {
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    Some(format!("/sys/fs/cgroup{}/memory.events", path.trim_end_matches('/')))
+}
+
+/// In `memory.events` and in `/proc/vmstat` alike.
+fn count_in(text: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kill_is_explained_when_the_kernel_has_counted_one_at_that_moment() {
+        assert_eq!(events_of("1:cpu:/x\n0::/a/b\n").as_deref(), Some("/sys/fs/cgroup/a/b/memory.events"));
+        assert_eq!(events_of("0::/\n").as_deref(), Some("/sys/fs/cgroup/memory.events"));
+        assert_eq!(events_of("1:memory:/x\n"), None);
+        assert_eq!(count_in("low 0\noom 5\noom_kill 3\noom_group_kill 0\n"), Some(3));
+        assert_eq!(count_in("low 0\n"), None);
+
+        let second = Duration::from_secs(1);
+        let mut kills = OomKills { source: PathBuf::new(), count: 7, rose_at: None };
+        assert!(!kills.explain(second), "nothing can be read");
+        assert!(!kills.counted(7, second) && kills.counted(9, second * 2));
+        assert!(kills.counted(9, second * 2 + second / 2), "two died of it");
+        assert!(!kills.counted(9, second * 4) && kills.counted(10, second * 5));
+        assert!(fs::read_to_string("/proc/vmstat").is_ok_and(|text| count_in(&text).is_some()));
+    }
+}
