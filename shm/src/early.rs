@@ -7,6 +7,8 @@
 //!
 //! May not: render.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use nix::time::{ClockId, clock_gettime};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -26,11 +28,17 @@ pub(crate) fn is_early(times: &Times, now_ms: u64, beta: f64, random: impl FnOnc
     unit_ms * MOST >= left_ms && unit_ms * -random().ln() >= left_ms
 }
 
-/// A number above 0 and not above 1. Not from a generator with a state, which all children of a fork would share.
+/// A number above 0 and not above 1, another one at each call, on whatever thread and in whatever process. Not from a
+/// generator with a state of its own: all children of a fork would draw the same numbers.
 pub(crate) fn random() -> f64 {
-    let here = std::ptr::from_ref(&()).addr() as u64 ^ u64::from(std::process::id()) << 32;
+    static DRAWN: AtomicU64 = AtomicU64::new(0);
+    let call = DRAWN.fetch_add(1, Ordering::Relaxed) ^ u64::from(std::process::id()) << 32;
     let nanoseconds = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| now.tv_nsec() ^ now.tv_sec() << 30);
-    let bits = xxh3_64_with_seed(&nanoseconds.to_le_bytes(), here) >> 11;
+    number(nanoseconds, call)
+}
+
+fn number(nanoseconds: i64, call: u64) -> f64 {
+    let bits = xxh3_64_with_seed(&nanoseconds.to_le_bytes(), call) >> 11;
     (bits + 1) as f64 / (1_u64 << 53) as f64
 }
 
@@ -63,5 +71,17 @@ mod tests {
         assert!(drawn.iter().all(|&number| number > 0.0 && number <= 1.0));
         let mean = drawn.iter().sum::<f64>() / 1000.0;
         assert!((0.4..0.6).contains(&mean), "{mean}");
+    }
+
+    #[test]
+    fn threads_that_draw_at_the_same_moment_draw_different_numbers() {
+        let draw = || (0..1000).map(|_| random().to_bits()).collect::<Vec<_>>();
+        let drawn = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(draw)).collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect::<std::collections::HashSet<_>>()
+        });
+        assert_eq!(drawn.len(), 4000);
+        let at_once: std::collections::HashSet<_> = (0..1000).map(|call| number(7, call).to_bits()).collect();
+        assert_eq!(at_once.len(), 1000, "in one tick of the clock");
     }
 }

@@ -105,7 +105,15 @@
 //! serve what it likes, change what another reads in place, or name a living process as the owner of a lock, which
 //! keeps others from storing in that shard until that process ends. A process that closes descriptors it did not open
 //! (all above 2, say) closes the one by which it is known to live: it is taken for dead, and must not use the cache
-//! any more.
+//! any more. [`Segment::damage`] finds a segment that was written over.
+//!
+//! What such a process cannot do is make the safe functions of this crate undefined. [`Segment::attach`], [`Segment::open`],
+//! [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes write, because of three
+//! things together. The size of the memory is fixed (sealed, or a file that is reserved and locked), so that reading it
+//! raises no SIGBUS unless somebody truncates that file, which ends the process. Nothing refers to the memory but
+//! references to atomics, of which any value is valid, and pointers that do not leave `map.rs`. And bytes are copied by
+//! instructions that the compiler does not see through. The one function that lends a slice of shared memory,
+//! [`Pinned::into_slice`], is unsafe and says what its caller answers for.
 
 mod adopt;
 mod audit;
@@ -172,7 +180,7 @@ pub use kept::Keep;
 pub use list::{Distribution, Listed};
 pub use options::Options;
 pub use page::{Damaged, Encoding, Header, NotStorable, Page};
-pub use pinned::Pinned;
+pub use pinned::{Pinned, PinnedSlice};
 pub use quarantine::Quarantine;
 pub use recorder::Recorder;
 pub use render::{Served, Source};

@@ -8,7 +8,7 @@
 #![expect(unsafe_code, reason = "the fence around the mapped memory")]
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -78,7 +78,6 @@ impl Map {
     /// otherwise touching it could raise SIGBUS (which is no memory error, but kills the process).
     #[cfg(not(miri))]
     pub(crate) fn new(fd: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
-        use std::os::fd::AsRawFd;
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         Ok(Map { memory: memmap2::MmapOptions::new().len(len).map_raw(fd.as_raw_fd())? })
     }
@@ -143,7 +142,7 @@ impl Map {
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Option<()> {
         let to = self.range(offset, bytes.len() as u64)?;
         // SAFETY: the target lies inside the mapping and `bytes`, a Rust slice, does not; no reference into the target can
-        // be harmed, as only `Plain` ones exist, and pinned ranges, which nobody who holds the lock writes to. Another
+        // be harmed, as only `Plain` ones exist, and those of pinned ranges, which whoever asks for them answers for. Another
         // process may read or write the target meanwhile: `copy` is a copy of bytes that may change.
         unsafe { copy(Side::Private(bytes.as_ptr()), Side::Shared(to), bytes.len()) };
         Some(())
@@ -182,15 +181,34 @@ impl Map {
         Some(())
     }
 
-    /// The bytes of a pinned entry, in place.
-    ///
-    /// The caller holds a pin on the entry that they lie in, and found the entry valid after the pin was set: from then
-    /// on no member of the segment writes there until the pin is gone. A process that keeps to no rule can change
-    /// them; see "Whom this trusts" in the crate's documentation.
-    pub(crate) fn pinned(&self, offset: u64, len: u64) -> Option<&[u8]> {
+    /// Copies bytes from `offset` on into `out`, which they fill. As for other processes, see [`Map::read`].
+    pub(crate) fn read_into(&self, offset: u64, out: &mut [u8]) -> Option<()> {
+        let from = self.range(offset, out.len() as u64)?;
+        // SAFETY: the source lies inside the mapping, and the target is private memory.
+        unsafe { copy(Side::Shared(from.cast_const()), Side::Private(out.as_mut_ptr()), out.len()) };
+        Some(())
+    }
+
+    /// Has the kernel write the `len` bytes at `offset` to a file or socket, without a copy of ours, and returns how many it
+    /// took. `None` if they do not lie inside.
+    pub(crate) fn write_to(&self, offset: u64, len: u64, file: BorrowedFd<'_>) -> Option<io::Result<usize>> {
         let start = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
-        // SAFETY: inside the mapping, which lives as long as `self`, and unchanged while the caller holds the pin.
+        // SAFETY: the bytes lie inside the mapping, which outlives the call. The kernel reads them, as bytes that may change.
+        let written = unsafe { libc::write(file.as_raw_fd(), start.cast_const().cast(), len) };
+        Some(usize::try_from(written).map_err(|_| io::Error::last_os_error()))
+    }
+
+    /// The bytes of a pinned entry, in place.
+    ///
+    /// # Safety
+    /// Nothing writes to them for as long as the result lives. The caller holds a pin on the entry that they lie in, and found the
+    /// entry valid after the pin was set: from then on no member of the segment that keeps to the protocol writes there until
+    /// the pin is gone. That all processes which have the segment do so is for the caller to know.
+    pub(crate) unsafe fn pinned(&self, offset: u64, len: u64) -> Option<&[u8]> {
+        let start = self.range(offset, len)?;
+        let len = usize::try_from(len).ok()?;
+        // SAFETY: inside the mapping, which lives as long as `self`; unchanged, as the caller promises.
         Some(unsafe { std::slice::from_raw_parts(start.cast_const(), len) })
     }
 

@@ -1,7 +1,10 @@
 //! A page read in place.
+#![expect(unsafe_code, reason = "a slice of shared memory, for those who promise that it does not change")]
 
 use std::fmt;
+use std::io;
 use std::ops::Deref;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,13 +16,21 @@ use crate::segment::Inner;
 use crate::{crash, fork, pin};
 
 /// A page of the cache, in place: its bytes stay what they are until this is dropped, also if the page is purged or replaced
-/// meanwhile.
+/// meanwhile, provided that all processes which have the segment keep to its protocol.
 ///
-/// To be written with plain `write`, not by ways of the kernel that read the memory later (`MSG_ZEROCOPY`, `vmsplice`).
+/// Nothing in the language makes another process do so, and so this lends no `&[u8]`, which would promise the compiler that
+/// the bytes do not change. It copies them, or has the kernel write them from where they lie. Should a process misbehave,
+/// what comes out is some mixture of bytes, and nothing worse. [`Pinned::into_slice`] is for those who answer for all
+/// processes themselves.
+///
 /// A child of fork that inherits this sees it empty, as it is the parent that pins.
 pub struct Pinned {
     bytes: Kept,
 }
+
+/// The same as a slice: see [`Pinned::into_slice`].
+#[derive(Debug)]
+pub struct PinnedSlice(Pinned);
 
 enum Kept {
     Here { inner: Arc<Inner>, generation: u32, cell: u64, at: u64, len: u64 },
@@ -60,21 +71,95 @@ fn take_cell(cells: &[AtomicU64], pin: Pin) -> Option<(u64, &AtomicU64)> {
     cells.find(|(_, cell)| cell.load(Ordering::Relaxed) == 0 && pin::set(cell, pin))
 }
 
-impl Deref for Pinned {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
+impl Pinned {
+    /// How many bytes it has.
+    pub fn len(&self) -> usize {
         match &self.bytes {
-            Kept::Copy(bytes) => bytes,
-            Kept::Here { inner, generation, at, len, .. } if *generation == fork::generation() => {
-                inner.map.pinned(*at, *len).unwrap_or_default()
+            Kept::Copy(bytes) => bytes.len(),
+            Kept::Here { .. } => self.here().map_or(0, |(_, _, len)| usize::try_from(len).unwrap_or(0)),
+        }
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies bytes from number `from` on into `target`, as many as there are and as fit, and returns how many that were.
+    pub fn copy_to(&self, from: usize, target: &mut [u8]) -> usize {
+        let count = self.len().saturating_sub(from).min(target.len());
+        let target = &mut target[..count];
+        match (&self.bytes, self.here()) {
+            (Kept::Copy(bytes), _) => target.copy_from_slice(&bytes[from..][..count]),
+            (Kept::Here { .. }, Some((inner, at, _))) => {
+                if inner.map.read_into(at + from as u64, target).is_none() {
+                    return 0;
+                }
             }
-            Kept::Here { .. } => &[],
+            (Kept::Here { .. }, None) => return 0,
+        }
+        count
+    }
+
+    /// A copy of all of it.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut copy = vec![0; self.len()];
+        let count = self.copy_to(0, &mut copy);
+        copy.truncate(count);
+        copy
+    }
+
+    /// Writes the bytes from number `from` on to a file or a socket, as `write(2)`: the kernel takes them from where they lie.
+    /// Returns how many it took, which may be fewer than there are.
+    ///
+    /// # Errors
+    /// What `write(2)` says.
+    pub fn write_to(&self, from: usize, file: impl AsFd) -> io::Result<usize> {
+        let count = self.len().saturating_sub(from);
+        match (&self.bytes, self.here()) {
+            (Kept::Copy(bytes), _) => Ok(nix::unistd::write(file, &bytes[bytes.len() - count..])?),
+            (Kept::Here { .. }, Some((inner, at, _))) => {
+                inner.map.write_to(at + from as u64, count as u64, file.as_fd()).unwrap_or(Ok(0))
+            }
+            (Kept::Here { .. }, None) => Ok(0),
+        }
+    }
+
+    /// The bytes as a slice, without a copy, for libraries that take nothing else (`Bytes::from_owner`, say).
+    ///
+    /// # Safety
+    /// While the result lives, no process writes to the bytes of this entry. Forkyard's own code does not, in whatever process;
+    /// a process that has the segment, or that inherited its mapping, and writes where a wild pointer leads it, does. Nor
+    /// may they be handed to the kernel to be read later (`MSG_ZEROCOPY`, `vmsplice`) than the result lives.
+    pub unsafe fn into_slice(self) -> PinnedSlice {
+        PinnedSlice(self)
+    }
+
+    /// Where the bytes lie, if it is this process that pins them.
+    fn here(&self) -> Option<(&Inner, u64, u64)> {
+        match &self.bytes {
+            Kept::Here { inner, generation, at, len, .. } if *generation == fork::generation() => {
+                Some((inner, *at, *len))
+            }
+            Kept::Here { .. } | Kept::Copy(_) => None,
         }
     }
 }
 
-impl AsRef<[u8]> for Pinned {
+impl Deref for PinnedSlice {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match (&self.0.bytes, self.0.here()) {
+            (Kept::Copy(bytes), _) => bytes,
+            // SAFETY: it is pinned as long as `self` lives. That nothing else writes there, the caller of `into_slice` promised.
+            (Kept::Here { .. }, Some((inner, at, len))) => unsafe { inner.map.pinned(at, len) }.unwrap_or_default(),
+            (Kept::Here { .. }, None) => &[],
+        }
+    }
+}
+
+impl AsRef<[u8]> for PinnedSlice {
     fn as_ref(&self) -> &[u8] {
         self
     }

@@ -182,7 +182,8 @@ fn what_is_pinned_never_changes(_seed: u64) {
         while rounds < 2000 || cache.get("enough").is_none() {
             rounds += 1;
             for (key, pin) in (0..).zip(&pins) {
-                assert!(is_whole(key, pin) && pin[..] == page(key, 1, 3000), "pinned page {key} has changed");
+                let bytes = pin.to_vec();
+                assert!(is_whole(key, &bytes) && bytes == page(key, 1, 3000), "pinned page {key} has changed");
             }
         }
     });

@@ -145,7 +145,7 @@ impl Worker<'_> {
     fn pin(&mut self, key: u32) {
         self.timed(|worker| {
             if let Some(pin) = worker.cache.pin(name(key)) {
-                worker.check(key, Some(&pin));
+                worker.check(key, Some(&pin.to_vec()));
                 count(&worker.report.pinned);
                 worker.pins.push_back((key, pin));
             }
@@ -153,7 +153,7 @@ impl Worker<'_> {
         if self.pins.len() > 8
             && let Some((key, pin)) = self.pins.pop_front()
         {
-            self.check(key, Some(&pin));
+            self.check(key, Some(&pin.to_vec()));
         }
     }
 

@@ -20,8 +20,10 @@ pub(crate) fn get_into(cache: &Cache, key: &[u8], into: &mut Vec<u8>) -> bool {
 
 /// A lookup that gives the value where it lies.
 #[inline]
+#[expect(unsafe_code, reason = "the other caches lend slices too")]
 pub(crate) fn pin(cache: &Cache, key: &[u8]) -> Option<impl Deref<Target = [u8]>> {
-    cache.pin(key)
+    // SAFETY: the processes of a benchmark are this program alone, which writes to the segment by its functions only.
+    Some(unsafe { cache.pin(key)?.into_slice() })
 }
 
 /// Stores a value, unless others are at it right now: a cache may forget.
