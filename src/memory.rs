@@ -64,6 +64,19 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
     }
 }
 
+/// New memory in the place of what is damaged. A file makes room for another one under its name, and is gone with the last
+/// who uses it.
+///
+/// # Errors
+/// As for [`open`].
+pub(crate) fn renew(config: &Config) -> Result<Segment, BoxError> {
+    if let Some(path) = &config.cache.file {
+        std::fs::remove_file(path)
+            .map_err(|error| format!("cannot remove the damaged cache file {}: {error}", path.display()))?;
+    }
+    create(config)
+}
+
 fn create(config: &Config) -> Result<Segment, BoxError> {
     let CacheConfig { bytes, file, .. } = &config.cache;
     let plan = plan(config);

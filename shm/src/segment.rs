@@ -123,6 +123,28 @@ impl Segment {
         self.inner.geometry.total
     }
 
+    /// Whether some process has written over the segment: what is wrong, if its header is not what this process found when it
+    /// made it or attached to it. Takes no lock and makes no system call.
+    pub fn damage(&self) -> Option<&'static str> {
+        let Some(header) = self.inner.header() else { return Some("it has no header") };
+        match checked_header(header, self.inner.geometry.total) {
+            Ok((geometry, seed)) if geometry == self.inner.geometry && seed == self.inner.seed => None,
+            Ok(_) => Some("its header is that of another segment"),
+            Err(SegmentError::Unusable { why }) => Some(why),
+            Err(_) => Some("its header makes no sense"),
+        }
+    }
+
+    /// How often a part of the cache, or the event log, contradicted itself and was emptied.
+    pub fn restarts(&self) -> u64 {
+        let inner = &self.inner;
+        let shards =
+            (0..inner.geometry.shards).filter_map(|number| inner.map.at::<ShardHead>(inner.geometry.shard_at(number)));
+        let shards = shards.map(|head| head.restarts.load(Ordering::Relaxed));
+        let events = inner.events_head().map(|head| head.counters.restarts.load(Ordering::Relaxed));
+        shards.chain(events).fold(0, u64::wrapping_add)
+    }
+
     /// The page cache. Without one in the plan, it misses every lookup and refuses every page.
     pub fn cache(&self) -> Cache {
         Cache::new(Arc::clone(&self.inner))
@@ -396,6 +418,33 @@ mod tests {
             header.checksum.store(checksum(header), Ordering::Relaxed);
             why(Segment::attach(made.fd().try_clone_to_owned().unwrap()));
         }
+    }
+
+    #[test]
+    fn a_header_that_is_written_over_is_damage_and_a_busy_segment_is_not() {
+        let segment = Segment::create(&PLAN).unwrap();
+        let attached = Segment::attach(segment.fd().try_clone_to_owned().unwrap()).unwrap();
+        segment.cache().set("k", "v", &crate::Options::new().tags(["t"])).unwrap();
+        segment.cache().purge_tag("t");
+        segment.cache().purge_prefix("k");
+        segment.scoreboard().claim(0, 1, 1).unwrap();
+        assert_eq!((segment.damage(), attached.damage(), segment.restarts()), (None, None, 0));
+        for byte in 0..72_u64 {
+            let mut before = [0];
+            segment.inner.map.read_into(byte, &mut before).unwrap();
+            segment.inner.map.write(byte, &[before[0] ^ 1]).unwrap();
+            assert!(segment.damage().is_some() && attached.damage().is_some(), "byte {byte}");
+            segment.inner.map.write(byte, &before).unwrap();
+            assert_eq!(segment.damage(), None);
+        }
+        let other = Segment::create(&PLAN).unwrap();
+        let mut header = [0; 72];
+        other.inner.map.read_into(0, &mut header).unwrap();
+        segment.inner.map.write(0, &header).unwrap();
+        assert_eq!(segment.damage(), Some("its header is that of another segment"));
+        let shard: &ShardHead = segment.inner.map.at(segment.inner.geometry.shards_at).unwrap();
+        shard.restarts.store(3, Ordering::Relaxed);
+        assert_eq!(segment.restarts(), 3);
     }
 
     #[test]

@@ -184,6 +184,11 @@ impl Beside {
         format!("{} {:?}", self.helpers.describe(), self.programs)
     }
 
+    /// Processes to come get this memory.
+    pub(super) fn move_to(&mut self, segment: Segment) {
+        self.segment = segment;
+    }
+
     fn now(&self) -> Now {
         self.begun.elapsed()
     }

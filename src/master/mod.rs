@@ -18,6 +18,7 @@
 
 mod beside;
 mod control;
+mod damage;
 mod demand;
 mod hangs;
 mod helpers;
@@ -53,6 +54,7 @@ use nix::unistd::Pid;
 use self::beside::Beside;
 pub(crate) use self::beside::check_helpers;
 pub(crate) use self::control::Control;
+use self::damage::Damage;
 use self::obituary::Obituary;
 use self::output::LateOutputs;
 use self::recycling::Recycling;
@@ -132,6 +134,7 @@ struct Master {
     /// What runs beside the workers.
     beside: Beside,
     relay: Relay,
+    damage: Damage,
     /// Set when the last worker is gone: whether the operator asked for that.
     emptied: Option<bool>,
     /// Set when the last process is gone: whether the operator asked for that.
@@ -179,6 +182,7 @@ pub(crate) fn run(
         obituary: Obituary::default(),
         signals,
         scoreboard: segment.scoreboard(),
+        damage: Damage::new(&segment),
         sickbed: Sickbed::new(&config.failures, segment.quarantine()),
         beside: Beside::new(&config, segment.clone(), begun)?,
         relay: Relay::new(operators.publish),
@@ -219,6 +223,7 @@ pub(crate) fn run(
         master.look_at_programs();
         master.recycle();
         master.look_after_the_sick();
+        master.look_at_memory();
         master.hear_operators(&events);
         master.feed(Event::Tick);
         master.look_beside();
@@ -289,6 +294,7 @@ impl Master {
             self.control.as_ref().and_then(|control| control.next_deadline(now)),
             self.beside.next_deadline(),
             self.relay.next_deadline(now),
+            self.damage.next_deadline(),
         ];
         let outputs = self.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
         let deadline = deadlines.into_iter().flatten().chain(outputs).chain(self.late.next_deadline()).min();

@@ -49,6 +49,9 @@ impl Master {
             }
             Request::Segment | Request::Events => {
                 let now = self.now();
+                if let Some(why) = self.why_not_use_memory() {
+                    return self.reply(client, &Answer::failed(why));
+                }
                 let done = Answer::done("the shared memory comes with this line");
                 if let Some(control) = &mut self.control {
                     control.hand_over(client, self.nursery.segment.fd(), &done, now);

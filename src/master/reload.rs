@@ -36,6 +36,9 @@ impl Master {
             log::error!("reload refused, the workers stay: {why}");
             return Err(format!("the workers stay as they are: {why}"));
         }
+        if let Some(text) = self.replace_damaged_memory() {
+            self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
+        }
         self.feed(Event::Command(Command::Reload));
         Ok(())
     }

@@ -61,6 +61,12 @@ impl Sickbed {
         self.oom_kills.explain(now)
     }
 
+    /// Has workers find what is refused in another table.
+    pub(super) fn move_to(&mut self, table: forkyard_shm::Quarantine, now: Now) {
+        self.table = table;
+        self.publish(now);
+    }
+
     /// Goes by other limits from now on. What is refused already has its time.
     pub(crate) fn set_limits(&mut self, failures: &Failures) {
         self.hangs.set_timeout(failures.hang_timeout);

@@ -1,0 +1,148 @@
+//! Shared memory that some process has written over: the server goes on, says so once, and a reload gives it new memory.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use common::sse::{Source, Way};
+use common::{Server, http, is_gone, program, wait_until};
+
+struct Scribbled {
+    server: Server,
+    name: &'static str,
+    control: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl Scribbled {
+    fn start(name: &'static str, arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let control = folder.path().join("control");
+        let mut command = Command::new(program(name));
+        command.args(["--bind", "http:127.0.0.1:0", "--workers", "2", "--control"]).arg(&control).args(arguments);
+        Self { server: Server::start_command(&mut command), name, control, _folder: folder }
+    }
+
+    /// Writes over all of the memory, as a program may that has it by `FORKYARD_SHM`.
+    fn scribble(&self, memory: &File, with: &str) {
+        let length = memory.metadata().unwrap().len();
+        let mut random = fastrand::Rng::with_seed(length);
+        let mut piece = vec![0; 1 << 20];
+        for at in (0..length).step_by(piece.len()) {
+            match with {
+                "zeroes" => {}
+                "ones" => piece.fill(0xff),
+                "random bytes" => random.fill(&mut piece),
+                other => panic!("{other}"),
+            }
+            let rest = usize::try_from(length - at).unwrap().min(piece.len());
+            memory.write_all_at(&piece[..rest], at).unwrap();
+        }
+    }
+
+    /// The memory of the server's current generation.
+    fn memory(&self) -> File {
+        let folder = format!("/proc/{}/fd", self.server.pid());
+        let is_memory =
+            |path: &Path| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:forkyard"));
+        let mut found = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let path = found.find(|path| is_memory(path)).expect("the master holds the memory");
+        OpenOptions::new().read(true).write(true).open(path).unwrap()
+    }
+
+    fn ask(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(program(self.name));
+        command.args(arguments).env("FORKYARD_CONTROL", &self.control).output().unwrap()
+    }
+
+    fn refusal(&self, arguments: &[&str]) -> String {
+        let output = self.ask(arguments);
+        assert!(!output.status.success(), "{arguments:?} {output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// Reloads, and returns what is said when the processes from before are gone.
+    fn reload(&self) -> String {
+        let old = self.server.children();
+        let output = self.ask(&["reload"]);
+        let said = [&output.stdout[..], &output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        assert!(output.status.success(), "{said}\n{}", self.server.log());
+        wait_until("the old processes leave", || old.iter().all(|&pid| is_gone(pid)).then_some(()));
+        said
+    }
+}
+
+#[test]
+fn memory_that_is_written_over_is_told_once_and_a_reload_replaces_it() {
+    for with in ["zeroes", "ones", "random bytes"] {
+        let mut site = Scribbled::start("pages", &["--cache", "4M"]);
+        let address = site.server.http();
+        let page = || http::get(&address, "/page/1").unwrap();
+        let first = page().text();
+        assert!(page().text() == first, "it is cached");
+        let memory = site.memory();
+        site.scribble(&memory, with);
+        let line = site.server.wait_for("the shared memory is damaged");
+        assert!(line.contains("ERROR") && line.contains("reload"), "{line}");
+        assert!((0..4).all(|_| page().status == 200), "{with}: requests are answered");
+        for command in [&["cache", "stats"][..], &["events", "ls"]] {
+            let why = site.refusal(command);
+            assert!(why.contains("the shared memory is damaged") && why.contains("a reload replaces it"), "{why}");
+        }
+        let said = site.reload();
+        assert!(said.contains("new memory takes its place"), "{with}: {said}");
+        let first = page().text();
+        assert!((0..8).all(|_| page().text() == first), "{with}: it is cached again, for both workers");
+        assert!(site.ask(&["cache", "stats"]).status.success() && site.ask(&["events", "ls"]).status.success());
+        let said = site.reload();
+        assert!(!said.contains("memory"), "sound memory stays: {said}");
+        assert!(page().text() == first, "and the cache in it");
+        site.server.stop();
+        assert_eq!(site.server.log().matches("the shared memory is damaged").count(), 1, "{}", site.server.log());
+    }
+}
+
+#[test]
+fn who_subscribed_before_the_memory_was_replaced_sees_a_gap_and_then_all_events() {
+    let mut site = Scribbled::start("stream", &["--events", "1M"]);
+    let (address, bind) = (site.server.http(), site.server.binds[0].clone());
+    let publish = |text: &str| http::post(&address, "/publish/news", text.as_bytes()).unwrap().status;
+    let mut source = Source::open(Way::Http, &bind, "/events?topics=news", "").unwrap();
+    assert_eq!(publish("before"), 200);
+    assert_eq!(source.next().data, "before");
+    let memory = site.memory();
+    site.scribble(&memory, "random bytes");
+    site.server.wait_for("the shared memory is damaged");
+    site.reload();
+    while source.event().is_ok_and(|event| event.is_some()) {}
+    let mut source = Source::open(Way::Http, &bind, "/events?topics=news", &source.last_id).unwrap();
+    assert_eq!(source.next().name, "gap");
+    wait_until("the new generation serves", || (publish("after") == 200).then_some(()));
+    assert_eq!(source.next().data, "after");
+    site.server.stop();
+}
+
+#[test]
+fn a_damaged_cache_file_makes_room_for_a_new_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pages");
+    let mut site = Scribbled::start("pages", &["--cache", "4M", "--cache-file", path.to_str().unwrap()]);
+    let address = site.server.http();
+    let memory = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    site.scribble(&memory, "zeroes");
+    site.server.wait_for("the shared memory is damaged");
+    let said = site.reload();
+    assert!(said.contains("new memory takes its place"), "{said}");
+    let first = http::get(&address, "/page/1").unwrap().text();
+    site.server.stop();
+    let mut again = Scribbled::start("pages", &["--cache", "4M", "--cache-file", path.to_str().unwrap()]);
+    assert!(again.server.log().contains("cache is warm"), "{}", again.server.log());
+    assert!(http::get(&again.server.http(), "/page/1").unwrap().text() == first);
+    again.server.stop();
+}
