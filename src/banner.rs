@@ -2,11 +2,11 @@
 //! line of an error. It all goes to standard error; if the log is JSON, into the log, or else its reader would stumble.
 
 use std::fmt::Display;
-use std::io::Write as _;
 use std::time::Duration;
 
 use crate::config::{Config, format_size};
 use crate::listen::Listener;
+use crate::logging;
 
 /// Says what is about to run.
 pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str>) {
@@ -45,16 +45,15 @@ pub(crate) fn can_take_over() -> bool {
 
 /// Says what went wrong, before there is a log.
 pub(crate) fn complain(error: &dyn Display) {
-    if crate::logging::is_json() {
+    if logging::is_json() {
         return log::error!("{error}");
     }
     write(&format!("forkyard: {error}\n"));
 }
 
 fn write(text: &str) {
-    if crate::logging::is_json() {
+    if logging::is_json() {
         return text.lines().for_each(|line| log::info!("{}", line.trim()));
     }
-    // One write, so that it stays in one piece; and if standard error is closed, so be it.
-    let _ = std::io::stderr().write_all(text.as_bytes());
+    logging::to_standard_error(text.as_bytes());
 }

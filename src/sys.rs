@@ -328,32 +328,6 @@ pub(crate) fn replace(fd: RawFd, file: &OwnedFd) -> io::Result<()> {
     if outcome >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Writes all of `bytes` to descriptor `fd`, with one write(2) if that takes them; waits where it must.
-///
-/// # Errors
-/// What `write(2)` says.
-pub(crate) fn write_all(fd: RawFd, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        // SAFETY: `bytes` is valid for its length; write(2) takes any descriptor, and only reads from memory.
-        let written = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
-        let Ok(written) = usize::try_from(written) else {
-            let error = io::Error::last_os_error();
-            match error.kind() {
-                io::ErrorKind::Interrupted => {}
-                io::ErrorKind::WouldBlock => {
-                    let mut room = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-                    // SAFETY: one pollfd, valid for the whole call. If it fails, the next write tells why.
-                    unsafe { libc::poll(&raw mut room, 1, -1) };
-                }
-                _ => return Err(error),
-            }
-            continue;
-        };
-        bytes = bytes.get(written..).unwrap_or_default();
-    }
-    Ok(())
-}
-
 /// Takes possession of those of `numbers` that are open here and were handed down: nothing that this program opened itself is
 /// touched, since Rust opens everything close-on-exec. They are close-on-exec from now on.
 ///

@@ -6,8 +6,13 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::limit::InTime as _;
@@ -94,6 +99,188 @@ fn a_flood_is_logged_whole_and_does_not_stop_the_master() {
     assert!((0..LINES).zip(&found).all(|(number, words)| *words == format!("number {number}")), "in order, each once");
     let added = log.find("asked to add").unwrap_or(usize::MAX);
     assert!(added < log.rfind("| number").unwrap(), "it heard the signal in the middle of the flood");
+}
+
+/// A server whose standard error is `stderr`, and its address: `Server` does not see its log.
+fn start_with_stderr(directory: &Path, stderr: impl Into<Stdio>, arguments: &[&str]) -> (Server, String) {
+    let address = format!("fastcgi:unix:{}", directory.join("app.sock").display());
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$0\" \"$@\" 2>&0 </dev/null"]).arg(program("chatty")).stdin(stderr);
+    let server = Server::launch(command.args(["--bind", &address, "--workers", "1"]).args(arguments));
+    wait_until("it serves", || ask(&address, "/ok").filter(|&status| status == 200));
+    (server, address)
+}
+
+fn ask(address: &str, target: &str) -> Option<u16> {
+    Some(fastcgi::Client::connect(address).ok()?.request("GET", target, b"").ok()?.status())
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
+    const LINES: usize = 300_000;
+    for is_socket in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut ours, theirs): (Box<dyn Read + Send>, Stdio) = if is_socket {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_read_timeout(Some(common::PATIENCE)).unwrap();
+            (Box::new(ours), OwnedFd::from(theirs).into())
+        } else {
+            let (ours, theirs) = nix::unistd::pipe().unwrap();
+            (Box::new(File::from(ours)), theirs.into())
+        };
+        let (mut server, address) = start_with_stderr(directory.path(), theirs, &["--output-rate", "0"]);
+        assert_eq!(ask(&address, &format!("/flood/{LINES}")), Some(200), "it is not held up");
+        let first = worker(&server);
+        server.signal(Signal::SIGTTIN);
+        wait_until("there are two workers", || (server.workers().len() == 2).then_some(()));
+        kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+        wait_until("the dead one is replaced", || {
+            let workers = server.workers();
+            (workers.len() == 2 && !workers.contains(&first)).then_some(())
+        });
+        // Now it is read.
+        let reader = std::thread::spawn(move || {
+            let mut text = Vec::new();
+            let mut buffer = [0; 1 << 16];
+            while let Ok(count @ 1..) = ours.read(&mut buffer) {
+                text.extend_from_slice(&buffer[..count]);
+            }
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        server.stop();
+        let log = reader.join().unwrap();
+        let lost: usize = log
+            .lines()
+            .filter(|line| line.contains("lines of the log were lost"))
+            .map(|line| line.rsplit_once("lost=").unwrap().1.parse::<usize>().unwrap())
+            .sum();
+        assert!(lost > 0, "they were counted");
+        let (seen, others) = (words(&log).len(), log.lines().filter(|line| !line.contains(" | ")).count());
+        assert!(seen + lost >= LINES && seen + lost < LINES + 100, "{seen} + {lost}, and {others} others");
+        let numbers: Vec<usize> =
+            words(&log).iter().filter_map(|words| words.strip_prefix("number ")?.parse().ok()).collect();
+        assert!(numbers.is_sorted() && numbers.len() == seen, "no line is torn");
+    }
+}
+
+#[test]
+fn what_a_worker_puts_out_has_a_rate_and_the_rest_is_counted() {
+    const LINES: usize = 100_000;
+    let mut server = start(&["--output-rate", "10K"]);
+    assert_eq!(get(&server, &format!("/flood/{LINES}")), 200);
+    server.wait_for("output was left out of the log (--output-rate)");
+    server.stop();
+    let log = server.log();
+    let left_out: usize = log
+        .lines()
+        .filter_map(|line| line.split_once("output was left out").and_then(|(_, rest)| rest.split_once("lines=")))
+        .map(|(_, rest)| rest.split(' ').next().unwrap().parse::<usize>().unwrap())
+        .sum();
+    assert_eq!(words(&log).len() + left_out, LINES);
+    assert!(left_out > 0);
+}
+
+#[test]
+fn no_client_can_flood_the_log() {
+    const REQUESTS: usize = 400;
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("app.sock");
+    let address = format!("scgi:unix:{}", socket.display());
+    let mut server = start(&["--bind", &address, "--log-rate", "5"]);
+    for _ in 0..REQUESTS {
+        let mut client = UnixStream::connect(&socket).unwrap();
+        client.set_read_timeout(Some(common::PATIENCE)).unwrap();
+        client.write_all(b"no netstring").unwrap();
+        let _ = client.read_to_end(&mut Vec::new()); // a reset will do
+    }
+    server.stop();
+    let log = server.log();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("an SCGI request was refused")).collect();
+    let left_out =
+        lines.iter().filter_map(|line| line.rsplit_once(" left_out=")).map(|(_, n)| n.parse::<usize>().unwrap());
+    assert_eq!(lines.len() + left_out.sum::<usize>(), REQUESTS, "{log}");
+    assert!(lines.len() < REQUESTS, "{log}");
+}
+
+#[test]
+fn the_names_of_the_standard_streams_are_these_whatever_they_are() {
+    let directory = tempfile::tempdir().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    let flags = ["--log-file", "/dev/stderr", "--access-log", "/dev/stderr"];
+    let (mut server, _) = start_with_stderr(directory.path(), OwnedFd::from(theirs), &flags);
+    server.stop();
+    let mut text = String::new();
+    (&ours).read_to_string(&mut text).unwrap();
+    assert!(text.contains("\"GET /ok HTTP/1.1\" 200") && text.contains("asked to drain"), "{text}");
+}
+
+#[test]
+fn a_full_log_file_is_named_and_its_lines_go_to_standard_error() {
+    let mut server = start(&["--log-file", "/dev/full"]);
+    server.signal(Signal::SIGTTIN);
+    server.wait_for("the log file cannot be written: No space left on device");
+    server.wait_for("asked to add");
+    server.stop();
+    assert_eq!(server.log().matches("the log file cannot be written").count(), 1);
+}
+
+#[test]
+fn an_access_log_that_nobody_reads_stops_no_worker() {
+    let directory = tempfile::tempdir().unwrap();
+    let fifo = directory.path().join("access");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut reader =
+        OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&fifo).expect("it does not wait");
+    let mut server = start(&["--access-log", fifo.to_str().unwrap()]);
+    let mut client = http::Client::connect(&server.http()).unwrap();
+    const REQUESTS: usize = 4000;
+    for number in 0..REQUESTS {
+        assert_eq!(client.request("GET", &format!("/ok?{number}"), b"").unwrap().status, 200);
+    }
+    server.wait_for("the access log cannot be written, and its lines are lost: nobody reads it");
+    // Now it is read.
+    let mut text = Vec::new();
+    wait_until("it is written again", || {
+        let _ = reader.read_to_end(&mut text); // until there is nothing more at the moment
+        http::get(&server.http(), "/ok?last").unwrap();
+        server.log().contains("the access log is written again").then_some(())
+    });
+    server.stop();
+    let _ = reader.read_to_end(&mut text);
+    let text = String::from_utf8(text).unwrap();
+    assert!(
+        text.lines().all(|line| line.starts_with("127.0.0.1 - - [") && line.ends_with("protocol=http")),
+        "none is torn"
+    );
+    assert!(text.lines().count() < REQUESTS && text.contains("/ok?0 ") && text.contains("/ok?last "));
+}
+
+#[test]
+fn a_worker_that_has_no_descriptors_for_the_new_files_takes_them_later() {
+    let directory = tempfile::tempdir().unwrap();
+    let access = directory.path().join("access");
+    let mut server = start(&["--access-log", access.to_str().unwrap()]);
+    let pid = worker(&server);
+    assert_eq!(get(&server, "/ok?old"), 200);
+    let limit = |limit: &str| {
+        let status = Command::new("prlimit").args([format!("--pid={pid}"), format!("--nofile={limit}:")]).status();
+        assert!(status.expect("scripts/test installs util-linux").success());
+    };
+    let before = Command::new("prlimit")
+        .args([&format!("--pid={pid}"), "--nofile", "--noheadings", "--output", "SOFT"])
+        .output()
+        .unwrap();
+    limit("3");
+    std::fs::rename(&access, directory.path().join("access.1")).unwrap();
+    server.signal(Signal::SIGUSR1);
+    server.wait_for("a worker goes on with its old log files until it can open the new ones");
+    limit(String::from_utf8(before.stdout).unwrap().trim());
+    wait_until("it writes to the new file", || {
+        assert_eq!(get(&server, "/ok?new"), 200);
+        read(&access).contains("/ok?new").then_some(())
+    });
+    server.stop();
 }
 
 #[test]

@@ -108,6 +108,7 @@ const TABLE: &[Row] = &[
     row("header-timeout", "'7s'", InWorker),
     row("body-timeout", "'7s'", InWorker),
     row("write-timeout", "'7s'", InWorker),
+    row("upgraded-timeout", "'7s'", InWorker),
     // Hangs and crashes.
     row("request-timeout", "'7s'", InWorker),
     row("hang-timeout", "'7s'", InMaster("sickbed")),
@@ -141,6 +142,9 @@ const TABLE: &[Row] = &[
     row("log-level", "'debug,forkyard::master=info'", InLog(|log| log.contains("worker spawned").to_string())),
     row("log-file", "'DIR/log'", AtFile(|folder| reloads_in(&folder.join("log")))),
     row("log-format", "'json'", InLog(|log| log.contains("{\"time\"").to_string())),
+    row("log-queue", "'7M'", InMaster("log")),
+    row("log-rate", "7", InWorker),
+    row("output-rate", "'7M'", InMaster("log")),
     row("access-log", "'DIR/access'", InWorker),
     with("access-log-format", "'json'", &[("access-log", "'DIR/access'")], InWorker),
     // Operation.

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use crate::config::logs::{AccessConfig, AccessFormat, Filters, LogConfig, LogFormat};
+use crate::config::logs::{AccessConfig, AccessFormat, DEFAULT_RATE, Filters, LogConfig, LogFormat};
+use crate::config::parse_size;
 
 /// Those of everything that serves.
 #[derive(Args, Debug)]
@@ -23,6 +24,15 @@ pub(super) struct LogOptions {
         help_heading = "Logging"
     )]
     log_format: Form,
+
+    /// Bytes of the log that wait in each process while its reader is slow; when as many wait, further lines are lost and counted
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_LOG_QUEUE", default_value = "1M", value_parser = parse_size, help_heading = "Logging")]
+    log_queue: u64,
+
+    /// Bytes a second, on average, that are logged of the output of each process (bursts of eight times that pass); further lines are left
+    /// out and counted; 0 for no limit
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_OUTPUT_RATE", default_value = "1M", value_parser = parse_size, help_heading = "Logging")]
+    output_rate: u64,
 }
 
 /// Those of an application linked in.
@@ -43,6 +53,11 @@ pub(super) struct AccessLogOptions {
         help_heading = "Logging"
     )]
     access_log_format: AccessForm,
+
+    /// Lines a second of each kind that a worker logs of itself (malformed requests, say); of further ones the last is logged, with their
+    /// number; 0 for no limit
+    #[arg(long, value_name = "N", env = "FORKYARD_LOG_RATE", default_value_t = DEFAULT_RATE, help_heading = "Logging")]
+    log_rate: u32,
 }
 
 /// In `forkyard run`: a program answers its clients itself, and nobody else knows what it answers.
@@ -81,7 +96,15 @@ impl LogOptions {
             Form::Text => LogFormat::Text,
             Form::Json => LogFormat::Json,
         };
-        LogConfig { filters, file: self.log_file.clone(), format, access: access.config() }
+        LogConfig {
+            filters,
+            file: self.log_file.clone(),
+            format,
+            queue: self.log_queue,
+            output_rate: self.output_rate,
+            rate: access.log_rate,
+            access: access.config(),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 /// All about logs.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LogConfig {
     pub(crate) filters: Filters,
     /// Standard error if `None`.
@@ -12,7 +12,26 @@ pub(crate) struct LogConfig {
     pub(crate) format: LogFormat,
     /// No access log if `None`.
     pub(crate) access: Option<AccessConfig>,
+    /// Bytes of the log that wait in each process while nobody reads it.
+    pub(crate) queue: u64,
+    /// Lines a second that a worker logs from each place in our source; zero is no limit.
+    pub(crate) rate: u32,
+    /// Bytes a second of each process's output that are logged; zero is no limit.
+    pub(crate) output_rate: u64,
 }
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        let (queue, rate, output_rate) = (DEFAULT_QUEUE, DEFAULT_RATE, DEFAULT_OUTPUT_RATE);
+        let (filters, format) = (Filters::default(), LogFormat::default());
+        Self { filters, file: None, format, access: None, queue, rate, output_rate }
+    }
+}
+
+/// What holds if nothing else is said.
+pub(crate) const DEFAULT_QUEUE: u64 = 1 << 20;
+pub(crate) const DEFAULT_RATE: u32 = 20;
+pub(crate) const DEFAULT_OUTPUT_RATE: u64 = 1 << 20;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum LogFormat {

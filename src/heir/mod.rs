@@ -41,7 +41,7 @@ use crate::heritage::Heritage;
 use crate::listen::{Listener, Protocol};
 use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::LineBuffer;
-use crate::sys;
+use crate::{logging, sys};
 
 /// How long peers that have been told that it is over are listened to, so that they hear it.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -130,17 +130,23 @@ fn live(
     await_death(worker, end);
     let estate = Estate::open(heritage, ledger, lifeline);
     if let Some(lines) = lines {
-        lines.empty(|lines| write_last(heritage, lines));
+        lines.write_out(|lines| write_last(heritage, lines));
     }
     estate.close();
+    logging::finish();
     0
 }
 
 /// Writes the lines of the access log that the worker had no time for.
-fn write_last(heritage: &Heritage, lines: &[u8]) {
-    if let Err(error) = heritage.log_files.write_access(lines) {
-        log::error!("the last lines of a dead worker's access log are lost: {error} slot={}", heritage.slot);
+fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
+    if let (count, Err(error)) = heritage.log_files.write_access_within(lines, PATIENCE) {
+        let lost = lines[count..].iter().filter(|&&byte| byte == b'\n').count();
+        log::error!(
+            "the last lines of a dead worker's access log are lost: {error} slot={} lost={lost}",
+            heritage.slot
+        );
     }
+    lines.len()
 }
 
 /// Returns when the worker is dead.

@@ -4,41 +4,24 @@
 //! the new files from the master. It puts them in the place of the old ones, under the same number: what writes there at
 //! that moment writes to the one or to the other, and its heir, which shares the table, follows along.
 
-use std::fs::OpenOptions;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
-use nix::sys::stat::{SFlag, fstat};
 
+use super::destination::{self, Kind};
 use crate::config::logs::LogConfig;
 use crate::sys;
-
-/// Opens a file to write at its end, and makes it if there is none. It belongs to whoever the master is: workers do not open it.
-///
-/// # Errors
-/// A sentence for the operator.
-pub(super) fn open(path: &Path, flag: &str) -> Result<OwnedFd, String> {
-    // Not to wait for somebody who reads, should it be a FIFO.
-    let options = OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(libc::O_NONBLOCK).open(path);
-    options.map(OwnedFd::from).map_err(|error| {
-        format!(
-            "{flag}: cannot open {}: {error} (create its folder, or name a file that you can write)",
-            path.display()
-        )
-    })
-}
 
 /// The files, as master and workers have them: under the same numbers in all.
 #[derive(Debug)]
 pub(crate) struct LogFiles {
     config: LogConfig,
     access: Option<OwnedFd>,
-    /// It is a file, to which others' lines do not come in between.
-    is_whole: bool,
+    access_kind: Kind,
 }
 
 impl LogFiles {
@@ -50,12 +33,13 @@ impl LogFiles {
         let access = match &config.access {
             None => None,
             Some(access) => Some(match &access.file {
-                Some(path) => open(path, "--access-log")?,
+                Some(path) => destination::open(path, "--access-log")?,
                 None => sys::descriptor(1).ok_or("--access-log: standard output is closed (name a file)")?,
             }),
         };
-        let is_whole = access.as_ref().is_some_and(is_file);
-        Ok(Self { config: config.clone(), access, is_whole })
+        let kind = access.as_ref().map(|access| Kind::of(access.as_fd()));
+        let (access_kind, own) = kind.unwrap_or((Kind::File, None));
+        Ok(Self { config: config.clone(), access: own.or(access), access_kind })
     }
 
     pub(crate) fn config(&self) -> &LogConfig {
@@ -66,19 +50,21 @@ impl LogFiles {
         self.access.is_some()
     }
 
-    /// Writes lines to the access log: to a file all at once; to a pipe so many that they stay in one piece.
-    ///
-    /// # Errors
-    /// What `write(2)` says. Nobody knows then how many were written.
-    pub(crate) fn write_access(&self, mut lines: &[u8]) -> io::Result<()> {
-        let Some(access) = &self.access else { return Ok(()) };
-        let most = if self.is_whole { lines.len() } else { libc::PIPE_BUF };
-        while !lines.is_empty() {
-            let (first, rest) = lines.split_at(whole_lines(lines, most));
-            sys::write_all(access.as_raw_fd(), first)?;
-            lines = rest;
+    /// Writes lines to the access log: to a file all at once; to a pipe so many that they stay in one piece. Never waits for a
+    /// reader. Returns how many bytes went, and why no more did.
+    pub(crate) fn write_access(&self, lines: &[u8]) -> (usize, io::Result<()>) {
+        match &self.access {
+            Some(access) => destination::write_lines(access.as_fd(), self.access_kind, lines),
+            None => (lines.len(), Ok(())),
         }
-        Ok(())
+    }
+
+    /// As [`write_access`](Self::write_access), for a process that ends: a reader that is slow is waited for, up to `limit`.
+    pub(crate) fn write_access_within(&self, lines: &[u8], limit: Duration) -> (usize, io::Result<()>) {
+        match &self.access {
+            Some(access) => destination::write_lines_within(access.as_fd(), self.access_kind, lines, limit),
+            None => (lines.len(), Ok(())),
+        }
     }
 
     /// What children keep.
@@ -102,7 +88,7 @@ impl LogFiles {
     /// A sentence for the operator; the old one goes on.
     pub(crate) fn reopen_access(&self) -> Result<(), String> {
         let Some((path, access)) = self.access_file() else { return Ok(()) };
-        let opened = open(path, "--access-log")?;
+        let opened = destination::open(path, "--access-log")?;
         sys::replace(access, &opened).map_err(|error| format!("--access-log: {}: {error}", path.display()))
     }
 
@@ -133,13 +119,22 @@ impl LogFiles {
     /// Puts the files that wait in the channel into the place of the old ones. False when no more will come.
     ///
     /// # Errors
-    /// `WouldBlock` if none wait, or what the system says.
+    /// `WouldBlock` if none wait, or what the system says: if it has no descriptors for them, they wait on.
     pub(crate) fn take_in(&self, channel: BorrowedFd<'_>) -> io::Result<bool> {
         let mut byte = [0];
-        let (bytes, taken) = sys::receive_with_descriptors::<2>(channel, &mut byte, MsgFlags::MSG_DONTWAIT)?;
-        let places = self.files();
-        if taken.len() == places.len() {
-            places.iter().zip(&taken).try_for_each(|(&place, file)| sys::replace(place, file))?;
+        let mut receive =
+            |flags| sys::receive_with_descriptors::<2>(channel, &mut byte, MsgFlags::MSG_DONTWAIT | flags);
+        // Looked at first: a message that is taken while there is no room for its descriptors comes without them.
+        drop(receive(MsgFlags::MSG_PEEK)?);
+        let (bytes, taken) = receive(MsgFlags::empty())?;
+        let mut taken = taken.into_iter();
+        if self.config.file.is_some()
+            && let Some(file) = taken.next()
+        {
+            super::replace(file)?;
+        }
+        if let (Some((_, place)), Some(file)) = (self.access_file(), taken.next()) {
+            sys::replace(place, &file)?;
         }
         Ok(bytes > 0)
     }
@@ -156,21 +151,8 @@ impl LogFiles {
     }
 }
 
-fn is_file(descriptor: &OwnedFd) -> bool {
-    let kind = fstat(descriptor).map(|status| SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT);
-    kind == Ok(SFlag::S_IFREG)
-}
-
-/// How long the whole lines at the beginning are, up to `most` bytes; or the first one, if it is longer.
-fn whole_lines(lines: &[u8], most: usize) -> usize {
-    let is_end = |&byte: &u8| byte == b'\n';
-    let within = lines.iter().take(most).rposition(is_end);
-    within.or_else(|| lines.iter().position(is_end)).map_or(lines.len(), |end| end + 1)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd as _;
     use std::path::PathBuf;
 
     use super::*;
@@ -185,16 +167,15 @@ mod tests {
         let files = LogFiles::open(&config).unwrap();
         let (master, worker) = files.channel().unwrap().unwrap();
         assert_eq!(files.take_in(worker.as_fd()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        let place = files.access.as_ref().unwrap().as_raw_fd();
-        sys::write_all(place, b"old\n").unwrap();
+        assert!(files.write_access(b"old\n").1.is_ok());
         let moved: PathBuf = folder.path().join("access.1");
         std::fs::rename(&path, &moved).unwrap();
-        sys::write_all(place, b"still old\n").unwrap();
+        assert!(files.write_access(b"still old\n").1.is_ok());
 
         let again = LogFiles::open(&config).unwrap();
         again.hand_out(master.as_fd()).unwrap();
         assert!(files.take_in(worker.as_fd()).unwrap());
-        sys::write_all(place, b"new\n").unwrap();
+        assert!(files.write_access(b"new\n").1.is_ok());
         assert_eq!(std::fs::read_to_string(&moved).unwrap(), "old\nstill old\n");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "new\n");
         assert_eq!(files.reopen_access(), Ok(()));
@@ -203,14 +184,6 @@ mod tests {
         std::fs::remove_dir_all(folder.path()).unwrap();
         let error = files.reopen_access().unwrap_err();
         assert!(error.contains("--access-log: cannot open"), "{error}");
-        sys::write_all(place, b"goes on\n").unwrap();
-    }
-
-    #[test]
-    fn lines_are_never_cut_for_a_pipe() {
-        assert_eq!(whole_lines(b"ab\ncd\nef\n", 7), 6);
-        assert_eq!(whole_lines(b"ab\ncd\n", 6), 6);
-        assert_eq!(whole_lines(b"abcdef\ngh\n", 3), 7);
-        assert_eq!(whole_lines(b"abc", 2), 3);
+        assert!(files.write_access(b"goes on\n").1.is_ok());
     }
 }

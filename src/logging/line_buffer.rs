@@ -18,6 +18,8 @@ pub(crate) const ROOM: usize = 64 << 10;
 #[repr(C)]
 struct Region {
     length: AtomicUsize,
+    /// What of it was written. More than `length` is nothing.
+    written: AtomicUsize,
     bytes: UnsafeCell<[u8; ROOM]>,
 }
 
@@ -64,22 +66,44 @@ impl LineBuffer {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.length() == 0
+        self.written() == self.length()
     }
 
-    /// Has all lines written, and forgets them.
-    pub(crate) fn empty(&self, write: impl FnOnce(&[u8])) {
-        let length = self.length();
+    /// Has lines written, and forgets as many bytes of them as `write` returns. Room for others is made when all are written.
+    pub(crate) fn write_out(&self, write: impl FnOnce(&[u8]) -> usize) {
+        let (length, written) = (self.length(), self.written());
         let bytes = self.region().bytes.get().cast::<u8>();
+        // SAFETY: `written` is at most `length`, which is within the array.
+        let first = unsafe { bytes.add(written) };
         // SAFETY: within the array, of which every byte is valid, and nobody writes there while `write` runs: the worker has
         // one thread for it, and is dead when the heir is here.
-        write(unsafe { std::slice::from_raw_parts(bytes, length) });
-        self.region().length.store(0, Ordering::Release);
+        let count = write(unsafe { std::slice::from_raw_parts(first, length - written) });
+        if count >= length - written {
+            // In this order: nothing is written twice if the worker is killed in between.
+            self.region().length.store(0, Ordering::Release);
+            self.region().written.store(0, Ordering::Release);
+        } else {
+            self.region().written.store(written + count, Ordering::Release);
+        }
+    }
+
+    /// Forgets what waits, and returns how many lines that were.
+    pub(crate) fn forget(&self) -> usize {
+        let mut lines = 0;
+        self.write_out(|bytes| {
+            lines = bytes.iter().filter(|&&byte| byte == b'\n').count();
+            bytes.len()
+        });
+        lines
     }
 
     /// However much was scribbled over it, within the bounds.
     fn length(&self) -> usize {
         self.region().length.load(Ordering::Acquire).min(ROOM)
+    }
+
+    fn written(&self) -> usize {
+        self.region().written.load(Ordering::Acquire).min(self.length())
     }
 
     fn region(&self) -> &Region {
@@ -101,8 +125,16 @@ mod tests {
             pushed += 1;
         }
         assert_eq!(pushed, ROOM / 1000);
-        buffer.empty(|bytes| assert_eq!(bytes, vec![b'x'; pushed * 1000]));
+        buffer.write_out(|bytes| {
+            assert_eq!(bytes, vec![b'x'; pushed * 1000]);
+            2000
+        });
+        assert!(!buffer.is_empty() && !buffer.push(&line), "there is room when all are written");
+        buffer.write_out(|bytes| {
+            assert_eq!(bytes.len(), (pushed - 2) * 1000);
+            bytes.len()
+        });
         assert!(buffer.is_empty() && buffer.push(b"again\n"));
-        buffer.empty(|bytes| assert_eq!(bytes, b"again\n"));
+        assert_eq!((buffer.forget(), buffer.is_empty()), (1, true));
     }
 }

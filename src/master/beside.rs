@@ -18,15 +18,16 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, pipe2};
 
 use super::helpers::{Action, Event, Helpers, Note};
-use super::output::{LineReader, REST};
+use super::output::{self, LineReader, REST};
 use super::spawn::{OF_THE_MASTER, blocking, explain};
 use super::supervisor::{Command as Order, Now};
 use crate::config::helpers::HelpersConfig;
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
+use crate::logging::rate::{Admission, ByteLimit, LeftOut};
 use crate::privileges::Privileges;
-use crate::publish_socket;
 use crate::sys::{self, Ending};
+use crate::{logging, publish_socket};
 
 /// All of them, and what is needed to make them.
 pub(super) struct Beside {
@@ -68,9 +69,6 @@ struct Label {
     name: String,
 }
 
-/// Bytes of one's output that are read in one turn of the master's loop.
-const TURN: usize = 16 << 10;
-
 /// What runs.
 struct Process {
     helper: usize,
@@ -78,6 +76,7 @@ struct Process {
     since: Instant,
     asked_to_leave: bool,
     output: LineReader,
+    limit: ByteLimit,
     open: bool,
 }
 
@@ -202,7 +201,8 @@ impl Beside {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Now> {
-        self.helpers.next_deadline()
+        let limits = self.processes.values().filter_map(|process| process.limit.due());
+        limits.chain(self.helpers.next_deadline()).min()
     }
 
     /// Where something may be to be read.
@@ -242,15 +242,21 @@ impl Beside {
     }
 
     fn enter(&mut self, pid: Pid, helper: usize, label: Label, output: LineReader) {
-        let process = Process { helper, label, since: Instant::now(), asked_to_leave: false, output, open: true };
+        let (since, limit) = (Instant::now(), ByteLimit::new(logging::output_rate()));
+        let process = Process { helper, label, since, asked_to_leave: false, output, limit, open: true };
         self.processes.insert(pid, process);
     }
 
     /// Logs what was said, and does what is due. `is_up` says whether there are workers.
     pub(super) fn turn(&mut self, is_up: bool) {
+        let share = output::share(self.processes.len());
+        let now = self.now();
         for (pid, process) in self.processes.iter_mut().filter(|(_, process)| process.open) {
-            let label = &process.label;
-            process.open = process.output.read(TURN, &mut |line, _| log_line(label, *pid, line));
+            let Process { label, output, limit, .. } = process;
+            process.open = output.read(share, &mut |line, _| log_line(label, *pid, limit, line, now));
+            if let Some(left_out) = limit.tick(now) {
+                log_left_out(label, *pid, left_out);
+            }
         }
         self.feed(if is_up { Event::Begin } else { Event::Tick });
     }
@@ -280,10 +286,14 @@ impl Beside {
     /// Takes note of an end; false if that was none of these.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending) -> bool {
         let Some(process) = self.processes.remove(&pid) else { return false };
-        let Process { label, since, asked_to_leave, mut output, .. } = process;
-        let mut log = |line: &str, _| log_line(&label, pid, line);
+        let Process { label, since, asked_to_leave, mut output, mut limit, .. } = process;
+        let now = self.now();
+        let mut log = |line: &str, _| log_line(&label, pid, &mut limit, line, now);
         output.read(REST, &mut log);
         output.finish(&mut log);
+        if let Some(left_out) = limit.end() {
+            log_left_out(&label, pid, left_out);
+        }
         let line = format!("{} ended name={} pid={pid} {ending}", label.kind, label.name);
         let lived = since.elapsed().as_millis();
         if asked_to_leave || ending == Ending::Exited(0) {
@@ -398,8 +408,19 @@ impl Beside {
     }
 }
 
-fn log_line(label: &Label, pid: Pid, line: &str) {
-    log::info!(target: "app", "{}={} pid={pid} | {line}", label.kind, label.name);
+fn log_line(label: &Label, pid: Pid, limit: &mut ByteLimit, line: &str, now: Now) {
+    let Admission { left_out, is_admitted } = limit.take(line.len() + 1, now);
+    if let Some(left_out) = left_out {
+        log_left_out(label, pid, left_out);
+    }
+    if is_admitted {
+        log::info!(target: "app", "{}={} pid={pid} | {line}", label.kind, label.name);
+    }
+}
+
+fn log_left_out(label: &Label, pid: Pid, LeftOut { lines, bytes }: LeftOut) {
+    let Label { kind, name } = label;
+    log::warn!("output was left out of the log (--output-rate) {kind}={name} pid={pid} lines={lines} bytes={bytes}");
 }
 
 #[cfg(test)]

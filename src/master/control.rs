@@ -17,6 +17,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 use super::upgrade::saved::{SavedClient, SavedControl, SavedWaiting};
 use crate::control::wire::{self, Answer, LONGEST_REQUEST, Request};
 use crate::listen::ControlListener;
+use crate::logging::rate::{Admission, ByteLimit};
 use crate::sys;
 
 /// Time since the master started.
@@ -39,6 +40,8 @@ pub(crate) struct Control {
     clients: Vec<Client>,
     next: ClientId,
     paused_until: Now,
+    /// Lines about users who must not ask: one a second, and a few more at a time.
+    refusals: ByteLimit,
 }
 
 /// Names a client for as long as the master lives.
@@ -74,7 +77,7 @@ struct Client {
 
 impl Control {
     pub(crate) fn new(listener: ControlListener) -> Self {
-        Self { listener, clients: Vec::new(), next: 1, paused_until: Now::ZERO }
+        Self { listener, clients: Vec::new(), next: 1, paused_until: Now::ZERO, refusals: ByteLimit::new(1) }
     }
 
     /// For a master that takes over. Who does not read what he is told is left behind.
@@ -161,7 +164,12 @@ impl Control {
                     let mut client = Client::new(self.next, socket.into(), now + PATIENCE);
                     self.next += 1;
                     if let Err(why) = may_ask(client.stream.as_fd()) {
-                        log::warn!("control client refused: {why}");
+                        let Admission { left_out, is_admitted } = self.refusals.take(1, now);
+                        let more =
+                            left_out.map_or_else(String::new, |left_out| format!(" left_out={}", left_out.lines));
+                        if is_admitted || !more.is_empty() {
+                            log::warn!("control client refused: {why}{more}");
+                        }
                         client.asked = true;
                         client.tell(&Answer::failed(why), now);
                     }

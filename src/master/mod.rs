@@ -75,7 +75,7 @@ use crate::notify::Notify;
 use crate::publish_socket::PublishSocket;
 use crate::queue_depth::QueueDepth;
 use crate::sys::{self, Ending};
-use crate::{memory, systemd};
+use crate::{logging, memory, systemd};
 
 /// The exit status by which a worker asks not to be replaced.
 const RETIRE: i32 = 125;
@@ -214,6 +214,7 @@ pub(crate) fn run(
     }
     while master.ended.is_none() {
         let (arrived, events) = master.wait();
+        logging::tick();
         if arrived {
             master.feed(Event::Arrival);
         }
@@ -238,6 +239,7 @@ pub(crate) fn run(
     master.relay.end();
     master.late.finish(master.now());
     master.farewell();
+    logging::finish();
     Ok((master.ended == Some(true), master.control))
 }
 
@@ -305,21 +307,28 @@ impl Master {
         for due in [self.upgrade.due_in(), self.notify.due_in(Instant::now())].into_iter().flatten() {
             timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
         }
+        // While the log's reader is slow, output stays in its pipes, and slows down the processes that write it.
+        let slow_log = logging::is_slow_for();
+        if let Some(left) = slow_log {
+            timeout = Some(timeout.map_or(left, |timeout| timeout.min(left)));
+        }
         // One more millisecond, or else it would wake just before the deadline.
         let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
             PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
-        let children = self.children.values().flat_map(Child::watched).chain(self.late.watched());
+        let children = self.children.values().flat_map(|child| child.watched(slow_log.is_none()));
+        let outputs = self.late.watched().chain(self.beside.watched()).filter(|_| slow_log.is_none());
         let children = children
-            .chain(self.beside.watched())
+            .chain(outputs)
             .chain(self.relay.watched(now))
             .chain(self.upgrade.watched())
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let log = logging::waits_for().map(|fd| PollFd::new(fd, PollFlags::POLLOUT));
         // Without workers nobody else looks whether somebody comes.
         let listeners = if self.supervisor.awaits_arrival() { &*self.nursery.listeners } else { &[] };
         let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
-        let mut watched: Vec<PollFd<'_>> = arrivals.chain([signals]).chain(children).collect();
+        let mut watched: Vec<PollFd<'_>> = arrivals.chain([signals]).chain(log).chain(children).collect();
         let others = watched.len();
         watched.extend(self.control.iter().flat_map(|control| control.watched(now)));
         match poll(&mut watched, timeout) {

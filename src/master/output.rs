@@ -11,7 +11,8 @@ use nix::unistd::Pid;
 
 use super::supervisor::Now;
 use super::upgrade::saved::SavedOutput;
-use crate::logging::OUTPUT;
+use crate::logging::rate::{Admission, ByteLimit, LeftOut};
+use crate::logging::{self, OUTPUT};
 
 /// A line longer than this is logged in pieces.
 const LONGEST_LINE: usize = 64 << 10;
@@ -36,12 +37,14 @@ pub(crate) struct Output {
     pid: Option<Pid>,
     reader: LineReader,
     repeats: Repeats,
+    limit: ByteLimit,
 }
 
 impl Output {
     /// `pipe` must be non-blocking.
     pub(crate) fn new(slot: u32, pipe: OwnedFd) -> Self {
-        Self { slot, pid: None, reader: LineReader::new(pipe), repeats: Repeats::default() }
+        let limit = ByteLimit::new(logging::output_rate());
+        Self { slot, pid: None, reader: LineReader::new(pipe), repeats: Repeats::default(), limit }
     }
 
     /// Goes on where another master stopped.
@@ -60,8 +63,8 @@ impl Output {
     /// Logs what has come, up to `most` bytes. False if nothing more will come.
     pub(crate) fn read(&mut self, pid: Pid, most: usize, now: Now) -> bool {
         self.pid = Some(pid);
-        let Self { slot, reader, repeats, .. } = self;
-        let open = reader.read(most, &mut |line, is_whole| log_line(repeats, *slot, pid, line, is_whole, now));
+        let Self { slot, reader, repeats, limit, .. } = self;
+        let open = reader.read(most, &mut |line, is_whole| log_line(repeats, limit, *slot, pid, line, is_whole, now));
         if !open {
             self.end(now);
         }
@@ -70,24 +73,29 @@ impl Output {
 
     /// When it has something to log though nothing comes.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
-        self.repeats.due
+        [self.repeats.due, self.limit.due()].into_iter().flatten().min()
     }
 
     pub(crate) fn tick(&mut self, now: Now) {
-        if let Some(pid) = self.pid
-            && let Some(count) = self.repeats.tick(now)
-        {
+        let Some(pid) = self.pid else { return };
+        if let Some(count) = self.repeats.tick(now) {
             log_repeats(self.slot, pid, count);
+        }
+        if let Some(left_out) = self.limit.tick(now) {
+            log_left_out(self.slot, pid, left_out);
         }
     }
 
     /// Logs what is left, though it may have no end.
     fn end(&mut self, now: Now) {
         let Some(pid) = self.pid else { return };
-        let Self { slot, reader, repeats, .. } = self;
-        reader.finish(&mut |line, is_whole| log_line(repeats, *slot, pid, line, is_whole, now));
+        let Self { slot, reader, repeats, limit, .. } = self;
+        reader.finish(&mut |line, is_whole| log_line(repeats, limit, *slot, pid, line, is_whole, now));
         if let Some(count) = repeats.end() {
             log_repeats(*slot, pid, count);
+        }
+        if let Some(left_out) = limit.end() {
+            log_left_out(*slot, pid, left_out);
         }
     }
 }
@@ -104,8 +112,11 @@ impl AsFd for LineReader {
     }
 }
 
-/// What each of so many processes may have logged in a turn.
+/// Bytes of the output of each of so many processes that are read in a turn: none while the log's reader is slow.
 pub(crate) fn share(processes: usize) -> usize {
+    if logging::is_slow_for().is_some() {
+        return 0;
+    }
     (TURN / processes.max(1)).clamp(SHARE.0, SHARE.1)
 }
 
@@ -160,12 +171,19 @@ impl LateOutputs {
     }
 }
 
-fn log_line(repeats: &mut Repeats, slot: u32, pid: Pid, line: &str, is_whole: bool, now: Now) {
+fn log_line(repeats: &mut Repeats, limit: &mut ByteLimit, slot: u32, pid: Pid, line: &str, is_whole: bool, now: Now) {
     let Verdict { count, log } = repeats.take(line, now);
     if let Some(count) = count {
         log_repeats(slot, pid, count);
     }
-    if log {
+    if !log {
+        return;
+    }
+    let Admission { left_out, is_admitted } = limit.take(line.len() + 1, now);
+    if let Some(left_out) = left_out {
+        log_left_out(slot, pid, left_out);
+    }
+    if is_admitted {
         let mark = if is_whole { "" } else { GOES_ON };
         log::info!(target: OUTPUT, "slot={slot} pid={pid} | {line}{mark}");
     }
@@ -173,6 +191,10 @@ fn log_line(repeats: &mut Repeats, slot: u32, pid: Pid, line: &str, is_whole: bo
 
 fn log_repeats(slot: u32, pid: Pid, count: u64) {
     log::info!("the last line of output came again slot={slot} pid={pid} times={count}");
+}
+
+fn log_left_out(slot: u32, pid: Pid, LeftOut { lines, bytes }: LeftOut) {
+    log::warn!("output was left out of the log (--output-rate) slot={slot} pid={pid} lines={lines} bytes={bytes}");
 }
 
 /// Finds the same line again and again: without a system call or a clock.
@@ -275,7 +297,8 @@ impl LineReader {
 
     fn take(&mut self, mut bytes: &[u8], line: &mut impl FnMut(&str, bool)) {
         while !bytes.is_empty() {
-            let room = LONGEST_LINE - self.partial.len();
+            // A former build of this program may have handed on a longer beginning.
+            let room = LONGEST_LINE.saturating_sub(self.partial.len());
             let end = bytes.iter().take(room + 1).position(|&byte| byte == b'\n');
             let taken = end.unwrap_or(bytes.len().min(room));
             self.partial.extend_from_slice(&bytes[..taken]);
@@ -349,6 +372,16 @@ mod tests {
             reader.read(usize::MAX, &mut |line, is_whole| found.push((line.len(), is_whole)));
             assert_eq!(found, pieces);
         }
+    }
+
+    #[test]
+    fn the_beginning_of_a_line_that_a_former_build_handed_on_may_be_longer_than_ours() {
+        let (reader, mut write) = pipe();
+        let mut reader = LineReader::resume(reader.pipe.into(), vec![b'x'; LONGEST_LINE + 100]);
+        write.write_all(b"y\n").unwrap();
+        let mut pieces = Vec::new();
+        reader.read(usize::MAX, &mut |line, is_whole| pieces.push((line.len(), is_whole)));
+        assert_eq!(pieces, [(LONGEST_LINE + 100, false), (1, true)]);
     }
 
     #[test]

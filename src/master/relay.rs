@@ -22,6 +22,7 @@ use super::supervisor::{Breaker, Now, StartEnding};
 use super::upgrade::saved::SavedPublish;
 use crate::config::Config;
 use crate::config::privileges::Owner;
+use crate::logging;
 use crate::privileges::Privileges;
 use crate::publish_socket::PublishSocket;
 use crate::relay;
@@ -277,6 +278,7 @@ fn start(socket: &PublishSocket, nursery: &Nursery, signals: &SignalInbox, now: 
     let pid = sys::fork(|| {
         // The handlers stay, and do nothing: who stops all processes of a service at once does not stop this one before its time.
         signals.leave();
+        logging::begin_worker(&nursery.config.logs);
         if [1, 2].into_iter().try_for_each(|fd| sys::replace(fd, &write)).is_err() {
             return 1;
         }

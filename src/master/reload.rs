@@ -125,6 +125,7 @@ impl Master {
         log::debug!("settings part=supervisor {:?}", supervisor.policy());
         log::debug!("settings part=recycling {}", recycling.describe());
         log::debug!("settings part=sickbed {}", sickbed.describe());
+        log::debug!("settings part=log {}", logging::describe_limits());
         log::debug!("settings part=master settle={:?} upgrade={:?}", config.settle, config.upgrade);
     }
 

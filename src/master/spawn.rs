@@ -23,7 +23,7 @@ use crate::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
 use crate::privileges::Privileges;
-use crate::{heir, notify, publish_socket, sys, systemd};
+use crate::{heir, logging, notify, publish_socket, sys, systemd};
 
 /// Variables that concern the master alone, and no process of its.
 pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &notify::VARIABLES, &systemd::VARIABLES];
@@ -258,6 +258,7 @@ impl Nursery {
         };
         let pid = sys::fork(|| {
             signals.leave();
+            logging::begin_worker(&heritage.config.logs);
             if [1, 2].into_iter().try_for_each(|fd| sys::replace(fd, &output)).is_err() {
                 return 1;
             }
@@ -334,13 +335,13 @@ impl Child {
         matches!(self.link, Link::Worker { .. })
     }
 
-    /// The descriptors by which the child may have something to say.
-    pub(crate) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+    /// The descriptors by which the child may have something to say; those of its output only `with_output`.
+    pub(crate) fn watched(&self, with_output: bool) -> impl Iterator<Item = BorrowedFd<'_>> {
         let report = match &self.link {
             Link::Worker { report, open, .. } => open.then(|| report.as_fd()),
             Link::Program { .. } => None,
         };
-        report.into_iter().chain(self.output.as_ref().map(AsFd::as_fd))
+        report.into_iter().chain(self.output.as_ref().filter(|_| with_output).map(AsFd::as_fd))
     }
 
     /// Logs what the child put out, up to `most` bytes.

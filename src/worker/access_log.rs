@@ -4,6 +4,7 @@
 //! append to. A worker without requests has no tick. What waits when a worker is killed its heir writes.
 
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -22,6 +23,8 @@ use crate::protocol::cgi::Origin;
 
 /// How long a line may wait.
 const WAIT: Duration = Duration::from_secs(1);
+/// How often it is tried again while the reader of a pipe is slow.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// The status in the line of a request whose client left before there was a response, as nginx has it.
 const LEFT: u16 = 499;
 
@@ -68,40 +71,64 @@ impl AccessLog {
         Some(Rc::new(log))
     }
 
-    /// Sees to it that no line waits longer than it may.
+    /// Sees to it that no line waits longer than it has to.
     pub(super) async fn run(&self) {
         loop {
             self.has_lines.notified().await;
             tokio::time::sleep(WAIT).await;
             self.flush();
+            while !self.buffer.is_empty() {
+                tokio::time::sleep(RETRY_INTERVAL).await; // for its reader
+                self.flush();
+            }
         }
     }
 
-    /// Writes what waits.
+    /// Writes what waits, as far as that is possible at once.
     pub(super) fn flush(&self) {
         if !self.buffer.is_empty() {
-            self.buffer.empty(|lines| self.write(lines));
+            self.buffer.write_out(|lines| self.wrote(lines, self.files.write_access(lines)));
         }
     }
 
-    fn write(&self, lines: &[u8]) {
-        let lost = self.lost.get();
-        match self.files.write_access(lines) {
-            Ok(()) if lost > 0 => {
-                self.lost.set(0);
-                log::warn!("the access log is written again slot={} lost={lost}", self.slot);
-            }
-            Ok(()) => {}
-            Err(error) => {
-                if lost == 0 {
-                    log::error!(
-                        "the access log cannot be written, and its lines are lost: {error} (--access-log) slot={}",
-                        self.slot
-                    );
+    /// Writes what waits, before this worker ends.
+    pub(super) fn finish(&self) {
+        if !self.buffer.is_empty() {
+            self.buffer.write_out(|lines| self.wrote(lines, self.files.write_access_within(lines, WAIT)));
+            self.lose(self.buffer.forget(), "nobody reads it");
+        }
+    }
+
+    /// Returns how many bytes are done with.
+    fn wrote(&self, lines: &[u8], (count, outcome): (usize, io::Result<()>)) -> usize {
+        match outcome {
+            Ok(()) => {
+                let lost = self.lost.take();
+                if lost > 0 {
+                    log::warn!("the access log is written again slot={} lost={lost}", self.slot);
                 }
-                self.lost.set(lost + lines.iter().filter(|&&byte| byte == b'\n').count());
+                count
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => count,
+            Err(error) => {
+                let rest = lines.get(count..).unwrap_or_default();
+                self.lose(rest.iter().filter(|&&byte| byte == b'\n').count(), &error.to_string());
+                lines.len()
             }
         }
+    }
+
+    fn lose(&self, lines: usize, why: &str) {
+        if lines == 0 {
+            return;
+        }
+        if self.lost.get() == 0 {
+            log::error!(
+                "the access log cannot be written, and its lines are lost: {why} (--access-log) slot={}",
+                self.slot
+            );
+        }
+        self.lost.set(self.lost.get() + lines);
     }
 
     fn push(&self, exchange: &Exchange<'_>) {
@@ -123,8 +150,11 @@ impl AccessLog {
         }
         if !self.buffer.push(&line) {
             self.flush();
-            self.buffer.push(&line); // it is never longer than that
-            self.has_lines.notify_one();
+            if self.buffer.push(&line) {
+                self.has_lines.notify_one();
+            } else {
+                self.lose(1, "nobody reads it");
+            }
         }
     }
 }

@@ -5,12 +5,18 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::Interest;
+use tokio::sync::Notify;
+use tokio::time::sleep;
 
 use super::access_log::AccessLog;
 use crate::logging::files::LogFiles;
 use crate::{logging, sys};
+
+/// How long a worker waits before it tries again to take new log files.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs as long as the worker does.
 pub(super) async fn keep(files: Arc<LogFiles>, channel: Option<OwnedFd>, access_log: Option<Rc<AccessLog>>) {
@@ -19,7 +25,20 @@ pub(super) async fn keep(files: Arc<LogFiles>, channel: Option<OwnedFd>, access_
             log.run().await;
         }
     };
-    tokio::join!(write, follow(&files, channel, access_log.as_deref()));
+    tokio::join!(write, follow(&files, channel, access_log.as_deref()), write_pending());
+}
+
+/// Writes lines of the log that have to wait for its reader, and counts of those that were left out. Without any, it sleeps.
+async fn write_pending() {
+    let pending = Arc::new(Notify::new());
+    let notify = Arc::clone(&pending);
+    logging::on_pending(move || notify.notify_one());
+    loop {
+        pending.notified().await;
+        while let Some(due) = logging::tick() {
+            tokio::time::sleep(due).await;
+        }
+    }
 }
 
 /// Goes on with new log files whenever the master has some.
@@ -33,7 +52,11 @@ async fn follow(files: &LogFiles, channel: Option<OwnedFd>, access_log: Option<&
             Ok(true) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
             Ok(false) => return, // the master is dead
-            Err(error) => return log::error!("a worker goes on with its old log files: {error}"),
+            Err(error) => {
+                // No descriptors, say. The new files wait in the channel.
+                log::error!("a worker goes on with its old log files until it can open the new ones: {error}");
+                sleep(RETRY_INTERVAL).await;
+            }
         }
     }
 }
@@ -49,7 +72,7 @@ impl Pipes {
     /// Nobody reads the pipes any more, and whoever writes to one would fail: the log takes their place. What the application
     /// has put there itself stays.
     pub(super) fn replace(&self) {
-        let Some(log) = sys::descriptor(logging::descriptor()) else { return };
+        let Ok(log) = logging::blocking_copy() else { return };
         for (fd, was) in (1..).zip(self.0) {
             if was.is_some() && sys::identity(fd) == was {
                 let _ = sys::replace(fd, &log); // both are open

@@ -76,7 +76,7 @@ use crate::heritage::{Heritage, Report};
 use crate::hooks::WorkerId;
 use crate::listen::{Listener, Protocol};
 use crate::protocol::cgi::Origin;
-use crate::{at_work, blocking, crash, sys};
+use crate::{at_work, blocking, crash, logging, sys};
 
 /// Lives a worker's life: returns its exit status when it has drained.
 pub(crate) fn run<F, S, B>(factory: &F, heritage: Heritage) -> u8
@@ -97,7 +97,7 @@ where
     let (scoreboard, slot, slow) =
         (heritage.segment.scoreboard(), heritage.slot, heritage.config.failures.slow_request);
     let first_thread = std::thread::current();
-    std::thread::scope(|scope| {
+    let status = std::thread::scope(|scope| {
         let life = || {
             let _end = WakeAtEnd(first_thread);
             serve::install_panic_hook();
@@ -116,7 +116,9 @@ where
             slow::watch(worker, &scoreboard, slot, slow);
         }
         worker.ok().and_then(|worker| worker.join().ok()).unwrap_or(1)
-    })
+    });
+    logging::finish();
+    status
 }
 
 /// Wakes a thread when it is dropped.
@@ -205,7 +207,7 @@ where
         hooks.on_drain(worker, config.drain_timeout);
         leave(&drain, &connections, &accepting, &*server).await;
         tasks.iter().for_each(JoinHandle::abort);
-        access_log.iter().for_each(|log| log.flush());
+        access_log.iter().for_each(|log| log.finish());
         log::debug!("drained slot={slot} passed_on={}", drain.passed_on());
         io::Result::Ok(())
     });

@@ -1,0 +1,383 @@
+//! Where lines go, without ever waiting for a reader.
+//!
+//! A log that nobody reads (a paused terminal, a pipe whose reader has stopped) must not stop the master, which supervises,
+//! nor a worker's event loop. So a line that cannot be written at once waits in this process's queue, up to a limit, and further
+//! lines are lost and counted; the count is a line of the log as soon as it is read again.
+//!
+//! A pipe or a terminal on standard error is shared with other programs, and non-blocking is a property that they would share.
+//! Such a destination is opened once more through `/proc/self/fd`, which gives this program a file description of its own. Where
+//! that is not allowed, `poll(2)` is asked before each write, which stays below PIPE_BUF.
+//!
+//! Must not: log, or wait.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, send};
+use nix::sys::stat::{SFlag, fstat};
+
+/// A destination that has taken nothing for this long has stopped: whoever fills the queue is no longer slowed down for it.
+const STALL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How a write is kept from waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Files of a disk, and devices: they take what they are given.
+    File,
+    /// A pipe or a terminal, opened for this program alone, non-blocking.
+    Pipe,
+    /// Connected.
+    Socket,
+    /// A pipe or a terminal whose file description others share, and which blocks.
+    SharedPipe,
+}
+
+impl Kind {
+    /// What `fd` is, and the descriptor to use in its place, if that is another one.
+    pub(crate) fn of(fd: BorrowedFd<'_>) -> (Self, Option<OwnedFd>) {
+        let kind = fstat(fd).map_or(SFlag::S_IFREG, |status| SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT);
+        match kind {
+            SFlag::S_IFSOCK => (Self::Socket, None),
+            SFlag::S_IFIFO | SFlag::S_IFCHR => {
+                let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+                match OpenOptions::new().write(true).custom_flags(flags).open(path) {
+                    Ok(own) => (Self::Pipe, Some(own.into())),
+                    Err(_) => (Self::SharedPipe, None),
+                }
+            }
+            _ => (Self::File, None),
+        }
+    }
+
+    /// The bytes that go out in one piece, among the lines of other processes.
+    fn most(self) -> usize {
+        if self == Self::File { usize::MAX } else { libc::PIPE_BUF }
+    }
+}
+
+/// Writes what can be written at once.
+///
+/// # Errors
+/// `WouldBlock`, or what the system says.
+fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> {
+    loop {
+        let written = match kind {
+            Kind::Socket => send(fd.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL),
+            Kind::File | Kind::Pipe => nix::unistd::write(fd, bytes),
+            Kind::SharedPipe => match poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::ZERO) {
+                Ok(0) => Err(Errno::EAGAIN),
+                // Another process may have filled it meanwhile; a piece of that size still waits for one reader's read alone.
+                Ok(_) => nix::unistd::write(fd, bytes.get(..libc::PIPE_BUF).unwrap_or(bytes)),
+                Err(errno) => Err(errno),
+            },
+        };
+        match written {
+            Err(Errno::EINTR) => {}
+            outcome => return Ok(outcome?),
+        }
+    }
+}
+
+/// Writes lines, in groups that stay in one piece. Returns how many bytes went, and why no more did.
+pub(crate) fn write_lines(fd: BorrowedFd<'_>, kind: Kind, lines: &[u8]) -> (usize, io::Result<()>) {
+    let mut written = 0;
+    while written < lines.len() {
+        let rest = &lines[written..];
+        match write_now(fd, kind, &rest[..whole_lines(rest, kind.most())]) {
+            Ok(count) => written += count,
+            Err(error) => return (written, Err(error)),
+        }
+    }
+    (written, Ok(()))
+}
+
+/// As [`write_lines`], and waits for a reader, up to `limit`. For a process that ends.
+pub(crate) fn write_lines_within(
+    fd: BorrowedFd<'_>,
+    kind: Kind,
+    lines: &[u8],
+    limit: Duration,
+) -> (usize, io::Result<()>) {
+    let begun = Instant::now();
+    let mut written = 0;
+    loop {
+        let (count, outcome) = write_lines(fd, kind, &lines[written..]);
+        written += count;
+        match outcome {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && begun.elapsed() < limit => {
+                let left = PollTimeout::try_from(limit.saturating_sub(begun.elapsed())).unwrap_or(PollTimeout::MAX);
+                let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], left); // the next write shows what came of it
+            }
+            outcome => return (written, outcome),
+        }
+    }
+}
+
+/// How long the whole lines at the beginning are, up to `most` bytes; or the first one, if it is longer.
+fn whole_lines(lines: &[u8], most: usize) -> usize {
+    let is_end = |&byte: &u8| byte == b'\n';
+    let within = lines.iter().take(most).rposition(is_end);
+    within.or_else(|| lines.iter().position(is_end)).map_or(lines.len(), |end| end + 1)
+}
+
+/// What became of a line that was given to a [`Queue`].
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Written,
+    /// It waits.
+    Queued,
+    /// It is lost: the queue is full, or nobody will ever read.
+    Lost,
+    /// The destination fails, with this error; the line is not written.
+    Failed(String),
+}
+
+/// Lines that wait for their reader, and how many were lost.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    bytes: Vec<u8>,
+    /// What of `bytes` was written.
+    written: usize,
+    /// Lines.
+    lost: u64,
+    last_progress: Option<Instant>,
+    /// The last write broke off within a line.
+    is_torn: bool,
+}
+
+impl Queue {
+    /// Writes a line, or has it wait if `limit` allows.
+    pub(super) fn put(&mut self, fd: BorrowedFd<'_>, kind: Kind, line: &[u8], limit: usize) -> Outcome {
+        if let Err(error) = self.flush(fd, kind) {
+            return self.fail(&error);
+        }
+        if self.is_empty() {
+            let (count, outcome) = self.write(fd, kind, line);
+            match outcome {
+                Ok(()) => return Outcome::Written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.last_progress = Some(Instant::now());
+                    self.bytes.extend_from_slice(&line[count..]);
+                    return Outcome::Queued;
+                }
+                Err(error) => return self.fail(&error),
+            }
+        }
+        if self.bytes.len() - self.written + line.len() > limit {
+            self.lost += 1;
+            return Outcome::Lost;
+        }
+        self.bytes.extend_from_slice(line);
+        Outcome::Queued
+    }
+
+    fn fail(&mut self, error: &io::Error) -> Outcome {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            (self.lost, self.written) = (self.lost + 1, 0);
+            self.bytes = Vec::new();
+            return Outcome::Lost;
+        }
+        Outcome::Failed(error.to_string())
+    }
+
+    fn write(&mut self, fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> (usize, io::Result<()>) {
+        if self.is_torn && kind == Kind::File {
+            // The beginning of a line stands there, which was written elsewhere.
+            match write_now(fd, kind, b"\n") {
+                Ok(_) => self.is_torn = false,
+                Err(error) => return (0, Err(error)),
+            }
+        }
+        let (count, outcome) = write_lines(fd, kind, bytes);
+        self.is_torn = kind == Kind::File && outcome.is_err() && count > 0 && bytes.get(count - 1) != Some(&b'\n');
+        (count, outcome)
+    }
+
+    /// Writes what waits, as far as that is possible now.
+    ///
+    /// # Errors
+    /// If the destination fails; that it would have to wait is no failure.
+    pub(super) fn flush(&mut self, fd: BorrowedFd<'_>, kind: Kind) -> io::Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let waiting = std::mem::take(&mut self.bytes);
+        let (count, outcome) = self.write(fd, kind, &waiting[self.written..]);
+        self.bytes = waiting;
+        self.written += count;
+        if count > 0 {
+            self.last_progress = Some(Instant::now());
+        }
+        if self.written == self.bytes.len() {
+            (self.bytes, self.written) = (Vec::new(), 0); // its memory is not needed again
+        }
+        match outcome {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// What waits, taken out.
+    pub(super) fn take(&mut self) -> Vec<u8> {
+        let written = std::mem::take(&mut self.written);
+        std::mem::take(&mut self.bytes).split_off(written)
+    }
+
+    /// The lines that were lost since the last call, if the log is read again.
+    pub(super) fn take_lost(&mut self) -> Option<u64> {
+        if self.is_empty() { Some(std::mem::take(&mut self.lost)).filter(|&lost| lost > 0) } else { None }
+    }
+
+    /// For how long those that put lines in should be slowed down: the reader is slow, and has not stopped.
+    pub(super) fn is_slow_for(&self) -> Option<Duration> {
+        let since = self.last_progress.filter(|_| !self.is_empty())?;
+        STALL_TIMEOUT.checked_sub(since.elapsed()).filter(|left| !left.is_zero())
+    }
+}
+
+/// Opens a file to write at its end, and makes it if there is none. It belongs to whoever the master is: workers do not open it.
+/// The names of standard output and standard error mean these, whatever they are.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(super) fn open(path: &std::path::Path, flag: &str) -> Result<OwnedFd, String> {
+    if let Some(standard) = standard_stream(path) {
+        return standard.map_err(|error| format!("{flag}: cannot use {}: {error} (name a file)", path.display()));
+    }
+    // Not to wait for a reader, should it be a FIFO.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let opened = OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(flags).open(path);
+    opened.map(OwnedFd::from).map_err(|error| {
+        use std::os::unix::fs::FileTypeExt as _;
+        let kind = std::fs::metadata(path).map(|metadata| metadata.file_type());
+        let advice = match kind {
+            Ok(kind) if kind.is_socket() => {
+                "it is a socket: leave the flag out and have a collector read standard error"
+            }
+            Ok(kind) if kind.is_fifo() && error.raw_os_error() == Some(libc::ENXIO) => {
+                "nobody reads this FIFO: start its reader first"
+            }
+            Ok(kind) if kind.is_dir() => "it is a directory: name a file in it",
+            _ => "create its directory, or name a file that you can write",
+        };
+        format!("{flag}: cannot open {}: {error} ({advice})", path.display())
+    })
+}
+
+/// A copy of standard output or standard error, if `path` is one of their names. Opening these fails where they are
+/// sockets, or belong to another user.
+fn standard_stream(path: &std::path::Path) -> Option<io::Result<OwnedFd>> {
+    let number = match path.to_str()? {
+        "/dev/stdout" | "/dev/fd/1" | "/proc/self/fd/1" => 1,
+        "/dev/stderr" | "/dev/fd/2" | "/proc/self/fd/2" => 2,
+        _ => return None,
+    };
+    let copy = crate::sys::descriptor(number).ok_or_else(|| io::Error::other("it is closed"));
+    Some(copy.map(|copy| Kind::of(copy.as_fd()).1.unwrap_or(copy)))
+}
+
+/// A copy of the destination for the standard streams of other code, for which a write has to wait.
+pub(super) fn blocking_copy(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let opened = File::options().append(true).open(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    opened.map(OwnedFd::from).or_else(|_| fd.try_clone_to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+
+    /// A pipe that blocks, as standard error often is.
+    fn pipe() -> (File, OwnedFd) {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        (File::from(read), write)
+    }
+
+    fn line(number: usize) -> String {
+        format!("line {number} {}\n", "x".repeat(number % 200))
+    }
+
+    #[test]
+    fn lines_wait_for_their_reader_up_to_the_limit_and_the_lost_are_counted() {
+        for shared in [false, true] {
+            let (mut read, write) = pipe();
+            let (kind, own) = if shared { (Kind::SharedPipe, None) } else { Kind::of(write.as_fd()) };
+            assert!(shared || (kind == Kind::Pipe && own.is_some()), "a description of its own");
+            let fd = own.as_ref().unwrap_or(&write).as_fd();
+            let (mut queue, limit) = (Queue::default(), 32 << 10);
+            let mut outcomes = Vec::new();
+            for number in 0..3000 {
+                outcomes.push(queue.put(fd, kind, line(number).as_bytes(), limit));
+            }
+            let count = |wanted: Outcome| outcomes.iter().filter(|outcome| **outcome == wanted).count();
+            let (written, queued, lost) = (count(Outcome::Written), count(Outcome::Queued), count(Outcome::Lost));
+            assert!(written > 0 && queued > 0 && lost > 0 && written + queued + lost == 3000);
+            assert_eq!(queue.take_lost(), None, "nobody reads yet");
+            assert!(queue.is_slow_for().is_some());
+            let mut seen = Vec::new();
+            let mut buffer = [0; 4096];
+            while !queue.is_empty() {
+                let count = read.read(&mut buffer).unwrap();
+                seen.extend_from_slice(&buffer[..count]);
+                queue.flush(fd, kind).unwrap();
+            }
+            assert_eq!(queue.take_lost(), Some(lost as u64));
+            assert_eq!((queue.take_lost(), queue.is_slow_for()), (None, None));
+            drop((own, write));
+            read.read_to_end(&mut seen).unwrap();
+            let expected: String = (0..3000).filter(|&n| outcomes[n] != Outcome::Lost).map(line).collect();
+            assert_eq!(String::from_utf8(seen).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_costs_lines_and_no_memory() {
+        let (read, write) = pipe();
+        let (kind, own) = Kind::of(write.as_fd());
+        let fd = own.as_ref().unwrap().as_fd();
+        let mut queue = Queue::default();
+        while queue.put(fd, kind, &[b'x'; 1000], 1 << 20) != Outcome::Queued {}
+        drop(read);
+        assert_eq!(queue.put(fd, kind, b"y\n", 1 << 20), Outcome::Lost);
+        assert!(queue.is_empty());
+    }
+
+    #[test]
+    fn a_full_device_is_a_failure_with_its_name() {
+        let full = open(std::path::Path::new("/dev/full"), "--log-file").unwrap();
+        let outcome = Queue::default().put(full.as_fd(), Kind::File, b"x\n", 100);
+        assert!(matches!(&outcome, Outcome::Failed(why) if why.contains("No space")), "{outcome:?}");
+    }
+
+    #[test]
+    fn what_is_no_file_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(open(&socket, "--log-file").unwrap_err().contains("it is a socket"));
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(open(&fifo, "--log-file").unwrap_err().contains("nobody reads this FIFO"));
+        assert!(open(directory.path(), "--log-file").unwrap_err().contains("it is a directory"));
+        assert!(open(std::path::Path::new("/dev/stderr"), "--log-file").is_ok());
+    }
+
+    #[test]
+    fn lines_are_never_cut_for_a_pipe() {
+        assert_eq!(whole_lines(b"ab\ncd\nef\n", 7), 6);
+        assert_eq!(whole_lines(b"ab\ncd\n", 6), 6);
+        assert_eq!(whole_lines(b"abcdef\ngh\n", 3), 7);
+        assert_eq!(whole_lines(b"abc", 2), 3);
+    }
+}
