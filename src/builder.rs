@@ -177,7 +177,7 @@ impl Builder {
             if request.cgi {
                 return answer(&request.config, &cgi, preload);
             }
-            serve(*request, Launch::Worker(worker, hooks), preload, None, begun, parse)
+            serve(*request, Launch::Worker(worker, hooks), preload, begun, parse)
         })
     }
 }
@@ -188,12 +188,9 @@ pub fn command_line() -> ExitCode {
     let begun = Instant::now();
     let parse: Parse = Box::new(|| cli::parse_forkyard(&std::env::args_os().collect::<Vec<_>>()));
     finish(parse(), |request| {
-        let (command, direct) = request.program.as_ref().ok_or("no COMMAND")?;
+        let command = request.program.as_ref().ok_or("no COMMAND")?;
         let program = Program::for_privileges(command, &request.config.privileges)?;
-        let note = (!direct).then_some(
-            "this version has no gateway: the program accepts for itself, as with --direct, and has no page cache",
-        );
-        serve(*request, Launch::Program(program), None, note, begun, parse)
+        serve(*request, Launch::Program(program), None, begun, parse)
     })
 }
 
@@ -203,10 +200,10 @@ fn finish(
 ) -> ExitCode {
     let request = match invocation {
         Ok(Invocation::Serve(request)) => request,
-        Ok(Invocation::Check(request)) => return check(&request),
-        Ok(Invocation::Broken { mistakes, checked }) => {
+        Ok(Invocation::Check { request, mistakes }) => return check(&request, mistakes),
+        Ok(Invocation::Broken { mistakes }) => {
             mistakes.iter().for_each(|mistake| banner::complain(mistake));
-            return ExitCode::from(if checked { 1 } else { 2 });
+            return ExitCode::from(2);
         }
         Ok(Invocation::Task(task)) => return perform(&task),
         Err(error) => {
@@ -229,9 +226,9 @@ fn finish(
 }
 
 /// Says what stands in the way of serving.
-fn check(request: &Request) -> ExitCode {
-    let Findings { errors, notes } = cli::check::examine(request);
-    notes.iter().chain(&errors).for_each(|line| banner::complain(line));
+fn check(request: &Request, mistakes: Vec<String>) -> ExitCode {
+    let Findings { errors, notes } = cli::check::examine(request, mistakes);
+    errors.iter().chain(&notes).for_each(|line| banner::complain(line));
     if !errors.is_empty() {
         return ExitCode::FAILURE;
     }
@@ -243,7 +240,7 @@ fn perform(task: &Task) -> ExitCode {
     use std::io::Write as _;
     let done = match task {
         Task::Errand(errand) => control::commands::run(errand),
-        Task::Print(text) => std::io::stdout().write_all(text).map_err(|error| format!("cannot write: {error}")),
+        Task::Print(text) => control::commands::printed(std::io::stdout().write_all(text)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -263,11 +260,11 @@ fn reread(running: &Config, parse: Parse) -> Reread {
     Box::new(move |running| match parse() {
         Ok(Invocation::Serve(request)) => {
             let (config, fixed) = reloaded(running, request.config, slots);
-            let program = request.program.map(|(command, _)| Program::for_privileges(&command, &config.privileges));
+            let program = request.program.map(|command| Program::for_privileges(&command, &config.privileges));
             Ok(Some(Reloaded { config, program: program.transpose()?, fixed }))
         }
         Ok(Invocation::Broken { mistakes, .. }) => Err(mistakes.join("; ")),
-        Ok(Invocation::Check(_) | Invocation::Task(_)) => Ok(None),
+        Ok(Invocation::Check { .. } | Invocation::Task(_)) => Ok(None),
         Err(error) => Err(error.to_string().trim().replace('\n', " ")),
     })
 }
@@ -278,7 +275,6 @@ fn serve(
     request: Request,
     launch: Launch,
     preload: Option<Preload>,
-    note: Option<&str>,
     begun: Instant,
     parse: Parse,
 ) -> Result<bool, BoxError> {
@@ -314,8 +310,8 @@ fn serve(
         if takeover.is_none() {
             show(&config, &listeners, &launch);
         }
-        if let Some(note) = note {
-            log::warn!("{note}");
+        if let Some(warning) = config.privileges.of_root() {
+            log::warn!("{warning}");
         }
         let application = [opened, preloaded].concat().into();
         let kept = segment.clone();

@@ -13,6 +13,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::limit::InTime as _;
 use common::{Server, program, wait_until};
 
 /// How it is seen that a reload has taken a setting over.
@@ -188,7 +189,7 @@ fn reloads_in(path: &Path) -> String {
 
 /// The flags of a command, as its help lists them.
 fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
-    let help = Command::new(program(name)).args(arguments).arg("--help").output().unwrap();
+    let help = Command::new(program(name)).args(arguments).arg("--help").output_in_time().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
     // The names stand in a column of their own, so that no line of a description is taken for one.
     let names = help.lines().filter_map(|line| {
@@ -219,7 +220,7 @@ impl Served {
         // A program that is there with another root too, by the same path.
         let source = at.join("wait.c");
         std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
-        let built = Command::new("gcc").args(["-static", "-o"]).arg(at.join("wait")).arg(&source).status();
+        let built = Command::new("gcc").args(["-static", "-o"]).arg(at.join("wait")).arg(&source).status_in_time();
         assert!(built.expect("gcc is there: scripts/test installs it").success());
         let inside = at.join("root").join(at.strip_prefix("/").unwrap());
         std::fs::create_dir_all(&inside).unwrap();
@@ -259,10 +260,12 @@ impl Served {
         });
         let daemon = self.log.lines().rfind(|line| line.contains("daemon started")).unwrap();
         let daemon = number_behind(daemon, "pid");
-        let worker = wait_until("there is one worker, and the daemon", || {
+        let expected =
+            settings.iter().find(|(name, _)| *name == "workers").map_or(1, |(_, count)| count.parse().unwrap());
+        let worker = wait_until("the workers are new, and there is the daemon", || {
             let children = server.children();
             let workers: Vec<i32> = children.into_iter().filter(|&pid| pid != daemon).collect();
-            let settled = workers.iter().all(|&pid| !common::is_gone(pid)) && workers.len() <= 2;
+            let settled = workers.iter().all(|&pid| !common::is_gone(pid)) && workers.len() == expected;
             settled.then(|| workers.first().copied()).flatten()
         });
         self.processes = (worker, daemon);
@@ -271,7 +274,7 @@ impl Served {
 
     fn ask(&self, arguments: &[&str]) -> Output {
         let socket = self.folder.path().join("control");
-        Command::new(program(self.name)).args(arguments).env("FORKYARD_CONTROL", socket).output().unwrap()
+        Command::new(program(self.name)).args(arguments).env("FORKYARD_CONTROL", socket).output_in_time().unwrap()
     }
 
     /// What is to be seen of a setting.

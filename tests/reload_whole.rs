@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::http;
+use common::limit::InTime as _;
 use common::{Server, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -38,7 +39,7 @@ impl Served {
     fn reload(&self, settings: &str) -> Output {
         write_file(self.folder.path(), settings);
         let mut command = Command::new(program(self.name));
-        command.args(["reload", "--control"]).arg(self.path("control")).output().unwrap()
+        command.args(["reload", "--control"]).arg(self.path("control")).output_in_time().unwrap()
     }
 
     #[track_caller]

@@ -63,6 +63,14 @@ impl Segment {
         Segment::make(plan, geometry, map, fd, None)
     }
 
+    /// Size of the segment that a plan makes, in bytes. Nothing is made.
+    ///
+    /// # Errors
+    /// If the plan is out of range.
+    pub fn size(plan: &Plan) -> Result<u64, SegmentError> {
+        Ok(Geometry::of(plan)?.total)
+    }
+
     /// Fills memory that is all zero, and that nobody else knows of yet.
     pub(crate) fn make(
         plan: &Plan,

@@ -12,6 +12,7 @@ use super::publish::Events;
 use crate::config::control::ControlConfig;
 use crate::config::parse_duration;
 use crate::control::CacheOperation;
+use crate::control::client::Place;
 use crate::control::commands::{Errand, What};
 use crate::control::wire::Request;
 
@@ -40,6 +41,11 @@ pub(super) struct Socket {
     /// The control socket of the master
     #[arg(long, value_name = "PATH", env = "FORKYARD_CONTROL")]
     control: PathBuf,
+
+    /// Give up when the master is silent for this long, and, if it is at work for longer, gives no other sign of life
+    /// either; 0 to wait for ever
+    #[arg(long, value_name = "TIME", env = "FORKYARD_CONTROL_TIMEOUT", default_value = "10s", value_parser = parse_duration)]
+    timeout: Duration,
 
     /// Print JSON, a value a line
     #[arg(long)]
@@ -175,7 +181,8 @@ pub(crate) enum Task {
 
 impl Socket {
     pub(super) fn ask(self, what: What) -> Task {
-        Task::Errand(Errand { control: self.control, json: self.json, what })
+        let timeout = Some(self.timeout).filter(|timeout| !timeout.is_zero());
+        Task::Errand(Errand { place: Place { socket: self.control, timeout }, json: self.json, what })
     }
 }
 

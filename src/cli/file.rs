@@ -16,6 +16,8 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::refused;
+
 /// The key for what stands behind `--` on the command line.
 const COMMAND: &str = "command";
 /// What makes no sense in a file.
@@ -32,18 +34,30 @@ pub(super) struct Additions {
     pub(super) command: Vec<OsString>,
 }
 
-/// Reads a file for `command`, of which the command line and the variables have given `matches`.
-///
-/// # Errors
-/// All mistakes that are in it, a line each: `FILE:LINE:COLUMN: what is wrong`.
-pub(super) fn read(path: &Path, command: &Command, matches: &ArgMatches) -> Result<Additions, Vec<String>> {
+/// What is wrong with a file.
+#[derive(Debug, Default)]
+pub(super) struct Mistakes {
+    /// A line each: `FILE:LINE:COLUMN: what is wrong`.
+    pub(super) lines: Vec<String>,
+    /// The settings that have no good value because of that.
+    pub(super) settings: Vec<String>,
+}
+
+/// Reads a file for `command`, of which the command line and the variables have given `matches`: what is good of it, and all that
+/// is wrong.
+pub(super) fn read(path: &Path, command: &Command, matches: &ArgMatches) -> (Additions, Mistakes) {
     let name = path.display().to_string();
-    let text =
-        text_of(path).map_err(|cause| vec![format!("cannot read {name}: {cause} (choose a file with --config)")])?;
-    let (additions, broken, mistakes) = Default::default();
-    let mut reading = Reading { name, text: &text, command, matches, additions, broken, mistakes };
+    let text = match text_of(path) {
+        Ok(text) => text,
+        Err(cause) => {
+            let lines = vec![format!("cannot read {name}: {cause} (choose a file with --config)")];
+            return (Additions::default(), Mistakes { lines, settings: Vec::new() });
+        }
+    };
+    let (additions, broken, mistakes, settings) = Default::default();
+    let mut reading = Reading { name, text: &text, command, matches, additions, broken, mistakes, settings };
     reading.read();
-    if reading.mistakes.is_empty() { Ok(reading.additions) } else { Err(reading.lines()) }
+    reading.finish()
 }
 
 fn text_of(path: &Path) -> Result<String, String> {
@@ -68,6 +82,8 @@ struct Reading<'a> {
     broken: Vec<Range<usize>>,
     /// Where in the text, and what.
     mistakes: Vec<(usize, String)>,
+    /// Those that are not taken over because of that.
+    settings: Vec<String>,
 }
 
 impl Reading<'_> {
@@ -94,14 +110,19 @@ impl Reading<'_> {
         }
         let mut seen: Vec<String> = Vec::new();
         for (key, value) in table.get_ref() {
+            let flag = key.get_ref().replace('_', "-");
             if value.span().start >= end {
+                self.settings.push(flag);
                 continue;
             }
-            let flag = key.get_ref().replace('_', "-");
+            let before = self.mistakes.len();
             if seen.contains(&flag) {
                 self.mistake(key.span(), format!("'{flag}' is given twice (- and _ are the same)"));
             }
             self.setting(key.span(), &flag, value);
+            if self.mistakes.len() > before {
+                self.settings.push(flag.clone());
+            }
             seen.push(flag);
         }
     }
@@ -134,6 +155,7 @@ impl Reading<'_> {
 
     fn setting(&mut self, at: Range<usize>, flag: &str, value: &Spanned<DeValue<'_>>) {
         if self.broken.iter().any(|broken| (broken.start..=broken.end).contains(&value.span().start)) {
+            self.settings.push(flag.to_owned());
             return;
         }
         let argument = self.command.get_arguments().find(|argument| argument.get_long() == Some(flag));
@@ -148,7 +170,10 @@ impl Reading<'_> {
             (Some(_), _) if NEVER.contains(&flag) => {
                 self.mistake(at, format!("'{flag}' makes no sense in a configuration file (give --{flag} as a flag)"));
             }
-            (Some(argument), _) => self.flag(argument, flag, value),
+            (Some(argument), _) => match refused::reason(argument) {
+                Some(reason) => self.mistake(at, format!("there is no setting '{flag}' here: {reason}")),
+                None => self.flag(argument, flag, value),
+            },
             (None, _) => {
                 let hint = self.similar(flag).map(|name| format!(" (is '{name}' meant?)"));
                 self.mistake(at, format!("there is no setting '{flag}'{}", hint.unwrap_or_default()));
@@ -242,8 +267,13 @@ impl Reading<'_> {
         self.mistakes.push((at.start, what));
     }
 
-    fn lines(mut self) -> Vec<String> {
+    fn finish(mut self) -> (Additions, Mistakes) {
         self.mistakes.sort();
+        let (lines, settings) = (self.lines(), self.settings);
+        (self.additions, Mistakes { lines, settings })
+    }
+
+    fn lines(&self) -> Vec<String> {
         let place = |(at, what): &(usize, String)| {
             let before = self.text.get(..*at).unwrap_or(self.text);
             let line = self.line_of(*at);
@@ -283,7 +313,7 @@ fn kind(value: &DeValue<'_>) -> String {
 }
 
 /// What the flag's parser says, without clap's frame around it.
-fn explain(error: &clap::Error) -> String {
+pub(super) fn explain(error: &clap::Error) -> String {
     if let Some(source) = error.source() {
         return source.to_string();
     }

@@ -60,21 +60,6 @@ pub(super) struct AccessLogOptions {
     log_rate: u32,
 }
 
-/// In `forkyard run`: a program answers its clients itself, and nobody else knows what it answers.
-#[derive(Args, Debug)]
-pub(super) struct NoAccessLog {
-    #[arg(long, hide = true, value_parser = refuse_access_log)]
-    access_log: Option<String>,
-    #[arg(long, hide = true, value_parser = refuse_access_log)]
-    access_log_format: Option<String>,
-}
-
-fn refuse_access_log(_: &str) -> Result<String, String> {
-    Err("a program that accepts for itself answers its clients itself, and nobody else sees its requests (use the access log of \
-         the web server in front of it)"
-        .to_owned())
-}
-
 /// The names of [`LogFormat`].
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Form {

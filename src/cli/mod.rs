@@ -4,10 +4,13 @@
 //! every binary that calls [`crate::run`], for the application linked into it. Both have the same sub-commands beside.
 //!
 //! - [`control`]: the sub-commands. [`file`]: the configuration file. [`check`]: what `check` tries.
+//! - [`refused`]: flags of the other command. [`hints`]: what was probably meant.
 
 pub(crate) mod check;
 mod control;
 mod file;
+mod hints;
+mod refused;
 
 mod events;
 mod failures;
@@ -27,9 +30,11 @@ use clap::{ArgMatches, Args, Command, CommandFactory as _, FromArgMatches as _, 
 
 pub(crate) use self::control::Task;
 use self::control::{ControlOptions, Operation};
-use self::logs::{AccessLogOptions, LogOptions, NoAccessLog};
-use self::numbers::{NumberOptions, OfEachWorker, RefusedByRun};
+use self::file::Mistakes;
+use self::logs::{AccessLogOptions, LogOptions};
+use self::numbers::{NumberOptions, OfEachWorker};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
+use self::refused::Way;
 use crate::cgi_call;
 use crate::config::events::EventsConfig;
 use crate::config::failures::Failures;
@@ -350,7 +355,8 @@ struct RunOptions {
     #[command(flatten)]
     serve: ServeOptions,
 
-    /// Let the application accept from the public socket itself, as its standard input (as under spawn-fcgi)
+    /// The program accepts from the socket itself, as its standard input (as under spawn-fcgi). So it does without this flag,
+    /// in this version
     #[arg(long, env = "FORKYARD_DIRECT", help_heading = "Sockets")]
     direct: bool,
 
@@ -369,12 +375,6 @@ struct RunOptions {
     #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", default_value = "1s", value_parser = parse_duration, help_heading = "Processes")]
     settle: Duration,
 
-    #[command(flatten)]
-    refused: RefusedByRun,
-
-    #[command(flatten)]
-    no_access_log: NoAccessLog,
-
     /// The program and its arguments, as in: -- php-cgi -d memory_limit=64M
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -386,20 +386,22 @@ pub(crate) struct Request {
     pub(crate) config: Config,
     /// One request is to be answered, which is in the environment and on standard input.
     pub(crate) cgi: bool,
-    /// The external program, and whether `--direct` was given.
-    pub(crate) program: Option<(Vec<OsString>, bool)>,
+    /// The external program and its arguments.
+    pub(crate) program: Option<Vec<OsString>>,
 }
 
 /// What is to be done.
 #[derive(Debug)]
 pub(crate) enum Invocation {
     Serve(Box<Request>),
-    /// Only what is wrong is to be said.
-    Check(Box<Request>),
-    /// The configuration file has these mistakes. `checked`: that was to be found out.
+    /// Only what is wrong is to be said: these mistakes, and whatever else there is.
+    Check {
+        request: Box<Request>,
+        mistakes: Vec<String>,
+    },
+    /// The configuration file has these mistakes.
     Broken {
         mistakes: Vec<String>,
-        checked: bool,
     },
     /// Something beside serving.
     Task(Task),
@@ -412,23 +414,28 @@ pub(crate) enum Invocation {
 pub(crate) fn parse_linked(arguments: &[OsString]) -> Result<Invocation, clap::Error> {
     let name =
         arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
-    let mut command = Linked::command();
+    let run = RunOptions::augment_args(Command::new("run"));
+    let mut command = refused::know(Linked::command(), &run, Way::Linked);
+    command = command.mut_subcommand("check", |check| refused::know(check, &run, Way::Linked));
     if let Some(name) = name {
         command = command.name(name.clone()).bin_name(name);
     }
-    let matches = match matches(&mut command, arguments, &["check"])? {
-        Ok(matches) => matches,
-        Err(broken) => return Ok(broken),
-    };
+    let Read { matches, mistakes, checked } = read(&mut command, arguments, &["check"])?;
     let linked = Linked::from_arg_matches(&matches)?;
-    Ok(match linked.command {
-        None => Invocation::Serve(Box::new(linked_request(linked.options, &mut command)?)),
-        Some(LinkedCommands::Check(options)) => Invocation::Check(Box::new(linked_request(*options, &mut command)?)),
-        Some(LinkedCommands::Operation(operation)) => Invocation::Task(operation.task(&mut command)?),
-    })
+    let (options, is_check) = match linked.command {
+        Some(LinkedCommands::Operation(operation)) => return Ok(Invocation::Task(operation.task(&mut command)?)),
+        Some(LinkedCommands::Check(options)) => (*options, true),
+        None => (linked.options, false),
+    };
+    if !is_check && !mistakes.lines.is_empty() {
+        return Ok(Invocation::Broken { mistakes: mistakes.lines });
+    }
+    let (request, wrong) = linked_request(options);
+    conclude(request, wrong, mistakes, checked, &mut command)
 }
 
-fn linked_request(mut linked: LinkedOptions, command: &mut Command) -> Result<Request, clap::Error> {
+/// The request, and what does not go together in it.
+fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<String>) {
     linked.serve.bind_what_is_passed();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
     let WorkerOptions {
@@ -445,9 +452,10 @@ fn linked_request(mut linked: LinkedOptions, command: &mut Command) -> Result<Re
         access_log,
         ..
     } = linked.worker;
+    let mut wrong = Vec::new();
     let numbers = linked.serve.numbers.numbers(of_each);
-    let access = access.access().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
-    let sandbox = sandbox.config().map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
+    let access = or_note(access.access(), &mut wrong);
+    let sandbox = or_note(sandbox.config(), &mut wrong);
     let limits = Limits {
         max_body: linked.worker.max_body,
         max_params: linked.worker.max_params,
@@ -459,9 +467,9 @@ fn linked_request(mut linked: LinkedOptions, command: &mut Command) -> Result<Re
         timeouts: timeouts.timeouts(),
     };
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
-    let config = config(linked.serve, numbers, (keep.cache(cache), events.config()), Duration::ZERO, of_workers)
-        .map_err(|cause| command.error(clap::error::ErrorKind::ValueValidation, cause))?;
-    Ok(Request { config, cgi, program: None })
+    let memory = (keep.cache(cache), events.config());
+    let config = config(linked.serve, numbers, memory, Duration::ZERO, of_workers, &mut wrong);
+    (Request { config, cgi, program: None }, wrong)
 }
 
 /// Reads the command line of `forkyard`.
@@ -469,54 +477,122 @@ fn linked_request(mut linked: LinkedOptions, command: &mut Command) -> Result<Re
 /// # Errors
 /// clap's, which also carries the text of `--help` and `--version`.
 pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap::Error> {
+    let linked = LinkedOptions::augment_args(Command::new("linked"));
     let mut command = Forkyard::command().bin_name("forkyard");
-    let matches = match matches(&mut command, arguments, &["run", "check"])? {
-        Ok(matches) => matches,
-        Err(broken) => return Ok(broken),
+    for name in ["run", "check"] {
+        command = command.mut_subcommand(name, |run| refused::know(run, &linked, Way::Run));
+    }
+    let Read { matches, mistakes, checked } = read(&mut command, arguments, &["run", "check"])?;
+    let (run, name) = match Forkyard::from_arg_matches(&matches)?.command {
+        Subcommands::Operation(operation) => return Ok(Invocation::Task(operation.task(&mut command)?)),
+        Subcommands::Run(_) if !mistakes.lines.is_empty() => {
+            return Ok(Invocation::Broken { mistakes: mistakes.lines });
+        }
+        Subcommands::Run(run) => (*run, "run"),
+        Subcommands::Check(run) => (*run, "check"),
     };
-    Ok(match Forkyard::from_arg_matches(&matches)?.command {
-        Subcommands::Run(run) => Invocation::Serve(Box::new(run_request(*run, "run", &mut command)?)),
-        Subcommands::Check(run) => Invocation::Check(Box::new(run_request(*run, "check", &mut command)?)),
-        Subcommands::Operation(operation) => Invocation::Task(operation.task(&mut command)?),
+    let (request, wrong) = run_request(run);
+    command.build();
+    let sub = command.find_subcommand(name).cloned().unwrap_or_else(|| command.clone());
+    conclude(request, wrong, mistakes, checked, &mut sub.bin_name(format!("forkyard {name}")))
+}
+
+/// As above.
+fn run_request(mut run: RunOptions) -> (Request, Vec<String>) {
+    run.serve.bind_what_is_passed();
+    let mut wrong = Vec::new();
+    if run.command.is_empty() {
+        wrong.push("no COMMAND: give it after '--', or as command in the configuration file".to_owned());
+    }
+    or_note(check_run(&run.serve.bind), &mut wrong);
+    let numbers = run.serve.numbers.numbers(OfEachWorker::default());
+    let memory = (run.keep.cache(run.cache), run.events.config());
+    let config = config(run.serve, numbers, memory, run.settle, OfWorkers::default(), &mut wrong);
+    (Request { config, cgi: false, program: Some(run.command) }, wrong)
+}
+
+/// What is to be done, if that can be.
+fn conclude(
+    request: Request,
+    mut wrong: Vec<String>,
+    mistakes: Mistakes,
+    checked: bool,
+    command: &mut Command,
+) -> Result<Invocation, clap::Error> {
+    let request = Box::new(request);
+    if checked {
+        // What follows from a setting that could not be read is no further mistake.
+        let follows = |text: &String| {
+            mistakes
+                .settings
+                .iter()
+                .any(|flag| text.contains(&format!("--{flag}")) || flag == "command" && text.contains("COMMAND"))
+        };
+        wrong.retain(|text| !follows(text));
+        return Ok(Invocation::Check { request, mistakes: [mistakes.lines, wrong].concat() });
+    }
+    if wrong.is_empty() {
+        return Ok(Invocation::Serve(request));
+    }
+    Err(command.error(clap::error::ErrorKind::ValueValidation, wrong.join("\n       ")))
+}
+
+fn or_note<T: Default>(found: Result<T, String>, wrong: &mut Vec<String>) -> T {
+    found.unwrap_or_else(|cause| {
+        wrong.push(cause);
+        T::default()
     })
 }
 
-fn run_request(mut run: RunOptions, name: &str, command: &mut Command) -> Result<Request, clap::Error> {
-    run.serve.bind_what_is_passed();
-    let no_command = || "no COMMAND: give it after '--', or as command in the configuration file".to_owned();
-    let some = if run.command.is_empty() { Err(no_command()) } else { Ok(()) };
-    let mut refuse = |cause: String| {
-        command.build();
-        let run = command.find_subcommand_mut(name).cloned().unwrap_or_else(|| command.clone());
-        run.bin_name(format!("forkyard {name}")).error(clap::error::ErrorKind::ValueValidation, cause)
-    };
-    some.and_then(|()| check_run(&run.serve.bind)).map_err(&mut refuse)?;
-    let numbers = run.serve.numbers.numbers(OfEachWorker::default());
-    let config =
-        config(run.serve, numbers, (run.keep.cache(run.cache), run.events.config()), run.settle, OfWorkers::default())
-            .map_err(refuse)?;
-    Ok(Request { config, cgi: false, program: Some((run.command, run.direct)) })
+/// What was read.
+struct Read {
+    matches: ArgMatches,
+    mistakes: Mistakes,
+    /// That is all that is to be done.
+    checked: bool,
 }
 
 /// What the arguments say, together with the configuration file, if they or a variable name one. `serving` are the
 /// sub-commands that take the flags of serving.
-fn matches(
-    command: &mut Command,
-    arguments: &[OsString],
-    serving: &[&str],
-) -> Result<Result<ArgMatches, Invocation>, clap::Error> {
-    let matches = command.try_get_matches_from_mut(arguments)?;
+///
+/// # Errors
+/// clap's. For `check`, values that make no sense are among the mistakes instead.
+fn read(command: &mut Command, arguments: &[OsString], serving: &[&str]) -> Result<Read, clap::Error> {
+    let mut mistakes = Mistakes::default();
+    let mut arguments = arguments.to_vec();
+    let checked = arguments.get(1).is_some_and(|name| name == "check");
+    let matches = loop {
+        match command.try_get_matches_from_mut(&arguments) {
+            Ok(matches) => break matches,
+            Err(error) if checked && without(&error, command, &mut arguments, &mut mistakes) => {}
+            Err(error) => {
+                let is_good = |line: &[OsString]| command.clone().try_get_matches_from(line).is_ok();
+                return Err(hints::improve(error, &arguments, is_good));
+            }
+        }
+    };
     let (name, given) = match matches.subcommand() {
         Some((name, given)) if serving.contains(&name) => (Some(name), given),
-        Some(_) => return Ok(Ok(matches)),
+        Some(_) => return Ok(Read { matches, mistakes, checked: false }),
         None => (None, &matches),
     };
-    let Some(path) = given.get_one::<PathBuf>("config") else { return Ok(Ok(matches)) };
     let grammar = name.and_then(|name| command.find_subcommand(name)).unwrap_or(command);
-    let additions = match file::read(path, grammar, given) {
-        Ok(additions) => additions,
-        Err(mistakes) => return Ok(Err(Invocation::Broken { mistakes, checked: name == Some("check") })),
-    };
+    let refused = refused::given(grammar, given);
+    if checked {
+        mistakes.lines.extend(refused);
+    } else if !refused.is_empty() {
+        let text = refused.join("\n       ");
+        let bin_name = name.map(|name| format!("{} {name}", command.get_name()));
+        let mut grammar = grammar.clone();
+        if let Some(bin_name) = bin_name {
+            grammar = grammar.bin_name(bin_name);
+        }
+        return Err(grammar.error(clap::error::ErrorKind::UnknownArgument, text));
+    }
+    let Some(path) = given.get_one::<PathBuf>("config") else { return Ok(Read { matches, mistakes, checked }) };
+    let (additions, of_file) = file::read(path, grammar, given);
+    mistakes.lines.extend(of_file.lines);
+    mistakes.settings.extend(of_file.settings);
     // In front of all that was given: behind the program's name, and the sub-command.
     let (before, after) = arguments.split_at(arguments.len().min(1 + usize::from(name.is_some())));
     let mut all = [before, &additions.flags, after].concat();
@@ -524,7 +600,55 @@ fn matches(
         all.extend([OsString::from("--")].into_iter().filter(|dashes| !arguments.contains(dashes)));
         all.extend(additions.command);
     }
-    command.try_get_matches_from_mut(all).map(Ok)
+    let matches = command.try_get_matches_from_mut(all)?;
+    Ok(Read { matches, mistakes, checked })
+}
+
+/// Takes a value that makes no sense out of the arguments, or a variable's out of the command, and notes what is wrong with it.
+/// False if that is not all that is wrong.
+fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsString>, mistakes: &mut Mistakes) -> bool {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    if !matches!(error.kind(), ErrorKind::ValueValidation | ErrorKind::InvalidValue) {
+        return false;
+    }
+    let Some(ContextValue::String(shown)) = error.get(ContextKind::InvalidArg) else { return false };
+    // As in `--workers <N>`.
+    let Some(flag) = shown.split([' ', '=', '[']).next().and_then(|flag| flag.strip_prefix("--")) else { return false };
+    let long = format!("--{flag}");
+    let with_value = format!("{long}=");
+    let given = |argument: &OsString| *argument == *long || argument.to_string_lossy().starts_with(&with_value);
+    let dashes = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
+    let mut is_new = !mistakes.settings.iter().any(|known| known == flag);
+    let mut removed = false;
+    while let Some(at) = arguments[..dashes.min(arguments.len())].iter().position(given) {
+        let count = if arguments[at] == *long { 2 } else { 1 };
+        arguments.drain(at..arguments.len().min(at + count));
+        removed = true;
+    }
+    if !removed {
+        // It came from a variable.
+        let forget = |check: Command| {
+            check.mut_args(|argument| {
+                if argument.get_long() == Some(flag) {
+                    argument.env(clap::builder::Resettable::Reset)
+                } else {
+                    argument
+                }
+            })
+        };
+        let whole = std::mem::take(command);
+        *command = whole.mut_subcommand("check", forget).mut_args(|argument| {
+            if argument.get_long() == Some(flag) { argument.env(clap::builder::Resettable::Reset) } else { argument }
+        });
+        is_new |= !mistakes.settings.iter().any(|known| *known == format!("{flag} "));
+        mistakes.settings.push(format!("{flag} "));
+    }
+    if is_new {
+        mistakes.lines.push(format!("{long}: {}", file::explain(error)));
+        mistakes.settings.push(flag.to_owned());
+    }
+    // Each turn takes something away.
+    removed || is_new
 }
 
 /// An external program gets one socket, and speaks FastCGI on it.
@@ -564,15 +688,15 @@ struct Access {
     trust: Option<Trust>,
 }
 
-/// # Errors
-/// A sentence for the operator: flags that do not go together.
+/// Adds to `wrong` what does not go together.
 fn config(
     serve: ServeOptions,
     numbers: Numbers,
     (cache, events): (CacheConfig, EventsConfig),
     settle: Duration,
     of_workers: OfWorkers,
-) -> Result<Config, String> {
+    wrong: &mut Vec<String>,
+) -> Config {
     let mut binds = serve.bind;
     if binds.is_empty() {
         binds.push(if listen::started_by_web_server() {
@@ -582,7 +706,7 @@ fn config(
         });
     }
     let privileges: PrivilegesConfig = serve.privileges.config(of_workers.sandbox);
-    Ok(Config {
+    Config {
         binds,
         workers: serve.workers,
         numbers,
@@ -605,9 +729,9 @@ fn config(
         failures: of_workers.failures,
         control: serve.control.config(),
         logs: serve.logs.config(serve.log_level, of_workers.access_log),
-        helpers: serve.helpers.config()?,
+        helpers: or_note(serve.helpers.config(), wrong),
         upgrade: serve.upgrade.config(),
-    })
+    }
 }
 
 fn parse_max_uri(text: &str) -> Result<usize, String> {

@@ -55,37 +55,6 @@ pub(super) struct OfEachWorker {
     max_queue_time: Duration,
 }
 
-/// What `forkyard run` does not take, so that it says why.
-#[derive(Args, Debug)]
-pub(super) struct RefusedByRun {
-    #[arg(long, hide = true, value_parser = refuse_max_requests)]
-    max_requests: Option<String>,
-
-    #[arg(long, hide = true, value_parser = refuse_health_path)]
-    health_path: Option<String>,
-
-    #[arg(long, hide = true, value_parser = refuse_max_queue_time)]
-    max_queue_time: Option<String>,
-}
-
-fn refuse_max_requests(_: &str) -> Result<String, String> {
-    Err("nobody but the program knows how many requests it has served (tell the program itself, as with \
-         PHP_FCGI_MAX_REQUESTS: one that exits with status 0 is replaced; or use --max-age or --max-memory)"
-        .to_owned())
-}
-
-fn refuse_health_path(_: &str) -> Result<String, String> {
-    Err("all programs accept from one socket, so that no request can be sent to a certain one (see --settle for when a \
-         program counts as started)"
-        .to_owned())
-}
-
-fn refuse_max_queue_time(_: &str) -> Result<String, String> {
-    Err("a program accepts for itself, and nobody else knows how long a request has waited (a shorter --backlog bounds how \
-         many wait)"
-        .to_owned())
-}
-
 impl NumberOptions {
     pub(super) fn numbers(&self, of_each: OfEachWorker) -> Numbers {
         Numbers {

@@ -41,6 +41,15 @@ impl PrivilegesConfig {
         self.limits.iter().any(|limit| limit.resource == Resource::RLIMIT_NOFILE)
     }
 
+    /// A warning, if the application runs as root because nobody has said as whom.
+    pub(crate) fn of_root(&self) -> Option<&'static str> {
+        let is_root = nix::unistd::geteuid().is_root() && is_root_of_machine();
+        (is_root && self.user.is_none()).then_some(
+            "the application runs as root, for want of another user (name one with --user, as in --user www-data, or say so \
+             with --user root)",
+        )
+    }
+
     /// Whom the socket files are given to; nobody if `None`.
     pub(crate) fn owner_of_sockets(&self) -> Option<Owner> {
         self.socket_owner.or_else(|| self.owner_of_files())
@@ -61,6 +70,13 @@ impl PrivilegesConfig {
         });
         account.chain(self.variables.iter().cloned()).collect()
     }
+}
+
+/// Whether user 0 here is the machine's: in a user namespace it may be anybody's.
+fn is_root_of_machine() -> bool {
+    let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
+    let of_root = map.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    of_root.into_iter().all(|fields| fields.first() != Some(&"0") || fields.get(1) == Some(&"0"))
 }
 
 /// A user, with what the system's accounts say of it.

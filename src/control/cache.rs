@@ -6,12 +6,12 @@
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
 
 use forkyard_shm::{Cache, Listed, Segment, Stats};
 use serde_json::{Map, Value, json};
 
-use super::client::Connection;
+use super::client::{Connection, Place};
+use super::commands::printed;
 use super::show;
 use super::wire::Request;
 
@@ -31,11 +31,11 @@ pub(crate) enum Operation {
 ///
 /// # Errors
 /// A sentence for the operator.
-pub(crate) fn run(control: &Path, operation: &Operation, json: bool, out: &mut dyn Write) -> Result<(), String> {
-    let fd = Connection::ask(control, &Request::Segment)?.descriptor()?;
+pub(crate) fn run(place: &Place, operation: &Operation, json: bool, out: &mut dyn Write) -> Result<(), String> {
+    let fd = Connection::ask(place, &Request::Segment)?.descriptor()?;
     let segment = Segment::attach(fd).map_err(|error| format!("cannot use the cache: {error}"))?;
     let cache = segment.cache();
-    match operation {
+    let written = match operation {
         Operation::Stats => stats(&cache.stats(), json, out),
         Operation::List { prefix, most } => list(cache.list(prefix.as_bytes(), *most), json, out),
         Operation::Get { key, headers } => return get(&cache, key, *headers, json, out),
@@ -57,8 +57,8 @@ pub(crate) fn run(control: &Path, operation: &Operation, json: bool, out: &mut d
             cache.clear();
             done("cleared", json!({ "cleared": true }), json, out)
         }
-    }
-    .map_err(|error| error.to_string())
+    };
+    printed(written)
 }
 
 fn done(text: &str, value: Value, json: bool, out: &mut dyn Write) -> io::Result<()> {
@@ -152,7 +152,7 @@ fn get(cache: &Cache, key: &OsStr, headers: bool, json: bool, out: &mut dyn Writ
         let head = if headers { head() } else { Ok(()) };
         head.and_then(|()| out.write_all(page.body()))
     };
-    written.map_err(|error| error.to_string())
+    printed(written)
 }
 
 /// Bytes as text: as they are if they are UTF-8, else with escapes.

@@ -1,37 +1,67 @@
 //! A connection to a master's control socket: one request, and the answers to it.
 //!
-//! May not: wait for longer than the master takes. A command that takes time is ended with Ctrl-C, and goes on.
+//! No wait is without a limit ([`Place::timeout`]): a master that is stopped or hangs accepts connections, by the kernel's
+//! hand, and answers none of them. A command that takes time is ended with Ctrl-C, and goes on.
 
 use std::io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use nix::sys::socket::getsockopt;
+use nix::errno::Errno;
 use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket};
 use nix::unistd::Pid;
 
 use super::wire::{self, Answer, LONGEST_ANSWER, Request, Status};
 use crate::sys;
 
+/// Time between two tries to get a place in the queue of a socket.
+const AGAIN: Duration = Duration::from_millis(50);
+
+/// Where a master is to be asked.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    pub(crate) socket: PathBuf,
+    /// How long it may be silent; `None` for ever.
+    pub(crate) timeout: Option<Duration>,
+}
+
 /// A connection on which one request was sent.
 pub(crate) struct Connection {
     stream: BufReader<UnixStream>,
+    /// What has come of the next answer.
+    unfinished: Vec<u8>,
     /// Where that is, for messages.
     at: String,
+    timeout: Option<Duration>,
 }
 
 impl Connection {
-    /// Asks the master at `path`.
+    /// Asks the master at `place`.
     ///
     /// # Errors
     /// A sentence, if nobody is there who answers.
-    pub(crate) fn ask(path: &Path, request: &Request) -> Result<Self, String> {
-        let at = path.display().to_string();
-        let stream = UnixStream::connect(path).map_err(|error| explain(&error, &at))?;
+    pub(crate) fn ask(place: &Place, request: &Request) -> Result<Self, String> {
+        let Place { socket, timeout } = place;
+        let at = socket.display().to_string();
+        let stream = match reach(socket, *timeout) {
+            Ok(Some(stream)) => stream,
+            Ok(None) => {
+                let after = shown(*timeout);
+                return Err(format!(
+                    "the master at {at} does not accept within {after}, and others wait before us: it is stopped, or hangs (see \
+                     its log; wait longer with --timeout)"
+                ));
+            }
+            Err(error) => return Err(explain(&error, &at)),
+        };
+        let limited = stream.set_read_timeout(*timeout).and_then(|()| stream.set_write_timeout(*timeout));
+        limited.map_err(|error| explain(&error, &at))?;
         // A master that refuses us closes without reading: what it says is still there to be read.
         let _ = (&stream).write_all(&wire::line(request));
-        Ok(Self { stream: BufReader::new(stream), at })
+        Ok(Self { stream: BufReader::new(stream), unfinished: Vec::new(), at, timeout: *timeout })
     }
 
     /// Its pid, if it is to be seen from here.
@@ -45,10 +75,47 @@ impl Connection {
     /// # Errors
     /// A sentence, if the master is gone, or it makes no sense.
     pub(crate) fn next(&mut self) -> Result<Answer, String> {
-        let mut line = Vec::new();
-        let read = self.stream.by_ref().take(LONGEST_ANSWER).read_until(b'\n', &mut line);
-        read.map_err(|error| format!("the master at {} broke off: {error}", self.at))?;
-        self.parse(&line)
+        self.next_in_time()?.ok_or_else(|| self.silence())
+    }
+
+    /// The next answer; `None` if the master was silent for as long as it may be.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) fn next_in_time(&mut self) -> Result<Option<Answer>, String> {
+        let room = LONGEST_ANSWER.saturating_sub(self.unfinished.len() as u64);
+        match self.stream.by_ref().take(room).read_until(b'\n', &mut self.unfinished) {
+            Ok(_) => {
+                let line = std::mem::take(&mut self.unfinished);
+                self.parse(&line).map(Some)
+            }
+            Err(error) if is_timeout(&error) => Ok(None),
+            Err(error) => Err(format!("the master at {} broke off: {error}", self.at)),
+        }
+    }
+
+    /// What to say of a master that does not answer.
+    pub(crate) fn silence(&self) -> String {
+        let (at, after) = (&self.at, shown(self.timeout));
+        match self.master() {
+            Some(pid) if self.is_stopped() => {
+                format!("the master at {at} is stopped, and answers nothing (have it go on: kill -CONT {pid})")
+            }
+            Some(pid) => format!(
+                "the master at {at} has not answered for {after}: it hangs, or the machine is overloaded (see its log, and ps -o \
+                 pid,stat,wchan,cmd -p {pid}; wait longer with --timeout)"
+            ),
+            None => format!(
+                "the master at {at} has not answered for {after}: it is stopped, or hangs (see its log; wait longer with --timeout)"
+            ),
+        }
+    }
+
+    /// Whether the master stands still, by a signal or a debugger.
+    pub(crate) fn is_stopped(&self) -> bool {
+        let stat = self.master().and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok());
+        let state = stat.as_deref().and_then(|stat| stat.rsplit_once(')')?.1.trim_start().chars().next());
+        matches!(state, Some('T' | 't'))
     }
 
     fn parse(&self, line: &[u8]) -> Result<Answer, String> {
@@ -60,8 +127,14 @@ impl Connection {
     }
 
     /// Returns when the master has closed the connection: at its end, if it was told to stop.
-    pub(crate) fn wait_for_close(mut self) {
-        let _ = io::copy(&mut self.stream, &mut io::sink());
+    ///
+    /// # Errors
+    /// A sentence, if it does not.
+    pub(crate) fn wait_for_close(mut self) -> Result<(), String> {
+        match io::copy(&mut self.stream, &mut io::sink()) {
+            Err(error) if is_timeout(&error) => Err(format!("it says that it has stopped, but: {}", self.silence())),
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// The outcome together with a descriptor.
@@ -71,7 +144,9 @@ impl Connection {
     pub(crate) fn descriptor(self) -> Result<OwnedFd, String> {
         let mut line = vec![0; 4096];
         let received = sys::receive_with_descriptor(self.stream.get_ref().as_fd(), &mut line);
-        let (count, fd) = received.map_err(|error| format!("the master at {} broke off: {error}", self.at))?;
+        let (count, fd) = received.map_err(|error| {
+            if is_timeout(&error) { self.silence() } else { format!("the master at {} broke off: {error}", self.at) }
+        })?;
         match (self.parse(&line[..count])?, fd) {
             (Answer::Done { .. }, Some(fd)) => Ok(fd),
             (Answer::Failed { text }, _) => Err(text),
@@ -82,16 +157,45 @@ impl Connection {
     }
 }
 
-/// How things are at the master at `path`.
+/// How things are at the master at `place`.
 ///
 /// # Errors
 /// A sentence for the operator.
-pub(crate) fn status(path: &Path) -> Result<Status, String> {
-    match Connection::ask(path, &Request::Status)?.next()? {
+pub(crate) fn status(place: &Place) -> Result<Status, String> {
+    match Connection::ask(place, &Request::Status)?.next()? {
         Answer::Status { status } => Ok(status),
         Answer::Failed { text } => Err(text),
         Answer::Progress { .. } | Answer::Done { .. } => Err("the master answers something else".to_owned()),
     }
+}
+
+/// Connects; `None` if there is no place in the socket's queue for so long. A plain connect(2) would wait for one for ever.
+fn reach(path: &Path, timeout: Option<Duration>) -> io::Result<Option<UnixStream>> {
+    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    let address = UnixAddr::new(path)?;
+    loop {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let ours = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        match connect(ours.as_raw_fd(), &address) {
+            Ok(()) => {
+                let stream = UnixStream::from(ours);
+                stream.set_nonblocking(false)?;
+                return Ok(Some(stream));
+            }
+            Err(Errno::EAGAIN) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(None),
+            Err(Errno::EAGAIN) => std::thread::sleep(AGAIN),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
+
+fn shown(timeout: Option<Duration>) -> String {
+    timeout.map_or_else(|| "ever".to_owned(), |timeout| format!("{timeout:?}"))
 }
 
 fn explain(error: &io::Error, at: &str) -> String {

@@ -1,13 +1,13 @@
 //! The sub-commands that ask a running master. Each returns when the outcome is known.
 //!
-//! Exit status: 0 done, 1 not done (what went wrong is on standard error), 2 wrong usage, which is seen before this.
+//! Exit status: 0 done, 1 not done (what went wrong is on standard error), 2 wrong usage, which is seen before this. That
+//! nobody reads what is printed any more (`top | head`) is no failure.
 
 use std::io::{self, IsTerminal as _, Write as _};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::cache;
-use super::client::{self, Connection};
+use super::client::{self, Connection, Place};
 use super::events;
 use super::show;
 use super::wire::{Answer, Request};
@@ -15,7 +15,7 @@ use super::wire::{Answer, Request};
 /// What a sub-command asks for, of which master.
 #[derive(Clone, Debug)]
 pub(crate) struct Errand {
-    pub(crate) control: PathBuf,
+    pub(crate) place: Place,
     pub(crate) json: bool,
     pub(crate) what: What,
 }
@@ -34,24 +34,30 @@ pub(crate) enum What {
     Quarantine,
 }
 
+/// How often in a row the master may be silent, and not answer others either, while a command of this kind goes on. A new
+/// build that takes over answers nobody until it has read, mapped and loaded what it needs.
+fn patience(request: &Request) -> u32 {
+    if *request == Request::Upgrade { 6 } else { 1 }
+}
+
 /// Does it.
 ///
 /// # Errors
 /// A sentence for the operator.
 pub(crate) fn run(errand: &Errand) -> Result<(), String> {
-    let Errand { control, json, what } = errand;
+    let Errand { place, json, what } = errand;
     match what {
-        What::Ask(Request::Status) => write(&shown(control, *json)?),
-        What::Quarantine => write(&quarantined(control, *json)?),
-        What::Ask(request) => ask(control, request, *json),
-        What::Top { interval, rounds } => top(control, *json, *interval, *rounds),
-        What::Cache(operation) => cache::run(control, operation, *json, &mut io::stdout().lock()),
-        What::Events(operation) => events::run(control, operation, *json),
+        What::Ask(Request::Status) => write(&shown(place, *json)?).map(drop),
+        What::Quarantine => write(&quarantined(place, *json)?).map(drop),
+        What::Ask(request) => ask(place, request, *json),
+        What::Top { interval, rounds } => top(place, *json, *interval, *rounds),
+        What::Cache(operation) => cache::run(place, operation, *json, &mut io::stdout().lock()),
+        What::Events(operation) => events::run(place, operation, *json),
     }
 }
 
-fn shown(control: &Path, json: bool) -> Result<String, String> {
-    let status = client::status(control)?;
+fn shown(place: &Place, json: bool) -> Result<String, String> {
+    let status = client::status(place)?;
     if !json {
         return Ok(show::table(&status));
     }
@@ -59,8 +65,8 @@ fn shown(control: &Path, json: bool) -> Result<String, String> {
     Ok(line + "\n")
 }
 
-fn quarantined(control: &Path, json: bool) -> Result<String, String> {
-    let listed = client::status(control)?.quarantined;
+fn quarantined(place: &Place, json: bool) -> Result<String, String> {
+    let listed = client::status(place)?.quarantined;
     if !json {
         return Ok(show::quarantine(&listed));
     }
@@ -68,22 +74,33 @@ fn quarantined(control: &Path, json: bool) -> Result<String, String> {
     String::from_utf8(lines).map_err(|error| error.to_string())
 }
 
-/// Tells what is under way, until the outcome is known.
-fn ask(control: &Path, request: &Request, json: bool) -> Result<(), String> {
-    let mut connection = Connection::ask(control, request)?;
+/// Prints what is under way, until the outcome is known. A master that is silent for long is asked for its status: if it
+/// answers that, it is at work.
+fn ask(place: &Place, request: &Request, json: bool) -> Result<(), String> {
+    let mut connection = Connection::ask(place, request)?;
+    let (mut is_read, mut silent) = (true, 0);
     loop {
-        let answer = connection.next()?;
-        if json {
-            write(&String::from_utf8_lossy(&super::wire::line(&answer)))?;
+        let Some(answer) = connection.next_in_time()? else {
+            silent = if client::status(place).is_ok() { 0 } else { silent + 1 };
+            if silent >= patience(request) || silent > 0 && connection.is_stopped() {
+                let name = request.name();
+                return Err(format!("{}; what became of {name} is not known (see its status)", connection.silence()));
+            }
+            continue;
+        };
+        silent = 0;
+        // The outcome counts, even if nobody reads what is printed.
+        if json && is_read {
+            is_read = write(&String::from_utf8_lossy(&super::wire::line(&answer)))?;
         }
         match answer {
             Answer::Failed { text } => return Err(text),
-            Answer::Progress { text } if !json => write(&format!("{text}\n"))?,
+            Answer::Progress { text } if !json && is_read => is_read = write(&format!("{text}\n"))?,
             Answer::Done { text } => {
                 if matches!(request, Request::Stop { .. }) {
-                    connection.wait_for_close();
+                    connection.wait_for_close()?;
                 }
-                return if json { Ok(()) } else { write(&format!("{text}\n")) };
+                return if json || !is_read { Ok(()) } else { write(&format!("{text}\n")).map(drop) };
             }
             Answer::Status { .. } => return Ok(()),
             Answer::Progress { .. } => {}
@@ -91,23 +108,37 @@ fn ask(control: &Path, request: &Request, json: bool) -> Result<(), String> {
     }
 }
 
-fn top(control: &Path, json: bool, interval: Duration, rounds: Option<u32>) -> Result<(), String> {
+fn top(place: &Place, json: bool, interval: Duration, rounds: Option<u32>) -> Result<(), String> {
     let redraw = !json && io::stdout().is_terminal();
     let mut round = 0;
     loop {
-        let text = shown(control, json)?;
+        let text = shown(place, json)?;
         // To the corner, and what was there before is erased.
-        write(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
+        let is_read = write(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
         round += 1;
-        if rounds.is_some_and(|rounds| round >= rounds) {
+        if !is_read || rounds.is_some_and(|rounds| round >= rounds) {
             return Ok(());
         }
         std::thread::sleep(interval);
     }
 }
 
-/// To standard output. Who reads it no more, a pager say, has seen enough.
-fn write(text: &str) -> Result<(), String> {
+/// To standard output. False if nobody reads it any more: a pager, say, has seen enough.
+fn write(text: &str) -> Result<bool, String> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|error| format!("cannot write: {error}"))
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        written => printed(written).map(|()| true),
+    }
+}
+
+/// What to say of an attempt to print something.
+///
+/// # Errors
+/// A sentence for the operator; none if nobody reads it any more.
+pub(crate) fn printed(written: io::Result<()>) -> Result<(), String> {
+    match written {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(format!("cannot write: {error}")),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }

@@ -9,7 +9,6 @@ use std::ffi::OsString;
 use std::io::{self, Read as _, Write};
 use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -22,7 +21,8 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGTERM};
 
-use super::client::Connection;
+use super::client::{Connection, Place};
+use super::commands::printed;
 use super::wire::Request;
 use crate::events::name;
 
@@ -43,8 +43,8 @@ const LOOK: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// A sentence for the operator.
-pub(crate) fn run(control: &Path, operation: &Operation, json: bool) -> Result<(), String> {
-    let connection = Connection::ask(control, &Request::Events)?;
+pub(crate) fn run(place: &Place, operation: &Operation, json: bool) -> Result<(), String> {
+    let connection = Connection::ask(place, &Request::Events)?;
     let master = connection.master();
     let segment =
         Segment::attach(connection.descriptor()?).map_err(|error| format!("cannot use the event log: {error}"))?;
@@ -52,22 +52,16 @@ pub(crate) fn run(control: &Path, operation: &Operation, json: bool) -> Result<(
     let mut out = io::stdout().lock();
     match operation {
         Operation::Publish { topic, name, data } => publish(&events, topic, name, data, json, &mut out),
-        Operation::List => list(&events, json, &mut out).map_err(|error| cannot_write(&error)),
+        Operation::List => printed(list(&events, json, &mut out)),
         Operation::Tail { topics, from, count } => {
             let mut printer = Printer { out, json, left: count.unwrap_or(u64::MAX) };
             match tail(&events, topics, *from, master, &mut printer) {
                 Ok(End::Done) => Ok(()),
-                Ok(End::NoMaster) => Err(format!("the master at {} is gone", control.display())),
-                // Who reads it no more has seen enough.
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-                Err(error) => Err(cannot_write(&error)),
+                Ok(End::NoMaster) => Err(format!("the master at {} is gone", place.socket.display())),
+                Err(error) => printed(Err(error)),
             }
         }
     }
-}
-
-fn cannot_write(error: &io::Error) -> String {
-    format!("cannot write: {error}")
 }
 
 fn publish(
@@ -93,7 +87,7 @@ fn publish(
     };
     let id = events.publish(topic, name, data).map_err(|error| error.to_string())?;
     let line = if json { json!({ "topic": topic, "id": id }).to_string() } else { id.to_string() };
-    writeln!(out, "{line}").map_err(|error| cannot_write(&error))
+    printed(writeln!(out, "{line}"))
 }
 
 fn list(events: &Events, json: bool, out: &mut dyn Write) -> io::Result<()> {

@@ -7,7 +7,7 @@
 //! May not: know the master, or run in one.
 
 mod cache;
-mod client;
+pub(crate) mod client;
 pub(crate) mod commands;
 mod events;
 mod show;

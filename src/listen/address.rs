@@ -74,13 +74,21 @@ impl FromStr for Bind {
 
     fn from_str(text: &str) -> Result<Self, String> {
         const FORM: &str = "expected PROTO:ADDR, as in http:127.0.0.1:8080, fastcgi:unix:/run/app.sock or fastcgi:fd:3";
-        let (protocol, address) = text.split_once(':').ok_or(FORM)?;
+        let meant = |text: Option<String>| text.map_or_else(String::new, |text| format!("is {text} meant? "));
+        let (protocol, address) = text.split_once(':').ok_or_else(|| format!("{}{FORM}", meant(whole_of(text))))?;
         let protocol = match protocol {
             "fastcgi" => Protocol::FastCgi,
             "scgi" => Protocol::Scgi,
             "http" => Protocol::Http,
+            "https" => {
+                return Err(
+                    "TLS is not spoken here: let a web server in front do that, and connect by http or fastcgi"
+                        .to_owned(),
+                );
+            }
             other => {
-                return Err(format!("unknown protocol '{other}' (this version speaks fastcgi, scgi and http); {FORM}"));
+                let unknown = format!("unknown protocol '{other}' (this version speaks fastcgi, scgi and http)");
+                return Err(format!("{unknown}; {}{FORM}", meant(whole_of(text))));
             }
         };
         let address = if let Some(name) = address.strip_prefix("unix:@") {
@@ -98,14 +106,70 @@ impl FromStr for Bind {
             let number = number.parse().ok().filter(|&fd: &RawFd| fd >= 0);
             Address::Inherited(number.ok_or(format!("'fd:' takes the number of a descriptor; {FORM}"))?)
         } else {
-            let port =
-                address.rsplit_once(':').map(|(_, port)| port).ok_or(format!("no port in '{address}'; {FORM}"))?;
+            let hint = || meant(address_of(address).map(|address| format!("{protocol}:{address}")));
+            let port = address.rsplit_once(':').map(|(_, port)| port);
+            let port = port.ok_or_else(|| format!("no port in '{address}'; {}{FORM}", hint()))?;
             if port.parse::<u16>().is_err() {
-                return Err(format!("'{port}' is not a port (0 to 65535); {FORM}"));
+                return Err(format!("'{port}' is not a port (0 to 65535); {}{FORM}", hint()));
+            }
+            if address.contains('/') {
+                return Err(format!("'{address}' is not HOST:PORT; {}{FORM}", hint()));
             }
             Address::Tcp(address.to_owned())
         };
         Ok(Self { protocol, address })
+    }
+}
+
+/// What was probably meant by an address in which something is missing, or too much.
+fn address_of(text: &str) -> Option<String> {
+    let is_path = |text: &str| text.starts_with(['/', '.']) || text.ends_with(".sock");
+    if let Some(rest) = text.strip_prefix("//") {
+        let host = rest.trim_end_matches('/');
+        return host.parse_port().map(|_| host.to_owned());
+    }
+    if is_path(text) {
+        return Some(format!("unix:{text}"));
+    }
+    if let Some(name) = text.strip_prefix('@') {
+        return Some(format!("unix:@{name}"));
+    }
+    if text.parse::<u16>().is_ok() {
+        return Some(format!("127.0.0.1:{text}"));
+    }
+    None
+}
+
+/// The same of one without a good protocol.
+fn whole_of(text: &str) -> Option<String> {
+    let (first, rest) = text.split_once(':').unwrap_or((text, ""));
+    match first {
+        "fcgi" | "fast-cgi" | "FastCGI" => return Some(format!("fastcgi:{rest}")),
+        "HTTP" | "tcp" | "h2c" | "http1" | "http2" => return Some(format!("http:{rest}")),
+        // A web server connects to sockets, and mostly by FastCGI.
+        "unix" | "fd" | "systemd" => return Some(format!("fastcgi:{text}")),
+        _ => {}
+    }
+    if text.parse_port().is_some() {
+        let host = text.rsplit_once(':').map_or("", |(host, _)| host);
+        if host.contains(':') && !host.starts_with('[') {
+            return None;
+        }
+        return Some(if host.is_empty() { format!("http:0.0.0.0{text}") } else { format!("http:{text}") });
+    }
+    address_of(text).map(|address| {
+        if address.starts_with("unix:") { format!("fastcgi:{address}") } else { format!("http:{address}") }
+    })
+}
+
+trait Port {
+    /// That of `HOST:PORT`.
+    fn parse_port(&self) -> Option<u16>;
+}
+
+impl Port for str {
+    fn parse_port(&self) -> Option<u16> {
+        self.rsplit_once(':')?.1.parse().ok()
     }
 }
 
@@ -138,6 +202,20 @@ mod tests {
             ("http:localhost:http", "'http' is not a port"),
             ("http:fd:-1", "takes the number of a descriptor"),
             ("fastcgi:unix:", "is empty"),
+            ("fastcgi:/run/x.sock", "is fastcgi:unix:/run/x.sock meant?"),
+            ("http:./x.sock", "is http:unix:./x.sock meant?"),
+            ("scgi:x.sock", "is scgi:unix:x.sock meant?"),
+            ("http:@name", "is http:unix:@name meant?"),
+            ("unix:/run/x.sock", "is fastcgi:unix:/run/x.sock meant?"),
+            ("/run/x.sock", "is fastcgi:unix:/run/x.sock meant?"),
+            ("127.0.0.1:8080", "is http:127.0.0.1:8080 meant?"),
+            (":8080", "is http:0.0.0.0:8080 meant?"),
+            ("8080", "is http:127.0.0.1:8080 meant?"),
+            ("http:8080", "is http:127.0.0.1:8080 meant?"),
+            ("http://127.0.0.1:8080", "is http:127.0.0.1:8080 meant?"),
+            ("http://127.0.0.1:8080/", "is http:127.0.0.1:8080 meant?"),
+            ("fcgi:unix:/x", "is fastcgi:unix:/x meant?"),
+            ("https:0.0.0.0:443", "let a web server in front do that"),
         ] {
             let error = text.parse::<Bind>().unwrap_err();
             assert!(error.contains(said), "{text}: {error}");

@@ -23,8 +23,10 @@ use crate::sys;
 /// Time since the master started.
 type Now = Duration;
 
-/// Clients at a time; further ones wait in the kernel's queue.
+/// Clients at a time that do not wait for an outcome; further ones wait in the kernel's queue.
 const MOST_CLIENTS: usize = 16;
+/// And with those that wait. They are no reason not to answer a question: by that they learn that we live.
+const MOST_WITH_WAITING: usize = 64;
 /// How long a client may take to send its line, or to read the next piece of what it is told.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that may wait for a client to read them. The longest status fits.
@@ -112,7 +114,7 @@ impl Control {
     pub(crate) fn watched(&self, now: Now) -> Vec<PollFd<'_>> {
         let mut watched: Vec<PollFd<'_>> =
             self.clients.iter().map(|client| PollFd::new(client.stream.as_fd(), client.interest())).collect();
-        if self.clients.len() < MOST_CLIENTS && now >= self.paused_until {
+        if self.has_room() && now >= self.paused_until {
             watched.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
         }
         watched
@@ -157,8 +159,13 @@ impl Control {
         });
     }
 
+    fn has_room(&self) -> bool {
+        let asking = self.clients.iter().filter(|client| client.waiting == Waiting::No).count();
+        asking < MOST_CLIENTS && self.clients.len() < MOST_WITH_WAITING
+    }
+
     fn accept(&mut self, now: Now) {
-        while self.clients.len() < MOST_CLIENTS {
+        while self.has_room() {
             match sys::accept(self.listener.as_fd()) {
                 Ok((socket, _)) => {
                     let mut client = Client::new(self.next, socket.into(), now + PATIENCE);

@@ -116,7 +116,8 @@ impl Scaler {
         self.sample_at = now + if at_work > 0 || target > self.min { BUSY } else { QUIET };
         self.need(needed, now);
         self.forgive(now);
-        let mut verdict = Verdict { target, is_saturated: self.is_saturated(at_work, demand.waiting, now) };
+        let is_saturated = self.is_saturated(demand, target, now);
+        let mut verdict = Verdict { target, is_saturated };
         if needed > target {
             if (self.pressed || demand.waiting > 0) && may_grow {
                 verdict.target = target + self.rate.min(needed - target);
@@ -158,9 +159,11 @@ impl Scaler {
         }
     }
 
-    fn is_saturated(&mut self, at_work: u32, waiting: u32, now: Now) -> bool {
+    /// Whether there are as many workers as there may be, all of them are at work, and others wait.
+    fn is_saturated(&mut self, demand: &Demand, target: u32, now: Now) -> bool {
         let said = self.said_saturated.is_some_and(|at| now.saturating_sub(at) < SAY_AGAIN);
-        let saturated = at_work > self.max && waiting > 0 && !said;
+        let all_work = target >= self.max && demand.in_flight >= self.max.saturating_mul(self.per_worker);
+        let saturated = all_work && demand.waiting > 0 && !said;
         if saturated {
             self.said_saturated = Some(now);
         }

@@ -1,0 +1,92 @@
+//! Flags that one of the two ways to serve has, and the other has not: refused with the reason, on the command line and in the
+//! configuration file.
+//!
+//! Which these are nobody lists: they are what the one command has and the other lacks.
+
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+/// Names the arguments that are refused.
+const PREFIX: &str = "refused-";
+
+/// The two ways to serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// `forkyard run`.
+    Run,
+    /// A binary with an application linked into it.
+    Linked,
+}
+
+impl Way {
+    /// Why it has no flag of this name.
+    fn reason(self, flag: &str) -> &'static str {
+        match (self, flag) {
+            (Self::Run, "max-requests") => {
+                "nobody but the program knows how many requests it has served (tell the program itself, as with \
+                 PHP_FCGI_MAX_REQUESTS: one that exits with status 0 is replaced; or use --max-age or --max-memory)"
+            }
+            (Self::Run, "health-path") => {
+                "all programs accept from one socket, so that no request can be sent to a certain one (see --settle for when a \
+                 program counts as started)"
+            }
+            (Self::Run, "max-queue-time") => {
+                "a program accepts for itself, and nobody else knows how long a request has waited (a shorter --backlog bounds \
+                 how many wait)"
+            }
+            (Self::Run, "access-log" | "access-log-format") => {
+                "a program that accepts for itself answers its clients itself, and nobody else sees its requests (use the access \
+                 log of the web server in front of it)"
+            }
+            (Self::Run, "threads" | "queue") => {
+                "a program decides itself how many requests it serves at a time (have more processes with --workers)"
+            }
+            (Self::Run, "sandbox" | "sandbox-read" | "sandbox-write") => {
+                "the sandbox closes before anything is executed, so that it is for workers with the application linked in (use \
+                 --user, --chroot and --rlimit, or what systemd has)"
+            }
+            (Self::Run, "events-backlog" | "max-subscribers") => {
+                "browsers subscribe to events at workers with the application linked in"
+            }
+            (Self::Run, "allow" | "trust" | "trust-header") => {
+                "a program accepts for itself, so that nobody else looks at who connects (see --socket-mode and --socket-owner; \
+                 the web server in front of it knows the clients)"
+            }
+            (Self::Run, _) => {
+                "a program accepts and serves for itself, and nobody else sees its requests (set it in the program, or in the web \
+                 server in front of it)"
+            }
+            (Self::Linked, "settle") => "a worker says by itself when it is ready (see --start-timeout)",
+            (Self::Linked, _) => "it is for the programs of forkyard run",
+        }
+    }
+}
+
+/// Has `command`, which serves in this way, know the flags of `other`, to refuse them.
+pub(super) fn know(command: Command, other: &Command, way: Way) -> Command {
+    let has = |command: &Command, name: &str| command.get_arguments().any(|argument| argument.get_long() == Some(name));
+    let names = other.get_arguments().filter_map(|argument| argument.get_long().filter(|_| !argument.is_hide_set()));
+    let missing: Vec<String> = names.filter(|name| !has(&command, name)).map(ToOwned::to_owned).collect();
+    missing.into_iter().fold(command, |command, name| {
+        let reason = way.reason(&name);
+        let argument = Arg::new(format!("{PREFIX}{name}")).long(name).hide(true);
+        command.arg(argument.num_args(0..=1).action(ArgAction::Append).help(reason))
+    })
+}
+
+/// Why a flag is refused, if it is.
+pub(super) fn reason(argument: &Arg) -> Option<String> {
+    argument.get_id().as_str().starts_with(PREFIX).then(|| argument.get_help().map(ToString::to_string)).flatten()
+}
+
+/// What to say of the flags that were given and are refused.
+pub(super) fn given(command: &Command, matches: &ArgMatches) -> Vec<String> {
+    let refused = command.get_arguments().filter_map(|argument| Some((argument, reason(argument)?)));
+    let given = refused
+        .filter(|(argument, _)| matches.value_source(argument.get_id().as_str()) == Some(ValueSource::CommandLine));
+    given.map(|(argument, reason)| sentence(argument.get_long().unwrap_or_default(), &reason)).collect()
+}
+
+fn sentence(flag: &str, reason: &str) -> String {
+    format!("there is no --{flag} here: {reason}")
+}

@@ -1,0 +1,263 @@
+//! Settings: what is wrong with them is said in full, with what to do, before anything is started.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use common::limit::InTime as _;
+use common::{Server, program};
+
+fn run(name: &str, arguments: &[&str]) -> Output {
+    Command::new(program(name)).args(arguments).output_in_time().unwrap()
+}
+
+#[track_caller]
+fn complained(output: &Output, status: i32, words: &[&str]) -> String {
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(status), "{said}{}", String::from_utf8_lossy(&output.stdout));
+    for word in words {
+        assert!(said.contains(word), "no {word:?} in {said}");
+    }
+    said
+}
+
+fn file(folder: &tempfile::TempDir, text: &str) -> PathBuf {
+    let path = folder.path().join("forkyard.toml");
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+fn check(name: &str, folder: &tempfile::TempDir, text: &str) -> Output {
+    let path = file(folder, text);
+    Command::new(program(name)).args(["check", "--config"]).arg(path).output_in_time().unwrap()
+}
+
+/// The flags of a command, as its help lists them.
+fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
+    let help = run(name, &[arguments, &["--help"]].concat());
+    let help = String::from_utf8(help.stdout).unwrap();
+    let names = help.lines().filter_map(|line| line.strip_prefix("      --")?.split([' ', '=', '[', '<']).next());
+    names.map(ToOwned::to_owned).collect()
+}
+
+#[test]
+fn a_log_level_that_there_is_not_is_refused_with_those_that_there_are() {
+    let levels = "expected off, error, warn, info, debug, trace";
+    for (level, hint) in
+        [("loud", ""), ("warning", "is 'warn' meant?"), ("notice", "is 'info' meant?"), ("info,x=nix", "'nix'")]
+    {
+        complained(&run("hello", &["--log-level", level]), 2, &["--log-level", levels, hint]);
+        complained(&run("hello", &["check", "--log-level", level]), 1, &["--log-level", levels, hint]);
+    }
+    // A module's level alone does not silence the others.
+    let mut server =
+        Server::start("crashy", &["--bind", "http:127.0.0.1:0", "--workers", "1", "--log-level", "hyper=debug"]);
+    server.signal(nix::sys::signal::Signal::SIGHUP);
+    server.wait_for("reload done gen=2");
+    server.stop();
+}
+
+#[test]
+fn booleans_are_booleans_in_the_file_for_each_flag_that_is_a_switch() {
+    let folder = tempfile::tempdir().unwrap();
+    let bind = "bind = 'http:127.0.0.1:0'\nuser = 'root'\n";
+    for (name, setting) in [
+        ("hello", "no-new-privileges = true"),
+        ("hello", "no-new-privileges = false"),
+        ("hello", "no-new-privileges = 'true'"),
+        ("hello", "clear-env = true"),
+        ("hello", "clear_env = false"),
+        ("hello", "sandbox = false"),
+        ("hello", "sandbox = 'best-effort'\nuser = 4711\ngroup = 4711"),
+        ("hello", "sandbox = true\nuser = 4711\ngroup = 4711"),
+        ("forkyard", "direct = true"),
+        ("forkyard", "direct = false"),
+    ] {
+        let bind =
+            if name == "hello" { bind } else { "bind = 'fastcgi:127.0.0.1:0'\nuser = 'root'\ncommand = ['sleep']\n" };
+        let bind = if setting.contains("user") { bind.replace("user = 'root'\n", "") } else { bind.to_owned() };
+        let said = complained(&check(name, &folder, &format!("{bind}{setting}\n")), 0, &[]);
+        assert_eq!(said, "", "{setting}");
+    }
+    complained(
+        &check("hello", &folder, "idle-timeout = true\n"),
+        1,
+        &["takes text or a number, and this is true or false"],
+    );
+    complained(&check("hello", &folder, "clear-env = 'yes'\n"), 1, &["'clear-env' is true or false"]);
+}
+
+#[test]
+fn check_finds_all_that_a_start_would_find_one_after_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "workers = 'many'\n\
+        idle-timeout = 'x'\n\
+        bind = ['http:192.0.2.1:80', 'fastcgi:unix:/no-such-directory/a.sock', 'http:127.0.0.1:65000', 'fastcgi:127.0.0.1:65000']\n\
+        control = '/no-such-directory/control'\n\
+        events-socket = '/no-such-directory/events'\n\
+        log-file = '/no-such-directory/log'\n\
+        access-log = '/etc'\n\
+        pid-file = '/etc/passwd/pid'\n\
+        cache = '1K'\n\
+        cache-file = '/no-such-directory/cache'\n\
+        user = 4711\n\
+        cpu-affinity = '1000'\n\
+        chroot = '/no-such-root'\n\
+        chdir = '/etc/passwd'\n\
+        socket-owner = '4711:4711'\n\
+        sandbox-read = ['/usr']\n\
+        daemon = ['a=no-such-program', 'b=no-such-program', 'a=sleep 1']\n\
+        cron = ['c=@daily=no-such-program']\n";
+    let words = [
+        ":1:11: 'workers': 'many' is not a number of workers",
+        ":2:16: 'idle-timeout': 'x' is not a time",
+        "cannot bind http:192.0.2.1:80: 192.0.2.1 is not an address of this machine",
+        "cannot bind fastcgi:unix:/no-such-directory/a.sock: ",
+        "127.0.0.1:65000 is given twice, by --bind and by --bind",
+        "control socket /no-such-directory/control: ",
+        "publish socket /no-such-directory/events: ",
+        "--log-file: cannot open /no-such-directory/log: ",
+        "--access-log: cannot open /etc: ",
+        "cannot write the pid file /etc/passwd/pid: /etc/passwd is not a directory",
+        "the least is",
+        "cannot keep the cache in /no-such-directory/cache: ",
+        "--user: ",
+        "--cpu-affinity: processor 1000",
+        "--chroot: /no-such-root: ",
+        "--chdir: /etc/passwd is not a",
+        "--sandbox-read and --sandbox-write are for --sandbox, which is not given",
+        "--daemon and --cron: there are two named 'a'",
+    ];
+    complained(&check("hello", &folder, text), 1, &words);
+    // With two of one name there are none to be looked for.
+    let text = "bind = 'fastcgi:127.0.0.1:0'\nworkers = 'many'\ncommand = ['no-such-program']\n\
+        daemon = ['a=no-such-a', 'b=no-such-b']\ncron = ['c=@daily=no-such-c']\n";
+    let words = ["'workers': 'many'", "no-such-program", "--daemon a: ", "--daemon b: ", "--cron c: "];
+    complained(&check("forkyard", &folder, text), 1, &words);
+
+    // What could not be read has no consequences that are told of.
+    let said = complained(
+        &check("forkyard", &folder, "bind = 'gopher:1'\ncommand = 'sleep 1'\n"),
+        1,
+        &["gopher", "is a list"],
+    );
+    assert!(!said.contains("needs to know where to listen") && !said.contains("no COMMAND"), "{said}");
+
+    // Flags and variables too, together with the file.
+    let path = file(&folder, "queue = 'x'\ncache-file = '/no-such-directory/cache'\n");
+    let output = Command::new(program("hello"))
+        .args(["check", "--workers", "many", "--idle-timeout=soon", "--workers", "few", "--config"])
+        .arg(path)
+        .env("FORKYARD_MAX_BODY", "big")
+        .output_in_time()
+        .unwrap();
+    let said = complained(
+        &output,
+        1,
+        &["--workers: 'many'", "--idle-timeout: 'soon'", "--max-body: 'big'", "'queue': ", "/cache: "],
+    );
+    assert_eq!(said.matches("--workers").count(), 1, "{said}");
+}
+
+#[test]
+fn a_list_that_is_not_closed_is_one_mistake_with_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "workers = 'many'\nbind = ['http:127.0.0.1:0', 'fastcgi:127.0.0.1:0'\nthreads = 2\ncache = '64M'\nuser = 'root'\n";
+    let said = complained(&check("hello", &folder, text), 1, &[]);
+    let lines: Vec<&str> = said.lines().collect();
+    assert!(lines[0].contains(":1:11: 'workers': 'many'"), "{said}");
+    assert!(
+        lines[1].contains(":2:8: 'bind': the list that begins here is not closed (']' is missing before line 3)"),
+        "{said}"
+    );
+    assert!(lines[2..].iter().all(|line| !line.contains("forkyard.toml")), "{said}");
+    // The same if something closes it later, or nothing does.
+    for (text, place) in [
+        ("bind = ['http:127.0.0.1:0'\nallow = ['unix']\n", "before line 2"),
+        ("bind = ['http:127.0.0.1:0'\n", "at the end"),
+        ("bind = [\n  'http:127.0.0.1:0',\n", "at the end"),
+    ] {
+        let said = complained(&check("hello", &folder, text), 1, &[":1:8: 'bind': the list that begins here", place]);
+        assert_eq!(said.matches("forkyard.toml").count(), 1, "{said}");
+    }
+    let said = complained(&check("hello", &folder, "workers = 4\nthreads = 2\nworkers = 5\n"), 1, &[]);
+    assert!(said.contains(":3:1: 'workers' is given twice"), "{said}");
+}
+
+#[test]
+fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documentation() {
+    let missing: Vec<String> = flags_of("hello", &[]).difference(&flags_of("forkyard", &["run"])).cloned().collect();
+    assert!(missing.contains(&"threads".to_owned()) && missing.contains(&"max-requests".to_owned()), "{missing:?}");
+    let flags: Vec<String> = missing.iter().map(|flag| format!("--{flag}=1")).collect();
+    let arguments =
+        [&["run", "--bind", "fastcgi:127.0.0.1:0"], &flags.iter().map(String::as_str).collect::<Vec<_>>()[..]];
+    let said = complained(&run("forkyard", &[&arguments.concat()[..], &["--", "sleep", "1"]].concat()), 2, &[]);
+    let folder = tempfile::tempdir().unwrap();
+    let settings: String = missing.iter().map(|flag| format!("{flag} = 1\n")).collect();
+    let of_file = complained(&check("forkyard", &folder, &settings), 1, &[]);
+    let document = include_str!("../docs/operations.md");
+    let table = document.split("## Flags that `forkyard run` lacks").nth(1).expect("it has that section");
+    let cells = table.lines().filter_map(|line| line.strip_prefix("| `--")?.split(" | ").next());
+    let named: BTreeSet<&str> =
+        cells.flat_map(|cell| cell.split(['`', ',', ' '])).filter(|word| !word.is_empty()).collect();
+    let named: BTreeSet<&str> = named.into_iter().map(|flag| flag.trim_start_matches('-')).collect();
+    for flag in &missing {
+        assert!(said.contains(&format!("there is no --{flag} here: ")), "{flag}: {said}");
+        assert!(of_file.contains(&format!("there is no setting '{flag}' here: ")), "{flag}: {of_file}");
+        assert!(named.contains(flag.as_str()), "docs/operations.md does not name --{flag} among what run lacks");
+    }
+    assert!(!said.contains("tip:"), "{said}");
+    let named: Vec<&str> = named.into_iter().filter(|flag| !missing.iter().any(|missing| missing == flag)).collect();
+    assert!(named.is_empty(), "run has these: {named:?}");
+    // Alone, without a value, and the other way round.
+    complained(
+        &run("forkyard", &["run", "--slow-request", "--", "cat"]),
+        2,
+        &["there is no --slow-request here", "forkyard run"],
+    );
+    complained(&run("hello", &["--settle", "1s"]), 2, &["there is no --settle here: a worker says by itself"]);
+    complained(&run("hello", &["--direct"]), 2, &["there is no --direct here: it is for the programs of forkyard run"]);
+}
+
+#[test]
+fn what_was_probably_meant_is_said() {
+    let bind = ["run", "--bind", "fastcgi:unix:/tmp/never-made.sock"];
+    let said = run("forkyard", &[&bind[..], &["php-cgi", "-d", "memory_limit=64M"]].concat());
+    let line = "forkyard run --bind fastcgi:unix:/tmp/never-made.sock -- php-cgi -d 'memory_limit=64M'";
+    let said = complained(&said, 2, &["unexpected argument 'php-cgi'", "stand behind '--'"]);
+    assert!(said.contains(line) || said.contains(&line.replace('\'', "")), "{said}");
+    complained(&run("forkyard", &["restart"]), 2, &["'restart'", "'reload' replaces all workers", "'upgrade'"]);
+    complained(&run("hello", &["restart"]), 2, &["'restart'", "'reload' replaces all workers"]);
+    complained(&run("forkyard", &["shutdown"]), 2, &["'stop' ends the master"]);
+    complained(&run("hello", &["--bind", "fastcgi:/run/x.sock"]), 2, &["is fastcgi:unix:/run/x.sock meant?"]);
+    complained(&run("hello", &["--bind", "unix:/run/x.sock"]), 2, &["is fastcgi:unix:/run/x.sock meant?"]);
+    complained(&run("hello", &["--bind", "127.0.0.1:8080"]), 2, &["is http:127.0.0.1:8080 meant?"]);
+}
+
+#[test]
+fn an_application_that_runs_as_root_unasked_is_warned_of() {
+    const WARNING: &str = "the application runs as root, for want of another user (name one with --user";
+    let folder = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let start = |name: &str, user: &[&str]| {
+        let program: &[&str] = if name == "forkyard" { &["--", "sleep", "1000"] } else { &[] };
+        let run: &[&str] = if name == "forkyard" { &["run"] } else { &[] };
+        let mut server = Server::start(name, &[run, &["--bind", &bind, "--workers", "1"], user, program].concat());
+        server.stop();
+        server.log()
+    };
+    assert!(nix::unistd::geteuid().is_root(), "this test has to run as root");
+    for name in ["hello", "forkyard"] {
+        assert!(start(name, &[]).contains(WARNING), "{name}");
+        for user in [&["--user", "root"][..], &["--user", "4711", "--group", "4711"]] {
+            let log = start(name, user);
+            assert!(!log.contains("WARN"), "{name} {user:?}: {log}");
+        }
+    }
+    complained(&run("hello", &["check", "--bind", "http:127.0.0.1:0"]), 0, &[WARNING]);
+    assert_eq!(complained(&run("hello", &["check", "--bind", "http:127.0.0.1:0", "--user", "root"]), 0, &[]), "");
+}
