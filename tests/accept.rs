@@ -71,18 +71,21 @@ fn nobody_waits_for_an_event_loop_that_hangs() {
     }
 }
 
-/// What all threads of the workers have had: processor time, and waits.
-fn usage(server: &Server) -> (Duration, u64) {
+/// What all threads of the workers have had: processor time in ticks, and waits.
+fn usage(server: &Server) -> (u64, u64) {
     let tasks = server.workers().into_iter().flat_map(|worker| {
         let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
         tasks.map(|task| task.unwrap().path())
     });
+    // A thread may end between the two looks.
     let of_task = |task: std::path::PathBuf| {
-        let status = std::fs::read_to_string(task.join("status")).unwrap();
+        let status = std::fs::read_to_string(task.join("status")).ok()?;
         let waits = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
-        (common::cpu_time(&task), waits.trim().parse::<u64>().unwrap())
+        let ticks: u64 =
+            [14, 15].map(|number| common::field_of::<u64>(&task, number)).into_iter().sum::<Option<_>>()?;
+        Some((ticks, waits.trim().parse::<u64>().unwrap()))
     };
-    tasks.map(of_task).fold((Duration::ZERO, 0), |sum, task| (sum.0 + task.0, sum.1 + task.1))
+    tasks.filter_map(of_task).fold((0, 0), |sum, task| (sum.0 + task.0, sum.1 + task.1))
 }
 
 fn get_ok(server: &Server) {
@@ -114,7 +117,9 @@ fn workers_without_connections_sleep_and_a_connection_wakes_one_of_them() {
     }
     let (_, after) = usage(&server);
     eprintln!("400 connections woke 8 workers {} times", after - before);
-    assert!(after - before < 3 * 400, "400 connections woke 8 workers {} times", after - before);
+    // On a busy machine a worker sleeps before a request, before its body and before the end of the connection. Were all woken by
+    // each connection, that would be eight times as often, and more.
+    assert!(after - before < 6 * 400, "400 connections woke 8 workers {} times", after - before);
     server.stop();
 }
 

@@ -36,7 +36,7 @@ fn hold(protocol: Protocol, bind: &str, path: &str) -> (UnixStream, TcpStream) {
     let mut held = raw::connect(bind);
     let target = format!("{path}/{}", gate.local_addr().unwrap().port());
     held.write_all(&protocol.head("GET", &target, 0)).unwrap();
-    (held, gate.accept().unwrap().0)
+    (held, common::accepted(&gate, "the function that holds has begun"))
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use common::http::{self, Client, Response};
 use common::raw::{self, Protocol};
 use common::sse::{Event, Source, WAYS, Way};
-use common::{PATIENCE, Server, fastcgi, program, status_number, wait_until};
+use common::{PATIENCE, Server, StopOnDrop, fastcgi, program, status_number, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -140,6 +140,8 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
     let log = site.0.segment().events();
     let (published, over) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        // It publishes until the last stream has been read: what a client waits for always comes.
+        let _publisher_ends = StopOnDrop(&over);
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
                 let number = published.load(Ordering::SeqCst) + 1;
@@ -173,7 +175,9 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
                 let _ = kill(Pid::from_raw(worker), Signal::SIGKILL);
             }
             // What it was sent, it was sent whole; and a stream never ends as if that were all.
+            let killed = Instant::now();
             loop {
+                assert!(killed.elapsed() < PATIENCE, "{way:?}: the stream of a dead worker goes on");
                 match source.event() {
                     Ok(Some(event)) => drop(take(event)),
                     Ok(None) => panic!("{way:?}: a proper end"),
@@ -182,12 +186,11 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
             }
             last_id.clone_from(&source.last_id);
         }
-        over.store(true, Ordering::SeqCst);
         let mut source = wait_until("a worker serves", || {
             Source::open(Way::Http, site.bind(Way::Http), "/events?topics=news", &last_id).ok()
         });
-        // The publisher may be at one more.
-        while take(source.next()) < published.load(Ordering::SeqCst) {}
+        let until_now = published.load(Ordering::SeqCst);
+        while take(source.next()) < until_now {}
     });
     assert!(published.load(Ordering::SeqCst) >= 300);
     site.0.stop();
@@ -318,12 +321,12 @@ fn a_client_that_leaves_is_missed_at_once() {
     let mut site = Site::start(&["--workers", "1"]);
     for way in WAYS {
         for count in 1..=5 {
-            let sources: Vec<_> = (0..count).map(|_| site.open(way, "/events?topics=quiet", "")).collect();
+            // Not by the comments that keep a stream alive: those come later than this waits.
+            let target = "/events?topics=quiet&keep_alive_ms=3600000";
+            let sources: Vec<_> = (0..count).map(|_| site.open(way, target, "")).collect();
             site.wait_for_subscribers(count, "they are there");
-            let begun = Instant::now();
             drop(sources);
-            site.wait_for_subscribers(0, "they are gone");
-            assert!(begun.elapsed() < Duration::from_secs(14), "{way:?}: by the keep-alive, not by itself");
+            site.wait_for_subscribers(0, &format!("{way:?}: they are gone"));
         }
     }
     // Over FastCGI one request can be taken back, and the connection stays.
@@ -337,7 +340,7 @@ fn a_client_that_leaves_is_missed_at_once() {
 
 #[test]
 fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
-    let mut site = Site::start(&["--workers", "2", "--drain-timeout", "60s"]);
+    let mut site = Site::start(&["--workers", "2", "--drain-timeout", "1h"]);
     let target = "/events?topics=news";
     let mut sources: Vec<_> =
         WAYS.iter().flat_map(|&way| [way; 3]).map(|way| (way, site.open(way, target, ""))).collect();
@@ -345,7 +348,6 @@ fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
         site.publish("news", "before");
         assert_eq!(source.next().data, "before", "{way:?}");
     }
-    let begun = Instant::now();
     site.0.signal(Signal::SIGHUP);
     // All at a time: an HTTP/2 connection ends when its client has answered a PING.
     let read_to_end = |(way, mut source): (Way, Source)| {
@@ -363,8 +365,8 @@ fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
         site.publish("news", "meanwhile");
     }
     let ended: Vec<_> = reading.into_iter().map(|thread| thread.join().unwrap()).collect();
+    // Long before the drain timeout.
     site.0.wait_for("reload done gen=2");
-    assert!(begun.elapsed() < Duration::from_secs(30), "it has waited for a drain timeout");
     let last = site.publish("news", "after");
     for (way, last_id) in ended {
         let mut again = site.open(way, target, &last_id);
@@ -382,12 +384,11 @@ fn position(id: &str) -> u64 {
 
 #[test]
 fn a_stop_ends_all_streams() {
-    let mut site = Site::start(&["--workers", "1", "--drain-timeout", "60s"]);
+    let mut site = Site::start(&["--workers", "1", "--drain-timeout", "1h"]);
     let sources = WAYS.map(|way| (way, site.open(way, "/events?topics=news", "")));
     let waiting = raw::connect(site.bind(Way::Http));
     (&waiting).write_all(b"GET /events?topics=news HTTP/1.1\r\nHost: a\r\nAccept: */*\r\n\r\n").unwrap();
     site.wait_for_subscribers(5, "all are there");
-    let begun = Instant::now();
     site.0.signal(Signal::SIGTERM);
     for (way, mut source) in sources {
         let end = source.event().unwrap_or_else(|error| panic!("{way:?}: {error}"));
@@ -396,8 +397,7 @@ fn a_stop_ends_all_streams() {
     let mut rest = String::new();
     (&waiting).read_to_string(&mut rest).unwrap();
     assert!(rest.contains("\r\n\r\n") && rest.contains("id: ") && rest.ends_with("0\r\n\r\n"), "{rest:?}");
-    assert_eq!(site.0.wait_end(), Some(0));
-    assert!(begun.elapsed() < Duration::from_secs(30), "it has waited for them");
+    assert_eq!(site.0.wait_end(), Some(0), "it does not wait for them");
 }
 
 /// Who reads nothing costs what the kernel and the protocol hold, and is sent away; nobody else notices him.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::http2;
 use common::raw::Protocol;
 use common::sse::{Source, WAYS, Way};
-use common::{Server, http, wait_until};
+use common::{Server, StopOnDrop, http, wait_until};
 use nix::sys::signal::Signal;
 
 const TARGET: &str = "/events?topics=news";
@@ -119,6 +119,7 @@ fn through_upgrades_and_reloads_no_event_is_missing_or_doubled() {
     let binds = WAYS.map(|way| bind(&server, way));
     let (began, over) = (WAYS.map(|_| AtomicBool::new(false)), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        let publisher_ends = StopOnDrop(&over);
         let following: Vec<_> = WAYS
             .iter()
             .zip(&binds)
@@ -142,7 +143,7 @@ fn through_upgrades_and_reloads_no_event_is_missing_or_doubled() {
             }
             server.wait_for("reload done");
         }
-        over.store(true, Ordering::SeqCst);
+        drop(publisher_ends);
         for (way, following) in WAYS.iter().zip(following) {
             let connections = following.join().unwrap();
             assert!(connections > ROUNDS, "{way:?}: {connections} connections: its workers have all left");

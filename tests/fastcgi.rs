@@ -325,7 +325,9 @@ fn an_abstract_socket_and_tcp_serve_alike() {
     use std::os::linux::net::SocketAddrExt as _;
     let name = name.trim_start_matches("fastcgi:unix:@");
     let address = std::os::unix::net::SocketAddr::from_abstract_name(name).unwrap();
-    let mut client = Client { stream: Box::new(UnixStream::connect_addr(&address).unwrap()) };
+    let stream = UnixStream::connect_addr(&address).unwrap();
+    stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    let mut client = Client { stream: Box::new(stream) };
     assert_eq!(client.request("GET", "/", b"").unwrap().body(), b"Hello, world\n");
     drop(client);
     server.stop();

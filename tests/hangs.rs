@@ -17,10 +17,10 @@ fn crashy(arguments: &[&str]) -> Server {
 #[test]
 fn a_request_that_takes_too_long_gets_504_over_each_protocol_and_the_worker_lives() {
     for protocol in ALL {
-        let mut server = protocol.start("crashy", &["--workers", "1", "--request-timeout", "200ms"]);
+        let mut server = protocol.start("crashy", &["--workers", "1", "--request-timeout", "1s"]);
         let worker = server.workers();
         let target = "/slow/60000?a=b";
-        for target in [target, "/thread/sleep-1000"] {
+        for target in [target, "/thread/sleep-3000"] {
             let (status, _) = raw::ask(&mut raw::connect(&server.binds[0]), &protocol.head("GET", target, 0));
             assert_eq!(status, 504, "{protocol:?} {target}");
             let line = server.wait_for("a request takes too long");
@@ -54,7 +54,7 @@ fn a_loop_that_hangs_is_named_ended_and_replaced() {
 
 #[test]
 fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
-    let more = ["--workers", "1", "--request-timeout", "100ms", "--hang-timeout", "300ms", "--drain-timeout", "1s"];
+    let more = ["--workers", "1", "--request-timeout", "100ms", "--hang-timeout", "1s", "--drain-timeout", "1s"];
     let mut server = crashy(&more);
     assert_eq!(http::get(&server.http(), "/thread/hang").unwrap().status, 504);
     let line = server.wait_for("a function still runs");
@@ -65,8 +65,8 @@ fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
 
 #[test]
 fn work_that_takes_long_but_not_on_the_loop_is_no_hang() {
-    let mut server = crashy(&["--workers", "1", "--hang-timeout", "200ms"]);
-    for path in ["/slow/1500", "/thread/sleep-1500"] {
+    let mut server = crashy(&["--workers", "1", "--hang-timeout", "1s"]);
+    for path in ["/slow/3000", "/thread/sleep-3000"] {
         assert_eq!(http::get(&server.http(), path).unwrap().status, 200, "{path}");
     }
     assert!(!server.log().contains("worker hangs"));
@@ -75,9 +75,9 @@ fn work_that_takes_long_but_not_on_the_loop_is_no_hang() {
 
 #[test]
 fn a_slow_request_is_named_once_with_what_its_thread_is_at() {
-    let mut server = crashy(&["--workers", "1", "--slow-request", "100ms"]);
+    let mut server = crashy(&["--workers", "1", "--slow-request", "1s"]);
     let mut client = Client::connect(&server.http()).unwrap();
-    for (path, at) in [("/thread/sleep-700", "sleep_in_a_thread"), ("/slow/700", "thread=none")] {
+    for (path, at) in [("/thread/sleep-3000", "sleep_in_a_thread"), ("/slow/3000", "thread=none")] {
         assert_eq!(client.request("GET", path, b"").unwrap().status, 200);
         let line = server.wait_for("slow request=");
         assert!(line.contains(&format!("\"GET {path}\"")) && line.contains(at), "{line}");

@@ -6,7 +6,7 @@ mod common;
 
 use std::io::{Read as _, Write as _};
 
-use common::{Server, fastcgi, http, http2, is_gone, process, processes, scgi, wait_until};
+use common::{Process, Server, fastcgi, http, http2, is_gone, process, processes, scgi, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -46,8 +46,11 @@ impl Fixture {
 
 /// The heir of a living worker.
 fn heir_of(worker: Pid) -> Pid {
-    let found = processes().into_iter().find(|process| process.parent == worker.as_raw() && process.name == "heir");
-    Pid::from_raw(found.expect("each worker has an heir").pid)
+    // One that was born just now goes by its worker's name for a moment.
+    wait_until("each worker has an heir", || {
+        let is_heir = |process: &Process| process.parent == worker.as_raw() && process.name == "heir";
+        processes().into_iter().find(is_heir).map(|heir| Pid::from_raw(heir.pid))
+    })
 }
 
 #[test]
@@ -162,7 +165,7 @@ fn heirs_leave_with_their_workers() {
         at.server.signal(signal);
         at.server.wait_end();
         if signal != Signal::SIGKILL {
-            assert!(process(heir.as_raw()).is_none(), "it does not outlive the master: {signal}");
+            assert!(is_gone(heir.as_raw()), "it does not outlive the master: {signal}");
         }
         wait_until("it is gone", || is_gone(heir.as_raw()).then_some(()));
     }

@@ -16,7 +16,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::limit::InTime as _;
-use common::{Server, fastcgi, http, is_gone, program, wait_until};
+use common::{Server, StopOnDrop, fastcgi, http, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 use serde_json::Value;
@@ -362,6 +362,7 @@ fn no_line_is_lost_when_the_files_are_rotated_under_load() {
     let address = server.http();
     let (stop, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
+        let _clients_end = StopOnDrop(&stop);
         for client in 0..3 {
             let (address, stop, sent) = (&address, &stop, &sent);
             scope.spawn(move || {
@@ -396,7 +397,6 @@ fn no_line_is_lost_when_the_files_are_rotated_under_load() {
                 (slots.len() == 2).then_some(())
             });
         }
-        stop.store(true, Ordering::SeqCst);
     });
     server.stop();
     let all = |path: &Path| -> String {

@@ -114,10 +114,12 @@ fn kills() {
             wait_until("requests are answered", || {
                 (load.good.load(Ordering::SeqCst) > enough || load.has_failed()).then_some(())
             });
-            let workers: Vec<i32> = server.workers().into_iter().collect();
-            let Some(&victim) = workers.get(random.usize(..workers.len().max(1))) else { continue };
             load.kills();
-            kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
+            // One that is gone since it was listed is not killed.
+            let victim = wait_until("there is a worker to kill", || {
+                let victim = *server.workers().iter().nth(random.usize(..2))?;
+                kill(Pid::from_raw(victim), Signal::SIGKILL).ok().map(|()| victim)
+            });
             wait_until("it is replaced", || (is_gone(victim) && server.workers().len() == 2).then_some(()));
             if load.has_failed() {
                 break;

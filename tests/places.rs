@@ -9,6 +9,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::limit::InTime as _;
 use common::{Server, http, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -44,7 +45,8 @@ fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
     serves(&server);
     assert_eq!(std::fs::read_to_string(path("a.pid")).unwrap(), format!("{}\n", server.pid()));
     // A second one is still refused.
-    let second = Command::new(program("hello")).args(HTTP).args(["--pid-file", &path("a.pid")]).output().unwrap();
+    let second =
+        Command::new(program("hello")).args(HTTP).args(["--pid-file", &path("a.pid")]).output_in_time().unwrap();
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
     assert!(!second.status.success() && said.contains("another master has it"), "{said}");
     server.stop();
@@ -65,7 +67,7 @@ impl Refuse {
         let path = folder.path().join("refuse");
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/refuse.c");
         let mut compiler = Command::new("gcc");
-        let output = compiler.args(["-Wall", "-O1", "-o"]).arg(&path).arg(source).output();
+        let output = compiler.args(["-Wall", "-O1", "-o"]).arg(&path).arg(source).output_in_time();
         let output = output.expect("gcc is there (scripts/test installs it)");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         Self { _folder: folder, path }
@@ -155,7 +157,7 @@ fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() 
 
 /// What `check` says.
 fn check(command: &mut Command) -> (bool, String) {
-    let output = command.arg("check").args(HTTP).output().unwrap();
+    let output = command.arg("check").args(HTTP).output_in_time().unwrap();
     (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
@@ -194,7 +196,7 @@ fn a_server_starts_without_a_place_for_a_socket_that_nobody_asked_for_and_says_s
         assert_eq!(count(&server, "no place for the socket"), 1, "{}", server.log());
         assert!(server.log().lines().any(|line| line.ends_with("| events=")), "{}", server.log());
         // Asked for, it is an error.
-        let asked = command("hello").args(HTTP).args(["--events-socket", "/tmp/events"]).output().unwrap();
+        let asked = command("hello").args(HTTP).args(["--events-socket", "/tmp/events"]).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&asked.stderr).into_owned();
         assert!(asked.status.code() == Some(1) && said.contains("--events-socket"), "{said}");
     }

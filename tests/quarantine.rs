@@ -10,20 +10,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::http::{self, Client};
 use common::raw::{self, ALL, Protocol};
-use common::{Server, fastcgi, http2, wait_until};
+use common::{Server, StopOnDrop, fastcgi, http2, wait_until};
 use forkyard_shm::State;
 
 fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&["--bind", "http:127.0.0.1:0", "--workers", "3"], arguments].concat())
-}
-
-/// Also if the test fails.
-struct SetAtEnd<'a>(&'a AtomicBool);
-
-impl Drop for SetAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// Asks for what kills until it does not any more, and returns how often it did.
@@ -45,7 +36,7 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
     let (stop, good) = (AtomicBool::new(false), AtomicUsize::new(0));
     let mut deaths = 0;
     std::thread::scope(|scope| {
-        let _stop = SetAtEnd(&stop);
+        let _stop = StopOnDrop(&stop);
         // A popular route, in flight all the time, also in the workers that die.
         for _ in 0..4 {
             scope.spawn(|| {

@@ -13,10 +13,10 @@ use common::{Server, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const LIMIT: Duration = Duration::from_millis(300);
+const LIMIT: Duration = Duration::from_secs(1);
 
 fn crashy(arguments: &[&str]) -> Server {
-    let common = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--max-queue-time", "300ms"];
+    let common = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--max-queue-time", "1s"];
     Server::start("crashy", &[&common, arguments].concat())
 }
 
@@ -36,7 +36,7 @@ fn who_waits_too_long_for_a_thread_is_shed_while_the_thread_is_still_at_work() {
     let mut server = crashy(&[]);
     let address = server.http();
     let mut first = Client::connect(&address).unwrap();
-    let long = b"GET /thread/sleep-3000 HTTP/1.1\r\nHost: a\r\n\r\n";
+    let long = b"GET /thread/sleep-6000 HTTP/1.1\r\nHost: a\r\n\r\n";
     first.stream.get_mut().write_all(long).unwrap();
     // The first one has the only thread, or will have it before the others: they come by a later connection.
     let mut second = Client::connect(&address).unwrap();
@@ -51,7 +51,7 @@ fn who_waits_too_long_for_a_thread_is_shed_while_the_thread_is_still_at_work() {
 #[test]
 fn the_wait_in_the_kernel_counts_for_the_first_request_of_a_connection() {
     for protocol in ALL {
-        let mut server = protocol.start("crashy", &["--workers", "1", "--max-queue-time", "300ms"]);
+        let mut server = protocol.start("crashy", &["--workers", "1", "--max-queue-time", "1s"]);
         let worker = Pid::from_raw(server.workers().into_iter().next().unwrap());
         let head = protocol.head("GET", "/ok", 0);
         let mut silent = raw::connect(&server.binds[0]);

@@ -57,7 +57,7 @@ fn a_worker_whose_application_is_not_well_never_gets_ready() {
         ("/status/503", "30s", "status 503"),
         ("/panic", "30s", "status 500"),
         ("/break", "30s", "breaks off"),
-        ("/slow/600000", "300ms", "has no answer"),
+        ("/slow/600000", "3s", "has no answer"),
     ] {
         let bind = format!("http:unix:{}", folder.path().join("a.sock").display());
         let mut server = Server::launch(Command::new(program("crashy")).args([

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::http;
-use common::{Server, program, wait_until};
+use common::{Server, StopOnDrop, program, wait_until};
 use nix::sys::signal::Signal;
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
@@ -29,6 +29,7 @@ fn requests_that_take_long_bring_workers_and_quiet_sends_them_away() {
     has(&server, 1);
     let (address, stop) = (server.http(), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        let _clients_end = StopOnDrop(&stop);
         for _ in 0..6 {
             let (address, stop) = (&address, &stop);
             scope.spawn(move || {
@@ -40,7 +41,6 @@ fn requests_that_take_long_bring_workers_and_quiet_sends_them_away() {
         server.wait_for("scaled workers=2 from=1");
         server.wait_for("scaled workers=4");
         has(&server, 4);
-        stop.store(true, Ordering::Relaxed);
     });
     for workers in [3, 2, 1] {
         server.wait_for(&format!("scaled workers={workers}"));

@@ -11,7 +11,6 @@ mod common;
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::raw::{self, ALL, Protocol};
@@ -57,9 +56,8 @@ fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
         })
         .collect();
 
-    let rounds = AtomicUsize::new(0);
     let served = std::thread::scope(|scope| {
-        scope.spawn(|| {
+        let sending = scope.spawn(|| {
             let begun = Instant::now();
             for round in 1..=ROUNDS {
                 for stream in &mut slow {
@@ -67,11 +65,10 @@ fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
                 }
                 let due = PACE * u32::try_from(round).unwrap();
                 std::thread::sleep(due.saturating_sub(begun.elapsed()));
-                rounds.store(round, Ordering::SeqCst);
             }
         });
         let mut served = 0;
-        while served < 200 || rounds.load(Ordering::SeqCst) < ROUNDS {
+        while served < 200 || !sending.is_finished() {
             assert_eq!(raw::ask(&mut raw::connect(&address), &get).0, 200);
             served += 1;
         }

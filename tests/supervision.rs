@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::http::{self, Client};
-use common::{Server, descriptors_of, is_gone, process, program, wait_until};
+use common::{Server, StopOnDrop, descriptors_of, is_gone, process, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -52,6 +52,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
     let (stop, good) = (AtomicBool::new(false), AtomicUsize::new(0));
 
     std::thread::scope(|scope| {
+        let _clients_end = StopOnDrop(&stop);
         for thread in 0..4 {
             let (address, stop, good) = (&address, &stop, &good);
             scope.spawn(move || {
@@ -80,15 +81,16 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
                 }
             });
         }
-        let mut victims: Vec<i32> = server.workers().into_iter().collect();
         for round in 0..200 {
             let before = good.load(Ordering::Relaxed);
-            let victim = victims[round % 2];
-            kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
-            victims = server.renewed(2, &BTreeSet::from([victim])).into_iter().collect();
+            // One that is gone since it was listed is not killed, and another takes its place in the list.
+            let victim = wait_until("there is a worker to kill", || {
+                let victim = *server.workers().iter().nth(round % 2)?;
+                kill(Pid::from_raw(victim), Signal::SIGKILL).ok().map(|()| victim)
+            });
+            server.renewed(2, &BTreeSet::from([victim]));
             wait_until("requests are answered", || (good.load(Ordering::Relaxed) > before).then_some(()));
         }
-        stop.store(true, Ordering::Relaxed);
     });
 
     for _ in 0..200 {
@@ -153,7 +155,9 @@ fn term_drains_and_int_does_not() {
         idle.request("GET", "/ok", b"").unwrap();
         let segment = server.segment();
         std::thread::scope(|scope| {
-            let slow = scope.spawn(move || client.request("GET", "/slow/500", b""));
+            // One that is to be cut off does not end by itself meanwhile.
+            let target = if answered { "/slow/500" } else { "/slow/600000" };
+            let slow = scope.spawn(move || client.request("GET", target, b""));
             wait_until("it is being served", || {
                 let rows = (0..segment.scoreboard().rows()).filter_map(|slot| segment.scoreboard().read(slot));
                 rows.into_iter().any(|row| row.in_flight > 0).then_some(())
@@ -211,6 +215,7 @@ fn hup_replaces_every_worker_and_no_request_fails() {
     let mut server = crashy(&["--workers", "3", "--bind", &socket]);
     let (address, stop, count) = (server.http(), AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
+        let _clients_end = StopOnDrop(&stop);
         for thread in 0..6 {
             let (address, socket, stop, count) = (&address, &socket, &stop, &count);
             scope.spawn(move || {
@@ -242,7 +247,6 @@ fn hup_replaces_every_worker_and_no_request_fails() {
             server.renewed(3, &old);
             wait_until("requests are answered", || (count.load(Ordering::Relaxed) > before + 20).then_some(()));
         }
-        stop.store(true, Ordering::Relaxed);
     });
     server.stop();
 }
@@ -296,7 +300,7 @@ fn a_worker_that_never_gets_ready_is_killed_and_the_others_serve() {
     let mut server = Server::start_command(
         Command::new(program("crashy"))
             .args(HTTP)
-            .args(["--workers", "1", "--start-timeout", "300ms"])
+            .args(["--workers", "1", "--start-timeout", "3s"])
             .env("CRASHY_BROKEN", &broken),
     );
     let old = server.workers();
@@ -343,7 +347,7 @@ fn workers_that_ask_not_to_be_replaced_are_not() {
 
 #[test]
 fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
-    let mut server = crashy(&["--workers", "3", "--drain-timeout", "1s"]);
+    let mut server = crashy(&["--workers", "3", "--drain-timeout", "5s"]);
     let address = server.http();
     let workers = server.workers();
     let segment = server.segment();

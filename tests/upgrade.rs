@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::http;
 use common::limit::InTime as _;
-use common::{Server, descriptors_of, process, program, sockets_of, wait_until};
+use common::{Server, StopOnDrop, descriptors_of, process, program, sockets_of, wait_until};
 use nix::sys::signal::Signal;
 
 /// A folder from which a program runs, to be replaced there by others.
@@ -180,7 +180,7 @@ fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
 #[test]
 fn a_build_that_fails_its_check_changes_nothing() {
     let place = Place::with("hello");
-    let mut server = place.start(&[&ARGUMENTS[..], &["--upgrade-timeout", "500ms"]].concat());
+    let mut server = place.start(&[&ARGUMENTS[..], &["--upgrade-timeout", "5s"]].concat());
     let (address, old) = (server.http(), server.workers());
     let descriptors = descriptors_of(server.pid().as_raw());
     let cases = [
@@ -231,15 +231,6 @@ fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
     }
 }
 
-/// Ends the load however the test ends.
-struct StopAtEnd<'a>(&'a AtomicBool);
-
-impl Drop for StopAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 #[test]
 fn twenty_upgrades_under_load_leave_nothing_behind() {
     let place = Place::with("crashy");
@@ -248,7 +239,7 @@ fn twenty_upgrades_under_load_leave_nothing_behind() {
     let mut least = usize::MAX;
     let (stop, count) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
-        let _stop = StopAtEnd(&stop);
+        let _stop = StopOnDrop(&stop);
         for _ in 0..2 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {

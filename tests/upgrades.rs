@@ -10,7 +10,8 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::process::Command;
 
-use common::{PATIENCE, Server, fastcgi, http, http2, program, scgi, wait_until};
+use common::limit::InTime as _;
+use common::{Server, fastcgi, http, http2, program, scgi, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tungstenite::protocol::frame::coding::CloseCode;
@@ -23,8 +24,7 @@ fn start(name: &str, arguments: &[&str]) -> Server {
 }
 
 fn websocket(server: &Server) -> WebSocket<TcpStream> {
-    let stream = TcpStream::connect(server.http()).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let stream = common::connect_tcp(server.http()).unwrap();
     tungstenite::client(format!("ws://{}/ws", server.http()), stream).unwrap().0
 }
 
@@ -174,7 +174,7 @@ fn over_fastcgi_scgi_and_cgi_there_is_no_upgrade_and_the_application_is_told() {
 
         let mut command = Command::new(program("scenarios"));
         command.env_clear().env("GATEWAY_INTERFACE", "CGI/1.1").env("REQUEST_METHOD", "GET").envs(wishes);
-        let output = command.env("REQUEST_URI", target).env("SERVER_PROTOCOL", "HTTP/1.1").output().unwrap();
+        let output = command.env("REQUEST_URI", target).env("SERVER_PROTOCOL", "HTTP/1.1").output_in_time().unwrap();
         assert!(output.stdout.starts_with(format!("Status: {status} ").as_bytes()), "CGI {target}");
         let why = "came over FastCGI, SCGI or CGI, which have none";
         assert_eq!(String::from_utf8_lossy(&output.stderr).contains(why), status == 500);

@@ -17,7 +17,7 @@ use forkyard_shm::crash::{self, Recovery};
 use forkyard_shm::{Cache, Segment};
 
 /// A look at one state takes far less.
-const HANGS: Duration = Duration::from_secs(20);
+const HANGS: Duration = Duration::from_secs(120);
 /// No act passes so many marks.
 const MOST_MARKS: u64 = 5000;
 

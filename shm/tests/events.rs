@@ -20,7 +20,7 @@ use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill, raise};
 use xxhash_rust::xxh3::xxh3_64;
 
-const HANGS: Duration = Duration::from_secs(60);
+const HANGS: Duration = Duration::from_secs(120);
 const TOPIC: &str = "prices";
 
 fn main() {

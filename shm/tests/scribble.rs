@@ -20,7 +20,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 
 const TIME: Duration = Duration::from_millis(150);
 /// A child that has not come to its end by then never will.
-const HANGS: Duration = Duration::from_secs(60);
+const HANGS: Duration = Duration::from_secs(120);
 /// With a new segment each, as one in which somebody seems to hold the lock is soon of no use.
 const ROUNDS: u32 = 8;
 const USERS: usize = 3;

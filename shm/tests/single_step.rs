@@ -20,7 +20,7 @@ use nix::sys::signal::{Signal, raise};
 use nix::unistd::Pid;
 
 /// A look at one state takes far less.
-const HANGS: Duration = Duration::from_secs(20);
+const HANGS: Duration = Duration::from_secs(120);
 
 fn main() {
     common::run(&[("killed_at_every_instruction", killed_at_every_instruction)]);

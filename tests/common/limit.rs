@@ -132,14 +132,18 @@ fn write_line(out: &mut dyn Write, indent: &str, pid: u32, folder: &Path) -> Opt
 
 /// Kills these processes and all below them, after having stopped them, so that none starts another meanwhile.
 pub fn kill_trees(roots: &BTreeSet<u32>) {
+    kill_trees_but(roots, 0);
+}
+
+/// The same, but for one of them and what it starts to do this.
+pub fn kill_trees_but(roots: &BTreeSet<u32>, spared: u32) {
     let mut found = BTreeSet::new();
     loop {
         let all = processes();
         let is_new = |pid: &u32| {
             let process = &all[pid];
             let below = roots.contains(pid) || found.contains(&process.parent);
-            // What the kill itself is made of is no part of the tree, and ends by itself.
-            below && !found.contains(pid) && !process.state.starts_with(['Z', 'X'])
+            below && *pid != spared && !found.contains(pid) && !process.state.starts_with(['Z', 'X'])
         };
         let new: BTreeSet<u32> = all.keys().copied().filter(is_new).collect();
         if new.is_empty() {
@@ -204,7 +208,7 @@ fn end_before(deadline: Instant, child: &mut Child) -> Option<ExitStatus> {
     }
 }
 
-/// As [`Child::wait_with_output`], with a limit.
+/// As `Child::wait_with_output`, with a limit.
 pub fn output_of(mut child: Child, what: &str) -> Output {
     drop(child.stdin.take());
     let (out, err) = (child.stdout.take().map(collect), child.stderr.take().map(collect));

@@ -1,5 +1,9 @@
 //! Runs `forkyard-load events` against a server of events that does one thing wrong, and sees that it is counted as just that.
 
+#[path = "../../../tests/common/limit.rs"]
+mod limit;
+
+use limit::InTime as _;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::linux::net::SocketAddrExt as _;
@@ -125,7 +129,7 @@ fn against(name: &str, does: Does, more: &str) -> (serde_json::Value, Option<i32
         .args(["--subscribers", &SUBSCRIBERS.to_string(), "--rate", "100", "-d", "200ms", "--timeout", "20s", "--json"])
         .args(more.split_whitespace())
         .args(["--pids", &std::process::id().to_string()])
-        .output()
+        .output_in_time()
         .expect("the program was built");
     let text = String::from_utf8_lossy(&output.stdout);
     let otherwise = || serde_json::Value::String(String::from_utf8_lossy(&output.stderr).into());

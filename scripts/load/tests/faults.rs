@@ -1,5 +1,8 @@
 //! Runs the program against servers that each do one thing wrong, and sees that it is counted as just that.
 
+#[path = "../../../tests/common/limit.rs"]
+mod limit;
+
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::linux::net::SocketAddrExt as _;
@@ -9,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use limit::InTime as _;
 use nix::sys::socket::{Shutdown, shutdown};
 
 const HTTP_OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello";
@@ -96,7 +100,7 @@ fn load(connect: &str, args: &str) -> Told {
     let output = Command::new(env!("CARGO_BIN_EXE_forkyard-load"))
         .args(["--connect", connect, "--json"])
         .args(args.split_whitespace())
-        .output()
+        .output_in_time()
         .expect("the program was built");
     let text = String::from_utf8_lossy(&output.stdout);
     let json = serde_json::from_str(&text)

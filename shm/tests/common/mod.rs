@@ -1,7 +1,9 @@
 //! What the tests of dying processes share: children, pages that show whether they are whole, and a clock for hangs.
 //!
 //! The main thread of each test is its only one, so that forking is harmless; hence no test harness. Children are awaited by
-//! a byte in a pipe or by `waitpid`. Run with FORKYARD_SEED=n to repeat a history (the timing of the kills is not
+//! a byte in a pipe or by `waitpid`. No test can hang: a process beside watches over all of them, and at their limit
+//! (FORKYARD_TEST_LIMIT seconds, 600 unless that is set, or a nearer one that a test has given itself) shows what they are at and
+//! kills them. Run with FORKYARD_SEED=n to repeat a history (the timing of the kills is not
 //! repeated), and with a word to run the tests whose names contain it.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 #![allow(unsafe_code, clippy::print_stdout, reason = "forks, and reports like the test harness that it replaces")]
@@ -20,7 +22,10 @@ use nix::unistd::{ForkResult, Pid, alarm, fork, pipe};
 use xxhash_rust::xxh3::xxh3_64;
 
 pub mod image;
+#[path = "../../../tests/common/limit.rs"]
+mod limit;
 pub mod scenes;
+mod watch;
 
 pub type Test = (&'static str, fn(u64));
 /// The smallest cache there is: one shard.
@@ -31,9 +36,11 @@ pub fn run(tests: &[Test]) {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let seed = number("FORKYARD_SEED").unwrap_or_else(|| fastrand::u64(..));
     println!("seed {seed}");
+    watch::start();
     for (name, test) in tests {
         if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
             println!("test {name} ...");
+            watch::runs(name);
             test(seed);
             println!("test {name} ... ok");
         }
@@ -45,9 +52,11 @@ pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Has this process die of SIGALRM if it does not get here again in time: the only way out of an endless loop.
+/// Has the test fail, or a child die of SIGALRM, if it does not get here again in time: the only way out of an endless loop.
 pub fn not_longer_than(limit: Duration) {
-    alarm::set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX));
+    if !watch::not_longer_than(limit) {
+        alarm::set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX));
+    }
 }
 
 // ---- Children. ----

@@ -1,0 +1,102 @@
+//! A process beside the tests that kills them, and all that they have started, at their limit.
+//!
+//! It is another process, as the tests fork and so must have one thread. What it has to know is in memory that both share.
+
+use std::io::Write as _;
+use std::num::NonZeroUsize;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use nix::time::ClockId;
+use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
+
+use super::{leave, limit, number};
+
+/// How long all tests of a binary may take together, in seconds, unless FORKYARD_TEST_LIMIT says otherwise.
+const LIMIT: u64 = 600;
+const LOOK: Duration = Duration::from_millis(100);
+
+#[repr(C)]
+#[derive(Debug)]
+struct Shared {
+    /// In seconds of the monotonic clock; 0: none.
+    deadline: AtomicU64,
+    /// The name of the test that runs.
+    name: [AtomicU8; 128],
+}
+
+#[derive(Debug)]
+struct Watch {
+    /// The process that the tests run in; its children are not watched by themselves.
+    tests: Pid,
+    shared: &'static Shared,
+}
+
+static WATCH: OnceLock<Watch> = OnceLock::new();
+
+fn now() -> u64 {
+    ClockId::CLOCK_MONOTONIC.now().expect("there is a clock").tv_sec().cast_unsigned()
+}
+
+/// Forks the process that watches.
+pub fn start() {
+    let size = NonZeroUsize::new(size_of::<Shared>()).expect("it is not empty");
+    // SAFETY: a new mapping, which nothing else refers to.
+    let memory =
+        unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED) };
+    // SAFETY: it is large enough, aligned to a page, zero, which is a value of each atomic, and never unmapped.
+    let shared: &'static Shared = unsafe { memory.expect("mmap").cast().as_ref() };
+    let tests = getpid();
+    // SAFETY: this process has one thread, so the child may do whatever it likes.
+    if let ForkResult::Child = unsafe { fork() }.expect("fork") {
+        set_pdeathsig(Signal::SIGKILL).expect("prctl");
+        watch(tests, shared);
+    }
+    assert!(WATCH.set(Watch { tests, shared }).is_ok(), "one watch for all tests");
+}
+
+fn watch(tests: Pid, shared: &Shared) -> ! {
+    let end = now() + number("FORKYARD_TEST_LIMIT").unwrap_or(LIMIT);
+    loop {
+        std::thread::sleep(LOOK);
+        if getppid() != tests {
+            leave(0); // they have ended before we asked to be told
+        }
+        let own = shared.deadline.load(Ordering::SeqCst);
+        if now() >= end || (own != 0 && now() >= own) {
+            break;
+        }
+    }
+    let name: Vec<u8> =
+        shared.name.iter().map(|byte| byte.load(Ordering::SeqCst)).take_while(|byte| *byte != 0).collect();
+    let mut out = std::io::stderr();
+    let _ = writeln!(
+        out,
+        "\nThe test {} has reached its limit (or all have: FORKYARD_TEST_LIMIT).",
+        String::from_utf8_lossy(&name)
+    );
+    let pid = tests.as_raw().cast_unsigned();
+    limit::print_state(&mut out, pid);
+    // This one is a child of the tests, too: it goes last.
+    let own = getpid().as_raw().cast_unsigned();
+    limit::kill_trees_but(&[pid].into(), own);
+    leave(1)
+}
+
+/// Tells which test runs; it has the time that is left to all.
+pub fn runs(name: &str) {
+    let Some(watch) = WATCH.get() else { return };
+    watch.shared.deadline.store(0, Ordering::SeqCst);
+    let bytes = name.bytes().take(watch.shared.name.len() - 1).chain([0]);
+    bytes.zip(&watch.shared.name).for_each(|(byte, place)| place.store(byte, Ordering::SeqCst));
+}
+
+/// Gives the test that runs a limit from now on. False in a child of the tests, and where nobody watches.
+pub fn not_longer_than(limit: Duration) -> bool {
+    let watch = WATCH.get().filter(|watch| watch.tests == getpid());
+    watch.inspect(|watch| watch.shared.deadline.store(now() + limit.as_secs().max(1), Ordering::SeqCst)).is_some()
+}
