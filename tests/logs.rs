@@ -188,8 +188,7 @@ fn no_client_can_flood_the_log() {
     let address = format!("scgi:unix:{}", socket.display());
     let mut server = start(&["--bind", &address, "--log-rate", "5"]);
     for _ in 0..REQUESTS {
-        let mut client = UnixStream::connect(&socket).unwrap();
-        client.set_read_timeout(Some(common::PATIENCE)).unwrap();
+        let mut client = common::connect_unix(&socket).unwrap();
         client.write_all(b"no netstring").unwrap();
         let _ = client.read_to_end(&mut Vec::new()); // a reset will do
     }
@@ -264,12 +263,12 @@ fn a_worker_that_has_no_descriptors_for_the_new_files_takes_them_later() {
     let pid = worker(&server);
     assert_eq!(get(&server, "/ok?old"), 200);
     let limit = |limit: &str| {
-        let status = Command::new("prlimit").args([format!("--pid={pid}"), format!("--nofile={limit}:")]).status();
+        let status = Command::new("prlimit").args([format!("--pid={pid}"), format!("--nofile={limit}:")]).status_in_time();
         assert!(status.expect("scripts/test installs util-linux").success());
     };
     let before = Command::new("prlimit")
         .args([&format!("--pid={pid}"), "--nofile", "--noheadings", "--output", "SOFT"])
-        .output()
+        .output_in_time()
         .unwrap();
     limit("3");
     std::fs::rename(&access, directory.path().join("access.1")).unwrap();

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::limit::InTime as _;
 use common::sse::{Source, Way};
 use common::{Server, http, is_gone, program, wait_until};
 
@@ -57,7 +58,7 @@ impl Scribbled {
 
     fn ask(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(program(self.name));
-        command.args(arguments).env("FORKYARD_CONTROL", &self.control).output().unwrap()
+        command.args(arguments).env("FORKYARD_CONTROL", &self.control).output_in_time().unwrap()
     }
 
     fn refusal(&self, arguments: &[&str]) -> String {

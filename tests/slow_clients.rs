@@ -39,8 +39,11 @@ fn memory(server: &Server) -> u64 {
 /// Thousands of slow clients, each of which has sent `begun`, send a byte a second. Returns the KiB that each costs.
 fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
     let most = clients();
-    let mut server =
-        Server::start("crashy", &["--bind", bind, "--workers", "2", "--max-connections", &most.to_string()]);
+    // To connect that often can take longer than a client has for a head.
+    let never = ["--idle-timeout", "1h", "--header-timeout", "1h", "--body-timeout", "1h"];
+    let most_of_each = most.to_string();
+    let arguments = ["--bind", bind, "--workers", "2", "--max-connections", &most_of_each];
+    let mut server = Server::start("crashy", &[&arguments[..], &never].concat());
     let address = server.binds[0].clone();
     let get = protocol.head("GET", "/ok", 0);
     for _ in 0..100 {
