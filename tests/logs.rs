@@ -263,7 +263,8 @@ fn a_worker_that_has_no_descriptors_for_the_new_files_takes_them_later() {
     let pid = worker(&server);
     assert_eq!(get(&server, "/ok?old"), 200);
     let limit = |limit: &str| {
-        let status = Command::new("prlimit").args([format!("--pid={pid}"), format!("--nofile={limit}:")]).status_in_time();
+        let status =
+            Command::new("prlimit").args([format!("--pid={pid}"), format!("--nofile={limit}:")]).status_in_time();
         assert!(status.expect("scripts/test installs util-linux").success());
     };
     let before = Command::new("prlimit")

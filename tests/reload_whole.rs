@@ -9,7 +9,6 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::limit::InTime as _;
 use common::http;
 use common::limit::InTime as _;
 use common::{Server, is_gone, program, wait_until};
