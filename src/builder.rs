@@ -313,6 +313,9 @@ fn serve(
         if let Some(warning) = config.privileges.of_root() {
             log::warn!("{warning}");
         }
+        for contradiction in config.contradictions(config.privileges.most_descriptors()) {
+            log::warn!("{contradiction}");
+        }
         let application = [opened, preloaded].concat().into();
         let kept = segment.clone();
         let operators = Operators {

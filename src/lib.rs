@@ -18,6 +18,7 @@ mod at_work;
 mod banner;
 mod blocking;
 mod body;
+mod buffered;
 mod builder;
 mod cgi_call;
 mod cli;

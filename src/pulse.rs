@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use http::Request;
+use tokio::sync::Notify;
 
+use crate::buffered::{Held, SMALL};
 use crate::queue_time::WaitedInKernel;
 
 /// What a connection's reads wait for.
@@ -51,6 +53,11 @@ pub(crate) struct Pulse {
     is_closed: AtomicBool,
     /// Milliseconds that the first bytes had waited in the kernel; for the first request to take.
     waited_ms: AtomicU32,
+    /// Of what has come.
+    held: Held,
+    /// The protocol has a way to say that the connection ends.
+    says_goodbye: AtomicBool,
+    goodbye: Notify,
 }
 
 impl Pulse {
@@ -89,6 +96,7 @@ impl Pulse {
 
     /// The response to a request is complete, or will never be.
     pub(crate) fn request_over(&self) {
+        self.held.one_of(self.under_way());
         step(&self.under_way, -1);
     }
 
@@ -126,9 +134,17 @@ impl Pulse {
     /// So many bytes came from the peer.
     pub(crate) fn add_read(&self, bytes: usize) {
         add(&self.read, bytes);
+        if bytes >= SMALL || self.held.bytes() > 0 || self.stage() != Stage::Idle {
+            self.held.add(bytes);
+        }
         if self.under_way.load(Relaxed) == 0 && !self.knows_heads.load(Relaxed) {
             self.set_head_begun(true);
         }
+    }
+
+    /// What is held in memory of what has come.
+    pub(crate) fn held(&self) -> &Held {
+        &self.held
     }
 
     pub(crate) fn read(&self) -> u32 {
@@ -163,8 +179,28 @@ impl Pulse {
         self.has_expired.load(Relaxed)
     }
 
+    /// From now on [`Pulse::say_goodbye`] ends the connection in good order.
+    pub(crate) fn set_says_goodbye(&self) {
+        self.says_goodbye.store(true, Relaxed);
+    }
+
+    /// Has the connection end in good order, as soon as what has begun is over. False if its protocol knows no such thing.
+    pub(crate) fn say_goodbye(&self) -> bool {
+        let can = self.says_goodbye.load(Relaxed);
+        if can {
+            self.goodbye.notify_one();
+        }
+        can
+    }
+
+    /// Returns when the connection is to end.
+    pub(crate) async fn goodbye(&self) {
+        self.goodbye.notified().await;
+    }
+
     /// The connection is at its end.
     pub(crate) fn close(&self) {
+        self.held.clear();
         self.is_closed.store(true, Relaxed);
     }
 
@@ -224,6 +260,11 @@ impl Wait {
 
     pub(crate) fn has_expired(&self) -> bool {
         self.pulse.has_expired()
+    }
+
+    /// So many bytes of what was waited for were taken.
+    pub(crate) fn taken(&self, bytes: usize) {
+        self.pulse.held.taken(bytes);
     }
 }
 

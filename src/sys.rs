@@ -620,8 +620,14 @@ pub(crate) fn expect_one_thread() -> io::Result<()> {
 
 /// Raises the number of descriptors that this process may have open to the hard limit, if that can be.
 pub(crate) fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+    use nix::sys::resource::{Resource, setrlimit};
+    if let Some(hard) = hard_descriptor_limit() {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard); // else it stays as it is
     }
+}
+
+/// How far this process may raise its limit of descriptors.
+pub(crate) fn hard_descriptor_limit() -> Option<u64> {
+    use nix::sys::resource::{Resource, getrlimit};
+    getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(_, hard)| hard)
 }

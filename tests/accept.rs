@@ -128,11 +128,16 @@ fn connections_beyond_the_limit_wait_in_the_queue_and_are_served() {
     for protocol in raw::ALL {
         let mut server = protocol.start("crashy", &["--workers", "1", "--max-connections", "2"]);
         let bind = server.binds[0].clone();
-        // They are accepted in the order in which they come.
-        let first = [raw::connect(&bind), raw::connect(&bind)];
+        // They are accepted in the order in which they come. Neither is idle: a part of a request has come.
+        let first = [(); 2].map(|()| {
+            let mut stream = raw::connect(&bind);
+            stream.write_all(&protocol.head("GET", "/ok", 0)[..10]).unwrap();
+            stream
+        });
         let mut third = raw::connect(&bind);
         third.write_all(&protocol.head("GET", "/ok", 0)).unwrap();
         third.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        server.wait_for("clients wait to be accepted, and no connection is idle (--max-connections) connections=2");
         let waits = third.read(&mut [0]).expect_err("there is no room for it");
         assert_eq!(waits.kind(), ErrorKind::WouldBlock, "{protocol:?}");
         drop(first);

@@ -6,10 +6,12 @@ mod common;
 
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 use common::http::Client;
 use common::limit::InTime as _;
+use common::raw::{self, Protocol};
 use common::{PATIENCE, Server, fastcgi, program};
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
@@ -137,15 +139,15 @@ fn proxy_v2() -> Vec<u8> {
 }
 
 #[test]
-fn a_trusted_load_balancer_says_it_in_front_of_any_protocol() {
-    let mut server = mirror(&[HTTP, FASTCGI, SCGI].concat(), &["--trust", "127.0.0.1"]);
+fn a_load_balancer_says_it_in_front_of_any_protocol() {
+    let mut server =
+        mirror(&[HTTP, FASTCGI, SCGI].concat(), &["--proxy-protocol", "127.0.0.1", "--trust", "127.0.0.1"]);
     let v1 = b"PROXY TCP6 2001:db8::7 ::1 4711 80\r\n";
     for (header, peer) in [
         (&v1[..], "peer=[2001:db8::7]:4711 https=false"),
         (&proxy_v2(), "peer=192.0.2.7:4711 https=true"),
         (b"PROXY UNKNOWN\r\n", "peer=127.0.0.1:"),
         (b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0", "peer=127.0.0.1:"),
-        (b"", "peer=127.0.0.1:"),
     ] {
         let text = seen(&server.http(), header, "");
         assert!(text.contains(&format!("\n{peer}")), "no {peer:?} in {text}");
@@ -184,6 +186,81 @@ fn a_trusted_load_balancer_says_it_in_front_of_any_protocol() {
         {
             assert_eq!(all_that_comes(&address, wrong), "");
             server.wait_for(&format!("a connection ended before it began: {said}"));
+        }
+    }
+    server.stop();
+}
+
+/// The specification: "the receiver MUST be configured to only receive the protocol described in this specification and MUST not try to guess whether the
+/// protocol header is present or not".
+#[test]
+fn whether_there_is_a_proxy_header_is_never_guessed() {
+    let header = b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 80\r\n";
+    // A client of a proxy that is trusted, and passes bytes through, may write what it likes.
+    let mut server = mirror(&HTTP, &["--trust", "127.0.0.1"]);
+    let request = [&header[..], b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"].concat();
+    let text = all_that_comes(&server.http(), &request);
+    assert!(text.starts_with("HTTP/1.1 400 ") && !text.contains("192.0.2.7"), "{text}");
+    server.stop();
+
+    let mut server = mirror(&[HTTP, FASTCGI, SCGI].concat(), &["--proxy-protocol", "127.0.0.1"]);
+    let addresses = server.binds.clone();
+    for (protocol, bind) in [Protocol::Http, Protocol::FastCgi, Protocol::Scgi].into_iter().zip(&addresses) {
+        let mut stream = raw::connect(bind);
+        stream.write_all(&protocol.head("GET", "/", 0)).unwrap();
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes); // with bytes of ours unread, the close is a reset
+        assert!(bytes.is_empty(), "{protocol:?}: {}", bytes.escape_ascii());
+    }
+    server.wait_for("does not begin with a PROXY header");
+    assert!(seen(&server.http(), header, "").contains("\npeer=192.0.2.7:4711 "));
+    server.stop();
+
+    let mut server = mirror(&HTTP, &["--proxy-protocol", "192.0.2.0/24"]);
+    assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"), "it is not one of those");
+    server.stop();
+}
+
+/// However long the rest of a header takes, nobody looks for it all the time; and who leaves before it has come is missed.
+#[test]
+fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
+    let folder = tempfile::tempdir().unwrap();
+    let unix = format!("http:unix:{}", folder.path().join("a.sock").display());
+    let binds = [&HTTP[..], &["--bind", &unix]].concat();
+    let mut server = mirror(&binds, &["--proxy-protocol", "127.0.0.1,unix", "--header-timeout", "0"]);
+    for bind in server.binds.clone() {
+        let mut streams: Vec<UnixStream> = (0..10)
+            .map(|_| {
+                let mut stream = raw::connect(&bind);
+                stream.write_all(b"PROXY TCP4 192.0.2.7 ").unwrap();
+                stream
+            })
+            .collect();
+        let worker = *server.workers().first().unwrap();
+        common::wait_until("they are accepted", || (common::sockets_of(worker) >= 12).then_some(()));
+        let switches = || {
+            let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
+            let of_task = |task: std::path::PathBuf| {
+                let status = std::fs::read_to_string(task.join("status")).unwrap();
+                let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+                line.trim().parse::<u64>().unwrap()
+            };
+            tasks.map(|task| of_task(task.unwrap().path())).sum::<u64>()
+        };
+        let before = switches();
+        std::thread::sleep(std::time::Duration::from_secs(3)); // time without events is what is measured
+        let after = switches();
+        assert!(after - before < 100, "{bind}: in 3 s it woke {} times", after - before);
+
+        let gone = streams.pop().unwrap();
+        gone.shutdown(Shutdown::Write).unwrap();
+        let mut stream = gone;
+        assert_eq!(stream.read(&mut [0; 9]).unwrap_or(0), 0, "{bind}: the rest of it will never come");
+        for stream in &mut streams {
+            stream.write_all(b"192.0.2.1 4711 80\r\nGET / HTTP/1.0\r\n\r\n").unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).unwrap();
+            assert!(text.contains("\npeer=192.0.2.7:4711 "), "{bind}: {text}");
         }
     }
     server.stop();

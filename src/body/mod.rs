@@ -219,6 +219,9 @@ impl http_body::Body for Body {
             && let Some(bytes) = frame.data_ref()
         {
             let length = bytes.len() as u64;
+            if let Some(wait) = &self.wait {
+                wait.taken(bytes.len());
+            }
             if length > self.allowed {
                 self.tell(Trouble::TOO_LARGE);
                 return Poll::Ready(Some(Err(BodyError::TooLarge)));

@@ -10,8 +10,12 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::{Bytes, BytesMut};
 
-/// Bytes that may wait in the pipe; at this the connection stops reading. One read more can stand in it.
+use crate::buffered;
+
+/// Bytes that may wait in the pipe; at this the connection stops reading. One read more can stand in it. And so many if memory is
+/// tight.
 const CAPACITY: usize = 64 << 10;
+const LESS: usize = 4 << 10;
 
 /// Smaller pieces are copied together: each would otherwise hold on to the whole of the connection's buffer that it
 /// came in, and 64 KiB of single bytes would be 64 Ki pieces.
@@ -102,8 +106,9 @@ impl Writer {
 
     /// Ready when there is room for more.
     pub(crate) fn poll_room(&self, context: &mut Context<'_>) -> Poll<()> {
+        let capacity = if buffered::is_tight() { LESS } else { CAPACITY };
         let mut shared = lock(&self.0);
-        if shared.bytes < CAPACITY || shared.abandoned {
+        if shared.bytes < capacity || shared.abandoned {
             return Poll::Ready(());
         }
         shared.writer = Some(context.waker().clone());

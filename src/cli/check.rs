@@ -41,6 +41,7 @@ pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
     if let Err(error) = Segment::size(&memory::plan(config)) {
         findings.errors.push(format!("{error} (see --cache, --cache-max-entry and --events)"));
     }
+    findings.notes.extend(config.contradictions(config.privileges.most_descriptors()));
     findings
 }
 

@@ -16,14 +16,18 @@ pub(super) struct EventsOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_EVENTS_BACKLOG", default_value = "256", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
     events_backlog: u32,
 
-    /// Subscribers to events that one worker has at a time; a further one gets 503
-    #[arg(long, value_name = "N", env = "FORKYARD_MAX_SUBSCRIBERS", default_value = "16384", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
-    max_subscribers: u32,
+    /// Subscribers to events that one worker has at a time; a further one gets 503 [default: three quarters of
+    /// --max-connections]
+    #[arg(long, value_name = "N", env = "FORKYARD_MAX_SUBSCRIBERS", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
+    max_subscribers: Option<u32>,
 }
 
 impl EventsOptions {
-    pub(super) fn config(&self) -> EventsConfig {
-        EventsConfig { bytes: self.events, backlog: self.events_backlog, max_subscribers: self.max_subscribers }
+    /// Most subscribers have a connection each, and others are to have some too.
+    pub(super) fn config(&self, max_connections: u32) -> EventsConfig {
+        let default = (max_connections - max_connections / 4).max(1);
+        let max_subscribers = self.max_subscribers.unwrap_or(default);
+        EventsConfig { bytes: self.events, backlog: self.events_backlog, max_subscribers }
     }
 }
 

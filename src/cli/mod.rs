@@ -156,9 +156,26 @@ struct WorkerOptions {
     #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_PARAMS", default_value = "128K", value_parser = parse_max_params, help_heading = "Memory and limits")]
     max_params: usize,
 
-    /// Connections that one worker holds at a time
+    /// Connections that one worker holds at a time. At the limit it closes those that are idle for longest; if none is, new
+    /// ones wait to be accepted
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_CONNECTIONS", default_value = "4096", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
     max_connections: u32,
+
+    /// Connections of one worker that may come from one address (of IPv6, from one /64 network); 0 for any number. A further
+    /// one is closed at once. Unix sockets and those of --trust are not counted
+    #[arg(
+        long,
+        value_name = "N",
+        env = "FORKYARD_MAX_CONNECTIONS_PER_ADDRESS",
+        default_value = "0",
+        help_heading = "Memory and limits"
+    )]
+    max_connections_per_address: u32,
+
+    /// Memory of one worker for what clients have sent of requests: heads and bodies, of all connections together; 0 for no
+    /// limit. Beyond it those that send slowly are cut off, and further requests get 503
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BUFFERED", default_value = "256M", value_parser = parse_size, help_heading = "Memory and limits")]
+    max_buffered: u64,
 
     /// Requests per worker that may wait for a thread; further ones get 503
     #[arg(long, value_name = "N", env = "FORKYARD_QUEUE", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
@@ -246,10 +263,14 @@ struct AccessOptions {
     #[arg(long, value_name = "WHO", env = "FORKYARD_ALLOW", value_delimiter = ',', help_heading = "Sockets")]
     allow: Vec<Who>,
 
-    /// A proxy that is believed when it tells who its client is, by the PROXY protocol or by headers; repeatable. WHO
-    /// is as for --allow
+    /// A proxy that is believed when it tells by headers who its client is; repeatable. WHO is as for --allow
     #[arg(long, value_name = "WHO", env = "FORKYARD_TRUST", value_delimiter = ',', help_heading = "Sockets")]
     trust: Vec<Who>,
+
+    /// A load balancer that tells in a PROXY header (version 1 or 2) who its client is; repeatable. WHO is as for --allow. Each
+    /// connection from there must begin with one
+    #[arg(long, value_name = "WHO", env = "FORKYARD_PROXY_PROTOCOL", value_delimiter = ',', help_heading = "Sockets")]
+    proxy_protocol: Vec<Who>,
 
     /// The headers that those of --trust write; with --trust, no others of their kind reach the application
     #[arg(
@@ -282,7 +303,8 @@ impl AccessOptions {
         let variable = std::env::var("FCGI_WEB_SERVER_ADDRS").unwrap_or_default();
         let allow = Peers::new(self.allow);
         let web_servers = if allow.is_none() { Peers::web_servers(&variable)? } else { None };
-        Ok(Access { allow, web_servers, trust: Peers::new(self.trust).map(|peers| Trust { peers, family }) })
+        let trust = Peers::new(self.trust).map(|peers| Trust { peers, family });
+        Ok(Access { allow, web_servers, trust, proxy_protocol: Peers::new(self.proxy_protocol) })
     }
 }
 
@@ -460,6 +482,8 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<String>) {
         max_body: linked.worker.max_body,
         max_params: linked.worker.max_params,
         max_connections: linked.worker.max_connections,
+        max_connections_per_address: linked.worker.max_connections_per_address,
+        max_buffered: linked.worker.max_buffered,
         max_headers: linked.worker.max_headers.into(),
         max_uri: linked.worker.max_uri,
         max_multiplexed: linked.worker.max_multiplexed.into(),
@@ -467,7 +491,7 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<String>) {
         timeouts: timeouts.timeouts(),
     };
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
-    let memory = (keep.cache(cache), events.config());
+    let memory = (keep.cache(cache), events.config(linked.worker.max_connections));
     let config = config(linked.serve, numbers, memory, Duration::ZERO, of_workers, &mut wrong);
     (Request { config, cgi, program: None }, wrong)
 }
@@ -686,6 +710,7 @@ struct Access {
     allow: Option<Peers>,
     web_servers: Option<Peers>,
     trust: Option<Trust>,
+    proxy_protocol: Option<Peers>,
 }
 
 /// Adds to `wrong` what does not go together.
@@ -725,6 +750,7 @@ fn config(
         allow: of_workers.access.allow,
         web_servers: of_workers.access.web_servers,
         trust: of_workers.access.trust,
+        proxy_protocol: of_workers.access.proxy_protocol,
         privileges,
         failures: of_workers.failures,
         control: serve.control.config(),

@@ -3,6 +3,7 @@
 //! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
 //! form of an address, and which headers proxies write.
 
+mod contradictions;
 pub(crate) mod control;
 pub(crate) mod events;
 pub(crate) mod failures;
@@ -53,6 +54,8 @@ pub(crate) struct Config {
     /// The same for FastCGI, if `allow` does not tell: the web servers.
     pub(crate) web_servers: Option<Peers>,
     pub(crate) trust: Option<Trust>,
+    /// Those whose connections begin with a PROXY header.
+    pub(crate) proxy_protocol: Option<Peers>,
     pub(crate) privileges: PrivilegesConfig,
     /// Requests that hang, dawdle or kill; all zero for external programs.
     pub(crate) failures: failures::Failures,
@@ -91,6 +94,10 @@ pub(crate) struct Limits {
     pub(crate) max_params: usize,
     /// Connections that a worker holds at a time; at the limit it leaves new ones to its siblings.
     pub(crate) max_connections: u32,
+    /// Connections of a worker that may come from one address; 0 is any number.
+    pub(crate) max_connections_per_address: u32,
+    /// Bytes of what clients have sent that a worker holds at a time; 0 is any number.
+    pub(crate) max_buffered: u64,
     /// Headers of a request.
     pub(crate) max_headers: usize,
     /// Bytes of a request's path and query.

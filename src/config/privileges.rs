@@ -12,6 +12,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource};
 use nix::unistd::{Gid, Group, Uid, User, getgrouplist};
 
 use super::parse_size;
+use crate::sys;
 
 /// All of it; nothing, by default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,6 +49,12 @@ impl PrivilegesConfig {
             "the application runs as root, for want of another user (name one with --user, as in --user www-data, or say so \
              with --user root)",
         )
+    }
+
+    /// How many descriptors a worker may have; `None` if that cannot be found out.
+    pub(crate) fn most_descriptors(&self) -> Option<u64> {
+        let set = self.limits.iter().rev().find(|limit| limit.resource == Resource::RLIMIT_NOFILE);
+        set.map(|limit| limit.soft).or_else(sys::hard_descriptor_limit)
     }
 
     /// Whom the socket files are given to; nobody if `None`.

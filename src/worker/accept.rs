@@ -5,6 +5,9 @@
 //! itself off that list: when its blocking functions occupy all their threads and a sibling's do not; when it has more
 //! connections than a sibling, so that kept connections spread; and when its connections are at the limit. A worker
 //! whose event loop is busy does not wait, and so is not woken.
+//!
+//! A worker at the limit to which somebody connects all the same, so that no sibling has room either, closes connections on which
+//! nothing is under way ([`reclaim`]). If there are none, clients wait in the kernel's queue.
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -19,7 +22,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
+use super::reclaim;
 use super::socket::Socket;
+use super::throttle::Throttle;
 use super::watchdog::Watchdog;
 use crate::handover::{Channel, PackedOrigin, Parcel};
 use crate::heir;
@@ -29,11 +34,14 @@ use crate::{blocking, sys};
 
 /// How long a connection is left to siblings that have fewer.
 const LEFT_TO_SIBLINGS: Duration = Duration::from_millis(1);
-/// How long it is left to siblings that could serve it at once while this worker could not.
-const LEFT_TO_FREE: Duration = Duration::from_millis(100);
+/// How long it is left to siblings that could serve it at once while this worker could not. On a busy machine it may take them
+/// some time to come to it, and here it may wait for much longer.
+const LEFT_TO_FREE: Duration = Duration::from_secs(1);
 /// So many connections are then accepted before siblings are waited for again: enough that one that is stopped or
 /// hangs does not slow the others much, and few enough that one that was merely late gets its share.
 const NOT_WAITED_FOR: u32 = 4;
+/// How long a worker at the limit leaves what waits to its siblings, before it looks for connections that it can close.
+const LEFT_WHEN_FULL: Duration = Duration::from_millis(10);
 /// How long accepting pauses when the system has no descriptor or memory for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
 /// The log hears of that so often.
@@ -67,12 +75,15 @@ pub(crate) struct Connections {
     one_began: Notify,
     one_ended: Notify,
     watchdog: Rc<Watchdog>,
+    closed: Throttle,
+    full: Throttle,
 }
 
 impl Connections {
     pub(crate) fn new(limit: u32, row: Row, scoreboard: Scoreboard, slot: u32, watchdog: Rc<Watchdog>) -> Self {
         let (one_began, one_ended) = (Notify::new(), Notify::new());
-        Self { open: Cell::new(0), limit, row, scoreboard, slot, one_began, one_ended, watchdog }
+        let (closed, full) = (Throttle::default(), Throttle::default());
+        Self { open: Cell::new(0), limit, row, scoreboard, slot, one_began, one_ended, watchdog, closed, full }
     }
 
     /// Returns when there is one.
@@ -91,6 +102,20 @@ impl Connections {
 
     fn is_full(&self) -> bool {
         self.open.get() >= self.limit
+    }
+
+    /// Somebody waits to be accepted, and has to wait for a place: closes some connections on which nothing is under way. `why`: a
+    /// flag to change.
+    fn make_room(&self, why: &str) {
+        let closed = self.watchdog.make_room(reclaim::share(self.limit));
+        let open = self.open.get();
+        if closed == 0 {
+            if self.full.add(1).is_some() {
+                log::warn!("clients wait to be accepted, and no connection is idle ({why}) connections={open}");
+            }
+        } else if let Some(count) = self.closed.add(closed) {
+            log::warn!("closed idle connections to make room for others ({why}) count={count} connections={open}");
+        }
     }
 
     /// Whether a sibling would be the better one to take the next connection.
@@ -270,6 +295,9 @@ impl Acceptor {
                         told = Some(Instant::now());
                     }
                     self.bell.pause();
+                    if self.connections.open.get() > 0 {
+                        self.connections.make_room("descriptors: --rlimit nofile=N");
+                    }
                     sleep(PAUSE).await;
                 }
             }
@@ -289,7 +317,10 @@ impl Acceptor {
         let connections = &self.connections;
         while connections.is_full() {
             self.bell.pause();
-            connections.one_ended.notified().await;
+            let ended = tokio::time::timeout(LEFT_WHEN_FULL, connections.one_ended.notified()).await;
+            if ended.is_err() && self.bell.is_ringing() {
+                connections.make_room("--max-connections");
+            }
         }
         while !patience.is_over(blocking::are_all_occupied()) && connections.a_sibling_is_freer() {
             self.bell.pause();

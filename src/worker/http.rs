@@ -77,6 +77,7 @@ where
     let (pulse, account) = (Arc::clone(socket.pulse()), *socket.account());
     if is_http2 {
         pulse.set_knows_heads();
+        pulse.set_says_goodbye();
         account.set_tongue(Tongue::Http2);
     }
     let socket = TokioIo::new(socket);
@@ -205,6 +206,7 @@ where
         ended = &mut connection => return ended,
         () = drained => {}
         () = requests.last_begun(), if requests.are_limited() => {}
+        () = requests.pulse().goodbye() => {}
     }
     // Or hyper would add `close` to the options of a response that switches protocols. When there was one, the connection ends.
     tokio::select! {

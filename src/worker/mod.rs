@@ -16,6 +16,7 @@ mod accept;
 mod access_log;
 pub(crate) mod cgi;
 mod closing;
+mod crowd;
 mod door;
 mod drain;
 mod fastcgi;
@@ -26,11 +27,13 @@ mod lifetime;
 mod logs;
 mod opening;
 mod outbox;
+mod reclaim;
 mod reply;
 mod scgi;
 mod serve;
 mod slow;
 mod socket;
+mod throttle;
 mod watchdog;
 
 use std::fs::File;
@@ -58,12 +61,14 @@ use tower_service::Service;
 
 use self::accept::{Acceptor, Arrival, Connections, Serve};
 use self::access_log::AccessLog;
+use self::crowd::Crowd;
 use self::door::Door;
 use self::drain::Drain;
 use self::lifetime::Counted;
 use self::logs::Pipes;
 use self::serve::{Application, BoxError, Guard};
 use self::socket::Socket;
+use self::throttle::Throttle;
 use self::watchdog::Watchdog;
 use crate::body::Body;
 use crate::config::Config;
@@ -75,8 +80,9 @@ use crate::heir::{self, Appointed};
 use crate::heritage::{Heritage, Report};
 use crate::hooks::WorkerId;
 use crate::listen::{Listener, Protocol};
+use crate::peers::Peers;
 use crate::protocol::cgi::Origin;
-use crate::{at_work, blocking, crash, logging, sys};
+use crate::{at_work, blocking, buffered, crash, logging, sys};
 
 /// Lives a worker's life: returns its exit status when it has drained.
 pub(crate) fn run<F, S, B>(factory: &F, heritage: Heritage) -> u8
@@ -178,7 +184,15 @@ where
             let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
             health::check(&application, path, limit).await?;
         }
-        let server = Rc::new(Server { application, drain: drain.clone(), entrances });
+        let crowd = Crowd::new(config.limits.max_connections_per_address);
+        let server = Rc::new(Server {
+            application,
+            drain: drain.clone(),
+            entrances,
+            crowd,
+            proxy_protocol: config.proxy_protocol.clone(),
+            without_header: Rc::default(),
+        });
         let acceptors = acceptors(&heritage.listeners, &heritage.handover, &connections, heir.ledger)?;
         let accepting = accept(acceptors, &server);
 
@@ -225,7 +239,7 @@ where
 /// Takes a place in the scoreboard, says how blocking functions run here, and has this thread tell of a crash, and in
 /// which request.
 fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
-    let Config { threads, queue, failures, privileges, .. } = &*heritage.config;
+    let Config { threads, queue, failures, privileges, limits, .. } = &*heritage.config;
     if !privileges.limits_descriptors() {
         sys::raise_descriptor_limit();
     }
@@ -234,6 +248,7 @@ fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
     blocking::configure(*threads, *queue, Some(row.occupancy()));
     blocking::set_patience(failures.hang_timeout);
+    buffered::set_limit(limits.max_buffered);
     crash::give_stack();
     at_work::note_in(row.pulse());
     at_work::enlist();
@@ -368,6 +383,11 @@ struct Server<S> {
     application: Rc<Application<S>>,
     drain: Drain,
     entrances: Vec<Entrance>,
+    crowd: Rc<Crowd>,
+    /// Those whose connections begin with a PROXY header.
+    proxy_protocol: Option<Peers>,
+    /// Connections from there that did not.
+    without_header: Rc<Throttle>,
 }
 
 impl<S, B> Serve for Server<S>
@@ -387,6 +407,9 @@ where
         let entrance = self.entrances.get(usize::from(arrival.listener));
         let protocol = entrance.map(|entrance| entrance.protocol);
         let (address, is_admitted) = (arrival.origin.address(), arrival.origin.is_admitted());
+        let ip = address.map(|address| address.ip());
+        let sends_proxy_header = !is_admitted && self.proxy_protocol.as_ref().is_some_and(|peers| peers.contain(ip));
+        let (crowd, without_header) = (Rc::clone(&self.crowd), Rc::clone(&self.without_header));
         let permitted = is_admitted || entrance.is_some_and(|entrance| entrance.door.permits(address));
         let mut origin = Origin::of_http(address, arrival.origin.is_tls());
         async move {
@@ -394,17 +417,25 @@ where
             if !is_admitted && address.is_some() && application.sheds() {
                 socket.ask_wait();
             }
-            let trust = application.trust.as_ref().filter(|_| !is_admitted);
-            if trust.is_some_and(|trust| trust.peers.contain(address.map(|address| address.ip()))) {
+            if sends_proxy_header {
                 let time = application.limits.timeouts.header;
                 let reading = tokio::select! {
                     reading = opening::read_proxy_header(&mut socket, &mut origin, time) => reading,
                     () = drain.wait_to_move() => return drain.hand_over(socket, &[]).await,
                 };
                 if let Err(error) = reading {
+                    // Its own end is nothing to speak of.
+                    let is_wrong = error.kind() == io::ErrorKind::Other;
+                    if let Some(count) = is_wrong.then(|| without_header.add(1)).flatten() {
+                        log::warn!("closed a connection of a load balancer (--proxy-protocol): {error} count={count}");
+                    }
                     return log::debug!("a connection ended before it began: {error}");
                 }
             }
+            // A proxy speaks for many.
+            let client = origin.address.map(|address| address.ip());
+            let is_proxy = application.trust.as_ref().is_some_and(|trust| trust.peers.contain(client));
+            let Some(_counted) = crowd.admit(client.filter(|_| !is_proxy)) else { return };
             if !is_admitted {
                 socket.account().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
             }

@@ -22,6 +22,7 @@ use tokio::time::Sleep;
 use tower_service::Service;
 
 use super::access_log::{AccessLog, Entry};
+use super::throttle::Throttle;
 use crate::body::{Body, BodyError, Trouble};
 use crate::config::failures::QuarantineBy;
 use crate::config::{Limits, Trust};
@@ -31,7 +32,7 @@ use crate::protocol::forwarded;
 use crate::pulse::{Pulse, Wait};
 use crate::queue_time::BeginBy;
 use crate::suspect::Suspect;
-use crate::{at_work, blocking, events, queue_time};
+use crate::{at_work, blocking, buffered, events, queue_time};
 
 /// What an error of the application's may be.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -45,6 +46,8 @@ pub(crate) struct Application<S> {
     pub(crate) trust: Option<Trust>,
     guard: Guard,
     access_log: Option<Rc<AccessLog>>,
+    /// For want of memory.
+    refused: Throttle,
 }
 
 /// What a worker that serves more than one request is guarded against.
@@ -61,7 +64,7 @@ pub(crate) struct Guard {
 
 impl<S> Application<S> {
     pub(crate) fn new(service: S, row: Row, limits: Limits, trust: Option<Trust>) -> Self {
-        Self { service, row, limits, trust, guard: Guard::default(), access_log: None }
+        Self { service, row, limits, trust, guard: Guard::default(), access_log: None, refused: Throttle::default() }
     }
 
     pub(crate) fn guarded(self, guard: Guard) -> Self {
@@ -107,6 +110,12 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
         }
         if let Some(left) = self.guard.refuses(request.method(), target) {
             return Answer::put_off(left, in_flight);
+        }
+        if buffered::is_full() {
+            if let Some(count) = self.refused.add(1) {
+                log::warn!("requests got 503: too much memory is held for requests (--max-buffered) count={count}");
+            }
+            return Answer::put_off(Duration::ZERO, in_flight);
         }
         if self.sheds() && !queue_time::admits(self.guard.max_queue_time, &mut request, is_trusted) {
             queue_time::count();

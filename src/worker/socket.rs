@@ -23,7 +23,7 @@ use super::later;
 use super::watchdog::Watchdog;
 use crate::heir::ledger::{Account, LANDING};
 use crate::pulse::Pulse;
-use crate::sys;
+use crate::{buffered, sys};
 
 /// A connection's socket.
 #[derive(Debug)]
@@ -202,6 +202,9 @@ impl Socket {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.pulse.add_read(count);
+        if count > 0 && buffered::is_full() {
+            self.watchdog.shed();
+        }
         if self.asks_wait.take()
             && let Some(Ok(waited)) = self.fd().map(sys::since_last_received)
         {

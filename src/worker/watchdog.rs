@@ -14,7 +14,10 @@ use nix::sys::socket::Shutdown;
 use tokio::sync::Notify;
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::reclaim::{self, Holder, Idle};
 use super::socket::shut;
+use super::throttle::Throttle;
+use crate::buffered;
 use crate::config::Timeouts;
 use crate::pulse::{Pulse, Stage};
 
@@ -22,6 +25,8 @@ use crate::pulse::{Pulse, Stage};
 const TICK: Duration = Duration::from_secs(1);
 /// How long the end of an event stream may take to leave, after the worker was told to.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
+/// So many ticks a connection without a request may take to end after it was asked to.
+const GOODBYE: u32 = 1;
 /// So many bytes have to move, of a body within its timeout and of a response within its own, or all that is left.
 const PROGRESS: u32 = 4 << 10;
 
@@ -33,6 +38,8 @@ pub(crate) struct Watchdog {
     drains: Arc<AtomicBool>,
     watched: RefCell<Vec<Watched>>,
     some: Notify,
+    /// Those that were cut off because they held too much.
+    shed: Throttle,
 }
 
 /// A connection as it was at the last tick.
@@ -52,11 +59,13 @@ struct Watched {
     written: u32,
     /// Ticks of a drain in which there was nothing but the end of an event stream.
     leaving: u32,
+    /// It was asked to make room for others, so many ticks ago.
+    goodbye: Option<u32>,
 }
 
 impl Watchdog {
     pub(crate) fn new(timeouts: Timeouts, drains: Arc<AtomicBool>) -> Rc<Self> {
-        Rc::new(Self { timeouts, drains, watched: RefCell::default(), some: Notify::new() })
+        Rc::new(Self { timeouts, drains, watched: RefCell::default(), some: Notify::new(), shed: Throttle::default() })
     }
 
     pub(super) fn watch(&self, fd: BorrowedFd<'_>, pulse: &Arc<Pulse>) {
@@ -65,6 +74,44 @@ impl Watchdog {
             self.some.notify_one();
         }
         watched.push(Watched::new(fd.as_raw_fd(), Arc::clone(pulse)));
+    }
+
+    /// Closes up to `most` connections on which nothing is under way, because others wait for their place. Returns how many.
+    pub(super) fn make_room(&self, most: usize) -> usize {
+        let mut watched = self.watched.borrow_mut();
+        let idle = |(index, watched): (usize, &Watched)| {
+            let ticks = watched.idle_ticks()?;
+            Some(Idle { index, ticks })
+        };
+        let chosen = reclaim::choose(watched.iter().enumerate().filter_map(idle).collect(), most);
+        for &index in &chosen {
+            if let Some(watched) = watched.get_mut(index) {
+                watched.make_room();
+            }
+        }
+        chosen.len()
+    }
+
+    /// Connections hold more memory than they may together: those go that keep the others waiting for longest.
+    pub(super) fn shed(&self) {
+        let mut watched = self.watched.borrow_mut();
+        let holder = |(index, watched): (usize, &Watched)| {
+            let (pulse, bytes) = (&watched.pulse, watched.pulse.held().bytes());
+            let is_waited_for = pulse.stage() != Stage::Answering;
+            (bytes > 0 && !pulse.is_closed()).then_some(Holder { index, bytes, is_waited_for, ticks: watched.waited })
+        };
+        let chosen = reclaim::heaviest(watched.iter().enumerate().filter_map(holder).collect(), buffered::too_much());
+        for &index in &chosen {
+            if let Some(watched) = watched.get_mut(index) {
+                watched.cut_off("holding too much memory", Shutdown::Both);
+                watched.pulse.held().clear(); // it is given free as soon as its task has heard of it
+            }
+        }
+        if !chosen.is_empty()
+            && let Some(count) = self.shed.add(chosen.len())
+        {
+            log::warn!("cut off connections that hold too much of unfinished requests (--max-buffered) count={count}");
+        }
     }
 
     /// Looks after the connections for ever. While there are none, it sleeps.
@@ -86,7 +133,24 @@ impl Watchdog {
 impl Watched {
     fn new(fd: RawFd, pulse: Arc<Pulse>) -> Self {
         let (stage, is_deaf) = (Stage::Idle, false);
-        Self { fd, pulse, stage, requests: 0, waited: 0, read: 0, is_deaf, unread: 0, written: 0, leaving: 0 }
+        let goodbye = None;
+        Self { fd, pulse, stage, requests: 0, waited: 0, read: 0, is_deaf, unread: 0, written: 0, leaving: 0, goodbye }
+    }
+
+    /// For how many ticks nothing was under way, but for the first, which came soon after its last use. `None` if something is, or its end has begun.
+    fn idle_ticks(&self) -> Option<u32> {
+        let pulse = &self.pulse;
+        let is_idle = pulse.stage() == Stage::Idle && self.stage == Stage::Idle && pulse.requests() == self.requests;
+        (is_idle && !pulse.is_closed() && !self.is_deaf && self.goodbye.is_none())
+            .then(|| self.waited.saturating_sub(1))
+    }
+
+    /// Ends it: in good order where its protocol can, with the next ticks if its peer does not take that in.
+    fn make_room(&mut self) {
+        self.goodbye = Some(0);
+        if !self.pulse.say_goodbye() {
+            self.cut_off("idle while others wait for its place", Shutdown::Read);
+        }
     }
 
     /// Another second has passed. False if the connection needs no more looking after.
@@ -101,6 +165,13 @@ impl Watched {
             Stage::Body => ("sending the body of a request", timeouts.body),
             Stage::Answering => ("", Duration::ZERO),
         };
+        if let Some(ticks) = &mut self.goodbye {
+            *ticks += 1;
+            if *ticks > GOODBYE && stage == Stage::Idle {
+                self.cut_off("ending", Shutdown::Both);
+                return false;
+            }
+        }
         if is_over(self.unread, timeouts.write) {
             self.cut_off("reading a response", Shutdown::Both);
             return false;
@@ -314,6 +385,31 @@ mod tests {
             pulse.add_written(5000);
         });
         assert_eq!(beside_an_answer_on_its_way, 100);
+    }
+
+    #[test]
+    fn one_that_makes_room_is_asked_first_if_its_protocol_can_and_then_cut_off() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
+        let tick = |watched: &mut Watched| watched.tick(&TIMEOUTS, false);
+        assert!(tick(&mut watched) && watched.idle_ticks() == Some(0), "it was used a moment ago");
+        assert!(tick(&mut watched) && watched.idle_ticks() == Some(1));
+        watched.pulse.request_came();
+        assert_eq!(watched.idle_ticks(), None, "something is under way");
+        watched.pulse.request_over();
+        assert_eq!(watched.idle_ticks(), None, "it was used since the last tick");
+        assert!(tick(&mut watched) && watched.idle_ticks() == Some(0));
+        watched.pulse.set_says_goodbye();
+        watched.make_room();
+        assert_eq!((watched.is_deaf, watched.idle_ticks()), (false, None), "its end has begun");
+        watched.pulse.request_came();
+        assert!((0..9).all(|_| tick(&mut watched)), "a request that came before its peer knew is answered");
+        watched.pulse.request_over();
+        assert!(!tick(&mut watched) && watched.pulse.has_expired());
+
+        let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
+        watched.make_room();
+        assert!(watched.is_deaf && watched.pulse.has_expired());
     }
 
     #[test]

@@ -152,6 +152,11 @@ impl UnderWay {
         }
     }
 
+    /// It has switched protocols: what comes from now on is carried on.
+    pub(super) fn is_upgraded(&self) {
+        self.requests.pulse.held().stop();
+    }
+
     /// Whether it may switch protocols.
     pub(super) fn offers_upgrade(&mut self, offers: bool) {
         let requests = &self.requests;

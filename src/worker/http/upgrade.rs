@@ -201,6 +201,7 @@ impl Taken {
     /// ended, and the socket is to be closed.
     pub(super) async fn carry(self, io: impl AsyncRead + AsyncWrite + Unpin, early: Bytes, ends: &Ends) {
         let Self { link, mut serving, under_way, .. } = self;
+        under_way.is_upgraded();
         carry(io, early, link, &mut serving, None, ends).await;
         drop(under_way);
     }
@@ -208,6 +209,7 @@ impl Taken {
     /// Carries those of a stream of HTTP/2.
     pub(super) async fn carry_stream(self, pulse: Arc<Pulse>, ends: Ends) {
         let Self { link, theirs, mut serving, under_way } = self;
+        under_way.is_upgraded();
         match theirs.await {
             Ok(stream) => {
                 let (stream, room) = (hyper_util::rt::TokioIo::new(stream), Wait::for_room(&pulse));

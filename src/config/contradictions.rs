@@ -1,0 +1,51 @@
+//! Settings that cannot all be had: each alone is sound, and together they are not what somebody wants who sets them.
+
+use super::Config;
+
+/// Descriptors that a worker needs beside those of its connections.
+const OTHER_DESCRIPTORS: u64 = 64;
+
+impl Config {
+    /// Sentences for the operator. `descriptors`: a worker may have so many, as far as is known.
+    pub(crate) fn contradictions(&self, descriptors: Option<u64>) -> Vec<String> {
+        let limits = &self.limits;
+        let connections = limits.max_connections;
+        let subscribers = self.events.max_subscribers;
+        let mut found = Vec::new();
+        // Of an external program nothing is limited here.
+        if connections == 0 {
+            return found;
+        }
+        if self.events.bytes > 0 && subscribers >= connections {
+            found.push(format!(
+                "--max-subscribers {subscribers} is not below --max-connections {connections}: each subscriber over HTTP/1 or SCGI has a connection, so that streams leave no room for other requests (raise --max-connections)"
+            ));
+        }
+        if let Some(descriptors) = descriptors.filter(|&most| most < u64::from(connections) + OTHER_DESCRIPTORS) {
+            found.push(format!(
+                "--max-connections {connections} needs {} descriptors, and a worker may have {descriptors} (raise the hard limit: ulimit -n, LimitNOFILE= or --rlimit nofile=N; or lower --max-connections)",
+                u64::from(connections) + OTHER_DESCRIPTORS
+            ));
+        }
+        if limits.max_connections_per_address >= connections {
+            found.push(format!(
+                "--max-connections-per-address {} limits nobody: a worker has --max-connections {connections}",
+                limits.max_connections_per_address
+            ));
+        }
+        if limits.max_uri > limits.max_params {
+            found.push(format!(
+                "--max-uri {} cannot be used: a request with so long a path has a head beyond --max-params {}",
+                limits.max_uri, limits.max_params
+            ));
+        }
+        let buffered = limits.max_buffered;
+        if buffered > 0 && buffered < 4 * limits.max_params as u64 {
+            found.push(format!(
+                "--max-buffered {buffered} has room for fewer than four requests with heads of --max-params {}",
+                limits.max_params
+            ));
+        }
+        found
+    }
+}

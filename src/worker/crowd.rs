@@ -1,0 +1,116 @@
+//! How many connections one client may have at a time (`--max-connections-per-address`): in this worker, by its address, or the
+//! network of an IPv6 one.
+//!
+//! A connection beyond that is closed before anything is read of it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::rc::Rc;
+
+use super::throttle::Throttle;
+
+/// The connections of each client, if they are limited.
+#[derive(Debug)]
+pub(crate) struct Crowd {
+    /// 0 is no limit.
+    most: u32,
+    open: RefCell<HashMap<Client, u32>>,
+    turned_away: Throttle,
+}
+
+/// What counts as one client. Whoever has an IPv6 address has as many as 64 bits can tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Client {
+    V4(u32),
+    V6(u64),
+}
+
+impl Client {
+    fn of(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Self::V4(address.to_bits()),
+            #[expect(clippy::cast_possible_truncation, reason = "the upper half")]
+            IpAddr::V6(address) => Self::V6((address.to_bits() >> 64) as u64),
+        }
+    }
+}
+
+/// A connection that counts while it lives.
+#[derive(Debug)]
+pub(crate) struct Counted(Option<(Rc<Crowd>, Client)>);
+
+impl Crowd {
+    pub(crate) fn new(most: u32) -> Rc<Self> {
+        Rc::new(Self { most, open: RefCell::default(), turned_away: Throttle::default() })
+    }
+
+    /// Lets a connection of this client in; `None` if it has as many as it may have. A client without an address (a Unix socket, a
+    /// proxy that speaks for many) always is.
+    pub(crate) fn admit(self: &Rc<Self>, client: Option<IpAddr>) -> Option<Counted> {
+        let Some(address) = client.filter(|_| self.most > 0) else { return Some(Counted(None)) };
+        let client = Client::of(address);
+        let mut open = self.open.borrow_mut();
+        let count = open.entry(client).or_insert(0);
+        if *count >= self.most {
+            drop(open);
+            self.tell(address);
+            return None;
+        }
+        *count += 1;
+        Some(Counted(Some((Rc::clone(self), client))))
+    }
+
+    fn tell(&self, address: IpAddr) {
+        if let Some(count) = self.turned_away.add(1) {
+            let most = self.most;
+            log::warn!(
+                "closed a connection of a client that has {most} in this worker (--max-connections-per-address) from={address} count={count}"
+            );
+        }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let Some((crowd, client)) = self.0.take() else { return };
+        let mut open = crowd.open.borrow_mut();
+        if let Some(count) = open.get_mut(&client) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&client);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_has_as_many_connections_as_it_may_and_those_that_end_make_room() {
+        let crowd = Crowd::new(2);
+        let admit = |text: &str| crowd.admit(Some(text.parse().unwrap()));
+        let first = admit("192.0.2.1").unwrap();
+        let second = admit("::ffff:192.0.2.1").unwrap();
+        assert!(admit("192.0.2.1").is_none());
+        let _other = admit("192.0.2.2").unwrap();
+        drop(second);
+        let _third = admit("192.0.2.1").unwrap();
+        assert!(admit("192.0.2.1").is_none());
+        drop(first);
+        let network: Vec<Counted> = ["2001:db8::1", "2001:db8::2:1"].map(|one| admit(one).unwrap()).into();
+        assert!(admit("2001:db8::3").is_none() && admit("2001:db8:0:1::3").is_some());
+        drop(network);
+        assert!(admit("2001:db8::3").is_some());
+        assert!((0..9).all(|_| crowd.admit(None).is_some()), "whoever has no address is not counted");
+    }
+
+    #[test]
+    fn without_a_limit_nothing_is_counted() {
+        let crowd = Crowd::new(0);
+        let all: Vec<_> = (0..9).map(|_| crowd.admit(Some("192.0.2.1".parse().unwrap())).unwrap()).collect();
+        assert!(all.len() == 9 && crowd.open.borrow().is_empty());
+    }
+}

@@ -1,0 +1,389 @@
+//! What a worker does when it has as many connections as it may, or as much memory is held for requests as may be.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test that fails says where, and measurements are shown"
+)]
+
+mod common;
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::limit::InTime as _;
+use common::raw::{self, Protocol};
+use common::{PATIENCE, Server, fastcgi, http2, program, sse, status_number, wait_until};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+const WINDOW_UPDATE: u8 = 8;
+const MOST: usize = 8;
+const FULL: [&str; 4] = ["--workers", "1", "--max-connections", "8"];
+
+/// A connection on which a request was answered, and nothing is under way.
+fn kept(protocol: Protocol, bind: &str) -> UnixStream {
+    let mut stream = raw::connect(bind);
+    ask(protocol, &mut stream);
+    stream
+}
+
+fn ask(protocol: Protocol, stream: &mut UnixStream) {
+    let (status, mut response) = raw::ask(stream, &protocol.head("GET", "/ok", 0));
+    assert_eq!(status, 200, "{protocol:?}");
+    // To its end, so that it is not taken for a part of the next one.
+    let end: &[u8] = if protocol == Protocol::FastCgi { &[1, 3, 0, 1, 0, 8] } else { b"ok" };
+    while !response.windows(end.len()).any(|part| part == end) {
+        let mut piece = [0; 4096];
+        let count = stream.read(&mut piece).unwrap();
+        assert!(count > 0, "{protocol:?}: it ended in mid-response");
+        response.extend_from_slice(&piece[..count]);
+    }
+}
+
+/// Whether something, or the end, has come.
+fn has_news(stream: &mut UnixStream) -> bool {
+    stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    let mut peeked = [0];
+    let read = nix::sys::socket::recv(
+        std::os::fd::AsRawFd::as_raw_fd(stream),
+        &mut peeked,
+        nix::sys::socket::MsgFlags::MSG_PEEK,
+    );
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    read.is_ok()
+}
+
+fn is_at_its_end(stream: &mut UnixStream) -> bool {
+    has_news(stream) && matches!(stream.read(&mut [0]), Ok(0))
+}
+
+#[test]
+fn a_full_worker_closes_the_connection_that_was_idle_for_longest() {
+    for protocol in [Protocol::Http, Protocol::FastCgi] {
+        let mut server = protocol.start("crashy", &FULL);
+        let bind = server.binds[0].clone();
+        let mut used: Vec<UnixStream> = (0..MOST - 1).map(|_| kept(protocol, &bind)).collect();
+        // The youngest, and it is not used again.
+        let mut idle = kept(protocol, &bind);
+        let mut use_them = || used.iter_mut().for_each(|stream| ask(protocol, stream));
+        // Seconds are what counts; so it is idle for longer than the others however slow this machine is.
+        let opened = Instant::now();
+        while opened.elapsed() < Duration::from_secs(3) {
+            use_them();
+        }
+        let mut further = raw::connect(&bind);
+        further.write_all(&protocol.head("GET", "/ok", 0)).unwrap();
+        wait_until("there is room for a further connection", || {
+            use_them();
+            has_news(&mut further).then_some(())
+        });
+        assert_eq!(raw::ask(&mut further, b"").0, 200, "{protocol:?}");
+        server.wait_for("closed idle connections to make room for others (--max-connections) count=1");
+        for stream in &mut used {
+            ask(protocol, stream);
+        }
+        assert!(is_at_its_end(&mut idle), "{protocol:?}");
+        drop((used, further));
+        server.stop();
+    }
+}
+
+#[test]
+fn a_full_worker_closes_connections_on_which_nothing_ever_came() {
+    for protocol in raw::ALL {
+        let mut server = protocol.start("crashy", &FULL);
+        let bind = server.binds[0].clone();
+        let mut silent: Vec<UnixStream> = (0..MOST).map(|_| raw::connect(&bind)).collect();
+        assert_eq!(raw::ask(&mut raw::connect(&bind), &protocol.head("GET", "/ok", 0)).0, 200, "{protocol:?}");
+        assert_eq!(silent.iter_mut().filter_map(|stream| is_at_its_end(stream).then_some(())).count(), 1);
+        drop(silent);
+        server.stop();
+    }
+}
+
+#[test]
+fn an_http2_connection_that_makes_room_is_told_so() {
+    let mut server = Protocol::Http.start("crashy", &["--workers", "1", "--max-connections", "1"]);
+    let mut idle = http2::Client::connect(&server.http()).unwrap();
+    idle.send(&http2::head(1, http2::END_STREAM, "GET", "/ok", &[])).unwrap();
+    assert!(idle.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
+    let bind = server.binds[0].clone();
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| raw::ask(&mut raw::connect(&bind), &Protocol::Http.head("GET", "/ok", 0)).0);
+        let goaway = idle.next(http2::GOAWAY).unwrap();
+        assert_eq!(goaway.payload[4..8], [0; 4], "NO_ERROR");
+        // Pings are answered until the end.
+        assert_eq!(idle.next(http2::DATA + 100).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+        assert_eq!(asking.join().unwrap(), 200);
+    });
+    // And one that does not take that in is cut off.
+    let mut deaf = http2::Client::connect(&server.http()).unwrap();
+    deaf.send(&http2::head(1, http2::END_STREAM, "GET", "/ok", &[])).unwrap();
+    assert!(deaf.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
+    assert_eq!(raw::ask(&mut raw::connect(&bind), &Protocol::Http.head("GET", "/ok", 0)).0, 200);
+    server.stop();
+}
+
+#[test]
+fn connections_on_which_something_is_under_way_are_left_alone() {
+    for protocol in raw::ALL {
+        let mut server = protocol.start("holds", &["--workers", "1", "--threads", "8", "--max-connections", "8"]);
+        let bind = server.binds[0].clone();
+        let gate = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = format!("/hold/{}", gate.local_addr().unwrap().port());
+        let mut held: Vec<(UnixStream, _)> = (0..MOST)
+            .map(|_| {
+                let mut stream = raw::connect(&bind);
+                stream.write_all(&protocol.head("GET", &target, 0)).unwrap();
+                (stream, gate.accept().unwrap().0)
+            })
+            .collect();
+        let mut further = raw::connect(&bind);
+        further.write_all(&protocol.head("GET", "/", 0)).unwrap();
+        server.wait_for("clients wait to be accepted, and no connection is idle");
+        assert!(!has_news(&mut further), "{protocol:?}");
+        for (mut stream, gate) in held.drain(..) {
+            drop(gate);
+            assert_eq!(raw::ask(&mut stream, b"").0, 200, "{protocol:?}");
+        }
+        assert_eq!(raw::ask(&mut further, b"").0, 200, "{protocol:?}");
+        drop(further);
+        server.stop();
+    }
+}
+
+#[test]
+fn event_streams_leave_room_for_requests() {
+    let mut server = Protocol::Http.start("stream", &FULL);
+    let bind = server.binds[0].clone();
+    let open = || sse::Source::open(sse::Way::Http, &bind, "/events?topics=news", "");
+    let streams: Vec<_> = (0..6).map(|_| open().unwrap()).collect();
+    let refused = open().err().unwrap().to_string();
+    assert!(refused.starts_with("503\n"), "three quarters of the connections are for streams: {refused}");
+    let (status, _) = raw::ask(&mut raw::connect(&bind), &Protocol::Http.head("GET", "/who", 0));
+    assert_eq!(status, 200);
+    drop(streams);
+    server.stop();
+}
+
+#[test]
+fn a_client_has_as_many_connections_as_it_may_and_proxies_and_unix_sockets_any_number() {
+    let folder = tempfile::tempdir().unwrap();
+    let unix = format!("http:unix:{}", folder.path().join("a.sock").display());
+    for protocol in raw::ALL {
+        let more = ["--workers", "1", "--max-connections-per-address", "3", "--bind", &unix];
+        let mut server = protocol.start("crashy", &more);
+        let binds = server.binds.clone();
+        let mut open: Vec<UnixStream> = (0..3).map(|_| raw::connect(&binds[0])).collect();
+        let mut fourth = raw::connect(&binds[0]);
+        assert!(matches!(fourth.read(&mut [0]), Ok(0) | Err(_)), "{protocol:?}");
+        let line = server.wait_for("closed a connection of a client that has 3 in this worker");
+        assert!(line.contains("(--max-connections-per-address) from=127.0.0.1 count=1"), "{line}");
+        let over_unix: Vec<UnixStream> = (0..9).map(|_| kept(Protocol::Http, &binds[1])).collect();
+        open.pop();
+        // Its end may take a moment.
+        wait_until("there is room again", || {
+            let mut stream = raw::connect(&binds[0]);
+            let _ = stream.write_all(&protocol.head("GET", "/ok", 0));
+            let mut bytes = [0; 64];
+            matches!(stream.read(&mut bytes), Ok(count) if count > 0).then_some(())
+        });
+        drop((open, over_unix));
+        server.stop();
+
+        let mut server = protocol.start("crashy", &[&more[..4], &["--trust", "127.0.0.1"]].concat());
+        let many: Vec<UnixStream> = (0..9)
+            .map(|_| {
+                let mut stream = raw::connect(&server.binds[0]);
+                assert_eq!(raw::ask(&mut stream, &protocol.head("GET", "/ok", 0)).0, 200, "{protocol:?}");
+                stream
+            })
+            .collect();
+        drop(many);
+        server.stop();
+    }
+}
+
+#[test]
+fn settings_that_contradict_each_other_are_said_at_the_start_and_by_check() {
+    let settings = [
+        "--bind",
+        "http:127.0.0.1:0",
+        "--workers",
+        "1",
+        "--max-connections",
+        "50",
+        "--max-subscribers",
+        "50",
+        "--max-connections-per-address",
+        "60",
+        "--max-params",
+        "8K",
+        "--max-uri",
+        "10K",
+        "--max-buffered",
+        "16K",
+        "--rlimit",
+        "nofile=100",
+    ];
+    let expected = [
+        "--max-subscribers 50 is not below --max-connections 50",
+        "--max-connections 50 needs 114 descriptors, and a worker may have 100",
+        "--max-connections-per-address 60 limits nobody",
+        "--max-uri 10240 cannot be used",
+        "--max-buffered 16384 has room for fewer than four requests",
+    ];
+    let mut server = Server::start("crashy", &settings);
+    server.stop();
+    let output = Command::new(program("crashy")).arg("check").args(settings).output_in_time().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let checked = String::from_utf8_lossy(&output.stderr).into_owned();
+    for what in expected {
+        assert!(server.log().contains(what), "{what}: {}", server.log());
+        assert!(checked.contains(what), "{what}: {checked}");
+    }
+    let mut server = Protocol::Http.start("crashy", &["--workers", "1"]);
+    server.stop();
+    assert!(!server.log().contains("--max-"), "the defaults go together: {}", server.log());
+}
+
+// ---- memory ----
+
+/// What a worker may hold of requests, and about how much is sent to it.
+const LIMIT_KIB: u64 = 8 << 10;
+const SENT_KIB: u64 = 80 << 10;
+
+/// Sends much that makes no whole request, and looks how much larger the worker becomes: KiB.
+fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) -> Vec<UnixStream>, most: &str) -> u64 {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 16), hard).unwrap();
+    let mut server = start.start(example, &["--workers", "1", "--max-buffered", most]);
+    let bind = server.binds[0].clone();
+    let get = start.head("GET", "/loop/", 0);
+    raw::ask(&mut raw::connect(&bind), &get);
+    let worker = *server.workers().first().unwrap();
+    let memory = || status_number(worker, "VmRSS").unwrap();
+    let before = memory();
+    let open = send(&bind);
+    // It has read what it will read: a request that comes after all that is answered, with a 503 maybe.
+    wait_until("it has read all", || {
+        let mut stream = raw::connect(&bind);
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let _ = stream.write_all(&get);
+        let mut bytes = [0; 256];
+        matches!(stream.read(&mut bytes), Ok(count) if count > 0).then_some(())
+    });
+    let grown = memory().saturating_sub(before);
+    eprintln!("{protocol}: {grown} KiB for {SENT_KIB} KiB sent, with --max-buffered {most}");
+    drop(open);
+    // Whoever behaves is served again.
+    wait_until("it serves", || {
+        let mut stream = raw::connect(&bind);
+        let (status, _) = raw::ask(&mut stream, &get);
+        assert!(status != 500, "{protocol}");
+        (status != 503).then_some(())
+    });
+    if most != "0" {
+        assert!(server.log().contains("(--max-buffered)"), "{protocol}: {}", server.log());
+    }
+    server.signal(nix::sys::signal::Signal::SIGINT);
+    server.wait_end();
+    grown
+}
+
+/// Many connections on each of which this is sent; those that are cut off are not asked why.
+fn many(count: usize, bytes: &[u8]) -> impl Fn(&str) -> Vec<UnixStream> {
+    move |bind| {
+        let send = |_| {
+            let mut stream = raw::connect(bind);
+            stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+            let _ = stream.write_all(bytes);
+            stream
+        };
+        (0..count).map(send).collect()
+    }
+}
+
+fn holds_no_more(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) -> Vec<UnixStream>) {
+    let grown = growth(protocol, start, example, &send, "8M");
+    assert!(grown < SENT_KIB / 2, "{protocol}: {grown} KiB of {SENT_KIB}, and it may hold {LIMIT_KIB}");
+}
+
+#[test]
+fn heads_of_requests_take_no_more_memory_than_they_may_over_http() {
+    let head = format!("GET /ok HTTP/1.1\r\nHost: localhost\r\nA: {}", "a".repeat(100 << 10));
+    holds_no_more("HTTP/1", Protocol::Http, "crashy", many(800, head.as_bytes()));
+}
+
+#[test]
+fn heads_of_requests_take_no_more_memory_than_they_may_over_scgi() {
+    let pairs = format!("CONTENT_LENGTH\x000\x00SCGI\x001\x00HTTP_A\x00{}", "a".repeat(100 << 10));
+    let head = format!("{}:{pairs}", pairs.len() + 1000);
+    holds_no_more("SCGI", Protocol::Scgi, "crashy", many(800, head.as_bytes()));
+}
+
+#[test]
+fn heads_of_requests_take_no_more_memory_than_they_may_over_fastcgi() {
+    // 64 requests at a time on a connection, none of them whole.
+    let value = fastcgi::pair("HTTP_A", &"a".repeat(50 << 10));
+    let request = |id: u16| [fastcgi::begin(id, 1, true), fastcgi::record(fastcgi::PARAMS, id, &value, 0)].concat();
+    let requests: Vec<u8> = (1..=64).flat_map(request).collect();
+    holds_no_more("FastCGI", Protocol::FastCgi, "crashy", many(26, &requests));
+}
+
+#[test]
+fn bodies_that_nobody_reads_take_no_more_memory_than_they_may_over_http2() {
+    // The application is held up, and each stream's window is 64 KiB.
+    let gate = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("/hold/{}", gate.local_addr().unwrap().port());
+    let mut bytes = Vec::new();
+    for stream in (0..15).map(|number| 2 * number + 1) {
+        bytes.extend(http2::head(stream, 0, "POST", &target, &[]));
+        for _ in 0..4 {
+            bytes.extend(http2::frame(http2::DATA, 0, stream, &[b'x'; 16 << 10][..(16 << 10) - 1]));
+        }
+    }
+    let send = |bind: &str| {
+        let send = |_| {
+            let mut client = http2::Client::connect(bind.trim_start_matches("http://")).unwrap();
+            // The connection's window is 1 MiB from here on.
+            client.next(WINDOW_UPDATE).unwrap();
+            client.stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+            let _ = client.send(&bytes);
+            UnixStream::from(OwnedFd::from(client.stream))
+        };
+        (0..85).map(send).collect()
+    };
+    holds_no_more("HTTP/2", Protocol::Http, "holds", send);
+    drop(gate);
+}
+
+#[test]
+fn requests_that_fit_are_served_while_others_fill_the_memory() {
+    for protocol in raw::ALL {
+        let mut server = protocol.start("crashy", &["--workers", "1", "--max-buffered", "1M"]);
+        let bind = server.binds[0].clone();
+        let begun = match protocol {
+            Protocol::Http => format!("GET /ok HTTP/1.1\r\nHost: x\r\nA: {}", "a".repeat(60 << 10)).into_bytes(),
+            Protocol::FastCgi => {
+                let value = fastcgi::pair("HTTP_A", &"a".repeat(60 << 10));
+                [fastcgi::begin(1, 1, true), fastcgi::record(fastcgi::PARAMS, 1, &value, 0)].concat()
+            }
+            Protocol::Scgi => {
+                let pairs = format!("CONTENT_LENGTH\x000\x00SCGI\x001\x00HTTP_A\x00{}", "a".repeat(60 << 10));
+                format!("{}:{pairs}", pairs.len() + 1000).into_bytes()
+            }
+        };
+        let slow = many(100, &begun)(&bind);
+        for _ in 0..20 {
+            assert_eq!(raw::ask(&mut raw::connect(&bind), &protocol.head("GET", "/ok", 0)).0, 200, "{protocol:?}");
+        }
+        server.wait_for("cut off connections that hold too much of unfinished requests (--max-buffered)");
+        drop(slow);
+        server.stop();
+    }
+}
