@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::error::Error;
+use std::io;
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -28,7 +29,7 @@ use crate::master::upgrade::{Origin, Takeover};
 use crate::master::{self, Control, Launch, Operators, Reloaded, Reread, Start};
 use crate::pid_file::PidFile;
 use crate::privileges::Privileges;
-use crate::{banner, control, logging, memory, sockets, sys, worker};
+use crate::{banner, control, descriptors, logging, memory, sockets, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
 /// Answers one CGI request.
@@ -219,7 +220,10 @@ fn finish(
             ExitCode::FAILURE
         }
         Err(error) => {
-            banner::complain(&error);
+            match error.downcast_ref::<io::Error>() {
+                Some(error) => banner::complain(&sys::explain(error)),
+                None => banner::complain(&error),
+            }
             ExitCode::FAILURE
         }
     }
@@ -288,6 +292,7 @@ fn serve(
     // Before anything is made: what cannot be is found out at once.
     Privileges::resolve(&config.privileges, blocking)?;
     master::check_helpers(&config)?;
+    descriptors::ensure(&config, blocking)?;
     let pid_file = PidFile::open(config.privileges.pid_file.as_deref(), takeover.as_mut())?;
     let mut listeners: Vec<Listener> = Vec::new();
     let (mut control, mut publish) = (None, None);
@@ -329,7 +334,7 @@ fn serve(
         let config = Arc::new(config);
         let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, start, operators);
         memory::close(kept);
-        ended.map_err(|error| format!("the master cannot run: {error}").into())
+        ended.map_err(|error| format!("the master cannot run: {}", sys::explain(&error)).into())
     });
     listeners.iter().for_each(Listener::remove_file);
     pid_file.into_iter().for_each(PidFile::remove);

@@ -26,6 +26,7 @@ mod config;
 mod context;
 mod control;
 mod crash;
+mod descriptors;
 mod events;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]

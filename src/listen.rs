@@ -98,7 +98,10 @@ impl Listener {
     pub(crate) fn bind(bind: &Bind, backlog: u32, mode: Option<u32>, blocking: bool) -> Result<Self, ListenError> {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
         let listener = match &bind.address {
-            Address::Tcp(address) => bind_tcp(address, bind.protocol, backlog).map_err(fail)?,
+            Address::Tcp(_) => {
+                let all = Self::bind_all(bind, backlog, mode, blocking, false)?;
+                return all.into_iter().next().ok_or_else(|| fail("it has no address".to_owned()));
+            }
             Address::Path(path) => bind_path(path, bind.protocol, backlog, mode).map_err(fail)?,
             Address::Abstract(name) => bind_abstract(name, bind.protocol, backlog).map_err(fail)?,
             Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
@@ -106,6 +109,30 @@ impl Listener {
         };
         set_blocking(&listener.socket, blocking).map_err(|error| fail(error.to_string()))?;
         listener.prepared(bind)
+    }
+
+    /// The same for all addresses of a name; for programs, which have one socket, the first of them. `leaves_ipv4`: see [`Bind`].
+    ///
+    /// # Errors
+    /// As for [`Listener::bind`], and then none is bound. What is no address of this machine is left out, if another one is.
+    pub(crate) fn bind_all(
+        bind: &Bind,
+        backlog: u32,
+        mode: Option<u32>,
+        blocking: bool,
+        leaves_ipv4: bool,
+    ) -> Result<Vec<Self>, ListenError> {
+        let Address::Tcp(address) = &bind.address else {
+            return Self::bind(bind, backlog, mode, blocking).map(|listener| vec![listener]);
+        };
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let most = if blocking { 1 } else { usize::MAX };
+        let bound = bind_tcp(address, bind.protocol, backlog, leaves_ipv4, most).map_err(fail)?;
+        let prepare = |listener: Self| {
+            set_blocking(&listener.socket, blocking).map_err(|error| fail(error.to_string()))?;
+            listener.prepared(bind)
+        };
+        bound.into_iter().map(prepare).collect()
     }
 
     /// Goes on with a socket that a predecessor made for `bind`, and with its `file`. Whether it blocks is left as it is: that is
@@ -196,7 +223,10 @@ impl Listener {
         let Ok(bound) = socket::getsockname::<SockaddrStorage>(self.socket.as_raw_fd()) else { return false };
         match (sys::internet_address(&bound), sys::internet_address(ours)) {
             (Some(bound), Some(ours)) => {
-                bound.port() == ours.port() && (bound.ip().is_unspecified() || bound.ip() == ours.ip())
+                // Of two sockets on one port, one has the connections over IPv4; accepted by the other, they have mapped addresses.
+                let same_family = bound.is_ipv4() == ours.is_ipv4();
+                let same_host = bound.ip().is_unspecified() || bound.ip() == ours.ip();
+                bound.port() == ours.port() && same_family && same_host
             }
             (None, None) => bound == *ours,
             _ => false,
@@ -274,33 +304,34 @@ fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
 ///
 /// # Errors
 /// A sentence for the operator: why it could not be bound.
-pub(crate) fn examine(bind: &Bind) -> Result<Option<String>, String> {
+pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, String> {
     let found = match &bind.address {
         Address::Path(path) => examine_path(path, "--bind"),
-        Address::Tcp(address) => examine_tcp(address),
+        Address::Tcp(address) => examine_tcp(address, bind.leaves_ipv4(all)),
         // The name is free, or its holder's; the descriptor is this process's own, and not the server's.
         Address::Abstract(_) | Address::Inherited(_) | Address::Systemd(_) => Ok(None),
     };
     found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
 }
 
-fn examine_tcp(address: &str) -> Result<Option<String>, String> {
+fn examine_tcp(address: &str, leaves_ipv4: bool) -> Result<Option<String>, String> {
     let mut found = Err(format!("'{address}' resolves to no address"));
     for candidate in resolve(address)? {
-        found = match bound_tcp(candidate)? {
-            Ok(_) => return Ok(None),
+        match bound_tcp(candidate, leaves_ipv4) {
+            Ok(_) => found = Ok(None),
             Err(Errno::EADDRINUSE) => {
                 return Ok(Some("the port is in use now (by this service, if it runs)".to_owned()));
             }
-            Err(errno) => Err(explain_tcp(errno, candidate)),
-        };
+            Err(errno) if is_absent(errno) => found = found.or_else(|_| Err(explain_tcp(errno, candidate))),
+            Err(errno) => return Err(explain_tcp(errno, candidate)),
+        }
     }
     found
 }
 
 fn new_socket(family: AddressFamily, kind: SockType) -> Result<OwnedFd, String> {
     socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
-        .map_err(|errno| format!("no socket can be had: {}", errno.desc()))
+        .map_err(|errno| format!("no socket can be had: {}", sys::explain(&errno.into())))
 }
 
 fn listen(socket: &OwnedFd, backlog: u32) -> Result<(), String> {
@@ -309,37 +340,74 @@ fn listen(socket: &OwnedFd, backlog: u32) -> Result<(), String> {
     socket::listen(socket, backlog).map_err(|errno| format!("listen: {}", errno.desc()))
 }
 
-fn bind_tcp(address: &str, protocol: Protocol, backlog: u32) -> Result<Listener, String> {
+/// Up to `most` sockets, one for each address.
+fn bind_tcp(
+    address: &str,
+    protocol: Protocol,
+    backlog: u32,
+    leaves_ipv4: bool,
+    most: usize,
+) -> Result<Vec<Listener>, String> {
     let mut cause = format!("'{address}' resolves to no address");
-    for candidate in resolve(address)? {
-        match bound_tcp(candidate)? {
+    let mut listeners: Vec<Listener> = Vec::new();
+    let mut chosen = None;
+    for mut candidate in resolve(address)? {
+        if listeners.len() == most {
+            log::info!("{candidate} is not served: a program that accepts for itself has one socket (--bind)");
+            continue;
+        }
+        // What the system chose for the first one holds for all.
+        candidate.set_port(chosen.unwrap_or(candidate.port()));
+        match bound_tcp(candidate, leaves_ipv4) {
             Ok(socket) => {
                 listen(&socket, backlog)?;
+                let bound: Result<SockaddrStorage, _> = socket::getsockname(socket.as_raw_fd());
+                chosen = bound.ok().and_then(|bound| sys::internet_address(&bound)).map(|bound| bound.port());
                 let address = Address::Tcp(candidate.to_string());
-                return Ok(Listener::new(protocol, address, Family::Tcp, socket, None));
+                listeners.push(Listener::new(protocol, address, Family::Tcp, socket, None));
             }
-            Err(errno) => cause = explain_tcp(errno, candidate),
+            Err(errno) if is_absent(errno) => {
+                cause = explain_tcp(errno, candidate);
+                log::debug!("{address} is more than what is bound: {cause}");
+            }
+            Err(errno) => return Err(explain_tcp(errno, candidate)),
         }
     }
-    Err(cause)
+    if listeners.is_empty() { Err(cause) } else { Ok(listeners) }
+}
+
+/// Whether an address is none of this machine's: of a name's addresses that one is left out then.
+fn is_absent(errno: Errno) -> bool {
+    matches!(errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)
 }
 
 fn resolve(address: &str) -> Result<Vec<SocketAddr>, String> {
     let found = address.to_socket_addrs().map_err(|error| {
         format!("'{address}' does not resolve: {error} (give an address and a port, as in 127.0.0.1:8080)")
     })?;
-    Ok(found.collect())
+    let mut all: Vec<SocketAddr> = Vec::new();
+    for address in found {
+        if !all.contains(&address) {
+            all.push(address); // each comes once for each kind of socket, and for each line of /etc/hosts
+        }
+    }
+    Ok(all)
 }
 
-/// A socket that is bound and does not listen yet, or why it could not be bound.
-fn bound_tcp(address: SocketAddr) -> Result<Result<OwnedFd, Errno>, String> {
+/// A socket that is bound and does not listen yet.
+fn bound_tcp(address: SocketAddr, leaves_ipv4: bool) -> Result<OwnedFd, Errno> {
     let (family, storage): (_, Box<dyn SockaddrLike>) = match address {
         SocketAddr::V4(address) => (AddressFamily::Inet, Box::new(SockaddrIn::from(address))),
         SocketAddr::V6(address) => (AddressFamily::Inet6, Box::new(SockaddrIn6::from(address))),
     };
-    let socket = new_socket(family, SockType::Stream)?;
-    setsockopt(&socket, sockopt::ReuseAddr, &true).map_err(|errno| errno.desc().to_owned())?;
-    Ok(socket::bind(socket.as_raw_fd(), &*storage).map(|()| socket))
+    let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    if address.is_ipv6() {
+        // Whatever net.ipv6.bindv6only says.
+        setsockopt(&socket, sockopt::Ipv6V6Only, &leaves_ipv4)?;
+    }
+    socket::bind(socket.as_raw_fd(), &*storage)?;
+    Ok(socket)
 }
 
 fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
@@ -351,9 +419,25 @@ fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
         Errno::EACCES => {
             format!("permission denied for port {port} (ports below 1024 need root or CAP_NET_BIND_SERVICE)")
         }
-        Errno::EADDRNOTAVAIL => {
-            format!("{} is not an address of this machine (127.0.0.1 is, and 0.0.0.0 means all of them)", address.ip())
+        Errno::EADDRNOTAVAIL if address.is_ipv6() => {
+            format!(
+                "{} is not an address of this machine (::1 is, if it has IPv6, and [::] means all of them)",
+                address.ip()
+            )
         }
+        Errno::EADDRNOTAVAIL => {
+            format!(
+                "{} is not an address of this machine (127.0.0.1 is, and 0.0.0.0 means all of them; without IPv4: [::1] and [::])",
+                address.ip()
+            )
+        }
+        Errno::EAFNOSUPPORT if address.is_ipv6() => {
+            "this machine has no IPv6 (give an IPv4 address with --bind)".to_owned()
+        }
+        Errno::EAFNOSUPPORT => {
+            "this machine has no IPv4 (give an IPv6 address with --bind, as in http:[::1]:8080)".to_owned()
+        }
+        errno @ (Errno::EMFILE | Errno::ENFILE) => sys::explain(&errno.into()),
         errno => errno.desc().to_owned(),
     }
 }
@@ -448,6 +532,35 @@ mod tests {
             adopt(&made, blocking).unwrap();
             assert!(!is_blocking(&made.socket).unwrap());
         }
+    }
+
+    #[test]
+    fn all_addresses_of_a_name_are_bound_on_one_port_and_a_program_gets_the_first() {
+        let bind: Bind = "http:localhost:0".parse().unwrap();
+        let names: Vec<SocketAddr> = resolve("localhost:0").unwrap();
+        let here = names.iter().filter(|address| bound_tcp(**address, false).is_ok()).count();
+        let all = Listener::bind_all(&bind, 8, None, false, false).unwrap();
+        assert_eq!(all.len(), here, "{names:?}: {all:?}");
+        let ports = all.iter().map(|listener| match &listener.address {
+            Address::Tcp(address) => address.parse::<SocketAddr>().unwrap().port(),
+            other => panic!("it is TCP: {other}"),
+        });
+        let ports: std::collections::BTreeSet<u16> = ports.collect();
+        assert!(ports.len() == 1 && !ports.contains(&0), "{ports:?}");
+        assert!(all.iter().all(|listener| listener.bind == bind));
+        assert_eq!(Listener::bind_all(&bind, 8, None, true, false).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_connection_belongs_to_the_socket_of_its_family() {
+        let both = ["http:[::]:0", "http:0.0.0.0:0"].map(|text| text.parse::<Bind>().unwrap());
+        let v6 = Listener::bind_all(&both[0], 8, None, false, true).unwrap().remove(0);
+        let Address::Tcp(bound) = &v6.address else { panic!("it is TCP") };
+        let port = bound.parse::<SocketAddr>().unwrap().port();
+        let v4 = Listener::bind(&format!("http:0.0.0.0:{port}").parse().unwrap(), 8, None, false).unwrap();
+        let near = |ip: &str| SockaddrStorage::from(SocketAddr::new(ip.parse().unwrap(), port));
+        assert!(v4.accepts_at(&near("127.0.0.1")) && !v4.accepts_at(&near("::1")));
+        assert!(v6.accepts_at(&near("::1")) && !v6.accepts_at(&near("127.0.0.1")));
     }
 
     #[test]

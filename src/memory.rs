@@ -84,15 +84,11 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
     if *bytes == 0 && file.is_some() {
         return Err("--cache-file has no cache to keep (give its size with --cache)".into());
     }
+    if let Some(note) = note_on(config) {
+        log::warn!("{note}");
+    }
     let Some(path) = file else {
-        return Segment::create(&plan).map_err(|error| {
-            let remedy = match error {
-                SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
-                SegmentError::LogTooSmall { .. } => "--events",
-                _ => "--cache",
-            };
-            format!("cannot make a shared cache of {size}: {error} (choose another size with {remedy})").into()
-        });
+        return Segment::create(&plan).map_err(|error| explain(&error, config).into());
     };
     let (segment, found) = Segment::open(path, &plan).map_err(|error| {
         format!(
@@ -114,6 +110,45 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
         }
     }
     Ok(segment)
+}
+
+fn explain(error: &SegmentError, config: &Config) -> String {
+    let CacheConfig { bytes, .. } = config.cache;
+    let remedy = match error {
+        SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
+        SegmentError::LogTooSmall { .. } => "--events",
+        // The larger part of it.
+        _ if config.events.bytes > bytes => "--events",
+        _ => "--cache",
+    };
+    let what = if bytes > 0 {
+        format!("a shared cache of {}", format_size(bytes))
+    } else {
+        format!("shared memory with an event log of {}", format_size(config.events.bytes))
+    };
+    format!("cannot make {what}: {error} (choose another size with {remedy})")
+}
+
+/// What an operator may want to know of a cache that was asked for by nobody.
+fn note_on(config: &Config) -> Option<String> {
+    let CacheConfig { bytes, shrunk_for, .. } = config.cache;
+    let limit = shrunk_for? >> 20;
+    Some(format!(
+        "the page cache has {}, as the memory limit of this machine, container or unit is {limit} MiB (say how large it is to be \
+         with --cache)",
+        format_size(bytes)
+    ))
+}
+
+/// What a start would find out: an error if the memory is not there, and what else an operator may want to know. Nothing is reserved.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
+    if config.cache.file.is_none() {
+        plan(config).check_memory().map_err(|error| explain(&error, config))?;
+    }
+    Ok(note_on(config))
 }
 
 /// Has a cache in a file used again by the next start; a cache in memory is gone with its last process.

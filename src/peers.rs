@@ -25,23 +25,36 @@ impl Peers {
     }
 
     /// The web servers that a FastCGI application may be asked by: `FCGI_WEB_SERVER_ADDRS`, a comma-separated list
-    /// of IPv4 addresses (FastCGI specification 1.0, section 3.2). Peers on Unix sockets are never among them.
+    /// of IPv4 addresses (FastCGI specification 1.0, section 3.2). Names are taken too, since web servers are
+    /// configured with them, and IPv6 addresses; `resolve` finds the addresses of a name. Peers on Unix sockets are never among them.
     /// `None` if the variable is empty.
     ///
     /// # Errors
     /// A sentence for the operator: believing half of such a list would let in, or keep out, the wrong ones.
-    pub(crate) fn web_servers(variable: &str) -> Result<Option<Self>, String> {
-        let member = |text: &str| match text.trim().parse() {
-            Ok(address) => Ok(Who::Network { address: IpAddr::V4(address), bits: 32 }),
-            Err(_) => Err(format!(
-                "'{}' in FCGI_WEB_SERVER_ADDRS is not an IPv4 address (expected as in 192.0.2.1,192.0.2.2, or --allow)",
-                text.trim()
-            )),
+    pub(crate) fn web_servers(variable: &str, resolve: impl Fn(&str) -> Vec<IpAddr>) -> Result<Option<Self>, String> {
+        let one = |address: IpAddr| {
+            let address = address.to_canonical();
+            Who::Network { address, bits: if address.is_ipv4() { 32 } else { 128 } }
         };
         if variable.trim().is_empty() {
             return Ok(None);
         }
-        variable.split(',').map(member).collect::<Result<_, _>>().map(Self::new)
+        let mut members = Vec::new();
+        for text in variable.split(',').map(str::trim) {
+            let addresses = match text.parse() {
+                Ok(address) => vec![address],
+                Err(_) if text.is_empty() => Vec::new(),
+                Err(_) => resolve(text),
+            };
+            if addresses.is_empty() {
+                return Err(format!(
+                    "'{text}' in FCGI_WEB_SERVER_ADDRS is not an address, nor a name that has one (expected as in \
+                     192.0.2.1,192.0.2.2; or unset it and use --allow)"
+                ));
+            }
+            members.extend(addresses.into_iter().map(one));
+        }
+        Ok(Self::new(members))
     }
 
     /// Whether `peer` is in the set; `None` is a peer on a Unix socket.
@@ -154,13 +167,23 @@ mod tests {
     }
 
     #[test]
-    fn web_servers_are_ipv4_addresses_and_never_unix() {
-        let peers = Peers::web_servers("192.0.2.1, 192.0.2.2").unwrap().unwrap();
+    fn web_servers_are_addresses_or_names_and_never_unix() {
+        let resolve = |name: &str| match name {
+            "localhost" => vec!["::1".parse().unwrap(), "127.0.0.1".parse().unwrap()],
+            _ => Vec::new(),
+        };
+        let servers = |variable: &str| Peers::web_servers(variable, resolve);
+        let peers = servers("192.0.2.1, 192.0.2.2").unwrap().unwrap();
         assert!(peers.contain(Some("192.0.2.2".parse().unwrap())) && !peers.contain(None));
         assert!(!peers.contain(Some("192.0.2.3".parse().unwrap())));
-        assert_eq!(Peers::web_servers(""), Ok(None));
-        for wrong in ["::1", "192.0.2.1,", "localhost"] {
-            assert!(Peers::web_servers(wrong).unwrap_err().contains("is not an IPv4 address"), "{wrong}");
+        let peers = servers("localhost,2001:db8::1,::ffff:192.0.2.1").unwrap().unwrap();
+        for inside in ["127.0.0.1", "::1", "2001:db8::1", "192.0.2.1"] {
+            assert!(peers.contain(Some(inside.parse().unwrap())), "{inside}");
+        }
+        assert!(!peers.contain(Some("127.0.0.2".parse().unwrap())) && !peers.contain(None));
+        assert_eq!(servers(""), Ok(None));
+        for wrong in ["192.0.2.1,", "nowhere", "192.0.2.1/24"] {
+            assert!(servers(wrong).unwrap_err().contains("is not an address, nor a name"), "{wrong}");
         }
     }
 }

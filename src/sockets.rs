@@ -32,10 +32,13 @@ pub(crate) fn open(
             }
             Address::Systemd(name) => take_passed(config, blocking, bind, name.as_deref(), listeners)?,
             Address::Tcp(_) | Address::Path(_) | Address::Abstract(_) | Address::Inherited(_) => {
-                let listener = Listener::bind(bind, config.backlog, config.socket_mode, blocking)?;
-                let given = config.privileges.owner_of_sockets().map(|owner| listener.give_file(owner));
-                listeners.push(listener);
-                given.transpose()?;
+                let leaves_ipv4 = bind.leaves_ipv4(&config.binds);
+                let bound = Listener::bind_all(bind, config.backlog, config.socket_mode, blocking, leaves_ipv4)?;
+                for listener in bound {
+                    let given = config.privileges.owner_of_sockets().map(|owner| listener.give_file(owner));
+                    listeners.push(listener);
+                    given.transpose()?;
+                }
             }
         }
         for (socket, file) in left {

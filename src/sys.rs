@@ -24,7 +24,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
 use nix::sys::wait::WaitPidFlag;
@@ -172,10 +172,17 @@ pub(crate) fn spawn(command: &mut Command, pass: &[RawFd], steps: Vec<Step>) -> 
     let master = nix::unistd::getpid();
     let pass = pass.to_vec();
     let open = numbers_without_close_range();
+    let descriptors = DESCRIPTOR_LIMIT.get().copied();
     let in_child = move || {
+        if let Some((soft, hard)) = descriptors {
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?; // before the steps, which may want another one
+        }
         for step in &steps {
             privileges::carry_out(step).inspect_err(|_| {
-                let _ = nix::unistd::write(io::stderr(), step.flag().as_bytes()); // the error itself is returned
+                // The error itself is returned.
+                for word in [step.flag(), " ", step.detail()] {
+                    let _ = nix::unistd::write(io::stderr(), word.as_bytes());
+                }
             })?;
         }
         // After the steps: the kernel forgets this when the user changes.
@@ -201,6 +208,15 @@ pub(crate) fn spawn(command: &mut Command, pass: &[RawFd], steps: Vec<Step>) -> 
     let spawned = command.spawn();
     restore_signals(&before);
     spawned
+}
+
+/// The limit of descriptors that this process was given, if it has raised that for itself.
+static DESCRIPTOR_LIMIT: OnceLock<(u64, u64)> = OnceLock::new();
+
+/// Has all programs get this limit of descriptors, since this process is about to raise its own: programs that use select(2) break
+/// with more than 1024.
+pub(crate) fn note_descriptor_limit(soft: u64, hard: u64) {
+    let _ = DESCRIPTOR_LIMIT.set((soft, hard)); // the first one is what was given
 }
 
 /// Where close_range(2) is to be had with this flag: Linux 5.11 and later, unless a seccomp filter refuses it.
@@ -426,7 +442,13 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<So
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: the kernel has written an address of `length` bytes there.
     let address = unsafe { SockaddrStorage::from_raw((&raw const address).cast(), Some(length)) };
-    Ok((socket, address.as_ref().and_then(internet_address)))
+    Ok((socket, address.as_ref().and_then(peer_address)))
+}
+
+/// The address of a client: over IPv4 one of IPv4, also if a socket for both families has accepted it.
+pub(crate) fn peer_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let address = internet_address(address)?;
+    Some(SocketAddr::new(address.ip().to_canonical(), address.port()))
 }
 
 /// An address, if it is one of the internet.

@@ -335,11 +335,23 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
         server.stop();
     }
 
+    // Names are what web servers are configured with.
+    let mut server = start("localhost", &[]);
+    assert!(seen_over_fastcgi(&server.binds[1], b"", &[]).starts_with("GET / "));
+    server.stop();
+
+    for (addresses, more) in [("no-such-host.invalid", &FASTCGI[..]), ("192.0.2.1,,192.0.2.2", &FASTCGI)] {
+        let mut command = Command::new(program("mirror"));
+        let output = command.args(HTTP).args(more).env("FCGI_WEB_SERVER_ADDRS", addresses).output_in_time().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{addresses}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("in FCGI_WEB_SERVER_ADDRS is not an address, nor a name"), "{said}");
+    }
+    // Without a FastCGI socket it is nobody's business.
     let mut command = Command::new(program("mirror"));
-    let output = command.args(HTTP).env("FCGI_WEB_SERVER_ADDRS", "localhost").output_in_time().unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("'localhost' in FCGI_WEB_SERVER_ADDRS is not an IPv4 address"), "{said}");
+    let mut server = Server::start_command(command.args(HTTP).env("FCGI_WEB_SERVER_ADDRS", "no-such-host.invalid"));
+    assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"));
+    server.stop();
 }
 
 /// nginx as `docs/web-servers.md` has it, on a Unix socket.

@@ -6,14 +6,14 @@
 mod common;
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use common::limit::InTime as _;
+use common::refuse::{NEWER, Refuse};
 use common::{Server, http, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tempfile::TempDir;
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
@@ -55,53 +55,7 @@ fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
 
 // ---- missing system calls ----
 
-/// Runs programs for which system calls do not exist.
-struct Refuse {
-    _folder: TempDir,
-    path: PathBuf,
-}
-
-impl Refuse {
-    fn compile() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("refuse");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/refuse.c");
-        let mut compiler = Command::new("gcc");
-        let output = compiler.args(["-Wall", "-O1", "-o"]).arg(&path).arg(source).output_in_time();
-        let output = output.expect("gcc is there (scripts/test installs it)");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Self { _folder: folder, path }
-    }
-
-    /// `name` with these calls refused.
-    fn command(&self, errno: i32, calls: &[i64], name: &str) -> Command {
-        let mut command = Command::new(&self.path);
-        command.arg(errno.to_string()).args(calls.iter().map(ToString::to_string)).arg("--").arg(program(name));
-        command
-    }
-}
-
-/// What Linux has got since 4.4, as far as the server or its libraries call it.
-const NEWER: &[i64] = &[
-    libc::SYS_pidfd_open,
-    libc::SYS_pidfd_send_signal,
-    libc::SYS_close_range,
-    libc::SYS_clone3,
-    libc::SYS_openat2,
-    libc::SYS_statx,
-    libc::SYS_faccessat2,
-    libc::SYS_epoll_pwait2,
-    libc::SYS_io_uring_setup,
-    libc::SYS_copy_file_range,
-    libc::SYS_preadv2,
-    libc::SYS_pwritev2,
-    libc::SYS_rseq,
-    libc::SYS_futex_waitv,
-    libc::SYS_landlock_create_ruleset,
-    libc::SYS_memfd_secret,
-];
-
-/// What descriptor `name` of the link's end process `pid` has open.
+/// Whether process `pid` has something open whose path has this in it.
 fn has_open(pid: i32, what: &str) -> bool {
     let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(Result::ok);
     links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|to| to.to_string_lossy().contains(what))

@@ -43,6 +43,23 @@ pub enum SegmentError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// It would not fit into the memory that a control group (a container, a systemd unit) has left: the kernel would not
+    /// refuse it, but kill.
+    OverLimit {
+        /// Size of the whole segment in bytes.
+        bytes: u64,
+        /// What the group may have.
+        limit: u64,
+        /// What of that is free.
+        free: u64,
+    },
+    /// It is larger than a file of this process may be: the kernel would send SIGXFSZ.
+    OverFileSize {
+        /// Size of the whole segment in bytes.
+        bytes: u64,
+        /// What `ulimit -f` says, in bytes.
+        limit: u64,
+    },
     /// A system call failed.
     System {
         /// What was tried.
@@ -55,6 +72,21 @@ pub enum SegmentError {
         /// What is wrong with it.
         why: &'static str,
     },
+}
+
+/// A size as people read it.
+struct Mebibytes(u64);
+
+impl std::fmt::Display for Mebibytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const MEBIBYTE: u64 = 1 << 20;
+        let tenths = u128::from(self.0) * 10 / u128::from(MEBIBYTE);
+        if tenths % 10 == 0 {
+            write!(f, "{} MiB", tenths / 10)
+        } else {
+            write!(f, "{}.{} MiB", tenths / 10, tenths % 10)
+        }
+    }
 }
 
 impl std::fmt::Display for SegmentError {
@@ -79,6 +111,21 @@ impl std::fmt::Display for SegmentError {
             Self::NoMemory { bytes, source } => {
                 write!(f, "cannot reserve {bytes} bytes of shared memory: {source} (ask for a smaller page cache)")
             }
+            Self::OverLimit { bytes, limit, free } => write!(
+                f,
+                "cannot reserve {} of shared memory: the memory limit of this container or unit is {}, of which {} are free \
+                 (ask for a smaller page cache, or raise the limit)",
+                Mebibytes(*bytes),
+                Mebibytes(*limit),
+                Mebibytes(*free)
+            ),
+            Self::OverFileSize { bytes, limit } => write!(
+                f,
+                "cannot reserve {} of shared memory: files of this process may have {} (raise ulimit -f, or LimitFSIZE= in \
+                 the unit)",
+                Mebibytes(*bytes),
+                Mebibytes(*limit)
+            ),
             Self::System { tried, source } => write!(f, "cannot {tried}: {source}"),
             Self::Unusable { why } => {
                 write!(f, "cannot attach to the shared segment: {why} (start with a new one)")
@@ -95,6 +142,8 @@ impl std::error::Error for SegmentError {
             | Self::LogTooSmall { .. }
             | Self::TooManyRows { .. }
             | Self::EntryTooLarge { .. }
+            | Self::OverLimit { .. }
+            | Self::OverFileSize { .. }
             | Self::Unusable { .. } => None,
         }
     }
@@ -139,6 +188,12 @@ mod tests {
         assert_eq!(
             small.to_string(),
             "cannot make a page cache of 5 bytes: the least is 262144 (ask for more, or for 0 to have none)"
+        );
+        let over = SegmentError::OverLimit { bytes: 65 << 20, limit: 60 << 20, free: (58 << 20) + (1 << 19) };
+        assert_eq!(
+            over.to_string(),
+            "cannot reserve 65 MiB of shared memory: the memory limit of this container or unit is 60 MiB, of which 58.5 MiB \
+             are free (ask for a smaller page cache, or raise the limit)"
         );
         assert!(Refused::TooLarge { limit: 77 }.to_string().contains("77 bytes"));
     }

@@ -341,14 +341,23 @@ fn not_the_end(error: io::Error) -> io::Result<()> {
 
 /// Makes the file empty, and then so long, with all of it reserved.
 fn reserve(file: &File, len: u64) -> Result<(), SegmentError> {
-    file.set_len(0).map_err(|error| system("empty the cache file", error))?;
-    allocate(file, len)
+    let empty = || file.set_len(0).map_err(|error| system("empty the cache file", error));
+    empty()?;
+    allocate(file, len).inspect_err(|_| {
+        let _ = empty(); // a part of it is of use to nobody, and the disk is full
+    })
 }
 
 /// Reserves all of the file: a full disk is found now, and not by a signal later.
 fn allocate(file: &File, len: u64) -> Result<(), SegmentError> {
     let no_room = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
     let size = i64::try_from(len).map_err(|_| no_room(Errno::EFBIG.into()))?;
+    // A file of tmpfs is memory, and what it has already is used.
+    let has = file.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
+    if nix::sys::statfs::fstatfs(file).is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC) {
+        segment::check_memory(len.saturating_sub(has))?;
+    }
+    segment::check_file_size(len)?;
     loop {
         match fallocate(file, FallocateFlags::empty(), 0, size) {
             Ok(()) => return Ok(()),

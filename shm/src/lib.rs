@@ -146,6 +146,7 @@ mod lock;
 mod lookup;
 mod map;
 mod member;
+mod memory_limit;
 mod options;
 mod page;
 mod pin;
@@ -178,6 +179,7 @@ pub use events::{Event, EventStats, Events, PublishError, Since, Tail, Tailed};
 pub use file::Found;
 pub use kept::Keep;
 pub use list::{Distribution, Listed};
+pub use memory_limit::memory_limit;
 pub use options::Options;
 pub use page::{Damaged, Encoding, Header, NotStorable, Page};
 pub use pinned::{Pinned, PinnedSlice};
@@ -202,4 +204,15 @@ pub struct Plan {
     pub max_entry: u64,
     /// Bytes for the event log: at least 64 KiB, or 0 for none.
     pub events_bytes: u64,
+}
+
+impl Plan {
+    /// Whether a memory segment of this plan would fit into the memory that there is, and into what control groups allow. None
+    /// is reserved.
+    ///
+    /// # Errors
+    /// As for [`Segment::create`].
+    pub fn check_memory(&self) -> Result<(), SegmentError> {
+        segment::check_memory(geometry::Geometry::of(self)?.total)
+    }
 }

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::{FileStat, SFlag};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -25,6 +26,7 @@ use crate::geometry::Geometry;
 use crate::layout::{FINGERPRINT, GRAIN, Header, MAGIC, ShardHead, VERSION};
 use crate::map::Map;
 use crate::member::Membership;
+use crate::memory_limit::{self, Left};
 use crate::quarantine::Quarantine;
 use crate::scoreboard::Scoreboard;
 
@@ -273,11 +275,7 @@ fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
 #[cfg(not(miri))]
 fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     let out_of_memory = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
-    // The kernel finds out page by page that the memory is not there, and may kill somebody before it says so;
-    // what cannot be there at all is refused before it tries.
-    if available_memory().is_some_and(|available| len > available) {
-        return Err(out_of_memory(Errno::ENOMEM.into()));
-    }
+    check_memory(len)?;
     let size = i64::try_from(len).map_err(|_| out_of_memory(Errno::EFBIG.into()))?;
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let fd = memfd_create(c"forkyard", flags).map_err(|errno| system("create a memory file", errno))?;
@@ -293,13 +291,25 @@ fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     Ok(fd)
 }
 
-/// What the kernel thinks can be had without swapping, in bytes; unknown where /proc is missing.
-fn available_memory() -> Option<u64> {
-    let mut text = String::new();
-    File::open("/proc/meminfo").ok()?.take(64 * 1024).read_to_string(&mut text).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1024)
+/// Refuses what cannot be there before the kernel tries: it finds out page by page that there is no memory, and may kill somebody
+/// (of a control group, this process) before it says so.
+pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
+    check_file_size(len)?;
+    if let Some(Left { limit, free }) = memory_limit::tightest().filter(|left| len > left.free) {
+        return Err(SegmentError::OverLimit { bytes: len, limit, free });
+    }
+    if memory_limit::available_in_machine().is_some_and(|available| len > available) {
+        return Err(SegmentError::NoMemory { bytes: len, source: Errno::ENOMEM.into() });
+    }
+    Ok(())
+}
+
+/// The kernel sends SIGXFSZ to whoever makes a larger file than it may.
+pub(crate) fn check_file_size(len: u64) -> Result<(), SegmentError> {
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((limit, _)) if len > limit => Err(SegmentError::OverFileSize { bytes: len, limit }),
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 fn close_on_exec(fd: &OwnedFd) -> Result<(), SegmentError> {
@@ -386,6 +396,12 @@ mod tests {
     fn more_than_the_machine_has_is_an_error() {
         let result = Segment::create(&Plan { cache_bytes: 1 << 45, rows: 1, ..Plan::default() });
         assert!(matches!(result, Err(SegmentError::NoMemory { .. })), "{result:?}");
+    }
+
+    #[test]
+    fn the_plan_is_compared_with_the_memory_that_there_is_before_any_is_reserved() {
+        let plan = Plan { cache_bytes: 1 << 45, rows: 1, ..Plan::default() };
+        assert!(plan.check_memory().is_err() && PLAN.check_memory().is_ok());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
 use crate::listen::Address;
 use crate::privileges::Privileges;
-use crate::{listen, memory, publish_socket};
+use crate::{descriptors, listen, memory, publish_socket};
 
 /// What stands in the way of serving, and what an operator may want to know.
 #[derive(Debug, Default)]
@@ -40,15 +40,21 @@ pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
     findings.files(config);
     if let Err(error) = Segment::size(&memory::plan(config)) {
         findings.errors.push(format!("{error} (see --cache, --cache-max-entry and --events)"));
+    } else {
+        match memory::examine(config) {
+            Ok(note) => findings.notes.extend(note),
+            Err(cause) => findings.errors.push(cause),
+        }
     }
     findings.notes.extend(config.contradictions(config.privileges.most_descriptors()));
+    findings.errors.extend(descriptors::check(config, request.program.is_some()).err());
     findings
 }
 
 impl Findings {
     fn sockets(&mut self, config: &Config) {
         for bind in &config.binds {
-            match listen::examine(bind) {
+            match listen::examine(bind, &config.binds) {
                 Ok(None) => {}
                 Ok(Some(note)) => self.notes.push(note),
                 Err(cause) => self.errors.push(cause),

@@ -23,6 +23,7 @@ mod publish;
 mod upgrade;
 
 use std::ffi::OsString;
+use std::net::{IpAddr, ToSocketAddrs as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -135,9 +136,10 @@ struct WorkerOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_THREADS", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Processes")]
     threads: u32,
 
-    /// Size of the page cache that all workers share, as in 64M; 0 for none
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", default_value = "64M", value_parser = parse_size, help_heading = "Memory and limits")]
-    cache: u64,
+    /// Size of the page cache that all workers share; 0 for none [default: 64M, or a quarter of the memory (of the machine, or that a
+    /// container's limit allows) if that is less]
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", value_parser = parse_size, help_heading = "Memory and limits")]
+    cache: Option<u64>,
 
     #[command(flatten)]
     keep: KeepOptions,
@@ -295,17 +297,24 @@ enum TrustHeader {
 impl AccessOptions {
     /// # Errors
     /// A sentence for the operator: the web server's variable makes no sense.
-    fn access(self) -> Result<Access, String> {
+    fn access(self, serves_fastcgi: bool) -> Result<Access, String> {
         let family = match self.trust_header {
             TrustHeader::XForwarded => Family::X,
             TrustHeader::Forwarded => Family::Rfc7239,
         };
-        let variable = std::env::var("FCGI_WEB_SERVER_ADDRS").unwrap_or_default();
         let allow = Peers::new(self.allow);
-        let web_servers = if allow.is_none() { Peers::web_servers(&variable)? } else { None };
+        // Where it does not count, whatever it says is no mistake of ours.
+        let counts = allow.is_none() && serves_fastcgi;
+        let variable = if counts { std::env::var("FCGI_WEB_SERVER_ADDRS").unwrap_or_default() } else { String::new() };
+        let web_servers = Peers::web_servers(&variable, addresses_of)?;
         let trust = Peers::new(self.trust).map(|peers| Trust { peers, family });
         Ok(Access { allow, web_servers, trust, proxy_protocol: Peers::new(self.proxy_protocol) })
     }
+}
+
+/// All addresses of a host.
+fn addresses_of(name: &str) -> Vec<IpAddr> {
+    (name, 0).to_socket_addrs().map(|found| found.map(|address| address.ip()).collect()).unwrap_or_default()
 }
 
 /// What the page cache keeps, and where.
@@ -321,8 +330,13 @@ struct KeepOptions {
 }
 
 impl KeepOptions {
-    fn cache(self, bytes: u64) -> CacheConfig {
-        CacheConfig { bytes, max_entry: self.cache_max_entry.unwrap_or(0), file: self.cache_file }
+    /// Without `bytes` it is as large as the memory allows.
+    fn cache(self, bytes: Option<u64>) -> CacheConfig {
+        let sized = match bytes {
+            Some(bytes) => CacheConfig { bytes, ..CacheConfig::default() },
+            None => CacheConfig::sized_for(forkyard_shm::memory_limit()),
+        };
+        CacheConfig { max_entry: self.cache_max_entry.unwrap_or(0), file: self.cache_file, ..sized }
     }
 }
 
@@ -476,7 +490,9 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<String>) {
     } = linked.worker;
     let mut wrong = Vec::new();
     let numbers = linked.serve.numbers.numbers(of_each);
-    let access = or_note(access.access(), &mut wrong);
+    let serves_fastcgi = listen::started_by_web_server() && linked.serve.bind.is_empty()
+        || linked.serve.bind.iter().any(|bind| bind.protocol == Protocol::FastCgi);
+    let access = or_note(access.access(serves_fastcgi), &mut wrong);
     let sandbox = or_note(sandbox.config(), &mut wrong);
     let limits = Limits {
         max_body: linked.worker.max_body,
@@ -530,7 +546,7 @@ fn run_request(mut run: RunOptions) -> (Request, Vec<String>) {
     }
     or_note(check_run(&run.serve.bind), &mut wrong);
     let numbers = run.serve.numbers.numbers(OfEachWorker::default());
-    let memory = (run.keep.cache(run.cache), run.events.config());
+    let memory = (run.keep.cache(Some(run.cache)), run.events.config());
     let config = config(run.serve, numbers, memory, run.settle, OfWorkers::default(), &mut wrong);
     (Request { config, cgi: false, program: Some(run.command) }, wrong)
 }

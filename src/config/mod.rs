@@ -83,6 +83,22 @@ pub(crate) struct CacheConfig {
     pub(crate) max_entry: u64,
     /// The file it lies in, so that it is warm after a stop and a start.
     pub(crate) file: Option<PathBuf>,
+    /// Nobody said how large it is to be, and this memory is too little for [`DEFAULT_CACHE`].
+    pub(crate) shrunk_for: Option<u64>,
+}
+
+/// The size of the page cache where there is memory enough for it, and no flag says otherwise.
+pub(crate) const DEFAULT_CACHE: u64 = 64 << 20;
+
+impl CacheConfig {
+    /// One of which nobody said how large it is to be: it takes a quarter of the memory at most. `limit` is what this process and its
+    /// children may have, which is the same at the next start, so that a cache that was stored meanwhile fits.
+    pub(crate) fn sized_for(limit: Option<u64>) -> Self {
+        const MEBIBYTE: u64 = 1 << 20;
+        let quarter = limit.map_or(u64::MAX, |limit| (limit / 4 / MEBIBYTE * MEBIBYTE).max(MEBIBYTE));
+        let shrunk_for = limit.filter(|_| quarter < DEFAULT_CACHE);
+        Self { bytes: DEFAULT_CACHE.min(quarter), shrunk_for, ..Self::default() }
+    }
 }
 
 /// What a client may ask of a worker.
@@ -278,6 +294,19 @@ mod tests {
         }
         assert_eq!(format_size(64 << 20), "64 MiB");
         assert_eq!(format_size((1 << 20) + 1), "1048577");
+    }
+
+    #[test]
+    fn the_default_cache_is_a_quarter_of_little_memory() {
+        let sized = |limit: Option<u64>| {
+            let CacheConfig { bytes, shrunk_for, .. } = CacheConfig::sized_for(limit);
+            (bytes >> 20, shrunk_for.is_some())
+        };
+        assert_eq!(sized(None), (64, false));
+        assert_eq!(sized(Some(256 << 20)), (64, false));
+        assert_eq!(sized(Some(64 << 20)), (16, true));
+        assert_eq!(sized(Some(63_000_000)), (15, true));
+        assert_eq!(sized(Some(1 << 20)), (1, true));
     }
 
     #[test]

@@ -254,6 +254,23 @@ const RESOURCES: [(&str, Resource); 15] = [
     ("stack", Resource::RLIMIT_STACK),
 ];
 
+impl ResourceLimit {
+    /// What `--rlimit` calls it.
+    pub(crate) fn name(&self) -> &'static str {
+        name_of(self.resource)
+    }
+}
+
+/// All that `--rlimit` knows.
+pub(crate) fn resources() -> impl Iterator<Item = Resource> {
+    RESOURCES.iter().map(|(_, resource)| *resource)
+}
+
+/// What `--rlimit` calls a resource.
+pub(crate) fn name_of(resource: Resource) -> &'static str {
+    RESOURCES.iter().find(|(_, known)| *known == resource).map_or("", |(name, _)| name)
+}
+
 /// Reads `NAME=SOFT[:HARD]`.
 ///
 /// # Errors

@@ -234,7 +234,7 @@ impl<'a> Estate<'a> {
         let ours: SockaddrStorage = getsockname(fd).ok()?;
         let peer: SockaddrStorage = getpeername(fd).ok()?; // a listener has none
         let listener = self.heritage.listeners.iter().position(|listener| listener.accepts_at(&ours))?;
-        let origin = PackedOrigin::of_peer(sys::internet_address(&peer));
+        let origin = PackedOrigin::of_peer(sys::peer_address(&peer));
         Some(Parcel { listener: u16::try_from(listener).ok()?, origin, early: Vec::new() }.encode())
     }
 

@@ -1,6 +1,7 @@
 //! What `--bind PROTO:ADDR` says: text to values and back, nothing else.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -61,6 +62,29 @@ pub(crate) struct Bind {
     pub(crate) protocol: Protocol,
     /// Where that is.
     pub(crate) address: Address,
+}
+
+impl Address {
+    /// Whether it may stand for several sockets: those that systemd passes, or the addresses of a name.
+    pub(crate) fn may_be_several(&self) -> bool {
+        match self {
+            Self::Tcp(address) => address.parse::<SocketAddr>().is_err(),
+            Self::Systemd(_) => true,
+            Self::Path(_) | Self::Abstract(_) | Self::Inherited(_) => false,
+        }
+    }
+}
+
+impl Bind {
+    /// Whether its socket leaves IPv4 to others, given all that is bound: `[::]` alone takes both.
+    pub(crate) fn leaves_ipv4(&self, all: &[Bind]) -> bool {
+        let literal = |bind: &Bind| match &bind.address {
+            Address::Tcp(address) => address.parse::<SocketAddr>().ok(),
+            _ => None,
+        };
+        let Some(SocketAddr::V6(ours)) = literal(self).filter(|ours| ours.ip().is_unspecified()) else { return false };
+        all.iter().filter_map(literal).any(|other| other.is_ipv4() && other.port() == ours.port())
+    }
 }
 
 impl fmt::Display for Bind {
@@ -191,6 +215,22 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Bind>().unwrap().to_string(), text);
         }
+    }
+
+    #[test]
+    fn all_ipv6_addresses_take_ipv4_along_unless_something_else_does() {
+        let binds: Vec<Bind> = [
+            "http:[::]:80",
+            "http:0.0.0.0:80",
+            "http:[::]:81",
+            "fastcgi:127.0.0.1:82",
+            "http:[::]:82",
+            "http:[::1]:80",
+        ]
+        .map(|text| text.parse().unwrap())
+        .to_vec();
+        let leaves: Vec<bool> = binds.iter().map(|bind| bind.leaves_ipv4(&binds)).collect();
+        assert_eq!(leaves, [true, false, false, false, true, false]);
     }
 
     #[test]

@@ -270,7 +270,7 @@ pub(super) fn open(path: &std::path::Path, flag: &str) -> Result<OwnedFd, String
             Ok(kind) if kind.is_dir() => "it is a directory: name a file in it",
             _ => "create its directory, or name a file that you can write",
         };
-        format!("{flag}: cannot open {}: {error} ({advice})", path.display())
+        format!("{flag}: cannot open {}: {} ({advice})", path.display(), crate::sys::explain(&error))
     })
 }
 

@@ -337,7 +337,8 @@ impl Beside {
                 Event::Spawned { helper, pid }
             }
             Err(error) => {
-                log::error!("cannot start {} name={}: {error} (--{})", label.kind, label.name, label.kind);
+                let (Label { kind, name }, error) = (label, sys::explain(&error));
+                log::error!("cannot start {kind} name={name}: {error} (--{kind})");
                 Event::SpawnFailed { helper }
             }
         }

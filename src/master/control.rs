@@ -185,7 +185,7 @@ impl Control {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
-                    log::error!("the control socket cannot accept: {error}");
+                    log::error!("the control socket cannot accept: {}", sys::explain(&error));
                     self.paused_until = now + PAUSE;
                     return;
                 }

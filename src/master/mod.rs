@@ -554,7 +554,7 @@ impl Master {
                 Event::Spawned { slot, pid }
             }
             Err(error) => {
-                let line = format!("cannot make a worker slot={slot} gen={generation}: {error}");
+                let line = format!("cannot make a worker slot={slot} gen={generation}: {}", sys::explain(&error));
                 log::error!("{line}");
                 self.obituary = Obituary { line, ..Obituary::default() };
                 Event::SpawnFailed { slot }

@@ -155,7 +155,7 @@ impl Relay {
                             log::info!("relay started pid={}", process.pid);
                             self.state = State::Works(process);
                         }
-                        Err(error) => self.failed(now, &format!("cannot start the relay: {error}")),
+                        Err(error) => self.failed(now, &format!("cannot start the relay: {}", sys::explain(&error))),
                     }
                 }
             }

@@ -321,7 +321,8 @@ pub(super) fn explain(error: &io::Error, output: BorrowedFd<'_>) -> io::Error {
     let mut flag = [0; 64];
     let read = nix::unistd::read(output, &mut flag).unwrap_or(0);
     let flag = String::from_utf8_lossy(&flag[..read]);
-    io::Error::other(if flag.is_empty() { error.to_string() } else { format!("{flag}: {error}") })
+    let error = sys::explain(error);
+    io::Error::other(if flag.is_empty() { error } else { format!("{}: {error}", flag.trim_end()) })
 }
 
 pub(super) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {

@@ -44,6 +44,17 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
     Ok(())
 }
 
+/// How nice this process is.
+///
+/// # Errors
+/// What `getpriority(2)` says.
+pub(super) fn nice() -> io::Result<i32> {
+    nix::errno::Errno::clear(); // -1 is an answer too
+    // SAFETY: plain system call with integers.
+    let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    if nice == -1 && nix::errno::Errno::last_raw() != 0 { Err(io::Error::last_os_error()) } else { Ok(nice) }
+}
+
 fn set_nice(nice: i32) -> io::Result<()> {
     // SAFETY: plain system call with integers.
     outcome(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }.into())

@@ -20,6 +20,7 @@ use std::path::Path;
 
 use caps::{CapSet, Capability};
 use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{Pid, Uid};
 
@@ -111,7 +112,11 @@ impl Privileges {
             sys::set_environment(&name, value);
         }
         for step in steps.map_err(io::Error::other)? {
-            calls::carry_out(&step).map_err(|error| io::Error::other(format!("{}: {error}", step.flag())))?;
+            calls::carry_out(&step).map_err(|error| {
+                let (flag, detail) = (step.flag(), step.detail());
+                let space = if detail.is_empty() { "" } else { " " };
+                io::Error::other(format!("{flag}{space}{detail}: {error}"))
+            })?;
         }
         self.config.sandbox.as_ref().map_or(Ok(()), sandbox::enter).map_err(io::Error::other)
     }
@@ -181,6 +186,26 @@ fn standing() -> io::Result<Standing> {
         user: nix::unistd::geteuid(),
         group: nix::unistd::getegid(),
         capabilities: effective.iter().map(Capability::bitmask).fold(0, |all, one| all | one),
+        in_first_namespace: is_in_first_namespace(),
         processors: (0..CpuSet::count()).filter(|&processor| allowed.is_set(processor).unwrap_or(false)).collect(),
+        nice: calls::nice()?,
+        hard_limits: hard_limits(),
+        most_descriptors: number_in("/proc/sys/fs/nr_open").unwrap_or(u64::MAX),
     })
+}
+
+/// As far as the kernel knows them.
+fn hard_limits() -> Vec<(Resource, u64)> {
+    let all = crate::config::privileges::resources();
+    all.filter_map(|resource| Some((resource, getrlimit(resource).ok()?.1))).collect()
+}
+
+/// The first user namespace is the one that has all users, each under its own number: user_namespaces(7). Without /proc it is taken for that.
+fn is_in_first_namespace() -> bool {
+    let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
+    map.split_ascii_whitespace().eq(["0", "0", "4294967295"])
+}
+
+fn number_in(path: &str) -> Option<u64> {
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
 }

@@ -21,11 +21,11 @@ use std::path::Path;
 
 use caps::Capability;
 use nix::sched::CpuSet;
-use nix::sys::resource::Resource;
+use nix::sys::resource::{RLIM_INFINITY, Resource};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid};
 
-use crate::config::privileges::{Affinity, CapabilitySet, PrivilegesConfig};
+use crate::config::privileges::{Affinity, CapabilitySet, PrivilegesConfig, ResourceLimit, name_of};
 
 /// What this process is and may do.
 #[derive(Clone, Debug)]
@@ -34,8 +34,15 @@ pub(crate) struct Standing {
     pub(crate) group: Gid,
     /// Its effective capabilities, a bit for each.
     pub(crate) capabilities: u64,
+    /// Whether these count against the limits of the machine: those of a user namespace do not.
+    pub(crate) in_first_namespace: bool,
     /// The processors that it may run on, in order.
     pub(crate) processors: Vec<usize>,
+    pub(crate) nice: i32,
+    /// The hard limit of each resource.
+    pub(crate) hard_limits: Vec<(Resource, u64)>,
+    /// The most descriptors that anybody may have.
+    pub(crate) most_descriptors: u64,
 }
 
 /// One change of a process. To carry it out needs no memory and no lock.
@@ -83,6 +90,14 @@ impl Step {
             Self::Chdir(_) => "--chdir",
         }
     }
+
+    /// What more is to be said of the flag, if the step fails.
+    pub(crate) fn detail(&self) -> &'static str {
+        match self {
+            Self::Limit { resource, .. } => name_of(*resource),
+            _ => "",
+        }
+    }
 }
 
 /// All steps for a process, in order, but the processors it is bound to, which its slot decides: [`affinity`].
@@ -103,9 +118,13 @@ pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bo
     };
     let mut steps: Vec<Step> = Vec::new();
     for limit in &config.limits {
+        check_limit(limit, standing)?;
         steps.push(Step::Limit { resource: limit.resource, soft: limit.soft, hard: limit.hard });
     }
-    steps.extend(config.nice.map(Step::Nice));
+    if let Some(nice) = config.nice {
+        check_nice(nice, standing)?;
+        steps.push(Step::Nice(nice));
+    }
     steps.extend(config.umask.map(|mode| Step::Umask(Mode::from_bits_truncate(mode))));
     if let Some(folder) = &config.chroot {
         need(Capability::CAP_SYS_CHROOT, "--chroot", "change its root folder")?;
@@ -150,6 +169,55 @@ pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bo
     }
     sandbox_makes_sense(config, standing)?;
     Ok(steps)
+}
+
+/// Whether a limit can be what it is to be: setrlimit(2).
+fn check_limit(limit: &ResourceLimit, standing: &Standing) -> Result<(), String> {
+    let (name, hard) = (limit.name(), limit.hard);
+    if limit.resource == Resource::RLIMIT_NOFILE && hard > standing.most_descriptors {
+        let most = standing.most_descriptors;
+        return Err(format!(
+            "--rlimit {name}={}: nobody may have more than {most} (choose that, or raise it with: sysctl fs.nr_open)",
+            shown(hard)
+        ));
+    }
+    let allowed = standing.hard_limits.iter().find(|(resource, _)| *resource == limit.resource);
+    match allowed {
+        Some(&(_, allowed)) if hard > allowed && !standing.may_exceed(Capability::CAP_SYS_RESOURCE) => Err(format!(
+            "--rlimit {name}={}: this process may allow up to {} (choose that, raise its own hard limit with ulimit -H or the \
+             unit's Limit{}=, or start it as root)",
+            shown(hard),
+            shown(allowed),
+            name.to_ascii_uppercase()
+        )),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Whether the priority can be what it is to be: setpriority(2).
+fn check_nice(nice: i32, standing: &Standing) -> Result<(), String> {
+    // RLIMIT_NICE counts the other way round, from 1 to 40.
+    let limit = standing.hard_limits.iter().find(|(resource, _)| *resource == Resource::RLIMIT_NICE);
+    let allowed = limit.map_or(0, |&(_, limit)| i32::try_from(limit.min(40)).unwrap_or(40));
+    let least = standing.nice.min(20 - allowed);
+    if nice >= least || standing.may_exceed(Capability::CAP_SYS_NICE) {
+        return Ok(());
+    }
+    Err(format!(
+        "--nice {nice}: this process may go down to {least} (choose that, raise its limit with ulimit -e or the unit's LimitNICE=, or \
+         start it as root)"
+    ))
+}
+
+impl Standing {
+    /// Whether a limit of the machine does not hold for this process.
+    fn may_exceed(&self, capability: Capability) -> bool {
+        self.in_first_namespace && self.capabilities & capability.bitmask() != 0
+    }
+}
+
+fn shown(limit: u64) -> String {
+    if limit == RLIM_INFINITY { "unlimited".to_owned() } else { limit.to_string() }
 }
 
 /// What of the identity changes.
@@ -245,7 +313,16 @@ mod tests {
     const ALL: u64 = (1 << 41) - 1;
 
     fn root() -> Standing {
-        Standing { user: Uid::from_raw(0), group: Gid::from_raw(0), capabilities: ALL, processors: vec![0, 2, 5] }
+        Standing {
+            user: Uid::from_raw(0),
+            group: Gid::from_raw(0),
+            capabilities: ALL,
+            in_first_namespace: true,
+            processors: vec![0, 2, 5],
+            nice: 0,
+            hard_limits: vec![(Resource::RLIMIT_NOFILE, 4096), (Resource::RLIMIT_NICE, 0)],
+            most_descriptors: 1 << 20,
+        }
     }
 
     fn nobody() -> Standing {
@@ -350,6 +427,38 @@ mod tests {
         ] {
             let error = steps(&config, &standing, false).unwrap_err();
             assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn limits_that_cannot_be_are_found_with_what_would_be_allowed() {
+        let nofile = |hard| ResourceLimit { resource: Resource::RLIMIT_NOFILE, soft: 1, hard };
+        let limits = |hard| PrivilegesConfig { limits: vec![nofile(hard)], ..PrivilegesConfig::default() };
+        let nice = |nice| PrivilegesConfig { nice: Some(nice), ..PrivilegesConfig::default() };
+        let rootless = Standing { in_first_namespace: false, ..root() };
+        let favoured = Standing { hard_limits: vec![(Resource::RLIMIT_NICE, 25)], ..nobody() };
+        let yielding = Standing { nice: 10, ..nobody() };
+        for (config, standing, said) in [
+            (limits(4096), nobody(), None),
+            (limits(4097), nobody(), Some("--rlimit nofile=4097: this process may allow up to 4096")),
+            (limits(4097), rootless.clone(), Some("LimitNOFILE=")),
+            (limits(4097), root(), None),
+            (limits(RLIM_INFINITY), root(), Some("--rlimit nofile=unlimited: nobody may have more than 1048576")),
+            (nice(0), nobody(), None),
+            (nice(19), nobody(), None),
+            (nice(-1), nobody(), Some("--nice -1: this process may go down to 0")),
+            (nice(-5), rootless, Some("LimitNICE=")),
+            (nice(-5), root(), None),
+            (nice(-5), favoured.clone(), None),
+            (nice(-6), favoured, Some("may go down to -5")),
+            (nice(10), yielding.clone(), None),
+            (nice(9), yielding, Some("may go down to 10")),
+        ] {
+            let found = steps(&config, &standing, false);
+            match said {
+                None => assert!(found.is_ok(), "{found:?}"),
+                Some(said) => assert!(found.clone().is_err_and(|error| error.contains(said)), "{said}: {found:?}"),
+            }
         }
     }
 

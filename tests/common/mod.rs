@@ -16,6 +16,7 @@ pub mod http2;
 pub mod limit;
 pub mod load;
 pub mod raw;
+pub mod refuse;
 pub mod scgi;
 pub mod sse;
 

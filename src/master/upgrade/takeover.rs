@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::saved::{Saved, SavedListener, SavedPidFile, SavedPublish};
 use crate::handover::Channel;
-use crate::listen::{Address, Bind, ControlListener, Listener};
+use crate::listen::{Bind, ControlListener, Listener};
 use crate::master::spawn::Ties;
 use crate::publish_socket::PublishSocket;
 use crate::sys;
@@ -62,11 +62,11 @@ impl Takeover {
         Ok(Some(Self { saved, binds, descriptors, check }))
     }
 
-    /// The sockets that were made for this `--bind`, with the device and inode of their files: all that systemd passed, or
-    /// one. The same port 0 may be bound twice, and each has its own.
+    /// The sockets that were made for this `--bind`, with the device and inode of their files: all that systemd passed or that
+    /// a name stands for, or one. The same port 0 may be bound twice, and each has its own.
     pub(crate) fn listeners(&mut self, bind: &Bind) -> Vec<(OwnedFd, Option<(u64, u64)>)> {
         let text = bind.to_string();
-        let most = if matches!(bind.address, Address::Systemd(_)) { usize::MAX } else { 1 };
+        let most = if bind.address.may_be_several() { usize::MAX } else { 1 };
         let ours: Vec<SavedListener> = self.saved.listeners.extract_if(.., |one| one.bind == text).take(most).collect();
         ours.into_iter().filter_map(|one| Some((self.claim(one.fd)?, one.file))).collect()
     }

@@ -1,0 +1,215 @@
+//! How much memory there is: of the machine, and within the limits of the control groups that this process is in (a container's,
+//! a systemd unit's). The kernel does not refuse what goes beyond such a limit: it kills.
+//!
+//! What is read from which file is decided here; files are read through a function, so that tests bring their own.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+/// A limit, and what of it is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Left {
+    pub(crate) limit: u64,
+    /// What the kernel can give up at once (pages of files) counts as free.
+    pub(crate) free: u64,
+}
+
+/// The memory that this process and all its children may have, in bytes: what the machine has, or the lowest limit of the control
+/// groups that it is in. `None` if nothing of that can be found out.
+#[must_use]
+pub fn memory_limit() -> Option<u64> {
+    let machine =
+        value_in(&read_file(Path::new("/proc/meminfo")).unwrap_or_default(), "MemTotal:").map(|kib| kib * 1024);
+    let groups = limits(&read_file).into_iter().map(|left| left.limit);
+    groups.chain(machine).min()
+}
+
+/// The control group with the least memory left.
+pub(crate) fn tightest() -> Option<Left> {
+    limits(&read_file).into_iter().min_by_key(|left| left.free)
+}
+
+/// What the kernel thinks can be had without swapping, in bytes; unknown where /proc is missing.
+pub(crate) fn available_in_machine() -> Option<u64> {
+    value_in(&read_file(Path::new("/proc/meminfo"))?, "MemAvailable:")?.checked_mul(1024)
+}
+
+fn read_file(path: &Path) -> Option<String> {
+    let mut text = String::new();
+    File::open(path).ok()?.take(1 << 20).read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
+/// The number behind a name at the start of a line.
+fn value_in(text: &str, name: &str) -> Option<u64> {
+    let mut lines = text.lines().map(str::split_ascii_whitespace);
+    lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next()?.parse().ok())?)
+}
+
+/// What the two versions of control groups call their files.
+struct Version {
+    limit: &'static str,
+    used: &'static str,
+    /// In `memory.stat`: pages of files, of the group and those below it.
+    reclaimable: [&'static str; 2],
+}
+
+const V1: Version = Version {
+    limit: "memory.limit_in_bytes",
+    used: "memory.usage_in_bytes",
+    reclaimable: ["total_inactive_file", "total_active_file"],
+};
+const V2: Version =
+    Version { limit: "memory.max", used: "memory.current", reclaimable: ["inactive_file", "active_file"] };
+
+/// "No limit" in the first version: more than any machine has.
+const NO_LIMIT: u64 = 1 << 60;
+
+/// The limits of the groups that this process is in, as far as they are mounted.
+fn limits(read: &dyn Fn(&Path) -> Option<String>) -> Vec<Left> {
+    let (Some(ours), Some(mounts)) = (read(Path::new("/proc/self/cgroup")), read(Path::new("/proc/self/mountinfo")))
+    else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for mount in mounts.lines().filter_map(Mount::parse) {
+        let group = ours.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            let is_its =
+                if mount.is_v2 { controllers.is_empty() } else { controllers.split(',').any(|one| one == "memory") };
+            is_its.then(|| Path::new(path))
+        });
+        // Elsewhere in the hierarchy than what is mounted here: then nothing is known.
+        let Some(below) = group.and_then(|group| group.strip_prefix(&mount.root).ok()) else { continue };
+        if below.components().any(|part| part == std::path::Component::ParentDir) {
+            continue;
+        }
+        let version = if mount.is_v2 { V2 } else { V1 };
+        for directory in mount.at.join(below).ancestors().take_while(|directory| directory.starts_with(&mount.at)) {
+            found.extend(limit_of(directory, &version, read));
+        }
+    }
+    found
+}
+
+fn limit_of(directory: &Path, version: &Version, read: &dyn Fn(&Path) -> Option<String>) -> Option<Left> {
+    let number = |name: &str| read(&directory.join(name))?.trim().parse::<u64>().ok(); // "max" is none
+    let stat = read(&directory.join("memory.stat")).unwrap_or_default();
+    // Of the first version: what groups above this one allow, be they mounted here or not.
+    let inherited = value_in(&stat, "hierarchical_memory_limit");
+    let limit = number(version.limit).into_iter().chain(inherited).min().filter(|&limit| limit < NO_LIMIT)?;
+    let reclaimable: u64 = version.reclaimable.iter().filter_map(|name| value_in(&stat, name)).sum();
+    let used = number(version.used)?.saturating_sub(reclaimable);
+    Some(Left { limit, free: limit.saturating_sub(used) })
+}
+
+/// A mounted hierarchy that may tell of memory: a line of proc_pid_mountinfo(5).
+struct Mount {
+    is_v2: bool,
+    /// What of the hierarchy is mounted,
+    root: PathBuf,
+    /// and where.
+    at: PathBuf,
+}
+
+impl Mount {
+    fn parse(line: &str) -> Option<Mount> {
+        let (fields, more) = line.split_once(" - ")?;
+        let mut more = more.split(' ');
+        let is_v2 = match more.next()? {
+            "cgroup2" => true,
+            "cgroup" if more.nth(1)?.split(',').any(|option| option == "memory") => false,
+            _ => return None,
+        };
+        let mut fields = fields.split(' ').skip(3);
+        Some(Mount { is_v2, root: unescaped(fields.next()?), at: unescaped(fields.next()?) })
+    }
+}
+
+/// Spaces and the like are written as `\040`.
+fn unescaped(text: &str) -> PathBuf {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [byte, more @ ..] = rest {
+        let digits = (*byte == b'\\').then(|| more.get(..3)).flatten();
+        let code = digits.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(code.unwrap_or(*byte));
+        rest = code.map_or(more, |_| &more[3..]);
+    }
+    PathBuf::from(<OsString as OsStringExt>::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn found(files: &[(&str, &str)]) -> Vec<Left> {
+        let files: HashMap<&Path, &str> = files.iter().map(|(path, text)| (Path::new(*path), *text)).collect();
+        limits(&|path| files.get(path).map(|text| (*text).to_owned()))
+    }
+
+    #[test]
+    fn a_container_with_the_second_version_sees_its_own_limit() {
+        let files = [
+            ("/proc/self/cgroup", "0::/\n"),
+            ("/proc/self/mountinfo", "1 2 0:26 / /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw,nsdelegate\n"),
+            ("/sys/fs/cgroup/memory.max", "67108864\n"),
+            ("/sys/fs/cgroup/memory.current", "12582912\n"),
+            ("/sys/fs/cgroup/memory.stat", "anon 2097152\nfile 10485760\ninactive_file 6291456\nactive_file 2097152\n"),
+        ];
+        assert_eq!(found(&files), [Left { limit: 64 * MIB, free: 60 * MIB }]);
+    }
+
+    #[test]
+    fn of_all_groups_above_each_counts() {
+        let files = [
+            ("/proc/self/cgroup", "0::/a/b\n"),
+            ("/proc/self/mountinfo", "1 2 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup rw\n"),
+            ("/sys/fs/cgroup/a/b/memory.max", "max\n"),
+            ("/sys/fs/cgroup/a/b/memory.current", "1048576\n"),
+            ("/sys/fs/cgroup/a/memory.max", "8388608\n"),
+            ("/sys/fs/cgroup/a/memory.current", "4194304\n"),
+        ];
+        assert_eq!(found(&files), [Left { limit: 8 * MIB, free: 4 * MIB }]);
+    }
+
+    #[test]
+    fn the_first_version_tells_of_groups_that_are_not_mounted_here() {
+        let stat = "hierarchical_memory_limit 33554432\ntotal_inactive_file 1048576\ntotal_active_file 0\n";
+        let files = [
+            ("/proc/self/cgroup", "4:cpu,memory:/docker/ab\n0::/\n"),
+            (
+                "/proc/self/mountinfo",
+                "1 2 0:30 /docker/ab /sys/fs/cgroup/with\\040space ro - cgroup cgroup rw,memory\n\
+                 1 2 0:31 /docker/ab /sys/fs/cgroup/cpu ro - cgroup cgroup rw,cpu\n",
+            ),
+            ("/sys/fs/cgroup/with space/memory.limit_in_bytes", "9223372036854771712\n"),
+            ("/sys/fs/cgroup/with space/memory.usage_in_bytes", "5242880\n"),
+            ("/sys/fs/cgroup/with space/memory.stat", stat),
+        ];
+        assert_eq!(found(&files), [Left { limit: 32 * MIB, free: 28 * MIB }]);
+    }
+
+    #[test]
+    fn what_cannot_be_found_out_is_no_limit() {
+        let mount = "1 2 0:26 /other /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
+        assert_eq!(found(&[]), []);
+        assert_eq!(found(&[("/proc/self/cgroup", "0::/a\n"), ("/proc/self/mountinfo", mount)]), []);
+        assert_eq!(found(&[("/proc/self/cgroup", "nonsense\n::\n"), ("/proc/self/mountinfo", "- cgroup2\n")]), []);
+        let outside = [
+            ("/proc/self/cgroup", "0::/../x\n"),
+            ("/proc/self/mountinfo", "1 2 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup rw\n"),
+            ("/sys/fs/cgroup/memory.max", "1\n"),
+            ("/sys/fs/cgroup/memory.current", "1\n"),
+        ];
+        assert_eq!(found(&outside), []);
+        assert!(memory_limit().is_some(), "the machine's own memory, at least");
+    }
+}

@@ -1,0 +1,61 @@
+//! System calls that do not exist: `tests/programs/refuse.c`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use super::limit::InTime as _;
+use super::program;
+
+/// Runs programs for which system calls do not exist.
+pub struct Refuse {
+    _folder: TempDir,
+    pub path: PathBuf,
+}
+
+impl Refuse {
+    pub fn compile() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("refuse");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/refuse.c");
+        let mut compiler = Command::new("gcc");
+        let output = compiler.args(["-Wall", "-O1", "-o"]).arg(&path).arg(source).output_in_time();
+        let output = output.expect("gcc is there (scripts/test installs it)");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Self { _folder: folder, path }
+    }
+
+    /// `name` with these calls refused.
+    pub fn command(&self, errno: i32, calls: &[i64], name: &str) -> Command {
+        let mut command = Command::new(&self.path);
+        command.args(arguments(errno, calls)).arg(program(name));
+        command
+    }
+}
+
+/// What Linux has got since 4.4, as far as the server or its libraries call it.
+pub const NEWER: &[i64] = &[
+    libc::SYS_pidfd_open,
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_close_range,
+    libc::SYS_clone3,
+    libc::SYS_openat2,
+    libc::SYS_statx,
+    libc::SYS_faccessat2,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_io_uring_setup,
+    libc::SYS_copy_file_range,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_rseq,
+    libc::SYS_futex_waitv,
+    libc::SYS_landlock_create_ruleset,
+    libc::SYS_memfd_secret,
+];
+
+/// What the program is told, in front of the command.
+pub fn arguments(errno: i32, calls: &[i64]) -> Vec<String> {
+    let numbers = calls.iter().map(ToString::to_string);
+    [errno.to_string()].into_iter().chain(numbers).chain(["--".to_owned()]).collect()
+}

@@ -1,0 +1,205 @@
+//! A start in a container: the first command of README.md where the root is read-only, memory is limited, the user is nobody, and
+//! system calls are refused.
+//!
+//! It needs root, and a control group for memory to write to: where there is none the test says so. What is read of control groups
+//! is tested without any in `shm/src/memory_limit.rs`.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::limit::InTime as _;
+use common::refuse::{NEWER, Refuse, arguments};
+use common::{Server, http, program, wait_until};
+use tempfile::TempDir;
+
+/// Seen even if the test passes, unlike what `eprintln!` says.
+fn say(text: &str) {
+    std::io::stderr().write_all(format!("container: {text}\n").as_bytes()).unwrap();
+}
+
+/// A control group with so much memory, for as long as it is held.
+struct Group(PathBuf);
+
+impl Group {
+    /// `Err` tells why there is none here.
+    fn create(bytes: u64) -> Result<Self, String> {
+        let [ours, mounts] =
+            ["cgroup", "mountinfo"].map(|name| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap());
+        let mount_of = |kind: &str, option: &str| {
+            let is_it = |line: &&str| {
+                line.split_once(" - ").is_some_and(|(_, end)| end.starts_with(kind) && end.contains(option))
+            };
+            let fields: Vec<&str> = mounts.lines().find(is_it)?.split(' ').collect();
+            Some((PathBuf::from(fields[3]), PathBuf::from(fields[4])))
+        };
+        let path_of = |is_it: &dyn Fn(&str) -> bool| {
+            ours.lines().find_map(|line| line.split_once(':')?.1.split_once(':').filter(|(names, _)| is_it(names)))
+        };
+        let v1 = mount_of("cgroup ", "memory").zip(path_of(&|names| names.split(',').any(|name| name == "memory")));
+        let v2 = mount_of("cgroup2 ", "").zip(path_of(&str::is_empty));
+        let mut causes = Vec::new();
+        for (found, limit) in [(v1, "memory.limit_in_bytes"), (v2, "memory.max")] {
+            let Some(((root, at), (_, path))) = found else { continue };
+            let Ok(below) = Path::new(path).strip_prefix(&root) else { continue };
+            let directory = at.join(below).join(format!("forkyard-test-{}-{bytes}", std::process::id()));
+            let made = std::fs::create_dir(&directory).map(|()| Self(directory.clone()));
+            match made.and_then(|group| std::fs::write(directory.join(limit), bytes.to_string()).map(|()| group)) {
+                Ok(group) => return Ok(group),
+                Err(error) => causes.push(format!("{}/{limit}: {error}", directory.display())),
+            }
+        }
+        Err(format!("no control group for memory can be made here: {}", causes.join("; ")))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Processes that have just ended may still be counted.
+        if !std::thread::panicking() {
+            wait_until("the control group is empty", || std::fs::remove_dir(&self.0).ok());
+        }
+    }
+}
+
+/// A place outside of everything that the container cannot read: programs that nobody may execute.
+struct Image {
+    folder: TempDir,
+    refuse: Refuse,
+}
+
+impl Image {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let refuse = Refuse::compile();
+        for (from, to) in [(program("pages"), "pages"), (refuse.path.clone(), "refuse")] {
+            let to = folder.path().join(to);
+            std::fs::copy(from, &to).unwrap();
+            std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        Self { folder, refuse }
+    }
+
+    /// `pages` in a container: nothing can be written to, `/dev/shm` is tiny, the network is its own, the user is nobody
+    /// without a capability, and newer system calls do not exist.
+    fn pages(&self, group: &Group) -> Command {
+        let script = "set -e; group=$1; shift
+            echo $$ > \"$group/cgroup.procs\"
+            mount -t tmpfs -o size=64k tmpfs /dev/shm
+            cut -d' ' -f5 /proc/self/mountinfo | sort -r | while read -r at; do
+                case $at in /proc*|/sys*) ;; *) mount -o remount,bind,ro \"$at\" 2> /dev/null || true ;; esac
+            done
+            ! touch /tmp/written 2> /dev/null
+            ! touch /dev/shm/written 2> /dev/null
+            ip link set lo up
+            exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --inh-caps=-all --bounding-set=-all \"$@\"";
+        let _ = &self.refuse;
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--net", "--ipc", "sh", "-c", script, "sh"]).arg(&group.0);
+        command.arg(self.folder.path().join("refuse")).args(arguments(libc::ENOSYS, NEWER));
+        command.arg(self.folder.path().join("pages"));
+        for variable in ["TMPDIR", "XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"] {
+            command.env_remove(variable);
+        }
+        command
+    }
+}
+
+/// Asks a server that is in a network of its own.
+fn get(server: &Server, target: &'static str) -> http::Response {
+    let pid = server.pid();
+    let asked = std::thread::spawn(move || {
+        let network = File::open(format!("/proc/{pid}/ns/net")).unwrap();
+        nix::sched::setns(network, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        http::get("127.0.0.1:8080", target).unwrap()
+    });
+    asked.join().unwrap()
+}
+
+#[test]
+fn the_first_command_of_the_readme_serves_in_a_small_read_only_container() {
+    assert!(nix::unistd::geteuid().is_root(), "this test makes a container: run it as root");
+    let group = match Group::create(64 << 20) {
+        Ok(group) => group,
+        Err(cause) => return say(&format!("NOT RUN: {cause}")),
+    };
+    let image = Image::new();
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    assert!(readme.contains("cargo run --release --example pages -- --workers 2 "), "this is what the test runs");
+    let mut server = Server::start_command(image.pages(&group).args(["--workers", "2"]));
+    assert_eq!(get(&server, "/").status, 200);
+    let page = get(&server, "/page/7");
+    assert_eq!((page.status, get(&server, "/page/7").text()), (200, page.text()), "it is cached");
+    server.stop();
+    let log = server.log();
+    let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN")).collect();
+    let expected = ["no place for the socket", "the page cache has 16 MiB", "pidfd_open"];
+    assert!(warnings.len() == 3 && expected.iter().all(|what| log.contains(what)), "one line for each: {log}");
+    assert!(!log.contains("ERROR"), "{log}");
+}
+
+#[test]
+fn a_cache_that_does_not_fit_a_containers_memory_is_an_error_and_not_a_death_without_a_word() {
+    assert!(nix::unistd::geteuid().is_root(), "this test makes a container: run it as root");
+    let group = match Group::create(100 << 20) {
+        Ok(group) => group,
+        Err(cause) => return say(&format!("NOT RUN: {cause}")),
+    };
+    let image = Image::new();
+    let run = |arguments: &[&str]| {
+        let output = image.pages(&group).args(arguments).output_in_time().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    for flags in [["--cache", "256M"], ["--events", "256M"]] {
+        for mode in [&[][..], &["check"]] {
+            let (status, said) = run(&[mode, &flags].concat());
+            let limit = said.contains("the memory limit of this container or unit is 100 MiB");
+            assert!(status == Some(1) && limit && said.contains(&format!("with {}", flags[0])), "{status:?} {said}");
+        }
+    }
+    let (status, said) = run(&["check"]);
+    assert!(status == Some(0) && said.contains("the page cache has 25 MiB"), "{said}");
+    // A quarter is what nobody asked for: half of it can be had.
+    let mut server = Server::start_command(image.pages(&group).args(["--workers", "1", "--cache", "50M"]));
+    assert_eq!(get(&server, "/").status, 200);
+    server.stop();
+}
+
+#[test]
+fn a_cache_file_for_which_there_is_no_room_is_an_error_that_names_it() {
+    assert!(nix::unistd::geteuid().is_root(), "this test mounts a file system: run it as root");
+    let script = "mount -t tmpfs -o size=1m tmpfs /mnt && \"$@\"; status=$?; du -k /mnt/cache 1>&2; exit $status";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh"]).arg(program("hello"));
+    let output = command
+        .args(["--bind", "http:127.0.0.1:0", "--cache", "8M", "--cache-file", "/mnt/cache"])
+        .output_in_time()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("No space left on device") && said.contains("--cache-file"), "{said}");
+    assert!(
+        said.lines().any(|line| line.split_ascii_whitespace().eq(["0", "/mnt/cache"])),
+        "the room is given back: {said}"
+    );
+}
+
+#[test]
+fn a_limit_of_file_sizes_is_an_error_and_not_a_signal() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("cache").to_string_lossy().into_owned();
+    for more in [&[][..], &["--cache-file", &file]] {
+        let mut command = Command::new("sh");
+        command.args(["-c", "ulimit -f 1000 && exec \"$0\" \"$@\""]).arg(program("hello"));
+        let output = command.args(["--bind", "http:127.0.0.1:0", "--cache", "8M"]).args(more).output_in_time().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains("ulimit -f"), "{:?} {said}", output.status);
+    }
+}

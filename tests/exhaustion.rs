@@ -1,0 +1,183 @@
+//! Descriptors and processes that run out: what is said, and that it goes on when there are some again. And limits that processes
+//! cannot be given.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::process::{Command, Output};
+
+use common::limit::InTime as _;
+use common::{Server, descriptors_of, http, is_gone, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
+
+/// With this said to a shell before.
+fn after(limit: &str, name: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("{limit} && exec \"$0\" \"$@\"")]).arg(program(name));
+    command
+}
+
+/// The lowest number under which a process has nothing open: with that as its limit it gets no further descriptor.
+fn lowest_free(pid: Pid) -> usize {
+    (0..).find(|number| !std::path::Path::new(&format!("/proc/{pid}/fd/{number}")).exists()).unwrap()
+}
+
+/// The limit of descriptors of a process that runs.
+fn set_limit(pid: Pid, most: usize) {
+    let status =
+        Command::new("prlimit").args(["--pid", &pid.to_string(), &format!("--nofile={most}:")]).status_in_time();
+    assert!(status.unwrap().success());
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn serves(server: &Server) {
+    assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
+}
+
+#[test]
+fn too_few_descriptors_are_found_before_anything_is_bound_with_how_many_are_needed() {
+    let folder = tempfile::tempdir().unwrap();
+    let [socket, pid_file] = ["sock", "pid"].map(|name| folder.path().join(name).to_string_lossy().into_owned());
+    let bind = format!("http:unix:{socket}");
+    for most in [5, 8, 10, 12, 16, 20, 24, 32, 48, 63] {
+        for mode in [&[][..], &["check"]] {
+            let mut command = after(&format!("ulimit -n {most}"), "hello");
+            command.args(mode).args(["--bind", &bind, "--pid-file", &pid_file, "--workers", "8"]);
+            let output = command.output_in_time().unwrap();
+            let said = said(&output);
+            assert_eq!(output.status.code(), Some(1), "{most} {mode:?}: {said}");
+            assert!(
+                said.contains("ulimit -n") || most < 8 && said.contains("shared librar"),
+                "{most} {mode:?}: {said}"
+            );
+            assert!(folder.path().read_dir().unwrap().next().is_none(), "{most} {mode:?}: something is left");
+        }
+    }
+    // What it says is enough.
+    let mut command = after("ulimit -n 63", "hello");
+    let daemon = ["--workers", "8", "--daemon", "beside=sleep 1000"];
+    let output = command.args(["--bind", &bind]).args(daemon).output_in_time().unwrap();
+    let said = said(&output);
+    let needed =
+        said.split_once("need up to ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<usize>().ok()).unwrap();
+    let mut command = after(&format!("ulimit -n {needed}"), "hello");
+    let mut server = Server::start_command(command.args(HTTP).args(daemon));
+    serves(&server);
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done");
+    serves(&server);
+    assert!(descriptors_of(server.pid().as_raw()) <= needed);
+    server.stop();
+    assert!(!server.log().contains("ERROR"), "{}", server.log());
+}
+
+#[test]
+fn a_low_soft_limit_is_raised_for_the_master_and_programs_get_what_was_given() {
+    let limit = "echo limit=$(ulimit -n) $(ulimit -Hn); exec sleep 1000";
+    let mut command = after("ulimit -Sn 50 && ulimit -Hn 4000", "forkyard");
+    let folder = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", folder.path().join("sock").display());
+    command.args(["run", "--bind", &bind, "--workers", "60", "--settle", "0", "--", "sh", "-c", limit]);
+    let mut server = Server::start_command(&mut command);
+    server.wait_for("limit=50 4000");
+    server.stop();
+    assert!(!server.log().contains("ERROR"), "{}", server.log());
+}
+
+#[test]
+fn a_master_without_descriptors_says_so_and_recovers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (control, log) = (path("control"), path("access"));
+    let arguments = ["--workers", "2", "--control", &control, "--access-log", &log, "--daemon", "beside=sleep 1000"];
+    let mut server = Server::start("hello", &[&HTTP[..], &arguments].concat());
+    let ask = |what: &str| Command::new(program("hello")).args([what, "--control", &control]).output_in_time().unwrap();
+    let before = server.workers();
+    // What is open while a process is made does not count.
+    wait_until("the daemon runs", || server.log().contains("daemon started").then_some(()));
+    set_limit(server.pid(), lowest_free(server.pid()).min(14));
+    // A client of the control socket waits, or is told; the master does not hang.
+    let waiting = Command::new(program("hello")).args(["status", "--control", &control]).spawn().unwrap();
+    let mut waiting = common::Helper(waiting);
+    server.wait_for("the control socket cannot accept");
+    server.signal(Signal::SIGUSR1);
+    server.wait_for("--access-log: cannot open");
+    server.signal(Signal::SIGHUP);
+    let line = server.wait_for("cannot make a worker");
+    assert!(line.contains("ulimit -n") && line.contains("LimitNOFILE="), "{line}");
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("no upgrade");
+    assert_eq!(server.workers(), before, "the workers are there still");
+    serves(&server);
+    set_limit(server.pid(), 1000);
+    assert!(wait_until("the client gets its answer", || waiting.0.try_wait().unwrap()).success());
+    assert!(ask("reload").status.success(), "{}", server.log());
+    assert!(ask("reopen-logs").status.success());
+    let worker = *server.renewed(2, &before).first().unwrap();
+    // Nor does what the dead one leaves help.
+    set_limit(server.pid(), lowest_free(server.pid()).min(14));
+    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    server.wait_for("cannot make a worker");
+    serves(&server); // by the other one
+    set_limit(server.pid(), 1000);
+    wait_until("it is replaced", || (server.workers().len() == 2 && is_gone(worker)).then_some(()));
+    assert!(ask("upgrade").status.success(), "{}", server.log());
+    serves(&server);
+    server.stop();
+}
+
+#[test]
+fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
+    assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
+    // A user of its own, whose processes are counted; so many that two workers cannot be had with their heirs and threads.
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nproc=1:1000"])
+        .arg(program("hello"));
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Server::launch(command.args(HTTP).args(["--workers", "2"]).env("TMPDIR", folder.path()));
+    let line = server.wait_for("cannot make a worker");
+    assert!(line.contains("ulimit -u") && line.contains("TasksMax=") && line.contains("pids.max"), "{line}");
+    let mut raise = Command::new("setpriv");
+    raise.args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nproc=1000:", "--pid"]);
+    assert!(raise.arg(server.pid().to_string()).status_in_time().unwrap().success());
+    server.wait_for("ready in ");
+    serves(&server);
+    server.stop();
+}
+
+#[test]
+fn limits_that_processes_cannot_be_given_are_found_before_anything_is_bound() {
+    assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(folder.path(), Some(4799), Some(4799)).unwrap();
+    let run = |name: &str, arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nofile=256:512"]);
+        let output = command.arg(program(name)).args(arguments).current_dir(folder.path()).output_in_time().unwrap();
+        (output.status.code(), said(&output))
+    };
+    let nice = ("-5", "--nice -5: this process may go down to 0");
+    let nofile = ("nofile=600", "--rlimit nofile=600: this process may allow up to 512");
+    for (flag, (value, what)) in [("--nice", nice), ("--rlimit", nofile)] {
+        let limit = format!("{flag}={value}");
+        for arguments in [
+            &["--bind", "http:unix:sock", "--pid-file", "pid", &limit][..],
+            &["check", "--bind", "http:unix:sock", &limit],
+        ] {
+            let (status, said) = run("hello", arguments);
+            assert!(status == Some(1) && said.contains(what), "{arguments:?}: {status:?} {said}");
+            assert!(folder.path().read_dir().unwrap().next().is_none(), "{arguments:?}: nothing is made");
+        }
+        let (status, said) = run("forkyard", &["run", "--bind", "fastcgi:unix:sock", &limit, "--", "cat"]);
+        assert!(status == Some(1) && said.contains(what), "{status:?} {said}");
+        assert!(folder.path().read_dir().unwrap().next().is_none(), "nothing is made");
+    }
+}
