@@ -178,21 +178,12 @@ where
         let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
         let application = application.guarded(guard(&config, &heritage.segment)).logged(access_log.clone());
         let application = Rc::new(application);
-        let entrances = heritage.listeners.iter().map(|listener| Entrance::new(&config, listener.protocol)).collect();
         if let Some(path) = &config.numbers.health_path {
             // A little less than the master gives it, so that it can still say why.
             let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
             health::check(&application, path, limit).await?;
         }
-        let crowd = Crowd::new(config.limits.max_connections_per_address);
-        let server = Rc::new(Server {
-            application,
-            drain: drain.clone(),
-            entrances,
-            crowd,
-            proxy_protocol: config.proxy_protocol.clone(),
-            without_header: Rc::default(),
-        });
+        let server = Rc::new(Server::new(&config, &heritage.listeners, application, drain.clone()));
         let acceptors = acceptors(&heritage.listeners, &heritage.handover, &connections, heir.ledger)?;
         let accepting = accept(acceptors, &server);
 
@@ -388,6 +379,15 @@ struct Server<S> {
     proxy_protocol: Option<Peers>,
     /// Connections from there that did not.
     without_header: Rc<Throttle>,
+}
+
+impl<S> Server<S> {
+    fn new(config: &Config, listeners: &[Listener], application: Rc<Application<S>>, drain: Drain) -> Self {
+        let entrances = listeners.iter().map(|listener| Entrance::new(config, listener.protocol)).collect();
+        let crowd = Crowd::new(config.limits.max_connections_per_address);
+        let (proxy_protocol, without_header) = (config.proxy_protocol.clone(), Rc::default());
+        Self { application, drain, entrances, crowd, proxy_protocol, without_header }
+    }
 }
 
 impl<S, B> Serve for Server<S>
