@@ -5,7 +5,6 @@
 
 use std::cell::Cell;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI32, Ordering};
 
 use forkyard_shm::{Before, Pulse, Seat};
 use nix::unistd::gettid;
@@ -13,8 +12,8 @@ use nix::unistd::gettid;
 /// Threads that can be told apart: the event loop's, and the most that `--threads` allows.
 const SEATS: usize = 1025;
 
-/// The threads that have taken the seats with these numbers.
-static SEATED: [AtomicI32; SEATS] = [const { AtomicI32::new(0) }; SEATS];
+/// The threads that have taken a seat, in the order of the seats' numbers.
+static SEATED: [OnceLock<(i32, Seat<'static>)>; SEATS] = [const { OnceLock::new() }; SEATS];
 /// Where the seats are.
 static PULSE: OnceLock<Pulse> = OnceLock::new();
 
@@ -30,11 +29,14 @@ pub(crate) fn note_in(pulse: Pulse) {
 
 /// Takes note of this thread, which runs requests until the process ends.
 pub(crate) fn enlist() {
+    let (None, Some(pulse)) = (SEAT.get(), PULSE.get()) else { return };
     let thread = gettid().as_raw();
-    let take = |seat: &AtomicI32| seat.compare_exchange(0, thread, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-    if let (None, Some(pulse)) = (SEAT.get(), PULSE.get()) {
-        SEAT.set(SEATED.iter().position(take).and_then(|number| pulse.seat(number)));
-    }
+    let free = SEATED.iter().enumerate().filter(|(_, taken)| taken.get().is_none());
+    let take = |(number, place): (usize, &OnceLock<_>)| {
+        let seat = pulse.seat(number)?;
+        place.set((thread, seat)).ok().map(|()| seat)
+    };
+    SEAT.set(free.filter_map(take).next());
 }
 
 /// The cell of the request that this thread is at work on.
@@ -78,8 +80,7 @@ pub(crate) fn accuse() {
 }
 
 fn taken() -> impl Iterator<Item = (i32, Seat<'static>)> {
-    let threads = SEATED.iter().map(|thread| thread.load(Ordering::Relaxed)).take_while(|thread| *thread != 0);
-    threads.enumerate().filter_map(|(number, thread)| Some((thread, PULSE.get()?.seat(number)?)))
+    SEATED.iter().map_while(|taken| taken.get().copied())
 }
 
 struct Return {

@@ -153,6 +153,8 @@ struct Call<F> {
 struct Progress {
     request: Option<Request<Body>>,
     outcome: Option<Result<Response<Body>, Panicked>>,
+    /// There was an outcome, which may have been taken.
+    is_over: bool,
     waker: Option<Waker>,
 }
 
@@ -183,7 +185,7 @@ impl<F> Call<F> {
 
     fn put(&self, outcome: Result<Response<Body>, Panicked>) {
         let mut progress = self.progress();
-        progress.outcome = Some(outcome);
+        (progress.outcome, progress.is_over) = (Some(outcome), true);
         let waker = progress.waker.take();
         drop(progress);
         match (waker, &self.bell) {
@@ -220,6 +222,8 @@ where
                     "a function that was declared quick (Blocking::inline) held up the event loop for {took}ms: it runs on threads again"
                 );
             }
+            // Before the response is there: its request's cell may be another's right after.
+            at_work::turn_to(None);
             self.put(outcome.map_err(|_| Panicked));
         });
     }
@@ -242,7 +246,7 @@ where
         let mut progress = self.progress();
         let request = progress.request.take();
         if request.is_some() {
-            progress.outcome = Some(Ok(queue_time::shed()));
+            (progress.outcome, progress.is_over) = (Some(Ok(queue_time::shed())), true);
         }
         drop(progress);
         drop(request); // after the lock is given back
@@ -251,8 +255,8 @@ where
     fn abandon(&self) {
         let mut progress = self.progress();
         let request = progress.request.take();
-        if let (None, None, Some(cell)) = (&request, &progress.outcome, self.cell) {
-            at_work::forget(cell); // it will be another request's
+        if let (None, false, Some(cell)) = (&request, progress.is_over, self.cell) {
+            at_work::forget(cell); // it will be another request's, while a thread goes on with this one
         }
         drop(progress);
         drop(request); // after the lock is given back
@@ -260,7 +264,7 @@ where
 
     fn is_running(&self) -> bool {
         let progress = self.progress();
-        progress.request.is_none() && progress.outcome.is_none()
+        progress.request.is_none() && !progress.is_over
     }
 
     fn bell(&self) -> Option<&Arc<Bell>> {
