@@ -189,7 +189,7 @@ fn stop_returns_when_the_master_is_gone_and_what_it_served_is_finished() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     let mut client = Client::connect(&served.server.http()).unwrap();
     std::thread::scope(|scope| {
-        let slow = scope.spawn(move || client.request("GET", "/slow/300", b""));
+        let slow = scope.spawn(move || client.request("GET", "/slow/5000", b""));
         wait_until("it is in flight", || (served.status()["workers"][0]["in_flight"] == 1).then_some(()));
         let said = served.said(&["stop"]);
         assert!(said.contains("worker left") && said.ends_with("stopped\n"), "{said}");

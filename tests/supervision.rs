@@ -156,7 +156,7 @@ fn term_drains_and_int_does_not() {
         let segment = server.segment();
         std::thread::scope(|scope| {
             // One that is to be cut off does not end by itself meanwhile.
-            let target = if answered { "/slow/500" } else { "/slow/600000" };
+            let target = if answered { "/slow/3000" } else { "/slow/600000" };
             let slow = scope.spawn(move || client.request("GET", target, b""));
             wait_until("it is being served", || {
                 let rows = (0..segment.scoreboard().rows()).filter_map(|slot| segment.scoreboard().read(slot));
@@ -365,7 +365,7 @@ fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
             move || {
                 // A connection may wait at the hung worker's; that one is cut, and tried again elsewhere.
                 wait_until("a slow request is answered", || {
-                    http::get(&address, "/slow/300").ok().filter(|slow| slow.status == 200)
+                    http::get(&address, "/slow/2000").ok().filter(|slow| slow.status == 200)
                 })
             }
         });

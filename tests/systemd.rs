@@ -154,7 +154,7 @@ fn the_manager_hears_of_every_turn() {
     let worker = *server.workers().first().unwrap();
     let idle = sockets_of(worker);
     std::thread::scope(|scope| {
-        let slow = scope.spawn(|| http::get(&address, "/slow/1000"));
+        let slow = scope.spawn(|| http::get(&address, "/slow/5000"));
         common::wait_until("it is being served", || (sockets_of(worker) > idle).then_some(()));
         server.signal(Signal::SIGTERM);
         manager.wait_for("STOPPING=1");

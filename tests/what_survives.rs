@@ -41,7 +41,7 @@ fn a_worker_panics_in_one_request() {
     let (address, workers) = (server.http(), server.workers());
     let mut other = Client::connect(&address).unwrap();
     std::thread::scope(|scope| {
-        let beside = scope.spawn(|| other.request("GET", "/slow/200", b"").unwrap().status);
+        let beside = scope.spawn(|| other.request("GET", "/slow/3000", b"").unwrap().status);
         wait_until("it is being served", || (in_flight(&server) == 1).then_some(()));
         assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
         assert_eq!(beside.join().unwrap(), 200, "the request beside it is unharmed");
@@ -198,7 +198,7 @@ fn the_master_is_killed() {
         (ours.len() == 4).then_some(ours)
     });
     std::thread::scope(|scope| {
-        let slow = scope.spawn(|| http::get(&address, "/slow/300").unwrap().status);
+        let slow = scope.spawn(|| http::get(&address, "/slow/3000").unwrap().status);
         wait_until("it is being served", || (in_flight(&server) == 1).then_some(()));
         server.signal(Signal::SIGKILL);
         assert_eq!(slow.join().unwrap(), 200, "what is being served is finished");

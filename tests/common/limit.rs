@@ -2,7 +2,7 @@
 //! end in a failure which names what was waited for.
 //!
 //! The watchdog is a thread that the first use of this module starts. When the binary has run for FORKYARD_TEST_LIMIT seconds
-//! (600 unless that is set), it prints which tests still run, all processes that the binary has started, and what the reporters
+//! (900 unless that is set), it prints which tests still run, all processes that the binary has started, and what the reporters
 //! know; then it kills those processes and exits with status 1. `scripts/limit` does the same from the outside, for test binaries
 //! that do not use this module.
 //!
@@ -24,7 +24,7 @@ use std::{fmt, fs, thread};
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a test binary may run, unless FORKYARD_TEST_LIMIT says otherwise.
-const BINARY_LIMIT: Duration = Duration::from_secs(600);
+const BINARY_LIMIT: Duration = Duration::from_secs(900);
 
 /// Prints what it knows about the state of the servers.
 type Reporter = fn(&mut dyn Write);

@@ -2,7 +2,7 @@
 //!
 //! The main thread of each test is its only one, so that forking is harmless; hence no test harness. Children are awaited by
 //! a byte in a pipe or by `waitpid`. No test can hang: a process beside watches over all of them, and at their limit
-//! (FORKYARD_TEST_LIMIT seconds, 600 unless that is set, or a nearer one that a test has given itself) shows what they are at and
+//! (FORKYARD_TEST_LIMIT seconds, 900 unless that is set, or a nearer one that a test has given itself) shows what they are at and
 //! kills them. Run with FORKYARD_SEED=n to repeat a history (the timing of the kills is not
 //! repeated), and with a word to run the tests whose names contain it.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]

@@ -17,7 +17,7 @@ use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 use super::{leave, limit, number};
 
 /// How long all tests of a binary may take together, in seconds, unless FORKYARD_TEST_LIMIT says otherwise.
-const LIMIT: u64 = 600;
+const LIMIT: u64 = 900;
 const LOOK: Duration = Duration::from_millis(100);
 
 #[repr(C)]
