@@ -17,6 +17,7 @@ fn main() -> ExitCode {
             .route("/again/{times}", get(async |Path(times): Path<u32>| say("the same", times)))
             .route("/flood/{lines}", get(flood))
             .route("/half", get(half))
+            .route("/child", get(child))
             .route("/kill", get(kill))
     })
 }
@@ -33,6 +34,11 @@ async fn flood(Path(lines): Path<u32>) -> String {
     let mut stdout = std::io::stdout().lock();
     let outcome = (0..lines).try_for_each(|line| writeln!(stdout, "number {line}"));
     format!("{outcome:?}\n")
+}
+
+/// Has another program print.
+async fn child() -> String {
+    format!("{:?}\n", std::process::Command::new("echo").arg("from a child").status().map(|status| status.code()))
 }
 
 /// Dies in the middle of a line.

@@ -19,6 +19,8 @@ fn main() -> ExitCode {
             Response::new("Hello, world\n")
         })
     })
+    .version("7.8.9")
+    .about("Shows when each hook runs")
     .before_fork(|worker| {
         log::info!("hook: before_fork slot={} gen={} in={}", worker.slot, worker.generation, std::process::id());
         match std::env::var("HOOKS_REFUSE").map(std::fs::read_to_string) {

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::error::Error;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use tower_service::Service;
 use crate::body::Body;
 use crate::cgi_call;
 use crate::cli::check::Findings;
-use crate::cli::{self, Invocation, Request, Task};
+use crate::cli::{self, Identity, Invocation, Request, Task};
 use crate::config::control::reloaded;
 use crate::config::{CacheConfig, Config, Program};
 use crate::context::Context;
@@ -32,8 +32,8 @@ use crate::privileges::Privileges;
 use crate::{banner, control, descriptors, logging, memory, sockets, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
-/// Answers one CGI request.
-type CgiMain = Box<dyn Fn(&Config, Segment) -> Result<(), BoxError>>;
+/// Answers one CGI request, to this descriptor.
+type CgiMain = Box<dyn Fn(&Config, Segment, OwnedFd) -> Result<(), BoxError>>;
 /// Reads the command line, with the configuration file.
 type Parse = Box<dyn Fn() -> Result<Invocation, clap::Error>>;
 type Preload = Box<dyn FnOnce() -> Result<(), BoxError>>;
@@ -59,6 +59,7 @@ pub struct Builder {
     cgi: CgiMain,
     preload: Option<Preload>,
     hooks: Hooks,
+    identity: Identity,
 }
 
 impl std::fmt::Debug for Builder {
@@ -84,10 +85,35 @@ impl Builder {
         let of_cgi = Rc::clone(&factory);
         Self {
             worker: Box::new(move |heritage| worker::run(&*factory, heritage)),
-            cgi: Box::new(move |config, segment| worker::cgi::run(&*of_cgi, config, segment)),
+            cgi: Box::new(move |config, segment, output| worker::cgi::run(&*of_cgi, config, segment, output)),
             preload: None,
             hooks: Hooks::default(),
+            identity: Identity::default(),
         }
+    }
+
+    /// The application's version, which `--version` prints behind the name of the binary; `env!("CARGO_PKG_VERSION")`, say. Without
+    /// it, `--version` prints the name alone. Forkyard's own version is in the banner at the start, and in `status`.
+    ///
+    /// ```no_run
+    /// # use forkyard::http::{Request, Response};
+    /// # fn main() -> std::process::ExitCode {
+    /// # let answer = |_: Request<forkyard::Body>| Response::new("");
+    /// forkyard::Builder::app(move |_cx| forkyard::blocking(answer))
+    ///     .version(env!("CARGO_PKG_VERSION"))
+    ///     .about("Takes orders for coffee")
+    ///     .run()
+    /// # }
+    /// ```
+    pub fn version(mut self, version: impl Into<String>) -> Self {
+        self.identity.version = Some(version.into());
+        self
+    }
+
+    /// What the application is, in a sentence, for `--help`.
+    pub fn about(mut self, about: impl Into<String>) -> Self {
+        self.identity.about = Some(about.into());
+        self
     }
 
     /// `load` runs once in the master, before the first fork: what it reads into memory (statics, say), all
@@ -171,9 +197,9 @@ impl Builder {
     /// on standard error.
     pub fn run(self) -> ExitCode {
         let begun = Instant::now();
-        let Self { worker, cgi, preload, hooks } = self;
+        let Self { worker, cgi, preload, hooks, identity } = self;
         let arguments = cgi_call::trusted(std::env::args_os().collect());
-        let parse: Parse = Box::new(move || cli::parse_linked(&arguments));
+        let parse: Parse = Box::new(move || cli::parse_linked(&arguments, &identity));
         finish(parse(), |request| {
             if request.cgi {
                 return answer(&request.config, &cgi, preload);
@@ -354,9 +380,11 @@ fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
 
 /// The one request of a CGI call.
 fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<bool, BoxError> {
+    // Before any code of the application: what it prints must not get in front of the response.
+    let output = cgi_call::take_output().map_err(|error| format!("standard output cannot be used: {error}"))?;
     logging::start(&config.logs)?;
     run_preload(preload)?;
-    cgi(config, join_segment(config)?)?;
+    cgi(config, join_segment(config)?, output)?;
     Ok(true)
 }
 

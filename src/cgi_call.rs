@@ -1,12 +1,15 @@
 //! Whether a web server has started this program to answer one request (CGI, RFC 3875), and what of its command line is
 //! then to be believed.
 //!
-//! What comes after that is in `worker/cgi.rs`. This file reads the environment, and decides nothing else.
+//! What comes after that is in `worker/cgi.rs`. This file reads the environment, sees to standard output, and decides nothing else.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 
-use crate::listen;
+use crate::{listen, sys};
 
 /// Whether this process is a CGI call.
 pub(crate) fn is_one() -> bool {
@@ -25,6 +28,21 @@ pub(crate) fn trusted(mut arguments: Vec<OsString>) -> Vec<OsString> {
         arguments.truncate(1);
     }
     arguments
+}
+
+/// Takes standard output, for the response, and has its number stand for standard error: what the application prints from here on,
+/// and what programs that it starts print, is for the web server's log.
+///
+/// # Errors
+/// If it is closed, or no descriptor is left.
+pub(crate) fn take_output() -> io::Result<OwnedFd> {
+    let output = sys::descriptor(1).ok_or(io::ErrorKind::NotConnected)?;
+    let instead = match sys::descriptor(2) {
+        Some(errors) => errors,
+        None => File::options().write(true).open("/dev/null")?.into(),
+    };
+    sys::replace(1, &instead)?;
+    Ok(output)
 }
 
 fn arguments_may_be_the_clients(query: Option<&OsStr>) -> bool {

@@ -67,7 +67,7 @@ mod tests {
     fn each_process_counts() {
         let config = |workers: &str| {
             let arguments: Vec<std::ffi::OsString> = ["x", "--workers", workers].map(Into::into).to_vec();
-            match crate::cli::parse_linked(&arguments).unwrap() {
+            match crate::cli::parse_linked(&arguments, &crate::cli::Identity::default()).unwrap() {
                 crate::cli::Invocation::Serve(request) => request.config,
                 other => panic!("it is to serve: {other:?}"),
             }

@@ -103,6 +103,24 @@ fn a_call_is_answered_and_over() {
 }
 
 #[test]
+fn what_the_application_prints_is_not_in_the_response() {
+    for (target, printed) in [("/flood/3", "number 0\nnumber 1\nnumber 2\n"), ("/child", "from a child\n")] {
+        let called = call("chatty", "GET", target);
+        assert!(called.response.head.starts_with("Status: 200 "), "{target}: {}", called.response.head);
+        assert!(!called.response.text().contains("number") && !called.response.text().contains("child"));
+        assert!(called.errors.contains(printed), "it is in the log: {}", called.errors);
+        assert_eq!(called.status, Some(0));
+    }
+    // Where there is no standard error it is lost.
+    let mut command = Command::new("sh");
+    let script = format!("exec {} 2>&-", program("chatty").display());
+    command.args(["-c", &script]).env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.envs([("GATEWAY_INTERFACE", "CGI/1.1"), ("REQUEST_METHOD", "GET"), ("REQUEST_URI", "/flood/3")]);
+    let called = finish(command.spawn().unwrap());
+    assert_eq!((called.response.status(), called.response.text().as_str()), (200, "Ok(())\n"));
+}
+
+#[test]
 fn a_body_streams_through() {
     let mut child = start(command("crashy", "POST", "/echo").env("CONTENT_LENGTH", "8"), b"");
     let mut stdin = child.stdin.take().unwrap();

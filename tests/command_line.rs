@@ -154,7 +154,15 @@ fn help_names_every_flag_with_its_default_and_variable() {
             assert!(help.contains(words), "no {words:?} in {help}");
         }
     }
-    assert!(String::from_utf8(run("hello", &["--version"]).stdout).unwrap().contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn the_version_and_the_description_of_an_application_are_its_own() {
+    let said = |name: &str, flag: &str| String::from_utf8(run(name, &[flag]).stdout).unwrap();
+    assert_eq!(said("hello", "--version"), "hello\n", "no number of another program's");
+    assert_eq!(said("hooks", "--version"), "hooks 7.8.9\n");
+    assert!(said("hooks", "--help").starts_with("Shows when each hook runs\n"), "{}", said("hooks", "--help"));
+    assert_eq!(said("forkyard", "--version"), format!("forkyard {}\n", env!("CARGO_PKG_VERSION")));
 }
 
 #[test]

@@ -342,7 +342,7 @@ impl KeepOptions {
 
 /// A binary with an application linked into it.
 #[derive(Parser, Debug)]
-#[command(version, about = "Serves its web application from supervised worker processes", after_help = SIGNALS)]
+#[command(about = "Serves its web application from supervised worker processes", after_help = SIGNALS)]
 #[command(args_conflicts_with_subcommands = true, subcommand_help_heading = "Instead of serving")]
 struct Linked {
     #[command(subcommand)]
@@ -443,20 +443,37 @@ pub(crate) enum Invocation {
     Task(Task),
 }
 
+/// What a binary with an application linked into it says of itself.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Identity {
+    pub(crate) version: Option<String>,
+    pub(crate) about: Option<String>,
+}
+
 /// Reads the command line of a binary with an application linked into it.
 ///
 /// # Errors
 /// clap's, which also carries the text of `--help` and `--version`.
-pub(crate) fn parse_linked(arguments: &[OsString]) -> Result<Invocation, clap::Error> {
+pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Result<Invocation, clap::Error> {
     let name =
         arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
     let run = RunOptions::augment_args(Command::new("run"));
     let mut command = refused::know(Linked::command(), &run, Way::Linked);
     command = command.mut_subcommand("check", |check| refused::know(check, &run, Way::Linked));
+    // Not this library's version, which would stand behind the application's name.
+    command = command.version(identity.version.clone().unwrap_or_default());
+    if let Some(about) = &identity.about {
+        command = command.about(about.clone());
+    }
     if let Some(name) = name {
         command = command.name(name.clone()).bin_name(name);
     }
-    let Read { matches, mistakes, checked } = read(&mut command, arguments, &["check"])?;
+    let Read { matches, mistakes, checked } = match read(&mut command, arguments, &["check"]) {
+        Err(error) if error.kind() == clap::error::ErrorKind::DisplayVersion && identity.version.is_none() => {
+            return Ok(Invocation::Task(Task::Print(format!("{}\n", command.get_name()).into_bytes())));
+        }
+        read => read?,
+    };
     let linked = Linked::from_arg_matches(&matches)?;
     let (options, is_check) = match linked.command {
         Some(LinkedCommands::Operation(operation)) => return Ok(Invocation::Task(operation.task(&mut command)?)),

@@ -433,7 +433,9 @@ mod tests {
     /// What these flags ask for.
     fn beside(flags: &[&str]) -> Beside {
         let arguments: Vec<std::ffi::OsString> = [&["x"], flags].concat().into_iter().map(Into::into).collect();
-        let crate::cli::Invocation::Serve(request) = crate::cli::parse_linked(&arguments).unwrap() else {
+        let crate::cli::Invocation::Serve(request) =
+            crate::cli::parse_linked(&arguments, &crate::cli::Identity::default()).unwrap()
+        else {
             panic!("it is to serve")
         };
         let config = request.config;

@@ -1,5 +1,5 @@
 //! One CGI call (RFC 3875): the request in the environment and on standard input, the response to standard output, and
-//! the end. There is no master and no fork.
+//! the end. There is no master and no fork. What the application prints goes to standard error (`cgi_call.rs`).
 //!
 //! Standard input is read up to the length that was announced, and never to its end, which may not come. What the
 //! application leaves of it is read after the response: both may be one socket (Apache's mod_cgid), and a socket that is
@@ -39,11 +39,11 @@ use crate::{blocking, sys};
 /// What is read at a time, and what is gathered of small pieces before it is written.
 const PIECE: usize = 64 << 10;
 
-/// Answers the request. `segment` has the cache; its scoreboard belongs to others, and this call has one of its own.
+/// Answers the request, to `stdout`. `segment` has the cache; its scoreboard belongs to others, and this call has one of its own.
 ///
 /// # Errors
 /// If the response could not be written, or broke off.
-pub(crate) fn run<F, S, B>(factory: &F, config: &Config, segment: Segment) -> Result<(), BoxError>
+pub(crate) fn run<F, S, B>(factory: &F, config: &Config, segment: Segment, stdout: OwnedFd) -> Result<(), BoxError>
 where
     F: Fn(Context) -> S,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
@@ -56,8 +56,7 @@ where
     blocking::configure(config.threads, config.queue, None);
     let own = Segment::create(&Plan { rows: 1, ..Plan::default() })?;
     let row = own.scoreboard().claim(0, std::process::id(), 1).ok_or("the scoreboard has no row")?;
-    let stdout = sys::descriptor(1).ok_or("standard output is closed")?;
-    let watched = sys::descriptor(1).ok_or("standard output is closed")?;
+    let watched = stdout.try_clone()?;
 
     let cache = segment.cache();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
@@ -74,11 +73,9 @@ where
             () = gone(watched, over) => (Err(io::ErrorKind::BrokenPipe.into()), None),
         }
     });
-    // The end of standard output is that of the response. What follows is no matter of the client's.
+    // The end of standard output is that of the response, and nobody else has a copy of it. What follows is no matter of the
+    // client's.
     drop(going_on);
-    if let Ok(nothing) = File::options().write(true).open("/dev/null") {
-        let _ = nix::unistd::dup2_stdout(nothing);
-    }
     if let Some(rest) = rest {
         // Outside the runtime there would be no clock.
         let _ = run_in_turns(&runtime, async { tokio::time::timeout(LINGER.0, rest).await });
