@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Path, Request};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use forkyard::Origin;
@@ -21,35 +21,92 @@ use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tower_service::Service;
 
 const PIECE: usize = 64 << 10;
 
 fn main() -> ExitCode {
-    forkyard::run(|_cx| {
-        Router::new()
-            .route("/method", any(async |method: Method| method.to_string()))
-            .route("/target/{*rest}", any(async |uri: Uri| uri.to_string()))
-            .route("/path/{*rest}", any(path))
-            .route("/header/{name}", any(header_of))
-            .route("/variable/{name}", any(variable))
-            .route("/echo", any(async |body: Body| body))
-            .route("/whole", any(async |body: Bytes| body))
-            .route("/sum", any(sum))
-            .route("/empty", any(async || StatusCode::OK))
-            .route("/early", any(async || "the body was not read\n"))
-            .route("/status/{code}", any(status))
-            .route("/not-modified", any(not_modified))
-            .route("/repeat", any(repeat))
-            .route("/odd", any(odd))
-            .route("/redirect", any(async || (StatusCode::SEE_OTHER, [(header::LOCATION, "/there?a=%20b")])))
-            .route("/long/{length}", any(long))
-            .route("/bytes/{length}", any(async |Path(length): Path<u64>| Body::new(Bytes64 { left: length })))
-            .route("/stream/{length}", any(stream))
-            .route("/gate/{port}", any(gate))
-            .route("/upgrade", any(upgrade))
-            .route("/switch", any(async || (StatusCode::SWITCHING_PROTOCOLS, [(header::UPGRADE, "echo")])))
-            .route("/switch-to-nothing", any(async || StatusCode::SWITCHING_PROTOCOLS))
-    })
+    forkyard::run(|_cx| App(router()))
+}
+
+/// The routes, and what axum would put right.
+#[derive(Clone)]
+struct App(Router);
+
+impl Service<Request<forkyard::Body>> for App {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<forkyard::Body>) -> Self::Future {
+        let (path, query) = (request.uri().path(), request.uri().query().unwrap_or_default());
+        let response = if path == "*" {
+            format!("{} *", request.method()).into_response()
+        } else if let Some(status) = path.strip_prefix("/raw/") {
+            raw(status, query, Body::from("body\n"))
+        } else if let Some(status) = path.strip_prefix("/raw-stream/") {
+            let pieces = ["body", "\n"].map(|piece| Ok::<_, Infallible>(Bytes::from_static(piece.as_bytes())));
+            raw(status, query, Body::from_stream(futures_util::stream::iter(pieces)))
+        } else {
+            return Box::pin(self.0.call(request));
+        };
+        Box::pin(std::future::ready(Ok(response)))
+    }
+}
+
+/// A response with this status, the headers of the query and a body, whether these go together or not.
+fn raw(status: &str, query: &str, body: Body) -> Response {
+    let mut response = Response::new(body);
+    *response.status_mut() = status.parse().unwrap_or(StatusCode::BAD_REQUEST);
+    for (name, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
+        match (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_bytes(&decoded(value))) {
+            (Ok(name), Ok(value)) => response.headers_mut().append(name, value),
+            _ => return (StatusCode::INTERNAL_SERVER_ERROR, "no header has such a value\n").into_response(),
+        };
+    }
+    response
+}
+
+/// Undoes percent-encoding.
+fn decoded(text: &str) -> Vec<u8> {
+    let mut pieces = text.split('%');
+    let mut bytes = pieces.next().unwrap_or_default().as_bytes().to_vec();
+    for piece in pieces {
+        let (code, rest) = piece.split_at_checked(2).unwrap_or((piece, ""));
+        bytes.extend(u8::from_str_radix(code, 16));
+        bytes.extend(rest.as_bytes());
+    }
+    bytes
+}
+
+fn router() -> Router {
+    Router::new()
+        .route("/method", any(async |method: Method| method.to_string()))
+        .route("/target/{*rest}", any(async |uri: Uri| uri.to_string()))
+        .route("/path/{*rest}", any(path))
+        .route("/header/{name}", any(header_of))
+        .route("/variable/{name}", any(variable))
+        .route("/echo", any(async |body: Body| body))
+        .route("/whole", any(async |body: Bytes| body))
+        .route("/sum", any(sum))
+        .route("/empty", any(async || StatusCode::OK))
+        .route("/early", any(async || "the body was not read\n"))
+        .route("/status/{code}", any(status))
+        .route("/not-modified", any(not_modified))
+        .route("/repeat", any(repeat))
+        .route("/odd", any(odd))
+        .route("/redirect", any(async || (StatusCode::SEE_OTHER, [(header::LOCATION, "/there?a=%20b")])))
+        .route("/long/{length}", any(long))
+        .route("/bytes/{length}", any(async |Path(length): Path<u64>| Body::new(Bytes64 { left: length })))
+        .route("/stream/{length}", any(stream))
+        .route("/gate/{port}", any(gate))
+        .route("/upgrade", any(upgrade))
+        .route("/switch", any(async || (StatusCode::SWITCHING_PROTOCOLS, [(header::UPGRADE, "echo")])))
+        .route("/switch-to-nothing", any(async || StatusCode::SWITCHING_PROTOCOLS))
 }
 
 /// The script's name and the path behind it, decoded by the web server; the URI's path where there are no variables.

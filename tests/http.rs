@@ -221,6 +221,22 @@ fn a_client_that_expects_to_be_asked_is_asked() {
 }
 
 #[test]
+fn a_client_of_http_1_0_gets_no_chunks() {
+    let mut server = start("scenarios", &[]);
+    for (target, length) in [("/stream/1000", None), ("/bytes/1000", Some("1000"))] {
+        for keep in ["", "Connection: keep-alive\r\n"] {
+            let mut client = Client::connect(&server.http()).unwrap();
+            let head = format!("GET {target} HTTP/1.0\r\n{keep}\r\n");
+            client.stream.get_mut().write_all(head.as_bytes()).unwrap();
+            let response = client.response(false).unwrap();
+            assert_eq!((response.status, response.body.len()), (200, 1000), "{target}");
+            assert_eq!((response.header("transfer-encoding"), response.header("content-length")), (None, length));
+        }
+    }
+    server.stop();
+}
+
+#[test]
 fn trailers_go_both_ways() {
     let mut server = start("mirror", &[]);
     for (te, sent) in [("TE: trailers\r\n", true), ("", false)] {
@@ -395,10 +411,11 @@ fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
         client.stream.get_mut().write_all(then.as_bytes()).unwrap();
         client
     });
-    for mut client in clients {
-        let mut rest = Vec::new();
-        let _ = client.stream.read_to_end(&mut rest);
-        assert!(rest.is_empty(), "{}", String::from_utf8_lossy(&rest));
+    for (mut client, (_, then)) in clients.into_iter().zip(cases) {
+        let mut rest = String::new();
+        let _ = client.stream.read_to_string(&mut rest);
+        let is_answered = rest.starts_with("HTTP/1.1 408 ");
+        assert!(if then.is_empty() { rest.is_empty() } else { is_answered }, "{then:?}: {rest}");
     }
     let count = |what: &str| server.log().matches(&format!("it took too long: {what}")).count();
     let counts = || Some((count("idle"), count("sending the head of a request")));

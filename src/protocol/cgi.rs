@@ -261,7 +261,8 @@ fn percent_encode(out: &mut BytesMut, bytes: &[u8], plain: impl Fn(u8) -> bool) 
 
 /// Whether a response of this status ends with its head (RFC 9110, section 6.4.1).
 pub(crate) fn has_no_body(status: StatusCode) -> bool {
-    matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) || status.is_informational()
+    matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED)
+        || status.is_informational()
 }
 
 /// Writes a response's head (6.3): the status always, since some servers do not know that `Location` means a
@@ -269,6 +270,8 @@ pub(crate) fn has_no_body(status: StatusCode) -> bool {
 /// (HAProxy) makes a 302 of every response that has it after. What belongs to one HTTP connection only is left out.
 pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &HeaderMap, length: Option<u64>) {
     out.reserve(64 + headers.len() * 48);
+    // Of these names too (RFC 9110, section 7.6.1). As a rule there are none.
+    let options: Vec<&HeaderValue> = headers.get_all(header::CONNECTION).iter().collect();
     if let Some(location) = headers.get(header::LOCATION) {
         out.put_slice(b"location: ");
         out.put_slice(location.as_bytes());
@@ -280,11 +283,18 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
     out.put_slice(b"\r\n");
     for (name, value) in headers {
-        let of_one_connection = matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE);
-        // A response that has no body has no length (RFC 9110, section 8.6).
-        let of_no_body = status == StatusCode::NO_CONTENT && *name == header::CONTENT_LENGTH;
         // To a server a header of the name status is the status.
-        if of_one_connection || of_no_body || name == header::LOCATION || name == "keep-alive" || name == "status" {
+        if is_of_one_connection(name) || *name == header::LOCATION || name == "status" {
+            continue;
+        }
+        // A response that has no body has no length (RFC 9110, section 8.6).
+        if status == StatusCode::NO_CONTENT && *name == header::CONTENT_LENGTH {
+            continue;
+        }
+        if options
+            .iter()
+            .any(|option| option.as_bytes().split(|&byte| byte == b',').any(|option| is_named(name, option)))
+        {
             continue;
         }
         match name.as_str().strip_prefix("variable-") {
@@ -305,6 +315,16 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
         out.put_slice(b"\r\n");
     }
     out.put_slice(b"\r\n");
+}
+
+/// Whether a header is about the connection to the server's client, and so the server's to send (6.3.4; RFC 9110, section 7.6.1).
+fn is_of_one_connection(name: &HeaderName) -> bool {
+    matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE | header::TE | header::TRAILER)
+        || matches!(name.as_str(), "keep-alive" | "proxy-connection")
+}
+
+fn is_named(name: &HeaderName, option: &[u8]) -> bool {
+    option.trim_ascii().eq_ignore_ascii_case(name.as_str().as_bytes())
 }
 
 #[cfg(test)]

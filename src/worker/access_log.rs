@@ -5,7 +5,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -208,6 +208,13 @@ impl Entry {
             status: None,
             bytes: 0,
         })
+    }
+
+    /// Of a request that could not be read.
+    pub(super) fn of_unread(log: &Rc<AccessLog>, protocol: Protocol, from: Option<SocketAddr>) -> Box<Self> {
+        let mut entry = Self::begin::<()>(log, protocol, None);
+        entry.address = from.map(|from| from.ip());
+        entry
     }
 
     /// There is a response.

@@ -8,31 +8,34 @@
 //! body, and [`OUTBOX_LIMIT`] of output. When a body is not read, the connection stops reading; when the
 //! peer does not read, the responses wait.
 
+mod exchange;
+
 use std::future::{Future as _, poll_fn};
 use std::io;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body as HttpBody;
-use pin_project_lite::pin_project;
 use tower_service::Service;
 
+use self::exchange::{Exchange, Work};
 use super::closing;
 use super::drain::{Asked, Drain};
 use super::outbox::Outbox;
-use super::serve::{Answer, Application, BoxError, Served};
+use super::serve::{Answer, Application, BoxError};
 use super::socket::Socket;
 use crate::body::{Body, FilterData, pipe};
 use crate::heir::ledger::Entry;
 use crate::listen::Protocol;
 use crate::protocol::cgi::{self, Origin};
-use crate::protocol::fastcgi::{self, Decoder, Event, Fault, LARGEST_CONTENT, RequestId};
+use crate::protocol::fastcgi::{self, Decoder, Event, Fault, RequestId};
 use crate::protocol::params::Params;
-use crate::protocol::role::{AppStatus, Role};
+use crate::protocol::role::Role;
 use crate::pulse::Pulse;
 
 /// Output that may wait on a connection before its responses do.
@@ -41,7 +44,7 @@ pub(super) const OUTBOX_LIMIT: usize = 64 << 10;
 const REPLIES_LIMIT: usize = 1 << 20;
 
 /// Serves one connection to its end.
-pub(crate) async fn serve<S, B>(socket: Socket, application: Rc<Application<S>>, drain: Drain)
+pub(crate) async fn serve<S, B>(socket: Socket, from: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
@@ -52,6 +55,7 @@ where
     socket.pulse().set_knows_heads();
     let mut connection = Connection {
         socket,
+        from,
         input: BytesMut::new(),
         decoder: Decoder::new(limits.max_params, limits.max_multiplexed),
         outbox: Outbox::default(),
@@ -103,6 +107,8 @@ enum Outcome {
 
 struct Connection<S: Service<Request<Body>>, B> {
     socket: Socket,
+    /// Who is at its other end.
+    from: Option<SocketAddr>,
     input: BytesMut,
     decoder: Decoder,
     outbox: Outbox,
@@ -128,34 +134,6 @@ struct Connection<S: Service<Request<Body>>, B> {
     unread: bool,
     /// The peer took too long: what it still sends interests nobody.
     deaf: bool,
-}
-
-/// A request and its response.
-struct Exchange<S: Service<Request<Body>>, B> {
-    id: RequestId,
-    entry: Entry,
-    /// Something of its response is in the outbox, or was.
-    has_begun: bool,
-    keep_connection: bool,
-    is_head: bool,
-    /// Its body, while it lasts and somebody may read it.
-    stdin: Option<pipe::Writer>,
-    /// A filter's file, likewise.
-    data: Option<pipe::Writer>,
-    app_status: u32,
-    /// Stays where it is, and serves the next exchange too.
-    work: Pin<Box<Work<S, B>>>,
-}
-
-pin_project! {
-    #[project = Working]
-    enum Work<S: Service<Request<Body>>, B> {
-        Answering { #[pin] answer: Answer<S> },
-        Sending { #[pin] body: Served<B> },
-        Ended,
-        /// The response broke off. Nothing more is said of it until the connection is closed.
-        BrokenOff,
-    }
 }
 
 impl<S, B> Connection<S, B>
@@ -306,7 +284,13 @@ where
                 (self.deaf, self.closing) = (true, true);
                 Ok(Poll::Pending)
             }
-            Poll::Ready(Err(error)) => Err(error),
+            Poll::Ready(Err(error)) => {
+                if error.kind() == io::ErrorKind::TimedOut && !(self.input.is_empty() && self.decoder.is_idle()) {
+                    let why = "parameters that did not come within --header-timeout";
+                    self.application.turned_away(Protocol::FastCgi, StatusCode::REQUEST_TIMEOUT, self.from, why);
+                }
+                Err(error)
+            }
         }
     }
 
@@ -315,7 +299,8 @@ where
         let mut any = false;
         loop {
             let event = self.decoder.decode(&mut self.input).map_err(|error| {
-                log::warn!("closing a FastCGI connection: the peer sent {error}");
+                let why = format!("the connection is closed, the peer sent {error}");
+                self.application.turned_away(Protocol::FastCgi, StatusCode::BAD_REQUEST, self.from, why);
                 io::Error::other(error)
             })?;
             let Some(event) = event else {
@@ -364,11 +349,13 @@ where
         match event {
             Event::Request { id, keep_connection, role, params } => self.begin(id, keep_connection, role, params),
             Event::BadRequest { id, keep_connection, fault } => {
-                let status = match fault {
-                    Fault::ParamsTooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-                    Fault::ParamsMalformed => StatusCode::BAD_REQUEST,
+                let (status, why) = match fault {
+                    Fault::ParamsTooLong => {
+                        (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "parameters larger than --max-params")
+                    }
+                    Fault::ParamsMalformed => (StatusCode::BAD_REQUEST, "parameters that cannot be read"),
                 };
-                self.refuse(id, keep_connection, status);
+                self.refuse(id, keep_connection, status, why);
             }
             Event::Stdin { id, bytes } => {
                 if let Some(stdin) = self.exchange(id).and_then(|exchange| exchange.stdin.as_ref()) {
@@ -433,8 +420,7 @@ where
         let mut request = match made {
             Ok(request) => request,
             Err(error) => {
-                log::warn!("a FastCGI request was refused: {error}");
-                return self.refuse(id, keep_connection, StatusCode::BAD_REQUEST);
+                return self.refuse(id, keep_connection, StatusCode::BAD_REQUEST, error.to_string());
             }
         };
         let data = give_role(&mut request, role, self.socket.pulse());
@@ -448,10 +434,10 @@ where
         }
     }
 
-    fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode) {
+    fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode, why: impl Into<String>) {
         self.socket.pulse().request_came();
         let entry = self.enter(id, keep_connection, false);
-        let answer = self.application.refuse(Protocol::FastCgi, status);
+        let answer = self.application.refuse(Protocol::FastCgi, status, self.from, why);
         self.start(id, entry, keep_connection, answer);
     }
 
@@ -485,113 +471,4 @@ fn give_role(request: &mut Request<Body>, role: Role, pulse: &Arc<Pulse>) -> Opt
     let (writer, reader) = pipe::pipe();
     request.extensions_mut().insert(FilterData::new(Body::stdin(reader, length, u64::MAX).with_pulse(pulse)));
     Some(writer)
-}
-
-impl<S, B> Exchange<S, B>
-where
-    S: Service<Request<Body>, Response = Response<B>>,
-    S::Error: Into<BoxError>,
-    B: HttpBody,
-    B::Error: Into<BoxError>,
-{
-    /// Goes on until it waits for something, has ended, or has filled the output.
-    ///
-    /// # Errors
-    /// If the response broke off, which has been logged: only closing the connection tells the peer.
-    fn poll(
-        &mut self,
-        context: &mut Context<'_>,
-        pulse: &Arc<Pulse>,
-        outbox: &mut Outbox,
-        head: &mut BytesMut,
-    ) -> io::Result<()> {
-        while outbox.len() < OUTBOX_LIMIT {
-            match self.work.as_mut().project() {
-                Working::Answering { answer } => {
-                    let Poll::Ready(mut response) = answer.poll(context) else { return Ok(()) };
-                    response.body_mut().tell(pulse);
-                    self.send_head(response, context, outbox, head)?;
-                }
-                Working::Sending { mut body } => match body.as_mut().poll_frame(context) {
-                    Poll::Pending => return Ok(()),
-                    Poll::Ready(Some(frame)) => {
-                        if let Ok(data) = frame.map_err(io::Error::other)?.into_data() {
-                            let ended = body.is_end_stream();
-                            self.send(data, outbox);
-                            if ended {
-                                self.end(outbox);
-                            }
-                        }
-                    }
-                    Poll::Ready(None) => self.end(outbox),
-                },
-                Working::Ended | Working::BrokenOff => return Ok(()),
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends the head, and in the same record as much of the body as is there already.
-    fn send_head(
-        &mut self,
-        response: Response<Served<B>>,
-        context: &mut Context<'_>,
-        outbox: &mut Outbox,
-        head: &mut BytesMut,
-    ) -> io::Result<()> {
-        let (parts, body) = response.into_parts();
-        self.app_status = parts.extensions.get().map_or(0, |&AppStatus(status)| status);
-        let status = parts.status;
-        let bodiless = cgi::has_no_body(status);
-        let length = body.size_hint().exact().filter(|_| !bodiless);
-        head.clear();
-        cgi::response_head(head, status, &parts.headers, length);
-
-        let mut first = Bytes::new();
-        let mut ended = bodiless || self.is_head || body.is_end_stream();
-        self.work.set(Work::Sending { body });
-        if let Working::Sending { mut body } = self.work.as_mut().project()
-            && !ended
-        {
-            match body.as_mut().poll_frame(context) {
-                Poll::Ready(Some(frame)) => {
-                    first = frame.map_err(io::Error::other)?.into_data().unwrap_or_default();
-                    ended = body.is_end_stream();
-                }
-                Poll::Ready(None) => ended = true,
-                Poll::Pending => {}
-            }
-        }
-        if head.len() > LARGEST_CONTENT {
-            self.send(head.split().freeze(), outbox);
-        } else {
-            let with_head = first.split_to(first.len().min(LARGEST_CONTENT - head.len()));
-            fastcgi::stdout_header(outbox.tail(), self.id, head.len() + with_head.len());
-            outbox.tail().extend_from_slice(head);
-            outbox.push(with_head);
-        }
-        self.send(first, outbox);
-        if ended {
-            self.end(outbox);
-        }
-        Ok(())
-    }
-
-    fn send(&self, mut data: Bytes, outbox: &mut Outbox) {
-        while !data.is_empty() {
-            let content = data.split_to(data.len().min(LARGEST_CONTENT));
-            fastcgi::stdout_header(outbox.tail(), self.id, content.len());
-            outbox.push(content);
-        }
-    }
-
-    fn end(&mut self, outbox: &mut Outbox) {
-        fastcgi::stdout_end(outbox.tail(), self.id, self.app_status);
-        self.end_now();
-    }
-
-    fn end_now(&mut self) {
-        self.work.set(Work::Ended);
-        (self.stdin, self.data) = (None, None);
-    }
 }

@@ -11,14 +11,16 @@ mod upgrade;
 use std::convert::Infallible;
 use std::error::Error;
 use std::future::{Future, poll_fn};
+use std::io;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::header::{self, HeaderValue};
-use http::{Request, Response, Version};
+use http::header::{self, HeaderMap, HeaderValue};
+use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -27,6 +29,7 @@ use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
+use tokio::io::AsyncWriteExt as _;
 use tokio::sync::oneshot;
 use tower_service::Service;
 
@@ -44,7 +47,7 @@ use crate::config::Limits;
 use crate::heir::ledger::Tongue;
 use crate::listen::Protocol;
 use crate::protocol::cgi::Origin;
-use crate::pulse::Wait;
+use crate::pulse::{Stage, Wait};
 
 /// Bytes of a request's body that may be on their way in one stream of HTTP/2, and in all streams of a connection.
 const WINDOWS: (u32, u32) = (64 << 10, 1 << 20);
@@ -53,6 +56,8 @@ const SEND_BUFFER: usize = 64 << 10;
 /// Streams that a client has reset and the application has not yet heard of; and those that we had to reset. Beyond that
 /// the connection is closed: whoever does so at length wants to keep us busy (CVE-2023-44487).
 const RESETS: (usize, usize) = (20, 128);
+/// How the first record of a TLS connection begins: a handshake, version 3 (RFC 8446, section 5.1).
+const TLS_HANDSHAKE: &[u8] = &[0x16, 0x03];
 /// Headers that hyper's parser has room for without asking for memory. More cost two allocations a request.
 const ROOM_FOR_HEADERS: usize = 100;
 
@@ -65,6 +70,7 @@ where
     B::Error: Into<BoxError>,
 {
     let limits = application.limits;
+    let from = origin.address;
     let first_bytes = tokio::select! {
         biased;
         read = opening::speaks_http2(&mut socket) => read,
@@ -72,8 +78,12 @@ where
     };
     let is_http2 = match first_bytes {
         Ok(is_http2) => is_http2,
+        Err(error) if error.kind() == io::ErrorKind::TimedOut && !socket.early().is_empty() => {
+            return time_out(socket, &application, from).await;
+        }
         Err(error) => return log::debug!("an HTTP connection ended: {error}"),
     };
+    let begins_as_tls = socket.early().starts_with(TLS_HANDSHAKE);
     let (pulse, account) = (Arc::clone(socket.pulse()), *socket.account());
     if is_http2 {
         pulse.set_knows_heads();
@@ -83,8 +93,11 @@ where
     let socket = TokioIo::new(socket);
     let requests = Rc::new(Requests::new(limits.max_requests_per_connection, pulse, account));
     let ends = Ends { drain: drain.clone(), idle: limits.timeouts.upgraded };
-    let connection = Rc::new(Connection { application, origin, requests: Rc::clone(&requests), ends: ends.clone() });
+    let connection =
+        Connection { application: Rc::clone(&application), origin, requests: Rc::clone(&requests), ends: ends.clone() };
+    let connection = Rc::new(connection);
     let answer = service_fn(move |request| Rc::clone(&connection).answer(request));
+    let mut unread = None;
     let ended = if is_http2 {
         let connection = Box::pin(http2_settings(&limits).serve_connection(socket, answer));
         until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
@@ -110,10 +123,24 @@ where
             let Parts { io, read_buf, .. } = connection.into_parts();
             return taken.carry(io.into_inner(), read_buf, &ends).await;
         }
+        if ended.as_ref().is_err_and(is_timeout) && requests.pulse().stage() == Stage::Head {
+            return time_out(connection.into_parts().io.into_inner(), &application, from).await;
+        }
+        if ended.as_ref().is_err_and(|error| refused(error).is_some()) {
+            unread = Some(connection.into_parts().io.into_inner());
+        }
         ended
     };
     if let Err(error) = ended {
+        if let Some((status, why)) = refused(&error) {
+            let is_tls = begins_as_tls && requests.are_none();
+            let why = if is_tls { "a TLS handshake on a port that speaks plain HTTP".to_owned() } else { why };
+            application.turned_away(Protocol::Http, status, from, why);
+        }
         log::debug!("an HTTP connection ended: {}", with_causes(&error));
+    }
+    if let Some(socket) = unread {
+        linger(socket).await;
     }
 }
 
@@ -150,6 +177,45 @@ where
     }
 }
 
+/// A head that has come in part only is answered, too late or not.
+async fn time_out<S>(mut socket: Socket, application: &Application<S>, from: Option<SocketAddr>) {
+    let why = "a head that did not come within --header-timeout";
+    application.turned_away(Protocol::Http, StatusCode::REQUEST_TIMEOUT, from, why);
+    let date = jiff::Timestamp::now().strftime("%a, %d %b %Y %H:%M:%S GMT");
+    let text = "408 Request Timeout\n";
+    let head = format!(
+        "HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: {}\r\ndate: {date}\r\n\r\n{text}",
+        text.len()
+    );
+    if socket.write_all(head.as_bytes()).await.is_ok() {
+        linger(socket).await;
+    }
+}
+
+/// Whether a connection ended because its client took too long.
+fn is_timeout(error: &hyper::Error) -> bool {
+    let causes = std::iter::successors(error.source(), |&error| error.source());
+    let mut errors = causes.filter_map(|error| error.downcast_ref::<io::Error>());
+    errors.any(|error| error.kind() == io::ErrorKind::TimedOut)
+}
+
+/// If hyper has refused a request by itself, or broken off for what the client sent: with which status, and why.
+fn refused(error: &hyper::Error) -> Option<(StatusCode, String)> {
+    let text = with_causes(error);
+    if error.is_parse_too_large() {
+        // hyper has one word for both.
+        return Some(if text.contains("URI") {
+            (StatusCode::URI_TOO_LONG, "a target longer than --max-uri can be".to_owned())
+        } else {
+            let why = "a head larger than --max-params, or with more headers than --max-headers";
+            (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, why.to_owned())
+        });
+    }
+    // Over HTTP/2 the client breaks off as well: "received".
+    let is_clients = error.is_parse() || text.contains("connection error detected");
+    is_clients.then_some((StatusCode::BAD_REQUEST, text))
+}
+
 /// hyper's errors name the layer; what happened is in their sources.
 fn with_causes(error: &dyn Error) -> String {
     let causes = std::iter::successors(error.source(), |&error| error.source());
@@ -174,7 +240,8 @@ fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
         .initial_connection_window_size(WINDOWS.1)
         .max_send_buf_size(SEND_BUFFER)
         .max_concurrent_streams(u32::try_from(limits.max_multiplexed).unwrap_or(u32::MAX))
-        .max_header_list_size(u32::try_from(limits.max_params).unwrap_or(u32::MAX))
+        // h2 answers what is larger by itself, and nobody hears of it: so that is left to [`Application::answer`], up to this.
+        .max_header_list_size(u32::try_from(limits.max_params.saturating_mul(2)).unwrap_or(u32::MAX))
         .max_pending_accept_reset_streams(RESETS.0)
         .max_local_error_reset_streams(RESETS.1)
         .enable_connect_protocol();
@@ -272,9 +339,8 @@ where
                     self.application.answer(Protocol::Http, request).offering(switch)
                 }
                 Err(refusal) => {
-                    log::debug!("an HTTP request was refused: {}", refusal.why);
                     under_way.is_last = true;
-                    self.application.refuse(Protocol::Http, refusal.status)
+                    self.application.refuse(Protocol::Http, refusal.status, self.origin.address, refusal.why)
                 }
             };
             let mut response = answer.await;
@@ -283,8 +349,10 @@ where
                 return Ok(self.switch(response, offer, under_way));
             }
             under_way.offers_upgrade(false);
-            if under_way.is_last && !is_http2 {
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            if is_http2 {
+                response.headers_mut().remove(header::TE); // hyper removes the others, and h2 would reset the stream for this
+            } else {
+                set_connection(response.headers_mut(), under_way.is_last);
             }
             under_way.enter_response(&response);
             response.body_mut().tell(self.requests.pulse());
@@ -312,6 +380,17 @@ where
             }
         }
         Response::from_parts(head, Reply { body, room: None, under_way: None })
+    }
+}
+
+/// Says in `Connection` what goes with the response.
+fn set_connection(headers: &mut HeaderMap, is_last: bool) {
+    // RFC 9110, section 7.8.
+    if headers.contains_key(header::UPGRADE) && !headers.contains_key(header::CONNECTION) {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+    if is_last {
+        headers.append(header::CONNECTION, HeaderValue::from_static("close"));
     }
 }
 

@@ -28,6 +28,7 @@ mod logs;
 mod opening;
 mod outbox;
 mod reclaim;
+mod refusals;
 mod reply;
 mod scgi;
 mod serve;
@@ -49,7 +50,7 @@ use std::sync::atomic::AtomicBool;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use ::http::{Request, Response};
+use ::http::{Request, Response, StatusCode};
 use forkyard_shm::{Cache, Pulse, Row, Scoreboard, Segment, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
@@ -68,7 +69,6 @@ use self::lifetime::Counted;
 use self::logs::Pipes;
 use self::serve::{Application, BoxError, Guard};
 use self::socket::Socket;
-use self::throttle::Throttle;
 use self::watchdog::Watchdog;
 use crate::body::Body;
 use crate::config::Config;
@@ -212,6 +212,7 @@ where
         hooks.on_drain(worker, config.drain_timeout);
         leave(&drain, &connections, &accepting, &*server).await;
         tasks.iter().for_each(JoinHandle::abort);
+        server.application.report_refusals();
         access_log.iter().for_each(|log| log.finish());
         log::debug!("drained slot={slot} passed_on={}", drain.passed_on());
         io::Result::Ok(())
@@ -377,16 +378,13 @@ struct Server<S> {
     crowd: Rc<Crowd>,
     /// Those whose connections begin with a PROXY header.
     proxy_protocol: Option<Peers>,
-    /// Connections from there that did not.
-    without_header: Rc<Throttle>,
 }
 
 impl<S> Server<S> {
     fn new(config: &Config, listeners: &[Listener], application: Rc<Application<S>>, drain: Drain) -> Self {
         let entrances = listeners.iter().map(|listener| Entrance::new(config, listener.protocol)).collect();
         let crowd = Crowd::new(config.limits.max_connections_per_address);
-        let (proxy_protocol, without_header) = (config.proxy_protocol.clone(), Rc::default());
-        Self { application, drain, entrances, crowd, proxy_protocol, without_header }
+        Self { application, drain, entrances, crowd, proxy_protocol: config.proxy_protocol.clone() }
     }
 }
 
@@ -409,7 +407,7 @@ where
         let (address, is_admitted) = (arrival.origin.address(), arrival.origin.is_admitted());
         let ip = address.map(|address| address.ip());
         let sends_proxy_header = !is_admitted && self.proxy_protocol.as_ref().is_some_and(|peers| peers.contain(ip));
-        let (crowd, without_header) = (Rc::clone(&self.crowd), Rc::clone(&self.without_header));
+        let crowd = Rc::clone(&self.crowd);
         let permitted = is_admitted || entrance.is_some_and(|entrance| entrance.door.permits(address));
         let mut origin = Origin::of_http(address, arrival.origin.is_tls());
         async move {
@@ -424,10 +422,20 @@ where
                     () = drain.wait_to_move() => return drain.hand_over(socket, &[]).await,
                 };
                 if let Err(error) = reading {
-                    // Its own end is nothing to speak of.
-                    let is_wrong = error.kind() == io::ErrorKind::Other;
-                    if let Some(count) = is_wrong.then(|| without_header.add(1)).flatten() {
-                        log::warn!("closed a connection of a load balancer (--proxy-protocol): {error} count={count}");
+                    match error.kind() {
+                        io::ErrorKind::Other => application.turned_away(
+                            protocol,
+                            StatusCode::BAD_REQUEST,
+                            address,
+                            format!("a PROXY header that cannot be read (--proxy-protocol): {error}"),
+                        ),
+                        io::ErrorKind::TimedOut => application.turned_away(
+                            protocol,
+                            StatusCode::REQUEST_TIMEOUT,
+                            address,
+                            "a PROXY header that did not come within --header-timeout",
+                        ),
+                        _ => {}
                     }
                     return log::debug!("a connection ended before it began: {error}");
                 }
@@ -440,8 +448,8 @@ where
                 socket.account().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
             }
             match protocol {
-                Protocol::FastCgi => fastcgi::serve(socket, application, drain).await,
-                Protocol::Scgi => scgi::serve(socket, application, drain).await,
+                Protocol::FastCgi => fastcgi::serve(socket, origin.address, application, drain).await,
+                Protocol::Scgi => scgi::serve(socket, origin.address, application, drain).await,
                 Protocol::Http => http::serve(socket, origin, application, drain).await,
             }
         }

@@ -11,6 +11,7 @@
 
 use std::future::{Future as _, poll_fn};
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -42,7 +43,7 @@ use crate::protocol::scgi::{Decoder, Error, Event};
 const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 
 /// Serves one connection to its end.
-pub(crate) async fn serve<S, B>(socket: Socket, application: Rc<Application<S>>, drain: Drain)
+pub(crate) async fn serve<S, B>(socket: Socket, from: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
@@ -51,6 +52,7 @@ where
 {
     let mut connection = Connection {
         socket,
+        from,
         input: BytesMut::new(),
         read_size: READ_SIZES.0,
         rest: Rest::Coming,
@@ -83,6 +85,8 @@ where
 
 struct Connection<S: Service<Request<Body>>, B> {
     socket: Socket,
+    /// Who is at its other end.
+    from: Option<SocketAddr>,
     input: BytesMut,
     read_size: usize,
     rest: Rest,
@@ -260,6 +264,10 @@ where
 
     fn stream_ended(&mut self) -> io::Result<()> {
         if matches!(self.state, State::Reading) {
+            if self.socket.pulse().has_expired() && !self.is_untouched() {
+                let why = "a head that did not come within --header-timeout";
+                self.application.turned_away(Protocol::Scgi, StatusCode::REQUEST_TIMEOUT, self.from, why);
+            }
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         self.rest = Rest::Nothing;
@@ -291,14 +299,14 @@ where
                     }
                 }
                 Err(error) => {
-                    log::warn!("an SCGI request was refused: the peer sent {error}");
                     self.rest = Rest::Coming; // whatever it is
-                    self.refuse(match error {
+                    let status = match error {
                         Error::TooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
                         Error::Size | Error::Comma | Error::Strings | Error::Length | Error::Version => {
                             StatusCode::BAD_REQUEST
                         }
-                    });
+                    };
+                    self.refuse(status, format!("the peer sent {error}"));
                 }
             }
             any = true;
@@ -326,9 +334,8 @@ where
         let mut request = match made {
             Ok(request) => request,
             Err(error) => {
-                log::warn!("an SCGI request was refused: {error}");
                 self.stdin = None;
-                return self.refuse(StatusCode::BAD_REQUEST);
+                return self.refuse(StatusCode::BAD_REQUEST, error.to_string());
             }
         };
         let is_head = request.method() == Method::HEAD;
@@ -338,10 +345,10 @@ where
         self.state = State::Answering { answer, is_head };
     }
 
-    fn refuse(&mut self, status: StatusCode) {
+    fn refuse(&mut self, status: StatusCode, why: impl Into<String>) {
         self.enter(false);
         self.socket.pulse().request_came();
-        let answer = Box::pin(self.application.refuse(Protocol::Scgi, status));
+        let answer = Box::pin(self.application.refuse(Protocol::Scgi, status, self.from, why));
         self.state = State::Answering { answer, is_head: false };
     }
 

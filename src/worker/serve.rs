@@ -3,8 +3,12 @@
 //! Around the user's service stand here, once for all protocols: the scoreboard, the limit of a body, the panic
 //! that costs one 500, and the length that a response promises.
 
+mod response;
+mod served;
+
 use std::cell::{Cell, RefCell};
 use std::error::Error;
+use std::net::SocketAddr;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
@@ -13,23 +17,27 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use forkyard_shm::{InFlight, Quarantine, Row, request_text};
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body::{Body as HttpBody, Frame, SizeHint};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http_body::{Body as HttpBody, Frame};
 use pin_project_lite::pin_project;
 use tokio::time::Sleep;
 use tower_service::Service;
 
+pub(crate) use self::response::Switch;
+use self::response::{is_event_stream, prepare_switch, promised, without_body};
+pub(crate) use self::served::Served;
 use super::access_log::{AccessLog, Entry};
+use super::refusals::Refusals;
 use super::throttle::Throttle;
-use crate::body::{Body, BodyError, Trouble};
+use crate::body::{Body, Trouble};
 use crate::config::failures::QuarantineBy;
 use crate::config::{Limits, Trust};
 use crate::listen::Protocol;
-use crate::protocol::cgi::{self, Origin};
+use crate::protocol::cgi::Origin;
 use crate::protocol::forwarded;
-use crate::pulse::{Pulse, Wait};
+use crate::pulse::Wait;
 use crate::queue_time::BeginBy;
 use crate::suspect::Suspect;
 use crate::{at_work, blocking, buffered, events, queue_time};
@@ -48,6 +56,7 @@ pub(crate) struct Application<S> {
     access_log: Option<Rc<AccessLog>>,
     /// For want of memory.
     refused: Throttle,
+    refusals: Rc<Refusals>,
 }
 
 /// What a worker that serves more than one request is guarded against.
@@ -64,7 +73,8 @@ pub(crate) struct Guard {
 
 impl<S> Application<S> {
     pub(crate) fn new(service: S, row: Row, limits: Limits, trust: Option<Trust>) -> Self {
-        Self { service, row, limits, trust, guard: Guard::default(), access_log: None, refused: Throttle::default() }
+        let (guard, refused, refusals) = (Guard::default(), Throttle::default(), Rc::default());
+        Self { service, row, limits, trust, guard, access_log: None, refused, refusals }
     }
 
     pub(crate) fn guarded(self, guard: Guard) -> Self {
@@ -93,36 +103,32 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
     /// Has the application answer; if it fails or panics, answers for it.
     pub(crate) fn answer(&self, protocol: Protocol, mut request: Request<Body>) -> Answer<S> {
         let is_trusted = self.trust.as_ref().is_some_and(|trust| believe(trust, &mut request));
+        let is_head = request.method() == Method::HEAD;
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         let in_flight = Serving {
             in_flight: self.row.begin(request.method().as_str(), target),
             entry: self.access_log.as_ref().map(|log| Entry::begin(log, protocol, Some(&request))),
             kind: Kind::Answer,
         };
-        if target.len() > self.limits.max_uri {
-            return Answer::refused(StatusCode::URI_TOO_LONG, in_flight);
-        }
-        if request.headers().len() > self.limits.max_headers {
-            return Answer::refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, in_flight);
-        }
-        if request.body().size_hint().lower() > self.limits.max_body {
-            return Answer::refused(StatusCode::PAYLOAD_TOO_LARGE, in_flight);
+        if let Some((status, why)) = self.beyond_limits(&request, protocol) {
+            let from = request.extensions().get::<Origin>().and_then(|origin| origin.address);
+            self.refusals.note(protocol, status, from, why);
+            return Answer::refused(status, in_flight).to(is_head);
         }
         if let Some(left) = self.guard.refuses(request.method(), target) {
-            return Answer::put_off(left, in_flight);
+            return Answer::put_off(left, in_flight).to(is_head);
         }
         if buffered::is_full() {
             if let Some(count) = self.refused.add(1) {
                 log::warn!("requests got 503: too much memory is held for requests (--max-buffered) count={count}");
             }
-            return Answer::put_off(Duration::ZERO, in_flight);
+            return Answer::put_off(Duration::ZERO, in_flight).to(is_head);
         }
         if self.sheds() && !queue_time::admits(self.guard.max_queue_time, &mut request, is_trusted) {
             queue_time::count();
-            return Answer::put_off(Duration::ZERO, in_flight);
+            return Answer::put_off(Duration::ZERO, in_flight).to(is_head);
         }
         let trouble = request.body_mut().watch();
-        let is_head = request.method() == Method::HEAD;
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
         let (switch, in_flight, deadline) = (Switch::No, Some(in_flight), self.guard.deadline());
         Answer { stage, is_head, switch, in_flight, trouble, deadline }
@@ -133,12 +139,64 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
         !self.guard.max_queue_time.is_zero()
     }
 
-    /// An answer that the application had no part in.
-    pub(crate) fn refuse(&self, protocol: Protocol, status: StatusCode) -> Answer<S> {
+    /// The limit of the configuration that a request goes beyond.
+    fn beyond_limits(&self, request: &Request<Body>, protocol: Protocol) -> Option<(StatusCode, &'static str)> {
+        let limits = &self.limits;
+        if request.uri().path_and_query().is_some_and(|target| target.as_str().len() > limits.max_uri) {
+            Some((StatusCode::URI_TOO_LONG, "a target longer than --max-uri"))
+        } else if request.headers().len() > limits.max_headers {
+            Some((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "more headers than --max-headers"))
+        } else if protocol == Protocol::Http
+            && request.version() == Version::HTTP_2
+            && length_of(request.headers()) > limits.max_params
+        {
+            Some((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers larger than --max-params"))
+        } else if request.body().size_hint().lower() > limits.max_body {
+            Some((StatusCode::PAYLOAD_TOO_LARGE, "a body larger than --max-body"))
+        } else {
+            None
+        }
+    }
+
+    /// Answers a request that no application gets to see, which came from `from`, or through a proxy there.
+    pub(crate) fn refuse(
+        &self,
+        protocol: Protocol,
+        status: StatusCode,
+        from: Option<SocketAddr>,
+        why: impl Into<String>,
+    ) -> Answer<S> {
+        self.refusals.note(protocol, status, from, why);
         let in_flight = self.row.begin("-", "-");
-        let entry = self.access_log.as_ref().map(|log| Entry::begin::<Body>(log, protocol, None));
+        let entry = self.access_log.as_ref().map(|log| Entry::of_unread(log, protocol, from));
         Answer::refused(status, Serving { in_flight, entry, kind: Kind::Answer })
     }
+}
+
+impl<S> Application<S> {
+    /// A request that could not be read was answered with this status by somebody else, or its connection was closed.
+    pub(crate) fn turned_away(
+        &self,
+        protocol: Protocol,
+        status: StatusCode,
+        from: Option<SocketAddr>,
+        why: impl Into<String>,
+    ) {
+        self.refusals.note(protocol, status, from, why);
+        if let Some(log) = &self.access_log {
+            Entry::of_unread(log, protocol, from).answered(status);
+        }
+    }
+
+    /// Logs what was refused and not logged yet.
+    pub(crate) fn report_refusals(&self) {
+        self.refusals.report();
+    }
+}
+
+/// Bytes of headers, as HTTP/2 counts them (RFC 9113, section 6.5.2).
+fn length_of(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
 }
 
 /// A request that is being served: its place in the scoreboard, and its line in the access log.
@@ -147,27 +205,6 @@ pub(crate) struct Serving {
     in_flight: InFlight,
     entry: Option<Box<Entry>>,
     kind: Kind,
-}
-
-/// Whether a request may turn its connection, or its stream, over to another protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Switch {
-    No,
-    /// By 101 (RFC 9110, section 7.8).
-    Upgrade,
-    /// By 2xx: extended CONNECT (RFC 8441).
-    Connect,
-}
-
-impl Switch {
-    /// Whether this is the answer that does it.
-    pub(crate) fn is_made_by(self, status: StatusCode) -> bool {
-        match self {
-            Self::No => false,
-            Self::Upgrade => status == StatusCode::SWITCHING_PROTOCOLS,
-            Self::Connect => status.is_success(),
-        }
-    }
 }
 
 /// What is sent.
@@ -247,6 +284,10 @@ impl<S: Service<Request<Body>>> Answer<S> {
         Self { stage, is_head: false, switch: Switch::No, in_flight, trouble: None, deadline: None }
     }
 
+    fn to(self, is_head: bool) -> Self {
+        Self { is_head, ..self }
+    }
+
     /// The application may switch protocols.
     pub(crate) fn offering(self, switch: Switch) -> Self {
         Self { switch, ..self }
@@ -301,6 +342,8 @@ impl<S, B> Future for Answer<S>
 where
     S: Service<Request<Body>, Response = Response<B>>,
     S::Error: Into<BoxError>,
+    B: HttpBody,
+    B::Error: Into<BoxError>,
 {
     type Output = Response<Served<B>>;
 
@@ -327,9 +370,9 @@ where
         let Some(mut in_flight) = answer.in_flight.take() else { return Poll::Pending };
         // Whatever the application made of it.
         if let Some(status) = answer.trouble.as_ref().and_then(|trouble| trouble.status()) {
-            return Poll::Ready(refusal(status, in_flight));
+            return Poll::Ready(without_body(refusal(status, in_flight), *answer.is_head));
         }
-        Poll::Ready(match outcome {
+        let response = match outcome {
             Ok(mut response) if answer.switch.is_made_by(response.status()) => {
                 if let Err(why) = prepare_switch(&mut response) {
                     log::error!("{why} request={:?}", in_flight.what());
@@ -354,8 +397,10 @@ where
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight) // no server takes it for an answer
             }
             Ok(mut response) => {
+                response::settle(&mut response, &in_flight);
                 in_flight.answered(response.status());
-                let left = if *answer.is_head { None } else { promised(&mut response, &in_flight) };
+                let promised = promised(&mut response, &in_flight);
+                let left = promised.filter(|_| !*answer.is_head);
                 if response.extensions().get::<events::EndsWithWorker>().is_some() {
                     in_flight.kind = Kind::Events(None);
                 }
@@ -381,51 +426,9 @@ where
                 log::error!("a request panicked: {panic} request={:?}", in_flight.what());
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
             }
-        })
+        };
+        Poll::Ready(without_body(response, *answer.is_head))
     }
-}
-
-/// Makes a response fit to switch protocols.
-///
-/// # Errors
-/// If it does not say to which one.
-fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'static str> {
-    let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-    let headers = response.headers_mut();
-    // It has no body (RFC 9110, sections 8.6 and 9.3.6; RFC 9112, section 6.1).
-    headers.remove(header::CONTENT_LENGTH);
-    headers.remove(header::TRANSFER_ENCODING);
-    if is_upgrade {
-        if !headers.contains_key(header::UPGRADE) {
-            return Err("a response has status 101 Switching Protocols, and no Upgrade that says which protocol");
-        }
-        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-    }
-    Ok(())
-}
-
-/// A response that may go on for hours, and is not at work but for moments: it says nothing of how busy the worker is, or
-/// of what it died of.
-fn is_event_stream<B>(response: &Response<B>) -> bool {
-    let kind = response.headers().get(header::CONTENT_TYPE);
-    kind.is_some_and(|kind| kind.as_bytes().starts_with(events::TYPE.as_bytes()))
-        && !response.headers().contains_key(header::CONTENT_LENGTH)
-}
-
-/// The `Content-Length` that the application itself has set for the body of a response. One that is no length
-/// is taken away: servers would make different things of it.
-fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> {
-    if cgi::has_no_body(response.status()) {
-        return None;
-    }
-    let mut values = response.headers().get_all(header::CONTENT_LENGTH).iter();
-    let digits = values.next()?.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
-    let length = digits.and_then(|text| text.parse().ok()).filter(|_| values.next().is_none());
-    if length.is_none() {
-        log::error!("a Content-Length that is no length was left out request={:?}", in_flight.what());
-        response.headers_mut().remove(header::CONTENT_LENGTH);
-    }
-    length
 }
 
 /// If a request comes from a trusted proxy, makes [`Origin`] and `Host` what that one says of its client. What clients
@@ -499,103 +502,4 @@ pub(crate) fn catch_panic<T>(code: impl FnOnce() -> T) -> Result<T, String> {
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
         CAUGHT.take().or(text).unwrap_or_else(|| "see the line above".to_owned())
     })
-}
-
-pin_project! {
-    /// The body of a response, with the request's place in the scoreboard, which it keeps until it is dropped.
-    #[project = Projected]
-    pub(crate) enum Served<B> {
-        /// `left` is what its `Content-Length` still promises, if it has one.
-        App { #[pin] body: B, in_flight: Serving, left: Option<u64> },
-        Canned { text: Bytes, in_flight: Serving },
-        // Its request lives on elsewhere.
-        Switched,
-    }
-}
-
-impl<B> Served<B> {
-    /// Takes the request out of a response that switches protocols.
-    pub(crate) fn switch(self) -> (Self, Option<Serving>) {
-        match self {
-            Self::App { in_flight, .. } | Self::Canned { in_flight, .. } => (Self::Switched, Some(in_flight)),
-            Self::Switched => (Self::Switched, None),
-        }
-    }
-
-    /// If this is a stream that ends with the worker, has its connection know.
-    pub(crate) fn tell(&mut self, pulse: &Arc<Pulse>) {
-        if let Self::App { in_flight: Serving { kind: Kind::Events(told), .. }, .. } = self {
-            *told = Some(Wait::for_events(pulse));
-        }
-    }
-}
-
-impl<B> HttpBody for Served<B>
-where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
-{
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let (body, in_flight, left) = match self.project() {
-            Projected::App { body, in_flight, left } => (body, in_flight, left),
-            Projected::Switched => return Poll::Ready(None),
-            Projected::Canned { text, .. } if text.is_empty() => return Poll::Ready(None),
-            Projected::Canned { text, in_flight } => {
-                let frame = Frame::data(std::mem::take(text));
-                in_flight.sent(Some(&frame));
-                return Poll::Ready(Some(Ok(frame)));
-            }
-        };
-        in_flight.beat();
-        let error: BoxError = match catch_panic(|| at_work::on(Some(in_flight.cell()), || body.poll_frame(context))) {
-            Ok(frame) => match ready!(frame) {
-                None => match left {
-                    None | Some(0) => return Poll::Ready(None),
-                    Some(missing) => format!("it ended {missing} bytes before its Content-Length").into(),
-                },
-                Some(Ok(frame)) => {
-                    let frame = frame.map_data(|mut data| data.copy_to_bytes(data.remaining()));
-                    let frame = within_length(frame, left, in_flight);
-                    in_flight.sent(frame.as_ref());
-                    return Poll::Ready(frame.map(Ok));
-                }
-                Some(Err(error)) => error.into(),
-            },
-            Err(panic) => panic.into(),
-        };
-        log::error!("a response broke off: {error} request={:?}", in_flight.what());
-        Poll::Ready(Some(Err(BodyError::Other(error))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::App { body, left, .. } => left.unwrap_or(0) == 0 && body.is_end_stream(),
-            Self::Canned { text, .. } => text.is_empty(),
-            Self::Switched => true,
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::App { body, left, .. } => left.map_or_else(|| body.size_hint(), SizeHint::with_exact),
-            Self::Canned { text, .. } => SizeHint::with_exact(text.len() as u64),
-            Self::Switched => SizeHint::with_exact(0),
-        }
-    }
-}
-
-/// Cuts a response where its `Content-Length` ends. `None` if nothing is left of the frame.
-fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, in_flight: &InFlight) -> Option<Frame<Bytes>> {
-    let (Some(promised), Some(data)) = (left.as_mut(), frame.data_ref()) else { return Some(frame) };
-    let length = data.len() as u64;
-    if length <= *promised {
-        *promised -= length;
-        return Some(frame);
-    }
-    log::error!("a response is longer than its Content-Length, and was cut there request={:?}", in_flight.what());
-    let room = usize::try_from(std::mem::take(promised)).unwrap_or(usize::MAX);
-    (room > 0).then(|| frame.map_data(|mut data| data.split_to(room)))
 }

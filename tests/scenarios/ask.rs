@@ -94,9 +94,28 @@ pub(crate) struct Taken {
     pub(crate) is_all_x: bool,
 }
 
+impl Taken {
+    pub(crate) fn nothing() -> Self {
+        Self { is_all_x: true, ..Self::default() }
+    }
+
+    pub(crate) fn add(&mut self, piece: &[u8]) -> io::Result<()> {
+        let before = usize::try_from(self.length).map_err(io::Error::other)?;
+        self.length += piece.len() as u64;
+        if self.is_all_x && piece.iter().any(|&byte| byte != b'x') {
+            self.bytes.resize(before, b'x');
+            self.is_all_x = false;
+        }
+        if !self.is_all_x {
+            self.bytes.extend_from_slice(piece);
+        }
+        Ok(())
+    }
+}
+
 /// Takes a body, at the client's pace. The gate is opened when the first bytes are there.
 pub(crate) fn take(from: &mut impl Read, pace: Pace, gate: &mut Gate) -> io::Result<Taken> {
-    let mut taken = Taken { is_all_x: true, ..Taken::default() };
+    let mut taken = Taken::nothing();
     let mut buffer = vec![0; PIECE];
     loop {
         let count = from.read(&mut buffer)?;
@@ -104,15 +123,7 @@ pub(crate) fn take(from: &mut impl Read, pace: Pace, gate: &mut Gate) -> io::Res
             return Ok(taken);
         }
         gate.open();
-        let piece = &buffer[..count];
-        taken.length += count as u64;
-        if taken.is_all_x && piece.iter().any(|&byte| byte != b'x') {
-            taken.bytes.resize(usize::try_from(taken.length).map_err(io::Error::other)? - count, b'x');
-            taken.is_all_x = false;
-        }
-        if !taken.is_all_x {
-            taken.bytes.extend_from_slice(piece);
-        }
+        taken.add(&buffer[..count])?;
         if pace == Pace::SlowReader {
             std::thread::park_timeout(Duration::from_millis(1));
         }

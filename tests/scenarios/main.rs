@@ -11,6 +11,7 @@ mod common;
 #[path = "../common/fronts/mod.rs"]
 mod fronts;
 mod http;
+mod http2;
 mod table;
 
 use std::fmt;
@@ -36,6 +37,7 @@ enum Protocol {
     FastCgi,
     FastCgiKept,
     Http,
+    Http2,
     Scgi,
     Cgi,
 }
@@ -57,7 +59,7 @@ impl Way {
     /// What the application speaks.
     fn is_http(self) -> bool {
         match self {
-            Self::Direct(protocol) => protocol == Protocol::Http,
+            Self::Direct(protocol) => matches!(protocol, Protocol::Http | Protocol::Http2),
             Self::Behind(front) => front.link == Link::Http,
         }
     }
@@ -73,6 +75,10 @@ impl Way {
 
     fn is_http_of(self, server: WebServer) -> bool {
         self.is_behind(server) && self.is_http()
+    }
+
+    fn is_http2(self) -> bool {
+        self == Self::Direct(Protocol::Http2)
     }
 
     fn is_fcgid(self) -> bool {
@@ -120,17 +126,18 @@ fn start(way: Way) -> (Running, Address) {
     let bind = match protocol {
         Protocol::Cgi => return (Running::ForEachRequest, Address { protocol, at: String::new() }),
         Protocol::Scgi => "scgi:127.0.0.1:0",
-        Protocol::Http => "http:127.0.0.1:0",
+        Protocol::Http | Protocol::Http2 => "http:127.0.0.1:0",
         Protocol::FastCgi | Protocol::FastCgiKept => "fastcgi:127.0.0.1:0",
     };
     let server = Server::start("scenarios", &["--workers", "2", "--bind", bind]);
-    let at = if protocol == Protocol::Http { server.http() } else { server.binds[0].clone() };
+    let at = if way.is_http() { server.http() } else { server.binds[0].clone() };
     (Running::Alone(server), Address { protocol, at })
 }
 
 impl Address {
     fn connect(&self) -> io::Result<Connection> {
         Ok(match self.protocol {
+            Protocol::Http2 => Connection::Http2(http2::Connection::open(&self.at)?),
             Protocol::Http => Connection::Http(http::Connection::open(&self.at)?),
             Protocol::Scgi => Connection::Scgi(cgi::Scgi::open(&self.at)?),
             Protocol::Cgi => Connection::Cgi,
@@ -141,6 +148,7 @@ impl Address {
 
 enum Connection {
     Http(http::Connection),
+    Http2(http2::Connection),
     /// Whether to keep it.
     FastCgi(cgi::FastCgi, bool),
     Scgi(cgi::Scgi),
@@ -155,6 +163,10 @@ impl Connection {
                 let (reply, connection) = connection.ask(ask, gate)?;
                 (reply, connection.map(Self::Http))
             }
+            Self::Http2(connection) => {
+                let (reply, connection) = connection.ask(ask, gate)?;
+                (reply, connection.map(Self::Http2))
+            }
             Self::Scgi(connection) => (connection.ask(ask, gate)?, None),
             Self::Cgi => (cgi::call(ask, gate)?, None),
             Self::FastCgi(connection, keep) => {
@@ -166,7 +178,12 @@ impl Connection {
 }
 
 /// Asks one row; returns what is wrong, and the connection if it can be used again.
-fn check(row: &Row, expect: &Expect, connection: io::Result<Connection>) -> (Option<String>, Option<Connection>) {
+fn check(
+    way: Way,
+    row: &Row,
+    expect: &Expect,
+    connection: io::Result<Connection>,
+) -> (Option<String>, Option<Connection>) {
     let mut ask = row.ask.clone();
     let mut gate = Gate::of(&mut ask);
     let answer = std::thread::scope(|scope| {
@@ -180,9 +197,38 @@ fn check(row: &Row, expect: &Expect, connection: io::Result<Connection>) -> (Opt
         connection?.ask(&ask, gate)
     });
     match answer {
-        Ok((reply, connection)) => (expect.miss(&reply), connection.filter(|_| !expect.is_last)),
+        Ok((reply, connection)) => {
+            (expect.miss(&reply).or_else(|| broken_rule(way, &ask, &reply)), connection.filter(|_| !expect.is_last))
+        }
         Err(error) => (Some(error.to_string()), None),
     }
+}
+
+/// What holds of every response that comes from us directly, whatever the application made (`docs/http.md`).
+fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
+    let Way::Direct(protocol) = way else { return None };
+    let has = |name: &str| !reply.all(name).is_empty();
+    let is_http1 = protocol == Protocol::Http;
+    let broken = [
+        ("it has a body", reply.body.length > 0 && (ask.method == "HEAD" || matches!(reply.status, 204 | 205 | 304))),
+        ("204 has a length", reply.status == 204 && has("content-length")),
+        ("there are several lengths", reply.all("content-length").len() > 1),
+        ("it has a length and chunks", has("content-length") && has("transfer-encoding")),
+        (
+            "there is a coding but chunked",
+            is_http1 && reply.all("transfer-encoding").iter().any(|coding| *coding != b"chunked"),
+        ),
+        ("there is not one Date", way.is_http() && reply.all("date").len() != 1),
+        (
+            "it has what belongs to an HTTP/1 connection",
+            !is_http1
+                && ["connection", "transfer-encoding", "upgrade", "keep-alive", "proxy-connection", "te", "x-hop"]
+                    .into_iter()
+                    .any(has),
+        ),
+        ("it has what the web server decides", !way.is_http() && has("trailer")),
+    ];
+    broken.iter().find(|(_, is_so)| *is_so).map(|(what, _)| format!("{what}: {:?}", reply.headers))
 }
 
 impl Expect {
@@ -228,7 +274,7 @@ fn scenarios(way: Way) {
         for _ in 0..4 {
             scope.spawn(|| {
                 while let Some((row, expect)) = rows.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let (Some(miss), _) = check(row, expect, address.connect()) {
+                    if let (Some(miss), _) = check(way, row, expect, address.connect()) {
                         failures.lock().unwrap().push(format!("{}: {miss}", row.name));
                     }
                 }
@@ -239,7 +285,7 @@ fn scenarios(way: Way) {
     for (row, expect) in rows.iter().filter(|(row, _)| row.is_small()) {
         let connection = kept.take().map_or_else(|| address.connect(), Ok);
         let miss;
-        (miss, kept) = check(row, expect, connection);
+        (miss, kept) = check(way, row, expect, connection);
         if let Some(miss) = miss {
             failures.lock().unwrap().push(format!("{}, on a kept connection: {miss}", row.name));
         }
@@ -261,6 +307,7 @@ ways! {
     fastcgi Way::Direct(Protocol::FastCgi);
     fastcgi_kept Way::Direct(Protocol::FastCgiKept);
     http_ Way::Direct(Protocol::Http);
+    http_2 Way::Direct(Protocol::Http2);
     scgi Way::Direct(Protocol::Scgi);
     cgi_ Way::Direct(Protocol::Cgi);
     behind_nginx_scgi Way::Behind(fronts::NGINX_SCGI);

@@ -177,10 +177,20 @@ fn some_bytes(length: usize) -> Arc<[u8]> {
 }
 
 pub(crate) fn rows() -> Vec<Row> {
-    [methods(), targets(), request_headers(), statuses(), response_headers(), uploads(), downloads(), paces()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        methods(),
+        targets(),
+        request_headers(),
+        statuses(),
+        response_headers(),
+        semantics(),
+        uploads(),
+        downloads(),
+        paces(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 fn methods() -> Vec<Row> {
@@ -324,6 +334,86 @@ fn response_headers() -> Vec<Row> {
     ]
 }
 
+/// What RFC 9110, 9112 and 9113 and RFC 3875 say of any application. `/raw/STATUS?HEADERS` answers with a body of 5 bytes and those
+/// headers, whatever the method and the status are; `/raw-stream` the same without telling the length.
+fn semantics() -> Vec<Row> {
+    let no_url = |way: Way| way.is_http2();
+    let in_variables = |way: Way| way.is_direct() && !way.is_http();
+    let rows = vec![
+        row("HEAD has the length of GET", ask("HEAD", "/raw/200"), body("").with("content-length", &[b"5"])),
+        row(
+            "HEAD keeps the application's length",
+            ask("HEAD", "/raw/200?content-length=1234"),
+            body("").with("content-length", &[b"1234"]),
+        ),
+        row("HEAD of unknown length", ask("HEAD", "/raw-stream/200"), body("").with("content-length", &[])),
+        row(
+            "HEAD with a length that is none",
+            ask("HEAD", "/raw/200?content-length=x"),
+            body("").with("content-length", &[b"5"]),
+        ),
+        row("HEAD of an error", ask("HEAD", "/raw/404"), status(&[404], "").with("content-length", &[b"5"])),
+        row(
+            "HEAD beyond a limit",
+            ask("HEAD", &format!("/{}", "x".repeat(17_000))),
+            status(&[414], "").with("content-length", &[b"17"]),
+        ),
+        row(
+            "204 with a body, a length and a coding",
+            get("/raw/204?content-length=5&transfer-encoding=chunked"),
+            status(&[204], ""),
+        ),
+        row("205 with a body", get("/raw/205"), status(&[205], "").with("content-length", &[b"0"])),
+        row("205 with a stream", get("/raw-stream/205"), status(&[205], "").with("content-length", &[b"0"])),
+        row(
+            "304 with a body and a length",
+            get("/raw/304?content-length=5&etag=v"),
+            status(&[304], "").with("etag", &[b"v"]),
+        ),
+        row(
+            "a coding of the application's",
+            get("/raw/200?transfer-encoding=gzip&content-length=5"),
+            body("body\n").with("content-length", &[b"5"]).with("transfer-encoding", &[]),
+        ),
+        row("chunks of the application's", get("/raw-stream/200?transfer-encoding=chunked"), body("body\n")),
+        row(
+            "a body longer than its length is cut",
+            get("/raw/200?content-length=3"),
+            body("bod").with("content-length", &[b"3"]),
+        ),
+        row(
+            "two lengths are none",
+            get("/raw/200?content-length=5&content-length=6"),
+            body("body\n").with("content-length", &[b"5"]),
+        ),
+        row(
+            "headers of one connection",
+            get("/raw/200?connection=x-hop&x-hop=1&keep-alive=5&proxy-connection=x&upgrade=h2c&trailer=x&te=x&x-end=1"),
+            body("body\n").with("x-end", &[b"1"]),
+        ),
+        row(
+            "CR and LF are in no header",
+            get("/raw/200?x-a=a%0d%0ax-b:b"),
+            status(&[500], "no header has such a value\n"),
+        ),
+        row("nor is NUL", get("/raw/200?x-a=a%00b"), status(&[500], "no header has such a value\n")),
+        row("an underscore in a header's name", get("/header/x_under").with("X_Under", b"v"), body("v")).but(
+            in_variables,
+            "in a variable's name it is a hyphen",
+            body(""),
+        ),
+        row("TRACE is the application's", ask("TRACE", "/method"), body("TRACE")),
+        row("OPTIONS of all", ask("OPTIONS", "*"), body("OPTIONS *")).not_asked(no_url, "this client sends paths"),
+        row("a whole URI", get("http://localhost/target/a?b"), body("/target/a?b"))
+            .not_asked(no_url, "this client sends paths"),
+        row("an expectation that nobody knows", get("/method").with("Expect", b"a-miracle"), refused(&[417]).last())
+            .but(in_variables, "the web server has seen to it", body("GET")),
+        row("101 that nobody asked for", get("/switch"), status(&[500], "500 Internal Server Error\n")),
+    ];
+    let direct = "it is about what we send, not about what a web server makes of it";
+    rows.into_iter().map(|row| row.not_asked(|way| !way.is_direct(), direct)).collect()
+}
+
 fn uploads() -> Vec<Row> {
     let large = some_bytes(MIB);
     let huge = some_bytes(HUGE);
@@ -396,7 +486,8 @@ fn downloads() -> Vec<Row> {
             get(&format!("/bytes/{BEYOND_32_BITS}")),
             Expect { body: Content::Xs(BEYOND_32_BITS), ..body("").with("content-length", &[b"4294967297"]) },
         )
-        .not_asked(|way| !way.is_direct(), "once for each protocol is enough, it takes long"),
+        .not_asked(|way| !way.is_direct(), "once for each protocol is enough, it takes long")
+        .not_asked(Way::is_http2, "frame by frame it takes longer still, and the length is counted as over HTTP/1.1"),
         row("a response that streams", get("/gate/{gate}"), body("first\nlast\n").streaming())
             .but(|way| way.is_cgi_of(WebServer::Nginx), "nginx fills a buffer first", body("first\nlast\n"))
             .but(|way| way.is_behind(WebServer::Lighttpd), "lighttpd buffers the whole response", body("first\nlast\n"))
@@ -414,6 +505,7 @@ fn paces() -> Vec<Row> {
             refused(&[411]).last(),
         ),
         row("a client that reads slowly", get("/bytes/4194304").at(Pace::SlowReader), xs(4 * MIB)),
-        row("a client that waits for 100 Continue", post("/sum").sending(&bytes).at(Pace::AwaitsContinue), sum(&bytes)),
+        row("a client that waits for 100 Continue", post("/sum").sending(&bytes).at(Pace::AwaitsContinue), sum(&bytes))
+            .not_asked(Way::is_http2, "hyper sends no 100 over HTTP/2; clients send after a moment by themselves"),
     ]
 }

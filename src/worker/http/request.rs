@@ -51,6 +51,13 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
         }
         (Some(_), None) => {}
     }
+    // RFC 9110, section 10.1.1. HTTP/1.0 has no expectations.
+    let mut expected =
+        request.headers().get_all(header::EXPECT).iter().flat_map(|value| value.as_bytes().split(|&b| b == b','));
+    let is_known = |expected: &[u8]| expected.is_empty() || expected.eq_ignore_ascii_case(b"100-continue");
+    if version >= Version::HTTP_11 && !expected.all(|expected| is_known(expected.trim_ascii())) {
+        return refuse(StatusCode::EXPECTATION_FAILED, "Expect is more than 100-continue");
+    }
     if version == Version::HTTP_2 {
         join_cookies(request.headers_mut());
     }
@@ -118,6 +125,7 @@ mod tests {
             ("GET", "http://user@x/", &[("host", "x")], 400),
             ("GET", "x", &[("host", "x")], 400),
             ("CONNECT", "x:80", &[("host", "x:80")], 501),
+            ("POST", "/", &[("host", "x"), ("expect", "100-continue, a-miracle")], 417),
             ("POST", "/", &[("host", "x"), ("transfer-encoding", "gzip, chunked")], 501),
             ("POST", "/", &[("host", "x"), ("transfer-encoding", "gzip"), ("transfer-encoding", "chunked")], 501),
         ] {

@@ -73,6 +73,11 @@ impl Requests {
         entry
     }
 
+    /// Whether none has come.
+    pub(super) fn are_none(&self) -> bool {
+        self.count.get() == 0
+    }
+
     /// Whether there can be no further request.
     pub(super) fn are_enough(&self) -> bool {
         self.limit > 0 && self.count.get() >= self.limit
