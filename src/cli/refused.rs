@@ -38,6 +38,7 @@ impl Way {
                 "a program that accepts for itself answers its clients itself, and nobody else sees its requests (use the access \
                  log of the web server in front of it)"
             }
+            (Self::Run, "log-rate") => "a program logs by its standard error, which --output-rate limits",
             (Self::Run, "threads" | "queue") => {
                 "a program decides itself how many requests it serves at a time (have more processes with --workers)"
             }
