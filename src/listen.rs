@@ -5,6 +5,7 @@
 //! it.)
 
 mod address;
+mod repair;
 mod socket_file;
 
 use std::fmt;
@@ -12,6 +13,7 @@ use std::io;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -60,8 +62,8 @@ pub(crate) struct Listener {
     /// What it was made for.
     pub(crate) bind: Bind,
     socket: OwnedFd,
-    /// Device and inode of the socket file that we made.
-    file: Option<(u64, u64)>,
+    /// Device and inode of the socket file that we made: of another one after a repair.
+    file: Mutex<Option<(u64, u64)>>,
     adopted: bool,
 }
 
@@ -164,7 +166,7 @@ impl Listener {
 
     fn new(protocol: Protocol, address: Address, family: Family, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
         let bind = Bind { protocol, address: address.clone() };
-        Self { protocol, address, family, bind, socket, file, adopted: false }
+        Self { protocol, address, family, bind, socket, file: Mutex::new(file), adopted: false }
     }
 
     fn prepared(mut self, bind: &Bind) -> Result<Self, ListenError> {
@@ -184,7 +186,7 @@ impl Listener {
 
     /// Device and inode of the socket file that is ours.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
-        self.file
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives the socket file that this listener made to `owner`.
@@ -200,7 +202,7 @@ impl Listener {
     /// # Errors
     /// As above.
     pub(crate) fn give_file_of(&self, from: nix::unistd::Uid, owner: Owner) -> Result<(), ListenError> {
-        let (Address::Path(path), Some(ours)) = (&self.address, self.file) else { return Ok(()) };
+        let (Address::Path(path), Some(ours)) = (&self.address, self.file()) else { return Ok(()) };
         give_socket_file_of(path, ours, from, owner).map_err(|error| ListenError {
             bind: Bind { protocol: self.protocol, address: self.address.clone() },
             cause: format!(
@@ -236,7 +238,7 @@ impl Listener {
     /// Removes the socket file, if it is still the one that this listener made.
     pub(crate) fn remove_file(&self) {
         if let Address::Path(path) = &self.address {
-            remove_own(path, self.file);
+            remove_own(path, self.file());
         }
     }
 }

@@ -8,6 +8,7 @@
 #![expect(unsafe_code, reason = "this file is the fence: fork, descriptors by number, signal actions, environment")]
 
 mod exclusive;
+mod peek;
 mod receive;
 
 use std::collections::BTreeMap;
@@ -33,6 +34,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 pub(crate) use self::exclusive::Exclusive;
+pub(crate) use self::peek::{descriptor_of, ending_of};
 pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};
 use crate::privileges::{self, Step};
 

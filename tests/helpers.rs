@@ -90,16 +90,18 @@ fn daemons_wait_for_the_first_worker() {
 
 #[test]
 fn a_daemon_that_cannot_start_is_tried_less_and_less_and_125_is_taken_for_an_answer() {
-    let mut server = crashy(&["--daemon", "broken=sh -c 'echo alas; exit 3'", "--daemon", "done=sh -c 'exit 125'"]);
+    let mut server =
+        crashy(&["--daemon", "broken=sh -c 'echo alas; exit 3'", "--daemon", "done=sh -c 'sleep 1.1; exit 125'"]);
     let failing = "daemon ends as soon as it is started name=broken:";
     assert!(server.wait_for(failing).contains("1 in a row, next try in 100ms"));
     assert!(server.wait_for(failing).contains("2 in a row, next try in 200ms"));
-    wait_until("the other has ended", || server.log().contains("asks not to be restarted name=done").then_some(()));
     assert!(server.wait_for(failing).contains("3 in a row, next try in 400ms"));
+    wait_until("the other has ended", || server.log().contains("asks not to be restarted name=done").then_some(()));
     assert_eq!(server.log().matches("daemon started name=done").count(), 1);
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=2");
-    server.wait_for("daemon started name=done");
+    let starts = |server: &Server| server.log().matches("daemon started name=done").count();
+    wait_until("it is started again", || (starts(&server) == 2).then_some(()));
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "the workers have nothing to do with it");
     server.stop();
 }

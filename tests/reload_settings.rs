@@ -142,6 +142,7 @@ const TABLE: &[Row] = &[
     row("daemon", "['d=DIR/wait changed']", InMaster("beside")),
     row("cron", "['c=@yearly=DIR/wait']", InMaster("beside")),
     row("cron-timeout", "'7s'", InMaster("beside")),
+    row("daemon-tries", "7", InMaster("beside")),
     // Logging.
     row("log-level", "'debug,forkyard::master=info'", InLog(|log| log.contains("worker spawned").to_string())),
     row("log-file", "'DIR/log'", AtFile(|folder| reloads_in(&folder.join("log")))),

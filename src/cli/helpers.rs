@@ -23,6 +23,17 @@ pub(super) struct HelperOptions {
     /// How long one run of a job may take; then it is asked to stop, and after --drain-timeout killed. 0 for no limit
     #[arg(long, value_name = "TIME", env = "FORKYARD_CRON_TIMEOUT", default_value = "0", value_parser = parse_duration, help_heading = "Daemons and jobs")]
     cron_timeout: Duration,
+
+    /// A daemon that ends with status 0 within a second, so many times in a row, is not started again before a reload: it
+    /// is no daemon, or puts itself into the background. 0 for no limit
+    #[arg(
+        long,
+        value_name = "N",
+        env = "FORKYARD_DAEMON_TRIES",
+        default_value = "10",
+        help_heading = "Daemons and jobs"
+    )]
+    daemon_tries: u32,
 }
 
 /// What stands in one flag, or in the lines of a variable.
@@ -46,7 +57,7 @@ impl HelperOptions {
     /// A sentence for the operator, if two have the same name.
     pub(super) fn config(self) -> Result<HelpersConfig, String> {
         let all = self.daemon.into_iter().chain(self.cron).flat_map(|Lines(helpers)| helpers);
-        HelpersConfig::new(all.collect(), self.cron_timeout)
+        HelpersConfig::new(all.collect(), self.cron_timeout, self.daemon_tries)
     }
 }
 

@@ -407,9 +407,10 @@ struct RunOptions {
     #[command(flatten)]
     events: events::LogOfProgram,
 
-    /// An application process counts as started when it waits for connections, has one, or has run for so long
-    #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", default_value = "1s", value_parser = parse_duration, help_heading = "Processes")]
-    settle: Duration,
+    /// An application process counts as started when it is seen to wait for connections or to have one, or has run for
+    /// so long [default: 1s, until one was seen; then each has to be]
+    #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", value_parser = parse_duration, help_heading = "Processes")]
+    settle: Option<Duration>,
 
     /// The program and its arguments, as in: -- php-cgi -d memory_limit=64M
     #[arg(last = true, value_name = "COMMAND")]
@@ -525,7 +526,7 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<String>) {
     };
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
     let memory = (keep.cache(cache), events.config(linked.worker.max_connections));
-    let config = config(linked.serve, numbers, memory, Duration::ZERO, of_workers, &mut wrong);
+    let config = config(linked.serve, numbers, memory, None, of_workers, &mut wrong);
     (Request { config, cgi, program: None }, wrong)
 }
 
@@ -751,7 +752,7 @@ fn config(
     serve: ServeOptions,
     numbers: Numbers,
     (cache, events): (CacheConfig, EventsConfig),
-    settle: Duration,
+    settle: Option<Duration>,
     of_workers: OfWorkers,
     wrong: &mut Vec<String>,
 ) -> Config {

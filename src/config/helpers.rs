@@ -22,6 +22,8 @@ pub(crate) struct HelpersConfig {
     pub(crate) helpers: Vec<HelperConfig>,
     /// How long one run of a job may take; zero for no limit.
     pub(crate) cron_timeout: Duration,
+    /// So many times in a row a daemon may end well as soon as it is started; 0 for any number.
+    pub(crate) daemon_tries: u32,
 }
 
 /// One of them.
@@ -44,14 +46,14 @@ pub(crate) struct Schedule {
 impl HelpersConfig {
     /// # Errors
     /// A sentence for the operator, if two have the same name.
-    pub(crate) fn new(helpers: Vec<HelperConfig>, cron_timeout: Duration) -> Result<Self, String> {
+    pub(crate) fn new(helpers: Vec<HelperConfig>, cron_timeout: Duration, daemon_tries: u32) -> Result<Self, String> {
         for (index, helper) in helpers.iter().enumerate() {
             if helpers[..index].iter().any(|other| other.name == helper.name) {
                 let name = &helper.name;
                 return Err(format!("--daemon and --cron: there are two named '{name}' (give each a name of its own)"));
             }
         }
-        Ok(Self { helpers, cron_timeout })
+        Ok(Self { helpers, cron_timeout, daemon_tries })
     }
 }
 
@@ -189,7 +191,7 @@ mod tests {
             assert!(error.contains(words), "{text}: {error}");
         }
         let twice = [HelperConfig::daemon("a=x").unwrap(), HelperConfig::job("a=@daily=x").unwrap()];
-        assert!(HelpersConfig::new(twice.to_vec(), Duration::ZERO).unwrap_err().contains("two named 'a'"));
+        assert!(HelpersConfig::new(twice.to_vec(), Duration::ZERO, 0).unwrap_err().contains("two named 'a'"));
     }
 
     #[test]

@@ -44,8 +44,8 @@ pub(crate) struct Config {
     pub(crate) socket_mode: Option<u32>,
     pub(crate) start_timeout: Duration,
     pub(crate) drain_timeout: Duration,
-    /// How long an external program must have run to count as started.
-    pub(crate) settle: Duration,
+    /// How long an external program must have run to count as started, if the operator says so.
+    pub(crate) settle: Option<Duration>,
     /// Workers per second that may be replaced at once; more of them wait.
     pub(crate) respawn_rate: u32,
     pub(crate) limits: Limits,

@@ -17,7 +17,8 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, pipe2};
 
-use super::helpers::{Action, Event, Helpers, Note};
+use super::helpers::{Action, Event, Helpers, Note, STEADY};
+use super::inherited::Inherited;
 use super::output::{self, LineReader, REST};
 use super::spawn::{OF_THE_MASTER, blocking, explain};
 use super::supervisor::{Command as Order, Now};
@@ -35,6 +36,7 @@ pub(super) struct Beside {
     /// In the order of the configuration.
     programs: Vec<Helper>,
     processes: HashMap<Pid, Process>,
+    inherited: Inherited,
     /// `None` if there is nothing to start.
     privileges: Option<Privileges>,
     segment: Segment,
@@ -127,7 +129,8 @@ impl Beside {
     pub(super) fn new(config: &Config, segment: Segment, begun: Instant) -> io::Result<Self> {
         let (programs, privileges) = resolve(config).map_err(io::Error::other)?;
         let helpers = Helpers::new(&config.helpers, config.drain_timeout, Timestamp::now());
-        Ok(Self { helpers, programs, processes: HashMap::new(), privileges, segment, events: None, read: None, begun })
+        let (processes, inherited) = (HashMap::new(), Inherited::default());
+        Ok(Self { helpers, programs, processes, inherited, privileges, segment, events: None, read: None, begun })
     }
 
     /// Has programs find the publish socket there.
@@ -272,6 +275,7 @@ impl Beside {
 
     /// All workers are of the new generation. What has changed is taken over, and each daemon started anew.
     pub(super) fn reloaded(&mut self) {
+        self.inherited.end_detached();
         if let Some(settings) = self.read.take() {
             self.change(settings);
         }
@@ -286,7 +290,7 @@ impl Beside {
     /// Takes note of an end; false if that was none of these.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending) -> bool {
         let Some(process) = self.processes.remove(&pid) else { return false };
-        let Process { label, since, asked_to_leave, mut output, mut limit, .. } = process;
+        let Process { helper, label, since, asked_to_leave, mut output, mut limit, .. } = process;
         let now = self.now();
         let mut log = |line: &str, _| log_line(&label, pid, &mut limit, line, now);
         output.read(REST, &mut log);
@@ -301,8 +305,38 @@ impl Beside {
         } else {
             log::warn!("{line} lived={lived}ms");
         }
+        if ending == Ending::Exited(0) && !asked_to_leave {
+            self.inherited.suspect(helper, since.elapsed());
+        }
         self.feed(Event::Exited { pid, wish: super::wish(ending) });
         true
+    }
+
+    /// Whether what this process leaves of its group lives on: a daemon that has ended well at once puts itself into the background
+    /// maybe, and has not yet left the group.
+    pub(super) fn spares(&self, pid: Pid, ending: Ending) -> bool {
+        self.processes.get(&pid).is_some_and(|process| {
+            let is_early = process.since.elapsed() < STEADY && !process.asked_to_leave;
+            process.label.kind == "daemon" && is_early && ending == Ending::Exited(0)
+        })
+    }
+
+    /// Whether a helper has ended so that it may run on in the background.
+    pub(super) fn has_suspects(&self) -> bool {
+        self.inherited.has_suspects()
+    }
+
+    /// These are children of this process that it did not make: some of them were left by helpers.
+    pub(super) fn inherit(&mut self, orphans: &[Pid]) {
+        let names: Vec<&str> = self.programs.iter().map(|helper| helper.label.name.as_str()).collect();
+        for (helper, pid) in self.inherited.take(orphans, &names) {
+            self.feed(Event::Detached { helper, pid });
+        }
+    }
+
+    /// Whether a helper has left this process.
+    pub(super) fn has_left(&self, pid: Pid) -> bool {
+        self.inherited.has(pid)
     }
 
     /// Gives an event to what decides and does what it wants, until it wants nothing more.
@@ -398,6 +432,13 @@ impl Beside {
                 delay.as_millis()
             ),
             Note::Retired => log::warn!("{kind} asks not to be restarted name={name} (a reload starts it again)"),
+            Note::GivenUp { tries } => log::error!(
+                "{kind} ends well as soon as it is started, {tries} times in a row (--daemon-tries): it is not started again                  before a reload (run it in the foreground, if it puts itself into the background) name={name}"
+            ),
+            Note::Detached { pid } => log::error!(
+                "{kind} has put itself into the background: run it in the foreground (most have an option for that, as in \
+                 --no-daemonize or --foreground); it is not started again before a reload name={name} pid={pid}"
+            ),
             Note::Skipped { pid } => log::warn!("{kind} is skipped: its last run goes on name={name} pid={pid}"),
             Note::RunTimeout { pid } => {
                 log::warn!("{kind} takes too long (--cron-timeout): asked to stop name={name} pid={pid}");

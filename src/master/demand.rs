@@ -6,7 +6,8 @@ use std::collections::HashMap;
 use forkyard_shm::Scoreboard;
 use nix::unistd::Pid;
 
-use super::spawn::{Child, has_connection, is_accepting};
+use super::sight::{self, Sight};
+use super::spawn::Child;
 use super::supervisor::{Demand, Supervisor};
 use crate::listen::Listener;
 use crate::queue_depth::QueueDepth;
@@ -28,8 +29,10 @@ pub(crate) fn sample(
             let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
             row.map_or((0, 0), |row| (row.in_flight.min(MOST), row.streams))
         } else {
-            // One that never sleeps in `accept` (it waits in epoll, say) is at work while it has a connection.
-            (u32::from(!is_accepting(pid) && has_connection(pid)), 0)
+            // Those below it, if it is a wrapper around several.
+            let servers = listeners.first().map(|listener| sight::servers_under(&[pid], listener)).unwrap_or_default();
+            let serving = servers.iter().filter(|(_, sight)| *sight == Sight::Serving).count();
+            (u32::try_from(serving).unwrap_or(MOST).min(MOST), 0)
         };
         demand.in_flight = demand.in_flight.saturating_add(serving);
         // Event streams are no work, but to end them would have their clients come back at once.

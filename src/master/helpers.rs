@@ -14,8 +14,9 @@
 //! The rules:
 //! - One process a helper, at most.
 //! - Nothing runs before the first worker is ready. Daemons run on while the workers drain; jobs are not begun any more.
-//! - A daemon that ends is started again: at once, if it had run for a second, else by a breaker of its own. When it exits
-//!   with 125 it is left alone until the next reload.
+//! - A daemon that ends is started again: at once, if it had run for a second, else by a breaker of its own. It is left alone until
+//!   the next reload when it exits with 125 after a second, when it has exited with 0 within a second too many times in a row, and when it
+//!   has put itself into the background.
 //! - At the end of a reload each daemon is asked to stop, and started again when it has.
 //! - A job is run when its time has come; once, however often that was while nobody looked (the machine slept). If it
 //!   runs still, that time is skipped. When the wall's clock is set back, the next time is found anew.
@@ -26,11 +27,11 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use nix::unistd::Pid;
 
-use super::supervisor::{Breaker, Now, StartEnding, Wish};
+use super::supervisor::{Breaker, Now, Wish};
 use crate::config::helpers::{HelpersConfig, Schedule};
 
 /// A daemon that ends sooner has not started.
-const STEADY: Duration = Duration::from_secs(1);
+pub(super) const STEADY: Duration = Duration::from_secs(1);
 /// How often the wall's clock is looked at: the other one stands still while the machine sleeps.
 const LOOK_AT_THE_WALL: Duration = Duration::from_secs(60);
 /// By more than this the wall's clock is not just being put right.
@@ -49,6 +50,8 @@ pub(crate) enum Event {
     SpawnFailed { helper: usize },
     /// It was reaped.
     Exited { pid: Pid, wish: Wish },
+    /// The last process of a daemon has put itself into the background: it lives, and is no child that was made here.
+    Detached { helper: usize, pid: Pid },
     /// A reload is done.
     Reloaded,
     /// The workers were asked to leave.
@@ -77,8 +80,12 @@ pub(crate) enum Action {
 pub(crate) enum Note {
     /// A daemon ended so many times in a row as soon as it was started.
     Failing { failures: u32, delay: Duration },
-    /// A daemon is not started again before a reload.
+    /// A daemon is not started again before a reload: it asked for that.
     Retired,
+    /// The same, because it ended well so many times in a row as soon as it was started.
+    GivenUp { tries: u32 },
+    /// The same, because it runs in the background.
+    Detached { pid: Pid },
     /// A job's time has come while it runs.
     Skipped { pid: Pid },
     /// A job takes too long.
@@ -97,6 +104,8 @@ struct Helper {
 enum Kind {
     Daemon {
         breaker: Breaker,
+        /// So often in a row it has ended with 0 as soon as it was started.
+        done: u32,
     },
     Job {
         schedule: Box<Schedule>,
@@ -145,6 +154,8 @@ pub(crate) struct Helpers {
     helpers: Vec<Helper>,
     mode: Mode,
     cron_timeout: Duration,
+    /// So often a daemon may end well as soon as it is started; 0 for any number.
+    daemon_tries: u32,
     stop_timeout: Duration,
     now: Now,
     wall: Timestamp,
@@ -158,13 +169,14 @@ impl Helpers {
     pub(crate) fn new(config: &HelpersConfig, stop_timeout: Duration, wall: Timestamp) -> Self {
         let kind = |schedule: &Option<Schedule>| match schedule {
             Some(schedule) => Kind::Job { schedule: Box::new(schedule.clone()), next: None },
-            None => Kind::Daemon { breaker: Breaker::default() },
+            None => Kind::Daemon { breaker: Breaker::default(), done: 0 },
         };
         let helpers = config.helpers.iter().map(|one| Helper { kind: kind(&one.schedule), state: State::Idle });
         Self {
             helpers: helpers.collect(),
             mode: Mode::Waiting,
             cron_timeout: config.cron_timeout,
+            daemon_tries: config.daemon_tries,
             stop_timeout,
             now: Now::ZERO,
             wall,
@@ -201,6 +213,7 @@ impl Helpers {
         wall: Timestamp,
     ) -> Vec<Option<usize>> {
         (self.cron_timeout, self.stop_timeout) = (config.cron_timeout, stop_timeout);
+        self.daemon_tries = config.daemon_tries;
         let mut before: Vec<Option<Helper>> = std::mem::take(&mut self.helpers).into_iter().map(Some).collect();
         let mut now_at = vec![None; before.len()];
         for (one, former) in config.helpers.iter().zip(former) {
@@ -218,7 +231,7 @@ impl Helpers {
                     Helper { kind: Kind::Job { schedule: Box::new(schedule.clone()), next }, state: self.timed(state) }
                 }
                 (None, Some(kind @ Kind::Daemon { .. })) => Helper { kind, state },
-                (None, _) => Helper { kind: Kind::Daemon { breaker: Breaker::default() }, state },
+                (None, _) => Helper { kind: Kind::Daemon { breaker: Breaker::default(), done: 0 }, state },
             };
             self.helpers.push(helper);
         }
@@ -240,8 +253,10 @@ impl Helpers {
             Kind::Daemon { .. } | Kind::Unwanted => None,
         });
         let schedules: Vec<String> = schedules.collect();
-        let Self { cron_timeout, stop_timeout, .. } = self;
-        format!("cron_timeout={cron_timeout:?} stop_timeout={stop_timeout:?} schedules={schedules:?}")
+        let Self { cron_timeout, stop_timeout, daemon_tries, .. } = self;
+        format!(
+            "cron_timeout={cron_timeout:?} stop_timeout={stop_timeout:?} daemon_tries={daemon_tries} schedules={schedules:?}"
+        )
     }
 
     /// The state of a job, with the deadline that it has now.
@@ -279,8 +294,9 @@ impl Helpers {
             }
             Event::Begin => {}
             Event::Spawned { helper, pid } => self.spawned(helper, pid),
-            Event::SpawnFailed { helper } => self.failed(helper, StartEnding::Early),
+            Event::SpawnFailed { helper } => self.failed(helper),
             Event::Exited { pid, wish } => self.exited(pid, wish),
+            Event::Detached { helper, pid } => self.detached(helper, pid),
             Event::Reloaded => self.reload(),
             Event::Closing if self.mode == Mode::Stopping => {}
             Event::Closing => self.mode = Mode::Closing,
@@ -350,24 +366,41 @@ impl Helpers {
         let Some(index) = self.find(pid) else { return };
         let helper = &mut self.helpers[index];
         let state = std::mem::replace(&mut helper.state, State::Idle);
-        let (Kind::Daemon { breaker }, State::Running { since, .. }) = (&mut helper.kind, state) else { return };
+        let (Kind::Daemon { breaker, done }, State::Running { since, .. }) = (&mut helper.kind, state) else { return };
+        let was_steady = self.now >= since + STEADY;
+        *done = if wish == Wish::Renew && !was_steady { done.saturating_add(1) } else { 0 };
+        let tries = *done;
         match wish {
-            Wish::Retire => {
+            Wish::Retire if was_steady => {
                 helper.state = State::Retired;
                 self.note(index, Note::Retired);
             }
-            Wish::Replace | Wish::Renew if self.now >= since + STEADY => breaker.close(),
-            Wish::Replace => self.failed(index, StartEnding::Early),
-            Wish::Renew => self.failed(index, StartEnding::Done),
+            Wish::Replace | Wish::Renew if was_steady => breaker.close(),
+            Wish::Renew if tries == self.daemon_tries => {
+                helper.state = State::Retired;
+                self.note(index, Note::GivenUp { tries });
+            }
+            // As for 125: env, timeout, docker run and the like return it when they themselves fail.
+            Wish::Replace | Wish::Renew | Wish::Retire => self.failed(index),
+        }
+    }
+
+    /// It is not started a second time beside the first. If it runs again already, its next end tells.
+    fn detached(&mut self, index: usize, pid: Pid) {
+        if let Some(Helper { kind: Kind::Daemon { .. }, state }) = self.helpers.get_mut(index)
+            && let State::Backoff { .. } | State::Idle = state
+        {
+            *state = State::Retired;
+            self.note(index, Note::Detached { pid });
         }
     }
 
     /// It could not be started, or ended at once.
-    fn failed(&mut self, index: usize, ending: StartEnding) {
+    fn failed(&mut self, index: usize) {
         let helper = &mut self.helpers[index];
         helper.state = State::Idle;
-        let Kind::Daemon { breaker } = &mut helper.kind else { return };
-        let failing = breaker.fail(ending, self.now);
+        let Kind::Daemon { breaker, .. } = &mut helper.kind else { return };
+        let failing = breaker.fail(self.now);
         helper.state = State::Backoff { until: breaker.open_until() };
         if let Some((failures, delay)) = failing {
             self.note(index, Note::Failing { failures, delay });
@@ -376,9 +409,10 @@ impl Helpers {
 
     fn reload(&mut self) {
         for index in 0..self.helpers.len() {
-            let Kind::Daemon { breaker } = &mut self.helpers[index].kind else { continue };
+            let Kind::Daemon { breaker, done } = &mut self.helpers[index].kind else { continue };
             // A reload is the operator's way to say that the cause is mended.
             breaker.close();
+            *done = 0;
             match self.helpers[index].state {
                 State::Running { .. } => self.terminate(index),
                 State::Backoff { .. } | State::Retired => self.helpers[index].state = State::Idle,

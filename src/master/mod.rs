@@ -6,6 +6,7 @@
 //! and matched against the pid it came from.
 //!
 //! - [`supervisor`] decides (pure).
+//! - [`programs`] follows external programs by what [`sight`] shows of them, and [`leftovers`] ends what is left of them with the server.
 //! - [`spawn`] makes processes; [`signals`] and [`output`] make signals and what processes put out readable.
 //! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
 //! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
@@ -22,16 +23,20 @@ mod damage;
 mod demand;
 mod hangs;
 mod helpers;
+mod inherited;
+mod leftovers;
 mod notes;
 mod obituary;
 mod oom;
 mod operator;
 mod output;
+mod programs;
 mod quarantine;
 mod recycling;
 mod relay;
 mod reload;
 mod sickbed;
+mod sight;
 mod signals;
 mod spawn;
 mod stall;
@@ -48,7 +53,7 @@ use std::time::{Duration, Instant};
 
 use forkyard_shm::{Scoreboard, Segment};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use self::beside::Beside;
@@ -57,12 +62,13 @@ pub(crate) use self::control::Control;
 use self::damage::Damage;
 use self::obituary::Obituary;
 use self::output::LateOutputs;
+use self::programs::Programs;
 use self::recycling::Recycling;
 use self::relay::Relay;
 use self::sickbed::Sickbed;
 use self::signals::{Meaning, SignalInbox};
 pub(crate) use self::spawn::Launch;
-use self::spawn::{Child, Link, Nursery, Ties, has_connection, is_accepting};
+use self::spawn::{Child, Nursery, Ties};
 use self::supervisor::{Action, Budget, Command, Event, Policy, Supervisor, Wish};
 use self::upgrade::saved::SavedPidFile;
 use self::upgrade::{Origin, Takeover, Upgrade};
@@ -79,8 +85,8 @@ use crate::{logging, memory, systemd};
 
 /// The exit status by which a worker asks not to be replaced.
 const RETIRE: i32 = 125;
-/// How often an external program that is starting is looked at.
-const LOOK: Duration = Duration::from_millis(10);
+/// How long to wait when poll(2) fails.
+const POLL_FAILED: Duration = Duration::from_millis(10);
 
 /// How long the heirs of the last workers are waited for: a little longer than they take.
 const HEIRS: Duration = Duration::from_millis(2500);
@@ -121,6 +127,7 @@ struct Master {
     signals: SignalInbox,
     scoreboard: Scoreboard,
     children: HashMap<Pid, Child>,
+    programs: Programs,
     recycling: Recycling,
     queue_depth: QueueDepth,
     begun: Instant,
@@ -195,6 +202,7 @@ pub(crate) fn run(
         recycling,
         queue_depth: QueueDepth::new(),
         children: HashMap::new(),
+        programs: Programs::default(),
         begun,
         emptied: None,
         ended: None,
@@ -237,6 +245,7 @@ pub(crate) fn run(
     // Heirs first: who is told that the master has stopped finds that nobody of it is left.
     master.await_heirs();
     master.relay.end();
+    master.end_leftovers();
     master.late.finish(master.now());
     master.farewell();
     logging::finish();
@@ -295,6 +304,7 @@ impl Master {
             self.sickbed.next_deadline(),
             self.control.as_ref().and_then(|control| control.next_deadline(now)),
             self.beside.next_deadline(),
+            self.programs.next_deadline(),
             self.relay.next_deadline(now),
             self.damage.next_deadline(),
         ];
@@ -302,7 +312,8 @@ impl Master {
         let deadline = deadlines.into_iter().flatten().chain(outputs).chain(self.late.next_deadline()).min();
         let mut timeout = deadline.map(|deadline| deadline.saturating_sub(now));
         if self.children.values().any(Child::is_unsettled_program) {
-            timeout = Some(timeout.map_or(LOOK, |timeout| timeout.min(LOOK)));
+            let pace = self.programs.pace(now);
+            timeout = Some(timeout.map_or(pace, |timeout| timeout.min(pace)));
         }
         for due in [self.upgrade.due_in(), self.notify.due_in(Instant::now())].into_iter().flatten() {
             timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
@@ -337,7 +348,7 @@ impl Master {
             Err(errno) => {
                 // ENOMEM: nothing is lost, but do not spin.
                 log::error!("the master cannot poll: {errno}");
-                std::thread::sleep(LOOK);
+                std::thread::sleep(POLL_FAILED);
             }
         }
         let arrived = watched[..listeners.len()].iter().any(|listener| listener.any().unwrap_or(false));
@@ -369,9 +380,12 @@ impl Master {
     fn reap(&mut self) {
         while let Some(pid) = sys::ended_child() {
             let is_check = self.upgrade.is_check(pid);
-            if is_check || self.beside.has(pid) || self.children.get(&pid).is_some_and(|child| !child.is_worker()) {
-                // What a wrapper script started, say, and left behind. Before the pid is free for others.
+            // What a wrapper script started, say, and left behind. Before the pid is free for others.
+            let ending = sys::ending_of(pid);
+            if is_check || (self.beside.has(pid) && !ending.is_some_and(|ending| self.beside.spares(pid, ending))) {
                 let _ = killpg(pid, Signal::SIGKILL);
+            } else if let Some(ending) = ending {
+                self.ending(pid, ending);
             }
             let Some(ending) = sys::reap(pid) else { return };
             if is_check {
@@ -391,8 +405,9 @@ impl Master {
                 continue;
             };
             if let Some(output) = child.output.take() {
-                self.late.adopt(output, pid, self.now());
+                child.last_line = self.late.adopt(output, pid, self.now());
             }
+            let program = child.program();
             let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
             self.recycling.died(pid);
             self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
@@ -408,7 +423,11 @@ impl Master {
                 hooks.of_master.on_worker_exit(exit);
             }
             self.take_evidence(slot, pid, end);
-            self.feed(Event::Exited { pid, wish: wish(ending) });
+            let wish = program.as_ref().map_or(wish(ending), |program| programs::wish(ending, program.started));
+            if let Some(program) = program {
+                self.program_ended(program, ending);
+            }
+            self.feed(Event::Exited { pid, wish });
         }
     }
 
@@ -431,25 +450,6 @@ impl Master {
                 Report::Recycle(reason) => self.wear_out(pid, &reason),
                 Report::LastWords(_) | Report::Trace(_) => {}
             }
-        }
-    }
-
-    /// An external program tells us nothing. It counts as started when it sleeps in `accept`, or has a
-    /// connection, or has lived for `--settle`.
-    fn look_at_programs(&mut self) {
-        let settle = self.nursery.config.settle;
-        let mut started = Vec::new();
-        for (&pid, child) in &mut self.children {
-            let lived = child.since.elapsed();
-            if let Link::Program { started: seen @ false } = &mut child.link
-                && (lived >= settle || is_accepting(pid) || has_connection(pid))
-            {
-                *seen = true;
-                started.push(pid);
-            }
-        }
-        for pid in started {
-            self.ready(pid);
         }
     }
 
@@ -478,8 +478,15 @@ impl Master {
 
     /// Has daemons and jobs go on. When they are gone too, after the last worker, the master ends.
     fn look_beside(&mut self) {
+        if self.emptied.is_some() && self.programs.is_empty() {
+            self.beside.stop();
+        }
+        if self.beside.has_suspects() {
+            let orphans = self.orphans();
+            self.beside.inherit(&orphans);
+        }
         self.beside.turn(self.supervisor.is_up());
-        if self.beside.is_empty() {
+        if self.beside.is_empty() && self.programs.is_empty() {
             self.ended = self.emptied;
         }
     }
@@ -489,6 +496,9 @@ impl Master {
         if let Event::Command(command) = event {
             if let Command::Drain | Command::Halt = command {
                 self.notify.stopping();
+            }
+            if command == Command::Halt {
+                self.programs.halt();
             }
             self.beside.heed(command);
         }
@@ -508,10 +518,7 @@ impl Master {
                 None
             }
             Action::Remind { pid } => {
-                // Our own workers miss nothing; and to a program that is at work a second TERM may mean "at once".
-                if self.children.get(&pid).is_some_and(|child| !child.is_worker()) && is_accepting(pid) {
-                    self.signal(pid, Signal::SIGTERM);
-                }
+                self.remind(pid);
                 None
             }
             Action::Kill { pid } => {
@@ -539,14 +546,14 @@ impl Master {
             }
             Action::Exit { success } => {
                 self.emptied = Some(success);
-                self.beside.stop();
                 None
             }
         }
     }
 
     fn spawn(&mut self, slot: u32, generation: u64) -> Event {
-        match self.nursery.spawn(slot, generation, &self.signals) {
+        let mended = self.mend_socket().map_err(io::Error::other);
+        match mended.and_then(|()| self.nursery.spawn(slot, generation, &self.signals)) {
             Ok((pid, child)) => {
                 log::debug!("worker spawned slot={slot} pid={pid} gen={generation}");
                 self.children.insert(pid, child);
@@ -561,17 +568,6 @@ impl Master {
             }
         }
     }
-
-    fn signal(&mut self, pid: Pid, signal: Signal) {
-        let Some(child) = self.children.get_mut(&pid) else { return };
-        child.asked_to_leave = true;
-        // The pid cannot have been given to another process: we have not reaped it. A program may be a wrapper:
-        // its whole group is meant.
-        let sent = if child.is_worker() { kill(pid, signal) } else { killpg(pid, signal) };
-        if let Err(errno) = sent {
-            log::error!("cannot signal worker slot={} pid={pid} signal={signal}: {errno}", child.slot);
-        }
-    }
 }
 
 fn wish(ending: Ending) -> Wish {
@@ -579,11 +575,5 @@ fn wish(ending: Ending) -> Wish {
         Ending::Exited(0) => Wish::Renew,
         Ending::Exited(RETIRE) => Wish::Retire,
         Ending::Exited(_) | Ending::Signaled(_) => Wish::Replace,
-    }
-}
-
-impl Child {
-    fn is_unsettled_program(&self) -> bool {
-        matches!(self.link, Link::Program { started: false })
     }
 }

@@ -1,6 +1,7 @@
 //! What the operator is told of the supervisor's decisions: a line of the log for each note.
 
 use super::Master;
+use super::obituary::Obituary;
 use super::supervisor::Note;
 
 impl Master {
@@ -21,13 +22,21 @@ impl Master {
         }
     }
 
+    /// What an operator should know of the last end, or of that of `pid` if it was the last one.
+    fn hint_of(&self, pid: Option<nix::unistd::Pid>) -> String {
+        let Obituary { hint, pid: of, .. } = &self.obituary;
+        let is_that = !hint.is_empty() && (pid.is_none() || pid == *of);
+        if is_that { format!(" hint={hint:?}") } else { String::new() }
+    }
+
     pub(super) fn tell(&mut self, note: Note) {
         self.notify_of(note);
         match note {
             Note::FullStrength => crate::banner::ready(self.begun.elapsed()),
             Note::Failing { failures, delay } => log::error!(
-                "workers die before they are ready: {failures} in a row, next try in {}ms (see the lines above for why)",
-                delay.as_millis()
+                "workers die before they are ready: {failures} in a row, next try in {}ms (see the lines above for why){}",
+                delay.as_millis(),
+                self.hint_of(None)
             ),
             Note::Throttled { slot, delay } => {
                 log::warn!(
@@ -56,10 +65,11 @@ impl Master {
                 let said =
                     Some(&self.obituary).filter(|obituary| obituary.pid == pid && !obituary.last_words.is_empty());
                 let said = said.map_or_else(String::new, |obituary| format!(" said={:?}", obituary.last_words));
+                let hint = self.hint_of(pid);
                 let pid = pid.map_or_else(String::new, |pid| format!(" pid={pid}"));
                 log::error!(
                     "reload failed gen={generation}: a new worker died before it was ready; the old ones stay \
-                     slot={slot}{pid}{said}"
+                     slot={slot}{pid}{said}{hint}"
                 );
             }
         }

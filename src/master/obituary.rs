@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use forkyard_shm::Scoreboard;
 use nix::unistd::Pid;
 
+use super::programs;
 use super::spawn::Child;
 use crate::sys::Ending;
 
@@ -41,6 +42,8 @@ pub(crate) struct Obituary {
     pub(crate) line: String,
     /// What the process said of its end.
     pub(crate) last_words: String,
+    /// What an operator should know of such an end.
+    pub(crate) hint: &'static str,
 }
 
 /// By these the kernel and the library end a process for what it did. KILL is not among them: an operator sends it, and does
@@ -106,9 +109,17 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, no_memory: bool, s
     let idle = row.as_ref().is_none_or(|row| row.in_flight == 0);
     let as_asked = child.asked_to_leave
         && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
+    let program = child.program();
+    let failed = ending != Ending::Exited(0) || program.as_ref().is_some_and(|program| !program.started);
+    let is_started = program.as_ref().is_none_or(|program| program.started);
+    let hint = program.filter(|program| !program.started && !as_asked).map_or("", |_| programs::hint(ending));
     let (last_words, trace) = child.bury();
-    if !last_words.is_empty() {
+    let was_late = !is_started && ending == Ending::Signaled(libc::SIGKILL);
+    if !last_words.is_empty() && failed && (!as_asked || was_late) {
         let _ = write!(line, " said={last_words:?}");
+    }
+    if !hint.is_empty() {
+        let _ = write!(line, " hint={hint:?}");
     }
     if !trace.is_empty() {
         let _ = write!(line, " trace={trace:?}");
@@ -117,11 +128,11 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, no_memory: bool, s
         _ if as_asked => (log::Level::Info, "worker left"),
         Ending::Exited(0) if idle => (log::Level::Info, "worker left of its own accord"),
         Ending::Exited(0) => (log::Level::Warn, "worker left of its own accord, and in the middle of its work"),
-        Ending::Exited(125) => (log::Level::Warn, "worker left and asks not to be replaced"),
+        Ending::Exited(125) if is_started => (log::Level::Warn, "worker left and asks not to be replaced"),
         Ending::Exited(_) | Ending::Signaled(_) => (log::Level::Warn, "worker died"),
     };
     log::log!(level, "{what} {line}");
-    let obituary = Obituary { pid: Some(pid), line: format!("{what} {line}"), last_words };
+    let obituary = Obituary { pid: Some(pid), line: format!("{what} {line}"), last_words, hint };
     let served = row.as_ref().map_or(0, |row| row.requests);
     let (in_flight, complete, culprit) = row.map_or((Vec::new(), true, None), |row| {
         let complete = usize::try_from(row.in_flight) == Ok(row.serving.len());

@@ -27,6 +27,8 @@ pub(super) const REST: usize = 1 << 20;
 const AS_IT_COMES: u32 = 10;
 /// How often the count is logged.
 const COUNTED: Now = Now::from_secs(1);
+/// Characters of the last line that are kept of one that is dead.
+const LAST_LINE: usize = 500;
 /// Outputs of processes that are dead that are still listened to.
 const LATE: usize = 64;
 
@@ -69,6 +71,11 @@ impl Output {
             self.end(now);
         }
         open
+    }
+
+    /// The last line, cut if it is long.
+    pub(crate) fn last_line(&self) -> String {
+        self.repeats.last.chars().take(LAST_LINE).collect()
     }
 
     /// When it has something to log though nothing comes.
@@ -125,12 +132,13 @@ pub(crate) fn share(processes: usize) -> usize {
 pub(crate) struct LateOutputs(Vec<Output>);
 
 impl LateOutputs {
-    /// The process `pid` is dead.
-    pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Now) {
+    /// The process `pid` is dead. Returns the last line that it put out.
+    pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Now) -> String {
         if !output.read(pid, REST, now) {
-            return;
+            return output.last_line();
         }
         output.end(now); // it cannot finish its line any more
+        let last_line = output.last_line();
         if self.0.len() == LATE {
             let mut oldest = self.0.remove(0);
             oldest.end(now);
@@ -140,6 +148,7 @@ impl LateOutputs {
             );
         }
         self.0.push(output);
+        last_line
     }
 
     /// For a master that takes over.

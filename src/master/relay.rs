@@ -18,7 +18,7 @@ use super::output::{LineReader, REST};
 use super::signals::SignalInbox;
 use super::spawn::Nursery;
 use super::stall::Stall;
-use super::supervisor::{Breaker, Now, StartEnding};
+use super::supervisor::{Breaker, Now};
 use super::upgrade::saved::SavedPublish;
 use crate::config::Config;
 use crate::config::privileges::Owner;
@@ -164,7 +164,7 @@ impl Relay {
     }
 
     fn failed(&mut self, now: Now, what: &str) {
-        if let Some((failures, delay)) = self.breaker.fail(StartEnding::Early, now) {
+        if let Some((failures, delay)) = self.breaker.fail(now) {
             let delay = delay.as_millis();
             log::error!("{what} (events wait in the publish socket) failures={failures} next_try={delay}ms");
         }

@@ -13,6 +13,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::{Pid, pipe2, setpgid};
 
 use super::output::Output;
+use super::programs::ProgramState;
 use super::signals::SignalInbox;
 use super::supervisor::Now;
 use super::upgrade;
@@ -27,6 +28,8 @@ use crate::{heir, logging, notify, publish_socket, sys, systemd};
 
 /// Variables that concern the master alone, and no process of its.
 pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &notify::VARIABLES, &systemd::VARIABLES];
+/// How many children php-cgi forks, which nobody here would supervise: none, unless the operator wants some (`--env`).
+const PHP_CHILDREN: &str = "PHP_FCGI_CHILDREN";
 /// Bytes of a worker's last words that are kept, and of a line of its reports.
 const LAST_WORDS: usize = 4096;
 
@@ -93,12 +96,14 @@ pub(crate) struct Child {
     pub(crate) files: Option<OwnedFd>,
     /// Those that it has; `None` if a former master made it, whose files are taken to be ours.
     pub(crate) log_files: Option<Arc<LogFiles>>,
+    /// The last line that it put out, when its output has ended.
+    pub(crate) last_line: String,
 }
 
 /// What the master hears of a child.
 pub(crate) enum Link {
     Worker { report: File, open: bool, unread: Vec<u8>, last_words: String, trace: String },
-    Program { started: bool },
+    Program(ProgramState),
 }
 
 impl Nursery {
@@ -226,7 +231,9 @@ impl Nursery {
         let since = Instant::now();
         let output = Some(Output::new(slot, read));
         let log_files = Some(Arc::clone(&settings.log_files));
-        Ok((pid, Child { slot, generation, since, asked_to_leave: false, hung: false, link, output, files, log_files }))
+        let (asked_to_leave, hung, last_line) = (false, false, String::new());
+        let child = Child { slot, generation, since, asked_to_leave, hung, link, output, files, log_files, last_line };
+        Ok((pid, child))
     }
 
     fn fork_worker(
@@ -300,11 +307,12 @@ impl Nursery {
             .env("FORKYARD_GENERATION", generation.to_string())
             .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
             .envs(settings.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
-            // php-cgi would otherwise fork children of its own, which nobody supervises.
-            .env("PHP_FCGI_CHILDREN", "0")
             .stdin(Stdio::from(self.listeners[0].duplicate()?))
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));
+        if !settings.config.privileges.variables.iter().any(|variable| variable.name == PHP_CHILDREN) {
+            command.env(PHP_CHILDREN, "0");
+        }
         for name in OF_THE_MASTER.iter().copied().flatten() {
             command.env_remove(name);
         }
@@ -312,7 +320,7 @@ impl Nursery {
         let steps = settings.privileges.steps(slot).map_err(io::Error::other)?;
         let child = sys::spawn(&mut command, &[segment.as_raw_fd()], steps).map_err(|error| explain(&error, read))?;
         let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
-        Ok((pid, Link::Program { started: false }, None))
+        Ok((pid, Link::Program(ProgramState::default()), None))
     }
 }
 
@@ -336,11 +344,19 @@ impl Child {
         matches!(self.link, Link::Worker { .. })
     }
 
+    /// What is known of it, if it is an external program.
+    pub(crate) fn program(&self) -> Option<ProgramState> {
+        match &self.link {
+            Link::Program(program) => Some(program.clone()),
+            Link::Worker { .. } => None,
+        }
+    }
+
     /// The descriptors by which the child may have something to say; those of its output only `with_output`.
     pub(crate) fn watched(&self, with_output: bool) -> impl Iterator<Item = BorrowedFd<'_>> {
         let report = match &self.link {
             Link::Worker { report, open, .. } => open.then(|| report.as_fd()),
-            Link::Program { .. } => None,
+            Link::Program(_) => None,
         };
         report.into_iter().chain(self.output.as_ref().filter(|_| with_output).map(AsFd::as_fd))
     }
@@ -348,7 +364,7 @@ impl Child {
     /// Logs what the child put out, up to `most` bytes.
     pub(crate) fn log_output(&mut self, pid: Pid, most: usize, now: Now) {
         if let Some(output) = self.output.take_if(|output| !output.read(pid, most, now)) {
-            drop(output); // all of it is in the log
+            self.last_line = output.last_line(); // all of it is in the log
         } else if let Some(output) = &mut self.output {
             output.tick(now);
         }
@@ -391,7 +407,8 @@ impl Child {
         self.listen();
         match self.link {
             Link::Worker { last_words, trace, .. } => (last_words, trace),
-            Link::Program { .. } => Default::default(),
+            Link::Program(program) if !program.trouble.is_empty() => (program.trouble.to_owned(), String::new()),
+            Link::Program(_) => (self.last_line, String::new()),
         }
     }
 }
@@ -412,21 +429,4 @@ pub(crate) fn has_heirs() -> bool {
     let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
     let name = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     children.split_ascii_whitespace().any(|pid| name(pid) == "heir\n")
-}
-
-/// Whether process `pid` holds a socket beside its standard input: a connection, as a rule.
-pub(crate) fn has_connection(pid: Pid) -> bool {
-    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    let beside_standard = entries.filter_map(Result::ok).filter(|entry| entry.file_name() != "0");
-    let mut targets = beside_standard.filter_map(|entry| std::fs::read_link(entry.path()).ok());
-    targets.any(|target| target.to_string_lossy().starts_with("socket:"))
-}
-
-/// Whether process `pid` sleeps in `accept` on its standard input, as far as the kernel tells us.
-pub(crate) fn is_accepting(pid: Pid) -> bool {
-    let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/syscall")) else { return false };
-    let mut words = text.split_ascii_whitespace();
-    let call = words.next().and_then(|number| number.parse().ok());
-    let first = words.next();
-    matches!(call, Some(libc::SYS_accept | libc::SYS_accept4)) && first == Some("0x0")
 }

@@ -20,6 +20,8 @@
 //! - A process that dies before it is ready opens the breaker: nothing is spawned until a delay has passed,
 //!   which doubles with each failure in a row; then one process alone tries, and if it becomes ready the
 //!   breaker closes and all are spawned. The delay is a deadline and blocks nobody.
+//! - A process that exits with 0 before it was seen to be ready may have served its share and recycled itself, and is replaced
+//!   at once. After some in a row it counts as one that died before it was ready; a reload fails then.
 //! - Who is replaced while it lives (reload, recycling) drains when its replacement is ready, and a budget bounds how
 //!   many are being replaced at a time. A reload whose new processes do not start leaves the old ones as they
 //!   are: see [`roll`].
@@ -37,8 +39,8 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-pub(super) use self::breaker::{Breaker, Ending as StartEnding};
-use self::breaker::{Ending, TokenBucket};
+pub(super) use self::breaker::Breaker;
+use self::breaker::TokenBucket;
 pub(crate) use self::messages::{Action, Budget, Command, Demand, Event, Note, Policy, Wish};
 use self::roll::Roll;
 use self::scale::Scaler;
@@ -48,6 +50,9 @@ pub(crate) use self::view::{Phase, Place};
 pub(crate) type Now = Duration;
 
 const TERMINATE_AGAIN: Duration = Duration::from_secs(1);
+/// So many in a row may end well without having been seen to be ready. One that lived for this long counts as three.
+const MOST_UNSEEN: u32 = 10;
+const UNSEEN_LONG: Duration = Duration::from_millis(100);
 
 /// What a slot holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +122,8 @@ pub(crate) struct Supervisor {
     reached_full_strength: bool,
     /// Some process was ready, ever.
     proven: bool,
+    /// Processes in a row that ended well and were never seen to be ready: see [`Supervisor::done_unseen`].
+    unseen: u32,
     breaker: Breaker,
     respawns: TokenBucket,
     /// The time of the last step.
@@ -136,6 +143,7 @@ impl Supervisor {
             mode: Mode::Running,
             reached_full_strength: false,
             proven: false,
+            unseen: 0,
             breaker: Breaker::default(),
             respawns: TokenBucket::full(policy.respawn_rate),
             now: Now::ZERO,
@@ -150,7 +158,7 @@ impl Supervisor {
         match event {
             Event::Tick => {}
             Event::Spawned { slot, pid } => self.spawned(slot, pid),
-            Event::SpawnFailed { slot } => self.failed_start(slot, None, Ending::Early, now),
+            Event::SpawnFailed { slot } => self.failed_start(slot, None, now),
             Event::Ready { pid } => self.ready(pid),
             Event::Recycle { pid } => self.wear_out(pid, now),
             Event::Hung { pid } => self.hung(pid),
@@ -234,6 +242,7 @@ impl Supervisor {
                 self.slots[index].state = State::Ready { pid };
                 self.proven = true;
                 self.breaker.close();
+                self.unseen = 0;
                 self.prove(self.slots[index].generation);
             }
             State::Empty
@@ -249,19 +258,37 @@ impl Supervisor {
         let slot = number(index);
         let Slot { state, generation, .. } = self.slots[index];
         self.slots[index] = Slot::new(State::Empty, generation);
-        let failed = |ending| (slot, Some(pid), ending, now);
-        let failed = match state {
+        match state {
             // During a reload it is the new build that has something against it, and the old ones stay.
-            State::Starting { .. } if wish == Wish::Retire && self.is_new(generation) => failed(Ending::Early),
-            State::Starting { .. } | State::Ready { .. } if wish == Wish::Retire => return self.retire(now),
-            State::Starting { .. } if wish == Wish::Renew && self.proven => return self.respawn(slot, now),
-            State::Starting { .. } if wish == Wish::Renew => failed(Ending::Done),
-            State::Starting { .. } => failed(Ending::Early),
-            State::Ready { .. } => return self.respawn(slot, now),
-            State::Killing { unready: true, .. } => failed(Ending::Early),
-            State::Draining { .. } | State::Killing { .. } | State::Empty | State::Backoff { .. } => return,
-        };
-        self.failed_start(failed.0, failed.1, failed.2, failed.3);
+            State::Starting { .. } if wish == Wish::Retire && self.is_new(generation) => {
+                self.failed_start(slot, Some(pid), now);
+            }
+            State::Starting { .. } | State::Ready { .. } if wish == Wish::Retire => self.retire(now),
+            State::Starting { deadline, .. } if wish == Wish::Renew => {
+                let lived = now.saturating_sub(deadline.saturating_sub(self.policy.start_timeout));
+                self.done_unseen(slot, pid, lived, now);
+            }
+            State::Ready { .. } => self.respawn(slot, now),
+            State::Starting { .. } | State::Killing { unready: true, .. } => self.failed_start(slot, Some(pid), now),
+            State::Draining { .. } | State::Killing { .. } | State::Empty | State::Backoff { .. } => {}
+        }
+    }
+
+    /// A process ended well that was never seen to be ready. It may have served its share between two looks; when that comes
+    /// again and again and none is seen, it has nothing to do here, and has failed. One that lived for longer was looked at
+    /// more often.
+    fn done_unseen(&mut self, slot: u32, pid: Pid, lived: Duration, now: Now) {
+        let generation = self.slots[slot as usize].generation;
+        let added = if lived < UNSEEN_LONG { 1 } else { 3 };
+        let of_roll = self.roll.as_mut().filter(|roll| roll.generation == generation);
+        let is_new = of_roll.is_some();
+        let unseen = of_roll.map_or(&mut self.unseen, |roll| &mut roll.unseen);
+        *unseen = unseen.saturating_add(added);
+        match *unseen < MOST_UNSEEN {
+            true if is_new => {} // these few tries are bounded anyhow
+            true => self.respawn(slot, now),
+            false => self.failed_start(slot, Some(pid), now),
+        }
     }
 
     /// Has the slot refilled: at once, as a rule.
@@ -295,7 +322,7 @@ impl Supervisor {
         }
     }
 
-    fn failed_start(&mut self, slot: u32, pid: Option<Pid>, ending: Ending, now: Now) {
+    fn failed_start(&mut self, slot: u32, pid: Option<Pid>, now: Now) {
         let place = &mut self.slots[slot as usize];
         let generation = place.generation;
         *place = Slot::new(State::Empty, generation);
@@ -308,7 +335,7 @@ impl Supervisor {
                 return; // it was one above the target, and is not missed
             }
         }
-        if let Some((failures, delay)) = self.breaker.fail(ending, now) {
+        if let Some((failures, delay)) = self.breaker.fail(now) {
             self.note(Note::Failing { failures, delay });
         }
         self.slots[slot as usize].state = State::Backoff { until: self.breaker.open_until() };

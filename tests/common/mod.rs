@@ -17,6 +17,7 @@ pub mod limit;
 pub mod load;
 pub mod raw;
 pub mod refuse;
+pub mod run;
 pub mod scgi;
 pub mod sse;
 

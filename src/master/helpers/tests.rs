@@ -34,7 +34,7 @@ fn world(daemons: usize, schedules: &[&str], cron_timeout: Duration) -> World {
     });
     let all: Vec<_> = daemons.chain(jobs).collect();
     let starts = vec![0; all.len()];
-    let config = HelpersConfig::new(all, cron_timeout).unwrap();
+    let config = HelpersConfig::new(all, cron_timeout, 4).unwrap();
     let wall = "2026-05-01T00:00:30Z".parse().unwrap();
     World {
         helpers: Helpers::new(&config, STOP, wall),
@@ -136,18 +136,65 @@ fn a_daemon_that_had_run_is_restarted_at_once_and_one_that_had_not_later_and_lat
 }
 
 #[test]
-fn one_that_exits_with_125_stays_away_until_a_reload() {
+fn one_that_exits_with_125_stays_away_until_a_reload_and_a_wrapper_that_fails_with_it_does_not() {
     let mut world = world(2, &[], Duration::ZERO);
     world.feed(Event::Begin);
     world.end(0, Wish::Retire);
+    assert!(matches!(world.notes[..], [(0, Note::Failing { failures: 1, .. })]), "{:?}", world.notes);
+    world.pass(S);
+    world.pass(S);
+    world.end(0, Wish::Retire);
     world.pass(3600 * S);
-    assert_eq!((world.starts.as_slice(), world.notes.as_slice()), (&[1, 1][..], &[(0, Note::Retired)][..]));
+    assert_eq!((world.starts.as_slice(), &world.notes[1..]), (&[2, 1][..], &[(0, Note::Retired)][..]));
     let other = world.pid(1);
     world.feed(Event::Reloaded);
-    assert_eq!(world.starts, [2, 1], "the one that runs is asked to stop first");
+    assert_eq!(world.starts, [3, 1], "the one that runs is asked to stop first");
     assert_eq!(world.asked, BTreeMap::from([(other, Action::Terminate { pid: other })]));
     world.end(1, Wish::Retire);
-    assert_eq!(world.starts, [2, 2], "what it said when it was asked to stop is not held against it");
+    assert_eq!(world.starts, [3, 2], "what it said when it was asked to stop is not held against it");
+}
+
+#[test]
+fn a_daemon_that_ends_well_at_once_is_tried_less_and_less_and_given_up() {
+    let mut world = world(2, &[], Duration::ZERO);
+    world.feed(Event::Begin);
+    let mut delays = Vec::new();
+    for _ in 0..3 {
+        world.end(0, Wish::Renew);
+        delays.push(world.helpers.next_deadline().unwrap() - world.now);
+        world.pass(*delays.last().unwrap());
+    }
+    assert_eq!(delays, [100, 200, 400].map(Duration::from_millis));
+    world.end(0, Wish::Renew);
+    assert_eq!(world.notes.last(), Some(&(0, Note::GivenUp { tries: 4 })));
+    world.pass(3600 * S);
+    assert_eq!(world.starts, [4, 1]);
+    world.feed(Event::Reloaded);
+    assert_eq!(world.starts[0], 5);
+    // The one that fails otherwise goes on to be tried, and one that had run has begun anew.
+    for _ in 0..20 {
+        world.end(0, Wish::Replace);
+        world.pass(30 * S);
+    }
+    assert_eq!(world.starts[0], 25);
+}
+
+#[test]
+fn a_daemon_in_the_background_is_not_started_a_second_time_before_a_reload() {
+    let mut world = world(1, &["* * * * *"], Duration::ZERO);
+    world.feed(Event::Begin);
+    let pid = Pid::from_raw(7);
+    world.feed(Event::Detached { helper: 0, pid });
+    assert_eq!(world.notes, [], "it runs");
+    world.end(0, Wish::Renew);
+    world.feed(Event::Detached { helper: 0, pid });
+    assert_eq!(world.notes.last(), Some(&(0, Note::Detached { pid })));
+    world.feed(Event::Detached { helper: 1, pid });
+    assert_eq!(world.notes.len(), 2, "a job may leave what it wants");
+    world.pass(3600 * S);
+    assert_eq!(world.starts[0], 1);
+    world.feed(Event::Reloaded);
+    assert_eq!(world.starts[0], 2);
 }
 
 #[test]

@@ -8,17 +8,6 @@ use super::Now;
 /// First delay of the breaker, and the longest.
 const FIRST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(30);
-/// The longest delay for a process that ended well, only too early to have been seen at work.
-const LONGEST_DONE: Duration = Duration::from_secs(1);
-
-/// How a process failed to become ready.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::master) enum Ending {
-    /// It crashed, was killed, or could not be made.
-    Early,
-    /// It exited with 0.
-    Done,
-}
 
 /// Opens when a process dies before it is ready, for a time that doubles; then one alone may try.
 #[derive(Debug, Default)]
@@ -49,16 +38,12 @@ impl Breaker {
     }
 
     /// A process failed. Returns how many in a row, and the delay; `None` if this is the same failure as the last one.
-    pub(in crate::master) fn fail(&mut self, ending: Ending, now: Now) -> Option<(u32, Duration)> {
+    pub(in crate::master) fn fail(&mut self, now: Now) -> Option<(u32, Duration)> {
         if now < self.open_until {
             return None; // its siblings, which were let through with it
         }
         self.failures = self.failures.saturating_add(1);
-        let longest = match ending {
-            Ending::Early => LONGEST,
-            Ending::Done => LONGEST_DONE,
-        };
-        let delay = FIRST.saturating_mul(1 << (self.failures - 1).min(16)).min(longest);
+        let delay = FIRST.saturating_mul(1 << (self.failures - 1).min(16)).min(LONGEST);
         self.open_until = now + delay;
         Some((self.failures, delay))
     }

@@ -18,12 +18,14 @@ pub(super) struct Roll {
     pub(super) generation: u64,
     /// A process of this generation was ready.
     pub(super) proven: bool,
+    /// Processes of this generation in a row that ended well and were never seen to be ready.
+    pub(super) unseen: u32,
 }
 
 impl Supervisor {
     pub(super) fn begin_roll(&mut self) {
         self.newest += 1;
-        self.roll = Some(Roll { generation: self.newest, proven: false });
+        self.roll = Some(Roll { generation: self.newest, proven: false, unseen: 0 });
         // A reload is the operator's way to say that the cause is mended: try at once.
         self.breaker.close();
         self.end_backoffs(Now::MAX);
@@ -34,6 +36,7 @@ impl Supervisor {
     pub(super) fn prove(&mut self, generation: u64) {
         if let Some(roll) = self.roll.as_mut().filter(|roll| roll.generation == generation) {
             roll.proven = true;
+            roll.unseen = 0;
         }
     }
 
@@ -50,7 +53,7 @@ impl Supervisor {
 
     /// The generation of the next process; `None` if it has to wait for the canary.
     pub(super) fn next_generation(&self) -> Option<u64> {
-        let Some(Roll { generation, proven }) = self.roll else { return Some(self.generation) };
+        let Some(Roll { generation, proven, .. }) = self.roll else { return Some(self.generation) };
         if proven {
             return Some(generation);
         }

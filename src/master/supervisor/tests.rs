@@ -429,19 +429,68 @@ fn a_process_that_will_not_leave_is_asked_again_and_then_killed() {
     assert_eq!(world.exited, Some(true));
 }
 
+/// Some pids of those that are starting.
+fn starting(world: &World) -> Vec<Pid> {
+    let starting = world.processes.iter().filter(|(_, life)| **life == Life::Starting);
+    starting.map(|(&pid, _)| Pid::from_raw(pid)).collect()
+}
+
 #[test]
-fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_none_ever_was() {
-    let mut world = World::new(policy(1));
-    let pid = *world.processes.keys().next().unwrap();
-    world.die(Pid::from_raw(pid), Wish::Renew);
-    assert!(matches!(world.notes[..], [Note::Failing { .. }]), "{:?}", world.notes);
+fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_that_comes_again_and_again() {
+    let mut world = World::new(Policy { respawn_rate: 64, ..policy(1) });
     world.settle();
-    let pid = *world.processes.keys().next().unwrap();
-    world.die(Pid::from_raw(pid), Wish::Renew);
-    let pid = *world.processes.keys().next().expect("it is replaced at once");
-    world.die(Pid::from_raw(pid), Wish::Renew);
-    assert_eq!(world.processes.len(), 1, "and so is one that nobody saw ready");
-    assert_eq!(world.notes.len(), 2, "{:?}", world.notes);
+    world.die(Pid::from_raw(*world.processes.keys().next().unwrap()), Wish::Renew);
+    let spawned = world.spawned;
+    for _ in 1..MOST_UNSEEN {
+        world.die(starting(&world)[0], Wish::Renew);
+        assert_eq!(starting(&world).len(), 1, "it is replaced at once");
+        world.now += MS;
+    }
+    world.become_ready(starting(&world)[0]);
+    world.die(Pid::from_raw(*world.processes.keys().next().unwrap()), Wish::Renew);
+    for _ in 1..MOST_UNSEEN {
+        world.die(starting(&world)[0], Wish::Renew);
+        world.now += MS;
+    }
+    assert_eq!(world.spawned, spawned + 2 * MOST_UNSEEN - 1, "one that was ready has begun the row anew");
+    assert_eq!(world.notes, [Note::FullStrength]);
+    let mut delays = Vec::new();
+    while delays.len() < 11 {
+        match starting(&world).first() {
+            Some(&pid) => world.die(pid, Wish::Renew),
+            None => {
+                let deadline = world.supervisor.next_deadline().unwrap();
+                delays.push((deadline - world.now).as_millis());
+                world.now = deadline;
+                world.feed(Event::Tick);
+            }
+        }
+    }
+    assert_eq!(delays, [100, 200, 400, 800, 1600, 3200, 6400, 12_800, 25_600, 30_000, 30_000]);
+    world.settle();
+    assert_eq!(world.ready(), 1);
+}
+
+#[test]
+fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_stay() {
+    // Those that live for longer were looked at more often, and so fewer of them are enough.
+    for (lived, most) in [(MS, MOST_UNSEEN), (UNSEEN_LONG, 4)] {
+        let mut world = World::new(policy(3));
+        world.settle();
+        let (old, spawned): (Vec<i32>, _) = (world.processes.keys().copied().collect(), world.spawned);
+        world.feed(Event::Command(Command::Reload));
+        while let Some(&pid) = starting(&world).first() {
+            world.now += lived;
+            // Those of the old generation recycle themselves and are seen; that is no proof of the new one.
+            world.die(pid, Wish::Renew);
+        }
+        assert_eq!(world.spawned - spawned, most);
+        assert!(matches!(world.notes.last(), Some(Note::ReloadFailed { generation: 2, .. })), "{:?}", world.notes);
+        assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
+        world.feed(Event::Command(Command::Reload));
+        world.settle();
+        assert_eq!(world.notes.last(), Some(&Note::ReloadDone { generation: 3 }));
+    }
 }
 
 #[test]

@@ -14,6 +14,7 @@ use super::saved::{FORMAT, Saved, SavedChild, SavedHelper, SavedLink, SavedListe
 use crate::control::wire::Answer;
 use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
+use crate::master::programs::ProgramState;
 use crate::master::spawn::{Child, Link, Nursery};
 use crate::master::supervisor::{Command, Event, Supervisor};
 use crate::master::{Master, policy};
@@ -61,7 +62,7 @@ impl Master {
         for saved in std::mem::take(&mut left.saved.late) {
             let pid = saved.pid;
             if let Some(output) = restore_output(saved, &mut left) {
-                self.late.adopt(output, Pid::from_raw(pid), now);
+                let _ = self.late.adopt(output, Pid::from_raw(pid), now); // its obituary was written
             }
         }
         for SavedHelper { name, pid, output, partial } in std::mem::take(&mut left.saved.helpers) {
@@ -137,7 +138,7 @@ impl Child {
                 last_words: last_words.clone(),
                 trace: trace.clone(),
             },
-            Link::Program { started } => SavedLink::Program { started: *started },
+            Link::Program(program) => SavedLink::Program { started: program.started, seen: program.seen },
         };
         SavedChild {
             pid: pid.as_raw(),
@@ -159,12 +160,13 @@ impl Child {
             SavedLink::Worker { report, open, unread, last_words, trace } => {
                 Link::Worker { report: left.claim(report)?.into(), open, unread, last_words, trace }
             }
-            SavedLink::Program { started } => Link::Program { started },
+            SavedLink::Program { started, seen } => Link::Program(ProgramState::restore(started, seen)),
         };
         let output = output.and_then(|output| restore_output(output, left));
         let files = files.and_then(|files| left.claim(files));
         let now = Instant::now();
         let since = now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now);
-        Some(Self { slot, generation, since, asked_to_leave, hung, link, output, files, log_files: None })
+        let (log_files, last_line) = (None, String::new());
+        Some(Self { slot, generation, since, asked_to_leave, hung, link, output, files, log_files, last_line })
     }
 }

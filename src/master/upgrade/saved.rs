@@ -104,6 +104,9 @@ pub(crate) enum SavedLink {
     },
     Program {
         started: bool,
+        /// It was seen to take connections.
+        #[serde(default)]
+        seen: bool,
     },
 }
 

@@ -1,0 +1,70 @@
+//! The end of the server: what is left of it is ended, or named.
+//!
+//! The master inherits the processes whose parents have ended, so it knows what is left. Those in its own session end with it:
+//! asked first, then killed. Those with a session of their own (setsid) were meant to outlive it, and are named; what daemons have
+//! left is ended nevertheless. And nobody listens at the sockets that this server has bound, whoever holds them still.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getpid};
+
+use super::Master;
+use super::sight::{self, Sight};
+use crate::sys;
+
+/// How long what is left may take to leave.
+const GRACE: Duration = Duration::from_secs(1);
+/// How long one that was killed may take to be gone.
+const KILLED: Duration = Duration::from_secs(1);
+/// How often it is looked what is left: what has lost its parent comes to us a moment later.
+const LOOK: Duration = Duration::from_millis(10);
+
+impl Master {
+    pub(super) fn end_leftovers(&mut self) {
+        self.nursery.listeners.iter().for_each(crate::listen::Listener::stop_listening);
+        let Some(session) = sight::stat(getpid()).map(|stat| stat.session) else { return };
+        let begun = Instant::now();
+        let mut asked = BTreeSet::new();
+        loop {
+            while let Some(pid) = sys::ended_child() {
+                sys::reap(pid);
+            }
+            let family = sight::family_of(&self.orphans());
+            let (ours, apart): (Vec<Pid>, Vec<Pid>) =
+                family.into_iter().partition(|&pid| self.ends_with_us(pid, session));
+            let is_over = begun.elapsed() >= GRACE;
+            if ours.is_empty() || begun.elapsed() >= GRACE + KILLED {
+                return apart.into_iter().for_each(|pid| self.name_survivor(pid));
+            }
+            for pid in ours {
+                let signal = if is_over || self.programs.at_once { Signal::SIGKILL } else { Signal::SIGTERM };
+                if asked.insert((pid, signal as i32)) {
+                    let name = sight::stat(pid).map(|stat| stat.name).unwrap_or_default();
+                    log::info!("what was left behind ends with the server pid={pid} name={name} signal={signal}");
+                    let _ = kill(pid, signal); // it may just have ended
+                }
+            }
+            let nap = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::ZERO);
+            let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], nap);
+            self.signals.take();
+        }
+    }
+
+    fn ends_with_us(&self, pid: Pid, session: i32) -> bool {
+        sight::stat(pid).is_some_and(|stat| stat.session == session) || self.beside.has_left(pid)
+    }
+
+    fn name_survivor(&self, pid: Pid) {
+        let Some(name) = sight::stat(pid).filter(|stat| !stat.is_zombie).map(|stat| stat.name) else { return };
+        let listeners = self.nursery.listeners.iter();
+        let mut holds = listeners.filter(|listener| !matches!(sight::of(pid, listener), Sight::Apart | Sight::Hidden));
+        match holds.next() {
+            Some(listener) => log::warn!("pid {pid} ({name}) lives on and still has the socket {listener}"),
+            None => log::info!("pid {pid} ({name}) lives on: it has a session of its own"),
+        }
+    }
+}

@@ -1,0 +1,438 @@
+//! What the requests of external programs have started, and what it may do to the server: children that a page waits for, background
+//! jobs, wrappers around the programs that serve, and what is left when the server stops.
+
+#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+
+mod common;
+
+use std::fs::File;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+use common::run::Place;
+use common::{Server, children_of, is_gone, process, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const CHILDREN_PHP: &str = include_str!("programs/children.php");
+const PHP: [&str; 6] = ["php-cgi", "-n", "-d", "log_errors=1", "-d", "fastcgi.logging=0"];
+
+/// A reload or recycling goes on though one that leaves has something to finish.
+const ALL: [&str; 2] = ["--max-unavailable", "100%"];
+
+fn place() -> Place {
+    with_page(Place::new())
+}
+
+fn with_page(place: Place) -> Place {
+    std::fs::write(place.path("children.php"), CHILDREN_PHP).unwrap();
+    place
+}
+
+fn start(place: &Place, options: &[&str], variables: &[(&str, &str)]) -> Server {
+    let mut command = place.run(options, &PHP);
+    Server::start_command(command.envs(variables.iter().copied()))
+}
+
+/// A request that waits for a program that it has started.
+struct Waiting<'a> {
+    place: &'a Place,
+    name: String,
+    gate: File,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(place: &'a Place, name: &str) -> Self {
+        let name = place.path(name).to_string_lossy().into_owned();
+        let gate = format!("{name}.gate");
+        nix::unistd::mkfifo(gate.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        // For reading too, so that this does not wait for the other end.
+        let gate = File::options().read(true).write(true).open(gate).unwrap();
+        Self { place, name, gate }
+    }
+
+    fn target(&self) -> String {
+        format!("/children.php?do=wait&name={}", self.name)
+    }
+
+    /// Returns when the program that it waits for is there: its pid.
+    fn has_begun(&self) -> i32 {
+        number_in(Path::new(&format!("{}.in", self.name)))
+    }
+
+    fn let_go(&mut self) {
+        self.gate.write_all(b"go\n").unwrap();
+    }
+
+    fn ask(&self) -> String {
+        self.place.text(&self.target())
+    }
+}
+
+/// The number in a file that is being written.
+fn number_in(path: &Path) -> i32 {
+    wait_until("somebody has written its pid", || {
+        let text = std::fs::read_to_string(path).ok()?;
+        text.strip_suffix('\n')?.parse().ok()
+    })
+}
+
+/// Ends a process that has been left, however the test ends.
+struct Left(i32);
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        let _ = kill(Pid::from_raw(self.0), Signal::SIGKILL);
+    }
+}
+
+fn lives(pid: i32) -> bool {
+    !is_gone(pid)
+}
+
+/// Asks for a page that waits for a program, does something to the server, and lets the program go when `done` returns.
+fn is_finished(place: &Place, name: &str, server: &mut Server, done: impl FnOnce(&mut Server)) {
+    let waiting = Waiting::new(place, name);
+    let mut gate = Waiting { gate: waiting.gate.try_clone().unwrap(), place, name: waiting.name.clone() };
+    let answer = std::thread::scope(|scope| {
+        let client = scope.spawn(|| waiting.ask());
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            waiting.has_begun();
+            done(server);
+        }));
+        gate.let_go();
+        let answer = client.join();
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        answer.unwrap()
+    });
+    assert_eq!(answer, "status=0 out=picture made\n", "{}", server.log());
+}
+
+// ---- what a page waits for ----
+
+#[test]
+fn a_reload_leaves_alone_what_a_request_waits_for() {
+    let place = place();
+    let mut server = start(&place, &ALL, &[]);
+    is_finished(&place, "a", &mut server, |server| {
+        server.signal(Signal::SIGHUP);
+        server.wait_for("reload done gen=2");
+    });
+    server.stop();
+    assert!(!server.log().contains("signal="), "nobody was killed: {}", server.log());
+}
+
+#[test]
+fn a_stop_leaves_alone_what_a_request_waits_for() {
+    let place = place();
+    let mut server = start(&place, &[], &[]);
+    is_finished(&place, "a", &mut server, |server| {
+        server.signal(Signal::SIGTERM);
+        server.wait_for("worker left"); // the other one, which had nothing to do
+    });
+    assert_eq!(server.wait_end(), Some(0));
+    assert!(!server.log().contains("signal="), "nobody was killed: {}", server.log());
+}
+
+#[test]
+fn recycling_leaves_alone_what_a_request_waits_for() {
+    let place = place();
+    let mut server = start(&place, &[&ALL[..], &["--max-age", "1s"]].concat(), &[]);
+    is_finished(&place, "a", &mut server, |server| {
+        for _ in 0..2 {
+            server.wait_for("reason=max-age");
+        }
+        server.wait_for("worker left");
+    });
+    server.stop();
+}
+
+#[test]
+fn what_a_request_waits_for_ends_with_a_program_that_does_not_finish_in_time() {
+    let place = place();
+    let mut server = start(&place, &["--drain-timeout", "300ms"], &[]);
+    let waiting = Waiting::new(&place, "a");
+    let child = std::thread::scope(|scope| {
+        let client = scope.spawn(|| place.ask(&waiting.target(), b""));
+        let child = waiting.has_begun();
+        server.signal(Signal::SIGHUP);
+        server.wait_for("does not finish in time (--drain-timeout): killed");
+        assert!(client.join().unwrap().is_err());
+        child
+    });
+    wait_until("it has ended too", || is_gone(child).then_some(()));
+    server.stop();
+}
+
+// ---- background jobs ----
+
+#[test]
+fn background_jobs_survive_recycling_and_a_reload_and_end_with_the_server() {
+    let place = place();
+    let mut server = start(&place, &[], &[("PHP_FCGI_MAX_REQUESTS", "1")]);
+    let job: i32 = place.text("/children.php?do=background").trim().parse().unwrap();
+    server.wait_for("worker left of its own accord");
+    let session = place.path("session");
+    place.text(&format!("/children.php?do=session&name={}", session.display()));
+    let apart = Left(number_in(&session));
+    server.wait_for("worker left of its own accord");
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done gen=2");
+    let before = server.workers();
+    place.text("/children.php?do=pid");
+    wait_until("all is as before", || (server.workers() != before).then_some(()));
+    assert!(lives(job) && lives(apart.0), "{}", server.log());
+    server.stop();
+    let log = server.log();
+    assert!(log.contains(&format!("what was left behind ends with the server pid={job} name=sleep")), "{log}");
+    assert!(is_gone(job) && lives(apart.0), "one with a session of its own outlives the server");
+    assert!(log.contains(&format!("pid {} (sleep) lives on and still has the socket fastcgi:unix:", apart.0)), "{log}");
+}
+
+#[test]
+fn a_job_ends_with_a_program_that_has_crashed() {
+    let place = place();
+    let mut server = start(&place, &[], &[]);
+    let job: i32 = place.text("/children.php?do=background").trim().parse().unwrap();
+    for pid in server.workers() {
+        if process(pid).is_some_and(|process| process.name == "php-cgi") {
+            kill(Pid::from_raw(pid), Signal::SIGSEGV).unwrap();
+        }
+    }
+    server.wait_for("worker died");
+    server.wait_for("worker died");
+    wait_until("the job has ended", || is_gone(job).then_some(()));
+    server.stop();
+}
+
+#[test]
+fn a_job_that_ignores_term_is_killed_and_the_stop_does_not_wait_for_it() {
+    let place = Place::new();
+    let text = "trap '' TERM; sh -c 'echo job $$; exec sleep 600' & exec php-cgi";
+    let mut server = Server::launch(&mut place.run(&[], &["sh", "-c", text]));
+    let line = server.wait_for("| job ");
+    let job: i32 = line.rsplit(' ').next().unwrap().parse().unwrap();
+    wait_until("it sleeps", || (process(job)?.name == "sleep").then_some(()));
+    server.wait_for("ready in ");
+    server.stop();
+    assert!(is_gone(job), "{}", server.log());
+    assert!(server.log().contains(&format!("pid={job} name=sleep signal=SIGKILL")), "{}", server.log());
+}
+
+/// It has the listening socket as its standard input, and outlives the server.
+#[test]
+fn what_still_has_the_socket_is_named_and_its_address_is_free() {
+    let place = with_page(Place::with_port());
+    let session = place.path("session");
+    let mut server = start(&place, &[], &[]);
+    place.text(&format!("/children.php?do=session&name={}", session.display()));
+    let left = Left(number_in(&session));
+    wait_until("it sleeps", || (process(left.0)?.name == "sleep").then_some(()));
+    server.stop();
+    let named = format!("pid {} (sleep) lives on and still has the socket {}", left.0, place.address);
+    assert!(server.log().contains(&named), "{}", server.log());
+    assert!(lives(left.0));
+    let refused = place.ask("/children.php?do=pid", b"").unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused, "{refused}");
+    let mut next = start(&place, &[], &[]);
+    assert!(place.text("/children.php?do=pid").trim().parse::<i32>().is_ok());
+    next.stop();
+}
+
+// ---- wrappers ----
+
+/// All that comes from the server and is called so.
+fn named(server: &Server, name: &str) -> Vec<i32> {
+    let mut family = vec![server.pid().as_raw()];
+    let mut at = 0;
+    while let Some(&pid) = family.get(at) {
+        family.extend(children_of(Pid::from_raw(pid)));
+        at += 1;
+    }
+    family.retain(|&pid| process(pid).is_some_and(|process| process.name == name && process.state != 'Z'));
+    family
+}
+
+/// The wrapper is ended by TERM, or is not, and then waits for its child.
+#[test]
+fn a_wrapper_and_what_it_has_started_leave_together_when_the_request_is_finished() {
+    for script in ["\"$@\"; true", "trap : TERM; \"$@\"; true", "trap '' TERM; (trap - TERM; exec \"$@\"); true"] {
+        let place = place();
+        let command = [&["sh", "-c", script, "sh"][..], &PHP].concat();
+        let mut server = Server::start_command(&mut place.run(&ALL, &command));
+        let old =
+            wait_until("both have started php-cgi", || Some(named(&server, "php-cgi")).filter(|all| all.len() == 2));
+        is_finished(&place, "a", &mut server, |server| {
+            server.signal(Signal::SIGHUP);
+            server.wait_for("reload done gen=2");
+            wait_until("the one that had nothing to do is gone", || {
+                (old.iter().filter(|&&pid| is_gone(pid)).count() == 1).then_some(())
+            });
+        });
+        wait_until("none of the old ones is left", || old.iter().all(|&pid| is_gone(pid)).then_some(()));
+        wait_until("there are two new ones", || (named(&server, "php-cgi").len() == 2).then_some(()));
+        server.stop();
+        assert!(!server.log().contains("signal=KILL"), "{script}: {}", server.log());
+    }
+}
+
+#[test]
+fn children_of_php_cgi_itself_finish_what_they_serve() {
+    let place = place();
+    let mut server = start(&place, &[&ALL[..], &["--env", "PHP_FCGI_CHILDREN=3"]].concat(), &[]);
+    wait_until("two parents with three children each", || (named(&server, "php-cgi").len() == 8).then_some(()));
+    for (signal, line) in [(Signal::SIGHUP, "reload done gen=2"), (Signal::SIGTERM, "worker left")] {
+        let name = place.path(signal.as_str()).to_string_lossy().into_owned();
+        let answer = std::thread::scope(|scope| {
+            let client = scope.spawn(|| place.text(&format!("/children.php?do=wait-itself&name={name}")));
+            wait_until("the page waits", || Path::new(&format!("{name}.in")).exists().then_some(()));
+            server.signal(signal);
+            server.wait_for(line);
+            server.wait_for("worker left");
+            std::fs::write(format!("{name}.go"), "").unwrap();
+            client.join().unwrap()
+        });
+        assert_eq!(answer, "waited\n", "{}", server.log());
+    }
+    assert_eq!(server.wait_end(), Some(0));
+    assert_eq!(named(&server, "php-cgi"), [], "{}", server.log());
+    assert!(!server.log().contains("signal=KILL"), "{}", server.log());
+}
+
+#[test]
+fn the_workers_of_a_perl_manager_finish_and_so_does_what_they_wait_for() {
+    let place = Place::new();
+    let text = "#!/usr/bin/perl\nuse FCGI; use FCGI::ProcManager;\n\
+        my $manager = FCGI::ProcManager->new({ n_processes => 2 });\n\
+        my %env; my $request = FCGI::Request(\\*STDIN, \\*STDOUT, \\*NOT_STDERR, \\%env);\n\
+        $manager->pm_manage();\n\
+        while ($request->Accept() >= 0) {\n  $manager->pm_pre_dispatch();\n\
+          my ($name) = $env{QUERY_STRING} =~ /name=(.*)/;\n\
+          my $said = `echo \\$\\$ > $name.in; read line < $name.gate; echo picture made`;\n\
+          chomp $said; print \"Content-Type: text/plain\\r\\n\\r\\nstatus=$? out=$said\\n\";\n\
+          $manager->pm_post_dispatch();\n}\n";
+    let script = place.script("managed", text);
+    let mut server = Server::start_command(&mut place.run(&ALL, &[&script]));
+    is_finished(&place, "a", &mut server, |server| {
+        server.signal(Signal::SIGHUP);
+        server.wait_for("reload done gen=2");
+    });
+    server.stop();
+    assert!(!server.log().contains("signal=KILL"), "{}", server.log());
+}
+
+/// One that is left behind by a program that has ended, and takes connections: it would go on beside its replacement.
+#[test]
+fn who_is_left_behind_and_takes_connections_is_asked_to_leave() {
+    let place = place();
+    let command = [&["setsid"][..], &PHP].concat();
+    // setsid forks, and ends with 0.
+    let mut server = Server::launch(&mut place.run(&[], &command));
+    server.wait_for("what a worker left behind takes connections: asked to leave");
+    server.wait_for("workers die before they are ready");
+    server.stop();
+    assert_eq!(named(&server, "php-cgi"), [], "{}", server.log());
+}
+
+// ---- what a child does to the listening socket ----
+
+#[test]
+fn a_child_that_makes_the_socket_non_blocking_does_no_harm() {
+    let place = place();
+    let mut server = start(&place, &[], &[]);
+    for _ in 0..3 {
+        assert_eq!(place.text("/children.php?do=non-blocking"), "done\n");
+        server.wait_for("the listening socket waits in accept again");
+    }
+    for _ in 0..20 {
+        place.text("/children.php?do=pid");
+    }
+    let left = |server: &Server| server.log().matches("left of its own accord").count();
+    assert!(left(&server) <= 9, "{}", server.log());
+    assert_eq!(place.text("/children.php?do=non-blocking"), "done\n");
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done gen=2");
+    place.text("/children.php?do=pid");
+    server.stop();
+}
+
+#[test]
+fn a_child_that_shuts_the_socket_down_does_no_lasting_harm() {
+    for place in [place(), with_page(Place::with_port())] {
+        let mut server = start(&place, &["--socket-mode", "600"], &[]);
+        let _ = place.ask("/children.php?do=shutdown", b""); // its own connection is whole, and that is not the point
+        server.wait_for("the listening socket was had anew");
+        wait_until("it is served again", || place.ask("/children.php?do=pid", b"").ok());
+        server.signal(Signal::SIGHUP);
+        server.wait_for("reload done gen=2");
+        place.text("/children.php?do=pid");
+        if place.socket().exists() {
+            use std::os::unix::fs::PermissionsExt as _;
+            assert_eq!(std::fs::metadata(place.socket()).unwrap().permissions().mode() & 0o777, 0o600);
+        }
+        server.stop();
+        assert!(!place.socket().exists(), "the new file is removed too");
+    }
+}
+
+/// The same on the socket that another program has passed to the server.
+#[test]
+fn a_socket_that_was_passed_on_and_shut_down_listens_again() {
+    let place = with_page(Place::with_port());
+    let listener = std::net::TcpListener::bind(place.address.strip_prefix("fastcgi:").unwrap()).unwrap();
+    let mut command = Command::new(common::program("forkyard"));
+    // Standard input is a listening socket: so no --bind is needed.
+    command
+        .args(["run", "--workers", "2", "--"])
+        .args(PHP)
+        .stdin(std::process::Stdio::from(std::os::fd::OwnedFd::from(listener)));
+    let mut server = Server::start_command(&mut command);
+    let _ = place.ask("/children.php?do=shutdown", b"");
+    server.wait_for("the listening socket was had anew");
+    wait_until("it is served again", || place.ask("/children.php?do=pid", b"").ok());
+    server.stop();
+}
+
+/// Node, Go and the like make the socket non-blocking themselves, and must find it so.
+#[test]
+fn a_program_with_an_event_loop_keeps_its_socket_non_blocking() {
+    let place = Place::new();
+    let text = "#!/usr/bin/env python3\nimport os, select, signal, socket, sys\nos.set_blocking(0, False)\n\
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n\
+        e = select.epoll()\ne.register(0, select.EPOLLIN)\nprint('up', flush=True)\nwhile True: e.poll()\n";
+    let script = place.script("loop", text);
+    let mut server = Server::start_command(&mut place.run(&[], &[&script]));
+    let old = server.workers();
+    kill(Pid::from_raw(*old.first().unwrap()), Signal::SIGKILL).unwrap();
+    server.wait_for("worker died");
+    wait_until("it is replaced", || Some(server.workers()).filter(|all| all.len() == 2 && *all != old));
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done gen=2");
+    server.stop();
+    assert!(!server.log().contains("waits in accept again"), "{}", server.log());
+    assert!(
+        !server.log().contains("signal=KILL") || server.log().matches("signal=KILL").count() == 1,
+        "{}",
+        server.log()
+    );
+}
+
+// ---- fcgiwrap ----
+
+#[test]
+fn fcgiwrap_runs_any_cgi_script() {
+    let place = Place::new();
+    place.script(
+        "hello.cgi",
+        "#!/bin/sh\nprintf 'Content-Type: text/plain\\r\\n\\r\\nhello from %s\\n' \"$SCRIPT_NAME\"\n",
+    );
+    let mut server = Server::start_command(&mut place.run(&[], &["fcgiwrap"]));
+    for _ in 0..3 {
+        assert_eq!(place.text("/hello.cgi"), "hello from /hello.cgi\n");
+    }
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done gen=2");
+    assert_eq!(place.text("/hello.cgi"), "hello from /hello.cgi\n");
+    server.stop();
+}

@@ -1,0 +1,285 @@
+//! When an external program counts as started, and what is done about one that does not start: programs that end well at once, that only
+//! look as if they were ready, that never take the listening socket, wrappers that fail, and daemons that put themselves into the background.
+
+#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+
+mod common;
+
+use std::os::unix::net::UnixListener;
+use std::process::Command;
+
+use common::run::Place;
+use common::{Server, is_gone, process, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A server that runs the C program by way of a script, which can be replaced.
+fn start(place: &Place, options: &[&str]) -> (Server, String) {
+    let hello = place.compile_hello();
+    let text = format!("#!/bin/sh\nexec {}\n", hello.display());
+    let app = place.script("app", &text);
+    (Server::start_command(&mut place.run(options, &[&app])), app)
+}
+
+/// A number that stands behind this in a line.
+fn after(line: &str, what: &str) -> u128 {
+    let rest = line.split_once(what).unwrap_or_else(|| panic!("no {what:?} in {line:?}")).1;
+    let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap()
+}
+
+// ---- status 0 ----
+
+#[test]
+fn a_reload_with_a_program_that_ends_well_at_once_fails_and_says_what_it_said() {
+    let place = Place::new();
+    let control = place.path("control");
+    let (mut server, _) = start(&place, &["--control", &control.to_string_lossy()]);
+    let old = server.workers();
+    for pause in ["true", "sleep 0.2"] {
+        place.script("app", &format!("#!/bin/sh\necho 'configuration error: no DSN'\n{pause}\nexit 0\n"));
+        let spawned = |server: &Server| server.log().matches("left of its own accord").count();
+        let before = spawned(&server);
+        let output = Command::new(program("forkyard")).arg("reload").arg("--control").arg(&control).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("the old workers stay") && said.contains("configuration error: no DSN"), "{said}");
+        let line = server.wait_for("reload failed");
+        assert!(
+            line.contains("said=\"configuration error: no DSN\"") && line.contains("without taking a connection"),
+            "{line}"
+        );
+        assert!(spawned(&server) - before <= 10, "{}", server.log());
+        assert_eq!(server.workers(), old);
+        assert_eq!(place.text("/hello"), "Hello, world\n");
+    }
+    let hello = place.path("hello");
+    place.script("app", &format!("#!/bin/sh\nexec {}\n", hello.display()));
+    server.signal(Signal::SIGHUP);
+    server.wait_for("reload done gen=4");
+    server.stop();
+}
+
+#[test]
+fn a_program_that_ends_well_at_once_is_tried_ever_more_rarely() {
+    let place = Place::new();
+    let mut server = Server::launch(&mut place.run(&[], &["true"]));
+    for (failures, delay_ms) in [(1, 100), (2, 200), (3, 400), (4, 800), (5, 1600)] {
+        let line = server.wait_for("workers die before they are ready");
+        assert!(line.contains(&format!(" {failures} in a row, next try in {delay_ms}ms")), "{line}");
+        assert!(line.contains("php-cgi is one, php is not"), "{line}");
+    }
+    server.stop();
+    // Some at the start, then one alone each time.
+    assert!(server.log().matches("left of its own accord").count() <= 10 + 1 + 5, "{}", server.log());
+}
+
+#[test]
+fn in_a_pool_that_serves_one_that_ends_well_at_once_is_tried_ever_more_rarely_too() {
+    let place = Place::new();
+    let (mut server, _) = start(&place, &[]);
+    place.script("app", "#!/bin/sh\nexit 0\n");
+    kill(Pid::from_raw(*server.workers().first().unwrap()), Signal::SIGKILL).unwrap();
+    for delay_ms in [100, 200, 400] {
+        let line = server.wait_for("workers die before they are ready");
+        assert_eq!(after(&line, "next try in "), delay_ms, "{line}");
+    }
+    assert_eq!(place.text("/hello"), "Hello, world\n");
+    assert!(server.log().matches("left of its own accord").count() <= 10 + 4, "{}", server.log());
+    server.stop();
+}
+
+// ---- readiness ----
+
+/// It connects to its database, loads for longer than a program has to run to be taken for ready otherwise, and dies.
+#[test]
+fn a_connection_to_a_database_and_a_long_start_are_no_readiness() {
+    let place = Place::new();
+    let (mut server, app) = start(&place, &[]);
+    let old = server.workers();
+    let database = UnixListener::bind(place.path("database")).unwrap();
+    let text = format!(
+        "#!/usr/bin/env python3\nimport socket, sys, time\nc = socket.socket(socket.AF_UNIX)\nc.connect('{}')\n\
+         p = socket.socketpair()\ntime.sleep(1.5)\nprint('schema version mismatch')\nsys.exit(29)\n",
+        place.path("database").display()
+    );
+    place.script("app", &text);
+    server.signal(Signal::SIGHUP);
+    let _connection = database.accept().unwrap();
+    let line = wait_until("the reload has an outcome", || {
+        server
+            .log()
+            .lines()
+            .find(|line| line.contains("reload done") || line.contains("reload failed"))
+            .map(str::to_owned)
+    });
+    assert!(line.contains("reload failed") && line.contains("said=\"schema version mismatch\""), "{line}");
+    assert!(server.log().contains("status=29"), "{}", server.log());
+    assert_eq!(server.workers(), old, "{app} has replaced nobody");
+    assert_eq!(place.text("/hello"), "Hello, world\n");
+    server.stop();
+}
+
+#[test]
+fn a_program_with_an_event_loop_is_ready_when_it_watches_the_socket() {
+    let place = Place::new();
+    let gate = place.path("gate");
+    let text = format!(
+        "#!/usr/bin/env python3\nimport os, select, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n\
+         e = select.epoll()\nprint('loading', flush=True)\nwhile not os.path.exists('{}'): time.sleep(0.005)\n\
+         e.register(0, select.EPOLLIN)\nprint('watching', flush=True)\nwhile True: e.poll()\n",
+        gate.display()
+    );
+    let app = place.script("app", &text);
+    // Without what can be seen it would be ready in an hour.
+    let mut server = Server::launch(&mut place.run(&["--settle", "1h"], &[&app]));
+    server.wait_for("| loading");
+    std::fs::write(gate, "").unwrap();
+    server.wait_for("ready in ");
+    assert!(server.log().find("| watching").is_some() || server.log().contains("ready in"), "{}", server.log());
+    server.stop();
+}
+
+#[test]
+fn what_takes_connections_below_a_wrapper_makes_it_ready() {
+    let place = Place::new();
+    let hello = place.compile_hello();
+    let text = format!("{}; true", hello.display());
+    let mut server = Server::start_command(&mut place.run(&["--settle", "1h"], &["sh", "-c", &text]));
+    assert_eq!(place.text("/hello"), "Hello, world\n");
+    server.stop();
+}
+
+// ---- programs that never take the socket ----
+
+#[test]
+fn php_without_cgi_is_told_from_php_cgi() {
+    let place = Place::new();
+    let mut server = Server::launch(&mut place.run(&[], &["php"]));
+    let line = server.wait_for("workers die before they are ready");
+    assert!(line.contains("is it a FastCGI program") && line.contains("php-cgi is one, php is not"), "{line}");
+    server.stop();
+}
+
+#[test]
+fn php_fpm_which_binds_a_socket_of_its_own_is_named_and_not_ready() {
+    let place = Place::new();
+    let fpm = std::fs::read_dir("/usr/sbin").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let fpm =
+        fpm.into_iter().find(|name| name.starts_with("php-fpm")).expect("php-fpm is there (scripts/test installs it)");
+    let text = format!(
+        "[global]\ndaemonize = no\nerror_log = {0}/fpm.log\n[www]\nuser = nobody\nlisten = {0}/fpm-${{FORKYARD_SLOT}}.sock\npm = static\npm.max_children = 1\n",
+        place.path("").display()
+    );
+    std::fs::write(place.path("fpm.conf"), text).unwrap();
+    let configuration = place.path("fpm.conf").to_string_lossy().into_owned();
+    let options = ["--start-timeout", "3s"];
+    let mut server =
+        Server::launch(&mut place.run(&options, &[&format!("/usr/sbin/{fpm}"), "-R", "-F", "-y", &configuration]));
+    let line = server.wait_for("worker can serve nobody");
+    assert!(line.contains("php-fpm does; php-cgi accepts from standard input"), "{line}");
+    server.wait_for("is not ready in time (--start-timeout): killed");
+    let line = server.wait_for("worker left");
+    assert!(line.contains("does it bind a socket of its own?"), "{line}");
+    server.stop();
+    assert!(!server.log().contains("\nready in "), "{}", server.log());
+}
+
+#[test]
+fn connections_that_nobody_takes_are_named() {
+    let place = Place::new();
+    let mut server = Server::start_command(&mut place.run(&["--settle", "10ms"], &["sleep", "600"]));
+    let _waiting = std::os::unix::net::UnixStream::connect(place.socket()).unwrap();
+    let line = server.wait_for("nobody takes the connections that wait");
+    assert!(line.contains("waiting=1") && line.contains("standard input"), "{line}");
+    server.stop();
+}
+
+// ---- wrappers that fail ----
+
+#[test]
+fn what_a_wrapper_returns_when_it_fails_itself_is_a_failure_and_is_explained() {
+    for (command, status, said) in [
+        (&["env", "--no-such-option", "php-cgi"][..], 125, "env, timeout, nice, docker run and the like return 125"),
+        (&["timeout", "10", "/etc/passwd"], 126, "could not execute it"),
+        (&["nice", "no-such-program-anywhere"], 127, "did not find the command"),
+    ] {
+        let place = Place::new();
+        let mut server = Server::launch(&mut place.run(&[], command));
+        let line = server.wait_for("worker died");
+        assert!(line.contains(&format!("status={status}")) && line.contains(said), "{line}");
+        for _ in 0..2 {
+            server.wait_for("workers die before they are ready");
+        }
+        server.stop();
+        assert!(!server.log().contains("asks not to be replaced"), "{}", server.log());
+    }
+}
+
+#[test]
+fn a_program_that_was_ready_may_ask_not_to_be_replaced() {
+    let place = Place::new();
+    let text = "#!/usr/bin/env python3\nimport os, socket\nsocket.socket(fileno=0).accept()\nos._exit(125)\n";
+    let app = place.script("app", text);
+    let mut server = Server::start_command(&mut place.run(&[], &[&app]));
+    for _ in 0..2 {
+        let _client = std::os::unix::net::UnixStream::connect(place.socket()).unwrap();
+        server.wait_for("worker left and asks not to be replaced");
+    }
+    assert_eq!(server.wait_end(), Some(1), "none is left");
+}
+
+// ---- daemons in the background ----
+
+fn crashy(arguments: &[&str]) -> Server {
+    Server::start("crashy", &[&["--bind", "http:127.0.0.1:0", "--workers", "1"], arguments].concat())
+}
+
+#[test]
+fn a_daemon_that_puts_itself_into_the_background_is_named_started_once_and_ends_with_the_server() {
+    let mut server = crashy(&["--daemon", "d=setsid -f sleep 600"]);
+    let line = server.wait_for("daemon has put itself into the background");
+    assert!(line.contains("run it in the foreground") && line.contains("name=d"), "{line}");
+    let first = i32::try_from(after(&line, " pid=")).unwrap();
+    wait_until("it sleeps", || (process(first)?.name == "sleep").then_some(()));
+    assert_eq!(server.log().matches("daemon started name=d").count(), 1, "{}", server.log());
+    server.signal(Signal::SIGHUP);
+    let line = server.wait_for("daemon has put itself into the background");
+    let second = i32::try_from(after(&line, " pid=")).unwrap();
+    wait_until("the first is gone, since it is started anew", || is_gone(first).then_some(()));
+    server.stop();
+    assert!(is_gone(second), "{}", server.log());
+    assert!(
+        server.log().contains(&format!("what was left behind ends with the server pid={second}")),
+        "{}",
+        server.log()
+    );
+}
+
+#[test]
+fn a_daemon_that_ends_well_at_once_is_given_up_after_some_tries() {
+    let mut server = crashy(&["--daemon", "d=true", "--daemon-tries", "3"]);
+    for delay_ms in [100, 200] {
+        let line = server.wait_for("daemon ends as soon as it is started");
+        assert_eq!(after(&line, "next try in "), delay_ms, "{line}");
+    }
+    let line = server.wait_for("daemon ends well as soon as it is started, 3 times in a row (--daemon-tries)");
+    assert!(line.contains("name=d"), "{line}");
+    server.signal(Signal::SIGHUP);
+    server.wait_for("daemon started name=d");
+    server.stop();
+}
+
+#[test]
+fn what_a_job_leaves_ends_with_the_server_though_it_has_a_session_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let up = folder.path().join("up").display().to_string();
+    let job = format!(
+        "j=* * * * * *=sh -c 'setsid sh -c \"echo up > {up}; exec sleep 600\" & while [ ! -s {up} ]; do sleep 0.01; done'"
+    );
+    let mut server = crashy(&["--cron", &job]);
+    server.wait_for("cron ended name=j");
+    server.stop();
+    let log = server.log();
+    assert!(log.contains("what was left behind ends with the server") && !log.contains("lives on"), "{log}");
+}
