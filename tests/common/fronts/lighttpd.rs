@@ -8,7 +8,7 @@ pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { folder, port, snippet } = place;
     let folder = folder.display();
     let text = format!(
-        "server.document-root = \"/srv\"
+        "server.document-root = \"{folder}\"
          server.upload-dirs = (\"{folder}\")
          server.errorlog = \"{folder}/error.log\"
          server.breakagelog = \"{folder}/application.log\"

@@ -105,6 +105,9 @@ pub(crate) const HAPROXY: Front = front(WebServer::Haproxy, Link::FastCgiKept, "
 pub(crate) const HAPROXY_MULTIPLEXED: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi-multiplexed");
 pub(crate) const HAPROXY_EVENTS: Front = front(WebServer::Haproxy, Link::FastCgiKept, "fastcgi-events");
 pub(crate) const HAPROXY_HTTP: Front = front(WebServer::Haproxy, Link::Http, "http");
+pub(crate) const NGINX_PHP: Front = front(WebServer::Nginx, Link::FastCgi, "php");
+pub(crate) const LIGHTTPD_PHP: Front = front(WebServer::Lighttpd, Link::FastCgi, "php");
+pub(crate) const APACHE_PHP: Front = front(WebServer::Apache, Link::FastCgi, "php");
 pub(crate) const CADDY: Front = front(WebServer::Caddy, Link::FastCgi, "fastcgi");
 pub(crate) const CADDY_HTTP: Front = front(WebServer::Caddy, Link::Http, "http");
 
@@ -242,7 +245,7 @@ fn snippet(front: Front, folder: &Path, port: u16, backend: &str) -> String {
     let port = format!(":{port} {{");
     let application: &[(&str, &str)] = match front.link {
         Link::Scgi if front.server == WebServer::Apache => &[("127.0.0.1:4000", backend)],
-        Link::FastCgi if front == LIGHTTPD_AUTHORIZER => {
+        Link::FastCgi if [LIGHTTPD_AUTHORIZER, NGINX_PHP, APACHE_PHP].contains(&front) => {
             &[("/run/app.sock", backend), ("/var/www", folder.to_str().expect("the path is UTF-8"))]
         }
         Link::FastCgi | Link::FastCgiKept | Link::Scgi => &[("/run/app.sock", backend)],
