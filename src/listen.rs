@@ -324,7 +324,7 @@ fn examine_tcp(address: &str, leaves_ipv4: bool) -> Result<Option<String>, Strin
             Err(Errno::EADDRINUSE) => {
                 return Ok(Some("the port is in use now (by this service, if it runs)".to_owned()));
             }
-            Err(errno) if is_absent(errno) => found = found.or_else(|_| Err(explain_tcp(errno, candidate))),
+            Err(errno) if is_absent(errno) => found = found.map_err(|_| explain_tcp(errno, candidate)),
             Err(errno) => return Err(explain_tcp(errno, candidate)),
         }
     }

@@ -65,10 +65,10 @@ impl PidFile {
             return path.map(Self::create).transpose();
         };
         let adopted = descriptor.map(|descriptor| Self { path: former.clone(), file: File::from(descriptor) });
-        if let Some(Self { path, file }) = &adopted {
-            if let Err(error) = lock(file) {
-                log::warn!("the pid file {} is not locked: {error}", path.display());
-            }
+        if let Some(Self { path, file }) = &adopted
+            && let Err(error) = lock(file)
+        {
+            log::warn!("the pid file {} is not locked: {error}", path.display());
         }
         if path == Some(&*former) && (is_check || adopted.is_some()) {
             return Ok(adopted);

@@ -143,7 +143,9 @@ fn all_workers_crash_at_start() {
     let (before, over) = (cpu_time_ns(server.pid()), AtomicBool::new(false));
     let spun = std::thread::scope(|scope| {
         let spinning = scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {}
+            while !over.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
             ClockId::CLOCK_THREAD_CPUTIME_ID.now().unwrap().num_nanoseconds().cast_unsigned()
         });
         let spins = StopOnDrop(&over);

@@ -58,6 +58,7 @@ const SEND_BUFFER: usize = 64 << 10;
 const RESETS: (usize, usize) = (20, 128);
 /// How the first record of a TLS connection begins: a handshake, version 3 (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: &[u8] = &[0x16, 0x03];
+const TLS_ON_PLAIN_PORT: &str = "a TLS handshake on a port that speaks plain HTTP";
 /// Headers that hyper's parser has room for without asking for memory. More cost two allocations a request.
 const ROOM_FOR_HEADERS: usize = 100;
 
@@ -71,12 +72,12 @@ where
 {
     let limits = application.limits;
     let from = origin.address;
-    let first_bytes = tokio::select! {
+    let is_http2 = tokio::select! {
         biased;
         read = opening::speaks_http2(&mut socket) => read,
         () = drain.wait_to_move() => return drain.hand_over(socket, &[]).await,
     };
-    let is_http2 = match first_bytes {
+    let is_http2 = match is_http2 {
         Ok(is_http2) => is_http2,
         Err(error) if error.kind() == io::ErrorKind::TimedOut && !socket.early().is_empty() => {
             return time_out(socket, &application, from).await;
@@ -107,12 +108,7 @@ where
             Served1::Ended(ended) => ended,
             Served1::Movable => {
                 let Parts { io, read_buf, .. } = connection.into_parts();
-                let socket = io.into_inner();
-                // What hyper has taken in must be whole requests: the rest of a body must not become one.
-                if usize::try_from(socket.account().unfinished()) == Ok(read_buf.len() + socket.early().len()) {
-                    return drain.hand_over(socket, &read_buf).await;
-                }
-                return linger(socket).await;
+                return move_on(io.into_inner(), &read_buf, &drain).await;
             }
             Served1::Ending => {
                 let connection = Pin::new(&mut connection);
@@ -133,8 +129,7 @@ where
     };
     if let Err(error) = ended {
         if let Some((status, why)) = refused(&error) {
-            let is_tls = begins_as_tls && requests.are_none();
-            let why = if is_tls { "a TLS handshake on a port that speaks plain HTTP".to_owned() } else { why };
+            let why = if begins_as_tls && requests.are_none() { TLS_ON_PLAIN_PORT.to_owned() } else { why };
             application.turned_away(Protocol::Http, status, from, why);
         }
         log::debug!("an HTTP connection ended: {}", with_causes(&error));
@@ -142,6 +137,14 @@ where
     if let Some(socket) = unread {
         linger(socket).await;
     }
+}
+
+/// Passes a connection on with what hyper has taken in: whole requests, for the rest of a body must not become one.
+async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
+    if usize::try_from(socket.account().unfinished()) == Ok(taken_in.len() + socket.early().len()) {
+        return drain.hand_over(socket, taken_in).await;
+    }
+    linger(socket).await;
 }
 
 /// How far an HTTP/1 connection was served.

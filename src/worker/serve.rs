@@ -384,15 +384,7 @@ where
             }
             Ok(response) if response.status().is_informational() => {
                 let (status, what) = (response.status(), in_flight.what());
-                let why = match (status, *answer.switch) {
-                    (StatusCode::SWITCHING_PROTOCOLS, Switch::Connect) => {
-                        "over HTTP/2 an extended CONNECT is accepted by 200"
-                    }
-                    (StatusCode::SWITCHING_PROTOCOLS, _) => {
-                        "the request asks for no upgrade (Connection: upgrade, over HTTP/1.1), or came over FastCGI, SCGI or CGI, which have none"
-                    }
-                    _ => "that is no answer, and an application cannot send interim responses",
-                };
+                let why = why_not_interim(status, *answer.switch);
                 log::error!("a response has status {status}: {why} request={what:?}");
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight) // no server takes it for an answer
             }
@@ -409,26 +401,41 @@ where
                 }
                 response.map(|body| Served::App { body, in_flight, left })
             }
-            Err(Failure::Refused(status, again_after)) => {
-                let mut response = refusal(status, in_flight);
-                if let Some(left) = again_after {
-                    let seconds = left.as_secs().saturating_add(1);
-                    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-                }
-                response
-            }
-            Err(Failure::Error(error)) => {
-                let error: BoxError = error.into();
-                log::error!("a request failed: {error} request={:?}", in_flight.what());
-                refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
-            }
-            Err(Failure::Panic(panic)) => {
-                log::error!("a request panicked: {panic} request={:?}", in_flight.what());
-                refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
-            }
+            Err(failure) => apologize(failure, in_flight),
         };
         Poll::Ready(without_body(response, *answer.is_head))
     }
+}
+
+/// Why a response with an informational status is refused.
+fn why_not_interim(status: StatusCode, switch: Switch) -> &'static str {
+    match (status, switch) {
+        (StatusCode::SWITCHING_PROTOCOLS, Switch::Connect) => "over HTTP/2 an extended CONNECT is accepted by 200",
+        (StatusCode::SWITCHING_PROTOCOLS, _) => {
+            "the request asks for no upgrade (Connection: upgrade, over HTTP/1.1), or came over FastCGI, SCGI or CGI, which have none"
+        }
+        _ => "that is no answer, and an application cannot send interim responses",
+    }
+}
+
+/// The response where the application has none.
+fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, in_flight: Serving) -> Response<Served<B>> {
+    match failure {
+        Failure::Refused(status, again_after) => {
+            let mut response = refusal(status, in_flight);
+            if let Some(left) = again_after {
+                let seconds = left.as_secs().saturating_add(1);
+                response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+            }
+            return response;
+        }
+        Failure::Error(error) => {
+            let error: BoxError = error.into();
+            log::error!("a request failed: {error} request={:?}", in_flight.what());
+        }
+        Failure::Panic(panic) => log::error!("a request panicked: {panic} request={:?}", in_flight.what()),
+    }
+    refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
 }
 
 /// If a request comes from a trusted proxy, makes [`Origin`] and `Host` what that one says of its client. What clients
