@@ -241,14 +241,7 @@ pub(crate) fn run(
         master.notify.tick(Instant::now());
         master.finish_upgrade();
     }
-    master.relay.stop();
-    // Heirs first: who is told that the master has stopped finds that nobody of it is left.
-    master.await_heirs();
-    master.relay.end();
-    master.end_leftovers();
-    master.late.finish(master.now());
-    master.farewell();
-    logging::finish();
+    master.wind_up();
     Ok((master.ended == Some(true), master.control))
 }
 
@@ -271,6 +264,18 @@ fn policy(config: &Config) -> Policy {
 }
 
 impl Master {
+    /// What comes after the last worker and helper.
+    fn wind_up(&mut self) {
+        self.relay.stop();
+        // Heirs first: who is told that the master has stopped finds that nobody of it is left.
+        self.await_heirs();
+        self.relay.end();
+        self.end_leftovers();
+        self.late.finish(self.now());
+        self.farewell();
+        logging::finish();
+    }
+
     fn now(&self) -> Duration {
         self.begun.elapsed()
     }

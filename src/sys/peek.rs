@@ -37,7 +37,9 @@ pub(crate) fn ending_of(pid: Pid) -> Option<Ending> {
     // SAFETY: `info` is a valid place for a siginfo_t for the whole call.
     let outcome = unsafe { libc::waitid(libc::P_PID, id, &raw mut info, flags) };
     // SAFETY: waitid has filled in the fields of a child's siginfo_t, or left all of it zero.
-    let (found, status) = unsafe { (info.si_pid(), info.si_status()) };
+    let found = unsafe { info.si_pid() };
+    // SAFETY: as above.
+    let status = unsafe { info.si_status() };
     match info.si_code {
         _ if outcome != 0 || found == 0 => None,
         libc::CLD_EXITED => Some(Ending::Exited(status)),
