@@ -1,5 +1,6 @@
 //! What the operator at the terminal is told outside the log: the banner, the moment of readiness, and the one
-//! line of an error. It all goes to standard error; if the log is JSON, into the log, or else its reader would stumble.
+//! line of an error. It all goes to standard error, and to the log if that is a file; if the log is JSON, there alone, or else its
+//! reader would stumble.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -39,21 +40,26 @@ pub(crate) fn ready(after: Duration) {
 
 /// Says to a running master that this build can take its place; true, as nothing failed.
 pub(crate) fn can_take_over() -> bool {
-    write(&format!("{}\n", crate::master::upgrade::password()));
+    // Wherever the log goes: it is for the master that asks.
+    logging::to_standard_error(format!("{}\n", crate::master::upgrade::password()).as_bytes());
     true
 }
 
 /// Says what went wrong, before there is a log.
 pub(crate) fn complain(error: &dyn Display) {
-    if logging::is_json() {
-        return log::error!("{error}");
+    if logging::is_json() || logging::is_file() {
+        log::error!("{error}");
     }
-    write(&format!("forkyard: {error}\n"));
+    if !logging::is_json() || logging::is_file() {
+        logging::to_standard_error(format!("forkyard: {error}\n").as_bytes());
+    }
 }
 
 fn write(text: &str) {
-    if logging::is_json() {
-        return text.lines().for_each(|line| log::info!("{}", line.trim()));
+    if logging::is_json() || logging::is_file() {
+        text.lines().for_each(|line| log::info!("{}", line.trim()));
     }
-    logging::to_standard_error(text.as_bytes());
+    if !logging::is_json() {
+        logging::to_standard_error(text.as_bytes());
+    }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use forkyard_shm::{Plan, Segment};
 use http::{Request as HttpRequest, Response};
 use http_body::Body as HttpBody;
+use nix::sys::signal::SigSet;
 use tower_service::Service;
 
 use crate::body::Body;
@@ -23,12 +24,14 @@ use crate::config::{CacheConfig, Config, Program};
 use crate::context::Context;
 use crate::heritage::WorkerMain;
 use crate::hooks::{Hooks, WorkerExit, WorkerId};
-use crate::listen::Listener;
+use crate::listen::{Address, ControlListener, Listener};
 use crate::logging::files::LogFiles;
 use crate::master::upgrade::{Origin, Takeover};
-use crate::master::{self, Control, Launch, Operators, Reloaded, Reread, Start};
+use crate::master::{self, Control, End, Launch, Operators, Reloaded, Reread, SignalInbox, Start};
 use crate::pid_file::PidFile;
 use crate::privileges::Privileges;
+use crate::publish_socket::PublishSocket;
+use crate::start_end::{self, Leftover};
 use crate::{banner, control, descriptors, logging, memory, sockets, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
@@ -197,11 +200,14 @@ impl Builder {
     /// on standard error.
     pub fn run(self) -> ExitCode {
         let begun = Instant::now();
+        // From here on a signal waits until it is known what it means, and is not lost to process 1, whom the kernel spares.
+        let mask = sys::block_signals();
         let Self { worker, cgi, preload, hooks, identity } = self;
         let arguments = cgi_call::trusted(std::env::args_os().collect());
         let parse: Parse = Box::new(move || cli::parse_linked(&arguments, &identity));
-        finish(parse(), |request| {
+        finish(parse(), &mask, |request| {
             if request.cgi {
+                sys::restore_signals(&mask);
                 return answer(&request.config, &cgi, preload);
             }
             serve(*request, Launch::Worker(worker, hooks), preload, begun, parse)
@@ -213,8 +219,9 @@ impl Builder {
 #[must_use]
 pub fn command_line() -> ExitCode {
     let begun = Instant::now();
+    let mask = sys::block_signals(); // as above
     let parse: Parse = Box::new(|| cli::parse_forkyard(&std::env::args_os().collect::<Vec<_>>()));
-    finish(parse(), |request| {
+    finish(parse(), &mask, |request| {
         let command = request.program.as_ref().ok_or("no COMMAND")?;
         let program = Program::for_privileges(command, &request.config.privileges)?;
         serve(*request, Launch::Program(program), None, begun, parse)
@@ -223,8 +230,12 @@ pub fn command_line() -> ExitCode {
 
 fn finish(
     invocation: Result<Invocation, clap::Error>,
-    serve: impl FnOnce(Box<Request>) -> Result<bool, BoxError>,
+    mask: &SigSet,
+    serve: impl FnOnce(Box<Request>) -> Result<End, BoxError>,
 ) -> ExitCode {
+    if !matches!(invocation, Ok(Invocation::Serve(_))) {
+        sys::restore_signals(mask);
+    }
     let request = match invocation {
         Ok(Invocation::Serve(request)) => request,
         Ok(Invocation::Check { request, mistakes }) => return check(&request, mistakes),
@@ -240,9 +251,13 @@ fn finish(
         }
     };
     match serve(request) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => {
+        Ok(End::Asked) => ExitCode::SUCCESS,
+        Ok(End::Retired) => {
             banner::complain(&"every worker asked not to be replaced (exit status 125)");
+            ExitCode::FAILURE
+        }
+        Ok(End::NeverReady) => {
+            banner::complain(&"no worker ever became ready (see the log for why, and --give-up-after)");
             ExitCode::FAILURE
         }
         Err(error) => {
@@ -307,9 +322,10 @@ fn serve(
     preload: Option<Preload>,
     begun: Instant,
     parse: Parse,
-) -> Result<bool, BoxError> {
+) -> Result<End, BoxError> {
     let Request { config, .. } = request;
     let opened = sys::own_descriptors()?;
+    let signals = SignalInbox::open()?;
     logging::start(&config.logs)?;
     let mut takeover = Takeover::find()?;
     let origin = takeover.as_ref().map_or_else(Origin::record, |left| Ok(left.saved.origin.clone()))?;
@@ -328,13 +344,32 @@ fn serve(
             publish = sockets::open_publish(&config, takeover.as_mut())?;
             memory::open(&config, takeover.as_mut())
         })
-        .and_then(|segment| Ok((segment, run_preload(preload)?)))
+        .and_then(|segment| {
+            // What the workers of a former master serve is finished, whatever comes: that is for the loop to see to.
+            let may_end = takeover.as_ref().is_none_or(|left| left.check);
+            let made = || leftovers(&listeners, pid_file.as_ref(), control.as_ref(), publish.as_ref());
+            Ok((segment, run_preload(preload, may_end.then(made))?))
+        })
         .and_then(|pair| Ok(sys::expect_one_thread().map(|()| pair)?));
-    if takeover.as_ref().is_some_and(|left| left.check) {
+    let is_check = takeover.as_ref().is_some_and(|left| left.check);
+    let asked_to_end = signals.asks_for_end();
+    if is_check || (asked_to_end && takeover.is_none()) {
         // The running master has the others still.
         listeners.iter().filter(|listener| !listener.is_adopted()).for_each(Listener::remove_file);
         pid_file.into_iter().for_each(PidFile::remove);
-        return outcome.map(|_| banner::can_take_over());
+        return match outcome {
+            Ok(_) if is_check && asked_to_end => Err("it was asked to stop".into()),
+            Ok((segment, _)) => {
+                if is_check {
+                    banner::can_take_over();
+                } else {
+                    log::info!("asked to stop before anything was served");
+                    memory::close(segment);
+                }
+                Ok(End::Asked)
+            }
+            Err(error) => Err(error),
+        };
     }
     let listeners: Arc<[Listener]> = listeners.into();
     let outcome = outcome.and_then(|(segment, preloaded)| {
@@ -356,7 +391,7 @@ fn serve(
             log_files,
             pid_file: pid_file.as_ref().map(PidFile::saved),
         };
-        let start = Start { begun, origin, takeover };
+        let start = Start { begun, signals, origin, takeover };
         let config = Arc::new(config);
         let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, start, operators);
         memory::close(kept);
@@ -378,14 +413,41 @@ fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
     banner::show(config, listeners, program.as_deref());
 }
 
+/// The files that the start has made.
+fn leftovers(
+    listeners: &[Listener],
+    pid_file: Option<&PidFile>,
+    control: Option<&ControlListener>,
+    publish: Option<&PublishSocket>,
+) -> Vec<Leftover> {
+    let made = listeners.iter().filter(|listener| !listener.is_adopted());
+    let sockets = made.filter_map(|listener| match &listener.address {
+        Address::Path(path) => Leftover::file(path, listener.file()?),
+        Address::Tcp(_) | Address::Abstract(_) | Address::Inherited(_) | Address::Systemd(_) => None,
+    });
+    let control = control.and_then(|control| Leftover::file(control.path(), control.file()?));
+    let publish = publish.into_iter().flat_map(|publish| {
+        let file = publish.file().and_then(|file| Leftover::file(publish.path(), file));
+        file.into_iter().chain(publish.own_folder().and_then(Leftover::folder))
+    });
+    let pid_file = pid_file.and_then(|pid_file| pid_file.leftover());
+    sockets.chain(control).chain(publish).chain(pid_file).collect()
+}
+
 /// The one request of a CGI call.
-fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<bool, BoxError> {
+fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<End, BoxError> {
     // Before any code of the application: what it prints must not get in front of the response.
     let output = cgi_call::take_output().map_err(|error| format!("standard output cannot be used: {error}"))?;
     logging::start(&config.logs)?;
-    run_preload(preload)?;
+    if let Some(preload) = preload {
+        preload().map_err(cannot_preload)?;
+    }
     cgi(config, join_segment(config)?, output)?;
-    Ok(true)
+    Ok(End::Asked)
+}
+
+fn cannot_preload(error: BoxError) -> BoxError {
+    format!("the application cannot preload: {error}").into()
 }
 
 /// The cache of a CGI call: the one in the file, which it shares with other calls and with a server. A page without the
@@ -401,11 +463,12 @@ fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     Ok(Segment::create(&Plan { rows: 1, ..Plan::default() })?)
 }
 
-/// Runs the application's preload, and returns the descriptors that it left open.
-fn run_preload(preload: Option<Preload>) -> Result<Vec<RawFd>, BoxError> {
+/// Runs the application's preload, and returns the descriptors that it left open. A signal that asks for the end may end the process
+/// meanwhile, if these are the leftovers.
+fn run_preload(preload: Option<Preload>, leftovers: Option<Vec<Leftover>>) -> Result<Vec<RawFd>, BoxError> {
     let Some(preload) = preload else { return Ok(Vec::new()) };
     let before = sys::open_descriptors()?;
-    preload().map_err(|error| format!("the application cannot preload: {error}"))?;
+    start_end::interruptible(leftovers, preload).map_err(cannot_preload)?;
     let mut after = sys::open_descriptors()?;
     after.retain(|fd| !before.contains(fd));
     Ok(after)

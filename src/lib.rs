@@ -54,6 +54,7 @@ mod queue_time;
 mod relay;
 mod sample;
 mod sockets;
+mod start_end;
 mod suspect;
 mod sys;
 mod systemd;

@@ -5,6 +5,7 @@
 //! it.)
 
 mod address;
+mod closing;
 mod repair;
 mod socket_file;
 
@@ -14,6 +15,7 @@ use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -23,6 +25,7 @@ use nix::sys::socket::{
 };
 
 pub(crate) use self::address::{Address, Bind, Protocol};
+pub(crate) use self::closing::{Closing, is_listening};
 use self::socket_file::bind_file;
 pub(crate) use self::socket_file::{
     SocketAndFile, bind_datagrams, examine_folder, examine_length, examine_path, give_socket_file, give_socket_file_of,
@@ -30,6 +33,9 @@ pub(crate) use self::socket_file::{
 };
 use crate::config::privileges::Owner;
 use crate::sys;
+
+/// How often an address that is in use is tried again.
+const IN_USE_LOOK: Duration = Duration::from_millis(20);
 
 /// A `--bind` that could not be had: what was tried, what came back, what to do.
 #[derive(Debug)]
@@ -314,6 +320,30 @@ pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, Strin
         Address::Abstract(_) | Address::Inherited(_) | Address::Systemd(_) => Ok(None),
     };
     found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
+}
+
+/// Waits, for `patience` at most, while somebody has the address: a server that was killed a moment ago, say, whose workers are
+/// about to give it up.
+pub(crate) fn await_address(bind: &Bind, patience: Duration, leaves_ipv4: bool) {
+    let begun = Instant::now();
+    while is_in_use(bind, leaves_ipv4) && begun.elapsed() < patience {
+        std::thread::sleep(IN_USE_LOOK);
+    }
+}
+
+fn is_in_use(bind: &Bind, leaves_ipv4: bool) -> bool {
+    match &bind.address {
+        Address::Tcp(address) => resolve(address)
+            .is_ok_and(|all| all.into_iter().any(|one| matches!(bound_tcp(one, leaves_ipv4), Err(Errno::EADDRINUSE)))),
+        Address::Path(path) => matches!(socket_file::probe(path), Ok(()) | Err(Errno::EAGAIN)),
+        Address::Abstract(name) => {
+            let bound = UnixAddr::new_abstract(name.as_bytes())
+                .ok()
+                .zip(new_socket(AddressFamily::Unix, SockType::Stream).ok());
+            bound.is_some_and(|(address, socket)| socket::bind(socket.as_raw_fd(), &address) == Err(Errno::EADDRINUSE))
+        }
+        Address::Inherited(_) | Address::Systemd(_) => false,
+    }
 }
 
 fn examine_tcp(address: &str, leaves_ipv4: bool) -> Result<Option<String>, String> {

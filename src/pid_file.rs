@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use crate::lock_file::{LockFile, directory_of};
 use crate::master::upgrade::Takeover;
 use crate::master::upgrade::saved::SavedPidFile;
+use crate::start_end::Leftover;
 
 /// A pid file of this process.
 #[derive(Debug)]
@@ -81,6 +82,12 @@ impl PidFile {
     /// For a master that takes over.
     pub(crate) fn saved(&self) -> SavedPidFile {
         SavedPidFile { fd: self.file.as_raw_fd(), path: self.path.clone() }
+    }
+
+    /// For a start that ends early.
+    pub(crate) fn leftover(&self) -> Option<Leftover> {
+        let ours = self.file.metadata().ok()?;
+        Leftover::file(&self.path, (ours.dev(), ours.ino()))
     }
 
     /// Removes the file, if it is still this one.

@@ -98,6 +98,11 @@ impl PublishSocket {
         self.asked.as_deref()
     }
 
+    /// The folder that was made for the socket.
+    pub(crate) fn own_folder(&self) -> Option<&Path> {
+        if self.asked.is_none() { self.path.parent() } else { None }
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

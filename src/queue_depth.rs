@@ -42,11 +42,15 @@ impl QueueDepth {
 
     /// Connections that wait at this listener. If the kernel cannot count them, 1 if there are any.
     pub(crate) fn of(&self, listener: &Listener) -> u32 {
-        let counted = match listener.family {
+        self.counted(listener).unwrap_or_else(|| u32::from(is_readable(listener)))
+    }
+
+    /// The same, also of a socket that was shut down, which polls as readable for ever; `None` if the kernel cannot count them.
+    pub(crate) fn counted(&self, listener: &Listener) -> Option<u32> {
+        match listener.family {
             Family::Tcp => sys::tcp_queue(listener.as_fd()).ok(),
             Family::Unix => self.diagnosis.as_ref().and_then(|diagnosis| unix_queue(diagnosis, listener).ok()),
-        };
-        counted.unwrap_or_else(|| u32::from(is_readable(listener)))
+        }
     }
 }
 

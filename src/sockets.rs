@@ -2,12 +2,16 @@
 //! ones for the rest.
 
 use std::error::Error;
+use std::time::Duration;
 
 use crate::config::Config;
-use crate::listen::{Address, Bind, ControlListener, ListenError, Listener};
+use crate::listen::{self, Address, Bind, ControlListener, ListenError, Listener};
 use crate::master::upgrade::Takeover;
 use crate::publish_socket::PublishSocket;
 use crate::systemd;
+
+/// How long an address that is in use is waited for: whoever supervises us starts us again as soon as the former master is dead.
+const FORMER: Duration = Duration::from_secs(1);
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
@@ -33,6 +37,7 @@ pub(crate) fn open(
             Address::Systemd(name) => take_passed(config, blocking, bind, name.as_deref(), listeners)?,
             Address::Tcp(_) | Address::Path(_) | Address::Abstract(_) | Address::Inherited(_) => {
                 let leaves_ipv4 = bind.leaves_ipv4(&config.binds);
+                listen::await_address(bind, FORMER, leaves_ipv4);
                 let bound = Listener::bind_all(bind, config.backlog, config.socket_mode, blocking, leaves_ipv4)?;
                 for listener in bound {
                     let given = config.privileges.owner_of_sockets().map(|owner| listener.give_file(owner));

@@ -7,9 +7,11 @@
 //! - Nothing here decides anything. Policy lives in `master::supervisor`; this file only does what it is told.
 #![expect(unsafe_code, reason = "this file is the fence: fork, descriptors by number, signal actions, environment")]
 
+mod end_of_start;
 mod exclusive;
 mod peek;
 mod receive;
+mod syn_filter;
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
@@ -33,9 +35,11 @@ use nix::unistd::{ForkResult, Pid, getppid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+pub(crate) use self::end_of_start::{EndOfStart, end_start_on};
 pub(crate) use self::exclusive::Exclusive;
 pub(crate) use self::peek::{descriptor_of, ending_of};
 pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};
+pub(crate) use self::syn_filter::drop_syn_segments;
 use crate::privileges::{self, Step};
 
 /// How a child process ended, as `waitpid(2)` told it.

@@ -80,6 +80,7 @@ const TABLE: &[Row] = &[
     row("start-timeout", "'7s'", InMaster("supervisor")),
     row("drain-timeout", "'7s'", InMaster("beside")),
     row("respawn-rate", "7", InMaster("supervisor")),
+    row("give-up-after", "'7m'", InMaster("supervisor")),
     row("max-memory", "'700M'", InMaster("recycling")),
     row("memory-interval", "'7s'", InMaster("recycling")),
     row("max-age", "'7h~1h'", InMaster("recycling")),

@@ -16,6 +16,11 @@ pub(super) struct NumberOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_UNAVAILABLE", default_value = "1", help_heading = "Processes")]
     max_unavailable: Share,
 
+    /// End with status 1 when workers have failed to start for so long and none ever became ready, as in 5m; 0 to try for
+    /// ever. A reload begins the time anew
+    #[arg(long, value_name = "TIME", env = "FORKYARD_GIVE_UP_AFTER", default_value = "5m", value_parser = parse_duration, help_heading = "Processes")]
+    give_up_after: Duration,
+
     /// Of a range of --workers, how long one was not needed when it may leave
     #[arg(long, value_name = "TIME", env = "FORKYARD_SCALE_DOWN_AFTER", default_value = "30s", value_parser = parse_duration, help_heading = "Processes")]
     scale_down_after: Duration,
@@ -59,6 +64,7 @@ impl NumberOptions {
     pub(super) fn numbers(&self, of_each: OfEachWorker) -> Numbers {
         Numbers {
             max_unavailable: self.max_unavailable,
+            give_up_after: self.give_up_after,
             scale_down_after: self.scale_down_after,
             max_requests: of_each.max_requests.filter(|requests| requests.limit > 0),
             max_memory: Some(self.max_memory).filter(|&bytes| bytes > 0),

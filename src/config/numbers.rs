@@ -14,6 +14,8 @@ const MOST: u32 = 1024;
 pub(crate) struct Numbers {
     /// How many workers are being replaced at a time, for whatever reason.
     pub(crate) max_unavailable: Share,
+    /// How long workers may fail to start while none ever became ready; zero is for ever.
+    pub(crate) give_up_after: Duration,
     /// How long a worker was not needed when it may leave.
     pub(crate) scale_down_after: Duration,
     /// Requests after which a worker is replaced.

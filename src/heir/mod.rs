@@ -38,13 +38,17 @@ use self::estate::{Settlement, Then, settle};
 use self::ledger::{LastAct, Ledger, PAGES, Page, Tongue};
 use crate::handover::{self, Channel, PackedOrigin, Parcel};
 use crate::heritage::Heritage;
-use crate::listen::{Listener, Protocol};
+use crate::listen::{Closing, Listener, Protocol};
 use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::LineBuffer;
 use crate::{logging, sys};
 
 /// How long peers that have been told that it is over are listened to, so that they hear it.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// When the master is dead: how long a worker may take to accept what is queued before its sockets are closed, and how often that is
+/// looked at, in milliseconds.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(1);
+const CLOSING_LOOK: u8 = 5;
 
 /// What a worker has of its heir.
 #[derive(Debug)]
@@ -55,19 +59,80 @@ pub(crate) struct Appointed {
     /// Readable when the heir is dead. None if there is no heir.
     pub(crate) end: Option<OwnedFd>,
     /// What the heir goes by: it has to stay open as long as the worker lives.
-    _kept: Kept,
+    pub(crate) kept: Kept,
 }
 
 /// Descriptors that the heir uses, and the worker must not close.
 #[derive(Debug)]
-struct Kept {
+pub(crate) struct Kept {
     /// None without an heir.
     worker: Option<OwnedFd>,
     /// The worker gives up its own when it leaves.
     lifeline: OwnedFd,
     _channel: Arc<Channel>,
-    _listeners: Arc<[Listener]>,
+    listeners: Arc<[Listener]>,
     _log_files: Arc<LogFiles>,
+}
+
+impl Kept {
+    /// Has worker and heir hold the listening sockets no longer.
+    pub(crate) fn give_up(&self, listeners: &[Listener]) {
+        listeners.iter().for_each(|listener| listener.give_up(&self.lifeline));
+    }
+
+    /// Returns when the worker is dead. If the master dies before, its sockets are closed: a worker whose event loop is
+    /// busy may be long in coming to that.
+    fn await_death(&self, worker: Pid, end: &OwnedFd) {
+        let is_lifeline = identity_of(self.lifeline.as_fd());
+        let mut has_master = true;
+        let mut closing = None;
+        let mut own = None;
+        let is_alive = || nix::unistd::getppid() == worker;
+        // No descriptor must be changed before: they are the worker's.
+        while is_alive() {
+            let end = own.as_ref().unwrap_or(end);
+            let mut ends = vec![PollFd::new(end.as_fd(), PollFlags::POLLIN)];
+            if has_master {
+                ends.push(PollFd::new(self.lifeline.as_fd(), PollFlags::empty()));
+            }
+            let timeout = closing.as_ref().map_or(PollTimeout::NONE, |_| PollTimeout::from(CLOSING_LOOK));
+            let polled = poll(&mut ends, timeout);
+            let said_of = |index: usize| ends.get(index).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
+            let (of_worker, of_lifeline) = (said_of(0), said_of(1));
+            if !of_lifeline.is_empty() {
+                has_master = false;
+                // The application may have closed it, and the number be another's.
+                if is_lifeline.is_some() && identity_of(self.lifeline.as_fd()) == is_lifeline {
+                    closing = Some(Closing::begin(&self.listeners, CLOSING_PATIENCE, Duration::ZERO));
+                }
+            }
+            if let Some(sockets) = &mut closing {
+                sockets.advance(
+                    &self.listeners,
+                    |listener| sys::tcp_queue(listener.as_fd()).unwrap_or(0),
+                    Instant::now(),
+                );
+            }
+            closing = closing.filter(|sockets| !sockets.is_over());
+            match polled {
+                // What is readable may be a stranger's: then the worker is still our parent.
+                Ok(_) if of_worker.contains(PollFlags::POLLIN) && !is_alive() => return,
+                Ok(_) if of_worker.is_empty() => {}
+                Err(nix::errno::Errno::EINTR) => {}
+                // The application has closed it.
+                Ok(_) | Err(_) => match sys::process_descriptor(worker) {
+                    Ok(end) => own = Some(end),
+                    Err(_) => std::thread::sleep(PATIENCE / 100),
+                },
+            }
+        }
+    }
+}
+
+/// What a descriptor stands for.
+fn identity_of(fd: BorrowedFd<'_>) -> Option<(u64, u64)> {
+    let status = nix::sys::stat::fstat(fd).ok()?;
+    Some((status.st_dev, status.st_ino))
 }
 
 /// Why processes of this machine can have no heir, if that is so: an heir goes by descriptors of processes.
@@ -94,13 +159,12 @@ pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
         worker: None,
         lifeline: heritage.lifeline.try_clone()?,
         _channel: Arc::clone(&heritage.handover),
-        _listeners: Arc::clone(&heritage.listeners),
+        listeners: Arc::clone(&heritage.listeners),
         _log_files: Arc::clone(&heritage.log_files),
     };
     let heir = end_of_worker.and_then(|end| {
-        let ends = (kept.worker.insert(end), &kept.lifeline);
-        sys::clone_with_descriptors(|| live(worker, heritage, ledger, lines, (ends.0.as_fd(), ends.1.as_fd())))
-            .and_then(sys::process_descriptor)
+        kept.worker = Some(end);
+        sys::clone_with_descriptors(|| live(worker, heritage, ledger, lines, &kept)).and_then(sys::process_descriptor)
     });
     match &heir {
         Ok(_) => {}
@@ -114,21 +178,16 @@ pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
             );
         }
     }
-    Ok(Appointed { ledger, lines, end: heir.ok(), _kept: kept })
+    Ok(Appointed { ledger, lines, end: heir.ok(), kept })
 }
 
 /// The heir's life. Signals are blocked, as they were when the worker was forked, and stay so.
-fn live(
-    worker: Pid,
-    heritage: &Heritage,
-    ledger: Ledger,
-    lines: Option<LineBuffer>,
-    (end, lifeline): (BorrowedFd<'_>, BorrowedFd<'_>),
-) -> u8 {
+fn live(worker: Pid, heritage: &Heritage, ledger: Ledger, lines: Option<LineBuffer>, kept: &Kept) -> u8 {
     let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
     let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group ends both
-    await_death(worker, end);
-    let estate = Estate::open(heritage, ledger, lifeline);
+    let Some(end) = &kept.worker else { return 0 };
+    kept.await_death(worker, end);
+    let estate = Estate::open(heritage, ledger, kept.lifeline.as_fd());
     if let Some(lines) = lines {
         lines.write_out(|lines| write_last(heritage, lines));
     }
@@ -147,29 +206,6 @@ fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
         );
     }
     lines.len()
-}
-
-/// Returns when the worker is dead.
-fn await_death(worker: Pid, end: BorrowedFd<'_>) {
-    let mut own = None;
-    let is_alive = || nix::unistd::getppid() == worker;
-    // Nothing must be touched before: the descriptors are the worker's.
-    while is_alive() {
-        let end = own.as_ref().map_or(end, OwnedFd::as_fd);
-        let mut ends = [PollFd::new(end, PollFlags::POLLIN)];
-        match poll(&mut ends, PollTimeout::NONE) {
-            // What is readable may be a stranger's: then the worker is still our parent.
-            Ok(_) if ends[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN)) && !is_alive() => {
-                return;
-            }
-            Err(nix::errno::Errno::EINTR) => {}
-            // The application has closed it.
-            Ok(_) | Err(_) => match sys::process_descriptor(worker) {
-                Ok(end) => own = Some(end),
-                Err(_) => std::thread::sleep(PATIENCE / 100),
-            },
-        }
-    }
 }
 
 /// The connections of a dead worker.

@@ -3,6 +3,7 @@
 //! Our lines are `event key=value key="a value"`. As text they stay so; in JSON the pairs become fields.
 
 use std::io::Write as _;
+use std::time::Duration;
 
 use log::Level;
 
@@ -19,6 +20,41 @@ pub(crate) struct Line<'a> {
     pub(crate) message: &'a str,
     /// It is what a process of the application's put out: `slot=S pid=P | WORDS`. The words are not ours.
     pub(crate) is_output: bool,
+}
+
+/// In the place of the time, until [`stamp`] puts it there.
+pub(crate) const NO_TIME: &str = "0000-00-00T00:00:00.000Z";
+
+/// Writes a time since 1970 over [`NO_TIME`]. Allocates nothing, so that a signal's action may call it.
+pub(crate) fn stamp(since_1970: Duration, into: &mut [u8]) {
+    let (days, second) = (since_1970.as_secs() / 86400, since_1970.as_secs() % 86400);
+    // Years from March on, so that a leap day is the last one: 400 of them have 146097 days.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let millis = u64::from(since_1970.subsec_millis());
+    let parts = [
+        (0, 4, year),
+        (5, 2, month),
+        (8, 2, day),
+        (11, 2, second / 3600),
+        (14, 2, second / 60 % 60),
+        (17, 2, second % 60),
+        (20, 3, millis),
+    ];
+    for (at, digits, mut number) in parts {
+        for place in (at..at + digits).rev() {
+            if let Some(byte) = into.get_mut(place) {
+                *byte = b'0' + u8::try_from(number % 10).unwrap_or(0);
+            }
+            number /= 10;
+        }
+    }
 }
 
 /// Names that no pair may take.
@@ -138,6 +174,22 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+
+    #[test]
+    fn a_time_is_stamped_as_the_logger_writes_it() {
+        for (seconds, millis, text) in [
+            (0, 0, "1970-01-01T00:00:00.000Z"),
+            (951_782_399, 999, "2000-02-28T23:59:59.999Z"),
+            (951_782_400, 7, "2000-02-29T00:00:00.007Z"),
+            (1_796_054_399, 42, "2026-11-30T15:59:59.042Z"),
+            (4_107_542_400, 0, "2100-03-01T00:00:00.000Z"),
+        ] {
+            let mut line = NO_TIME.as_bytes().to_vec();
+            stamp(Duration::from_secs(seconds) + Duration::from_millis(millis), &mut line);
+            assert_eq!(String::from_utf8_lossy(&line), text);
+        }
+        stamp(Duration::from_secs(1), &mut []);
+    }
 
     fn json(message: &str, is_output: bool) -> Value {
         let line =

@@ -22,7 +22,7 @@ pub(crate) mod access;
 mod destination;
 pub(crate) mod files;
 pub(crate) mod json;
-mod line;
+pub(crate) mod line;
 pub(crate) mod line_buffer;
 pub(crate) mod rate;
 
@@ -329,8 +329,11 @@ fn logger(config: &LogConfig) -> env_logger::Logger {
 }
 
 fn line(level: Level, target: &str, message: &str, is_output: bool) -> Vec<u8> {
-    let time = format!("{:.3}", Timestamp::now());
-    let line = Line { time: &time, level, pid: std::process::id(), target, message, is_output };
+    line_at(&format!("{:.3}", Timestamp::now()), level, target, message, is_output)
+}
+
+fn line_at(time: &str, level: Level, target: &str, message: &str, is_output: bool) -> Vec<u8> {
+    let line = Line { time, level, pid: std::process::id(), target, message, is_output };
     let mut bytes = Vec::with_capacity(message.len() + 128);
     if is_json() {
         line.write_json(&mut bytes);
@@ -338,6 +341,16 @@ fn line(level: Level, target: &str, message: &str, is_output: bool) -> Vec<u8> {
         line.write_text(&mut bytes);
     }
     bytes
+}
+
+/// A line as the log would have it, with this time.
+pub(crate) fn line_with(time: &str, level: Level, message: &str) -> Vec<u8> {
+    line_at(time, level, env!("CARGO_CRATE_NAME"), message, false)
+}
+
+/// Whether the log is a file, so that whoever looks at standard error does not see it.
+pub(crate) fn is_file() -> bool {
+    sink().is_file
 }
 
 /// A line about the log itself.

@@ -8,6 +8,7 @@
 //! - [`supervisor`] decides (pure).
 //! - [`programs`] follows external programs by what [`sight`] shows of them, and [`leftovers`] ends what is left of them with the server.
 //! - [`spawn`] makes processes; [`signals`] and [`output`] make signals and what processes put out readable.
+//! - [`closing`] closes the listening sockets when everything stops.
 //! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
 //! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
 //!   them what they go by. [`symbols`] has the functions named in which workers crashed.
@@ -18,6 +19,7 @@
 //! - [`control`] is the socket at which operators ask, [`operator`] does it, [`reload`] takes over what was changed, and [`status`] says how things are.
 
 mod beside;
+mod closing;
 mod control;
 mod damage;
 mod demand;
@@ -58,6 +60,7 @@ use nix::unistd::Pid;
 
 use self::beside::Beside;
 pub(crate) use self::beside::check_helpers;
+use self::closing::Closing;
 pub(crate) use self::control::Control;
 use self::damage::Damage;
 use self::obituary::Obituary;
@@ -66,7 +69,8 @@ use self::programs::Programs;
 use self::recycling::Recycling;
 use self::relay::Relay;
 use self::sickbed::Sickbed;
-use self::signals::{Meaning, SignalInbox};
+use self::signals::Meaning;
+pub(crate) use self::signals::SignalInbox;
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Nursery, Ties};
 use self::supervisor::{Action, Budget, Command, Event, Policy, Supervisor, Wish};
@@ -142,23 +146,38 @@ struct Master {
     beside: Beside,
     relay: Relay,
     damage: Damage,
+    closing: Closing,
+    /// It stops because no worker ever became ready.
+    gave_up: bool,
     /// Set when the last worker is gone: whether the operator asked for that.
     emptied: Option<bool>,
     /// Set when the last process is gone: whether the operator asked for that.
     ended: Option<bool>,
 }
 
+/// How a master came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The operator asked for it.
+    Asked,
+    /// All workers asked not to be replaced.
+    Retired,
+    /// No worker ever became ready (`--give-up-after`).
+    NeverReady,
+}
+
 /// How the program came to be here.
 #[derive(Debug)]
 pub(crate) struct Start {
     pub(crate) begun: Instant,
+    /// Where signals have arrived since the start began.
+    pub(crate) signals: SignalInbox,
     pub(crate) origin: Origin,
     /// What the master left whose place this one takes.
     pub(crate) takeover: Option<Takeover>,
 }
 
-/// Runs until it is told to stop and every process is gone. True if it was told to, false if all workers
-/// asked not to be replaced.
+/// Runs until it is told to stop, or gives up, and every process is gone.
 ///
 /// `application` are the descriptors of the application's own, which workers keep. `operators` keeps its control socket, to be closed last.
 ///
@@ -172,12 +191,10 @@ pub(crate) fn run(
     application: Arc<[RawFd]>,
     start: Start,
     operators: Operators,
-) -> io::Result<(bool, Option<Control>)> {
-    let Start { begun, origin, mut takeover } = start;
+) -> io::Result<(End, Option<Control>)> {
+    let Start { begun, signals, origin, mut takeover } = start;
     let ties = takeover.as_mut().map_or_else(Ties::default, |left| left.ties(&listeners));
-    let signals = SignalInbox::open()?;
-    // After an upgrade they are all blocked, so that none came too early. And whoever started us may have blocked some: the
-    // mask is inherited.
+    // Blocked so far, so that none came too early. And whoever started us may have blocked some: the mask is inherited.
     sys::unblock_signals();
     // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
     nix::sys::prctl::set_child_subreaper(true)?;
@@ -204,6 +221,8 @@ pub(crate) fn run(
         children: HashMap::new(),
         programs: Programs::default(),
         begun,
+        closing: Closing::default(),
+        gave_up: false,
         emptied: None,
         ended: None,
     };
@@ -220,7 +239,7 @@ pub(crate) fn run(
         Some(left) => master.adopt(left),
         None => master.feed(Event::Tick),
     }
-    while master.ended.is_none() {
+    while master.ended.is_none() || master.upgrade.is_checking() {
         let (arrived, events) = master.wait();
         logging::tick();
         if arrived {
@@ -235,6 +254,7 @@ pub(crate) fn run(
         master.look_at_memory();
         master.hear_operators(&events);
         master.feed(Event::Tick);
+        master.advance_closing();
         master.look_beside();
         master.relay.turn(&master.nursery, &master.signals, begun.elapsed());
         master.upgrade.listen();
@@ -242,7 +262,12 @@ pub(crate) fn run(
         master.finish_upgrade();
     }
     master.wind_up();
-    Ok((master.ended == Some(true), master.control))
+    let end = match master.ended {
+        Some(true) => End::Asked,
+        _ if master.gave_up => End::NeverReady,
+        _ => End::Retired,
+    };
+    Ok((end, master.control))
 }
 
 /// What of the configuration the supervisor goes by.
@@ -260,6 +285,7 @@ fn policy(config: &Config) -> Policy {
         start_timeout: config.start_timeout,
         drain_timeout: config.drain_timeout,
         respawn_rate: config.respawn_rate,
+        give_up_after: config.numbers.give_up_after,
     }
 }
 
@@ -320,7 +346,8 @@ impl Master {
             let pace = self.programs.pace(now);
             timeout = Some(timeout.map_or(pace, |timeout| timeout.min(pace)));
         }
-        for due in [self.upgrade.due_in(), self.notify.due_in(Instant::now())].into_iter().flatten() {
+        let due = [self.upgrade.due_in(), self.notify.due_in(Instant::now()), self.closing.due_in()];
+        for due in due.into_iter().flatten() {
             timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
         }
         // While the log's reader is slow, output stays in its pipes, and slows down the processes that write it.
@@ -429,8 +456,10 @@ impl Master {
             }
             self.take_evidence(slot, pid, end);
             let wish = program.as_ref().map_or(wish(ending), |program| programs::wish(ending, program.started));
-            if let Some(program) = program {
-                self.program_ended(program, ending);
+            match program {
+                Some(program) => self.program_ended(program, ending),
+                None if !asked => self.look_whether_sockets_listen(),
+                None => {}
             }
             self.feed(Event::Exited { pid, wish });
         }
@@ -500,6 +529,7 @@ impl Master {
     fn feed(&mut self, event: Event) {
         if let Event::Command(command) = event {
             if let Command::Drain | Command::Halt = command {
+                self.upgrade.cancel();
                 self.notify.stopping();
             }
             if command == Command::Halt {
@@ -519,11 +549,15 @@ impl Master {
         match action {
             Action::Spawn { slot, generation } => Some(self.spawn(slot, generation)),
             Action::Terminate { pid } => {
-                self.signal(pid, Signal::SIGTERM);
+                self.terminate(pid);
                 None
             }
             Action::Remind { pid } => {
-                self.remind(pid);
+                self.remind_or_end(pid);
+                None
+            }
+            Action::Close { at_once } => {
+                self.close_sockets(at_once);
                 None
             }
             Action::Kill { pid } => {
@@ -550,6 +584,7 @@ impl Master {
                 None
             }
             Action::Exit { success } => {
+                self.close_sockets(true);
                 self.emptied = Some(success);
                 None
             }

@@ -15,6 +15,7 @@ impl Master {
             Note::Target(_)
             | Note::TargetLimit(_)
             | Note::Scaled { .. }
+            | Note::GivenUp { .. }
             | Note::Saturated { .. }
             | Note::Throttled { .. }
             | Note::StartTimeout { .. }
@@ -38,6 +39,14 @@ impl Master {
                 delay.as_millis(),
                 self.hint_of(None)
             ),
+            Note::GivenUp { after } => {
+                self.gave_up = true;
+                log::error!(
+                    "no worker ever became ready: the server stops failing_for={}s (the lines above say why the last one \
+                     ended; --start-timeout if they need longer; --give-up-after 0 to try for ever)",
+                    after.as_secs()
+                );
+            }
             Note::Throttled { slot, delay } => {
                 log::warn!(
                     "workers end too often: slot={slot} is filled again in {}ms (--respawn-rate)",

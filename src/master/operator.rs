@@ -166,6 +166,7 @@ impl Master {
             | Note::Target(_)
             | Note::TargetLimit(_)
             | Note::Scaled { .. }
+            | Note::GivenUp { .. }
             | Note::Saturated { .. } => {}
         }
     }

@@ -129,6 +129,7 @@ mod tests {
         let max_unavailable = crate::config::Share::Number(1);
         let (memory_interval, scale_down_after) = (6 * S, S);
         let numbers = Numbers {
+            give_up_after: Duration::ZERO,
             max_unavailable,
             scale_down_after,
             max_requests: None,

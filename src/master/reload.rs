@@ -83,6 +83,7 @@ impl Master {
             | Note::TargetLimit(_)
             | Note::Scaled { .. }
             | Note::Saturated { .. }
+            | Note::GivenUp { .. }
             | Note::StartTimeout { .. }
             | Note::DrainTimeout { .. } => {}
         }

@@ -1,5 +1,8 @@
 //! The master's signals, made readable: a flag for each and one socket that the loop's `poll` watches.
 //!
+//! It is opened at the very beginning of a start, and what comes before the loop runs is remembered, each signal once. (Until it
+//! is open they are blocked.) TERM, INT and QUIT end the start, during `preload` at once: see `start_end.rs`.
+//!
 //! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it lets
 //! signals through, or else a signal meant for it would wake the master and not end it.
 
@@ -15,6 +18,7 @@ use signal_hook::consts::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIG
 use signal_hook::{SigId, flag, low_level};
 
 use super::supervisor::Command;
+use crate::sys;
 
 /// What a signal means to the master.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,12 +59,26 @@ impl SignalInbox {
         let (socket, wake) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
         let mut inbox = Self { socket, flags: Default::default(), registered: Vec::new() };
+        for signal in [SIGTERM, SIGINT, SIGQUIT] {
+            // First of all: there is nobody to wake yet.
+            inbox.registered.push(sys::end_start_on(signal)?);
+        }
         for ((signal, _), flag) in MEANINGS.iter().zip(&inbox.flags) {
             // The flag first: when the socket wakes the loop, it must stand.
             inbox.registered.push(flag::register(*signal, Arc::clone(flag))?);
             inbox.registered.push(low_level::pipe::register(*signal, wake.try_clone()?)?);
         }
         Ok(inbox)
+    }
+
+    /// Whether a signal that asks for the end has come and was not looked at. To be called with signals blocked: those that wait
+    /// are let in.
+    pub(crate) fn asks_for_end(&self) -> bool {
+        sys::unblock_signals();
+        sys::block_signals();
+        let ends = |meaning| matches!(meaning, Meaning::Command(Command::Drain | Command::Halt));
+        let mut flags = MEANINGS.iter().zip(&self.flags).filter(|((_, meaning), _)| ends(*meaning));
+        flags.any(|(_, flag)| flag.load(Ordering::SeqCst))
     }
 
     /// The signals that came since the last call, each once.

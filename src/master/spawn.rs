@@ -209,6 +209,11 @@ impl Nursery {
         (self.lifeline.0.as_raw_fd(), self.lifeline.1.as_raw_fd())
     }
 
+    /// A descriptor to stand in for sockets that were given up.
+    pub(crate) fn stand_in(&self) -> &OwnedFd {
+        &self.lifeline.0
+    }
+
     /// Makes a process for `slot`.
     ///
     /// # Errors

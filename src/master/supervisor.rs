@@ -171,12 +171,18 @@ impl Supervisor {
         }
         self.meet_deadlines(now);
         match self.mode {
+            Mode::Running if self.has_failed(now) => {
+                self.note(Note::GivenUp { after: self.policy.give_up_after });
+                self.stop(false, now);
+            }
             Mode::Running => {
                 self.balance(now);
                 self.look_ahead(now);
             }
-            Mode::Stopping { success } => self.finish(success),
-            Mode::Stopped => {}
+            Mode::Stopping { .. } | Mode::Stopped => {}
+        }
+        if let Mode::Stopping { success } = self.mode {
+            self.finish(success);
         }
         std::mem::take(&mut self.actions)
     }
@@ -197,7 +203,19 @@ impl Supervisor {
         // A slot that is empty while the breaker is open waits for the breaker alone.
         let breaker = (self.mode == Mode::Running && self.missing() > 0).then_some(self.breaker.open_until());
         let sample = (self.mode == Mode::Running).then(|| self.scaler.sample_at(self.target)).flatten();
-        slots.chain(breaker.into_iter().chain(sample).filter(|&until| until > self.now)).min()
+        let given_up = (self.mode == Mode::Running).then(|| self.gives_up_at()).flatten();
+        slots.chain(breaker.into_iter().chain(sample).chain(given_up).filter(|&until| until > self.now)).min()
+    }
+
+    /// When it is given up to try, if no process becomes ready before: as long as none ever was, and they fail.
+    fn gives_up_at(&self) -> Option<Now> {
+        let after = Some(self.policy.give_up_after).filter(|after| !after.is_zero() && !self.proven);
+        Some(self.breaker.failing_since()?.saturating_add(after?))
+    }
+
+    /// One that is starting gets its time.
+    fn has_failed(&self, now: Now) -> bool {
+        self.gives_up_at().is_some_and(|at| at <= now) && !self.is_starting()
     }
 
     /// Whether it serves, and is to go on.
@@ -317,6 +335,7 @@ impl Supervisor {
 
     fn stop(&mut self, success: bool, now: Now) {
         self.mode = Mode::Stopping { success };
+        self.actions.push(Action::Close { at_once: false });
         for index in 0..self.slots.len() {
             self.drain(index, now);
         }
@@ -346,6 +365,7 @@ impl Supervisor {
             (Command::Drain, Mode::Running) => self.stop(true, now),
             (Command::Halt, Mode::Running | Mode::Stopping { .. }) => {
                 self.mode = Mode::Stopping { success: true };
+                self.actions.push(Action::Close { at_once: true });
                 for index in 0..self.slots.len() {
                     self.kill(index);
                 }

@@ -29,7 +29,7 @@ use super::watchdog::Watchdog;
 use crate::handover::{Channel, PackedOrigin, Parcel};
 use crate::heir;
 use crate::heir::ledger::{Ledger, Tongue};
-use crate::listen::Listener;
+use crate::listen::{self, Listener};
 use crate::{blocking, sys};
 
 /// How long a connection is left to siblings that have fewer.
@@ -44,8 +44,14 @@ const NOT_WAITED_FOR: u32 = 4;
 const LEFT_WHEN_FULL: Duration = Duration::from_millis(10);
 /// How long accepting pauses when the system has no descriptor or memory for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
+/// After so many pauses a listener that was shut down is no matter of a stop.
+const CLOSED_FOR: u32 = 20;
 /// The log hears of that so often.
 const TOLD_EVERY: Duration = Duration::from_secs(60);
+/// After so many times that it was ready, and nobody was there, it is looked whether a listener listens still.
+const RUNG_FOR_NOTHING: u32 = 16;
+/// So many connections in a row that failed before they were accepted are passed over without a pause.
+const FAILED_IN_A_ROW: u32 = 64;
 
 /// What is done with an accepted connection.
 pub(crate) trait Serve {
@@ -91,6 +97,11 @@ impl Connections {
         while self.open.get() == 0 {
             self.one_began.notified().await;
         }
+    }
+
+    /// Returns when the next one has ended.
+    pub(crate) async fn one_ended(&self) {
+        self.one_ended.notified().await;
     }
 
     /// Returns when the last one has ended.
@@ -162,15 +173,17 @@ impl Drop for Open {
 #[derive(Debug)]
 struct Doorbell {
     listener: sys::Exclusive,
+    /// Connections come by messages.
+    is_channel: bool,
 }
 
 impl Doorbell {
-    fn new(listener: OwnedFd) -> io::Result<Self> {
+    fn new(listener: OwnedFd, is_channel: bool) -> io::Result<Self> {
         let listener = sys::Exclusive::new(listener)?;
         if !listener.is_exclusive() {
             log::warn!("each new connection wakes all workers: how the event loop waits for them cannot be found out");
         }
-        Ok(Self { listener })
+        Ok(Self { listener, is_channel })
     }
 
     fn pause(&self) {
@@ -189,10 +202,19 @@ impl Doorbell {
 
     /// Takes one connection, as soon as there is one.
     async fn wait<T>(&self, take: impl Fn(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
+        let mut rung_for_nothing = 0;
         loop {
             let mut rung = self.listener.readable().await?;
             match take(self.listener.as_fd()) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => rung.clear_ready(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    rung.clear_ready();
+                    // A sibling may have been quicker. But a Unix socket that was shut down is ready for ever, and has nothing.
+                    rung_for_nothing += 1;
+                    let is_odd = rung_for_nothing % RUNG_FOR_NOTHING == 0;
+                    if is_odd && !self.is_channel && !listen::is_listening(self.listener.as_fd()) {
+                        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+                    }
+                }
                 outcome => {
                     if self.listener.is_exclusive() {
                         rung.clear_ready(); // it rings again if more wait
@@ -242,7 +264,12 @@ impl Acceptor {
         ledger: Ledger,
     ) -> io::Result<Self> {
         let source = Source::Listener { index, tongue: heir::tongue_of(listener.protocol) };
-        Ok(Self { bell: Doorbell::new(listener.duplicate()?)?, source, connections: Rc::clone(connections), ledger })
+        Ok(Self {
+            bell: Doorbell::new(listener.duplicate()?, false)?,
+            source,
+            connections: Rc::clone(connections),
+            ledger,
+        })
     }
 
     /// Of the connections that other workers pass on.
@@ -250,7 +277,7 @@ impl Acceptor {
     /// # Errors
     /// As above.
     pub(crate) fn of_channel(channel: &Channel, connections: &Rc<Connections>, ledger: Ledger) -> io::Result<Self> {
-        let bell = Doorbell::new(channel.receiver().try_clone_to_owned()?)?;
+        let bell = Doorbell::new(channel.receiver().try_clone_to_owned()?, true)?;
         Ok(Self { bell, source: Source::Channel, connections: Rc::clone(connections), ledger })
     }
 
@@ -272,6 +299,7 @@ impl Acceptor {
     pub(crate) async fn run(&self, serve: &impl Serve) {
         let mut told = None::<Instant>;
         let mut patience = Patience::default();
+        let (mut failed_in_a_row, mut closed_for) = (0, 0_u32);
         loop {
             let outcome = match self.turn(&mut patience).await {
                 Ok(()) => tokio::select! {
@@ -284,18 +312,29 @@ impl Acceptor {
             };
             match outcome {
                 Ok(taken) => {
+                    (failed_in_a_row, closed_for) = (0, 0);
                     self.start(serve, taken).await;
                     self.settled().await;
                 }
-                // It is about that one connection, which is gone already; the next one is waiting.
-                Err(error) if !self.bell.listener.is_paused() && !is_of_this_system(&error) => {}
+                // That connection is gone already; the next one is waiting.
+                Err(error)
+                    if !self.bell.listener.is_paused()
+                        && is_of_one_connection(&error)
+                        && failed_in_a_row < FAILED_IN_A_ROW =>
+                {
+                    failed_in_a_row += 1;
+                }
                 Err(error) => {
-                    if told.is_none_or(|told| told.elapsed() > TOLD_EVERY) {
-                        log::error!("accepting pauses until it can go on: {error}");
+                    failed_in_a_row = 0;
+                    // A master that stops closes its sockets a moment before it says so.
+                    let is_closed = error.raw_os_error() == Some(libc::EINVAL);
+                    closed_for = if is_closed { closed_for.saturating_add(1) } else { CLOSED_FOR };
+                    if closed_for >= CLOSED_FOR && told.is_none_or(|told| told.elapsed() > TOLD_EVERY) {
+                        log::error!("accepting pauses until it can go on: {}{}", Explained(&error), self.name());
                         told = Some(Instant::now());
                     }
                     self.bell.pause();
-                    if self.connections.open.get() > 0 {
+                    if is_of_this_system(&error) && self.connections.open.get() > 0 {
                         self.connections.make_room("descriptors: --rlimit nofile=N");
                     }
                     sleep(PAUSE).await;
@@ -337,16 +376,40 @@ impl Acceptor {
     }
 
     /// Accepts what is waiting in the kernel's queue, and no more. For a worker that leaves: if all leave,
-    /// nobody else would.
-    pub(crate) async fn run_dry(&self, serve: &impl Serve) {
+    /// nobody else would. False if there was no room for all.
+    pub(crate) async fn run_dry(&self, serve: &impl Serve) -> bool {
         // Before, or else the kernel would go on to tell this worker, and it alone, of the next one.
         self.bell.pause();
+        let mut failed_in_a_row = 0;
         while !self.connections.is_full() {
             match self.take(self.bell.listener.as_fd()) {
-                Ok(taken) => self.start(serve, taken).await,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_of_this_system(&error) => return,
-                Err(_) => {} // about that one connection
+                Ok(taken) => {
+                    failed_in_a_row = 0;
+                    self.start(serve, taken).await;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(error) if is_of_one_connection(&error) && failed_in_a_row < FAILED_IN_A_ROW => failed_in_a_row += 1,
+                // The master has closed the socket for all, as the queue was empty.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return true,
+                Err(error) => {
+                    log::warn!("what is queued cannot be accepted: {error}{}", self.name());
+                    return true;
+                }
             }
+        }
+        false
+    }
+
+    /// Whether new connections come this way.
+    pub(crate) fn is_of_listener(&self) -> bool {
+        matches!(self.source, Source::Listener { .. })
+    }
+
+    /// For the log.
+    fn name(&self) -> String {
+        match self.source {
+            Source::Listener { index, .. } => format!(" listener={index}"),
+            Source::Channel => String::new(),
         }
     }
 
@@ -405,8 +468,45 @@ impl Patience {
     }
 }
 
-/// No descriptor or memory is to be had: unlike whatever else `accept(2)` says, that concerns the next
-/// connection too.
+/// Whether it is about the connection that would have been the next one: by accept(2), the errors that its network had for
+/// it, and those by which it ended early. Everything else (no descriptor, no memory, a socket that listens no more, a security
+/// module) concerns the next connection too.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    match error.raw_os_error() {
+        None => true, // a message that makes no sense
+        Some(number) => matches!(
+            number,
+            libc::ECONNABORTED
+                | libc::ECONNRESET
+                | libc::EINTR
+                | libc::ENETDOWN
+                | libc::EPROTO
+                | libc::ENOPROTOOPT
+                | libc::EHOSTDOWN
+                | libc::ENONET
+                | libc::EHOSTUNREACH
+                | libc::EOPNOTSUPP
+                | libc::ENETUNREACH
+                | libc::ETIMEDOUT
+        ),
+    }
+}
+
+/// No descriptor or memory is to be had.
 fn is_of_this_system(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+}
+
+/// An error of `accept(2)`, and what it means where that is not plain.
+struct Explained<'a>(&'a io::Error);
+
+impl std::fmt::Display for Explained<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.raw_os_error() != Some(libc::EINVAL) {
+            return self.0.fmt(f);
+        }
+        f.write_str(
+            "the socket listens no more: some process that holds it has called shutdown(2) on it (stop and start)",
+        )
+    }
 }

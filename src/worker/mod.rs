@@ -19,6 +19,7 @@ mod closing;
 mod crowd;
 mod door;
 mod drain;
+mod entry;
 mod fastcgi;
 mod health;
 mod http;
@@ -46,7 +47,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -65,6 +66,7 @@ use self::access_log::AccessLog;
 use self::crowd::Crowd;
 use self::door::Door;
 use self::drain::Drain;
+use self::entry::{Accepting, Entry};
 use self::lifetime::Counted;
 use self::logs::Pipes;
 use self::serve::{Application, BoxError, Guard};
@@ -155,7 +157,7 @@ where
     let worker = WorkerId { slot, generation: heritage.generation };
     let begun = Instant::now();
     log::debug!("settings part=worker slot={slot} gen={} {config:?}", heritage.generation);
-    let asked_to_leave = take_signals(config.drain_timeout)?;
+    let (asked_to_leave, starts) = take_signals(config.drain_timeout)?;
     let output = Pipes::now();
     let scoreboard = heritage.segment.scoreboard();
     let row = prepare(&heritage, &scoreboard)?;
@@ -184,6 +186,9 @@ where
             health::check(&application, path, limit).await?;
         }
         let server = Rc::new(Server::new(&config, &heritage.listeners, application, drain.clone()));
+        hooks.on_ready(worker)?;
+        // Before anything is accepted.
+        starts.store(false, Ordering::SeqCst);
         let acceptors = acceptors(&heritage.listeners, &heritage.handover, &connections, heir.ledger)?;
         let accepting = accept(acceptors, &server);
 
@@ -196,21 +201,18 @@ where
             tokio::task::spawn_local(tell_of_hangs(report.try_clone()?)),
             tokio::task::spawn_local(logs::keep(heritage.log_files, heritage.files, access_log.clone())),
         ];
-        hooks.on_ready(worker)?;
         row.set_state(State::Ready);
         (&report).write_all(Report::Ready.line().as_bytes())?;
-        told_to_leave(asked_to_leave, heritage.lifeline, &output).await?;
+        let is_orphan = told_to_leave(asked_to_leave, heritage.lifeline, &output).await?;
 
         row.set_state(State::Draining);
-        for (task, acceptor) in &accepting {
-            task.abort();
-            // The kernel may have told us alone of who waits there.
-            acceptor.run_dry(&*server).await;
-        }
+        let mut entry = Entry { accepting, listeners: Arc::clone(&heritage.listeners), kept: &heir.kept, is_orphan };
+        entry.begin_to_close();
+        entry.run_dry(&*server).await;
         drain.begin();
         events.drain();
         hooks.on_drain(worker, config.drain_timeout);
-        leave(&drain, &connections, &accepting, &*server).await;
+        entry.leave(&drain, &connections, &*server).await;
         tasks.iter().for_each(JoinHandle::abort);
         server.application.report_refusals();
         access_log.iter().for_each(|log| log.finish());
@@ -246,26 +248,6 @@ fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
     at_work::enlist();
     crash::install(heritage.report.try_clone()?)?;
     Ok(row)
-}
-
-/// Returns when the last connection is gone, or is somebody else's.
-async fn leave(
-    drain: &Drain,
-    connections: &Connections,
-    accepting: &[(JoinHandle<()>, Rc<Acceptor>)],
-    server: &impl Serve,
-) {
-    loop {
-        tokio::select! {
-            biased;
-            () = drain.stranded() => {
-                for (_, acceptor) in accepting {
-                    acceptor.run_dry(server).await;
-                }
-            }
-            () = connections.none() => return,
-        }
-    }
 }
 
 /// The event loop. With `is_watched`, it notes when it goes to work and when it sleeps.
@@ -341,7 +323,7 @@ fn acceptors(
 }
 
 /// Has all of them accept, each in a task.
-fn accept(acceptors: Vec<Acceptor>, server: &Rc<impl Serve + 'static>) -> Vec<(JoinHandle<()>, Rc<Acceptor>)> {
+fn accept(acceptors: Vec<Acceptor>, server: &Rc<impl Serve + 'static>) -> Vec<Accepting> {
     let begin = |acceptor: Acceptor| {
         let acceptor = Rc::new(acceptor);
         let (run, with) = (Rc::clone(&acceptor), Rc::clone(server));
@@ -456,24 +438,27 @@ where
     }
 }
 
-/// Takes over this process's signals, and lets them through. Returns what becomes readable on TERM.
+/// Takes over this process's signals, and lets them through. Returns what becomes readable on TERM, and a flag: as long as it is set,
+/// TERM ends the process at once, whatever the application is at. Nothing is served then.
 ///
 /// The master's handlers are still installed and do nothing. INT and QUIT get their default action back in
 /// signal-hook's way, so that an application that takes them over (with `tokio::signal`, say) can.
-fn take_signals(drain_timeout: Duration) -> io::Result<UnixStream> {
+fn take_signals(drain_timeout: Duration) -> io::Result<(UnixStream, Arc<AtomicBool>)> {
     let (term, wake) = UnixStream::pair()?;
     term.set_nonblocking(true)?;
+    let starts = Arc::new(AtomicBool::new(true));
+    signal_hook::flag::register_conditional_shutdown(SIGTERM, 0, Arc::clone(&starts))?;
     sys::alarm_on_term(drain_timeout)?;
     signal_hook::low_level::pipe::register(SIGTERM, wake)?;
     for signal in [SIGINT, SIGQUIT] {
         signal_hook::flag::register_conditional_default(signal, Arc::new(AtomicBool::new(true)))?;
     }
     sys::unblock_signals();
-    Ok(term)
+    Ok((term, starts))
 }
 
-/// Returns when TERM has come, or the master is dead.
-async fn told_to_leave(term: UnixStream, lifeline: OwnedFd, output: &Pipes) -> io::Result<()> {
+/// Returns when TERM has come, or the master is dead: true in that case.
+async fn told_to_leave(term: UnixStream, lifeline: OwnedFd, output: &Pipes) -> io::Result<bool> {
     let mut term = tokio::net::UnixStream::from_std(term)?;
     let mut lifeline = tokio::net::unix::pipe::Receiver::from_owned_fd(lifeline)?;
     let (mut byte, mut end) = ([0], [0]);
@@ -482,10 +467,10 @@ async fn told_to_leave(term: UnixStream, lifeline: OwnedFd, output: &Pipes) -> i
         _ = lifeline.read(&mut end) => {
             output.replace();
             log::warn!("the master is gone: this worker finishes and leaves");
+            Ok(true)
         }
-        _ = term.read(&mut byte) => {}
+        _ = term.read(&mut byte) => Ok(false),
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -16,6 +16,8 @@ pub(in crate::master) struct Breaker {
     failures: u32,
     /// Nothing is spawned before this.
     open_until: Now,
+    /// When the first of them died.
+    since: Option<Now>,
 }
 
 impl Breaker {
@@ -32,6 +34,10 @@ impl Breaker {
         self.failures > 0
     }
 
+    pub(super) fn failing_since(&self) -> Option<Now> {
+        self.since
+    }
+
     /// A process became ready, or the operator says that the cause is mended.
     pub(in crate::master) fn close(&mut self) {
         *self = Self::default();
@@ -43,6 +49,7 @@ impl Breaker {
             return None; // its siblings, which were let through with it
         }
         self.failures = self.failures.saturating_add(1);
+        self.since.get_or_insert(now);
         let delay = FIRST.saturating_mul(1 << (self.failures - 1).min(16)).min(LONGEST);
         self.open_until = now + delay;
         Some((self.failures, delay))

@@ -22,6 +22,8 @@ pub(crate) struct Policy {
     pub(crate) start_timeout: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) respawn_rate: u32,
+    /// How long processes may fail to start, while none ever became ready; zero is for ever.
+    pub(crate) give_up_after: Duration,
 }
 
 /// A number of workers, or a part of them, which is one at least.
@@ -143,6 +145,9 @@ pub(crate) enum Action {
     Abort { pid: Pid },
     /// See whether the program's new build can take over, and let it.
     Upgrade,
+    /// Everything is being stopped: no further connection is to be accepted but those that are queued; not even these if
+    /// `at_once`. Comes before the processes are asked to leave.
+    Close { at_once: bool },
     /// Tell the operator.
     Note(Note),
     /// The last process is gone: end the master.
@@ -158,6 +163,10 @@ pub(crate) enum Note {
     Failing {
         failures: u32,
         delay: Duration,
+    },
+    /// None ever became ready, for so long: everything is being stopped.
+    GivenUp {
+        after: Duration,
     },
     /// Replacements wait, because too many processes die.
     Throttled {

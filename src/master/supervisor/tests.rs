@@ -22,6 +22,7 @@ fn range(min: u32, max: u32) -> Policy {
         start_timeout: 1000 * MS,
         drain_timeout: 5000 * MS,
         respawn_rate: 8,
+        give_up_after: Duration::ZERO,
     }
 }
 
@@ -84,7 +85,7 @@ impl World {
                 }
                 Action::Remind { pid } => self.signal(pid, Life::Leaving),
                 Action::Kill { pid } | Action::Abort { pid } => self.signal(pid, Life::Killed),
-                Action::Upgrade => None,
+                Action::Upgrade | Action::Close { .. } => None,
                 Action::Sample => Some(Event::Demand(self.demand())),
                 Action::Note(note) => {
                     self.notes.push(note);
@@ -532,4 +533,74 @@ fn when_every_worker_retires_the_master_fails() {
     }
     assert_eq!(world.exited, Some(false));
     assert_eq!(world.spawned, 2);
+}
+
+#[test]
+fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_time_anew() {
+    let policy = Policy { give_up_after: 60_000 * MS, start_timeout: 200_000 * MS, ..policy(2) };
+    let fail_for = |supervisor: &mut Supervisor, begin: Event, from: Duration, until: Duration| {
+        let mut now = from;
+        let mut actions = supervisor.step(begin, now);
+        while now < until {
+            for action in std::mem::take(&mut actions) {
+                if let Action::Spawn { slot, .. } = action {
+                    actions.extend(supervisor.step(Event::SpawnFailed { slot }, now));
+                } else if let Action::Note(Note::GivenUp { .. }) = action {
+                    return Some(now);
+                }
+            }
+            now = supervisor.next_deadline().unwrap_or(until).min(until);
+            actions.extend(supervisor.step(Event::Tick, now));
+        }
+        None
+    };
+    let given_up = |supervisor: &mut Supervisor| fail_for(supervisor, Event::Tick, Now::ZERO, 400_000 * MS);
+    assert_eq!(given_up(&mut Supervisor::new(policy)), Some(60_000 * MS));
+    assert_eq!(given_up(&mut Supervisor::new(Policy { give_up_after: Now::ZERO, ..policy })), None);
+
+    let mut reloaded = Supervisor::new(policy);
+    assert_eq!(fail_for(&mut reloaded, Event::Tick, Now::ZERO, 50_000 * MS), None);
+    let reload = Event::Command(Command::Reload);
+    let at = fail_for(&mut reloaded, reload, 50_000 * MS, 400_000 * MS).expect("it is given up in the end");
+    assert!(at >= 110_000 * MS, "{at:?}");
+
+    // One that is starting gets its time; and who was ready once is not given up.
+    let mut slow = Supervisor::new(policy);
+    let mut proven = Supervisor::new(policy);
+    for (supervisor, is_ready) in [(&mut slow, false), (&mut proven, true)] {
+        for action in supervisor.step(Event::Tick, Now::ZERO) {
+            if let Action::Spawn { slot, .. } = action {
+                let pid = Pid::from_raw(100 + slot.cast_signed());
+                let _ = supervisor.step(Event::Spawned { slot, pid }, Now::ZERO);
+                if is_ready {
+                    let _ = supervisor.step(Event::Ready { pid }, Now::ZERO);
+                }
+                if slot == 1 {
+                    let _ = supervisor.step(Event::Exited { pid, wish: Wish::Replace }, Now::ZERO);
+                }
+            }
+        }
+        let later = supervisor.step(Event::Tick, 100_000 * MS);
+        let gives_up = |action: &Action| matches!(action, Action::Note(Note::GivenUp { .. }));
+        assert!(!later.iter().any(gives_up), "{later:?}");
+    }
+}
+
+#[test]
+fn who_stops_closes_the_sockets_first_and_who_reloads_does_not() {
+    let closes = |actions: &[Action]| actions.iter().position(|action| matches!(action, Action::Close { .. }));
+    for command in [Command::Drain, Command::Halt] {
+        let mut world = World::new(policy(2));
+        world.settle();
+        let actions = world.supervisor.step(Event::Command(command), world.now);
+        assert_eq!(closes(&actions), Some(0), "{command:?}: {actions:?}");
+        let at_once = command == Command::Halt;
+        assert_eq!(actions[0], Action::Close { at_once });
+    }
+    for command in [Command::Reload, Command::Add, Command::Remove, Command::Upgrade, Command::Scale(3)] {
+        let mut world = World::new(policy(2));
+        world.settle();
+        let actions = world.supervisor.step(Event::Command(command), world.now);
+        assert_eq!(closes(&actions), None, "{command:?}: {actions:?}");
+    }
 }

@@ -15,6 +15,7 @@ fn policy(workers: u32) -> Policy {
         start_timeout: 1000 * MS,
         drain_timeout: 5000 * MS,
         respawn_rate: 8,
+        give_up_after: Duration::ZERO,
     }
 }
 
@@ -93,7 +94,7 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
                         events.push_back(Event::Exited { pid, wish: Wish::Renew });
                     }
                     Action::Remind { .. } | Action::Note(_) | Action::Upgrade | Action::Sample => {}
-                    Action::Exit { .. } => panic!("seed {seed}: nobody asked for that"),
+                    Action::Close { .. } | Action::Exit { .. } => panic!("seed {seed}: nobody asked for that"),
                 }
             }
             if let (true, Some(deadline)) = (events.is_empty(), new.next_deadline()) {

@@ -46,6 +46,8 @@ use crate::sys::{self, Ending};
 pub(crate) const VARIABLES: [&str; 2] = [STATE, CHECK];
 /// Bytes of what the check says that are kept: the last ones.
 const LAST_WORDS: usize = 4096;
+/// How long a check that was asked to end may take for that.
+const LAST_STEPS: Duration = Duration::from_secs(2);
 
 /// What the check says when it has come to its end.
 pub(crate) fn password() -> String {
@@ -71,10 +73,19 @@ pub(super) struct Check {
     last_words: String,
     /// Until it is met.
     deadline: Option<Instant>,
+    /// It was asked to end, which it does without leaving anything behind.
+    asked_to_end: bool,
     build: Identity,
 }
 
 impl Check {
+    /// By TERM, and by KILL if that does not help.
+    fn ask_to_end(&mut self) {
+        self.asked_to_end = true;
+        self.deadline = Some(Instant::now() + LAST_STEPS);
+        let _ = killpg(self.pid, Signal::SIGTERM);
+    }
+
     fn listen(&mut self) {
         let password = password();
         let (passed, last_words) = (&mut self.passed, &mut self.last_words);
@@ -114,9 +125,27 @@ impl Upgrade {
         let Self::Checking(check) = self else { return };
         check.listen();
         if check.deadline.take_if(|deadline| *deadline <= Instant::now()).is_some() {
-            check.last_words.push_str(" (it took too long: --upgrade-timeout)");
-            let _ = killpg(check.pid, Signal::SIGKILL);
+            if check.asked_to_end {
+                let _ = killpg(check.pid, Signal::SIGKILL);
+            } else {
+                check.last_words.push_str(" (it took too long: --upgrade-timeout)");
+                check.ask_to_end();
+            }
         }
+    }
+
+    /// Ends the check, if there is one: its answer is of no use any more.
+    pub(super) fn cancel(&mut self) {
+        if let Self::Checking(check) = self
+            && !check.asked_to_end
+        {
+            check.last_words.push_str(" (everything is being stopped)");
+            check.ask_to_end();
+        }
+    }
+
+    pub(super) fn is_checking(&self) -> bool {
+        matches!(self, Self::Checking(_))
     }
 
     /// Whether that child is the check.
@@ -131,7 +160,7 @@ impl Upgrade {
     pub(super) fn ended(&mut self, ending: Ending) -> Result<(), String> {
         let Self::Checking(mut check) = std::mem::take(self) else { return Ok(()) };
         check.listen();
-        if check.passed && ending == Ending::Exited(0) {
+        if check.passed && !check.asked_to_end && ending == Ending::Exited(0) {
             *self = Self::Passed(check.build);
             return Ok(());
         }
@@ -201,6 +230,7 @@ impl Master {
             passed: false,
             last_words: String::new(),
             deadline: Some(Instant::now() + self.nursery.config.upgrade.timeout),
+            asked_to_end: false,
             build,
         })
     }

@@ -1,0 +1,78 @@
+//! An application whose start, and whose requests, can be held up from outside, to see what signals do meanwhile.
+//!
+//! `STAGED=FOLDER cargo run --release --example staged`: a stage waits at its FIFO in FOLDER, if there is one (`preload`, `factory`,
+//! `ready`), until something has opened that for writing and closed it again. `/until` answers when FOLDER has a file
+//! `go`; `/block` does not let the event loop run until then. `/deaf` calls shutdown(2) on all sockets that listen.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use axum::Router;
+use axum::routing::get;
+use nix::sys::socket::{Shutdown, shutdown};
+
+fn main() -> ExitCode {
+    forkyard::Builder::app(|_cx| {
+        hold("factory").expect("the FIFO can be read");
+        Router::new()
+            .route("/", get(async || "ok\n"))
+            .route("/pid", get(async || format!("{}\n", std::process::id())))
+            .route("/until", get(until))
+            .route("/block", get(block))
+            .route("/deaf", get(deaf))
+    })
+    .preload(|| Ok(hold("preload")?))
+    .on_ready(|_worker| Ok(hold("ready")?))
+    .run()
+}
+
+fn folder() -> PathBuf {
+    std::env::var_os("STAGED").map(PathBuf::from).unwrap_or_default()
+}
+
+fn hold(stage: &str) -> io::Result<()> {
+    match std::fs::File::open(folder().join(stage)) {
+        Ok(mut fifo) => fifo.read_to_end(&mut Vec::new()).map(drop),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+async fn until() -> &'static str {
+    println!("waits"); // the test sees that the request is being served
+    while !folder().join("go").exists() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    "went\n"
+}
+
+async fn block() -> &'static str {
+    println!("blocks");
+    while !folder().join("go").exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    "went\n"
+}
+
+/// What a process does to its siblings that takes a listening socket for its own.
+async fn deaf() -> &'static str {
+    // proc_net(5): the state of TCP sockets, and the flags of Unix sockets, of which one says that it accepts.
+    let inodes = |table: &str, place: usize, value: &str, inode: usize| -> BTreeSet<String> {
+        let text = std::fs::read_to_string(table).unwrap_or_default();
+        let rows = text.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+        let listening = rows.filter(|row| row.get(place) == Some(&value));
+        listening.filter_map(|row| Some(format!("socket:[{}]", row.get(inode)?))).collect()
+    };
+    let listening = &inodes("/proc/net/tcp", 3, "0A", 9) | &inodes("/proc/net/unix", 3, "00010000", 6);
+    for entry in std::fs::read_dir("/proc/self/fd").into_iter().flatten().filter_map(Result::ok) {
+        let target = std::fs::read_link(entry.path()).unwrap_or_default();
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        if let (true, Some(number)) = (listening.contains(&*target.to_string_lossy()), number) {
+            let _ = shutdown(number, Shutdown::Read); // a second descriptor of the same socket finds it done
+        }
+    }
+    "deaf\n"
+}

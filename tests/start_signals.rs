@@ -1,0 +1,352 @@
+//! Each documented signal at many moments between the start of the program and its end, also as process 1: it means what the
+//! documentation says, and leaves no file behind.
+
+#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use common::{PATIENCE, Server, children_of, program, wait_until};
+use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2};
+use nix::sys::signal::kill;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
+use tempfile::TempDir;
+
+const ENDS: [Signal; 3] = [SIGTERM, SIGINT, SIGQUIT];
+/// What is done for each of the others, as the log says it.
+const MEANINGS: [(Signal, &str); 5] = [
+    (SIGHUP, "reload done"),
+    (SIGUSR1, "log files reopened"),
+    (SIGUSR2, "reload done"),
+    (SIGTTIN, "workers=2"),
+    (SIGTTOU, "is the limit"),
+];
+
+/// Where a server has its files, and what holds it up.
+struct Place {
+    folder: TempDir,
+    as_pid_1: bool,
+}
+
+impl Place {
+    fn new(as_pid_1: bool) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["made", "made/tmp", "stages"] {
+            std::fs::create_dir(folder.path().join(name)).unwrap();
+        }
+        Self { folder, as_pid_1 }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self) -> Command {
+        let mut command = if self.as_pid_1 {
+            let mut command = Command::new("unshare");
+            if !nix::unistd::geteuid().is_root() {
+                command.args(["--user", "--map-root-user"]);
+            }
+            command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(program("staged"));
+            command
+        } else {
+            Command::new(program("staged"))
+        };
+        command.env("STAGED", self.path("stages")).env("TMPDIR", self.path("made/tmp"));
+        command.arg("--bind").arg(format!("http:unix:{}", self.path("made/app.sock").display()));
+        command.arg("--pid-file").arg(self.path("made/pid")).arg("--control").arg(self.path("made/control"));
+        command.args([
+            "--workers",
+            "1",
+            "--drain-timeout",
+            "10m",
+            "--start-timeout",
+            "10m",
+            "--upgrade-timeout",
+            "10m",
+        ]);
+        command
+    }
+
+    /// Has whoever comes to this stage wait there.
+    fn hold(&self, stage: &str) {
+        mkfifo(&self.path("stages").join(stage), Mode::S_IRWXU).unwrap();
+    }
+
+    /// Returns when somebody waits there; he goes on when what is returned is dropped.
+    fn await_stage(&self, stage: &str) -> File {
+        let mut options = File::options();
+        options.write(true).custom_flags(libc::O_NONBLOCK);
+        wait_until(stage, || options.open(self.path("stages").join(stage)).ok())
+    }
+
+    /// Has nobody wait there any more.
+    fn release(&self, stage: &str, held: File) {
+        std::fs::remove_file(self.path("stages").join(stage)).unwrap();
+        drop(held);
+    }
+
+    fn server(&self) -> Running {
+        let server = Server::launch(&mut self.command());
+        let launched = server.pid();
+        let master = if self.as_pid_1 {
+            let child = wait_until("unshare has forked", || children_of(launched).first().copied());
+            // What unshare has forked becomes our program a little later.
+            let exe = program("staged");
+            wait_until("it is the program", || {
+                (std::fs::read_link(format!("/proc/{child}/exe")).ok()? == exe).then_some(())
+            });
+            Pid::from_raw(child)
+        } else {
+            launched
+        };
+        Running { server, master }
+    }
+
+    fn send(&self, target: &str) -> UnixStream {
+        let mut stream = UnixStream::connect(self.path("made/app.sock")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        write!(stream, "GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        stream
+    }
+
+    /// Whatever the server has made is gone.
+    fn is_clean(&self, of: &str) {
+        let names = |folder: &str| -> Vec<String> {
+            let entries = std::fs::read_dir(self.path(folder)).unwrap();
+            entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+        };
+        assert_eq!((names("made"), names("made/tmp")), (vec!["tmp".to_owned()], vec![]), "{of}");
+    }
+}
+
+struct Running {
+    server: Server,
+    master: Pid,
+}
+
+impl Running {
+    fn signal(&self, signal: Signal) {
+        kill(self.master, signal).unwrap();
+    }
+
+    /// It ends well, and nothing of it is left.
+    fn ends(&mut self, place: &Place, of: &str) {
+        let status = self.server.wait_end();
+        assert_eq!(status, Some(0), "{of}: the log:\n{}", self.server.log());
+        place.is_clean(of);
+    }
+}
+
+fn text_of(mut stream: UnixStream) -> String {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+fn named(moment: &str, signal: Signal, as_pid_1: bool) -> String {
+    format!("{signal} {moment}{}", if as_pid_1 { " as process 1" } else { "" })
+}
+
+#[test]
+fn a_signal_that_asks_for_the_end_ends_the_start_at_every_stage() {
+    for as_pid_1 in [false, true] {
+        for stage in ["preload", "factory", "ready"] {
+            for signal in ENDS {
+                let of = named(stage, signal, as_pid_1);
+                let place = Place::new(as_pid_1);
+                place.hold(stage);
+                let mut running = place.server();
+                let held = place.await_stage(stage);
+                assert!(place.path("made/pid").exists() && place.path("made/app.sock").exists(), "{of}");
+                running.signal(signal);
+                running.ends(&place, &of);
+                assert!(running.server.log().contains("asked to"), "{of}: {}", running.server.log());
+                drop(held);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_other_signal_is_remembered_until_the_server_can_do_what_it_means() {
+    for as_pid_1 in [false, true] {
+        for stage in ["preload", "factory", "ready"] {
+            for (signal, meaning) in MEANINGS {
+                let of = named(stage, signal, as_pid_1);
+                let place = Place::new(as_pid_1);
+                place.hold(stage);
+                let mut running = place.server();
+                let held = place.await_stage(stage);
+                running.signal(signal);
+                place.release(stage, held);
+                if !running.server.log().contains(meaning) {
+                    running.server.wait_for(meaning);
+                }
+                let answered = text_of(place.send("/"));
+                assert!(answered.contains("200 OK"), "{of}: {answered}");
+                running.signal(SIGTERM);
+                running.ends(&place, &of);
+            }
+        }
+    }
+}
+
+#[test]
+fn signals_that_come_as_soon_as_the_pid_file_is_there_are_not_lost() {
+    for as_pid_1 in [false, true] {
+        for (signal, meaning) in MEANINGS.into_iter().chain(ENDS.map(|signal| (signal, "asked to"))) {
+            for _ in 0..3 {
+                let of = named("at the pid file", signal, as_pid_1);
+                let place = Place::new(as_pid_1);
+                let mut running = place.server();
+                let deadline = std::time::Instant::now() + PATIENCE;
+                while !place.path("made/pid").exists() {
+                    assert!(std::time::Instant::now() < deadline, "{of}");
+                    std::hint::spin_loop();
+                }
+                running.signal(signal);
+                if !ENDS.contains(&signal) {
+                    running.server.wait_for(meaning);
+                    running.signal(SIGTERM);
+                }
+                running.ends(&place, &of);
+            }
+        }
+    }
+}
+
+/// Before the program's own code runs, TERM has its default action: the process ends by it, and has made nothing.
+#[test]
+fn a_signal_at_any_millisecond_of_the_start_ends_it_and_leaves_nothing() {
+    for signal in ENDS {
+        for millisecond in 0..25 {
+            let place = Place::new(false);
+            let mut running = place.server();
+            std::thread::park_timeout(Duration::from_millis(millisecond)); // the moment is what is tried
+            running.signal(signal);
+            let status = running.server.wait_end();
+            let of = format!("{signal} after {millisecond} ms");
+            assert!(matches!(status, Some(0) | None), "{of}: {status:?} {}", running.server.log());
+            place.is_clean(&of);
+        }
+    }
+}
+
+#[test]
+fn signals_in_a_reload_an_upgrade_and_a_drain_mean_what_they_say() {
+    for as_pid_1 in [false, true] {
+        for signal in ENDS.into_iter().chain(MEANINGS.map(|(signal, _)| signal)) {
+            let ends = ENDS.contains(&signal);
+            let meaning = MEANINGS.iter().find(|(other, _)| *other == signal).map_or("", |(_, meaning)| meaning);
+
+            // In a reload: a new worker is being made.
+            let of = named("in a reload", signal, as_pid_1);
+            let place = Place::new(as_pid_1);
+            let mut running = place.server();
+            running.server.wait_for("ready in");
+            place.hold("factory");
+            running.signal(SIGHUP);
+            let held = place.await_stage("factory");
+            running.signal(signal);
+            if !ends {
+                if signal == SIGUSR2 {
+                    running.server.wait_for("checking");
+                }
+                place.release("factory", held);
+                running.server.wait_for(meaning);
+                running.signal(SIGTERM);
+            }
+            running.ends(&place, &of);
+
+            // In the check of an upgrade: the new build preloads.
+            let of = named("in the check of an upgrade", signal, as_pid_1);
+            let place = Place::new(as_pid_1);
+            let mut running = place.server();
+            running.server.wait_for("ready in");
+            place.hold("preload");
+            running.signal(SIGUSR2);
+            let held = place.await_stage("preload");
+            running.signal(signal);
+            if !ends {
+                running.server.wait_for(if signal == SIGUSR1 { "log files reopened" } else { "asked to" });
+                place.release("preload", held);
+                running.server.wait_for("upgraded");
+                running.signal(SIGTERM);
+            }
+            running.ends(&place, &of);
+
+            // In the new build itself, before it has taken over.
+            let of = named("in the start of a new build", signal, as_pid_1);
+            let place = Place::new(as_pid_1);
+            let mut running = place.server();
+            running.server.wait_for("ready in");
+            place.hold("preload");
+            running.signal(SIGUSR2);
+            drop(place.await_stage("preload"));
+            running.server.wait_for("becoming");
+            let held = place.await_stage("preload");
+            let served = place.send("/until");
+            running.signal(signal);
+            std::fs::write(place.path("stages/go"), "").unwrap();
+            place.release("preload", held);
+            if !ends {
+                let what = if meaning == "reload done" { "upgraded" } else { meaning };
+                running.server.wait_for(what);
+                assert!(text_of(served).contains("200 OK"), "{of}");
+                running.signal(SIGTERM);
+            }
+            running.ends(&place, &of);
+
+            // In a drain.
+            let of = named("in a drain", signal, as_pid_1);
+            let place = Place::new(as_pid_1);
+            let mut running = place.server();
+            running.server.wait_for("ready in");
+            let served = place.send("/until");
+            running.server.wait_for("waits");
+            running.signal(SIGTERM);
+            running.server.wait_for("new connections are refused");
+            running.signal(signal);
+            if !matches!(signal, SIGINT | SIGQUIT) {
+                if signal == SIGUSR1 {
+                    running.server.wait_for("log files reopened");
+                } else {
+                    running.server.wait_for("asked to");
+                }
+                std::fs::write(place.path("stages/go"), "").unwrap();
+                assert!(text_of(served).contains("200 OK"), "{of}");
+            }
+            running.ends(&place, &of);
+        }
+    }
+}
+
+#[test]
+fn a_check_that_is_ended_leaves_nothing_of_its_own() {
+    let place = Place::new(false);
+    let settings = place.path("settings.toml");
+    std::fs::write(&settings, "").unwrap();
+    let mut command = place.command();
+    command.arg("--config").arg(&settings);
+    let mut server = Server::start_command(&mut command);
+    // The new build would have one socket more.
+    let more = place.path("made/more.sock");
+    std::fs::write(&settings, format!("events-socket = {:?}\n", more.display().to_string())).unwrap();
+    place.hold("preload");
+    server.signal(SIGUSR2);
+    let held = place.await_stage("preload");
+    assert!(more.exists());
+    server.signal(SIGTERM);
+    assert_eq!(server.wait_end(), Some(0));
+    drop(held);
+    place.is_clean("the check");
+}

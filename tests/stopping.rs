@@ -1,0 +1,485 @@
+//! What becomes of the listening sockets when a server stops, or is killed: whoever comes then is refused at once, whoever came
+//! before is served, and the address is free for the next start.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{self, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use common::raw::{self, ALL, Protocol};
+use common::{PATIENCE, Server, free_port, is_gone, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// Long enough that a test fails if anybody waits for the end of it.
+const FOR_EVER: [&str; 6] = ["--drain-timeout", "10m", "--start-timeout", "10m", "--workers", "1"];
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Family {
+    Tcp,
+    Path,
+    Abstract,
+}
+
+const FAMILIES: [Family; 3] = [Family::Tcp, Family::Path, Family::Abstract];
+
+/// A folder for `staged`, and an address.
+struct Place {
+    folder: TempDir,
+    /// As `--bind` has it, without the protocol.
+    address: String,
+}
+
+impl Place {
+    fn new(family: Family) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let address = match family {
+            Family::Tcp => format!("127.0.0.1:{}", free_port()),
+            Family::Path => format!("unix:{}", folder.path().join("app.sock").display()),
+            Family::Abstract => format!("unix:@{}", folder.path().display()),
+        };
+        Self { folder, address }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn go(&self) {
+        std::fs::write(self.path("go"), "").unwrap();
+    }
+
+    fn bind(&self, protocol: Protocol) -> String {
+        let name = match protocol {
+            Protocol::Http => "http",
+            Protocol::FastCgi => "fastcgi",
+            Protocol::Scgi => "scgi",
+        };
+        format!("{name}:{}", self.address)
+    }
+
+    fn staged(&self, protocol: Protocol, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program("staged"));
+        command.env("STAGED", self.folder.path()).args(["--bind", &self.bind(protocol)]).args(arguments);
+        command
+    }
+
+    fn connect(&self) -> io::Result<UnixStream> {
+        let stream = match self.address.strip_prefix("unix:") {
+            Some(path) if path.starts_with('@') => {
+                UnixStream::connect_addr(&net::SocketAddr::from_abstract_name(&path[1..])?)?
+            }
+            Some(path) => UnixStream::connect(path)?,
+            None => {
+                let address: SocketAddr = self.address.parse().unwrap();
+                OwnedFd::from(TcpStream::connect_timeout(&address, PATIENCE)?).into()
+            }
+        };
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(stream)
+    }
+
+    /// A connection on which a request is on its way.
+    fn send(&self, protocol: Protocol, target: &str) -> UnixStream {
+        let mut stream = self.connect().unwrap();
+        stream.write_all(&protocol.head("GET", target, 0)).unwrap();
+        stream
+    }
+
+    /// Whoever connects is refused: within the time that TCP takes to ask again, if that is needed.
+    fn is_refused(&self) {
+        let error = self.connect().expect_err("nobody accepts").kind();
+        assert!(matches!(error, ErrorKind::ConnectionRefused | ErrorKind::NotFound), "{error}");
+    }
+}
+
+/// The whole response.
+fn answer(stream: &mut UnixStream) -> (u16, String) {
+    let (status, mut response) = raw::ask(stream, b"");
+    let mut piece = [0; 4096];
+    while !response.ends_with(b"went\n") && !String::from_utf8_lossy(&response).contains("went") {
+        let count = stream.read(&mut piece).unwrap();
+        assert!(count > 0, "it ended after {:?}", String::from_utf8_lossy(&response));
+        response.extend_from_slice(&piece[..count]);
+    }
+    (status, String::from_utf8_lossy(&response).into_owned())
+}
+
+fn went(stream: &mut UnixStream) {
+    let (status, text) = answer(stream);
+    assert_eq!(status, 200, "{text}");
+}
+
+#[test]
+fn a_server_that_stops_refuses_new_connections_at_once_and_finishes_what_it_serves() {
+    for protocol in ALL {
+        for family in FAMILIES {
+            let place = Place::new(family);
+            let mut server = Server::start_command(&mut place.staged(protocol, &FOR_EVER));
+            let mut served = place.send(protocol, "/until");
+            server.wait_for("waits");
+            server.signal(Signal::SIGTERM);
+            server.wait_for("new connections are refused");
+            place.is_refused();
+            assert!(!place.path("app.sock").exists());
+            // The next one may start while this one finishes.
+            let mut next = Server::start_command(&mut place.staged(protocol, &FOR_EVER[2..]));
+            place.go();
+            went(&mut served);
+            went(&mut place.send(protocol, "/until"));
+            drop(served);
+            assert_eq!(server.wait_end(), Some(0), "{protocol:?} {family:?}");
+            went(&mut place.send(protocol, "/until"));
+            next.stop();
+        }
+    }
+}
+
+#[test]
+fn what_is_queued_at_the_stop_is_served_and_then_all_are_refused() {
+    for protocol in ALL {
+        for family in FAMILIES {
+            let place = Place::new(family);
+            let mut server = Server::start_command(&mut place.staged(protocol, &FOR_EVER));
+            let worker = Pid::from_raw(*server.workers().first().unwrap());
+            common::stop(worker);
+            let mut queued = [(); 3].map(|()| place.send(protocol, "/until"));
+            server.signal(Signal::SIGTERM);
+            server.wait_for("asked to drain");
+            if family != Family::Tcp {
+                // Nothing is reset by refusing there.
+                wait_until("it refuses", || place.connect().is_err().then_some(()));
+            }
+            kill(worker, Signal::SIGCONT).unwrap();
+            server.wait_for("new connections are refused");
+            place.is_refused();
+            place.go();
+            queued.iter_mut().for_each(went);
+            drop(queued);
+            assert_eq!(server.wait_end(), Some(0));
+        }
+    }
+}
+
+#[test]
+fn a_worker_whose_event_loop_is_busy_does_not_keep_the_socket_open() {
+    for family in FAMILIES {
+        let place = Place::new(family);
+        let mut server = Server::start_command(&mut place.staged(Protocol::Http, &FOR_EVER));
+        let mut served = place.send(Protocol::Http, "/block");
+        server.wait_for("blocks");
+        server.signal(Signal::SIGTERM);
+        server.wait_for("new connections are refused");
+        place.is_refused();
+        place.go();
+        went(&mut served);
+        drop(served);
+        assert_eq!(server.wait_end(), Some(0));
+    }
+}
+
+#[test]
+fn a_reload_refuses_nobody() {
+    for family in FAMILIES {
+        let place = Place::new(family);
+        let mut server = Server::start_command(&mut place.staged(Protocol::Http, &FOR_EVER));
+        let mut served = place.send(Protocol::Http, "/until");
+        server.wait_for("waits");
+        let old = *server.workers().first().unwrap();
+        server.signal(Signal::SIGHUP);
+        server.wait_for("reload done");
+        // The old worker drains, and holds no listening socket any more.
+        wait_until("it gives the sockets up", || (listening(old) == 0).then_some(()));
+        let mut next = place.send(Protocol::Http, "/until");
+        server.wait_for("waits");
+        place.go();
+        went(&mut served);
+        went(&mut next);
+        drop((served, next));
+        wait_until("it leaves", || is_gone(old).then_some(()));
+        server.stop();
+    }
+}
+
+/// How many listening sockets a process has.
+fn listening(pid: i32) -> usize {
+    let table = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/net/{name}")).unwrap_or_default();
+    let row = |line: &str| line.split_ascii_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let tcp = table("tcp").lines().map(row).filter(|row| row[3] == "0A").map(|row| row[9].clone()).collect::<Vec<_>>();
+    let unix = table("unix").lines().map(row).filter(|row| row[3] == "00010000").map(|row| row[6].clone()).collect();
+    let inodes: Vec<String> = [tcp, unix].concat();
+    let links = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().filter_map(Result::ok);
+    let targets = links.filter_map(|link| std::fs::read_link(link.path()).ok());
+    let targets = targets.map(|target| target.to_string_lossy().into_owned());
+    targets.filter(|target| inodes.iter().any(|inode| *target == format!("socket:[{inode}]"))).count()
+}
+
+#[test]
+fn a_socket_that_was_passed_to_the_server_goes_on_to_listen() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGKILL] {
+        let place = Place::new(Family::Tcp);
+        let listener = std::net::TcpListener::bind(&place.address).unwrap();
+        let own = Place::new(Family::Tcp);
+        let start = |listener: std::net::TcpListener, arguments: &[&str]| {
+            let mut command = Command::new(program("staged"));
+            command.env("STAGED", place.folder.path()).args(FOR_EVER).args(["--bind", "http:fd:0"]).args(arguments);
+            Server::start_command(command.stdin(Stdio::from(OwnedFd::from(listener))))
+        };
+        let mut server = start(listener.try_clone().unwrap(), &["--bind", &own.bind(Protocol::Http)]);
+        let mut served = place.send(Protocol::Http, "/until");
+        server.wait_for("waits");
+        server.signal(signal);
+        wait_until("our own address is refused", || own.connect().is_err().then_some(()));
+        // It waits for the next start.
+        let mut waiting = place.send(Protocol::Http, "/until");
+        place.go();
+        if signal != Signal::SIGINT {
+            went(&mut served);
+        }
+        drop(served);
+        let _ = server.wait_end();
+        let mut next = start(listener, &[]);
+        went(&mut waiting);
+        drop(waiting);
+        next.stop();
+    }
+}
+
+#[test]
+fn the_address_of_a_killed_master_is_free_at_once_whatever_its_workers_serve() {
+    for protocol in ALL {
+        for family in FAMILIES {
+            for target in ["/until", "/block"] {
+                if (target, family) == ("/block", Family::Abstract) {
+                    continue; // a name is the kernel's until the event loop gets to giving it up
+                }
+                let place = Place::new(family);
+                let mut killed = Server::start_command(&mut place.staged(protocol, &["--workers", "2"]));
+                let mut served = place.send(protocol, target);
+                killed.wait_for(if target == "/until" { "waits" } else { "blocks" });
+                let idle = place.connect().unwrap();
+                let workers = killed.workers();
+                killed.signal(Signal::SIGKILL);
+                let mut next = Server::start_command(&mut place.staged(protocol, &["--workers", "1"]));
+                assert!(workers.iter().any(|&pid| !is_gone(pid)), "they serve still");
+                place.go();
+                went(&mut served);
+                went(&mut place.send(protocol, "/until"));
+                drop((served, idle));
+                wait_until("they leave", || workers.iter().all(|&pid| is_gone(pid)).then_some(()));
+                went(&mut place.send(protocol, "/until"));
+                next.stop();
+                let _ = killed.wait_end();
+            }
+        }
+    }
+}
+
+/// php-cgi with a page that is held up.
+fn run_php(place: &Place, arguments: &[&str]) -> Command {
+    let page =
+        "<?php echo getmypid(), \" waits\\n\"; flush(); while (!file_exists(__DIR__.'/go')) usleep(5000); echo 'went';";
+    std::fs::write(place.path("until.php"), page).unwrap();
+    let mut command = Command::new(program("forkyard"));
+    command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--workers", "2"]).args(arguments);
+    command.args(["--", "php-cgi", "-d", "output_buffering=0"]);
+    command
+}
+
+fn send_to_php(place: &Place) -> UnixStream {
+    use common::fastcgi::{PARAMS, STDIN, begin, pair, record};
+    let script = place.path("until.php");
+    let params = [("REQUEST_METHOD", "GET"), ("SCRIPT_FILENAME", script.to_str().unwrap()), ("QUERY_STRING", "")];
+    let params = params.map(|(name, value)| pair(name, value)).concat();
+    let records =
+        [begin(1, 1, false), record(PARAMS, 1, &params, 0), record(PARAMS, 1, b"", 0), record(STDIN, 1, b"", 0)];
+    let mut stream = place.connect().unwrap();
+    stream.write_all(&records.concat()).unwrap();
+    stream
+}
+
+/// Reads to the end of the page, and closes: php-cgi waits for that before it accepts again.
+fn php_went(mut stream: UnixStream) {
+    read_until(&mut stream, "went");
+}
+
+fn read_until(stream: &mut UnixStream, what: &str) {
+    let (mut text, mut piece) = (Vec::new(), [0; 4096]);
+    while !String::from_utf8_lossy(&text).contains(what) {
+        let count = stream.read(&mut piece).unwrap();
+        assert!(count > 0, "it ended after {:?}", String::from_utf8_lossy(&text));
+        text.extend_from_slice(&piece[..count]);
+    }
+}
+
+#[test]
+fn programs_that_stop_serve_what_is_queued_and_all_others_are_refused() {
+    for family in FAMILIES {
+        let place = Place::new(family);
+        let mut server = Server::start_command(&mut run_php(&place, &FOR_EVER[..2]));
+        let mut served = [(); 2].map(|()| send_to_php(&place));
+        served.iter_mut().for_each(|stream| read_until(stream, "waits"));
+        let queued = [(); 2].map(|()| send_to_php(&place));
+        server.signal(Signal::SIGTERM);
+        server.wait_for("asked to drain");
+        if family != Family::Tcp {
+            wait_until("it refuses", || place.connect().is_err().then_some(()));
+        }
+        place.go();
+        served.into_iter().chain(queued).for_each(php_went);
+        wait_until("it refuses", || place.connect().is_err().then_some(()));
+        assert_eq!(server.wait_end(), Some(0), "{family:?}");
+        assert!(!server.log().contains("are reset"), "{}", server.log());
+    }
+}
+
+#[test]
+fn programs_that_stop_with_nothing_queued_refuse_at_once() {
+    for family in FAMILIES {
+        let place = Place::new(family);
+        let mut server = Server::start_command(&mut run_php(&place, &FOR_EVER[..2]));
+        let mut served = send_to_php(&place);
+        read_until(&mut served, "waits");
+        server.signal(Signal::SIGTERM);
+        server.wait_for("new connections are refused");
+        place.is_refused();
+        place.go();
+        php_went(served);
+        assert_eq!(server.wait_end(), Some(0), "{family:?}");
+    }
+}
+
+#[test]
+fn what_programs_cannot_accept_within_half_the_drain_is_reset_and_said() {
+    let place = Place::new(Family::Tcp);
+    let mut server = Server::start_command(&mut run_php(&place, &["--drain-timeout", "20s"]));
+    let mut served = [(); 2].map(|()| send_to_php(&place));
+    served.iter_mut().for_each(|stream| read_until(stream, "waits"));
+    let _queued = send_to_php(&place);
+    server.signal(Signal::SIGTERM);
+    assert!(server.wait_for("are reset").contains("connections=1"));
+    place.is_refused();
+    place.go();
+    served.into_iter().for_each(php_went);
+    assert_eq!(server.wait_end(), Some(0));
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_worker_that_is_still_starting() {
+    for stage in ["factory", "ready"] {
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            let place = Place::new(Family::Tcp);
+            nix::unistd::mkfifo(&place.path(stage), nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let mut server = Server::launch(&mut place.staged(Protocol::Http, &FOR_EVER));
+            let _held = hold(&place.path(stage));
+            server.signal(signal);
+            assert_eq!(server.wait_end(), Some(0), "{stage} {signal}");
+        }
+    }
+}
+
+/// Returns when somebody waits at the FIFO, who goes on when what is returned is dropped.
+fn hold(fifo: &Path) -> std::fs::File {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut options = std::fs::File::options();
+    options.write(true).custom_flags(libc::O_NONBLOCK);
+    wait_until("it waits at its FIFO", || options.open(fifo).ok())
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_program_that_has_not_started_and_ignores_it() {
+    let place = Place::new(Family::Tcp);
+    let mut command = Command::new(program("forkyard"));
+    command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--settle", "10m"]).args(FOR_EVER);
+    command.args(["--", "sh", "-c", "trap '' TERM; echo begun; while :; do sleep 1; done"]);
+    let mut server = Server::launch(&mut command);
+    server.wait_for("begun");
+    server.signal(Signal::SIGTERM);
+    server.wait_for("serves nobody and does not leave");
+    assert_eq!(server.wait_end(), Some(0));
+}
+
+#[test]
+fn a_pool_of_which_no_process_ever_became_ready_is_given_up() {
+    let place = Place::new(Family::Tcp);
+    let mut program_that_fails = Command::new(program("forkyard"));
+    program_that_fails.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--give-up-after", "1s"]);
+    program_that_fails.args(["--", "sh", "-c", "echo no DSN; exit 3"]);
+    let mut program_that_ends = Command::new(program("forkyard"));
+    program_that_ends.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--give-up-after", "1s"]);
+    program_that_ends.args(["--", "true"]);
+    let broken = place.path("broken");
+    std::fs::write(&broken, "").unwrap();
+    let mut application = Command::new(program("crashy"));
+    application.env("CRASHY_BROKEN", &broken);
+    application.args(["--bind", &place.bind(Protocol::Http), "--give-up-after", "1s"]);
+    for command in [&mut program_that_fails, &mut program_that_ends, &mut application] {
+        let mut server = Server::launch(command);
+        server.wait_for("no worker ever became ready");
+        assert_eq!(server.wait_end(), Some(1));
+        assert!(server.log().contains("--give-up-after"), "{}", server.log());
+    }
+}
+
+#[test]
+fn a_socket_that_somebody_has_shut_down_is_named_and_does_not_hold_up_the_stop() {
+    for family in [Family::Tcp, Family::Path] {
+        let place = Place::new(family);
+        let arguments = ["--drain-timeout", "10m", "--workers", "2"];
+        let mut server = Server::start_command(&mut place.staged(Protocol::Http, &arguments));
+        let mut stream = place.send(Protocol::Http, "/deaf");
+        assert_eq!(raw::ask(&mut stream, b"").0, 200);
+        drop(stream);
+        let line = server.wait_for("accepting pauses");
+        assert!(line.contains("listens no more") && line.contains("shutdown(2)"), "{line}");
+        server.signal(Signal::SIGTERM);
+        assert_eq!(server.wait_end(), Some(0), "{family:?}");
+    }
+}
+
+#[test]
+fn programs_that_lose_their_socket_to_shutdown_have_it_named() {
+    let place = Place::new(Family::Path);
+    let mut command = Command::new(program("forkyard"));
+    command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--workers", "1", "--", "python3", "-c"]);
+    command.arg("import socket; s = socket.socket(fileno=0); s.accept(); s.shutdown(socket.SHUT_RDWR)");
+    let mut server = Server::start_command(&mut command);
+    drop(place.connect());
+    let line = server.wait_for("had shut it down");
+    assert!(line.contains("app.sock"), "{line}");
+    server.stop();
+}
+
+#[test]
+fn the_log_file_tells_of_the_start() {
+    for format in ["text", "json"] {
+        let place = Place::new(Family::Tcp);
+        let log = place.path("log");
+        let arguments = ["--workers", "1", "--log-format", format, "--log-file", log.to_str().unwrap()];
+        let mut server = Server::launch(&mut place.staged(Protocol::Http, &arguments));
+        let text =
+            wait_until("it is ready", || std::fs::read_to_string(&log).ok().filter(|text| text.contains("ready in")));
+        for fact in [&format!("forkyard {}", env!("CARGO_PKG_VERSION")), &place.address, "workers"] {
+            assert!(text.contains(fact), "{fact}: {text}");
+        }
+        server.stop();
+        let text = std::fs::read_to_string(&log).unwrap();
+        assert!(text.contains("asked to drain and stop"), "{text}");
+
+        // Why a start failed is there too.
+        let taken = std::net::TcpListener::bind(&place.address).unwrap();
+        let mut failed = Server::launch(&mut place.staged(Protocol::Http, &arguments));
+        assert_eq!(failed.wait_end(), Some(1));
+        drop(taken);
+        let text = std::fs::read_to_string(&log).unwrap();
+        assert!(text.contains("is in use by another program"), "{text}");
+    }
+}
