@@ -337,9 +337,13 @@ fn response_headers() -> Vec<Row> {
 /// What RFC 9110, 9112 and 9113 and RFC 3875 say of any application. `/raw/STATUS?HEADERS` answers with a body of 5 bytes and those
 /// headers, whatever the method and the status are; `/raw-stream` the same without telling the length.
 fn semantics() -> Vec<Row> {
-    let no_url = |way: Way| way.is_http2();
-    let in_variables = |way: Way| way.is_direct() && !way.is_http();
-    let rows = vec![
+    let direct = "it is about what we send, not about what a web server makes of it";
+    let rows = lengths_and_codings().into_iter().chain(headers_and_targets());
+    rows.map(|row| row.not_asked(|way| !way.is_direct(), direct)).collect()
+}
+
+fn lengths_and_codings() -> Vec<Row> {
+    vec![
         row("HEAD has the length of GET", ask("HEAD", "/raw/200"), body("").with("content-length", &[b"5"])),
         row(
             "HEAD keeps the application's length",
@@ -386,6 +390,13 @@ fn semantics() -> Vec<Row> {
             get("/raw/200?content-length=5&content-length=6"),
             body("body\n").with("content-length", &[b"5"]),
         ),
+    ]
+}
+
+fn headers_and_targets() -> Vec<Row> {
+    let no_url = |way: Way| way.is_http2();
+    let in_variables = |way: Way| way.is_direct() && !way.is_http();
+    vec![
         row(
             "headers of one connection",
             get("/raw/200?connection=x-hop&x-hop=1&keep-alive=5&proxy-connection=x&upgrade=h2c&trailer=x&te=x&x-end=1"),
@@ -409,9 +420,7 @@ fn semantics() -> Vec<Row> {
         row("an expectation that nobody knows", get("/method").with("Expect", b"a-miracle"), refused(&[417]).last())
             .but(in_variables, "the web server has seen to it", body("GET")),
         row("101 that nobody asked for", get("/switch"), status(&[500], "500 Internal Server Error\n")),
-    ];
-    let direct = "it is about what we send, not about what a web server makes of it";
-    rows.into_iter().map(|row| row.not_asked(|way| !way.is_direct(), direct)).collect()
+    ]
 }
 
 fn uploads() -> Vec<Row> {
