@@ -357,19 +357,7 @@ fn serve(
         // The running master has the others still.
         listeners.iter().filter(|listener| !listener.is_adopted()).for_each(Listener::remove_file);
         pid_file.into_iter().for_each(PidFile::remove);
-        return match outcome {
-            Ok(_) if is_check && asked_to_end => Err("it was asked to stop".into()),
-            Ok((segment, _)) => {
-                if is_check {
-                    banner::can_take_over();
-                } else {
-                    log::info!("asked to stop before anything was served");
-                    memory::close(segment);
-                }
-                Ok(End::Asked)
-            }
-            Err(error) => Err(error),
-        };
+        return outcome.and_then(|(segment, _)| end_early(segment, is_check, asked_to_end));
     }
     let listeners: Arc<[Listener]> = listeners.into();
     let outcome = outcome.and_then(|(segment, preloaded)| {
@@ -403,6 +391,19 @@ fn serve(
     let (ended, control) = outcome?;
     drop(control);
     Ok(ended)
+}
+
+/// The end of a start that is to serve nothing: this build was to show that it could, or was asked to stop.
+fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<End, BoxError> {
+    match (is_check, asked_to_end) {
+        (true, true) => return Err("it was asked to stop".into()),
+        (true, false) => drop(banner::can_take_over()),
+        (false, _) => {
+            log::info!("asked to stop before anything was served");
+            memory::close(segment);
+        }
+    }
+    Ok(End::Asked)
 }
 
 fn show(config: &Config, listeners: &[Listener], launch: &Launch) {

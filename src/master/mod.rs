@@ -262,12 +262,7 @@ pub(crate) fn run(
         master.finish_upgrade();
     }
     master.wind_up();
-    let end = match master.ended {
-        Some(true) => End::Asked,
-        _ if master.gave_up => End::NeverReady,
-        _ => End::Retired,
-    };
-    Ok((end, master.control))
+    Ok((master.end(), master.control))
 }
 
 /// What of the configuration the supervisor goes by.
@@ -290,6 +285,14 @@ fn policy(config: &Config) -> Policy {
 }
 
 impl Master {
+    fn end(&self) -> End {
+        match self.ended {
+            Some(true) => End::Asked,
+            _ if self.gave_up => End::NeverReady,
+            _ => End::Retired,
+        }
+    }
+
     /// What comes after the last worker and helper.
     fn wind_up(&mut self) {
         self.relay.stop();
