@@ -242,7 +242,7 @@ fn a_signal_at_any_millisecond_of_the_start_ends_it_and_leaves_nothing() {
 }
 
 #[test]
-fn signals_in_a_reload_an_upgrade_and_a_drain_mean_what_they_say() {
+fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
     for as_pid_1 in [false, true] {
         for signal in ENDS.into_iter().chain(MEANINGS.map(|(signal, _)| signal)) {
             let ends = ENDS.contains(&signal);
@@ -305,8 +305,14 @@ fn signals_in_a_reload_an_upgrade_and_a_drain_mean_what_they_say() {
                 running.signal(SIGTERM);
             }
             running.ends(&place, &of);
+        }
+    }
+}
 
-            // In a drain.
+#[test]
+fn signals_in_a_drain_mean_what_they_say() {
+    for as_pid_1 in [false, true] {
+        for signal in ENDS.into_iter().chain(MEANINGS.map(|(signal, _)| signal)) {
             let of = named("in a drain", signal, as_pid_1);
             let place = Place::new(as_pid_1);
             let mut running = place.server();
