@@ -52,6 +52,7 @@ pub(crate) fn complain(error: &dyn Display) {
     }
     if !logging::is_json() || logging::is_file() {
         logging::to_standard_error(format!("forkyard: {error}\n").as_bytes());
+        logging::finish(); // it may be the last word
     }
 }
 

@@ -117,6 +117,7 @@ fn explain(error: &SegmentError, config: &Config) -> String {
     let remedy = match error {
         SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
         SegmentError::LogTooSmall { .. } => "--events",
+        SegmentError::CacheTooSmall { .. } => "--cache",
         // The larger part of it.
         _ if config.events.bytes > bytes => "--events",
         _ => "--cache",

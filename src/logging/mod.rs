@@ -113,9 +113,9 @@ impl Sink {
                 if !std::mem::replace(&mut self.is_failing, true) {
                     let text =
                         format!("the log file cannot be written: {why}: its lines go to standard error (--log-file)");
-                    to_standard_error(&own_line(Level::Error, &text));
+                    write_to_standard_error(&own_line(Level::Error, &text));
                 }
-                to_standard_error(line);
+                write_to_standard_error(line);
             }
             Outcome::Failed(_) => {}
         }
@@ -463,8 +463,16 @@ fn replace(opened: OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Text that is for standard error, whatever the log is. It does not wait for a reader either: it is lost, if there is none.
+/// Text that is for standard error, whatever the log is. It does not wait for a reader either.
 pub(crate) fn to_standard_error(text: &[u8]) {
+    if DESCRIPTOR.get().is_some() && !is_file() {
+        return sink().put(text); // the log is standard error
+    }
+    write_to_standard_error(text);
+}
+
+/// What cannot be written at once is lost. Must not: lock the sink.
+fn write_to_standard_error(text: &[u8]) {
     let stderr = io::stderr();
     let (kind, own) = Kind::of(stderr.as_fd());
     let fd = own.as_ref().map_or(stderr.as_fd(), OwnedFd::as_fd);
