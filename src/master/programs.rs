@@ -146,7 +146,8 @@ impl Master {
         for (&pid, child) in &mut self.children {
             let lived = child.since.elapsed();
             let Link::Program(program) = &mut child.link else { continue };
-            if program.started {
+            // Of one that was asked to leave, or killed, nothing can be seen any more, which is no sign of readiness.
+            if program.started || child.asked_to_leave {
                 continue;
             }
             let servers = sight::servers_under(&[pid], listener);
