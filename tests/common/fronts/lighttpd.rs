@@ -7,8 +7,10 @@ use super::{Place, configuration, daemon};
 pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { folder, port, snippet } = place;
     let folder = folder.display();
+    // Scripts are the test's own; the path of its directory is not to be in any other request.
+    let root = if snippet.contains(".php") { folder.to_string() } else { "/srv".to_owned() };
     let text = format!(
-        "server.document-root = \"{folder}\"
+        "server.document-root = \"{root}\"
          server.upload-dirs = (\"{folder}\")
          server.errorlog = \"{folder}/error.log\"
          server.breakagelog = \"{folder}/application.log\"
