@@ -4,6 +4,8 @@
 //! `ready`), until something has opened that for writing and closed it again. `/until` answers when FOLDER has a file
 //! `go`; `/block` does not let the event loop run until then. `/deaf` calls shutdown(2) on all sockets that listen.
 
+#![expect(clippy::print_stdout, reason = "the tests wait for what it prints")]
+
 use std::collections::BTreeSet;
 use std::io::{self, Read as _};
 use std::path::PathBuf;
