@@ -8,6 +8,7 @@ mod common;
 use std::os::unix::net::UnixListener;
 use std::process::Command;
 
+use common::limit::InTime as _;
 use common::run::Place;
 use common::{Server, is_gone, process, program, wait_until};
 use nix::sys::signal::{Signal, kill};
@@ -40,7 +41,8 @@ fn a_reload_with_a_program_that_ends_well_at_once_fails_and_says_what_it_said() 
         place.script("app", &format!("#!/bin/sh\necho 'configuration error: no DSN'\n{pause}\nexit 0\n"));
         let spawned = |server: &Server| server.log().matches("left of its own accord").count();
         let before = spawned(&server);
-        let output = Command::new(program("forkyard")).arg("reload").arg("--control").arg(&control).output().unwrap();
+        let output =
+            Command::new(program("forkyard")).arg("reload").arg("--control").arg(&control).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains("the old workers stay") && said.contains("configuration error: no DSN"), "{said}");

@@ -77,7 +77,7 @@ impl Place {
             Some(path) if path.starts_with('@') => {
                 UnixStream::connect_addr(&net::SocketAddr::from_abstract_name(&path[1..])?)?
             }
-            Some(path) => UnixStream::connect(path)?,
+            Some(path) => common::connect_unix(path)?,
             None => {
                 let address: SocketAddr = self.address.parse().unwrap();
                 OwnedFd::from(TcpStream::connect_timeout(&address, PATIENCE)?).into()
