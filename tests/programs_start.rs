@@ -188,6 +188,41 @@ fn php_fpm_which_binds_a_socket_of_its_own_is_named_and_not_ready() {
 }
 
 #[test]
+fn an_upgrade_and_a_late_start_do_not_forget_that_programs_are_seen_to_accept() {
+    let place = Place::new();
+    let control = place.path("control");
+    let (config, ours) = (place.path("forkyard.toml"), "['sh', '-c', 'sleep 1.5; exec php-cgi']");
+    let write =
+        |command: &str| std::fs::write(&config, format!("command = {command}\nstart-timeout = '4s'\n")).unwrap();
+    write(ours);
+    let mut forkyard = Command::new(program("forkyard"));
+    forkyard.args(["run", "--bind", &place.address, "--workers", "1", "--config"]).arg(&config);
+    let mut server = Server::start_command(forkyard.arg("--control").arg(&control));
+    let ask = |what: &str| {
+        let output =
+            Command::new(program("forkyard")).arg(what).arg("--control").arg(&control).output_in_time().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    // It counts as ready after a second, and accepts a little later, which is noticed.
+    wait_until("a program that never accepts fails a reload", || {
+        write("['sleep', '600']");
+        let (status, said) = ask("reload");
+        if status == Some(0) {
+            write(ours); // it was not seen yet
+            assert_eq!(ask("reload").0, Some(0));
+            return None;
+        }
+        assert!(said.contains("the old workers stay"), "{said}");
+        Some(())
+    });
+    let old = server.workers();
+    let (status, said) = ask("upgrade");
+    assert_eq!(status, Some(1), "{said}");
+    assert_eq!(server.workers(), old, "they go on");
+    server.stop();
+}
+
+#[test]
 fn connections_that_nobody_takes_are_named() {
     let place = Place::new();
     let mut server = Server::start_command(&mut place.run(&["--settle", "10ms"], &["sleep", "600"]));

@@ -181,8 +181,16 @@ impl Master {
         }
         let listener = &self.nursery.listeners[0];
         let pids: Vec<Pid> = self.children.keys().copied().collect();
-        if self.programs.unserved_said || !sight::servers_under(&pids, listener).is_empty() {
-            self.programs.next_count = None; // one was busy with its start for a while
+        let servers = sight::servers_under(&pids, listener);
+        if self.programs.unserved_said || !servers.is_empty() {
+            // One was busy with its start for a while. Now it was seen, and further ones must be.
+            self.programs.seen |= !servers.is_empty();
+            for (&pid, child) in &mut self.children {
+                if let Link::Program(program) = &mut child.link {
+                    program.seen |= !sight::servers_under(&[pid], listener).is_empty();
+                }
+            }
+            self.programs.next_count = None;
             return;
         }
         self.programs.next_count = Some(now + COUNT);

@@ -105,6 +105,8 @@ impl Master {
                 if child.hung {
                     self.sickbed.told_to_die(pid, now);
                 }
+                // Once one was seen to take connections, further ones must be: also by this build.
+                self.programs.seen |= child.program().is_some_and(|program| program.seen);
                 self.children.insert(pid, child);
                 self.recycling.born(pid, now);
             } else {
