@@ -144,7 +144,7 @@ fn a_server_starts_without_a_place_for_a_socket_that_nobody_asked_for_and_says_s
             "--daemon",
             "beside=sh -c 'echo events=$FORKYARD_EVENTS; sleep 1000'",
         ]));
-        server.wait_for("| events=");
+        server.logged("| events=");
         serves(&server);
         server.stop();
         assert_eq!(count(&server, "no place for the socket"), 1, "{}", server.log());
@@ -173,7 +173,7 @@ fn where_the_temporary_directory_will_not_do_the_socket_is_somewhere_else() {
         ]);
         command.env("TMPDIR", tmpdir).env("XDG_RUNTIME_DIR", &runtime).env_remove("RUNTIME_DIRECTORY");
         let mut server = Server::start_command(&mut command);
-        let line = server.wait_for("| events=");
+        let line = server.logged("| events=");
         assert!(line.contains(&format!("events={}", runtime.display())), "{line}");
         server.stop();
         assert_eq!(count(&server, "no place for the socket"), 0, "{}", server.log());

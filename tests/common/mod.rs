@@ -147,7 +147,8 @@ impl Server {
         Self { child, log, log_ended, lines, runs_programs, binds: Vec::new() }
     }
 
-    /// Waits for a line of the log with this in it, and returns the line. Each line is seen once.
+    /// Waits for a line of the log with this in it, and returns the line. Each line is seen once, and a line before the one
+    /// that an earlier wait has taken is not seen: [`Server::logged`] is for lines whose order is left to chance.
     pub fn wait_for(&mut self, what: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -162,6 +163,13 @@ impl Server {
                 return line;
             }
         }
+    }
+
+    /// Waits until a line of the whole log has this in it, and returns the first one.
+    pub fn logged(&self, what: &str) -> String {
+        wait_until(&format!("a line with {what:?} in the log"), || {
+            self.log.lines.lock().unwrap().iter().find(|line| line.contains(what)).cloned()
+        })
     }
 
     pub fn log(&self) -> String {
