@@ -173,6 +173,32 @@ fn a_cache_that_does_not_fit_a_containers_memory_is_an_error_and_not_a_death_wit
 }
 
 #[test]
+fn a_worker_that_the_kernel_kills_for_memory_is_named_as_such_and_its_client_gets_502() {
+    assert!(nix::unistd::geteuid().is_root(), "this test makes a control group: run it as root");
+    let group = match Group::create(160 << 20) {
+        Ok(group) => group,
+        Err(cause) => return say(&format!("NOT RUN: {cause}")),
+    };
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec \"$@\""]).arg(&group.0).arg(program("crashy"));
+    let mut server = Server::start_command(command.args([
+        "--bind",
+        "http:127.0.0.1:0",
+        "--workers",
+        "2",
+        "--cache",
+        "4M",
+        "--events",
+        "0",
+    ]));
+    assert_eq!(http::get(&server.http(), "/leak/400").unwrap().status, 502);
+    let line = server.wait_for("worker died");
+    assert!(line.contains("signal=KILL") && line.contains("cause=oom-kill") && line.contains("/leak/400"), "{line}");
+    assert_eq!(http::get(&server.http(), "/leak/1").unwrap().status, 200);
+    server.stop();
+}
+
+#[test]
 fn a_cache_file_for_which_there_is_no_room_is_an_error_that_names_it() {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts a file system: run it as root");
     let script = "mount -t tmpfs -o size=1m tmpfs /mnt && \"$@\"; status=$?; du -k /mnt/cache 1>&2; exit $status";
