@@ -13,6 +13,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{Method, Request, StatusCode, Uri, Version};
 
+use super::host::is_host;
 use super::params::Params;
 
 /// Where a request came from, and how. An extension of each request.
@@ -44,18 +45,36 @@ impl Origin {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Error {
     Method,
+    Connect,
     Uri,
     Header,
+    Host,
+    Variable,
     Length,
+}
+
+impl Error {
+    /// The status that is the answer.
+    pub(crate) fn status(self) -> StatusCode {
+        match self {
+            Self::Connect => StatusCode::NOT_IMPLEMENTED,
+            Self::Method | Self::Uri | Self::Header | Self::Host | Self::Variable | Self::Length => {
+                StatusCode::BAD_REQUEST
+            }
+        }
+    }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Method => "REQUEST_METHOD is missing or is no method",
+            Self::Connect => "CONNECT is for proxies",
             Self::Uri => "neither REQUEST_URI nor SCRIPT_NAME with PATH_INFO makes a URI",
             Self::Header => "a header has a value that no header may have, or there are too many",
-            Self::Length => "CONTENT_LENGTH is said twice, differently, or is beyond all measure",
+            Self::Host => "HTTP_HOST is not a host, or is there more than once",
+            Self::Variable => "a CGI variable has a CR, LF or NUL",
+            Self::Length => "CONTENT_LENGTH is no number, is too large, or is there twice with different values",
         })
     }
 }
@@ -102,7 +121,14 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
     if headers.keys_len() > MOST_NAMES {
         return Err(Error::Header);
     }
+    let mut hosts = headers.get_all(header::HOST).iter();
+    if hosts.next().is_some_and(|host| hosts.next().is_some() || !is_host(host.as_bytes())) {
+        return Err(Error::Host);
+    }
     let method = Method::from_bytes(variables.method).map_err(|_| Error::Method)?;
+    if method == Method::CONNECT {
+        return Err(Error::Connect);
+    }
     let uri = match variables.request_uri {
         b"" => rebuilt_uri(variables.script_name, variables.path_info, variables.query)?,
         uri => request_uri(params.share(uri))?,
@@ -124,6 +150,9 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
 impl<'a> Variables<'a> {
     /// Takes a variable that is not one of the client's headers, except for the two that are.
     fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<Option<HeaderName>, Error> {
+        if !may_have(name, value) {
+            return Err(Error::Variable);
+        }
         // By the first letter first: most variables are none of these.
         match name.first() {
             Some(b'R') => match name {
@@ -155,18 +184,36 @@ impl<'a> Variables<'a> {
     }
 
     /// Sent empty when there is none (4.1.2), and after one it takes that back: so an nginx configuration adds to
-    /// what it includes. A length that is no number (one server sends -1 for a body of unknown length) says nothing:
-    /// the end of the stream is what counts. But two that differ are somebody's trick.
+    /// what it includes. `-1` says nothing: lighttpd sends it for a body whose length it does not know yet, and the end of
+    /// the stream is what counts. Anything else that is not digits is refused, and so are two lengths that differ.
     fn length(&mut self, value: &[u8]) -> Result<(), Error> {
-        if value.is_empty() {
-            self.length = None;
-        } else if value.iter().all(u8::is_ascii_digit) {
-            let length = parse(value).ok_or(Error::Length)?;
-            if self.length.replace(length).is_some_and(|other| other != length) {
-                return Err(Error::Length);
+        match value {
+            b"" => self.length = None,
+            b"-1" => {}
+            digits if digits.iter().all(u8::is_ascii_digit) => {
+                let length = parse(digits).ok_or(Error::Length)?;
+                if self.length.replace(length).is_some_and(|other| other != length) {
+                    return Err(Error::Length);
+                }
             }
+            _ => return Err(Error::Length),
         }
         Ok(())
+    }
+}
+
+/// Whether a variable that is not a header may have this value. RFC 3875 lets none of its own have a CR, LF or NUL, except that a path
+/// is decoded: `/a%0Ab` has one in SCRIPT_NAME or PATH_INFO. Variables that RFC 3875 does not define are the server's: some are
+/// certificates of many lines.
+fn may_have(name: &[u8], value: &[u8]) -> bool {
+    let has_one_of = |bytes: &[u8]| value.iter().any(|byte| bytes.contains(byte));
+    match name {
+        b"SCRIPT_NAME" | b"PATH_INFO" | b"PATH_TRANSLATED" => !has_one_of(b"\0"),
+        b"AUTH_TYPE" | b"CONTENT_LENGTH" | b"CONTENT_TYPE" | b"GATEWAY_INTERFACE" | b"HTTPS" | b"QUERY_STRING"
+        | b"REMOTE_ADDR" | b"REMOTE_HOST" | b"REMOTE_IDENT" | b"REMOTE_PORT" | b"REMOTE_USER" | b"REQUEST_METHOD"
+        | b"REQUEST_SCHEME" | b"REQUEST_URI" | b"SERVER_NAME" | b"SERVER_PORT" | b"SERVER_PROTOCOL"
+        | b"SERVER_SOFTWARE" => !has_one_of(b"\r\n\0"),
+        _ => true,
     }
 }
 
@@ -224,7 +271,7 @@ fn request_uri(uri: Bytes) -> Result<Uri, Error> {
         return Ok(uri);
     }
     // A client may send the whole URI to its server; the host alone is for proxies.
-    if uri.scheme().is_none() {
+    if uri.scheme().is_none() || !uri.authority().is_none_or(|authority| is_host(authority.as_str().as_bytes())) {
         return Err(Error::Uri);
     }
     Ok(uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/")).into())
@@ -412,7 +459,7 @@ mod tests {
         for (sent, path) in [("/a?b", "/a?b"), ("http://host:80/a?b", "/a?b"), ("http://host", "/"), ("*", "*")] {
             assert_eq!(uri(sent).unwrap(), path, "{sent}");
         }
-        for sent in ["host:80", "host"] {
+        for sent in ["host:80", "host", "http://host:99999/", "http://user@host/"] {
             assert_eq!(uri(sent).unwrap_err(), Error::Uri, "{sent}");
         }
     }
@@ -430,7 +477,39 @@ mod tests {
         assert_eq!(made(&[("REQUEST_METHOD", "GE T")]).unwrap_err(), Error::Method);
         for value in ["a\r\nb: c", "a\n", "a\rb", "a\0b"] {
             assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", value)]).unwrap_err(), Error::Header, "{value:?}");
-            assert_eq!(made(&[("REQUEST_METHOD", "PUT"), ("CONTENT_TYPE", value)]).unwrap_err(), Error::Header);
+            assert_eq!(made(&[("REQUEST_METHOD", "PUT"), ("CONTENT_TYPE", value)]).unwrap_err(), Error::Variable);
+        }
+        assert_eq!(made(&[("REQUEST_METHOD", "CONNECT"), ("REQUEST_URI", "x:80")]).unwrap_err(), Error::Connect);
+    }
+
+    #[test]
+    fn variables_have_no_cr_lf_or_nul_but_for_decoded_paths_and_what_the_server_adds() {
+        let with = |name: &str, value: &str| made(&[("REQUEST_METHOD", "GET"), (name, value)]).map(drop);
+        for byte in ["\r", "\n", "\0"] {
+            let value = format!("/a{byte}b");
+            for name in ["REQUEST_URI", "QUERY_STRING", "REMOTE_ADDR", "REMOTE_USER", "SERVER_NAME", "SERVER_PROTOCOL"]
+            {
+                assert_eq!(with(name, &value), Err(Error::Variable), "{name} {value:?}");
+            }
+            for name in ["SCRIPT_NAME", "PATH_INFO", "PATH_TRANSLATED"] {
+                let expected = if byte == "\0" { Err(Error::Variable) } else { Ok(()) };
+                assert_eq!(with(name, &value), expected, "{name} {value:?}");
+            }
+            assert_eq!(with("SSL_CLIENT_CERT", &value), Ok(()));
+        }
+    }
+
+    #[test]
+    fn there_is_one_host_at_most_and_it_is_one() {
+        let hosts = |hosts: &[&str]| {
+            let hosts = hosts.iter().map(|host| ("HTTP_HOST", *host));
+            made(&[("REQUEST_METHOD", "GET")].into_iter().chain(hosts).collect::<Vec<_>>()).map(drop)
+        };
+        for valid in [&[][..], &[""], &["a:80"], &["[::1]:"]] {
+            assert_eq!(hosts(valid), Ok(()), "{valid:?}");
+        }
+        for invalid in [&["a:b"][..], &["a b"], &["a", "a"]] {
+            assert_eq!(hosts(invalid), Err(Error::Host), "{invalid:?}");
         }
     }
 
@@ -469,10 +548,14 @@ mod tests {
     }
 
     #[test]
-    fn a_length_that_is_none_says_nothing() {
-        for length in ["", "-1", "12x"] {
-            let request = made(&[("REQUEST_METHOD", "GET"), ("CONTENT_LENGTH", length)]).unwrap();
+    fn a_length_is_digits_or_is_not_known() {
+        let with = |length| made(&[("REQUEST_METHOD", "GET"), ("CONTENT_LENGTH", length)]);
+        for length in ["", "-1"] {
+            let request = with(length).unwrap();
             assert!(request.headers().is_empty() && request.body().is_none(), "{length}");
+        }
+        for length in ["12x", "-2", "+5", " 5", "5 ", "5, 5", "0x5", "18446744073709551616"] {
+            assert_eq!(with(length).unwrap_err(), Error::Length, "{length:?}");
         }
     }
 

@@ -4,6 +4,7 @@
 //!   application sees of them.
 //! - [`scgi`] knows the netstring and the body behind it.
 //! - [`cgi`] knows what a CGI variable means to an `http::Request`, and how a response head is written.
+//! - [`host`] knows what a `Host` may be.
 //! - [`query`] knows the pairs of a query.
 //! - [`proxy`] knows the PROXY protocol's header; [`forwarded`] what HTTP headers say of the client.
 //!
@@ -14,6 +15,7 @@
 pub(crate) mod cgi;
 pub(crate) mod fastcgi;
 pub(crate) mod forwarded;
+pub(crate) mod host;
 pub(crate) mod params;
 pub(crate) mod proxy;
 pub(crate) mod query;

@@ -148,7 +148,7 @@ fn request(max_body: u64) -> (Result<Request<Body>, Refusal>, Option<JoinHandle<
         Ok(_) if has_body && length.is_none() => {
             Err((StatusCode::LENGTH_REQUIRED, "it has a body, and no good CONTENT_LENGTH says how long it is".into()))
         }
-        request => request.map_err(|error| (StatusCode::BAD_REQUEST, error.into())),
+        request => request.map_err(|error| (error.status(), error.into())),
     };
     if !has_body || length == Some(0) {
         return (request.map(|request| request.map(|()| Body::empty())), None);

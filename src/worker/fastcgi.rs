@@ -420,7 +420,7 @@ where
         let mut request = match made {
             Ok(request) => request,
             Err(error) => {
-                return self.refuse(id, keep_connection, StatusCode::BAD_REQUEST, error.to_string());
+                return self.refuse(id, keep_connection, error.status(), error.to_string());
             }
         };
         let data = give_role(&mut request, role, self.socket.pulse());

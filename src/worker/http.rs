@@ -33,7 +33,6 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::sync::oneshot;
 use tower_service::Service;
 
-pub(super) use self::request::is_host;
 use self::request::settle;
 use self::requests::{Requests, UnderWay};
 use self::upgrade::{Ends, Offer};

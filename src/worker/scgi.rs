@@ -335,7 +335,7 @@ where
             Ok(request) => request,
             Err(error) => {
                 self.stdin = None;
-                return self.refuse(StatusCode::BAD_REQUEST, error.to_string());
+                return self.refuse(error.status(), error.to_string());
             }
         };
         let is_head = request.method() == Method::HEAD;

@@ -37,6 +37,7 @@ use crate::config::{Limits, Trust};
 use crate::listen::Protocol;
 use crate::protocol::cgi::Origin;
 use crate::protocol::forwarded;
+use crate::protocol::host::is_host;
 use crate::pulse::Wait;
 use crate::queue_time::BeginBy;
 use crate::suspect::Suspect;
@@ -457,7 +458,7 @@ fn believe(trust: &Trust, request: &mut Request<Body>) -> bool {
         return false;
     }
     let client = forwarded::client(headers, trust.family, |address| trust.peers.contain(Some(address)));
-    if let Some(host) = client.host.filter(|host| super::http::is_host(host.as_bytes())) {
+    if let Some(host) = client.host.filter(|host| is_host(host.as_bytes())) {
         headers.insert(header::HOST, host);
     }
     if let Some(origin) = request.extensions_mut().get_mut::<Origin>() {

@@ -73,6 +73,7 @@ impl Client {
 pub fn status(status: u16) -> &'static [u8] {
     match status {
         200 => &[0x88],
+        400 => &[0x8c],
         413 => &[0x48, 0x83, 0x68, 0x2c, 0xff],
         501 => &[0x48, 0x82, 0x6c, 0x01],
         other => panic!("{other} has to be encoded here"),
@@ -100,6 +101,11 @@ pub fn connect(stream: u32, protocol: &str, path: &str, fields: &[(&str, &str)])
 
 /// A HEADERS frame with a whole head: fields of HPACK's static table (RFC 7541, appendix A), and literals.
 pub fn head(stream: u32, flags: u8, method: &str, path: &str, fields: &[(&str, &str)]) -> Vec<u8> {
+    head_at(stream, flags, method, path, "localhost", fields)
+}
+
+/// The same with another `:authority`.
+pub fn head_at(stream: u32, flags: u8, method: &str, path: &str, authority: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = vec![if method == "POST" { 0x83 } else { 0x82 }, 0x86];
     let text = |text: &str, block: &mut Vec<u8>| {
         // Lengths from 127 on would take several bytes.
@@ -109,7 +115,7 @@ pub fn head(stream: u32, flags: u8, method: &str, path: &str, fields: &[(&str, &
     block.push(0x04);
     text(path, &mut block);
     block.push(0x01);
-    text("localhost", &mut block);
+    text(authority, &mut block);
     for (name, value) in fields {
         block.push(0);
         text(name, &mut block);

@@ -5,6 +5,10 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::{PathAndQuery, Uri};
 use http::{Method, Request, StatusCode, Version};
 
+use crate::protocol::host::is_host;
+
+const NO_HOST: &str = "Host, or the host of the target, is not a host";
+
 /// A request that no application gets to see.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Refusal {
@@ -27,9 +31,22 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
         return refuse(StatusCode::NOT_IMPLEMENTED, "Transfer-Encoding is more than chunked");
     }
     let version = request.version();
-    if request.uri().authority().is_some() {
+    // RFC 9112, section 3.2: also of a Host that is ignored. Over HTTP/2 `:authority` may be there instead.
+    let is_named = version == Version::HTTP_2 && request.uri().authority().is_some();
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) if version < Version::HTTP_11 || is_named => {}
+        (None, _) => return refuse(StatusCode::BAD_REQUEST, "there is no Host"),
+        (Some(_), Some(_)) => return refuse(StatusCode::BAD_REQUEST, "there are several Hosts"),
+        (Some(host), None) if !is_host(host.as_bytes()) => return refuse(StatusCode::BAD_REQUEST, NO_HOST),
+        (Some(_), None) => {}
+    }
+    if let Some(authority) = request.uri().authority() {
         if request.uri().scheme().is_none() {
             return refuse(StatusCode::BAD_REQUEST, "the target is neither a path nor a URI");
+        }
+        if !is_host(authority.as_str().as_bytes()) {
+            return refuse(StatusCode::BAD_REQUEST, NO_HOST);
         }
         // An absolute URI (RFC 9112, section 3.2.2) or :authority (RFC 9113, section 8.3.1) outdoes Host.
         let uri = std::mem::take(request.uri_mut()).into_parts();
@@ -39,17 +56,6 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
         if let Some(host) = host {
             request.headers_mut().insert(header::HOST, host);
         }
-    }
-    // RFC 9112, section 3.2.
-    let mut hosts = request.headers().get_all(header::HOST).iter();
-    match (hosts.next(), hosts.next()) {
-        (None, _) if version < Version::HTTP_11 => {}
-        (None, _) => return refuse(StatusCode::BAD_REQUEST, "there is no Host"),
-        (Some(_), Some(_)) => return refuse(StatusCode::BAD_REQUEST, "there are several Hosts"),
-        (Some(host), None) if !is_host(host.as_bytes()) => {
-            return refuse(StatusCode::BAD_REQUEST, "Host is not a host");
-        }
-        (Some(_), None) => {}
     }
     // RFC 9110, section 10.1.1. HTTP/1.0 has no expectations.
     let mut expected =
@@ -62,12 +68,6 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
         join_cookies(request.headers_mut());
     }
     Ok(())
-}
-
-/// Whether these are the characters of a host and a port (RFC 3986, section 3.2.2; not `userinfo@`).
-pub(in crate::worker) fn is_host(host: &[u8]) -> bool {
-    const OTHERS: &[u8] = b".:-_~!$&'()*+,;=[]%";
-    host.iter().all(|byte| byte.is_ascii_alphanumeric() || OTHERS.contains(byte))
 }
 
 /// HTTP/2 clients may send each cookie by itself; elsewhere they are one header (RFC 9113, section 8.2.3).
@@ -98,7 +98,7 @@ mod tests {
         for (version, uri, headers, path) in [
             (Version::HTTP_11, "/a?b", &[("host", "x:80")][..], "/a?b"),
             (Version::HTTP_11, "http://x:80/a?b", &[("host", "other")], "/a?b"),
-            (Version::HTTP_11, "http://x:80", &[("host", "other"), ("host", "another")], "/"),
+            (Version::HTTP_11, "http://x:80", &[("host", "other")], "/"),
             (Version::HTTP_10, "/a", &[("host", "x:80")], "/a"),
             (Version::HTTP_2, "http://x:80/a?b", &[], "/a?b"),
             (Version::HTTP_2, "/a", &[("host", "x:80")], "/a"),
@@ -122,7 +122,12 @@ mod tests {
             ("GET", "/", &[("host", "a"), ("host", "a")], 400),
             ("GET", "/", &[("host", "a/b")], 400),
             ("GET", "/", &[("host", "a b")], 400),
+            ("GET", "/", &[("host", "x:ab")], 400),
             ("GET", "http://user@x/", &[("host", "x")], 400),
+            ("GET", "http://x:99999/", &[("host", "x")], 400),
+            ("GET", "http://x/", &[], 400),
+            ("GET", "http://x/", &[("host", "x"), ("host", "x")], 400),
+            ("GET", "http://x/", &[("host", "a:b")], 400),
             ("GET", "x", &[("host", "x")], 400),
             ("CONNECT", "x:80", &[("host", "x:80")], 501),
             ("POST", "/", &[("host", "x"), ("expect", "100-continue, a-miracle")], 417),

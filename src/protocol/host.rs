@@ -1,0 +1,135 @@
+//! What a `Host` may be (RFC 9112, section 3.2), for every protocol and for what proxies send.
+
+use std::net::Ipv6Addr;
+
+/// Whether this is a host with or without a port (RFC 3986, sections 3.2.2 and 3.2.3), or empty: the field of a request whose URI
+/// has no authority. `userinfo@` is not part of it, and a port without a host is none.
+pub(crate) fn is_host(host: &[u8]) -> bool {
+    let (name, port) = match host {
+        [b'[', rest @ ..] => {
+            let Some(end) = rest.iter().position(|&byte| byte == b']') else { return false };
+            let (literal, after) = rest.split_at(end);
+            match after {
+                [b']'] => (is_ip_literal(literal), None),
+                [b']', b':', port @ ..] => (is_ip_literal(literal), Some(port)),
+                _ => return false,
+            }
+        }
+        _ => match host.iter().position(|&byte| byte == b':').map(|colon| host.split_at(colon)) {
+            None => (is_registered_name(host), None),
+            Some((name, port)) => (!name.is_empty() && is_registered_name(name), port.get(1..)),
+        },
+    };
+    name && port.is_none_or(is_port)
+}
+
+/// Digits, possibly none, and no more than TCP has.
+fn is_port(port: &[u8]) -> bool {
+    let number = port.iter().try_fold(0_u16, |number, &byte| {
+        let digit = byte.is_ascii_digit().then(|| u16::from(byte - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
+    });
+    number.is_some()
+}
+
+/// An IPv6 address, or one of a future version.
+fn is_ip_literal(literal: &[u8]) -> bool {
+    match literal {
+        [b'v' | b'V', future @ ..] => {
+            let mut sides = future.splitn(2, |&byte| byte == b'.');
+            let (version, address) = (sides.next().unwrap_or_default(), sides.next().unwrap_or_default());
+            let is_version = !version.is_empty() && version.iter().all(u8::is_ascii_hexdigit);
+            is_version && !address.is_empty() && address.iter().all(|&byte| is_plain(byte) || byte == b':')
+        }
+        address => std::str::from_utf8(address).is_ok_and(|address| address.parse::<Ipv6Addr>().is_ok()),
+    }
+}
+
+/// A name or an IPv4 address: plain characters, and others percent-encoded.
+fn is_registered_name(mut name: &[u8]) -> bool {
+    loop {
+        name = match name {
+            [] => return true,
+            [b'%', high, low, rest @ ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => rest,
+            [byte, rest @ ..] if is_plain(*byte) => rest,
+            _ => return false,
+        };
+    }
+}
+
+/// `unreserved` and `sub-delims` of RFC 3986.
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(&byte)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_a_name_or_an_address_and_a_port() {
+        for host in [
+            "",
+            "a",
+            "a.example",
+            "a.example:80",
+            "a:",
+            "a:0",
+            "a:65535",
+            "a:00080",
+            "a_b",
+            "xn--a",
+            "%C3%BC.example:8080",
+            "a,b;c=d",
+            "192.0.2.7:80",
+            "[::1]",
+            "[::1]:",
+            "[2001:db8::7]:4711",
+            "[::ffff:192.0.2.7]",
+            "[v1.a:b]",
+        ] {
+            assert!(is_host(host.as_bytes()), "{host:?}");
+        }
+        for host in [
+            ":80",
+            ":",
+            "a:b",
+            "a:99999",
+            "a:65536",
+            "a:+80",
+            "a:-1",
+            "a:8 0",
+            "a:1:2",
+            "::1",
+            "[::1",
+            "::1]",
+            "[]",
+            "[x]",
+            "[x]:80",
+            "[::1]:80:80",
+            "[::1]80",
+            "[::1]a",
+            "[192.0.2.7]",
+            "[fe80::1%25lo]",
+            "[v.a]",
+            "[v1.]",
+            "[vg.a]",
+            "%zz",
+            "a%",
+            "a%4",
+            "a b",
+            "a\tb",
+            "a/b",
+            "a\\b",
+            "user@a",
+            "a?b",
+            "a#b",
+            "<a>",
+            "a\"",
+            "\u{fc}",
+            "a\0",
+        ] {
+            assert!(!is_host(host.as_bytes()), "{host:?}");
+        }
+    }
+}
