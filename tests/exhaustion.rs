@@ -86,7 +86,7 @@ fn a_low_soft_limit_is_raised_for_the_master_and_programs_get_what_was_given() {
     let bind = format!("fastcgi:unix:{}", folder.path().join("sock").display());
     command.args(["run", "--bind", &bind, "--workers", "60", "--settle", "0", "--", "sh", "-c", limit]);
     let mut server = Server::start_command(&mut command);
-    server.wait_for("limit=50 4000");
+    server.logged("limit=50 4000");
     server.stop();
     assert!(!server.log().contains("ERROR"), "{}", server.log());
 }
