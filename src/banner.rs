@@ -41,7 +41,7 @@ pub(crate) fn ready(after: Duration) {
 /// Says to a running master that this build can take its place; true, as nothing failed.
 pub(crate) fn can_take_over() -> bool {
     // Wherever the log goes: it is for the master that asks.
-    logging::to_standard_error(format!("{}\n", crate::master::upgrade::password()).as_bytes());
+    logging::to_standard_error(format!("{}\n", crate::upgrade::password()).as_bytes());
     true
 }
 

@@ -26,12 +26,12 @@ use crate::heritage::WorkerMain;
 use crate::hooks::{Hooks, WorkerExit, WorkerId};
 use crate::listen::{Address, ControlListener, Listener};
 use crate::logging::files::LogFiles;
-use crate::master::upgrade::{Origin, Takeover};
 use crate::master::{self, Control, End, Launch, Operators, Reloaded, Reread, SignalInbox, Start};
 use crate::pid_file::PidFile;
 use crate::privileges::Privileges;
 use crate::publish_socket::PublishSocket;
 use crate::start_end::{self, Leftover};
+use crate::upgrade::{Origin, Takeover};
 use crate::{banner, control, descriptors, logging, memory, sockets, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;

@@ -58,6 +58,7 @@ mod start_end;
 mod suspect;
 mod sys;
 mod systemd;
+mod upgrade;
 mod worker;
 
 use std::error::Error;

@@ -6,7 +6,7 @@ use std::error::Error;
 use forkyard_shm::{Found, Plan, Segment, SegmentError};
 
 use crate::config::{CacheConfig, Config, format_size};
-use crate::master::upgrade::Takeover;
+use crate::upgrade::Takeover;
 use crate::{privileges, systemd};
 
 type BoxError = Box<dyn Error + Send + Sync>;

@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::lock_file::{LockFile, directory_of};
-use crate::master::upgrade::Takeover;
-use crate::master::upgrade::saved::SavedPidFile;
 use crate::start_end::Leftover;
+use crate::upgrade::Takeover;
+use crate::upgrade::saved::SavedPidFile;
 
 /// A pid file of this process.
 #[derive(Debug)]

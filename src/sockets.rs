@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::listen::{self, Address, Bind, ControlListener, ListenError, Listener};
-use crate::master::upgrade::Takeover;
 use crate::publish_socket::PublishSocket;
 use crate::systemd;
+use crate::upgrade::Takeover;
 
 /// How long an address that is in use is waited for: whoever supervises us starts us again as soon as the former master is dead.
 const FORMER: Duration = Duration::from_secs(1);

@@ -40,7 +40,6 @@ pub(crate) use self::exclusive::Exclusive;
 pub(crate) use self::peek::{descriptor_of, ending_of};
 pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};
 pub(crate) use self::syn_filter::drop_syn_segments;
-use crate::privileges::{self, Step};
 
 /// How a child process ended, as `waitpid(2)` told it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,28 +169,25 @@ pub(crate) fn own(fd: RawFd) -> Option<OwnedFd> {
 
 /// Starts `command` as a child that dies with this process, in a process group of its own, and inherits
 /// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else. It first
-/// carries out `steps`; the flag of one that fails is written to its standard error.
+/// calls `prepare`, which must be async-signal-safe.
 ///
 /// # Errors
-/// What `fork(2)`, `execve(2)` or a step says; the latter two's error comes back through the standard library's pipe.
-pub(crate) fn spawn(command: &mut Command, pass: &[RawFd], steps: Vec<Step>) -> io::Result<Child> {
+/// What `fork(2)`, `execve(2)` or `prepare` returns; the error of the latter two comes back through the standard library's pipe.
+pub(crate) fn spawn(
+    command: &mut Command,
+    pass: &[RawFd],
+    mut prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) -> io::Result<Child> {
     let master = nix::unistd::getpid();
     let pass = pass.to_vec();
     let open = numbers_without_close_range();
     let descriptors = DESCRIPTOR_LIMIT.get().copied();
     let in_child = move || {
         if let Some((soft, hard)) = descriptors {
-            setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?; // before the steps, which may want another one
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?; // before the preparation, which may set another one
         }
-        for step in &steps {
-            privileges::carry_out(step).inspect_err(|_| {
-                // The error itself is returned.
-                for word in [step.flag(), " ", step.detail()] {
-                    let _ = nix::unistd::write(io::stderr(), word.as_bytes());
-                }
-            })?;
-        }
-        // After the steps: the kernel forgets this when the user changes.
+        prepare()?;
+        // After the preparation: the kernel forgets this when the user changes.
         // A foreign program makes no promise about SIGTERM, and the promise here is that none outlives us.
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
         if getppid() != master {
@@ -207,7 +203,7 @@ pub(crate) fn spawn(command: &mut Command, pass: &[RawFd], steps: Vec<Step>) -> 
         unblock_signals();
         Ok(())
     };
-    // SAFETY: between fork and exec the closure only makes system calls (those of the steps, prctl, getppid,
+    // SAFETY: between fork and exec the closure only makes system calls (those of `prepare`, prctl, getppid,
     // close_range, fcntl, sigprocmask): no allocation, no lock. What the child opens before exec is close-on-exec by itself.
     unsafe { command.process_group(0).pre_exec(in_child) };
     let before = block_signals();

@@ -4,8 +4,8 @@
 use std::os::fd::{OwnedFd, RawFd};
 
 use crate::listen::{Address, Bind, Protocol};
-use crate::master::upgrade;
 use crate::sys;
+use crate::upgrade;
 
 /// The variables of this protocol, which are the master's alone.
 pub(crate) const VARIABLES: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"];

@@ -26,7 +26,7 @@ use crate::config::helpers::HelpersConfig;
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
 use crate::logging::rate::{Admission, ByteLimit, LeftOut};
-use crate::privileges::Privileges;
+use crate::privileges::{self, Privileges};
 use crate::sys::{self, Ending};
 use crate::{logging, publish_socket};
 
@@ -403,8 +403,9 @@ impl Beside {
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));
         let steps = privileges.steps_without_slot().map_err(io::Error::other)?;
+        let prepare = move || privileges::carry_out_before_exec(&steps);
         let child =
-            sys::spawn(&mut command, &[segment.as_raw_fd()], steps).map_err(|error| explain(&error, read.as_fd()))?;
+            sys::spawn(&mut command, &[segment.as_raw_fd()], prepare).map_err(|error| explain(&error, read.as_fd()))?;
         Ok((Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?), read))
     }
 

@@ -14,11 +14,11 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 
-use super::upgrade::saved::{SavedClient, SavedControl, SavedWaiting};
 use crate::control::wire::{self, Answer, LONGEST_REQUEST, Request};
 use crate::listen::ControlListener;
 use crate::logging::rate::{Admission, ByteLimit};
 use crate::sys;
+use crate::upgrade::saved::{SavedClient, SavedControl, SavedWaiting};
 
 /// Time since the master started.
 type Now = Duration;

@@ -72,10 +72,9 @@ use self::sickbed::Sickbed;
 use self::signals::Meaning;
 pub(crate) use self::signals::SignalInbox;
 pub(crate) use self::spawn::Launch;
-use self::spawn::{Child, Nursery, Ties};
+use self::spawn::{Child, Nursery};
 use self::supervisor::{Action, Budget, Command, Event, Policy, Supervisor, Wish};
-use self::upgrade::saved::SavedPidFile;
-use self::upgrade::{Origin, Takeover, Upgrade};
+use self::upgrade::Upgrade;
 use crate::config::{Config, Program, Share};
 use crate::heritage::Report;
 use crate::hooks::{WorkerExit, WorkerId};
@@ -85,6 +84,8 @@ use crate::notify::Notify;
 use crate::publish_socket::PublishSocket;
 use crate::queue_depth::QueueDepth;
 use crate::sys::{self, Ending};
+use crate::upgrade::saved::SavedPidFile;
+use crate::upgrade::{Origin, Takeover, Ties};
 use crate::{logging, memory, systemd};
 
 /// The exit status by which a worker asks not to be replaced.

@@ -10,9 +10,9 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use nix::unistd::Pid;
 
 use super::supervisor::Now;
-use super::upgrade::saved::SavedOutput;
 use crate::logging::rate::{Admission, ByteLimit, LeftOut};
 use crate::logging::{self, OUTPUT};
+use crate::upgrade::saved::SavedOutput;
 
 /// A line longer than this is logged in pieces.
 const LONGEST_LINE: usize = 64 << 10;

@@ -16,9 +16,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use super::supervisor::Now;
-use super::upgrade::saved::SavedRefusal;
 use crate::config::failures::QuarantineConfig;
 use crate::suspect::Suspect;
+use crate::upgrade::saved::SavedRefusal;
 
 /// Deaths that are remembered, and requests.
 const DEATHS: usize = 256;

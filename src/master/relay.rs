@@ -19,7 +19,6 @@ use super::signals::SignalInbox;
 use super::spawn::Nursery;
 use super::stall::Stall;
 use super::supervisor::{Breaker, Now};
-use super::upgrade::saved::SavedPublish;
 use crate::config::Config;
 use crate::config::privileges::Owner;
 use crate::logging;
@@ -27,6 +26,7 @@ use crate::privileges::Privileges;
 use crate::publish_socket::PublishSocket;
 use crate::relay;
 use crate::sys::{self, Ending};
+use crate::upgrade::saved::SavedPublish;
 
 /// Bytes of its words that are read in one turn of the master's loop.
 const TURN: usize = 4 << 10;

@@ -12,10 +12,10 @@ use super::oom::OomKills;
 use super::quarantine::{Death, Listed, Quarantine, Verdict};
 use super::supervisor::{Event, Now};
 use super::symbols::Symbols;
-use super::upgrade::saved::SavedRefusal;
 use crate::config::failures::{Failures, QuarantineBy};
 use crate::suspect::Suspect;
 use crate::sys;
+use crate::upgrade::saved::SavedRefusal;
 
 pub(crate) struct Sickbed {
     hangs: Hangs,

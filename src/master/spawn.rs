@@ -16,14 +16,14 @@ use super::output::Output;
 use super::programs::ProgramState;
 use super::signals::SignalInbox;
 use super::supervisor::Now;
-use super::upgrade;
 use crate::config::{Config, Program};
 use crate::handover::Channel;
 use crate::heritage::{Heritage, Report, WorkerMain};
 use crate::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::listen::Listener;
 use crate::logging::files::LogFiles;
-use crate::privileges::Privileges;
+use crate::privileges::{self, Privileges};
+use crate::upgrade::{self, Ties};
 use crate::{heir, logging, notify, publish_socket, sys, systemd};
 
 /// Variables that concern the master alone, and no process of its.
@@ -71,13 +71,6 @@ pub(crate) struct Nursery {
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
     worker_hooks: Arc<WorkerHooks>,
-}
-
-/// What binds the workers of a former master, who live on, to this one and to those to come.
-#[derive(Debug, Default)]
-pub(crate) struct Ties {
-    pub(crate) lifeline: Option<(OwnedFd, OwnedFd)>,
-    pub(crate) handover: Option<Channel>,
 }
 
 /// A process that lives, as the master sees it.
@@ -323,7 +316,8 @@ impl Nursery {
         }
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);
         let steps = settings.privileges.steps(slot).map_err(io::Error::other)?;
-        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], steps).map_err(|error| explain(&error, read))?;
+        let prepare = move || privileges::carry_out_before_exec(&steps);
+        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], prepare).map_err(|error| explain(&error, read))?;
         let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
         Ok((pid, Link::Program(ProgramState::default()), None))
     }

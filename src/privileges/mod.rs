@@ -135,12 +135,20 @@ impl Privileges {
     }
 }
 
-/// Carries out one step; async-signal-safe.
+/// Carries out `steps` between fork and exec; async-signal-safe. The flag of a step that fails is written to standard error.
 ///
 /// # Errors
-/// What the system call says.
-pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
-    calls::carry_out(step)
+/// What the system call of that step returns.
+pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
+    for step in steps {
+        calls::carry_out(step).inspect_err(|_| {
+            // The error itself is returned.
+            for word in [step.flag(), " ", step.detail()] {
+                let _ = nix::unistd::write(io::stderr(), word.as_bytes());
+            }
+        })?;
+    }
+    Ok(())
 }
 
 /// Gives an open file to `owner`, if it is a plain file or a socket's that is ours and has one name: in a folder that others can

@@ -1,7 +1,7 @@
 //! What the supervisor saves for its successor, and what that one makes of it.
 
-use super::restore::Phase;
 use super::*;
+use crate::upgrade::roster::Phase;
 
 const MS: Duration = Duration::from_millis(1);
 

@@ -9,8 +9,6 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::Takeover;
-use super::saved::{FORMAT, Saved, SavedChild, SavedHelper, SavedLink, SavedListener, SavedOutput, SavedSegment};
 use crate::control::wire::Answer;
 use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
@@ -19,6 +17,10 @@ use crate::master::spawn::{Child, Link, Nursery};
 use crate::master::supervisor::{Command, Event, Supervisor};
 use crate::master::{Master, policy};
 use crate::sys;
+use crate::upgrade::Takeover;
+use crate::upgrade::saved::{
+    FORMAT, Saved, SavedChild, SavedHelper, SavedLink, SavedListener, SavedOutput, SavedSegment,
+};
 
 impl Master {
     /// All of it; `None` while everything is being stopped, when nobody takes over.

@@ -15,9 +15,6 @@
 //! notice (the lifeline's end), finish what they serve and leave.
 
 mod adopt;
-mod origin;
-pub(crate) mod saved;
-mod takeover;
 
 use std::ffi::OsString;
 use std::io;
@@ -30,29 +27,21 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, pipe2};
 
-use self::origin::Identity;
-pub(crate) use self::origin::Origin;
-use self::saved::{FORMAT, Saved};
-use self::takeover::{CHECK, STATE};
-pub(crate) use self::takeover::{Takeover, is_check};
 use super::Master;
 use super::control::Waiting;
 use super::output::{LineReader, REST};
 use super::spawn::blocking;
 use crate::control::wire::Answer;
 use crate::sys::{self, Ending};
+use crate::upgrade::origin::Identity;
+use crate::upgrade::saved::Saved;
+use crate::upgrade::takeover::{CHECK, STATE};
+use crate::upgrade::{VARIABLES, password};
 
-/// The variables of an upgrade, which are the master's alone.
-pub(crate) const VARIABLES: [&str; 2] = [STATE, CHECK];
 /// Bytes of what the check says that are kept: the last ones.
 const LAST_WORDS: usize = 4096;
 /// How long a check that was asked to end may take for that.
 const LAST_STEPS: Duration = Duration::from_secs(2);
-
-/// What the check says when it has come to its end.
-pub(crate) fn password() -> String {
-    format!("forkyard: this build can take over (state format {FORMAT})")
-}
 
 /// How far an upgrade has come.
 #[derive(Default)]
@@ -222,7 +211,7 @@ impl Master {
             .stderr(Stdio::from(said));
         let pass = [&[state.as_raw_fd()], saved.foundation().as_slice()].concat();
         // It gives up nothing: it is to be what this process is.
-        let child = sys::spawn(&mut command, &pass, Vec::new())?;
+        let child = sys::spawn(&mut command, &pass, || Ok(()))?;
         Ok(Check {
             pid: Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?),
             output: LineReader::new(output),

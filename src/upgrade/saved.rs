@@ -13,7 +13,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
 use super::origin::Origin;
-use crate::master::supervisor::restore::Roster;
+use super::roster::Roster;
 
 /// The format written here, and the only one read.
 pub(crate) const FORMAT: u32 = 1;
@@ -264,7 +264,7 @@ impl Saved {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::master::supervisor::restore::{Phase, Place};
+    use crate::upgrade::roster::{Phase, Place};
 
     fn state() -> Saved {
         let phase = Phase::Draining { left_ms: 5 };

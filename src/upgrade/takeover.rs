@@ -10,9 +10,15 @@ use std::path::{Path, PathBuf};
 use super::saved::{Saved, SavedListener, SavedPidFile, SavedPublish};
 use crate::handover::Channel;
 use crate::listen::{Bind, ControlListener, Listener};
-use crate::master::spawn::Ties;
 use crate::publish_socket::PublishSocket;
 use crate::sys;
+
+/// What binds the workers of a former master, who live on, to this one and to those to come.
+#[derive(Debug, Default)]
+pub(crate) struct Ties {
+    pub(crate) lifeline: Option<(OwnedFd, OwnedFd)>,
+    pub(crate) handover: Option<Channel>,
+}
 
 /// Names the descriptor of the state.
 pub(crate) const STATE: &str = "FORKYARD_UPGRADE_FD";

@@ -61,7 +61,7 @@ impl Origin {
     }
 
     /// With the name by which the program was called.
-    pub(super) fn arguments(&self) -> Vec<OsString> {
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
         if self.arguments.is_empty() { env::args_os().collect() } else { self.arguments.clone() }
     }
 }
@@ -80,7 +80,7 @@ fn same_file(one: &Path, other: &Path) -> bool {
 
 #[cfg(test)]
 impl Origin {
-    pub(super) fn of(program: &str, folder: &str, arguments: &[&str]) -> Self {
+    pub(crate) fn of(program: &str, folder: &str, arguments: &[&str]) -> Self {
         Self {
             program: program.into(),
             folder: folder.into(),
