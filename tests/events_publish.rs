@@ -133,9 +133,9 @@ fn the_documents_examples_publish_from_php_python_and_a_shell() {
     let shell = write("publish.sh", example("sh"));
     let (control, socket) = (folder.path().join("control"), folder.path().join("app.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
-    // 125: not to be started again.
-    let daemons =
-        [format!("python=sh -c 'python3 {python} && exit 125'"), format!("shell=sh -c 'sh {shell} && exit 125'")];
+    // They stay, and so publish once.
+    let daemons = [("python", "python3", &python), ("shell", "sh", &shell)]
+        .map(|(name, program, script)| format!("{name}=sh -c '{program} {script} && exec sleep 1000'"));
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--events", "1M", "--bind", &bind, "--workers", "1", "--control"]).arg(&control);
     command.args(["--daemon", &daemons[0], "--daemon", &daemons[1]]).env("TMPDIR", folder.path());
