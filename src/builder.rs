@@ -21,6 +21,7 @@ use crate::cli::check::Findings;
 use crate::cli::{self, Identity, Invocation, Request, Task};
 use crate::config::control::reloaded;
 use crate::config::{CacheConfig, Config, Program};
+use crate::conflicts::{self, Conflict};
 use crate::context::Context;
 use crate::heritage::WorkerMain;
 use crate::hooks::{Hooks, WorkerExit, WorkerId};
@@ -326,13 +327,14 @@ fn serve(
     let Request { config, .. } = request;
     let opened = sys::own_descriptors()?;
     let signals = SignalInbox::open()?;
-    logging::start(&config.logs)?;
+    start_log(&config, &conflicts::find(&config))?;
     let mut takeover = Takeover::find()?;
     let origin = takeover.as_ref().map_or_else(Origin::record, |left| Ok(left.saved.origin.clone()))?;
     let log_files = Arc::new(LogFiles::open(&config.logs)?);
     let blocking = matches!(launch, Launch::Program(_));
     // Before anything is made: what cannot be is found out at once.
     Privileges::resolve(&config.privileges, blocking)?;
+    memory::check_limits(&config, blocking)?;
     master::check_helpers(&config)?;
     descriptors::ensure(&config, blocking)?;
     let pid_file = PidFile::open(config.privileges.pid_file.as_deref(), takeover.as_mut())?;
@@ -393,6 +395,14 @@ fn serve(
     Ok(ended)
 }
 
+/// Opens the log, unless its file is one that another setting names.
+fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
+    if !conflicts.iter().any(|conflict| conflict.flags.contains(&"--log-file")) {
+        logging::start(&config.logs)?;
+    }
+    if conflicts.is_empty() { Ok(()) } else { Err(Conflict::join(conflicts).into()) }
+}
+
 /// The end of a start that is to serve nothing: this build was to show that it could, or was asked to stop.
 fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<End, BoxError> {
     match (is_check, asked_to_end) {
@@ -439,7 +449,7 @@ fn leftovers(
 fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<End, BoxError> {
     // Before any code of the application: what it prints must not get in front of the response.
     let output = cgi_call::take_output().map_err(|error| format!("standard output cannot be used: {error}"))?;
-    logging::start(&config.logs)?;
+    start_log(config, &conflicts::find_among_files(config))?;
     if let Some(preload) = preload {
         preload().map_err(cannot_preload)?;
     }

@@ -23,6 +23,7 @@ mod builder;
 mod cgi_call;
 mod cli;
 mod config;
+mod conflicts;
 mod context;
 mod control;
 mod crash;

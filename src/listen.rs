@@ -316,8 +316,11 @@ pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, Strin
     let found = match &bind.address {
         Address::Path(path) => examine_path(path, "--bind"),
         Address::Tcp(address) => examine_tcp(address, bind.leaves_ipv4(all)),
-        // The name is free, or its holder's; the descriptor is this process's own, and not the server's.
-        Address::Abstract(_) | Address::Inherited(_) | Address::Systemd(_) => Ok(None),
+        // The name is free, or its holder's.
+        Address::Abstract(name) => abstract_address(name).map(|_| None),
+        // The server may get another one, from whoever starts it.
+        Address::Inherited(fd) => Ok(inherit(*fd, bind.protocol).err().map(|cause| format!("here, {cause}"))),
+        Address::Systemd(_) => Ok(None),
     };
     found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
 }
@@ -413,7 +416,11 @@ fn is_absent(errno: Errno) -> bool {
     matches!(errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)
 }
 
-fn resolve(address: &str) -> Result<Vec<SocketAddr>, String> {
+/// All addresses of `HOST:PORT`.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn resolve(address: &str) -> Result<Vec<SocketAddr>, String> {
     let found = address.to_socket_addrs().map_err(|error| {
         format!("'{address}' does not resolve: {error} (give an address and a port, as in 127.0.0.1:8080)")
     })?;
@@ -480,8 +487,7 @@ fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -
 }
 
 fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listener, String> {
-    let address = UnixAddr::new_abstract(name.as_bytes())
-        .map_err(|_| format!("the name has {} bytes, and an abstract socket's may have 107", name.len()))?;
+    let address = abstract_address(name)?;
     let socket = new_socket(AddressFamily::Unix, SockType::Stream)?;
     socket::bind(socket.as_raw_fd(), &address).map_err(|errno| match errno {
         Errno::EADDRINUSE => "another program is listening there (stop that one, or choose another name)".to_owned(),
@@ -489,6 +495,11 @@ fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listene
     })?;
     listen(&socket, backlog)?;
     Ok(Listener::new(protocol, Address::Abstract(name.to_owned()), Family::Unix, socket, None))
+}
+
+fn abstract_address(name: &str) -> Result<UnixAddr, String> {
+    UnixAddr::new_abstract(name.as_bytes())
+        .map_err(|_| format!("the name has {} bytes, and an abstract socket's may have 107", name.len()))
 }
 
 fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {

@@ -2,8 +2,10 @@
 //! a file.
 
 use std::error::Error;
+use std::path::Path;
 
 use forkyard_shm::{Found, Plan, Segment, SegmentError};
+use nix::sys::resource::Resource;
 
 use crate::config::{CacheConfig, Config, format_size};
 use crate::upgrade::Takeover;
@@ -80,7 +82,6 @@ pub(crate) fn renew(config: &Config) -> Result<Segment, BoxError> {
 fn create(config: &Config) -> Result<Segment, BoxError> {
     let CacheConfig { bytes, file, .. } = &config.cache;
     let plan = plan(config);
-    let size = format_size(*bytes);
     if *bytes == 0 && file.is_some() {
         return Err("--cache-file has no cache to keep (give its size with --cache)".into());
     }
@@ -90,13 +91,7 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
     let Some(path) = file else {
         return Segment::create(&plan).map_err(|error| explain(&error, config).into());
     };
-    let (segment, found) = Segment::open(path, &plan).map_err(|error| {
-        format!(
-            "cannot keep a shared cache of {size} in {}: {error} (choose another file with --cache-file, or another \
-             size with --cache)",
-            path.display()
-        )
-    })?;
+    let (segment, found) = Segment::open(path, &plan).map_err(|error| explain_file(&error, path, config))?;
     if let Some(owner) = config.privileges.owner_of_files() {
         privileges::give(segment.fd(), owner).map_err(|error| {
             format!("--user: the cache file {} cannot be given to that user: {error} (choose another one with --cache-file)", path.display())
@@ -130,6 +125,14 @@ fn explain(error: &SegmentError, config: &Config) -> String {
     format!("cannot make {what}: {error} (choose another size with {remedy})")
 }
 
+fn explain_file(error: &SegmentError, path: &Path, config: &Config) -> String {
+    format!(
+        "cannot keep a shared cache of {} in {}: {error} (choose another file with --cache-file, or another size with --cache)",
+        format_size(config.cache.bytes),
+        path.display()
+    )
+}
+
 /// What an operator may want to know of a cache that was asked for by nobody.
 fn note_on(config: &Config) -> Option<String> {
     let CacheConfig { bytes, shrunk_for, .. } = config.cache;
@@ -146,10 +149,41 @@ fn note_on(config: &Config) -> Option<String> {
 /// # Errors
 /// A sentence for the operator.
 pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
-    if config.cache.file.is_none() {
-        plan(config).check_memory().map_err(|error| explain(&error, config))?;
+    match &config.cache.file {
+        None => plan(config).check_memory().map_err(|error| explain(&error, config))?,
+        Some(file) => Segment::examine(file, &plan(config)).map_err(|error| explain_file(&error, file, config))?,
     }
     Ok(note_on(config))
+}
+
+/// Looks whether `--rlimit` leaves a worker what it certainly needs: what this process, of which it is a copy, has mapped, and the shared
+/// memory. What an external program (`executes`) needs, nobody knows.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn check_limits(config: &Config, executes: bool) -> Result<(), String> {
+    let limit = config.privileges.limits.iter().rev().find(|limit| limit.resource == Resource::RLIMIT_AS);
+    let (Some(limit), false, Some(own), Ok(shared)) = (limit, executes, mapped(), Segment::size(&plan(config))) else {
+        return Ok(());
+    };
+    let least = own.saturating_add(shared);
+    if limit.soft >= least {
+        return Ok(());
+    }
+    Err(format!(
+        "--rlimit as={}: a worker has more than {} MiB of addresses, {} MiB of them for shared memory (choose a higher limit, or less of \
+         --cache and --events)",
+        format_size(limit.soft),
+        least >> 20,
+        shared >> 20
+    ))
+}
+
+/// Bytes of addresses that this process has.
+fn mapped() -> Option<u64> {
+    let pages: u64 = std::fs::read_to_string("/proc/self/statm").ok()?.split(' ').next()?.parse().ok()?;
+    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    pages.checked_mul(u64::try_from(size).ok()?)
 }
 
 /// Has a cache in a file used again by the next start; a cache in memory is gone with its last process.

@@ -11,7 +11,9 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::statvfs::{Statvfs, statvfs};
 
+use crate::listen;
 use crate::lock_file::{LockFile, directory_of};
 use crate::start_end::Leftover;
 use crate::upgrade::Takeover;
@@ -139,9 +141,49 @@ fn remove_leftovers(directory: &Path, prefix: &str) {
     }
 }
 
+/// Tries what can be tried of a pid file without writing it. A note, if another master has it.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn examine(path: &Path) -> Result<Option<String>, String> {
+    let holder = holder(path).and_then(|holder| {
+        listen::examine_folder(path)?;
+        if is_full(directory_of(path)) {
+            return Err("no space left on the device".to_owned());
+        }
+        Ok(holder)
+    });
+    let holder =
+        holder.map_err(|cause| format!("cannot write the pid file {}: {cause} (--pid-file)", path.display()))?;
+    let note =
+        |pid| format!("pid file {}: a master has it now, as pid {pid} (this service, if it runs)", path.display());
+    Ok(holder.map(note))
+}
+
+/// Whether its file system has no block left, to us.
+fn is_full(directory: &Path) -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    let free = |found: &Statvfs| if is_root { found.blocks_free() } else { found.blocks_available() };
+    // Some file systems do not count.
+    statvfs(directory).is_ok_and(|found| found.blocks() > 0 && free(&found) == 0)
+}
+
 /// An error if a living master has the file, or if it is something else than a pid file.
 fn refuse_second(path: &Path) -> Result<(), String> {
-    let Ok(metadata) = path.symlink_metadata() else { return Ok(()) };
+    match holder(path)? {
+        None => Ok(()),
+        Some(pid) => Err(format!(
+            "another master has it, and runs as pid {pid} (stop that one, or choose another path with --pid-file)"
+        )),
+    }
+}
+
+/// The pid of the living master that has the file.
+///
+/// # Errors
+/// If it is something else than a pid file.
+fn holder(path: &Path) -> Result<Option<String>, String> {
+    let Ok(metadata) = path.symlink_metadata() else { return Ok(None) };
     if !metadata.is_file() {
         return Err("there is something else than a file (choose another path with --pid-file)".to_owned());
     }
@@ -153,12 +195,7 @@ fn refuse_second(path: &Path) -> Result<(), String> {
     if read.is_err() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("it holds something else than a pid (choose another path with --pid-file)".to_owned());
     }
-    if held {
-        return Err(format!(
-            "another master has it, and runs as pid {text} (stop that one, or choose another path with --pid-file)"
-        ));
-    }
-    Ok(())
+    Ok(held.then(|| text.to_owned()))
 }
 
 #[cfg(test)]

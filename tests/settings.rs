@@ -5,7 +5,7 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::limit::InTime as _;
@@ -107,7 +107,6 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         user = 4711\n\
         cpu-affinity = '1000'\n\
         chroot = '/no-such-root'\n\
-        chdir = '/etc/passwd'\n\
         socket-owner = '4711:4711'\n\
         sandbox-read = ['/usr']\n\
         daemon = ['a=no-such-program', 'b=no-such-program', 'a=sleep 1']\n\
@@ -117,7 +116,7 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         ":2:16: 'idle-timeout': 'x' is not a time",
         "cannot bind http:192.0.2.1:80: 192.0.2.1 is not an address of this machine",
         "cannot bind fastcgi:unix:/no-such-directory/a.sock: ",
-        "127.0.0.1:65000 is given twice, by --bind and by --bind",
+        "--bind http:127.0.0.1:65000 and --bind fastcgi:127.0.0.1:65000 overlap",
         "control socket /no-such-directory/control: ",
         "publish socket /no-such-directory/events: ",
         "--log-file: cannot open /no-such-directory/log: ",
@@ -128,7 +127,6 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         "--user: ",
         "--cpu-affinity: processor 1000",
         "--chroot: /no-such-root: ",
-        "--chdir: /etc/passwd is not a",
         "--sandbox-read and --sandbox-write are for --sandbox, which is not given",
         "--daemon and --cron: there are two named 'a'",
     ];
@@ -260,4 +258,185 @@ fn an_application_that_runs_as_root_unasked_is_warned_of() {
     }
     complained(&run("hello", &["check", "--bind", "http:127.0.0.1:0"]), 0, &[WARNING]);
     assert_eq!(complained(&run("hello", &["check", "--bind", "http:127.0.0.1:0", "--user", "root"]), 0, &[]), "");
+}
+
+fn entries(folder: &Path) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+}
+
+#[test]
+fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("real")).unwrap();
+    std::os::unix::fs::symlink("real", folder.path().join("link")).unwrap();
+    let at = |path: &str| folder.path().join(path).display().to_string();
+    let port = common::free_port();
+    let text = format!(
+        "user = 'root'\ncache = '8M'\nworkers = 1\nbind = ['http:0.0.0.0:{port}', 'http:127.0.0.1:{port}', \
+         'fastcgi:unix:{}', 'scgi:unix:{}', 'http:unix:@one', 'scgi:unix:@one']\n\
+         control = '{}'\nevents-socket = '{}'\nlog-file = '{}'\naccess-log = '{}'\ncache-file = '{}'\npid-file = '{}'\n",
+        at("real/a.sock"),
+        at("link/b.sock"),
+        at("link/a.sock"),
+        at("link/../real/b.sock"),
+        at("real/log"),
+        at("link/log"),
+        at("cache"),
+        at("real/../cache"),
+    );
+    let words = [
+        &format!(
+            "--bind http:0.0.0.0:{port} and --bind http:127.0.0.1:{port} overlap: both would listen at port {port}"
+        ),
+        &format!("--bind fastcgi:unix:{} and --control {} name the same file", at("real/a.sock"), at("link/a.sock")),
+        &format!("--bind scgi:unix:{} and --events-socket {} name", at("link/b.sock"), at("link/../real/b.sock")),
+        "--bind http:unix:@one and --bind scgi:unix:@one name the same socket",
+        &format!("--pid-file {} and --cache-file {} name", at("real/../cache"), at("cache")),
+    ];
+    let before = || entries(folder.path()).into_iter().chain(entries(&folder.path().join("real")));
+    let said = complained(&check("hello", &folder, &text), 1, &words);
+    assert_eq!(said.matches(" and --").count(), words.len(), "the logs may share a file: {said}");
+    let start = |text: &str| {
+        let path = file(&folder, text);
+        Command::new(program("hello")).arg("--config").arg(path).output_in_time().unwrap()
+    };
+    complained(&start(&text), 1, &words);
+    // The reason is in the log, which is not among them.
+    let log = std::fs::read_to_string(at("real/log")).unwrap();
+    assert!(words.iter().all(|word| log.contains(word)), "{log}");
+    std::fs::remove_file(at("real/log")).unwrap();
+    assert_eq!(before().collect::<Vec<_>>(), ["forkyard.toml", "link", "real"]);
+
+    // A log that another setting names is not made, and one that is there is left alone.
+    let text = format!("bind = 'fastcgi:unix:{}'\nlog-file = '{}'\n", at("real/x"), at("link/x"));
+    complained(&start(&text), 1, &["name the same file"]);
+    assert_eq!(before().collect::<Vec<_>>(), ["forkyard.toml", "link", "real"]);
+    for flag in ["log-file", "access-log"] {
+        let path = folder.path().join("empty");
+        std::fs::write(&path, "").unwrap();
+        let text = format!("bind = 'http:127.0.0.1:0'\n{flag} = '{0}'\npid-file = '{0}'\n", path.display());
+        for output in [start(&text), check("hello", &folder, &text)] {
+            complained(&output, 1, &["name the same file", "--pid-file", &format!("--{flag}")]);
+            assert_eq!(std::fs::read(&path).unwrap(), b"", "{flag}");
+        }
+    }
+}
+
+#[test]
+fn a_reload_does_not_open_a_log_at_the_place_of_another_setting() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |path: &str| folder.path().join(path).display().to_string();
+    let settings =
+        format!("bind = 'http:127.0.0.1:0'\nworkers = 1\npid-file = '{}'\ncontrol = '{}'\n", at("pid"), at("control"));
+    let path = file(&folder, &settings);
+    let mut server = Server::start_command(Command::new(program("hello")).arg("--config").arg(path));
+    for flag in ["log-file", "access-log"] {
+        file(&folder, &format!("{settings}{flag} = '{}'\n", at("pid")));
+        let output = run("hello", &["reload", "--control", &at("control")]);
+        complained(
+            &output,
+            1,
+            &["the workers stay as they are", "--pid-file", &format!("--{flag}"), "name the same file"],
+        );
+        assert_eq!(std::fs::read_to_string(at("pid")).unwrap(), format!("{}\n", server.pid()), "{flag}");
+    }
+    server.stop();
+}
+
+#[test]
+fn check_finds_that_a_file_system_is_full_and_leaves_nothing_on_it() {
+    assert!(nix::unistd::geteuid().is_root(), "this test mounts file systems: run it as root");
+    let check = |options: &str, full: bool, arguments: &[&str]| {
+        let fill = if full { "head -c 1M /dev/zero > /mnt/fill 2>/dev/null;" } else { "" };
+        // Also in the end: nothing is left.
+        let script = format!(
+            "mount -t tmpfs -o {options} tmpfs /mnt && {fill} ls -A /mnt >&2; \"$0\" \"$@\"; code=$?; ls -A /mnt >&2; exit $code"
+        );
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script]).arg(program("hello"));
+        let output = command.args(["check", "--bind", "http:127.0.0.1:0"]).args(arguments).output_in_time().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        let left = said.lines().filter(|line| !line.starts_with("forkyard: ") && *line != "fill").count();
+        assert_eq!(left, 0, "{said}");
+        output
+    };
+    complained(&check("size=64k", true, &["--pid-file", "/mnt/pid"]), 1, &["pid file /mnt/pid: no space left"]);
+    complained(&check("size=64k", false, &["--pid-file", "/mnt/pid"]), 0, &[]);
+    let cache = ["--cache", "8M", "--cache-file", "/mnt/cache"];
+    complained(&check("size=4m", false, &cache), 1, &["/mnt/cache: ", "No space left on device"]);
+    complained(&check("size=64m", false, &cache), 0, &[]);
+    complained(&check("size=1m,nr_inodes=1", false, &["--control", "/mnt/control"]), 1, &["no room for another file"]);
+}
+
+#[test]
+fn check_tells_of_what_a_start_would_have_to_be_given_and_of_files_of_something_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "bind = ['http:fd:77', 'http:systemd']\nuser = 'root'\n";
+    let words = ["http:fd:77: here, descriptor 77 is not open", "http:systemd: here, systemd passed no socket"];
+    complained(&check("hello", &folder, text), 0, &words);
+    let notes = folder.path().join("notes");
+    std::fs::write(&notes, "something of somebody").unwrap();
+    for flag in ["pid-file", "cache-file"] {
+        let text = format!("bind = 'http:127.0.0.1:0'\n{flag} = '{}'\n", notes.display());
+        complained(&check("hello", &folder, &text), 1, &["it holds something else", &format!("--{flag}")]);
+    }
+}
+
+#[test]
+fn a_limit_of_addresses_below_what_a_worker_has_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = |limit| format!("bind = 'http:127.0.0.1:0'\ncache = '64M'\nrlimit = ['as={limit}']\n");
+    for limit in ["1M", "64M"] {
+        complained(&check("hello", &folder, &text(limit)), 1, &["--rlimit as=", "for shared memory", "--cache"]);
+    }
+    complained(&check("hello", &folder, &text("4G")), 0, &[]);
+    let output = run("hello", &["--bind", "http:127.0.0.1:0", "--rlimit", "as=1M"]);
+    complained(&output, 1, &["--rlimit as=1 MiB: a worker has more than"]);
+}
+
+#[test]
+fn what_is_wrong_with_the_privileges_is_said_in_full_and_nothing_that_only_follows_from_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "bind = 'http:127.0.0.1:0'\nuser = 4711\nchroot = '/no-such-root'\nchdir = '/no-such-directory'\n\
+        cpu-affinity = '1000'\nrlimit = ['nofile=unlimited', 'as=1G']\nsandbox = true\nsandbox-read = ['/no-such-a', '/no-such-b']\n";
+    let words = ["--user: user 4711 has no account", "--chroot: /no-such-root", "--cpu-affinity: ", "--rlimit nofile="];
+    let said = complained(&check("hello", &folder, text), 1, &words);
+    assert!(!said.contains("--chdir") && !said.contains("/no-such-a") && !said.contains("would be root"), "{said}");
+    let text = text.replace("chroot = '/no-such-root'\n", "");
+    complained(
+        &check("hello", &folder, &text),
+        1,
+        &["--chdir: /no-such-", "--sandbox-read /no-such-a", "--sandbox-read /no-such-b"],
+    );
+}
+
+#[test]
+fn each_flag_that_takes_zero_says_in_its_help_what_that_does() {
+    for (name, command) in [("hello", &[][..]), ("forkyard", &["run"])] {
+        let help = String::from_utf8(run(name, &[command, &["--help"]].concat()).stdout).unwrap();
+        let numbers = ["<N>", "<SIZE>", "<TIME>", "<N[~JITTER]>", "<TIME[~JITTER]>"];
+        let mut helps: Vec<(&str, String)> = Vec::new();
+        for line in help.lines() {
+            if let Some(rest) = line.strip_prefix("      --") {
+                let (flag, value) = rest.split_once(' ').unwrap_or((rest, ""));
+                helps.push((flag, value.trim().to_owned()));
+            } else if let Some((_, text)) = helps.last_mut()
+                && line.starts_with("          ")
+                && !line.trim_start().starts_with('[')
+            {
+                text.push_str(&format!(" {}", line.trim()));
+            }
+        }
+        helps.retain(|(_, text)| numbers.iter().any(|number| text.starts_with(number)));
+        assert!(helps.len() > 10, "{name}: {helps:?}");
+        let flags = helps.iter().map(|(flag, _)| format!("--{flag}=0")).collect::<Vec<_>>();
+        let said = run(name, &[&["check"], &flags.iter().map(String::as_str).collect::<Vec<_>>()[..]].concat());
+        let said = String::from_utf8(said.stderr).unwrap();
+        for (flag, text) in helps {
+            let is_refused = said.lines().any(|line| line.starts_with(&format!("forkyard: --{flag}: ")));
+            let is_told = text.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == "0");
+            assert!(is_refused || is_told, "{name} --{flag} takes 0, and its help does not say what that does:{text}");
+        }
+    }
 }

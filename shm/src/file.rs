@@ -34,6 +34,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs, statfs};
 
 use crate::Plan;
 use crate::clock::monotonic_ms;
@@ -95,6 +96,38 @@ impl Segment {
             }
             wait(&file, begun)?;
         }
+    }
+
+    /// Looks whether [`open`](Segment::open) would find a file that it may use, and room for it. Makes and changes nothing; what a quota
+    /// allows, it does not see.
+    ///
+    /// # Errors
+    /// As for [`Segment::open`].
+    pub fn examine(path: &Path, plan: &Plan) -> Result<(), SegmentError> {
+        let len = Geometry::of(plan)?.total;
+        segment::check_file_size(len)?;
+        // Of a directory, and of what cannot be read, there is more to say than could be said here.
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        if !path.is_dir()
+            && let Ok(file) = opened
+        {
+            refuse_others(&file)?;
+        }
+        let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let place = if path.exists() { path } else { directory };
+        let Ok(found) = statfs(place) else { return Ok(()) };
+        let missing = len.saturating_sub(path.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512)));
+        let is_tmpfs = found.filesystem_type() == TMPFS_MAGIC;
+        if is_tmpfs {
+            segment::check_memory(missing)?;
+        }
+        let blocks = if nix::unistd::geteuid().is_root() { found.blocks_free() } else { found.blocks_available() };
+        let free = u64::try_from(found.block_size()).map_or(u64::MAX, |size| blocks.saturating_mul(size));
+        // Without a limit of its own, tmpfs says that it has no blocks.
+        if missing > free && !(is_tmpfs && found.blocks() == 0) {
+            return Err(SegmentError::NoMemory { bytes: len, source: Errno::ENOSPC.into() });
+        }
+        Ok(())
     }
 
     /// Joins those who use the file, whoever they are, or is the first of them. What is found there is used whatever its plan; if
@@ -268,12 +301,7 @@ fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Seg
     if len == 0 {
         return Ok(Err(Found::Nothing));
     }
-    let mut start = [0; 8];
-    file.read_exact_at(&mut start, 0).or_else(not_the_end).map_err(|error| system("read the cache file", error))?;
-    if start != [0; 8] && u64::from_le_bytes(start) != MAGIC {
-        let source = io::Error::new(io::ErrorKind::InvalidData, "it holds something else, which would be lost");
-        return Err(system("use the cache file", source));
-    }
+    refuse_others(file)?;
     if len != geometry.total {
         return dropped("it is of another size");
     }
@@ -308,6 +336,17 @@ fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Seg
         return dropped("it was not closed, and contradicts itself");
     }
     Ok(Ok(segment))
+}
+
+/// An error if the file is something else than a segment, or was.
+fn refuse_others(file: &File) -> Result<(), SegmentError> {
+    let mut start = [0; 8];
+    file.read_exact_at(&mut start, 0).or_else(not_the_end).map_err(|error| system("read the cache file", error))?;
+    if start != [0; 8] && u64::from_le_bytes(start) != MAGIC {
+        let source = io::Error::new(io::ErrorKind::InvalidData, "it holds something else, which would be lost");
+        return Err(system("use the cache file", source));
+    }
+    Ok(())
 }
 
 /// The clock's base after a pause: it goes on by the time that passed, as far as the wall clock can be trusted.
@@ -354,7 +393,7 @@ fn allocate(file: &File, len: u64) -> Result<(), SegmentError> {
     let size = i64::try_from(len).map_err(|_| no_room(Errno::EFBIG.into()))?;
     // A file of tmpfs is memory, and what it has already is used.
     let has = file.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
-    if nix::sys::statfs::fstatfs(file).is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC) {
+    if fstatfs(file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC) {
         segment::check_memory(len.saturating_sub(has))?;
     }
     segment::check_file_size(len)?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::config::failures::{Failures, QuarantineBy, QuarantineConfig};
-use crate::config::parse_duration;
+use crate::config::{parse_duration, parse_positive_duration};
 
 /// What is done about requests that hang, dawdle or kill.
 #[derive(Args, Debug)]
@@ -28,11 +28,11 @@ pub(super) struct FailureOptions {
     quarantine: u32,
 
     /// The time within which those deaths count
-    #[arg(long, value_name = "TIME", env = "FORKYARD_QUARANTINE_WINDOW", default_value = "60s", value_parser = parse_duration, help_heading = "Hangs and crashes")]
+    #[arg(long, value_name = "TIME", env = "FORKYARD_QUARANTINE_WINDOW", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Hangs and crashes")]
     quarantine_window: Duration,
 
     /// How long such a request is refused; twice as long with each relapse, up to an hour
-    #[arg(long, value_name = "TIME", env = "FORKYARD_QUARANTINE_TIME", default_value = "60s", value_parser = parse_duration, help_heading = "Hangs and crashes")]
+    #[arg(long, value_name = "TIME", env = "FORKYARD_QUARANTINE_TIME", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Hangs and crashes")]
     quarantine_time: Duration,
 
     /// What is refused then

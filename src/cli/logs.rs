@@ -25,7 +25,8 @@ pub(super) struct LogOptions {
     )]
     log_format: Form,
 
-    /// Bytes of the log that wait in each process while its reader is slow; when as many wait, further lines are lost and counted
+    /// Bytes of the log that wait in each process while its reader is slow; when as many wait, further lines are lost and
+    /// counted. With 0 none waits
     #[arg(long, value_name = "SIZE", env = "FORKYARD_LOG_QUEUE", default_value = "1M", value_parser = parse_size, help_heading = "Logging")]
     log_queue: u64,
 

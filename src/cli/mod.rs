@@ -42,7 +42,8 @@ use crate::config::failures::Failures;
 use crate::config::logs::Filters;
 use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
-    CacheConfig, Config, Limits, Numbers, Range, Timeouts, Trust, parse_duration, parse_mode, parse_size,
+    CacheConfig, Config, Limits, Numbers, Range, Timeouts, Trust, parse_duration, parse_mode, parse_positive_duration,
+    parse_size,
 };
 use crate::listen::{self, Address, Bind, Protocol};
 use crate::peers::{Peers, Who};
@@ -69,7 +70,7 @@ struct ServeOptions {
     #[arg(long, value_name = "PROTO:ADDR", env = "FORKYARD_BIND", value_delimiter = ',', help_heading = "Sockets")]
     bind: Vec<Bind>,
 
-    /// Connections that may wait in the kernel's queue of each socket
+    /// Connections that may wait in the kernel's queue of each socket; 0 leaves room for one
     #[arg(long, value_name = "N", env = "FORKYARD_BACKLOG", default_value = "1024", help_heading = "Sockets")]
     backlog: u32,
 
@@ -86,10 +87,10 @@ struct ServeOptions {
     numbers: NumberOptions,
 
     /// A worker that is not ready by then is killed and counts as failed
-    #[arg(long, value_name = "TIME", env = "FORKYARD_START_TIMEOUT", default_value = "60s", value_parser = parse_duration, help_heading = "Processes")]
+    #[arg(long, value_name = "TIME", env = "FORKYARD_START_TIMEOUT", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Processes")]
     start_timeout: Duration,
 
-    /// How long a worker that was asked to stop may finish what it serves; then it is killed
+    /// How long a worker that was asked to stop may finish what it serves; then it is killed. 0 kills it at once
     #[arg(long, value_name = "TIME", env = "FORKYARD_DRAIN_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Processes")]
     drain_timeout: Duration,
 
@@ -150,7 +151,7 @@ struct WorkerOptions {
     #[command(flatten)]
     access: AccessOptions,
 
-    /// Largest request body; a larger one gets 413
+    /// Largest request body; a larger one gets 413. 0 refuses every body
     #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BODY", default_value = "1G", value_parser = parse_size, help_heading = "Memory and limits")]
     max_body: u64,
 
@@ -221,26 +222,27 @@ struct WorkerOptions {
     access_log: AccessLogOptions,
 }
 
-/// How long a client may take. All are kept to the second.
+/// How long a client may take.
 #[derive(Args, Debug)]
 struct TimeoutOptions {
-    /// How long a connection is kept without a request; 0 for no limit, here and below
+    /// How long a connection is kept without a request; 0 for no limit. Kept to the second: a connection may live up to a second longer,
+    /// here and for the next three
     #[arg(long, value_name = "TIME", env = "FORKYARD_IDLE_TIMEOUT", default_value = "75s", value_parser = parse_duration, help_heading = "Memory and limits")]
     idle_timeout: Duration,
 
-    /// How long a client may take to send the head of a request
+    /// How long a client may take to send the head of a request; 0 for no limit
     #[arg(long, value_name = "TIME", env = "FORKYARD_HEADER_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
     header_timeout: Duration,
 
-    /// How long a client may take to send the next 4 KiB of a body that the application waits for
+    /// How long a client may take to send the next 4 KiB of a body that the application waits for; 0 for no limit
     #[arg(long, value_name = "TIME", env = "FORKYARD_BODY_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
     body_timeout: Duration,
 
-    /// How long a client may take to read the next 4 KiB of a response
+    /// How long a client may take to read the next 4 KiB of a response; 0 for no limit
     #[arg(long, value_name = "TIME", env = "FORKYARD_WRITE_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
     write_timeout: Duration,
 
-    /// How long an upgraded connection (a WebSocket) may be silent in both directions
+    /// How long an upgraded connection (a WebSocket) may be silent in both directions; 0 for no limit
     #[arg(long, value_name = "TIME", env = "FORKYARD_UPGRADED_TIMEOUT", default_value = "0s", value_parser = parse_duration, help_heading = "Memory and limits")]
     upgraded_timeout: Duration,
 }
@@ -320,7 +322,7 @@ fn addresses_of(name: &str) -> Vec<IpAddr> {
 /// What the page cache keeps, and where.
 #[derive(Args, Debug)]
 struct KeepOptions {
-    /// Largest page that the cache takes, as in 4M; a 64th of the cache if not given, but at least 1M as far as that fits
+    /// Largest page that the cache takes, as in 4M; 0, or nothing, for a 64th of the cache, but at least 1M as far as that fits
     #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE_MAX_ENTRY", value_parser = parse_size, help_heading = "Memory and limits")]
     cache_max_entry: Option<u64>,
 
@@ -408,7 +410,7 @@ struct RunOptions {
     events: events::LogOfProgram,
 
     /// An application process counts as started when it is seen to wait for connections or to have one, or has run for
-    /// so long [default: 1s, until one was seen; then each has to be]
+    /// so long; with 0, at once [default: 1s, until one was seen; then each has to be]
     #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", value_parser = parse_duration, help_heading = "Processes")]
     settle: Option<Duration>,
 
@@ -489,7 +491,7 @@ pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Resul
 }
 
 /// The request, and what does not go together in it.
-fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<String>) {
+fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
     linked.serve.bind_what_is_passed();
     let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
     let WorkerOptions {
@@ -510,8 +512,8 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<String>) {
     let numbers = linked.serve.numbers.numbers(of_each);
     let serves_fastcgi = listen::started_by_web_server() && linked.serve.bind.is_empty()
         || linked.serve.bind.iter().any(|bind| bind.protocol == Protocol::FastCgi);
-    let access = or_note(access.access(serves_fastcgi), &mut wrong);
-    let sandbox = or_note(sandbox.config(), &mut wrong);
+    let access = or_note(access.access(serves_fastcgi), &["allow", "bind"], &mut wrong);
+    let sandbox = or_note(sandbox.config(), &["sandbox", "sandbox-read", "sandbox-write"], &mut wrong);
     let limits = Limits {
         max_body: linked.worker.max_body,
         max_params: linked.worker.max_params,
@@ -556,13 +558,14 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
 }
 
 /// As above.
-fn run_request(mut run: RunOptions) -> (Request, Vec<String>) {
+fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
     run.serve.bind_what_is_passed();
     let mut wrong = Vec::new();
     if run.command.is_empty() {
-        wrong.push("no COMMAND: give it after '--', or as command in the configuration file".to_owned());
+        let text = "no COMMAND: give it after '--', or as command in the configuration file".to_owned();
+        wrong.push(Mismatch { settings: &["command"], text });
     }
-    or_note(check_run(&run.serve.bind), &mut wrong);
+    or_note(check_run(&run.serve.bind), &["bind"], &mut wrong);
     let numbers = run.serve.numbers.numbers(OfEachWorker::default());
     let memory = (run.keep.cache(Some(run.cache)), run.events.config());
     let config = config(run.serve, numbers, memory, run.settle, OfWorkers::default(), &mut wrong);
@@ -572,7 +575,7 @@ fn run_request(mut run: RunOptions) -> (Request, Vec<String>) {
 /// What is to be done, if that can be.
 fn conclude(
     request: Request,
-    mut wrong: Vec<String>,
+    mut wrong: Vec<Mismatch>,
     mistakes: Mistakes,
     checked: bool,
     command: &mut Command,
@@ -580,24 +583,27 @@ fn conclude(
     let request = Box::new(request);
     if checked {
         // What follows from a setting that could not be read is no further mistake.
-        let follows = |text: &String| {
-            mistakes
-                .settings
-                .iter()
-                .any(|flag| text.contains(&format!("--{flag}")) || flag == "command" && text.contains("COMMAND"))
-        };
-        wrong.retain(|text| !follows(text));
-        return Ok(Invocation::Check { request, mistakes: [mistakes.lines, wrong].concat() });
+        let is_unread = |setting: &&str| mistakes.settings.iter().any(|unread| unread == setting);
+        wrong.retain(|mismatch| !mismatch.settings.iter().any(is_unread));
+        let wrong = wrong.into_iter().map(|mismatch| mismatch.text);
+        return Ok(Invocation::Check { request, mistakes: mistakes.lines.into_iter().chain(wrong).collect() });
     }
     if wrong.is_empty() {
         return Ok(Invocation::Serve(request));
     }
-    Err(command.error(clap::error::ErrorKind::ValueValidation, wrong.join("\n       ")))
+    let texts: Vec<String> = wrong.into_iter().map(|mismatch| mismatch.text).collect();
+    Err(command.error(clap::error::ErrorKind::ValueValidation, texts.join("\n       ")))
 }
 
-fn or_note<T: Default>(found: Result<T, String>, wrong: &mut Vec<String>) -> T {
-    found.unwrap_or_else(|cause| {
-        wrong.push(cause);
+/// Settings that do not go together.
+struct Mismatch {
+    settings: &'static [&'static str],
+    text: String,
+}
+
+fn or_note<T: Default>(found: Result<T, String>, settings: &'static [&'static str], wrong: &mut Vec<Mismatch>) -> T {
+    found.unwrap_or_else(|text| {
+        wrong.push(Mismatch { settings, text });
         T::default()
     })
 }
@@ -754,7 +760,7 @@ fn config(
     (cache, events): (CacheConfig, EventsConfig),
     settle: Option<Duration>,
     of_workers: OfWorkers,
-    wrong: &mut Vec<String>,
+    wrong: &mut Vec<Mismatch>,
 ) -> Config {
     let mut binds = serve.bind;
     if binds.is_empty() {
@@ -789,7 +795,7 @@ fn config(
         failures: of_workers.failures,
         control: serve.control.config(),
         logs: serve.logs.config(serve.log_level, of_workers.access_log),
-        helpers: or_note(serve.helpers.config(), wrong),
+        helpers: or_note(serve.helpers.config(), &["daemon", "cron"], wrong),
         upgrade: serve.upgrade.config(),
     }
 }

@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::config::{
     Jittered, Numbers, Share, parse_duration, parse_health_path, parse_max_age, parse_max_memory, parse_max_requests,
+    parse_positive_duration,
 };
 
 /// Those of everything that serves.
@@ -21,7 +22,7 @@ pub(super) struct NumberOptions {
     #[arg(long, value_name = "TIME", env = "FORKYARD_GIVE_UP_AFTER", default_value = "5m", value_parser = parse_duration, help_heading = "Processes")]
     give_up_after: Duration,
 
-    /// Of a range of --workers, how long one was not needed when it may leave
+    /// Of a range of --workers, how long one was not needed when it may leave; 0 for at once
     #[arg(long, value_name = "TIME", env = "FORKYARD_SCALE_DOWN_AFTER", default_value = "30s", value_parser = parse_duration, help_heading = "Processes")]
     scale_down_after: Duration,
 
@@ -31,7 +32,7 @@ pub(super) struct NumberOptions {
     max_memory: u64,
 
     /// How often the memory of each worker is looked at, for --max-memory
-    #[arg(long, value_name = "TIME", env = "FORKYARD_MEMORY_INTERVAL", default_value = "5s", value_parser = parse_duration, help_heading = "Processes")]
+    #[arg(long, value_name = "TIME", env = "FORKYARD_MEMORY_INTERVAL", default_value = "5s", value_parser = parse_positive_duration, help_heading = "Processes")]
     memory_interval: Duration,
 
     /// Replace a worker at this age, as in 12h, or 12h~1h for each at an age of its own between 12 and 13 hours; 0 for

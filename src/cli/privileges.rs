@@ -61,7 +61,7 @@ pub(super) struct PrivilegeOptions {
     #[arg(long, value_name = "NAME=SOFT[:HARD]", env = "FORKYARD_RLIMIT", value_delimiter = ',', value_parser = parse_limit, help_heading = "Privileges")]
     rlimit: Vec<ResourceLimit>,
 
-    /// Priority of the application's processes, from -20 (first) to 19 (last)
+    /// Priority of the application's processes, from -20 (first) through 0 (normal) to 19 (last)
     #[arg(long, value_name = "N", env = "FORKYARD_NICE", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=19), help_heading = "Privileges")]
     nice: Option<i32>,
 

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::config::parse_duration;
+use crate::config::parse_positive_duration;
 use crate::config::upgrade::UpgradeConfig;
 
 /// What concerns an upgrade by USR2.
 #[derive(Args, Debug)]
 pub(super) struct UpgradeOptions {
     /// On USR2, how long the new build may take to show that it can take over; after that the old one goes on
-    #[arg(long, value_name = "TIME", env = "FORKYARD_UPGRADE_TIMEOUT", default_value = "60s", value_parser = parse_duration, help_heading = "Processes")]
+    #[arg(long, value_name = "TIME", env = "FORKYARD_UPGRADE_TIMEOUT", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Processes")]
     upgrade_timeout: Duration,
 }
 

@@ -271,6 +271,18 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     number.checked_mul(ms_per_unit).map(Duration::from_millis).ok_or_else(expected)
 }
 
+/// As [`parse_duration`], of a time that cannot be zero.
+///
+/// # Errors
+/// As above.
+pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
+    let time = parse_duration(text)?;
+    if time.is_zero() {
+        return Err(format!("'{text}' is too short (expected a time above 0, as in 500ms)"));
+    }
+    Ok(time)
+}
+
 /// Reads permissions in octal, as `chmod` takes them.
 ///
 /// # Errors

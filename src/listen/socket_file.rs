@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::{Mode, fstat, umask};
+use nix::sys::statvfs::statvfs;
 use nix::unistd::Uid;
 
 use super::{listen, new_socket};
@@ -167,6 +168,10 @@ pub(crate) fn examine_folder(path: &Path) -> Result<(), String> {
         _ => Path::new("."),
     };
     match access(folder, AccessFlags::W_OK | AccessFlags::X_OK) {
+        _ if folder.exists() && !folder.is_dir() => Err(format!("{} is not a directory", folder.display())),
+        Ok(()) if statvfs(folder).is_ok_and(|found| found.files() > 0 && found.files_free() == 0) => {
+            Err(format!("the folder {}: its file system has no room for another file (df -i)", folder.display()))
+        }
         Ok(()) => Ok(()),
         Err(Errno::ENOENT) => Err(format!("the folder {} does not exist (create it)", folder.display())),
         Err(errno) => Err(format!("the folder {}: {}", folder.display(), errno.desc().to_lowercase())),

@@ -20,6 +20,7 @@ use super::control::Waiting;
 use super::supervisor::{Command, Event, Note};
 use super::{Master, Reloaded, policy};
 use crate::config::privileges::{Owner, PrivilegesConfig};
+use crate::conflicts::{self, Conflict};
 use crate::control::wire::Answer;
 use crate::logging::files::LogFiles;
 use crate::{logging, privileges};
@@ -46,6 +47,10 @@ impl Master {
     /// Nothing fails after the first thing that changes.
     fn take_over(&mut self, read: Reloaded) -> Result<(), String> {
         let Reloaded { config, program, fixed } = read;
+        let conflicts = conflicts::find_among_files(&config);
+        if !conflicts.is_empty() {
+            return Err(Conflict::join(&conflicts));
+        }
         let config = Arc::new(config);
         let mut settings = self.nursery.prepare(&config, program)?;
         settings.events = self.relay.seen_by_programs(&config);

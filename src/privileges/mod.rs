@@ -42,28 +42,35 @@ impl Privileges {
     /// Looks what can be done of `config`. `executes` tells that each process executes a program.
     ///
     /// # Errors
-    /// A sentence for the operator, which names the flag.
-    pub(crate) fn resolve(config: &PrivilegesConfig, executes: bool) -> Result<Self, String> {
-        let standing = standing().map_err(|error| format!("what this process may do cannot be found out: {error}"))?;
-        let steps = steps::steps(config, &standing, executes)?;
-        steps::affinity(config, &standing, 0)?;
+    /// All that cannot be done: a sentence for the operator each, which names the flag.
+    pub(crate) fn examine(config: &PrivilegesConfig, executes: bool) -> Result<Self, Vec<String>> {
+        let standing =
+            standing().map_err(|error| vec![format!("what this process may do cannot be found out: {error}")])?;
+        let mut causes = Vec::new();
+        let steps = steps::steps(config, &standing, executes).unwrap_or_else(|found| {
+            causes = found;
+            Vec::new()
+        });
+        causes.extend(steps::affinity(config, &standing, 0).err());
         let root = config.chroot.as_deref().unwrap_or(Path::new("/"));
-        let inside = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
-        is_folder("--chroot", root)?;
-        if let Some(folder) = &config.chdir {
-            let seen = if folder.is_absolute() || config.chroot.is_some() { inside(folder) } else { folder.clone() };
-            is_folder("--chdir", &seen)?;
+        match is_folder("--chroot", root) {
+            Ok(()) => causes.extend(missing_below(root, config)),
+            Err(cause) => causes.push(cause),
         }
-        if let Some(config) = &config.sandbox {
-            sandbox::check(config, root)?;
-        }
-        if config.owner_of_sockets().is_some_and(|owner| owner.user != standing.user)
-            && standing.capabilities & Capability::CAP_CHOWN.bitmask() == 0
-        {
+        let gives_files = config.owner_of_sockets().is_some_and(|owner| owner.user != standing.user);
+        if gives_files && !standing.has(Capability::CAP_CHOWN) {
             let flag = if config.socket_owner.is_some() { "--socket-owner" } else { "--user" };
-            return Err(format!("{flag}: this process may not give files away: it lacks CAP_CHOWN (start it as root)"));
+            causes.push(format!("{flag}: this process may not give files away: it lacks CAP_CHOWN (start it as root)"));
         }
-        Ok(Self { config: config.clone(), standing, steps })
+        if causes.is_empty() { Ok(Self { config: config.clone(), standing, steps }) } else { Err(causes) }
+    }
+
+    /// The same, with all that cannot be done in one sentence.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) fn resolve(config: &PrivilegesConfig, executes: bool) -> Result<Self, String> {
+        Self::examine(config, executes).map_err(|causes| causes.join("; "))
     }
 
     /// What the process in `slot` has to do, in order.
@@ -177,6 +184,17 @@ pub(crate) fn give_of(file: BorrowedFd<'_>, from: Uid, owner: Owner) -> io::Resu
     // An O_PATH descriptor takes no fchown(2), but this.
     nix::unistd::fchownat(file, c"", Some(owner.user), Some(owner.group), nix::fcntl::AtFlags::AT_EMPTY_PATH)?;
     Ok(())
+}
+
+/// What cannot be found or done with this root.
+fn missing_below(root: &Path, config: &PrivilegesConfig) -> Vec<String> {
+    let chdir = config.chdir.as_ref().and_then(|folder| {
+        let is_below = folder.is_absolute() || config.chroot.is_some();
+        let seen = if is_below { root.join(folder.strip_prefix("/").unwrap_or(folder)) } else { folder.clone() };
+        is_folder("--chdir", &seen).err()
+    });
+    let sandbox = config.sandbox.as_ref().map(|sandbox| sandbox::check(sandbox, root));
+    chdir.into_iter().chain(sandbox.into_iter().flatten()).collect()
 }
 
 fn is_folder(flag: &str, path: &Path) -> Result<(), String> {

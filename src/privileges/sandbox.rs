@@ -61,23 +61,22 @@ const READ: [&str; 33] = [
 const WRITE: [&str; 3] = ["/dev/null", "/dev/zero", "/dev/full"];
 
 /// Whether this kernel can do it, and the paths that the operator named are there.
-///
-/// # Errors
-/// A sentence for the operator.
-pub(super) fn check(config: &SandboxConfig, root: &Path) -> Result<(), String> {
-    let named = config.read.iter().map(|path| ("--sandbox-read", path));
-    for (flag, path) in named.chain(config.write.iter().map(|path| ("--sandbox-write", path))) {
-        let seen = root.join(path.strip_prefix("/").unwrap_or(path));
-        seen.metadata()
-            .map_err(|error| format!("{flag} {}: {error} (it must be there at the start)", path.display()))?;
-    }
-    filters().map_err(|error| format!("--sandbox: {error}"))?;
-    ruleset(config.required).map(drop).map_err(|error| {
+/// What is not so: a sentence for the operator each.
+pub(super) fn check(config: &SandboxConfig, root: &Path) -> Vec<String> {
+    let read = config.read.iter().map(|path| ("--sandbox-read", path));
+    let named = read.chain(config.write.iter().map(|path| ("--sandbox-write", path)));
+    let missing = named.filter_map(|(flag, path)| {
+        let error = root.join(path.strip_prefix("/").unwrap_or(path)).metadata().err()?;
+        Some(format!("{flag} {}: {error} (it must be there at the start)", path.display()))
+    });
+    let filters = filters().err().map(|error| format!("--sandbox: {error}"));
+    let ruleset = ruleset(config.required).err().map(|error| {
         format!(
             "--sandbox: this kernel has no Landlock, or one before Linux 6.2 ({error}); --sandbox=best-effort goes on with what \
              there is"
         )
-    })
+    });
+    missing.chain(filters).chain(ruleset).collect()
 }
 
 /// Confines this thread, and all threads and processes that it starts.

@@ -105,41 +105,42 @@ impl Step {
 /// `executes` tells that the process will execute a program.
 ///
 /// # Errors
-/// A sentence for the operator: what cannot be done, why, and the flag.
-pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bool) -> Result<Vec<Step>, String> {
-    let may = |capability: Capability| standing.capabilities & capability.bitmask() != 0;
-    let need = |capability: Capability, flag: &str, what: &str| {
-        if may(capability) {
-            return Ok(());
-        }
-        Err(format!(
-            "{flag}: this process may not {what}: it lacks {capability} (start it as root, or leave {flag} away)"
-        ))
-    };
-    let mut steps: Vec<Step> = Vec::new();
-    for limit in &config.limits {
-        check_limit(limit, standing)?;
-        steps.push(Step::Limit { resource: limit.resource, soft: limit.soft, hard: limit.hard });
+/// Sentences for the operator: everything that cannot be done, why, and the flag.
+pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bool) -> Result<Vec<Step>, Vec<String>> {
+    let limits = config.limits.iter().map(|limit| {
+        let step = Step::Limit { resource: limit.resource, soft: limit.soft, hard: limit.hard };
+        check_limit(limit, standing).map(|()| vec![step])
+    });
+    let nice = config.nice.iter().map(|&nice| check_nice(nice, standing).map(|()| vec![Step::Nice(nice)]));
+    let umask = config.umask.map(|mode| Ok(vec![Step::Umask(Mode::from_bits_truncate(mode))]));
+    let chroot = config.chroot.iter().map(|folder| {
+        standing.need(Capability::CAP_SYS_CHROOT, "--chroot", "change its root folder")?;
+        Ok(vec![Step::Chroot(text(folder, "--chroot")?)])
+    });
+    let no_new_privileges =
+        no_new_privileges(config).map(|wanted| Vec::from_iter(wanted.then_some(Step::NoNewPrivileges)));
+    let chdir = config.chdir.iter().map(|folder| Ok(vec![Step::Chdir(text(folder, "--chdir")?)]));
+    let sandbox = sandbox_makes_sense(config, standing).map(|()| Vec::new());
+    let parts = limits.chain(nice).chain(umask).chain(chroot).chain([identity_steps(config, standing, executes)]);
+    let (mut steps, mut causes) = (Vec::new(), Vec::new());
+    for part in parts.chain([no_new_privileges]).chain(chdir).chain([sandbox]) {
+        part.map_or_else(|cause| causes.push(cause), |part| steps.extend(part));
     }
-    if let Some(nice) = config.nice {
-        check_nice(nice, standing)?;
-        steps.push(Step::Nice(nice));
-    }
-    steps.extend(config.umask.map(|mode| Step::Umask(Mode::from_bits_truncate(mode))));
-    if let Some(folder) = &config.chroot {
-        need(Capability::CAP_SYS_CHROOT, "--chroot", "change its root folder")?;
-        steps.push(Step::Chroot(text(folder, "--chroot")?));
-    }
+    if causes.is_empty() { Ok(steps) } else { Err(causes) }
+}
 
+/// Those that make a process somebody else, and take its capabilities.
+fn identity_steps(config: &PrivilegesConfig, standing: &Standing, executes: bool) -> Result<Vec<Step>, String> {
     let identity = identity(config, standing)?;
     if identity.groups.is_some() || identity.group.is_some() {
         let flag = if config.user.is_some() { "--user" } else { "--group" };
-        need(Capability::CAP_SETGID, flag, "change its groups")?;
+        standing.need(Capability::CAP_SETGID, flag, "change its groups")?;
     }
     if identity.user.is_some() {
-        need(Capability::CAP_SETUID, "--user", "become another user")?;
-        need(Capability::CAP_KILL, "--user", "signal processes of another user, as it must to stop them")?;
+        standing.need(Capability::CAP_SETUID, "--user", "become another user")?;
+        standing.need(Capability::CAP_KILL, "--user", "signal processes of another user, as it must to stop them")?;
     }
+    let mut steps = Vec::new();
     let kept = config.capabilities.or(config.user.as_ref().map(|_| CapabilitySet(0)));
     if let Some(CapabilitySet(kept)) = kept
         && let missing @ 1.. = kept & !standing.capabilities
@@ -150,7 +151,7 @@ pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bo
         ));
     }
     if let Some(kept) = kept {
-        if may(Capability::CAP_SETPCAP) {
+        if standing.has(Capability::CAP_SETPCAP) {
             steps.push(Step::Bound(kept));
         }
         if kept.0 != 0 && identity.user.is_some() {
@@ -161,13 +162,6 @@ pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bo
     steps.extend(identity.group.map(Step::Group));
     steps.extend(identity.user.map(Step::User));
     steps.extend(kept.map(|kept| Step::Capabilities { kept, ambient: executes }));
-    if no_new_privileges(config)? {
-        steps.push(Step::NoNewPrivileges);
-    }
-    if let Some(folder) = &config.chdir {
-        steps.push(Step::Chdir(text(folder, "--chdir")?));
-    }
-    sandbox_makes_sense(config, standing)?;
     Ok(steps)
 }
 
@@ -210,9 +204,22 @@ fn check_nice(nice: i32, standing: &Standing) -> Result<(), String> {
 }
 
 impl Standing {
+    pub(crate) fn has(&self, capability: Capability) -> bool {
+        self.capabilities & capability.bitmask() != 0
+    }
+
+    fn need(&self, capability: Capability, flag: &str, what: &str) -> Result<(), String> {
+        if self.has(capability) {
+            return Ok(());
+        }
+        Err(format!(
+            "{flag}: this process may not {what}: it lacks {capability} (start it as root, or leave {flag} away)"
+        ))
+    }
+
     /// Whether a limit of the machine does not hold for this process.
     fn may_exceed(&self, capability: Capability) -> bool {
-        self.in_first_namespace && self.capabilities & capability.bitmask() != 0
+        self.in_first_namespace && self.has(capability)
     }
 }
 
@@ -240,7 +247,7 @@ fn identity(config: &PrivilegesConfig, standing: &Standing) -> Result<Identity, 
     let group = group.filter(|&group| group != standing.group);
     // Who is that user already, and may not change its groups, has been given them by whoever started it.
     let given = user.is_none() && group.is_none() && config.supplementary_groups.is_none();
-    let groups = groups.filter(|_| !given || standing.capabilities & Capability::CAP_SETGID.bitmask() != 0);
+    let groups = groups.filter(|_| !given || standing.has(Capability::CAP_SETGID));
     Ok(Identity { groups, group, user })
 }
 
@@ -425,8 +432,8 @@ mod tests {
                 "--no-new-privileges=false",
             ),
         ] {
-            let error = steps(&config, &standing, false).unwrap_err();
-            assert!(error.contains(said), "{error}");
+            let errors = steps(&config, &standing, false).unwrap_err();
+            assert!(errors.iter().any(|error| error.contains(said)), "{errors:?}");
         }
     }
 
@@ -457,7 +464,9 @@ mod tests {
             let found = steps(&config, &standing, false);
             match said {
                 None => assert!(found.is_ok(), "{found:?}"),
-                Some(said) => assert!(found.clone().is_err_and(|error| error.contains(said)), "{said}: {found:?}"),
+                Some(said) => {
+                    assert!(found.clone().is_err_and(|errors| errors.concat().contains(said)), "{said}: {found:?}")
+                }
             }
         }
     }
