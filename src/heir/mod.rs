@@ -198,7 +198,7 @@ fn live(worker: Pid, heritage: &Heritage, ledger: Ledger, lines: Option<LineBuff
 
 /// Writes the lines of the access log that the worker had no time for.
 fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
-    if let (count, Err(error)) = heritage.log_files.write_access_within(lines, PATIENCE) {
+    if let (count, Err(error)) = heritage.log_files.write_access_within(lines, logging::last_flush_timeout()) {
         let lost = lines[count..].iter().filter(|&&byte| byte == b'\n').count();
         log::error!(
             "the last lines of a dead worker's access log are lost: {error} slot={} lost={lost}",

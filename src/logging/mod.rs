@@ -48,8 +48,10 @@ pub(crate) const OUTPUT: &str = "app";
 const OUTPUT_FROM: &str = concat!(env!("CARGO_CRATE_NAME"), "::master::output");
 /// The targets of our own lines begin so.
 const OURS: &str = concat!(env!("CARGO_CRATE_NAME"), "::");
-/// How long a process that ends waits for the log's reader.
+/// How long a process that ends waits for the readers of its logs, of all together.
 const LAST_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// When it began to wait.
+static LAST_FLUSH: OnceLock<Instant> = OnceLock::new();
 
 /// The log's descriptor. It is never closed, and the file behind it may change.
 static DESCRIPTOR: OnceLock<OwnedFd> = OnceLock::new();
@@ -167,6 +169,19 @@ impl Sink {
         admission.is_admitted
     }
 
+    /// Logs what was left out, as far as it is to be told by `now`. That is a line for each place in the source, and one for the
+    /// application's.
+    fn report_left_out(&mut self, now: Now) {
+        let Some(limits) = &mut self.limits else { return };
+        let (samples, left_out) = (limits.sites.tick(now), limits.application.tick(now));
+        for Sample { level, target, message, more } in samples {
+            self.put(&line(level, &target, &format!("{message} left_out={more}"), false));
+        }
+        if let Some(left_out) = left_out {
+            self.report(left_out);
+        }
+    }
+
     fn report(&mut self, LeftOut { lines, bytes }: LeftOut) {
         let text = format!("lines logged by the application were left out (--output-rate) lines={lines} bytes={bytes}");
         self.put(&own_line(Level::Warn, &text));
@@ -175,17 +190,7 @@ impl Sink {
     /// Does what is due. Returns when to come back, if there is something to come back for.
     fn tick(&mut self) -> Option<Duration> {
         let now = self.now();
-        let (samples, left_out) = match &mut self.limits {
-            Some(limits) => (limits.sites.tick(now), limits.application.tick(now)),
-            None => Default::default(),
-        };
-        for Sample { level, target, message, more } in samples {
-            let message = format!("{message} left_out={more}");
-            self.put(&line(level, &target, &message, false));
-        }
-        if let Some(left_out) = left_out {
-            self.report(left_out);
-        }
+        self.report_left_out(now);
         if let Some(queue) = self.queue.as_mut().filter(|queue| !queue.is_empty()) {
             let _ = queue.flush(fd(), self.kind); // the next line that is put shows that it fails
             if queue.is_empty() {
@@ -388,23 +393,20 @@ pub(crate) fn is_slow_for() -> Option<Duration> {
     sink().queue.as_ref().and_then(Queue::is_slow_for)
 }
 
-/// Before this process ends: writes what waits, if that is read within a second.
+/// How long this process, which ends, may still wait for readers of its logs. Without one deadline for all, a stop would take a second
+/// for each log and process.
+pub(crate) fn last_flush_timeout() -> Duration {
+    LAST_FLUSH_TIMEOUT.saturating_sub(LAST_FLUSH.get_or_init(Instant::now).elapsed())
+}
+
+/// Before this process ends: writes what waits, if its reader has not stopped, and reads it within a second.
 pub(crate) fn finish() {
     let mut sink = sink();
-    let (samples, left_out) = match &mut sink.limits {
-        Some(limits) => (limits.sites.tick(Now::MAX), limits.application.end()),
-        None => Default::default(),
-    };
-    for Sample { level, target, message, more } in samples {
-        sink.put(&line(level, &target, &format!("{message} left_out={more}"), false));
-    }
-    if let Some(left_out) = left_out {
-        sink.report(left_out);
-    }
+    sink.report_left_out(Now::MAX);
     let kind = sink.kind;
     if let Some(queue) = sink.queue.as_mut().filter(|queue| !queue.is_empty()) {
-        let waiting = queue.take();
-        let _ = destination::write_lines_within(fd(), kind, &waiting, LAST_FLUSH_TIMEOUT); // nobody is left to be told
+        let limit = queue.is_slow_for().unwrap_or_default().min(last_flush_timeout());
+        let _ = destination::write_lines_within(fd(), kind, &queue.take(), limit); // nobody is left to be told
         sink.goes_on();
     }
 }
@@ -492,5 +494,21 @@ impl Write for Destination {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_waits_of_a_process_that_ends_have_one_deadline() {
+        let (_read, write) = nix::unistd::pipe().unwrap();
+        let (kind, own) = Kind::of(write.as_fd());
+        let fd = own.as_ref().unwrap_or(&write).as_fd();
+        let lines = [b'\n'; 1 << 20];
+        let outcome = destination::write_lines_within(fd, kind, &lines, last_flush_timeout()).1;
+        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::WouldBlock, "nobody reads");
+        assert_eq!(last_flush_timeout(), Duration::ZERO, "the next one has been waited for too");
     }
 }

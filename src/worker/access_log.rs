@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 
 use crate::config::logs::AccessFormat;
 use crate::listen::Protocol;
+use crate::logging;
 use crate::logging::access::{Asked, Exchange, LONGEST};
 use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::{LineBuffer, ROOM};
@@ -94,7 +95,8 @@ impl AccessLog {
     /// Writes what waits, before this worker ends.
     pub(super) fn finish(&self) {
         if !self.buffer.is_empty() {
-            self.buffer.write_out(|lines| self.wrote(lines, self.files.write_access_within(lines, WAIT)));
+            let limit = logging::last_flush_timeout();
+            self.buffer.write_out(|lines| self.wrote(lines, self.files.write_access_within(lines, limit)));
             self.lose(self.buffer.forget(), "nobody reads it");
         }
     }
