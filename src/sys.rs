@@ -7,6 +7,7 @@
 //! - Nothing here decides anything. Policy lives in `master::supervisor`; this file only does what it is told.
 #![expect(unsafe_code, reason = "this file is the fence: fork, descriptors by number, signal actions, environment")]
 
+mod announce;
 mod end_of_start;
 mod exclusive;
 mod peek;
@@ -35,6 +36,7 @@ use nix::unistd::{ForkResult, Pid, getppid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+pub(crate) use self::announce::{announce, announce_by};
 pub(crate) use self::end_of_start::{EndOfStart, end_start_on};
 pub(crate) use self::exclusive::Exclusive;
 pub(crate) use self::peek::{descriptor_of, ending_of};
@@ -167,7 +169,7 @@ pub(crate) fn own(fd: RawFd) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Starts `command` as a child that dies with this process, in a process group of its own, and inherits
+/// Starts `command` as a child that dies with this process, in a process group of its own that is announced to the guard, and inherits
 /// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else. It first
 /// calls `prepare`, which must be async-signal-safe.
 ///
@@ -183,6 +185,7 @@ pub(crate) fn spawn(
     let open = numbers_without_close_range();
     let descriptors = DESCRIPTOR_LIMIT.get().copied();
     let in_child = move || {
+        announce(nix::unistd::getpid()); // it leads its group by now
         if let Some((soft, hard)) = descriptors {
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?; // before the preparation, which may set another one
         }
@@ -203,7 +206,7 @@ pub(crate) fn spawn(
         unblock_signals();
         Ok(())
     };
-    // SAFETY: between fork and exec the closure only makes system calls (those of `prepare`, prctl, getppid,
+    // SAFETY: between fork and exec the closure only makes system calls (getpid, send, those of `prepare`, prctl, getppid,
     // close_range, fcntl, sigprocmask): no allocation, no lock. What the child opens before exec is close-on-exec by itself.
     unsafe { command.process_group(0).pre_exec(in_child) };
     let before = block_signals();

@@ -1,6 +1,7 @@
 //! What the rest of the system sees when something dies: a test for each line of "What survives" in
 //! `docs/architecture.md`. Other files go into each of them at length; the line on reloads, upgrades, scaling and recycling under load
-//! is `no_request_lost.rs`, the one on slow clients `slow_clients.rs`, the one on the relay `events_publish.rs`.
+//! is `no_request_lost.rs`, the one on slow clients `slow_clients.rs`, the one on the relay `events_publish.rs`,
+//! those on the programs of a killed master and on the guard `killed_master.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 

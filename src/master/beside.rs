@@ -1,7 +1,7 @@
 //! The processes beside the workers: makes and ends what [`helpers`](super::helpers) decides, and logs what they say.
 //!
 //! They are programs, started as those under `forkyard run`: in a process group of their own, with the privileges of the
-//! workers, and killed by the kernel if the master dies.
+//! workers, and killed by the kernel if the master dies; what these have started is killed by the guard.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -15,7 +15,7 @@ use forkyard_shm::Segment;
 use jiff::Timestamp;
 use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, killpg};
-use nix::unistd::{Pid, pipe2};
+use nix::unistd::{Pid, getpgid, pipe2};
 
 use super::helpers::{Action, Event, Helpers, Note, STEADY};
 use super::inherited::Inherited;
@@ -199,6 +199,12 @@ impl Beside {
         self.helpers.is_empty()
     }
 
+    /// Whether anything is to run, or runs.
+    pub(super) fn has_any(&self) -> bool {
+        let read = self.read.as_ref().is_some_and(|settings| !settings.programs.is_empty());
+        read || !self.programs.is_empty() || !self.processes.is_empty()
+    }
+
     pub(super) fn has(&self, pid: Pid) -> bool {
         self.processes.contains_key(&pid)
     }
@@ -330,6 +336,9 @@ impl Beside {
     pub(super) fn inherit(&mut self, orphans: &[Pid]) {
         let names: Vec<&str> = self.programs.iter().map(|helper| helper.label.name.as_str()).collect();
         for (helper, pid) in self.inherited.take(orphans, &names) {
+            if let Ok(group) = getpgid(Some(pid)) {
+                sys::announce(group);
+            }
             self.feed(Event::Detached { helper, pid });
         }
     }

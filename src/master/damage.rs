@@ -97,6 +97,7 @@ impl Master {
         self.beside.move_to(segment.clone());
         self.nursery.segment = segment;
         self.relay.renew(self.begun.elapsed());
+        self.renew_guard(); // it holds on to the memory that was there when it was forked
         self.damage = Damage { looked_at: self.begun.elapsed(), ..Damage::new(&self.nursery.segment) };
         let text = format!(
             "the shared memory was damaged ({why}), and new memory takes its place: the cache starts empty, and \

@@ -14,6 +14,7 @@
 //!   them what they go by. [`symbols`] has the functions named in which workers crashed.
 //! - [`upgrade`] has this process become another build of the program.
 //! - [`helpers`] decides which daemons and jobs run beside the workers (pure); [`beside`] runs them.
+//! - [`guard`] outlives the master, and ends what is left of its programs then.
 //! - [`relay`] keeps the process that publishes for programs in other languages.
 //! - [`obituary`] writes the line for each process that ended.
 //! - [`control`] is the socket at which operators ask, [`operator`] does it, [`reload`] takes over what was changed, and [`status`] says how things are.
@@ -23,6 +24,7 @@ mod closing;
 mod control;
 mod damage;
 mod demand;
+mod guard;
 mod hangs;
 mod helpers;
 mod inherited;
@@ -63,6 +65,7 @@ pub(crate) use self::beside::check_helpers;
 use self::closing::Closing;
 pub(crate) use self::control::Control;
 use self::damage::Damage;
+use self::guard::Guard;
 use self::obituary::Obituary;
 use self::output::LateOutputs;
 use self::programs::Programs;
@@ -146,6 +149,7 @@ struct Master {
     /// What runs beside the workers.
     beside: Beside,
     relay: Relay,
+    guard: Guard,
     damage: Damage,
     closing: Closing,
     /// It stops because no worker ever became ready.
@@ -211,6 +215,7 @@ pub(crate) fn run(
         sickbed: Sickbed::new(&config.failures, segment.quarantine()),
         beside: Beside::new(&config, segment.clone(), begun)?,
         relay: Relay::new(operators.publish),
+        guard: Guard::default(),
         nursery: Nursery::new(config, listeners, segment, launch, application, operators.log_files, ties)?,
         late: LateOutputs::default(),
         origin,
@@ -238,7 +243,7 @@ pub(crate) fn run(
     }
     match takeover {
         Some(left) => master.adopt(left),
-        None => master.feed(Event::Tick),
+        None => master.begin(),
     }
     while master.ended.is_none() || master.upgrade.is_checking() {
         let (arrived, events) = master.wait();
@@ -301,6 +306,7 @@ impl Master {
         self.await_heirs();
         self.relay.end();
         self.end_leftovers();
+        self.guard.stop();
         self.late.finish(self.now());
         self.farewell();
         logging::finish();
@@ -341,6 +347,7 @@ impl Master {
             self.beside.next_deadline(),
             self.programs.next_deadline(),
             self.relay.next_deadline(now),
+            self.guard.next_deadline(),
             self.damage.next_deadline(),
         ];
         let outputs = self.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
@@ -414,6 +421,7 @@ impl Master {
 
     /// Reaps all that have ended: one SIGCHLD may stand for many.
     fn reap(&mut self) {
+        self.guard.look();
         while let Some(pid) = sys::ended_child() {
             let is_check = self.upgrade.is_check(pid);
             // What a wrapper script started, say, and left behind. Before the pid is free for others.
@@ -430,7 +438,11 @@ impl Master {
                 }
                 continue;
             }
-            if self.relay.ended(pid, ending, self.begun.elapsed()) || self.beside.ended(pid, ending) {
+            let now = self.now();
+            if self.guard.ended(pid, ending, now)
+                || self.relay.ended(pid, ending, now)
+                || self.beside.ended(pid, ending)
+            {
                 continue;
             }
             self.hear(pid, 0);
@@ -514,8 +526,15 @@ impl Master {
         self.feed(Event::Recycle { pid });
     }
 
-    /// Has daemons and jobs go on. When they are gone too, after the last worker, the master ends.
+    /// Makes the first processes.
+    fn begin(&mut self) {
+        self.keep_guard();
+        self.feed(Event::Tick);
+    }
+
+    /// Has the guard, daemons and jobs go on. When they are gone too, after the last worker, the master ends.
     fn look_beside(&mut self) {
+        self.keep_guard();
         if self.emptied.is_some() && self.programs.is_empty() {
             self.beside.stop();
         }

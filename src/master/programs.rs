@@ -316,6 +316,7 @@ impl Master {
                 && !self.beside.has(pid)
                 && !self.upgrade.is_check(pid)
                 && self.relay.pid() != Some(pid)
+                && !self.guard.is_one(pid)
                 && sight::stat(pid).is_some_and(|stat| !stat.is_zombie && stat.name != "heir")
         });
         orphans

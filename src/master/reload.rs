@@ -67,6 +67,7 @@ impl Master {
         self.beside.expect(beside);
         if log_moved {
             self.hand_out_log_files();
+            self.renew_guard();
         }
         self.recycling.set_limits(&config.numbers);
         self.sickbed.set_limits(&config.failures);
@@ -173,6 +174,7 @@ impl Master {
         let access = self.log_files().into_iter().map(|files| files.reopen_access());
         let errors: Vec<String> = [log].into_iter().chain(access).filter_map(Result::err).collect();
         self.hand_out_log_files();
+        self.renew_guard();
         errors.iter().for_each(|error| log::error!("{error}"));
         log::info!("log files reopened errors={}", errors.len());
         errors

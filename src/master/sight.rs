@@ -30,6 +30,7 @@ pub(super) struct Process {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) name: String,
+    pub(super) group: i32,
     pub(super) session: i32,
     pub(super) started: u64,
     /// It has ended, and was not reaped yet.
@@ -93,7 +94,14 @@ fn stat_in(text: &str) -> Option<Stat> {
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let state = *fields.first()?;
     let started = fields.get(22 - 3)?.parse().ok()?;
-    Some(Stat { name, session: fields.get(6 - 3)?.parse().ok()?, started, is_zombie: matches!(state, "Z" | "X") })
+    let [group, session] = [5, 6].map(|field| fields.get(field - 3)?.parse().ok());
+    Some(Stat { name, group: group?, session: session?, started, is_zombie: matches!(state, "Z" | "X") })
+}
+
+/// All processes of the machine, or of the container.
+pub(super) fn all() -> impl Iterator<Item = Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw)
 }
 
 /// The children of a process, whichever of its threads has made them.
@@ -384,7 +392,8 @@ mod tests {
                    0: 0100007F:2328 0100007F:D431 01 00000000:00000000 00:00000000 00000000     0        0 99 1 0 20 4 30 10 -1\n";
         assert_eq!(lists::tcp(tcp, "99"), Some(9000));
         assert_eq!(lists::tcp(tcp, "98"), None);
-        assert_eq!(stat_in("7 (a b) c) S 1 7 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0").unwrap().session, 5);
+        let stat = stat_in("7 (a b) c) S 1 6 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0").unwrap();
+        assert_eq!((stat.group, stat.session, stat.started), (6, 5, 777));
         assert!(stat_in("7 (a) Z 1 7 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0").unwrap().is_zombie);
     }
 }

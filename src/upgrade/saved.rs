@@ -58,6 +58,15 @@ pub(crate) struct Saved {
     /// The relay, which ends by itself.
     #[serde(default)]
     pub(crate) relay: Option<i32>,
+    #[serde(default)]
+    pub(crate) guard: Option<SavedGuard>,
+}
+
+/// The guard, and the link by whose end it would know that the master is dead.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedGuard {
+    pub(crate) pid: i32,
+    pub(crate) link: RawFd,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -212,6 +221,7 @@ impl Saved {
         all.extend(self.control.iter().flat_map(of_control));
         all.extend(self.pid_file.iter().map(|file| file.fd));
         all.extend(self.publish.iter().map(|socket| socket.fd));
+        all.extend(self.guard.iter().map(|guard| guard.link));
         all
     }
 
@@ -327,6 +337,7 @@ mod tests {
             pid_file: Some(SavedPidFile { fd: 18, path: "/run/p".into() }),
             publish: Some(SavedPublish { fd: 19, asked: None, path: "/run/e".into(), file: Some((1, 2)) }),
             relay: Some(80),
+            guard: Some(SavedGuard { pid: 81, link: 20 }),
         }
     }
 
@@ -343,7 +354,7 @@ mod tests {
         assert_eq!(Saved::read(written).unwrap(), Some(state()));
         let mut descriptors = state().descriptors();
         descriptors.sort_unstable();
-        assert_eq!(descriptors, (5..=19).collect::<Vec<_>>());
+        assert_eq!(descriptors, (5..=20).collect::<Vec<_>>());
     }
 
     #[test]

@@ -424,9 +424,11 @@ fn segment_at(path: &Path) -> Option<Segment> {
     Segment::attach(OwnedFd::from(file)).ok()
 }
 
-/// The living processes whose parent is `pid`, zombies included, but for the heirs of those that are dead.
+/// The living processes whose parent is `pid`, zombies included, but for the heirs of those that are dead, and the guard. (Under `run`
+/// nothing else goes by the master's name but a fork that is about to have another one.)
 pub fn children_of(pid: Pid) -> BTreeSet<i32> {
-    let children = processes().into_iter().filter(|process| process.parent == pid.as_raw() && process.name != "heir");
+    let is_other = |name: &str| !["heir", "guard", "forkyard"].contains(&name);
+    let children = processes().into_iter().filter(|process| process.parent == pid.as_raw() && is_other(&process.name));
     children.map(|process| process.pid).collect()
 }
 

@@ -51,6 +51,7 @@ impl Master {
             pid_file: self.pid_file.clone(),
             publish: self.relay.save_socket(),
             relay: self.relay.pid().map(Pid::as_raw),
+            guard: self.guard.save(),
         })
     }
 
@@ -77,6 +78,11 @@ impl Master {
         }
         if let Some(pid) = left.saved.relay.map(Pid::from_raw).filter(|pid| sys::is_child(*pid)) {
             self.relay.adopt(pid, now);
+        }
+        let guard = left.saved.guard.take().and_then(|saved| Some((Pid::from_raw(saved.pid), left.claim(saved.link)?)));
+        if let Some((pid, link)) = guard.filter(|(pid, _)| sys::is_child(*pid)) {
+            self.guard.adopt(pid, link);
+            self.renew_guard();
         }
         if let Some(looked_at_ms) = left.saved.jobs_looked_at_ms {
             self.beside.resume(looked_at_ms);

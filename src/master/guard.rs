@@ -1,0 +1,331 @@
+//! The guard: a process that outlives the master, and then ends what is left of its programs, daemons and jobs.
+//!
+//! ```text
+//! a program, between fork and exec ── its pid ──▶ the link, a pair of sockets ──▶ the guard
+//! the end of the link: the master is dead ──▶ the guard kills their process groups, and ends
+//! ```
+//!
+//! When the master is killed, the kernel kills the programs that it has started (PR_SET_PDEATHSIG), and not what these have
+//! started: of `sh -c 'php-cgi; true'` the shell dies, and php-cgi goes on to serve. The messages stay in the link until they are
+//! read, so that the guard knows of each program that ran, whenever the master dies.
+//!
+//! It ends groups, and only those that are certainly ours. A group keeps its number as long as one of its processes lives, and after
+//! that the number may be given to others: so a group has to be in the session that it was in, and its leader, if there is one, has
+//! to be the one that was announced.
+//!
+//! The master ends it when it stops by itself, after all others. One that dies, or is stopped, is replaced, or continued; a new one
+//! begins with the groups that it finds. So does the one of a new build after an upgrade, before that of the old build is ended: the
+//! link stays open through the exec.
+//!
+//! Must not: wait for anything but the link; run code of the application's.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::{Pid, getpid, getppid, getsid, setpgid};
+
+use super::Master;
+use super::sight;
+use super::spawn::{Launch, Nursery};
+use super::supervisor::{Breaker, Now};
+use crate::logging;
+use crate::sys::{self, Ending};
+use crate::upgrade::saved::SavedGuard;
+
+/// One that has lived for so long does not die of something that the next one would die of too.
+const STEADY: Duration = Duration::from_secs(1);
+/// The kernel closes a dying process's descriptors before it gives its children another parent: for so long that is waited for.
+const DYING: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(1);
+/// Processes that are named in the log.
+const NAMED: usize = 16;
+
+/// The one that watches, and what is known of those before it.
+#[derive(Debug, Default)]
+pub(super) struct Guard {
+    process: Option<Process>,
+    /// Killed by us, and not reaped yet.
+    replaced: BTreeSet<Pid>,
+    breaker: Breaker,
+    wanted: bool,
+}
+
+#[derive(Debug)]
+struct Process {
+    pid: Pid,
+    since: Instant,
+    link: OwnedFd,
+}
+
+impl Guard {
+    pub(super) fn is_one(&self, pid: Pid) -> bool {
+        self.replaced.contains(&pid) || self.process.as_ref().is_some_and(|process| process.pid == pid)
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Now> {
+        (self.wanted && self.process.is_none()).then(|| self.breaker.open_until())
+    }
+
+    pub(super) fn save(&self) -> Option<SavedGuard> {
+        let Process { pid, link, .. } = self.process.as_ref()?;
+        Some(SavedGuard { pid: pid.as_raw(), link: link.as_raw_fd() })
+    }
+
+    /// That of a former master, until there is one of ours.
+    pub(super) fn adopt(&mut self, pid: Pid, link: OwnedFd) {
+        self.put(Some(Process { pid, since: Instant::now(), link }));
+    }
+
+    /// A child has stopped or ended: if it is the guard that was stopped, it goes on.
+    pub(super) fn look(&self) {
+        let Some(Process { pid, .. }) = self.process else { return };
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
+        if let Ok(WaitStatus::Stopped(..)) = waitid(Id::Pid(pid), flags) {
+            log::warn!("somebody has stopped the guard: it is continued pid={pid}");
+            let _ = kill(pid, Signal::SIGCONT); // it may just have ended
+        }
+    }
+
+    /// Takes note of an end; false if that was not a guard's.
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) -> bool {
+        if self.replaced.remove(&pid) {
+            return true;
+        }
+        let Some(Process { since, .. }) = self.process.take_if(|process| process.pid == pid) else { return false };
+        sys::announce_by(None);
+        if since.elapsed() >= STEADY {
+            self.breaker.close();
+        }
+        let lived = since.elapsed().as_millis();
+        self.failed(now, &format!("guard ended pid={pid} {ending} lived={lived}ms"));
+        true
+    }
+
+    fn failed(&mut self, now: Now, what: &str) {
+        if let Some((_, delay)) = self.breaker.fail(now) {
+            log::error!(
+                "{what}: until there is another one, what programs have started would outlive this master next_try={}ms",
+                delay.as_millis()
+            );
+        }
+    }
+
+    /// Ends it: the master ends by itself, and has ended all others.
+    pub(super) fn stop(&mut self) {
+        self.wanted = false;
+        self.put(None);
+    }
+
+    /// Has another one in the place of the one that is there.
+    fn put(&mut self, process: Option<Process>) {
+        sys::announce_by(process.as_ref().map(|process| process.link.as_raw_fd()));
+        if let Some(Process { pid, link, .. }) = std::mem::replace(&mut self.process, process) {
+            // In this order: the end of its link would have it end everything.
+            let _ = kill(pid, Signal::SIGKILL);
+            self.replaced.insert(pid);
+            drop(link);
+        }
+    }
+}
+
+impl Master {
+    /// Has a guard if there is anything to guard. As PID 1 the master needs none: with it the kernel kills all others of its container.
+    pub(super) fn keep_guard(&mut self) {
+        let runs_programs = matches!(self.nursery.launch, Launch::Program(_));
+        self.guard.wanted = (runs_programs || self.beside.has_any()) && getpid() != Pid::from_raw(1);
+        if self.guard.next_deadline().is_some_and(|deadline| self.now() >= deadline) {
+            self.start_guard();
+        }
+    }
+
+    /// Has another one made: the log, the memory or the build that this one has is not ours any more.
+    pub(super) fn renew_guard(&mut self) {
+        if self.guard.process.is_some() {
+            self.start_guard();
+        }
+    }
+
+    fn start_guard(&mut self) {
+        let mut groups = Groups::default();
+        self.groups().into_iter().for_each(|group| groups.add(group));
+        match start(groups, &self.nursery, &self.signals) {
+            Ok(process) => {
+                log::debug!("guard started pid={}", process.pid);
+                self.guard.put(Some(process));
+            }
+            Err(error) => {
+                let now = self.now();
+                self.guard.failed(now, &format!("cannot start the guard: {}", sys::explain(&error)));
+            }
+        }
+    }
+
+    /// The process groups that are to end with the master.
+    fn groups(&self) -> BTreeSet<i32> {
+        let programs = self.children.iter().filter(|(_, child)| !child.is_worker()).map(|(pid, _)| *pid);
+        let beside = self.beside.living().into_iter().map(|living| living.pid);
+        let mut groups: BTreeSet<i32> = programs.chain(beside).map(Pid::as_raw).collect();
+        let session = own_session();
+        let runs_programs = matches!(self.nursery.launch, Launch::Program(_));
+        for pid in sight::family_of(&self.orphans()) {
+            // Of what workers leave nothing is announced: their groups may be those of workers that finish what they serve.
+            if let Some(stat) = sight::stat(pid)
+                && (self.beside.has_left(pid) || (runs_programs && stat.session == session))
+            {
+                groups.insert(stat.group);
+            }
+        }
+        groups
+    }
+}
+
+fn start(groups: Groups, nursery: &Nursery, signals: &super::SignalInbox) -> io::Result<Process> {
+    let (link, end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    let master = getpid();
+    let pid = sys::fork(|| {
+        signals.leave(); // and all stay blocked: who stops every process of a service does not stop this one before its time
+        let _ = nix::sys::prctl::set_name(c"guard"); // a name for ps, nothing more
+        let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the master's group ends both
+        logging::begin_worker(&nursery.config.logs);
+        let logs = nursery.current.log_files.descriptors();
+        let keep: Vec<_> = [0, 1, 2, end.as_raw_fd()].into_iter().chain(logs).collect();
+        sys::close_all_except(&keep);
+        live(master, &end, groups)
+    })?;
+    Ok(Process { pid, since: Instant::now(), link })
+}
+
+/// The guard's life.
+fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
+    loop {
+        let mut message = [0; size_of::<i32>()];
+        match recv(link.as_raw_fd(), &mut message, MsgFlags::empty()) {
+            Ok(0) => break,
+            Ok(_) => groups.add(i32::from_ne_bytes(message)),
+            Err(Errno::EINTR) => {}
+            Err(_) if getppid() == master => std::thread::sleep(LOOK), // no memory, say
+            Err(_) => break,
+        }
+    }
+    let begun = Instant::now();
+    while getppid() == master {
+        if begun.elapsed() >= DYING {
+            return 1; // somebody has closed its descriptor
+        }
+        std::thread::sleep(LOOK);
+    }
+    let killed = groups.kill();
+    if !killed.is_empty() {
+        let names: Vec<String> = killed.iter().take(NAMED).map(|(pid, name)| format!("{pid} ({name})")).collect();
+        let count = killed.len();
+        log::error!(
+            "the master has died (it was killed, maybe), and what was left of its programs, daemons and jobs is killed \
+             master={master} processes={count}: {}",
+            names.join(", ")
+        );
+    }
+    logging::finish();
+    0
+}
+
+fn own_session() -> i32 {
+    getsid(None).map_or(0, Pid::as_raw)
+}
+
+/// The process groups that end with the master, by their numbers.
+#[derive(Debug, Default)]
+struct Groups(BTreeMap<i32, Group>);
+
+/// By what a group is known again.
+#[derive(Debug)]
+struct Group {
+    session: i32,
+    /// When its leader was started; `None` if that had ended before.
+    leader: Option<u64>,
+}
+
+impl Groups {
+    /// Adds one, and takes those out that are gone.
+    fn add(&mut self, group: i32) {
+        self.0.retain(|&group, _| killpg(Pid::from_raw(group), None) != Err(Errno::ESRCH));
+        if group <= 1 {
+            return; // no group's number; to kill(2) it would mean others
+        }
+        let leader = sight::stat(Pid::from_raw(group));
+        let session = leader.as_ref().map_or_else(own_session, |leader| leader.session);
+        self.0.insert(group, Group { session, leader: leader.map(|leader| leader.started) });
+    }
+
+    /// Those of their processes that live, with their names, by groups.
+    fn left(&self) -> BTreeMap<i32, Vec<(i32, String)>> {
+        let mut left: BTreeMap<i32, Vec<(i32, String)>> = BTreeMap::new();
+        for pid in sight::all() {
+            let Some(stat) = sight::stat(pid).filter(|stat| !stat.is_zombie) else { continue };
+            if self.0.get(&stat.group).is_some_and(|group| group.session == stat.session) {
+                left.entry(stat.group).or_default().push((pid.as_raw(), stat.name));
+            }
+        }
+        // If there is another leader, the number is another group's.
+        left.retain(|&number, _| {
+            let leader = sight::stat(Pid::from_raw(number)).map(|leader| leader.started);
+            leader.is_none() || self.0.get(&number).is_some_and(|group| group.leader == leader)
+        });
+        left
+    }
+
+    /// Kills them. Returns what they were.
+    fn kill(&self) -> Vec<(i32, String)> {
+        let mut killed = Vec::new();
+        for (group, processes) in self.left() {
+            match killpg(Pid::from_raw(group), Signal::SIGKILL) {
+                Ok(()) => killed.extend(processes),
+                Err(Errno::ESRCH) => {}
+                Err(errno) => log::error!("cannot end what a program has left group={group}: {errno}"),
+            }
+        }
+        killed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt as _;
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    fn sleeper() -> Child {
+        Command::new("sleep").arg("600").process_group(0).spawn().unwrap()
+    }
+
+    #[test]
+    fn a_group_is_ended_and_one_that_only_has_its_number_is_not() {
+        let (mut ours, mut other) = (sleeper(), sleeper());
+        let [our, others] = [&ours, &other].map(|child| i32::try_from(child.id()).unwrap());
+        let mut groups = Groups::default();
+        [our, others, 0, 1, -1].into_iter().for_each(|group| groups.add(group));
+        assert_eq!(
+            groups.0.keys().copied().collect::<Vec<_>>(),
+            [our, others].into_iter().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
+        );
+        let recorded = groups.0.get_mut(&others).unwrap();
+        recorded.leader = recorded.leader.map(|started| started - 1);
+        assert_eq!(groups.kill(), [(our, "sleep".to_owned())], "the other's leader is another process");
+        ours.wait().unwrap();
+        let recorded = groups.0.get_mut(&others).unwrap();
+        recorded.leader = recorded.leader.map(|started| started + 1);
+        recorded.session -= 1;
+        assert_eq!(groups.kill(), [], "it was in another session");
+        assert!(other.try_wait().unwrap().is_none());
+        groups.add(others);
+        assert_eq!(groups.0.len(), 1, "the group that is gone is forgotten");
+        assert_eq!(groups.kill().len(), 1);
+        other.wait().unwrap();
+    }
+}

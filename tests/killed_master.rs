@@ -1,0 +1,240 @@
+//! What becomes of programs, daemons and jobs when the master is killed: of what they have started too. A guard ends it, which outlives
+//! the master.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use common::run::Place;
+use common::{Server, http, is_gone, process, processes, program, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A shell that stays, and php-cgi below it, which shows the place in its arguments.
+fn wrapped_php(place: &Place) -> String {
+    format!("php-cgi -n -d include_path='{}'; true", place.path("").display())
+}
+
+fn run_wrapped(place: &Place, options: &[&str]) -> Command {
+    place.run(options, &["sh", "-c", &wrapped_php(place)])
+}
+
+/// All processes that have this path in their arguments: the server's, and what comes from it.
+fn ours(path: &Path) -> BTreeSet<i32> {
+    let mentions = |pid: i32| {
+        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.windows(path.as_os_str().len()).any(|window| window == path.as_os_str().as_bytes())
+    };
+    processes().into_iter().map(|process| process.pid).filter(|&pid| mentions(pid) && !is_gone(pid)).collect()
+}
+
+fn named(path: &Path, name: &str) -> BTreeSet<i32> {
+    ours(path).into_iter().filter(|&pid| process(pid).is_some_and(|process| process.name == name)).collect()
+}
+
+fn guard_of(server: &Server) -> i32 {
+    wait_until("there is one guard", || {
+        let all = processes().into_iter();
+        let guards = all.filter(|process| process.parent == server.pid().as_raw() && process.name == "guard");
+        let guards: Vec<i32> = guards.filter(|process| process.state != 'Z').map(|process| process.pid).collect();
+        (guards.len() == 1).then(|| guards[0])
+    })
+}
+
+/// Ends what a test that fails has left.
+struct Left<'a>(&'a Path);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        for pid in ours(self.0) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+fn kill_master(server: &mut Server, path: &Path) {
+    let _left = Left(path);
+    server.signal(Signal::SIGKILL);
+    server.wait_end();
+    wait_until("nothing of it is left", || ours(path).is_empty().then_some(()));
+}
+
+#[test]
+fn what_runs_below_a_wrapper_ends_with_a_killed_master_and_the_address_is_free() {
+    let place = Place::with_port();
+    std::fs::write(place.path("a.php"), "<?php echo 'served';").unwrap();
+    for _ in 0..2 {
+        let mut server = Server::start_command(&mut run_wrapped(&place, &[]));
+        assert_eq!(place.text("/a.php"), "served");
+        assert_eq!(named(&place.path(""), "php-cgi").len(), 2);
+        kill_master(&mut server, &place.path(""));
+        let line = server.logged("the master has died");
+        assert!(line.contains("(php-cgi)"), "{line}");
+    }
+}
+
+#[test]
+fn a_program_whose_wrapper_died_before_the_master_ends_with_it() {
+    let place = Place::new();
+    // Each leaves something behind in its group, and is replaced.
+    let text = "sh -c 'echo left $$; exec sleep 600' & sleep 1";
+    let mut server = Server::start_command(&mut place.run(&["--settle", "1ms"], &["sh", "-c", text]));
+    let pid_in = |line: &str| -> i32 { line.rsplit_once(' ').unwrap().1.parse().unwrap() };
+    let left = pid_in(&server.logged("| left "));
+    wait_until("its parent is the master", || {
+        process(left).filter(|process| process.parent == server.pid().as_raw()).map(drop)
+    });
+    // A guard that begins then finds it too.
+    let first = guard_of(&server);
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    wait_until("it is replaced", || is_gone(first).then_some(()));
+    guard_of(&server);
+    assert!(!is_gone(left));
+    server.signal(Signal::SIGKILL);
+    server.wait_end();
+    for line in server.log().lines().filter(|line| line.contains("| left ")) {
+        wait_until("it is ended", || is_gone(pid_in(line)).then_some(()));
+    }
+}
+
+#[test]
+fn daemons_and_jobs_below_wrappers_end_with_a_killed_master_and_workers_finish() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().display();
+    let sleep = format!("sh -c 'echo begun $$; sleep 600; true {path}'");
+    let daemon = format!("a={sleep}");
+    let job = format!("b=* * * * * *={sleep}");
+    let mut server = Server::start(
+        "crashy",
+        &[
+            "--bind",
+            "http:127.0.0.1:0",
+            "--workers",
+            "1",
+            "--daemon",
+            &daemon,
+            "--cron",
+            &job,
+            "--daemon",
+            "c=setsid sleep 600",
+        ],
+    );
+    let pid_in = |what: &str| -> i32 { server.logged(what).rsplit_once(' ').unwrap().1.parse().unwrap() };
+    let [daemon, job] = ["daemon=a", "cron=b"].map(|name| {
+        let wrapper = pid_in(name);
+        wait_until("its child is there", || {
+            processes().into_iter().find(|process| process.parent == wrapper).map(|process| process.pid)
+        })
+    });
+    let line = server.logged("has put itself into the background");
+    let detached: i32 = line.rsplit_once("pid=").unwrap().1.parse().unwrap();
+    std::thread::scope(|scope| {
+        let address = server.http();
+        let slow = scope.spawn(move || http::get(&address, "/slow/1500").unwrap().status);
+        wait_until("it is being served", || {
+            let board = server.segment().scoreboard();
+            (board.read(0)?.in_flight == 1).then_some(())
+        });
+        server.signal(Signal::SIGKILL);
+        assert_eq!(slow.join().unwrap(), 200);
+    });
+    server.wait_end();
+    for (what, pid) in [("the daemon", daemon), ("the job", job), ("the daemon in the background", detached)] {
+        wait_until(&format!("{what} is ended"), || is_gone(pid).then_some(()));
+    }
+}
+
+#[test]
+fn a_master_that_is_killed_during_a_reload_leaves_nothing() {
+    for moment in ["asked to reload", "worker left", "reload done"] {
+        let place = Place::new();
+        let mut server = Server::start_command(&mut run_wrapped(&place, &[]));
+        server.signal(Signal::SIGHUP);
+        server.wait_for(moment);
+        kill_master(&mut server, &place.path(""));
+    }
+}
+
+#[test]
+fn an_upgrade_ends_nothing_and_a_master_that_is_killed_after_it_leaves_nothing() {
+    let place = Place::new();
+    let mut server = Server::start_command(&mut run_wrapped(&place, &[]));
+    let old = guard_of(&server);
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("upgraded version=");
+    server.wait_for("reload done");
+    wait_until("the old guard is replaced", || is_gone(old).then_some(()));
+    guard_of(&server);
+    assert!(!server.log().contains("the master has died"), "{}", server.log());
+    assert!(!server.log().contains("signal=KILL"), "{}", server.log());
+    wait_until("the old ones have left", || (named(&place.path(""), "php-cgi").len() == 2).then_some(()));
+    kill_master(&mut server, &place.path(""));
+}
+
+#[test]
+fn what_an_upgraded_master_took_over_ends_with_it() {
+    let place = Place::new();
+    // New ones never become ready, so that the old ones stay.
+    let broken = place.path("broken");
+    let text = format!("test -e '{}' && exit 3; {}", broken.display(), wrapped_php(&place));
+    let mut server = Server::start_command(&mut place.run(&[], &["sh", "-c", &text]));
+    let old = named(&place.path(""), "php-cgi");
+    std::fs::write(broken, "").unwrap();
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("upgraded version=");
+    server.wait_for("reload failed");
+    guard_of(&server);
+    assert_eq!(named(&place.path(""), "php-cgi"), old);
+    kill_master(&mut server, &place.path(""));
+}
+
+#[test]
+fn a_guard_that_is_killed_is_replaced_and_one_that_is_stopped_goes_on() {
+    let place = Place::new();
+    let mut server = Server::start_command(&mut run_wrapped(&place, &[]));
+    let first = guard_of(&server);
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    let line = server.logged("guard ended");
+    assert!(line.contains("signal=KILL"), "{line}");
+    wait_until("another one takes its place", || is_gone(first).then_some(()));
+    let second = guard_of(&server);
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGSTOP] {
+        kill(Pid::from_raw(second), signal).unwrap();
+    }
+    server.logged("somebody has stopped the guard");
+    wait_until("it goes on", || (process(second)?.state != 'T').then_some(()));
+    kill_master(&mut server, &place.path(""));
+}
+
+#[test]
+fn a_guard_lets_go_of_a_log_file_that_was_moved_and_ends_with_a_master_that_stops() {
+    let place = Place::new();
+    let log = place.path("log");
+    let mut server = Server::start_command(&mut run_wrapped(&place, &["--log-file", log.to_str().unwrap()]));
+    let first = guard_of(&server);
+    std::fs::rename(&log, place.path("log.1")).unwrap();
+    server.signal(Signal::SIGUSR1);
+    wait_until("another one takes its place", || is_gone(first).then_some(()));
+    let second = guard_of(&server);
+    let held = std::fs::read_dir(format!("/proc/{second}/fd")).unwrap();
+    let held: Vec<_> = held.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect();
+    assert!(held.contains(&log) && !held.contains(&place.path("log.1")), "{held:?}");
+    server.stop();
+    assert!(is_gone(second));
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert!(!text.contains("guard ended") && !text.contains("the master has died"), "{text}");
+}
+
+#[test]
+fn a_server_without_programs_has_no_guard() {
+    let mut server = Server::launch(Command::new(program("hello")).args(["--bind", "http:127.0.0.1:0"]));
+    server.wait_for("ready in ");
+    let children = processes().into_iter().filter(|process| process.parent == server.pid().as_raw());
+    assert!(children.into_iter().all(|process| process.name != "guard"));
+    server.stop();
+}
