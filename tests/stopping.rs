@@ -13,6 +13,7 @@ use std::os::unix::net::{self, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use common::limit::InTime as _;
 use common::raw::{self, ALL, Protocol};
 use common::{PATIENCE, Server, free_port, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
@@ -184,6 +185,42 @@ fn a_worker_whose_event_loop_is_busy_does_not_keep_the_socket_open() {
         drop(served);
         assert_eq!(server.wait_end(), Some(0));
     }
+}
+
+#[test]
+fn a_signal_that_does_nothing_in_a_drain_is_said_to_be_ignored() {
+    let place = Place::new(Family::Path);
+    let control = place.path("control");
+    let arguments = [&FOR_EVER[..], &["--control", control.to_str().unwrap()]].concat();
+    let mut server = Server::start_command(&mut place.staged(Protocol::Http, &arguments));
+    let mut served = place.send(Protocol::Http, "/until");
+    server.wait_for("waits");
+    server.signal(Signal::SIGTERM);
+    server.wait_for("new connections are refused");
+    let signals = [Signal::SIGHUP, Signal::SIGTTIN, Signal::SIGTTOU, Signal::SIGUSR2, Signal::SIGTERM];
+    for signal in signals {
+        server.signal(signal);
+        let line = server.wait_for("asked to ");
+        assert!(line.ends_with(": ignored, as the server is stopping"), "{signal}: {line}");
+    }
+    let reload = Command::new(program("staged")).args(["reload", "--control"]).arg(&control).output_in_time().unwrap();
+    assert_eq!(reload.status.code(), Some(1));
+    server.wait_for("ignored, as the server is stopping command=\"reload\"");
+    place.go();
+    went(&mut served);
+    drop(served);
+    assert_eq!(server.wait_end(), Some(0));
+
+    let place = Place::new(Family::Path);
+    let mut server = Server::start_command(&mut place.staged(Protocol::Http, &FOR_EVER));
+    let _served = place.send(Protocol::Http, "/until");
+    server.wait_for("waits");
+    server.signal(Signal::SIGTERM);
+    server.wait_for("new connections are refused");
+    server.signal(Signal::SIGINT);
+    let line = server.wait_for("asked to ");
+    assert!(!line.contains("ignored"), "{line}");
+    assert_eq!(server.wait_end(), Some(0));
 }
 
 #[test]

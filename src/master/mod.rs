@@ -76,7 +76,7 @@ use self::signals::Meaning;
 pub(crate) use self::signals::SignalInbox;
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Nursery};
-use self::supervisor::{Action, Budget, Command, Event, Policy, Supervisor, Wish};
+use self::supervisor::{Action, Budget, Command, Event, Phase, Policy, Supervisor, Wish};
 use self::upgrade::Upgrade;
 use crate::config::{Config, Program, Share};
 use crate::heritage::Report;
@@ -403,8 +403,12 @@ impl Master {
             match meaning {
                 Meaning::Child => self.reap(),
                 Meaning::Command(command) => {
-                    log::info!("asked to {}", command.verb());
+                    let stopping = self.supervisor.view().phase == Phase::Stopping;
+                    let ignored = stopping && command != Command::Halt;
+                    let note = if ignored { ": ignored, as the server is stopping" } else { "" };
+                    log::info!("asked to {}{note}", command.verb());
                     match command {
+                        Command::Reload if ignored => {}
                         Command::Reload => drop(self.reload()), // what went wrong is in the log
                         Command::Drain
                         | Command::Halt

@@ -62,6 +62,7 @@ impl Master {
                 self.feed(Event::Command(if now { Command::Halt } else { Command::Drain }));
             }
             Request::Reload | Request::Scale { .. } | Request::Upgrade | Request::ReopenLogs if stopping => {
+                log::info!("ignored, as the server is stopping command={:?}", request.name());
                 self.reply(client, &Answer::failed(STOPPING));
             }
             Request::Reload => {
