@@ -324,6 +324,17 @@ fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes
 }
 
 #[test]
+fn a_cgi_call_does_not_log_into_the_file_of_its_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("one");
+    let mut call = Command::new(program("hello"));
+    call.envs([("GATEWAY_INTERFACE", "CGI/1.1"), ("REQUEST_METHOD", "GET"), ("REQUEST_URI", "/")]);
+    call.env("FORKYARD_LOG_FILE", &path).env("FORKYARD_CACHE_FILE", &path).stdin(std::process::Stdio::null());
+    complained(&call.output_in_time().unwrap(), 1, &["--cache-file", "--log-file", "name the same file"]);
+    assert!(!path.exists());
+}
+
+#[test]
 fn a_reload_does_not_open_a_log_at_the_place_of_another_setting() {
     let folder = tempfile::tempdir().unwrap();
     let at = |path: &str| folder.path().join(path).display().to_string();

@@ -35,6 +35,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs, statfs};
+use nix::sys::statvfs::statvfs;
 
 use crate::Plan;
 use crate::clock::monotonic_ms;
@@ -115,14 +116,14 @@ impl Segment {
         }
         let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let place = if path.exists() { path } else { directory };
-        let Ok(found) = statfs(place) else { return Ok(()) };
+        let Ok(found) = statvfs(place) else { return Ok(()) };
         let missing = len.saturating_sub(path.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512)));
-        let is_tmpfs = found.filesystem_type() == TMPFS_MAGIC;
+        let is_tmpfs = statfs(place).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC);
         if is_tmpfs {
             segment::check_memory(missing)?;
         }
         let blocks = if nix::unistd::geteuid().is_root() { found.blocks_free() } else { found.blocks_available() };
-        let free = u64::try_from(found.block_size()).map_or(u64::MAX, |size| blocks.saturating_mul(size));
+        let free = blocks.saturating_mul(found.fragment_size());
         // Without a limit of its own, tmpfs says that it has no blocks.
         if missing > free && !(is_tmpfs && found.blocks() == 0) {
             return Err(SegmentError::NoMemory { bytes: len, source: Errno::ENOSPC.into() });
