@@ -35,7 +35,8 @@ fn start() -> Fixture {
 
 impl Fixture {
     fn end(mut self) {
-        let grown = status_number(self.worker, "VmHWM").unwrap() - self.before;
+        // The kernel adds up counters of its processors as it goes, so the sum may be a little less than before.
+        let grown = status_number(self.worker, "VmHWM").unwrap().saturating_sub(self.before);
         assert!(grown < ALLOWED_KIB, "the worker grew by {grown} KiB");
         self.server.stop();
     }

@@ -46,14 +46,33 @@ pub(crate) struct Trouble(AtomicU8);
 impl Trouble {
     const TOO_LARGE: u8 = 1;
     const TOO_SLOW: u8 = 2;
+    const CUT: u8 = 3;
+    /// There was none, and will be none.
+    const WHOLE: u8 = 4;
 
-    /// The status that is the answer, if there was any.
+    /// The status that is the answer whatever the application answers, if there is one.
     pub(crate) fn status(&self) -> Option<StatusCode> {
+        self.cause().map(|(status, _)| status).filter(|&status| status != StatusCode::BAD_REQUEST)
+    }
+
+    /// What the client did, if the body failed, and the status for it.
+    pub(crate) fn cause(&self) -> Option<(StatusCode, &'static str)> {
         match self.0.load(Ordering::Relaxed) {
-            Self::TOO_LARGE => Some(StatusCode::PAYLOAD_TOO_LARGE),
-            Self::TOO_SLOW => Some(StatusCode::REQUEST_TIMEOUT),
+            Self::TOO_LARGE => Some((StatusCode::PAYLOAD_TOO_LARGE, "a body larger than --max-body")),
+            Self::TOO_SLOW => Some((StatusCode::REQUEST_TIMEOUT, "a body that came too slowly (--body-timeout)")),
+            Self::CUT => Some((StatusCode::BAD_REQUEST, "a body that broke off, or cannot be read")),
             _ => None,
         }
+    }
+
+    /// Whether the body has not been read to its end, so that it may still fail.
+    pub(crate) fn is_possible(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != Self::WHOLE
+    }
+
+    /// The first one counts.
+    fn set(&self, trouble: u8) {
+        let _ = self.0.compare_exchange(0, trouble, Ordering::Relaxed, Ordering::Relaxed);
     }
 }
 
@@ -72,7 +91,17 @@ enum Kind {
 struct Unread {
     /// There until the drop.
     incoming: Option<Incoming>,
-    rest: Option<oneshot::Sender<Incoming>>,
+    /// Nothing more will come of it.
+    is_broken: bool,
+    rest: Option<oneshot::Sender<Rest>>,
+}
+
+/// What the application did not read of an HTTP request's body.
+#[derive(Debug)]
+pub(crate) struct Rest {
+    pub(crate) incoming: Incoming,
+    /// Reading it has failed.
+    pub(crate) is_broken: bool,
 }
 
 impl Drop for Unread {
@@ -80,7 +109,7 @@ impl Drop for Unread {
         if let (Some(incoming), Some(rest)) = (self.incoming.take(), self.rest.take())
             && !incoming.is_end_stream()
         {
-            let _ = rest.send(incoming); // or the connection is gone
+            let _ = rest.send(Rest { incoming, is_broken: self.is_broken }); // or the connection is gone
         }
     }
 }
@@ -150,9 +179,10 @@ impl Body {
     }
 
     /// The body of an HTTP request; and where the rest of it arrives if it is dropped before its end.
-    pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<Incoming>>) {
+    pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<Rest>>) {
         let (sender, rest) = if incoming.is_end_stream() { (None, None) } else { pair(oneshot::channel()) };
-        (Self::from_kind(Kind::Http(Unread { incoming: Some(incoming), rest: sender }), allowed), rest)
+        let unread = Unread { incoming: Some(incoming), is_broken: false, rest: sender };
+        (Self::from_kind(Kind::Http(unread), allowed), rest)
     }
 
     /// Has the body tell the connection that it comes by when somebody waits for a piece of it.
@@ -161,9 +191,10 @@ impl Body {
         self
     }
 
-    /// What will be told if the body turns out to be longer than it may be, or comes too slowly; `None` if neither can be.
+    /// What will be told if the body turns out to be longer than it may be, comes too slowly, or breaks off; `None` if it is here
+    /// as a whole.
     pub(crate) fn watch(&mut self) -> Option<Arc<Trouble>> {
-        if self.wait.is_none() && (self.allowed == u64::MAX || self.size_hint().exact().is_some()) {
+        if http_body::Body::is_end_stream(self) {
             return None;
         }
         Some(Arc::clone(self.trouble.get_or_insert_default()))
@@ -171,7 +202,7 @@ impl Body {
 
     fn tell(&self, trouble: u8) {
         if let Some(told) = &self.trouble {
-            told.0.store(trouble, Ordering::Relaxed);
+            told.set(trouble);
         }
     }
 
@@ -200,8 +231,11 @@ impl http_body::Body for Body {
                 None if announced.is_none_or(|announced| announced == 0) => None,
                 None | Some(Err(pipe::Cut)) => Some(Err(BodyError::Cut)),
             }),
-            Kind::Http(Unread { incoming: Some(incoming), .. }) => {
-                Pin::new(incoming).poll_frame(context).map_err(|error| BodyError::Other(error.into()))
+            Kind::Http(Unread { incoming: Some(incoming), is_broken, .. }) => {
+                Pin::new(incoming).poll_frame(context).map_err(|error| {
+                    *is_broken = true;
+                    BodyError::Other(error.into())
+                })
             }
             Kind::Http(_) => Poll::Ready(None),
             Kind::Other(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Other),
@@ -215,6 +249,11 @@ impl http_body::Body for Body {
                 return Poll::Ready(Some(Err(BodyError::TimedOut)));
             }
         }
+        if let Poll::Ready(Some(Err(_))) = frame
+            && !matches!(self.kind, Kind::Other(_))
+        {
+            self.tell(Trouble::CUT);
+        }
         if let Poll::Ready(Some(Ok(frame))) = &frame
             && let Some(bytes) = frame.data_ref()
         {
@@ -227,6 +266,9 @@ impl http_body::Body for Body {
                 return Poll::Ready(Some(Err(BodyError::TooLarge)));
             }
             self.allowed -= length;
+        }
+        if matches!(frame, Poll::Ready(None)) || frame.is_ready() && http_body::Body::is_end_stream(&*self) {
+            self.tell(Trouble::WHOLE);
         }
         frame
     }

@@ -441,7 +441,7 @@ where
         self.start(id, entry, keep_connection, answer);
     }
 
-    fn start(&mut self, id: RequestId, entry: Entry, keep_connection: bool, answer: Answer<S>) {
+    fn start(&mut self, id: RequestId, entry: Entry, keep_connection: bool, answer: Answer<S, B>) {
         let mut work = self.spare.take().unwrap_or_else(|| Box::pin(Work::Ended));
         work.set(Work::Answering { answer });
         let (has_begun, is_head, stdin, data, app_status) = (false, false, None, None, 0);

@@ -6,6 +6,7 @@
 
 mod request;
 mod requests;
+mod rest;
 mod upgrade;
 
 use std::convert::Infallible;
@@ -22,7 +23,6 @@ use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1::{self, Parts};
 use hyper::server::conn::http2;
@@ -30,13 +30,13 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
 use tokio::io::AsyncWriteExt as _;
-use tokio::sync::oneshot;
 use tower_service::Service;
 
 use self::request::settle;
 use self::requests::{Requests, UnderWay};
+use self::rest::Rest;
 use self::upgrade::{Ends, Offer};
-use super::closing::{LINGER, linger};
+use super::closing::linger;
 use super::drain::{Asked, Drain};
 use super::opening;
 use super::serve::{Application, BoxError, Served, Switch};
@@ -121,7 +121,7 @@ where
         if ended.as_ref().is_err_and(is_timeout) && requests.pulse().stage() == Stage::Head {
             return time_out(connection.into_parts().io.into_inner(), &application, from).await;
         }
-        if ended.as_ref().is_err_and(|error| refused(error).is_some()) {
+        if requests.left_unread() || ended.as_ref().is_err_and(|error| refused(error).is_some()) {
             unread = Some(connection.into_parts().io.into_inner());
         }
         ended
@@ -322,13 +322,8 @@ where
             let max_body = self.application.limits.max_body;
             let (head, incoming) = request.into_parts();
             let (body, rest) = Body::http(incoming, max_body);
-            let body = match rest {
-                None => body,
-                Some(rest) => {
-                    tokio::task::spawn_local(read_rest(rest));
-                    body.with_pulse(self.requests.pulse())
-                }
-            };
+            let body = if rest.is_some() { body.with_pulse(self.requests.pulse()) } else { body };
+            let mut rest = rest.map(|rest| Rest::new(rest, head.headers.contains_key(header::EXPECT)));
             let mut request = Request::from_parts(head, body);
             let is_http2 = request.version() == Version::HTTP_2;
             let offer = Offer::of(&mut request);
@@ -345,8 +340,28 @@ where
                     self.application.refuse(Protocol::Http, refusal.status, self.origin.address, refusal.why)
                 }
             };
-            let mut response = answer.await;
+            let mut response = {
+                let mut answer = pin!(answer);
+                let polled = poll_fn(|context| {
+                    let response = answer.as_mut().poll(context);
+                    if response.is_pending()
+                        && let Some(rest) = &mut rest
+                    {
+                        let _ = rest.poll(context);
+                    }
+                    response
+                });
+                polled.await
+            };
             under_way.is_answered();
+            if let Some(mut rest) = rest {
+                under_way.is_last |= rest.ends_connection();
+                if rest.is_cut() {
+                    self.requests.leave_unread();
+                } else if !rest.is_over() {
+                    tokio::task::spawn_local(async move { poll_fn(|context| rest.poll(context)).await });
+                }
+            }
             if let Some(offer) = offer.filter(|_| switch.is_made_by(response.status())) {
                 return Ok(self.switch(response, offer, under_way));
             }
@@ -432,19 +447,4 @@ where
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
     }
-}
-
-/// Reads what the application did not read of a body, up to a limit: the peer may not look for the response before it
-/// has sent all, and hyper closes a connection on which a body is dropped.
-async fn read_rest(rest: oneshot::Receiver<Incoming>) {
-    let Ok(mut body) = rest.await else { return }; // it was read to its end
-    let (time, mut left) = LINGER;
-    let reading = async {
-        while let Some(Ok(frame)) = body.frame().await {
-            let length = frame.data_ref().map_or(0, Bytes::len) as u64;
-            let Some(rest) = left.checked_sub(length) else { return };
-            left = rest;
-        }
-    };
-    let _ = tokio::time::timeout(time, reading).await;
 }

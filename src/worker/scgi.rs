@@ -115,7 +115,7 @@ enum State<S: Service<Request<Body>>, B> {
     /// The request has not come yet.
     Reading,
     Answering {
-        answer: Pin<Box<Answer<S>>>,
+        answer: Pin<Box<Answer<S, B>>>,
         is_head: bool,
     },
     Sending(Reply<B>),

@@ -3,6 +3,7 @@
 //! Around the user's service stand here, once for all protocols: the scoreboard, the limit of a body, the panic
 //! that costs one 500, and the length that a response promises.
 
+mod client;
 mod response;
 mod served;
 
@@ -13,7 +14,6 @@ use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -25,13 +25,14 @@ use pin_project_lite::pin_project;
 use tokio::time::Sleep;
 use tower_service::Service;
 
+use self::client::{Begun, Client};
 pub(crate) use self::response::Switch;
 use self::response::{is_event_stream, prepare_switch, promised, without_body};
 pub(crate) use self::served::Served;
 use super::access_log::{AccessLog, Entry};
 use super::refusals::Refusals;
 use super::throttle::Throttle;
-use crate::body::{Body, Trouble};
+use crate::body::Body;
 use crate::config::failures::QuarantineBy;
 use crate::config::{Limits, Trust};
 use crate::listen::Protocol;
@@ -100,19 +101,23 @@ impl Guard {
     }
 }
 
-impl<S: Service<Request<Body>> + Clone> Application<S> {
+impl<S, B> Application<S>
+where
+    S: Service<Request<Body>, Response = Response<B>> + Clone,
+{
     /// Has the application answer; if it fails or panics, answers for it.
-    pub(crate) fn answer(&self, protocol: Protocol, mut request: Request<Body>) -> Answer<S> {
+    pub(crate) fn answer(&self, protocol: Protocol, mut request: Request<Body>) -> Answer<S, B> {
         let is_trusted = self.trust.as_ref().is_some_and(|trust| believe(trust, &mut request));
         let is_head = request.method() == Method::HEAD;
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
-        let in_flight = Serving {
+        let mut in_flight = Serving {
             in_flight: self.row.begin(request.method().as_str(), target),
             entry: self.access_log.as_ref().map(|log| Entry::begin(log, protocol, Some(&request))),
             kind: Kind::Answer,
+            client: None,
         };
+        let from = request.extensions().get::<Origin>().and_then(|origin| origin.address);
         if let Some((status, why)) = self.beyond_limits(&request, protocol) {
-            let from = request.extensions().get::<Origin>().and_then(|origin| origin.address);
             self.refusals.note(protocol, status, from, why);
             return Answer::refused(status, in_flight).to(is_head);
         }
@@ -129,10 +134,11 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
             queue_time::count();
             return Answer::put_off(Duration::ZERO, in_flight).to(is_head);
         }
-        let trouble = request.body_mut().watch();
+        let client = |trouble| Client { trouble, refusals: Rc::clone(&self.refusals), protocol, from };
+        in_flight.client = request.body_mut().watch().map(client);
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
         let (switch, in_flight, deadline) = (Switch::No, Some(in_flight), self.guard.deadline());
-        Answer { stage, is_head, switch, in_flight, trouble, deadline }
+        Answer { stage, is_head, switch, in_flight, deadline, begun: None }
     }
 
     /// Whether requests that have waited too long are refused.
@@ -166,11 +172,11 @@ impl<S: Service<Request<Body>> + Clone> Application<S> {
         status: StatusCode,
         from: Option<SocketAddr>,
         why: impl Into<String>,
-    ) -> Answer<S> {
+    ) -> Answer<S, B> {
         self.refusals.note(protocol, status, from, why);
         let in_flight = self.row.begin("-", "-");
         let entry = self.access_log.as_ref().map(|log| Entry::of_unread(log, protocol, from));
-        Answer::refused(status, Serving { in_flight, entry, kind: Kind::Answer })
+        Answer::refused(status, Serving { in_flight, entry, kind: Kind::Answer, client: None })
     }
 }
 
@@ -206,6 +212,8 @@ pub(crate) struct Serving {
     in_flight: InFlight,
     entry: Option<Box<Entry>>,
     kind: Kind,
+    /// If the request has a body, which may fail.
+    client: Option<Client>,
 }
 
 /// What is sent.
@@ -218,7 +226,7 @@ enum Kind {
 
 impl From<InFlight> for Serving {
     fn from(in_flight: InFlight) -> Self {
-        Self { in_flight, entry: None, kind: Kind::Answer }
+        Self { in_flight, entry: None, kind: Kind::Answer, client: None }
     }
 }
 
@@ -257,15 +265,15 @@ impl Serving {
 
 pin_project! {
     /// The response to come.
-    pub(crate) struct Answer<S: Service<Request<Body>>> {
+    pub(crate) struct Answer<S: Service<Request<Body>>, B> {
         #[pin]
         stage: Stage<S>,
         is_head: bool,
         switch: Switch,
         in_flight: Option<Serving>,
-        trouble: Option<Arc<Trouble>>,
         // The application is given up then.
         deadline: Option<Pin<Box<Sleep>>>,
+        begun: Option<Begun<B>>,
     }
 }
 
@@ -279,10 +287,10 @@ pin_project! {
     }
 }
 
-impl<S: Service<Request<Body>>> Answer<S> {
+impl<S: Service<Request<Body>>, B> Answer<S, B> {
     fn refused(status: StatusCode, in_flight: Serving) -> Self {
         let (stage, in_flight) = (Stage::Refused { status, again_after: None }, Some(in_flight));
-        Self { stage, is_head: false, switch: Switch::No, in_flight, trouble: None, deadline: None }
+        Self { stage, is_head: false, switch: Switch::No, in_flight, deadline: None, begun: None }
     }
 
     fn to(self, is_head: bool) -> Self {
@@ -297,7 +305,8 @@ impl<S: Service<Request<Body>>> Answer<S> {
     /// Refused for so long.
     fn put_off(left: Duration, in_flight: Serving) -> Self {
         let stage = Stage::Refused { status: StatusCode::SERVICE_UNAVAILABLE, again_after: Some(left) };
-        Self { stage, is_head: false, switch: Switch::No, in_flight: Some(in_flight), trouble: None, deadline: None }
+        let in_flight = Some(in_flight);
+        Self { stage, is_head: false, switch: Switch::No, in_flight, deadline: None, begun: None }
     }
 }
 
@@ -339,7 +348,7 @@ enum Failure<E> {
     Refused(StatusCode, Option<Duration>),
 }
 
-impl<S, B> Future for Answer<S>
+impl<S, B> Future for Answer<S, B>
 where
     S: Service<Request<Body>, Response = Response<B>>,
     S::Error: Into<BoxError>,
@@ -350,6 +359,9 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let answer = self.project();
+        if answer.begun.is_some() {
+            return Begun::poll(answer.begun, context);
+        }
         let Some(serving) = answer.in_flight.as_ref() else { return Poll::Pending };
         let mut stage = answer.stage;
         let polled = at_work::on(Some(serving.cell()), || stage.as_mut().poll(context));
@@ -370,7 +382,7 @@ where
         };
         let Some(mut in_flight) = answer.in_flight.take() else { return Poll::Pending };
         // Whatever the application made of it.
-        if let Some(status) = answer.trouble.as_ref().and_then(|trouble| trouble.status()) {
+        if let Some(status) = in_flight.client.as_ref().and_then(Client::breach) {
             return Poll::Ready(without_body(refusal(status, in_flight), *answer.is_head));
         }
         let response = match outcome {
@@ -381,6 +393,7 @@ where
                 }
                 in_flight.answered(response.status());
                 in_flight.becomes_stream();
+                in_flight.client = None;
                 response.map(|body| Served::App { body, in_flight, left: None })
             }
             Ok(response) if response.status().is_informational() => {
@@ -404,7 +417,12 @@ where
             }
             Err(failure) => apologize(failure, in_flight),
         };
-        Poll::Ready(without_body(response, *answer.is_head))
+        let response = without_body(response, *answer.is_head);
+        if !Begun::is_needed(&response) {
+            return Poll::Ready(response);
+        }
+        *answer.begun = Some(Begun::new(response));
+        Begun::poll(answer.begun, context)
     }
 }
 
@@ -431,6 +449,9 @@ fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, in_flight: Serving) -> R
             return response;
         }
         Failure::Error(error) => {
+            if let Some(status) = in_flight.client.as_ref().and_then(Client::fault) {
+                return refusal(status, in_flight);
+            }
             let error: BoxError = error.into();
             log::error!("a request failed: {error} request={:?}", in_flight.what());
         }

@@ -41,7 +41,7 @@ pub(super) struct Exchange<S: Service<Request<Body>>, B> {
 pin_project! {
     #[project = Working]
     pub(super) enum Work<S: Service<Request<Body>>, B> {
-        Answering { #[pin] answer: Answer<S> },
+        Answering { #[pin] answer: Answer<S, B> },
         Sending { #[pin] body: Served<B> },
         Ended,
         /// The response broke off. Nothing more is said of it until the connection is closed.

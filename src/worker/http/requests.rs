@@ -30,6 +30,8 @@ pub(super) struct Requests {
     last_begun: Notify,
     /// There was a request of which nobody knows where in the input it ends.
     end_is_unknown: Cell<bool>,
+    /// What comes after a request is not read: its body cannot be.
+    left_unread: Cell<bool>,
     /// Requests that may still switch protocols.
     offers: Cell<u32>,
     no_offers: Notify,
@@ -42,7 +44,21 @@ impl Requests {
         let (unanswered, count) = (Cell::new(0), Cell::new(0));
         let (begun, last_begun, end_is_unknown) = (Notify::new(), Notify::new(), Cell::new(false));
         let (offers, no_offers, taken) = (Cell::new(0), Notify::new(), RefCell::new(None));
-        Self { pulse, account, unanswered, begun, count, limit, last_begun, end_is_unknown, offers, no_offers, taken }
+        let left_unread = Cell::new(false);
+        Self {
+            pulse,
+            account,
+            unanswered,
+            begun,
+            count,
+            limit,
+            last_begun,
+            end_is_unknown,
+            left_unread,
+            offers,
+            no_offers,
+            taken,
+        }
     }
 
     pub(super) fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> UnderWay {
@@ -101,6 +117,15 @@ impl Requests {
 
     pub(super) fn end_is_unknown(&self) -> bool {
         self.end_is_unknown.get()
+    }
+
+    /// Nothing more is read of the connection.
+    pub(super) fn leave_unread(&self) {
+        self.left_unread.set(true);
+    }
+
+    pub(super) fn left_unread(&self) -> bool {
+        self.left_unread.get()
     }
 
     /// Whether there may be only so many.
