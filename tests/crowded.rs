@@ -19,6 +19,8 @@ use common::limit::InTime as _;
 use common::raw::{self, Protocol};
 use common::{PATIENCE, Server, fastcgi, http2, program, sse, status_number, wait_until};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const WINDOW_UPDATE: u8 = 8;
 const MOST: usize = 8;
@@ -32,7 +34,12 @@ fn kept(protocol: Protocol, bind: &str) -> UnixStream {
 }
 
 fn ask(protocol: Protocol, stream: &mut UnixStream) {
-    let (status, mut response) = raw::ask(stream, &protocol.head("GET", "/ok", 0));
+    stream.write_all(&protocol.head("GET", "/ok", 0)).unwrap();
+    read_answer(protocol, stream);
+}
+
+fn read_answer(protocol: Protocol, stream: &mut UnixStream) {
+    let (status, mut response) = raw::ask(stream, b"");
     assert_eq!(status, 200, "{protocol:?}");
     // To its end, so that it is not taken for a part of the next one.
     let end: &[u8] = if protocol == Protocol::FastCgi { &[1, 3, 0, 1, 0, 8] } else { b"ok" };
@@ -55,6 +62,12 @@ fn has_news(stream: &mut UnixStream) -> bool {
     );
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     read.is_ok()
+}
+
+/// Waits until something has come: false if that is the connection's end.
+fn is_answered(stream: &UnixStream) -> bool {
+    let (fd, mut peeked) = (std::os::fd::AsRawFd::as_raw_fd(stream), [0]);
+    matches!(nix::sys::socket::recv(fd, &mut peeked, nix::sys::socket::MsgFlags::MSG_PEEK), Ok(count) if count > 0)
 }
 
 fn is_at_its_end(stream: &mut UnixStream) -> bool {
@@ -204,6 +217,53 @@ fn a_client_has_as_many_connections_as_it_may_and_proxies_and_unix_sockets_any_n
             })
             .collect();
         drop(many);
+        server.stop();
+    }
+}
+
+#[test]
+fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_it_over() {
+    for protocol in [Protocol::Http, Protocol::FastCgi] {
+        let arguments = ["--workers", "2", "--max-connections-per-address", "8", "--respawn-rate", "1000"];
+        let mut server = protocol.start("crashy", &arguments);
+        let bind = server.binds[0].clone();
+        // More than one worker admits. One of them may be at its limit before the other.
+        let mut open: Vec<UnixStream> = Vec::new();
+        wait_until("the client has twelve connections", || {
+            let mut stream = raw::connect(&bind);
+            let _ = stream.write_all(&protocol.head("GET", "/ok", 0));
+            if is_answered(&stream) {
+                read_answer(protocol, &mut stream);
+                open.push(stream);
+            }
+            (open.len() == 12).then_some(())
+        });
+        let mut all_answer = |after: &str| {
+            for (index, stream) in open.iter_mut().enumerate() {
+                stream.write_all(&protocol.head("GET", "/ok", 0)).unwrap_or_else(|error| panic!("{after}: {error}"));
+                assert!(is_answered(stream), "{protocol:?}: connection {index} was closed after {after}");
+                read_answer(protocol, stream);
+            }
+        };
+        server.signal(Signal::SIGTTOU);
+        server.wait_for("worker left");
+        all_answer("scaling down");
+        server.signal(Signal::SIGHUP);
+        server.wait_for("reload done");
+        all_answer("a reload");
+        server.signal(Signal::SIGUSR2);
+        server.wait_for("upgraded version=");
+        server.wait_for("reload done");
+        all_answer("an upgrade");
+        let old = server.workers();
+        kill(Pid::from_raw(*old.first().unwrap()), Signal::SIGKILL).unwrap();
+        server.renewed(1, &old);
+        all_answer("the death of the worker");
+        // They take nobody's place, and the limit holds for new ones.
+        let new: Vec<UnixStream> = (0..8).map(|_| kept(protocol, &bind)).collect();
+        let mut ninth = raw::connect(&bind);
+        assert!(matches!(ninth.read(&mut [0]), Ok(0) | Err(_)), "{protocol:?}");
+        drop((new, open));
         server.stop();
     }
 }

@@ -165,7 +165,7 @@ struct WorkerOptions {
     max_connections: u32,
 
     /// Connections of one worker that may come from one address (of IPv6, from one /64 network); 0 for any number. A further
-    /// one is closed at once. Unix sockets and those of --trust are not counted
+    /// one is closed at once. Unix sockets, those of --trust and connections taken over from another worker are not counted
     #[arg(
         long,
         value_name = "N",

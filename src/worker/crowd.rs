@@ -1,7 +1,8 @@
 //! How many connections one client may have at a time (`--max-connections-per-address`): in this worker, by its address, or the
 //! network of an IPv6 one.
 //!
-//! A connection beyond that is closed before anything is read of it.
+//! A connection beyond that is closed before anything is read of it. One that another worker has admitted and passed on does not
+//! count here: its client would have to find room in this worker for what was spread over several.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -44,8 +45,8 @@ impl Crowd {
         Rc::new(Self { most, open: RefCell::default(), turned_away: Throttle::default() })
     }
 
-    /// Lets a connection of this client in; `None` if it has as many as it may have. A client without an address (a Unix socket, a
-    /// proxy that speaks for many) always is.
+    /// Admits a connection of this client; `None` if it has as many as it may have. A client without an address (a Unix socket, a
+    /// proxy that speaks for many) always is admitted.
     pub(crate) fn admit(self: &Rc<Self>, client: Option<IpAddr>) -> Option<Counted> {
         let Some(address) = client.filter(|_| self.most > 0) else { return Some(Counted(None)) };
         let client = Client::of(address);

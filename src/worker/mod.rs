@@ -425,7 +425,8 @@ where
             // A proxy speaks for many.
             let client = origin.address.map(|address| address.ip());
             let is_proxy = application.trust.as_ref().is_some_and(|trust| trust.peers.contain(client));
-            let Some(_counted) = crowd.admit(client.filter(|_| !is_proxy)) else { return };
+            // What another worker has admitted is not refused, and takes nobody's place.
+            let Some(_counted) = crowd.admit(client.filter(|_| !is_proxy && !is_admitted)) else { return };
             if !is_admitted {
                 socket.account().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
             }
