@@ -425,9 +425,10 @@ fn segment_at(path: &Path) -> Option<Segment> {
 }
 
 /// The living processes whose parent is `pid`, zombies included, but for the heirs of those that are dead, and the guard. (Under `run`
-/// nothing else goes by the master's name but a fork that is about to have another one.)
+/// a child with the master's name is a fork that is about to have another one.)
 pub fn children_of(pid: Pid) -> BTreeSet<i32> {
-    let is_other = |name: &str| !["heir", "guard", "forkyard"].contains(&name);
+    let is_master = process(pid.as_raw()).is_some_and(|process| process.name == "forkyard");
+    let is_other = |name: &str| !["heir", "guard"].contains(&name) && !(is_master && name == "forkyard");
     let children = processes().into_iter().filter(|process| process.parent == pid.as_raw() && is_other(&process.name));
     children.map(|process| process.pid).collect()
 }
