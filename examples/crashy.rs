@@ -42,6 +42,7 @@ fn main() -> ExitCode {
             .route("/panic", get(panic))
             .route("/overflow", get(overflow))
             .route("/hang", get(hang))
+            .route("/outside/hang", get(hang_outside))
             .route("/poison/{id}", get(segv))
             .route("/claim/{length}/{real}", get(claim))
             .route("/head/{bytes}", get(head))
@@ -189,6 +190,16 @@ async fn hang() {
     loop {
         std::thread::park();
     }
+}
+
+/// A thread hangs that the server knows nothing of, and nothing good comes of it.
+async fn hang_outside() -> StatusCode {
+    tokio::task::spawn_blocking(|| {
+        loop {
+            std::thread::park();
+        }
+    });
+    StatusCode::INTERNAL_SERVER_ERROR
 }
 
 async fn leak(Path(mib): Path<usize>) -> String {

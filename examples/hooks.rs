@@ -1,6 +1,6 @@
 //! An application that wants to be told of its workers' lives: the log has a line for each of its hooks.
 //!
-//! `cargo run --example hooks -- --bind http:127.0.0.1:8080 --workers 1`, then `/crash` is the end of a worker. While the
+//! `cargo run --example hooks -- --bind http:127.0.0.1:8080 --workers 1`, then `/crash` is the end of a worker, and `/hang` of a thread. While the
 //! file exists that `HOOKS_REFUSE` names, no worker is made, and none of the one that `HOOKS_SPOIL` names gets ready.
 
 use std::path::Path;
@@ -15,6 +15,9 @@ fn main() -> ExitCode {
         forkyard::blocking(|request: Request<Body>| {
             if request.uri().path() == "/crash" {
                 std::process::abort();
+            }
+            while request.uri().path() == "/hang" {
+                std::thread::park();
             }
             Response::new("Hello, world\n")
         })

@@ -1,6 +1,6 @@
 //! The crash handler of a worker: its last words, written by the thread that crashes.
 //!
-//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL and SIGSYS the report pipe gets a line that says where and why, then one
+//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP, SIGXCPU and SIGXFSZ the report pipe gets a line that says where and why, then one
 //! with a backtrace in addresses; then the process dies as it would have without us: by the same signal, with the same
 //! core dump. Nothing here makes names of addresses; the master has a child do that.
 //!
@@ -28,14 +28,19 @@ use crate::at_work;
 use crate::modules::Modules;
 
 /// The signals of a crash, by the names that the log has for them.
-const SIGNALS: [(c_int, &str); 6] = [
+const SIGNALS: [(c_int, &str); 9] = [
     (libc::SIGSEGV, "SEGV"),
     (libc::SIGBUS, "BUS"),
     (libc::SIGABRT, "ABRT"),
     (libc::SIGFPE, "FPE"),
     (libc::SIGILL, "ILL"),
     (libc::SIGSYS, "SYS"),
+    (libc::SIGTRAP, "TRAP"),
+    (libc::SIGXCPU, "XCPU"),
+    (libc::SIGXFSZ, "XFSZ"),
 ];
+/// Those of an instruction, which runs again when the handler returns. Their address is what it reached for, or its own.
+const FAULTS: [c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
 /// Bytes of the stack on which handlers run in our threads. The standard library's own has room for the first line only.
 const STACK: usize = 64 << 10;
 /// Functions of a backtrace.
@@ -61,6 +66,8 @@ static DYING: AtomicI32 = AtomicI32::new(0);
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 static ADDRESS: AtomicUsize = AtomicUsize::new(0);
 static CODE: AtomicUsize = AtomicUsize::new(0);
+/// The process that sent that signal; this one, if nobody else did.
+static SENDER: AtomicI32 = AtomicI32::new(0);
 static INSTRUCTION: AtomicUsize = AtomicUsize::new(0);
 static STACK_POINTER: AtomicUsize = AtomicUsize::new(0);
 
@@ -125,7 +132,7 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     // SAFETY: the kernel hands a handler a valid siginfo_t.
     let Some(about) = (unsafe { info.as_ref() }) else { return die_of(signal, true) };
     let code = about.si_code;
-    let by_itself = code > 0 && signal != libc::SIGSYS; // it happens again when the handler returns
+    let by_itself = code > 0 && FAULTS.contains(&signal); // it happens again when the handler returns
     // SAFETY: async-signal-safe calls without arguments.
     let thread = unsafe { libc::gettid() };
     // SAFETY: as above.
@@ -151,6 +158,10 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     // SAFETY: for a signal without an address this is some other field, which `say` does not show.
     ADDRESS.store(unsafe { about.si_addr() }.addr(), Ordering::Relaxed);
     CODE.store(usize::try_from(code).unwrap_or(0), Ordering::Relaxed);
+    let is_sent = [libc::SI_USER, libc::SI_TKILL, libc::SI_QUEUE].contains(&code);
+    // SAFETY: with these codes that field is filled in.
+    let sender = if is_sent { unsafe { about.si_pid() } } else { will.process };
+    SENDER.store(sender, Ordering::Relaxed);
     SIGNAL.store(signal, Ordering::Relaxed);
     let (instruction, stack) = registers(context).unwrap_or_default();
     INSTRUCTION.store(instruction, Ordering::Relaxed);
@@ -195,6 +206,12 @@ fn die_of(signal: c_int, by_itself: bool) {
 /// Writes the last words: the request first, then the line that is safe to write, then the backtrace.
 fn say(will: &Will) {
     at_work::accuse();
+    let sender = SENDER.load(Ordering::Relaxed);
+    if sender != will.process {
+        let mut line = Line::<32>::new("sent ");
+        let _ = write!(line, "{sender}");
+        line.send(will.report);
+    }
     let signal = SIGNAL.load(Ordering::Relaxed);
     let name = SIGNALS.iter().find(|(known, _)| *known == signal).map_or("?", |(_, name)| name);
     let mut line = Line::<512>::new("said ");
@@ -203,7 +220,7 @@ fn say(will: &Will) {
     unsafe { libc::prctl(libc::PR_GET_NAME, thread.as_mut_ptr()) };
     let thread = str::from_utf8(thread.split(|&byte| byte == 0).next().unwrap_or_default()).unwrap_or("?");
     let _ = write!(line, "{name} in thread {thread}");
-    let has_address = CODE.load(Ordering::Relaxed) > 0 && ![libc::SIGABRT, libc::SIGSYS].contains(&signal);
+    let has_address = CODE.load(Ordering::Relaxed) > 0 && FAULTS.contains(&signal);
     if has_address {
         let _ = write!(line, " at address {:#x}", ADDRESS.load(Ordering::Relaxed));
     }

@@ -53,6 +53,10 @@ pub(crate) enum Report {
     Ready,
     /// It has served its time, for this reason, and goes on until somebody takes its place.
     Recycle(String),
+    /// The same, because a function hangs that was called for this request.
+    HungThread(String),
+    /// The signal of which it dies was sent by this process, which is not the worker.
+    SentBy(i32),
     /// Why it cannot go on.
     LastWords(String),
     /// Where it crashed: addresses, as `modules.rs` writes them, the innermost function first.
@@ -65,6 +69,8 @@ impl Report {
         match self {
             Self::Ready => "ready\n".to_owned(),
             Self::Recycle(reason) => format!("recycle {}\n", reason.replace('\n', " ")),
+            Self::HungThread(request) => format!("hung {}\n", request.replace('\n', " ")),
+            Self::SentBy(pid) => format!("sent {pid}\n"),
             Self::LastWords(words) => format!("said {}\n", words.replace('\n', " ")),
             Self::Trace(addresses) => format!("trace {addresses}\n"),
         }
@@ -75,6 +81,8 @@ impl Report {
         match line.split_once(' ') {
             None if line == "ready" => Self::Ready,
             Some(("recycle", reason)) => Self::Recycle(reason.to_owned()),
+            Some(("hung", request)) => Self::HungThread(request.to_owned()),
+            Some(("sent", pid)) if pid.parse::<i32>().is_ok() => Self::SentBy(pid.parse().unwrap_or_default()),
             Some(("said", words)) => Self::LastWords(words.to_owned()),
             Some(("trace", addresses)) => Self::Trace(addresses.to_owned()),
             None | Some(_) => Self::LastWords(line.to_owned()),

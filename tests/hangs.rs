@@ -4,9 +4,15 @@
 
 mod common;
 
+use std::io::Write as _;
+
 use common::http::{self, Client};
 use common::raw::{self, ALL};
-use common::{Server, status_number, wait_until};
+use common::{Server, program, status_number, wait_until};
+use nix::sys::signal::Signal;
+
+/// How long a worker that is waited for is waited for.
+const FOR_EVER: [&str; 2] = ["--drain-timeout", "1h"];
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
@@ -54,13 +60,89 @@ fn a_loop_that_hangs_is_named_ended_and_replaced() {
 
 #[test]
 fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
-    let more = ["--workers", "1", "--request-timeout", "100ms", "--hang-timeout", "1s", "--drain-timeout", "1s"];
-    let mut server = crashy(&more);
-    assert_eq!(http::get(&server.http(), "/thread/hang").unwrap().status, 504);
+    let more = ["--workers", "1", "--request-timeout", "100ms", "--hang-timeout", "500ms"];
+    let mut server = Server::start("hooks", &[&HTTP[..], &FOR_EVER, &more].concat());
+    let worker = server.workers();
+    assert_eq!(http::get(&server.http(), "/hang").unwrap().status, 504);
     let line = server.wait_for("a function still runs");
-    assert!(line.contains("request=\"GET /thread/hang\""), "{line}");
-    server.wait_for("reason=hung thread");
+    assert!(line.contains("request=\"GET /hang\""), "{line}");
+    let line = server.wait_for("reason=hung thread");
+    assert!(line.contains("request=\"GET /hang\""), "{line}");
+    // It is not waited for, and leaves in good order.
+    server.wait_for("functions run, as they hang");
+    server.wait_for("hook: on_exit slot=0");
+    assert!(server.wait_for("worker left").contains(" status=0 "));
+    assert!(server.workers().is_disjoint(&worker));
+    assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
     server.stop();
+}
+
+#[test]
+fn a_function_whose_client_is_gone_holds_up_no_worker_that_leaves_once_it_hangs() {
+    for protocol in ALL {
+        for signal in [Signal::SIGHUP, Signal::SIGTERM] {
+            let more = [&["--workers", "1", "--hang-timeout", "500ms"], &FOR_EVER[..]].concat();
+            let mut server = protocol.start("crashy", &more);
+            let board = server.segment().scoreboard();
+            let mut client = raw::connect(&server.binds[0]);
+            client.write_all(&protocol.head("GET", "/thread/hang", 0)).unwrap();
+            let is_at_it = || board.read(0).is_some_and(|row| row.running == ["GET /thread/hang"]);
+            wait_until("a thread is at it", || is_at_it().then_some(()));
+            drop(client);
+            server.signal(signal);
+            assert!(server.wait_for("worker left").contains(" status=0 "), "{protocol:?} {signal}");
+            server.stop();
+        }
+    }
+}
+
+#[test]
+fn a_function_that_goes_on_for_less_than_the_hang_timeout_is_waited_for() {
+    let mut server = crashy(&[&["--workers", "1"], &FOR_EVER[..]].concat());
+    let board = server.segment().scoreboard();
+    let mut client = raw::connect(&server.binds[0]);
+    client.write_all(&raw::Protocol::Http.head("GET", "/thread/sleep-5000", 0)).unwrap();
+    let is_at_it = || board.read(0).is_some_and(|row| row.running == ["GET /thread/sleep-5000"]);
+    wait_until("a thread is at it", || is_at_it().then_some(()));
+    let begun = std::time::Instant::now();
+    drop(client);
+    server.signal(Signal::SIGTERM);
+    server.wait_for("worker left");
+    assert!(begun.elapsed().as_millis() > 500, "it was not waited for");
+    server.wait_end();
+}
+
+#[test]
+fn requests_of_a_worker_with_all_threads_hung_get_503_and_not_504_as_long_as_it_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken");
+    let more = ["--workers", "1", "--request-timeout", "3s", "--hang-timeout", "300ms"];
+    let mut command = std::process::Command::new(program("crashy"));
+    let mut server =
+        Server::start_command(command.args([&HTTP[..], &FOR_EVER, &more].concat()).env("CRASHY_BROKEN", &broken));
+    let address = server.http();
+    std::fs::write(&broken, "").unwrap();
+    assert_eq!(http::get(&address, "/thread/hang").unwrap().status, 504);
+    for _ in ["one that waits already", "one that comes now"] {
+        let response = http::get(&address, "/thread/ok").unwrap();
+        assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
+    }
+    server.wait_for("all threads hang");
+    assert_eq!(http::get(&address, "/ok").unwrap().status, 200, "what needs no thread is answered");
+    std::fs::remove_file(&broken).unwrap();
+    server.wait_for("worker left");
+    assert_eq!(http::get(&address, "/thread/ok").unwrap().status, 200);
+    server.stop();
+}
+
+#[test]
+fn a_start_that_fails_does_not_wait_for_a_thread_of_the_application() {
+    let more = ["--workers", "1", "--health-path", "/outside/hang", "--start-timeout", "1h"];
+    let mut server = Server::launch(std::process::Command::new(program("crashy")).args([&HTTP[..], &more].concat()));
+    let line = server.wait_for("worker died");
+    assert!(line.contains(" status=1 ") && line.contains("health check"), "{line}");
+    server.signal(Signal::SIGINT);
+    server.wait_end();
 }
 
 #[test]

@@ -12,6 +12,8 @@ use common::http::{self, Client};
 use common::raw::{self, ALL, Protocol};
 use common::{Server, StopOnDrop, fastcgi, http2, wait_until};
 use forkyard_shm::State;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&["--bind", "http:127.0.0.1:0", "--workers", "3"], arguments].concat())
@@ -110,6 +112,73 @@ fn the_refusal_is_a_503_over_each_protocol() {
         assert_eq!(ask(&server), 503, "{protocol:?}");
         server.stop();
     }
+}
+
+#[test]
+fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that() {
+    let hangs = ["--threads", "2", "--request-timeout", "100ms", "--hang-timeout", "300ms", "--drain-timeout", "1h"];
+    let mut server = crashy(&hangs);
+    let address = server.http();
+    for _ in 0..3 {
+        assert_eq!(http::get(&address, "/thread/hang?a=b").unwrap().status, 504);
+        server.wait_for("reason=hung thread");
+        server.wait_for("worker left"); // so that the next one hangs in another
+    }
+    let line = server.logged("quarantined request=");
+    assert!(line.contains("request=\"GET /thread/hang\""), "{line}");
+    wait_until("it is refused", || (http::get(&address, "/thread/hang").ok()?.status == 503).then_some(()));
+    assert_eq!(http::get(&address, "/thread/ok").unwrap().status, 200);
+    server.stop();
+    assert!(!server.log().contains("worker died"), "{}", server.log());
+}
+
+#[test]
+fn functions_that_hang_in_one_worker_count_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken");
+    let mut command = std::process::Command::new(common::program("crashy"));
+    let hangs = ["--threads", "4", "--request-timeout", "100ms", "--hang-timeout", "300ms", "--quarantine", "2"];
+    let command = command.args(["--bind", "http:127.0.0.1:0", "--workers", "1"]).args(hangs);
+    let mut server = Server::start_command(command.env("CRASHY_BROKEN", &broken));
+    std::fs::write(&broken, "").unwrap(); // so that it stays
+    for _ in 0..3 {
+        assert_eq!(http::get(&server.http(), "/thread/hang").unwrap().status, 504);
+        server.wait_for("reason=hung thread");
+    }
+    server.stop();
+    assert!(!server.log().contains("quarantined"), "{}", server.log());
+}
+
+#[test]
+fn a_signal_that_another_process_has_sent_accuses_no_request_and_the_log_says_who() {
+    let mut server = Protocol::Http.start("crashy", &["--workers", "1", "--quarantine", "1"]);
+    let own = std::process::id();
+    for signal in [
+        Signal::SIGSEGV,
+        Signal::SIGBUS,
+        Signal::SIGABRT,
+        Signal::SIGFPE,
+        Signal::SIGILL,
+        Signal::SIGSYS,
+        Signal::SIGTRAP,
+        Signal::SIGXCPU,
+        Signal::SIGXFSZ,
+    ] {
+        let connections = send_among(Way::Apart(Protocol::Http), &server, &["/slow/600000"], "/thread/sleep-600000");
+        let board = server.segment().scoreboard();
+        let row = wait_until("both are under way", || board.read(0).filter(|row| row.running.len() == 1));
+        kill(Pid::from_raw(row.pid.cast_signed()), signal).unwrap();
+        let line = server.wait_for("worker died");
+        assert!(line.contains(&format!(" signal={} ", &signal.as_str()[3..])), "{line}");
+        assert!(line.contains(&format!(" sent_by={own} ")) && !line.contains("crashed_in"), "{line}");
+        drop(connections);
+    }
+    // What a process sends itself does.
+    wait_until("there is a worker", || (http::get(&server.http(), "/abort").ok()?.status == 502).then_some(()));
+    server.wait_for("quarantined request=\"GET /abort\"");
+    server.stop();
+    let log = server.log();
+    assert_eq!(log.matches("quarantined").count(), 1, "{log}");
 }
 
 #[test]

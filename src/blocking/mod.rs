@@ -128,10 +128,7 @@ where
             Err(job) => pool::pool().start(job),
         };
         if !started {
-            let mut response = Response::new(Body::from("503: too many requests are waiting\n"));
-            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-            call.put(Ok(response));
+            call.refuse();
         }
         Answer { job: call, begin_by }
     }
@@ -169,8 +166,12 @@ trait Job: Send + Sync {
     fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>>;
     /// The request has waited too long, unless a thread is at it.
     fn shed(&self);
-    /// Nobody waits for the response any more.
-    fn abandon(&self);
+    /// No thread will be free for it.
+    fn refuse(&self);
+    /// Nobody waits for the response any more. True if a thread is at it.
+    fn abandon(&self) -> bool;
+    /// Whether somebody waits for the response, and no thread is at it.
+    fn is_waiting(&self) -> bool;
     /// Whether a thread is at it.
     fn is_running(&self) -> bool;
     /// Of the event loop that waits for the response.
@@ -252,14 +253,30 @@ where
         drop(request); // after the lock is given back
     }
 
-    fn abandon(&self) {
+    fn refuse(&self) {
+        let request = self.progress().request.take();
+        if request.is_some() {
+            let mut response = Response::new(Body::from("503: too many requests are waiting\n"));
+            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            self.put(Ok(response));
+        }
+    }
+
+    fn abandon(&self) -> bool {
         let mut progress = self.progress();
         let request = progress.request.take();
-        if let (None, false, Some(cell)) = (&request, progress.is_over, self.cell) {
+        let is_running = request.is_none() && !progress.is_over;
+        if let (true, Some(cell)) = (is_running, self.cell) {
             at_work::forget(cell); // it will be another request's, while a thread goes on with this one
         }
         drop(progress);
         drop(request); // after the lock is given back
+        is_running
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.progress().request.is_some()
     }
 
     fn is_running(&self) -> bool {
@@ -305,8 +322,9 @@ impl Future for Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        overdue::watch(&self.job);
-        self.job.abandon();
+        if self.job.abandon() {
+            overdue::watch(&self.job);
+        }
     }
 }
 

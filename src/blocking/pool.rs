@@ -9,11 +9,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 use forkyard_shm::Occupancy;
 use tokio::sync::Notify;
 
-use super::{Job, turn};
+use super::{Job, overdue, turn};
 use crate::{at_work, crash};
 
 /// The threads, and the queue from which they take.
@@ -32,7 +33,9 @@ pub(super) struct Pool {
     one_is_free: Notify,
     /// Somebody waits in [`finish`].
     is_finishing: AtomicBool,
-    none_is_left: (Mutex<()>, Condvar),
+    one_has_ended: (Mutex<()>, Condvar),
+    /// All threads hung when that was last looked at.
+    is_stuck: AtomicBool,
 }
 
 #[derive(Default)]
@@ -73,16 +76,36 @@ pub(crate) fn configure(threads: u32, queue: u32, occupancy: Option<Occupancy>) 
     let _ = SIZE.set((threads, queue, occupancy));
 }
 
-/// Waits for all that runs. Called once, when nothing new can come.
-pub(crate) fn finish() {
-    let Some(pool) = POOL.get() else { return };
+/// Waits for all that runs, but for what hangs: returns how many functions do. Called once, when nothing new can come.
+pub(crate) fn finish() -> usize {
+    let Some(pool) = POOL.get() else { return 0 };
     pool.wake_one();
-    let (lock, none_is_left) = &pool.none_is_left;
+    let (lock, one_has_ended) = &pool.one_has_ended;
     let mut locked = lock.lock().unwrap_or_else(PoisonError::into_inner);
     pool.is_finishing.store(true, Ordering::SeqCst);
-    while pool.count.load(Ordering::SeqCst) > 0 {
-        locked = none_is_left.wait(locked).unwrap_or_else(PoisonError::into_inner);
+    loop {
+        let (hanging, next) = overdue::hanging();
+        if pool.has_nothing_but(hanging) {
+            return hanging;
+        }
+        locked = match next.map(|at| at.saturating_duration_since(Instant::now())) {
+            Some(time) => {
+                one_has_ended.wait_timeout(locked, time).map_or_else(|error| error.into_inner().0, |woken| woken.0)
+            }
+            None => one_has_ended.wait(locked).unwrap_or_else(PoisonError::into_inner),
+        };
     }
+}
+
+/// A function hangs. If all threads do, who waits for one gets 503, and who comes too.
+pub(super) fn look_whether_stuck() {
+    let Some(pool) = POOL.get().filter(|pool| pool.is_stuck()) else { return };
+    let jobs = std::mem::take(&mut pool.waiting().jobs);
+    let count = u32::try_from(jobs.len()).unwrap_or(u32::MAX);
+    pool.count.fetch_sub(count, Ordering::SeqCst);
+    pool.is_stuck.store(true, Ordering::SeqCst);
+    log::error!("all threads hang: until this worker is replaced, requests that need one get 503 waiting={count}");
+    jobs.iter().for_each(|job| job.refuse());
 }
 
 /// At the end of a turn of the event loop in which jobs were started: threads are woken, and siblings told.
@@ -121,7 +144,8 @@ pub(super) fn pool() -> &'static Pool {
         telling: Mutex::new(()),
         one_is_free: Notify::new(),
         is_finishing: AtomicBool::new(false),
-        none_is_left: (Mutex::new(()), Condvar::new()),
+        one_has_ended: (Mutex::new(()), Condvar::new()),
+        is_stuck: AtomicBool::new(false),
     });
     static STARTED: OnceLock<usize> = OnceLock::new();
     let started = *STARTED.get_or_init(|| (0..threads).filter(|&number| start_thread(number, pool)).count());
@@ -132,6 +156,12 @@ pub(super) fn pool() -> &'static Pool {
 impl Pool {
     /// False if too many wait already. If this thread has an event loop, a sleeping thread is woken at the end of its turn.
     pub(super) fn start(&self, job: Arc<dyn Job>) -> bool {
+        if self.is_stuck.load(Ordering::SeqCst) {
+            if self.is_stuck() {
+                return false;
+            }
+            self.is_stuck.store(false, Ordering::SeqCst);
+        }
         if self.count.fetch_add(1, Ordering::SeqCst) >= self.threads.saturating_add(self.queue) {
             self.count.fetch_sub(1, Ordering::SeqCst);
             return false;
@@ -150,6 +180,18 @@ impl Pool {
 
     fn is_occupied(&self) -> bool {
         self.count.load(Ordering::SeqCst) >= self.threads
+    }
+
+    /// Whether all threads hang.
+    fn is_stuck(&self) -> bool {
+        overdue::hanging().0 >= self.threads as usize
+    }
+
+    /// Whether nobody waits for a thread, and no more than so many jobs run.
+    fn has_nothing_but(&self, running: usize) -> bool {
+        let waiting = self.waiting();
+        let most = waiting.jobs.len().saturating_add(running);
+        self.count.load(Ordering::SeqCst) as usize <= most && !waiting.jobs.iter().any(|job| job.is_waiting())
     }
 
     /// Wakes a thread, if there is a job for it.
@@ -189,9 +231,9 @@ impl Pool {
                 None => self.one_is_free.notify_waiters(),
             }
         }
-        if before == 1 && self.is_finishing.load(Ordering::SeqCst) {
-            let _locked = self.none_is_left.0.lock().unwrap_or_else(PoisonError::into_inner);
-            self.none_is_left.1.notify_all();
+        if self.is_finishing.load(Ordering::SeqCst) {
+            let _locked = self.one_has_ended.0.lock().unwrap_or_else(PoisonError::into_inner);
+            self.one_has_ended.1.notify_all();
         }
     }
 
@@ -288,7 +330,15 @@ mod tests {
 
         fn shed(&self) {}
 
-        fn abandon(&self) {}
+        fn refuse(&self) {}
+
+        fn abandon(&self) -> bool {
+            false
+        }
+
+        fn is_waiting(&self) -> bool {
+            false
+        }
 
         fn is_running(&self) -> bool {
             false

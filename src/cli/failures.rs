@@ -15,7 +15,8 @@ pub(super) struct FailureOptions {
     request_timeout: Duration,
 
     /// A worker whose event loop is at work for so long without a pause is replaced and ended; one in which a function
-    /// runs on for so long after its request got 504 is replaced. 0 for never
+    /// runs on for so long after its request got 504 is replaced. A worker that leaves waits no longer for a function that nobody
+    /// waits for. 0 for never
     #[arg(long, value_name = "TIME", env = "FORKYARD_HANG_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Hangs and crashes")]
     hang_timeout: Duration,
 

@@ -502,7 +502,8 @@ impl Master {
             match report {
                 Report::Ready => self.ready(pid),
                 Report::Recycle(reason) => self.wear_out(pid, &reason),
-                Report::LastWords(_) | Report::Trace(_) => {}
+                Report::HungThread(request) => self.hung_thread(pid, &request),
+                Report::LastWords(_) | Report::Trace(_) | Report::SentBy(_) => {}
             }
         }
     }

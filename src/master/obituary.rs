@@ -70,7 +70,7 @@ fn is_crash(ending: Ending, child: &Child, no_memory: bool) -> bool {
         Ending::Exited(status) => ![0, 125].contains(&status),
         Ending::Signaled(signal) => CRASHES.contains(&signal) || no_memory,
     };
-    child.is_worker() && (child.hung || (unasked && !child.asked_to_leave))
+    child.is_worker() && (child.hung || (unasked && !child.asked_to_leave && child.sent_by.is_none()))
 }
 
 /// Writes the line; `no_memory` if the kernel has killed it because memory ran out. What the scoreboard says is the dead process's word: bounded, and taken as text only.
@@ -78,6 +78,11 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, no_memory: bool, s
     let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
     if no_memory {
         line += " cause=oom-kill";
+    }
+    // The master itself has one that hangs say where.
+    let sent_by = child.sent_by.filter(|_| !child.hung);
+    if let Some(pid) = sent_by {
+        let _ = write!(line, " sent_by={pid}");
     }
     let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
     // The row is the child's only if the child had claimed it. A program knows nothing of the scoreboard.
@@ -101,6 +106,7 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, no_memory: bool, s
     let running = row.as_ref().filter(|row| row.culprit.is_none() && !row.no_culprit && row.all_running);
     let running = running.map(|row| row.running.clone()).filter(|running| !running.is_empty() && !is_as_asked);
     match (row.as_ref().and_then(|row| row.culprit.as_ref()), &running, ending) {
+        (Some(at_work), _, Ending::Signaled(_)) if sent_by.is_some() => drop(write!(line, " at_work={at_work:?}")),
         (Some(culprit), _, Ending::Signaled(_)) => drop(write!(line, " crashed_in={culprit:?}")),
         (Some(culprit), _, Ending::Exited(_)) => drop(write!(line, " exited_in={culprit:?}")),
         (None, Some(running), _) => drop(write!(line, " at_work={:?}", running[..running.len().min(NAMED)].join(", "))),

@@ -88,7 +88,7 @@ impl Sickbed {
         for verdict in verdicts {
             match verdict {
                 Verdict::Refused { key, time, times } => log::error!(
-                    "quarantined request={key:?} time={}s times={times}: workers die of it (--quarantine)",
+                    "quarantined request={key:?} time={}s times={times}: workers die of it, or hang in it (--quarantine)",
                     time.as_secs()
                 ),
                 Verdict::LetGo { key } => log::warn!("let go request={key:?}: its quarantine is over"),
@@ -158,6 +158,19 @@ impl Master {
             log::error!("cannot signal worker slot={} pid={pid} signal=SIGABRT: {errno}", child.slot);
         }
         self.sickbed.hangs.told_to_die(pid, now);
+    }
+
+    /// A function hangs in this worker, which asks to be replaced: its request counts as if the worker had died of it, once.
+    pub(super) fn hung_thread(&mut self, pid: Pid, request: &str) {
+        if let Some(child) = self.children.get_mut(&pid).filter(|child| child.is_worker() && !child.asked_to_leave)
+            && !std::mem::replace(&mut child.has_hung_thread, true)
+        {
+            let culprit = Some(Suspect::of(request, self.sickbed.by));
+            let now = self.now();
+            let verdicts = self.sickbed.quarantine.died(Death { culprit, by_itself: true, ..Death::default() }, now);
+            self.sickbed.announce(&verdicts, now);
+        }
+        self.wear_out(pid, &format!("hung thread request={request:?}"));
     }
 
     /// Draws conclusions from the end of a process.

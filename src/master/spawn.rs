@@ -82,6 +82,10 @@ pub(crate) struct Child {
     pub(crate) asked_to_leave: bool,
     /// It hangs, and was told to die.
     pub(crate) hung: bool,
+    /// A function hangs in it, and it has asked to be replaced.
+    pub(crate) has_hung_thread: bool,
+    /// Who has sent the signal of which it dies, if it was another process.
+    pub(crate) sent_by: Option<i32>,
     pub(crate) link: Link,
     /// What it puts out, until that has ended.
     pub(crate) output: Option<Output>,
@@ -230,7 +234,21 @@ impl Nursery {
         let output = Some(Output::new(slot, read));
         let log_files = Some(Arc::clone(&settings.log_files));
         let (asked_to_leave, hung, last_line) = (false, false, String::new());
-        let child = Child { slot, generation, since, asked_to_leave, hung, link, output, files, log_files, last_line };
+        let (has_hung_thread, sent_by) = (false, None);
+        let child = Child {
+            slot,
+            generation,
+            since,
+            asked_to_leave,
+            hung,
+            has_hung_thread,
+            sent_by,
+            link,
+            output,
+            files,
+            log_files,
+            last_line,
+        };
         Ok((pid, child))
     }
 
@@ -390,7 +408,8 @@ impl Child {
                 match Report::parse(&String::from_utf8_lossy(&line[..end])) {
                     Report::LastWords(words) => keep(last_words, &words),
                     Report::Trace(addresses) => *trace = addresses,
-                    report @ (Report::Ready | Report::Recycle(_)) => reports.push(report),
+                    Report::SentBy(pid) => self.sent_by = Some(pid),
+                    report @ (Report::Ready | Report::Recycle(_) | Report::HungThread(_)) => reports.push(report),
                 }
             }
             unread.truncate(LAST_WORDS);

@@ -43,7 +43,7 @@ use std::future::{Future, poll_fn};
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -164,7 +164,7 @@ where
     hooks.after_fork(worker)?;
 
     let runtime = event_loop(row.pulse(), !config.failures.hang_timeout.is_zero())?;
-    let outcome = run_in_turns(&runtime, async {
+    let life = async {
         let drain = Drain::new(Arc::clone(&heritage.handover), scoreboard.clone(), heritage.slot, config.drain_timeout);
         let flag = Arc::clone(drain.flag());
         let events = Events::new(&heritage.segment, config.events);
@@ -218,16 +218,23 @@ where
         access_log.iter().for_each(|log| log.finish());
         log::debug!("drained slot={slot} passed_on={}", drain.passed_on());
         io::Result::Ok(())
-    });
+    };
+    let outcome = catch_unwind(AssertUnwindSafe(|| run_in_turns(&runtime, life)));
     // What comes now is not the event loop's work, however long it takes.
     row.pulse().sleep();
-    outcome?;
-    // What still runs on a thread though its client has left: it may be half-way through something.
-    blocking::finish();
-    hooks.on_exit(worker);
-    // Not the runtime's own end, which would wait for a blocking function that never returns.
+    if let Ok(Ok(())) = outcome {
+        // What still runs on a thread though its client has left: it may be half-way through something.
+        let hanging = blocking::finish();
+        if hanging > 0 {
+            log::warn!(
+                "this worker leaves although functions run, as they hang (--hang-timeout) slot={slot} count={hanging}"
+            );
+        }
+        hooks.on_exit(worker);
+    }
+    // Not the runtime's own end, which would wait for a function of the application's (`spawn_blocking`) that never returns.
     runtime.shutdown_background();
-    Ok(())
+    outcome.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Takes a place in the scoreboard, says how blocking functions run here, and has this thread tell of a crash, and in
@@ -272,8 +279,8 @@ fn guard(config: &Config, segment: &Segment) -> Guard {
 /// Asks to be replaced when a function hangs.
 async fn tell_of_hangs(mut report: File) {
     loop {
-        blocking::one_hangs().await;
-        let _ = report.write_all(Report::Recycle("hung thread".to_owned()).line().as_bytes()); // a full pipe has the word already
+        let what = blocking::one_hangs().await;
+        let _ = report.write_all(Report::HungThread(what).line().as_bytes()); // a full pipe has the word already
     }
 }
 

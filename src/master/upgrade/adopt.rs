@@ -177,6 +177,20 @@ impl Child {
         let now = Instant::now();
         let since = now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now);
         let (log_files, last_line) = (None, String::new());
-        Some(Self { slot, generation, since, asked_to_leave, hung, link, output, files, log_files, last_line })
+        let (has_hung_thread, sent_by) = (false, None);
+        Some(Self {
+            slot,
+            generation,
+            since,
+            asked_to_leave,
+            hung,
+            has_hung_thread,
+            sent_by,
+            link,
+            output,
+            files,
+            log_files,
+            last_line,
+        })
     }
 }
