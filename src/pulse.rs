@@ -184,9 +184,13 @@ impl Pulse {
         self.says_goodbye.store(true, Relaxed);
     }
 
+    pub(crate) fn says_goodbye(&self) -> bool {
+        self.says_goodbye.load(Relaxed)
+    }
+
     /// Has the connection end in good order, as soon as what has begun is over. False if its protocol knows no such thing.
     pub(crate) fn say_goodbye(&self) -> bool {
-        let can = self.says_goodbye.load(Relaxed);
+        let can = self.says_goodbye();
         if can {
             self.goodbye.notify_one();
         }

@@ -25,9 +25,9 @@ const LAST_REQUEST: Duration = Duration::from_secs(1);
 /// Between two tries to pass a connection on when too many are on their way.
 const CROWDED: Duration = Duration::from_millis(5);
 
-/// How long before the end of a drain what cannot be passed on is told to end, at most: the first half of it for the
-/// application's last words, the second for the client to take them.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// The last three parts of a drain are so long each, at most: one for the application's last words on what cannot be passed on, one
+/// for the client to take them, and one for the worker to leave before it is killed.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Who was asked to be woken: to ask once is enough, as long as it is the same task. (To ask each time would cost a tenth of a
 /// request.)
@@ -111,18 +111,28 @@ impl Drain {
         tokio::time::sleep(LAST_REQUEST).await;
     }
 
-    /// Returns when the drain has gone on for nearly as long as it may (`--drain-timeout`), and what is still open has to
-    /// end.
+    /// Returns when the drain has gone on for nearly as long as it may (`--drain-timeout`), and upgraded connections have
+    /// to end.
     pub(crate) async fn wait_for_end(&self) {
+        self.wait_until_left(self.farewell() * 3).await;
+    }
+
+    /// Returns when all that waits for its client has to be cut off, for the worker to leave by itself.
+    pub(crate) async fn wait_for_cutoff(&self) {
+        self.wait_until_left(self.farewell()).await;
+    }
+
+    /// Returns when so much of the drain is left.
+    async fn wait_until_left(&self, left: Duration) {
         self.wait().await;
         if let Some(begun) = self.0.begun_at.get() {
-            tokio::time::sleep_until(begun + self.0.timeout.saturating_sub(self.farewell() * 2)).await;
+            tokio::time::sleep_until(begun + self.0.timeout.saturating_sub(left)).await;
         }
     }
 
     /// How long the last words may take, and for how long the client may take them.
     pub(crate) fn farewell(&self) -> Duration {
-        FAREWELL.min(self.0.timeout / 4) / 2
+        FAREWELL.min(self.0.timeout / 8)
     }
 
     /// Whether there is a sibling to take connections over.

@@ -86,6 +86,9 @@ use crate::peers::Peers;
 use crate::protocol::cgi::Origin;
 use crate::{at_work, blocking, buffered, crash, logging, sys};
 
+/// How often a worker whose drain is nearly over looks for connections that wait for their clients.
+const LAST_LOOKS: Duration = Duration::from_millis(50);
+
 /// Lives a worker's life: returns its exit status when it has drained.
 pub(crate) fn run<F, S, B>(factory: &F, heritage: Heritage) -> u8
 where
@@ -196,6 +199,7 @@ where
             tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections), row.clone())),
             tokio::task::spawn_local(later::run()),
             tokio::task::spawn_local(events.clone().deliver()),
+            tokio::task::spawn_local(end_drain(drain.clone(), Rc::clone(&watchdog))),
             tokio::task::spawn_local(async move { watchdog.run().await }),
             tokio::task::spawn_local(miss_heir(heir.end, report.try_clone()?)),
             tokio::task::spawn_local(tell_of_hangs(report.try_clone()?)),
@@ -337,6 +341,15 @@ fn accept(acceptors: Vec<Acceptor>, server: &Rc<impl Serve + 'static>) -> Vec<Ac
         (tokio::task::spawn_local(async move { run.run(&*with).await }), acceptor)
     };
     acceptors.into_iter().map(begin).collect()
+}
+
+/// Sees to it that no client keeps the worker until it is killed.
+async fn end_drain(drain: Drain, watchdog: Rc<Watchdog>) {
+    drain.wait_for_cutoff().await;
+    loop {
+        watchdog.end_drain();
+        tokio::time::sleep(LAST_LOOKS).await; // what is answered now may wait for its client in turn
+    }
 }
 
 /// Asks to be replaced when the heir has died.

@@ -54,6 +54,8 @@ struct Watched {
     read: u32,
     /// It is shut down for reading.
     is_deaf: bool,
+    /// In both directions.
+    is_cut: bool,
     /// Ticks for which a write has waited.
     unread: u32,
     written: u32,
@@ -114,6 +116,16 @@ impl Watchdog {
         }
     }
 
+    /// The drain is nearly over: cuts off what waits for a client, so that only the application's own work can keep the worker.
+    pub(super) fn end_drain(&self) {
+        let cut_off = self.watched.borrow_mut().iter_mut().filter_map(Watched::end_drain).count();
+        if cut_off > 0 {
+            log::info!(
+                "cut off connections whose clients did not read or send until the end of the drain (--drain-timeout) count={cut_off}"
+            );
+        }
+    }
+
     /// Looks after the connections for ever. While there are none, it sleeps.
     pub(crate) async fn run(&self) {
         loop {
@@ -132,9 +144,22 @@ impl Watchdog {
 
 impl Watched {
     fn new(fd: RawFd, pulse: Arc<Pulse>) -> Self {
-        let (stage, is_deaf) = (Stage::Idle, false);
+        let (stage, is_deaf, is_cut) = (Stage::Idle, false, false);
         let goodbye = None;
-        Self { fd, pulse, stage, requests: 0, waited: 0, read: 0, is_deaf, unread: 0, written: 0, leaving: 0, goodbye }
+        Self {
+            fd,
+            pulse,
+            stage,
+            requests: 0,
+            waited: 0,
+            read: 0,
+            is_deaf,
+            is_cut,
+            unread: 0,
+            written: 0,
+            leaving: 0,
+            goodbye,
+        }
     }
 
     /// For how many ticks nothing was under way, but for the first, which came soon after its last use. `None` if something is, or its end has begun.
@@ -151,6 +176,24 @@ impl Watched {
         if !self.pulse.say_goodbye() {
             self.cut_off("idle while others wait for its place", Shutdown::Read);
         }
+    }
+
+    /// `None` if nothing is waited for, or what may yet be passed on.
+    fn end_drain(&mut self) -> Option<()> {
+        let pulse = &self.pulse;
+        let how = match pulse.stage() {
+            _ if pulse.is_closed() => return None,
+            _ if pulse.is_writing() => Shutdown::Both,
+            Stage::Body | Stage::Head => Shutdown::Read, // there is an answer to that
+            // Of HTTP/2: what was answered waits for room.
+            Stage::Idle if pulse.says_goodbye() => Shutdown::Both,
+            Stage::Idle | Stage::Answering => return None,
+        };
+        if self.is_cut || self.is_deaf && how == Shutdown::Read {
+            return None;
+        }
+        self.cut_off("in a drain that is nearly over", how);
+        Some(())
     }
 
     /// Another second has passed. False if the connection needs no more looking after.
@@ -221,6 +264,7 @@ impl Watched {
         log::debug!("a connection is cut off, it took too long: {doing}");
         self.pulse.expire();
         self.is_deaf = true;
+        self.is_cut |= how == Shutdown::Both;
         let _ = shut(self.fd, how); // it may have been closed by its peer
     }
 }

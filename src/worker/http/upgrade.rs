@@ -278,9 +278,14 @@ async fn carry(
     });
     match carried.await {
         Ok(()) => {
-            let input_ended = way.input_ended;
+            let (input_ended, mut room) = (way.input_ended, way.room.take());
             drop(way); // the application finds out
+            // Over HTTP/2 the end needs room behind what was written.
+            if let Some(room) = &mut room {
+                room.set(true);
+            }
             let _ = poll_fn(|context| Pin::new(&mut io).poll_shutdown(context)).await;
+            drop(room);
             if !input_ended {
                 let (time, bytes) = LINGER;
                 let (time, mut rest) = (time.min(ends.drain.farewell()), io.take(bytes));

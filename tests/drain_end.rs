@@ -1,0 +1,126 @@
+//! The end of a drain: clients that neither read nor send do not keep a worker until it is killed.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::raw::{self, Protocol};
+use common::{Server, http2, wait_until};
+use nix::sys::signal::Signal;
+
+const BINDS: [(Protocol, &str); 3] = [
+    (Protocol::Http, "http:127.0.0.1:0"),
+    (Protocol::FastCgi, "fastcgi:127.0.0.1:0"),
+    (Protocol::Scgi, "scgi:127.0.0.1:0"),
+];
+const LENGTH: &str = "67108864";
+
+/// The example with one worker, whose drain is short; and its access log.
+fn start(name: &str, folder: &tempfile::TempDir) -> (Server, std::path::PathBuf) {
+    let log = folder.path().join("access");
+    let mut arguments = vec!["--workers", "1", "--drain-timeout", "6s", "--access-log", log.to_str().unwrap()];
+    arguments.extend(BINDS.iter().flat_map(|(_, bind)| ["--bind", bind]));
+    (Server::start(name, &arguments), log)
+}
+
+/// Returns when the worker has so many requests under way.
+fn wait_for_requests(server: &Server, count: usize) {
+    wait_until("all requests are under way", || {
+        let row = server.segment().scoreboard().read(0)?;
+        (row.in_flight + row.streams == u32::try_from(count).unwrap()).then_some(())
+    });
+}
+
+/// The worker is to leave, and leaves by itself, with a line for each request.
+fn leaves_by_itself(mut server: Server, log: &std::path::Path, requests: &[(&str, usize)]) {
+    server.signal(Signal::SIGHUP);
+    server.wait_for("worker left");
+    let all = server.log();
+    assert!(!all.contains("does not finish in time") && !all.contains("KILL"), "{all}");
+    let lines = std::fs::read_to_string(log).unwrap();
+    for &(what, count) in requests {
+        assert_eq!(lines.matches(what).count(), count, "{what}: {lines}");
+    }
+    server.stop();
+}
+
+/// Sends until the other side takes no more.
+fn fill(stream: &mut UnixStream, bytes: &[u8]) {
+    stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    while stream.write_all(bytes).is_ok() {}
+}
+
+#[test]
+fn upgraded_connections_whose_clients_do_not_read_end_before_the_worker_would_be_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, log) = start("scenarios", &folder);
+    let head = b"GET /upgrade HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
+    let open = || {
+        let mut stream = raw::connect(&server.binds[0]);
+        assert_eq!(raw::ask(&mut stream, head).0, 101);
+        fill(&mut stream, &[b'x'; 64 << 10]);
+        stream
+    };
+    let _streams: Vec<UnixStream> = (0..6).map(|_| open()).collect();
+    wait_for_requests(&server, 6);
+    leaves_by_itself(server, &log, &[("\"GET /upgrade HTTP/1.1\" 101 ", 6)]);
+}
+
+#[test]
+fn a_websocket_over_http_2_whose_window_is_closed_ends_before_the_worker_would_be_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, log) = start("websocket", &folder);
+    let mut client = http2::Client::connect(&server.http()).unwrap();
+    // SETTINGS_INITIAL_WINDOW_SIZE
+    client.send(&http2::frame(http2::SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0])).unwrap();
+    client.send(&http2::connect(1, "websocket", "/ws", &[("sec-websocket-version", "13")])).unwrap();
+    assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
+    let hello = [&[0x81, 0x85, 0, 0, 0, 0][..], b"hello"].concat();
+    client.send(&http2::frame(http2::DATA, 0, 1, &hello)).unwrap();
+    leaves_by_itself(server, &log, &[("\"CONNECT /ws HTTP/2.0\" 200 ", 1)]);
+}
+
+#[test]
+fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, log) = start("scenarios", &folder);
+    let target = format!("/bytes/{LENGTH}");
+    let mut streams = Vec::new();
+    for (index, (protocol, _)) in BINDS.iter().enumerate() {
+        let mut stream = raw::connect(&server.binds[index]);
+        assert_eq!(raw::ask(&mut stream, &protocol.head("GET", &target, 0)).0, 200);
+        streams.push(stream);
+    }
+    // The windows of HTTP/2 stay closed; the second response fits into what waits to be written.
+    let mut client = http2::Client::connect(&server.http()).unwrap();
+    client.send(&http2::head(1, http2::END_STREAM, "GET", &target, &[])).unwrap();
+    client.next(http2::DATA).unwrap();
+    let mut small = http2::Client::connect(&server.http()).unwrap();
+    small.send(&http2::head(1, http2::END_STREAM, "GET", "/bytes/100000", &[])).unwrap();
+    small.next(http2::DATA).unwrap();
+    wait_for_requests(&server, 5);
+    leaves_by_itself(server, &log, &[(&format!("\"GET {target} HTTP/"), 4), ("\"GET /bytes/100000 HTTP/2.0\"", 1)]);
+    drop((streams, client, small));
+}
+
+#[test]
+fn uploads_that_stand_still_are_answered_before_the_worker_would_be_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, log) = start("scenarios", &folder);
+    let mut streams = Vec::new();
+    for (index, (protocol, _)) in BINDS.iter().enumerate() {
+        let mut stream = raw::connect(&server.binds[index]);
+        stream.write_all(&protocol.head("POST", "/sum", 9000)).unwrap();
+        stream.write_all(&[b'x'; 100]).unwrap();
+        streams.push(stream);
+    }
+    wait_for_requests(&server, 3);
+    leaves_by_itself(server, &log, &[("\"POST /sum HTTP/1.1\" 408 ", 3)]);
+    for (stream, (protocol, _)) in streams.iter_mut().zip(BINDS) {
+        assert_eq!(raw::ask(stream, b"").0, 408, "{protocol:?}");
+    }
+}
