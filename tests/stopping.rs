@@ -410,6 +410,29 @@ fn what_programs_cannot_accept_within_half_the_drain_is_reset_and_said() {
 }
 
 #[test]
+fn connections_that_nobody_accepts_are_counted_once_and_not_called_late_if_nothing_was_waited_for() {
+    for (script, is_late) in [("exec sleep 600", true), ("read go < go; exit 125", false)] {
+        let place = Place::new(Family::Tcp);
+        nix::unistd::mkfifo(&place.path("go"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut command = Command::new(program("forkyard"));
+        command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--workers", "1", "--settle", "10ms"]);
+        command.args(["--drain-timeout", "2s", "--", "sh", "-c", script]).current_dir(place.folder.path());
+        let mut server = Server::start_command(&mut command);
+        let _queued = [(); 3].map(|()| place.connect().unwrap());
+        if is_late {
+            server.signal(Signal::SIGTERM);
+        } else {
+            place.go();
+        }
+        server.wait_end();
+        let log = server.log();
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains("are reset")).collect();
+        assert!(lines.len() == 1 && lines[0].contains("connections=3"), "{log}");
+        assert_eq!(lines[0].contains("in time"), is_late, "{log}");
+    }
+}
+
+#[test]
 fn a_stop_does_not_wait_for_a_worker_that_is_still_starting() {
     for stage in ["factory", "ready"] {
         for signal in [Signal::SIGTERM, Signal::SIGINT] {

@@ -187,7 +187,7 @@ fn a_build_that_fails_its_check_changes_nothing() {
         ("#!/bin/sh\necho no library >&2\nexit 1\n", 0o755, "status=1 said=\"no library\""),
         ("#!/bin/sh\nexit 0\n", 0o755, "it did not say that it can take over"),
         ("#!/bin/sh\nkill -SEGV $$\n", 0o755, "signal=SEGV"),
-        ("#!/bin/sh\nsleep 600 & wait\n", 0o755, "it took too long: --upgrade-timeout"),
+        ("#!/bin/sh\nsleep 600 & wait\n", 0o755, "the new build fails its check: it took too long (--upgrade-timeout)"),
         ("#!/bin/sh\nexit 0\n", 0o644, "Permission denied"),
         ("no program at all", 0o755, "status=127"),
     ];

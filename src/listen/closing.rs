@@ -120,6 +120,15 @@ impl Closing {
         Self { open: open.collect(), linger }
     }
 
+    /// Nothing is waited for any more.
+    pub(crate) fn hurry(&mut self, now: Instant) {
+        self.linger = Duration::ZERO;
+        for Open { until, refuses_at, .. } in &mut self.open {
+            *until = now;
+            *refuses_at = refuses_at.map(|_| now); // what is left of its queue has been counted
+        }
+    }
+
     /// Closes each one whose queue is empty, as `queued` tells, or has had its time. Returns how many connections that costs.
     pub(crate) fn advance(&mut self, listeners: &[Listener], queued: impl Fn(&Listener) -> u32, now: Instant) -> u32 {
         let (mut lost, linger) = (0, self.linger);

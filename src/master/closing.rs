@@ -33,6 +33,8 @@ const FOUND_IDLE: u32 = 3;
 #[derive(Default)]
 pub(super) struct Closing {
     sockets: Option<listen::Closing>,
+    /// Nothing is waited for: a stop at once, or nobody is left to accept.
+    hurries: bool,
     /// Programs that are to be asked to leave when the queues are empty.
     held: Vec<Pid>,
     /// Sockets that were found not to listen any more, and the log says so.
@@ -60,15 +62,19 @@ impl Closing {
 impl Master {
     /// Lets nobody enter the queues of our own sockets, and gives these some time to empty, or none.
     pub(super) fn close_sockets(&mut self, at_once: bool) {
-        let drain_timeout = self.nursery.config.drain_timeout;
-        let patience = if at_once { Duration::ZERO } else { drain_timeout / 2 };
-        if self.closing.sockets.is_some() && !self.closing.is_under_way() {
+        self.closing.hurries |= at_once;
+        if let Some(sockets) = &mut self.closing.sockets {
+            if at_once && !sockets.is_over() {
+                sockets.hurry(Instant::now());
+                self.advance_closing();
+            }
             return;
         }
+        let patience = if at_once { Duration::ZERO } else { self.nursery.config.drain_timeout / 2 };
         let runs_programs = matches!(self.nursery.launch, Launch::Program(_)) && !at_once;
         let linger = if runs_programs { LINGER } else { Duration::ZERO };
         let begun = listen::Closing::begin(&self.nursery.listeners, patience, linger);
-        if self.closing.sockets.is_none() && begun.is_over() {
+        if begun.is_over() {
             return; // none is ours
         }
         self.closing.sockets = Some(begun);
@@ -83,10 +89,11 @@ impl Master {
             let sockets = self.closing.sockets.as_mut();
             let lost = sockets.map_or(0, |sockets| sockets.advance(&self.nursery.listeners, queued, Instant::now()));
             if lost > 0 {
-                log::warn!(
-                    "connections that nobody accepted in time are reset connections={lost} (half of --drain-timeout is \
-                     for them)"
-                );
+                let (late, limit) = match self.closing.hurries {
+                    true => ("", ""),
+                    false => (" in time", " (half of --drain-timeout is for them)"),
+                };
+                log::warn!("connections that nobody accepted{late} are reset connections={lost}{limit}");
             }
             if self.closing.is_dry() {
                 self.release_held();

@@ -10,6 +10,7 @@
 //!   proven, or after it has failed, are made as the older ones were.
 //! - What cannot change is named ([`crate::config::control::reloaded`]).
 
+use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
@@ -197,7 +198,10 @@ impl Master {
         for (pid, child) in &self.children {
             let Some(channel) = &child.files else { continue };
             let files = child.log_files.as_ref().unwrap_or(&self.nursery.current.log_files);
-            if let Err(error) = files.hand_out(channel.as_fd()) {
+            // A worker that is about to end takes none.
+            if let Err(error) = files.hand_out(channel.as_fd())
+                && error.kind() != io::ErrorKind::BrokenPipe
+            {
                 log::warn!("worker goes on with its old log files slot={} pid={pid}: {error}", child.slot);
             }
         }

@@ -181,7 +181,12 @@ impl Doorbell {
     fn new(listener: OwnedFd, is_channel: bool) -> io::Result<Self> {
         let listener = sys::Exclusive::new(listener)?;
         if !listener.is_exclusive() {
-            log::warn!("each new connection wakes all workers: how the event loop waits for them cannot be found out");
+            static ONCE: std::sync::Once = std::sync::Once::new();
+            ONCE.call_once(|| {
+                log::warn!(
+                    "each new connection wakes all workers: how the event loop waits for them cannot be found out"
+                );
+            });
         }
         Ok(Self { listener, is_channel })
     }

@@ -62,15 +62,15 @@ pub(super) struct Check {
     last_words: String,
     /// Until it is met.
     deadline: Option<Instant>,
-    /// It was asked to end, which it does without leaving anything behind.
-    asked_to_end: bool,
+    /// Why it was asked to end, which it does without leaving anything behind.
+    cut_short: Option<&'static str>,
     build: Identity,
 }
 
 impl Check {
     /// By TERM, and by KILL if that does not help.
-    fn ask_to_end(&mut self) {
-        self.asked_to_end = true;
+    fn ask_to_end(&mut self, why: &'static str) {
+        self.cut_short = Some(why);
         self.deadline = Some(Instant::now() + LAST_STEPS);
         let _ = killpg(self.pid, Signal::SIGTERM);
     }
@@ -91,6 +91,20 @@ impl Check {
             let surplus = last_words.len().saturating_sub(LAST_WORDS);
             last_words.drain(..last_words.ceil_char_boundary(surplus));
         });
+    }
+
+    /// Why there is no upgrade, of a check that ended like this.
+    fn failure(&self, ending: Ending) -> String {
+        let why = match (self.cut_short, ending) {
+            (Some(why), _) => why.to_owned(),
+            (None, Ending::Exited(0)) => format!("{ending} it did not say that it can take over"),
+            (None, _) => ending.to_string(),
+        };
+        let said = match self.last_words.as_str() {
+            "" if self.cut_short.is_some() => String::new(),
+            words => format!(" said={words:?}"),
+        };
+        format!("the new build fails its check: {why}{said}")
     }
 }
 
@@ -114,11 +128,10 @@ impl Upgrade {
         let Self::Checking(check) = self else { return };
         check.listen();
         if check.deadline.take_if(|deadline| *deadline <= Instant::now()).is_some() {
-            if check.asked_to_end {
+            if check.cut_short.is_some() {
                 let _ = killpg(check.pid, Signal::SIGKILL);
             } else {
-                check.last_words.push_str(" (it took too long: --upgrade-timeout)");
-                check.ask_to_end();
+                check.ask_to_end("it took too long (--upgrade-timeout)");
             }
         }
     }
@@ -126,10 +139,9 @@ impl Upgrade {
     /// Ends the check, if there is one: its answer is of no use any more.
     pub(super) fn cancel(&mut self) {
         if let Self::Checking(check) = self
-            && !check.asked_to_end
+            && check.cut_short.is_none()
         {
-            check.last_words.push_str(" (everything is being stopped)");
-            check.ask_to_end();
+            check.ask_to_end("everything is being stopped");
         }
     }
 
@@ -149,12 +161,11 @@ impl Upgrade {
     pub(super) fn ended(&mut self, ending: Ending) -> Result<(), String> {
         let Self::Checking(mut check) = std::mem::take(self) else { return Ok(()) };
         check.listen();
-        if check.passed && !check.asked_to_end && ending == Ending::Exited(0) {
+        if check.passed && check.cut_short.is_none() && ending == Ending::Exited(0) {
             *self = Self::Passed(check.build);
             return Ok(());
         }
-        let mute = if ending == Ending::Exited(0) { " it did not say that it can take over" } else { "" };
-        Err(format!("the new build fails its check: {ending}{mute} said={:?}", check.last_words))
+        Err(check.failure(ending))
     }
 }
 
@@ -219,7 +230,7 @@ impl Master {
             passed: false,
             last_words: String::new(),
             deadline: Some(Instant::now() + self.nursery.config.upgrade.timeout),
-            asked_to_end: false,
+            cut_short: None,
             build,
         })
     }
