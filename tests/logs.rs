@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use common::limit::InTime as _;
 use common::{Server, StopOnDrop, fastcgi, http, is_gone, program, wait_until};
@@ -138,17 +139,20 @@ fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
             let workers = server.workers();
             (workers.len() == 2 && !workers.contains(&first)).then_some(())
         });
-        // Now it is read.
+        // Now it is read. A stop does not wait for a reader that has taken nothing for a second, so the reader goes first.
+        let text = Arc::new(Mutex::new(Vec::new()));
+        let copy = Arc::clone(&text);
         let reader = std::thread::spawn(move || {
-            let mut text = Vec::new();
             let mut buffer = [0; 1 << 16];
             while let Ok(count @ 1..) = ours.read(&mut buffer) {
-                text.extend_from_slice(&buffer[..count]);
+                copy.lock().unwrap().extend_from_slice(&buffer[..count]);
             }
-            String::from_utf8_lossy(&text).into_owned()
         });
+        let is_counted = || String::from_utf8_lossy(&text.lock().unwrap()).contains("lines of the log were lost");
+        wait_until("the lost lines are counted", || is_counted().then_some(()));
         server.stop();
-        let log = reader.join().unwrap();
+        reader.join().unwrap();
+        let log = String::from_utf8_lossy(&text.lock().unwrap()).into_owned();
         let lost: usize = log
             .lines()
             .filter(|line| line.contains("lines of the log were lost"))
