@@ -42,7 +42,7 @@ type CgiMain = Box<dyn Fn(&Config, Segment, OwnedFd) -> Result<(), BoxError>>;
 type Parse = Box<dyn Fn() -> Result<Invocation, clap::Error>>;
 type Preload = Box<dyn FnOnce() -> Result<(), BoxError>>;
 
-/// What [`crate::run`] does, with more to choose.
+/// Configures an application before it is served: [`crate::run`] with hooks and further settings.
 ///
 /// ```no_run
 /// use std::process::ExitCode;
@@ -73,10 +73,13 @@ impl std::fmt::Debug for Builder {
 }
 
 impl Builder {
-    /// `factory` makes the application, once in each worker, after the fork: the place for threads, database
-    /// connections and whatever else a fork would not survive. It runs inside the worker's tokio runtime.
+    /// Creates a builder for the application that `factory` returns.
     ///
-    /// The application is any tower service: an `axum::Router`, or what [`crate::blocking`] makes of a function.
+    /// `factory` runs once in each worker, after the fork, inside the worker's tokio runtime. Start threads, open
+    /// database connections, and create anything else that does not survive a fork there.
+    ///
+    /// The application is any tower service: an `axum::Router`, or the service that [`crate::blocking`] makes from a
+    /// function.
     pub fn app<F, S, B>(factory: F) -> Self
     where
         F: Fn(Context) -> S + Sync + 'static,
@@ -96,8 +99,10 @@ impl Builder {
         }
     }
 
-    /// The application's version, which `--version` prints behind the name of the binary; `env!("CARGO_PKG_VERSION")`, say. Without
-    /// it, `--version` prints the name alone. Forkyard's own version is in the banner at the start, and in `status`.
+    /// Sets the application's version, which `--version` prints after the name of the binary, for example
+    /// `env!("CARGO_PKG_VERSION")`.
+    ///
+    /// Without it, `--version` prints the name alone. Forkyard's own version is in the startup banner and in `status`.
     ///
     /// ```no_run
     /// # use forkyard::http::{Request, Response};
@@ -114,27 +119,32 @@ impl Builder {
         self
     }
 
-    /// What the application is, in a sentence, for `--help`.
+    /// Sets the one-sentence description of the application that `--help` prints.
     pub fn about(mut self, about: impl Into<String>) -> Self {
         self.identity.about = Some(about.into());
         self
     }
 
-    /// `load` runs once in the master, before the first fork: what it reads into memory (statics, say), all
-    /// workers share, copy on write; files that it opens stay open in them (as do those that `main` has open).
+    /// Runs `load` once in the master, before the first fork.
     ///
-    /// It must leave no thread running and must not use tokio: neither survives a fork, and the master
-    /// refuses to fork with more than one thread.
+    /// All workers share what it reads into memory (statics, for example), copy-on-write. Files that it opens stay open
+    /// in the workers, as do files opened by `main`.
+    ///
+    /// `load` must leave no thread running and must not use tokio: neither survives a fork, and the master refuses to
+    /// fork while it has more than one thread.
     pub fn preload(mut self, load: impl FnOnce() -> Result<(), BoxError> + 'static) -> Self {
         self.preload = Some(Box::new(load));
         self
     }
 
-    /// `hook` runs in the master before each worker is forked, on its one thread: the place to bring up to date what all further workers
-    /// share. It must not block, for nothing is supervised meanwhile, and must leave no thread running, as with
-    /// [`preload`](Self::preload). What it opens is closed in the workers.
+    /// Runs `hook` in the master before each worker is forked, on the master's only thread.
     ///
-    /// After an error or a panic that worker is not made; the log says why, and the next try comes a little later.
+    /// Use it to refresh data that all further workers share. The hook must not block, because nothing is supervised
+    /// meanwhile, and must leave no thread running, as with [`preload`](Self::preload). Descriptors that it opens are
+    /// closed in the workers.
+    ///
+    /// If the hook returns an error or panics, that worker is not created; the log gives the reason, and the master
+    /// tries again a little later.
     ///
     /// ```no_run
     /// # use forkyard::http::{Request, Response};
@@ -155,50 +165,61 @@ impl Builder {
         self
     }
 
-    /// `hook` runs in each worker, after the fork and after its privileges were given up, before its event loop and the
-    /// factory. An error or a panic ends the worker, which has then failed to start.
+    /// Runs `hook` in each worker after the fork, once the worker has given up its privileges and before its event loop
+    /// and the factory start.
+    ///
+    /// If the hook returns an error or panics, the worker exits; this counts as a failed start.
     pub fn after_fork(mut self, hook: impl Fn(WorkerId) -> Result<(), BoxError> + Send + Sync + 'static) -> Self {
         self.hooks.of_worker.after_fork = Some(Box::new(hook));
         self
     }
 
-    /// `hook` runs in each worker when it can serve (its factory and `--health-path` have succeeded), just before it says so
-    /// to the master. It runs on the event loop: until it returns nothing is served, and after `--start-timeout` the worker
-    /// is killed. An error or a panic ends the worker, which has then failed to start.
+    /// Runs `hook` in each worker when it can serve (its factory and `--health-path` have succeeded), just before it
+    /// reports to the master that it is ready.
+    ///
+    /// The hook runs on the event loop: nothing is served until it returns, and the worker is killed after
+    /// `--start-timeout`. If it returns an error or panics, the worker exits; this counts as a failed start.
     pub fn on_ready(mut self, hook: impl Fn(WorkerId) -> Result<(), BoxError> + Send + Sync + 'static) -> Self {
         self.hooks.of_worker.on_ready = Some(Box::new(hook));
         self
     }
 
-    /// `hook` runs in a worker when it was asked to leave, with the time that it may take for that (`--drain-timeout`).
-    /// [`Context::draining`] is true by then. It runs on the event loop, which serves nothing until it returns: to tell
-    /// threads to come to an end is its business, to wait for them is that of [`on_exit`](Self::on_exit). A panic is logged.
+    /// Runs `hook` in a worker that has been asked to leave. Its second argument is the time the worker has to drain
+    /// (`--drain-timeout`).
+    ///
+    /// [`Context::draining`] already returns true. The hook runs on the event loop, which serves nothing until it
+    /// returns: use this hook to ask threads to stop, and [`on_exit`](Self::on_exit) to wait for them. A panic is
+    /// logged.
     pub fn on_drain(mut self, hook: impl Fn(WorkerId, Duration) + Send + Sync + 'static) -> Self {
         self.hooks.of_worker.on_drain = Some(Box::new(move |(worker, within)| hook(worker, within)));
         self
     }
 
-    /// `hook` runs in a worker that has drained, as the last thing before its end: all requests are answered, and the event
-    /// loop stands still. It has what remains of the drain. It does not run in a worker that crashes, is killed, or failed
+    /// Runs `hook` in a worker that has drained, as the last step before the worker exits: all requests have been
+    /// answered, and the event loop has stopped.
+    ///
+    /// The hook has whatever time remains of the drain. It does not run in a worker that crashes, is killed, or failed
     /// to start. A panic is logged.
     pub fn on_exit(mut self, hook: impl Fn(WorkerId) + Send + Sync + 'static) -> Self {
         self.hooks.of_worker.on_exit = Some(Box::new(hook));
         self
     }
 
-    /// `hook` runs in the master after the end of each worker, however it came about, before another takes its place. It must not
-    /// block, for nothing is supervised meanwhile. A panic is logged.
+    /// Runs `hook` in the master after each worker has ended, whatever the cause, and before a new worker takes its
+    /// place.
+    ///
+    /// The hook must not block, because nothing is supervised meanwhile. A panic is logged.
     pub fn on_worker_exit(mut self, hook: impl FnMut(WorkerExit) + 'static) -> Self {
         self.hooks.of_master.on_worker_exit = Some(RefCell::new(Box::new(hook)));
         self
     }
 
-    /// Reads this program's command line and serves until it is told to stop.
+    /// Reads this program's command line and serves until it is asked to stop.
     ///
-    /// If a web server has started it as a CGI program, it answers that one request instead, in this process.
+    /// If a web server has started the program as a CGI program, it answers that one request in this process instead.
     ///
-    /// Returns 0 if it was asked to stop, or has answered; 1 after a failure, 2 for a wrong command line; what went wrong is
-    /// on standard error.
+    /// Returns 0 if it was asked to stop or has answered the CGI request, 1 after a failure, and 2 if the command line
+    /// is invalid. Error messages go to standard error.
     pub fn run(self) -> ExitCode {
         let begun = Instant::now();
         // From here on a signal waits until it is known what it means, and is not lost to process 1, whom the kernel spares.
@@ -216,7 +237,7 @@ impl Builder {
     }
 }
 
-/// What the `forkyard` binary does: `forkyard run … -- COMMAND`.
+/// Runs the `forkyard` command, which serves programs in any language: `forkyard run … -- COMMAND`.
 #[must_use]
 pub fn command_line() -> ExitCode {
     let begun = Instant::now();

@@ -7,7 +7,9 @@ use forkyard_shm::{Cache, Segment};
 
 use crate::events::Events;
 
-/// Given to the application's factory in each worker. Cheap to clone.
+/// The application's view of the worker it runs in: the shared cache and event log, and the worker's identity.
+///
+/// The factory receives it in each worker. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Context {
     slot: u32,
@@ -34,20 +36,21 @@ impl Context {
         self.events.clone()
     }
 
-    /// This worker's number, unique among the living processes.
+    /// The number of this worker's slot, unique among the living workers.
     #[must_use]
     pub fn slot(&self) -> u32 {
         self.slot
     }
 
-    /// 1 for the first workers, one more for those of each reload.
+    /// The generation of this worker: 1 for the first workers, and one more after each reload.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// Whether this worker was asked to finish what it serves and leave. A health check may say so, and a
-    /// long task may stop at a good place.
+    /// Whether this worker has been asked to finish its requests and exit.
+    ///
+    /// A health check can report it, and a long task can stop at a suitable point.
     #[must_use]
     pub fn draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)

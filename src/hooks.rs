@@ -17,31 +17,31 @@ type OfMaster<A, R> = Option<RefCell<Box<dyn FnMut(A) -> R>>>;
 /// A hook of a worker, which is called on a thread that the fork did not copy.
 type OfWorker<A, R> = Option<Box<dyn Fn(A) -> R + Send + Sync>>;
 
-/// Which worker a hook is about.
+/// Identifies the worker that a hook is called for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct WorkerId {
-    /// Its number, unique among the living ones: see [`Context::slot`](crate::Context::slot).
+    /// The number of its slot, unique among the living workers: see [`Context::slot`](crate::Context::slot).
     pub slot: u32,
-    /// 1 for the first workers, one more for those of each reload.
+    /// Its generation: 1 for the first workers, and one more after each reload.
     pub generation: u64,
 }
 
-/// How a worker ended.
+/// Describes how a worker ended.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct WorkerExit {
-    /// Which one.
+    /// The worker's slot and generation.
     pub worker: WorkerId,
-    /// The pid that it had.
+    /// The worker's process id.
     pub pid: u32,
-    /// Its exit status, or the signal that ended it.
+    /// The exit status, or the signal that ended the worker.
     pub status: ExitStatus,
-    /// It had been asked to leave. (It may have crashed on the way: see `status`.)
+    /// Whether the worker had been asked to leave. It may still have crashed while draining: see `status`.
     pub asked: bool,
-    /// Requests that it had served, as it said itself.
+    /// Number of requests served, as counted by the worker itself.
     pub served: u64,
-    /// How long it lived.
+    /// How long the worker lived.
     pub lived: Duration,
 }
 

@@ -46,7 +46,7 @@
 //! # A function that blocks
 //!
 //! Each worker has one event loop, on one thread; code that blocks in an async handler stalls the whole worker.
-//! [`blocking`] makes an application out of a function, and runs it on the worker's `--threads`:
+//! [`blocking()`] makes an application out of a function, and runs it on the worker's `--threads`:
 //!
 //! ```no_run
 //! use forkyard::Body;

@@ -24,16 +24,16 @@ use http_body_util::BodyExt as _;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
-/// Why a response did not become a page. The response is used up by then.
+/// Why [`from_response`] could not turn a response into a page. The response has been consumed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum NotCollected {
-    /// The body is longer than the caller allows.
+    /// The body is longer than the caller's limit.
     TooLarge {
-        /// The most that was allowed, in bytes.
+        /// The limit, in bytes.
         limit: usize,
     },
-    /// What the body says.
+    /// Reading the body failed.
     Body(BoxError),
 }
 
@@ -57,15 +57,16 @@ impl Error for NotCollected {
     }
 }
 
-/// The response to a GET or HEAD request with these headers, out of a page.
+/// Makes the response to a GET or HEAD request with these headers from a page.
 ///
-/// It is what [`Page::negotiate`] says, with the length of its body; or the 304 of [`Page::not_modified`], if
-/// `If-None-Match` names the page's `ETag` (RFC 9110 §13.1.2). Other conditions and ranges are not looked at, and no `Age`
-/// is told. A HEAD request gets the body too: the server leaves it out. A status that HTTP does not have becomes 500,
-/// and headers that it does not allow are left out; both are logged, and neither comes out of a cache.
+/// The response is the result of [`Page::negotiate`], with a `Content-Length`; or the 304 of [`Page::not_modified`], if
+/// `If-None-Match` lists the page's `ETag` (RFC 9110 §13.1.2). Other conditional headers and ranges are ignored, and no
+/// `Age` is sent. The response to a HEAD request contains the body too; the server omits it. A status that HTTP does
+/// not allow becomes 500, and headers that HTTP does not allow are omitted; both are logged. Neither occurs in pages
+/// from the cache.
 ///
 /// # Errors
-/// If a page that was kept is [`Damaged`]. Render it again, as after a miss.
+/// [`Damaged`] if the stored page is damaged. Render it again, as after a miss.
 pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<Bytes>, Damaged> {
     let accept_encoding = list(request_headers, header::ACCEPT_ENCODING);
     let known = list(request_headers, header::IF_NONE_MATCH).is_some_and(|tags| page.matches(&tags));
@@ -91,14 +92,14 @@ pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<B
     Ok(response)
 }
 
-/// The page that a response is, with at most `limit` bytes of body.
+/// Makes a page from a response, with up to `limit` bytes of body.
 ///
-/// Waits for the whole body, however long that takes: not for streams of events. A body that tells its length is judged
-/// before any of it is read. Trailers, extensions and the version get lost. Whether the page may be stored is for
-/// [`Page::storable`] to say.
+/// Waits for the complete body, however long that takes, so it is not suitable for event streams. A body whose
+/// announced length exceeds `limit` is rejected before any of it is read. Trailers, extensions and the HTTP version are
+/// dropped. [`Page::storable`] determines whether the page may be stored.
 ///
 /// # Errors
-/// [`NotCollected`]: the body is longer, or fails.
+/// [`NotCollected`] if the body is longer than `limit`, or reading it fails.
 pub async fn from_response<B>(response: Response<B>, limit: usize) -> Result<Page, NotCollected>
 where
     B: HttpBody,

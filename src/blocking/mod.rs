@@ -38,8 +38,10 @@ use crate::{at_work, queue_time};
 /// A run on the event loop's thread that takes so long is worth a line in the log.
 const LONG_FOR_THE_LOOP: Duration = Duration::from_millis(100);
 
-/// Makes a service of a function that may block: it runs on the worker's `--threads`, and never on the event loop, however quick
-/// it is.
+/// Makes a service from a function that may block. The function runs on the worker's `--threads` and never on the event
+/// loop, however quick it is.
+///
+/// Up to `--queue` requests wait for a free thread; a request beyond that is answered with 503 at once.
 ///
 /// ```no_run
 /// use forkyard::http::{Request, Response};
@@ -56,7 +58,7 @@ where
     Blocking { shared: Arc::new(Shared { function, pace: Pace::default() }), is_inline: false }
 }
 
-/// The service that [`blocking`] makes.
+/// The service returned by [`blocking`].
 #[derive(Debug)]
 pub struct Blocking<F> {
     shared: Arc<Shared<F>>,
@@ -64,17 +66,18 @@ pub struct Blocking<F> {
 }
 
 impl<F> Blocking<F> {
-    /// Declares that the function never waits, and has it run on the event loop's own thread.
+    /// Declares that the function never waits, and runs it on the event loop's own thread.
     ///
-    /// That saves passing each request to another thread and its response back, which costs several times what a function
-    /// does that answers out of memory. In return the function must not wait for anything: not for a disk, a database or another
-    /// server, not for a lock that somebody else may hold for long, and not for another worker, as
-    /// [`get_or_render`](crate::Cache::get_or_render) does while that one renders the page. **While such a function waits,
-    /// so does everything else in its worker:** no connection is accepted, no other response goes out, `--request-timeout` cannot
-    /// send its 504, and after `--hang-timeout` the worker is ended.
+    /// This saves passing each request to another thread and the response back, which costs several times as much as a
+    /// function that answers from memory. In return, the function must not wait for anything: a disk, a database,
+    /// another server, a lock that may be held for long, or another worker, as
+    /// [`get_or_render`](crate::Cache::get_or_render) does while another worker renders the page. **While the function
+    /// waits, everything else in its worker waits too:** no connection is accepted, no other response is sent,
+    /// `--request-timeout` cannot send its 504, and the worker is killed after `--hang-timeout`.
     ///
-    /// The function has to prove it: it runs on threads until 32 runs in a row took at most 50 µs each, and a run of a millisecond
-    /// or more sends it back there until twice as many were that quick. So does a request of which the body is still coming in.
+    /// The function runs on threads until 32 runs in a row have taken at most 50 µs each. A run of a millisecond or
+    /// more moves it back to the threads, until twice as many runs in a row have been that quick. A request whose body
+    /// is still arriving always runs on a thread.
     ///
     /// ```no_run
     /// use forkyard::http::{Request, Response};
@@ -289,7 +292,7 @@ where
     }
 }
 
-/// The response to come.
+/// The future of [`Blocking`]: resolves to the response.
 pub struct Answer {
     job: Arc<dyn Job>,
     /// When the request is given up, if no thread has begun with it.

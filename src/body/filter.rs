@@ -7,13 +7,13 @@ use http_body::Body as _;
 
 use super::Body;
 
-/// An extension of each request whose [`crate::Role`] is `Filter`: the file to be filtered (FastCGI specification 1.0,
-/// section 6.4).
+/// The file that a FastCGI server sends to a filter: an extension of each request whose [`crate::Role`] is `Filter`
+/// (FastCGI specification 1.0, section 6.4).
 ///
-/// Its length in bytes and the time of its last change are the parameters `FCGI_DATA_LENGTH` and
-/// `FCGI_DATA_LAST_MOD` of [`crate::Origin::params`]; who can answer by these alone need not take the file. It comes after the
-/// request's body: read that first, or drop it. `--max-body` does not apply, since the server chose the
-/// file. If less of it comes than was announced, its end is [`crate::BodyError::Cut`].
+/// The parameters `FCGI_DATA_LENGTH` and `FCGI_DATA_LAST_MOD` of [`crate::Origin::params`] hold its length in bytes and
+/// its modification time; an application that can answer from these alone need not take the file. The file arrives
+/// after the request's body: read the body first, or drop it. `--max-body` does not apply, because the server chose the
+/// file. If less of the file arrives than was announced, it ends with [`crate::BodyError::Cut`].
 #[derive(Clone, Debug)]
 pub struct FilterData(Arc<Mutex<Option<Body>>>);
 
@@ -22,7 +22,7 @@ impl FilterData {
         Self(Arc::new(Mutex::new(Some(body))))
     }
 
-    /// The file. `None` if it, or a clone of it, was taken before.
+    /// Takes the file. Returns `None` if it was taken before, through this value or a clone of it.
     #[must_use]
     pub fn take(&self) -> Option<Body> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()

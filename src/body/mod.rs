@@ -24,10 +24,10 @@ use crate::pulse::{Pulse, Wait};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A body: of every request that an application gets, and of any response that wants to be one.
+/// The body of a request; also usable as the body of a response.
 ///
-/// It is an [`http_body::Body`] of [`Bytes`], read piece by piece as it arrives, with at most some 64 KiB
-/// waiting; a blocking function reads it through [`Body::reader`].
+/// It implements [`http_body::Body`] with [`Bytes`] as its data. A request's body is read piece by piece as it arrives,
+/// with about 64 KiB buffered at most. A blocking function reads it through [`Body::reader`].
 #[derive(Debug)]
 pub struct Body {
     kind: Kind,
@@ -122,13 +122,13 @@ fn pair<A, B>((a, b): (A, B)) -> (Option<A>, Option<B>) {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum BodyError {
-    /// It is longer than `--max-body`.
+    /// The body is longer than `--max-body`.
     TooLarge,
-    /// The client left, or took the request back.
+    /// The client disconnected or cancelled the request.
     Cut,
     /// The client took longer than `--body-timeout`.
     TimedOut,
-    /// What the underlying body says.
+    /// The underlying body failed.
     Other(BoxError),
 }
 
@@ -153,13 +153,13 @@ impl std::error::Error for BodyError {
 }
 
 impl Body {
-    /// No bytes.
+    /// Creates an empty body.
     #[must_use]
     pub fn empty() -> Self {
         Self::from(Bytes::new())
     }
 
-    /// Any other body, for a response that is made piece by piece.
+    /// Wraps another body, such as a response that is produced piece by piece.
     pub fn new<B>(body: B) -> Self
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
@@ -168,7 +168,8 @@ impl Body {
         Self::from_kind(Kind::Other(body.map_err(Into::into).boxed_unsync()), u64::MAX)
     }
 
-    /// Reads the body on a thread that may block: in a [`crate::blocking`] function.
+    /// Converts the body into a blocking reader, for use in a [`crate::blocking`] function or on any other thread that
+    /// may block.
     #[must_use]
     pub fn reader(self) -> BodyReader {
         BodyReader { body: self, piece: Bytes::new() }
@@ -339,7 +340,7 @@ impl From<()> for Body {
     }
 }
 
-/// A body as [`io::Read`]: each read waits, blocking its thread, until something has come.
+/// Reads a [`Body`] through [`io::Read`]. Each read blocks its thread until data arrives.
 #[derive(Debug)]
 pub struct BodyReader {
     body: Body,

@@ -41,7 +41,7 @@ struct Document;
 /// Topics of one subscription.
 const MOST_TOPICS: usize = 32;
 
-/// The event log that all workers share: whatever is published in one reaches the subscribers in all.
+/// The event log that all workers share: an event published in any worker reaches the subscribers of all workers.
 ///
 /// Cheap to clone, and usable on any thread.
 #[derive(Clone, Debug)]
@@ -54,7 +54,7 @@ impl Events {
         Self { hub: Arc::new(Hub::new(segment.events(), config)) }
     }
 
-    /// Publishes an event to a topic, and returns its id there. It does not wait for subscribers.
+    /// Publishes an event to `topic`, and returns its id in that topic. Does not wait for subscribers.
     ///
     /// ```no_run
     /// # fn publish(cx: forkyard::Context) -> Result<(), forkyard::EventsError> {
@@ -67,7 +67,8 @@ impl Events {
     /// ```
     ///
     /// # Errors
-    /// If there is no log, the name of the topic or of the event is none, the event is too long, or others hold the log for too long.
+    /// Fails if there is no event log, if the name of the topic or of the event is invalid, if the event is too long,
+    /// or if other processes hold the log's lock for too long.
     pub fn publish(&self, topic: &str, event: impl Into<Event>) -> Result<u64, EventsError> {
         let Event { name, data } = event.into();
         if name::fault(&name).is_some() {
@@ -76,25 +77,29 @@ impl Events {
         self.hub.log().publish(topic, &name, &data).map_err(EventsError::NotPublished)
     }
 
-    /// The id of a topic's latest event; 0 if there was none. If the log has forgotten topics, it is of one that it does not
-    /// know the id above which this one would go on.
+    /// The id of the most recent event in `topic`, or 0 if there is none.
+    ///
+    /// If the log has dropped topics, the result for a topic that it does not know is the id after which the numbering
+    /// of that topic would continue.
     #[must_use]
     pub fn last_id(&self, topic: &str) -> u64 {
         self.hub.log().last_id(topic)
     }
 
-    /// How many subscribers this worker has.
+    /// The number of subscribers in this worker.
     #[must_use]
     pub fn subscribers(&self) -> usize {
         self.hub.subscribers()
     }
 
-    /// Subscribes to topics: from now on, or after the last event that a subscriber has got, as
-    /// [`Subscription::last_event_id`] told it (with the same topics in the same order).
+    /// Subscribes to topics: from now on, or after `last_event_id`.
+    ///
+    /// `last_event_id` is the result of [`Subscription::last_event_id`] for a subscription to the same topics in the
+    /// same order.
     ///
     /// # Errors
-    /// If there is no log, the name of a topic is none or comes twice, there are more than 32 topics, or the worker has
-    /// `--max-subscribers` already.
+    /// Fails if there is no event log, if a topic name is invalid or repeated, if no topics or more than 32 are given,
+    /// or if the worker already has `--max-subscribers` subscribers.
     pub fn subscribe<T>(&self, topics: T, last_event_id: Option<&str>) -> Result<Subscription, EventsError>
     where
         T: IntoIterator<Item: AsRef<str>>,
@@ -113,7 +118,7 @@ impl Events {
     }
 }
 
-/// An event to be published: some bytes, which should be UTF-8 text for browsers, and a name if it is to have one.
+/// An event to publish: its data, which should be UTF-8 text if browsers are to receive it, and an optional name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Event {
     name: String,
@@ -121,13 +126,14 @@ pub struct Event {
 }
 
 impl Event {
-    /// An event without a name, which is a `message` to browsers.
+    /// Creates an event without a name. Browsers deliver it as `message`.
     pub fn new(data: impl Into<Bytes>) -> Self {
         Self { name: String::new(), data: data.into() }
     }
 
-    /// Names it: the type for which browsers have a listener called. Without control characters, and not `gap`, by which
-    /// clients are told that they have missed events.
+    /// Sets the event's name, which is the event type that browsers pass to `addEventListener`.
+    ///
+    /// The name must not contain control characters, and must not be `gap`, which notifies clients of missed events.
     #[must_use]
     pub fn name(self, name: impl Into<String>) -> Self {
         Self { name: name.into(), ..self }
@@ -140,7 +146,7 @@ impl<D: Into<Bytes>> From<D> for Event {
     }
 }
 
-/// An event that was published. Cheap to clone.
+/// A published event. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Published(Arc<Inner>);
 
@@ -161,25 +167,25 @@ impl Published {
         Self(Arc::new(Inner { topic, id, name, data: data.into(), epoch, frame: OnceLock::new() }))
     }
 
-    /// Where it was published.
+    /// The topic that the event was published to.
     #[must_use]
     pub fn topic(&self) -> &str {
         &self.0.topic
     }
 
-    /// One more than that of the topic's event before it.
+    /// The event's id: one more than the id of the previous event of the topic.
     #[must_use]
     pub fn id(&self) -> u64 {
         self.0.id
     }
 
-    /// Empty if it has none.
+    /// The event's name; empty if it has none.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// What it says.
+    /// The event's data.
     #[must_use]
     pub fn data(&self) -> &Bytes {
         &self.0.data
@@ -191,47 +197,47 @@ impl Published {
     }
 }
 
-/// What a [`Subscription`] yields.
+/// An item yielded by a [`Subscription`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Message {
     /// The next event of one of the topics.
     Event(Published),
-    /// The log has forgotten events of this topic that the subscriber has not got.
+    /// The log has dropped events of this topic that the subscriber has not received.
     Gap {
         /// The topic.
         topic: Arc<str>,
-        /// How many; `None` if nobody knows.
+        /// The number of events missed; `None` if it is unknown.
         missed: Option<u64>,
     },
 }
 
-/// Why an event cannot be published, or topics not subscribed to.
+/// Why an event could not be published, or a subscription could not be created.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum EventsError {
     /// There is no event log.
     NoLog,
-    /// That cannot be the name of a topic, or it came twice.
+    /// The topic name is invalid or repeated.
     Topic {
         /// The name.
         topic: String,
     },
-    /// That cannot be the name of an event.
+    /// The event name is invalid.
     Name {
         /// The name.
         name: String,
     },
-    /// The log has not taken the event.
+    /// The log did not accept the event.
     NotPublished(PublishError),
-    /// A subscription has no topic, or too many.
+    /// The subscription has no topics, or more than 32.
     TopicCount,
-    /// The worker has as many as it may have.
+    /// The worker already has `--max-subscribers` subscribers.
     TooManySubscribers {
-        /// How many.
+        /// The limit.
         most: u32,
     },
-    /// The thread that waits for events cannot be started.
+    /// The thread that waits for events could not be started.
     Thread(io::Error),
 }
 

@@ -35,10 +35,11 @@ const HELD_BACK: usize = 64;
 /// The batch of a poll ends with the message that fills it.
 const BATCH: usize = 64 << 10;
 
-/// Answers a request with the events of some topics, as Server-Sent Events; or with the next ones, if the client polls.
+/// Answers a request with the events of some topics, as Server-Sent Events; or with the next events, if the client uses
+/// long polling.
 ///
-/// The client goes on where it was, if the request says where: in `Last-Event-ID`, or in the query as `lastEventId` or
-/// `last-event-id`.
+/// The client resumes where it left off if the request carries the id of the last event it received: in the header
+/// `Last-Event-ID`, or in the query as `lastEventId` or `last-event-id`.
 ///
 /// ```no_run
 /// use forkyard::http::{Request, Response};
@@ -87,7 +88,7 @@ fn polls(headers: &HeaderMap) -> bool {
     simulates || (says && !streams)
 }
 
-/// A response to come: see [`sse`].
+/// Builds the response to a subscriber: see [`sse`].
 #[must_use = "it is `response()` that answers"]
 #[derive(Debug)]
 pub struct Sse {
@@ -115,37 +116,41 @@ impl fmt::Debug for Choice {
 }
 
 impl Sse {
-    /// How long a browser waits after a break before it connects again: give or take a half, so that not all come at a time. 2 s
-    /// unless said otherwise.
+    /// How long a browser waits before it reconnects after the connection breaks (default 2 s). Each client is given a
+    /// random time of up to half as much more or less, so that clients do not all reconnect at once.
     pub fn retry(self, retry: Duration) -> Self {
         Self { retry, ..self }
     }
 
-    /// After so long without an event something else is sent, so that nobody on the way takes the connection for dead; zero for
-    /// never. 15 s unless said otherwise.
+    /// After this long without an event, sends a message that keeps intermediaries from treating the connection as dead
+    /// (default 15 s). Zero disables it.
     pub fn keep_alive(self, keep_alive: Duration) -> Self {
         Self { keep_alive, ..self }
     }
 
-    /// How long who polls waits for an event. 25 s unless said otherwise.
+    /// The long-poll timeout: how long a polling client waits for an event (default 25 s).
     pub fn poll_timeout(self, poll_timeout: Duration) -> Self {
         Self { poll_timeout, ..self }
     }
 
-    /// Leaves out the events for which `filter` is false. It runs on the event loop, for each event and client.
+    /// Omits the events for which `filter` returns false. The filter runs on the event loop, once for each event and
+    /// client.
     pub fn filter(mut self, filter: impl FnMut(&Published) -> bool + Send + 'static) -> Self {
         self.choice.filter = Some(Box::new(filter));
         self
     }
 
-    /// Sends what `map` makes of each event, or nothing; ids stay as they are. It runs on the event loop, for each event and
-    /// client; events that nothing is made of are encoded once for all clients of a worker.
+    /// Sends the event that `map` returns in place of each event, or nothing if it returns `None`; ids do not change.
+    ///
+    /// `map` runs on the event loop, once for each event and client. Events that are not mapped are encoded once for
+    /// all clients of a worker.
     pub fn map(mut self, map: impl FnMut(&Published) -> Option<Event> + Send + 'static) -> Self {
         self.choice.map = Some(Box::new(map));
         self
     }
 
-    /// The response. If there can be no subscription it is a 503, with `Retry-After` if that may help, and the log says why.
+    /// Creates the response. If the subscription fails, the response is a 503, with `Retry-After` if retrying may help,
+    /// and the reason is logged.
     #[must_use]
     pub fn response(self) -> Response<Body> {
         let subscription = match self.subscription {

@@ -18,7 +18,8 @@ const AT_A_TIME: usize = 16;
 /// Of the log these are copies, for this subscriber alone.
 const COPIED: (usize, usize) = (64 << 10, 256);
 
-/// The events of some topics, as a [`Stream`]. It ends when the worker is about to leave; dropped, it is over.
+/// The events of some topics, as a [`Stream`]. The stream ends when the worker is about to exit; dropping it ends the
+/// subscription.
 #[derive(Debug)]
 pub struct Subscription {
     hub: Arc<Hub>,
@@ -88,8 +89,8 @@ impl Subscription {
         })
     }
 
-    /// Where this subscriber is, by what it has got: for [`Events::subscribe`](super::Events::subscribe), in whatever
-    /// worker.
+    /// The subscriber's position after the messages yielded so far, to be passed to
+    /// [`Events::subscribe`](super::Events::subscribe) in any worker.
     #[must_use]
     pub fn last_event_id(&self) -> String {
         self.cursor.to_string()

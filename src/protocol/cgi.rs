@@ -16,19 +16,20 @@ use http::{Method, Request, StatusCode, Uri, Version};
 use super::host::is_host;
 use super::params::Params;
 
-/// Where a request came from, and how. An extension of each request.
+/// The client that a request came from: an extension of each request.
 ///
-/// Over HTTP it is the other end of the connection; over FastCGI, what the server in front tells (`REMOTE_ADDR`,
-/// `REMOTE_PORT`, `HTTPS`, `REQUEST_SCHEME`). If that is an address of `--trust`, it is what that proxy tells of its
-/// client in turn. The host that the client asked for is the request's `Host` header, whoever told it.
+/// Over HTTP it describes the peer of the connection; over FastCGI, what the web server reports (`REMOTE_ADDR`,
+/// `REMOTE_PORT`, `HTTPS`, `REQUEST_SCHEME`). If that address is in `--trust`, it describes what that proxy reports
+/// about its own client. The host that the client asked for is always in the request's `Host` header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Origin {
-    /// `None` for a Unix socket, or if the server in front does not say. The port is 0 if only the address is known.
+    /// The client's address. `None` for a Unix socket, or if the web server does not report one. The port is 0 if only
+    /// the address is known.
     pub address: Option<SocketAddr>,
-    /// Whether the client used HTTPS, as far as we are told.
+    /// Whether the client used HTTPS, as far as is known.
     pub is_https: bool,
-    /// The CGI variables of the request, as the server in front said them; none over HTTP.
+    /// The CGI variables of the request, as sent by the web server; empty over HTTP.
     pub params: Params,
     /// There is no address because it is a Unix socket, of this machine or of the load balancer's.
     pub(crate) over_unix: bool,

@@ -5,7 +5,7 @@ use std::fmt;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
-/// The parameters of a request: CGI variables, in the order in which they came, as the bytes that came.
+/// The parameters of a request: CGI variables, in the order and with the bytes in which they were received.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Params {
     /// Pairs, known to be whole.
@@ -55,19 +55,19 @@ impl Params {
         Self { raw: raw.freeze(), form: Form::Lengths }
     }
 
-    /// The value of the variable `name`; of several, the last, as PHP has it.
+    /// The value of the variable `name`. If it occurs several times, the last value, as in PHP.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&[u8]> {
         self.iter().filter(|(other, _)| *other == name.as_bytes()).last().map(|(_, value)| value)
     }
 
-    /// Whether there are none.
+    /// Whether there are no parameters.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.raw.is_empty()
     }
 
-    /// All names and values, in the order in which they came.
+    /// All names and values, in the order in which they were received.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         let (mut rest, form): (&[u8], _) = (&self.raw, self.form);
         std::iter::from_fn(move || {

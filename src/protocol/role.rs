@@ -3,25 +3,28 @@
 
 use http::Extensions;
 
-/// What a FastCGI server asks for (section 6 of the specification): [`Role::of`] a request tells.
+/// The role in which a FastCGI server calls the application (section 6 of the specification). [`Role::of`] returns that
+/// of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Role {
-    /// A response (6.2). Requests of other protocols have this role too.
+    /// Produce a response (6.2). Requests over other protocols have this role too.
     #[default]
     Responder,
-    /// A decision (6.3): status 200 lets the request pass, any other is sent to the client as it is. A header
-    /// `variable-NAME` of a 200 gives the server a variable, with its name in capitals, for what serves the
-    /// request next. The request's body is empty: it goes to whatever serves it. lighttpd (`"mode" => "authorizer"`) and Apache's mod_fcgid and
-    /// mod_authnz_fcgi ask like this.
+    /// Authorize the request (6.3): with status 200 the request may proceed; any other response is sent to the client
+    /// unchanged.
+    ///
+    /// A header `variable-NAME` of a 200 passes a variable to the web server, with its name in capitals, for use by
+    /// whatever serves the request next. The request's body is empty, because it goes to whatever serves the request.
+    /// lighttpd (`"mode" => "authorizer"`) and Apache's mod_fcgid and mod_authnz_fcgi use this role.
     Authorizer,
-    /// A response made of the request and a file that the server sends along (6.4): [`crate::FilterData`].
+    /// Produce a response from the request and a file that the server sends along (6.4): [`crate::FilterData`].
     Filter,
 }
 
 impl Role {
-    /// The role of a request with these extensions. (Only [`Role::Authorizer`] and [`Role::Filter`] are there as an
-    /// extension; a request without one is a responder's.)
+    /// The role of a request with these extensions. Only [`Role::Authorizer`] and [`Role::Filter`] are present as an
+    /// extension; a request without one has the role [`Role::Responder`].
     #[must_use]
     pub fn of(extensions: &Extensions) -> Self {
         extensions.get().copied().unwrap_or_default()
@@ -38,9 +41,9 @@ impl Role {
     }
 }
 
-/// An extension of a response: the `appStatus` of its FastCGI END_REQUEST (5.5), which is 0 without it.
+/// An extension of a response: the `appStatus` of its FastCGI END_REQUEST (5.5). Without it, `appStatus` is 0.
 ///
-/// It is what a CGI program would return by `exit`: 0 if all went well. Web servers log it at most; an own client may
-/// make something of it. Other protocols have no place for it.
+/// It corresponds to the exit status of a CGI program: 0 for success. Web servers log it at most; a custom FastCGI
+/// client may use it. Other protocols have no equivalent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AppStatus(pub u32);
