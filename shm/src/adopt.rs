@@ -16,11 +16,12 @@ use crate::geometry::Geometry;
 use crate::segment::{Segment, system};
 
 impl Segment {
-    /// Attaches to the segment of a former master whose workers may still use it, if it is what `plan` would make. One in a
-    /// file can be [closed](Segment::close) by who adopts it.
+    /// Attaches to the segment of a former master whose workers may still use it, if it is what `plan` would create.
+    ///
+    /// A segment in a file can be [closed](Segment::close) by the process that adopts it.
     ///
     /// # Errors
-    /// As for [`Segment::attach`], and if it was made for another plan.
+    /// Fails as [`Segment::attach`] does, and if the segment was created from another plan.
     pub fn adopt(fd: OwnedFd, plan: &Plan) -> Result<Segment, SegmentError> {
         let geometry = Geometry::of(plan)?;
         // Only a memory file has seals.
@@ -38,11 +39,11 @@ impl Segment {
         Ok(segment)
     }
 
-    /// The same, when all who used it are gone: what they held is freed, the rows of the scoreboard are empty again, and the
-    /// cache must stand an audit.
+    /// Like [`Segment::adopt`], for a segment whose former users have all ended: what they held is freed, the rows of
+    /// the scoreboard are emptied, and the cache is audited.
     ///
     /// # Errors
-    /// As for [`Segment::adopt`], and if the cache contradicts itself.
+    /// Fails as [`Segment::adopt`] does, and if the cache is inconsistent.
     pub fn adopt_alone(fd: OwnedFd, plan: &Plan) -> Result<Segment, SegmentError> {
         let segment = Segment::adopt(fd, plan)?;
         segment.inner.bury_the_dead();

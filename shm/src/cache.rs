@@ -29,10 +29,10 @@ const TAG_SALT: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Padding of key, metadata and value in an entry, at most.
 const PADDING: u64 = 16 + GRAIN;
 
-/// A handle of the page cache; cheap to clone, usable from any thread.
+/// A handle to the page cache; cheap to clone, usable from any thread.
 ///
-/// Reading takes no lock. Storing waits some 20 ms for one at the most. Nothing here fails: what cannot be had is a miss,
-/// what cannot be kept is refused.
+/// Reading takes no lock. Storing waits up to about 20 ms for one. No failure of the cache is an error for the caller:
+/// a page that cannot be read is a miss, and a page that cannot be stored is refused.
 #[derive(Clone, Debug)]
 pub struct Cache {
     pub(crate) segment: Arc<Inner>,
@@ -65,22 +65,24 @@ impl Cache {
         Cache { segment }
     }
 
-    /// The page stored under `key`, if there is one that is neither expired nor purged.
+    /// Returns the page stored under `key`, if it is neither expired nor purged.
     pub fn get(&self, key: impl AsRef<[u8]>) -> Option<Vec<u8>> {
         let mut value = Vec::new();
         self.get_into(key, &mut value).then_some(value)
     }
 
-    /// Puts the page into `value`, in place of what was there; whether there was one. The buffer keeps its memory, so that
-    /// the next one needs no allocation.
+    /// Copies the page stored under `key` into `value`, replacing its contents, and returns whether there was one.
+    ///
+    /// The buffer keeps its capacity, so a caller that reuses it avoids further allocations.
     pub fn get_into(&self, key: impl AsRef<[u8]>, value: &mut Vec<u8>) -> bool {
         self.get_at(key.as_ref(), Moment::Now(&self.segment), value)
     }
 
-    /// The page in place, without a copy: it stays where it is until the result is dropped.
+    /// Returns the page in place, without a copy. The page stays where it is until the result is dropped.
     ///
-    /// Worth it from some 16 KiB on. To be held for as long as it takes to send the page, not longer: meanwhile the
-    /// cache has to work around it. A process can have 32 of these; beyond that, what it gets is a copy.
+    /// This pays off for pages of about 16 KiB or more. Hold the result only as long as it takes to send the page:
+    /// meanwhile the cache has to work around it. A process can hold 32 pages in place at a time; beyond that it gets
+    /// copies.
     pub fn pin(&self, key: impl AsRef<[u8]>) -> Option<Pinned> {
         let key = self.key(key.as_ref());
         let judge = self.judge(Moment::Now(&self.segment))?;
@@ -98,33 +100,39 @@ impl Cache {
         pinned
     }
 
-    /// Stores a page, in place of what was stored under `key`.
+    /// Stores a page under `key`, replacing any page stored there.
     ///
-    /// A page that was purged while it was rendered (see [`Options::as_of`]) is not kept; that is no error, as it is what
-    /// a purge a moment later would have led to.
+    /// A page that was purged while it was being rendered (see [`Options::as_of`]) is not stored. This is not an error:
+    /// a purge a moment later would have had the same result.
     ///
     /// # Errors
-    /// If there is no cache, the page is too large, or its shard is locked by a process that does not go on.
+    /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not
+    /// release it.
     pub fn set(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>, options: &Options) -> Result<(), Refused> {
         self.store(key.as_ref(), value.as_ref(), options, &Rendering::default(), self.segment.now_ms())
     }
 
-    /// Makes the page stored under `key` out of date, and also one that is being rendered now. Whether there was
-    /// a good one; `false` too if its shard is locked, in which case the page is purged all the same.
+    /// Invalidates the page stored under `key`, and also one that is being rendered now.
+    ///
+    /// Returns whether there was a valid page. Also returns `false` if its shard is locked; the page is purged
+    /// nevertheless.
     pub fn purge(&self, key: impl AsRef<[u8]>) -> bool {
         self.purge_at(key.as_ref(), self.segment.now_ms())
     }
 
-    /// Makes all pages with this tag out of date, and also those that are being rendered now. One step, however many
-    /// they are; takes no lock.
+    /// Invalidates all pages with this tag, and also those that are being rendered now.
+    ///
+    /// Takes one step, however many pages there are, and no lock.
     pub fn purge_tag(&self, tag: &str) {
         if let Some(clock) = self.tag_clock() {
             clock.purge(self.tag(tag));
         }
     }
 
-    /// Makes all pages out of date whose keys begin with `prefix`, and also those that are being rendered now: at once,
-    /// though it takes a while to go through them all and give their memory back. Of the prefix, 112 bytes count.
+    /// Invalidates all pages whose keys begin with `prefix`, and also those that are being rendered now.
+    ///
+    /// The purge takes effect at once, although it takes a while to go through the pages and free their memory. Only
+    /// the first 112 bytes of the prefix are significant.
     pub fn purge_prefix(&self, prefix: impl AsRef<[u8]>) {
         let Some((clock, prefixes)) = self.tag_clock().zip(Prefixes::of(&self.segment)) else { return };
         match prefixes.announce(prefix.as_ref(), clock) {
@@ -134,7 +142,7 @@ impl Cache {
         }
     }
 
-    /// Makes all pages out of date, and also those that are being rendered now.
+    /// Invalidates all pages, and also those that are being rendered now.
     pub fn clear(&self) {
         let Some(clock) = self.tag_clock() else { return };
         clock.clear();
@@ -147,14 +155,14 @@ impl Cache {
         }
     }
 
-    /// The time on the cache's logical clock, which counts purges: to be read before a page is rendered, and given to
+    /// Reads the cache's logical clock, which counts purges. Read it before rendering a page, and pass it to
     /// [`Options::as_of`].
     pub fn clock(&self) -> Clock {
         Clock(self.tag_clock().map_or(0, TagClock::now))
     }
 
-    /// The most that an entry can hold, in bytes: the length of the key and the value, and 8 for each tag. 0 without
-    /// a cache.
+    /// The largest entry that the cache can hold, in bytes: the length of the key and the value, and 8 for each tag. 0
+    /// if there is no cache.
     pub fn max_entry(&self) -> u64 {
         self.segment.geometry.max_record.saturating_sub(ENTRY_HEAD + PADDING)
     }

@@ -8,66 +8,66 @@ use crate::page::NotStorable;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum SegmentError {
-    /// The cache asked for is too small to be of use.
+    /// The requested cache is too small to be useful.
     CacheTooSmall {
         /// Bytes asked for.
         asked: u64,
         /// The smallest size possible.
         least: u64,
     },
-    /// The event log asked for is too small to be of use.
+    /// The requested event log is too small to be useful.
     LogTooSmall {
         /// Bytes asked for.
         asked: u64,
         /// The smallest size possible.
         least: u64,
     },
-    /// More scoreboard rows than a segment can have.
+    /// More scoreboard rows were requested than a segment can have.
     TooManyRows {
         /// Rows asked for.
         asked: u32,
         /// The most possible.
         most: u32,
     },
-    /// Entries as large as that do not fit into a part of the cache.
+    /// The requested maximum entry does not fit into a shard of the cache.
     EntryTooLarge {
         /// Bytes asked for.
         asked: u64,
         /// The most possible with a cache of this size.
         most: u64,
     },
-    /// The machine does not have the memory.
+    /// The machine does not have enough memory.
     NoMemory {
         /// Size of the whole segment in bytes.
         bytes: u64,
-        /// What the kernel said.
+        /// The error returned by the kernel.
         source: io::Error,
     },
-    /// It would not fit into the memory that a control group (a container, a systemd unit) has left: the kernel would not
-    /// refuse it, but kill.
+    /// The segment does not fit into what is left of a control group's memory limit (a container, a systemd unit). The
+    /// kernel would not refuse the memory, but kill a process later.
     OverLimit {
         /// Size of the whole segment in bytes.
         bytes: u64,
-        /// What the group may have.
+        /// The group's memory limit in bytes.
         limit: u64,
-        /// What of that is free.
+        /// The free part of that limit in bytes.
         free: u64,
     },
-    /// It is larger than a file of this process may be: the kernel would send SIGXFSZ.
+    /// The segment is larger than the files that this process may create: the kernel would send SIGXFSZ.
     OverFileSize {
         /// Size of the whole segment in bytes.
         bytes: u64,
-        /// What `ulimit -f` says, in bytes.
+        /// The limit (`ulimit -f`) in bytes.
         limit: u64,
     },
     /// A system call failed.
     System {
-        /// What was tried.
+        /// The operation that failed.
         tried: &'static str,
-        /// What the kernel said.
+        /// The error returned by the kernel.
         source: io::Error,
     },
-    /// The descriptor handed to `attach` is no segment, or not one that this build can use.
+    /// The descriptor passed to `attach` is not a segment, or not one that this build can use.
     Unusable {
         /// What is wrong with it.
         why: &'static str,
@@ -149,19 +149,20 @@ impl std::error::Error for SegmentError {
     }
 }
 
-/// Why the cache did not take a page. Never a reason to fail the request: the page was made, it is only not kept.
+/// Why the cache did not store a page. Never a reason to fail the request: the page was rendered, it is only not
+/// stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
-    /// The segment was made without a cache.
+    /// The segment has no cache.
     Off,
     /// Key, value and tags together are larger than an entry can be.
     TooLarge {
-        /// The most that fits, in bytes: the length of the key and the value, and 8 for each tag.
+        /// The largest entry in bytes: the length of the key and the value, and 8 for each tag.
         limit: u64,
     },
-    /// The part of the cache that the key belongs to is held by a process that does not let go of it.
+    /// The shard of the key is locked by a process that does not release it.
     Busy,
-    /// The page may not be kept in a shared cache.
+    /// The page may not be stored in a shared cache.
     NotStorable(NotStorable),
 }
 

@@ -53,7 +53,7 @@ const CLEAN: u64 = 1;
 /// The byte that everybody locks who uses the file. The members' bytes are far before it.
 const USERS: i64 = 1 << 60;
 
-/// What became of what was in the file.
+/// What happened to the previous contents of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
     /// It is used: the cache is warm.
@@ -68,12 +68,13 @@ pub enum Found {
 }
 
 impl Segment {
-    /// Makes a segment in a file, with what the file holds, if that can be used.
+    /// Creates a segment in a file, reusing the contents of the file if possible.
     ///
-    /// Waits up to 10 s for processes that still use the file. At the end, [`close`](Segment::close) is to be called.
+    /// Waits up to 10 s for processes that still use the file. Call [`close`](Segment::close) at the end.
     ///
     /// # Errors
-    /// If the plan is out of range, the file cannot be opened or is in use, or its file system has no room for it.
+    /// Fails if the plan is out of range, if the file cannot be opened or is in use, or if its file system has no room
+    /// for it.
     pub fn open(path: &Path, plan: &Plan) -> Result<(Segment, Found), SegmentError> {
         let geometry = Geometry::of(plan)?;
         let file = locked(open(path)?)?;
@@ -99,11 +100,11 @@ impl Segment {
         }
     }
 
-    /// Looks whether [`open`](Segment::open) would find a file that it may use, and room for it. Makes and changes nothing; what a quota
-    /// allows, it does not see.
+    /// Checks whether [`open`](Segment::open) would find a usable file, and room for it. Changes nothing, and does not
+    /// take quotas into account.
     ///
     /// # Errors
-    /// As for [`Segment::open`].
+    /// Fails as [`Segment::open`] would.
     pub fn examine(path: &Path, plan: &Plan) -> Result<(), SegmentError> {
         let len = Geometry::of(plan)?.total;
         segment::check_file_size(len)?;
@@ -131,13 +132,15 @@ impl Segment {
         Ok(())
     }
 
-    /// Joins those who use the file, whoever they are, or is the first of them. What is found there is used whatever its plan; if
-    /// nothing can be used, a segment is made as `plan` says. The scoreboard is the master's, and not to be used.
+    /// Opens the file alongside other processes that use it, or as the first one.
     ///
-    /// Waits up to 10 s for a process that is just preparing the file.
+    /// Existing contents are used whatever their plan; if they are unusable, a segment is created from `plan`. The
+    /// scoreboard belongs to the master and must not be used.
+    ///
+    /// Waits up to 10 s for a process that is preparing the file.
     ///
     /// # Errors
-    /// As for [`Segment::open`].
+    /// Fails as [`Segment::open`] does.
     pub fn join(path: &Path, plan: &Plan) -> Result<Segment, SegmentError> {
         let geometry = Geometry::of(plan)?;
         let file = Arc::new(open(path)?);
@@ -156,12 +159,12 @@ impl Segment {
         }
     }
 
-    /// Writes a file's segment to the disk and marks it clean, so that the next one to open it may use what it holds also after
-    /// the machine was started anew. To be called when no other process uses the segment any more. For a memory
-    /// segment this does nothing.
+    /// Writes a file's segment to disk and marks it clean, so that its contents can be reused even after a reboot.
+    ///
+    /// Call it when no other process uses the segment any more. It does nothing for a memory segment.
     ///
     /// # Errors
-    /// If the disk does not take it; the file is then dropped after the machine's next start.
+    /// Fails if writing to the disk fails; the contents are then dropped after the next reboot.
     pub fn close(self) -> Result<(), SegmentError> {
         let Some(header) = self.inner.header().filter(|_| self.inner.file.is_some()) else { return Ok(()) };
         self.inner.bury_the_dead();

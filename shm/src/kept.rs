@@ -8,7 +8,7 @@ use crate::options::Options;
 use crate::page::Page;
 use crate::read::Sight;
 
-/// Something that the cache can keep: `Vec<u8>`, or a [`Page`].
+/// A value that the cache can store: `Vec<u8>`, or a [`Page`].
 pub trait Keep: Sized {
     /// What lies in the cache for it: metadata, and the value.
     #[doc(hidden)]
@@ -51,7 +51,7 @@ impl Keep for Page {
 }
 
 impl Cache {
-    /// The page stored under `key` with its status, headers and encoding, if there is one that is neither expired nor purged.
+    /// Returns the page stored under `key` with its status, headers and encoding, if it is neither expired nor purged.
     pub fn get_page(&self, key: impl AsRef<[u8]>) -> Option<Page> {
         let key = self.key(key.as_ref());
         let fresh = |verdict, _: &_| verdict == Verdict::Fresh;
@@ -60,11 +60,12 @@ impl Cache {
         found.map(|found| found.value)
     }
 
-    /// Stores a page with its status, headers and encoding, in place of what was stored under `key`: see
+    /// Stores a page with its status, headers and encoding under `key`, replacing any page stored there: see
     /// [`set`](Cache::set).
     ///
     /// # Errors
-    /// As for `set`, and if the page may not be kept in a shared cache ([`Page::storable`]).
+    /// Fails if there is no cache, if the page is too large, if its shard is locked by a process that does not release
+    /// it, or if the page may not be stored in a shared cache ([`Page::storable`]).
     pub fn set_page(&self, key: impl AsRef<[u8]>, page: &Page, options: &Options) -> Result<(), Refused> {
         page.may_be_kept()?;
         let (meta, value) = page.parts();

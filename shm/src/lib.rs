@@ -1,8 +1,8 @@
 //! A scoreboard, a page cache and an event log in shared memory, for processes that were forked from one another.
 //!
-//! One process makes a [`Segment`]; its children inherit the mapping, and any process that gets the descriptor can
+//! One process creates a [`Segment`]; its children inherit the mapping, and any process that receives the descriptor can
 //! [attach](Segment::attach). The memory outlives each of them: any process may be killed at any instruction, and the
-//! others go on, with nothing of the cache lost but what was being stored.
+//! others carry on. The cache loses nothing but the page that was being stored.
 //!
 //! ```
 //! use std::convert::Infallible;
@@ -44,31 +44,31 @@
 //!                          ... free ... | old | dead | live | pad | live | new | ... free ...
 //!                                         ^ evicted, or moved to a head         ^ written next
 //! ```
-//! A slot says in one word where an entry lies: a position in a ring's endless log, which is never used twice. An entry is
-//! valid as long as its position is not below the ring's floor, and does not change until then. All of the rest follows:
+//! A slot holds, in one word, the location of an entry: a position in a ring's endless log, which is never reused. An entry
+//! is valid as long as its position is not below the ring's floor, and does not change until then. The rest follows:
 //!
-//! - **Readers take no lock.** They follow the slot, copy, and look at the floor once more. On the way they write nothing that
-//!   is shared, but for the visits of an entry that has not been asked for three times yet.
-//! - **Writers lock one shard.** They write an entry beyond the head, raise the head, and publish it with one store of a slot.
-//! - **Room is made at the floor**, by S3-FIFO: `room.rs` says how, and why that policy.
-//! - **Reading in place** ([`Cache::pin`]) names the entry in the reader's own cell; the head jumps over pinned entries.
+//! - **Readers take no lock.** They follow the slot, copy the entry, and check the floor once more. They write nothing that
+//!   is shared, except the visit count of an entry that has been requested fewer than three times.
+//! - **Writers lock one shard.** They write an entry beyond the head, advance the head, and publish the entry with one store
+//!   to a slot.
+//! - **Room is made at the floor**, by S3-FIFO: `room.rs` describes the policy and the reasons for it.
+//! - **Reading in place** ([`Cache::pin`]) records the entry in the reader's own cell; the head skips pinned entries.
 //!
-//! What lies at which byte is in `layout.rs`, held by assertions. All positions are offsets; nothing in the segment is a pointer.
-//! Each protocol between processes is a file of its own, without system calls, which the model checker loom runs
-//! as well: `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `events/bell.rs`, `events/told.rs`.
+//! `layout.rs` defines the byte layout, checked by assertions. All positions are offsets; the segment contains no pointers.
+//! Each protocol between processes is a file of its own, without system calls, which the model checker loom also runs:
+//! `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `events/bell.rs`, `events/told.rs`.
 //!
 //! # Locks
-//! There are three kinds, the shard lock, that of the prefix table and that of the event log, and nobody holds two: there
-//! is no order to get wrong.
-//! None is held across a system call or an allocation. Waiting for one is bounded: 20 ms, and while one process is
-//! known to sit on it, not at all. What then cannot be stored is [`Refused::Busy`], and counted, and what cannot be
-//! published is [`PublishError::Busy`]; reading goes on. The scoreboard
-//! has no locks, so a process that must never wait may read and write it.
+//! There are three kinds of locks: one for each shard, one for the prefix table, and one for the event log. No process holds
+//! two of them, so there is no lock order. None is held across a system call or an allocation. Waiting for a lock is
+//! bounded: 20 ms, and no time at all while a process is known to hold on to it. A page that cannot be stored for that
+//! reason is [`Refused::Busy`], and counted; an event that cannot be published is [`PublishError::Busy`]. Reading is not
+//! affected. The scoreboard has no locks, so a process that must never wait may read and write it.
 //!
-//! # What holds after a death
+//! # What survives a death
 //! A process that uses the cache, or publishes events, is a *member*: it holds a lock on one byte of the segment's file,
-//! which the kernel gives free when the process is gone (`member.rs`). Whoever runs into something of a dead member's, or the [sweep](Cache::sweep)
-//! within a second, buries it.
+//! which the kernel releases when the process ends (`member.rs`). A dead member is cleaned up (*buried*) by the first
+//! process that runs into something it held, or by the [sweep](Cache::sweep) within a second.
 //!
 //! | killed while | what the others see |
 //! |---|---|
@@ -95,25 +95,25 @@
 //! | publishing an event | `events/publish.rs` |
 //! | using a file | `file.rs` |
 //!
-//! A process that is stopped and not dead keeps its lock, and the others do without storing in that shard until it goes on.
-//! A lease it holds ends at its deadline.
+//! A process that is stopped, but not dead, keeps its lock; until it continues, the others do not store in that shard. A
+//! lease that it holds ends at its deadline.
 //!
-//! # Whom this trusts
-//! The processes of one segment trust each other about as far as threads do, with two differences: a death harms nobody,
-//! and of what lies in the segment nothing is believed that could lead outside it or into an endless loop. A shard
-//! that contradicts itself is emptied and counted. What is not defended against: a process that writes over the segment can
-//! serve what it likes, change what another reads in place, or name a living process as the owner of a lock, which
-//! keeps others from storing in that shard until that process ends. A process that closes descriptors it did not open
-//! (all above 2, say) closes the one by which it is known to live: it is taken for dead, and must not use the cache
-//! any more. [`Segment::damage`] finds a segment that was written over.
+//! # Trust
+//! The processes of one segment trust each other about as far as threads do, with two differences. The death of a process
+//! does not harm the others. And no value read from the segment is trusted where it could lead outside the segment or into
+//! an endless loop; a shard that is found inconsistent is emptied and counted. There is no defense against a process that
+//! overwrites the segment: it can serve any content, change what another process reads in place, or name a living process
+//! as the owner of a lock, which keeps others from storing in that shard until that process ends. A process that closes
+//! descriptors it did not open (all above 2, for example) closes the one that shows it is alive: it is taken for dead, and
+//! must not use the cache any more. [`Segment::damage`] detects a segment that was overwritten.
 //!
-//! What such a process cannot do is make the safe functions of this crate undefined. [`Segment::attach`], [`Segment::open`],
-//! [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes write, because of three
-//! things together. The size of the memory is fixed (sealed, or a file that is reserved and locked), so that reading it
-//! raises no SIGBUS unless somebody truncates that file, which ends the process. Nothing refers to the memory but
-//! references to atomics, of which any value is valid, and pointers that do not leave `map.rs`. And bytes are copied by
-//! instructions that the compiler does not see through. The one function that lends a slice of shared memory,
-//! [`Pinned::into_slice`], is unsafe and says what its caller answers for.
+//! Even such a process cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`],
+//! [`Segment::open`], [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes
+//! write, for three reasons. The size of the memory is fixed (sealed, or a file that is reserved and locked), so reading it
+//! raises no SIGBUS unless somebody truncates that file, which ends the process. The only references to the memory are
+//! references to atomics, for which any value is valid; raw pointers do not leave `map.rs`. And bytes are copied by
+//! instructions that are opaque to the compiler. The one function that lends a slice of shared memory,
+//! [`Pinned::into_slice`], is unsafe and documents its caller's obligations.
 
 mod adopt;
 mod audit;
@@ -193,25 +193,26 @@ pub use segment::Segment;
 pub use stats::Stats;
 pub use tags::Clock;
 
-/// What a segment is to hold.
+/// The layout of a segment: what it contains, and how large each part is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Bytes for the page cache: at least 256 KiB, or 0 for none.
+    /// Size of the page cache in bytes: at least 256 KiB, or 0 for no cache.
     pub cache_bytes: u64,
-    /// Rows of the scoreboard: one for each process that is to have one.
+    /// Number of scoreboard rows: one for each process that needs one.
     pub rows: u32,
-    /// The largest value the cache takes, in bytes; 0 for a 64th of the cache, but at least a MiB, as far as there is room.
+    /// The largest value that the cache accepts, in bytes. 0 selects 1/64 of the cache, but at least 1 MiB, as far as
+    /// there is room.
     pub max_entry: u64,
-    /// Bytes for the event log: at least 64 KiB, or 0 for none.
+    /// Size of the event log in bytes: at least 64 KiB, or 0 for no log.
     pub events_bytes: u64,
 }
 
 impl Plan {
-    /// Whether a memory segment of this plan would fit into the memory that there is, and into what control groups allow. None
-    /// is reserved.
+    /// Checks whether a memory segment of this plan would fit into the available memory and into the limits of control
+    /// groups. Reserves nothing.
     ///
     /// # Errors
-    /// As for [`Segment::create`].
+    /// Fails if the plan is out of range, or the memory is not available: see [`SegmentError`].
     pub fn check_memory(&self) -> Result<(), SegmentError> {
         segment::check_memory(geometry::Geometry::of(self)?.total)
     }

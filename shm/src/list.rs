@@ -9,28 +9,28 @@ use crate::index::Place;
 use crate::judge::{Moment, Verdict};
 use crate::shard::Shard;
 
-/// A page, as [`Cache::list`] shows it.
+/// A page, as listed by [`Cache::list`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Listed {
-    /// Its key.
+    /// The key.
     pub key: Vec<u8>,
     /// Length of the value in bytes.
     pub len: u64,
-    /// How long ago it was stored.
+    /// Time since it was stored.
     pub age: Duration,
-    /// How long it is good; `None` for ever.
+    /// Time until it expires; `None` if it does not.
     pub left: Option<Duration>,
-    /// Over, but still served while it is rendered anew, or if that fails.
+    /// Whether it has expired, but is still served while it is rendered again, or if that fails.
     pub stale: bool,
-    /// How many tags it has.
+    /// Number of tags.
     pub tags: u64,
 }
 
-/// How many pages there are of each age and size.
+/// The number of pages by age and by size.
 ///
-/// `ages[n]` counts those that were stored less than 2ⁿ seconds ago, and not in a smaller class; `sizes[n]` those whose values
-/// have less than 2ⁿ bytes. The last class takes the rest.
+/// `ages[n]` counts the pages stored less than 2ⁿ seconds ago that are not in a smaller class; `sizes[n]` counts those
+/// whose value has less than 2ⁿ bytes. The last class contains the rest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Distribution {
@@ -41,8 +41,8 @@ pub struct Distribution {
 }
 
 impl Cache {
-    /// Pages whose keys begin with `prefix`, `most` of them at the most, in no order. Takes no lock, so pages that come and go
-    /// meanwhile may be missing.
+    /// Lists up to `most` pages whose keys begin with `prefix`, in no particular order. Takes no lock, so pages that
+    /// are stored or removed meanwhile may be missing.
     pub fn list(&self, prefix: impl AsRef<[u8]>, most: usize) -> Vec<Listed> {
         let prefix = prefix.as_ref();
         let now_ms = self.segment.now_ms();
@@ -66,7 +66,7 @@ impl Cache {
         self.survey(now_ms, list).take(most).collect()
     }
 
-    /// How old and how large the pages are.
+    /// Counts the pages by age and size.
     pub fn distribution(&self) -> Distribution {
         let now_ms = self.segment.now_ms();
         let mut distribution = Distribution::default();

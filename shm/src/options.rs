@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::tags::Clock;
 
-/// How long a page is good, what it depends on, and how it is made anew.
+/// How long a page is valid, what it depends on, and how it is rendered again.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -48,65 +48,73 @@ impl Default for Options {
 }
 
 impl Options {
-    /// No time limit, no tags, never stale.
+    /// Creates options with no time to live, no tags, and no stale period.
     pub fn new() -> Options {
         Options::default()
     }
 
-    /// The page is good for this long.
+    /// Sets the time to live: how long the page is fresh.
     #[must_use]
     pub fn ttl(mut self, ttl: Duration) -> Options {
         self.ttl = Some(ttl);
         self
     }
 
-    /// For this long after that, [`Cache::get_or_render`](crate::Cache::get_or_render) still serves the page while one
-    /// process renders it anew (stale-while-revalidate, RFC 5861 §3).
+    /// For this long after its time to live, [`Cache::get_or_render`](crate::Cache::get_or_render) still serves the
+    /// page while one process renders it again (stale-while-revalidate, RFC 5861 §3).
     #[must_use]
     pub fn stale(mut self, stale: Duration) -> Options {
         self.stale = stale;
         self
     }
 
-    /// For this long after its time, the page is served if it cannot be rendered anew (stale-if-error, RFC 5861 §4).
+    /// For this long after its time to live, the page is served if rendering it again fails (stale-if-error, RFC 5861
+    /// §4).
     #[must_use]
     pub fn stale_if_error(mut self, stale: Duration) -> Options {
         self.stale_if_error = stale;
         self
     }
 
-    /// The page is out of date as soon as one of these tags is purged. As many as fit into an entry, 8 bytes each.
+    /// Sets the page's tags. The page is invalidated as soon as one of them is purged. The number of tags is limited by
+    /// the size of an entry, in which each takes 8 bytes.
     #[must_use]
     pub fn tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> Options {
         self.tags = tags.into_iter().map(Into::into).collect();
         self
     }
 
-    /// The page shows the world as it was at this time of [`Cache::clock`](crate::Cache::clock). Without it, that of
-    /// the store is taken, and a purge during rendering goes unnoticed. `get_or_render` sees to it by itself.
+    /// Declares that the page shows the data as of this time of [`Cache::clock`](crate::Cache::clock).
+    ///
+    /// Without it, the time at which the page is stored is used, and a purge during rendering goes unnoticed.
+    /// `get_or_render` does this by itself.
     #[must_use]
     pub fn as_of(mut self, clock: Clock) -> Options {
         self.as_of = Some(clock);
         self
     }
 
-    /// Now and then renders a page anew shortly *before* its time, the likelier the nearer that is and the longer rendering
-    /// takes, so that a popular page never runs out (XFetch; Vattani and others, VLDB 2015). `beta` is 1 as a rule; more
-    /// is earlier.
+    /// Occasionally renders a page again shortly *before* it expires, so that a popular page never expires (XFetch;
+    /// Vattani and others, VLDB 2015).
+    ///
+    /// The nearer the expiry and the longer the rendering takes, the more likely this is. `beta` is usually 1; larger
+    /// values render earlier.
     #[must_use]
     pub fn early(mut self, beta: f64) -> Options {
         self.early = Some(beta);
         self
     }
 
-    /// When a process has been rendering for this long, another one may begin. 30 s unless said otherwise.
+    /// Sets the rendering deadline: when a process has been rendering for this long, another process may begin (default
+    /// 30 s).
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Options {
         self.deadline = deadline;
         self
     }
 
-    /// One who has waited this long for somebody else's rendering renders for itself. 10 s unless said otherwise.
+    /// Sets how long a caller waits for a page that another process renders, before it renders the page itself (default
+    /// 10 s).
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Options {
         self.patience = patience;

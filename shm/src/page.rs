@@ -33,10 +33,10 @@ const GZIP_MIN: usize = 1024;
 /// comes out, since the length that was recorded may be wrong.
 const FIRST_ROOM: usize = 16;
 
-/// The name of a header, in lower case, and its value.
+/// A header: its name in lower case, and its value.
 pub type Header = (Vec<u8>, Vec<u8>);
 
-/// A response, to be cached: status, headers in order, and body.
+/// A response to be cached: status, headers in order, and body.
 ///
 /// ```
 /// use forkyard_shm::{Encoding, Page};
@@ -61,24 +61,24 @@ pub struct Page {
     plain_len: Option<u64>,
 }
 
-/// What the cache did to a body, beyond what the page's headers say.
+/// How the cache encodes a body, beyond what the page's headers say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
-    /// Nothing. The body is what the headers say.
+    /// Not at all. The body is as the headers describe it.
     Identity,
-    /// It compressed the body with gzip, and the headers say nothing of it until [`Page::negotiate`].
+    /// The cache compressed the body with gzip. The headers do not mention it until [`Page::negotiate`].
     Gzip,
 }
 
-/// Why a page that was kept cannot be used. To the caller that is a miss.
+/// Why a stored page cannot be used. Treat it as a miss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Damaged {
-    /// What is kept beside the body makes no sense.
+    /// The stored metadata is invalid.
     Meta {
         /// What is wrong with it.
         why: &'static str,
     },
-    /// The compressed body is not what was kept.
+    /// The stored compressed body is invalid.
     Body {
         /// What is wrong with it.
         why: &'static str,
@@ -97,7 +97,7 @@ impl fmt::Display for Damaged {
 impl std::error::Error for Damaged {}
 
 impl Page {
-    /// A page with status 200 and no headers.
+    /// Creates a page with status 200 and no headers.
     pub fn new(body: impl Into<Vec<u8>>) -> Page {
         Page { status: 200, headers: Vec::new(), body: body.into(), plain_len: None }
     }
@@ -109,31 +109,31 @@ impl Page {
         self
     }
 
-    /// Adds a header after those there are, also if one has this name already.
+    /// Appends a header, even if the page already has one with this name.
     ///
-    /// The name is kept in lower case. What HTTP does not allow as a name or value is found by [`Page::storable`].
+    /// The name is stored in lower case. [`Page::storable`] detects names and values that HTTP does not allow.
     #[must_use]
     pub fn header(mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Page {
         self.headers.push((name.as_ref().to_ascii_lowercase(), value.as_ref().to_vec()));
         self
     }
 
-    /// The status, such as 200.
+    /// The status code, such as 200.
     pub fn status_code(&self) -> u16 {
         self.status
     }
 
-    /// The headers in order, names in lower case.
+    /// The headers in order, with names in lower case.
     pub fn headers(&self) -> &[Header] {
         &self.headers
     }
 
-    /// The value of the first header of this name, given in lower case.
+    /// The value of the first header with this name, which must be given in lower case.
     pub fn value(&self, name: &str) -> Option<&[u8]> {
         self.values(name).next()
     }
 
-    /// The values of all headers of this name, given in lower case.
+    /// The values of all headers with this name, which must be given in lower case.
     pub fn values(&self, name: &str) -> impl Iterator<Item = &[u8]> {
         self.headers.iter().filter(move |(known, _)| known == name.as_bytes()).map(|(_, value)| value.as_slice())
     }
@@ -143,22 +143,22 @@ impl Page {
         if self.plain_len.is_some() { Encoding::Gzip } else { Encoding::Identity }
     }
 
-    /// The body as it is kept: see [`Page::encoding`].
+    /// The body as stored: see [`Page::encoding`].
     pub fn body(&self) -> &[u8] {
         &self.body
     }
 
-    /// Status, headers and body. [Negotiate](Page::negotiate) first: before that, the headers do not say that the body is
-    /// compressed.
+    /// Splits the page into status, headers and body. Call [`negotiate`](Page::negotiate) first: until then, the
+    /// headers do not say that the body is compressed.
     pub fn into_parts(self) -> (u16, Vec<Header>, Vec<u8>) {
         (self.status, self.headers, self.body)
     }
 
-    /// Compresses the body, if that is of use and allowed.
+    /// Compresses the body, if that is useful and allowed.
     ///
-    /// Nothing happens if the body has at most 1024 bytes or does not become smaller; if the content type is one that
-    /// is compressed already; if there is a `Content-Encoding` or `Content-Range`, or a digest that holds for these very
-    /// bytes; or if `Cache-Control` says `no-transform` (RFC 9111 §5.2.2.6).
+    /// The body is left unchanged if it has at most 1024 bytes or does not become smaller; if its content type is
+    /// already compressed; if there is a `Content-Encoding` or `Content-Range`, or a digest of these exact bytes; or if
+    /// `Cache-Control` contains `no-transform` (RFC 9111 §5.2.2.6).
     #[must_use]
     pub fn gzip(mut self) -> Page {
         if self.plain_len.is_some() || self.body.len() <= GZIP_MIN || fields::forbid_coding(&self.headers) {
@@ -177,11 +177,11 @@ impl Page {
         self
     }
 
-    /// Undoes [`Page::gzip`].
+    /// Decompresses the body: the inverse of [`Page::gzip`].
     ///
     /// # Errors
-    /// If what is kept is no gzip, or becomes another number of bytes than it was made of. At most that many, and one,
-    /// are ever made of it.
+    /// Fails if the stored body is not valid gzip, or does not decompress to its original length. At most one byte more
+    /// than that length is ever produced.
     pub fn into_plain(mut self) -> Result<Page, Damaged> {
         if let Some(plain_len) = self.plain_len.take() {
             self.body = decompress(&self.body, plain_len)?;

@@ -15,20 +15,20 @@ use crate::read::Sight;
 use crate::segment::Inner;
 use crate::{crash, fork, pin};
 
-/// A page of the cache, in place: its bytes stay what they are until this is dropped, also if the page is purged or replaced
-/// meanwhile, provided that all processes which have the segment keep to its protocol.
+/// A page of the cache, read in place. Its bytes do not change until this is dropped, even if the page is purged or
+/// replaced meanwhile, provided that all processes that have the segment follow its protocol.
 ///
-/// Nothing in the language makes another process do so, and so this lends no `&[u8]`, which would promise the compiler that
-/// the bytes do not change. It copies them, or has the kernel write them from where they lie. Should a process misbehave,
-/// what comes out is some mixture of bytes, and nothing worse. [`Pinned::into_slice`] is for those who answer for all
-/// processes themselves.
+/// The language cannot enforce that for another process, so this type does not lend a `&[u8]`, which would promise the
+/// compiler that the bytes do not change. It copies the bytes, or has the kernel write them from where they are. If a
+/// process misbehaves, the result is a mixture of bytes, and nothing worse. [`Pinned::into_slice`] is for callers that
+/// can answer for all processes.
 ///
-/// A child of fork that inherits this sees it empty, as it is the parent that pins.
+/// In a child that inherits this through a fork it is empty, because the pin belongs to the parent.
 pub struct Pinned {
     bytes: Kept,
 }
 
-/// The same as a slice: see [`Pinned::into_slice`].
+/// A pinned page as a slice: see [`Pinned::into_slice`].
 #[derive(Debug)]
 pub struct PinnedSlice(Pinned);
 
@@ -72,7 +72,7 @@ fn take_cell(cells: &[AtomicU64], pin: Pin) -> Option<(u64, &AtomicU64)> {
 }
 
 impl Pinned {
-    /// How many bytes it has.
+    /// The length in bytes.
     pub fn len(&self) -> usize {
         match &self.bytes {
             Kept::Copy(bytes) => bytes.len(),
@@ -80,12 +80,13 @@ impl Pinned {
         }
     }
 
-    /// Whether it has none.
+    /// Whether the page has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Copies bytes from number `from` on into `target`, as many as there are and as fit, and returns how many that were.
+    /// Copies bytes, starting at offset `from`, into `target`: as many as there are and as fit. Returns the number of
+    /// bytes copied.
     pub fn copy_to(&self, from: usize, target: &mut [u8]) -> usize {
         let count = self.len().saturating_sub(from).min(target.len());
         let target = &mut target[..count];
@@ -101,7 +102,7 @@ impl Pinned {
         count
     }
 
-    /// A copy of all of it.
+    /// Copies all bytes.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut copy = vec![0; self.len()];
         let count = self.copy_to(0, &mut copy);
@@ -109,11 +110,11 @@ impl Pinned {
         copy
     }
 
-    /// Writes the bytes from number `from` on to a file or a socket, as `write(2)`: the kernel takes them from where they lie.
-    /// Returns how many it took, which may be fewer than there are.
+    /// Writes the bytes, starting at offset `from`, to a file or a socket with `write(2)`; the kernel reads them in
+    /// place. Returns the number of bytes written, which may be fewer than requested.
     ///
     /// # Errors
-    /// What `write(2)` says.
+    /// The error of `write(2)`.
     pub fn write_to(&self, from: usize, file: impl AsFd) -> io::Result<usize> {
         let count = self.len().saturating_sub(from);
         match (&self.bytes, self.here()) {
@@ -125,12 +126,13 @@ impl Pinned {
         }
     }
 
-    /// The bytes as a slice, without a copy, for libraries that take nothing else (`Bytes::from_owner`, say).
+    /// Returns the bytes as a slice, without a copy, for libraries that accept nothing else (`Bytes::from_owner`, for
+    /// example).
     ///
     /// # Safety
-    /// While the result lives, no process writes to the bytes of this entry. Forkyard's own code does not, in whatever process;
-    /// a process that has the segment, or that inherited its mapping, and writes where a wild pointer leads it, does. Nor
-    /// may they be handed to the kernel to be read later (`MSG_ZEROCOPY`, `vmsplice`) than the result lives.
+    /// While the result lives, no process may write to the bytes of this entry. Forkyard's own code does not, in any
+    /// process; a process that has the segment, or inherited its mapping, and writes through a wild pointer, does. Nor
+    /// may the bytes be passed to the kernel to be read (`MSG_ZEROCOPY`, `vmsplice`) after the result is dropped.
     pub unsafe fn into_slice(self) -> PinnedSlice {
         PinnedSlice(self)
     }

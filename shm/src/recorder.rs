@@ -20,9 +20,10 @@ use crate::options::Options;
 use crate::render::{Request, Served};
 use crate::tags::Clock;
 
-/// Takes down which fragments of the cache, and which tags, go into the page that is being rendered.
+/// Records which fragments of the cache, and which tags, a page depends on while it is being rendered.
 ///
-/// [`Cache::get_or_render`] hands one to the rendering closure. Whoever renders on its own makes one *before* it begins:
+/// [`Cache::get_or_render`] passes one to the rendering closure. Code that renders without it creates a recorder
+/// *before* it begins:
 ///
 /// ```
 /// # let segment = forkyard_shm::Segment::create(&forkyard_shm::Plan { cache_bytes: 1 << 20, ..Default::default() })?;
@@ -40,11 +41,12 @@ use crate::tags::Clock;
 /// assert_eq!(cache.get("/news"), None);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-/// What was purged since the recorder was made is not stored. Two things a fragment does not lend: the prefixes of its
-/// key, so that [`Cache::purge_prefix`] purges pages by their own keys only; and its absence, so that a page made without
-/// a fragment stays when that appears.
 ///
-/// Clones record for the same page, and may go to other threads.
+/// The page is not stored if anything it depends on was purged after the recorder was created. Two things are not
+/// recorded: the prefixes of a fragment's key, so [`Cache::purge_prefix`] purges pages by their own keys only; and the
+/// absence of a fragment, so a page rendered without a fragment stays valid when that fragment appears.
+///
+/// Clones record for the same page, and can be sent to other threads.
 #[derive(Clone, Debug)]
 pub struct Recorder {
     shared: Arc<Shared>,
@@ -76,18 +78,19 @@ impl Loan {
 }
 
 impl Cache {
-    /// Begins to record what a page is made of, as of now.
+    /// Starts recording what a page depends on, as of now.
     pub fn recorder(&self) -> Recorder {
         Recorder::new(self, Vec::new())
     }
 
-    /// Stores a page like [`set`](Cache::set), with the tags and the time of what it is made of.
+    /// Stores a page like [`set`](Cache::set), with the tags and the time of everything it was made from.
     ///
     /// # Errors
-    /// As `set`.
+    /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not
+    /// release it.
     ///
     /// # Panics
-    /// If the recorder is of another segment's cache: its tags mean nothing here.
+    /// Panics if the recorder belongs to the cache of another segment, where its tags have no meaning.
     pub fn set_recorded(
         &self,
         key: impl AsRef<[u8]>,
@@ -109,7 +112,8 @@ impl Recorder {
         Recorder { shared: Arc::new(Shared { cache: cache.clone(), pages, snapshot, began, loan: Mutex::default() }) }
     }
 
-    /// The page stored under `key`, as [`Cache::get`] has it, which becomes a fragment of the one that is rendered.
+    /// Returns the page stored under `key`, like [`Cache::get`], and records it as a fragment of the page being
+    /// rendered.
     pub fn get(&self, key: impl AsRef<[u8]>) -> Option<Vec<u8>> {
         let cache = &self.shared.cache;
         let key = cache.key(key.as_ref());
@@ -122,18 +126,20 @@ impl Recorder {
         Some(page.value)
     }
 
-    /// What is rendered depends on this tag too.
+    /// Records that the page being rendered depends on this tag.
     pub fn tag(&self, tag: &str) {
         let tag = self.shared.cache.tag(tag);
         self.loan().add([tag], 0);
     }
 
-    /// A fragment, from the cache or rendered: [`Cache::get_or_render`] for what becomes part of the page. A fragment
-    /// that is served stale ends the page's time at once: whoever asked for the page meanwhile gets it, but no one
-    /// after that, unless the page itself may be served stale.
+    /// Like [`Cache::get_or_render`], for a fragment of the page being rendered; the fragment may come from the cache
+    /// or be rendered.
+    ///
+    /// A fragment that is served stale ends the page's lifetime at once: callers that already wait for the page get it,
+    /// but no later caller does, unless the page itself may be served stale.
     ///
     /// # Errors
-    /// What `render` returned, if there is nothing to be served instead.
+    /// Returns the error of `render`, if there is no page that can be served instead.
     pub fn get_or_render<V: Keep, E>(
         &self,
         key: impl AsRef<[u8]>,
@@ -143,10 +149,10 @@ impl Recorder {
         Request::new(&self.shared.cache, key.as_ref(), options, Some(self)).run(render)
     }
 
-    /// The same, without blocking the thread: see [`Cache::get_or_render_async`].
+    /// Like [`get_or_render`](Self::get_or_render), without blocking the thread: see [`Cache::get_or_render_async`].
     ///
     /// # Errors
-    /// What `render` returned, if there is nothing to be served instead.
+    /// Returns the error of `render`, if there is no page that can be served instead.
     pub async fn get_or_render_async<V: Keep, E, F: Future<Output = Result<V, E>>>(
         &self,
         key: impl AsRef<[u8]>,

@@ -38,29 +38,30 @@ const PASS_MS: u64 = 10_000;
 /// The same for one whose shard was busy.
 const PASS_BUSY_MS: u64 = 1000;
 
-/// What [`Cache::get_or_render`] came to.
+/// The result of [`Cache::get_or_render`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Served<V = Vec<u8>> {
     /// The page: bytes, or a [`Page`](crate::Page).
     pub value: V,
-    /// Where it comes from.
+    /// Where the page comes from.
     pub source: Source,
 }
 
-/// Where a page comes from: of interest to logs, and to the header fields of a response.
+/// Where a page comes from, for logs and response headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
-    /// From the cache, in its time; also if it was waited for.
+    /// The cache, within its time to live; also if the caller waited for it.
     Fresh,
-    /// From the cache, after its time: somebody renders it anew, or that failed.
+    /// The cache, after its time to live: the page is being rendered again, or that failed.
     Stale,
-    /// Rendered for this request.
+    /// Rendered for this call.
     Rendered,
 }
 
 impl Cache {
-    /// The page stored under `key`; or else renders and stores it, *once*, however many ask for it in however many
-    /// processes: the others wait for the one who renders, or get a stale page if [that is allowed](Options::stale).
+    /// Returns the page stored under `key`, or renders and stores it *once*, however many callers in however many
+    /// processes ask for it. The other callers wait for the one that renders, or get a stale page if [that is
+    /// allowed](Options::stale).
     ///
     /// ```
     /// # use std::time::Duration;
@@ -77,16 +78,18 @@ impl Cache {
     /// println!("{} bytes, {:?}", answer.value.len(), answer.source);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    /// Should the one who renders die, fail, panic or take longer than [`Options::deadline`], another one of those who wait
-    /// renders, at once; and what comes too late is not stored in the place of something newer. What was purged while
-    /// it was rendered is not stored either, but does go to the one who rendered it, as does what cannot be stored.
     ///
-    /// Waits in the thread that calls it, for [`Options::patience`] at most, and renders by itself after that. In asynchronous
-    /// code use [`get_or_render_async`](Cache::get_or_render_async).
+    /// If the process that renders dies, or `render` fails, panics or takes longer than [`Options::deadline`], another
+    /// waiting caller renders at once. A page that is finished too late does not replace a newer one. A page that was
+    /// purged while it was being rendered is not stored either, but it is returned to the caller that rendered it, as
+    /// is a page that cannot be stored.
+    ///
+    /// Blocks the calling thread for up to [`Options::patience`] and then renders the page itself. In asynchronous
+    /// code, use [`get_or_render_async`](Cache::get_or_render_async).
     ///
     /// # Errors
-    /// What `render` returned, if there is no page [to be served instead](Options::stale_if_error). Each caller gets its own
-    /// error: the next one of those who wait tries again.
+    /// Returns the error of `render`, if there is no page that [can be served instead](Options::stale_if_error). Each
+    /// caller gets its own error: the next waiting caller tries again.
     pub fn get_or_render<V: Keep, E>(
         &self,
         key: impl AsRef<[u8]>,
@@ -96,14 +99,15 @@ impl Cache {
         Request::new(self, key.as_ref(), options, None).run(render)
     }
 
-    /// [`get_or_render`](Cache::get_or_render) without blocking the thread, on any executor.
+    /// Like [`get_or_render`](Cache::get_or_render), without blocking the thread. Works on any executor.
     ///
-    /// If the future is dropped while it renders, another one of those who wait renders, at once. Waiting needs a thread for
-    /// each process, which looks about every millisecond whether there is news from the others; it exists as long as
-    /// somebody waits.
+    /// If the future is dropped while it renders, another waiting caller renders at once. Waiting uses one thread in
+    /// each process, which checks about every millisecond whether the other processes have made progress; the thread
+    /// exists only while a future waits.
     ///
     /// # Errors
-    /// As `get_or_render`.
+    /// Returns the error of `render`, if there is no page that [can be served instead](Options::stale_if_error). Each
+    /// caller gets its own error: the next waiting caller tries again.
     pub async fn get_or_render_async<V: Keep, E, F: Future<Output = Result<V, E>>>(
         &self,
         key: impl AsRef<[u8]>,

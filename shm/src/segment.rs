@@ -30,10 +30,10 @@ use crate::memory_limit::{self, Left};
 use crate::quarantine::Quarantine;
 use crate::scoreboard::Scoreboard;
 
-/// A mapped segment: a cheap handle, to be cloned and shared between threads, and inherited by forked children.
+/// A mapped segment: a cheap handle that can be cloned, shared between threads, and inherited by forked children.
 ///
-/// The memory is unmapped when the last handle in the process is gone, and freed when the last process has let go of
-/// mapping and descriptor.
+/// The memory is unmapped when the last handle in the process is dropped, and freed when the last process has released
+/// both mapping and descriptor.
 #[derive(Clone, Debug)]
 pub struct Segment {
     pub(crate) inner: Arc<Inner>,
@@ -54,10 +54,10 @@ pub(crate) struct Inner {
 }
 
 impl Segment {
-    /// Makes a segment: a sealed memory file with its memory reserved, mapped, and ready for use.
+    /// Creates a segment: a sealed memory file with its memory reserved, mapped, and ready for use.
     ///
     /// # Errors
-    /// If the plan is out of range, or the memory or the descriptor is not to be had.
+    /// Fails if the plan is out of range, or the memory or a descriptor is not available.
     pub fn create(plan: &Plan) -> Result<Segment, SegmentError> {
         let geometry = Geometry::of(plan)?;
         let fd = memory_file(geometry.total)?;
@@ -65,10 +65,10 @@ impl Segment {
         Segment::make(plan, geometry, map, fd, None)
     }
 
-    /// Size of the segment that a plan makes, in bytes. Nothing is made.
+    /// The size in bytes of the segment that a plan would create. Creates nothing.
     ///
     /// # Errors
-    /// If the plan is out of range.
+    /// Fails if the plan is out of range.
     pub fn size(plan: &Plan) -> Result<u64, SegmentError> {
         Ok(Geometry::of(plan)?.total)
     }
@@ -90,11 +90,11 @@ impl Segment {
         Ok(Segment { inner: Arc::new(inner) })
     }
 
-    /// Attaches to a segment that another process made.
+    /// Attaches to a segment that another process created.
     ///
     /// # Errors
-    /// If the descriptor is not a sealed memory file, or its header, version or size is not what this build would
-    /// have made.
+    /// Fails if the descriptor is not a sealed memory file, or if its header, version or size differs from what this
+    /// build would have created.
     pub fn attach(fd: OwnedFd) -> Result<Segment, SegmentError> {
         close_on_exec(&fd)?;
         let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
@@ -122,19 +122,20 @@ impl Segment {
         Ok(Segment { inner: Arc::new(Inner { map, geometry, seed, time_base, membership, fd, file: None }) })
     }
 
-    /// The descriptor, to be inherited or sent. It is close-on-exec: whoever execs clears that on purpose.
+    /// The descriptor, which can be inherited by children or sent to another process. It is close-on-exec; a process
+    /// that passes it through exec must clear that flag explicitly.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.inner.fd.as_fd()
     }
 
-    /// Size of the segment in bytes.
+    /// The size of the segment in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a segment has a header at least, so it is never empty")]
     pub fn len(&self) -> u64 {
         self.inner.geometry.total
     }
 
-    /// Whether some process has written over the segment: what is wrong, if its header is not what this process found when it
-    /// made it or attached to it. Takes no lock and makes no system call.
+    /// Returns what is wrong if a process has overwritten the segment: if its header differs from what this process
+    /// found when it created the segment or attached to it. Takes no lock and makes no system call.
     pub fn damage(&self) -> Option<&'static str> {
         let Some(header) = self.inner.header() else { return Some("it has no header") };
         match checked_header(header, self.inner.geometry.total) {
@@ -145,7 +146,7 @@ impl Segment {
         }
     }
 
-    /// How often a part of the cache, or the event log, contradicted itself and was emptied.
+    /// The number of times that a shard of the cache, or the event log, was found inconsistent and was emptied.
     pub fn restarts(&self) -> u64 {
         let inner = &self.inner;
         let shards =
@@ -155,14 +156,16 @@ impl Segment {
         shards.chain(events).fold(0, u64::wrapping_add)
     }
 
-    /// The page cache. Without one in the plan, it misses every lookup and refuses every page.
+    /// The page cache. If the plan has none, every lookup is a miss and every page is refused.
     pub fn cache(&self) -> Cache {
         Cache::new(Arc::clone(&self.inner))
     }
 
-    /// Makes this process a user of the cache now, as it would become one when it first touches it: for a process that will not
-    /// be able to open the segment again, because it becomes another user or no longer sees `/proc`. False if it cannot be one,
-    /// or if there is neither a cache nor an event log.
+    /// Registers this process as a member now, rather than when it first uses the cache.
+    ///
+    /// Call it in a process that will not be able to open the segment again, because it changes its user or will no
+    /// longer see `/proc`. Returns false if the process cannot become a member, or if there is neither a cache nor an
+    /// event log.
     pub fn enter(&self) -> bool {
         self.inner.member_at_last().is_some()
     }
@@ -172,12 +175,12 @@ impl Segment {
         Scoreboard::new(Arc::clone(&self.inner))
     }
 
-    /// The event log. Without one in the plan, nothing can be published.
+    /// The event log. If the plan has none, nothing can be published.
     pub fn events(&self) -> Events {
         Events::new(Arc::clone(&self.inner))
     }
 
-    /// The requests that are refused for a while.
+    /// The table of requests that are currently refused.
     pub fn quarantine(&self) -> Quarantine {
         Quarantine::new(Arc::clone(&self.inner))
     }

@@ -7,74 +7,75 @@ use crate::geometry::Geometry;
 use crate::index::Ring;
 use crate::shard::Shard;
 
-/// Sums over all shards, or of one: read without a lock, so a moment apart.
+/// Statistics of the cache: sums over all shards, or those of one shard. The values are read without a lock, so they
+/// are moments apart.
 ///
 /// `used_bytes + free_bytes == capacity`, and `live_bytes + wasted_bytes == used_bytes`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Bytes there are for entries.
+    /// Bytes available for entries.
     pub capacity: u64,
-    /// Bytes written to and not yet free again.
+    /// Bytes that have been written and not freed yet.
     pub used_bytes: u64,
-    /// Bytes not used.
+    /// Unused bytes.
     pub free_bytes: u64,
-    /// Bytes of entries that can be served, or are out of date and not yet found to be.
+    /// Bytes of entries that can be served, or that have expired or been purged without the cache having noticed yet.
     pub live_bytes: u64,
-    /// Bytes of replaced, purged and expired entries and of padding, which are free when the ring comes round.
+    /// Bytes of replaced, purged and expired entries and of padding. They are freed when the ring wraps around to them.
     pub wasted_bytes: u64,
-    /// Entries in `live_bytes`.
+    /// Number of entries in `live_bytes`.
     pub entries: u64,
-    /// Lookups answered with a good page.
+    /// Lookups that returned a fresh page.
     pub hits: u64,
-    /// Lookups answered with a stale page.
+    /// Lookups that returned a stale page.
     pub stale_hits: u64,
-    /// Lookups not answered.
+    /// Lookups that returned no page.
     pub misses: u64,
-    /// Times a page was overwritten or moved while it was read, and looked up again.
+    /// Lookups repeated because the page was overwritten or moved while it was being read.
     pub retries: u64,
     /// Pages stored.
     pub stores: u64,
-    /// Pages stored in place of older ones under the same key.
+    /// Pages stored that replaced an older page under the same key.
     pub replaced: u64,
-    /// Good pages dropped from the small ring, never asked for there, to make room.
+    /// Valid pages evicted from the small ring to make room. They had not been requested while there.
     pub evicted_small: u64,
-    /// Good pages dropped from the main ring to make room.
+    /// Valid pages evicted from the main ring to make room.
     pub evicted_main: u64,
-    /// Good pages dropped as the index had no room for another entry: there are more, and smaller ones, than it is made for.
+    /// Valid pages evicted because the index was full: there are more and smaller pages than it was sized for.
     pub evicted_index: u64,
-    /// Pages dropped as their time was over.
+    /// Pages dropped because they had expired.
     pub expired: u64,
-    /// Pages dropped as they, a tag, or a prefix of theirs had been purged.
+    /// Pages dropped because they, one of their tags, or a prefix of their key had been purged.
     pub purged: u64,
-    /// Pages not stored as they were purged while they were rendered.
+    /// Pages not stored because they were purged while they were being rendered.
     pub outdated: u64,
-    /// Pages refused for their size.
+    /// Pages refused because of their size.
     pub refused: u64,
-    /// Pages that went from the small ring to the main one.
+    /// Pages moved from the small ring to the main ring.
     pub promoted: u64,
-    /// Pages that went to the head of their ring again.
+    /// Pages moved to the head of their ring again.
     pub reprieved: u64,
-    /// New pages that went to the main ring, as they had been evicted shortly before.
+    /// New pages stored in the main ring because they had been evicted shortly before.
     pub ghost_hits: u64,
     /// Bytes copied within the cache.
     pub moved_bytes: u64,
-    /// Times somebody waited for a page that another rendered.
+    /// Times a caller waited for a page that another one rendered.
     pub lease_waits: u64,
     /// Pages rendered by [`get_or_render`](Cache::get_or_render).
     pub renders: u64,
-    /// Times a process died with a lock held.
+    /// Times a process died while it held a lock.
     pub lock_recoveries: u64,
-    /// Times a lock was not to be had.
+    /// Times a lock could not be acquired.
     pub lock_timeouts: u64,
-    /// Times a shard contradicted itself, and was emptied.
+    /// Times a shard was found inconsistent, and was emptied.
     pub lost: u64,
-    /// Number of shards: 1 in what is about one.
+    /// Number of shards; 1 in the statistics of one shard.
     pub shards: u64,
 }
 
 impl Cache {
-    /// Sums of what the shards count.
+    /// The statistics of the whole cache.
     pub fn stats(&self) -> Stats {
         let mut sum = Stats::default();
         for shard in self.shard_stats() {
@@ -83,7 +84,7 @@ impl Cache {
         sum
     }
 
-    /// What each shard counts.
+    /// The statistics of each shard.
     pub fn shard_stats(&self) -> Vec<Stats> {
         self.shards().map(|shard| Stats::of(&shard, &self.segment.geometry)).collect()
     }

@@ -27,9 +27,10 @@ const BATCH: usize = 64;
 type Doomed = (u64, u64);
 
 impl Cache {
-    /// Removes pages that are out of date, frees what dead processes held, and finishes purges that they began. To be called
-    /// about once a second by each process; all but one of them return at once. It looks at a part of the cache, which
-    /// may take some milliseconds in a large one.
+    /// Removes expired and purged pages, frees what dead processes held, and finishes purges that they began.
+    ///
+    /// Each process should call this about once a second; all but one of the calls return at once. A call examines a
+    /// part of the cache, which may take some milliseconds in a large cache.
     pub fn sweep(&self) {
         let now_ms = self.segment.now_ms();
         let Some(header) = self.segment.header() else { return };
@@ -42,7 +43,7 @@ impl Cache {
         }
     }
 
-    /// Whether [`sweep`](Cache::sweep) would do anything: costs next to nothing.
+    /// Whether [`sweep`](Cache::sweep) would do anything. Very cheap.
     pub fn sweep_is_due(&self) -> bool {
         let due = self.segment.header().map(|header| header.sweep_due.load(Ordering::Relaxed));
         self.segment.geometry.shards > 0 && due.is_some_and(|due| is_due(due, self.segment.now_ms()))

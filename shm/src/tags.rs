@@ -16,7 +16,7 @@ use crate::layout::Header;
 use crate::purge;
 use crate::segment::Inner;
 
-/// A moment on the cache's logical clock: see [`Cache::clock`](crate::Cache::clock).
+/// A time on the cache's logical clock: see [`Cache::clock`](crate::Cache::clock).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Clock(pub(crate) u64);
 

@@ -14,20 +14,20 @@ const OF_THE_BODY: [&[u8]; 6] = [
     b"last-modified",
 ];
 
-/// Why a page must not be kept for others to see. Never a reason to fail the request: the page was made, it is only
-/// not kept.
+/// Why a page must not be stored in a shared cache. Never a reason to fail the request: the page was rendered, it is
+/// only not stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NotStorable {
-    /// It sets a cookie, which would be handed to everybody.
+    /// The page sets a cookie, which would be sent to every client.
     SetCookie,
-    /// `Cache-Control` says `private`, for the whole page or some headers (RFC 9111 §5.2.2.7).
+    /// `Cache-Control` contains `private`, for the whole page or for some headers (RFC 9111 §5.2.2.7).
     Private,
-    /// `Cache-Control` says `no-store` (RFC 9111 §5.2.2.5).
+    /// `Cache-Control` contains `no-store` (RFC 9111 §5.2.2.5).
     NoStore,
-    /// `Vary` says `*`: the page is good for one request only (RFC 9111 §4.1).
+    /// `Vary` contains `*`: the page is valid for one request only (RFC 9111 §4.1).
     VaryAll,
-    /// The status is that of no page: not final, a part (206), or "not modified" (304).
+    /// The status is not that of a complete page: it is not final, or is 206 (partial content) or 304 (not modified).
     Status(u16),
     /// A header has a name or value that HTTP does not allow.
     Header,
@@ -54,14 +54,16 @@ impl fmt::Display for NotStorable {
 impl std::error::Error for NotStorable {}
 
 impl Page {
-    /// Whether the page may be kept and shown to others (RFC 9111 §3; the cookie is a rule of our own, see §7.3 there).
+    /// Checks whether the page may be stored and served to other clients (RFC 9111 §3; the rule about cookies is
+    /// stricter than §7.3 there).
     ///
-    /// What `Vary` names beside `*` and `Accept-Encoding` is up to the caller: it has to be part of the key. So is
-    /// whether a page for a request with `Authorization` or cookies is for everybody. `no-cache` forbids nothing here,
-    /// as the application that stores a page also purges it.
+    /// Two decisions are left to the caller. Header fields that `Vary` lists, other than `*` and `Accept-Encoding`,
+    /// must be part of the key. And only the caller can know whether a page for a request with `Authorization` or
+    /// cookies is meant for everyone. `no-cache` does not prevent storing, because the application that stores a page
+    /// also purges it.
     ///
     /// # Errors
-    /// The first reason found against it.
+    /// The first reason against storing the page.
     pub fn storable(&self) -> Result<(), NotStorable> {
         if !(200..=599).contains(&self.status) || matches!(self.status, 206 | 304) {
             return Err(NotStorable::Status(self.status));
@@ -84,19 +86,19 @@ impl Page {
         Ok(())
     }
 
-    /// The page as it is to be sent to a client with this `Accept-Encoding` (several are one, joined by commas).
+    /// Prepares the page for a client with this `Accept-Encoding`. Join several fields with commas.
     ///
-    /// A body that the cache compressed goes out as it is, with `Content-Encoding: gzip`, if the client accepts
-    /// that (§12.5.3: weights, `*`, `x-gzip`), else decompressed; `Vary` names `Accept-Encoding` either way. A client that
-    /// says nothing gets it decompressed. With gzip a strong `ETag` becomes weak, as the bytes are others (§8.8.3): the tag
-    /// still matches in `If-None-Match`, whichever form the client has, which a suffix would not. A tag without quotes
-    /// is dropped, as it cannot be made weak.
+    /// A body that the cache compressed is sent as it is, with `Content-Encoding: gzip`, if the client accepts that
+    /// (§12.5.3: weights, `*`, `x-gzip`), and decompressed otherwise; `Vary` lists `Accept-Encoding` in both cases. A
+    /// client that sends no `Accept-Encoding` gets the body decompressed. With gzip, a strong `ETag` becomes weak,
+    /// because the bytes differ (§8.8.3). A weak tag still matches in `If-None-Match`, whichever form the client has; a
+    /// tag with a suffix would not. A tag without quotes is dropped, because it cannot be made weak.
     ///
-    /// Headers of one connection and `Content-Length` are dropped. Nothing is left to negotiate then, and
-    /// [`Page::encoding`] is [`Encoding::Identity`](super::Encoding::Identity).
+    /// Connection-specific headers and `Content-Length` are dropped. Afterwards [`Page::encoding`] is
+    /// [`Encoding::Identity`](super::Encoding::Identity).
     ///
     /// # Errors
-    /// If the body is to be decompressed and cannot be.
+    /// Fails if the body must be decompressed and cannot be.
     pub fn negotiate(mut self, accept_encoding: Option<&[u8]>) -> Result<Page, Damaged> {
         if self.negotiate_head(accept_encoding) {
             self.plain_len = None;
@@ -104,17 +106,17 @@ impl Page {
         self.into_plain()
     }
 
-    /// Whether a client that sent this `If-None-Match` (several are one, joined by commas) has the page already
-    /// (§13.1.2). For GET and HEAD only.
+    /// Whether a client that sent this `If-None-Match` already has the page (§13.1.2). Join several fields with commas.
+    /// For GET and HEAD only.
     ///
-    /// A page without an `ETag`, or whose status is no success (§13.2.1), is nobody's already.
+    /// Never true for a page without an `ETag`, or whose status is not a success (§13.2.1).
     pub fn matches(&self, if_none_match: &[u8]) -> bool {
         let tag = self.value("etag").and_then(fields::tag);
         (200..=299).contains(&self.status) && tag.is_some_and(|tag| fields::names_tag(if_none_match, tag))
     }
 
-    /// The 304 that stands for this page to a client that has it (§15.4.5): without the body and what describes it,
-    /// with the other headers that [`Page::negotiate`] gives.
+    /// Makes the 304 response for a client that already has the page (§15.4.5): without the body and the headers that
+    /// describe it, and with the other headers that [`Page::negotiate`] produces.
     #[must_use]
     pub fn not_modified(mut self, accept_encoding: Option<&[u8]>) -> Page {
         self.negotiate_head(accept_encoding);
