@@ -77,17 +77,23 @@ fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
     server.stop();
 }
 
+/// Returns when a thread has begun with this request. The event loop is at it too for a moment, before it sleeps.
+fn await_thread(server: &Server, request: &str) {
+    let board = server.segment().scoreboard();
+    let is_at_it = || board.read(0).is_some_and(|row| row.running == [request]);
+    let is_asleep = || board.read(0).is_some_and(|row| row.busy_since_ms.is_none());
+    wait_until("a thread is at it", || (is_at_it() && is_asleep() && is_at_it()).then_some(()));
+}
+
 #[test]
 fn a_function_whose_client_is_gone_holds_up_no_worker_that_leaves_once_it_hangs() {
     for protocol in ALL {
         for signal in [Signal::SIGHUP, Signal::SIGTERM] {
             let more = [&["--workers", "1", "--hang-timeout", "500ms"], &FOR_EVER[..]].concat();
             let mut server = protocol.start("crashy", &more);
-            let board = server.segment().scoreboard();
             let mut client = raw::connect(&server.binds[0]);
             client.write_all(&protocol.head("GET", "/thread/hang", 0)).unwrap();
-            let is_at_it = || board.read(0).is_some_and(|row| row.running == ["GET /thread/hang"]);
-            wait_until("a thread is at it", || is_at_it().then_some(()));
+            await_thread(&server, "GET /thread/hang");
             drop(client);
             server.signal(signal);
             assert!(server.wait_for("worker left").contains(" status=0 "), "{protocol:?} {signal}");
@@ -99,11 +105,9 @@ fn a_function_whose_client_is_gone_holds_up_no_worker_that_leaves_once_it_hangs(
 #[test]
 fn a_function_that_goes_on_for_less_than_the_hang_timeout_is_waited_for() {
     let mut server = crashy(&[&["--workers", "1"], &FOR_EVER[..]].concat());
-    let board = server.segment().scoreboard();
     let mut client = raw::connect(&server.binds[0]);
     client.write_all(&raw::Protocol::Http.head("GET", "/thread/sleep-5000", 0)).unwrap();
-    let is_at_it = || board.read(0).is_some_and(|row| row.running == ["GET /thread/sleep-5000"]);
-    wait_until("a thread is at it", || is_at_it().then_some(()));
+    await_thread(&server, "GET /thread/sleep-5000");
     let begun = std::time::Instant::now();
     drop(client);
     server.signal(Signal::SIGTERM);
