@@ -15,25 +15,27 @@ use http_body::Body as HttpBody;
 use nix::sys::signal::SigSet;
 use tower_service::Service;
 
-use crate::body::Body;
-use crate::cgi_call;
+use crate::app::body::Body;
+use crate::app::context::Context;
+use crate::app::hooks::{Hooks, WorkerExit, WorkerId};
 use crate::cli::check::Findings;
 use crate::cli::{self, Identity, Invocation, Request, Task};
+use crate::config::address::Address;
 use crate::config::control::reloaded;
 use crate::config::{CacheConfig, Config, Program};
-use crate::conflicts::{self, Conflict};
-use crate::context::Context;
 use crate::heritage::WorkerMain;
-use crate::hooks::{Hooks, WorkerExit, WorkerId};
-use crate::listen::{Address, ControlListener, Listener};
 use crate::logging::files::LogFiles;
 use crate::master::{self, Control, End, Launch, Operators, Reloaded, Reread, SignalInbox, Start};
-use crate::pid_file::PidFile;
+use crate::net::listen::{ControlListener, Listener};
+use crate::net::publish_socket::PublishSocket;
 use crate::privileges::Privileges;
-use crate::publish_socket::PublishSocket;
-use crate::start_end::{self, Leftover};
+use crate::startup::cgi_call;
+use crate::startup::conflicts::{self, Conflict};
+use crate::startup::pid_file::PidFile;
+use crate::startup::start_end::{self, Leftover};
+use crate::startup::{banner, descriptors, memory, sockets};
 use crate::upgrade::{Origin, Takeover};
-use crate::{banner, control, descriptors, logging, memory, sockets, sys, worker};
+use crate::{control, logging, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
 /// Answers one CGI request, to this descriptor.
@@ -92,7 +94,7 @@ impl Builder {
         let of_cgi = Rc::clone(&factory);
         Self {
             worker: Box::new(move |heritage| worker::run(&*factory, heritage)),
-            cgi: Box::new(move |config, segment, output| worker::cgi::run(&*of_cgi, config, segment, output)),
+            cgi: Box::new(move |config, segment, output| worker::conn::cgi::run(&*of_cgi, config, segment, output)),
             preload: None,
             hooks: Hooks::default(),
             identity: Identity::default(),

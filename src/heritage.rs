@@ -10,11 +10,11 @@ use std::sync::Arc;
 use forkyard_shm::Segment;
 use nix::unistd::Pid;
 
+use crate::app::hooks::WorkerHooks;
 use crate::config::Config;
-use crate::handover::Channel;
-use crate::hooks::WorkerHooks;
-use crate::listen::Listener;
 use crate::logging::files::LogFiles;
+use crate::net::handover::Channel;
+use crate::net::listen::Listener;
 use crate::privileges::Privileges;
 
 /// What one worker inherits.

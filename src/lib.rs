@@ -184,51 +184,26 @@
 //! - `web-servers.md`: nginx, lighttpd, Apache and others in front of Forkyard
 //! - `requirements.md`, `dependencies.md`, `decisions.md`, `benchmarks.md`: background
 
-mod at_work;
-mod banner;
-mod blocking;
-mod body;
-mod buffered;
+mod app;
 mod builder;
-mod cgi_call;
 mod cli;
 mod config;
-mod conflicts;
-mod context;
 mod control;
-mod crash;
-mod descriptors;
-mod events;
+mod diagnostics;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
-mod handover;
 mod heir;
 mod heritage;
-mod hooks;
-mod listen;
-mod lock_file;
 mod logging;
 mod master;
-mod memory;
-mod modules;
-mod notify;
-pub mod page;
-mod peers;
-mod pid_file;
+mod net;
 mod privileges;
 mod protocol;
-mod publish_socket;
-mod pulse;
-mod queue_depth;
-mod queue_time;
 mod relay;
-mod sample;
-mod sockets;
-mod start_end;
-mod suspect;
+mod request;
+mod startup;
 mod sys;
-mod systemd;
 mod upgrade;
 mod worker;
 
@@ -244,12 +219,14 @@ pub use forkyard_shm::{
 };
 pub use http;
 
-pub use crate::blocking::{Answer, Blocking, blocking};
-pub use crate::body::{Body, BodyError, BodyReader, FilterData};
+pub use crate::app::page;
+
+pub use crate::app::blocking::{Answer, Blocking, blocking};
+pub use crate::app::body::{Body, BodyError, BodyReader, FilterData};
+pub use crate::app::context::Context;
+pub use crate::app::events::{Event, Events, EventsError, Message, Published, Sse, Subscription, sse};
+pub use crate::app::hooks::{WorkerExit, WorkerId};
 pub use crate::builder::{Builder, command_line};
-pub use crate::context::Context;
-pub use crate::events::{Event, Events, EventsError, Message, Published, Sse, Subscription, sse};
-pub use crate::hooks::{WorkerExit, WorkerId};
 pub use crate::protocol::cgi::Origin;
 pub use crate::protocol::params::Params;
 pub use crate::protocol::role::{AppStatus, Role};

@@ -8,8 +8,8 @@
 #![expect(unsafe_code, reason = "this file is the fence: fork, descriptors by number, signal actions, environment")]
 
 mod announce;
-mod end_of_start;
 mod exclusive;
+pub(crate) mod lock_file;
 mod peek;
 mod receive;
 mod syn_filter;
@@ -37,7 +37,6 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 pub(crate) use self::announce::{announce, announce_by};
-pub(crate) use self::end_of_start::{EndOfStart, end_start_on};
 pub(crate) use self::exclusive::Exclusive;
 pub(crate) use self::peek::{descriptor_of, ending_of};
 pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};

@@ -9,11 +9,12 @@ use forkyard_shm::Segment;
 use nix::unistd::{AccessFlags, access};
 
 use super::Request;
+use crate::config::address::Address;
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
-use crate::listen::Address;
+use crate::net::{listen, publish_socket};
 use crate::privileges::Privileges;
-use crate::{conflicts, descriptors, listen, memory, pid_file, publish_socket, systemd};
+use crate::startup::{conflicts, descriptors, memory, pid_file, systemd};
 
 /// What stands in the way of serving, and what an operator may want to know.
 #[derive(Debug, Default)]

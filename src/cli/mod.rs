@@ -36,19 +36,20 @@ use self::logs::{AccessLogOptions, LogOptions};
 use self::numbers::{NumberOptions, OfEachWorker};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
 use self::refused::Way;
-use crate::cgi_call;
+use crate::config::address::{Address, Bind, Protocol};
 use crate::config::events::EventsConfig;
 use crate::config::failures::Failures;
 use crate::config::logs::Filters;
+use crate::config::peers::{Peers, Who};
 use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
     CacheConfig, Config, Limits, Numbers, Range, Timeouts, Trust, parse_duration, parse_mode, parse_positive_duration,
     parse_size,
 };
-use crate::listen::{self, Address, Bind, Protocol};
-use crate::peers::{Peers, Who};
+use crate::net::listen;
 use crate::protocol::forwarded::Family;
-use crate::systemd;
+use crate::startup::cgi_call;
+use crate::startup::systemd;
 
 const SIGNALS: &str = "\
 Signals to the master:

@@ -3,6 +3,7 @@
 //! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
 //! form of an address, and which headers proxies write.
 
+pub(crate) mod address;
 mod contradictions;
 pub(crate) mod control;
 pub(crate) mod events;
@@ -10,6 +11,7 @@ pub(crate) mod failures;
 pub(crate) mod helpers;
 pub(crate) mod logs;
 mod numbers;
+pub(crate) mod peers;
 pub(crate) mod privileges;
 pub(crate) mod publish;
 pub(crate) mod upgrade;
@@ -18,13 +20,13 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use self::address::Bind;
 use self::control::ControlConfig;
 pub(crate) use self::numbers::{
     Jittered, Numbers, Range, Share, parse_health_path, parse_max_age, parse_max_memory, parse_max_requests,
 };
+use self::peers::Peers;
 use self::privileges::PrivilegesConfig;
-use crate::listen::Bind;
-use crate::peers::Peers;
 use crate::protocol::forwarded::Family;
 
 /// All that the master, and through it each worker, was told.

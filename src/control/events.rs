@@ -24,7 +24,7 @@ use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGTERM};
 use super::client::{Connection, Place};
 use super::commands::printed;
 use super::wire::Request;
-use crate::events::name;
+use crate::app::events::name;
 
 /// What is to be done with the log.
 #[derive(Clone, Debug)]

@@ -206,7 +206,7 @@ fn count(length: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handover::PackedOrigin;
+    use crate::net::handover::PackedOrigin;
 
     /// A kept FastCGI connection on which everything so far is over.
     fn idle(tongue: Tongue) -> Page {

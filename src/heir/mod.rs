@@ -36,11 +36,12 @@ use nix::unistd::{Pid, setpgid};
 
 use self::estate::{Settlement, Then, settle};
 use self::ledger::{LastAct, Ledger, PAGES, Page, Tongue};
-use crate::handover::{self, Channel, PackedOrigin, Parcel};
+use crate::config::address::Protocol;
 use crate::heritage::Heritage;
-use crate::listen::{Closing, Listener, Protocol};
 use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::LineBuffer;
+use crate::net::handover::{self, Channel, PackedOrigin, Parcel};
+use crate::net::listen::{Closing, Listener};
 use crate::{logging, sys};
 
 /// How long peers that have been told that it is over are listened to, so that they hear it.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use http::{HeaderValue, Method, Version};
 
 use super::json::Object;
-use crate::listen::Protocol;
+use crate::config::address::Protocol;
 
 /// No line is longer.
 pub(crate) const LONGEST: usize = 60 << 10;

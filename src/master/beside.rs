@@ -25,10 +25,11 @@ use super::supervisor::{Command as Order, Now};
 use crate::config::helpers::HelpersConfig;
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
+use crate::logging;
 use crate::logging::rate::{Admission, ByteLimit, LeftOut};
+use crate::net::publish_socket;
 use crate::privileges::{self, Privileges};
 use crate::sys::{self, Ending};
-use crate::{logging, publish_socket};
 
 /// All of them, and what is needed to make them.
 pub(super) struct Beside {

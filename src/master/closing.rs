@@ -19,7 +19,7 @@ use super::Master;
 use super::sight::{self, Sight};
 use super::spawn::{Child, Launch, Link};
 use super::supervisor::Phase;
-use crate::listen::{self, Listener};
+use crate::net::listen::{self, Listener};
 
 /// How often the queues are looked at.
 const LOOK: Duration = Duration::from_millis(5);

@@ -15,8 +15,8 @@ use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 
 use crate::control::wire::{self, Answer, LONGEST_REQUEST, Request};
-use crate::listen::ControlListener;
 use crate::logging::rate::{Admission, ByteLimit};
+use crate::net::listen::ControlListener;
 use crate::sys;
 use crate::upgrade::saved::{SavedClient, SavedControl, SavedWaiting};
 

@@ -12,7 +12,7 @@ use forkyard_shm::Segment;
 
 use super::supervisor::Now;
 use super::{Master, memory};
-use crate::systemd;
+use crate::startup::systemd;
 
 const PERIOD: Duration = Duration::from_secs(1);
 

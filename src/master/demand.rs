@@ -9,8 +9,8 @@ use nix::unistd::Pid;
 use super::sight::{self, Sight};
 use super::spawn::Child;
 use super::supervisor::{Demand, Supervisor};
-use crate::listen::Listener;
-use crate::queue_depth::QueueDepth;
+use crate::net::listen::Listener;
+use crate::net::queue_depth::QueueDepth;
 
 /// What one worker may say that it serves: more than that is no reason to start more workers.
 const MOST: u32 = 1 << 16;

@@ -25,7 +25,7 @@ const LOOK: Duration = Duration::from_millis(10);
 
 impl Master {
     pub(super) fn end_leftovers(&mut self) {
-        self.nursery.listeners.iter().for_each(crate::listen::Listener::stop_listening);
+        self.nursery.listeners.iter().for_each(crate::net::listen::Listener::stop_listening);
         let Some(session) = sight::stat(getpid()).map(|stat| stat.session) else { return };
         let begun = Instant::now();
         let mut asked = BTreeSet::new();

@@ -33,7 +33,7 @@ impl Master {
     pub(super) fn tell(&mut self, note: Note) {
         self.notify_of(note);
         match note {
-            Note::FullStrength => crate::banner::ready(self.begun.elapsed()),
+            Note::FullStrength => crate::startup::banner::ready(self.begun.elapsed()),
             Note::Failing { failures, delay } => log::error!(
                 "workers die before they are ready: {failures} in a row, next try in {}ms (see the lines above for why){}",
                 delay.as_millis(),

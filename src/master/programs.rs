@@ -377,7 +377,7 @@ impl Master {
 }
 
 /// Whether anybody of a program has the socket; true if that cannot be seen.
-fn has_socket(pid: Pid, listener: &crate::listen::Listener) -> bool {
+fn has_socket(pid: Pid, listener: &crate::net::listen::Listener) -> bool {
     sight::family_of(&[pid]).into_iter().any(|pid| sight::of(pid, listener) != Sight::Apart)
 }
 

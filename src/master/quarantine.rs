@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use super::supervisor::Now;
 use crate::config::failures::QuarantineConfig;
-use crate::suspect::Suspect;
+use crate::diagnostics::suspect::Suspect;
 use crate::upgrade::saved::SavedRefusal;
 
 /// Deaths that are remembered, and requests.

@@ -21,9 +21,9 @@ use super::control::Waiting;
 use super::supervisor::{Command, Event, Note};
 use super::{Master, Reloaded, policy};
 use crate::config::privileges::{Owner, PrivilegesConfig};
-use crate::conflicts::{self, Conflict};
 use crate::control::wire::Answer;
 use crate::logging::files::LogFiles;
+use crate::startup::conflicts::{self, Conflict};
 use crate::{logging, privileges};
 
 impl Master {

@@ -13,7 +13,7 @@ use super::quarantine::{Death, Listed, Quarantine, Verdict};
 use super::supervisor::{Event, Now};
 use super::symbols::Symbols;
 use crate::config::failures::{Failures, QuarantineBy};
-use crate::suspect::Suspect;
+use crate::diagnostics::suspect::Suspect;
 use crate::sys;
 use crate::upgrade::saved::SavedRefusal;
 

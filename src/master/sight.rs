@@ -12,7 +12,7 @@ use nix::sys::stat::fstat;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::listen::Listener;
+use crate::net::listen::Listener;
 use crate::sys;
 
 /// Threads of one process, and processes of one tree, that are looked at: more show nothing more.
@@ -207,7 +207,8 @@ mod lists {
     use nix::sys::socket::{SockaddrStorage, getsockname};
 
     use super::{Pid, fs};
-    use crate::listen::{Address, Listener};
+    use crate::config::address::Address;
+    use crate::net::listen::Listener;
     use crate::sys;
 
     pub(super) fn is_connection(pid: Pid, inode: &str, listener: &Listener) -> bool {
@@ -282,7 +283,7 @@ mod tests {
     use std::process::{Child, Command, Stdio};
 
     use super::*;
-    use crate::listen::{Address, Bind};
+    use crate::config::address::{Address, Bind};
 
     fn listener(folder: &std::path::Path) -> Listener {
         let bind = format!("fastcgi:unix:{}", folder.join("a.sock").display());

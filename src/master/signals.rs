@@ -61,7 +61,7 @@ impl SignalInbox {
         let mut inbox = Self { socket, flags: Default::default(), registered: Vec::new() };
         for signal in [SIGTERM, SIGINT, SIGQUIT] {
             // First of all: there is nobody to wake yet.
-            inbox.registered.push(sys::end_start_on(signal)?);
+            inbox.registered.push(crate::startup::end_of_start::end_start_on(signal)?);
         }
         for ((signal, _), flag) in MEANINGS.iter().zip(&inbox.flags) {
             // The flag first: when the socket wakes the loop, it must stand.

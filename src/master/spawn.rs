@@ -12,19 +12,22 @@ use forkyard_shm::Segment;
 use nix::fcntl::OFlag;
 use nix::unistd::{Pid, pipe2, setpgid};
 
+use super::notify;
 use super::output::Output;
 use super::programs::ProgramState;
 use super::signals::SignalInbox;
 use super::supervisor::Now;
+use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::config::{Config, Program};
-use crate::handover::Channel;
 use crate::heritage::{Heritage, Report, WorkerMain};
-use crate::hooks::{Hooks, WorkerHooks, WorkerId};
-use crate::listen::Listener;
 use crate::logging::files::LogFiles;
+use crate::net::handover::Channel;
+use crate::net::listen::Listener;
+use crate::net::publish_socket;
 use crate::privileges::{self, Privileges};
+use crate::startup::systemd;
 use crate::upgrade::{self, Ties};
-use crate::{heir, logging, notify, publish_socket, sys, systemd};
+use crate::{heir, logging, sys};
 
 /// Variables that concern the master alone, and no process of its.
 pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &notify::VARIABLES, &systemd::VARIABLES];

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::signals::SignalInbox;
-use crate::modules::{self, Modules};
+use crate::diagnostics::modules::{self, Modules};
 use crate::{logging, sys};
 
 /// Functions that are named.

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use crate::events::name;
+use crate::app::events::name;
 
 /// What one says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

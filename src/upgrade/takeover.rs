@@ -8,9 +8,10 @@ use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use super::saved::{Saved, SavedListener, SavedPidFile, SavedPublish};
-use crate::handover::Channel;
-use crate::listen::{Bind, ControlListener, Listener};
-use crate::publish_socket::PublishSocket;
+use crate::config::address::Bind;
+use crate::net::handover::Channel;
+use crate::net::listen::{ControlListener, Listener};
+use crate::net::publish_socket::PublishSocket;
 use crate::sys;
 
 /// What binds the workers of a former master, who live on, to this one and to those to come.

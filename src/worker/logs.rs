@@ -11,7 +11,7 @@ use tokio::io::Interest;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use super::access_log::AccessLog;
+use super::service::access_log::AccessLog;
 use crate::logging::files::LogFiles;
 use crate::{logging, sys};
 

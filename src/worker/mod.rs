@@ -12,31 +12,11 @@
 //! TERM drains: accept what is already waiting, finish what is being served, leave. If the loop hangs,
 //! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
 
-mod accept;
-mod access_log;
-pub(crate) mod cgi;
-mod closing;
-mod crowd;
-mod door;
-mod drain;
-mod entry;
-mod fastcgi;
-mod health;
-mod http;
+pub(crate) mod conn;
 mod later;
-mod lifetime;
+pub(crate) mod lifecycle;
 mod logs;
-mod opening;
-mod outbox;
-mod reclaim;
-mod refusals;
-mod reply;
-mod scgi;
-mod serve;
-mod slow;
-mod socket;
-mod throttle;
-mod watchdog;
+pub(crate) mod service;
 
 use std::fs::File;
 use std::future::{Future, poll_fn};
@@ -61,30 +41,37 @@ use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
-use self::accept::{Acceptor, Arrival, Connections, Serve};
-use self::access_log::AccessLog;
-use self::crowd::Crowd;
-use self::door::Door;
-use self::drain::Drain;
-use self::entry::{Accepting, Entry};
-use self::lifetime::Counted;
+use self::conn::accept::{Acceptor, Arrival, Connections, Serve};
+use self::conn::crowd::Crowd;
+use self::conn::door::Door;
+use self::conn::entry::{Accepting, Entry};
+use self::conn::socket::Socket;
+use self::conn::{fastcgi, http, opening, scgi};
+use self::lifecycle::drain::Drain;
+use self::lifecycle::slow;
+use self::lifecycle::watchdog::Watchdog;
 use self::logs::Pipes;
-use self::serve::{Application, BoxError, Guard};
-use self::socket::Socket;
-use self::watchdog::Watchdog;
-use crate::body::Body;
+use self::service::access_log::AccessLog;
+use self::service::lifetime::Counted;
+use self::service::serve::{Application, BoxError, Guard};
+use self::service::{health, serve};
+use crate::app::blocking;
+use crate::app::body::Body;
+use crate::app::context::Context;
+use crate::app::events::Events;
+use crate::app::hooks::WorkerId;
 use crate::config::Config;
-use crate::context::Context;
-use crate::events::Events;
-use crate::handover::{Channel, PackedOrigin};
+use crate::config::address::Protocol;
+use crate::config::peers::Peers;
+use crate::diagnostics::{at_work, crash};
 use crate::heir::ledger::{Ledger, Tongue};
 use crate::heir::{self, Appointed};
 use crate::heritage::{Heritage, Report};
-use crate::hooks::WorkerId;
-use crate::listen::{Listener, Protocol};
-use crate::peers::Peers;
+use crate::net::handover::{Channel, PackedOrigin};
+use crate::net::listen::Listener;
 use crate::protocol::cgi::Origin;
-use crate::{at_work, blocking, buffered, crash, logging, sys};
+use crate::request::buffered;
+use crate::{logging, sys};
 
 /// How often a worker whose drain is nearly over looks for connections that wait for their clients.
 const LAST_LOOKS: Duration = Duration::from_millis(50);
@@ -501,7 +488,7 @@ mod tests {
     use http_body_util::BodyExt as _;
 
     use super::*;
-    use crate::body::pipe;
+    use crate::app::body::pipe;
 
     /// The name of the thread that ran the function.
     async fn ask<S, B>(service: &mut S, path: &str, body: Body) -> String

@@ -9,7 +9,7 @@ use tokio::io::ReadBuf;
 
 use super::desk::{Act, Enclosure, SLICES};
 use super::{HEAD, KNOWN, LAST, Ledger, PageCells, Request, RequestCells, Tongue, USED};
-use crate::handover::{PackedOrigin, Parcel};
+use crate::net::handover::{PackedOrigin, Parcel};
 
 /// The page of one connection, for the worker to write.
 #[derive(Clone, Copy, Debug)]

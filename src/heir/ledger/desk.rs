@@ -11,7 +11,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::{AtomicI32, AtomicU32};
 
-use crate::handover::HEADER;
+use crate::net::handover::HEADER;
 
 /// Bytes of one read.
 pub(crate) const LANDING: usize = 64 << 10;

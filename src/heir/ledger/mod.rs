@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 pub(crate) use self::account::{Account, Entry};
 pub(crate) use self::desk::LANDING;
 use self::desk::{Act, Desk};
-use crate::handover::{HEADER, PackedOrigin, Parcel};
+use crate::net::handover::{HEADER, PackedOrigin, Parcel};
 use crate::sys;
 
 /// Descriptors that have a page in the ledger. A connection with a higher number is closed when its worker dies.

@@ -126,7 +126,7 @@ impl Master {
 }
 
 fn save_listeners(nursery: &Nursery) -> Vec<SavedListener> {
-    let save = |listener: &crate::listen::Listener| SavedListener {
+    let save = |listener: &crate::net::listen::Listener| SavedListener {
         fd: listener.as_fd().as_raw_fd(),
         bind: listener.bind.to_string(),
         file: listener.file(),

@@ -1,0 +1,354 @@
+//! Plain functions as services: [`blocking`] runs them on a bounded pool of threads.
+//!
+//! The event loop of a worker stays free while they run, so idle connections and event streams cost no
+//! thread. There are `--threads` threads in each worker; `--queue` requests may wait for one of them, and a
+//! request beyond that gets 503 at once. Nothing that blocks in such a function holds up anybody else. A function of which its author
+//! says that it never does ([`Blocking::inline`]) is run on the event loop's own thread, between two turns of the loop.
+//!
+//! - [`pool`] has the threads.
+//! - [`overdue`] watches those that run on although their request was given up.
+//! - [`turn`] joins threads and event loop, and runs what is quick.
+
+mod overdue;
+mod pool;
+mod turn;
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::{Duration, Instant};
+
+use http::header::RETRY_AFTER;
+use http::{HeaderValue, Request, Response, StatusCode};
+use http_body::Body as _;
+use tokio::time::{Sleep, sleep_until};
+use tower_service::Service;
+
+pub(crate) use self::overdue::{give_up, one_hangs, set_patience};
+pub(crate) use self::pool::{all_became_occupied, are_all_occupied, configure, finish, one_is_free};
+use self::turn::{Bell, Pace};
+pub(crate) use self::turn::{jobs_wait, run_jobs};
+use super::body::{Body, FilterData};
+use crate::diagnostics::at_work;
+use crate::request::queue_time;
+use crate::request::queue_time::BeginBy;
+
+/// A run on the event loop's thread that takes so long is worth a line in the log.
+const LONG_FOR_THE_LOOP: Duration = Duration::from_millis(100);
+
+/// Makes a service from a function that may block. The function runs on the worker's `--threads` and never on the event
+/// loop, however quick it is.
+///
+/// Up to `--queue` requests wait for a free thread; a request beyond that is answered with 503 at once.
+///
+/// ```no_run
+/// use forkyard::http::{Request, Response};
+///
+/// fn main() -> std::process::ExitCode {
+///     forkyard::run(|_cx| forkyard::blocking(|_request: Request<forkyard::Body>| Response::new("Hello, world\n")))
+/// }
+/// ```
+pub fn blocking<F, B>(function: F) -> Blocking<F>
+where
+    F: Fn(Request<Body>) -> Response<B> + Send + Sync + 'static,
+    B: Into<Body>,
+{
+    Blocking { shared: Arc::new(Shared { function, pace: Pace::default() }), is_inline: false }
+}
+
+/// The service returned by [`blocking`].
+#[derive(Debug)]
+pub struct Blocking<F> {
+    shared: Arc<Shared<F>>,
+    is_inline: bool,
+}
+
+impl<F> Blocking<F> {
+    /// Declares that the function never waits, and runs it on the event loop's own thread.
+    ///
+    /// This saves passing each request to another thread and the response back, which costs several times as much as a
+    /// function that answers from memory. In return, the function must not wait for anything: a disk, a database,
+    /// another server, a lock that may be held for long, or another worker, as
+    /// [`get_or_render`](crate::Cache::get_or_render) does while another worker renders the page. **While the function
+    /// waits, everything else in its worker waits too:** no connection is accepted, no other response is sent,
+    /// `--request-timeout` cannot send its 504, and the worker is killed after `--hang-timeout`.
+    ///
+    /// The function runs on threads until 32 runs in a row have taken at most 50 µs each. A run of a millisecond or
+    /// more moves it back to the threads, until twice as many runs in a row have been that quick. A request whose body
+    /// is still arriving always runs on a thread.
+    ///
+    /// ```no_run
+    /// use forkyard::http::{Request, Response};
+    ///
+    /// fn main() -> std::process::ExitCode {
+    ///     forkyard::run(|_cx| forkyard::blocking(|_: Request<forkyard::Body>| Response::new("Hello, world\n")).inline())
+    /// }
+    /// ```
+    #[must_use]
+    pub fn inline(self) -> Self {
+        Self { is_inline: true, ..self }
+    }
+}
+
+#[derive(Debug)]
+struct Shared<F> {
+    function: F,
+    pace: Pace,
+}
+
+impl<F> Clone for Blocking<F> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), is_inline: self.is_inline }
+    }
+}
+
+impl<F, B> Service<Request<Body>> for Blocking<F>
+where
+    F: Fn(Request<Body>) -> Response<B> + Send + Sync + 'static,
+    B: Into<Body>,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Answer;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Answer {
+        // A body that is still coming in needs the loop: to wait for it here would be to wait for ever.
+        let all_has_come = || request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
+        let quick = self.is_inline && self.shared.pace.is_quick() && all_has_come();
+        let begin_by = request.extensions().get::<BeginBy>().map(|&BeginBy(at)| Box::pin(sleep_until(at.into())));
+        let progress = Mutex::new(Progress { request: Some(request), ..Progress::default() });
+        let (shared, cell, bell) = (Arc::clone(&self.shared), at_work::current(), Bell::of_this_thread());
+        let call = Arc::new(Call { shared, cell, bell, is_quick: quick, progress });
+        let job: Arc<dyn Job> = Arc::<Call<F>>::clone(&call);
+        let started = match if quick { turn::run_after_turn(job) } else { Err(job) } {
+            Ok(()) => true,
+            Err(job) => pool::pool().start(job),
+        };
+        if !started {
+            call.refuse();
+        }
+        Answer { job: call, begin_by }
+    }
+}
+
+/// One call of a function: its request waits here for a thread, and its response for the event loop.
+struct Call<F> {
+    shared: Arc<Shared<F>>,
+    /// The request's place in the scoreboard, while its response is waited for.
+    cell: Option<usize>,
+    /// Of the event loop that waits for the response.
+    bell: Option<Arc<Bell>>,
+    /// It runs on the event loop's thread.
+    is_quick: bool,
+    progress: Mutex<Progress>,
+}
+
+#[derive(Default)]
+struct Progress {
+    request: Option<Request<Body>>,
+    outcome: Option<Result<Response<Body>, Panicked>>,
+    /// There was an outcome, which may have been taken.
+    is_over: bool,
+    waker: Option<Waker>,
+}
+
+#[derive(Debug)]
+struct Panicked;
+
+/// A [`Call`] of whatever function.
+trait Job: Send + Sync {
+    /// Runs the function, unless the client has left.
+    fn run(&self);
+    /// The response, once it is there.
+    fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>>;
+    /// The request has waited too long, unless a thread is at it.
+    fn shed(&self);
+    /// No thread will be free for it.
+    fn refuse(&self);
+    /// Nobody waits for the response any more. True if a thread is at it.
+    fn abandon(&self) -> bool;
+    /// Whether somebody waits for the response, and no thread is at it.
+    fn is_waiting(&self) -> bool;
+    /// Whether a thread is at it.
+    fn is_running(&self) -> bool;
+    /// Of the event loop that waits for the response.
+    fn bell(&self) -> Option<&Arc<Bell>>;
+}
+
+impl<F> Call<F> {
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        // No code that can panic runs under the lock.
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, outcome: Result<Response<Body>, Panicked>) {
+        let mut progress = self.progress();
+        (progress.outcome, progress.is_over) = (Some(outcome), true);
+        let waker = progress.waker.take();
+        drop(progress);
+        match (waker, &self.bell) {
+            (Some(waker), Some(bell)) => bell.wake(waker),
+            (Some(waker), None) => waker.wake(),
+            (None, _) => {}
+        }
+    }
+}
+
+impl<F, B> Job for Call<F>
+where
+    F: Fn(Request<Body>) -> Response<B> + Send + Sync + 'static,
+    B: Into<Body>,
+{
+    fn run(&self) {
+        at_work::on(None, || {
+            let mut progress = self.progress();
+            // A client that left while its request waited took it along.
+            let Some(request) = progress.request.take() else { return };
+            if BeginBy::is_past(&request) {
+                drop(progress);
+                return self.put(Ok(queue_time::shed()));
+            }
+            at_work::turn_to(self.cell);
+            drop(progress);
+            let begun = Instant::now();
+            // The panic was logged by the hook; the outcome tells the event loop.
+            let outcome = catch_unwind(AssertUnwindSafe(|| (self.shared.function)(request).map(Into::into)));
+            let took = begun.elapsed();
+            if self.shared.pace.took(took) && self.is_quick && took >= LONG_FOR_THE_LOOP {
+                let took = took.as_millis();
+                log::warn!(
+                    "a function that was declared quick (Blocking::inline) held up the event loop for {took}ms: it runs on threads again"
+                );
+            }
+            // Before the response is there: its request's cell may be another's right after.
+            at_work::turn_to(None);
+            self.put(outcome.map_err(|_| Panicked));
+        });
+    }
+
+    fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>> {
+        let mut progress = self.progress();
+        match progress.outcome.take() {
+            Some(outcome) => Poll::Ready(outcome),
+            None => {
+                match &mut progress.waker {
+                    Some(waker) => waker.clone_from(context.waker()),
+                    waker => *waker = Some(context.waker().clone()),
+                }
+                Poll::Pending
+            }
+        }
+    }
+
+    fn shed(&self) {
+        let mut progress = self.progress();
+        let request = progress.request.take();
+        if request.is_some() {
+            (progress.outcome, progress.is_over) = (Some(Ok(queue_time::shed())), true);
+        }
+        drop(progress);
+        drop(request); // after the lock is given back
+    }
+
+    fn refuse(&self) {
+        let request = self.progress().request.take();
+        if request.is_some() {
+            let mut response = Response::new(Body::from("503: too many requests are waiting\n"));
+            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            self.put(Ok(response));
+        }
+    }
+
+    fn abandon(&self) -> bool {
+        let mut progress = self.progress();
+        let request = progress.request.take();
+        let is_running = request.is_none() && !progress.is_over;
+        if let (true, Some(cell)) = (is_running, self.cell) {
+            at_work::forget(cell); // it will be another request's, while a thread goes on with this one
+        }
+        drop(progress);
+        drop(request); // after the lock is given back
+        is_running
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.progress().request.is_some()
+    }
+
+    fn is_running(&self) -> bool {
+        let progress = self.progress();
+        progress.request.is_none() && !progress.is_over
+    }
+
+    fn bell(&self) -> Option<&Arc<Bell>> {
+        self.bell.as_ref()
+    }
+}
+
+/// The future of [`Blocking`]: resolves to the response.
+pub struct Answer {
+    job: Arc<dyn Job>,
+    /// When the request is given up, if no thread has begun with it.
+    begin_by: Option<Pin<Box<Sleep>>>,
+}
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Answer").finish_non_exhaustive()
+    }
+}
+
+impl Future for Answer {
+    type Output = Result<Response<Body>, Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(begin_by) = &mut self.begin_by
+            && begin_by.as_mut().poll(context).is_ready()
+        {
+            self.begin_by = None;
+            self.job.shed();
+        }
+        match ready!(self.job.poll(context)) {
+            Ok(response) => Poll::Ready(Ok(response)),
+            // The panic goes on here, where the worker turns it into this request's 500.
+            Err(Panicked) => std::panic::resume_unwind(Box::new(Panicked)),
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if self.job.abandon() {
+            overdue::watch(&self.job);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_function_answers_from_its_thread_and_a_panic_stays_with_its_request() {
+        let mut service = blocking(|request: Request<Body>| {
+            assert_ne!(request.uri().path(), "/panic");
+            Response::new(std::thread::current().name().unwrap_or_default().to_owned())
+        });
+        let panicked = service.call(Request::get("/panic").body(Body::empty()).unwrap());
+        assert!(tokio::spawn(panicked).await.unwrap_err().is_panic());
+
+        let response = service.call(Request::new(Body::empty())).await.unwrap();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        assert!(body.starts_with(b"blocking-"), "{body:?}");
+    }
+}

@@ -1,0 +1,351 @@
+//! The bounded pool of threads that run blocking functions.
+//!
+//! To wake a thread is a system call, and so is to wake the event loop. Both are made once for all that a turn of the loop
+//! begins, or finds ended: a thread that is awake takes further jobs by itself, sleeping threads are woken at the end of the turn
+//! ([`end_turn`]), and each of them wakes the next one if there is work for it too.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use forkyard_shm::Occupancy;
+use tokio::sync::Notify;
+
+use super::{Job, overdue, turn};
+use crate::diagnostics::{at_work, crash};
+
+/// The threads, and the queue from which they take.
+pub(super) struct Pool {
+    threads: u32,
+    /// Jobs that may wait beside those that run.
+    queue: u32,
+    waiting: Mutex<Waiting>,
+    one_is_called: Condvar,
+    /// Jobs that wait or run.
+    count: AtomicU32,
+    occupancy: Option<Occupancy>,
+    /// The siblings were told that all threads are occupied. Written under `telling`.
+    is_told: AtomicBool,
+    telling: Mutex<()>,
+    one_is_free: Notify,
+    /// Somebody waits in [`finish`].
+    is_finishing: AtomicBool,
+    one_has_ended: (Mutex<()>, Condvar),
+    /// All threads hung when that was last looked at.
+    is_stuck: AtomicBool,
+}
+
+#[derive(Default)]
+struct Waiting {
+    jobs: VecDeque<Arc<dyn Job>>,
+    /// Threads that sleep and were not called.
+    asleep: u32,
+    /// Threads that were called and have not woken yet.
+    called: u32,
+}
+
+/// This worker's `--threads` and `--queue`, and where its siblings see whether it is occupied.
+static SIZE: OnceLock<(u32, u32, Option<Occupancy>)> = OnceLock::new();
+static POOL: OnceLock<Pool> = OnceLock::new();
+static ALL_ARE_OCCUPIED: Notify = Notify::const_new();
+
+/// Whether a further job would have to wait for a thread.
+pub(crate) fn are_all_occupied() -> bool {
+    POOL.get().is_some_and(Pool::is_occupied)
+}
+
+/// Returns when a job has ended. One that ends while nobody waits here is not told.
+pub(crate) async fn one_is_free() {
+    match POOL.get() {
+        Some(pool) => pool.one_is_free.notified().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns when a job has taken the last free thread. One that does so while nobody waits here is not told.
+pub(crate) async fn all_became_occupied() {
+    ALL_ARE_OCCUPIED.notified().await;
+}
+
+/// Sets the size of the pool that will be made, and tells siblings through `occupancy` when all its threads are
+/// occupied. Called once, in a new worker.
+pub(crate) fn configure(threads: u32, queue: u32, occupancy: Option<Occupancy>) {
+    let _ = SIZE.set((threads, queue, occupancy));
+}
+
+/// Waits for all that runs, but for what hangs: returns how many functions do. Called once, when nothing new can come.
+pub(crate) fn finish() -> usize {
+    let Some(pool) = POOL.get() else { return 0 };
+    pool.wake_one();
+    let (lock, one_has_ended) = &pool.one_has_ended;
+    let mut locked = lock.lock().unwrap_or_else(PoisonError::into_inner);
+    pool.is_finishing.store(true, Ordering::SeqCst);
+    loop {
+        let (hanging, next) = overdue::hanging();
+        if pool.has_nothing_but(hanging) {
+            return hanging;
+        }
+        locked = match next.map(|at| at.saturating_duration_since(Instant::now())) {
+            Some(time) => {
+                one_has_ended.wait_timeout(locked, time).map_or_else(|error| error.into_inner().0, |woken| woken.0)
+            }
+            None => one_has_ended.wait(locked).unwrap_or_else(PoisonError::into_inner),
+        };
+    }
+}
+
+/// A function hangs. If all threads do, who waits for one gets 503, and who comes too.
+pub(super) fn look_whether_stuck() {
+    let Some(pool) = POOL.get().filter(|pool| pool.is_stuck()) else { return };
+    let jobs = std::mem::take(&mut pool.waiting().jobs);
+    let count = u32::try_from(jobs.len()).unwrap_or(u32::MAX);
+    pool.count.fetch_sub(count, Ordering::SeqCst);
+    pool.is_stuck.store(true, Ordering::SeqCst);
+    log::error!("all threads hang: until this worker is replaced, requests that need one get 503 waiting={count}");
+    jobs.iter().for_each(|job| job.refuse());
+}
+
+/// At the end of a turn of the event loop in which jobs were started: threads are woken, and siblings told.
+pub(super) fn end_turn() {
+    if let Some(pool) = POOL.get() {
+        pool.wake_one();
+        if pool.is_occupied() {
+            pool.tell();
+        }
+    }
+}
+
+/// One of the threads is free again: tells those who wait for that. On the event loop's thread.
+pub(super) fn announce_free() {
+    if let Some(pool) = POOL.get() {
+        pool.one_is_free.notify_waiters();
+    }
+}
+
+/// The first call starts the threads: a worker without blocking functions has none, nor has the master.
+pub(super) fn pool() -> &'static Pool {
+    static START: Mutex<()> = Mutex::new(());
+    if let Some(pool) = POOL.get() {
+        return pool;
+    }
+    let _one_at_a_time = START.lock().unwrap_or_else(PoisonError::into_inner);
+    let (threads, queue, occupancy) = SIZE.get().cloned().unwrap_or((1, 1024, None));
+    let pool = POOL.get_or_init(|| Pool {
+        threads,
+        queue,
+        waiting: Mutex::default(),
+        one_is_called: Condvar::new(),
+        count: AtomicU32::new(0),
+        occupancy,
+        is_told: AtomicBool::new(false),
+        telling: Mutex::new(()),
+        one_is_free: Notify::new(),
+        is_finishing: AtomicBool::new(false),
+        one_has_ended: (Mutex::new(()), Condvar::new()),
+        is_stuck: AtomicBool::new(false),
+    });
+    static STARTED: OnceLock<usize> = OnceLock::new();
+    let started = *STARTED.get_or_init(|| (0..threads).filter(|&number| start_thread(number, pool)).count());
+    assert!(started > 0, "not one of the {threads} threads for blocking functions could be started");
+    pool
+}
+
+impl Pool {
+    /// False if too many wait already. If this thread has an event loop, a sleeping thread is woken at the end of its turn.
+    pub(super) fn start(&self, job: Arc<dyn Job>) -> bool {
+        if self.is_stuck.load(Ordering::SeqCst) {
+            if self.is_stuck() {
+                return false;
+            }
+            self.is_stuck.store(false, Ordering::SeqCst);
+        }
+        if self.count.fetch_add(1, Ordering::SeqCst) >= self.threads.saturating_add(self.queue) {
+            self.count.fetch_sub(1, Ordering::SeqCst);
+            return false;
+        }
+        self.waiting().jobs.push_back(job);
+        if !turn::ends_later() {
+            end_turn();
+        }
+        true
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        // No code that can panic runs under the lock.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_occupied(&self) -> bool {
+        self.count.load(Ordering::SeqCst) >= self.threads
+    }
+
+    /// Whether all threads hang.
+    fn is_stuck(&self) -> bool {
+        overdue::hanging().0 >= self.threads as usize
+    }
+
+    /// Whether nobody waits for a thread, and no more than so many jobs run.
+    fn has_nothing_but(&self, running: usize) -> bool {
+        let waiting = self.waiting();
+        let most = waiting.jobs.len().saturating_add(running);
+        self.count.load(Ordering::SeqCst) as usize <= most && !waiting.jobs.iter().any(|job| job.is_waiting())
+    }
+
+    /// Wakes a thread, if there is a job for it.
+    fn wake_one(&self) {
+        let mut waiting = self.waiting();
+        let is_called = waiting.call();
+        drop(waiting);
+        if is_called {
+            self.one_is_called.notify_one();
+        }
+    }
+
+    /// Takes a job, as soon as there is one.
+    fn next(&self) -> Arc<dyn Job> {
+        let mut waiting = self.waiting();
+        loop {
+            if let Some(job) = waiting.jobs.pop_front() {
+                let is_called = waiting.call();
+                drop(waiting);
+                if is_called {
+                    self.one_is_called.notify_one();
+                }
+                return job;
+            }
+            waiting.asleep += 1;
+            waiting = self.one_is_called.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            waiting.woke();
+        }
+    }
+
+    fn one_ended(&self, job: &Arc<dyn Job>) {
+        let before = self.count.fetch_sub(1, Ordering::SeqCst);
+        if before <= self.threads && self.is_told.load(Ordering::SeqCst) {
+            self.tell();
+            match job.bell() {
+                Some(bell) => bell.one_is_free(),
+                None => self.one_is_free.notify_waiters(),
+            }
+        }
+        if self.is_finishing.load(Ordering::SeqCst) {
+            let _locked = self.one_has_ended.0.lock().unwrap_or_else(PoisonError::into_inner);
+            self.one_has_ended.1.notify_all();
+        }
+    }
+
+    /// Tells the siblings and the acceptors how it is. Whoever changes the count and does not see what is told here is seen
+    /// here instead.
+    fn tell(&self) {
+        let _one_at_a_time = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let now = self.is_occupied();
+            if self.is_told.swap(now, Ordering::SeqCst) == now {
+                return;
+            }
+            if let Some(occupancy) = &self.occupancy {
+                occupancy.set(now);
+            }
+            if now {
+                ALL_ARE_OCCUPIED.notify_waiters();
+            }
+        }
+    }
+}
+
+impl Waiting {
+    /// Whether a thread is to be woken: then it counts as called.
+    fn call(&mut self) -> bool {
+        let is_called = !self.jobs.is_empty() && self.asleep > 0;
+        self.asleep -= u32::from(is_called);
+        self.called += u32::from(is_called);
+        is_called
+    }
+
+    /// A thread woke: the one that was called, or one of itself, as condition variables allow.
+    fn woke(&mut self) {
+        match self.called.checked_sub(1) {
+            Some(called) => self.called = called,
+            None => self.asleep -= 1,
+        }
+    }
+}
+
+fn work(pool: &Pool) {
+    crash::give_stack();
+    at_work::enlist();
+    loop {
+        let job = pool.next();
+        // The function's own panic is caught where it is called. This is one of what it leaves behind.
+        let _ = catch_unwind(AssertUnwindSafe(|| job.run()));
+        pool.one_ended(&job);
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(job)));
+    }
+}
+
+fn start_thread(number: u32, pool: &'static Pool) -> bool {
+    match thread::Builder::new().name(format!("blocking-{number}")).spawn(|| work(pool)) {
+        Ok(_) => true,
+        Err(error) => {
+            log::error!("cannot start a thread for blocking functions: {error}");
+            false
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_is_called_once_and_only_for_a_job() {
+        let mut waiting = Waiting { asleep: 2, ..Waiting::default() };
+        assert!(!waiting.call(), "there is nothing to do");
+        waiting.jobs.push_back(Arc::new(Nothing));
+        assert!(waiting.call() && waiting.call() && !waiting.call(), "all are awake");
+        waiting.woke();
+        waiting.woke();
+        assert_eq!((waiting.asleep, waiting.called), (0, 0));
+        waiting.asleep = 2;
+        assert!(waiting.call());
+        waiting.woke(); // the other one, of itself
+        waiting.woke();
+        assert_eq!((waiting.asleep, waiting.called), (0, 0));
+    }
+
+    struct Nothing;
+
+    impl Job for Nothing {
+        fn run(&self) {}
+
+        fn poll(
+            &self,
+            _: &std::task::Context<'_>,
+        ) -> std::task::Poll<Result<http::Response<crate::Body>, super::super::Panicked>> {
+            std::task::Poll::Pending
+        }
+
+        fn shed(&self) {}
+
+        fn refuse(&self) {}
+
+        fn abandon(&self) -> bool {
+            false
+        }
+
+        fn is_waiting(&self) -> bool {
+            false
+        }
+
+        fn is_running(&self) -> bool {
+            false
+        }
+
+        fn bell(&self) -> Option<&Arc<turn::Bell>> {
+            None
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! The body of a request, whatever protocol it came by, and of the responses of blocking functions.
+
+mod filter;
+pub(crate) mod pipe;
+
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+
+use bytes::{Buf as _, Bytes};
+use http::StatusCode;
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::BodyExt as _;
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::Incoming;
+use tokio::sync::oneshot;
+
+pub use self::filter::FilterData;
+use crate::request::pulse::{Pulse, Wait};
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The body of a request; also usable as the body of a response.
+///
+/// It implements [`http_body::Body`] with [`Bytes`] as its data. A request's body is read piece by piece as it arrives,
+/// with about 64 KiB buffered at most. A blocking function reads it through [`Body::reader`].
+#[derive(Debug)]
+pub struct Body {
+    kind: Kind,
+    /// How many bytes more it may have.
+    allowed: u64,
+    /// Told when it had more, or came too slowly.
+    trouble: Option<Arc<Trouble>>,
+    /// On the connection that it comes by.
+    wait: Option<Wait>,
+}
+
+/// Why a body was not read to its end, for whoever answers the request whatever its reader made of that.
+#[derive(Debug, Default)]
+pub(crate) struct Trouble(AtomicU8);
+
+impl Trouble {
+    const TOO_LARGE: u8 = 1;
+    const TOO_SLOW: u8 = 2;
+    const CUT: u8 = 3;
+    /// There was none, and will be none.
+    const WHOLE: u8 = 4;
+
+    /// The status that is the answer whatever the application answers, if there is one.
+    pub(crate) fn status(&self) -> Option<StatusCode> {
+        self.cause().map(|(status, _)| status).filter(|&status| status != StatusCode::BAD_REQUEST)
+    }
+
+    /// What the client did, if the body failed, and the status for it.
+    pub(crate) fn cause(&self) -> Option<(StatusCode, &'static str)> {
+        match self.0.load(Ordering::Relaxed) {
+            Self::TOO_LARGE => Some((StatusCode::PAYLOAD_TOO_LARGE, "a body larger than --max-body")),
+            Self::TOO_SLOW => Some((StatusCode::REQUEST_TIMEOUT, "a body that came too slowly (--body-timeout)")),
+            Self::CUT => Some((StatusCode::BAD_REQUEST, "a body that broke off, or cannot be read")),
+            _ => None,
+        }
+    }
+
+    /// Whether the body has not been read to its end, so that it may still fail.
+    pub(crate) fn is_possible(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != Self::WHOLE
+    }
+
+    /// The first one counts.
+    fn set(&self, trouble: u8) {
+        let _ = self.0.compare_exchange(0, trouble, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug)]
+enum Kind {
+    Full(Bytes),
+    /// What a FastCGI, SCGI or CGI connection passes on, and how much of the length that was announced is still to come.
+    Stdin(pipe::Reader, Option<u64>),
+    Http(Unread),
+    Other(UnsyncBoxBody<Bytes, BoxError>),
+}
+
+/// What has not been read of an HTTP request's body. Dropped, it goes back to its connection: hyper would close that
+/// at once, and the peer that still sends might never see the response.
+#[derive(Debug)]
+struct Unread {
+    /// There until the drop.
+    incoming: Option<Incoming>,
+    /// Nothing more will come of it.
+    is_broken: bool,
+    rest: Option<oneshot::Sender<Rest>>,
+}
+
+/// What the application did not read of an HTTP request's body.
+#[derive(Debug)]
+pub(crate) struct Rest {
+    pub(crate) incoming: Incoming,
+    /// Reading it has failed.
+    pub(crate) is_broken: bool,
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        if let (Some(incoming), Some(rest)) = (self.incoming.take(), self.rest.take())
+            && !incoming.is_end_stream()
+        {
+            let _ = rest.send(Rest { incoming, is_broken: self.is_broken }); // or the connection is gone
+        }
+    }
+}
+
+fn pair<A, B>((a, b): (A, B)) -> (Option<A>, Option<B>) {
+    (Some(a), Some(b))
+}
+
+/// Why a body could not be read to its end.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum BodyError {
+    /// The body is longer than `--max-body`.
+    TooLarge,
+    /// The client disconnected or cancelled the request.
+    Cut,
+    /// The client took longer than `--body-timeout`.
+    TimedOut,
+    /// The underlying body failed.
+    Other(BoxError),
+}
+
+impl fmt::Display for BodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLarge => f.write_str("the body is longer than --max-body allows"),
+            Self::Cut => f.write_str("the client left before the body was complete"),
+            Self::TimedOut => f.write_str("the client sent the body too slowly (--body-timeout)"),
+            Self::Other(cause) => write!(f, "the body cannot be read: {cause}"),
+        }
+    }
+}
+
+impl std::error::Error for BodyError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Other(cause) => Some(cause.as_ref()),
+            Self::TooLarge | Self::Cut | Self::TimedOut => None,
+        }
+    }
+}
+
+impl Body {
+    /// Creates an empty body.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self::from(Bytes::new())
+    }
+
+    /// Wraps another body, such as a response that is produced piece by piece.
+    pub fn new<B>(body: B) -> Self
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        Self::from_kind(Kind::Other(body.map_err(Into::into).boxed_unsync()), u64::MAX)
+    }
+
+    /// Converts the body into a blocking reader, for use in a [`crate::blocking`] function or on any other thread that
+    /// may block.
+    #[must_use]
+    pub fn reader(self) -> BodyReader {
+        BodyReader { body: self, piece: Bytes::new() }
+    }
+
+    pub(crate) fn stdin(reader: pipe::Reader, length: Option<u64>, allowed: u64) -> Self {
+        Self::from_kind(Kind::Stdin(reader, length), allowed)
+    }
+
+    /// The body of an HTTP request; and where the rest of it arrives if it is dropped before its end.
+    pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<Rest>>) {
+        let (sender, rest) = if incoming.is_end_stream() { (None, None) } else { pair(oneshot::channel()) };
+        let unread = Unread { incoming: Some(incoming), is_broken: false, rest: sender };
+        (Self::from_kind(Kind::Http(unread), allowed), rest)
+    }
+
+    /// Has the body tell the connection that it comes by when somebody waits for a piece of it.
+    pub(crate) fn with_pulse(mut self, pulse: &Arc<Pulse>) -> Self {
+        self.wait = Some(Wait::for_body(pulse));
+        self
+    }
+
+    /// What will be told if the body turns out to be longer than it may be, comes too slowly, or breaks off; `None` if it is here
+    /// as a whole.
+    pub(crate) fn watch(&mut self) -> Option<Arc<Trouble>> {
+        if http_body::Body::is_end_stream(self) {
+            return None;
+        }
+        Some(Arc::clone(self.trouble.get_or_insert_default()))
+    }
+
+    fn tell(&self, trouble: u8) {
+        if let Some(told) = &self.trouble {
+            told.set(trouble);
+        }
+    }
+
+    fn from_kind(kind: Kind, allowed: u64) -> Self {
+        Self { kind, allowed, trouble: None, wait: None }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = match &mut self.kind {
+            Kind::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Kind::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Kind::Stdin(reader, announced) => reader.poll_next(context).map(|piece| match piece {
+                Some(Ok(bytes)) => {
+                    *announced = announced.map(|announced| announced.saturating_sub(bytes.len() as u64));
+                    Some(Ok(Frame::data(bytes)))
+                }
+                // Less than was announced comes only if the client failed (FastCGI specification, 6.2 and 6.4).
+                None if announced.is_none_or(|announced| announced == 0) => None,
+                None | Some(Err(pipe::Cut)) => Some(Err(BodyError::Cut)),
+            }),
+            Kind::Http(Unread { incoming: Some(incoming), is_broken, .. }) => {
+                Pin::new(incoming).poll_frame(context).map_err(|error| {
+                    *is_broken = true;
+                    BodyError::Other(error.into())
+                })
+            }
+            Kind::Http(_) => Poll::Ready(None),
+            Kind::Other(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Other),
+        };
+        if let Some(wait) = &mut self.wait {
+            wait.set(frame.is_pending());
+            if let Poll::Ready(Some(Err(_))) = frame
+                && wait.has_expired()
+            {
+                self.tell(Trouble::TOO_SLOW);
+                return Poll::Ready(Some(Err(BodyError::TimedOut)));
+            }
+        }
+        if let Poll::Ready(Some(Err(_))) = frame
+            && !matches!(self.kind, Kind::Other(_))
+        {
+            self.tell(Trouble::CUT);
+        }
+        if let Poll::Ready(Some(Ok(frame))) = &frame
+            && let Some(bytes) = frame.data_ref()
+        {
+            let length = bytes.len() as u64;
+            if let Some(wait) = &self.wait {
+                wait.taken(bytes.len());
+            }
+            if length > self.allowed {
+                self.tell(Trouble::TOO_LARGE);
+                return Poll::Ready(Some(Err(BodyError::TooLarge)));
+            }
+            self.allowed -= length;
+        }
+        if matches!(frame, Poll::Ready(None)) || frame.is_ready() && http_body::Body::is_end_stream(&*self) {
+            self.tell(Trouble::WHOLE);
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.kind {
+            Kind::Full(bytes) => bytes.is_empty(),
+            Kind::Stdin(reader, announced) => announced.unwrap_or(0) == 0 && reader.is_at_end(),
+            Kind::Http(unread) => unread.incoming.as_ref().is_none_or(http_body::Body::is_end_stream),
+            Kind::Other(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            // There may be more than was announced: the end of the stream is what counts.
+            Kind::Stdin(_, length) => {
+                let mut hint = SizeHint::new();
+                hint.set_lower(length.unwrap_or(0));
+                hint
+            }
+            Kind::Http(unread) => unread.incoming.as_ref().map_or_else(SizeHint::new, http_body::Body::size_hint),
+            Kind::Other(body) => body.size_hint(),
+        }
+    }
+}
+
+impl Default for Body {
+    fn default() -> Self {
+        Self::empty()
+    }
+}
+
+impl From<Bytes> for Body {
+    fn from(bytes: Bytes) -> Self {
+        Self::from_kind(Kind::Full(bytes), u64::MAX)
+    }
+}
+
+impl From<Vec<u8>> for Body {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::from(Bytes::from(bytes))
+    }
+}
+
+impl From<String> for Body {
+    fn from(text: String) -> Self {
+        Self::from(Bytes::from(text))
+    }
+}
+
+impl From<&'static str> for Body {
+    fn from(text: &'static str) -> Self {
+        Self::from(Bytes::from_static(text.as_bytes()))
+    }
+}
+
+impl From<&'static [u8]> for Body {
+    fn from(bytes: &'static [u8]) -> Self {
+        Self::from(Bytes::from_static(bytes))
+    }
+}
+
+impl From<()> for Body {
+    fn from((): ()) -> Self {
+        Self::empty()
+    }
+}
+
+/// Reads a [`Body`] through [`io::Read`]. Each read blocks its thread until data arrives.
+#[derive(Debug)]
+pub struct BodyReader {
+    body: Body,
+    piece: Bytes,
+}
+
+thread_local! {
+    static UNPARK: Waker = Waker::from(Arc::new(Unpark(thread::current())));
+}
+
+impl io::Read for BodyReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() {
+            let frame = UNPARK.with(|waker| Pin::new(&mut self.body).poll_frame(&mut Context::from_waker(waker)));
+            match frame {
+                Poll::Ready(None) => return Ok(0),
+                Poll::Ready(Some(Ok(frame))) => self.piece = frame.into_data().unwrap_or_default(),
+                Poll::Ready(Some(Err(error))) => return Err(io::Error::other(error)),
+                Poll::Pending => thread::park(),
+            }
+        }
+        let count = self.piece.len().min(buffer.len());
+        self.piece.copy_to_slice(&mut buffer[..count]);
+        Ok(count)
+    }
+}
+
+/// Wakes a thread that parked.
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+
+    #[test]
+    fn a_thread_reads_what_another_writes() {
+        let (writer, reader) = pipe::pipe();
+        let mut reader = Body::stdin(reader, None, 1 << 20).reader();
+        let reading = thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).map(|_| all)
+        });
+        for _ in 0..100 {
+            writer.push(Bytes::from_static(b"0123456789"));
+        }
+        writer.finish();
+        assert_eq!(reading.join().unwrap().unwrap(), b"0123456789".repeat(100));
+    }
+
+    #[test]
+    fn a_body_beyond_the_limit_is_an_error() {
+        let (writer, reader) = pipe::pipe();
+        let mut body = Body::stdin(reader, None, 10).reader();
+        writer.push(Bytes::from_static(b"0123456789"));
+        let mut read = [0; 10];
+        body.read_exact(&mut read).unwrap();
+        writer.push(Bytes::from_static(b"0"));
+        assert_eq!(body.read(&mut read).unwrap_err().to_string(), BodyError::TooLarge.to_string());
+    }
+}

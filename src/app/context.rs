@@ -1,0 +1,58 @@
+//! What an application knows of its surroundings.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use forkyard_shm::{Cache, Segment};
+
+use super::events::Events;
+
+/// The application's view of the worker it runs in: the shared cache and event log, and the worker's identity.
+///
+/// The factory receives it in each worker. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Context {
+    slot: u32,
+    generation: u64,
+    segment: Segment,
+    draining: Arc<AtomicBool>,
+    events: Events,
+}
+
+impl Context {
+    pub(crate) fn new(slot: u32, generation: u64, segment: Segment, draining: Arc<AtomicBool>, events: Events) -> Self {
+        Self { slot, generation, segment, draining, events }
+    }
+
+    /// The page cache that all workers share.
+    #[must_use]
+    pub fn cache(&self) -> Cache {
+        self.segment.cache()
+    }
+
+    /// The event log that all workers share.
+    #[must_use]
+    pub fn events(&self) -> Events {
+        self.events.clone()
+    }
+
+    /// The number of this worker's slot, unique among the living workers.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// The generation of this worker: 1 for the first workers, and one more after each reload.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Whether this worker has been asked to finish its requests and exit.
+    ///
+    /// A health check can report it, and a long task can stop at a suitable point.
+    #[must_use]
+    pub fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+}

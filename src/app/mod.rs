@@ -1,0 +1,8 @@
+//! What an application sees: requests and their bodies, blocking functions, pages, events and hooks.
+
+pub(crate) mod blocking;
+pub(crate) mod body;
+pub(crate) mod context;
+pub(crate) mod events;
+pub(crate) mod hooks;
+pub mod page;

@@ -1,0 +1,416 @@
+//! The crash handler of a worker: its last words, written by the thread that crashes.
+//!
+//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP, SIGXCPU and SIGXFSZ the report pipe gets a line that says where and why, then one
+//! with a backtrace in addresses; then the process dies as it would have without us: by the same signal, with the same
+//! core dump. Nothing here makes names of addresses; the master has a child do that.
+//!
+//! - The first line is written before anything is tried that might not come back. If the backtrace hangs (the
+//!   unwinder is not made for signal handlers), SIGALRM ends it; if it faults, the kernel ends the process, as the
+//!   signal is blocked.
+//! - The standard library's handler, which knows a stack overflow, and one that the application set before the fork
+//!   are asked first, and may mend what happened. One that it sets later has the signal to itself.
+//! - Only in the worker itself: a child that the application forks says nothing in its name.
+//!
+//! May not: allocate, lock or panic in a handler.
+#![expect(unsafe_code, reason = "signal handlers, and the stacks they run on")]
+
+use std::cell::Cell;
+use std::fmt::Write;
+use std::os::fd::{IntoRawFd as _, OwnedFd};
+use std::ptr::{self, null_mut};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::{io, mem, process};
+
+use libc::{c_int, c_void, sigaction, siginfo_t, ucontext_t};
+
+use super::at_work;
+use super::modules::Modules;
+
+/// The signals of a crash, by the names that the log has for them.
+const SIGNALS: [(c_int, &str); 9] = [
+    (libc::SIGSEGV, "SEGV"),
+    (libc::SIGBUS, "BUS"),
+    (libc::SIGABRT, "ABRT"),
+    (libc::SIGFPE, "FPE"),
+    (libc::SIGILL, "ILL"),
+    (libc::SIGSYS, "SYS"),
+    (libc::SIGTRAP, "TRAP"),
+    (libc::SIGXCPU, "XCPU"),
+    (libc::SIGXFSZ, "XFSZ"),
+];
+/// Those of an instruction, which runs again when the handler returns. Their address is what it reached for, or its own.
+const FAULTS: [c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
+/// Bytes of the stack on which handlers run in our threads. The standard library's own has room for the first line only.
+const STACK: usize = 64 << 10;
+/// Functions of a backtrace.
+pub(crate) const DEEPEST: usize = 48;
+/// A line is one write, which a pipe takes whole.
+const LONGEST_LINE: usize = 2048;
+/// The backtrace may take so many seconds.
+const PATIENCE: u32 = 2;
+
+/// What the handlers need, made before they are installed.
+struct Will {
+    process: c_int,
+    report: c_int,
+    modules: Modules,
+    /// What was to be done with each of [`SIGNALS`] before.
+    before: [Option<sigaction>; SIGNALS.len()],
+}
+
+static WILL: OnceLock<Will> = OnceLock::new();
+/// The thread that is writing its last words.
+static DYING: AtomicI32 = AtomicI32::new(0);
+/// What that thread crashed with first: the standard library makes an abort of a stack overflow.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+static ADDRESS: AtomicUsize = AtomicUsize::new(0);
+static CODE: AtomicUsize = AtomicUsize::new(0);
+/// The process that sent that signal; this one, if nobody else did.
+static SENDER: AtomicI32 = AtomicI32::new(0);
+static INSTRUCTION: AtomicUsize = AtomicUsize::new(0);
+static STACK_POINTER: AtomicUsize = AtomicUsize::new(0);
+
+/// Has crashes of this process told through `report`, and the request of the crashing thread in the scoreboard; the latter
+/// also for a thread that calls `exit(3)`. Called once, in a new worker.
+///
+/// # Errors
+/// What `sigaction(2)` says.
+pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
+    let before = SIGNALS.map(|(signal, _)| action_of(signal).filter(|action| is_ours_to_take(signal, action)));
+    let process = process::id().cast_signed();
+    // The unwinder sets itself up at its first use.
+    backtrace::trace(|_| true);
+    let will = Will { process, report: report.into_raw_fd(), modules: Modules::own(), before };
+    let taken = WILL.get_or_init(|| will).before.map(|before| before.is_some());
+    for ((signal, _), _) in SIGNALS.iter().zip(taken).filter(|(_, taken)| *taken) {
+        set_action(*signal, on_crash as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK)?;
+    }
+    // SAFETY: `on_exit` is a function of this binary that may be called at any exit. If there is no room for it, an exit is
+    // told without its request.
+    unsafe { libc::atexit(on_exit) };
+    Ok(())
+}
+
+/// The application calls `exit(3)`, on this thread. A worker itself leaves by `_exit`, and never comes here.
+extern "C" fn on_exit() {
+    // SAFETY: async-signal-safe calls without arguments.
+    let process = unsafe { libc::getpid() };
+    if WILL.get().is_some_and(|will| will.process == process) {
+        at_work::accuse();
+    }
+}
+
+/// A handler of the application's is left alone, but for a fault's: there the standard library has one anyway.
+fn is_ours_to_take(signal: c_int, action: &sigaction) -> bool {
+    action.sa_sigaction == libc::SIG_DFL
+        || (action.sa_sigaction != libc::SIG_IGN && [libc::SIGSEGV, libc::SIGBUS].contains(&signal))
+}
+
+fn action_of(signal: c_int) -> Option<sigaction> {
+    // SAFETY: all zeroes is a valid sigaction.
+    let mut action: sigaction = unsafe { mem::zeroed() };
+    // SAFETY: a null pointer asks for no change, and `action` is a valid place for the whole call.
+    let outcome = unsafe { libc::sigaction(signal, ptr::null(), &raw mut action) };
+    (outcome == 0).then_some(action)
+}
+
+/// While the handler runs, all signals are blocked.
+pub(crate) fn set_action(signal: c_int, handler: usize, flags: c_int) -> io::Result<()> {
+    // SAFETY: all zeroes is a valid sigaction.
+    let mut action: sigaction = unsafe { mem::zeroed() };
+    (action.sa_sigaction, action.sa_flags) = (handler, flags);
+    // SAFETY: the set is a valid place.
+    unsafe { libc::sigfillset(&raw mut action.sa_mask) };
+    // SAFETY: `handler` is SIG_DFL or one of this crate's functions for `flags`, which are async-signal-safe.
+    let outcome = unsafe { libc::sigaction(signal, &raw const action, null_mut()) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    let Some(will) = WILL.get() else { return die_of(signal, true) };
+    // SAFETY: the kernel hands a handler a valid siginfo_t.
+    let Some(about) = (unsafe { info.as_ref() }) else { return die_of(signal, true) };
+    let code = about.si_code;
+    let by_itself = code > 0 && FAULTS.contains(&signal); // it happens again when the handler returns
+    // SAFETY: async-signal-safe calls without arguments.
+    let thread = unsafe { libc::gettid() };
+    // SAFETY: as above.
+    if unsafe { libc::getpid() } != will.process {
+        return pass_on(will, signal, info, context).unwrap_or_else(|| die_of(signal, by_itself));
+    }
+    match DYING.compare_exchange(0, thread, Ordering::SeqCst, Ordering::SeqCst) {
+        Ok(_) => {}
+        // What it passed its crash on to has aborted.
+        Err(first) if first == thread => {
+            say(will);
+            return die_of(signal, by_itself);
+        }
+        // Another thread is dying: it ends us too.
+        Err(_) => {
+            for _ in 0..PATIENCE + 2 {
+                // SAFETY: async-signal-safe, and touches nothing of ours.
+                unsafe { libc::sleep(1) };
+            }
+            return die_of(signal, by_itself);
+        }
+    }
+    // SAFETY: for a signal without an address this is some other field, which `say` does not show.
+    ADDRESS.store(unsafe { about.si_addr() }.addr(), Ordering::Relaxed);
+    CODE.store(usize::try_from(code).unwrap_or(0), Ordering::Relaxed);
+    let is_sent = [libc::SI_USER, libc::SI_TKILL, libc::SI_QUEUE].contains(&code);
+    // SAFETY: with these codes that field is filled in.
+    let sender = if is_sent { unsafe { about.si_pid() } } else { will.process };
+    SENDER.store(sender, Ordering::Relaxed);
+    SIGNAL.store(signal, Ordering::Relaxed);
+    let (instruction, stack) = registers(context).unwrap_or_default();
+    INSTRUCTION.store(instruction, Ordering::Relaxed);
+    STACK_POINTER.store(stack, Ordering::Relaxed);
+    if pass_on(will, signal, info, context).is_some() && !is_default(signal) {
+        DYING.store(0, Ordering::SeqCst); // it was mended
+        return;
+    }
+    say(will);
+    die_of(signal, by_itself);
+}
+
+/// Calls the handler that was there before us, if there was one.
+fn pass_on(will: &Will, signal: c_int, info: *mut siginfo_t, context: *mut c_void) -> Option<()> {
+    let index = SIGNALS.iter().position(|(known, _)| *known == signal)?;
+    let before = will.before[index].as_ref().filter(|before| before.sa_sigaction != libc::SIG_DFL)?;
+    if before.sa_flags & libc::SA_SIGINFO == 0 {
+        // SAFETY: without SA_SIGINFO the address is that of a function of the signal's number alone.
+        let handler: extern "C" fn(c_int) = unsafe { mem::transmute(before.sa_sigaction) };
+        handler(signal);
+    } else {
+        // SAFETY: with SA_SIGINFO the address is that of a function of these three, and they are the kernel's.
+        let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = unsafe { mem::transmute(before.sa_sigaction) };
+        handler(signal, info, context);
+    }
+    Some(())
+}
+
+fn is_default(signal: c_int) -> bool {
+    action_of(signal).is_none_or(|action| action.sa_sigaction == libc::SIG_DFL)
+}
+
+/// Dies as without a handler, as soon as the handler returns.
+fn die_of(signal: c_int, by_itself: bool) {
+    let _ = set_action(signal, libc::SIG_DFL, 0);
+    if !by_itself {
+        // SAFETY: async-signal-safe. The signal waits until this handler has returned.
+        unsafe { libc::raise(signal) };
+    }
+}
+
+/// Writes the last words: the request first, then the line that is safe to write, then the backtrace.
+fn say(will: &Will) {
+    at_work::accuse();
+    let sender = SENDER.load(Ordering::Relaxed);
+    if sender != will.process {
+        let mut line = Line::<32>::new("sent ");
+        let _ = write!(line, "{sender}");
+        line.send(will.report);
+    }
+    let signal = SIGNAL.load(Ordering::Relaxed);
+    let name = SIGNALS.iter().find(|(known, _)| *known == signal).map_or("?", |(_, name)| name);
+    let mut line = Line::<512>::new("said ");
+    let mut thread = [0_u8; 16];
+    // SAFETY: the kernel writes 16 bytes at most.
+    unsafe { libc::prctl(libc::PR_GET_NAME, thread.as_mut_ptr()) };
+    let thread = str::from_utf8(thread.split(|&byte| byte == 0).next().unwrap_or_default()).unwrap_or("?");
+    let _ = write!(line, "{name} in thread {thread}");
+    let has_address = CODE.load(Ordering::Relaxed) > 0 && FAULTS.contains(&signal);
+    if has_address {
+        let _ = write!(line, " at address {:#x}", ADDRESS.load(Ordering::Relaxed));
+    }
+    let at = INSTRUCTION.load(Ordering::Relaxed);
+    let _ = line.write_str(", instruction ");
+    let _ = will.modules.write(&mut line, at);
+    if has_address && is_overflow() {
+        let _ = line.write_str(" (stack overflow)");
+    }
+    line.send(will.report);
+    if has_room() {
+        trace(will, at);
+    }
+}
+
+/// Writes the backtrace, from the instruction `at` which the signal came.
+fn trace(will: &Will, at: usize) {
+    let alarmed = set_action(libc::SIGALRM, on_alarm as *const () as usize, 0);
+    // SAFETY: all zeroes is a valid set.
+    let mut alarm: libc::sigset_t = unsafe { mem::zeroed() };
+    // SAFETY: the set is a valid place, and the signal a valid one.
+    unsafe { libc::sigaddset(&raw mut alarm, libc::SIGALRM) };
+    if alarmed.is_err() {
+        return;
+    }
+    // SAFETY: async-signal-safe in practice: a system call.
+    unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const alarm, null_mut()) };
+    // SAFETY: async-signal-safe.
+    unsafe { libc::alarm(PATIENCE) };
+    let mut frames = [0; DEEPEST];
+    let frames = unwind(at, &mut frames);
+    // SAFETY: as above.
+    unsafe { libc::alarm(0) };
+    let mut line = Line::<LONGEST_LINE>::new("trace");
+    for &frame in frames {
+        let _ = line.write_str(" ");
+        let _ = will.modules.write(&mut line, frame);
+    }
+    line.send(will.report);
+}
+
+/// The backtrace takes too long.
+extern "C" fn on_alarm(_: c_int) {
+    let signal = SIGNAL.load(Ordering::Relaxed);
+    let _ = set_action(signal, libc::SIG_DFL, 0);
+    // SAFETY: all zeroes is a valid set.
+    let mut set: libc::sigset_t = unsafe { mem::zeroed() };
+    // SAFETY: the set is a valid place, and the signal a valid one.
+    unsafe { libc::sigaddset(&raw mut set, signal) };
+    // SAFETY: async-signal-safe in practice: a system call.
+    unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, null_mut()) };
+    // SAFETY: async-signal-safe.
+    unsafe { libc::raise(signal) };
+}
+
+/// The instructions that this thread is at, the innermost first, without what belongs to the handler: `at` was
+/// interrupted. A caller's is that of its call.
+pub(crate) fn unwind(at: usize, frames: &mut [usize; DEEPEST]) -> &[usize] {
+    let (mut count, mut begun) = (0, false);
+    // SAFETY: what is not synchronized is the making of names, of which there is none.
+    unsafe {
+        backtrace::trace_unsynchronized(|frame| {
+            let ip = frame.ip().addr();
+            let is_call = begun;
+            begun |= ip == at;
+            if begun && ip != 0 {
+                frames[count] = if is_call { ip - 1 } else { ip };
+                count += 1;
+            }
+            count < DEEPEST
+        });
+    }
+    &frames[..count]
+}
+
+/// The instruction that was interrupted; 0 where that is not known.
+pub(crate) fn instruction(context: *mut c_void) -> usize {
+    registers(context).map_or(0, |(instruction, _)| instruction)
+}
+
+/// Whether it reached for what lies just below its stack. Compilers touch a large frame page by page, from above.
+fn is_overflow() -> bool {
+    let (address, stack) = (ADDRESS.load(Ordering::Relaxed), STACK_POINTER.load(Ordering::Relaxed));
+    stack != 0 && address.wrapping_sub(stack.wrapping_sub(64 << 10)) <= (68 << 10)
+}
+
+/// Instruction and stack pointer.
+fn registers(context: *mut c_void) -> Option<(usize, usize)> {
+    // SAFETY: the kernel hands a handler a valid context.
+    let context = unsafe { context.cast::<ucontext_t>().as_ref() }?;
+    #[cfg(target_arch = "x86_64")]
+    {
+        let register = |number: c_int| {
+            let value = context.uc_mcontext.gregs.get(usize::try_from(number).ok()?)?;
+            usize::try_from(value.cast_unsigned()).ok()
+        };
+        register(libc::REG_RIP).zip(register(libc::REG_RSP))
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        usize::try_from(context.uc_mcontext.pc).ok().zip(usize::try_from(context.uc_mcontext.sp).ok())
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    {
+        let _ = context;
+        None
+    }
+}
+
+/// Text in a fixed place; what does not fit is left out.
+struct Line<const ROOM: usize> {
+    bytes: [u8; ROOM],
+    length: usize,
+}
+
+impl<const ROOM: usize> Line<ROOM> {
+    fn new(start: &str) -> Self {
+        let mut line = Self { bytes: [0; ROOM], length: 0 };
+        let _ = line.write_str(start);
+        line
+    }
+
+    fn send(mut self, pipe: c_int) {
+        let length = self.length.min(ROOM - 1);
+        self.bytes[length] = b'\n';
+        // SAFETY: the bytes are valid for the whole call. If the pipe is full or closed, nobody hears of it.
+        unsafe { libc::write(pipe, self.bytes.as_ptr().cast(), length + 1) };
+    }
+}
+
+impl<const ROOM: usize> Write for Line<ROOM> {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        let room = &mut self.bytes[self.length..ROOM - 1];
+        let taken = text.len().min(room.len());
+        room[..taken].copy_from_slice(&text.as_bytes()[..taken]);
+        self.length += taken;
+        Ok(())
+    }
+}
+
+/// Whether the stack of this handler is large enough for the unwinder.
+fn has_room() -> bool {
+    // SAFETY: all zeroes is a valid stack_t.
+    let mut stack: libc::stack_t = unsafe { mem::zeroed() };
+    // SAFETY: a null pointer asks for no change, and `stack` is a valid place for the whole call.
+    let outcome = unsafe { libc::sigaltstack(ptr::null(), &raw mut stack) };
+    outcome == 0 && (stack.ss_flags & libc::SS_DISABLE != 0 || stack.ss_size >= STACK / 2)
+}
+
+/// An alternate stack, with a page below it that nobody may touch.
+struct AlternateStack(*mut c_void);
+
+thread_local! {
+    static OWN_STACK: Cell<Option<AlternateStack>> = const { Cell::new(None) };
+}
+
+/// The page below, at the largest size there is.
+const GUARD: usize = 64 << 10;
+
+/// Gives this thread a stack for its signal handlers that is large enough for a backtrace. If there is no memory,
+/// the thread keeps the one that it has.
+pub(crate) fn give_stack() {
+    let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: new memory, at a place that the kernel chooses.
+    let memory = unsafe { libc::mmap(null_mut(), GUARD + STACK, access, kind, -1, 0) };
+    if memory == libc::MAP_FAILED {
+        return;
+    }
+    let owned = AlternateStack(memory);
+    // SAFETY: the lower part of that memory, which nobody uses.
+    let guarded = unsafe { libc::mprotect(memory, GUARD, libc::PROT_NONE) };
+    let stack = libc::stack_t { ss_sp: memory.wrapping_byte_add(GUARD), ss_flags: 0, ss_size: STACK };
+    // SAFETY: the memory is this thread's until `AlternateStack` takes it back, which switches it off before.
+    if guarded == 0 && unsafe { libc::sigaltstack(&raw const stack, null_mut()) } == 0 {
+        OWN_STACK.set(Some(owned));
+    }
+}
+
+impl Drop for AlternateStack {
+    fn drop(&mut self) {
+        // SAFETY: all zeroes is a valid stack_t.
+        let mut stack: libc::stack_t = unsafe { mem::zeroed() };
+        // SAFETY: a null pointer asks for no change, and `stack` is a valid place for the whole call.
+        unsafe { libc::sigaltstack(ptr::null(), &raw mut stack) };
+        if stack.ss_sp == self.0.wrapping_byte_add(GUARD) {
+            stack.ss_flags = libc::SS_DISABLE;
+            // SAFETY: switches it off; no handler runs on it now, as this is no handler.
+            unsafe { libc::sigaltstack(&raw const stack, null_mut()) };
+        }
+        // SAFETY: the memory of `give_stack`, which nothing uses any more.
+        unsafe { libc::munmap(self.0, GUARD + STACK) };
+    }
+}

@@ -1,0 +1,641 @@
+//! Listening sockets: from the text of `--bind PROTO:ADDR` to a descriptor that all workers inherit.
+//!
+//! One socket serves all workers, and its queue belongs to no process: what waits there survives any worker's
+//! death. (With SO_REUSEPORT each worker would have a queue of its own, and its death would reset what is in
+//! it.)
+
+mod closing;
+mod repair;
+mod socket_file;
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage, UnixAddr,
+    setsockopt, sockopt,
+};
+
+pub(crate) use self::closing::{Closing, is_listening};
+use self::socket_file::bind_file;
+pub(crate) use self::socket_file::{
+    SocketAndFile, bind_datagrams, examine_folder, examine_length, examine_path, give_socket_file, give_socket_file_of,
+    is_stale, remove_own,
+};
+use crate::config::address::{Address, Bind, Protocol};
+use crate::config::privileges::Owner;
+use crate::sys;
+
+/// How often an address that is in use is tried again.
+const IN_USE_LOOK: Duration = Duration::from_millis(20);
+
+/// A `--bind` that could not be had: what was tried, what came back, what to do.
+#[derive(Debug)]
+pub(crate) struct ListenError {
+    bind: Bind,
+    cause: String,
+}
+
+impl fmt::Display for ListenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot bind {}: {}", self.bind, self.cause)
+    }
+}
+
+impl std::error::Error for ListenError {}
+
+impl ListenError {
+    pub(crate) fn new(bind: &Bind, cause: impl Into<String>) -> Self {
+        Self { bind: bind.clone(), cause: cause.into() }
+    }
+}
+
+/// A bound, listening socket. Dropping it closes it; [`Listener::remove_file`] removes its file.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    pub(crate) protocol: Protocol,
+    /// The address as it turned out: with the port that the system chose.
+    pub(crate) address: Address,
+    pub(crate) family: Family,
+    /// What it was made for.
+    pub(crate) bind: Bind,
+    socket: OwnedFd,
+    /// Device and inode of the socket file that we made: of another one after a repair.
+    file: Mutex<Option<(u64, u64)>>,
+    adopted: bool,
+}
+
+/// The two kinds of sockets that a listener can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    Tcp,
+    Unix,
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.address, self.protocol) {
+            (Address::Tcp(address), Protocol::Http) => write!(f, "http://{address}"),
+            (address, protocol) => write!(f, "{protocol}:{address}"),
+        }
+    }
+}
+
+impl Listener {
+    /// Binds and listens.
+    ///
+    /// `backlog` is the length of the kernel's queue of connections that nobody has accepted yet; `mode` are
+    /// the permissions of a socket file; `blocking` is for programs that call `accept` themselves.
+    ///
+    /// # Errors
+    /// [`ListenError`], worded for the operator.
+    pub(crate) fn bind(bind: &Bind, backlog: u32, mode: Option<u32>, blocking: bool) -> Result<Self, ListenError> {
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let listener = match &bind.address {
+            Address::Tcp(_) => {
+                let all = Self::bind_all(bind, backlog, mode, blocking, false)?;
+                return all.into_iter().next().ok_or_else(|| fail("it has no address".to_owned()));
+            }
+            Address::Path(path) => bind_path(path, bind.protocol, backlog, mode).map_err(fail)?,
+            Address::Abstract(name) => bind_abstract(name, bind.protocol, backlog).map_err(fail)?,
+            Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
+            Address::Systemd(_) => return Err(fail("its sockets are known at the start only".to_owned())),
+        };
+        set_blocking(&listener.socket, blocking).map_err(|error| fail(error.to_string()))?;
+        listener.prepared(bind)
+    }
+
+    /// The same for all addresses of a name; for programs, which have one socket, the first of them. `leaves_ipv4`: see [`Bind`].
+    ///
+    /// # Errors
+    /// As for [`Listener::bind`], and then none is bound. What is no address of this machine is left out, if another one is.
+    pub(crate) fn bind_all(
+        bind: &Bind,
+        backlog: u32,
+        mode: Option<u32>,
+        blocking: bool,
+        leaves_ipv4: bool,
+    ) -> Result<Vec<Self>, ListenError> {
+        let Address::Tcp(address) = &bind.address else {
+            return Self::bind(bind, backlog, mode, blocking).map(|listener| vec![listener]);
+        };
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let most = if blocking { 1 } else { usize::MAX };
+        let bound = bind_tcp(address, bind.protocol, backlog, leaves_ipv4, most).map_err(fail)?;
+        let prepare = |listener: Self| {
+            set_blocking(&listener.socket, blocking).map_err(|error| fail(error.to_string()))?;
+            listener.prepared(bind)
+        };
+        bound.into_iter().map(prepare).collect()
+    }
+
+    /// Goes on with a socket that a predecessor made for `bind`, and with its `file`. Whether it blocks is left as it is: that is
+    /// the socket's, not the descriptor's, and those who accept at it go by it. (A program with an event loop may have set it.)
+    ///
+    /// # Errors
+    /// If it is not a listening socket, or blocks though it may not.
+    pub(crate) fn adopt(
+        bind: &Bind,
+        socket: OwnedFd,
+        file: Option<(u64, u64)>,
+        blocking: bool,
+    ) -> Result<Self, ListenError> {
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let family = family_of(&socket).map_err(|cause| fail(format!("the socket of the former master {cause}")))?;
+        if !blocking && is_blocking(&socket).map_err(|error| fail(error.to_string()))? {
+            let cause = "programs wait at it that accept for themselves, as this build's workers do not";
+            return Err(fail(format!("{cause} (stop and start instead)")));
+        }
+        let mut listener = Self::new(bind.protocol, bind.address.clone(), family, socket, file);
+        listener.adopted = true;
+        listener.prepared(bind)
+    }
+
+    /// Whether a former master made it.
+    pub(crate) fn is_adopted(&self) -> bool {
+        self.adopted
+    }
+
+    fn new(protocol: Protocol, address: Address, family: Family, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
+        let bind = Bind { protocol, address: address.clone() };
+        Self { protocol, address, family, bind, socket, file: Mutex::new(file), adopted: false }
+    }
+
+    fn prepared(mut self, bind: &Bind) -> Result<Self, ListenError> {
+        let fail = |cause: String| ListenError { bind: bind.clone(), cause };
+        let listener = &mut self;
+        if listener.family == Family::Tcp {
+            // Answers are written whole, so there is nothing to wait for. Accepted sockets take this over.
+            setsockopt(&listener.socket, sockopt::TcpNoDelay, &true).map_err(|errno| fail(errno.desc().to_owned()))?;
+        }
+        if let (Family::Tcp, Ok(address)) = (listener.family, socket::getsockname(listener.socket.as_raw_fd())) {
+            let address: SockaddrStorage = address;
+            listener.address = Address::Tcp(address.to_string());
+        }
+        self.bind = bind.clone();
+        Ok(self)
+    }
+
+    /// Device and inode of the socket file that is ours.
+    pub(crate) fn file(&self) -> Option<(u64, u64)> {
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the socket file that this listener made to `owner`.
+    ///
+    /// # Errors
+    /// [`ListenError`], worded for the operator.
+    pub(crate) fn give_file(&self, owner: Owner) -> Result<(), ListenError> {
+        self.give_file_of(nix::unistd::geteuid(), owner)
+    }
+
+    /// The same, of a file that was given to `from` before.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) fn give_file_of(&self, from: nix::unistd::Uid, owner: Owner) -> Result<(), ListenError> {
+        let (Address::Path(path), Some(ours)) = (&self.address, self.file()) else { return Ok(()) };
+        give_socket_file_of(path, ours, from, owner).map_err(|error| ListenError {
+            bind: Bind { protocol: self.protocol, address: self.address.clone() },
+            cause: format!(
+                "its file cannot be given to user {} and group {}: {error} (name others with --socket-owner)",
+                owner.user, owner.group
+            ),
+        })
+    }
+
+    /// A second descriptor of the same socket.
+    ///
+    /// # Errors
+    /// When no more descriptors can be had.
+    pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.socket.try_clone()
+    }
+
+    /// Whether `ours`, the near end of a connection, is this listener's.
+    pub(crate) fn accepts_at(&self, ours: &SockaddrStorage) -> bool {
+        let Ok(bound) = socket::getsockname::<SockaddrStorage>(self.socket.as_raw_fd()) else { return false };
+        match (sys::internet_address(&bound), sys::internet_address(ours)) {
+            (Some(bound), Some(ours)) => {
+                // Of two sockets on one port, one has the connections over IPv4; accepted by the other, they have mapped addresses.
+                let same_family = bound.is_ipv4() == ours.is_ipv4();
+                let same_host = bound.ip().is_unspecified() || bound.ip() == ours.ip();
+                bound.port() == ours.port() && same_family && same_host
+            }
+            (None, None) => bound == *ours,
+            _ => false,
+        }
+    }
+
+    /// Removes the socket file, if it is still the one that this listener made.
+    pub(crate) fn remove_file(&self) {
+        if let Address::Path(path) = &self.address {
+            remove_own(path, self.file());
+        }
+    }
+}
+
+/// The socket at which operators ask. Its file is for its owner alone.
+#[derive(Debug)]
+pub(crate) struct ControlListener {
+    path: PathBuf,
+    socket: OwnedFd,
+    file: Option<(u64, u64)>,
+}
+
+impl AsFd for ControlListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl ControlListener {
+    /// Goes on with a socket that a predecessor made at `path`, and with its `file`.
+    pub(crate) fn adopt(path: PathBuf, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
+        Self { path, socket, file }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode of the socket file that is ours.
+    pub(crate) fn file(&self) -> Option<(u64, u64)> {
+        self.file
+    }
+
+    /// # Errors
+    /// A sentence for the operator.
+    pub(crate) fn bind(path: &Path) -> Result<Self, String> {
+        let fail = |cause: String| format!("cannot have a control socket at {}: {cause}", path.display());
+        let (socket, file) = bind_file(path, Some(64), Some(0o600), "--control").map_err(fail)?;
+        set_blocking(&socket, false).map_err(|error| fail(error.to_string()))?;
+        Ok(Self { path: path.to_owned(), socket, file })
+    }
+}
+
+impl Drop for ControlListener {
+    /// Removes the socket file, if it is still the one that this listener made.
+    fn drop(&mut self) {
+        remove_own(&self.path, self.file);
+    }
+}
+
+fn is_blocking(socket: &OwnedFd) -> io::Result<bool> {
+    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    Ok(!flags.contains(OFlag::O_NONBLOCK))
+}
+
+fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_NONBLOCK, !blocking);
+    fcntl(socket, FcntlArg::F_SETFL(flags))?;
+    Ok(())
+}
+
+/// Tries what can be tried of a `--bind` without listening. A note, if somebody holds the address: that may be this
+/// service itself.
+///
+/// # Errors
+/// A sentence for the operator: why it could not be bound.
+pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, String> {
+    let found = match &bind.address {
+        Address::Path(path) => examine_path(path, "--bind"),
+        Address::Tcp(address) => examine_tcp(address, bind.leaves_ipv4(all)),
+        // The name is free, or its holder's.
+        Address::Abstract(name) => abstract_address(name).map(|_| None),
+        // The server may get another one, from whoever starts it.
+        Address::Inherited(fd) => Ok(inherit(*fd, bind.protocol).err().map(|cause| format!("here, {cause}"))),
+        Address::Systemd(_) => Ok(None),
+    };
+    found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
+}
+
+/// Waits, for `patience` at most, while somebody has the address: a server that was killed a moment ago, say, whose workers are
+/// about to give it up.
+pub(crate) fn await_address(bind: &Bind, patience: Duration, leaves_ipv4: bool) {
+    let begun = Instant::now();
+    while is_in_use(bind, leaves_ipv4) && begun.elapsed() < patience {
+        std::thread::sleep(IN_USE_LOOK);
+    }
+}
+
+fn is_in_use(bind: &Bind, leaves_ipv4: bool) -> bool {
+    match &bind.address {
+        Address::Tcp(address) => resolve(address)
+            .is_ok_and(|all| all.into_iter().any(|one| matches!(bound_tcp(one, leaves_ipv4), Err(Errno::EADDRINUSE)))),
+        Address::Path(path) => matches!(socket_file::probe(path), Ok(()) | Err(Errno::EAGAIN)),
+        Address::Abstract(name) => {
+            let bound = UnixAddr::new_abstract(name.as_bytes())
+                .ok()
+                .zip(new_socket(AddressFamily::Unix, SockType::Stream).ok());
+            bound.is_some_and(|(address, socket)| socket::bind(socket.as_raw_fd(), &address) == Err(Errno::EADDRINUSE))
+        }
+        Address::Inherited(_) | Address::Systemd(_) => false,
+    }
+}
+
+fn examine_tcp(address: &str, leaves_ipv4: bool) -> Result<Option<String>, String> {
+    let mut found = Err(format!("'{address}' resolves to no address"));
+    for candidate in resolve(address)? {
+        match bound_tcp(candidate, leaves_ipv4) {
+            Ok(_) => found = Ok(None),
+            Err(Errno::EADDRINUSE) => {
+                return Ok(Some("the port is in use now (by this service, if it runs)".to_owned()));
+            }
+            Err(errno) if is_absent(errno) => found = found.map_err(|_| explain_tcp(errno, candidate)),
+            Err(errno) => return Err(explain_tcp(errno, candidate)),
+        }
+    }
+    found
+}
+
+fn new_socket(family: AddressFamily, kind: SockType) -> Result<OwnedFd, String> {
+    socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
+        .map_err(|errno| format!("no socket can be had: {}", sys::explain(&errno.into())))
+}
+
+fn listen(socket: &OwnedFd, backlog: u32) -> Result<(), String> {
+    let backlog = i32::try_from(backlog).unwrap_or(i32::MAX);
+    let backlog = Backlog::new(backlog).unwrap_or(Backlog::MAXCONN);
+    socket::listen(socket, backlog).map_err(|errno| format!("listen: {}", errno.desc()))
+}
+
+/// Up to `most` sockets, one for each address.
+fn bind_tcp(
+    address: &str,
+    protocol: Protocol,
+    backlog: u32,
+    leaves_ipv4: bool,
+    most: usize,
+) -> Result<Vec<Listener>, String> {
+    let mut cause = format!("'{address}' resolves to no address");
+    let mut listeners: Vec<Listener> = Vec::new();
+    let mut chosen = None;
+    for mut candidate in resolve(address)? {
+        if listeners.len() == most {
+            log::info!("{candidate} is not served: a program that accepts for itself has one socket (--bind)");
+            continue;
+        }
+        // What the system chose for the first one holds for all.
+        candidate.set_port(chosen.unwrap_or(candidate.port()));
+        match bound_tcp(candidate, leaves_ipv4) {
+            Ok(socket) => {
+                listen(&socket, backlog)?;
+                let bound: Result<SockaddrStorage, _> = socket::getsockname(socket.as_raw_fd());
+                chosen = bound.ok().and_then(|bound| sys::internet_address(&bound)).map(|bound| bound.port());
+                let address = Address::Tcp(candidate.to_string());
+                listeners.push(Listener::new(protocol, address, Family::Tcp, socket, None));
+            }
+            Err(errno) if is_absent(errno) => {
+                cause = explain_tcp(errno, candidate);
+                log::debug!("{address} is more than what is bound: {cause}");
+            }
+            Err(errno) => return Err(explain_tcp(errno, candidate)),
+        }
+    }
+    if listeners.is_empty() { Err(cause) } else { Ok(listeners) }
+}
+
+/// Whether an address is none of this machine's: of a name's addresses that one is left out then.
+fn is_absent(errno: Errno) -> bool {
+    matches!(errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)
+}
+
+/// All addresses of `HOST:PORT`.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn resolve(address: &str) -> Result<Vec<SocketAddr>, String> {
+    let found = address.to_socket_addrs().map_err(|error| {
+        format!("'{address}' does not resolve: {error} (give an address and a port, as in 127.0.0.1:8080)")
+    })?;
+    let mut all: Vec<SocketAddr> = Vec::new();
+    for address in found {
+        if !all.contains(&address) {
+            all.push(address); // each comes once for each kind of socket, and for each line of /etc/hosts
+        }
+    }
+    Ok(all)
+}
+
+/// A socket that is bound and does not listen yet.
+fn bound_tcp(address: SocketAddr, leaves_ipv4: bool) -> Result<OwnedFd, Errno> {
+    let (family, storage): (_, Box<dyn SockaddrLike>) = match address {
+        SocketAddr::V4(address) => (AddressFamily::Inet, Box::new(SockaddrIn::from(address))),
+        SocketAddr::V6(address) => (AddressFamily::Inet6, Box::new(SockaddrIn6::from(address))),
+    };
+    let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    if address.is_ipv6() {
+        // Whatever net.ipv6.bindv6only says.
+        setsockopt(&socket, sockopt::Ipv6V6Only, &leaves_ipv4)?;
+    }
+    socket::bind(socket.as_raw_fd(), &*storage)?;
+    Ok(socket)
+}
+
+fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
+    let port = address.port();
+    match errno {
+        Errno::EADDRINUSE => {
+            format!("port {port} is in use by another program (stop that one, or choose another port with --bind)")
+        }
+        Errno::EACCES => {
+            format!("permission denied for port {port} (ports below 1024 need root or CAP_NET_BIND_SERVICE)")
+        }
+        Errno::EADDRNOTAVAIL if address.is_ipv6() => {
+            format!(
+                "{} is not an address of this machine (::1 is, if it has IPv6, and [::] means all of them)",
+                address.ip()
+            )
+        }
+        Errno::EADDRNOTAVAIL => {
+            format!(
+                "{} is not an address of this machine (127.0.0.1 is, and 0.0.0.0 means all of them; without IPv4: [::1] and [::])",
+                address.ip()
+            )
+        }
+        Errno::EAFNOSUPPORT if address.is_ipv6() => {
+            "this machine has no IPv6 (give an IPv4 address with --bind)".to_owned()
+        }
+        Errno::EAFNOSUPPORT => {
+            "this machine has no IPv4 (give an IPv6 address with --bind, as in http:[::1]:8080)".to_owned()
+        }
+        errno @ (Errno::EMFILE | Errno::ENFILE) => sys::explain(&errno.into()),
+        errno => errno.desc().to_owned(),
+    }
+}
+
+fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -> Result<Listener, String> {
+    let (socket, file) = bind_file(path, Some(backlog), mode, "--bind")?;
+    Ok(Listener::new(protocol, Address::Path(path.to_owned()), Family::Unix, socket, file))
+}
+
+fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listener, String> {
+    let address = abstract_address(name)?;
+    let socket = new_socket(AddressFamily::Unix, SockType::Stream)?;
+    socket::bind(socket.as_raw_fd(), &address).map_err(|errno| match errno {
+        Errno::EADDRINUSE => "another program is listening there (stop that one, or choose another name)".to_owned(),
+        errno => errno.desc().to_lowercase(),
+    })?;
+    listen(&socket, backlog)?;
+    Ok(Listener::new(protocol, Address::Abstract(name.to_owned()), Family::Unix, socket, None))
+}
+
+fn abstract_address(name: &str) -> Result<UnixAddr, String> {
+    UnixAddr::new_abstract(name.as_bytes())
+        .map_err(|_| format!("the name has {} bytes, and an abstract socket's may have 107", name.len()))
+}
+
+fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {
+    let socket = sys::descriptor(fd)
+        .ok_or(format!("descriptor {fd} is not open (the program that starts this one must pass it on)"))?;
+    let family = family_of(&socket).map_err(|cause| format!("descriptor {fd} {cause}"))?;
+    Ok(Listener::new(protocol, Address::Inherited(fd), family, socket, None))
+}
+
+/// The family of a socket that must be listening; else what it is instead.
+fn family_of(socket: &OwnedFd) -> Result<Family, String> {
+    if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
+        return Err("is not a listening socket (call listen on it before passing it on)".to_owned());
+    }
+    if socket::getsockopt(socket, sockopt::SockType) != Ok(SockType::Stream) {
+        return Err("is not a stream socket (under systemd: ListenStream= in the .socket unit)".to_owned());
+    }
+    let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd()).map_err(|errno| errno.desc().to_owned())?;
+    match address.family() {
+        Some(AddressFamily::Unix) => Ok(Family::Unix),
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Family::Tcp),
+        other => Err(format!("is a socket of a family not served here: {other:?}")),
+    }
+}
+
+/// Whether standard input is a listening socket: the FastCGI convention of a program that a web server
+/// started (FastCGI specification 1.0, section 2.2).
+pub(crate) fn started_by_web_server() -> bool {
+    socket::getsockopt(&io::stdin(), sockopt::AcceptConn).unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::socket_file::probe;
+    use super::*;
+
+    #[test]
+    fn of_all_that_start_at_once_on_one_path_one_listens() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let bind: Bind = format!("fastcgi:unix:{}", path.display()).parse().unwrap();
+        for _ in 0..50 {
+            drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+            let start = std::sync::Barrier::new(4);
+            let one = || {
+                start.wait();
+                Listener::bind(&bind, 8, None, false)
+            };
+            let all: Vec<_> = std::thread::scope(|scope| {
+                let threads = [(); 4].map(|()| scope.spawn(one));
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(all.iter().filter(|listener| listener.is_ok()).count(), 1, "{all:?}");
+            assert_eq!(probe(&path), Ok(()), "the one that listens has the file");
+            all.iter().flatten().for_each(Listener::remove_file);
+        }
+    }
+
+    #[test]
+    fn who_goes_on_with_a_socket_does_not_change_it_under_those_who_accept() {
+        let bind: Bind = "fastcgi:127.0.0.1:0".parse().unwrap();
+        let adopt = |made: &Listener, blocking| Listener::adopt(&bind, made.duplicate().unwrap(), None, blocking);
+        // Made for programs that wait in accept; one with an event loop has it otherwise.
+        let made = Listener::bind(&bind, 8, None, true).unwrap();
+        assert!(is_blocking(&made.socket).unwrap());
+        let error = adopt(&made, false).unwrap_err().to_string();
+        assert!(error.contains("stop and start"), "{error}");
+        assert!(is_blocking(&made.socket).unwrap(), "whoever only looked has changed nothing");
+        set_blocking(&made.socket, false).unwrap();
+        for blocking in [true, false] {
+            adopt(&made, blocking).unwrap();
+            assert!(!is_blocking(&made.socket).unwrap());
+        }
+    }
+
+    #[test]
+    fn all_addresses_of_a_name_are_bound_on_one_port_and_a_program_gets_the_first() {
+        let bind: Bind = "http:localhost:0".parse().unwrap();
+        let names: Vec<SocketAddr> = resolve("localhost:0").unwrap();
+        let here = names.iter().filter(|address| bound_tcp(**address, false).is_ok()).count();
+        let all = Listener::bind_all(&bind, 8, None, false, false).unwrap();
+        assert_eq!(all.len(), here, "{names:?}: {all:?}");
+        let ports = all.iter().map(|listener| match &listener.address {
+            Address::Tcp(address) => address.parse::<SocketAddr>().unwrap().port(),
+            other => panic!("it is TCP: {other}"),
+        });
+        let ports: std::collections::BTreeSet<u16> = ports.collect();
+        assert!(ports.len() == 1 && !ports.contains(&0), "{ports:?}");
+        assert!(all.iter().all(|listener| listener.bind == bind));
+        assert_eq!(Listener::bind_all(&bind, 8, None, true, false).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_connection_belongs_to_the_socket_of_its_family() {
+        let both = ["http:[::]:0", "http:0.0.0.0:0"].map(|text| text.parse::<Bind>().unwrap());
+        let v6 = Listener::bind_all(&both[0], 8, None, false, true).unwrap().remove(0);
+        let Address::Tcp(bound) = &v6.address else { panic!("it is TCP") };
+        let port = bound.parse::<SocketAddr>().unwrap().port();
+        let v4 = Listener::bind(&format!("http:0.0.0.0:{port}").parse().unwrap(), 8, None, false).unwrap();
+        let near = |ip: &str| SockaddrStorage::from(SocketAddr::new(ip.parse().unwrap(), port));
+        assert!(v4.accepts_at(&near("127.0.0.1")) && !v4.accepts_at(&near("::1")));
+        assert!(v6.accepts_at(&near("::1")) && !v6.accepts_at(&near("127.0.0.1")));
+    }
+
+    #[test]
+    fn a_socket_that_keeps_packets_apart_is_not_served() {
+        let folder = tempfile::tempdir().unwrap();
+        let kind = SockType::SeqPacket;
+        let socket = socket::socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let address = UnixAddr::new(&folder.path().join("a.sock")).unwrap();
+        socket::bind(socket.as_raw_fd(), &address).unwrap();
+        listen(&socket, 8).unwrap();
+        let bind = Bind { protocol: Protocol::Http, address: Address::Inherited(socket.as_raw_fd()) };
+        let error = Listener::bind(&bind, 8, None, false).unwrap_err().to_string();
+        assert!(error.contains("is not a stream socket"), "{error}");
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let bind: Bind = format!("fastcgi:unix:{}", path.display()).parse().unwrap();
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+
+        let first = Listener::bind(&bind, 8, Some(0o600), false).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let error = Listener::bind(&bind, 8, None, false).unwrap_err().to_string();
+        assert!(error.contains("another program is listening there"), "{error}");
+
+        // Somebody else's file under the same name stays.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "mine").unwrap();
+        first.remove_file();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+        let error = Listener::bind(&bind, 8, None, false).unwrap_err().to_string();
+        assert!(error.contains("is not a socket"), "{error}");
+    }
+}

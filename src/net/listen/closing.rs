@@ -1,0 +1,256 @@
+//! How a listening socket is closed for good without a queued connection being lost.
+//!
+//! Closing a descriptor is not enough: other processes hold the socket too, and as long as one of them does, the kernel goes
+//! on completing connections that nobody will accept. shutdown(2) acts on the socket itself, whoever holds it. It differs by
+//! family (Linux):
+//!
+//! - Unix: new connections are refused from that moment on; what is queued can still be accepted.
+//! - TCP: new connections are refused, and what is queued is reset. So new connections are first held off by a socket filter
+//!   that drops SYN segments (the client's kernel sends its SYN again after a second), until the queue is empty.
+//!
+//! After that a non-blocking `accept` gives EINVAL over TCP, and EAGAIN over a Unix socket, which polls as readable for ever;
+//! one that blocks returns with EINVAL on both.
+//!
+//! Sockets that were passed to this server (systemd, fd:N) belong to others too, and are never closed in this way.
+
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{self, Shutdown, sockopt};
+
+use super::{Family, Listener};
+use crate::config::address::Address;
+use crate::sys;
+
+/// How long the queue may take to empty where new connections cannot be held off.
+const UNFILTERED: Duration = Duration::from_millis(200);
+
+impl Listener {
+    /// Whether this server bound the socket itself, so that nobody else has a use for it.
+    pub(crate) fn is_own(&self) -> bool {
+        match self.bind.address {
+            Address::Tcp(_) | Address::Path(_) | Address::Abstract(_) => true,
+            Address::Inherited(_) | Address::Systemd(_) => false,
+        }
+    }
+
+    /// Whether its name is in use for as long as anybody holds the socket.
+    pub(crate) fn is_abstract(&self) -> bool {
+        self.is_own() && matches!(self.address, Address::Abstract(_))
+    }
+
+    /// Lets no further connection into the queue; what is queued can still be accepted. False if that cannot be had.
+    pub(crate) fn hold_off(&self) -> bool {
+        match self.family {
+            Family::Tcp => sys::drop_syn_segments(self.as_fd()).is_ok(),
+            Family::Unix => {
+                self.shut();
+                true
+            }
+        }
+    }
+
+    /// Refuses connections from now on. Over TCP what is queued is reset.
+    pub(crate) fn refuse(&self) {
+        self.shut();
+    }
+
+    fn shut(&self) {
+        match socket::shutdown(self.socket.as_raw_fd(), Shutdown::Read) {
+            // Not a socket: this process has given it up. Not connected: it was shut down before.
+            Ok(()) | Err(Errno::ENOTSOCK | Errno::ENOTCONN | Errno::EBADF) => {}
+            Err(errno) => log::warn!("cannot close bind={}: {}", self.bind, errno.desc()),
+        }
+    }
+
+    /// Has this process, and those that share its table of descriptors, hold the socket no longer. The number stays
+    /// open: it stands for `stand_in` from now on.
+    pub(crate) fn give_up(&self, stand_in: &OwnedFd) {
+        if let Err(error) = sys::replace(self.socket.as_raw_fd(), stand_in) {
+            log::warn!("cannot close bind={} here: {error}", self.bind);
+        }
+    }
+}
+
+/// Whether a socket listens, and was not shut down.
+pub(crate) fn is_listening(socket: BorrowedFd<'_>) -> bool {
+    // A Unix socket that was shut down goes on to say that it accepts connections.
+    let mut watched = [PollFd::new(socket, PollFlags::from_bits_retain(libc::POLLRDHUP))];
+    let is_shut = poll(&mut watched, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
+    !is_shut && socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false)
+}
+
+/// Listening sockets that are being closed: first no connection is added to their queues, then these empty, then they refuse.
+#[derive(Debug)]
+pub(crate) struct Closing {
+    open: Vec<Open>,
+    /// How long a socket whose queue is empty still listens.
+    linger: Duration,
+}
+
+/// One that does not refuse yet.
+#[derive(Debug)]
+struct Open {
+    index: usize,
+    /// How long its queue is waited for.
+    until: Instant,
+    /// Set when that is over.
+    refuses_at: Option<Instant>,
+}
+
+impl Closing {
+    /// Begins to close those of `listeners` that this server bound. Their queues have `patience` to empty. With `linger`, those who wait
+    /// in accept(2) are left in peace for so long after that: they are being asked to leave in another way.
+    pub(crate) fn begin(listeners: &[Listener], patience: Duration, linger: Duration) -> Self {
+        let now = Instant::now();
+        let own = listeners.iter().enumerate().filter(|(_, listener)| listener.is_own());
+        let open = own.map(|(index, listener)| {
+            let is_held_off = match listener.address {
+                // Nobody finds it any more.
+                Address::Path(_) if !linger.is_zero() => {
+                    listener.remove_file();
+                    true
+                }
+                _ => listener.hold_off(),
+            };
+            let patience = if is_held_off { patience } else { patience.min(UNFILTERED) };
+            Open { index, until: now + patience, refuses_at: None }
+        });
+        Self { open: open.collect(), linger }
+    }
+
+    /// Nothing is waited for any more.
+    pub(crate) fn hurry(&mut self, now: Instant) {
+        self.linger = Duration::ZERO;
+        for Open { until, refuses_at, .. } in &mut self.open {
+            *until = now;
+            *refuses_at = refuses_at.map(|_| now); // what is left of its queue has been counted
+        }
+    }
+
+    /// Closes each one whose queue is empty, as `queued` tells, or has had its time. Returns how many connections that costs.
+    pub(crate) fn advance(&mut self, listeners: &[Listener], queued: impl Fn(&Listener) -> u32, now: Instant) -> u32 {
+        let (mut lost, linger) = (0, self.linger);
+        self.open.retain_mut(|Open { index, until, refuses_at }| {
+            let Some(listener) = listeners.get(*index) else { return false };
+            if refuses_at.is_none() {
+                let left = queued(listener);
+                if left > 0 && now < *until {
+                    return true;
+                }
+                lost += left;
+            }
+            let is_due = *refuses_at.get_or_insert(now + linger) <= now;
+            if is_due {
+                listener.refuse();
+            }
+            !is_due
+        });
+        lost
+    }
+
+    /// Whether none of the queues is waited for.
+    pub(crate) fn is_dry(&self) -> bool {
+        self.open.iter().all(|open| open.refuses_at.is_some())
+    }
+
+    /// Whether all of them refuse connections.
+    pub(crate) fn is_over(&self) -> bool {
+        self.open.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read as _, Write as _};
+    use std::net::TcpStream;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::config::address::Bind;
+
+    fn bind(text: &str) -> Listener {
+        Listener::bind(&text.parse::<Bind>().unwrap(), 8, None, false).unwrap()
+    }
+
+    fn queued(listener: &Listener) -> u32 {
+        sys::tcp_queue(listener.as_fd()).unwrap_or(0)
+    }
+
+    #[test]
+    fn a_tcp_queue_is_served_before_its_socket_refuses_and_then_its_port_is_free() {
+        for host in ["127.0.0.1", "[::1]"] {
+            let listener = bind(&format!("http:{host}:0"));
+            let Address::Tcp(address) = listener.address.clone() else { panic!("it is TCP") };
+            let elsewhere = listener.duplicate().unwrap();
+            let mut waiting = TcpStream::connect(&address).unwrap();
+            let listeners = [listener];
+            let mut closing = Closing::begin(&listeners, Duration::from_secs(60), Duration::ZERO);
+            assert_eq!(closing.advance(&listeners, queued, Instant::now()), 0);
+            assert!(!closing.is_over(), "somebody waits");
+            let late = TcpStream::connect_timeout(&address.parse().unwrap(), Duration::from_millis(50));
+            assert_eq!(late.unwrap_err().kind(), ErrorKind::TimedOut, "the queue only shrinks");
+            let (socket, _) = sys::accept(listeners[0].as_fd()).unwrap();
+            assert_eq!(closing.advance(&listeners, queued, Instant::now()), 0);
+            assert!(closing.is_over());
+            assert_eq!(TcpStream::connect(&address).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+            assert!(!listeners[0].is_listening());
+            // Whoever holds the socket still does not keep the port.
+            bind(&format!("http:{address}"));
+            drop(elsewhere);
+            // What was accepted works, the filter that it may have inherited notwithstanding.
+            let mut accepted = TcpStream::from(socket);
+            accepted.set_nonblocking(false).unwrap();
+            accepted.write_all(b"hello").unwrap();
+            let mut said = [0; 5];
+            waiting.read_exact(&mut said).unwrap();
+            assert_eq!(&said, b"hello");
+        }
+    }
+
+    #[test]
+    fn what_waits_too_long_is_reset_and_counted() {
+        let listeners = [bind("http:127.0.0.1:0")];
+        let Address::Tcp(address) = &listeners[0].address else { panic!("it is TCP") };
+        let _waiting = [(); 3].map(|()| TcpStream::connect(address).unwrap());
+        let mut closing = Closing::begin(&listeners, Duration::from_secs(1), Duration::ZERO);
+        assert_eq!(closing.advance(&listeners, queued, Instant::now() + Duration::from_secs(2)), 3);
+        assert!(closing.is_over());
+    }
+
+    #[test]
+    fn a_unix_socket_refuses_at_once_and_what_is_queued_is_served() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let listeners = [bind(&format!("http:unix:{}", path.display()))];
+        let _waiting = UnixStream::connect(&path).unwrap();
+        assert!(listeners[0].is_listening());
+        let closing = Closing::begin(&listeners, Duration::from_secs(60), Duration::ZERO);
+        assert_eq!(UnixStream::connect(&path).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert!(!listeners[0].is_listening() && !closing.is_over());
+        assert!(sys::accept(listeners[0].as_fd()).is_ok());
+        assert_eq!(sys::accept(listeners[0].as_fd()).unwrap_err().kind(), ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_socket_that_others_passed_is_left_alone() {
+        let theirs = bind("http:127.0.0.1:0");
+        let Address::Tcp(address) = &theirs.address else { panic!("it is TCP") };
+        let passed = bind(&format!("http:fd:{}", theirs.as_fd().as_raw_fd()));
+        let listeners = [passed];
+        assert!(Closing::begin(&listeners, Duration::ZERO, Duration::ZERO).is_over());
+        assert!(TcpStream::connect(address).is_ok());
+    }
+
+    #[test]
+    fn a_name_is_free_when_its_socket_was_given_up() {
+        let text = format!("http:unix:@forkyard-test-{}", std::process::id());
+        let listener = bind(&text);
+        let (stand_in, _other) = nix::unistd::pipe().unwrap();
+        listener.give_up(&stand_in);
+        listener.refuse(); // it is nobody's
+        bind(&text);
+    }
+}

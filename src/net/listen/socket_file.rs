@@ -1,0 +1,179 @@
+//! The file of a Unix socket: made with its permissions, in the place of one that a dead program left and of no other,
+//! and removed only if it is still ours.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
+use nix::sys::stat::{Mode, fstat, umask};
+use nix::sys::statvfs::statvfs;
+use nix::unistd::Uid;
+
+use super::{listen, new_socket};
+use crate::config::privileges::Owner;
+use crate::privileges;
+use crate::sys::lock_file::LockFile;
+
+/// A socket with a file, and the file's device and inode.
+pub(crate) type SocketAndFile = (OwnedFd, Option<(u64, u64)>);
+
+/// A socket for datagrams with a file. `flag` is the one that chose the path.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn bind_datagrams(path: &Path, mode: u32, flag: &str) -> Result<SocketAndFile, String> {
+    bind_file(path, None, Some(mode), flag)
+}
+
+/// A listening socket; without `backlog`, one for datagrams.
+pub(super) fn bind_file(
+    path: &Path,
+    backlog: Option<u32>,
+    mode: Option<u32>,
+    flag: &str,
+) -> Result<SocketAndFile, String> {
+    let address = UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
+    // Until it listens, the new one looks like what a dead program left.
+    let _turn = LockFile::beside(path);
+    clear_stale(path, flag)?;
+    let kind = if backlog.is_some() { SockType::Stream } else { SockType::Datagram };
+    let socket = new_socket(AddressFamily::Unix, kind)?;
+    // The file is born with its permissions: nobody can connect between a bind and a chmod.
+    let before = mode.map(|mode| umask(Mode::from_bits_truncate(0o777 & !mode)));
+    let bound = socket::bind(socket.as_raw_fd(), &address);
+    if let Some(before) = before {
+        umask(before);
+    }
+    bound.map_err(|errno| explain_path(errno, path, flag))?;
+    let file = file_identity(path);
+    backlog.map_or(Ok(()), |backlog| listen(&socket, backlog))?;
+    Ok((socket, file))
+}
+
+/// Removes the socket file of a program that is gone; refuses if somebody listens there.
+fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    if !metadata.file_type().is_socket() {
+        return Err(format!("the file there is not a socket (move it away, or choose another path with {flag})"));
+    }
+    match probe(path) {
+        Err(Errno::ECONNREFUSED) => std::fs::remove_file(path)
+            .map_err(|error| format!("the stale socket file there cannot be removed: {error} (remove it by hand)")),
+        Err(Errno::EACCES) => Err(format!(
+            "permission denied for the socket that is there (run as its owner, or choose another path with {flag})"
+        )),
+        // A full queue (EAGAIN) is a live listener too.
+        Ok(_) | Err(_) => {
+            Err(format!("another program is listening there (stop that one, or choose another path with {flag})"))
+        }
+    }
+}
+
+/// Whether that is the socket file of a program that is gone.
+pub(crate) fn is_stale(path: &Path) -> bool {
+    probe(path) == Err(Errno::ECONNREFUSED)
+}
+
+/// Connects, without waiting for a place in a full queue (that is EAGAIN).
+pub(super) fn probe(path: &Path) -> Result<(), Errno> {
+    let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, kind, None)?;
+    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
+}
+
+fn too_long(path: &Path, flag: &str) -> String {
+    let length = path.as_os_str().len();
+    format!("the path has {length} bytes, and a Unix socket's may have 107 (choose a shorter one with {flag})")
+}
+
+/// # Errors
+/// A sentence for the operator, if no Unix socket can have this path; `flag` is the one that chose it.
+pub(crate) fn examine_length(path: &Path, flag: &str) -> Result<(), String> {
+    UnixAddr::new(path).map(drop).map_err(|_| too_long(path, flag))
+}
+
+fn explain_path(errno: Errno, path: &Path, flag: &str) -> String {
+    let folder = path.parent().map_or_else(|| ".".to_owned(), |folder| folder.display().to_string());
+    match errno {
+        Errno::EACCES | Errno::EPERM | Errno::EROFS => {
+            format!("{} (run as root, or choose a path you can write, with {flag})", errno.desc().to_lowercase())
+        }
+        Errno::ENOENT => format!("the folder {folder} does not exist (create it, or choose another path with {flag})"),
+        errno => errno.desc().to_lowercase(),
+    }
+}
+
+/// Gives a socket file to `owner`, if it is still `ours`.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> io::Result<()> {
+    give_socket_file_of(path, ours, nix::unistd::geteuid(), owner)
+}
+
+/// The same, of one that was given to `from` before.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn give_socket_file_of(path: &Path, ours: (u64, u64), from: Uid, owner: Owner) -> io::Result<()> {
+    let file = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+    let found = fstat(&file)?;
+    let same = (found.st_dev, found.st_ino) == ours;
+    if same { privileges::give_of(file.as_fd(), from, owner) } else { Err(io::Error::other("it was replaced")) }
+}
+
+/// Removes a socket file, if it is still this one.
+pub(crate) fn remove_own(path: &Path, file: Option<(u64, u64)>) {
+    if file.is_some()
+        && file_identity(path) == file
+        && let Err(error) = std::fs::remove_file(path)
+    {
+        log::warn!("cannot remove {}: {error}", path.display());
+    }
+}
+
+fn file_identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+/// The same for the file of a socket; `flag` is the one that chose the path.
+///
+/// # Errors
+/// As above.
+pub(crate) fn examine_path(path: &Path, flag: &str) -> Result<Option<String>, String> {
+    UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
+    let Ok(metadata) = std::fs::symlink_metadata(path) else { return examine_folder(path).map(|()| None) };
+    if !metadata.file_type().is_socket() {
+        return Err(format!("the file there is not a socket (move it away, or choose another path with {flag})"));
+    }
+    match probe(path) {
+        Err(Errno::ECONNREFUSED) => examine_folder(path).map(|()| None),
+        Ok(()) | Err(_) => Ok(Some("a program is listening there now (this service, if it runs)".to_owned())),
+    }
+}
+
+/// Whether a file can be made at this path.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn examine_folder(path: &Path) -> Result<(), String> {
+    use nix::unistd::{AccessFlags, access};
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    match access(folder, AccessFlags::W_OK | AccessFlags::X_OK) {
+        _ if folder.exists() && !folder.is_dir() => Err(format!("{} is not a directory", folder.display())),
+        Ok(()) if statvfs(folder).is_ok_and(|found| found.files() > 0 && found.files_free() == 0) => {
+            Err(format!("the folder {}: its file system has no room for another file (df -i)", folder.display()))
+        }
+        Ok(()) => Ok(()),
+        Err(Errno::ENOENT) => Err(format!("the folder {} does not exist (create it)", folder.display())),
+        Err(errno) => Err(format!("the folder {}: {}", folder.display(), errno.desc().to_lowercase())),
+    }
+}

@@ -1,0 +1,195 @@
+//! Which shared memory a start has: what a former master left or had stored, if it is what this one would make; else new memory, or
+//! a file.
+
+use std::error::Error;
+use std::path::Path;
+
+use forkyard_shm::{Found, Plan, Segment, SegmentError};
+use nix::sys::resource::Resource;
+
+use super::systemd;
+use crate::config::{CacheConfig, Config, format_size};
+use crate::privileges;
+use crate::upgrade::Takeover;
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+/// What the segment is to have.
+pub(crate) fn plan(config: &Config) -> Plan {
+    let CacheConfig { bytes, max_entry, .. } = config.cache;
+    Plan { cache_bytes: bytes, rows: config.slots(), max_entry, events_bytes: config.events.bytes }
+}
+
+/// # Errors
+/// A sentence for the operator, if the memory or the file is not to be had.
+pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<Segment, BoxError> {
+    let Some(takeover) = takeover else { return open_stored(config) };
+    let Some((left, file)) = takeover.segment() else { return create(config) };
+    if file != config.cache.file {
+        log::warn!("the cache starts empty: --cache-file is another one now");
+        return create(config);
+    }
+    match Segment::adopt(left, &plan(config)) {
+        Ok(segment) => Ok(segment),
+        // A file has one segment at a time, and the old workers use it.
+        Err(error) if file.is_some() => {
+            Err(format!("--cache-file: the workers use it until they leave: {error} (stop and start instead)").into())
+        }
+        Err(error) => {
+            log::warn!("the cache starts empty: that of the former master cannot be used here: {error}");
+            create(config)
+        }
+    }
+}
+
+/// Whether systemd is to keep the memory for the next start: a cache, and not one that lies in a file.
+pub(crate) fn is_worth_storing(config: &Config) -> bool {
+    config.cache.bytes > 0 && config.cache.file.is_none()
+}
+
+fn open_stored(config: &Config) -> Result<Segment, BoxError> {
+    match systemd::stored_segment() {
+        Some(stored) if is_worth_storing(config) => match Segment::adopt_alone(stored, &plan(config)) {
+            Ok(segment) => {
+                log::info!("cache is warm kept_by=systemd pages={}", segment.cache().stats().entries);
+                Ok(segment)
+            }
+            Err(error) => {
+                log::warn!("cache starts empty, what systemd kept of it was dropped: {error}");
+                create(config)
+            }
+        },
+        Some(_) => {
+            log::info!("what systemd kept of a cache was dropped: there is none now, or it lies in a file");
+            create(config)
+        }
+        None => create(config),
+    }
+}
+
+/// New memory in the place of what is damaged. A file makes room for another one under its name, and is gone with the last
+/// who uses it.
+///
+/// # Errors
+/// As for [`open`].
+pub(crate) fn renew(config: &Config) -> Result<Segment, BoxError> {
+    if let Some(path) = &config.cache.file {
+        std::fs::remove_file(path)
+            .map_err(|error| format!("cannot remove the damaged cache file {}: {error}", path.display()))?;
+    }
+    create(config)
+}
+
+fn create(config: &Config) -> Result<Segment, BoxError> {
+    let CacheConfig { bytes, file, .. } = &config.cache;
+    let plan = plan(config);
+    if *bytes == 0 && file.is_some() {
+        return Err("--cache-file has no cache to keep (give its size with --cache)".into());
+    }
+    if let Some(note) = note_on(config) {
+        log::warn!("{note}");
+    }
+    let Some(path) = file else {
+        return Segment::create(&plan).map_err(|error| explain(&error, config).into());
+    };
+    let (segment, found) = Segment::open(path, &plan).map_err(|error| explain_file(&error, path, config))?;
+    if let Some(owner) = config.privileges.owner_of_files() {
+        privileges::give(segment.fd(), owner).map_err(|error| {
+            format!("--user: the cache file {} cannot be given to that user: {error} (choose another one with --cache-file)", path.display())
+        })?;
+    }
+    match found {
+        Found::Warm => log::info!("cache is warm file={} pages={}", path.display(), segment.cache().stats().entries),
+        Found::Nothing => log::info!("cache is new file={}", path.display()),
+        Found::Dropped { why } => {
+            log::warn!("cache starts empty, what its file held was dropped: {why} file={}", path.display())
+        }
+    }
+    Ok(segment)
+}
+
+fn explain(error: &SegmentError, config: &Config) -> String {
+    let CacheConfig { bytes, .. } = config.cache;
+    let remedy = match error {
+        SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
+        SegmentError::LogTooSmall { .. } => "--events",
+        SegmentError::CacheTooSmall { .. } => "--cache",
+        // The larger part of it.
+        _ if config.events.bytes > bytes => "--events",
+        _ => "--cache",
+    };
+    let what = if bytes > 0 {
+        format!("a shared cache of {}", format_size(bytes))
+    } else {
+        format!("shared memory with an event log of {}", format_size(config.events.bytes))
+    };
+    format!("cannot make {what}: {error} (choose another size with {remedy})")
+}
+
+fn explain_file(error: &SegmentError, path: &Path, config: &Config) -> String {
+    format!(
+        "cannot keep a shared cache of {} in {}: {error} (choose another file with --cache-file, or another size with --cache)",
+        format_size(config.cache.bytes),
+        path.display()
+    )
+}
+
+/// What an operator may want to know of a cache that was asked for by nobody.
+fn note_on(config: &Config) -> Option<String> {
+    let CacheConfig { bytes, shrunk_for, .. } = config.cache;
+    let limit = shrunk_for? >> 20;
+    Some(format!(
+        "the page cache has {}, as the memory limit of this machine, container or unit is {limit} MiB (say how large it is to be \
+         with --cache)",
+        format_size(bytes)
+    ))
+}
+
+/// What a start would find out: an error if the memory is not there, and what else an operator may want to know. Nothing is reserved.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
+    match &config.cache.file {
+        None => plan(config).check_memory().map_err(|error| explain(&error, config))?,
+        Some(file) => Segment::examine(file, &plan(config)).map_err(|error| explain_file(&error, file, config))?,
+    }
+    Ok(note_on(config))
+}
+
+/// Looks whether `--rlimit` leaves a worker what it certainly needs: what this process, of which it is a copy, has mapped, and the shared
+/// memory. What an external program (`executes`) needs, nobody knows.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn check_limits(config: &Config, executes: bool) -> Result<(), String> {
+    let limit = config.privileges.limits.iter().rev().find(|limit| limit.resource == Resource::RLIMIT_AS);
+    let (Some(limit), false, Some(own), Ok(shared)) = (limit, executes, mapped(), Segment::size(&plan(config))) else {
+        return Ok(());
+    };
+    let least = own.saturating_add(shared);
+    if limit.soft >= least {
+        return Ok(());
+    }
+    Err(format!(
+        "--rlimit as={}: a worker has more than {} MiB of addresses, {} MiB of them for shared memory (choose a higher limit, or less of \
+         --cache and --events)",
+        format_size(limit.soft),
+        least >> 20,
+        shared >> 20
+    ))
+}
+
+/// Bytes of addresses that this process has.
+fn mapped() -> Option<u64> {
+    let pages: u64 = std::fs::read_to_string("/proc/self/statm").ok()?.split(' ').next()?.parse().ok()?;
+    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    pages.checked_mul(u64::try_from(size).ok()?)
+}
+
+/// Has a cache in a file used again by the next start; a cache in memory is gone with its last process.
+pub(crate) fn close(segment: Segment) {
+    if let Err(error) = segment.close() {
+        log::warn!("the cache file may have to be dropped at the next start: {error}");
+    }
+}

@@ -1,0 +1,260 @@
+//! The pid file: the master's number for other programs, and a lock that keeps a second master out.
+//!
+//! The file is written whole under another name, locked, and moved into place: nobody reads half of it. The lock ends with
+//! the master however that ends, so a file without a lock is what a dead one left. It is a write lock of fcntl(2): who may only
+//! read the file cannot take one, and so cannot pass for a living master. May not be closed before the master is done.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::statvfs::{Statvfs, statvfs};
+
+use super::start_end::Leftover;
+use crate::net::listen;
+use crate::sys::lock_file::{LockFile, directory_of};
+use crate::upgrade::Takeover;
+use crate::upgrade::saved::SavedPidFile;
+
+/// A pid file of this process.
+#[derive(Debug)]
+pub(crate) struct PidFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl PidFile {
+    /// Writes this process's pid to `path`.
+    ///
+    /// # Errors
+    /// A sentence for the operator: another master has the file, or it cannot be written.
+    pub(crate) fn create(path: &Path) -> Result<Self, String> {
+        let fail = |cause: String| format!("cannot write the pid file {}: {cause}", path.display());
+        let denied = |error: std::io::Error| fail(format!("{error} (choose another path with --pid-file)"));
+        let _turn = LockFile::beside(path);
+        refuse_second(path).map_err(fail)?;
+        let name = path.file_name().ok_or_else(|| fail("it has no name (give a file with --pid-file)".to_owned()))?;
+        let prefix = format!(".{}.", name.to_string_lossy());
+        remove_leftovers(directory_of(path), &prefix);
+        // A name that nobody can have taken: neither a master of the same number that was killed in here, nor a stranger.
+        let mut random = [0; 8];
+        getrandom::fill(&mut random).map_err(|error| denied(io::Error::other(error)))?;
+        let fresh = directory_of(path).join(format!("{prefix}{:016x}", u64::from_ne_bytes(random)));
+        let write = || {
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&fresh)?;
+            let written = file.write_all(format!("{}\n", std::process::id()).as_bytes());
+            written.and_then(|()| lock(&file)).and_then(|()| std::fs::rename(&fresh, path)).map(|()| file)
+        };
+        match write() {
+            Ok(file) => Ok(Self { path: path.to_owned(), file }),
+            Err(error) => {
+                let _ = std::fs::remove_file(&fresh); // it may not be there
+                Err(denied(error))
+            }
+        }
+    }
+
+    /// The one at `path`: a former master's, if it has that one, or a new one. Of another one that it has, nothing is left. `None` if there
+    /// is to be none, or if this process only looks whether it could take over that master's.
+    ///
+    /// # Errors
+    /// As for [`PidFile::create`].
+    pub(crate) fn open(path: Option<&Path>, takeover: Option<&mut Takeover>) -> Result<Option<Self>, String> {
+        let is_check = takeover.as_ref().is_some_and(|left| left.check);
+        let Some((former, descriptor)) = takeover.and_then(Takeover::pid_file) else {
+            return path.map(Self::create).transpose();
+        };
+        let adopted = descriptor.map(|descriptor| Self { path: former.clone(), file: File::from(descriptor) });
+        if let Some(Self { path, file }) = &adopted
+            && let Err(error) = lock(file)
+        {
+            log::warn!("the pid file {} is not locked: {error}", path.display());
+        }
+        if path == Some(&*former) && (is_check || adopted.is_some()) {
+            return Ok(adopted);
+        }
+        let created = path.map(Self::create).transpose()?;
+        adopted.into_iter().for_each(Self::remove);
+        Ok(created)
+    }
+
+    /// For a master that takes over.
+    pub(crate) fn saved(&self) -> SavedPidFile {
+        SavedPidFile { fd: self.file.as_raw_fd(), path: self.path.clone() }
+    }
+
+    /// For a start that ends early.
+    pub(crate) fn leftover(&self) -> Option<Leftover> {
+        let ours = self.file.metadata().ok()?;
+        Leftover::file(&self.path, (ours.dev(), ours.ino()))
+    }
+
+    /// Removes the file, if it is still this one.
+    pub(crate) fn remove(self) {
+        let (Ok(ours), Ok(there)) = (self.file.metadata(), self.path.symlink_metadata()) else { return };
+        if (ours.dev(), ours.ino()) == (there.dev(), there.ino())
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            log::warn!("cannot remove the pid file {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// Locks the file for as long as it is open here. To have it locked already is no error.
+fn lock(file: &File) -> io::Result<()> {
+    let flock = flock_of(libc::F_WRLCK);
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
+        Ok(_) => Ok(()),
+        // A file system without locks: as good as it gets.
+        Err(nix::errno::Errno::ENOLCK | nix::errno::Errno::EOPNOTSUPP) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Whether somebody has it locked who may write to it.
+fn is_locked(file: &File) -> bool {
+    let mut flock = flock_of(libc::F_RDLCK);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut flock)).is_ok() && i32::from(flock.l_type) == libc::F_WRLCK
+}
+
+/// All of the file.
+fn flock_of(kind: libc::c_int) -> libc::flock {
+    let kind = libc::c_short::try_from(kind).unwrap_or(0);
+    let whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or(0);
+    libc::flock { l_type: kind, l_whence: whence, l_start: 0, l_len: 0, l_pid: 0 }
+}
+
+/// Removes what masters of this user left that were killed before they had moved their file into place. The caller holds the lock,
+/// so none is about to.
+fn remove_leftovers(directory: &Path, prefix: &str) {
+    let is_number = |rest: &str| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let ours = nix::unistd::geteuid().as_raw();
+    for entry in directory.read_dir().into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let left = name.to_str().and_then(|name| name.strip_prefix(prefix)).is_some_and(is_number);
+        if left && entry.metadata().is_ok_and(|found| found.is_file() && found.uid() == ours) {
+            let _ = std::fs::remove_file(entry.path()); // it is in nobody's way
+        }
+    }
+}
+
+/// Tries what can be tried of a pid file without writing it. A note, if another master has it.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn examine(path: &Path) -> Result<Option<String>, String> {
+    let holder = holder(path).and_then(|holder| {
+        listen::examine_folder(path)?;
+        if is_full(directory_of(path)) {
+            return Err("no space left on the device".to_owned());
+        }
+        Ok(holder)
+    });
+    let holder =
+        holder.map_err(|cause| format!("cannot write the pid file {}: {cause} (--pid-file)", path.display()))?;
+    let note =
+        |pid| format!("pid file {}: a master has it now, as pid {pid} (this service, if it runs)", path.display());
+    Ok(holder.map(note))
+}
+
+/// Whether its file system has no block left, to us.
+fn is_full(directory: &Path) -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    let free = |found: &Statvfs| if is_root { found.blocks_free() } else { found.blocks_available() };
+    // Some file systems do not count.
+    statvfs(directory).is_ok_and(|found| found.blocks() > 0 && free(&found) == 0)
+}
+
+/// An error if a living master has the file, or if it is something else than a pid file.
+fn refuse_second(path: &Path) -> Result<(), String> {
+    match holder(path)? {
+        None => Ok(()),
+        Some(pid) => Err(format!(
+            "another master has it, and runs as pid {pid} (stop that one, or choose another path with --pid-file)"
+        )),
+    }
+}
+
+/// The pid of the living master that has the file.
+///
+/// # Errors
+/// If it is something else than a pid file.
+fn holder(path: &Path) -> Result<Option<String>, String> {
+    let Ok(metadata) = path.symlink_metadata() else { return Ok(None) };
+    if !metadata.is_file() {
+        return Err("there is something else than a file (choose another path with --pid-file)".to_owned());
+    }
+    let mut text = String::new();
+    let file = File::open(path).map_err(|error| format!("{error} (choose another path with --pid-file)"))?;
+    let held = is_locked(&file);
+    let read = file.take(32).read_to_string(&mut text);
+    let text = text.trim();
+    if read.is_err() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err("it holds something else than a pid (choose another path with --pid-file)".to_owned());
+    }
+    Ok(held.then(|| text.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_at_a_time_has_the_file_and_what_a_dead_one_left_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pid");
+        std::fs::write(&path, "4000000\n").unwrap();
+        let first = PidFile::create(&path).unwrap();
+        let own = format!("{}\n", std::process::id());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), own);
+        let error = PidFile::create(&path).unwrap_err();
+        assert!(error.contains("another master has it") && error.contains("--pid-file"), "{error}");
+        first.remove();
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_master_left_half_made_is_in_nobodys_way_and_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pid");
+        for left in [format!(".a.pid.{}", std::process::id()), ".a.pid.0123456789abcdef".to_owned()] {
+            std::fs::write(folder.path().join(left), "").unwrap();
+        }
+        std::fs::write(folder.path().join(".a.pid.swp"), "an editor's").unwrap();
+        let first = PidFile::create(&path).unwrap();
+        assert_eq!(folder.path().read_dir().unwrap().count(), 2);
+        first.remove();
+    }
+
+    #[test]
+    fn who_can_only_read_a_dead_masters_file_cannot_pass_for_a_living_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pid");
+        std::fs::write(&path, "4000000\n").unwrap();
+        let stranger = File::open(&path).unwrap();
+        stranger.lock().unwrap();
+        fcntl(&stranger, FcntlArg::F_OFD_SETLK(&flock_of(libc::F_RDLCK))).unwrap();
+        PidFile::create(&path).unwrap().remove();
+    }
+
+    #[test]
+    fn what_is_no_pid_file_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pid");
+        std::fs::write(&path, "notes").unwrap();
+        assert!(PidFile::create(&path).unwrap_err().contains("something else than a pid"));
+        assert!(PidFile::create(folder.path()).unwrap_err().contains("something else than a file"));
+        assert!(PidFile::create(&path.join("b")).unwrap_err().contains("--pid-file"));
+
+        // Somebody else's under the same name stays too.
+        std::fs::remove_file(&path).unwrap();
+        let first = PidFile::create(&path).unwrap();
+        std::fs::rename(&path, folder.path().join("b")).unwrap();
+        std::fs::write(&path, "1\n").unwrap();
+        first.remove();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "1\n");
+    }
+}

@@ -1,0 +1,120 @@
+//! Which sockets a start has: those that a former master left, those that systemd passed, and new
+//! ones for the rest.
+
+use std::error::Error;
+use std::time::Duration;
+
+use super::systemd;
+use crate::config::Config;
+use crate::config::address::{Address, Bind};
+use crate::net::listen::{self, ControlListener, ListenError, Listener};
+use crate::net::publish_socket::PublishSocket;
+use crate::upgrade::Takeover;
+
+/// How long an address that is in use is waited for: whoever supervises us starts us again as soon as the former master is dead.
+const FORMER: Duration = Duration::from_secs(1);
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+/// Adds a listener for each `--bind` to `listeners`. In an error too they are the caller's, who removes
+/// their files.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn open(
+    config: &Config,
+    blocking: bool,
+    mut takeover: Option<&mut Takeover>,
+    listeners: &mut Vec<Listener>,
+) -> Result<(), BoxError> {
+    for bind in &config.binds {
+        let left = takeover.as_deref_mut().map(|left| left.listeners(bind)).unwrap_or_default();
+        match &bind.address {
+            _ if !left.is_empty() => {}
+            Address::Systemd(_) if takeover.is_some() => {
+                let cause = "systemd passes sockets at a start only (stop and start instead)";
+                return Err(ListenError::new(bind, cause).into());
+            }
+            Address::Systemd(name) => take_passed(config, blocking, bind, name.as_deref(), listeners)?,
+            Address::Tcp(_) | Address::Path(_) | Address::Abstract(_) | Address::Inherited(_) => {
+                let leaves_ipv4 = bind.leaves_ipv4(&config.binds);
+                listen::await_address(bind, FORMER, leaves_ipv4);
+                let bound = Listener::bind_all(bind, config.backlog, config.socket_mode, blocking, leaves_ipv4)?;
+                for listener in bound {
+                    let given = config.privileges.owner_of_sockets().map(|owner| listener.give_file(owner));
+                    listeners.push(listener);
+                    given.transpose()?;
+                }
+            }
+        }
+        for (socket, file) in left {
+            listeners.push(Listener::adopt(bind, socket, file, blocking)?);
+        }
+    }
+    match listeners.as_slice() {
+        [_, second, ..] if blocking => {
+            let cause = "a program that accepts for itself has one socket, and here is another";
+            Err(ListenError::new(&second.bind, cause).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The control socket: a former master's, if it is at the same path, or a new one. For a check it is looked only whether that could be.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn open_control(
+    config: &Config,
+    takeover: Option<&mut Takeover>,
+) -> Result<Option<ControlListener>, BoxError> {
+    let Some(path) = config.control.socket.as_deref() else { return Ok(None) };
+    if let Some(takeover) = takeover {
+        if takeover.check && takeover.has_control(path) {
+            return Ok(None);
+        }
+        if let Some(left) = takeover.control(path) {
+            return Ok(Some(left));
+        }
+    }
+    Ok(Some(ControlListener::bind(path)?))
+}
+
+/// The publish socket: a former master's, if it is what would be made now, or a new one; none without an event log, or if nobody
+/// asked for it and there is no place for it. Of another one that a former master had, nothing is left. For a check as for the control socket.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn open_publish(
+    config: &Config,
+    takeover: Option<&mut Takeover>,
+) -> Result<Option<PublishSocket>, BoxError> {
+    let asked = config.publish.socket.as_deref();
+    let wanted = config.events.bytes > 0;
+    if let Some(takeover) = takeover {
+        if takeover.check && wanted && takeover.has_publish(asked) {
+            return Ok(None);
+        }
+        match takeover.publish() {
+            Some(left) if wanted && left.asked() == asked => return Ok(Some(left)),
+            Some(_) | None => {}
+        }
+    }
+    if wanted { Ok(PublishSocket::bind(config)?) } else { Ok(None) }
+}
+
+fn take_passed(
+    config: &Config,
+    blocking: bool,
+    bind: &Bind,
+    name: Option<&str>,
+    listeners: &mut Vec<Listener>,
+) -> Result<(), ListenError> {
+    for fd in systemd::sockets(name).map_err(|cause| ListenError::new(bind, cause))? {
+        let passed = Bind { protocol: bind.protocol, address: Address::Inherited(fd) };
+        let mut listener = Listener::bind(&passed, config.backlog, config.socket_mode, blocking)?;
+        listener.bind = bind.clone();
+        listeners.push(listener);
+    }
+    Ok(())
+}

@@ -1,0 +1,121 @@
+//! What systemd, or whoever speaks its protocol, hands to a service at its start (`sd_listen_fds(3)`): listening sockets, and what a
+//! former start had stored. Reads the environment; decides by names.
+
+use std::os::fd::{OwnedFd, RawFd};
+
+use crate::config::address::{Address, Bind, Protocol};
+use crate::sys;
+use crate::upgrade;
+
+/// The variables of this protocol, which are the master's alone.
+pub(crate) const VARIABLES: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"];
+/// The name under which the shared memory is stored.
+pub(crate) const SEGMENT: &str = "forkyard-segment";
+const FIRST: RawFd = 3;
+/// More descriptors than anybody passes.
+const MOST: RawFd = 1024;
+
+/// The numbers and names of what was passed to this process; to its parent, if that has it look whether it could upgrade.
+fn passed() -> Vec<(RawFd, String)> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let me = if upgrade::is_check() { nix::unistd::getppid() } else { nix::unistd::getpid() };
+    read(variable, me.as_raw())
+}
+
+fn read(variable: impl Fn(&str) -> Option<String>, me: i32) -> Vec<(RawFd, String)> {
+    let number = |name: &str| variable(name)?.parse::<i32>().ok();
+    if number("LISTEN_PID") != Some(me) {
+        return Vec::new();
+    }
+    let count = number("LISTEN_FDS").unwrap_or(0).clamp(0, MOST);
+    let names = variable("LISTEN_FDNAMES").unwrap_or_default();
+    let mut names = names.split(':').map(str::to_owned);
+    (FIRST..FIRST + count).map(|fd| (fd, names.next().unwrap_or_default())).collect()
+}
+
+/// What to listen on without any `--bind`: one for each name.
+pub(crate) fn binds() -> Vec<Bind> {
+    binds_for(passed())
+}
+
+fn binds_for(passed: Vec<(RawFd, String)>) -> Vec<Bind> {
+    let mut binds = Vec::new();
+    for (_, name) in passed.into_iter().filter(|(_, name)| name != SEGMENT) {
+        let bind = Bind { protocol: protocol_of(&name), address: Address::Systemd(Some(name)) };
+        if !binds.contains(&bind) {
+            binds.push(bind);
+        }
+    }
+    binds
+}
+
+/// By how the name begins.
+fn protocol_of(name: &str) -> Protocol {
+    match name {
+        name if name.starts_with("fastcgi") => Protocol::FastCgi,
+        name if name.starts_with("scgi") => Protocol::Scgi,
+        _ => Protocol::Http,
+    }
+}
+
+/// The descriptors of the sockets of that name, or of all.
+///
+/// # Errors
+/// What the operator should do, if there is none.
+pub(crate) fn sockets(name: Option<&str>) -> Result<Vec<RawFd>, String> {
+    let passed = passed();
+    let ours = passed.iter().filter(|(_, other)| other != SEGMENT && name.is_none_or(|name| name == other));
+    let ours: Vec<RawFd> = ours.map(|(fd, _)| *fd).collect();
+    if !ours.is_empty() {
+        return Ok(ours);
+    }
+    let names: Vec<&str> = passed.iter().map(|(_, name)| name.as_str()).collect();
+    Err(match (names.as_slice(), name) {
+        ([], _) => "systemd passed no socket (a .socket unit with the service's name has it pass one)".to_owned(),
+        (names, name) => format!(
+            "systemd passed no socket named '{}', but {} (see FileDescriptorName= in the .socket unit)",
+            name.unwrap_or_default(),
+            names.join(", ")
+        ),
+    })
+}
+
+/// The shared memory that a former start has stored. To be asked once; what is stored besides under that name is closed.
+pub(crate) fn stored_segment() -> Option<OwnedFd> {
+    let numbers: Vec<RawFd> = passed().into_iter().filter(|(_, name)| name == SEGMENT).map(|(fd, _)| fd).collect();
+    sys::take_over(&numbers).into_values().last()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(pid: &'static str, count: &'static str, names: Option<&'static str>) -> Vec<(RawFd, String)> {
+        let variable = move |name: &str| match name {
+            "LISTEN_PID" => Some(pid.to_owned()),
+            "LISTEN_FDS" => Some(count.to_owned()),
+            _ => names.map(str::to_owned),
+        };
+        read(variable, 77)
+    }
+
+    #[test]
+    fn only_what_was_passed_to_this_process_is_taken() {
+        assert_eq!(said("77", "2", Some("a:b")), [(3, "a".to_owned()), (4, "b".to_owned())]);
+        assert_eq!(said("77", "2", None), [(3, String::new()), (4, String::new())]);
+        for (pid, count) in [("78", "2"), ("", "2"), ("77", ""), ("77", "-1"), ("77", "x")] {
+            assert_eq!(said(pid, count, Some("a:b")), [], "{pid} {count}");
+        }
+        assert_eq!(said("77", "2000000000", None).len(), 1024);
+    }
+
+    #[test]
+    fn a_name_tells_the_protocol() {
+        let binds = binds_for(said("77", "5", Some("fastcgi:app.socket:forkyard-segment:scgi-old:fastcgi")));
+        let texts: Vec<String> = binds.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, ["fastcgi:systemd:fastcgi", "http:systemd:app.socket", "scgi:systemd:scgi-old"]);
+        for (bind, text) in binds.iter().zip(texts) {
+            assert_eq!(text.parse::<Bind>().as_ref(), Ok(bind));
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! One CGI call (RFC 3875): the request in the environment and on standard input, the response to standard output, and
+//! the end. There is no master and no fork. What the application prints goes to standard error (`cgi_call.rs`).
+//!
+//! Standard input is read up to the length that was announced, and never to its end, which may not come. What the
+//! application leaves of it is read after the response: both may be one socket (Apache's mod_cgid), and a socket that is
+//! closed with something unread in it takes along what was written to it. Standard output may be shared with others and
+//! stays blocking: there is one response, and nobody to be kept waiting by it.
+
+use std::fs::File;
+use std::future::poll_fn;
+use std::io::{self, PipeReader, Read as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::task::Poll;
+
+use bytes::BytesMut;
+use forkyard_shm::{Plan, Row, Segment};
+use http::{Method, Request, Response, StatusCode};
+use http_body::Body as HttpBody;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use tokio::runtime::LocalOptions;
+use tokio::task::JoinHandle;
+use tower_service::Service;
+
+use super::closing::LINGER;
+use super::reply::Reply;
+use crate::app::blocking;
+use crate::app::body::{Body, pipe};
+use crate::app::context::Context;
+use crate::app::events::Events;
+use crate::config::Config;
+use crate::config::address::Protocol;
+use crate::protocol::cgi;
+use crate::protocol::params::Params;
+use crate::sys;
+use crate::worker::run_in_turns;
+use crate::worker::service::serve::{self, Application, BoxError, Served};
+
+/// What is read at a time, and what is gathered of small pieces before it is written.
+const PIECE: usize = 64 << 10;
+
+/// Answers the request, to `stdout`. `segment` has the cache; its scoreboard belongs to others, and this call has one of its own.
+///
+/// # Errors
+/// If the response could not be written, or broke off.
+pub(crate) fn run<F, S, B>(factory: &F, config: &Config, segment: Segment, stdout: OwnedFd) -> Result<(), BoxError>
+where
+    F: Fn(Context) -> S,
+    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+    S::Error: Into<BoxError>,
+    B: HttpBody + 'static,
+    B::Error: Into<BoxError>,
+{
+    serve::install_panic_hook();
+    sys::unblock_signals();
+    blocking::configure(config.threads, config.queue, None);
+    blocking::set_patience(config.failures.hang_timeout);
+    let own = Segment::create(&Plan { rows: 1, ..Plan::default() })?;
+    let row = own.scoreboard().claim(0, std::process::id(), 1).ok_or("the scoreboard has no row")?;
+    let watched = stdout.try_clone()?;
+
+    let cache = segment.cache();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    let (over, going_on) = io::pipe()?;
+    let (outcome, rest) = run_in_turns(&runtime, async {
+        let exchange = async {
+            let (request, rest) = request(config.limits.max_body);
+            let (response, is_head) = answer(factory, config, segment, row, request).await;
+            (send(response, is_head, &mut File::from(stdout)).await, rest)
+        };
+        tokio::select! {
+            biased;
+            outcome = exchange => outcome,
+            () = gone(watched, over) => (Err(io::ErrorKind::BrokenPipe.into()), None),
+        }
+    });
+    // The end of standard output is that of the response, and nobody else has a copy of it. What follows is no matter of the
+    // client's.
+    drop(going_on);
+    if let Some(rest) = rest {
+        // Outside the runtime there would be no clock.
+        let _ = run_in_turns(&runtime, async { tokio::time::timeout(LINGER.0, rest).await });
+    }
+    blocking::finish();
+    if cache.sweep_is_due() {
+        cache.sweep();
+    }
+    runtime.shutdown_background();
+    match outcome {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+            log::debug!("the web server left before it had the response");
+            Ok(())
+        }
+        outcome => Ok(outcome?),
+    }
+}
+
+/// The response, and whether its head alone is wanted.
+async fn answer<F, S, B>(
+    factory: &F,
+    config: &Config,
+    segment: Segment,
+    row: Row,
+    request: Result<Request<Body>, Refusal>,
+) -> (Response<Served<B>>, bool)
+where
+    F: Fn(Context) -> S,
+    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+    S::Error: Into<BoxError>,
+    B: HttpBody + 'static,
+    B::Error: Into<BoxError>,
+{
+    let request = match request {
+        Ok(request) => request,
+        Err((status, error)) => {
+            log::warn!("a CGI request was refused: {error}");
+            return (serve::refusal(status, row.begin("-", "-").into()), false);
+        }
+    };
+    let is_head = request.method() == Method::HEAD;
+    let events = Events::new(&segment, config.events);
+    tokio::task::spawn_local(events.clone().deliver());
+    let context = Context::new(0, 1, segment, std::sync::Arc::default(), events);
+    let response = match serve::catch_panic(|| factory(context)) {
+        Ok(service) => {
+            Application::new(service, row, config.limits, config.trust.clone()).answer(Protocol::Http, request).await
+        }
+        Err(panic) => {
+            log::error!("the application cannot be made: {panic}");
+            serve::refusal(StatusCode::INTERNAL_SERVER_ERROR, row.begin("-", "-").into())
+        }
+    };
+    (response, is_head)
+}
+
+/// The status that is the answer, and why.
+type Refusal = (StatusCode, BoxError);
+
+/// The request, and what ends when all of its body was read.
+fn request(max_body: u64) -> (Result<Request<Body>, Refusal>, Option<JoinHandle<()>>) {
+    let variables: Vec<_> = std::env::vars_os().collect();
+    let pairs = variables.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
+    let params = Params::from_pairs(pairs);
+    let said = |name| params.get(name).is_some_and(|value| !value.is_empty());
+    let has_body = said("CONTENT_LENGTH") || said("HTTP_TRANSFER_ENCODING");
+    let mut length = None;
+    let request = match cgi::request(params, |announced| length = announced) {
+        // Apache passes on so what comes in chunks.
+        Ok(_) if has_body && length.is_none() => {
+            Err((StatusCode::LENGTH_REQUIRED, "it has a body, and no good CONTENT_LENGTH says how long it is".into()))
+        }
+        request => request.map_err(|error| (error.status(), error.into())),
+    };
+    if !has_body || length == Some(0) {
+        return (request.map(|request| request.map(|()| Body::empty())), None);
+    }
+    let (writer, reader) = pipe::pipe();
+    // Without standard input the body is cut at once.
+    let stdin = sys::descriptor(0).map(File::from);
+    let rest = stdin.map(|stdin| tokio::task::spawn_local(feed(stdin, length.unwrap_or(u64::MAX), writer)));
+    (request.map(|request| request.map(|()| Body::stdin(reader, length, max_body))), rest)
+}
+
+/// Passes the body on while it comes. If it ends early, dropping the writer says so.
+async fn feed(mut stdin: File, length: u64, body: pipe::Writer) {
+    let mut left = length;
+    while left > 0 {
+        poll_fn(|context| body.poll_room(context)).await;
+        let most = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+        let read = tokio::task::spawn_blocking(move || {
+            let mut bytes = BytesMut::zeroed(most);
+            loop {
+                match stdin.read(&mut bytes) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    read => return read.map(|read| (stdin, bytes.split_to(read))),
+                }
+            }
+        });
+        match read.await {
+            Ok(Ok((again, bytes))) if !bytes.is_empty() => {
+                stdin = again;
+                left -= bytes.len() as u64;
+                body.push(bytes.freeze());
+            }
+            Ok(Ok(_)) => return,
+            Ok(Err(error)) => return log::warn!("standard input cannot be read: {error}"),
+            Err(_) => return, // the event loop ends
+        }
+    }
+    body.finish();
+}
+
+/// Writes the response: at once what is there, and the rest as it comes.
+async fn send<B>(response: Response<Served<B>>, is_head: bool, stdout: &mut File) -> io::Result<()>
+where
+    B: HttpBody,
+    B::Error: Into<BoxError>,
+{
+    let mut waiting = BytesMut::new();
+    let mut reply = Reply::begin(response, is_head, &mut waiting);
+    loop {
+        let next = poll_fn(|context| {
+            let next = reply.poll_piece(context);
+            if next.is_pending()
+                && let Err(error) = write(stdout, &mut waiting)
+            {
+                return Poll::Ready(Some(Err(error)));
+            }
+            next
+        });
+        let Some(piece) = next.await else { return write(stdout, &mut waiting) };
+        let piece = match piece {
+            Ok(piece) => piece,
+            Err(error) => {
+                write(stdout, &mut waiting)?;
+                return Err(error);
+            }
+        };
+        if waiting.len() + piece.len() > PIECE {
+            write(stdout, &mut waiting)?;
+        }
+        if piece.len() > PIECE {
+            stdout.write_all(&piece)?;
+        } else {
+            waiting.extend_from_slice(&piece);
+        }
+    }
+}
+
+fn write(stdout: &mut File, waiting: &mut BytesMut) -> io::Result<()> {
+    let written = stdout.write_all(waiting);
+    waiting.clear();
+    written
+}
+
+/// Returns when nobody reads standard output any more, or the other end of `over` is closed. Of a file nobody can tell.
+async fn gone(stdout: OwnedFd, over: PipeReader) {
+    // On a thread, since epoll takes no files.
+    let hung_up = tokio::task::spawn_blocking(move || {
+        let mut sockets = [stdout.as_fd(), over.as_fd()].map(|fd| PollFd::new(fd, PollFlags::empty()));
+        while let Err(Errno::EINTR) = nix::poll::poll(&mut sockets, PollTimeout::NONE) {}
+    });
+    let _ = hung_up.await;
+}

@@ -1,0 +1,474 @@
+//! One FastCGI connection: records in, requests to the application, responses out as records.
+//!
+//! One task does it all for its connection: it reads, lets each request go on as far as it can, and writes; so
+//! it reads while it writes, and a request body and a response stream at the same time. Requests of one
+//! connection may overlap; they share its output, in turn.
+//!
+//! What bounds the memory of a connection: the parameters of each request (`--max-params`), the pipe of each
+//! body, and [`OUTBOX_LIMIT`] of output. When a body is not read, the connection stops reading; when the
+//! peer does not read, the responses wait.
+
+mod exchange;
+
+use std::future::{Future as _, poll_fn};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::BytesMut;
+use http::{Method, Request, Response, StatusCode};
+use http_body::Body as HttpBody;
+use tower_service::Service;
+
+use self::exchange::{Exchange, Work};
+use super::closing;
+use super::outbox::Outbox;
+use super::socket::Socket;
+use crate::app::body::{Body, FilterData, pipe};
+use crate::config::address::Protocol;
+use crate::heir::ledger::Entry;
+use crate::protocol::cgi::{self, Origin};
+use crate::protocol::fastcgi::{self, Decoder, Event, Fault, RequestId};
+use crate::protocol::params::Params;
+use crate::protocol::role::Role;
+use crate::request::pulse::Pulse;
+use crate::worker::lifecycle::drain::{Asked, Drain};
+use crate::worker::service::serve::{Answer, Application, BoxError};
+
+/// Output that may wait on a connection before its responses do.
+pub(crate) const OUTBOX_LIMIT: usize = 64 << 10;
+/// Replies to management records and refusals that may wait beside it; one piece of a response may too.
+const REPLIES_LIMIT: usize = 1 << 20;
+
+/// Serves one connection to its end.
+pub(crate) async fn serve<S, B>(socket: Socket, from: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
+where
+    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+    S::Error: Into<BoxError>,
+    B: HttpBody + 'static,
+    B::Error: Into<BoxError>,
+{
+    let limits = application.limits;
+    socket.pulse().set_knows_heads();
+    let mut connection = Connection {
+        socket,
+        from,
+        input: BytesMut::new(),
+        decoder: Decoder::new(limits.max_params, limits.max_multiplexed),
+        outbox: Outbox::default(),
+        head: BytesMut::new(),
+        exchanges: Vec::new(),
+        spare: None,
+        application,
+        closing: false,
+        broken: false,
+        draining: false,
+        last_chance_over: false,
+        moving: false,
+        assembled: Vec::new(),
+        unread: false,
+        deaf: false,
+    };
+    let mut drained = pin!(drain.wait());
+    let mut last_chance = pin!(drain.wait_for_last_request());
+    let mut asked = Asked::default();
+    let ended = poll_fn(|context| {
+        if !connection.draining && (asked.is_new(context) || drain.has_begun()) {
+            connection.draining = drained.as_mut().poll(context).is_ready();
+        }
+        if connection.draining {
+            connection.moving = drain.has_sibling();
+            if !connection.last_chance_over && last_chance.as_mut().poll(context).is_ready() {
+                connection.last_chance_over = true;
+            }
+        }
+        connection.poll(context)
+    });
+    match ended.await {
+        Ok(Outcome::Over) => connection.close().await,
+        Ok(Outcome::Movable) => {
+            let Connection { socket, input, .. } = connection;
+            drain.hand_over(socket, &input).await;
+        }
+        Err(error) => log::debug!("a FastCGI connection ended: {error}"),
+    }
+}
+
+/// How serving a connection ends.
+enum Outcome {
+    /// Its peer is to hear that nothing more will come.
+    Over,
+    /// Nothing is under way, and another worker may go on.
+    Movable,
+}
+
+struct Connection<S: Service<Request<Body>>, B> {
+    socket: Socket,
+    /// Who is at its other end.
+    from: Option<SocketAddr>,
+    input: BytesMut,
+    decoder: Decoder,
+    outbox: Outbox,
+    /// Where the head of a response is put together.
+    head: BytesMut,
+    exchanges: Vec<Exchange<S, B>>,
+    /// Of an exchange that has ended.
+    spare: Option<Pin<Box<Work<S, B>>>>,
+    application: Rc<Application<S>>,
+    /// The peer did not ask to keep the connection.
+    closing: bool,
+    /// A response broke off, and nothing else is in flight: what is in the outbox is the last.
+    broken: bool,
+    /// The worker was asked to leave.
+    draining: bool,
+    /// Since then a request was answered, or time enough has passed for one to come.
+    last_chance_over: bool,
+    /// A sibling is there to go on.
+    moving: bool,
+    /// Requests of which a part has come, in the ledger.
+    assembled: Vec<(RequestId, Entry)>,
+    /// The last request was answered before all of it had come.
+    unread: bool,
+    /// The peer took too long: what it still sends interests nobody.
+    deaf: bool,
+}
+
+impl<S, B> Connection<S, B>
+where
+    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+    S::Error: Into<BoxError>,
+    B: HttpBody + 'static,
+    B::Error: Into<BoxError>,
+{
+    /// Goes on as far as it can. Ready when the connection is to be closed; an error if the peer is gone or
+    /// broke the protocol.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Outcome>> {
+        loop {
+            self.poll_exchanges(context);
+            let held_back = self.outbox.len() >= OUTBOX_LIMIT;
+            self.socket.account().queue(self.outbox.len());
+            if let Poll::Ready(Err(error)) = self.outbox.poll_write(Pin::new(&mut self.socket), context) {
+                return Poll::Ready(Err(error));
+            }
+            if self.moving && !self.closing && !self.broken {
+                if self.is_idle() {
+                    return Poll::Ready(Ok(Outcome::Movable));
+                }
+                // What comes next is for the next worker.
+                if !self.exchanges.is_empty() && self.is_whole() {
+                    return Poll::Pending;
+                }
+            }
+            if self.is_over() {
+                return Poll::Ready(Ok(Outcome::Over));
+            }
+            let room_again = held_back && self.outbox.len() < OUTBOX_LIMIT;
+            // After a break nothing more is taken in.
+            if self.broken || self.poll_input(context)?.is_pending() && !room_again {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        if !self.exchanges.is_empty() || !self.outbox.is_empty() {
+            return false;
+        }
+        // A request that has half arrived when we are asked to drain is served; but a peer that did not want
+        // the connection kept is owed nothing more, and may be waiting for us to close it.
+        self.closing || self.broken || (self.draining && self.last_chance_over && self.is_idle())
+    }
+
+    /// Whether nothing is under way, and nothing of a further request has come.
+    fn is_idle(&self) -> bool {
+        self.exchanges.is_empty() && self.outbox.is_empty() && self.input.is_empty() && self.decoder.is_idle()
+    }
+
+    /// Whether all requests that have begun are here as a whole, and nothing else.
+    fn is_whole(&self) -> bool {
+        let streams = self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data));
+        streams.count() == 0 && self.input.is_empty() && self.decoder.is_between_records()
+    }
+
+    fn poll_exchanges(&mut self, context: &mut Context<'_>) {
+        if self.exchanges.len() > 1 {
+            self.exchanges.rotate_left(1); // the one that filled the outbox is the last to go on
+        }
+        let (account, pulse) = (*self.socket.account(), self.socket.pulse());
+        for exchange in &mut self.exchanges {
+            let waiting = self.outbox.len();
+            let outcome = exchange.poll(context, pulse, &mut self.outbox, &mut self.head);
+            if !exchange.has_begun && self.outbox.len() > waiting {
+                exchange.has_begun = true;
+                account.response_from(exchange.entry, account.output(waiting));
+            }
+            if matches!(*exchange.work, Work::Ended) {
+                account.response_to(exchange.entry, account.output(self.outbox.len()));
+            }
+            if outcome.is_err() {
+                exchange.work.set(Work::BrokenOff);
+                (exchange.stdin, exchange.data) = (None, None);
+            }
+        }
+        let mut index = 0;
+        while let Some(exchange) = self.exchanges.get(index) {
+            if !matches!(*exchange.work, Work::Ended) {
+                index += 1;
+                continue;
+            }
+            let ended = self.exchanges.remove(index);
+            self.unread = !self.decoder.finish(ended.id);
+            self.closing |= !ended.keep_connection;
+            self.last_chance_over |= self.draining;
+            self.spare = Some(ended.work);
+            self.socket.pulse().request_over();
+        }
+        let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
+        if !self.exchanges.is_empty() && self.exchanges.iter().all(broken_off) {
+            // What else was in flight has had its time.
+            for exchange in self.exchanges.drain(..) {
+                self.unread |= !self.decoder.finish(exchange.id);
+                self.socket.pulse().request_over();
+            }
+            fastcgi::break_off(self.outbox.tail());
+            self.broken = true;
+        }
+    }
+
+    /// Takes in what the peer sent. Pending when there is nothing more, or no room for it.
+    fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
+        // However much output waits: a peer may write all of its request before it reads. A body that nobody reads
+        // costs nothing, and one that somebody reads has its pipe.
+        for stream in self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data)) {
+            if stream.poll_room(context).is_pending() {
+                return Ok(Poll::Pending);
+            }
+        }
+        if self.deaf {
+            return Ok(Poll::Pending);
+        }
+        if self.decode()? {
+            return Ok(Poll::Ready(()));
+        }
+        match self.socket.poll_bytes(context) {
+            Poll::Pending => {
+                let is_idle = self.input.is_empty() && self.decoder.is_idle();
+                self.socket.pulse().set_head_begun(!is_idle);
+                self.enter_assembled();
+                // Who knows for how long: the block that this is a part of is not kept for it.
+                self.decoder.unshare();
+                if !self.input.is_empty() {
+                    self.input = BytesMut::from(&self.input[..]);
+                }
+                Ok(Poll::Pending)
+            }
+            Poll::Ready(Ok(bytes)) if bytes.is_empty() && self.exchanges.is_empty() => {
+                Err(io::ErrorKind::UnexpectedEof.into())
+            }
+            Poll::Ready(Ok(bytes)) if bytes.is_empty() => {
+                Err(io::Error::other("the peer left before it had its responses"))
+            }
+            Poll::Ready(Ok(bytes)) => {
+                self.input.unsplit(bytes);
+                self.decode()?;
+                Ok(Poll::Ready(()))
+            }
+            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !self.exchanges.is_empty() => {
+                // Bodies are cut by that, and answers still come.
+                for exchange in &mut self.exchanges {
+                    (exchange.stdin, exchange.data) = (None, None);
+                }
+                (self.deaf, self.closing) = (true, true);
+                Ok(Poll::Pending)
+            }
+            Poll::Ready(Err(error)) => {
+                if error.kind() == io::ErrorKind::TimedOut && !(self.input.is_empty() && self.decoder.is_idle()) {
+                    let why = "parameters that did not come within --header-timeout";
+                    self.application.turned_away(Protocol::FastCgi, StatusCode::REQUEST_TIMEOUT, self.from, why);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Decodes until something is to be done about it. False if there was no event.
+    fn decode(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        loop {
+            let event = self.decoder.decode(&mut self.input).map_err(|error| {
+                let why = format!("the connection is closed, the peer sent {error}");
+                self.application.turned_away(Protocol::FastCgi, StatusCode::BAD_REQUEST, self.from, why);
+                io::Error::other(error)
+            })?;
+            let Some(event) = event else {
+                if self.input.is_empty() && self.decoder.is_between_records() {
+                    self.socket.account().clean();
+                }
+                return Ok(any);
+            };
+            any = true;
+            let body_came = matches!(event, Event::Stdin { .. } | Event::Data { .. });
+            self.take(event)?;
+            // A piece of a body: see whether there is room for the next one.
+            if body_came {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Has the ledger know of requests that have come in part: the bytes of them are with us alone.
+    fn enter_assembled(&mut self) {
+        let account = *self.socket.account();
+        let (decoder, outbox) = (&self.decoder, &self.outbox);
+        self.assembled.retain(|&(known, entry)| {
+            let goes_on = decoder.assembled().any(|(id, _)| id == known);
+            if !goes_on {
+                account.response_to(entry, account.output(outbox.len())); // it was aborted
+            }
+            goes_on
+        });
+        for (id, keep_connection) in self.decoder.assembled() {
+            if !self.assembled.iter().any(|&(known, _)| known == id) {
+                self.assembled.push((id, account.begin(id, false, !keep_connection)));
+            }
+        }
+    }
+
+    /// Has the ledger know of a request, before anybody else does.
+    fn enter(&mut self, id: RequestId, keep_connection: bool, is_head: bool) -> Entry {
+        if let Some(index) = self.assembled.iter().position(|&(known, _)| known == id) {
+            return self.assembled.swap_remove(index).1;
+        }
+        self.socket.account().begin(id, is_head, !keep_connection)
+    }
+
+    fn take(&mut self, event: Event) -> io::Result<()> {
+        match event {
+            Event::Request { id, keep_connection, role, params } => self.begin(id, keep_connection, role, params),
+            Event::BadRequest { id, keep_connection, fault } => {
+                let (status, why) = match fault {
+                    Fault::ParamsTooLong => {
+                        (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "parameters larger than --max-params")
+                    }
+                    Fault::ParamsMalformed => (StatusCode::BAD_REQUEST, "parameters that cannot be read"),
+                };
+                self.refuse(id, keep_connection, status, why);
+            }
+            Event::Stdin { id, bytes } => {
+                if let Some(stdin) = self.exchange(id).and_then(|exchange| exchange.stdin.as_ref()) {
+                    stdin.push(bytes);
+                }
+            }
+            Event::StdinEnd { id } => {
+                if let Some(stdin) = self.exchange(id).and_then(|exchange| exchange.stdin.take()) {
+                    stdin.finish();
+                }
+            }
+            Event::Data { id, bytes } => {
+                if let Some(data) = self.exchange(id).and_then(|exchange| exchange.data.as_ref()) {
+                    data.push(bytes);
+                }
+            }
+            Event::DataEnd { id } => {
+                if let Some(data) = self.exchange(id).and_then(|exchange| exchange.data.take()) {
+                    data.finish();
+                }
+            }
+            Event::Abort { id } => {
+                // Its future is dropped, and with it whatever it was doing.
+                if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id) {
+                    exchange.end_now();
+                    fastcgi::stdout_end(self.outbox.tail(), id, 0);
+                }
+            }
+            Event::Reply { bytes, then_close } => {
+                self.outbox.push(bytes);
+                self.closing |= then_close;
+                self.unread |= then_close; // the rest of what was refused
+                if self.outbox.len() > OUTBOX_LIMIT + REPLIES_LIMIT {
+                    return Err(io::Error::other("the peer asks and asks, and reads no reply"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn exchange(&mut self, id: RequestId) -> Option<&mut Exchange<S, B>> {
+        self.exchanges.iter_mut().find(|exchange| exchange.id == id)
+    }
+
+    fn begin(&mut self, id: RequestId, keep_connection: bool, role: Role, params: Params) {
+        let max_body = self.application.limits.max_body;
+        let pulse = self.socket.pulse();
+        pulse.request_came();
+        let mut stdin = None;
+        let made = cgi::request(params, |length| {
+            // An authorizer has no body (6.3), even if a server says so.
+            if role == Role::Authorizer
+                || length == Some(0)
+                || length.is_none() && self.decoder.body_is_empty(id, &self.input)
+            {
+                return Body::empty();
+            }
+            let (writer, reader) = pipe::pipe();
+            stdin = Some(writer);
+            Body::stdin(reader, length, max_body).with_pulse(pulse)
+        });
+        let mut request = match made {
+            Ok(request) => request,
+            Err(error) => {
+                return self.refuse(id, keep_connection, error.status(), error.to_string());
+            }
+        };
+        let data = give_role(&mut request, role, self.socket.pulse());
+        let is_head = request.method() == Method::HEAD;
+        let entry = self.enter(id, keep_connection, is_head);
+        self.socket.pulse().tell_waited(&mut request);
+        let answer = self.application.answer(Protocol::FastCgi, request);
+        self.start(id, entry, keep_connection, answer);
+        if let Some(exchange) = self.exchanges.last_mut() {
+            (exchange.is_head, exchange.stdin, exchange.data) = (is_head, stdin, data);
+        }
+    }
+
+    fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode, why: impl Into<String>) {
+        self.socket.pulse().request_came();
+        let entry = self.enter(id, keep_connection, false);
+        let answer = self.application.refuse(Protocol::FastCgi, status, self.from, why);
+        self.start(id, entry, keep_connection, answer);
+    }
+
+    fn start(&mut self, id: RequestId, entry: Entry, keep_connection: bool, answer: Answer<S, B>) {
+        let mut work = self.spare.take().unwrap_or_else(|| Box::pin(Work::Ended));
+        work.set(Work::Answering { answer });
+        let (has_begun, is_head, stdin, data, app_status) = (false, false, None, None, 0);
+        self.exchanges.push(Exchange { id, entry, has_begun, keep_connection, is_head, stdin, data, app_status, work });
+    }
+
+    /// If the peer may still be sending, says that nothing more will come, and listens until it has heard: closing
+    /// a socket with bytes unread in it would destroy what we wrote on its way.
+    async fn close(self) {
+        if self.unread {
+            closing::linger(self.socket).await;
+        }
+    }
+}
+
+/// Tells the application what it is asked for, unless that is the usual. Returns where a filter's file goes.
+fn give_role(request: &mut Request<Body>, role: Role, pulse: &Arc<Pulse>) -> Option<pipe::Writer> {
+    if role == Role::Responder {
+        return None;
+    }
+    request.extensions_mut().insert(role);
+    if role != Role::Filter {
+        return None;
+    }
+    let length = request.extensions().get::<Origin>().and_then(|origin| origin.params.get("FCGI_DATA_LENGTH"));
+    let length = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
+    let (writer, reader) = pipe::pipe();
+    request.extensions_mut().insert(FilterData::new(Body::stdin(reader, length, u64::MAX).with_pulse(pulse)));
+    Some(writer)
+}

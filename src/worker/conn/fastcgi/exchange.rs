@@ -1,0 +1,159 @@
+//! One request of a FastCGI connection, and its response as records.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::{Bytes, BytesMut};
+use http::{Request, Response};
+use http_body::Body as HttpBody;
+use pin_project_lite::pin_project;
+use tower_service::Service;
+
+use super::super::outbox::Outbox;
+use super::OUTBOX_LIMIT;
+use crate::app::body::{Body, pipe};
+use crate::heir::ledger::Entry;
+use crate::protocol::cgi;
+use crate::protocol::fastcgi::{self, LARGEST_CONTENT, RequestId};
+use crate::protocol::role::AppStatus;
+use crate::request::pulse::Pulse;
+use crate::worker::service::serve::{Answer, BoxError, Served};
+
+/// A request and its response.
+pub(super) struct Exchange<S: Service<Request<Body>>, B> {
+    pub(super) id: RequestId,
+    pub(super) entry: Entry,
+    /// Something of its response is in the outbox, or was.
+    pub(super) has_begun: bool,
+    pub(super) keep_connection: bool,
+    pub(super) is_head: bool,
+    /// Its body, while it lasts and somebody may read it.
+    pub(super) stdin: Option<pipe::Writer>,
+    /// A filter's file, likewise.
+    pub(super) data: Option<pipe::Writer>,
+    pub(super) app_status: u32,
+    /// Stays where it is, and serves the next exchange too.
+    pub(super) work: Pin<Box<Work<S, B>>>,
+}
+
+pin_project! {
+    #[project = Working]
+    pub(super) enum Work<S: Service<Request<Body>>, B> {
+        Answering { #[pin] answer: Answer<S, B> },
+        Sending { #[pin] body: Served<B> },
+        Ended,
+        /// The response broke off. Nothing more is said of it until the connection is closed.
+        BrokenOff,
+    }
+}
+
+impl<S, B> Exchange<S, B>
+where
+    S: Service<Request<Body>, Response = Response<B>>,
+    S::Error: Into<BoxError>,
+    B: HttpBody,
+    B::Error: Into<BoxError>,
+{
+    /// Goes on until it waits for something, has ended, or has filled the output.
+    ///
+    /// # Errors
+    /// If the response broke off, which has been logged: only closing the connection tells the peer.
+    pub(super) fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+        pulse: &Arc<Pulse>,
+        outbox: &mut Outbox,
+        head: &mut BytesMut,
+    ) -> io::Result<()> {
+        while outbox.len() < OUTBOX_LIMIT {
+            match self.work.as_mut().project() {
+                Working::Answering { answer } => {
+                    let Poll::Ready(mut response) = answer.poll(context) else { return Ok(()) };
+                    response.body_mut().tell(pulse);
+                    self.send_head(response, context, outbox, head)?;
+                }
+                Working::Sending { mut body } => match body.as_mut().poll_frame(context) {
+                    Poll::Pending => return Ok(()),
+                    Poll::Ready(Some(frame)) => {
+                        if let Ok(data) = frame.map_err(io::Error::other)?.into_data() {
+                            let ended = body.is_end_stream();
+                            self.send(data, outbox);
+                            if ended {
+                                self.end(outbox);
+                            }
+                        }
+                    }
+                    Poll::Ready(None) => self.end(outbox),
+                },
+                Working::Ended | Working::BrokenOff => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the head, and in the same record as much of the body as is there already.
+    fn send_head(
+        &mut self,
+        response: Response<Served<B>>,
+        context: &mut Context<'_>,
+        outbox: &mut Outbox,
+        head: &mut BytesMut,
+    ) -> io::Result<()> {
+        let (parts, body) = response.into_parts();
+        self.app_status = parts.extensions.get().map_or(0, |&AppStatus(status)| status);
+        let status = parts.status;
+        let bodiless = cgi::has_no_body(status);
+        let length = body.size_hint().exact().filter(|_| !bodiless);
+        head.clear();
+        cgi::response_head(head, status, &parts.headers, length);
+
+        let mut first = Bytes::new();
+        let mut ended = bodiless || self.is_head || body.is_end_stream();
+        self.work.set(Work::Sending { body });
+        if let Working::Sending { mut body } = self.work.as_mut().project()
+            && !ended
+        {
+            match body.as_mut().poll_frame(context) {
+                Poll::Ready(Some(frame)) => {
+                    first = frame.map_err(io::Error::other)?.into_data().unwrap_or_default();
+                    ended = body.is_end_stream();
+                }
+                Poll::Ready(None) => ended = true,
+                Poll::Pending => {}
+            }
+        }
+        if head.len() > LARGEST_CONTENT {
+            self.send(head.split().freeze(), outbox);
+        } else {
+            let with_head = first.split_to(first.len().min(LARGEST_CONTENT - head.len()));
+            fastcgi::stdout_header(outbox.tail(), self.id, head.len() + with_head.len());
+            outbox.tail().extend_from_slice(head);
+            outbox.push(with_head);
+        }
+        self.send(first, outbox);
+        if ended {
+            self.end(outbox);
+        }
+        Ok(())
+    }
+
+    fn send(&self, mut data: Bytes, outbox: &mut Outbox) {
+        while !data.is_empty() {
+            let content = data.split_to(data.len().min(LARGEST_CONTENT));
+            fastcgi::stdout_header(outbox.tail(), self.id, content.len());
+            outbox.push(content);
+        }
+    }
+
+    fn end(&mut self, outbox: &mut Outbox) {
+        fastcgi::stdout_end(outbox.tail(), self.id, self.app_status);
+        self.end_now();
+    }
+
+    pub(super) fn end_now(&mut self) {
+        self.work.set(Work::Ended);
+        (self.stdin, self.data) = (None, None);
+    }
+}

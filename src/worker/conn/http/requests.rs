@@ -1,0 +1,250 @@
+//! What is under way on an HTTP connection: for its drain, the heir's ledger and the watchdog.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use http::header::{self, HeaderMap};
+use http::{Method, Request, Response, Version};
+use http_body::Body as HttpBody;
+use hyper::body::Incoming;
+use tokio::sync::Notify;
+
+use super::upgrade::Taken;
+use crate::heir::ledger::{Account, Entry, LANDING};
+use crate::request::pulse::Pulse;
+
+/// The longest body of which the end is known as a position, which wraps around.
+const LONGEST_BODY: u32 = 1 << 30;
+
+/// The requests of a connection.
+pub(super) struct Requests {
+    pulse: Arc<Pulse>,
+    account: Account,
+    /// Those that the application has not answered yet: they can be told that they are the last.
+    unanswered: Cell<u32>,
+    begun: Notify,
+    count: Cell<u32>,
+    /// How many it may have; 0 is any number.
+    limit: u32,
+    last_begun: Notify,
+    /// There was a request of which nobody knows where in the input it ends.
+    end_is_unknown: Cell<bool>,
+    /// What comes after a request is not read: its body cannot be.
+    left_unread: Cell<bool>,
+    /// Requests that may still switch protocols.
+    offers: Cell<u32>,
+    no_offers: Notify,
+    /// The upgrade that an HTTP/1 connection ends in.
+    taken: RefCell<Option<Taken>>,
+}
+
+impl Requests {
+    pub(super) fn new(limit: u32, pulse: Arc<Pulse>, account: Account) -> Self {
+        let (unanswered, count) = (Cell::new(0), Cell::new(0));
+        let (begun, last_begun, end_is_unknown) = (Notify::new(), Notify::new(), Cell::new(false));
+        let (offers, no_offers, taken) = (Cell::new(0), Notify::new(), RefCell::new(None));
+        let left_unread = Cell::new(false);
+        Self {
+            pulse,
+            account,
+            unanswered,
+            begun,
+            count,
+            limit,
+            last_begun,
+            end_is_unknown,
+            left_unread,
+            offers,
+            no_offers,
+            taken,
+        }
+    }
+
+    pub(super) fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> UnderWay {
+        let entry = (request.version() != Version::HTTP_2).then(|| self.enter(request));
+        self.pulse.request_came();
+        self.unanswered.set(self.unanswered.get() + 1);
+        self.count.set(self.count.get().saturating_add(1));
+        self.begun.notify_waiters();
+        if self.are_enough() {
+            self.last_begun.notify_one();
+        }
+        let is_last = self.are_enough();
+        UnderWay { requests: Rc::clone(self), entry, is_last, is_answered: false, offers: false }
+    }
+
+    /// Has the ledger know of an HTTP/1 request, and of where it ends.
+    fn enter(&self, request: &Request<Incoming>) -> Entry {
+        let head = self.account.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
+        let entry =
+            self.account.begin(1, request.method() == Method::HEAD, is_last(request.version(), request.headers()));
+        let body = request.body().size_hint().exact().and_then(|length| u32::try_from(length).ok());
+        match (head, body.filter(|&length| length <= LONGEST_BODY)) {
+            (Some((position, head)), Some(body)) => {
+                self.account.clean_up_to(position.wrapping_add(head).wrapping_add(body));
+            }
+            _ => self.end_is_unknown.set(true),
+        }
+        entry
+    }
+
+    /// Whether none has come.
+    pub(super) fn are_none(&self) -> bool {
+        self.count.get() == 0
+    }
+
+    /// Whether there can be no further request.
+    pub(super) fn are_enough(&self) -> bool {
+        self.limit > 0 && self.count.get() >= self.limit
+    }
+
+    /// Whether another worker can go on: all that was taken in are whole requests, or the beginning of one that fits a
+    /// message.
+    pub(super) fn can_go_on_elsewhere(&self) -> bool {
+        let unfinished = usize::try_from(self.account.unfinished());
+        !self.are_enough() && !self.end_is_unknown.get() && unfinished.is_ok_and(|length| length <= LANDING)
+    }
+
+    /// Whether all responses have been written.
+    pub(super) fn are_over(&self) -> bool {
+        self.pulse.under_way() == 0 && !self.pulse.is_writing()
+    }
+
+    pub(super) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
+    }
+
+    pub(super) fn end_is_unknown(&self) -> bool {
+        self.end_is_unknown.get()
+    }
+
+    /// Nothing more is read of the connection.
+    pub(super) fn leave_unread(&self) {
+        self.left_unread.set(true);
+    }
+
+    pub(super) fn left_unread(&self) -> bool {
+        self.left_unread.get()
+    }
+
+    /// Whether there may be only so many.
+    pub(super) fn are_limited(&self) -> bool {
+        self.limit > 0
+    }
+
+    /// Returns when the last one that there may be has begun.
+    pub(super) async fn last_begun(&self) {
+        self.last_begun.notified().await;
+    }
+
+    /// Returns when no request can switch protocols.
+    pub(super) async fn no_upgrade_offered(&self) {
+        while self.offers.get() > 0 {
+            self.no_offers.notified().await;
+        }
+    }
+
+    /// This connection becomes another protocol's.
+    pub(super) fn take(&self, taken: Taken) {
+        self.taken.replace(Some(taken));
+    }
+
+    /// The upgrade that it ends in.
+    pub(super) fn taken(&self) -> Option<Taken> {
+        self.taken.take()
+    }
+
+    pub(super) async fn one_under_way(&self) {
+        if self.unanswered.get() == 0 {
+            self.begun.notified().await;
+        }
+    }
+}
+
+/// A request that is under way until this is dropped.
+pub(super) struct UnderWay {
+    requests: Rc<Requests>,
+    /// In the ledger, over HTTP/1.
+    entry: Option<Entry>,
+    /// The connection may have no further request.
+    pub(super) is_last: bool,
+    is_answered: bool,
+    /// It may switch protocols, or has done so.
+    offers: bool,
+}
+
+impl UnderWay {
+    /// The application has answered.
+    pub(super) fn is_answered(&mut self) {
+        if !std::mem::replace(&mut self.is_answered, true) {
+            self.requests.unanswered.set(self.requests.unanswered.get() - 1);
+        }
+    }
+
+    /// It has switched protocols: what comes from now on is carried on.
+    pub(super) fn is_upgraded(&self) {
+        self.requests.pulse.held().stop();
+    }
+
+    /// Whether it may switch protocols.
+    pub(super) fn offers_upgrade(&mut self, offers: bool) {
+        let requests = &self.requests;
+        match (std::mem::replace(&mut self.offers, offers), offers) {
+            (false, true) => requests.offers.set(requests.offers.get() + 1),
+            (true, false) => {
+                requests.offers.set(requests.offers.get() - 1);
+                requests.no_offers.notify_one();
+            }
+            (false, false) | (true, true) => {}
+        }
+    }
+
+    /// Has the ledger know that the response is on its way.
+    pub(super) fn enter_response<B>(&self, response: &Response<B>) {
+        let Some(entry) = self.entry else { return };
+        let account = &self.requests.account;
+        account.response_from(entry, account.output(0));
+        if is_last(Version::HTTP_11, response.headers()) {
+            account.is_last(entry);
+        }
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.is_answered();
+        self.offers_upgrade(false);
+        if let Some(entry) = self.entry {
+            self.requests.account.response_over(entry);
+        }
+        self.requests.pulse.request_over();
+    }
+}
+
+/// Bytes of a head at the beginning of `input`, if all of it is there, and its lines end as they should: hyper takes others
+/// too.
+fn head_length(input: &[u8]) -> Option<u32> {
+    let mut from = 0;
+    loop {
+        let end = from + input.get(from..)?.iter().position(|&byte| byte == b'\n')?;
+        let line = input.get(from..end)?.strip_suffix(b"\r")?;
+        from = end + 1;
+        if line.is_empty() {
+            // An empty line in front is none of the request's.
+            return u32::try_from(from).ok().filter(|&length| length > 2);
+        }
+    }
+}
+
+/// Whether a message says that the connection is not kept after it (RFC 9112, section 9.3).
+fn is_last(version: Version, headers: &HeaderMap) -> bool {
+    let options =
+        headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    let mut options = options.map(<[u8]>::trim_ascii);
+    if version < Version::HTTP_11 {
+        !options.any(|option| option.eq_ignore_ascii_case(b"keep-alive"))
+    } else {
+        options.any(|option| option.eq_ignore_ascii_case(b"close"))
+    }
+}

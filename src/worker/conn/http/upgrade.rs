@@ -1,0 +1,389 @@
+//! Upgraded connections: `101 Switching Protocols` over HTTP/1.1, and extended CONNECT over HTTP/2 (RFC 8441).
+//!
+//! The application gets what it gets from every server built on hyper, [`hyper::upgrade::Upgraded`], but not the connection
+//! itself: a [`Tunnel`], which it may move to any thread. The connection's task keeps the socket and carries the bytes between
+//! the two ([`carry`]). So an upgraded connection stays one of the worker's connections: it counts, it is in the ledger, the
+//! watchdog sees it, and a drain ends it.
+//!
+//! Only hyper can make an `Upgraded`. A [`Tunnel`] is made into one by a second, very short HTTP/1 connection that exists in
+//! memory alone: the tunnel brings a request with it, and swallows the head of the response ([`Offer`]).
+
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use bytes::{Buf as _, Bytes};
+use http::header::{self, HeaderMap};
+use http::{Method, Request, Response, StatusCode, Version};
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::super::closing::LINGER;
+use super::super::socket::poll_block;
+use super::requests::UnderWay;
+use crate::app::body::{Body, pipe};
+use crate::request::pulse::{Pulse, Wait};
+use crate::worker::lifecycle::drain::Drain;
+use crate::worker::service::serve::{Serving, Switch};
+
+/// What the connection in memory is asked, and what ends the head of its response.
+const PREFACE: &[u8] = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
+const END_OF_HEAD: &[u8] = b"\r\n\r\n";
+/// Bytes that one write of the application hands over at most.
+const PIECE: usize = 64 << 10;
+
+/// The application's end of an upgraded connection.
+struct Tunnel {
+    /// What is left of [`PREFACE`].
+    preface: &'static [u8],
+    /// Bytes of [`END_OF_HEAD`] that the last write ended with; all of them, once the application has the tunnel.
+    head_end: usize,
+    from_client: pipe::Reader,
+    /// What was taken out of it and not read yet.
+    rest: Bytes,
+    /// `None` when the application has shut its direction down.
+    to_client: Option<pipe::Writer>,
+}
+
+/// The connection's end of it.
+struct Link {
+    from_client: pipe::Writer,
+    to_client: pipe::Reader,
+}
+
+impl Read for Tunnel {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        mut buffer: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.preface.is_empty() {
+            let (now, later) = self.preface.split_at(self.preface.len().min(buffer.remaining()));
+            buffer.put_slice(now);
+            self.preface = later;
+            return Poll::Ready(Ok(()));
+        }
+        if self.head_end < END_OF_HEAD.len() {
+            return Poll::Pending;
+        }
+        if self.rest.is_empty() {
+            self.rest = match ready!(self.from_client.poll_next(context)) {
+                None => return Poll::Ready(Ok(())),
+                Some(Ok(bytes)) => bytes,
+                Some(Err(pipe::Cut)) => return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            };
+        }
+        let count = self.rest.len().min(buffer.remaining());
+        buffer.put_slice(&self.rest.split_to(count));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Write for Tunnel {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.head_end < END_OF_HEAD.len() {
+            for &byte in bytes {
+                match END_OF_HEAD.get(self.head_end) {
+                    None => break,
+                    Some(&expected) if expected == byte => self.head_end += 1,
+                    Some(_) => self.head_end = usize::from(byte == b'\r'),
+                }
+            }
+            return Poll::Ready(Ok(bytes.len()));
+        }
+        let Some(to_client) = &self.to_client else { return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())) };
+        ready!(to_client.poll_room(context));
+        if to_client.is_abandoned() {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let piece = bytes.get(..PIECE).unwrap_or(bytes);
+        to_client.push_copy(piece);
+        Poll::Ready(Ok(piece.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(())) // the connection's task writes what is here
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Some(to_client) = self.to_client.take() {
+            to_client.finish();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// An upgrade that the application may take.
+pub(super) struct Offer {
+    pub(super) switch: Switch,
+    /// hyper's own, of the real connection.
+    theirs: OnUpgrade,
+    link: Link,
+    is_taken: Rc<Cell<bool>>,
+    in_memory: Pin<Box<dyn Future<Output = hyper::Result<()>>>>,
+}
+
+impl Offer {
+    /// What a request may switch to. The application finds a [`OnUpgrade`] in its extensions if there is an offer, and none
+    /// otherwise.
+    pub(super) fn of(request: &mut Request<Body>) -> Option<Self> {
+        let theirs = request.extensions_mut().remove::<OnUpgrade>()?;
+        let switch = if request.version() == Version::HTTP_2 {
+            request.extensions().get::<hyper::ext::Protocol>()?;
+            Switch::Connect
+        } else if request.method() != Method::CONNECT && asks_for_upgrade(request.headers()) {
+            Switch::Upgrade
+        } else {
+            return None;
+        };
+        let ((from_client, read), (write, to_client)) = (pipe::pipe(), pipe::pipe());
+        let tunnel =
+            Tunnel { preface: PREFACE, head_end: 0, from_client: read, rest: Bytes::new(), to_client: Some(write) };
+        let (is_taken, ours) = (Rc::new(Cell::new(false)), Rc::new(Cell::new(None)));
+        let (taken, captured) = (Rc::clone(&is_taken), Rc::clone(&ours));
+        let answer = service_fn(move |mut request: Request<hyper::body::Incoming>| {
+            captured.set(request.extensions_mut().remove::<OnUpgrade>());
+            let taken = Rc::clone(&taken);
+            poll_fn(move |_| if taken.get() { Poll::Ready(Ok::<_, Infallible>(switching())) } else { Poll::Pending })
+        });
+        let mut in_memory: Pin<Box<dyn Future<Output = _>>> =
+            Box::pin(http1::Builder::new().serve_connection(tunnel, answer).with_upgrades());
+        // Nothing in it waits for anything but `is_taken`.
+        let _ = in_memory.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        request.extensions_mut().insert(ours.take()?);
+        Some(Self { switch, theirs, link: Link { from_client, to_client }, is_taken, in_memory })
+    }
+
+    /// The application has taken it: its `OnUpgrade` has the tunnel.
+    pub(super) fn take(mut self, serving: Serving, under_way: UnderWay) -> Taken {
+        self.is_taken.set(true);
+        let done = self.in_memory.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        debug_assert!(done.is_ready(), "a head that nothing holds up is written at once");
+        Taken { link: self.link, theirs: self.theirs, serving, under_way }
+    }
+}
+
+fn switching() -> Response<http_body_util::Empty<Bytes>> {
+    let mut response = Response::new(http_body_util::Empty::new());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    response
+}
+
+/// Whether a request over HTTP/1.1 asks for another protocol. A proxy that does not know `Upgrade` passes it on, but not the
+/// connection option that goes with it (RFC 9110, section 7.8).
+fn asks_for_upgrade(headers: &HeaderMap) -> bool {
+    let options =
+        headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    headers.contains_key(header::UPGRADE)
+        && options.into_iter().any(|option| option.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
+}
+
+/// An upgrade that has been taken. It is one request of its worker until it ends.
+pub(super) struct Taken {
+    link: Link,
+    theirs: OnUpgrade,
+    serving: Serving,
+    under_way: UnderWay,
+}
+
+impl Taken {
+    /// Carries the bytes of an HTTP/1 connection, of which `early` came behind the request. Returns when both directions have
+    /// ended, and the socket is to be closed.
+    pub(super) async fn carry(self, io: impl AsyncRead + AsyncWrite + Unpin, early: Bytes, ends: &Ends) {
+        let Self { link, mut serving, under_way, .. } = self;
+        under_way.is_upgraded();
+        carry(io, early, link, &mut serving, None, ends).await;
+        drop(under_way);
+    }
+
+    /// Carries those of a stream of HTTP/2.
+    pub(super) async fn carry_stream(self, pulse: Arc<Pulse>, ends: Ends) {
+        let Self { link, theirs, mut serving, under_way } = self;
+        under_way.is_upgraded();
+        match theirs.await {
+            Ok(stream) => {
+                let (stream, room) = (hyper_util::rt::TokioIo::new(stream), Wait::for_room(&pulse));
+                carry(stream, Bytes::new(), link, &mut serving, Some(room), &ends).await;
+            }
+            Err(error) => log::debug!("a stream did not become a tunnel: {error}"),
+        }
+        drop(under_way);
+    }
+}
+
+/// When an upgraded connection ends, other than by its client or the application.
+#[derive(Clone, Debug)]
+pub(super) struct Ends {
+    pub(super) drain: Drain,
+    /// With nothing moving in either direction; zero is no limit.
+    pub(super) idle: Duration,
+}
+
+impl Ends {
+    /// Returns when the worker's drain is nearly over, or nothing has moved for too long.
+    async fn reached(&self, moved: &Cell<Instant>) {
+        let idle = async {
+            loop {
+                let last = moved.get();
+                sleep_until(last + self.idle).await;
+                if moved.get() == last {
+                    return log::debug!("an upgraded connection is closed: nothing has moved for {:?}", self.idle);
+                }
+            }
+        };
+        tokio::select! {
+            () = self.drain.wait_for_end() => {}
+            () = idle, if !self.idle.is_zero() => {}
+        }
+    }
+}
+
+/// Carries bytes in both directions until both have ended. At one of the `ends` the application reads the end of its input, has
+/// [`Drain::farewell`] to say its last words, and then the client is told that nothing more will come.
+async fn carry(
+    mut io: impl AsyncRead + AsyncWrite + Unpin,
+    early: Bytes,
+    link: Link,
+    serving: &mut Serving,
+    room: Option<Wait>,
+    ends: &Ends,
+) {
+    let moved = Cell::new(Instant::now());
+    let mut way = Way { link: Some(link), output: Bytes::new(), input_ended: false, output_ended: false, room };
+    if let Some(link) = way.link.as_ref().filter(|_| !early.is_empty()) {
+        link.from_client.push(early);
+    }
+    let mut ended = pin!(ends.reached(&moved));
+    let mut farewell = pin!(None);
+    let carried = poll_fn(|context| {
+        if farewell.is_none() && ended.as_mut().poll(context).is_ready() {
+            farewell.set(Some(sleep_until(Instant::now() + ends.drain.farewell())));
+            way.end_input();
+        }
+        let carried = way.poll(&mut io, context, serving, &moved);
+        match farewell.as_mut().as_pin_mut() {
+            Some(farewell) if carried.is_pending() => farewell.poll(context).map(Ok),
+            _ => carried,
+        }
+    });
+    match carried.await {
+        Ok(()) => {
+            let (input_ended, mut room) = (way.input_ended, way.room.take());
+            drop(way); // the application finds out
+            // Over HTTP/2 the end needs room behind what was written.
+            if let Some(room) = &mut room {
+                room.set(true);
+            }
+            let _ = poll_fn(|context| Pin::new(&mut io).poll_shutdown(context)).await;
+            drop(room);
+            if !input_ended {
+                let (time, bytes) = LINGER;
+                let (time, mut rest) = (time.min(ends.drain.farewell()), io.take(bytes));
+                let _ = timeout(time, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+            }
+        }
+        Err(error) => log::debug!("an upgraded connection ended: {error}"),
+    }
+}
+
+/// Both directions.
+struct Way {
+    /// `None` when the application has nothing more to do with it.
+    link: Option<Link>,
+    /// What is being written.
+    output: Bytes,
+    /// The client will send nothing more, or nobody will read it.
+    input_ended: bool,
+    output_ended: bool,
+    room: Option<Wait>,
+}
+
+impl Way {
+    /// The application reads the end of its input.
+    fn end_input(&mut self) {
+        if let Some(link) = &self.link {
+            link.from_client.finish();
+        }
+    }
+
+    /// Ready when both directions have ended, or the application has let go of its end.
+    fn poll(
+        &mut self,
+        io: &mut (impl AsyncRead + AsyncWrite + Unpin),
+        context: &mut Context<'_>,
+        serving: &mut Serving,
+        moved: &Cell<Instant>,
+    ) -> Poll<io::Result<()>> {
+        let Some(link) = &self.link else { return Poll::Ready(Ok(())) };
+        while !self.input_ended && !link.from_client.is_abandoned() && link.from_client.poll_room(context).is_ready() {
+            let Poll::Ready(read) = poll_block(Pin::new(&mut *io), context)? else { break };
+            moved.set(Instant::now());
+            if read.is_empty() {
+                self.input_ended = true;
+                link.from_client.finish();
+            } else {
+                link.from_client.push(read.freeze());
+            }
+        }
+        let written = loop {
+            if self.output.is_empty() && !self.output_ended {
+                self.output = match link.to_client.poll_next(context) {
+                    Poll::Pending => break Poll::Pending,
+                    Poll::Ready(Some(Ok(bytes))) => bytes,
+                    // Dropped or shut down, that is all of it.
+                    Poll::Ready(None | Some(Err(pipe::Cut))) => {
+                        self.output_ended = true;
+                        break Pin::new(&mut *io).poll_shutdown(context)?;
+                    }
+                };
+            }
+            if self.output_ended {
+                break Poll::Ready(());
+            }
+            let Poll::Ready(count) = Pin::new(&mut *io).poll_write(context, &self.output)? else {
+                break Poll::Pending;
+            };
+            if count == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            moved.set(Instant::now());
+            serving.carried(count);
+            self.output.advance(count);
+            if self.output.is_empty() {
+                let _ = Pin::new(&mut *io).poll_flush(context)?;
+            }
+        };
+        if let Some(room) = &mut self.room {
+            room.set(!self.output.is_empty());
+        }
+        let nobody_reads = self.input_ended || link.from_client.is_abandoned();
+        if written.is_ready() && nobody_reads { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_headers_make_a_wish_for_an_upgrade() {
+        let asks = |pairs: &[(header::HeaderName, &'static str)]| {
+            let headers = pairs.iter().map(|(name, value)| (name.clone(), value.parse().unwrap()));
+            asks_for_upgrade(&headers.collect())
+        };
+        let (connection, upgrade) = (header::CONNECTION, header::UPGRADE);
+        assert!(asks(&[(connection.clone(), "keep-alive, Upgrade"), (upgrade.clone(), "websocket")]));
+        assert!(!asks(&[(connection.clone(), "keep-alive"), (upgrade, "websocket")]), "a proxy did not know it");
+        assert!(!asks(&[(connection, "upgrade")]));
+    }
+}

@@ -1,0 +1,343 @@
+//! An accepted connection's socket.
+//!
+//! It is registered with the event loop only when it has to wait. A short request on a fresh connection has most
+//! often come before the connection is accepted, and its response fits the socket's buffer: then it costs accept, read,
+//! write and close, and no more. One that waits is looked after by the [`Watchdog`].
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::BytesMut;
+use nix::sys::socket::Shutdown;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio_util::io::poll_read_buf;
+
+use crate::heir::ledger::{Account, LANDING};
+use crate::request::buffered;
+use crate::request::pulse::Pulse;
+use crate::sys;
+use crate::worker::later;
+use crate::worker::lifecycle::watchdog::Watchdog;
+
+/// A connection's socket.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    /// What was read too early, and will be read again.
+    early: BytesMut,
+    link: Link,
+    account: Account,
+    pulse: Arc<Pulse>,
+    watchdog: Rc<Watchdog>,
+    /// How long the first bytes waited is to be found out.
+    asks_wait: Cell<bool>,
+}
+
+#[derive(Debug)]
+enum Link {
+    /// Never had to wait.
+    Fresh(OwnedFd, Look),
+    Registered(AsyncFd<OwnedFd>),
+    /// It could not be registered, or is closed.
+    Broken,
+}
+
+/// Bytes of the first reads of a connection, before it had to wait.
+const FIRST: usize = 4 << 10;
+/// Bytes of memory that are read into, and what must be left of it at least.
+const BLOCK: usize = 64 << 10;
+const ROOM: usize = 16 << 10;
+
+thread_local! {
+    static BLOCK_OF_THREAD: RefCell<BytesMut> = RefCell::default();
+}
+
+/// Reads what has come, at most [`BLOCK`] bytes, as [`Socket::poll_bytes`]; none at the end of the stream.
+///
+/// # Errors
+/// What `io` says.
+pub(crate) fn poll_block(io: Pin<&mut impl AsyncRead>, context: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
+    BLOCK_OF_THREAD.with_borrow_mut(|block| {
+        if block.capacity() < ROOM {
+            block.reserve(BLOCK);
+        }
+        ready!(poll_read_buf(io, context, block))?;
+        Poll::Ready(Ok(block.split()))
+    })
+}
+
+/// Whether there may be something to read on a socket that the event loop does not know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// Perhaps.
+    Now,
+    /// All was read that had come.
+    Later,
+    /// As above, and everything that can go on without has done so.
+    Last,
+}
+
+impl Socket {
+    /// `accepted` is a connection, does not block, and has been entered in the ledger. `early` was read of it before.
+    pub(crate) fn new(accepted: OwnedFd, account: Account, early: &[u8], watchdog: &Rc<Watchdog>) -> Self {
+        let (link, early) = (Link::Fresh(accepted, Look::Now), BytesMut::from(early));
+        let asks_wait = Cell::new(false);
+        Self { early, link, account, pulse: Arc::default(), watchdog: Rc::clone(watchdog), asks_wait }
+    }
+
+    /// Has the first request know how long it has waited in the kernel, if this is TCP. Nothing was read yet.
+    pub(crate) fn ask_wait(&self) {
+        self.asks_wait.set(true);
+    }
+
+    /// Its page in the ledger.
+    pub(crate) fn account(&self) -> &Account {
+        &self.account
+    }
+
+    pub(crate) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
+    }
+
+    /// What was read and will be read again.
+    pub(crate) fn early(&self) -> &[u8] {
+        &self.early
+    }
+
+    /// Reads what comes next, and keeps it to be read again. Returns how much that was.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub(crate) async fn look_ahead(&mut self) -> io::Result<usize> {
+        poll_fn(|context| {
+            let mut early = std::mem::take(&mut self.early); // or it would be read once more
+            early.reserve(FIRST);
+            let read = poll_read_buf(Pin::new(&mut *self), context, &mut early);
+            self.early = early;
+            read
+        })
+        .await
+    }
+
+    /// Reads what has come, at most [`BLOCK`] bytes; none at the end of the stream.
+    ///
+    /// They lie in a block of memory that all connections of this thread read into, one after the other: a connection
+    /// that waits has no buffer, and a request costs no allocation. Whoever keeps them for long should copy them, or
+    /// they keep the whole block.
+    ///
+    /// # Errors
+    /// What the socket says, or `TimedOut`.
+    pub(crate) fn poll_bytes(&mut self, context: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
+        poll_block(Pin::new(self), context)
+    }
+
+    pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.link {
+            Link::Fresh(socket, _) => Some(socket.as_fd()),
+            Link::Registered(socket) => Some(socket.get_ref().as_fd()),
+            Link::Broken => None,
+        }
+    }
+
+    /// It has to wait: from now on the event loop knows it.
+    fn register(&mut self) -> io::Result<()> {
+        if !matches!(self.link, Link::Fresh(..)) {
+            return Ok(());
+        }
+        self.link = match std::mem::replace(&mut self.link, Link::Broken) {
+            Link::Fresh(socket, _) => Link::Registered(sys::register(socket, Interest::READABLE | Interest::WRITABLE)?),
+            registered => registered,
+        };
+        if let Some(fd) = self.fd() {
+            self.watchdog.watch(fd, &self.pulse);
+        }
+        Ok(())
+    }
+
+    /// Before a wait: the response may be on its way, and the connection then at its end. So everything else that can be
+    /// done comes first, and registering the socket last. Ready when it is registered.
+    fn poll_register(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Link::Fresh(_, look) = &mut self.link
+            && *look != Look::Last
+        {
+            *look = Look::Last;
+            later::wake_later(context.waker().clone());
+            return Poll::Pending;
+        }
+        Poll::Ready(self.register())
+    }
+
+    /// Tries a system call, again whenever there is something to read, until it does not say `WouldBlock`.
+    pub(crate) fn poll_try<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        if let (Link::Fresh(_, Look::Now), Some(fd)) = (&self.link, self.fd())
+            && let Some(outcome) = at_once(|| call(fd))
+        {
+            return Poll::Ready(outcome);
+        }
+        ready!(self.poll_register(context))?;
+        let Link::Registered(socket) = &self.link else { return Poll::Ready(Err(io::ErrorKind::NotConnected.into())) };
+        loop {
+            let mut readable = ready!(socket.poll_read_ready(context))?;
+            match call(socket.get_ref().as_fd()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => readable.clear_ready(),
+                // `poll(2)` says so if a signal is there, even if it was not to wait.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                outcome => return Poll::Ready(outcome),
+            }
+        }
+    }
+
+    /// `count` bytes came, or none at the end.
+    fn came(&self, count: usize) -> io::Result<()> {
+        if count == 0 && self.pulse.has_expired() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.pulse.add_read(count);
+        if count > 0 && buffered::is_full() {
+            self.watchdog.shed();
+        }
+        if self.asks_wait.take()
+            && let Some(Ok(waited)) = self.fd().map(sys::since_last_received)
+        {
+            self.pulse.set_waited(waited);
+        }
+        Ok(())
+    }
+
+    fn poll_write_registered(&self, context: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let Link::Registered(fd) = &self.link else { return Poll::Ready(Err(io::ErrorKind::NotConnected.into())) };
+        loop {
+            let mut writable = ready!(fd.poll_write_ready(context))?;
+            match self.account.write(fd.get_ref().as_fd(), slices) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => writable.clear_ready(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                outcome => return Poll::Ready(outcome),
+            }
+        }
+    }
+
+    fn went(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(count)) = &outcome {
+            self.pulse.add_written(*count);
+        }
+        self.pulse.set_writing(outcome.is_pending());
+        outcome
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.pulse.close();
+        self.account.close(std::mem::replace(&mut self.link, Link::Broken));
+    }
+}
+
+/// Makes one system call on a socket that is not registered; `None` if it would have to wait.
+fn at_once<T>(mut call: impl FnMut() -> io::Result<T>) -> Option<io::Result<T>> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            outcome => return Some(outcome),
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.early.is_empty() {
+            let count = self.early.len().min(buffer.remaining());
+            buffer.put_slice(&self.early.split_to(count));
+            if self.early.is_empty() {
+                self.early = BytesMut::new(); // its memory is not needed again
+            }
+            return Poll::Ready(Ok(()));
+        }
+        let socket = &mut *self;
+        if let Link::Fresh(fd, look @ Look::Now) = &mut socket.link {
+            let room = buffer.remaining().min(FIRST);
+            if let Some(read) = at_once(|| socket.account.read(fd.as_fd(), buffer, room)) {
+                let count = read?;
+                if count < room {
+                    *look = Look::Later;
+                }
+                return Poll::Ready(socket.came(count));
+            }
+        }
+        ready!(socket.poll_register(context))?;
+        let Link::Registered(fd) = &socket.link else { return Poll::Ready(Err(io::ErrorKind::NotConnected.into())) };
+        let room = buffer.remaining().min(LANDING);
+        loop {
+            let mut readable = ready!(fd.poll_read_ready(context))?;
+            match socket.account.read(fd.get_ref().as_fd(), buffer, room) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => readable.clear_ready(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+                Ok(count) => {
+                    // That was all; what comes later is told by another event.
+                    if count > 0 && count < room {
+                        readable.clear_ready();
+                    }
+                    return Poll::Ready(socket.came(count));
+                }
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(context, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let socket = &mut *self;
+        if let Link::Fresh(fd, _) = &socket.link {
+            match at_once(|| socket.account.write(fd.as_fd(), slices)) {
+                Some(written) => return Poll::Ready(written),
+                None => socket.register()?,
+            }
+        }
+        let written = socket.poll_write_registered(context, slices);
+        socket.went(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// Nothing is buffered here.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.account.flushed();
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.fd() {
+            Some(fd) => Poll::Ready(shut(fd.as_raw_fd(), Shutdown::Write)),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+    }
+}
+
+pub(crate) fn shut(fd: RawFd, how: Shutdown) -> io::Result<()> {
+    Ok(nix::sys::socket::shutdown(fd, how)?)
+}

@@ -1,0 +1,50 @@
+//! Requests that take long: each is logged once, with what its thread is at.
+//!
+//! Runs on the worker's first thread, which has nothing else to do, and only with `--slow-request`. May not: touch the
+//! event loop, which may be what is slow.
+
+use std::collections::HashSet;
+use std::thread::ScopedJoinHandle;
+use std::time::Duration;
+
+use forkyard_shm::Scoreboard;
+
+use crate::diagnostics::{at_work, modules, sample};
+
+/// How often it looks.
+const PERIOD: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// Functions that are named.
+const NAMED: usize = 24;
+
+/// Looks for requests older than `age` until the worker's thread ends.
+pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, slot: u32, age: Duration) {
+    if let Err(error) = sample::install() {
+        log::error!("slow requests are logged without a backtrace: {error} (--slow-request)");
+    }
+    let period = (age / 4).clamp(PERIOD.0, PERIOD.1);
+    // By cell and beginning.
+    let mut told: HashSet<(usize, u64)> = HashSet::new();
+    while !worker.is_finished() {
+        std::thread::park_timeout(period);
+        let row = scoreboard.read(slot).filter(|row| row.pid == std::process::id());
+        let slow = row.map(|row| row.serving).unwrap_or_default();
+        let slow: Vec<_> = slow.into_iter().filter(|request| request.since >= age).collect();
+        told.retain(|&(cell, begun)| slow.iter().any(|request| (request.cell, request.begun_ms) == (cell, begun)));
+        for request in slow {
+            if told.insert((request.cell, request.begun_ms)) {
+                let at = backtrace_of(request.cell);
+                let took = request.since.as_millis();
+                log::warn!("slow request={:?} since={took}ms slot={slot} {at}", request.what);
+            }
+        }
+    }
+}
+
+/// For the log.
+fn backtrace_of(cell: usize) -> String {
+    // It waits, for a thread or for what its future waits for.
+    let Some(thread) = at_work::thread_of(cell) else { return "thread=none".to_owned() };
+    let mut names = modules::names_of(sample::of(thread).into_iter());
+    names.truncate(NAMED);
+    format!("thread={thread} at={:?}", names.join(" < "))
+}

@@ -1,0 +1,463 @@
+//! How long a connection may keep somebody waiting.
+//!
+//! The [`Watchdog`] looks once a second at every connection that had to wait, at its [`Stage`], and at what has moved since;
+//! whoever takes too long is cut off. That costs a request a few stores, and no timer of its own.
+
+use std::cell::RefCell;
+use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+use nix::sys::socket::Shutdown;
+use tokio::sync::Notify;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::config::Timeouts;
+use crate::request::buffered;
+use crate::request::pulse::{Pulse, Stage};
+use crate::worker::conn::reclaim::{self, Holder, Idle};
+use crate::worker::conn::socket::shut;
+use crate::worker::conn::throttle::Throttle;
+
+/// How often the watchdog looks.
+const TICK: Duration = Duration::from_secs(1);
+/// How long the end of an event stream may take to leave, after the worker was told to.
+const LAST_EVENTS: Duration = Duration::from_secs(2);
+/// So many ticks a connection without a request may take to end after it was asked to.
+const GOODBYE: u32 = 1;
+/// So many bytes have to move, of a body within its timeout and of a response within its own, or all that is left.
+const PROGRESS: u32 = 4 << 10;
+
+/// Cuts off connections that take too long.
+#[derive(Debug)]
+pub(crate) struct Watchdog {
+    timeouts: Timeouts,
+    /// The worker was told to leave.
+    drains: Arc<AtomicBool>,
+    watched: RefCell<Vec<Watched>>,
+    some: Notify,
+    /// Those that were cut off because they held too much.
+    shed: Throttle,
+}
+
+/// A connection as it was at the last tick.
+#[derive(Debug)]
+struct Watched {
+    fd: RawFd,
+    pulse: Arc<Pulse>,
+    stage: Stage,
+    requests: u32,
+    /// Ticks in this stage, and what had come when they were counted from.
+    waited: u32,
+    read: u32,
+    /// It is shut down for reading.
+    is_deaf: bool,
+    /// In both directions.
+    is_cut: bool,
+    /// Ticks for which a write has waited.
+    unread: u32,
+    written: u32,
+    /// Ticks of a drain in which there was nothing but the end of an event stream.
+    leaving: u32,
+    /// It was asked to make room for others, so many ticks ago.
+    goodbye: Option<u32>,
+}
+
+impl Watchdog {
+    pub(crate) fn new(timeouts: Timeouts, drains: Arc<AtomicBool>) -> Rc<Self> {
+        Rc::new(Self { timeouts, drains, watched: RefCell::default(), some: Notify::new(), shed: Throttle::default() })
+    }
+
+    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, pulse: &Arc<Pulse>) {
+        let mut watched = self.watched.borrow_mut();
+        if watched.is_empty() {
+            self.some.notify_one();
+        }
+        watched.push(Watched::new(fd.as_raw_fd(), Arc::clone(pulse)));
+    }
+
+    /// Closes up to `most` connections on which nothing is under way, because others wait for their place. Returns how many.
+    pub(crate) fn make_room(&self, most: usize) -> usize {
+        let mut watched = self.watched.borrow_mut();
+        let idle = |(index, watched): (usize, &Watched)| {
+            let ticks = watched.idle_ticks()?;
+            Some(Idle { index, ticks })
+        };
+        let chosen = reclaim::choose(watched.iter().enumerate().filter_map(idle).collect(), most);
+        for &index in &chosen {
+            if let Some(watched) = watched.get_mut(index) {
+                watched.make_room();
+            }
+        }
+        chosen.len()
+    }
+
+    /// Connections hold more memory than they may together: those go that keep the others waiting for longest.
+    pub(crate) fn shed(&self) {
+        let mut watched = self.watched.borrow_mut();
+        let holder = |(index, watched): (usize, &Watched)| {
+            let (pulse, bytes) = (&watched.pulse, watched.pulse.held().bytes());
+            let is_waited_for = pulse.stage() != Stage::Answering;
+            (bytes > 0 && !pulse.is_closed()).then_some(Holder { index, bytes, is_waited_for, ticks: watched.waited })
+        };
+        let chosen = reclaim::heaviest(watched.iter().enumerate().filter_map(holder).collect(), buffered::too_much());
+        for &index in &chosen {
+            if let Some(watched) = watched.get_mut(index) {
+                watched.cut_off("holding too much memory", Shutdown::Both);
+                watched.pulse.held().clear(); // it is given free as soon as its task has heard of it
+            }
+        }
+        if !chosen.is_empty()
+            && let Some(count) = self.shed.add(chosen.len())
+        {
+            log::warn!("cut off connections that hold too much of unfinished requests (--max-buffered) count={count}");
+        }
+    }
+
+    /// The drain is nearly over: cuts off what waits for a client, so that only the application's own work can keep the worker.
+    pub(crate) fn end_drain(&self) {
+        let cut_off = self.watched.borrow_mut().iter_mut().filter_map(Watched::end_drain).count();
+        if cut_off > 0 {
+            log::info!(
+                "cut off connections whose clients did not read or send until the end of the drain (--drain-timeout) count={cut_off}"
+            );
+        }
+    }
+
+    /// Looks after the connections for ever. While there are none, it sleeps.
+    pub(crate) async fn run(&self) {
+        loop {
+            self.some.notified().await;
+            let mut ticks = interval(TICK);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks.tick().await; // the first is at once
+            while !self.watched.borrow().is_empty() {
+                ticks.tick().await;
+                let drains = self.drains.load(Relaxed);
+                self.watched.borrow_mut().retain_mut(|watched| watched.tick(&self.timeouts, drains));
+            }
+        }
+    }
+}
+
+impl Watched {
+    fn new(fd: RawFd, pulse: Arc<Pulse>) -> Self {
+        let (stage, is_deaf, is_cut) = (Stage::Idle, false, false);
+        let goodbye = None;
+        Self {
+            fd,
+            pulse,
+            stage,
+            requests: 0,
+            waited: 0,
+            read: 0,
+            is_deaf,
+            is_cut,
+            unread: 0,
+            written: 0,
+            leaving: 0,
+            goodbye,
+        }
+    }
+
+    /// For how many ticks nothing was under way, but for the first, which came soon after its last use. `None` if something is, or its end has begun.
+    fn idle_ticks(&self) -> Option<u32> {
+        let pulse = &self.pulse;
+        let is_idle = pulse.stage() == Stage::Idle && self.stage == Stage::Idle && pulse.requests() == self.requests;
+        (is_idle && !pulse.is_closed() && !self.is_deaf && self.goodbye.is_none())
+            .then(|| self.waited.saturating_sub(1))
+    }
+
+    /// Ends it: in good order where its protocol can, with the next ticks if its peer does not take that in.
+    fn make_room(&mut self) {
+        self.goodbye = Some(0);
+        if !self.pulse.say_goodbye() {
+            self.cut_off("idle while others wait for its place", Shutdown::Read);
+        }
+    }
+
+    /// `None` if nothing is waited for, or what may yet be passed on.
+    fn end_drain(&mut self) -> Option<()> {
+        let pulse = &self.pulse;
+        let how = match pulse.stage() {
+            _ if pulse.is_closed() => return None,
+            _ if pulse.is_writing() => Shutdown::Both,
+            Stage::Body | Stage::Head => Shutdown::Read, // there is an answer to that
+            // Of HTTP/2: what was answered waits for room.
+            Stage::Idle if pulse.says_goodbye() => Shutdown::Both,
+            Stage::Idle | Stage::Answering => return None,
+        };
+        if self.is_cut || self.is_deaf && how == Shutdown::Read {
+            return None;
+        }
+        self.cut_off("in a drain that is nearly over", how);
+        Some(())
+    }
+
+    /// Another second has passed. False if the connection needs no more looking after.
+    fn tick(&mut self, timeouts: &Timeouts, drains: bool) -> bool {
+        if self.pulse.is_closed() {
+            return false;
+        }
+        let stage = self.count();
+        let (doing, limit) = match stage {
+            Stage::Idle => ("idle", timeouts.idle),
+            Stage::Head => ("sending the head of a request", timeouts.header),
+            Stage::Body => ("sending the body of a request", timeouts.body),
+            Stage::Answering => ("", Duration::ZERO),
+        };
+        if let Some(ticks) = &mut self.goodbye {
+            *ticks += 1;
+            if *ticks > GOODBYE && stage == Stage::Idle {
+                self.cut_off("ending", Shutdown::Both);
+                return false;
+            }
+        }
+        if is_over(self.unread, timeouts.write) {
+            self.cut_off("reading a response", Shutdown::Both);
+            return false;
+        }
+        if drains && self.outstays() {
+            self.cut_off("reading the end of an event stream", Shutdown::Both);
+            return false;
+        }
+        if !self.is_deaf && is_over(self.waited, limit) {
+            // A response may still be on its way.
+            self.cut_off(doing, Shutdown::Read);
+        }
+        true
+    }
+
+    fn count(&mut self) -> Stage {
+        let pulse = &self.pulse;
+        let (stage, requests) = (pulse.stage(), pulse.requests());
+        let (read, written) = (pulse.read(), pulse.written());
+        // While the application reads a body it waits now and then: that adds up until enough has come.
+        let goes_on = stage == self.stage || matches!(stage, Stage::Body | Stage::Answering);
+        let moves = stage == Stage::Body && read.wrapping_sub(self.read) >= PROGRESS;
+        // Beside a body that is waited for, further requests change nothing.
+        let begins = requests != self.requests && !(stage == Stage::Body && pulse.under_way() > 1);
+        if begins || !goes_on || moves {
+            (self.waited, self.read) = (0, read);
+        }
+        (self.stage, self.requests) = (stage, requests);
+        self.waited += u32::from(stage != Stage::Answering);
+
+        let writing = pulse.is_writing();
+        if !writing || written.wrapping_sub(self.written) >= PROGRESS {
+            (self.unread, self.written) = (0, written);
+        }
+        self.unread += u32::from(writing);
+        stage
+    }
+
+    /// In a drain: whether it is there for event streams alone, whose clients have been told to come back, and may be elsewhere.
+    /// They lose nothing by it: each knows how far it is.
+    fn outstays(&mut self) -> bool {
+        self.leaving = if self.pulse.ends_in_stream() { self.leaving + 1 } else { 0 };
+        is_over(self.leaving, LAST_EVENTS) || self.pulse.is_streaming() && is_over(self.unread, LAST_EVENTS)
+    }
+
+    fn cut_off(&mut self, doing: &str, how: Shutdown) {
+        log::debug!("a connection is cut off, it took too long: {doing}");
+        self.pulse.expire();
+        self.is_deaf = true;
+        self.is_cut |= how == Shutdown::Both;
+        let _ = shut(self.fd, how); // it may have been closed by its peer
+    }
+}
+
+/// Whether so many ticks are certainly longer than `limit`; none is longer than a limit of zero.
+fn is_over(ticks: u32, limit: Duration) -> bool {
+    !limit.is_zero() && TICK * ticks.saturating_sub(1) >= limit
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::request::pulse::Wait;
+
+    const TIMEOUTS: Timeouts = Timeouts {
+        idle: Duration::from_secs(9),
+        header: Duration::from_secs(3),
+        body: Duration::from_secs(4),
+        write: Duration::from_secs(5),
+        upgraded: Duration::ZERO,
+    };
+
+    /// How many ticks a connection lives to which `each` happens before every one; 100 if that many.
+    fn ticks(mut each: impl FnMut(&Pulse)) -> u32 {
+        ticks_of(move |pulse| each(pulse))
+    }
+
+    fn ticks_of(each: impl FnMut(&Arc<Pulse>)) -> u32 {
+        ticks_with(false, each)
+    }
+
+    fn ticks_with(drains: bool, mut each: impl FnMut(&Arc<Pulse>)) -> u32 {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
+        let mut lives = || {
+            each(&watched.pulse);
+            watched.tick(&TIMEOUTS, drains) && !watched.is_deaf
+        };
+        (0..100).take_while(|_| lives()).map(|_| 1).sum()
+    }
+
+    #[test]
+    fn whoever_takes_too_long_is_cut_off() {
+        assert_eq!(ticks(|_| ()), 9, "idle");
+        let answering = |pulse: &Pulse| {
+            if pulse.requests() == 0 {
+                pulse.request_came();
+            }
+        };
+        assert_eq!(ticks(answering), 100, "the application may take its time");
+        assert_eq!(ticks(|pulse| pulse.add_read(2000)), 3, "a head is not allowed to trickle");
+        let write = |bytes| {
+            move |pulse: &Pulse| {
+                pulse.set_writing(true);
+                pulse.add_written(bytes);
+            }
+        };
+        assert_eq!(ticks(write(1)), 5);
+        assert_eq!(ticks(write(1024)), 100, "it is slow, but it gets on: that is not idle");
+    }
+
+    #[test]
+    fn a_body_may_be_slow_but_has_to_get_on_whatever_else_is_under_way() {
+        let trickle = |bytes, others| {
+            let mut body = None;
+            ticks_of(move |pulse| {
+                let wait = body.get_or_insert_with(|| {
+                    pulse.request_came();
+                    Wait::for_body(pulse)
+                });
+                wait.set(true);
+                pulse.add_read(bytes);
+                for _ in 0..others {
+                    pulse.request_came();
+                }
+            })
+        };
+        assert_eq!(trickle(1, 0), 4);
+        assert_eq!(trickle(1, 1), 4);
+        assert_eq!(trickle(1024, 0), 100);
+        let mut body = None;
+        let mut turn = 0;
+        let waits_now_and_then = ticks_of(move |pulse| {
+            turn += 1;
+            let wait = body.get_or_insert_with(|| {
+                pulse.request_came();
+                Wait::for_body(pulse)
+            });
+            wait.set(turn % 2 == 0);
+        });
+        assert_eq!(waits_now_and_then, 9, "every second tick finds somebody waiting");
+        let dropped = ticks_of(|pulse| {
+            if pulse.requests() == 0 {
+                pulse.request_came();
+                Wait::for_body(pulse).set(true);
+            }
+        });
+        assert_eq!(dropped, 100, "nobody waits for a body that was given up");
+    }
+
+    #[test]
+    fn each_request_has_its_own_time() {
+        let requests = ticks(|pulse| {
+            pulse.add_read(100);
+            pulse.request_came();
+            pulse.request_over();
+        });
+        assert_eq!(requests, 100);
+    }
+
+    #[test]
+    fn a_response_that_gets_no_room_in_its_stream_is_not_read() {
+        let mut reply = None;
+        let held_back = ticks_of(move |pulse| {
+            reply
+                .get_or_insert_with(|| {
+                    pulse.request_came();
+                    Wait::for_room(pulse)
+                })
+                .set(true);
+        });
+        assert_eq!(held_back, 5);
+    }
+
+    #[test]
+    fn a_drain_waits_for_answers_and_not_for_event_streams() {
+        let ticks = |requests: u32, streams: u32, writing: Option<usize>| {
+            let mut waits = Vec::new();
+            ticks_with(true, move |pulse| {
+                if pulse.requests() == 0 {
+                    (0..requests).for_each(|_| pulse.request_came());
+                    waits.extend((0..streams).map(|_| Wait::for_events(pulse)));
+                }
+                pulse.set_writing(writing.is_some());
+                pulse.add_written(writing.unwrap_or_default());
+            })
+        };
+        assert_eq!(ticks(1, 0, None), 100, "an answer");
+        assert_eq!(ticks(2, 1, None), 100, "an answer and a stream");
+        assert_eq!(ticks(2, 1, Some(0)), 5, "likewise, to who does not read");
+        for writing in [None, Some(0), Some(5000)] {
+            assert_eq!(ticks(2, 2, writing), 2, "{writing:?}");
+        }
+        let mut ended = false;
+        let after_its_end = ticks_with(true, |pulse| {
+            if !std::mem::replace(&mut ended, true) {
+                pulse.request_came();
+                drop(Wait::for_events(pulse));
+                pulse.request_over();
+            }
+        });
+        assert_eq!(after_its_end, 2);
+        let mut stream = None;
+        let beside_an_answer_on_its_way = ticks_with(true, |pulse| {
+            if pulse.requests() == 0 {
+                pulse.set_writing(true);
+                pulse.request_came();
+                stream = Some(Wait::for_events(pulse));
+            }
+            pulse.add_written(5000);
+        });
+        assert_eq!(beside_an_answer_on_its_way, 100);
+    }
+
+    #[test]
+    fn one_that_makes_room_is_asked_first_if_its_protocol_can_and_then_cut_off() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
+        let tick = |watched: &mut Watched| watched.tick(&TIMEOUTS, false);
+        assert!(tick(&mut watched) && watched.idle_ticks() == Some(0), "it was used a moment ago");
+        assert!(tick(&mut watched) && watched.idle_ticks() == Some(1));
+        watched.pulse.request_came();
+        assert_eq!(watched.idle_ticks(), None, "something is under way");
+        watched.pulse.request_over();
+        assert_eq!(watched.idle_ticks(), None, "it was used since the last tick");
+        assert!(tick(&mut watched) && watched.idle_ticks() == Some(0));
+        watched.pulse.set_says_goodbye();
+        watched.make_room();
+        assert_eq!((watched.is_deaf, watched.idle_ticks()), (false, None), "its end has begun");
+        watched.pulse.request_came();
+        assert!((0..9).all(|_| tick(&mut watched)), "a request that came before its peer knew is answered");
+        watched.pulse.request_over();
+        assert!(!tick(&mut watched) && watched.pulse.has_expired());
+
+        let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
+        watched.make_room();
+        assert!(watched.is_deaf && watched.pulse.has_expired());
+    }
+
+    #[test]
+    fn a_closed_connection_is_forgotten() {
+        assert_eq!(ticks(|pulse| pulse.close()), 0);
+    }
+}

@@ -1,0 +1,259 @@
+//! The access log: a line for each request, at its end.
+//!
+//! Lines wait in a buffer until it is full or a second is over, and then go out with one write(2) to a file that all workers
+//! append to. A worker without requests has no tick. What waits when a worker is killed its heir writes.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, header};
+use jiff::Timestamp;
+use tokio::sync::Notify;
+
+use crate::config::address::Protocol;
+use crate::config::logs::AccessFormat;
+use crate::logging;
+use crate::logging::access::{Asked, Exchange, LONGEST};
+use crate::logging::files::LogFiles;
+use crate::logging::line_buffer::{LineBuffer, ROOM};
+use crate::protocol::cgi::Origin;
+
+/// How long a line may wait.
+const WAIT: Duration = Duration::from_secs(1);
+/// How often it is tried again while the reader of a pipe is slow.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// The status in the line of a request whose client left before there was a response, as nginx has it.
+const LEFT: u16 = 499;
+
+const _: () = assert!(LONGEST <= ROOM, "each line fits into an empty buffer");
+
+/// The access log of a worker.
+#[derive(Debug)]
+pub(crate) struct AccessLog {
+    files: Arc<LogFiles>,
+    format: AccessFormat,
+    buffer: LineBuffer,
+    slot: u32,
+    generation: u64,
+    /// The line that is being made.
+    line: RefCell<Vec<u8>>,
+    /// The second that was written last, and how.
+    second: RefCell<(i64, String)>,
+    has_lines: Notify,
+    /// Lines that could not be written, since the last that could.
+    lost: Cell<usize>,
+}
+
+impl AccessLog {
+    /// `None` if there is none.
+    pub(crate) fn new(
+        files: &Arc<LogFiles>,
+        buffer: Option<LineBuffer>,
+        slot: u32,
+        generation: u64,
+    ) -> Option<Rc<Self>> {
+        let format = files.config().access.as_ref()?.format;
+        let files = Arc::clone(files);
+        let log = Self {
+            files,
+            format,
+            buffer: buffer?,
+            slot,
+            generation,
+            line: RefCell::default(),
+            second: RefCell::default(),
+            has_lines: Notify::new(),
+            lost: Cell::new(0),
+        };
+        Some(Rc::new(log))
+    }
+
+    /// Sees to it that no line waits longer than it has to.
+    pub(crate) async fn run(&self) {
+        loop {
+            self.has_lines.notified().await;
+            tokio::time::sleep(WAIT).await;
+            self.flush();
+            while !self.buffer.is_empty() {
+                tokio::time::sleep(RETRY_INTERVAL).await; // for its reader
+                self.flush();
+            }
+        }
+    }
+
+    /// Writes what waits, as far as that is possible at once.
+    pub(crate) fn flush(&self) {
+        if !self.buffer.is_empty() {
+            self.buffer.write_out(|lines| self.wrote(lines, self.files.write_access(lines)));
+        }
+    }
+
+    /// Writes what waits, before this worker ends.
+    pub(crate) fn finish(&self) {
+        if !self.buffer.is_empty() {
+            let limit = logging::last_flush_timeout();
+            self.buffer.write_out(|lines| self.wrote(lines, self.files.write_access_within(lines, limit)));
+            self.lose(self.buffer.forget(), "nobody reads it");
+        }
+    }
+
+    /// Returns how many bytes are done with.
+    fn wrote(&self, lines: &[u8], (count, outcome): (usize, io::Result<()>)) -> usize {
+        match outcome {
+            Ok(()) => {
+                let lost = self.lost.take();
+                if lost > 0 {
+                    log::warn!("the access log is written again slot={} lost={lost}", self.slot);
+                }
+                count
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => count,
+            Err(error) => {
+                let rest = lines.get(count..).unwrap_or_default();
+                self.lose(rest.iter().filter(|&&byte| byte == b'\n').count(), &error.to_string());
+                lines.len()
+            }
+        }
+    }
+
+    fn lose(&self, lines: usize, why: &str) {
+        if lines == 0 {
+            return;
+        }
+        if self.lost.get() == 0 {
+            log::error!(
+                "the access log cannot be written, and its lines are lost: {why} (--access-log) slot={}",
+                self.slot
+            );
+        }
+        self.lost.set(self.lost.get() + lines);
+    }
+
+    fn push(&self, exchange: &Exchange<'_>) {
+        let now = Timestamp::now();
+        let mut line = self.line.borrow_mut();
+        line.clear();
+        match self.format {
+            AccessFormat::Json => exchange.write_json(&format!("{now:.3}"), &mut line),
+            AccessFormat::Combined => {
+                let mut second = self.second.borrow_mut();
+                if second.0 != now.as_second() || second.1.is_empty() {
+                    *second = (now.as_second(), now.strftime("%d/%b/%Y:%H:%M:%S +0000").to_string());
+                }
+                exchange.write_combined(&second.1, &mut line);
+            }
+        }
+        if self.buffer.is_empty() {
+            self.has_lines.notify_one();
+        }
+        if !self.buffer.push(&line) {
+            self.flush();
+            if self.buffer.push(&line) {
+                self.has_lines.notify_one();
+            } else {
+                self.lose(1, "nobody reads it");
+            }
+        }
+    }
+}
+
+/// The line of a request that is being served: written when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    log: Rc<AccessLog>,
+    protocol: Protocol,
+    address: Option<IpAddr>,
+    user: Option<Vec<u8>>,
+    request: Option<Told>,
+    begun: Instant,
+    status: Option<StatusCode>,
+    bytes: u64,
+}
+
+/// What the client told of its request.
+#[derive(Debug)]
+struct Told {
+    method: Method,
+    uri: Uri,
+    version: Version,
+    host: Option<HeaderValue>,
+    referer: Option<HeaderValue>,
+    user_agent: Option<HeaderValue>,
+}
+
+impl Entry {
+    /// `request` is none if it could not be read.
+    pub(crate) fn begin<B>(log: &Rc<AccessLog>, protocol: Protocol, request: Option<&Request<B>>) -> Box<Self> {
+        let origin = request.and_then(|request| request.extensions().get::<Origin>());
+        let told = request.map(|request| Told {
+            method: request.method().clone(),
+            uri: request.uri().clone(),
+            version: request.version(),
+            host: value(request.headers(), &header::HOST),
+            referer: value(request.headers(), &header::REFERER),
+            user_agent: value(request.headers(), &header::USER_AGENT),
+        });
+        Box::new(Self {
+            log: Rc::clone(log),
+            protocol,
+            address: origin.and_then(|origin| origin.address).map(|address| address.ip()),
+            user: origin
+                .and_then(|origin| origin.params.get("REMOTE_USER"))
+                .filter(|user| !user.is_empty())
+                .map(<[u8]>::to_vec),
+            request: told,
+            begun: Instant::now(),
+            status: None,
+            bytes: 0,
+        })
+    }
+
+    /// Of a request that could not be read.
+    pub(crate) fn of_unread(log: &Rc<AccessLog>, protocol: Protocol, from: Option<SocketAddr>) -> Box<Self> {
+        let mut entry = Self::begin::<()>(log, protocol, None);
+        entry.address = from.map(|from| from.ip());
+        entry
+    }
+
+    /// There is a response.
+    pub(crate) fn answered(&mut self, status: StatusCode) {
+        self.status = Some(status);
+    }
+
+    /// So much of its body is on its way.
+    pub(crate) fn sent(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+    }
+}
+
+fn value(headers: &HeaderMap, name: &header::HeaderName) -> Option<HeaderValue> {
+    headers.get(name).cloned()
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let request = self.request.as_ref().map(|told| Asked {
+            method: &told.method,
+            target: told.uri.path_and_query().map_or("/", |target| target.as_str()),
+            version: told.version,
+            host: told.host.as_ref(),
+            referer: told.referer.as_ref(),
+            user_agent: told.user_agent.as_ref(),
+        });
+        self.log.push(&Exchange {
+            address: self.address,
+            user: self.user.as_deref(),
+            request,
+            status: self.status.map_or(LEFT, |status| status.as_u16()),
+            bytes: self.bytes,
+            took: self.begun.elapsed(),
+            slot: self.log.slot,
+            generation: self.log.generation,
+            protocol: self.protocol,
+        });
+    }
+}

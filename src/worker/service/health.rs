@@ -1,0 +1,47 @@
+//! The question that a new worker asks its own application before it says that it is ready (`--health-path`): what
+//! answers it with an error would answer clients with one.
+
+use std::io;
+use std::time::Duration;
+
+use http::{Request, Response, header};
+use http_body::Body as HttpBody;
+use http_body_util::BodyExt as _;
+use tower_service::Service;
+
+use super::serve::{Application, BoxError};
+use crate::app::body::Body;
+use crate::config::address::Protocol;
+use crate::protocol::cgi::Origin;
+
+/// Asks for `path`, and waits for the whole response: what breaks off is no health.
+///
+/// # Errors
+/// The status, or what else went wrong, in words for the operator.
+pub(crate) async fn check<S, B>(application: &Application<S>, path: &str, limit: Duration) -> io::Result<()>
+where
+    S: Service<Request<Body>, Response = Response<B>> + Clone,
+    S::Error: Into<BoxError>,
+    B: HttpBody,
+    B::Error: Into<BoxError>,
+{
+    let fail = |what: String| io::Error::other(format!("the health check GET {path} (--health-path) {what}"));
+    let mut request = Request::get(path)
+        .header(header::HOST, "localhost")
+        .header(header::USER_AGENT, "forkyard-health")
+        .body(Body::empty())
+        .map_err(|error| fail(format!("is no request: {error}")))?;
+    request.extensions_mut().insert(Origin::of_http(None, false));
+    let exchange = async {
+        let (head, body) = application.answer(Protocol::Http, request).await.into_parts();
+        let mut body = std::pin::pin!(body);
+        while let Some(frame) = body.frame().await {
+            frame.map_err(|error| fail(format!("breaks off: {error}")))?;
+        }
+        Ok::<_, io::Error>(head.status)
+    };
+    let status = tokio::time::timeout(limit, exchange)
+        .await
+        .map_err(|_| fail(format!("has no answer after {}ms (--start-timeout)", limit.as_millis())))??;
+    if status.as_u16() >= 400 { Err(fail(format!("is answered with status {status}"))) } else { Ok(()) }
+}

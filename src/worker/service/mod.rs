@@ -1,0 +1,6 @@
+//! Around the application: limits, panics, the health check and the access log.
+
+pub(crate) mod access_log;
+pub(crate) mod health;
+pub(crate) mod lifetime;
+pub(crate) mod serve;

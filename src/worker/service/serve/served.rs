@@ -1,0 +1,186 @@
+//! The body of a response, on its way to a connection.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use forkyard_shm::InFlight;
+use http::StatusCode;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use pin_project_lite::pin_project;
+
+use super::client::Client;
+use super::{BoxError, Kind, Serving, catch_panic};
+use crate::app::body::BodyError;
+use crate::diagnostics::at_work;
+use crate::request::pulse::{Pulse, Wait};
+
+pin_project! {
+    /// The body of a response, with the request's place in the scoreboard, which it keeps until it is dropped.
+    #[project = Projected]
+    #[project_replace = Replaced]
+    pub(crate) enum Served<B> {
+        /// `left` is what its `Content-Length` still promises, if it has one.
+        App { #[pin] body: B, in_flight: Serving, left: Option<u64> },
+        Canned { text: Bytes, in_flight: Serving },
+        // The head is all of the response. Without `in_flight` its request lives on behind an upgrade.
+        Nothing { in_flight: Option<Serving> },
+        // Its first frame has been polled for.
+        Begun { first: Option<Result<Frame<Bytes>, BodyError>>, body: Pin<Box<Served<B>>> },
+    }
+}
+
+impl<B> Served<B> {
+    /// Leaves the body out.
+    pub(super) fn emptied(self) -> Self {
+        Self::Nothing { in_flight: self.taken() }
+    }
+
+    /// Takes the request out of a response that switches protocols.
+    pub(crate) fn switch(self) -> (Self, Option<Serving>) {
+        (Self::Nothing { in_flight: None }, self.taken())
+    }
+
+    fn taken(self) -> Option<Serving> {
+        match self {
+            Self::App { in_flight, .. } | Self::Canned { in_flight, .. } => Some(in_flight),
+            Self::Nothing { in_flight } => in_flight,
+            Self::Begun { mut body, .. } => body.as_mut().take_serving(),
+        }
+    }
+
+    /// Takes the request out of a body that is pinned, which is dropped.
+    pub(super) fn take_serving(self: Pin<&mut Self>) -> Option<Serving> {
+        match self.project_replace(Self::Nothing { in_flight: None }) {
+            Replaced::App { in_flight, .. } | Replaced::Canned { in_flight, .. } => Some(in_flight),
+            Replaced::Nothing { in_flight } => in_flight,
+            Replaced::Begun { mut body, .. } => body.as_mut().take_serving(),
+        }
+    }
+
+    /// The same if the body has failed because of the client; and the status that is the answer.
+    pub(super) fn take_faulty(mut self: Pin<&mut Self>) -> Option<(StatusCode, Serving)> {
+        let status = match self.as_mut().project() {
+            Projected::App { in_flight, .. } => in_flight.client.as_ref()?.trouble.cause()?.0,
+            Projected::Canned { .. } | Projected::Nothing { .. } | Projected::Begun { .. } => return None,
+        };
+        Some((status, self.take_serving()?))
+    }
+
+    /// Nothing more comes.
+    pub(super) fn ended(in_flight: Serving) -> Self {
+        Self::Canned { text: Bytes::new(), in_flight }
+    }
+
+    /// Whether it may fail because of the client: the request has a body, which has not been read to its end.
+    pub(super) fn depends_on_client(&self) -> bool {
+        let Self::App { in_flight, .. } = self else { return false };
+        in_flight.client.as_ref().is_some_and(|client| client.trouble.is_possible())
+    }
+
+    /// If this is a stream that ends with the worker, has its connection know.
+    pub(crate) fn tell(&mut self, pulse: &Arc<Pulse>) {
+        let in_flight = match self {
+            Self::App { in_flight, .. } => in_flight,
+            Self::Begun { body, .. } => match body.as_mut().project() {
+                Projected::App { in_flight, .. } => in_flight,
+                Projected::Canned { .. } | Projected::Nothing { .. } | Projected::Begun { .. } => return,
+            },
+            Self::Canned { .. } | Self::Nothing { .. } => return,
+        };
+        if let Kind::Events(told) = &mut in_flight.kind {
+            *told = Some(Wait::for_events(pulse));
+        }
+    }
+}
+
+impl<B> HttpBody for Served<B>
+where
+    B: HttpBody,
+    B::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let (body, in_flight, left) = match self.project() {
+            Projected::App { body, in_flight, left } => (body, in_flight, left),
+            Projected::Nothing { .. } => return Poll::Ready(None),
+            Projected::Begun { first, body } => {
+                return match first.take() {
+                    Some(first) => Poll::Ready(Some(first)),
+                    None => body.as_mut().poll_frame(context),
+                };
+            }
+            Projected::Canned { text, .. } if text.is_empty() => return Poll::Ready(None),
+            Projected::Canned { text, in_flight } => {
+                let frame = Frame::data(std::mem::take(text));
+                in_flight.sent(Some(&frame));
+                return Poll::Ready(Some(Ok(frame)));
+            }
+        };
+        in_flight.beat();
+        let error: BoxError = match catch_panic(|| at_work::on(Some(in_flight.cell()), || body.poll_frame(context))) {
+            Ok(frame) => match ready!(frame) {
+                None => match left {
+                    None | Some(0) => return Poll::Ready(None),
+                    Some(missing) => format!("it ended {missing} bytes before its Content-Length").into(),
+                },
+                Some(Ok(frame)) => {
+                    let frame = frame.map_data(|mut data| data.copy_to_bytes(data.remaining()));
+                    let frame = within_length(frame, left, in_flight);
+                    in_flight.sent(frame.as_ref());
+                    return Poll::Ready(frame.map(Ok));
+                }
+                Some(Err(error)) => error.into(),
+            },
+            Err(panic) => panic.into(),
+        };
+        if in_flight.client.as_ref().and_then(Client::fault).is_none() {
+            log::error!("a response broke off: {error} request={:?}", in_flight.what());
+        }
+        Poll::Ready(Some(Err(BodyError::Other(error))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::App { body, left, .. } => left.unwrap_or(0) == 0 && body.is_end_stream(),
+            Self::Canned { text, .. } => text.is_empty(),
+            Self::Nothing { .. } => true,
+            Self::Begun { first, body } => first.is_none() && body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::App { body, left, .. } => left.map_or_else(|| body.size_hint(), SizeHint::with_exact),
+            Self::Canned { text, .. } => SizeHint::with_exact(text.len() as u64),
+            Self::Nothing { .. } => SizeHint::new(), // it says nothing of a length
+            Self::Begun { first, body } => {
+                let first =
+                    first.as_ref().and_then(|first| first.as_ref().ok()?.data_ref()).map_or(0, Bytes::len) as u64;
+                let rest = body.size_hint();
+                let mut hint = SizeHint::new();
+                hint.set_lower(rest.lower() + first);
+                if let Some(upper) = rest.upper() {
+                    hint.set_upper(upper + first);
+                }
+                hint
+            }
+        }
+    }
+}
+
+/// Cuts a response where its `Content-Length` ends. `None` if nothing is left of the frame.
+fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, in_flight: &InFlight) -> Option<Frame<Bytes>> {
+    let (Some(promised), Some(data)) = (left.as_mut(), frame.data_ref()) else { return Some(frame) };
+    let length = data.len() as u64;
+    if length <= *promised {
+        *promised -= length;
+        return Some(frame);
+    }
+    log::error!("a response is longer than its Content-Length, and was cut there request={:?}", in_flight.what());
+    let room = usize::try_from(std::mem::take(promised)).unwrap_or(usize::MAX);
+    (room > 0).then(|| frame.map_data(|mut data| data.split_to(room)))
+}
