@@ -225,7 +225,7 @@ fn a_guard_lets_go_of_a_log_file_that_was_moved_and_ends_with_a_master_that_stop
     let held: Vec<_> = held.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect();
     assert!(held.contains(&log) && !held.contains(&place.path("log.1")), "{held:?}");
     server.stop();
-    assert!(is_gone(second));
+    wait_until("the guard has ended too", || is_gone(second).then_some(()));
     let text = std::fs::read_to_string(&log).unwrap();
     assert!(!text.contains("guard ended") && !text.contains("the master has died"), "{text}");
 }
