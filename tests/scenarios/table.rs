@@ -210,6 +210,7 @@ fn methods() -> Vec<Row> {
                 body("").with("content-length", &[]),
             ),
         row("HEAD of a huge body", ask("HEAD", "/bytes/67108864"), body("")),
+        row("HEAD of a stream has no length", ask("HEAD", "/stream/5"), body("").with("content-length", &[])),
         row("POST without a body", post("/method").sending(b""), body("POST")),
         row("PUT", ask("PUT", "/method").sending(b"body"), body("PUT")),
         row("PATCH", ask("PATCH", "/method").sending(b"body"), body("PATCH")),
@@ -351,6 +352,11 @@ fn lengths_and_codings() -> Vec<Row> {
             body("").with("content-length", &[b"1234"]),
         ),
         row("HEAD of unknown length", ask("HEAD", "/raw-stream/200"), body("").with("content-length", &[])),
+        row(
+            "HEAD of an empty body keeps the application's length",
+            ask("HEAD", "/bytes/0"),
+            body("").with("content-length", &[b"0"]),
+        ),
         row(
             "HEAD with a length that is none",
             ask("HEAD", "/raw/200?content-length=x"),

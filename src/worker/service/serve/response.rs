@@ -57,8 +57,8 @@ where
             None
         }
         _ if response.headers().contains_key(header::CONTENT_LENGTH) => None,
-        // That of the response to GET.
-        _ => response.body().size_hint().exact(),
+        // That of the response to GET. Routers empty the body of a response to HEAD, so an empty one says nothing of it (RFC 9110, section 8.6).
+        _ => response.body().size_hint().exact().filter(|&length| length > 0),
     };
     if let Some(length) = length {
         response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
