@@ -38,22 +38,21 @@ fn with_headers(protocol: Protocol, headers: &[(&str, &str)]) -> Vec<u8> {
     }
 }
 
-/// A body of so many bytes whose length nobody announces.
-fn unannounced(protocol: Protocol, length: usize) -> Vec<u8> {
+/// A body of so many bytes whose length nobody announces; and what ends it.
+fn unannounced(protocol: Protocol, length: usize) -> (Vec<u8>, Vec<u8>) {
     let body = vec![b'x'; length];
     match protocol {
         Protocol::Http => {
             let head = "POST /count HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
-            [format!("{head}{length:x}\r\n").as_bytes(), &body, b"\r\n0\r\n\r\n"].concat()
+            ([format!("{head}{length:x}\r\n").as_bytes(), &body, b"\r\n"].concat(), b"0\r\n\r\n".to_vec())
         }
         Protocol::FastCgi => {
             let mut records = fastcgi::head(1, true, "POST", "/count", None);
             records.push(fastcgi::record(fastcgi::STDIN, 1, &body, 0));
-            records.push(fastcgi::record(fastcgi::STDIN, 1, b"", 0));
-            records.concat()
+            (records.concat(), fastcgi::record(fastcgi::STDIN, 1, b"", 0))
         }
         // It ends with the stream.
-        Protocol::Scgi => [&scgi::head("POST", "/count", "-1"), &body[..]].concat(),
+        Protocol::Scgi => ([&scgi::head("POST", "/count", "-1"), &body[..]].concat(), Vec::new()),
     }
 }
 
@@ -77,7 +76,8 @@ fn what_is_beyond_a_limit_gets_its_status() {
         }
         for (length, expected) in [(1000, 200), (1001, 413)] {
             let mut stream = raw::connect(&server.binds[0]);
-            stream.write_all(&unannounced(protocol, length)).unwrap();
+            let (begun, end) = unannounced(protocol, length);
+            stream.write_all(&[begun, end].concat()).unwrap();
             if protocol == Protocol::Scgi {
                 stream.shutdown(Shutdown::Write).unwrap();
             }
@@ -86,6 +86,18 @@ fn what_is_beyond_a_limit_gets_its_status() {
         }
         // None of that has cost the worker more than its own connection.
         assert_eq!(status(protocol.head("GET", "/ok", 0)), 200, "{protocol:?}");
+        server.stop();
+    }
+}
+
+#[test]
+fn a_body_whose_end_does_not_come_in_time_is_not_a_whole_one() {
+    for protocol in ALL {
+        let mut server = protocol.start("crashy", &["--workers", "1", "--body-timeout", "1s"]);
+        let (begun, _) = unannounced(protocol, 3);
+        let (status, _) = raw::ask(&mut raw::connect(&server.binds[0]), &begun);
+        assert_eq!(status, 408, "{protocol:?}");
+        server.wait_for("a body that came too slowly (--body-timeout) status=408");
         server.stop();
     }
 }

@@ -271,9 +271,10 @@ where
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         self.rest = Rest::Nothing;
-        // Dropping the body unfinished cuts it.
+        // Dropping the body unfinished cuts it. An end that `--body-timeout` has made is not the peer's.
         if let Some(stdin) = self.stdin.take()
             && self.decoder.ends_with_the_stream()
+            && !self.socket.pulse().has_expired()
         {
             stdin.finish();
         }
