@@ -59,6 +59,7 @@ fn what_http_cannot_read_is_in_both_logs() {
             "a TLS handshake on a port that speaks plain HTTP",
         ),
         (get("/", &format!("Cookie: {}\r\n", long(200 << 10))), 431, "a head larger than --max-params"),
+        (get("/", "Content-Length: 18446744073709551615\r\n"), 431, "with a Content-Length above 2^64 - 3"),
         (get("/", "Content-Length: 3, 3\r\n"), 400, "invalid content-length"),
         (get(&format!("/{}", long(70 << 10)), ""), 414, "a target longer than --max-uri"),
         (get("/", "No colon\r\n"), 400, "invalid HTTP header"),
@@ -79,7 +80,7 @@ fn what_http_cannot_read_is_in_both_logs() {
     let log = server.log();
     assert!(log.contains("3 requests refused: a head larger than --max-params, or with more headers"), "{log}");
     assert!(log.contains(" last_from=127.0.0.1:"), "{log}");
-    assert_eq!(unread(folder.path()), [400, 400, 400, 400, 400, 414, 417, 431, 431, 431, 431]);
+    assert_eq!(unread(folder.path()), [400, 400, 400, 400, 400, 414, 417, 431, 431, 431, 431, 431]);
 }
 
 #[test]

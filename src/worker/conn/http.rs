@@ -205,11 +205,12 @@ fn is_timeout(error: &hyper::Error) -> bool {
 fn refused(error: &hyper::Error) -> Option<(StatusCode, String)> {
     let text = with_causes(error);
     if error.is_parse_too_large() {
-        // hyper has one word for both.
+        // hyper has one error for all of them.
         return Some(if text.contains("URI") {
             (StatusCode::URI_TOO_LONG, "a target longer than --max-uri can be".to_owned())
         } else {
-            let why = "a head larger than --max-params, or with more headers than --max-headers";
+            let why = "a head larger than --max-params, or with more headers than --max-headers, or with a Content-Length \
+                above 2^64 - 3";
             (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, why.to_owned())
         });
     }
