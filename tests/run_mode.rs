@@ -7,14 +7,15 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::io::{self, Write as _};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::limit::InTime as _;
 use common::run::{Place, value};
-use common::{Server, StopOnDrop, children_of, descriptors_of, is_gone, process, program, wait_until};
+use common::{Helper, Server, StopOnDrop, children_of, descriptors_of, is_gone, process, program, wait_until};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getsid};
 
 // ---- php-cgi ----
 
@@ -164,16 +165,100 @@ fn a_program_inherits_what_it_should() {
     assert_eq!(value(&environment, "OF_THE_OPERATOR"), Some("yes"));
     assert!(matches!(value(&environment, "FORKYARD_SLOT"), Some("0" | "1")), "{environment}");
     assert_eq!(value(&environment, "FORKYARD_GENERATION"), Some("1"));
-    let segment = value(&environment, "FORKYARD_SHM").expect("the descriptor of the segment");
     for pid in server.workers() {
         // It lets through what it was given; all of it, that is.
         wait_until("it blocks no signal", || (blocked_signals(pid)? == 0).then_some(()));
         // The socket, the output twice, the segment; a connection may just be closing.
         wait_until("it has four descriptors", || (descriptors_of(pid) == 4).then_some(()));
+        let environment = std::fs::read_to_string(format!("/proc/{pid}/environ")).unwrap().replace('\0', "\n");
+        let segment = value(&environment, "FORKYARD_SHM").expect("the descriptor of the segment");
         let segment = std::fs::read_link(format!("/proc/{pid}/fd/{segment}")).unwrap();
         assert!(segment.to_string_lossy().starts_with("/memfd:"), "{}", segment.display());
         let socket = std::fs::read_link(format!("/proc/{pid}/fd/0")).unwrap();
         assert!(socket.to_string_lossy().starts_with("socket:"), "{}", socket.display());
+    }
+}
+
+/// What has left its program's process group lives on, and with it what it has inherited.
+#[test]
+fn what_outlives_its_program_does_not_keep_the_cache_file() {
+    let place = Place::new();
+    let (file, left) = (place.path("pages.cache"), place.path("left"));
+    let script = format!("#!/bin/sh\nsetsid sleep 1000 &\necho $! >>'{}'\nexec \"$@\"\n", left.display());
+    let script = place.script("leave", &script);
+    let _killed = Killed(&left);
+    let daemon = format!("beside={script} sleep 1000");
+    let options = ["--cache", "1M", "--cache-file", &file.to_string_lossy(), "--daemon", &daemon];
+    let hello = place.compile_hello();
+    let command = || place.run(&options, &[&script, &hello.to_string_lossy()]);
+    let has_left = |&pid: &i32| getsid(Some(Pid::from_raw(pid))) == Ok(Pid::from_raw(pid));
+    let survivors = |count| {
+        wait_until("each program has left something", || {
+            let pids = std::fs::read_to_string(&left).ok()?;
+            let pids: Option<Vec<i32>> = pids.lines().map(|pid| pid.parse().ok()).collect();
+            pids.filter(|pids| pids.len() == count)
+                .map(|pids| pids[count - 3..].to_vec())
+                .filter(|pids| pids.iter().all(has_left))
+        })
+    };
+
+    let mut server = Server::start_command(&mut command());
+    let pid: i32 = place.text("/pid").trim().parse().unwrap();
+    let environment = std::fs::read_to_string(format!("/proc/{pid}/environ")).unwrap().replace('\0', "\n");
+    let segment = value(&environment, "FORKYARD_SHM").unwrap();
+    assert_eq!(std::fs::read_link(format!("/proc/{pid}/fd/{segment}")).unwrap(), file);
+    let of_the_first = survivors(3);
+    server.stop();
+    // A stop ends what a daemon has left.
+    assert_eq!(of_the_first.iter().filter(|&&pid| !is_gone(pid)).count(), 2, "{}", server.log());
+
+    let mut server = Server::start_command(&mut command());
+    assert!(server.log().contains("cache is warm"), "{}", server.log());
+    let (of_the_second, programs) = (survivors(6), server.workers());
+    server.signal(Signal::SIGKILL);
+    assert_eq!(server.wait_end(), None);
+    wait_until("they die with the master", || programs.iter().all(|&pid| is_gone(pid)).then_some(()));
+    assert!(of_the_second.iter().all(|&pid| !is_gone(pid)), "{of_the_second:?}");
+
+    let mut server = Server::start_command(&mut command());
+    assert!(server.log().contains("cache is warm"), "{}", server.log());
+    survivors(9);
+    server.stop();
+}
+
+/// As one whose output goes to a pager does.
+#[test]
+fn a_client_that_hangs_does_not_keep_the_cache_file() {
+    let place = Place::new();
+    let (file, control) = (place.path("pages.cache"), place.path("control"));
+    let (file, control) = (file.to_string_lossy(), control.to_string_lossy());
+    let options = ["--cache", "1M", "--events", "1M", "--cache-file", &file, "--control", &control];
+    let mut server = place.start_hello(&options);
+    let mut client = Command::new(program("forkyard"));
+    client.args(["events", "tail"]).env("FORKYARD_CONTROL", &*control).stdout(Stdio::null());
+    let client = Helper::start(&mut client);
+    let pid = Pid::from_raw(client.0.id().try_into().unwrap());
+    let maps = format!("/proc/{pid}/maps");
+    wait_until("it uses the file", || std::fs::read_to_string(&maps).ok()?.contains(&*file).then_some(()));
+    common::stop(pid);
+    server.stop();
+
+    let mut server = place.start_hello(&options);
+    assert!(server.log().contains("cache is warm"), "{}", server.log());
+    kill(pid, Signal::SIGCONT).unwrap();
+    drop(client);
+    server.stop();
+}
+
+/// Kills the processes whose numbers are in a file.
+struct Killed<'a>(&'a Path);
+
+impl Drop for Killed<'_> {
+    fn drop(&mut self) {
+        let pids = std::fs::read_to_string(self.0).unwrap_or_default();
+        for pid in pids.lines().filter_map(|pid| pid.parse().ok()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL); // it may be over
+        }
     }
 }
 

@@ -263,7 +263,7 @@ fn found_in(file: &File) -> Result<Option<(Map, Geometry, u64)>, SegmentError> {
 
 /// Shares the file with others (`F_RDLCK`), has it alone (`F_WRLCK`) or gives it up (`F_UNLCK`); false if that would have to wait.
 /// Who inherits the descriptor has the same lock, until the last of them closes it.
-fn lock_users(file: &File, kind: i32) -> bool {
+pub(crate) fn lock_users(file: &impl AsFd, kind: i32) -> bool {
     let flock = libc::flock {
         l_type: i16::try_from(kind).unwrap_or_default(),
         l_whence: 0, // SEEK_SET
@@ -536,6 +536,26 @@ mod tests {
         assert!(matches!(other.try_lock(), Err(TryLockError::WouldBlock)), "one who inherited it still uses it");
         drop(inherited);
         other.try_lock().unwrap();
+    }
+
+    #[test]
+    fn who_has_the_descriptor_without_the_lock_uses_the_file_and_does_not_keep_it() {
+        let scratch = Scratch::new("passed");
+        let (segment, _) = scratch.open();
+        let (passed, never_used) = (segment.fd_without_lock().unwrap(), segment.fd_without_lock().unwrap());
+        let attached = Segment::attach(passed).unwrap();
+        segment.cache().set("k", "v", &Options::new()).unwrap();
+        assert_eq!(attached.cache().get("k"), Some(b"v".to_vec()));
+        let refused = segment.close().unwrap_err();
+        assert!(refused.to_string().contains("another process still uses it"), "{refused}");
+
+        let (segment, found) = scratch.open();
+        assert_eq!((found, segment.cache().get("k")), (Found::Warm, Some(b"v".to_vec())), "with who has attached it");
+        drop(attached);
+        segment.close().unwrap();
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Warm, "for itself alone");
+        drop((segment, never_used));
     }
 
     #[test]

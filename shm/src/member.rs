@@ -160,7 +160,7 @@ impl Inner {
         if ours || claim.compare_exchange(seen, claiming, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return self.await_claim();
         }
-        let private = Private::open(|| self.open_again());
+        let private = Private::open(|| self.open_again().ok());
         let claimed = private.and_then(|private| self.claim_cell(private));
         if let (Some(private), None) = (private, claimed) {
             private.close();
@@ -221,9 +221,9 @@ impl Inner {
     }
 
     /// An open file description of this process's own: one that was inherited would share its locks with the parent.
-    fn open_again(&self) -> Option<OwnedFd> {
+    pub(crate) fn open_again(&self) -> nix::Result<OwnedFd> {
         let path = if cfg!(miri) { "/dev/null".to_owned() } else { format!("/proc/self/fd/{}", self.fd.as_raw_fd()) };
-        open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).ok()
+        open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
     }
 
     /// Gives away all that a member holds, who is dead and whose byte is locked by this process.

@@ -22,6 +22,7 @@ use crate::cache::Cache;
 use crate::clock::monotonic_ms;
 use crate::error::SegmentError;
 use crate::events::Events;
+use crate::file;
 use crate::geometry::Geometry;
 use crate::layout::{FINGERPRINT, GRAIN, Header, MAGIC, ShardHead, VERSION};
 use crate::map::Map;
@@ -100,12 +101,12 @@ impl Segment {
         let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
         match fcntl(&fd, FcntlArg::F_GET_SEALS) {
             Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => {}
-            // A file on a disk knows no seals. Nobody but its owner may change it, and it must be inherited from who has it
-            // open, or have nobody who has.
+            // A file on a disk knows no seals. Nobody but its owner may change it, and nobody makes it anew who finds that it is
+            // shared.
             Err(Errno::EINVAL) if is_private_file(&stat) => {
-                let file = File::from(fd.try_clone().map_err(|error| system("duplicate a descriptor", error))?);
-                file.try_lock()
-                    .map_err(|_| unusable("another program uses the file, and this descriptor is not its"))?;
+                if !file::lock_users(&fd, libc::F_RDLCK) {
+                    return Err(unusable("another program has the file for itself"));
+                }
             }
             Ok(_) => return Err(unusable("its size is not sealed")),
             Err(_) => return Err(unusable("it is not a sealed memory file")),
@@ -126,6 +127,18 @@ impl Segment {
     /// that passes it through exec must clear that flag explicitly.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.inner.fd.as_fd()
+    }
+
+    /// A descriptor for a process that may outlive this one and all that share its lock on the segment's file: it does not
+    /// keep the file locked. Like [`fd`](Segment::fd), it can be [attached](Segment::attach), and is close-on-exec.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be opened again, for example where there is no `/proc`.
+    pub fn fd_without_lock(&self) -> io::Result<OwnedFd> {
+        match self.inner.file {
+            Some(_) => Ok(self.inner.open_again()?),
+            None => self.fd().try_clone_to_owned(),
+        }
     }
 
     /// The size of the segment in bytes.

@@ -20,7 +20,7 @@ use nix::unistd::{Pid, getpgid, pipe2};
 use super::helpers::{Action, Event, Helpers, Note, STEADY};
 use super::inherited::Inherited;
 use super::output::{self, LineReader, REST};
-use super::spawn::{OF_THE_MASTER, blocking, explain};
+use super::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
 use super::supervisor::{Command as Order, Now};
 use crate::config::helpers::HelpersConfig;
 use crate::config::privileges::PrivilegesConfig;
@@ -392,7 +392,7 @@ impl Beside {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         // Non-blocking is a property of each end; the program's must block.
         let write = blocking(write)?;
-        let segment = self.segment.fd();
+        let segment = to_pass(&self.segment)?;
         let mut command = Command::new(&program.path);
         let privileges = self.privileges.as_ref().ok_or_else(|| io::Error::other("no privileges were resolved"))?;
         privileges.set_environment(&mut command);

@@ -3,12 +3,15 @@
 //! A command goes to the supervisor as a signal's would. Who asked waits until the supervisor's notes, or its state, say what
 //! came of it; should he go away meanwhile, the command goes on.
 
+use std::os::fd::AsFd as _;
+
 use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
 use super::Master;
 use super::control::{ClientId, Control, Waiting};
 use super::obituary::Obituary;
+use super::spawn::to_pass;
 use super::status::name_of;
 use super::supervisor::{Command, Event, Note, Phase};
 use crate::control::wire::{Answer, Request};
@@ -52,9 +55,16 @@ impl Master {
                 if let Some(why) = self.why_not_use_memory() {
                     return self.reply(client, &Answer::failed(why));
                 }
+                let segment = match to_pass(&self.nursery.segment) {
+                    Ok(segment) => segment,
+                    Err(error) => {
+                        let why = format!("the descriptor cannot be duplicated: {error}");
+                        return self.reply(client, &Answer::failed(why));
+                    }
+                };
                 let done = Answer::done("the shared memory comes with this line");
                 if let Some(control) = &mut self.control {
-                    control.hand_over(client, self.nursery.segment.fd(), &done, now);
+                    control.hand_over(client, segment.as_fd(), &done, now);
                 }
             }
             Request::Stop { now } => {

@@ -317,7 +317,7 @@ impl Nursery {
         generation: u64,
         (write, read): (OwnedFd, BorrowedFd<'_>),
     ) -> io::Result<(Pid, Link, Option<OwnedFd>)> {
-        let segment = self.segment.fd();
+        let segment = to_pass(&self.segment)?;
         let mut command = Command::new(&program.path);
         settings.privileges.set_environment(&mut command);
         command
@@ -351,6 +351,14 @@ pub(super) fn explain(error: &io::Error, output: BorrowedFd<'_>) -> io::Error {
     let flag = String::from_utf8_lossy(&flag[..read]);
     let error = sys::explain(error);
     io::Error::other(if flag.is_empty() { error } else { format!("{}: {error}", flag.trim_end()) })
+}
+
+/// The memory for a process that may outlive the workers, without their lock on its file: the next start needs that.
+pub(super) fn to_pass(segment: &Segment) -> io::Result<OwnedFd> {
+    segment.fd_without_lock().or_else(|error| {
+        log::debug!("programs share the lock of the cache file, which cannot be opened again: {error}");
+        segment.fd().try_clone_to_owned()
+    })
 }
 
 pub(super) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
