@@ -182,7 +182,7 @@
 //! - `operations.md`, `workers.md`, `logs.md`, `systemd.md`, `upgrade.md`: running a server
 //! - `privileges.md`, `crashes-and-hangs.md`, `heirs.md`: isolation and recovery
 //! - `web-servers.md`: nginx, lighttpd, Apache and others in front of Forkyard
-//! - `requirements.md`, `dependencies.md`, `decisions.md`, `benchmarks.md`: background
+//! - `requirements.md`, `dependencies.md`, `decisions/`, `benchmarks.md`: background
 
 mod app;
 mod builder;
