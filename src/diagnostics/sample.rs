@@ -101,7 +101,7 @@ mod tests {
                 }
             };
             stop.store(true, Ordering::Relaxed);
-            assert!(named.contains("src/sample.rs:"), "{named}");
+            assert!(named.contains("src/diagnostics/sample.rs:"), "{named}");
         });
         assert_eq!(of(-1), [0_usize; 0], "there is no such thread");
     }

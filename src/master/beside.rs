@@ -444,7 +444,7 @@ impl Beside {
             ),
             Note::Retired => log::warn!("{kind} asks not to be restarted name={name} (a reload starts it again)"),
             Note::GivenUp { tries } => log::error!(
-                "{kind} ends well as soon as it is started, {tries} times in a row (--daemon-tries): it is not started again                  before a reload (run it in the foreground, if it puts itself into the background) name={name}"
+                "{kind} ends well as soon as it is started, {tries} times in a row (--daemon-tries): it is not started again before a reload (run it in the foreground, if it puts itself into the background) name={name}"
             ),
             Note::Detached { pid } => log::error!(
                 "{kind} has put itself into the background: run it in the foreground (most have an option for that, as in \

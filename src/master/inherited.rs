@@ -140,8 +140,13 @@ mod tests {
         let pid_of = |child: &Child| Pid::from_raw(child.id().cast_signed());
         let is_up = |child: &Child| {
             let deadline = Instant::now() + Duration::from_secs(60);
+            // In the middle of exec a process has its new name already, and no environment yet.
+            let has_environment = || {
+                std::fs::read(format!("/proc/{}/environ", child.id())).is_ok_and(|environment| !environment.is_empty())
+            };
             while sight::stat(pid_of(child))
                 .is_none_or(|stat| stat.name != "sleep" || stat.session != pid_of(child).as_raw())
+                || !has_environment()
             {
                 assert!(Instant::now() < deadline, "it sleeps");
                 std::thread::park_timeout(Duration::from_millis(1));
