@@ -379,6 +379,61 @@ fn programs_that_stop_serve_what_is_queued_and_all_others_are_refused() {
 }
 
 #[test]
+fn programs_that_end_during_the_drain_are_replaced_while_connections_are_queued() {
+    for (family, crash) in FAMILIES.into_iter().flat_map(|family| [(family, false), (family, true)]) {
+        let place = Place::new(family);
+        let most = if crash { "1000" } else { "2" };
+        let mut server = Server::start_command(run_php(&place, &FOR_EVER[..4]).env("PHP_FCGI_MAX_REQUESTS", most));
+        let mut served = [(); 2].map(|()| send_to_php(&place));
+        served.iter_mut().for_each(|stream| read_until(stream, "waits"));
+        let queued = [(); 5].map(|()| send_to_php(&place));
+        let first = server.workers();
+        server.signal(Signal::SIGTERM);
+        server.wait_for("asked to drain");
+        place.go();
+        if crash {
+            first.into_iter().for_each(|pid| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap());
+        } else {
+            served.into_iter().for_each(php_went);
+        }
+        queued.into_iter().for_each(php_went);
+        assert_eq!(server.wait_end(), Some(0), "{family:?}");
+        assert!(!server.log().contains("are reset"), "{}", server.log());
+    }
+}
+
+#[test]
+fn what_is_starting_at_the_stop_serves_what_is_queued() {
+    for (family, is_program) in FAMILIES.into_iter().flat_map(|family| [(family, false), (family, true)]) {
+        let place = Place::new(family);
+        nix::unistd::mkfifo(&place.path("factory"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut command = place.staged(Protocol::Http, &[]);
+        if is_program {
+            run_php(&place, &[]); // for its page
+            command = Command::new(program("forkyard"));
+            command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--settle", "10m"]);
+        }
+        command.args(&FOR_EVER[..4]).args(["--workers", "0..2"]).current_dir(place.folder.path());
+        if is_program {
+            command.args(["--", "sh", "-c", "read x < factory; exec php-cgi"]);
+        }
+        let mut server = Server::start_command(&mut command);
+        let send = || if is_program { send_to_php(&place) } else { place.send(Protocol::Http, "/until") };
+        let queued = [(); 3].map(|()| send());
+        let factory = hold(&place.path("factory"));
+        server.signal(Signal::SIGTERM);
+        server.wait_for("asked to drain");
+        place.go();
+        drop(factory);
+        for mut stream in queued {
+            if is_program { php_went(stream) } else { went(&mut stream) }
+        }
+        assert_eq!(server.wait_end(), Some(0), "{family:?}");
+        assert!(!server.log().contains("are reset"), "{}", server.log());
+    }
+}
+
+#[test]
 fn programs_that_stop_with_nothing_queued_refuse_at_once() {
     for family in FAMILIES {
         let place = Place::new(family);

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use super::Master;
 use super::sight::{self, Sight};
 use super::spawn::{Child, Launch, Link};
-use super::supervisor::Phase;
+use super::supervisor::{Event, Phase};
 use crate::net::listen::{self, Listener};
 
 /// How often the queues are looked at.
@@ -44,12 +44,16 @@ pub(super) struct Closing {
 }
 
 impl Closing {
+    pub(super) fn has_begun(&self) -> bool {
+        self.sockets.is_some()
+    }
+
     fn is_under_way(&self) -> bool {
         self.sockets.as_ref().is_some_and(|sockets| !sockets.is_over())
     }
 
     /// Whether no queue is waited for.
-    fn is_dry(&self) -> bool {
+    pub(super) fn is_dry(&self) -> bool {
         self.sockets.as_ref().is_none_or(listen::Closing::is_dry)
     }
 
@@ -81,8 +85,16 @@ impl Master {
         self.advance_closing();
     }
 
+    /// Has the closing go on, and the supervisor know whether there is something to accept.
+    pub(super) fn look_at_closing(&mut self) {
+        if self.closing.is_under_way() {
+            self.advance_closing();
+            self.feed(Event::Queue { waits: !self.closing.is_dry() });
+        }
+    }
+
     /// Refuses connections where the queue is empty.
-    pub(super) fn advance_closing(&mut self) {
+    fn advance_closing(&mut self) {
         if self.closing.is_under_way() {
             let depth = &self.queue_depth;
             let queued = |listener: &Listener| depth.counted(listener).unwrap_or(0);
@@ -121,7 +133,7 @@ impl Master {
     /// A process has ended of which nobody wanted that. It may be that no socket listens any more: shutdown(2), by whatever process holds
     /// one, ends that for all.
     pub(super) fn look_whether_sockets_listen(&mut self) {
-        if self.closing.sockets.is_some() {
+        if self.closing.has_begun() {
             return;
         }
         let listeners = self.nursery.listeners.iter().enumerate();

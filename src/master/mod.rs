@@ -262,7 +262,7 @@ pub(crate) fn run(
         master.look_at_memory();
         master.hear_operators(&events);
         master.feed(Event::Tick);
-        master.advance_closing();
+        master.look_at_closing();
         master.look_beside();
         master.relay.turn(&master.nursery, &master.signals, begun.elapsed());
         master.upgrade.listen();
@@ -483,6 +483,7 @@ impl Master {
                 None if !asked => self.look_whether_sockets_listen(),
                 None => {}
             }
+            self.look_at_closing(); // it may have left because the queue is empty
             self.feed(Event::Exited { pid, wish });
         }
     }
@@ -588,7 +589,7 @@ impl Master {
             }
             Action::Close { at_once } => {
                 self.close_sockets(at_once);
-                None
+                Some(Event::Queue { waits: !self.closing.is_dry() })
             }
             Action::Kill { pid } => {
                 self.signal(pid, Signal::SIGKILL);

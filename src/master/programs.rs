@@ -216,7 +216,7 @@ impl Master {
         }
         let listener = &self.nursery.listeners[0];
         let cause = "a process that has it, as its standard input as a rule,";
-        if !listener.is_listening() {
+        if !listener.is_listening() && !self.closing.has_begun() {
             listener.repair(&self.nursery.config, true).map_err(|why| {
                 format!("{cause} has shut the listening socket down, and it cannot be had anew: {listener}: {why}")
             })?;

@@ -25,6 +25,7 @@
 //! - Who is replaced while it lives (reload, recycling) drains when its replacement is ready, and a budget bounds how
 //!   many are being replaced at a time. A reload whose new processes do not start leaves the old ones as they
 //!   are: see [`roll`].
+//! - A stop begins with what is ready; the rest depends on the queues of the listening sockets: see [`stop`].
 //! - Of a process that was asked to stop the shell is reminded every second (a program may lose a signal between
 //!   a check and an `accept`); at its deadline it is killed.
 
@@ -33,6 +34,7 @@ mod messages;
 pub(crate) mod restore;
 mod roll;
 mod scale;
+mod stop;
 mod view;
 
 use std::time::Duration;
@@ -91,18 +93,25 @@ struct Slot {
     replaced: bool,
     /// It served something when demand was last looked at.
     busy: bool,
+    /// It was ready when everything stopped, or became so: it accepts what is queued.
+    serves_queue: bool,
 }
 
 impl Slot {
     fn new(state: State, generation: u64) -> Self {
-        Self { state, generation, worn: None, replaced: false, busy: false }
+        Self { state, generation, worn: None, replaced: false, busy: false, serves_queue: false }
     }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Running,
-    Stopping { success: bool },
+    /// `until`: the deadline of all. `queue`: connections wait, and are to be served.
+    Stopping {
+        success: bool,
+        until: Now,
+        queue: bool,
+    },
     Stopped,
 }
 
@@ -167,6 +176,7 @@ impl Supervisor {
             Event::Arrival => {}
             Event::Exited { pid, wish } => self.exited(pid, wish, now),
             Event::Command(command) => self.command(command, now),
+            Event::Queue { waits } => self.queue(waits, now),
             Event::Policy(policy) => self.set_policy(policy, now),
         }
         self.meet_deadlines(now);
@@ -181,7 +191,7 @@ impl Supervisor {
             }
             Mode::Stopping { .. } | Mode::Stopped => {}
         }
-        if let Mode::Stopping { success } = self.mode {
+        if let Mode::Stopping { success, .. } = self.mode {
             self.finish(success);
         }
         std::mem::take(&mut self.actions)
@@ -197,7 +207,8 @@ impl Supervisor {
         let slots = self.slots.iter().filter_map(|slot| match slot.state {
             State::Starting { deadline, .. } => Some(deadline),
             State::Draining { deadline, ask_again, .. } => Some(deadline.min(ask_again)),
-            State::Backoff { until } => Some(until),
+            // In a stop Event::Queue comes soon anyway.
+            State::Backoff { until } => (self.mode == Mode::Running).then_some(until),
             State::Empty | State::Ready { .. } | State::Killing { .. } => None,
         });
         // A slot that is empty while the breaker is open waits for the breaker alone.
@@ -262,6 +273,9 @@ impl Supervisor {
                 self.breaker.close();
                 self.unseen = 0;
                 self.prove(self.slots[index].generation);
+                if let Mode::Stopping { .. } = self.mode {
+                    self.finish_queue(index, self.now);
+                }
             }
             State::Empty
             | State::Ready { .. }
@@ -274,7 +288,7 @@ impl Supervisor {
     fn exited(&mut self, pid: Pid, wish: Wish, now: Now) {
         let Some(index) = self.find(pid) else { return }; // a stranger
         let slot = number(index);
-        let Slot { state, generation, .. } = self.slots[index];
+        let Slot { state, generation, serves_queue, .. } = self.slots[index];
         self.slots[index] = Slot::new(State::Empty, generation);
         match state {
             // During a reload it is the new build that has something against it, and the old ones stay.
@@ -288,6 +302,9 @@ impl Supervisor {
             }
             State::Ready { .. } => self.respawn(slot, now),
             State::Starting { .. } | State::Killing { unready: true, .. } => self.failed_start(slot, Some(pid), now),
+            State::Draining { .. } | State::Killing { .. } if serves_queue && wish != Wish::Retire => {
+                self.respawn(slot, now);
+            }
             State::Draining { .. } | State::Killing { .. } | State::Empty | State::Backoff { .. } => {}
         }
     }
@@ -311,11 +328,15 @@ impl Supervisor {
 
     /// Has the slot refilled: at once, as a rule.
     fn respawn(&mut self, slot: u32, now: Now) {
-        if self.mode == Mode::Running
-            && let Some(until) = self.respawns.take(now)
-        {
-            self.slots[slot as usize].state = State::Backoff { until };
+        if !self.replaces() {
+            return;
+        }
+        let until = self.respawns.take(now);
+        if let Some(until) = until {
             self.note(Note::Throttled { slot, delay: until.saturating_sub(now) });
+        }
+        if until.is_some() || self.mode != Mode::Running {
+            self.slots[slot as usize].state = State::Backoff { until: until.unwrap_or(now) };
         }
     }
 
@@ -333,19 +354,11 @@ impl Supervisor {
         }
     }
 
-    fn stop(&mut self, success: bool, now: Now) {
-        self.mode = Mode::Stopping { success };
-        self.actions.push(Action::Close { at_once: false });
-        for index in 0..self.slots.len() {
-            self.drain(index, now);
-        }
-    }
-
     fn failed_start(&mut self, slot: u32, pid: Option<Pid>, now: Now) {
         let place = &mut self.slots[slot as usize];
         let generation = place.generation;
         *place = Slot::new(State::Empty, generation);
-        if self.mode != Mode::Running {
+        if !self.replaces() {
             return;
         }
         if self.is_new(generation) {
@@ -363,13 +376,7 @@ impl Supervisor {
     fn command(&mut self, command: Command, now: Now) {
         match (command, self.mode) {
             (Command::Drain, Mode::Running) => self.stop(true, now),
-            (Command::Halt, Mode::Running | Mode::Stopping { .. }) => {
-                self.mode = Mode::Stopping { success: true };
-                self.actions.push(Action::Close { at_once: true });
-                for index in 0..self.slots.len() {
-                    self.kill(index);
-                }
-            }
+            (Command::Halt, Mode::Running | Mode::Stopping { .. }) => self.halt(now),
             (Command::Reload, Mode::Running) => self.begin_roll(),
             (Command::Add, Mode::Running) => {
                 let (min, max) = self.scaler.limits();
@@ -481,7 +488,9 @@ impl Supervisor {
                 | State::Backoff { .. } => {}
             }
         }
-        self.end_backoffs(now);
+        if self.mode == Mode::Running {
+            self.end_backoffs(now);
+        }
     }
 
     fn end_backoffs(&mut self, now: Now) {
@@ -500,9 +509,7 @@ impl Supervisor {
             // Those beyond the policy's were left by a predecessor that had more.
             let mut slots = self.slots.iter().take(self.policy.slots as usize);
             let Some(index) = slots.position(|slot| slot.state == State::Empty) else { break };
-            let deadline = now + self.policy.start_timeout;
-            self.slots[index] = Slot::new(State::Starting { pid: None, deadline }, generation);
-            self.actions.push(Action::Spawn { slot: number(index), generation });
+            self.start(index, generation, now);
         }
         while self.strength() > self.wanted() {
             // What does not serve yet goes first, then what has nothing to do, then the oldest generation, then the
@@ -518,35 +525,10 @@ impl Supervisor {
         }
     }
 
-    fn drain(&mut self, index: usize, now: Now) {
-        match self.slots[index].state {
-            State::Starting { pid: Some(pid), .. } | State::Ready { pid } => {
-                let deadline = now + self.policy.drain_timeout;
-                self.slots[index].state = State::Draining { pid, deadline, ask_again: now + TERMINATE_AGAIN };
-                self.actions.push(Action::Terminate { pid });
-            }
-            State::Backoff { .. } => self.slots[index].state = State::Empty,
-            // Without a pid it is just being made: the shell answers each Spawn before the next event.
-            State::Starting { pid: None, .. } | State::Empty | State::Draining { .. } | State::Killing { .. } => {}
-        }
-    }
-
-    fn kill(&mut self, index: usize) {
-        match self.slots[index].state {
-            State::Starting { pid: Some(pid), .. } | State::Ready { pid } | State::Draining { pid, .. } => {
-                self.slots[index].state = State::Killing { pid, unready: false };
-                self.actions.push(Action::Kill { pid });
-            }
-            State::Backoff { .. } => self.slots[index].state = State::Empty,
-            State::Starting { pid: None, .. } | State::Empty | State::Killing { .. } => {}
-        }
-    }
-
-    fn finish(&mut self, success: bool) {
-        if self.count(|state| state.pid().is_some()) == 0 {
-            self.mode = Mode::Stopped;
-            self.actions.push(Action::Exit { success });
-        }
+    fn start(&mut self, index: usize, generation: u64, now: Now) {
+        let deadline = now + self.policy.start_timeout;
+        self.slots[index] = Slot::new(State::Starting { pid: None, deadline }, generation);
+        self.actions.push(Action::Spawn { slot: number(index), generation });
     }
 
     /// How many processes there should be: more than the target while some are being replaced.

@@ -65,6 +65,9 @@ pub(crate) enum Event {
     Arrival,
     /// A child was reaped.
     Exited { pid: Pid, wish: Wish },
+    /// The answer to [`Action::Close`], and from then on again and again until none does: whether connections wait that are to be
+    /// accepted.
+    Queue { waits: bool },
     /// The operator wants something.
     Command(Command),
     /// The operator has chosen anew. How many processes there can be at once stays as it was.
@@ -146,7 +149,7 @@ pub(crate) enum Action {
     /// See whether the program's new build can take over, and let it.
     Upgrade,
     /// Everything is being stopped: no further connection is to be accepted but those that are queued; not even these if
-    /// `at_once`. Comes before the processes are asked to leave.
+    /// `at_once`. Comes before the processes are asked to leave. The answer is [`Event::Queue`].
     Close { at_once: bool },
     /// Tell the operator.
     Note(Note),

@@ -1,6 +1,7 @@
 //! The supervisor in simulated worlds: random histories from a seed, and the rules one by one.
 
 mod numbers;
+mod stops;
 
 use std::collections::BTreeMap;
 
@@ -43,6 +44,8 @@ struct World {
     next_pid: i32,
     spawned: u32,
     fork_fails: bool,
+    /// Connections wait when everything stops.
+    queue_waits: bool,
     /// What there is to do: so many requests, which the processes that are ready share.
     requests: u32,
     /// The process that is being given up because it hangs.
@@ -60,6 +63,7 @@ impl World {
             next_pid: 100,
             spawned: 0,
             fork_fails: false,
+            queue_waits: false,
             requests: 0,
             hanging: None,
             notes: Vec::new(),
@@ -85,7 +89,8 @@ impl World {
                 }
                 Action::Remind { pid } => self.signal(pid, Life::Leaving),
                 Action::Kill { pid } | Action::Abort { pid } => self.signal(pid, Life::Killed),
-                Action::Upgrade | Action::Close { .. } => None,
+                Action::Upgrade => None,
+                Action::Close { at_once } => Some(Event::Queue { waits: self.queue_waits && !at_once }),
                 Action::Sample => Some(Event::Demand(self.demand())),
                 Action::Note(note) => {
                     self.notes.push(note);
@@ -295,7 +300,18 @@ fn random_histories_always_lead_back_to_full_strength() {
             }
             assert_eq!(world.ready(), world.supervisor.target as usize);
             let last = random.choice([Command::Drain, Command::Halt]).unwrap();
+            world.queue_waits = random.bool();
             world.feed(Event::Command(last));
+            for _ in 0..random.u32(0..30) {
+                if world.exited.is_none() {
+                    world.feed(Event::Queue { waits: world.queue_waits });
+                    world.random_event(&mut random);
+                }
+            }
+            world.fork_fails = false;
+            if world.exited.is_none() {
+                world.feed(Event::Queue { waits: false });
+            }
             world.settle();
             assert_eq!(world.exited, Some(true));
         });
@@ -525,17 +541,6 @@ fn a_reload_whose_new_processes_retire_keeps_the_old_ones() {
 }
 
 #[test]
-fn when_every_worker_retires_the_master_fails() {
-    let mut world = World::new(policy(2));
-    world.settle();
-    for pid in world.processes.keys().copied().collect::<Vec<_>>() {
-        world.die(Pid::from_raw(pid), Wish::Retire);
-    }
-    assert_eq!(world.exited, Some(false));
-    assert_eq!(world.spawned, 2);
-}
-
-#[test]
 fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_time_anew() {
     let policy = Policy { give_up_after: 60_000 * MS, start_timeout: 200_000 * MS, ..policy(2) };
     let fail_for = |supervisor: &mut Supervisor, begin: Event, from: Duration, until: Duration| {
@@ -583,24 +588,5 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
         let later = supervisor.step(Event::Tick, 100_000 * MS);
         let gives_up = |action: &Action| matches!(action, Action::Note(Note::GivenUp { .. }));
         assert!(!later.iter().any(gives_up), "{later:?}");
-    }
-}
-
-#[test]
-fn who_stops_closes_the_sockets_first_and_who_reloads_does_not() {
-    let closes = |actions: &[Action]| actions.iter().position(|action| matches!(action, Action::Close { .. }));
-    for command in [Command::Drain, Command::Halt] {
-        let mut world = World::new(policy(2));
-        world.settle();
-        let actions = world.supervisor.step(Event::Command(command), world.now);
-        assert_eq!(closes(&actions), Some(0), "{command:?}: {actions:?}");
-        let at_once = command == Command::Halt;
-        assert_eq!(actions[0], Action::Close { at_once });
-    }
-    for command in [Command::Reload, Command::Add, Command::Remove, Command::Upgrade, Command::Scale(3)] {
-        let mut world = World::new(policy(2));
-        world.settle();
-        let actions = world.supervisor.step(Event::Command(command), world.now);
-        assert_eq!(closes(&actions), None, "{command:?}: {actions:?}");
     }
 }

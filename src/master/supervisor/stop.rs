@@ -1,0 +1,111 @@
+//! How processes end: one by one, and all when everything stops.
+//!
+//! A drain first asks the processes that are ready to leave; these accept what is queued before they do. While connections are in a
+//! queue ([`Event::Queue`]), a process that leaves is replaced in its slot, with the delays of every start, and its replacement is asked
+//! to leave as soon as it is ready. When no queue is waited for any more, processes that are starting are asked to leave too. All have
+//! the deadline of the stop, however late they were made.
+//!
+//! [`Event::Queue`]: super::Event::Queue
+
+use super::messages::Action;
+use super::{Mode, Now, State, Supervisor, TERMINATE_AGAIN};
+
+impl Supervisor {
+    /// `success`: the operator wants it. Else there is nobody to serve what is queued.
+    pub(super) fn stop(&mut self, success: bool, now: Now) {
+        self.mode = Mode::Stopping { success, until: now + self.policy.drain_timeout, queue: success };
+        self.roll = None;
+        self.actions.push(Action::Close { at_once: false });
+        for index in 0..self.slots.len() {
+            match self.slots[index].state {
+                State::Ready { .. } => self.finish_queue(index, now),
+                State::Starting { .. } | State::Backoff { .. } if success => {} // the answer to Close decides
+                State::Starting { .. }
+                | State::Backoff { .. }
+                | State::Empty
+                | State::Draining { .. }
+                | State::Killing { .. } => self.drain(index, now),
+            }
+        }
+    }
+
+    /// Everything stops, and a process is ready: it accepts what is queued, and leaves.
+    pub(super) fn finish_queue(&mut self, index: usize, now: Now) {
+        self.slots[index].serves_queue = true;
+        self.drain(index, now);
+    }
+
+    /// Everything stops: who has left is replaced while connections wait, and who is starting leaves when none does.
+    pub(super) fn queue(&mut self, waits: bool, now: Now) {
+        let Mode::Stopping { queue, .. } = &mut self.mode else { return };
+        *queue &= waits;
+        let serves = *queue;
+        for index in 0..self.slots.len() {
+            match self.slots[index].state {
+                State::Backoff { until } if serves => {
+                    if until <= now && self.breaker.permits(self.is_starting(), now) {
+                        self.start(index, self.slots[index].generation, now);
+                    }
+                }
+                State::Starting { .. } | State::Backoff { .. } if !serves => self.drain(index, now),
+                State::Starting { .. }
+                | State::Backoff { .. }
+                | State::Empty
+                | State::Ready { .. }
+                | State::Draining { .. }
+                | State::Killing { .. } => {}
+            }
+        }
+    }
+
+    /// Whether a process that has ended is missed.
+    pub(super) fn replaces(&self) -> bool {
+        match self.mode {
+            Mode::Running => true,
+            Mode::Stopping { queue, .. } => queue,
+            Mode::Stopped => false,
+        }
+    }
+
+    pub(super) fn halt(&mut self, now: Now) {
+        self.mode = Mode::Stopping { success: true, until: now, queue: false };
+        self.actions.push(Action::Close { at_once: true });
+        for index in 0..self.slots.len() {
+            self.kill(index);
+        }
+    }
+
+    pub(super) fn drain(&mut self, index: usize, now: Now) {
+        match self.slots[index].state {
+            State::Starting { pid: Some(pid), .. } | State::Ready { pid } => {
+                let deadline = match self.mode {
+                    Mode::Stopping { until, .. } => until,
+                    Mode::Running | Mode::Stopped => now + self.policy.drain_timeout,
+                };
+                self.slots[index].state = State::Draining { pid, deadline, ask_again: now + TERMINATE_AGAIN };
+                self.actions.push(Action::Terminate { pid });
+            }
+            State::Backoff { .. } => self.slots[index].state = State::Empty,
+            // Without a pid it is just being made: the shell answers each Spawn before the next event.
+            State::Starting { pid: None, .. } | State::Empty | State::Draining { .. } | State::Killing { .. } => {}
+        }
+    }
+
+    pub(super) fn kill(&mut self, index: usize) {
+        match self.slots[index].state {
+            State::Starting { pid: Some(pid), .. } | State::Ready { pid } | State::Draining { pid, .. } => {
+                self.slots[index].state = State::Killing { pid, unready: false };
+                self.actions.push(Action::Kill { pid });
+            }
+            State::Backoff { .. } => self.slots[index].state = State::Empty,
+            State::Starting { pid: None, .. } | State::Empty | State::Killing { .. } => {}
+        }
+    }
+
+    pub(super) fn finish(&mut self, success: bool) {
+        if self.count(|state| *state != State::Empty) == 0 {
+            self.mode = Mode::Stopped;
+            self.actions.push(Action::Exit { success });
+        }
+    }
+}
