@@ -162,14 +162,12 @@ where
         let service = serve::catch_panic(|| factory(context)).map_err(io::Error::other)?;
         let watchdog = Watchdog::new(config.limits.timeouts, Arc::clone(drain.flag()));
         let limit = config.limits.max_connections;
-        let connections = Connections::new(limit, row.clone(), scoreboard, heritage.slot, Rc::clone(&watchdog));
-        let connections = Rc::new(connections);
+        let connections = Rc::new(Connections::new(limit, row.clone(), scoreboard, slot, Rc::clone(&watchdog)));
         let report = File::from(heritage.report);
         let service = Counted::new(service, config.numbers.max_requests, report.try_clone()?);
         let application = Application::new(service, row.clone(), config.limits, config.trust.clone());
         let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
-        let application = application.guarded(guard(&config, &heritage.segment)).logged(access_log.clone());
-        let application = Rc::new(application);
+        let application = Rc::new(application.guarded(guard(&config, &heritage.segment)).logged(access_log.clone()));
         if let Some(path) = &config.numbers.health_path {
             // A little less than the master gives it, so that it can still say why.
             let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
@@ -214,18 +212,22 @@ where
     // What comes now is not the event loop's work, however long it takes.
     row.pulse().sleep();
     if let Ok(Ok(())) = outcome {
-        // What still runs on a thread though its client has left: it may be half-way through something.
-        let hanging = blocking::finish();
-        if hanging > 0 {
-            log::warn!(
-                "this worker leaves although functions run, as they hang (--hang-timeout) slot={slot} count={hanging}"
-            );
-        }
+        finish_functions(slot);
         hooks.on_exit(worker);
     }
     // Not the runtime's own end, which would wait for a function of the application's (`spawn_blocking`) that never returns.
     runtime.shutdown_background();
     outcome.unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+/// Waits for functions that still run on a thread though their clients have left: they may be half-way through something.
+fn finish_functions(slot: u32) {
+    let hanging = blocking::finish();
+    if hanging > 0 {
+        log::warn!(
+            "this worker leaves although functions run, as they hang (--hang-timeout) slot={slot} count={hanging}"
+        );
+    }
 }
 
 /// Takes a place in the scoreboard, says how blocking functions run here, and has this thread tell of a crash, and in

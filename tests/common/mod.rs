@@ -428,8 +428,9 @@ fn segment_at(path: &Path) -> Option<Segment> {
 /// a child with the master's name is a fork that is about to have another one.)
 pub fn children_of(pid: Pid) -> BTreeSet<i32> {
     let is_master = process(pid.as_raw()).is_some_and(|process| process.name == "forkyard");
-    let is_other = |name: &str| !["heir", "guard"].contains(&name) && !(is_master && name == "forkyard");
-    let children = processes().into_iter().filter(|process| process.parent == pid.as_raw() && is_other(&process.name));
+    let is_left_out = |name: &str| ["heir", "guard"].contains(&name) || (is_master && name == "forkyard");
+    let of_pid = processes().into_iter().filter(|process| process.parent == pid.as_raw());
+    let children = of_pid.filter(|process| !is_left_out(&process.name));
     children.map(|process| process.pid).collect()
 }
 
