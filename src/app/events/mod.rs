@@ -35,7 +35,7 @@ use crate::config::events::EventsConfig;
 
 /// Compiles the document's Rust.
 #[cfg(doctest)]
-#[doc = include_str!("../../docs/events.md")]
+#[doc = include_str!("../../../docs/events.md")]
 struct Document;
 
 /// Topics of one subscription.
