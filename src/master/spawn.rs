@@ -233,26 +233,9 @@ impl Nursery {
                 self.start_program(program, settings, slot, generation, (write, read.as_fd()))?
             }
         };
-        let since = Instant::now();
         let output = Some(Output::new(slot, read));
         let log_files = Some(Arc::clone(&settings.log_files));
-        let (asked_to_leave, hung, last_line) = (false, false, String::new());
-        let (has_hung_thread, sent_by) = (false, None);
-        let child = Child {
-            slot,
-            generation,
-            since,
-            asked_to_leave,
-            hung,
-            has_hung_thread,
-            sent_by,
-            link,
-            output,
-            files,
-            log_files,
-            last_line,
-        };
-        Ok((pid, child))
+        Ok((pid, Child { output, files, log_files, ..Child::new(slot, generation, link) }))
     }
 
     fn fork_worker(
@@ -368,6 +351,24 @@ pub(super) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
 }
 
 impl Child {
+    /// A process that lives from now on, without output, log files or a report so far.
+    pub(crate) fn new(slot: u32, generation: u64, link: Link) -> Self {
+        Self {
+            slot,
+            generation,
+            since: Instant::now(),
+            asked_to_leave: false,
+            hung: false,
+            has_hung_thread: false,
+            sent_by: None,
+            link,
+            output: None,
+            files: None,
+            log_files: None,
+            last_line: String::new(),
+        }
+    }
+
     pub(crate) fn is_worker(&self) -> bool {
         matches!(self.link, Link::Worker { .. })
     }

@@ -176,21 +176,6 @@ impl Child {
         let files = files.and_then(|files| left.claim(files));
         let now = Instant::now();
         let since = now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now);
-        let (log_files, last_line) = (None, String::new());
-        let (has_hung_thread, sent_by) = (false, None);
-        Some(Self {
-            slot,
-            generation,
-            since,
-            asked_to_leave,
-            hung,
-            has_hung_thread,
-            sent_by,
-            link,
-            output,
-            files,
-            log_files,
-            last_line,
-        })
+        Some(Self { since, asked_to_leave, hung, output, files, ..Self::new(slot, generation, link) })
     }
 }
