@@ -255,7 +255,8 @@ fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_i
         server.wait_for("upgraded version=");
         server.wait_for("reload done");
         all_answer("an upgrade");
-        let old = server.workers();
+        // The worker of before the upgrade may still be on its way out.
+        let old = wait_until("one worker is left", || Some(server.workers()).filter(|workers| workers.len() == 1));
         kill(Pid::from_raw(*old.first().unwrap()), Signal::SIGKILL).unwrap();
         server.renewed(1, &old);
         all_answer("the death of the worker");
