@@ -105,7 +105,7 @@ fn is_field(value: &[u8]) -> bool {
 }
 
 /// Names whose headers a web server takes in a way of its own, or that are left out.
-const SPECIAL: [&str; 14] = [
+const SPECIAL: [&str; 17] = [
     "status",
     "location",
     "content-length",
@@ -114,6 +114,9 @@ const SPECIAL: [&str; 14] = [
     "transfer-encoding",
     "upgrade",
     "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
     "set-cookie",
     "variable-user",
     "variable-",
@@ -153,9 +156,10 @@ pub fn cgi_response(data: &[u8]) {
     let Some((name, value)) = line(&mut rest) else { panic!("no line at all") };
     let (code, reason) = value.split_at(3);
     assert!(name == b"Status" && code == status.as_str().as_bytes() && reason.len() > 1 && reason[0] == b' ');
-    let dropped = ["connection", "transfer-encoding", "upgrade", "keep-alive", "status", "location"];
     let of_no_body = |name: &HeaderName| status == StatusCode::NO_CONTENT && *name == header::CONTENT_LENGTH;
-    let kept = |name: &HeaderName| !dropped.contains(&name.as_str()) && !of_no_body(name);
+    let kept = |name: &HeaderName| {
+        !["status", "location"].contains(&name.as_str()) && !is_of_connection(name, &headers) && !of_no_body(name)
+    };
     for (name, value) in headers.iter().filter(|(name, _)| kept(name)) {
         let read = line(&mut rest);
         assert!(
@@ -171,6 +175,18 @@ pub fn cgi_response(data: &[u8]) {
         assert_eq!(line(&mut rest), Some((&b"content-length"[..], length.to_string().as_bytes())));
     }
     assert_eq!(rest, b"\r\n", "an empty line, and no more");
+}
+
+/// Whether a header is about one connection: it is known to be, or a Connection header names it (RFC 9110, section 7.6.1).
+fn is_of_connection(name: &HeaderName, headers: &HeaderMap) -> bool {
+    const KNOWN: [&str; 7] =
+        ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
+    let named = || {
+        let mut options =
+            headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|&b| b == b','));
+        options.any(|option| option.trim_ascii().eq_ignore_ascii_case(name.as_str().as_bytes()))
+    };
+    KNOWN.contains(&name.as_str()) || named()
 }
 
 /// Takes a line of a head: a name and a value. `None` at the empty line.
