@@ -211,6 +211,9 @@ pub(crate) fn spawn(
     let before = block_signals();
     let spawned = command.spawn();
     restore_signals(&before);
+    if spawned.is_err() {
+        announce(Pid::from_raw(0)); // it may have announced itself, and the standard library has reaped it
+    }
     spawned
 }
 
@@ -606,13 +609,15 @@ pub(crate) fn ended_child() -> Option<Pid> {
     }
 }
 
-/// Takes note of the end of a child that has ended, and frees its pid.
+/// Takes note of the end of a child that has ended, and frees its pid. If its process group has ended too, the guard is told.
 pub(crate) fn reap(pid: Pid) -> Option<Ending> {
+    let groups = announce::groups_of(pid);
     loop {
         let mut status = 0;
         // SAFETY: `status` is a valid place for an int for the whole call.
         let reaped = unsafe { libc::waitpid(pid.as_raw(), &raw mut status, libc::WNOHANG) };
         if reaped > 0 {
+            announce::announce_ends(groups);
             return Some(if libc::WIFSIGNALED(status) {
                 Ending::Signaled(libc::WTERMSIG(status))
             } else {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! a program, between fork and exec ── its pid ──▶ the link, a pair of sockets ──▶ the guard
+//! the master, when the last process of a group is reaped ── the number, negative ──▶ the link
 //! the end of the link: the master is dead ──▶ the guard kills their process groups, and ends
 //! ```
 //!
@@ -10,8 +11,9 @@
 //! read, so that the guard knows of each program that ran, whenever the master dies.
 //!
 //! It ends groups, and only those that are certainly ours. A group keeps its number as long as one of its processes lives, and after
-//! that the number may be given to others: so a group has to be in the session that it was in, and its leader, if there is one, has
-//! to be the one that was announced.
+//! that the number may be given to others. So the guard forgets a group when the master tells it that the last process is reaped, which
+//! comes before anything that the next group of that number announces. Of a group whose last process others have reaped, nobody tells
+//! it: so a group has to be in the session that it was in, and its leader, if there is one, has to be the one that was announced.
 //!
 //! The master ends it when it stops by itself, after all others. One that dies, or is stopped, is replaced, or continued; a new one
 //! begins with the groups that it finds. So does the one of a new build after an upgrade, before that of the old build is ended: the
@@ -207,7 +209,7 @@ fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
         let mut message = [0; size_of::<i32>()];
         match recv(link.as_raw_fd(), &mut message, MsgFlags::empty()) {
             Ok(0) => break,
-            Ok(_) => groups.add(i32::from_ne_bytes(message)),
+            Ok(_) => groups.hear(i32::from_ne_bytes(message)),
             Err(Errno::EINTR) => {}
             Err(_) if getppid() == master => std::thread::sleep(LOOK), // no memory, say
             Err(_) => break,
@@ -251,9 +253,15 @@ struct Group {
 }
 
 impl Groups {
-    /// Adds one, and takes those out that are gone.
-    fn add(&mut self, group: i32) {
+    /// A message: the number of a group that begins, or its negative when the group has ended. Whatever it says, those that are gone are
+    /// forgotten.
+    fn hear(&mut self, message: i32) {
+        self.0.retain(|&group, _| Some(group) != message.checked_neg());
         self.0.retain(|&group, _| killpg(Pid::from_raw(group), None) != Err(Errno::ESRCH));
+        self.add(message);
+    }
+
+    fn add(&mut self, group: i32) {
         if group <= 1 {
             return; // no group's number; to kill(2) it would mean others
         }
@@ -323,9 +331,32 @@ mod tests {
         recorded.session -= 1;
         assert_eq!(groups.kill(), [], "it was in another session");
         assert!(other.try_wait().unwrap().is_none());
-        groups.add(others);
+        groups.hear(others);
         assert_eq!(groups.0.len(), 1, "the group that is gone is forgotten");
         assert_eq!(groups.kill().len(), 1);
         other.wait().unwrap();
+    }
+
+    #[test]
+    fn no_group_is_killed_that_was_given_up_and_what_is_left_of_one_whose_leader_has_ended_is() {
+        let (mut given_up, mut leader) = (sleeper(), sleeper());
+        let [gone, left] = [&given_up, &leader].map(|child| i32::try_from(child.id()).unwrap());
+        let mut member = Command::new("sleep").arg("600").process_group(left).spawn().unwrap();
+        let mut groups = Groups::default();
+        groups.hear(gone);
+        groups.hear(left);
+        // Another group has the number by now, and nothing else shows that it is another one.
+        groups.hear(-gone);
+        leader.kill().unwrap();
+        leader.wait().unwrap();
+        groups.hear(0);
+        let killed = groups.kill();
+        assert_eq!(killed, [(i32::try_from(member.id()).unwrap(), "sleep".to_owned())]);
+        member.wait().unwrap();
+        assert!(given_up.try_wait().unwrap().is_none(), "it lives");
+        // It is one of ours again when it is announced.
+        groups.hear(gone);
+        assert_eq!(groups.kill(), [(gone, "sleep".to_owned())]);
+        given_up.wait().unwrap();
     }
 }

@@ -1,11 +1,16 @@
 //! How each program is made known to the guard (`master/guard.rs`): by itself, between fork and exec, so that there is no moment at
-//! which it runs and the guard could not know of it.
+//! which it runs and the guard could not know of it. And how the guard is told that a process group has ended, whose number may then be
+//! given to another one: by the master, when it reaps the last process.
+//!
+//! A message is the number of a group that begins, or its negative when the group has ended.
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
 
+use nix::errno::Errno;
+use nix::sys::signal::killpg;
 use nix::sys::socket::{MsgFlags, send};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgid};
 
 /// The master's end of the link to the guard.
 static LINK: AtomicI32 = AtomicI32::new(-1);
@@ -20,5 +25,66 @@ pub(crate) fn announce(group: Pid) {
     let link = LINK.load(Ordering::Relaxed);
     if link >= 0 {
         let _ = send(link, &group.as_raw().to_ne_bytes(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+    }
+}
+
+/// The process groups that may end with a child that has ended and is not reaped yet: its own, and the one that it began with.
+pub(super) fn groups_of(pid: Pid) -> [Pid; 2] {
+    [pid, getpgid(Some(pid)).unwrap_or(pid)]
+}
+
+/// Announces the end of those of these groups that have no process any more. To be called right after a child is reaped, before this
+/// process makes another one: that may get the number, and announces itself on the same link.
+pub(super) fn announce_ends(groups: [Pid; 2]) {
+    for group in groups {
+        if killpg(group, None) == Err(Errno::ESRCH) {
+            announce(Pid::from_raw(-group.as_raw()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::IntoRawFd as _;
+    use std::os::unix::process::CommandExt as _;
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, recv, socketpair};
+
+    use super::*;
+    use crate::sys::reap;
+
+    #[test]
+    fn the_end_of_a_group_is_announced_when_its_last_process_is_reaped_and_not_before() {
+        let (link, end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        // Both stay open: other tests of this process may announce something here at any time.
+        let end = end.into_raw_fd();
+        announce_by(Some(link.into_raw_fd()));
+        let sleeper = |group: i32| {
+            let child = Command::new("sleep").arg("600").process_group(group).spawn().unwrap();
+            Pid::from_raw(child.id().cast_signed())
+        };
+        let leader = sleeper(0);
+        let member = sleeper(leader.as_raw());
+        let last_words = |pid: Pid| {
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while reap(pid).is_none() {
+                assert!(Instant::now() < deadline, "it ends");
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            let mut message = [0; size_of::<i32>()];
+            let messages = std::iter::from_fn(|| {
+                let got = recv(end, &mut message, MsgFlags::MSG_DONTWAIT).ok();
+                got.map(|_| i32::from_ne_bytes(message))
+            });
+            messages
+                .filter(|message| [leader, member].iter().any(|pid| message.abs() == pid.as_raw()))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(last_words(leader), Vec::<i32>::new(), "the group lives on");
+        assert_eq!(last_words(member), [-member.as_raw(), -leader.as_raw()]);
+        announce_by(None);
     }
 }
