@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use forkyard_shm::{Plan, Segment};
 use http::{Request as HttpRequest, Response};
 use http_body::Body as HttpBody;
+use log::Level;
 use nix::sys::signal::SigSet;
 use tower_service::Service;
 
@@ -296,8 +297,9 @@ fn finish(
 
 /// Says what stands in the way of serving.
 fn check(request: &Request, mistakes: Vec<String>) -> ExitCode {
-    let Findings { errors, notes } = cli::check::examine(request, mistakes);
-    errors.iter().chain(&notes).for_each(|line| banner::complain(line));
+    let Findings { errors, warnings } = cli::check::examine(request, mistakes);
+    errors.iter().for_each(|line| banner::report(Level::Error, line));
+    warnings.iter().for_each(|line| banner::report(Level::Warn, line));
     if !errors.is_empty() {
         return ExitCode::FAILURE;
     }

@@ -9,6 +9,7 @@
 
 mod announce;
 mod exclusive;
+pub(crate) mod file_path;
 pub(crate) mod lock_file;
 mod peek;
 mod receive;

@@ -55,7 +55,7 @@ fn an_address_that_cannot_be_had_is_a_failure() {
     refused(&["--bind", &bind], 1, &["cannot bind", &bind, "in use by another program", "--bind"]);
     refused(&["--bind", "http:192.0.2.1:8080"], 1, &["is not an address of this machine"]);
     refused(&["--bind", "http:no-such-host.invalid:80"], 1, &["does not resolve"]);
-    refused(&["--bind", "fastcgi:unix:/no/such/folder/a.sock"], 1, &["the folder /no/such/folder does not exist"]);
+    refused(&["--bind", "fastcgi:unix:/no/such/folder/a.sock"], 1, &["the directory /no/such/folder does not exist"]);
     refused(&["--bind", "fastcgi:fd:77"], 1, &["descriptor 77 is not open"]);
     refused(&["--bind", "fastcgi:fd:1"], 1, &["descriptor 1 is not a listening socket"]);
 }
@@ -89,7 +89,11 @@ fn a_cache_of_an_impossible_size_is_refused() {
         &["cannot keep entries of 2097152 bytes", "the most is", "--cache-max-entry"],
     );
     let nowhere = ["--cache-file", "/nonexistent/pages"];
-    refused(&[&bind[..], &nowhere].concat(), 1, &["in /nonexistent/pages: cannot open the cache file", "--cache-file"]);
+    refused(
+        &[&bind[..], &nowhere].concat(),
+        1,
+        &["in /nonexistent/pages: the directory /nonexistent does not exist", "--cache-file"],
+    );
     refused(&[&bind[..], &nowhere, &["--cache", "0"]].concat(), 1, &["--cache-file has no cache to keep", "--cache"]);
 }
 

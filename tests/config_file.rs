@@ -162,7 +162,7 @@ fn check_tries_what_can_be_tried_without_serving() {
         1,
         &[
             "no program of that name in PATH",
-            "/none does not exist (create it)",
+            "/none does not exist (create it",
             "cannot keep the cache in",
             "the file there is not a socket",
         ],

@@ -117,8 +117,8 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         "cannot bind http:192.0.2.1:80: 192.0.2.1 is not an address of this machine",
         "cannot bind fastcgi:unix:/no-such-directory/a.sock: ",
         "--bind http:127.0.0.1:65000 and --bind fastcgi:127.0.0.1:65000 overlap",
-        "control socket /no-such-directory/control: ",
-        "publish socket /no-such-directory/events: ",
+        "control socket at /no-such-directory/control: ",
+        "publish socket at /no-such-directory/events: ",
         "--log-file: cannot open /no-such-directory/log: ",
         "--access-log: cannot open /etc: ",
         "cannot write the pid file /etc/passwd/pid: /etc/passwd is not a directory",
@@ -159,6 +159,101 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         &["--workers: 'many'", "--idle-timeout: 'soon'", "--max-body: 'big'", "'queue': ", "/cache: "],
     );
     assert_eq!(said.matches("--workers").count(), 1, "{said}");
+}
+
+/// Each setting of a file, as the arguments that give it this path.
+fn settings_of_files(path: &str) -> [(&'static str, Vec<String>); 7] {
+    let with = |flag: &'static str| (flag, ["--bind", "http:127.0.0.1:0", flag, path].map(ToOwned::to_owned).to_vec());
+    [
+        ("--bind", vec!["--bind".to_owned(), format!("fastcgi:unix:{path}")]),
+        with("--control"),
+        with("--events-socket"),
+        with("--pid-file"),
+        with("--cache-file"),
+        with("--log-file"),
+        with("--access-log"),
+    ]
+}
+
+#[test]
+fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
+    const LINKS: &[&str] = &["--cache-file", "--log-file", "--access-log"];
+    const SOCKETS: &[&str] = &["--bind", "--control", "--events-socket"];
+    let folder = tempfile::tempdir().unwrap();
+    let at = |path: &str| folder.path().join(path).display().to_string();
+    std::fs::create_dir(at("directory")).unwrap();
+    std::fs::write(at("file"), "").unwrap();
+    std::os::unix::fs::symlink("loop", at("loop")).unwrap();
+    std::os::unix::fs::symlink("none/x", at("dangling")).unwrap();
+    nix::unistd::mkfifo(&folder.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(at("stale")).unwrap());
+    let long = "x".repeat(256);
+    let none: &[&str] = &[];
+    // The path, what is said of it, and the settings for which it is fine.
+    for (path, cause, fine) in [
+        (at("new/"), "it is the path of a directory (add the name of a file, with", none),
+        (at("directory/"), "it is the path of a directory (", none),
+        (at("file/"), "it is the path of a directory (", none),
+        (at("directory"), "a directory", none),
+        (at("loop"), "symbolic link", none),
+        (at("loop/x"), "symbolic links lead in a circle (", none),
+        (at("dangling"), "", none),
+        (at(&long), "bytes, and ", none),
+        (at("none/x"), "none does not exist (create it, or choose another path with", none),
+        (at("file/x"), "file is not a directory (choose another path with", none),
+        (at("stale"), "a socket", SOCKETS),
+        (at("fifo"), "a FIFO", &["--log-file", "--access-log"]),
+        ("/dev/null".to_owned(), "a device", &["--log-file", "--access-log"]),
+    ] {
+        for (flag, arguments) in settings_of_files(&path) {
+            let all = ["--user", "root", "--workers", "1"].into_iter().chain(arguments.iter().map(String::as_str));
+            let all: Vec<&str> = all.collect();
+            let checked = run("hello", &[&["check"][..], &all].concat());
+            if fine.contains(&flag) {
+                complained(&checked, 0, &[]);
+                continue;
+            }
+            // A link is followed by settings of files that are opened, and is itself in the way of those that are made.
+            let cause = match flag {
+                _ if !path.ends_with("/loop") || LINKS.contains(&flag) => cause,
+                "--pid-file" => "something else than a file: a symbolic link",
+                _ => "the file there is not a socket",
+            };
+            let said = complained(&checked, 1, &[&path, cause, flag]);
+            let lines: Vec<&str> = said.lines().collect();
+            assert!(lines.len() == 1 && lines[0].starts_with("forkyard: error: "), "one error: {said}");
+            let start = complained(&run("hello", &all), 1, &[]);
+            assert_eq!(start.trim_end().replacen("forkyard: ", "forkyard: error: ", 1), lines[0]);
+        }
+    }
+    // Of what depends on the moment of the start, check warns.
+    for flag in ["--log-file", "--access-log"] {
+        let fifo = at("fifo");
+        let output = run("hello", &["check", "--user", "root", "--bind", "http:127.0.0.1:0", flag, &fifo]);
+        complained(&output, 0, &[&format!("forkyard: warning: {flag}: a start fails unless a program reads from")]);
+        let output = run("hello", &["--user", "root", "--bind", "http:127.0.0.1:0", flag, &fifo]);
+        complained(&output, 1, &[flag, "nobody reads this FIFO: start its reader first"]);
+    }
+    assert_eq!(
+        entries(folder.path()).into_iter().collect::<Vec<_>>(),
+        ["dangling", "directory", "fifo", "file", "loop", "stale"]
+    );
+}
+
+#[test]
+fn check_tells_errors_from_warnings() {
+    let bind = ["check", "--bind", "http:127.0.0.1:0"];
+    let said = complained(&run("hello", &bind), 0, &["forkyard: warning: the application runs as root"]);
+    assert!(!said.contains("error"), "{said}");
+    let wrong = ["--workers", "many", "--pid-file", "/no-such-directory/pid"];
+    let said = complained(&run("hello", &[&bind[..], &wrong].concat()), 1, &[]);
+    let count = |prefix: &str| said.lines().filter(|line| line.starts_with(prefix)).count();
+    assert_eq!((count("forkyard: error: "), count("forkyard: warning: ")), (2, 1), "{said}");
+    complained(&run("hello", &["check", "--no-such-flag"]), 2, &["--no-such-flag"]);
+    for (name, help) in [("hello", ["check", "--help"]), ("forkyard", ["check", "--help"])] {
+        let help = String::from_utf8(run(name, &help).stdout).unwrap();
+        assert!(help.contains("'forkyard: warning: '") && help.contains("Exit status: 0"), "{help}");
+    }
 }
 
 #[test]
@@ -445,7 +540,7 @@ fn each_flag_that_takes_zero_says_in_its_help_what_that_does() {
         let said = run(name, &[&["check"], &flags.iter().map(String::as_str).collect::<Vec<_>>()[..]].concat());
         let said = String::from_utf8(said.stderr).unwrap();
         for (flag, text) in helps {
-            let is_refused = said.lines().any(|line| line.starts_with(&format!("forkyard: --{flag}: ")));
+            let is_refused = said.lines().any(|line| line.starts_with(&format!("forkyard: error: --{flag}: ")));
             let is_told = text.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == "0");
             assert!(is_refused || is_told, "{name} --{flag} takes 0, and its help does not say what that does:{text}");
         }

@@ -201,8 +201,15 @@ impl Inner {
 }
 
 fn open(path: &Path) -> Result<File, SegmentError> {
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
-    file.map_err(|error| system("open the cache file", error))
+    // Not to wait, nor to do what opening a device may do.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(flags);
+    let opened = options.open(path).and_then(|file| Ok((file.metadata()?.is_file(), file)));
+    match opened.map_err(|error| system("open the cache file", error))? {
+        (true, file) => Ok(file),
+        (false, _) => Err(system("use the cache file", io::Error::other("it is not a regular file"))),
+    }
 }
 
 /// The segment for a file that this process uses alone; others may join when it returns.
@@ -468,6 +475,12 @@ mod tests {
 
     fn header(segment: &Segment) -> &Header {
         segment.inner.header().unwrap()
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_refused() {
+        let refused = Segment::open(Path::new("/dev/null"), &PLAN).unwrap_err();
+        assert!(refused.to_string().contains("it is not a regular file"), "{refused}");
     }
 
     #[test]

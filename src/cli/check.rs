@@ -1,18 +1,15 @@
 //! What `check` tries beyond the meaning of the settings: whether this machine has what they name. Nothing is made,
 //! bound or started, and one thing that is wrong hides no other.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
-use std::path::Path;
-
 use forkyard_shm::Segment;
-use nix::unistd::{AccessFlags, access};
 
 use super::Request;
 use crate::config::address::Address;
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
-use crate::net::{listen, publish_socket};
+use crate::logging;
+use crate::net::listen::{self, ControlListener};
+use crate::net::publish_socket;
 use crate::privileges::Privileges;
 use crate::startup::{conflicts, descriptors, memory, pid_file, systemd};
 
@@ -20,12 +17,12 @@ use crate::startup::{conflicts, descriptors, memory, pid_file, systemd};
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
     pub(crate) errors: Vec<String>,
-    pub(crate) notes: Vec<String>,
+    pub(crate) warnings: Vec<String>,
 }
 
 /// `mistakes` are those that were found in reading the settings.
 pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
-    let mut findings = Findings { errors: mistakes, notes: Vec::new() };
+    let mut findings = Findings { errors: mistakes, warnings: Vec::new() };
     let config = &request.config;
     if let Some(command) = request.program.as_ref().filter(|command| !command.is_empty())
         && let Err(cause) = Program::for_privileges(command, &config.privileges)
@@ -34,7 +31,7 @@ pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
     }
     let executes = request.program.is_some();
     findings.errors.extend(Privileges::examine(&config.privileges, executes).err().into_iter().flatten());
-    findings.notes.extend(config.privileges.of_root().map(ToOwned::to_owned));
+    findings.warnings.extend(config.privileges.of_root().map(ToOwned::to_owned));
     let PrivilegesConfig { chroot, chdir, .. } = &config.privileges;
     let programs = config.helpers.helpers.iter().map(|helper| helper.program(chroot.as_deref(), chdir.as_deref()));
     findings.errors.extend(programs.filter_map(Result::err));
@@ -44,12 +41,12 @@ pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
         findings.errors.push(format!("{error} (see --cache, --cache-max-entry and --events)"));
     } else {
         match memory::examine(config) {
-            Ok(note) => findings.notes.extend(note),
+            Ok(note) => findings.warnings.extend(note),
             Err(cause) => findings.errors.push(cause),
         }
     }
     findings.errors.extend(memory::check_limits(config, executes).err());
-    findings.notes.extend(config.contradictions(config.privileges.most_descriptors()));
+    findings.warnings.extend(config.contradictions(config.privileges.most_descriptors()));
     findings.errors.extend(descriptors::check(config, executes).err());
     findings
 }
@@ -59,24 +56,24 @@ impl Findings {
         for bind in &config.binds {
             match listen::examine(bind, &config.binds) {
                 Ok(None) => {}
-                Ok(Some(note)) => self.notes.push(note),
+                Ok(Some(note)) => self.warnings.push(note),
                 Err(cause) => self.errors.push(cause),
             }
             if let Address::Systemd(name) = &bind.address
                 && let Err(cause) = systemd::sockets(name.as_deref())
             {
-                self.notes.push(format!("{bind}: here, {cause}"));
+                self.warnings.push(format!("{bind}: here, {cause}"));
             }
         }
         if let Some(path) = &config.control.socket {
             match listen::examine_path(path, "--control") {
                 Ok(None) => {}
-                Ok(Some(note)) => self.notes.push(format!("control socket {}: {note}", path.display())),
-                Err(cause) => self.errors.push(format!("control socket {}: {cause}", path.display())),
+                Ok(Some(note)) => self.warnings.push(format!("control socket {}: {note}", path.display())),
+                Err(cause) => self.errors.push(ControlListener::fail(path, &cause)),
             }
         }
         match publish_socket::examine(config) {
-            Ok(note) => self.notes.extend(note),
+            Ok(note) => self.warnings.extend(note),
             Err(cause) => self.errors.push(cause),
         }
         self.errors.extend(conflicts::find(config).into_iter().map(|conflict| conflict.text));
@@ -86,53 +83,17 @@ impl Findings {
         let logs = &config.logs;
         let access = logs.access.as_ref().and_then(|access| access.file.as_ref());
         for (file, flag) in [(logs.file.as_ref(), "--log-file"), (access, "--access-log")] {
-            if let Some(file) = file
-                && let Err(cause) = appendable(file)
-            {
-                let file = file.display();
-                self.errors.push(format!("{flag}: cannot open {file}: {cause} (name a file that you can write)"));
+            match file.map_or(Ok(None), |file| logging::examine(file, flag)) {
+                Ok(note) => self.warnings.extend(note),
+                Err(cause) => self.errors.push(cause),
             }
         }
         if let Some(file) = &config.privileges.pid_file {
             match pid_file::examine(file) {
-                Ok(note) => self.notes.extend(note),
+                Ok(note) => self.warnings.extend(note),
                 Err(cause) => self.errors.push(cause),
             }
         }
-        if let Some(file) = &config.cache.file {
-            if config.cache.bytes == 0 {
-                self.errors.push("--cache-file has no cache to keep (give its size with --cache)".to_owned());
-            }
-            if let Err(cause) = writable(file) {
-                self.errors.push(format!(
-                    "cannot keep the cache in {}: {cause} (choose another file with --cache-file)",
-                    file.display()
-                ));
-            }
-        }
-    }
-}
-
-/// Whether a file can be written, or made.
-fn writable(file: &Path) -> Result<(), String> {
-    match file.metadata() {
-        Ok(found) if found.is_dir() => Err("it is a directory".to_owned()),
-        Ok(_) => access(file, AccessFlags::R_OK | AccessFlags::W_OK).map_err(|errno| errno.desc().to_lowercase()),
-        Err(_) => listen::examine_folder(file),
-    }
-}
-
-/// Whether lines can be added to a file.
-fn appendable(file: &Path) -> Result<(), String> {
-    match file.metadata() {
-        // Whoever reads it would take us for a writer that has left.
-        Ok(found) if found.file_type().is_fifo() || found.file_type().is_socket() => {
-            access(file, AccessFlags::W_OK).map_err(|errno| errno.desc().to_lowercase())
-        }
-        Ok(_) => {
-            let opened = OpenOptions::new().append(true).custom_flags(libc::O_NONBLOCK).open(file);
-            opened.map(drop).map_err(|error| error.to_string())
-        }
-        Err(_) => listen::examine_folder(file),
+        self.errors.extend(memory::examine_file(config).err());
     }
 }

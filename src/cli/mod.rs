@@ -62,6 +62,10 @@ Signals to the master:
   USR2       become the program's new build, if it passes its check; then replace the workers as HUP does
 Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";
 
+const CHECK: &str = "\
+Each line on standard error begins with 'forkyard: error: ' or 'forkyard: warning: '; a start fails for an error only.
+Exit status: 0 no error, 1 errors, 2 wrong usage (an unknown flag).";
+
 /// The flags of everything that serves.
 #[derive(Args, Debug)]
 struct ServeOptions {
@@ -365,6 +369,7 @@ struct LinkedOptions {
 #[derive(Subcommand, Debug)]
 enum LinkedCommands {
     /// Find everything that is wrong with the settings, and serve nothing
+    #[command(after_help = CHECK)]
     Check(Box<LinkedOptions>),
     #[command(flatten)]
     Operation(Operation),
@@ -384,6 +389,7 @@ enum Subcommands {
     #[command(after_help = SIGNALS)]
     Run(Box<RunOptions>),
     /// Find everything that is wrong with the settings of run, and run nothing
+    #[command(after_help = CHECK)]
     Check(Box<RunOptions>),
     #[command(flatten)]
     Operation(Operation),

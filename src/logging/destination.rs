@@ -10,16 +10,19 @@
 //!
 //! Must not: log, or wait.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::{SFlag, fstat};
+
+use crate::sys::file_path::{self, Links};
 
 /// A destination that has taken nothing for this long has stopped: whoever fills the queue is no longer slowed down for it.
 const STALL_TIMEOUT: Duration = Duration::from_secs(1);
@@ -250,33 +253,69 @@ impl Queue {
 ///
 /// # Errors
 /// A sentence for the operator.
-pub(super) fn open(path: &std::path::Path, flag: &str) -> Result<OwnedFd, String> {
+pub(super) fn open(path: &Path, flag: &str) -> Result<OwnedFd, String> {
     if let Some(standard) = standard_stream(path) {
         return standard.map_err(|error| format!("{flag}: cannot use {}: {error} (name a file)", path.display()));
     }
-    // Not to wait for a reader, should it be a FIFO.
+    let fail = |cause: String| format!("{flag}: cannot open {}: {cause}", path.display());
+    let kind = kind_at(path, flag).map_err(fail)?;
+    open_file(path, true).map_err(|error| fail(explain(&error, kind, flag)))
+}
+
+/// Tries what can be tried of a log without making its file. A note, if a start depends on something else.
+///
+/// # Errors
+/// A sentence for the operator: what a start would say.
+pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String> {
+    if standard_stream(path).is_some() {
+        return open(path, flag).map(|_| None);
+    }
+    let fail = |cause: String| format!("{flag}: cannot open {}: {cause}", path.display());
+    let kind = kind_at(path, flag).map_err(fail)?;
+    match kind {
+        None => Ok(None),
+        // Whoever reads it would take us for a writer that has left.
+        Some(kind) if kind.is_fifo() => {
+            let allowed = nix::unistd::access(path, nix::unistd::AccessFlags::W_OK);
+            allowed.map_err(|errno| fail(explain(&errno.into(), Some(kind), flag)))?;
+            Ok(Some(format!("{flag}: a start fails unless a program reads from the FIFO {}", path.display())))
+        }
+        Some(_) => open_file(path, false).map(|_| None).map_err(|error| fail(explain(&error, kind, flag))),
+    }
+}
+
+/// What is there; `None` if a file is to be made.
+fn kind_at(path: &Path, flag: &str) -> Result<Option<FileType>, String> {
+    let found = file_path::examine(path, Links::Follow, flag)?.map(|found| found.file_type());
+    match found {
+        Some(kind) if kind.is_dir() => Err(format!("it is a directory (name a file in it, with {flag})")),
+        Some(kind) if kind.is_socket() => {
+            Err(format!("it is a socket (leave {flag} out and have a collector read standard error, or name a file)"))
+        }
+        Some(kind) if kind.is_block_device() => Err(format!("it is a disk (name a file with {flag})")),
+        found => Ok(found),
+    }
+}
+
+/// Does not wait for a reader, should it be a FIFO.
+fn open_file(path: &Path, create: bool) -> io::Result<OwnedFd> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    let opened = OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(flags).open(path);
-    opened.map(OwnedFd::from).map_err(|error| {
-        use std::os::unix::fs::FileTypeExt as _;
-        let kind = std::fs::metadata(path).map(|metadata| metadata.file_type());
-        let advice = match kind {
-            Ok(kind) if kind.is_socket() => {
-                "it is a socket: leave the flag out and have a collector read standard error"
-            }
-            Ok(kind) if kind.is_fifo() && error.raw_os_error() == Some(libc::ENXIO) => {
-                "nobody reads this FIFO: start its reader first"
-            }
-            Ok(kind) if kind.is_dir() => "it is a directory: name a file in it",
-            _ => "create its directory, or name a file that you can write",
-        };
-        format!("{flag}: cannot open {}: {} ({advice})", path.display(), crate::sys::explain(&error))
-    })
+    let opened = OpenOptions::new().append(true).create(create).mode(0o640).custom_flags(flags).open(path);
+    opened.map(OwnedFd::from)
+}
+
+fn explain(error: &io::Error, kind: Option<FileType>, flag: &str) -> String {
+    match error.raw_os_error() {
+        Some(libc::ENXIO) if kind.is_some_and(|kind| kind.is_fifo()) => {
+            "nobody reads this FIFO: start its reader first".to_owned()
+        }
+        _ => format!("{} (name a file that you can write, with {flag})", crate::sys::explain(error)),
+    }
 }
 
 /// A copy of standard output or standard error, if `path` is one of their names. Opening these fails where they are
 /// sockets, or belong to another user.
-fn standard_stream(path: &std::path::Path) -> Option<io::Result<OwnedFd>> {
+fn standard_stream(path: &Path) -> Option<io::Result<OwnedFd>> {
     let number = match path.to_str()? {
         "/dev/stdout" | "/dev/fd/1" | "/proc/self/fd/1" => 1,
         "/dev/stderr" | "/dev/fd/2" | "/proc/self/fd/2" => 2,

@@ -36,6 +36,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use log::{Level, Log, Metadata, Record};
 
+pub(crate) use self::destination::examine;
 use self::destination::{Kind, Outcome, Queue};
 use self::line::Line;
 use self::rate::{ByteLimit, LeftOut, Now, Sample, SiteLimits};

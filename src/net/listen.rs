@@ -26,8 +26,8 @@ use nix::sys::socket::{
 pub(crate) use self::closing::{Closing, is_listening};
 use self::socket_file::bind_file;
 pub(crate) use self::socket_file::{
-    SocketAndFile, bind_datagrams, examine_folder, examine_length, examine_path, give_socket_file, give_socket_file_of,
-    is_stale, remove_own,
+    SocketAndFile, bind_datagrams, examine_length, examine_path, give_socket_file, give_socket_file_of, is_stale,
+    remove_own,
 };
 use crate::config::address::{Address, Bind, Protocol};
 use crate::config::privileges::Owner;
@@ -277,10 +277,15 @@ impl ControlListener {
         self.file
     }
 
+    /// Why there is none, for the operator.
+    pub(crate) fn fail(path: &Path, cause: &str) -> String {
+        format!("cannot have a control socket at {}: {cause}", path.display())
+    }
+
     /// # Errors
     /// A sentence for the operator.
     pub(crate) fn bind(path: &Path) -> Result<Self, String> {
-        let fail = |cause: String| format!("cannot have a control socket at {}: {cause}", path.display());
+        let fail = |cause: String| Self::fail(path, &cause);
         let (socket, file) = bind_file(path, Some(64), Some(0o600), "--control").map_err(fail)?;
         set_blocking(&socket, false).map_err(|error| fail(error.to_string()))?;
         Ok(Self { path: path.to_owned(), socket, file })

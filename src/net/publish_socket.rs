@@ -16,6 +16,7 @@ use super::listen::{self, SocketAndFile};
 use crate::config::Config;
 use crate::config::privileges::Owner;
 use crate::privileges::Visitor;
+use crate::sys::file_path::examine_directory;
 use crate::sys::lock_file::LockFile;
 
 /// In every program's environment: where the socket is.
@@ -44,7 +45,7 @@ impl PublishSocket {
         let Some(asked) = &config.publish.socket else {
             return Ok(Self::bind_somewhere(config).inspect_err(|why| log::warn!("{why}")).ok());
         };
-        let fail = |cause: String| format!("cannot have a publish socket at {}: {cause}", asked.display());
+        let fail = |cause: String| fail(asked, &cause);
         let path = std::path::absolute(asked).map_err(|error| fail(error.to_string()))?;
         let made = Self::make(Some(asked.clone()), path, config).map_err(fail)?;
         if let Some(note) = note_on(asked, config) {
@@ -205,15 +206,19 @@ pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
             let socket =
                 std::path::absolute(place).map_err(|error| error.to_string())?.join(&name_of_folder).join(NAME);
             listen::examine_length(&socket, FLAG)?;
-            listen::examine_folder(&place.join(NAME))
+            examine_directory(&place.join(NAME), FLAG)
         };
         return Ok(first_of(&places(), config, look).err());
     };
     match listen::examine_path(path, FLAG) {
         Ok(None) => Ok(note_on(path, config)),
         Ok(Some(note)) => Ok(Some(format!("publish socket {}: {note}", path.display()))),
-        Err(cause) => Err(format!("publish socket {}: {cause}", path.display())),
+        Err(cause) => Err(fail(path, &cause)),
     }
+}
+
+fn fail(path: &Path, cause: &str) -> String {
+    format!("cannot have a publish socket at {}: {cause}", path.display())
 }
 
 /// What stands in the way of those who are to publish at a path that was asked for.

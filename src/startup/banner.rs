@@ -5,6 +5,8 @@
 use std::fmt::Display;
 use std::time::Duration;
 
+use log::Level;
+
 use crate::config::{Config, format_size};
 use crate::logging;
 use crate::net::listen::Listener;
@@ -47,11 +49,20 @@ pub(crate) fn can_take_over() -> bool {
 
 /// Says what went wrong, before there is a log.
 pub(crate) fn complain(error: &dyn Display) {
+    say(Level::Error, "", error);
+}
+
+/// Says what `check` has found: an error, or a warning.
+pub(crate) fn report(level: Level, finding: &dyn Display) {
+    say(level, if level == Level::Error { "error: " } else { "warning: " }, finding);
+}
+
+fn say(level: Level, prefix: &str, text: &dyn Display) {
     if logging::is_json() || logging::is_file() {
-        log::error!("{error}");
+        log::log!(level, "{text}");
     }
     if !logging::is_json() || logging::is_file() {
-        logging::to_standard_error(format!("forkyard: {error}\n").as_bytes());
+        logging::to_standard_error(format!("forkyard: {prefix}{text}\n").as_bytes());
         logging::finish(); // it may be the last word
     }
 }

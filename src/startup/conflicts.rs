@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use crate::config::Config;
 use crate::config::address::{Address, Bind};
 use crate::net::listen;
+use crate::sys::file_path::leads_to;
 
 /// Two settings of which one must change.
 #[derive(Debug)]
@@ -181,24 +182,6 @@ impl FilePlace {
             || both(self.identity, other.identity)
             || both(self.directory, other.directory) && self.path.file_name() == other.path.file_name()
     }
-}
-
-/// Where a path leads, whether or not there is a file yet.
-fn leads_to(path: &Path) -> PathBuf {
-    const MOST_LINKS: usize = 40;
-    let mut path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    for _ in 0..MOST_LINKS {
-        if let Ok(found) = path.canonicalize() {
-            return found;
-        }
-        let directory = path.parent().map(|parent| parent.canonicalize().unwrap_or_else(|_| parent.to_owned()));
-        let (Some(directory), Some(name)) = (directory, path.file_name()) else { return path };
-        match path.read_link() {
-            Ok(target) => path = directory.join(target),
-            Err(_) => return directory.join(name),
-        }
-    }
-    path
 }
 
 #[cfg(test)]

@@ -6,10 +6,12 @@ use std::path::Path;
 
 use forkyard_shm::{Found, Plan, Segment, SegmentError};
 use nix::sys::resource::Resource;
+use nix::unistd::{AccessFlags, access};
 
 use super::systemd;
 use crate::config::{CacheConfig, Config, format_size};
 use crate::privileges;
+use crate::sys::file_path::{self, Links};
 use crate::upgrade::Takeover;
 
 type BoxError = Box<dyn Error + Send + Sync>;
@@ -81,11 +83,9 @@ pub(crate) fn renew(config: &Config) -> Result<Segment, BoxError> {
 }
 
 fn create(config: &Config) -> Result<Segment, BoxError> {
-    let CacheConfig { bytes, file, .. } = &config.cache;
+    let CacheConfig { file, .. } = &config.cache;
     let plan = plan(config);
-    if *bytes == 0 && file.is_some() {
-        return Err("--cache-file has no cache to keep (give its size with --cache)".into());
-    }
+    examine_file(config)?;
     if let Some(note) = note_on(config) {
         log::warn!("{note}");
     }
@@ -106,6 +106,25 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
         }
     }
     Ok(segment)
+}
+
+/// Whether `--cache-file` names a file that can hold a cache, as far as that can be seen without its contents.
+///
+/// # Errors
+/// A sentence for the operator.
+pub(crate) fn examine_file(config: &Config) -> Result<(), String> {
+    const FLAG: &str = "--cache-file";
+    let CacheConfig { bytes, file: Some(path), .. } = &config.cache else { return Ok(()) };
+    if *bytes == 0 {
+        return Err(format!("{FLAG} has no cache to keep (give its size with --cache)"));
+    }
+    let fail = |cause: String| format!("cannot keep the cache in {}: {cause}", path.display());
+    let Some(found) = file_path::examine(path, Links::Follow, FLAG).map_err(fail)? else { return Ok(()) };
+    if let Some(what) = file_path::special(&found) {
+        return Err(fail(format!("it is {what} (choose another file with {FLAG})")));
+    }
+    access(path, AccessFlags::R_OK | AccessFlags::W_OK)
+        .map_err(|errno| fail(format!("{} (choose another file with {FLAG})", errno.desc().to_lowercase())))
 }
 
 fn explain(error: &SegmentError, config: &Config) -> String {
@@ -145,14 +164,19 @@ fn note_on(config: &Config) -> Option<String> {
     ))
 }
 
-/// What a start would find out: an error if the memory is not there, and what else an operator may want to know. Nothing is reserved.
+/// What a start would find out: an error if the memory is not there, and what else an operator may want to know. Nothing is reserved. What is
+/// wrong with the file's path says [`examine_file`].
 ///
 /// # Errors
 /// A sentence for the operator.
 pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
     match &config.cache.file {
         None => plan(config).check_memory().map_err(|error| explain(&error, config))?,
-        Some(file) => Segment::examine(file, &plan(config)).map_err(|error| explain_file(&error, file, config))?,
+        // Else it is told of already.
+        Some(file) if examine_file(config).is_ok() => {
+            Segment::examine(file, &plan(config)).map_err(|error| explain_file(&error, file, config))?;
+        }
+        Some(_) => {}
     }
     Ok(note_on(config))
 }

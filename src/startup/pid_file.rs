@@ -14,10 +14,12 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statvfs::{Statvfs, statvfs};
 
 use super::start_end::Leftover;
-use crate::net::listen;
-use crate::sys::lock_file::{LockFile, directory_of};
+use crate::sys::file_path::{self, Links, directory_of, examine_directory};
+use crate::sys::lock_file::LockFile;
 use crate::upgrade::Takeover;
 use crate::upgrade::saved::SavedPidFile;
+
+const FLAG: &str = "--pid-file";
 
 /// A pid file of this process.
 #[derive(Debug)]
@@ -34,6 +36,7 @@ impl PidFile {
     pub(crate) fn create(path: &Path) -> Result<Self, String> {
         let fail = |cause: String| format!("cannot write the pid file {}: {cause}", path.display());
         let denied = |error: std::io::Error| fail(format!("{error} (choose another path with --pid-file)"));
+        file_path::examine(path, Links::Keep, FLAG).map_err(fail)?;
         let _turn = LockFile::beside(path);
         refuse_second(path).map_err(fail)?;
         let name = path.file_name().ok_or_else(|| fail("it has no name (give a file with --pid-file)".to_owned()))?;
@@ -146,15 +149,15 @@ fn remove_leftovers(directory: &Path, prefix: &str) {
 /// # Errors
 /// A sentence for the operator.
 pub(crate) fn examine(path: &Path) -> Result<Option<String>, String> {
-    let holder = holder(path).and_then(|holder| {
-        listen::examine_folder(path)?;
+    let examined = file_path::examine(path, Links::Keep, FLAG).and_then(|_| {
+        let holder = holder(path)?;
+        examine_directory(path, FLAG)?;
         if is_full(directory_of(path)) {
-            return Err("no space left on the device".to_owned());
+            return Err(format!("no space left on the device (choose another path with {FLAG})"));
         }
         Ok(holder)
     });
-    let holder =
-        holder.map_err(|cause| format!("cannot write the pid file {}: {cause} (--pid-file)", path.display()))?;
+    let holder = examined.map_err(|cause| format!("cannot write the pid file {}: {cause}", path.display()))?;
     let note =
         |pid| format!("pid file {}: a master has it now, as pid {pid} (this service, if it runs)", path.display());
     Ok(holder.map(note))
@@ -185,7 +188,8 @@ fn refuse_second(path: &Path) -> Result<(), String> {
 fn holder(path: &Path) -> Result<Option<String>, String> {
     let Ok(metadata) = path.symlink_metadata() else { return Ok(None) };
     if !metadata.is_file() {
-        return Err("there is something else than a file (choose another path with --pid-file)".to_owned());
+        let what = file_path::special(&metadata).unwrap_or("a symbolic link");
+        return Err(format!("there is something else than a file: {what} (choose another path with {FLAG})"));
     }
     let mut text = String::new();
     let file = File::open(path).map_err(|error| format!("{error} (choose another path with --pid-file)"))?;

@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 
+use super::file_path::directory_of;
+
 /// How long others may hold it.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to sleep between two looks.
@@ -31,11 +33,6 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub(crate) struct LockFile {
     held: Option<(PathBuf, File)>,
-}
-
-/// The directory in which `path` is.
-pub(crate) fn directory_of(path: &Path) -> &Path {
-    path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 impl LockFile {

@@ -1,6 +1,7 @@
 //! The file of a Unix socket: made with its permissions, in the place of one that a dead program left and of no other,
 //! and removed only if it is still ours.
 
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -10,12 +11,12 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::{Mode, fstat, umask};
-use nix::sys::statvfs::statvfs;
 use nix::unistd::Uid;
 
 use super::{listen, new_socket};
 use crate::config::privileges::Owner;
 use crate::privileges;
+use crate::sys::file_path::{self, Links, examine_directory};
 use crate::sys::lock_file::LockFile;
 
 /// A socket with a file, and the file's device and inode.
@@ -37,6 +38,7 @@ pub(super) fn bind_file(
     flag: &str,
 ) -> Result<SocketAndFile, String> {
     let address = UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
+    file_path::examine(path, Links::Keep, flag)?;
     // Until it listens, the new one looks like what a dead program left.
     let _turn = LockFile::beside(path);
     clear_stale(path, flag)?;
@@ -48,7 +50,7 @@ pub(super) fn bind_file(
     if let Some(before) = before {
         umask(before);
     }
-    bound.map_err(|errno| explain_path(errno, path, flag))?;
+    bound.map_err(|errno| explain_path(errno, flag))?;
     let file = file_identity(path);
     backlog.map_or(Ok(()), |backlog| listen(&socket, backlog))?;
     Ok((socket, file))
@@ -57,9 +59,7 @@ pub(super) fn bind_file(
 /// Removes the socket file of a program that is gone; refuses if somebody listens there.
 fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
-    if !metadata.file_type().is_socket() {
-        return Err(format!("the file there is not a socket (move it away, or choose another path with {flag})"));
-    }
+    refuse_others(&metadata, flag)?;
     match probe(path) {
         Err(Errno::ECONNREFUSED) => std::fs::remove_file(path)
             .map_err(|error| format!("the stale socket file there cannot be removed: {error} (remove it by hand)")),
@@ -71,6 +71,14 @@ fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
             Err(format!("another program is listening there (stop that one, or choose another path with {flag})"))
         }
     }
+}
+
+fn refuse_others(found: &Metadata, flag: &str) -> Result<(), String> {
+    if found.file_type().is_socket() {
+        return Ok(());
+    }
+    let what = file_path::special(found).map(|what| format!(" but {what}")).unwrap_or_default();
+    Err(format!("the file there is not a socket{what} (move it away, or choose another path with {flag})"))
 }
 
 /// Whether that is the socket file of a program that is gone.
@@ -96,14 +104,13 @@ pub(crate) fn examine_length(path: &Path, flag: &str) -> Result<(), String> {
     UnixAddr::new(path).map(drop).map_err(|_| too_long(path, flag))
 }
 
-fn explain_path(errno: Errno, path: &Path, flag: &str) -> String {
-    let folder = path.parent().map_or_else(|| ".".to_owned(), |folder| folder.display().to_string());
+fn explain_path(errno: Errno, flag: &str) -> String {
+    let cause = errno.desc().to_lowercase();
     match errno {
         Errno::EACCES | Errno::EPERM | Errno::EROFS => {
-            format!("{} (run as root, or choose a path you can write, with {flag})", errno.desc().to_lowercase())
+            format!("{cause} (run as root, or choose a path you can write, with {flag})")
         }
-        Errno::ENOENT => format!("the folder {folder} does not exist (create it, or choose another path with {flag})"),
-        errno => errno.desc().to_lowercase(),
+        _ => format!("{cause} (choose another path with {flag})"),
     }
 }
 
@@ -147,33 +154,10 @@ fn file_identity(path: &Path) -> Option<(u64, u64)> {
 /// As above.
 pub(crate) fn examine_path(path: &Path, flag: &str) -> Result<Option<String>, String> {
     UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
-    let Ok(metadata) = std::fs::symlink_metadata(path) else { return examine_folder(path).map(|()| None) };
-    if !metadata.file_type().is_socket() {
-        return Err(format!("the file there is not a socket (move it away, or choose another path with {flag})"));
-    }
+    let Some(found) = file_path::examine(path, Links::Keep, flag)? else { return Ok(None) };
+    refuse_others(&found, flag)?;
     match probe(path) {
-        Err(Errno::ECONNREFUSED) => examine_folder(path).map(|()| None),
+        Err(Errno::ECONNREFUSED) => examine_directory(path, flag).map(|()| None),
         Ok(()) | Err(_) => Ok(Some("a program is listening there now (this service, if it runs)".to_owned())),
-    }
-}
-
-/// Whether a file can be made at this path.
-///
-/// # Errors
-/// A sentence for the operator.
-pub(crate) fn examine_folder(path: &Path) -> Result<(), String> {
-    use nix::unistd::{AccessFlags, access};
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    match access(folder, AccessFlags::W_OK | AccessFlags::X_OK) {
-        _ if folder.exists() && !folder.is_dir() => Err(format!("{} is not a directory", folder.display())),
-        Ok(()) if statvfs(folder).is_ok_and(|found| found.files() > 0 && found.files_free() == 0) => {
-            Err(format!("the folder {}: its file system has no room for another file (df -i)", folder.display()))
-        }
-        Ok(()) => Ok(()),
-        Err(Errno::ENOENT) => Err(format!("the folder {} does not exist (create it)", folder.display())),
-        Err(errno) => Err(format!("the folder {}: {}", folder.display(), errno.desc().to_lowercase())),
     }
 }
