@@ -175,7 +175,8 @@ fn php_fpm_which_binds_a_socket_of_its_own_is_named_and_not_ready() {
     );
     std::fs::write(place.path("fpm.conf"), text).unwrap();
     let configuration = place.path("fpm.conf").to_string_lossy().into_owned();
-    let options = ["--start-timeout", "3s"];
+    // On a busy machine it takes php-fpm longer than the default time to let go of its standard input.
+    let options = ["--settle", "6s", "--start-timeout", "8s"];
     let mut server =
         Server::launch(&mut place.run(&options, &[&format!("/usr/sbin/{fpm}"), "-R", "-F", "-y", &configuration]));
     let line = server.wait_for("worker can serve nobody");
@@ -185,6 +186,18 @@ fn php_fpm_which_binds_a_socket_of_its_own_is_named_and_not_ready() {
     assert!(line.contains("does it bind a socket of its own?"), "{line}");
     server.stop();
     assert!(!server.log().contains("\nready in "), "{}", server.log());
+}
+
+#[test]
+fn a_program_that_lets_go_of_the_socket_after_it_was_ready_is_named() {
+    let place = Place::new();
+    let go = place.path("go");
+    let script = format!("until [ -e {} ]; do sleep 0.05; done; exec sleep 600 </dev/null", go.display());
+    let mut server = Server::start_command(&mut place.run(&[], &["sh", "-c", &script]));
+    std::fs::write(&go, "").unwrap();
+    let line = server.wait_for("worker can serve nobody");
+    assert!(line.contains("it has let go of the listening socket"), "{line}");
+    server.stop();
 }
 
 #[test]

@@ -69,6 +69,12 @@ impl ProgramState {
     pub(crate) fn restore(started: bool, seen: bool) -> Self {
         Self { started, seen, ..Self::default() }
     }
+
+    /// None of its processes has the listening socket any more.
+    fn let_go(&mut self, slot: u32, pid: Pid) {
+        self.trouble = LET_GO;
+        log::error!("worker can serve nobody slot={slot} pid={pid}: {LET_GO}");
+    }
 }
 
 /// One that takes connections though its program has ended.
@@ -159,8 +165,7 @@ impl Master {
             if program.started {
                 started.push(pid);
             } else if program.trouble.is_empty() && lived >= settle.unwrap_or(SETTLE) && !has_socket(pid, listener) {
-                program.trouble = LET_GO;
-                log::error!("worker can serve nobody slot={} pid={pid}: {LET_GO}", child.slot);
+                program.let_go(child.slot, pid);
             }
         }
         for pid in started {
@@ -192,6 +197,17 @@ impl Master {
             }
             self.programs.next_count = None;
             return;
+        }
+        // One that counted as started because it had the socket for long enough may give it up later.
+        for (&pid, child) in &mut self.children {
+            if let Link::Program(program) = &mut child.link
+                && program.started
+                && !child.asked_to_leave
+                && program.trouble.is_empty()
+                && !has_socket(pid, listener)
+            {
+                program.let_go(child.slot, pid);
+            }
         }
         self.programs.next_count = Some(now + COUNT);
         let waiting = self.queue_depth.of(listener);
