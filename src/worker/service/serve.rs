@@ -136,7 +136,7 @@ where
             queue_time::count();
             return Answer::put_off(Duration::ZERO, in_flight).to(is_head);
         }
-        let client = |trouble| Client { trouble, refusals: Rc::clone(&self.refusals), protocol, from };
+        let client = |trouble| Box::new(Client { trouble, refusals: Rc::clone(&self.refusals), protocol, from });
         in_flight.client = request.body_mut().watch().map(client);
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
         let (switch, in_flight, deadline) = (Switch::No, Some(in_flight), self.guard.deadline());
@@ -215,7 +215,7 @@ pub(crate) struct Serving {
     entry: Option<Box<Entry>>,
     kind: Kind,
     /// If the request has a body, which may fail.
-    client: Option<Client>,
+    client: Option<Box<Client>>,
 }
 
 /// What is sent.
@@ -384,7 +384,7 @@ where
         };
         let Some(mut in_flight) = answer.in_flight.take() else { return Poll::Pending };
         // Whatever the application made of it.
-        if let Some(status) = in_flight.client.as_ref().and_then(Client::breach) {
+        if let Some(status) = in_flight.client.as_deref().and_then(Client::breach) {
             return Poll::Ready(without_body(refusal(status, in_flight), *answer.is_head));
         }
         let response = match outcome {
@@ -451,7 +451,7 @@ fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, in_flight: Serving) -> R
             return response;
         }
         Failure::Error(error) => {
-            if let Some(status) = in_flight.client.as_ref().and_then(Client::fault) {
+            if let Some(status) = in_flight.client.as_deref().and_then(Client::fault) {
                 return refusal(status, in_flight);
             }
             let error: BoxError = error.into();

@@ -137,7 +137,7 @@ where
             },
             Err(panic) => panic.into(),
         };
-        if in_flight.client.as_ref().and_then(Client::fault).is_none() {
+        if in_flight.client.as_deref().and_then(Client::fault).is_none() {
             log::error!("a response broke off: {error} request={:?}", in_flight.what());
         }
         Poll::Ready(Some(Err(BodyError::Other(error))))
