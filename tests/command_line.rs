@@ -81,6 +81,21 @@ fn a_unix_socket_is_not_taken_from_another_program() {
 fn a_cache_of_an_impossible_size_is_refused() {
     let bind = ["--bind", "http:127.0.0.1:0"];
     refused(&[&bind[..], &["--cache", "1000T"]].concat(), 1, &["cannot make a shared cache of 1000 TiB", "--cache"]);
+    // More than there is: what was wanted, what is available, and the flag.
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let total = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.strip_suffix("kB")).unwrap();
+    let twice = (total.trim().parse::<u64>().unwrap() * 2).to_string() + "K";
+    for (flag, what) in [("--cache", "a shared cache"), ("--events", "shared memory")] {
+        for mode in [&[][..], &["check"]] {
+            let words =
+                [what, " MiB of shared memory: ", "Cannot allocate memory", " MiB available", &format!("with {flag}")];
+            let limited = "the memory limit of this container";
+            let output = run("hello", &[mode, &bind, &[flag, &twice]].concat());
+            let words =
+                if String::from_utf8_lossy(&output.stderr).contains(limited) { &words[..2] } else { &words[..] };
+            complained(&output, 1, words);
+        }
+    }
     refused(&[&bind[..], &["--cache", "1K"]].concat(), 1, &["cannot make a shared cache of 1 KiB", "--cache"]);
     let large = ["--cache", "4M", "--cache-max-entry", "2M"];
     refused(

@@ -211,6 +211,7 @@ fn a_cache_file_for_which_there_is_no_room_is_an_error_that_names_it() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("No space left on device") && said.contains("--cache-file"), "{said}");
+    assert!(said.contains("MiB for the cache file") && said.contains("its file system has 1 MiB free"), "{said}");
     assert!(
         said.lines().any(|line| line.split_ascii_whitespace().eq(["0", "/mnt/cache"])),
         "the room is given back: {said}"

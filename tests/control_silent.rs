@@ -182,7 +182,7 @@ fn that_nobody_reads_the_output_is_no_failure() {
 fn top_ends_when_its_reader_has_seen_enough() {
     let folder = tempfile::tempdir().unwrap();
     let mut server = serve(&folder, &[]);
-    let mut command = ask(&control(&folder), &["top", "--json", "--interval", "1ms"]);
+    let mut command = ask(&control(&folder), &["top", "--json", "--interval", "100ms"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut reader = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();

@@ -257,6 +257,24 @@ fn check_tells_errors_from_warnings() {
 }
 
 #[test]
+fn times_between_two_looks_leave_time_for_something_else() {
+    let top = |interval| run("hello", &["top", "--control", "/x", "--interval", interval]);
+    for (flag, least) in
+        [("--memory-interval", "expected at least 100ms"), ("--hang-timeout", "0 for never, or at least 100ms")]
+    {
+        for time in ["1ms", "99ms"] {
+            complained(&run("hello", &[flag, time]), 2, &[flag, least]);
+        }
+        complained(&run("hello", &["check", "--bind", "http:127.0.0.1:0", flag, "100ms"]), 0, &[]);
+    }
+    complained(&run("hello", &["--memory-interval", "0"]), 2, &["expected at least 100ms"]);
+    for time in ["0", "1ms"] {
+        complained(&top(time), 2, &["--interval", "expected at least 100ms"]);
+    }
+    complained(&top("100ms"), 1, &["/x"]);
+}
+
+#[test]
 fn a_list_that_is_not_closed_is_one_mistake_with_its_place() {
     let folder = tempfile::tempdir().unwrap();
     let text = "workers = 'many'\nbind = ['http:127.0.0.1:0', 'fastcgi:127.0.0.1:0'\nthreads = 2\ncache = '64M'\nuser = 'root'\n";
@@ -325,6 +343,38 @@ fn what_was_probably_meant_is_said() {
     assert!(said.contains(line) || said.contains(&line.replace('\'', "")), "{said}");
     complained(&run("forkyard", &["restart"]), 2, &["'restart'", "'reload' replaces all workers", "'upgrade'"]);
     complained(&run("hello", &["restart"]), 2, &["'restart'", "'reload' replaces all workers"]);
+    // The right command, wherever the flags and the sub-command stood.
+    for (name, wrong, right) in [
+        ("hello", "--control /x status", "hello status --control /x"),
+        ("hello", "--control /x cache purge --tag a", "hello cache purge --control /x --tag a"),
+        ("hello", "cache --control /x stats", "hello cache stats --control /x"),
+        ("hello", "--timeout 3s status --control /x", "hello status --timeout 3s --control /x"),
+        ("hello", "--bind http:127.0.0.1:0 check", "hello check --bind http:127.0.0.1:0"),
+        ("hello", "check run --workers 2", "hello check --workers 2"),
+        ("hello", "status /x", "hello status --control /x"),
+        ("forkyard", "--control /x status", "forkyard status --control /x"),
+        ("forkyard", "--control /x scale 4", "forkyard scale --control /x 4"),
+        ("forkyard", "run --control /x status", "forkyard status --control /x"),
+        (
+            "forkyard",
+            "--workers 2 run --bind fastcgi:fd:0 -- cat",
+            "forkyard run --workers 2 --bind fastcgi:fd:0 -- cat",
+        ),
+        ("forkyard", "check run --bind fastcgi:fd:0 -- cat", "forkyard check --bind fastcgi:fd:0 -- cat"),
+        ("forkyard", "check run --bind fastcgi:fd:0 cat -u", "forkyard check --bind fastcgi:fd:0 -- cat -u"),
+        ("forkyard", "run check --bind fastcgi:fd:0 -- cat", "forkyard check --bind fastcgi:fd:0 -- cat"),
+    ] {
+        let said = run(name, &wrong.split(' ').collect::<Vec<_>>());
+        let said = complained(&said, 2, &["  tip: ", &format!(": {right}\n")]);
+        assert_eq!(said.matches("tip:").count(), 1, "{said}");
+    }
+    complained(&run("hello", &["run", "--", "cat"]), 2, &["'forkyard run' serves a program"]);
+    // Nothing to purge, or to let go.
+    for what in [&[][..], &["--tag", ""], &["--prefix", ""], &[""]] {
+        let said = run("hello", &[&["cache", "purge", "--control", "/x"], what].concat());
+        complained(&said, 2, if what.is_empty() { &["--tag", "--prefix", "'cache clear'"] } else { &["for '"] });
+    }
+    complained(&run("hello", &["quarantine", "release", "--control", "/x"]), 2, &["'quarantine ls'", "--all"]);
     complained(&run("forkyard", &["shutdown"]), 2, &["'stop' ends the master"]);
     complained(&run("hello", &["--bind", "fastcgi:/run/x.sock"]), 2, &["is fastcgi:unix:/run/x.sock meant?"]);
     complained(&run("hello", &["--bind", "unix:/run/x.sock"]), 2, &["is fastcgi:unix:/run/x.sock meant?"]);
@@ -470,7 +520,7 @@ fn check_finds_that_a_file_system_is_full_and_leaves_nothing_on_it() {
     complained(&check("size=64k", true, &["--pid-file", "/mnt/pid"]), 1, &["pid file /mnt/pid: no space left"]);
     complained(&check("size=64k", false, &["--pid-file", "/mnt/pid"]), 0, &[]);
     let cache = ["--cache", "8M", "--cache-file", "/mnt/cache"];
-    complained(&check("size=4m", false, &cache), 1, &["/mnt/cache: ", "No space left on device"]);
+    complained(&check("size=4m", false, &cache), 1, &["/mnt/cache: ", "No space left on device", "has 4 MiB free"]);
     complained(&check("size=64m", false, &cache), 0, &[]);
     complained(&check("size=1m,nr_inodes=1", false, &["--control", "/mnt/control"]), 1, &["no room for another file"]);
 }

@@ -40,6 +40,17 @@ pub enum SegmentError {
     NoMemory {
         /// Size of the whole segment in bytes.
         bytes: u64,
+        /// The memory available in the machine in bytes, if that is known.
+        available: Option<u64>,
+        /// The error returned by the kernel.
+        source: io::Error,
+    },
+    /// The file system does not have enough room for the segment's file.
+    NoSpace {
+        /// Size of the whole segment in bytes.
+        bytes: u64,
+        /// The free part of the file system in bytes, if that is known.
+        free: Option<u64>,
         /// The error returned by the kernel.
         source: io::Error,
     },
@@ -108,8 +119,13 @@ impl std::fmt::Display for SegmentError {
                 "cannot keep entries of {asked} bytes in a page cache of this size: the most is {most} (ask for smaller \
                  entries, or for a larger cache)"
             ),
-            Self::NoMemory { bytes, source } => {
-                write!(f, "cannot reserve {bytes} bytes of shared memory: {source} (ask for a smaller page cache)")
+            Self::NoMemory { bytes, available, source } => {
+                write!(f, "cannot reserve {} of shared memory: {source}", Mebibytes(*bytes))?;
+                available.map_or(Ok(()), |bytes| write!(f, ", the machine has {} available", Mebibytes(bytes)))
+            }
+            Self::NoSpace { bytes, free, source } => {
+                write!(f, "cannot reserve {} for the cache file: {source}", Mebibytes(*bytes))?;
+                free.map_or(Ok(()), |bytes| write!(f, ", its file system has {} free", Mebibytes(bytes)))
             }
             Self::OverLimit { bytes, limit, free } => write!(
                 f,
@@ -137,7 +153,7 @@ impl std::fmt::Display for SegmentError {
 impl std::error::Error for SegmentError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::NoMemory { source, .. } | Self::System { source, .. } => Some(source),
+            Self::NoMemory { source, .. } | Self::NoSpace { source, .. } | Self::System { source, .. } => Some(source),
             Self::CacheTooSmall { .. }
             | Self::LogTooSmall { .. }
             | Self::TooManyRows { .. }

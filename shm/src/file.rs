@@ -35,7 +35,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs, statfs};
-use nix::sys::statvfs::statvfs;
+use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
 
 use crate::Plan;
 use crate::clock::monotonic_ms;
@@ -123,11 +123,10 @@ impl Segment {
         if is_tmpfs {
             segment::check_memory(missing)?;
         }
-        let blocks = if nix::unistd::geteuid().is_root() { found.blocks_free() } else { found.blocks_available() };
-        let free = blocks.saturating_mul(found.fragment_size());
+        let free = free_in(&found);
         // Without a limit of its own, tmpfs says that it has no blocks.
         if missing > free && !(is_tmpfs && found.blocks() == 0) {
-            return Err(SegmentError::NoMemory { bytes: len, source: Errno::ENOSPC.into() });
+            return Err(SegmentError::NoSpace { bytes: len, free: Some(free), source: Errno::ENOSPC.into() });
         }
         Ok(())
     }
@@ -202,14 +201,13 @@ impl Inner {
 
 fn open(path: &Path) -> Result<File, SegmentError> {
     // Not to wait, nor to do what opening a device may do.
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(flags);
-    let opened = options.open(path).and_then(|file| Ok((file.metadata()?.is_file(), file)));
-    match opened.map_err(|error| system("open the cache file", error))? {
-        (true, file) => Ok(file),
-        (false, _) => Err(system("use the cache file", io::Error::other("it is not a regular file"))),
-    }
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let opened = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let file = opened.map_err(|error| system("open the cache file", error))?;
+    let is_other = file.metadata().is_ok_and(|found| !found.is_file());
+    let other = || system("use the cache file", io::Error::other("it is not a regular file"));
+    if is_other { Err(other()) } else { Ok(file) }
 }
 
 /// The segment for a file that this process uses alone; others may join when it returns.
@@ -398,9 +396,16 @@ fn reserve(file: &File, len: u64) -> Result<(), SegmentError> {
     })
 }
 
+/// Bytes that this process may have of a file system.
+fn free_in(found: &Statvfs) -> u64 {
+    let blocks = if nix::unistd::geteuid().is_root() { found.blocks_free() } else { found.blocks_available() };
+    blocks.saturating_mul(found.fragment_size())
+}
+
 /// Reserves all of the file: a full disk is found now, and not by a signal later.
 fn allocate(file: &File, len: u64) -> Result<(), SegmentError> {
-    let no_room = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
+    let free = fstatvfs(file).ok().map(|found| free_in(&found));
+    let no_room = |source: io::Error| SegmentError::NoSpace { bytes: len, free, source };
     let size = i64::try_from(len).map_err(|_| no_room(Errno::EFBIG.into()))?;
     // A file of tmpfs is memory, and what it has already is used.
     let has = file.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));

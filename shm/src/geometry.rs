@@ -11,6 +11,7 @@ use crate::layout::{
     BUCKET_BYTES, EVENT_HEAD, EVENTS_HEAD, GRAIN, LEASE_BYTES, MEMBER_HEAD, PREFIX_BYTES, PREFIXES, ROW_BYTES,
     SHARD_HEAD, TALLY_BYTES, TOPIC_BYTES, TOPIC_CELL,
 };
+use crate::segment::no_memory;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const SMALLEST_CACHE: u64 = 256 * 1024;
@@ -90,7 +91,7 @@ impl Geometry {
         }
         if cache_bytes.max(plan.events_bytes) > LARGEST_CACHE {
             let source = std::io::ErrorKind::OutOfMemory.into();
-            return Err(SegmentError::NoMemory { bytes: cache_bytes.max(plan.events_bytes), source });
+            return Err(no_memory(cache_bytes.max(plan.events_bytes), source));
         }
         let rows_at = PAGE;
         let members_at = rows_at + (u64::from(rows) * ROW_BYTES).next_multiple_of(PAGE);

@@ -290,7 +290,7 @@ fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
 /// A memory file of `len` bytes, all of them reserved, whose size is fixed for ever.
 #[cfg(not(miri))]
 fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
-    let out_of_memory = |source: io::Error| SegmentError::NoMemory { bytes: len, source };
+    let out_of_memory = |source: io::Error| no_memory(len, source);
     check_memory(len)?;
     let size = i64::try_from(len).map_err(|_| out_of_memory(Errno::EFBIG.into()))?;
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
@@ -315,9 +315,13 @@ pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
         return Err(SegmentError::OverLimit { bytes: len, limit, free });
     }
     if memory_limit::available_in_machine().is_some_and(|available| len > available) {
-        return Err(SegmentError::NoMemory { bytes: len, source: Errno::ENOMEM.into() });
+        return Err(no_memory(len, Errno::ENOMEM.into()));
     }
     Ok(())
+}
+
+pub(crate) fn no_memory(bytes: u64, source: io::Error) -> SegmentError {
+    SegmentError::NoMemory { bytes, available: memory_limit::available_in_machine(), source }
 }
 
 /// The kernel sends SIGXFSZ to whoever makes a larger file than it may.

@@ -5,12 +5,13 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Command, Subcommand};
+use clap::builder::{NonEmptyStringValueParser, OsStringValueParser, TypedValueParser};
+use clap::{ArgGroup, Args, Command, Subcommand};
 use clap_complete::Shell;
 
 use super::publish::Events;
 use crate::config::control::ControlConfig;
-use crate::config::parse_duration;
+use crate::config::{parse_duration, parse_interval};
 use crate::control::CacheOperation;
 use crate::control::client::Place;
 use crate::control::commands::{Errand, What};
@@ -61,8 +62,8 @@ pub(super) enum Operation {
     Top {
         #[command(flatten)]
         socket: Socket,
-        /// Time between two looks
-        #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+        /// Time between two looks, at least 100ms
+        #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_interval)]
         interval: Duration,
         /// Look so many times, then end
         #[arg(long, value_name = "N")]
@@ -115,9 +116,9 @@ pub(super) enum Quarantine {
     /// List the requests that are refused, and for how long yet
     Ls(Socket),
     /// Refuse a request no longer
+    #[command(group = ArgGroup::new("which").required(true).args(["request", "all"]))]
     Release {
         /// The request as ls shows it, as in 'GET /items/*'
-        #[arg(required_unless_present = "all", conflicts_with = "all")]
         request: Option<String>,
         /// All of them
         #[arg(long)]
@@ -153,21 +154,29 @@ pub(super) enum Cache {
         socket: Socket,
     },
     /// Make a page out of date, or all with a tag, or all whose keys begin alike
+    #[command(group = ArgGroup::new("what").required(true).args(["key", "tag", "prefix"]))]
     Purge {
         /// Its key
-        #[arg(required_unless_present_any = ["tag", "prefix"], conflicts_with_all = ["tag", "prefix"])]
+        #[arg(value_parser = some_text())]
         key: Option<OsString>,
         /// All pages with this tag
-        #[arg(long, conflicts_with = "prefix")]
+        #[arg(long, value_parser = NonEmptyStringValueParser::new())]
         tag: Option<String>,
         /// All pages whose keys begin with this
-        #[arg(long)]
+        #[arg(long, value_parser = some_text())]
         prefix: Option<OsString>,
         #[command(flatten)]
         socket: Socket,
     },
     /// Make all pages out of date
     Clear(Socket),
+}
+
+/// Not empty: as a prefix that would be every page, and in a script it is a variable that is not set.
+fn some_text() -> impl TypedValueParser<Value = OsString> {
+    OsStringValueParser::new().try_map(|text| {
+        if text.is_empty() { Err("it is empty (cache clear makes all pages out of date)") } else { Ok(text) }
+    })
 }
 
 /// What is to be done that serves nothing.

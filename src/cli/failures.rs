@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::config::failures::{Failures, QuarantineBy, QuarantineConfig};
-use crate::config::{parse_duration, parse_positive_duration};
+use crate::config::{parse_duration, parse_interval_or_zero, parse_positive_duration};
 
 /// What is done about requests that hang, dawdle or kill.
 #[derive(Args, Debug)]
@@ -16,8 +16,8 @@ pub(super) struct FailureOptions {
 
     /// A worker whose event loop is at work for so long without a pause is replaced and ended; one in which a function
     /// runs on for so long after its request got 504 is replaced. A worker that leaves waits no longer for a function that nobody
-    /// waits for. 0 for never
-    #[arg(long, value_name = "TIME", env = "FORKYARD_HANG_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Hangs and crashes")]
+    /// waits for. At least 100ms, or 0 for never
+    #[arg(long, value_name = "TIME", env = "FORKYARD_HANG_TIMEOUT", default_value = "30s", value_parser = parse_interval_or_zero, help_heading = "Hangs and crashes")]
     hang_timeout: Duration,
 
     /// Log each request that is older, once, with a backtrace of what it is at; 0 for none

@@ -1,12 +1,15 @@
 //! What is added to clap's complaints where it cannot know what was meant.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
 
+use clap::Command;
 use clap::builder::StyledStr;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// What other programs call a sub-command.
-const OTHER_NAMES: [(&str, &str); 19] = [
+const OTHER_NAMES: [(&str, &str); 20] = [
+    ("run", "a binary with an application linked in serves without a sub-command; 'forkyard run' serves a program"),
     (
         "restart",
         "'reload' replaces all workers without losing a request, 'upgrade' the master's program as well; what changes with a \
@@ -32,24 +35,102 @@ const OTHER_NAMES: [(&str, &str); 19] = [
     ("purge", "'cache purge' makes pages out of date"),
 ];
 
-/// Adds to a complaint about a command line what was probably meant. `is_good` says whether another one would do.
+/// Adds to a complaint about a command line what was probably meant. `is_good` says whether another line would do.
 pub(super) fn improve(
     mut error: clap::Error,
+    command: &Command,
     arguments: &[OsString],
-    is_good: impl FnMut(&[OsString]) -> bool,
+    mut is_good: impl FnMut(&[OsString]) -> bool,
 ) -> clap::Error {
     let tip = match error.kind() {
         ErrorKind::InvalidSubcommand => named(&error, ContextKind::InvalidSubcommand)
             .and_then(|name| OTHER_NAMES.iter().find(|(other, _)| *other == name).map(|(_, tip)| (*tip).to_owned())),
         ErrorKind::UnknownArgument => {
-            named(&error, ContextKind::InvalidArg).and_then(|word| without_dashes(&word, arguments, is_good))
+            let word = named(&error, ContextKind::InvalidArg).unwrap_or_default();
+            rearranged(command, arguments, &mut is_good)
+                .or_else(|| without_name_of_flag(&word, arguments, &mut is_good))
+                .or_else(|| without_dashes(|this| this == word.as_str(), arguments, &mut is_good))
         }
+        ErrorKind::ArgumentConflict => rearranged(command, arguments, &mut is_good),
+        ErrorKind::MissingRequiredArgument => without_a_choice(&error),
         _ => None,
     };
     if let Some(tip) = tip {
+        // It is printed too, and is about another flag.
+        error.remove(ContextKind::SuggestedArg);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![StyledStr::from(tip)]));
     }
     error
+}
+
+/// The line with its sub-command in front, or without a `run` that is one sub-command too many, if that is what is wrong.
+fn rearranged(
+    command: &Command,
+    arguments: &[OsString],
+    is_good: &mut impl FnMut(&[OsString]) -> bool,
+) -> Option<String> {
+    let in_front = with_sub_command_in_front(command, arguments);
+    if in_front != arguments && is_good(&in_front) {
+        return Some(format!("flags stand behind the sub-command: {}", shown(&in_front)));
+    }
+    let end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
+    let run = arguments[..end].iter().position(|argument| argument == "run")?;
+    let mut without_run = arguments.to_vec();
+    without_run.remove(run);
+    let lines = [with_sub_command_in_front(command, &without_run), without_run];
+    if let Some(line) = lines.iter().find(|line| is_good(line)) {
+        return Some(format!("there is one sub-command in a line: {}", shown(line)));
+    }
+    lines.iter().find_map(|line| without_dashes(|_| true, line, is_good))
+}
+
+/// The words of the sub-command, which may be anywhere, and then the rest.
+fn with_sub_command_in_front(command: &Command, arguments: &[OsString]) -> Vec<OsString> {
+    let (program, rest) = arguments.split_at(arguments.len().min(1));
+    let end = rest.iter().position(|argument| argument == "--").unwrap_or(rest.len());
+    let (mut at, mut names, mut others) = (command, Vec::new(), Vec::new());
+    for argument in &rest[..end] {
+        match argument.to_str().and_then(|name| at.find_subcommand(name)) {
+            Some(found) => {
+                names.push(argument.clone());
+                at = found;
+            }
+            None => others.push(argument.clone()),
+        }
+    }
+    [program, &names, &others, &rest[end..]].concat()
+}
+
+/// The line with `--control` before this word, if that is what is missing.
+fn without_name_of_flag(
+    word: &str,
+    arguments: &[OsString],
+    is_good: &mut impl FnMut(&[OsString]) -> bool,
+) -> Option<String> {
+    let at = arguments.iter().position(|argument| argument == word).filter(|_| !word.starts_with('-'))?;
+    let mut line = arguments.to_vec();
+    line.insert(at, OsString::from("--control"));
+    is_good(&line).then(|| format!("the control socket has a flag: {}", shown(&line)))
+}
+
+/// What there is to choose from, if nothing was chosen.
+fn without_a_choice(error: &clap::Error) -> Option<String> {
+    const TIPS: [(&str, &str); 2] = [
+        (
+            "--prefix",
+            "name a page by its key, or pages by --tag or --prefix; 'cache clear' makes all pages out of date",
+        ),
+        ("--all", "name a request as 'quarantine ls' shows it, or let all go with --all"),
+    ];
+    let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) else { return None };
+    let tip = TIPS.iter().find(|(flag, _)| missing.iter().any(|missing| missing.contains(flag)));
+    tip.map(|(_, tip)| (*tip).to_owned())
+}
+
+fn shown(line: &[OsString]) -> String {
+    let name = line.first().and_then(|path| Path::new(path).file_name()).unwrap_or_default();
+    let words = [name].into_iter().chain(line.iter().skip(1).map(OsString::as_os_str));
+    shell_words::join(words.map(|word| word.to_string_lossy()))
 }
 
 fn named(error: &clap::Error, kind: ContextKind) -> Option<String> {
@@ -59,17 +140,21 @@ fn named(error: &clap::Error, kind: ContextKind) -> Option<String> {
     }
 }
 
-/// The line with `--` before this word, if that is what is missing.
-fn without_dashes(word: &str, arguments: &[OsString], mut is_good: impl FnMut(&[OsString]) -> bool) -> Option<String> {
-    if word.starts_with('-') || arguments.iter().any(|argument| argument == "--") {
+/// The line with `--` before one of `these` words, if that is what is missing.
+fn without_dashes(
+    these: impl Fn(&OsStr) -> bool,
+    arguments: &[OsString],
+    is_good: &mut impl FnMut(&[OsString]) -> bool,
+) -> Option<String> {
+    if arguments.iter().any(|argument| argument == "--") {
         return None;
     }
-    let places = arguments.iter().enumerate().skip(2).filter(|(_, argument)| *argument == word);
+    let is_word = |argument: &OsString| !argument.to_string_lossy().starts_with('-') && these(argument);
+    let places = arguments.iter().enumerate().skip(2).filter(|(_, argument)| is_word(argument));
     let corrected = places.map(|(at, _)| {
         let (before, after) = arguments.split_at(at);
         [before, &[OsString::from("--")], after].concat()
     });
     let good = corrected.into_iter().find(|line| is_good(line))?;
-    let words = good.iter().skip(1).map(|word| word.to_string_lossy());
-    Some(format!("the program and its arguments stand behind '--': forkyard {}", shell_words::join(words)))
+    Some(format!("the program and its arguments stand behind '--': {}", shown(&good)))
 }

@@ -638,7 +638,7 @@ fn read(command: &mut Command, arguments: &[OsString], serving: &[&str]) -> Resu
             Err(error) if checked && without(&error, command, &mut arguments, &mut mistakes) => {}
             Err(error) => {
                 let is_good = |line: &[OsString]| command.clone().try_get_matches_from(line).is_ok();
-                return Err(hints::improve(error, &arguments, is_good));
+                return Err(hints::improve(error, command, &arguments, is_good));
             }
         }
     };

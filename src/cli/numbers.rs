@@ -5,8 +5,8 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::config::{
-    Jittered, Numbers, Share, parse_duration, parse_health_path, parse_max_age, parse_max_memory, parse_max_requests,
-    parse_positive_duration,
+    Jittered, Numbers, Share, parse_duration, parse_health_path, parse_interval, parse_max_age, parse_max_memory,
+    parse_max_requests,
 };
 
 /// Those of everything that serves.
@@ -31,8 +31,8 @@ pub(super) struct NumberOptions {
     #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_MEMORY", default_value = "0", value_parser = parse_max_memory, help_heading = "Processes")]
     max_memory: u64,
 
-    /// How often the memory of each worker is looked at, for --max-memory
-    #[arg(long, value_name = "TIME", env = "FORKYARD_MEMORY_INTERVAL", default_value = "5s", value_parser = parse_positive_duration, help_heading = "Processes")]
+    /// How often the memory of each worker is looked at, for --max-memory; at least 100ms
+    #[arg(long, value_name = "TIME", env = "FORKYARD_MEMORY_INTERVAL", default_value = "5s", value_parser = parse_interval, help_heading = "Processes")]
     memory_interval: Duration,
 
     /// Replace a worker at this age, as in 12h, or 12h~1h for each at an age of its own between 12 and 13 hours; 0 for

@@ -285,6 +285,32 @@ pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
+/// The shortest time between two looks: with less, a process does nothing else.
+const MIN_INTERVAL: Duration = Duration::from_millis(100);
+
+/// As [`parse_duration`], of a time between two looks.
+///
+/// # Errors
+/// As above.
+pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
+    let time = parse_duration(text)?;
+    if time < MIN_INTERVAL {
+        return Err(format!("'{text}' is too short (expected at least {}ms)", MIN_INTERVAL.as_millis()));
+    }
+    Ok(time)
+}
+
+/// As [`parse_interval`], or 0 for never.
+///
+/// # Errors
+/// As above.
+pub(crate) fn parse_interval_or_zero(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        Duration::ZERO => Ok(Duration::ZERO),
+        _ => parse_interval(text).map_err(|error| error.replace("expected", "expected 0 for never, or")),
+    }
+}
+
 /// Reads permissions in octal, as `chmod` takes them.
 ///
 /// # Errors
@@ -331,6 +357,16 @@ mod tests {
         for text in ["", "s", "1d", "-5s", "999999999999999999h"] {
             assert!(parse_duration(text).unwrap_err().contains("is not a time"), "{text}");
         }
+    }
+
+    #[test]
+    fn intervals_leave_time_for_something_else() {
+        assert_eq!(parse_interval("100ms"), Ok(MIN_INTERVAL));
+        for text in ["0", "0s", "1ms", "99ms"] {
+            assert!(parse_interval(text).unwrap_err().contains("expected at least 100ms"), "{text}");
+        }
+        assert_eq!(parse_interval_or_zero("0"), Ok(Duration::ZERO));
+        assert!(parse_interval_or_zero("1ms").unwrap_err().contains("expected 0 for never, or at least 100ms"));
     }
 
     #[test]

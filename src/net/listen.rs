@@ -513,6 +513,13 @@ fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {
     Ok(Listener::new(protocol, Address::Inherited(fd), family, socket, None))
 }
 
+/// Device and inode of the listening socket that is open as descriptor `fd`: the same for each of its descriptors.
+pub(crate) fn identity_of(fd: RawFd) -> Option<(u64, u64)> {
+    let socket = sys::descriptor(fd)?;
+    let found = nix::sys::stat::fstat(&socket).ok()?;
+    socket::getsockopt(&socket, sockopt::AcceptConn).ok()?.then_some((found.st_dev, found.st_ino))
+}
+
 /// The family of a socket that must be listening; else what it is instead.
 fn family_of(socket: &OwnedFd) -> Result<Family, String> {
     if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {

@@ -11,6 +11,7 @@ use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use super::systemd;
 use crate::config::Config;
 use crate::config::address::{Address, Bind};
 use crate::net::listen;
@@ -43,7 +44,11 @@ enum Place {
     File(FilePlace),
     /// In the abstract namespace.
     Name(String),
-    Descriptor(RawFd),
+    Descriptor {
+        number: RawFd,
+        /// Device and inode, if a listening socket is open there.
+        socket: Option<(u64, u64)>,
+    },
     /// Sockets of that name that systemd passes, or all.
     Passed(Option<String>),
     Tcp {
@@ -104,8 +109,11 @@ fn claim_of_bind(bind: &Bind, all: &[Bind]) -> Claim {
         }
         Address::Path(path) => vec![Place::File(FilePlace::of(path))],
         Address::Abstract(name) => vec![Place::Name(name.clone())],
-        Address::Inherited(fd) => vec![Place::Descriptor(*fd)],
-        Address::Systemd(name) => vec![Place::Passed(name.clone())],
+        Address::Inherited(fd) => vec![Place::descriptor(*fd)],
+        Address::Systemd(name) => {
+            let passed = systemd::sockets(name.as_deref()).unwrap_or_default().into_iter().map(Place::descriptor);
+            [Place::Passed(name.clone())].into_iter().chain(passed).collect()
+        }
     };
     Claim { flag: "--bind", shown: format!("--bind {bind}"), places }
 }
@@ -130,17 +138,24 @@ fn files(config: &Config) -> impl Iterator<Item = Claim> {
 }
 
 impl Place {
+    fn descriptor(number: RawFd) -> Self {
+        Self::Descriptor { number, socket: listen::identity_of(number) }
+    }
+
     fn overlaps(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::File(one), Self::File(other)) => one.is_same(other),
             (Self::Name(one), Self::Name(other)) => one == other,
-            (Self::Descriptor(one), Self::Descriptor(other)) => one == other,
+            (
+                Self::Descriptor { number: one, socket: one_socket },
+                Self::Descriptor { number: other, socket: other_socket },
+            ) => one == other || one_socket.is_some() && one_socket == other_socket,
             (Self::Passed(one), Self::Passed(other)) => one.is_none() || other.is_none() || one == other,
             (
                 &Self::Tcp { address: one, leaves_ipv4: one_leaves },
                 &Self::Tcp { address: other, leaves_ipv4: other_leaves },
             ) => takes(one, one_leaves, other) || takes(other, other_leaves, one),
-            (Self::File(_) | Self::Name(_) | Self::Descriptor(_) | Self::Passed(_) | Self::Tcp { .. }, _) => false,
+            (Self::File(_) | Self::Name(_) | Self::Descriptor { .. } | Self::Passed(_) | Self::Tcp { .. }, _) => false,
         }
     }
 
@@ -148,7 +163,7 @@ impl Place {
         match self {
             Self::File(_) => "name the same file".to_owned(),
             Self::Name(_) => "name the same socket".to_owned(),
-            Self::Descriptor(_) | Self::Passed(_) => "stand for the same socket".to_owned(),
+            Self::Descriptor { .. } | Self::Passed(_) => "stand for the same socket".to_owned(),
             Self::Tcp { address, .. } => format!("overlap: both would listen at port {}", address.port()),
         }
     }
@@ -224,6 +239,27 @@ mod tests {
                 assert_eq!(found.len(), usize::from(overlap), "{binds:?}: {found:?}");
             }
         }
+    }
+
+    #[test]
+    fn two_descriptors_of_one_listening_socket_are_one_socket() {
+        use std::os::fd::AsRawFd as _;
+        let sockets = [(), ()].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let copy = sockets[0].try_clone().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let bind = |fd: std::os::fd::RawFd| format!("--bind=http:fd:{fd}");
+        let conflicts = |one, other| find(&config(&[bind(one), bind(other)])).into_iter().map(|conflict| conflict.text);
+        let (one, other) = (sockets[0].as_raw_fd(), copy.as_raw_fd());
+        let found: Vec<String> = conflicts(one, other).collect();
+        assert_eq!(
+            found,
+            [format!(
+                "--bind http:fd:{one} and --bind http:fd:{other} stand for the same socket (choose another for one of them)"
+            )]
+        );
+        assert_eq!(conflicts(one, sockets[1].as_raw_fd()).count(), 0);
+        // What is no listening socket may be anybody's: in an upgrade, say.
+        assert_eq!(conflicts(file.as_raw_fd(), file.try_clone().unwrap().as_raw_fd()).count(), 0);
     }
 
     #[test]
