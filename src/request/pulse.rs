@@ -1,16 +1,17 @@
 //! What a connection is at: told by its protocol and by the bodies of its requests, looked at by the worker's watchdog
-//! (`worker/socket.rs`), which cuts off whoever takes too long.
+//! (`worker/lifecycle/watchdog.rs`), which cuts off whoever takes too long.
 //!
 //! It counts what is under way, so that several requests of one connection do not speak over each other. That is a few
 //! stores per request, and nothing to wait for: whoever tells may be on any thread.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::Request;
 use tokio::sync::Notify;
 
+use super::body_wait::SlowBody;
 use super::buffered::{Held, SMALL};
 use super::queue_time::WaitedInKernel;
 
@@ -34,6 +35,8 @@ pub(crate) struct Pulse {
     under_way: AtomicU32,
     /// Bodies of which somebody waits for a piece.
     bodies: AtomicU32,
+    /// Those, and others of which somebody has waited for a piece.
+    slow_bodies: Mutex<Vec<Arc<SlowBody>>>,
     /// Responses for which the peer gives no room in their streams (HTTP/2).
     held_back: AtomicU32,
     /// Streams that end with the worker among the requests under way.
@@ -47,7 +50,6 @@ pub(crate) struct Pulse {
     is_writing: AtomicBool,
     /// These wrap around.
     requests: AtomicU32,
-    read: AtomicU32,
     written: AtomicU32,
     has_expired: AtomicBool,
     is_closed: AtomicBool,
@@ -100,6 +102,33 @@ impl Pulse {
         step(&self.under_way, -1);
     }
 
+    /// How many bodies somebody waits for a piece of.
+    pub(super) fn bodies(&self) -> &AtomicU32 {
+        &self.bodies
+    }
+
+    /// The bodies of which somebody has waited for a piece.
+    pub(super) fn slow_bodies(&self) -> MutexGuard<'_, Vec<Arc<SlowBody>>> {
+        // No code that can panic runs under the lock.
+        self.slow_bodies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the wait for each body of which `is_over` says so. Returns how many there were.
+    pub(crate) fn expire_bodies(&self, is_over: impl Fn(&SlowBody) -> bool) -> usize {
+        if self.bodies.load(Relaxed) == 0 {
+            return 0;
+        }
+        let over: Vec<_> =
+            self.slow_bodies().iter().filter(|body| body.is_waited_for() && is_over(body)).cloned().collect();
+        over.iter().for_each(|body| body.expire()); // after the lock is given back
+        over.len()
+    }
+
+    /// For how many ticks the slowest body has been waited for.
+    pub(crate) fn slowest_body(&self) -> u32 {
+        self.slow_bodies().iter().map(|body| body.ticks()).max().unwrap_or_default()
+    }
+
     pub(crate) fn under_way(&self) -> u32 {
         self.under_way.load(Relaxed)
     }
@@ -133,7 +162,6 @@ impl Pulse {
 
     /// So many bytes came from the peer.
     pub(crate) fn add_read(&self, bytes: usize) {
-        add(&self.read, bytes);
         if bytes >= SMALL || self.held.bytes() > 0 || self.stage() != Stage::Idle {
             self.held.add(bytes);
         }
@@ -145,10 +173,6 @@ impl Pulse {
     /// What is held in memory of what has come.
     pub(crate) fn held(&self) -> &Held {
         &self.held
-    }
-
-    pub(crate) fn read(&self) -> u32 {
-        self.read.load(Relaxed)
     }
 
     /// So many bytes went to the peer.
@@ -233,11 +257,6 @@ pub(crate) struct Wait {
 }
 
 impl Wait {
-    /// For pieces of a request's body.
-    pub(crate) fn for_body(pulse: &Arc<Pulse>) -> Self {
-        Self { pulse: Arc::clone(pulse), counter: |pulse| &pulse.bodies, waits: false }
-    }
-
     /// For room in a stream.
     pub(crate) fn for_room(pulse: &Arc<Pulse>) -> Self {
         Self { pulse: Arc::clone(pulse), counter: |pulse| &pulse.held_back, waits: false }
@@ -260,15 +279,6 @@ impl Wait {
                 counter.fetch_sub(1, Relaxed);
             }
         }
-    }
-
-    pub(crate) fn has_expired(&self) -> bool {
-        self.pulse.has_expired()
-    }
-
-    /// So many bytes of what was waited for were taken.
-    pub(crate) fn taken(&self, bytes: usize) {
-        self.pulse.held.taken(bytes);
     }
 }
 

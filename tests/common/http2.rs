@@ -74,6 +74,7 @@ pub fn status(status: u16) -> &'static [u8] {
     match status {
         200 => &[0x88],
         400 => &[0x8c],
+        408 => &[0x48, 0x83, 0x68, 0x0f, 0x7f],
         413 => &[0x48, 0x83, 0x68, 0x2c, 0xff],
         501 => &[0x48, 0x82, 0x6c, 0x01],
         other => panic!("{other} has to be encoded here"),

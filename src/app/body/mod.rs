@@ -20,7 +20,8 @@ use hyper::body::Incoming;
 use tokio::sync::oneshot;
 
 pub use self::filter::FilterData;
-use crate::request::pulse::{Pulse, Wait};
+use crate::request::body_wait::BodyWait;
+use crate::request::pulse::Pulse;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -35,8 +36,8 @@ pub struct Body {
     allowed: u64,
     /// Told when it had more, or came too slowly.
     trouble: Option<Arc<Trouble>>,
-    /// On the connection that it comes by.
-    wait: Option<Wait>,
+    /// For the client to send more.
+    wait: Option<BodyWait>,
 }
 
 /// Why a body was not read to its end, for whoever answers the request whatever its reader made of that.
@@ -188,7 +189,7 @@ impl Body {
 
     /// Has the body tell the connection that it comes by when somebody waits for a piece of it.
     pub(crate) fn with_pulse(mut self, pulse: &Arc<Pulse>) -> Self {
-        self.wait = Some(Wait::for_body(pulse));
+        self.wait = Some(BodyWait::new(pulse));
         self
     }
 
@@ -242,10 +243,16 @@ impl http_body::Body for Body {
             Kind::Other(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Other),
         };
         if let Some(wait) = &mut self.wait {
-            wait.set(frame.is_pending());
-            if let Poll::Ready(Some(Err(_))) = frame
-                && wait.has_expired()
-            {
+            let is_late = if frame.is_pending() {
+                wait.begin(context)
+            } else {
+                wait.end();
+                matches!(frame, Poll::Ready(Some(Err(_)))) && wait.has_expired()
+            };
+            if is_late {
+                if let Kind::Http(unread) = &mut self.kind {
+                    unread.is_broken = true;
+                }
                 self.tell(Trouble::TOO_SLOW);
                 return Poll::Ready(Some(Err(BodyError::TimedOut)));
             }

@@ -49,9 +49,8 @@ struct Watched {
     pulse: Arc<Pulse>,
     stage: Stage,
     requests: u32,
-    /// Ticks in this stage, and what had come when they were counted from.
+    /// Ticks in this stage.
     waited: u32,
-    read: u32,
     /// It is shut down for reading.
     is_deaf: bool,
     /// In both directions.
@@ -61,7 +60,7 @@ struct Watched {
     written: u32,
     /// Ticks of a drain in which there was nothing but the end of an event stream.
     leaving: u32,
-    /// It was asked to make room for others, so many ticks ago.
+    /// It was asked to end, so many ticks ago.
     goodbye: Option<u32>,
 }
 
@@ -88,7 +87,7 @@ impl Watchdog {
         let chosen = reclaim::choose(watched.iter().enumerate().filter_map(idle).collect(), most);
         for &index in &chosen {
             if let Some(watched) = watched.get_mut(index) {
-                watched.make_room();
+                watched.end("idle while others wait for its place");
             }
         }
         chosen.len()
@@ -99,8 +98,12 @@ impl Watchdog {
         let mut watched = self.watched.borrow_mut();
         let holder = |(index, watched): (usize, &Watched)| {
             let (pulse, bytes) = (&watched.pulse, watched.pulse.held().bytes());
-            let is_waited_for = pulse.stage() != Stage::Answering;
-            (bytes > 0 && !pulse.is_closed()).then_some(Holder { index, bytes, is_waited_for, ticks: watched.waited })
+            let (is_waited_for, ticks) = match pulse.stage() {
+                Stage::Answering => (false, 0),
+                Stage::Body => (true, pulse.slowest_body()),
+                Stage::Idle | Stage::Head => (true, watched.waited),
+            };
+            (bytes > 0 && !pulse.is_closed()).then_some(Holder { index, bytes, is_waited_for, ticks })
         };
         let chosen = reclaim::heaviest(watched.iter().enumerate().filter_map(holder).collect(), buffered::too_much());
         for &index in &chosen {
@@ -146,20 +149,7 @@ impl Watched {
     fn new(fd: RawFd, pulse: Arc<Pulse>) -> Self {
         let (stage, is_deaf, is_cut) = (Stage::Idle, false, false);
         let goodbye = None;
-        Self {
-            fd,
-            pulse,
-            stage,
-            requests: 0,
-            waited: 0,
-            read: 0,
-            is_deaf,
-            is_cut,
-            unread: 0,
-            written: 0,
-            leaving: 0,
-            goodbye,
-        }
+        Self { fd, pulse, stage, requests: 0, waited: 0, is_deaf, is_cut, unread: 0, written: 0, leaving: 0, goodbye }
     }
 
     /// For how many ticks nothing was under way, but for the first, which came soon after its last use. `None` if something is, or its end has begun.
@@ -170,11 +160,12 @@ impl Watched {
             .then(|| self.waited.saturating_sub(1))
     }
 
-    /// Ends it: in good order where its protocol can, with the next ticks if its peer does not take that in.
-    fn make_room(&mut self) {
+    /// Ends one on which nothing is under way: in good order where its protocol can, with the next ticks if its peer does not take
+    /// that in.
+    fn end(&mut self, why: &str) {
         self.goodbye = Some(0);
         if !self.pulse.say_goodbye() {
-            self.cut_off("idle while others wait for its place", Shutdown::Read);
+            self.cut_off(why, Shutdown::Read);
         }
     }
 
@@ -184,7 +175,8 @@ impl Watched {
         let how = match pulse.stage() {
             _ if pulse.is_closed() => return None,
             _ if pulse.is_writing() => Shutdown::Both,
-            Stage::Body | Stage::Head => Shutdown::Read, // there is an answer to that
+            Stage::Body => return (pulse.expire_bodies(|_| true) > 0).then_some(()),
+            Stage::Head => Shutdown::Read, // there is an answer to that
             // Of HTTP/2: what was answered waits for room.
             Stage::Idle if pulse.says_goodbye() => Shutdown::Both,
             Stage::Idle | Stage::Answering => return None,
@@ -205,9 +197,10 @@ impl Watched {
         let (doing, limit) = match stage {
             Stage::Idle => ("idle", timeouts.idle),
             Stage::Head => ("sending the head of a request", timeouts.header),
-            Stage::Body => ("sending the body of a request", timeouts.body),
-            Stage::Answering => ("", Duration::ZERO),
+            Stage::Body | Stage::Answering => ("", Duration::ZERO),
         };
+        // Each body has its own time; whoever reads it answers the request.
+        self.pulse.expire_bodies(|body| is_over(body.tick(PROGRESS), timeouts.body));
         if let Some(ticks) = &mut self.goodbye {
             *ticks += 1;
             if *ticks > GOODBYE && stage == Stage::Idle {
@@ -223,27 +216,24 @@ impl Watched {
             self.cut_off("reading the end of an event stream", Shutdown::Both);
             return false;
         }
-        if !self.is_deaf && is_over(self.waited, limit) {
-            // A response may still be on its way.
-            self.cut_off(doing, Shutdown::Read);
+        if !self.is_deaf && self.goodbye.is_none() && is_over(self.waited, limit) {
+            if stage == Stage::Idle {
+                self.end(doing);
+            } else {
+                self.cut_off(doing, Shutdown::Read); // there is an answer to that
+            }
         }
         true
     }
 
     fn count(&mut self) -> Stage {
         let pulse = &self.pulse;
-        let (stage, requests) = (pulse.stage(), pulse.requests());
-        let (read, written) = (pulse.read(), pulse.written());
-        // While the application reads a body it waits now and then: that adds up until enough has come.
-        let goes_on = stage == self.stage || matches!(stage, Stage::Body | Stage::Answering);
-        let moves = stage == Stage::Body && read.wrapping_sub(self.read) >= PROGRESS;
-        // Beside a body that is waited for, further requests change nothing.
-        let begins = requests != self.requests && !(stage == Stage::Body && pulse.under_way() > 1);
-        if begins || !goes_on || moves {
-            (self.waited, self.read) = (0, read);
+        let (stage, requests, written) = (pulse.stage(), pulse.requests(), pulse.written());
+        if requests != self.requests || stage != self.stage {
+            self.waited = 0;
         }
         (self.stage, self.requests) = (stage, requests);
-        self.waited += u32::from(stage != Stage::Answering);
+        self.waited += u32::from(matches!(stage, Stage::Idle | Stage::Head));
 
         let writing = pulse.is_writing();
         if !writing || written.wrapping_sub(self.written) >= PROGRESS {
@@ -278,7 +268,10 @@ fn is_over(ticks: u32, limit: Duration) -> bool {
 mod tests {
     use std::os::unix::net::UnixStream;
 
+    use std::task::{Context, Waker};
+
     use super::*;
+    use crate::request::body_wait::BodyWait;
     use crate::request::pulse::Wait;
 
     const TIMEOUTS: Timeouts = Timeouts {
@@ -328,40 +321,38 @@ mod tests {
         assert_eq!(ticks(write(1024)), 100, "it is slow, but it gets on: that is not idle");
     }
 
+    /// For how many ticks somebody may wait for a body, if before each of them this many bytes come, and further requests; 100 if that many.
+    /// Their connection goes on.
+    fn body_ticks(bytes: usize, others: u32, waits: impl Fn(u32) -> bool) -> u32 {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
+        watched.pulse.request_came();
+        let (mut body, mut beside) = (BodyWait::new(&watched.pulse), BodyWait::new(&watched.pulse));
+        let context = Context::from_waker(Waker::noop());
+        let mut lasts = |turn: &u32| {
+            body.end();
+            body.taken(bytes);
+            let is_over = waits(*turn) && body.begin(&context);
+            beside.end();
+            beside.taken(5000);
+            assert!(!beside.begin(&context), "each body has its own time");
+            (0..others).for_each(|_| watched.pulse.request_came());
+            assert!(watched.tick(&TIMEOUTS, false) && !watched.is_deaf);
+            !is_over
+        };
+        (0..100).take_while(lasts).map(|_| 1).sum()
+    }
+
     #[test]
     fn a_body_may_be_slow_but_has_to_get_on_whatever_else_is_under_way() {
-        let trickle = |bytes, others| {
-            let mut body = None;
-            ticks_of(move |pulse| {
-                let wait = body.get_or_insert_with(|| {
-                    pulse.request_came();
-                    Wait::for_body(pulse)
-                });
-                wait.set(true);
-                pulse.add_read(bytes);
-                for _ in 0..others {
-                    pulse.request_came();
-                }
-            })
-        };
-        assert_eq!(trickle(1, 0), 4);
-        assert_eq!(trickle(1, 1), 4);
-        assert_eq!(trickle(1024, 0), 100);
-        let mut body = None;
-        let mut turn = 0;
-        let waits_now_and_then = ticks_of(move |pulse| {
-            turn += 1;
-            let wait = body.get_or_insert_with(|| {
-                pulse.request_came();
-                Wait::for_body(pulse)
-            });
-            wait.set(turn % 2 == 0);
-        });
-        assert_eq!(waits_now_and_then, 9, "every second tick finds somebody waiting");
+        assert_eq!(body_ticks(1, 0, |_| true), 5);
+        assert_eq!(body_ticks(1, 1, |_| true), 5);
+        assert_eq!(body_ticks(1024, 0, |_| true), 100);
+        assert_eq!(body_ticks(0, 0, |turn| turn % 2 == 0), 10, "every second tick finds somebody waiting");
         let dropped = ticks_of(|pulse| {
             if pulse.requests() == 0 {
                 pulse.request_came();
-                Wait::for_body(pulse).set(true);
+                assert!(!BodyWait::new(pulse).begin(&Context::from_waker(Waker::noop())));
             }
         });
         assert_eq!(dropped, 100, "nobody waits for a body that was given up");
@@ -444,7 +435,7 @@ mod tests {
         assert_eq!(watched.idle_ticks(), None, "it was used since the last tick");
         assert!(tick(&mut watched) && watched.idle_ticks() == Some(0));
         watched.pulse.set_says_goodbye();
-        watched.make_room();
+        watched.end("");
         assert_eq!((watched.is_deaf, watched.idle_ticks()), (false, None), "its end has begun");
         watched.pulse.request_came();
         assert!((0..9).all(|_| tick(&mut watched)), "a request that came before its peer knew is answered");
@@ -452,7 +443,7 @@ mod tests {
         assert!(!tick(&mut watched) && watched.pulse.has_expired());
 
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
-        watched.make_room();
+        watched.end("");
         assert!(watched.is_deaf && watched.pulse.has_expired());
     }
 

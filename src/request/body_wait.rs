@@ -1,0 +1,134 @@
+//! The time that a client has to send more of a request's body. Each body has its own: a stalled one ends neither its connection
+//! nor the other requests there.
+//!
+//! A body that is there when it is read costs nothing of this. The first wait enters it in its connection's [`Pulse`], where the
+//! watchdog counts the ticks of all waits until enough has come.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Waker};
+
+use super::pulse::Pulse;
+
+/// A body of which somebody has waited for a piece.
+#[derive(Debug, Default)]
+pub(crate) struct SlowBody {
+    /// Whoever waits for a piece.
+    reader: Mutex<Option<Waker>>,
+    has_expired: AtomicBool,
+    /// Bytes that have been read; wraps around.
+    read: AtomicU32,
+    /// Of the watchdog: ticks that found somebody waiting, and what had been read when they were counted from.
+    ticks: AtomicU32,
+    counted_from: AtomicU32,
+}
+
+impl SlowBody {
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.reader().is_some()
+    }
+
+    /// Counts a tick that finds somebody waiting. Returns how many there were while less than `progress` bytes came.
+    pub(crate) fn tick(&self, progress: u32) -> u32 {
+        let read = self.read.load(Relaxed);
+        if read.wrapping_sub(self.counted_from.load(Relaxed)) >= progress {
+            self.counted_from.store(read, Relaxed);
+            self.ticks.store(0, Relaxed);
+        }
+        let ticks = self.ticks.load(Relaxed) + 1;
+        self.ticks.store(ticks, Relaxed);
+        ticks
+    }
+
+    /// The client took too long: the reader gets an error.
+    pub(super) fn expire(&self) {
+        self.has_expired.store(true, Relaxed);
+        let reader = self.reader().take();
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
+    /// Ticks that were counted since enough has come.
+    pub(super) fn ticks(&self) -> u32 {
+        self.ticks.load(Relaxed)
+    }
+
+    fn reader(&self) -> MutexGuard<'_, Option<Waker>> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The reader's side: one for each body of a request. Dropped, nobody waits any more.
+#[derive(Debug)]
+pub(crate) struct BodyWait {
+    pulse: Arc<Pulse>,
+    waits: bool,
+    /// Since the first wait.
+    slow: Option<Arc<SlowBody>>,
+}
+
+impl BodyWait {
+    pub(crate) fn new(pulse: &Arc<Pulse>) -> Self {
+        Self { pulse: Arc::clone(pulse), waits: false, slow: None }
+    }
+
+    /// The reader has to wait. True if the client's time is over.
+    pub(crate) fn begin(&mut self, context: &Context<'_>) -> bool {
+        let slow = self.slow.get_or_insert_with(|| {
+            let slow = Arc::<SlowBody>::default();
+            self.pulse.slow_bodies().push(Arc::clone(&slow));
+            slow
+        });
+        let mut reader = slow.reader();
+        let is_over = slow.has_expired.load(Relaxed); // or whoever says so later finds the reader
+        match &mut *reader {
+            _ if is_over => {}
+            Some(waker) => waker.clone_from(context.waker()),
+            reader => *reader = Some(context.waker().clone()),
+        }
+        drop(reader);
+        self.set(!is_over);
+        is_over
+    }
+
+    /// A piece came, or the end.
+    pub(crate) fn end(&mut self) {
+        if let Some(slow) = &self.slow {
+            slow.reader().take();
+        }
+        self.set(false);
+    }
+
+    /// So many bytes were read.
+    pub(crate) fn taken(&self, bytes: usize) {
+        self.pulse.held().taken(bytes);
+        if let Some(slow) = &self.slow {
+            slow.read.fetch_add(u32::try_from(bytes).unwrap_or(u32::MAX), Relaxed);
+        }
+    }
+
+    /// Whether the client took too long over this, or over something else for which the connection was cut off.
+    pub(crate) fn has_expired(&self) -> bool {
+        self.pulse.has_expired() || self.slow.as_ref().is_some_and(|slow| slow.has_expired.load(Relaxed))
+    }
+
+    fn set(&mut self, waits: bool) {
+        if std::mem::replace(&mut self.waits, waits) != waits {
+            if waits {
+                self.pulse.bodies().fetch_add(1, Relaxed);
+            } else {
+                self.pulse.bodies().fetch_sub(1, Relaxed);
+            }
+        }
+    }
+}
+
+impl Drop for BodyWait {
+    fn drop(&mut self) {
+        self.set(false);
+        if let Some(slow) = self.slow.take() {
+            self.pulse.slow_bodies().retain(|other| !Arc::ptr_eq(other, &slow));
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! An upload that stalls costs its client this request, and nobody else anything.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::net::{TcpListener, TcpStream};
+
+use common::fastcgi::{END, STDIN, STDOUT, record};
+use common::raw::Protocol;
+use common::{Server, accepted, fastcgi, http2};
+
+/// A server whose clients have a second for a body, and its access log.
+fn start(protocol: Protocol) -> (Server, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access.log");
+    let arguments = ["--workers", "1", "--body-timeout", "1s", "--access-log", log.to_str().unwrap()];
+    (protocol.start("scenarios", &arguments), folder)
+}
+
+/// The status of each request in the access log of a server that has stopped.
+fn statuses(folder: &tempfile::TempDir) -> BTreeMap<String, String> {
+    let lines = std::fs::read_to_string(folder.path().join("access.log")).unwrap();
+    let fields = |line: &str| {
+        let mut fields = line.split(['"', ' ']).filter(|field| !field.is_empty()).skip(6);
+        let (target, _, status) = (fields.next()?, fields.next()?, fields.next()?);
+        Some((target.to_owned(), status.to_owned()))
+    };
+    lines.lines().map(|line| fields(line).unwrap_or_else(|| panic!("{line}"))).collect()
+}
+
+/// A request that is held up until the stream is dropped.
+fn gate() -> (String, impl FnOnce() -> TcpStream) {
+    let gate = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("/gate/{}", gate.local_addr().unwrap().port());
+    (target, move || accepted(&gate, "the held request has begun"))
+}
+
+#[test]
+fn a_stalled_upload_over_http2_ends_alone_and_is_logged_alone() {
+    let (mut server, folder) = start(Protocol::Http);
+    let mut client = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
+    let (held, held_begins) = gate();
+    client.send(&http2::head(1, http2::END_STREAM, "GET", &held, &[])).unwrap();
+    let held_begins = held_begins();
+    for (stream, target) in [(3, "/whole"), (5, "/echo")] {
+        client.send(&http2::head(stream, 0, "POST", target, &[])).unwrap();
+        client.send(&http2::frame(http2::DATA, 0, stream, b"abc")).unwrap();
+    }
+    let (mut answered, mut reset) = (false, false);
+    while !(answered && reset) {
+        let frame = client.frame().unwrap();
+        match (frame.kind, frame.stream) {
+            (http2::HEADERS, 3) => {
+                assert!(frame.payload.starts_with(http2::status(408)), "{frame:?}");
+                answered = true;
+            }
+            (http2::HEADERS, 5) => assert!(frame.payload.starts_with(http2::status(200)), "{frame:?}"),
+            (http2::RST_STREAM, 5) => reset = true,
+            (http2::RST_STREAM, 1) | (http2::GOAWAY, _) => panic!("{frame:?}"),
+            _ => {}
+        }
+    }
+    drop(held_begins);
+    client.send(&http2::head(7, http2::END_STREAM, "GET", "/empty", &[])).unwrap();
+    let (mut last, mut next) = (false, false);
+    while !(last && next) {
+        let frame = client.frame().unwrap();
+        match (frame.kind, frame.stream) {
+            (http2::DATA, 1) => last |= frame.payload == b"last\n",
+            (http2::HEADERS, 7) => next = frame.payload.starts_with(http2::status(200)),
+            (http2::RST_STREAM, 1) | (http2::GOAWAY, _) => panic!("{frame:?}"),
+            _ => {}
+        }
+    }
+    server.wait_for("a body that came too slowly (--body-timeout) status=408");
+    drop(client);
+    server.stop();
+    let expected = [(&*held, "200"), ("/whole", "408"), ("/echo", "200"), ("/empty", "200")];
+    assert_eq!(statuses(&folder), expected.map(|(target, status)| (target.to_owned(), status.to_owned())).into());
+}
+
+#[test]
+fn a_stalled_upload_over_multiplexed_fastcgi_ends_alone() {
+    let (mut server, folder) = start(Protocol::FastCgi);
+    let mut client = fastcgi::Client::connect(&server.binds[0]).unwrap();
+    let (held, held_begins) = gate();
+    client.send(&fastcgi::request(1, true, "GET", &held, b"")).unwrap();
+    let held_begins = held_begins();
+    client.send(&fastcgi::head(2, true, "POST", "/whole", Some(10))).unwrap();
+    client.send(&[record(STDIN, 2, b"abc", 0)]).unwrap();
+    let ended = |client: &mut fastcgi::Client, id| {
+        let mut output = Vec::new();
+        loop {
+            let record = client.record().unwrap();
+            match record.kind {
+                STDOUT if record.id == id => output.extend(record.content),
+                END if record.id == id => return String::from_utf8(output).unwrap(),
+                _ => assert_eq!((record.id, record.kind), (1, STDOUT)),
+            }
+        }
+    };
+    let stalled = ended(&mut client, 2);
+    assert!(stalled.starts_with("Status: 408"), "{stalled}");
+    // What still comes of it is nobody's.
+    client.send(&[record(STDIN, 2, b"defghij", 0), record(STDIN, 2, b"", 0)]).unwrap();
+    client.send(&fastcgi::request(3, true, "POST", "/whole", b"next")).unwrap();
+    let next = ended(&mut client, 3);
+    assert!(next.starts_with("Status: 200") && next.ends_with("next"), "{next}");
+    drop(held_begins);
+    assert!(ended(&mut client, 1).ends_with("last\n"));
+    drop(client);
+    server.stop();
+    assert_eq!(statuses(&folder)[&held], "200");
+}
+
+#[test]
+fn an_idle_http2_connection_is_told_that_it_ends() {
+    let mut server = Protocol::Http.start("scenarios", &["--workers", "1", "--idle-timeout", "1s"]);
+    let mut idle = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
+    idle.send(&http2::head(1, http2::END_STREAM, "GET", "/empty", &[])).unwrap();
+    assert!(idle.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
+    let goaway = idle.next(http2::GOAWAY).unwrap();
+    assert_eq!(goaway.payload[4..8], [0; 4], "NO_ERROR");
+    // Pings are answered until the end.
+    assert_eq!(idle.next(http2::DATA + 100).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    // One that does not take that in ends nevertheless.
+    let mut deaf = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
+    while deaf.frame().is_ok() {}
+    server.stop();
+}
