@@ -486,3 +486,35 @@ fn completions_and_manual_pages_name_every_flag() {
         Command::new(program("hello")).args(["status"]).env_remove("FORKYARD_CONTROL").output_in_time().unwrap();
     assert!(output.status.code() == Some(2) && String::from_utf8_lossy(&output.stderr).contains("--control"));
 }
+
+#[test]
+fn status_shows_threads_that_hang_and_a_worker_of_which_all_do_as_hung() {
+    let limits = [
+        ["--workers", "1"],
+        ["--threads", "2"],
+        ["--request-timeout", "100ms"],
+        ["--hang-timeout", "300ms"],
+        ["--drain-timeout", "1h"],
+    ];
+    let mut one = Controlled::start_with("crashy", limits.as_flattened(), |command, folder| {
+        command.env("CRASHY_BROKEN", folder.join("broken"));
+    });
+    // The worker stays as long as no other can start.
+    std::fs::write(one.folder.path().join("broken"), "").unwrap();
+    let (address, pid) = (one.server.http(), *one.server.workers().first().unwrap());
+    let becomes = |state: &str, count: u32| {
+        let is_it =
+            |worker: &Value| worker["pid"] == pid && worker["state"] == state && worker["hung_threads"] == count;
+        wait_until("the status shows it", || one.status()["workers"].as_array()?.iter().any(is_it).then_some(()));
+    };
+    becomes("ready", 0);
+    assert_eq!(http::get(&address, "/thread/hang").unwrap().status, 504);
+    becomes("ready", 1);
+    assert!(one.said(&["status"]).contains("  ready (1 hung)  "));
+    assert_eq!(http::get(&address, "/thread/sleep-8000").unwrap().status, 504);
+    becomes("hung", 2);
+    assert!(one.said(&["status"]).contains("  hung (2)  "));
+    assert_eq!(http::get(&address, "/thread/ok").unwrap().status, 503);
+    becomes("ready", 1);
+    one.server.stop();
+}

@@ -7,8 +7,8 @@ mod common;
 use std::io::Write as _;
 
 use common::http::{self, Client};
-use common::raw::{self, ALL};
-use common::{Server, program, status_number, wait_until};
+use common::raw::{self, ALL, Protocol};
+use common::{Server, fastcgi, http2, program, status_number, wait_until};
 use nix::sys::signal::Signal;
 
 /// How long a worker that is waited for is waited for.
@@ -75,6 +75,51 @@ fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
     assert!(server.workers().is_disjoint(&worker));
     assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
     server.stop();
+}
+
+#[test]
+fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its_504() {
+    let more = ["--workers", "1", "--request-timeout", "2s", "--hang-timeout", "500ms"];
+    let http2 = |what: &[u8]| [http2::PREFACE, &http2::frame(http2::SETTINGS, 0, 0, b""), what].concat();
+    let head_of_http2 = http2(&http2::head(1, http2::END_STREAM, "GET", "/thread/hang", &[]));
+    let gone = |protocol: Protocol, method: &'static str| {
+        (protocol, protocol.head(method, "/thread/hang", 0), format!("{method} /thread/hang"), Vec::new())
+    };
+    let (http, fastcgi) = (Protocol::Http, Protocol::FastCgi);
+    let cases = [
+        gone(http, "GET"),
+        gone(http, "HEAD"),
+        gone(fastcgi, "GET"),
+        gone(Protocol::Scgi, "GET"),
+        (http, head_of_http2.clone(), "GET /thread/hang".to_owned(), Vec::new()),
+        // These keep their connection.
+        (
+            http,
+            head_of_http2,
+            "GET /thread/hang".to_owned(),
+            http2::frame(http2::RST_STREAM, 0, 1, &8_u32.to_be_bytes()),
+        ),
+        (
+            fastcgi,
+            fastcgi.head("GET", "/thread/hang", 0),
+            "GET /thread/hang".to_owned(),
+            fastcgi::record(fastcgi::ABORT, 1, b"", 0),
+        ),
+    ];
+    for (protocol, request, what, end) in cases {
+        let mut server = protocol.start("crashy", &[&FOR_EVER[..], &more].concat());
+        let mut client = raw::connect(&server.binds[0]);
+        client.write_all(&request).unwrap();
+        await_thread(&server, &what);
+        client.write_all(&end).unwrap();
+        let kept = (!end.is_empty()).then_some(client);
+        let line = server.wait_for("reason=hung thread");
+        assert!(line.contains(&format!("request={what:?}")), "{line}");
+        drop(kept);
+        server.wait_for("functions run, as they hang");
+        server.wait_for("worker left");
+        server.stop();
+    }
 }
 
 /// Returns when a thread has begun with this request. The event loop is at it too for a moment, before it sleeps.

@@ -21,6 +21,7 @@
 //! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
 //!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 seated 4 (seats ever taken)
 //!           56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 72 streams 4
+//!           76 hung 4 (threads that hang; the highest bit: all do)
 //!           128 cells 16 x 128 | 2176 seats 16 x 128 | 4224 culprit: a cell, its stamp 1 (0 = unknown)
 //! cell      0 stamp_ms 8 (0 = free) | 8 text
 //! seat      0 current 8 (a cell + 1; 0 = at work on nothing; beyond the row's cells: the request of this text) | 8 text
@@ -161,7 +162,8 @@ pub(crate) struct RowCells {
     pub(crate) pulse: AtomicU32,
     pub(crate) loop_thread: AtomicU32,
     pub(crate) streams: AtomicU32,
-    unused: [AtomicU32; 13],
+    pub(crate) hung: AtomicU32,
+    unused: [AtomicU32; 12],
     pub(crate) cells: [Cell; CELLS],
     pub(crate) seats: [SeatCells; SEATS],
     pub(crate) culprit: Cell,
@@ -461,7 +463,7 @@ const _: () = {
     assert!(offset_of!(RowCells, in_flight) == 44 && offset_of!(RowCells, occupied) == 48);
     assert!(offset_of!(RowCells, seated) == 52 && offset_of!(RowCells, busy_ms) == 56);
     assert!(offset_of!(RowCells, pulse) == 64 && offset_of!(RowCells, loop_thread) == 68);
-    assert!(offset_of!(RowCells, streams) == 72);
+    assert!(offset_of!(RowCells, streams) == 72 && offset_of!(RowCells, hung) == 76);
     assert!(offset_of!(RowCells, cells) == 128);
     assert!(offset_of!(RowCells, seats) == 2176 && offset_of!(RowCells, culprit) == 4224);
     assert!(size_of::<RowCells>() == 4352 && size_of::<Cell>() == 128 && size_of::<SeatCells>() == 128);

@@ -28,6 +28,9 @@ use crate::clock::monotonic_ms;
 use crate::layout::{CELLS, Cell, ROW_BYTES, RowCells};
 use crate::segment::Inner;
 
+/// In the word of hung threads: there is no other thread.
+const ALL_HANG: u32 = 1 << 31;
+
 /// A row that is claimed by another process while it is read is read again, so many times at most.
 const READS: usize = 3;
 
@@ -140,6 +143,10 @@ pub struct Snapshot {
     pub running: Vec<String>,
     /// Whether those are all: a row has 16 seats for threads.
     pub all_running: bool,
+    /// Threads whose function hangs; and whether those are all threads, so that no request that needs one is served.
+    pub hung_threads: u32,
+    /// See `hung_threads`.
+    pub all_hang: bool,
     /// Since when its event loop has been at work without a pause, in milliseconds of a clock that stands still in
     /// suspend; `None` if it sleeps.
     pub busy_since_ms: Option<u64>,
@@ -208,6 +215,7 @@ impl Scoreboard {
         row.in_flight.store(0, Ordering::Relaxed);
         row.streams.store(0, Ordering::Relaxed);
         row.occupied.store(0, Ordering::Relaxed);
+        row.hung.store(0, Ordering::Relaxed);
         row.culprit.stamp_ms.store(0, Ordering::Relaxed);
         row.seated.store(0, Ordering::Relaxed);
         for seat in &row.seats {
@@ -342,10 +350,21 @@ impl Row {
 impl Occupancy {
     /// Says whether a further request would have to wait.
     pub fn set(&self, occupied: bool) {
-        let row: Option<&RowCells> = self.segment.map.at(self.at);
-        if let Some(row) = row.filter(|row| row.epoch.load(Ordering::Relaxed) == self.epoch) {
+        if let Some(row) = self.row() {
             row.occupied.store(occupied.into(), Ordering::SeqCst);
         }
+    }
+
+    /// Says how many threads hang, and whether those are all.
+    pub fn set_hung(&self, threads: u32, all: bool) {
+        if let Some(row) = self.row() {
+            row.hung.store(threads & !ALL_HANG | if all { ALL_HANG } else { 0 }, Ordering::Relaxed);
+        }
+    }
+
+    fn row(&self) -> Option<&RowCells> {
+        let row: Option<&RowCells> = self.segment.map.at(self.at);
+        row.filter(|row| row.epoch.load(Ordering::Relaxed) == self.epoch)
     }
 }
 
@@ -513,6 +532,7 @@ impl Snapshot {
         let busy_ms = row.busy_ms.load(Ordering::Relaxed);
         serving.sort_by_key(|request| std::cmp::Reverse(request.since));
         let pid = row.pid.load(Ordering::Relaxed);
+        let hung = row.hung.load(Ordering::Relaxed);
         let started_ms = if pid == 0 { now_ms } else { row.started_ms.load(Ordering::Relaxed) };
         Snapshot {
             pid,
@@ -528,6 +548,8 @@ impl Snapshot {
             no_culprit: found == NOBODY,
             running: seats.filter(|text| !text.is_empty()).collect(),
             all_running: row.seated.load(Ordering::Relaxed) as usize <= row.seats.len(),
+            hung_threads: hung & !ALL_HANG,
+            all_hang: hung & ALL_HANG != 0,
             busy_since_ms: (busy_ms != 0).then_some(busy_ms),
             pulse: row.pulse.load(Ordering::Relaxed),
             loop_thread: row.loop_thread.load(Ordering::Relaxed),

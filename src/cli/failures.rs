@@ -15,8 +15,8 @@ pub(super) struct FailureOptions {
     request_timeout: Duration,
 
     /// A worker whose event loop is at work for so long without a pause is replaced and ended; one in which a function
-    /// runs on for so long after its request got 504 is replaced. A worker that leaves waits no longer for a function that nobody
-    /// waits for. At least 100ms, or 0 for never
+    /// runs on for so long after the time of its request (--request-timeout) is over is replaced. A worker that leaves waits no
+    /// longer for a function that nobody waits for. At least 100ms, or 0 for never
     #[arg(long, value_name = "TIME", env = "FORKYARD_HANG_TIMEOUT", default_value = "30s", value_parser = parse_interval_or_zero, help_heading = "Hangs and crashes")]
     hang_timeout: Duration,
 

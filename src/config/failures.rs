@@ -7,7 +7,7 @@ use std::time::Duration;
 pub(crate) struct Failures {
     /// For the head of a response; then the request gets 504.
     pub(crate) request_timeout: Duration,
-    /// How long an event loop may be at work without a pause, and a thread go on after its request got 504.
+    /// How long an event loop may be at work without a pause, and a thread go on after the time of its request is over.
     pub(crate) hang_timeout: Duration,
     /// A request that is older is logged, with a backtrace.
     pub(crate) slow_request: Duration,

@@ -66,7 +66,11 @@ fn row(worker: &WorkerStatus) -> [String; 9] {
         worker.slot.to_string(),
         known(worker.pid),
         worker.generation.to_string(),
-        worker.state.clone(),
+        match worker.hung_threads {
+            None | Some(0) => worker.state.clone(),
+            Some(count) if worker.state == "hung" => format!("hung ({count})"),
+            Some(count) => format!("{} ({count} hung)", worker.state),
+        },
         known(worker.age_ms.map(time)),
         known(worker.requests),
         known(worker.connections),
@@ -104,6 +108,7 @@ mod tests {
             requests: Some(1_234_567),
             connections: Some(3),
             in_flight: Some(1),
+            hung_threads: Some(1),
             rss_bytes: Some(12 << 20),
             serving,
         };
@@ -126,9 +131,9 @@ mod tests {
             "\
 forkyard 1.2.3 pid=7 running up 1d01h gen=2 workers=2 (1..4)
   bind  http:127.0.0.1:80 waiting=5
-SLOT     PID  GEN  STATE      AGE  REQUESTS  CONNS  BUSY  RSS
-  10  123456    2  ready    3m20s   1234567      3     1  12M
-   3       -    1  waiting      -         -      -     -    -
+SLOT     PID  GEN  STATE             AGE  REQUESTS  CONNS  BUSY  RSS
+  10  123456    2  ready (1 hung)  3m20s   1234567      3     1  12M
+   3       -    1  waiting             -         -      -     -    -
 in flight:
   slot=10       1s  GET /slow
 quarantined:

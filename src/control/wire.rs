@@ -102,12 +102,15 @@ pub(crate) struct WorkerStatus {
     pub(crate) slot: u32,
     pub(crate) pid: Option<i32>,
     pub(crate) generation: u64,
-    /// `starting`, `ready`, `draining`, `killed` or `waiting`.
+    /// `starting`, `ready`, `hung` (ready, but all threads hang), `draining`, `killed` or `waiting`.
     pub(crate) state: String,
     pub(crate) age_ms: Option<u64>,
     pub(crate) requests: Option<u64>,
     pub(crate) connections: Option<u32>,
     pub(crate) in_flight: Option<u32>,
+    /// Threads whose function hangs.
+    #[serde(default)]
+    pub(crate) hung_threads: Option<u32>,
     /// Resident memory, what it shares with others included.
     pub(crate) rss_bytes: Option<u64>,
     /// What it is serving, the oldest first; 16 of them at the most.

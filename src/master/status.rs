@@ -62,6 +62,10 @@ impl Master {
         worker.requests = Some(row.requests);
         worker.connections = Some(row.connections);
         worker.in_flight = Some(row.in_flight);
+        worker.hung_threads = Some(row.hung_threads);
+        if row.all_hang && worker.state == "ready" {
+            "hung".clone_into(&mut worker.state);
+        }
         worker.serving = row
             .serving
             .into_iter()

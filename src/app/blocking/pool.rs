@@ -36,6 +36,8 @@ pub(super) struct Pool {
     one_has_ended: (Mutex<()>, Condvar),
     /// All threads hung when that was last looked at.
     is_stuck: AtomicBool,
+    /// Threads that hang, as was told. Written under `telling`.
+    hung: AtomicU32,
 }
 
 #[derive(Default)]
@@ -84,7 +86,7 @@ pub(crate) fn finish() -> usize {
     let mut locked = lock.lock().unwrap_or_else(PoisonError::into_inner);
     pool.is_finishing.store(true, Ordering::SeqCst);
     loop {
-        let (hanging, next) = overdue::hanging();
+        let (hanging, next) = overdue::outstaying();
         if pool.has_nothing_but(hanging) {
             return hanging;
         }
@@ -99,7 +101,11 @@ pub(crate) fn finish() -> usize {
 
 /// A function hangs. If all threads do, who waits for one gets 503, and who comes too.
 pub(super) fn look_whether_stuck() {
-    let Some(pool) = POOL.get().filter(|pool| pool.is_stuck()) else { return };
+    let Some(pool) = POOL.get() else { return };
+    pool.tell_hung();
+    if !pool.is_stuck() {
+        return;
+    }
     let jobs = std::mem::take(&mut pool.waiting().jobs);
     let count = u32::try_from(jobs.len()).unwrap_or(u32::MAX);
     pool.count.fetch_sub(count, Ordering::SeqCst);
@@ -146,6 +152,7 @@ pub(super) fn pool() -> &'static Pool {
         is_finishing: AtomicBool::new(false),
         one_has_ended: (Mutex::new(()), Condvar::new()),
         is_stuck: AtomicBool::new(false),
+        hung: AtomicU32::new(0),
     });
     static STARTED: OnceLock<usize> = OnceLock::new();
     let started = *STARTED.get_or_init(|| (0..threads).filter(|&number| start_thread(number, pool)).count());
@@ -184,7 +191,17 @@ impl Pool {
 
     /// Whether all threads hang.
     fn is_stuck(&self) -> bool {
-        overdue::hanging().0 >= self.threads as usize
+        overdue::hung() >= self.threads as usize
+    }
+
+    /// Says how many threads hang.
+    fn tell_hung(&self) {
+        let _one_at_a_time = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
+        let hung = u32::try_from(overdue::hung()).unwrap_or(u32::MAX);
+        self.hung.store(hung, Ordering::SeqCst);
+        if let Some(occupancy) = &self.occupancy {
+            occupancy.set_hung(hung, hung >= self.threads);
+        }
     }
 
     /// Whether nobody waits for a thread, and no more than so many jobs run.
@@ -230,6 +247,9 @@ impl Pool {
                 Some(bell) => bell.one_is_free(),
                 None => self.one_is_free.notify_waiters(),
             }
+        }
+        if self.hung.load(Ordering::SeqCst) > 0 {
+            self.tell_hung();
         }
         if self.is_finishing.load(Ordering::SeqCst) {
             let _locked = self.one_has_ended.0.lock().unwrap_or_else(PoisonError::into_inner);

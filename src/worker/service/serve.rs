@@ -277,6 +277,18 @@ pin_project! {
         deadline: Option<Pin<Box<Sleep>>>,
         begun: Option<Begun<B>>,
     }
+
+    impl<S: Service<Request<Body>>, B> PinnedDrop for Answer<S, B> {
+        // The client has left if there is no response yet. The time of its request goes on.
+        fn drop(this: Pin<&mut Self>) {
+            let mut answer = this.project();
+            if let (Some(serving), Some(deadline)) = (answer.in_flight, answer.deadline) {
+                let refused = Stage::Refused { status: StatusCode::GATEWAY_TIMEOUT, again_after: None };
+                let over = deadline.deadline().into_std();
+                blocking::give_up(serving.what(), over, || answer.stage.set(refused));
+            }
+        }
+    }
 }
 
 pin_project! {
@@ -295,13 +307,15 @@ impl<S: Service<Request<Body>>, B> Answer<S, B> {
         Self { stage, is_head: false, switch: Switch::No, in_flight, deadline: None, begun: None }
     }
 
-    fn to(self, is_head: bool) -> Self {
-        Self { is_head, ..self }
+    fn to(mut self, is_head: bool) -> Self {
+        self.is_head = is_head;
+        self
     }
 
     /// The application may switch protocols.
-    pub(crate) fn offering(self, switch: Switch) -> Self {
-        Self { switch, ..self }
+    pub(crate) fn offering(mut self, switch: Switch) -> Self {
+        self.switch = switch;
+        self
     }
 
     /// Refused for so long.
@@ -375,7 +389,9 @@ where
                 ready!(deadline.as_mut().poll(context));
                 let (status, what) = (StatusCode::GATEWAY_TIMEOUT, serving.what());
                 log::error!("a request takes too long (--request-timeout): answered 504 request={what:?}");
-                let give_up = || blocking::give_up(what, || stage.set(Stage::Refused { status, again_after: None }));
+                let over = deadline.deadline().into_std();
+                let give_up =
+                    || blocking::give_up(what, over, || stage.set(Stage::Refused { status, again_after: None }));
                 if let Err(panic) = catch_panic(give_up) {
                     log::error!("a request that was given up panicked: {panic} request={:?}", serving.what());
                 }
