@@ -118,8 +118,12 @@ fn uploads_that_stand_still_are_answered_before_the_worker_would_be_killed() {
         stream.write_all(&[b'x'; 100]).unwrap();
         streams.push(stream);
     }
-    wait_for_requests(&server, 3);
-    leaves_by_itself(server, &log, &[("\"POST /sum HTTP/1.1\" 408 ", 3)]);
+    let mut http2 = http2::Client::connect(&server.http()).unwrap();
+    http2.send(&http2::head(1, 0, "POST", "/sum", &[])).unwrap();
+    http2.send(&http2::frame(http2::DATA, 0, 1, &[b'x'; 100])).unwrap();
+    wait_for_requests(&server, 4);
+    leaves_by_itself(server, &log, &[("\"POST /sum HTTP/1.1\" 408 ", 3), ("\"POST /sum HTTP/2.0\" 408 ", 1)]);
+    assert!(http2.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(408)));
     for (stream, (protocol, _)) in streams.iter_mut().zip(BINDS) {
         assert_eq!(raw::ask(stream, b"").0, 408, "{protocol:?}");
     }

@@ -9,14 +9,15 @@ use std::io::ErrorKind;
 use std::net::{TcpListener, TcpStream};
 
 use common::fastcgi::{END, STDIN, STDOUT, record};
-use common::raw::Protocol;
-use common::{Server, accepted, fastcgi, http2};
+use common::raw::{self, Protocol};
+use common::{Server, accepted, fastcgi, http2, read_all};
 
 /// A server whose clients have a second for a body, and its access log.
 fn start(protocol: Protocol) -> (Server, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("access.log");
-    let arguments = ["--workers", "1", "--body-timeout", "1s", "--access-log", log.to_str().unwrap()];
+    let times = ["--body-timeout", "1s", "--header-timeout", "1s"];
+    let arguments = [&["--workers", "1", "--access-log", log.to_str().unwrap()], &times[..]].concat();
     (protocol.start("scenarios", &arguments), folder)
 }
 
@@ -114,6 +115,18 @@ fn a_stalled_upload_over_multiplexed_fastcgi_ends_alone() {
     drop(client);
     server.stop();
     assert_eq!(statuses(&folder)[&held], "200");
+}
+
+#[test]
+fn a_body_that_stalls_within_a_fastcgi_record_is_one_request_in_the_log() {
+    let (mut server, folder) = start(Protocol::FastCgi);
+    let mut stream = raw::connect(&server.binds[0]);
+    let (status, _) = raw::ask(&mut stream, &Protocol::FastCgi.head("POST", "/whole", 9000));
+    assert_eq!(status, 408);
+    let _ = read_all(&mut stream, &mut Vec::new()); // until the connection is closed
+    server.stop();
+    assert!(!server.log().contains("--header-timeout"), "{}", server.log());
+    assert_eq!(statuses(&folder), [("/whole".to_owned(), "408".to_owned())].into());
 }
 
 #[test]

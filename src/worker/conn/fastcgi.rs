@@ -285,13 +285,18 @@ where
                 Ok(Poll::Pending)
             }
             Poll::Ready(Err(error)) => {
-                if error.kind() == io::ErrorKind::TimedOut && !(self.input.is_empty() && self.decoder.is_idle()) {
+                if error.kind() == io::ErrorKind::TimedOut && self.begins_request() {
                     let why = "parameters that did not come within --header-timeout";
                     self.application.turned_away(Protocol::FastCgi, StatusCode::REQUEST_TIMEOUT, self.from, why);
                 }
                 Err(error)
             }
         }
+    }
+
+    /// Whether a part of a request's parameters has come, or of what may be a request. The rest of a body is none of that.
+    fn begins_request(&self) -> bool {
+        self.decoder.assembled().next().is_some() || self.decoder.is_between_records() && !self.input.is_empty()
     }
 
     /// Decodes until something is to be done about it. False if there was no event.

@@ -175,8 +175,9 @@ impl Watched {
         let how = match pulse.stage() {
             _ if pulse.is_closed() => return None,
             _ if pulse.is_writing() => Shutdown::Both,
-            Stage::Body => return (pulse.expire_bodies(|_| true) > 0).then_some(()),
-            Stage::Head => Shutdown::Read, // there is an answer to that
+            // The other streams go on.
+            Stage::Body if pulse.says_goodbye() => return (pulse.expire_bodies(|_| true) > 0).then_some(()),
+            Stage::Body | Stage::Head => Shutdown::Read, // there is an answer to that
             // Of HTTP/2: what was answered waits for room.
             Stage::Idle if pulse.says_goodbye() => Shutdown::Both,
             Stage::Idle | Stage::Answering => return None,
