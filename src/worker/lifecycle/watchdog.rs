@@ -330,7 +330,7 @@ mod tests {
         watched.pulse.request_came();
         let (mut body, mut beside) = (BodyWait::new(&watched.pulse), BodyWait::new(&watched.pulse));
         let context = Context::from_waker(Waker::noop());
-        let mut lasts = |turn: &u32| {
+        let lasts = |turn: &u32| {
             body.end();
             body.taken(bytes);
             let is_over = waits(*turn) && body.begin(&context);
