@@ -14,7 +14,8 @@
 //! | not clean, and the machine was started since | dropped: which of its pages reached the disk is up to chance |
 //!
 //! The mark is taken away, on the disk, before anything else is written. So a power cut finds either a clean file or one that is
-//! dropped.
+//! dropped. A process that only has the descriptor (`FORKYARD_SHM`) and attaches it for the first time after the file was closed is refused:
+//! nobody would take its writes for such, and even a lookup writes.
 //!
 //! Who joins takes a file that is not clean as it is, without an audit: as a process that comes later it would not have asked for one
 //! either, and whatever the dead hold is taken from them as from a sibling. It does not mark the file clean when it goes; a
@@ -199,6 +200,11 @@ impl Inner {
     }
 }
 
+/// Whether whoever used the file last has closed it.
+pub(crate) fn is_clean(header: &Header) -> bool {
+    header.clean.load(Ordering::Acquire) == CLEAN
+}
+
 fn open(path: &Path) -> Result<File, SegmentError> {
     // Not to wait, nor to do what opening a device may do.
     let mut options = OpenOptions::new();
@@ -235,7 +241,7 @@ fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
     let Some(header) = map.at::<Header>(0) else { return Ok(None) };
     let now = boot_and_file(file)?;
     let same_boot = header.boot_id.iter().zip(now).all(|(word, part)| word.load(Ordering::Acquire) == part);
-    if header.clean.load(Ordering::Acquire) == CLEAN || !same_boot || boot_id() == [0, 0] {
+    if is_clean(header) || !same_boot || boot_id() == [0, 0] {
         return Ok(None);
     }
     let time_base = header.time_base.load(Ordering::Relaxed);
@@ -327,7 +333,7 @@ fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Seg
     if found != *geometry || header.max_entry.load(Ordering::Relaxed) != plan.max_entry {
         return dropped("it was made for another plan");
     }
-    let clean = header.clean.load(Ordering::Acquire) == CLEAN;
+    let clean = is_clean(header);
     let now = boot_and_file(file)?;
     let same_boot = header.boot_id.iter().zip(now).all(|(word, part)| word.load(Ordering::Relaxed) == part);
     if !clean && (!same_boot || boot_id() == [0, 0]) {
@@ -574,6 +580,28 @@ mod tests {
         let (segment, found) = scratch.open();
         assert_eq!(found, Found::Warm, "for itself alone");
         drop((segment, never_used));
+    }
+
+    #[test]
+    fn who_attaches_a_closed_file_is_refused_and_changes_nothing() {
+        let scratch = Scratch::new("closed-attach");
+        let (segment, _) = scratch.open();
+        segment.cache().set("k", "v", &Options::new()).unwrap();
+        let left = segment.fd_without_lock().unwrap();
+        segment.close().unwrap();
+        let state = || (std::fs::read(&scratch.0).unwrap(), scratch.0.metadata().unwrap().modified().unwrap());
+        let before = state();
+        let attached = Segment::attach(left.try_clone().unwrap());
+        let refused = attached.map(|segment| segment.cache().get("k")).unwrap_err();
+        assert!(refused.to_string().contains("closed the file"), "{refused}");
+        assert!(state() == before, "it is as it was");
+
+        // It does not keep the next server from the file, and is let in when that has it.
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Warm);
+        let attached = Segment::attach(left).unwrap();
+        assert_eq!(attached.cache().get("k"), Some(b"v".to_vec()));
+        drop((segment, attached));
     }
 
     #[test]

@@ -95,22 +95,23 @@ impl Segment {
     ///
     /// # Errors
     /// Fails if the descriptor is not a sealed memory file, or if its header, version or size differs from what this
-    /// build would have created.
+    /// build would have created. Fails for a file that was [closed](Segment::close), until it is opened again.
     pub fn attach(fd: OwnedFd) -> Result<Segment, SegmentError> {
         close_on_exec(&fd)?;
         let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
-        match fcntl(&fd, FcntlArg::F_GET_SEALS) {
-            Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => {}
+        let is_sealed = match fcntl(&fd, FcntlArg::F_GET_SEALS) {
+            Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => true,
             // A file on a disk knows no seals. Nobody but its owner may change it, and nobody makes it anew who finds that it is
             // shared.
             Err(Errno::EINVAL) if is_private_file(&stat) => {
                 if !file::lock_users(&fd, libc::F_RDLCK) {
                     return Err(unusable("another program has the file for itself"));
                 }
+                false
             }
             Ok(_) => return Err(unusable("its size is not sealed")),
             Err(_) => return Err(unusable("it is not a sealed memory file")),
-        }
+        };
         let len = u64::try_from(stat.st_size).unwrap_or(0);
         if len < size_of::<Header>() as u64 {
             return Err(unusable("it is too short"));
@@ -118,6 +119,11 @@ impl Segment {
         let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the shared segment", error))?;
         let header = map.at::<Header>(0).ok_or(unusable("it is too short"))?;
         let (geometry, seed) = checked_header(header, len)?;
+        if !is_sealed && file::is_clean(header) {
+            // Who looks something up writes too: into a file that a start after a power cut would use as it is.
+            file::lock_users(&fd, libc::F_UNLCK);
+            return Err(unusable("its server has stopped, and closed the file"));
+        }
         let time_base = header.time_base.load(Ordering::Relaxed);
         let membership = Membership::new();
         Ok(Segment { inner: Arc::new(Inner { map, geometry, seed, time_base, membership, fd, file: None }) })
