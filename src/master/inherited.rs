@@ -2,14 +2,16 @@
 //! serves: a second one would be one too many.
 //!
 //! A process shows whose it is in its environment (`FORKYARD_NAME`), unless it has written over that, as those do that change what
-//! `ps` shows of them. Then it is taken for the daemon's that has just ended, if it has a session of its own and is younger.
+//! `ps` shows of them. Then it is taken for the daemon's that has just ended, if it has a session of its own and is younger. In the middle
+//! of exec it shows nothing: that is decided at a later look, which comes at the latest when the daemon would be started again.
+//! With the environment of this process itself it comes from a worker, and is about to call exec.
 
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
 
-use super::sight::{self, Process};
+use super::sight::{self, Environment, Process};
 
 /// How long what a daemon has left must live to be the daemon itself: a little less than the time after which it is started again.
 const LASTING: Duration = Duration::from_millis(90);
@@ -34,7 +36,8 @@ struct Suspect {
 #[derive(Debug)]
 struct Found {
     process: Process,
-    helper: usize,
+    /// `None` as long as that cannot be seen.
+    helper: Option<usize>,
     since: Instant,
     /// It is a daemon in the background.
     detached: bool,
@@ -57,37 +60,59 @@ impl Inherited {
         self.suspects.retain(|suspect| suspect.ended.elapsed() < SUSPECT);
         self.found.retain(|found| found.process.lives());
         let mut detached = Vec::new();
-        let own = sight::stat(getpid());
+        let own = sight::environment_of(getpid());
         for process in orphans.iter().filter_map(|pid| Process::of(*pid)) {
-            if self.found.iter().any(|found| found.process == process) {
+            let known = self.found.iter().position(|found| found.process == process);
+            if known.is_some_and(|at| self.found[at].helper.is_some()) {
                 continue;
             }
-            let pid = process.pid();
-            let helper = match sight::variable_of(pid, "FORKYARD_NAME") {
-                Some(name) => names.iter().position(|other| *other == name),
-                None if sight::variable_of(pid, "FORKYARD_SLOT").is_some() => None,
-                None => {
-                    let apart = sight::stat(pid).zip(own.as_ref()).is_some_and(|(its, own)| its.session != own.session);
-                    let latest = self.suspects.last().filter(|suspect| apart && suspect.may_have_made(process));
-                    latest.map(|suspect| suspect.helper)
+            let environment = sight::environment_of(process.pid());
+            let helper = self.helper_of(process, &environment, &own, names);
+            match known {
+                Some(at) if helper.is_some() => self.found[at].helper = helper,
+                Some(_) if environment == Environment::InExec => {}
+                Some(at) => drop(self.found.remove(at)),
+                None if helper.is_some() || environment == Environment::InExec => {
+                    self.found.push(Found { process, helper, since: Instant::now(), detached: false });
                 }
-            };
-            let Some(helper) = helper else { continue };
-            self.found.push(Found { process, helper, since: Instant::now(), detached: false });
+                None => {}
+            }
         }
         for found in self.found.iter_mut().filter(|found| !found.detached && found.since.elapsed() >= LASTING) {
-            found.detached = self.suspects.iter().any(|suspect| suspect.helper == found.helper);
-            if found.detached && detached.iter().all(|(other, _)| *other != found.helper) {
-                detached.push((found.helper, found.process.pid()));
+            let Some(helper) = found.helper else { continue };
+            found.detached = self.suspects.iter().any(|suspect| suspect.helper == helper);
+            if found.detached && detached.iter().all(|(other, _)| *other != helper) {
+                detached.push((helper, found.process.pid()));
             }
         }
         detached
     }
 
+    /// The helper that has left this process, if one has, as far as that can be seen.
+    fn helper_of(
+        &self,
+        process: Process,
+        environment: &Environment,
+        own: &Environment,
+        names: &[&str],
+    ) -> Option<usize> {
+        if environment == own || *environment == Environment::InExec {
+            return None;
+        }
+        if let Some(name) = environment.variable("FORKYARD_NAME") {
+            return names.iter().position(|other| *other == name);
+        }
+        let session = |pid| sight::stat(pid).map(|stat| stat.session);
+        if environment.variable("FORKYARD_SLOT").is_some() || session(process.pid()) == session(getpid()) {
+            return None;
+        }
+        self.suspects.last().filter(|suspect| suspect.may_have_made(process)).map(|suspect| suspect.helper)
+    }
+
     /// Whether a helper has left this process, or one that it comes from.
     pub(super) fn has(&self, pid: Pid) -> bool {
-        self.found.iter().any(|found| found.process.pid() == pid && found.process.lives())
-            || sight::variable_of(pid, "FORKYARD_NAME").is_some()
+        let is_found = |found: &Found| found.process.pid() == pid && found.helper.is_some() && found.process.lives();
+        self.found.iter().any(is_found) || sight::environment_of(pid).variable("FORKYARD_NAME").is_some()
     }
 
     /// Asks daemons in the background to leave: they are started anew.
@@ -126,7 +151,11 @@ mod tests {
 
     fn sleeping(name: Option<&str>) -> Child {
         let mut command = Command::new("setsid");
-        command.args(["--wait", "sleep", "600"]).env_remove("FORKYARD_SLOT").env_remove("FORKYARD_NAME");
+        command
+            .args(["--wait", "sleep", "600"])
+            .env_remove("FORKYARD_SLOT")
+            .env_remove("FORKYARD_NAME")
+            .env("OTHER", "than ours");
         if let Some(name) = name {
             command.env("FORKYARD_NAME", name);
         }
@@ -140,13 +169,9 @@ mod tests {
         let pid_of = |child: &Child| Pid::from_raw(child.id().cast_signed());
         let is_up = |child: &Child| {
             let deadline = Instant::now() + Duration::from_secs(60);
-            // In the middle of exec a process has its new name already, and no environment yet.
-            let has_environment = || {
-                std::fs::read(format!("/proc/{}/environ", child.id())).is_ok_and(|environment| !environment.is_empty())
-            };
             while sight::stat(pid_of(child))
                 .is_none_or(|stat| stat.name != "sleep" || stat.session != pid_of(child).as_raw())
-                || !has_environment()
+                || sight::environment_of(pid_of(child)) == Environment::InExec
             {
                 assert!(Instant::now() < deadline, "it sleeps");
                 std::thread::park_timeout(Duration::from_millis(1));
@@ -189,5 +214,56 @@ mod tests {
             child.kill().unwrap();
             child.wait().unwrap();
         }
+    }
+
+    #[test]
+    fn in_the_middle_of_exec_nothing_is_taken_for_another_daemons() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = directory.path().join("again");
+        std::fs::write(&script, "exec sh \"$0\"\n").unwrap();
+        let mut command = Command::new("setsid");
+        command.arg("sh").arg(&script).env_remove("FORKYARD_SLOT").env("FORKYARD_NAME", "b");
+        let mut child = command.spawn().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while sight::stat(pid).is_none_or(|stat| stat.session != pid.as_raw()) {
+            assert!(Instant::now() < deadline, "it has a session of its own");
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        let mut seen_in_exec = 0;
+        while seen_in_exec < 5 {
+            assert!(Instant::now() < deadline, "it is seen in the middle of exec: {seen_in_exec}");
+            let mut inherited = Inherited::default();
+            inherited.suspect(0, Duration::from_secs(3600));
+            assert_eq!(inherited.take(&[pid], &["a", "b"]), []);
+            assert_eq!(inherited.found.len(), 1);
+            let Some(helper) = inherited.found[0].helper else {
+                seen_in_exec += 1;
+                inherited.found[0].since = inherited.found[0].since.checked_sub(LASTING).unwrap();
+                // It is looked at again, and its time counts from the first look.
+                inherited.suspect(1, Duration::ZERO);
+                while inherited.found[0].helper.is_none() {
+                    let detached = inherited.take(&[pid], &["a", "b"]);
+                    assert_eq!(detached.is_empty(), inherited.found[0].helper.is_none());
+                }
+                assert_eq!(inherited.found[0].helper, Some(1));
+                continue;
+            };
+            assert_eq!(helper, 1);
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn what_shows_our_own_environment_is_a_workers_child_before_exec() {
+        let inherited = Inherited {
+            suspects: vec![Suspect { helper: 0, ended: Instant::now(), lived: Duration::ZERO }],
+            found: vec![],
+        };
+        let own = Environment::Shown(b"FORKYARD_NAME=a\0A=b\0".to_vec());
+        let process = Process { pid: 1, started: u64::MAX };
+        assert_eq!(inherited.helper_of(process, &own, &own, &["a"]), None);
+        assert_eq!(inherited.helper_of(process, &own, &Environment::Shown(b"A=b\0".to_vec()), &["a"]), Some(0));
     }
 }

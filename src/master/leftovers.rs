@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
 
 use super::Master;
-use super::sight::{self, Sight};
+use super::sight::{self, Environment, Sight};
 use crate::sys;
 
 /// How long what is left may take to leave.
@@ -37,7 +37,9 @@ impl Master {
             let (ours, apart): (Vec<Pid>, Vec<Pid>) =
                 family.into_iter().partition(|&pid| self.ends_with_us(pid, session));
             let is_over = begun.elapsed() >= GRACE;
-            if ours.is_empty() || begun.elapsed() >= GRACE + KILLED {
+            // In the middle of exec it cannot be seen whose a process is.
+            let is_undecided = || apart.iter().any(|&pid| sight::environment_of(pid) == Environment::InExec);
+            if ours.is_empty() && !is_undecided() || begun.elapsed() >= GRACE + KILLED {
                 return apart.into_iter().for_each(|pid| self.name_survivor(pid));
             }
             for pid in ours {

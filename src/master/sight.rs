@@ -4,7 +4,8 @@
 //! It needs the rights of a debugger over them, which a master has over its own programs unless they run as another user
 //! and it is not root, or the kernel forbids it. Where nothing can be seen, nothing is said: see [`Sight::Hidden`].
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd, RawFd};
 
 use nix::sys::socket::{SockaddrStorage, getsockname};
@@ -17,6 +18,8 @@ use crate::sys;
 
 /// Threads of one process, and processes of one tree, that are looked at: more show nothing more.
 const MOST: usize = 256;
+/// Bytes of an environment that are read.
+const MOST_ENVIRONMENT: usize = 1 << 20;
 
 /// A process that is no child of the master, maybe: its pid may come to stand for another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +38,17 @@ pub(super) struct Stat {
     pub(super) started: u64,
     /// It has ended, and was not reaped yet.
     pub(super) is_zombie: bool,
+    has_empty_environment: bool,
+}
+
+/// The environment that a process was started with.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Environment {
+    /// As the process shows it: it may write over that.
+    Shown(Vec<u8>),
+    /// It is in the middle of exec: it has its new name, and no environment yet.
+    InExec,
+    Hidden,
 }
 
 /// What a process has to do with the listening socket.
@@ -95,7 +109,17 @@ fn stat_in(text: &str) -> Option<Stat> {
     let state = *fields.first()?;
     let started = fields.get(22 - 3)?.parse().ok()?;
     let [group, session] = [5, 6].map(|field| fields.get(field - 3)?.parse().ok());
-    Some(Stat { name, group: group?, session: session?, started, is_zombie: matches!(state, "Z" | "X") })
+    let is_zombie = matches!(state, "Z" | "X");
+    // Where its environment lies. In the middle of exec, and where it is hidden, both are 0.
+    let [from, to] = [50, 51].map(|field| fields.get(field - 3).and_then(|at| at.parse().ok()).unwrap_or(0_u64));
+    Some(Stat {
+        name,
+        group: group?,
+        session: session?,
+        started,
+        is_zombie,
+        has_empty_environment: from > 0 && from == to,
+    })
 }
 
 /// All processes of the machine, or of the container.
@@ -269,11 +293,26 @@ pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
     holders
 }
 
-/// A variable of the environment that a process was started with, if it still shows it: a program may write over that.
-pub(super) fn variable_of(pid: Pid, name: &str) -> Option<String> {
-    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
-    let mut variables = environment.split(|&byte| byte == 0).map(String::from_utf8_lossy);
-    variables.find_map(|variable| Some(variable.strip_prefix(name)?.strip_prefix('=')?.to_owned()))
+pub(super) fn environment_of(pid: Pid) -> Environment {
+    let Ok(mut file) = File::open(format!("/proc/{pid}/environ")) else { return Environment::Hidden };
+    let mut bytes = vec![0; MOST_ENVIRONMENT];
+    // All of it at once: an exec between two reads would cut it off.
+    match file.read(&mut bytes) {
+        Err(_) => Environment::Hidden,
+        Ok(0) if stat(pid).is_some_and(|stat| !stat.is_zombie && !stat.has_empty_environment) => Environment::InExec,
+        Ok(length) => {
+            bytes.truncate(length);
+            Environment::Shown(bytes)
+        }
+    }
+}
+
+impl Environment {
+    pub(super) fn variable(&self, name: &str) -> Option<String> {
+        let Self::Shown(bytes) = self else { return None };
+        let mut variables = bytes.split(|&byte| byte == 0).map(String::from_utf8_lossy);
+        variables.find_map(|variable| Some(variable.strip_prefix(name)?.strip_prefix('=')?.to_owned()))
+    }
 }
 
 #[cfg(test)]
@@ -396,5 +435,18 @@ mod tests {
         let stat = stat_in("7 (a b) c) S 1 6 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0").unwrap();
         assert_eq!((stat.group, stat.session, stat.started), (6, 5, 777));
         assert!(stat_in("7 (a) Z 1 7 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0").unwrap().is_zombie);
+    }
+
+    #[test]
+    fn an_environment_that_is_empty_is_not_taken_for_an_exec() {
+        let mut child = Command::new("sleep").arg("600").env_clear().spawn().unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while environment_of(pid(&child)) != Environment::Shown(Vec::new()) {
+            assert!(std::time::Instant::now() < deadline, "{:?}", environment_of(pid(&child)));
+            std::thread::park_timeout(std::time::Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(environment_of(pid(&child)), Environment::Hidden);
     }
 }
