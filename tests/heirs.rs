@@ -5,6 +5,8 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
 use common::{Process, Server, fastcgi, http, http2, is_gone, process, processes, scgi, wait_until};
 use nix::sys::signal::{Signal, kill};
@@ -169,6 +171,52 @@ fn heirs_leave_with_their_workers() {
         }
         wait_until("it is gone", || is_gone(heir.as_raw()).then_some(()));
     }
+}
+
+/// Whether a stop at once takes less than the two seconds that clients have otherwise to learn of the end. On a busy machine anything may
+/// take so long, so there are several tries. `hold` opens the connections that stay open meanwhile; `after` gets them then.
+fn stops_at_once(hold: impl Fn(&Fixture) -> Vec<TcpStream>, after: impl Fn(Vec<TcpStream>)) -> bool {
+    (0..10).any(|_| {
+        let mut at = start(&["--workers", "1"]);
+        let held = hold(&at);
+        let begun = Instant::now();
+        at.server.signal(Signal::SIGINT);
+        at.server.wait_end();
+        let took = begun.elapsed();
+        after(held);
+        took < Duration::from_secs(2)
+    })
+}
+
+#[test]
+fn a_stop_at_once_waits_for_no_client_that_keeps_its_connection() {
+    let idle_http2 = |at: &Fixture| {
+        let mut client = http2::Client::connect(&at.http).unwrap();
+        while client.next(http2::SETTINGS).unwrap().flags & http2::ACK == 0 {}
+        vec![client.stream]
+    };
+    assert!(stops_at_once(idle_http2, drop), "a kept connection over HTTP/2");
+    // More than fit into the channel to the other workers.
+    let many_idle = |at: &Fixture| {
+        let mut clients: Vec<_> = (0..400).map(|_| http::Client::connect(&at.http).unwrap()).collect();
+        for client in &mut clients {
+            assert_eq!(client.request("GET", "/ok", b"").unwrap().status, 200);
+        }
+        clients.into_iter().map(|client| client.stream.into_inner()).collect()
+    };
+    assert!(stops_at_once(many_idle, drop), "many kept connections");
+    let in_flight = |at: &Fixture| {
+        let mut stream = common::connect_tcp(&at.http).unwrap();
+        stream.write_all(b"GET /slow/60000 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        at.serves(1);
+        vec![stream]
+    };
+    let is_told = |mut held: Vec<TcpStream>| {
+        let mut text = String::new();
+        held[0].read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("HTTP/1.1 502 "), "{text}");
+    };
+    assert!(stops_at_once(in_flight, is_told), "a request in flight");
 }
 
 #[test]

@@ -44,8 +44,11 @@ use crate::net::handover::{self, Channel, PackedOrigin, Parcel};
 use crate::net::listen::{Closing, Listener};
 use crate::{logging, sys};
 
-/// How long peers that have been told that it is over are listened to, so that they hear it.
+/// How long peers that have been told that it is over are listened to, so that they hear it: closed before, a connection on which they
+/// still send would be reset, and what they were told be lost.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The same when the server stops at once, or the master is dead.
+const HURRY: Duration = Duration::from_millis(250);
 /// When the master is dead: how long a worker may take to accept what is queued before its sockets are closed, and how often that is
 /// looked at, in milliseconds.
 const CLOSING_PATIENCE: Duration = Duration::from_secs(1);
@@ -212,8 +215,8 @@ fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
 /// The connections of a dead worker.
 struct Estate<'a> {
     heritage: &'a Heritage,
-    /// At its end the master is dead.
-    lifeline: BorrowedFd<'a>,
+    /// At its end the master is dead, or stops at once. `None` from then on.
+    lifeline: Option<BorrowedFd<'a>>,
     /// Too many connections are on their way in the whole system.
     crowded: bool,
     passed_on: u32,
@@ -229,8 +232,16 @@ impl<'a> Estate<'a> {
     /// Takes stock, closes all other descriptors, and settles.
     fn open(heritage: &'a Heritage, ledger: Ledger, lifeline: BorrowedFd<'a>) -> Self {
         let (parcels, leaving) = (Vec::new(), Vec::new());
-        let mut estate =
-            Self { heritage, lifeline, crowded: false, passed_on: 0, parcels, leaving, answered: 0, cut: 0 };
+        let mut estate = Self {
+            heritage,
+            lifeline: Some(lifeline),
+            crowded: false,
+            passed_on: 0,
+            parcels,
+            leaving,
+            answered: 0,
+            cut: 0,
+        };
         let mut pages: BTreeMap<RawFd, Page> =
             ledger.descriptors().filter_map(|fd| Some((fd, ledger.read_page(fd)?))).collect();
         let mut without_page = Vec::new();
@@ -300,16 +311,20 @@ impl<'a> Estate<'a> {
     /// Passes on what can be passed on, and waits until those that leave have heard.
     fn close(mut self) {
         let slot = self.heritage.slot;
-        let begun = Instant::now();
+        let (begun, mut patience) = (Instant::now(), PATIENCE);
         loop {
             self.pass_on();
             self.listen();
-            let left = PATIENCE.saturating_sub(begun.elapsed());
+            let left = patience.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 self.leaving.clear();
             }
-            if self.parcels.is_empty() && self.leaving.is_empty() || !self.wait(left) {
+            if self.parcels.is_empty() && self.leaving.is_empty() {
                 break;
+            }
+            if !self.wait(left) {
+                (self.lifeline, patience) = (None, HURRY);
+                self.parcels.clear(); // nobody takes what is passed on
             }
         }
         let Self { answered, cut, passed_on, .. } = self;
@@ -353,10 +368,9 @@ impl<'a> Estate<'a> {
         });
     }
 
-    /// Waits for something to happen, and at most `left` for those who leave. False if the master is dead: then nobody
-    /// takes what is passed on.
+    /// Waits for something to happen, and at most `left` for those who leave. False if the lifeline has ended.
     fn wait(&self, left: Duration) -> bool {
-        let mut events = vec![PollFd::new(self.lifeline, PollFlags::POLLIN)];
+        let mut events: Vec<_> = self.lifeline.iter().map(|&end| PollFd::new(end, PollFlags::POLLIN)).collect();
         if !self.parcels.is_empty() && !self.crowded {
             events.push(PollFd::new(self.heritage.handover.sender(), PollFlags::POLLOUT));
         }
@@ -368,7 +382,7 @@ impl<'a> Estate<'a> {
             _ => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),
         };
         let _ = poll(&mut events, timeout); // if it fails, the next round is just earlier
-        !events.first().and_then(PollFd::any).unwrap_or(false)
+        self.lifeline.is_none() || !events.first().and_then(PollFd::any).unwrap_or(false)
     }
 }
 

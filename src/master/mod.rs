@@ -325,8 +325,11 @@ impl Master {
         self.beside.tell_of_publish_socket(events);
     }
 
-    /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take.
+    /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take. After a stop at once they hurry.
     fn await_heirs(&mut self) {
+        if self.programs.at_once {
+            self.nursery.end_lifeline();
+        }
         let begun = Instant::now();
         while let Some(left) =
             HEIRS.checked_sub(begun.elapsed()).filter(|_| spawn::has_heirs() || self.relay.pid().is_some())

@@ -70,7 +70,7 @@ pub(crate) struct Nursery {
     pub(crate) segment: Segment,
     pub(crate) launch: Launch,
     pub(crate) handover: Arc<Channel>,
-    /// Both ends of the pipe that tells workers by its end that the master is dead.
+    /// Both ends of the pipe that tells workers and heirs by its end that the master is dead.
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
     worker_hooks: Arc<WorkerHooks>,
@@ -207,6 +207,14 @@ impl Nursery {
     /// The descriptors of the lifeline's ends.
     pub(crate) fn lifeline(&self) -> (RawFd, RawFd) {
         (self.lifeline.0.as_raw_fd(), self.lifeline.1.as_raw_fd())
+    }
+
+    /// Has the heirs of the last workers find that nobody goes on with what they have, as if the master were dead.
+    pub(crate) fn end_lifeline(&mut self) {
+        // Without a descriptor for another one they take a little longer.
+        if let Ok(pipe) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK) {
+            self.lifeline = pipe;
+        }
     }
 
     /// A descriptor to stand in for sockets that were given up.
