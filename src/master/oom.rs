@@ -42,13 +42,21 @@ impl OomKills {
     }
 }
 
-/// The file with the counts of a process's cgroup, by its `/proc/PID/cgroup`.
+/// The file with the counts of a process's cgroup, by its `/proc/PID/cgroup`. Where the memory is accounted for by version 1, the cgroup of
+/// version 2 has none.
 fn events_of(text: &str) -> Option<String> {
-    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
-    Some(format!("/sys/fs/cgroup{}/memory.events", path.trim_end_matches('/')))
+    let of_version_1 = text.lines().find_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        let has_memory = controllers.split(',').any(|controller| controller == "memory");
+        has_memory.then(|| format!("/sys/fs/cgroup/memory{}/memory.oom_control", path.trim_end_matches('/')))
+    });
+    of_version_1.or_else(|| {
+        let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+        Some(format!("/sys/fs/cgroup{}/memory.events", path.trim_end_matches('/')))
+    })
 }
 
-/// In `memory.events` and in `/proc/vmstat` alike.
+/// In all of these files alike.
 fn count_in(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
 }
@@ -61,7 +69,10 @@ mod tests {
     fn a_kill_is_explained_when_the_kernel_has_counted_one_at_that_moment() {
         assert_eq!(events_of("1:cpu:/x\n0::/a/b\n").as_deref(), Some("/sys/fs/cgroup/a/b/memory.events"));
         assert_eq!(events_of("0::/\n").as_deref(), Some("/sys/fs/cgroup/memory.events"));
-        assert_eq!(events_of("1:memory:/x\n"), None);
+        let of_version_1 = Some("/sys/fs/cgroup/memory/x/memory.oom_control");
+        assert_eq!(events_of("2:cpu:/y\n1:hugetlb,memory:/x\n0::/\n").as_deref(), of_version_1);
+        assert_eq!(events_of("1:cpu:/x\n"), None);
+        assert_eq!(count_in("oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"), Some(4));
         assert_eq!(count_in("low 0\noom 5\noom_kill 3\noom_group_kill 0\n"), Some(3));
         assert_eq!(count_in("low 0\n"), None);
 
