@@ -107,6 +107,58 @@ fn a_daemon_that_cannot_start_is_tried_less_and_less_and_125_is_taken_for_an_ans
 }
 
 #[test]
+fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() {
+    use std::os::unix::fs::PermissionsExt as _;
+    assert!(nix::unistd::geteuid().is_root(), "this test has to run as root: it gives privileges up");
+    let folder = tempfile::tempdir().unwrap();
+    let set = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    let executable = |path: &str, text: &str, mode| {
+        let path = folder.path().join(path);
+        std::fs::write(&path, text).unwrap();
+        set(&path, mode);
+        path.display().to_string()
+    };
+    std::fs::create_dir(folder.path().join("closed")).unwrap();
+    set(folder.path(), 0o711);
+    set(&folder.path().join("closed"), 0o700);
+    let closed = executable("closed/program", "#!/bin/sh\n", 0o755);
+    let roots = executable("roots", "#!/bin/sh\n", 0o700);
+    let alien = executable("alien", "#!/no-such-interpreter\n", 0o755);
+    let late = executable("late", "#!/bin/sh\nexec sleep 1000\n", 0o755);
+    let all = [("closed", &closed), ("roots", &roots), ("alien", &alien), ("late", &late)];
+    let daemons = all.map(|(name, path)| format!("{name}={path} x"));
+    let job = format!("job=* * * * * *={roots}");
+    let user = ["--user", "4711", "--group", "4711", "--chdir", "/usr"];
+    let daemons = daemons.iter().flat_map(|daemon| ["--daemon", daemon]);
+    let server = crashy(&daemons.chain(["--cron", &job]).chain(user).collect::<Vec<_>>());
+    let told = |kind: &str, name: &str, path: &str, cause: &str| {
+        let line = server.logged(&format!("cannot start {kind} name={name}: "));
+        let tail = format!(" command={path} user=4711 directory=/usr (--{kind})");
+        assert!(line.contains(cause) && line.ends_with(&tail), "{line}");
+    };
+    let entry = format!("permission denied: the user may not enter {}", folder.path().join("closed").display());
+    told("daemon", "closed", &closed, &entry);
+    told("daemon", "roots", &roots, "permission denied: the user may not execute it");
+    told("daemon", "alien", &alien, "its interpreter does not exist");
+    told("cron", "job", &roots, "permission denied: the user may not execute it");
+    // One that was there at the start.
+    let line = server.logged("daemon started name=late");
+    std::fs::remove_file(&late).unwrap();
+    kill(pid_in(&line), Signal::SIGKILL).unwrap();
+    told("daemon", "late", &late, "there is no such file");
+    drop(server);
+
+    // A program that serves.
+    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let mut command = Command::new(program("forkyard"));
+    command.args(["run", "--bind", &bind, "--workers", "1"]).args(user).args(["--", &roots]);
+    let server = Server::launch(&mut command);
+    let line = server.logged("cannot make a worker slot=0");
+    let tail = format!("the user may not execute it, or not its interpreter command={roots} user=4711 directory=/usr");
+    assert!(line.contains(&tail), "{line}");
+}
+
+#[test]
 fn one_that_does_not_stop_is_killed_with_what_it_started() {
     let folder = tempfile::tempdir().unwrap();
     let text = "trap '' TERM\nsleep 600 &\necho child=$!\nwhile :; do sleep 0.05; done\n";

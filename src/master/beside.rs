@@ -414,8 +414,8 @@ impl Beside {
             .stderr(Stdio::from(write));
         let steps = privileges.steps_without_slot().map_err(io::Error::other)?;
         let prepare = move || privileges::carry_out_before_exec(&steps);
-        let child =
-            sys::spawn(&mut command, &[segment.as_raw_fd()], prepare).map_err(|error| explain(&error, read.as_fd()))?;
+        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], prepare)
+            .map_err(|error| explain(&error, read.as_fd(), privileges, program))?;
         Ok((Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?), read))
     }
 

@@ -329,19 +329,27 @@ impl Nursery {
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);
         let steps = settings.privileges.steps(slot).map_err(io::Error::other)?;
         let prepare = move || privileges::carry_out_before_exec(&steps);
-        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], prepare).map_err(|error| explain(&error, read))?;
+        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], prepare)
+            .map_err(|error| explain(&error, read, &settings.privileges, program))?;
         let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
         Ok((pid, Link::Program(ProgramState::default()), None))
     }
 }
 
 /// Why a program did not start: the step that failed has left its flag in the output.
-pub(super) fn explain(error: &io::Error, output: BorrowedFd<'_>) -> io::Error {
+pub(super) fn explain(
+    error: &io::Error,
+    output: BorrowedFd<'_>,
+    privileges: &Privileges,
+    program: &Program,
+) -> io::Error {
     let mut flag = [0; 64];
     let read = nix::unistd::read(output, &mut flag).unwrap_or(0);
     let flag = String::from_utf8_lossy(&flag[..read]);
-    let error = sys::explain(error);
-    io::Error::other(if flag.is_empty() { error } else { format!("{}: {error}", flag.trim_end()) })
+    io::Error::other(match flag.trim_end() {
+        "" => privileges.explain_exec(error, program),
+        flag => format!("{flag}: {}", sys::explain(error)),
+    })
 }
 
 /// The memory for a process that may outlive the workers, without their lock on its file: the next start needs that.

@@ -3,12 +3,14 @@
 //!
 //! - [`steps`] decides what is done, and in which order (pure).
 //! - [`calls`] makes the system calls; between fork and exec too.
+//! - [`exec_error`] explains why a program could not be executed.
 //! - [`reach`] tells whether another user gets to a path.
 //! - [`sandbox`] confines a worker; [`syscalls`] is its list of system calls.
 //!
 //! Imports the configuration, and nothing of master or worker.
 
 mod calls;
+mod exec_error;
 mod reach;
 mod sandbox;
 mod steps;
@@ -27,6 +29,7 @@ use nix::unistd::{Pid, Uid};
 pub(crate) use self::reach::Visitor;
 use self::steps::Standing;
 pub(crate) use self::steps::Step;
+use crate::config::Program;
 use crate::config::privileges::{Affinity, Owner, PrivilegesConfig, Variable};
 use crate::sys;
 
@@ -126,6 +129,11 @@ impl Privileges {
             })?;
         }
         self.config.sandbox.as_ref().map_or(Ok(()), sandbox::enter).map_err(io::Error::other)
+    }
+
+    /// Why `program` could not be executed with these privileges: the cause, and the command, the user and the directory.
+    pub(crate) fn explain_exec(&self, error: &io::Error, program: &Program) -> String {
+        exec_error::explain(error, program, &self.config)
     }
 
     /// Whether processes may be other than the master in what they can open.
