@@ -2,7 +2,7 @@
 //! system calls are refused.
 //!
 //! It needs root, and a control group for memory to write to: where there is none the test says so. What is read of control groups
-//! is tested without any in `shm/src/memory_limit.rs`.
+//! is tested without any in `shm/src/memory/memory_limit.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 

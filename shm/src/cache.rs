@@ -5,24 +5,49 @@
 //!
 //! May not: know what an entry looks like in memory, or let an error in the cache become an error of a request.
 
+pub(crate) mod audit;
+pub(crate) mod claim;
+pub(crate) mod early;
+pub(crate) mod entry;
+pub(crate) mod eviction;
+pub(crate) mod freshness;
+pub(crate) mod ghosts;
+pub(crate) mod index;
+pub(crate) mod list;
+pub(crate) mod lookup;
+pub(crate) mod options;
+pub(crate) mod page;
+pub(crate) mod pinned;
+pub(crate) mod prefixes;
+pub(crate) mod read;
+pub(crate) mod recorder;
+pub(crate) mod refused;
+pub(crate) mod render;
+pub(crate) mod shard;
+pub(crate) mod stats;
+pub(crate) mod sweep;
+pub(crate) mod tags;
+pub(crate) mod value;
+pub(crate) mod watch;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::entry::{Key, NewEntry, Times};
-use crate::error::Refused;
-use crate::judge::{Judge, Moment, Verdict};
-use crate::layout::{ENTRY_HEAD, GRAIN};
-use crate::lease;
-use crate::options::Options;
-use crate::pinned::Pinned;
-use crate::prefixes::Prefixes;
-use crate::read::Sight;
-use crate::segment::Inner;
-use crate::shard::{Corrupt, LockedShard, NotLocked, Shard, Stored, add};
-use crate::tags::{Clock, TagClock};
+use self::entry::{Key, NewEntry, Times};
+use self::freshness::{Judge, Moment, Verdict};
+use self::options::Options;
+use self::pinned::Pinned;
+use self::prefixes::Prefixes;
+use self::read::Sight;
+use self::refused::Refused;
+use self::shard::{Corrupt, LockedShard, NotLocked, Shard, Stored, add};
+use self::tags::{Clock, TagClock};
+use crate::memory::SharedMemory;
+use crate::memory::layout::{ENTRY_HEAD, GRAIN};
+use crate::protocols::lease;
 
 /// Tags hash with another seed than keys, so that no key is a tag.
 const TAG_SALT: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -35,7 +60,7 @@ const PADDING: u64 = 16 + GRAIN;
 /// a page that cannot be read is a miss, and a page that cannot be stored is refused.
 #[derive(Clone, Debug)]
 pub struct Cache {
-    pub(crate) segment: Arc<Inner>,
+    pub(crate) segment: Arc<SharedMemory>,
 }
 
 /// Why nothing was done in a shard.
@@ -61,7 +86,7 @@ pub(crate) struct Rendering<'a> {
 }
 
 impl Cache {
-    pub(crate) fn new(segment: Arc<Inner>) -> Cache {
+    pub(crate) fn new(segment: Arc<SharedMemory>) -> Cache {
         Cache { segment }
     }
 
@@ -431,5 +456,4 @@ impl Cache {
 }
 
 #[cfg(test)]
-#[path = "cache_tests.rs"]
 mod tests;

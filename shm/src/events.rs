@@ -33,32 +33,31 @@
 //! there misses nothing. A topic that is new then begins above it as well, as nobody knows whether it is.
 
 mod audit;
-mod bell;
 mod publish;
 mod read;
 mod ring;
+mod topics;
+
 #[cfg(test)]
 mod tests;
-mod told;
-mod topics;
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use self::bell::Bell;
 pub use self::publish::PublishError;
 pub use self::read::{Event, Since, Tail, Tailed};
 use self::ring::Ring;
-use crate::futex;
-use crate::layout::{EventsHead, GRAIN};
-use crate::segment::Inner;
+use crate::memory::SharedMemory;
+use crate::memory::futex;
+use crate::memory::layout::{EventsHead, GRAIN};
+use crate::protocols::bell::Bell;
 
 /// A handle of the event log; cheap to clone, usable from any thread.
 #[derive(Clone, Debug)]
 pub struct Events {
-    segment: Arc<Inner>,
+    segment: Arc<SharedMemory>,
 }
 
 /// What the log holds.
@@ -86,7 +85,7 @@ pub struct EventStats {
 }
 
 impl Events {
-    pub(crate) fn new(segment: Arc<Inner>) -> Events {
+    pub(crate) fn new(segment: Arc<SharedMemory>) -> Events {
         Events { segment }
     }
 
@@ -158,7 +157,7 @@ struct Log<'a> {
 }
 
 impl<'a> Log<'a> {
-    fn of(segment: &'a Inner) -> Option<Log<'a>> {
+    fn of(segment: &'a SharedMemory) -> Option<Log<'a>> {
         let (head, geometry) = (segment.events_head()?, &segment.geometry);
         let ring = Ring::new(&segment.map, geometry.events_ring_at, geometry.events_ring_len);
         let topics = topics::Topics::of(segment)?;
@@ -172,7 +171,7 @@ impl EventsHead {
     }
 }
 
-impl Inner {
+impl SharedMemory {
     pub(crate) fn events_head(&self) -> Option<&EventsHead> {
         if self.geometry.events_ring_len == 0 { None } else { self.map.at(self.geometry.events_at) }
     }

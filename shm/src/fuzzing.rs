@@ -1,7 +1,7 @@
 //! What must hold of a page whatever stands in the shared memory, and whatever a client says: see `docs/fuzzing.md` of
 //! Forkyard. There for tests and `--cfg fuzzing` only.
 
-use crate::page::{Encoding, Page};
+use crate::cache::page::{Encoding, Page};
 
 /// Takes the first byte of `data` for the length of a body, a line for `Accept-Encoding`, and the rest for what is kept
 /// beside the body, and for `If-None-Match`.

@@ -115,83 +115,41 @@
 //! instructions that are opaque to the compiler. The one function that lends a slice of shared memory,
 //! [`Pinned::into_slice`], is unsafe and documents its caller's obligations.
 
-mod adopt;
-mod audit;
 mod cache;
-mod claim;
-mod clock;
 #[doc(hidden)]
 pub mod crash;
-mod early;
-mod entry;
-mod error;
 mod events;
-mod file;
-mod fork;
-mod futex;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
-mod geometry;
-mod ghosts;
-mod index;
-mod judge;
-mod kept;
-mod layout;
-mod lease;
-#[cfg(test)]
-mod lease_tests; // not in lease.rs, which is also compiled for the model tests
-mod list;
-mod lock;
-mod lookup;
-mod map;
-mod member;
-mod memory_limit;
-mod options;
-mod page;
-mod pin;
-#[cfg(test)]
-mod pin_tests;
-mod pinned;
-mod prefixes;
-mod purge;
-mod quarantine;
-mod read;
-mod recorder;
-mod render;
-mod room;
+mod memory;
+mod protocols;
 mod scoreboard;
 mod segment;
-mod shard;
-mod stats;
-mod sweep;
-mod sync;
-mod tags;
-mod wait;
-mod watch;
 
-pub use cache::Cache;
+pub use self::cache::Cache;
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
-pub use cache::Held;
-pub use error::{Refused, SegmentError};
-pub use events::{Event, EventStats, Events, PublishError, Since, Tail, Tailed};
-pub use file::Found;
-pub use kept::Keep;
-pub use list::{Distribution, Listed};
-pub use memory_limit::memory_limit;
-pub use options::Options;
-pub use page::{Damaged, Encoding, Header, NotStorable, Page};
-pub use pinned::{Pinned, PinnedSlice};
-pub use quarantine::Quarantine;
-pub use recorder::Recorder;
-pub use render::{Served, Source};
-pub use scoreboard::{
+pub use self::cache::Held;
+pub use self::cache::list::{Distribution, Listed};
+pub use self::cache::options::Options;
+pub use self::cache::page::{Damaged, Encoding, Header, NotStorable, Page};
+pub use self::cache::pinned::{Pinned, PinnedSlice};
+pub use self::cache::recorder::Recorder;
+pub use self::cache::refused::Refused;
+pub use self::cache::render::{Served, Source};
+pub use self::cache::stats::Stats;
+pub use self::cache::tags::Clock;
+pub use self::cache::value::Keep;
+pub use self::events::{Event, EventStats, Events, PublishError, Since, Tail, Tailed};
+pub use self::memory::error::SegmentError;
+pub use self::memory::memory_limit::memory_limit;
+pub use self::scoreboard::quarantine::Quarantine;
+pub use self::scoreboard::{
     Before, InFlight, Load, Occupancy, Pulse, Row, Scoreboard, Seat, Serving, Snapshot, State, request_text,
 };
-pub use segment::Segment;
-pub use stats::Stats;
-pub use tags::Clock;
+pub use self::segment::Segment;
+pub use self::segment::file::Found;
 
 /// The layout of a segment: what it contains, and how large each part is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -214,6 +172,6 @@ impl Plan {
     /// # Errors
     /// Fails if the plan is out of range, or the memory is not available: see [`SegmentError`].
     pub fn check_memory(&self) -> Result<(), SegmentError> {
-        segment::check_memory(geometry::Geometry::of(self)?.total)
+        crate::segment::check_memory(crate::memory::geometry::Geometry::of(self)?.total)
     }
 }

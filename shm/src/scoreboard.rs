@@ -10,6 +10,7 @@
 //!
 //! May not: lock, allocate or make a system call in `begin` or at its end: they are in the path of every request.
 
+pub(crate) mod quarantine;
 mod seat;
 mod surplus;
 mod text;
@@ -24,9 +25,9 @@ pub use self::seat::{Before, Seat};
 use self::seat::{KNOWN, NOBODY};
 use self::surplus::Surplus;
 pub use self::text::request_text;
-use crate::clock::monotonic_ms;
-use crate::layout::{CELLS, Cell, ROW_BYTES, RowCells};
-use crate::segment::Inner;
+use crate::memory::SharedMemory;
+use crate::memory::clock::monotonic_ms;
+use crate::memory::layout::{CELLS, Cell, ROW_BYTES, RowCells};
 
 /// In the word of hung threads: there is no other thread.
 const ALL_HANG: u32 = 1 << 31;
@@ -37,7 +38,7 @@ const READS: usize = 3;
 /// A handle of the scoreboard; cheap to clone, usable from any thread.
 #[derive(Clone, Debug)]
 pub struct Scoreboard {
-    segment: Arc<Inner>,
+    segment: Arc<SharedMemory>,
 }
 
 /// What a process is doing, as it says itself.
@@ -74,7 +75,7 @@ pub struct Row {
 /// Whether all threads of a row's process are occupied, to be said from any of them.
 #[derive(Clone, Debug)]
 pub struct Occupancy {
-    segment: Arc<Inner>,
+    segment: Arc<SharedMemory>,
     at: u64,
     epoch: u64,
 }
@@ -83,7 +84,7 @@ pub struct Occupancy {
 /// each thread is at work on.
 #[derive(Clone, Debug)]
 pub struct Pulse {
-    segment: Arc<Inner>,
+    segment: Arc<SharedMemory>,
     at: u64,
     epoch: u64,
     surplus: Arc<Surplus>,
@@ -92,7 +93,7 @@ pub struct Pulse {
 /// What all clones of a row share; of this process alone.
 #[derive(Debug)]
 struct Holding {
-    segment: Arc<Inner>,
+    segment: Arc<SharedMemory>,
     at: u64,
     epoch: u64,
     /// One bit for each cell of the row that is in use.
@@ -192,7 +193,7 @@ impl State {
 }
 
 impl Scoreboard {
-    pub(crate) fn new(segment: Arc<Inner>) -> Scoreboard {
+    pub(crate) fn new(segment: Arc<SharedMemory>) -> Scoreboard {
         Scoreboard { segment }
     }
 

@@ -3,6 +3,9 @@
 //! `create` leaves nothing half done for others to see: the descriptor is handed out only when the memory is
 //! reserved, the locks work and the header is written. `attach` believes nothing that it has not checked.
 
+pub(crate) mod adopt;
+pub(crate) mod file;
+
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
@@ -19,17 +22,16 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::Plan;
 use crate::cache::Cache;
-use crate::clock::monotonic_ms;
-use crate::error::SegmentError;
 use crate::events::Events;
-use crate::file;
-use crate::geometry::Geometry;
-use crate::layout::{FINGERPRINT, GRAIN, Header, MAGIC, ShardHead, VERSION};
-use crate::map::Map;
-use crate::member::Membership;
-use crate::memory_limit::{self, Left};
-use crate::quarantine::Quarantine;
+use crate::memory::SharedMemory;
+use crate::memory::error::SegmentError;
+use crate::memory::geometry::Geometry;
+use crate::memory::layout::{FINGERPRINT, GRAIN, Header, MAGIC, ShardHead, VERSION};
+use crate::memory::map::Map;
+use crate::memory::members::Membership;
+use crate::memory::memory_limit::{self, Left};
 use crate::scoreboard::Scoreboard;
+use crate::scoreboard::quarantine::Quarantine;
 
 /// A mapped segment: a cheap handle that can be cloned, shared between threads, and inherited by forked children.
 ///
@@ -37,21 +39,7 @@ use crate::scoreboard::Scoreboard;
 /// both mapping and descriptor.
 #[derive(Clone, Debug)]
 pub struct Segment {
-    pub(crate) inner: Arc<Inner>,
-}
-
-/// What all handles share. The geometry is this process's own copy.
-#[derive(Debug)]
-pub(crate) struct Inner {
-    pub(crate) map: Map,
-    pub(crate) geometry: Geometry,
-    pub(crate) seed: u64,
-    /// What is added to the monotonic clock, so that the segment's clock goes on when a file is used again.
-    pub(crate) time_base: u64,
-    pub(crate) membership: Membership,
-    pub(crate) fd: OwnedFd,
-    /// The file's lock, if the segment lies in a file and this is who opened it.
-    pub(crate) file: Option<Arc<File>>,
+    pub(crate) inner: Arc<SharedMemory>,
 }
 
 impl Segment {
@@ -84,7 +72,7 @@ impl Segment {
     ) -> Result<Segment, SegmentError> {
         map.warm();
         let seed = RandomState::new().build_hasher().finish(); // keyed by the system's random numbers
-        let inner = Inner { map, geometry, seed, time_base: 0, membership: Membership::new(), fd, file };
+        let inner = SharedMemory { map, geometry, seed, time_base: 0, membership: Membership::new(), fd, file };
         inner.init_shards().ok_or(BAD_GEOMETRY)?;
         inner.init_events().ok_or(BAD_GEOMETRY)?;
         inner.write_header(plan).ok_or(BAD_GEOMETRY)?;
@@ -126,7 +114,7 @@ impl Segment {
         }
         let time_base = header.time_base.load(Ordering::Relaxed);
         let membership = Membership::new();
-        Ok(Segment { inner: Arc::new(Inner { map, geometry, seed, time_base, membership, fd, file: None }) })
+        Ok(Segment { inner: Arc::new(SharedMemory { map, geometry, seed, time_base, membership, fd, file: None }) })
     }
 
     /// The descriptor, which can be inherited by children or sent to another process. It is close-on-exec; a process
@@ -205,16 +193,7 @@ impl Segment {
     }
 }
 
-impl Inner {
-    /// Milliseconds of the segment's clock, never 0. It goes on when a file is used again.
-    pub(crate) fn now_ms(&self) -> u64 {
-        self.time_base.wrapping_add(monotonic_ms())
-    }
-
-    pub(crate) fn header(&self) -> Option<&Header> {
-        self.map.at(0)
-    }
-
+impl SharedMemory {
     /// Position 0 means "none" in a slot, so the logs start behind it.
     fn init_shards(&self) -> Option<()> {
         for number in 0..self.geometry.shards {
@@ -296,7 +275,7 @@ fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
 /// A memory file of `len` bytes, all of them reserved, whose size is fixed for ever.
 #[cfg(not(miri))]
 fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
-    let out_of_memory = |source: io::Error| no_memory(len, source);
+    let out_of_memory = |source: io::Error| SegmentError::no_memory(len, source);
     check_memory(len)?;
     let size = i64::try_from(len).map_err(|_| out_of_memory(Errno::EFBIG.into()))?;
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
@@ -321,13 +300,9 @@ pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
         return Err(SegmentError::OverLimit { bytes: len, limit, free });
     }
     if memory_limit::available_in_machine().is_some_and(|available| len > available) {
-        return Err(no_memory(len, Errno::ENOMEM.into()));
+        return Err(SegmentError::no_memory(len, Errno::ENOMEM.into()));
     }
     Ok(())
-}
-
-pub(crate) fn no_memory(bytes: u64, source: io::Error) -> SegmentError {
-    SegmentError::NoMemory { bytes, available: memory_limit::available_in_machine(), source }
 }
 
 /// The kernel sends SIGXFSZ to whoever makes a larger file than it may.

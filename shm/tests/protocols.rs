@@ -33,19 +33,19 @@ mod crash {
     pub(crate) fn point(_: &'static str) {}
 }
 
-#[path = "../src/events/bell.rs"]
+#[path = "../src/protocols/bell.rs"]
 mod bell;
-#[path = "../src/lease.rs"]
+#[path = "../src/protocols/lease.rs"]
 #[expect(dead_code, reason = "deadlines and marks are no matter of order: lease_tests.rs")]
 mod lease;
-#[path = "../src/lock.rs"]
+#[path = "../src/protocols/lock.rs"]
 #[expect(dead_code, reason = "what is done to a file that was just opened is no matter of order")]
 mod lock;
-#[path = "../src/pin.rs"]
+#[path = "../src/protocols/pin.rs"]
 mod pin;
-#[path = "../src/purge.rs"]
+#[path = "../src/protocols/purge.rs"]
 mod purge;
-#[path = "../src/events/told.rs"]
+#[path = "../src/protocols/told.rs"]
 mod told;
 
 #[path = "protocols/events.rs"]

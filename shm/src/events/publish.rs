@@ -16,10 +16,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::ring::{Draft, Record};
 use super::topics::Topics;
-use super::{Events, Log, told};
-use crate::layout::{EventsHead, GRAIN};
-use crate::segment::Inner;
-use crate::{crash, futex, wait};
+use super::{Events, Log};
+use crate::crash;
+use crate::memory::SharedMemory;
+use crate::memory::layout::{EventsHead, GRAIN};
+use crate::memory::{futex, wait};
+use crate::protocols::told;
 
 /// Why an event was not published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +98,7 @@ impl Events {
     }
 }
 
-impl Inner {
+impl SharedMemory {
     /// As with a shard: after a wait in vain nobody waits for the living until somebody got the lock again.
     fn lock_events(&self, head: &EventsHead) -> bool {
         let suspect = head.suspect.load(Ordering::Relaxed) != 0;

@@ -7,8 +7,8 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::layout::{EVENT_HEAD, EventHead, GRAIN, KIND_EVENT, KIND_PAD, RecordHead, TOPIC_BYTES};
-use crate::map::Map;
+use crate::memory::layout::{EVENT_HEAD, EventHead, GRAIN, KIND_EVENT, KIND_PAD, RecordHead, TOPIC_BYTES};
+use crate::memory::map::Map;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ring<'a> {

@@ -11,11 +11,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::told;
 use crate::crash;
-use crate::layout::{EVENTS_HEAD, EventsHead, TOPIC_BYTES, TOPIC_CELL, TopicCell};
-use crate::map::Map;
-use crate::segment::Inner;
+use crate::memory::SharedMemory;
+use crate::memory::layout::{EVENTS_HEAD, EventsHead, TOPIC_BYTES, TOPIC_CELL, TopicCell};
+use crate::memory::map::Map;
+use crate::protocols::told;
 
 /// The length of a topic in a cell that has none.
 const GIVEN_UP: u32 = u32::MAX;
@@ -29,7 +29,7 @@ pub(super) struct Topics<'a> {
 }
 
 impl<'a> Topics<'a> {
-    pub(super) fn of(segment: &'a Inner) -> Option<Topics<'a>> {
+    pub(super) fn of(segment: &'a SharedMemory) -> Option<Topics<'a>> {
         let at = segment.geometry.events_at + EVENTS_HEAD;
         Some(Topics { map: &segment.map, at, cells: segment.map.slice(at, segment.geometry.topics)? })
     }

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use super::Pulse;
 use super::surplus::Surplus;
-use crate::layout::{CELLS, RowCells, SEATS, SeatCells};
+use crate::memory::layout::{CELLS, RowCells, SEATS, SeatCells};
 
 /// In the word of a seat: the text beside it is that of a request which has no cell any more.
 pub(super) const NO_CELL: u64 = u64::MAX;

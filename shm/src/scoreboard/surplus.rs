@@ -5,7 +5,7 @@
 
 use std::sync::OnceLock;
 
-use crate::layout::{Cell, SeatCells, TEXT_WORDS, Text};
+use crate::memory::layout::{Cell, SeatCells, TEXT_WORDS, Text};
 
 /// Cells of the first chunk; each further chunk has twice as many as the one before.
 const FIRST: usize = 64;

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::layout::{TEXT_WORDS, Text};
+use crate::memory::layout::{TEXT_WORDS, Text};
 
 /// Bytes of "GET /path" that there is room for.
 pub(super) const TEXT_BYTES: usize = TEXT_WORDS * 8;

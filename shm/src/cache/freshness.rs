@@ -1,0 +1,130 @@
+//! What an entry is worth at a moment: its time, and whether it, a tag of it, or a prefix of its key was purged.
+//!
+//! May not: change anything.
+
+use std::sync::atomic::Ordering;
+
+use super::entry::{Entry, Key, Times};
+use super::prefixes::Prefixes;
+use super::tags::TagClock;
+use crate::memory::SharedMemory;
+use crate::memory::layout::Header;
+
+/// The moment, and what was purged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Judge<'a> {
+    pub(crate) moment: Moment<'a>,
+    pub(crate) inner: &'a SharedMemory,
+    pub(crate) header: &'a Header,
+}
+
+/// A time on the segment's clock.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Moment<'a> {
+    At(u64),
+    /// Whenever it is asked for: pages without a time limit need no clock.
+    Now(&'a SharedMemory),
+}
+
+impl Moment<'_> {
+    pub(crate) fn ms(self) -> u64 {
+        match self {
+            Moment::At(ms) => ms,
+            Moment::Now(inner) => inner.now_ms(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Fresh,
+    /// Over, but may be served while somebody renders anew.
+    Stale,
+    /// Over, but may be served if rendering fails.
+    OnError,
+    Expired,
+    Purged,
+}
+
+impl Verdict {
+    /// Whether the entry is still of any use.
+    pub(crate) fn keeps(self) -> bool {
+        match self {
+            Verdict::Fresh | Verdict::Stale | Verdict::OnError => true,
+            Verdict::Expired | Verdict::Purged => false,
+        }
+    }
+}
+
+impl Judge<'_> {
+    pub(crate) fn verdict(&self, entry: &Entry<'_>) -> Verdict {
+        let times = entry.times();
+        if self.is_purged(entry, times.snapshot) {
+            Verdict::Purged
+        } else if times.expires_ms == 0 {
+            Verdict::Fresh
+        } else {
+            freshness(&times, self.moment.ms())
+        }
+    }
+
+    /// Whether something that the entry depends on was purged after it began to be rendered.
+    fn is_purged(&self, entry: &Entry<'_>, snapshot: u64) -> bool {
+        // Nothing at all was purged since: the usual case costs one load.
+        if snapshot >= self.header.tag_clock.load(Ordering::SeqCst) {
+            return false;
+        }
+        let (Some(clock), Some(prefixes)) = (self.clock(), self.prefixes()) else { return true };
+        !clock.outlived_clear(snapshot)
+            || !clock.is_current(entry.hash(), snapshot)
+            || entry.tags().iter().any(|tag| !clock.is_current(tag.load(Ordering::Relaxed), snapshot))
+            || prefixes.purged_entry(entry, snapshot)
+    }
+
+    /// Whether a page that is about to be stored is out of date already.
+    pub(crate) fn is_outdated(&self, key: Key<'_>, tags: &[u64], snapshot: u64) -> bool {
+        let (Some(clock), Some(prefixes)) = (self.clock(), self.prefixes()) else { return true };
+        !clock.outlived_clear(snapshot)
+            || !clock.is_current(key.hash, snapshot)
+            || tags.iter().any(|&tag| !clock.is_current(tag, snapshot))
+            || prefixes.purged_key(key.bytes, snapshot)
+    }
+
+    fn clock(&self) -> Option<TagClock<'_>> {
+        TagClock::of(self.inner)
+    }
+
+    fn prefixes(&self) -> Option<Prefixes<'_>> {
+        Prefixes::of(self.inner)
+    }
+}
+
+/// What an entry's times alone say.
+pub(crate) fn freshness(times: &Times, now_ms: u64) -> Verdict {
+    let until = |grace_ms: u32| times.expires_ms.saturating_add(grace_ms.into());
+    if times.expires_ms == 0 || now_ms < times.expires_ms {
+        Verdict::Fresh
+    } else if now_ms < until(times.stale_ms) {
+        Verdict::Stale
+    } else if now_ms < until(times.error_ms) {
+        Verdict::OnError
+    } else {
+        Verdict::Expired
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn graces_follow_the_expiry() {
+        let times =
+            |expires_ms| Times { snapshot: 0, stored_ms: 0, expires_ms, stale_ms: 10, error_ms: 30, cost_ms: 0 };
+        let at = |now_ms| freshness(&times(100), now_ms);
+        assert_eq!([at(99), at(100), at(109)], [Verdict::Fresh, Verdict::Stale, Verdict::Stale]);
+        assert_eq!([at(110), at(129), at(130)], [Verdict::OnError, Verdict::OnError, Verdict::Expired]);
+        assert_eq!(freshness(&times(0), u64::MAX), Verdict::Fresh);
+        assert_eq!(freshness(&times(u64::MAX), u64::MAX), Verdict::Expired);
+    }
+}

@@ -1,0 +1,43 @@
+//! Ghosts: hashes of entries that were evicted from the small ring, so that those which come back soon go to the main one.
+//!
+//! A ghost is one word, half of the hash and the number of the eviction, in the bucket that the other half chooses; a new one
+//! takes the place of the oldest there. It haunts for as many evictions as the main ring has entries, as
+//! S3-FIFO has it. All of this is a hint: a wrong one costs a worse choice, and nothing else.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::memory::layout::GhostBucket;
+
+/// Even a main ring that is nearly empty remembers so many.
+const FEWEST: u64 = 128;
+
+/// An entry with this hash was evicted.
+pub(crate) fn remember(buckets: &[GhostBucket], sequence: &AtomicU64, hash: u64) {
+    let now = sequence.load(Ordering::Relaxed).wrapping_add(1) & 0xffff_ffff;
+    sequence.store(now, Ordering::Relaxed);
+    let Some(bucket) = bucket_of(buckets, hash) else { return };
+    let oldest = bucket.ghosts.iter().max_by_key(|ghost| age(ghost.load(Ordering::Relaxed), now));
+    if let Some(ghost) = oldest {
+        ghost.store(hash >> 32 << 32 | now, Ordering::Relaxed);
+    }
+}
+
+/// Whether one was among the last `reach` evictions.
+pub(crate) fn contains(buckets: &[GhostBucket], sequence: &AtomicU64, hash: u64, reach: u64) -> bool {
+    let now = sequence.load(Ordering::Relaxed) & 0xffff_ffff;
+    let mut ghosts = bucket_of(buckets, hash).into_iter().flat_map(|bucket| &bucket.ghosts);
+    ghosts.any(|ghost| {
+        let ghost = ghost.load(Ordering::Relaxed);
+        ghost != 0 && ghost >> 32 == hash >> 32 && age(ghost, now) <= reach.max(FEWEST)
+    })
+}
+
+fn age(ghost: u64, now: u64) -> u64 {
+    if ghost == 0 { u64::MAX } else { now.wrapping_sub(ghost) & 0xffff_ffff }
+}
+
+fn bucket_of(buckets: &[GhostBucket], hash: u64) -> Option<&GhostBucket> {
+    // The number of buckets is a power of two.
+    let mask = (buckets.len() as u64).wrapping_sub(1);
+    buckets.get(usize::try_from(hash & mask).ok()?)
+}

@@ -1,0 +1,180 @@
+//! The index of a shard: buckets of seven slots, each slot one word that says where an entry lies.
+//!
+//! A key has two buckets. A new entry goes into the first unless that is full, so that most lookups touch one cache line,
+//! on which the visits lie as well. A slot is changed by one store, under the shard's lock; readers load it without.
+//!
+//! A position names a byte of a ring's endless log; it is never used twice. So a slot's word cannot come to mean
+//! another entry while a reader looks away.
+//!
+//! May not: read entries.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use crate::memory::layout::{Bucket, GRAIN, SLOTS};
+
+/// A hit raises an entry's visits up to this.
+pub(crate) const MOST_VISITS: u8 = 3;
+
+const FINGERPRINT_SHIFT: u32 = 53;
+const RING_SHIFT: u32 = 52;
+const POSITION_MASK: u64 = (1 << RING_SHIFT) - 1;
+
+/// One of the two rings of a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ring {
+    /// What is new.
+    Small,
+    /// What was asked for again.
+    Main,
+}
+
+/// Where an entry lies: the meaning of a slot's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) ring: Ring,
+    pub(crate) position: u64,
+}
+
+/// A slot, and its visits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot<'a> {
+    pub(crate) number: u64,
+    pub(crate) word: &'a AtomicU64,
+    pub(crate) visits: &'a AtomicU8,
+}
+
+/// All slots of a shard.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Index<'a> {
+    pub(crate) buckets: &'a [Bucket],
+}
+
+impl Ring {
+    pub(crate) const BOTH: [Ring; 2] = [Ring::Small, Ring::Main];
+
+    pub(crate) fn of<T>(self, pair: &[T; 2]) -> &T {
+        match self {
+            Ring::Small => &pair[0],
+            Ring::Main => &pair[1],
+        }
+    }
+}
+
+impl Place {
+    /// The word for a slot, with some bits of the key's hash.
+    pub(crate) fn word(self, hash: u64) -> u64 {
+        let ring = match self.ring {
+            Ring::Small => 0,
+            Ring::Main => 1,
+        };
+        hash >> FINGERPRINT_SHIFT << FINGERPRINT_SHIFT | ring << RING_SHIFT | (self.position / GRAIN)
+    }
+
+    /// `None` for the word of a free slot.
+    pub(crate) fn of(word: u64) -> Option<Place> {
+        let ring = if word >> RING_SHIFT & 1 == 0 { Ring::Small } else { Ring::Main };
+        (word != 0).then_some(Place { ring, position: (word & POSITION_MASK) * GRAIN })
+    }
+}
+
+impl<'a> Index<'a> {
+    /// The slots that an entry with this hash may be in, those of its first bucket first.
+    pub(crate) fn candidates(self, hash: u64) -> impl Iterator<Item = Slot<'a>> {
+        [self.first(hash), self.second(hash)]
+            .into_iter()
+            .flat_map(move |bucket| (0..SLOTS).filter_map(move |at| self.slot_in(bucket, at)))
+    }
+
+    /// Has `visit` look at those of them whose word may be for this hash, until it returns something.
+    ///
+    /// Every lookup comes through here, so this is a plain loop over two cache lines.
+    pub(crate) fn find<R>(self, hash: u64, mut visit: impl FnMut(Slot<'a>, u64) -> Option<R>) -> Option<R> {
+        let first = self.first(hash);
+        self.find_in(first, hash, &mut visit).or_else(|| self.find_in(self.second(hash), hash, &mut visit))
+    }
+
+    #[inline]
+    fn find_in<R>(self, bucket: usize, hash: u64, visit: &mut impl FnMut(Slot<'a>, u64) -> Option<R>) -> Option<R> {
+        let cells = self.buckets.get(bucket)?;
+        let words = cells.slots.each_ref().map(|slot| slot.load(Ordering::Acquire));
+        // All at once: which slot it is cannot be foretold, and a wrong guess costs more than seven comparisons.
+        let matches = words.map(|word| u32::from((word ^ hash) >> FINGERPRINT_SHIFT == 0));
+        let mut mask = matches.iter().enumerate().fold(0, |mask, (at, is_match)| mask | is_match << at);
+        while mask != 0 {
+            let at = mask.trailing_zeros() as usize;
+            mask &= mask - 1;
+            let slot = Slot {
+                number: (bucket * SLOTS + at) as u64,
+                word: cells.slots.get(at)?,
+                visits: cells.visits.get(at)?,
+            };
+            // A free slot looks like one of fingerprint 0, and leads nowhere.
+            if let Some(result) = words.get(at).and_then(|&word| visit(slot, word)) {
+                return Some(result);
+            }
+        }
+        None
+    }
+
+    pub(crate) fn len(self) -> u64 {
+        (self.buckets.len() * SLOTS) as u64
+    }
+
+    /// A slot by its number.
+    pub(crate) fn slot(self, number: u64) -> Option<Slot<'a>> {
+        let at = usize::try_from(number % SLOTS as u64).ok()?;
+        self.slot_in(usize::try_from(number / SLOTS as u64).ok()?, at)
+    }
+
+    fn slot_in(self, bucket: usize, at: usize) -> Option<Slot<'a>> {
+        let cells = self.buckets.get(bucket)?;
+        let (word, visits) = (cells.slots.get(at)?, cells.visits.get(at)?);
+        Some(Slot { number: (bucket * SLOTS + at) as u64, word, visits })
+    }
+
+    fn first(self, hash: u64) -> usize {
+        scaled(hash, self.buckets.len())
+    }
+
+    fn second(self, hash: u64) -> usize {
+        let count = self.buckets.len();
+        // The high bits, which chose the shard and are the fingerprint, decide again, but stirred.
+        let second = scaled((hash ^ hash >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32, count);
+        if second == self.first(hash) { (second + 1) % count.max(1) } else { second }
+    }
+}
+
+impl Slot<'_> {
+    /// Somebody asked for the entry. Writes nothing when enough did: a hot page's cache line stays shared.
+    pub(crate) fn visit(self) {
+        let visits = self.visits.load(Ordering::Relaxed);
+        if visits < MOST_VISITS {
+            self.visits.store(visits + 1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The low half of `hash`, scaled to `0..count`.
+fn scaled(hash: u64, count: usize) -> usize {
+    usize::try_from(((hash & 0xffff_ffff) * count as u64) >> 32).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_survives_its_word() {
+        for ring in Ring::BOTH {
+            for position in [GRAIN, 4096, GRAIN * POSITION_MASK] {
+                let place = Place { ring, position };
+                for hash in [0, 1, u64::MAX, 0x1234_5678_9abc_def0] {
+                    let word = place.word(hash);
+                    assert_eq!(Place::of(word), Some(place));
+                    assert_eq!(word >> FINGERPRINT_SHIFT, hash >> FINGERPRINT_SHIFT);
+                }
+            }
+        }
+        assert_eq!(Place::of(0), None);
+    }
+}

@@ -1,0 +1,63 @@
+//! What is kept under a key, looked up together with what else is to be known of it: by those who render, and those who make a
+//! page of others.
+//!
+//! May not: count, or decide what is served.
+
+use std::sync::atomic::Ordering;
+
+use super::entry::{Key, Times};
+use super::freshness::{Moment, Verdict};
+use super::read::Sight;
+use super::value::{Keep, copy_parts};
+use crate::cache::Cache;
+
+/// An entry as it was found.
+#[derive(Debug)]
+pub(crate) struct Lookup<V> {
+    pub(crate) value: V,
+    pub(crate) verdict: Verdict,
+    pub(crate) times: Times,
+    /// Empty unless asked for.
+    pub(crate) tags: Vec<u64>,
+}
+
+/// Whether an entry's tags are wanted too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tags {
+    Wanted,
+    Unwanted,
+}
+
+impl Cache {
+    /// What is kept under a key, if `wanted` says so, and how often the lookup was begun again.
+    pub(crate) fn lookup<V: Keep>(
+        &self,
+        key: Key<'_>,
+        now_ms: u64,
+        tags: Tags,
+        wanted: impl Fn(Verdict, &Times) -> bool,
+    ) -> (Option<Lookup<V>>, usize) {
+        let Some(judge) = self.judge(Moment::At(now_ms)) else { return (None, 0) };
+        let Some(shard) = self.shard(self.shard_of(key.hash)) else { return (None, 0) };
+        let (found, tries) = shard.look(key, &judge, |sight| {
+            let times = sight.entry.times();
+            if !wanted(sight.verdict, &times) {
+                return Some(None);
+            }
+            let (meta, value) = copy_parts(sight)?;
+            let tags = if tags == Tags::Wanted { copy_tags(sight)? } else { Vec::new() };
+            sight.slot.visit();
+            Some(Some((meta, value, sight.verdict, times, tags)))
+        });
+        let lookup = found.flatten().and_then(|(meta, value, verdict, times, tags)| {
+            Some(Lookup { value: V::from_parts(&meta, value)?, verdict, times, tags })
+        });
+        (lookup, tries)
+    }
+}
+
+fn copy_tags(sight: &Sight<'_, '_>) -> Option<Vec<u64>> {
+    // Their number is worth an allocation only if it is true.
+    let tags = sight.entry.tags();
+    sight.holds().then(|| tags.iter().map(|tag| tag.load(Ordering::Relaxed)).collect())
+}

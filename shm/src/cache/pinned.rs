@@ -1,0 +1,189 @@
+//! A page read in place.
+#![expect(unsafe_code, reason = "a slice of shared memory, for those who promise that it does not change")]
+
+use std::fmt;
+use std::io;
+use std::ops::Deref;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::index::Ring;
+use super::read::Sight;
+use crate::cache::copy_value;
+use crate::crash;
+use crate::memory::SharedMemory;
+use crate::memory::fork;
+use crate::protocols::pin;
+use crate::protocols::pin::Pin;
+
+/// A page of the cache, read in place. Its bytes do not change until this is dropped, even if the page is purged or
+/// replaced meanwhile, provided that all processes that have the segment follow its protocol.
+///
+/// The language cannot enforce that for another process, so this type does not lend a `&[u8]`, which would promise the
+/// compiler that the bytes do not change. It copies the bytes, or has the kernel write them from where they are. If a
+/// process misbehaves, the result is a mixture of bytes, and nothing worse. [`Pinned::into_slice`] is for callers that
+/// can answer for all processes.
+///
+/// In a child that inherits this through a fork it is empty, because the pin belongs to the parent.
+pub struct Pinned {
+    bytes: Kept,
+}
+
+/// A pinned page as a slice: see [`Pinned::into_slice`].
+#[derive(Debug)]
+pub struct PinnedSlice(Pinned);
+
+enum Kept {
+    Here { inner: Arc<SharedMemory>, generation: u32, cell: u64, at: u64, len: u64 },
+    Copy(Vec<u8>),
+}
+
+impl Pinned {
+    /// Pins what was found; `None` if it is gone already. A copy, if no pin is to be had.
+    pub(crate) fn new(inner: &Arc<SharedMemory>, sight: &Sight<'_, '_>) -> Option<Pinned> {
+        let (entry, place) = (&sight.entry, sight.place);
+        let pin = Pin {
+            shard: sight.shard.number,
+            main: place.ring == Ring::Main,
+            position: place.position,
+            size: entry.size,
+        };
+        let Some((number, cell)) = inner.member().and_then(|me| take_cell(&me.head.pins, pin)) else {
+            let mut copy = Vec::new();
+            copy_value(sight, &mut copy)?;
+            return Some(Pinned { bytes: Kept::Copy(copy) });
+        };
+        crash::point("pin: set");
+        if !pin::holds(cell, place.position, sight.floor()) {
+            return None;
+        }
+        crash::point("pin: holds");
+        // The length was read before, but the entry held until now, so it is true.
+        let (at, len) = (entry.value_at(), entry.value_len);
+        Some(Pinned {
+            bytes: Kept::Here { inner: Arc::clone(inner), generation: fork::generation(), cell: number, at, len },
+        })
+    }
+}
+
+/// Pins by one of a process's own cells.
+fn take_cell(cells: &[AtomicU64], pin: Pin) -> Option<(u64, &AtomicU64)> {
+    let mut cells = (0..).zip(cells);
+    cells.find(|(_, cell)| cell.load(Ordering::Relaxed) == 0 && pin::set(cell, pin))
+}
+
+impl Pinned {
+    /// The length in bytes.
+    pub fn len(&self) -> usize {
+        match &self.bytes {
+            Kept::Copy(bytes) => bytes.len(),
+            Kept::Here { .. } => self.here().map_or(0, |(_, _, len)| usize::try_from(len).unwrap_or(0)),
+        }
+    }
+
+    /// Whether the page has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies bytes, starting at offset `from`, into `target`: as many as there are and as fit. Returns the number of
+    /// bytes copied.
+    pub fn copy_to(&self, from: usize, target: &mut [u8]) -> usize {
+        let count = self.len().saturating_sub(from).min(target.len());
+        let target = &mut target[..count];
+        match (&self.bytes, self.here()) {
+            (Kept::Copy(bytes), _) => target.copy_from_slice(&bytes[from..][..count]),
+            (Kept::Here { .. }, Some((inner, at, _))) => {
+                if inner.map.read_into(at + from as u64, target).is_none() {
+                    return 0;
+                }
+            }
+            (Kept::Here { .. }, None) => return 0,
+        }
+        count
+    }
+
+    /// Copies all bytes.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut copy = vec![0; self.len()];
+        let count = self.copy_to(0, &mut copy);
+        copy.truncate(count);
+        copy
+    }
+
+    /// Writes the bytes, starting at offset `from`, to a file or a socket with `write(2)`; the kernel reads them in
+    /// place. Returns the number of bytes written, which may be fewer than requested.
+    ///
+    /// # Errors
+    /// The error of `write(2)`.
+    pub fn write_to(&self, from: usize, file: impl AsFd) -> io::Result<usize> {
+        let count = self.len().saturating_sub(from);
+        match (&self.bytes, self.here()) {
+            (Kept::Copy(bytes), _) => Ok(nix::unistd::write(file, &bytes[bytes.len() - count..])?),
+            (Kept::Here { .. }, Some((inner, at, _))) => {
+                inner.map.write_to(at + from as u64, count as u64, file.as_fd()).unwrap_or(Ok(0))
+            }
+            (Kept::Here { .. }, None) => Ok(0),
+        }
+    }
+
+    /// Returns the bytes as a slice, without a copy, for libraries that accept nothing else (`Bytes::from_owner`, for
+    /// example).
+    ///
+    /// # Safety
+    /// While the result lives, no process may write to the bytes of this entry. Forkyard's own code does not, in any
+    /// process; a process that has the segment, or inherited its mapping, and writes through a wild pointer, does. Nor
+    /// may the bytes be passed to the kernel to be read (`MSG_ZEROCOPY`, `vmsplice`) after the result is dropped.
+    pub unsafe fn into_slice(self) -> PinnedSlice {
+        PinnedSlice(self)
+    }
+
+    /// Where the bytes lie, if it is this process that pins them.
+    fn here(&self) -> Option<(&SharedMemory, u64, u64)> {
+        match &self.bytes {
+            Kept::Here { inner, generation, at, len, .. } if *generation == fork::generation() => {
+                Some((inner, *at, *len))
+            }
+            Kept::Here { .. } | Kept::Copy(_) => None,
+        }
+    }
+}
+
+impl Deref for PinnedSlice {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match (&self.0.bytes, self.0.here()) {
+            (Kept::Copy(bytes), _) => bytes,
+            // SAFETY: it is pinned as long as `self` lives. That nothing else writes there, the caller of `into_slice` promised.
+            (Kept::Here { .. }, Some((inner, at, len))) => unsafe { inner.map.pinned(at, len) }.unwrap_or_default(),
+            (Kept::Here { .. }, None) => &[],
+        }
+    }
+}
+
+impl AsRef<[u8]> for PinnedSlice {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let Kept::Here { inner, generation, cell, .. } = &self.bytes else { return };
+        if *generation == fork::generation()
+            && let Some(member) = inner.member()
+            && let Some(cell) = usize::try_from(*cell).ok().and_then(|cell| member.head.pins.get(cell))
+        {
+            pin::free(cell);
+        }
+    }
+}
+
+impl fmt::Debug for Pinned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let in_place = matches!(self.bytes, Kept::Here { .. });
+        f.debug_struct("Pinned").field("len", &self.len()).field("in_place", &in_place).finish()
+    }
+}

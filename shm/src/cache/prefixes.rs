@@ -1,0 +1,163 @@
+//! Purging by prefix: at once for everybody, though it takes a while to remove what it concerns.
+//!
+//! The table holds the latest purges: the time on the tag clock, and the prefix. A page is purged if its key begins with a prefix
+//! whose time is later than the page's. A purge is published by its time, with one store; then the purger goes
+//! through the index and removes what it concerns, and marks the purge as *swept*. A swept purge still turns away pages that
+//! began to be rendered before it, until its cell is used again; the *floor* is the latest time of a purge so
+//! forgotten, and a page that began to be rendered before that is not stored, whatever its key.
+//!
+//! Killed before the time is stored, a purge has not happened. Killed while sweeping, the purge holds, and the next
+//! sweep of the cache does the rest. If no cell is swept, the whole cache is cleared instead.
+//!
+//! May not: lock a shard.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::entry::Entry;
+use super::tags::TagClock;
+use crate::crash;
+use crate::memory::SharedMemory;
+use crate::memory::layout::{Header, PREFIX_WORDS, PREFIXES, PrefixCell};
+use crate::memory::wait;
+
+/// A longer prefix is cut to this, and so purges more than it says.
+pub(crate) const LONGEST: usize = PREFIX_WORDS * 8;
+
+/// The table of one segment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Prefixes<'a> {
+    inner: &'a SharedMemory,
+    header: &'a Header,
+    cells: &'a [PrefixCell],
+}
+
+/// A purge that was made known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Purge {
+    cell: usize,
+    pub(crate) clock: u64,
+    prefix: Prefix,
+}
+
+impl Purge {
+    pub(crate) fn prefix(&self) -> &[u8] {
+        self.prefix.bytes()
+    }
+}
+
+/// The first bytes of keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Prefix {
+    bytes: [u8; LONGEST],
+    len: usize,
+}
+
+impl Prefix {
+    pub(crate) fn new(prefix: &[u8]) -> Prefix {
+        let len = prefix.len().min(LONGEST);
+        let mut bytes = [0; LONGEST];
+        bytes[..len].copy_from_slice(&prefix[..len]);
+        Prefix { bytes, len }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len.min(LONGEST)]
+    }
+}
+
+impl<'a> Prefixes<'a> {
+    pub(crate) fn of(inner: &'a SharedMemory) -> Option<Prefixes<'a>> {
+        let cells = inner.map.slice(inner.geometry.prefixes_at, PREFIXES as u64)?;
+        Some(Prefixes { inner, header: inner.header()?, cells })
+    }
+
+    /// Makes a purge known, from now on. `None` if no cell can be used: all are still being swept, or the table is locked by
+    /// a process that does not go on.
+    pub(crate) fn announce(self, prefix: &[u8], clock: TagClock<'_>) -> Option<Purge> {
+        // A cell that a dead process left half written says nothing, and is used again: there is nothing to repair.
+        self.inner.take_lock(&self.header.prefix_lock, false)?;
+        let purge = self.announce_locked(prefix, clock);
+        wait::release(&self.header.prefix_lock);
+        purge
+    }
+
+    fn announce_locked(self, prefix: &[u8], clock: TagClock<'_>) -> Option<Purge> {
+        let usable = |&(_, cell): &(usize, &PrefixCell)| {
+            cell.clock.load(Ordering::Acquire) == 0 || cell.swept.load(Ordering::Acquire) != 0
+        };
+        let oldest = |&(_, cell): &(usize, &PrefixCell)| cell.clock.load(Ordering::Acquire);
+        let (at, cell) = self.cells.iter().enumerate().filter(usable).min_by_key(oldest)?;
+        let prefix = Prefix::new(prefix);
+        self.header.prefix_floor.fetch_max(cell.clock.load(Ordering::Acquire), Ordering::SeqCst);
+        crash::point("prefix: floor raised");
+        cell.clock.store(0, Ordering::SeqCst);
+        for (word, bytes) in cell.text.iter().zip(prefix.bytes.chunks_exact(8)) {
+            let mut whole = [0; 8];
+            whole.copy_from_slice(bytes);
+            word.store(u64::from_le_bytes(whole), Ordering::Release);
+        }
+        cell.length.store(u32::try_from(prefix.len).unwrap_or(0), Ordering::Release);
+        cell.swept.store(0, Ordering::Release);
+        crash::point("prefix: text written");
+        let time = clock.tick();
+        // First, as it only says where it is worth to look: what publishes the purge is the store of its time.
+        self.header.prefix_clock.fetch_max(time, Ordering::SeqCst);
+        crash::point("prefix: about to be published");
+        cell.clock.store(time, Ordering::SeqCst);
+        crash::point("prefix: published");
+        Some(Purge { cell: at, clock: time, prefix })
+    }
+
+    /// All that a purge concerns is removed.
+    pub(crate) fn swept(self, purge: &Purge) {
+        if let Some(cell) = self.cells.get(purge.cell)
+            && cell.clock.load(Ordering::Acquire) == purge.clock
+        {
+            cell.swept.store(1, Ordering::Release);
+        }
+    }
+
+    /// Purges that nobody finished.
+    pub(crate) fn unswept(self) -> impl Iterator<Item = Purge> {
+        let unswept = self.cells.iter().enumerate().filter(|(_, cell)| cell.swept.load(Ordering::Acquire) == 0);
+        unswept.filter_map(|(at, cell)| read(at, cell))
+    }
+
+    /// Whether an entry's key was purged by prefix after `snapshot`.
+    pub(crate) fn purged_entry(self, entry: &Entry<'_>, snapshot: u64) -> bool {
+        if self.header.prefix_clock.load(Ordering::SeqCst) <= snapshot {
+            return false;
+        }
+        self.since(snapshot).any(|purge| entry.key_starts_with(purge.prefix.bytes()))
+    }
+
+    /// Whether a page about to be stored under `key`, which began to be rendered at `snapshot`, is out of date.
+    pub(crate) fn purged_key(self, key: &[u8], snapshot: u64) -> bool {
+        // The floor last: it is raised before a purge leaves its cell, so one that is missed there is seen here.
+        self.since(snapshot).any(|purge| key.starts_with(purge.prefix.bytes()))
+            || self.header.prefix_floor.load(Ordering::SeqCst) > snapshot
+    }
+
+    fn since(self, snapshot: u64) -> impl Iterator<Item = Purge> {
+        self.cells
+            .iter()
+            .enumerate()
+            .filter_map(|(at, cell)| read(at, cell))
+            .filter(move |purge| purge.clock > snapshot)
+    }
+}
+
+/// What a cell says, if it says anything; empty also if it is being written.
+fn read(at: usize, cell: &PrefixCell) -> Option<Purge> {
+    let clock = cell.clock.load(Ordering::Acquire);
+    if clock == 0 {
+        return None;
+    }
+    let mut bytes = [0; LONGEST];
+    for (chunk, word) in bytes.chunks_exact_mut(8).zip(&cell.text) {
+        chunk.copy_from_slice(&AtomicU64::load(word, Ordering::Acquire).to_le_bytes());
+    }
+    let len = usize::try_from(cell.length.load(Ordering::Acquire)).unwrap_or(LONGEST).min(LONGEST);
+    let purge = Purge { cell: at, clock, prefix: Prefix { bytes, len } };
+    (cell.clock.load(Ordering::Acquire) == clock).then_some(purge)
+}

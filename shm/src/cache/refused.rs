@@ -1,0 +1,33 @@
+//! Why a page was not stored.
+
+use super::page::NotStorable;
+
+/// Why the cache did not store a page. Never a reason to fail the request: the page was rendered, it is only not
+/// stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The segment has no cache.
+    Off,
+    /// Key, value and tags together are larger than an entry can be.
+    TooLarge {
+        /// The largest entry in bytes: the length of the key and the value, and 8 for each tag.
+        limit: u64,
+    },
+    /// The shard of the key is locked by a process that does not release it.
+    Busy,
+    /// The page may not be stored in a shared cache.
+    NotStorable(NotStorable),
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Off => f.write_str("page not cached: there is no page cache"),
+            Self::TooLarge { limit } => write!(f, "page not cached: larger than the {limit} bytes an entry can have"),
+            Self::NotStorable(why) => write!(f, "page not cached: {why}"),
+            Self::Busy => f.write_str("page not cached: that part of the cache is busy"),
+        }
+    }
+}
+
+impl std::error::Error for Refused {}

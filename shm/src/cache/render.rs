@@ -1,0 +1,360 @@
+//! One renders, the others wait: [`Cache::get_or_render`].
+//!
+//! ```text
+//!            fresh -------------------------------------> served        (early: who gets the lease renders)
+//! look  --   stale -- the lease is taken ---------------> served stale
+//!    ^       else  -- the lease is taken -- wait --.
+//!    |                                             |     (ended, holder dead, deadline passed, patience over)
+//!    '---------------------------------------------'
+//!            else  -- the lease is ours -- look again -- render -- store -- give it back
+//! ```
+//! [`Request::step`] decides, the same for those who block and for those who do not; what differs is how they wait. A lease is
+//! given back when its holder stores, fails, panics, or is dropped half-way; and for a holder that cannot do so any
+//! more, those who wait see to it (`claim.rs`, `watch.rs`). Where there is no lease to be had, a page is rendered without one:
+//! a cell is shared by several keys, and waiting has an end.
+//!
+//! May not: keep a page from its caller for any reason of the cache's.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::atomic::Ordering;
+
+use super::claim::{Claimed, Here, Lease, Ticket};
+use super::early;
+use super::entry::{Key, Times};
+use super::freshness::Verdict;
+use super::lookup::{Lookup, Tags};
+use super::options::Options;
+use super::recorder::{Loan, Recorder};
+use super::refused::Refused;
+use super::value::Keep;
+use super::watch::Change;
+use crate::cache::{Cache, Rendering, Seen, millis};
+use crate::crash;
+use crate::memory::layout::LeaseCell;
+use crate::protocols::lease;
+
+/// For this long nobody waits for a page that was refused, as it will be again.
+const PASS_MS: u64 = 10_000;
+/// The same for one whose shard was busy.
+const PASS_BUSY_MS: u64 = 1000;
+
+/// The result of [`Cache::get_or_render`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Served<V = Vec<u8>> {
+    /// The page: bytes, or a [`Page`](crate::Page).
+    pub value: V,
+    /// Where the page comes from.
+    pub source: Source,
+}
+
+/// Where a page comes from, for logs and response headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// The cache, within its time to live; also if the caller waited for it.
+    Fresh,
+    /// The cache, after its time to live: the page is being rendered again, or that failed.
+    Stale,
+    /// Rendered for this call.
+    Rendered,
+}
+
+impl Cache {
+    /// Returns the page stored under `key`, or renders and stores it *once*, however many callers in however many
+    /// processes ask for it. The other callers wait for the one that renders, or get a stale page if [that is
+    /// allowed](Options::stale).
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # let segment = forkyard_shm::Segment::create(&forkyard_shm::Plan { cache_bytes: 1 << 20, ..Default::default() })?;
+    /// # let cache = segment.cache();
+    /// # fn headlines() -> std::io::Result<Vec<u8>> { Ok(vec![]) }
+    /// use forkyard_shm::Options;
+    ///
+    /// let options = Options::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(["news"]);
+    /// let answer = cache.get_or_render("/news", &options, |recorder| {
+    ///     let menu = recorder.get_or_render("menu", &Options::new(), |_| Ok::<_, std::io::Error>(b"...".into()))?;
+    ///     Ok::<_, std::io::Error>([menu.value, headlines()?].concat())
+    /// })?;
+    /// println!("{} bytes, {:?}", answer.value.len(), answer.source);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// If the process that renders dies, or `render` fails, panics or takes longer than [`Options::deadline`], another
+    /// waiting caller renders at once. A page that is finished too late does not replace a newer one. A page that was
+    /// purged while it was being rendered is not stored either, but it is returned to the caller that rendered it, as
+    /// is a page that cannot be stored.
+    ///
+    /// Blocks the calling thread for up to [`Options::patience`] and then renders the page itself. In asynchronous
+    /// code, use [`get_or_render_async`](Cache::get_or_render_async).
+    ///
+    /// # Errors
+    /// Returns the error of `render`, if there is no page that [can be served instead](Options::stale_if_error). Each
+    /// caller gets its own error: the next waiting caller tries again.
+    pub fn get_or_render<V: Keep, E>(
+        &self,
+        key: impl AsRef<[u8]>,
+        options: &Options,
+        render: impl FnOnce(Recorder) -> Result<V, E>,
+    ) -> Result<Served<V>, E> {
+        Request::new(self, key.as_ref(), options, None).run(render)
+    }
+
+    /// Like [`get_or_render`](Cache::get_or_render), without blocking the thread. Works on any executor.
+    ///
+    /// If the future is dropped while it renders, another waiting caller renders at once. Waiting uses one thread in
+    /// each process, which checks about every millisecond whether the other processes have made progress; the thread
+    /// exists only while a future waits.
+    ///
+    /// # Errors
+    /// Returns the error of `render`, if there is no page that [can be served instead](Options::stale_if_error). Each
+    /// caller gets its own error: the next waiting caller tries again.
+    pub async fn get_or_render_async<V: Keep, E, F: Future<Output = Result<V, E>>>(
+        &self,
+        key: impl AsRef<[u8]>,
+        options: &Options,
+        render: impl FnOnce(Recorder) -> F,
+    ) -> Result<Served<V>, E> {
+        Request::new(self, key.as_ref(), options, None).run_async(render).await
+    }
+}
+
+/// One who asks for a page.
+#[derive(Debug)]
+pub(crate) struct Request<'a> {
+    cache: &'a Cache,
+    key: Key<'a>,
+    options: &'a Options,
+    /// That of the page which the one asked for becomes a part of.
+    within: Option<&'a Recorder>,
+    began_ms: u64,
+    waited: bool,
+    /// There is nobody to wake us.
+    cannot_wait: bool,
+    /// Lookups that were begun again, and are not counted yet.
+    retries: Cell<usize>,
+}
+
+/// What to do next.
+#[derive(Debug)]
+enum Step<V> {
+    Serve(Lookup<V>),
+    Wait(Ticket),
+    Render(Option<Lease>),
+}
+
+/// A page being rendered.
+#[derive(Debug)]
+struct Work {
+    lease: Option<Lease>,
+    recorder: Recorder,
+}
+
+impl<'a> Request<'a> {
+    pub(crate) fn new(
+        cache: &'a Cache,
+        key: &'a [u8],
+        options: &'a Options,
+        within: Option<&'a Recorder>,
+    ) -> Request<'a> {
+        let (key, began_ms) = (cache.key(key), cache.segment.now_ms());
+        Request { cache, key, options, within, began_ms, waited: false, cannot_wait: false, retries: Cell::new(0) }
+    }
+
+    pub(crate) fn run<V: Keep, E>(mut self, render: impl FnOnce(Recorder) -> Result<V, E>) -> Result<Served<V>, E> {
+        loop {
+            match self.step() {
+                Step::Serve(page) => return Ok(self.serve(page)),
+                Step::Wait(ticket) => ticket.wait_here(),
+                Step::Render(lease) => {
+                    let work = self.begin(lease);
+                    let recorder = work.recorder.clone();
+                    let result = {
+                        let _here = Here::new(self.key.hash);
+                        render(recorder)
+                    };
+                    return self.finish(work, result);
+                }
+            }
+        }
+    }
+
+    pub(crate) async fn run_async<V: Keep, E, F: Future<Output = Result<V, E>>>(
+        mut self,
+        render: impl FnOnce(Recorder) -> F,
+    ) -> Result<Served<V>, E> {
+        let lease = loop {
+            match self.step() {
+                Step::Serve(page) => return Ok(self.serve(page)),
+                Step::Wait(ticket) => self.cannot_wait = Change::of(ticket).await.is_err(),
+                Step::Render(lease) => break lease,
+            }
+        };
+        let work = self.begin(lease);
+        let (recorder, hash) = (work.recorder.clone(), self.key.hash);
+        let result = {
+            let future = {
+                let _here = Here::new(hash);
+                render(recorder)
+            };
+            let mut rendering = pin!(future);
+            poll_fn(|context| {
+                // Whatever thread it is.
+                let _here = Here::new(hash);
+                rendering.as_mut().poll(context)
+            })
+            .await
+        };
+        self.finish(work, result)
+    }
+
+    fn step<V: Keep>(&mut self) -> Step<V> {
+        let now_ms = self.cache.segment.now_ms();
+        let Some(cell) = self.cache.segment.lease_cell(self.key.hash) else { return Step::Render(None) };
+        // Before the look, so that a page stored after it is noticed by the turn it ends.
+        let turn = cell.turn.load(Ordering::Acquire);
+        match self.look(now_ms) {
+            Some(page) if self.is_good(page.verdict, &page.times) && !self.is_early(&page, now_ms) => Step::Serve(page),
+            found => self.try_for_lease(cell, turn, now_ms, found),
+        }
+    }
+
+    /// There is no page, or one that somebody should render anew.
+    fn try_for_lease<V: Keep>(
+        &mut self,
+        cell: &LeaseCell,
+        turn: u32,
+        now_ms: u64,
+        found: Option<Lookup<V>>,
+    ) -> Step<V> {
+        let deadline_ms = millis(self.options.deadline);
+        match (self.cache.segment.claim_lease(self.key.hash, turn, now_ms, deadline_ms), found) {
+            (Claimed::Mine(lease), found) => self.look_again(lease, found),
+            (Claimed::Held(_) | Claimed::None, Some(page)) => Step::Serve(page),
+            (Claimed::Held(ticket), None) => {
+                let passes = lease::passes(&cell.pass, self.key.hash, now_ms);
+                self.wait(ticket, now_ms, passes)
+            }
+            (Claimed::None, None) => Step::Render(None),
+        }
+    }
+
+    /// The lease is ours, but somebody may have had it and stored the page since we looked.
+    fn look_again<V: Keep>(&self, lease: Lease, found: Option<Lookup<V>>) -> Step<V> {
+        let now_ms = self.cache.segment.now_ms();
+        let page = self.look(now_ms).filter(|page: &Lookup<V>| {
+            let new = found.is_none_or(|found| found.times != page.times);
+            new && self.is_good(page.verdict, &page.times) && !self.is_early(page, now_ms)
+        });
+        page.map_or(Step::Render(Some(lease)), Step::Serve)
+    }
+
+    fn wait<V>(&mut self, ticket: Ticket, now_ms: u64, passes: bool) -> Step<V> {
+        let patient_until_ms = self.began_ms.saturating_add(millis(self.options.patience));
+        if passes || self.cannot_wait || now_ms >= patient_until_ms || self.is_our_own() {
+            return Step::Render(None);
+        }
+        if !self.waited {
+            self.waited = true;
+            self.count(Seen::Wait);
+        }
+        Step::Wait(ticket.until(patient_until_ms))
+    }
+
+    /// Whether the page is being rendered by whoever asks for it, who would wait for itself.
+    fn is_our_own(&self) -> bool {
+        let hash = self.key.hash;
+        self.within.is_some_and(|recorder| recorder.pages().contains(&hash)) || Here::renders(hash)
+    }
+
+    /// The page, if it can be served as things are.
+    fn look<V: Keep>(&self, now_ms: u64) -> Option<Lookup<V>> {
+        self.look_for(now_ms, |verdict, times| verdict == Verdict::Stale || self.is_good(verdict, times))
+    }
+
+    fn look_for<V: Keep>(&self, now_ms: u64, wanted: impl Fn(Verdict, &Times) -> bool) -> Option<Lookup<V>> {
+        let tags = if self.within.is_some() { Tags::Wanted } else { Tags::Unwanted };
+        let (page, retries) = self.cache.lookup(self.key, now_ms, tags, wanted);
+        self.retries.set(self.retries.get() + retries);
+        page
+    }
+
+    /// Whether a page is as good as one rendered now.
+    fn is_good(&self, verdict: Verdict, times: &Times) -> bool {
+        match verdict {
+            Verdict::Fresh => true,
+            // It was rendered for us, among others, and its time was over before we woke up.
+            Verdict::Stale | Verdict::OnError | Verdict::Expired => self.waited && times.stored_ms >= self.began_ms,
+            Verdict::Purged => false,
+        }
+    }
+
+    fn is_early<V>(&self, page: &Lookup<V>, now_ms: u64) -> bool {
+        page.verdict == Verdict::Fresh
+            && self.options.early.is_some_and(|beta| early::is_early(&page.times, now_ms, beta, early::random))
+    }
+
+    fn serve<V>(&self, page: Lookup<V>) -> Served<V> {
+        let good = self.is_good(page.verdict, &page.times);
+        self.count(if good { Seen::Hit } else { Seen::Stale });
+        if let Some(recorder) = self.within {
+            recorder.borrow(self.key, page.tags, page.times.expires_ms);
+        }
+        Served { value: page.value, source: if good { Source::Fresh } else { Source::Stale } }
+    }
+
+    fn begin(&self, lease: Option<Lease>) -> Work {
+        let above = self.within.map(Recorder::pages).unwrap_or_default();
+        let recorder = Recorder::new(self.cache, [above, &[self.key.hash]].concat());
+        Work { lease, recorder }
+    }
+
+    fn finish<V: Keep, E>(&self, work: Work, result: Result<V, E>) -> Result<Served<V>, E> {
+        match result {
+            Ok(value) => {
+                self.count(Seen::Miss);
+                self.count(Seen::Render);
+                let loan = work.recorder.loan().clone();
+                self.store(work, &loan, &value);
+                if let Some(recorder) = self.within {
+                    recorder.borrow_rendered(self.key, self.options, loan);
+                }
+                Ok(Served { value, source: Source::Rendered })
+            }
+            Err(error) => {
+                // Those who wait need not wait for what follows.
+                drop(work);
+                let page = self.look_for(self.cache.segment.now_ms(), |verdict, _| verdict.keeps());
+                page.map(|page| self.serve(page)).ok_or(error).inspect_err(|_| self.count(Seen::Miss))
+            }
+        }
+    }
+
+    fn store(&self, work: Work, loan: &Loan, value: &impl Keep) {
+        let lent: Vec<u64> = loan.tags.iter().copied().collect();
+        let lease = work.lease.as_ref().and_then(Lease::word);
+        let (meta, body) = value.parts();
+        let rendering = Rendering { meta: &meta, lent: &lent, lease, ..work.recorder.rendering() };
+        crash::point("render: about to store");
+        let now_ms = self.cache.segment.now_ms();
+        let may = value.may_be_kept();
+        let stored = may.and_then(|()| self.cache.store(self.key.bytes, body, self.options, &rendering, now_ms));
+        crash::point("render: stored");
+        let pass_ms = match stored {
+            Ok(()) | Err(Refused::Off) => return,
+            Err(Refused::TooLarge { .. } | Refused::NotStorable(_)) => PASS_MS,
+            Err(Refused::Busy) => PASS_BUSY_MS,
+        };
+        if let Some(cell) = self.cache.segment.lease_cell(self.key.hash) {
+            lease::set_pass(&cell.pass, self.key.hash, now_ms.saturating_add(pass_ms));
+        }
+    }
+
+    fn count(&self, seen: Seen) {
+        self.cache.count(self.cache.shard_of(self.key.hash), self.retries.take(), seen);
+    }
+}
+
+#[cfg(test)]
+mod tests;

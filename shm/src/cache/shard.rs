@@ -1,0 +1,421 @@
+//! One shard: an index, two rings of entries, and the lock of those who change them.
+//!
+//! Readers need no lock; they are in `read.rs`. Whoever changes a shard holds its lock, and changes it so that any reader,
+//! and whoever takes the lock over when we die, finds it whole after each single store:
+//!
+//! - A new entry's bytes are written beyond the ring's head, where nobody looks. Raising the head makes them part of the
+//!   log, where they count for nothing until a slot leads to them.
+//! - Storing a slot's word ([`LockedShard::change_slot`]) is what publishes, moves or removes an entry. The books, which say
+//!   how many bytes and entries are live, follow; an *intent*, written before, lets the next owner finish them.
+//! - Bytes are free when the ring's floor is above them. A reader looks at the floor after it copied, so the floor
+//!   is raised before anything is overwritten (`room.rs`).
+//!
+//! Nothing found in shared memory is believed: each position, size and link is checked, each loop is bounded,
+//! and what does not fit together is [`Corrupt`], upon which the shard is emptied.
+//!
+//! May not: wait for another lock, allocate, or make a system call, while this one is held.
+
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use super::entry::{Bytes, Entry, Key, NewEntry};
+use super::freshness::{Judge, Verdict};
+use super::ghosts;
+use super::index::{Index, Place, Ring, Slot};
+use crate::crash::{self, Recovery};
+use crate::memory::SharedMemory;
+use crate::memory::layout::{BUCKET_BYTES, Counters, GRAIN, GhostBucket, SHARD_HEAD, ShardHead};
+use crate::memory::wait;
+
+/// Positions end before this; a slot has 52 bits for them, in units of 32 bytes.
+const LAST_POSITION: u64 = 1 << 56;
+/// Suspects one visit to a shard remembers.
+const SUSPECTS: usize = 8;
+
+/// The shard contradicts itself. It has to be emptied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Corrupt;
+
+/// The lock was not to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NotLocked;
+
+/// Where a shard lies; cheap to make, holds no lock.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shard<'a> {
+    pub(crate) inner: &'a SharedMemory,
+    pub(crate) number: u64,
+    pub(crate) head: &'a ShardHead,
+    pub(crate) index: Index<'a>,
+    at: u64,
+}
+
+/// A shard whose lock is held; dropping it gives the lock back.
+#[derive(Debug)]
+pub(crate) struct LockedShard<'a> {
+    pub(crate) shard: Shard<'a>,
+    /// Members whose pins were in the way. They may be dead.
+    suspects: [Option<u32>; SUSPECTS],
+}
+
+/// How much of each ring is live.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Books {
+    pub(crate) bytes: [u64; 2],
+    pub(crate) entries: [u64; 2],
+}
+
+/// What became of an entry that was to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stored {
+    Yes,
+    /// What processes read in place leaves no room.
+    NoRoom,
+}
+
+/// An entry, and the slot that leads to it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Found<'a> {
+    pub(crate) slot: Slot<'a>,
+    pub(crate) place: Place,
+    pub(crate) entry: Entry<'a>,
+}
+
+const ARMED_SLOT: u64 = 1;
+const ARMED_EMPTY: u64 = 2;
+const ARMED_LOSE: u64 = 3;
+
+impl<'a> Shard<'a> {
+    /// `None` if the segment has no such shard.
+    pub(crate) fn of(inner: &'a SharedMemory, number: u64) -> Option<Shard<'a>> {
+        let geometry = &inner.geometry;
+        if number >= geometry.shards {
+            return None;
+        }
+        let at = geometry.shard_at(number);
+        let index = Index { buckets: inner.map.slice(at + SHARD_HEAD, geometry.buckets)? };
+        Some(Shard { inner, number, head: inner.map.at(at)?, index, at })
+    }
+
+    pub(crate) fn floor(&self, ring: Ring) -> &'a AtomicU64 {
+        ring.of(&self.head.floors)
+    }
+
+    pub(crate) fn bytes(&self, ring: Ring) -> Bytes<'a> {
+        let geometry = &self.inner.geometry;
+        Bytes { map: &self.inner.map, at: self.at + ring.of(&geometry.ring_at), len: *ring.of(&geometry.ring_len) }
+    }
+
+    pub(crate) fn ghosts(&self) -> &'a [GhostBucket] {
+        let geometry = &self.inner.geometry;
+        let ghosts_at = self.at + SHARD_HEAD + geometry.buckets * BUCKET_BYTES;
+        self.inner.map.slice(ghosts_at, geometry.ghosts).unwrap_or_default()
+    }
+
+    pub(crate) fn counters(&self) -> &'a Counters {
+        &self.head.counters
+    }
+
+    /// What the books say; a moment apart without the lock.
+    pub(crate) fn books(&self) -> Books {
+        let [a, b, c, d] = &self.head.books;
+        let value = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        Books { bytes: [value(a), value(b)], entries: [value(c), value(d)] }
+    }
+
+    /// Takes the lock, and repairs what a dead owner may have left.
+    ///
+    /// After a timeout nobody waits until somebody got the lock again: a stopped process costs one request the wait,
+    /// and not all of them.
+    pub(crate) fn lock(self) -> Result<LockedShard<'a>, NotLocked> {
+        let suspect = self.head.suspect.load(Ordering::Relaxed) != 0;
+        let Some(from_the_dead) = self.inner.take_lock(&self.head.lock, suspect) else {
+            self.head.suspect.store(1, Ordering::Relaxed);
+            add(&self.counters().lock_timeouts, 1);
+            return Err(NotLocked);
+        };
+        if self.head.suspect.load(Ordering::Relaxed) != 0 {
+            self.head.suspect.store(0, Ordering::Relaxed);
+        }
+        let mut locked = LockedShard { shard: self, suspects: [None; SUSPECTS] };
+        if from_the_dead {
+            add(&self.counters().lock_recoveries, 1);
+            locked.repair();
+        }
+        Ok(locked)
+    }
+}
+
+impl Drop for LockedShard<'_> {
+    fn drop(&mut self) {
+        crash::point("lock: about to be released");
+        wait::release(&self.shard.head.lock);
+        for suspect in self.suspects.iter().flatten() {
+            self.shard.inner.bury_if_dead(*suspect);
+        }
+    }
+}
+
+impl<'a> LockedShard<'a> {
+    /// Finishes what the last owner was doing when it died.
+    fn repair(&mut self) {
+        let head = self.shard.head;
+        let intent = &head.intent;
+        let armed = intent.armed.load(Ordering::Acquire);
+        let slot = self.shard.index.slot(intent.slot.load(Ordering::Relaxed));
+        let stored = slot.is_some_and(|slot| slot.word.load(Ordering::Relaxed) == intent.new.load(Ordering::Relaxed));
+        if armed == ARMED_SLOT && stored && !crash::skips(Recovery::Books) {
+            for (word, then) in head.books.iter().zip(&intent.books) {
+                word.store(then.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+        }
+        if armed == ARMED_EMPTY && !crash::skips(Recovery::Empty) {
+            self.finish_emptying();
+        }
+        crash::point("repair: done, still armed");
+        if armed == ARMED_LOSE || Ring::BOTH.iter().any(|&ring| self.bounds(ring).is_err()) {
+            self.lose();
+        }
+        intent.armed.store(0, Ordering::Release);
+    }
+
+    /// Stores a slot's word, and afterwards what the books say then.
+    pub(crate) fn change_slot(&mut self, slot: Slot<'_>, new: u64, books: Books) {
+        let head = self.shard.head;
+        let intent = &head.intent;
+        let [a, b] = books.bytes;
+        let [c, d] = books.entries;
+        // The last change was disarmed before this one's words are written.
+        fence(Ordering::Release);
+        for (word, value) in intent.books.iter().zip([a, b, c, d]) {
+            word.store(value, Ordering::Relaxed);
+        }
+        intent.slot.store(slot.number, Ordering::Relaxed);
+        intent.new.store(new, Ordering::Relaxed);
+        intent.armed.store(ARMED_SLOT, Ordering::Release);
+        crash::point("slot: intent armed");
+        // Nothing may overtake the mark, nor the store below it: the order is what a successor relies on.
+        fence(Ordering::AcqRel);
+        slot.word.store(new, Ordering::Release);
+        crash::point("slot: stored");
+        fence(Ordering::AcqRel);
+        for (at, (word, value)) in head.books.iter().zip([a, b, c, d]).enumerate() {
+            word.store(value, Ordering::Release);
+            crash::point(["slot: book 1", "slot: book 2", "slot: book 3", "slot: book 4"][at % 4]);
+        }
+        intent.armed.store(0, Ordering::Release);
+        crash::point("slot: disarmed");
+    }
+
+    /// Empties the shard in a few stores: slots that lead below the floor lead nowhere.
+    pub(crate) fn empty(&mut self) {
+        self.shard.head.intent.armed.store(ARMED_EMPTY, Ordering::Release);
+        crash::point("empty: armed");
+        fence(Ordering::AcqRel);
+        self.finish_emptying();
+        self.shard.head.intent.armed.store(0, Ordering::Release);
+    }
+
+    fn finish_emptying(&mut self) {
+        let head = self.shard.head;
+        for (floor, ring) in head.floors.iter().zip(&head.rings) {
+            floor.store(ring.head.load(Ordering::Relaxed), Ordering::Release);
+            crash::point("empty: floor raised");
+        }
+        for word in &head.books {
+            word.store(0, Ordering::Release);
+            crash::point("empty: book cleared");
+        }
+    }
+
+    /// Makes the shard empty, whatever state it is in, and counts the loss.
+    pub(crate) fn lose(&mut self) {
+        let head = self.shard.head;
+        head.intent.armed.store(ARMED_LOSE, Ordering::Release);
+        crash::point("lose: armed");
+        fence(Ordering::AcqRel);
+        for bucket in self.shard.index.buckets {
+            bucket.slots.iter().for_each(|slot| slot.store(0, Ordering::Relaxed));
+        }
+        crash::point("lose: index cleared");
+        let restarts = head.restarts.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        for (at, (ring, floor)) in head.rings.iter().zip(&head.floors).enumerate() {
+            // Positions must not be used again as long as somebody may look at them.
+            let known = ring.head.load(Ordering::Relaxed).max(floor.load(Ordering::Relaxed));
+            let base = if known < LAST_POSITION / 2 { known } else { restarts << 40 & (LAST_POSITION / 4 - 1) };
+            // Whole laps ahead, so that the head stays outside of what is pinned.
+            let laps = (1_u64 << 40).next_multiple_of(self.shard.inner.geometry.ring_len[at].max(GRAIN));
+            let start = base.next_multiple_of(GRAIN) + laps;
+            floor.store(start, Ordering::Relaxed);
+            ring.head.store(start, Ordering::Relaxed);
+            ring.clear_to.store(start, Ordering::Relaxed);
+        }
+        head.books.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        crash::point("lose: books cleared");
+        add(&head.counters.lost, 1);
+        head.intent.armed.store(0, Ordering::Release);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Floor and head of a ring, if they can be true.
+    pub(crate) fn bounds(&self, ring: Ring) -> Result<(u64, u64), Corrupt> {
+        let floor = self.shard.floor(ring).load(Ordering::Relaxed);
+        let head = ring.of(&self.shard.head.rings).head.load(Ordering::Relaxed);
+        let len = self.shard.bytes(ring).len;
+        let sane = floor <= head
+            && head - floor <= len
+            && floor >= GRAIN
+            && head < LAST_POSITION
+            && floor.is_multiple_of(GRAIN)
+            && head.is_multiple_of(GRAIN);
+        if sane { Ok((floor, head)) } else { Err(Corrupt) }
+    }
+
+    /// The entry of a key, good or not.
+    pub(crate) fn find(&self, key: Key<'_>) -> Result<Option<Found<'a>>, Corrupt> {
+        let found = self.shard.index.find(key.hash, |slot, word| match self.follow(slot, word) {
+            Ok(found) => found.filter(|found| found.entry.is_for(key)).map(Ok),
+            Err(corrupt) => Some(Err(corrupt)),
+        });
+        found.transpose()
+    }
+
+    /// What a slot leads to; nothing if that is below the floor.
+    pub(crate) fn follow(&self, slot: Slot<'a>, word: u64) -> Result<Option<Found<'a>>, Corrupt> {
+        let Some(place) = Place::of(word) else { return Ok(None) };
+        let (floor, head) = self.bounds(place.ring)?;
+        if place.position < floor {
+            return Ok(None);
+        }
+        let entry = self.shard.bytes(place.ring).entry(place.position).ok_or(Corrupt)?;
+        if place.position >= head || entry.size > head - place.position {
+            return Err(Corrupt);
+        }
+        Ok(Some(Found { slot, place, entry }))
+    }
+
+    /// The slot that leads to an entry, if one does.
+    pub(crate) fn slot_of(&self, entry: &Entry<'_>, place: Place) -> Option<Slot<'a>> {
+        let word = place.word(entry.hash());
+        let mut candidates = self.shard.index.candidates(entry.hash());
+        candidates.find(|slot| slot.word.load(Ordering::Relaxed) == word)
+    }
+
+    /// Stores an entry of `size` bytes in place of what is stored under its key.
+    pub(crate) fn insert(&mut self, new: &NewEntry<'_>, size: u64, judge: &Judge<'_>) -> Result<Stored, Corrupt> {
+        let mut ring = self.ring_for(new.key, size)?;
+        let mut position = self.place(ring, size, judge)?;
+        if position.is_none() && ring == Ring::Small {
+            // A few readers can pin all of the small ring.
+            ring = Ring::Main;
+            position = self.place(ring, size, judge)?;
+        }
+        let Some(position) = position else { return Ok(Stored::NoRoom) };
+        self.shard.bytes(ring).write_entry(position, new, size).ok_or(Corrupt)?;
+        crash::point("insert: bytes written");
+        self.raise_head(ring, position + size);
+        crash::point("insert: head raised");
+
+        let mut books = self.shard.books();
+        // Not before: making room may have moved or evicted what was there.
+        let slot = match self.find(new.key)? {
+            Some(old) => {
+                books.subtract(old.place.ring, old.entry.size)?;
+                add(&self.shard.counters().replaced, 1);
+                old.slot
+            }
+            None => self.slot_for(new.key.hash, &mut books)?,
+        };
+        slot.visits.store(0, Ordering::Relaxed);
+        books.add(ring, size);
+        self.change_slot(slot, Place { ring, position }.word(new.key.hash), books);
+        add(&self.shard.counters().stores, 1);
+        Ok(Stored::Yes)
+    }
+
+    /// Removes an entry.
+    pub(crate) fn remove(&mut self, found: &Found<'_>) -> Result<(), Corrupt> {
+        let mut books = self.shard.books();
+        books.subtract(found.place.ring, found.entry.size)?;
+        self.change_slot(found.slot, 0, books);
+        Ok(())
+    }
+
+    /// Counts an entry that is dropped, by what it was like.
+    pub(crate) fn count_drop(&self, verdict: Verdict, ring: Ring) {
+        let counters = self.shard.counters();
+        let counter = match (verdict, ring) {
+            (Verdict::Expired, _) => &counters.expired,
+            (Verdict::Purged, _) => &counters.purged,
+            (Verdict::Fresh | Verdict::Stale | Verdict::OnError, Ring::Small) => &counters.evicted_small,
+            (Verdict::Fresh | Verdict::Stale | Verdict::OnError, Ring::Main) => &counters.evicted_main,
+        };
+        add(counter, 1);
+    }
+
+    pub(crate) fn raise_head(&mut self, ring: Ring, head: u64) {
+        ring.of(&self.shard.head.rings).head.store(head, Ordering::Release);
+    }
+
+    pub(crate) fn suspect(&mut self, member: u32) {
+        if !self.suspects.contains(&Some(member))
+            && let Some(free) = self.suspects.iter_mut().find(|suspect| suspect.is_none())
+        {
+            *free = Some(member);
+        }
+    }
+
+    /// S3-FIFO: what is new goes to the small ring, what was evicted from there lately, or asked for, to the main one.
+    fn ring_for(&self, key: Key<'_>, size: u64) -> Result<Ring, Corrupt> {
+        if size > self.shard.bytes(Ring::Small).len / 2 {
+            return Ok(Ring::Main);
+        }
+        let wanted = match self.find(key)? {
+            Some(old) => old.place.ring == Ring::Main || old.slot.visits.load(Ordering::Relaxed) > 0,
+            None => {
+                let [_, main] = self.shard.books().entries;
+                let seen = ghosts::contains(self.shard.ghosts(), &self.shard.head.ghost_seq, key.hash, main);
+                add(&self.shard.counters().ghost_hits, u64::from(seen));
+                seen
+            }
+        };
+        Ok(if wanted { Ring::Main } else { Ring::Small })
+    }
+
+    /// A slot for a new key: a free one, or else that of the entry asked for least.
+    fn slot_for(&mut self, hash: u64, books: &mut Books) -> Result<Slot<'a>, Corrupt> {
+        let mut least: Option<(u8, Found<'a>)> = None;
+        for slot in self.shard.index.candidates(hash) {
+            let Some(found) = self.follow(slot, slot.word.load(Ordering::Relaxed))? else { return Ok(slot) };
+            let visits = slot.visits.load(Ordering::Relaxed);
+            if least.is_none_or(|(fewest, _)| visits < fewest) {
+                least = Some((visits, found));
+            }
+        }
+        let (_, found) = least.ok_or(Corrupt)?;
+        books.subtract(found.place.ring, found.entry.size)?;
+        add(&self.shard.counters().evicted_index, 1);
+        Ok(found.slot)
+    }
+}
+
+impl Books {
+    pub(crate) fn add(&mut self, ring: Ring, size: u64) {
+        let at = usize::from(ring == Ring::Main);
+        self.bytes[at] = self.bytes[at].saturating_add(size);
+        self.entries[at] = self.entries[at].saturating_add(1);
+    }
+
+    pub(crate) fn subtract(&mut self, ring: Ring, size: u64) -> Result<(), Corrupt> {
+        let at = usize::from(ring == Ring::Main);
+        self.bytes[at] = self.bytes[at].checked_sub(size).ok_or(Corrupt)?;
+        self.entries[at] = self.entries[at].checked_sub(1).ok_or(Corrupt)?;
+        Ok(())
+    }
+}
+
+/// Adds to a word that is changed under the lock, or may be a little wrong.
+pub(crate) fn add(word: &AtomicU64, amount: u64) {
+    if amount > 0 {
+        word.fetch_add(amount, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,146 @@
+//! The sweep: what is over goes though nobody needs its room, and what the dead left is freed though nobody runs into it.
+//!
+//! It goes through the index like a reader, without a lock, a part of it each time, and takes a shard's lock only to remove what
+//! it found. Any process may call it as often as it likes: one in a second does the work.
+//!
+//! May not: hold a lock for longer than it takes to remove a batch.
+
+use std::sync::atomic::Ordering;
+
+use super::entry::Entry;
+use super::freshness::{Judge, Moment, Verdict};
+use super::index::{Place, Slot};
+use super::prefixes::{Prefixes, Purge};
+use super::shard::{Corrupt, LockedShard, Shard};
+use crate::cache::Cache;
+
+/// Between two sweeps.
+const INTERVAL_MS: u64 = 1000;
+/// All of the index is looked at within so many sweeps.
+const ROUNDS: u64 = 8;
+/// Slots looked at in one sweep of a shard, at least.
+const FEWEST: u64 = 4096;
+/// Entries removed while the lock is held once.
+const BATCH: usize = 64;
+
+/// An entry to be removed: the number of its slot, and what the slot said.
+type Doomed = (u64, u64);
+
+impl Cache {
+    /// Removes expired and purged pages, frees what dead processes held, and finishes purges that they began.
+    ///
+    /// Each process should call this about once a second; all but one of the calls return at once. A call examines a
+    /// part of the cache, which may take some milliseconds in a large cache.
+    pub fn sweep(&self) {
+        let now_ms = self.segment.now_ms();
+        let Some(header) = self.segment.header() else { return };
+        let due = header.sweep_due.load(Ordering::Relaxed);
+        let next = now_ms.saturating_add(INTERVAL_MS);
+        if is_due(due, now_ms)
+            && header.sweep_due.compare_exchange(due, next, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        {
+            self.sweep_now(ROUNDS, now_ms);
+        }
+    }
+
+    /// Whether [`sweep`](Cache::sweep) would do anything. Very cheap.
+    pub fn sweep_is_due(&self) -> bool {
+        let due = self.segment.header().map(|header| header.sweep_due.load(Ordering::Relaxed));
+        self.segment.geometry.shards > 0 && due.is_some_and(|due| is_due(due, self.segment.now_ms()))
+    }
+
+    /// One part of `rounds` of the index, now.
+    pub(crate) fn sweep_now(&self, rounds: u64, now_ms: u64) {
+        self.segment.bury_the_dead();
+        let Some(prefixes) = Prefixes::of(&self.segment) else { return };
+        for purge in prefixes.unswept() {
+            self.sweep_prefix(&purge);
+        }
+        let Some(judge) = self.judge(Moment::At(now_ms)) else { return };
+        for shard in self.shards() {
+            let slots = shard.index.len();
+            let part = (slots / rounds.max(1)).max(FEWEST).min(slots);
+            let from = shard.head.sweep_at.load(Ordering::Relaxed) % slots.max(1);
+            self.remove_from(&shard, from, part, |sight| !judge.verdict(&sight).keeps(), &judge);
+            shard.head.sweep_at.store(from + part, Ordering::Relaxed);
+            let _ = self.with_shard_at(shard.number, |shard| shard.tidy(&judge));
+        }
+    }
+
+    /// Removes what a purge by prefix concerns, and marks the purge as done.
+    pub(crate) fn sweep_prefix(&self, purge: &Purge) {
+        let Some(judge) = self.judge(Moment::At(self.segment.now_ms())) else { return };
+        for shard in self.shards() {
+            let concerns =
+                |entry: Entry<'_>| entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix());
+            // Whoever holds the lock now may not know of the purge, and is done after this; whoever takes it later knows.
+            if shard.lock().is_err() || !self.remove_from(&shard, 0, shard.index.len(), concerns, &judge) {
+                return;
+            }
+        }
+        if let Some(prefixes) = Prefixes::of(&self.segment) {
+            prefixes.swept(purge);
+        }
+    }
+
+    /// Removes all entries that are `doomed` from `count` slots; `false` if the shard could not be locked.
+    fn remove_from(
+        &self,
+        shard: &Shard<'_>,
+        from: u64,
+        count: u64,
+        doomed: impl Fn(Entry<'_>) -> bool,
+        judge: &Judge<'_>,
+    ) -> bool {
+        let mut batch: Vec<Doomed> = Vec::with_capacity(BATCH);
+        let len = shard.index.len();
+        for slot in (from..from + count).filter_map(|number| shard.index.slot(number % len.max(1))) {
+            if let Some(word) = look(shard, slot, &doomed) {
+                batch.push((slot.number, word));
+            }
+            if batch.len() == BATCH {
+                if !self.remove_batch(shard, &batch, judge) {
+                    return false;
+                }
+                batch.clear();
+            }
+        }
+        batch.is_empty() || self.remove_batch(shard, &batch, judge)
+    }
+
+    fn remove_batch(&self, shard: &Shard<'_>, batch: &[Doomed], judge: &Judge<'_>) -> bool {
+        let removed =
+            self.with_shard_at(shard.number, |shard| batch.iter().try_for_each(|&doomed| remove(shard, doomed, judge)));
+        removed.is_ok()
+    }
+}
+
+/// A time far ahead is none of ours, and does not count.
+fn is_due(due: u64, now_ms: u64) -> bool {
+    due <= now_ms || due - now_ms > INTERVAL_MS
+}
+
+/// The word of a slot whose entry is doomed.
+fn look(shard: &Shard<'_>, slot: Slot<'_>, doomed: impl Fn(Entry<'_>) -> bool) -> Option<u64> {
+    let word = slot.word.load(Ordering::Acquire);
+    let place = Place::of(word)?;
+    if !shard.holds(place) {
+        return None;
+    }
+    let is_doomed = doomed(shard.bytes(place.ring).entry(place.position)?);
+    (is_doomed && shard.holds(place)).then_some(word)
+}
+
+/// Removes an entry if its slot still says what it did.
+fn remove(shard: &mut LockedShard<'_>, (number, word): Doomed, judge: &Judge<'_>) -> Result<(), Corrupt> {
+    let slot = shard.shard.index.slot(number).ok_or(Corrupt)?;
+    if slot.word.load(Ordering::Relaxed) != word {
+        return Ok(());
+    }
+    if let Some(found) = shard.follow(slot, word)? {
+        let verdict = judge.verdict(&found.entry);
+        shard.remove(&found)?;
+        shard.count_drop(if verdict.keeps() { Verdict::Purged } else { verdict }, found.place.ring);
+    }
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! The logical clock that makes purging by tag one step, however many pages carry the tag.
+//!
+//! The clock counts purges. A purge writes the next time into the tag's slots and raises the clock to it (`purge.rs`); a page
+//! remembers the time *before* it was rendered. So a page is out of date iff one of its tags was purged later than that,
+//! and a page whose tag is purged while it is being rendered is out of date before it is stored.
+//!
+//! A tag has two slots, given by two halves of its hash, and was last purged at the earlier time of the two. Tags that
+//! share one slot do not disturb each other; tags that share both only cause misses. Every key counts as a tag of
+//! its own page, so that purging a key works the same way, also while its shard is locked.
+//!
+//! No locks. Killed before its last store, a purge may or may not have happened, as its caller never returned.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::memory::SharedMemory;
+use crate::memory::layout::Header;
+use crate::protocols::purge;
+
+/// A time on the cache's logical clock: see [`Cache::clock`](crate::Cache::clock).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Clock(pub(crate) u64);
+
+/// The clock and the tag table of one segment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TagClock<'a> {
+    now: &'a AtomicU64,
+    cleared: &'a AtomicU64,
+    slots: &'a [AtomicU64],
+}
+
+impl<'a> TagClock<'a> {
+    /// `None` without a cache.
+    pub(crate) fn of(segment: &'a SharedMemory) -> Option<TagClock<'a>> {
+        let header = segment.map.at::<Header>(0)?;
+        let slots = segment.map.slice::<AtomicU64>(segment.geometry.tags_at, segment.geometry.tag_slots)?;
+        let clock = TagClock { now: &header.tag_clock, cleared: &header.cleared, slots };
+        (!slots.is_empty()).then_some(clock)
+    }
+
+    pub(crate) fn now(self) -> u64 {
+        self.now.load(Ordering::SeqCst)
+    }
+
+    /// Whatever carries this tag and was rendered before now is out of date.
+    pub(crate) fn purge(self, tag: u64) {
+        purge::purge(self.now, &self.slots_of(tag));
+    }
+
+    /// Whatever was rendered before now is out of date.
+    pub(crate) fn clear(self) {
+        purge::purge(self.now, &[self.cleared]);
+    }
+
+    /// Whether a page rendered at `snapshot` is still good, as far as this tag goes.
+    pub(crate) fn is_current(self, tag: u64, snapshot: u64) -> bool {
+        purge::is_current(&self.slots_of(tag), snapshot)
+    }
+
+    /// Whether a page rendered at `snapshot` is younger than the last `clear`.
+    pub(crate) fn outlived_clear(self, snapshot: u64) -> bool {
+        purge::is_current(&[self.cleared], snapshot)
+    }
+
+    /// Finishes what a process that was purging one of these tags, or everything, when it died, left undone. To be called
+    /// when one of them turns out to be purged.
+    pub(crate) fn finish(self, tags: impl Iterator<Item = u64>) {
+        purge::finish(self.now, &[self.cleared]);
+        tags.for_each(|tag| purge::finish(self.now, &self.slots_of(tag)));
+    }
+
+    /// The next moment.
+    pub(crate) fn tick(self) -> u64 {
+        self.now.fetch_add(1, Ordering::SeqCst).wrapping_add(1)
+    }
+
+    fn slots_of(self, tag: u64) -> [&'a AtomicU64; 2] {
+        // The table's length is a power of two not above 2^18, so either half of the hash has enough bits.
+        let mask = self.slots.len() - 1;
+        let [a, b, c, d, e, f, g, h] = tag.to_le_bytes();
+        let halves = [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])];
+        halves.map(|half| &self.slots[half as usize & mask])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use crate::{Options, Plan, Segment};
+
+    #[test]
+    fn purges_are_seen_by_what_was_rendered_before() {
+        let segment = Segment::create(&Plan { cache_bytes: 256 * 1024, ..Plan::default() }).unwrap();
+        let cache = segment.cache();
+        let clock = cache.tag_clock().unwrap();
+        let (one, other) = (0x0000_0001_0000_0002, 0x0000_0003_0000_0004);
+        let before = clock.now();
+        assert!(clock.is_current(one, before));
+        clock.purge(one);
+        assert!(!clock.is_current(one, before));
+        assert!(clock.is_current(one, clock.now()));
+        assert!(clock.is_current(other, before));
+        // Shares one slot of two with the purged tag.
+        assert!(clock.is_current(0x0000_0001_0000_0004, before));
+        assert!(clock.outlived_clear(before));
+        clock.clear();
+        assert!(!clock.outlived_clear(before) && clock.outlived_clear(clock.now()));
+    }
+
+    #[test]
+    fn a_purge_that_nobody_finished_is_finished_by_the_next_store() {
+        let segment = Segment::create(&Plan { cache_bytes: 256 * 1024, ..Plan::default() }).unwrap();
+        let cache = segment.cache();
+        let clock = cache.tag_clock().unwrap();
+        let options = Options::new().tags(["tag"]);
+        cache.set("page", "old", &options).unwrap();
+        // As a purger leaves it that is killed before it raises the clock.
+        for slot in clock.slots_of(cache.tag("tag")) {
+            slot.store(clock.now() + 1, Ordering::SeqCst);
+        }
+        clock.cleared.store(clock.now() + 1, Ordering::SeqCst);
+        cache.set("page", "new", &options).unwrap();
+        assert_eq!(cache.get("page"), None, "who knows whether this was rendered before or after");
+        cache.set("page", "new", &options).unwrap();
+        assert_eq!(cache.get("page").unwrap(), b"new");
+    }
+
+    #[test]
+    fn without_a_cache_there_is_no_clock() {
+        let segment = Segment::create(&Plan { rows: 1, ..Plan::default() }).unwrap();
+        assert!(segment.cache().tag_clock().is_none());
+    }
+}

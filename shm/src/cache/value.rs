@@ -1,0 +1,107 @@
+//! What can be kept in the cache: bytes, or a whole page with its status, headers and encoding.
+
+use super::freshness::Verdict;
+use super::lookup::Tags;
+use super::options::Options;
+use super::page::Page;
+use super::read::Sight;
+use super::refused::Refused;
+use crate::cache::{Cache, Rendering, copy_value};
+
+/// A value that the cache can store: `Vec<u8>`, or a [`Page`].
+pub trait Keep: Sized {
+    /// What lies in the cache for it: metadata, and the value.
+    #[doc(hidden)]
+    fn parts(&self) -> (Vec<u8>, &[u8]);
+
+    /// What was kept, from its metadata and value; `None` if that cannot be.
+    #[doc(hidden)]
+    fn from_parts(meta: &[u8], value: Vec<u8>) -> Option<Self>;
+
+    /// Whether it may be kept in a cache that serves it to everybody.
+    #[doc(hidden)]
+    fn may_be_kept(&self) -> Result<(), Refused> {
+        Ok(())
+    }
+}
+
+impl Keep for Vec<u8> {
+    fn parts(&self) -> (Vec<u8>, &[u8]) {
+        (Vec::new(), self)
+    }
+
+    fn from_parts(_: &[u8], value: Vec<u8>) -> Option<Vec<u8>> {
+        Some(value)
+    }
+}
+
+impl Keep for Page {
+    fn parts(&self) -> (Vec<u8>, &[u8]) {
+        (self.encode_meta(), self.body())
+    }
+
+    /// What was stored as mere bytes is a page without headers.
+    fn from_parts(meta: &[u8], value: Vec<u8>) -> Option<Page> {
+        if meta.is_empty() { Some(Page::new(value)) } else { Page::decode(meta, value).ok() }
+    }
+
+    fn may_be_kept(&self) -> Result<(), Refused> {
+        self.storable().map_err(Refused::NotStorable)
+    }
+}
+
+impl Cache {
+    /// Returns the page stored under `key` with its status, headers and encoding, if it is neither expired nor purged.
+    pub fn get_page(&self, key: impl AsRef<[u8]>) -> Option<Page> {
+        let key = self.key(key.as_ref());
+        let fresh = |verdict, _: &_| verdict == Verdict::Fresh;
+        let (found, tries) = self.lookup(key, self.segment.now_ms(), Tags::Unwanted, fresh);
+        self.count_look(self.shard_of(key.hash), tries, found.is_some());
+        found.map(|found| found.value)
+    }
+
+    /// Stores a page with its status, headers and encoding under `key`, replacing any page stored there: see
+    /// [`set`](Cache::set).
+    ///
+    /// # Errors
+    /// Fails if there is no cache, if the page is too large, if its shard is locked by a process that does not release
+    /// it, or if the page may not be stored in a shared cache ([`Page::storable`]).
+    pub fn set_page(&self, key: impl AsRef<[u8]>, page: &Page, options: &Options) -> Result<(), Refused> {
+        page.may_be_kept()?;
+        let (meta, value) = page.parts();
+        let rendering = Rendering { meta: &meta, ..Rendering::default() };
+        self.store(key.as_ref(), value, options, &rendering, self.segment.now_ms())
+    }
+}
+
+/// Copies an entry's metadata and value; `None` if the entry does not hold.
+pub(crate) fn copy_parts(sight: &Sight<'_, '_>) -> Option<(Vec<u8>, Vec<u8>)> {
+    let mut value = Vec::new();
+    copy_value(sight, &mut value)?;
+    let mut meta = Vec::with_capacity(sight.entry.meta_len());
+    sight.entry.copy_meta(&mut meta)?;
+    Some((meta, value))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{NotStorable, Plan, Segment};
+
+    use super::*;
+
+    #[test]
+    fn a_page_comes_back_whole() {
+        let cache = Segment::create(&Plan { cache_bytes: 256 * 1024, ..Plan::default() }).unwrap().cache();
+        let page = Page::new(vec![b'a'; 20_000]).status(404).header("Content-Type", "text/html").gzip();
+        assert!(page.body().len() < 1000);
+        cache.set_page("/", &page, &Options::new()).unwrap();
+        assert_eq!(cache.get_page("/").unwrap(), page);
+        cache.set("/plain", "text", &Options::new()).unwrap();
+        assert_eq!(cache.get_page("/plain").unwrap(), Page::new("text"));
+        assert_eq!((cache.get_page("/none"), cache.stats().hits, cache.stats().misses), (None, 2, 1));
+        let private = Page::new("mine").header("Set-Cookie", "id=1");
+        let refused = cache.set_page("/", &private, &Options::new());
+        assert_eq!(refused, Err(Refused::NotStorable(NotStorable::SetCookie)));
+        cache.audit().unwrap();
+    }
+}

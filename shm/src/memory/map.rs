@@ -1,0 +1,460 @@
+//! The mapping: every access to shared bytes goes through here.
+//!
+//! Raw pointers never leave this file. What leaves it are references to [`Plain`] types, which consist of atomics only,
+//! and copies of byte ranges. Every offset is checked against the length that was mapped, never against a length
+//! found in the segment, so a segment full of nonsense yields `None`, not an access out of bounds.
+//!
+//! May not: know what the bytes mean, take locks, or resize the mapping.
+#![expect(unsafe_code, reason = "the fence around the mapped memory")]
+
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A type that may be viewed in place in memory that other processes write.
+///
+/// # Safety
+/// The type is `repr(C)`, every byte of it lies inside an `UnsafeCell` (an atomic), and every bit pattern is a valid value,
+/// so that a reference stays sound whatever another process stores there.
+pub(crate) unsafe trait Plain {}
+
+// SAFETY: one atomic word, valid for every bit pattern.
+unsafe impl Plain for AtomicU64 {}
+
+/// A shared mapping of a whole segment; unmapped on drop.
+#[derive(Debug)]
+pub(crate) struct Map {
+    memory: Memory,
+}
+
+#[cfg(not(miri))]
+type Memory = memmap2::MmapRaw;
+
+/// Miri knows no shared mappings: there a segment is memory of one process.
+#[cfg(miri)]
+#[derive(Debug)]
+struct Memory {
+    bytes: *mut u8,
+    layout: std::alloc::Layout,
+}
+
+#[cfg(miri)]
+mod heap {
+    use super::Memory;
+
+    // SAFETY: the memory is reached through atomics and the copies of this file only.
+    unsafe impl Send for Memory {}
+    // SAFETY: as above.
+    unsafe impl Sync for Memory {}
+
+    impl Memory {
+        pub(crate) fn new(len: usize) -> Memory {
+            let layout = std::alloc::Layout::from_size_align(len, 4096).unwrap();
+            // SAFETY: the length is not 0.
+            Memory { bytes: unsafe { std::alloc::alloc_zeroed(layout) }, layout }
+        }
+        pub(crate) fn len(&self) -> usize {
+            self.layout.size()
+        }
+        pub(crate) fn as_mut_ptr(&self) -> *mut u8 {
+            self.bytes
+        }
+    }
+
+    impl Drop for Memory {
+        fn drop(&mut self) {
+            // SAFETY: allocated with this layout.
+            unsafe { std::alloc::dealloc(self.bytes, self.layout) }
+        }
+    }
+}
+
+impl Map {
+    /// Maps the first `len` bytes of `fd`, shared and writable.
+    ///
+    /// The caller has made sure that the file is at least that long and sealed against shrinking, or locked by us;
+    /// otherwise touching it could raise SIGBUS (which is no memory error, but kills the process).
+    #[cfg(not(miri))]
+    pub(crate) fn new(fd: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        Ok(Map { memory: memmap2::MmapOptions::new().len(len).map_raw(fd.as_raw_fd())? })
+    }
+
+    /// Memory in the place of the file.
+    #[cfg(miri)]
+    pub(crate) fn new(_: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
+        Ok(Map { memory: Memory::new(usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?) })
+    }
+
+    /// Asks for huge pages, and has all pages mapped now, so that no request pays for it. That either fails is no loss.
+    #[cfg(not(miri))]
+    pub(crate) fn warm(&self) {
+        let _ = self.memory.advise(memmap2::Advice::HugePage);
+        let _ = self.memory.advise(memmap2::Advice::PopulateWrite);
+    }
+
+    #[cfg(miri)]
+    pub(crate) fn warm(&self) {}
+
+    /// Writes a file's mapping back to its disk.
+    #[cfg(not(miri))]
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        self.memory.flush()
+    }
+
+    #[cfg(miri)]
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// The same for the first page.
+    #[cfg(not(miri))]
+    pub(crate) fn flush_start(&self) -> io::Result<()> {
+        self.memory.flush_range(0, 4096.min(self.memory.len()))
+    }
+
+    #[cfg(miri)]
+    pub(crate) fn flush_start(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// The `T` at `offset`, if it lies inside the mapping and is aligned.
+    pub(crate) fn at<T: Plain>(&self, offset: u64) -> Option<&T> {
+        self.slice(offset, 1)?.first()
+    }
+
+    /// `count` values of `T` from `offset` on, if all lie inside the mapping and are aligned.
+    pub(crate) fn slice<T: Plain>(&self, offset: u64, count: u64) -> Option<&[T]> {
+        let bytes = count.checked_mul(size_of::<T>() as u64)?;
+        let start = self.range(offset, bytes)?.cast::<T>();
+        if !start.is_aligned() {
+            return None;
+        }
+        let count = usize::try_from(count).ok()?;
+        // SAFETY: `range` checked that the bytes lie inside the mapping, which lives as long as `self`; the pointer is
+        // aligned; `T: Plain` accepts any bytes and allows them to change, by us or by another process, at any time.
+        Some(unsafe { std::slice::from_raw_parts(start.cast_const(), count) })
+    }
+
+    /// Copies `bytes` to `offset`.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Option<()> {
+        let to = self.range(offset, bytes.len() as u64)?;
+        // SAFETY: the target lies inside the mapping and `bytes`, a Rust slice, does not; no reference into the target can
+        // be harmed, as only `Plain` ones exist, and those of pinned ranges, which whoever asks for them answers for. Another
+        // process may read or write the target meanwhile: `copy` is a copy of bytes that may change.
+        unsafe { copy(Side::Private(bytes.as_ptr()), Side::Shared(to), bytes.len()) };
+        Some(())
+    }
+
+    /// Appends the `len` bytes at `offset` to `out`, which must have the room already: this never allocates.
+    ///
+    /// Another process may write there meanwhile: what was copied is some mixture of bytes, which the caller has to
+    /// find out and drop.
+    pub(crate) fn read(&self, offset: u64, len: u64, out: &mut Vec<u8>) -> Option<()> {
+        let from = self.range(offset, len)?;
+        let len = usize::try_from(len).ok()?;
+        let spare = out.spare_capacity_mut();
+        if spare.len() < len {
+            return None;
+        }
+        // SAFETY: the source lies inside the mapping, the target is private memory with room for `len` bytes.
+        unsafe { copy(Side::Shared(from.cast_const()), Side::Private(spare.as_mut_ptr().cast::<u8>()), len) };
+        let filled = out.len() + len;
+        // SAFETY: the `len` bytes after the old length were written just above, and the capacity was checked.
+        unsafe { out.set_len(filled) };
+        Some(())
+    }
+
+    /// Copies `len` bytes from one place in the mapping to another; `None` also if the two overlap.
+    pub(crate) fn shift(&self, from: u64, to: u64, len: u64) -> Option<()> {
+        let apart = from.checked_add(len)? <= to || to.checked_add(len)? <= from;
+        let from = self.range(from, len)?;
+        let to = self.range(to, len)?;
+        let len = usize::try_from(len).ok()?;
+        if !apart {
+            return None;
+        }
+        // SAFETY: both ranges lie inside the mapping and do not overlap; as to other processes see `write`.
+        unsafe { copy(Side::Shared(from.cast_const()), Side::Shared(to), len) };
+        Some(())
+    }
+
+    /// Copies bytes from `offset` on into `out`, which they fill. As for other processes, see [`Map::read`].
+    pub(crate) fn read_into(&self, offset: u64, out: &mut [u8]) -> Option<()> {
+        let from = self.range(offset, out.len() as u64)?;
+        // SAFETY: the source lies inside the mapping, and the target is private memory.
+        unsafe { copy(Side::Shared(from.cast_const()), Side::Private(out.as_mut_ptr()), out.len()) };
+        Some(())
+    }
+
+    /// Has the kernel write the `len` bytes at `offset` to a file or socket, without a copy of ours, and returns how many it
+    /// took. `None` if they do not lie inside.
+    pub(crate) fn write_to(&self, offset: u64, len: u64, file: BorrowedFd<'_>) -> Option<io::Result<usize>> {
+        let start = self.range(offset, len)?;
+        let len = usize::try_from(len).ok()?;
+        // SAFETY: the bytes lie inside the mapping, which outlives the call. The kernel reads them, as bytes that may change.
+        let written = unsafe { libc::write(file.as_raw_fd(), start.cast_const().cast(), len) };
+        Some(usize::try_from(written).map_err(|_| io::Error::last_os_error()))
+    }
+
+    /// The bytes of a pinned entry, in place.
+    ///
+    /// # Safety
+    /// Nothing writes to them for as long as the result lives. The caller holds a pin on the entry that they lie in, and found the
+    /// entry valid after the pin was set: from then on no member of the segment that keeps to the protocol writes there until
+    /// the pin is gone. That all processes which have the segment do so is for the caller to know.
+    pub(crate) unsafe fn pinned(&self, offset: u64, len: u64) -> Option<&[u8]> {
+        let start = self.range(offset, len)?;
+        let len = usize::try_from(len).ok()?;
+        // SAFETY: inside the mapping, which lives as long as `self`; unchanged, as the caller promises.
+        Some(unsafe { std::slice::from_raw_parts(start.cast_const(), len) })
+    }
+
+    /// Whether the bytes at `offset`, which must be a multiple of 8, are `bytes`.
+    ///
+    /// Compares by words: the last one is masked, so up to 7 bytes behind the range must be mapped too.
+    #[inline]
+    pub(crate) fn equals(&self, offset: u64, bytes: &[u8]) -> Option<bool> {
+        let words = self.slice::<AtomicU64>(offset, (bytes.len() as u64).div_ceil(8))?;
+        let (whole, rest) = bytes.as_chunks();
+        // Without a branch for each word, as nearly always all are the same.
+        let mut difference = 0;
+        for (word, chunk) in words.iter().zip(whole) {
+            difference |= word.load(Ordering::Relaxed) ^ u64::from_ne_bytes(*chunk);
+        }
+        let Some(last) = words.get(whole.len()).map(|word| word.load(Ordering::Relaxed)) else {
+            return Some(difference == 0);
+        };
+        // The last eight bytes without those that were compared already, if there are so many.
+        let rest_is_it = match bytes.last_chunk() {
+            Some(&tail) => {
+                let unused = 8 * (8 - rest.len());
+                u64::from_le_bytes(tail) >> unused == u64::from_le(last) << unused >> unused
+            }
+            None => last.to_ne_bytes().starts_with(rest),
+        };
+        Some(difference == 0 && rest_is_it)
+    }
+
+    /// The start of `len` bytes at `offset`, if they lie inside the mapping.
+    fn range(&self, offset: u64, len: u64) -> Option<*mut u8> {
+        let end = offset.checked_add(len)?;
+        if end > self.memory.len() as u64 {
+            return None;
+        }
+        let offset = usize::try_from(offset).ok()?;
+        // SAFETY: `offset <= end <= len of the mapping`, so the result stays within it or one past its end.
+        Some(unsafe { self.memory.as_mut_ptr().add(offset) })
+    }
+}
+
+/// One side of a copy: memory that other processes see, or our own.
+#[derive(Clone, Copy, Debug)]
+enum Side<P> {
+    Shared(P),
+    Private(P),
+}
+
+impl<P> Side<P> {
+    fn pointer(self) -> P {
+        match self {
+            Side::Shared(pointer) | Side::Private(pointer) => pointer,
+        }
+    }
+}
+
+/// Copies bytes that another process may change meanwhile.
+///
+/// To the compiler this is a few opaque instructions, not a read of Rust memory: a race with another process (or thread) gives
+/// some mixture of old and new bytes, and no undefined behaviour. It is about as fast as `memcpy`, which for small pages
+/// takes a loop: the one string instruction is slow to start, and nothing overlaps with it.
+///
+/// # Safety
+/// `len` bytes can be read at `from` and written at `to`, and the two do not overlap.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
+    let (from, to) = (from.pointer(), to.pointer());
+    if (BLOCK..=LOOPED).contains(&len) && std::is_x86_feature_detected!("avx2") {
+        // SAFETY: as the caller promises; there is a block at least, and the machine has AVX2.
+        unsafe { copy_blocks(from, to, len) };
+    } else {
+        // SAFETY: as the caller promises; the direction flag is clear by the ABI.
+        unsafe {
+            std::arch::asm!(
+                "rep movsb",
+                inout("rcx") len => _,
+                inout("rdi") to => _,
+                inout("rsi") from => _,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+}
+
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+const BLOCK: usize = 128;
+/// Up to this the loop is faster.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+const LOOPED: usize = 4096;
+
+/// Copies blocks of 128 bytes, the last of which may overlap the one before it.
+///
+/// # Safety
+/// As for `copy`; `len` is a block at least, and the machine has AVX2.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+#[target_feature(enable = "avx2")]
+unsafe fn copy_blocks(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: whole blocks below the last, then the last; all inside the two ranges.
+    unsafe {
+        std::arch::asm!(
+            "2:",
+            "vmovdqu {a}, [{from} + {at}]",
+            "vmovdqu {b}, [{from} + {at} + 32]",
+            "vmovdqu {c}, [{from} + {at} + 64]",
+            "vmovdqu {d}, [{from} + {at} + 96]",
+            "vmovdqu [{to} + {at}], {a}",
+            "vmovdqu [{to} + {at} + 32], {b}",
+            "vmovdqu [{to} + {at} + 64], {c}",
+            "vmovdqu [{to} + {at} + 96], {d}",
+            "add {at}, 128",
+            "cmp {at}, {last}",
+            "jb 2b",
+            "vmovdqu {a}, [{from} + {last}]",
+            "vmovdqu {b}, [{from} + {last} + 32]",
+            "vmovdqu {c}, [{from} + {last} + 64]",
+            "vmovdqu {d}, [{from} + {last} + 96]",
+            "vmovdqu [{to} + {last}], {a}",
+            "vmovdqu [{to} + {last} + 32], {b}",
+            "vmovdqu [{to} + {last} + 64], {c}",
+            "vmovdqu [{to} + {last} + 96], {d}",
+            "vzeroupper",
+            a = out(ymm_reg) _,
+            b = out(ymm_reg) _,
+            c = out(ymm_reg) _,
+            d = out(ymm_reg) _,
+            from = in(reg) from,
+            to = in(reg) to,
+            last = in(reg) len - BLOCK,
+            at = inout(reg) 0_usize => _,
+            options(nostack),
+        );
+    }
+}
+
+/// As above, for machines without such an instruction: word by word where both sides are aligned, else byte by byte, and
+/// atomically on the sides that are shared.
+///
+/// # Safety
+/// `len` bytes can be read at `from` and written at `to`, and the two do not overlap.
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
+    let word = size_of::<u64>();
+    let aligned = from.pointer().cast::<u64>().is_aligned() && to.pointer().cast::<u64>().is_aligned();
+    let whole = if aligned { len / word * word } else { 0 };
+    for at in (0..whole).step_by(word) {
+        // SAFETY: inside the source, and aligned.
+        let value = match from {
+            Side::Shared(from) => unsafe { (*from.add(at).cast::<AtomicU64>()).load(Ordering::Relaxed) },
+            Side::Private(from) => unsafe { from.add(at).cast::<u64>().read() },
+        };
+        // SAFETY: inside the target, and aligned.
+        match to {
+            Side::Shared(to) => unsafe { (*to.add(at).cast::<AtomicU64>()).store(value, Ordering::Relaxed) },
+            Side::Private(to) => unsafe { to.add(at).cast::<u64>().write(value) },
+        }
+    }
+    for at in whole..len {
+        // SAFETY: inside the source.
+        let value = match from {
+            Side::Shared(from) => unsafe { (*from.add(at).cast::<AtomicU8>()).load(Ordering::Relaxed) },
+            Side::Private(from) => unsafe { from.add(at).read() },
+        };
+        // SAFETY: inside the target.
+        match to {
+            Side::Shared(to) => unsafe { (*to.add(at).cast::<AtomicU8>()).store(value, Ordering::Relaxed) },
+            Side::Private(to) => unsafe { to.add(at).write(value) },
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::os::fd::AsFd;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    pub(crate) fn scratch(len: u64) -> Map {
+        if cfg!(miri) {
+            return Map::new(std::io::stdin().as_fd(), len).unwrap();
+        }
+        let fd = memfd_create(c"scratch", MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&fd, i64::try_from(len).unwrap()).unwrap();
+        Map::new(fd.as_fd(), len).unwrap()
+    }
+
+    #[test]
+    fn refuses_what_lies_outside_or_askew() {
+        let map = scratch(4096);
+        assert!(map.at::<AtomicU64>(4088).is_some());
+        for offset in [4089, 4090, 4096, 1, 4, u64::MAX, u64::MAX - 7] {
+            assert!(map.at::<AtomicU64>(offset).is_none(), "offset {offset}");
+        }
+        assert!(map.slice::<AtomicU64>(0, 512).is_some());
+        assert!(map.slice::<AtomicU64>(0, 513).is_none());
+        assert!(map.slice::<AtomicU64>(8, u64::MAX).is_none());
+        assert!(map.write(4090, b"1234567").is_none());
+        assert!(map.shift(0, 4000, 97).is_none());
+        assert!(map.equals(4, b"x").is_none());
+        assert!(map.read(0, 8, &mut Vec::new()).is_none(), "no room in the target");
+        assert!(map.read(4090, 7, &mut Vec::with_capacity(64)).is_none());
+    }
+
+    #[test]
+    fn compares_any_length_whole() {
+        let map = scratch(4096);
+        let bytes: Vec<u8> = (1..100).collect();
+        for len in 0..60 {
+            map.write(64, &bytes).unwrap();
+            assert_eq!(map.equals(64, &bytes[..len]), Some(true), "{len}");
+            for at in 0..len {
+                let mut other = bytes.clone();
+                other[at] ^= 0x80;
+                assert_eq!(map.equals(64, &other[..len]), Some(false), "byte {at} of {len}");
+            }
+        }
+    }
+
+    #[test]
+    fn copies_any_length_whole() {
+        let map = scratch(3 << 14);
+        let bytes: Vec<u8> = (0..9000_u32).map(|n| u8::try_from(n * 7 % 251).unwrap()).collect();
+        for len in (0..700).chain([1023, 1024, 4095, 4096, 4097, 4100, 9000]) {
+            let at = 7 + len % 33;
+            map.write(0, &vec![0xee; 10_000]).unwrap();
+            map.write(at as u64, &bytes[..len]).unwrap();
+            let mut out = Vec::with_capacity(at + len + 1);
+            map.read(0, (at + len + 1) as u64, &mut out).unwrap();
+            assert!(out[at..][..len] == bytes[..len], "{len} bytes");
+            assert!(out[..at].iter().chain(out.last()).all(|&byte| byte == 0xee), "nothing beside {len} bytes");
+        }
+    }
+
+    #[test]
+    fn copies_in_out_and_along() {
+        let map = scratch(4096);
+        map.write(16, b"hello, world").unwrap();
+        assert_eq!(map.equals(16, b"hello, world"), Some(true));
+        assert_eq!(map.equals(16, b"hello, worle"), Some(false));
+        assert_eq!(map.equals(16, b"hello, w"), Some(true));
+        assert_eq!(map.equals(16, b""), Some(true));
+        map.shift(16, 40, 12).unwrap();
+        assert_eq!(map.shift(16, 21, 12), None, "they overlap");
+        let mut out = Vec::with_capacity(64);
+        map.read(40, 12, &mut out).unwrap();
+        assert_eq!(out, b"hello, world");
+    }
+}

@@ -1,0 +1,314 @@
+//! Members: the processes that use the cache, and who of them is dead.
+//!
+//! A process becomes a member when it first touches the cache, by locking one byte of the segment's file, the one whose
+//! number is its member number, through an open file description of its own (`F_OFD_SETLK`). The kernel gives the
+//! byte free when the process is gone, and not before: descriptors are closed after the address space. So *a byte
+//! that can be locked has no living owner*, zombies included, and no pid that was used again can fool anybody.
+//!
+//! Whatever a member holds in shared memory names it: its locks, its leases, and its pins, which lie in its own cell. Whoever
+//! runs into something of a dead member's [buries](SharedMemory::bury_if_dead) it: takes the byte's lock, frees all that, and
+//! gives the byte back. The byte's lock is also what keeps two from burying the same one, and a newcomer from being
+//! buried in its predecessor's stead: whoever claims a cell buries its last owner first.
+//!
+//! May not: hold a shard's lock meanwhile, as these are system calls.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::sys::stat::Mode;
+
+use super::SharedMemory;
+use super::fork::{self, Private};
+use super::futex;
+use super::layout::{LeaseCell, MEMBER_HEAD, MemberHead, ShardHead, TALLY_BYTES, Tally};
+use crate::crash;
+use crate::crash::Recovery;
+use crate::protocols::{lease, lock, pin};
+
+/// How this process is a member of one segment: its own memory, not shared.
+#[derive(Debug)]
+pub(crate) struct Membership {
+    /// Generation (see `fork.rs`) in the high half, member number in the low one, or [`CLAIMING`] or [`NEVER`].
+    /// 0 before the first claim.
+    claim: AtomicU64,
+    /// The number of the descriptor whose byte lock says that we live.
+    private: AtomicU32,
+    /// The generation in which some thread is burying, or 0.
+    burying: AtomicU32,
+}
+
+/// Some thread of this process is at it.
+const CLAIMING: u32 = u32::MAX;
+/// It cannot be done: no free cell, no /proc.
+const NEVER: u32 = u32::MAX - 1;
+/// How often to look while another thread claims.
+const LOOKS: u32 = 10_000;
+
+/// A member, as a guard's owner: its number and where it lies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Member<'a> {
+    pub(crate) number: u32,
+    pub(crate) head: &'a MemberHead,
+    pub(crate) tallies: &'a [Tally],
+}
+
+impl Membership {
+    pub(crate) fn new() -> Membership {
+        fork::watch();
+        Membership { claim: AtomicU64::new(0), private: AtomicU32::new(u32::MAX), burying: AtomicU32::new(0) }
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        let (generation, number) = halves(self.claim.load(Ordering::Acquire));
+        // In a child of the member, fork's handler has closed it already.
+        if generation == fork::generation() && number < NEVER {
+            Private(self.private.load(Ordering::Relaxed)).close();
+        }
+    }
+}
+
+impl SharedMemory {
+    /// This process as a member, which it becomes now if it is none yet; `None` if that cannot be.
+    pub(crate) fn member(&self) -> Option<Member<'_>> {
+        let (generation, number) = halves(self.membership.claim.load(Ordering::Acquire));
+        if generation == fork::generation() && number < NEVER {
+            return self.member_at(number);
+        }
+        if generation == fork::generation() && number == NEVER {
+            return None;
+        }
+        self.claim()
+    }
+
+    /// Where this process counts what it sees in a shard.
+    #[inline]
+    pub(crate) fn tally(&self, shard: u64) -> Option<&Tally> {
+        let claim = self.membership.claim.load(Ordering::Acquire);
+        if claim >> 32 != u64::from(fork::generation()) || claim & 0xffff_ffff >= u64::from(NEVER) {
+            return self.member()?.tallies.get(usize::try_from(shard).ok()?);
+        }
+        let member_at = self.geometry.members_at + (claim & 0xffff_ffff) * self.geometry.member_bytes;
+        self.map.at(member_at + MEMBER_HEAD + shard * TALLY_BYTES)
+    }
+
+    /// This process as a member; where it could not become one before, it is tried again.
+    pub(crate) fn member_at_last(&self) -> Option<Member<'_>> {
+        self.member().or_else(|| self.claim())
+    }
+
+    /// All cells that somebody uses, or used when he died.
+    pub(crate) fn members(&self) -> impl Iterator<Item = Member<'_>> {
+        self.member_cells().filter(|member| member.head.pid.load(Ordering::Acquire) != 0)
+    }
+
+    /// The cells of all members, whether in use or not.
+    pub(crate) fn member_cells(&self) -> impl Iterator<Item = Member<'_>> {
+        (0..self.geometry.members).filter_map(|number| self.member_at(number))
+    }
+
+    /// Frees what a member holds, if it is dead; whether it was.
+    pub(crate) fn bury_if_dead(&self, number: u32) -> bool {
+        if number >= self.geometry.members {
+            self.free_all_of(number);
+            return true;
+        }
+        let Some(me) = self.member() else { return false };
+        if me.number == number {
+            return false;
+        }
+        let generation = fork::generation();
+        let burying = &self.membership.burying;
+        let seen = burying.load(Ordering::Acquire);
+        // The byte's lock is the process's, so its threads have to keep from each other's way by themselves.
+        if seen == generation
+            || burying.compare_exchange(seen, generation, Ordering::Acquire, Ordering::Relaxed).is_err()
+        {
+            return false;
+        }
+        let private = Private(self.membership.private.load(Ordering::Relaxed));
+        let dead = lock_byte(private, number, libc::F_WRLCK);
+        if dead {
+            self.free_all_of(number);
+            crash::point("bury: all freed");
+            lock_byte(private, number, libc::F_UNLCK);
+        }
+        burying.store(0, Ordering::Release);
+        dead
+    }
+
+    /// Looks after all members once.
+    pub(crate) fn bury_the_dead(&self) {
+        for member in self.members() {
+            self.bury_if_dead(member.number);
+        }
+    }
+
+    fn member_at(&self, number: u32) -> Option<Member<'_>> {
+        let at = self.geometry.members_at + u64::from(number) * self.geometry.member_bytes;
+        let tallies = self.map.slice(at + MEMBER_HEAD, self.geometry.shards)?;
+        Some(Member { number, head: self.map.at(at)?, tallies })
+    }
+
+    fn claim(&self) -> Option<Member<'_>> {
+        let claim = &self.membership.claim;
+        let generation = fork::generation();
+        let claiming = word(generation, CLAIMING);
+        let seen = claim.load(Ordering::Acquire);
+        let ours = halves(seen).0 == generation && halves(seen).1 != NEVER;
+        if ours || claim.compare_exchange(seen, claiming, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            return self.await_claim();
+        }
+        let private = Private::open(|| self.open_again().ok());
+        let claimed = private.and_then(|private| self.claim_cell(private));
+        if let (Some(private), None) = (private, claimed) {
+            private.close();
+        }
+        claim.store(word(generation, claimed.unwrap_or(NEVER)), Ordering::Release);
+        self.member_at(claimed?)
+    }
+
+    /// Another thread claims just now.
+    fn await_claim(&self) -> Option<Member<'_>> {
+        for _ in 0..LOOKS {
+            let (_, number) = halves(self.membership.claim.load(Ordering::Acquire));
+            if number != CLAIMING {
+                return if number == NEVER { None } else { self.member_at(number) };
+            }
+            std::thread::yield_now();
+        }
+        None
+    }
+
+    fn claim_cell(&self, private: Private) -> Option<u32> {
+        let pid = std::process::id();
+        let count = self.geometry.members;
+        // Each begins at another place, so that those started together do not try the same bytes.
+        let mut numbers = (0..count).map(|step| (pid % count + step) % count);
+        let number = numbers.find(|&number| lock_byte(private, number, libc::F_WRLCK))?;
+        self.free_all_of(number);
+        crash::point("claim: predecessor buried");
+        let head = self.member_at(number)?.head;
+        head.epoch.fetch_add(1, Ordering::Relaxed);
+        head.pid.store(pid, Ordering::Release);
+        crash::point("claim: done");
+        self.membership.private.store(private.0, Ordering::Relaxed);
+        Some(number)
+    }
+
+    /// Nobody is a member of a file that was just opened: whatever is held in it was held by the dead.
+    pub(crate) fn forget_the_dead(&self) {
+        for member in self.member_cells() {
+            member.head.pins.iter().for_each(pin::free);
+            member.head.pid.store(0, Ordering::Relaxed);
+        }
+        self.lease_cells().iter().for_each(|cell| cell.word.store(0, Ordering::Relaxed));
+        for index in 0..self.geometry.shards {
+            if let Some(head) = self.map.at::<ShardHead>(self.geometry.shard_at(index)) {
+                lock::bequeath(&head.lock);
+                head.suspect.store(0, Ordering::Relaxed);
+            }
+        }
+        if let Some(head) = self.events_head() {
+            lock::bequeath(&head.lock);
+            head.suspect.store(0, Ordering::Relaxed);
+        }
+        if let Some(header) = self.header() {
+            header.prefix_lock.store(0, Ordering::Relaxed);
+            header.sweep_due.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// An open file description of this process's own: one that was inherited would share its locks with the parent.
+    pub(crate) fn open_again(&self) -> nix::Result<OwnedFd> {
+        let path = if cfg!(miri) { "/dev/null".to_owned() } else { format!("/proc/self/fd/{}", self.fd.as_raw_fd()) };
+        open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
+    }
+
+    /// Gives away all that a member holds, who is dead and whose byte is locked by this process.
+    fn free_all_of(&self, number: u32) {
+        for index in 0..self.geometry.shards {
+            let head = self.map.at::<ShardHead>(self.geometry.shard_at(index));
+            self.free_lock_of(head.map(|head| &head.lock), number);
+        }
+        self.free_lock_of(self.header().map(|header| &header.prefix_lock), number);
+        self.free_lock_of(self.events_head().map(|head| &head.lock), number);
+        if !crash::skips(Recovery::PassLeases) {
+            for cell in self.lease_cells() {
+                if lease::take_from(&cell.word, number) {
+                    cell.announce();
+                }
+            }
+        }
+        if let Some(member) = self.member_at(number)
+            && number < self.geometry.members
+        {
+            if !crash::skips(Recovery::Unpin) {
+                member.head.pins.iter().for_each(pin::free);
+            }
+            member.head.pid.store(0, Ordering::Release);
+        }
+    }
+
+    fn free_lock_of(&self, lock: Option<&AtomicU32>, number: u32) {
+        if let Some(lock) = lock
+            && !crash::skips(Recovery::FreeLocks)
+            && lock::mark_dead(lock, number)
+        {
+            futex::wake(lock, 1);
+        }
+    }
+}
+
+impl SharedMemory {
+    pub(crate) fn lease_cells(&self) -> &[LeaseCell] {
+        self.map.slice(self.geometry.leases_at, self.geometry.leases).unwrap_or_default()
+    }
+}
+
+impl LeaseCell {
+    /// The lease has changed hands: wakes who waits for it.
+    pub(crate) fn announce(&self) {
+        if lease::end_turn(&self.turn, &self.waiters) {
+            futex::wake(&self.turn, i32::MAX);
+        }
+    }
+}
+
+/// Miri knows no locks on files; there is one process, and nobody else.
+#[cfg(miri)]
+fn lock_byte(private: Private, _: u32, _: i32) -> bool {
+    private.get().is_some()
+}
+
+/// Locks or unlocks one byte; whether that was possible.
+#[cfg(not(miri))]
+fn lock_byte(private: Private, number: u32, kind: i32) -> bool {
+    let Some(fd) = private.get() else { return false };
+    let flock = libc::flock {
+        l_type: i16::try_from(kind).unwrap_or_default(),
+        l_whence: 0, // SEEK_SET
+        l_start: number.into(),
+        l_len: 1,
+        l_pid: 0,
+    };
+    loop {
+        match fcntl(fd, FcntlArg::F_OFD_SETLK(&flock)) {
+            Ok(_) => return true,
+            Err(Errno::EINTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+fn halves(claim: u64) -> (u32, u32) {
+    let low = |word: u64| u32::try_from(word & 0xffff_ffff).unwrap_or_default();
+    (low(claim >> 32), low(claim))
+}
+
+fn word(generation: u32, number: u32) -> u64 {
+    u64::from(generation) << 32 | u64::from(number)
+}

@@ -1,0 +1,49 @@
+//! What the cache, the event log and the scoreboard are built on: the mapping, its layout, waiting for locks, and the
+//! processes that are members.
+
+pub(crate) mod clock;
+pub(crate) mod error;
+pub(crate) mod fork;
+pub(crate) mod futex;
+pub(crate) mod geometry;
+pub(crate) mod layout;
+pub(crate) mod map;
+pub(crate) mod members;
+pub(crate) mod memory_limit;
+pub(crate) mod wait;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use self::clock::monotonic_ms;
+use self::geometry::Geometry;
+use self::layout::Header;
+use self::map::Map;
+use self::members::Membership;
+
+/// A mapped segment, shared by all handles of this process. `geometry` is a private copy: it is never read from the
+/// segment again.
+#[derive(Debug)]
+pub(crate) struct SharedMemory {
+    pub(crate) map: Map,
+    pub(crate) geometry: Geometry,
+    pub(crate) seed: u64,
+    /// What is added to the monotonic clock, so that the segment's clock goes on when a file is used again.
+    pub(crate) time_base: u64,
+    pub(crate) membership: Membership,
+    pub(crate) fd: OwnedFd,
+    /// The file's lock, if the segment lies in a file and this is who opened it.
+    pub(crate) file: Option<Arc<File>>,
+}
+
+impl SharedMemory {
+    /// Milliseconds of the segment's clock, never 0. It goes on when a file is used again.
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.time_base.wrapping_add(monotonic_ms())
+    }
+
+    pub(crate) fn header(&self) -> Option<&Header> {
+        self.map.at(0)
+    }
+}

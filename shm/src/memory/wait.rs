@@ -1,0 +1,60 @@
+//! Waiting for a lock: a little spinning, then sleeping on its word, and looking whether the owner is dead.
+//!
+//! No wait is longer than [`PATIENCE`]: an owner may also be stopped, which is no death, and then one does without what the
+//! lock protects.
+
+use std::sync::atomic::AtomicU32;
+use std::time::{Duration, Instant};
+
+use crossbeam::utils::Backoff;
+
+use super::SharedMemory;
+use super::futex;
+use crate::protocols::lock::{Taken, announce, release as give_back, take};
+
+/// The longest wait for a lock.
+const PATIENCE: Duration = Duration::from_millis(20);
+/// How long to sleep before looking whether the owner is dead.
+const NAP: Duration = Duration::from_micros(500);
+
+impl SharedMemory {
+    /// Takes a lock; whether its last owner died with it. `None` if that cannot be in time; with `hurry`, without waiting
+    /// for anybody who lives.
+    pub(crate) fn take_lock(&self, lock: &AtomicU32, hurry: bool) -> Option<bool> {
+        let me = self.member_at_last()?.number;
+        let backoff = Backoff::new();
+        let mut since = None;
+        let mut has_buried = false;
+        loop {
+            let (owner, seen) = match take(lock, me, since.is_some()) {
+                Taken::Free => return Some(false),
+                Taken::FromTheDead => return Some(true),
+                Taken::No { owner, word } => (owner, word),
+            };
+            if !backoff.is_completed() && !hurry {
+                backoff.snooze();
+                continue;
+            }
+            // Patience is for the living: who finds the owner dead goes on, however long that took. Once: if that does not
+            // help, nothing will.
+            if owner != me && !has_buried && self.bury_if_dead(owner) {
+                has_buried = true;
+                continue;
+            }
+            if hurry || since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+                return None;
+            }
+            has_buried = false;
+            if let Some(seen) = announce(lock, seen) {
+                futex::wait(lock, seen, NAP);
+            }
+        }
+    }
+}
+
+/// Gives a lock back, by its owner, and wakes who waits for it.
+pub(crate) fn release(lock: &AtomicU32) {
+    if give_back(lock) {
+        futex::wake(lock, 1);
+    }
+}

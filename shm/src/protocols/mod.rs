@@ -1,0 +1,14 @@
+//! The protocols in shared memory, written with atomics alone and without system calls: `tests/protocols.rs` compiles
+//! these files against loom, which tries the ways in which threads can interleave.
+
+pub(crate) mod bell;
+pub(crate) mod lease;
+#[cfg(test)]
+pub(crate) mod lease_tests;
+pub(crate) mod lock;
+pub(crate) mod pin;
+#[cfg(test)]
+pub(crate) mod pin_tests;
+pub(crate) mod purge;
+pub(crate) mod sync;
+pub(crate) mod told;

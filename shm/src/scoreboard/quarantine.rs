@@ -1,0 +1,103 @@
+//! The requests that are refused for a while, because workers died of them: told by the master, read by all workers.
+//!
+//! A small table in the header's page, written by the master alone with plain atomic stores; there is no lock. Whoever
+//! reads an entry while it is written may miss it, or see it a moment longer: of a request more or less nothing hangs.
+//!
+//! May not: lock, allocate or make a system call in `is_empty` and `left`: they are in the path of every request.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::memory::SharedMemory;
+use crate::memory::clock::monotonic_ms;
+use crate::memory::layout::{BARRED, QUARANTINE_AT, QuarantineTable};
+
+/// A handle of the table; cheap to clone, usable from any thread.
+#[derive(Clone, Debug)]
+pub struct Quarantine {
+    segment: Arc<SharedMemory>,
+}
+
+impl Quarantine {
+    /// So many requests it has room for.
+    pub const ROOM: usize = BARRED;
+
+    pub(crate) fn new(segment: Arc<SharedMemory>) -> Quarantine {
+        Quarantine { segment }
+    }
+
+    /// Whether nothing is refused: one relaxed load.
+    pub fn is_empty(&self) -> bool {
+        self.table().is_none_or(|table| table.count.load(Ordering::Relaxed) == 0)
+    }
+
+    /// For how long requests with this key are refused yet; `None` if they are not.
+    pub fn left(&self, key: &str) -> Option<Duration> {
+        let (hash, now_ms) = (hash(key), monotonic_ms());
+        let barred = &self.table()?.barred;
+        let until_ms = barred
+            .iter()
+            .filter(|entry| entry.key.load(Ordering::Acquire) == hash)
+            .map(|entry| entry.until_ms.load(Ordering::Relaxed))
+            .max()?;
+        (until_ms > now_ms).then(|| Duration::from_millis(until_ms - now_ms))
+    }
+
+    /// Has requests with these keys refused for so long, and no others. For the master alone; what the table has no
+    /// room for is left out.
+    pub fn set<'a>(&self, keys: impl IntoIterator<Item = (&'a str, Duration)>) {
+        let Some(table) = self.table() else { return };
+        let now_ms = monotonic_ms();
+        let mut keys = keys.into_iter();
+        let mut count = 0;
+        for entry in &table.barred {
+            let Some((key, left)) = keys.next() else {
+                entry.key.store(0, Ordering::Relaxed);
+                continue;
+            };
+            let left_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+            entry.until_ms.store(now_ms.saturating_add(left_ms), Ordering::Relaxed);
+            entry.key.store(hash(key), Ordering::Release);
+            count += 1;
+        }
+        table.count.store(count, Ordering::Release);
+    }
+
+    fn table(&self) -> Option<&QuarantineTable> {
+        self.segment.map.at(QUARANTINE_AT)
+    }
+}
+
+/// Never 0, which is a free entry.
+fn hash(key: &str) -> u64 {
+    xxh3_64(key.as_bytes()).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Plan, Segment};
+
+    #[test]
+    fn keys_are_refused_for_their_time_and_others_are_not() {
+        const MINUTE: Duration = Duration::from_secs(60);
+        let segment = Segment::create(&Plan { rows: 1, ..Plan::default() }).unwrap();
+        let quarantine = segment.quarantine();
+        assert!(quarantine.is_empty() && quarantine.left("GET /").is_none());
+        quarantine.set([("GET /poison", MINUTE), ("GET /over", Duration::ZERO)]);
+        let theirs = Segment::attach(segment.fd().try_clone_to_owned().unwrap()).unwrap().quarantine();
+        assert!(!theirs.is_empty());
+        assert!(theirs.left("GET /poison").is_some_and(|left| left <= MINUTE && left > MINUTE / 2));
+        assert_eq!((theirs.left("GET /over"), theirs.left("GET /")), (None, None));
+
+        let names: Vec<String> = (0..100).map(|number| format!("GET /{number}")).collect();
+        quarantine.set(names.iter().map(|name| (name.as_str(), MINUTE)));
+        let refused = names.iter().filter(|name| theirs.left(name).is_some()).count();
+        assert_eq!(refused, Quarantine::ROOM);
+        quarantine.set([]);
+        assert!(theirs.is_empty() && theirs.left("GET /1").is_none());
+    }
+}

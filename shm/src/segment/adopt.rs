@@ -1,0 +1,95 @@
+//! A segment that outlives the master that made it: handed to the program that takes that master's place, or kept by
+//! somebody else meanwhile (systemd's file descriptor store).
+//!
+//! May not: use what is not, to the byte, what this build would have made for the same plan.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::fcntl::{FcntlArg, fcntl};
+
+use crate::Plan;
+use crate::memory::error::SegmentError;
+use crate::memory::geometry::Geometry;
+use crate::segment::{Segment, system};
+
+impl Segment {
+    /// Attaches to the segment of a former master whose workers may still use it, if it is what `plan` would create.
+    ///
+    /// A segment in a file can be [closed](Segment::close) by the process that adopts it.
+    ///
+    /// # Errors
+    /// Fails as [`Segment::attach`] does, and if the segment was created from another plan.
+    pub fn adopt(fd: OwnedFd, plan: &Plan) -> Result<Segment, SegmentError> {
+        let geometry = Geometry::of(plan)?;
+        // Only a memory file has seals.
+        let file = fcntl(&fd, FcntlArg::F_GET_SEALS).is_err();
+        let file = file.then(|| fd.try_clone().map(File::from).map(Arc::new)).transpose();
+        let file = file.map_err(|error| system("duplicate a descriptor", error))?;
+        let mut segment = Segment::attach(fd)?;
+        let max_entry = segment.inner.header().map(|header| header.max_entry.load(Ordering::Relaxed));
+        if segment.inner.geometry != geometry || max_entry != Some(plan.max_entry) {
+            return Err(SegmentError::Unusable { why: "it was made for another plan" });
+        }
+        if let Some(inner) = Arc::get_mut(&mut segment.inner) {
+            inner.file = file;
+        }
+        Ok(segment)
+    }
+
+    /// Like [`Segment::adopt`], for a segment whose former users have all ended: what they held is freed, the rows of
+    /// the scoreboard are emptied, and the cache is audited.
+    ///
+    /// # Errors
+    /// Fails as [`Segment::adopt`] does, and if the cache is inconsistent.
+    pub fn adopt_alone(fd: OwnedFd, plan: &Plan) -> Result<Segment, SegmentError> {
+        let segment = Segment::adopt(fd, plan)?;
+        segment.inner.bury_the_dead();
+        segment.scoreboard().reset();
+        match segment.cache().audit() {
+            Ok(_) => Ok(segment),
+            Err(_) => Err(SegmentError::Unusable { why: "its cache contradicts itself" }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 3, max_entry: 0, events_bytes: 64 * 1024 };
+
+    #[test]
+    fn it_is_adopted_with_its_pages_if_the_plan_is_the_same() {
+        let made = Segment::create(&PLAN).unwrap();
+        made.cache().set("k", "v", &crate::Options::new()).unwrap();
+        made.scoreboard().claim(1, 77, 5).unwrap().set_state(crate::State::Ready);
+        let fd = || made.fd().try_clone_to_owned().unwrap();
+        for other in [Plan { rows: 4, ..PLAN }, Plan { cache_bytes: 1 << 20, ..PLAN }, Plan { max_entry: 4096, ..PLAN }]
+        {
+            let refused = Segment::adopt(fd(), &other).unwrap_err();
+            assert!(refused.to_string().contains("another plan"), "{refused}");
+        }
+        let adopted = Segment::adopt(fd(), &PLAN).unwrap();
+        assert_eq!(adopted.cache().get("k").unwrap(), b"v");
+        assert_eq!(adopted.scoreboard().read(1).unwrap().pid, 77, "its workers live on");
+        let alone = Segment::adopt_alone(fd(), &PLAN).unwrap();
+        assert_eq!(alone.cache().get("k").unwrap(), b"v");
+        assert_eq!(alone.scoreboard().read(1).unwrap().pid, 0, "its workers are gone");
+    }
+
+    #[test]
+    fn who_adopts_a_file_may_close_it() {
+        let path = std::env::temp_dir().join(format!("forkyard-adopt-{}", std::process::id()));
+        let (made, _) = Segment::open(&path, &PLAN).unwrap();
+        made.cache().set("k", "v", &crate::Options::new()).unwrap();
+        let adopted = Segment::adopt(made.fd().try_clone_to_owned().unwrap(), &PLAN).unwrap();
+        drop(made);
+        adopted.close().unwrap();
+        let (again, found) = Segment::open(&path, &PLAN).unwrap();
+        std::fs::remove_file(path).unwrap();
+        assert_eq!((found, again.cache().get("k")), (crate::Found::Warm, Some(b"v".to_vec())));
+    }
+}

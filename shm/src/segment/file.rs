@@ -1,0 +1,628 @@
+//! A segment in a file, so that the cache is warm after a stop and a start.
+//!
+//! The file has the same bytes as a memory file, and only one master has it open, by flock(2). Beside it, or when there is none,
+//! any number of processes may [join](Segment::join): each shares a lock on one byte behind the file's end as long as it uses
+//! the file, and who has that byte alone may make the file anew, repair it, or mark it. What is found in it is used whole or
+//! dropped whole:
+//!
+//! | the file | is |
+//! |---|---|
+//! | something else, that was never a segment | left alone, and an error |
+//! | empty, of another version, plan or size, or with a damaged header | dropped |
+//! | marked clean: whoever used it last wrote all of it to the disk, then the mark | used |
+//! | not clean, and the machine was not started since | used if an audit of all shards finds no fault: the processes died, and a death at any instruction leaves the cache whole; the kernel kept the bytes |
+//! | not clean, and the machine was started since | dropped: which of its pages reached the disk is up to chance |
+//!
+//! The mark is taken away, on the disk, before anything else is written. So a power cut finds either a clean file or one that is
+//! dropped. A process that only has the descriptor (`FORKYARD_SHM`) and attaches it for the first time after the file was closed is refused:
+//! nobody would take its writes for such, and even a lookup writes.
+//!
+//! Who joins takes a file that is not clean as it is, without an audit: as a process that comes later it would not have asked for one
+//! either, and whatever the dead hold is taken from them as from a sibling. It does not mark the file clean when it goes; a
+//! master does that.
+//!
+//! When a file is used again, nobody is a member of it, so all locks, pins and leases in it are the dead's; its clock goes on
+//! where it stopped, plus the time that passed.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs, statfs};
+use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
+
+use crate::Plan;
+use crate::memory::SharedMemory;
+use crate::memory::clock::monotonic_ms;
+use crate::memory::error::SegmentError;
+use crate::memory::geometry::Geometry;
+use crate::memory::layout::{Header, MAGIC};
+use crate::memory::map::Map;
+use crate::memory::members::Membership;
+use crate::segment::{self, Segment, system};
+
+/// How long to wait for the processes of a former master, which finish what they serve and hold the file's lock.
+const PATIENCE: Duration = Duration::from_secs(10);
+const NAP: Duration = Duration::from_millis(50);
+const CLEAN: u64 = 1;
+/// The byte that everybody locks who uses the file. The members' bytes are far before it.
+const USERS: i64 = 1 << 60;
+
+/// What happened to the previous contents of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// It is used: the cache is warm.
+    Warm,
+    /// It was dropped: the cache is empty.
+    Dropped {
+        /// Why.
+        why: &'static str,
+    },
+    /// The file is new.
+    Nothing,
+}
+
+impl Segment {
+    /// Creates a segment in a file, reusing the contents of the file if possible.
+    ///
+    /// Waits up to 10 s for processes that still use the file. Call [`close`](Segment::close) at the end.
+    ///
+    /// # Errors
+    /// Fails if the plan is out of range, if the file cannot be opened or is in use, or if its file system has no room
+    /// for it.
+    pub fn open(path: &Path, plan: &Plan) -> Result<(Segment, Found), SegmentError> {
+        let geometry = Geometry::of(plan)?;
+        let file = locked(open(path)?)?;
+        let begun = Instant::now();
+        loop {
+            if lock_users(&file, libc::F_WRLCK) {
+                return prepared(file, plan, geometry);
+            }
+            // Whoever joined it before us may stay, if it is what we would have made.
+            if lock_users(&file, libc::F_RDLCK)
+                && let Some(segment) = in_use(&file)?
+                && segment.inner.geometry == geometry
+                && segment
+                    .inner
+                    .header()
+                    .is_some_and(|header| header.max_entry.load(Ordering::Relaxed) == plan.max_entry)
+            {
+                segment.scoreboard().reset();
+                segment.quarantine().set([]);
+                return Ok((segment, Found::Warm));
+            }
+            wait(&file, begun)?;
+        }
+    }
+
+    /// Checks whether [`open`](Segment::open) would find a usable file, and room for it. Changes nothing, and does not
+    /// take quotas into account.
+    ///
+    /// # Errors
+    /// Fails as [`Segment::open`] would.
+    pub fn examine(path: &Path, plan: &Plan) -> Result<(), SegmentError> {
+        let len = Geometry::of(plan)?.total;
+        segment::check_file_size(len)?;
+        // Of a directory, and of what cannot be read, there is more to say than could be said here.
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        if !path.is_dir()
+            && let Ok(file) = opened
+        {
+            refuse_others(&file)?;
+        }
+        let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let place = if path.exists() { path } else { directory };
+        let Ok(found) = statvfs(place) else { return Ok(()) };
+        let missing = len.saturating_sub(path.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512)));
+        let is_tmpfs = statfs(place).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC);
+        if is_tmpfs {
+            segment::check_memory(missing)?;
+        }
+        let free = free_in(&found);
+        // Without a limit of its own, tmpfs says that it has no blocks.
+        if missing > free && !(is_tmpfs && found.blocks() == 0) {
+            return Err(SegmentError::NoSpace { bytes: len, free: Some(free), source: Errno::ENOSPC.into() });
+        }
+        Ok(())
+    }
+
+    /// Opens the file alongside other processes that use it, or as the first one.
+    ///
+    /// Existing contents are used whatever their plan; if they are unusable, a segment is created from `plan`. The
+    /// scoreboard belongs to the master and must not be used.
+    ///
+    /// Waits up to 10 s for a process that is preparing the file.
+    ///
+    /// # Errors
+    /// Fails as [`Segment::open`] does.
+    pub fn join(path: &Path, plan: &Plan) -> Result<Segment, SegmentError> {
+        let geometry = Geometry::of(plan)?;
+        let file = Arc::new(open(path)?);
+        let begun = Instant::now();
+        loop {
+            if lock_users(&file, libc::F_RDLCK) {
+                if let Some(segment) = in_use(&file)? {
+                    return Ok(segment);
+                }
+                if lock_users(&file, libc::F_WRLCK) {
+                    let (plan, geometry) = plan_in(&file)?.unwrap_or((*plan, geometry));
+                    return Ok(prepared(file, &plan, geometry)?.0);
+                }
+            }
+            wait(&file, begun)?;
+        }
+    }
+
+    /// Writes a file's segment to disk and marks it clean, so that its contents can be reused even after a reboot.
+    ///
+    /// Call it when no other process uses the segment any more. It does nothing for a memory segment.
+    ///
+    /// # Errors
+    /// Fails if writing to the disk fails; the contents are then dropped after the next reboot.
+    pub fn close(self) -> Result<(), SegmentError> {
+        let Some(header) = self.inner.header().filter(|_| self.inner.file.is_some()) else { return Ok(()) };
+        self.inner.bury_the_dead();
+        let me = self.inner.member().map(|me| me.number);
+        let alone = self.inner.file.as_ref().is_some_and(|file| lock_users(file, libc::F_WRLCK));
+        if !alone || self.inner.members().any(|member| Some(member.number) != me) {
+            let source = io::Error::new(io::ErrorKind::ResourceBusy, "another process still uses it");
+            return Err(system("mark the cache file as clean", source));
+        }
+        let flush = || self.inner.map.flush().map_err(|error| system("write the cache file to its disk", error));
+        header.clean_ms.store(self.inner.now_ms(), Ordering::Relaxed);
+        header.clean_real_ms.store(real_ms(), Ordering::Relaxed);
+        flush()?;
+        header.clean.store(CLEAN, Ordering::Release);
+        flush()
+    }
+}
+
+impl SharedMemory {
+    fn boot_and_file(&self) -> Result<[u64; 2], SegmentError> {
+        self.file.as_ref().map_or(Ok([0, 0]), |file| boot_and_file(file))
+    }
+
+    /// Takes the mark away, on the disk.
+    fn mark_in_use(&self) -> Result<(), SegmentError> {
+        let header = self.header().ok_or(segment::BAD_GEOMETRY)?;
+        header.clean.store(0, Ordering::Relaxed);
+        header.time_base.store(self.time_base, Ordering::Relaxed);
+        for (word, part) in header.boot_id.iter().zip(self.boot_and_file()?) {
+            word.store(part, Ordering::Release);
+        }
+        self.map.flush_start().map_err(|error| system("write the cache file to its disk", error))
+    }
+}
+
+/// Whether whoever used the file last has closed it.
+pub(crate) fn is_clean(header: &Header) -> bool {
+    header.clean.load(Ordering::Acquire) == CLEAN
+}
+
+fn open(path: &Path) -> Result<File, SegmentError> {
+    // Not to wait, nor to do what opening a device may do.
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let opened = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let file = opened.map_err(|error| system("open the cache file", error))?;
+    let is_other = file.metadata().is_ok_and(|found| !found.is_file());
+    let other = || system("use the cache file", io::Error::other("it is not a regular file"));
+    if is_other { Err(other()) } else { Ok(file) }
+}
+
+/// The segment for a file that this process uses alone; others may join when it returns.
+fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment, Found), SegmentError> {
+    let (segment, found) = match warm(&file, plan, &geometry)? {
+        Ok(segment) => (segment, Found::Warm),
+        Err(found) => {
+            reserve(&file, geometry.total)?;
+            let fd = owned(&file)?;
+            let map = Map::new(fd.as_fd(), geometry.total).map_err(|error| system("map the cache file", error))?;
+            let segment = Segment::make(plan, geometry, map, fd, Some(Arc::clone(&file)))?;
+            segment.inner.mark_in_use()?;
+            (segment, found)
+        }
+    };
+    // From the lock alone to a shared one: in one step, and it cannot fail.
+    lock_users(&file, libc::F_RDLCK);
+    Ok((segment, found))
+}
+
+/// The segment in a file that somebody uses, or used when he died since the machine was started. `None` if that cannot be said
+/// of it.
+fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
+    let Some((map, geometry, seed)) = found_in(file)? else { return Ok(None) };
+    let Some(header) = map.at::<Header>(0) else { return Ok(None) };
+    let now = boot_and_file(file)?;
+    let same_boot = header.boot_id.iter().zip(now).all(|(word, part)| word.load(Ordering::Acquire) == part);
+    if is_clean(header) || !same_boot || boot_id() == [0, 0] {
+        return Ok(None);
+    }
+    let time_base = header.time_base.load(Ordering::Relaxed);
+    let (membership, fd) = (Membership::new(), owned(file)?);
+    let inner = SharedMemory { map, geometry, seed, time_base, membership, fd, file: Some(Arc::clone(file)) };
+    Ok(Some(Segment { inner: Arc::new(inner) }))
+}
+
+/// The plan by which a file was made, if it is whole.
+fn plan_in(file: &File) -> Result<Option<(Plan, Geometry)>, SegmentError> {
+    let Some((map, geometry, _)) = found_in(file)? else { return Ok(None) };
+    Ok(map.at::<Header>(0).map(|header| {
+        let cache_bytes = header.cache_bytes.load(Ordering::Relaxed);
+        let (rows, max_entry) = (header.rows.load(Ordering::Relaxed), header.max_entry.load(Ordering::Relaxed));
+        let events_bytes = header.events_bytes.load(Ordering::Relaxed);
+        (Plan { cache_bytes, rows, max_entry, events_bytes }, geometry)
+    }))
+}
+
+fn found_in(file: &File) -> Result<Option<(Map, Geometry, u64)>, SegmentError> {
+    let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
+    if len < size_of::<Header>() as u64 {
+        return Ok(None);
+    }
+    let map = Map::new(file.as_fd(), len).map_err(|error| system("map the cache file", error))?;
+    let Some(header) = map.at::<Header>(0) else { return Ok(None) };
+    let checked = segment::checked_header(header, len);
+    Ok(checked.ok().map(|(geometry, seed)| (map, geometry, seed)))
+}
+
+/// Shares the file with others (`F_RDLCK`), has it alone (`F_WRLCK`) or gives it up (`F_UNLCK`); false if that would have to wait.
+/// Who inherits the descriptor has the same lock, until the last of them closes it.
+pub(crate) fn lock_users(file: &impl AsFd, kind: i32) -> bool {
+    let flock = libc::flock {
+        l_type: i16::try_from(kind).unwrap_or_default(),
+        l_whence: 0, // SEEK_SET
+        l_start: USERS,
+        l_len: 1,
+        l_pid: 0,
+    };
+    loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
+            Ok(_) => return true,
+            Err(Errno::EINTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// Leaves the file to the others for a moment.
+///
+/// # Errors
+/// If that has gone on for long enough.
+fn wait(file: &File, begun: Instant) -> Result<(), SegmentError> {
+    lock_users(file, libc::F_UNLCK);
+    if begun.elapsed() >= PATIENCE {
+        return Err(busy());
+    }
+    std::thread::sleep(NAP);
+    Ok(())
+}
+
+fn busy() -> SegmentError {
+    let source = io::Error::new(io::ErrorKind::ResourceBusy, "another program is using it");
+    system("lock the cache file", source)
+}
+
+/// The segment in a file, or what is wrong with it.
+fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Segment, Found>, SegmentError> {
+    let dropped = |why| Ok(Err(Found::Dropped { why }));
+    let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
+    if len == 0 {
+        return Ok(Err(Found::Nothing));
+    }
+    refuse_others(file)?;
+    if len != geometry.total {
+        return dropped("it is of another size");
+    }
+    // What a copy may have left out would raise a signal when the disk is full.
+    allocate(file, len)?;
+    let fd = owned(file)?;
+    let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the cache file", error))?;
+    let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
+    let (found, seed) = match segment::checked_header(header, len) {
+        Ok(found) => found,
+        Err(SegmentError::Unusable { why }) => return dropped(why),
+        Err(error) => return Err(error),
+    };
+    if found != *geometry || header.max_entry.load(Ordering::Relaxed) != plan.max_entry {
+        return dropped("it was made for another plan");
+    }
+    let clean = is_clean(header);
+    let now = boot_and_file(file)?;
+    let same_boot = header.boot_id.iter().zip(now).all(|(word, part)| word.load(Ordering::Relaxed) == part);
+    if !clean && (!same_boot || boot_id() == [0, 0]) {
+        return dropped("the machine went down while it was in use");
+    }
+    let time_base = if clean { clock_after(header) } else { header.time_base.load(Ordering::Relaxed) };
+    let membership = Membership::new();
+    let inner = SharedMemory { map, geometry: found, seed, time_base, membership, fd, file: Some(Arc::clone(file)) };
+    inner.mark_in_use()?;
+    inner.forget_the_dead();
+    let segment = Segment { inner: Arc::new(inner) };
+    segment.scoreboard().reset();
+    segment.quarantine().set([]);
+    if !clean && (segment.cache().audit().is_err() || segment.events().audit().is_err()) {
+        return dropped("it was not closed, and contradicts itself");
+    }
+    Ok(Ok(segment))
+}
+
+/// An error if the file is something else than a segment, or was.
+fn refuse_others(file: &File) -> Result<(), SegmentError> {
+    let mut start = [0; 8];
+    file.read_exact_at(&mut start, 0).or_else(not_the_end).map_err(|error| system("read the cache file", error))?;
+    if start != [0; 8] && u64::from_le_bytes(start) != MAGIC {
+        let source = io::Error::new(io::ErrorKind::InvalidData, "it holds something else, which would be lost");
+        return Err(system("use the cache file", source));
+    }
+    Ok(())
+}
+
+/// The clock's base after a pause: it goes on by the time that passed, as far as the wall clock can be trusted.
+fn clock_after(header: &Header) -> u64 {
+    let value = |word: &AtomicU64| word.load(Ordering::Relaxed);
+    let passed = real_ms().saturating_sub(value(&header.clean_real_ms));
+    value(&header.clean_ms).saturating_add(passed).wrapping_sub(monotonic_ms())
+}
+
+/// Takes the file's lock, which all who inherit the descriptor share, and which ends when the last of them closes it. (Not
+/// by unlocking, which a child that ends would do to all the others.)
+fn locked(file: File) -> Result<Arc<File>, SegmentError> {
+    let begun = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(Arc::new(file)),
+            Err(TryLockError::WouldBlock) if begun.elapsed() >= PATIENCE => {
+                return Err(busy());
+            }
+            Err(TryLockError::WouldBlock) => std::thread::sleep(NAP),
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(TryLockError::Error(error)) => return Err(system("lock the cache file", error)),
+        }
+    }
+}
+
+/// A file that is shorter than what was to be read holds zeros there.
+fn not_the_end(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::UnexpectedEof { Ok(()) } else { Err(error) }
+}
+
+/// Makes the file empty, and then so long, with all of it reserved.
+fn reserve(file: &File, len: u64) -> Result<(), SegmentError> {
+    let empty = || file.set_len(0).map_err(|error| system("empty the cache file", error));
+    empty()?;
+    allocate(file, len).inspect_err(|_| {
+        let _ = empty(); // a part of it is of use to nobody, and the disk is full
+    })
+}
+
+/// Bytes that this process may have of a file system.
+fn free_in(found: &Statvfs) -> u64 {
+    let blocks = if nix::unistd::geteuid().is_root() { found.blocks_free() } else { found.blocks_available() };
+    blocks.saturating_mul(found.fragment_size())
+}
+
+/// Reserves all of the file: a full disk is found now, and not by a signal later.
+fn allocate(file: &File, len: u64) -> Result<(), SegmentError> {
+    let free = fstatvfs(file).ok().map(|found| free_in(&found));
+    let no_room = |source: io::Error| SegmentError::NoSpace { bytes: len, free, source };
+    let size = i64::try_from(len).map_err(|_| no_room(Errno::EFBIG.into()))?;
+    // A file of tmpfs is memory, and what it has already is used.
+    let has = file.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
+    if fstatfs(file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC) {
+        segment::check_memory(len.saturating_sub(has))?;
+    }
+    segment::check_file_size(len)?;
+    loop {
+        match fallocate(file, FallocateFlags::empty(), 0, size) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(no_room(errno.into())),
+        }
+    }
+}
+
+fn owned(file: &File) -> Result<OwnedFd, SegmentError> {
+    file.as_fd().try_clone_to_owned().map_err(|error| system("duplicate a descriptor", error))
+}
+
+/// Which start of the machine this is, and which file: a copy of a file that was in use is not that file.
+fn boot_and_file(file: &File) -> Result<[u64; 2], SegmentError> {
+    let metadata = file.metadata().map_err(|error| system("look at the cache file", error))?;
+    let [one, other] = boot_id();
+    Ok([one ^ metadata.dev(), other ^ metadata.ino()])
+}
+
+/// Which start of the machine this is; zeros if the kernel does not say.
+fn boot_id() -> [u64; 2] {
+    let mut text = String::new();
+    let file = File::open("/proc/sys/kernel/random/boot_id");
+    if file.and_then(|file| file.take(64).read_to_string(&mut text)).is_err() {
+        return [0, 0];
+    }
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let half = |from: usize| digits.get(from..from + 16).and_then(|half| u64::from_str_radix(half, 16).ok());
+    [half(0).unwrap_or(0), half(16).unwrap_or(0)]
+}
+
+fn real_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::Options;
+
+    const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0, events_bytes: 64 * 1024 };
+
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Scratch {
+            let name = format!("forkyard-{name}-{}-{}", std::process::id(), fastrand::u64(..));
+            Scratch(std::env::temp_dir().join(name))
+        }
+
+        fn open(&self) -> (Segment, Found) {
+            Segment::open(&self.0, &PLAN).unwrap()
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    fn header(segment: &Segment) -> &Header {
+        segment.inner.header().unwrap()
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_refused() {
+        let refused = Segment::open(Path::new("/dev/null"), &PLAN).unwrap_err();
+        assert!(refused.to_string().contains("it is not a regular file"), "{refused}");
+    }
+
+    #[test]
+    fn a_closed_file_is_warm_and_its_clock_goes_on() {
+        let scratch = Scratch::new("closed");
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Nothing);
+        let cache = segment.cache();
+        cache.set("for ever", "a", &Options::new()).unwrap();
+        cache.set("a minute", "b", &Options::new().ttl(Duration::from_secs(60))).unwrap();
+        cache.set("tagged", "c", &Options::new().tags(["t"])).unwrap();
+        cache.purge_tag("t");
+        let before = segment.inner.now_ms();
+        drop(cache);
+        segment.close().unwrap();
+
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Warm);
+        assert!(segment.inner.now_ms() >= before);
+        let cache = segment.cache();
+        let found = |key: &str| cache.get(key).is_some();
+        assert_eq!(["for ever", "a minute", "tagged"].map(found), [true, true, false]);
+        cache.audit().unwrap();
+        drop(cache);
+        segment.close().unwrap();
+
+        // Two minutes later, after another start of the machine.
+        let (segment, _) = scratch.open();
+        header(&segment).boot_id[0].fetch_xor(1, Ordering::Relaxed);
+        let cache = segment.cache();
+        segment.clone().close().unwrap();
+        header(&segment).clean_real_ms.fetch_sub(120_000, Ordering::Relaxed);
+        drop((segment, cache));
+        let (segment, found) = scratch.open();
+        let cache = segment.cache();
+        assert_eq!((found, cache.get("a minute"), cache.get("for ever").is_some()), (Found::Warm, None, true));
+    }
+
+    #[test]
+    fn a_file_that_was_not_closed_is_warm_unless_the_machine_was_started_since() {
+        let scratch = Scratch::new("killed");
+        let (segment, _) = scratch.open();
+        segment.cache().set("k", "v", &Options::new()).unwrap();
+        // As a process leaves it that is killed with a lock held.
+        let shard: &crate::memory::layout::ShardHead = segment.inner.map.at(segment.inner.geometry.shards_at).unwrap();
+        shard.lock.store(5, Ordering::Relaxed);
+        drop(segment);
+        let (segment, found) = scratch.open();
+        assert_eq!((found, segment.cache().get("k")), (Found::Warm, Some(b"v".to_vec())));
+        assert_eq!((segment.cache().stats().lock_recoveries, segment.cache().audit()), (1, Ok(())));
+
+        header(&segment).boot_id[0].fetch_xor(1, Ordering::Relaxed);
+        drop(segment);
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Dropped { why: "the machine went down while it was in use" });
+        assert_eq!(segment.cache().get("k"), None);
+    }
+
+    #[test]
+    fn a_child_that_ends_does_not_give_the_file_away() {
+        let scratch = Scratch::new("locked");
+        let (segment, _) = scratch.open();
+        let inherited = segment.inner.file.as_ref().unwrap().try_clone().unwrap();
+        drop(segment);
+        let other = OpenOptions::new().read(true).open(&scratch.0).unwrap();
+        assert!(matches!(other.try_lock(), Err(TryLockError::WouldBlock)), "one who inherited it still uses it");
+        drop(inherited);
+        other.try_lock().unwrap();
+    }
+
+    #[test]
+    fn who_has_the_descriptor_without_the_lock_uses_the_file_and_does_not_keep_it() {
+        let scratch = Scratch::new("passed");
+        let (segment, _) = scratch.open();
+        let (passed, never_used) = (segment.fd_without_lock().unwrap(), segment.fd_without_lock().unwrap());
+        let attached = Segment::attach(passed).unwrap();
+        segment.cache().set("k", "v", &Options::new()).unwrap();
+        assert_eq!(attached.cache().get("k"), Some(b"v".to_vec()));
+        let refused = segment.close().unwrap_err();
+        assert!(refused.to_string().contains("another process still uses it"), "{refused}");
+
+        let (segment, found) = scratch.open();
+        assert_eq!((found, segment.cache().get("k")), (Found::Warm, Some(b"v".to_vec())), "with who has attached it");
+        drop(attached);
+        segment.close().unwrap();
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Warm, "for itself alone");
+        drop((segment, never_used));
+    }
+
+    #[test]
+    fn who_attaches_a_closed_file_is_refused_and_changes_nothing() {
+        let scratch = Scratch::new("closed-attach");
+        let (segment, _) = scratch.open();
+        segment.cache().set("k", "v", &Options::new()).unwrap();
+        let left = segment.fd_without_lock().unwrap();
+        segment.close().unwrap();
+        let state = || (std::fs::read(&scratch.0).unwrap(), scratch.0.metadata().unwrap().modified().unwrap());
+        let before = state();
+        let attached = Segment::attach(left.try_clone().unwrap());
+        let refused = attached.map(|segment| segment.cache().get("k")).unwrap_err();
+        assert!(refused.to_string().contains("closed the file"), "{refused}");
+        assert!(state() == before, "it is as it was");
+
+        // It does not keep the next server from the file, and is let in when that has it.
+        let (segment, found) = scratch.open();
+        assert_eq!(found, Found::Warm);
+        let attached = Segment::attach(left).unwrap();
+        assert_eq!(attached.cache().get("k"), Some(b"v".to_vec()));
+        drop((segment, attached));
+    }
+
+    #[test]
+    fn what_contradicts_itself_or_is_not_ours_is_dropped() {
+        let scratch = Scratch::new("odd");
+        let (segment, _) = scratch.open();
+        segment.cache().set("k", "v", &Options::new()).unwrap();
+        let shard: &crate::memory::layout::ShardHead = segment.inner.map.at(segment.inner.geometry.shards_at).unwrap();
+        shard.books[0].store(77, Ordering::Relaxed);
+        drop(segment);
+        assert_eq!(scratch.open().1, Found::Dropped { why: "it was not closed, and contradicts itself" });
+        std::fs::write(&scratch.0, "something else").unwrap();
+        let refused = Segment::open(&scratch.0, &PLAN).unwrap_err();
+        assert!(refused.to_string().contains("it holds something else"), "{refused}");
+        assert_eq!(std::fs::read(&scratch.0).unwrap(), b"something else");
+        std::fs::write(&scratch.0, [0; 5000]).unwrap();
+        assert_eq!(scratch.open().1, Found::Dropped { why: "it is of another size" });
+        let (other, found) = Segment::open(&scratch.0, &Plan { rows: 40, ..PLAN }).unwrap();
+        assert_eq!(found, Found::Dropped { why: "it is of another size" });
+        drop(other);
+        assert_eq!(scratch.open().1, Found::Dropped { why: "it is of another size" });
+    }
+}
