@@ -84,6 +84,37 @@ fn a_stalled_upload_over_http2_ends_alone_and_is_logged_alone() {
 }
 
 #[test]
+fn uploads_that_wait_for_a_thread_leave_room_for_the_one_that_is_read() {
+    let mut server = Protocol::Http.start("holds", &["--workers", "1", "--threads", "1"]);
+    let mut client = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
+    let update = client.next(http2::WINDOW_UPDATE).unwrap();
+    assert_eq!(update.stream, 0, "the connection's");
+    let mut window = 65_535 + u32::from_be_bytes(update.payload.try_into().unwrap());
+    client.send(&http2::head(1, 0, "POST", "/count", &[])).unwrap();
+    // As much as the server gives room for, but for one byte.
+    let waiting: Vec<u32> = (3..128).step_by(2).collect();
+    for &stream in &waiting {
+        client.send(&http2::head(stream, 0, "POST", "/count", &[])).unwrap();
+        for _ in 0..4 {
+            let piece = (window - 1).min(16 << 10);
+            if piece > 0 {
+                window -= piece;
+                client.send(&http2::frame(http2::DATA, 0, stream, &vec![b'x'; piece as usize])).unwrap();
+            }
+        }
+    }
+    let mut seen = Vec::new();
+    for &stream in [1].iter().chain(&waiting) {
+        assert!(window > 1, "the client can send nothing to the function that reads");
+        client.send(&http2::frame(http2::DATA, http2::END_STREAM, stream, b"")).unwrap();
+        seen.push(client.next(http2::HEADERS).unwrap());
+    }
+    assert!(seen.iter().all(|head| head.payload.starts_with(http2::status(200))), "{seen:?}");
+    drop(client);
+    server.stop();
+}
+
+#[test]
 fn a_stalled_upload_over_multiplexed_fastcgi_ends_alone() {
     let (mut server, folder) = start(Protocol::FastCgi);
     let mut client = fastcgi::Client::connect(&server.binds[0]).unwrap();

@@ -48,8 +48,10 @@ use crate::request::pulse::{Stage, Wait};
 use crate::worker::lifecycle::drain::{Asked, Drain};
 use crate::worker::service::serve::{Application, BoxError, Served, Switch};
 
-/// Bytes of a request's body that may be on their way in one stream of HTTP/2, and in all streams of a connection.
-const WINDOWS: (u32, u32) = (64 << 10, 1 << 20);
+/// Bytes of a request's body that may be on their way in one stream of HTTP/2.
+const WINDOW: u32 = 64 << 10;
+/// What the window of a connection can be (RFC 9113, section 6.9.1).
+const LARGEST_WINDOW: u32 = i32::MAX.cast_unsigned();
 /// Bytes of one stream's response that may wait to be written.
 const SEND_BUFFER: usize = 64 << 10;
 /// Streams that a client has reset and the application has not yet heard of; and those that we had to reset. Beyond that
@@ -237,12 +239,15 @@ fn http1_settings(limits: &Limits) -> http1::Builder {
 
 fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
     let mut builder = http2::Builder::new(LocalTasks);
+    let streams = u32::try_from(limits.max_multiplexed).unwrap_or(u32::MAX);
+    // As much as all streams may have: or bodies that nobody reads yet would leave no room for the one that is being read.
+    let window = WINDOW.saturating_mul(streams).min(LARGEST_WINDOW);
     builder
         .timer(TokioTimer::new())
-        .initial_stream_window_size(WINDOWS.0)
-        .initial_connection_window_size(WINDOWS.1)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(window)
         .max_send_buf_size(SEND_BUFFER)
-        .max_concurrent_streams(u32::try_from(limits.max_multiplexed).unwrap_or(u32::MAX))
+        .max_concurrent_streams(streams)
         // h2 answers what is larger by itself, and nobody hears of it: so that is left to [`Application::answer`], up to this.
         .max_header_list_size(u32::try_from(limits.max_params.saturating_mul(2)).unwrap_or(u32::MAX))
         .max_pending_accept_reset_streams(RESETS.0)

@@ -201,7 +201,9 @@ impl Watched {
             Stage::Body | Stage::Answering => ("", Duration::ZERO),
         };
         // Each body has its own time; whoever reads it answers the request.
-        self.pulse.expire_bodies(|body| is_over(body.tick(PROGRESS), timeouts.body));
+        if self.pulse.expire_bodies(|body| is_over(body.tick(PROGRESS), timeouts.body)) > 0 {
+            log::debug!("a request is cut off, it took too long: sending the body of a request");
+        }
         if let Some(ticks) = &mut self.goodbye {
             *ticks += 1;
             if *ticks > GOODBYE && stage == Stage::Idle {
