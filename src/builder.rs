@@ -34,7 +34,7 @@ use crate::startup::cgi_call;
 use crate::startup::conflicts::{self, Conflict};
 use crate::startup::pid_file::PidFile;
 use crate::startup::start_end::{self, Leftover};
-use crate::startup::{banner, descriptors, memory, sockets};
+use crate::startup::{banner, descriptors, limits, memory, sockets};
 use crate::upgrade::{Origin, Takeover};
 use crate::{control, logging, sys, worker};
 
@@ -359,7 +359,7 @@ fn serve(
     let blocking = matches!(launch, Launch::Program(_));
     // Before anything is made: what cannot be is found out at once.
     Privileges::resolve(&config.privileges, blocking)?;
-    memory::check_limits(&config, blocking)?;
+    limits::check(&config, blocking)?;
     master::check_helpers(&config)?;
     descriptors::ensure(&config, blocking)?;
     let pid_file = PidFile::open(config.privileges.pid_file.as_deref(), takeover.as_mut())?;

@@ -391,6 +391,50 @@ fn what_fails_in_the_process_itself_is_told_with_its_flag() {
 }
 
 #[test]
+fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its_end() {
+    assert!(Uid::effective().is_root(), "these tests change users: run them as root");
+    let start = |mode: &[&str], limit: &str| {
+        let mut command = Command::new(program("hello"));
+        command.args(mode).args(HTTP).args(USER).args(["--rlimit", limit]);
+        command
+    };
+    for (limit, cause) in [
+        ("data=1M", "a worker has more than"),
+        ("nofile=3", "a worker has more than 17 descriptors"),
+        ("nproc=1", "1 workers have at least 2 threads"),
+    ] {
+        for mode in [&[][..], &["check"]] {
+            let output = start(mode, limit).output_in_time().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            let is_told =
+                said.contains(&format!("--rlimit {limit}: {cause}")) && said.contains("choose a higher limit");
+            assert!(output.status.code() == Some(1) && is_told, "{limit}: {said}");
+        }
+    }
+    // Nobody knows beforehand how many an application wants.
+    let hint = |limit: &str| format!("hint=\"a limit may be too low for it to start: --rlimit {limit}\"");
+    let server = Server::launch(&mut start(&[], "nofile=20"));
+    let line = server.logged("worker died");
+    assert!(line.contains(&hint("nofile=20")), "{line}");
+    drop(server);
+    // Under `run`, with the time that a program has as a rule.
+    let folder = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let death = |limit: &str, program_and_arguments: &[&str]| {
+        let mut command = Command::new(program("forkyard"));
+        command.args(["run", "--bind", &bind, "--workers", "1", "--rlimit", limit, "--rlimit", "core=0", "--"]);
+        Server::launch(command.args(program_and_arguments)).logged("worker died")
+    };
+    for limit in ["as=1M", "data=64K", "nofile=2"] {
+        let line = death(limit, &["sleep", "1000"]);
+        assert!(line.contains(&hint(limit)), "{line}");
+    }
+    // Whoever says something else is believed.
+    let line = death("nofile=4096", &["sh", "-c", "echo no database; exit 3"]);
+    assert!(line.contains("no database") && !line.contains("hint="), "{line}");
+}
+
+#[test]
 fn a_pid_file_keeps_a_second_master_out_and_goes_with_the_first() {
     let folder = tempfile::tempdir().unwrap();
     let path: PathBuf = folder.path().join("a.pid");

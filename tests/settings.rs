@@ -548,7 +548,7 @@ fn a_limit_of_addresses_below_what_a_worker_has_is_refused() {
     }
     complained(&check("hello", &folder, &text("4G")), 0, &[]);
     let output = run("hello", &["--bind", "http:127.0.0.1:0", "--rlimit", "as=1M"]);
-    complained(&output, 1, &["--rlimit as=1 MiB: a worker has more than"]);
+    complained(&output, 1, &["--rlimit as=1M: a worker has more than"]);
 }
 
 #[test]

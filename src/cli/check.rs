@@ -11,7 +11,7 @@ use crate::logging;
 use crate::net::listen::{self, ControlListener};
 use crate::net::publish_socket;
 use crate::privileges::Privileges;
-use crate::startup::{conflicts, descriptors, memory, pid_file, systemd};
+use crate::startup::{conflicts, descriptors, limits, memory, pid_file, systemd};
 
 /// What stands in the way of serving, and what an operator may want to know.
 #[derive(Debug, Default)]
@@ -45,7 +45,7 @@ pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
             Err(cause) => findings.errors.push(cause),
         }
     }
-    findings.errors.extend(memory::check_limits(config, executes).err());
+    findings.errors.extend(limits::check(config, executes).err());
     findings.warnings.extend(config.contradictions(config.privileges.most_descriptors()));
     findings.errors.extend(descriptors::check(config, executes).err());
     findings

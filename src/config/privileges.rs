@@ -11,7 +11,7 @@ use caps::Capability;
 use nix::sys::resource::{RLIM_INFINITY, Resource};
 use nix::unistd::{Gid, Group, Uid, User, getgrouplist};
 
-use super::parse_size;
+use super::{format_size, parse_size};
 use crate::sys;
 
 /// All of it; nothing, by default.
@@ -254,7 +254,26 @@ const RESOURCES: [(&str, Resource); 15] = [
     ("stack", Resource::RLIMIT_STACK),
 ];
 
+/// As `--rlimit` takes it.
+impl fmt::Display for ResourceLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = |value: u64| match value {
+            RLIM_INFINITY => "unlimited".to_owned(),
+            value => format_size(value).replace([' ', 'i', 'B'], ""),
+        };
+        write!(f, "{}={}", self.name(), shown(self.soft))?;
+        if self.hard == self.soft { Ok(()) } else { write!(f, ":{}", shown(self.hard)) }
+    }
+}
+
 impl ResourceLimit {
+    /// Whether too low a value can keep a process from starting.
+    pub(crate) fn is_vital(&self) -> bool {
+        use Resource as R;
+        [R::RLIMIT_AS, R::RLIMIT_CPU, R::RLIMIT_DATA, R::RLIMIT_NOFILE, R::RLIMIT_NPROC, R::RLIMIT_STACK]
+            .contains(&self.resource)
+    }
+
     /// What `--rlimit` calls it.
     pub(crate) fn name(&self) -> &'static str {
         name_of(self.resource)
@@ -364,6 +383,9 @@ mod tests {
         let nofile = |soft, hard| Ok(ResourceLimit { resource: Resource::RLIMIT_NOFILE, soft, hard });
         assert_eq!(parse_limit("nofile=4K"), nofile(4096, 4096));
         assert_eq!(parse_limit("NOFILE=5:unlimited"), nofile(5, RLIM_INFINITY));
+        for text in ["as=64M", "nofile=5:unlimited", "data=1000"] {
+            assert_eq!(parse_limit(text).unwrap().to_string(), text);
+        }
         for (text, said) in [
             ("nofile", "is not a limit"),
             ("files=3", "there is no limit 'files' (there are as, core"),

@@ -467,11 +467,13 @@ impl Master {
             let program = child.program();
             let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
             self.recycling.died(pid);
+            let is_starting = obituary::is_starting(pid, &child, &self.scoreboard);
             self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
             let unasked = child.is_worker() && !child.asked_to_leave && !child.hung;
             let no_memory =
                 unasked && ending == Ending::Signaled(libc::SIGKILL) && self.sickbed.ran_out_of_memory(self.now());
-            let mut end = obituary::publish(pid, ending, child, no_memory, &self.scoreboard);
+            let limits = if is_starting { self.nursery.config.privileges.limits.as_slice() } else { &[] };
+            let mut end = obituary::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
             self.left(std::mem::take(&mut end.obituary));
             if let Launch::Worker(_, hooks) = &self.nursery.launch {
                 let worker = WorkerId { slot, generation };

@@ -2,11 +2,12 @@
 
 use std::fmt::Write as _;
 
-use forkyard_shm::Scoreboard;
+use forkyard_shm::{Scoreboard, State};
 use nix::unistd::Pid;
 
 use super::programs;
 use super::spawn::Child;
+use crate::config::privileges::ResourceLimit;
 use crate::sys::Ending;
 
 /// So many of the requests that it was serving are named.
@@ -43,7 +44,7 @@ pub(crate) struct Obituary {
     /// What the process said of its end.
     pub(crate) last_words: String,
     /// What an operator should know of such an end.
-    pub(crate) hint: &'static str,
+    pub(crate) hint: String,
 }
 
 /// By these the kernel and the library end a process for what it did. KILL is not among them: an operator sends it, and does
@@ -73,8 +74,40 @@ fn is_crash(ending: Ending, child: &Child, no_memory: bool) -> bool {
     child.is_worker() && (child.hung || (unasked && !child.asked_to_leave && child.sent_by.is_none()))
 }
 
+/// Whether a process that has ended was not ready yet: to be asked before its row is marked as a dead one's.
+pub(crate) fn is_starting(pid: Pid, child: &Child, scoreboard: &Scoreboard) -> bool {
+    match child.program() {
+        Some(program) => !program.started,
+        None => scoreboard
+            .read(child.slot)
+            .is_none_or(|row| i32::try_from(row.pid) != Ok(pid.as_raw()) || row.state == State::Starting),
+    }
+}
+
+/// Which limits may have kept a process from starting, if it said nothing else of its end.
+fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
+    // Of the kernel, the standard library and the loader.
+    const OF_LIMITS: [&str; 8] =
+        ["os error 11", "os error 12", "rror 24", "emory", "Too many open", "map ", "cannot allocate", "Resource temp"];
+    let vital: Vec<String> =
+        limits.iter().filter(|limit| limit.is_vital()).map(|limit| format!("--rlimit {limit}")).collect();
+    let is_likely = last_words.is_empty() || OF_LIMITS.iter().any(|words| last_words.contains(words));
+    if vital.is_empty() || !is_likely {
+        return String::new();
+    }
+    format!("a limit may be too low for it to start: {}", vital.join(", "))
+}
+
 /// Writes the line; `no_memory` if the kernel has killed it because memory ran out. What the scoreboard says is the dead process's word: bounded, and taken as text only.
-pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, no_memory: bool, scoreboard: &Scoreboard) -> End {
+/// `limits` are those of `--rlimit`, if it died before it was ready.
+pub(crate) fn publish(
+    pid: Pid,
+    ending: Ending,
+    child: Child,
+    no_memory: bool,
+    scoreboard: &Scoreboard,
+    limits: &[ResourceLimit],
+) -> End {
     let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
     if no_memory {
         line += " cause=oom-kill";
@@ -119,11 +152,17 @@ pub(crate) fn publish(pid: Pid, ending: Ending, child: Child, no_memory: bool, s
     let failed = ending != Ending::Exited(0) || program.as_ref().is_some_and(|program| !program.started);
     let is_started = program.as_ref().is_none_or(|program| program.started);
     let hint = program.filter(|program| !program.started && !as_asked).map_or("", |_| programs::hint(ending));
+    let (child_was_asked, was_sent) = (child.asked_to_leave, sent_by.is_some());
     let (last_words, trace) = child.bury();
     let was_late = !is_started && ending == Ending::Signaled(libc::SIGKILL);
     if !last_words.is_empty() && failed && (!as_asked || was_late) {
         let _ = write!(line, " said={last_words:?}");
     }
+    let by_limit = failed && !as_asked && !child_was_asked && !no_memory && !was_sent;
+    let of_limits = if by_limit { hint_on_limits(limits, &last_words) } else { String::new() };
+    // A loader that gets no memory exits with 127, as a shell does that finds no command.
+    let hint =
+        if hint.is_empty() || !(of_limits.is_empty() || last_words.is_empty()) { of_limits } else { hint.to_owned() };
     if !hint.is_empty() {
         let _ = write!(line, " hint={hint:?}");
     }

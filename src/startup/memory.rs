@@ -5,7 +5,6 @@ use std::error::Error;
 use std::path::Path;
 
 use forkyard_shm::{Found, Plan, Segment, SegmentError};
-use nix::sys::resource::Resource;
 use nix::unistd::{AccessFlags, access};
 
 use super::systemd;
@@ -179,36 +178,6 @@ pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
         Some(_) => {}
     }
     Ok(note_on(config))
-}
-
-/// Looks whether `--rlimit` leaves a worker what it certainly needs: what this process, of which it is a copy, has mapped, and the shared
-/// memory. What an external program (`executes`) needs, nobody knows.
-///
-/// # Errors
-/// A sentence for the operator.
-pub(crate) fn check_limits(config: &Config, executes: bool) -> Result<(), String> {
-    let limit = config.privileges.limits.iter().rev().find(|limit| limit.resource == Resource::RLIMIT_AS);
-    let (Some(limit), false, Some(own), Ok(shared)) = (limit, executes, mapped(), Segment::size(&plan(config))) else {
-        return Ok(());
-    };
-    let least = own.saturating_add(shared);
-    if limit.soft >= least {
-        return Ok(());
-    }
-    Err(format!(
-        "--rlimit as={}: a worker has more than {} MiB of addresses, {} MiB of them for shared memory (choose a higher limit, or less of \
-         --cache and --events)",
-        format_size(limit.soft),
-        least >> 20,
-        shared >> 20
-    ))
-}
-
-/// Bytes of addresses that this process has.
-fn mapped() -> Option<u64> {
-    let pages: u64 = std::fs::read_to_string("/proc/self/statm").ok()?.split(' ').next()?.parse().ok()?;
-    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
-    pages.checked_mul(u64::try_from(size).ok()?)
 }
 
 /// Has a cache in a file used again by the next start; a cache in memory is gone with its last process.

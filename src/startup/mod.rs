@@ -5,6 +5,7 @@ pub(crate) mod cgi_call;
 pub(crate) mod conflicts;
 pub(crate) mod descriptors;
 pub(crate) mod end_of_start;
+pub(crate) mod limits;
 pub(crate) mod memory;
 pub(crate) mod pid_file;
 pub(crate) mod sockets;

@@ -95,6 +95,7 @@ where
     let (scoreboard, slot, slow) =
         (heritage.segment.scoreboard(), heritage.slot, heritage.config.failures.slow_request);
     let first_thread = std::thread::current();
+    let report = heritage.report.try_clone().map(File::from);
     let status = std::thread::scope(|scope| {
         let life = || {
             let _end = WakeAtEnd(first_thread);
@@ -110,10 +111,15 @@ where
             }
         };
         let worker = std::thread::Builder::new().name("worker".to_owned()).spawn_scoped(scope, life);
-        if let (Ok(worker), false) = (&worker, slow.is_zero()) {
-            slow::watch(worker, &scoreboard, slot, slow);
+        match worker {
+            Ok(worker) => {
+                if !slow.is_zero() {
+                    slow::watch(&worker, &scoreboard, slot, slow);
+                }
+                worker.join().unwrap_or(1)
+            }
+            Err(error) => report.map_or(1, |mut report| fail(&mut report, &format!("cannot make a thread: {error}"))),
         }
-        worker.ok().and_then(|worker| worker.join().ok()).unwrap_or(1)
     });
     logging::finish();
     status

@@ -1,0 +1,81 @@
+//! Whether `--rlimit` leaves a worker what it certainly needs, as far as that is known before the first one is made.
+//!
+//! The bounds are low: a worker needs more, and the application more than that. What an external program needs is not known.
+
+use forkyard_shm::Segment;
+use nix::sys::resource::Resource;
+
+use super::memory;
+use crate::config::privileges::ResourceLimit;
+use crate::config::{Config, format_size};
+
+/// The stack of the thread that serves, as the standard library makes it.
+const STACK: u64 = 2 << 20;
+/// Descriptors of a worker beside its listening sockets: the standard ones, the segment, its pipes and its event loop.
+const DESCRIPTORS: u64 = 16;
+
+/// # Errors
+/// A sentence for the operator, for all limits with which no worker can start.
+pub(crate) fn check(config: &Config, executes: bool) -> Result<(), String> {
+    if executes {
+        return Ok(());
+    }
+    let limits = &config.privileges.limits;
+    // Of two for one resource, the last one holds.
+    let last = |limit: &&ResourceLimit| limits.iter().rfind(|other| other.resource == limit.resource) == Some(*limit);
+    let causes: Vec<String> = limits.iter().filter(last).filter_map(|limit| too_low(limit, config)).collect();
+    if causes.is_empty() { Ok(()) } else { Err(causes.join("; ")) }
+}
+
+fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
+    let too_low = |least: u64| limit.soft < least;
+    match limit.resource {
+        Resource::RLIMIT_AS => {
+            // It is a copy of this process.
+            let shared = Segment::size(&memory::plan(config)).ok()?;
+            let least = kib_of_this_process("VmSize:")?.saturating_mul(1024).saturating_add(shared);
+            too_low(least).then(|| {
+                format!(
+                    "--rlimit {limit}: a worker has more than {} MiB of addresses, {} MiB of them for shared memory (choose a \
+                     higher limit, or less of --cache and --events)",
+                    least >> 20,
+                    shared >> 20
+                )
+            })
+        }
+        Resource::RLIMIT_DATA => {
+            let stack = if std::env::var_os("RUST_MIN_STACK").is_none() { STACK } else { 0 };
+            let least = kib_of_this_process("VmData:")?.saturating_mul(1024).saturating_add(stack);
+            too_low(least).then(|| {
+                let least = format_size((least >> 10) << 10);
+                format!("--rlimit {limit}: a worker has more than {least} of data (choose a higher limit)")
+            })
+        }
+        Resource::RLIMIT_NOFILE => {
+            let least = DESCRIPTORS + u64::try_from(config.binds.len()).ok()?;
+            too_low(least).then(|| {
+                format!("--rlimit {limit}: a worker has more than {least} descriptors (choose a higher limit)")
+            })
+        }
+        Resource::RLIMIT_NPROC => {
+            let privileges = &config.privileges;
+            let user = privileges.user.as_ref().map_or_else(nix::unistd::geteuid, |user| user.uid);
+            let exempt = user.is_root() || privileges.capabilities.is_some();
+            let least = u64::from(config.workers.min.max(1)) * 2;
+            (too_low(least) && !exempt).then(|| {
+                format!(
+                    "--rlimit {limit}: {} workers have at least {least} threads, which count for their user (choose a higher \
+                     limit)",
+                    config.workers.min.max(1)
+                )
+            })
+        }
+        _ => None,
+    }
+}
+
+/// A line of this process's status, in KiB.
+fn kib_of_this_process(name: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    status.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix("kB"))?.trim().parse().ok()
+}
