@@ -56,6 +56,7 @@ mod tests {
     use crate::sys::reap;
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "`reap` waits for them")]
     fn the_end_of_a_group_is_announced_when_its_last_process_is_reaped_and_not_before() {
         let (link, end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         // Both stay open: other tests of this process may announce something here at any time.
