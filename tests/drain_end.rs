@@ -108,6 +108,19 @@ fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
 }
 
 #[test]
+fn a_client_that_does_not_answer_the_end_of_its_idle_http_2_connection_holds_up_no_drain() {
+    let times = ["--drain-timeout", "1h", "--idle-timeout", "1h"];
+    let mut server = Server::start("scenarios", &[&["--bind", BINDS[0].1, "--workers", "1"], &times[..]].concat());
+    let mut deaf = http2::Client::connect(&server.http()).unwrap();
+    deaf.send(&http2::head(1, http2::END_STREAM, "GET", "/empty", &[])).unwrap();
+    while deaf.frame().unwrap().kind != http2::HEADERS {}
+    server.signal(Signal::SIGHUP);
+    assert!(server.wait_for("worker left").contains(" status=0 "));
+    while deaf.frame().unwrap().kind != http2::GOAWAY {}
+    server.stop();
+}
+
+#[test]
 fn uploads_that_stand_still_are_answered_before_the_worker_would_be_killed() {
     let folder = tempfile::tempdir().unwrap();
     let (server, log) = start("scenarios", &folder);

@@ -59,6 +59,7 @@ pub(crate) struct Pulse {
     held: Held,
     /// The protocol has a way to say that the connection ends.
     says_goodbye: AtomicBool,
+    has_said_goodbye: AtomicBool,
     goodbye: Notify,
 }
 
@@ -219,6 +220,15 @@ impl Pulse {
             self.goodbye.notify_one();
         }
         can
+    }
+
+    /// The peer has been told that the connection ends, for whatever reason.
+    pub(crate) fn set_said_goodbye(&self) {
+        self.has_said_goodbye.store(true, Relaxed);
+    }
+
+    pub(crate) fn has_said_goodbye(&self) -> bool {
+        self.has_said_goodbye.load(Relaxed)
     }
 
     /// Returns when the connection is to end.

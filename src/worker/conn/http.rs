@@ -290,6 +290,7 @@ where
         () = requests.no_upgrade_offered() => {}
     }
     shut_down(&mut connection);
+    requests.pulse().set_said_goodbye();
     connection.await
 }
 

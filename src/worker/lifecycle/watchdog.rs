@@ -204,6 +204,9 @@ impl Watched {
         if self.pulse.expire_bodies(|body| is_over(body.tick(PROGRESS), timeouts.body)) > 0 {
             log::debug!("a request is cut off, it took too long: sending the body of a request");
         }
+        if self.pulse.has_said_goodbye() {
+            self.goodbye.get_or_insert(0);
+        }
         if let Some(ticks) = &mut self.goodbye {
             *ticks += 1;
             if *ticks > GOODBYE && stage == Stage::Idle {
