@@ -5,22 +5,27 @@ use std::net::Ipv6Addr;
 /// Whether this is a host with or without a port (RFC 3986, sections 3.2.2 and 3.2.3), or empty: the field of a request whose URI
 /// has no authority. `userinfo@` is not part of it, and a port without a host is none.
 pub(crate) fn is_host(host: &[u8]) -> bool {
-    let (name, port) = match host {
-        [b'[', rest @ ..] => {
+    // Nearly all are a plain name, with a port or without.
+    let plain = host.iter().take_while(|byte| is_plain(**byte)).count();
+    match host.split_at(plain) {
+        (_, []) => true,
+        ([], [b'[', rest @ ..]) => {
             let Some(end) = rest.iter().position(|&byte| byte == b']') else { return false };
             let (literal, after) = rest.split_at(end);
-            match after {
-                [b']'] => (is_ip_literal(literal), None),
-                [b']', b':', port @ ..] => (is_ip_literal(literal), Some(port)),
-                _ => return false,
-            }
+            is_ip_literal(literal) && after.get(1..).is_some_and(is_after_name)
         }
-        _ => match host.iter().position(|&byte| byte == b':').map(|colon| host.split_at(colon)) {
-            None => (is_registered_name(host), None),
-            Some((name, port)) => (!name.is_empty() && is_registered_name(name), port.get(1..)),
-        },
-    };
-    name && port.is_none_or(is_port)
+        ([], [b':', ..]) => false,
+        (_, rest) => is_after_name(after_registered_name(rest)),
+    }
+}
+
+/// Nothing, or a port.
+fn is_after_name(rest: &[u8]) -> bool {
+    match rest {
+        [] => true,
+        [b':', port @ ..] => is_port(port),
+        _ => false,
+    }
 }
 
 /// Digits, possibly none, and no more than TCP has.
@@ -45,21 +50,34 @@ fn is_ip_literal(literal: &[u8]) -> bool {
     }
 }
 
-/// A name or an IPv4 address: plain characters, and others percent-encoded.
-fn is_registered_name(mut name: &[u8]) -> bool {
+/// What follows a name or an IPv4 address: plain characters, and others percent-encoded.
+fn after_registered_name(mut name: &[u8]) -> &[u8] {
     loop {
         name = match name {
-            [] => return true,
             [b'%', high, low, rest @ ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => rest,
             [byte, rest @ ..] if is_plain(*byte) => rest,
-            _ => return false,
+            rest => return rest,
         };
     }
 }
 
 /// `unreserved` and `sub-delims` of RFC 3986.
 fn is_plain(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(&byte)
+    const IS_PLAIN: [bool; 256] = {
+        let mut table = [false; 256];
+        let mut byte = 0_u8;
+        while byte < 128 {
+            table[byte as usize] = byte.is_ascii_alphanumeric();
+            byte += 1;
+        }
+        let mut others: &[u8] = b"-._~!$&'()*+,;=";
+        while let [byte, rest @ ..] = others {
+            table[*byte as usize] = true;
+            others = rest;
+        }
+        table
+    };
+    IS_PLAIN[usize::from(byte)]
 }
 
 #[cfg(test)]
