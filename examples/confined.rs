@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode};
 use axum::Router;
 use axum::extract::Query;
 use axum::routing::get;
-use forkyard::Options;
+use forkyard::StoreOptions;
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
             .route(
                 "/cache",
                 get(async move || {
-                    let stored = cache.set("page", "kept", &Options::new()).is_ok();
+                    let stored = cache.set("page", "kept", &StoreOptions::new()).is_ok();
                     format!("{stored} {:?}", cache.get("page").map(|page| String::from_utf8_lossy(&page).into_owned()))
                 }),
             )

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use forkyard::http::{Request, Response, StatusCode};
-use forkyard::{Blocking, Body, Cache, Options};
+use forkyard::{Blocking, Body, Cache, StoreOptions};
 use tower_service::Service;
 
 fn main() -> ExitCode {
@@ -72,7 +72,7 @@ fn answer_of(cache: &Cache, request: Request<Body>) -> io::Result<Vec<u8>> {
         hold(port)?;
     } else if let Some((_, port)) = path.rsplit_once("/page/") {
         let render = |_| hold(port).map(|()| own);
-        return Ok(cache.get_or_render(path, &Options::new(), render)?.value);
+        return Ok(cache.get_or_render(path, &StoreOptions::new(), render)?.value);
     } else if path == "/count" {
         io::copy(&mut request.into_body().reader(), &mut io::sink())?;
     }

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header};
-use forkyard::Origin;
+use forkyard::ClientInfo;
 use http_body::Frame;
 use http_body_util::{BodyExt as _, StreamBody};
 
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
 async fn tell(request: Request<Body>) -> Response<Body> {
     let (head, body) = request.into_parts();
     let mut text = format!("{} {} {:?}\n", head.method, head.uri, head.version);
-    if let Some(peer) = head.extensions.get::<Origin>() {
+    if let Some(peer) = head.extensions.get::<ClientInfo>() {
         let address = peer.address.map_or_else(|| "unknown".to_owned(), |address| address.to_string());
         let _ = writeln!(text, "peer={address} https={}", peer.is_https);
         for (name, value) in peer.params.iter().map(|(name, value)| (name.escape_ascii(), value.escape_ascii())) {

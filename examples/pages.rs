@@ -12,7 +12,7 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, Response, StatusCode};
 use axum::response::Html;
 use axum::routing::{get, post};
-use forkyard::{Context, Options, Page, Served};
+use forkyard::{Cached, Context, Page, StoreOptions};
 use serde::Deserialize;
 
 fn main() -> ExitCode {
@@ -50,10 +50,10 @@ async fn page(
     headers: HeaderMap,
 ) -> Result<Response<Body>, StatusCode> {
     let tags = ["pages".to_owned(), format!("page-{number}")];
-    let options = Options::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(tags);
+    let options = StoreOptions::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(tags);
     let render = |_| async { Ok::<_, Infallible>(render(&cx, number, effort.ms).await) };
     let cache = cx.cache();
-    let Ok(Served { value, .. }) = cache.get_or_render_async(format!("page {number}"), &options, render).await;
+    let Ok(Cached { value, .. }) = cache.get_or_render_async(format!("page {number}"), &options, render).await;
     let response = forkyard::page::to_response(value, &headers).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     Ok(response.map(Body::from))
 }

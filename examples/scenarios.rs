@@ -15,7 +15,7 @@ use axum::extract::{Path, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
-use forkyard::Origin;
+use forkyard::ClientInfo;
 use futures_util::stream::{StreamExt as _, once};
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt as _;
@@ -112,7 +112,7 @@ fn router() -> Router {
 /// The script's name and the path behind it, decoded by the web server; the URI's path where there are no variables.
 async fn path(request: Request) -> Vec<u8> {
     let path = request.uri().path().as_bytes();
-    let origin: Option<&Origin> = request.extensions().get();
+    let origin: Option<&ClientInfo> = request.extensions().get();
     let Some(variables) = origin.map(|origin| &origin.params).filter(|params| !params.is_empty()) else {
         return path.to_vec();
     };
@@ -128,7 +128,7 @@ async fn header_of(Path(name): Path<String>, headers: HeaderMap) -> Vec<u8> {
 
 /// The value of a CGI variable, or that there is none.
 async fn variable(Path(name): Path<String>, request: Request) -> Vec<u8> {
-    let value = request.extensions().get::<Origin>().and_then(|origin| origin.params.get(&name));
+    let value = request.extensions().get::<ClientInfo>().and_then(|origin| origin.params.get(&name));
     value.unwrap_or(b"(none)").to_vec()
 }
 

@@ -17,7 +17,7 @@ use axum::extract::{Request, State};
 use axum::http::Response;
 use axum::response::Html;
 use axum::routing::get;
-use forkyard::{Builder, Context, Options, sse};
+use forkyard::{Builder, Context, StoreOptions, sse};
 
 const TOPIC: &str = "prices";
 const STOCKS: [(&str, &str, f64); 6] = [
@@ -98,7 +98,7 @@ fn make_prices(cx: &Context) {
         }
         let text: Vec<String> = prices.iter().map(|price| format!("{price:.2}")).collect();
         let text = text.join(",");
-        let _ = cx.cache().set(TOPIC, &text, &Options::new()); // a cache may refuse; the next start is at the old prices then
+        let _ = cx.cache().set(TOPIC, &text, &StoreOptions::new()); // a cache may refuse; the next start is at the old prices then
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let event =
             format!("{{\"at\":{},\"maker\":{},\"prices\":[{text}]}}", since_1970.as_millis(), std::process::id());

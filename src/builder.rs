@@ -30,12 +30,12 @@ use crate::master::{self, Control, End, Launch, Operators, Reloaded, Reread, Sig
 use crate::net::listen::{ControlListener, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::privileges::Privileges;
-use crate::startup::cgi_call;
+use crate::startup::abort::{self, Leftover};
+use crate::startup::cgi_invocation;
 use crate::startup::conflicts::{self, Conflict};
 use crate::startup::pid_file::PidFile;
-use crate::startup::start_end::{self, Leftover};
-use crate::startup::{banner, descriptors, limits, memory, sockets};
-use crate::upgrade::{Origin, Takeover};
+use crate::startup::{banner, descriptor_limit, limits, memory, sockets};
+use crate::upgrade::{StartCommand, Takeover};
 use crate::{control, logging, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
@@ -228,7 +228,7 @@ impl Builder {
         // From here on a signal waits until it is known what it means, and is not lost to process 1, whom the kernel spares.
         let mask = sys::block_signals();
         let Self { worker, cgi, preload, hooks, identity } = self;
-        let arguments = cgi_call::trusted(std::env::args_os().collect());
+        let arguments = cgi_invocation::trusted(std::env::args_os().collect());
         let parse: Parse = Box::new(move || cli::parse_linked(&arguments, &identity));
         finish(parse(), &mask, |request| {
             if request.cgi {
@@ -354,14 +354,15 @@ fn serve(
     let signals = SignalInbox::open()?;
     start_log(&config, &conflicts::find(&config))?;
     let mut takeover = Takeover::find()?;
-    let origin = takeover.as_ref().map_or_else(Origin::record, |left| Ok(left.saved.origin.clone()))?;
+    let start_command =
+        takeover.as_ref().map_or_else(StartCommand::record, |left| Ok(left.saved.start_command.clone()))?;
     let log_files = Arc::new(LogFiles::open(&config.logs)?);
     let blocking = matches!(launch, Launch::Program(_));
     // Before anything is made: what cannot be is found out at once.
     Privileges::resolve(&config.privileges, blocking)?;
     limits::check(&config, blocking)?;
-    master::check_helpers(&config)?;
-    descriptors::ensure(&config, blocking)?;
+    master::check_sidecars(&config)?;
+    descriptor_limit::ensure(&config, blocking)?;
     let pid_file = PidFile::open(config.privileges.pid_file.as_deref(), takeover.as_mut())?;
     let mut listeners: Vec<Listener> = Vec::new();
     let (mut control, mut publish) = (None, None);
@@ -406,7 +407,7 @@ fn serve(
             log_files,
             pid_file: pid_file.as_ref().map(PidFile::saved),
         };
-        let start = Start { begun, signals, origin, takeover };
+        let start = Start { begun, signals, start_command, takeover };
         let config = Arc::new(config);
         let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, start, operators);
         memory::close(kept);
@@ -464,7 +465,7 @@ fn leftovers(
     let control = control.and_then(|control| Leftover::file(control.path(), control.file()?));
     let publish = publish.into_iter().flat_map(|publish| {
         let file = publish.file().and_then(|file| Leftover::file(publish.path(), file));
-        file.into_iter().chain(publish.own_folder().and_then(Leftover::folder))
+        file.into_iter().chain(publish.own_directory().and_then(Leftover::directory))
     });
     let pid_file = pid_file.and_then(|pid_file| pid_file.leftover());
     sockets.chain(control).chain(publish).chain(pid_file).collect()
@@ -473,7 +474,7 @@ fn leftovers(
 /// The one request of a CGI call.
 fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<End, BoxError> {
     // Before any code of the application: what it prints must not get in front of the response.
-    let output = cgi_call::take_output().map_err(|error| format!("standard output cannot be used: {error}"))?;
+    let output = cgi_invocation::take_output().map_err(|error| format!("standard output cannot be used: {error}"))?;
     start_log(config, &conflicts::find_among_files(config))?;
     if let Some(preload) = preload {
         preload().map_err(cannot_preload)?;
@@ -504,7 +505,7 @@ fn join_segment(config: &Config) -> Result<Segment, BoxError> {
 fn run_preload(preload: Option<Preload>, leftovers: Option<Vec<Leftover>>) -> Result<Vec<RawFd>, BoxError> {
     let Some(preload) = preload else { return Ok(Vec::new()) };
     let before = sys::open_descriptors()?;
-    start_end::interruptible(leftovers, preload).map_err(cannot_preload)?;
+    abort::interruptible(leftovers, preload).map_err(cannot_preload)?;
     let mut after = sys::open_descriptors()?;
     after.retain(|fd| !before.contains(fd));
     Ok(after)

@@ -59,7 +59,7 @@ pub(crate) enum Report {
     SentBy(i32),
     /// Why it cannot go on.
     LastWords(String),
-    /// Where it crashed: addresses, as `modules.rs` writes them, the innermost function first.
+    /// Where it crashed: addresses, as `code_address.rs` writes them, the innermost function first.
     Trace(String),
 }
 

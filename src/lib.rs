@@ -76,14 +76,14 @@
 //! use axum::extract::State;
 //! use axum::http::{HeaderMap, Response, StatusCode};
 //! use axum::routing::{get, post};
-//! use forkyard::{Context, Options, Page, page};
+//! use forkyard::{Context, StoreOptions, Page, page};
 //!
 //! fn main() -> std::process::ExitCode {
 //!     forkyard::run(|cx| Router::new().route("/news", get(news)).route("/publish", post(publish)).with_state(cx))
 //! }
 //!
 //! async fn news(State(cx): State<Context>, headers: HeaderMap) -> Result<Response<Body>, StatusCode> {
-//!     let options = Options::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(["news"]);
+//!     let options = StoreOptions::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(["news"]);
 //!     let render = |_| async {
 //!         // Query a database here.
 //!         Ok::<_, Infallible>(Page::new("<h1>News</h1>").header("Content-Type", "text/html").gzip())
@@ -178,7 +178,7 @@
 //!
 //! - `architecture.md`: processes, fork safety, what survives which failure, memory limits
 //! - `cache.md`, `events.md`, `events-from-other-languages.md`, `websockets.md`, `http.md`: for application authors
-//! - `hooks-and-helpers.md`: hooks, daemons and scheduled jobs
+//! - `hooks-and-sidecars.md`: hooks, daemons and scheduled jobs
 //! - `operations.md`, `workers.md`, `logs.md`, `systemd.md`, `upgrade.md`: running a server
 //! - `privileges.md`, `crashes-and-hangs.md`, `heirs.md`: isolation and recovery
 //! - `web-servers.md`: nginx, lighttpd, Apache and others in front of Forkyard
@@ -214,20 +214,20 @@ use http_body::Body as HttpBody;
 use tower_service::Service;
 
 pub use forkyard_shm::{
-    Cache, Clock, Damaged, Distribution, Encoding, Keep, Listed, NotStorable, Options, Page, Pinned, Recorder, Refused,
-    Served, Source, Stats,
+    Cache, CacheStatus, CacheValue, Cached, CorruptPage, Distribution, Encoding, EntryInfo, NotStorable, Page, Pinned,
+    PurgeSnapshot, Recorder, Stats, StoreError, StoreOptions,
 };
 pub use http;
 
 pub use crate::app::page;
 
-pub use crate::app::blocking::{Answer, Blocking, blocking};
+pub use crate::app::blocking::{Blocking, BlockingFuture, blocking};
 pub use crate::app::body::{Body, BodyError, BodyReader, FilterData};
 pub use crate::app::context::Context;
 pub use crate::app::events::{Event, Events, EventsError, Message, Published, Sse, Subscription, sse};
 pub use crate::app::hooks::{WorkerExit, WorkerId};
 pub use crate::builder::{Builder, command_line};
-pub use crate::protocol::cgi::Origin;
+pub use crate::protocol::cgi::ClientInfo;
 pub use crate::protocol::params::Params;
 pub use crate::protocol::role::{AppStatus, Role};
 

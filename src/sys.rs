@@ -374,18 +374,18 @@ pub(crate) fn take_over(numbers: &[RawFd]) -> BTreeMap<RawFd, OwnedFd> {
 }
 
 /// Makes this process another program, which inherits standard input, output and error and the descriptors of `keep`, and
-/// starts in `folder`. Returns only if that cannot be, and then nothing has changed.
+/// starts in `directory`. Returns only if that cannot be, and then nothing has changed.
 ///
 /// To be called with all signals blocked: none may come before the other program knows what it means.
 pub(crate) fn exec(
     program: &Path,
     arguments: &[OsString],
     environment: &[(OsString, OsString)],
-    folder: &Path,
+    directory: &Path,
     keep: &[RawFd],
 ) -> io::Error {
     let before = std::env::current_dir();
-    let error = match try_exec(program, arguments, environment, folder, keep) {
+    let error = match try_exec(program, arguments, environment, directory, keep) {
         Ok(never) => match never {},
         Err(error) => error,
     };
@@ -401,7 +401,7 @@ fn try_exec(
     program: &Path,
     arguments: &[OsString],
     environment: &[(OsString, OsString)],
-    folder: &Path,
+    directory: &Path,
     keep: &[RawFd],
 ) -> io::Result<std::convert::Infallible> {
     let program = CString::new(program.as_os_str().as_bytes())?;
@@ -411,7 +411,7 @@ fn try_exec(
         |(name, value): &(OsString, OsString)| Ok(CString::new([name.as_bytes(), b"=", value.as_bytes()].concat())?);
     let environment: Vec<CString> = environment.iter().map(pair).collect::<io::Result<_>>()?;
     io::stdout().flush()?;
-    std::env::set_current_dir(folder)?;
+    std::env::set_current_dir(directory)?;
     set_close_on_exec_from(3, &numbers_without_close_range())?;
     for &fd in keep {
         // SAFETY: changes a flag of a descriptor by its number, and fails if nothing is open there.

@@ -71,8 +71,8 @@ fn when_the_renderer_is_killed_another_takes_over() {
 
 #[test]
 fn a_cache_in_a_file_is_warm_after_a_stop_and_after_a_crash() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("pages");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("pages");
     let start = || {
         let mut command = Command::new(program("pages"));
         command.args(HTTP).args(["--workers", "2", "--cache", "4M", "--cache-file"]).arg(&file);

@@ -20,7 +20,7 @@ use common::http;
 use common::limit::{self, Pipe};
 use common::scgi::Response;
 use common::{Server, line_of, program, wait_until};
-use forkyard_shm::{Found, Options, Plan, Segment};
+use forkyard_shm::{Found, Plan, Segment, StoreOptions};
 use fronts::WebServer;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -219,8 +219,8 @@ fn server(file: &Path) -> Server {
 
 #[test]
 fn calls_share_a_cache_with_each_other_and_with_a_server() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("pages");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("pages");
     let first = page(&file, "/page/1");
     assert_eq!(page(&file, "/page/1"), first, "rendered by the first call");
 
@@ -242,8 +242,8 @@ fn calls_share_a_cache_with_each_other_and_with_a_server() {
 
 #[test]
 fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("pages");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("pages");
     for round in 1..=3 {
         let calls: Vec<_> =
             (0..24).map(|_| start(&mut with_cache(&file, &format!("/page/{round}?ms=1")), b"")).collect();
@@ -259,14 +259,14 @@ fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
 #[test]
 fn of_those_that_come_at_once_one_makes_the_file_and_all_share_it() {
     let plan = Plan { cache_bytes: 4 << 20, rows: 20, events_bytes: 1 << 20, ..Plan::default() };
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for round in 0..20 {
-        let file = folder.path().join(round.to_string());
+        let file = directory.path().join(round.to_string());
         let at_once = Barrier::new(8);
         let join = |number: u32| {
             at_once.wait();
             let segment = Segment::join(&file, &plan).unwrap();
-            segment.cache().set(format!("of {number}"), "page", &Options::new()).unwrap();
+            segment.cache().set(format!("of {number}"), "page", &StoreOptions::new()).unwrap();
             segment
         };
         let segments: Vec<_> = std::thread::scope(|scope| {
@@ -284,8 +284,8 @@ fn of_those_that_come_at_once_one_makes_the_file_and_all_share_it() {
 
 #[test]
 fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("pages");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("pages");
     let mut random = fastrand::Rng::with_seed(11);
     for round in 0..12 {
         let mut calls: Vec<_> = (0..8)
@@ -309,8 +309,8 @@ fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
 
 #[test]
 fn a_server_starts_while_a_call_uses_the_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("pages");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("pages");
     let first = page(&file, "/page/1");
     let mut child = start(&mut with_cache(&file, "/page/2?ms=3000"), b"");
     let line = line_of(child.stderr.as_mut().unwrap(), "a line of its log");
@@ -325,8 +325,8 @@ fn a_server_starts_while_a_call_uses_the_file() {
 
 #[test]
 fn a_file_of_another_plan_or_of_something_else_is_left_alone() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("pages");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("pages");
     let plan = Plan { cache_bytes: 1 << 20, rows: 3, ..Plan::default() };
     Segment::open(&file, &plan).unwrap().0.close().unwrap();
     let first = page(&file, "/page/1");
@@ -365,16 +365,16 @@ fn on_one_socket_a_body_that_nobody_reads_costs_no_response() {
 #[test]
 fn behind_lighttpd() {
     for name in ["pages", "crashy"] {
-        let folder = fronts::shared_folder();
+        let directory = fronts::shared_folder();
         let config = format!(
             "server.modules += (\"mod_alias\", \"mod_setenv\", \"mod_cgi\")
                  setenv.set-environment = (\"FORKYARD_CACHE_FILE\" => \"{}\", \"FORKYARD_CACHE\" => \"4M\")
                  alias.url = (\"/\" => \"{}/\")
                  cgi.assign = (\"\" => \"\")",
-            folder.path().join("cache").display(),
+            directory.path().join("cache").display(),
             program(name).display(),
         );
-        let (_lighttpd, address) = fronts::start_with(WebServer::Lighttpd, folder.path(), |_| config.clone());
+        let (_lighttpd, address) = fronts::start_with(WebServer::Lighttpd, directory.path(), |_| config.clone());
         if name == "pages" {
             let first = http::get(&address, "/page/5").unwrap();
             assert_eq!((first.status, first.body.len()), (200, 16 << 10), "{}", first.text());

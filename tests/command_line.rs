@@ -62,16 +62,16 @@ fn an_address_that_cannot_be_had_is_a_failure() {
 
 #[test]
 fn a_unix_socket_is_not_taken_from_another_program() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("live.sock");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("live.sock");
     let _live = UnixListener::bind(&path).unwrap();
     let bind = format!("fastcgi:unix:{}", path.display());
     refused(&["--bind", &bind], 1, &["another program is listening there"]);
     assert!(path.exists());
 
-    let long = format!("fastcgi:unix:{}/{}", folder.path().display(), "x".repeat(120));
+    let long = format!("fastcgi:unix:{}/{}", directory.path().display(), "x".repeat(120));
     refused(&["--bind", &long], 1, &["may have 107"]);
-    let file = folder.path().join("file");
+    let file = directory.path().join("file");
     std::fs::write(&file, "precious").unwrap();
     refused(&["--bind", &format!("fastcgi:unix:{}", file.display())], 1, &["is not a socket"]);
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");

@@ -12,9 +12,9 @@ use common::limit::InTime as _;
 use common::{Server, program, wait_until};
 use nix::sys::signal::Signal;
 
-struct Folder(tempfile::TempDir);
+struct Directory(tempfile::TempDir);
 
-impl Folder {
+impl Directory {
     fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
@@ -48,8 +48,8 @@ fn complained(output: &Output, status: i32, words: &[&str]) {
 
 #[test]
 fn a_flag_wins_over_a_variable_and_that_over_the_file() {
-    let folder = Folder::new();
-    let file = folder.file(
+    let directory = Directory::new();
+    let file = directory.file(
         "# all kinds of values\nbind = ['http:127.0.0.1:0', \"fastcgi:127.0.0.1:0\"]\nworkers = 3\nthreads = 2\n\
          cache = \"1M\"\nidle_timeout = 30\nsocket-mode = 0o660\n",
     );
@@ -79,9 +79,9 @@ fn a_flag_wins_over_a_variable_and_that_over_the_file() {
 
 #[test]
 fn run_takes_its_command_from_the_file() {
-    let folder = Folder::new();
-    let socket = folder.path("a.sock");
-    let file = folder.file(&format!(
+    let directory = Directory::new();
+    let socket = directory.path("a.sock");
+    let file = directory.file(&format!(
         "command = ['sleep', '600']\nbind = 'fastcgi:unix:{}'\nworkers = 2\nsettle = '10ms'\ndirect = true\n",
         socket.display()
     ));
@@ -92,7 +92,7 @@ fn run_takes_its_command_from_the_file() {
         Server::start_command(&mut with_config("forkyard", &["run"], &file, &["--", "tail", "-f", "/dev/null"]));
     assert!(server.log().contains("/tail, on its standard input"), "{}", server.log());
     server.stop();
-    let file = folder.file("command = 'sleep 600'\nbind = 'fastcgi:unix:/a.sock'\n");
+    let file = directory.file("command = 'sleep 600'\nbind = 'fastcgi:unix:/a.sock'\n");
     complained(
         &with_config("forkyard", &["run"], &file, &[]).output_in_time().unwrap(),
         2,
@@ -102,8 +102,8 @@ fn run_takes_its_command_from_the_file() {
 
 #[test]
 fn every_mistake_is_told_at_once_with_its_place() {
-    let folder = Folder::new();
-    let file = folder.file(
+    let directory = Directory::new();
+    let file = directory.file(
         "workers = 'many'\nbnd = 'http:127.0.0.1:0'\nbind = ['http:127.0.0.1:0', 'gopher:1']\nqueue = [1]\n\
          idle_timeout = true\nidle-timeout = '3s'\nthreads =\nmax-body = 1.5\nhelp = true\n[section]\nvalue = 1\n",
     );
@@ -127,16 +127,16 @@ fn every_mistake_is_told_at_once_with_its_place() {
         assert_eq!(lines, expected.len(), "{}", String::from_utf8_lossy(&output.stderr));
     }
     // What a flag overrides is checked all the same.
-    let file = folder.file("workers = 0\n");
+    let file = directory.file("workers = 0\n");
     let output = with_config("hello", &["check"], &file, &["--workers", "2"]).output_in_time().unwrap();
     complained(&output, 1, &[":1:11: 'workers': '0' is not"]);
     complained(
-        &with_config("hello", &[], &folder.path("none"), &[]).output_in_time().unwrap(),
+        &with_config("hello", &[], &directory.path("none"), &[]).output_in_time().unwrap(),
         2,
         &["cannot read", "--config"],
     );
     complained(
-        &with_config("hello", &["check"], folder.0.path(), &[]).output_in_time().unwrap(),
+        &with_config("hello", &["check"], directory.0.path(), &[]).output_in_time().unwrap(),
         1,
         &["it is not a file"],
     );
@@ -144,17 +144,17 @@ fn every_mistake_is_told_at_once_with_its_place() {
 
 #[test]
 fn check_tries_what_can_be_tried_without_serving() {
-    let folder = Folder::new();
-    let file = folder.file("workers = 2\nbind = 'http:127.0.0.1:0'\n");
+    let directory = Directory::new();
+    let file = directory.file("workers = 2\nbind = 'http:127.0.0.1:0'\n");
     let output = with_config("hello", &["check"], &file, &[]).output_in_time().unwrap();
     complained(&output, 0, &[]);
     assert_eq!(output.stdout, b"configuration is fine\n");
 
-    let folder_name = folder.0.path().display();
-    let file = folder.file(&format!(
+    let folder_name = directory.0.path().display();
+    let file = directory.file(&format!(
         "command = ['no-such-program']\nbind = 'fastcgi:unix:{folder_name}/none/a.sock'\ncache = '1M'\n\
          cache-file = '{folder_name}/none/cache'\ncontrol = '{}'\n",
-        folder.path("forkyard.toml").display()
+        directory.path("forkyard.toml").display()
     ));
     let output = with_config("forkyard", &["check"], &file, &[]).output_in_time().unwrap();
     complained(
@@ -170,8 +170,8 @@ fn check_tries_what_can_be_tried_without_serving() {
     assert!(output.stdout.is_empty());
 
     // Of a service that runs, the addresses are taken: that is no error, and neither is it disturbed.
-    let arguments = ["--bind", &format!("fastcgi:unix:{}", folder.path("a.sock").display()), "--workers", "1"];
-    let control = folder.path("control.sock");
+    let arguments = ["--bind", &format!("fastcgi:unix:{}", directory.path("a.sock").display()), "--workers", "1"];
+    let control = directory.path("control.sock");
     let control = ["--control", control.to_str().unwrap()];
     let mut server = Server::start("hello", &[&arguments[..], &control].concat());
     let check = [&["check"][..], &arguments, &control].concat();
@@ -182,10 +182,10 @@ fn check_tries_what_can_be_tried_without_serving() {
 
 #[test]
 fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
-    let folder = Folder::new();
-    let control = folder.path("control.sock");
+    let directory = Directory::new();
+    let control = directory.path("control.sock");
     let good = format!("bind = 'http:127.0.0.1:0'\nworkers = 2\ncontrol = '{}'\n", control.display());
-    let file = folder.file(&good);
+    let file = directory.file(&good);
     let mut server = Server::start_command(&mut with_config("crashy", &[], &file, &[]));
     let address = server.http();
     let reload =
@@ -194,14 +194,14 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     assert_eq!(posted(), 200);
 
     let old = server.workers();
-    folder.file(&(good.clone() + "max-body = '1Q'\n"));
+    directory.file(&(good.clone() + "max-body = '1Q'\n"));
     complained(&reload(), 1, &["the workers stay as they are", "forkyard.toml:4:12: 'max-body'", "is not a size"]);
     server.signal(Signal::SIGHUP);
     assert!(server.wait_for("asked to reload").contains("asked to reload"));
     assert!(server.wait_for("reload refused").contains("forkyard.toml:4:12"));
     assert_eq!((server.workers(), posted()), (old, 200));
 
-    folder.file(&(good.replace("= 2", "= 5") + "max-body = '1K'\nbacklog = 7\n"));
+    directory.file(&(good.replace("= 2", "= 5") + "max-body = '1K'\nbacklog = 7\n"));
     let output = reload();
     let said = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{said}");
@@ -211,15 +211,15 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
 
     // What was given as a flag or a variable stays what it is, whatever the file says.
-    folder.file(&good);
+    directory.file(&good);
     assert_eq!(reload().status.code(), Some(0));
     wait_until("the old limit holds", || (posted() == 200).then_some(()));
     wait_until("there are two", || (server.workers().len() == 2).then_some(()));
 
     // A master that began with two workers has room for twenty processes, draining ones included.
-    folder.file(&(good.replace("= 2", "= 20") + "user = 'no-such-user'\n"));
+    directory.file(&(good.replace("= 2", "= 20") + "user = 'no-such-user'\n"));
     complained(&reload(), 1, &["the workers stay as they are", "no-such-user"]);
-    folder.file(&good.replace("= 2", "= 20"));
+    directory.file(&good.replace("= 2", "= 20"));
     let said = String::from_utf8_lossy(&reload().stdout).into_owned();
     assert!(said.contains("these change with a restart only: --workers\n"), "{said}");
     wait_until("there are still two", || (server.workers().len() == 2).then_some(()));

@@ -70,21 +70,21 @@ impl Drop for Group {
 
 /// A place outside of everything that the container cannot read: programs that nobody may execute.
 struct Image {
-    folder: TempDir,
+    directory: TempDir,
     refuse: Refuse,
 }
 
 impl Image {
     fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let refuse = Refuse::compile();
         for (from, to) in [(program("pages"), "pages"), (refuse.path.clone(), "refuse")] {
-            let to = folder.path().join(to);
+            let to = directory.path().join(to);
             std::fs::copy(from, &to).unwrap();
             std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o755)).unwrap();
         }
-        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-        Self { folder, refuse }
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        Self { directory, refuse }
     }
 
     /// `pages` in a container: nothing can be written to, `/dev/shm` is tiny, the network is its own, the user is nobody
@@ -103,8 +103,8 @@ impl Image {
         let _ = &self.refuse;
         let mut command = Command::new("unshare");
         command.args(["--mount", "--net", "--ipc", "sh", "-c", script, "sh"]).arg(&group.0);
-        command.arg(self.folder.path().join("refuse")).args(arguments(libc::ENOSYS, NEWER));
-        command.arg(self.folder.path().join("pages"));
+        command.arg(self.directory.path().join("refuse")).args(arguments(libc::ENOSYS, NEWER));
+        command.arg(self.directory.path().join("pages"));
         for variable in ["TMPDIR", "XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"] {
             command.env_remove(variable);
         }
@@ -220,8 +220,8 @@ fn a_cache_file_for_which_there_is_no_room_is_an_error_that_names_it() {
 
 #[test]
 fn a_limit_of_file_sizes_is_an_error_and_not_a_signal() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("cache").to_string_lossy().into_owned();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("cache").to_string_lossy().into_owned();
     for more in [&[][..], &["--cache-file", &file]] {
         let mut command = Command::new("sh");
         command.args(["-c", "ulimit -f 1000 && exec \"$0\" \"$@\""]).arg(program("hello"));

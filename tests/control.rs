@@ -22,7 +22,7 @@ struct Controlled {
     server: Server,
     socket: PathBuf,
     name: &'static str,
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Controlled {
@@ -31,12 +31,12 @@ impl Controlled {
     }
 
     fn start_with(name: &'static str, arguments: &[&str], more: impl FnOnce(&mut Command, &Path)) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("control.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("control.sock");
         let mut command = Command::new(program(name));
         command.args(["--bind", "http:127.0.0.1:0", "--control"]).arg(&socket).args(arguments);
-        more(&mut command, folder.path());
-        Self { server: Server::start_command(&mut command), socket, name, folder }
+        more(&mut command, directory.path());
+        Self { server: Server::start_command(&mut command), socket, name, directory }
     }
 
     fn ask(&self, arguments: &[&str]) -> Output {
@@ -142,17 +142,17 @@ fn reload_returns_when_the_new_workers_serve() {
 
 #[test]
 fn a_reload_that_fails_says_the_workers_last_words() {
-    let mut served = Controlled::start_with("crashy", &["--workers", "2"], |command, folder| {
-        command.env("CRASHY_BROKEN", folder.join("broken"));
+    let mut served = Controlled::start_with("crashy", &["--workers", "2"], |command, directory| {
+        command.env("CRASHY_BROKEN", directory.join("broken"));
     });
     let old = served.server.workers();
-    std::fs::write(served.folder.path().join("broken"), "").unwrap();
+    std::fs::write(served.directory.path().join("broken"), "").unwrap();
     let complaint = served.complaint(&["reload"], 1);
     assert!(complaint.contains("reload failed gen=2, the old workers stay"), "{complaint}");
     assert!(complaint.contains("broken on purpose") && complaint.contains("status="), "{complaint}");
     served.server.has_only(&old);
     assert!(served.complaint(&["scale", "3"], 1).contains("broken on purpose"));
-    std::fs::remove_file(served.folder.path().join("broken")).unwrap();
+    std::fs::remove_file(served.directory.path().join("broken")).unwrap();
     assert!(served.said(&["reload"]).contains("reload done gen=3"));
     served.server.stop();
 }
@@ -321,7 +321,7 @@ fn become_nobody() {
 #[test]
 fn another_user_is_refused_even_if_the_file_lets_him_in() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
-    std::fs::set_permissions(served.folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(served.directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let as_nobody = |socket: &Path| {
         std::thread::scope(|scope| {
             let ask = || {
@@ -346,9 +346,9 @@ fn another_user_is_refused_even_if_the_file_lets_him_in() {
 #[test]
 fn the_cache_is_looked_at_and_purged_while_it_is_used() {
     for file in [false, true] {
-        let mut served = Controlled::start_with("pages", &["--workers", "2", "--cache", "2M"], |command, folder| {
+        let mut served = Controlled::start_with("pages", &["--workers", "2", "--cache", "2M"], |command, directory| {
             if file {
-                command.arg("--cache-file").arg(folder.join("pages.cache"));
+                command.arg("--cache-file").arg(directory.join("pages.cache"));
             }
         });
         let address = served.server.http();
@@ -393,13 +393,13 @@ fn the_cache_is_looked_at_and_purged_while_it_is_used() {
 
 #[test]
 fn programs_that_tell_nothing_have_a_status_too() {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("control.sock");
-    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("control.sock");
+    let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--control"]).arg(&socket);
     command.args(["--", "sleep", "600"]);
-    let mut served = Controlled { server: Server::start_command(&mut command), socket, name: "forkyard", folder };
+    let mut served = Controlled { server: Server::start_command(&mut command), socket, name: "forkyard", directory };
     let status = served.status();
     assert_eq!(status["workers"].as_array().unwrap().len(), 2, "{status}");
     assert_eq!((&status["workers"][0]["state"], &status["workers"][0]["requests"]), (&"ready".into(), &Value::Null));
@@ -496,11 +496,11 @@ fn status_shows_threads_that_hang_and_a_worker_of_which_all_do_as_hung() {
         ["--hang-timeout", "300ms"],
         ["--drain-timeout", "1h"],
     ];
-    let mut one = Controlled::start_with("crashy", limits.as_flattened(), |command, folder| {
-        command.env("CRASHY_BROKEN", folder.join("broken"));
+    let mut one = Controlled::start_with("crashy", limits.as_flattened(), |command, directory| {
+        command.env("CRASHY_BROKEN", directory.join("broken"));
     });
     // The worker stays as long as no other can start.
-    std::fs::write(one.folder.path().join("broken"), "").unwrap();
+    std::fs::write(one.directory.path().join("broken"), "").unwrap();
     let (address, pid) = (one.server.http(), *one.server.workers().first().unwrap());
     let becomes = |state: &str, count: u32| {
         let is_it =

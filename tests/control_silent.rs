@@ -18,13 +18,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use std::os::fd::AsRawFd as _;
 
-fn control(folder: &tempfile::TempDir) -> PathBuf {
-    folder.path().join("control")
+fn control(directory: &tempfile::TempDir) -> PathBuf {
+    directory.path().join("control")
 }
 
-fn serve(folder: &tempfile::TempDir, more: &[&str]) -> Server {
+fn serve(directory: &tempfile::TempDir, more: &[&str]) -> Server {
     let mut command = Command::new(program("crashy"));
-    command.args(["--bind", "http:127.0.0.1:0", "--workers", "2", "--control"]).arg(control(folder)).args(more);
+    command.args(["--bind", "http:127.0.0.1:0", "--workers", "2", "--control"]).arg(control(directory)).args(more);
     Server::start_command(&mut command)
 }
 
@@ -49,8 +49,8 @@ fn spawn(command: &mut Command) -> Child {
 
 #[test]
 fn no_sub_command_waits_for_ever_for_a_master_that_is_stopped() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve(&folder, &["--events", "1M"]);
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = serve(&directory, &["--events", "1M"]);
     stop(server.pid());
     for arguments in [
         &["status"][..],
@@ -69,7 +69,7 @@ fn no_sub_command_waits_for_ever_for_a_master_that_is_stopped() {
         &["stop"],
         &["stop", "--now"],
     ] {
-        let mut command = ask(&control(&folder), &[arguments, &["--timeout", "200ms"]].concat());
+        let mut command = ask(&control(&directory), &[arguments, &["--timeout", "200ms"]].concat());
         let (status, said) = end(spawn(&mut command), &arguments.join(" "));
         assert_eq!(status, Some(1), "{arguments:?}: {said}");
         let what_to_do = format!("is stopped, and answers nothing (have it go on: kill -CONT {})", server.pid());
@@ -82,10 +82,10 @@ fn no_sub_command_waits_for_ever_for_a_master_that_is_stopped() {
 
 #[test]
 fn a_master_that_accepts_and_does_not_answer_is_given_up() {
-    let folder = tempfile::tempdir().unwrap();
-    let _master = UnixListener::bind(control(&folder)).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let _master = UnixListener::bind(control(&directory)).unwrap();
     for arguments in [["status"], ["reload"], ["stop"]] {
-        let mut command = ask(&control(&folder), &arguments);
+        let mut command = ask(&control(&directory), &arguments);
         let (status, said) = end(spawn(command.env("FORKYARD_CONTROL_TIMEOUT", "200ms")), arguments[0]);
         assert_eq!(status, Some(1), "{said}");
         assert!(said.contains("has not answered for 200ms") && said.contains("--timeout"), "{said}");
@@ -94,8 +94,8 @@ fn a_master_that_accepts_and_does_not_answer_is_given_up() {
 
 #[test]
 fn a_master_whose_queue_is_full_is_given_up() {
-    let folder = tempfile::tempdir().unwrap();
-    let address = UnixAddr::new(&control(&folder)).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let address = UnixAddr::new(&control(&directory)).unwrap();
     let new = |flags| socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
     let master = new(SockFlag::SOCK_CLOEXEC);
     bind(master.as_raw_fd(), &address).unwrap();
@@ -109,22 +109,22 @@ fn a_master_whose_queue_is_full_is_given_up() {
             Err(errno) => panic!("{errno}"),
         }
     }
-    let (status, said) = end(spawn(&mut ask(&control(&folder), &["status", "--timeout", "200ms"])), "status");
+    let (status, said) = end(spawn(&mut ask(&control(&directory), &["status", "--timeout", "200ms"])), "status");
     assert_eq!(status, Some(1), "{said}");
     assert!(said.contains("does not accept within 200ms"), "{said}");
 }
 
 #[test]
 fn what_takes_long_is_waited_for_as_long_as_the_master_lives() {
-    let folder = tempfile::tempdir().unwrap();
-    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "1500ms", "--control"]);
-    let mut server = Server::start_command(command.arg(control(&folder)).args(["--", "sleep", "1000"]));
+    let mut server = Server::start_command(command.arg(control(&directory)).args(["--", "sleep", "1000"]));
     let old = server.children();
     // Far longer than it may be silent. More wait at a time than may ask at a time.
     let reloads: Vec<Child> =
-        (0..20).map(|_| spawn(&mut ask(&control(&folder), &["reload", "--timeout", "300ms"]))).collect();
+        (0..20).map(|_| spawn(&mut ask(&control(&directory), &["reload", "--timeout", "300ms"]))).collect();
     for reload in reloads {
         let (status, said) = end(reload, "reload");
         assert_eq!((status, said.as_str()), (Some(0), ""));
@@ -140,8 +140,8 @@ fn closed_pipe() -> OwnedFd {
 
 #[test]
 fn that_nobody_reads_the_output_is_no_failure() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve(&folder, &["--events", "1M"]);
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = serve(&directory, &["--events", "1M"]);
     for arguments in [
         &["status"][..],
         &["status", "--json"],
@@ -166,7 +166,7 @@ fn that_nobody_reads_the_output_is_no_failure() {
         &["--version"],
         &["stop"],
     ] {
-        let mut command = ask(&control(&folder), arguments);
+        let mut command = ask(&control(&directory), arguments);
         if arguments[0] == "check" {
             command.env_remove("FORKYARD_CONTROL");
         }
@@ -180,9 +180,9 @@ fn that_nobody_reads_the_output_is_no_failure() {
 
 #[test]
 fn top_ends_when_its_reader_has_seen_enough() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve(&folder, &[]);
-    let mut command = ask(&control(&folder), &["top", "--json", "--interval", "100ms"]);
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = serve(&directory, &[]);
+    let mut command = ask(&control(&directory), &["top", "--json", "--interval", "100ms"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut reader = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();

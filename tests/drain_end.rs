@@ -20,8 +20,8 @@ const BINDS: [(Protocol, &str); 3] = [
 const LENGTH: &str = "67108864";
 
 /// The example with one worker, whose drain is short; and its access log.
-fn start(name: &str, folder: &tempfile::TempDir) -> (Server, std::path::PathBuf) {
-    let log = folder.path().join("access");
+fn start(name: &str, directory: &tempfile::TempDir) -> (Server, std::path::PathBuf) {
+    let log = directory.path().join("access");
     let mut arguments = vec!["--workers", "1", "--drain-timeout", "6s", "--access-log", log.to_str().unwrap()];
     arguments.extend(BINDS.iter().flat_map(|(_, bind)| ["--bind", bind]));
     (Server::start(name, &arguments), log)
@@ -56,8 +56,8 @@ fn fill(stream: &mut UnixStream, bytes: &[u8]) {
 
 #[test]
 fn upgraded_connections_whose_clients_do_not_read_end_before_the_worker_would_be_killed() {
-    let folder = tempfile::tempdir().unwrap();
-    let (server, log) = start("scenarios", &folder);
+    let directory = tempfile::tempdir().unwrap();
+    let (server, log) = start("scenarios", &directory);
     let head = b"GET /upgrade HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
     let open = || {
         let mut stream = raw::connect(&server.binds[0]);
@@ -72,8 +72,8 @@ fn upgraded_connections_whose_clients_do_not_read_end_before_the_worker_would_be
 
 #[test]
 fn a_websocket_over_http_2_whose_window_is_closed_ends_before_the_worker_would_be_killed() {
-    let folder = tempfile::tempdir().unwrap();
-    let (server, log) = start("websocket", &folder);
+    let directory = tempfile::tempdir().unwrap();
+    let (server, log) = start("websocket", &directory);
     let mut client = http2::Client::connect(&server.http()).unwrap();
     // SETTINGS_INITIAL_WINDOW_SIZE
     client.send(&http2::frame(http2::SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0])).unwrap();
@@ -86,8 +86,8 @@ fn a_websocket_over_http_2_whose_window_is_closed_ends_before_the_worker_would_b
 
 #[test]
 fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
-    let folder = tempfile::tempdir().unwrap();
-    let (server, log) = start("scenarios", &folder);
+    let directory = tempfile::tempdir().unwrap();
+    let (server, log) = start("scenarios", &directory);
     let target = format!("/bytes/{LENGTH}");
     let mut streams = Vec::new();
     for (index, (protocol, _)) in BINDS.iter().enumerate() {
@@ -122,8 +122,8 @@ fn a_client_that_does_not_answer_the_end_of_its_idle_http_2_connection_holds_up_
 
 #[test]
 fn uploads_that_stand_still_are_answered_before_the_worker_would_be_killed() {
-    let folder = tempfile::tempdir().unwrap();
-    let (server, log) = start("scenarios", &folder);
+    let directory = tempfile::tempdir().unwrap();
+    let (server, log) = start("scenarios", &directory);
     let mut streams = Vec::new();
     for (index, (protocol, _)) in BINDS.iter().enumerate() {
         let mut stream = raw::connect(&server.binds[index]);

@@ -22,8 +22,8 @@ struct Place {
 
 impl Place {
     fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("events");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("events");
         let socket = path.display().to_string();
         let arguments = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "0", "--events", "64M"];
         let server =
@@ -31,7 +31,7 @@ impl Place {
         let sender = UnixDatagram::unbound().unwrap();
         sender.set_write_timeout(Some(common::PATIENCE)).unwrap();
         sender.connect(path).unwrap();
-        Self { server, sender, _folder: folder }
+        Self { server, sender, _folder: directory }
     }
 
     /// Stops a worker while it holds the log, and returns it: it is at the events that it was asked for, of which each takes a

@@ -27,7 +27,7 @@ const DOCUMENT: &str = include_str!("../docs/events-from-other-languages.md");
 /// A server with an event log.
 struct Place {
     server: Server,
-    folder: TempDir,
+    directory: TempDir,
 }
 
 impl Place {
@@ -36,18 +36,18 @@ impl Place {
     }
 
     fn start_program(path: &Path, arguments: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         // Other users may come to the socket.
-        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let mut command = Command::new(path);
         command.args(["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "0"]);
-        command.arg("--control").arg(folder.path().join("control"));
-        command.arg("--events-socket").arg(folder.path().join("events")).args(arguments);
-        Self { server: Server::start_command(&mut command), folder }
+        command.arg("--control").arg(directory.path().join("control"));
+        command.arg("--events-socket").arg(directory.path().join("events")).args(arguments);
+        Self { server: Server::start_command(&mut command), directory }
     }
 
     fn socket(&self) -> PathBuf {
-        self.folder.path().join("events")
+        self.directory.path().join("events")
     }
 
     fn sender(&self) -> UnixDatagram {
@@ -58,7 +58,7 @@ impl Place {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        events_command(&self.folder.path().join("control"), arguments)
+        events_command(&self.directory.path().join("control"), arguments)
     }
 
     #[track_caller]
@@ -122,23 +122,23 @@ fn example(language: &str) -> &'static str {
 
 #[test]
 fn the_documents_examples_publish_from_php_python_and_a_shell() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {
-        let path = folder.path().join(name);
+        let path = directory.path().join(name);
         std::fs::write(&path, text).unwrap();
         path.display().to_string()
     };
     let php = write("publish.php", &format!("<?php\n{}\necho 'done';\n", example("php")));
     let python = write("publish.py", example("python"));
     let shell = write("publish.sh", example("sh"));
-    let (control, socket) = (folder.path().join("control"), folder.path().join("app.sock"));
+    let (control, socket) = (directory.path().join("control"), directory.path().join("app.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
     // They stay, and so publish once.
     let daemons = [("python", "python3", &python), ("shell", "sh", &shell)]
         .map(|(name, program, script)| format!("{name}=sh -c '{program} {script} && exec sleep 1000'"));
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--events", "1M", "--bind", &bind, "--workers", "1", "--control"]).arg(&control);
-    command.args(["--daemon", &daemons[0], "--daemon", &daemons[1]]).env("TMPDIR", folder.path());
+    command.args(["--daemon", &daemons[0], "--daemon", &daemons[1]]).env("TMPDIR", directory.path());
     let mut server = Server::start_command(command.args(["--", "php-cgi", "-n"]));
 
     let params = [("REQUEST_METHOD", "GET"), ("SCRIPT_FILENAME", &php), ("QUERY_STRING", ""), ("REQUEST_URI", "/")];
@@ -156,13 +156,13 @@ fn the_documents_examples_publish_from_php_python_and_a_shell() {
     let expected = ["PHP", "Python", "a shell"].map(|what| format!("news\tweather\tit rains in {what}"));
     assert_eq!(lines, expected);
     let is_ours = |name: &str| name.starts_with("forkyard-events-");
-    let folders = || {
-        let names = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    let directories = || {
+        let names = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name());
         names.filter(|name| is_ours(&name.to_string_lossy())).count()
     };
-    assert_eq!(folders(), 1);
+    assert_eq!(directories(), 1);
     server.stop();
-    assert_eq!(folders(), 0, "the socket's folder goes with the server");
+    assert_eq!(directories(), 0, "the socket's folder goes with the server");
 }
 
 #[test]
@@ -326,7 +326,7 @@ fn one_publishers_topics_lock_nobody_out() {
     let bind = place.server.binds[0].clone();
     sender.send(b"prices\n\nfirst").unwrap();
     place.wait_for_last_id("prices", 1);
-    let mut listens = sse::Source::open(sse::Way::Http, &bind, "/events?topics=prices,user%20999", "").unwrap();
+    let mut listens = sse::CacheStatus::open(sse::Way::Http, &bind, "/events?topics=prices,user%20999", "").unwrap();
     let most = place.server.segment().events().stats().most_topics;
     assert!(most < 500, "the log has room for {most} topics");
     for number in 0..1000 {

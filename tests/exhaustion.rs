@@ -43,8 +43,8 @@ fn serves(server: &Server) {
 
 #[test]
 fn too_few_descriptors_are_found_before_anything_is_bound_with_how_many_are_needed() {
-    let folder = tempfile::tempdir().unwrap();
-    let [socket, pid_file] = ["sock", "pid"].map(|name| folder.path().join(name).to_string_lossy().into_owned());
+    let directory = tempfile::tempdir().unwrap();
+    let [socket, pid_file] = ["sock", "pid"].map(|name| directory.path().join(name).to_string_lossy().into_owned());
     let bind = format!("http:unix:{socket}");
     for most in [5, 8, 10, 12, 16, 20, 24, 32, 48, 63] {
         for mode in [&[][..], &["check"]] {
@@ -57,7 +57,7 @@ fn too_few_descriptors_are_found_before_anything_is_bound_with_how_many_are_need
                 said.contains("ulimit -n") || most < 8 && said.contains("shared librar"),
                 "{most} {mode:?}: {said}"
             );
-            assert!(folder.path().read_dir().unwrap().next().is_none(), "{most} {mode:?}: something is left");
+            assert!(directory.path().read_dir().unwrap().next().is_none(), "{most} {mode:?}: something is left");
         }
     }
     // What it says is enough.
@@ -82,8 +82,8 @@ fn too_few_descriptors_are_found_before_anything_is_bound_with_how_many_are_need
 fn a_low_soft_limit_is_raised_for_the_master_and_programs_get_what_was_given() {
     let limit = "echo limit=$(ulimit -n) $(ulimit -Hn); exec sleep 1000";
     let mut command = after("ulimit -Sn 50 && ulimit -Hn 4000", "forkyard");
-    let folder = tempfile::tempdir().unwrap();
-    let bind = format!("fastcgi:unix:{}", folder.path().join("sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", directory.path().join("sock").display());
     command.args(["run", "--bind", &bind, "--workers", "60", "--settle", "0", "--", "sh", "-c", limit]);
     let mut server = Server::start_command(&mut command);
     server.logged("limit=50 4000");
@@ -93,8 +93,8 @@ fn a_low_soft_limit_is_raised_for_the_master_and_programs_get_what_was_given() {
 
 #[test]
 fn a_master_without_descriptors_says_so_and_recovers() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
     let (control, log) = (path("control"), path("access"));
     let arguments = ["--workers", "2", "--control", &control, "--access-log", &log, "--daemon", "beside=sleep 1000"];
     let mut server = Server::start("hello", &[&HTTP[..], &arguments].concat());
@@ -141,8 +141,8 @@ fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
     command
         .args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nproc=1:1000"])
         .arg(program("hello"));
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = Server::launch(command.args(HTTP).args(["--workers", "2"]).env("TMPDIR", folder.path()));
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = Server::launch(command.args(HTTP).args(["--workers", "2"]).env("TMPDIR", directory.path()));
     let line = server.wait_for("cannot make a worker");
     assert!(line.contains("ulimit -u") && line.contains("TasksMax=") && line.contains("pids.max"), "{line}");
     let mut raise = Command::new("setpriv");
@@ -156,12 +156,12 @@ fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
 #[test]
 fn limits_that_processes_cannot_be_given_are_found_before_anything_is_bound() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
-    let folder = tempfile::tempdir().unwrap();
-    std::os::unix::fs::chown(folder.path(), Some(4799), Some(4799)).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(directory.path(), Some(4799), Some(4799)).unwrap();
     let run = |name: &str, arguments: &[&str]| {
         let mut command = Command::new("setpriv");
         command.args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nofile=256:512"]);
-        let output = command.arg(program(name)).args(arguments).current_dir(folder.path()).output_in_time().unwrap();
+        let output = command.arg(program(name)).args(arguments).current_dir(directory.path()).output_in_time().unwrap();
         (output.status.code(), said(&output))
     };
     let own = std::process::id().cast_signed();
@@ -176,10 +176,10 @@ fn limits_that_processes_cannot_be_given_are_found_before_anything_is_bound() {
         ] {
             let (status, said) = run("hello", arguments);
             assert!(status == Some(1) && said.contains(what), "{arguments:?}: {status:?} {said}");
-            assert!(folder.path().read_dir().unwrap().next().is_none(), "{arguments:?}: nothing is made");
+            assert!(directory.path().read_dir().unwrap().next().is_none(), "{arguments:?}: nothing is made");
         }
         let (status, said) = run("forkyard", &["run", "--bind", "fastcgi:unix:sock", &limit, "--", "cat"]);
         assert!(status == Some(1) && said.contains(what), "{status:?} {said}");
-        assert!(folder.path().read_dir().unwrap().next().is_none(), "nothing is made");
+        assert!(directory.path().read_dir().unwrap().next().is_none(), "nothing is made");
     }
 }

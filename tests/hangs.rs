@@ -163,8 +163,8 @@ fn a_function_that_goes_on_for_less_than_the_hang_timeout_is_waited_for() {
 
 #[test]
 fn requests_of_a_worker_with_all_threads_hung_get_503_and_not_504_as_long_as_it_is_not_replaced() {
-    let folder = tempfile::tempdir().unwrap();
-    let broken = folder.path().join("broken");
+    let directory = tempfile::tempdir().unwrap();
+    let broken = directory.path().join("broken");
     let more = ["--workers", "1", "--request-timeout", "3s", "--hang-timeout", "300ms"];
     let mut command = std::process::Command::new(program("crashy"));
     let mut server =

@@ -18,9 +18,9 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&FLAGS, arguments].concat())
 }
 
-/// A script in `folder`, as a command for a flag.
-fn script(folder: &Path, name: &str, text: &str) -> String {
-    let path = folder.join(name);
+/// A script in `directory`, as a command for a flag.
+fn script(directory: &Path, name: &str, text: &str) -> String {
+    let path = directory.join(name);
     std::fs::write(&path, text).unwrap();
     format!("sh '{}'", path.display())
 }
@@ -38,11 +38,11 @@ fn place(server: &Server, what: &str) -> usize {
 
 #[test]
 fn a_daemon_runs_beside_the_workers_is_restarted_and_is_stopped_after_them() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let text = "trap 'echo told to stop; exit 0' TERM\n\
         echo \"name=$FORKYARD_NAME slot=${FORKYARD_SLOT-none} shm=$(readlink /proc/self/fd/$FORKYARD_SHM)\"\n\
         while :; do sleep 0.05; done\n";
-    let mail = format!("mail={}", script(folder.path(), "mail", text));
+    let mail = format!("mail={}", script(directory.path(), "mail", text));
     let mut server = crashy(&["--daemon", &mail]);
     let line = server.wait_for("daemon=mail");
     assert!(line.contains("| name=mail slot=none shm=/memfd:"), "{line}");
@@ -73,8 +73,8 @@ fn a_daemon_runs_beside_the_workers_is_restarted_and_is_stopped_after_them() {
 
 #[test]
 fn daemons_wait_for_the_first_worker() {
-    let folder = tempfile::tempdir().unwrap();
-    let go = folder.path().join("refuse");
+    let directory = tempfile::tempdir().unwrap();
+    let go = directory.path().join("refuse");
     std::fs::write(&go, "not yet").unwrap();
     let mut command = Command::new(program("hooks"));
     command.args(FLAGS).args(["--daemon", "idle=sleep 600"]).env("HOOKS_REFUSE", &go);
@@ -110,17 +110,17 @@ fn a_daemon_that_cannot_start_is_tried_less_and_less_and_125_is_taken_for_an_ans
 fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() {
     use std::os::unix::fs::PermissionsExt as _;
     assert!(nix::unistd::geteuid().is_root(), "this test has to run as root: it gives privileges up");
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let set = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     let executable = |path: &str, text: &str, mode| {
-        let path = folder.path().join(path);
+        let path = directory.path().join(path);
         std::fs::write(&path, text).unwrap();
         set(&path, mode);
         path.display().to_string()
     };
-    std::fs::create_dir(folder.path().join("closed")).unwrap();
-    set(folder.path(), 0o711);
-    set(&folder.path().join("closed"), 0o700);
+    std::fs::create_dir(directory.path().join("closed")).unwrap();
+    set(directory.path(), 0o711);
+    set(&directory.path().join("closed"), 0o700);
     let closed = executable("closed/program", "#!/bin/sh\n", 0o755);
     let roots = executable("roots", "#!/bin/sh\n", 0o700);
     let alien = executable("alien", "#!/no-such-interpreter\n", 0o755);
@@ -136,7 +136,7 @@ fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() 
         let tail = format!(" command={path} user=4711 directory=/usr (--{kind})");
         assert!(line.contains(cause) && line.ends_with(&tail), "{line}");
     };
-    let entry = format!("permission denied: the user may not enter {}", folder.path().join("closed").display());
+    let entry = format!("permission denied: the user may not enter {}", directory.path().join("closed").display());
     told("daemon", "closed", &closed, &entry);
     told("daemon", "roots", &roots, "permission denied: the user may not execute it");
     told("daemon", "alien", &alien, "its interpreter does not exist");
@@ -149,7 +149,7 @@ fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() 
     drop(server);
 
     // A program that serves.
-    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--bind", &bind, "--workers", "1"]).args(user).args(["--", &roots]);
     let server = Server::launch(&mut command);
@@ -160,9 +160,9 @@ fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() 
 
 #[test]
 fn one_that_does_not_stop_is_killed_with_what_it_started() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let text = "trap '' TERM\nsleep 600 &\necho child=$!\nwhile :; do sleep 0.05; done\n";
-    let deaf = format!("deaf={}", script(folder.path(), "deaf", text));
+    let deaf = format!("deaf={}", script(directory.path(), "deaf", text));
     let mut server = crashy(&["--daemon", &deaf, "--drain-timeout", "300ms"]);
     let line = server.wait_for("| child=");
     let child = Pid::from_raw(line.rsplit('=').next().unwrap().parse().unwrap());
@@ -174,9 +174,9 @@ fn one_that_does_not_stop_is_killed_with_what_it_started() {
 
 #[test]
 fn int_ends_helpers_at_once() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let deaf =
-        format!("deaf={}", script(folder.path(), "deaf", "trap '' TERM\necho up\nwhile :; do sleep 0.05; done\n"));
+        format!("deaf={}", script(directory.path(), "deaf", "trap '' TERM\necho up\nwhile :; do sleep 0.05; done\n"));
     let mut server = crashy(&["--daemon", &deaf, "--drain-timeout", "1h"]);
     let pid = pid_in(&server.wait_for("| up"));
     server.signal(Signal::SIGTERM);
@@ -188,11 +188,11 @@ fn int_ends_helpers_at_once() {
 
 #[test]
 fn a_job_runs_at_its_times_and_not_twice_at_once() {
-    let folder = tempfile::tempdir().unwrap();
-    let (gate, quick) = (folder.path().join("gate"), "quick=* * * * * *=echo 'it is time'");
+    let directory = tempfile::tempdir().unwrap();
+    let (gate, quick) = (directory.path().join("gate"), "quick=* * * * * *=echo 'it is time'");
     let text =
         format!("echo began as $FORKYARD_NAME\nwhile [ ! -e '{}' ]; do sleep 0.05; done\necho done\n", gate.display());
-    let slow = format!("slow=* * * * * *={}", script(folder.path(), "slow", &text));
+    let slow = format!("slow=* * * * * *={}", script(directory.path(), "slow", &text));
     let mut server = crashy(&["--cron", quick, "--cron", &slow]);
     server.wait_for("cron=slow");
     server.wait_for("cron is skipped: its last run goes on name=slow");
@@ -251,9 +251,9 @@ fn helpers_have_the_privileges_of_the_workers() {
 
 #[test]
 fn variables_have_a_line_for_each_and_programs_have_daemons_too() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--bind", &format!("fastcgi:unix:{}", folder.path().join("a.sock").display())]);
+    command.args(["run", "--bind", &format!("fastcgi:unix:{}", directory.path().join("a.sock").display())]);
     command.args(["--workers", "1", "--settle", "10ms", "--", "sleep", "600"]);
     command.env("FORKYARD_DAEMON", "one=sh -c 'echo [$FORKYARD_DAEMON]; exec sleep 600'\ntwo=sleep 600\n");
     command.env("FORKYARD_CRON", "tick=* * * * * *=echo tick");

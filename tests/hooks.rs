@@ -75,8 +75,8 @@ fn hooks_are_called_in_order_over_a_crash_a_reload_and_a_stop() {
 
 #[test]
 fn a_hook_before_the_fork_that_fails_or_panics_puts_the_worker_off() {
-    let folder = tempfile::tempdir().unwrap();
-    let refuse = folder.path().join("refuse");
+    let directory = tempfile::tempdir().unwrap();
+    let refuse = directory.path().join("refuse");
     std::fs::write(&refuse, "not yet").unwrap();
     let mut server = Server::launch(Command::new(program("hooks")).args(FLAGS).env("HOOKS_REFUSE", &refuse));
     let line = server.wait_for("cannot make a worker");
@@ -93,8 +93,8 @@ fn a_hook_before_the_fork_that_fails_or_panics_puts_the_worker_off() {
 
 #[test]
 fn a_worker_whose_hook_fails_is_none_and_a_reload_keeps_the_old_ones() {
-    let folder = tempfile::tempdir().unwrap();
-    let spoil = folder.path().join("spoil");
+    let directory = tempfile::tempdir().unwrap();
+    let spoil = directory.path().join("spoil");
     let mut server = Server::start_command(Command::new(program("hooks")).args(FLAGS).env("HOOKS_SPOIL", &spoil));
     let old = server.workers();
     std::fs::write(&spoil, "").unwrap();

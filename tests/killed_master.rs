@@ -104,8 +104,8 @@ fn a_program_whose_wrapper_died_before_the_master_ends_with_it() {
 
 #[test]
 fn daemons_and_jobs_below_wrappers_end_with_a_killed_master_and_workers_finish() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().display();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().display();
     let sleep = format!("sh -c 'echo begun $$; sleep 600; true {path}'");
     let daemon = format!("a={sleep}");
     let job = format!("b=* * * * * *={sleep}");

@@ -307,8 +307,8 @@ fn the_last_words_of_a_worker_stand_before_its_obituary() {
 
 #[test]
 fn output_outlives_the_master() {
-    let folder = tempfile::tempdir().unwrap();
-    let log = folder.path().join("log");
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("log");
     let server = start(&["--log-file", log.to_str().unwrap()]);
     let pid = worker(&server);
     let mut client = http::Client::connect(&server.http()).unwrap();
@@ -351,8 +351,8 @@ fn a_log_of_objects_has_nothing_else_in_it() {
 #[test]
 fn no_line_is_lost_when_the_files_are_rotated_under_load() {
     assert!(Uid::effective().is_root(), "this test changes users: run it as root");
-    let folder = tempfile::tempdir().unwrap();
-    let (log, access) = (folder.path().join("log"), folder.path().join("access"));
+    let directory = tempfile::tempdir().unwrap();
+    let (log, access) = (directory.path().join("log"), directory.path().join("access"));
     let (log_file, access_log) = (log.to_str().unwrap(), access.to_str().unwrap());
     let user = ["--user", "4711", "--group", "4712"];
     let files = ["--workers", "2", "--log-file", log_file, "--access-log", access_log];
@@ -413,8 +413,8 @@ fn no_line_is_lost_when_the_files_are_rotated_under_load() {
 
 #[test]
 fn each_request_has_a_line_over_each_protocol() {
-    let folder = tempfile::tempdir().unwrap();
-    let (access, socket) = (folder.path().join("access"), folder.path().join("app.sock"));
+    let directory = tempfile::tempdir().unwrap();
+    let (access, socket) = (directory.path().join("access"), directory.path().join("app.sock"));
     let address = format!("fastcgi:unix:{}", socket.display());
     let path = access.to_str().unwrap();
     let mut server = start(&["--bind", &address, "--access-log", path, "--access-log-format", "json"]);
@@ -447,8 +447,8 @@ fn each_request_has_a_line_over_each_protocol() {
 
 #[test]
 fn the_lines_of_a_killed_worker_are_written_by_its_heir() {
-    let folder = tempfile::tempdir().unwrap();
-    let access = folder.path().join("access");
+    let directory = tempfile::tempdir().unwrap();
+    let access = directory.path().join("access");
     let mut server = start(&["--access-log", access.to_str().unwrap()]);
     for _ in 0..5 {
         assert_eq!(get(&server, "/ok"), 200);
@@ -474,12 +474,12 @@ fn files_that_cannot_be_opened_are_named_and_a_rotation_that_fails_changes_nothi
             "{error}"
         );
     }
-    let folder: TempDir = tempfile::tempdir().unwrap();
-    let inner = folder.path().join("logs");
+    let directory: TempDir = tempfile::tempdir().unwrap();
+    let inner = directory.path().join("logs");
     std::fs::create_dir(&inner).unwrap();
     let mut server = start(&["--access-log", inner.join("access").to_str().unwrap()]);
     assert_eq!(get(&server, "/ok"), 200);
-    let moved = folder.path().join("moved");
+    let moved = directory.path().join("moved");
     std::fs::rename(&inner, &moved).unwrap();
     server.signal(Signal::SIGUSR1);
     server.wait_for("--access-log: cannot open");
@@ -498,9 +498,9 @@ fn run_has_no_access_log_and_says_why() {
 
 #[test]
 fn a_program_under_run_is_logged_as_objects_too() {
-    let folder = tempfile::tempdir().unwrap();
-    let log = folder.path().join("log");
-    let bind = format!("fastcgi:unix:{}", folder.path().join("app.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("log");
+    let bind = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());
     let mut forkyard = Command::new(program("forkyard"));
     forkyard
         .args(["run", "--bind", &bind, "--workers", "1", "--settle", "0", "--log-format", "json", "--log-file"])

@@ -21,10 +21,10 @@ fn requests() -> u64 {
 
 /// A server for the load, and the folder of its sockets.
 fn server(arguments: &[&str]) -> (Server, tempfile::TempDir) {
-    let folder = tempfile::tempdir().unwrap();
-    let binds = Load::binds(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let binds = Load::binds(directory.path());
     let binds: Vec<&str> = binds.iter().map(String::as_str).collect();
-    (Server::start("crashy", &[&binds, arguments].concat()), folder)
+    (Server::start("crashy", &[&binds, arguments].concat()), directory)
 }
 
 /// Does something again and again until there were enough requests. Returns how often.

@@ -224,8 +224,8 @@ fn whether_there_is_a_proxy_header_is_never_guessed() {
 /// However long the rest of a header takes, nobody looks for it all the time; and who leaves before it has come is missed.
 #[test]
 fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
-    let folder = tempfile::tempdir().unwrap();
-    let unix = format!("http:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let unix = format!("http:unix:{}", directory.path().join("a.sock").display());
     let binds = [&HTTP[..], &["--bind", &unix]].concat();
     let mut server = mirror(&binds, &["--proxy-protocol", "127.0.0.1,unix", "--header-timeout", "0"]);
     for bind in server.binds.clone() {
@@ -268,8 +268,8 @@ fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
 
 #[test]
 fn a_unix_socket_is_trusted_by_name() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("a.sock");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.sock");
     let bind = format!("http:unix:{}", path.display());
     for (trust, peer) in [("unix,127.0.0.1", "peer=192.0.2.7:0 https=true"), ("127.0.0.1", "peer=unknown https=false")]
     {
@@ -286,8 +286,8 @@ fn a_unix_socket_is_trusted_by_name() {
 
 #[test]
 fn who_is_not_allowed_is_closed_on() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("a.sock");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.sock");
     let unix = format!("http:unix:{}", path.display());
     let binds = [&HTTP[..], &FASTCGI, &["--bind", &unix]].concat();
 
@@ -357,8 +357,8 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
 /// nginx as `docs/web-servers.md` has it, on a Unix socket.
 #[test]
 fn nginx_tells_who_its_client_is() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().display();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().display();
     let mut server = mirror(&["--bind", &format!("http:unix:{path}/a.sock")], &["--trust", "unix"]);
     let port = common::free_port();
     let user = if nix::unistd::geteuid().is_root() { "user root;" } else { "" };
@@ -379,12 +379,13 @@ fn nginx_tells_who_its_client_is() {
              proxy_set_header X-Forwarded-Host \"\";
            }} }} }}\n"
     );
-    let file = folder.path().join("nginx.conf");
+    let file = directory.path().join("nginx.conf");
     std::fs::write(&file, config).unwrap();
     let daemon =
         ["/usr/sbin/nginx", "/usr/local/sbin/nginx"].into_iter().find(|path| std::path::Path::new(path).exists());
     let mut command = Command::new(daemon.unwrap_or("nginx"));
-    let nginx = common::Helper::start(command.arg("-p").arg(folder.path()).args(["-e", "error.log", "-c"]).arg(&file));
+    let nginx =
+        common::Helper::start(command.arg("-p").arg(directory.path()).args(["-e", "error.log", "-c"]).arg(&file));
     let address = format!("127.0.0.1:{port}");
     common::wait_until("nginx listens", || common::connect_tcp(&address).ok());
     let text = seen(&address, b"", &format!("{X_FORWARDED}X-Forwarded-Host: evil\r\n"));

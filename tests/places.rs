@@ -30,10 +30,10 @@ fn count(server: &Server, what: &str) -> usize {
 
 #[test]
 fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
-    let directory = File::open(folder.path()).unwrap();
-    directory.lock().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
+    let locked = File::open(directory.path()).unwrap();
+    locked.lock().unwrap();
     // What a killed master left, whose file everybody can read.
     std::fs::write(path("a.pid"), "4000000\n").unwrap();
     let left = File::open(path("a.pid")).unwrap();
@@ -50,7 +50,7 @@ fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
     assert!(!second.status.success() && said.contains("another master has it"), "{said}");
     server.stop();
-    assert_eq!(folder.path().read_dir().unwrap().count(), 0, "nothing is left, no lock file either");
+    assert_eq!(directory.path().read_dir().unwrap().count(), 0, "nothing is left, no lock file either");
 }
 
 // ---- missing system calls ----
@@ -66,11 +66,11 @@ fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() 
     let refuse = Refuse::compile();
     let few = [libc::SYS_pidfd_open, libc::SYS_close_range];
     for (errno, calls) in [(libc::ENOSYS, NEWER), (libc::EPERM, &few[..])] {
-        let folder = tempfile::tempdir().unwrap();
-        let [control, pid_file] = ["control", "pid"].map(|name| folder.path().join(name));
+        let directory = tempfile::tempdir().unwrap();
+        let [control, pid_file] = ["control", "pid"].map(|name| directory.path().join(name));
         let mut command = refuse.command(errno, calls, "hello");
         command.args(HTTP).args(["--workers", "2", "--daemon", "beside=sleep 1000", "--cache-file"]);
-        command.arg(folder.path().join("cache")).arg("--control").arg(&control).arg("--pid-file").arg(&pid_file);
+        command.arg(directory.path().join("cache")).arg("--control").arg(&control).arg("--pid-file").arg(&pid_file);
         let mut server = Server::start_command(&mut command);
         serves(&server);
         // The pid file is the master's alone, so that its lock ends with the master.
@@ -158,11 +158,11 @@ fn a_server_starts_without_a_place_for_a_socket_that_nobody_asked_for_and_says_s
 
 #[test]
 fn where_the_temporary_directory_will_not_do_the_socket_is_somewhere_else() {
-    let folder = tempfile::tempdir().unwrap();
-    let long = folder.path().join("x".repeat(90));
+    let directory = tempfile::tempdir().unwrap();
+    let long = directory.path().join("x".repeat(90));
     std::fs::create_dir(&long).unwrap();
     for tmpdir in [&long, Path::new("/nonexistent")] {
-        let runtime = folder.path().join("run");
+        let runtime = directory.path().join("run");
         std::fs::create_dir(&runtime).unwrap();
         let mut command = Command::new(program("hello"));
         command.args(HTTP).args([

@@ -26,9 +26,9 @@ fn server(arguments: &[&str]) -> Server {
 }
 
 /// `forkyard run` with one process of `command`, which counts as started at once.
-fn program_under_run(folder: &TempDir, arguments: &[&str], command: &[&str]) -> Command {
+fn program_under_run(directory: &TempDir, arguments: &[&str], command: &[&str]) -> Command {
     assert!(Uid::effective().is_root(), "these tests change users: run them as root");
-    let bind = format!("fastcgi:unix:{}", folder.path().join("app.sock").display());
+    let bind = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());
     let mut forkyard = Command::new(program("forkyard"));
     forkyard.args(["run", "--bind", &bind, "--workers", "1", "--settle", "0"]).args(arguments).arg("--").args(command);
     forkyard
@@ -43,10 +43,10 @@ fn ask(server: &Server, target: &str) -> String {
 }
 
 /// A folder that user 4711 can write to.
-fn folder() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    chown(folder.path(), Some(4711), Some(4712)).unwrap();
-    folder
+fn directory() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    chown(directory.path(), Some(4711), Some(4712)).unwrap();
+    directory
 }
 
 /// The words of a line of `/proc/PID/FILE` behind its name.
@@ -88,7 +88,7 @@ const ALL: [&str; 20] = [
     "--chdir",
 ];
 
-fn expect_all(pid: i32, folder: &TempDir) {
+fn expect_all(pid: i32, directory: &TempDir) {
     let four = |id: u32| [id; 4].map(|id| id.to_string()).join(" ");
     assert_eq!((status(pid, "Uid"), status(pid, "Gid")), (four(4711), four(4712)));
     assert_eq!(status(pid, "Groups"), "4713 4714");
@@ -101,15 +101,15 @@ fn expect_all(pid: i32, folder: &TempDir) {
     assert_eq!(line(pid, "limits", "Max open files")[..2], ["512", "640"]);
     assert_eq!(nice(pid), 7);
     assert!(status(pid, "Cpus_allowed_list").parse::<u32>().is_ok(), "one processor, and no list");
-    assert_eq!(std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), folder.path().canonicalize().unwrap());
+    assert_eq!(std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), directory.path().canonicalize().unwrap());
 }
 
 #[test]
 fn a_worker_is_what_it_was_told_to_be() {
-    let folder = folder();
-    let at = folder.path().to_string_lossy().into_owned();
+    let directory = directory();
+    let at = directory.path().to_string_lossy().into_owned();
     let mut server = server(&[&ALL[..], &[&at]].concat());
-    expect_all(child(&server), &folder);
+    expect_all(child(&server), &directory);
     let environment = ask(&server, "/env");
     let names: BTreeSet<&str> = environment.lines().filter_map(|line| Some(line.split_once('=')?.0)).collect();
     assert_eq!(
@@ -119,7 +119,7 @@ fn a_worker_is_what_it_was_told_to_be() {
     assert!(environment.contains("COLOUR=blue\n"));
     assert_eq!(ask(&server, "/cache"), "true Some(\"kept\")");
     assert_eq!(ask(&server, "/write?path=new"), "written");
-    let made = folder.path().join("new").metadata().unwrap();
+    let made = directory.path().join("new").metadata().unwrap();
     assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (4711, 4712, 0o640));
     assert_eq!(ask(&server, "/read?path=/etc/shadow"), "PermissionDenied");
     assert_eq!(ask(&server, "/kill-master"), "PermissionDenied");
@@ -127,8 +127,8 @@ fn a_worker_is_what_it_was_told_to_be() {
     let first = child(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     let next = wait_until("it is replaced", || server.workers().into_iter().find(|&pid| pid != first));
-    assert_eq!(ask(&server, "/folder"), folder.path().canonicalize().unwrap().to_string_lossy());
-    expect_all(next, &folder);
+    assert_eq!(ask(&server, "/folder"), directory.path().canonicalize().unwrap().to_string_lossy());
+    expect_all(next, &directory);
     assert!(
         !server.log().contains("each new connection wakes"),
         "it could not look at its event loop: {}",
@@ -139,12 +139,12 @@ fn a_worker_is_what_it_was_told_to_be() {
 
 #[test]
 fn a_program_is_what_it_was_told_to_be() {
-    let (folder, sockets) = (folder(), tempfile::tempdir().unwrap());
-    let at = folder.path().to_string_lossy().into_owned();
+    let (directory, sockets) = (directory(), tempfile::tempdir().unwrap());
+    let at = directory.path().to_string_lossy().into_owned();
     let mut command = program_under_run(&sockets, &[&ALL[..], &[&at]].concat(), &["sleep", "1000"]);
     let mut server = Server::start_command(command.env("SECRET", "word"));
     let pid = child(&server);
-    expect_all(pid, &folder);
+    expect_all(pid, &directory);
     let environment = std::fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
     let names: BTreeSet<&str> = environment.split('\0').filter_map(|line| Some(line.split_once('=')?.0)).collect();
     let expected = ["COLOUR", "FORKYARD_GENERATION", "FORKYARD_SHM", "FORKYARD_SLOT", "PHP_FCGI_CHILDREN"];
@@ -194,9 +194,9 @@ fn capabilities_that_are_kept_survive_the_change_of_user_and_exec() {
     }
     workers.stop();
 
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut server =
-        Server::start_command(&mut program_under_run(&folder, &[&USER[..], &keep].concat(), &["sleep", "1000"]));
+        Server::start_command(&mut program_under_run(&directory, &[&USER[..], &keep].concat(), &["sleep", "1000"]));
     let pid = child(&server);
     for set in ["CapPrm", "CapEff", "CapBnd", "CapAmb"] {
         assert_eq!(status(pid, set), expected, "{set}");
@@ -213,7 +213,7 @@ fn setuid_programs_work_again_if_the_operator_says_so() {
 
 #[test]
 fn a_worker_in_another_root_serves_and_has_its_cache() {
-    let root = folder();
+    let root = directory();
     std::fs::create_dir(root.path().join("inner")).unwrap();
     std::fs::set_permissions(root.path().join("inner"), std::fs::Permissions::from_mode(0o755)).unwrap();
     let at = root.path().to_string_lossy().into_owned();
@@ -231,7 +231,7 @@ fn a_worker_in_another_root_serves_and_has_its_cache() {
 
 #[test]
 fn a_program_in_another_root_is_found_there() {
-    let (root, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     std::fs::set_permissions(root.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let source = root.path().join("wait.c");
     std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
@@ -239,20 +239,20 @@ fn a_program_in_another_root_is_found_there() {
     assert!(built.expect("gcc is there: scripts/test installs it").success());
     let at = root.path().to_string_lossy().into_owned();
     let arguments = [&USER[..], &["--chroot", &at]].concat();
-    let mut server = Server::start_command(&mut program_under_run(&folder, &arguments, &["/wait"]));
+    let mut server = Server::start_command(&mut program_under_run(&directory, &arguments, &["/wait"]));
     let pid = child(&server);
     assert_eq!(std::fs::read_link(format!("/proc/{pid}/root")).unwrap(), root.path().canonicalize().unwrap());
     assert_eq!(std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), root.path().canonicalize().unwrap());
     server.stop();
 
-    let output = program_under_run(&folder, &arguments, &["/bin/sleep", "1"]).output_in_time().unwrap();
+    let output = program_under_run(&directory, &arguments, &["/bin/sleep", "1"]).output_in_time().unwrap();
     assert!(String::from_utf8_lossy(&output.stderr).contains("no such file"), "{output:?}");
 }
 
 #[test]
 fn no_process_of_another_user_outlives_a_killed_master() {
-    let (mut workers, folder) = (server(&USER), tempfile::tempdir().unwrap());
-    let mut programs = Server::start_command(&mut program_under_run(&folder, &USER, &["sleep", "1000"]));
+    let (mut workers, directory) = (server(&USER), tempfile::tempdir().unwrap());
+    let mut programs = Server::start_command(&mut program_under_run(&directory, &USER, &["sleep", "1000"]));
     for server in [&mut workers, &mut programs] {
         let pid = child(server);
         server.signal(Signal::SIGKILL);
@@ -263,7 +263,7 @@ fn no_process_of_another_user_outlives_a_killed_master() {
 
 #[test]
 fn a_sandboxed_application_does_its_work_and_nothing_else() {
-    let (mine, other) = (folder(), folder());
+    let (mine, other) = (directory(), directory());
     let (at, elsewhere) = (mine.path().to_string_lossy().into_owned(), other.path().join("a"));
     std::fs::write(&elsewhere, "secret").unwrap();
     std::fs::set_permissions(&elsewhere, std::fs::Permissions::from_mode(0o666)).unwrap();
@@ -312,9 +312,9 @@ fn a_sandboxed_application_does_its_work_and_nothing_else() {
 
 #[test]
 fn the_service_example_serves_in_a_sandbox_over_every_protocol() {
-    let folder = tempfile::tempdir().unwrap();
-    let bind = format!("fastcgi:unix:{}", folder.path().join("app.sock").display());
-    let place = format!("scgi:unix:{}", folder.path().join("scgi.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());
+    let place = format!("scgi:unix:{}", directory.path().join("scgi.sock").display());
     let arguments = [&HTTP[..], &["--bind", &bind, "--bind", &place], &USER, &["--sandbox"]].concat();
     let mut server = Server::start("service", &arguments);
     for target in ["/", "/anything?at=all"] {
@@ -381,8 +381,8 @@ fn what_fails_in_the_process_itself_is_told_with_its_flag() {
     let mut workers = Server::launch(Command::new(program("hello")).args(HTTP).args(&arguments));
     let line = workers.wait_for("worker died");
     assert!(line.contains("said=\"--chdir: Permission denied"), "{line}");
-    let folder = tempfile::tempdir().unwrap();
-    let mut programs = Server::launch(&mut program_under_run(&folder, &arguments, &["sleep", "1000"]));
+    let directory = tempfile::tempdir().unwrap();
+    let mut programs = Server::launch(&mut program_under_run(&directory, &arguments, &["sleep", "1000"]));
     let line = programs.wait_for("cannot make a worker");
     assert!(line.contains("--chdir: Permission denied"), "{line}");
     for server in [&mut workers, &mut programs] {
@@ -418,8 +418,8 @@ fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its
     assert!(line.contains(&hint("nofile=20")), "{line}");
     drop(server);
     // Under `run`, with the time that a program has as a rule.
-    let folder = tempfile::tempdir().unwrap();
-    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let death = |limit: &str, program_and_arguments: &[&str]| {
         let mut command = Command::new(program("forkyard"));
         command.args(["run", "--bind", &bind, "--workers", "1", "--rlimit", limit, "--rlimit", "core=0", "--"]);
@@ -436,8 +436,8 @@ fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its
 
 #[test]
 fn a_pid_file_keeps_a_second_master_out_and_goes_with_the_first() {
-    let folder = tempfile::tempdir().unwrap();
-    let path: PathBuf = folder.path().join("a.pid");
+    let directory = tempfile::tempdir().unwrap();
+    let path: PathBuf = directory.path().join("a.pid");
     let at = path.to_string_lossy().into_owned();
     let arguments = [&HTTP[..], &["--pid-file", &at]].concat();
     let mut server = Server::start("hello", &arguments);
@@ -453,13 +453,13 @@ fn a_pid_file_keeps_a_second_master_out_and_goes_with_the_first() {
     let mut next = Server::start("hello", &arguments);
     assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", next.pid()));
     next.stop();
-    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    assert_eq!(directory.path().read_dir().unwrap().count(), 0);
 }
 
 #[test]
 fn socket_files_are_given_to_whom_the_operator_names() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("a.sock");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.sock");
     let bind = format!("http:unix:{}", path.display());
     let arguments = ["--bind", &bind, "--workers", "1", "--socket-owner", "4711:33", "--socket-mode", "660"];
     let mut server = Server::start("hello", &arguments);

@@ -13,13 +13,13 @@ use common::{Server, program};
 
 /// Asks for a script with a query, and for one that does not exist.
 fn php_behind(front: fronts::Front) {
-    let folder = fronts::shared_folder();
-    std::fs::write(folder.path().join("sum.php"), "<?php echo 'the sum is ', $_GET['a'] + $_GET['b'];").unwrap();
-    let socket = folder.path().join("app.sock").display().to_string();
+    let directory = fronts::shared_folder();
+    std::fs::write(directory.path().join("sum.php"), "<?php echo 'the sum is ', $_GET['a'] + $_GET['b'];").unwrap();
+    let socket = directory.path().join("app.sock").display().to_string();
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--bind", &format!("fastcgi:unix:{socket}"), "--socket-mode", "666", "--workers", "2"]);
     let mut server = Server::start_command(command.args(["--", "php-cgi", "-n"]));
-    let site = fronts::Site::before(front, folder, &socket);
+    let site = fronts::Site::before(front, directory, &socket);
     let ask = |target| Client::connect(&site.address).unwrap().request("GET", target, b"").unwrap();
     for _ in 0..3 {
         let answer = ask("/sum.php?a=19&b=23");

@@ -322,8 +322,8 @@ fn a_daemon_that_ends_well_at_once_is_given_up_after_some_tries() {
 
 #[test]
 fn what_a_job_leaves_ends_with_the_server_though_it_has_a_session_of_its_own() {
-    let folder = tempfile::tempdir().unwrap();
-    let up = folder.path().join("up").display().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    let up = directory.path().join("up").display().to_string();
     let job = format!(
         "j=* * * * * *=sh -c 'setsid sh -c \"echo up > {up}; exec sleep 600\" & while [ ! -s {up} ]; do sleep 0.01; done'"
     );

@@ -134,8 +134,8 @@ fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that()
 
 #[test]
 fn functions_that_hang_in_one_worker_count_once() {
-    let folder = tempfile::tempdir().unwrap();
-    let broken = folder.path().join("broken");
+    let directory = tempfile::tempdir().unwrap();
+    let broken = directory.path().join("broken");
     let mut command = std::process::Command::new(common::program("crashy"));
     let hangs = ["--threads", "4", "--request-timeout", "100ms", "--hang-timeout", "300ms", "--quarantine", "2"];
     let command = command.args(["--bind", "http:127.0.0.1:0", "--workers", "1"]).args(hangs);

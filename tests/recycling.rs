@@ -56,8 +56,8 @@ fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
     server.renewed(old.len(), &old);
     server.stop();
 
-    let folder = tempfile::tempdir().unwrap();
-    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut server = Server::start_command(Command::new(program("forkyard")).args([
         "run",
         "--bind",

@@ -11,9 +11,9 @@ use common::raw::connect;
 use common::{Server, fastcgi, http2};
 use tempfile::TempDir;
 
-/// A server with an access log in `folder`.
-fn start(folder: &TempDir, bind: &str, arguments: &[&str]) -> Server {
-    let log = folder.path().join("access");
+/// A server with an access log in `directory`.
+fn start(directory: &TempDir, bind: &str, arguments: &[&str]) -> Server {
+    let log = directory.path().join("access");
     let common = ["--workers", "1", "--bind", bind, "--access-log", log.to_str().unwrap()];
     Server::start("mirror", &[&common, arguments].concat())
 }
@@ -32,8 +32,8 @@ fn exchange(bind: &str, bytes: &[u8]) -> String {
 }
 
 /// The statuses of the requests without a name in the access log, sorted; all of them with the client's address.
-fn unread(folder: &Path) -> Vec<u16> {
-    let lines = std::fs::read_to_string(folder.join("access")).unwrap();
+fn unread(directory: &Path) -> Vec<u16> {
+    let lines = std::fs::read_to_string(directory.join("access")).unwrap();
     let rest = lines.lines().filter_map(|line| Some((line, line.split_once("] \"-\" ")?.1)));
     let mut statuses: Vec<u16> = rest
         .map(|(line, rest)| {
@@ -47,8 +47,8 @@ fn unread(folder: &Path) -> Vec<u16> {
 
 #[test]
 fn what_http_cannot_read_is_in_both_logs() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = start(&folder, "http:127.0.0.1:0", &[]);
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = start(&directory, "http:127.0.0.1:0", &[]);
     let get = |target: &str, headers: &str| format!("GET {target} HTTP/1.1\r\nHost: x\r\n{headers}\r\n").into_bytes();
     let long = |length| "x".repeat(length);
     let cases = [
@@ -80,13 +80,13 @@ fn what_http_cannot_read_is_in_both_logs() {
     let log = server.log();
     assert!(log.contains("3 requests refused: a head larger than --max-params, or with more headers"), "{log}");
     assert!(log.contains(" last_from=127.0.0.1:"), "{log}");
-    assert_eq!(unread(folder.path()), [400, 400, 400, 400, 400, 414, 417, 431, 431, 431, 431, 431]);
+    assert_eq!(unread(directory.path()), [400, 400, 400, 400, 400, 414, 417, 431, 431, 431, 431, 431]);
 }
 
 #[test]
 fn what_http_2_cannot_read_is_in_both_logs() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = start(&folder, "http:127.0.0.1:0", &["--max-params", "8K"]);
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = start(&directory, "http:127.0.0.1:0", &["--max-params", "8K"]);
     // A head beyond the limit, which has a name; then a frame that cannot be there.
     let mut client = http2::Client::connect(&server.http()).unwrap();
     let cookies: Vec<String> = (0..80).map(|number| format!("{number}{}", "v".repeat(100))).collect();
@@ -98,15 +98,15 @@ fn what_http_2_cannot_read_is_in_both_logs() {
     while client.next(http2::GOAWAY).is_ok() {}
     server.wait_for("1 request refused: http2 error: connection error detected");
     server.stop();
-    assert_eq!(unread(folder.path()), [400]);
-    let lines = std::fs::read_to_string(folder.path().join("access")).unwrap();
+    assert_eq!(unread(directory.path()), [400]);
+    let lines = std::fs::read_to_string(directory.path().join("access")).unwrap();
     assert!(lines.contains("\"GET /large HTTP/2.0\" 431 "), "{lines}");
 }
 
 #[test]
 fn what_fastcgi_and_scgi_cannot_read_is_in_both_logs() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = start(&folder, "fastcgi:127.0.0.1:0,scgi:127.0.0.1:0", &["--max-params", "8K"]);
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = start(&directory, "fastcgi:127.0.0.1:0,scgi:127.0.0.1:0", &["--max-params", "8K"]);
     let with_params = |params: &[u8]| {
         let mut records = fastcgi::head(1, false, "GET", "/", None);
         records.insert(2, fastcgi::record(fastcgi::PARAMS, 1, params, 0));
@@ -139,14 +139,14 @@ fn what_fastcgi_and_scgi_cannot_read_is_in_both_logs() {
         );
     }
     server.stop();
-    assert_eq!(unread(folder.path()), [400, 400, 400, 400, 400, 431, 431]);
+    assert_eq!(unread(directory.path()), [400, 400, 400, 400, 400, 431, 431]);
 }
 
 #[test]
 fn a_head_that_does_not_come_in_time_is_answered_where_that_is_possible_and_logged() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let bind = "http:127.0.0.1:0,fastcgi:127.0.0.1:0,scgi:127.0.0.1:0";
-    let mut server = start(&folder, bind, &["--header-timeout", "1s"]);
+    let mut server = start(&directory, bind, &["--header-timeout", "1s"]);
     for (bind, bytes) in [(0, "GET / HT"), (0, "P"), (1, "\x01\x01\x00"), (2, "40:CONT")] {
         let answer = exchange(&server.binds[bind], bytes.as_bytes());
         if bind == 0 {
@@ -159,15 +159,15 @@ fn a_head_that_does_not_come_in_time_is_answered_where_that_is_possible_and_logg
     // Nothing at all is no request.
     server.stop();
     assert!(server.log().contains("within --header-timeout status=408 protocol=http from=127.0.0.1:"));
-    assert_eq!(unread(folder.path()), [408; 4]);
+    assert_eq!(unread(directory.path()), [408; 4]);
 }
 
 #[test]
 fn a_proxy_header_that_cannot_be_read_is_in_both_logs() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = start(&folder, "http:127.0.0.1:0", &["--proxy-protocol", "127.0.0.1"]);
+    let directory = tempfile::tempdir().unwrap();
+    let mut server = start(&directory, "http:127.0.0.1:0", &["--proxy-protocol", "127.0.0.1"]);
     assert_eq!(exchange(&server.binds[0], b"PROXY TCP4 nonsense\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n"), "");
     server.wait_for("1 request refused: a PROXY header that cannot be read");
     server.stop();
-    assert_eq!(unread(folder.path()), [400]);
+    assert_eq!(unread(directory.path()), [400]);
 }

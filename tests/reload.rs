@@ -16,8 +16,8 @@ const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
 #[test]
 fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
-    let folder = tempfile::tempdir().unwrap();
-    let broken = folder.path().join("broken");
+    let directory = tempfile::tempdir().unwrap();
+    let broken = directory.path().join("broken");
     let mut server = Server::start_command(
         Command::new(program("crashy")).args(HTTP).args(["--workers", "2"]).env("CRASHY_BROKEN", &broken),
     );
@@ -52,14 +52,14 @@ fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
 
 #[test]
 fn a_worker_whose_application_is_not_well_never_gets_ready() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for (path, limit, said) in [
         ("/status/503", "30s", "status 503"),
         ("/panic", "30s", "status 500"),
         ("/break", "30s", "breaks off"),
         ("/slow/600000", "3s", "has no answer"),
     ] {
-        let bind = format!("http:unix:{}", folder.path().join("a.sock").display());
+        let bind = format!("http:unix:{}", directory.path().join("a.sock").display());
         let mut server = Server::launch(Command::new(program("crashy")).args([
             "--bind",
             &bind,

@@ -66,7 +66,7 @@ const TABLE: &[Row] = &[
     row("bind", "['fastcgi:unix:DIR/b.sock']", Named),
     row("backlog", "7", Named),
     row("socket-mode", "0o600", Named),
-    with("socket-owner", "'4711:4712'", &[], AtFile(|folder| owner(&folder.join("a.sock")))),
+    with("socket-owner", "'4711:4712'", &[], AtFile(|directory| owner(&directory.join("a.sock")))),
     row("allow", "['10.0.0.0/8']", InWorker),
     row("trust", "['10.0.0.0/8']", InWorker),
     row("proxy-protocol", "['10.0.0.0/8']", InWorker),
@@ -146,7 +146,7 @@ const TABLE: &[Row] = &[
     row("daemon-tries", "7", InMaster("beside")),
     // Logging.
     row("log-level", "'debug,forkyard::master=info'", InLog(|log| log.contains("worker spawned").to_string())),
-    row("log-file", "'DIR/log'", AtFile(|folder| reloads_in(&folder.join("log")))),
+    row("log-file", "'DIR/log'", AtFile(|directory| reloads_in(&directory.join("log")))),
     row("log-format", "'json'", InLog(|log| log.contains("{\"time\"").to_string())),
     row("log-queue", "'7M'", InMaster("log")),
     row("log-rate", "7", InWorker),
@@ -206,9 +206,9 @@ fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
 }
 
 /// A master with a configuration file.
-struct Served {
+struct Cached {
     server: Server,
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
     name: &'static str,
     /// The worker and the daemon of the last reload.
     processes: (i32, i32),
@@ -216,11 +216,11 @@ struct Served {
     log: String,
 }
 
-impl Served {
+impl Cached {
     /// `run` is what comes before the flags.
     fn start(name: &'static str, run: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let at = folder.path();
+        let directory = tempfile::tempdir().unwrap();
+        let at = directory.path();
         std::fs::set_permissions(at, PermissionsExt::from_mode(0o755)).unwrap();
         // A program that is there with another root too, by the same path.
         let source = at.join("wait.c");
@@ -236,14 +236,14 @@ impl Served {
         let mut command = Command::new(program(name));
         command.args(run).arg("--config").arg(file).current_dir("/");
         let server = Server::start_command(&mut command);
-        let mut served = Self { server, folder, name, processes: (0, 0), log: String::new() };
+        let mut served = Self { server, directory, name, processes: (0, 0), log: String::new() };
         served.reload(is_run, &[]);
         served
     }
 
     /// Has the settings in the file be these, beside those of all, and reloads. Returns what the reload said.
     fn reload(&mut self, is_run: bool, settings: &[(&str, &str)]) -> String {
-        let at = self.folder.path();
+        let at = self.directory.path();
         write_file(at, is_run, settings);
         // That of a former row: whoever still writes to it is about to stop.
         let _ = std::fs::remove_file(at.join("log"));
@@ -278,7 +278,7 @@ impl Served {
     }
 
     fn ask(&self, arguments: &[&str]) -> Output {
-        let socket = self.folder.path().join("control");
+        let socket = self.directory.path().join("control");
         Command::new(program(self.name)).args(arguments).env("FORKYARD_CONTROL", socket).output_in_time().unwrap()
     }
 
@@ -294,7 +294,7 @@ impl Served {
             InEnvironment if is_run => format!("{} {}", environment(worker), environment(daemon)),
             InEnvironment => environment(daemon),
             InLog(look) => look(&self.log),
-            AtFile(look) => look(self.folder.path()),
+            AtFile(look) => look(self.directory.path()),
         }
     }
 
@@ -314,7 +314,7 @@ fn number_behind(line: &str, key: &str) -> i32 {
     digits.parse().unwrap()
 }
 
-fn write_file(folder: &Path, is_run: bool, settings: &[(&str, &str)]) -> PathBuf {
+fn write_file(directory: &Path, is_run: bool, settings: &[(&str, &str)]) -> PathBuf {
     let mut all = vec![
         ("bind", if is_run { "['fastcgi:unix:DIR/a.sock']" } else { "['http:unix:DIR/a.sock']" }),
         ("workers", "1"),
@@ -332,10 +332,10 @@ fn write_file(folder: &Path, is_run: bool, settings: &[(&str, &str)]) -> PathBuf
     let mut text = String::new();
     for (name, value) in all.iter().chain(settings) {
         let value =
-            value.replace("DIR", &folder.display().to_string()).replace("CPU", &format!("'{}'", last_processor()));
+            value.replace("DIR", &directory.display().to_string()).replace("CPU", &format!("'{}'", last_processor()));
         writeln!(text, "{name} = {value}").unwrap();
     }
-    let path = folder.join("forkyard.toml");
+    let path = directory.join("forkyard.toml");
     std::fs::write(&path, text).unwrap();
     path
 }
@@ -357,7 +357,7 @@ fn each_setting_is_taken_over_or_named(name: &'static str, run: &[&str]) {
         "these flags have no row in this file, which says how a reload takes them over: {missing:?}"
     );
 
-    let mut served = Served::start(name, run);
+    let mut served = Cached::start(name, run);
     let mut wrong = Vec::new();
     for Row { name, to, with, seen } in TABLE.iter().filter(|row| flags.contains(row.name)) {
         if let Never(_) = seen {

@@ -67,8 +67,8 @@ fn nobody_is_there_until_somebody_asks() {
 
 #[test]
 fn programs_are_scaled_by_whether_they_wait_for_connections() {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("a.sock");
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("a.sock");
     let bind = format!("fastcgi:unix:{}", socket.display());
     // It accepts nothing, and has no connection of its own: what waits in the kernel's queue tells.
     let mut server = Server::start_command(Command::new(program("forkyard")).args([

@@ -23,12 +23,12 @@ struct Fixture {
 }
 
 fn start(arguments: &[&str]) -> Fixture {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = format!("scgi:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let socket = format!("scgi:unix:{}", directory.path().join("a.sock").display());
     let binds = ["--bind", &socket, "--bind", "scgi:127.0.0.1:0", "--workers", "1", "--log-level", "debug"];
     let server = Server::start("crashy", &[&binds, arguments].concat());
     assert_eq!(server.binds[0], socket, "as the banner has it");
-    Fixture { server, _folder: folder }
+    Fixture { server, _folder: directory }
 }
 
 impl Fixture {
@@ -290,7 +290,7 @@ fn check_front(address: &str, server: &Server) {
 #[test]
 fn behind_nginx() {
     let fixture = start(&[]);
-    let folder = fronts::shared_folder();
+    let directory = fronts::shared_folder();
     for bind in &fixture.server.binds {
         let to = bind.strip_prefix("scgi:").unwrap();
         let location = format!(
@@ -303,7 +303,7 @@ fn behind_nginx() {
         let config = |port| {
             format!("server {{ listen 127.0.0.1:{port}; client_max_body_size 64m; location / {{ {location} }} }}")
         };
-        let (_nginx, address) = fronts::start_with(WebServer::Nginx, folder.path(), config);
+        let (_nginx, address) = fronts::start_with(WebServer::Nginx, directory.path(), config);
         check_front(&address, &fixture.server);
     }
 }
@@ -311,7 +311,7 @@ fn behind_nginx() {
 #[test]
 fn behind_lighttpd() {
     let fixture = start(&[]);
-    let folder = fronts::shared_folder();
+    let directory = fronts::shared_folder();
     let socket = fixture.server.binds[0].strip_prefix("scgi:unix:").unwrap();
     for streaming in ["", "server.stream-request-body = 1\nserver.stream-response-body = 1"] {
         let rest = format!(
@@ -319,7 +319,7 @@ fn behind_lighttpd() {
              {streaming}
              scgi.server = (\"/\" => ((\"socket\" => \"{socket}\", \"check-local\" => \"disable\")))"
         );
-        let (_lighttpd, address) = fronts::start_with(WebServer::Lighttpd, folder.path(), |_| rest.clone());
+        let (_lighttpd, address) = fronts::start_with(WebServer::Lighttpd, directory.path(), |_| rest.clone());
         // When it streams, lighttpd answers 411 to chunks that have not all come.
         if streaming.is_empty() {
             let mut client = http::Client::connect(&address).unwrap();

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::limit::InTime as _;
-use common::sse::{Source, Way};
+use common::sse::{CacheStatus, Way};
 use common::{Server, http, is_gone, program, wait_until};
 
 struct Scribbled {
@@ -22,11 +22,11 @@ struct Scribbled {
 
 impl Scribbled {
     fn start(name: &'static str, arguments: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let control = folder.path().join("control");
+        let directory = tempfile::tempdir().unwrap();
+        let control = directory.path().join("control");
         let mut command = Command::new(program(name));
         command.args(["--bind", "http:127.0.0.1:0", "--workers", "2", "--control"]).arg(&control).args(arguments);
-        Self { server: Server::start_command(&mut command), name, control, _folder: folder }
+        Self { server: Server::start_command(&mut command), name, control, _folder: directory }
     }
 
     /// Writes over all of the memory, as a program may that has it by `FORKYARD_SHM`.
@@ -48,10 +48,10 @@ impl Scribbled {
 
     /// The memory of the server's current generation.
     fn memory(&self) -> File {
-        let folder = format!("/proc/{}/fd", self.server.pid());
+        let directory = format!("/proc/{}/fd", self.server.pid());
         let is_memory =
             |path: &Path| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:forkyard"));
-        let mut found = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let mut found = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
         let path = found.find(|path| is_memory(path)).expect("the master holds the memory");
         OpenOptions::new().read(true).write(true).open(path).unwrap()
     }
@@ -114,7 +114,7 @@ fn who_subscribed_before_the_memory_was_replaced_sees_a_gap_and_then_all_events(
     let mut site = Scribbled::start("stream", &["--events", "1M"]);
     let (address, bind) = (site.server.http(), site.server.binds[0].clone());
     let publish = |text: &str| http::post(&address, "/publish/news", text.as_bytes()).unwrap().status;
-    let mut source = Source::open(Way::Http, &bind, "/events?topics=news", "").unwrap();
+    let mut source = CacheStatus::open(Way::Http, &bind, "/events?topics=news", "").unwrap();
     assert_eq!(publish("before"), 200);
     assert_eq!(source.next().data, "before");
     let memory = site.memory();
@@ -122,7 +122,7 @@ fn who_subscribed_before_the_memory_was_replaced_sees_a_gap_and_then_all_events(
     site.server.wait_for("the shared memory is damaged");
     site.reload();
     while source.event().is_ok_and(|event| event.is_some()) {}
-    let mut source = Source::open(Way::Http, &bind, "/events?topics=news", &source.last_id).unwrap();
+    let mut source = CacheStatus::open(Way::Http, &bind, "/events?topics=news", &source.last_id).unwrap();
     assert_eq!(source.next().name, "gap");
     wait_until("the new generation serves", || (publish("after") == 200).then_some(()));
     assert_eq!(source.next().data, "after");
@@ -131,8 +131,8 @@ fn who_subscribed_before_the_memory_was_replaced_sees_a_gap_and_then_all_events(
 
 #[test]
 fn a_damaged_cache_file_makes_room_for_a_new_one() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("pages");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("pages");
     let mut site = Scribbled::start("pages", &["--cache", "4M", "--cache-file", path.to_str().unwrap()]);
     let address = site.server.http();
     let memory = OpenOptions::new().read(true).write(true).open(&path).unwrap();

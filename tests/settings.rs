@@ -25,14 +25,14 @@ fn complained(output: &Output, status: i32, words: &[&str]) -> String {
     said
 }
 
-fn file(folder: &tempfile::TempDir, text: &str) -> PathBuf {
-    let path = folder.path().join("forkyard.toml");
+fn file(directory: &tempfile::TempDir, text: &str) -> PathBuf {
+    let path = directory.path().join("forkyard.toml");
     std::fs::write(&path, text).unwrap();
     path
 }
 
-fn check(name: &str, folder: &tempfile::TempDir, text: &str) -> Output {
-    let path = file(folder, text);
+fn check(name: &str, directory: &tempfile::TempDir, text: &str) -> Output {
+    let path = file(directory, text);
     Command::new(program(name)).args(["check", "--config"]).arg(path).output_in_time().unwrap()
 }
 
@@ -63,7 +63,7 @@ fn a_log_level_that_there_is_not_is_refused_with_those_that_there_are() {
 
 #[test]
 fn booleans_are_booleans_in_the_file_for_each_flag_that_is_a_switch() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let bind = "bind = 'http:127.0.0.1:0'\nuser = 'root'\n";
     for (name, setting) in [
         ("hello", "no-new-privileges = true"),
@@ -80,20 +80,20 @@ fn booleans_are_booleans_in_the_file_for_each_flag_that_is_a_switch() {
         let bind =
             if name == "hello" { bind } else { "bind = 'fastcgi:127.0.0.1:0'\nuser = 'root'\ncommand = ['sleep']\n" };
         let bind = if setting.contains("user") { bind.replace("user = 'root'\n", "") } else { bind.to_owned() };
-        let said = complained(&check(name, &folder, &format!("{bind}{setting}\n")), 0, &[]);
+        let said = complained(&check(name, &directory, &format!("{bind}{setting}\n")), 0, &[]);
         assert_eq!(said, "", "{setting}");
     }
     complained(
-        &check("hello", &folder, "idle-timeout = true\n"),
+        &check("hello", &directory, "idle-timeout = true\n"),
         1,
         &["takes text or a number, and this is true or false"],
     );
-    complained(&check("hello", &folder, "clear-env = 'yes'\n"), 1, &["'clear-env' is true or false"]);
+    complained(&check("hello", &directory, "clear-env = 'yes'\n"), 1, &["'clear-env' is true or false"]);
 }
 
 #[test]
 fn check_finds_all_that_a_start_would_find_one_after_the_other() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let text = "workers = 'many'\n\
         idle-timeout = 'x'\n\
         bind = ['http:192.0.2.1:80', 'fastcgi:unix:/no-such-directory/a.sock', 'http:127.0.0.1:65000', 'fastcgi:127.0.0.1:65000']\n\
@@ -130,23 +130,23 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         "--sandbox-read and --sandbox-write are for --sandbox, which is not given",
         "--daemon and --cron: there are two named 'a'",
     ];
-    complained(&check("hello", &folder, text), 1, &words);
+    complained(&check("hello", &directory, text), 1, &words);
     // With two of one name there are none to be looked for.
     let text = "bind = 'fastcgi:127.0.0.1:0'\nworkers = 'many'\ncommand = ['no-such-program']\n\
         daemon = ['a=no-such-a', 'b=no-such-b']\ncron = ['c=@daily=no-such-c']\n";
     let words = ["'workers': 'many'", "no-such-program", "--daemon a: ", "--daemon b: ", "--cron c: "];
-    complained(&check("forkyard", &folder, text), 1, &words);
+    complained(&check("forkyard", &directory, text), 1, &words);
 
     // What could not be read has no consequences that are told of.
     let said = complained(
-        &check("forkyard", &folder, "bind = 'gopher:1'\ncommand = 'sleep 1'\n"),
+        &check("forkyard", &directory, "bind = 'gopher:1'\ncommand = 'sleep 1'\n"),
         1,
         &["gopher", "is a list"],
     );
     assert!(!said.contains("needs to know where to listen") && !said.contains("no COMMAND"), "{said}");
 
     // Flags and variables too, together with the file.
-    let path = file(&folder, "queue = 'x'\ncache-file = '/no-such-directory/cache'\n");
+    let path = file(&directory, "queue = 'x'\ncache-file = '/no-such-directory/cache'\n");
     let output = Command::new(program("hello"))
         .args(["check", "--workers", "many", "--idle-timeout=soon", "--workers", "few", "--config"])
         .arg(path)
@@ -179,13 +179,13 @@ fn settings_of_files(path: &str) -> [(&'static str, Vec<String>); 7] {
 fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
     const LINKS: &[&str] = &["--cache-file", "--log-file", "--access-log"];
     const SOCKETS: &[&str] = &["--bind", "--control", "--events-socket"];
-    let folder = tempfile::tempdir().unwrap();
-    let at = |path: &str| folder.path().join(path).display().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    let at = |path: &str| directory.path().join(path).display().to_string();
     std::fs::create_dir(at("directory")).unwrap();
     std::fs::write(at("file"), "").unwrap();
     std::os::unix::fs::symlink("loop", at("loop")).unwrap();
     std::os::unix::fs::symlink("none/x", at("dangling")).unwrap();
-    nix::unistd::mkfifo(&folder.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    nix::unistd::mkfifo(&directory.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     drop(std::os::unix::net::UnixListener::bind(at("stale")).unwrap());
     let long = "x".repeat(256);
     let none: &[&str] = &[];
@@ -235,7 +235,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
         complained(&output, 1, &[flag, "nobody reads this FIFO: start its reader first"]);
     }
     assert_eq!(
-        entries(folder.path()).into_iter().collect::<Vec<_>>(),
+        entries(directory.path()).into_iter().collect::<Vec<_>>(),
         ["dangling", "directory", "fifo", "file", "loop", "stale"]
     );
 }
@@ -276,9 +276,9 @@ fn times_between_two_looks_leave_time_for_something_else() {
 
 #[test]
 fn a_list_that_is_not_closed_is_one_mistake_with_its_place() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let text = "workers = 'many'\nbind = ['http:127.0.0.1:0', 'fastcgi:127.0.0.1:0'\nthreads = 2\ncache = '64M'\nuser = 'root'\n";
-    let said = complained(&check("hello", &folder, text), 1, &[]);
+    let said = complained(&check("hello", &directory, text), 1, &[]);
     let lines: Vec<&str> = said.lines().collect();
     assert!(lines[0].contains(":1:11: 'workers': 'many'"), "{said}");
     assert!(
@@ -292,10 +292,11 @@ fn a_list_that_is_not_closed_is_one_mistake_with_its_place() {
         ("bind = ['http:127.0.0.1:0'\n", "at the end"),
         ("bind = [\n  'http:127.0.0.1:0',\n", "at the end"),
     ] {
-        let said = complained(&check("hello", &folder, text), 1, &[":1:8: 'bind': the list that begins here", place]);
+        let said =
+            complained(&check("hello", &directory, text), 1, &[":1:8: 'bind': the list that begins here", place]);
         assert_eq!(said.matches("forkyard.toml").count(), 1, "{said}");
     }
-    let said = complained(&check("hello", &folder, "workers = 4\nthreads = 2\nworkers = 5\n"), 1, &[]);
+    let said = complained(&check("hello", &directory, "workers = 4\nthreads = 2\nworkers = 5\n"), 1, &[]);
     assert!(said.contains(":3:1: 'workers' is given twice"), "{said}");
 }
 
@@ -307,9 +308,9 @@ fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documenta
     let arguments =
         [&["run", "--bind", "fastcgi:127.0.0.1:0"], &flags.iter().map(String::as_str).collect::<Vec<_>>()[..]];
     let said = complained(&run("forkyard", &[&arguments.concat()[..], &["--", "sleep", "1"]].concat()), 2, &[]);
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let settings: String = missing.iter().map(|flag| format!("{flag} = 1\n")).collect();
-    let of_file = complained(&check("forkyard", &folder, &settings), 1, &[]);
+    let of_file = complained(&check("forkyard", &directory, &settings), 1, &[]);
     let document = include_str!("../docs/operations.md");
     let table = document.split("## Flags that `forkyard run` lacks").nth(1).expect("it has that section");
     let cells = table.lines().filter_map(|line| line.strip_prefix("| `--")?.split(" | ").next());
@@ -384,8 +385,8 @@ fn what_was_probably_meant_is_said() {
 #[test]
 fn an_application_that_runs_as_root_unasked_is_warned_of() {
     const WARNING: &str = "the application runs as root, for want of another user (name one with --user";
-    let folder = tempfile::tempdir().unwrap();
-    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let start = |name: &str, user: &[&str]| {
         let program: &[&str] = if name == "forkyard" { &["--", "sleep", "1000"] } else { &[] };
         let run: &[&str] = if name == "forkyard" { &["run"] } else { &[] };
@@ -405,17 +406,17 @@ fn an_application_that_runs_as_root_unasked_is_warned_of() {
     assert_eq!(complained(&run("hello", &["check", "--bind", "http:127.0.0.1:0", "--user", "root"]), 0, &[]), "");
 }
 
-fn entries(folder: &Path) -> BTreeSet<String> {
-    let entries = std::fs::read_dir(folder).unwrap();
+fn entries(directory: &Path) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(directory).unwrap();
     entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
 }
 
 #[test]
 fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::create_dir(folder.path().join("real")).unwrap();
-    std::os::unix::fs::symlink("real", folder.path().join("link")).unwrap();
-    let at = |path: &str| folder.path().join(path).display().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("real")).unwrap();
+    std::os::unix::fs::symlink("real", directory.path().join("link")).unwrap();
+    let at = |path: &str| directory.path().join(path).display().to_string();
     let port = common::free_port();
     let text = format!(
         "user = 'root'\ncache = '8M'\nworkers = 1\nbind = ['http:0.0.0.0:{port}', 'http:127.0.0.1:{port}', \
@@ -439,11 +440,11 @@ fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes
         "--bind http:unix:@one and --bind scgi:unix:@one name the same socket",
         &format!("--pid-file {} and --cache-file {} name", at("real/../cache"), at("cache")),
     ];
-    let before = || entries(folder.path()).into_iter().chain(entries(&folder.path().join("real")));
-    let said = complained(&check("hello", &folder, &text), 1, &words);
+    let before = || entries(directory.path()).into_iter().chain(entries(&directory.path().join("real")));
+    let said = complained(&check("hello", &directory, &text), 1, &words);
     assert_eq!(said.matches(" and --").count(), words.len(), "the logs may share a file: {said}");
     let start = |text: &str| {
-        let path = file(&folder, text);
+        let path = file(&directory, text);
         Command::new(program("hello")).arg("--config").arg(path).output_in_time().unwrap()
     };
     complained(&start(&text), 1, &words);
@@ -458,10 +459,10 @@ fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes
     complained(&start(&text), 1, &["name the same file"]);
     assert_eq!(before().collect::<Vec<_>>(), ["forkyard.toml", "link", "real"]);
     for flag in ["log-file", "access-log"] {
-        let path = folder.path().join("empty");
+        let path = directory.path().join("empty");
         std::fs::write(&path, "").unwrap();
         let text = format!("bind = 'http:127.0.0.1:0'\n{flag} = '{0}'\npid-file = '{0}'\n", path.display());
-        for output in [start(&text), check("hello", &folder, &text)] {
+        for output in [start(&text), check("hello", &directory, &text)] {
             complained(&output, 1, &["name the same file", "--pid-file", &format!("--{flag}")]);
             assert_eq!(std::fs::read(&path).unwrap(), b"", "{flag}");
         }
@@ -470,8 +471,8 @@ fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes
 
 #[test]
 fn a_cgi_call_does_not_log_into_the_file_of_its_cache() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("one");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("one");
     let mut call = Command::new(program("hello"));
     call.envs([("GATEWAY_INTERFACE", "CGI/1.1"), ("REQUEST_METHOD", "GET"), ("REQUEST_URI", "/")]);
     call.env("FORKYARD_LOG_FILE", &path).env("FORKYARD_CACHE_FILE", &path).stdin(std::process::Stdio::null());
@@ -481,14 +482,14 @@ fn a_cgi_call_does_not_log_into_the_file_of_its_cache() {
 
 #[test]
 fn a_reload_does_not_open_a_log_at_the_place_of_another_setting() {
-    let folder = tempfile::tempdir().unwrap();
-    let at = |path: &str| folder.path().join(path).display().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    let at = |path: &str| directory.path().join(path).display().to_string();
     let settings =
         format!("bind = 'http:127.0.0.1:0'\nworkers = 1\npid-file = '{}'\ncontrol = '{}'\n", at("pid"), at("control"));
-    let path = file(&folder, &settings);
+    let path = file(&directory, &settings);
     let mut server = Server::start_command(Command::new(program("hello")).arg("--config").arg(path));
     for flag in ["log-file", "access-log"] {
-        file(&folder, &format!("{settings}{flag} = '{}'\n", at("pid")));
+        file(&directory, &format!("{settings}{flag} = '{}'\n", at("pid")));
         let output = run("hello", &["reload", "--control", &at("control")]);
         complained(
             &output,
@@ -527,41 +528,41 @@ fn check_finds_that_a_file_system_is_full_and_leaves_nothing_on_it() {
 
 #[test]
 fn check_tells_of_what_a_start_would_have_to_be_given_and_of_files_of_something_else() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let text = "bind = ['http:fd:77', 'http:systemd']\nuser = 'root'\n";
     let words = ["http:fd:77: here, descriptor 77 is not open", "http:systemd: here, systemd passed no socket"];
-    complained(&check("hello", &folder, text), 0, &words);
-    let notes = folder.path().join("notes");
+    complained(&check("hello", &directory, text), 0, &words);
+    let notes = directory.path().join("notes");
     std::fs::write(&notes, "something of somebody").unwrap();
     for flag in ["pid-file", "cache-file"] {
         let text = format!("bind = 'http:127.0.0.1:0'\n{flag} = '{}'\n", notes.display());
-        complained(&check("hello", &folder, &text), 1, &["it holds something else", &format!("--{flag}")]);
+        complained(&check("hello", &directory, &text), 1, &["it holds something else", &format!("--{flag}")]);
     }
 }
 
 #[test]
 fn a_limit_of_addresses_below_what_a_worker_has_is_refused() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let text = |limit| format!("bind = 'http:127.0.0.1:0'\ncache = '64M'\nrlimit = ['as={limit}']\n");
     for limit in ["1M", "64M"] {
-        complained(&check("hello", &folder, &text(limit)), 1, &["--rlimit as=", "for shared memory", "--cache"]);
+        complained(&check("hello", &directory, &text(limit)), 1, &["--rlimit as=", "for shared memory", "--cache"]);
     }
-    complained(&check("hello", &folder, &text("4G")), 0, &[]);
+    complained(&check("hello", &directory, &text("4G")), 0, &[]);
     let output = run("hello", &["--bind", "http:127.0.0.1:0", "--rlimit", "as=1M"]);
     complained(&output, 1, &["--rlimit as=1M: a worker has more than"]);
 }
 
 #[test]
 fn what_is_wrong_with_the_privileges_is_said_in_full_and_nothing_that_only_follows_from_it() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let text = "bind = 'http:127.0.0.1:0'\nuser = 4711\nchroot = '/no-such-root'\nchdir = '/no-such-directory'\n\
         cpu-affinity = '1000'\nrlimit = ['nofile=unlimited', 'as=1G']\nsandbox = true\nsandbox-read = ['/no-such-a', '/no-such-b']\n";
     let words = ["--user: user 4711 has no account", "--chroot: /no-such-root", "--cpu-affinity: ", "--rlimit nofile="];
-    let said = complained(&check("hello", &folder, text), 1, &words);
+    let said = complained(&check("hello", &directory, text), 1, &words);
     assert!(!said.contains("--chdir") && !said.contains("/no-such-a") && !said.contains("would be root"), "{said}");
     let text = text.replace("chroot = '/no-such-root'\n", "");
     complained(
-        &check("hello", &folder, &text),
+        &check("hello", &directory, &text),
         1,
         &["--chdir: /no-such-", "--sandbox-read /no-such-a", "--sandbox-read /no-such-b"],
     );

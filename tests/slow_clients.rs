@@ -92,8 +92,8 @@ fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
 
 #[test]
 fn ten_thousand_slow_clients_cost_little_and_keep_nobody_waiting() {
-    let folder = tempfile::tempdir().unwrap();
-    let unix = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let unix = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     for (protocol, bind) in [(Protocol::Http, "http:127.0.0.1:0"), (Protocol::FastCgi, &unix)] {
         let head = protocol.head("GET", "/ok", 0);
         slow_clients(protocol, bind, "heads", &head[..20]);

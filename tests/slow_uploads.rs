@@ -14,16 +14,16 @@ use common::{Server, accepted, fastcgi, http2, read_all};
 
 /// A server whose clients have a second for a body, and its access log.
 fn start(protocol: Protocol) -> (Server, tempfile::TempDir) {
-    let folder = tempfile::tempdir().unwrap();
-    let log = folder.path().join("access.log");
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("access.log");
     let times = ["--body-timeout", "1s", "--header-timeout", "1s"];
     let arguments = [&["--workers", "1", "--access-log", log.to_str().unwrap()], &times[..]].concat();
-    (protocol.start("scenarios", &arguments), folder)
+    (protocol.start("scenarios", &arguments), directory)
 }
 
 /// The status of each request in the access log of a server that has stopped.
-fn statuses(folder: &tempfile::TempDir) -> BTreeMap<String, String> {
-    let lines = std::fs::read_to_string(folder.path().join("access.log")).unwrap();
+fn statuses(directory: &tempfile::TempDir) -> BTreeMap<String, String> {
+    let lines = std::fs::read_to_string(directory.path().join("access.log")).unwrap();
     let fields = |line: &str| {
         let mut fields = line.split(['"', ' ']).filter(|field| !field.is_empty()).skip(6);
         let (target, _, status) = (fields.next()?, fields.next()?, fields.next()?);
@@ -41,7 +41,7 @@ fn gate() -> (String, impl FnOnce() -> TcpStream) {
 
 #[test]
 fn a_stalled_upload_over_http2_ends_alone_and_is_logged_alone() {
-    let (mut server, folder) = start(Protocol::Http);
+    let (mut server, directory) = start(Protocol::Http);
     let mut client = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
     let (held, held_begins) = gate();
     client.send(&http2::head(1, http2::END_STREAM, "GET", &held, &[])).unwrap();
@@ -80,7 +80,7 @@ fn a_stalled_upload_over_http2_ends_alone_and_is_logged_alone() {
     drop(client);
     server.stop();
     let expected = [(&*held, "200"), ("/whole", "408"), ("/echo", "200"), ("/empty", "200")];
-    assert_eq!(statuses(&folder), expected.map(|(target, status)| (target.to_owned(), status.to_owned())).into());
+    assert_eq!(statuses(&directory), expected.map(|(target, status)| (target.to_owned(), status.to_owned())).into());
 }
 
 #[test]
@@ -116,7 +116,7 @@ fn uploads_that_wait_for_a_thread_leave_room_for_the_one_that_is_read() {
 
 #[test]
 fn a_stalled_upload_over_multiplexed_fastcgi_ends_alone() {
-    let (mut server, folder) = start(Protocol::FastCgi);
+    let (mut server, directory) = start(Protocol::FastCgi);
     let mut client = fastcgi::Client::connect(&server.binds[0]).unwrap();
     let (held, held_begins) = gate();
     client.send(&fastcgi::request(1, true, "GET", &held, b"")).unwrap();
@@ -145,19 +145,19 @@ fn a_stalled_upload_over_multiplexed_fastcgi_ends_alone() {
     assert!(ended(&mut client, 1).ends_with("last\n"));
     drop(client);
     server.stop();
-    assert_eq!(statuses(&folder)[&held], "200");
+    assert_eq!(statuses(&directory)[&held], "200");
 }
 
 #[test]
 fn a_body_that_stalls_within_a_fastcgi_record_is_one_request_in_the_log() {
-    let (mut server, folder) = start(Protocol::FastCgi);
+    let (mut server, directory) = start(Protocol::FastCgi);
     let mut stream = raw::connect(&server.binds[0]);
     let (status, _) = raw::ask(&mut stream, &Protocol::FastCgi.head("POST", "/whole", 9000));
     assert_eq!(status, 408);
     let _ = read_all(&mut stream, &mut Vec::new()); // until the connection is closed
     server.stop();
     assert!(!server.log().contains("--header-timeout"), "{}", server.log());
-    assert_eq!(statuses(&folder), [("/whole".to_owned(), "408".to_owned())].into());
+    assert_eq!(statuses(&directory), [("/whole".to_owned(), "408".to_owned())].into());
 }
 
 #[test]

@@ -32,21 +32,21 @@ const MEANINGS: [(Signal, &str); 5] = [
 
 /// Where a server has its files, and what holds it up.
 struct Place {
-    folder: TempDir,
+    directory: TempDir,
     as_pid_1: bool,
 }
 
 impl Place {
     fn new(as_pid_1: bool) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         for name in ["made", "made/tmp", "stages"] {
-            std::fs::create_dir(folder.path().join(name)).unwrap();
+            std::fs::create_dir(directory.path().join(name)).unwrap();
         }
-        Self { folder, as_pid_1 }
+        Self { directory, as_pid_1 }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.directory.path().join(name)
     }
 
     fn command(&self) -> Command {
@@ -120,8 +120,8 @@ impl Place {
 
     /// Whatever the server has made is gone.
     fn is_clean(&self, of: &str) {
-        let names = |folder: &str| -> Vec<String> {
-            let entries = std::fs::read_dir(self.path(folder)).unwrap();
+        let names = |directory: &str| -> Vec<String> {
+            let entries = std::fs::read_dir(self.path(directory)).unwrap();
             entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
         };
         assert_eq!((names("made"), names("made/tmp")), (vec!["tmp".to_owned()], vec![]), "{of}");

@@ -34,24 +34,24 @@ const FAMILIES: [Family; 3] = [Family::Tcp, Family::Path, Family::Abstract];
 
 /// A folder for `staged`, and an address.
 struct Place {
-    folder: TempDir,
+    directory: TempDir,
     /// As `--bind` has it, without the protocol.
     address: String,
 }
 
 impl Place {
     fn new(family: Family) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let address = match family {
             Family::Tcp => format!("127.0.0.1:{}", free_port()),
-            Family::Path => format!("unix:{}", folder.path().join("app.sock").display()),
-            Family::Abstract => format!("unix:@{}", folder.path().display()),
+            Family::Path => format!("unix:{}", directory.path().join("app.sock").display()),
+            Family::Abstract => format!("unix:@{}", directory.path().display()),
         };
-        Self { folder, address }
+        Self { directory, address }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.directory.path().join(name)
     }
 
     fn go(&self) {
@@ -69,7 +69,7 @@ impl Place {
 
     fn staged(&self, protocol: Protocol, arguments: &[&str]) -> Command {
         let mut command = Command::new(program("staged"));
-        command.env("STAGED", self.folder.path()).args(["--bind", &self.bind(protocol)]).args(arguments);
+        command.env("STAGED", self.directory.path()).args(["--bind", &self.bind(protocol)]).args(arguments);
         command
     }
 
@@ -267,7 +267,7 @@ fn a_socket_that_was_passed_to_the_server_goes_on_to_listen() {
         let own = Place::new(Family::Tcp);
         let start = |listener: std::net::TcpListener, arguments: &[&str]| {
             let mut command = Command::new(program("staged"));
-            command.env("STAGED", place.folder.path()).args(FOR_EVER).args(["--bind", "http:fd:0"]).args(arguments);
+            command.env("STAGED", place.directory.path()).args(FOR_EVER).args(["--bind", "http:fd:0"]).args(arguments);
             Server::start_command(command.stdin(Stdio::from(OwnedFd::from(listener))))
         };
         let mut server = start(listener.try_clone().unwrap(), &["--bind", &own.bind(Protocol::Http)]);
@@ -413,7 +413,7 @@ fn what_is_starting_at_the_stop_serves_what_is_queued() {
             command = Command::new(program("forkyard"));
             command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--settle", "10m"]);
         }
-        command.args(&FOR_EVER[..4]).args(["--workers", "0..2"]).current_dir(place.folder.path());
+        command.args(&FOR_EVER[..4]).args(["--workers", "0..2"]).current_dir(place.directory.path());
         if is_program {
             command.args(["--", "sh", "-c", "read x < factory; exec php-cgi"]);
         }
@@ -471,7 +471,7 @@ fn connections_that_nobody_accepts_are_counted_once_and_not_called_late_if_nothi
         nix::unistd::mkfifo(&place.path("go"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let mut command = Command::new(program("forkyard"));
         command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--workers", "1", "--settle", "10ms"]);
-        command.args(["--drain-timeout", "2s", "--", "sh", "-c", script]).current_dir(place.folder.path());
+        command.args(["--drain-timeout", "2s", "--", "sh", "-c", script]).current_dir(place.directory.path());
         let mut server = Server::start_command(&mut command);
         let _queued = [(); 3].map(|()| place.connect().unwrap());
         if is_late {

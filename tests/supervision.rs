@@ -210,8 +210,8 @@ fn a_drain_that_takes_too_long_ends_in_a_kill() {
 
 #[test]
 fn hup_replaces_every_worker_and_no_request_fails() {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let socket = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut server = crashy(&["--workers", "3", "--bind", &socket]);
     let (address, stop, count) = (server.http(), AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
@@ -253,8 +253,8 @@ fn hup_replaces_every_worker_and_no_request_fails() {
 
 #[test]
 fn a_reload_that_cannot_start_keeps_the_old_workers_and_a_good_one_heals() {
-    let folder = tempfile::tempdir().unwrap();
-    let broken = folder.path().join("broken");
+    let directory = tempfile::tempdir().unwrap();
+    let broken = directory.path().join("broken");
     let mut server = Server::start_command(
         Command::new(program("crashy")).args(HTTP).args(["--workers", "2"]).env("CRASHY_BROKEN", &broken),
     );
@@ -276,8 +276,8 @@ fn a_reload_that_cannot_start_keeps_the_old_workers_and_a_good_one_heals() {
 
 #[test]
 fn workers_that_cannot_start_are_tried_with_growing_delays_and_the_master_lives() {
-    let folder = tempfile::tempdir().unwrap();
-    let broken = folder.path().join("broken");
+    let directory = tempfile::tempdir().unwrap();
+    let broken = directory.path().join("broken");
     std::fs::write(&broken, "").unwrap();
     let mut server = Server::launch(
         Command::new(program("crashy")).args(HTTP).args(["--workers", "4"]).env("CRASHY_BROKEN", &broken),
@@ -295,8 +295,8 @@ fn workers_that_cannot_start_are_tried_with_growing_delays_and_the_master_lives(
 
 #[test]
 fn a_worker_that_never_gets_ready_is_killed_and_the_others_serve() {
-    let folder = tempfile::tempdir().unwrap();
-    let broken = folder.path().join("broken");
+    let directory = tempfile::tempdir().unwrap();
+    let broken = directory.path().join("broken");
     let mut server = Server::start_command(
         Command::new(program("crashy"))
             .args(HTTP)
@@ -396,8 +396,8 @@ fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
 
 #[test]
 fn as_pid_1_it_reaps_strangers_and_stops_on_term() {
-    let folder = tempfile::tempdir().unwrap();
-    let bind = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new("unshare");
     if !nix::unistd::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);

@@ -27,11 +27,11 @@ struct Manager {
 
 impl Manager {
     fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("notify");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { _folder: folder, socket, path, stored: None }
+        Self { _folder: directory, socket, path, stored: None }
     }
 
     /// The next message. A descriptor that comes with one is stored.
@@ -220,8 +220,8 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
 #[test]
 fn what_is_the_masters_is_not_in_a_programs_environment() {
     let manager = Manager::new();
-    let folder = tempfile::tempdir().unwrap();
-    let (out, socket) = (folder.path().join("variables"), folder.path().join("a.sock"));
+    let directory = tempfile::tempdir().unwrap();
+    let (out, socket) = (directory.path().join("variables"), directory.path().join("a.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
     // Under its name it is whole.
     let script = format!("env > {0}.new; mv {0}.new {0}; exec sleep 600", out.display());
@@ -237,17 +237,17 @@ fn what_is_the_masters_is_not_in_a_programs_environment() {
 
 #[test]
 fn systemd_finds_no_fault_with_the_unit_files() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/systemd");
     for name in ["forkyard.service", "forkyard.socket"] {
         // It looks whether the program is there.
         let text = std::fs::read_to_string(source.join(name)).unwrap();
         let text = text.replace("/usr/local/bin/forkyard", &program("forkyard").display().to_string());
-        std::fs::write(folder.path().join(name), text.replace("/usr/bin/php-cgi", "/bin/true")).unwrap();
+        std::fs::write(directory.path().join(name), text.replace("/usr/bin/php-cgi", "/bin/true")).unwrap();
     }
     let output = Command::new("systemd-analyze")
         .args(["verify", "--man=no"])
-        .args(["forkyard.service", "forkyard.socket"].map(|name| folder.path().join(name)))
+        .args(["forkyard.service", "forkyard.socket"].map(|name| directory.path().join(name)))
         .output_in_time()
         .expect("systemd-analyze is there (scripts/test installs systemd)");
     let said = String::from_utf8_lossy(&output.stderr);

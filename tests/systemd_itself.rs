@@ -35,9 +35,9 @@ impl Group {
         // What of the hierarchy is mounted, and where.
         let fields: Vec<&str> = mount.split(' ').collect();
         let ours = Path::new(ours).strip_prefix(fields[3]).map_err(Error::other)?;
-        let folder = Path::new(fields[4]).join(ours).join(format!("forkyard-test-{}", std::process::id()));
-        std::fs::create_dir(&folder)?;
-        Ok(Self(folder))
+        let directory = Path::new(fields[4]).join(ours).join(format!("forkyard-test-{}", std::process::id()));
+        std::fs::create_dir(&directory)?;
+        Ok(Self(directory))
     }
 }
 
@@ -71,7 +71,7 @@ fn the_unit_files_do_what_they_promise() {
         }
     };
     let (pages, crashy) = (program("pages"), program("crashy"));
-    let programs = pages.parent().filter(|folder| crashy.starts_with(folder)).unwrap();
+    let programs = pages.parent().filter(|directory| crashy.starts_with(directory)).unwrap();
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     // Never outside of its group. All that is started in the namespace of processes ends with its first one, and that with us.
     let script = "echo $$ > \"$1\" || exit; shift; exec setpriv --pdeathsig KILL \

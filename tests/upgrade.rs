@@ -16,26 +16,26 @@ use nix::sys::signal::Signal;
 
 /// A folder from which a program runs, to be replaced there by others.
 struct Place {
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Place {
     /// With the program that was built for `name`.
     fn with(name: &str) -> Self {
-        let place = Self { folder: tempfile::tempdir().unwrap() };
+        let place = Self { directory: tempfile::tempdir().unwrap() };
         place.install(name);
         place
     }
 
     fn path(&self) -> PathBuf {
-        self.folder.path().join("app")
+        self.directory.path().join("app")
     }
 
     /// As a package manager does it: the new file under another name, then in the place of the old one. Another process
     /// writes it: what this one has open for writing, a child that another test forks just now has too, and then nobody may
     /// execute it ("text file busy").
     fn put(&self, source: &Path, mode: u32) {
-        let new = self.folder.path().join("app.new");
+        let new = self.directory.path().join("app.new");
         assert!(Command::new("cp").arg(source).arg(&new).status_in_time().unwrap().success());
         std::fs::set_permissions(&new, std::fs::Permissions::from_mode(mode)).unwrap();
         std::fs::rename(new, self.path()).unwrap();
@@ -46,7 +46,7 @@ impl Place {
     }
 
     fn script(&self, text: &str, mode: u32) {
-        let source = self.folder.path().join("text");
+        let source = self.directory.path().join("text");
         std::fs::write(&source, text).unwrap();
         self.put(&source, mode);
     }
@@ -67,7 +67,7 @@ fn upgrade(server: &mut Server) {
 #[test]
 fn the_new_build_answers_in_the_old_ones_place() {
     let place = Place::with("hello");
-    let socket = place.folder.path().join("a.sock");
+    let socket = place.directory.path().join("a.sock");
     let bind = format!("fastcgi:unix:{}", socket.display());
     let mut server = place.start(&[&ARGUMENTS[..], &["--bind", &bind]].concat());
     let (address, old) = (server.http(), server.workers());
@@ -108,8 +108,8 @@ fn the_same_bind_twice_is_two_sockets_before_and_after() {
 #[test]
 fn a_page_cached_before_is_a_hit_after() {
     let place = Place::with("pages");
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("cache").display().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("cache").display().to_string();
     for keep in [&[][..], &["--cache-file", &file]] {
         let mut server = place.start(&[&ARGUMENTS[..], &["--cache", "2M"], keep].concat());
         let (address, old) = (server.http(), server.workers());
@@ -146,7 +146,7 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
 #[test]
 fn a_cache_file_does_not_change_its_size_under_the_workers() {
     let place = Place::with("pages");
-    let file = place.folder.path().join("cache").display().to_string();
+    let file = place.directory.path().join("cache").display().to_string();
     let mut command = Command::new(place.path());
     command.args(ARGUMENTS).args(["--cache-file", &file]).env("FORKYARD_CACHE", "2M");
     let mut server = Server::start_command(&mut command);
@@ -215,14 +215,14 @@ fn a_build_that_fails_its_check_changes_nothing() {
 #[test]
 fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
     let place = Place::with("hello");
-    let folder = place.folder.path().join("folder");
+    let directory = place.directory.path().join("folder");
     for when in ["before", "after"] {
-        std::fs::create_dir(&folder).unwrap();
+        std::fs::create_dir(&directory).unwrap();
         let script = if when == "before" { "rmdir \"$PWD\"; exec \"$0\" \"$@\"" } else { "exec \"$0\" \"$@\"" };
         let mut command = Command::new("sh");
-        command.current_dir(&folder).env("PWD", &folder).args(["-c", script]).arg(place.path()).args(ARGUMENTS);
+        command.current_dir(&directory).env("PWD", &directory).args(["-c", script]).arg(place.path()).args(ARGUMENTS);
         let mut server = Server::start_command(&mut command);
-        let _ = std::fs::remove_dir(&folder); // the first has done so
+        let _ = std::fs::remove_dir(&directory); // the first has done so
         server.signal(Signal::SIGUSR2);
         let line = server.wait_for("no upgrade, and nothing has changed");
         assert!(line.contains("the folder of the first start is gone"), "{line}");
@@ -303,7 +303,7 @@ fn what_died_during_an_upgrade_is_reaped_and_replaced() {
 #[test]
 fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
     let place = Place::with("forkyard");
-    let bind = format!("fastcgi:unix:{}", place.folder.path().join("a.sock").display());
+    let bind = format!("fastcgi:unix:{}", place.directory.path().join("a.sock").display());
     // Its parting words come after the upgrade, by the pipe that was made before.
     let text = "trap 'echo parting words; exit' TERM; while :; do sleep 0.01; done";
     let run = ["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--", "sh", "-c", text];

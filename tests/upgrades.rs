@@ -69,8 +69,8 @@ fn counts(server: &Server) -> (u32, u32) {
 
 #[test]
 fn an_axum_websocket_handler_works_unchanged() {
-    let folder = tempfile::tempdir().unwrap();
-    let log = folder.path().join("access");
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("access");
     let mut server = start("websocket", &["--access-log", log.to_str().unwrap()]);
     let mut socket = websocket(&server);
     for message in [Message::text("hello"), Message::binary(vec![7; 1 << 20]), Message::text("")] {
@@ -283,8 +283,8 @@ fn masked(text: &str) -> Vec<u8> {
 
 #[test]
 fn a_websocket_over_http_2() {
-    let folder = tempfile::tempdir().unwrap();
-    let log = folder.path().join("access");
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("access");
     let mut server = start("websocket", &["--access-log", log.to_str().unwrap(), "--drain-timeout", "60s"]);
     let mut client = http2::Client::connect(&server.http()).unwrap();
     // RFC 8441: SETTINGS_ENABLE_CONNECT_PROTOCOL (8) is 1.

@@ -254,7 +254,7 @@ fn nginx_passes_the_news_of_a_response_that_breaks_off() {
 #[test]
 fn lighttpd_has_an_authorizer() {
     let site = fronts::Site::start(fronts::LIGHTTPD_AUTHORIZER, "roles");
-    std::fs::write(site.folder().join("file"), "for friends\n").unwrap();
+    std::fs::write(site.directory().join("file"), "for friends\n").unwrap();
     let ask = |target| {
         let response = Client::connect(&site.address).unwrap().request("GET", target, b"").unwrap();
         (response.status, response.text())
@@ -330,8 +330,8 @@ fn output_of(command: &mut Command, input: &[u8]) -> io::Result<Vec<u8>> {
 
 #[test]
 fn cgi_fcgi_is_a_client() {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("crashy.sock");
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("crashy.sock");
     let crashy = Server::start("crashy", &["--workers", "2", "--bind", &format!("fastcgi:unix:{}", socket.display())]);
     let ask = |variables: &[(&str, &str)], body: &[u8]| {
         let mut command = Command::new("cgi-fcgi");

@@ -132,8 +132,8 @@ fn a_worker_hangs() {
 
 #[test]
 fn all_workers_crash_at_start() {
-    let folder = tempfile::tempdir().unwrap();
-    let broken = folder.path().join("broken");
+    let directory = tempfile::tempdir().unwrap();
+    let broken = directory.path().join("broken");
     std::fs::write(&broken, "").unwrap();
     let command = [&HTTP[..], &["--workers", "4"]].concat();
     let mut server = Server::launch(Command::new(program("crashy")).args(command).env("CRASHY_BROKEN", &broken));
@@ -170,8 +170,8 @@ fn all_workers_crash_at_start() {
 
 #[test]
 fn sighup_with_a_build_that_does_not_start() {
-    let folder = tempfile::tempdir().unwrap();
-    let (broken, control) = (folder.path().join("broken"), folder.path().join("control"));
+    let directory = tempfile::tempdir().unwrap();
+    let (broken, control) = (directory.path().join("broken"), directory.path().join("control"));
     let mut command = Command::new(program("crashy"));
     command.args(HTTP).args(["--workers", "2", "--control"]).arg(&control).env("CRASHY_BROKEN", &broken);
     let mut server = Server::start_command(&mut command);
@@ -190,8 +190,8 @@ fn sighup_with_a_build_that_does_not_start() {
 
 #[test]
 fn the_master_is_killed() {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = format!("http:unix:{}", folder.path().join("a.sock").display());
+    let directory = tempfile::tempdir().unwrap();
+    let socket = format!("http:unix:{}", directory.path().join("a.sock").display());
     let mut server = crashy(&["--workers", "2", "--bind", &socket]);
     let address = server.http();
     let workers = server.workers();
@@ -234,8 +234,8 @@ fn descriptors_run_out() {
 
 #[test]
 fn a_power_cut() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("cache").display().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("cache").display().to_string();
     let arguments = [&HTTP[..], &["--workers", "2", "--cache-file", &file]].concat();
     let mut server = Server::start("pages", &arguments);
     assert_eq!(http::get(&server.http(), "/page/1").unwrap().status, 200);

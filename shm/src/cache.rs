@@ -38,13 +38,13 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use self::entry::{Key, NewEntry, Times};
 use self::freshness::{Judge, Moment, Verdict};
-use self::options::Options;
+use self::options::StoreOptions;
 use self::pinned::Pinned;
 use self::prefixes::Prefixes;
 use self::read::Sight;
-use self::refused::Refused;
+use self::refused::StoreError;
 use self::shard::{Corrupt, LockedShard, NotLocked, Shard, Stored, add};
-use self::tags::{Clock, TagClock};
+use self::tags::{PurgeSnapshot, TagClock};
 use crate::memory::SharedMemory;
 use crate::memory::layout::{ENTRY_HEAD, GRAIN};
 use crate::protocols::lease;
@@ -80,7 +80,7 @@ pub(crate) struct Rendering<'a> {
     pub(crate) until_ms: u64,
     pub(crate) cost_ms: u32,
     /// The tag clock before rendering.
-    pub(crate) snapshot: Option<Clock>,
+    pub(crate) snapshot: Option<PurgeSnapshot>,
     /// Nothing is stored unless this lease still says this.
     pub(crate) lease: Option<(&'a AtomicU64, u64)>,
 }
@@ -127,13 +127,18 @@ impl Cache {
 
     /// Stores a page under `key`, replacing any page stored there.
     ///
-    /// A page that was purged while it was being rendered (see [`Options::as_of`]) is not stored. This is not an error:
+    /// A page that was purged while it was being rendered (see [`StoreOptions::as_of`]) is not stored. This is not an error:
     /// a purge a moment later would have had the same result.
     ///
     /// # Errors
     /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not
     /// release it.
-    pub fn set(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>, options: &Options) -> Result<(), Refused> {
+    pub fn set(
+        &self,
+        key: impl AsRef<[u8]>,
+        value: impl AsRef<[u8]>,
+        options: &StoreOptions,
+    ) -> Result<(), StoreError> {
         self.store(key.as_ref(), value.as_ref(), options, &Rendering::default(), self.segment.now_ms())
     }
 
@@ -181,9 +186,9 @@ impl Cache {
     }
 
     /// Reads the cache's logical clock, which counts purges. Read it before rendering a page, and pass it to
-    /// [`Options::as_of`].
-    pub fn clock(&self) -> Clock {
-        Clock(self.tag_clock().map_or(0, TagClock::now))
+    /// [`StoreOptions::as_of`].
+    pub fn clock(&self) -> PurgeSnapshot {
+        PurgeSnapshot(self.tag_clock().map_or(0, TagClock::now))
     }
 
     /// The largest entry that the cache can hold, in bytes: the length of the key and the value, and 8 for each tag. 0
@@ -217,12 +222,12 @@ impl Cache {
         &self,
         key: &[u8],
         value: &[u8],
-        options: &Options,
+        options: &StoreOptions,
         rendering: &Rendering<'_>,
         now_ms: u64,
-    ) -> Result<(), Refused> {
-        let judge = self.judge(Moment::At(now_ms)).ok_or(Refused::Off)?;
-        let Clock(now) = self.clock();
+    ) -> Result<(), StoreError> {
+        let judge = self.judge(Moment::At(now_ms)).ok_or(StoreError::Off)?;
+        let PurgeSnapshot(now) = self.clock();
         let key = self.key(key);
         let mut tags: Vec<u64> = options.tags.iter().map(|tag| self.tag(tag)).collect();
         tags.extend(rendering.lent);
@@ -234,7 +239,7 @@ impl Cache {
             value,
             tags: &tags,
             times: Times {
-                snapshot: options.as_of.or(rendering.snapshot).map_or(now, |Clock(time)| time.min(now)),
+                snapshot: options.as_of.or(rendering.snapshot).map_or(now, |PurgeSnapshot(time)| time.min(now)),
                 stored_ms: now_ms,
                 expires_ms: earlier(expiry(options.ttl, now_ms), rendering.until_ms),
                 stale_ms: u32::try_from(millis(options.stale)).unwrap_or(u32::MAX),
@@ -242,12 +247,12 @@ impl Cache {
                 cost_ms: rendering.cost_ms,
             },
         };
-        let shard = self.shard(self.shard_of(key.hash)).ok_or(Refused::Off)?;
+        let shard = self.shard(self.shard_of(key.hash)).ok_or(StoreError::Off)?;
         let limit = self.max_entry();
         let length = (key.bytes.len() + rendering.meta.len() + value.len()) as u64 + 8 * tags.len() as u64;
         let Some(size) = new.size(self.segment.geometry.max_record).filter(|_| length <= limit) else {
             add(&shard.counters().refused, 1);
-            return Err(Refused::TooLarge { limit });
+            return Err(StoreError::TooLarge { limit });
         };
         let done = self.with_shard_at(shard.number, |shard| {
             // Under the lock: whoever takes the lease over after this stores after this.
@@ -272,7 +277,7 @@ impl Cache {
         });
         match done {
             Ok(Stored::Yes) => Ok(()),
-            Ok(Stored::NoRoom) | Err(Trouble::NotLocked | Trouble::Lost) => Err(Refused::Busy),
+            Ok(Stored::NoRoom) | Err(Trouble::NotLocked | Trouble::Lost) => Err(StoreError::Busy),
         }
     }
 

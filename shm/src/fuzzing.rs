@@ -43,8 +43,9 @@ mod tests {
 
     #[test]
     fn every_seed_and_each_of_its_beginnings_holds() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/page");
-        let seeds: Vec<_> = fs::read_dir(folder).unwrap().map(|file| fs::read(file.unwrap().path()).unwrap()).collect();
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/page");
+        let seeds: Vec<_> =
+            fs::read_dir(directory).unwrap().map(|file| fs::read(file.unwrap().path()).unwrap()).collect();
         assert!(!seeds.is_empty());
         for seed in seeds {
             (0..=seed.len()).for_each(|end| super::page(&seed[..end]));

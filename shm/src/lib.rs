@@ -8,7 +8,7 @@
 //! use std::convert::Infallible;
 //! use std::time::Duration;
 //!
-//! use forkyard_shm::{Options, Plan, Segment, State};
+//! use forkyard_shm::{StoreOptions, Plan, Segment, State};
 //!
 //! let segment = Segment::create(&Plan { cache_bytes: 8 << 20, rows: 4, ..Plan::default() })?;
 //! // ... fork; in the child with slot 0 of generation 1:
@@ -16,7 +16,7 @@
 //! row.set_state(State::Ready);
 //! let request = row.begin("GET", "/news");
 //! let cache = segment.cache();
-//! let options = Options::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(["news"]);
+//! let options = StoreOptions::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(["news"]);
 //! let page = cache.get_or_render("/news", &options, |_| Ok::<_, Infallible>(b"<h1>News</h1>".to_vec()));
 //! # let Ok(_) = page;
 //! drop(request);
@@ -62,7 +62,7 @@
 //! There are three kinds of locks: one for each shard, one for the prefix table, and one for the event log. No process holds
 //! two of them, so there is no lock order. None is held across a system call or an allocation. Waiting for a lock is
 //! bounded: 20 ms, and no time at all while a process is known to hold on to it. A page that cannot be stored for that
-//! reason is [`Refused::Busy`], and counted; an event that cannot be published is [`PublishError::Busy`]. Reading is not
+//! reason is [`StoreError::Busy`], and counted; an event that cannot be published is [`PublishError::Busy`]. Reading is not
 //! affected. The scoreboard has no locks, so a process that must never wait may read and write it.
 //!
 //! # What survives a death
@@ -131,22 +131,23 @@ pub use self::cache::Cache;
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
 pub use self::cache::Held;
-pub use self::cache::list::{Distribution, Listed};
-pub use self::cache::options::Options;
-pub use self::cache::page::{Damaged, Encoding, Header, NotStorable, Page};
+pub use self::cache::list::{Distribution, EntryInfo};
+pub use self::cache::options::StoreOptions;
+pub use self::cache::page::{CorruptPage, Encoding, Header, NotStorable, Page};
 pub use self::cache::pinned::{Pinned, PinnedSlice};
 pub use self::cache::recorder::Recorder;
-pub use self::cache::refused::Refused;
-pub use self::cache::render::{Served, Source};
+pub use self::cache::refused::StoreError;
+pub use self::cache::render::{CacheStatus, Cached};
 pub use self::cache::stats::Stats;
-pub use self::cache::tags::Clock;
-pub use self::cache::value::Keep;
+pub use self::cache::tags::PurgeSnapshot;
+pub use self::cache::value::CacheValue;
 pub use self::events::{Event, EventStats, Events, PublishError, Since, Tail, Tailed};
 pub use self::memory::error::SegmentError;
 pub use self::memory::memory_limit::memory_limit;
 pub use self::scoreboard::quarantine::Quarantine;
 pub use self::scoreboard::{
-    Before, InFlight, Load, Occupancy, Pulse, Row, Scoreboard, Seat, Serving, Snapshot, State, request_text,
+    Before, EventLoopBeat, InFlight, Load, Occupancy, Row, Scoreboard, Serving, Snapshot, State, ThreadSlot,
+    request_text,
 };
 pub use self::segment::Segment;
 pub use self::segment::file::Found;

@@ -4,16 +4,16 @@
 //! no lock. Whoever reads a row reads gossip: numbers a moment apart, text that may be torn between two requests. So the
 //! reader bounds, replaces and cuts, and never lets a decision hang on the text.
 //!
-//! - [`seat`]: what each thread is at work on.
+//! - [`thread_slot`]: what each thread is at work on.
 //! - [`surplus`]: the requests that a row has no room for.
 //! - [`text`]: how a request is written down.
 //!
 //! May not: lock, allocate or make a system call in `begin` or at its end: they are in the path of every request.
 
 pub(crate) mod quarantine;
-mod seat;
 mod surplus;
 mod text;
+pub(crate) mod thread_slot;
 
 use std::cell::{Cell as Local, RefCell};
 use std::rc::Rc;
@@ -21,10 +21,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-pub use self::seat::{Before, Seat};
-use self::seat::{KNOWN, NOBODY};
 use self::surplus::Surplus;
 pub use self::text::request_text;
+pub use self::thread_slot::{Before, ThreadSlot};
+use self::thread_slot::{KNOWN, NOBODY};
 use crate::memory::SharedMemory;
 use crate::memory::clock::monotonic_ms;
 use crate::memory::layout::{CELLS, Cell, ROW_BYTES, RowCells};
@@ -83,7 +83,7 @@ pub struct Occupancy {
 /// Says of a row's process, from any of its threads and from signal handlers, whether its event loop gets on, and what
 /// each thread is at work on.
 #[derive(Clone, Debug)]
-pub struct Pulse {
+pub struct EventLoopBeat {
     segment: Arc<SharedMemory>,
     at: u64,
     epoch: u64,
@@ -142,7 +142,7 @@ pub struct Snapshot {
     pub no_culprit: bool,
     /// The requests that threads are at work on, while all others wait for something. They need not be in `serving`.
     pub running: Vec<String>,
-    /// Whether those are all: a row has 16 seats for threads.
+    /// Whether those are all: a row has 16 thread slots for threads.
     pub all_running: bool,
     /// Threads whose function hangs; and whether those are all threads, so that no request that needs one is served.
     pub hung_threads: u32,
@@ -218,9 +218,9 @@ impl Scoreboard {
         row.occupied.store(0, Ordering::Relaxed);
         row.hung.store(0, Ordering::Relaxed);
         row.culprit.stamp_ms.store(0, Ordering::Relaxed);
-        row.seated.store(0, Ordering::Relaxed);
-        for seat in &row.seats {
-            seat.current.store(0, Ordering::Relaxed);
+        row.registered_threads.store(0, Ordering::Relaxed);
+        for thread_slot in &row.threads {
+            thread_slot.current.store(0, Ordering::Relaxed);
         }
         row.busy_ms.store(0, Ordering::Relaxed);
         row.loop_thread.store(0, Ordering::Relaxed);
@@ -249,7 +249,7 @@ impl Scoreboard {
 
     /// Marks the row of a process that is dead, if it was that process's: for whoever reaps it. The rest of the
     /// row stays, to be read.
-    pub fn bury(&self, slot: u32, pid: u32) {
+    pub fn mark_dead(&self, slot: u32, pid: u32) {
         if let Some((_, row)) = self.row(slot)
             && row.pid.load(Ordering::Relaxed) == pid
         {
@@ -303,9 +303,9 @@ impl Row {
     }
 
     /// For the event loop, and for signal handlers.
-    pub fn pulse(&self) -> Pulse {
+    pub fn event_loop_beat(&self) -> EventLoopBeat {
         let Holding { segment, at, epoch, surplus, .. } = &*self.held;
-        Pulse { segment: Arc::clone(segment), at: *at, epoch: *epoch, surplus: Arc::clone(surplus) }
+        EventLoopBeat { segment: Arc::clone(segment), at: *at, epoch: *epoch, surplus: Arc::clone(surplus) }
     }
 
     /// The event loop got on with something.
@@ -369,7 +369,7 @@ impl Occupancy {
     }
 }
 
-impl Pulse {
+impl EventLoopBeat {
     /// The event loop runs on the thread with this id.
     pub fn runs_on(&self, thread: u32) {
         if let Some(row) = self.row() {
@@ -529,7 +529,7 @@ impl Snapshot {
         let mut serving: Vec<Serving> = cells.filter_map(|(index, cell)| cell.read(index, now_ms)).collect();
         let found = row.culprit.stamp_ms.load(Ordering::Acquire);
         let culprit = (found == KNOWN).then(|| row.culprit.text.read()).filter(|text| !text.is_empty());
-        let seats = row.seats.iter().filter_map(|seat| seat.read(row));
+        let threads = row.threads.iter().filter_map(|thread_slot| thread_slot.read(row));
         let busy_ms = row.busy_ms.load(Ordering::Relaxed);
         serving.sort_by_key(|request| std::cmp::Reverse(request.since));
         let pid = row.pid.load(Ordering::Relaxed);
@@ -547,8 +547,8 @@ impl Snapshot {
             serving,
             culprit,
             no_culprit: found == NOBODY,
-            running: seats.filter(|text| !text.is_empty()).collect(),
-            all_running: row.seated.load(Ordering::Relaxed) as usize <= row.seats.len(),
+            running: threads.filter(|text| !text.is_empty()).collect(),
+            all_running: row.registered_threads.load(Ordering::Relaxed) as usize <= row.threads.len(),
             hung_threads: hung & !ALL_HANG,
             all_hang: hung & ALL_HANG != 0,
             busy_since_ms: (busy_ms != 0).then_some(busy_ms),

@@ -370,7 +370,7 @@ mod tests {
         let made = Segment::create(&PLAN).unwrap();
         let attached = Segment::attach(made.fd().try_clone_to_owned().unwrap()).unwrap();
         assert_eq!(made.len(), attached.len());
-        made.cache().set("k", "v", &crate::Options::new()).unwrap();
+        made.cache().set("k", "v", &crate::StoreOptions::new()).unwrap();
         assert_eq!(attached.cache().get("k").unwrap(), b"v");
         let row = attached.scoreboard().claim(2, 77, 5).unwrap();
         row.set_state(crate::State::Ready);
@@ -449,7 +449,7 @@ mod tests {
     fn a_header_that_is_written_over_is_damage_and_a_busy_segment_is_not() {
         let segment = Segment::create(&PLAN).unwrap();
         let attached = Segment::attach(segment.fd().try_clone_to_owned().unwrap()).unwrap();
-        segment.cache().set("k", "v", &crate::Options::new().tags(["t"])).unwrap();
+        segment.cache().set("k", "v", &crate::StoreOptions::new().tags(["t"])).unwrap();
         segment.cache().purge_tag("t");
         segment.cache().purge_prefix("k");
         segment.scoreboard().claim(0, 1, 1).unwrap();

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use common::{Child, SMALL, adds_up, assert_well, fill, is_whole, name, page, present, say_ready, segment, spawn};
-use forkyard_shm::{Cache, Options, Refused, Segment, State};
+use forkyard_shm::{Cache, Segment, State, StoreError, StoreOptions};
 use nix::sys::signal::{Signal, kill, raise};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, fork, pause};
@@ -33,7 +33,7 @@ fn a_child_attaches_by_descriptor(_seed: u64) {
     let inherited = segment.fd().try_clone_to_owned().expect("dup");
     let mut child = spawn(|mut pipe| {
         let attached = Segment::attach(inherited).expect("attach");
-        attached.cache().set("from the child", "hello", &Options::new()).expect("stored");
+        attached.cache().set("from the child", "hello", &StoreOptions::new()).expect("stored");
         let row = attached.scoreboard().claim(3, std::process::id(), 9).expect("row");
         row.set_state(State::Ready);
         drop(row.begin("GET", "/done"));
@@ -91,10 +91,10 @@ fn stopped_while_holding_stalls_no_reader(_seed: u64) {
     assert_eq!(present(&cache, KEYS).len(), KEYS as usize, "reading goes on in all shards");
     assert_eq!(cache.stats().lock_timeouts, 0);
     for key in &others {
-        assert_eq!(cache.set(name(*key), page(*key, 2, 300), &Options::new()), Ok(()));
+        assert_eq!(cache.set(name(*key), page(*key, 2, 300), &StoreOptions::new()), Ok(()));
     }
     for key in &held {
-        assert_eq!(cache.set(name(*key), page(*key, 2, 300), &Options::new()), Err(Refused::Busy));
+        assert_eq!(cache.set(name(*key), page(*key, 2, 300), &StoreOptions::new()), Err(StoreError::Busy));
         assert_eq!(cache.get(name(*key)), Some(page(*key, 1, 500)));
     }
     assert_eq!(cache.stats().lock_timeouts, held.len() as u64);
@@ -113,16 +113,16 @@ fn stopped_while_holding_stalls_no_reader(_seed: u64) {
 fn a_stop_costs_one_wait(_seed: u64) {
     let cache = segment(16 << 20).cache();
     let child = stopped_holder(&cache);
-    assert_eq!(cache.set(name(0), "x", &Options::new()), Err(Refused::Busy));
+    assert_eq!(cache.set(name(0), "x", &StoreOptions::new()), Err(StoreError::Busy));
     let since = Instant::now();
     for _ in 0..1000 {
-        assert_eq!(cache.set(name(0), "x", &Options::new()), Err(Refused::Busy));
+        assert_eq!(cache.set(name(0), "x", &StoreOptions::new()), Err(StoreError::Busy));
     }
     assert!(since.elapsed() < Duration::from_secs(10), "each waits its 20 ms: {:?}", since.elapsed());
     assert_eq!(cache.stats().lock_timeouts, 1001);
     // Whoever dies stopped is dead.
     child.kill();
-    assert_eq!(cache.set(name(0), "x", &Options::new()), Ok(()));
+    assert_eq!(cache.set(name(0), "x", &StoreOptions::new()), Ok(()));
     let stats = assert_well(&cache, KEYS);
     assert_eq!((stats.lock_timeouts, stats.lock_recoveries), (1001, 1));
 }
@@ -132,7 +132,7 @@ fn lap(cache: &Cache, laps: u64) {
     let rounds = laps * cache.stats().capacity / (u64::from(KEYS) * 2000);
     for round in 0..=rounds {
         for key in 1000..1000 + KEYS {
-            assert_eq!(cache.set(name(key), page(key, round, 2000), &Options::new()), Ok(()), "round {round}");
+            assert_eq!(cache.set(name(key), page(key, round, 2000), &StoreOptions::new()), Ok(()), "round {round}");
         }
     }
 }
@@ -195,7 +195,7 @@ fn what_is_pinned_never_changes(_seed: u64) {
         assert_eq!(cache.pins_set(), 8);
         assert_eq!(cache.audit(), Ok(()));
     }
-    cache.set("enough", "", &Options::new()).expect("stored");
+    cache.set("enough", "", &StoreOptions::new()).expect("stored");
     child.join();
     assert_eq!(adds_up(&cache.stats()), Ok(()));
     cache.sweep();
@@ -223,9 +223,9 @@ fn a_child_that_lives_on_does_not_keep_its_parents_lock(_seed: u64) {
     let mut pid = [0; 4];
     parent.ready.read_exact(&mut pid).expect("the grandchild is there");
     // It holds the mapping, and all descriptors of its parent but one.
-    assert_eq!(cache.set(name(2), "x", &Options::new()), Err(Refused::Busy));
+    assert_eq!(cache.set(name(2), "x", &StoreOptions::new()), Err(StoreError::Busy));
     parent.kill();
-    assert_eq!(cache.set(name(2), "x", &Options::new()), Ok(()));
+    assert_eq!(cache.set(name(2), "x", &StoreOptions::new()), Ok(()));
     assert_eq!((cache.stats().lock_recoveries, cache.pins_set(), cache.locks_held()), (1, 0, 0));
     kill(Pid::from_raw(i32::from_le_bytes(pid)), Signal::SIGKILL).expect("the grandchild lived on");
     assert_well(&cache, KEYS);

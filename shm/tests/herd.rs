@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use forkyard_shm::{Cache, Options, Plan, Recorder, Segment, Served, Source, crash};
+use forkyard_shm::{Cache, CacheStatus, Cached, Plan, Recorder, Segment, StoreOptions, crash};
 use nix::sys::signal::{Signal, kill, raise};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::pause;
@@ -56,7 +56,7 @@ fn unique_page() -> Vec<u8> {
 
 type Failure = &'static str;
 
-fn ask(cache: &Cache, options: &Options, render: impl FnOnce(Recorder) -> Result<Vec<u8>, Failure>) -> Served {
+fn ask(cache: &Cache, options: &StoreOptions, render: impl FnOnce(Recorder) -> Result<Vec<u8>, Failure>) -> Cached {
     cache.get_or_render(KEY, options, render).expect("rendered")
 }
 
@@ -65,7 +65,7 @@ fn run<F: Future>(future: F) -> F::Output {
 }
 
 /// Stores a page, and waits until its time is over.
-fn store_expired(cache: &Cache, options: Options) {
+fn store_expired(cache: &Cache, options: StoreOptions) {
     cache.set(KEY, "old", &options.ttl(Duration::ZERO)).expect("stored");
     until(|| cache.get(KEY).is_none());
 }
@@ -75,7 +75,7 @@ fn store_expired(cache: &Cache, options: Options) {
 /// All ask at once; the one who renders ends when all others wait, or render as well.
 fn herd(one_process: impl Fn(&Cache, &Counts, &mut File)) {
     let (cache, counts) = (cache(), Counts::new());
-    store_expired(&cache, Options::new());
+    store_expired(&cache, StoreOptions::new());
     let before = cache.stats();
     let mut children: Vec<Child> =
         (0..PROCESSES).map(|_| spawn(|mut pipe| one_process(&cache, &counts, &mut pipe))).collect();
@@ -101,7 +101,7 @@ fn a_herd_of_threads_renders_once() {
             for _ in 0..REQUESTS {
                 scope.spawn(|| {
                     barrier.wait();
-                    let answer = ask(cache, &Options::new(), |_| {
+                    let answer = ask(cache, &StoreOptions::new(), |_| {
                         counts.rendering.fetch_add(1, Ordering::SeqCst);
                         until(|| all_others_wait(cache, counts));
                         Ok(unique_page())
@@ -130,7 +130,7 @@ fn a_herd_of_tasks_renders_once() {
                             }
                             Ok::<_, Failure>(unique_page())
                         };
-                        let answer = cache.get_or_render_async(KEY, &Options::new(), render).await;
+                        let answer = cache.get_or_render_async(KEY, &StoreOptions::new(), render).await;
                         counts.serve(&answer.expect("rendered"));
                     })
                 })
@@ -159,12 +159,12 @@ fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {
     if threads {
         std::thread::scope(|scope| {
             for _ in 0..5 {
-                scope.spawn(|| counts.serve(&ask(cache, &Options::new(), |_| take_over())));
+                scope.spawn(|| counts.serve(&ask(cache, &StoreOptions::new(), |_| take_over())));
             }
         });
     } else {
         run(async {
-            let options = Options::new();
+            let options = StoreOptions::new();
             let ask = || async {
                 let answer = cache.get_or_render_async(KEY, &options, async |_| take_over()).await;
                 counts.serve(&answer.expect("rendered"));
@@ -200,7 +200,7 @@ fn succession(what: &str, renderer: impl Fn(&Cache, &Counts, &mut File), end: im
 
 fn a_killed_renderer_is_succeeded() {
     let renderer = |cache: &Cache, _: &Counts, pipe: &mut File| {
-        ask(cache, &Options::new(), |_| {
+        ask(cache, &StoreOptions::new(), |_| {
             say_ready(pipe);
             loop {
                 pause();
@@ -215,14 +215,14 @@ fn a_killed_renderer_is_succeeded() {
 
 fn a_failed_renderer_is_succeeded() {
     let renderer = |cache: &Cache, counts: &Counts, pipe: &mut File| {
-        let answer = cache.get_or_render(KEY, &Options::new(), |_| {
+        let answer = cache.get_or_render(KEY, &StoreOptions::new(), |_| {
             say_ready(pipe);
             until(|| load(counts.go) == 1);
             counts.note(0);
             Err::<Vec<u8>, _>("broken")
         });
         // Unless its successor was faster than it at looking for something to serve instead.
-        assert!(answer.is_err() || answer.is_ok_and(|answer| answer.source == Source::Fresh));
+        assert!(answer.is_err() || answer.is_ok_and(|answer| answer.source == CacheStatus::Fresh));
     };
     succession("failed", renderer, |child, counts| {
         counts.go.store(1, Ordering::SeqCst);
@@ -233,7 +233,7 @@ fn a_failed_renderer_is_succeeded() {
 fn a_cancelled_renderer_is_succeeded() {
     let renderer = |cache: &Cache, counts: &Counts, pipe: &mut File| {
         run(async {
-            let options = Options::new();
+            let options = StoreOptions::new();
             let never = cache.get_or_render_async(KEY, &options, |_| {
                 say_ready(pipe);
                 std::future::pending::<Result<Vec<u8>, Failure>>()
@@ -257,13 +257,13 @@ fn a_cancelled_renderer_is_succeeded() {
 }
 
 fn a_stopped_renderer_is_passed_over() {
-    let stop_while_rendering = |cache: &Cache, options: &Options| {
+    let stop_while_rendering = |cache: &Cache, options: &StoreOptions| {
         let child = spawn(|_| {
             let answer = ask(cache, options, |_| {
                 raise(Signal::SIGSTOP).expect("raise");
                 Ok(b"late".to_vec())
             });
-            assert_eq!((answer.value.as_slice(), answer.source), (&b"late"[..], Source::Rendered));
+            assert_eq!((answer.value.as_slice(), answer.source), (&b"late"[..], CacheStatus::Rendered));
         });
         let status = waitpid(child.pid, Some(WaitPidFlag::WUNTRACED));
         assert_eq!(status, Ok(WaitStatus::Stopped(child.pid, Signal::SIGSTOP)));
@@ -274,19 +274,22 @@ fn a_stopped_renderer_is_passed_over() {
         child.join();
     };
 
-    let (stale, hour) = (cache(), Options::new().stale(Duration::from_secs(3600)));
+    let (stale, hour) = (cache(), StoreOptions::new().stale(Duration::from_secs(3600)));
     store_expired(&stale, hour.clone());
     let child = stop_while_rendering(&stale, &hour);
     let answer = ask(&stale, &hour, |_| unreachable!());
-    assert_eq!((answer.value.as_slice(), answer.source, stale.stats().lease_waits), (&b"old"[..], Source::Stale, 0));
+    assert_eq!(
+        (answer.value.as_slice(), answer.source, stale.stats().lease_waits),
+        (&b"old"[..], CacheStatus::Stale, 0)
+    );
     go_on(child);
     assert_eq!(stale.get(KEY).expect("stored"), b"late", "nobody took over, so it is not too late");
 
-    let (cache, options) = (cache(), Options::new().deadline(Duration::from_millis(50)));
-    store_expired(&cache, Options::new());
+    let (cache, options) = (cache(), StoreOptions::new().deadline(Duration::from_millis(50)));
+    store_expired(&cache, StoreOptions::new());
     let child = stop_while_rendering(&cache, &options);
     let answer = ask(&cache, &options, |_| Ok(b"newer".to_vec()));
-    assert_eq!((answer.value.as_slice(), answer.source), (&b"newer"[..], Source::Rendered));
+    assert_eq!((answer.value.as_slice(), answer.source), (&b"newer"[..], CacheStatus::Rendered));
     go_on(child);
     assert_eq!(cache.get(KEY).expect("stored"), b"newer", "what comes too late does not replace it");
     assert_eq!(cache.stats().lease_waits, 1);
@@ -299,16 +302,16 @@ fn killed_at_each_step() {
         let cache = cache();
         let child = spawn(|_| {
             crash::die_at(steps);
-            ask(&cache, &Options::new(), |_| Ok(b"first".to_vec()));
+            ask(&cache, &StoreOptions::new(), |_| Ok(b"first".to_vec()));
         });
         let ended = match waitpid(child.pid, None).expect("waitpid") {
             WaitStatus::Signaled(_, Signal::SIGKILL, _) => false,
             WaitStatus::Exited(_, 0) => true,
             status => panic!("after {steps} steps: {status:?}"),
         };
-        let waits = Options::new().patience(Duration::from_secs(3600));
+        let waits = StoreOptions::new().patience(Duration::from_secs(3600));
         let answer = ask(&cache, &waits.deadline(Duration::from_secs(3600)), |_| Ok(b"second".to_vec()));
-        let rendered = answer.source == Source::Rendered;
+        let rendered = answer.source == CacheStatus::Rendered;
         assert_eq!(answer.value, if rendered { b"second".to_vec() } else { b"first".to_vec() });
         assert_eq!((cache.audit(), cache.get(KEY)), (Ok(()), Some(answer.value)));
         if ended {
@@ -317,7 +320,7 @@ fn killed_at_each_step() {
         steps += 1;
     }
     crash::die_at(u64::MAX - 1);
-    ask(&cache(), &Options::new(), |_| Ok(Vec::new()));
+    ask(&cache(), &StoreOptions::new(), |_| Ok(Vec::new()));
     let passed = crash::points_passed();
     crash::die_at(u64::MAX);
     println!("  killed at each of {steps} steps: {passed:?}");
@@ -339,15 +342,15 @@ fn what_is_purged_meanwhile_is_not_stored() {
     ];
     for (what, purge) in purges {
         let (cache, counts) = (cache(), Counts::new());
-        cache.set("fragment", "f", &Options::new().tags(["deep"])).expect("stored");
+        cache.set("fragment", "f", &StoreOptions::new().tags(["deep"])).expect("stored");
         let mut child = spawn(|mut pipe| {
-            let answer = ask(&cache, &Options::new().tags(["tag"]), |recorder| {
+            let answer = ask(&cache, &StoreOptions::new().tags(["tag"]), |recorder| {
                 let fragment = recorder.get("fragment").expect("stored");
                 say_ready(&mut pipe);
                 until(|| load(counts.go) == 1);
                 Ok(fragment)
             });
-            assert_eq!(answer, Served { value: b"f".to_vec(), source: Source::Rendered });
+            assert_eq!(answer, Cached { value: b"f".to_vec(), source: CacheStatus::Rendered });
         });
         child.await_ready();
         purge(&cache);
@@ -359,7 +362,7 @@ fn what_is_purged_meanwhile_is_not_stored() {
 
 fn stale_while_one_renders() {
     let (cache, counts) = (cache(), Counts::new());
-    let options = Options::new().stale(Duration::from_secs(3600)).ttl(Duration::from_secs(3600));
+    let options = StoreOptions::new().stale(Duration::from_secs(3600)).ttl(Duration::from_secs(3600));
     store_expired(&cache, options.clone());
     let children = (0..PROCESSES).map(|_| {
         spawn(|_| {
@@ -369,20 +372,20 @@ fn stale_while_one_renders() {
                 until(|| load(counts.stale) + load(counts.rendering) == PROCESSES);
                 Ok(b"new".to_vec())
             });
-            assert_eq!(answer.value, if answer.source == Source::Stale { b"old" } else { b"new" });
-            counts.stale.fetch_add(u64::from(answer.source == Source::Stale), Ordering::SeqCst);
+            assert_eq!(answer.value, if answer.source == CacheStatus::Stale { b"old" } else { b"new" });
+            counts.stale.fetch_add(u64::from(answer.source == CacheStatus::Stale), Ordering::SeqCst);
         })
     });
     children.collect::<Vec<_>>().into_iter().for_each(Child::join);
     assert_eq!((load(counts.rendering), load(counts.stale)), (1, PROCESSES - 1));
     let stats = cache.stats();
     assert_eq!((stats.renders, stats.stale_hits, stats.lease_waits), (1, PROCESSES - 1, 0));
-    assert_eq!(ask(&cache, &options, |_| unreachable!()).source, Source::Fresh);
+    assert_eq!(ask(&cache, &options, |_| unreachable!()).source, CacheStatus::Fresh);
 }
 
 fn stale_if_rendering_fails() {
     let (cache, counts) = (cache(), Counts::new());
-    let options = Options::new().stale_if_error(Duration::from_secs(3600));
+    let options = StoreOptions::new().stale_if_error(Duration::from_secs(3600));
     store_expired(&cache, options.clone());
     let children = (0..PROCESSES).map(|_| {
         spawn(|_| {
@@ -405,7 +408,7 @@ fn stale_if_rendering_fails() {
 fn a_fork_has_a_watch_of_its_own() {
     let (cache, counts) = (cache(), Counts::new());
     let mut renderer = spawn(|mut pipe| {
-        ask(&cache, &Options::new(), |_| {
+        ask(&cache, &StoreOptions::new(), |_| {
             say_ready(&mut pipe);
             until(|| load(counts.go) == 1);
             Ok(unique_page())
@@ -430,7 +433,7 @@ fn a_fork_has_a_watch_of_its_own() {
 
 fn wait_in_five_with_a_patience_of_a_millisecond(cache: &Cache) {
     run(async {
-        let options = Options::new().patience(Duration::from_millis(1));
+        let options = StoreOptions::new().patience(Duration::from_millis(1));
         let ask = || async {
             let answer = cache.get_or_render_async(KEY, &options, async |_| Err::<Vec<u8>, _>("impatient")).await;
             assert_eq!(answer, Err("impatient"));
@@ -441,7 +444,7 @@ fn wait_in_five_with_a_patience_of_a_millisecond(cache: &Cache) {
 
 fn a_fork_leaves_the_leases_of_its_parent_alone() {
     let cache = cache();
-    let options = Options::new().patience(Duration::from_millis(1));
+    let options = StoreOptions::new().patience(Duration::from_millis(1));
     let never = cache.get_or_render_async(KEY, &options, |_| std::future::pending::<Result<Vec<u8>, Failure>>());
     let mut never = Some(Box::pin(never));
     let begun = never.as_mut().map(|never| never.as_mut().poll(&mut Context::from_waker(Waker::noop())));

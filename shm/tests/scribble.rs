@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{SMALL, name, not_longer_than, page, spawn};
-use forkyard_shm::{Cache, Options, Plan, Segment};
+use forkyard_shm::{Cache, Plan, Segment, StoreOptions};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -94,7 +94,7 @@ fn use_it(cache: &Cache, mut random: fastrand::Rng) -> [u32; 2] {
             40..80 => {
                 let most = if random.u32(..8) == 0 { 40_000 } else { 2000 };
                 let options =
-                    Options::new().tags([(key % 7).to_string()]).ttl(Duration::from_millis(random.u64(1..50)));
+                    StoreOptions::new().tags([(key % 7).to_string()]).ttl(Duration::from_millis(random.u64(1..50)));
                 let options = if random.bool() { options.as_of(cache.clock()) } else { options };
                 stored += u32::from(cache.set(name(key), page(key, 1, random.usize(..most)), &options).is_ok());
             }

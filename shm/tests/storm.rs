@@ -13,7 +13,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use common::{SMALL, adds_up, is_whole, leave, name, page, segment, spawn};
-use forkyard_shm::{Cache, Options, Pinned, Refused, Stats};
+use forkyard_shm::{Cache, Pinned, Stats, StoreError, StoreOptions};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -160,14 +160,14 @@ impl Worker<'_> {
     fn store(&mut self, key: u32) {
         let most = if self.random.u32(..10) == 0 { 60_000 } else { 3000 };
         let bytes = page(key, self.random.u64(..), self.random.usize(..most));
-        let mut options = Options::new().tags([(key % TAGS).to_string()]).as_of(self.cache.clock());
+        let mut options = StoreOptions::new().tags([(key % TAGS).to_string()]).as_of(self.cache.clock());
         if self.random.u32(..10) == 0 {
             options = options.ttl(Duration::from_millis(self.random.u64(1..100)));
         }
         match self.cache.set(name(key), bytes, &options) {
             Ok(()) => count(&self.report.stored),
-            Err(Refused::Busy) => count(&self.report.busy),
-            Err(Refused::TooLarge { limit }) if limit < 60_100 => {}
+            Err(StoreError::Busy) => count(&self.report.busy),
+            Err(StoreError::TooLarge { limit }) if limit < 60_100 => {}
             Err(_) => leave(REFUSED),
         }
     }
@@ -334,7 +334,7 @@ fn after(cache: &Cache) -> Stats {
 fn fill_up(cache: &Cache) -> u64 {
     let pages = u32::try_from(cache.stats().capacity / 1024 * 3).expect("a small cache");
     for key in 1_000_000..1_000_000 + pages {
-        assert_eq!(cache.set(name(key), page(key, 1, 1004), &Options::new()), Ok(()));
+        assert_eq!(cache.set(name(key), page(key, 1, 1004), &StoreOptions::new()), Ok(()));
         assert!(cache.get(name(key)).is_some_and(|bytes| is_whole(key, &bytes)));
     }
     assert_eq!(cache.audit(), Ok(()));

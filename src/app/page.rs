@@ -16,7 +16,7 @@ use std::fmt;
 use std::pin::pin;
 
 use bytes::{BufMut as _, Bytes};
-use forkyard_shm::{Damaged, Page};
+use forkyard_shm::{CorruptPage, Page};
 use http::header::{self, AsHeaderName};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use http_body::Body as HttpBody;
@@ -27,7 +27,7 @@ type BoxError = Box<dyn Error + Send + Sync>;
 /// Why [`from_response`] could not turn a response into a page. The response has been consumed.
 #[derive(Debug)]
 #[non_exhaustive]
-pub enum NotCollected {
+pub enum CollectError {
     /// The body is longer than the caller's limit.
     TooLarge {
         /// The limit, in bytes.
@@ -37,7 +37,7 @@ pub enum NotCollected {
     Body(BoxError),
 }
 
-impl fmt::Display for NotCollected {
+impl fmt::Display for CollectError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooLarge { limit } => {
@@ -48,7 +48,7 @@ impl fmt::Display for NotCollected {
     }
 }
 
-impl Error for NotCollected {
+impl Error for CollectError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Body(cause) => Some(cause.as_ref()),
@@ -66,8 +66,8 @@ impl Error for NotCollected {
 /// from the cache.
 ///
 /// # Errors
-/// [`Damaged`] if the stored page is damaged. Render it again, as after a miss.
-pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<Bytes>, Damaged> {
+/// [`CorruptPage`] if the stored page is damaged. Render it again, as after a miss.
+pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<Bytes>, CorruptPage> {
     let accept_encoding = list(request_headers, header::ACCEPT_ENCODING);
     let known = list(request_headers, header::IF_NONE_MATCH).is_some_and(|tags| page.matches(&tags));
     let page =
@@ -99,8 +99,8 @@ pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<B
 /// dropped. [`Page::storable`] determines whether the page may be stored.
 ///
 /// # Errors
-/// [`NotCollected`] if the body is longer than `limit`, or reading it fails.
-pub async fn from_response<B>(response: Response<B>, limit: usize) -> Result<Page, NotCollected>
+/// [`CollectError`] if the body is longer than `limit`, or reading it fails.
+pub async fn from_response<B>(response: Response<B>, limit: usize) -> Result<Page, CollectError>
 where
     B: HttpBody,
     B::Error: Into<BoxError>,
@@ -111,19 +111,19 @@ where
     Ok(parts.headers.iter().fold(page, |page, (name, value)| page.header(name, value)))
 }
 
-async fn collect<B>(body: B, limit: usize) -> Result<Vec<u8>, NotCollected>
+async fn collect<B>(body: B, limit: usize) -> Result<Vec<u8>, CollectError>
 where
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
-    let too_large = NotCollected::TooLarge { limit };
+    let too_large = CollectError::TooLarge { limit };
     let Some(least) = usize::try_from(body.size_hint().lower()).ok().filter(|&least| least <= limit) else {
         return Err(too_large);
     };
     let mut all = Vec::with_capacity(least);
     let mut body = pin!(body);
     while let Some(frame) = body.frame().await {
-        let Ok(piece) = frame.map_err(|error| NotCollected::Body(error.into()))?.into_data() else { continue };
+        let Ok(piece) = frame.map_err(|error| CollectError::Body(error.into()))?.into_data() else { continue };
         if bytes::Buf::remaining(&piece) > limit - all.len() {
             return Err(too_large);
         }
@@ -277,12 +277,12 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn a_body_beyond_the_limit_is_not_collected() {
         let known = from_response(Response::new(Body::from("12345")), 4).await;
-        assert!(matches!(known, Err(NotCollected::TooLarge { limit: 4 })), "{known:?}");
+        assert!(matches!(known, Err(CollectError::TooLarge { limit: 4 })), "{known:?}");
         let told = from_response(Response::new(Told), 4).await;
-        assert!(matches!(told, Err(NotCollected::TooLarge { limit: 4 })), "{told:?}");
+        assert!(matches!(told, Err(CollectError::TooLarge { limit: 4 })), "{told:?}");
         let pieces = futures_util::stream::iter((0..20).map(|_| Ok::<_, BodyError>(Frame::data(Bytes::from("12345")))));
         let unknown = from_response(Response::new(StreamBody::new(pieces)), 99).await;
-        assert!(matches!(unknown, Err(NotCollected::TooLarge { limit: 99 })), "{unknown:?}");
+        assert!(matches!(unknown, Err(CollectError::TooLarge { limit: 99 })), "{unknown:?}");
         let text = unknown.unwrap_err().to_string();
         assert_eq!(text, "the response is longer than the 99 bytes a page may have (send it without caching it)");
 

@@ -11,7 +11,7 @@ use crate::logging;
 use crate::net::listen::{self, ControlListener};
 use crate::net::publish_socket;
 use crate::privileges::Privileges;
-use crate::startup::{conflicts, descriptors, limits, memory, pid_file, systemd};
+use crate::startup::{conflicts, descriptor_limit, limits, memory, pid_file, systemd};
 
 /// What stands in the way of serving, and what an operator may want to know.
 #[derive(Debug, Default)]
@@ -33,7 +33,7 @@ pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
     findings.errors.extend(Privileges::examine(&config.privileges, executes).err().into_iter().flatten());
     findings.warnings.extend(config.privileges.of_root().map(ToOwned::to_owned));
     let PrivilegesConfig { chroot, chdir, .. } = &config.privileges;
-    let programs = config.helpers.helpers.iter().map(|helper| helper.program(chroot.as_deref(), chdir.as_deref()));
+    let programs = config.sidecars.sidecars.iter().map(|sidecar| sidecar.program(chroot.as_deref(), chdir.as_deref()));
     findings.errors.extend(programs.filter_map(Result::err));
     findings.sockets(config);
     findings.files(config);
@@ -47,7 +47,7 @@ pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
     }
     findings.errors.extend(limits::check(config, executes).err());
     findings.warnings.extend(config.contradictions(config.privileges.most_descriptors()));
-    findings.errors.extend(descriptors::check(config, executes).err());
+    findings.errors.extend(descriptor_limit::check(config, executes).err());
     findings
 }
 

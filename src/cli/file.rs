@@ -23,7 +23,7 @@ const COMMAND: &str = "command";
 /// What makes no sense in a file.
 const NEVER: [&str; 3] = ["config", "help", "version"];
 /// The longest file that is read.
-const LONGEST: u64 = 1 << 20;
+const MAX_SIZE: u64 = 1 << 20;
 
 /// What a file adds to the command line.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -66,8 +66,8 @@ fn text_of(path: &Path) -> Result<String, String> {
     if !metadata.is_file() {
         return Err("it is not a file".to_owned());
     }
-    if metadata.len() > LONGEST {
-        return Err(format!("it is longer than {LONGEST} bytes"));
+    if metadata.len() > MAX_SIZE {
+        return Err(format!("it is longer than {MAX_SIZE} bytes"));
     }
     std::fs::read_to_string(path).map_err(|error| error.to_string())
 }

@@ -11,12 +11,12 @@ mod control;
 mod file;
 mod hints;
 mod refused;
+pub(crate) mod scaling;
+pub(crate) mod sidecars;
 
 mod events;
 mod failures;
-mod helpers;
 mod logs;
-mod numbers;
 mod privileges;
 mod publish;
 
@@ -33,9 +33,9 @@ pub(crate) use self::control::Task;
 use self::control::{ControlOptions, Operation};
 use self::file::Mistakes;
 use self::logs::{AccessLogOptions, LogOptions};
-use self::numbers::{NumberOptions, OfEachWorker};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
 use self::refused::Way;
+use self::scaling::{OfEachWorker, ScalingOptions};
 use crate::config::address::{Address, Bind, Protocol};
 use crate::config::events::EventsConfig;
 use crate::config::failures::Failures;
@@ -43,12 +43,12 @@ use crate::config::logs::Filters;
 use crate::config::peers::{Peers, Who};
 use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
-    CacheConfig, Config, Limits, Numbers, Range, Timeouts, Trust, parse_duration, parse_mode, parse_positive_duration,
+    CacheConfig, Config, Limits, Range, Scaling, Timeouts, Trust, parse_duration, parse_mode, parse_positive_duration,
     parse_size,
 };
 use crate::net::listen;
 use crate::protocol::forwarded::Family;
-use crate::startup::cgi_call;
+use crate::startup::cgi_invocation;
 use crate::startup::systemd;
 
 const SIGNALS: &str = "\
@@ -89,7 +89,7 @@ struct ServeOptions {
     workers: Range,
 
     #[command(flatten)]
-    numbers: NumberOptions,
+    scaling: ScalingOptions,
 
     /// A worker that is not ready by then is killed and counts as failed
     #[arg(long, value_name = "TIME", env = "FORKYARD_START_TIMEOUT", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Processes")]
@@ -120,7 +120,7 @@ struct ServeOptions {
     control: ControlOptions,
 
     #[command(flatten)]
-    helpers: helpers::HelperOptions,
+    sidecars: sidecars::SidecarOptions,
 
     #[command(flatten)]
     publish: publish::PublishOptions,
@@ -500,7 +500,7 @@ pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Resul
 /// The request, and what does not go together in it.
 fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
     linked.serve.bind_what_is_passed();
-    let cgi = linked.serve.bind.is_empty() && cgi_call::is_one();
+    let cgi = linked.serve.bind.is_empty() && cgi_invocation::is_one();
     let WorkerOptions {
         threads,
         queue,
@@ -516,7 +516,7 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
         ..
     } = linked.worker;
     let mut wrong = Vec::new();
-    let numbers = linked.serve.numbers.numbers(of_each);
+    let scaling = linked.serve.scaling.scaling(of_each);
     let serves_fastcgi = listen::started_by_web_server() && linked.serve.bind.is_empty()
         || linked.serve.bind.iter().any(|bind| bind.protocol == Protocol::FastCgi);
     let access = or_note(access.access(serves_fastcgi), &["allow", "bind"], &mut wrong);
@@ -535,7 +535,7 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
     };
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
     let memory = (keep.cache(cache), events.config(linked.worker.max_connections));
-    let config = config(linked.serve, numbers, memory, None, of_workers, &mut wrong);
+    let config = config(linked.serve, scaling, memory, None, of_workers, &mut wrong);
     (Request { config, cgi, program: None }, wrong)
 }
 
@@ -573,9 +573,9 @@ fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
         wrong.push(Mismatch { settings: &["command"], text });
     }
     or_note(check_run(&run.serve.bind), &["bind"], &mut wrong);
-    let numbers = run.serve.numbers.numbers(OfEachWorker::default());
+    let scaling = run.serve.scaling.scaling(OfEachWorker::default());
     let memory = (run.keep.cache(Some(run.cache)), run.events.config());
-    let config = config(run.serve, numbers, memory, run.settle, OfWorkers::default(), &mut wrong);
+    let config = config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong);
     (Request { config, cgi: false, program: Some(run.command) }, wrong)
 }
 
@@ -763,7 +763,7 @@ struct Access {
 /// Adds to `wrong` what does not go together.
 fn config(
     serve: ServeOptions,
-    numbers: Numbers,
+    scaling: Scaling,
     (cache, events): (CacheConfig, EventsConfig),
     settle: Option<Duration>,
     of_workers: OfWorkers,
@@ -781,7 +781,7 @@ fn config(
     Config {
         binds,
         workers: serve.workers,
-        numbers,
+        scaling,
         threads: of_workers.threads,
         queue: of_workers.queue,
         cache,
@@ -802,7 +802,7 @@ fn config(
         failures: of_workers.failures,
         control: serve.control.config(),
         logs: serve.logs.config(serve.log_level, of_workers.access_log),
-        helpers: or_note(serve.helpers.config(), &["daemon", "cron"], wrong),
+        sidecars: or_note(serve.sidecars.config(), &["daemon", "cron"], wrong),
         upgrade: serve.upgrade.config(),
     }
 }

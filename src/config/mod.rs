@@ -8,12 +8,12 @@ mod contradictions;
 pub(crate) mod control;
 pub(crate) mod events;
 pub(crate) mod failures;
-pub(crate) mod helpers;
 pub(crate) mod logs;
-mod numbers;
 pub(crate) mod peers;
 pub(crate) mod privileges;
 pub(crate) mod publish;
+pub(crate) mod scaling;
+pub(crate) mod sidecars;
 pub(crate) mod upgrade;
 
 use std::ffi::OsString;
@@ -22,11 +22,11 @@ use std::time::Duration;
 
 use self::address::Bind;
 use self::control::ControlConfig;
-pub(crate) use self::numbers::{
-    Jittered, Numbers, Range, Share, parse_health_path, parse_max_age, parse_max_memory, parse_max_requests,
-};
 use self::peers::Peers;
 use self::privileges::PrivilegesConfig;
+pub(crate) use self::scaling::{
+    Jittered, Range, Scaling, Share, parse_health_path, parse_max_age, parse_max_memory, parse_max_requests,
+};
 use crate::protocol::forwarded::Family;
 
 /// All that the master, and through it each worker, was told.
@@ -34,7 +34,7 @@ use crate::protocol::forwarded::Family;
 pub(crate) struct Config {
     pub(crate) binds: Vec<Bind>,
     pub(crate) workers: Range,
-    pub(crate) numbers: Numbers,
+    pub(crate) scaling: Scaling,
     /// Threads per worker that run blocking functions.
     pub(crate) threads: u32,
     /// Requests per worker that may wait for such a thread.
@@ -64,7 +64,7 @@ pub(crate) struct Config {
     pub(crate) control: ControlConfig,
     pub(crate) logs: logs::LogConfig,
     /// What runs beside the workers.
-    pub(crate) helpers: helpers::HelpersConfig,
+    pub(crate) sidecars: sidecars::SidecarsConfig,
     pub(crate) upgrade: upgrade::UpgradeConfig,
 }
 
@@ -171,9 +171,9 @@ impl Program {
         let found = if name.as_bytes().contains(&b'/') {
             Some(std::path::PathBuf::from(name))
         } else {
-            let folders = std::env::var_os("PATH").unwrap_or_default();
-            std::env::split_paths(&folders)
-                .map(|folder| folder.join(name))
+            let directories = std::env::var_os("PATH").unwrap_or_default();
+            std::env::split_paths(&directories)
+                .map(|directory| directory.join(name))
                 .find(|path| is_executable(&below(root, path)))
         };
         let shown = name.to_string_lossy();
@@ -201,12 +201,12 @@ impl Program {
         Self::find(command, chroot.as_deref())?.with_path_for(chdir.as_deref().filter(|_| chroot.is_none()))
     }
 
-    /// The same program, by a path that also holds if it is started in `folder`.
+    /// The same program, by a path that also holds if it is started in `directory`.
     ///
     /// # Errors
     /// If the folder of this process is gone.
-    fn with_path_for(self, folder: Option<&std::path::Path>) -> Result<Self, String> {
-        if folder.is_none() {
+    fn with_path_for(self, directory: Option<&std::path::Path>) -> Result<Self, String> {
+        if directory.is_none() {
             return Ok(self);
         }
         let path = std::path::absolute(&self.path).map_err(|error| format!("cannot run it from here: {error}"))?;

@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt as _;
 
-use forkyard_shm::{Cache, Listed, Segment, Stats};
+use forkyard_shm::{Cache, EntryInfo, Segment, Stats};
 use serde_json::{Map, Value, json};
 
 use super::client::{Connection, Place};
@@ -105,7 +105,7 @@ fn stats(stats: &Stats, json: bool, out: &mut dyn Write) -> io::Result<()> {
     numbers.iter().try_for_each(|(name, value)| writeln!(out, "{name:<16} {value}"))
 }
 
-fn list(mut pages: Vec<Listed>, json: bool, out: &mut dyn Write) -> io::Result<()> {
+fn list(mut pages: Vec<EntryInfo>, json: bool, out: &mut dyn Write) -> io::Result<()> {
     let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     pages.sort_by(|one, other| one.key.cmp(&other.key));
     if !json {

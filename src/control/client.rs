@@ -14,11 +14,11 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket};
 use nix::unistd::Pid;
 
-use super::wire::{self, Answer, LONGEST_ANSWER, Request, Status};
+use super::wire::{self, MAX_REPLY, Reply, Request, Status};
 use crate::sys;
 
 /// Time between two tries to get a place in the queue of a socket.
-const AGAIN: Duration = Duration::from_millis(50);
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Where a master is to be asked.
 #[derive(Clone, Debug)]
@@ -74,7 +74,7 @@ impl Connection {
     ///
     /// # Errors
     /// A sentence, if the master is gone, or it makes no sense.
-    pub(crate) fn next(&mut self) -> Result<Answer, String> {
+    pub(crate) fn next(&mut self) -> Result<Reply, String> {
         self.next_in_time()?.ok_or_else(|| self.silence())
     }
 
@@ -82,8 +82,8 @@ impl Connection {
     ///
     /// # Errors
     /// As above.
-    pub(crate) fn next_in_time(&mut self) -> Result<Option<Answer>, String> {
-        let room = LONGEST_ANSWER.saturating_sub(self.unfinished.len() as u64);
+    pub(crate) fn next_in_time(&mut self) -> Result<Option<Reply>, String> {
+        let room = MAX_REPLY.saturating_sub(self.unfinished.len() as u64);
         match self.stream.by_ref().take(room).read_until(b'\n', &mut self.unfinished) {
             Ok(_) => {
                 let line = std::mem::take(&mut self.unfinished);
@@ -118,7 +118,7 @@ impl Connection {
         matches!(state, Some('T' | 't'))
     }
 
-    fn parse(&self, line: &[u8]) -> Result<Answer, String> {
+    fn parse(&self, line: &[u8]) -> Result<Reply, String> {
         let Some(line) = line.strip_suffix(b"\n") else {
             return Err(format!("the master at {} broke off before it said what came of it (see its log)", self.at));
         };
@@ -148,9 +148,9 @@ impl Connection {
             if is_timeout(&error) { self.silence() } else { format!("the master at {} broke off: {error}", self.at) }
         })?;
         match (self.parse(&line[..count])?, fd) {
-            (Answer::Done { .. }, Some(fd)) => Ok(fd),
-            (Answer::Failed { text }, _) => Err(text),
-            (Answer::Progress { .. } | Answer::Status { .. } | Answer::Done { .. }, _) => {
+            (Reply::Done { .. }, Some(fd)) => Ok(fd),
+            (Reply::Failed { text }, _) => Err(text),
+            (Reply::Progress { .. } | Reply::Status { .. } | Reply::Done { .. }, _) => {
                 Err(format!("the master at {} gave no descriptor", self.at))
             }
         }
@@ -163,9 +163,9 @@ impl Connection {
 /// A sentence for the operator.
 pub(crate) fn status(place: &Place) -> Result<Status, String> {
     match Connection::ask(place, &Request::Status)?.next()? {
-        Answer::Status { status } => Ok(status),
-        Answer::Failed { text } => Err(text),
-        Answer::Progress { .. } | Answer::Done { .. } => Err("the master answers something else".to_owned()),
+        Reply::Status { status } => Ok(status),
+        Reply::Failed { text } => Err(text),
+        Reply::Progress { .. } | Reply::Done { .. } => Err("the master answers something else".to_owned()),
     }
 }
 
@@ -183,7 +183,7 @@ fn reach(path: &Path, timeout: Option<Duration>) -> io::Result<Option<UnixStream
                 return Ok(Some(stream));
             }
             Err(Errno::EAGAIN) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(None),
-            Err(Errno::EAGAIN) => std::thread::sleep(AGAIN),
+            Err(Errno::EAGAIN) => std::thread::sleep(RETRY_INTERVAL),
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }

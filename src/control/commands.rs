@@ -10,7 +10,7 @@ use super::cache;
 use super::client::{self, Connection, Place};
 use super::events;
 use super::show;
-use super::wire::{Answer, Request};
+use super::wire::{Reply, Request};
 
 /// What a sub-command asks for, of which master.
 #[derive(Clone, Debug)]
@@ -94,16 +94,16 @@ fn ask(place: &Place, request: &Request, json: bool) -> Result<(), String> {
             is_read = write(&String::from_utf8_lossy(&super::wire::line(&answer)))?;
         }
         match answer {
-            Answer::Failed { text } => return Err(text),
-            Answer::Progress { text } if !json && is_read => is_read = write(&format!("{text}\n"))?,
-            Answer::Done { text } => {
+            Reply::Failed { text } => return Err(text),
+            Reply::Progress { text } if !json && is_read => is_read = write(&format!("{text}\n"))?,
+            Reply::Done { text } => {
                 if matches!(request, Request::Stop { .. }) {
                     connection.wait_for_close()?;
                 }
                 return if json || !is_read { Ok(()) } else { write(&format!("{text}\n")).map(drop) };
             }
-            Answer::Status { .. } => return Ok(()),
-            Answer::Progress { .. } => {}
+            Reply::Status { .. } => return Ok(()),
+            Reply::Progress { .. } => {}
         }
     }
 }

@@ -37,7 +37,7 @@ pub(crate) enum Operation {
 /// Events of a topic that are read at once.
 const CHUNK: usize = 256;
 /// How often it is looked whether somebody still reads, and whether the master lives.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Does it, and writes what there is to see to standard output.
 ///
@@ -180,7 +180,7 @@ fn tail(
             }
         }
         printer.out.flush()?;
-        if events.wait(seen, LOOK) == seen {
+        if events.wait(seen, POLL_INTERVAL) == seen {
             if nobody_reads() {
                 return Ok(End::Done);
             }

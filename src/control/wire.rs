@@ -7,11 +7,11 @@
 use serde::{Deserialize, Serialize};
 
 /// The longest request, with the end of its line.
-pub(crate) const LONGEST_REQUEST: usize = 4096;
+pub(crate) const MAX_REQUEST: usize = 4096;
 /// The longest answer that a client reads: the status of a thousand workers has half of that.
-pub(crate) const LONGEST_ANSWER: u64 = 4 << 20;
+pub(crate) const MAX_REPLY: u64 = 4 << 20;
 /// Requests in flight that a status names, over all workers.
-pub(crate) const MOST_SERVING: usize = 2048;
+pub(crate) const MAX_SERVING: usize = 2048;
 
 /// What an operator asks of the master.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,7 +40,7 @@ pub(crate) enum Request {
 /// What the master says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "kebab-case")]
-pub(crate) enum Answer {
+pub(crate) enum Reply {
     /// It is under way; more is to come.
     Progress { text: String },
     /// The outcome of [`Request::Status`].
@@ -155,7 +155,7 @@ impl Request {
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-impl Answer {
+impl Reply {
     pub(crate) fn done(text: impl Into<String>) -> Self {
         Self::Done { text: text.into() }
     }
@@ -201,7 +201,7 @@ mod tests {
         ] {
             let line = line(&request);
             assert_eq!(Request::parse(&line), Ok(request));
-            assert!(line.len() < LONGEST_REQUEST && line.ends_with(b"}\n"));
+            assert!(line.len() < MAX_REQUEST && line.ends_with(b"}\n"));
         }
         for garbage in [&b""[..], b"GET / HTTP/1.1\r\n", b"{}", br#"{"command":"explode"}"#, b"\xff", b"[[[[[["] {
             assert!(Request::parse(garbage).unwrap_err().contains("no request of the control socket"));

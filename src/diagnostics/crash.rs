@@ -24,8 +24,8 @@ use std::{io, mem, process};
 
 use libc::{c_int, c_void, sigaction, siginfo_t, ucontext_t};
 
-use super::at_work;
-use super::modules::Modules;
+use super::code_address::Modules;
+use super::current_request;
 
 /// The signals of a crash, by the names that the log has for them.
 const SIGNALS: [(c_int, &str); 9] = [
@@ -44,14 +44,14 @@ const FAULTS: [c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIG
 /// Bytes of the stack on which handlers run in our threads. The standard library's own has room for the first line only.
 const STACK: usize = 64 << 10;
 /// Functions of a backtrace.
-pub(crate) const DEEPEST: usize = 48;
+pub(crate) const MAX_FRAMES: usize = 48;
 /// A line is one write, which a pipe takes whole.
-const LONGEST_LINE: usize = 2048;
+const MAX_LINE: usize = 2048;
 /// The backtrace may take so many seconds.
-const PATIENCE: u32 = 2;
+const ANSWER_TIMEOUT: u32 = 2;
 
 /// What the handlers need, made before they are installed.
-struct Will {
+struct CrashContext {
     process: c_int,
     report: c_int,
     modules: Modules,
@@ -59,7 +59,7 @@ struct Will {
     before: [Option<sigaction>; SIGNALS.len()],
 }
 
-static WILL: OnceLock<Will> = OnceLock::new();
+static CONTEXT: OnceLock<CrashContext> = OnceLock::new();
 /// The thread that is writing its last words.
 static DYING: AtomicI32 = AtomicI32::new(0);
 /// What that thread crashed with first: the standard library makes an abort of a stack overflow.
@@ -81,8 +81,8 @@ pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
     let process = process::id().cast_signed();
     // The unwinder sets itself up at its first use.
     backtrace::trace(|_| true);
-    let will = Will { process, report: report.into_raw_fd(), modules: Modules::own(), before };
-    let taken = WILL.get_or_init(|| will).before.map(|before| before.is_some());
+    let will = CrashContext { process, report: report.into_raw_fd(), modules: Modules::own(), before };
+    let taken = CONTEXT.get_or_init(|| will).before.map(|before| before.is_some());
     for ((signal, _), _) in SIGNALS.iter().zip(taken).filter(|(_, taken)| *taken) {
         set_action(*signal, on_crash as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK)?;
     }
@@ -96,8 +96,8 @@ pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
 extern "C" fn on_exit() {
     // SAFETY: async-signal-safe calls without arguments.
     let process = unsafe { libc::getpid() };
-    if WILL.get().is_some_and(|will| will.process == process) {
-        at_work::accuse();
+    if CONTEXT.get().is_some_and(|will| will.process == process) {
+        current_request::accuse();
     }
 }
 
@@ -128,7 +128,7 @@ pub(crate) fn set_action(signal: c_int, handler: usize, flags: c_int) -> io::Res
 }
 
 extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-    let Some(will) = WILL.get() else { return die_of(signal, true) };
+    let Some(will) = CONTEXT.get() else { return die_of(signal, true) };
     // SAFETY: the kernel hands a handler a valid siginfo_t.
     let Some(about) = (unsafe { info.as_ref() }) else { return die_of(signal, true) };
     let code = about.si_code;
@@ -148,7 +148,7 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
         }
         // Another thread is dying: it ends us too.
         Err(_) => {
-            for _ in 0..PATIENCE + 2 {
+            for _ in 0..ANSWER_TIMEOUT + 2 {
                 // SAFETY: async-signal-safe, and touches nothing of ours.
                 unsafe { libc::sleep(1) };
             }
@@ -175,7 +175,7 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
 }
 
 /// Calls the handler that was there before us, if there was one.
-fn pass_on(will: &Will, signal: c_int, info: *mut siginfo_t, context: *mut c_void) -> Option<()> {
+fn pass_on(will: &CrashContext, signal: c_int, info: *mut siginfo_t, context: *mut c_void) -> Option<()> {
     let index = SIGNALS.iter().position(|(known, _)| *known == signal)?;
     let before = will.before[index].as_ref().filter(|before| before.sa_sigaction != libc::SIG_DFL)?;
     if before.sa_flags & libc::SA_SIGINFO == 0 {
@@ -204,8 +204,8 @@ fn die_of(signal: c_int, by_itself: bool) {
 }
 
 /// Writes the last words: the request first, then the line that is safe to write, then the backtrace.
-fn say(will: &Will) {
-    at_work::accuse();
+fn say(will: &CrashContext) {
+    current_request::accuse();
     let sender = SENDER.load(Ordering::Relaxed);
     if sender != will.process {
         let mut line = Line::<32>::new("sent ");
@@ -237,7 +237,7 @@ fn say(will: &Will) {
 }
 
 /// Writes the backtrace, from the instruction `at` which the signal came.
-fn trace(will: &Will, at: usize) {
+fn trace(will: &CrashContext, at: usize) {
     let alarmed = set_action(libc::SIGALRM, on_alarm as *const () as usize, 0);
     // SAFETY: all zeroes is a valid set.
     let mut alarm: libc::sigset_t = unsafe { mem::zeroed() };
@@ -249,12 +249,12 @@ fn trace(will: &Will, at: usize) {
     // SAFETY: async-signal-safe in practice: a system call.
     unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const alarm, null_mut()) };
     // SAFETY: async-signal-safe.
-    unsafe { libc::alarm(PATIENCE) };
-    let mut frames = [0; DEEPEST];
+    unsafe { libc::alarm(ANSWER_TIMEOUT) };
+    let mut frames = [0; MAX_FRAMES];
     let frames = unwind(at, &mut frames);
     // SAFETY: as above.
     unsafe { libc::alarm(0) };
-    let mut line = Line::<LONGEST_LINE>::new("trace");
+    let mut line = Line::<MAX_LINE>::new("trace");
     for &frame in frames {
         let _ = line.write_str(" ");
         let _ = will.modules.write(&mut line, frame);
@@ -278,7 +278,7 @@ extern "C" fn on_alarm(_: c_int) {
 
 /// The instructions that this thread is at, the innermost first, without what belongs to the handler: `at` was
 /// interrupted. A caller's is that of its call.
-pub(crate) fn unwind(at: usize, frames: &mut [usize; DEEPEST]) -> &[usize] {
+pub(crate) fn unwind(at: usize, frames: &mut [usize; MAX_FRAMES]) -> &[usize] {
     let (mut count, mut begun) = (0, false);
     // SAFETY: what is not synchronized is the making of names, of which there is none.
     unsafe {
@@ -290,7 +290,7 @@ pub(crate) fn unwind(at: usize, frames: &mut [usize; DEEPEST]) -> &[usize] {
                 frames[count] = if is_call { ip - 1 } else { ip };
                 count += 1;
             }
-            count < DEEPEST
+            count < MAX_FRAMES
         });
     }
     &frames[..count]

@@ -1,7 +1,7 @@
 //! What a worker records about itself, so that a crash, a hang or a slow request can be explained.
 
-pub(crate) mod at_work;
+pub(crate) mod code_address;
 pub(crate) mod crash;
-pub(crate) mod modules;
-pub(crate) mod sample;
-pub(crate) mod suspect;
+pub(crate) mod current_request;
+pub(crate) mod request_key;
+pub(crate) mod stack_sampler;

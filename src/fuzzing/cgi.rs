@@ -5,7 +5,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Request, StatusCode};
 
 use super::Dice;
-use crate::protocol::cgi::{self, Origin};
+use crate::protocol::cgi::{self, ClientInfo};
 use crate::protocol::params::Params;
 
 /// Takes strings for variables, each ended by a NUL, and makes a request of them.
@@ -33,7 +33,7 @@ pub fn cgi_request(data: &[u8]) {
     for (name, value) in headers {
         assert!(is_field(value.as_bytes()), "{name}: {value:?}");
     }
-    assert!(said.iter().eq(request.extensions().get::<Origin>().iter().flat_map(|origin| origin.params.iter())));
+    assert!(said.iter().eq(request.extensions().get::<ClientInfo>().iter().flat_map(|origin| origin.params.iter())));
     assert_eq!(said.get("REQUEST_METHOD"), Some(request.method().as_str().as_bytes()));
     check_headers(&said, headers);
     check_uri(&said, &request);

@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 
 use super::{Dice, Pieces};
-use crate::protocol::fastcgi::{Decoder, Event, Fault, HEADER, LARGEST_CONTENT, stdout_end, stdout_header};
+use crate::protocol::fastcgi::{Decoder, Event, Fault, HEADER, MAX_CONTENT, stdout_end, stdout_header};
 use crate::protocol::role::Role;
 
 const BEGIN_REQUEST: u8 = 1;
@@ -247,7 +247,7 @@ fn came(servers: &mut [Server<'_>], event: Event) {
 
 /// Writes a response and reads its records.
 fn respond(server: &Server<'_>, size: u8) {
-    let (content, status) = ((usize::from(size) * 257).min(LARGEST_CONTENT), u32::from(size) << 20);
+    let (content, status) = ((usize::from(size) * 257).min(MAX_CONTENT), u32::from(size) << 20);
     let (mut head, mut end) = (BytesMut::new(), BytesMut::new());
     stdout_header(&mut head, server.id, content);
     stdout_end(&mut end, server.id, status);

@@ -6,7 +6,7 @@
 //!
 //! An heir is a clone of its worker that shares its table of descriptors (`clone(2)`, CLONE_FILES) and nothing else. While
 //! the worker lives it sleeps, and a connection costs neither of them a system call. When the worker dies, by whatever
-//! signal, the table stays, and with it every connection, open; the [`ledger`] tells what each was at, and [`estate`] what
+//! signal, the table stays, and with it every connection, open; the [`journal`] tells what each was at, and [`settlement`] what
 //! becomes of it.
 //!
 //! - The heir is made right after the fork, when the worker has one thread, and before anything of the application
@@ -17,10 +17,10 @@
 //! - Killed itself, it takes nothing along: its worker asks to be replaced. Killed together with its worker, the
 //!   connections break off.
 //!
-//! May not: believe the ledger more than its own safety allows; wait for anybody longer than [`PATIENCE`].
+//! May not: believe the journal more than its own safety allows; wait for anybody longer than [`PEER_TIMEOUT`].
 
-pub(crate) mod estate;
-pub(crate) mod ledger;
+pub(crate) mod journal;
+pub(crate) mod settlement;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -34,41 +34,41 @@ use nix::sys::socket::{
 };
 use nix::unistd::{Pid, setpgid};
 
-use self::estate::{Settlement, Then, settle};
-use self::ledger::{LastAct, Ledger, PAGES, Page, Tongue};
+use self::journal::{ConnRecord, Journal, LastOp, MAX_CONNECTIONS, WireProtocol};
+use self::settlement::{Settlement, Then, settle};
 use crate::config::address::Protocol;
 use crate::heritage::Heritage;
 use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::LineBuffer;
-use crate::net::handover::{self, Channel, PackedOrigin, Parcel};
+use crate::net::handover::{self, Channel, Handoff, PackedOrigin};
 use crate::net::listen::{Closing, Listener};
 use crate::{logging, sys};
 
 /// How long peers that have been told that it is over are listened to, so that they hear it: closed before, a connection on which they
 /// still send would be reset, and what they were told be lost.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PEER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The same when the server stops at once, or the master is dead.
-const HURRY: Duration = Duration::from_millis(250);
+const STOP_PEER_TIMEOUT: Duration = Duration::from_millis(250);
 /// When the master is dead: how long a worker may take to accept what is queued before its sockets are closed, and how often that is
 /// looked at, in milliseconds.
-const CLOSING_PATIENCE: Duration = Duration::from_secs(1);
-const CLOSING_LOOK: u8 = 5;
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(1);
+const QUEUE_POLL_INTERVAL_MS: u8 = 5;
 
 /// What a worker has of its heir.
 #[derive(Debug)]
-pub(crate) struct Appointed {
-    pub(crate) ledger: Ledger,
+pub(crate) struct Heir {
+    pub(crate) journal: Journal,
     /// For the access log, if there is one.
     pub(crate) lines: Option<LineBuffer>,
     /// Readable when the heir is dead. None if there is no heir.
     pub(crate) end: Option<OwnedFd>,
     /// What the heir goes by: it has to stay open as long as the worker lives.
-    pub(crate) kept: Kept,
+    pub(crate) retained: RetainedFds,
 }
 
 /// Descriptors that the heir uses, and the worker must not close.
 #[derive(Debug)]
-pub(crate) struct Kept {
+pub(crate) struct RetainedFds {
     /// None without an heir.
     worker: Option<OwnedFd>,
     /// The worker gives up its own when it leaves.
@@ -78,7 +78,7 @@ pub(crate) struct Kept {
     _log_files: Arc<LogFiles>,
 }
 
-impl Kept {
+impl RetainedFds {
     /// Has worker and heir hold the listening sockets no longer.
     pub(crate) fn give_up(&self, listeners: &[Listener]) {
         listeners.iter().for_each(|listener| listener.give_up(&self.lifeline));
@@ -99,7 +99,7 @@ impl Kept {
             if has_master {
                 ends.push(PollFd::new(self.lifeline.as_fd(), PollFlags::empty()));
             }
-            let timeout = closing.as_ref().map_or(PollTimeout::NONE, |_| PollTimeout::from(CLOSING_LOOK));
+            let timeout = closing.as_ref().map_or(PollTimeout::NONE, |_| PollTimeout::from(QUEUE_POLL_INTERVAL_MS));
             let polled = poll(&mut ends, timeout);
             let said_of = |index: usize| ends.get(index).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
             let (of_worker, of_lifeline) = (said_of(0), said_of(1));
@@ -107,7 +107,7 @@ impl Kept {
                 has_master = false;
                 // The application may have closed it, and the number be another's.
                 if is_lifeline.is_some() && identity_of(self.lifeline.as_fd()) == is_lifeline {
-                    closing = Some(Closing::begin(&self.listeners, CLOSING_PATIENCE, Duration::ZERO));
+                    closing = Some(Closing::begin(&self.listeners, QUEUE_TIMEOUT, Duration::ZERO));
                 }
             }
             if let Some(sockets) = &mut closing {
@@ -126,7 +126,7 @@ impl Kept {
                 // The application has closed it.
                 Ok(_) | Err(_) => match sys::process_descriptor(worker) {
                     Ok(end) => own = Some(end),
-                    Err(_) => std::thread::sleep(PATIENCE / 100),
+                    Err(_) => std::thread::sleep(PEER_TIMEOUT / 100),
                 },
             }
         }
@@ -152,14 +152,14 @@ fn lacks_call(error: &io::Error) -> bool {
 /// Makes the heir of the process that calls this: a worker with one thread. Without an heir the worker can live.
 ///
 /// # Errors
-/// If there is no memory for the ledger, or no descriptor for what the worker itself needs.
-pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
-    let ledger = Ledger::create()?;
+/// If there is no memory for the journal, or no descriptor for what the worker itself needs.
+pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
+    let journal = Journal::create()?;
     let lines = heritage.log_files.has_access_log().then(LineBuffer::create).transpose()?;
     // Asked here: an heir that asks who its parent is may be an orphan already.
     let worker = nix::unistd::getpid();
     let end_of_worker = sys::process_descriptor(worker);
-    let mut kept = Kept {
+    let mut retained = RetainedFds {
         worker: None,
         lifeline: heritage.lifeline.try_clone()?,
         _channel: Arc::clone(&heritage.handover),
@@ -167,8 +167,9 @@ pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
         _log_files: Arc::clone(&heritage.log_files),
     };
     let heir = end_of_worker.and_then(|end| {
-        kept.worker = Some(end);
-        sys::clone_with_descriptors(|| live(worker, heritage, ledger, lines, &kept)).and_then(sys::process_descriptor)
+        retained.worker = Some(end);
+        sys::clone_with_descriptors(|| run(worker, heritage, journal, lines, &retained))
+            .and_then(sys::process_descriptor)
     });
     match &heir {
         Ok(_) => {}
@@ -182,20 +183,20 @@ pub(crate) fn appoint(heritage: &Heritage) -> io::Result<Appointed> {
             );
         }
     }
-    Ok(Appointed { ledger, lines, end: heir.ok(), kept })
+    Ok(Heir { journal, lines, end: heir.ok(), retained })
 }
 
 /// The heir's life. Signals are blocked, as they were when the worker was forked, and stay so.
-fn live(worker: Pid, heritage: &Heritage, ledger: Ledger, lines: Option<LineBuffer>, kept: &Kept) -> u8 {
+fn run(worker: Pid, heritage: &Heritage, journal: Journal, lines: Option<LineBuffer>, retained: &RetainedFds) -> u8 {
     let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
     let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group ends both
-    let Some(end) = &kept.worker else { return 0 };
-    kept.await_death(worker, end);
-    let estate = Estate::open(heritage, ledger, kept.lifeline.as_fd());
+    let Some(end) = &retained.worker else { return 0 };
+    retained.await_death(worker, end);
+    let settlement = OpenConnections::open(heritage, journal, retained.lifeline.as_fd());
     if let Some(lines) = lines {
         lines.write_out(|lines| write_last(heritage, lines));
     }
-    estate.close();
+    settlement.close();
     logging::finish();
     0
 }
@@ -213,7 +214,7 @@ fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
 }
 
 /// The connections of a dead worker.
-struct Estate<'a> {
+struct OpenConnections<'a> {
     heritage: &'a Heritage,
     /// At its end the master is dead, or stops at once. `None` from then on.
     lifeline: Option<BorrowedFd<'a>>,
@@ -221,59 +222,59 @@ struct Estate<'a> {
     crowded: bool,
     passed_on: u32,
     /// To be passed on, with their messages.
-    parcels: Vec<(OwnedFd, Vec<u8>)>,
+    handoffs: Vec<(OwnedFd, Vec<u8>)>,
     /// Told that it is over.
     leaving: Vec<OwnedFd>,
     answered: u32,
     cut: u32,
 }
 
-impl<'a> Estate<'a> {
+impl<'a> OpenConnections<'a> {
     /// Takes stock, closes all other descriptors, and settles.
-    fn open(heritage: &'a Heritage, ledger: Ledger, lifeline: BorrowedFd<'a>) -> Self {
-        let (parcels, leaving) = (Vec::new(), Vec::new());
-        let mut estate = Self {
+    fn open(heritage: &'a Heritage, journal: Journal, lifeline: BorrowedFd<'a>) -> Self {
+        let (handoffs, leaving) = (Vec::new(), Vec::new());
+        let mut settlement = Self {
             heritage,
             lifeline: Some(lifeline),
             crowded: false,
             passed_on: 0,
-            parcels,
+            handoffs,
             leaving,
             answered: 0,
             cut: 0,
         };
-        let mut pages: BTreeMap<RawFd, Page> =
-            ledger.descriptors().filter_map(|fd| Some((fd, ledger.read_page(fd)?))).collect();
+        let mut records: BTreeMap<RawFd, ConnRecord> =
+            journal.descriptors().filter_map(|fd| Some((fd, journal.read_record(fd)?))).collect();
         let mut without_page = Vec::new();
-        match ledger.last_act() {
-            LastAct::Settled => {}
-            LastAct::Closing(fd) | LastAct::Passed(fd) => drop(pages.remove(&fd)),
-            LastAct::Received(fd, message) => {
-                pages.remove(&fd);
+        match journal.last_op() {
+            LastOp::Settled => {}
+            LastOp::Closing(fd) | LastOp::Passed(fd) => drop(records.remove(&fd)),
+            LastOp::Received(fd, message) => {
+                records.remove(&fd);
                 without_page.push((fd, message));
             }
-            LastAct::Accepting => without_page = estate.unentered(&pages),
+            LastOp::Accepting => without_page = settlement.unrecorded(&records),
         }
         let inherited = [heritage.handover.sender(), lifeline].map(|fd| fd.as_raw_fd());
-        let connections = pages.keys().chain(without_page.iter().map(|(fd, _)| fd));
+        let connections = records.keys().chain(without_page.iter().map(|(fd, _)| fd));
         let logs = heritage.log_files.descriptors();
         let keep: Vec<RawFd> = [0, 1, 2].into_iter().chain(logs).chain(inherited).chain(connections.copied()).collect();
         sys::close_all_except(&keep);
-        for (fd, page) in pages {
+        for (fd, record) in records {
             if let Some(connection) = sys::own(fd) {
-                estate.settle(connection, &page);
+                settlement.settle(connection, &record);
             }
         }
         let fresh = without_page.into_iter().filter_map(|(fd, message)| Some((sys::own(fd)?, message)));
-        estate.parcels.extend(fresh);
-        estate
+        settlement.handoffs.extend(fresh);
+        settlement
     }
 
     /// Connections that were accepted and not entered, with the messages by which they are passed on: the last one.
-    fn unentered(&self, pages: &BTreeMap<RawFd, Page>) -> Vec<(RawFd, Vec<u8>)> {
+    fn unrecorded(&self, records: &BTreeMap<RawFd, ConnRecord>) -> Vec<(RawFd, Vec<u8>)> {
         let candidates = sys::open_descriptors().unwrap_or_else(|_| (3..1 << 16).collect()); // no /proc here
-        let has_page = |fd: &RawFd| usize::try_from(*fd).is_ok_and(|fd| fd < PAGES);
-        let unknown = candidates.into_iter().filter(|fd| has_page(fd) && !pages.contains_key(fd));
+        let has_page = |fd: &RawFd| usize::try_from(*fd).is_ok_and(|fd| fd < MAX_CONNECTIONS);
+        let unknown = candidates.into_iter().filter(|fd| has_page(fd) && !records.contains_key(fd));
         unknown.filter_map(|fd| Some((fd, self.fresh(fd)?))).collect()
     }
 
@@ -283,18 +284,18 @@ impl<'a> Estate<'a> {
         let peer: SockaddrStorage = getpeername(fd).ok()?; // a listener has none
         let listener = self.heritage.listeners.iter().position(|listener| listener.accepts_at(&ours))?;
         let origin = PackedOrigin::of_peer(sys::peer_address(&peer));
-        Some(Parcel { listener: u16::try_from(listener).ok()?, origin, early: Vec::new() }.encode())
+        Some(Handoff { listener: u16::try_from(listener).ok()?, origin, early: Vec::new() }.encode())
     }
 
-    fn settle(&mut self, connection: OwnedFd, page: &Page) {
-        let Settlement { say, then, answered, cut } = settle(page);
+    fn settle(&mut self, connection: OwnedFd, record: &ConnRecord) {
+        let Settlement { say, then, answered, cut } = settle(record);
         (self.answered, self.cut) = (self.answered + answered, self.cut + cut);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         let said = say.is_empty() || send(connection.as_raw_fd(), &say, flags) == Ok(say.len());
         match then {
             Then::PassOn(early) if said => {
-                let parcel = Parcel { listener: page.listener, origin: page.origin, early };
-                self.parcels.push((connection, parcel.encode()));
+                let handoff = Handoff { listener: record.listener, origin: record.origin, early };
+                self.handoffs.push((connection, handoff.encode()));
             }
             Then::Close if said => {
                 let _ = shutdown(connection.as_raw_fd(), Shutdown::Write);
@@ -311,20 +312,20 @@ impl<'a> Estate<'a> {
     /// Passes on what can be passed on, and waits until those that leave have heard.
     fn close(mut self) {
         let slot = self.heritage.slot;
-        let (begun, mut patience) = (Instant::now(), PATIENCE);
+        let (begun, mut patience) = (Instant::now(), PEER_TIMEOUT);
         loop {
-            self.pass_on();
+            self.hand_off();
             self.listen();
             let left = patience.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 self.leaving.clear();
             }
-            if self.parcels.is_empty() && self.leaving.is_empty() {
+            if self.handoffs.is_empty() && self.leaving.is_empty() {
                 break;
             }
             if !self.wait(left) {
-                (self.lifeline, patience) = (None, HURRY);
-                self.parcels.clear(); // nobody takes what is passed on
+                (self.lifeline, patience) = (None, STOP_PEER_TIMEOUT);
+                self.handoffs.clear(); // nobody takes what is passed on
             }
         }
         let Self { answered, cut, passed_on, .. } = self;
@@ -333,11 +334,11 @@ impl<'a> Estate<'a> {
         }
     }
 
-    fn pass_on(&mut self) {
+    fn hand_off(&mut self) {
         let channel = self.heritage.handover.sender();
         self.crowded = false;
-        let Self { parcels, crowded, passed_on, cut, .. } = self;
-        parcels.retain(|(connection, message)| match handover::pass_on(channel, connection.as_fd(), message) {
+        let Self { handoffs, crowded, passed_on, cut, .. } = self;
+        handoffs.retain(|(connection, message)| match handover::hand_off(channel, connection.as_fd(), message) {
             Ok(()) => {
                 *passed_on += 1;
                 false
@@ -371,7 +372,7 @@ impl<'a> Estate<'a> {
     /// Waits for something to happen, and at most `left` for those who leave. False if the lifeline has ended.
     fn wait(&self, left: Duration) -> bool {
         let mut events: Vec<_> = self.lifeline.iter().map(|&end| PollFd::new(end, PollFlags::POLLIN)).collect();
-        if !self.parcels.is_empty() && !self.crowded {
+        if !self.handoffs.is_empty() && !self.crowded {
             events.push(PollFd::new(self.heritage.handover.sender(), PollFlags::POLLOUT));
         }
         events.extend(self.leaving.iter().map(|connection| PollFd::new(connection.as_fd(), PollFlags::POLLIN)));
@@ -387,10 +388,10 @@ impl<'a> Estate<'a> {
 }
 
 /// What connections of a listener speak, until more is known.
-pub(crate) fn tongue_of(protocol: Protocol) -> Tongue {
+pub(crate) fn wire_protocol_of(protocol: Protocol) -> WireProtocol {
     match protocol {
-        Protocol::FastCgi => Tongue::FastCgi,
-        Protocol::Scgi => Tongue::Scgi,
-        Protocol::Http => Tongue::Http1,
+        Protocol::FastCgi => WireProtocol::FastCgi,
+        Protocol::Scgi => WireProtocol::Scgi,
+        Protocol::Http => WireProtocol::Http1,
     }
 }

@@ -160,15 +160,15 @@ mod tests {
 
     #[test]
     fn whoever_gets_the_files_writes_to_the_new_ones_under_the_old_number() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("access");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("access");
         let access = AccessConfig { file: Some(path.clone()), format: AccessFormat::Combined };
         let config = LogConfig { access: Some(access), ..LogConfig::default() };
         let files = LogFiles::open(&config).unwrap();
         let (master, worker) = files.channel().unwrap().unwrap();
         assert_eq!(files.take_in(worker.as_fd()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         assert!(files.write_access(b"old\n").1.is_ok());
-        let moved: PathBuf = folder.path().join("access.1");
+        let moved: PathBuf = directory.path().join("access.1");
         std::fs::rename(&path, &moved).unwrap();
         assert!(files.write_access(b"still old\n").1.is_ok());
 
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(files.reopen_access(), Ok(()));
         drop(master);
         assert!(!files.take_in(worker.as_fd()).unwrap());
-        std::fs::remove_dir_all(folder.path()).unwrap();
+        std::fs::remove_dir_all(directory.path()).unwrap();
         let error = files.reopen_access().unwrap_err();
         assert!(error.contains("--access-log: cannot open"), "{error}");
         assert!(files.write_access(b"goes on\n").1.is_ok());

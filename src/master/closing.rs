@@ -16,16 +16,16 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::Master;
-use super::sight::{self, Sight};
+use super::procfs::{self, Observed};
 use super::spawn::{Child, Launch, Link};
 use super::supervisor::{Event, Phase};
 use crate::net::listen::{self, Listener};
 
 /// How often the queues are looked at.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// How long programs are left in accept(2) after they were asked to leave: it fails then, and one that learns of that first might report a
 /// failure, or a manager of several might start others.
-const LINGER: Duration = Duration::from_millis(200);
+const IDLE_TIME: Duration = Duration::from_millis(200);
 /// A program that is found to serve nobody so often, once a second, is ended.
 const FOUND_IDLE: u32 = 3;
 
@@ -59,7 +59,7 @@ impl Closing {
 
     /// How long the loop may wait.
     pub(super) fn due_in(&self) -> Option<Duration> {
-        self.is_under_way().then_some(LOOK)
+        self.is_under_way().then_some(POLL_INTERVAL)
     }
 }
 
@@ -74,10 +74,10 @@ impl Master {
             }
             return;
         }
-        let patience = if at_once { Duration::ZERO } else { self.nursery.config.drain_timeout / 2 };
-        let runs_programs = matches!(self.nursery.launch, Launch::Program(_)) && !at_once;
-        let linger = if runs_programs { LINGER } else { Duration::ZERO };
-        let begun = listen::Closing::begin(&self.nursery.listeners, patience, linger);
+        let patience = if at_once { Duration::ZERO } else { self.spawner.config.drain_timeout / 2 };
+        let runs_programs = matches!(self.spawner.launch, Launch::Program(_)) && !at_once;
+        let linger = if runs_programs { IDLE_TIME } else { Duration::ZERO };
+        let begun = listen::Closing::begin(&self.spawner.listeners, patience, linger);
         if begun.is_over() {
             return; // none is ours
         }
@@ -86,7 +86,7 @@ impl Master {
     }
 
     /// Has the closing go on, and the supervisor know whether there is something to accept.
-    pub(super) fn look_at_closing(&mut self) {
+    pub(super) fn check_closing(&mut self) {
         if self.closing.is_under_way() {
             self.advance_closing();
             self.feed(Event::Queue { waits: !self.closing.is_dry() });
@@ -99,13 +99,13 @@ impl Master {
             let depth = &self.queue_depth;
             let queued = |listener: &Listener| depth.counted(listener).unwrap_or(0);
             let sockets = self.closing.sockets.as_mut();
-            let lost = sockets.map_or(0, |sockets| sockets.advance(&self.nursery.listeners, queued, Instant::now()));
+            let lost = sockets.map_or(0, |sockets| sockets.advance(&self.spawner.listeners, queued, Instant::now()));
             if lost > 0 {
-                let (late, limit) = match self.closing.hurries {
+                let (orphaned_outputs, limit) = match self.closing.hurries {
                     true => ("", ""),
                     false => (" in time", " (half of --drain-timeout is for them)"),
                 };
-                log::warn!("connections that nobody accepted{late} are reset connections={lost}{limit}");
+                log::warn!("connections that nobody accepted{orphaned_outputs} are reset connections={lost}{limit}");
             }
             if self.closing.is_dry() {
                 self.release_held();
@@ -115,9 +115,9 @@ impl Master {
             }
             // Their names are free for the next start from now on. (The number of a file's inode stays ours as long as we hold its
             // socket, so that a file which the next start makes is not taken for this one.)
-            self.nursery.listeners.iter().for_each(Listener::remove_file);
-            for listener in self.nursery.listeners.iter().filter(|listener| listener.is_abstract()) {
-                listener.give_up(self.nursery.stand_in());
+            self.spawner.listeners.iter().for_each(Listener::remove_file);
+            for listener in self.spawner.listeners.iter().filter(|listener| listener.is_abstract()) {
+                listener.give_up(self.spawner.stand_in());
             }
             log::info!("new connections are refused");
         }
@@ -136,7 +136,7 @@ impl Master {
         if self.closing.has_begun() {
             return;
         }
-        let listeners = self.nursery.listeners.iter().enumerate();
+        let listeners = self.spawner.listeners.iter().enumerate();
         for (index, listener) in listeners.filter(|(_, listener)| !listener.is_listening()) {
             if self.closing.deaf.insert(index) {
                 log::error!(
@@ -169,9 +169,9 @@ impl Master {
         if self.supervisor.view().phase == Phase::Stopping
             && let Some(Child { link: Link::Program(program), slot, .. }) = self.children.get(&pid)
         {
-            let listener = &self.nursery.listeners[0];
-            let starts = || !program.started && sight::servers_under(&[pid], listener).is_empty();
-            if sight::of(pid, listener) == Sight::Accepting || starts() {
+            let listener = &self.spawner.listeners[0];
+            let starts = || !program.started && procfs::servers_under(&[pid], listener).is_empty();
+            if procfs::of(pid, listener) == Observed::Accepting || starts() {
                 let found = self.closing.found_idle.entry(pid).or_default();
                 *found += 1;
                 if *found >= FOUND_IDLE {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 
-use crate::control::wire::{self, Answer, LONGEST_REQUEST, Request};
+use crate::control::wire::{self, MAX_REQUEST, Reply, Request};
 use crate::logging::rate::{Admission, ByteLimit};
 use crate::net::listen::ControlListener;
 use crate::sys;
@@ -24,17 +24,17 @@ use crate::upgrade::saved::{SavedClient, SavedControl, SavedWaiting};
 type Now = Duration;
 
 /// Clients at a time that do not wait for an outcome; further ones wait in the kernel's queue.
-const MOST_CLIENTS: usize = 16;
+const MAX_CLIENTS: usize = 16;
 /// And with those that wait. They are no reason not to answer a question: by that they learn that we live.
-const MOST_WITH_WAITING: usize = 64;
+const MAX_CLIENTS_AND_WAITING: usize = 64;
 /// How long a client may take to send its line, or to read the next piece of what it is told.
-const PATIENCE: Duration = Duration::from_secs(10);
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes that may wait for a client to read them. The longest status fits.
-const MOST_UNSENT: usize = 4 << 20;
+const MAX_UNSENT: usize = 4 << 20;
 /// Of those, what is left for a master that takes over.
-const MOST_SAVED: usize = 64 << 10;
+const MAX_SAVED: usize = 64 << 10;
 /// How long nobody is accepted after that has failed: descriptors have run out, say.
-const PAUSE: Duration = Duration::from_secs(1);
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The socket and those who have connected. Dropping it removes the socket's file, and then closes all connections.
 pub(crate) struct Control {
@@ -84,7 +84,7 @@ impl Control {
 
     /// For a master that takes over. Who does not read what he is told is left behind.
     pub(crate) fn save(&self) -> SavedControl {
-        let clients = self.clients.iter().filter(|client| !client.gone && client.unsent.len() <= MOST_SAVED);
+        let clients = self.clients.iter().filter(|client| !client.gone && client.unsent.len() <= MAX_SAVED);
         SavedControl {
             fd: self.listener.as_fd().as_raw_fd(),
             path: self.listener.path().to_owned(),
@@ -96,7 +96,7 @@ impl Control {
     /// Goes on with the clients of a former master.
     pub(crate) fn restore(&mut self, clients: Vec<(OwnedFd, SavedClient)>, now: Now) {
         for (socket, saved) in clients {
-            let mut client = Client::new(self.next, socket.into(), now + PATIENCE);
+            let mut client = Client::new(self.next, socket.into(), now + CLIENT_TIMEOUT);
             self.next += 1;
             let SavedClient { unread, unsent, asked, ending, waiting, .. } = saved;
             (client.unread, client.unsent, client.asked, client.ending) = (unread, unsent, asked, ending);
@@ -132,7 +132,7 @@ impl Control {
         let mut asked = Vec::new();
         for (client, &events) in self.clients.iter_mut().zip(events) {
             if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR)
-                && let Some(request) = client.hear(now)
+                && let Some(request) = client.read_child(now)
             {
                 asked.push((client.id, request));
             }
@@ -151,24 +151,27 @@ impl Control {
     /// Closes the connections of those who have their outcome, are gone, or take too long.
     pub(crate) fn sweep(&mut self, now: Now) {
         self.clients.retain(|client| {
-            let late = client.is_timed() && client.deadline <= now;
-            if late {
-                log::info!("control client dropped: it sent no line, or did not read, for {}s", PATIENCE.as_secs());
+            let orphaned_outputs = client.is_timed() && client.deadline <= now;
+            if orphaned_outputs {
+                log::info!(
+                    "control client dropped: it sent no line, or did not read, for {}s",
+                    CLIENT_TIMEOUT.as_secs()
+                );
             }
-            !(late || client.gone || client.ending && client.unsent.is_empty())
+            !(orphaned_outputs || client.gone || client.ending && client.unsent.is_empty())
         });
     }
 
     fn has_room(&self) -> bool {
         let asking = self.clients.iter().filter(|client| client.waiting == Waiting::No).count();
-        asking < MOST_CLIENTS && self.clients.len() < MOST_WITH_WAITING
+        asking < MAX_CLIENTS && self.clients.len() < MAX_CLIENTS_AND_WAITING
     }
 
     fn accept(&mut self, now: Now) {
         while self.has_room() {
             match sys::accept(self.listener.as_fd()) {
                 Ok((socket, _)) => {
-                    let mut client = Client::new(self.next, socket.into(), now + PATIENCE);
+                    let mut client = Client::new(self.next, socket.into(), now + CLIENT_TIMEOUT);
                     self.next += 1;
                     if let Err(why) = may_ask(client.stream.as_fd()) {
                         let Admission { left_out, is_admitted } = self.refusals.take(1, now);
@@ -178,7 +181,7 @@ impl Control {
                             log::warn!("control client refused: {why}{more}");
                         }
                         client.asked = true;
-                        client.tell(&Answer::failed(why), now);
+                        client.log(&Reply::failed(why), now);
                     }
                     self.clients.push(client);
                 }
@@ -186,7 +189,7 @@ impl Control {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
                     log::error!("the control socket cannot accept: {}", sys::explain(&error));
-                    self.paused_until = now + PAUSE;
+                    self.paused_until = now + ACCEPT_RETRY_INTERVAL;
                     return;
                 }
             }
@@ -194,14 +197,14 @@ impl Control {
     }
 
     /// Tells a client something, if it is still there.
-    pub(crate) fn tell(&mut self, id: ClientId, answer: &Answer, now: Now) {
+    pub(crate) fn log(&mut self, id: ClientId, answer: &Reply, now: Now) {
         if let Some(client) = self.clients.iter_mut().find(|client| client.id == id) {
-            client.tell(answer, now);
+            client.log(answer, now);
         }
     }
 
     /// Gives a client a descriptor together with the outcome.
-    pub(crate) fn hand_over(&mut self, id: ClientId, fd: BorrowedFd<'_>, answer: &Answer, now: Now) {
+    pub(crate) fn hand_over(&mut self, id: ClientId, fd: BorrowedFd<'_>, answer: &Reply, now: Now) {
         let Some(client) = self.clients.iter_mut().find(|client| client.id == id) else { return };
         let line = wire::line(answer);
         // Nothing was sent to this client before, so the line fits the socket's buffer whole.
@@ -215,7 +218,7 @@ impl Control {
         match sent {
             Ok(sent) if sent == line.len() => client.ending = true,
             Ok(_) => client.gone = true,
-            Err(errno) => client.tell(&Answer::failed(format!("the descriptor cannot be sent: {errno}")), now),
+            Err(errno) => client.log(&Reply::failed(format!("the descriptor cannot be sent: {errno}")), now),
         }
     }
 
@@ -232,9 +235,9 @@ impl Control {
     }
 
     /// Tells all who wait for the same.
-    pub(crate) fn tell_waiting(&mut self, what: Waiting, answer: &Answer, now: Now) {
+    pub(crate) fn reply_to_waiting(&mut self, what: Waiting, answer: &Reply, now: Now) {
         for client in self.clients.iter_mut().filter(|client| client.waiting == what) {
-            client.tell(answer, now);
+            client.log(answer, now);
         }
     }
 }
@@ -275,7 +278,7 @@ impl Client {
     }
 
     /// Reads until there is a line, which is the request; one line is all that it may send.
-    fn hear(&mut self, now: Now) -> Option<Request> {
+    fn read_child(&mut self, now: Now) -> Option<Request> {
         while !self.asked {
             let mut piece = [0; 512];
             match self.stream.read(&mut piece) {
@@ -292,8 +295,8 @@ impl Client {
                 }
             }
             let line = self.unread.iter().position(|&byte| byte == b'\n');
-            if line.unwrap_or(self.unread.len()) >= LONGEST_REQUEST {
-                self.refuse(format!("a request has {LONGEST_REQUEST} bytes at the most"), now);
+            if line.unwrap_or(self.unread.len()) >= MAX_REQUEST {
+                self.refuse(format!("a request has {MAX_REQUEST} bytes at the most"), now);
             } else if let Some(end) = line {
                 self.asked = true;
                 match Request::parse(&self.unread[..end]) {
@@ -307,20 +310,20 @@ impl Client {
 
     fn refuse(&mut self, why: String, now: Now) {
         self.asked = true;
-        self.tell(&Answer::failed(why), now);
+        self.log(&Reply::failed(why), now);
     }
 
-    fn tell(&mut self, answer: &Answer, now: Now) {
+    fn log(&mut self, answer: &Reply, now: Now) {
         if self.ending {
             return;
         }
         let line = wire::line(answer);
-        if self.unsent.len() + line.len() > MOST_UNSENT {
+        if self.unsent.len() + line.len() > MAX_UNSENT {
             self.gone = true;
             return;
         }
         if self.unsent.is_empty() {
-            self.deadline = now + PATIENCE;
+            self.deadline = now + CLIENT_TIMEOUT;
         }
         self.unsent.extend_from_slice(&line);
         if answer.is_outcome() {
@@ -346,7 +349,7 @@ impl Client {
         }
         if sent > 0 {
             self.unsent.drain(..sent);
-            self.deadline = now + PATIENCE;
+            self.deadline = now + CLIENT_TIMEOUT;
         }
     }
 }

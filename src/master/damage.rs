@@ -14,7 +14,7 @@ use super::supervisor::Now;
 use super::{Master, memory};
 use crate::startup::systemd;
 
-const PERIOD: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What is known of the memory.
 #[derive(Debug, Default)]
@@ -31,7 +31,7 @@ impl Damage {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Now> {
-        self.found.is_none().then(|| self.looked_at + PERIOD)
+        self.found.is_none().then(|| self.looked_at + CHECK_INTERVAL)
     }
 
     /// Looks, and returns what is to be told.
@@ -61,10 +61,10 @@ impl Damage {
 
 impl Master {
     /// Looks whether the shared memory is still what it was.
-    pub(super) fn look_at_memory(&mut self) {
+    pub(super) fn check_memory_damage(&mut self) {
         let now = self.now();
         if self.damage.next_deadline().is_some_and(|deadline| now >= deadline)
-            && let Some(what) = self.damage.look(&self.nursery.segment, now)
+            && let Some(what) = self.damage.look(&self.spawner.segment, now)
         {
             log::error!("{what}");
         }
@@ -72,14 +72,14 @@ impl Master {
 
     /// Why nobody should use the shared memory, in words for the operator.
     pub(super) fn why_not_use_memory(&self) -> Option<String> {
-        let why = self.nursery.segment.damage()?;
+        let why = self.spawner.segment.damage()?;
         Some(format!("the shared memory is damaged: {why}; some process wrote over it (a reload replaces it)"))
     }
 
     /// Gives the processes to come new memory if that of those before is damaged. Returns what is to be told.
     pub(super) fn replace_damaged_memory(&mut self) -> Option<String> {
-        let why = self.nursery.segment.damage()?;
-        let config = &self.nursery.config;
+        let why = self.spawner.segment.damage()?;
+        let config = &self.spawner.config;
         let segment = match memory::renew(config) {
             Ok(segment) => segment,
             Err(error) => {
@@ -93,12 +93,12 @@ impl Master {
             self.notify.store(systemd::SEGMENT, segment.fd());
         }
         self.scoreboard = segment.scoreboard();
-        self.sickbed.move_to(segment.quarantine(), self.begun.elapsed());
-        self.beside.move_to(segment.clone());
-        self.nursery.segment = segment;
+        self.faults.move_to(segment.quarantine(), self.begun.elapsed());
+        self.sidecars.move_to(segment.clone());
+        self.spawner.segment = segment;
         self.relay.renew(self.begun.elapsed());
         self.renew_guard(); // it holds on to the memory that was there when it was forked
-        self.damage = Damage { looked_at: self.begun.elapsed(), ..Damage::new(&self.nursery.segment) };
+        self.damage = Damage { looked_at: self.begun.elapsed(), ..Damage::new(&self.spawner.segment) };
         let text = format!(
             "the shared memory was damaged ({why}), and new memory takes its place: the cache starts empty, and \
              subscribers see a gap"
@@ -119,8 +119,8 @@ mod tests {
         let segment = Segment::create(&Plan { rows: 1, ..Plan::default() }).unwrap();
         let mut damage = Damage::new(&segment);
         for second in 1..4 {
-            assert_eq!(damage.next_deadline(), Some(PERIOD * second));
-            assert_eq!(damage.look(&segment, PERIOD * second), None);
+            assert_eq!(damage.next_deadline(), Some(CHECK_INTERVAL * second));
+            assert_eq!(damage.look(&segment, CHECK_INTERVAL * second), None);
         }
     }
 }

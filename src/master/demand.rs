@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use forkyard_shm::Scoreboard;
 use nix::unistd::Pid;
 
-use super::sight::{self, Sight};
+use super::procfs::{self, Observed};
 use super::spawn::Child;
 use super::supervisor::{Demand, Supervisor};
 use crate::net::listen::Listener;
@@ -30,8 +30,8 @@ pub(crate) fn sample(
             row.map_or((0, 0), |row| (row.in_flight.min(MOST), row.streams))
         } else {
             // Those below it, if it is a wrapper around several.
-            let servers = listeners.first().map(|listener| sight::servers_under(&[pid], listener)).unwrap_or_default();
-            let serving = servers.iter().filter(|(_, sight)| *sight == Sight::Serving).count();
+            let servers = listeners.first().map(|listener| procfs::servers_under(&[pid], listener)).unwrap_or_default();
+            let serving = servers.iter().filter(|(_, observed)| *observed == Observed::Serving).count();
             (u32::try_from(serving).unwrap_or(MOST).min(MOST), 0)
         };
         demand.in_flight = demand.in_flight.saturating_add(serving);

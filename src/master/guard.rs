@@ -33,18 +33,18 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getpid, getppid, getsid, setpgid};
 
 use super::Master;
-use super::sight;
-use super::spawn::{Launch, Nursery};
+use super::procfs;
+use super::spawn::{Launch, Spawner};
 use super::supervisor::{Breaker, Now};
 use crate::logging;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved::SavedGuard;
 
 /// One that has lived for so long does not die of something that the next one would die of too.
-const STEADY: Duration = Duration::from_secs(1);
+const STEADY_TIME: Duration = Duration::from_secs(1);
 /// The kernel closes a dying process's descriptors before it gives its children another parent: for so long that is waited for.
-const DYING: Duration = Duration::from_secs(10);
-const LOOK: Duration = Duration::from_millis(1);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Processes that are named in the log.
 const NAMED: usize = 16;
 
@@ -101,7 +101,7 @@ impl Guard {
         }
         let Some(Process { since, .. }) = self.process.take_if(|process| process.pid == pid) else { return false };
         sys::announce_by(None);
-        if since.elapsed() >= STEADY {
+        if since.elapsed() >= STEADY_TIME {
             self.breaker.close();
         }
         let lived = since.elapsed().as_millis();
@@ -139,8 +139,8 @@ impl Guard {
 impl Master {
     /// Has a guard if there is anything to guard. As PID 1 the master needs none: with it the kernel kills all others of its container.
     pub(super) fn keep_guard(&mut self) {
-        let runs_programs = matches!(self.nursery.launch, Launch::Program(_));
-        self.guard.wanted = (runs_programs || self.beside.has_any()) && getpid() != Pid::from_raw(1);
+        let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
+        self.guard.wanted = (runs_programs || self.sidecars.has_any()) && getpid() != Pid::from_raw(1);
         if self.guard.next_deadline().is_some_and(|deadline| self.now() >= deadline) {
             self.start_guard();
         }
@@ -156,7 +156,7 @@ impl Master {
     fn start_guard(&mut self) {
         let mut groups = Groups::default();
         self.groups().into_iter().for_each(|group| groups.add(group));
-        match start(groups, &self.nursery, &self.signals) {
+        match start(groups, &self.spawner, &self.signals) {
             Ok(process) => {
                 log::debug!("guard started pid={}", process.pid);
                 self.guard.put(Some(process));
@@ -171,14 +171,14 @@ impl Master {
     /// The process groups that are to end with the master.
     fn groups(&self) -> BTreeSet<i32> {
         let programs = self.children.iter().filter(|(_, child)| !child.is_worker()).map(|(pid, _)| *pid);
-        let beside = self.beside.living().into_iter().map(|living| living.pid);
-        let mut groups: BTreeSet<i32> = programs.chain(beside).map(Pid::as_raw).collect();
+        let sidecars = self.sidecars.living().into_iter().map(|living| living.pid);
+        let mut groups: BTreeSet<i32> = programs.chain(sidecars).map(Pid::as_raw).collect();
         let session = own_session();
-        let runs_programs = matches!(self.nursery.launch, Launch::Program(_));
-        for pid in sight::family_of(&self.orphans()) {
+        let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
+        for pid in procfs::family_of(&self.orphans()) {
             // Of what workers leave nothing is announced: their groups may be those of workers that finish what they serve.
-            if let Some(stat) = sight::stat(pid)
-                && (self.beside.has_left(pid) || (runs_programs && stat.session == session))
+            if let Some(stat) = procfs::stat(pid)
+                && (self.sidecars.has_left(pid) || (runs_programs && stat.session == session))
             {
                 groups.insert(stat.group);
             }
@@ -187,15 +187,15 @@ impl Master {
     }
 }
 
-fn start(groups: Groups, nursery: &Nursery, signals: &super::SignalInbox) -> io::Result<Process> {
+fn start(groups: Groups, spawner: &Spawner, signals: &super::SignalInbox) -> io::Result<Process> {
     let (link, end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     let master = getpid();
     let pid = sys::fork(|| {
         signals.leave(); // and all stay blocked: who stops every process of a service does not stop this one before its time
         let _ = nix::sys::prctl::set_name(c"guard"); // a name for ps, nothing more
         let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the master's group ends both
-        logging::begin_worker(&nursery.config.logs);
-        let logs = nursery.current.log_files.descriptors();
+        logging::begin_worker(&spawner.config.logs);
+        let logs = spawner.current.log_files.descriptors();
         let keep: Vec<_> = [0, 1, 2, end.as_raw_fd()].into_iter().chain(logs).collect();
         sys::close_all_except(&keep);
         live(master, &end, groups)
@@ -209,18 +209,18 @@ fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
         let mut message = [0; size_of::<i32>()];
         match recv(link.as_raw_fd(), &mut message, MsgFlags::empty()) {
             Ok(0) => break,
-            Ok(_) => groups.hear(i32::from_ne_bytes(message)),
+            Ok(_) => groups.read_child(i32::from_ne_bytes(message)),
             Err(Errno::EINTR) => {}
-            Err(_) if getppid() == master => std::thread::sleep(LOOK), // no memory, say
+            Err(_) if getppid() == master => std::thread::sleep(POLL_INTERVAL), // no memory, say
             Err(_) => break,
         }
     }
     let begun = Instant::now();
     while getppid() == master {
-        if begun.elapsed() >= DYING {
+        if begun.elapsed() >= KILL_TIMEOUT {
             return 1; // somebody has closed its descriptor
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
     let killed = groups.kill();
     if !killed.is_empty() {
@@ -255,7 +255,7 @@ struct Group {
 impl Groups {
     /// A message: the number of a group that begins, or its negative when the group has ended. Whatever it says, those that are gone are
     /// forgotten.
-    fn hear(&mut self, message: i32) {
+    fn read_child(&mut self, message: i32) {
         self.0.retain(|&group, _| Some(group) != message.checked_neg());
         self.0.retain(|&group, _| killpg(Pid::from_raw(group), None) != Err(Errno::ESRCH));
         self.add(message);
@@ -265,7 +265,7 @@ impl Groups {
         if group <= 1 {
             return; // no group's number; to kill(2) it would mean others
         }
-        let leader = sight::stat(Pid::from_raw(group));
+        let leader = procfs::stat(Pid::from_raw(group));
         let session = leader.as_ref().map_or_else(own_session, |leader| leader.session);
         self.0.insert(group, Group { session, leader: leader.map(|leader| leader.started) });
     }
@@ -273,15 +273,15 @@ impl Groups {
     /// Those of their processes that live, with their names, by groups.
     fn left(&self) -> BTreeMap<i32, Vec<(i32, String)>> {
         let mut left: BTreeMap<i32, Vec<(i32, String)>> = BTreeMap::new();
-        for pid in sight::all() {
-            let Some(stat) = sight::stat(pid).filter(|stat| !stat.is_zombie) else { continue };
+        for pid in procfs::all() {
+            let Some(stat) = procfs::stat(pid).filter(|stat| !stat.is_zombie) else { continue };
             if self.0.get(&stat.group).is_some_and(|group| group.session == stat.session) {
                 left.entry(stat.group).or_default().push((pid.as_raw(), stat.name));
             }
         }
         // If there is another leader, the number is another group's.
         left.retain(|&number, _| {
-            let leader = sight::stat(Pid::from_raw(number)).map(|leader| leader.started);
+            let leader = procfs::stat(Pid::from_raw(number)).map(|leader| leader.started);
             leader.is_none() || self.0.get(&number).is_some_and(|group| group.leader == leader)
         });
         left
@@ -331,7 +331,7 @@ mod tests {
         recorded.session -= 1;
         assert_eq!(groups.kill(), [], "it was in another session");
         assert!(other.try_wait().unwrap().is_none());
-        groups.hear(others);
+        groups.read_child(others);
         assert_eq!(groups.0.len(), 1, "the group that is gone is forgotten");
         assert_eq!(groups.kill().len(), 1);
         other.wait().unwrap();
@@ -343,19 +343,19 @@ mod tests {
         let [gone, left] = [&given_up, &leader].map(|child| i32::try_from(child.id()).unwrap());
         let mut member = Command::new("sleep").arg("600").process_group(left).spawn().unwrap();
         let mut groups = Groups::default();
-        groups.hear(gone);
-        groups.hear(left);
+        groups.read_child(gone);
+        groups.read_child(left);
         // Another group has the number by now, and nothing else shows that it is another one.
-        groups.hear(-gone);
+        groups.read_child(-gone);
         leader.kill().unwrap();
         leader.wait().unwrap();
-        groups.hear(0);
+        groups.read_child(0);
         let killed = groups.kill();
         assert_eq!(killed, [(i32::try_from(member.id()).unwrap(), "sleep".to_owned())]);
         member.wait().unwrap();
         assert!(given_up.try_wait().unwrap().is_none(), "it lives");
         // It is one of ours again when it is announced.
-        groups.hear(gone);
+        groups.read_child(gone);
         assert_eq!(groups.kill(), [(gone, "sleep".to_owned())]);
         given_up.wait().unwrap();
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
 
-use super::sight::{self, Environment, Process};
+use super::procfs::{self, Environment, Process};
 
 /// How long what a daemon has left must live to be the daemon itself: a little less than the time after which it is started again.
 const LASTING: Duration = Duration::from_millis(90);
@@ -20,14 +20,14 @@ const SUSPECT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 pub(super) struct Inherited {
-    suspects: Vec<Suspect>,
+    suspects: Vec<RequestKey>,
     found: Vec<Found>,
 }
 
 /// A helper that has ended with 0, unasked.
 #[derive(Debug)]
-struct Suspect {
-    helper: usize,
+struct RequestKey {
+    sidecar: usize,
     ended: Instant,
     /// How long it had lived.
     lived: Duration,
@@ -37,7 +37,7 @@ struct Suspect {
 struct Found {
     process: Process,
     /// `None` as long as that cannot be seen.
-    helper: Option<usize>,
+    sidecar: Option<usize>,
     since: Instant,
     /// It is a daemon in the background.
     detached: bool,
@@ -45,9 +45,9 @@ struct Found {
 
 impl Inherited {
     /// This helper has ended with 0 and was not asked to; it had lived so long.
-    pub(super) fn suspect(&mut self, helper: usize, lived: Duration) {
-        self.suspects.retain(|suspect| suspect.helper != helper);
-        self.suspects.push(Suspect { helper, ended: Instant::now(), lived });
+    pub(super) fn suspect(&mut self, sidecar: usize, lived: Duration) {
+        self.suspects.retain(|suspect| suspect.sidecar != sidecar);
+        self.suspects.push(RequestKey { sidecar, ended: Instant::now(), lived });
     }
 
     pub(super) fn has_suspects(&self) -> bool {
@@ -60,29 +60,29 @@ impl Inherited {
         self.suspects.retain(|suspect| suspect.ended.elapsed() < SUSPECT);
         self.found.retain(|found| found.process.lives());
         let mut detached = Vec::new();
-        let own = sight::environment_of(getpid());
+        let own = procfs::environment_of(getpid());
         for process in orphans.iter().filter_map(|pid| Process::of(*pid)) {
             let known = self.found.iter().position(|found| found.process == process);
-            if known.is_some_and(|at| self.found[at].helper.is_some()) {
+            if known.is_some_and(|at| self.found[at].sidecar.is_some()) {
                 continue;
             }
-            let environment = sight::environment_of(process.pid());
-            let helper = self.helper_of(process, &environment, &own, names);
+            let environment = procfs::environment_of(process.pid());
+            let sidecar = self.helper_of(process, &environment, &own, names);
             match known {
-                Some(at) if helper.is_some() => self.found[at].helper = helper,
+                Some(at) if sidecar.is_some() => self.found[at].sidecar = sidecar,
                 Some(_) if environment == Environment::InExec => {}
                 Some(at) => drop(self.found.remove(at)),
-                None if helper.is_some() || environment == Environment::InExec => {
-                    self.found.push(Found { process, helper, since: Instant::now(), detached: false });
+                None if sidecar.is_some() || environment == Environment::InExec => {
+                    self.found.push(Found { process, sidecar, since: Instant::now(), detached: false });
                 }
                 None => {}
             }
         }
         for found in self.found.iter_mut().filter(|found| !found.detached && found.since.elapsed() >= LASTING) {
-            let Some(helper) = found.helper else { continue };
-            found.detached = self.suspects.iter().any(|suspect| suspect.helper == helper);
-            if found.detached && detached.iter().all(|(other, _)| *other != helper) {
-                detached.push((helper, found.process.pid()));
+            let Some(sidecar) = found.sidecar else { continue };
+            found.detached = self.suspects.iter().any(|suspect| suspect.sidecar == sidecar);
+            if found.detached && detached.iter().all(|(other, _)| *other != sidecar) {
+                detached.push((sidecar, found.process.pid()));
             }
         }
         detached
@@ -102,17 +102,17 @@ impl Inherited {
         if let Some(name) = environment.variable("FORKYARD_NAME") {
             return names.iter().position(|other| *other == name);
         }
-        let session = |pid| sight::stat(pid).map(|stat| stat.session);
+        let session = |pid| procfs::stat(pid).map(|stat| stat.session);
         if environment.variable("FORKYARD_SLOT").is_some() || session(process.pid()) == session(getpid()) {
             return None;
         }
-        self.suspects.last().filter(|suspect| suspect.may_have_made(process)).map(|suspect| suspect.helper)
+        self.suspects.last().filter(|suspect| suspect.may_have_made(process)).map(|suspect| suspect.sidecar)
     }
 
     /// Whether a helper has left this process, or one that it comes from.
     pub(super) fn has(&self, pid: Pid) -> bool {
-        let is_found = |found: &Found| found.process.pid() == pid && found.helper.is_some() && found.process.lives();
-        self.found.iter().any(is_found) || sight::environment_of(pid).variable("FORKYARD_NAME").is_some()
+        let is_found = |found: &Found| found.process.pid() == pid && found.sidecar.is_some() && found.process.lives();
+        self.found.iter().any(is_found) || procfs::environment_of(pid).variable("FORKYARD_NAME").is_some()
     }
 
     /// Asks daemons in the background to leave: they are started anew.
@@ -123,15 +123,15 @@ impl Inherited {
     }
 }
 
-impl Suspect {
+impl RequestKey {
     /// Whether the process is young enough to come from this helper.
     fn may_have_made(&self, process: Process) -> bool {
         let Ok(Some(ticks)) = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK) else { return false };
         let Some(now) = uptime() else { return false };
         let (Ok(ticks), Ok(second)) = (u64::try_from(ticks), u32::try_from(ticks)) else { return false };
-        let born =
+        let spawned =
             Duration::from_secs(process.started / ticks) + Duration::from_secs(process.started % ticks) / second.max(1);
-        let age = now.saturating_sub(born);
+        let age = now.saturating_sub(spawned);
         // The kernel's ticks are hundredths of a second, as a rule.
         age <= self.ended.elapsed() + self.lived + Duration::from_millis(50)
     }
@@ -169,9 +169,9 @@ mod tests {
         let pid_of = |child: &Child| Pid::from_raw(child.id().cast_signed());
         let is_up = |child: &Child| {
             let deadline = Instant::now() + Duration::from_secs(60);
-            while sight::stat(pid_of(child))
+            while procfs::stat(pid_of(child))
                 .is_none_or(|stat| stat.name != "sleep" || stat.session != pid_of(child).as_raw())
-                || sight::environment_of(pid_of(child)) == Environment::InExec
+                || procfs::environment_of(pid_of(child)) == Environment::InExec
             {
                 assert!(Instant::now() < deadline, "it sleeps");
                 std::thread::park_timeout(Duration::from_millis(1));
@@ -226,7 +226,7 @@ mod tests {
         let mut child = command.spawn().unwrap();
         let pid = Pid::from_raw(child.id().cast_signed());
         let deadline = Instant::now() + Duration::from_secs(60);
-        while sight::stat(pid).is_none_or(|stat| stat.session != pid.as_raw()) {
+        while procfs::stat(pid).is_none_or(|stat| stat.session != pid.as_raw()) {
             assert!(Instant::now() < deadline, "it has a session of its own");
             std::thread::park_timeout(Duration::from_millis(1));
         }
@@ -237,19 +237,19 @@ mod tests {
             inherited.suspect(0, Duration::from_secs(3600));
             assert_eq!(inherited.take(&[pid], &["a", "b"]), []);
             assert_eq!(inherited.found.len(), 1);
-            let Some(helper) = inherited.found[0].helper else {
+            let Some(sidecar) = inherited.found[0].sidecar else {
                 seen_in_exec += 1;
                 inherited.found[0].since = inherited.found[0].since.checked_sub(LASTING).unwrap();
                 // It is looked at again, and its time counts from the first look.
                 inherited.suspect(1, Duration::ZERO);
-                while inherited.found[0].helper.is_none() {
+                while inherited.found[0].sidecar.is_none() {
                     let detached = inherited.take(&[pid], &["a", "b"]);
-                    assert_eq!(detached.is_empty(), inherited.found[0].helper.is_none());
+                    assert_eq!(detached.is_empty(), inherited.found[0].sidecar.is_none());
                 }
-                assert_eq!(inherited.found[0].helper, Some(1));
+                assert_eq!(inherited.found[0].sidecar, Some(1));
                 continue;
             };
-            assert_eq!(helper, 1);
+            assert_eq!(sidecar, 1);
         }
         child.kill().unwrap();
         child.wait().unwrap();
@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn what_shows_our_own_environment_is_a_workers_child_before_exec() {
         let inherited = Inherited {
-            suspects: vec![Suspect { helper: 0, ended: Instant::now(), lived: Duration::ZERO }],
+            suspects: vec![RequestKey { sidecar: 0, ended: Instant::now(), lived: Duration::ZERO }],
             found: vec![],
         };
         let own = Environment::Shown(b"FORKYARD_NAME=a\0A=b\0".to_vec());

@@ -13,57 +13,58 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
 
 use super::Master;
-use super::sight::{self, Environment, Sight};
+use super::procfs::{self, Environment, Observed};
 use crate::sys;
 
 /// How long what is left may take to leave.
-const GRACE: Duration = Duration::from_secs(1);
+const GRACE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long one that was killed may take to be gone.
-const KILLED: Duration = Duration::from_secs(1);
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often it is looked what is left: what has lost its parent comes to us a moment later.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 impl Master {
     pub(super) fn end_leftovers(&mut self) {
-        self.nursery.listeners.iter().for_each(crate::net::listen::Listener::stop_listening);
-        let Some(session) = sight::stat(getpid()).map(|stat| stat.session) else { return };
+        self.spawner.listeners.iter().for_each(crate::net::listen::Listener::stop_listening);
+        let Some(session) = procfs::stat(getpid()).map(|stat| stat.session) else { return };
         let begun = Instant::now();
         let mut asked = BTreeSet::new();
         loop {
             while let Some(pid) = sys::ended_child() {
                 sys::reap(pid);
             }
-            let family = sight::family_of(&self.orphans());
+            let family = procfs::family_of(&self.orphans());
             let (ours, apart): (Vec<Pid>, Vec<Pid>) =
                 family.into_iter().partition(|&pid| self.ends_with_us(pid, session));
-            let is_over = begun.elapsed() >= GRACE;
+            let is_over = begun.elapsed() >= GRACE_TIMEOUT;
             // In the middle of exec it cannot be seen whose a process is.
-            let is_undecided = || apart.iter().any(|&pid| sight::environment_of(pid) == Environment::InExec);
-            if ours.is_empty() && !is_undecided() || begun.elapsed() >= GRACE + KILLED {
+            let is_undecided = || apart.iter().any(|&pid| procfs::environment_of(pid) == Environment::InExec);
+            if ours.is_empty() && !is_undecided() || begun.elapsed() >= GRACE_TIMEOUT + KILL_TIMEOUT {
                 return apart.into_iter().for_each(|pid| self.name_survivor(pid));
             }
             for pid in ours {
                 let signal = if is_over || self.programs.at_once { Signal::SIGKILL } else { Signal::SIGTERM };
                 if asked.insert((pid, signal as i32)) {
-                    let name = sight::stat(pid).map(|stat| stat.name).unwrap_or_default();
+                    let name = procfs::stat(pid).map(|stat| stat.name).unwrap_or_default();
                     log::info!("what was left behind ends with the server pid={pid} name={name} signal={signal}");
                     let _ = kill(pid, signal); // it may just have ended
                 }
             }
-            let nap = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::ZERO);
+            let nap = PollTimeout::try_from(POLL_INTERVAL).unwrap_or(PollTimeout::ZERO);
             let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], nap);
             self.signals.take();
         }
     }
 
     fn ends_with_us(&self, pid: Pid, session: i32) -> bool {
-        sight::stat(pid).is_some_and(|stat| stat.session == session) || self.beside.has_left(pid)
+        procfs::stat(pid).is_some_and(|stat| stat.session == session) || self.sidecars.has_left(pid)
     }
 
     fn name_survivor(&self, pid: Pid) {
-        let Some(name) = sight::stat(pid).filter(|stat| !stat.is_zombie).map(|stat| stat.name) else { return };
-        let listeners = self.nursery.listeners.iter();
-        let mut holds = listeners.filter(|listener| !matches!(sight::of(pid, listener), Sight::Apart | Sight::Hidden));
+        let Some(name) = procfs::stat(pid).filter(|stat| !stat.is_zombie).map(|stat| stat.name) else { return };
+        let listeners = self.spawner.listeners.iter();
+        let mut holds =
+            listeners.filter(|listener| !matches!(procfs::of(pid, listener), Observed::Apart | Observed::Hidden));
         match holds.next() {
             Some(listener) => log::warn!("pid {pid} ({name}) lives on and still has the socket {listener}"),
             None => log::info!("pid {pid} ({name}) lives on: it has a session of its own"),

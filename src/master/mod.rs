@@ -6,48 +6,47 @@
 //! and matched against the pid it came from.
 //!
 //! - [`supervisor`] decides (pure).
-//! - [`programs`] follows external programs by what [`sight`] shows of them, and [`leftovers`] ends what is left of them with the server.
+//! - [`programs`] follows external programs by what [`procfs`] shows of them, and [`leftovers`] ends what is left of them with the server.
 //! - [`spawn`] makes processes; [`signals`] and [`output`] make signals and what processes put out readable.
 //! - [`closing`] closes the listening sockets when everything stops.
 //! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
-//! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`sickbed`] brings
-//!   them what they go by. [`symbols`] has the functions named in which workers crashed.
+//! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`faults`] brings
+//!   them what they go by. [`symbolizer`] has the functions named in which workers crashed.
 //! - [`upgrade`] has this process become another build of the program.
-//! - [`helpers`] decides which daemons and jobs run beside the workers (pure); [`beside`] runs them.
+//! - [`sidecars`] decides which daemons and jobs run beside the workers (pure); [`sidecars`] runs them.
 //! - [`guard`] outlives the master, and ends what is left of its programs then.
 //! - [`relay`] keeps the process that publishes for programs in other languages.
 //! - [`obituary`] writes the line for each process that ended.
 //! - [`control`] is the socket at which operators ask, [`operator`] does it, [`reload`] takes over what was changed, and [`status`] says how things are.
 
-mod beside;
 mod closing;
 mod control;
 mod damage;
 mod demand;
+pub(crate) mod faults;
 mod guard;
 mod hangs;
-mod helpers;
 mod inherited;
 mod leftovers;
-mod notes;
+pub(crate) mod notices;
 pub(crate) mod notify;
 mod obituary;
 mod oom;
 mod operator;
 mod output;
+pub(crate) mod procfs;
 mod programs;
 mod quarantine;
 mod recycling;
 mod relay;
 mod reload;
-mod sickbed;
-mod sight;
+pub(crate) mod sidecars;
 mod signals;
 mod spawn;
 mod stall;
 mod status;
 mod supervisor;
-mod symbols;
+pub(crate) mod symbolizer;
 pub(crate) mod upgrade;
 
 use std::collections::{HashMap, VecDeque};
@@ -61,24 +60,24 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use self::beside::Beside;
-pub(crate) use self::beside::check_helpers;
 use self::closing::Closing;
 pub(crate) use self::control::Control;
 use self::damage::Damage;
+use self::faults::Faults;
 use self::guard::Guard;
 use self::notify::Notify;
 use self::obituary::Obituary;
-use self::output::LateOutputs;
+use self::output::OrphanedOutputs;
 use self::programs::Programs;
 use self::recycling::Recycling;
 use self::relay::Relay;
-use self::sickbed::Sickbed;
+use self::sidecars::Sidecars;
+pub(crate) use self::sidecars::check_sidecars;
 use self::signals::Meaning;
 pub(crate) use self::signals::SignalInbox;
 pub(crate) use self::spawn::Launch;
-use self::spawn::{Child, Nursery};
-use self::supervisor::{Action, Budget, Command, Event, Phase, Policy, Supervisor, Wish};
+use self::spawn::{Child, Spawner};
+use self::supervisor::{Action, AfterExit, Budget, Command, Event, Phase, Policy, Supervisor};
 use self::upgrade::Upgrade;
 use crate::app::hooks::{WorkerExit, WorkerId};
 use crate::config::{Config, Program, Share};
@@ -91,15 +90,15 @@ use crate::net::queue_depth::QueueDepth;
 use crate::startup::{memory, systemd};
 use crate::sys::{self, Ending};
 use crate::upgrade::saved::SavedPidFile;
-use crate::upgrade::{Origin, Takeover, Ties};
+use crate::upgrade::{StartCommand, Takeover, Ties};
 
 /// The exit status by which a worker asks not to be replaced.
-const RETIRE: i32 = 125;
+const STAY_DOWN: i32 = 125;
 /// How long to wait when poll(2) fails.
-const POLL_FAILED: Duration = Duration::from_millis(10);
+const POLL_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How long the heirs of the last workers are waited for: a little longer than they take.
-const HEIRS: Duration = Duration::from_millis(2500);
+const HEIRS_TIMEOUT: Duration = Duration::from_millis(2500);
 /// How operators reach the master, beside signals.
 pub(crate) struct Operators {
     pub(crate) control: Option<Control>,
@@ -133,7 +132,7 @@ struct Master {
     reread: Reread,
     /// The latest, for those who ask why a reload failed.
     obituary: Obituary,
-    nursery: Nursery,
+    spawner: Spawner,
     signals: SignalInbox,
     scoreboard: Scoreboard,
     children: HashMap<Pid, Child>,
@@ -141,15 +140,15 @@ struct Master {
     recycling: Recycling,
     queue_depth: QueueDepth,
     begun: Instant,
-    sickbed: Sickbed,
+    faults: Faults,
     /// What the dead have put out.
-    late: LateOutputs,
-    origin: Origin,
+    orphaned_outputs: OrphanedOutputs,
+    start_command: StartCommand,
     upgrade: Upgrade,
     notify: Notify,
     pid_file: Option<SavedPidFile>,
     /// What runs beside the workers.
-    beside: Beside,
+    sidecars: Sidecars,
     relay: Relay,
     guard: Guard,
     damage: Damage,
@@ -179,7 +178,7 @@ pub(crate) struct Start {
     pub(crate) begun: Instant,
     /// Where signals have arrived since the start began.
     pub(crate) signals: SignalInbox,
-    pub(crate) origin: Origin,
+    pub(crate) start_command: StartCommand,
     /// What the master left whose place this one takes.
     pub(crate) takeover: Option<Takeover>,
 }
@@ -199,13 +198,13 @@ pub(crate) fn run(
     start: Start,
     operators: Operators,
 ) -> io::Result<(End, Option<Control>)> {
-    let Start { begun, signals, origin, mut takeover } = start;
+    let Start { begun, signals, start_command, mut takeover } = start;
     let ties = takeover.as_mut().map_or_else(Ties::default, |left| left.ties(&listeners));
     // Blocked so far, so that none came too early. And whoever started us may have blocked some: the mask is inherited.
     sys::unblock_signals();
     // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
     nix::sys::prctl::set_child_subreaper(true)?;
-    let recycling = Recycling::new(&config.numbers);
+    let recycling = Recycling::new(&config.scaling);
     let mut master = Master {
         supervisor: Supervisor::new(policy(&config)),
         control: operators.control,
@@ -214,13 +213,13 @@ pub(crate) fn run(
         signals,
         scoreboard: segment.scoreboard(),
         damage: Damage::new(&segment),
-        sickbed: Sickbed::new(&config.failures, segment.quarantine()),
-        beside: Beside::new(&config, segment.clone(), begun)?,
+        faults: Faults::new(&config.failures, segment.quarantine()),
+        sidecars: Sidecars::new(&config, segment.clone(), begun)?,
         relay: Relay::new(operators.publish),
         guard: Guard::default(),
-        nursery: Nursery::new(config, listeners, segment, launch, application, operators.log_files, ties)?,
-        late: LateOutputs::default(),
-        origin,
+        spawner: Spawner::new(config, listeners, segment, launch, application, operators.log_files, ties)?,
+        orphaned_outputs: OrphanedOutputs::default(),
+        start_command,
         upgrade: Upgrade::default(),
         notify: Notify::from_environment(Instant::now()),
         pid_file: operators.pid_file,
@@ -234,11 +233,11 @@ pub(crate) fn run(
         emptied: None,
         ended: None,
     };
-    master.tell_of_publish_socket();
+    master.announce_publish_socket();
     master.describe_settings();
-    master.describe_beside();
-    if memory::is_worth_storing(&master.nursery.config) {
-        master.notify.store(systemd::SEGMENT, master.nursery.segment.fd());
+    master.describe_sidecars();
+    if memory::is_worth_storing(&master.spawner.config) {
+        master.notify.store(systemd::SEGMENT, master.spawner.segment.fd());
     } else {
         // A former start may have had one.
         master.notify.forget(systemd::SEGMENT);
@@ -253,23 +252,23 @@ pub(crate) fn run(
         if arrived {
             master.feed(Event::Arrival);
         }
-        master.hear_signals();
-        master.hear_children();
-        master.late.read(master.now());
-        master.look_at_programs();
+        master.read_signals();
+        master.read_children();
+        master.orphaned_outputs.read(master.now());
+        master.check_programs();
         master.recycle();
-        master.look_after_the_sick();
-        master.look_at_memory();
-        master.hear_operators(&events);
+        master.check_hangs_and_quarantine();
+        master.check_memory_damage();
+        master.read_operators(&events);
         master.feed(Event::Tick);
-        master.look_at_closing();
-        master.look_beside();
-        master.relay.turn(&master.nursery, &master.signals, begun.elapsed());
+        master.check_closing();
+        master.run_sidecars();
+        master.relay.turn(&master.spawner, &master.signals, begun.elapsed());
         master.upgrade.listen();
         master.notify.tick(Instant::now());
         master.finish_upgrade();
     }
-    master.wind_up();
+    master.shut_down();
     Ok((master.end(), master.control))
 }
 
@@ -279,8 +278,8 @@ fn policy(config: &Config) -> Policy {
         workers: (config.workers.min, config.workers.max),
         // A program serves one request at a time, as far as we know.
         per_worker: config.threads.max(1),
-        scale_down_after: config.numbers.scale_down_after,
-        max_unavailable: match config.numbers.max_unavailable {
+        scale_down_after: config.scaling.scale_down_after,
+        max_unavailable: match config.scaling.max_unavailable {
             Share::Number(number) => Budget::Number(number),
             Share::Percent(percent) => Budget::Percent(percent),
         },
@@ -288,7 +287,7 @@ fn policy(config: &Config) -> Policy {
         start_timeout: config.start_timeout,
         drain_timeout: config.drain_timeout,
         respawn_rate: config.respawn_rate,
-        give_up_after: config.numbers.give_up_after,
+        give_up_after: config.scaling.give_up_after,
     }
 }
 
@@ -302,14 +301,14 @@ impl Master {
     }
 
     /// What comes after the last worker and helper.
-    fn wind_up(&mut self) {
+    fn shut_down(&mut self) {
         self.relay.stop();
         // Heirs first: who is told that the master has stopped finds that nobody of it is left.
         self.await_heirs();
         self.relay.end();
         self.end_leftovers();
         self.guard.stop();
-        self.late.finish(self.now());
+        self.orphaned_outputs.finish(self.now());
         self.farewell();
         logging::finish();
     }
@@ -319,24 +318,24 @@ impl Master {
     }
 
     /// Has all programs find the publish socket.
-    fn tell_of_publish_socket(&mut self) {
-        let events = self.relay.seen_by_programs(&self.nursery.config);
-        self.nursery.current.events.clone_from(&events);
-        self.beside.tell_of_publish_socket(events);
+    fn announce_publish_socket(&mut self) {
+        let events = self.relay.seen_by_programs(&self.spawner.config);
+        self.spawner.current.events.clone_from(&events);
+        self.sidecars.announce_publish_socket(events);
     }
 
     /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take. After a stop at once they hurry.
     fn await_heirs(&mut self) {
         if self.programs.at_once {
-            self.nursery.end_lifeline();
+            self.spawner.end_lifeline();
         }
         let begun = Instant::now();
         while let Some(left) =
-            HEIRS.checked_sub(begun.elapsed()).filter(|_| spawn::has_heirs() || self.relay.pid().is_some())
+            HEIRS_TIMEOUT.checked_sub(begun.elapsed()).filter(|_| spawn::has_heirs() || self.relay.pid().is_some())
         {
             let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
             let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], timeout);
-            self.hear_signals();
+            self.read_signals();
         }
     }
 
@@ -347,16 +346,17 @@ impl Master {
         let deadlines = [
             self.supervisor.next_deadline(),
             self.recycling.next_deadline(),
-            self.sickbed.next_deadline(),
+            self.faults.next_deadline(),
             self.control.as_ref().and_then(|control| control.next_deadline(now)),
-            self.beside.next_deadline(),
+            self.sidecars.next_deadline(),
             self.programs.next_deadline(),
             self.relay.next_deadline(now),
             self.guard.next_deadline(),
             self.damage.next_deadline(),
         ];
         let outputs = self.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
-        let deadline = deadlines.into_iter().flatten().chain(outputs).chain(self.late.next_deadline()).min();
+        let deadline =
+            deadlines.into_iter().flatten().chain(outputs).chain(self.orphaned_outputs.next_deadline()).min();
         let mut timeout = deadline.map(|deadline| deadline.saturating_sub(now));
         if self.children.values().any(Child::is_unsettled_program) {
             let pace = self.programs.pace(now);
@@ -377,7 +377,7 @@ impl Master {
         });
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
         let children = self.children.values().flat_map(|child| child.watched(slow_log.is_none()));
-        let outputs = self.late.watched().chain(self.beside.watched()).filter(|_| slow_log.is_none());
+        let outputs = self.orphaned_outputs.watched().chain(self.sidecars.watched()).filter(|_| slow_log.is_none());
         let children = children
             .chain(outputs)
             .chain(self.relay.watched(now))
@@ -385,7 +385,7 @@ impl Master {
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let log = logging::waits_for().map(|fd| PollFd::new(fd, PollFlags::POLLOUT));
         // Without workers nobody else looks whether somebody comes.
-        let listeners = if self.supervisor.awaits_arrival() { &*self.nursery.listeners } else { &[] };
+        let listeners = if self.supervisor.awaits_arrival() { &*self.spawner.listeners } else { &[] };
         let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
         let mut watched: Vec<PollFd<'_>> = arrivals.chain([signals]).chain(log).chain(children).collect();
         let others = watched.len();
@@ -396,22 +396,22 @@ impl Master {
             Err(errno) => {
                 // ENOMEM: nothing is lost, but do not spin.
                 log::error!("the master cannot poll: {errno}");
-                std::thread::sleep(POLL_FAILED);
+                std::thread::sleep(POLL_RETRY_INTERVAL);
             }
         }
         let arrived = watched[..listeners.len()].iter().any(|listener| listener.any().unwrap_or(false));
         (arrived, watched[others..].iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty())).collect())
     }
 
-    fn hear_signals(&mut self) {
+    fn read_signals(&mut self) {
         for meaning in self.signals.take() {
             match meaning {
                 Meaning::Child => self.reap(),
                 Meaning::Command(command) => {
                     let stopping = self.supervisor.view().phase == Phase::Stopping;
                     let ignored = stopping && command != Command::Halt;
-                    let note = if ignored { ": ignored, as the server is stopping" } else { "" };
-                    log::info!("asked to {}{note}", command.verb());
+                    let notice = if ignored { ": ignored, as the server is stopping" } else { "" };
+                    log::info!("asked to {}{notice}", command.verb());
                     match command {
                         Command::Reload if ignored => {}
                         Command::Reload => drop(self.reload()), // what went wrong is in the log
@@ -435,7 +435,7 @@ impl Master {
             let is_check = self.upgrade.is_check(pid);
             // What a wrapper script started, say, and left behind. Before the pid is free for others.
             let ending = sys::ending_of(pid);
-            if is_check || (self.beside.has(pid) && !ending.is_some_and(|ending| self.beside.spares(pid, ending))) {
+            if is_check || (self.sidecars.has(pid) && !ending.is_some_and(|ending| self.sidecars.spares(pid, ending))) {
                 let _ = killpg(pid, Signal::SIGKILL);
             } else if let Some(ending) = ending {
                 self.ending(pid, ending);
@@ -450,59 +450,60 @@ impl Master {
             let now = self.now();
             if self.guard.ended(pid, ending, now)
                 || self.relay.ended(pid, ending, now)
-                || self.beside.ended(pid, ending)
+                || self.sidecars.ended(pid, ending)
             {
                 continue;
             }
-            self.hear(pid, 0);
+            self.read_child(pid, 0);
             let Some(mut child) = self.children.remove(&pid) else {
-                if !self.sickbed.symbols.ended(pid, &self.signals) {
+                if !self.faults.symbolizer.ended(pid, &self.signals) {
                     log::debug!("reaped a stranger pid={pid} {ending}");
                 }
                 continue;
             };
             if let Some(output) = child.output.take() {
-                child.last_line = self.late.adopt(output, pid, self.now());
+                child.last_line = self.orphaned_outputs.adopt(output, pid, self.now());
             }
             let program = child.program();
             let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
             self.recycling.died(pid);
             let is_starting = obituary::is_starting(pid, &child, &self.scoreboard);
-            self.scoreboard.bury(slot, pid.as_raw().cast_unsigned());
+            self.scoreboard.mark_dead(slot, pid.as_raw().cast_unsigned());
             let unasked = child.is_worker() && !child.asked_to_leave && !child.hung;
             let no_memory =
-                unasked && ending == Ending::Signaled(libc::SIGKILL) && self.sickbed.ran_out_of_memory(self.now());
-            let limits = if is_starting { self.nursery.config.privileges.limits.as_slice() } else { &[] };
+                unasked && ending == Ending::Signaled(libc::SIGKILL) && self.faults.ran_out_of_memory(self.now());
+            let limits = if is_starting { self.spawner.config.privileges.limits.as_slice() } else { &[] };
             let mut end = obituary::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
             self.left(std::mem::take(&mut end.obituary));
-            if let Launch::Worker(_, hooks) = &self.nursery.launch {
+            if let Launch::Worker(_, hooks) = &self.spawner.launch {
                 let worker = WorkerId { slot, generation };
                 let (pid, served, lived) = (pid.as_raw().cast_unsigned(), end.served, since.elapsed());
                 let exit = WorkerExit { worker, pid, status: ending.status(), asked, served, lived };
                 hooks.of_master.on_worker_exit(exit);
             }
             self.take_evidence(slot, pid, end);
-            let wish = program.as_ref().map_or(wish(ending), |program| programs::wish(ending, program.started));
+            let after_exit =
+                program.as_ref().map_or(after_exit(ending), |program| programs::after_exit(ending, program.started));
             match program {
                 Some(program) => self.program_ended(program, ending),
                 None if !asked => self.look_whether_sockets_listen(),
                 None => {}
             }
-            self.look_at_closing(); // it may have left because the queue is empty
-            self.feed(Event::Exited { pid, wish });
+            self.check_closing(); // it may have left because the queue is empty
+            self.feed(Event::Exited { pid, after_exit });
         }
     }
 
-    fn hear_children(&mut self) {
+    fn read_children(&mut self) {
         let pids: Vec<Pid> = self.children.keys().copied().collect();
         let share = output::share(pids.len());
         for pid in pids {
-            self.hear(pid, share);
+            self.read_child(pid, share);
         }
     }
 
     /// Takes in what the process has to say, and `most` bytes of what it puts out.
-    fn hear(&mut self, pid: Pid, most: usize) {
+    fn read_child(&mut self, pid: Pid, most: usize) {
         let now = self.now();
         let Some(child) = self.children.get_mut(&pid) else { return };
         child.log_output(pid, most, now);
@@ -546,17 +547,17 @@ impl Master {
     }
 
     /// Has the guard, daemons and jobs go on. When they are gone too, after the last worker, the master ends.
-    fn look_beside(&mut self) {
+    fn run_sidecars(&mut self) {
         self.keep_guard();
         if self.emptied.is_some() && self.programs.is_empty() {
-            self.beside.stop();
+            self.sidecars.stop();
         }
-        if self.beside.has_suspects() {
+        if self.sidecars.has_suspects() {
             let orphans = self.orphans();
-            self.beside.inherit(&orphans);
+            self.sidecars.inherit(&orphans);
         }
-        self.beside.turn(self.supervisor.is_up());
-        if self.beside.is_empty() && self.programs.is_empty() {
+        self.sidecars.turn(self.supervisor.is_up());
+        if self.sidecars.is_empty() && self.programs.is_empty() {
             self.ended = self.emptied;
         }
     }
@@ -571,7 +572,7 @@ impl Master {
             if command == Command::Halt {
                 self.programs.halt();
             }
-            self.beside.heed(command);
+            self.sidecars.apply(command);
         }
         let mut actions = VecDeque::from(self.supervisor.step(event, self.now()));
         while let Some(action) = actions.pop_front() {
@@ -601,7 +602,7 @@ impl Master {
                 None
             }
             Action::Sample => {
-                let (children, listeners) = (&self.children, &self.nursery.listeners);
+                let (children, listeners) = (&self.children, &self.spawner.listeners);
                 let (supervisor, scoreboard) = (&self.supervisor, &self.scoreboard);
                 Some(Event::Demand(demand::sample(children, supervisor, scoreboard, &self.queue_depth, listeners)))
             }
@@ -613,10 +614,10 @@ impl Master {
                 self.abort(pid);
                 None
             }
-            Action::Note(note) => {
-                self.follow_reload(note);
-                self.tell(note);
-                self.pass_on(note);
+            Action::Notice(notice) => {
+                self.follow_reload(notice);
+                self.log(notice);
+                self.report_to_clients(notice);
                 None
             }
             Action::Exit { success } => {
@@ -629,11 +630,11 @@ impl Master {
 
     fn spawn(&mut self, slot: u32, generation: u64) -> Event {
         let mended = self.mend_socket().map_err(io::Error::other);
-        match mended.and_then(|()| self.nursery.spawn(slot, generation, &self.signals)) {
+        match mended.and_then(|()| self.spawner.spawn(slot, generation, &self.signals)) {
             Ok((pid, child)) => {
                 log::debug!("worker spawned slot={slot} pid={pid} gen={generation}");
                 self.children.insert(pid, child);
-                self.recycling.born(pid, self.now());
+                self.recycling.spawned(pid, self.now());
                 Event::Spawned { slot, pid }
             }
             Err(error) => {
@@ -646,10 +647,10 @@ impl Master {
     }
 }
 
-fn wish(ending: Ending) -> Wish {
+fn after_exit(ending: Ending) -> AfterExit {
     match ending {
-        Ending::Exited(0) => Wish::Renew,
-        Ending::Exited(RETIRE) => Wish::Retire,
-        Ending::Exited(_) | Ending::Signaled(_) => Wish::Replace,
+        Ending::Exited(0) => AfterExit::Restart,
+        Ending::Exited(STAY_DOWN) => AfterExit::StayDown,
+        Ending::Exited(_) | Ending::Signaled(_) => AfterExit::Replace,
     }
 }

@@ -16,11 +16,11 @@ use nix::time::{ClockId, clock_gettime};
 /// The variables of this protocol, which are the master's alone.
 pub(crate) const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 /// How often the manager hears that a stop or a reload goes on, and for how long it may then hear nothing.
-const PROGRESS: Duration = Duration::from_secs(5);
-const PATIENCE_US: u64 = 20_000_000;
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
+const EXTEND_TIMEOUT_US: u64 = 20_000_000;
 /// When its queue is full: how often to try again, and how many states are kept for it.
-const RETRY: Duration = Duration::from_millis(100);
-const MOST_UNSENT: usize = 8;
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+const MAX_UNSENT: usize = 8;
 
 /// What a manager knows of us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,8 +124,8 @@ impl Notify {
             self.next_watchdog = Some(now + interval);
         }
         if self.next_progress.take_if(|due| *due <= now).is_some() {
-            self.send(&format!("EXTEND_TIMEOUT_USEC={PATIENCE_US}"), false);
-            self.next_progress = Some(now + PROGRESS);
+            self.send(&format!("EXTEND_TIMEOUT_USEC={EXTEND_TIMEOUT_US}"), false);
+            self.next_progress = Some(now + PROGRESS_INTERVAL);
         }
     }
 
@@ -144,11 +144,11 @@ impl Notify {
             return;
         }
         if keep {
-            if self.unsent.len() == MOST_UNSENT {
+            if self.unsent.len() == MAX_UNSENT {
                 self.unsent.pop_front();
             }
             self.unsent.push_back(text.to_owned());
-            self.next_try = Some(Instant::now() + RETRY);
+            self.next_try = Some(Instant::now() + RETRY_INTERVAL);
         }
     }
 
@@ -156,7 +156,7 @@ impl Notify {
         while let Some(text) = self.unsent.pop_front() {
             if self.try_send(&text, None) == Err(Errno::EAGAIN) {
                 self.unsent.push_front(text);
-                self.next_try = Some(Instant::now() + RETRY);
+                self.next_try = Some(Instant::now() + RETRY_INTERVAL);
                 return;
             }
         }
@@ -164,9 +164,9 @@ impl Notify {
 
     fn try_send(&mut self, text: &str, descriptor: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
         let Some((socket, address)) = &self.socket else { return Ok(()) };
-        let numbers: Vec<_> = descriptor.iter().map(|fd| fd.as_raw_fd()).collect();
-        let rights = [ControlMessage::ScmRights(&numbers)];
-        let rights = if numbers.is_empty() { &[] } else { &rights[..] };
+        let scaling: Vec<_> = descriptor.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&scaling)];
+        let rights = if scaling.is_empty() { &[] } else { &rights[..] };
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         let sent = sendmsg(socket.as_raw_fd(), &[IoSlice::new(text.as_bytes())], rights, flags, Some(address));
         if let (Err(errno), false) = (sent, self.deaf) {

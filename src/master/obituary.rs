@@ -153,7 +153,7 @@ pub(crate) fn publish(
     let is_started = program.as_ref().is_none_or(|program| program.started);
     let hint = program.filter(|program| !program.started && !as_asked).map_or("", |_| programs::hint(ending));
     let (child_was_asked, was_sent) = (child.asked_to_leave, sent_by.is_some());
-    let (last_words, trace) = child.bury();
+    let (last_words, trace) = child.mark_dead();
     let was_late = !is_started && ending == Ending::Signaled(libc::SIGKILL);
     if !last_words.is_empty() && failed && (!as_asked || was_late) {
         let _ = write!(line, " said={last_words:?}");

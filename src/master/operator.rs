@@ -13,14 +13,14 @@ use super::control::{ClientId, Control, Waiting};
 use super::obituary::Obituary;
 use super::spawn::to_pass;
 use super::status::name_of;
-use super::supervisor::{Command, Event, Note, Phase};
-use crate::control::wire::{Answer, Request};
+use super::supervisor::{Command, Event, Notice, Phase};
+use crate::control::wire::{Reply, Request};
 
 const STOPPING: &str = "the master is stopping";
 
 impl Master {
     /// Hears what the clients of the control socket ask, and does it. `events` are what `poll` said of them.
-    pub(super) fn hear_operators(&mut self, events: &[PollFlags]) {
+    pub(super) fn read_operators(&mut self, events: &[PollFlags]) {
         let now = self.now();
         let Some(control) = &mut self.control else { return };
         for (client, request) in control.attend(events, now) {
@@ -42,27 +42,27 @@ impl Master {
         match request {
             Request::Status => {
                 let status = self.status();
-                self.reply(client, &Answer::Status { status });
+                self.reply(client, &Reply::Status { status });
             }
-            Request::Segment if self.nursery.config.cache.bytes == 0 => {
-                self.reply(client, &Answer::failed("there is no page cache (start with --cache SIZE to have one)"));
+            Request::Segment if self.spawner.config.cache.bytes == 0 => {
+                self.reply(client, &Reply::failed("there is no page cache (start with --cache SIZE to have one)"));
             }
-            Request::Events if self.nursery.config.events.bytes == 0 => {
-                self.reply(client, &Answer::failed("there is no event log (start with --events SIZE to have one)"));
+            Request::Events if self.spawner.config.events.bytes == 0 => {
+                self.reply(client, &Reply::failed("there is no event log (start with --events SIZE to have one)"));
             }
             Request::Segment | Request::Events => {
                 let now = self.now();
                 if let Some(why) = self.why_not_use_memory() {
-                    return self.reply(client, &Answer::failed(why));
+                    return self.reply(client, &Reply::failed(why));
                 }
-                let segment = match to_pass(&self.nursery.segment) {
+                let segment = match to_pass(&self.spawner.segment) {
                     Ok(segment) => segment,
                     Err(error) => {
                         let why = format!("the descriptor cannot be duplicated: {error}");
-                        return self.reply(client, &Answer::failed(why));
+                        return self.reply(client, &Reply::failed(why));
                     }
                 };
-                let done = Answer::done("the shared memory comes with this line");
+                let done = Reply::done("the shared memory comes with this line");
                 if let Some(control) = &mut self.control {
                     control.hand_over(client, segment.as_fd(), &done, now);
                 }
@@ -73,25 +73,25 @@ impl Master {
             }
             Request::Reload | Request::Scale { .. } | Request::Upgrade | Request::ReopenLogs if stopping => {
                 log::info!("ignored, as the server is stopping command={:?}", request.name());
-                self.reply(client, &Answer::failed(STOPPING));
+                self.reply(client, &Reply::failed(STOPPING));
             }
             Request::Reload => {
                 // Before the reload begins, so that this one hears all of it.
                 self.keep_waiting(client, Waiting::Reload);
                 if let Err(why) = self.reload() {
-                    self.reply(client, &Answer::failed(why));
+                    self.reply(client, &Reply::failed(why));
                 }
             }
             Request::Scale { workers } => self.scale(client, workers),
             Request::Release { request: None } => {
                 let released = self.release_all();
-                self.reply(client, &Answer::done(format!("let go requests={released}")));
+                self.reply(client, &Reply::done(format!("let go requests={released}")));
             }
             Request::Release { request: Some(request) } => {
                 let answer = if self.release(&request) {
-                    Answer::done(format!("let go request={request:?}"))
+                    Reply::done(format!("let go request={request:?}"))
                 } else {
-                    Answer::failed(format!("{request:?} is not refused (see: quarantine ls)"))
+                    Reply::failed(format!("{request:?} is not refused (see: quarantine ls)"))
                 };
                 self.reply(client, &answer);
             }
@@ -102,9 +102,9 @@ impl Master {
             Request::ReopenLogs => {
                 let errors = self.reopen_logs();
                 let answer = if errors.is_empty() {
-                    Answer::done("the log files are open again")
+                    Reply::done("the log files are open again")
                 } else {
-                    Answer::failed(errors.join("; "))
+                    Reply::failed(errors.join("; "))
                 };
                 self.reply(client, &answer);
             }
@@ -117,7 +117,7 @@ impl Master {
         if !(1..=most).contains(&workers) {
             let why =
                 format!("{workers} is not a number of workers this master can have: 1 to {most} (more with --workers)");
-            self.reply(client, &Answer::failed(why));
+            self.reply(client, &Reply::failed(why));
             return;
         }
         self.keep_waiting(client, Waiting::Scale(workers));
@@ -129,63 +129,63 @@ impl Master {
     /// A process has said that it is ready, or looks like it.
     pub(super) fn ready(&mut self, pid: Pid) {
         let name = self.children.get(&pid).map(|child| name_of(pid, child)).unwrap_or_default();
-        self.tell_movers(&format!("worker ready {name}"));
+        self.reply_to_movers(&format!("worker ready {name}"));
         self.feed(Event::Ready { pid });
     }
 
     /// A process has ended, with this obituary.
     pub(super) fn left(&mut self, obituary: Obituary) {
-        self.tell_movers(&obituary.line);
-        self.tell_waiting(Waiting::Stop, &Answer::Progress { text: obituary.line.clone() });
+        self.reply_to_movers(&obituary.line);
+        self.reply_to_waiting(Waiting::Stop, &Reply::Progress { text: obituary.line.clone() });
         self.obituary = obituary;
     }
 
     /// Passes on what the supervisor notes to those who wait for it.
-    pub(super) fn pass_on(&mut self, note: Note) {
-        match note {
-            Note::ReloadStarted { generation } => {
+    pub(super) fn report_to_clients(&mut self, notice: Notice) {
+        match notice {
+            Notice::ReloadStarted { generation } => {
                 let text = format!("reload begins gen={generation}");
-                self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
+                self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
             }
-            Note::ReloadDone { generation } => {
-                self.tell_waiting(Waiting::Reload, &Answer::done(format!("reload done gen={generation}")));
+            Notice::ReloadDone { generation } => {
+                self.reply_to_waiting(Waiting::Reload, &Reply::done(format!("reload done gen={generation}")));
             }
-            Note::ReloadFailed { generation, .. } => {
+            Notice::ReloadFailed { generation, .. } => {
                 let why = format!("reload failed gen={generation}, the old workers stay: {}", self.obituary.line);
-                self.tell_waiting(Waiting::Reload, &Answer::failed(why));
+                self.reply_to_waiting(Waiting::Reload, &Reply::failed(why));
             }
-            Note::Failing { .. } => {
-                let failed = Answer::failed(format!("a worker died before it was ready: {}", self.obituary.line));
+            Notice::Failing { .. } => {
+                let failed = Reply::failed(format!("a worker died before it was ready: {}", self.obituary.line));
                 for (client, waiting) in self.waiting() {
                     if matches!(waiting, Waiting::Scale(_)) {
                         self.reply(client, &failed);
                     }
                 }
             }
-            Note::StartTimeout { slot, pid } => {
-                self.tell_movers(&format!(
+            Notice::StartTimeout { slot, pid } => {
+                self.reply_to_movers(&format!(
                     "worker slot={slot} pid={pid} is not ready in time (--start-timeout): killed"
                 ));
             }
-            Note::DrainTimeout { slot, pid } => {
+            Notice::DrainTimeout { slot, pid } => {
                 let text = format!("worker slot={slot} pid={pid} does not finish in time (--drain-timeout): killed");
-                self.tell_movers(&text);
-                self.tell_waiting(Waiting::Stop, &Answer::Progress { text });
+                self.reply_to_movers(&text);
+                self.reply_to_waiting(Waiting::Stop, &Reply::Progress { text });
             }
-            Note::FullStrength
-            | Note::Throttled { .. }
-            | Note::Target(_)
-            | Note::TargetLimit(_)
-            | Note::Scaled { .. }
-            | Note::GivenUp { .. }
-            | Note::Saturated { .. } => {}
+            Notice::FullStrength
+            | Notice::Throttled { .. }
+            | Notice::Target(_)
+            | Notice::TargetLimit(_)
+            | Notice::Scaled { .. }
+            | Notice::GivenUp { .. }
+            | Notice::Saturated { .. } => {}
         }
     }
 
     /// The last process is gone.
     pub(super) fn farewell(&mut self) {
         for (client, waiting) in self.waiting() {
-            let answer = if waiting == Waiting::Stop { Answer::done("stopped") } else { Answer::failed(STOPPING) };
+            let answer = if waiting == Waiting::Stop { Reply::done("stopped") } else { Reply::failed(STOPPING) };
             self.reply(client, &answer);
         }
     }
@@ -201,16 +201,16 @@ impl Master {
             let outcome = match waiting {
                 Waiting::No | Waiting::Stop => None,
                 Waiting::Reload | Waiting::Scale(_) | Waiting::Upgrade if view.phase == Phase::Stopping => {
-                    Some(Answer::failed(STOPPING))
+                    Some(Reply::failed(STOPPING))
                 }
                 Waiting::Reload | Waiting::Upgrade => None,
                 Waiting::Scale(workers) if view.target != workers => {
-                    Some(Answer::failed(format!("meanwhile there should be {} workers", view.target)))
+                    Some(Reply::failed(format!("meanwhile there should be {} workers", view.target)))
                 }
                 // As many as that are ready, and there are no others that have yet to leave.
                 Waiting::Scale(workers) => {
                     let settled = view.ready() == workers as usize && view.places.len() == workers as usize;
-                    settled.then(|| Answer::done(format!("workers={workers}")))
+                    settled.then(|| Reply::done(format!("workers={workers}")))
                 }
             };
             if let Some(outcome) = outcome {
@@ -219,10 +219,10 @@ impl Master {
         }
     }
 
-    fn tell_movers(&mut self, text: &str) {
+    fn reply_to_movers(&mut self, text: &str) {
         for (client, waiting) in self.waiting() {
             if matches!(waiting, Waiting::Reload | Waiting::Scale(_)) {
-                self.reply(client, &Answer::Progress { text: text.to_owned() });
+                self.reply(client, &Reply::Progress { text: text.to_owned() });
             }
         }
     }
@@ -237,17 +237,17 @@ impl Master {
         }
     }
 
-    fn reply(&mut self, client: ClientId, answer: &Answer) {
+    fn reply(&mut self, client: ClientId, answer: &Reply) {
         let now = self.now();
         if let Some(control) = &mut self.control {
-            control.tell(client, answer, now);
+            control.log(client, answer, now);
         }
     }
 
-    pub(super) fn tell_waiting(&mut self, what: Waiting, answer: &Answer) {
+    pub(super) fn reply_to_waiting(&mut self, what: Waiting, answer: &Reply) {
         let now = self.now();
         if let Some(control) = &mut self.control {
-            control.tell_waiting(what, answer, now);
+            control.reply_to_waiting(what, answer, now);
         }
     }
 }

@@ -15,14 +15,14 @@ use crate::logging::{self, OUTPUT};
 use crate::upgrade::saved::SavedOutput;
 
 /// A line longer than this is logged in pieces.
-const LONGEST_LINE: usize = 64 << 10;
+const MAX_LINE: usize = 64 << 10;
 /// Says that a line goes on in the next piece.
 const GOES_ON: &str = " [continued]";
 /// Bytes that are read of all processes in one turn of the master's loop, and the bounds of what that comes to for each.
-const TURN: usize = 64 << 10;
+const READ_BUDGET: usize = 64 << 10;
 const SHARE: (usize, usize) = (1 << 10, 16 << 10);
 /// More than a pipe holds: what is read of one that is dead.
-pub(super) const REST: usize = 1 << 20;
+pub(super) const MAX_REST: usize = 1 << 20;
 /// The same line in a row is logged so often as it comes, and then counted.
 const AS_IT_COMES: u32 = 10;
 /// How often the count is logged.
@@ -30,7 +30,7 @@ const COUNTED: Now = Now::from_secs(1);
 /// Characters of the last line that are kept of one that is dead.
 const LAST_LINE: usize = 500;
 /// Outputs of processes that are dead that are still listened to.
-const LATE: usize = 64;
+const MAX_ORPHANED: usize = 64;
 
 /// The output of one process, and of those that it has started.
 #[derive(Debug)]
@@ -124,22 +124,22 @@ pub(crate) fn share(processes: usize) -> usize {
     if logging::is_slow_for().is_some() {
         return 0;
     }
-    (TURN / processes.max(1)).clamp(SHARE.0, SHARE.1)
+    (READ_BUDGET / processes.max(1)).clamp(SHARE.0, SHARE.1)
 }
 
 /// The outputs of processes that are dead: their heirs and their children may have something to say.
 #[derive(Debug, Default)]
-pub(crate) struct LateOutputs(Vec<Output>);
+pub(crate) struct OrphanedOutputs(Vec<Output>);
 
-impl LateOutputs {
+impl OrphanedOutputs {
     /// The process `pid` is dead. Returns the last line that it put out.
     pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Now) -> String {
-        if !output.read(pid, REST, now) {
+        if !output.read(pid, MAX_REST, now) {
             return output.last_line();
         }
         output.end(now); // it cannot finish its line any more
         let last_line = output.last_line();
-        if self.0.len() == LATE {
+        if self.0.len() == MAX_ORPHANED {
             let mut oldest = self.0.remove(0);
             oldest.end(now);
             log::warn!(
@@ -165,7 +165,7 @@ impl LateOutputs {
     /// The master ends.
     pub(crate) fn finish(&mut self, now: Now) {
         for mut output in self.0.drain(..) {
-            if output.pid.is_some_and(|pid| output.read(pid, REST, now)) {
+            if output.pid.is_some_and(|pid| output.read(pid, MAX_REST, now)) {
                 output.end(now);
             }
         }
@@ -307,7 +307,7 @@ impl LineReader {
     fn take(&mut self, mut bytes: &[u8], line: &mut impl FnMut(&str, bool)) {
         while !bytes.is_empty() {
             // A former build of this program may have handed on a longer beginning.
-            let room = LONGEST_LINE.saturating_sub(self.partial.len());
+            let room = MAX_LINE.saturating_sub(self.partial.len());
             let end = bytes.iter().take(room + 1).position(|&byte| byte == b'\n');
             let taken = end.unwrap_or(bytes.len().min(room));
             self.partial.extend_from_slice(&bytes[..taken]);
@@ -366,7 +366,7 @@ mod tests {
     #[test]
     fn a_line_of_64_kib_is_whole_and_a_longer_one_comes_in_marked_pieces() {
         for (length, pieces) in
-            [(LONGEST_LINE, vec![(LONGEST_LINE, true)]), (LONGEST_LINE + 1, vec![(LONGEST_LINE - 1, false), (2, true)])]
+            [(MAX_LINE, vec![(MAX_LINE, true)]), (MAX_LINE + 1, vec![(MAX_LINE - 1, false), (2, true)])]
         {
             let (mut reader, mut write) = pipe();
             // The last character of the first piece is half in the next.
@@ -386,11 +386,11 @@ mod tests {
     #[test]
     fn the_beginning_of_a_line_that_a_former_build_handed_on_may_be_longer_than_ours() {
         let (reader, mut write) = pipe();
-        let mut reader = LineReader::resume(reader.pipe.into(), vec![b'x'; LONGEST_LINE + 100]);
+        let mut reader = LineReader::resume(reader.pipe.into(), vec![b'x'; MAX_LINE + 100]);
         write.write_all(b"y\n").unwrap();
         let mut pieces = Vec::new();
         reader.read(usize::MAX, &mut |line, is_whole| pieces.push((line.len(), is_whole)));
-        assert_eq!(pieces, [(LONGEST_LINE + 100, false), (1, true)]);
+        assert_eq!(pieces, [(MAX_LINE + 100, false), (1, true)]);
     }
 
     #[test]

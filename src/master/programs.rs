@@ -19,27 +19,27 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use super::Master;
-use super::sight::{self, Process, Sight};
+use super::procfs::{self, Observed, Process};
 use super::spawn::{Child, Launch, Link};
-use super::supervisor::{Now, Wish};
+use super::supervisor::{AfterExit, Now};
 use crate::sys::Ending;
 
 /// How long a program must have run to count as started, if it was never seen to accept and the operator says nothing else.
-const SETTLE: Duration = Duration::from_secs(1);
+const SETTLE_TIME: Duration = Duration::from_secs(1);
 /// How often a program that is starting is looked at, and how often after one has ended well without having been seen: it may have served its share
 /// between two looks.
-const LOOK: Duration = Duration::from_millis(10);
-const QUICK_LOOK: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+const QUICK_POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// For how long after such an end.
-const QUICK: Duration = Duration::from_secs(2);
+const QUICK_POLL_TIME: Duration = Duration::from_secs(2);
 /// How often strays are looked for: after a program has ended, and as long as there are orphans that may become some.
-const STRAYS: Duration = Duration::from_millis(50);
-const ORPHANS: Duration = Duration::from_secs(1);
+const STRAYS_INTERVAL: Duration = Duration::from_millis(50);
+const ORPHANS_INTERVAL: Duration = Duration::from_secs(1);
 /// A stray that waits for connections is asked again after this.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
+const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
 /// How often it is looked whether connections wait, and connections that wait for so long, with programs that were never seen to accept, are not going to be served.
-const COUNT: Duration = Duration::from_secs(1);
-const UNSERVED: Duration = Duration::from_secs(5);
+const QUEUE_INTERVAL: Duration = Duration::from_secs(1);
+const UNSERVED_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What is said of a program that has the socket no more.
 const LET_GO: &str = "it has let go of the listening socket, which was its standard input: does it bind a socket of its own? \
@@ -114,7 +114,7 @@ impl Programs {
 
     /// How often programs that are starting are looked at.
     pub(super) fn pace(&self, now: Now) -> Duration {
-        if now < self.quick_until { QUICK_LOOK } else { LOOK }
+        if now < self.quick_until { QUICK_POLL_INTERVAL } else { POLL_INTERVAL }
     }
 
     /// Whether nobody is left that takes connections.
@@ -130,9 +130,9 @@ impl Programs {
         }
     }
 
-    fn look_soon(&mut self, now: Now) {
+    fn check_soon(&mut self, now: Now) {
         self.next_look = Some(now);
-        self.stray_until = now + QUICK;
+        self.stray_until = now + QUICK_POLL_TIME;
     }
 }
 
@@ -145,9 +145,9 @@ impl Child {
 impl Master {
     /// It counts as started when it is seen to take connections, or one below it; else after `--settle`, but not if others were
     /// seen, nor if nobody of it has the socket any more.
-    pub(super) fn look_at_programs(&mut self) {
-        let settle = self.nursery.config.settle;
-        let listener = &self.nursery.listeners[0];
+    pub(super) fn check_programs(&mut self) {
+        let settle = self.spawner.config.settle;
+        let listener = &self.spawner.listeners[0];
         let mut started = Vec::new();
         for (&pid, child) in &mut self.children {
             let lived = child.since.elapsed();
@@ -156,43 +156,44 @@ impl Master {
             if program.started || child.asked_to_leave {
                 continue;
             }
-            let servers = sight::servers_under(&[pid], listener);
+            let servers = procfs::servers_under(&[pid], listener);
             program.seen = !servers.is_empty();
             self.programs.seen |= program.seen;
-            self.programs.sleeps_in_accept |= servers.iter().any(|(_, sight)| *sight == Sight::Accepting);
-            let enough = settle.or((!self.programs.seen).then_some(SETTLE));
+            self.programs.sleeps_in_accept |= servers.iter().any(|(_, observed)| *observed == Observed::Accepting);
+            let enough = settle.or((!self.programs.seen).then_some(SETTLE_TIME));
             program.started = program.seen || enough.is_some_and(|enough| lived >= enough && has_socket(pid, listener));
             if program.started {
                 started.push(pid);
-            } else if program.trouble.is_empty() && lived >= settle.unwrap_or(SETTLE) && !has_socket(pid, listener) {
+            } else if program.trouble.is_empty() && lived >= settle.unwrap_or(SETTLE_TIME) && !has_socket(pid, listener)
+            {
                 program.let_go(child.slot, pid);
             }
         }
         for pid in started {
             self.ready(pid);
             if !self.programs.seen && self.programs.next_count.is_none() {
-                self.programs.next_count = Some(self.now() + COUNT);
+                self.programs.next_count = Some(self.now() + QUEUE_INTERVAL);
             }
         }
-        self.look_for_strays();
-        self.look_at_queue();
+        self.check_strays();
+        self.check_queue();
     }
 
     /// Says once if connections wait, and none of the programs was ever seen to take any.
-    fn look_at_queue(&mut self) {
+    fn check_queue(&mut self) {
         let now = self.now();
         if self.programs.next_count.is_none_or(|at| at > now) {
             return;
         }
-        let listener = &self.nursery.listeners[0];
+        let listener = &self.spawner.listeners[0];
         let pids: Vec<Pid> = self.children.keys().copied().collect();
-        let servers = sight::servers_under(&pids, listener);
+        let servers = procfs::servers_under(&pids, listener);
         if self.programs.unserved_said || !servers.is_empty() {
             // One was busy with its start for a while. Now it was seen, and further ones must be.
             self.programs.seen |= !servers.is_empty();
             for (&pid, child) in &mut self.children {
                 if let Link::Program(program) = &mut child.link {
-                    program.seen |= !sight::servers_under(&[pid], listener).is_empty();
+                    program.seen |= !procfs::servers_under(&[pid], listener).is_empty();
                 }
             }
             self.programs.next_count = None;
@@ -209,11 +210,11 @@ impl Master {
                 program.let_go(child.slot, pid);
             }
         }
-        self.programs.next_count = Some(now + COUNT);
+        self.programs.next_count = Some(now + QUEUE_INTERVAL);
         let waiting = self.queue_depth.of(listener);
         if waiting == 0 {
             self.programs.unserved_since = None;
-        } else if now >= *self.programs.unserved_since.get_or_insert(now) + UNSERVED {
+        } else if now >= *self.programs.unserved_since.get_or_insert(now) + UNSERVED_TIMEOUT {
             self.programs.unserved_said = true;
             log::error!(
                 "nobody takes the connections that wait waiting={waiting}: does the program accept from its standard \
@@ -227,13 +228,13 @@ impl Master {
     /// # Errors
     /// A sentence for the operator, if it cannot be.
     pub(super) fn mend_socket(&mut self) -> Result<(), String> {
-        if !matches!(self.nursery.launch, Launch::Program(_)) {
+        if !matches!(self.spawner.launch, Launch::Program(_)) {
             return Ok(());
         }
-        let listener = &self.nursery.listeners[0];
+        let listener = &self.spawner.listeners[0];
         let cause = "a process that has it, as its standard input as a rule,";
         if !listener.is_listening() && !self.closing.has_begun() {
-            listener.repair(&self.nursery.config, true).map_err(|why| {
+            listener.repair(&self.spawner.config, true).map_err(|why| {
                 format!("{cause} has shut the listening socket down, and it cannot be had anew: {listener}: {why}")
             })?;
             log::warn!("the listening socket was had anew: {cause} had shut it down socket={listener}");
@@ -251,17 +252,17 @@ impl Master {
     /// Asks a worker or program to leave, or ends it.
     pub(super) fn signal(&mut self, pid: Pid, signal: Signal) {
         let now = self.now();
-        let listener = &self.nursery.listeners[0];
+        let listener = &self.spawner.listeners[0];
         let Some(child) = self.children.get_mut(&pid) else { return };
         let to_group = signal == Signal::SIGKILL && !child.is_worker();
         if let Link::Program(program) = &mut child.link
             && program.asked_at.is_none()
         {
             program.asked_at = Some(now);
-            let sight = sight::of(pid, listener);
-            program.hidden = sight == Sight::Hidden;
-            if !sight.serves() {
-                program.servers = sight::holders_under(pid, listener).into_iter().filter_map(Process::of).collect();
+            let observed = procfs::of(pid, listener);
+            program.hidden = observed == Observed::Hidden;
+            if !observed.serves() {
+                program.servers = procfs::holders_under(pid, listener).into_iter().filter_map(Process::of).collect();
             }
         }
         child.asked_to_leave = true;
@@ -276,13 +277,13 @@ impl Master {
     /// and an accept; and to one at work a second TERM may mean "at once".
     pub(super) fn remind(&mut self, pid: Pid) {
         let now = self.now();
-        let listener = &self.nursery.listeners[0];
+        let listener = &self.spawner.listeners[0];
         let Some(Child { link: Link::Program(program), .. }) = self.children.get_mut(&pid) else { return };
-        if sight::of(pid, listener) == Sight::Accepting {
+        if procfs::of(pid, listener) == Observed::Accepting {
             self.signal(pid, Signal::SIGTERM);
         } else if !program.servers.is_empty() {
             program.reminded = true;
-            self.programs.look_soon(now);
+            self.programs.check_soon(now);
         }
     }
 
@@ -296,7 +297,7 @@ impl Master {
             // It was the wrapper of others maybe, which cannot be seen, and have not heard the TERM that ended it.
             Ending::Signaled(libc::SIGTERM) if *asked && program.hidden => Some(Signal::SIGTERM),
             Ending::Exited(_) | Ending::Signaled(libc::SIGTERM) if *asked => None,
-            Ending::Exited(0 | super::RETIRE) if program.started || self.programs.seen => None,
+            Ending::Exited(0 | super::STAY_DOWN) if program.started || self.programs.seen => None,
             Ending::Exited(_) | Ending::Signaled(_) => Some(Signal::SIGKILL),
         };
         if let Some(signal) = signal {
@@ -308,9 +309,9 @@ impl Master {
     pub(super) fn program_ended(&mut self, program: ProgramState, ending: Ending) {
         let now = self.now();
         if !program.started && ending == Ending::Exited(0) {
-            self.programs.quick_until = now + QUICK;
+            self.programs.quick_until = now + QUICK_POLL_TIME;
         }
-        let deadline = program.asked_at.unwrap_or(now) + self.nursery.config.drain_timeout;
+        let deadline = program.asked_at.unwrap_or(now) + self.spawner.config.drain_timeout;
         for process in program.servers.into_iter().filter(|process| process.lives()) {
             if self.programs.at_once {
                 let _ = kill(process.pid(), Signal::SIGKILL);
@@ -321,24 +322,24 @@ impl Master {
             let asked = (unasked && kill(process.pid(), Signal::SIGTERM).is_ok()).then_some(now);
             self.programs.strays.push(Stray { process, deadline, asked });
         }
-        self.programs.look_soon(now);
+        self.programs.check_soon(now);
     }
 
     /// Those that this process did not make: their parents have ended.
     pub(super) fn orphans(&self) -> Vec<Pid> {
-        let mut orphans = sight::own_children();
+        let mut orphans = procfs::own_children();
         orphans.retain(|&pid| {
             !self.children.contains_key(&pid)
-                && !self.beside.has(pid)
+                && !self.sidecars.has(pid)
                 && !self.upgrade.is_check(pid)
                 && self.relay.pid() != Some(pid)
                 && !self.guard.is_one(pid)
-                && sight::stat(pid).is_some_and(|stat| !stat.is_zombie && stat.name != "heir")
+                && procfs::stat(pid).is_some_and(|stat| !stat.is_zombie && stat.name != "heir")
         });
         orphans
     }
 
-    fn look_for_strays(&mut self) {
+    fn check_strays(&mut self) {
         let now = self.now();
         if self.programs.next_look.is_none_or(|at| at > now) {
             return;
@@ -347,12 +348,12 @@ impl Master {
         let mut roots = orphans.clone();
         for (&pid, child) in &self.children {
             if matches!(&child.link, Link::Program(program) if program.reminded) {
-                roots.extend(sight::children_of(pid));
+                roots.extend(procfs::children_of(pid));
             }
         }
-        let mut seen = sight::servers_under(&roots, &self.nursery.listeners[0]);
-        seen.retain(|(_, sight)| sight.accepts());
-        let deadline = now + self.nursery.config.drain_timeout;
+        let mut seen = procfs::servers_under(&roots, &self.spawner.listeners[0]);
+        seen.retain(|(_, observed)| observed.accepts());
+        let deadline = now + self.spawner.config.drain_timeout;
         let strays = &mut self.programs.strays;
         strays.retain(|stray| stray.process.lives());
         for process in seen.iter().filter_map(|(pid, _)| Process::of(*pid)) {
@@ -364,11 +365,11 @@ impl Master {
             let waits = seen.iter().any(|(pid, _)| *pid == process.pid());
             let signal = match asked {
                 _ if *deadline <= now => Signal::SIGKILL,
-                Some(asked) if !waits || now < *asked + ASK_AGAIN => continue,
+                Some(asked) if !waits || now < *asked + TERMINATE_INTERVAL => continue,
                 None if !waits => continue,
                 Some(_) | None => Signal::SIGTERM,
             };
-            let name = sight::stat(process.pid()).map(|stat| stat.name).unwrap_or_default();
+            let name = procfs::stat(process.pid()).map(|stat| stat.name).unwrap_or_default();
             if signal == Signal::SIGKILL {
                 let pid = process.pid;
                 log::warn!(
@@ -384,9 +385,9 @@ impl Master {
             let _ = kill(process.pid(), signal); // it may just have ended
         }
         let left = if !strays.is_empty() || now < self.programs.stray_until {
-            Some(STRAYS)
+            Some(STRAYS_INTERVAL)
         } else {
-            (roots.len() > orphans.len() || !orphans.is_empty()).then_some(ORPHANS)
+            (roots.len() > orphans.len() || !orphans.is_empty()).then_some(ORPHANS_INTERVAL)
         };
         self.programs.next_look = left.map(|left| now + left);
     }
@@ -394,15 +395,15 @@ impl Master {
 
 /// Whether anybody of a program has the socket; true if that cannot be seen.
 fn has_socket(pid: Pid, listener: &crate::net::listen::Listener) -> bool {
-    sight::family_of(&[pid]).into_iter().any(|pid| sight::of(pid, listener) != Sight::Apart)
+    procfs::family_of(&[pid]).into_iter().any(|pid| procfs::of(pid, listener) != Observed::Apart)
 }
 
 /// What the way in which a program ended asks for. It is a wrapper maybe, and 125 is what `env`, `timeout` or `docker run` return when they
 /// themselves fail: so 125 is a wish only of one that was ready.
-pub(super) fn wish(ending: Ending, started: bool) -> Wish {
-    match super::wish(ending) {
-        Wish::Retire if !started => Wish::Replace,
-        wish => wish,
+pub(super) fn after_exit(ending: Ending, started: bool) -> AfterExit {
+    match super::after_exit(ending) {
+        AfterExit::StayDown if !started => AfterExit::Replace,
+        after_exit => after_exit,
     }
 }
 
@@ -426,9 +427,9 @@ mod tests {
 
     #[test]
     fn a_wrappers_own_125_is_a_failure_and_a_programs_is_its_wish() {
-        assert_eq!(wish(Ending::Exited(125), false), Wish::Replace);
-        assert_eq!(wish(Ending::Exited(125), true), Wish::Retire);
-        assert_eq!(wish(Ending::Exited(0), false), Wish::Renew);
+        assert_eq!(after_exit(Ending::Exited(125), false), AfterExit::Replace);
+        assert_eq!(after_exit(Ending::Exited(125), true), AfterExit::StayDown);
+        assert_eq!(after_exit(Ending::Exited(0), false), AfterExit::Restart);
         assert!([125, 126, 127].iter().all(|&status| hint(Ending::Exited(status)).contains(&status.to_string())));
     }
 }

@@ -17,37 +17,37 @@ use std::time::Duration;
 
 use super::supervisor::Now;
 use crate::config::failures::QuarantineConfig;
-use crate::diagnostics::suspect::Suspect;
+use crate::diagnostics::request_key::RequestKey;
 use crate::upgrade::saved::SavedRefusal;
 
 /// Deaths that are remembered, and requests.
 const DEATHS: usize = 256;
 const RECORDS: usize = 1024;
 /// No request is refused for longer at a time, unless the operator says so.
-const LONGEST: Duration = Duration::from_secs(60 * 60);
+const MAX_TIME: Duration = Duration::from_secs(60 * 60);
 
 /// A death by a crash, and what it may be due to.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Death {
-    pub(crate) in_flight: Vec<Suspect>,
+    pub(crate) in_flight: Vec<RequestKey>,
     /// Whether that is all that was in flight.
     pub(crate) complete: bool,
     /// What the crashing thread was at work on.
-    pub(crate) culprit: Option<Suspect>,
+    pub(crate) culprit: Option<RequestKey>,
     /// What all threads were at work on, if that is known and the culprit is not.
-    pub(crate) running: Option<Vec<Suspect>>,
+    pub(crate) running: Option<Vec<RequestKey>>,
     /// It died of what it did, and not because of what it had used up till then.
     pub(crate) by_itself: bool,
     /// How many other workers lived on, and what they were serving. None counts if that is not all known.
-    pub(crate) witnesses: usize,
-    pub(crate) elsewhere: Vec<Suspect>,
+    pub(crate) live_workers: usize,
+    pub(crate) elsewhere: Vec<RequestKey>,
 }
 
 /// What an operator should know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Refused { key: String, time: Duration, times: u32 },
-    LetGo { key: String },
+    Released { key: String },
 }
 
 /// A request that is refused, for the operator.
@@ -76,7 +76,7 @@ struct Record {
     times: u32,
 }
 
-type Key = for<'a> fn(&'a Suspect) -> Option<&'a str>;
+type Key = for<'a> fn(&'a RequestKey) -> Option<&'a str>;
 
 impl Quarantine {
     pub(crate) fn limits(&self) -> QuarantineConfig {
@@ -128,9 +128,9 @@ impl Quarantine {
         }
         let levels: [Key; 2] = [|suspect| Some(&suspect.path), |suspect| suspect.pattern.as_deref()];
         for key_of in levels {
-            if let Some(guilty) = self.judge(key_of) {
-                let verdict = self.refuse(guilty.clone(), now);
-                self.deaths.retain(|(_, death)| !death.evidence(key_of).contains(guilty.as_str()));
+            if let Some(culprit) = self.find_culprit(key_of) {
+                let verdict = self.refuse(culprit.clone(), now);
+                self.deaths.retain(|(_, death)| !death.evidence(key_of).contains(culprit.as_str()));
                 return vec![verdict];
             }
         }
@@ -138,34 +138,34 @@ impl Quarantine {
     }
 
     /// Who is guilty of the last death, if that can be said.
-    fn judge(&self, key_of: Key) -> Option<String> {
+    fn find_culprit(&self, key_of: Key) -> Option<String> {
         let (_, last) = self.deaths.back()?;
         let enough = self.config.deaths as usize;
         let evidence = last.evidence(key_of);
         if let [one] = evidence.iter().copied().collect::<Vec<_>>()[..] {
             let is_alone = |death: &Death| death.is_certain() && death.evidence(key_of) == evidence;
             let alone = self.deaths.iter().filter(|(_, death)| is_alone(death)).count();
-            let on_probation = last.is_certain() && self.records.get(one).is_some_and(|record| !record.refused);
-            if alone >= enough || on_probation {
+            let recently_released = last.is_certain() && self.records.get(one).is_some_and(|record| !record.refused);
+            if alone >= enough || recently_released {
                 return Some(one.to_owned());
             }
         }
         let recent = || self.deaths.iter().rev().take(enough).map(|(_, death)| death);
-        if self.deaths.len() < enough || recent().any(|death| death.witnesses == 0) {
+        if self.deaths.len() < enough || recent().any(|death| death.live_workers == 0) {
             return None;
         }
         let is_guilty = |key: &&str| {
             let served_elsewhere = |death: &Death| death.elsewhere.iter().any(|suspect| key_of(suspect) == Some(*key));
             recent().all(|death| death.evidence(key_of).contains(*key) && !served_elsewhere(death))
         };
-        let mut guilty = evidence.into_iter().filter(is_guilty);
-        let one = guilty.next()?;
-        guilty.next().is_none().then(|| one.to_owned())
+        let mut culprit = evidence.into_iter().filter(is_guilty);
+        let one = culprit.next()?;
+        culprit.next().is_none().then(|| one.to_owned())
     }
 
     fn refuse(&mut self, key: String, now: Now) -> Verdict {
         let times = self.records.get(&key).map_or(0, |record| record.times).saturating_add(1);
-        let longest = LONGEST.max(self.config.time);
+        let longest = MAX_TIME.max(self.config.time);
         let time = self.config.time.saturating_mul(1 << (times - 1).min(16)).min(longest);
         if self.records.len() >= RECORDS
             && let Some(oldest) = self.records.iter().min_by_key(|(_, record)| record.until).map(|(key, _)| key.clone())
@@ -183,7 +183,7 @@ impl Quarantine {
         for (key, record) in self.records.iter_mut().filter(|(_, record)| record.refused && record.until <= now) {
             record.refused = false;
             record.until = now + record.time.max(self.config.window);
-            verdicts.push(Verdict::LetGo { key: key.clone() });
+            verdicts.push(Verdict::Released { key: key.clone() });
         }
         verdicts
     }

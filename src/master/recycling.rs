@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::unistd::Pid;
 
 use super::supervisor::Now;
-use crate::config::{Jittered, Numbers};
+use crate::config::{Jittered, Scaling};
 
 /// So many times in a row a worker must be too large.
 const STRIKES: u32 = 3;
@@ -33,15 +33,15 @@ struct Life {
 }
 
 impl Recycling {
-    pub(crate) fn new(numbers: &Numbers) -> Self {
-        let Numbers { max_memory, memory_interval, max_age, .. } = *numbers;
+    pub(crate) fn new(scaling: &Scaling) -> Self {
+        let Scaling { max_memory, memory_interval, max_age, .. } = *scaling;
         let interval = memory_interval.max(Duration::from_millis(1));
         Self { max_memory, interval, max_age, lives: BTreeMap::new(), next_look: Now::ZERO, last_looked_at: None }
     }
 
     /// Goes by other limits from now on. Who lives has its age already.
-    pub(crate) fn set_limits(&mut self, numbers: &Numbers) {
-        let Self { max_memory, interval, max_age, .. } = Self::new(numbers);
+    pub(crate) fn set_limits(&mut self, scaling: &Scaling) {
+        let Self { max_memory, interval, max_age, .. } = Self::new(scaling);
         (self.max_memory, self.interval, self.max_age) = (max_memory, interval, max_age);
     }
 
@@ -51,7 +51,7 @@ impl Recycling {
         format!("max_memory={max_memory:?} interval={interval:?} max_age={max_age:?}")
     }
 
-    pub(crate) fn born(&mut self, pid: Pid, now: Now) {
+    pub(crate) fn spawned(&mut self, pid: Pid, now: Now) {
         let ends = self.max_age.map(|age| now + age.draw());
         self.lives.insert(pid, Life { ends, strikes: 0 });
     }
@@ -128,7 +128,7 @@ mod tests {
     fn recycling(max_memory: Option<u64>, max_age: Option<Jittered<Duration>>) -> Recycling {
         let max_unavailable = crate::config::Share::Number(1);
         let (memory_interval, scale_down_after) = (6 * S, S);
-        let numbers = Numbers {
+        let scaling = Scaling {
             give_up_after: Duration::ZERO,
             max_unavailable,
             scale_down_after,
@@ -139,7 +139,7 @@ mod tests {
             health_path: None,
             max_queue_time: Duration::ZERO,
         };
-        Recycling::new(&numbers)
+        Recycling::new(&scaling)
     }
 
     #[test]
@@ -147,7 +147,7 @@ mod tests {
         let mut recycling = recycling(Some(100), None);
         assert_eq!(recycling.next_deadline(), None, "there is nobody");
         let pids = [7, 8, 9].map(Pid::from_raw);
-        pids.iter().for_each(|&pid| recycling.born(pid, Now::ZERO));
+        pids.iter().for_each(|&pid| recycling.spawned(pid, Now::ZERO));
         let mut named = Vec::new();
         let mut looked_at = Vec::new();
         for second in (0..48).step_by(2) {
@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn each_has_an_age_of_its_own_and_is_named_once() {
         let mut recycling = recycling(None, Some(Jittered { limit: 100 * S, jitter: 50 * S }));
-        (1..=40).for_each(|pid| recycling.born(Pid::from_raw(pid), S));
+        (1..=40).for_each(|pid| recycling.spawned(Pid::from_raw(pid), S));
         let mut now = Now::ZERO;
         let mut moments = std::collections::BTreeSet::new();
         let mut named = Vec::new();

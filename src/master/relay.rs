@@ -14,9 +14,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid, pipe2, setpgid};
 
-use super::output::{LineReader, REST};
+use super::output::{LineReader, MAX_REST};
 use super::signals::SignalInbox;
-use super::spawn::Nursery;
+use super::spawn::Spawner;
 use super::stall::Stall;
 use super::supervisor::{Breaker, Now};
 use crate::config::Config;
@@ -29,9 +29,9 @@ use crate::sys::{self, Ending};
 use crate::upgrade::saved::SavedPublish;
 
 /// Bytes of its words that are read in one turn of the master's loop.
-const TURN: usize = 4 << 10;
+const READ_BUDGET: usize = 4 << 10;
 /// How long one may take to end by itself.
-const ENDING: Duration = Duration::from_secs(2);
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// None, one that works, or one that is to end.
 pub(super) struct Relay {
@@ -108,7 +108,7 @@ impl Relay {
 
     /// That of a former master, whose lifeline has ended.
     pub(super) fn adopt(&mut self, pid: Pid, now: Now) {
-        self.state = State::Ends { pid, deadline: Some(now + ENDING) };
+        self.state = State::Ends { pid, deadline: Some(now + STOP_TIMEOUT) };
     }
 
     /// Where something may be to be heard.
@@ -132,10 +132,10 @@ impl Relay {
     }
 
     /// Logs what it says, and makes one if there is something for it to do.
-    pub(super) fn turn(&mut self, nursery: &Nursery, signals: &SignalInbox, now: Now) {
+    pub(super) fn turn(&mut self, spawner: &Spawner, signals: &SignalInbox, now: Now) {
         match &mut self.state {
             State::Works(process) => {
-                process.hear(TURN, &mut self.breaker);
+                process.read_child(READ_BUDGET, &mut self.breaker);
                 if let Some(socket) = self.socket.as_ref().filter(|_| now >= process.stall.next_look()) {
                     process.look(socket, now);
                 }
@@ -150,7 +150,7 @@ impl Relay {
                 if let Some(socket) = self.socket.as_ref().filter(|_| now >= self.breaker.open_until())
                     && has_come(socket)
                 {
-                    match start(socket, nursery, signals, now) {
+                    match start(socket, spawner, signals, now) {
                         Ok(process) => {
                             log::info!("relay started pid={}", process.pid);
                             self.state = State::Works(process);
@@ -177,7 +177,7 @@ impl Relay {
         }
         match std::mem::replace(&mut self.state, State::None) {
             State::Works(mut process) => {
-                process.hear(REST, &mut self.breaker);
+                process.read_child(MAX_REST, &mut self.breaker);
                 let what = format!("relay ended pid={pid} {ending} lived={}ms", process.since.elapsed().as_millis());
                 if process.ready {
                     log::warn!("{what}: the datagram that it was at may be lost, the others wait for the next one");
@@ -200,7 +200,7 @@ impl Relay {
     pub(super) fn renew(&mut self, now: Now) {
         if let State::Works(Process { pid, .. }) = &self.state {
             // With the process goes the lifeline.
-            self.state = State::Ends { pid: *pid, deadline: Some(now + ENDING) };
+            self.state = State::Ends { pid: *pid, deadline: Some(now + STOP_TIMEOUT) };
         }
     }
 
@@ -234,7 +234,7 @@ impl Process {
         }
     }
 
-    fn hear(&mut self, most: usize, breaker: &mut Breaker) {
+    fn read_child(&mut self, most: usize, breaker: &mut Breaker) {
         if !self.open {
             return;
         }
@@ -269,22 +269,22 @@ fn work_of(pid: Pid) -> Option<u64> {
     Some(ticks.wrapping_add(switches))
 }
 
-fn start(socket: &PublishSocket, nursery: &Nursery, signals: &SignalInbox, now: Now) -> io::Result<Process> {
+fn start(socket: &PublishSocket, spawner: &Spawner, signals: &SignalInbox, now: Now) -> io::Result<Process> {
     // It never blocks at what it says, and neither does the master.
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let (watched, lifeline) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-    let privileges = Privileges::resolve(&nursery.current.config.privileges, false).map_err(io::Error::other)?;
-    let segment = &nursery.segment;
+    let privileges = Privileges::resolve(&spawner.current.config.privileges, false).map_err(io::Error::other)?;
+    let segment = &spawner.segment;
     let pid = sys::fork(|| {
         // The handlers stay, and do nothing: who stops all processes of a service at once does not stop this one before its time.
         signals.leave();
-        logging::begin_worker(&nursery.config.logs);
+        logging::begin_worker(&spawner.config.logs);
         if [1, 2].into_iter().try_for_each(|fd| sys::replace(fd, &write)).is_err() {
             return 1;
         }
         let own = [socket.raw(), watched.as_raw_fd(), segment.fd().as_raw_fd()];
         // The logs' too: their numbers are not to become something else's.
-        let keep: Vec<_> = [0, 1, 2].into_iter().chain(own).chain(nursery.current.log_files.descriptors()).collect();
+        let keep: Vec<_> = [0, 1, 2].into_iter().chain(own).chain(spawner.current.log_files.descriptors()).collect();
         sys::close_all_except(&keep);
         let _ = nix::sys::prctl::set_name(c"relay"); // a name for ps, nothing more
         let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));

@@ -16,12 +16,12 @@ use std::sync::Arc;
 
 use nix::unistd::Uid;
 
-use super::beside::Beside;
 use super::control::Waiting;
-use super::supervisor::{Command, Event, Note};
+use super::sidecars::Sidecars;
+use super::supervisor::{Command, Event, Notice};
 use super::{Master, Reloaded, policy};
 use crate::config::privileges::{Owner, PrivilegesConfig};
-use crate::control::wire::Answer;
+use crate::control::wire::Reply;
 use crate::logging::files::LogFiles;
 use crate::startup::conflicts::{self, Conflict};
 use crate::{logging, privileges};
@@ -33,13 +33,13 @@ impl Master {
     /// A sentence, if the configuration is broken: nothing has changed then.
     pub(super) fn reload(&mut self) -> Result<(), String> {
         let read =
-            (self.reread)(&self.nursery.config).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
+            (self.reread)(&self.spawner.config).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
         if let Err(why) = read {
             log::error!("reload refused, the workers stay: {why}");
             return Err(format!("the workers stay as they are: {why}"));
         }
         if let Some(text) = self.replace_damaged_memory() {
-            self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
+            self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
         }
         self.feed(Event::Command(Command::Reload));
         Ok(())
@@ -53,54 +53,54 @@ impl Master {
             return Err(Conflict::join(&conflicts));
         }
         let config = Arc::new(config);
-        let mut settings = self.nursery.prepare(&config, program)?;
+        let mut settings = self.spawner.prepare(&config, program)?;
         settings.events = self.relay.seen_by_programs(&config);
-        let beside = Beside::prepare(&config, settings.events.clone())?;
-        let log = logging::prepare(&self.nursery.config.logs, &config.logs)?;
+        let sidecars = Sidecars::prepare(&config, settings.events.clone())?;
+        let log = logging::prepare(&self.spawner.config.logs, &config.logs)?;
 
         let log_moved = logging::change(log);
         if !fixed.is_empty() {
             let text = format!("these change with a restart only: {}", fixed.join(", "));
             log::warn!("{text}");
-            self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
+            self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
         }
-        self.nursery.adopt(settings);
-        self.beside.expect(beside);
+        self.spawner.adopt(settings);
+        self.sidecars.expect(sidecars);
         if log_moved {
             self.hand_out_log_files();
             self.renew_guard();
         }
-        self.recycling.set_limits(&config.numbers);
-        self.sickbed.set_limits(&config.failures);
+        self.recycling.set_limits(&config.scaling);
+        self.faults.set_limits(&config.failures);
         self.feed(Event::Policy(policy(&config)));
         self.describe_settings();
         Ok(())
     }
 
     /// Has settings hold, or not, as a reload goes on.
-    pub(super) fn follow_reload(&mut self, note: Note) {
-        match note {
-            Note::ReloadStarted { generation } => self.reload_began(generation),
-            Note::ReloadDone { .. } => self.reload_done(),
-            Note::ReloadFailed { .. } => self.reload_failed(),
-            Note::FullStrength
-            | Note::Failing { .. }
-            | Note::Throttled { .. }
-            | Note::Target(_)
-            | Note::TargetLimit(_)
-            | Note::Scaled { .. }
-            | Note::Saturated { .. }
-            | Note::GivenUp { .. }
-            | Note::StartTimeout { .. }
-            | Note::DrainTimeout { .. } => {}
+    pub(super) fn follow_reload(&mut self, notice: Notice) {
+        match notice {
+            Notice::ReloadStarted { generation } => self.reload_began(generation),
+            Notice::ReloadDone { .. } => self.reload_done(),
+            Notice::ReloadFailed { .. } => self.reload_failed(),
+            Notice::FullStrength
+            | Notice::Failing { .. }
+            | Notice::Throttled { .. }
+            | Notice::Target(_)
+            | Notice::TargetLimit(_)
+            | Notice::Scaled { .. }
+            | Notice::Saturated { .. }
+            | Notice::GivenUp { .. }
+            | Notice::StartTimeout { .. }
+            | Notice::DrainTimeout { .. } => {}
         }
     }
 
     /// The new generation begins.
     fn reload_began(&mut self, generation: u64) {
-        let before = Arc::clone(&self.nursery.current.config);
-        if self.nursery.begin(generation) {
-            let now = Arc::clone(&self.nursery.config);
+        let before = Arc::clone(&self.spawner.current.config);
+        if self.spawner.begin(generation) {
+            let now = Arc::clone(&self.spawner.config);
             // The first of the new ones may want to publish at once.
             self.give_files(&before.privileges, &now.privileges);
         }
@@ -108,38 +108,38 @@ impl Master {
 
     /// All processes are of the new generation.
     fn reload_done(&mut self) {
-        self.beside.reloaded();
-        if let Some(before) = self.nursery.finish()
-            && before.config.privileges != self.nursery.current.config.privileges
+        self.sidecars.reloaded();
+        if let Some(before) = self.spawner.finish()
+            && before.config.privileges != self.spawner.current.config.privileges
         {
             self.relay.renew(self.now());
         }
-        self.describe_beside();
+        self.describe_sidecars();
     }
 
     /// The old ones stay.
     fn reload_failed(&mut self) {
-        self.beside.forget();
-        if let Some(tried) = self.nursery.give_up() {
-            let now = Arc::clone(&self.nursery.current.config);
+        self.sidecars.forget();
+        if let Some(tried) = self.spawner.give_up() {
+            let now = Arc::clone(&self.spawner.current.config);
             self.give_files(&tried.config.privileges, &now.privileges);
         }
     }
 
     /// What the parts of the master go by, each as it has it.
     pub(super) fn describe_settings(&self) {
-        let Self { supervisor, recycling, sickbed, nursery, .. } = self;
-        let config = &nursery.config;
+        let Self { supervisor, recycling, faults, spawner, .. } = self;
+        let config = &spawner.config;
         log::debug!("settings part=supervisor {:?}", supervisor.policy());
         log::debug!("settings part=recycling {}", recycling.describe());
-        log::debug!("settings part=sickbed {}", sickbed.describe());
+        log::debug!("settings part=sickbed {}", faults.describe());
         log::debug!("settings part=log {}", logging::describe_limits());
         log::debug!("settings part=master settle={:?} upgrade={:?}", config.settle, config.upgrade);
     }
 
     /// The same for what runs beside the workers.
-    pub(super) fn describe_beside(&self) {
-        log::debug!("settings part=beside {}", self.beside.describe());
+    pub(super) fn describe_sidecars(&self) {
+        log::debug!("settings part=beside {}", self.sidecars.describe());
     }
 
     /// Gives the files of sockets and of the cache to the user of the processes, where that has changed.
@@ -149,13 +149,13 @@ impl Master {
             (before != now).then(|| (before.unwrap_or_else(ours).user, now.unwrap_or_else(ours)))
         };
         if let Some((from, to)) = changed(before.owner_of_sockets(), now.owner_of_sockets()) {
-            let given = self.nursery.listeners.iter().map(|listener| listener.give_file_of(from, to));
+            let given = self.spawner.listeners.iter().map(|listener| listener.give_file_of(from, to));
             given.filter_map(Result::err).for_each(|error| log::warn!("{error}"));
         }
         if let Some((from, to)) = changed(before.owner_of_files(), now.owner_of_files()) {
             self.give_publish_socket(from, to);
-            if let Some(file) = &self.nursery.config.cache.file
-                && let Err(error) = privileges::give_of(self.nursery.segment.fd(), from, to)
+            if let Some(file) = &self.spawner.config.cache.file
+                && let Err(error) = privileges::give_of(self.spawner.segment.fd(), from, to)
             {
                 let file = file.display();
                 log::warn!("the cache file {file} stays with its owner: {error} (start anew after a change of --user)");
@@ -171,7 +171,7 @@ impl Master {
 
     /// Opens the files of the logs again, and has the workers follow.
     pub(super) fn reopen_logs(&mut self) -> Vec<String> {
-        let log = self.nursery.config.logs.file.as_deref().map_or(Ok(()), logging::reopen);
+        let log = self.spawner.config.logs.file.as_deref().map_or(Ok(()), logging::reopen);
         let access = self.log_files().into_iter().map(|files| files.reopen_access());
         let errors: Vec<String> = [log].into_iter().chain(access).filter_map(Result::err).collect();
         self.hand_out_log_files();
@@ -183,7 +183,7 @@ impl Master {
 
     /// Each once: those of workers that live, and of those to come.
     fn log_files(&self) -> Vec<Arc<LogFiles>> {
-        let to_come = self.nursery.in_use().map(|settings| &settings.log_files);
+        let to_come = self.spawner.in_use().map(|settings| &settings.log_files);
         let living = self.children.values().filter_map(|child| child.log_files.as_ref());
         let mut all: Vec<Arc<LogFiles>> = Vec::new();
         for files in to_come.chain(living) {
@@ -197,7 +197,7 @@ impl Master {
     fn hand_out_log_files(&self) {
         for (pid, child) in &self.children {
             let Some(channel) = &child.files else { continue };
-            let files = child.log_files.as_ref().unwrap_or(&self.nursery.current.log_files);
+            let files = child.log_files.as_ref().unwrap_or(&self.spawner.current.log_files);
             // A worker that is about to end takes none.
             if let Err(error) = files.hand_out(channel.as_fd())
                 && error.kind() != io::ErrorKind::BrokenPipe

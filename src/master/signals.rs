@@ -1,7 +1,7 @@
 //! The master's signals, made readable: a flag for each and one socket that the loop's `poll` watches.
 //!
 //! It is opened at the very beginning of a start, and what comes before the loop runs is remembered, each signal once. (Until it
-//! is open they are blocked.) TERM, INT and QUIT end the start, during `preload` at once: see `start_end.rs`.
+//! is open they are blocked.) TERM, INT and QUIT end the start, during `preload` at once: see `abort.rs`.
 //!
 //! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it lets
 //! signals through, or else a signal meant for it would wake the master and not end it.
@@ -61,7 +61,7 @@ impl SignalInbox {
         let mut inbox = Self { socket, flags: Default::default(), registered: Vec::new() };
         for signal in [SIGTERM, SIGINT, SIGQUIT] {
             // First of all: there is nobody to wake yet.
-            inbox.registered.push(crate::startup::end_of_start::end_start_on(signal)?);
+            inbox.registered.push(crate::startup::abort_signal::abort_start_on(signal)?);
         }
         for ((signal, _), flag) in MEANINGS.iter().zip(&inbox.flags) {
             // The flag first: when the socket wakes the loop, it must stand.

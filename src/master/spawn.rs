@@ -57,7 +57,7 @@ pub(crate) struct SpawnSettings {
 }
 
 /// All that is needed to make a process.
-pub(crate) struct Nursery {
+pub(crate) struct Spawner {
     /// What the master itself goes by: what was read last.
     pub(crate) config: Arc<Config>,
     /// Those of the processes that serve.
@@ -106,7 +106,7 @@ pub(crate) enum Link {
     Program(ProgramState),
 }
 
-impl Nursery {
+impl Spawner {
     /// `ties` are those of a former master whose workers live on.
     ///
     /// # Errors
@@ -449,7 +449,7 @@ impl Child {
     }
 
     /// Returns the last words of a child that has ended, and where it crashed.
-    pub(crate) fn bury(mut self) -> (String, String) {
+    pub(crate) fn mark_dead(mut self) -> (String, String) {
         self.listen();
         match self.link {
             Link::Worker { last_words, trace, .. } => (last_words, trace),

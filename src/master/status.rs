@@ -5,7 +5,7 @@
 use super::Master;
 use super::spawn::Child;
 use super::supervisor::{Phase, Place};
-use crate::control::wire::{BindStatus, MOST_SERVING, QuarantinedStatus, ServingStatus, Status, WorkerStatus};
+use crate::control::wire::{BindStatus, MAX_SERVING, QuarantinedStatus, ServingStatus, Status, WorkerStatus};
 
 impl Master {
     pub(super) fn status(&self) -> Status {
@@ -15,7 +15,7 @@ impl Master {
             Phase::Reloading => "reloading",
             Phase::Stopping => "stopping",
         };
-        let listeners = self.nursery.listeners.iter();
+        let listeners = self.spawner.listeners.iter();
         let binds = listeners.map(|listener| BindStatus {
             protocol: listener.protocol.to_string(),
             address: listener.address.to_string(),
@@ -26,7 +26,7 @@ impl Master {
             left_ms: ms(listed.left),
             times: listed.times,
         });
-        let mut room = MOST_SERVING;
+        let mut room = MAX_SERVING;
         let workers = view.places.iter().map(|place| {
             let mut worker = self.worker_status(place);
             worker.serving.truncate(room);

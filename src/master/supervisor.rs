@@ -43,7 +43,7 @@ use nix::unistd::Pid;
 
 pub(super) use self::breaker::Breaker;
 use self::breaker::TokenBucket;
-pub(crate) use self::messages::{Action, Budget, Command, Demand, Event, Note, Policy, Wish};
+pub(crate) use self::messages::{Action, AfterExit, Budget, Command, Demand, Event, Notice, Policy};
 use self::roll::Roll;
 use self::scale::Scaler;
 pub(crate) use self::view::{Phase, Place};
@@ -51,9 +51,9 @@ pub(crate) use self::view::{Phase, Place};
 /// Time since the master started.
 pub(crate) type Now = Duration;
 
-const TERMINATE_AGAIN: Duration = Duration::from_secs(1);
+const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
 /// So many in a row may end well without having been seen to be ready. One that lived for this long counts as three.
-const MOST_UNSEEN: u32 = 10;
+const MAX_UNSEEN: u32 = 10;
 const UNSEEN_LONG: Duration = Duration::from_millis(100);
 
 /// What a slot holds.
@@ -174,7 +174,7 @@ impl Supervisor {
             Event::Demand(demand) => self.demanded(&demand, now),
             Event::Arrival if self.awaits_arrival() => self.target = self.scaler.arrival(now),
             Event::Arrival => {}
-            Event::Exited { pid, wish } => self.exited(pid, wish, now),
+            Event::Exited { pid, after_exit } => self.exited(pid, after_exit, now),
             Event::Command(command) => self.command(command, now),
             Event::Queue { waits } => self.queue(waits, now),
             Event::Policy(policy) => self.set_policy(policy, now),
@@ -182,7 +182,7 @@ impl Supervisor {
         self.meet_deadlines(now);
         match self.mode {
             Mode::Running if self.has_failed(now) => {
-                self.note(Note::GivenUp { after: self.policy.give_up_after });
+                self.notice(Notice::GivenUp { after: self.policy.give_up_after });
                 self.stop(false, now);
             }
             Mode::Running => {
@@ -285,24 +285,24 @@ impl Supervisor {
         }
     }
 
-    fn exited(&mut self, pid: Pid, wish: Wish, now: Now) {
+    fn exited(&mut self, pid: Pid, after_exit: AfterExit, now: Now) {
         let Some(index) = self.find(pid) else { return }; // a stranger
         let slot = number(index);
         let Slot { state, generation, serves_queue, .. } = self.slots[index];
         self.slots[index] = Slot::new(State::Empty, generation);
         match state {
             // During a reload it is the new build that has something against it, and the old ones stay.
-            State::Starting { .. } if wish == Wish::Retire && self.is_new(generation) => {
+            State::Starting { .. } if after_exit == AfterExit::StayDown && self.is_new(generation) => {
                 self.failed_start(slot, Some(pid), now);
             }
-            State::Starting { .. } | State::Ready { .. } if wish == Wish::Retire => self.retire(now),
-            State::Starting { deadline, .. } if wish == Wish::Renew => {
+            State::Starting { .. } | State::Ready { .. } if after_exit == AfterExit::StayDown => self.retire(now),
+            State::Starting { deadline, .. } if after_exit == AfterExit::Restart => {
                 let lived = now.saturating_sub(deadline.saturating_sub(self.policy.start_timeout));
                 self.done_unseen(slot, pid, lived, now);
             }
             State::Ready { .. } => self.respawn(slot, now),
             State::Starting { .. } | State::Killing { unready: true, .. } => self.failed_start(slot, Some(pid), now),
-            State::Draining { .. } | State::Killing { .. } if serves_queue && wish != Wish::Retire => {
+            State::Draining { .. } | State::Killing { .. } if serves_queue && after_exit != AfterExit::StayDown => {
                 self.respawn(slot, now);
             }
             State::Draining { .. } | State::Killing { .. } | State::Empty | State::Backoff { .. } => {}
@@ -319,7 +319,7 @@ impl Supervisor {
         let is_new = of_roll.is_some();
         let unseen = of_roll.map_or(&mut self.unseen, |roll| &mut roll.unseen);
         *unseen = unseen.saturating_add(added);
-        match *unseen < MOST_UNSEEN {
+        match *unseen < MAX_UNSEEN {
             true if is_new => {} // these few tries are bounded anyhow
             true => self.respawn(slot, now),
             false => self.failed_start(slot, Some(pid), now),
@@ -333,7 +333,7 @@ impl Supervisor {
         }
         let until = self.respawns.take(now);
         if let Some(until) = until {
-            self.note(Note::Throttled { slot, delay: until.saturating_sub(now) });
+            self.notice(Notice::Throttled { slot, delay: until.saturating_sub(now) });
         }
         if until.is_some() || self.mode != Mode::Running {
             self.slots[slot as usize].state = State::Backoff { until: until.unwrap_or(now) };
@@ -348,7 +348,7 @@ impl Supervisor {
         let fewer = max.saturating_sub(1);
         let target = self.target.saturating_sub(1);
         self.target = self.scaler.set_limits((min.min(fewer), fewer), target, now);
-        self.note(Note::Target(self.target));
+        self.notice(Notice::Target(self.target));
         if fewer == 0 {
             self.stop(false, now);
         }
@@ -368,7 +368,7 @@ impl Supervisor {
             }
         }
         if let Some((failures, delay)) = self.breaker.fail(now) {
-            self.note(Note::Failing { failures, delay });
+            self.notice(Notice::Failing { failures, delay });
         }
         self.slots[slot as usize].state = State::Backoff { until: self.breaker.open_until() };
     }
@@ -425,10 +425,10 @@ impl Supervisor {
     fn retarget(&mut self, limits: (u32, u32), target: u32, now: Now) {
         let is_possible = limits.1 > 0 && limits.1 < self.policy.slots;
         if !is_possible || (limits == self.scaler.limits() && target == self.target) {
-            return self.note(Note::TargetLimit(self.target));
+            return self.notice(Notice::TargetLimit(self.target));
         }
         self.target = self.scaler.set_limits(limits, target, now);
-        self.note(Note::Target(self.target));
+        self.notice(Notice::Target(self.target));
     }
 
     /// How much there is to do, and what follows from it for the number of workers.
@@ -440,14 +440,14 @@ impl Supervisor {
             return;
         }
         let (from, may_grow) = (self.target, !self.breaker.is_failing());
-        let verdict = self.scaler.judge(demand, from, may_grow, now);
+        let verdict = self.scaler.find_culprit(demand, from, may_grow, now);
         let Demand { in_flight, waiting, .. } = *demand;
         if verdict.is_saturated {
-            self.note(Note::Saturated { workers: from, in_flight, waiting });
+            self.notice(Notice::Saturated { workers: from, in_flight, waiting });
         }
         if verdict.target != from {
             self.target = verdict.target;
-            self.note(Note::Scaled { from, to: verdict.target, in_flight, waiting });
+            self.notice(Notice::Scaled { from, to: verdict.target, in_flight, waiting });
         }
     }
 
@@ -455,7 +455,7 @@ impl Supervisor {
     fn look_ahead(&mut self, now: Now) {
         if !self.reached_full_strength && self.count_ready() >= self.target {
             self.reached_full_strength = true;
-            self.note(Note::FullStrength);
+            self.notice(Notice::FullStrength);
         }
         if self.scaler.sample_at(self.target).is_some_and(|at| at <= now) {
             self.scaler.sampled(now);
@@ -468,17 +468,17 @@ impl Supervisor {
             let slot = number(index);
             match self.slots[index].state {
                 State::Starting { pid: Some(pid), deadline } if deadline <= now => {
-                    self.note(Note::StartTimeout { slot, pid });
+                    self.notice(Notice::StartTimeout { slot, pid });
                     self.slots[index].state = State::Killing { pid, unready: true };
                     self.actions.push(Action::Kill { pid });
                 }
                 State::Draining { pid, deadline, .. } if deadline <= now => {
-                    self.note(Note::DrainTimeout { slot, pid });
+                    self.notice(Notice::DrainTimeout { slot, pid });
                     self.kill(index);
                 }
                 State::Draining { pid, deadline, ask_again } if ask_again <= now => {
                     self.actions.push(Action::Remind { pid });
-                    self.slots[index].state = State::Draining { pid, deadline, ask_again: now + TERMINATE_AGAIN };
+                    self.slots[index].state = State::Draining { pid, deadline, ask_again: now + TERMINATE_INTERVAL };
                 }
                 State::Empty
                 | State::Starting { .. }
@@ -565,8 +565,8 @@ impl Supervisor {
         number(self.slots.iter().filter(|slot| which(slot)).count())
     }
 
-    fn note(&mut self, note: Note) {
-        self.actions.push(Action::Note(note));
+    fn notice(&mut self, notice: Notice) {
+        self.actions.push(Action::Notice(notice));
     }
 }
 

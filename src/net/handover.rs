@@ -5,7 +5,7 @@
 //! worker is free takes them, as it takes new ones from a listener. A connection in the channel belongs to nobody, and
 //! survives its sender.
 //!
-//! Each message is one connection: its descriptor, and a [`Parcel`].
+//! Each message is one connection: its descriptor, and a [`Handoff`].
 //!
 //! May not: know what a connection speaks.
 
@@ -17,7 +17,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair, sockopt,
 };
 
-/// Bytes of a parcel before those of the connection.
+/// Bytes of a handoff before those of the connection.
 pub(crate) const HEADER: usize = 32;
 const MAGIC: [u8; 4] = *b"FYHO";
 /// Room for connections on their way: with the kernel's overhead, some thousand of them if the kernel lets us.
@@ -25,7 +25,7 @@ const BUFFER: usize = 4 << 20;
 
 /// What goes along with a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Parcel {
+pub(crate) struct Handoff {
     /// Index of the listener at which it came.
     pub(crate) listener: u16,
     /// Who is at its other end.
@@ -34,7 +34,7 @@ pub(crate) struct Parcel {
     pub(crate) early: Vec<u8>,
 }
 
-impl Parcel {
+impl Handoff {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut message = Vec::with_capacity(HEADER + self.early.len());
         message.extend(MAGIC);
@@ -45,7 +45,7 @@ impl Parcel {
         message
     }
 
-    /// `None` if that is no parcel.
+    /// `None` if that is no handoff.
     pub(crate) fn decode(message: &[u8]) -> Option<Self> {
         let (header, early) = message.split_first_chunk::<HEADER>()?;
         let (magic, rest) = header.split_first_chunk::<4>()?;
@@ -145,7 +145,7 @@ impl Channel {
 ///
 /// # Errors
 /// `WouldBlock` if too many are on their way already, or what the channel says.
-pub(crate) fn pass_on(channel: BorrowedFd<'_>, connection: BorrowedFd<'_>, message: &[u8]) -> io::Result<()> {
+pub(crate) fn hand_off(channel: BorrowedFd<'_>, connection: BorrowedFd<'_>, message: &[u8]) -> io::Result<()> {
     use std::os::fd::AsRawFd as _;
     let descriptors = [connection.as_raw_fd()];
     let control = [ControlMessage::ScmRights(&descriptors)];
@@ -179,10 +179,10 @@ mod tests {
 
     #[test]
     fn a_parcel_survives_the_way_and_what_is_none_is_refused() {
-        let parcel = Parcel { listener: 3, origin: PackedOrigin([1, u64::MAX, 0]), early: b"GET / HT".to_vec() };
-        let message = parcel.encode();
-        assert_eq!(Parcel::decode(&message), Some(parcel));
-        assert_eq!(Parcel::decode(&message[..HEADER - 1]), None);
-        assert_eq!(Parcel::decode(&[0; HEADER]), None);
+        let handoff = Handoff { listener: 3, origin: PackedOrigin([1, u64::MAX, 0]), early: b"GET / HT".to_vec() };
+        let message = handoff.encode();
+        assert_eq!(Handoff::decode(&message), Some(handoff));
+        assert_eq!(Handoff::decode(&message[..HEADER - 1]), None);
+        assert_eq!(Handoff::decode(&[0; HEADER]), None);
     }
 }

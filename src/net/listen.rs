@@ -34,7 +34,7 @@ use crate::config::privileges::Owner;
 use crate::sys;
 
 /// How often an address that is in use is tried again.
-const IN_USE_LOOK: Duration = Duration::from_millis(20);
+const IN_USE_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A `--bind` that could not be had: what was tried, what came back, what to do.
 #[derive(Debug)]
@@ -334,7 +334,7 @@ pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, Strin
 pub(crate) fn await_address(bind: &Bind, patience: Duration, leaves_ipv4: bool) {
     let begun = Instant::now();
     while is_in_use(bind, leaves_ipv4) && begun.elapsed() < patience {
-        std::thread::sleep(IN_USE_LOOK);
+        std::thread::sleep(IN_USE_INTERVAL);
     }
 }
 
@@ -551,8 +551,8 @@ mod tests {
 
     #[test]
     fn of_all_that_start_at_once_on_one_path_one_listens() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
         let bind: Bind = format!("fastcgi:unix:{}", path.display()).parse().unwrap();
         for _ in 0..50 {
             drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
@@ -619,10 +619,10 @@ mod tests {
 
     #[test]
     fn a_socket_that_keeps_packets_apart_is_not_served() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let kind = SockType::SeqPacket;
         let socket = socket::socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        let address = UnixAddr::new(&folder.path().join("a.sock")).unwrap();
+        let address = UnixAddr::new(&directory.path().join("a.sock")).unwrap();
         socket::bind(socket.as_raw_fd(), &address).unwrap();
         listen(&socket, 8).unwrap();
         let bind = Bind { protocol: Protocol::Http, address: Address::Inherited(socket.as_raw_fd()) };
@@ -632,8 +632,8 @@ mod tests {
 
     #[test]
     fn a_stale_socket_is_replaced_and_a_live_one_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
         let bind: Bind = format!("fastcgi:unix:{}", path.display()).parse().unwrap();
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
 

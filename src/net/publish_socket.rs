@@ -23,7 +23,7 @@ use crate::sys::lock_file::LockFile;
 pub(crate) const VARIABLE: &str = "FORKYARD_EVENTS";
 const FLAG: &str = "--events-socket";
 /// What the folders are called, and the socket in one.
-const FOLDER: &str = "forkyard-events-";
+const DIRECTORY: &str = "forkyard-events-";
 const NAME: &str = "socket";
 
 /// Removed when it is dropped, if it is still the one that this process made.
@@ -60,8 +60,8 @@ impl PublishSocket {
     /// Why there is no such place.
     fn bind_somewhere(config: &Config) -> Result<Self, String> {
         first_of(&places(), config, |place| {
-            let path = private_folder(place).map_err(|error| error.to_string())?.join(NAME);
-            Self::make(None, path.clone(), config).inspect_err(|_| remove_folder(&None, &path))
+            let path = private_directory(place).map_err(|error| error.to_string())?.join(NAME);
+            Self::make(None, path.clone(), config).inspect_err(|_| remove_directory(&None, &path))
         })
     }
 
@@ -100,7 +100,7 @@ impl PublishSocket {
     }
 
     /// The folder that was made for the socket.
-    pub(crate) fn own_folder(&self) -> Option<&Path> {
+    pub(crate) fn own_directory(&self) -> Option<&Path> {
         if self.asked.is_none() { self.path.parent() } else { None }
     }
 
@@ -134,14 +134,14 @@ impl AsFd for PublishSocket {
 impl Drop for PublishSocket {
     fn drop(&mut self) {
         listen::remove_own(&self.path, self.file);
-        remove_folder(&self.asked, &self.path);
+        remove_directory(&self.asked, &self.path);
     }
 }
 
 /// If it was made for the socket, and is empty now.
-fn remove_folder(asked: &Option<PathBuf>, path: &Path) {
-    if let (None, Some(folder)) = (asked, path.parent()) {
-        let _ = std::fs::remove_dir(folder); // somebody has put something there, or has removed it
+fn remove_directory(asked: &Option<PathBuf>, path: &Path) {
+    if let (None, Some(directory)) = (asked, path.parent()) {
+        let _ = std::fs::remove_dir(directory); // somebody has put something there, or has removed it
     }
 }
 
@@ -150,7 +150,7 @@ fn remove_folder(asked: &Option<PathBuf>, path: &Path) {
 fn places() -> Vec<PathBuf> {
     let given = std::env::var_os("RUNTIME_DIRECTORY");
     let given = given.and_then(|given| std::env::split_paths(&given).find(|path| path.is_dir()));
-    let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|directory| !directory.is_empty()).map(PathBuf::from);
     let further = ["/run", "/tmp"].map(PathBuf::from);
     let all = given.into_iter().chain([std::env::temp_dir()]).chain(of_user).chain(further);
     let mut places: Vec<PathBuf> = Vec::new();
@@ -176,7 +176,7 @@ fn first_of<T>(
     for place in places {
         let barred = visitor.as_ref().and_then(|visitor| visitor.barred_at(place));
         let found = match barred {
-            Some(folder) => Err(format!("the user of --user may not enter {}", folder.display())),
+            Some(directory) => Err(format!("the user of --user may not enter {}", directory.display())),
             None => try_it(place),
         };
         match found {
@@ -201,7 +201,7 @@ pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
         return Ok(None);
     }
     let Some(path) = &config.publish.socket else {
-        let name_of_folder = format!("{FOLDER}{:016x}", 0);
+        let name_of_folder = format!("{DIRECTORY}{:016x}", 0);
         let look = |place: &Path| {
             let socket =
                 std::path::absolute(place).map_err(|error| error.to_string())?.join(&name_of_folder).join(NAME);
@@ -223,8 +223,8 @@ fn fail(path: &Path, cause: &str) -> String {
 
 /// What stands in the way of those who are to publish at a path that was asked for.
 fn note_on(path: &Path, config: &Config) -> Option<String> {
-    let folder = std::path::absolute(path).ok()?.parent()?.to_owned();
-    let barred = Visitor::of(&config.privileges)?.barred_at(&folder)?;
+    let directory = std::path::absolute(path).ok()?.parent()?.to_owned();
+    let barred = Visitor::of(&config.privileges)?.barred_at(&directory)?;
     Some(format!(
         "the user of --user cannot publish at {}: it may not enter {} (choose another path with {FLAG}, or chmod o+x that folder)",
         path.display(),
@@ -233,23 +233,23 @@ fn note_on(path: &Path, config: &Config) -> Option<String> {
 }
 
 /// One that everybody may pass through, but only we may change.
-fn private_folder(place: &Path) -> io::Result<PathBuf> {
+fn private_directory(place: &Path) -> io::Result<PathBuf> {
     let place = std::path::absolute(place)?;
     sweep(&place);
     let mut random = [0; 8];
     getrandom::fill(&mut random).map_err(io::Error::other)?;
-    let folder = place.join(format!("{FOLDER}{:016x}", u64::from_ne_bytes(random)));
-    DirBuilder::new().mode(0o711).create(&folder)?;
+    let directory = place.join(format!("{DIRECTORY}{:016x}", u64::from_ne_bytes(random)));
+    DirBuilder::new().mode(0o711).create(&directory)?;
     // Whatever the umask says.
-    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o711))?;
-    Ok(folder)
+    std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o711))?;
+    Ok(directory)
 }
 
 /// Removes what dead masters of this user left.
 fn sweep(place: &Path) {
     let ours = nix::unistd::geteuid().as_raw();
     let entries = std::fs::read_dir(place).into_iter().flatten().filter_map(Result::ok);
-    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(FOLDER)) {
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(DIRECTORY)) {
         let is_ours = entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == ours);
         let socket = entry.path().join(NAME);
         // One that is being made looks like what a dead program left.
@@ -269,7 +269,7 @@ mod tests {
     fn a_folder_goes_with_its_socket_and_what_a_dead_master_left_with_the_next_one() {
         let place = tempfile::tempdir().unwrap();
         let bind = || {
-            let path = private_folder(place.path()).unwrap().join(NAME);
+            let path = private_directory(place.path()).unwrap().join(NAME);
             let (socket, file) = listen::bind_datagrams(&path, 0o660, FLAG).unwrap();
             PublishSocket::adopt(None, path, socket, file)
         };
@@ -277,7 +277,7 @@ mod tests {
         let living = bind();
         drop(bind());
         assert_eq!(entries(), 1);
-        let path = private_folder(place.path()).unwrap().join(NAME);
+        let path = private_directory(place.path()).unwrap().join(NAME);
         drop(listen::bind_datagrams(&path, 0o660, FLAG).unwrap());
         assert!(path.exists() && entries() == 2);
         let third = bind();
@@ -289,13 +289,13 @@ mod tests {
 
     #[test]
     fn programs_with_another_root_find_it_below_that_or_not_at_all() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("run/events");
-        std::fs::create_dir(folder.path().join("run")).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run/events");
+        std::fs::create_dir(directory.path().join("run")).unwrap();
         let (socket, file) = listen::bind_datagrams(&path, 0o600, FLAG).unwrap();
         let socket = PublishSocket::adopt(Some(path.clone()), path.clone(), socket, file);
         assert_eq!(socket.seen_from(None), Some(path));
-        assert_eq!(socket.seen_from(Some(folder.path())), Some(PathBuf::from("/run/events")));
+        assert_eq!(socket.seen_from(Some(directory.path())), Some(PathBuf::from("/run/events")));
         assert_eq!(socket.seen_from(Some(Path::new("/srv"))), None);
         assert!(
             listen::bind_datagrams(socket.path(), 0o600, FLAG).unwrap_err().contains("another program is listening")

@@ -122,8 +122,8 @@ mod tests {
 
     #[test]
     fn connections_that_nobody_has_accepted_are_counted() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
         let (unix, tcp) = (listener(&format!("http:unix:{}", path.display())), listener("http:127.0.0.1:0"));
         let Address::Tcp(address) = &tcp.address else { panic!("it is TCP") };
         let depth = QueueDepth::new();

@@ -28,8 +28,8 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
         Step::Umask(mode) => {
             umask(*mode);
         }
-        Step::Chroot(folder) => {
-            chroot(folder.as_c_str())?;
+        Step::Chroot(directory) => {
+            chroot(directory.as_c_str())?;
             chdir(c"/")?; // or else `..` of the old folder leads out
         }
         Step::Bound(kept) => bound_capabilities(*kept)?,
@@ -39,7 +39,7 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
         Step::User(user) => setresuid(*user, *user, *user)?,
         Step::Capabilities { kept, ambient } => set_capabilities(*kept, *ambient)?,
         Step::NoNewPrivileges => nix::sys::prctl::set_no_new_privs()?,
-        Step::Chdir(folder) => chdir(folder.as_c_str())?,
+        Step::Chdir(directory) => chdir(directory.as_c_str())?,
     }
     Ok(())
 }

@@ -56,7 +56,7 @@ impl Privileges {
         });
         causes.extend(steps::affinity(config, &standing, 0).err());
         let root = config.chroot.as_deref().unwrap_or(Path::new("/"));
-        match is_folder("--chroot", root) {
+        match is_directory("--chroot", root) {
             Ok(()) => causes.extend(missing_below(root, config)),
             Err(cause) => causes.push(cause),
         }
@@ -196,16 +196,17 @@ pub(crate) fn give_of(file: BorrowedFd<'_>, from: Uid, owner: Owner) -> io::Resu
 
 /// What cannot be found or done with this root.
 fn missing_below(root: &Path, config: &PrivilegesConfig) -> Vec<String> {
-    let chdir = config.chdir.as_ref().and_then(|folder| {
-        let is_below = folder.is_absolute() || config.chroot.is_some();
-        let seen = if is_below { root.join(folder.strip_prefix("/").unwrap_or(folder)) } else { folder.clone() };
-        is_folder("--chdir", &seen).err()
+    let chdir = config.chdir.as_ref().and_then(|directory| {
+        let is_below = directory.is_absolute() || config.chroot.is_some();
+        let seen =
+            if is_below { root.join(directory.strip_prefix("/").unwrap_or(directory)) } else { directory.clone() };
+        is_directory("--chdir", &seen).err()
     });
     let sandbox = config.sandbox.as_ref().map(|sandbox| sandbox::check(sandbox, root));
     chdir.into_iter().chain(sandbox.into_iter().flatten()).collect()
 }
 
-fn is_folder(flag: &str, path: &Path) -> Result<(), String> {
+fn is_directory(flag: &str, path: &Path) -> Result<(), String> {
     match path.metadata() {
         Ok(found) if found.is_dir() => Ok(()),
         Ok(_) => Err(format!("{flag}: {} is not a folder", path.display())),

@@ -113,13 +113,13 @@ pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bo
     });
     let nice = config.nice.iter().map(|&nice| check_nice(nice, standing).map(|()| vec![Step::Nice(nice)]));
     let umask = config.umask.map(|mode| Ok(vec![Step::Umask(Mode::from_bits_truncate(mode))]));
-    let chroot = config.chroot.iter().map(|folder| {
+    let chroot = config.chroot.iter().map(|directory| {
         standing.need(Capability::CAP_SYS_CHROOT, "--chroot", "change its root folder")?;
-        Ok(vec![Step::Chroot(text(folder, "--chroot")?)])
+        Ok(vec![Step::Chroot(text(directory, "--chroot")?)])
     });
     let no_new_privileges =
         no_new_privileges(config).map(|wanted| Vec::from_iter(wanted.then_some(Step::NoNewPrivileges)));
-    let chdir = config.chdir.iter().map(|folder| Ok(vec![Step::Chdir(text(folder, "--chdir")?)]));
+    let chdir = config.chdir.iter().map(|directory| Ok(vec![Step::Chdir(text(directory, "--chdir")?)]));
     let sandbox = sandbox_makes_sense(config, standing).map(|()| Vec::new());
     let parts = limits.chain(nice).chain(umask).chain(chroot).chain([identity_steps(config, standing, executes)]);
     let (mut steps, mut causes) = (Vec::new(), Vec::new());

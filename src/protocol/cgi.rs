@@ -23,7 +23,7 @@ use super::params::Params;
 /// about its own client. The host that the client asked for is always in the request's `Host` header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Origin {
+pub struct ClientInfo {
     /// The client's address. `None` for a Unix socket, or if the web server does not report one. The port is 0 if only
     /// the address is known.
     pub address: Option<SocketAddr>,
@@ -35,7 +35,7 @@ pub struct Origin {
     pub(crate) over_unix: bool,
 }
 
-impl Origin {
+impl ClientInfo {
     /// Of a request without CGI variables. Without an address it came by a Unix socket.
     pub(crate) fn of_http(address: Option<SocketAddr>, is_https: bool) -> Self {
         Self { address, is_https, params: Params::default(), over_unix: address.is_none() }
@@ -84,7 +84,7 @@ impl std::error::Error for Error {}
 
 /// So many names of headers a request may have. A `HeaderMap` holds half as many again, and panics when one more is inserted: by
 /// us, or by the application.
-const MOST_NAMES: usize = 16_384;
+const MAX_NAMES: usize = 16_384;
 
 /// What CGI variables say of a request, collected in one pass.
 #[derive(Default)]
@@ -123,7 +123,7 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
             headers.try_append(name, value).map_err(|_| Error::Header)?;
         }
     }
-    if headers.keys_len() > MOST_NAMES {
+    if headers.keys_len() > MAX_NAMES {
         return Err(Error::Header);
     }
     let method = Method::from_bytes(variables.method).map_err(|_| Error::Method)?;
@@ -144,7 +144,7 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
     *request.version_mut() = variables.version;
     *request.headers_mut() = headers;
     let is_https = variables.is_https;
-    request.extensions_mut().insert(Origin { address, is_https, params, over_unix: false });
+    request.extensions_mut().insert(ClientInfo { address, is_https, params, over_unix: false });
     Ok(request)
 }
 
@@ -428,7 +428,7 @@ mod tests {
         assert_eq!(request.headers()["x-two-words"], "yes");
         assert_eq!(request.headers()["content-type"], "text/plain");
         assert!(!request.headers().contains_key("proxy"));
-        let origin: &Origin = request.extensions().get().unwrap();
+        let origin: &ClientInfo = request.extensions().get().unwrap();
         assert_eq!(origin.address, Some("192.0.2.7:4711".parse().unwrap()));
         assert_eq!(origin.params.get("SCRIPT_NAME"), Some(&b"/a b"[..]));
     }
@@ -446,11 +446,11 @@ mod tests {
     #[test]
     fn a_map_of_headers_is_never_so_full_that_none_can_be_inserted() {
         let names: Vec<String> = (0..33_000).map(|number| format!("HTTP_X{number}")).collect();
-        for (count, fits) in [(MOST_NAMES, true), (MOST_NAMES + 1, false), (24_576, false), (33_000, false)] {
+        for (count, fits) in [(MAX_NAMES, true), (MAX_NAMES + 1, false), (24_576, false), (33_000, false)] {
             let mut pairs = vec![("REQUEST_METHOD", "PUT"), ("CONTENT_LENGTH", "1")];
             pairs.extend(names[..count].iter().map(|name| (name.as_str(), "")));
             let made = made(&pairs).map(|request| request.headers().keys_len());
-            assert_eq!(made, if fits { Ok(MOST_NAMES + 1) } else { Err(Error::Header) });
+            assert_eq!(made, if fits { Ok(MAX_NAMES + 1) } else { Err(Error::Header) });
         }
     }
 
@@ -577,7 +577,7 @@ mod tests {
     fn of_a_parameter_that_is_said_twice_the_last_counts() {
         let twice = made(&[("REQUEST_METHOD", "GET"), ("REQUEST_METHOD", "PUT")]).unwrap();
         assert_eq!(twice.method(), Method::PUT);
-        assert_eq!(twice.extensions().get::<Origin>().unwrap().params.get("REQUEST_METHOD"), Some(&b"PUT"[..]));
+        assert_eq!(twice.extensions().get::<ClientInfo>().unwrap().params.get("REQUEST_METHOD"), Some(&b"PUT"[..]));
     }
 
     #[test]
@@ -604,7 +604,7 @@ mod tests {
             ("REQUEST_SCHEME", "http", false),
         ] {
             let request = made(&[("REQUEST_METHOD", "GET"), (name, value)]).unwrap();
-            assert_eq!(request.extensions().get::<Origin>().unwrap().is_https, is_https, "{name}={value}");
+            assert_eq!(request.extensions().get::<ClientInfo>().unwrap().is_https, is_https, "{name}={value}");
         }
     }
 

@@ -27,7 +27,7 @@ pub(crate) type RequestId = u16;
 /// The size of a record's header (3.3).
 pub(crate) const HEADER: usize = 8;
 /// The largest content of a record that is a multiple of 8, so that it needs no padding.
-pub(crate) const LARGEST_CONTENT: usize = 65_528;
+pub(crate) const MAX_CONTENT: usize = 65_528;
 
 const VERSION: u8 = 1;
 const BEGIN_REQUEST: u8 = 1;
@@ -474,9 +474,9 @@ fn put_header(out: &mut BytesMut, kind: u8, id: RequestId, content: usize) {
     out.put_slice(&[0, 0]);
 }
 
-/// Writes the header of a STDOUT record with `content` bytes, at most [`LARGEST_CONTENT`].
+/// Writes the header of a STDOUT record with `content` bytes, at most [`MAX_CONTENT`].
 pub(crate) fn stdout_header(out: &mut BytesMut, id: RequestId, content: usize) {
-    debug_assert!(content <= LARGEST_CONTENT, "a record holds less than {content} bytes");
+    debug_assert!(content <= MAX_CONTENT, "a record holds less than {content} bytes");
     put_header(out, STDOUT, id, content);
 }
 

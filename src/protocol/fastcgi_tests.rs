@@ -520,7 +520,7 @@ fn the_seed_of_odd_records_gets_every_kind_of_reply() {
 /// What web servers' requests look like, in fuzz/seeds: the same shapes are where the fuzzer begins.
 #[test]
 fn requests_in_the_shape_of_each_web_server_are_read() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/fastcgi");
+    let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/fastcgi");
     let cases: [(&str, usize, &str, usize); 8] = [
         ("nginx-get", 1, "GET", 0),
         ("nginx-post", 1, "POST", 40_000),
@@ -532,7 +532,7 @@ fn requests_in_the_shape_of_each_web_server_are_read() {
         ("filter", 1, "GET", 0),
     ];
     for (name, requests, method, length) in cases {
-        let bytes = std::fs::read(folder.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let bytes = std::fs::read(directory.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
         let events = whole(&bytes);
         let heads: Vec<&Params> = events
             .iter()

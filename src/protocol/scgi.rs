@@ -22,7 +22,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use super::params::Params;
 
 /// The shortest request there can be: the length, the two variables that must be there, and the comma.
-const SHORTEST: usize = b"24:CONTENT_LENGTH\x000\x00SCGI\x001\x00,".len();
+const MIN_LENGTH: usize = b"24:CONTENT_LENGTH\x000\x00SCGI\x001\x00,".len();
 
 /// What came in.
 #[derive(Debug, PartialEq, Eq)]
@@ -114,7 +114,7 @@ impl Decoder {
     /// the request is over. 1 only if that is all; 0 when it is over; `None` if the end of the stream will tell.
     pub(crate) fn to_come(&self, waiting: usize) -> Option<u64> {
         let to_come = match self.place {
-            Place::Size => SHORTEST.saturating_sub(waiting).max(2) as u64,
+            Place::Size => MIN_LENGTH.saturating_sub(waiting).max(2) as u64,
             Place::Strings(size) => (size + 1).saturating_sub(waiting).max(2) as u64,
             Place::Comma { length: None, .. } | Place::Stream => return None,
             Place::Comma { length: Some(length), .. } => length.saturating_add(1).saturating_sub(waiting as u64),
@@ -284,7 +284,7 @@ mod tests {
         assert_eq!(body, "What is the answer to life?");
         let (events, _) = decode(&request("", ""), || 1);
         assert!(matches!(events[..], [Event::Request { length: Some(0), .. }, Event::End]), "{events:?}");
-        assert_eq!(request("", "").len(), SHORTEST);
+        assert_eq!(request("", "").len(), MIN_LENGTH);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::fmt::Display;
 use std::time::Duration;
 
 /// How far apart the lines are.
-const APART: Duration = Duration::from_secs(1);
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What was not told yet. Times are since some beginning.
 #[derive(Debug, Default)]
@@ -33,7 +33,7 @@ impl Complaints {
     /// The line, if it is time for one.
     pub(super) fn take(&mut self, now: Duration) -> Option<String> {
         self.due_in(now).filter(Duration::is_zero)?;
-        self.not_before = now + APART;
+        self.not_before = now + LOG_INTERVAL;
         let untold = std::mem::take(&mut self.untold);
         Some(format!("datagrams not published count={untold} total={} last={:?}", self.total, self.last))
     }

@@ -1,14 +1,14 @@
 //! The time that a client has to send more of a request's body. Each body has its own: a stalled one ends neither its connection
 //! nor the other requests there.
 //!
-//! A body that is there when it is read costs nothing of this. The first wait enters it in its connection's [`Pulse`], where the
+//! A body that is there when it is read costs nothing of this. The first wait enters it in its connection's [`Activity`], where the
 //! watchdog counts the ticks of all waits until enough has come.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 
-use super::pulse::Pulse;
+use super::activity::Activity;
 
 /// A body of which somebody has waited for a piece.
 #[derive(Debug, Default)]
@@ -62,22 +62,22 @@ impl SlowBody {
 /// The reader's side: one for each body of a request. Dropped, nobody waits any more.
 #[derive(Debug)]
 pub(crate) struct BodyWait {
-    pulse: Arc<Pulse>,
+    activity: Arc<Activity>,
     waits: bool,
     /// Since the first wait.
     slow: Option<Arc<SlowBody>>,
 }
 
 impl BodyWait {
-    pub(crate) fn new(pulse: &Arc<Pulse>) -> Self {
-        Self { pulse: Arc::clone(pulse), waits: false, slow: None }
+    pub(crate) fn new(activity: &Arc<Activity>) -> Self {
+        Self { activity: Arc::clone(activity), waits: false, slow: None }
     }
 
     /// The reader has to wait. True if the client's time is over.
     pub(crate) fn begin(&mut self, context: &Context<'_>) -> bool {
         let slow = self.slow.get_or_insert_with(|| {
             let slow = Arc::<SlowBody>::default();
-            self.pulse.slow_bodies().push(Arc::clone(&slow));
+            self.activity.slow_bodies().push(Arc::clone(&slow));
             slow
         });
         let mut reader = slow.reader();
@@ -102,7 +102,7 @@ impl BodyWait {
 
     /// So many bytes were read.
     pub(crate) fn taken(&self, bytes: usize) {
-        self.pulse.held().taken(bytes);
+        self.activity.held().taken(bytes);
         if let Some(slow) = &self.slow {
             slow.read.fetch_add(u32::try_from(bytes).unwrap_or(u32::MAX), Relaxed);
         }
@@ -110,15 +110,15 @@ impl BodyWait {
 
     /// Whether the client took too long over this, or over something else for which the connection was cut off.
     pub(crate) fn has_expired(&self) -> bool {
-        self.pulse.has_expired() || self.slow.as_ref().is_some_and(|slow| slow.has_expired.load(Relaxed))
+        self.activity.has_expired() || self.slow.as_ref().is_some_and(|slow| slow.has_expired.load(Relaxed))
     }
 
     fn set(&mut self, waits: bool) {
         if std::mem::replace(&mut self.waits, waits) != waits {
             if waits {
-                self.pulse.bodies().fetch_add(1, Relaxed);
+                self.activity.bodies().fetch_add(1, Relaxed);
             } else {
-                self.pulse.bodies().fetch_sub(1, Relaxed);
+                self.activity.bodies().fetch_sub(1, Relaxed);
             }
         }
     }
@@ -128,7 +128,7 @@ impl Drop for BodyWait {
     fn drop(&mut self) {
         self.set(false);
         if let Some(slow) = self.slow.take() {
-            self.pulse.slow_bodies().retain(|other| !Arc::ptr_eq(other, &slow));
+            self.activity.slow_bodies().retain(|other| !Arc::ptr_eq(other, &slow));
         }
     }
 }

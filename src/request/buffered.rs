@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 /// What is not counted of a connection: less than this, in one read. (More than this is read of a connection at first only in several reads.)
 pub(crate) const SMALL: usize = 4 << 10;
 /// More than this is not counted of one connection.
-const MOST: u32 = 1 << 30;
+const MAX_COUNT: u32 = 1 << 30;
 /// Of a connection of which a body is being read, no more than this is in memory, whatever the protocol adds to the body.
-const MOST_BESIDE_A_BODY: u32 = 2 << 20;
+const MAX_WITHOUT_BODY: u32 = 2 << 20;
 
 /// The sum over all connections of this process.
 static SUM: AtomicU64 = AtomicU64::new(0);
@@ -64,7 +64,7 @@ impl Held {
 
     pub(crate) fn add(&self, bytes: usize) {
         // Who takes of a body at this moment can but make it less.
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(MOST.saturating_sub(self.bytes()));
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(MAX_COUNT.saturating_sub(self.bytes()));
         if !self.is_over.load(Relaxed) {
             self.bytes.fetch_add(bytes, Relaxed);
             SUM.fetch_add(bytes.into(), Relaxed);
@@ -80,7 +80,7 @@ impl Held {
     /// So many bytes of a body were taken by the application.
     pub(crate) fn taken(&self, bytes: usize) {
         if self.bytes() > 0 {
-            self.reduce(|held| held.saturating_sub(u32::try_from(bytes).unwrap_or(u32::MAX)).min(MOST_BESIDE_A_BODY));
+            self.reduce(|held| held.saturating_sub(u32::try_from(bytes).unwrap_or(u32::MAX)).min(MAX_WITHOUT_BODY));
         }
     }
 
@@ -126,11 +126,11 @@ mod tests {
         assert_eq!(held.bytes(), 0);
         held.add(1 << 30);
         held.taken(1);
-        assert_eq!(held.bytes(), MOST_BESIDE_A_BODY, "what frames and chunks add does not add up");
+        assert_eq!(held.bytes(), MAX_WITHOUT_BODY, "what frames and chunks add does not add up");
         held.one_of(1);
         assert_eq!(held.bytes(), 0);
         (0..9).for_each(|_| held.add(usize::MAX));
-        assert_eq!(held.bytes(), MOST);
+        assert_eq!(held.bytes(), MAX_COUNT);
         held.stop();
         held.add(1000);
         assert_eq!(held.bytes(), 0, "what is carried on is not held");

@@ -10,9 +10,9 @@ use http::header::HeaderMap;
 use http::{HeaderValue, Request, Response, StatusCode};
 
 /// Lines about requests that were shed are so far apart.
-const TELL_EVERY: Duration = Duration::from_secs(10);
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// A proxy that names an earlier time has another clock.
-const LONGEST: Duration = Duration::from_secs(3600);
+const MAX_WAIT: Duration = Duration::from_secs(3600);
 
 /// Until when the application may begin with a request. An extension of it.
 #[derive(Clone, Copy, Debug)]
@@ -55,7 +55,7 @@ pub(crate) fn count() {
     static SHED: Mutex<(u64, Option<Instant>)> = Mutex::new((0, None));
     let mut shed = SHED.lock().unwrap_or_else(PoisonError::into_inner);
     shed.0 += 1;
-    if shed.1.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
+    if shed.1.is_none_or(|told| told.elapsed() >= LOG_INTERVAL) {
         log::warn!("requests waited too long and got 503 (--max-queue-time) count={}", shed.0);
         *shed = (0, Some(Instant::now()));
     }
@@ -65,7 +65,7 @@ pub(crate) fn count() {
 fn since_start(headers: &HeaderMap, now: Duration) -> Option<Duration> {
     let starts = ["x-request-start", "x-queue-start"].into_iter().filter_map(|name| headers.get(name));
     let waited = starts.filter_map(|value| Some(now.saturating_sub(parse(value.to_str().ok()?)?)));
-    waited.filter(|waited| *waited <= LONGEST).max()
+    waited.filter(|waited| *waited <= MAX_WAIT).max()
 }
 
 /// A time since the epoch, with or without `t=` before it, in seconds, milliseconds or microseconds: which of these, its size

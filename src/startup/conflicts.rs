@@ -264,8 +264,8 @@ mod tests {
 
     #[test]
     fn any_two_settings_of_one_file_are_found_by_whatever_name_but_the_two_logs() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name);
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
         std::fs::create_dir(path("real")).unwrap();
         std::os::unix::fs::symlink("real", path("link")).unwrap();
         std::os::unix::fs::symlink("real/a", path("dangling")).unwrap();

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statvfs::{Statvfs, statvfs};
 
-use super::start_end::Leftover;
+use super::abort::Leftover;
 use crate::sys::file_path::{self, Links, directory_of, examine_directory};
 use crate::sys::lock_file::LockFile;
 use crate::upgrade::Takeover;
@@ -208,8 +208,8 @@ mod tests {
 
     #[test]
     fn one_at_a_time_has_the_file_and_what_a_dead_one_left_is_replaced() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.pid");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.pid");
         std::fs::write(&path, "4000000\n").unwrap();
         let first = PidFile::create(&path).unwrap();
         let own = format!("{}\n", std::process::id());
@@ -217,26 +217,26 @@ mod tests {
         let error = PidFile::create(&path).unwrap_err();
         assert!(error.contains("another master has it") && error.contains("--pid-file"), "{error}");
         first.remove();
-        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+        assert_eq!(directory.path().read_dir().unwrap().count(), 0);
     }
 
     #[test]
     fn what_a_killed_master_left_half_made_is_in_nobodys_way_and_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.pid");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.pid");
         for left in [format!(".a.pid.{}", std::process::id()), ".a.pid.0123456789abcdef".to_owned()] {
-            std::fs::write(folder.path().join(left), "").unwrap();
+            std::fs::write(directory.path().join(left), "").unwrap();
         }
-        std::fs::write(folder.path().join(".a.pid.swp"), "an editor's").unwrap();
+        std::fs::write(directory.path().join(".a.pid.swp"), "an editor's").unwrap();
         let first = PidFile::create(&path).unwrap();
-        assert_eq!(folder.path().read_dir().unwrap().count(), 2);
+        assert_eq!(directory.path().read_dir().unwrap().count(), 2);
         first.remove();
     }
 
     #[test]
     fn who_can_only_read_a_dead_masters_file_cannot_pass_for_a_living_one() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.pid");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.pid");
         std::fs::write(&path, "4000000\n").unwrap();
         let stranger = File::open(&path).unwrap();
         stranger.lock().unwrap();
@@ -246,17 +246,17 @@ mod tests {
 
     #[test]
     fn what_is_no_pid_file_stays() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.pid");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.pid");
         std::fs::write(&path, "notes").unwrap();
         assert!(PidFile::create(&path).unwrap_err().contains("something else than a pid"));
-        assert!(PidFile::create(folder.path()).unwrap_err().contains("something else than a file"));
+        assert!(PidFile::create(directory.path()).unwrap_err().contains("something else than a file"));
         assert!(PidFile::create(&path.join("b")).unwrap_err().contains("--pid-file"));
 
         // Somebody else's under the same name stays too.
         std::fs::remove_file(&path).unwrap();
         let first = PidFile::create(&path).unwrap();
-        std::fs::rename(&path, folder.path().join("b")).unwrap();
+        std::fs::rename(&path, directory.path().join("b")).unwrap();
         std::fs::write(&path, "1\n").unwrap();
         first.remove();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "1\n");

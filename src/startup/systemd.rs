@@ -82,8 +82,8 @@ pub(crate) fn sockets(name: Option<&str>) -> Result<Vec<RawFd>, String> {
 
 /// The shared memory that a former start has stored. To be asked once; what is stored besides under that name is closed.
 pub(crate) fn stored_segment() -> Option<OwnedFd> {
-    let numbers: Vec<RawFd> = passed().into_iter().filter(|(_, name)| name == SEGMENT).map(|(fd, _)| fd).collect();
-    sys::take_over(&numbers).into_values().last()
+    let scaling: Vec<RawFd> = passed().into_iter().filter(|(_, name)| name == SEGMENT).map(|(fd, _)| fd).collect();
+    sys::take_over(&scaling).into_values().last()
 }
 
 #[cfg(test)]

@@ -4,13 +4,13 @@
 //! An upgrade is a way of starting, so this lies below the master: what makes sockets, the segment and the pid file asks here first
 //! whether there are some already. [`master::upgrade`](crate::master::upgrade) performs it.
 
-pub(crate) mod origin;
 pub(crate) mod roster;
 pub(crate) mod saved;
+pub(crate) mod start_command;
 pub(crate) mod takeover;
 
-pub(crate) use self::origin::Origin;
 use self::saved::FORMAT;
+pub(crate) use self::start_command::StartCommand;
 use self::takeover::{CHECK, STATE};
 pub(crate) use self::takeover::{Takeover, Ties, is_check};
 

@@ -12,14 +12,14 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
-use super::origin::Origin;
 use super::roster::Roster;
+use super::start_command::StartCommand;
 
 /// The format written here, and the only one read.
 pub(crate) const FORMAT: u32 = 1;
 /// More than any state needs, as a rule: 4096 processes with 4 KiB of last words each, escaped. (Unfinished lines of output can come
 /// to more, for a moment.)
-const LARGEST: u64 = 64 << 20;
+const MAX_STATE: u64 = 64 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Saved {
@@ -28,7 +28,7 @@ pub(crate) struct Saved {
     pub(crate) version: String,
     /// The master, before and after.
     pub(crate) pid: i32,
-    pub(crate) origin: Origin,
+    pub(crate) start_command: StartCommand,
     pub(crate) listeners: Vec<SavedListener>,
     pub(crate) segment: SavedSegment,
     /// Both ends of the pipe by whose end workers know that the master is dead.
@@ -40,10 +40,10 @@ pub(crate) struct Saved {
     pub(crate) children: Vec<SavedChild>,
     /// Of processes that are dead, whose heirs and children live.
     #[serde(default)]
-    pub(crate) late: Vec<SavedOutput>,
+    pub(crate) orphaned_outputs: Vec<SavedOutput>,
     /// The processes beside the workers.
     #[serde(default)]
-    pub(crate) helpers: Vec<SavedHelper>,
+    pub(crate) sidecars: Vec<SavedSidecar>,
     /// When it was last looked which jobs are due: milliseconds of the wall's clock.
     #[serde(default)]
     pub(crate) jobs_looked_at_ms: Option<i64>,
@@ -130,7 +130,7 @@ pub(crate) struct SavedOutput {
 
 /// A daemon or a job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct SavedHelper {
+pub(crate) struct SavedSidecar {
     pub(crate) name: String,
     pub(crate) pid: i32,
     pub(crate) output: RawFd,
@@ -213,8 +213,8 @@ impl Saved {
         all.extend([self.lifeline.0, self.lifeline.1]);
         all.extend(self.handover.iter().flat_map(|&(send, receive)| [send, receive]));
         all.extend(self.children.iter().flat_map(of_child));
-        all.extend(self.late.iter().map(|output| output.fd));
-        all.extend(self.helpers.iter().map(|helper| helper.output));
+        all.extend(self.orphaned_outputs.iter().map(|output| output.fd));
+        all.extend(self.sidecars.iter().map(|sidecar| sidecar.output));
         let of_control = |control: &SavedControl| {
             [control.fd].into_iter().chain(control.clients.iter().map(|client| client.fd)).collect::<Vec<_>>()
         };
@@ -231,7 +231,7 @@ impl Saved {
     /// If a path in it is not Unicode, it is too large, or there is no memory.
     pub(crate) fn write(&self) -> io::Result<OwnedFd> {
         let json = serde_json::to_vec(self)?;
-        if json.len() as u64 >= LARGEST {
+        if json.len() as u64 >= MAX_STATE {
             return Err(io::Error::other("the state is too large to be handed on (try again)"));
         }
         let mut file =
@@ -258,7 +258,7 @@ impl Saved {
         }
         let mut file = File::from(descriptor);
         let mut json = Vec::new();
-        let read = file.rewind().and_then(|()| file.take(LARGEST).read_to_end(&mut json));
+        let read = file.rewind().and_then(|()| file.take(MAX_STATE).read_to_end(&mut json));
         read.map_err(|error| format!("the running master's state cannot be read: {error}"))?;
         let Ok(Head { format }) = serde_json::from_slice(&json) else { return Ok(None) };
         if format != FORMAT {
@@ -292,7 +292,7 @@ mod tests {
             format: FORMAT,
             version: "0.1.0".to_owned(),
             pid: 1,
-            origin: Origin::of("/usr/bin/a b", "/", &["a", "--b"]),
+            start_command: StartCommand::of("/usr/bin/a b", "/", &["a", "--b"]),
             listeners: vec![SavedListener { fd: 5, bind: "http:127.0.0.1:0".to_owned(), file: Some((1, u64::MAX)) }],
             segment: SavedSegment { fd: 6, file: None },
             lifeline: (7, 8),
@@ -323,8 +323,8 @@ mod tests {
                 output: Some(output(12)),
                 files: Some(13),
             }],
-            late: vec![output(14)],
-            helpers: vec![SavedHelper { name: "queue".to_owned(), pid: 78, output: 15, partial: vec![b'y'] }],
+            orphaned_outputs: vec![output(14)],
+            sidecars: vec![SavedSidecar { name: "queue".to_owned(), pid: 78, output: 15, partial: vec![b'y'] }],
             jobs_looked_at_ms: Some(-1),
             quarantine: vec![SavedRefusal {
                 request: "GET /a".to_owned(),
@@ -372,7 +372,7 @@ mod tests {
     #[test]
     fn what_could_not_be_read_is_not_written() {
         let mut large = state();
-        large.late[0].partial = vec![b'x'; 22 << 20];
+        large.orphaned_outputs[0].partial = vec![b'x'; 22 << 20];
         assert!(large.write().unwrap_err().to_string().contains("too large"));
     }
 

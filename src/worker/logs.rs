@@ -62,9 +62,9 @@ async fn follow(files: &LogFiles, channel: Option<OwnedFd>, access_log: Option<&
 }
 
 /// Standard output and error, as the master has made them: pipes that it reads.
-pub(super) struct Pipes([Option<(u64, u64)>; 2]);
+pub(super) struct OutputPipes([Option<(u64, u64)>; 2]);
 
-impl Pipes {
+impl OutputPipes {
     pub(super) fn now() -> Self {
         Self([sys::identity(1), sys::identity(2)])
     }

@@ -13,7 +13,7 @@
 //! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
 
 pub(crate) mod conn;
-mod later;
+pub(crate) mod defer;
 pub(crate) mod lifecycle;
 mod logs;
 pub(crate) mod service;
@@ -32,7 +32,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use ::http::{Request, Response, StatusCode};
-use forkyard_shm::{Cache, Pulse, Row, Scoreboard, Segment, State};
+use forkyard_shm::{Cache, EventLoopBeat, Row, Scoreboard, Segment, State};
 use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
 use tokio::io::{AsyncReadExt as _, Interest};
@@ -42,17 +42,17 @@ use tokio::time::MissedTickBehavior;
 use tower_service::Service;
 
 use self::conn::accept::{Acceptor, Arrival, Connections, Serve};
+use self::conn::acl::Acl;
 use self::conn::crowd::Crowd;
-use self::conn::door::Door;
 use self::conn::entry::{Accepting, Entry};
 use self::conn::socket::Socket;
-use self::conn::{fastcgi, http, opening, scgi};
+use self::conn::{fastcgi, http, preface, scgi};
 use self::lifecycle::drain::Drain;
 use self::lifecycle::slow;
 use self::lifecycle::watchdog::Watchdog;
-use self::logs::Pipes;
+use self::logs::OutputPipes;
 use self::service::access_log::AccessLog;
-use self::service::lifetime::Counted;
+use self::service::max_requests::Counted;
 use self::service::serve::{Application, BoxError, Guard};
 use self::service::{health, serve};
 use crate::app::blocking;
@@ -63,13 +63,13 @@ use crate::app::hooks::WorkerId;
 use crate::config::Config;
 use crate::config::address::Protocol;
 use crate::config::peers::Peers;
-use crate::diagnostics::{at_work, crash};
-use crate::heir::ledger::{Ledger, Tongue};
-use crate::heir::{self, Appointed};
+use crate::diagnostics::{crash, current_request};
+use crate::heir::journal::{Journal, WireProtocol};
+use crate::heir::{self, Heir};
 use crate::heritage::{Heritage, Report};
 use crate::net::handover::{Channel, PackedOrigin};
 use crate::net::listen::Listener;
-use crate::protocol::cgi::Origin;
+use crate::protocol::cgi::ClientInfo;
 use crate::request::buffered;
 use crate::{logging, sys};
 
@@ -85,7 +85,7 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    let heir = match heir::appoint(&heritage) {
+    let heir = match heir::spawn(&heritage) {
         Ok(heir) => heir,
         Err(error) => return fail(&mut File::from(heritage.report), &format!("no memory for a ledger: {error}")),
     };
@@ -140,7 +140,7 @@ fn fail(last_words: &mut File, why: &str) -> u8 {
     1
 }
 
-fn live<F, S, B>(factory: &F, heritage: Heritage, heir: Appointed) -> io::Result<()>
+fn live<F, S, B>(factory: &F, heritage: Heritage, heir: Heir) -> io::Result<()>
 where
     F: Fn(Context) -> S,
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
@@ -154,12 +154,12 @@ where
     let begun = Instant::now();
     log::debug!("settings part=worker slot={slot} gen={} {config:?}", heritage.generation);
     let (asked_to_leave, starts) = take_signals(config.drain_timeout)?;
-    let output = Pipes::now();
+    let output = OutputPipes::now();
     let scoreboard = heritage.segment.scoreboard();
     let row = prepare(&heritage, &scoreboard)?;
     hooks.after_fork(worker)?;
 
-    let runtime = event_loop(row.pulse(), !config.failures.hang_timeout.is_zero())?;
+    let runtime = event_loop(row.event_loop_beat(), !config.failures.hang_timeout.is_zero())?;
     let life = async {
         let drain = Drain::new(Arc::clone(&heritage.handover), scoreboard.clone(), heritage.slot, config.drain_timeout);
         let flag = Arc::clone(drain.flag());
@@ -170,11 +170,11 @@ where
         let limit = config.limits.max_connections;
         let connections = Rc::new(Connections::new(limit, row.clone(), scoreboard, slot, Rc::clone(&watchdog)));
         let report = File::from(heritage.report);
-        let service = Counted::new(service, config.numbers.max_requests, report.try_clone()?);
+        let service = Counted::new(service, config.scaling.max_requests, report.try_clone()?);
         let application = Application::new(service, row.clone(), config.limits, config.trust.clone());
         let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
         let application = Rc::new(application.guarded(guard(&config, &heritage.segment)).logged(access_log.clone()));
-        if let Some(path) = &config.numbers.health_path {
+        if let Some(path) = &config.scaling.health_path {
             // A little less than the master gives it, so that it can still say why.
             let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
             health::check(&application, path, limit).await?;
@@ -183,12 +183,12 @@ where
         hooks.on_ready(worker)?;
         // Before anything is accepted.
         starts.store(false, Ordering::SeqCst);
-        let acceptors = acceptors(&heritage.listeners, &heritage.handover, &connections, heir.ledger)?;
+        let acceptors = acceptors(&heritage.listeners, &heritage.handover, &connections, heir.journal)?;
         let accepting = accept(acceptors, &server);
 
         let tasks = [
             tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections), row.clone())),
-            tokio::task::spawn_local(later::run()),
+            tokio::task::spawn_local(defer::run()),
             tokio::task::spawn_local(events.clone().deliver()),
             tokio::task::spawn_local(end_drain(drain.clone(), Rc::clone(&watchdog))),
             tokio::task::spawn_local(async move { watchdog.run().await }),
@@ -201,7 +201,8 @@ where
         let is_orphan = told_to_leave(asked_to_leave, heritage.lifeline, &output).await?;
 
         row.set_state(State::Draining);
-        let mut entry = Entry { accepting, listeners: Arc::clone(&heritage.listeners), kept: &heir.kept, is_orphan };
+        let mut entry =
+            Entry { accepting, listeners: Arc::clone(&heritage.listeners), retained: &heir.retained, is_orphan };
         entry.begin_to_close();
         entry.run_dry(&*server).await;
         drain.begin();
@@ -216,7 +217,7 @@ where
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| run_in_turns(&runtime, life)));
     // What comes now is not the event loop's work, however long it takes.
-    row.pulse().sleep();
+    row.event_loop_beat().sleep();
     if let Ok(Ok(())) = outcome {
         finish_functions(slot);
         hooks.on_exit(worker);
@@ -250,14 +251,14 @@ fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
     blocking::set_patience(failures.hang_timeout);
     buffered::set_limit(limits.max_buffered);
     crash::give_stack();
-    at_work::note_in(row.pulse());
-    at_work::enlist();
+    current_request::note_in(row.event_loop_beat());
+    current_request::register_thread();
     crash::install(heritage.report.try_clone()?)?;
     Ok(row)
 }
 
 /// The event loop. With `is_watched`, it notes when it goes to work and when it sleeps.
-fn event_loop(pulse: Pulse, is_watched: bool) -> io::Result<LocalRuntime> {
+fn event_loop(pulse: EventLoopBeat, is_watched: bool) -> io::Result<LocalRuntime> {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_all().on_thread_start(crash::give_stack);
     if is_watched {
@@ -270,7 +271,7 @@ fn event_loop(pulse: Pulse, is_watched: bool) -> io::Result<LocalRuntime> {
 }
 
 fn guard(config: &Config, segment: &Segment) -> Guard {
-    let (failures, max_queue_time) = (&config.failures, config.numbers.max_queue_time);
+    let (failures, max_queue_time) = (&config.failures, config.scaling.max_queue_time);
     let quarantine = (failures.quarantine.deaths > 0).then(|| segment.quarantine());
     Guard { request_timeout: failures.request_timeout, max_queue_time, quarantine, by: failures.quarantine.by }
 }
@@ -321,11 +322,11 @@ fn acceptors(
     listeners: &[Listener],
     channel: &Channel,
     connections: &Rc<Connections>,
-    ledger: Ledger,
+    journal: Journal,
 ) -> io::Result<Vec<Acceptor>> {
     let listeners = (0..).zip(listeners);
-    let of_listeners = listeners.map(|(index, listener)| Acceptor::of_listener(index, listener, connections, ledger));
-    of_listeners.chain([Acceptor::of_channel(channel, connections, ledger)]).collect()
+    let of_listeners = listeners.map(|(index, listener)| Acceptor::of_listener(index, listener, connections, journal));
+    of_listeners.chain([Acceptor::of_channel(channel, connections, journal)]).collect()
 }
 
 /// Has all of them accept, each in a task.
@@ -356,14 +357,14 @@ async fn miss_heir(end: Option<OwnedFd>, mut report: File) {
 }
 
 /// One of the listeners, as its connections see it.
-struct Entrance {
+struct ListenerContext {
     protocol: Protocol,
-    door: Door,
+    door: Acl,
 }
 
-impl Entrance {
+impl ListenerContext {
     fn new(config: &Config, protocol: Protocol) -> Self {
-        Self { protocol, door: Door::new(config, protocol) }
+        Self { protocol, door: Acl::new(config, protocol) }
     }
 }
 
@@ -371,7 +372,7 @@ impl Entrance {
 struct Server<S> {
     application: Rc<Application<S>>,
     drain: Drain,
-    entrances: Vec<Entrance>,
+    entrances: Vec<ListenerContext>,
     crowd: Rc<Crowd>,
     /// Those whose connections begin with a PROXY header.
     proxy_protocol: Option<Peers>,
@@ -379,7 +380,7 @@ struct Server<S> {
 
 impl<S> Server<S> {
     fn new(config: &Config, listeners: &[Listener], application: Rc<Application<S>>, drain: Drain) -> Self {
-        let entrances = listeners.iter().map(|listener| Entrance::new(config, listener.protocol)).collect();
+        let entrances = listeners.iter().map(|listener| ListenerContext::new(config, listener.protocol)).collect();
         let crowd = Crowd::new(config.limits.max_connections_per_address);
         Self { application, drain, entrances, crowd, proxy_protocol: config.proxy_protocol.clone() }
     }
@@ -392,21 +393,21 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    fn tongue(&self, listener: u16) -> Tongue {
-        let entrance = self.entrances.get(usize::from(listener));
-        entrance.map_or(Tongue::Nothing, |entrance| heir::tongue_of(entrance.protocol))
+    fn wire_protocol(&self, listener: u16) -> WireProtocol {
+        let context = self.entrances.get(usize::from(listener));
+        context.map_or(WireProtocol::Nothing, |context| heir::wire_protocol_of(context.protocol))
     }
 
     fn serve(&self, mut socket: Socket, arrival: Arrival) -> impl Future<Output = ()> + 'static {
         let (application, drain) = (Rc::clone(&self.application), self.drain.clone());
-        let entrance = self.entrances.get(usize::from(arrival.listener));
-        let protocol = entrance.map(|entrance| entrance.protocol);
+        let context = self.entrances.get(usize::from(arrival.listener));
+        let protocol = context.map(|context| context.protocol);
         let (address, is_admitted) = (arrival.origin.address(), arrival.origin.is_admitted());
         let ip = address.map(|address| address.ip());
         let sends_proxy_header = !is_admitted && self.proxy_protocol.as_ref().is_some_and(|peers| peers.contain(ip));
         let crowd = Rc::clone(&self.crowd);
-        let permitted = is_admitted || entrance.is_some_and(|entrance| entrance.door.permits(address));
-        let mut origin = Origin::of_http(address, arrival.origin.is_tls());
+        let permitted = is_admitted || context.is_some_and(|context| context.door.permits(address));
+        let mut origin = ClientInfo::of_http(address, arrival.origin.is_tls());
         async move {
             let (Some(protocol), true) = (protocol, permitted) else { return };
             if !is_admitted && address.is_some() && application.sheds() {
@@ -415,7 +416,7 @@ where
             if sends_proxy_header {
                 let time = application.limits.timeouts.header;
                 let reading = tokio::select! {
-                    reading = opening::read_proxy_header(&mut socket, &mut origin, time) => reading,
+                    reading = preface::read_proxy_header(&mut socket, &mut origin, time) => reading,
                     () = drain.wait_to_move() => return drain.hand_over(socket, &[]).await,
                 };
                 if let Err(error) = reading {
@@ -443,7 +444,7 @@ where
             // What another worker has admitted is not refused, and takes nobody's place.
             let Some(_counted) = crowd.admit(client.filter(|_| !is_proxy && !is_admitted)) else { return };
             if !is_admitted {
-                socket.account().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
+                socket.conn().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
             }
             match protocol {
                 Protocol::FastCgi => fastcgi::serve(socket, origin.address, application, drain).await,
@@ -474,7 +475,7 @@ fn take_signals(drain_timeout: Duration) -> io::Result<(UnixStream, Arc<AtomicBo
 }
 
 /// Returns when TERM has come, or the master is dead: true in that case.
-async fn told_to_leave(term: UnixStream, lifeline: OwnedFd, output: &Pipes) -> io::Result<bool> {
+async fn told_to_leave(term: UnixStream, lifeline: OwnedFd, output: &OutputPipes) -> io::Result<bool> {
     let mut term = tokio::net::UnixStream::from_std(term)?;
     let mut lifeline = tokio::net::unix::pipe::Receiver::from_owned_fd(lifeline)?;
     let (mut byte, mut end) = ([0], [0]);

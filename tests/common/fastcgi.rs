@@ -175,10 +175,10 @@ pub struct Fixture {
 
 impl Fixture {
     pub fn start(example: &str, arguments: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = format!("fastcgi:unix:{}", folder.path().join("a.sock").display());
+        let directory = tempfile::tempdir().unwrap();
+        let socket = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
         let server = Server::start(example, &[&["--bind", &socket, "--workers", "1"], arguments].concat());
-        Self { server, socket, _folder: folder }
+        Self { server, socket, _folder: directory }
     }
 
     pub fn client(&self) -> Client {

@@ -72,8 +72,8 @@ struct Process {
 }
 
 /// One `stat` file of `/proc`: proc_pid_stat(5).
-fn read_stat(folder: &Path) -> Option<Process> {
-    let stat = fs::read_to_string(folder.join("stat")).ok()?;
+fn read_stat(directory: &Path) -> Option<Process> {
+    let stat = fs::read_to_string(directory.join("stat")).ok()?;
     let (before, after) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = after.split_ascii_whitespace().collect();
     let number = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
@@ -85,14 +85,14 @@ fn read_stat(folder: &Path) -> Option<Process> {
     })
 }
 
-fn numbered(folder: &Path) -> Vec<u32> {
-    let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+fn numbered(directory: &Path) -> Vec<u32> {
+    let entries = fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok);
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 fn processes() -> BTreeMap<u32, Process> {
-    let folder = |pid: u32| Path::new("/proc").join(pid.to_string());
-    numbered(Path::new("/proc")).into_iter().filter_map(|pid| Some((pid, read_stat(&folder(pid))?))).collect()
+    let directory = |pid: u32| Path::new("/proc").join(pid.to_string());
+    numbered(Path::new("/proc")).into_iter().filter_map(|pid| Some((pid, read_stat(&directory(pid))?))).collect()
 }
 
 fn children_of(pid: u32) -> BTreeSet<u32> {
@@ -101,10 +101,10 @@ fn children_of(pid: u32) -> BTreeSet<u32> {
 
 /// Prints the threads of a test binary, of which each test has one of its name, and all processes below it.
 pub fn print_state(out: &mut dyn Write, pid: u32) {
-    let folder = Path::new("/proc").join(pid.to_string());
+    let directory = Path::new("/proc").join(pid.to_string());
     let _ = writeln!(out, "--- the threads of the test binary (pid {pid}):");
-    for thread in numbered(&folder.join("task")) {
-        let _ = write_line(out, "  ", thread, &folder.join("task").join(thread.to_string()));
+    for thread in numbered(&directory.join("task")) {
+        let _ = write_line(out, "  ", thread, &directory.join("task").join(thread.to_string()));
     }
     let _ = writeln!(out, "--- its processes:");
     let all = processes();
@@ -121,9 +121,9 @@ fn print_below(out: &mut dyn Write, all: &BTreeMap<u32, Process>, parent: u32, d
 }
 
 /// What a process or thread is at: where it sleeps in the kernel, and in which system call, as far as that may be read.
-fn write_line(out: &mut dyn Write, indent: &str, pid: u32, folder: &Path) -> Option<()> {
-    let Process { name, state, cpu, .. } = read_stat(folder)?;
-    let read = |file: &str| fs::read_to_string(folder.join(file)).unwrap_or_default();
+fn write_line(out: &mut dyn Write, indent: &str, pid: u32, directory: &Path) -> Option<()> {
+    let Process { name, state, cpu, .. } = read_stat(directory)?;
+    let read = |file: &str| fs::read_to_string(directory.join(file)).unwrap_or_default();
     let command = read("cmdline").replace('\0', " ");
     let call = read("syscall").split(' ').next().unwrap_or_default().trim().to_owned();
     let waits = read("wchan");

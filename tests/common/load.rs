@@ -42,9 +42,9 @@ enum Kept {
 }
 
 impl Load {
-    /// The arguments by which a server listens for all of these clients. The Unix sockets are in `folder`.
-    pub fn binds(folder: &std::path::Path) -> Vec<String> {
-        let file = |protocol: &str| format!("{protocol}:unix:{}", folder.join(format!("{protocol}.sock")).display());
+    /// The arguments by which a server listens for all of these clients. The Unix sockets are in `directory`.
+    pub fn binds(directory: &std::path::Path) -> Vec<String> {
+        let file = |protocol: &str| format!("{protocol}:unix:{}", directory.join(format!("{protocol}.sock")).display());
         let all = [
             file("fastcgi"),
             "fastcgi:127.0.0.1:0".into(),

@@ -477,13 +477,13 @@ fn fields(stat: &str) -> Option<Vec<&str>> {
 }
 
 /// One field of `/proc/PID/stat` or `/proc/PID/task/TID/stat`, by its number in proc_pid_stat(5), from 3 on.
-pub fn field_of<T: FromStr>(folder: &Path, number: usize) -> Option<T> {
-    fields(&std::fs::read_to_string(folder.join("stat")).ok()?)?.get(number - 3)?.parse().ok()
+pub fn field_of<T: FromStr>(directory: &Path, number: usize) -> Option<T> {
+    fields(&std::fs::read_to_string(directory.join("stat")).ok()?)?.get(number - 3)?.parse().ok()
 }
 
 /// Processor time that a process (or a thread, by its folder in `/proc`) has used, in the kernel and outside.
-pub fn cpu_time(folder: &Path) -> Duration {
-    let ticks: u64 = [14, 15].map(|number| field_of::<u64>(folder, number).unwrap()).iter().sum();
+pub fn cpu_time(directory: &Path) -> Duration {
+    let ticks: u64 = [14, 15].map(|number| field_of::<u64>(directory, number).unwrap()).iter().sum();
     let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap();
     Duration::from_secs(ticks) / u32::try_from(second).unwrap()
 }

@@ -16,14 +16,14 @@ pub struct Refuse {
 
 impl Refuse {
     pub fn compile() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("refuse");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("refuse");
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/refuse.c");
         let mut compiler = Command::new("gcc");
         let output = compiler.args(["-Wall", "-O1", "-o"]).arg(&path).arg(source).output_in_time();
         let output = output.expect("gcc is there (scripts/test installs it)");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Self { _folder: folder, path }
+        Self { _folder: directory, path }
     }
 
     /// `name` with these calls refused.

@@ -15,15 +15,15 @@ const PAGES_PHP: &str = include_str!("../programs/pages.php");
 
 /// A folder with the socket, and what is needed to ask there.
 pub struct Place {
-    folder: TempDir,
+    directory: TempDir,
     pub address: String,
 }
 
 impl Place {
     pub fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let address = format!("fastcgi:unix:{}", folder.path().join("app.sock").display());
-        Self { folder, address }
+        let directory = tempfile::tempdir().unwrap();
+        let address = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());
+        Self { directory, address }
     }
 
     /// With a port of the loopback in place of the socket's file.
@@ -32,7 +32,7 @@ impl Place {
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.directory.path().join(name)
     }
 
     /// Makes an executable script.

@@ -1,5 +1,5 @@
 //! What each web server sends to a FastCGI or SCGI application, byte for byte: read piece by piece and answered by hand.
-//! With `CAPTURE_SEEDS=FOLDER` in the environment (scripts/capture-seeds) the bytes are kept there.
+//! With `CAPTURE_SEEDS=DIRECTORY` in the environment (scripts/capture-seeds) the bytes are kept there.
 
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write as _};
@@ -110,14 +110,14 @@ enum Backend {
 }
 
 impl Backend {
-    /// In `folder`, or on a port for the one server that knows no Unix sockets there.
-    fn new(front: Front, folder: &Path) -> (Self, String) {
+    /// In `directory`, or on a port for the one server that knows no Unix sockets there.
+    fn new(front: Front, directory: &Path) -> (Self, String) {
         if front == fronts::APACHE_SCGI {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap().to_string();
             return (Self::Tcp(listener), address);
         }
-        let socket = folder.join("app.sock");
+        let socket = directory.join("app.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         fs::set_permissions(&socket, Permissions::from_mode(0o666)).unwrap();
         (Self::Unix(listener), socket.display().to_string())
@@ -135,10 +135,10 @@ impl Backend {
 
 fn capture(front: Front) {
     let is_scgi = front.link == Link::Scgi;
-    let folder = fronts::shared_folder();
-    let own_path = folder.path().display().to_string();
-    let (backend, at) = Backend::new(front, folder.path());
-    let site = Site::before(front, folder, &at);
+    let directory = fronts::shared_folder();
+    let own_path = directory.path().display().to_string();
+    let (backend, at) = Backend::new(front, directory.path());
+    let site = Site::before(front, directory, &at);
     for (name, ask) in cases() {
         if front == fronts::APACHE_SCGI && matches!(ask.body, Sent::Chunked(_)) {
             continue; // mod_proxy_scgi answers 411 by itself

@@ -2,7 +2,7 @@
 
 use std::{fmt, io};
 
-use forkyard_shm::{PublishError, Refused, SegmentError};
+use forkyard_shm::{PublishError, SegmentError, StoreError};
 use nix::errno::Errno;
 
 /// Why there is no table.
@@ -11,7 +11,7 @@ pub(crate) enum Error {
     /// Forkyard's segment could not be made.
     Segment(SegmentError),
     /// Forkyard did not take a value that it should.
-    Refused(Refused),
+    StoreError(StoreError),
     /// The event log did not take an event.
     NotPublished(PublishError),
     /// LMDB failed.
@@ -48,7 +48,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Segment(source) => write!(f, "cannot make a segment: {source}"),
-            Self::Refused(source) => write!(f, "forkyard refused a value: {source}"),
+            Self::StoreError(source) => write!(f, "forkyard refused a value: {source}"),
             Self::NotPublished(source) => write!(f, "{source}"),
             Self::Lmdb(source) => write!(f, "LMDB failed: {source}"),
             Self::NoProgram { program, package } => write!(
@@ -71,7 +71,7 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Segment(source) => Some(source),
-            Self::Refused(source) => Some(source),
+            Self::StoreError(source) => Some(source),
             Self::NotPublished(source) => Some(source),
             Self::Lmdb(source) => Some(source),
             Self::System { source, .. } | Self::Output(source) => Some(source),

@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use forkyard_shm::{Cache, Options, Plan, Refused, Segment};
+use forkyard_shm::{Cache, Plan, Segment, StoreError, StoreOptions};
 
 use crate::error::Error;
 
@@ -28,9 +28,9 @@ pub(crate) fn pin(cache: &Cache, key: &[u8]) -> Option<impl Deref<Target = [u8]>
 
 /// Stores a value, unless others are at it right now: a cache may forget.
 #[inline]
-pub(crate) fn set(cache: &Cache, key: &[u8], value: &[u8], options: &Options) -> Result<(), Error> {
+pub(crate) fn set(cache: &Cache, key: &[u8], value: &[u8], options: &StoreOptions) -> Result<(), Error> {
     match cache.set(key, value, options) {
-        Ok(()) | Err(Refused::Busy) => Ok(()),
-        Err(refused) => Err(Error::Refused(refused)),
+        Ok(()) | Err(StoreError::Busy) => Ok(()),
+        Err(refused) => Err(Error::StoreError(refused)),
     }
 }

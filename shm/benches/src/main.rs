@@ -27,20 +27,20 @@ use crate::error::Error;
 /// Benchmarks of Forkyard's page cache and event log.
 #[derive(Debug, Parser)]
 #[command(name = "forkyard-shm-bench", version, max_term_width = 100)]
-struct Options {
+struct StoreOptions {
     #[command(subcommand)]
     bench: Bench,
 }
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    Get(get::Options),
-    Hits(hits::Options),
-    Events(events::Options),
+    Get(get::StoreOptions),
+    Hits(hits::StoreOptions),
+    Events(events::StoreOptions),
 }
 
 fn main() -> ExitCode {
-    let Options { bench } = Options::parse();
+    let StoreOptions { bench } = StoreOptions::parse();
     let table = match &bench {
         Bench::Get(options) => get::run(options),
         Bench::Hits(options) => hits::run(options),
@@ -66,6 +66,6 @@ mod tests {
 
     #[test]
     fn the_definition_is_consistent() {
-        <Options as clap::CommandFactory>::command().debug_assert();
+        <StoreOptions as clap::CommandFactory>::command().debug_assert();
     }
 }

@@ -21,9 +21,9 @@ use crate::memory::{fork, futex};
 use crate::protocols::lease::{self, Claim};
 
 /// How long one sleeps at the most, for each thread of its process that does; half of that on average.
-const NAP_MS: u64 = 4;
+const POLL_INTERVAL_MS: u64 = 4;
 /// The longest nap, however many wait.
-const LONGEST_NAP_MS: u64 = 500;
+const MAX_POLL_INTERVAL_MS: u64 = 500;
 
 /// How many threads of this process wait, with its generation in the high half: a child's threads do not.
 static WAITING: AtomicU64 = AtomicU64::new(0);
@@ -130,12 +130,12 @@ impl Ticket {
         }
         lease::leave(&cell.waiters);
         if self.is_valid() {
-            self.inner.bury_if_dead(self.holder);
+            self.inner.release_if_dead(self.holder);
         }
     }
 
     fn nap(&self, waiting: u32) -> Duration {
-        let longest = Duration::from_millis((NAP_MS * u64::from(waiting)).min(LONGEST_NAP_MS));
+        let longest = Duration::from_millis((POLL_INTERVAL_MS * u64::from(waiting)).min(MAX_POLL_INTERVAL_MS));
         let left_ms = self.until_ms.saturating_sub(self.inner.now_ms());
         longest.mul_f64(early::random()).min(Duration::from_millis(left_ms))
     }

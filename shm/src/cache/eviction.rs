@@ -37,9 +37,9 @@ const MOVED_BYTES: u64 = 512 * 1024;
 /// The floor moves by at least this part of a ring at a time, as every reader has it in its cache.
 const STRIDE: u64 = 128;
 /// Room kept in the main ring, as this part of it, so that what was asked for can go to its head: but not less than
-/// [`LEAST_RESERVE`] unless that is more than the [`MOST_RESERVE`] part.
+/// [`MIN_RESERVE`] unless that is more than the [`MOST_RESERVE`] part.
 const RESERVE: u64 = 64;
-const LEAST_RESERVE: u64 = 256 * 1024;
+const MIN_RESERVE: u64 = 256 * 1024;
 const MOST_RESERVE: u64 = 16;
 /// Dead weight beyond this part of a ring is a reason to move live entries rather than evict them.
 const DEAD_SHARE: u64 = 8;
@@ -166,7 +166,7 @@ impl LockedShard<'_> {
         let len = self.shard.bytes(ring).len;
         match ring {
             Ring::Small => 0,
-            Ring::Main => (len / RESERVE).max(LEAST_RESERVE.min(len / MOST_RESERVE)),
+            Ring::Main => (len / RESERVE).max(MIN_RESERVE.min(len / MOST_RESERVE)),
         }
     }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use crate::memory::layout::{Bucket, GRAIN, SLOTS};
 
 /// A hit raises an entry's visits up to this.
-pub(crate) const MOST_VISITS: u8 = 3;
+pub(crate) const MAX_VISITS: u8 = 3;
 
 const FINGERPRINT_SHIFT: u32 = 53;
 const RING_SHIFT: u32 = 52;
@@ -148,7 +148,7 @@ impl Slot<'_> {
     /// Somebody asked for the entry. Writes nothing when enough did: a hot page's cache line stays shared.
     pub(crate) fn visit(self) {
         let visits = self.visits.load(Ordering::Relaxed);
-        if visits < MOST_VISITS {
+        if visits < MAX_VISITS {
             self.visits.store(visits + 1, Ordering::Relaxed);
         }
     }

@@ -12,7 +12,7 @@ use crate::cache::Cache;
 /// A page, as listed by [`Cache::list`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Listed {
+pub struct EntryInfo {
     /// The key.
     pub key: Vec<u8>,
     /// Length of the value in bytes.
@@ -43,7 +43,7 @@ pub struct Distribution {
 impl Cache {
     /// Lists up to `most` pages whose keys begin with `prefix`, in no particular order. Takes no lock, so pages that
     /// are stored or removed meanwhile may be missing.
-    pub fn list(&self, prefix: impl AsRef<[u8]>, most: usize) -> Vec<Listed> {
+    pub fn list(&self, prefix: impl AsRef<[u8]>, most: usize) -> Vec<EntryInfo> {
         let prefix = prefix.as_ref();
         let now_ms = self.segment.now_ms();
         let list = |entry: &Entry<'_>, verdict, holds: &dyn Fn() -> bool| {
@@ -54,7 +54,7 @@ impl Cache {
             entry.copy_key(&mut key)?;
             let times = entry.times();
             let left = times.expires_ms.saturating_sub(now_ms);
-            Some(Listed {
+            Some(EntryInfo {
                 key,
                 len: entry.value_len,
                 age: Duration::from_millis(now_ms.saturating_sub(times.stored_ms)),

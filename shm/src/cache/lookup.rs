@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use super::entry::{Key, Times};
 use super::freshness::{Moment, Verdict};
 use super::read::Sight;
-use super::value::{Keep, copy_parts};
+use super::value::{CacheValue, copy_parts};
 use crate::cache::Cache;
 
 /// An entry as it was found.
@@ -30,7 +30,7 @@ pub(crate) enum Tags {
 
 impl Cache {
     /// What is kept under a key, if `wanted` says so, and how often the lookup was begun again.
-    pub(crate) fn lookup<V: Keep>(
+    pub(crate) fn lookup<V: CacheValue>(
         &self,
         key: Key<'_>,
         now_ms: u64,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::tags::Clock;
+use super::tags::PurgeSnapshot;
 
 /// How long a page is valid, what it depends on, and how it is rendered again.
 ///
@@ -10,31 +10,31 @@ use super::tags::Clock;
 /// # use std::time::Duration;
 /// # let segment = forkyard_shm::Segment::create(&forkyard_shm::Plan { cache_bytes: 1 << 20, ..Default::default() })?;
 /// # let cache = segment.cache();
-/// use forkyard_shm::Options;
+/// use forkyard_shm::StoreOptions;
 ///
 /// let clock = cache.clock(); // before anything is read that the page shows
 /// let page = "rendered from the database";
-/// let options = Options::new().ttl(Duration::from_secs(60)).tags(["news", "user:7"]).as_of(clock);
+/// let options = StoreOptions::new().ttl(Duration::from_secs(60)).tags(["news", "user:7"]).as_of(clock);
 /// cache.set("/news", page, &options)?;
 /// cache.purge_tag("user:7");
 /// assert_eq!(cache.get("/news"), None);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct StoreOptions {
     pub(crate) ttl: Option<Duration>,
     pub(crate) stale: Duration,
     pub(crate) stale_if_error: Duration,
     pub(crate) tags: Vec<String>,
-    pub(crate) as_of: Option<Clock>,
+    pub(crate) as_of: Option<PurgeSnapshot>,
     pub(crate) early: Option<f64>,
     pub(crate) deadline: Duration,
     pub(crate) patience: Duration,
 }
 
-impl Default for Options {
-    fn default() -> Options {
-        Options {
+impl Default for StoreOptions {
+    fn default() -> StoreOptions {
+        StoreOptions {
             ttl: None,
             stale: Duration::ZERO,
             stale_if_error: Duration::ZERO,
@@ -47,15 +47,15 @@ impl Default for Options {
     }
 }
 
-impl Options {
+impl StoreOptions {
     /// Creates options with no time to live, no tags, and no stale period.
-    pub fn new() -> Options {
-        Options::default()
+    pub fn new() -> StoreOptions {
+        StoreOptions::default()
     }
 
     /// Sets the time to live: how long the page is fresh.
     #[must_use]
-    pub fn ttl(mut self, ttl: Duration) -> Options {
+    pub fn ttl(mut self, ttl: Duration) -> StoreOptions {
         self.ttl = Some(ttl);
         self
     }
@@ -63,7 +63,7 @@ impl Options {
     /// For this long after its time to live, [`Cache::get_or_render`](crate::Cache::get_or_render) still serves the
     /// page while one process renders it again (stale-while-revalidate, RFC 5861 §3).
     #[must_use]
-    pub fn stale(mut self, stale: Duration) -> Options {
+    pub fn stale(mut self, stale: Duration) -> StoreOptions {
         self.stale = stale;
         self
     }
@@ -71,7 +71,7 @@ impl Options {
     /// For this long after its time to live, the page is served if rendering it again fails (stale-if-error, RFC 5861
     /// §4).
     #[must_use]
-    pub fn stale_if_error(mut self, stale: Duration) -> Options {
+    pub fn stale_if_error(mut self, stale: Duration) -> StoreOptions {
         self.stale_if_error = stale;
         self
     }
@@ -79,7 +79,7 @@ impl Options {
     /// Sets the page's tags. The page is invalidated as soon as one of them is purged. The number of tags is limited by
     /// the size of an entry, in which each takes 8 bytes.
     #[must_use]
-    pub fn tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> Options {
+    pub fn tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> StoreOptions {
         self.tags = tags.into_iter().map(Into::into).collect();
         self
     }
@@ -89,7 +89,7 @@ impl Options {
     /// Without it, the time at which the page is stored is used, and a purge during rendering goes unnoticed.
     /// `get_or_render` does this by itself.
     #[must_use]
-    pub fn as_of(mut self, clock: Clock) -> Options {
+    pub fn as_of(mut self, clock: PurgeSnapshot) -> StoreOptions {
         self.as_of = Some(clock);
         self
     }
@@ -100,7 +100,7 @@ impl Options {
     /// The nearer the expiry and the longer the rendering takes, the more likely this is. `beta` is usually 1; larger
     /// values render earlier.
     #[must_use]
-    pub fn early(mut self, beta: f64) -> Options {
+    pub fn early(mut self, beta: f64) -> StoreOptions {
         self.early = Some(beta);
         self
     }
@@ -108,7 +108,7 @@ impl Options {
     /// Sets the rendering deadline: when a process has been rendering for this long, another process may begin (default
     /// 30 s).
     #[must_use]
-    pub fn deadline(mut self, deadline: Duration) -> Options {
+    pub fn deadline(mut self, deadline: Duration) -> StoreOptions {
         self.deadline = deadline;
         self
     }
@@ -116,7 +116,7 @@ impl Options {
     /// Sets how long a caller waits for a page that another process renders, before it renders the page itself (default
     /// 10 s).
     #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Options {
+    pub fn patience(mut self, patience: Duration) -> StoreOptions {
         self.patience = patience;
         self
     }

@@ -50,7 +50,7 @@ pub type Header = (Vec<u8>, Vec<u8>);
 /// let sent = page.negotiate(Some(b"br"))?;
 /// assert_eq!(sent.value("content-encoding"), None);
 /// assert_eq!(sent.body().len(), 14_000);
-/// # Ok::<(), forkyard_shm::Damaged>(())
+/// # Ok::<(), forkyard_shm::CorruptPage>(())
 /// ```
 #[derive(Clone, PartialEq, Eq)]
 pub struct Page {
@@ -72,7 +72,7 @@ pub enum Encoding {
 
 /// Why a stored page cannot be used. Treat it as a miss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Damaged {
+pub enum CorruptPage {
     /// The stored metadata is invalid.
     Meta {
         /// What is wrong with it.
@@ -85,7 +85,7 @@ pub enum Damaged {
     },
 }
 
-impl fmt::Display for Damaged {
+impl fmt::Display for CorruptPage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Meta { why } => write!(f, "the cached page's metadata are damaged: {why} (render the page again)"),
@@ -94,7 +94,7 @@ impl fmt::Display for Damaged {
     }
 }
 
-impl std::error::Error for Damaged {}
+impl std::error::Error for CorruptPage {}
 
 impl Page {
     /// Creates a page with status 200 and no headers.
@@ -182,7 +182,7 @@ impl Page {
     /// # Errors
     /// Fails if the stored body is not valid gzip, or does not decompress to its original length. At most one byte more
     /// than that length is ever produced.
-    pub fn into_plain(mut self) -> Result<Page, Damaged> {
+    pub fn into_plain(mut self) -> Result<Page, CorruptPage> {
         if let Some(plain_len) = self.plain_len.take() {
             self.body = decompress(&self.body, plain_len)?;
         }
@@ -190,8 +190,8 @@ impl Page {
     }
 }
 
-fn decompress(body: &[u8], plain_len: u64) -> Result<Vec<u8>, Damaged> {
-    let damaged = |why| Damaged::Body { why };
+fn decompress(body: &[u8], plain_len: u64) -> Result<Vec<u8>, CorruptPage> {
+    let damaged = |why| CorruptPage::Body { why };
     let room = body.len().saturating_mul(FIRST_ROOM);
     let mut plain = Vec::with_capacity(usize::try_from(plain_len).map_or(room, |len| len.min(room)));
     // The one byte more has the decoder reach the end, where the checksum is, or shows that there is too much.
@@ -285,7 +285,7 @@ mod tests {
         const LEN: u64 = 8 << 20;
         let bomb = Page::new(vec![0; 8 << 20]).gzip();
         let cut = |plain_len| Page { plain_len: Some(plain_len), ..bomb.clone() }.into_plain();
-        let wrong = Damaged::Body { why: "its length is not the one recorded" };
+        let wrong = CorruptPage::Body { why: "its length is not the one recorded" };
         for plain_len in [0, 5000, LEN - 1, LEN + 1, u64::MAX] {
             assert_eq!(cut(plain_len), Err(wrong), "{plain_len}");
         }
@@ -309,14 +309,14 @@ mod tests {
         }
         let mut longer = kept.clone();
         longer.body.push(0);
-        assert_eq!(longer.into_plain(), Err(Damaged::Body { why: "something follows it" }));
+        assert_eq!(longer.into_plain(), Err(CorruptPage::Body { why: "something follows it" }));
         let none = Page { body: text(), ..kept };
-        assert_eq!(none.into_plain(), Err(Damaged::Body { why: "it cannot be decompressed" }));
+        assert_eq!(none.into_plain(), Err(CorruptPage::Body { why: "it cannot be decompressed" }));
     }
 
     #[test]
     fn messages_say_what_to_do() {
-        let text = Damaged::Body { why: "it cannot be decompressed" }.to_string();
+        let text = CorruptPage::Body { why: "it cannot be decompressed" }.to_string();
         assert_eq!(text, "the cached page's body is damaged: it cannot be decompressed (render the page again)");
         let page = Page::new("12345").header("x", [b'a', 0xff]);
         let shown = r#"Page { status: 200, headers: ["x: a\\xff"], body: 5 bytes, plain_len: None }"#;

@@ -13,11 +13,11 @@ use std::time::Instant;
 use super::entry::Key;
 use super::freshness::Verdict;
 use super::lookup::{Lookup, Tags};
-use super::options::Options;
-use super::refused::Refused;
-use super::render::{Request, Served};
-use super::tags::Clock;
-use super::value::Keep;
+use super::options::StoreOptions;
+use super::refused::StoreError;
+use super::render::{Cached, Request};
+use super::tags::PurgeSnapshot;
+use super::value::CacheValue;
 use crate::cache::{Cache, Rendering, earlier, expiry};
 
 /// Records which fragments of the cache, and which tags, a page depends on while it is being rendered.
@@ -28,14 +28,14 @@ use crate::cache::{Cache, Rendering, earlier, expiry};
 /// ```
 /// # let segment = forkyard_shm::Segment::create(&forkyard_shm::Plan { cache_bytes: 1 << 20, ..Default::default() })?;
 /// # let cache = segment.cache();
-/// # use forkyard_shm::Options;
-/// cache.set("menu", "<ul>...</ul>", &Options::new().tags(["sections"]))?;
+/// # use forkyard_shm::StoreOptions;
+/// cache.set("menu", "<ul>...</ul>", &StoreOptions::new().tags(["sections"]))?;
 ///
 /// let recorder = cache.recorder();
 /// let mut page = recorder.get("menu").unwrap_or_default();
 /// recorder.tag("news"); // what is read now shows the news
 /// page.extend(b"<h1>News</h1>");
-/// cache.set_recorded("/news", page, &Options::new(), &recorder)?;
+/// cache.set_recorded("/news", page, &StoreOptions::new(), &recorder)?;
 ///
 /// cache.purge_tag("sections"); // or purge("menu"), or purge_tag("news")
 /// assert_eq!(cache.get("/news"), None);
@@ -57,7 +57,7 @@ struct Shared {
     cache: Cache,
     /// The hashes of the pages that are being rendered: this one, last, and those that wait for it.
     pages: Vec<u64>,
-    snapshot: Clock,
+    snapshot: PurgeSnapshot,
     began: Instant,
     loan: Mutex<Loan>,
 }
@@ -95,9 +95,9 @@ impl Cache {
         &self,
         key: impl AsRef<[u8]>,
         value: impl AsRef<[u8]>,
-        options: &Options,
+        options: &StoreOptions,
         recorder: &Recorder,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), StoreError> {
         assert_eq!(self.segment.seed, recorder.shared.cache.segment.seed, "a recorder of another cache");
         let lent: Vec<u64> = recorder.loan().tags.iter().copied().collect();
         let rendering = Rendering { lent: &lent, ..recorder.rendering() };
@@ -140,12 +140,12 @@ impl Recorder {
     ///
     /// # Errors
     /// Returns the error of `render`, if there is no page that can be served instead.
-    pub fn get_or_render<V: Keep, E>(
+    pub fn get_or_render<V: CacheValue, E>(
         &self,
         key: impl AsRef<[u8]>,
-        options: &Options,
+        options: &StoreOptions,
         render: impl FnOnce(Recorder) -> Result<V, E>,
-    ) -> Result<Served<V>, E> {
+    ) -> Result<Cached<V>, E> {
         Request::new(&self.shared.cache, key.as_ref(), options, Some(self)).run(render)
     }
 
@@ -153,12 +153,12 @@ impl Recorder {
     ///
     /// # Errors
     /// Returns the error of `render`, if there is no page that can be served instead.
-    pub async fn get_or_render_async<V: Keep, E, F: Future<Output = Result<V, E>>>(
+    pub async fn get_or_render_async<V: CacheValue, E, F: Future<Output = Result<V, E>>>(
         &self,
         key: impl AsRef<[u8]>,
-        options: &Options,
+        options: &StoreOptions,
         render: impl FnOnce(Recorder) -> F,
-    ) -> Result<Served<V>, E> {
+    ) -> Result<Cached<V>, E> {
         Request::new(&self.shared.cache, key.as_ref(), options, Some(self)).run_async(render).await
     }
 
@@ -168,7 +168,7 @@ impl Recorder {
     }
 
     /// Takes over what a fragment lends that was rendered for the page, and would be stored with these options now.
-    pub(crate) fn borrow_rendered(&self, key: Key<'_>, options: &Options, loan: Loan) {
+    pub(crate) fn borrow_rendered(&self, key: Key<'_>, options: &StoreOptions, loan: Loan) {
         let cache = &self.shared.cache;
         let tags = options.tags.iter().map(|tag| cache.tag(tag)).chain(loan.tags);
         self.borrow(key, tags, earlier(loan.until_ms, expiry(options.ttl, cache.segment.now_ms())));
@@ -204,15 +204,15 @@ mod tests {
 
     /// A page made of the fragment "inner", which has the tag "deep", and of one that is made of another.
     fn store_pages(cache: &Cache) {
-        cache.set("inner", "1", &Options::new().tags(["deep"])).unwrap();
+        cache.set("inner", "1", &StoreOptions::new().tags(["deep"])).unwrap();
         let recorder = cache.recorder();
         let inner = recorder.get("inner").unwrap();
-        cache.set_recorded("outer", inner, &Options::new().tags(["shallow"]), &recorder).unwrap();
+        cache.set_recorded("outer", inner, &StoreOptions::new().tags(["shallow"]), &recorder).unwrap();
         let recorder = cache.recorder();
         let outer = recorder.get("outer").unwrap();
         assert_eq!(recorder.get("none"), None);
         recorder.tag("own");
-        cache.set_recorded("page", outer, &Options::new(), &recorder).unwrap();
+        cache.set_recorded("page", outer, &StoreOptions::new(), &recorder).unwrap();
         assert_eq!(cache.get("page").unwrap(), b"1");
     }
 
@@ -238,21 +238,21 @@ mod tests {
         assert!(cache.get("page").is_some(), "neither what was missing nor a tag of a key's name is lent");
         // A new fragment of the same key does not make the page good again.
         cache.purge("inner");
-        cache.set("inner", "2", &Options::new()).unwrap();
+        cache.set("inner", "2", &StoreOptions::new()).unwrap();
         assert_eq!((cache.get("page"), cache.get("outer")), (None, None));
     }
 
     #[test]
     fn a_purge_after_the_recorder_was_made_is_noticed() {
         let cache = cache();
-        cache.set("inner", "1", &Options::new().tags(["deep"])).unwrap();
+        cache.set("inner", "1", &StoreOptions::new().tags(["deep"])).unwrap();
         for before in [true, false] {
             let recorder = cache.recorder();
             let found_before = if before { recorder.get("inner") } else { None };
             cache.purge_tag("deep");
-            cache.set("inner", "2", &Options::new().tags(["deep"])).unwrap();
+            cache.set("inner", "2", &StoreOptions::new().tags(["deep"])).unwrap();
             let inner = found_before.or_else(|| recorder.get("inner")).unwrap();
-            cache.set_recorded("page", &inner, &Options::new(), &recorder).unwrap();
+            cache.set_recorded("page", &inner, &StoreOptions::new(), &recorder).unwrap();
             // What was found after the purge is good, but the recorder, being older, cannot know.
             assert_eq!(cache.get("page"), None);
         }
@@ -265,14 +265,14 @@ mod tests {
             let key = cache.key(key.as_bytes());
             cache.lookup::<Vec<u8>>(key, 0, Tags::Unwanted, |_, _| true).0.unwrap().times.expires_ms
         };
-        let seconds = |seconds| Options::new().ttl(Duration::from_secs(seconds));
+        let seconds = |seconds| StoreOptions::new().ttl(Duration::from_secs(seconds));
         cache.set("long", "", &seconds(500)).unwrap();
         cache.set("short", "", &seconds(100)).unwrap();
-        cache.set("endless", "", &Options::new()).unwrap();
+        cache.set("endless", "", &StoreOptions::new()).unwrap();
         for (fragments, options, same_as) in [
             (vec!["long", "short", "endless"], seconds(300), "short"),
-            (vec!["long"], Options::new(), "long"),
-            (vec!["endless"], Options::new(), "endless"),
+            (vec!["long"], StoreOptions::new(), "long"),
+            (vec!["endless"], StoreOptions::new(), "endless"),
         ] {
             let recorder = cache.recorder();
             assert!(fragments.iter().all(|fragment| recorder.get(fragment).is_some()));
@@ -288,7 +288,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "a recorder of another cache")]
     fn a_recorder_of_another_cache_is_a_mistake() {
-        let _ = cache().set_recorded("page", "", &Options::new(), &cache().recorder());
+        let _ = cache().set_recorded("page", "", &StoreOptions::new(), &cache().recorder());
     }
 
     #[test]
@@ -297,6 +297,6 @@ mod tests {
         let recorder = cache.recorder();
         recorder.tag("t");
         assert_eq!(recorder.get("k"), None);
-        assert_eq!(cache.set_recorded("k", "v", &Options::new(), &recorder), Err(Refused::Off));
+        assert_eq!(cache.set_recorded("k", "v", &StoreOptions::new(), &recorder), Err(StoreError::Off));
     }
 }

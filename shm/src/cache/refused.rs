@@ -5,7 +5,7 @@ use super::page::NotStorable;
 /// Why the cache did not store a page. Never a reason to fail the request: the page was rendered, it is only not
 /// stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
+pub enum StoreError {
     /// The segment has no cache.
     Off,
     /// Key, value and tags together are larger than an entry can be.
@@ -19,7 +19,7 @@ pub enum Refused {
     NotStorable(NotStorable),
 }
 
-impl std::fmt::Display for Refused {
+impl std::fmt::Display for StoreError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Off => f.write_str("page not cached: there is no page cache"),
@@ -30,4 +30,4 @@ impl std::fmt::Display for Refused {
     }
 }
 
-impl std::error::Error for Refused {}
+impl std::error::Error for StoreError {}

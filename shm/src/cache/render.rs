@@ -25,10 +25,10 @@ use super::early;
 use super::entry::{Key, Times};
 use super::freshness::Verdict;
 use super::lookup::{Lookup, Tags};
-use super::options::Options;
+use super::options::StoreOptions;
 use super::recorder::{Loan, Recorder};
-use super::refused::Refused;
-use super::value::Keep;
+use super::refused::StoreError;
+use super::value::CacheValue;
 use super::watch::Change;
 use crate::cache::{Cache, Rendering, Seen, millis};
 use crate::crash;
@@ -42,16 +42,16 @@ const PASS_BUSY_MS: u64 = 1000;
 
 /// The result of [`Cache::get_or_render`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Served<V = Vec<u8>> {
+pub struct Cached<V = Vec<u8>> {
     /// The page: bytes, or a [`Page`](crate::Page).
     pub value: V,
     /// Where the page comes from.
-    pub source: Source,
+    pub source: CacheStatus,
 }
 
 /// Where a page comes from, for logs and response headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Source {
+pub enum CacheStatus {
     /// The cache, within its time to live; also if the caller waited for it.
     Fresh,
     /// The cache, after its time to live: the page is being rendered again, or that failed.
@@ -63,41 +63,41 @@ pub enum Source {
 impl Cache {
     /// Returns the page stored under `key`, or renders and stores it *once*, however many callers in however many
     /// processes ask for it. The other callers wait for the one that renders, or get a stale page if [that is
-    /// allowed](Options::stale).
+    /// allowed](StoreOptions::stale).
     ///
     /// ```
     /// # use std::time::Duration;
     /// # let segment = forkyard_shm::Segment::create(&forkyard_shm::Plan { cache_bytes: 1 << 20, ..Default::default() })?;
     /// # let cache = segment.cache();
     /// # fn headlines() -> std::io::Result<Vec<u8>> { Ok(vec![]) }
-    /// use forkyard_shm::Options;
+    /// use forkyard_shm::StoreOptions;
     ///
-    /// let options = Options::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(["news"]);
+    /// let options = StoreOptions::new().ttl(Duration::from_secs(60)).stale(Duration::from_secs(10)).tags(["news"]);
     /// let answer = cache.get_or_render("/news", &options, |recorder| {
-    ///     let menu = recorder.get_or_render("menu", &Options::new(), |_| Ok::<_, std::io::Error>(b"...".into()))?;
+    ///     let menu = recorder.get_or_render("menu", &StoreOptions::new(), |_| Ok::<_, std::io::Error>(b"...".into()))?;
     ///     Ok::<_, std::io::Error>([menu.value, headlines()?].concat())
     /// })?;
     /// println!("{} bytes, {:?}", answer.value.len(), answer.source);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
-    /// If the process that renders dies, or `render` fails, panics or takes longer than [`Options::deadline`], another
+    /// If the process that renders dies, or `render` fails, panics or takes longer than [`StoreOptions::deadline`], another
     /// waiting caller renders at once. A page that is finished too late does not replace a newer one. A page that was
     /// purged while it was being rendered is not stored either, but it is returned to the caller that rendered it, as
     /// is a page that cannot be stored.
     ///
-    /// Blocks the calling thread for up to [`Options::patience`] and then renders the page itself. In asynchronous
+    /// Blocks the calling thread for up to [`StoreOptions::patience`] and then renders the page itself. In asynchronous
     /// code, use [`get_or_render_async`](Cache::get_or_render_async).
     ///
     /// # Errors
-    /// Returns the error of `render`, if there is no page that [can be served instead](Options::stale_if_error). Each
+    /// Returns the error of `render`, if there is no page that [can be served instead](StoreOptions::stale_if_error). Each
     /// caller gets its own error: the next waiting caller tries again.
-    pub fn get_or_render<V: Keep, E>(
+    pub fn get_or_render<V: CacheValue, E>(
         &self,
         key: impl AsRef<[u8]>,
-        options: &Options,
+        options: &StoreOptions,
         render: impl FnOnce(Recorder) -> Result<V, E>,
-    ) -> Result<Served<V>, E> {
+    ) -> Result<Cached<V>, E> {
         Request::new(self, key.as_ref(), options, None).run(render)
     }
 
@@ -108,14 +108,14 @@ impl Cache {
     /// exists only while a future waits.
     ///
     /// # Errors
-    /// Returns the error of `render`, if there is no page that [can be served instead](Options::stale_if_error). Each
+    /// Returns the error of `render`, if there is no page that [can be served instead](StoreOptions::stale_if_error). Each
     /// caller gets its own error: the next waiting caller tries again.
-    pub async fn get_or_render_async<V: Keep, E, F: Future<Output = Result<V, E>>>(
+    pub async fn get_or_render_async<V: CacheValue, E, F: Future<Output = Result<V, E>>>(
         &self,
         key: impl AsRef<[u8]>,
-        options: &Options,
+        options: &StoreOptions,
         render: impl FnOnce(Recorder) -> F,
-    ) -> Result<Served<V>, E> {
+    ) -> Result<Cached<V>, E> {
         Request::new(self, key.as_ref(), options, None).run_async(render).await
     }
 }
@@ -125,7 +125,7 @@ impl Cache {
 pub(crate) struct Request<'a> {
     cache: &'a Cache,
     key: Key<'a>,
-    options: &'a Options,
+    options: &'a StoreOptions,
     /// That of the page which the one asked for becomes a part of.
     within: Option<&'a Recorder>,
     began_ms: u64,
@@ -155,14 +155,17 @@ impl<'a> Request<'a> {
     pub(crate) fn new(
         cache: &'a Cache,
         key: &'a [u8],
-        options: &'a Options,
+        options: &'a StoreOptions,
         within: Option<&'a Recorder>,
     ) -> Request<'a> {
         let (key, began_ms) = (cache.key(key), cache.segment.now_ms());
         Request { cache, key, options, within, began_ms, waited: false, cannot_wait: false, retries: Cell::new(0) }
     }
 
-    pub(crate) fn run<V: Keep, E>(mut self, render: impl FnOnce(Recorder) -> Result<V, E>) -> Result<Served<V>, E> {
+    pub(crate) fn run<V: CacheValue, E>(
+        mut self,
+        render: impl FnOnce(Recorder) -> Result<V, E>,
+    ) -> Result<Cached<V>, E> {
         loop {
             match self.step() {
                 Step::Serve(page) => return Ok(self.serve(page)),
@@ -180,10 +183,10 @@ impl<'a> Request<'a> {
         }
     }
 
-    pub(crate) async fn run_async<V: Keep, E, F: Future<Output = Result<V, E>>>(
+    pub(crate) async fn run_async<V: CacheValue, E, F: Future<Output = Result<V, E>>>(
         mut self,
         render: impl FnOnce(Recorder) -> F,
-    ) -> Result<Served<V>, E> {
+    ) -> Result<Cached<V>, E> {
         let lease = loop {
             match self.step() {
                 Step::Serve(page) => return Ok(self.serve(page)),
@@ -209,7 +212,7 @@ impl<'a> Request<'a> {
         self.finish(work, result)
     }
 
-    fn step<V: Keep>(&mut self) -> Step<V> {
+    fn step<V: CacheValue>(&mut self) -> Step<V> {
         let now_ms = self.cache.segment.now_ms();
         let Some(cell) = self.cache.segment.lease_cell(self.key.hash) else { return Step::Render(None) };
         // Before the look, so that a page stored after it is noticed by the turn it ends.
@@ -221,7 +224,7 @@ impl<'a> Request<'a> {
     }
 
     /// There is no page, or one that somebody should render anew.
-    fn try_for_lease<V: Keep>(
+    fn try_for_lease<V: CacheValue>(
         &mut self,
         cell: &LeaseCell,
         turn: u32,
@@ -241,7 +244,7 @@ impl<'a> Request<'a> {
     }
 
     /// The lease is ours, but somebody may have had it and stored the page since we looked.
-    fn look_again<V: Keep>(&self, lease: Lease, found: Option<Lookup<V>>) -> Step<V> {
+    fn look_again<V: CacheValue>(&self, lease: Lease, found: Option<Lookup<V>>) -> Step<V> {
         let now_ms = self.cache.segment.now_ms();
         let page = self.look(now_ms).filter(|page: &Lookup<V>| {
             let new = found.is_none_or(|found| found.times != page.times);
@@ -269,11 +272,11 @@ impl<'a> Request<'a> {
     }
 
     /// The page, if it can be served as things are.
-    fn look<V: Keep>(&self, now_ms: u64) -> Option<Lookup<V>> {
+    fn look<V: CacheValue>(&self, now_ms: u64) -> Option<Lookup<V>> {
         self.look_for(now_ms, |verdict, times| verdict == Verdict::Stale || self.is_good(verdict, times))
     }
 
-    fn look_for<V: Keep>(&self, now_ms: u64, wanted: impl Fn(Verdict, &Times) -> bool) -> Option<Lookup<V>> {
+    fn look_for<V: CacheValue>(&self, now_ms: u64, wanted: impl Fn(Verdict, &Times) -> bool) -> Option<Lookup<V>> {
         let tags = if self.within.is_some() { Tags::Wanted } else { Tags::Unwanted };
         let (page, retries) = self.cache.lookup(self.key, now_ms, tags, wanted);
         self.retries.set(self.retries.get() + retries);
@@ -295,13 +298,13 @@ impl<'a> Request<'a> {
             && self.options.early.is_some_and(|beta| early::is_early(&page.times, now_ms, beta, early::random))
     }
 
-    fn serve<V>(&self, page: Lookup<V>) -> Served<V> {
+    fn serve<V>(&self, page: Lookup<V>) -> Cached<V> {
         let good = self.is_good(page.verdict, &page.times);
         self.count(if good { Seen::Hit } else { Seen::Stale });
         if let Some(recorder) = self.within {
             recorder.borrow(self.key, page.tags, page.times.expires_ms);
         }
-        Served { value: page.value, source: if good { Source::Fresh } else { Source::Stale } }
+        Cached { value: page.value, source: if good { CacheStatus::Fresh } else { CacheStatus::Stale } }
     }
 
     fn begin(&self, lease: Option<Lease>) -> Work {
@@ -310,7 +313,7 @@ impl<'a> Request<'a> {
         Work { lease, recorder }
     }
 
-    fn finish<V: Keep, E>(&self, work: Work, result: Result<V, E>) -> Result<Served<V>, E> {
+    fn finish<V: CacheValue, E>(&self, work: Work, result: Result<V, E>) -> Result<Cached<V>, E> {
         match result {
             Ok(value) => {
                 self.count(Seen::Miss);
@@ -320,7 +323,7 @@ impl<'a> Request<'a> {
                 if let Some(recorder) = self.within {
                     recorder.borrow_rendered(self.key, self.options, loan);
                 }
-                Ok(Served { value, source: Source::Rendered })
+                Ok(Cached { value, source: CacheStatus::Rendered })
             }
             Err(error) => {
                 // Those who wait need not wait for what follows.
@@ -331,7 +334,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    fn store(&self, work: Work, loan: &Loan, value: &impl Keep) {
+    fn store(&self, work: Work, loan: &Loan, value: &impl CacheValue) {
         let lent: Vec<u64> = loan.tags.iter().copied().collect();
         let lease = work.lease.as_ref().and_then(Lease::word);
         let (meta, body) = value.parts();
@@ -342,9 +345,9 @@ impl<'a> Request<'a> {
         let stored = may.and_then(|()| self.cache.store(self.key.bytes, body, self.options, &rendering, now_ms));
         crash::point("render: stored");
         let pass_ms = match stored {
-            Ok(()) | Err(Refused::Off) => return,
-            Err(Refused::TooLarge { .. } | Refused::NotStorable(_)) => PASS_MS,
-            Err(Refused::Busy) => PASS_BUSY_MS,
+            Ok(()) | Err(StoreError::Off) => return,
+            Err(StoreError::TooLarge { .. } | StoreError::NotStorable(_)) => PASS_MS,
+            Err(StoreError::Busy) => PASS_BUSY_MS,
         };
         if let Some(cell) = self.cache.segment.lease_cell(self.key.hash) {
             lease::set_pass(&cell.pass, self.key.hash, now_ms.saturating_add(pass_ms));

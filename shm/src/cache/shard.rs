@@ -150,7 +150,7 @@ impl Drop for LockedShard<'_> {
         crash::point("lock: about to be released");
         wait::release(&self.shard.head.lock);
         for suspect in self.suspects.iter().flatten() {
-            self.shard.inner.bury_if_dead(*suspect);
+            self.shard.inner.release_if_dead(*suspect);
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::protocols::purge;
 
 /// A time on the cache's logical clock: see [`Cache::clock`](crate::Cache::clock).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Clock(pub(crate) u64);
+pub struct PurgeSnapshot(pub(crate) u64);
 
 /// The clock and the tag table of one segment.
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +86,7 @@ impl<'a> TagClock<'a> {
 mod tests {
     use std::sync::atomic::Ordering;
 
-    use crate::{Options, Plan, Segment};
+    use crate::{Plan, Segment, StoreOptions};
 
     #[test]
     fn purges_are_seen_by_what_was_rendered_before() {
@@ -112,7 +112,7 @@ mod tests {
         let segment = Segment::create(&Plan { cache_bytes: 256 * 1024, ..Plan::default() }).unwrap();
         let cache = segment.cache();
         let clock = cache.tag_clock().unwrap();
-        let options = Options::new().tags(["tag"]);
+        let options = StoreOptions::new().tags(["tag"]);
         cache.set("page", "old", &options).unwrap();
         // As a purger leaves it that is killed before it raises the clock.
         for slot in clock.slots_of(cache.tag("tag")) {

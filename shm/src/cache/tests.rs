@@ -24,7 +24,7 @@ fn get_at(cache: &Cache, key: &[u8], now_ms: u64) -> Option<Vec<u8>> {
     found.then_some(value)
 }
 
-fn set_at(cache: &Cache, key: &[u8], value: &[u8], options: &Options, now_ms: u64) -> Result<(), Refused> {
+fn set_at(cache: &Cache, key: &[u8], value: &[u8], options: &StoreOptions, now_ms: u64) -> Result<(), StoreError> {
     cache.store(key, value, options, &Rendering::default(), now_ms)
 }
 
@@ -53,7 +53,7 @@ impl Drop for Seed {
 #[test]
 fn stores_answers_replaces_and_purges() {
     let cache = cache(SMALL);
-    let plain = Options::new();
+    let plain = StoreOptions::new();
     assert_eq!(cache.get("a"), None);
     cache.set("a", "one", &plain).unwrap();
     cache.set("b", "", &plain).unwrap();
@@ -84,14 +84,14 @@ fn large_values_come_back_whole_and_larger_ones_are_refused() {
     let limit = usize::try_from(cache.max_entry()).unwrap();
     for key in ["1", "1234567", "12345678"] {
         let value: Vec<u8> = (0..limit - key.len()).map(|n| u8::try_from(n % 251).unwrap()).collect();
-        cache.set(key, &value, &Options::new()).unwrap();
+        cache.set(key, &value, &StoreOptions::new()).unwrap();
         assert!(cache.get(key).unwrap() == value);
         let more = [&value[..], b"x"].concat();
-        let refused = cache.set(key, more, &Options::new());
-        assert_eq!(refused, Err(Refused::TooLarge { limit: cache.max_entry() }));
+        let refused = cache.set(key, more, &StoreOptions::new());
+        assert_eq!(refused, Err(StoreError::TooLarge { limit: cache.max_entry() }));
     }
-    let many = Options::new().tags((0..100_000).map(|n| n.to_string()));
-    assert!(matches!(cache.set("k", "v", &many), Err(Refused::TooLarge { .. })));
+    let many = StoreOptions::new().tags((0..100_000).map(|n| n.to_string()));
+    assert!(matches!(cache.set("k", "v", &many), Err(StoreError::TooLarge { .. })));
     assert_eq!(cache.stats().refused, 4);
     cache.audit().unwrap();
 }
@@ -99,12 +99,12 @@ fn large_values_come_back_whole_and_larger_ones_are_refused() {
 #[test]
 fn without_a_cache_everything_misses() {
     let cache = cache(0);
-    assert_eq!(cache.set("k", "v", &Options::new()), Err(Refused::Off));
+    assert_eq!(cache.set("k", "v", &StoreOptions::new()), Err(StoreError::Off));
     assert_eq!(cache.get("k"), None);
     assert!(!cache.purge("k"));
     cache.purge_tag("t");
     cache.clear();
-    assert_eq!(cache.clock(), Clock(0));
+    assert_eq!(cache.clock(), PurgeSnapshot(0));
     assert_eq!(cache.stats(), Stats::default());
     assert_eq!(cache.max_entry(), 0);
     cache.audit().unwrap();
@@ -113,13 +113,13 @@ fn without_a_cache_everything_misses() {
 #[test]
 fn pages_expire() {
     let cache = cache(SMALL);
-    let options = Options::new().ttl(Duration::from_millis(500));
+    let options = StoreOptions::new().ttl(Duration::from_millis(500));
     set_at(&cache, b"k", b"v", &options, 1000).unwrap();
     assert!(get_at(&cache, b"k", 1499).is_some());
     assert_eq!(get_at(&cache, b"k", 1500), None);
-    set_at(&cache, b"k", b"v", &Options::new().ttl(Duration::MAX), u64::MAX - 1).unwrap();
+    set_at(&cache, b"k", b"v", &StoreOptions::new().ttl(Duration::MAX), u64::MAX - 1).unwrap();
     assert!(get_at(&cache, b"k", u64::MAX - 1).is_some());
-    set_at(&cache, b"k", b"v", &Options::new().ttl(Duration::ZERO), 1000).unwrap();
+    set_at(&cache, b"k", b"v", &StoreOptions::new().ttl(Duration::ZERO), 1000).unwrap();
     assert_eq!(get_at(&cache, b"k", 1001), None);
     cache.audit().unwrap();
 }
@@ -129,26 +129,26 @@ fn a_page_rendered_while_its_tag_was_purged_is_not_served() {
     let cache = cache(SMALL);
     let before = cache.clock();
     cache.purge_tag("news");
-    cache.set("page", "old", &Options::new().tags(["user", "news"]).as_of(before)).unwrap();
+    cache.set("page", "old", &StoreOptions::new().tags(["user", "news"]).as_of(before)).unwrap();
     assert_eq!(cache.get("page"), None);
-    cache.set("other", "fine", &Options::new().tags(["user"]).as_of(before)).unwrap();
+    cache.set("other", "fine", &StoreOptions::new().tags(["user"]).as_of(before)).unwrap();
     assert!(cache.get("other").is_some());
-    cache.set("page", "new", &Options::new().tags(["news"]).as_of(cache.clock())).unwrap();
+    cache.set("page", "new", &StoreOptions::new().tags(["news"]).as_of(cache.clock())).unwrap();
     assert_eq!(cache.get("page").unwrap(), b"new");
 
     let before = cache.clock();
     cache.purge("page");
-    cache.set("page", "old", &Options::new().as_of(before)).unwrap();
+    cache.set("page", "old", &StoreOptions::new().as_of(before)).unwrap();
     assert_eq!(cache.get("page"), None, "the same goes for purging the key");
 
     let before = cache.clock();
     cache.clear();
-    cache.set("page", "old", &Options::new().as_of(before)).unwrap();
+    cache.set("page", "old", &StoreOptions::new().as_of(before)).unwrap();
     assert_eq!(cache.get("page"), None, "and for clearing");
-    cache.set("page", "newest", &Options::new()).unwrap();
+    cache.set("page", "newest", &StoreOptions::new()).unwrap();
     assert!(cache.get("page").is_some());
 
-    cache.set("page", "from the future", &Options::new().tags(["t"]).as_of(Clock(u64::MAX))).unwrap();
+    cache.set("page", "from the future", &StoreOptions::new().tags(["t"]).as_of(PurgeSnapshot(u64::MAX))).unwrap();
     cache.purge_tag("t");
     assert_eq!(cache.get("page"), None, "a clock of another segment gives no eternal life");
     cache.audit().unwrap();
@@ -158,7 +158,7 @@ fn a_page_rendered_while_its_tag_was_purged_is_not_served() {
 fn clear_empties_and_the_cache_goes_on() {
     let cache = cache(16 << 20);
     for n in 0..500 {
-        cache.set(format!("k{n}"), "v", &Options::new()).unwrap();
+        cache.set(format!("k{n}"), "v", &StoreOptions::new()).unwrap();
     }
     assert_eq!(cache.stats().shards, 2);
     cache.clear();
@@ -166,7 +166,7 @@ fn clear_empties_and_the_cache_goes_on() {
     assert_eq!((stats.entries, stats.live_bytes, stats.free_bytes), (0, 0, stats.capacity));
     assert!((0..500).all(|n| cache.get(format!("k{n}")).is_none()));
     cache.audit().unwrap();
-    assert!((0..500).all(|n| cache.set(format!("k{n}"), "w", &Options::new()).is_ok()));
+    assert!((0..500).all(|n| cache.set(format!("k{n}"), "w", &StoreOptions::new()).is_ok()));
     assert!((0..500).all(|n| cache.get(format!("k{n}")).is_some()));
     cache.audit().unwrap();
 }
@@ -175,10 +175,10 @@ fn clear_empties_and_the_cache_goes_on() {
 fn what_is_asked_for_outlives_what_is_not() {
     let cache = cache(SMALL);
     let page = [7; 1000];
-    cache.set("popular", page, &Options::new()).unwrap();
+    cache.set("popular", page, &StoreOptions::new()).unwrap();
     for n in 0..2000 {
         assert!(cache.get("popular").is_some(), "evicted before page {n}");
-        cache.set(format!("one hit wonder {n}"), page, &Options::new()).unwrap();
+        cache.set(format!("one hit wonder {n}"), page, &StoreOptions::new()).unwrap();
     }
     let stats = cache.stats();
     assert!(evictions(&stats) > 1500, "{stats:?}");
@@ -191,7 +191,7 @@ fn nothing_is_lost_before_the_memory_is_full() {
     let cache = cache(8 << 20);
     // With 5000, both buckets of a key are full once in a hundred runs: hashes are seeded anew in each.
     for n in 0..3000 {
-        cache.set(format!("k{n}"), n.to_string(), &Options::new()).unwrap();
+        cache.set(format!("k{n}"), n.to_string(), &StoreOptions::new()).unwrap();
     }
     for n in 0..3000 {
         assert_eq!(cache.get(format!("k{n}")), Some(n.to_string().into_bytes()));
@@ -292,7 +292,7 @@ fn history(acts: &[Act]) -> (u32, u32) {
             Act::Set { key, len, tags, ttl_ms, as_of_earlier } => {
                 let value = step.to_le_bytes().into_iter().cycle().take(*len).collect::<Vec<u8>>();
                 let (clock, rendered) = if *as_of_earlier { earlier } else { (cache.clock(), model.clock) };
-                let options = Options::new().tags(tags.iter().map(u8::to_string)).as_of(clock);
+                let options = StoreOptions::new().tags(tags.iter().map(u8::to_string)).as_of(clock);
                 let options = options.ttl(Duration::from_millis(*ttl_ms));
                 set_at(&cache, &[*key], &value, &options, now_ms).unwrap();
                 let page = ModelPage { value, tags: tags.clone(), rendered, expires_ms: now_ms + ttl_ms };
@@ -350,7 +350,7 @@ fn most_of_the_segment_is_pages() {
         let normal = (0..12).map(|_| random.f64()).sum::<f64>() - 6.0;
         let size = (8192.0 * (1.3 * normal).exp()).clamp(100.0, 262_144.0);
         let page = vec![b'x'; format!("{size:.0}").parse().unwrap()];
-        cache.set(format!("https://example.org/a/page/{n}"), page, &Options::new()).unwrap();
+        cache.set(format!("https://example.org/a/page/{n}"), page, &StoreOptions::new()).unwrap();
         if n > 5000 && n % 1000 == 0 {
             let values: u64 = cache.list("", usize::MAX).iter().map(|page| page.len).sum();
             live.push(values * 100 / cache.segment.geometry.total);
@@ -378,9 +378,9 @@ fn no_page_from_before_a_purge_is_served_after_it() {
         while !done.load(Ordering::SeqCst) {
             let clock = cache.clock();
             let seen = truth.load(Ordering::SeqCst);
-            let options = Options::new().tags(["t"]).as_of(clock);
+            let options = StoreOptions::new().tags(["t"]).as_of(clock);
             let _ = cache.set("tagged", seen.to_le_bytes(), &options);
-            let _ = cache.set("plain", seen.to_le_bytes(), &Options::new().as_of(clock));
+            let _ = cache.set("plain", seen.to_le_bytes(), &StoreOptions::new().as_of(clock));
         }
     };
     let read = |key: &str| {
@@ -419,19 +419,19 @@ fn a_purge_by_prefix_concerns_what_is_there_and_what_is_being_rendered() {
     let cache = cache(SMALL);
     let before = cache.clock();
     for key in ["/news/1", "/news/2", "/new", "/user/1"] {
-        cache.set(key, key, &Options::new()).unwrap();
+        cache.set(key, key, &StoreOptions::new()).unwrap();
     }
     cache.purge_prefix("/news/");
     let found = |key: &str| cache.get(key).is_some();
     assert_eq!(["/news/1", "/news/2", "/new", "/user/1"].map(found), [false, false, true, true]);
     assert_eq!((cache.stats().purged, cache.stats().entries), (2, 2));
-    cache.set("/news/1", "old", &Options::new().as_of(before)).unwrap();
+    cache.set("/news/1", "old", &StoreOptions::new().as_of(before)).unwrap();
     assert!(!found("/news/1"), "rendered before");
-    cache.set("/news/1", "new", &Options::new()).unwrap();
+    cache.set("/news/1", "new", &StoreOptions::new()).unwrap();
     assert!(found("/news/1"));
     // So many more that the table forgets the first; what was rendered before it is turned away all the same.
     (0..40).for_each(|n| cache.purge_prefix(format!("/other/{n}/")));
-    cache.set("/news/2", "old", &Options::new().as_of(before)).unwrap();
+    cache.set("/news/2", "old", &StoreOptions::new().as_of(before)).unwrap();
     assert!(!found("/news/2") && found("/news/1") && found("/user/1"));
     // A purge that was announced and not finished holds, and the sweep finishes it.
     let prefixes = Prefixes::of(&cache.segment).unwrap();
@@ -449,7 +449,7 @@ fn the_sweep_reclaims_what_is_over_without_pressure() {
     let cache = cache(SMALL);
     let page = [1; 1000];
     for n in 0..100 {
-        let options = Options::new().ttl(Duration::from_millis(if n < 80 { 100 } else { 1_000_000 }));
+        let options = StoreOptions::new().ttl(Duration::from_millis(if n < 80 { 100 } else { 1_000_000 }));
         set_at(&cache, format!("k{n}").as_bytes(), &page, &options, 1000).unwrap();
     }
     let before = cache.stats();
@@ -472,7 +472,7 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
         (cache.segment.geometry.members_at, cache.segment.geometry.shard_at(0), cache.segment.geometry.total);
     for _ in 0..400 {
         for n in 0..60 {
-            let _ = cache.set([n], vec![n; random.usize(..3000)], &Options::new().tags(["t"]));
+            let _ = cache.set([n], vec![n; random.usize(..3000)], &StoreOptions::new().tags(["t"]));
         }
         for _ in 0..random.u32(1..40) {
             // All there is behind the scoreboard, locks and members included; half of the time a shard's head.
@@ -485,7 +485,7 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             let _ = cache.get([n]);
             let _ = cache.pin([n]);
             let _ = cache.purge([random.u8(..60)]);
-            let _ = cache.set([n], vec![n; random.usize(..3000)], &Options::new());
+            let _ = cache.set([n], vec![n; random.usize(..3000)], &StoreOptions::new());
         }
         cache.sweep_now(1, cache.segment.now_ms());
         // Whatever is left, an emptied shard is in order, unless a lock or a pin says that we hold it.
@@ -501,7 +501,7 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             })
             .unwrap_err();
         cache.audit().unwrap();
-        cache.set("k", "v", &Options::new()).unwrap();
+        cache.set("k", "v", &StoreOptions::new()).unwrap();
     }
     assert!(cache.stats().lost > 0);
 }

@@ -2,14 +2,14 @@
 
 use super::freshness::Verdict;
 use super::lookup::Tags;
-use super::options::Options;
+use super::options::StoreOptions;
 use super::page::Page;
 use super::read::Sight;
-use super::refused::Refused;
+use super::refused::StoreError;
 use crate::cache::{Cache, Rendering, copy_value};
 
 /// A value that the cache can store: `Vec<u8>`, or a [`Page`].
-pub trait Keep: Sized {
+pub trait CacheValue: Sized {
     /// What lies in the cache for it: metadata, and the value.
     #[doc(hidden)]
     fn parts(&self) -> (Vec<u8>, &[u8]);
@@ -20,12 +20,12 @@ pub trait Keep: Sized {
 
     /// Whether it may be kept in a cache that serves it to everybody.
     #[doc(hidden)]
-    fn may_be_kept(&self) -> Result<(), Refused> {
+    fn may_be_kept(&self) -> Result<(), StoreError> {
         Ok(())
     }
 }
 
-impl Keep for Vec<u8> {
+impl CacheValue for Vec<u8> {
     fn parts(&self) -> (Vec<u8>, &[u8]) {
         (Vec::new(), self)
     }
@@ -35,7 +35,7 @@ impl Keep for Vec<u8> {
     }
 }
 
-impl Keep for Page {
+impl CacheValue for Page {
     fn parts(&self) -> (Vec<u8>, &[u8]) {
         (self.encode_meta(), self.body())
     }
@@ -45,8 +45,8 @@ impl Keep for Page {
         if meta.is_empty() { Some(Page::new(value)) } else { Page::decode(meta, value).ok() }
     }
 
-    fn may_be_kept(&self) -> Result<(), Refused> {
-        self.storable().map_err(Refused::NotStorable)
+    fn may_be_kept(&self) -> Result<(), StoreError> {
+        self.storable().map_err(StoreError::NotStorable)
     }
 }
 
@@ -66,7 +66,7 @@ impl Cache {
     /// # Errors
     /// Fails if there is no cache, if the page is too large, if its shard is locked by a process that does not release
     /// it, or if the page may not be stored in a shared cache ([`Page::storable`]).
-    pub fn set_page(&self, key: impl AsRef<[u8]>, page: &Page, options: &Options) -> Result<(), Refused> {
+    pub fn set_page(&self, key: impl AsRef<[u8]>, page: &Page, options: &StoreOptions) -> Result<(), StoreError> {
         page.may_be_kept()?;
         let (meta, value) = page.parts();
         let rendering = Rendering { meta: &meta, ..Rendering::default() };
@@ -94,14 +94,14 @@ mod tests {
         let cache = Segment::create(&Plan { cache_bytes: 256 * 1024, ..Plan::default() }).unwrap().cache();
         let page = Page::new(vec![b'a'; 20_000]).status(404).header("Content-Type", "text/html").gzip();
         assert!(page.body().len() < 1000);
-        cache.set_page("/", &page, &Options::new()).unwrap();
+        cache.set_page("/", &page, &StoreOptions::new()).unwrap();
         assert_eq!(cache.get_page("/").unwrap(), page);
-        cache.set("/plain", "text", &Options::new()).unwrap();
+        cache.set("/plain", "text", &StoreOptions::new()).unwrap();
         assert_eq!(cache.get_page("/plain").unwrap(), Page::new("text"));
         assert_eq!((cache.get_page("/none"), cache.stats().hits, cache.stats().misses), (None, 2, 1));
         let private = Page::new("mine").header("Set-Cookie", "id=1");
-        let refused = cache.set_page("/", &private, &Options::new());
-        assert_eq!(refused, Err(Refused::NotStorable(NotStorable::SetCookie)));
+        let refused = cache.set_page("/", &private, &StoreOptions::new());
+        assert_eq!(refused, Err(StoreError::NotStorable(NotStorable::SetCookie)));
         cache.audit().unwrap();
     }
 }

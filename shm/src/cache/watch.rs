@@ -194,7 +194,7 @@ fn run(generation: u32) {
             let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
         for (inner, holder) in holders {
-            inner.bury_if_dead(holder);
+            inner.release_if_dead(holder);
         }
         std::thread::sleep(INTERVAL);
     }

@@ -20,7 +20,7 @@ static LISTING: AtomicBool = AtomicBool::new(false);
 /// The thread that forks holds the list.
 static FORKING: AtomicBool = AtomicBool::new(false);
 /// Some tenths of a second.
-const MOST_SPINS: u32 = 10_000_000;
+const MAX_SPINS: u32 = 10_000_000;
 /// Whether the handlers are registered: not yet, somebody is at it, or what came of it.
 static REGISTERED: AtomicU32 = AtomicU32::new(NOT_YET);
 
@@ -128,7 +128,7 @@ extern "C" fn before_fork() {
         std::hint::spin_loop();
         LISTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
     };
-    FORKING.store((0..MOST_SPINS).any(|turn| free(&turn)), Ordering::Relaxed);
+    FORKING.store((0..MAX_SPINS).any(|turn| free(&turn)), Ordering::Relaxed);
 }
 
 extern "C" fn in_parent() {

@@ -13,14 +13,14 @@ use super::layout::{
 use crate::Plan;
 
 pub(crate) const PAGE: u64 = 4096;
-pub(crate) const SMALLEST_CACHE: u64 = 256 * 1024;
+pub(crate) const MIN_CACHE: u64 = 256 * 1024;
 /// 64 TiB: keeps every sum of sizes far from overflow, and every position within a slot's 52 bits for decades.
-const LARGEST_CACHE: u64 = 1 << 46;
+const MAX_CACHE: u64 = 1 << 46;
 /// A shard is not smaller than this, nor than [`SHARD_ENTRIES`] of the largest entries.
-const SMALLEST_SHARD: u64 = 8 << 20;
+const MIN_SHARD: u64 = 8 << 20;
 const SHARD_ENTRIES: u64 = 6;
-const MOST_SHARDS: u64 = 16;
-pub(crate) const MOST_ROWS: u32 = 16_384;
+const MAX_SHARDS: u64 = 16;
+pub(crate) const MAX_ROWS: u32 = 16_384;
 /// Processes besides those of the scoreboard that may use the cache at the same time.
 const MORE_MEMBERS: u32 = 32;
 /// Bytes of a shard for each bucket of seven entries.
@@ -34,13 +34,13 @@ const CACHE_BYTES_PER_LEASE: u64 = 16 * 1024;
 /// The largest entry unless the plan says otherwise: this part of the cache, but at least a MiB.
 const ENTRY_SHARE: u64 = 64;
 const DEFAULT_ENTRY: u64 = 1 << 20;
-pub(crate) const SMALLEST_LOG: u64 = 64 * 1024;
+pub(crate) const MIN_LOG: u64 = 64 * 1024;
 /// Bytes of the event log for each topic.
 const LOG_BYTES_PER_TOPIC: u64 = 4096;
 /// The longest event: this part of the log's ring.
 const EVENT_SHARE: u64 = 8;
 /// A record's size has to fit into its 32-bit word.
-const LARGEST_ENTRY: u64 = 1 << 30;
+const MAX_ENTRY: u64 = 1 << 30;
 
 /// Where everything is, computed from the plan and nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,10 +85,10 @@ pub(crate) struct Geometry {
 impl Geometry {
     pub(crate) fn of(plan: &Plan) -> Result<Geometry, SegmentError> {
         let Plan { cache_bytes, rows, .. } = *plan;
-        if rows > MOST_ROWS {
-            return Err(SegmentError::TooManyRows { asked: rows, most: MOST_ROWS });
+        if rows > MAX_ROWS {
+            return Err(SegmentError::TooManyRows { asked: rows, most: MAX_ROWS });
         }
-        if cache_bytes.max(plan.events_bytes) > LARGEST_CACHE {
+        if cache_bytes.max(plan.events_bytes) > MAX_CACHE {
             let source = std::io::ErrorKind::OutOfMemory.into();
             return Err(SegmentError::no_memory(cache_bytes.max(plan.events_bytes), source));
         }
@@ -122,14 +122,14 @@ impl Geometry {
         };
         let with_cache = match cache_bytes {
             0 => without,
-            1..SMALLEST_CACHE => {
-                return Err(SegmentError::CacheTooSmall { asked: cache_bytes, least: SMALLEST_CACHE });
+            1..MIN_CACHE => {
+                return Err(SegmentError::CacheTooSmall { asked: cache_bytes, least: MIN_CACHE });
             }
-            SMALLEST_CACHE.. => without.with_cache(plan)?,
+            MIN_CACHE.. => without.with_cache(plan)?,
         };
         match plan.events_bytes {
             0 => Ok(with_cache),
-            1..SMALLEST_LOG => Err(SegmentError::LogTooSmall { asked: plan.events_bytes, least: SMALLEST_LOG }),
+            1..MIN_LOG => Err(SegmentError::LogTooSmall { asked: plan.events_bytes, least: MIN_LOG }),
             bytes => Ok(with_cache.with_events(bytes)),
         }
     }
@@ -152,7 +152,7 @@ impl Geometry {
             events_ring_at: self.total + before_ring,
             events_ring_len: ring_len,
             // What else is in a record has its place besides; and its size has to fit into 32 bits.
-            max_event: (ring_len / EVENT_SHARE).min(LARGEST_ENTRY) - EVENT_HEAD - TOPIC_BYTES as u64 - GRAIN,
+            max_event: (ring_len / EVENT_SHARE).min(MAX_ENTRY) - EVENT_HEAD - TOPIC_BYTES as u64 - GRAIN,
             total: self.total + bytes,
             ..self
         }
@@ -160,10 +160,10 @@ impl Geometry {
 
     fn with_cache(self, plan: &Plan) -> Result<Geometry, SegmentError> {
         let cache_bytes = plan.cache_bytes;
-        let default_entry = (cache_bytes / ENTRY_SHARE).clamp(DEFAULT_ENTRY, LARGEST_ENTRY);
+        let default_entry = (cache_bytes / ENTRY_SHARE).clamp(DEFAULT_ENTRY, MAX_ENTRY);
         let wanted = if plan.max_entry == 0 { default_entry } else { plan.max_entry };
-        let smallest = SMALLEST_SHARD.max(wanted.saturating_mul(SHARD_ENTRIES));
-        let shards = floor_power_of_two(cache_bytes / smallest).clamp(1, MOST_SHARDS);
+        let smallest = MIN_SHARD.max(wanted.saturating_mul(SHARD_ENTRIES));
+        let shards = floor_power_of_two(cache_bytes / smallest).clamp(1, MAX_SHARDS);
 
         let members = self.rows + MORE_MEMBERS;
         let member_bytes = MEMBER_HEAD + shards * TALLY_BYTES;
@@ -183,7 +183,7 @@ impl Geometry {
         let small = rings / 10 / GRAIN * GRAIN;
         let main = (rings - small) / GRAIN * GRAIN;
         // An entry and the padding in front of it then always fit into half the ring.
-        let most = (main / 4).min(LARGEST_ENTRY) / GRAIN * GRAIN;
+        let most = (main / 4).min(MAX_ENTRY) / GRAIN * GRAIN;
         if plan.max_entry > most - PAGE {
             return Err(SegmentError::EntryTooLarge { asked: plan.max_entry, most: most - PAGE });
         }
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn parts_neither_overlap_nor_leave_the_segment() {
         for cache_bytes in [0, 262_144, 262_145, 1 << 20, 4 << 20, (9 << 20) + 777, 64 << 20, (1 << 40) + 5, 1 << 46] {
-            for rows in [0, 1, 5, 256, MOST_ROWS] {
+            for rows in [0, 1, 5, 256, MAX_ROWS] {
                 let g = geometry(cache_bytes, rows);
                 assert!(g.rows_at + u64::from(rows) * ROW_BYTES <= g.members_at);
                 assert!(g.members_at + u64::from(g.members) * g.member_bytes <= g.tags_at);
@@ -247,7 +247,7 @@ mod tests {
                     assert!((small + main) * g.shards > cache_bytes * 88 / 100, "{cache_bytes}: {g:?}");
                     assert!(g.tag_slots.is_power_of_two() && g.shards.is_power_of_two());
                     assert!(g.leases.is_power_of_two() && g.ghosts.is_power_of_two());
-                    assert!(g.shards == 1 || g.shard_bytes * 11 / 10 >= SMALLEST_SHARD);
+                    assert!(g.shards == 1 || g.shard_bytes * 11 / 10 >= MIN_SHARD);
                     assert!(g.max_record.is_multiple_of(GRAIN) && g.max_record <= main / 4);
                     assert!(g.members < 1 << 15, "a lease has 15 bits for a member");
                 }
@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn the_event_log_has_its_own_place() {
         for cache_bytes in [0, 1 << 20] {
-            for events_bytes in [SMALLEST_LOG, SMALLEST_LOG + 777, 1 << 20, 1 << 30] {
+            for events_bytes in [MIN_LOG, MIN_LOG + 777, 1 << 20, 1 << 30] {
                 let without = geometry(cache_bytes, 3);
                 let with = Geometry::of(&Plan { cache_bytes, rows: 3, events_bytes, ..Plan::default() }).unwrap();
                 assert!(with.events_at >= without.total && with.members == 3 + MORE_MEMBERS);
@@ -282,7 +282,7 @@ mod tests {
                 assert!(with.max_event > 1024);
             }
         }
-        let plan = Plan { events_bytes: SMALLEST_LOG - 1, ..Plan::default() };
+        let plan = Plan { events_bytes: MIN_LOG - 1, ..Plan::default() };
         assert!(matches!(Geometry::of(&plan), Err(SegmentError::LogTooSmall { .. })));
     }
 
@@ -290,7 +290,7 @@ mod tests {
     fn refuses_absurd_plans() {
         let plan = |cache_bytes, rows| Geometry::of(&Plan { cache_bytes, rows, ..Plan::default() });
         assert!(matches!(plan(1, 0), Err(SegmentError::CacheTooSmall { .. })));
-        assert!(matches!(plan(SMALLEST_CACHE - 1, 0), Err(SegmentError::CacheTooSmall { .. })));
+        assert!(matches!(plan(MIN_CACHE - 1, 0), Err(SegmentError::CacheTooSmall { .. })));
         assert!(matches!(plan(u64::MAX, 0), Err(SegmentError::NoMemory { .. })));
         assert!(matches!(plan(0, u32::MAX), Err(SegmentError::TooManyRows { .. })));
     }

@@ -19,12 +19,12 @@
 //! barred    0 key 8 (0 = free) | 8 until_ms 8
 //!
 //! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
-//!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 seated 4 (seats ever taken)
+//!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 seated 4 (thread slots ever taken)
 //!           56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 72 streams 4
 //!           76 hung 4 (threads that hang; the highest bit: all do)
-//!           128 cells 16 x 128 | 2176 seats 16 x 128 | 4224 culprit: a cell, its stamp 1 (0 = unknown)
+//!           128 cells 16 x 128 | 2176 thread slots 16 x 128 | 4224 culprit: a cell, its stamp 1 (0 = unknown)
 //! cell      0 stamp_ms 8 (0 = free) | 8 text
-//! seat      0 current 8 (a cell + 1; 0 = at work on nothing; beyond the row's cells: the request of this text) | 8 text
+//! thread slot      0 current 8 (a cell + 1; 0 = at work on nothing; beyond the row's cells: the request of this text) | 8 text
 //! text      0 length 8 | 8 words 112
 //!
 //! member    0 pid 4 (0 = nobody) | 4 unused | 8 epoch 8 | 64 pins 32 x 8 (see `pin.rs`)
@@ -82,7 +82,7 @@ pub(crate) const VERSION: u32 = 6;
 /// Every record starts at a multiple of this.
 pub(crate) const GRAIN: u64 = 32;
 pub(crate) const CELLS: usize = 16;
-pub(crate) const SEATS: usize = 16;
+pub(crate) const THREADS: usize = 16;
 pub(crate) const TEXT_WORDS: usize = 14;
 /// Where the quarantine lies in the header's page, and how many requests it has room for.
 pub(crate) const QUARANTINE_AT: u64 = 1024;
@@ -157,7 +157,7 @@ pub(crate) struct RowCells {
     pub(crate) connections: AtomicU32,
     pub(crate) in_flight: AtomicU32,
     pub(crate) occupied: AtomicU32,
-    pub(crate) seated: AtomicU32,
+    pub(crate) registered_threads: AtomicU32,
     pub(crate) busy_ms: AtomicU64,
     pub(crate) pulse: AtomicU32,
     pub(crate) loop_thread: AtomicU32,
@@ -165,7 +165,7 @@ pub(crate) struct RowCells {
     pub(crate) hung: AtomicU32,
     unused: [AtomicU32; 12],
     pub(crate) cells: [Cell; CELLS],
-    pub(crate) seats: [SeatCells; SEATS],
+    pub(crate) threads: [ThreadCells; THREADS],
     pub(crate) culprit: Cell,
 }
 
@@ -179,7 +179,7 @@ pub(crate) struct Cell {
 /// What one thread is at work on.
 #[repr(C, align(128))]
 #[derive(Debug, Default)]
-pub(crate) struct SeatCells {
+pub(crate) struct ThreadCells {
     pub(crate) current: AtomicU64,
     pub(crate) text: Text,
 }
@@ -461,13 +461,13 @@ const _: () = {
     assert!(offset_of!(RowCells, generation) == 16 && offset_of!(RowCells, started_ms) == 24);
     assert!(offset_of!(RowCells, requests) == 32 && offset_of!(RowCells, connections) == 40);
     assert!(offset_of!(RowCells, in_flight) == 44 && offset_of!(RowCells, occupied) == 48);
-    assert!(offset_of!(RowCells, seated) == 52 && offset_of!(RowCells, busy_ms) == 56);
+    assert!(offset_of!(RowCells, registered_threads) == 52 && offset_of!(RowCells, busy_ms) == 56);
     assert!(offset_of!(RowCells, pulse) == 64 && offset_of!(RowCells, loop_thread) == 68);
     assert!(offset_of!(RowCells, streams) == 72 && offset_of!(RowCells, hung) == 76);
     assert!(offset_of!(RowCells, cells) == 128);
-    assert!(offset_of!(RowCells, seats) == 2176 && offset_of!(RowCells, culprit) == 4224);
-    assert!(size_of::<RowCells>() == 4352 && size_of::<Cell>() == 128 && size_of::<SeatCells>() == 128);
-    assert!(offset_of!(Cell, text) == 8 && offset_of!(SeatCells, text) == 8 && size_of::<Text>() == 120);
+    assert!(offset_of!(RowCells, threads) == 2176 && offset_of!(RowCells, culprit) == 4224);
+    assert!(size_of::<RowCells>() == 4352 && size_of::<Cell>() == 128 && size_of::<ThreadCells>() == 128);
+    assert!(offset_of!(Cell, text) == 8 && offset_of!(ThreadCells, text) == 8 && size_of::<Text>() == 120);
 
     assert!(offset_of!(MemberHead, epoch) == 8 && offset_of!(MemberHead, pins) == 64 && MEMBER_HEAD == 320);
     assert!(offset_of!(Tally, stale) == 16 && offset_of!(Tally, renders) == 40);

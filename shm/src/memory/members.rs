@@ -36,7 +36,7 @@ pub(crate) struct Membership {
     /// The number of the descriptor whose byte lock says that we live.
     private: AtomicU32,
     /// The generation in which some thread is burying, or 0.
-    burying: AtomicU32,
+    releasing: AtomicU32,
 }
 
 /// Some thread of this process is at it.
@@ -57,7 +57,7 @@ pub(crate) struct Member<'a> {
 impl Membership {
     pub(crate) fn new() -> Membership {
         fork::watch();
-        Membership { claim: AtomicU64::new(0), private: AtomicU32::new(u32::MAX), burying: AtomicU32::new(0) }
+        Membership { claim: AtomicU64::new(0), private: AtomicU32::new(u32::MAX), releasing: AtomicU32::new(0) }
     }
 }
 
@@ -111,7 +111,7 @@ impl SharedMemory {
     }
 
     /// Frees what a member holds, if it is dead; whether it was.
-    pub(crate) fn bury_if_dead(&self, number: u32) -> bool {
+    pub(crate) fn release_if_dead(&self, number: u32) -> bool {
         if number >= self.geometry.members {
             self.free_all_of(number);
             return true;
@@ -121,11 +121,11 @@ impl SharedMemory {
             return false;
         }
         let generation = fork::generation();
-        let burying = &self.membership.burying;
-        let seen = burying.load(Ordering::Acquire);
+        let releasing = &self.membership.releasing;
+        let seen = releasing.load(Ordering::Acquire);
         // The byte's lock is the process's, so its threads have to keep from each other's way by themselves.
         if seen == generation
-            || burying.compare_exchange(seen, generation, Ordering::Acquire, Ordering::Relaxed).is_err()
+            || releasing.compare_exchange(seen, generation, Ordering::Acquire, Ordering::Relaxed).is_err()
         {
             return false;
         }
@@ -136,14 +136,14 @@ impl SharedMemory {
             crash::point("bury: all freed");
             lock_byte(private, number, libc::F_UNLCK);
         }
-        burying.store(0, Ordering::Release);
+        releasing.store(0, Ordering::Release);
         dead
     }
 
     /// Looks after all members once.
     pub(crate) fn bury_the_dead(&self) {
         for member in self.members() {
-            self.bury_if_dead(member.number);
+            self.release_if_dead(member.number);
         }
     }
 

@@ -1,6 +1,6 @@
 //! Waiting for a lock: a little spinning, then sleeping on its word, and looking whether the owner is dead.
 //!
-//! No wait is longer than [`PATIENCE`]: an owner may also be stopped, which is no death, and then one does without what the
+//! No wait is longer than [`LOCK_TIMEOUT`]: an owner may also be stopped, which is no death, and then one does without what the
 //! lock protects.
 
 use std::sync::atomic::AtomicU32;
@@ -13,9 +13,9 @@ use super::futex;
 use crate::protocols::lock::{Taken, announce, release as give_back, take};
 
 /// The longest wait for a lock.
-const PATIENCE: Duration = Duration::from_millis(20);
+const LOCK_TIMEOUT: Duration = Duration::from_millis(20);
 /// How long to sleep before looking whether the owner is dead.
-const NAP: Duration = Duration::from_micros(500);
+const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
 impl SharedMemory {
     /// Takes a lock; whether its last owner died with it. `None` if that cannot be in time; with `hurry`, without waiting
@@ -24,7 +24,7 @@ impl SharedMemory {
         let me = self.member_at_last()?.number;
         let backoff = Backoff::new();
         let mut since = None;
-        let mut has_buried = false;
+        let mut has_released = false;
         loop {
             let (owner, seen) = match take(lock, me, since.is_some()) {
                 Taken::Free => return Some(false),
@@ -37,16 +37,16 @@ impl SharedMemory {
             }
             // Patience is for the living: who finds the owner dead goes on, however long that took. Once: if that does not
             // help, nothing will.
-            if owner != me && !has_buried && self.bury_if_dead(owner) {
-                has_buried = true;
+            if owner != me && !has_released && self.release_if_dead(owner) {
+                has_released = true;
                 continue;
             }
-            if hurry || since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+            if hurry || since.get_or_insert_with(Instant::now).elapsed() >= LOCK_TIMEOUT {
                 return None;
             }
-            has_buried = false;
+            has_released = false;
             if let Some(seen) = announce(lock, seen) {
-                futex::wait(lock, seen, NAP);
+                futex::wait(lock, seen, POLL_INTERVAL);
             }
         }
     }

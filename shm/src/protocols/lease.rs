@@ -26,7 +26,7 @@ const MEMBER_SHIFT: u32 = 32;
 const TAG_SHIFT: u32 = 47;
 const MEMBER_MASK: u64 = 0x7fff;
 /// The furthest deadline: 18 hours. A word that names a later one is over, and was so long ago, or is nonsense.
-pub(crate) const LONGEST_MS: u64 = 1 << 26;
+pub(crate) const MAX_LEASE_MS: u64 = 1 << 26;
 
 /// What came of a try to take a lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,10 +39,10 @@ pub(crate) enum Claim {
     OtherKey,
 }
 
-/// Tries to take the lease of the key with this hash, until `deadline_ms` or [`LONGEST_MS`] from now.
+/// Tries to take the lease of the key with this hash, until `deadline_ms` or [`MAX_LEASE_MS`] from now.
 pub(crate) fn take(cell: &AtomicU64, hash: u64, member: u32, now_ms: u64, deadline_ms: u64) -> Claim {
     let tag = hash >> TAG_SHIFT;
-    let deadline_ms = deadline_ms.clamp(now_ms.saturating_add(1), now_ms.saturating_add(LONGEST_MS));
+    let deadline_ms = deadline_ms.clamp(now_ms.saturating_add(1), now_ms.saturating_add(MAX_LEASE_MS));
     let number = (u64::from(member) + 1) & MEMBER_MASK;
     let mine = tag << TAG_SHIFT | number << MEMBER_SHIFT | low(deadline_ms);
     let mut seen = cell.load(Ordering::Acquire);
@@ -86,7 +86,7 @@ pub(crate) fn is_over(word: u64, now_ms: u64) -> bool {
 pub(crate) fn left_ms(word: u64, now_ms: u64) -> u64 {
     // The clock's low half wraps after 49 days, so a deadline long past looks like one far ahead.
     let ahead = low(low(word).wrapping_sub(low(now_ms)));
-    if ahead <= LONGEST_MS { ahead } else { 0 }
+    if ahead <= MAX_LEASE_MS { ahead } else { 0 }
 }
 
 /// One more is about to wait; what to sleep on. To be followed by a look at the lease.

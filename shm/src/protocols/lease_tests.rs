@@ -1,4 +1,4 @@
-use super::lease::{Claim, LONGEST_MS, end_turn, enter, is_held, is_over, leave, left_ms};
+use super::lease::{Claim, MAX_LEASE_MS, end_turn, enter, is_held, is_over, leave, left_ms};
 use super::lease::{passes, release, set_pass, take, take_from};
 use super::sync::{AtomicU32, AtomicU64, Ordering};
 
@@ -78,13 +78,13 @@ fn deadlines_survive_the_wrap_of_their_32_bits() {
 fn no_deadline_is_further_than_the_longest() {
     let cell = AtomicU64::new(0);
     let word = mine(take(&cell, KEY, 0, NOW, u64::MAX));
-    assert_eq!(left_ms(word, NOW), LONGEST_MS);
+    assert_eq!(left_ms(word, NOW), MAX_LEASE_MS);
     // Nor does one that was spoilt, or passed long ago, hold for longer.
     for bit in 0..64 {
-        assert!(left_ms(word ^ 1 << bit, NOW) <= LONGEST_MS);
+        assert!(left_ms(word ^ 1 << bit, NOW) <= MAX_LEASE_MS);
     }
     assert!((27..32).all(|bit| is_over(word ^ 1 << bit, NOW)));
-    assert!(is_over(word, NOW + LONGEST_MS) && is_over(word, NOW + (1 << 32) - 1));
+    assert!(is_over(word, NOW + MAX_LEASE_MS) && is_over(word, NOW + (1 << 32) - 1));
     // A deadline that has passed at once is one in a millisecond.
     let word = mine(take(&AtomicU64::new(0), KEY, 0, NOW, 0));
     assert_eq!(left_ms(word, NOW), 1);

@@ -5,19 +5,19 @@
 
 use std::sync::OnceLock;
 
-use crate::memory::layout::{Cell, SeatCells, TEXT_WORDS, Text};
+use crate::memory::layout::{Cell, TEXT_WORDS, Text, ThreadCells};
 
 /// Cells of the first chunk; each further chunk has twice as many as the one before.
 const FIRST: usize = 64;
 const CHUNKS: usize = 24;
 /// Seats in one chunk.
-const SEAT_CHUNK: usize = 64;
-const SEAT_CHUNKS: usize = 32;
+const THREAD_CHUNK: usize = 64;
+const THREAD_CHUNKS: usize = 32;
 
 #[derive(Debug, Default)]
 pub(super) struct Surplus {
     cells: [OnceLock<Box<[Cell]>>; CHUNKS],
-    seats: [OnceLock<Box<[SeatCells]>>; SEAT_CHUNKS],
+    threads: [OnceLock<Box<[ThreadCells]>>; THREAD_CHUNKS],
 }
 
 impl Surplus {
@@ -35,10 +35,10 @@ impl Surplus {
         true
     }
 
-    /// A seat of a thread for which the row has none.
-    pub(super) fn seat(&self, number: usize) -> Option<&SeatCells> {
-        let chunk = self.seats.get(number / SEAT_CHUNK)?;
-        chunk.get_or_init(|| (0..SEAT_CHUNK).map(|_| SeatCells::default()).collect()).get(number % SEAT_CHUNK)
+    /// A thread slot of a thread for which the row has none.
+    pub(super) fn thread_slot(&self, number: usize) -> Option<&ThreadCells> {
+        let chunk = self.threads.get(number / THREAD_CHUNK)?;
+        chunk.get_or_init(|| (0..THREAD_CHUNK).map(|_| ThreadCells::default()).collect()).get(number % THREAD_CHUNK)
     }
 }
 

@@ -54,30 +54,30 @@ fn tells_whether_the_event_loop_gets_on_and_whom_a_crash_is_due_to() {
     let board = scoreboard(1);
     let row = board.claim(0, 41, 1).unwrap();
     let (_first, second) = (row.begin("GET", "/first"), row.begin("GET", "/second"));
-    let pulse = row.pulse();
-    pulse.runs_on(42);
+    let beat = row.event_loop_beat();
+    beat.runs_on(42);
     assert_eq!(board.read(0).unwrap().busy_since_ms, None);
-    pulse.work();
-    let seat = pulse.seat(0).unwrap();
-    let before = seat.turn_to(Some(second.cell()));
+    beat.work();
+    let thread_slot = beat.thread_slot(0).unwrap();
+    let before = thread_slot.switch_to(Some(second.cell()));
     assert_eq!(board.read(0).unwrap().running, ["GET /second"]);
-    seat.accuse();
-    seat.return_to(before);
+    thread_slot.accuse();
+    thread_slot.return_to(before);
     assert_eq!(board.read(0).unwrap().running, [""; 0]);
     let seen = board.read(0).unwrap();
     assert!(seen.busy_since_ms.is_some_and(|since| since <= monotonic_ms()));
     assert_eq!((seen.culprit.as_deref(), seen.loop_thread), (Some("GET /second"), 42));
     row.beat();
     second.beat();
-    pulse.sleep();
+    beat.sleep();
     let later = board.read(0).unwrap();
     assert_eq!((later.pulse, later.busy_since_ms), (seen.pulse.wrapping_add(2), None));
 
     let _other = board.claim(0, 43, 2).unwrap();
-    pulse.work();
-    assert!(pulse.seat(0).is_none());
-    seat.turn_to(Some(0));
-    seat.accuse();
+    beat.work();
+    assert!(beat.thread_slot(0).is_none());
+    thread_slot.switch_to(Some(0));
+    thread_slot.accuse();
     let seen = board.read(0).unwrap();
     assert_eq!((seen.culprit, seen.busy_since_ms, seen.loop_thread), (None, None, 0), "it is not theirs any more");
     assert_eq!(seen.running, [""; 0]);
@@ -104,19 +104,19 @@ fn the_freest_is_one_that_serves_and_is_not_occupied() {
 fn of_any_number_of_requests_each_is_known_and_a_row_shows_16() {
     let board = scoreboard(1);
     let row = board.claim(0, 1, 1).unwrap();
-    let pulse = row.pulse();
-    let seat = pulse.seat(0).unwrap();
+    let beat = row.event_loop_beat();
+    let thread_slot = beat.thread_slot(0).unwrap();
     let mut requests: Vec<_> = (0..1000).map(|n| row.begin("GET", &format!("/{n}"))).collect();
     let seen = board.read(0).unwrap();
     assert_eq!((seen.in_flight, seen.serving.len()), (1000, CELLS));
     for (number, request) in requests.iter().enumerate() {
         let what = format!("GET /{number}");
         assert_eq!(request.what(), what);
-        seat.turn_to(Some(request.cell()));
+        thread_slot.switch_to(Some(request.cell()));
         assert_eq!(board.read(0).unwrap().running, [what.as_str()]);
-        let outer = seat.turn_to(Some(requests[999].cell()));
-        seat.return_to(outer);
-        seat.accuse();
+        let outer = thread_slot.switch_to(Some(requests[999].cell()));
+        thread_slot.return_to(outer);
+        thread_slot.accuse();
         let seen = board.read(0).unwrap();
         assert_eq!((seen.culprit.as_deref(), seen.running), (Some(what.as_str()), vec![what.clone()]));
     }
@@ -136,24 +136,25 @@ fn of_any_number_of_requests_each_is_known_and_a_row_shows_16() {
 fn a_thread_keeps_the_text_of_a_request_whose_cell_is_given_up() {
     let board = scoreboard(1);
     let row = board.claim(0, 1, 1).unwrap();
-    let pulse = row.pulse();
-    let (ours, others, far) = (pulse.seat(0).unwrap(), pulse.seat(1).unwrap(), pulse.seat(40).unwrap());
+    let beat = row.event_loop_beat();
+    let (ours, others, far) =
+        (beat.thread_slot(0).unwrap(), beat.thread_slot(1).unwrap(), beat.thread_slot(40).unwrap());
     assert!(!board.read(0).unwrap().all_running, "a thread sits where nobody sees it");
     let left = row.begin("GET", "/left");
-    for seat in [ours, far] {
+    for thread_slot in [ours, far] {
         let cell = left.cell();
-        seat.turn_to(Some(cell));
+        thread_slot.switch_to(Some(cell));
         others.keep_text_of(cell);
-        seat.keep_text_of(cell);
-        assert_eq!(seat.cell(), None);
+        thread_slot.keep_text_of(cell);
+        assert_eq!(thread_slot.cell(), None);
     }
     drop(left);
     let next = row.begin("GET", "/next");
-    others.turn_to(Some(next.cell()));
+    others.switch_to(Some(next.cell()));
     assert_eq!(board.read(0).unwrap().running, ["GET /left", "GET /next"]);
     far.accuse();
     assert_eq!(board.read(0).unwrap().culprit.as_deref(), Some("GET /left"));
-    ours.turn_to(None);
+    ours.switch_to(None);
     assert_eq!(board.read(0).unwrap().running, ["GET /next"]);
 }
 
@@ -166,10 +167,10 @@ fn a_stream_has_its_text_though_the_row_does_not_show_it() {
     for (number, stream) in streams.iter().enumerate() {
         assert_eq!(stream.what(), format!("GET /events/{number}"));
     }
-    let pulse = row.pulse();
-    let seat = pulse.seat(0).unwrap();
-    seat.turn_to(Some(streams[7].cell()));
-    seat.accuse();
+    let beat = row.event_loop_beat();
+    let thread_slot = beat.thread_slot(0).unwrap();
+    thread_slot.switch_to(Some(streams[7].cell()));
+    thread_slot.accuse();
     let seen = board.read(0).unwrap();
     assert_eq!((seen.culprit.as_deref(), seen.serving.len(), seen.in_flight), (Some("GET /events/7"), 0, 0));
 }

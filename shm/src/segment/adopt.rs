@@ -64,7 +64,7 @@ mod tests {
     #[test]
     fn it_is_adopted_with_its_pages_if_the_plan_is_the_same() {
         let made = Segment::create(&PLAN).unwrap();
-        made.cache().set("k", "v", &crate::Options::new()).unwrap();
+        made.cache().set("k", "v", &crate::StoreOptions::new()).unwrap();
         made.scoreboard().claim(1, 77, 5).unwrap().set_state(crate::State::Ready);
         let fd = || made.fd().try_clone_to_owned().unwrap();
         for other in [Plan { rows: 4, ..PLAN }, Plan { cache_bytes: 1 << 20, ..PLAN }, Plan { max_entry: 4096, ..PLAN }]
@@ -84,7 +84,7 @@ mod tests {
     fn who_adopts_a_file_may_close_it() {
         let path = std::env::temp_dir().join(format!("forkyard-adopt-{}", std::process::id()));
         let (made, _) = Segment::open(&path, &PLAN).unwrap();
-        made.cache().set("k", "v", &crate::Options::new()).unwrap();
+        made.cache().set("k", "v", &crate::StoreOptions::new()).unwrap();
         let adopted = Segment::adopt(made.fd().try_clone_to_owned().unwrap(), &PLAN).unwrap();
         drop(made);
         adopted.close().unwrap();

@@ -49,8 +49,8 @@ use crate::memory::members::Membership;
 use crate::segment::{self, Segment, system};
 
 /// How long to wait for the processes of a former master, which finish what they serve and hold the file's lock.
-const PATIENCE: Duration = Duration::from_secs(10);
-const NAP: Duration = Duration::from_millis(50);
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 const CLEAN: u64 = 1;
 /// The byte that everybody locks who uses the file. The members' bytes are far before it.
 const USERS: i64 = 1 << 60;
@@ -298,10 +298,10 @@ pub(crate) fn lock_users(file: &impl AsFd, kind: i32) -> bool {
 /// If that has gone on for long enough.
 fn wait(file: &File, begun: Instant) -> Result<(), SegmentError> {
     lock_users(file, libc::F_UNLCK);
-    if begun.elapsed() >= PATIENCE {
+    if begun.elapsed() >= OPEN_TIMEOUT {
         return Err(busy());
     }
-    std::thread::sleep(NAP);
+    std::thread::sleep(RETRY_INTERVAL);
     Ok(())
 }
 
@@ -379,10 +379,10 @@ fn locked(file: File) -> Result<Arc<File>, SegmentError> {
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(Arc::new(file)),
-            Err(TryLockError::WouldBlock) if begun.elapsed() >= PATIENCE => {
+            Err(TryLockError::WouldBlock) if begun.elapsed() >= OPEN_TIMEOUT => {
                 return Err(busy());
             }
-            Err(TryLockError::WouldBlock) => std::thread::sleep(NAP),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(RETRY_INTERVAL),
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(TryLockError::Error(error)) => return Err(system("lock the cache file", error)),
         }

@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use forkyard_shm::{Cache, Options, Plan, Segment, Stats};
+use forkyard_shm::{Cache, Plan, Segment, Stats, StoreOptions};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
@@ -172,7 +172,7 @@ pub fn name(key: u32) -> String {
 
 pub fn fill(cache: &Cache, keys: u32, len: usize) {
     for key in 0..keys {
-        cache.set(name(key), page(key, 1, len), &Options::new()).expect("stored");
+        cache.set(name(key), page(key, 1, len), &StoreOptions::new()).expect("stored");
     }
 }
 
@@ -191,7 +191,7 @@ pub fn assert_well(cache: &Cache, keys: u32) -> Stats {
     assert_eq!(cache.audit(), Ok(()));
     for key in 0..keys {
         let bytes = page(key, 5, 100);
-        assert_eq!(cache.set(name(key), &bytes, &Options::new()), Ok(()));
+        assert_eq!(cache.set(name(key), &bytes, &StoreOptions::new()), Ok(()));
         assert_eq!(cache.get(name(key)), Some(bytes));
     }
     assert_eq!(cache.audit(), Ok(()));

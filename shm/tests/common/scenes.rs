@@ -8,7 +8,7 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use forkyard_shm::crash::die_at;
-use forkyard_shm::{Cache, Options, Pinned, Refused, Segment, Stats, crash};
+use forkyard_shm::{Cache, Pinned, Segment, Stats, StoreError, StoreOptions, crash};
 use nix::unistd::pause;
 
 use super::image::{Image, Slate};
@@ -78,8 +78,8 @@ pub const SCENES: [Scene; 21] = [
     Scene { name: "give a shard up", prepare: spoilt, act: set_anyhow, rule: Rule::Lost, ..PLAIN },
 ];
 
-fn store(cache: &Cache, key: u32) -> Result<(), Refused> {
-    let options = Options::new().tags([(key % 3).to_string()]);
+fn store(cache: &Cache, key: u32) -> Result<(), StoreError> {
+    let options = StoreOptions::new().tags([(key % 3).to_string()]);
     cache.set(name(key), page(key, 2, 40), &options)
 }
 
@@ -89,7 +89,7 @@ fn set(cache: &Cache, key: u32) {
 
 /// One page, under its lease.
 fn render(cache: &Cache) {
-    let served = cache.get_or_render(name(FEW), &Options::new(), |_| Ok::<_, Infallible>(page(FEW, 2, 40)));
+    let served = cache.get_or_render(name(FEW), &StoreOptions::new(), |_| Ok::<_, Infallible>(page(FEW, 2, 40)));
     assert!(served.is_ok());
 }
 
@@ -99,7 +99,7 @@ fn set_anyhow(cache: &Cache) {
 }
 
 fn set_new(cache: &Cache) {
-    cache.set(name(KEYS - 1), page(KEYS - 1, 2, LEN), &Options::new()).expect("stored");
+    cache.set(name(KEYS - 1), page(KEYS - 1, 2, LEN), &StoreOptions::new()).expect("stored");
 }
 
 /// All keys that begin with 1.
@@ -113,7 +113,7 @@ fn few() -> Stage {
     let segment = segment(SMALL);
     let cache = segment.cache();
     for key in 0..FEW {
-        let options = Options::new().tags([(key % 3).to_string()]);
+        let options = StoreOptions::new().tags([(key % 3).to_string()]);
         cache.set(name(key), page(key, 1, 40), &options).expect("stored");
     }
     Stage { segment, pins: Vec::new() }
@@ -135,7 +135,7 @@ fn full(each: impl Fn(&Segment, u32) -> Vec<Pinned>, act: fn(&Cache), wanted: fn
     let mut pins = Vec::new();
     fill(&cache, KEYS - 1, LEN);
     for key in (0..KEYS - 1).cycle().take(4000) {
-        cache.set(name(key), page(key, 1, LEN), &Options::new()).expect("stored");
+        cache.set(name(key), page(key, 1, LEN), &StoreOptions::new()).expect("stored");
         pins.extend(each(&segment, key));
         let copy = slate.pour(&Image::of(&segment)).cache();
         let before = copy.stats();
@@ -184,7 +184,7 @@ fn pinned() -> Stage {
         // Keys that never were there before are in the small ring, as is the one that the act stores.
         let new = if key == 0 && segment.cache().pins_set() == 0 { KEYS..KEYS + PINS } else { 0..0 };
         let pinned = new.map(|key| {
-            reader.set(name(key), page(key, 1, LEN), &Options::new()).expect("stored");
+            reader.set(name(key), page(key, 1, LEN), &StoreOptions::new()).expect("stored");
             reader.pin(name(key)).expect("hit")
         });
         pinned.collect()
@@ -195,7 +195,7 @@ fn pinned() -> Stage {
 fn outdated() -> Stage {
     let stage = few();
     let cache = stage.segment.cache();
-    let options = Options::new().ttl(Duration::from_millis(1));
+    let options = StoreOptions::new().ttl(Duration::from_millis(1));
     for key in FEW..FEW + 4 {
         cache.set(name(key), page(key, 1, 40), &options).expect("stored");
     }
@@ -378,7 +378,7 @@ impl Known {
         let mut value = Vec::with_capacity(bytes.len());
         for key in 0..pages {
             let mut store = || {
-                let stored = cache.set(key.to_le_bytes(), bytes, &Options::new());
+                let stored = cache.set(key.to_le_bytes(), bytes, &StoreOptions::new());
                 (stored, cache.get_into(key.to_le_bytes(), &mut value) && value == bytes)
             };
             // A purge whose process died between its steps concerns the page that is stored next, which finishes it.

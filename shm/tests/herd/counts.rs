@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use forkyard_shm::{Served, Source};
+use forkyard_shm::{CacheStatus, Cached};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::time::{ClockId, clock_gettime};
 use xxhash_rust::xxh3::xxh3_64;
@@ -35,11 +35,11 @@ impl Counts {
     }
 
     /// One request has got its page, the same as all others.
-    pub(crate) fn serve(&self, answer: &Served) {
+    pub(crate) fn serve(&self, answer: &Cached) {
         let hash = xxh3_64(&answer.value);
         let first = self.page.compare_exchange(0, hash, Ordering::SeqCst, Ordering::SeqCst);
         assert!(first.is_ok() || first == Err(hash), "not all got the same page");
-        let counter = if answer.source == Source::Stale { self.stale } else { self.served };
+        let counter = if answer.source == CacheStatus::Stale { self.stale } else { self.served };
         counter.fetch_add(1, Ordering::SeqCst);
         self.note(2);
     }

@@ -7,11 +7,11 @@
 //!
 //! - [`pool`] has the threads.
 //! - [`overdue`] watches those that run on although their request was given up.
-//! - [`turn`] joins threads and event loop, and runs what is quick.
+//! - [`inline`] joins threads and event loop, and runs what is quick.
 
+pub(crate) mod inline;
 mod overdue;
 mod pool;
-mod turn;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -27,12 +27,12 @@ use http_body::Body as _;
 use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
+use self::inline::{Bell, InlinePolicy};
+pub(crate) use self::inline::{jobs_wait, run_jobs};
 pub(crate) use self::overdue::{give_up, one_hangs, set_patience};
-pub(crate) use self::pool::{all_became_occupied, are_all_occupied, configure, finish, one_is_free};
-use self::turn::{Bell, Pace};
-pub(crate) use self::turn::{jobs_wait, run_jobs};
+pub(crate) use self::pool::{configure, finish, one_is_free, pool_became_full, pool_is_full};
 use super::body::{Body, FilterData};
-use crate::diagnostics::at_work;
+use crate::diagnostics::current_request;
 use crate::request::queue_time;
 use crate::request::queue_time::BeginBy;
 
@@ -56,7 +56,7 @@ where
     F: Fn(Request<Body>) -> Response<B> + Send + Sync + 'static,
     B: Into<Body>,
 {
-    Blocking { shared: Arc::new(Shared { function, pace: Pace::default() }), is_inline: false }
+    Blocking { shared: Arc::new(Shared { function, policy: InlinePolicy::default() }), is_inline: false }
 }
 
 /// The service returned by [`blocking`].
@@ -96,7 +96,7 @@ impl<F> Blocking<F> {
 #[derive(Debug)]
 struct Shared<F> {
     function: F,
-    pace: Pace,
+    policy: InlinePolicy,
 }
 
 impl<F> Clone for Blocking<F> {
@@ -112,29 +112,29 @@ where
 {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = Answer;
+    type Future = BlockingFuture;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request<Body>) -> Answer {
+    fn call(&mut self, request: Request<Body>) -> BlockingFuture {
         // A body that is still coming in needs the loop: to wait for it here would be to wait for ever.
         let all_has_come = || request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
-        let quick = self.is_inline && self.shared.pace.is_quick() && all_has_come();
+        let quick = self.is_inline && self.shared.policy.is_quick() && all_has_come();
         let begin_by = request.extensions().get::<BeginBy>().map(|&BeginBy(at)| Box::pin(sleep_until(at.into())));
         let progress = Mutex::new(Progress { request: Some(request), ..Progress::default() });
-        let (shared, cell, bell) = (Arc::clone(&self.shared), at_work::current(), Bell::of_this_thread());
+        let (shared, cell, bell) = (Arc::clone(&self.shared), current_request::current(), Bell::of_this_thread());
         let call = Arc::new(Call { shared, cell, bell, is_quick: quick, progress });
         let job: Arc<dyn Job> = Arc::<Call<F>>::clone(&call);
-        let started = match if quick { turn::run_after_turn(job) } else { Err(job) } {
+        let started = match if quick { inline::run_inline(job) } else { Err(job) } {
             Ok(()) => true,
             Err(job) => pool::pool().start(job),
         };
         if !started {
             call.refuse();
         }
-        Answer { job: call, begin_by }
+        BlockingFuture { job: call, begin_by }
     }
 }
 
@@ -207,7 +207,7 @@ where
     B: Into<Body>,
 {
     fn run(&self) {
-        at_work::on(None, || {
+        current_request::enter(None, || {
             let mut progress = self.progress();
             // A client that left while its request waited took it along.
             let Some(request) = progress.request.take() else { return };
@@ -215,20 +215,20 @@ where
                 drop(progress);
                 return self.put(Ok(queue_time::shed()));
             }
-            at_work::turn_to(self.cell);
+            current_request::switch_to(self.cell);
             drop(progress);
             let begun = Instant::now();
             // The panic was logged by the hook; the outcome tells the event loop.
             let outcome = catch_unwind(AssertUnwindSafe(|| (self.shared.function)(request).map(Into::into)));
             let took = begun.elapsed();
-            if self.shared.pace.took(took) && self.is_quick && took >= LONG_FOR_THE_LOOP {
+            if self.shared.policy.took(took) && self.is_quick && took >= LONG_FOR_THE_LOOP {
                 let took = took.as_millis();
                 log::warn!(
                     "a function that was declared quick (Blocking::inline) held up the event loop for {took}ms: it runs on threads again"
                 );
             }
             // Before the response is there: its request's cell may be another's right after.
-            at_work::turn_to(None);
+            current_request::switch_to(None);
             self.put(outcome.map_err(|_| Panicked));
         });
     }
@@ -272,7 +272,7 @@ where
         let request = progress.request.take();
         let is_running = request.is_none() && !progress.is_over;
         if let (true, Some(cell)) = (is_running, self.cell) {
-            at_work::forget(cell); // it will be another request's, while a thread goes on with this one
+            current_request::forget(cell); // it will be another request's, while a thread goes on with this one
         }
         drop(progress);
         drop(request); // after the lock is given back
@@ -294,19 +294,19 @@ where
 }
 
 /// The future of [`Blocking`]: resolves to the response.
-pub struct Answer {
+pub struct BlockingFuture {
     job: Arc<dyn Job>,
     /// When the request is given up, if no thread has begun with it.
     begin_by: Option<Pin<Box<Sleep>>>,
 }
 
-impl std::fmt::Debug for Answer {
+impl std::fmt::Debug for BlockingFuture {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Answer").finish_non_exhaustive()
     }
 }
 
-impl Future for Answer {
+impl Future for BlockingFuture {
     type Output = Result<Response<Body>, Infallible>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
@@ -324,7 +324,7 @@ impl Future for Answer {
     }
 }
 
-impl Drop for Answer {
+impl Drop for BlockingFuture {
     fn drop(&mut self) {
         if self.job.abandon() {
             overdue::watch(&self.job);

@@ -12,7 +12,7 @@ use tokio::time::sleep_until;
 use super::{Job, pool};
 
 /// How long a function may run on; zero is for ever.
-static PATIENCE: OnceLock<Duration> = OnceLock::new();
+static HANG_TIMEOUT: OnceLock<Duration> = OnceLock::new();
 /// Those that run on; and some that have ended.
 static OVERRUNS: Mutex<Vec<Overrun>> = Mutex::new(Vec::new());
 /// There is one more.
@@ -48,11 +48,11 @@ impl Overrun {
 
 /// Sets how long a function may run on. Called once, in a new worker.
 pub(crate) fn set_patience(patience: Duration) {
-    let _ = PATIENCE.set(patience);
+    let _ = HANG_TIMEOUT.set(patience);
 }
 
 fn patience() -> Duration {
-    PATIENCE.get().copied().unwrap_or_default()
+    HANG_TIMEOUT.get().copied().unwrap_or_default()
 }
 
 /// Drops the response to a request whose time is over at that moment.

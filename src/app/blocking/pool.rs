@@ -14,8 +14,8 @@ use std::time::Instant;
 use forkyard_shm::Occupancy;
 use tokio::sync::Notify;
 
-use super::{Job, overdue, turn};
-use crate::diagnostics::{at_work, crash};
+use super::{Job, inline, overdue};
+use crate::diagnostics::{crash, current_request};
 
 /// The threads, and the queue from which they take.
 pub(super) struct Pool {
@@ -52,10 +52,10 @@ struct Waiting {
 /// This worker's `--threads` and `--queue`, and where its siblings see whether it is occupied.
 static SIZE: OnceLock<(u32, u32, Option<Occupancy>)> = OnceLock::new();
 static POOL: OnceLock<Pool> = OnceLock::new();
-static ALL_ARE_OCCUPIED: Notify = Notify::const_new();
+static POOL_IS_FULL: Notify = Notify::const_new();
 
 /// Whether a further job would have to wait for a thread.
-pub(crate) fn are_all_occupied() -> bool {
+pub(crate) fn pool_is_full() -> bool {
     POOL.get().is_some_and(Pool::is_occupied)
 }
 
@@ -68,8 +68,8 @@ pub(crate) async fn one_is_free() {
 }
 
 /// Returns when a job has taken the last free thread. One that does so while nobody waits here is not told.
-pub(crate) async fn all_became_occupied() {
-    ALL_ARE_OCCUPIED.notified().await;
+pub(crate) async fn pool_became_full() {
+    POOL_IS_FULL.notified().await;
 }
 
 /// Sets the size of the pool that will be made, and tells siblings through `occupancy` when all its threads are
@@ -174,7 +174,7 @@ impl Pool {
             return false;
         }
         self.waiting().jobs.push_back(job);
-        if !turn::ends_later() {
+        if !inline::ends_later() {
             end_turn();
         }
         true
@@ -270,7 +270,7 @@ impl Pool {
                 occupancy.set(now);
             }
             if now {
-                ALL_ARE_OCCUPIED.notify_waiters();
+                POOL_IS_FULL.notify_waiters();
             }
         }
     }
@@ -296,7 +296,7 @@ impl Waiting {
 
 fn work(pool: &Pool) {
     crash::give_stack();
-    at_work::enlist();
+    current_request::register_thread();
     loop {
         let job = pool.next();
         // The function's own panic is caught where it is called. This is one of what it leaves behind.
@@ -364,7 +364,7 @@ mod tests {
             false
         }
 
-        fn bell(&self) -> Option<&Arc<turn::Bell>> {
+        fn bell(&self) -> Option<&Arc<inline::Bell>> {
             None
         }
     }

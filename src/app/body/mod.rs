@@ -20,8 +20,8 @@ use hyper::body::Incoming;
 use tokio::sync::oneshot;
 
 pub use self::filter::FilterData;
+use crate::request::activity::Activity;
 use crate::request::body_wait::BodyWait;
-use crate::request::pulse::Pulse;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -188,8 +188,8 @@ impl Body {
     }
 
     /// Has the body tell the connection that it comes by when somebody waits for a piece of it.
-    pub(crate) fn with_pulse(mut self, pulse: &Arc<Pulse>) -> Self {
-        self.wait = Some(BodyWait::new(pulse));
+    pub(crate) fn with_activity(mut self, activity: &Arc<Activity>) -> Self {
+        self.wait = Some(BodyWait::new(activity));
         self
     }
 

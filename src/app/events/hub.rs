@@ -20,7 +20,7 @@ use crate::config::events::EventsConfig;
 use crate::diagnostics::crash;
 
 /// For so long the thread sleeps at most: a publisher may have died before it woke anybody.
-const NAP: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Events that are read before subscribers get their turn, at most.
 const BATCH: usize = 64;
 
@@ -195,7 +195,7 @@ impl Hub {
         crash::give_stack();
         let mut seen = self.state().seen;
         loop {
-            self.log.wait(seen, NAP);
+            self.log.wait(seen, POLL_INTERVAL);
             let mut state = self.state();
             if state.feeds.count() == 0 {
                 (state.tail, state.is_watched) = (None, false);

@@ -39,7 +39,7 @@ use crate::config::events::EventsConfig;
 struct Document;
 
 /// Topics of one subscription.
-const MOST_TOPICS: usize = 32;
+const MAX_TOPICS: usize = 32;
 
 /// The event log that all workers share: an event published in any worker reaches the subscribers of all workers.
 ///
@@ -259,7 +259,7 @@ impl fmt::Display for EventsError {
                 write!(f, "{error}; its size is that of --events")
             }
             Self::NotPublished(error) => error.fmt(f),
-            Self::TopicCount => write!(f, "a subscription has 1 to {MOST_TOPICS} topics"),
+            Self::TopicCount => write!(f, "a subscription has 1 to {MAX_TOPICS} topics"),
             Self::TooManySubscribers { most } => {
                 write!(
                     f,

@@ -11,10 +11,10 @@ use tokio::task::coop::poll_proceed;
 use super::cursor::Cursor;
 use super::feeds::Key;
 use super::hub::{Hub, Look};
-use super::{EventsError, MOST_TOPICS, Message, Published};
+use super::{EventsError, MAX_TOPICS, Message, Published};
 
 /// Events that are taken at a time of what the worker has at hand, and first of what the log has.
-const AT_A_TIME: usize = 16;
+const MAX_BATCH: usize = 16;
 /// Of the log these are copies, for this subscriber alone.
 const COPIED: (usize, usize) = (64 << 10, 256);
 
@@ -48,7 +48,7 @@ impl Subscription {
         if hub.log().is_none() {
             return Err(EventsError::NoLog);
         }
-        if topics.is_empty() || topics.len() > MOST_TOPICS {
+        if topics.is_empty() || topics.len() > MAX_TOPICS {
             return Err(EventsError::TopicCount);
         }
         let is_bad = |(index, topic): &(usize, &Arc<str>)| {
@@ -84,7 +84,7 @@ impl Subscription {
             waiting,
             cursor,
             turn: 0,
-            stride: AT_A_TIME,
+            stride: MAX_BATCH,
             places: Vec::new(),
         })
     }
@@ -122,7 +122,7 @@ impl Subscription {
                 self.cursor.ids[number] = at;
                 return Poll::Ready(Some(message));
             }
-            match self.hub.look(self.key, &self.taken, (self.turn, AT_A_TIME), context) {
+            match self.hub.look(self.key, &self.taken, (self.turn, MAX_BATCH), context) {
                 Look::Nothing => return Poll::Pending,
                 Look::Over => return Poll::Ready(None),
                 Look::Events(number, events) => self.take(number, events),

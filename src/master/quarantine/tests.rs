@@ -9,18 +9,18 @@ fn config() -> QuarantineConfig {
     QuarantineConfig { deaths: 3, window: SECOND * 60, time: SECOND * 60, by: QuarantineBy::Pattern }
 }
 
-fn suspect(what: &str) -> Suspect {
-    Suspect::of(what, QuarantineBy::Pattern)
+fn suspect(what: &str) -> RequestKey {
+    RequestKey::of(what, QuarantineBy::Pattern)
 }
 
-fn suspects(whats: &[&str]) -> Vec<Suspect> {
+fn suspects(whats: &[&str]) -> Vec<RequestKey> {
     whats.iter().map(|what| suspect(what)).collect()
 }
 
 /// A death of which the crashing thread told nothing.
 fn silent(in_flight: &[&str], elsewhere: &[&str]) -> Death {
     let (in_flight, elsewhere) = (suspects(in_flight), suspects(elsewhere));
-    Death { in_flight, complete: true, culprit: None, running: None, by_itself: true, witnesses: 1, elsewhere }
+    Death { in_flight, complete: true, culprit: None, running: None, by_itself: true, live_workers: 1, elsewhere }
 }
 
 /// A death without last words, while threads were at work on these, and a hundred others waited.
@@ -37,7 +37,7 @@ fn refused(verdicts: &[Verdict]) -> Vec<&str> {
         .iter()
         .filter_map(|verdict| match verdict {
             Verdict::Refused { key, .. } => Some(key.as_str()),
-            Verdict::LetGo { .. } => None,
+            Verdict::Released { .. } => None,
         })
         .collect()
 }
@@ -61,20 +61,20 @@ fn no_innocent_is_refused_in_any_history() {
         let mut now = Now::ZERO;
         for _ in 0..20 {
             now += Duration::from_millis(random.u64(0..15_000));
-            let busy = |random: &mut fastrand::Rng| -> Vec<Suspect> {
+            let busy = |random: &mut fastrand::Rng| -> Vec<RequestKey> {
                 let routes = popularity.iter().enumerate().filter(|(_, popular)| random.f64() < **popular);
                 routes.map(|(route, _)| suspect(&format!("GET /route-{route}?q"))).collect()
             };
             let mut in_flight = busy(&mut random);
             in_flight.push(suspect(&poison));
-            let elsewhere: Vec<Vec<Suspect>> = (1..workers).map(|_| busy(&mut random)).collect();
+            let elsewhere: Vec<Vec<RequestKey>> = (1..workers).map(|_| busy(&mut random)).collect();
             let culprit = random.bool().then(|| suspect(&poison));
-            let witnesses = elsewhere.len();
+            let live_workers = elsewhere.len();
             let mut running = vec![suspect(&poison)];
             running.extend(in_flight.iter().filter(|_| random.f64() < 0.2).cloned());
             let running = random.bool().then_some(running);
             let (complete, by_itself, elsewhere) = (random.bool(), random.bool(), elsewhere.concat());
-            let death = Death { in_flight, complete, culprit, running, by_itself, witnesses, elsewhere };
+            let death = Death { in_flight, complete, culprit, running, by_itself, live_workers, elsewhere };
             let verdicts = [quarantine.died(death, now), quarantine.tick(now)].concat();
             assert!(refused(&verdicts).iter().all(|key| key.starts_with("GET /poison/")), "seed {seed}: {verdicts:?}");
             found += refused(&verdicts).len();
@@ -108,9 +108,9 @@ fn of_several_in_flight_only_one_that_nobody_else_serves_is_guilty() {
     let different = ["GET /a", "GET /b", "GET /c"].map(|bad| silent(&["GET /popular", bad], &["GET /popular"]));
     assert_eq!(verdicts(&different), []);
     let unwitnessed =
-        ["GET /a", "GET /b", "GET /c"].map(|bad| Death { witnesses: 0, ..silent(&["GET /popular", bad], &[]) });
+        ["GET /a", "GET /b", "GET /c"].map(|bad| Death { live_workers: 0, ..silent(&["GET /popular", bad], &[]) });
     assert_eq!(verdicts(&unwitnessed), [], "with one worker nobody else can show that it is innocent");
-    let alone = Death { witnesses: 0, ..silent(&["GET /bad"], &[]) };
+    let alone = Death { live_workers: 0, ..silent(&["GET /bad"], &[]) };
     assert_eq!(refused(&verdicts(&[alone.clone(), alone.clone(), alone.clone()])), ["GET /bad"]);
     let unnamed = Death { complete: false, ..alone };
     assert_eq!(verdicts(&[unnamed.clone(), unnamed.clone(), unnamed]), []);
@@ -122,7 +122,7 @@ fn of_several_in_flight_only_one_that_nobody_else_serves_is_guilty() {
 fn what_threads_were_at_work_on_is_evidence_however_much_was_in_flight() {
     let exited = at_work_on(&["GET /bad"], &[]);
     assert_eq!(refused(&verdicts(&[exited.clone(), exited.clone(), exited.clone()])), ["GET /bad"]);
-    let alone = Death { witnesses: 0, ..exited };
+    let alone = Death { live_workers: 0, ..exited };
     assert_eq!(refused(&verdicts(&[alone.clone(), alone.clone(), alone.clone()])), ["GET /bad"]);
 
     // Killed when memory ran out: what ran then is to blame only if no worker serves it and lives.
@@ -132,7 +132,7 @@ fn what_threads_were_at_work_on_is_evidence_however_much_was_in_flight() {
         [],
         "nobody else can show that it is innocent"
     );
-    let witnessed = Death { witnesses: 1, elsewhere: suspects(&["GET /popular"]), ..killed };
+    let witnessed = Death { live_workers: 1, elsewhere: suspects(&["GET /popular"]), ..killed };
     assert_eq!(refused(&verdicts(&[witnessed.clone(), witnessed.clone(), witnessed.clone()])), ["GET /bad"]);
     let popular = Death { running: Some(suspects(&["GET /popular"])), ..witnessed };
     assert_eq!(verdicts(&[popular.clone(), popular.clone(), popular]), []);
@@ -160,7 +160,7 @@ fn a_relapse_takes_one_death_and_costs_twice_the_time() {
         times.push(time.as_secs());
         assert_eq!(quarantine.list(now).len(), 1);
         now = quarantine.next_deadline().unwrap();
-        assert_eq!(quarantine.tick(now), [Verdict::LetGo { key: "GET /bad".to_owned() }]);
+        assert_eq!(quarantine.tick(now), [Verdict::Released { key: "GET /bad".to_owned() }]);
         assert_eq!(quarantine.list(now), []);
     }
     assert_eq!(times, [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600, 3600]);

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::Now;
 
 /// First delay of the breaker, and the longest.
-const FIRST: Duration = Duration::from_millis(100);
-const LONGEST: Duration = Duration::from_secs(30);
+const MIN_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
 /// Opens when a process dies before it is ready, for a time that doubles; then one alone may try.
 #[derive(Debug, Default)]
@@ -50,7 +50,7 @@ impl Breaker {
         }
         self.failures = self.failures.saturating_add(1);
         self.since.get_or_insert(now);
-        let delay = FIRST.saturating_mul(1 << (self.failures - 1).min(16)).min(LONGEST);
+        let delay = MIN_BACKOFF.saturating_mul(1 << (self.failures - 1).min(16)).min(MAX_BACKOFF);
         self.open_until = now + delay;
         Some((self.failures, delay))
     }

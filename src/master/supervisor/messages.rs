@@ -64,7 +64,7 @@ pub(crate) enum Event {
     /// [`Supervisor::awaits_arrival`]: super::Supervisor::awaits_arrival
     Arrival,
     /// A child was reaped.
-    Exited { pid: Pid, wish: Wish },
+    Exited { pid: Pid, after_exit: AfterExit },
     /// The answer to [`Action::Close`], and from then on again and again until none does: whether connections wait that are to be
     /// accepted.
     Queue { waits: bool },
@@ -87,14 +87,14 @@ pub(crate) struct Demand {
 
 /// What the way in which a process ended asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub(crate) enum AfterExit {
     /// It crashed: replace it.
     Replace,
     /// It exited with 0, having done its share of work: replace it. That is no failure, not even of a process
     /// that was never seen to be ready, if others of its kind were.
-    Renew,
+    Restart,
     /// It exited with 125: do not replace it.
-    Retire,
+    StayDown,
 }
 
 /// What an operator can ask for, by a signal or otherwise.
@@ -152,14 +152,14 @@ pub(crate) enum Action {
     /// `at_once`. Comes before the processes are asked to leave. The answer is [`Event::Queue`].
     Close { at_once: bool },
     /// Tell the operator.
-    Note(Note),
+    Notice(Notice),
     /// The last process is gone: end the master.
     Exit { success: bool },
 }
 
 /// What an operator should know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Note {
+pub(crate) enum Notice {
     /// As many processes are ready as there should be, for the first time.
     FullStrength,
     /// So many processes in a row died before they were ready; the next try comes after `delay`.

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-use super::{Mode, Now, Policy, Slot, State, Supervisor, TERMINATE_AGAIN, number};
+use super::{Mode, Now, Policy, Slot, State, Supervisor, TERMINATE_INTERVAL, number};
 use crate::upgrade::roster::{Phase, Place, Roster};
 
 /// More slots than any policy has.
-const MOST_SLOTS: u32 = 1 << 16;
+const MAX_SLOTS: u32 = 1 << 16;
 
 impl Supervisor {
     /// All that a successor has to know; `None` while everything is being stopped, when there is nothing to succeed to.
@@ -51,7 +51,7 @@ impl Supervisor {
         let is_possible = (1..policy.slots).contains(&roster.limits.1) && roster.limits.0 <= roster.limits.1;
         let limits = if roster.workers == policy.workers && is_possible { roster.limits } else { policy.workers };
         restored.target = restored.scaler.set_limits(limits, roster.target, now);
-        for place in roster.places.iter().filter(|place| place.slot < MOST_SLOTS && place.pid > 0) {
+        for place in roster.places.iter().filter(|place| place.slot < MAX_SLOTS && place.pid > 0) {
             let pid = Pid::from_raw(place.pid);
             let at = |left_ms: u64| now.saturating_add(Duration::from_millis(left_ms));
             let state = match place.phase {
@@ -62,7 +62,7 @@ impl Supervisor {
                 Phase::Draining { left_ms } => State::Draining {
                     pid,
                     deadline: at(left_ms).min(now + policy.drain_timeout),
-                    ask_again: now + TERMINATE_AGAIN,
+                    ask_again: now + TERMINATE_INTERVAL,
                 },
                 // Whatever it was killed for, it is no failure of the new build's.
                 Phase::Killing => State::Killing { pid, unready: false },

@@ -9,7 +9,7 @@
 //!
 //! That a generation is old is a number and no more: its processes are made as the new ones are, from what is on disk now.
 
-use super::messages::{Action, Note};
+use super::messages::{Action, Notice};
 use super::{Now, Slot, State, Supervisor};
 
 /// A reload under way.
@@ -29,7 +29,7 @@ impl Supervisor {
         // A reload is the operator's way to say that the cause is mended: try at once.
         self.breaker.close();
         self.end_backoffs(Now::MAX);
-        self.note(Note::ReloadStarted { generation: self.newest });
+        self.notice(Notice::ReloadStarted { generation: self.newest });
     }
 
     /// One new process more is ready: is it the canary?
@@ -47,7 +47,7 @@ impl Supervisor {
 
     pub(super) fn fail_roll(&mut self, slot: u32, pid: Option<nix::unistd::Pid>) {
         if let Some(Roll { generation, .. }) = self.roll.take() {
-            self.note(Note::ReloadFailed { generation, slot, pid });
+            self.notice(Notice::ReloadFailed { generation, slot, pid });
         }
     }
 
@@ -96,7 +96,7 @@ impl Supervisor {
         if !has_old && is_whole {
             self.roll = None;
             self.generation = generation;
-            self.note(Note::ReloadDone { generation });
+            self.notice(Notice::ReloadDone { generation });
         }
     }
 

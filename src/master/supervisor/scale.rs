@@ -23,7 +23,7 @@ const PENALTY: u32 = 8;
 /// In so many times `after` without regret, the penalty halves.
 const FORGIVEN: u32 = 10;
 /// How often it is said that the most workers are not enough.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Decides the number.
 #[derive(Debug)]
@@ -108,7 +108,7 @@ impl Scaler {
     }
 
     /// `may_grow`: processes that are started do get ready.
-    pub(super) fn judge(&mut self, demand: &Demand, target: u32, may_grow: bool, now: Now) -> Verdict {
+    pub(super) fn find_culprit(&mut self, demand: &Demand, target: u32, may_grow: bool, now: Now) -> Verdict {
         let requests = demand.in_flight.saturating_add(demand.waiting);
         let at_work = requests.div_ceil(self.per_worker).max(u32::try_from(demand.busy.len()).unwrap_or(u32::MAX));
         let spare = u32::from(at_work > 0);
@@ -161,7 +161,7 @@ impl Scaler {
 
     /// Whether there are as many workers as there may be, all of them are at work, and others wait.
     fn is_saturated(&mut self, demand: &Demand, target: u32, now: Now) -> bool {
-        let said = self.said_saturated.is_some_and(|at| now.saturating_sub(at) < SAY_AGAIN);
+        let said = self.said_saturated.is_some_and(|at| now.saturating_sub(at) < LOG_INTERVAL);
         let all_work = target >= self.max && demand.in_flight >= self.max.saturating_mul(self.per_worker);
         let saturated = all_work && demand.waiting > 0 && !said;
         if saturated {

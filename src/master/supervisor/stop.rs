@@ -8,7 +8,7 @@
 //! [`Event::Queue`]: super::Event::Queue
 
 use super::messages::Action;
-use super::{Mode, Now, State, Supervisor, TERMINATE_AGAIN};
+use super::{Mode, Now, State, Supervisor, TERMINATE_INTERVAL};
 
 impl Supervisor {
     /// `success`: the operator wants it. Else there is nobody to serve what is queued.
@@ -82,7 +82,7 @@ impl Supervisor {
                     Mode::Stopping { until, .. } => until,
                     Mode::Running | Mode::Stopped => now + self.policy.drain_timeout,
                 };
-                self.slots[index].state = State::Draining { pid, deadline, ask_again: now + TERMINATE_AGAIN };
+                self.slots[index].state = State::Draining { pid, deadline, ask_again: now + TERMINATE_INTERVAL };
                 self.actions.push(Action::Terminate { pid });
             }
             State::Backoff { .. } => self.slots[index].state = State::Empty,

@@ -1,6 +1,6 @@
 //! The supervisor in simulated worlds: random histories from a seed, and the rules one by one.
 
-mod numbers;
+mod scaling;
 mod stops;
 
 use std::collections::BTreeMap;
@@ -50,7 +50,7 @@ struct World {
     requests: u32,
     /// The process that is being given up because it hangs.
     hanging: Option<Pid>,
-    notes: Vec<Note>,
+    notices: Vec<Notice>,
     exited: Option<bool>,
 }
 
@@ -66,7 +66,7 @@ impl World {
             queue_waits: false,
             requests: 0,
             hanging: None,
-            notes: Vec::new(),
+            notices: Vec::new(),
             exited: None,
         };
         world.feed(Event::Tick);
@@ -92,8 +92,8 @@ impl World {
                 Action::Upgrade => None,
                 Action::Close { at_once } => Some(Event::Queue { waits: self.queue_waits && !at_once }),
                 Action::Sample => Some(Event::Demand(self.demand())),
-                Action::Note(note) => {
-                    self.notes.push(note);
+                Action::Notice(notice) => {
+                    self.notices.push(notice);
                     None
                 }
                 Action::Exit { success } => {
@@ -166,9 +166,9 @@ impl World {
         random.choice(of_kind).map(Pid::from_raw)
     }
 
-    fn die(&mut self, pid: Pid, wish: Wish) {
+    fn die(&mut self, pid: Pid, after_exit: AfterExit) {
         assert!(self.processes.remove(&pid.as_raw()).is_some());
-        self.feed(Event::Exited { pid, wish });
+        self.feed(Event::Exited { pid, after_exit });
     }
 
     fn hung(&mut self, pid: i32) {
@@ -200,7 +200,7 @@ impl World {
             };
             match life {
                 Life::Starting => self.become_ready(Pid::from_raw(pid)),
-                Life::Leaving | Life::Killed => self.die(Pid::from_raw(pid), Wish::Replace),
+                Life::Leaving | Life::Killed => self.die(Pid::from_raw(pid), AfterExit::Replace),
                 Life::Ready => unreachable!(),
             }
         }
@@ -231,18 +231,18 @@ impl World {
             35..40 => {
                 let life = random.choice([Life::Starting, Life::Ready, Life::Leaving]).unwrap();
                 if let Some(pid) = self.pick(random, life) {
-                    let wish = match random.u32(0..20) {
-                        0 => Wish::Retire,
-                        1..10 => Wish::Renew,
-                        _ => Wish::Replace,
+                    let after_exit = match random.u32(0..20) {
+                        0 => AfterExit::StayDown,
+                        1..10 => AfterExit::Restart,
+                        _ => AfterExit::Replace,
                     };
-                    self.die(pid, wish);
+                    self.die(pid, after_exit);
                 }
             }
             40..60 => {
                 let life = random.choice([Life::Leaving, Life::Killed]).unwrap();
                 if let Some(pid) = self.pick(random, life) {
-                    self.die(pid, Wish::Replace);
+                    self.die(pid, AfterExit::Replace);
                 }
             }
             60..85 => {
@@ -255,7 +255,7 @@ impl World {
             94..97 => self.feed(Event::Command(Command::Remove)),
             97..98 => self.random_number(random),
             98..99 => self.feed(Event::Ready { pid: Pid::from_raw(1) }),
-            _ => self.feed(Event::Exited { pid: Pid::from_raw(1), wish: Wish::Retire }),
+            _ => self.feed(Event::Exited { pid: Pid::from_raw(1), after_exit: AfterExit::StayDown }),
         }
     }
 
@@ -323,10 +323,10 @@ fn random_histories_always_lead_back_to_full_strength() {
 fn a_crash_after_ready_is_replaced_at_once() {
     let mut world = World::new(policy(2));
     world.settle();
-    assert_eq!(world.notes, [Note::FullStrength]);
+    assert_eq!(world.notices, [Notice::FullStrength]);
     let spawned = world.spawned;
     let pid = *world.processes.keys().next().unwrap();
-    world.die(Pid::from_raw(pid), Wish::Replace);
+    world.die(Pid::from_raw(pid), AfterExit::Replace);
     assert_eq!(world.spawned, spawned + 1, "in the same instant");
 }
 
@@ -341,7 +341,7 @@ fn a_storm_of_crashes_is_throttled() {
         if let Some(pid) = world.pick(&mut random, Life::Starting) {
             world.become_ready(pid);
         } else if let Some(pid) = world.pick(&mut random, Life::Ready) {
-            world.die(pid, Wish::Replace);
+            world.die(pid, AfterExit::Replace);
         } else {
             world.now = world.supervisor.next_deadline().unwrap();
             world.feed(Event::Tick);
@@ -365,7 +365,7 @@ fn failing_starts_back_off_and_one_alone_tries() {
             spawned_at.push(world.now);
         }
         for pid in starting {
-            world.die(Pid::from_raw(pid), Wish::Replace);
+            world.die(Pid::from_raw(pid), AfterExit::Replace);
         }
     }
     let gaps: Vec<u128> = spawned_at.windows(2).map(|pair| (pair[1] - pair[0]).as_millis()).collect();
@@ -381,11 +381,11 @@ fn a_process_that_overruns_its_start_is_killed_and_counts_as_failed() {
     world.feed(Event::Tick);
     let (&pid, &life) = world.processes.iter().next().unwrap();
     assert_eq!(life, Life::Killed);
-    world.die(Pid::from_raw(pid), Wish::Replace);
+    world.die(Pid::from_raw(pid), AfterExit::Replace);
     assert!(
-        matches!(world.notes[..], [Note::StartTimeout { .. }, Note::Failing { failures: 1, .. }]),
+        matches!(world.notices[..], [Notice::StartTimeout { .. }, Notice::Failing { failures: 1, .. }]),
         "{:?}",
-        world.notes
+        world.notices
     );
 }
 
@@ -401,9 +401,9 @@ fn a_reload_replaces_one_by_one_and_never_serves_with_fewer() {
         world.become_ready(pid);
         let old = world.pick(&mut random, Life::Leaving).expect("one has drained");
         assert_eq!(world.pick(&mut random, Life::Starting), None, "the next one has to wait until that is gone");
-        world.die(old, Wish::Renew);
+        world.die(old, AfterExit::Restart);
     }
-    assert!(world.notes.contains(&Note::ReloadDone { generation: 2 }));
+    assert!(world.notices.contains(&Notice::ReloadDone { generation: 2 }));
     world.settle();
     for &pid in world.processes.keys() {
         assert_eq!(world.supervisor.place_of(Pid::from_raw(pid)).unwrap().1, 2);
@@ -412,9 +412,9 @@ fn a_reload_replaces_one_by_one_and_never_serves_with_fewer() {
 
 /// Whether the reload to this generation failed because of this process.
 fn failed_with(world: &World, generation: u64, new: i32) -> bool {
-    let failed = |note: &&Note| matches!(note, Note::ReloadFailed { .. });
-    let note = world.notes.iter().rfind(failed).expect("it failed");
-    matches!(*note, Note::ReloadFailed { generation: of, pid: Some(pid), .. } if (of, pid.as_raw()) == (generation, new))
+    let failed = |notice: &&Notice| matches!(notice, Notice::ReloadFailed { .. });
+    let notice = world.notices.iter().rfind(failed).expect("it failed");
+    matches!(*notice, Notice::ReloadFailed { generation: of, pid: Some(pid), .. } if (of, pid.as_raw()) == (generation, new))
 }
 
 #[test]
@@ -424,7 +424,7 @@ fn a_reload_whose_first_process_dies_keeps_the_old_ones() {
     let old: Vec<i32> = world.processes.keys().copied().collect();
     world.feed(Event::Command(Command::Reload));
     let new = *world.processes.keys().next_back().unwrap();
-    world.die(Pid::from_raw(new), Wish::Replace);
+    world.die(Pid::from_raw(new), AfterExit::Replace);
     assert!(failed_with(&world, 2, new));
     world.settle();
     assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
@@ -456,25 +456,25 @@ fn starting(world: &World) -> Vec<Pid> {
 fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_that_comes_again_and_again() {
     let mut world = World::new(Policy { respawn_rate: 64, ..policy(1) });
     world.settle();
-    world.die(Pid::from_raw(*world.processes.keys().next().unwrap()), Wish::Renew);
+    world.die(Pid::from_raw(*world.processes.keys().next().unwrap()), AfterExit::Restart);
     let spawned = world.spawned;
-    for _ in 1..MOST_UNSEEN {
-        world.die(starting(&world)[0], Wish::Renew);
+    for _ in 1..MAX_UNSEEN {
+        world.die(starting(&world)[0], AfterExit::Restart);
         assert_eq!(starting(&world).len(), 1, "it is replaced at once");
         world.now += MS;
     }
     world.become_ready(starting(&world)[0]);
-    world.die(Pid::from_raw(*world.processes.keys().next().unwrap()), Wish::Renew);
-    for _ in 1..MOST_UNSEEN {
-        world.die(starting(&world)[0], Wish::Renew);
+    world.die(Pid::from_raw(*world.processes.keys().next().unwrap()), AfterExit::Restart);
+    for _ in 1..MAX_UNSEEN {
+        world.die(starting(&world)[0], AfterExit::Restart);
         world.now += MS;
     }
-    assert_eq!(world.spawned, spawned + 2 * MOST_UNSEEN - 1, "one that was ready has begun the row anew");
-    assert_eq!(world.notes, [Note::FullStrength]);
+    assert_eq!(world.spawned, spawned + 2 * MAX_UNSEEN - 1, "one that was ready has begun the row anew");
+    assert_eq!(world.notices, [Notice::FullStrength]);
     let mut delays = Vec::new();
     while delays.len() < 11 {
         match starting(&world).first() {
-            Some(&pid) => world.die(pid, Wish::Renew),
+            Some(&pid) => world.die(pid, AfterExit::Restart),
             None => {
                 let deadline = world.supervisor.next_deadline().unwrap();
                 delays.push((deadline - world.now).as_millis());
@@ -491,7 +491,7 @@ fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_that_com
 #[test]
 fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_stay() {
     // Those that live for longer were looked at more often, and so fewer of them are enough.
-    for (lived, most) in [(MS, MOST_UNSEEN), (UNSEEN_LONG, 4)] {
+    for (lived, most) in [(MS, MAX_UNSEEN), (UNSEEN_LONG, 4)] {
         let mut world = World::new(policy(3));
         world.settle();
         let (old, spawned): (Vec<i32>, _) = (world.processes.keys().copied().collect(), world.spawned);
@@ -499,14 +499,18 @@ fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_
         while let Some(&pid) = starting(&world).first() {
             world.now += lived;
             // Those of the old generation recycle themselves and are seen; that is no proof of the new one.
-            world.die(pid, Wish::Renew);
+            world.die(pid, AfterExit::Restart);
         }
         assert_eq!(world.spawned - spawned, most);
-        assert!(matches!(world.notes.last(), Some(Note::ReloadFailed { generation: 2, .. })), "{:?}", world.notes);
+        assert!(
+            matches!(world.notices.last(), Some(Notice::ReloadFailed { generation: 2, .. })),
+            "{:?}",
+            world.notices
+        );
         assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
         world.feed(Event::Command(Command::Reload));
         world.settle();
-        assert_eq!(world.notes.last(), Some(&Note::ReloadDone { generation: 3 }));
+        assert_eq!(world.notices.last(), Some(&Notice::ReloadDone { generation: 3 }));
     }
 }
 
@@ -521,7 +525,7 @@ fn a_reload_whose_first_process_overruns_its_start_keeps_the_old_ones() {
     world.feed(Event::Tick);
     assert_eq!(world.processes[&new], Life::Killed);
     assert_eq!(world.processes.len(), 4, "nobody else is tried meanwhile");
-    world.die(Pid::from_raw(new), Wish::Replace);
+    world.die(Pid::from_raw(new), AfterExit::Replace);
     assert!(failed_with(&world, 2, new));
     world.settle();
     assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
@@ -534,7 +538,7 @@ fn a_reload_whose_new_processes_retire_keeps_the_old_ones() {
     let old: Vec<i32> = world.processes.keys().copied().collect();
     world.feed(Event::Command(Command::Reload));
     let new = *world.processes.keys().next_back().unwrap();
-    world.die(Pid::from_raw(new), Wish::Retire);
+    world.die(Pid::from_raw(new), AfterExit::StayDown);
     world.settle();
     assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
     assert_eq!(world.supervisor.target, 3);
@@ -550,7 +554,7 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
             for action in std::mem::take(&mut actions) {
                 if let Action::Spawn { slot, .. } = action {
                     actions.extend(supervisor.step(Event::SpawnFailed { slot }, now));
-                } else if let Action::Note(Note::GivenUp { .. }) = action {
+                } else if let Action::Notice(Notice::GivenUp { .. }) = action {
                     return Some(now);
                 }
             }
@@ -581,12 +585,12 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
                     let _ = supervisor.step(Event::Ready { pid }, Now::ZERO);
                 }
                 if slot == 1 {
-                    let _ = supervisor.step(Event::Exited { pid, wish: Wish::Replace }, Now::ZERO);
+                    let _ = supervisor.step(Event::Exited { pid, after_exit: AfterExit::Replace }, Now::ZERO);
                 }
             }
         }
         let later = supervisor.step(Event::Tick, 100_000 * MS);
-        let gives_up = |action: &Action| matches!(action, Action::Note(Note::GivenUp { .. }));
+        let gives_up = |action: &Action| matches!(action, Action::Notice(Notice::GivenUp { .. }));
         assert!(!later.iter().any(gives_up), "{later:?}");
     }
 }

@@ -38,8 +38,8 @@ fn history(random: &mut fastrand::Rng, policy: Policy) -> (Supervisor, Now, Vec<
         event = match (random.u32(0..10), some) {
             (0..4, Some(one)) => Event::Ready { pid: Pid::from_raw(alive[one]) },
             (4..6, Some(one)) => {
-                let wish = random.choice([Wish::Replace, Wish::Renew]).unwrap_or(Wish::Replace);
-                Event::Exited { pid: Pid::from_raw(alive.swap_remove(one)), wish }
+                let after_exit = random.choice([AfterExit::Replace, AfterExit::Restart]).unwrap_or(AfterExit::Replace);
+                Event::Exited { pid: Pid::from_raw(alive.swap_remove(one)), after_exit }
             }
             (6, _) => {
                 let commands = [Command::Reload, Command::Add, Command::Remove, Command::Scale(3)];
@@ -74,7 +74,7 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
         let mut events = std::collections::VecDeque::from([Event::Command(Command::Reload)]);
         for place in roster.places.iter().filter(|place| place.phase == Phase::Killing) {
             alive.retain(|&pid| pid != place.pid);
-            events.push_back(Event::Exited { pid: Pid::from_raw(place.pid), wish: Wish::Replace });
+            events.push_back(Event::Exited { pid: Pid::from_raw(place.pid), after_exit: AfterExit::Replace });
         }
         while let Some(event) = events.pop_front() {
             let mut actions = std::collections::VecDeque::from(new.step(event, now));
@@ -91,9 +91,9 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
                     }
                     Action::Terminate { pid } | Action::Kill { pid } | Action::Abort { pid } => {
                         alive.retain(|&other| other != pid.as_raw());
-                        events.push_back(Event::Exited { pid, wish: Wish::Renew });
+                        events.push_back(Event::Exited { pid, after_exit: AfterExit::Restart });
                     }
-                    Action::Remind { .. } | Action::Note(_) | Action::Upgrade | Action::Sample => {}
+                    Action::Remind { .. } | Action::Notice(_) | Action::Upgrade | Action::Sample => {}
                     Action::Close { .. } | Action::Exit { .. } => panic!("seed {seed}: nobody asked for that"),
                 }
             }

@@ -9,24 +9,24 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::control::wire::Answer;
+use crate::control::wire::Reply;
 use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
 use crate::master::programs::ProgramState;
-use crate::master::spawn::{Child, Link, Nursery};
+use crate::master::spawn::{Child, Link, Spawner};
 use crate::master::supervisor::{Command, Event, Supervisor};
 use crate::master::{Master, policy};
 use crate::sys;
 use crate::upgrade::Takeover;
 use crate::upgrade::saved::{
-    FORMAT, Saved, SavedChild, SavedHelper, SavedLink, SavedListener, SavedOutput, SavedSegment,
+    FORMAT, Saved, SavedChild, SavedLink, SavedListener, SavedOutput, SavedSegment, SavedSidecar,
 };
 
 impl Master {
     /// All of it; `None` while everything is being stopped, when nobody takes over.
     pub(super) fn save(&self) -> Option<Saved> {
-        let nursery = &self.nursery;
-        let helpers = self.beside.living().into_iter().map(|one| SavedHelper {
+        let spawner = &self.spawner;
+        let sidecars = self.sidecars.living().into_iter().map(|one| SavedSidecar {
             name: one.name.to_owned(),
             pid: one.pid.as_raw(),
             output: one.output.as_raw_fd(),
@@ -36,17 +36,17 @@ impl Master {
             format: FORMAT,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: nix::unistd::getpid().as_raw(),
-            origin: self.origin.clone(),
-            listeners: save_listeners(nursery),
-            segment: SavedSegment { fd: nursery.segment.fd().as_raw_fd(), file: nursery.config.cache.file.clone() },
-            lifeline: nursery.lifeline(),
-            handover: Some((nursery.handover.sender().as_raw_fd(), nursery.handover.receiver().as_raw_fd())),
+            start_command: self.start_command.clone(),
+            listeners: save_listeners(spawner),
+            segment: SavedSegment { fd: spawner.segment.fd().as_raw_fd(), file: spawner.config.cache.file.clone() },
+            lifeline: spawner.lifeline(),
+            handover: Some((spawner.handover.sender().as_raw_fd(), spawner.handover.receiver().as_raw_fd())),
             roster: self.supervisor.save(self.now())?,
             children: self.children.iter().map(|(pid, child)| child.save(*pid)).collect(),
-            late: self.late.save(),
-            helpers: helpers.collect(),
-            jobs_looked_at_ms: self.beside.looked_at_ms(),
-            quarantine: self.sickbed.save(self.now()),
+            orphaned_outputs: self.orphaned_outputs.save(),
+            sidecars: sidecars.collect(),
+            jobs_looked_at_ms: self.sidecars.looked_at_ms(),
+            quarantine: self.faults.save(self.now()),
             control: self.control.as_ref().map(|control| control.save()),
             pid_file: self.pid_file.clone(),
             publish: self.relay.save_socket(),
@@ -61,17 +61,17 @@ impl Master {
         let now = self.now();
         self.adopt_children(&mut left);
         left.saved.roster.places.retain(|place| self.children.contains_key(&Pid::from_raw(place.pid)));
-        self.supervisor = Supervisor::restore(policy(&self.nursery.config), &left.saved.roster, now);
-        for saved in std::mem::take(&mut left.saved.late) {
+        self.supervisor = Supervisor::restore(policy(&self.spawner.config), &left.saved.roster, now);
+        for saved in std::mem::take(&mut left.saved.orphaned_outputs) {
             let pid = saved.pid;
             if let Some(output) = restore_output(saved, &mut left) {
-                let _ = self.late.adopt(output, Pid::from_raw(pid), now); // its obituary was written
+                let _ = self.orphaned_outputs.adopt(output, Pid::from_raw(pid), now); // its obituary was written
             }
         }
-        for SavedHelper { name, pid, output, partial } in std::mem::take(&mut left.saved.helpers) {
+        for SavedSidecar { name, pid, output, partial } in std::mem::take(&mut left.saved.sidecars) {
             let pid = Pid::from_raw(pid);
             if let (true, Some(output)) = (sys::is_child(pid), left.claim(output)) {
-                self.beside.adopt(&name, pid, LineReader::resume(output, partial));
+                self.sidecars.adopt(&name, pid, LineReader::resume(output, partial));
             } else {
                 log::error!("cannot go on with name={name} pid={pid}: it is not ours any more");
             }
@@ -85,9 +85,9 @@ impl Master {
             self.renew_guard();
         }
         if let Some(looked_at_ms) = left.saved.jobs_looked_at_ms {
-            self.beside.resume(looked_at_ms);
+            self.sidecars.resume(looked_at_ms);
         }
-        self.sickbed.restore(std::mem::take(&mut left.saved.quarantine), now);
+        self.faults.restore(std::mem::take(&mut left.saved.quarantine), now);
         let clients = left.saved.control.take().map(|saved| saved.clients).unwrap_or_default();
         let clients: Vec<_> = clients.into_iter().filter_map(|client| Some((left.claim(client.fd)?, client))).collect();
         if let Some(control) = &mut self.control {
@@ -97,7 +97,7 @@ impl Master {
         let text = format!("upgraded version={version} from={from} workers={}", self.children.len());
         log::info!("{text}");
         // Who waited for the upgrade waits for its reload.
-        self.tell_waiting(Waiting::Reload, &Answer::Progress { text });
+        self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
         drop(left);
         self.feed(Event::Command(Command::Reload));
         self.reap();
@@ -111,12 +111,12 @@ impl Master {
                 log::error!("worker pid={pid} is not ours any more");
             } else if let Some(child) = Child::restore(saved, left) {
                 if child.hung {
-                    self.sickbed.told_to_die(pid, now);
+                    self.faults.told_to_die(pid, now);
                 }
                 // Once one was seen to take connections, further ones must be: also by this build.
                 self.programs.seen |= child.program().is_some_and(|program| program.seen);
                 self.children.insert(pid, child);
-                self.recycling.born(pid, now);
+                self.recycling.spawned(pid, now);
             } else {
                 log::error!("worker pid={pid} cannot be heard any more: it is asked to leave");
                 let _ = kill(pid, Signal::SIGTERM);
@@ -125,13 +125,13 @@ impl Master {
     }
 }
 
-fn save_listeners(nursery: &Nursery) -> Vec<SavedListener> {
+fn save_listeners(spawner: &Spawner) -> Vec<SavedListener> {
     let save = |listener: &crate::net::listen::Listener| SavedListener {
         fd: listener.as_fd().as_raw_fd(),
         bind: listener.bind.to_string(),
         file: listener.file(),
     };
-    nursery.listeners.iter().map(save).collect()
+    spawner.listeners.iter().map(save).collect()
 }
 
 fn restore_output(saved: SavedOutput, left: &mut Takeover) -> Option<Output> {

@@ -29,19 +29,19 @@ use nix::unistd::{Pid, pipe2};
 
 use super::Master;
 use super::control::Waiting;
-use super::output::{LineReader, REST};
+use super::output::{LineReader, MAX_REST};
 use super::spawn::blocking;
-use crate::control::wire::Answer;
+use crate::control::wire::Reply;
 use crate::sys::{self, Ending};
-use crate::upgrade::origin::Identity;
 use crate::upgrade::saved::Saved;
+use crate::upgrade::start_command::Identity;
 use crate::upgrade::takeover::{CHECK, STATE};
 use crate::upgrade::{VARIABLES, password};
 
 /// Bytes of what the check says that are kept: the last ones.
 const LAST_WORDS: usize = 4096;
 /// How long a check that was asked to end may take for that.
-const LAST_STEPS: Duration = Duration::from_secs(2);
+const ABORT_STEPS: Duration = Duration::from_secs(2);
 
 /// How far an upgrade has come.
 #[derive(Default)]
@@ -71,14 +71,14 @@ impl Check {
     /// By TERM, and by KILL if that does not help.
     fn ask_to_end(&mut self, why: &'static str) {
         self.cut_short = Some(why);
-        self.deadline = Some(Instant::now() + LAST_STEPS);
+        self.deadline = Some(Instant::now() + ABORT_STEPS);
         let _ = killpg(self.pid, Signal::SIGTERM);
     }
 
     fn listen(&mut self) {
         let password = password();
         let (passed, last_words) = (&mut self.passed, &mut self.last_words);
-        self.open = self.output.read(REST, &mut |line, _| {
+        self.open = self.output.read(MAX_REST, &mut |line, _| {
             // Something may have been said before without a line's end.
             if line.ends_with(&password) {
                 *passed = true;
@@ -174,12 +174,12 @@ impl Master {
     pub(super) fn refuse_upgrade(&mut self, why: impl std::fmt::Display) {
         let text = format!("no upgrade, and nothing has changed: {why}");
         log::error!("{text}");
-        self.tell_waiting(Waiting::Upgrade, &Answer::failed(text));
+        self.reply_to_waiting(Waiting::Upgrade, &Reply::failed(text));
     }
 
     fn tell_of_upgrade(&mut self, text: String) {
         log::info!("{text}");
-        self.tell_waiting(Waiting::Upgrade, &Answer::Progress { text });
+        self.reply_to_waiting(Waiting::Upgrade, &Reply::Progress { text });
     }
 
     pub(super) fn begin_upgrade(&mut self) {
@@ -187,11 +187,11 @@ impl Master {
             log::warn!("an upgrade is under way already");
             return;
         }
-        let program = self.origin.program.display().to_string();
-        if !self.origin.folder.is_dir() {
-            let folder = self.origin.folder.display();
+        let program = self.start_command.program.display().to_string();
+        if !self.start_command.directory.is_dir() {
+            let directory = self.start_command.directory.display();
             let remedy = "make it again, or stop and start elsewhere";
-            return self.refuse_upgrade(format!("the folder of the first start is gone: {folder:?} ({remedy})"));
+            return self.refuse_upgrade(format!("the folder of the first start is gone: {directory:?} ({remedy})"));
         }
         match self.start_check() {
             Ok(check) => {
@@ -205,17 +205,17 @@ impl Master {
     }
 
     fn start_check(&self) -> io::Result<Check> {
-        let build = Identity::of(&self.origin.program)?;
+        let build = Identity::of(&self.start_command.program)?;
         let saved = self.save().ok_or(io::ErrorKind::Interrupted)?;
         let state = saved.write()?;
         let (output, said) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         let said = blocking(said)?;
-        let mut arguments = self.origin.arguments().into_iter();
-        let mut command = Command::new(&self.origin.program);
+        let mut arguments = self.start_command.arguments().into_iter();
+        let mut command = Command::new(&self.start_command.program);
         command
             .arg0(arguments.next().unwrap_or_default())
             .args(arguments)
-            .current_dir(&self.origin.folder)
+            .current_dir(&self.start_command.directory)
             .env(CHECK, "1")
             .env(STATE, state.as_raw_fd().to_string())
             .stdout(Stdio::from(said.try_clone()?))
@@ -229,7 +229,7 @@ impl Master {
             open: true,
             passed: false,
             last_words: String::new(),
-            deadline: Some(Instant::now() + self.nursery.config.upgrade.timeout),
+            deadline: Some(Instant::now() + self.spawner.config.upgrade.timeout),
             cut_short: None,
             build,
         })
@@ -238,13 +238,13 @@ impl Master {
     /// Becomes the new build, if it has passed.
     pub(super) fn finish_upgrade(&mut self) {
         let Upgrade::Passed(build) = &self.upgrade else { return };
-        let same = Identity::of(&self.origin.program).is_ok_and(|now| now == *build);
+        let same = Identity::of(&self.start_command.program).is_ok_and(|now| now == *build);
         self.upgrade = Upgrade::No;
         if !same {
             return self
                 .refuse_upgrade("the program's file was changed after its check (try again when it is complete)");
         }
-        self.tell_of_upgrade(format!("upgrade: becoming {}", self.origin.program.display()));
+        self.tell_of_upgrade(format!("upgrade: becoming {}", self.start_command.program.display()));
         let before = sys::block_signals();
         self.signals.hand_on();
         let why = match self.save() {
@@ -265,6 +265,12 @@ impl Master {
         let number = OsString::from(state.as_raw_fd().to_string());
         let environment: Vec<_> = variables.chain([(OsString::from(STATE), number)]).collect();
         let keep: Vec<RawFd> = saved.descriptors().into_iter().chain([state.as_raw_fd()]).collect();
-        sys::exec(&self.origin.program, &self.origin.arguments(), &environment, &self.origin.folder, &keep)
+        sys::exec(
+            &self.start_command.program,
+            &self.start_command.arguments(),
+            &environment,
+            &self.start_command.directory,
+            &keep,
+        )
     }
 }

@@ -222,8 +222,8 @@ mod tests {
 
     #[test]
     fn a_unix_socket_refuses_at_once_and_what_is_queued_is_served() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
         let listeners = [bind(&format!("http:unix:{}", path.display()))];
         let _waiting = UnixStream::connect(&path).unwrap();
         assert!(listeners[0].is_listening());

@@ -123,8 +123,8 @@ mod tests {
 
     #[test]
     fn a_socket_that_was_shut_down_listens_again_at_its_address() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
         let name = format!("forkyard-repair-{}", std::process::id());
         for bind in [
             format!("fastcgi:unix:{}", path.display()),

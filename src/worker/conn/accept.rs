@@ -1,7 +1,7 @@
 //! Accepting: connections from a listener that all workers share, and those that other workers pass on.
 //!
 //! A new connection wakes one worker of those that wait, and not all: the event loop's registration of the listener
-//! is exchanged for one with EPOLLEXCLUSIVE (see [`Doorbell`]). A worker leaves new connections to its siblings by taking
+//! is exchanged for one with EPOLLEXCLUSIVE (see [`ReadyListener`]). A worker leaves new connections to its siblings by taking
 //! itself off that list: when its blocking functions occupy all their threads and a sibling's do not; when it has more
 //! connections than a sibling, so that kept connections spread; and when its connections are at the limit. A worker
 //! whose event loop is busy does not wait, and so is not woken.
@@ -27,8 +27,8 @@ use super::socket::Socket;
 use super::throttle::Throttle;
 use crate::app::blocking;
 use crate::heir;
-use crate::heir::ledger::{Ledger, Tongue};
-use crate::net::handover::{Channel, PackedOrigin, Parcel};
+use crate::heir::journal::{Journal, WireProtocol};
+use crate::net::handover::{Channel, Handoff, PackedOrigin};
 use crate::net::listen::{self, Listener};
 use crate::sys;
 use crate::worker::lifecycle::watchdog::Watchdog;
@@ -48,7 +48,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// After so many pauses a listener that was shut down is no matter of a stop.
 const CLOSED_FOR: u32 = 20;
 /// The log hears of that so often.
-const TOLD_EVERY: Duration = Duration::from_secs(60);
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// After so many times that it was ready, and nobody was there, it is looked whether a listener listens still.
 const RUNG_FOR_NOTHING: u32 = 16;
 /// So many connections in a row that failed before they were accepted are passed over without a pause.
@@ -60,7 +60,7 @@ pub(crate) trait Serve {
     fn serve(&self, socket: Socket, arrival: Arrival) -> impl Future<Output = ()> + 'static;
 
     /// What is spoken on the connections of a listener.
-    fn tongue(&self, listener: u16) -> Tongue;
+    fn wire_protocol(&self, listener: u16) -> WireProtocol;
 }
 
 /// How a connection came.
@@ -131,8 +131,8 @@ impl Connections {
     }
 
     /// Whether a sibling would be the better one to take the next connection.
-    fn a_sibling_is_freer(&self) -> bool {
-        let (open, occupied) = (self.open.get(), blocking::are_all_occupied());
+    fn sibling_is_less_busy(&self) -> bool {
+        let (open, occupied) = (self.open.get(), blocking::pool_is_full());
         if open == 0 && !occupied {
             return false;
         }
@@ -172,13 +172,13 @@ impl Drop for Open {
 /// That is what [`sys::Exclusive`] is for. tokio does not notice a difference to its own registrations, except that the event
 /// comes again as long as somebody waits.
 #[derive(Debug)]
-struct Doorbell {
+struct ReadyListener {
     listener: sys::Exclusive,
     /// Connections come by messages.
     is_channel: bool,
 }
 
-impl Doorbell {
+impl ReadyListener {
     fn new(listener: OwnedFd, is_channel: bool) -> io::Result<Self> {
         let listener = sys::Exclusive::new(listener)?;
         if !listener.is_exclusive() {
@@ -201,7 +201,7 @@ impl Doorbell {
     }
 
     /// Whether somebody waits to be accepted.
-    fn is_ringing(&self) -> bool {
+    fn is_ready(&self) -> bool {
         let mut listener = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
         nix::poll::poll(&mut listener, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
@@ -210,10 +210,10 @@ impl Doorbell {
     async fn wait<T>(&self, take: impl Fn(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
         let mut rung_for_nothing = 0;
         loop {
-            let mut rung = self.listener.readable().await?;
+            let mut has_pending = self.listener.readable().await?;
             match take(self.listener.as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    rung.clear_ready();
+                    has_pending.clear_ready();
                     // A sibling may have been quicker. But a Unix socket that was shut down is ready for ever, and has nothing.
                     rung_for_nothing += 1;
                     let is_odd = rung_for_nothing % RUNG_FOR_NOTHING == 0;
@@ -223,7 +223,7 @@ impl Doorbell {
                 }
                 outcome => {
                     if self.listener.is_exclusive() {
-                        rung.clear_ready(); // it rings again if more wait
+                        has_pending.clear_ready(); // it rings again if more wait
                     }
                     return outcome;
                 }
@@ -235,23 +235,23 @@ impl Doorbell {
 /// Where connections come from, and how they get to this worker.
 #[derive(Debug)]
 pub(crate) struct Acceptor {
-    bell: Doorbell,
+    bell: ReadyListener,
     source: Source,
     connections: Rc<Connections>,
-    ledger: Ledger,
+    journal: Journal,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Source {
     Listener {
         index: u16,
-        tongue: Tongue,
+        wire_protocol: WireProtocol,
     },
     /// Other workers pass them on.
     Channel,
 }
 
-/// A connection that was taken, before it is entered in the ledger.
+/// A connection that was taken, before it is entered in the journal.
 struct Taken {
     socket: OwnedFd,
     arrival: Arrival,
@@ -267,14 +267,14 @@ impl Acceptor {
         index: u16,
         listener: &Listener,
         connections: &Rc<Connections>,
-        ledger: Ledger,
+        journal: Journal,
     ) -> io::Result<Self> {
-        let source = Source::Listener { index, tongue: heir::tongue_of(listener.protocol) };
+        let source = Source::Listener { index, wire_protocol: heir::wire_protocol_of(listener.protocol) };
         Ok(Self {
-            bell: Doorbell::new(listener.duplicate()?, false)?,
+            bell: ReadyListener::new(listener.duplicate()?, false)?,
             source,
             connections: Rc::clone(connections),
-            ledger,
+            journal,
         })
     }
 
@@ -282,20 +282,20 @@ impl Acceptor {
     ///
     /// # Errors
     /// As above.
-    pub(crate) fn of_channel(channel: &Channel, connections: &Rc<Connections>, ledger: Ledger) -> io::Result<Self> {
-        let bell = Doorbell::new(channel.receiver().try_clone_to_owned()?, true)?;
-        Ok(Self { bell, source: Source::Channel, connections: Rc::clone(connections), ledger })
+    pub(crate) fn of_channel(channel: &Channel, connections: &Rc<Connections>, journal: Journal) -> io::Result<Self> {
+        let bell = ReadyListener::new(channel.receiver().try_clone_to_owned()?, true)?;
+        Ok(Self { bell, source: Source::Channel, connections: Rc::clone(connections), journal })
     }
 
     fn take(&self, from: BorrowedFd<'_>) -> io::Result<Taken> {
         match self.source {
             Source::Listener { index, .. } => {
-                let (socket, peer) = self.ledger.accept(from)?;
+                let (socket, peer) = self.journal.accept(from)?;
                 let arrival = Arrival { listener: index, origin: PackedOrigin::of_peer(peer) };
                 Ok(Taken { socket, arrival, early: Vec::new() })
             }
             Source::Channel => {
-                let (socket, Parcel { listener, origin, early }) = self.ledger.take_over(from)?;
+                let (socket, Handoff { listener, origin, early }) = self.journal.take_over(from)?;
                 Ok(Taken { socket, arrival: Arrival { listener, origin }, early })
             }
         }
@@ -312,7 +312,7 @@ impl Acceptor {
                     biased;
                     taken = self.bell.wait(|from| self.take(from)) => taken,
                     // By a request of a connection that is here already: whose turn it is may be another matter now.
-                    () = blocking::all_became_occupied() => continue,
+                    () = blocking::pool_became_full() => continue,
                 },
                 Err(error) => Err(error),
             };
@@ -335,7 +335,7 @@ impl Acceptor {
                     // A master that stops closes its sockets a moment before it says so.
                     let is_closed = error.raw_os_error() == Some(libc::EINVAL);
                     closed_for = if is_closed { closed_for.saturating_add(1) } else { CLOSED_FOR };
-                    if closed_for >= CLOSED_FOR && told.is_none_or(|told| told.elapsed() > TOLD_EVERY) {
+                    if closed_for >= CLOSED_FOR && told.is_none_or(|told| told.elapsed() > LOG_INTERVAL) {
                         log::error!("accepting pauses until it can go on: {}{}", Explained(&error), self.name());
                         told = Some(Instant::now());
                     }
@@ -363,19 +363,19 @@ impl Acceptor {
         while connections.is_full() {
             self.bell.pause();
             let ended = tokio::time::timeout(LEFT_WHEN_FULL, connections.one_ended.notified()).await;
-            if ended.is_err() && self.bell.is_ringing() {
+            if ended.is_err() && self.bell.is_ready() {
                 connections.make_room("--max-connections");
             }
         }
-        while !patience.is_over(blocking::are_all_occupied()) && connections.a_sibling_is_freer() {
+        while !patience.is_over(blocking::pool_is_full()) && connections.sibling_is_less_busy() {
             self.bell.pause();
-            let occupied = blocking::are_all_occupied();
+            let occupied = blocking::pool_is_full();
             let left_for = if occupied { LEFT_TO_FREE } else { LEFT_TO_SIBLINGS };
             tokio::select! {
                 () = connections.one_ended.notified() => {}
                 () = blocking::one_is_free(), if occupied => {}
                 // While nobody waits, nobody has been left waiting.
-                () = sleep(left_for) => if !occupied || self.bell.is_ringing() { patience.end(occupied) },
+                () = sleep(left_for) => if !occupied || self.bell.is_ready() { patience.end(occupied) },
             }
         }
         self.bell.resume()
@@ -421,14 +421,14 @@ impl Acceptor {
 
     async fn start(&self, serve: &impl Serve, Taken { socket, arrival, early }: Taken) {
         let open = self.connections.open();
-        let tongue = match self.source {
-            Source::Listener { tongue, .. } => tongue,
-            Source::Channel => serve.tongue(arrival.listener),
+        let wire_protocol = match self.source {
+            Source::Listener { wire_protocol, .. } => wire_protocol,
+            Source::Channel => serve.wire_protocol(arrival.listener),
         };
-        let account = self.ledger.enter(socket.as_fd(), tongue, arrival.listener, arrival.origin);
-        let socket = Socket::new(socket, account, &early, &self.connections.watchdog);
+        let conn = self.journal.enter(socket.as_fd(), wire_protocol, arrival.listener, arrival.origin);
+        let socket = Socket::new(socket, conn, &early, &self.connections.watchdog);
         let mut serving = Box::pin(serve.serve(socket, arrival));
-        // What came with it is on the ledger's desk: it has to be looked at before anything else is read.
+        // What came with it is on the journal's intent record: it has to be looked at before anything else is read.
         if !early.is_empty() && poll_fn(|context| Poll::Ready(serving.as_mut().poll(context))).await.is_ready() {
             return drop(open);
         }

@@ -1,5 +1,5 @@
 //! One CGI call (RFC 3875): the request in the environment and on standard input, the response to standard output, and
-//! the end. There is no master and no fork. What the application prints goes to standard error (`cgi_call.rs`).
+//! the end. There is no master and no fork. What the application prints goes to standard error (`cgi_invocation.rs`).
 //!
 //! Standard input is read up to the length that was announced, and never to its end, which may not come. What the
 //! application leaves of it is read after the response: both may be one socket (Apache's mod_cgid), and a socket that is
@@ -23,7 +23,7 @@ use tokio::runtime::LocalOptions;
 use tokio::task::JoinHandle;
 use tower_service::Service;
 
-use super::closing::LINGER;
+use super::linger::LINGER;
 use super::reply::Reply;
 use crate::app::blocking;
 use crate::app::body::{Body, pipe};

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tokio::task::JoinHandle;
 
 use super::accept::{Acceptor, Connections, Serve};
-use crate::heir::Kept;
+use crate::heir::RetainedFds;
 use crate::net::listen::Listener;
 use crate::worker::lifecycle::drain::Drain;
 
@@ -20,7 +20,7 @@ pub(crate) type Accepting = (JoinHandle<()>, Rc<Acceptor>);
 pub(crate) struct Entry<'a> {
     pub(crate) accepting: Vec<Accepting>,
     pub(crate) listeners: Arc<[Listener]>,
-    pub(crate) kept: &'a Kept,
+    pub(crate) retained: &'a RetainedFds,
     /// The master is dead, and with it the server.
     pub(crate) is_orphan: bool,
 }
@@ -53,7 +53,7 @@ impl Entry<'_> {
                 self.own().for_each(Listener::refuse);
             }
             self.accepting.retain(|(_, acceptor)| !acceptor.is_of_listener());
-            self.kept.give_up(&self.listeners);
+            self.retained.give_up(&self.listeners);
         }
         is_dry
     }

@@ -24,19 +24,19 @@ use http_body::Body as HttpBody;
 use tower_service::Service;
 
 use self::exchange::{Exchange, Work};
-use super::closing;
+use super::linger;
 use super::outbox::Outbox;
 use super::socket::Socket;
 use crate::app::body::{Body, FilterData, pipe};
 use crate::config::address::Protocol;
-use crate::heir::ledger::Entry;
-use crate::protocol::cgi::{self, Origin};
+use crate::heir::journal::Entry;
+use crate::protocol::cgi::{self, ClientInfo};
 use crate::protocol::fastcgi::{self, Decoder, Event, Fault, RequestId};
 use crate::protocol::params::Params;
 use crate::protocol::role::Role;
-use crate::request::pulse::Pulse;
+use crate::request::activity::Activity;
 use crate::worker::lifecycle::drain::{Asked, Drain};
-use crate::worker::service::serve::{Answer, Application, BoxError};
+use crate::worker::service::serve::{Application, BoxError, ResponseFuture};
 
 /// Output that may wait on a connection before its responses do.
 pub(crate) const OUTBOX_LIMIT: usize = 64 << 10;
@@ -52,7 +52,7 @@ where
     B::Error: Into<BoxError>,
 {
     let limits = application.limits;
-    socket.pulse().set_knows_heads();
+    socket.activity().set_knows_heads();
     let mut connection = Connection {
         socket,
         from,
@@ -128,7 +128,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     last_chance_over: bool,
     /// A sibling is there to go on.
     moving: bool,
-    /// Requests of which a part has come, in the ledger.
+    /// Requests of which a part has come, in the journal.
     assembled: Vec<(RequestId, Entry)>,
     /// The last request was answered before all of it had come.
     unread: bool,
@@ -149,7 +149,7 @@ where
         loop {
             self.poll_exchanges(context);
             let held_back = self.outbox.len() >= OUTBOX_LIMIT;
-            self.socket.account().queue(self.outbox.len());
+            self.socket.conn().queue(self.outbox.len());
             if let Poll::Ready(Err(error)) = self.outbox.poll_write(Pin::new(&mut self.socket), context) {
                 return Poll::Ready(Err(error));
             }
@@ -197,16 +197,16 @@ where
         if self.exchanges.len() > 1 {
             self.exchanges.rotate_left(1); // the one that filled the outbox is the last to go on
         }
-        let (account, pulse) = (*self.socket.account(), self.socket.pulse());
+        let (conn, activity) = (*self.socket.conn(), self.socket.activity());
         for exchange in &mut self.exchanges {
             let waiting = self.outbox.len();
-            let outcome = exchange.poll(context, pulse, &mut self.outbox, &mut self.head);
+            let outcome = exchange.poll(context, activity, &mut self.outbox, &mut self.head);
             if !exchange.has_begun && self.outbox.len() > waiting {
                 exchange.has_begun = true;
-                account.response_from(exchange.entry, account.output(waiting));
+                conn.response_from(exchange.entry, conn.output(waiting));
             }
             if matches!(*exchange.work, Work::Ended) {
-                account.response_to(exchange.entry, account.output(self.outbox.len()));
+                conn.response_to(exchange.entry, conn.output(self.outbox.len()));
             }
             if outcome.is_err() {
                 exchange.work.set(Work::BrokenOff);
@@ -224,14 +224,14 @@ where
             self.closing |= !ended.keep_connection;
             self.last_chance_over |= self.draining;
             self.spare = Some(ended.work);
-            self.socket.pulse().request_over();
+            self.socket.activity().request_over();
         }
         let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
         if !self.exchanges.is_empty() && self.exchanges.iter().all(broken_off) {
             // What else was in flight has had its time.
             for exchange in self.exchanges.drain(..) {
                 self.unread |= !self.decoder.finish(exchange.id);
-                self.socket.pulse().request_over();
+                self.socket.activity().request_over();
             }
             fastcgi::break_off(self.outbox.tail());
             self.broken = true;
@@ -256,7 +256,7 @@ where
         match self.socket.poll_bytes(context) {
             Poll::Pending => {
                 let is_idle = self.input.is_empty() && self.decoder.is_idle();
-                self.socket.pulse().set_head_begun(!is_idle);
+                self.socket.activity().set_head_begun(!is_idle);
                 self.enter_assembled();
                 // Who knows for how long: the block that this is a part of is not kept for it.
                 self.decoder.unshare();
@@ -310,7 +310,7 @@ where
             })?;
             let Some(event) = event else {
                 if self.input.is_empty() && self.decoder.is_between_records() {
-                    self.socket.account().clean();
+                    self.socket.conn().clean();
                 }
                 return Ok(any);
             };
@@ -324,30 +324,30 @@ where
         }
     }
 
-    /// Has the ledger know of requests that have come in part: the bytes of them are with us alone.
+    /// Has the journal know of requests that have come in part: the bytes of them are with us alone.
     fn enter_assembled(&mut self) {
-        let account = *self.socket.account();
+        let conn = *self.socket.conn();
         let (decoder, outbox) = (&self.decoder, &self.outbox);
         self.assembled.retain(|&(known, entry)| {
             let goes_on = decoder.assembled().any(|(id, _)| id == known);
             if !goes_on {
-                account.response_to(entry, account.output(outbox.len())); // it was aborted
+                conn.response_to(entry, conn.output(outbox.len())); // it was aborted
             }
             goes_on
         });
         for (id, keep_connection) in self.decoder.assembled() {
             if !self.assembled.iter().any(|&(known, _)| known == id) {
-                self.assembled.push((id, account.begin(id, false, !keep_connection)));
+                self.assembled.push((id, conn.begin(id, false, !keep_connection)));
             }
         }
     }
 
-    /// Has the ledger know of a request, before anybody else does.
+    /// Has the journal know of a request, before anybody else does.
     fn enter(&mut self, id: RequestId, keep_connection: bool, is_head: bool) -> Entry {
         if let Some(index) = self.assembled.iter().position(|&(known, _)| known == id) {
             return self.assembled.swap_remove(index).1;
         }
-        self.socket.account().begin(id, is_head, !keep_connection)
+        self.socket.conn().begin(id, is_head, !keep_connection)
     }
 
     fn take(&mut self, event: Event) -> io::Result<()> {
@@ -407,8 +407,8 @@ where
 
     fn begin(&mut self, id: RequestId, keep_connection: bool, role: Role, params: Params) {
         let max_body = self.application.limits.max_body;
-        let pulse = self.socket.pulse();
-        pulse.request_came();
+        let activity = self.socket.activity();
+        activity.request_came();
         let mut stdin = None;
         let made = cgi::request(params, |length| {
             // An authorizer has no body (6.3), even if a server says so.
@@ -420,7 +420,7 @@ where
             }
             let (writer, reader) = pipe::pipe();
             stdin = Some(writer);
-            Body::stdin(reader, length, max_body).with_pulse(pulse)
+            Body::stdin(reader, length, max_body).with_activity(activity)
         });
         let mut request = match made {
             Ok(request) => request,
@@ -428,10 +428,10 @@ where
                 return self.refuse(id, keep_connection, error.status(), error.to_string());
             }
         };
-        let data = give_role(&mut request, role, self.socket.pulse());
+        let data = give_role(&mut request, role, self.socket.activity());
         let is_head = request.method() == Method::HEAD;
         let entry = self.enter(id, keep_connection, is_head);
-        self.socket.pulse().tell_waited(&mut request);
+        self.socket.activity().tell_waited(&mut request);
         let answer = self.application.answer(Protocol::FastCgi, request);
         self.start(id, entry, keep_connection, answer);
         if let Some(exchange) = self.exchanges.last_mut() {
@@ -440,13 +440,13 @@ where
     }
 
     fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode, why: impl Into<String>) {
-        self.socket.pulse().request_came();
+        self.socket.activity().request_came();
         let entry = self.enter(id, keep_connection, false);
         let answer = self.application.refuse(Protocol::FastCgi, status, self.from, why);
         self.start(id, entry, keep_connection, answer);
     }
 
-    fn start(&mut self, id: RequestId, entry: Entry, keep_connection: bool, answer: Answer<S, B>) {
+    fn start(&mut self, id: RequestId, entry: Entry, keep_connection: bool, answer: ResponseFuture<S, B>) {
         let mut work = self.spare.take().unwrap_or_else(|| Box::pin(Work::Ended));
         work.set(Work::Answering { answer });
         let (has_begun, is_head, stdin, data, app_status) = (false, false, None, None, 0);
@@ -457,13 +457,13 @@ where
     /// a socket with bytes unread in it would destroy what we wrote on its way.
     async fn close(self) {
         if self.unread {
-            closing::linger(self.socket).await;
+            linger::linger(self.socket).await;
         }
     }
 }
 
 /// Tells the application what it is asked for, unless that is the usual. Returns where a filter's file goes.
-fn give_role(request: &mut Request<Body>, role: Role, pulse: &Arc<Pulse>) -> Option<pipe::Writer> {
+fn give_role(request: &mut Request<Body>, role: Role, activity: &Arc<Activity>) -> Option<pipe::Writer> {
     if role == Role::Responder {
         return None;
     }
@@ -471,9 +471,9 @@ fn give_role(request: &mut Request<Body>, role: Role, pulse: &Arc<Pulse>) -> Opt
     if role != Role::Filter {
         return None;
     }
-    let length = request.extensions().get::<Origin>().and_then(|origin| origin.params.get("FCGI_DATA_LENGTH"));
+    let length = request.extensions().get::<ClientInfo>().and_then(|origin| origin.params.get("FCGI_DATA_LENGTH"));
     let length = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
     let (writer, reader) = pipe::pipe();
-    request.extensions_mut().insert(FilterData::new(Body::stdin(reader, length, u64::MAX).with_pulse(pulse)));
+    request.extensions_mut().insert(FilterData::new(Body::stdin(reader, length, u64::MAX).with_activity(activity)));
     Some(writer)
 }

@@ -2,7 +2,7 @@
 //! lets pass and no application should see, and joins them to the application and to the drain.
 //!
 //! A request comes to the application in one form, whatever the version: its URI is a path, its host is in `Host`,
-//! and how it came is in [`Origin`].
+//! and how it came is in [`ClientInfo`].
 
 mod request;
 mod requests;
@@ -36,15 +36,15 @@ use self::request::settle;
 use self::requests::{Requests, UnderWay};
 use self::rest::Rest;
 use self::upgrade::{Ends, Offer};
-use super::closing::linger;
-use super::opening;
+use super::linger::linger;
+use super::preface;
 use super::socket::Socket;
 use crate::app::body::{Body, BodyError};
 use crate::config::Limits;
 use crate::config::address::Protocol;
-use crate::heir::ledger::Tongue;
-use crate::protocol::cgi::Origin;
-use crate::request::pulse::{Stage, Wait};
+use crate::heir::journal::WireProtocol;
+use crate::protocol::cgi::ClientInfo;
+use crate::request::activity::{Stage, Wait};
 use crate::worker::lifecycle::drain::{Asked, Drain};
 use crate::worker::service::serve::{Application, BoxError, Served, Switch};
 
@@ -64,7 +64,7 @@ const TLS_ON_PLAIN_PORT: &str = "a TLS handshake on a port that speaks plain HTT
 const ROOM_FOR_HEADERS: usize = 100;
 
 /// Serves one connection to its end.
-pub(crate) async fn serve<S, B>(mut socket: Socket, origin: Origin, application: Rc<Application<S>>, drain: Drain)
+pub(crate) async fn serve<S, B>(mut socket: Socket, origin: ClientInfo, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
@@ -75,7 +75,7 @@ where
     let from = origin.address;
     let is_http2 = tokio::select! {
         biased;
-        read = opening::speaks_http2(&mut socket) => read,
+        read = preface::speaks_http2(&mut socket) => read,
         () = drain.wait_to_move() => return drain.hand_over(socket, &[]).await,
     };
     let is_http2 = match is_http2 {
@@ -86,14 +86,14 @@ where
         Err(error) => return log::debug!("an HTTP connection ended: {error}"),
     };
     let begins_as_tls = socket.early().starts_with(TLS_HANDSHAKE);
-    let (pulse, account) = (Arc::clone(socket.pulse()), *socket.account());
+    let (activity, conn) = (Arc::clone(socket.activity()), *socket.conn());
     if is_http2 {
-        pulse.set_knows_heads();
-        pulse.set_says_goodbye();
-        account.set_tongue(Tongue::Http2);
+        activity.set_knows_heads();
+        activity.set_says_goodbye();
+        conn.set_wire_protocol(WireProtocol::Http2);
     }
     let socket = TokioIo::new(socket);
-    let requests = Rc::new(Requests::new(limits.max_requests_per_connection, pulse, account));
+    let requests = Rc::new(Requests::new(limits.max_requests_per_connection, activity, conn));
     let ends = Ends { drain: drain.clone(), idle: limits.timeouts.upgraded };
     let connection =
         Connection { application: Rc::clone(&application), origin, requests: Rc::clone(&requests), ends: ends.clone() };
@@ -120,7 +120,7 @@ where
             let Parts { io, read_buf, .. } = connection.into_parts();
             return taken.carry(io.into_inner(), read_buf, &ends).await;
         }
-        if ended.as_ref().is_err_and(is_timeout) && requests.pulse().stage() == Stage::Head {
+        if ended.as_ref().is_err_and(is_timeout) && requests.activity().stage() == Stage::Head {
             return time_out(connection.into_parts().io.into_inner(), &application, from).await;
         }
         if requests.left_unread() || ended.as_ref().is_err_and(|error| refused(error).is_some()) {
@@ -142,7 +142,7 @@ where
 
 /// Passes a connection on with what hyper has taken in: whole requests, for the rest of a body must not become one.
 async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
-    if usize::try_from(socket.account().unfinished()) == Ok(taken_in.len() + socket.early().len()) {
+    if usize::try_from(socket.conn().unfinished()) == Ok(taken_in.len() + socket.early().len()) {
         return drain.hand_over(socket, taken_in).await;
     }
     linger(socket).await;
@@ -281,7 +281,7 @@ where
         ended = &mut connection => return ended,
         () = drained => {}
         () = requests.last_begun(), if requests.are_limited() => {}
-        () = requests.pulse().goodbye() => {}
+        () = requests.activity().goodbye() => {}
     }
     // Or hyper would add `close` to the options of a response that switches protocols. When there was one, the connection ends.
     tokio::select! {
@@ -290,7 +290,7 @@ where
         () = requests.no_upgrade_offered() => {}
     }
     shut_down(&mut connection);
-    requests.pulse().set_said_goodbye();
+    requests.activity().set_said_goodbye();
     connection.await
 }
 
@@ -307,7 +307,7 @@ impl<F: Future<Output: 'static> + 'static> hyper::rt::Executor<F> for LocalTasks
 /// What the requests of a connection have in common.
 struct Connection<S> {
     application: Rc<Application<S>>,
-    origin: Origin,
+    origin: ClientInfo,
     requests: Rc<Requests>,
     ends: Ends,
 }
@@ -329,7 +329,7 @@ where
             let max_body = self.application.limits.max_body;
             let (head, incoming) = request.into_parts();
             let (body, rest) = Body::http(incoming, max_body);
-            let body = if rest.is_some() { body.with_pulse(self.requests.pulse()) } else { body };
+            let body = if rest.is_some() { body.with_activity(self.requests.activity()) } else { body };
             let mut rest = rest.map(|rest| Rest::new(rest, head.headers.contains_key(header::EXPECT)));
             let mut request = Request::from_parts(head, body);
             let is_http2 = request.version() == Version::HTTP_2;
@@ -339,7 +339,7 @@ where
             let answer = match settle(&mut request) {
                 Ok(()) => {
                     request.extensions_mut().insert(self.origin.clone());
-                    self.requests.pulse().tell_waited(&mut request);
+                    self.requests.activity().tell_waited(&mut request);
                     self.application.answer(Protocol::Http, request).offering(switch)
                 }
                 Err(refusal) => {
@@ -379,9 +379,9 @@ where
                 set_connection(response.headers_mut(), under_way.is_last);
             }
             under_way.enter_response(&response);
-            response.body_mut().tell(self.requests.pulse());
+            response.body_mut().tell(self.requests.activity());
             let room = is_http2.then(|| {
-                let mut room = Wait::for_room(self.requests.pulse());
+                let mut room = Wait::for_room(self.requests.activity());
                 room.set(true);
                 room
             });
@@ -398,7 +398,7 @@ where
             let switch = offer.switch;
             let taken = offer.take(serving, under_way);
             if switch == Switch::Connect {
-                tokio::task::spawn_local(taken.carry_stream(Arc::clone(self.requests.pulse()), self.ends.clone()));
+                tokio::task::spawn_local(taken.carry_stream(Arc::clone(self.requests.activity()), self.ends.clone()));
             } else {
                 self.requests.take(taken);
             }

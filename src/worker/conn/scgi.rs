@@ -25,19 +25,19 @@ use nix::sys::socket::{MsgFlags, recv};
 use tokio_util::io::poll_read_buf;
 use tower_service::Service;
 
-use super::closing;
 use super::fastcgi::OUTBOX_LIMIT;
+use super::linger;
 use super::outbox::Outbox;
 use super::reply::Reply;
 use super::socket::Socket;
 use crate::app::body::{Body, pipe};
 use crate::config::address::Protocol;
-use crate::heir::ledger::Entry;
+use crate::heir::journal::Entry;
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
 use crate::protocol::scgi::{Decoder, Error, Event};
 use crate::worker::lifecycle::drain::Drain;
-use crate::worker::service::serve::{Answer, Application, BoxError};
+use crate::worker::service::serve::{Application, BoxError, ResponseFuture};
 
 /// A read takes at least, and at most, so much.
 const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
@@ -95,7 +95,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     /// The request's body, while it lasts.
     stdin: Option<pipe::Writer>,
     state: State<S, B>,
-    /// The request in the ledger, as soon as something of it has come.
+    /// The request in the journal, as soon as something of it has come.
     entry: Option<Entry>,
     application: Rc<Application<S>>,
 }
@@ -115,7 +115,7 @@ enum State<S: Service<Request<Body>>, B> {
     /// The request has not come yet.
     Reading,
     Answering {
-        answer: Pin<Box<Answer<S, B>>>,
+        answer: Pin<Box<ResponseFuture<S, B>>>,
         is_head: bool,
     },
     Sending(Reply<B>),
@@ -150,17 +150,17 @@ where
         }
     }
 
-    /// Has the ledger know of what has been added to the output, of which `waiting` bytes were there before.
+    /// Has the journal know of what has been added to the output, of which `waiting` bytes were there before.
     fn enter_response(&self, waiting: usize) {
         let Some(entry) = self.entry else { return };
-        let (account, now) = (self.socket.account(), self.outbox.len());
-        if now > waiting && !account.has_begun(entry) {
-            account.response_from(entry, account.output(waiting));
+        let (conn, now) = (self.socket.conn(), self.outbox.len());
+        if now > waiting && !conn.has_begun(entry) {
+            conn.response_from(entry, conn.output(waiting));
         }
         if matches!(self.state, State::Answered) {
-            account.response_to(entry, account.output(now));
+            conn.response_to(entry, conn.output(now));
         }
-        account.queue(now);
+        conn.queue(now);
     }
 
     fn is_untouched(&self) -> bool {
@@ -173,7 +173,7 @@ where
             match &mut self.state {
                 State::Answering { answer, is_head } => {
                     let Poll::Ready(mut response) = answer.as_mut().poll(context) else { return Ok(()) };
-                    response.body_mut().tell(self.socket.pulse());
+                    response.body_mut().tell(self.socket.activity());
                     self.state = State::Sending(Reply::begin(response, *is_head, self.outbox.tail()));
                 }
                 State::Sending(reply) => match reply.poll_piece(context) {
@@ -264,7 +264,7 @@ where
 
     fn stream_ended(&mut self) -> io::Result<()> {
         if matches!(self.state, State::Reading) {
-            if self.socket.pulse().has_expired() && !self.is_untouched() {
+            if self.socket.activity().has_expired() && !self.is_untouched() {
                 let why = "a head that did not come within --header-timeout";
                 self.application.turned_away(Protocol::Scgi, StatusCode::REQUEST_TIMEOUT, self.from, why);
             }
@@ -274,7 +274,7 @@ where
         // Dropping the body unfinished cuts it. An end that `--body-timeout` has made is not the peer's.
         if let Some(stdin) = self.stdin.take()
             && self.decoder.ends_with_the_stream()
-            && !self.socket.pulse().has_expired()
+            && !self.socket.activity().has_expired()
         {
             stdin.finish();
         }
@@ -316,21 +316,21 @@ where
 
     fn enter(&mut self, is_head: bool) {
         if self.entry.is_none() {
-            self.entry = Some(self.socket.account().begin(1, is_head, true));
+            self.entry = Some(self.socket.conn().begin(1, is_head, true));
         }
     }
 
     fn begin(&mut self, params: Params, length: Option<u64>) {
         let max_body = self.application.limits.max_body;
-        let pulse = self.socket.pulse();
-        pulse.request_came();
+        let activity = self.socket.activity();
+        activity.request_came();
         let made = cgi::request(params, |_| {
             if length == Some(0) {
                 return Body::empty();
             }
             let (writer, reader) = pipe::pipe();
             self.stdin = Some(writer);
-            Body::stdin(reader, length, max_body).with_pulse(pulse)
+            Body::stdin(reader, length, max_body).with_activity(activity)
         });
         let mut request = match made {
             Ok(request) => request,
@@ -341,14 +341,14 @@ where
         };
         let is_head = request.method() == Method::HEAD;
         self.enter(is_head);
-        self.socket.pulse().tell_waited(&mut request);
+        self.socket.activity().tell_waited(&mut request);
         let answer = Box::pin(self.application.answer(Protocol::Scgi, request));
         self.state = State::Answering { answer, is_head };
     }
 
     fn refuse(&mut self, status: StatusCode, why: impl Into<String>) {
         self.enter(false);
-        self.socket.pulse().request_came();
+        self.socket.activity().request_came();
         let answer = Box::pin(self.application.refuse(Protocol::Scgi, status, self.from, why));
         self.state = State::Answering { answer, is_head: false };
     }
@@ -360,7 +360,7 @@ where
             Rest::LastByte => {
                 let _ = self.socket.fd().map(|fd| recv(fd.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT));
             }
-            Rest::Coming => closing::linger(self.socket).await,
+            Rest::Coming => linger::linger(self.socket).await,
             Rest::Nothing => {}
         }
     }

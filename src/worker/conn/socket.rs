@@ -19,11 +19,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
-use crate::heir::ledger::{Account, LANDING};
+use crate::heir::journal::{ConnHandle, READ_BUFFER};
+use crate::request::activity::Activity;
 use crate::request::buffered;
-use crate::request::pulse::Pulse;
 use crate::sys;
-use crate::worker::later;
+use crate::worker::defer;
 use crate::worker::lifecycle::watchdog::Watchdog;
 
 /// A connection's socket.
@@ -32,8 +32,8 @@ pub(crate) struct Socket {
     /// What was read too early, and will be read again.
     early: BytesMut,
     link: Link,
-    account: Account,
-    pulse: Arc<Pulse>,
+    conn: ConnHandle,
+    activity: Arc<Activity>,
     watchdog: Rc<Watchdog>,
     /// How long the first bytes waited is to be found out.
     asks_wait: Cell<bool>,
@@ -78,17 +78,17 @@ enum Look {
     /// Perhaps.
     Now,
     /// All was read that had come.
-    Later,
+    Deferred,
     /// As above, and everything that can go on without has done so.
     Last,
 }
 
 impl Socket {
-    /// `accepted` is a connection, does not block, and has been entered in the ledger. `early` was read of it before.
-    pub(crate) fn new(accepted: OwnedFd, account: Account, early: &[u8], watchdog: &Rc<Watchdog>) -> Self {
+    /// `accepted` is a connection, does not block, and has been entered in the journal. `early` was read of it before.
+    pub(crate) fn new(accepted: OwnedFd, conn: ConnHandle, early: &[u8], watchdog: &Rc<Watchdog>) -> Self {
         let (link, early) = (Link::Fresh(accepted, Look::Now), BytesMut::from(early));
         let asks_wait = Cell::new(false);
-        Self { early, link, account, pulse: Arc::default(), watchdog: Rc::clone(watchdog), asks_wait }
+        Self { early, link, conn, activity: Arc::default(), watchdog: Rc::clone(watchdog), asks_wait }
     }
 
     /// Has the first request know how long it has waited in the kernel, if this is TCP. Nothing was read yet.
@@ -96,13 +96,13 @@ impl Socket {
         self.asks_wait.set(true);
     }
 
-    /// Its page in the ledger.
-    pub(crate) fn account(&self) -> &Account {
-        &self.account
+    /// Its page in the journal.
+    pub(crate) fn conn(&self) -> &ConnHandle {
+        &self.conn
     }
 
-    pub(crate) fn pulse(&self) -> &Arc<Pulse> {
-        &self.pulse
+    pub(crate) fn activity(&self) -> &Arc<Activity> {
+        &self.activity
     }
 
     /// What was read and will be read again.
@@ -155,7 +155,7 @@ impl Socket {
             registered => registered,
         };
         if let Some(fd) = self.fd() {
-            self.watchdog.watch(fd, &self.pulse);
+            self.watchdog.watch(fd, &self.activity);
         }
         Ok(())
     }
@@ -167,7 +167,7 @@ impl Socket {
             && *look != Look::Last
         {
             *look = Look::Last;
-            later::wake_later(context.waker().clone());
+            defer::wake_later(context.waker().clone());
             return Poll::Pending;
         }
         Poll::Ready(self.register())
@@ -199,17 +199,17 @@ impl Socket {
 
     /// `count` bytes came, or none at the end.
     fn came(&self, count: usize) -> io::Result<()> {
-        if count == 0 && self.pulse.has_expired() {
+        if count == 0 && self.activity.has_expired() {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        self.pulse.add_read(count);
+        self.activity.add_read(count);
         if count > 0 && buffered::is_full() {
             self.watchdog.shed();
         }
         if self.asks_wait.take()
             && let Some(Ok(waited)) = self.fd().map(sys::since_last_received)
         {
-            self.pulse.set_waited(waited);
+            self.activity.set_waited(waited);
         }
         Ok(())
     }
@@ -218,7 +218,7 @@ impl Socket {
         let Link::Registered(fd) = &self.link else { return Poll::Ready(Err(io::ErrorKind::NotConnected.into())) };
         loop {
             let mut writable = ready!(fd.poll_write_ready(context))?;
-            match self.account.write(fd.get_ref().as_fd(), slices) {
+            match self.conn.write(fd.get_ref().as_fd(), slices) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => writable.clear_ready(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 outcome => return Poll::Ready(outcome),
@@ -228,17 +228,17 @@ impl Socket {
 
     fn went(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(count)) = &outcome {
-            self.pulse.add_written(*count);
+            self.activity.add_written(*count);
         }
-        self.pulse.set_writing(outcome.is_pending());
+        self.activity.set_writing(outcome.is_pending());
         outcome
     }
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        self.pulse.close();
-        self.account.close(std::mem::replace(&mut self.link, Link::Broken));
+        self.activity.close();
+        self.conn.close(std::mem::replace(&mut self.link, Link::Broken));
     }
 }
 
@@ -270,20 +270,20 @@ impl AsyncRead for Socket {
         let socket = &mut *self;
         if let Link::Fresh(fd, look @ Look::Now) = &mut socket.link {
             let room = buffer.remaining().min(FIRST);
-            if let Some(read) = at_once(|| socket.account.read(fd.as_fd(), buffer, room)) {
+            if let Some(read) = at_once(|| socket.conn.read(fd.as_fd(), buffer, room)) {
                 let count = read?;
                 if count < room {
-                    *look = Look::Later;
+                    *look = Look::Deferred;
                 }
                 return Poll::Ready(socket.came(count));
             }
         }
         ready!(socket.poll_register(context))?;
         let Link::Registered(fd) = &socket.link else { return Poll::Ready(Err(io::ErrorKind::NotConnected.into())) };
-        let room = buffer.remaining().min(LANDING);
+        let room = buffer.remaining().min(READ_BUFFER);
         loop {
             let mut readable = ready!(fd.poll_read_ready(context))?;
-            match socket.account.read(fd.get_ref().as_fd(), buffer, room) {
+            match socket.conn.read(fd.get_ref().as_fd(), buffer, room) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => readable.clear_ready(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Poll::Ready(Err(error)),
@@ -311,7 +311,7 @@ impl AsyncWrite for Socket {
     ) -> Poll<io::Result<usize>> {
         let socket = &mut *self;
         if let Link::Fresh(fd, _) = &socket.link {
-            match at_once(|| socket.account.write(fd.as_fd(), slices)) {
+            match at_once(|| socket.conn.write(fd.as_fd(), slices)) {
                 Some(written) => return Poll::Ready(written),
                 None => socket.register()?,
             }
@@ -326,7 +326,7 @@ impl AsyncWrite for Socket {
 
     /// Nothing is buffered here.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.account.flushed();
+        self.conn.flushed();
         Poll::Ready(Ok(()))
     }
 

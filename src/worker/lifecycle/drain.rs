@@ -15,7 +15,7 @@ use forkyard_shm::Scoreboard;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::heir::ledger::LANDING;
+use crate::heir::journal::READ_BUFFER;
 use crate::net::handover::{self, Channel};
 use crate::worker::conn::socket::Socket;
 
@@ -152,8 +152,8 @@ impl Drain {
     /// closed.
     pub(crate) async fn hand_over(&self, socket: Socket, early: &[u8]) {
         let early = [early, socket.early()].concat();
-        while self.has_sibling() && early.len() <= LANDING {
-            match socket.account().pass_on(self.0.channel.sender(), &early) {
+        while self.has_sibling() && early.len() <= READ_BUFFER {
+            match socket.conn().hand_off(self.0.channel.sender(), &early) {
                 Ok(()) => {
                     self.0.passed_on.set(self.0.passed_on.get() + 1);
                     // Those that had not begun to leave before the message was there will find it; if none is left, it is

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use forkyard_shm::Scoreboard;
 
-use crate::diagnostics::{at_work, modules, sample};
+use crate::diagnostics::{code_address, current_request, stack_sampler};
 
 /// How often it looks.
 const PERIOD: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
@@ -18,7 +18,7 @@ const NAMED: usize = 24;
 
 /// Looks for requests older than `age` until the worker's thread ends.
 pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, slot: u32, age: Duration) {
-    if let Err(error) = sample::install() {
+    if let Err(error) = stack_sampler::install() {
         log::error!("slow requests are logged without a backtrace: {error} (--slow-request)");
     }
     let period = (age / 4).clamp(PERIOD.0, PERIOD.1);
@@ -43,8 +43,8 @@ pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, 
 /// For the log.
 fn backtrace_of(cell: usize) -> String {
     // It waits, for a thread or for what its future waits for.
-    let Some(thread) = at_work::thread_of(cell) else { return "thread=none".to_owned() };
-    let mut names = modules::names_of(sample::of(thread).into_iter());
+    let Some(thread) = current_request::thread_of(cell) else { return "thread=none".to_owned() };
+    let mut names = code_address::names_of(stack_sampler::of(thread).into_iter());
     names.truncate(NAMED);
     format!("thread={thread} at={:?}", names.join(" < "))
 }

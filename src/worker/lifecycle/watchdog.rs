@@ -15,8 +15,8 @@ use tokio::sync::Notify;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::config::Timeouts;
+use crate::request::activity::{Activity, Stage};
 use crate::request::buffered;
-use crate::request::pulse::{Pulse, Stage};
 use crate::worker::conn::reclaim::{self, Holder, Idle};
 use crate::worker::conn::socket::shut;
 use crate::worker::conn::throttle::Throttle;
@@ -46,7 +46,7 @@ pub(crate) struct Watchdog {
 #[derive(Debug)]
 struct Watched {
     fd: RawFd,
-    pulse: Arc<Pulse>,
+    activity: Arc<Activity>,
     stage: Stage,
     requests: u32,
     /// Ticks in this stage.
@@ -69,12 +69,12 @@ impl Watchdog {
         Rc::new(Self { timeouts, drains, watched: RefCell::default(), some: Notify::new(), shed: Throttle::default() })
     }
 
-    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, pulse: &Arc<Pulse>) {
+    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, activity: &Arc<Activity>) {
         let mut watched = self.watched.borrow_mut();
         if watched.is_empty() {
             self.some.notify_one();
         }
-        watched.push(Watched::new(fd.as_raw_fd(), Arc::clone(pulse)));
+        watched.push(Watched::new(fd.as_raw_fd(), Arc::clone(activity)));
     }
 
     /// Closes up to `most` connections on which nothing is under way, because others wait for their place. Returns how many.
@@ -97,19 +97,19 @@ impl Watchdog {
     pub(crate) fn shed(&self) {
         let mut watched = self.watched.borrow_mut();
         let holder = |(index, watched): (usize, &Watched)| {
-            let (pulse, bytes) = (&watched.pulse, watched.pulse.held().bytes());
-            let (is_waited_for, ticks) = match pulse.stage() {
+            let (activity, bytes) = (&watched.activity, watched.activity.held().bytes());
+            let (is_waited_for, ticks) = match activity.stage() {
                 Stage::Answering => (false, 0),
-                Stage::Body => (true, pulse.slowest_body()),
+                Stage::Body => (true, activity.slowest_body()),
                 Stage::Idle | Stage::Head => (true, watched.waited),
             };
-            (bytes > 0 && !pulse.is_closed()).then_some(Holder { index, bytes, is_waited_for, ticks })
+            (bytes > 0 && !activity.is_closed()).then_some(Holder { index, bytes, is_waited_for, ticks })
         };
         let chosen = reclaim::heaviest(watched.iter().enumerate().filter_map(holder).collect(), buffered::too_much());
         for &index in &chosen {
             if let Some(watched) = watched.get_mut(index) {
                 watched.cut_off("holding too much memory", Shutdown::Both);
-                watched.pulse.held().clear(); // it is given free as soon as its task has heard of it
+                watched.activity.held().clear(); // it is given free as soon as its task has heard of it
             }
         }
         if !chosen.is_empty()
@@ -146,17 +146,30 @@ impl Watchdog {
 }
 
 impl Watched {
-    fn new(fd: RawFd, pulse: Arc<Pulse>) -> Self {
+    fn new(fd: RawFd, activity: Arc<Activity>) -> Self {
         let (stage, is_deaf, is_cut) = (Stage::Idle, false, false);
         let goodbye = None;
-        Self { fd, pulse, stage, requests: 0, waited: 0, is_deaf, is_cut, unread: 0, written: 0, leaving: 0, goodbye }
+        Self {
+            fd,
+            activity,
+            stage,
+            requests: 0,
+            waited: 0,
+            is_deaf,
+            is_cut,
+            unread: 0,
+            written: 0,
+            leaving: 0,
+            goodbye,
+        }
     }
 
     /// For how many ticks nothing was under way, but for the first, which came soon after its last use. `None` if something is, or its end has begun.
     fn idle_ticks(&self) -> Option<u32> {
-        let pulse = &self.pulse;
-        let is_idle = pulse.stage() == Stage::Idle && self.stage == Stage::Idle && pulse.requests() == self.requests;
-        (is_idle && !pulse.is_closed() && !self.is_deaf && self.goodbye.is_none())
+        let activity = &self.activity;
+        let is_idle =
+            activity.stage() == Stage::Idle && self.stage == Stage::Idle && activity.requests() == self.requests;
+        (is_idle && !activity.is_closed() && !self.is_deaf && self.goodbye.is_none())
             .then(|| self.waited.saturating_sub(1))
     }
 
@@ -164,22 +177,22 @@ impl Watched {
     /// that in.
     fn end(&mut self, why: &str) {
         self.goodbye = Some(0);
-        if !self.pulse.say_goodbye() {
+        if !self.activity.say_goodbye() {
             self.cut_off(why, Shutdown::Read);
         }
     }
 
     /// `None` if nothing is waited for, or what may yet be passed on.
     fn end_drain(&mut self) -> Option<()> {
-        let pulse = &self.pulse;
-        let how = match pulse.stage() {
-            _ if pulse.is_closed() => return None,
-            _ if pulse.is_writing() => Shutdown::Both,
+        let activity = &self.activity;
+        let how = match activity.stage() {
+            _ if activity.is_closed() => return None,
+            _ if activity.is_writing() => Shutdown::Both,
             // The other streams go on.
-            Stage::Body if pulse.says_goodbye() => return (pulse.expire_bodies(|_| true) > 0).then_some(()),
+            Stage::Body if activity.says_goodbye() => return (activity.expire_bodies(|_| true) > 0).then_some(()),
             Stage::Body | Stage::Head => Shutdown::Read, // there is an answer to that
             // Of HTTP/2: what was answered waits for room.
-            Stage::Idle if pulse.says_goodbye() => Shutdown::Both,
+            Stage::Idle if activity.says_goodbye() => Shutdown::Both,
             Stage::Idle | Stage::Answering => return None,
         };
         if self.is_cut || self.is_deaf && how == Shutdown::Read {
@@ -191,7 +204,7 @@ impl Watched {
 
     /// Another second has passed. False if the connection needs no more looking after.
     fn tick(&mut self, timeouts: &Timeouts, drains: bool) -> bool {
-        if self.pulse.is_closed() {
+        if self.activity.is_closed() {
             return false;
         }
         let stage = self.count();
@@ -201,10 +214,10 @@ impl Watched {
             Stage::Body | Stage::Answering => ("", Duration::ZERO),
         };
         // Each body has its own time; whoever reads it answers the request.
-        if self.pulse.expire_bodies(|body| is_over(body.tick(PROGRESS), timeouts.body)) > 0 {
+        if self.activity.expire_bodies(|body| is_over(body.tick(PROGRESS), timeouts.body)) > 0 {
             log::debug!("a request is cut off, it took too long: sending the body of a request");
         }
-        if self.pulse.has_said_goodbye() {
+        if self.activity.has_said_goodbye() {
             self.goodbye.get_or_insert(0);
         }
         if let Some(ticks) = &mut self.goodbye {
@@ -233,15 +246,15 @@ impl Watched {
     }
 
     fn count(&mut self) -> Stage {
-        let pulse = &self.pulse;
-        let (stage, requests, written) = (pulse.stage(), pulse.requests(), pulse.written());
+        let activity = &self.activity;
+        let (stage, requests, written) = (activity.stage(), activity.requests(), activity.written());
         if requests != self.requests || stage != self.stage {
             self.waited = 0;
         }
         (self.stage, self.requests) = (stage, requests);
         self.waited += u32::from(matches!(stage, Stage::Idle | Stage::Head));
 
-        let writing = pulse.is_writing();
+        let writing = activity.is_writing();
         if !writing || written.wrapping_sub(self.written) >= PROGRESS {
             (self.unread, self.written) = (0, written);
         }
@@ -252,13 +265,13 @@ impl Watched {
     /// In a drain: whether it is there for event streams alone, whose clients have been told to come back, and may be elsewhere.
     /// They lose nothing by it: each knows how far it is.
     fn outstays(&mut self) -> bool {
-        self.leaving = if self.pulse.ends_in_stream() { self.leaving + 1 } else { 0 };
-        is_over(self.leaving, LAST_EVENTS) || self.pulse.is_streaming() && is_over(self.unread, LAST_EVENTS)
+        self.leaving = if self.activity.ends_in_stream() { self.leaving + 1 } else { 0 };
+        is_over(self.leaving, LAST_EVENTS) || self.activity.is_streaming() && is_over(self.unread, LAST_EVENTS)
     }
 
     fn cut_off(&mut self, doing: &str, how: Shutdown) {
         log::debug!("a connection is cut off, it took too long: {doing}");
-        self.pulse.expire();
+        self.activity.expire();
         self.is_deaf = true;
         self.is_cut |= how == Shutdown::Both;
         let _ = shut(self.fd, how); // it may have been closed by its peer
@@ -277,8 +290,8 @@ mod tests {
     use std::task::{Context, Waker};
 
     use super::*;
+    use crate::request::activity::Wait;
     use crate::request::body_wait::BodyWait;
-    use crate::request::pulse::Wait;
 
     const TIMEOUTS: Timeouts = Timeouts {
         idle: Duration::from_secs(9),
@@ -289,19 +302,19 @@ mod tests {
     };
 
     /// How many ticks a connection lives to which `each` happens before every one; 100 if that many.
-    fn ticks(mut each: impl FnMut(&Pulse)) -> u32 {
-        ticks_of(move |pulse| each(pulse))
+    fn ticks(mut each: impl FnMut(&Activity)) -> u32 {
+        ticks_of(move |activity| each(activity))
     }
 
-    fn ticks_of(each: impl FnMut(&Arc<Pulse>)) -> u32 {
+    fn ticks_of(each: impl FnMut(&Arc<Activity>)) -> u32 {
         ticks_with(false, each)
     }
 
-    fn ticks_with(drains: bool, mut each: impl FnMut(&Arc<Pulse>)) -> u32 {
+    fn ticks_with(drains: bool, mut each: impl FnMut(&Arc<Activity>)) -> u32 {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
         let mut lives = || {
-            each(&watched.pulse);
+            each(&watched.activity);
             watched.tick(&TIMEOUTS, drains) && !watched.is_deaf
         };
         (0..100).take_while(|_| lives()).map(|_| 1).sum()
@@ -310,17 +323,17 @@ mod tests {
     #[test]
     fn whoever_takes_too_long_is_cut_off() {
         assert_eq!(ticks(|_| ()), 9, "idle");
-        let answering = |pulse: &Pulse| {
-            if pulse.requests() == 0 {
-                pulse.request_came();
+        let answering = |activity: &Activity| {
+            if activity.requests() == 0 {
+                activity.request_came();
             }
         };
         assert_eq!(ticks(answering), 100, "the application may take its time");
-        assert_eq!(ticks(|pulse| pulse.add_read(2000)), 3, "a head is not allowed to trickle");
+        assert_eq!(ticks(|activity| activity.add_read(2000)), 3, "a head is not allowed to trickle");
         let write = |bytes| {
-            move |pulse: &Pulse| {
-                pulse.set_writing(true);
-                pulse.add_written(bytes);
+            move |activity: &Activity| {
+                activity.set_writing(true);
+                activity.add_written(bytes);
             }
         };
         assert_eq!(ticks(write(1)), 5);
@@ -332,8 +345,8 @@ mod tests {
     fn body_ticks(bytes: usize, others: u32, waits: impl Fn(u32) -> bool) -> u32 {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
-        watched.pulse.request_came();
-        let (mut body, mut beside) = (BodyWait::new(&watched.pulse), BodyWait::new(&watched.pulse));
+        watched.activity.request_came();
+        let (mut body, mut beside) = (BodyWait::new(&watched.activity), BodyWait::new(&watched.activity));
         let context = Context::from_waker(Waker::noop());
         let lasts = |turn: &u32| {
             body.end();
@@ -342,7 +355,7 @@ mod tests {
             beside.end();
             beside.taken(5000);
             assert!(!beside.begin(&context), "each body has its own time");
-            (0..others).for_each(|_| watched.pulse.request_came());
+            (0..others).for_each(|_| watched.activity.request_came());
             assert!(watched.tick(&TIMEOUTS, false) && !watched.is_deaf);
             !is_over
         };
@@ -355,10 +368,10 @@ mod tests {
         assert_eq!(body_ticks(1, 1, |_| true), 5);
         assert_eq!(body_ticks(1024, 0, |_| true), 100);
         assert_eq!(body_ticks(0, 0, |turn| turn % 2 == 0), 10, "every second tick finds somebody waiting");
-        let dropped = ticks_of(|pulse| {
-            if pulse.requests() == 0 {
-                pulse.request_came();
-                assert!(!BodyWait::new(pulse).begin(&Context::from_waker(Waker::noop())));
+        let dropped = ticks_of(|activity| {
+            if activity.requests() == 0 {
+                activity.request_came();
+                assert!(!BodyWait::new(activity).begin(&Context::from_waker(Waker::noop())));
             }
         });
         assert_eq!(dropped, 100, "nobody waits for a body that was given up");
@@ -366,10 +379,10 @@ mod tests {
 
     #[test]
     fn each_request_has_its_own_time() {
-        let requests = ticks(|pulse| {
-            pulse.add_read(100);
-            pulse.request_came();
-            pulse.request_over();
+        let requests = ticks(|activity| {
+            activity.add_read(100);
+            activity.request_came();
+            activity.request_over();
         });
         assert_eq!(requests, 100);
     }
@@ -377,11 +390,11 @@ mod tests {
     #[test]
     fn a_response_that_gets_no_room_in_its_stream_is_not_read() {
         let mut reply = None;
-        let held_back = ticks_of(move |pulse| {
+        let held_back = ticks_of(move |activity| {
             reply
                 .get_or_insert_with(|| {
-                    pulse.request_came();
-                    Wait::for_room(pulse)
+                    activity.request_came();
+                    Wait::for_room(activity)
                 })
                 .set(true);
         });
@@ -392,13 +405,13 @@ mod tests {
     fn a_drain_waits_for_answers_and_not_for_event_streams() {
         let ticks = |requests: u32, streams: u32, writing: Option<usize>| {
             let mut waits = Vec::new();
-            ticks_with(true, move |pulse| {
-                if pulse.requests() == 0 {
-                    (0..requests).for_each(|_| pulse.request_came());
-                    waits.extend((0..streams).map(|_| Wait::for_events(pulse)));
+            ticks_with(true, move |activity| {
+                if activity.requests() == 0 {
+                    (0..requests).for_each(|_| activity.request_came());
+                    waits.extend((0..streams).map(|_| Wait::for_events(activity)));
                 }
-                pulse.set_writing(writing.is_some());
-                pulse.add_written(writing.unwrap_or_default());
+                activity.set_writing(writing.is_some());
+                activity.add_written(writing.unwrap_or_default());
             })
         };
         assert_eq!(ticks(1, 0, None), 100, "an answer");
@@ -408,22 +421,22 @@ mod tests {
             assert_eq!(ticks(2, 2, writing), 2, "{writing:?}");
         }
         let mut ended = false;
-        let after_its_end = ticks_with(true, |pulse| {
+        let after_its_end = ticks_with(true, |activity| {
             if !std::mem::replace(&mut ended, true) {
-                pulse.request_came();
-                drop(Wait::for_events(pulse));
-                pulse.request_over();
+                activity.request_came();
+                drop(Wait::for_events(activity));
+                activity.request_over();
             }
         });
         assert_eq!(after_its_end, 2);
         let mut stream = None;
-        let beside_an_answer_on_its_way = ticks_with(true, |pulse| {
-            if pulse.requests() == 0 {
-                pulse.set_writing(true);
-                pulse.request_came();
-                stream = Some(Wait::for_events(pulse));
+        let beside_an_answer_on_its_way = ticks_with(true, |activity| {
+            if activity.requests() == 0 {
+                activity.set_writing(true);
+                activity.request_came();
+                stream = Some(Wait::for_events(activity));
             }
-            pulse.add_written(5000);
+            activity.add_written(5000);
         });
         assert_eq!(beside_an_answer_on_its_way, 100);
     }
@@ -435,26 +448,26 @@ mod tests {
         let tick = |watched: &mut Watched| watched.tick(&TIMEOUTS, false);
         assert!(tick(&mut watched) && watched.idle_ticks() == Some(0), "it was used a moment ago");
         assert!(tick(&mut watched) && watched.idle_ticks() == Some(1));
-        watched.pulse.request_came();
+        watched.activity.request_came();
         assert_eq!(watched.idle_ticks(), None, "something is under way");
-        watched.pulse.request_over();
+        watched.activity.request_over();
         assert_eq!(watched.idle_ticks(), None, "it was used since the last tick");
         assert!(tick(&mut watched) && watched.idle_ticks() == Some(0));
-        watched.pulse.set_says_goodbye();
+        watched.activity.set_says_goodbye();
         watched.end("");
         assert_eq!((watched.is_deaf, watched.idle_ticks()), (false, None), "its end has begun");
-        watched.pulse.request_came();
+        watched.activity.request_came();
         assert!((0..9).all(|_| tick(&mut watched)), "a request that came before its peer knew is answered");
-        watched.pulse.request_over();
-        assert!(!tick(&mut watched) && watched.pulse.has_expired());
+        watched.activity.request_over();
+        assert!(!tick(&mut watched) && watched.activity.has_expired());
 
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
         watched.end("");
-        assert!(watched.is_deaf && watched.pulse.has_expired());
+        assert!(watched.is_deaf && watched.activity.has_expired());
     }
 
     #[test]
     fn a_closed_connection_is_forgotten() {
-        assert_eq!(ticks(|pulse| pulse.close()), 0);
+        assert_eq!(ticks(|activity| activity.close()), 0);
     }
 }

@@ -20,7 +20,7 @@ use crate::logging;
 use crate::logging::access::{Asked, Exchange, LONGEST};
 use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::{LineBuffer, ROOM};
-use crate::protocol::cgi::Origin;
+use crate::protocol::cgi::ClientInfo;
 
 /// How long a line may wait.
 const WAIT: Duration = Duration::from_secs(1);
@@ -188,7 +188,7 @@ struct Told {
 impl Entry {
     /// `request` is none if it could not be read.
     pub(crate) fn begin<B>(log: &Rc<AccessLog>, protocol: Protocol, request: Option<&Request<B>>) -> Box<Self> {
-        let origin = request.and_then(|request| request.extensions().get::<Origin>());
+        let origin = request.and_then(|request| request.extensions().get::<ClientInfo>());
         let told = request.map(|request| Told {
             method: request.method().clone(),
             uri: request.uri().clone(),

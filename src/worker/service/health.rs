@@ -12,7 +12,7 @@ use tower_service::Service;
 use super::serve::{Application, BoxError};
 use crate::app::body::Body;
 use crate::config::address::Protocol;
-use crate::protocol::cgi::Origin;
+use crate::protocol::cgi::ClientInfo;
 
 /// Asks for `path`, and waits for the whole response: what breaks off is no health.
 ///
@@ -31,7 +31,7 @@ where
         .header(header::USER_AGENT, "forkyard-health")
         .body(Body::empty())
         .map_err(|error| fail(format!("is no request: {error}")))?;
-    request.extensions_mut().insert(Origin::of_http(None, false));
+    request.extensions_mut().insert(ClientInfo::of_http(None, false));
     let exchange = async {
         let (head, body) = application.answer(Protocol::Http, request).await.into_parts();
         let mut body = std::pin::pin!(body);

@@ -2,5 +2,5 @@
 
 pub(crate) mod access_log;
 pub(crate) mod health;
-pub(crate) mod lifetime;
+pub(crate) mod max_requests;
 pub(crate) mod serve;

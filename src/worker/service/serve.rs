@@ -35,12 +35,12 @@ use crate::app::{blocking, events};
 use crate::config::address::Protocol;
 use crate::config::failures::QuarantineBy;
 use crate::config::{Limits, Trust};
-use crate::diagnostics::at_work;
-use crate::diagnostics::suspect::Suspect;
-use crate::protocol::cgi::Origin;
+use crate::diagnostics::current_request;
+use crate::diagnostics::request_key::RequestKey;
+use crate::protocol::cgi::ClientInfo;
 use crate::protocol::forwarded;
 use crate::protocol::host::is_host;
-use crate::request::pulse::Wait;
+use crate::request::activity::Wait;
 use crate::request::queue_time::BeginBy;
 use crate::request::{buffered, queue_time};
 use crate::worker::conn::refusals::Refusals;
@@ -94,7 +94,7 @@ impl Guard {
     /// For how long such a request is refused yet, if it is.
     fn refuses(&self, method: &Method, target: &str) -> Option<Duration> {
         let quarantine = self.quarantine.as_ref().filter(|quarantine| !quarantine.is_empty())?;
-        let suspect = Suspect::of(&request_text(method.as_str(), target), self.by);
+        let suspect = RequestKey::of(&request_text(method.as_str(), target), self.by);
         suspect.keys().filter_map(|key| quarantine.left(key)).max()
     }
 
@@ -108,39 +108,39 @@ where
     S: Service<Request<Body>, Response = Response<B>> + Clone,
 {
     /// Has the application answer; if it fails or panics, answers for it.
-    pub(crate) fn answer(&self, protocol: Protocol, mut request: Request<Body>) -> Answer<S, B> {
-        let is_trusted = self.trust.as_ref().is_some_and(|trust| believe(trust, &mut request));
+    pub(crate) fn answer(&self, protocol: Protocol, mut request: Request<Body>) -> ResponseFuture<S, B> {
+        let is_trusted = self.trust.as_ref().is_some_and(|trust| apply_forwarded_headers(trust, &mut request));
         let is_head = request.method() == Method::HEAD;
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         let mut in_flight = Serving {
             in_flight: self.row.begin(request.method().as_str(), target),
             entry: self.access_log.as_ref().map(|log| Entry::begin(log, protocol, Some(&request))),
-            kind: Kind::Answer,
+            kind: Kind::ResponseFuture,
             client: None,
         };
-        let from = request.extensions().get::<Origin>().and_then(|origin| origin.address);
+        let from = request.extensions().get::<ClientInfo>().and_then(|origin| origin.address);
         if let Some((status, why)) = self.beyond_limits(&request, protocol) {
             self.refusals.note(protocol, status, from, why);
-            return Answer::refused(status, in_flight).to(is_head);
+            return ResponseFuture::refused(status, in_flight).to(is_head);
         }
         if let Some(left) = self.guard.refuses(request.method(), target) {
-            return Answer::put_off(left, in_flight).to(is_head);
+            return ResponseFuture::put_off(left, in_flight).to(is_head);
         }
         if buffered::is_full() {
             if let Some(count) = self.refused.add(1) {
                 log::warn!("requests got 503: too much memory is held for requests (--max-buffered) count={count}");
             }
-            return Answer::put_off(Duration::ZERO, in_flight).to(is_head);
+            return ResponseFuture::put_off(Duration::ZERO, in_flight).to(is_head);
         }
         if self.sheds() && !queue_time::admits(self.guard.max_queue_time, &mut request, is_trusted) {
             queue_time::count();
-            return Answer::put_off(Duration::ZERO, in_flight).to(is_head);
+            return ResponseFuture::put_off(Duration::ZERO, in_flight).to(is_head);
         }
         let client = |trouble| Box::new(Client { trouble, refusals: Rc::clone(&self.refusals), protocol, from });
         in_flight.client = request.body_mut().watch().map(client);
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
         let (switch, in_flight, deadline) = (Switch::No, Some(in_flight), self.guard.deadline());
-        Answer { stage, is_head, switch, in_flight, deadline, begun: None }
+        ResponseFuture { stage, is_head, switch, in_flight, deadline, begun: None }
     }
 
     /// Whether requests that have waited too long are refused.
@@ -174,11 +174,11 @@ where
         status: StatusCode,
         from: Option<SocketAddr>,
         why: impl Into<String>,
-    ) -> Answer<S, B> {
+    ) -> ResponseFuture<S, B> {
         self.refusals.note(protocol, status, from, why);
         let in_flight = self.row.begin("-", "-");
         let entry = self.access_log.as_ref().map(|log| Entry::of_unread(log, protocol, from));
-        Answer::refused(status, Serving { in_flight, entry, kind: Kind::Answer, client: None })
+        ResponseFuture::refused(status, Serving { in_flight, entry, kind: Kind::ResponseFuture, client: None })
     }
 }
 
@@ -221,14 +221,14 @@ pub(crate) struct Serving {
 /// What is sent.
 #[derive(Debug)]
 enum Kind {
-    Answer,
+    ResponseFuture,
     /// Events, until the worker leaves; of which the connection knows.
     Events(Option<Wait>),
 }
 
 impl From<InFlight> for Serving {
     fn from(in_flight: InFlight) -> Self {
-        Self { in_flight, entry: None, kind: Kind::Answer, client: None }
+        Self { in_flight, entry: None, kind: Kind::ResponseFuture, client: None }
     }
 }
 
@@ -267,7 +267,7 @@ impl Serving {
 
 pin_project! {
     /// The response to come.
-    pub(crate) struct Answer<S: Service<Request<Body>>, B> {
+    pub(crate) struct ResponseFuture<S: Service<Request<Body>>, B> {
         #[pin]
         stage: Stage<S>,
         is_head: bool,
@@ -278,7 +278,7 @@ pin_project! {
         begun: Option<Begun<B>>,
     }
 
-    impl<S: Service<Request<Body>>, B> PinnedDrop for Answer<S, B> {
+    impl<S: Service<Request<Body>>, B> PinnedDrop for ResponseFuture<S, B> {
         // The client has left if there is no response yet. The time of its request goes on.
         fn drop(this: Pin<&mut Self>) {
             let mut answer = this.project();
@@ -301,7 +301,7 @@ pin_project! {
     }
 }
 
-impl<S: Service<Request<Body>>, B> Answer<S, B> {
+impl<S: Service<Request<Body>>, B> ResponseFuture<S, B> {
     fn refused(status: StatusCode, in_flight: Serving) -> Self {
         let (stage, in_flight) = (Stage::Refused { status, again_after: None }, Some(in_flight));
         Self { stage, is_head: false, switch: Switch::No, in_flight, deadline: None, begun: None }
@@ -364,7 +364,7 @@ enum Failure<E> {
     Refused(StatusCode, Option<Duration>),
 }
 
-impl<S, B> Future for Answer<S, B>
+impl<S, B> Future for ResponseFuture<S, B>
 where
     S: Service<Request<Body>, Response = Response<B>>,
     S::Error: Into<BoxError>,
@@ -380,7 +380,7 @@ where
         }
         let Some(serving) = answer.in_flight.as_ref() else { return Poll::Pending };
         let mut stage = answer.stage;
-        let polled = at_work::on(Some(serving.cell()), || stage.as_mut().poll(context));
+        let polled = current_request::enter(Some(serving.cell()), || stage.as_mut().poll(context));
         serving.beat();
         let outcome = match (polled, answer.deadline.as_mut()) {
             (Poll::Ready(outcome), _) => outcome,
@@ -478,17 +478,17 @@ fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, in_flight: Serving) -> R
     refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
 }
 
-/// If a request comes from a trusted proxy, makes [`Origin`] and `Host` what that one says of its client. What clients
+/// If a request comes from a trusted proxy, makes [`ClientInfo`] and `Host` what that one says of its client. What clients
 /// may have made up is taken away: applications are known to go by it. Returns whether it does.
-fn believe(trust: &Trust, request: &mut Request<Body>) -> bool {
-    let Some(origin) = request.extensions().get::<Origin>() else { return false };
+fn apply_forwarded_headers(trust: &Trust, request: &mut Request<Body>) -> bool {
+    let Some(origin) = request.extensions().get::<ClientInfo>() else { return false };
     let is_trusted = match origin.address {
         Some(address) => trust.peers.contain(Some(address.ip())),
         None => origin.over_unix && trust.peers.contain(None),
     };
     let believed = is_trusted.then_some(trust.family);
     let params = forwarded::without(&origin.params, believed);
-    if let (Some(params), Some(origin)) = (params, request.extensions_mut().get_mut::<Origin>()) {
+    if let (Some(params), Some(origin)) = (params, request.extensions_mut().get_mut::<ClientInfo>()) {
         origin.params = params;
     }
     let headers = request.headers_mut();
@@ -500,7 +500,7 @@ fn believe(trust: &Trust, request: &mut Request<Body>) -> bool {
     if let Some(host) = client.host.filter(|host| is_host(host.as_bytes())) {
         headers.insert(header::HOST, host);
     }
-    if let Some(origin) = request.extensions_mut().get_mut::<Origin>() {
+    if let Some(origin) = request.extensions_mut().get_mut::<ClientInfo>() {
         origin.is_https = client.is_https.unwrap_or(origin.is_https);
         if let Some(address) = client.address {
             (origin.address, origin.over_unix) = (address, false);

@@ -11,25 +11,25 @@ const MODULES: [&str; 9] =
     ["mpm_event", "authz_core", "alias", "proxy", "proxy_fcgi", "proxy_http", "proxy_scgi", "cgid", "fcgid"];
 
 pub(super) fn command(place: &Place<'_>) -> Command {
-    let Place { folder, port, snippet } = place;
+    let Place { directory, port, snippet } = place;
     // Whoever the children are, they make their sockets there.
-    let sockets = folder.join("fcgid");
+    let sockets = directory.join("fcgid");
     let _ = fs::create_dir(&sockets); // it is there from the second try on
     fs::set_permissions(&sockets, Permissions::from_mode(0o777)).unwrap();
-    let folder = folder.display();
+    let directory = directory.display();
     let modules: String = MODULES
         .iter()
         .map(|name| format!("LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so\n"))
         .collect();
     let user = if is_root() { "User www-data\nGroup www-data\n" } else { "" };
     let text = format!(
-        "ServerRoot \"{folder}\"\nServerName localhost\nServerAdmin webmaster@localhost\nDocumentRoot \"/srv\"\n\
-         Listen 127.0.0.1:{port}\nPidFile \"{folder}/httpd.pid\"\nErrorLog \"{folder}/error.log\"\n\
-         DefaultRuntimeDir \"{folder}\"\nMaxKeepAliveRequests 0\n\
+        "ServerRoot \"{directory}\"\nServerName localhost\nServerAdmin webmaster@localhost\nDocumentRoot \"/srv\"\n\
+         Listen 127.0.0.1:{port}\nPidFile \"{directory}/httpd.pid\"\nErrorLog \"{directory}/error.log\"\n\
+         DefaultRuntimeDir \"{directory}\"\nMaxKeepAliveRequests 0\n\
          StartServers 1\nServerLimit 1\nThreadsPerChild 32\nMaxRequestWorkers 32\nMinSpareThreads 1\nMaxSpareThreads 32\n\
          {modules}{user}\
-         ScriptSock \"{folder}/cgid.sock\"\n\
-         FcgidIPCDir \"{folder}/fcgid\"\nFcgidProcessTableFile \"{folder}/fcgid_shm\"\n{snippet}\n"
+         ScriptSock \"{directory}/cgid.sock\"\n\
+         FcgidIPCDir \"{directory}/fcgid\"\nFcgidProcessTableFile \"{directory}/fcgid_shm\"\n{snippet}\n"
     );
     let mut command = daemon("apache2");
     command.args(["-D", "FOREGROUND", "-f"]).arg(configuration(place, &text));

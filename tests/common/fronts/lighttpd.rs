@@ -5,15 +5,15 @@ use std::process::Command;
 use super::{Place, configuration, daemon};
 
 pub(super) fn command(place: &Place<'_>) -> Command {
-    let Place { folder, port, snippet } = place;
-    let folder = folder.display();
+    let Place { directory, port, snippet } = place;
+    let directory = directory.display();
     // Scripts are the test's own; the path of its directory is not to be in any other request.
-    let root = if snippet.contains(".php") { folder.to_string() } else { "/srv".to_owned() };
+    let root = if snippet.contains(".php") { directory.to_string() } else { "/srv".to_owned() };
     let text = format!(
         "server.document-root = \"{root}\"
-         server.upload-dirs = (\"{folder}\")
-         server.errorlog = \"{folder}/error.log\"
-         server.breakagelog = \"{folder}/application.log\"
+         server.upload-dirs = (\"{directory}\")
+         server.errorlog = \"{directory}/error.log\"
+         server.breakagelog = \"{directory}/application.log\"
          server.max-keep-alive-requests = 10000
          server.bind = \"127.0.0.1\"
          server.port = {port}

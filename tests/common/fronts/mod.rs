@@ -113,7 +113,7 @@ pub(crate) const CADDY_HTTP: Front = front(WebServer::Caddy, Link::Http, "http")
 
 /// Where the parts of a site are.
 pub(crate) struct Place<'a> {
-    pub(crate) folder: &'a Path,
+    pub(crate) directory: &'a Path,
     pub(crate) port: u16,
     /// The snippet of the document, with the addresses and paths of this site.
     pub(crate) snippet: String,
@@ -125,14 +125,14 @@ pub(crate) struct Site {
     pub(crate) application: Option<Server>,
     /// `HOST:PORT` for its clients.
     pub(crate) address: String,
-    folder: TempDir,
+    directory: TempDir,
 }
 
 impl Site {
     /// The example `application` behind the web server.
     pub(crate) fn start(front: Front, application: &str) -> Self {
-        let folder = shared_folder();
-        let socket = folder.path().join("app.sock");
+        let directory = shared_folder();
+        let socket = directory.path().join("app.sock");
         let bind = match front.link {
             Link::FastCgi | Link::FastCgiKept => Some(format!("fastcgi:unix:{}", socket.display())),
             Link::Http => Some("http:127.0.0.1:0".to_owned()),
@@ -150,23 +150,23 @@ impl Site {
             (Some(_), _) => socket.display().to_string(),
             (None, _) => {
                 // The web server's user may not see into the folder that it was built in.
-                let copy = folder.path().join("app");
+                let copy = directory.path().join("app");
                 fs::copy(program(application), &copy).expect("there is room for a copy");
                 copy.display().to_string()
             }
         };
-        let (helper, address) = start(front, folder.path(), &backend);
-        Self { front: helper, application: server, address, folder }
+        let (helper, address) = start(front, directory.path(), &backend);
+        Self { front: helper, application: server, address, directory }
     }
 
     /// The web server before whoever listens at `backend`, whose socket may be in this folder.
-    pub(crate) fn before(front: Front, folder: TempDir, backend: &str) -> Self {
-        let (helper, address) = start(front, folder.path(), backend);
-        Self { front: helper, application: None, address, folder }
+    pub(crate) fn before(front: Front, directory: TempDir, backend: &str) -> Self {
+        let (helper, address) = start(front, directory.path(), backend);
+        Self { front: helper, application: None, address, directory }
     }
 
-    pub(crate) fn folder(&self) -> &Path {
-        self.folder.path()
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     pub(crate) fn application(&mut self) -> &mut Server {
@@ -178,7 +178,7 @@ impl Drop for Site {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for name in ["front.log", "error.log"] {
-                let log = fs::read_to_string(self.folder.path().join(name)).unwrap_or_default();
+                let log = fs::read_to_string(self.directory.path().join(name)).unwrap_or_default();
                 eprintln!("--- {name} of the web server (pid {}):\n{log}", self.front.0.id());
             }
         }
@@ -187,22 +187,22 @@ impl Drop for Site {
 
 /// A temporary folder that a web server's user may enter.
 pub(crate) fn shared_folder() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
-    folder
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    directory
 }
 
-fn start(front: Front, folder: &Path, backend: &str) -> (Helper, String) {
-    start_with(front.server, folder, |port| snippet(front, folder, port, backend))
+fn start(front: Front, directory: &Path, backend: &str) -> (Helper, String) {
+    start_with(front.server, directory, |port| snippet(front, directory, port, backend))
 }
 
 /// Starts a web server with a configuration that is not one of the document's; `snippet` writes it for a port. Returns the
 /// server and its address.
-pub(crate) fn start_with(server: WebServer, folder: &Path, snippet: impl Fn(u16) -> String) -> (Helper, String) {
+pub(crate) fn start_with(server: WebServer, directory: &Path, snippet: impl Fn(u16) -> String) -> (Helper, String) {
     // The port was free when we looked. If it is not any more, the web server ends, and there are others.
     for _ in 0..5 {
         let port = free_port();
-        let place = Place { folder, port, snippet: snippet(port) };
+        let place = Place { directory, port, snippet: snippet(port) };
         let mut helper = Helper::start(&mut command(server, &place));
         let address = format!("127.0.0.1:{port}");
         let up = wait_until("the web server listens, or has ended", || {
@@ -213,7 +213,7 @@ pub(crate) fn start_with(server: WebServer, folder: &Path, snippet: impl Fn(u16)
             return (helper, address);
         }
     }
-    let logs = ["front.log", "error.log"].map(|name| fs::read_to_string(folder.join(name)).unwrap_or_default());
+    let logs = ["front.log", "error.log"].map(|name| fs::read_to_string(directory.join(name)).unwrap_or_default());
     panic!("{} does not start: {}", server.name(), logs.concat());
 }
 
@@ -225,28 +225,28 @@ fn command(server: WebServer, place: &Place<'_>) -> Command {
         WebServer::Lighttpd => lighttpd::command(place),
         WebServer::Nginx => nginx::command(place),
     };
-    let log = File::create(place.folder.join("front.log")).unwrap();
+    let log = File::create(place.directory.join("front.log")).unwrap();
     command.current_dir("/srv").stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
     command
 }
 
 /// Writes the configuration, and returns where it is.
 fn configuration(place: &Place<'_>, text: &str) -> PathBuf {
-    let path = place.folder.join("front.conf");
+    let path = place.directory.join("front.conf");
     fs::write(&path, text).unwrap();
     path
 }
 
 /// The block of the document for `front`, with the addresses of the document replaced.
-fn snippet(front: Front, folder: &Path, port: u16, backend: &str) -> String {
+fn snippet(front: Front, directory: &Path, port: u16, backend: &str) -> String {
     let mut text = block(front).to_owned();
-    let socket = folder.join("app.sock").display().to_string();
+    let socket = directory.join("app.sock").display().to_string();
     let listens = format!("127.0.0.1:{port}");
     let port = format!(":{port} {{");
     let application: &[(&str, &str)] = match front.link {
         Link::Scgi if front.server == WebServer::Apache => &[("127.0.0.1:4000", backend)],
         Link::FastCgi if [LIGHTTPD_AUTHORIZER, NGINX_PHP, APACHE_PHP].contains(&front) => {
-            &[("/run/app.sock", backend), ("/var/www", folder.to_str().expect("the path is UTF-8"))]
+            &[("/run/app.sock", backend), ("/var/www", directory.to_str().expect("the path is UTF-8"))]
         }
         Link::FastCgi | Link::FastCgiKept | Link::Scgi => &[("/run/app.sock", backend)],
         Link::Cgi if front.server == WebServer::Lighttpd => &[("/usr/local/bin/app", backend)],
@@ -254,7 +254,7 @@ fn snippet(front: Front, folder: &Path, port: u16, backend: &str) -> String {
             &[("/run/app.sock", &socket), ("/usr/local/bin/app", backend)]
         }
         Link::FastCgiStarted | Link::Cgi => {
-            &[("/usr/local/bin/app", backend), ("/usr/local/bin", folder.to_str().expect("the path is UTF-8"))]
+            &[("/usr/local/bin/app", backend), ("/usr/local/bin", directory.to_str().expect("the path is UTF-8"))]
         }
         Link::Http if front.server == WebServer::Lighttpd => {
             &[("8080", backend.rsplit_once(':').expect("it has a port").1)]
@@ -285,7 +285,7 @@ fn block(front: Front) -> &'static str {
 /// A daemon, with nothing in its environment that it could pass on. Daemons are in folders that not every user has in PATH.
 fn daemon(name: &str) -> Command {
     const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    let found = PATH.split(':').map(|folder| Path::new(folder).join(name)).find(|path| path.exists());
+    let found = PATH.split(':').map(|directory| Path::new(directory).join(name)).find(|path| path.exists());
     let mut command =
         Command::new(found.unwrap_or_else(|| panic!("{name} is not installed (scripts/test installs it)")));
     command.env_clear().env("PATH", PATH);

@@ -7,23 +7,23 @@ use std::process::Command;
 use super::{Place, configuration, daemon, is_root};
 
 pub(super) fn command(place: &Place<'_>) -> Command {
-    let Place { folder, snippet, .. } = place;
+    let Place { directory, snippet, .. } = place;
     // What the snippet includes stands beside the configuration, as in /etc/nginx. It is there from the second try on.
     for name in ["fastcgi_params", "scgi_params"] {
-        let _ = symlink(Path::new("/etc/nginx").join(name), folder.join(name));
+        let _ = symlink(Path::new("/etc/nginx").join(name), directory.join(name));
     }
     let user = if is_root() { "user root;" } else { "" };
     let temporary: String = ["client_body", "fastcgi", "proxy", "scgi", "uwsgi"]
-        .map(|name| format!("{name}_temp_path {}/nginx-{name};\n", folder.display()))
+        .map(|name| format!("{name}_temp_path {}/nginx-{name};\n", directory.display()))
         .concat();
-    let folder = folder.display();
+    let directory = directory.display();
     let text = format!(
-        "daemon off; {user} worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
+        "daemon off; {user} worker_processes 1; pid {directory}/nginx.pid; error_log {directory}/error.log;
          events {{ worker_connections 256; }}
          http {{ access_log off; root /srv; keepalive_requests 10000;\n{temporary}\n{snippet}\n}}\n"
     );
     let mut command = daemon("nginx");
-    command.arg("-p").arg(place.folder).arg("-e").arg(place.folder.join("error.log"));
+    command.arg("-p").arg(place.directory).arg("-e").arg(place.directory.join("error.log"));
     command.arg("-c").arg(configuration(place, &text));
     command
 }

@@ -1,6 +1,6 @@
 //! Forkyard's cache, copying and in place, with tags and without.
 
-use forkyard_shm::{Cache, Options};
+use forkyard_shm::{Cache, StoreOptions};
 
 use crate::error::Error;
 use crate::forkyard;
@@ -28,7 +28,7 @@ impl Segments {
 /// How pages are stored: each with so many of 1000 tags.
 #[derive(Debug)]
 struct Tagging {
-    options: Vec<Options>,
+    options: Vec<StoreOptions>,
 }
 
 impl Tagging {
@@ -36,11 +36,11 @@ impl Tagging {
 
     fn new(tags: u32) -> Tagging {
         let tag = |variant, n| format!("section:{}", (variant * 31 + n * 277) % 1000);
-        let options = |variant| Options::new().tags((0..tags).map(|n| tag(variant, n)));
+        let options = |variant| StoreOptions::new().tags((0..tags).map(|n| tag(variant, n)));
         Tagging { options: (0..Self::VARIANTS).map(options).collect() }
     }
 
-    fn of(&self, index: u32) -> &Options {
+    fn of(&self, index: u32) -> &StoreOptions {
         &self.options[(index % Self::VARIANTS) as usize]
     }
 }

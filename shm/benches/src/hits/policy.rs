@@ -3,7 +3,7 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::BuildHasherDefault;
 
-use forkyard_shm::Options;
+use forkyard_shm::StoreOptions;
 use moka::sync::Cache as Moka;
 
 use crate::error::Error;
@@ -42,7 +42,7 @@ pub(crate) fn charge(size: u32) -> u64 {
 
 struct Forkyard {
     cache: forkyard_shm::Cache,
-    options: Options,
+    options: StoreOptions,
     page: Vec<u8>,
     found: Vec<u8>,
 }
@@ -50,7 +50,7 @@ struct Forkyard {
 impl Forkyard {
     fn new(capacity: u64) -> Result<Forkyard, Error> {
         let cache = forkyard::open(capacity)?;
-        Ok(Forkyard { cache, options: Options::new(), page: vec![b'x'; 256 * 1024], found: Vec::new() })
+        Ok(Forkyard { cache, options: StoreOptions::new(), page: vec![b'x'; 256 * 1024], found: Vec::new() })
     }
 }
 

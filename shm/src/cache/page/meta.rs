@@ -13,7 +13,7 @@
 //!
 //! What is read may have been written by anybody: whatever it says, no more is allocated than some multiple of its length.
 
-use super::{Damaged, Header, Page, fields};
+use super::{CorruptPage, Header, Page, fields};
 
 const VERSION: u8 = 1;
 /// The least that a header takes: two lengths, and one byte of a name.
@@ -43,8 +43,8 @@ impl Page {
     ///
     /// # Errors
     /// If `meta` is not what [`Page::encode_meta`] makes of a page that can be sent.
-    pub(crate) fn decode(meta: &[u8], body: Vec<u8>) -> Result<Page, Damaged> {
-        let damaged = |why| Damaged::Meta { why };
+    pub(crate) fn decode(meta: &[u8], body: Vec<u8>) -> Result<Page, CorruptPage> {
+        let damaged = |why| CorruptPage::Meta { why };
         let (&version, mut rest) = meta.split_first().ok_or(damaged("there are none"))?;
         if version != VERSION {
             return Err(damaged("another version of this program wrote them"));
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn claims_are_checked_before_anything_is_made_of_them() {
         let why = |meta: &[u8]| match Page::decode(meta, vec![0; 10]) {
-            Err(Damaged::Meta { why }) => why,
+            Err(CorruptPage::Meta { why }) => why,
             other => panic!("{other:?}"),
         };
         let most = b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01";

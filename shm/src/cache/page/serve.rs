@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Damaged, Page, fields};
+use super::{CorruptPage, Page, fields};
 
 /// What describes the body, which a 304 does not have (15.4.5).
 const OF_THE_BODY: [&[u8]; 6] = [
@@ -99,7 +99,7 @@ impl Page {
     ///
     /// # Errors
     /// Fails if the body must be decompressed and cannot be.
-    pub fn negotiate(mut self, accept_encoding: Option<&[u8]>) -> Result<Page, Damaged> {
+    pub fn negotiate(mut self, accept_encoding: Option<&[u8]>) -> Result<Page, CorruptPage> {
         if self.negotiate_head(accept_encoding) {
             self.plain_len = None;
         }

@@ -21,20 +21,20 @@ fn text(text: &str) -> Result<Vec<u8>, Infallible> {
     Ok(text.into())
 }
 
-fn rendered(text: &str) -> Served {
-    Served { value: text.into(), source: Source::Rendered }
+fn rendered(text: &str) -> Cached {
+    Cached { value: text.into(), source: CacheStatus::Rendered }
 }
 
-fn fresh(text: &str) -> Served {
-    Served { value: text.into(), source: Source::Fresh }
+fn fresh(text: &str) -> Cached {
+    Cached { value: text.into(), source: CacheStatus::Fresh }
 }
 
-fn stale(text: &str) -> Served {
-    Served { value: text.into(), source: Source::Stale }
+fn stale(text: &str) -> Cached {
+    Cached { value: text.into(), source: CacheStatus::Stale }
 }
 
 /// Stores a page as if a minute ago, good for a second.
-fn set_long_ago(cache: &Cache, key: &str, options: Options) {
+fn set_long_ago(cache: &Cache, key: &str, options: StoreOptions) {
     let then_ms = cache.segment.now_ms() - LONG_AGO_MS;
     let options = options.ttl(Duration::from_secs(1));
     cache.store(key.as_bytes(), b"old", &options, &Rendering::default(), then_ms).unwrap();
@@ -62,7 +62,7 @@ fn let_go(cache: &Cache, key: &str, word: u64) -> bool {
 #[test]
 fn renders_once_and_serves_it_from_then_on() {
     let cache = cache();
-    let options = Options::new().ttl(HOUR);
+    let options = StoreOptions::new().ttl(HOUR);
     assert_eq!(cache.get_or_render("k", &options, |_| text("new")), Ok(rendered("new")));
     assert_eq!(cache.get_or_render("k", &options, |_| unreachable!()), Ok::<_, Infallible>(fresh("new")));
     assert_eq!(cache.get("k").unwrap(), b"new");
@@ -75,8 +75,8 @@ fn renders_once_and_serves_it_from_then_on() {
 fn without_a_cache_it_just_renders() {
     let cache = Segment::create(&Plan { rows: 1, ..Plan::default() }).unwrap().cache();
     for n in ["1", "2"] {
-        let page = cache.get_or_render("k", &Options::new(), |recorder| {
-            recorder.get_or_render("inner", &Options::new(), |_| text(n)).map(|answer| answer.value)
+        let page = cache.get_or_render("k", &StoreOptions::new(), |recorder| {
+            recorder.get_or_render("inner", &StoreOptions::new(), |_| text(n)).map(|answer| answer.value)
         });
         assert_eq!(page, Ok(rendered(n)));
     }
@@ -86,13 +86,14 @@ fn without_a_cache_it_just_renders() {
 fn an_error_and_a_panic_give_the_lease_back() {
     let cache = cache();
     let turn = || cache.segment.lease_cell(cache.key(b"k").hash).unwrap().turn.load(Ordering::SeqCst);
-    assert_eq!(cache.get_or_render("k", &Options::new(), |_| Err::<Vec<u8>, _>("broken")), Err("broken"));
+    assert_eq!(cache.get_or_render("k", &StoreOptions::new(), |_| Err::<Vec<u8>, _>("broken")), Err("broken"));
     assert_eq!((lease_word(&cache, "k"), turn()), (0, 1));
-    let panics = || cache.get_or_render("k", &Options::new(), |_| -> Result<Vec<u8>, Infallible> { panic!("broken") });
+    let panics =
+        || cache.get_or_render("k", &StoreOptions::new(), |_| -> Result<Vec<u8>, Infallible> { panic!("broken") });
     catch_unwind(AssertUnwindSafe(panics)).unwrap_err();
     assert_eq!((lease_word(&cache, "k"), turn()), (0, 2));
     assert!(!Here::renders(cache.key(b"k").hash));
-    assert_eq!(cache.get_or_render("k", &Options::new(), |_| text("new")), Ok(rendered("new")));
+    assert_eq!(cache.get_or_render("k", &StoreOptions::new(), |_| text("new")), Ok(rendered("new")));
     let stats = cache.stats();
     assert_eq!((stats.hits, stats.misses, stats.renders), (0, 2, 1));
 }
@@ -100,11 +101,11 @@ fn an_error_and_a_panic_give_the_lease_back() {
 #[test]
 fn who_gets_the_lease_looks_again() {
     let cache = cache();
-    let options = Options::new();
+    let options = StoreOptions::new();
     let mut request = Request::new(&cache, b"k", &options, None);
     let cell = cache.segment.lease_cell(request.key.hash).unwrap();
     let now_ms = cache.segment.now_ms();
-    set_long_ago(&cache, "k", Options::new().stale(HOUR));
+    set_long_ago(&cache, "k", StoreOptions::new().stale(HOUR));
     let old = request.look::<Vec<u8>>(now_ms);
     assert!(old.is_some());
     assert!(matches!(request.try_for_lease(cell, 0, now_ms, old), Step::Render(Some(_))));
@@ -119,7 +120,7 @@ fn who_gets_the_lease_looks_again() {
 #[test]
 fn a_stale_page_is_served_while_one_renders() {
     let cache = cache();
-    let options = Options::new().stale(HOUR).stale_if_error(HOUR);
+    let options = StoreOptions::new().stale(HOUR).stale_if_error(HOUR);
     set_long_ago(&cache, "k", options.clone());
     let answer = cache.get_or_render("k", &options, |_| {
         for _ in 0..3 {
@@ -137,18 +138,18 @@ fn a_stale_page_is_served_while_one_renders() {
 fn a_page_may_be_served_if_rendering_fails() {
     let cache = cache();
     for (options, expected) in [
-        (Options::new().stale_if_error(HOUR), Ok(stale("old"))),
-        (Options::new().stale(HOUR), Ok(stale("old"))),
-        (Options::new().stale_if_error(Duration::from_secs(20)), Err("broken")),
-        (Options::new(), Err("broken")),
+        (StoreOptions::new().stale_if_error(HOUR), Ok(stale("old"))),
+        (StoreOptions::new().stale(HOUR), Ok(stale("old"))),
+        (StoreOptions::new().stale_if_error(Duration::from_secs(20)), Err("broken")),
+        (StoreOptions::new(), Err("broken")),
     ] {
         set_long_ago(&cache, "k", options.clone());
         assert_eq!(cache.get_or_render("k", &options, |_| Err("broken")), expected);
     }
-    set_long_ago(&cache, "k", Options::new().stale_if_error(HOUR));
+    set_long_ago(&cache, "k", StoreOptions::new().stale_if_error(HOUR));
     cache.purge("k");
     assert_eq!(
-        cache.get_or_render("k", &Options::new(), |_| Err::<Vec<u8>, _>("broken")),
+        cache.get_or_render("k", &StoreOptions::new(), |_| Err::<Vec<u8>, _>("broken")),
         Err("broken"),
         "but not once purged"
     );
@@ -167,20 +168,20 @@ fn what_is_purged_while_it_is_rendered_is_returned_but_not_stored() {
     ];
     for purge in purges {
         for early in [true, false] {
-            let answer = cache.get_or_render("k", &Options::new().tags(["tag"]), |recorder| {
+            let answer = cache.get_or_render("k", &StoreOptions::new().tags(["tag"]), |recorder| {
                 let fragment = |_| text("new");
                 if early {
-                    recorder.get_or_render("fragment", &Options::new().tags(["deep"]), fragment)?;
+                    recorder.get_or_render("fragment", &StoreOptions::new().tags(["deep"]), fragment)?;
                 }
                 purge(&cache);
-                let fragment = recorder.get_or_render("fragment", &Options::new().tags(["deep"]), fragment)?;
+                let fragment = recorder.get_or_render("fragment", &StoreOptions::new().tags(["deep"]), fragment)?;
                 Ok::<_, Infallible>(fragment.value)
             });
             assert_eq!(answer, Ok(rendered("new")));
             assert_eq!(cache.get("k"), None);
         }
     }
-    let answer = cache.get_or_render("k", &Options::new(), |_| {
+    let answer = cache.get_or_render("k", &StoreOptions::new(), |_| {
         cache.purge_tag("another");
         text("new")
     });
@@ -190,7 +191,7 @@ fn what_is_purged_while_it_is_rendered_is_returned_but_not_stored() {
 #[test]
 fn a_page_that_renders_itself_does_not_wait_for_itself() {
     let cache = cache();
-    let options = Options::new();
+    let options = StoreOptions::new();
     let answer = cache.get_or_render("k", &options, |recorder| {
         // In the same thread, and in another one to which the recorder went.
         assert_eq!(cache.get_or_render("k", &options, |_| text("inner")), Ok(rendered("inner")));
@@ -215,10 +216,10 @@ fn a_page_that_renders_itself_does_not_wait_for_itself() {
 fn where_the_cell_is_taken_for_another_key_there_is_no_lease() {
     let cache = cache();
     let word = hold(&cache, "k", 1 << 63, LONG_MS);
-    assert_eq!(cache.get_or_render("k", &Options::new(), |_| text("new")), Ok(rendered("new")));
+    assert_eq!(cache.get_or_render("k", &StoreOptions::new(), |_| text("new")), Ok(rendered("new")));
     assert_eq!((cache.get("k").unwrap(), lease_word(&cache, "k")), (b"new".to_vec(), word));
-    set_long_ago(&cache, "k", Options::new().stale(HOUR));
-    let answer = cache.get_or_render("k", &Options::new(), |_| unreachable!());
+    set_long_ago(&cache, "k", StoreOptions::new().stale(HOUR));
+    let answer = cache.get_or_render("k", &StoreOptions::new(), |_| unreachable!());
     assert_eq!(answer, Ok::<_, Infallible>(stale("old")), "it is served stale until the cell is free");
     assert_eq!(cache.stats().lease_waits, 0);
 }
@@ -227,7 +228,7 @@ fn where_the_cell_is_taken_for_another_key_there_is_no_lease() {
 fn patience_has_an_end() {
     let cache = cache();
     let word = hold(&cache, "k", 0, LONG_MS);
-    let options = Options::new().patience(Duration::from_millis(30));
+    let options = StoreOptions::new().patience(Duration::from_millis(30));
     assert_eq!(cache.get_or_render("k", &options, |_| text("new")), Ok(rendered("new")));
     assert_eq!((cache.get("k").unwrap(), lease_word(&cache, "k")), (b"new".to_vec(), word));
     cache.purge("k");
@@ -242,9 +243,9 @@ fn after_its_deadline_a_lease_is_taken_over() {
         cache.purge("k");
         let word = hold(&cache, "k", 0, 30);
         let answer = if asynchronous {
-            run(cache.get_or_render_async("k", &Options::new(), async |_| text("new")))
+            run(cache.get_or_render_async("k", &StoreOptions::new(), async |_| text("new")))
         } else {
-            cache.get_or_render("k", &Options::new(), |_| text("new"))
+            cache.get_or_render("k", &StoreOptions::new(), |_| text("new"))
         };
         assert_eq!((answer, lease_word(&cache, "k")), (Ok(rendered("new")), 0));
         assert!(!let_go(&cache, "k", word));
@@ -255,10 +256,10 @@ fn after_its_deadline_a_lease_is_taken_over() {
 #[test]
 fn one_who_is_too_late_does_not_store() {
     let cache = cache();
-    let options = Options::new().deadline(Duration::from_millis(5));
+    let options = StoreOptions::new().deadline(Duration::from_millis(5));
     let answer = cache.get_or_render("k", &options, |_| {
         std::thread::scope(|scope| {
-            let other = scope.spawn(|| cache.get_or_render("k", &Options::new(), |_| text("in time")));
+            let other = scope.spawn(|| cache.get_or_render("k", &StoreOptions::new(), |_| text("in time")));
             assert_eq!(other.join().unwrap(), Ok(rendered("in time")));
         });
         text("too late")
@@ -276,12 +277,12 @@ fn one_who_is_too_late_does_not_store() {
 }
 
 /// One renders, and ends when another one waits, or has gone through without; both answers.
-fn two(cache: &Cache, render: impl FnOnce(Recorder) -> Vec<u8>) -> (Served, Served) {
+fn two(cache: &Cache, render: impl FnOnce(Recorder) -> Vec<u8>) -> (Cached, Cached) {
     std::thread::scope(|scope| {
         let mut other = None;
-        let Ok(answer) = cache.get_or_render("k", &Options::new(), |recorder| {
+        let Ok(answer) = cache.get_or_render("k", &StoreOptions::new(), |recorder| {
             let page = render(recorder);
-            let thread = scope.spawn(|| cache.get_or_render("k", &Options::new(), |_| text("other")));
+            let thread = scope.spawn(|| cache.get_or_render("k", &StoreOptions::new(), |_| text("other")));
             while cache.stats().lease_waits == 0 && !thread.is_finished() {
                 std::thread::yield_now();
             }
@@ -308,8 +309,8 @@ fn who_waited_gets_the_page_also_if_its_time_is_over() {
 fn nobody_waits_for_a_page_that_is_too_large() {
     let cache = cache();
     let large = vec![0; 1 << 20];
-    let answer = cache.get_or_render("k", &Options::new(), |_| Ok::<_, Infallible>(large.clone()));
-    assert_eq!(answer, Ok(Served { value: large.clone(), source: Source::Rendered }));
+    let answer = cache.get_or_render("k", &StoreOptions::new(), |_| Ok::<_, Infallible>(large.clone()));
+    assert_eq!(answer, Ok(Cached { value: large.clone(), source: CacheStatus::Rendered }));
     let answers = two(&cache, |_| large);
     assert_eq!((answers.1, cache.stats().lease_waits), (rendered("other"), 0));
 }
@@ -317,7 +318,7 @@ fn nobody_waits_for_a_page_that_is_too_large() {
 #[test]
 fn a_page_is_rendered_early_by_one() {
     let cache = cache();
-    let options = Options::new().ttl(HOUR);
+    let options = StoreOptions::new().ttl(HOUR);
     let early = options.clone().early(1e12);
     let get = |page| cache.get_or_render("k", &early, |_| text(page));
     assert_eq!(get("1"), Ok(rendered("1")));
@@ -336,9 +337,9 @@ fn a_page_is_rendered_early_by_one() {
 #[test]
 fn fragments_lend_however_they_come() {
     let cache = cache();
-    let options = Options::new().tags(["deep"]).ttl(HOUR).stale(HOUR);
+    let options = StoreOptions::new().tags(["deep"]).ttl(HOUR).stale(HOUR);
     let page = || {
-        cache.get_or_render("k", &Options::new(), |recorder| {
+        cache.get_or_render("k", &StoreOptions::new(), |recorder| {
             recorder.get_or_render("inner", &options, |_| text("new")).map(|answer| answer.value)
         })
     };
@@ -378,7 +379,7 @@ fn futures_wait_for_each_other() {
             tokio::time::sleep(Duration::from_millis(20)).await;
             text("new")
         };
-        cache.get_or_render_async("k", &Options::new(), render).await.unwrap()
+        cache.get_or_render_async("k", &StoreOptions::new(), render).await.unwrap()
     };
     let answers = run(async {
         // Which asks for futures that can go to another thread.
@@ -398,7 +399,7 @@ fn futures_wait_for_each_other() {
 #[test]
 fn a_future_that_is_dropped_gives_its_lease_back() {
     let cache = cache();
-    let options = Options::new();
+    let options = StoreOptions::new();
     run(async {
         let never = |_| std::future::pending::<Result<Vec<u8>, Infallible>>();
         let never = cache.get_or_render_async("k", &options, never);
@@ -411,7 +412,7 @@ fn a_future_that_is_dropped_gives_its_lease_back() {
 #[test]
 fn a_future_that_renders_itself_does_not_wait_for_itself() {
     let cache = cache();
-    let options = Options::new();
+    let options = StoreOptions::new();
     let answer = run(cache.get_or_render_async("k", &options, async |recorder: Recorder| {
         tokio::task::yield_now().await;
         let inner = cache.get_or_render_async("k", &options, async |_| text("inner")).await;

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use super::*;
-use crate::Options;
+use crate::StoreOptions;
 
 const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0, events_bytes: 64 * 1024 };
 
@@ -40,9 +40,9 @@ fn a_closed_file_is_warm_and_its_clock_goes_on() {
     let (segment, found) = scratch.open();
     assert_eq!(found, Found::Nothing);
     let cache = segment.cache();
-    cache.set("for ever", "a", &Options::new()).unwrap();
-    cache.set("a minute", "b", &Options::new().ttl(Duration::from_secs(60))).unwrap();
-    cache.set("tagged", "c", &Options::new().tags(["t"])).unwrap();
+    cache.set("for ever", "a", &StoreOptions::new()).unwrap();
+    cache.set("a minute", "b", &StoreOptions::new().ttl(Duration::from_secs(60))).unwrap();
+    cache.set("tagged", "c", &StoreOptions::new().tags(["t"])).unwrap();
     cache.purge_tag("t");
     let before = segment.inner.now_ms();
     drop(cache);
@@ -74,7 +74,7 @@ fn a_closed_file_is_warm_and_its_clock_goes_on() {
 fn a_file_that_was_not_closed_is_warm_unless_the_machine_was_started_since() {
     let scratch = Scratch::new("killed");
     let (segment, _) = scratch.open();
-    segment.cache().set("k", "v", &Options::new()).unwrap();
+    segment.cache().set("k", "v", &StoreOptions::new()).unwrap();
     // As a process leaves it that is killed with a lock held.
     let shard: &crate::memory::layout::ShardHead = segment.inner.map.at(segment.inner.geometry.shards_at).unwrap();
     shard.lock.store(5, Ordering::Relaxed);
@@ -108,7 +108,7 @@ fn who_has_the_descriptor_without_the_lock_uses_the_file_and_does_not_keep_it() 
     let (segment, _) = scratch.open();
     let (passed, never_used) = (segment.fd_without_lock().unwrap(), segment.fd_without_lock().unwrap());
     let attached = Segment::attach(passed).unwrap();
-    segment.cache().set("k", "v", &Options::new()).unwrap();
+    segment.cache().set("k", "v", &StoreOptions::new()).unwrap();
     assert_eq!(attached.cache().get("k"), Some(b"v".to_vec()));
     let refused = segment.close().unwrap_err();
     assert!(refused.to_string().contains("another process still uses it"), "{refused}");
@@ -126,7 +126,7 @@ fn who_has_the_descriptor_without_the_lock_uses_the_file_and_does_not_keep_it() 
 fn who_attaches_a_closed_file_is_refused_and_changes_nothing() {
     let scratch = Scratch::new("closed-attach");
     let (segment, _) = scratch.open();
-    segment.cache().set("k", "v", &Options::new()).unwrap();
+    segment.cache().set("k", "v", &StoreOptions::new()).unwrap();
     let left = segment.fd_without_lock().unwrap();
     segment.close().unwrap();
     let state = || (std::fs::read(&scratch.0).unwrap(), scratch.0.metadata().unwrap().modified().unwrap());
@@ -148,7 +148,7 @@ fn who_attaches_a_closed_file_is_refused_and_changes_nothing() {
 fn what_contradicts_itself_or_is_not_ours_is_dropped() {
     let scratch = Scratch::new("odd");
     let (segment, _) = scratch.open();
-    segment.cache().set("k", "v", &Options::new()).unwrap();
+    segment.cache().set("k", "v", &StoreOptions::new()).unwrap();
     let shard: &crate::memory::layout::ShardHead = segment.inner.map.at(segment.inner.geometry.shards_at).unwrap();
     shard.books[0].store(77, Ordering::Relaxed);
     drop(segment);

@@ -19,13 +19,13 @@ impl World {
 
 #[test]
 fn while_connections_are_queued_who_leaves_is_replaced_and_the_deadline_is_that_of_the_stop() {
-    for wish in [Wish::Renew, Wish::Replace] {
+    for after_exit in [AfterExit::Restart, AfterExit::Replace] {
         let mut world = World::new(policy(1));
         world.settle();
         world.drain_with_queue();
         let begun = world.now;
         for round in 1..4 {
-            world.die(world.of(Life::Leaving)[0], wish);
+            world.die(world.of(Life::Leaving)[0], after_exit);
             world.queue(true);
             let new = world.of(Life::Starting)[0];
             world.now = begun + 100 * MS * round;
@@ -36,7 +36,7 @@ fn while_connections_are_queued_who_leaves_is_replaced_and_the_deadline_is_that_
             assert_eq!(deadline, begun + world.supervisor.policy.drain_timeout);
         }
         world.queue(false);
-        world.die(world.of(Life::Leaving)[0], wish);
+        world.die(world.of(Life::Leaving)[0], after_exit);
         assert_eq!(world.exited, Some(true), "nobody is left, and nobody waits");
     }
 }
@@ -46,10 +46,10 @@ fn who_dies_before_it_is_ready_is_tried_again_later_until_the_queue_has_had_its_
     let mut world = World::new(policy(1));
     world.settle();
     world.drain_with_queue();
-    world.die(world.of(Life::Leaving)[0], Wish::Replace);
+    world.die(world.of(Life::Leaving)[0], AfterExit::Replace);
     for delay in [100, 200, 400] {
         world.queue(true);
-        world.die(world.of(Life::Starting)[0], Wish::Replace);
+        world.die(world.of(Life::Starting)[0], AfterExit::Replace);
         world.queue(true);
         assert!(world.processes.is_empty() && world.exited.is_none());
         world.now += delay * MS;
@@ -82,7 +82,7 @@ fn who_asks_not_to_be_replaced_is_not_and_a_stop_at_once_replaces_nobody() {
             world.feed(Event::Command(halt));
         }
         let (&pid, _) = world.processes.iter().next().unwrap();
-        world.die(Pid::from_raw(pid), if last.is_some() { Wish::Replace } else { Wish::Retire });
+        world.die(Pid::from_raw(pid), if last.is_some() { AfterExit::Replace } else { AfterExit::StayDown });
         assert_eq!(world.exited, Some(true));
     }
 }
@@ -92,7 +92,7 @@ fn when_every_worker_retires_the_master_fails() {
     let mut world = World::new(policy(2));
     world.settle();
     for pid in world.processes.keys().copied().collect::<Vec<_>>() {
-        world.die(Pid::from_raw(pid), Wish::Retire);
+        world.die(Pid::from_raw(pid), AfterExit::StayDown);
     }
     assert_eq!(world.exited, Some(false));
     assert_eq!(world.spawned, 2);

@@ -14,12 +14,12 @@ use tower_service::Service;
 use super::super::outbox::Outbox;
 use super::OUTBOX_LIMIT;
 use crate::app::body::{Body, pipe};
-use crate::heir::ledger::Entry;
+use crate::heir::journal::Entry;
 use crate::protocol::cgi;
-use crate::protocol::fastcgi::{self, LARGEST_CONTENT, RequestId};
+use crate::protocol::fastcgi::{self, MAX_CONTENT, RequestId};
 use crate::protocol::role::AppStatus;
-use crate::request::pulse::Pulse;
-use crate::worker::service::serve::{Answer, BoxError, Served};
+use crate::request::activity::Activity;
+use crate::worker::service::serve::{BoxError, ResponseFuture, Served};
 
 /// A request and its response.
 pub(super) struct Exchange<S: Service<Request<Body>>, B> {
@@ -41,7 +41,7 @@ pub(super) struct Exchange<S: Service<Request<Body>>, B> {
 pin_project! {
     #[project = Working]
     pub(super) enum Work<S: Service<Request<Body>>, B> {
-        Answering { #[pin] answer: Answer<S, B> },
+        Answering { #[pin] answer: ResponseFuture<S, B> },
         Sending { #[pin] body: Served<B> },
         Ended,
         /// The response broke off. Nothing more is said of it until the connection is closed.
@@ -63,7 +63,7 @@ where
     pub(super) fn poll(
         &mut self,
         context: &mut Context<'_>,
-        pulse: &Arc<Pulse>,
+        activity: &Arc<Activity>,
         outbox: &mut Outbox,
         head: &mut BytesMut,
     ) -> io::Result<()> {
@@ -71,7 +71,7 @@ where
             match self.work.as_mut().project() {
                 Working::Answering { answer } => {
                     let Poll::Ready(mut response) = answer.poll(context) else { return Ok(()) };
-                    response.body_mut().tell(pulse);
+                    response.body_mut().tell(activity);
                     self.send_head(response, context, outbox, head)?;
                 }
                 Working::Sending { mut body } => match body.as_mut().poll_frame(context) {
@@ -124,10 +124,10 @@ where
                 Poll::Pending => {}
             }
         }
-        if head.len() > LARGEST_CONTENT {
+        if head.len() > MAX_CONTENT {
             self.send(head.split().freeze(), outbox);
         } else {
-            let with_head = first.split_to(first.len().min(LARGEST_CONTENT - head.len()));
+            let with_head = first.split_to(first.len().min(MAX_CONTENT - head.len()));
             fastcgi::stdout_header(outbox.tail(), self.id, head.len() + with_head.len());
             outbox.tail().extend_from_slice(head);
             outbox.push(with_head);
@@ -141,7 +141,7 @@ where
 
     fn send(&self, mut data: Bytes, outbox: &mut Outbox) {
         while !data.is_empty() {
-            let content = data.split_to(data.len().min(LARGEST_CONTENT));
+            let content = data.split_to(data.len().min(MAX_CONTENT));
             fastcgi::stdout_header(outbox.tail(), self.id, content.len());
             outbox.push(content);
         }

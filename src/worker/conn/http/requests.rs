@@ -1,4 +1,4 @@
-//! What is under way on an HTTP connection: for its drain, the heir's ledger and the watchdog.
+//! What is under way on an HTTP connection: for its drain, the heir's journal and the watchdog.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -11,16 +11,16 @@ use hyper::body::Incoming;
 use tokio::sync::Notify;
 
 use super::upgrade::Taken;
-use crate::heir::ledger::{Account, Entry, LANDING};
-use crate::request::pulse::Pulse;
+use crate::heir::journal::{ConnHandle, Entry, READ_BUFFER};
+use crate::request::activity::Activity;
 
 /// The longest body of which the end is known as a position, which wraps around.
-const LONGEST_BODY: u32 = 1 << 30;
+const MAX_BODY: u32 = 1 << 30;
 
 /// The requests of a connection.
 pub(super) struct Requests {
-    pulse: Arc<Pulse>,
-    account: Account,
+    activity: Arc<Activity>,
+    conn: ConnHandle,
     /// Those that the application has not answered yet: they can be told that they are the last.
     unanswered: Cell<u32>,
     begun: Notify,
@@ -40,14 +40,14 @@ pub(super) struct Requests {
 }
 
 impl Requests {
-    pub(super) fn new(limit: u32, pulse: Arc<Pulse>, account: Account) -> Self {
+    pub(super) fn new(limit: u32, activity: Arc<Activity>, conn: ConnHandle) -> Self {
         let (unanswered, count) = (Cell::new(0), Cell::new(0));
         let (begun, last_begun, end_is_unknown) = (Notify::new(), Notify::new(), Cell::new(false));
         let (offers, no_offers, taken) = (Cell::new(0), Notify::new(), RefCell::new(None));
         let left_unread = Cell::new(false);
         Self {
-            pulse,
-            account,
+            activity,
+            conn,
             unanswered,
             begun,
             count,
@@ -63,7 +63,7 @@ impl Requests {
 
     pub(super) fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> UnderWay {
         let entry = (request.version() != Version::HTTP_2).then(|| self.enter(request));
-        self.pulse.request_came();
+        self.activity.request_came();
         self.unanswered.set(self.unanswered.get() + 1);
         self.count.set(self.count.get().saturating_add(1));
         self.begun.notify_waiters();
@@ -74,15 +74,14 @@ impl Requests {
         UnderWay { requests: Rc::clone(self), entry, is_last, is_answered: false, offers: false }
     }
 
-    /// Has the ledger know of an HTTP/1 request, and of where it ends.
+    /// Has the journal know of an HTTP/1 request, and of where it ends.
     fn enter(&self, request: &Request<Incoming>) -> Entry {
-        let head = self.account.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
-        let entry =
-            self.account.begin(1, request.method() == Method::HEAD, is_last(request.version(), request.headers()));
+        let head = self.conn.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
+        let entry = self.conn.begin(1, request.method() == Method::HEAD, is_last(request.version(), request.headers()));
         let body = request.body().size_hint().exact().and_then(|length| u32::try_from(length).ok());
-        match (head, body.filter(|&length| length <= LONGEST_BODY)) {
+        match (head, body.filter(|&length| length <= MAX_BODY)) {
             (Some((position, head)), Some(body)) => {
-                self.account.clean_up_to(position.wrapping_add(head).wrapping_add(body));
+                self.conn.clean_up_to(position.wrapping_add(head).wrapping_add(body));
             }
             _ => self.end_is_unknown.set(true),
         }
@@ -102,17 +101,17 @@ impl Requests {
     /// Whether another worker can go on: all that was taken in are whole requests, or the beginning of one that fits a
     /// message.
     pub(super) fn can_go_on_elsewhere(&self) -> bool {
-        let unfinished = usize::try_from(self.account.unfinished());
-        !self.are_enough() && !self.end_is_unknown.get() && unfinished.is_ok_and(|length| length <= LANDING)
+        let unfinished = usize::try_from(self.conn.unfinished());
+        !self.are_enough() && !self.end_is_unknown.get() && unfinished.is_ok_and(|length| length <= READ_BUFFER)
     }
 
     /// Whether all responses have been written.
     pub(super) fn are_over(&self) -> bool {
-        self.pulse.under_way() == 0 && !self.pulse.is_writing()
+        self.activity.under_way() == 0 && !self.activity.is_writing()
     }
 
-    pub(super) fn pulse(&self) -> &Arc<Pulse> {
-        &self.pulse
+    pub(super) fn activity(&self) -> &Arc<Activity> {
+        &self.activity
     }
 
     pub(super) fn end_is_unknown(&self) -> bool {
@@ -165,7 +164,7 @@ impl Requests {
 /// A request that is under way until this is dropped.
 pub(super) struct UnderWay {
     requests: Rc<Requests>,
-    /// In the ledger, over HTTP/1.
+    /// In the journal, over HTTP/1.
     entry: Option<Entry>,
     /// The connection may have no further request.
     pub(super) is_last: bool,
@@ -184,7 +183,7 @@ impl UnderWay {
 
     /// It has switched protocols: what comes from now on is carried on.
     pub(super) fn is_upgraded(&self) {
-        self.requests.pulse.held().stop();
+        self.requests.activity.held().stop();
     }
 
     /// Whether it may switch protocols.
@@ -200,13 +199,13 @@ impl UnderWay {
         }
     }
 
-    /// Has the ledger know that the response is on its way.
+    /// Has the journal know that the response is on its way.
     pub(super) fn enter_response<B>(&self, response: &Response<B>) {
         let Some(entry) = self.entry else { return };
-        let account = &self.requests.account;
-        account.response_from(entry, account.output(0));
+        let conn = &self.requests.conn;
+        conn.response_from(entry, conn.output(0));
         if is_last(Version::HTTP_11, response.headers()) {
-            account.is_last(entry);
+            conn.is_last(entry);
         }
     }
 }
@@ -216,9 +215,9 @@ impl Drop for UnderWay {
         self.is_answered();
         self.offers_upgrade(false);
         if let Some(entry) = self.entry {
-            self.requests.account.response_over(entry);
+            self.requests.conn.response_over(entry);
         }
-        self.requests.pulse.request_over();
+        self.requests.activity.request_over();
     }
 }
 

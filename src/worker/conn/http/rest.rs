@@ -10,8 +10,8 @@ use hyper::body::Incoming;
 use tokio::sync::oneshot;
 use tokio::time::Sleep;
 
-use super::super::closing::LINGER;
 use crate::app::body;
+use crate::worker::conn::linger::LINGER;
 
 /// Bytes of a body that are read for the sake of the connection.
 const WORTH_READING: u64 = 64 << 10;

@@ -2,7 +2,7 @@
 //!
 //! The application gets what it gets from every server built on hyper, [`hyper::upgrade::Upgraded`], but not the connection
 //! itself: a [`Tunnel`], which it may move to any thread. The connection's task keeps the socket and carries the bytes between
-//! the two ([`carry`]). So an upgraded connection stays one of the worker's connections: it counts, it is in the ledger, the
+//! the two ([`carry`]). So an upgraded connection stays one of the worker's connections: it counts, it is in the journal, the
 //! watchdog sees it, and a drain ends it.
 //!
 //! Only hyper can make an `Upgraded`. A [`Tunnel`] is made into one by a second, very short HTTP/1 connection that exists in
@@ -28,11 +28,11 @@ use hyper::upgrade::OnUpgrade;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::super::closing::LINGER;
 use super::super::socket::poll_block;
 use super::requests::UnderWay;
 use crate::app::body::{Body, pipe};
-use crate::request::pulse::{Pulse, Wait};
+use crate::request::activity::{Activity, Wait};
+use crate::worker::conn::linger::LINGER;
 use crate::worker::lifecycle::drain::Drain;
 use crate::worker::service::serve::{Serving, Switch};
 
@@ -207,12 +207,12 @@ impl Taken {
     }
 
     /// Carries those of a stream of HTTP/2.
-    pub(super) async fn carry_stream(self, pulse: Arc<Pulse>, ends: Ends) {
+    pub(super) async fn carry_stream(self, activity: Arc<Activity>, ends: Ends) {
         let Self { link, theirs, mut serving, under_way } = self;
         under_way.is_upgraded();
         match theirs.await {
             Ok(stream) => {
-                let (stream, room) = (hyper_util::rt::TokioIo::new(stream), Wait::for_room(&pulse));
+                let (stream, room) = (hyper_util::rt::TokioIo::new(stream), Wait::for_room(&activity));
                 carry(stream, Bytes::new(), link, &mut serving, Some(room), &ends).await;
             }
             Err(error) => log::debug!("a stream did not become a tunnel: {error}"),

@@ -13,8 +13,8 @@ use pin_project_lite::pin_project;
 use super::client::Client;
 use super::{BoxError, Kind, Serving, catch_panic};
 use crate::app::body::BodyError;
-use crate::diagnostics::at_work;
-use crate::request::pulse::{Pulse, Wait};
+use crate::diagnostics::current_request;
+use crate::request::activity::{Activity, Wait};
 
 pin_project! {
     /// The body of a response, with the request's place in the scoreboard, which it keeps until it is dropped.
@@ -80,7 +80,7 @@ impl<B> Served<B> {
     }
 
     /// If this is a stream that ends with the worker, has its connection know.
-    pub(crate) fn tell(&mut self, pulse: &Arc<Pulse>) {
+    pub(crate) fn tell(&mut self, activity: &Arc<Activity>) {
         let in_flight = match self {
             Self::App { in_flight, .. } => in_flight,
             Self::Begun { body, .. } => match body.as_mut().project() {
@@ -90,7 +90,7 @@ impl<B> Served<B> {
             Self::Canned { .. } | Self::Nothing { .. } => return,
         };
         if let Kind::Events(told) = &mut in_flight.kind {
-            *told = Some(Wait::for_events(pulse));
+            *told = Some(Wait::for_events(activity));
         }
     }
 }
@@ -121,22 +121,23 @@ where
             }
         };
         in_flight.beat();
-        let error: BoxError = match catch_panic(|| at_work::on(Some(in_flight.cell()), || body.poll_frame(context))) {
-            Ok(frame) => match ready!(frame) {
-                None => match left {
-                    None | Some(0) => return Poll::Ready(None),
-                    Some(missing) => format!("it ended {missing} bytes before its Content-Length").into(),
+        let error: BoxError =
+            match catch_panic(|| current_request::enter(Some(in_flight.cell()), || body.poll_frame(context))) {
+                Ok(frame) => match ready!(frame) {
+                    None => match left {
+                        None | Some(0) => return Poll::Ready(None),
+                        Some(missing) => format!("it ended {missing} bytes before its Content-Length").into(),
+                    },
+                    Some(Ok(frame)) => {
+                        let frame = frame.map_data(|mut data| data.copy_to_bytes(data.remaining()));
+                        let frame = within_length(frame, left, in_flight);
+                        in_flight.sent(frame.as_ref());
+                        return Poll::Ready(frame.map(Ok));
+                    }
+                    Some(Err(error)) => error.into(),
                 },
-                Some(Ok(frame)) => {
-                    let frame = frame.map_data(|mut data| data.copy_to_bytes(data.remaining()));
-                    let frame = within_length(frame, left, in_flight);
-                    in_flight.sent(frame.as_ref());
-                    return Poll::Ready(frame.map(Ok));
-                }
-                Some(Err(error)) => error.into(),
-            },
-            Err(panic) => panic.into(),
-        };
+                Err(panic) => panic.into(),
+            };
         if in_flight.client.as_deref().and_then(Client::fault).is_none() {
             log::error!("a response broke off: {error} request={:?}", in_flight.what());
         }

@@ -1,0 +1,223 @@
+//! The event loop's turns, as blocking functions see them: at the end of each, threads are woken; at the beginning of the next, those
+//! who wait for a response; and in between those functions are run that were declared quick.
+//!
+//! To pass a request to another thread and its response back costs several times what a quick function does.
+//! So a function that its author has declared quick ([`super::Blocking::inline`]) is run right here once it has been
+//! so for a while. Not within the loop, where it would find
+//! itself inside tokio (a database client that brings its own runtime would panic there), but between two turns
+//! of it: the loop lets go when quick jobs wait, they are run, and it goes on.
+//!
+//! While such a job runs, the loop stands still. [`InlinePolicy`] keeps that rare, should the declaration be wrong: a function earns its place by a row
+//! of quick runs, loses it by a single slow one, and then needs a row twice as long.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Waker};
+use std::time::Duration;
+
+use super::{Job, pool};
+
+/// A run is quick up to this, about what passing it to another thread and back costs.
+const QUICK_RUN: Duration = Duration::from_micros(50);
+/// A run that holds up the loop for longer costs the function its place.
+const SLOW_RUN: Duration = Duration::from_millis(1);
+/// So many quick runs in a row are asked for at first, and at most.
+const RUNS_REQUIRED: (u32, u32) = (32, 1 << 20);
+
+/// How long a function took, of late.
+#[derive(Debug)]
+pub(super) struct InlinePolicy {
+    quick_in_a_row: AtomicU32,
+    asked_for: AtomicU32,
+}
+
+impl Default for InlinePolicy {
+    fn default() -> Self {
+        Self { quick_in_a_row: AtomicU32::new(0), asked_for: AtomicU32::new(RUNS_REQUIRED.0) }
+    }
+}
+
+impl InlinePolicy {
+    pub(super) fn is_quick(&self) -> bool {
+        self.quick_in_a_row.load(Ordering::Relaxed) >= self.asked_for.load(Ordering::Relaxed)
+    }
+
+    /// Takes note of a run; true if it has cost the function its place. Two threads that do so at once may lose one: it is a
+    /// guess anyway.
+    pub(super) fn took(&self, time: Duration) -> bool {
+        let row = self.quick_in_a_row.load(Ordering::Relaxed);
+        let asked_for = self.asked_for.load(Ordering::Relaxed);
+        if time <= QUICK_RUN {
+            self.quick_in_a_row.store(row.saturating_add(1), Ordering::Relaxed);
+        } else if row < asked_for {
+            self.quick_in_a_row.store(0, Ordering::Relaxed);
+        } else if time >= SLOW_RUN {
+            self.quick_in_a_row.store(0, Ordering::Relaxed);
+            self.asked_for.store((asked_for * 2).min(RUNS_REQUIRED.1), Ordering::Relaxed);
+            return true;
+        }
+        false
+    }
+}
+
+thread_local! {
+    static JOBS: RefCell<VecDeque<Arc<dyn Job>>> = const { RefCell::new(VecDeque::new()) };
+    /// Of this thread's event loop, if it has one that knows of turns.
+    static BELL: RefCell<Option<Arc<Bell>>> = const { RefCell::new(None) };
+    /// Between two turns, wakers are kept until the loop goes on: to wake it from outside is a system call each.
+    static WAKE_LATER: RefCell<Vec<Waker>> = const { RefCell::new(Vec::new()) };
+    static BETWEEN_TURNS: Cell<bool> = const { Cell::new(false) };
+    /// Jobs were started in this turn.
+    static ENDS_WITH_CALL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Where threads tell the event loop what has ended: it is woken by the first that does so, and not again until it has looked.
+#[derive(Debug)]
+pub(super) struct Bell(Mutex<Ended>);
+
+#[derive(Debug)]
+struct Ended {
+    event_loop: Waker,
+    is_woken: bool,
+    /// Who waits for the responses.
+    wakers: Vec<Waker>,
+    one_is_free: bool,
+}
+
+impl Bell {
+    /// Of this thread's event loop.
+    pub(super) fn of_this_thread() -> Option<Arc<Self>> {
+        BELL.with_borrow(Clone::clone)
+    }
+
+    /// Wakes whoever waits for a response: at once, or when the loop goes on.
+    pub(super) fn wake(&self, waker: Waker) {
+        if BETWEEN_TURNS.get() {
+            WAKE_LATER.with_borrow_mut(|wakers| wakers.push(waker));
+        } else {
+            self.tell(|ended| ended.wakers.push(waker));
+        }
+    }
+
+    /// All threads were occupied, and one is free again.
+    pub(super) fn one_is_free(&self) {
+        self.tell(|ended| ended.one_is_free = true);
+    }
+
+    fn tell(&self, what: impl FnOnce(&mut Ended)) {
+        let mut ended = self.ended();
+        what(&mut ended);
+        let event_loop = (!std::mem::replace(&mut ended.is_woken, true)).then(|| ended.event_loop.clone());
+        drop(ended);
+        if let Some(event_loop) = event_loop {
+            event_loop.wake();
+        }
+    }
+
+    fn ended(&self) -> MutexGuard<'_, Ended> {
+        // No code that can panic runs under the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// At the beginning of a turn.
+    fn look(&self, context: &Context<'_>) {
+        let mut ended = self.ended();
+        ended.is_woken = false;
+        ended.event_loop.clone_from(context.waker());
+        let mut wakers = std::mem::take(&mut ended.wakers);
+        let one_is_free = std::mem::take(&mut ended.one_is_free);
+        drop(ended);
+        if one_is_free {
+            pool::announce_free();
+        }
+        wakers.drain(..).for_each(Waker::wake);
+        if wakers.capacity() > 0 {
+            let mut ended = self.ended();
+            if ended.wakers.capacity() == 0 {
+                ended.wakers = wakers; // its memory is needed again
+            }
+        }
+    }
+}
+
+/// Has the loop come to the end of its turn, where threads are woken. False if this thread has no loop for that.
+pub(super) fn ends_later() -> bool {
+    BELL.with_borrow(|bell| {
+        let Some(bell) = bell else { return false };
+        if !ENDS_WITH_CALL.replace(true) {
+            let event_loop = bell.ended().event_loop.clone();
+            event_loop.wake(); // within the loop that is no system call
+        }
+        true
+    })
+}
+
+/// Has the job run after this turn of the loop. Gives it back if this thread has no loop for that.
+pub(super) fn run_inline(job: Arc<dyn Job>) -> Result<(), Arc<dyn Job>> {
+    BELL.with_borrow(|bell| match bell {
+        Some(bell) => {
+            let is_first = JOBS.with_borrow_mut(|jobs| {
+                jobs.push_back(job);
+                jobs.len() == 1
+            });
+            if is_first {
+                let event_loop = bell.ended().event_loop.clone();
+                event_loop.wake();
+            }
+            Ok(())
+        }
+        None => Err(job),
+    })
+}
+
+/// To be polled by the event loop's main future: true if the loop should let go, for [`run_jobs`].
+pub(crate) fn jobs_wait(context: &Context<'_>) -> bool {
+    for waker in WAKE_LATER.take() {
+        waker.wake();
+    }
+    let bell = BELL.with_borrow_mut(|bell| {
+        let event_loop = || context.waker().clone();
+        let new = || Ended { event_loop: event_loop(), is_woken: false, wakers: Vec::new(), one_is_free: false };
+        Arc::clone(bell.get_or_insert_with(|| Arc::new(Bell(Mutex::new(new())))))
+    });
+    bell.look(context);
+    if ENDS_WITH_CALL.take() {
+        pool::end_turn();
+    }
+    JOBS.with_borrow(|jobs| !jobs.is_empty())
+}
+
+/// Runs the jobs that wait. Not to be called within the loop.
+pub(crate) fn run_jobs() {
+    BETWEEN_TURNS.set(true);
+    for job in JOBS.take() {
+        job.run();
+    }
+    BETWEEN_TURNS.set(false);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_earned_by_a_row_of_quick_runs_and_lost_by_one_slow_one() {
+        let policy = InlinePolicy::default();
+        let quick = |times| (0..times).for_each(|_| assert!(!policy.took(QUICK_RUN)));
+        quick(31);
+        assert!(!policy.took(QUICK_RUN * 2));
+        quick(31);
+        assert!(!policy.is_quick());
+        quick(1);
+        assert!(policy.is_quick());
+        assert!(!policy.took(QUICK_RUN * 2));
+        assert!(policy.is_quick(), "a little late is not slow");
+        assert!(policy.took(SLOW_RUN) && !policy.is_quick());
+        quick(63);
+        assert!(!policy.is_quick(), "twice as many are asked for");
+        quick(1);
+        assert!(policy.is_quick());
+    }
+}

@@ -1,0 +1,74 @@
+//! The flags that name the programs that run beside the workers.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::config::parse_duration;
+use crate::config::sidecars::{SidecarConfig, SidecarsConfig};
+
+/// The programs that run beside the workers.
+#[derive(Args, Debug)]
+pub(super) struct SidecarOptions {
+    /// Keep this program running beside the workers; repeatable (in the variable: a line each). COMMAND is split as a
+    /// shell does, but run without one
+    #[arg(long, value_name = "NAME=COMMAND", env = "FORKYARD_DAEMON", value_parser = parse_daemons, help_heading = "Daemons and jobs")]
+    daemon: Vec<Lines>,
+
+    /// Run this program at these times, local time, as in clean=*/5 * * * *=./clean --all; repeatable, likewise.
+    /// SCHEDULE is minute, hour, day, month, day of the week, or @hourly and the like
+    #[arg(long, value_name = "NAME=SCHEDULE=COMMAND", env = "FORKYARD_CRON", value_parser = parse_jobs, help_heading = "Daemons and jobs")]
+    cron: Vec<Lines>,
+
+    /// How long one run of a job may take; then it is asked to stop, and after --drain-timeout killed. 0 for no limit
+    #[arg(long, value_name = "TIME", env = "FORKYARD_CRON_TIMEOUT", default_value = "0", value_parser = parse_duration, help_heading = "Daemons and jobs")]
+    cron_timeout: Duration,
+
+    /// A daemon that ends with status 0 within a second, so many times in a row, is not started again before a reload: it
+    /// is no daemon, or puts itself into the background. 0 for no limit
+    #[arg(
+        long,
+        value_name = "N",
+        env = "FORKYARD_DAEMON_TRIES",
+        default_value = "10",
+        help_heading = "Daemons and jobs"
+    )]
+    daemon_tries: u32,
+}
+
+/// What stands in one flag, or in the lines of a variable.
+#[derive(Clone, Debug)]
+struct Lines(Vec<SidecarConfig>);
+
+fn parse_daemons(text: &str) -> Result<Lines, String> {
+    lines(text).map(SidecarConfig::daemon).collect::<Result<_, _>>().map(Lines)
+}
+
+fn parse_jobs(text: &str) -> Result<Lines, String> {
+    lines(text).map(SidecarConfig::job).collect::<Result<_, _>>().map(Lines)
+}
+
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter(|line| !line.trim().is_empty())
+}
+
+impl SidecarOptions {
+    /// # Errors
+    /// A sentence for the operator, if two have the same name.
+    pub(super) fn config(self) -> Result<SidecarsConfig, String> {
+        let all = self.daemon.into_iter().chain(self.cron).flat_map(|Lines(sidecars)| sidecars);
+        SidecarsConfig::new(all.collect(), self.cron_timeout, self.daemon_tries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_variable_has_a_line_for_each() {
+        let Lines(daemons) = parse_daemons("a=x, y; z\n\n  b=y\n").unwrap();
+        assert_eq!(daemons.iter().map(|daemon| daemon.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        assert!(parse_jobs("a=@daily=x\nb=c\n").unwrap_err().contains("'b=c' is not a job"));
+    }
+}

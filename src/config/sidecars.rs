@@ -1,0 +1,218 @@
+//! The programs that run beside the workers: daemons, and jobs that run at certain times. Parsed once, then never
+//! changed.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::time::Duration;
+
+use croner::Cron;
+use croner::parser::{CronParser, Seconds, Year};
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+use super::Program;
+
+/// Longest name of one.
+const MAX_NAME: usize = 64;
+
+/// All of them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SidecarsConfig {
+    /// No two have the same name.
+    pub(crate) sidecars: Vec<SidecarConfig>,
+    /// How long one run of a job may take; zero for no limit.
+    pub(crate) cron_timeout: Duration,
+    /// So many times in a row a daemon may end well as soon as it is started; 0 for any number.
+    pub(crate) daemon_tries: u32,
+}
+
+/// One of them.
+#[derive(Clone, Debug)]
+pub(crate) struct SidecarConfig {
+    pub(crate) name: String,
+    /// When it runs; always, if `None`.
+    pub(crate) schedule: Option<Schedule>,
+    /// The name or path of the program, and its arguments.
+    command: Vec<String>,
+}
+
+/// The times at which a job runs.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Schedule {
+    cron: Cron,
+    zone: TimeZone,
+}
+
+impl SidecarsConfig {
+    /// # Errors
+    /// A sentence for the operator, if two have the same name.
+    pub(crate) fn new(sidecars: Vec<SidecarConfig>, cron_timeout: Duration, daemon_tries: u32) -> Result<Self, String> {
+        for (index, sidecar) in sidecars.iter().enumerate() {
+            if sidecars[..index].iter().any(|other| other.name == sidecar.name) {
+                let name = &sidecar.name;
+                return Err(format!("--daemon and --cron: there are two named '{name}' (give each a name of its own)"));
+            }
+        }
+        Ok(Self { sidecars, cron_timeout, daemon_tries })
+    }
+}
+
+impl SidecarConfig {
+    /// Reads `NAME=COMMAND`.
+    ///
+    /// # Errors
+    /// A sentence that says what is expected.
+    pub(crate) fn daemon(text: &str) -> Result<Self, String> {
+        let expected = || format!("'{text}' is not a daemon (expected NAME=COMMAND, as in mail=./mailer --queue out)");
+        let (name, command) = text.split_once('=').ok_or_else(expected)?;
+        Ok(Self { name: parse_name(name)?, schedule: None, command: parse_command(command)? })
+    }
+
+    /// Reads `NAME=SCHEDULE=COMMAND`.
+    ///
+    /// # Errors
+    /// A sentence that says what is expected.
+    pub(crate) fn job(text: &str) -> Result<Self, String> {
+        let expected =
+            || format!("'{text}' is not a job (expected NAME=SCHEDULE=COMMAND, as in clean=*/5 * * * *=./clean --all)");
+        let (name, rest) = text.split_once('=').ok_or_else(expected)?;
+        let (schedule, command) = rest.split_once('=').ok_or_else(expected)?;
+        let schedule = Schedule::parse(schedule, TimeZone::system())?;
+        Ok(Self { name: parse_name(name)?, schedule: Some(schedule), command: parse_command(command)? })
+    }
+
+    /// Finds its program, as it will be seen with this root and in this folder.
+    ///
+    /// # Errors
+    /// A sentence for the operator, which names the flag.
+    pub(crate) fn program(&self, root: Option<&Path>, directory: Option<&Path>) -> Result<Program, String> {
+        let command: Vec<OsString> = self.command.iter().map(OsString::from).collect();
+        let found =
+            Program::find(&command, root).and_then(|found| found.with_path_for(directory.filter(|_| root.is_none())));
+        found.map_err(|error| format!("--{} {}: {error}", self.kind(), self.name))
+    }
+
+    /// The name of its flag, and what it is called in the log.
+    pub(crate) fn kind(&self) -> &'static str {
+        if self.schedule.is_some() { "cron" } else { "daemon" }
+    }
+}
+
+impl Schedule {
+    /// Reads minute, hour, day, month and day of the week, with seconds in front if there are six; or `@hourly` and its like.
+    ///
+    /// # Errors
+    /// A sentence that says what is expected.
+    pub(crate) fn parse(text: &str, zone: TimeZone) -> Result<Self, String> {
+        let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
+        let cron = parser.parse(text.trim()).map_err(|error| {
+            format!("'{text}' is not a schedule: {error} (expected minute, hour, day, month, day of the week, as in */5 * * * *)")
+        })?;
+        let schedule = Self { cron, zone };
+        // The thirtieth of February, say.
+        let never = || format!("the schedule '{text}' never comes (check day and month)");
+        schedule.after(Timestamp::now()).ok_or_else(never)?;
+        Ok(schedule)
+    }
+
+    /// The first time after this one; `None` if there is none.
+    pub(crate) fn after(&self, time: Timestamp) -> Option<Timestamp> {
+        let next = self.cron.find_next_occurrence(&time.to_zoned(self.zone.clone()), false).ok()?.timestamp();
+        // What makes no progress would be due without end.
+        (next > time).then_some(next)
+    }
+}
+
+impl std::fmt::Display for Schedule {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.cron.as_str())
+    }
+}
+
+fn parse_name(text: &str) -> Result<String, String> {
+    let name = text.trim();
+    let is_fit = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(is_fit) {
+        return Err(format!(
+            "'{name}' is not a name (expected letters, digits, '-', '_' and '.', at most {MAX_NAME} of them)"
+        ));
+    }
+    Ok(name.to_owned())
+}
+
+fn parse_command(text: &str) -> Result<Vec<String>, String> {
+    let words =
+        shell_words::split(text).map_err(|error| format!("'{text}' is not a command: {error} (check the quotes)"))?;
+    match words.first() {
+        Some(program) if !program.is_empty() => Ok(words),
+        Some(_) | None => {
+            Err("there is no command after the last '=' (expected a program and its arguments)".to_owned())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn daemons_and_jobs_are_read() {
+        let daemon = SidecarConfig::daemon("mail=./mailer --from 'a = b' \"c d\"").unwrap();
+        assert_eq!((daemon.name.as_str(), daemon.kind()), ("mail", "daemon"));
+        assert_eq!(daemon.command, ["./mailer", "--from", "a = b", "c d"]);
+        let job = SidecarConfig::job("clean = */5 * * * * = find . -name x=y").unwrap();
+        assert_eq!((job.name.as_str(), job.kind()), ("clean", "cron"));
+        assert_eq!(job.command, ["find", ".", "-name", "x=y"]);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_in_a_sentence() {
+        for (text, words) in [
+            ("mail", "expected NAME=COMMAND"),
+            ("=x", "is not a name"),
+            ("a b=x", "is not a name"),
+            ("mail=", "there is no command"),
+            ("mail=x 'y", "check the quotes"),
+        ] {
+            let error = SidecarConfig::daemon(text).unwrap_err();
+            assert!(error.contains(words), "{text}: {error}");
+        }
+        for (text, words) in [
+            ("clean=x", "expected NAME=SCHEDULE=COMMAND"),
+            ("clean=61 * * * *=x", "is not a schedule"),
+            ("clean=* * *=x", "is not a schedule"),
+            ("clean=0 0 30 2 *=x", "never comes"),
+        ] {
+            let error = SidecarConfig::job(text).unwrap_err();
+            assert!(error.contains(words), "{text}: {error}");
+        }
+        let twice = [SidecarConfig::daemon("a=x").unwrap(), SidecarConfig::job("a=@daily=x").unwrap()];
+        assert!(SidecarsConfig::new(twice.to_vec(), Duration::ZERO, 0).unwrap_err().contains("two named 'a'"));
+    }
+
+    #[test]
+    fn a_missing_program_is_named_with_its_flag() {
+        let error = SidecarConfig::daemon("mail=no-such-program-here").unwrap().program(None, None).unwrap_err();
+        assert!(error.contains("--daemon mail") && error.contains("no program of that name"), "{error}");
+    }
+
+    #[test]
+    fn times_are_local_and_summer_time_loses_and_doubles_no_run() {
+        let zone = TimeZone::get("Europe/Berlin").unwrap();
+        let daily = Schedule::parse("30 2 * * *", zone.clone()).unwrap();
+        assert_eq!(daily.after(time("2026-01-10T00:00:00Z")), Some(time("2026-01-10T01:30:00Z")));
+        // On March 29th there is no 2:30: it runs when the clock has jumped.
+        let jumped = daily.after(time("2026-03-28T12:00:00Z")).unwrap();
+        assert!((time("2026-03-29T00:59:00Z")..time("2026-03-29T02:00:00Z")).contains(&jumped), "{jumped}");
+        // On October 25th there are two.
+        let first = daily.after(time("2026-10-24T12:00:00Z")).unwrap();
+        assert_eq!(first, time("2026-10-25T00:30:00Z"));
+        assert_eq!(daily.after(first), Some(time("2026-10-26T01:30:00Z")));
+        let hourly = Schedule::parse("@hourly", zone).unwrap();
+        assert_eq!(hourly.after(time("2026-10-25T00:30:00Z")), Some(time("2026-10-25T01:00:00Z")));
+    }
+}

@@ -1,0 +1,72 @@
+//! What stands for a request when workers die of it: pure, and the same on both sides. The master counts deaths by it,
+//! and workers refuse by it.
+//!
+//! It is made of the text that the scoreboard has, "GET /path?query", cut there at 112 bytes.
+
+use crate::config::failures::QuarantineBy;
+
+/// So many hexadecimal digits in a row are an id, if one of them is a decimal digit.
+const MIN_ID: usize = 8;
+
+/// A request, as precisely as it can be meant.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct RequestKey {
+    /// Method and path: `GET /users/17`.
+    pub(crate) path: String,
+    /// The same for all that differ in numbers and ids alone: `GET /users/*`. `None` if only paths count.
+    pub(crate) pattern: Option<String>,
+}
+
+impl RequestKey {
+    pub(crate) fn of(what: &str, by: QuarantineBy) -> Self {
+        let path = what.split(['?', '#']).next().unwrap_or_default().trim_end().to_owned();
+        let pattern = match by {
+            QuarantineBy::Path => None,
+            QuarantineBy::Pattern => {
+                let segments = path.split('/').map(|segment| if is_id(segment) { "*" } else { segment });
+                Some(segments.collect::<Vec<_>>().join("/"))
+            }
+        };
+        Self { path, pattern }
+    }
+
+    /// What it may be refused by.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.path.as_str()).chain(self.pattern.as_deref())
+    }
+}
+
+/// A number, or a long hexadecimal one, also with hyphens as a UUID has them.
+fn is_id(segment: &str) -> bool {
+    let digits = || segment.bytes().filter(|byte| *byte != b'-');
+    let is_number = !segment.is_empty() && segment.bytes().all(|byte| byte.is_ascii_digit());
+    let is_hex = digits().count() >= MIN_ID
+        && digits().all(|byte| byte.is_ascii_hexdigit())
+        && digits().any(|byte| byte.is_ascii_digit());
+    is_number || is_hex
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_and_ids_do_not_count_in_a_pattern_and_queries_nowhere() {
+        for (what, path, pattern) in [
+            ("GET /", "GET /", "GET /"),
+            ("GET /users/17?tab=2", "GET /users/17", "GET /users/*"),
+            ("GET /users/17/posts/3/", "GET /users/17/posts/3/", "GET /users/*/posts/*/"),
+            ("PUT /o/3f2504e0-4f89-11d3-9a0c-0305e82c3301", "PUT /o/3f2504e0-4f89-11d3-9a0c-0305e82c3301", "PUT /o/*"),
+            ("GET /o/DEADBEEF01", "GET /o/DEADBEEF01", "GET /o/*"),
+            ("GET /facade/defaced", "GET /facade/defaced", "GET /facade/defaced"),
+            ("GET /v2/page-17", "GET /v2/page-17", "GET /v2/page-17"),
+            ("GET /a#b", "GET /a", "GET /a"),
+            ("", "", ""),
+        ] {
+            let suspect = RequestKey::of(what, QuarantineBy::Pattern);
+            assert_eq!((suspect.path.as_str(), suspect.pattern.as_deref()), (path, Some(pattern)), "{what}");
+            assert_eq!(suspect.keys().collect::<Vec<_>>(), [path, pattern]);
+            assert_eq!(RequestKey::of(what, QuarantineBy::Path).keys().collect::<Vec<_>>(), [path]);
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! The page of one connection, for the worker to write as it goes.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
+use tokio::io::ReadBuf;
+
+use super::intent::{Ancillary, Op, SLICES};
+use super::{ConnCells, HEAD, Journal, KNOWN, LAST, Request, RequestCells, USED, WireProtocol};
+use crate::net::handover::{Handoff, PackedOrigin};
+
+/// The page of one connection, for the worker to write.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ConnHandle {
+    pub(super) journal: Journal,
+    pub(super) fd: RawFd,
+    pub(super) epoch: u32,
+}
+
+/// A request in its connection's page; none if the page had no room for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry(u8);
+
+impl ConnHandle {
+    /// None for a connection without a page, or one that is closed.
+    fn record(&self) -> Option<&ConnCells> {
+        self.journal.record(self.fd).filter(|record| record.epoch.load(Acquire) == self.epoch)
+    }
+
+    fn position(&self, of: impl Fn(&ConnCells) -> &AtomicU32) -> u32 {
+        self.record().map_or(0, |record| of(record).load(Acquire))
+    }
+
+    /// Reads what has come, at most `most` bytes, and returns how much that was; 0 at the end of the stream.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub(crate) fn read(&self, socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>, most: usize) -> io::Result<usize> {
+        let base = self.position(|record| &record.read);
+        let intent = self.journal.intent();
+        let read = intent.read(socket.as_raw_fd(), base, most.min(buffer.remaining()))?;
+        intent.with_read_buffer(read, |landed| buffer.put_slice(landed));
+        if let Some(record) = self.record() {
+            record.read.store(base.wrapping_add(read), Release);
+        }
+        Ok(read as usize)
+    }
+
+    /// Writes what fits, as `send(2)`, and returns how much that was.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub(crate) fn write(&self, socket: BorrowedFd<'_>, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let slices = &slices[..slices.len().min(SLICES)];
+        let offered: usize = slices.iter().map(|slice| slice.len()).sum();
+        if offered == 0 {
+            return Ok(0);
+        }
+        let base = self.position(|record| &record.written);
+        if self.output(offered).wrapping_sub(self.position(|record| &record.queued)).cast_signed() > 0 {
+            self.queue(offered);
+        }
+        let (intent, to) = (self.journal.intent(), socket.as_raw_fd());
+        let sent = intent.send(Op::Write, (self.fd, base), slices, Ancillary::Nothing, to)?;
+        if let Some(record) = self.record() {
+            record.written.store(base.wrapping_add(sent), Release);
+        }
+        Ok(sent as usize)
+    }
+
+    /// So many bytes wait to be written, the last of which ends a record.
+    pub(crate) fn queue(&self, length: usize) {
+        let Some(record) = self.record() else { return };
+        let written = record.written.load(Acquire);
+        let (before, queued) = (record.queued.load(Acquire), self.output(length));
+        if before != queued {
+            if before == written {
+                record.batch.store(written, Release);
+            }
+            record.queued.store(queued, Release);
+        }
+    }
+
+    /// The position in the output behind `waiting` bytes that are not written yet.
+    #[expect(clippy::cast_possible_truncation, reason = "positions wrap around")]
+    pub(crate) fn output(&self, waiting: usize) -> u32 {
+        self.position(|record| &record.written).wrapping_add(waiting as u32)
+    }
+
+    /// All that was read has been dealt with.
+    pub(crate) fn clean(&self) {
+        if let Some(record) = self.record() {
+            record.clean.store(record.read.load(Acquire), Release);
+        }
+    }
+
+    /// Bytes that were read and not dealt with; negative while a part of what is being dealt with is still to come.
+    pub(crate) fn unfinished(&self) -> i32 {
+        self.position(|record| &record.read).wrapping_sub(self.position(|record| &record.clean)).cast_signed()
+    }
+
+    /// The connection turns out to speak this.
+    pub(crate) fn set_wire_protocol(&self, wire_protocol: WireProtocol) {
+        if let Some(record) = self.record() {
+            record.wire_protocol.store(wire_protocol as u32, Release);
+        }
+    }
+
+    /// A request is under way: from now on the peer is owed a response.
+    pub(crate) fn begin(&self, id: u16, is_head: bool, is_last: bool) -> Entry {
+        let Some(record) = self.record() else { return Entry(u8::MAX) };
+        let written = record.written.load(Acquire);
+        let is_free = |request: &RequestCells| match request.read() {
+            None => true,
+            Some(Request { to: Some(to), .. }) => written.wrapping_sub(to).cast_signed() >= 0,
+            Some(_) => false,
+        };
+        let Some(index) = record.requests.iter().position(is_free) else {
+            record.overflow.store(1, Release);
+            return Entry(u8::MAX);
+        };
+        let request = &record.requests[index];
+        request.word.store(0, Release);
+        request.from.store(0, Release);
+        request.to.store(0, Release);
+        request.at.store(record.read.load(Acquire), Release);
+        let flags = if is_head { HEAD } else { 0 } | if is_last { LAST } else { 0 };
+        request.word.store(USED | flags | u32::from(id), Release);
+        Entry(u8::try_from(index).unwrap_or(u8::MAX))
+    }
+
+    /// The response begins at this position of the output.
+    pub(crate) fn response_from(&self, Entry(index): Entry, position: u32) {
+        if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {
+            request.from.store(KNOWN | u64::from(position), Release);
+        }
+    }
+
+    /// Whether it is known where the response begins.
+    pub(crate) fn has_begun(&self, Entry(index): Entry) -> bool {
+        let request = self.record().and_then(|record| record.requests.get(usize::from(index)));
+        request.is_none_or(|request| request.from.load(Acquire) & KNOWN != 0)
+    }
+
+    /// The response ends at this position of the output.
+    pub(crate) fn response_to(&self, Entry(index): Entry, position: u32) {
+        if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {
+            request.to.store(KNOWN | u64::from(position), Release);
+        }
+    }
+
+    /// All of an HTTP response has been made; its last byte is still to be written.
+    pub(crate) fn response_over(&self, entry: Entry) {
+        self.response_to(entry, self.output(1));
+        if let Some(record) = self.record() {
+            record.ending.store(1, Release);
+        }
+    }
+
+    /// Nothing waits to be written.
+    pub(crate) fn flushed(&self) {
+        let Some(record) = self.record().filter(|record| record.ending.load(Acquire) != 0) else { return };
+        let written = record.written.load(Acquire);
+        for request in &record.requests {
+            let ended = request.read().and_then(|request| request.to);
+            if ended.is_some_and(|to| to.wrapping_sub(written).cast_signed() > 0) {
+                request.to.store(KNOWN | u64::from(written), Release);
+            }
+        }
+        record.ending.store(0, Release);
+    }
+
+    /// Looks at the bytes that were read last, if nothing before them is unfinished, and at the position of the first.
+    pub(crate) fn look_at_fresh<T>(&self, look: impl FnOnce(u32, &[u8]) -> Option<T>) -> Option<T> {
+        let (intent, clean) = (self.journal.intent(), self.position(|record| &record.clean));
+        let is_fresh = intent.op() == Op::Read && intent.fd() == self.fd && intent.base() == clean;
+        if is_fresh { intent.with_read_buffer(intent.came(), |landed| look(clean, landed)) } else { None }
+    }
+
+    /// What was read up to this position is dealt with, or will be.
+    pub(crate) fn clean_up_to(&self, position: u32) {
+        if let Some(record) = self.record() {
+            record.clean.store(position, Release);
+        }
+    }
+
+    /// Who is at the other end is known, and the request may be read.
+    pub(crate) fn set_origin(&self, PackedOrigin(origin): PackedOrigin) {
+        if let Some(record) = self.record() {
+            for (word, part) in record.origin.iter().zip(origin) {
+                word.store(part, Release);
+            }
+            record.clean.store(record.read.load(Acquire), Release);
+        }
+    }
+
+    /// The connection is not kept after this request.
+    pub(crate) fn is_last(&self, Entry(index): Entry) {
+        if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {
+            request.word.store(request.word.load(Acquire) | LAST, Release);
+        }
+    }
+
+    /// Passes the connection on to another worker, with what was read and not dealt with. It is to be closed here next.
+    ///
+    /// # Errors
+    /// `WouldBlock` if too many are on their way already, or what the channel says: the connection stays here.
+    pub(crate) fn hand_off(&self, channel: BorrowedFd<'_>, early: &[u8]) -> io::Result<()> {
+        let Some(record) = self.record() else { return Err(io::ErrorKind::Unsupported.into()) };
+        let listener = u16::try_from(record.listener.load(Acquire)).unwrap_or(u16::MAX);
+        let message = Handoff { listener, origin: record.origin(), early: early.to_vec() }.encode();
+        let (intent, enclosure) = (self.journal.intent(), Ancillary::Descriptor(self.fd));
+        intent.send(Op::Pass, (self.fd, 0), &[IoSlice::new(&message)], enclosure, channel.as_raw_fd())?;
+        record.wire_protocol.store(WireProtocol::Nothing as u32, Release);
+        intent.clear();
+        Ok(())
+    }
+
+    /// Closes the connection, by dropping what holds it.
+    pub(crate) fn close<T>(&self, connection: T) {
+        let intent = self.journal.intent();
+        intent.set(Op::Close, self.fd);
+        drop(connection);
+        if let Some(record) = self.record() {
+            record.wire_protocol.store(WireProtocol::Nothing as u32, Release);
+            record.epoch.store(self.epoch.wrapping_add(1), Release);
+        }
+        intent.clear();
+    }
+}

@@ -1,0 +1,336 @@
+//! What becomes of a dead worker's connection: decided from its page in the journal, without a system call.
+//!
+//! | the connection | what its peer gets |
+//! |---|---|
+//! | nothing is under way; what was read last was not looked at | another worker, which reads that again |
+//! | requests of whose responses nothing has left | a 502 each |
+//! | a response of which a part has left | a connection that breaks off |
+//! | all responses have left, and it is kept | another worker |
+//! | its output ends within a record | a connection that breaks off |
+//!
+//! After a 502 an HTTP or SCGI connection is closed; a FastCGI connection goes on to another worker if it is kept and what
+//! was read of it ends between two records.
+
+use bytes::BytesMut;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+
+use super::journal::{ConnRecord, Request, WireProtocol};
+use crate::protocol::cgi;
+use crate::protocol::fastcgi::{self, Decoder, Event};
+
+/// What is said to those whose request died with its worker.
+const BAD_GATEWAY: &[u8] = b"502 Bad Gateway\n";
+/// HTTP/2 (RFC 9113, section 6.8): GOAWAY, INTERNAL_ERROR, and no word on which streams had an effect.
+const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 2];
+
+/// What is done about a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Settlement {
+    /// Written first.
+    pub(crate) say: BytesMut,
+    pub(crate) then: Then,
+    /// Requests that get a 502.
+    pub(crate) answered: u32,
+    /// Requests whose response breaks off, or of which nothing is known.
+    pub(crate) cut: u32,
+}
+
+/// What is done with a connection at last.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// Another worker goes on, with these bytes.
+    PassOn(Vec<u8>),
+    /// It ends, when its peer has read what was said.
+    Close,
+    /// It breaks off.
+    Reset,
+}
+
+/// Decides about a connection.
+pub(crate) fn settle(record: &ConnRecord) -> Settlement {
+    let mut settlement = Settlement { say: BytesMut::new(), then: Then::Reset, answered: 0, cut: 0 };
+    let is_open = |request: &&Request| !has_left(record, request);
+    let open: Vec<&Request> = record.requests.iter().filter(is_open).collect();
+    let (begun, waiting): (Vec<&Request>, Vec<&Request>) =
+        open.iter().partition(|request| request.from.is_some_and(|from| is_beyond(record.written, from)));
+    let at_border = record.written == record.queued || record.written == record.batch;
+    if !at_border {
+        settlement.cut = count(open.len());
+        return settlement;
+    }
+    let input = input(record);
+    let unseen = if let Input::Looked { unseen, .. } = &input { unseen.as_slice() } else { &[] };
+    settlement.cut = count(begun.len()) + u32::from(record.overflow);
+    settlement.answered = count(waiting.len() + unseen.len());
+    for request in waiting.iter().copied().chain(unseen) {
+        write_bad_gateway(&mut settlement.say, record.wire_protocol, request);
+    }
+    settlement.then = match record.wire_protocol {
+        WireProtocol::FastCgi if settlement.cut > 0 => {
+            fastcgi::break_off(&mut settlement.say);
+            Then::Close
+        }
+        WireProtocol::FastCgi => go_on(record, &input),
+        WireProtocol::Scgi | WireProtocol::Http1 if !begun.is_empty() => Then::Reset,
+        WireProtocol::Scgi | WireProtocol::Http1 if !waiting.is_empty() => Then::Close,
+        WireProtocol::Scgi | WireProtocol::Http1 => match go_on(record, &input) {
+            // Half of the first request has come, and is lost. (Later nobody knows whether it is half of one.)
+            Then::Close if input == Input::Lost && record.requests.is_empty() => {
+                let half = Request { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
+                write_bad_gateway(&mut settlement.say, record.wire_protocol, &half);
+                settlement.answered = 1;
+                Then::Close
+            }
+            then => then,
+        },
+        WireProtocol::Http2 => {
+            settlement.say.extend_from_slice(&GOAWAY);
+            Then::Close
+        }
+        WireProtocol::Nothing => Then::Reset,
+    };
+    settlement
+}
+
+/// What of the input was taken in.
+#[derive(Debug, PartialEq, Eq)]
+enum Input {
+    /// All of it belongs to requests that are known.
+    Whole,
+    /// And these bytes, which nobody has looked at.
+    Early(Vec<u8>),
+    /// Of the bytes that came last some requests are known, and these are not. Is that all that there is in them, and do they
+    /// end between two records?
+    Looked { unseen: Vec<Request>, ends_whole: bool },
+    /// And something that is gone.
+    Lost,
+}
+
+fn input(record: &ConnRecord) -> Input {
+    if record.read == record.clean {
+        return Input::Whole;
+    }
+    let Some((_, bytes)) = record.landed.as_ref().filter(|(base, _)| *base == record.clean) else { return Input::Lost };
+    if !record.requests.iter().any(|request| request.at == record.read) {
+        return Input::Early(bytes.clone());
+    }
+    match record.wire_protocol {
+        WireProtocol::FastCgi => examined(record, bytes),
+        WireProtocol::Scgi | WireProtocol::Http1 | WireProtocol::Http2 | WireProtocol::Nothing => Input::Lost,
+    }
+}
+
+/// The worker was about to take requests out of these bytes, and had some of them.
+fn examined(record: &ConnRecord, bytes: &[u8]) -> Input {
+    let mut decoder = Decoder::new(bytes.len(), usize::from(u16::MAX));
+    let mut rest = BytesMut::from(bytes);
+    let mut found = Vec::new();
+    loop {
+        match decoder.decode(&mut rest) {
+            Ok(Some(Event::Request { id, keep_connection, .. } | Event::BadRequest { id, keep_connection, .. })) => {
+                found.push((id, keep_connection));
+            }
+            Ok(Some(_)) => {}
+            Ok(None) => break,
+            Err(_) => return Input::Lost,
+        }
+    }
+    found.extend(decoder.assembled());
+    let ends_whole = rest.is_empty() && decoder.is_between_records();
+    let is_known = |id| record.requests.iter().any(|request| request.id == id && request.at == record.read);
+    let request =
+        |(id, keep): (u16, bool)| Request { id, is_head: false, is_last: !keep, at: record.read, from: None, to: None };
+    let unseen = found.into_iter().filter(|&(id, _)| !is_known(id)).map(request).collect();
+    Input::Looked { unseen, ends_whole }
+}
+
+fn go_on(record: &ConnRecord, input: &Input) -> Then {
+    if is_ending(record) {
+        return Then::Close;
+    }
+    match input {
+        Input::Whole => Then::PassOn(Vec::new()),
+        Input::Early(bytes) => Then::PassOn(bytes.clone()),
+        Input::Looked { unseen, ends_whole: true } if unseen.iter().all(|request| !request.is_last) => {
+            Then::PassOn(Vec::new())
+        }
+        Input::Looked { .. } | Input::Lost => Then::Close,
+    }
+}
+
+/// Whether the peer waits for the end of the connection.
+fn is_ending(record: &ConnRecord) -> bool {
+    record.requests.iter().any(|request| request.is_last)
+}
+
+/// Whether all of a response has left the worker.
+fn has_left(record: &ConnRecord, request: &Request) -> bool {
+    let whole = record.wire_protocol != WireProtocol::Http1 || record.written == record.queued;
+    whole && request.to.is_some_and(|to| !is_beyond(to, record.written))
+}
+
+/// Whether a position comes after another one.
+fn is_beyond(position: u32, other: u32) -> bool {
+    position.wrapping_sub(other).cast_signed() > 0
+}
+
+fn write_bad_gateway(say: &mut BytesMut, wire_protocol: WireProtocol, request: &Request) {
+    let (status, length) = (StatusCode::BAD_GATEWAY, Some(BAD_GATEWAY.len() as u64));
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    let mut text = BytesMut::new();
+    match wire_protocol {
+        WireProtocol::Http1 => {
+            text.extend_from_slice(b"HTTP/1.1 502 Bad Gateway\r\ncontent-type: text/plain\r\nconnection: close\r\n");
+            text.extend_from_slice(format!("content-length: {}\r\n\r\n", BAD_GATEWAY.len()).as_bytes());
+        }
+        WireProtocol::FastCgi | WireProtocol::Scgi => cgi::response_head(&mut text, status, &headers, length),
+        WireProtocol::Http2 | WireProtocol::Nothing => return,
+    }
+    if !request.is_head {
+        text.extend_from_slice(BAD_GATEWAY);
+    }
+    if wire_protocol == WireProtocol::FastCgi {
+        fastcgi::stdout_header(say, request.id, text.len());
+        say.extend_from_slice(&text);
+        fastcgi::stdout_end(say, request.id, 0);
+    } else {
+        say.extend_from_slice(&text);
+    }
+}
+
+fn count(length: usize) -> u32 {
+    u32::try_from(length).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::handover::PackedOrigin;
+
+    /// A kept FastCGI connection on which everything so far is over.
+    fn idle(wire_protocol: WireProtocol) -> ConnRecord {
+        ConnRecord {
+            wire_protocol,
+            listener: 0,
+            read: 100,
+            clean: 100,
+            written: 50,
+            batch: 0,
+            queued: 50,
+            overflow: false,
+            origin: PackedOrigin::default(),
+            requests: Vec::new(),
+            landed: None,
+        }
+    }
+
+    fn request() -> Request {
+        Request { id: 1, is_head: false, is_last: false, at: 100, from: None, to: None }
+    }
+
+    #[test]
+    fn an_idle_connection_goes_on() {
+        for wire_protocol in [WireProtocol::FastCgi, WireProtocol::Scgi, WireProtocol::Http1] {
+            let settled = settle(&idle(wire_protocol));
+            assert_eq!((settled.then, settled.answered, settled.say.len()), (Then::PassOn(Vec::new()), 0, 0));
+            let mut answered = idle(wire_protocol);
+            answered.requests = vec![Request { from: Some(10), to: Some(50), ..request() }];
+            assert_eq!(settle(&answered).then, Then::PassOn(Vec::new()));
+            answered.requests[0].is_last = true;
+            assert_eq!(settle(&answered).then, Then::Close, "the peer waits for that");
+        }
+    }
+
+    #[test]
+    fn what_was_read_and_not_looked_at_is_read_again() {
+        for wire_protocol in [WireProtocol::FastCgi, WireProtocol::Scgi, WireProtocol::Http1] {
+            let mut record = idle(wire_protocol);
+            (record.read, record.landed) = (103, Some((100, b"abc".to_vec())));
+            assert_eq!(settle(&record).then, Then::PassOn(b"abc".to_vec()));
+            record.landed = Some((101, b"bc".to_vec()));
+            let settled = settle(&record);
+            assert_eq!(settled.then, Then::Close, "its beginning is lost");
+            assert_eq!(settled.answered, u32::from(wire_protocol != WireProtocol::FastCgi));
+            (record.landed, record.requests) = (Some((100, b"abc".to_vec())), vec![Request { at: 103, ..request() }]);
+            let settled = settle(&record);
+            assert_eq!((settled.then, settled.answered), (Then::Close, 1), "the application may have seen it");
+        }
+    }
+
+    #[test]
+    fn of_several_requests_in_one_read_each_is_known_or_found() {
+        let request_of = |id: u8| -> Vec<u8> {
+            let begin = [1, 1, 0, id, 0, 8, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0];
+            [&begin[..], &[1, 4, 0, id, 0, 0, 0, 0, 1, 5, 0, id, 0, 0, 0, 0]].concat()
+        };
+        let bytes = [request_of(1), request_of(2)].concat();
+        let mut record = idle(WireProtocol::FastCgi);
+        let read = 100 + u32::try_from(bytes.len()).unwrap();
+        (record.read, record.landed) = (read, Some((100, bytes)));
+        record.requests = vec![Request { at: read, ..request() }];
+        let settled = settle(&record);
+        assert_eq!((settled.answered, settled.then), (2, Then::PassOn(Vec::new())));
+        record.landed.as_mut().unwrap().1.pop(); // and the last record is not whole
+        let settled = settle(&record);
+        assert_eq!((settled.answered, settled.then), (2, Then::Close));
+    }
+
+    #[test]
+    fn a_request_of_whose_response_nothing_has_left_gets_a_502() {
+        let mut record = idle(WireProtocol::FastCgi);
+        record.requests = vec![request(), Request { id: 2, is_head: true, from: Some(50), to: Some(90), ..request() }];
+        let settled = settle(&record);
+        assert_eq!((settled.answered, settled.cut, settled.then), (2, 0, Then::PassOn(Vec::new())));
+        let text = String::from_utf8_lossy(&settled.say).into_owned();
+        assert_eq!(text.matches("Status: 502").count(), 2);
+        assert_eq!(text.matches("502 Bad Gateway\n").count(), 1, "none for HEAD");
+        for wire_protocol in [WireProtocol::Scgi, WireProtocol::Http1] {
+            let settled = settle(&ConnRecord { wire_protocol, requests: vec![request()], ..record.clone() });
+            assert_eq!((settled.answered, settled.then), (1, Then::Close));
+            assert!(String::from_utf8_lossy(&settled.say).contains("502 Bad Gateway"));
+        }
+    }
+
+    #[test]
+    fn a_response_of_which_a_part_has_left_breaks_off() {
+        for wire_protocol in [WireProtocol::FastCgi, WireProtocol::Scgi, WireProtocol::Http1] {
+            let mut record = idle(wire_protocol);
+            record.requests = vec![Request { from: Some(20), ..request() }];
+            let settled = settle(&record);
+            assert_eq!((settled.answered, settled.cut), (0, 1));
+            assert_eq!(settled.then, if wire_protocol == WireProtocol::FastCgi { Then::Close } else { Then::Reset });
+            (record.written, record.batch, record.queued) = (45, 40, 50);
+            let settled = settle(&record);
+            assert_eq!((settled.cut, settled.then, settled.say.len()), (1, Then::Reset, 0), "within a record");
+        }
+    }
+
+    #[test]
+    fn an_http_response_has_left_when_the_last_write_is_whole() {
+        let mut record = idle(WireProtocol::Http1);
+        record.requests = vec![Request { from: Some(10), to: Some(41), ..request() }];
+        assert_eq!(settle(&record).then, Then::PassOn(Vec::new()));
+        record.queued = 60;
+        record.batch = 50;
+        assert_eq!(settle(&record).then, Then::Reset);
+        (record.queued, record.requests[0].to) = (50, Some(51));
+        assert_eq!(settle(&record).then, Then::Reset, "its end has not been written");
+    }
+
+    #[test]
+    fn positions_wrap_around() {
+        let mut record = idle(WireProtocol::FastCgi);
+        (record.written, record.queued) = (5, 5);
+        record.requests = vec![Request { from: Some(u32::MAX - 9), to: Some(5), ..request() }];
+        assert_eq!(settle(&record).then, Then::PassOn(Vec::new()));
+        record.requests[0].to = Some(6);
+        assert_eq!(settle(&record).cut, 1);
+    }
+
+    #[test]
+    fn http2_is_told_that_it_ends() {
+        let settled = settle(&idle(WireProtocol::Http2));
+        assert_eq!((settled.say.len(), settled.then), (17, Then::Close));
+    }
+}

@@ -1,0 +1,236 @@
+//! What the master does about workers that hang, and about requests of which workers die: brings what it sees to
+//! [`hangs`](super::hangs) and [`quarantine`](super::quarantine), and does what they find.
+
+use forkyard_shm::State;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::Master;
+use super::hangs::{Hangs, Work};
+use super::obituary::End;
+use super::oom::OomKills;
+use super::quarantine::{Death, Listed, Quarantine, Verdict};
+use super::supervisor::{Event, Now};
+use super::symbolizer::Symbolizer;
+use crate::config::failures::{Failures, QuarantineBy};
+use crate::diagnostics::request_key::RequestKey;
+use crate::sys;
+use crate::upgrade::saved::SavedRefusal;
+
+pub(crate) struct Faults {
+    hangs: Hangs,
+    quarantine: Quarantine,
+    by: QuarantineBy,
+    /// Where workers read what is refused.
+    table: forkyard_shm::Quarantine,
+    pub(crate) symbolizer: Symbolizer,
+    oom_kills: OomKills,
+}
+
+impl Faults {
+    pub(crate) fn new(failures: &Failures, table: forkyard_shm::Quarantine) -> Self {
+        table.set([]);
+        Self {
+            hangs: Hangs::new(failures.hang_timeout),
+            quarantine: Quarantine::new(failures.quarantine),
+            by: failures.quarantine.by,
+            table,
+            symbolizer: Symbolizer::default(),
+            oom_kills: OomKills::new(),
+        }
+    }
+
+    /// For a master that takes over.
+    pub(crate) fn save(&self, now: Now) -> Vec<SavedRefusal> {
+        self.quarantine.save(now)
+    }
+
+    /// Goes on with what a former master left.
+    pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Now) {
+        self.quarantine.restore(saved, now);
+        self.publish(now);
+    }
+
+    /// A former master has told this worker to die, and it may not be able to.
+    pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
+        self.hangs.told_to_die(pid, now);
+    }
+
+    /// Whether a worker that is found dead of a SIGKILL was killed by the kernel, because memory ran out.
+    pub(super) fn ran_out_of_memory(&mut self, now: Now) -> bool {
+        self.oom_kills.explain(now)
+    }
+
+    /// Has workers find what is refused in another table.
+    pub(super) fn move_to(&mut self, table: forkyard_shm::Quarantine, now: Now) {
+        self.table = table;
+        self.publish(now);
+    }
+
+    /// Goes by other limits from now on. What is refused already has its time.
+    pub(crate) fn set_limits(&mut self, failures: &Failures) {
+        self.hangs.set_timeout(failures.hang_timeout);
+        self.quarantine.set_limits(failures.quarantine);
+        self.by = failures.quarantine.by;
+    }
+
+    /// For the log: the limits.
+    pub(crate) fn describe(&self) -> String {
+        format!("hang_timeout={:?} quarantine={:?} by={:?}", self.hangs.timeout(), self.quarantine.limits(), self.by)
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Now> {
+        [self.hangs.next_deadline(), self.quarantine.next_deadline()].into_iter().flatten().min()
+    }
+
+    /// Tells the operator, and the workers.
+    fn announce(&self, verdicts: &[Verdict], now: Now) {
+        for verdict in verdicts {
+            match verdict {
+                Verdict::Refused { key, time, times } => log::error!(
+                    "quarantined request={key:?} time={}s times={times}: workers die of it, or hang in it (--quarantine)",
+                    time.as_secs()
+                ),
+                Verdict::Released { key } => log::warn!("let go request={key:?}: its quarantine is over"),
+            }
+        }
+        if !verdicts.is_empty() {
+            self.publish(now);
+        }
+    }
+
+    fn publish(&self, now: Now) {
+        let list = self.quarantine.list(now);
+        self.table.set(list.iter().map(|listed| (listed.key.as_str(), listed.left)));
+    }
+}
+
+impl Master {
+    /// Looks whether workers hang, ends those that were told to die and did not, and lets requests go.
+    pub(super) fn check_hangs_and_quarantine(&mut self) {
+        let now = self.now();
+        let verdicts = self.faults.quarantine.tick(now);
+        self.faults.announce(&verdicts, now);
+        for pid in self.faults.hangs.overdue(now) {
+            // What is killed while the kernel writes its core dump leaves a part of one.
+            if self.children.contains_key(&pid) && status_of(pid, "CoreDumping:").as_deref() != Some("1") {
+                let _ = kill(pid, Signal::SIGKILL); // it is a child that was not reaped, so it is still that one
+            }
+        }
+        if !self.faults.hangs.is_due(now) {
+            return;
+        }
+        let rows: Vec<(Pid, Work)> =
+            self.children.iter().filter_map(|(&pid, child)| Some((pid, self.work_of(pid, child.slot)?))).collect();
+        for pid in self.faults.hangs.look(rows, now) {
+            self.feed(Event::Hung { pid });
+        }
+    }
+
+    fn work_of(&self, pid: Pid, slot: u32) -> Option<Work> {
+        let row = self.scoreboard.read(slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()))?;
+        let is_serving = matches!(row.state, State::Ready | State::Draining);
+        // One that a debugger holds is not to blame.
+        let is_stopped = || status_of(pid, "State:").is_some_and(|state| state.starts_with(['T', 't']));
+        let since_ms = row.busy_since_ms.filter(|_| is_serving && !is_stopped());
+        Some(Work { since_ms, pulse: row.pulse })
+    }
+
+    /// Has a worker that hangs tell where, and die.
+    pub(super) fn abort(&mut self, pid: Pid) {
+        let now = self.now();
+        let Some(child) = self.children.get_mut(&pid) else { return };
+        child.hung = true;
+        let row = self.scoreboard.read(child.slot);
+        let serving = row.as_ref().map(|row| row.serving.as_slice()).unwrap_or_default();
+        let serving: Vec<String> =
+            serving.iter().map(|one| format!("{} {}ms", one.what, one.since.as_millis())).collect();
+        log::error!(
+            "worker hangs slot={} pid={pid} in_flight={:?}: its event loop has been at work without a pause for longer than \
+             --hang-timeout; it is replaced, and ended",
+            child.slot,
+            serving.join(", ")
+        );
+        // To the event loop's own thread, if the row is right about that: it is the one that hangs.
+        let thread = row.and_then(|row| i32::try_from(row.loop_thread).ok()).filter(|thread| *thread > 0);
+        let told = thread.is_some_and(|thread| sys::signal_thread(pid, thread, libc::SIGABRT).is_ok());
+        if !told && let Err(errno) = kill(pid, Signal::SIGABRT) {
+            log::error!("cannot signal worker slot={} pid={pid} signal=SIGABRT: {errno}", child.slot);
+        }
+        self.faults.hangs.told_to_die(pid, now);
+    }
+
+    /// A function hangs in this worker, which asks to be replaced: its request counts as if the worker had died of it, once.
+    pub(super) fn hung_thread(&mut self, pid: Pid, request: &str) {
+        if let Some(child) = self.children.get_mut(&pid).filter(|child| child.is_worker() && !child.asked_to_leave)
+            && !std::mem::replace(&mut child.has_hung_thread, true)
+        {
+            let culprit = Some(RequestKey::of(request, self.faults.by));
+            let now = self.now();
+            let verdicts = self.faults.quarantine.died(Death { culprit, by_itself: true, ..Death::default() }, now);
+            self.faults.announce(&verdicts, now);
+        }
+        self.wear_out(pid, &format!("hung thread request={request:?}"));
+    }
+
+    /// Draws conclusions from the end of a process.
+    pub(super) fn take_evidence(&mut self, slot: u32, pid: Pid, end: End) {
+        let now = self.now();
+        self.faults.hangs.ended(pid);
+        if !end.trace.is_empty() {
+            self.faults.symbolizer.log(slot, pid, end.trace, &self.signals);
+        }
+        if !end.is_crash {
+            return;
+        }
+        let by = self.faults.by;
+        let others = self.children.iter().filter(|(_, child)| child.is_worker() && !child.hung);
+        let rows = others.filter_map(|(&pid, child)| {
+            self.scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()))
+        });
+        let rows: Vec<_> = rows.filter(|row| row.state == State::Ready).collect();
+        let elsewhere = rows.iter().flat_map(|row| &row.serving).map(|one| RequestKey::of(&one.what, by)).collect();
+        let in_flight = end.in_flight.iter().map(|what| RequestKey::of(what, by)).collect();
+        let culprit = end.culprit.as_deref().map(|what| RequestKey::of(what, by));
+        let running = end.running.map(|running| running.iter().map(|what| RequestKey::of(what, by)).collect());
+        // A worker that serves more than its row shows does not say what it does not serve.
+        let all_known = rows.iter().all(|row| usize::try_from(row.in_flight) == Ok(row.serving.len()));
+        let live_workers = if all_known { rows.len() } else { 0 };
+        let (complete, by_itself) = (end.complete, end.by_itself);
+        let death = Death { in_flight, complete, culprit, running, by_itself, live_workers, elsewhere };
+        let verdicts = self.faults.quarantine.died(death, now);
+        self.faults.announce(&verdicts, now);
+    }
+
+    /// The requests that are refused now.
+    pub(super) fn quarantined(&self) -> Vec<Listed> {
+        self.faults.quarantine.list(self.now())
+    }
+
+    /// Lets one request go, as [`Listed::key`] has it. False if it is not refused.
+    pub(super) fn release(&mut self, key: &str) -> bool {
+        let released = self.faults.quarantine.release(key);
+        self.log_release(usize::from(released), key);
+        released
+    }
+
+    /// Lets all go; returns how many.
+    pub(super) fn release_all(&mut self) -> usize {
+        let released = self.faults.quarantine.release_all();
+        self.log_release(released, "*");
+        released
+    }
+
+    fn log_release(&self, count: usize, key: &str) {
+        if count > 0 {
+            log::warn!("let go request={key:?} count={count}: by command");
+            self.faults.publish(self.now());
+        }
+    }
+}
+
+/// A line of `/proc/PID/status`.
+fn status_of(pid: Pid, name: &str) -> Option<String> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix(name)).map(|rest| rest.trim().to_owned())
+}

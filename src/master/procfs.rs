@@ -1,0 +1,454 @@
+//! What `/proc` shows of processes that the master did not make itself, or that tell it nothing: who their children are,
+//! and what they do with the listening socket.
+//!
+//! It needs the rights of a debugger over them, which a master has over its own programs unless they run as another user
+//! and it is not root, or the kernel forbids it. Where nothing can be seen, nothing is said: see [`Observed::Hidden`].
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::fd::{AsFd as _, OwnedFd, RawFd};
+
+use nix::sys::socket::{SockaddrStorage, getsockname};
+use nix::sys::stat::fstat;
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::net::listen::Listener;
+use crate::sys;
+
+/// Threads of one process, and processes of one tree, that are looked at: more show nothing more.
+const MAX_PROCESSES: usize = 256;
+/// Bytes of an environment that are read.
+const MAX_ENVIRONMENT: usize = 1 << 20;
+
+/// A process that is no child of the master, maybe: its pid may come to stand for another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Process {
+    pub(super) pid: i32,
+    /// When it was started, in ticks since the machine was.
+    pub(super) started: u64,
+}
+
+/// What is in its `stat` file: proc_pid_stat(5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Stat {
+    pub(super) name: String,
+    pub(super) group: i32,
+    pub(super) session: i32,
+    pub(super) started: u64,
+    /// It has ended, and was not reaped yet.
+    pub(super) is_zombie: bool,
+    has_empty_environment: bool,
+}
+
+/// The environment that a process was started with.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Environment {
+    /// As the process shows it: it may write over that.
+    Shown(Vec<u8>),
+    /// It is in the middle of exec: it has its new name, and no environment yet.
+    InExec,
+    Hidden,
+}
+
+/// What a process has to do with the listening socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Observed {
+    /// It sleeps in accept.
+    Accepting,
+    /// It has the socket in an epoll instance.
+    Watching,
+    /// It has a connection that was accepted from the socket, by itself or by whom it comes from.
+    Serving,
+    /// It has the socket, and maybe waits for it in a way that cannot be seen.
+    Holding,
+    /// It does not have it.
+    Apart,
+    /// It cannot be seen.
+    Hidden,
+}
+
+impl Observed {
+    /// It takes connections, beyond doubt.
+    pub(super) fn accepts(self) -> bool {
+        matches!(self, Self::Accepting | Self::Watching)
+    }
+
+    /// It takes connections, if it is not merely a child of one that does.
+    pub(super) fn serves(self) -> bool {
+        self.accepts() || self == Self::Serving
+    }
+}
+
+impl Process {
+    /// `None` if there is none, or if it has ended.
+    pub(super) fn of(pid: Pid) -> Option<Self> {
+        let stat = stat(pid).filter(|stat| !stat.is_zombie)?;
+        Some(Self { pid: pid.as_raw(), started: stat.started })
+    }
+
+    pub(super) fn pid(self) -> Pid {
+        Pid::from_raw(self.pid)
+    }
+
+    pub(super) fn lives(self) -> bool {
+        Self::of(self.pid()) == Some(self)
+    }
+}
+
+pub(super) fn stat(pid: Pid) -> Option<Stat> {
+    stat_in(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn stat_in(text: &str) -> Option<Stat> {
+    // The name may have any character in it.
+    let (head, rest) = text.rsplit_once(')')?;
+    let name = head.split_once('(')?.1.to_owned();
+    // From the third on.
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    let state = *fields.first()?;
+    let started = fields.get(22 - 3)?.parse().ok()?;
+    let [group, session] = [5, 6].map(|field| fields.get(field - 3)?.parse().ok());
+    let is_zombie = matches!(state, "Z" | "X");
+    // Where its environment lies. In the middle of exec, and where it is hidden, both are 0.
+    let [from, to] = [50, 51].map(|field| fields.get(field - 3).and_then(|at| at.parse().ok()).unwrap_or(0_u64));
+    Some(Stat {
+        name,
+        group: group?,
+        session: session?,
+        started,
+        is_zombie,
+        has_empty_environment: from > 0 && from == to,
+    })
+}
+
+/// All processes of the machine, or of the container.
+pub(super) fn all() -> impl Iterator<Item = Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw)
+}
+
+/// The children of a process, whichever of its threads has made them.
+pub(super) fn children_of(pid: Pid) -> Vec<Pid> {
+    let mut children = Vec::new();
+    for thread in threads_of(pid) {
+        let listed = fs::read_to_string(format!("/proc/{pid}/task/{thread}/children")).unwrap_or_default();
+        children.extend(listed.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw));
+    }
+    children
+}
+
+/// The children of this process, which has one thread.
+pub(super) fn own_children() -> Vec<Pid> {
+    let listed = fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+    listed.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
+}
+
+fn threads_of(pid: Pid) -> Vec<i32> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().filter_map(Result::ok);
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).take(MAX_PROCESSES).collect()
+}
+
+/// All processes that come from these and live, themselves among them.
+pub(super) fn family_of(roots: &[Pid]) -> Vec<Pid> {
+    let mut family: Vec<Pid> = roots.to_vec();
+    let mut at = 0;
+    while at < family.len() && family.len() < MAX_PROCESSES {
+        family.extend(children_of(family[at]));
+        at += 1;
+    }
+    family
+}
+
+/// What `pid` has to do with the socket.
+pub(super) fn of(pid: Pid, listener: &Listener) -> Observed {
+    let Ok(socket) = fstat(listener.as_fd()) else { return Observed::Hidden };
+    let socket = format!("socket:[{}]", socket.st_ino);
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Observed::Hidden };
+    let open: Vec<(RawFd, String)> = entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let to = fs::read_link(entry.path()).ok()?;
+            Some((entry.file_name().to_str()?.parse().ok()?, to.to_string_lossy().into_owned()))
+        })
+        .collect();
+    if open.is_empty() {
+        return Observed::Hidden; // it is ending
+    }
+    let at: Vec<RawFd> = open.iter().filter(|(_, to)| *to == socket).map(|(fd, _)| *fd).collect();
+    if !at.is_empty() && threads_of(pid).into_iter().any(|thread| is_accepting(pid, thread, &at)) {
+        return Observed::Accepting;
+    }
+    let mut sockets = open.iter().filter(|(_, to)| to.starts_with("socket:") && *to != socket).peekable();
+    if sockets.peek().is_some() {
+        let process = sys::process_descriptor(pid).ok();
+        if sockets.any(|(fd, to)| is_connection(pid, process.as_ref(), *fd, to, listener)) {
+            return Observed::Serving;
+        }
+    }
+    let mut epolls = open.iter().filter(|(_, to)| to == "anon_inode:[eventpoll]");
+    match epolls.any(|(fd, _)| is_watching(pid, *fd, &at)) {
+        true => Observed::Watching,
+        false if at.is_empty() => Observed::Apart,
+        false => Observed::Holding,
+    }
+}
+
+/// Whether a thread sleeps in accept on one of these descriptors.
+fn is_accepting(pid: Pid, thread: i32, at: &[RawFd]) -> bool {
+    let Ok(text) = fs::read_to_string(format!("/proc/{pid}/task/{thread}/syscall")) else { return false };
+    let mut words = text.split_ascii_whitespace();
+    let call = words.next().and_then(|number| number.parse().ok());
+    let first = words.next().and_then(|word| RawFd::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+    matches!(call, Some(libc::SYS_accept | libc::SYS_accept4)) && first.is_some_and(|fd| at.contains(&fd))
+}
+
+/// Whether its epoll instance `epoll` watches one of these descriptors.
+fn is_watching(pid: Pid, epoll: RawFd, at: &[RawFd]) -> bool {
+    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{epoll}")).unwrap_or_default();
+    let mut targets = info.lines().filter(|line| line.starts_with("tfd:"));
+    targets.any(|line| {
+        line.split_ascii_whitespace().nth(1).and_then(|fd| fd.parse().ok()).is_some_and(|fd| at.contains(&fd))
+    })
+}
+
+/// Whether a socket of another process is a connection that was accepted from the listening one. (A connection that the process has
+/// made itself, to a database say, is not.)
+fn is_connection(pid: Pid, process: Option<&OwnedFd>, fd: RawFd, link: &str, listener: &Listener) -> bool {
+    use std::os::fd::AsRawFd as _;
+    match process.and_then(|process| sys::descriptor_of(process, fd).ok()) {
+        Some(socket) => getsockname::<SockaddrStorage>(socket.as_raw_fd()).is_ok_and(|near| listener.accepts_at(&near)),
+        // The kernel is too old, or forbids it: its list of sockets has the same.
+        None => link
+            .strip_prefix("socket:[")
+            .and_then(|rest| rest.strip_suffix(']'))
+            .is_some_and(|inode| lists::is_connection(pid, inode, listener)),
+    }
+}
+
+/// The kernel's lists of sockets, for where a copy of a descriptor cannot be had.
+mod lists {
+    use nix::sys::socket::{SockaddrStorage, getsockname};
+
+    use super::{Pid, fs};
+    use crate::config::address::Address;
+    use crate::net::listen::Listener;
+    use crate::sys;
+
+    pub(super) fn is_connection(pid: Pid, inode: &str, listener: &Listener) -> bool {
+        use std::os::fd::{AsFd as _, AsRawFd as _};
+        let list = |name: &str| fs::read_to_string(format!("/proc/{pid}/net/{name}")).unwrap_or_default();
+        match &listener.address {
+            Address::Path(path) => unix(&list("unix"), inode).is_some_and(|near| near == path.to_string_lossy()),
+            Address::Abstract(name) => unix(&list("unix"), inode).is_some_and(|near| near == format!("@{name}")),
+            Address::Tcp(_) | Address::Inherited(_) | Address::Systemd(_) => {
+                let Ok(bound) = getsockname::<SockaddrStorage>(listener.as_fd().as_raw_fd()) else { return false };
+                let Some(port) = sys::internet_address(&bound).map(|bound| bound.port()) else { return false };
+                ["tcp", "tcp6"].iter().any(|name| tcp(&list(name), inode) == Some(port))
+            }
+        }
+    }
+
+    /// The address of a Unix socket: the last column, if it has one.
+    pub(super) fn unix(list: &str, inode: &str) -> Option<String> {
+        let line = list.lines().find(|line| line.split_ascii_whitespace().nth(6) == Some(inode))?;
+        line.split_ascii_whitespace().nth(7).map(str::to_owned)
+    }
+
+    /// The port at the near end of a TCP connection.
+    pub(super) fn tcp(list: &str, inode: &str) -> Option<u16> {
+        let line = list.lines().find(|line| line.split_ascii_whitespace().nth(9) == Some(inode))?;
+        let near = line.split_ascii_whitespace().nth(1)?;
+        u16::from_str_radix(near.rsplit_once(':')?.1, 16).ok()
+    }
+}
+
+/// Those of the trees under `roots` that take connections, each without what it has started itself: that belongs to its
+/// requests.
+pub(super) fn servers_under(roots: &[Pid], listener: &Listener) -> Vec<(Pid, Observed)> {
+    let (mut servers, mut left, mut looks) = (Vec::new(), roots.to_vec(), 0);
+    while let Some(pid) = left.pop() {
+        looks += 1;
+        let observed = of(pid, listener);
+        if observed.serves() {
+            servers.push((pid, observed));
+        } else if looks < MAX_PROCESSES {
+            left.extend(children_of(pid));
+        }
+    }
+    servers
+}
+
+/// Those under `pid`, but not itself, that have the socket: the topmost of each branch.
+pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
+    let (mut holders, mut left, mut looks) = (Vec::new(), children_of(pid), 0);
+    while let Some(pid) = left.pop() {
+        looks += 1;
+        match of(pid, listener) {
+            Observed::Apart | Observed::Hidden if looks < MAX_PROCESSES => left.extend(children_of(pid)),
+            Observed::Apart | Observed::Hidden => {}
+            Observed::Accepting | Observed::Watching | Observed::Serving | Observed::Holding => holders.push(pid),
+        }
+    }
+    holders
+}
+
+pub(super) fn environment_of(pid: Pid) -> Environment {
+    let Ok(mut file) = File::open(format!("/proc/{pid}/environ")) else { return Environment::Hidden };
+    let mut bytes = vec![0; MAX_ENVIRONMENT];
+    // All of it at once: an exec between two reads would cut it off.
+    match file.read(&mut bytes) {
+        Err(_) => Environment::Hidden,
+        Ok(0) if stat(pid).is_some_and(|stat| !stat.is_zombie && !stat.has_empty_environment) => Environment::InExec,
+        Ok(length) => {
+            bytes.truncate(length);
+            Environment::Shown(bytes)
+        }
+    }
+}
+
+impl Environment {
+    pub(super) fn variable(&self, name: &str) -> Option<String> {
+        let Self::Shown(bytes) = self else { return None };
+        let mut variables = bytes.split(|&byte| byte == 0).map(String::from_utf8_lossy);
+        variables.find_map(|variable| Some(variable.strip_prefix(name)?.strip_prefix('=')?.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+    use crate::config::address::{Address, Bind};
+
+    fn listener(directory: &std::path::Path) -> Listener {
+        let bind = format!("fastcgi:unix:{}", directory.join("a.sock").display());
+        Listener::bind(&bind.parse::<Bind>().unwrap(), 8, None, true).unwrap()
+    }
+
+    /// A Python program with the socket as its standard input; it is over when its standard output is closed.
+    fn python(listener: &Listener, text: &str) -> Child {
+        let text = format!("import os, select, socket, time\ns = socket.socket(fileno=0)\n{text}");
+        let mut command = Command::new("python3");
+        command.args(["-c", &text]).stdin(Stdio::from(listener.duplicate().unwrap())).stdout(Stdio::piped());
+        command.spawn().expect("python3 is there (scripts/test installs it)")
+    }
+
+    fn pid(child: &Child) -> Pid {
+        Pid::from_raw(child.id().cast_signed())
+    }
+
+    fn seen(child: &Child, listener: &Listener, wanted: Observed) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while of(pid(child), listener) != wanted {
+            assert!(std::time::Instant::now() < deadline, "{:?} and not {wanted:?}", of(pid(child), listener));
+            std::thread::park_timeout(std::time::Duration::from_millis(1));
+        }
+    }
+
+    fn end(mut child: Child) {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn it_is_seen_who_accepts_and_a_connection_of_another_kind_is_no_sign() {
+        let directory = tempfile::tempdir().unwrap();
+        let ours = listener(directory.path());
+        let Address::Path(path) = &ours.address else { panic!("it has a path") };
+        let database = UnixListener::bind(directory.path().join("database")).unwrap();
+
+        let connect = format!(
+            "c = socket.socket(socket.AF_UNIX)\nc.connect('{}')\n",
+            directory.path().join("database").display()
+        );
+        let program =
+            python(&ours, &format!("{connect}p = socket.socketpair()\nprint('up', flush=True)\ntime.sleep(600)"));
+        let (_connection, _) = database.accept().unwrap();
+        seen(&program, &ours, Observed::Holding);
+        end(program);
+
+        let program = python(&ours, "s.setblocking(True)\nc = s.accept()\nprint('it', flush=True)\ntime.sleep(600)");
+        seen(&program, &ours, Observed::Accepting);
+        let _client = UnixStream::connect(path).unwrap();
+        seen(&program, &ours, Observed::Serving);
+        let link = format!("/proc/{}/fd", program.id());
+        let sockets = fs::read_dir(link).unwrap().filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+        let inodes: Vec<String> = sockets
+            .filter_map(|to| Some(to.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+            .filter(|inode| *inode != fstat(ours.as_fd()).unwrap().st_ino.to_string())
+            .collect();
+        assert!(
+            inodes.iter().any(|inode| lists::is_connection(pid(&program), inode, &ours)),
+            "the kernel's list has it too"
+        );
+        end(program);
+
+        let program = python(&ours, "e = select.epoll()\ne.register(0)\nprint('up', flush=True)\ntime.sleep(600)");
+        seen(&program, &ours, Observed::Watching);
+        end(program);
+
+        let mut program = python(&ours, "os.close(0)\nprint('up', flush=True)\ntime.sleep(600)");
+        program.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
+        assert_eq!(of(pid(&program), &ours), Observed::Apart);
+        end(program);
+        ours.remove_file();
+    }
+
+    #[test]
+    fn of_a_tree_those_that_take_connections_are_found_and_not_what_they_have_started() {
+        let directory = tempfile::tempdir().unwrap();
+        let ours = listener(directory.path());
+        let Address::Path(path) = &ours.address else { panic!("it has a path") };
+        // A wrapper, which waits for a server, which serves and has started something that has its socket and connection.
+        let text = "if os.fork() == 0:\n  s.setblocking(True)\n  c, _ = s.accept()\n  os.set_inheritable(c.fileno(), True)\n  \
+                    if os.fork() == 0: os.execvp('sleep', ['sleep', '600'])\n  print('up', flush=True)\n  time.sleep(600)\nos.wait()";
+        let mut program = python(&ours, text);
+        let _client = UnixStream::connect(path).unwrap();
+        program.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
+        let wrapper = pid(&program);
+        let family = family_of(&[wrapper]);
+        assert_eq!(family.len(), 3, "{family:?}");
+        assert_eq!(servers_under(&[wrapper], &ours), [(family[1], Observed::Serving)]);
+        assert_eq!(holders_under(wrapper, &ours), [family[1]]);
+        assert_eq!(stat(wrapper).unwrap().session, nix::unistd::getsid(None).unwrap().as_raw());
+        assert!(Process::of(family[2]).unwrap().lives());
+        assert!(!Process { started: 1, ..Process::of(family[2]).unwrap() }.lives(), "another one of that number");
+        for pid in family.into_iter().skip(1) {
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
+        end(program);
+        ours.remove_file();
+    }
+
+    #[test]
+    fn the_kernels_lists_are_read() {
+        let unix = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+                    ffff: 00000003 00000000 00000000 0001 03 4711 /run/a.sock\nffff: 00000003 00000000 00000000 0001 03 4712\n";
+        assert_eq!(lists::unix(unix, "4711").as_deref(), Some("/run/a.sock"));
+        assert_eq!(lists::unix(unix, "4712"), None);
+        let tcp = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
+                   0: 0100007F:2328 0100007F:D431 01 00000000:00000000 00:00000000 00000000     0        0 99 1 0 20 4 30 10 -1\n";
+        assert_eq!(lists::tcp(tcp, "99"), Some(9000));
+        assert_eq!(lists::tcp(tcp, "98"), None);
+        let stat = stat_in("7 (a b) c) S 1 6 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0").unwrap();
+        assert_eq!((stat.group, stat.session, stat.started), (6, 5, 777));
+        assert!(stat_in("7 (a) Z 1 7 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0").unwrap().is_zombie);
+    }
+
+    #[test]
+    fn an_environment_that_is_empty_is_not_taken_for_an_exec() {
+        let mut child = Command::new("sleep").arg("600").env_clear().spawn().unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while environment_of(pid(&child)) != Environment::Shown(Vec::new()) {
+            assert!(std::time::Instant::now() < deadline, "{:?}", environment_of(pid(&child)));
+            std::thread::park_timeout(std::time::Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(environment_of(pid(&child)), Environment::Hidden);
+    }
+}

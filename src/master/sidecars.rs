@@ -1,0 +1,542 @@
+//! The processes beside the workers: makes and ends what [`sidecars`](self::supervisor) decides, and logs what they say.
+//!
+//! They are programs, started as those under `forkyard run`: in a process group of their own, with the privileges of the
+//! workers, and killed by the kernel if the master dies; what these have started is killed by the guard.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use forkyard_shm::Segment;
+use jiff::Timestamp;
+use nix::fcntl::OFlag;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, getpgid, pipe2};
+
+use self::supervisor::{Action, Event, Notice, STEADY_TIME, SidecarSupervisor};
+use super::inherited::Inherited;
+use super::output::{self, LineReader, MAX_REST};
+use super::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
+use super::supervisor::{Command as Order, Now};
+use crate::config::privileges::PrivilegesConfig;
+use crate::config::sidecars::SidecarsConfig;
+use crate::config::{Config, Program};
+use crate::logging;
+use crate::logging::rate::{Admission, ByteLimit, LeftOut};
+use crate::net::publish_socket;
+use crate::privileges::{self, Privileges};
+use crate::sys::{self, Ending};
+
+/// All of them, and what is needed to make them.
+pub(super) struct Sidecars {
+    sidecars: SidecarSupervisor,
+    /// In the order of the configuration.
+    programs: Vec<Sidecar>,
+    processes: HashMap<Pid, Process>,
+    inherited: Inherited,
+    /// `None` if there is nothing to start.
+    privileges: Option<Privileges>,
+    segment: Segment,
+    /// Where programs find the publish socket.
+    events: Option<PathBuf>,
+    /// For when the reload is done that has read it.
+    read: Option<Settings>,
+    begun: Instant,
+}
+
+/// What another configuration wants, found and checked.
+pub(super) struct Settings {
+    programs: Vec<Sidecar>,
+    privileges: Option<Privileges>,
+    config: SidecarsConfig,
+    stop_timeout: Duration,
+    /// Where programs find the publish socket.
+    pub(super) events: Option<PathBuf>,
+}
+
+/// What is to run.
+#[derive(Debug)]
+struct Sidecar {
+    label: Label,
+    program: Program,
+}
+
+/// What a helper is called in the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Label {
+    kind: &'static str,
+    name: String,
+}
+
+/// What runs.
+struct Process {
+    sidecar: usize,
+    label: Label,
+    since: Instant,
+    asked_to_leave: bool,
+    output: LineReader,
+    limit: ByteLimit,
+    open: bool,
+}
+
+/// One that lives, for a master that takes over.
+pub(super) struct Living<'a> {
+    pub(super) name: &'a str,
+    pub(super) pid: Pid,
+    /// The end of the pipe from which its output is read; it has to stay open, or else its next word ends it.
+    pub(super) output: BorrowedFd<'a>,
+    /// The line that is not finished yet.
+    pub(super) partial: &'a [u8],
+}
+
+/// Finds the programs, and what they may be.
+///
+/// # Errors
+/// A sentence for the operator, which names the flag.
+fn resolve(config: &Config) -> Result<(Vec<Sidecar>, Option<Privileges>), String> {
+    let PrivilegesConfig { chroot, chdir, .. } = &config.privileges;
+    let sidecars = config.sidecars.sidecars.iter().map(|sidecar| {
+        let label = Label { kind: sidecar.kind(), name: sidecar.name.clone() };
+        Ok(Sidecar { label, program: sidecar.program(chroot.as_deref(), chdir.as_deref())? })
+    });
+    let sidecars: Vec<Sidecar> = sidecars.collect::<Result<_, String>>()?;
+    let privileges = (!sidecars.is_empty()).then(|| Privileges::resolve(&config.privileges, true)).transpose()?;
+    Ok((sidecars, privileges))
+}
+
+/// Looks whether all can be started.
+///
+/// # Errors
+/// A sentence for the operator, which names the flag.
+pub(crate) fn check_sidecars(config: &Config) -> Result<(), String> {
+    resolve(config)?;
+    warn_of_sandbox(config);
+    Ok(())
+}
+
+fn warn_of_sandbox(config: &Config) {
+    if config.privileges.sandbox.is_some() && !config.sidecars.sidecars.is_empty() {
+        log::warn!("daemons and jobs are not in the sandbox: it is for workers (--sandbox, --daemon, --cron)");
+    }
+}
+
+impl Sidecars {
+    /// # Errors
+    /// If a program is not there, or cannot be what the configuration asks for.
+    pub(super) fn new(config: &Config, segment: Segment, begun: Instant) -> io::Result<Self> {
+        let (programs, privileges) = resolve(config).map_err(io::Error::other)?;
+        let sidecars = SidecarSupervisor::new(&config.sidecars, config.drain_timeout, Timestamp::now());
+        let (processes, inherited) = (HashMap::new(), Inherited::default());
+        Ok(Self { sidecars, programs, processes, inherited, privileges, segment, events: None, read: None, begun })
+    }
+
+    /// Has programs find the publish socket there.
+    pub(super) fn announce_publish_socket(&mut self, events: Option<PathBuf>) {
+        self.events = events;
+    }
+
+    /// What would run with another configuration.
+    ///
+    /// # Errors
+    /// A sentence for the operator: a program is not there, or cannot be what it asks for.
+    pub(super) fn prepare(config: &Config, events: Option<PathBuf>) -> Result<Settings, String> {
+        let (programs, privileges) = resolve(config)?;
+        warn_of_sandbox(config);
+        Ok(Settings {
+            programs,
+            privileges,
+            config: config.sidecars.clone(),
+            stop_timeout: config.drain_timeout,
+            events,
+        })
+    }
+
+    /// A reload begins that has read this. Until it is done, all goes on as before.
+    pub(super) fn expect(&mut self, settings: Settings) {
+        self.read = Some(settings);
+    }
+
+    /// That reload has failed.
+    pub(super) fn forget(&mut self) {
+        self.read = None;
+    }
+
+    fn change(&mut self, settings: Settings) {
+        let Settings { programs, privileges, config, stop_timeout, events } = settings;
+        // One that is not wanted and not gone yet may be wanted again.
+        let leaving = |label: &Label| {
+            self.processes.values().find(|process| process.label == *label).map(|process| process.sidecar)
+        };
+        let present = |label: &Label| self.programs.iter().position(|sidecar| sidecar.label == *label);
+        let former: Vec<Option<usize>> =
+            programs.iter().map(|sidecar| present(&sidecar.label).or_else(|| leaving(&sidecar.label))).collect();
+        let now_at = self.sidecars.reconfigure(&config, stop_timeout, &former, Timestamp::now());
+        for process in self.processes.values_mut() {
+            // Whatever has a process is still there.
+            process.sidecar = now_at.get(process.sidecar).copied().flatten().unwrap_or(process.sidecar);
+        }
+        (self.programs, self.privileges, self.events) = (programs, privileges, events);
+    }
+
+    /// For the log: what is to run, and for how long it may.
+    pub(super) fn describe(&self) -> String {
+        format!("{} {:?}", self.sidecars.describe(), self.programs)
+    }
+
+    /// Processes to come get this memory.
+    pub(super) fn move_to(&mut self, segment: Segment) {
+        self.segment = segment;
+    }
+
+    fn now(&self) -> Now {
+        self.begun.elapsed()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.sidecars.is_empty()
+    }
+
+    /// Whether anything is to run, or runs.
+    pub(super) fn has_any(&self) -> bool {
+        let read = self.read.as_ref().is_some_and(|settings| !settings.programs.is_empty());
+        read || !self.programs.is_empty() || !self.processes.is_empty()
+    }
+
+    pub(super) fn has(&self, pid: Pid) -> bool {
+        self.processes.contains_key(&pid)
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Now> {
+        let limits = self.processes.values().filter_map(|process| process.limit.due());
+        limits.chain(self.sidecars.next_deadline()).min()
+    }
+
+    /// Where something may be to be read.
+    pub(super) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.processes.values().filter(|process| process.open).map(|process| process.output.as_fd())
+    }
+
+    /// Those that live.
+    pub(super) fn living<'a>(&'a self) -> Vec<Living<'a>> {
+        let living = |(&pid, process): (&Pid, &'a Process)| {
+            let Process { label, output, .. } = process;
+            Living { name: &label.name, pid, output: output.as_fd(), partial: output.partial() }
+        };
+        self.processes.iter().map(living).collect()
+    }
+
+    /// When it was last looked which jobs are due, in milliseconds of the wall's clock, for a master that takes over.
+    pub(super) fn looked_at_ms(&self) -> Option<i64> {
+        self.sidecars.looked_at().map(Timestamp::as_millisecond)
+    }
+
+    /// Goes on from there.
+    pub(super) fn resume(&mut self, looked_at_ms: i64) {
+        if let Ok(looked_at) = Timestamp::from_millisecond(looked_at_ms) {
+            self.sidecars.resume(looked_at);
+        }
+    }
+
+    /// Takes over a child of this process, which was made before this process was what it is now. If nothing in the
+    /// configuration has its name, it is asked to stop.
+    pub(super) fn adopt(&mut self, name: &str, pid: Pid, output: LineReader) {
+        let wanted = self.programs.iter().position(|sidecar| sidecar.label.name == name);
+        let label =
+            wanted.map_or(Label { kind: "daemon", name: name.to_owned() }, |at| self.programs[at].label.clone());
+        let sidecar = self.sidecars.adopt(wanted, pid, self.now());
+        self.enter(pid, sidecar, label, output);
+    }
+
+    fn enter(&mut self, pid: Pid, sidecar: usize, label: Label, output: LineReader) {
+        let (since, limit) = (Instant::now(), ByteLimit::new(logging::output_rate()));
+        let process = Process { sidecar, label, since, asked_to_leave: false, output, limit, open: true };
+        self.processes.insert(pid, process);
+    }
+
+    /// Logs what was said, and does what is due. `is_up` says whether there are workers.
+    pub(super) fn turn(&mut self, is_up: bool) {
+        let share = output::share(self.processes.len());
+        let now = self.now();
+        for (pid, process) in self.processes.iter_mut().filter(|(_, process)| process.open) {
+            let Process { label, output, limit, .. } = process;
+            process.open = output.read(share, &mut |line, _| log_line(label, *pid, limit, line, now));
+            if let Some(left_out) = limit.tick(now) {
+                log_left_out(label, *pid, left_out);
+            }
+        }
+        self.feed(if is_up { Event::Begin } else { Event::Tick });
+    }
+
+    /// The operator wants something of the workers.
+    pub(super) fn apply(&mut self, order: Order) {
+        match order {
+            Order::Drain => self.feed(Event::Closing),
+            Order::Halt => self.feed(Event::Halt),
+            Order::Reload | Order::Add | Order::Remove | Order::Scale(_) | Order::Upgrade => {}
+        }
+    }
+
+    /// All workers are of the new generation. What has changed is taken over, and each daemon started anew.
+    pub(super) fn reloaded(&mut self) {
+        self.inherited.end_detached();
+        if let Some(settings) = self.read.take() {
+            self.change(settings);
+        }
+        self.feed(Event::Reloaded);
+    }
+
+    /// The last worker is gone.
+    pub(super) fn stop(&mut self) {
+        self.feed(Event::Stop);
+    }
+
+    /// Takes note of an end; false if that was none of these.
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending) -> bool {
+        let Some(process) = self.processes.remove(&pid) else { return false };
+        let Process { sidecar, label, since, asked_to_leave, mut output, mut limit, .. } = process;
+        let now = self.now();
+        let mut log = |line: &str, _| log_line(&label, pid, &mut limit, line, now);
+        output.read(MAX_REST, &mut log);
+        output.finish(&mut log);
+        if let Some(left_out) = limit.end() {
+            log_left_out(&label, pid, left_out);
+        }
+        let line = format!("{} ended name={} pid={pid} {ending}", label.kind, label.name);
+        let lived = since.elapsed().as_millis();
+        if asked_to_leave || ending == Ending::Exited(0) {
+            log::info!("{line} lived={lived}ms");
+        } else {
+            log::warn!("{line} lived={lived}ms");
+        }
+        if ending == Ending::Exited(0) && !asked_to_leave {
+            self.inherited.suspect(sidecar, since.elapsed());
+        }
+        self.feed(Event::Exited { pid, after_exit: super::after_exit(ending) });
+        true
+    }
+
+    /// Whether what this process leaves of its group lives on: a daemon that has ended well at once puts itself into the background
+    /// maybe, and has not yet left the group.
+    pub(super) fn spares(&self, pid: Pid, ending: Ending) -> bool {
+        self.processes.get(&pid).is_some_and(|process| {
+            let is_early = process.since.elapsed() < STEADY_TIME && !process.asked_to_leave;
+            process.label.kind == "daemon" && is_early && ending == Ending::Exited(0)
+        })
+    }
+
+    /// Whether a helper has ended so that it may run on in the background.
+    pub(super) fn has_suspects(&self) -> bool {
+        self.inherited.has_suspects()
+    }
+
+    /// These are children of this process that it did not make: some of them were left by helpers.
+    pub(super) fn inherit(&mut self, orphans: &[Pid]) {
+        let names: Vec<&str> = self.programs.iter().map(|sidecar| sidecar.label.name.as_str()).collect();
+        for (sidecar, pid) in self.inherited.take(orphans, &names) {
+            if let Ok(group) = getpgid(Some(pid)) {
+                sys::announce(group);
+            }
+            self.feed(Event::Detached { sidecar, pid });
+        }
+    }
+
+    /// Whether a helper has left this process.
+    pub(super) fn has_left(&self, pid: Pid) -> bool {
+        self.inherited.has(pid)
+    }
+
+    /// Gives an event to what decides and does what it wants, until it wants nothing more.
+    fn feed(&mut self, event: Event) {
+        let mut actions = VecDeque::from(self.sidecars.step(event, self.now(), Timestamp::now()));
+        while let Some(action) = actions.pop_front() {
+            let answer = match action {
+                Action::Spawn { sidecar } => self.spawn(sidecar),
+                Action::Terminate { pid } => {
+                    self.signal(pid, Signal::SIGTERM);
+                    continue;
+                }
+                Action::Kill { pid } => {
+                    self.signal(pid, Signal::SIGKILL);
+                    continue;
+                }
+                Action::Notice { sidecar, notice } => {
+                    self.log(sidecar, notice);
+                    continue;
+                }
+            };
+            actions.extend(self.sidecars.step(answer, self.now(), Timestamp::now()));
+        }
+    }
+
+    fn spawn(&mut self, sidecar: usize) -> Event {
+        let Sidecar { label, program } = &self.programs[sidecar];
+        match self.start(label, program) {
+            Ok((pid, output)) => {
+                log::info!("{} started name={} pid={pid}", label.kind, label.name);
+                self.enter(pid, sidecar, label.clone(), LineReader::new(output));
+                Event::Spawned { sidecar, pid }
+            }
+            Err(error) => {
+                let (Label { kind, name }, error) = (label, sys::explain(&error));
+                log::error!("cannot start {kind} name={name}: {error} (--{kind})");
+                Event::SpawnFailed { sidecar }
+            }
+        }
+    }
+
+    fn start(&self, label: &Label, program: &Program) -> io::Result<(Pid, OwnedFd)> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        // Non-blocking is a property of each end; the program's must block.
+        let write = blocking(write)?;
+        let segment = to_pass(&self.segment)?;
+        let mut command = Command::new(&program.path);
+        let privileges = self.privileges.as_ref().ok_or_else(|| io::Error::other("no privileges were resolved"))?;
+        privileges.set_environment(&mut command);
+        // If it is a server of this kind too, it is not to start the same ones again.
+        for ours in ["FORKYARD_SLOT", "FORKYARD_GENERATION", "FORKYARD_DAEMON", "FORKYARD_CRON"] {
+            command.env_remove(ours);
+        }
+        for name in OF_THE_MASTER.iter().copied().flatten() {
+            command.env_remove(name);
+        }
+        command
+            .arg0(&program.name)
+            .args(&program.arguments)
+            .env("FORKYARD_NAME", &label.name)
+            .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
+            .envs(self.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::from(write.try_clone()?))
+            .stderr(Stdio::from(write));
+        let steps = privileges.steps_without_slot().map_err(io::Error::other)?;
+        let prepare = move || privileges::carry_out_before_exec(&steps);
+        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], prepare)
+            .map_err(|error| explain(&error, read.as_fd(), privileges, program))?;
+        Ok((Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?), read))
+    }
+
+    fn signal(&mut self, pid: Pid, signal: Signal) {
+        let Some(process) = self.processes.get_mut(&pid) else { return };
+        process.asked_to_leave = true;
+        // The pid cannot have been given to another process: we have not reaped it.
+        if let Err(errno) = killpg(pid, signal) {
+            let Label { kind, name } = &process.label;
+            log::error!("cannot signal {kind} name={name} pid={pid} signal={signal}: {errno}");
+        }
+    }
+
+    fn log(&self, sidecar: usize, notice: Notice) {
+        let of_process =
+            || self.processes.values().find(|process| process.sidecar == sidecar).map(|process| &process.label);
+        let Some(Label { kind, name }) = self.programs.get(sidecar).map(|sidecar| &sidecar.label).or_else(of_process)
+        else {
+            return;
+        };
+        match notice {
+            Notice::Failing { failures, delay } => log::error!(
+                "{kind} ends as soon as it is started name={name}: {failures} in a row, next try in {}ms (see the lines above \
+                 for why)",
+                delay.as_millis()
+            ),
+            Notice::Retired => log::warn!("{kind} asks not to be restarted name={name} (a reload starts it again)"),
+            Notice::GivenUp { tries } => log::error!(
+                "{kind} ends well as soon as it is started, {tries} times in a row (--daemon-tries): it is not started again before a reload (run it in the foreground, if it puts itself into the background) name={name}"
+            ),
+            Notice::Detached { pid } => log::error!(
+                "{kind} has put itself into the background: run it in the foreground (most have an option for that, as in \
+                 --no-daemonize or --foreground); it is not started again before a reload name={name} pid={pid}"
+            ),
+            Notice::Skipped { pid } => log::warn!("{kind} is skipped: its last run goes on name={name} pid={pid}"),
+            Notice::RunTimeout { pid } => {
+                log::warn!("{kind} takes too long (--cron-timeout): asked to stop name={name} pid={pid}");
+            }
+            Notice::StopTimeout { pid } => {
+                log::warn!("{kind} does not stop in time (--drain-timeout): killed name={name} pid={pid}");
+            }
+        }
+    }
+}
+
+fn log_line(label: &Label, pid: Pid, limit: &mut ByteLimit, line: &str, now: Now) {
+    let Admission { left_out, is_admitted } = limit.take(line.len() + 1, now);
+    if let Some(left_out) = left_out {
+        log_left_out(label, pid, left_out);
+    }
+    if is_admitted {
+        log::info!(target: "app", "{}={} pid={pid} | {line}", label.kind, label.name);
+    }
+}
+
+fn log_left_out(label: &Label, pid: Pid, LeftOut { lines, bytes }: LeftOut) {
+    let Label { kind, name } = label;
+    log::warn!("output was left out of the log (--output-rate) {kind}={name} pid={pid} lines={lines} bytes={bytes}");
+}
+
+#[cfg(test)]
+mod tests {
+    use forkyard_shm::Plan;
+
+    use super::*;
+
+    /// What these flags ask for.
+    fn sidecars(flags: &[&str]) -> Sidecars {
+        let arguments: Vec<std::ffi::OsString> = [&["x"], flags].concat().into_iter().map(Into::into).collect();
+        let crate::cli::Invocation::Serve(request) =
+            crate::cli::parse_linked(&arguments, &crate::cli::Identity::default()).unwrap()
+        else {
+            panic!("it is to serve")
+        };
+        let config = request.config;
+        let segment = Segment::create(&Plan { rows: 1, ..Plan::default() }).unwrap();
+        Sidecars::new(&config, segment, Instant::now()).unwrap()
+    }
+
+    fn end(sidecars: &mut Sidecars, pid: Pid) {
+        killpg(pid, Signal::SIGKILL).unwrap();
+        loop {
+            if let Some(ending) = sys::reap(pid) {
+                assert!(sidecars.ended(pid, ending), "{pid} is one of them");
+                return;
+            }
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn those_that_live_can_be_handed_to_another_master_which_goes_on_with_them() {
+        let mut first = sidecars(&["--daemon", "kept=sleep 600", "--daemon", "dropped=sleep 600"]);
+        first.turn(true);
+        let living = first.living();
+        let given: Vec<_> =
+            living.iter().map(|one| (one.name.to_owned(), one.pid, one.output.try_clone_to_owned().unwrap())).collect();
+        assert_eq!(given.len(), 2);
+
+        let mut second = sidecars(&["--daemon", "kept=sleep 600"]);
+        let mut pids = HashMap::new();
+        for (name, pid, output) in given {
+            second.adopt(&name, pid, LineReader::resume(output, b"half a line".to_vec()));
+            pids.insert(name, pid);
+        }
+        second.turn(true);
+        assert_eq!(second.living().len(), 2, "it starts no second one");
+        assert!(second.living().iter().all(|one| one.partial == b"half a line"), "nor a line in its middle");
+        assert!(second.processes[&pids["dropped"]].asked_to_leave && !second.processes[&pids["kept"]].asked_to_leave);
+        end(&mut second, pids["dropped"]);
+        end(&mut second, pids["kept"]);
+        assert!(second.is_empty(), "the next one comes a little later");
+        while second.is_empty() {
+            second.turn(true);
+        }
+        let (name, pid) = second.living().first().map(|one| (one.name.to_owned(), one.pid)).unwrap();
+        assert_eq!(name, "kept");
+        second.stop();
+        end(&mut second, pid);
+        assert!(second.is_empty());
+    }
+}
+
+pub(crate) mod supervisor;

@@ -1,0 +1,350 @@
+//! Histories of helpers: those that matter, told one by one, and random ones from a seed.
+
+use std::collections::BTreeMap;
+
+use jiff::tz::TimeZone;
+
+use super::*;
+use crate::config::sidecars::SidecarConfig;
+
+const S: Duration = Duration::from_secs(1);
+const STOP: Duration = Duration::from_secs(10);
+
+/// Helpers, a clock for them, and the processes that live.
+struct World {
+    sidecars: SidecarSupervisor,
+    now: Now,
+    wall: Timestamp,
+    alive: BTreeMap<Pid, usize>,
+    asked: BTreeMap<Pid, Action>,
+    next_pid: i32,
+    notices: Vec<(usize, Notice)>,
+    /// How often each was started.
+    starts: Vec<u32>,
+    fails_to_spawn: bool,
+}
+
+/// The first are daemons, the others jobs with this schedule.
+fn world(daemons: usize, schedules: &[&str], cron_timeout: Duration) -> World {
+    let daemons = (0..daemons).map(|number| SidecarConfig::daemon(&format!("d{number}=x")).unwrap());
+    let jobs = schedules.iter().enumerate().map(|(number, text)| {
+        let mut job = SidecarConfig::job(&format!("j{number}={text}=x")).unwrap();
+        job.schedule = Some(Schedule::parse(text, TimeZone::UTC).unwrap());
+        job
+    });
+    let all: Vec<_> = daemons.chain(jobs).collect();
+    let starts = vec![0; all.len()];
+    let config = SidecarsConfig::new(all, cron_timeout, 4).unwrap();
+    let wall = "2026-05-01T00:00:30Z".parse().unwrap();
+    World {
+        sidecars: SidecarSupervisor::new(&config, STOP, wall),
+        now: Now::ZERO,
+        wall,
+        alive: BTreeMap::new(),
+        asked: BTreeMap::new(),
+        next_pid: 100,
+        notices: Vec::new(),
+        starts,
+        fails_to_spawn: false,
+    }
+}
+
+impl World {
+    fn feed(&mut self, event: Event) {
+        if let Event::Exited { pid, .. } = event {
+            self.alive.remove(&pid).expect("it lived");
+            self.asked.remove(&pid);
+        }
+        let mut events = vec![event];
+        while let Some(event) = events.pop() {
+            for action in self.sidecars.step(event, self.now, self.wall) {
+                match action {
+                    Action::Spawn { sidecar } if self.fails_to_spawn => events.push(Event::SpawnFailed { sidecar }),
+                    Action::Spawn { sidecar } => {
+                        assert!(!self.alive.values().any(|&other| other == sidecar), "one process a helper");
+                        let pid = Pid::from_raw(self.next_pid);
+                        self.next_pid += 1;
+                        self.alive.insert(pid, sidecar);
+                        self.starts[sidecar] += 1;
+                        events.push(Event::Spawned { sidecar, pid });
+                    }
+                    Action::Terminate { pid } => {
+                        assert!(self.alive.contains_key(&pid), "only the living are asked");
+                        assert_eq!(self.asked.insert(pid, action), None, "once");
+                    }
+                    Action::Kill { pid } => {
+                        assert!(self.alive.contains_key(&pid), "only the living are killed");
+                        assert_ne!(self.asked.insert(pid, action), Some(action), "once");
+                    }
+                    Action::Notice { sidecar, notice } => self.notices.push((sidecar, notice)),
+                }
+            }
+        }
+        assert_eq!(self.sidecars.is_empty(), self.alive.is_empty());
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.wall += time;
+        self.feed(Event::Tick);
+    }
+
+    fn pid(&self, sidecar: usize) -> Pid {
+        *self.alive.iter().find(|(_, number)| **number == sidecar).expect("it runs").0
+    }
+
+    fn end(&mut self, sidecar: usize, after_exit: AfterExit) {
+        let pid = self.pid(sidecar);
+        self.feed(Event::Exited { pid, after_exit });
+    }
+}
+
+#[test]
+fn nothing_runs_before_there_are_workers_and_jobs_wait_for_their_time() {
+    let mut world = world(1, &["* * * * *"], Duration::ZERO);
+    world.pass(90 * S);
+    assert_eq!(world.starts, [0, 0]);
+    world.feed(Event::Begin);
+    assert_eq!(world.starts, [1, 0]);
+    assert_eq!(world.sidecars.next_deadline(), Some(world.now + 60 * S), "it is on the full minute now");
+    world.pass(60 * S);
+    assert_eq!(world.starts, [1, 1]);
+}
+
+#[test]
+fn a_daemon_that_had_run_is_restarted_at_once_and_one_that_had_not_later_and_later() {
+    let mut world = world(1, &[], Duration::ZERO);
+    world.feed(Event::Begin);
+    world.pass(S);
+    world.end(0, AfterExit::Replace);
+    assert_eq!(world.starts, [2]);
+    for delay_ms in [100, 200, 400] {
+        world.end(0, AfterExit::Replace);
+        assert!(world.alive.is_empty());
+        assert_eq!(world.sidecars.next_deadline(), Some(world.now + Duration::from_millis(delay_ms)));
+        world.pass(Duration::from_millis(delay_ms));
+    }
+    assert_eq!(world.starts, [5]);
+    assert_eq!(world.notices.len(), 3);
+    world.fails_to_spawn = true;
+    world.end(0, AfterExit::Restart);
+    world.pass(S);
+    assert!(world.alive.is_empty());
+    world.fails_to_spawn = false;
+    world.pass(30 * S);
+    assert_eq!(world.starts, [6]);
+}
+
+#[test]
+fn one_that_exits_with_125_stays_away_until_a_reload_and_a_wrapper_that_fails_with_it_does_not() {
+    let mut world = world(2, &[], Duration::ZERO);
+    world.feed(Event::Begin);
+    world.end(0, AfterExit::StayDown);
+    assert!(matches!(world.notices[..], [(0, Notice::Failing { failures: 1, .. })]), "{:?}", world.notices);
+    world.pass(S);
+    world.pass(S);
+    world.end(0, AfterExit::StayDown);
+    world.pass(3600 * S);
+    assert_eq!((world.starts.as_slice(), &world.notices[1..]), (&[2, 1][..], &[(0, Notice::Retired)][..]));
+    let other = world.pid(1);
+    world.feed(Event::Reloaded);
+    assert_eq!(world.starts, [3, 1], "the one that runs is asked to stop first");
+    assert_eq!(world.asked, BTreeMap::from([(other, Action::Terminate { pid: other })]));
+    world.end(1, AfterExit::StayDown);
+    assert_eq!(world.starts, [3, 2], "what it said when it was asked to stop is not held against it");
+}
+
+#[test]
+fn a_daemon_that_ends_well_at_once_is_tried_less_and_less_and_given_up() {
+    let mut world = world(2, &[], Duration::ZERO);
+    world.feed(Event::Begin);
+    let mut delays = Vec::new();
+    for _ in 0..3 {
+        world.end(0, AfterExit::Restart);
+        delays.push(world.sidecars.next_deadline().unwrap() - world.now);
+        world.pass(*delays.last().unwrap());
+    }
+    assert_eq!(delays, [100, 200, 400].map(Duration::from_millis));
+    world.end(0, AfterExit::Restart);
+    assert_eq!(world.notices.last(), Some(&(0, Notice::GivenUp { tries: 4 })));
+    world.pass(3600 * S);
+    assert_eq!(world.starts, [4, 1]);
+    world.feed(Event::Reloaded);
+    assert_eq!(world.starts[0], 5);
+    // The one that fails otherwise goes on to be tried, and one that had run has begun anew.
+    for _ in 0..20 {
+        world.end(0, AfterExit::Replace);
+        world.pass(30 * S);
+    }
+    assert_eq!(world.starts[0], 25);
+}
+
+#[test]
+fn a_daemon_in_the_background_is_not_started_a_second_time_before_a_reload() {
+    let mut world = world(1, &["* * * * *"], Duration::ZERO);
+    world.feed(Event::Begin);
+    let pid = Pid::from_raw(7);
+    world.feed(Event::Detached { sidecar: 0, pid });
+    assert_eq!(world.notices, [], "it runs");
+    world.end(0, AfterExit::Restart);
+    world.feed(Event::Detached { sidecar: 0, pid });
+    assert_eq!(world.notices.last(), Some(&(0, Notice::Detached { pid })));
+    world.feed(Event::Detached { sidecar: 1, pid });
+    assert_eq!(world.notices.len(), 2, "a job may leave what it wants");
+    world.pass(3600 * S);
+    assert_eq!(world.starts[0], 1);
+    world.feed(Event::Reloaded);
+    assert_eq!(world.starts[0], 2);
+}
+
+#[test]
+fn a_run_that_lasts_makes_the_next_be_skipped_and_has_an_end() {
+    let mut world = world(0, &["* * * * *"], 90 * S);
+    world.feed(Event::Begin);
+    world.pass(30 * S);
+    let pid = world.pid(0);
+    world.pass(60 * S);
+    assert_eq!(world.notices, [(0, Notice::Skipped { pid })]);
+    world.pass(30 * S);
+    assert_eq!(world.asked[&pid], Action::Terminate { pid });
+    world.pass(STOP);
+    assert_eq!(world.asked[&pid], Action::Kill { pid });
+    world.end(0, AfterExit::Replace);
+    world.pass(20 * S);
+    assert_eq!(world.starts, [2]);
+}
+
+#[test]
+fn what_was_missed_is_run_once_and_a_clock_set_back_does_not_stop_a_job() {
+    let mut world = world(0, &["*/10 * * * *"], Duration::ZERO);
+    world.feed(Event::Begin);
+    // The machine slept for a day: only the wall knows.
+    world.wall += 24 * 3600 * S;
+    world.pass(S);
+    assert_eq!(world.starts, [1]);
+    world.end(0, AfterExit::Restart);
+    world.pass(9 * 60 * S);
+    assert_eq!(world.starts, [1], "once");
+    world.pass(60 * S);
+    assert_eq!(world.starts, [2]);
+    world.end(0, AfterExit::Restart);
+    world.wall -= 24 * 3600 * S;
+    world.pass(S);
+    world.pass(600 * S);
+    assert_eq!(world.starts, [3], "it does not wait for a day");
+}
+
+#[test]
+fn the_end_has_an_order() {
+    let mut world = world(2, &["* * * * *"], Duration::ZERO);
+    world.feed(Event::Begin);
+    world.pass(30 * S);
+    world.feed(Event::Closing);
+    world.end(0, AfterExit::Replace);
+    world.end(2, AfterExit::Restart);
+    world.pass(120 * S);
+    assert_eq!(world.starts, [2, 1, 1], "workers that drain may need a daemon, but no job begins");
+    assert!(world.asked.is_empty());
+    world.feed(Event::Stop);
+    assert_eq!(world.asked.len(), 2);
+    world.end(0, AfterExit::Replace);
+    world.pass(STOP);
+    assert_eq!(world.notices.last(), Some(&(1, Notice::StopTimeout { pid: world.pid(1) })));
+    world.end(1, AfterExit::Replace);
+    assert!(world.sidecars.is_empty());
+}
+
+#[test]
+fn who_is_adopted_goes_on_and_who_is_not_wanted_leaves() {
+    let mut world = world(1, &["* * * * *"], 90 * S);
+    let pids = [1, 2, 3].map(Pid::from_raw);
+    for (sidecar, pid) in [Some(0), Some(1), None].into_iter().zip(pids) {
+        let number = world.sidecars.adopt(sidecar, pid, world.now);
+        world.alive.insert(pid, number);
+    }
+    world.feed(Event::Begin);
+    assert_eq!(world.starts, [0, 0], "they run already");
+    assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[2]]);
+    world.feed(Event::Exited { pid: pids[2], after_exit: AfterExit::Restart });
+    world.pass(90 * S);
+    assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[1]], "a job's time has its end");
+    world.end(0, AfterExit::Replace);
+    assert_eq!(world.starts, [1, 0]);
+}
+
+#[test]
+fn what_came_due_while_one_master_took_anothers_place_is_run_once() {
+    let schedules = ["* * * * *", "@hourly"];
+    let mut first = world(0, &schedules, S);
+    assert_eq!(first.sidecars.looked_at(), None, "nothing runs yet");
+    first.feed(Event::Begin);
+    let looked_at = first.sidecars.looked_at().unwrap();
+    let mut second = world(0, &schedules, S);
+    second.wall += 90 * S;
+    second.sidecars.resume(looked_at);
+    second.feed(Event::Begin);
+    assert_eq!(second.starts, [1, 0]);
+    second.feed(Event::Begin);
+    assert_eq!(second.starts, [1, 0], "once");
+}
+
+/// One history from a seed: whatever happens, what is asserted in `feed` holds, and it comes to an end.
+fn history(seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let timeout = S * random.u32(0..3) * 40;
+    let mut world =
+        world(random.usize(0..3), &["* * * * *", "*/7 * * * * *", "@hourly"][..random.usize(0..4)], timeout);
+    let (mut begun, mut closing) = (false, None);
+    for _ in 0..300 {
+        world.fails_to_spawn = random.u8(0..10) == 0;
+        let living: Vec<Pid> = world.alive.keys().copied().collect();
+        match random.u8(0..20) {
+            0 => {
+                begun = true;
+                world.feed(Event::Begin);
+            }
+            1 => world.feed(Event::Reloaded),
+            2 if random.u8(0..10) == 0 => {
+                let jobs = |world: &World| world.starts.iter().sum::<u32>();
+                world.feed(Event::Closing);
+                closing = closing.or(Some(jobs(&world)));
+            }
+            3 => world.wall -= S * random.u32(0..7200),
+            4 => world.wall += S * random.u32(0..7200),
+            5..12 if !living.is_empty() => {
+                let pid = living[random.usize(0..living.len())];
+                let after_exit = [AfterExit::Replace, AfterExit::Restart, AfterExit::StayDown][random.usize(0..3)];
+                world.feed(Event::Exited { pid, after_exit });
+            }
+            _ => {
+                // As the shell does: it wakes when it was told to, or before.
+                let wait = world.sidecars.next_deadline().map_or(S, |at| at.saturating_sub(world.now));
+                world.pass(if random.bool() { wait } else { wait.mul_f64(random.f64()) });
+            }
+        }
+        assert!(begun || world.starts.iter().all(|&starts| starts == 0) || closing.is_some(), "nothing before Begin");
+        let orphaned_outputs = world.sidecars.next_deadline().is_some_and(|at| at < world.now);
+        assert!(!orphaned_outputs, "a deadline that has passed was not met");
+    }
+    world.fails_to_spawn = false;
+    world.feed(if random.bool() { Event::Stop } else { Event::Halt });
+    let starts = world.starts.clone();
+    world.pass(STOP);
+    for &pid in world.alive.keys() {
+        assert_eq!(world.asked.get(&pid), Some(&Action::Kill { pid }), "who does not stop is killed");
+    }
+    for pid in world.alive.keys().copied().collect::<Vec<_>>() {
+        world.feed(Event::Exited { pid, after_exit: AfterExit::Replace });
+    }
+    world.pass(7200 * S);
+    assert!(world.sidecars.is_empty() && world.starts == starts, "nothing is started after the end");
+    assert_eq!(world.sidecars.next_deadline(), None);
+}
+
+#[test]
+fn whatever_happens_the_rules_hold() {
+    for seed in 0..1000 {
+        let outcome = std::panic::catch_unwind(|| history(seed));
+        assert!(outcome.is_ok(), "seed {seed}");
+    }
+}

@@ -1,0 +1,76 @@
+//! Names for the addresses of a crash: made by a child, as the master itself reads no debug information.
+//!
+//! There is one such child at a time. A few crashes that come meanwhile wait for the next; of further ones the log has
+//! the addresses alone.
+
+use std::collections::VecDeque;
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use super::signals::SignalInbox;
+use crate::diagnostics::code_address::{self, Modules};
+use crate::{logging, sys};
+
+/// Functions that are named.
+const NAMED: usize = 24;
+/// Files with much debug information take a while; no file takes that long.
+const TIMEOUT_SECONDS: u32 = 30;
+/// Crashes that wait.
+const WAITING: usize = 4;
+
+#[derive(Debug, Default)]
+pub(crate) struct Symbolizer {
+    child: Option<Pid>,
+    waiting: VecDeque<Crash>,
+}
+
+#[derive(Debug)]
+struct Crash {
+    slot: u32,
+    pid: Pid,
+    trace: String,
+}
+
+impl Symbolizer {
+    /// Has the names of a dead worker's last instructions logged. They are its word: numbers, which are looked up.
+    pub(crate) fn log(&mut self, slot: u32, pid: Pid, trace: String, signals: &SignalInbox) {
+        if self.waiting.len() < WAITING {
+            self.waiting.push_back(Crash { slot, pid, trace });
+        }
+        self.start(signals);
+    }
+
+    fn start(&mut self, signals: &SignalInbox) {
+        if self.child.is_some() {
+            return;
+        }
+        let Some(Crash { slot, pid, trace }) = self.waiting.pop_front() else { return };
+        let child = sys::fork(|| {
+            signals.leave();
+            sys::close_all_except(&[0, 1, 2, logging::descriptor()]);
+            if nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).is_err() {
+                return 1;
+            }
+            nix::unistd::alarm::set(TIMEOUT_SECONDS);
+            sys::unblock_signals();
+            let own = Modules::own();
+            let addresses = trace.split(' ').filter_map(|text| own.read(text));
+            let mut names = code_address::names_of(addresses);
+            names.truncate(NAMED);
+            log::warn!("backtrace slot={slot} pid={pid} at={:?}", names.join(" < "));
+            0
+        });
+        match child {
+            Ok(child) => self.child = Some(child),
+            Err(error) => log::error!("cannot make names of a backtrace: {error}"),
+        }
+    }
+
+    /// Whether `pid` was the child. It has ended.
+    pub(crate) fn ended(&mut self, pid: Pid, signals: &SignalInbox) -> bool {
+        let was_ours = self.child.take_if(|child| *child == pid).is_some();
+        self.start(signals);
+        was_ours
+    }
+}

@@ -1,0 +1,124 @@
+//! How this program was started: what an upgrade starts again.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::{env, io};
+
+use serde::{Deserialize, Serialize};
+
+/// Recorded at the first start, before anybody changes folder, and kept through upgrades.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StartCommand {
+    /// The path as it was called by: a link in it is followed anew each time, so that it may point to the next release.
+    pub(crate) program: PathBuf,
+    /// What relative paths on the command line are relative to. Empty if it was removed before the start.
+    pub(crate) directory: PathBuf,
+    /// Those of the first start: a script that stands in the program's place may add its own, each time. Empty if a build
+    /// that did not write them down has begun.
+    #[serde(default)]
+    arguments: Vec<OsString>,
+}
+
+/// Which file a path leads to, and in which state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    inode: (u64, u64),
+    size: u64,
+    changed: (i64, i64),
+}
+
+impl Identity {
+    /// # Errors
+    /// If there is no such file.
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+        let metadata = path.metadata()?;
+        Ok(Self {
+            inode: (metadata.dev(), metadata.ino()),
+            size: metadata.size(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        })
+    }
+}
+
+impl StartCommand {
+    /// # Errors
+    /// If the system does not tell where we are.
+    pub(crate) fn record() -> io::Result<Self> {
+        let directory = env::current_dir().unwrap_or_default();
+        // This has links resolved.
+        let running = place_of(env::current_exe()?);
+        let called = env::args_os().next().map(PathBuf::from).unwrap_or_default();
+        let mut candidates = vec![directory.join(&called)];
+        if called.components().count() == 1 {
+            let directories = env::var_os("PATH").unwrap_or_default();
+            candidates = env::split_paths(&directories).map(|place| directory.join(place).join(&called)).collect();
+        }
+        let is_this = |path: &PathBuf| same_file(path, Path::new("/proc/self/exe"));
+        let program = candidates.into_iter().find(is_this).unwrap_or(running);
+        Ok(Self { program, directory, arguments: env::args_os().collect() })
+    }
+
+    /// With the name by which the program was called.
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
+        if self.arguments.is_empty() { env::args_os().collect() } else { self.arguments.clone() }
+    }
+}
+
+/// Where the file was, if it has been replaced since it was executed: the system says so behind its path.
+fn place_of(executable: PathBuf) -> PathBuf {
+    match executable.as_os_str().as_bytes().strip_suffix(b" (deleted)") {
+        Some(path) if !executable.exists() => PathBuf::from(OsStr::from_bytes(path)),
+        Some(_) | None => executable,
+    }
+}
+
+fn same_file(one: &Path, other: &Path) -> bool {
+    matches!((Identity::of(one), Identity::of(other)), (Ok(one), Ok(other)) if one.inode == other.inode)
+}
+
+#[cfg(test)]
+impl StartCommand {
+    pub(crate) fn of(program: &str, directory: &str, arguments: &[&str]) -> Self {
+        Self {
+            program: program.into(),
+            directory: directory.into(),
+            arguments: arguments.iter().map(OsString::from).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_program_is_found() {
+        let start_command = StartCommand::record().unwrap();
+        assert!(same_file(&start_command.program, Path::new("/proc/self/exe")), "{start_command:?}");
+        assert!(start_command.program.is_absolute() && start_command.directory.is_absolute(), "{start_command:?}");
+    }
+
+    #[test]
+    fn a_program_that_was_replaced_before_it_looked_is_found_in_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let (place, marked) = (directory.path().join("a"), directory.path().join("a (deleted)"));
+        assert_eq!(place_of(place.clone()), place);
+        assert_eq!(place_of(marked.clone()), place);
+        std::fs::write(&marked, "").unwrap();
+        assert_eq!(place_of(marked.clone()), marked, "a strange name, but its own");
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_is_another() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        assert!(Identity::of(&path).is_err());
+        std::fs::write(&path, "one").unwrap();
+        let before = Identity::of(&path).unwrap();
+        assert_eq!(Identity::of(&path).unwrap(), before);
+        std::fs::write(&path, "three").unwrap();
+        assert_ne!(Identity::of(&path).unwrap(), before);
+    }
+}

@@ -1,0 +1,39 @@
+//! Who may come in: `--allow`, and for FastCGI the web servers' variable. What is turned away has been accepted, and
+//! nothing was read of it.
+
+use std::net::SocketAddr;
+
+use super::throttle::Throttle;
+use crate::config::Config;
+use crate::config::address::Protocol;
+use crate::config::peers::Peers;
+
+/// The door of one listener. A peer that may not come in sees its connection closed, and the log gets one line a minute.
+#[derive(Debug)]
+pub(crate) struct Acl {
+    allow: Option<Peers>,
+    protocol: Protocol,
+    turned_away: Throttle,
+}
+
+impl Acl {
+    pub(crate) fn new(config: &Config, protocol: Protocol) -> Self {
+        let allow = match protocol {
+            Protocol::FastCgi => config.allow.as_ref().or(config.web_servers.as_ref()),
+            Protocol::Scgi | Protocol::Http => config.allow.as_ref(),
+        };
+        Self { allow: allow.cloned(), protocol, turned_away: Throttle::default() }
+    }
+
+    /// Whether `peer` may; `None` is a peer on a Unix socket.
+    pub(crate) fn permits(&self, peer: Option<SocketAddr>) -> bool {
+        let Some(allow) = &self.allow else { return true };
+        let permitted = allow.contain(peer.map(|peer| peer.ip()));
+        if !permitted && let Some(count) = self.turned_away.add(1) {
+            let from = peer.map_or_else(|| "a Unix socket".to_owned(), |peer| peer.ip().to_string());
+            let protocol = self.protocol;
+            log::warn!("closed a {protocol} connection from {from}, which is not allowed (see --allow) count={count}");
+        }
+        permitted
+    }
+}
