@@ -26,7 +26,7 @@ use crate::config::control::reloaded;
 use crate::config::{CacheConfig, Config, Program};
 use crate::heritage::WorkerMain;
 use crate::logging::files::LogFiles;
-use crate::master::{self, Control, End, Launch, Operators, Reloaded, Reread, SignalInbox, Start};
+use crate::master::{self, Control, EarlierChildren, End, Launch, Operators, Reloaded, Reread, SignalInbox, Start};
 use crate::net::listen::{ControlListener, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::privileges::Privileges;
@@ -351,6 +351,7 @@ fn serve(
 ) -> Result<End, BoxError> {
     let Request { config, .. } = request;
     let opened = sys::own_descriptors()?;
+    let earlier = EarlierChildren::record();
     let signals = SignalInbox::open()?;
     start_log(&config, &conflicts::find(&config))?;
     let mut takeover = Takeover::find()?;
@@ -407,7 +408,7 @@ fn serve(
             log_files,
             pid_file: pid_file.as_ref().map(PidFile::saved),
         };
-        let start = Start { begun, signals, start_command, takeover };
+        let start = Start { begun, signals, start_command, earlier, takeover };
         let config = Arc::new(config);
         let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, start, operators);
         memory::close(kept);

@@ -598,3 +598,62 @@ fn the_log_file_tells_of_the_start() {
         assert!(text.contains("is in use by another program"), "{text}");
     }
 }
+
+// ---- processes that are not the server's ----
+
+/// An entry script with a process in the background, which has a child, and one that leaves a child behind when `go` is there. The pids of
+/// the three that sleep come into files.
+fn entry_script(directory: &Path, server: &str) -> String {
+    let at = |name: &str| directory.join(name).display().to_string();
+    let (parent, child, late, go) = (at("parent"), at("child"), at("late"), at("go"));
+    format!(
+        "sh -c 'sleep 600 & echo $! > {child}; echo $$ > {parent}; wait' >/dev/null 2>&1 &\n\
+         sh -c 'while [ ! -e {go} ]; do sleep 0.01; done; sleep 600 & echo $! > {late}' >/dev/null 2>&1 &\n\
+         while [ ! -s {parent} ]; do sleep 0.01; done\n\
+         exec {server} \"$@\"\n"
+    )
+}
+
+fn pid_in(path: &Path) -> i32 {
+    wait_until("its pid is in the file", || std::fs::read_to_string(path).ok()?.strip_suffix('\n')?.parse().ok())
+}
+
+#[test]
+fn children_that_were_there_before_the_server_are_left_alone_also_after_an_upgrade() {
+    let directory = tempfile::tempdir().unwrap();
+    let script = entry_script(directory.path(), program("hello").to_str().unwrap());
+    let mut command = Command::new("sh");
+    command.args(["-c", &script, "entry", "--bind", "http:127.0.0.1:0", "--workers", "1", "--daemon", "d=sleep 600"]);
+    let mut server = Server::start_command(&mut command);
+    std::fs::write(directory.path().join("go"), "").unwrap();
+    let others = ["parent", "child", "late"].map(|name| pid_in(&directory.path().join(name)));
+    wait_until("its parent has ended", || server.children().contains(&others[2]).then_some(()));
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("upgraded");
+    server.wait_for("reload done");
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.wait_end(), Some(0));
+    let lives = others.map(|pid| !is_gone(pid));
+    others.iter().filter(|pid| !is_gone(**pid)).for_each(|pid| kill(Pid::from_raw(*pid), Signal::SIGKILL).unwrap());
+    assert_eq!(lives, [true; 3], "{}", server.log());
+    assert!(!server.log().contains("what was left behind"), "{}", server.log());
+}
+
+#[test]
+fn as_pid_1_too_the_children_of_an_entry_script_are_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let script = entry_script(directory.path(), program("hello").to_str().unwrap());
+    let mut command = Command::new("unshare");
+    if !nix::unistd::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &script, "entry"]);
+    command.args(["--bind", "http:127.0.0.1:0", "--workers", "1"]);
+    let mut server = Server::start_command(&mut command);
+    std::fs::write(directory.path().join("go"), "").unwrap();
+    pid_in(&directory.path().join("late"));
+    let master = *server.children().first().unwrap();
+    kill(Pid::from_raw(master), Signal::SIGTERM).unwrap();
+    assert_eq!(server.wait_end(), Some(0));
+    assert!(!server.log().contains("what was left behind"), "{}", server.log());
+}

@@ -30,7 +30,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::{Pid, getpid, getppid, getsid, setpgid};
+use nix::unistd::{Pid, getpgrp, getpid, getppid, getsid, setpgid};
 
 use super::Master;
 use super::procfs;
@@ -173,11 +173,12 @@ impl Master {
         let programs = self.children.iter().filter(|(_, child)| !child.is_worker()).map(|(pid, _)| *pid);
         let sidecars = self.sidecars.living().into_iter().map(|living| living.pid);
         let mut groups: BTreeSet<i32> = programs.chain(sidecars).map(Pid::as_raw).collect();
-        let session = own_session();
+        let (session, own_group) = (own_session(), getpgrp().as_raw());
         let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
         for pid in procfs::family_of(&self.orphans()) {
             // Of what workers leave nothing is announced: their groups may be those of workers that finish what they serve.
-            if let Some(stat) = procfs::stat(pid)
+            // Whoever has started the server may be in the master's own group.
+            if let Some(stat) = procfs::stat(pid).filter(|stat| stat.group != own_group)
                 && (self.sidecars.has_left(pid) || (runs_programs && stat.session == session))
             {
                 groups.insert(stat.group);

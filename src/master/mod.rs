@@ -23,6 +23,7 @@ mod closing;
 mod control;
 mod damage;
 mod demand;
+mod earlier;
 pub(crate) mod faults;
 mod guard;
 mod hangs;
@@ -63,6 +64,7 @@ use nix::unistd::Pid;
 use self::closing::Closing;
 pub(crate) use self::control::Control;
 use self::damage::Damage;
+pub(crate) use self::earlier::EarlierChildren;
 use self::faults::Faults;
 use self::guard::Guard;
 use self::notify::Notify;
@@ -136,6 +138,7 @@ struct Master {
     signals: SignalInbox,
     scoreboard: Scoreboard,
     children: HashMap<Pid, Child>,
+    earlier: EarlierChildren,
     programs: Programs,
     recycling: Recycling,
     queue_depth: QueueDepth,
@@ -179,6 +182,8 @@ pub(crate) struct Start {
     /// Where signals have arrived since the start began.
     pub(crate) signals: SignalInbox,
     pub(crate) start_command: StartCommand,
+    /// What was there before anything of the server's was.
+    pub(crate) earlier: EarlierChildren,
     /// What the master left whose place this one takes.
     pub(crate) takeover: Option<Takeover>,
 }
@@ -198,7 +203,7 @@ pub(crate) fn run(
     start: Start,
     operators: Operators,
 ) -> io::Result<(End, Option<Control>)> {
-    let Start { begun, signals, start_command, mut takeover } = start;
+    let Start { begun, signals, start_command, earlier, mut takeover } = start;
     let ties = takeover.as_mut().map_or_else(Ties::default, |left| left.ties(&listeners));
     // Blocked so far, so that none came too early. And whoever started us may have blocked some: the mask is inherited.
     sys::unblock_signals();
@@ -226,6 +231,7 @@ pub(crate) fn run(
         recycling,
         queue_depth: QueueDepth::new(),
         children: HashMap::new(),
+        earlier,
         programs: Programs::default(),
         begun,
         closing: Closing::default(),

@@ -325,7 +325,7 @@ impl Master {
         self.programs.check_soon(now);
     }
 
-    /// Those that this process did not make: their parents have ended.
+    /// Those that this process did not make: their parents have ended. Those that were there before the server are not among them.
     pub(super) fn orphans(&self) -> Vec<Pid> {
         let mut orphans = procfs::own_children();
         orphans.retain(|&pid| {
@@ -334,6 +334,7 @@ impl Master {
                 && !self.upgrade.is_check(pid)
                 && self.relay.pid() != Some(pid)
                 && !self.guard.is_one(pid)
+                && !self.earlier.has(pid)
                 && procfs::stat(pid).is_some_and(|stat| !stat.is_zombie && stat.name != "heir")
         });
         orphans

@@ -60,6 +60,16 @@ pub(crate) struct Saved {
     pub(crate) relay: Option<i32>,
     #[serde(default)]
     pub(crate) guard: Option<SavedGuard>,
+    /// Processes that the master had already when it started.
+    #[serde(default)]
+    pub(crate) earlier: Vec<SavedProcess>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedProcess {
+    pub(crate) pid: i32,
+    /// In ticks since the machine was started.
+    pub(crate) started: u64,
 }
 
 /// The guard, and the link by whose end it would know that the master is dead.
@@ -338,6 +348,7 @@ mod tests {
             publish: Some(SavedPublish { fd: 19, asked: None, path: "/run/e".into(), file: Some((1, 2)) }),
             relay: Some(80),
             guard: Some(SavedGuard { pid: 81, link: 20 }),
+            earlier: vec![SavedProcess { pid: 82, started: u64::MAX }],
         }
     }
 

@@ -15,7 +15,7 @@ use crate::master::output::{LineReader, Output};
 use crate::master::programs::ProgramState;
 use crate::master::spawn::{Child, Link, Spawner};
 use crate::master::supervisor::{Command, Event, Supervisor};
-use crate::master::{Master, policy};
+use crate::master::{EarlierChildren, Master, policy};
 use crate::sys;
 use crate::upgrade::Takeover;
 use crate::upgrade::saved::{
@@ -52,6 +52,7 @@ impl Master {
             publish: self.relay.save_socket(),
             relay: self.relay.pid().map(Pid::as_raw),
             guard: self.guard.save(),
+            earlier: self.earlier.save(),
         })
     }
 
@@ -59,6 +60,7 @@ impl Master {
     /// ended is reaped as ever.
     pub(in crate::master) fn adopt(&mut self, mut left: Takeover) {
         let now = self.now();
+        self.earlier = EarlierChildren::restore(&left.saved.earlier);
         self.adopt_children(&mut left);
         left.saved.roster.places.retain(|place| self.children.contains_key(&Pid::from_raw(place.pid)));
         self.supervisor = Supervisor::restore(policy(&self.spawner.config), &left.saved.roster, now);

@@ -1,0 +1,40 @@
+//! Processes that this one had already when the server started: the children of a program that called exec to become this one, such as
+//! the log collector of an entry script (`exec SERVER 2> >(cat)`), and their descendants. They are reaped, and otherwise left alone.
+
+use nix::unistd::{Pid, getpgrp};
+
+use super::procfs::{self, Process};
+use crate::upgrade::saved::SavedProcess;
+
+/// Those that were found at the start, whether they still live or not.
+#[derive(Debug, Default)]
+pub(crate) struct EarlierChildren(Vec<Process>);
+
+impl EarlierChildren {
+    /// All children of this process, and their descendants. To be called before it starts any.
+    pub(crate) fn record() -> Self {
+        Self(procfs::family_of(&procfs::own_children()).into_iter().filter_map(Process::of).collect())
+    }
+
+    pub(super) fn save(&self) -> Vec<SavedProcess> {
+        self.0.iter().map(|&Process { pid, started }| SavedProcess { pid, started }).collect()
+    }
+
+    pub(super) fn restore(saved: &[SavedProcess]) -> Self {
+        Self(saved.iter().map(|&SavedProcess { pid, started }| Process { pid, started }).collect())
+    }
+
+    /// Whether this is one of them, or comes from one: it is in a process group of theirs. (Each process that the master starts has a
+    /// group of its own.)
+    pub(super) fn has(&self, pid: Pid) -> bool {
+        if self.0.is_empty() {
+            return false;
+        }
+        let Some(stat) = procfs::stat(pid) else { return false };
+        let is_known = |one: &Process| one.pid() == pid && one.started == stat.started;
+        let is_in_group = |one: &Process| {
+            procfs::stat(one.pid()).is_some_and(|known| known.started == one.started && known.group == stat.group)
+        };
+        stat.group == getpgrp().as_raw() || self.0.iter().any(|one| is_known(one) || is_in_group(one))
+    }
+}
