@@ -6,6 +6,7 @@
 //! | requests of whose responses nothing has left | a 502 each |
 //! | a response of which a part has left | a connection that breaks off |
 //! | all responses have left, and it is kept | another worker |
+//! | and a part of the next request was read that is not known | over HTTP and SCGI a 502 |
 //! | its output ends within a record | a connection that breaks off |
 //!
 //! After a 502 an HTTP or SCGI connection is closed; a FastCGI connection goes on to another worker if it is kept and what
@@ -74,8 +75,8 @@ pub(crate) fn settle(record: &ConnRecord) -> Settlement {
         WireProtocol::Scgi | WireProtocol::Http1 if !begun.is_empty() => Then::Reset,
         WireProtocol::Scgi | WireProtocol::Http1 if !waiting.is_empty() => Then::Close,
         WireProtocol::Scgi | WireProtocol::Http1 => match go_on(record, &input) {
-            // Half of the first request has come, and is lost. (Later nobody knows whether it is half of one.)
-            Then::Close if input == Input::Lost && record.requests.is_empty() => {
+            // A part of a request has come, and is lost.
+            Then::Close if input == Input::Lost && !is_ending(record) && is_beyond(record.read, record.clean) => {
                 let half = Request { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
                 write_bad_gateway(&mut settlement.say, record.wire_protocol, &half);
                 settlement.answered = 1;

@@ -42,6 +42,23 @@ impl Client {
         self.response(method == "HEAD")
     }
 
+    /// As `request`, with a head in two pieces and a body in chunks.
+    pub fn request_in_pieces(&mut self, method: &str, target: &str, body: &[u8]) -> io::Result<Response> {
+        let stream = self.stream.get_mut();
+        stream.write_all(method.as_bytes())?;
+        std::thread::yield_now();
+        if body.is_empty() {
+            stream.write_all(format!(" {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes())?;
+        } else {
+            let head = format!(" {target} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n");
+            let chunk = [format!("{:x}\r\n", body.len()).as_bytes(), body, b"\r\n"].concat();
+            stream.write_all(&[head.as_bytes(), &chunk].concat())?;
+            std::thread::yield_now();
+            stream.write_all(b"0\r\n\r\n")?;
+        }
+        self.response(method == "HEAD")
+    }
+
     pub fn response(&mut self, is_head: bool) -> io::Result<Response> {
         let (status, headers) = self.head()?;
         let mut response = Response { status, headers, body: Vec::new() };

@@ -126,7 +126,8 @@ impl Load {
                 _ => ("GET", "/ok", "ok\n"),
             };
             let body = if method == "POST" { body.as_bytes() } else { b"" };
-            match ask(way, &mut kept, method, target, body) {
+            let in_pieces = count % 10 > 7;
+            match ask(way, &mut kept, (method, target, body), in_pieces) {
                 Ok((200, answer)) if answer == expected.as_bytes() => {
                     self.good.fetch_add(1, Ordering::SeqCst);
                 }
@@ -151,8 +152,13 @@ impl Load {
     }
 }
 
-/// Makes one request. A kept connection stays, unless a response says that it ends.
-fn ask(way: &Way, kept: &mut Option<Kept>, method: &str, target: &str, body: &[u8]) -> io::Result<(u16, Vec<u8>)> {
+/// Makes one request. A kept connection stays, unless a response says that it ends; over HTTP requests may arrive on it in pieces.
+fn ask(
+    way: &Way,
+    kept: &mut Option<Kept>,
+    (method, target, body): (&str, &str, &[u8]),
+    in_pieces: bool,
+) -> io::Result<(u16, Vec<u8>)> {
     match way {
         Way::Scgi { address } => {
             let response = scgi::Client::connect(address)?.request(method, target, body)?;
@@ -181,7 +187,10 @@ fn ask(way: &Way, kept: &mut Option<Kept>, method: &str, target: &str, body: &[u
                 *kept = Some(Kept::Http(http::Client::connect(address)?));
             }
             let Some(Kept::Http(client)) = kept else { unreachable!("it was put there") };
-            let response = client.request(method, target, body)?;
+            let response = match in_pieces {
+                true => client.request_in_pieces(method, target, body)?,
+                false => client.request(method, target, body)?,
+            };
             if response.header("connection") == Some("close") {
                 *kept = None;
             }

@@ -172,11 +172,22 @@ impl ConnHandle {
         record.ending.store(0, Release);
     }
 
-    /// Looks at the bytes that were read last, if nothing before them is unfinished, and at the position of the first.
+    /// All that was read has been dealt with, but for so many bytes at its end.
+    #[expect(clippy::cast_possible_truncation, reason = "positions wrap around")]
+    pub(crate) fn clean_except(&self, unread: usize) {
+        if let Some(record) = self.record() {
+            record.clean.store(record.read.load(Acquire).wrapping_sub(unread as u32), Release);
+        }
+    }
+
+    /// Looks at what has not been dealt with, and at its position, if all of it is among the bytes that were read last.
     pub(crate) fn look_at_fresh<T>(&self, look: impl FnOnce(u32, &[u8]) -> Option<T>) -> Option<T> {
         let (intent, clean) = (self.journal.intent(), self.position(|record| &record.clean));
-        let is_fresh = intent.op() == Op::Read && intent.fd() == self.fd && intent.base() == clean;
-        if is_fresh { intent.with_read_buffer(intent.came(), |landed| look(clean, landed)) } else { None }
+        if intent.op() != Op::Read || intent.fd() != self.fd {
+            return None;
+        }
+        let before = clean.wrapping_sub(intent.base()) as usize;
+        intent.with_read_buffer(intent.came(), |landed| look(clean, landed.get(before..)?))
     }
 
     /// What was read up to this position is dealt with, or will be.

@@ -105,15 +105,24 @@ where
         until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
     } else {
         let mut connection = http1_settings(&limits).serve_connection(socket, answer);
-        let ended = match until_movable(&mut connection, &requests, &drain).await {
-            Served1::Ended(ended) => ended,
-            Served1::Movable => {
-                let Parts { io, read_buf, .. } = connection.into_parts();
-                return move_on(io.into_inner(), &read_buf, &drain).await;
-            }
-            Served1::Ending => {
-                let connection = Pin::new(&mut connection);
-                until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
+        let ended = loop {
+            match until_movable(&mut connection, &requests, &drain).await {
+                Served1::Ended(ended) => break ended,
+                Served1::Unsettled => {
+                    let Parts { io, read_buf, service, .. } = connection.into_parts();
+                    let mut socket = io.into_inner();
+                    socket.put_back(&read_buf);
+                    requests.settle(socket.early().len());
+                    connection = http1_settings(&limits).serve_connection(TokioIo::new(socket), service);
+                }
+                Served1::Movable => {
+                    let Parts { io, read_buf, .. } = connection.into_parts();
+                    return move_on(io.into_inner(), &read_buf, &drain).await;
+                }
+                Served1::Ending => {
+                    let connection = Pin::new(&mut connection);
+                    break until_drained(connection, |it| it.as_mut().graceful_shutdown(), &requests, &drain).await;
+                }
             }
         };
         if let Some(taken) = requests.taken().filter(|_| ended.is_ok()) {
@@ -151,6 +160,9 @@ async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
 /// How far an HTTP/1 connection was served.
 enum Served1 {
     Ended(hyper::Result<()>),
+    /// Nothing is under way, but requests came in pieces, or their bodies in chunks: how much of the next one hyper has read is
+    /// known only when hyper gives its buffer back. The journal and the drain have to know it.
+    Unsettled,
     /// The worker leaves, a sibling is there, and nothing is under way: it can be passed on.
     Movable,
     /// It is to be closed when what has begun is over.
@@ -171,11 +183,13 @@ where
         if let Poll::Ready(ended) = Pin::new(&mut *connection).poll(context) {
             return Poll::Ready(Some(ended));
         }
-        let leaves = drain.has_begun() && (requests.are_over() || !drain.has_sibling() || requests.end_is_unknown());
-        if leaves || requests.are_enough() { Poll::Ready(None) } else { Poll::Pending }
+        requests.await_bodies(context);
+        let leaves = drain.has_begun() && (requests.are_over() || !drain.has_sibling());
+        if leaves || requests.are_to_be_settled() || requests.are_enough() { Poll::Ready(None) } else { Poll::Pending }
     });
     match ended.await {
         Some(ended) => Served1::Ended(ended),
+        None if requests.are_to_be_settled() && !requests.are_enough() => Served1::Unsettled,
         None if drain.has_begun() && drain.has_sibling() && requests.can_go_on_elsewhere() => Served1::Movable,
         None => Served1::Ending,
     }
@@ -366,7 +380,11 @@ where
                 if rest.is_cut() {
                     self.requests.leave_unread();
                 } else if !rest.is_over() {
-                    tokio::task::spawn_local(async move { poll_fn(|context| rest.poll(context)).await });
+                    let open = self.requests.open_body();
+                    tokio::task::spawn_local(async move {
+                        poll_fn(|context| rest.poll(context)).await;
+                        open.end(rest.is_cut());
+                    });
                 }
             }
             if let Some(offer) = offer.filter(|_| switch.is_made_by(response.status())) {

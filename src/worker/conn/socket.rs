@@ -110,6 +110,13 @@ impl Socket {
         &self.early
     }
 
+    /// These bytes, which were read last, will be read again.
+    pub(crate) fn put_back(&mut self, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            self.early = [bytes, &self.early].concat().as_slice().into();
+        }
+    }
+
     /// Reads what comes next, and keeps it to be read again. Returns how much that was.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Waker};
 
 use http::header::{self, HeaderMap};
 use http::{Method, Request, Response, Version};
@@ -32,6 +33,12 @@ pub(super) struct Requests {
     end_is_unknown: Cell<bool>,
     /// What comes after a request is not read: its body cannot be.
     left_unread: Cell<bool>,
+    /// A request or a response has announced the end of the connection.
+    is_closing: Cell<bool>,
+    /// Bodies that are still being read although their responses are complete.
+    open_bodies: Cell<u32>,
+    /// Woken when there is one less.
+    waker: Cell<Option<Waker>>,
     /// Requests that may still switch protocols.
     offers: Cell<u32>,
     no_offers: Notify,
@@ -44,7 +51,8 @@ impl Requests {
         let (unanswered, count) = (Cell::new(0), Cell::new(0));
         let (begun, last_begun, end_is_unknown) = (Notify::new(), Notify::new(), Cell::new(false));
         let (offers, no_offers, taken) = (Cell::new(0), Notify::new(), RefCell::new(None));
-        let left_unread = Cell::new(false);
+        let (left_unread, is_closing) = (Cell::new(false), Cell::new(false));
+        let (open_bodies, waker) = (Cell::new(0), Cell::new(None));
         Self {
             activity,
             conn,
@@ -55,6 +63,9 @@ impl Requests {
             last_begun,
             end_is_unknown,
             left_unread,
+            is_closing,
+            open_bodies,
+            waker,
             offers,
             no_offers,
             taken,
@@ -76,8 +87,11 @@ impl Requests {
 
     /// Has the journal know of an HTTP/1 request, and of where it ends.
     fn enter(&self, request: &Request<Incoming>) -> Entry {
-        let head = self.conn.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
-        let entry = self.conn.begin(1, request.method() == Method::HEAD, is_last(request.version(), request.headers()));
+        let look = || self.conn.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
+        let head = if self.end_is_unknown.get() { None } else { look() };
+        let is_last = is_last(request.version(), request.headers());
+        self.is_closing.set(self.is_closing.get() || is_last);
+        let entry = self.conn.begin(1, request.method() == Method::HEAD, is_last);
         let body = request.body().size_hint().exact().and_then(|length| u32::try_from(length).ok());
         match (head, body.filter(|&length| length <= MAX_BODY)) {
             (Some((position, head)), Some(body)) => {
@@ -105,17 +119,38 @@ impl Requests {
         !self.are_enough() && !self.end_is_unknown.get() && unfinished.is_ok_and(|length| length <= READ_BUFFER)
     }
 
-    /// Whether all responses have been written.
+    /// Whether all responses have been written, and all bodies read.
     pub(super) fn are_over(&self) -> bool {
-        self.activity.under_way() == 0 && !self.activity.is_writing()
+        self.activity.under_way() == 0 && !self.activity.is_writing() && self.open_bodies.get() == 0
+    }
+
+    /// Whether nothing is under way, and only the HTTP library knows how much of the next request it has read.
+    pub(super) fn are_to_be_settled(&self) -> bool {
+        self.end_is_unknown.get() && self.are_over() && !self.left_unread.get() && !self.is_closing.get()
+    }
+
+    /// Nothing is under way, and so much of the next request has been read.
+    pub(super) fn settle(&self, unread: usize) {
+        self.conn.clean_except(unread);
+        self.activity.set_head_begun(unread > 0);
+        self.end_is_unknown.set(false);
+    }
+
+    /// A body is still being read when its response is complete.
+    pub(super) fn open_body(self: &Rc<Self>) -> OpenBody {
+        self.open_bodies.set(self.open_bodies.get() + 1);
+        OpenBody(Rc::clone(self))
+    }
+
+    /// Has this task woken when the next body is over.
+    pub(super) fn await_bodies(&self, context: &Context<'_>) {
+        if self.open_bodies.get() > 0 {
+            self.waker.set(Some(context.waker().clone()));
+        }
     }
 
     pub(super) fn activity(&self) -> &Arc<Activity> {
         &self.activity
-    }
-
-    pub(super) fn end_is_unknown(&self) -> bool {
-        self.end_is_unknown.get()
     }
 
     /// Nothing more is read of the connection.
@@ -158,6 +193,20 @@ impl Requests {
         if self.unanswered.get() == 0 {
             self.begun.notified().await;
         }
+    }
+}
+
+/// A body that is still being read.
+pub(super) struct OpenBody(Rc<Requests>);
+
+impl OpenBody {
+    /// It is over, or what is left of it stays unread.
+    pub(super) fn end(self, is_cut: bool) {
+        if is_cut {
+            self.0.leave_unread();
+        }
+        self.0.open_bodies.set(self.0.open_bodies.get() - 1);
+        self.0.waker.take().into_iter().for_each(Waker::wake);
     }
 }
 
@@ -206,6 +255,7 @@ impl UnderWay {
         conn.response_from(entry, conn.output(0));
         if is_last(Version::HTTP_11, response.headers()) {
             conn.is_last(entry);
+            self.requests.is_closing.set(true);
         }
     }
 }
