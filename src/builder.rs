@@ -411,7 +411,9 @@ fn serve(
         let start = Start { begun, signals, start_command, earlier, takeover };
         let config = Arc::new(config);
         let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, start, operators);
-        memory::close(kept);
+        if ended.is_err() {
+            memory::close(kept);
+        }
         ended.map_err(|error| format!("the master cannot run: {}", sys::explain(&error)).into())
     });
     listeners.iter().for_each(Listener::remove_file);

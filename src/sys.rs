@@ -522,10 +522,12 @@ pub(crate) fn die_with_parent(master: Pid) -> io::Result<()> {
     if getppid() == master { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
 }
 
-/// Blocks every signal in this thread and returns the mask that was in force.
+/// Blocks every signal in this thread and returns the mask that was in force. SIGBUS is not blocked: a file in shared
+/// memory may be truncated at any moment, and the kernel ends a process that blocks the signal of its own fault.
 pub(crate) fn block_signals() -> SigSet {
-    let mut before = SigSet::empty();
-    let done = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before));
+    let (mut before, mut all) = (SigSet::empty(), SigSet::all());
+    all.remove(Signal::SIGBUS);
+    let done = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut before));
     debug_assert!(done.is_ok(), "the arguments of pthread_sigmask are constant and valid");
     before
 }

@@ -1,17 +1,19 @@
-//! Shared memory that some process has written over: the server goes on, says so once, and a reload gives it new memory.
+//! Shared memory that some process has written over, or whose file it has truncated: the server goes on, says so once, and a reload gives it new memory.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::limit::InTime as _;
 use common::sse::{CacheStatus, Way};
-use common::{Server, http, is_gone, program, wait_until};
+use common::{Helper, Server, StopOnDrop, http, is_gone, line_of, program, wait_until};
 
 struct Scribbled {
     server: Server,
@@ -146,4 +148,94 @@ fn a_damaged_cache_file_makes_room_for_a_new_one() {
     assert!(again.server.log().contains("cache is warm"), "{}", again.server.log());
     assert!(http::get(&again.server.http(), "/page/1").unwrap().text() == first);
     again.server.stop();
+}
+
+/// What is done to a cache file while requests are answered.
+fn damage_file(file: &File, how: &str) {
+    let whole = file.metadata().unwrap().len();
+    match how {
+        "emptied" => file.set_len(0).unwrap(),
+        "cut in the middle" => file.set_len(whole / 2).unwrap(),
+        "cut at the end" => file.set_len(whole - 4096).unwrap(),
+        "emptied and extended again" => {
+            file.set_len(0).unwrap();
+            file.set_len(whole).unwrap();
+        }
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_truncated_cache_file_ends_neither_worker_nor_master_nor_a_request() {
+    for how in ["emptied", "cut in the middle", "cut at the end", "emptied and extended again"] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pages");
+        let arguments = ["--cache", "4M", "--hang-timeout", "2", "--cache-file", path.to_str().unwrap()];
+        let mut site = Scribbled::start("pages", &arguments);
+        let address = site.server.http();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        let is_over = AtomicBool::new(false);
+        let status = |number: usize| http::get(&address, &format!("/page/{number}?ms=1")).map(|page| page.status);
+        let workers = std::thread::scope(|scope| {
+            let _stop = StopOnDrop(&is_over);
+            for client in 0..4 {
+                let (status, is_over) = (&status, &is_over);
+                scope.spawn(move || {
+                    // A thousand keys, in all parts of the cache.
+                    for number in (0..1000).cycle().skip(client * 250).take_while(|_| !is_over.load(Ordering::SeqCst)) {
+                        let outcome = status(number);
+                        assert!(matches!(outcome, Ok(200)), "{how}: page {number}: {outcome:?}");
+                    }
+                });
+            }
+            let workers = site.server.children();
+            damage_file(&file, how);
+            site.server.wait_for(if how.ends_with("again") { "the shared memory" } else { "its file was truncated" });
+            (0..100).for_each(|number| assert_eq!(status(number).unwrap(), 200, "{how}"));
+            workers
+        });
+        assert_eq!(site.server.children(), workers, "{how}: nobody has died\n{}", site.server.log());
+        let said = site.reload();
+        assert!(said.contains("new memory takes its place"), "{how}: {said}");
+        let first = http::get(&address, "/page/1").unwrap().text();
+        assert!((0..8).all(|_| http::get(&address, "/page/1").unwrap().text() == first), "{how}: it is cached again");
+        site.server.stop();
+        let log = site.server.log();
+        assert!(!log.contains("signal=") && !log.contains("may have to be dropped"), "{how}: {log}");
+        let mut again = Scribbled::start("pages", &arguments);
+        assert!(again.server.log().contains("cache is warm"), "{how}: {}", again.server.log());
+        again.server.stop();
+    }
+}
+
+#[test]
+fn a_truncated_file_with_an_event_log_ends_neither_relay_nor_those_who_follow_the_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, socket) = (directory.path().join("pages"), directory.path().join("publish"));
+    let arguments = ["--cache", "4M", "--events", "1M", "--cache-file", path.to_str().unwrap(), "--events-socket"];
+    let mut site = Scribbled::start("stream", &[&arguments[..], &[socket.to_str().unwrap()]].concat());
+    let address = site.server.http();
+    let publish = || http::post(&address, "/publish/news", b"text").unwrap().status;
+    let mut tail = Command::new(program("stream"));
+    tail.args(["events", "tail", "news", "--from", "1"]).env("FORKYARD_CONTROL", &site.control);
+    let mut tail = Helper::start(tail.stdout(Stdio::piped()).stderr(Stdio::null()));
+    let mut events = tail.0.stdout.take().unwrap();
+    assert_eq!(publish(), 200);
+    assert!(line_of(&mut events, "the first event").contains("text"));
+    let sender = std::os::unix::net::UnixDatagram::unbound().unwrap();
+    let send = || sender.send_to(b"news\n\ntext", &socket).unwrap();
+    send();
+    line_of(&mut events, "the second event");
+    let children: BTreeSet<i32> = site.server.children();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
+    assert_eq!(publish(), 400);
+    send();
+    site.server.wait_for("its file was truncated");
+    site.server.logged("event not published: the file of the shared memory was truncated");
+    assert!(tail.0.try_wait().unwrap().is_none(), "it waits");
+    assert_eq!(site.server.children(), children, "{}", site.server.log());
+    site.reload();
+    assert_eq!(publish(), 200);
+    site.server.stop();
+    assert!(!site.server.log().contains("signal="), "{}", site.server.log());
 }

@@ -297,9 +297,10 @@ impl Cache {
         was_good.unwrap_or(false)
     }
 
-    /// `None` without a cache.
+    /// `None` without a cache, or if its file was truncated.
     pub(crate) fn judge<'a>(&'a self, moment: Moment<'a>) -> Option<Judge<'a>> {
-        let header = self.segment.header().filter(|_| self.segment.geometry.shards > 0)?;
+        let is_there = self.segment.geometry.shards > 0 && !self.segment.map.is_lost();
+        let header = self.segment.header().filter(|_| is_there)?;
         Some(Judge { moment, inner: &self.segment, header })
     }
 

@@ -157,7 +157,11 @@ struct Log<'a> {
 }
 
 impl<'a> Log<'a> {
+    /// `None` if there is none, or its file was truncated.
     fn of(segment: &'a SharedMemory) -> Option<Log<'a>> {
+        if segment.map.is_lost() {
+            return None;
+        }
         let (head, geometry) = (segment.events_head()?, &segment.geometry);
         let ring = Ring::new(&segment.map, geometry.events_ring_at, geometry.events_ring_len);
         let topics = topics::Topics::of(segment)?;

@@ -110,7 +110,8 @@
 //! Even such a process cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`],
 //! [`Segment::open`], [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes
 //! write, for three reasons. The size of the memory is fixed (sealed, or a file that is reserved and locked), so reading it
-//! raises no SIGBUS unless somebody truncates that file, which ends the process. The only references to the memory are
+//! raises no SIGBUS unless somebody truncates that file: then a signal handler puts zeroes in its place (`lost_pages.rs`),
+//! and the memory is not used any more. The only references to the memory are
 //! references to atomics, for which any value is valid; raw pointers do not leave `map.rs`. And bytes are copied by
 //! instructions that are opaque to the compiler. The one function that lends a slice of shared memory,
 //! [`Pinned::into_slice`], is unsafe and documents its caller's obligations.
@@ -143,6 +144,7 @@ pub use self::cache::tags::PurgeSnapshot;
 pub use self::cache::value::CacheValue;
 pub use self::events::{Event, EventStats, Events, PublishError, Since, Tail, Tailed};
 pub use self::memory::error::SegmentError;
+pub use self::memory::lost_pages::recover_lost_pages;
 pub use self::memory::memory_limit::memory_limit;
 pub use self::scoreboard::quarantine::Quarantine;
 pub use self::scoreboard::{

@@ -141,11 +141,16 @@ impl Segment {
         self.inner.geometry.total
     }
 
-    /// Returns what is wrong if a process has overwritten the segment: if its header differs from what this process
-    /// found when it created the segment or attached to it. Takes no lock and makes no system call.
+    /// Returns what is wrong if a process has overwritten the segment, if its header differs from what this process found
+    /// when it created the segment or attached to it, or if its file was truncated. Takes no lock; for a file, makes one
+    /// system call.
     pub fn damage(&self) -> Option<&'static str> {
         let Some(header) = self.inner.header() else { return Some("it has no header") };
-        match checked_header(header, self.inner.geometry.total) {
+        let found = checked_header(header, self.inner.geometry.total);
+        if self.inner.is_truncated() {
+            return Some("its file was truncated");
+        }
+        match found {
             Ok((geometry, seed)) if geometry == self.inner.geometry && seed == self.inner.seed => None,
             Ok(_) => Some("its header is that of another segment"),
             Err(SegmentError::Unusable { why }) => Some(why),
@@ -194,6 +199,12 @@ impl Segment {
 }
 
 impl SharedMemory {
+    /// Whether the file is shorter than the segment, or was when somebody touched what was lost. The memory is lost then.
+    fn is_truncated(&self) -> bool {
+        let is_short = |stat: FileStat| u64::try_from(stat.st_size).is_ok_and(|size| size < self.geometry.total);
+        self.map.is_lost_if(|| nix::sys::stat::fstat(&self.fd).is_ok_and(is_short))
+    }
+
     /// Position 0 means "none" in a slot, so the logs start behind it.
     fn init_shards(&self) -> Option<()> {
         for number in 0..self.geometry.shards {

@@ -9,6 +9,7 @@
 //!   signal is blocked.
 //! - The standard library's handler, which knows a stack overflow, and one that the application set before the fork
 //!   are asked first, and may mend what happened. One that it sets later has the signal to itself.
+//! - SIGBUS of a cache file that was truncated is no crash: the page is replaced, and the instruction runs again.
 //! - Only in the worker itself: a child that the application forks says nothing in its name.
 //!
 //! May not: allocate, lock or panic in a handler.
@@ -115,13 +116,15 @@ fn action_of(signal: c_int) -> Option<sigaction> {
     (outcome == 0).then_some(action)
 }
 
-/// While the handler runs, all signals are blocked.
+/// While the handler runs, all signals are blocked but SIGBUS, by which it recovers pages of a truncated file.
 pub(crate) fn set_action(signal: c_int, handler: usize, flags: c_int) -> io::Result<()> {
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: sigaction = unsafe { mem::zeroed() };
     (action.sa_sigaction, action.sa_flags) = (handler, flags);
     // SAFETY: the set is a valid place.
     unsafe { libc::sigfillset(&raw mut action.sa_mask) };
+    // SAFETY: as above, and the signal is a valid one.
+    unsafe { libc::sigdelset(&raw mut action.sa_mask, libc::SIGBUS) };
     // SAFETY: `handler` is SIG_DFL or one of this crate's functions for `flags`, which are async-signal-safe.
     let outcome = unsafe { libc::sigaction(signal, &raw const action, null_mut()) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -133,6 +136,10 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     let Some(about) = (unsafe { info.as_ref() }) else { return die_of(signal, true) };
     let code = about.si_code;
     let by_itself = code > 0 && FAULTS.contains(&signal); // it happens again when the handler returns
+    // SAFETY: for a fault the field is filled in.
+    if signal == libc::SIGBUS && by_itself && forkyard_shm::recover_lost_pages(unsafe { about.si_addr() }.addr()) {
+        return;
+    }
     // SAFETY: async-signal-safe calls without arguments.
     let thread = unsafe { libc::gettid() };
     // SAFETY: as above.

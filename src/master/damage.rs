@@ -1,4 +1,5 @@
-//! Shared memory that a process has written over: noticed once a second, told once, and replaced by the next reload.
+//! Shared memory that a process has written over, or whose file it has truncated: noticed once a second, told once, and
+//! replaced by the next reload.
 //!
 //! The workers go on by themselves: of what lies there they believe nothing that could harm them. But pages are not
 //! cached, events are not delivered, and the scoreboard says nothing. The new generation gets new memory; the old workers keep
@@ -43,9 +44,9 @@ impl Damage {
         self.found = segment.damage();
         if let Some(why) = self.found {
             return Some(format!(
-                "the shared memory is damaged: {why}; some process that has it wrote over it (FORKYARD_SHM, or a wild \
-                 pointer). Requests are answered, but pages are not cached and events not delivered until new memory \
-                 takes its place: find that process, and then reload"
+                "the shared memory is damaged: {why}; some process wrote over it or truncated its file (FORKYARD_SHM, \
+                 --cache-file, or a wild pointer). Requests are answered, but pages are not cached and events not \
+                 delivered until new memory takes its place: find that process, and then reload"
             ));
         }
         let before = std::mem::replace(&mut self.restarts, segment.restarts());
@@ -73,7 +74,9 @@ impl Master {
     /// Why nobody should use the shared memory, in words for the operator.
     pub(super) fn why_not_use_memory(&self) -> Option<String> {
         let why = self.spawner.segment.damage()?;
-        Some(format!("the shared memory is damaged: {why}; some process wrote over it (a reload replaces it)"))
+        Some(format!(
+            "the shared memory is damaged: {why}; some process wrote over it or truncated its file (a reload replaces it)"
+        ))
     }
 
     /// Gives the processes to come new memory if that of those before is damaged. Returns what is to be told.

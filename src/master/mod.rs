@@ -275,6 +275,7 @@ pub(crate) fn run(
         master.finish_upgrade();
     }
     master.shut_down();
+    memory::close(master.spawner.segment.clone()); // which may have taken the place of a damaged one
     Ok((master.end(), master.control))
 }
 

@@ -2,6 +2,7 @@
 //! a file.
 
 use std::error::Error;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use forkyard_shm::{Found, Plan, Segment, SegmentError};
@@ -75,8 +76,12 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
 /// As for [`open`].
 pub(crate) fn renew(config: &Config) -> Result<Segment, BoxError> {
     if let Some(path) = &config.cache.file {
-        std::fs::remove_file(path)
-            .map_err(|error| format!("cannot remove the damaged cache file {}: {error}", path.display()))?;
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(format!("cannot remove the damaged cache file {}: {error}", path.display()).into());
+            }
+            Ok(()) | Err(_) => {}
+        }
     }
     create(config)
 }

@@ -68,6 +68,9 @@ impl SharedMemory {
     /// Tries to take a lease for `deadline_ms`. The turn must have been read before the page was last looked for.
     pub(crate) fn claim_lease(self: &Arc<Self>, hash: u64, turn: u32, now_ms: u64, deadline_ms: u64) -> Claimed {
         let (Some(cell), Some(me)) = (self.lease_cell(hash), self.member()) else { return Claimed::None };
+        if self.map.is_lost() {
+            return Claimed::None;
+        }
         match lease::take(&cell.word, hash, me.number, now_ms, now_ms.saturating_add(deadline_ms)) {
             Claim::Mine(word) => {
                 let lease = Lease { inner: Arc::clone(self), hash, word, generation: fork::generation() };

@@ -71,7 +71,7 @@ impl<'a> Shard<'a> {
     pub(crate) fn holds(&self, place: Place) -> bool {
         // The reads before this one happened before it, so a floor that is still below means that nobody wrote then.
         fence(Ordering::Acquire);
-        self.floor(place.ring).load(Ordering::Acquire) <= place.position
+        self.floor(place.ring).load(Ordering::Acquire) <= place.position && !self.inner.map.is_lost()
     }
 }
 

@@ -45,6 +45,8 @@ pub enum PublishError {
     /// A process that is stopped holds the log's lock, or this one cannot take part in the locking (no `/proc`, too many
     /// processes).
     Busy,
+    /// The file in which the log lies was truncated.
+    Lost,
 }
 
 impl fmt::Display for PublishError {
@@ -62,6 +64,7 @@ impl fmt::Display for PublishError {
                 write!(f, "event not published: the log has room for {most} topics, and none of them can be used")
             }
             Self::Busy => f.write_str("event not published: another process holds the event log (try again)"),
+            Self::Lost => f.write_str("event not published: the file of the shared memory was truncated"),
         }
     }
 }
@@ -76,6 +79,9 @@ impl Events {
     /// # Errors
     /// See [`PublishError`]; nothing has happened then.
     pub fn publish(&self, topic: &str, name: &str, data: &[u8]) -> Result<u64, PublishError> {
+        if self.segment.map.is_lost() {
+            return Err(PublishError::Lost);
+        }
         let log = Log::of(&self.segment).ok_or(PublishError::Off)?;
         if !Topics::is_name(topic) {
             return Err(PublishError::BadTopic);
@@ -93,6 +99,9 @@ impl Events {
         crash::point("event: lock released");
         if outcome.is_some() {
             announce(log.head);
+        }
+        if self.segment.map.is_lost() {
+            return Err(PublishError::Lost); // it was published to this process alone
         }
         outcome.ok_or(PublishError::TooManyTopics { most: self.segment.geometry.topics })
     }

@@ -13,6 +13,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::lost_pages::Guarded;
+
 /// A type that may be viewed in place in memory that other processes write.
 ///
 /// # Safety
@@ -26,6 +28,8 @@ unsafe impl Plain for AtomicU64 {}
 /// A shared mapping of a whole segment; unmapped on drop.
 #[derive(Debug)]
 pub(crate) struct Map {
+    /// For a file, which somebody may truncate. Before the memory, as it is dropped in that order.
+    guarded: Option<Guarded>,
     memory: Memory,
 }
 
@@ -74,18 +78,37 @@ mod heap {
 impl Map {
     /// Maps the first `len` bytes of `fd`, shared and writable.
     ///
-    /// The caller has made sure that the file is at least that long and sealed against shrinking, or locked by us;
-    /// otherwise touching it could raise SIGBUS (which is no memory error, but kills the process).
+    /// The caller has made sure that the file is at least that long. If it is not sealed, and somebody truncates it, the pages
+    /// are [lost](Map::is_lost).
     #[cfg(not(miri))]
     pub(crate) fn new(fd: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        Ok(Map { memory: memmap2::MmapOptions::new().len(len).map_raw(fd.as_raw_fd())? })
+        let memory = memmap2::MmapOptions::new().len(len).map_raw(fd.as_raw_fd())?;
+        let guarded = Guarded::new(fd, memory.as_mut_ptr(), len)?;
+        Ok(Map { guarded, memory })
     }
 
     /// Memory in the place of the file.
     #[cfg(miri)]
     pub(crate) fn new(_: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
-        Ok(Map { memory: Memory::new(usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?) })
+        Ok(Map { guarded: None, memory: Memory::new(usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?) })
+    }
+
+    /// Whether the file was truncated, and some process of this line of forks has touched what was lost. From then on the memory
+    /// has to be left alone: what is read there may be zeroes, and what is written may be seen by this process alone.
+    #[inline]
+    pub(crate) fn is_lost(&self) -> bool {
+        self.guarded.as_ref().is_some_and(Guarded::is_lost)
+    }
+
+    /// The same, and has the memory be lost if this says so of the file. It is not asked about one that nobody can truncate.
+    pub(crate) fn is_lost_if(&self, is_short: impl FnOnce() -> bool) -> bool {
+        self.guarded.as_ref().is_some_and(|guarded| {
+            if !guarded.is_lost() && is_short() {
+                guarded.lose();
+            }
+            guarded.is_lost()
+        })
     }
 
     /// Asks for huge pages, and has all pages mapped now, so that no request pays for it. That either fails is no loss.

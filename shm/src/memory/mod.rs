@@ -7,6 +7,7 @@ pub(crate) mod fork;
 pub(crate) mod futex;
 pub(crate) mod geometry;
 pub(crate) mod layout;
+pub(crate) mod lost_pages;
 pub(crate) mod map;
 pub(crate) mod members;
 pub(crate) mod memory_limit;

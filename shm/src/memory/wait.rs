@@ -19,9 +19,9 @@ const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
 impl SharedMemory {
     /// Takes a lock; whether its last owner died with it. `None` if that cannot be in time; with `hurry`, without waiting
-    /// for anybody who lives.
+    /// for anybody who lives; never in memory that is lost.
     pub(crate) fn take_lock(&self, lock: &AtomicU32, hurry: bool) -> Option<bool> {
-        let me = self.member_at_last()?.number;
+        let me = self.member_at_last().filter(|_| !self.map.is_lost())?.number;
         let backoff = Backoff::new();
         let mut since = None;
         let mut has_released = false;
@@ -41,7 +41,7 @@ impl SharedMemory {
                 has_released = true;
                 continue;
             }
-            if hurry || since.get_or_insert_with(Instant::now).elapsed() >= LOCK_TIMEOUT {
+            if hurry || self.map.is_lost() || since.get_or_insert_with(Instant::now).elapsed() >= LOCK_TIMEOUT {
                 return None;
             }
             has_released = false;

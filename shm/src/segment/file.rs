@@ -175,6 +175,10 @@ impl Segment {
             let source = io::Error::new(io::ErrorKind::ResourceBusy, "another process still uses it");
             return Err(system("mark the cache file as clean", source));
         }
+        if let Some(why) = self.damage() {
+            let source = io::Error::new(io::ErrorKind::InvalidData, why);
+            return Err(system("mark the cache file as clean", source));
+        }
         let flush = || self.inner.map.flush().map_err(|error| system("write the cache file to its disk", error));
         header.clean_ms.store(self.inner.now_ms(), Ordering::Relaxed);
         header.clean_real_ms.store(real_ms(), Ordering::Relaxed);

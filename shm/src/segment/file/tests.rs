@@ -164,3 +164,111 @@ fn what_contradicts_itself_or_is_not_ours_is_dropped() {
     drop(other);
     assert_eq!(scratch.open().1, Found::Dropped { why: "it is of another size" });
 }
+
+/// Every way to use memory whose file is gone, which must all come to an end.
+fn use_what_is_lost(segment: &Segment) {
+    let (cache, events) = (segment.cache(), segment.events());
+    assert_eq!(cache.get("k"), None);
+    assert_eq!(cache.pin("k").map(|_| ()), None);
+    assert!(cache.set("k", "new", &StoreOptions::new()).is_err());
+    for _ in 0..2 {
+        let rendered = cache.get_or_render("k", &StoreOptions::new(), |_| Ok::<_, ()>(b"rendered".to_vec()));
+        let rendered = rendered.unwrap();
+        assert!(rendered.value == b"rendered" && rendered.source == crate::CacheStatus::Rendered);
+    }
+    cache.purge("k");
+    cache.purge_tag("t");
+    cache.purge_prefix("k");
+    cache.clear();
+    cache.sweep();
+    assert_eq!(events.publish("a", "", b"b"), Err(crate::PublishError::Lost));
+    assert_eq!((events.last_id("a"), events.since("a", 0, 1), events.topics()), (0, crate::Since::default(), vec![]));
+    events.wait(events.sequence(), Duration::from_millis(1));
+    assert_eq!(events.tail().next(), crate::Tailed::CaughtUp);
+    drop(segment.scoreboard().claim(0, 77, 1).unwrap().begin("GET", "/"));
+    segment.quarantine().set([]);
+    assert_eq!(segment.damage(), Some("its file was truncated"));
+}
+
+#[test]
+fn a_file_that_is_truncated_is_damage_and_ends_nobody() {
+    for (len, then) in [(0, None), (4096, None), (300 << 10, None), (0, Some(1)), (PLAN.cache_bytes, None)] {
+        let scratch = Scratch::new("truncated");
+        let (segment, _) = scratch.open();
+        let whole = segment.len();
+        segment.cache().set("k", "old", &StoreOptions::new()).unwrap();
+        segment.events().publish("a", "", b"old").unwrap();
+        let file = OpenOptions::new().write(true).open(&scratch.0).unwrap();
+        file.set_len(len).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                // All at once, as each may be the first to touch what is lost.
+                scope.spawn(|| (0..segment.len() / 8).filter_map(|word| Some(touch(&segment, word * 8))).count());
+            }
+        });
+        // Somebody has touched what was lost, so that it stays lost.
+        if let Some(1) = then {
+            file.set_len(whole).unwrap();
+        }
+        use_what_is_lost(&segment);
+        let refused = segment.close().unwrap_err();
+        assert!(refused.to_string().contains("its file was truncated"), "{refused}");
+        assert!(matches!(scratch.open().1, Found::Dropped { .. } | Found::Nothing), "{len}");
+    }
+}
+
+#[test]
+fn a_file_that_is_too_short_is_damage_before_anybody_touches_what_is_lost() {
+    let scratch = Scratch::new("truncated-end");
+    let (segment, _) = scratch.open();
+    let file = OpenOptions::new().write(true).open(&scratch.0).unwrap();
+    file.set_len(segment.len() + 1).unwrap();
+    assert_eq!(segment.damage(), None, "what is added is in nobody's way");
+    file.set_len(segment.len() - 1).unwrap();
+    assert_eq!(segment.damage(), Some("its file was truncated"));
+    use_what_is_lost(&segment);
+}
+
+fn touch(segment: &Segment, at: u64) -> u64 {
+    segment.inner.map.at::<AtomicU64>(at).unwrap().load(Ordering::Relaxed)
+}
+
+#[test]
+fn who_has_attached_a_file_that_is_truncated_or_has_holes_lives_on() {
+    let scratch = Scratch::new("truncated-attach");
+    let (segment, _) = scratch.open();
+    let attached = Segment::attach(segment.fd_without_lock().unwrap()).unwrap();
+    segment.cache().set("k", "old", &StoreOptions::new()).unwrap();
+    let file = OpenOptions::new().write(true).open(&scratch.0).unwrap();
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&file, hole, 0, i64::try_from(segment.len()).unwrap()).unwrap();
+    for segment in [&segment, &attached] {
+        assert_eq!(segment.cache().get("k"), None);
+        assert_eq!(segment.damage(), Some("it does not start like a Forkyard segment"));
+    }
+    file.set_len(0).unwrap();
+    touch(&attached, 0);
+    use_what_is_lost(&attached);
+    assert_eq!(segment.damage(), Some("its file was truncated"));
+}
+
+#[test]
+fn a_child_and_its_parent_learn_from_each_other_that_pages_are_lost() {
+    let scratch = Scratch::new("truncated-fork");
+    let (segment, _) = scratch.open();
+    OpenOptions::new().write(true).open(&scratch.0).unwrap().set_len(0).unwrap();
+    assert!(!segment.inner.map.is_lost());
+    // SAFETY: the child makes no call that another thread could have been at: it reads a word, and leaves.
+    #[expect(unsafe_code, reason = "fork")]
+    let child = match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Parent { child } => child,
+        nix::unistd::ForkResult::Child => {
+            touch(&segment, 0);
+            // SAFETY: ends the child, which shares the test's threads' locks.
+            unsafe { libc::_exit(7) }
+        }
+    };
+    let ended = nix::sys::wait::waitpid(child, None).unwrap();
+    assert_eq!(ended, nix::sys::wait::WaitStatus::Exited(child, 7));
+    assert!(segment.inner.map.is_lost(), "though this process has touched nothing");
+}
