@@ -212,7 +212,7 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
     // Another plan: it is dropped, and said so.
     let larger = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "4M"];
     let mut server = start("pages", &larger, vec![("forkyard-segment", again)], &manager);
-    assert!(server.log().contains("what systemd kept of it was dropped"), "{}", server.log());
+    assert!(server.log().contains("what systemd kept was dropped"), "{}", server.log());
     assert_ne!(http::get(&server.http(), "/page/7").unwrap().text(), page);
     server.stop();
 }

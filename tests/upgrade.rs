@@ -125,6 +125,29 @@ fn a_page_cached_before_is_a_hit_after() {
 }
 
 #[test]
+fn the_cache_stays_warm_when_the_configuration_asks_for_another_number_of_workers() {
+    let place = Place::with("pages");
+    let (file, config) = (place.directory.path().join("cache"), place.directory.path().join("config"));
+    for keep in [String::new(), format!("cache-file = \"{}\"\n", file.display())] {
+        let configure = |workers: &str| {
+            let text = format!("bind = \"http:127.0.0.1:0\"\nworkers = \"{workers}\"\ncache = \"2M\"\n{keep}");
+            std::fs::write(&config, text).unwrap();
+        };
+        configure("2");
+        let mut server = place.start(&["--config", config.to_str().unwrap()]);
+        let (address, mut old) = (server.http(), server.workers());
+        let page = http::get(&address, "/page/7").unwrap().text();
+        for workers in ["3", "1", "20"] {
+            configure(workers);
+            upgrade(&mut server);
+            old = server.renewed(workers.parse().unwrap(), &old);
+            assert_eq!(http::get(&address, "/page/7").unwrap().text(), page, "{workers} workers");
+        }
+        server.stop();
+    }
+}
+
+#[test]
 fn a_cache_of_another_size_begins_empty_and_says_so() {
     let place = Place::with("pages");
     let mut server = Server::start_command(Command::new(place.path()).args(ARGUMENTS).env("FORKYARD_CACHE", "2M"));
@@ -133,7 +156,8 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
     let text = format!("#!/bin/sh\nFORKYARD_CACHE=4M exec {} \"$@\"\n", program("pages").display());
     place.script(&text, 0o755);
     server.signal(Signal::SIGUSR2);
-    server.wait_for("the cache starts empty");
+    let line = server.wait_for("the memory of the former master cannot be used here");
+    assert!(line.contains("the cache and the event log start empty") && line.contains("its page cache has another size"), "{line}");
     server.wait_for("reload done");
     let now = server.renewed(2, &old);
     assert_ne!(http::get(&address, "/page/7").unwrap().text(), page, "it is rendered again");

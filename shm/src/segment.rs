@@ -234,6 +234,30 @@ impl SharedMemory {
     }
 }
 
+/// The plan that a header was written for.
+pub(crate) fn plan_of(header: &Header) -> Plan {
+    Plan {
+        cache_bytes: header.cache_bytes.load(Ordering::Relaxed),
+        rows: header.rows.load(Ordering::Relaxed),
+        max_entry: header.max_entry.load(Ordering::Relaxed),
+        events_bytes: header.events_bytes.load(Ordering::Relaxed),
+    }
+}
+
+/// Why a segment that was made for one plan cannot serve another. It may have more rows than are wanted.
+pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
+    if found.cache_bytes != wanted.cache_bytes {
+        Some("its page cache has another size")
+    } else if found.events_bytes != wanted.events_bytes {
+        Some("its event log has another size")
+    } else if found.rows < wanted.rows {
+        Some("its scoreboard has too few rows for so many processes")
+    } else {
+        let of_its_rows = Geometry::of(&Plan { rows: found.rows, ..*wanted });
+        (of_its_rows.ok() != Geometry::of(found).ok()).then_some("its largest page has another size")
+    }
+}
+
 /// The offsets come from `Geometry::of`, whose tests show that all lie inside; this is for the type's sake.
 pub(crate) const BAD_GEOMETRY: SegmentError = SegmentError::Unusable { why: "its parts do not fit into it" };
 
@@ -248,13 +272,7 @@ pub(crate) fn checked_header(header: &Header, len: u64) -> Result<(Geometry, u64
     if header.checksum.load(Ordering::Relaxed) != checksum(header) {
         return Err(unusable("its header is damaged"));
     }
-    let plan = Plan {
-        cache_bytes: header.cache_bytes.load(Ordering::Relaxed),
-        rows: header.rows.load(Ordering::Relaxed),
-        max_entry: header.max_entry.load(Ordering::Relaxed),
-        events_bytes: header.events_bytes.load(Ordering::Relaxed),
-    };
-    let geometry = Geometry::of(&plan).map_err(|_| unusable("its header makes no sense"))?;
+    let geometry = Geometry::of(&plan_of(header)).map_err(|_| unusable("its header makes no sense"))?;
     if geometry.total != len || header.total.load(Ordering::Relaxed) != len {
         return Err(unusable("its size is not what its header says"));
     }

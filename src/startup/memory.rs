@@ -16,10 +16,23 @@ use crate::upgrade::Takeover;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
+/// The scoreboard has a multiple of so many rows: with a few workers more, what a former server left still fits.
+const ROWS_STEP: u32 = 64;
+
 /// What the segment is to have.
 pub(crate) fn plan(config: &Config) -> Plan {
     let CacheConfig { bytes, max_entry, .. } = config.cache;
-    Plan { cache_bytes: bytes, rows: config.slots(), max_entry, events_bytes: config.events.bytes }
+    let rows = config.slots().checked_next_multiple_of(ROWS_STEP).unwrap_or(u32::MAX);
+    Plan { cache_bytes: bytes, rows, max_entry, events_bytes: config.events.bytes }
+}
+
+/// What starts empty without the memory of a former server.
+fn contents(config: &Config) -> &'static str {
+    match (config.cache.bytes > 0, config.events.bytes > 0) {
+        (true, true) => "the cache and the event log start empty",
+        (false, true) => "the event log starts empty",
+        (_, false) => "the cache starts empty",
+    }
 }
 
 /// # Errors
@@ -28,7 +41,7 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
     let Some(takeover) = takeover else { return open_stored(config) };
     let Some((left, file)) = takeover.segment() else { return create(config) };
     if file != config.cache.file {
-        log::warn!("the cache starts empty: --cache-file is another one now");
+        log::warn!("{}: --cache-file is another one now", contents(config));
         return create(config);
     }
     match Segment::adopt(left, &plan(config)) {
@@ -38,7 +51,7 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
             Err(format!("--cache-file: the workers use it until they leave: {error} (stop and start instead)").into())
         }
         Err(error) => {
-            log::warn!("the cache starts empty: that of the former master cannot be used here: {error}");
+            log::warn!("{}: the memory of the former master cannot be used here: {error}", contents(config));
             create(config)
         }
     }
@@ -57,7 +70,7 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
                 Ok(segment)
             }
             Err(error) => {
-                log::warn!("cache starts empty, what systemd kept of it was dropped: {error}");
+                log::warn!("{}, what systemd kept was dropped: {error}", contents(config));
                 create(config)
             }
         },
@@ -106,7 +119,7 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
         Found::Warm => log::info!("cache is warm file={} pages={}", path.display(), segment.cache().stats().entries),
         Found::Nothing => log::info!("cache is new file={}", path.display()),
         Found::Dropped { why } => {
-            log::warn!("cache starts empty, what its file held was dropped: {why} file={}", path.display())
+            log::warn!("{}, what the file held was dropped: {why} file={}", contents(config), path.display())
         }
     }
     Ok(segment)

@@ -1,37 +1,37 @@
 //! A segment that outlives the master that made it: handed to the program that takes that master's place, or kept by
 //! somebody else meanwhile (systemd's file descriptor store).
 //!
-//! May not: use what is not, to the byte, what this build would have made for the same plan.
+//! May not: use what this build would not have made for the same plan, or for one with more rows.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::Plan;
 use crate::memory::error::SegmentError;
 use crate::memory::geometry::Geometry;
-use crate::segment::{Segment, system};
+use crate::segment::{self, Segment, system};
 
 impl Segment {
-    /// Attaches to the segment of a former master whose workers may still use it, if it is what `plan` would create.
+    /// Attaches to the segment of a former master whose workers may still use it, if it is what `plan` would create,
+    /// or has more scoreboard rows.
     ///
     /// A segment in a file can be [closed](Segment::close) by the process that adopts it.
     ///
     /// # Errors
-    /// Fails as [`Segment::attach`] does, and if the segment was created from another plan.
+    /// Fails as [`Segment::attach`] does, and if the segment does not fit the plan.
     pub fn adopt(fd: OwnedFd, plan: &Plan) -> Result<Segment, SegmentError> {
-        let geometry = Geometry::of(plan)?;
+        Geometry::of(plan)?;
         // Only a memory file has seals.
         let file = fcntl(&fd, FcntlArg::F_GET_SEALS).is_err();
         let file = file.then(|| fd.try_clone().map(File::from).map(Arc::new)).transpose();
         let file = file.map_err(|error| system("duplicate a descriptor", error))?;
         let mut segment = Segment::attach(fd)?;
-        let max_entry = segment.inner.header().map(|header| header.max_entry.load(Ordering::Relaxed));
-        if segment.inner.geometry != geometry || max_entry != Some(plan.max_entry) {
-            return Err(SegmentError::Unusable { why: "it was made for another plan" });
+        let found = segment.inner.header().map(segment::plan_of).ok_or(segment::BAD_GEOMETRY)?;
+        if let Some(why) = segment::misfit(&found, plan) {
+            return Err(SegmentError::Unusable { why });
         }
         if let Some(inner) = Arc::get_mut(&mut segment.inner) {
             inner.file = file;
@@ -67,12 +67,19 @@ mod tests {
         made.cache().set("k", "v", &crate::StoreOptions::new()).unwrap();
         made.scoreboard().claim(1, 77, 5).unwrap().set_state(crate::State::Ready);
         let fd = || made.fd().try_clone_to_owned().unwrap();
-        for other in [Plan { rows: 4, ..PLAN }, Plan { cache_bytes: 1 << 20, ..PLAN }, Plan { max_entry: 4096, ..PLAN }]
-        {
+        for (other, what) in [
+            (Plan { rows: 4, ..PLAN }, "scoreboard"),
+            (Plan { cache_bytes: 1 << 20, ..PLAN }, "page cache"),
+            (Plan { cache_bytes: 1 << 20, rows: 4, events_bytes: 1 << 20, ..PLAN }, "page cache"),
+            (Plan { max_entry: 4096, ..PLAN }, "largest page"),
+            (Plan { events_bytes: 1 << 20, ..PLAN }, "event log"),
+            (Plan { events_bytes: 0, ..PLAN }, "event log"),
+        ] {
             let refused = Segment::adopt(fd(), &other).unwrap_err();
-            assert!(refused.to_string().contains("another plan"), "{refused}");
+            assert!(refused.to_string().contains(what), "{refused}");
         }
-        let adopted = Segment::adopt(fd(), &PLAN).unwrap();
+        let adopted = Segment::adopt(fd(), &Plan { rows: 2, ..PLAN }).unwrap();
+        assert_eq!(adopted.scoreboard().rows(), 3, "more than are wanted");
         assert_eq!(adopted.cache().get("k").unwrap(), b"v");
         assert_eq!(adopted.scoreboard().read(1).unwrap().pid, 77, "its workers live on");
         let alone = Segment::adopt_alone(fd(), &PLAN).unwrap();

@@ -46,7 +46,7 @@ use crate::memory::geometry::Geometry;
 use crate::memory::layout::{Header, MAGIC};
 use crate::memory::map::Map;
 use crate::memory::members::Membership;
-use crate::segment::{self, Segment, system};
+use crate::segment::{self, Segment, plan_of, system};
 
 /// How long to wait for the processes of a former master, which finish what they serve and hold the file's lock.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -88,11 +88,7 @@ impl Segment {
             // Whoever joined it before us may stay, if it is what we would have made.
             if lock_users(&file, libc::F_RDLCK)
                 && let Some(segment) = in_use(&file)?
-                && segment.inner.geometry == geometry
-                && segment
-                    .inner
-                    .header()
-                    .is_some_and(|header| header.max_entry.load(Ordering::Relaxed) == plan.max_entry)
+                && segment.inner.header().is_some_and(|header| segment::misfit(&plan_of(header), plan).is_none())
             {
                 segment.scoreboard().reset();
                 segment.quarantine().set([]);
@@ -223,7 +219,7 @@ fn open(path: &Path) -> Result<File, SegmentError> {
 
 /// The segment for a file that this process uses alone; others may join when it returns.
 fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment, Found), SegmentError> {
-    let (segment, found) = match warm(&file, plan, &geometry)? {
+    let (segment, found) = match warm(&file, plan)? {
         Ok(segment) => (segment, Found::Warm),
         Err(found) => {
             reserve(&file, geometry.total)?;
@@ -258,12 +254,7 @@ fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
 /// The plan by which a file was made, if it is whole.
 fn plan_in(file: &File) -> Result<Option<(Plan, Geometry)>, SegmentError> {
     let Some((map, geometry, _)) = found_in(file)? else { return Ok(None) };
-    Ok(map.at::<Header>(0).map(|header| {
-        let cache_bytes = header.cache_bytes.load(Ordering::Relaxed);
-        let (rows, max_entry) = (header.rows.load(Ordering::Relaxed), header.max_entry.load(Ordering::Relaxed));
-        let events_bytes = header.events_bytes.load(Ordering::Relaxed);
-        (Plan { cache_bytes, rows, max_entry, events_bytes }, geometry)
-    }))
+    Ok(map.at::<Header>(0).map(|header| (plan_of(header), geometry)))
 }
 
 fn found_in(file: &File) -> Result<Option<(Map, Geometry, u64)>, SegmentError> {
@@ -315,29 +306,32 @@ fn busy() -> SegmentError {
 }
 
 /// The segment in a file, or what is wrong with it.
-fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Segment, Found>, SegmentError> {
+fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, SegmentError> {
     let dropped = |why| Ok(Err(Found::Dropped { why }));
     let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
     if len == 0 {
         return Ok(Err(Found::Nothing));
     }
     refuse_others(file)?;
-    if len != geometry.total {
-        return dropped("it is of another size");
+    if len < size_of::<Header>() as u64 {
+        return dropped("it is too short");
+    }
+    // The header alone: nothing is reserved for a file that is dropped.
+    let map = Map::new(file.as_fd(), size_of::<Header>() as u64).map_err(|error| system("map the cache file", error))?;
+    let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
+    let (geometry, seed) = match segment::checked_header(header, len) {
+        Ok(found) => found,
+        Err(SegmentError::Unusable { why }) => return dropped(why),
+        Err(error) => return Err(error),
+    };
+    if let Some(why) = segment::misfit(&plan_of(header), plan) {
+        return dropped(why);
     }
     // What a copy may have left out would raise a signal when the disk is full.
     allocate(file, len)?;
     let fd = owned(file)?;
     let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the cache file", error))?;
     let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
-    let (found, seed) = match segment::checked_header(header, len) {
-        Ok(found) => found,
-        Err(SegmentError::Unusable { why }) => return dropped(why),
-        Err(error) => return Err(error),
-    };
-    if found != *geometry || header.max_entry.load(Ordering::Relaxed) != plan.max_entry {
-        return dropped("it was made for another plan");
-    }
     let clean = is_clean(header);
     let now = boot_and_file(file)?;
     let same_boot = header.boot_id.iter().zip(now).all(|(word, part)| word.load(Ordering::Relaxed) == part);
@@ -346,7 +340,7 @@ fn warm(file: &Arc<File>, plan: &Plan, geometry: &Geometry) -> Result<Result<Seg
     }
     let time_base = if clean { clock_after(header) } else { header.time_base.load(Ordering::Relaxed) };
     let membership = Membership::new();
-    let inner = SharedMemory { map, geometry: found, seed, time_base, membership, fd, file: Some(Arc::clone(file)) };
+    let inner = SharedMemory { map, geometry, seed, time_base, membership, fd, file: Some(Arc::clone(file)) };
     inner.mark_in_use()?;
     inner.forget_the_dead();
     let segment = Segment { inner: Arc::new(inner) };

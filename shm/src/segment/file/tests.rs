@@ -158,11 +158,32 @@ fn what_contradicts_itself_or_is_not_ours_is_dropped() {
     assert!(refused.to_string().contains("it holds something else"), "{refused}");
     assert_eq!(std::fs::read(&scratch.0).unwrap(), b"something else");
     std::fs::write(&scratch.0, [0; 5000]).unwrap();
-    assert_eq!(scratch.open().1, Found::Dropped { why: "it is of another size" });
-    let (other, found) = Segment::open(&scratch.0, &Plan { rows: 40, ..PLAN }).unwrap();
-    assert_eq!(found, Found::Dropped { why: "it is of another size" });
-    drop(other);
-    assert_eq!(scratch.open().1, Found::Dropped { why: "it is of another size" });
+    assert_eq!(scratch.open().1, Found::Dropped { why: "it does not start like a Forkyard segment" });
+    std::fs::write(&scratch.0, [0; 5]).unwrap();
+    assert_eq!(scratch.open().1, Found::Dropped { why: "it is too short" });
+    OpenOptions::new().write(true).open(&scratch.0).unwrap().set_len(1 << 20).unwrap();
+    assert_eq!(scratch.open().1, Found::Dropped { why: "its size is not what its header says" });
+}
+
+#[test]
+fn a_file_with_more_rows_is_warm_and_any_other_misfit_is_named() {
+    let scratch = Scratch::new("plan");
+    let (segment, _) = scratch.open();
+    segment.cache().set("k", "v", &StoreOptions::new()).unwrap();
+    segment.close().unwrap();
+    let (segment, found) = Segment::open(&scratch.0, &Plan { rows: 1, ..PLAN }).unwrap();
+    assert_eq!((found, segment.cache().get("k")), (Found::Warm, Some(b"v".to_vec())));
+    drop(segment);
+    for (plan, why) in [
+        (Plan { rows: 40, ..PLAN }, "its scoreboard has too few rows for so many processes"),
+        (Plan { cache_bytes: 1 << 20, ..PLAN }, "its page cache has another size"),
+        (Plan { events_bytes: 0, ..PLAN }, "its page cache has another size"),
+        (Plan { events_bytes: 0, max_entry: 4096, ..PLAN }, "its largest page has another size"),
+        (Plan { max_entry: 4096, ..PLAN }, "its event log has another size"),
+    ] {
+        let (_segment, found) = Segment::open(&scratch.0, &plan).unwrap();
+        assert_eq!(found, Found::Dropped { why });
+    }
 }
 
 /// Every way to use memory whose file is gone, which must all come to an end.
