@@ -403,7 +403,7 @@ fn serve(
         let kept = segment.clone();
         let operators = Operators {
             reread: reread(&config, parse),
-            control: control.take().map(Control::new),
+            control: control.take().map(|listener| Control::new(Some(listener))),
             publish: publish.take(),
             log_files,
             pid_file: pid_file.as_ref().map(PidFile::saved),

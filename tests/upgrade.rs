@@ -90,6 +90,40 @@ fn the_new_build_answers_in_the_old_ones_place() {
 }
 
 #[test]
+fn of_what_the_configuration_no_longer_names_no_file_is_left_and_who_asked_for_the_upgrade_gets_the_outcome() {
+    let place = Place::with("hello");
+    let at = |name: &str| place.directory.path().join(name);
+    let (config, text) = (at("config"), |name: &str| format!("{:?}", at(name)));
+    for (control, former) in [(Some("control2"), "control1"), (None, "control2")] {
+        let of = |control: Option<&str>| control.map_or_else(String::new, |name| format!("control = {}\n", text(name)));
+        let before = format!(
+            "bind = [\"http:127.0.0.1:0\", \"http:unix:{}\"]\n{}pid-file = {}\nevents-socket = {}\nlog-level = \"info\"\n",
+            at("socket").display(),
+            of(Some(former)),
+            text("pid"),
+            text("events"),
+        );
+        std::fs::write(&config, before).unwrap();
+        let mut server = place.start(&["--workers", "1", "--config", config.to_str().unwrap()]);
+        let files = [former, "socket", "pid", "events"];
+        assert!(files.iter().all(|name| at(name).exists()), "{}", server.log());
+        let old = server.workers();
+        std::fs::write(&config, format!("bind = \"http:127.0.0.1:0\"\n{}", of(control))).unwrap();
+        let mut command = Command::new(place.path());
+        let asked = command.args(["upgrade", "--control"]).arg(at(former)).output_in_time().unwrap();
+        let said = String::from_utf8_lossy(&asked.stdout);
+        assert!(asked.status.success() && said.contains("reload done"), "{asked:?}");
+        server.renewed(1, &old);
+        for name in files {
+            assert!(!at(name).exists(), "{name} is no longer named");
+        }
+        assert!(control.is_none_or(|name| at(name).exists()));
+        server.stop();
+        assert!(control.is_none_or(|name| !at(name).exists()));
+    }
+}
+
+#[test]
 fn the_same_bind_twice_is_two_sockets_before_and_after() {
     let place = Place::with("hello");
     let mut server = place.start(&[&ARGUMENTS[..], &["--bind", "http:127.0.0.1:0"]].concat());

@@ -38,7 +38,8 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The socket and those who have connected. Dropping it removes the socket's file, and then closes all connections.
 pub(crate) struct Control {
-    listener: ControlListener,
+    /// `None` if there are only clients whom a former master has accepted.
+    listener: Option<ControlListener>,
     clients: Vec<Client>,
     next: ClientId,
     paused_until: Now,
@@ -78,19 +79,20 @@ struct Client {
 }
 
 impl Control {
-    pub(crate) fn new(listener: ControlListener) -> Self {
+    pub(crate) fn new(listener: Option<ControlListener>) -> Self {
         Self { listener, clients: Vec::new(), next: 1, paused_until: Now::ZERO, refusals: ByteLimit::new(1) }
     }
 
     /// For a master that takes over. Who does not read what he is told is left behind.
-    pub(crate) fn save(&self) -> SavedControl {
+    pub(crate) fn save(&self) -> Option<SavedControl> {
+        let listener = self.listener.as_ref()?;
         let clients = self.clients.iter().filter(|client| !client.gone && client.unsent.len() <= MAX_SAVED);
-        SavedControl {
-            fd: self.listener.as_fd().as_raw_fd(),
-            path: self.listener.path().to_owned(),
-            file: self.listener.file(),
+        Some(SavedControl {
+            fd: listener.as_fd().as_raw_fd(),
+            path: listener.path().to_owned(),
+            file: listener.file(),
             clients: clients.map(Client::save).collect(),
-        }
+        })
     }
 
     /// Goes on with the clients of a former master.
@@ -115,7 +117,7 @@ impl Control {
         let mut watched: Vec<PollFd<'_>> =
             self.clients.iter().map(|client| PollFd::new(client.stream.as_fd(), client.interest())).collect();
         if self.has_room() && now >= self.paused_until {
-            watched.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
+            watched.extend(self.listener.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN)));
         }
         watched
     }
@@ -168,8 +170,8 @@ impl Control {
     }
 
     fn accept(&mut self, now: Now) {
-        while self.has_room() {
-            match sys::accept(self.listener.as_fd()) {
+        while let Some(listener) = self.listener.as_ref().filter(|_| self.has_room()) {
+            match sys::accept(listener.as_fd()) {
                 Ok((socket, _)) => {
                     let mut client = Client::new(self.next, socket.into(), now + CLIENT_TIMEOUT);
                     self.next += 1;

@@ -60,7 +60,8 @@ pub(crate) fn open(
     }
 }
 
-/// The control socket: a former master's, if it is at the same path, or a new one. For a check it is looked only whether that could be.
+/// The control socket: a former master's, if it is at the same path, or a new one. Of another one that a former master had, nothing is
+/// left. For a check it is looked only whether that could be.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -68,16 +69,17 @@ pub(crate) fn open_control(
     config: &Config,
     takeover: Option<&mut Takeover>,
 ) -> Result<Option<ControlListener>, BoxError> {
-    let Some(path) = config.control.socket.as_deref() else { return Ok(None) };
+    let wanted = config.control.socket.as_deref();
     if let Some(takeover) = takeover {
-        if takeover.check && takeover.has_control(path) {
+        if takeover.check && wanted.is_some_and(|path| takeover.has_control(path)) {
             return Ok(None);
         }
-        if let Some(left) = takeover.control(path) {
-            return Ok(Some(left));
+        match takeover.control() {
+            Some(left) if wanted == Some(left.path()) => return Ok(Some(left)),
+            Some(_) | None => {}
         }
     }
-    Ok(Some(ControlListener::bind(path)?))
+    Ok(wanted.map(ControlListener::bind).transpose()?)
 }
 
 /// The publish socket: a former master's, if it is what would be made now, or a new one; none without an event log, or if nobody

@@ -8,9 +8,9 @@ use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use super::saved::{Saved, SavedListener, SavedPidFile, SavedPublish};
-use crate::config::address::Bind;
+use crate::config::address::{Address, Bind};
 use crate::net::handover::Channel;
-use crate::net::listen::{ControlListener, Listener};
+use crate::net::listen::{self, ControlListener, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::sys;
 
@@ -100,11 +100,20 @@ impl Takeover {
         Some(Channel::resume((self.claim(send)?, self.claim(receive)?)))
     }
 
-    /// The control socket, if it is the one at `path`.
-    pub(crate) fn control(&mut self, path: &Path) -> Option<ControlListener> {
-        let saved = self.saved.control.as_ref().filter(|saved| saved.path == path)?;
-        let (fd, file) = (saved.fd, saved.file);
-        Some(ControlListener::adopt(path.to_owned(), self.claim(fd)?, file))
+    /// The control socket; none for the check.
+    pub(crate) fn control(&mut self) -> Option<ControlListener> {
+        let saved = self.saved.control.as_ref()?;
+        let (path, fd, file) = (saved.path.clone(), saved.fd, saved.file);
+        Some(ControlListener::adopt(path, self.claim(fd)?, file))
+    }
+
+    /// Removes the files of listening sockets that nobody has claimed: they are no longer among the `--bind`s.
+    pub(crate) fn remove_socket_files(&self) {
+        for SavedListener { bind, file, .. } in &self.saved.listeners {
+            if let Ok(Bind { address: Address::Path(path), .. }) = bind.parse() {
+                listen::remove_own(&path, *file);
+            }
+        }
     }
 
     /// Whether the former master has a control socket at `path`.

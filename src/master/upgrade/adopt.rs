@@ -15,7 +15,7 @@ use crate::master::output::{LineReader, Output};
 use crate::master::programs::ProgramState;
 use crate::master::spawn::{Child, Link, Spawner};
 use crate::master::supervisor::{Command, Event, Supervisor};
-use crate::master::{EarlierChildren, Master, policy};
+use crate::master::{Control, EarlierChildren, Master, policy};
 use crate::sys;
 use crate::upgrade::Takeover;
 use crate::upgrade::saved::{
@@ -47,7 +47,7 @@ impl Master {
             sidecars: sidecars.collect(),
             jobs_looked_at_ms: self.sidecars.looked_at_ms(),
             quarantine: self.faults.save(self.now()),
-            control: self.control.as_ref().map(|control| control.save()),
+            control: self.control.as_ref().and_then(Control::save),
             pid_file: self.pid_file.clone(),
             publish: self.relay.save_socket(),
             relay: self.relay.pid().map(Pid::as_raw),
@@ -92,14 +92,15 @@ impl Master {
         self.faults.restore(std::mem::take(&mut left.saved.quarantine), now);
         let clients = left.saved.control.take().map(|saved| saved.clients).unwrap_or_default();
         let clients: Vec<_> = clients.into_iter().filter_map(|client| Some((left.claim(client.fd)?, client))).collect();
-        if let Some(control) = &mut self.control {
-            control.restore(clients, now);
+        if !clients.is_empty() {
+            self.control.get_or_insert_with(|| Control::new(None)).restore(clients, now);
         }
         let (version, from) = (env!("CARGO_PKG_VERSION"), &left.saved.version);
         let text = format!("upgraded version={version} from={from} workers={}", self.children.len());
         log::info!("{text}");
         // Who waited for the upgrade waits for its reload.
         self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
+        left.remove_socket_files();
         drop(left);
         self.feed(Event::Command(Command::Reload));
         self.reap();
