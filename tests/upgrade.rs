@@ -191,7 +191,10 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
     place.script(&text, 0o755);
     server.signal(Signal::SIGUSR2);
     let line = server.wait_for("the memory of the former master cannot be used here");
-    assert!(line.contains("the cache and the event log start empty") && line.contains("its page cache has another size"), "{line}");
+    assert!(
+        line.contains("the cache and the event log start empty") && line.contains("its page cache has another size"),
+        "{line}"
+    );
     server.wait_for("reload done");
     let now = server.renewed(2, &old);
     assert_ne!(http::get(&address, "/page/7").unwrap().text(), page, "it is rendered again");

@@ -317,7 +317,8 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
         return dropped("it is too short");
     }
     // The header alone: nothing is reserved for a file that is dropped.
-    let map = Map::new(file.as_fd(), size_of::<Header>() as u64).map_err(|error| system("map the cache file", error))?;
+    let map =
+        Map::new(file.as_fd(), size_of::<Header>() as u64).map_err(|error| system("map the cache file", error))?;
     let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
     let (geometry, seed) = match segment::checked_header(header, len) {
         Ok(found) => found,
