@@ -346,6 +346,16 @@ fn workers_that_ask_not_to_be_replaced_are_not() {
 }
 
 #[test]
+fn a_worker_that_exits_with_125_before_it_is_ready_has_failed_to_start() {
+    let arguments = ["--bind", "http:127.0.0.1:0", "--workers", "2", "--health-path", "/exit/125"];
+    let mut server = Server::launch(Command::new(program("crashy")).args(arguments));
+    server.wait_for("worker died");
+    server.wait_for("workers die before they are ready: 3 in a row");
+    server.stop();
+    assert!(!server.log().contains("asks not to be replaced"), "{}", server.log());
+}
+
+#[test]
 fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
     let mut server = crashy(&["--workers", "3", "--drain-timeout", "5s"]);
     let address = server.http();

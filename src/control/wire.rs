@@ -29,8 +29,12 @@ pub(crate) enum Request {
     Scale { workers: u32 },
     /// Open the log files anew.
     ReopenLogs,
-    /// Refuse this request no longer, as the status names it; without one, none.
-    Release { request: Option<String> },
+    /// Refuse this request no longer, as the status names it; with `null`, none.
+    Release {
+        // With this the field has to be there.
+        #[serde(deserialize_with = "Option::deserialize")]
+        request: Option<String>,
+    },
     /// Hand out the descriptor of the shared memory, with the outcome.
     Segment,
     /// The same, for the event log in it.
@@ -203,7 +207,10 @@ mod tests {
             assert_eq!(Request::parse(&line), Ok(request));
             assert!(line.len() < MAX_REQUEST && line.ends_with(b"}\n"));
         }
-        for garbage in [&b""[..], b"GET / HTTP/1.1\r\n", b"{}", br#"{"command":"explode"}"#, b"\xff", b"[[[[[["] {
+        let incomplete = br#"{"command":"release"}"#;
+        for garbage in
+            [&b""[..], b"GET / HTTP/1.1\r\n", b"{}", br#"{"command":"explode"}"#, incomplete, b"\xff", b"[[[[[["]
+        {
             assert!(Request::parse(garbage).unwrap_err().contains("no request of the control socket"));
         }
     }

@@ -479,7 +479,10 @@ impl Master {
             let unasked = child.is_worker() && !child.asked_to_leave && !child.hung;
             let no_memory =
                 unasked && ending == Ending::Signaled(libc::SIGKILL) && self.faults.ran_out_of_memory(self.now());
-            let limits = if is_starting { self.spawner.config.privileges.limits.as_slice() } else { &[] };
+            if !is_starting && program.is_none() && matches!(ending, Ending::Signaled(_)) {
+                self.feed(Event::Ready { pid }); // its row says so before its report, and it may have been killed in between
+            }
+            let limits = is_starting.then_some(self.spawner.config.privileges.limits.as_slice());
             let mut end = obituary::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
             self.left(std::mem::take(&mut end.obituary));
             if let Launch::Worker(_, hooks) = &self.spawner.launch {
@@ -489,8 +492,7 @@ impl Master {
                 hooks.of_master.on_worker_exit(exit);
             }
             self.take_evidence(slot, pid, end);
-            let after_exit =
-                program.as_ref().map_or(after_exit(ending), |program| programs::after_exit(ending, program.started));
+            let after_exit = after_exit(ending, !is_starting);
             match program {
                 Some(program) => self.program_ended(program, ending),
                 None if !asked => self.look_whether_sockets_listen(),
@@ -654,10 +656,12 @@ impl Master {
     }
 }
 
-fn after_exit(ending: Ending) -> AfterExit {
+/// What the way in which a process ended asks for. A program is a wrapper maybe, and 125 is what `env`, `timeout` or `docker run` return
+/// when they themselves fail: so 125 is a wish only of one that was ready.
+fn after_exit(ending: Ending, was_ready: bool) -> AfterExit {
     match ending {
         Ending::Exited(0) => AfterExit::Restart,
-        Ending::Exited(STAY_DOWN) => AfterExit::StayDown,
+        Ending::Exited(STAY_DOWN) if was_ready => AfterExit::StayDown,
         Ending::Exited(_) | Ending::Signaled(_) => AfterExit::Replace,
     }
 }

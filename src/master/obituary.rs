@@ -99,14 +99,14 @@ fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
 }
 
 /// Writes the line; `no_memory` if the kernel has killed it because memory ran out. What the scoreboard says is the dead process's word: bounded, and taken as text only.
-/// `limits` are those of `--rlimit`, if it died before it was ready.
+/// `limits` are those of `--rlimit`; none if it was ready.
 pub(crate) fn publish(
     pid: Pid,
     ending: Ending,
     child: Child,
     no_memory: bool,
     scoreboard: &Scoreboard,
-    limits: &[ResourceLimit],
+    limits: Option<&[ResourceLimit]>,
 ) -> End {
     let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
     if no_memory {
@@ -150,16 +150,15 @@ pub(crate) fn publish(
         && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
     let program = child.program();
     let failed = ending != Ending::Exited(0) || program.as_ref().is_some_and(|program| !program.started);
-    let is_started = program.as_ref().is_none_or(|program| program.started);
     let hint = program.filter(|program| !program.started && !as_asked).map_or("", |_| programs::hint(ending));
     let (child_was_asked, was_sent) = (child.asked_to_leave, sent_by.is_some());
     let (last_words, trace) = child.mark_dead();
-    let was_late = !is_started && ending == Ending::Signaled(libc::SIGKILL);
+    let was_late = limits.is_some() && ending == Ending::Signaled(libc::SIGKILL);
     if !last_words.is_empty() && failed && (!as_asked || was_late) {
         let _ = write!(line, " said={last_words:?}");
     }
     let by_limit = failed && !as_asked && !child_was_asked && !no_memory && !was_sent;
-    let of_limits = if by_limit { hint_on_limits(limits, &last_words) } else { String::new() };
+    let of_limits = limits.filter(|_| by_limit).map_or_else(String::new, |limits| hint_on_limits(limits, &last_words));
     // A loader that gets no memory exits with 127, as a shell does that finds no command.
     let hint =
         if hint.is_empty() || !(of_limits.is_empty() || last_words.is_empty()) { of_limits } else { hint.to_owned() };
@@ -173,7 +172,7 @@ pub(crate) fn publish(
         _ if as_asked => (log::Level::Info, "worker left"),
         Ending::Exited(0) if idle => (log::Level::Info, "worker left of its own accord"),
         Ending::Exited(0) => (log::Level::Warn, "worker left of its own accord, and in the middle of its work"),
-        Ending::Exited(125) if is_started => (log::Level::Warn, "worker left and asks not to be replaced"),
+        Ending::Exited(125) if limits.is_none() => (log::Level::Warn, "worker left and asks not to be replaced"),
         Ending::Exited(_) | Ending::Signaled(_) => (log::Level::Warn, "worker died"),
     };
     log::log!(level, "{what} {line}");

@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 use super::Master;
 use super::procfs::{self, Observed, Process};
 use super::spawn::{Child, Launch, Link};
-use super::supervisor::{AfterExit, Now};
+use super::supervisor::Now;
 use crate::sys::Ending;
 
 /// How long a program must have run to count as started, if it was never seen to accept and the operator says nothing else.
@@ -399,15 +399,6 @@ fn has_socket(pid: Pid, listener: &crate::net::listen::Listener) -> bool {
     procfs::family_of(&[pid]).into_iter().any(|pid| procfs::of(pid, listener) != Observed::Apart)
 }
 
-/// What the way in which a program ended asks for. It is a wrapper maybe, and 125 is what `env`, `timeout` or `docker run` return when they
-/// themselves fail: so 125 is a wish only of one that was ready.
-pub(super) fn after_exit(ending: Ending, started: bool) -> AfterExit {
-    match super::after_exit(ending) {
-        AfterExit::StayDown if !started => AfterExit::Replace,
-        after_exit => after_exit,
-    }
-}
-
 /// What an operator should know of the end of a program that was not ready.
 pub(super) fn hint(ending: Ending) -> &'static str {
     match ending {
@@ -424,6 +415,8 @@ pub(super) fn hint(ending: Ending) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use super::super::after_exit;
+    use super::super::supervisor::AfterExit;
     use super::*;
 
     #[test]

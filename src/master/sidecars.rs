@@ -315,7 +315,7 @@ impl Sidecars {
         if ending == Ending::Exited(0) && !asked_to_leave {
             self.inherited.suspect(sidecar, since.elapsed());
         }
-        self.feed(Event::Exited { pid, after_exit: super::after_exit(ending) });
+        self.feed(Event::Exited { pid, after_exit: super::after_exit(ending, true) });
         true
     }
 
