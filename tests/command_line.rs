@@ -80,7 +80,7 @@ fn a_unix_socket_is_not_taken_from_another_program() {
 #[test]
 fn a_cache_of_an_impossible_size_is_refused() {
     let bind = ["--bind", "http:127.0.0.1:0"];
-    refused(&[&bind[..], &["--cache", "1000T"]].concat(), 1, &["cannot make a shared cache of 1000 TiB", "--cache"]);
+    refused(&[&bind[..], &["--cache", "1000T"]].concat(), 1, &["cannot create a shared cache of 1000 TiB", "--cache"]);
     // More than there is: what was wanted, what is available, and the flag.
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap();
     let total = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.strip_suffix("kB")).unwrap();
@@ -96,7 +96,7 @@ fn a_cache_of_an_impossible_size_is_refused() {
             complained(&output, 1, words);
         }
     }
-    refused(&[&bind[..], &["--cache", "1K"]].concat(), 1, &["cannot make a shared cache of 1 KiB", "--cache"]);
+    refused(&[&bind[..], &["--cache", "1K"]].concat(), 1, &["cannot create a shared cache of 1 KiB", "--cache"]);
     let large = ["--cache", "4M", "--cache-max-entry", "2M"];
     refused(
         &[&bind[..], &large].concat(),
@@ -123,7 +123,7 @@ fn run_says_what_it_cannot_do() {
     complained(&run("forkyard", &["run", "--bind", bind, "--", "/etc/passwd"]), 1, &["not an executable file"]);
     complained(&run("forkyard", &["run", "--bind", bind]), 2, &["COMMAND"]);
     complained(&run("forkyard", &["run", "--bind", "http:127.0.0.1:0", "--", "cat"]), 2, &["over fastcgi only"]);
-    complained(&run("forkyard", &["run", "--", "cat"]), 2, &["run needs to know where to listen", "forkyard run"]);
+    complained(&run("forkyard", &["run", "--", "cat"]), 2, &["run needs an address to listen on", "forkyard run"]);
     let two = ["run", "--bind", bind, "--bind", "fastcgi:127.0.0.1:0", "--", "cat"];
     complained(&run("forkyard", &two), 2, &["one --bind and got 2"]);
 }

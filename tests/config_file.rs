@@ -96,7 +96,7 @@ fn run_takes_its_command_from_the_file() {
     complained(
         &with_config("forkyard", &["run"], &file, &[]).output_in_time().unwrap(),
         2,
-        &[":1:11: 'command' is a list"],
+        &[":1:11: 'command' must be a list"],
     );
 }
 
@@ -109,15 +109,15 @@ fn every_mistake_is_told_at_once_with_its_place() {
     );
     let expected = [
         ":1:11: 'workers': 'many' is not a number of workers (expected 1 to 1024, a range as in 2..16 or 0..4, or auto)",
-        ":2:1: there is no setting 'bnd' (is 'bind' meant?)",
+        ":2:1: unknown setting 'bnd' (did you mean 'bind'?)",
         ":3:29: 'bind': unknown protocol 'gopher'",
-        ":4:9: 'queue' takes one value, and no list",
-        ":5:16: 'idle-timeout' takes text or a number, and this is true or false",
+        ":4:9: 'queue' takes one value, not a list",
+        ":5:16: 'idle-timeout' takes a string or a number, not a boolean",
         "'idle-timeout' is given twice",
         ":7:",
-        ":8:12: 'max-body' takes text or a number, and this is a float",
-        ":9:1: 'help' makes no sense in a configuration file",
-        ":10:2: there is no setting 'section' (is 'socket-owner' meant?)\n",
+        ":8:12: 'max-body' takes a string or a number, not a float",
+        ":9:1: 'help' cannot be set in a configuration file",
+        ":10:2: unknown setting 'section' (did you mean 'socket-owner'?)\n",
     ];
     for (before, status) in [(&["check"][..], 1), (&[], 2)] {
         let output = with_config("hello", before, &file, &[]).output_in_time().unwrap();
@@ -138,7 +138,7 @@ fn every_mistake_is_told_at_once_with_its_place() {
     complained(
         &with_config("hello", &["check"], directory.0.path(), &[]).output_in_time().unwrap(),
         1,
-        &["it is not a file"],
+        &["it is not a regular file"],
     );
 }
 

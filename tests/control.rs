@@ -374,7 +374,7 @@ fn the_cache_is_looked_at_and_purged_while_it_is_used() {
         assert!(served.said(&["cache", "purge", "page 1"]).contains("there was no such page"));
         served.said(&["cache", "purge", "--tag", "page-2"]);
         assert_eq!(keys(), ["page 3"]);
-        assert!(served.complaint(&["cache", "get", "page 2"], 1).contains("no good page under the key page 2"));
+        assert!(served.complaint(&["cache", "get", "page 2"], 1).contains("no valid page with the key page 2"));
         served.said(&["cache", "purge", "--prefix", "pa"]);
         assert!(keys().is_empty());
         http::get(&address, "/page/4?ms=0").unwrap();

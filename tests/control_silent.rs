@@ -72,7 +72,7 @@ fn no_sub_command_waits_for_ever_for_a_master_that_is_stopped() {
         let mut command = ask(&control(&directory), &[arguments, &["--timeout", "200ms"]].concat());
         let (status, said) = end(spawn(&mut command), &arguments.join(" "));
         assert_eq!(status, Some(1), "{arguments:?}: {said}");
-        let what_to_do = format!("is stopped, and answers nothing (have it go on: kill -CONT {})", server.pid());
+        let what_to_do = format!("is stopped, and does not answer (continue it: kill -CONT {})", server.pid());
         assert!(said.contains(&what_to_do), "{arguments:?}: {said}");
     }
     // What was asked for is done when it goes on.
@@ -111,7 +111,7 @@ fn a_master_whose_queue_is_full_is_given_up() {
     }
     let (status, said) = end(spawn(&mut ask(&control(&directory), &["status", "--timeout", "200ms"])), "status");
     assert_eq!(status, Some(1), "{said}");
-    assert!(said.contains("does not accept within 200ms"), "{said}");
+    assert!(said.contains("has not accepted a connection for 200ms"), "{said}");
 }
 
 #[test]

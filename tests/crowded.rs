@@ -293,10 +293,10 @@ fn settings_that_contradict_each_other_are_said_at_the_start_and_by_check() {
     ];
     let expected = [
         "--max-subscribers 50 is not below --max-connections 50",
-        "--max-connections 50 needs 114 descriptors, and a worker may have 100",
-        "--max-connections-per-address 60 limits nobody",
-        "--max-uri 10240 cannot be used",
-        "--max-buffered 16384 has room for fewer than four requests",
+        "--max-connections 50 needs 114 descriptors per worker, and the limit is 100",
+        "--max-connections-per-address 60 has no effect",
+        "--max-uri 10240 has no effect",
+        "--max-buffered 16384 is less than four heads",
     ];
     let mut server = Server::start("crashy", &settings);
     server.stop();

@@ -486,7 +486,7 @@ fn without_an_event_log_there_is_no_socket_and_commands_say_so() {
     }
     drop(place);
     let nobody = events_command(Path::new("/nowhere/control"), &["ls"]).output_in_time().unwrap();
-    assert!(String::from_utf8_lossy(&nobody.stderr).contains("no master is at /nowhere/control"));
+    assert!(String::from_utf8_lossy(&nobody.stderr).contains("no master at /nowhere/control"));
 }
 
 /// A tail that runs.

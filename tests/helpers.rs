@@ -275,6 +275,6 @@ fn what_cannot_be_is_refused_before_anything_is_made() {
     };
     refused(&["--daemon", "x"], 2, &["'x' is not a daemon", "expected NAME=COMMAND"]);
     refused(&["--cron", "x=* * *=y"], 2, &["'* * *' is not a schedule", "*/5 * * * *"]);
-    refused(&["--daemon", "x=y", "--cron", "x=@daily=y"], 2, &["there are two named 'x'"]);
+    refused(&["--daemon", "x=y", "--cron", "x=@daily=y"], 2, &["the name 'x' is used twice"]);
     refused(&["--daemon", "x=no-such-program-here"], 1, &["--daemon x", "no program of that name in PATH"]);
 }

@@ -345,7 +345,7 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
         let output = command.args(HTTP).args(more).env("FCGI_WEB_SERVER_ADDRS", addresses).output_in_time().unwrap();
         assert_eq!(output.status.code(), Some(2), "{addresses}");
         let said = String::from_utf8_lossy(&output.stderr);
-        assert!(said.contains("in FCGI_WEB_SERVER_ADDRS is not an address, nor a name"), "{said}");
+        assert!(said.contains("in FCGI_WEB_SERVER_ADDRS is neither an address nor a name"), "{said}");
     }
     // Without a FastCGI socket it is nobody's business.
     let mut command = Command::new(program("mirror"));

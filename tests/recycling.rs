@@ -81,8 +81,8 @@ fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
 #[test]
 fn what_cannot_be_known_of_a_program_is_refused_with_the_reason() {
     for (flag, value, reason) in [
-        ("--max-requests", "100", "nobody but the program knows"),
-        ("--health-path", "/health", "no request can be sent to a certain one"),
+        ("--max-requests", "100", "only the program itself can count"),
+        ("--health-path", "/health", "a request cannot be sent to a particular program"),
     ] {
         let command = ["run", "--bind", "fastcgi:unix:/nowhere/a.sock", flag, value, "--", "sleep", "600"];
         let output = Command::new(program("forkyard")).args(command).output_in_time().unwrap();

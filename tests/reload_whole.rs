@@ -190,7 +190,8 @@ fn a_reload_moves_the_logs_and_changes_their_form() {
     assert!(served.server.log().contains("worker spawned"), "that is logged at the level debug");
     let before = read(&served, "other").len() + read(&served, "access").len();
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
-    served.refused(&format!("{HTTP}log-level = 'warning'\n"), &["'warning' is not a log level", "is 'warn' meant?"]);
+    served
+        .refused(&format!("{HTTP}log-level = 'warning'\n"), &["'warning' is not a log level", "did you mean 'warn'?"]);
     served.refused(&format!("{HTTP}log-file = 'DIR/no/log'\n"), &["--log-file: cannot open", "create"]);
     served.refused(&format!("{HTTP}access-log = 'DIR/no/log'\n"), &["--access-log: cannot open", "create"]);
     served.server.stop();

@@ -421,7 +421,7 @@ fn a_wrong_bind_is_wrong_usage() {
     let forkyard = |arguments: &[&str]| failure(Command::new(program("forkyard")).arg("run").args(arguments));
     let (status, error) = forkyard(&["--bind", "http:127.0.0.1:0", "--", "true"]);
     assert_eq!(status, Some(2), "{error}");
-    assert!(error.contains("run cannot serve http:127.0.0.1:0") && error.contains("fastcgi"), "{error}");
+    assert!(error.contains("cannot listen on http:127.0.0.1:0") && error.contains("fastcgi"), "{error}");
     let (status, error) = forkyard(&["--bind", "fastcgi:127.0.0.1:0,fastcgi:127.0.0.1:0", "--", "true"]);
     assert_eq!(status, Some(2), "{error}");
     assert!(error.contains("run takes one --bind and got 2"), "{error}");

@@ -48,7 +48,7 @@ fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
 fn a_log_level_that_there_is_not_is_refused_with_those_that_there_are() {
     let levels = "expected off, error, warn, info, debug, trace";
     for (level, hint) in
-        [("loud", ""), ("warning", "is 'warn' meant?"), ("notice", "is 'info' meant?"), ("info,x=nix", "'nix'")]
+        [("loud", ""), ("warning", "did you mean 'warn'?"), ("notice", "did you mean 'info'?"), ("info,x=nix", "'nix'")]
     {
         complained(&run("hello", &["--log-level", level]), 2, &["--log-level", levels, hint]);
         complained(&run("hello", &["check", "--log-level", level]), 1, &["--log-level", levels, hint]);
@@ -83,12 +83,8 @@ fn booleans_are_booleans_in_the_file_for_each_flag_that_is_a_switch() {
         let said = complained(&check(name, &directory, &format!("{bind}{setting}\n")), 0, &[]);
         assert_eq!(said, "", "{setting}");
     }
-    complained(
-        &check("hello", &directory, "idle-timeout = true\n"),
-        1,
-        &["takes text or a number, and this is true or false"],
-    );
-    complained(&check("hello", &directory, "clear-env = 'yes'\n"), 1, &["'clear-env' is true or false"]);
+    complained(&check("hello", &directory, "idle-timeout = true\n"), 1, &["takes a string or a number, not a boolean"]);
+    complained(&check("hello", &directory, "clear-env = 'yes'\n"), 1, &["'clear-env' must be true or false"]);
 }
 
 #[test]
@@ -127,8 +123,8 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         "--user: ",
         "--cpu-affinity: processor 1000",
         "--chroot: /no-such-root: ",
-        "--sandbox-read and --sandbox-write are for --sandbox, which is not given",
-        "--daemon and --cron: there are two named 'a'",
+        "--sandbox-read and --sandbox-write need --sandbox",
+        "--daemon and --cron: the name 'a' is used twice",
     ];
     complained(&check("hello", &directory, text), 1, &words);
     // With two of one name there are none to be looked for.
@@ -141,9 +137,9 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
     let said = complained(
         &check("forkyard", &directory, "bind = 'gopher:1'\ncommand = 'sleep 1'\n"),
         1,
-        &["gopher", "is a list"],
+        &["gopher", "must be a list"],
     );
-    assert!(!said.contains("needs to know where to listen") && !said.contains("no COMMAND"), "{said}");
+    assert!(!said.contains("needs an address to listen on") && !said.contains("no program to run"), "{said}");
 
     // Flags and variables too, together with the file.
     let path = file(&directory, "queue = 'x'\ncache-file = '/no-such-directory/cache'\n");
@@ -216,7 +212,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
             // A link is followed by settings of files that are opened, and is itself in the way of those that are made.
             let cause = match flag {
                 _ if !path.ends_with("/loop") || LINKS.contains(&flag) => cause,
-                "--pid-file" => "something else than a file: a symbolic link",
+                "--pid-file" => "it is a symbolic link, not a pid file",
                 _ => "the file there is not a socket",
             };
             let said = complained(&checked, 1, &[&path, cause, flag]);
@@ -318,8 +314,8 @@ fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documenta
         cells.flat_map(|cell| cell.split(['`', ',', ' '])).filter(|word| !word.is_empty()).collect();
     let named: BTreeSet<&str> = named.into_iter().map(|flag| flag.trim_start_matches('-')).collect();
     for flag in &missing {
-        assert!(said.contains(&format!("there is no --{flag} here: ")), "{flag}: {said}");
-        assert!(of_file.contains(&format!("there is no setting '{flag}' here: ")), "{flag}: {of_file}");
+        assert!(said.contains(&format!("--{flag} is not available here: ")), "{flag}: {said}");
+        assert!(of_file.contains(&format!("'{flag}' is not available here: ")), "{flag}: {of_file}");
         assert!(named.contains(flag.as_str()), "docs/operations.md does not name --{flag} among what run lacks");
     }
     assert!(!said.contains("tip:"), "{said}");
@@ -329,10 +325,14 @@ fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documenta
     complained(
         &run("forkyard", &["run", "--slow-request", "--", "cat"]),
         2,
-        &["there is no --slow-request here", "forkyard run"],
+        &["--slow-request is not available here", "forkyard run"],
     );
-    complained(&run("hello", &["--settle", "1s"]), 2, &["there is no --settle here: a worker says by itself"]);
-    complained(&run("hello", &["--direct"]), 2, &["there is no --direct here: it is for the programs of forkyard run"]);
+    complained(&run("hello", &["--settle", "1s"]), 2, &["--settle is not available here: a worker reports itself"]);
+    complained(
+        &run("hello", &["--direct"]),
+        2,
+        &["--direct is not available here: it is for programs under forkyard run"],
+    );
 }
 
 #[test]
@@ -340,7 +340,7 @@ fn what_was_probably_meant_is_said() {
     let bind = ["run", "--bind", "fastcgi:unix:/tmp/never-made.sock"];
     let said = run("forkyard", &[&bind[..], &["php-cgi", "-d", "memory_limit=64M"]].concat());
     let line = "forkyard run --bind fastcgi:unix:/tmp/never-made.sock -- php-cgi -d 'memory_limit=64M'";
-    let said = complained(&said, 2, &["unexpected argument 'php-cgi'", "stand behind '--'"]);
+    let said = complained(&said, 2, &["unexpected argument 'php-cgi'", "come after '--'"]);
     assert!(said.contains(line) || said.contains(&line.replace('\'', "")), "{said}");
     complained(&run("forkyard", &["restart"]), 2, &["'restart'", "'reload' replaces all workers", "'upgrade'"]);
     complained(&run("hello", &["restart"]), 2, &["'restart'", "'reload' replaces all workers"]);
@@ -369,22 +369,22 @@ fn what_was_probably_meant_is_said() {
         let said = complained(&said, 2, &["  tip: ", &format!(": {right}\n")]);
         assert_eq!(said.matches("tip:").count(), 1, "{said}");
     }
-    complained(&run("hello", &["run", "--", "cat"]), 2, &["'forkyard run' serves a program"]);
+    complained(&run("hello", &["run", "--", "cat"]), 2, &["'forkyard run' runs a program"]);
     // Nothing to purge, or to let go.
     for what in [&[][..], &["--tag", ""], &["--prefix", ""], &[""]] {
         let said = run("hello", &[&["cache", "purge", "--control", "/x"], what].concat());
         complained(&said, 2, if what.is_empty() { &["--tag", "--prefix", "'cache clear'"] } else { &["for '"] });
     }
     complained(&run("hello", &["quarantine", "release", "--control", "/x"]), 2, &["'quarantine ls'", "--all"]);
-    complained(&run("forkyard", &["shutdown"]), 2, &["'stop' ends the master"]);
-    complained(&run("hello", &["--bind", "fastcgi:/run/x.sock"]), 2, &["is fastcgi:unix:/run/x.sock meant?"]);
-    complained(&run("hello", &["--bind", "unix:/run/x.sock"]), 2, &["is fastcgi:unix:/run/x.sock meant?"]);
-    complained(&run("hello", &["--bind", "127.0.0.1:8080"]), 2, &["is http:127.0.0.1:8080 meant?"]);
+    complained(&run("forkyard", &["shutdown"]), 2, &["'stop' stops the master"]);
+    complained(&run("hello", &["--bind", "fastcgi:/run/x.sock"]), 2, &["did you mean fastcgi:unix:/run/x.sock?"]);
+    complained(&run("hello", &["--bind", "unix:/run/x.sock"]), 2, &["did you mean fastcgi:unix:/run/x.sock?"]);
+    complained(&run("hello", &["--bind", "127.0.0.1:8080"]), 2, &["did you mean http:127.0.0.1:8080?"]);
 }
 
 #[test]
 fn an_application_that_runs_as_root_unasked_is_warned_of() {
-    const WARNING: &str = "the application runs as root, for want of another user (name one with --user";
+    const WARNING: &str = "the application runs as root (choose a user, as in --user";
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let start = |name: &str, user: &[&str]| {
@@ -433,7 +433,7 @@ fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes
     );
     let words = [
         &format!(
-            "--bind http:0.0.0.0:{port} and --bind http:127.0.0.1:{port} overlap: both would listen at port {port}"
+            "--bind http:0.0.0.0:{port} and --bind http:127.0.0.1:{port} overlap: both would listen on port {port}"
         ),
         &format!("--bind fastcgi:unix:{} and --control {} name the same file", at("real/a.sock"), at("link/a.sock")),
         &format!("--bind scgi:unix:{} and --events-socket {} name", at("link/b.sock"), at("link/../real/b.sock")),
@@ -534,9 +534,9 @@ fn check_tells_of_what_a_start_would_have_to_be_given_and_of_files_of_something_
     complained(&check("hello", &directory, text), 0, &words);
     let notes = directory.path().join("notes");
     std::fs::write(&notes, "something of somebody").unwrap();
-    for flag in ["pid-file", "cache-file"] {
+    for (flag, cause) in [("pid-file", "does not hold a pid"), ("cache-file", "it holds something else")] {
         let text = format!("bind = 'http:127.0.0.1:0'\n{flag} = '{}'\n", notes.display());
-        complained(&check("hello", &directory, &text), 1, &["it holds something else", &format!("--{flag}")]);
+        complained(&check("hello", &directory, &text), 1, &[cause, &format!("--{flag}")]);
     }
 }
 
@@ -549,7 +549,7 @@ fn a_limit_of_addresses_below_what_a_worker_has_is_refused() {
     }
     complained(&check("hello", &directory, &text("4G")), 0, &[]);
     let output = run("hello", &["--bind", "http:127.0.0.1:0", "--rlimit", "as=1M"]);
-    complained(&output, 1, &["--rlimit as=1M: a worker has more than"]);
+    complained(&output, 1, &["--rlimit as=1M: a worker needs more than"]);
 }
 
 #[test]

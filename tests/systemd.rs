@@ -123,10 +123,10 @@ fn a_name_that_was_not_passed_is_an_error_that_says_which_were() {
         String::from_utf8(output.stderr).unwrap()
     };
     let said = run("--bind http:systemd:other");
-    assert!(said.contains("systemd passed no socket named 'other', but web (see FileDescriptorName="), "{said}");
+    assert!(said.contains("systemd passed no socket named 'other', only web (see FileDescriptorName="), "{said}");
     let output = Command::new(program("hello")).args(["--bind", "http:systemd"]).output_in_time().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("systemd passed no socket (a .socket unit"), "{said}");
+    assert!(said.contains("systemd passed no socket (add a .socket unit"), "{said}");
 }
 
 #[test]

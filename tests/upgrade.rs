@@ -216,7 +216,7 @@ fn a_cache_file_does_not_change_its_size_under_the_workers() {
     place.script(&text, 0o755);
     server.signal(Signal::SIGUSR2);
     let line = server.wait_for("no upgrade, and nothing has changed");
-    assert!(line.contains("--cache-file: the workers use it until they leave"), "{line}");
+    assert!(line.contains("--cache-file: the old workers still use the file"), "{line}");
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
     server.stop();
 }

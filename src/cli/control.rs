@@ -20,13 +20,17 @@ use crate::control::wire::Request;
 /// Of everything that serves.
 #[derive(Args, Debug)]
 pub(super) struct ControlOptions {
-    /// Answer status, reload, stop and the other sub-commands at this Unix socket, for root and the user of the master
-    #[arg(long, value_name = "PATH", env = "FORKYARD_CONTROL", help_heading = "Operation")]
+    /// Unix socket for status, reload, stop and the other sub-commands [default: none]
+    ///
+    /// Only root and the user of the master can use it.
+    #[arg(long, value_name = "PATH", env = "FORKYARD_CONTROL", help_heading = "Control and configuration")]
     control: Option<PathBuf>,
 
-    /// Read settings from this TOML file: the same names as the flags, which win over FORKYARD_* variables, which win
-    /// over the file
-    #[arg(long, value_name = "FILE", env = "FORKYARD_CONFIG", help_heading = "Operation")]
+    /// Read settings from this TOML file
+    ///
+    /// The keys are the names of the flags. A flag overrides its FORKYARD_* variable, and the variable overrides the
+    /// file.
+    #[arg(long, value_name = "FILE", env = "FORKYARD_CONFIG", help_heading = "Control and configuration")]
     config: Option<PathBuf>,
 }
 
@@ -39,16 +43,18 @@ impl ControlOptions {
 /// Of the sub-commands.
 #[derive(Args, Debug)]
 pub(super) struct Socket {
-    /// The control socket of the master
+    /// Control socket of the master
     #[arg(long, value_name = "PATH", env = "FORKYARD_CONTROL")]
     control: PathBuf,
 
-    /// Give up when the master is silent for this long, and, if it is at work for longer, gives no other sign of life
-    /// either; 0 to wait for ever
+    /// Give up when the master has not answered for this long; 0 for no limit
+    ///
+    /// A command that takes time (reload, scale, stop, upgrade) continues to wait as long as the master answers a
+    /// status request.
     #[arg(long, value_name = "TIME", env = "FORKYARD_CONTROL_TIMEOUT", default_value = "10s", value_parser = parse_duration)]
     timeout: Duration,
 
-    /// Print JSON, a value a line
+    /// Print JSON, one value per line
     #[arg(long)]
     json: bool,
 }
@@ -58,69 +64,69 @@ pub(super) struct Socket {
 pub(super) enum Operation {
     /// Show the master, its sockets, and what each worker is doing
     Status(Socket),
-    /// Show the status again and again
+    /// Refresh the status continuously
     Top {
         #[command(flatten)]
         socket: Socket,
-        /// Time between two looks, at least 100ms
+        /// Time between two refreshes, at least 100ms
         #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_interval)]
         interval: Duration,
-        /// Look so many times, then end
+        /// Exit after this many refreshes
         #[arg(long, value_name = "N")]
         rounds: Option<u32>,
     },
-    /// Replace the workers one by one, and wait until that is done or has failed
+    /// Replace all workers, and wait until this is done or has failed
     Reload(Socket),
-    /// Replace the master's program in place, as USR2 does
+    /// Upgrade the master to a new build in place, as USR2 does, and wait for the outcome
     Upgrade(Socket),
-    /// Finish what is being served, end, and wait until that is done
+    /// Stop the server: finish the requests in flight, and wait until the master has exited
     Stop {
         #[command(flatten)]
         socket: Socket,
-        /// Finish nothing
+        /// Stop at once, without finishing requests
         #[arg(long)]
         now: bool,
     },
-    /// Change the number of workers, and wait until there are so many
+    /// Change the number of workers, and wait until it is reached
     Scale {
-        /// How many workers there should be
+        /// Number of workers
         workers: u32,
         #[command(flatten)]
         socket: Socket,
     },
-    /// Open the log files anew, as USR1 does
+    /// Reopen the log files, as USR1 does
     ReopenLogs(Socket),
-    /// See which requests are refused because workers died of them, and let them go
+    /// List or release requests that are refused because workers died of them
     #[command(subcommand)]
     Quarantine(Quarantine),
-    /// Look at the page cache, and purge from it
+    /// Show the page cache, and purge pages
     #[command(subcommand)]
     Cache(Cache),
-    /// Publish events, and see what is published
+    /// Publish events, and read the event log
     #[command(subcommand)]
     Events(Events),
-    /// Print completions for a shell
+    /// Print a completion script for a shell
     Completions {
-        /// The shell
+        /// Shell that reads the script
         shell: Shell,
     },
-    /// Print a manual page, in the format of man
+    /// Print a manual page, in roff format
     Man {
-        /// The sub-command that it is to be about
+        /// Sub-command that the page documents [default: the whole program]
         command: Option<String>,
     },
 }
 
 #[derive(Subcommand, Debug)]
 pub(super) enum Quarantine {
-    /// List the requests that are refused, and for how long yet
+    /// List the quarantined requests, each with the time left
     Ls(Socket),
-    /// Refuse a request no longer
+    /// Admit a quarantined request again
     #[command(group = ArgGroup::new("which").required(true).args(["request", "all"]))]
     Release {
-        /// The request as ls shows it, as in 'GET /items/*'
+        /// Request as ls shows it, as in 'GET /items/*'
         request: Option<String>,
-        /// All of them
+        /// Release all requests
         #[arg(long)]
         all: bool,
         #[command(flatten)]
@@ -130,14 +136,14 @@ pub(super) enum Quarantine {
 
 #[derive(Subcommand, Debug)]
 pub(super) enum Cache {
-    /// What is in the cache, and what happened to it
+    /// Show the size and the counters of the cache
     Stats(Socket),
     /// List the pages
     Ls {
-        /// Only those whose keys begin with this
+        /// List only pages whose keys begin with this
         #[arg(default_value = "")]
         prefix: OsString,
-        /// So many at the most
+        /// List at most this many pages
         #[arg(long, value_name = "N", default_value = "1000")]
         most: usize,
         #[command(flatten)]
@@ -145,37 +151,37 @@ pub(super) enum Cache {
     },
     /// Print a page
     Get {
-        /// Its key
+        /// Key of the page
         key: OsString,
-        /// Print its status and headers first
+        /// Print the status and the headers first
         #[arg(long)]
         headers: bool,
         #[command(flatten)]
         socket: Socket,
     },
-    /// Make a page out of date, or all with a tag, or all whose keys begin alike
+    /// Purge a page, all pages with a tag, or all pages whose keys begin alike
     #[command(group = ArgGroup::new("what").required(true).args(["key", "tag", "prefix"]))]
     Purge {
-        /// Its key
+        /// Key of the page
         #[arg(value_parser = some_text())]
         key: Option<OsString>,
-        /// All pages with this tag
+        /// Purge all pages with this tag
         #[arg(long, value_parser = NonEmptyStringValueParser::new())]
         tag: Option<String>,
-        /// All pages whose keys begin with this
+        /// Purge all pages whose keys begin with this
         #[arg(long, value_parser = some_text())]
         prefix: Option<OsString>,
         #[command(flatten)]
         socket: Socket,
     },
-    /// Make all pages out of date
+    /// Purge all pages
     Clear(Socket),
 }
 
 /// Not empty: as a prefix that would be every page, and in a script it is a variable that is not set.
 fn some_text() -> impl TypedValueParser<Value = OsString> {
     OsStringValueParser::new().try_map(|text| {
-        if text.is_empty() { Err("it is empty (cache clear makes all pages out of date)") } else { Ok(text) }
+        if text.is_empty() { Err("the value is empty ('cache clear' purges all pages)") } else { Ok(text) }
     })
 }
 
@@ -251,7 +257,7 @@ fn manual(command: &mut Command, about: Option<&str>) -> Result<Vec<u8>, clap::E
             Some(found) => found.clone().name(format!("{}-{name}", command.get_name())),
             None => {
                 let kind = clap::error::ErrorKind::InvalidSubcommand;
-                return Err(command.error(kind, format!("there is no sub-command '{name}' to make a page of")));
+                return Err(command.error(kind, format!("there is no sub-command '{name}'")));
             }
         },
     };

@@ -8,17 +8,20 @@ use crate::config::parse_size;
 /// The event log of our own workers, and their subscribers.
 #[derive(Args, Debug)]
 pub(super) struct EventsOptions {
-    /// Size of the event log that all workers share, as in 4M; 0 for none. When it is full the oldest events are forgotten
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_EVENTS_SIZE", default_value = "1M", value_parser = parse_size, help_heading = "Memory and limits")]
+    /// Size of the event log, which all workers share, as in 4M; 0 disables it
+    ///
+    /// When the log is full, the oldest events are evicted.
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_EVENTS_SIZE", default_value = "1M", value_parser = parse_size, help_heading = "Cache and events")]
     events: u64,
 
-    /// Events that each worker has at hand for its subscribers; one who is further behind reads them from the log
-    #[arg(long, value_name = "N", env = "FORKYARD_EVENTS_BACKLOG", default_value = "256", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
+    /// Encoded events that each worker keeps in memory for its subscribers
+    ///
+    /// A subscriber that is further behind reads from the log.
+    #[arg(long, value_name = "N", env = "FORKYARD_EVENTS_BACKLOG", default_value = "256", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Cache and events")]
     events_backlog: u32,
 
-    /// Subscribers to events that one worker has at a time; a further one gets 503 [default: three quarters of
-    /// --max-connections]
-    #[arg(long, value_name = "N", env = "FORKYARD_MAX_SUBSCRIBERS", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
+    /// Event subscribers per worker; further ones get 503 [default: three quarters of --max-connections]
+    #[arg(long, value_name = "N", env = "FORKYARD_MAX_SUBSCRIBERS", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Cache and events")]
     max_subscribers: Option<u32>,
 }
 
@@ -34,9 +37,11 @@ impl EventsOptions {
 /// The event log beside an external program.
 #[derive(Args, Debug)]
 pub(super) struct LogOfProgram {
-    /// Size of the event log in the shared memory, for the publish socket (FORKYARD_EVENTS), the events
-    /// sub-commands, and programs that use the forkyard-shm library, as in 1M; 0 for none
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_EVENTS_SIZE", default_value = "0", value_parser = parse_size, help_heading = "Processes")]
+    /// Size of the event log in shared memory, as in 1M; 0 disables it
+    ///
+    /// The log serves the publish socket (FORKYARD_EVENTS), the events sub-commands, and programs with the
+    /// forkyard-shm library.
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_EVENTS_SIZE", default_value = "0", value_parser = parse_size, help_heading = "Cache and events")]
     events: u64,
 }
 

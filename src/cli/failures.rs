@@ -10,33 +10,35 @@ use crate::config::{parse_duration, parse_interval_or_zero, parse_positive_durat
 /// What is done about requests that hang, dawdle or kill.
 #[derive(Args, Debug)]
 pub(super) struct FailureOptions {
-    /// A request whose response has not begun by then gets 504; 0 for never
+    /// Answer 504 if the application has not begun its response within this time; 0 disables
     #[arg(long, value_name = "TIME", env = "FORKYARD_REQUEST_TIMEOUT", default_value = "0", value_parser = parse_duration, help_heading = "Hangs and crashes")]
     request_timeout: Duration,
 
-    /// A worker whose event loop is at work for so long without a pause is replaced and ended; one in which a function
-    /// runs on for so long after the time of its request (--request-timeout) is over is replaced. A worker that leaves waits no
-    /// longer for a function that nobody waits for. At least 100ms, or 0 for never
+    /// Replace a worker that hangs for this long, at least 100ms; 0 disables
+    ///
+    /// A worker hangs if its event loop does not yield for this time (it is then killed), or if a blocking function
+    /// runs for this time after its request got 504 (--request-timeout). A worker that drains does not wait for such
+    /// a function.
     #[arg(long, value_name = "TIME", env = "FORKYARD_HANG_TIMEOUT", default_value = "30s", value_parser = parse_interval_or_zero, help_heading = "Hangs and crashes")]
     hang_timeout: Duration,
 
-    /// Log each request that is older, once, with a backtrace of what it is at; 0 for none
+    /// Log each request that takes longer than this, once, with a backtrace; 0 disables
     #[arg(long, value_name = "TIME", env = "FORKYARD_SLOW_REQUEST", default_value = "0", value_parser = parse_duration, help_heading = "Hangs and crashes")]
     slow_request: Duration,
 
-    /// Refuse a request with 503 after so many workers died of it; 0 for never
+    /// Refuse a request with 503 after this many workers have died of it; 0 disables
     #[arg(long, value_name = "N", env = "FORKYARD_QUARANTINE", default_value = "3", value_parser = clap::value_parser!(u32).range(0..=100), help_heading = "Hangs and crashes")]
     quarantine: u32,
 
-    /// The time within which those deaths count
+    /// Time within which the deaths for --quarantine are counted
     #[arg(long, value_name = "TIME", env = "FORKYARD_QUARANTINE_WINDOW", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Hangs and crashes")]
     quarantine_window: Duration,
 
-    /// How long such a request is refused; twice as long with each relapse, up to an hour
+    /// Time for which a quarantined request is refused; doubles with each relapse, up to an hour
     #[arg(long, value_name = "TIME", env = "FORKYARD_QUARANTINE_TIME", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Hangs and crashes")]
     quarantine_time: Duration,
 
-    /// What is refused then
+    /// Requests that a quarantine covers
     #[arg(
         long,
         value_name = "WHAT",
@@ -50,9 +52,9 @@ pub(super) struct FailureOptions {
 /// The names of [`QuarantineBy`] on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum By {
-    /// The path that kills; and if several kill that differ in numbers and ids alone, all of that form
+    /// The path; if paths that differ only in numbers and ids kill workers, all paths of that form
     Pattern,
-    /// The path that kills, and no other
+    /// The path only
     Path,
 }
 

@@ -50,7 +50,7 @@ pub(super) fn read(path: &Path, command: &Command, matches: &ArgMatches) -> (Add
     let text = match text_of(path) {
         Ok(text) => text,
         Err(cause) => {
-            let lines = vec![format!("cannot read {name}: {cause} (choose a file with --config)")];
+            let lines = vec![format!("cannot read the configuration file {name}: {cause} (see --config)")];
             return (Additions::default(), Mistakes { lines, settings: Vec::new() });
         }
     };
@@ -64,7 +64,7 @@ fn text_of(path: &Path) -> Result<String, String> {
     let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
     // A pipe would keep us waiting, and a device might never end.
     if !metadata.is_file() {
-        return Err("it is not a file".to_owned());
+        return Err("it is not a regular file".to_owned());
     }
     if metadata.len() > MAX_SIZE {
         return Err(format!("it is longer than {MAX_SIZE} bytes"));
@@ -99,7 +99,7 @@ impl Reading<'_> {
             let text = match error.message() {
                 "duplicate key" => format!("'{name}' is given twice"),
                 message if message.starts_with("invalid basic string") => {
-                    "the text is not closed: \" is missing".to_owned()
+                    "the string is not closed: \" is missing".to_owned()
                 }
                 message => message.to_owned(),
             };
@@ -168,15 +168,15 @@ impl Reading<'_> {
                 }
             }
             (Some(_), _) if NEVER.contains(&flag) => {
-                self.mistake(at, format!("'{flag}' makes no sense in a configuration file (give --{flag} as a flag)"));
+                self.mistake(at, format!("'{flag}' cannot be set in a configuration file (use the flag --{flag})"));
             }
             (Some(argument), _) => match refused::reason(argument) {
-                Some(reason) => self.mistake(at, format!("there is no setting '{flag}' here: {reason}")),
+                Some(reason) => self.mistake(at, format!("'{flag}' is not available here: {reason}")),
                 None => self.flag(argument, flag, value),
             },
             (None, _) => {
-                let hint = self.similar(flag).map(|name| format!(" (is '{name}' meant?)"));
-                self.mistake(at, format!("there is no setting '{flag}'{}", hint.unwrap_or_default()));
+                let hint = self.similar(flag).map(|name| format!(" (did you mean '{name}'?)"));
+                self.mistake(at, format!("unknown setting '{flag}'{}", hint.unwrap_or_default()));
             }
         }
     }
@@ -187,7 +187,7 @@ impl Reading<'_> {
             (ArgAction::SetTrue, DeValue::Boolean(true)) => arguments.push(format!("--{flag}")),
             (ArgAction::SetTrue, DeValue::Boolean(false)) => {}
             (ArgAction::SetTrue, _) => {
-                self.mistake(value.span(), format!("'{flag}' is true or false (without quotes)"));
+                self.mistake(value.span(), format!("'{flag}' must be true or false (without quotes)"));
             }
             (_, DeValue::Boolean(given)) if argument.get_value_parser().type_id() == TypeId::of::<bool>() => {
                 arguments.push(format!("--{flag}={given}"));
@@ -201,7 +201,7 @@ impl Reading<'_> {
                     arguments.extend(self.checked(flag, value));
                 }
             }
-            (_, DeValue::Array(_)) => self.mistake(value.span(), format!("'{flag}' takes one value, and no list")),
+            (_, DeValue::Array(_)) => self.mistake(value.span(), format!("'{flag}' takes one value, not a list")),
             _ => arguments.extend(self.checked(flag, value)),
         }
         if !self.is_given(argument) {
@@ -212,10 +212,7 @@ impl Reading<'_> {
     /// The flag with its value, if the flag's own parser takes it.
     fn checked(&mut self, flag: &str, value: &Spanned<DeValue<'_>>) -> Option<String> {
         let Some(text) = plain(value.get_ref()) else {
-            self.mistake(
-                value.span(),
-                format!("'{flag}' takes text or a number, and this is {}", kind(value.get_ref())),
-            );
+            self.mistake(value.span(), format!("'{flag}' takes a string or a number, not {}", kind(value.get_ref())));
             return None;
         };
         let argument = format!("--{flag}={text}");
@@ -229,13 +226,13 @@ impl Reading<'_> {
     fn words(&mut self, value: &Spanned<DeValue<'_>>) -> Vec<String> {
         let mut words = Vec::new();
         let Some(values) = value.get_ref().as_array() else {
-            self.mistake(value.span(), format!("'{COMMAND}' is a list: the program, and each of its arguments"));
+            self.mistake(value.span(), format!("'{COMMAND}' must be a list of strings: the program and its arguments"));
             return words;
         };
         for value in values.iter() {
             match value.get_ref().as_str() {
                 Some(word) => words.push(word.to_owned()),
-                None => self.mistake(value.span(), format!("'{COMMAND}' is a list of texts")),
+                None => self.mistake(value.span(), format!("'{COMMAND}' must be a list of strings")),
             }
         }
         words
@@ -306,8 +303,9 @@ fn plain(value: &DeValue<'_>) -> Option<String> {
 
 fn kind(value: &DeValue<'_>) -> String {
     match value {
-        DeValue::Boolean(_) => "true or false".to_owned(),
+        DeValue::Boolean(_) => "a boolean".to_owned(),
         DeValue::Integer(_) => "a number in another base".to_owned(),
+        DeValue::Array(_) => "a list".to_owned(),
         other => format!("a {}", other.type_str()),
     }
 }

@@ -9,30 +9,30 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// What other programs call a sub-command.
 const OTHER_NAMES: [(&str, &str); 20] = [
-    ("run", "a binary with an application linked in serves without a sub-command; 'forkyard run' serves a program"),
+    ("run", "a binary with a linked application serves without a sub-command; 'forkyard run' runs a program"),
     (
         "restart",
-        "'reload' replaces all workers without losing a request, 'upgrade' the master's program as well; what changes with a \
-         restart only needs 'stop', and a start",
+        "'reload' replaces all workers without losing a request, 'upgrade' also the master's program; settings that cannot \
+         change in a running master need 'stop' and a start",
     ),
-    ("start", "'forkyard run' serves a program; a binary with an application linked in serves without a sub-command"),
-    ("serve", "'forkyard run' serves a program; a binary with an application linked in serves without a sub-command"),
-    ("quit", "'stop' ends the master"),
-    ("shutdown", "'stop' ends the master"),
-    ("halt", "'stop --now' ends the master at once"),
-    ("kill", "'stop --now' ends the master at once"),
-    ("configtest", "'check' looks at the settings"),
-    ("test", "'check' looks at the settings"),
-    ("validate", "'check' looks at the settings"),
+    ("start", "'forkyard run' runs a program; a binary with a linked application serves without a sub-command"),
+    ("serve", "'forkyard run' runs a program; a binary with a linked application serves without a sub-command"),
+    ("quit", "'stop' stops the master"),
+    ("shutdown", "'stop' stops the master"),
+    ("halt", "'stop --now' stops the master at once"),
+    ("kill", "'stop --now' stops the master at once"),
+    ("configtest", "'check' reports errors in the settings"),
+    ("test", "'check' reports errors in the settings"),
+    ("validate", "'check' reports errors in the settings"),
     ("info", "'status' shows the master and its workers"),
     ("ps", "'status' shows the master and its workers"),
     ("list", "'status' shows the master and its workers"),
-    ("ls", "'status' shows the master and its workers; there are 'cache ls', 'events ls' and 'quarantine ls'"),
-    ("stats", "'status' shows the master and its workers, and 'cache stats' the cache"),
-    ("reopen", "'reopen-logs' opens the log files again"),
-    ("rotate", "'reopen-logs' opens the log files again"),
+    ("ls", "'status' shows the master and its workers; see also 'cache ls', 'events ls' and 'quarantine ls'"),
+    ("stats", "'status' shows the master and its workers, 'cache stats' the cache"),
+    ("reopen", "'reopen-logs' reopens the log files"),
+    ("rotate", "'reopen-logs' reopens the log files"),
     ("workers", "'scale N' changes the number of workers"),
-    ("purge", "'cache purge' makes pages out of date"),
+    ("purge", "'cache purge' purges pages"),
 ];
 
 /// Adds to a complaint about a command line what was probably meant. `is_good` says whether another line would do.
@@ -71,7 +71,7 @@ fn rearranged(
 ) -> Option<String> {
     let in_front = with_sub_command_in_front(command, arguments);
     if in_front != arguments && is_good(&in_front) {
-        return Some(format!("flags stand behind the sub-command: {}", shown(&in_front)));
+        return Some(format!("flags come after the sub-command: {}", shown(&in_front)));
     }
     let end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
     let run = arguments[..end].iter().position(|argument| argument == "run")?;
@@ -79,7 +79,7 @@ fn rearranged(
     without_run.remove(run);
     let lines = [with_sub_command_in_front(command, &without_run), without_run];
     if let Some(line) = lines.iter().find(|line| is_good(line)) {
-        return Some(format!("there is one sub-command in a line: {}", shown(line)));
+        return Some(format!("only one sub-command can be given: {}", shown(line)));
     }
     lines.iter().find_map(|line| without_dashes(|_| true, line, is_good))
 }
@@ -110,17 +110,14 @@ fn without_name_of_flag(
     let at = arguments.iter().position(|argument| argument == word).filter(|_| !word.starts_with('-'))?;
     let mut line = arguments.to_vec();
     line.insert(at, OsString::from("--control"));
-    is_good(&line).then(|| format!("the control socket has a flag: {}", shown(&line)))
+    is_good(&line).then(|| format!("the control socket is named with --control: {}", shown(&line)))
 }
 
 /// What there is to choose from, if nothing was chosen.
 fn without_a_choice(error: &clap::Error) -> Option<String> {
     const TIPS: [(&str, &str); 2] = [
-        (
-            "--prefix",
-            "name a page by its key, or pages by --tag or --prefix; 'cache clear' makes all pages out of date",
-        ),
-        ("--all", "name a request as 'quarantine ls' shows it, or let all go with --all"),
+        ("--prefix", "name a page by its key, or pages by --tag or --prefix; 'cache clear' purges all pages"),
+        ("--all", "name a request as 'quarantine ls' shows it, or release all with --all"),
     ];
     let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) else { return None };
     let tip = TIPS.iter().find(|(flag, _)| missing.iter().any(|missing| missing.contains(flag)));
@@ -156,5 +153,5 @@ fn without_dashes(
         [before, &[OsString::from("--")], after].concat()
     });
     let good = corrected.into_iter().find(|line| is_good(line))?;
-    Some(format!("the program and its arguments stand behind '--': {}", shown(&good)))
+    Some(format!("the program and its arguments come after '--': {}", shown(&good)))
 }

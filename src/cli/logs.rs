@@ -10,14 +10,14 @@ use crate::config::parse_size;
 /// Those of everything that serves.
 #[derive(Args, Debug)]
 pub(super) struct LogOptions {
-    /// The log goes to this file, which is opened again on USR1 [default: standard error]
+    /// Write the log to this file, which is reopened on USR1 [default: standard error]
     #[arg(long, value_name = "FILE", env = "FORKYARD_LOG_FILE", help_heading = "Logging")]
     log_file: Option<PathBuf>,
 
-    /// The form of the log's lines: text, or json for one object a line
+    /// Format of log lines: text, or json with one object per line
     #[arg(
         long,
-        value_name = "FORM",
+        value_name = "FORMAT",
         env = "FORKYARD_LOG_FORMAT",
         default_value = "text",
         hide_possible_values = true,
@@ -25,13 +25,15 @@ pub(super) struct LogOptions {
     )]
     log_format: Form,
 
-    /// Bytes of the log that wait in each process while its reader is slow; when as many wait, further lines are lost and
-    /// counted. With 0 none waits
+    /// Log lines, in bytes, that each process queues while the log's reader is slow; 0 queues none
+    ///
+    /// When the queue is full, further lines are dropped and counted.
     #[arg(long, value_name = "SIZE", env = "FORKYARD_LOG_QUEUE", default_value = "1M", value_parser = parse_size, help_heading = "Logging")]
     log_queue: u64,
 
-    /// Bytes a second, on average, that are logged of the output of each process (bursts of eight times that pass); further lines are left
-    /// out and counted; 0 for no limit
+    /// Output of each process that is logged, in bytes per second on average; 0 for no limit
+    ///
+    /// Bursts of eight times that are logged. Further lines are dropped and counted.
     #[arg(long, value_name = "SIZE", env = "FORKYARD_OUTPUT_RATE", default_value = "1M", value_parser = parse_size, help_heading = "Logging")]
     output_rate: u64,
 }
@@ -39,15 +41,16 @@ pub(super) struct LogOptions {
 /// Those of an application linked in.
 #[derive(Args, Debug, Default)]
 pub(super) struct AccessLogOptions {
-    /// A line for each request goes to this file, which is opened again on USR1; - is standard output [default: none]
+    /// Write a line per request to this file, which is reopened on USR1 [default: none]
+    ///
+    /// With -, the lines go to standard output.
     #[arg(long, value_name = "FILE", env = "FORKYARD_ACCESS_LOG", help_heading = "Logging")]
     access_log: Option<PathBuf>,
 
-    /// The form of the access log's lines: combined (as other servers write it, and more behind it), or json for one
-    /// object a line
+    /// Format of access log lines: combined (with further fields at the end), or json
     #[arg(
         long,
-        value_name = "FORM",
+        value_name = "FORMAT",
         env = "FORKYARD_ACCESS_LOG_FORMAT",
         default_value = "combined",
         hide_possible_values = true,
@@ -55,8 +58,9 @@ pub(super) struct AccessLogOptions {
     )]
     access_log_format: AccessForm,
 
-    /// Lines a second of each kind that a worker logs of itself (malformed requests, say); of further ones the last is logged, with their
-    /// number; 0 for no limit
+    /// Lines of each kind (malformed requests, for example) that a worker logs per second; 0 for no limit
+    ///
+    /// Of further lines, the last one is logged, with their number.
     #[arg(long, value_name = "N", env = "FORKYARD_LOG_RATE", default_value_t = DEFAULT_RATE, help_heading = "Logging")]
     log_rate: u32,
 }

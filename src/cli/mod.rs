@@ -51,62 +51,90 @@ use crate::protocol::forwarded::Family;
 use crate::startup::cgi_invocation;
 use crate::startup::systemd;
 
-const SIGNALS: &str = "\
+const NOTES: &str = "\
+TIME is in seconds, or has a unit: ms, s, m or h. SIZE is in bytes, or has a unit: K, M, G or T.
+
 Signals to the master:
-  TERM       drain and stop: finish what is being served, for --drain-timeout at most
+  TERM       stop: finish the requests in flight, within --drain-timeout, and exit
   INT, QUIT  stop at once
-  HUP        replace the workers one by one; each new one is ready before an old one drains;
-             the file of --config is read anew
-  TTIN, TTOU one worker more, one worker less; of a range, both ends
-  USR1       open the log file and the access log again, after a rotation
-  USR2       become the program's new build, if it passes its check; then replace the workers as HUP does
-Exit status: 0 asked to stop, 1 failure, 2 wrong usage. A worker that exits 125 asks not to be replaced.";
+  HUP        reload: read the file of --config again and replace all workers; each new worker is
+             ready before an old one drains
+  TTIN, TTOU add a worker, remove a worker; with a range of --workers, both limits move
+  USR1       reopen the log file and the access log, after a rotation
+  USR2       upgrade: switch to the program's new build, if it passes its check; then reload
+
+Exit status: 0 stopped as requested, 1 failure, 2 wrong usage.
+A worker that was ready and exits with status 125 is not replaced.";
+
+/// `forkyard run` takes one address, over FastCGI, and has no default address.
+const BIND_OF_RUN: [&str; 2] = [
+    "Listen on this address, as in fastcgi:unix:/run/app.sock",
+    "\
+Listen on this address, as in fastcgi:unix:/run/app.sock
+
+PROTO is fastcgi. ADDR is HOST:PORT, unix:PATH, unix:@NAME (abstract namespace), fd:N (an inherited descriptor) or \
+systemd[:NAME] (a socket that systemd passes).
+
+Without --bind, the socket that systemd passes is used, or standard input, if it is a listening socket (started by a \
+web server).",
+];
 
 const CHECK: &str = "\
-Each line on standard error begins with 'forkyard: error: ' or 'forkyard: warning: '; a start fails for an error only.
-Exit status: 0 no error, 1 errors, 2 wrong usage (an unknown flag).";
+TIME is in seconds, or has a unit: ms, s, m or h. SIZE is in bytes, or has a unit: K, M, G or T.
+Each line on standard error begins with 'forkyard: error: ' or 'forkyard: warning: '.
+With an error, a start would fail; with a warning, it would not.
+Exit status: 0 no error, 1 errors, 2 wrong usage (for example an unknown flag).";
 
 /// The flags of everything that serves.
 #[derive(Args, Debug)]
 struct ServeOptions {
-    /// Listen here; repeatable. PROTO is http, fastcgi or scgi; ADDR is HOST:PORT, unix:PATH, unix:@NAME, fd:N
-    /// or systemd[:NAME]. Without it: the sockets that systemd passes; standard input if that is a listening socket (a web server started us); one CGI request, if
-    /// the environment has one; else http:127.0.0.1:8080
+    /// Listen on this address; repeatable
+    ///
+    /// PROTO is http, fastcgi or scgi. ADDR is HOST:PORT, unix:PATH, unix:@NAME (abstract namespace), fd:N (an
+    /// inherited descriptor) or systemd[:NAME] (sockets that systemd passes).
+    ///
+    /// Without --bind, the first of these that exists is used: the sockets that systemd passes; standard input, if it
+    /// is a listening socket (started by a web server); one CGI request, if the environment has one;
+    /// http:127.0.0.1:8080.
     #[arg(long, value_name = "PROTO:ADDR", env = "FORKYARD_BIND", value_delimiter = ',', help_heading = "Sockets")]
     bind: Vec<Bind>,
 
-    /// Connections that may wait in the kernel's queue of each socket; 0 leaves room for one
+    /// Connections that may wait in the kernel's accept queue of each socket; 0 allows one
     #[arg(long, value_name = "N", env = "FORKYARD_BACKLOG", default_value = "1024", help_heading = "Sockets")]
     backlog: u32,
 
-    /// Permissions of Unix socket files, in octal [default: as the umask says]
+    /// Permissions of Unix socket files, in octal, as in 660 [default: from the umask]
     #[arg(long, value_name = "MODE", env = "FORKYARD_SOCKET_MODE", value_parser = parse_mode, help_heading = "Sockets")]
     socket_mode: Option<u32>,
 
-    /// Worker processes: 1 to 1024; a range as in 2..16, to have as many as are needed (0..4: none while nobody asks);
-    /// or auto for one per processor
+    /// Number of worker processes: a number, a range as in 2..16, or auto
+    ///
+    /// The numbers are 1 to 1024. With a range, the number follows the load; with a minimum of 0, no worker runs
+    /// while there are no requests. auto starts one worker per processor.
     #[arg(long, value_name = "N", env = "FORKYARD_WORKERS", default_value = "auto", help_heading = "Processes")]
     workers: Range,
 
     #[command(flatten)]
     scaling: ScalingOptions,
 
-    /// A worker that is not ready by then is killed and counts as failed
+    /// Time for a new worker to become ready; then it is killed, and counts as a failed start
     #[arg(long, value_name = "TIME", env = "FORKYARD_START_TIMEOUT", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Processes")]
     start_timeout: Duration,
 
-    /// How long a worker that was asked to stop may finish what it serves; then it is killed. 0 kills it at once
+    /// Time for a worker that was asked to stop to finish its requests; 0 kills it at once
+    ///
+    /// After this time the worker is killed.
     #[arg(long, value_name = "TIME", env = "FORKYARD_DRAIN_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Processes")]
     drain_timeout: Duration,
 
-    /// Workers that are replaced at once within a second; beyond that the replacements wait
+    /// Workers per second that are replaced at once when they die; further replacements are delayed
     #[arg(long, value_name = "N", env = "FORKYARD_RESPAWN_RATE", default_value = "64", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Processes")]
     respawn_rate: u32,
 
     #[command(flatten)]
     upgrade: upgrade::UpgradeOptions,
 
-    /// What is logged: off, error, warn, info, debug or trace, also per module as in info,hyper=debug
+    /// Lines to log: off, error, warn, info, debug or trace; also per module, as in info,hyper=debug
     #[arg(long, value_name = "LEVEL", env = "FORKYARD_LOG_LEVEL", default_value = "info", value_parser = Filters::parse, help_heading = "Logging")]
     log_level: Filters,
 
@@ -138,13 +166,14 @@ impl ServeOptions {
 /// The further flags of a binary with an application linked into it.
 #[derive(Args, Debug)]
 struct WorkerOptions {
-    /// Threads per worker that run blocking functions, each one request at a time
+    /// Threads per worker for blocking functions; each thread runs one request at a time
     #[arg(long, value_name = "N", env = "FORKYARD_THREADS", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Processes")]
     threads: u32,
 
-    /// Size of the page cache that all workers share; 0 for none [default: 64M, or a quarter of the memory (of the machine, or that a
-    /// container's limit allows) if that is less]
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", value_parser = parse_size, help_heading = "Memory and limits")]
+    /// Size of the page cache, which all workers share; 0 disables it
+    ///
+    /// [default: 64M, or a quarter of the memory of the machine or container, if that is less]
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", value_parser = parse_size, help_heading = "Cache and events")]
     cache: Option<u64>,
 
     #[command(flatten)]
@@ -156,59 +185,66 @@ struct WorkerOptions {
     #[command(flatten)]
     access: AccessOptions,
 
-    /// Largest request body; a larger one gets 413. 0 refuses every body
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BODY", default_value = "1G", value_parser = parse_size, help_heading = "Memory and limits")]
+    /// Largest request body; larger ones get 413. 0 rejects every body
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BODY", default_value = "1G", value_parser = parse_size, help_heading = "Limits")]
     max_body: u64,
 
-    /// Largest head of a request (FastCGI parameters, HTTP headers), at least 8K; a larger one gets 431
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_PARAMS", default_value = "128K", value_parser = parse_max_params, help_heading = "Memory and limits")]
+    /// Largest head of a request (HTTP headers, FastCGI parameters), 8K to 16M; larger ones get 431
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_PARAMS", default_value = "128K", value_parser = parse_max_params, help_heading = "Limits")]
     max_params: usize,
 
-    /// Connections that one worker holds at a time. At the limit it closes those that are idle for longest; if none is, new
-    /// ones wait to be accepted
-    #[arg(long, value_name = "N", env = "FORKYARD_MAX_CONNECTIONS", default_value = "4096", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
+    /// Connections per worker
+    ///
+    /// At the limit, a worker closes the connections that have been idle for longest. If none is idle, new
+    /// connections wait in the kernel's accept queue.
+    #[arg(long, value_name = "N", env = "FORKYARD_MAX_CONNECTIONS", default_value = "4096", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
     max_connections: u32,
 
-    /// Connections of one worker that may come from one address (of IPv6, from one /64 network); 0 for any number. A further
-    /// one is closed at once. Unix sockets, those of --trust and connections taken over from another worker are not counted
+    /// Connections per worker from one client address; 0 for no limit
+    ///
+    /// Further connections are closed at once. An IPv6 client counts by its /64 network. Unix sockets, peers of
+    /// --trust and connections taken over from another worker are not counted.
     #[arg(
         long,
         value_name = "N",
         env = "FORKYARD_MAX_CONNECTIONS_PER_ADDRESS",
         default_value = "0",
-        help_heading = "Memory and limits"
+        help_heading = "Limits"
     )]
     max_connections_per_address: u32,
 
-    /// Memory of one worker for what clients have sent of requests: heads and bodies, of all connections together; 0 for no
-    /// limit. Beyond it those that send slowly are cut off, and further requests get 503
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BUFFERED", default_value = "256M", value_parser = parse_size, help_heading = "Memory and limits")]
+    /// Memory per worker for heads and bodies of requests that clients are sending; 0 for no limit
+    ///
+    /// Beyond the limit, connections that send slowly are closed and further requests get 503.
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BUFFERED", default_value = "256M", value_parser = parse_size, help_heading = "Limits")]
     max_buffered: u64,
 
     /// Requests per worker that may wait for a thread; further ones get 503
-    #[arg(long, value_name = "N", env = "FORKYARD_QUEUE", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Memory and limits")]
+    #[arg(long, value_name = "N", env = "FORKYARD_QUEUE", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
     queue: u32,
 
-    /// Headers of a request; one with more gets 431
-    #[arg(long, value_name = "N", env = "FORKYARD_MAX_HEADERS", default_value = "100", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Memory and limits")]
+    /// Headers per request; requests with more get 431
+    #[arg(long, value_name = "N", env = "FORKYARD_MAX_HEADERS", default_value = "100", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Limits")]
     max_headers: u16,
 
-    /// Longest path with its query, at most 65534 bytes; a longer one gets 414
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_URI", default_value = "16K", value_parser = parse_max_uri, help_heading = "Memory and limits")]
+    /// Longest path and query of a request, at most 65534 bytes; longer ones get 414
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_URI", default_value = "16K", value_parser = parse_max_uri, help_heading = "Limits")]
     max_uri: usize,
 
-    /// Requests after which an HTTP connection is closed; 0 for any number
+    /// Requests after which an HTTP connection is closed; 0 for no limit
     #[arg(
         long,
         value_name = "N",
         env = "FORKYARD_MAX_REQUESTS_PER_CONNECTION",
         default_value = "0",
-        help_heading = "Memory and limits"
+        help_heading = "Limits"
     )]
     max_requests_per_connection: u32,
 
-    /// Requests at a time on one FastCGI connection (a further one is refused with CANT_MPX_CONN) or HTTP/2 connection
-    #[arg(long, value_name = "N", env = "FORKYARD_MAX_MULTIPLEXED", default_value = "64", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Memory and limits")]
+    /// Concurrent requests per FastCGI or HTTP/2 connection
+    ///
+    /// A further FastCGI request is refused with CANT_MPX_CONN.
+    #[arg(long, value_name = "N", env = "FORKYARD_MAX_MULTIPLEXED", default_value = "64", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Limits")]
     max_multiplexed: u16,
 
     #[command(flatten)]
@@ -230,25 +266,29 @@ struct WorkerOptions {
 /// How long a client may take.
 #[derive(Args, Debug)]
 struct TimeoutOptions {
-    /// How long a connection is kept without a request; 0 for no limit. Kept to the second: a connection may live up to a second longer,
-    /// here and for the next three
-    #[arg(long, value_name = "TIME", env = "FORKYARD_IDLE_TIMEOUT", default_value = "75s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    /// Time that a connection is kept open without a request; 0 for no limit
+    ///
+    /// This limit, and the next three, are rounded up to whole seconds and checked once a second, so a connection
+    /// may live up to a second longer.
+    #[arg(long, value_name = "TIME", env = "FORKYARD_IDLE_TIMEOUT", default_value = "75s", value_parser = parse_duration, help_heading = "Timeouts")]
     idle_timeout: Duration,
 
-    /// How long a client may take to send the head of a request; 0 for no limit
-    #[arg(long, value_name = "TIME", env = "FORKYARD_HEADER_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    /// Time for a client to send the head of a request; 0 for no limit
+    #[arg(long, value_name = "TIME", env = "FORKYARD_HEADER_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Timeouts")]
     header_timeout: Duration,
 
-    /// How long a client may take to send the next 4 KiB of a body that the application waits for; 0 for no limit
-    #[arg(long, value_name = "TIME", env = "FORKYARD_BODY_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    /// Time for a client to send the next 4 KiB of a request body; 0 for no limit
+    ///
+    /// The time counts only while the application waits for the body.
+    #[arg(long, value_name = "TIME", env = "FORKYARD_BODY_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Timeouts")]
     body_timeout: Duration,
 
-    /// How long a client may take to read the next 4 KiB of a response; 0 for no limit
-    #[arg(long, value_name = "TIME", env = "FORKYARD_WRITE_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    /// Time for a client to read the next 4 KiB of a response; 0 for no limit
+    #[arg(long, value_name = "TIME", env = "FORKYARD_WRITE_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Timeouts")]
     write_timeout: Duration,
 
-    /// How long an upgraded connection (a WebSocket) may be silent in both directions; 0 for no limit
-    #[arg(long, value_name = "TIME", env = "FORKYARD_UPGRADED_TIMEOUT", default_value = "0s", value_parser = parse_duration, help_heading = "Memory and limits")]
+    /// Time that an upgraded connection (WebSocket) may be silent in both directions; 0 for no limit
+    #[arg(long, value_name = "TIME", env = "FORKYARD_UPGRADED_TIMEOUT", default_value = "0s", value_parser = parse_duration, help_heading = "Timeouts")]
     upgraded_timeout: Duration,
 }
 
@@ -267,27 +307,52 @@ impl TimeoutOptions {
 /// Who may connect, and who is believed.
 #[derive(Args, Debug)]
 struct AccessOptions {
-    /// Who may connect; repeatable. WHO is an address, a network as in 10.0.0.0/8, or unix. Without it: anybody, and
-    /// over FastCGI those in FCGI_WEB_SERVER_ADDRS, if that is set
-    #[arg(long, value_name = "WHO", env = "FORKYARD_ALLOW", value_delimiter = ',', help_heading = "Sockets")]
+    /// Accept connections only from this peer; repeatable
+    ///
+    /// PEER is an address, a network as in 10.0.0.0/8, or unix for peers on Unix sockets. Without --allow, every peer
+    /// may connect; over FastCGI, only the addresses in the variable FCGI_WEB_SERVER_ADDRS, if that is set.
+    #[arg(
+        long,
+        value_name = "PEER",
+        env = "FORKYARD_ALLOW",
+        value_delimiter = ',',
+        help_heading = "Clients and proxies"
+    )]
     allow: Vec<Who>,
 
-    /// A proxy that is believed when it tells by headers who its client is; repeatable. WHO is as for --allow
-    #[arg(long, value_name = "WHO", env = "FORKYARD_TRUST", value_delimiter = ',', help_heading = "Sockets")]
+    /// Proxy whose headers state the client's address, scheme and host; repeatable
+    ///
+    /// PEER is as for --allow.
+    #[arg(
+        long,
+        value_name = "PEER",
+        env = "FORKYARD_TRUST",
+        value_delimiter = ',',
+        help_heading = "Clients and proxies"
+    )]
     trust: Vec<Who>,
 
-    /// A load balancer that tells in a PROXY header (version 1 or 2) who its client is; repeatable. WHO is as for --allow. Each
-    /// connection from there must begin with one
-    #[arg(long, value_name = "WHO", env = "FORKYARD_PROXY_PROTOCOL", value_delimiter = ',', help_heading = "Sockets")]
+    /// Load balancer that sends the client's address in a PROXY header (version 1 or 2); repeatable
+    ///
+    /// PEER is as for --allow. Every connection from such a peer must begin with the header.
+    #[arg(
+        long,
+        value_name = "PEER",
+        env = "FORKYARD_PROXY_PROTOCOL",
+        value_delimiter = ',',
+        help_heading = "Clients and proxies"
+    )]
     proxy_protocol: Vec<Who>,
 
-    /// The headers that those of --trust write; with --trust, no others of their kind reach the application
+    /// Headers that the proxies of --trust write
+    ///
+    /// With --trust, no other headers of this kind reach the application.
     #[arg(
         long,
         value_name = "NAME",
         env = "FORKYARD_TRUST_HEADER",
         default_value = "x-forwarded",
-        help_heading = "Sockets"
+        help_heading = "Clients and proxies"
     )]
     trust_header: TrustHeader,
 }
@@ -327,12 +392,14 @@ fn addresses_of(name: &str) -> Vec<IpAddr> {
 /// What the page cache keeps, and where.
 #[derive(Args, Debug)]
 struct KeepOptions {
-    /// Largest page that the cache takes, as in 4M; 0, or nothing, for a 64th of the cache, but at least 1M as far as that fits
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE_MAX_ENTRY", value_parser = parse_size, help_heading = "Memory and limits")]
+    /// Largest page that the cache stores, as in 4M; 0 for the default
+    ///
+    /// [default: a 64th of the cache, but at least 1M if the cache has room for it]
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE_MAX_ENTRY", value_parser = parse_size, help_heading = "Cache and events")]
     cache_max_entry: Option<u64>,
 
-    /// Keep the cache in this file, so that it is warm after a stop and a start
-    #[arg(long, value_name = "FILE", env = "FORKYARD_CACHE_FILE", help_heading = "Memory and limits")]
+    /// Keep the cache in this file, so that its pages are still there after a restart
+    #[arg(long, value_name = "FILE", env = "FORKYARD_CACHE_FILE", help_heading = "Cache and events")]
     cache_file: Option<PathBuf>,
 }
 
@@ -349,8 +416,8 @@ impl KeepOptions {
 
 /// A binary with an application linked into it.
 #[derive(Parser, Debug)]
-#[command(about = "Serves its web application from supervised worker processes", after_help = SIGNALS)]
-#[command(args_conflicts_with_subcommands = true, subcommand_help_heading = "Instead of serving")]
+#[command(about = "Serve a web application from supervised worker processes", after_help = NOTES)]
+#[command(args_conflicts_with_subcommands = true, subcommand_help_heading = "Commands (instead of serving)")]
 struct Linked {
     #[command(subcommand)]
     command: Option<LinkedCommands>,
@@ -368,7 +435,7 @@ struct LinkedOptions {
 
 #[derive(Subcommand, Debug)]
 enum LinkedCommands {
-    /// Find everything that is wrong with the settings, and serve nothing
+    /// Report all errors in the settings, without serving
     #[command(after_help = CHECK)]
     Check(Box<LinkedOptions>),
     #[command(flatten)]
@@ -385,10 +452,10 @@ struct Forkyard {
 
 #[derive(Subcommand, Debug)]
 enum Subcommands {
-    /// Supervise an external application
-    #[command(after_help = SIGNALS)]
+    /// Run a program in supervised worker processes
+    #[command(after_help = NOTES)]
     Run(Box<RunOptions>),
-    /// Find everything that is wrong with the settings of run, and run nothing
+    /// Report all errors in the settings of run, without running the program
     #[command(after_help = CHECK)]
     Check(Box<RunOptions>),
     #[command(flatten)]
@@ -400,14 +467,16 @@ struct RunOptions {
     #[command(flatten)]
     serve: ServeOptions,
 
-    /// The program accepts from the socket itself, as its standard input (as under spawn-fcgi). So it does without this flag,
-    /// in this version
+    /// Let the program accept connections itself, on its standard input (as with spawn-fcgi)
+    ///
+    /// This is the only mode in this version, with or without the flag.
     #[arg(long, env = "FORKYARD_DIRECT", help_heading = "Sockets")]
     direct: bool,
 
-    /// Size of the cache in the shared memory that each process gets as FORKYARD_SHM, for programs that use
-    /// the forkyard-shm library; 0 for none
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", default_value = "0", value_parser = parse_size, help_heading = "Processes")]
+    /// Size of the shared-memory cache for programs with the forkyard-shm library; 0 disables it
+    ///
+    /// Each process gets the descriptor of the shared memory in FORKYARD_SHM.
+    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE", default_value = "0", value_parser = parse_size, help_heading = "Cache and events")]
     cache: u64,
 
     #[command(flatten)]
@@ -416,8 +485,10 @@ struct RunOptions {
     #[command(flatten)]
     events: events::LogOfProgram,
 
-    /// An application process counts as started when it is seen to wait for connections or to have one, or has run for
-    /// so long; with 0, at once [default: 1s, until one was seen; then each has to be]
+    /// Count a program as started once it has run for this long; 0 counts it at once
+    ///
+    /// A program also counts as started when it is seen waiting for connections or serving one. [default: 1s until
+    /// one program was seen to do so; after that, every program must be seen]
     #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", value_parser = parse_duration, help_heading = "Processes")]
     settle: Option<Duration>,
 
@@ -547,7 +618,10 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
     let linked = LinkedOptions::augment_args(Command::new("linked"));
     let mut command = Forkyard::command().bin_name("forkyard");
     for name in ["run", "check"] {
-        command = command.mut_subcommand(name, |run| refused::know(run, &linked, Way::Run));
+        command = command.mut_subcommand(name, |run| {
+            let run = run.mut_arg("bind", |bind| bind.help(BIND_OF_RUN[0]).long_help(BIND_OF_RUN[1]));
+            refused::know(run, &linked, Way::Run)
+        });
     }
     let Read { matches, mistakes, checked } = read(&mut command, arguments, &["run", "check"])?;
     let (run, name) = match Forkyard::from_arg_matches(&matches)?.command {
@@ -569,7 +643,7 @@ fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
     run.serve.bind_what_is_passed();
     let mut wrong = Vec::new();
     if run.command.is_empty() {
-        let text = "no COMMAND: give it after '--', or as command in the configuration file".to_owned();
+        let text = "no program to run: give COMMAND after '--', or set command in the configuration file".to_owned();
         wrong.push(Mismatch { settings: &["command"], text });
     }
     or_note(check_run(&run.serve.bind), &["bind"], &mut wrong);
@@ -728,12 +802,12 @@ fn check_run(binds: &[Bind]) -> Result<(), String> {
     match binds {
         [Bind { protocol: Protocol::FastCgi, .. }] => Ok(()),
         [] if listen::started_by_web_server() => Ok(()),
-        [] => Err(format!("run needs to know where to listen, {FORM}")),
+        [] => Err(format!("forkyard run needs an address to listen on, {FORM}")),
         [bind] => Err(format!(
-            "run cannot serve {bind}: a program that accepts for itself is served over fastcgi only, {FORM}"
+            "forkyard run cannot listen on {bind}: a program accepts connections itself, over fastcgi only, {FORM}"
         )),
         binds => Err(format!(
-            "run takes one --bind and got {}: a program that accepts for itself has one socket, its standard input",
+            "forkyard run takes one --bind and got {}: a program has one listening socket, its standard input",
             binds.len()
         )),
     }

@@ -15,25 +15,29 @@ use nix::unistd::Gid;
 /// The flags of everything that serves.
 #[derive(Args, Debug)]
 pub(super) struct PrivilegeOptions {
-    /// Run the application as this user, a name or a number; with its groups, and without any capability
+    /// Run the application as this user (name or number), with its groups and without capabilities
     #[arg(long, value_name = "USER", env = "FORKYARD_USER", value_parser = parse_user, help_heading = "Privileges")]
     user: Option<Account>,
 
-    /// Run the application in this group [default: the user's own]
+    /// Run the application with this group (name or number) [default: the user's group]
     #[arg(long, value_name = "GROUP", env = "FORKYARD_GROUP", value_parser = parse_group, help_heading = "Privileges")]
     group: Option<Gid>,
 
-    /// Further groups, with commas between them, or none [default: the user's]
+    /// Supplementary groups of the application, separated by commas, or none
+    ///
+    /// [default: the groups of --user; none with --group alone]
     #[arg(long, value_name = "GROUPS", env = "FORKYARD_SUPPLEMENTARY_GROUPS", value_parser = parse_groups, help_heading = "Privileges")]
     supplementary_groups: Option<GroupList>,
 
-    /// Capabilities that the application keeps, as in net_bind_service,sys_nice, or none [default: none with --user, else
-    /// all that there are]
+    /// Capabilities that the application keeps, as in net_bind_service,sys_nice, or none
+    ///
+    /// [default: none with --user, otherwise all that the master has]
     #[arg(long, value_name = "NAMES", env = "FORKYARD_CAPABILITIES", value_parser = parse_capabilities, help_heading = "Privileges")]
     capabilities: Option<CapabilitySet>,
 
-    /// Have the kernel refuse the application, and all that it starts, any new privilege: no setuid program works [default:
-    /// true with --user or --sandbox, else false]
+    /// Give setuid programs and file capabilities no effect in the application
+    ///
+    /// This is prctl(2)'s PR_SET_NO_NEW_PRIVS. [default: true with --user or --sandbox, otherwise false]
     #[arg(
         long,
         value_name = "BOOL",
@@ -45,39 +49,45 @@ pub(super) struct PrivilegeOptions {
     )]
     no_new_privileges: Option<bool>,
 
-    /// Confine the application to this folder as its root
-    #[arg(long, value_name = "FOLDER", env = "FORKYARD_CHROOT", help_heading = "Privileges")]
+    /// Root directory of the application
+    #[arg(long, value_name = "DIR", env = "FORKYARD_CHROOT", help_heading = "Privileges")]
     chroot: Option<PathBuf>,
 
-    /// Start the application in this folder (with --chroot: as seen from there)
-    #[arg(long, value_name = "FOLDER", env = "FORKYARD_CHDIR", help_heading = "Privileges")]
+    /// Working directory of the application; with --chroot, as seen from the new root
+    #[arg(long, value_name = "DIR", env = "FORKYARD_CHDIR", help_heading = "Privileges")]
     chdir: Option<PathBuf>,
 
-    /// What the files that the application makes are not to permit, in octal, as in 027
+    /// Permissions that new files of the application do not get, in octal, as in 027
     #[arg(long, value_name = "MODE", env = "FORKYARD_UMASK", value_parser = parse_mode, help_heading = "Privileges")]
     umask: Option<u32>,
 
-    /// A limit of setrlimit(2), as in nofile=4096, core=0:unlimited or as=2G; repeatable
+    /// Resource limit of the application (setrlimit(2)), as in nofile=4096; repeatable
+    ///
+    /// SOFT and HARD are numbers, sizes or unlimited, as in as=2G or core=0:unlimited.
     #[arg(long, value_name = "NAME=SOFT[:HARD]", env = "FORKYARD_RLIMIT", value_delimiter = ',', value_parser = parse_limit, help_heading = "Privileges")]
     rlimit: Vec<ResourceLimit>,
 
-    /// Priority of the application's processes, from -20 (first) through 0 (normal) to 19 (last)
+    /// Scheduling priority of the application, from -20 (highest) through 0 (normal) to 19 (lowest)
     #[arg(long, value_name = "N", env = "FORKYARD_NICE", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=19), help_heading = "Privileges")]
     nice: Option<i32>,
 
-    /// Processors that the application runs on, as in 0-3,8; spread gives each process one of its own, in turn
+    /// Processors that the application runs on, as in 0-3,8; spread gives each process one, in turn
     #[arg(long, value_name = "LIST", env = "FORKYARD_CPU_AFFINITY", value_parser = parse_affinity, help_heading = "Privileges")]
     cpu_affinity: Option<Affinity>,
 
-    /// A variable of the application's environment; repeatable. NAME alone passes on the one that is set here
+    /// Environment variable of the application; repeatable
+    ///
+    /// NAME alone passes on the master's variable.
     #[arg(long = "env", value_name = "NAME=VALUE", env = "FORKYARD_ENV", value_parser = parse_variable, help_heading = "Privileges")]
     variables: Vec<Variable>,
 
-    /// Give the application no other variables than those of --env, the user's name and home, and Forkyard's own
+    /// Do not pass the master's environment to the application
+    ///
+    /// It gets only the variables of --env, those of its user (USER, LOGNAME, HOME), and Forkyard's own.
     #[arg(long, env = "FORKYARD_CLEAR_ENV", help_heading = "Privileges")]
     clear_env: bool,
 
-    /// Whose Unix socket files are [default: the user and group that the application runs as]
+    /// Owner of Unix socket files [default: the user and group of the application]
     #[arg(long, value_name = "USER:GROUP", env = "FORKYARD_SOCKET_OWNER", value_parser = parse_owner, help_heading = "Sockets")]
     socket_owner: Option<Owner>,
 
@@ -112,8 +122,9 @@ impl PrivilegeOptions {
 /// The sandbox of workers with the application linked into them.
 #[derive(Args, Debug)]
 pub(super) struct SandboxOptions {
-    /// Let workers reach only what the system's libraries need, and what the two flags below name; and only the system calls
-    /// of a web application
+    /// Restrict workers to the files and system calls that a web application needs
+    ///
+    /// The files are those that the system's libraries need, and those of --sandbox-read and --sandbox-write.
     #[arg(
         long,
         value_name = "MODE",
@@ -125,7 +136,7 @@ pub(super) struct SandboxOptions {
     )]
     sandbox: Option<SandboxMode>,
 
-    /// A folder or file that sandboxed workers may read; repeatable
+    /// File or directory that sandboxed workers may read; repeatable
     #[arg(
         long,
         value_name = "PATH",
@@ -135,7 +146,7 @@ pub(super) struct SandboxOptions {
     )]
     sandbox_read: Vec<PathBuf>,
 
-    /// A folder or file that sandboxed workers may read, write, make and remove; repeatable
+    /// File or directory that sandboxed workers may read, write, create and remove; repeatable
     #[arg(
         long,
         value_name = "PATH",
@@ -148,9 +159,9 @@ pub(super) struct SandboxOptions {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum SandboxMode {
-    /// A kernel that cannot do it is an error
+    /// Fail if the kernel does not support the whole sandbox
     Required,
-    /// As much of it as the kernel can do
+    /// Apply as much of it as the kernel supports
     BestEffort,
 }
 
@@ -160,7 +171,7 @@ impl SandboxOptions {
     pub(super) fn config(self) -> Result<Option<SandboxConfig>, String> {
         let Self { sandbox, sandbox_read: read, sandbox_write: write } = self;
         if sandbox.is_none() && !(read.is_empty() && write.is_empty()) {
-            return Err("--sandbox-read and --sandbox-write are for --sandbox, which is not given".to_owned());
+            return Err("--sandbox-read and --sandbox-write need --sandbox".to_owned());
         }
         Ok(sandbox.map(|mode| SandboxConfig { required: mode == SandboxMode::Required, read, write }))
     }

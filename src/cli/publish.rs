@@ -14,8 +14,10 @@ use crate::control::commands::What;
 /// Of everything that serves.
 #[derive(Args, Debug)]
 pub(super) struct PublishOptions {
-    /// Where programs in any language publish events, a datagram each: a Unix socket, for the user and the group of the
-    /// workers [default: one in a folder of its own]. All programs find it as FORKYARD_EVENTS
+    /// Unix socket on which programs publish events, one per datagram
+    ///
+    /// The user and the group of the workers can write to it. Programs find its path in FORKYARD_EVENTS. [default: a
+    /// socket in a directory of its own]
     #[arg(long, value_name = "PATH", env = "FORKYARD_EVENTS_SOCKET", help_heading = "Sockets")]
     events_socket: Option<PathBuf>,
 }
@@ -30,30 +32,30 @@ impl PublishOptions {
 pub(super) enum Events {
     /// Publish an event, and print its id
     Publish {
-        /// The topic
+        /// Topic of the event
         topic: String,
-        /// What the event says; - reads it from standard input
+        /// Data of the event; - reads it from standard input
         data: OsString,
-        /// The kind of event
+        /// Name (type) of the event
         #[arg(long, default_value = "", hide_default_value = true)]
         name: String,
         #[command(flatten)]
         socket: Socket,
     },
-    /// Print events as they come: id, topic, name, data
+    /// Print events as they arrive: id, topic, name, data
     Tail {
-        /// Only these topics
+        /// Topics to print [default: all]
         topics: Vec<String>,
-        /// Print first what the log has of the topics from this id on; 1 for all
+        /// First print the events that are in the log, from this id on; 1 for all
         #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u64).range(1..))]
         from: Option<u64>,
-        /// Print so many events, then end
+        /// Exit after this many events
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         count: Option<u64>,
         #[command(flatten)]
         socket: Socket,
     },
-    /// List the topics, each with the id of its latest event, and show how full the log is
+    /// List the topics, each with its latest id, and show how full the log is
     Ls(Socket),
 }
 

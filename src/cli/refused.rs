@@ -23,42 +23,40 @@ impl Way {
     fn reason(self, flag: &str) -> &'static str {
         match (self, flag) {
             (Self::Run, "max-requests") => {
-                "nobody but the program knows how many requests it has served (tell the program itself, as with \
-                 PHP_FCGI_MAX_REQUESTS: one that exits with status 0 is replaced; or use --max-age or --max-memory)"
+                "only the program itself can count its requests (set a limit in the program, as with PHP_FCGI_MAX_REQUESTS: a \
+                 program that exits with status 0 is replaced; or use --max-age or --max-memory)"
             }
             (Self::Run, "health-path") => {
-                "all programs accept from one socket, so that no request can be sent to a certain one (see --settle for when a \
-                 program counts as started)"
+                "all programs accept from one socket, so a request cannot be sent to a particular program (see --settle for \
+                 when a program counts as started)"
             }
             (Self::Run, "max-queue-time") => {
-                "a program accepts for itself, and nobody else knows how long a request has waited (a shorter --backlog bounds \
-                 how many wait)"
+                "a program accepts connections itself, so the waiting time of its requests is not known (a shorter --backlog \
+                 limits how many wait)"
             }
             (Self::Run, "access-log" | "access-log-format") => {
-                "a program that accepts for itself answers its clients itself, and nobody else sees its requests (use the access \
-                 log of the web server in front of it)"
-            }
-            (Self::Run, "log-rate") => "a program logs by its standard error, which --output-rate limits",
-            (Self::Run, "threads" | "queue") => {
-                "a program decides itself how many requests it serves at a time (have more processes with --workers)"
-            }
-            (Self::Run, "sandbox" | "sandbox-read" | "sandbox-write") => {
-                "the sandbox closes before anything is executed, so that it is for workers with the application linked in (use \
-                 --user, --chroot and --rlimit, or what systemd has)"
-            }
-            (Self::Run, "events-backlog" | "max-subscribers") => {
-                "browsers subscribe to events at workers with the application linked in"
-            }
-            (Self::Run, "allow" | "trust" | "trust-header") => {
-                "a program accepts for itself, so that nobody else looks at who connects (see --socket-mode and --socket-owner; \
-                 the web server in front of it knows the clients)"
-            }
-            (Self::Run, _) => {
-                "a program accepts and serves for itself, and nobody else sees its requests (set it in the program, or in the web \
+                "a program answers its clients itself, so Forkyard does not see its requests (use the access log of the web \
                  server in front of it)"
             }
-            (Self::Linked, "settle") => "a worker says by itself when it is ready (see --start-timeout)",
-            (Self::Linked, _) => "it is for the programs of forkyard run",
+            (Self::Run, "log-rate") => "a program logs to its standard error, which --output-rate limits",
+            (Self::Run, "threads" | "queue") => {
+                "a program decides itself how many requests it serves at a time (run more processes with --workers)"
+            }
+            (Self::Run, "sandbox" | "sandbox-read" | "sandbox-write") => {
+                "the sandbox is for linked applications, since it takes effect before anything is executed (use --user, \
+                 --chroot and --rlimit, or the sandboxing of systemd)"
+            }
+            (Self::Run, "events-backlog" | "max-subscribers") => "browsers subscribe to events at linked applications",
+            (Self::Run, "allow" | "trust" | "trust-header" | "proxy-protocol") => {
+                "a program accepts connections itself, so Forkyard does not see its clients (see --socket-mode and \
+                 --socket-owner; the web server in front of it knows the clients)"
+            }
+            (Self::Run, _) => {
+                "a program accepts and serves connections itself, so Forkyard does not see its requests (set this in the \
+                 program, or in the web server in front of it)"
+            }
+            (Self::Linked, "settle") => "a worker reports itself when it is ready (see --start-timeout)",
+            (Self::Linked, _) => "it is for programs under forkyard run",
         }
     }
 }
@@ -89,5 +87,5 @@ pub(super) fn given(command: &Command, matches: &ArgMatches) -> Vec<String> {
 }
 
 fn sentence(flag: &str, reason: &str) -> String {
-    format!("there is no --{flag} here: {reason}")
+    format!("--{flag} is not available here: {reason}")
 }

@@ -10,22 +10,29 @@ use crate::config::sidecars::{SidecarConfig, SidecarsConfig};
 /// The programs that run beside the workers.
 #[derive(Args, Debug)]
 pub(super) struct SidecarOptions {
-    /// Keep this program running beside the workers; repeatable (in the variable: a line each). COMMAND is split as a
-    /// shell does, but run without one
+    /// Keep this program running alongside the workers; repeatable
+    ///
+    /// COMMAND is split into words as in a shell, and runs without a shell. The variable takes one daemon per line.
     #[arg(long, value_name = "NAME=COMMAND", env = "FORKYARD_DAEMON", value_parser = parse_daemons, help_heading = "Daemons and jobs")]
     daemon: Vec<Lines>,
 
-    /// Run this program at these times, local time, as in clean=*/5 * * * *=./clean --all; repeatable, likewise.
-    /// SCHEDULE is minute, hour, day, month, day of the week, or @hourly and the like
+    /// Run this program at these times, in local time; repeatable
+    ///
+    /// As in clean=*/5 * * * *=./clean --all. SCHEDULE is minute, hour, day, month, day of the week, or @hourly and
+    /// the like. COMMAND and the variable are as for --daemon.
     #[arg(long, value_name = "NAME=SCHEDULE=COMMAND", env = "FORKYARD_CRON", value_parser = parse_jobs, help_heading = "Daemons and jobs")]
     cron: Vec<Lines>,
 
-    /// How long one run of a job may take; then it is asked to stop, and after --drain-timeout killed. 0 for no limit
+    /// Time limit for one run of a job; 0 for no limit
+    ///
+    /// After it the job is asked to stop, and after --drain-timeout it is killed.
     #[arg(long, value_name = "TIME", env = "FORKYARD_CRON_TIMEOUT", default_value = "0", value_parser = parse_duration, help_heading = "Daemons and jobs")]
     cron_timeout: Duration,
 
-    /// A daemon that ends with status 0 within a second, so many times in a row, is not started again before a reload: it
-    /// is no daemon, or puts itself into the background. 0 for no limit
+    /// Stop restarting a daemon after this many immediate exits with status 0; 0 for no limit
+    ///
+    /// Immediate is within a second, and the exits must be in a row: the program is not a daemon, or runs in the
+    /// background. A reload starts it again.
     #[arg(
         long,
         value_name = "N",

@@ -10,7 +10,9 @@ use crate::config::upgrade::UpgradeConfig;
 /// What concerns an upgrade by USR2.
 #[derive(Args, Debug)]
 pub(super) struct UpgradeOptions {
-    /// On USR2, how long the new build may take to show that it can take over; after that the old one goes on
+    /// Time for a new build to show that it can take over, in an upgrade (USR2)
+    ///
+    /// After this time the upgrade is abandoned, and the running build continues.
     #[arg(long, value_name = "TIME", env = "FORKYARD_UPGRADE_TIMEOUT", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Processes")]
     upgrade_timeout: Duration,
 }

@@ -98,7 +98,7 @@ impl FromStr for Bind {
 
     fn from_str(text: &str) -> Result<Self, String> {
         const FORM: &str = "expected PROTO:ADDR, as in http:127.0.0.1:8080, fastcgi:unix:/run/app.sock or fastcgi:fd:3";
-        let meant = |text: Option<String>| text.map_or_else(String::new, |text| format!("is {text} meant? "));
+        let meant = |text: Option<String>| text.map_or_else(String::new, |text| format!("did you mean {text}? "));
         let (protocol, address) = text.split_once(':').ok_or_else(|| format!("{}{FORM}", meant(whole_of(text))))?;
         let protocol = match protocol {
             "fastcgi" => Protocol::FastCgi,
@@ -106,12 +106,12 @@ impl FromStr for Bind {
             "http" => Protocol::Http,
             "https" => {
                 return Err(
-                    "TLS is not spoken here: let a web server in front do that, and connect by http or fastcgi"
+                    "TLS is not supported: let a web server in front terminate it, and connect over http or fastcgi"
                         .to_owned(),
                 );
             }
             other => {
-                let unknown = format!("unknown protocol '{other}' (this version speaks fastcgi, scgi and http)");
+                let unknown = format!("unknown protocol '{other}' (this version supports fastcgi, scgi and http)");
                 return Err(format!("{unknown}; {}{FORM}", meant(whole_of(text))));
             }
         };
@@ -242,20 +242,20 @@ mod tests {
             ("http:localhost:http", "'http' is not a port"),
             ("http:fd:-1", "takes the number of a descriptor"),
             ("fastcgi:unix:", "is empty"),
-            ("fastcgi:/run/x.sock", "is fastcgi:unix:/run/x.sock meant?"),
-            ("http:./x.sock", "is http:unix:./x.sock meant?"),
-            ("scgi:x.sock", "is scgi:unix:x.sock meant?"),
-            ("http:@name", "is http:unix:@name meant?"),
-            ("unix:/run/x.sock", "is fastcgi:unix:/run/x.sock meant?"),
-            ("/run/x.sock", "is fastcgi:unix:/run/x.sock meant?"),
-            ("127.0.0.1:8080", "is http:127.0.0.1:8080 meant?"),
-            (":8080", "is http:0.0.0.0:8080 meant?"),
-            ("8080", "is http:127.0.0.1:8080 meant?"),
-            ("http:8080", "is http:127.0.0.1:8080 meant?"),
-            ("http://127.0.0.1:8080", "is http:127.0.0.1:8080 meant?"),
-            ("http://127.0.0.1:8080/", "is http:127.0.0.1:8080 meant?"),
-            ("fcgi:unix:/x", "is fastcgi:unix:/x meant?"),
-            ("https:0.0.0.0:443", "let a web server in front do that"),
+            ("fastcgi:/run/x.sock", "did you mean fastcgi:unix:/run/x.sock?"),
+            ("http:./x.sock", "did you mean http:unix:./x.sock?"),
+            ("scgi:x.sock", "did you mean scgi:unix:x.sock?"),
+            ("http:@name", "did you mean http:unix:@name?"),
+            ("unix:/run/x.sock", "did you mean fastcgi:unix:/run/x.sock?"),
+            ("/run/x.sock", "did you mean fastcgi:unix:/run/x.sock?"),
+            ("127.0.0.1:8080", "did you mean http:127.0.0.1:8080?"),
+            (":8080", "did you mean http:0.0.0.0:8080?"),
+            ("8080", "did you mean http:127.0.0.1:8080?"),
+            ("http:8080", "did you mean http:127.0.0.1:8080?"),
+            ("http://127.0.0.1:8080", "did you mean http:127.0.0.1:8080?"),
+            ("http://127.0.0.1:8080/", "did you mean http:127.0.0.1:8080?"),
+            ("fcgi:unix:/x", "did you mean fastcgi:unix:/x?"),
+            ("https:0.0.0.0:443", "let a web server in front terminate it"),
         ] {
             let error = text.parse::<Bind>().unwrap_err();
             assert!(error.contains(said), "{text}: {error}");

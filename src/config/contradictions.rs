@@ -18,31 +18,31 @@ impl Config {
         }
         if self.events.bytes > 0 && subscribers >= connections {
             found.push(format!(
-                "--max-subscribers {subscribers} is not below --max-connections {connections}: each subscriber over HTTP/1 or SCGI has a connection, so that streams leave no room for other requests (raise --max-connections)"
+                "--max-subscribers {subscribers} is not below --max-connections {connections}: each subscriber over HTTP/1 or SCGI holds a connection, so streams can leave none for other requests (raise --max-connections)"
             ));
         }
         if let Some(descriptors) = descriptors.filter(|&most| most < u64::from(connections) + OTHER_DESCRIPTORS) {
             found.push(format!(
-                "--max-connections {connections} needs {} descriptors, and a worker may have {descriptors} (raise the hard limit: ulimit -n, LimitNOFILE= or --rlimit nofile=N; or lower --max-connections)",
+                "--max-connections {connections} needs {} descriptors per worker, and the limit is {descriptors} (raise the hard limit: ulimit -n, LimitNOFILE= or --rlimit nofile=N; or lower --max-connections)",
                 u64::from(connections) + OTHER_DESCRIPTORS
             ));
         }
         if limits.max_connections_per_address >= connections {
             found.push(format!(
-                "--max-connections-per-address {} limits nobody: a worker has --max-connections {connections}",
+                "--max-connections-per-address {} has no effect: it is not below --max-connections {connections}",
                 limits.max_connections_per_address
             ));
         }
         if limits.max_uri > limits.max_params {
             found.push(format!(
-                "--max-uri {} cannot be used: a request with so long a path has a head beyond --max-params {}",
+                "--max-uri {} has no effect: a request with a path that long has a head larger than --max-params {}",
                 limits.max_uri, limits.max_params
             ));
         }
         let buffered = limits.max_buffered;
         if buffered > 0 && buffered < 4 * limits.max_params as u64 {
             found.push(format!(
-                "--max-buffered {buffered} has room for fewer than four requests with heads of --max-params {}",
+                "--max-buffered {buffered} is less than four heads of --max-params {}",
                 limits.max_params
             ));
         }

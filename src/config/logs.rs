@@ -111,7 +111,7 @@ impl Filters {
                 None => {
                     let level = level_of(part)?;
                     if let Some(other) = general.replace(level) {
-                        return Err(format!("there are two levels, {other} and {level} ({})", expected()));
+                        return Err(format!("two levels are given, {other} and {level} ({})", expected()));
                     }
                 }
             }
@@ -147,7 +147,7 @@ fn level_of(text: &str) -> Result<&'static str, String> {
         return Ok(level);
     }
     let other = OTHER_NAMES.iter().find(|(name, _)| text.eq_ignore_ascii_case(name));
-    let hint = other.map_or_else(String::new, |(_, level)| format!("; is '{level}' meant?"));
+    let hint = other.map_or_else(String::new, |(_, level)| format!("; did you mean '{level}'?"));
     Err(format!("'{text}' is not a log level ({}{hint})", expected()))
 }
 
@@ -169,15 +169,15 @@ mod tests {
         }
         for (text, said) in [
             ("loud", "'loud' is not a log level (expected off, error, warn, info, debug, trace, also per module"),
-            ("warning", "; is 'warn' meant?)"),
-            ("Notice", "; is 'info' meant?)"),
+            ("warning", "; did you mean 'warn'?)"),
+            ("Notice", "; did you mean 'info'?)"),
             ("info,zzz=nix", "'nix' is not a log level"),
-            ("info,zzz=warning", "; is 'warn' meant?)"),
+            ("info,zzz=warning", "; did you mean 'warn'?)"),
             ("info,zzz=", "'' is not a log level"),
             ("info,hyper", "'hyper' is not a log level"),
             ("info,=debug", "'' is not a module's name"),
             ("info,a b=debug", "'a b' is not a module's name"),
-            ("info,debug", "two levels, info and debug"),
+            ("info,debug", "two levels are given, info and debug"),
             ("info/words", "'info/words' is not a log level"),
             ("", "'' is not a log level"),
             ("info,", "'' is not a log level"),

@@ -185,7 +185,7 @@ impl Program {
             return Err(format!("cannot run {shown}: no such file (check the path)"));
         }
         if !is_executable(&seen) {
-            return Err(format!("cannot run {shown}: it is not an executable file (chmod +x makes a script one)"));
+            return Err(format!("cannot run {shown}: it is not an executable file (for a script, use chmod +x)"));
         }
         Ok(Self { path, name: name.clone(), arguments: arguments.to_vec() })
     }
@@ -209,7 +209,8 @@ impl Program {
         if directory.is_none() {
             return Ok(self);
         }
-        let path = std::path::absolute(&self.path).map_err(|error| format!("cannot run it from here: {error}"))?;
+        let path = std::path::absolute(&self.path)
+            .map_err(|error| format!("cannot find the working directory of the master: {error}"))?;
         Ok(Self { path, ..self })
     }
 }

@@ -48,8 +48,8 @@ impl Peers {
             };
             if addresses.is_empty() {
                 return Err(format!(
-                    "'{text}' in FCGI_WEB_SERVER_ADDRS is not an address, nor a name that has one (expected as in \
-                     192.0.2.1,192.0.2.2; or unset it and use --allow)"
+                    "'{text}' in FCGI_WEB_SERVER_ADDRS is neither an address nor a name that resolves to one (expected a \
+                     list such as 192.0.2.1,192.0.2.2; or unset the variable and use --allow)"
                 ));
             }
             members.extend(addresses.into_iter().map(one));
@@ -100,7 +100,7 @@ impl FromStr for Who {
         if address.to_canonical() != address {
             // Peers over IPv4 are known by that alone.
             let address = address.to_canonical();
-            return Err(format!("'{text}' is an IPv4 address written as one of IPv6 (write it as {address})"));
+            return Err(format!("'{text}' is an IPv4 address in IPv6 notation (write it as {address})"));
         }
         let size = if address.is_ipv4() { 32 } else { 128 };
         let bits = match bits {
@@ -109,7 +109,7 @@ impl FromStr for Who {
                 .parse()
                 .ok()
                 .filter(|&number: &u32| number <= size && bits.bytes().all(|byte| byte.is_ascii_digit()))
-                .ok_or(format!("'/{bits}' is not the size of a network, 0 to {size} bits ({FORM})"))?,
+                .ok_or(format!("'/{bits}' is not a prefix length, 0 to {size} bits ({FORM})"))?,
         };
         let network = match address {
             IpAddr::V4(address) => u128::from(u32::from(address)),
@@ -183,7 +183,7 @@ mod tests {
         assert!(!peers.contain(Some("127.0.0.2".parse().unwrap())) && !peers.contain(None));
         assert_eq!(servers(""), Ok(None));
         for wrong in ["192.0.2.1,", "nowhere", "192.0.2.1/24"] {
-            assert!(servers(wrong).unwrap_err().contains("is not an address, nor a name"), "{wrong}");
+            assert!(servers(wrong).unwrap_err().contains("is neither an address nor a name"), "{wrong}");
         }
     }
 }

@@ -46,8 +46,7 @@ impl PrivilegesConfig {
     pub(crate) fn of_root(&self) -> Option<&'static str> {
         let is_root = nix::unistd::geteuid().is_root() && is_root_of_machine();
         (is_root && self.user.is_none()).then_some(
-            "the application runs as root, for want of another user (name one with --user, as in --user www-data, or say so \
-             with --user root)",
+            "the application runs as root (choose a user, as in --user www-data, or confirm root with --user root)",
         )
     }
 
@@ -163,13 +162,12 @@ pub(crate) fn parse_user(text: &str) -> Result<Account, String> {
         Some(uid) => User::from_uid(uid),
         None => User::from_name(text),
     };
-    let found = found.map_err(|errno| format!("user {text} cannot be looked up: {}", errno.desc().to_lowercase()))?;
+    let found = found.map_err(|errno| format!("cannot look up user {text}: {}", errno.desc().to_lowercase()))?;
     match (found, number) {
         (Some(user), _) => {
-            let groups = CString::new(user.name.as_str()).map_err(|_| format!("'{text}' is not a name"))?;
-            let groups = getgrouplist(&groups, user.gid).map_err(|errno| {
-                format!("the groups of {text} cannot be looked up: {}", errno.desc().to_lowercase())
-            })?;
+            let groups = CString::new(user.name.as_str()).map_err(|_| format!("'{text}' is not a user name"))?;
+            let groups = getgrouplist(&groups, user.gid)
+                .map_err(|errno| format!("cannot look up the groups of {text}: {}", errno.desc().to_lowercase()))?;
             let home = user.dir.to_string_lossy().into_owned();
             Ok(Account { uid: user.uid, gid: Some(user.gid), groups, name: Some(user.name), home: Some(home) })
         }
@@ -189,7 +187,7 @@ pub(crate) fn parse_group(text: &str) -> Result<Gid, String> {
     match Group::from_name(text) {
         Ok(Some(group)) => Ok(group.gid),
         Ok(None) => Err(format!("there is no group {text} on this system (create it, or name another one)")),
-        Err(errno) => Err(format!("group {text} cannot be looked up: {}", errno.desc().to_lowercase())),
+        Err(errno) => Err(format!("cannot look up group {text}: {}", errno.desc().to_lowercase())),
     }
 }
 
@@ -223,7 +221,7 @@ pub(crate) fn parse_capabilities(text: &str) -> Result<CapabilitySet, String> {
     let one = |name: &str| -> Result<u64, String> {
         let canonical = caps::to_canonical(name);
         let capability: Capability = canonical.parse().map_err(|_| {
-            format!("there is no capability {name} (expected names as in net_bind_service,sys_nice, or none)")
+            format!("unknown capability {name} (expected names as in net_bind_service,sys_nice, or none)")
         })?;
         Ok(capability.bitmask())
     };
@@ -300,7 +298,7 @@ pub(crate) fn parse_limit(text: &str) -> Result<ResourceLimit, String> {
     let found = RESOURCES.iter().find(|(known, _)| name.eq_ignore_ascii_case(known));
     let Some(&(_, resource)) = found else {
         let names: Vec<&str> = RESOURCES.iter().map(|(name, _)| *name).collect();
-        return Err(format!("there is no limit '{name}' (there are {})", names.join(", ")));
+        return Err(format!("unknown limit '{name}' (expected one of {})", names.join(", ")));
     };
     let value = |text: &str| match text {
         "unlimited" | "infinity" => Ok(RLIM_INFINITY),
@@ -309,7 +307,7 @@ pub(crate) fn parse_limit(text: &str) -> Result<ResourceLimit, String> {
     let (soft, hard) = values.split_once(':').unwrap_or((values, values));
     let (soft, hard) = (value(soft)?, value(hard)?);
     if soft > hard {
-        return Err(format!("the soft limit in '{text}' is above the hard one ({FORM})"));
+        return Err(format!("the soft limit in '{text}' is above the hard limit ({FORM})"));
     }
     Ok(ResourceLimit { resource, soft, hard })
 }
@@ -322,7 +320,7 @@ pub(crate) fn parse_affinity(text: &str) -> Result<Affinity, String> {
     if text == "spread" {
         return Ok(Affinity::Spread);
     }
-    let wrong = || format!("'{text}' names no processors (expected spread, or a list as in 0-3,8)");
+    let wrong = || format!("'{text}' is not a list of processors (expected a list as in 0-3,8, or spread)");
     let mut processors = Vec::new();
     for part in text.split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -347,7 +345,9 @@ pub(crate) fn parse_variable(text: &str) -> Result<Variable, String> {
             let value = std::env::var(text);
             (
                 text,
-                value.map_err(|_| format!("the variable {text} is not set here (give a value, as in {text}=VALUE)"))?,
+                value.map_err(|_| {
+                    format!("the variable {text} is not set in this environment (give a value, as in {text}=VALUE)")
+                })?,
             )
         }
     };
@@ -388,9 +388,9 @@ mod tests {
         }
         for (text, said) in [
             ("nofile", "is not a limit"),
-            ("files=3", "there is no limit 'files' (there are as, core"),
+            ("files=3", "unknown limit 'files' (expected one of as, core"),
             ("core=", "is not a number"),
-            ("core=9:8", "above the hard one"),
+            ("core=9:8", "above the hard limit"),
         ] {
             let error = parse_limit(text).unwrap_err();
             assert!(error.contains(said), "{text}: {error}");
@@ -402,15 +402,15 @@ mod tests {
         assert_eq!(parse_affinity("spread"), Ok(Affinity::Spread));
         assert_eq!(parse_affinity("0-2,8"), Ok(Affinity::Processors(vec![0, 1, 2, 8])));
         for text in ["", "3-1", "x", "-1", "99999999"] {
-            assert!(parse_affinity(text).unwrap_err().contains("names no processors"), "{text}");
+            assert!(parse_affinity(text).unwrap_err().contains("is not a list of processors"), "{text}");
         }
         assert_eq!(parse_capabilities("net_bind_service,CAP_KILL"), Ok(CapabilitySet(1 << 10 | 1 << 5)));
         assert_eq!(parse_capabilities("none"), Ok(CapabilitySet(0)));
-        assert!(parse_capabilities("fly").unwrap_err().contains("there is no capability fly"));
+        assert!(parse_capabilities("fly").unwrap_err().contains("unknown capability fly"));
         let variable = |name: &str, value: &str| Ok(Variable { name: name.to_owned(), value: value.to_owned() });
         assert_eq!(parse_variable("A=b=c"), variable("A", "b=c"));
         assert_eq!(parse_variable("A="), variable("A", ""));
         assert!(parse_variable("=x").unwrap_err().contains("is not a variable"));
-        assert!(parse_variable("NO_SUCH_VARIABLE_HERE").unwrap_err().contains("is not set here"));
+        assert!(parse_variable("NO_SUCH_VARIABLE_HERE").unwrap_err().contains("is not set in this environment"));
     }
 }

@@ -113,7 +113,9 @@ impl Jittered<Duration> {
 /// A sentence that says what is expected.
 pub(crate) fn parse_max_requests(text: &str) -> Result<Jittered<u64>, String> {
     let parse = |part: &str| part.parse().ok();
-    jittered(text, parse).ok_or(format!("'{text}' is not a number of requests (expected as in 1000, or 1000~200)"))
+    jittered(text, parse).ok_or(format!(
+        "'{text}' is not a number of requests (expected a number as in 1000, or with jitter as in 1000~200)"
+    ))
 }
 
 /// Reads `TIME` or `TIME~JITTER`; 0 is no limit.
@@ -122,7 +124,8 @@ pub(crate) fn parse_max_requests(text: &str) -> Result<Jittered<u64>, String> {
 /// A sentence that says what is expected.
 pub(crate) fn parse_max_age(text: &str) -> Result<Jittered<Duration>, String> {
     let parse = |part: &str| parse_duration(part).ok();
-    jittered(text, parse).ok_or(format!("'{text}' is not an age (expected a time as in 12h, or two as in 12h~30m)"))
+    jittered(text, parse)
+        .ok_or(format!("'{text}' is not an age (expected a time as in 12h, or with jitter as in 12h~30m)"))
 }
 
 fn jittered<T: Default>(text: &str, parse: impl Fn(&str) -> Option<T>) -> Option<Jittered<T>> {
@@ -150,7 +153,7 @@ pub(crate) fn parse_max_memory(text: &str) -> Result<u64, String> {
 /// A sentence that says what is expected.
 pub(crate) fn parse_health_path(text: &str) -> Result<String, String> {
     let is_path = text.starts_with('/') && text.parse::<http::uri::PathAndQuery>().is_ok();
-    is_path.then(|| text.to_owned()).ok_or(format!("'{text}' is not a path (expected as in /health)"))
+    is_path.then(|| text.to_owned()).ok_or(format!("'{text}' is not a path (expected a path such as /health)"))
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ impl SidecarsConfig {
         for (index, sidecar) in sidecars.iter().enumerate() {
             if sidecars[..index].iter().any(|other| other.name == sidecar.name) {
                 let name = &sidecar.name;
-                return Err(format!("--daemon and --cron: there are two named '{name}' (give each a name of its own)"));
+                return Err(format!("--daemon and --cron: the name '{name}' is used twice (give each its own name)"));
             }
         }
         Ok(Self { sidecars, cron_timeout, daemon_tries })
@@ -110,7 +110,7 @@ impl Schedule {
         })?;
         let schedule = Self { cron, zone };
         // The thirtieth of February, say.
-        let never = || format!("the schedule '{text}' never comes (check day and month)");
+        let never = || format!("the schedule '{text}' never occurs (check day and month)");
         schedule.after(Timestamp::now()).ok_or_else(never)?;
         Ok(schedule)
     }
@@ -145,9 +145,7 @@ fn parse_command(text: &str) -> Result<Vec<String>, String> {
         shell_words::split(text).map_err(|error| format!("'{text}' is not a command: {error} (check the quotes)"))?;
     match words.first() {
         Some(program) if !program.is_empty() => Ok(words),
-        Some(_) | None => {
-            Err("there is no command after the last '=' (expected a program and its arguments)".to_owned())
-        }
+        Some(_) | None => Err("no command after the last '=' (expected a program and its arguments)".to_owned()),
     }
 }
 
@@ -175,7 +173,7 @@ mod tests {
             ("mail", "expected NAME=COMMAND"),
             ("=x", "is not a name"),
             ("a b=x", "is not a name"),
-            ("mail=", "there is no command"),
+            ("mail=", "no command after"),
             ("mail=x 'y", "check the quotes"),
         ] {
             let error = SidecarConfig::daemon(text).unwrap_err();
@@ -185,13 +183,15 @@ mod tests {
             ("clean=x", "expected NAME=SCHEDULE=COMMAND"),
             ("clean=61 * * * *=x", "is not a schedule"),
             ("clean=* * *=x", "is not a schedule"),
-            ("clean=0 0 30 2 *=x", "never comes"),
+            ("clean=0 0 30 2 *=x", "never occurs"),
         ] {
             let error = SidecarConfig::job(text).unwrap_err();
             assert!(error.contains(words), "{text}: {error}");
         }
         let twice = [SidecarConfig::daemon("a=x").unwrap(), SidecarConfig::job("a=@daily=x").unwrap()];
-        assert!(SidecarsConfig::new(twice.to_vec(), Duration::ZERO, 0).unwrap_err().contains("two named 'a'"));
+        assert!(
+            SidecarsConfig::new(twice.to_vec(), Duration::ZERO, 0).unwrap_err().contains("the name 'a' is used twice")
+        );
     }
 
     #[test]

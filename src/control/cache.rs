@@ -134,7 +134,7 @@ fn list(mut pages: Vec<EntryInfo>, json: bool, out: &mut dyn Write) -> io::Resul
 
 fn get(cache: &Cache, key: &OsStr, headers: bool, json: bool, out: &mut dyn Write) -> Result<(), String> {
     let shown = name(key.as_bytes());
-    let page = cache.get_page(key.as_bytes()).ok_or_else(|| format!("there is no good page under the key {shown}"))?;
+    let page = cache.get_page(key.as_bytes()).ok_or_else(|| format!("there is no valid page with the key {shown}"))?;
     let page = page.into_plain().map_err(|error| error.to_string())?;
     let written = if json {
         let headers: Vec<[String; 2]> = page.headers().iter().map(|(key, value)| [name(key), name(value)]).collect();

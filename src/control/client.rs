@@ -51,8 +51,8 @@ impl Connection {
             Ok(None) => {
                 let after = shown(*timeout);
                 return Err(format!(
-                    "the master at {at} does not accept within {after}, and others wait before us: it is stopped, or hangs (see \
-                     its log; wait longer with --timeout)"
+                    "the master at {at} has not accepted a connection for {after}, and its queue is full: it is stopped or \
+                     hangs (see its log; wait longer with --timeout)"
                 ));
             }
             Err(error) => return Err(explain(&error, &at)),
@@ -90,7 +90,7 @@ impl Connection {
                 self.parse(&line).map(Some)
             }
             Err(error) if is_timeout(&error) => Ok(None),
-            Err(error) => Err(format!("the master at {} broke off: {error}", self.at)),
+            Err(error) => Err(format!("lost the connection to the master at {}: {error}", self.at)),
         }
     }
 
@@ -99,7 +99,7 @@ impl Connection {
         let (at, after) = (&self.at, shown(self.timeout));
         match self.master() {
             Some(pid) if self.is_stopped() => {
-                format!("the master at {at} is stopped, and answers nothing (have it go on: kill -CONT {pid})")
+                format!("the master at {at} is stopped, and does not answer (continue it: kill -CONT {pid})")
             }
             Some(pid) => format!(
                 "the master at {at} has not answered for {after}: it hangs, or the machine is overloaded (see its log, and ps -o \
@@ -120,10 +120,13 @@ impl Connection {
 
     fn parse(&self, line: &[u8]) -> Result<Reply, String> {
         let Some(line) = line.strip_suffix(b"\n") else {
-            return Err(format!("the master at {} broke off before it said what came of it (see its log)", self.at));
+            return Err(format!(
+                "the master at {} closed the connection before it reported the outcome (see its log)",
+                self.at
+            ));
         };
         serde_json::from_slice(line)
-            .map_err(|error| format!("the master at {} answers what makes no sense here: {error}", self.at))
+            .map_err(|error| format!("unexpected response from the master at {}: {error}", self.at))
     }
 
     /// Returns when the master has closed the connection: at its end, if it was told to stop.
@@ -132,7 +135,9 @@ impl Connection {
     /// A sentence, if it does not.
     pub(crate) fn wait_for_close(mut self) -> Result<(), String> {
         match io::copy(&mut self.stream, &mut io::sink()) {
-            Err(error) if is_timeout(&error) => Err(format!("it says that it has stopped, but: {}", self.silence())),
+            Err(error) if is_timeout(&error) => {
+                Err(format!("the master reported that it has stopped, but: {}", self.silence()))
+            }
             Ok(_) | Err(_) => Ok(()),
         }
     }
@@ -145,13 +150,17 @@ impl Connection {
         let mut line = vec![0; 4096];
         let received = sys::receive_with_descriptor(self.stream.get_ref().as_fd(), &mut line);
         let (count, fd) = received.map_err(|error| {
-            if is_timeout(&error) { self.silence() } else { format!("the master at {} broke off: {error}", self.at) }
+            if is_timeout(&error) {
+                self.silence()
+            } else {
+                format!("lost the connection to the master at {}: {error}", self.at)
+            }
         })?;
         match (self.parse(&line[..count])?, fd) {
             (Reply::Done { .. }, Some(fd)) => Ok(fd),
             (Reply::Failed { text }, _) => Err(text),
             (Reply::Progress { .. } | Reply::Status { .. } | Reply::Done { .. }, _) => {
-                Err(format!("the master at {} gave no descriptor", self.at))
+                Err(format!("the master at {} sent no descriptor", self.at))
             }
         }
     }
@@ -165,7 +174,7 @@ pub(crate) fn status(place: &Place) -> Result<Status, String> {
     match Connection::ask(place, &Request::Status)?.next()? {
         Reply::Status { status } => Ok(status),
         Reply::Failed { text } => Err(text),
-        Reply::Progress { .. } | Reply::Done { .. } => Err("the master answers something else".to_owned()),
+        Reply::Progress { .. } | Reply::Done { .. } => Err("unexpected response from the master".to_owned()),
     }
 }
 
@@ -201,14 +210,16 @@ fn shown(timeout: Option<Duration>) -> String {
 fn explain(error: &io::Error, at: &str) -> String {
     match error.kind() {
         ErrorKind::NotFound => format!(
-            "no master is at {at}: no such socket (start one with --control {at}, or name another socket with --control)"
+            "no master at {at}: no such socket (start one with --control {at}, or name another socket with --control)"
         ),
         ErrorKind::ConnectionRefused => {
-            format!("no master is at {at}: the one that made this socket is gone (start it again)")
+            format!("no master at {at}: the process that created this socket is gone (start it again)")
         }
         ErrorKind::PermissionDenied => {
-            format!("cannot ask the master at {at}: permission denied (run as root, or as the user of the master)")
+            format!(
+                "cannot connect to the master at {at}: permission denied (run as root, or as the user of the master)"
+            )
         }
-        _ => format!("cannot ask the master at {at}: {error} (name its socket with --control)"),
+        _ => format!("cannot connect to the master at {at}: {error} (name its socket with --control)"),
     }
 }

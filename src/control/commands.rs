@@ -84,7 +84,7 @@ fn ask(place: &Place, request: &Request, json: bool) -> Result<(), String> {
             silent = if client::status(place).is_ok() { 0 } else { silent + 1 };
             if silent >= patience(request) || silent > 0 && connection.is_stopped() {
                 let name = request.name();
-                return Err(format!("{}; what became of {name} is not known (see its status)", connection.silence()));
+                return Err(format!("{}; the outcome of {name} is unknown (see its status)", connection.silence()));
             }
             continue;
         };
@@ -138,7 +138,9 @@ fn write(text: &str) -> Result<bool, String> {
 /// A sentence for the operator; none if nobody reads it any more.
 pub(crate) fn printed(written: io::Result<()>) -> Result<(), String> {
     match written {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(format!("cannot write: {error}")),
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(format!("cannot write to standard output: {error}"))
+        }
         Ok(()) | Err(_) => Ok(()),
     }
 }

@@ -80,7 +80,7 @@ fn publish(
         // One byte more, for the log to refuse.
         let most = events.max_event().saturating_add(1);
         let input = io::stdin().lock().take(most).read_to_end(&mut read);
-        input.map_err(|error| format!("event not published: standard input cannot be read: {error}"))?;
+        input.map_err(|error| format!("event not published: cannot read standard input: {error}"))?;
         read.as_slice()
     } else {
         data.as_bytes()
@@ -105,8 +105,8 @@ fn list(events: &Events, json: bool, out: &mut dyn Write) -> io::Result<()> {
         return writeln!(out, "{value}");
     }
     writeln!(out, "epoch       {:x}", events.epoch())?;
-    writeln!(out, "published   {published}, of which {evicted} have made room for others")?;
-    writeln!(out, "bytes       {used_bytes} of {capacity}; an event has {} at most", events.max_event())?;
+    writeln!(out, "published   {published}, of which {evicted} were evicted")?;
+    writeln!(out, "bytes       {used_bytes} of {capacity}; at most {} per event", events.max_event())?;
     writeln!(out, "topics      {} of {}", topics.len(), stats.most_topics)?;
     if recoveries + restarts > 0 {
         writeln!(out, "recoveries  {recoveries}, restarts {restarts}")?;

@@ -134,9 +134,7 @@ impl Request {
     /// A sentence for who sent that.
     pub(crate) fn parse(line: &[u8]) -> Result<Self, String> {
         serde_json::from_slice(line).map_err(|error| {
-            format!(
-                "this is no request of the control socket: {error} (ask with the sub-commands of version {VERSION})"
-            )
+            format!("not a request of the control socket: {error} (use the sub-commands of version {VERSION})")
         })
     }
 
@@ -211,7 +209,7 @@ mod tests {
         for garbage in
             [&b""[..], b"GET / HTTP/1.1\r\n", b"{}", br#"{"command":"explode"}"#, incomplete, b"\xff", b"[[[[[["]
         {
-            assert!(Request::parse(garbage).unwrap_err().contains("no request of the control socket"));
+            assert!(Request::parse(garbage).unwrap_err().contains("not a request of the control socket"));
         }
     }
 }

@@ -55,7 +55,7 @@ pub(crate) struct AbortSteps {
 impl AbortSteps {
     pub(crate) fn new(leftovers: Vec<Leftover>) -> Self {
         let line = if log::log_enabled!(Level::Info) {
-            logging::line_with(line::NO_TIME, Level::Info, "asked to stop during preload: the start is over")
+            logging::line_with(line::NO_TIME, Level::Info, "asked to stop during preload: the start is aborted")
         } else {
             Vec::new()
         };

@@ -164,7 +164,7 @@ impl Place {
             Self::File(_) => "name the same file".to_owned(),
             Self::Name(_) => "name the same socket".to_owned(),
             Self::Descriptor { .. } | Self::Passed(_) => "stand for the same socket".to_owned(),
-            Self::Tcp { address, .. } => format!("overlap: both would listen at port {}", address.port()),
+            Self::Tcp { address, .. } => format!("overlap: both would listen on port {}", address.port()),
         }
     }
 }

@@ -34,8 +34,8 @@ pub(crate) fn check(config: &Config, runs_programs: bool) -> Result<(), String> 
         return Ok(());
     }
     Err(format!(
-        "{workers} workers need up to {needed} descriptors in the master, and it may have {hard} (raise that with ulimit -n, or \
-         LimitNOFILE= in the unit; or have fewer --workers)"
+        "{workers} workers need up to {needed} descriptors in the master, and the limit is {hard} (raise it with ulimit -n, or \
+         LimitNOFILE= in the unit; or lower --workers)"
     ))
 }
 
@@ -52,8 +52,9 @@ pub(crate) fn ensure(config: &Config, runs_programs: bool) -> Result<(), String>
         Ok((soft, hard)) if soft < wanted.min(hard) => {
             let wanted = wanted.min(hard);
             crate::sys::note_descriptor_limit(soft, hard);
-            setrlimit(Resource::RLIMIT_NOFILE, wanted, hard)
-                .map_err(|errno| format!("cannot have {wanted} descriptors: {} (raise ulimit -n)", errno.desc()))
+            setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_err(|errno| {
+                format!("cannot raise the limit of descriptors to {wanted}: {} (raise ulimit -n)", errno.desc())
+            })
         }
         Ok(_) | Err(_) => Ok(()),
     }

@@ -36,8 +36,8 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
             let least = kib_of_this_process("VmSize:")?.saturating_mul(1024).saturating_add(shared);
             too_low(least).then(|| {
                 format!(
-                    "--rlimit {limit}: a worker has more than {} MiB of addresses, {} MiB of them for shared memory (choose a \
-                     higher limit, or less of --cache and --events)",
+                    "--rlimit {limit}: a worker needs more than {} MiB of address space, {} MiB of it for shared memory (raise \
+                     the limit, or lower --cache or --events)",
                     least >> 20,
                     shared >> 20
                 )
@@ -48,14 +48,13 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
             let least = kib_of_this_process("VmData:")?.saturating_mul(1024).saturating_add(stack);
             too_low(least).then(|| {
                 let least = format_size((least >> 10) << 10);
-                format!("--rlimit {limit}: a worker has more than {least} of data (choose a higher limit)")
+                format!("--rlimit {limit}: a worker needs more than {least} of data (raise the limit)")
             })
         }
         Resource::RLIMIT_NOFILE => {
             let least = DESCRIPTORS + u64::try_from(config.binds.len()).ok()?;
-            too_low(least).then(|| {
-                format!("--rlimit {limit}: a worker has more than {least} descriptors (choose a higher limit)")
-            })
+            too_low(least)
+                .then(|| format!("--rlimit {limit}: a worker needs more than {least} descriptors (raise the limit)"))
         }
         Resource::RLIMIT_NPROC => {
             let privileges = &config.privileges;
@@ -64,8 +63,7 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
             let least = u64::from(config.workers.min.max(1)) * 2;
             (too_low(least) && !exempt).then(|| {
                 format!(
-                    "--rlimit {limit}: {} workers have at least {least} threads, which count for their user (choose a higher \
-                     limit)",
+                    "--rlimit {limit}: {} workers need at least {least} threads, which count for their user (raise the limit)",
                     config.workers.min.max(1)
                 )
             })

@@ -41,15 +41,16 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
     let Some(takeover) = takeover else { return open_stored(config) };
     let Some((left, file)) = takeover.segment() else { return create(config) };
     if file != config.cache.file {
-        log::warn!("{}: --cache-file is another one now", contents(config));
+        log::warn!("{}: --cache-file has changed", contents(config));
         return create(config);
     }
     match Segment::adopt(left, &plan(config)) {
         Ok(segment) => Ok(segment),
         // A file has one segment at a time, and the old workers use it.
-        Err(error) if file.is_some() => {
-            Err(format!("--cache-file: the workers use it until they leave: {error} (stop and start instead)").into())
-        }
+        Err(error) if file.is_some() => Err(format!(
+            "--cache-file: the old workers still use the file: {error} (stop and start the server instead)"
+        )
+        .into()),
         Err(error) => {
             log::warn!("{}: the memory of the former master cannot be used here: {error}", contents(config));
             create(config)
@@ -112,7 +113,10 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
     let (segment, found) = Segment::open(path, &plan).map_err(|error| explain_file(&error, path, config))?;
     if let Some(owner) = config.privileges.owner_of_files() {
         privileges::give(segment.fd(), owner).map_err(|error| {
-            format!("--user: the cache file {} cannot be given to that user: {error} (choose another one with --cache-file)", path.display())
+            format!(
+                "--user: cannot change the owner of the cache file {}: {error} (choose another file with --cache-file)",
+                path.display()
+            )
         })?;
     }
     match found {
@@ -159,7 +163,7 @@ fn explain(error: &SegmentError, config: &Config) -> String {
     } else {
         format!("shared memory with an event log of {}", format_size(config.events.bytes))
     };
-    format!("cannot make {what}: {error} (choose another size with {remedy})")
+    format!("cannot create {what}: {error} (choose another size with {remedy})")
 }
 
 fn explain_file(error: &SegmentError, path: &Path, config: &Config) -> String {
@@ -175,8 +179,8 @@ fn note_on(config: &Config) -> Option<String> {
     let CacheConfig { bytes, shrunk_for, .. } = config.cache;
     let limit = shrunk_for? >> 20;
     Some(format!(
-        "the page cache has {}, as the memory limit of this machine, container or unit is {limit} MiB (say how large it is to be \
-         with --cache)",
+        "the page cache has {}, because the memory limit of this machine, container or unit is {limit} MiB (set its size with \
+         --cache)",
         format_size(bytes)
     ))
 }

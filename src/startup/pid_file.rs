@@ -159,7 +159,7 @@ pub(crate) fn examine(path: &Path) -> Result<Option<String>, String> {
     });
     let holder = examined.map_err(|cause| format!("cannot write the pid file {}: {cause}", path.display()))?;
     let note =
-        |pid| format!("pid file {}: a master has it now, as pid {pid} (this service, if it runs)", path.display());
+        |pid| format!("pid file {}: a running master has it, with pid {pid} (perhaps this service)", path.display());
     Ok(holder.map(note))
 }
 
@@ -176,7 +176,7 @@ fn refuse_second(path: &Path) -> Result<(), String> {
     match holder(path)? {
         None => Ok(()),
         Some(pid) => Err(format!(
-            "another master has it, and runs as pid {pid} (stop that one, or choose another path with --pid-file)"
+            "another master has it, with pid {pid} (stop that master, or choose another path with --pid-file)"
         )),
     }
 }
@@ -189,7 +189,7 @@ fn holder(path: &Path) -> Result<Option<String>, String> {
     let Ok(metadata) = path.symlink_metadata() else { return Ok(None) };
     if !metadata.is_file() {
         let what = file_path::special(&metadata).unwrap_or("a symbolic link");
-        return Err(format!("there is something else than a file: {what} (choose another path with {FLAG})"));
+        return Err(format!("it is {what}, not a pid file (choose another path with {FLAG})"));
     }
     let mut text = String::new();
     let file = File::open(path).map_err(|error| format!("{error} (choose another path with --pid-file)"))?;
@@ -197,7 +197,7 @@ fn holder(path: &Path) -> Result<Option<String>, String> {
     let read = file.take(32).read_to_string(&mut text);
     let text = text.trim();
     if read.is_err() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err("it holds something else than a pid (choose another path with --pid-file)".to_owned());
+        return Err("the file there does not hold a pid (choose another path with --pid-file)".to_owned());
     }
     Ok(held.then(|| text.to_owned()))
 }
@@ -249,8 +249,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.pid");
         std::fs::write(&path, "notes").unwrap();
-        assert!(PidFile::create(&path).unwrap_err().contains("something else than a pid"));
-        assert!(PidFile::create(directory.path()).unwrap_err().contains("something else than a file"));
+        assert!(PidFile::create(&path).unwrap_err().contains("does not hold a pid"));
+        assert!(PidFile::create(directory.path()).unwrap_err().contains("it is a directory, not a pid file"));
         assert!(PidFile::create(&path.join("b")).unwrap_err().contains("--pid-file"));
 
         // Somebody else's under the same name stays too.

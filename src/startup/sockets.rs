@@ -32,7 +32,7 @@ pub(crate) fn open(
         match &bind.address {
             _ if !left.is_empty() => {}
             Address::Systemd(_) if takeover.is_some() => {
-                let cause = "systemd passes sockets at a start only (stop and start instead)";
+                let cause = "systemd passes sockets only at a start (stop and start the server instead)";
                 return Err(ListenError::new(bind, cause).into());
             }
             Address::Systemd(name) => take_passed(config, blocking, bind, name.as_deref(), listeners)?,
@@ -53,7 +53,7 @@ pub(crate) fn open(
     }
     match listeners.as_slice() {
         [_, second, ..] if blocking => {
-            let cause = "a program that accepts for itself has one socket, and here is another";
+            let cause = "forkyard run takes one listening socket, and this is a second one";
             Err(ListenError::new(&second.bind, cause).into())
         }
         _ => Ok(()),

@@ -71,9 +71,9 @@ pub(crate) fn sockets(name: Option<&str>) -> Result<Vec<RawFd>, String> {
     }
     let names: Vec<&str> = passed.iter().map(|(_, name)| name.as_str()).collect();
     Err(match (names.as_slice(), name) {
-        ([], _) => "systemd passed no socket (a .socket unit with the service's name has it pass one)".to_owned(),
+        ([], _) => "systemd passed no socket (add a .socket unit with the service's name)".to_owned(),
         (names, name) => format!(
-            "systemd passed no socket named '{}', but {} (see FileDescriptorName= in the .socket unit)",
+            "systemd passed no socket named '{}', only {} (see FileDescriptorName= in the .socket unit)",
             name.unwrap_or_default(),
             names.join(", ")
         ),
