@@ -297,6 +297,28 @@ fn the_same_line_again_and_again_is_counted() {
 }
 
 #[test]
+fn the_output_of_daemons_and_jobs_is_counted_and_marked_as_that_of_workers() {
+    const AGAIN: &str = "sh -c 'yes again | head -n 5000; head -c 70000 /dev/zero | tr \"\\0\" x; echo; echo \"slot=7 end\"; sleep 600'";
+    let (daemon, job) = (format!("d={AGAIN}"), format!("j=* * * * * *={AGAIN}"));
+    let mut server = start(&["--daemon", &daemon, "--cron", &job, "--log-format", "json"]);
+    for (kind, name) in [("daemon", "d"), ("cron", "j")] {
+        let lines = wait_until("it has written all", || {
+            let log = server.log();
+            let all: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+            let ours: Vec<Value> = all.into_iter().filter(|line| line[kind] == name).collect();
+            ours.iter().any(|line| line["message"] == "slot=7 end").then_some(ours)
+        });
+        let as_it_came = lines.iter().filter(|line| line["message"] == "again").count();
+        let counted = lines.iter().filter(|line| line["message"] == "the last line of output came again");
+        let counted: u64 = counted.map(|line| line["times"].as_u64().unwrap()).sum();
+        assert_eq!((as_it_came, counted), (10, 4990), "{kind}");
+        let marked = lines.iter().filter(|line| line["message"].as_str().unwrap().ends_with("x [continued]")).count();
+        assert_eq!(marked, 1, "{kind}");
+    }
+    server.stop();
+}
+
+#[test]
 fn the_last_words_of_a_worker_stand_before_its_obituary() {
     let mut server = start(&[]);
     assert_eq!(get(&server, "/half"), 502);

@@ -3,6 +3,7 @@
 //! May not: hold up the master, whoever floods it (a bounded number of bytes is read a turn, and the writer waits); lose a
 //! line without saying so.
 
+use std::fmt::Arguments;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -38,15 +39,13 @@ pub(crate) struct Output {
     slot: u32,
     pid: Option<Pid>,
     reader: LineReader,
-    repeats: Repeats,
-    limit: ByteLimit,
+    filter: LineFilter,
 }
 
 impl Output {
     /// `pipe` must be non-blocking.
     pub(crate) fn new(slot: u32, pipe: OwnedFd) -> Self {
-        let limit = ByteLimit::new(logging::output_rate());
-        Self { slot, pid: None, reader: LineReader::new(pipe), repeats: Repeats::default(), limit }
+        Self { slot, pid: None, reader: LineReader::new(pipe), filter: LineFilter::new() }
     }
 
     /// Goes on where another master stopped.
@@ -65,8 +64,10 @@ impl Output {
     /// Logs what has come, up to `most` bytes. False if nothing more will come.
     pub(crate) fn read(&mut self, pid: Pid, most: usize, now: Now) -> bool {
         self.pid = Some(pid);
-        let Self { slot, reader, repeats, limit, .. } = self;
-        let open = reader.read(most, &mut |line, is_whole| log_line(repeats, limit, *slot, pid, line, is_whole, now));
+        let Self { slot, reader, filter, .. } = self;
+        let open = reader.read(most, &mut |line, is_whole| {
+            filter.log(format_args!("slot={slot} pid={pid}"), line, is_whole, now);
+        });
         if !open {
             self.end(now);
         }
@@ -75,35 +76,25 @@ impl Output {
 
     /// The last line, cut if it is long.
     pub(crate) fn last_line(&self) -> String {
-        self.repeats.last.chars().take(LAST_LINE).collect()
+        self.filter.repeats.last.chars().take(LAST_LINE).collect()
     }
 
     /// When it has something to log though nothing comes.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
-        [self.repeats.due, self.limit.due()].into_iter().flatten().min()
+        self.filter.due()
     }
 
     pub(crate) fn tick(&mut self, now: Now) {
         let Some(pid) = self.pid else { return };
-        if let Some(count) = self.repeats.tick(now) {
-            log_repeats(self.slot, pid, count);
-        }
-        if let Some(left_out) = self.limit.tick(now) {
-            log_left_out(self.slot, pid, left_out);
-        }
+        self.filter.tick(format_args!("slot={} pid={pid}", self.slot), now);
     }
 
     /// Logs what is left, though it may have no end.
     fn end(&mut self, now: Now) {
         let Some(pid) = self.pid else { return };
-        let Self { slot, reader, repeats, limit, .. } = self;
-        reader.finish(&mut |line, is_whole| log_line(repeats, limit, *slot, pid, line, is_whole, now));
-        if let Some(count) = repeats.end() {
-            log_repeats(*slot, pid, count);
-        }
-        if let Some(left_out) = limit.end() {
-            log_left_out(*slot, pid, left_out);
-        }
+        let Self { slot, reader, filter, .. } = self;
+        reader.finish(&mut |line, is_whole| filter.log(format_args!("slot={slot} pid={pid}"), line, is_whole, now));
+        filter.end(format_args!("slot={slot} pid={pid}"));
     }
 }
 
@@ -180,30 +171,73 @@ impl OrphanedOutputs {
     }
 }
 
-fn log_line(repeats: &mut Repeats, limit: &mut ByteLimit, slot: u32, pid: Pid, line: &str, is_whole: bool, now: Now) {
-    let Verdict { count, log } = repeats.take(line, now);
-    if let Some(count) = count {
-        log_repeats(slot, pid, count);
+/// Which lines of one source are logged. `source` names it in the log.
+#[derive(Debug)]
+pub(super) struct LineFilter {
+    repeats: Repeats,
+    limit: ByteLimit,
+}
+
+impl LineFilter {
+    pub(super) fn new() -> Self {
+        Self { repeats: Repeats::default(), limit: ByteLimit::new(logging::output_rate()) }
     }
-    if !log {
-        return;
+
+    /// Logs a line of output, unless it is one too many.
+    pub(super) fn log(&mut self, source: Arguments<'_>, line: &str, is_whole: bool, now: Now) {
+        if self.admits(source, line, now) {
+            let mark = if is_whole { "" } else { GOES_ON };
+            log::info!(target: OUTPUT, "{source} | {line}{mark}");
+        }
     }
-    let Admission { left_out, is_admitted } = limit.take(line.len() + 1, now);
-    if let Some(left_out) = left_out {
-        log_left_out(slot, pid, left_out);
+
+    /// Whether a line is to be logged. Logs first what was left out before it.
+    pub(super) fn admits(&mut self, source: Arguments<'_>, line: &str, now: Now) -> bool {
+        let Verdict { count, log } = self.repeats.take(line, now);
+        if let Some(count) = count {
+            log_repeats(source, count);
+        }
+        if !log {
+            return false;
+        }
+        let Admission { left_out, is_admitted } = self.limit.take(line.len() + 1, now);
+        if let Some(left_out) = left_out {
+            log_left_out(source, left_out);
+        }
+        is_admitted
     }
-    if is_admitted {
-        let mark = if is_whole { "" } else { GOES_ON };
-        log::info!(target: OUTPUT, "slot={slot} pid={pid} | {line}{mark}");
+
+    /// When it has something to log though no line comes.
+    pub(super) fn due(&self) -> Option<Now> {
+        [self.repeats.due, self.limit.due()].into_iter().flatten().min()
+    }
+
+    pub(super) fn tick(&mut self, source: Arguments<'_>, now: Now) {
+        if let Some(count) = self.repeats.tick(now) {
+            log_repeats(source, count);
+        }
+        if let Some(left_out) = self.limit.tick(now) {
+            log_left_out(source, left_out);
+        }
+    }
+
+    /// No more lines come.
+    pub(super) fn end(&mut self, source: Arguments<'_>) {
+        if let Some(count) = self.repeats.end() {
+            log_repeats(source, count);
+        }
+        if let Some(left_out) = self.limit.end() {
+            log_left_out(source, left_out);
+        }
     }
 }
 
-fn log_repeats(slot: u32, pid: Pid, count: u64) {
-    log::info!("the last line of output came again slot={slot} pid={pid} times={count}");
+fn log_repeats(source: Arguments<'_>, count: u64) {
+    log::info!("the last line of output came again {source} times={count}");
 }
 
-fn log_left_out(slot: u32, pid: Pid, LeftOut { lines, bytes }: LeftOut) {
-    log::warn!("output was left out of the log (--output-rate) slot={slot} pid={pid} lines={lines} bytes={bytes}");
+fn log_left_out(source: Arguments<'_>, LeftOut { lines, bytes }: LeftOut) {
+    log::warn!("output was left out of the log (--output-rate) {source} lines={lines} bytes={bytes}");
 }
 
 /// Finds the same line again and again: without a system call or a clock.

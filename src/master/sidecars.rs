@@ -19,14 +19,12 @@ use nix::unistd::{Pid, getpgid, pipe2};
 
 use self::supervisor::{Action, Event, Notice, STEADY_TIME, SidecarSupervisor};
 use super::inherited::Inherited;
-use super::output::{self, LineReader, MAX_REST};
+use super::output::{self, LineFilter, LineReader, MAX_REST};
 use super::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
 use super::supervisor::{Command as Order, Now};
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::sidecars::SidecarsConfig;
 use crate::config::{Config, Program};
-use crate::logging;
-use crate::logging::rate::{Admission, ByteLimit, LeftOut};
 use crate::net::publish_socket;
 use crate::privileges::{self, Privileges};
 use crate::sys::{self, Ending};
@@ -79,7 +77,7 @@ struct Process {
     since: Instant,
     asked_to_leave: bool,
     output: LineReader,
-    limit: ByteLimit,
+    filter: LineFilter,
     open: bool,
 }
 
@@ -211,7 +209,7 @@ impl Sidecars {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Now> {
-        let limits = self.processes.values().filter_map(|process| process.limit.due());
+        let limits = self.processes.values().filter_map(|process| process.filter.due());
         limits.chain(self.sidecars.next_deadline()).min()
     }
 
@@ -252,8 +250,8 @@ impl Sidecars {
     }
 
     fn enter(&mut self, pid: Pid, sidecar: usize, label: Label, output: LineReader) {
-        let (since, limit) = (Instant::now(), ByteLimit::new(logging::output_rate()));
-        let process = Process { sidecar, label, since, asked_to_leave: false, output, limit, open: true };
+        let (since, filter) = (Instant::now(), LineFilter::new());
+        let process = Process { sidecar, label, since, asked_to_leave: false, output, filter, open: true };
         self.processes.insert(pid, process);
     }
 
@@ -262,11 +260,7 @@ impl Sidecars {
         let share = output::share(self.processes.len());
         let now = self.now();
         for (pid, process) in self.processes.iter_mut().filter(|(_, process)| process.open) {
-            let Process { label, output, limit, .. } = process;
-            process.open = output.read(share, &mut |line, _| log_line(label, *pid, limit, line, now));
-            if let Some(left_out) = limit.tick(now) {
-                log_left_out(label, *pid, left_out);
-            }
+            process.read(*pid, share, now);
         }
         self.feed(if is_up { Event::Begin } else { Event::Tick });
     }
@@ -296,15 +290,10 @@ impl Sidecars {
 
     /// Takes note of an end; false if that was none of these.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending) -> bool {
-        let Some(process) = self.processes.remove(&pid) else { return false };
-        let Process { sidecar, label, since, asked_to_leave, mut output, mut limit, .. } = process;
-        let now = self.now();
-        let mut log = |line: &str, _| log_line(&label, pid, &mut limit, line, now);
-        output.read(MAX_REST, &mut log);
-        output.finish(&mut log);
-        if let Some(left_out) = limit.end() {
-            log_left_out(&label, pid, left_out);
-        }
+        let Some(mut process) = self.processes.remove(&pid) else { return false };
+        process.read(pid, MAX_REST, self.now());
+        process.end_output(pid, self.now());
+        let Process { sidecar, label, since, asked_to_leave, .. } = process;
         let line = format!("{} ended name={} pid={pid} {ending}", label.kind, label.name);
         let lived = since.elapsed().as_millis();
         if asked_to_leave || ending == Ending::Exited(0) {
@@ -461,19 +450,28 @@ impl Sidecars {
     }
 }
 
-fn log_line(label: &Label, pid: Pid, limit: &mut ByteLimit, line: &str, now: Now) {
-    let Admission { left_out, is_admitted } = limit.take(line.len() + 1, now);
-    if let Some(left_out) = left_out {
-        log_left_out(label, pid, left_out);
+impl Process {
+    /// Logs what it has put out, up to `most` bytes.
+    fn read(&mut self, pid: Pid, most: usize, now: Now) {
+        let Self { label: Label { kind, name }, output, filter, .. } = self;
+        self.open = output.read(most, &mut |line, is_whole| {
+            filter.log(format_args!("{kind}={name} pid={pid}"), line, is_whole, now);
+        });
+        if self.open {
+            filter.tick(format_args!("{kind}={name} pid={pid}"), now);
+        } else {
+            self.end_output(pid, now);
+        }
     }
-    if is_admitted {
-        log::info!(target: "app", "{}={} pid={pid} | {line}", label.kind, label.name);
-    }
-}
 
-fn log_left_out(label: &Label, pid: Pid, LeftOut { lines, bytes }: LeftOut) {
-    let Label { kind, name } = label;
-    log::warn!("output was left out of the log (--output-rate) {kind}={name} pid={pid} lines={lines} bytes={bytes}");
+    /// Logs what is left, though it may have no end.
+    fn end_output(&mut self, pid: Pid, now: Now) {
+        let Self { label: Label { kind, name }, output, filter, .. } = self;
+        output.finish(&mut |line, is_whole| {
+            filter.log(format_args!("{kind}={name} pid={pid}"), line, is_whole, now);
+        });
+        filter.end(format_args!("{kind}={name} pid={pid}"));
+    }
 }
 
 #[cfg(test)]
