@@ -9,8 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::http;
 use common::{Server, StopOnDrop, program, wait_until};
+use common::{fastcgi, http, scgi};
 use nix::sys::signal::Signal;
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
@@ -62,6 +62,32 @@ fn nobody_is_there_until_somebody_asks() {
     server.wait_for("workers=1");
     has(&server, 1);
     assert!(!server.log().contains("worker died"));
+    server.stop();
+}
+
+#[test]
+fn the_last_worker_stays_while_it_has_connections() {
+    let binds = ["--bind", "fastcgi:127.0.0.1:0", "--bind", "scgi:127.0.0.1:0"];
+    let scale = ["--workers", "0..2", "--scale-down-after", "100ms"];
+    let (mut server, mut other) = (crashy(&[&binds[..], &scale].concat()), crashy(&scale));
+    let mut http = http::Client::connect(&server.http()).unwrap();
+    let mut fastcgi = fastcgi::Client::connect(&server.binds[1]).unwrap();
+    let fresh = scgi::Client::connect(&server.binds[2]).unwrap();
+    assert_eq!(http.request("GET", "/ok", b"").unwrap().status, 200);
+    assert_eq!(fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
+    // In this time the last worker leaves where nobody is connected.
+    for _ in 0..4 {
+        assert_eq!(http::get(&other.http(), "/ok").unwrap().status, 200);
+        other.wait_for("scaled workers=0");
+        has(&other, 0);
+    }
+    assert!(!server.log().contains("scaled workers=0"), "{}", server.log());
+    assert_eq!(http.request("GET", "/ok", b"").unwrap().status, 200);
+    assert_eq!(fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
+    assert_eq!(fresh.request("GET", "/ok", b"").unwrap().status(), 200);
+    drop((http, fastcgi));
+    has(&server, 0);
+    other.stop();
     server.stop();
 }
 

@@ -27,6 +27,7 @@ pub(crate) fn sample(
     for (&pid, child) in children.iter().filter(|(pid, _)| supervisor.is_ready(**pid)) {
         let (serving, streams) = if child.is_worker() {
             let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
+            demand.connections = demand.connections.saturating_add(row.as_ref().map_or(0, |row| row.connections));
             row.map_or((0, 0), |row| (row.in_flight.min(MOST), row.streams))
         } else {
             // Those below it, if it is a wrapper around several.

@@ -83,6 +83,8 @@ pub(crate) struct Demand {
     pub(crate) in_flight: u32,
     /// Connections that nobody has accepted yet.
     pub(crate) waiting: u32,
+    /// Connections that workers hold, in use or not.
+    pub(crate) connections: u32,
 }
 
 /// What the way in which a process ended asks for.

@@ -7,7 +7,8 @@
 //!   `after` ago, one a sample.
 //! - No flapping: if a worker is wanted again soon after one was let go, `after` doubles, up to eightfold, and comes back
 //!   by halves in quiet times.
-//! - With a lower limit of 0 the last worker leaves too; the next connection brings it back.
+//! - With a lower limit of 0 the last worker leaves too, when it has no connections, which nobody could take over; the next
+//!   connection brings it back.
 
 use std::time::Duration;
 
@@ -112,7 +113,7 @@ impl Scaler {
         let requests = demand.in_flight.saturating_add(demand.waiting);
         let at_work = requests.div_ceil(self.per_worker).max(u32::try_from(demand.busy.len()).unwrap_or(u32::MAX));
         let spare = u32::from(at_work > 0);
-        let needed = at_work.saturating_add(spare).clamp(self.min, self.max);
+        let needed = at_work.saturating_add(spare).max(u32::from(demand.connections > 0)).clamp(self.min, self.max);
         self.sample_at = now + if at_work > 0 || target > self.min { BUSY } else { QUIET };
         self.need(needed, now);
         self.forgive(now);

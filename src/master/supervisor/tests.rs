@@ -48,6 +48,8 @@ struct World {
     queue_waits: bool,
     /// What there is to do: so many requests, which the processes that are ready share.
     requests: u32,
+    /// Connections of processes that are ready.
+    connections: u32,
     /// The process that is being given up because it hangs.
     hanging: Option<Pid>,
     notices: Vec<Notice>,
@@ -65,6 +67,7 @@ impl World {
             fork_fails: false,
             queue_waits: false,
             requests: 0,
+            connections: 0,
             hanging: None,
             notices: Vec::new(),
             exited: None,
@@ -158,7 +161,7 @@ impl World {
         busy.sort_unstable_by_key(|&slot| std::cmp::Reverse(slot));
         busy.truncate(self.requests as usize);
         let in_flight = number(busy.len());
-        Demand { busy, in_flight, waiting: self.requests - in_flight }
+        Demand { busy, in_flight, waiting: self.requests - in_flight, connections: self.connections }
     }
 
     fn pick(&self, random: &mut fastrand::Rng, life: Life) -> Option<Pid> {

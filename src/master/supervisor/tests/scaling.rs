@@ -148,7 +148,10 @@ fn with_a_lower_limit_of_0_nobody_is_there_until_somebody_comes() {
     assert_eq!(world.spawned, 1, "that was the same one");
     world.pass(S * 100);
     assert_eq!(world.ready(), 2, "one works, and one is there for the next");
-    world.requests = 0;
+    (world.requests, world.connections) = (0, 1);
+    world.pass(S * 100);
+    assert_eq!(world.ready(), 1, "nobody could take its connections over");
+    world.connections = 0;
     world.pass(S * 12);
     assert_eq!((world.ready(), world.supervisor.awaits_arrival()), (0, true));
     assert_eq!(world.supervisor.next_deadline(), None, "it sleeps again");
