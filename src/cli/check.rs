@@ -1,5 +1,5 @@
-//! What `check` tries beyond the meaning of the settings: whether this machine has what they name. Nothing is made,
-//! bound or started, and one thing that is wrong hides no other.
+//! `check`: whether this machine has what the settings name. Creates, binds and starts nothing, and reports all
+//! errors, not only the first.
 
 use forkyard_shm::Segment;
 
@@ -13,14 +13,13 @@ use crate::net::publish_socket;
 use crate::privileges::Privileges;
 use crate::startup::{conflicts, descriptor_limit, limits, memory, pid_file, systemd};
 
-/// What stands in the way of serving, and what an operator may want to know.
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
     pub(crate) errors: Vec<String>,
     pub(crate) warnings: Vec<String>,
 }
 
-/// `mistakes` are those that were found in reading the settings.
+/// `mistakes` are the errors that were found while reading the settings.
 pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
     let mut findings = Findings { errors: mistakes, warnings: Vec::new() };
     let config = &request.config;

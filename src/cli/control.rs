@@ -1,4 +1,4 @@
-//! The flags by which operators reach a master, and the sub-commands with which they do.
+//! The flags of the control socket, and the sub-commands that use it.
 
 use std::ffi::OsString;
 use std::io;
@@ -17,7 +17,7 @@ use crate::control::client::Place;
 use crate::control::commands::{Errand, What};
 use crate::control::wire::Request;
 
-/// Of everything that serves.
+/// Flags of both commands that serve.
 #[derive(Args, Debug)]
 pub(super) struct ControlOptions {
     /// Unix socket for status, reload, stop and the other sub-commands [default: none]
@@ -40,7 +40,7 @@ impl ControlOptions {
     }
 }
 
-/// Of the sub-commands.
+/// Flags of the sub-commands.
 #[derive(Args, Debug)]
 pub(super) struct Socket {
     /// Control socket of the master
@@ -59,7 +59,7 @@ pub(super) struct Socket {
     json: bool,
 }
 
-/// The sub-commands beside those that serve and check.
+/// The sub-commands other than `run` and `check`.
 #[derive(Subcommand, Debug)]
 pub(super) enum Operation {
     /// Show the master, its sockets, and what each worker is doing
@@ -178,19 +178,19 @@ pub(super) enum Cache {
     Clear(Socket),
 }
 
-/// Not empty: as a prefix that would be every page, and in a script it is a variable that is not set.
+/// Refuses an empty value: as a prefix it would match every page, and in a script it is usually an unset variable.
 fn some_text() -> impl TypedValueParser<Value = OsString> {
     OsStringValueParser::new().try_map(|text| {
         if text.is_empty() { Err("the value is empty ('cache clear' purges all pages)") } else { Ok(text) }
     })
 }
 
-/// What is to be done that serves nothing.
+/// What a sub-command that does not serve has to do.
 #[derive(Debug)]
 pub(crate) enum Task {
-    /// A master is to be asked.
+    /// Send a request to a master.
     Errand(Errand),
-    /// This is to be printed.
+    /// Print this.
     Print(Vec<u8>),
 }
 
@@ -205,7 +205,7 @@ impl Operation {
     /// `command` is the whole command line, for completions and the manual.
     ///
     /// # Errors
-    /// clap's, if there is no such sub-command to make a page of.
+    /// An error of clap, if the sub-command of a manual page does not exist.
     pub(super) fn task(self, command: &mut Command) -> Result<Task, clap::Error> {
         Ok(match self {
             Self::Status(socket) => socket.ask(What::Ask(Request::Status)),
@@ -216,7 +216,7 @@ impl Operation {
             Self::Scale { workers, socket } => socket.ask(What::Ask(Request::Scale { workers })),
             Self::ReopenLogs(socket) => socket.ask(What::Ask(Request::ReopenLogs)),
             Self::Quarantine(Quarantine::Ls(socket)) => socket.ask(What::Quarantine),
-            // Either a request is named, or it is all.
+            // clap requires either a request or `--all`.
             Self::Quarantine(Quarantine::Release { request, socket, .. }) => {
                 socket.ask(What::Ask(Request::Release { request }))
             }
@@ -248,7 +248,7 @@ impl Cache {
     }
 }
 
-/// The page of the whole command, or of one of its sub-commands.
+/// The manual page of the whole command, or of one of its sub-commands.
 fn manual(command: &mut Command, about: Option<&str>) -> Result<Vec<u8>, clap::Error> {
     command.build();
     let subject = match about {

@@ -5,7 +5,7 @@ use clap::Args;
 use crate::config::events::EventsConfig;
 use crate::config::parse_size;
 
-/// The event log of our own workers, and their subscribers.
+/// Flags of linked applications.
 #[derive(Args, Debug)]
 pub(super) struct EventsOptions {
     /// Size of the event log, which all workers share, as in 4M; 0 disables it
@@ -26,7 +26,7 @@ pub(super) struct EventsOptions {
 }
 
 impl EventsOptions {
-    /// Most subscribers have a connection each, and others are to have some too.
+    /// Most subscribers hold a connection each; the default leaves a quarter of the connections for other requests.
     pub(super) fn config(&self, max_connections: u32) -> EventsConfig {
         let default = (max_connections - max_connections / 4).max(1);
         let max_subscribers = self.max_subscribers.unwrap_or(default);
@@ -34,7 +34,7 @@ impl EventsOptions {
     }
 }
 
-/// The event log beside an external program.
+/// Flags of `forkyard run`.
 #[derive(Args, Debug)]
 pub(super) struct LogOfProgram {
     /// Size of the event log in shared memory, as in 1M; 0 disables it

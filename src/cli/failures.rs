@@ -1,4 +1,4 @@
-//! The flags that say what is done about requests that hang, dawdle or kill.
+//! The flags for requests that hang, are slow or crash workers.
 
 use std::time::Duration;
 
@@ -7,7 +7,6 @@ use clap::{Args, ValueEnum};
 use crate::config::failures::{Failures, QuarantineBy, QuarantineConfig};
 use crate::config::{parse_duration, parse_interval_or_zero, parse_positive_duration};
 
-/// What is done about requests that hang, dawdle or kill.
 #[derive(Args, Debug)]
 pub(super) struct FailureOptions {
     /// Answer 504 if the application has not begun its response within this time; 0 disables

@@ -1,7 +1,7 @@
 //! The configuration file: TOML whose keys are the names of the flags, turned into command-line arguments.
 //!
-//! There is no second list of names, types or limits: a key is the flag of that name, and its value is checked by the
-//! flag's own parser. Flags and FORKYARD_* variables win: what they give is not taken from the file.
+//! There is no second list of names, types or limits: a key is the flag of that name, and the flag's own parser checks
+//! its value. Flags and FORKYARD_* variables override the file.
 
 use std::any::TypeId;
 use std::error::Error as _;
@@ -18,33 +18,33 @@ use toml::de::{DeTable, DeValue};
 
 use super::refused;
 
-/// The key for what stands behind `--` on the command line.
+/// The key for the arguments after `--` on the command line.
 const COMMAND: &str = "command";
-/// What makes no sense in a file.
+/// Flags that cannot be set in a file.
 const NEVER: [&str; 3] = ["config", "help", "version"];
-/// The longest file that is read.
+/// Largest file that is read, in bytes.
 const MAX_SIZE: u64 = 1 << 20;
 
 /// What a file adds to the command line.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Additions {
-    /// In front of the other arguments.
+    /// Before the other arguments.
     pub(super) flags: Vec<OsString>,
-    /// Behind `--`.
+    /// After `--`.
     pub(super) command: Vec<OsString>,
 }
 
-/// What is wrong with a file.
+/// The errors in a file.
 #[derive(Debug, Default)]
 pub(super) struct Mistakes {
-    /// A line each: `FILE:LINE:COLUMN: what is wrong`.
+    /// One line per error: `FILE:LINE:COLUMN: error`.
     pub(super) lines: Vec<String>,
-    /// The settings that have no good value because of that.
+    /// The settings without a valid value.
     pub(super) settings: Vec<String>,
 }
 
-/// Reads a file for `command`, of which the command line and the variables have given `matches`: what is good of it, and all that
-/// is wrong.
+/// Reads a file for `command`, for which the command line and the variables gave `matches`. Returns the valid settings, and
+/// all errors.
 pub(super) fn read(path: &Path, command: &Command, matches: &ArgMatches) -> (Additions, Mistakes) {
     let name = path.display().to_string();
     let text = match text_of(path) {
@@ -62,7 +62,7 @@ pub(super) fn read(path: &Path, command: &Command, matches: &ArgMatches) -> (Add
 
 fn text_of(path: &Path) -> Result<String, String> {
     let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
-    // A pipe would keep us waiting, and a device might never end.
+    // A pipe would block, and a device may be endless.
     if !metadata.is_file() {
         return Err("it is not a regular file".to_owned());
     }
@@ -78,11 +78,11 @@ struct Reading<'a> {
     command: &'a Command,
     matches: &'a ArgMatches,
     additions: Additions,
-    /// What could not be read: nothing is said of the value that was put in its place.
+    /// Parts that could not be parsed: the placeholder values there are not checked.
     broken: Vec<Range<usize>>,
-    /// Where in the text, and what.
+    /// Offset in the text, and error.
     mistakes: Vec<(usize, String)>,
-    /// Those that are not taken over because of that.
+    /// The settings that are not used because of an error.
     settings: Vec<String>,
 }
 
@@ -90,7 +90,7 @@ impl Reading<'_> {
     fn read(&mut self) {
         let (table, errors) = DeTable::parse_recoverable(self.text);
         let unclosed = table.get_ref().iter().find_map(|(key, value)| self.unclosed(key.get_ref(), value, &errors));
-        // From there on the reader takes everything for a part of the list, and each line for a mistake.
+        // After an unclosed list, the parser takes every line for an element of it, and reports an error for each.
         let end = unclosed.as_ref().map_or(usize::MAX, |(at, _)| *at);
         for error in errors.iter().filter(|error| error.span().unwrap_or_default().start < end) {
             let at = error.span().unwrap_or_default();
@@ -127,7 +127,7 @@ impl Reading<'_> {
         }
     }
 
-    /// Where a list begins that has swallowed the settings behind it, and what to say of that.
+    /// The offset of an unclosed list or table that includes the settings after it, and the error to report.
     fn unclosed(&self, key: &str, value: &Spanned<DeValue<'_>>, errors: &[toml::de::Error]) -> Option<(usize, String)> {
         let (kind, bracket) = match value.get_ref() {
             DeValue::Array(_) => ("list", ']'),
@@ -141,7 +141,7 @@ impl Reading<'_> {
             message.starts_with("unclosed ") || message.starts_with("unexpected `=` in array")
         };
         errors.iter().filter(within).find(is_sign)?;
-        // The first line behind that looks like a setting.
+        // The first line after it that looks like a setting.
         let text = self.text.get(begin..)?;
         let is_setting = |line: &str| line.split_once('=').is_some_and(|(name, _)| is_name(name.trim()));
         let next = text.lines().skip(1).position(is_setting).map(|lines| self.line_of(begin) + lines + 1);
@@ -192,7 +192,7 @@ impl Reading<'_> {
             (_, DeValue::Boolean(given)) if argument.get_value_parser().type_id() == TypeId::of::<bool>() => {
                 arguments.push(format!("--{flag}={given}"));
             }
-            // The flag alone means something, and so it is given or not.
+            // The flag is valid without a value: true gives it, false does not.
             (_, DeValue::Boolean(given)) if argument.get_num_args().is_some_and(|count| count.min_values() == 0) => {
                 arguments.extend(given.then(|| format!("--{flag}")));
             }
@@ -209,7 +209,7 @@ impl Reading<'_> {
         }
     }
 
-    /// The flag with its value, if the flag's own parser takes it.
+    /// The flag with its value, if the flag's own parser accepts it.
     fn checked(&mut self, flag: &str, value: &Spanned<DeValue<'_>>) -> Option<String> {
         let Some(text) = plain(value.get_ref()) else {
             self.mistake(value.span(), format!("'{flag}' takes a string or a number, not {}", kind(value.get_ref())));
@@ -238,13 +238,13 @@ impl Reading<'_> {
         words
     }
 
-    /// The command as if nothing else were given: no variable, nothing that is required.
+    /// The command without variables and required arguments, to parse one flag alone.
     fn alone(&self) -> Command {
         let command = self.command.clone().no_binary_name(true);
         command.mut_args(|argument| argument.env(Resettable::Reset).required(false))
     }
 
-    /// The setting whose name is most like this one, as clap finds it.
+    /// The setting with the most similar name, found by clap.
     fn similar(&self, flag: &str) -> Option<String> {
         let error = self.alone().try_get_matches_from([format!("--{flag}=x")]).err()?;
         match error.get(ContextKind::SuggestedArg)? {
@@ -285,12 +285,12 @@ fn is_name(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c))
 }
 
-/// A value as it would stand on the command line.
+/// A value as it would be written on the command line.
 fn plain(value: &DeValue<'_>) -> Option<String> {
     match value {
         DeValue::String(text) => Some(text.to_string()),
         DeValue::Integer(number) if number.radix() == 10 => Some(number.as_str().to_owned()),
-        // A mode as TOML writes octal numbers.
+        // A file mode, written as 0o660.
         DeValue::Integer(number) if number.radix() == 8 => Some(number.as_str().to_owned()),
         DeValue::Integer(_)
         | DeValue::Float(_)
@@ -310,7 +310,7 @@ fn kind(value: &DeValue<'_>) -> String {
     }
 }
 
-/// What the flag's parser says, without clap's frame around it.
+/// The message of the flag's parser, without the rest of clap's text.
 pub(super) fn explain(error: &clap::Error) -> String {
     if let Some(source) = error.source() {
         return source.to_string();

@@ -1,4 +1,4 @@
-//! What is added to clap's complaints where it cannot know what was meant.
+//! Tips that are added to clap's errors.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -7,7 +7,7 @@ use clap::Command;
 use clap::builder::StyledStr;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-/// What other programs call a sub-command.
+/// Names of sub-commands in other programs, and a tip for each.
 const OTHER_NAMES: [(&str, &str); 20] = [
     ("run", "a binary with a linked application serves without a sub-command; 'forkyard run' runs a program"),
     (
@@ -35,7 +35,7 @@ const OTHER_NAMES: [(&str, &str); 20] = [
     ("purge", "'cache purge' purges pages"),
 ];
 
-/// Adds to a complaint about a command line what was probably meant. `is_good` says whether another line would do.
+/// Adds a tip to an error about a command line. `is_good` tests whether another command line would be valid.
 pub(super) fn improve(
     mut error: clap::Error,
     command: &Command,
@@ -56,14 +56,14 @@ pub(super) fn improve(
         _ => None,
     };
     if let Some(tip) = tip {
-        // It is printed too, and is about another flag.
+        // clap would print this suggestion as well, which is for another flag.
         error.remove(ContextKind::SuggestedArg);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![StyledStr::from(tip)]));
     }
     error
 }
 
-/// The line with its sub-command in front, or without a `run` that is one sub-command too many, if that is what is wrong.
+/// The line with its sub-command first, or without a superfluous `run`, if that makes it valid.
 fn rearranged(
     command: &Command,
     arguments: &[OsString],
@@ -84,7 +84,7 @@ fn rearranged(
     lines.iter().find_map(|line| without_dashes(|_| true, line, is_good))
 }
 
-/// The words of the sub-command, which may be anywhere, and then the rest.
+/// The words of the sub-command, wherever they are, followed by the other arguments.
 fn with_sub_command_in_front(command: &Command, arguments: &[OsString]) -> Vec<OsString> {
     let (program, rest) = arguments.split_at(arguments.len().min(1));
     let end = rest.iter().position(|argument| argument == "--").unwrap_or(rest.len());
@@ -101,7 +101,7 @@ fn with_sub_command_in_front(command: &Command, arguments: &[OsString]) -> Vec<O
     [program, &names, &others, &rest[end..]].concat()
 }
 
-/// The line with `--control` before this word, if that is what is missing.
+/// The line with `--control` before this word, if that makes it valid.
 fn without_name_of_flag(
     word: &str,
     arguments: &[OsString],
@@ -113,7 +113,7 @@ fn without_name_of_flag(
     is_good(&line).then(|| format!("the control socket is named with --control: {}", shown(&line)))
 }
 
-/// What there is to choose from, if nothing was chosen.
+/// The alternatives, if a required choice is missing.
 fn without_a_choice(error: &clap::Error) -> Option<String> {
     const TIPS: [(&str, &str); 2] = [
         ("--prefix", "name a page by its key, or pages by --tag or --prefix; 'cache clear' purges all pages"),
@@ -137,7 +137,7 @@ fn named(error: &clap::Error, kind: ContextKind) -> Option<String> {
     }
 }
 
-/// The line with `--` before one of `these` words, if that is what is missing.
+/// The line with `--` before one of `these` words, if that makes it valid.
 fn without_dashes(
     these: impl Fn(&OsStr) -> bool,
     arguments: &[OsString],

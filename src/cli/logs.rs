@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use crate::config::logs::{AccessConfig, AccessFormat, DEFAULT_RATE, Filters, LogConfig, LogFormat};
 use crate::config::parse_size;
 
-/// Those of everything that serves.
+/// Flags of both commands that serve.
 #[derive(Args, Debug)]
 pub(super) struct LogOptions {
     /// Write the log to this file, which is reopened on USR1 [default: standard error]
@@ -38,7 +38,7 @@ pub(super) struct LogOptions {
     output_rate: u64,
 }
 
-/// Those of an application linked in.
+/// Flags of linked applications.
 #[derive(Args, Debug, Default)]
 pub(super) struct AccessLogOptions {
     /// Write a line per request to this file, which is reopened on USR1 [default: none]

@@ -1,10 +1,10 @@
 //! The command line: flags, their FORKYARD_* variables and their help, turned into a [`Config`].
 //!
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
-//! every binary that calls [`crate::run`], for the application linked into it. Both have the same sub-commands beside.
+//! every binary that calls [`crate::run`], for the application linked into it. Both have the same other sub-commands.
 //!
 //! - [`control`]: the sub-commands. [`file`]: the configuration file. [`check`]: what `check` tries.
-//! - [`refused`]: flags of the other command. [`hints`]: what was probably meant.
+//! - [`refused`]: flags of the other command. [`hints`]: tips for wrong command lines.
 
 pub(crate) mod check;
 mod control;
@@ -85,7 +85,7 @@ Each line on standard error begins with 'forkyard: error: ' or 'forkyard: warnin
 With an error, a start would fail; with a warning, it would not.
 Exit status: 0 no error, 1 errors, 2 wrong usage (for example an unknown flag).";
 
-/// The flags of everything that serves.
+/// Flags of both commands that serve.
 #[derive(Args, Debug)]
 struct ServeOptions {
     /// Listen on this address; repeatable
@@ -155,7 +155,7 @@ struct ServeOptions {
 }
 
 impl ServeOptions {
-    /// Without `--bind`, systemd's sockets come first.
+    /// Sockets that systemd passes take precedence over other defaults of `--bind`.
     fn bind_what_is_passed(&mut self) {
         if self.bind.is_empty() {
             self.bind = systemd::binds();
@@ -163,7 +163,7 @@ impl ServeOptions {
     }
 }
 
-/// The further flags of a binary with an application linked into it.
+/// Flags that only linked applications have.
 #[derive(Args, Debug)]
 struct WorkerOptions {
     /// Threads per worker for blocking functions; each thread runs one request at a time
@@ -263,7 +263,7 @@ struct WorkerOptions {
     access_log: AccessLogOptions,
 }
 
-/// How long a client may take.
+/// Time limits for clients.
 #[derive(Args, Debug)]
 struct TimeoutOptions {
     /// Time that a connection is kept open without a request; 0 for no limit
@@ -304,7 +304,7 @@ impl TimeoutOptions {
     }
 }
 
-/// Who may connect, and who is believed.
+/// Peers that may connect, and proxies that are trusted.
 #[derive(Args, Debug)]
 struct AccessOptions {
     /// Accept connections only from this peer; repeatable
@@ -368,14 +368,14 @@ enum TrustHeader {
 
 impl AccessOptions {
     /// # Errors
-    /// A sentence for the operator: the web server's variable makes no sense.
+    /// A sentence for the operator: `FCGI_WEB_SERVER_ADDRS` is invalid.
     fn access(self, serves_fastcgi: bool) -> Result<Access, String> {
         let family = match self.trust_header {
             TrustHeader::XForwarded => Family::X,
             TrustHeader::Forwarded => Family::Rfc7239,
         };
         let allow = Peers::new(self.allow);
-        // Where it does not count, whatever it says is no mistake of ours.
+        // Where the variable has no effect, its errors are not reported.
         let counts = allow.is_none() && serves_fastcgi;
         let variable = if counts { std::env::var("FCGI_WEB_SERVER_ADDRS").unwrap_or_default() } else { String::new() };
         let web_servers = Peers::web_servers(&variable, addresses_of)?;
@@ -384,12 +384,11 @@ impl AccessOptions {
     }
 }
 
-/// All addresses of a host.
 fn addresses_of(name: &str) -> Vec<IpAddr> {
     (name, 0).to_socket_addrs().map(|found| found.map(|address| address.ip()).collect()).unwrap_or_default()
 }
 
-/// What the page cache keeps, and where.
+/// The page cache: its entries, and its file.
 #[derive(Args, Debug)]
 struct KeepOptions {
     /// Largest page that the cache stores, as in 4M; 0 for the default
@@ -404,7 +403,7 @@ struct KeepOptions {
 }
 
 impl KeepOptions {
-    /// Without `bytes` it is as large as the memory allows.
+    /// Without `bytes`, the size depends on the available memory.
     fn cache(self, bytes: Option<u64>) -> CacheConfig {
         let sized = match bytes {
             Some(bytes) => CacheConfig { bytes, ..CacheConfig::default() },
@@ -414,7 +413,7 @@ impl KeepOptions {
     }
 }
 
-/// A binary with an application linked into it.
+/// A binary with a linked application.
 #[derive(Parser, Debug)]
 #[command(about = "Serve a web application from supervised worker processes", after_help = NOTES)]
 #[command(args_conflicts_with_subcommands = true, subcommand_help_heading = "Commands (instead of serving)")]
@@ -497,51 +496,50 @@ struct RunOptions {
     command: Vec<OsString>,
 }
 
-/// What the command line asks for.
+/// What the command line requests of a serving process.
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) config: Config,
-    /// One request is to be answered, which is in the environment and on standard input.
+    /// Serve one CGI request, from the environment and standard input.
     pub(crate) cgi: bool,
-    /// The external program and its arguments.
+    /// The external program and its arguments; `None` for a linked application.
     pub(crate) program: Option<Vec<OsString>>,
 }
 
-/// What is to be done.
 #[derive(Debug)]
 pub(crate) enum Invocation {
     Serve(Box<Request>),
-    /// Only what is wrong is to be said: these mistakes, and whatever else there is.
+    /// Report these errors and those that an examination finds, and serve nothing.
     Check {
         request: Box<Request>,
         mistakes: Vec<String>,
     },
-    /// The configuration file has these mistakes.
+    /// The configuration file has these errors.
     Broken {
         mistakes: Vec<String>,
     },
-    /// Something beside serving.
+    /// A sub-command that does not serve.
     Task(Task),
 }
 
-/// What a binary with an application linked into it says of itself.
+/// The application's own version and description.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Identity {
     pub(crate) version: Option<String>,
     pub(crate) about: Option<String>,
 }
 
-/// Reads the command line of a binary with an application linked into it.
+/// Reads the command line of a binary with a linked application.
 ///
 /// # Errors
-/// clap's, which also carries the text of `--help` and `--version`.
+/// An error of clap, which also carries the text of `--help` and `--version`.
 pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Result<Invocation, clap::Error> {
     let name =
         arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
     let run = RunOptions::augment_args(Command::new("run"));
     let mut command = refused::know(Linked::command(), &run, Way::Linked);
     command = command.mut_subcommand("check", |check| refused::know(check, &run, Way::Linked));
-    // Not this library's version, which would stand behind the application's name.
+    // Not the version of this library, which would be printed after the application's name.
     command = command.version(identity.version.clone().unwrap_or_default());
     if let Some(about) = &identity.about {
         command = command.about(about.clone());
@@ -568,7 +566,7 @@ pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Resul
     conclude(request, wrong, mistakes, checked, &mut command)
 }
 
-/// The request, and what does not go together in it.
+/// The request, and the settings in it that contradict each other.
 fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
     linked.serve.bind_what_is_passed();
     let cgi = linked.serve.bind.is_empty() && cgi_invocation::is_one();
@@ -613,7 +611,7 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
 /// Reads the command line of `forkyard`.
 ///
 /// # Errors
-/// clap's, which also carries the text of `--help` and `--version`.
+/// An error of clap, which also carries the text of `--help` and `--version`.
 pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap::Error> {
     let linked = LinkedOptions::augment_args(Command::new("linked"));
     let mut command = Forkyard::command().bin_name("forkyard");
@@ -638,7 +636,7 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
     conclude(request, wrong, mistakes, checked, &mut sub.bin_name(format!("forkyard {name}")))
 }
 
-/// As above.
+/// As [`linked_request`], for `forkyard run`.
 fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
     run.serve.bind_what_is_passed();
     let mut wrong = Vec::new();
@@ -653,7 +651,6 @@ fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
     (Request { config, cgi: false, program: Some(run.command) }, wrong)
 }
 
-/// What is to be done, if that can be.
 fn conclude(
     request: Request,
     mut wrong: Vec<Mismatch>,
@@ -663,7 +660,7 @@ fn conclude(
 ) -> Result<Invocation, clap::Error> {
     let request = Box::new(request);
     if checked {
-        // What follows from a setting that could not be read is no further mistake.
+        // An error that follows from a setting that could not be read is not reported.
         let is_unread = |setting: &&str| mistakes.settings.iter().any(|unread| unread == setting);
         wrong.retain(|mismatch| !mismatch.settings.iter().any(is_unread));
         let wrong = wrong.into_iter().map(|mismatch| mismatch.text);
@@ -676,7 +673,7 @@ fn conclude(
     Err(command.error(clap::error::ErrorKind::ValueValidation, texts.join("\n       ")))
 }
 
-/// Settings that do not go together.
+/// An error in a combination of settings.
 struct Mismatch {
     settings: &'static [&'static str],
     text: String,
@@ -689,19 +686,18 @@ fn or_note<T: Default>(found: Result<T, String>, settings: &'static [&'static st
     })
 }
 
-/// What was read.
 struct Read {
     matches: ArgMatches,
     mistakes: Mistakes,
-    /// That is all that is to be done.
+    /// The sub-command is `check`.
     checked: bool,
 }
 
-/// What the arguments say, together with the configuration file, if they or a variable name one. `serving` are the
+/// Reads the arguments, together with the configuration file if they or a variable name one. `serving` are the
 /// sub-commands that take the flags of serving.
 ///
 /// # Errors
-/// clap's. For `check`, values that make no sense are among the mistakes instead.
+/// An error of clap. For `check`, invalid values are among the mistakes instead.
 fn read(command: &mut Command, arguments: &[OsString], serving: &[&str]) -> Result<Read, clap::Error> {
     let mut mistakes = Mistakes::default();
     let mut arguments = arguments.to_vec();
@@ -738,7 +734,7 @@ fn read(command: &mut Command, arguments: &[OsString], serving: &[&str]) -> Resu
     let (additions, of_file) = file::read(path, grammar, given);
     mistakes.lines.extend(of_file.lines);
     mistakes.settings.extend(of_file.settings);
-    // In front of all that was given: behind the program's name, and the sub-command.
+    // Before all arguments that were given: after the program's name and the sub-command.
     let (before, after) = arguments.split_at(arguments.len().min(1 + usize::from(name.is_some())));
     let mut all = [before, &additions.flags, after].concat();
     if !additions.command.is_empty() {
@@ -749,8 +745,8 @@ fn read(command: &mut Command, arguments: &[OsString], serving: &[&str]) -> Resu
     Ok(Read { matches, mistakes, checked })
 }
 
-/// Takes a value that makes no sense out of the arguments, or a variable's out of the command, and notes what is wrong with it.
-/// False if that is not all that is wrong.
+/// Removes an invalid value from the arguments, or the variable that has it from the command, and records the error.
+/// False if the error is of another kind.
 fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsString>, mistakes: &mut Mistakes) -> bool {
     use clap::error::{ContextKind, ContextValue, ErrorKind};
     if !matches!(error.kind(), ErrorKind::ValueValidation | ErrorKind::InvalidValue) {
@@ -771,7 +767,7 @@ fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsStr
         removed = true;
     }
     if !removed {
-        // It came from a variable.
+        // The value came from a variable.
         let forget = |check: Command| {
             check.mut_args(|argument| {
                 if argument.get_long() == Some(flag) {
@@ -792,11 +788,11 @@ fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsStr
         mistakes.lines.push(format!("{long}: {}", file::explain(error)));
         mistakes.settings.push(flag.to_owned());
     }
-    // Each turn takes something away.
+    // Each call removes a value, so that the caller's loop ends.
     removed || is_new
 }
 
-/// An external program gets one socket, and speaks FastCGI on it.
+/// An external program has one socket, and speaks FastCGI on it.
 fn check_run(binds: &[Bind]) -> Result<(), String> {
     const FORM: &str = "as in --bind fastcgi:unix:/run/app.sock";
     match binds {
@@ -813,7 +809,7 @@ fn check_run(binds: &[Bind]) -> Result<(), String> {
     }
 }
 
-/// What concerns our own workers, and no external program.
+/// Settings that only workers of linked applications have.
 #[derive(Default)]
 struct OfWorkers {
     threads: u32,
@@ -825,7 +821,7 @@ struct OfWorkers {
     access_log: AccessLogOptions,
 }
 
-/// As in [`Config`].
+/// The fields of [`Config`] with the same names.
 #[derive(Debug, Default)]
 struct Access {
     allow: Option<Peers>,
@@ -834,7 +830,7 @@ struct Access {
     proxy_protocol: Option<Peers>,
 }
 
-/// Adds to `wrong` what does not go together.
+/// Adds to `wrong` the settings that contradict each other.
 fn config(
     serve: ServeOptions,
     scaling: Scaling,
@@ -882,7 +878,7 @@ fn config(
 }
 
 fn parse_max_uri(text: &str) -> Result<usize, String> {
-    // The type of a URI holds no more.
+    // The maximum of `http::Uri`.
     let size = usize::try_from(parse_size(text)?).ok().filter(|size| (1..=65534).contains(size));
     size.ok_or(format!("'{text}' is out of range (expected 1 to 65534)"))
 }

@@ -1,4 +1,4 @@
-//! The flags for what the application's processes may do and see: identity, limits, surroundings, sandbox.
+//! The flags for the privileges of the application's processes: identity, limits, environment, sandbox.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use crate::config::privileges::{
 };
 use nix::unistd::Gid;
 
-/// The flags of everything that serves.
+/// Flags of both commands that serve.
 #[derive(Args, Debug)]
 pub(super) struct PrivilegeOptions {
     /// Run the application as this user (name or number), with its groups and without capabilities
@@ -119,7 +119,7 @@ impl PrivilegeOptions {
     }
 }
 
-/// The sandbox of workers with the application linked into them.
+/// Flags of linked applications.
 #[derive(Args, Debug)]
 pub(super) struct SandboxOptions {
     /// Restrict workers to the files and system calls that a web application needs
@@ -167,7 +167,7 @@ enum SandboxMode {
 
 impl SandboxOptions {
     /// # Errors
-    /// A sentence for the operator: paths, but no sandbox.
+    /// A sentence for the operator: paths without a sandbox.
     pub(super) fn config(self) -> Result<Option<SandboxConfig>, String> {
         let Self { sandbox, sandbox_read: read, sandbox_write: write } = self;
         if sandbox.is_none() && !(read.is_empty() && write.is_empty()) {

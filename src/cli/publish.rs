@@ -11,7 +11,7 @@ use crate::config::publish::PublishConfig;
 use crate::control::EventsOperation;
 use crate::control::commands::What;
 
-/// Of everything that serves.
+/// Flags of both commands that serve.
 #[derive(Args, Debug)]
 pub(super) struct PublishOptions {
     /// Unix socket on which programs publish events, one per datagram

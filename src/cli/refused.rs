@@ -1,25 +1,24 @@
-//! Flags that one of the two ways to serve has, and the other has not: refused with the reason, on the command line and in the
-//! configuration file.
+//! Flags that only one of the two serving commands has. The other command refuses them with a reason, on the command
+//! line and in the configuration file.
 //!
-//! Which these are nobody lists: they are what the one command has and the other lacks.
+//! There is no list of these flags: they are the difference between the flags of the two commands.
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
-/// Names the arguments that are refused.
+/// Prefix of the ids of refused arguments.
 const PREFIX: &str = "refused-";
 
-/// The two ways to serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
     /// `forkyard run`.
     Run,
-    /// A binary with an application linked into it.
+    /// A binary with a linked application.
     Linked,
 }
 
 impl Way {
-    /// Why it has no flag of this name.
+    /// Why this command lacks the flag.
     fn reason(self, flag: &str) -> &'static str {
         match (self, flag) {
             (Self::Run, "max-requests") => {
@@ -61,7 +60,7 @@ impl Way {
     }
 }
 
-/// Has `command`, which serves in this way, know the flags of `other`, to refuse them.
+/// Adds the flags of `other` that `command` lacks, as hidden arguments to be refused.
 pub(super) fn know(command: Command, other: &Command, way: Way) -> Command {
     let has = |command: &Command, name: &str| command.get_arguments().any(|argument| argument.get_long() == Some(name));
     let names = other.get_arguments().filter_map(|argument| argument.get_long().filter(|_| !argument.is_hide_set()));
@@ -73,12 +72,12 @@ pub(super) fn know(command: Command, other: &Command, way: Way) -> Command {
     })
 }
 
-/// Why a flag is refused, if it is.
+/// The reason for which a flag is refused, if it is.
 pub(super) fn reason(argument: &Arg) -> Option<String> {
     argument.get_id().as_str().starts_with(PREFIX).then(|| argument.get_help().map(ToString::to_string)).flatten()
 }
 
-/// What to say of the flags that were given and are refused.
+/// One error for each refused flag that was given.
 pub(super) fn given(command: &Command, matches: &ArgMatches) -> Vec<String> {
     let refused = command.get_arguments().filter_map(|argument| Some((argument, reason(argument)?)));
     let given = refused

@@ -1,4 +1,4 @@
-//! The flags about how many workers there are, and when they are replaced.
+//! The flags for the number of workers and their replacement.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::config::{
     parse_max_requests,
 };
 
-/// Those of everything that serves.
+/// Flags of both commands that serve.
 #[derive(Args, Debug)]
 pub(super) struct ScalingOptions {
     /// Workers that are replaced at a time: a number, or a share as in 25%
@@ -46,7 +46,7 @@ pub(super) struct ScalingOptions {
     max_age: Jittered<Duration>,
 }
 
-/// Those of an application linked in.
+/// Flags of linked applications.
 #[derive(Args, Debug, Default)]
 pub(super) struct OfEachWorker {
     /// Replace a worker after this many requests, as in 1000; 0 disables

@@ -1,4 +1,4 @@
-//! The flags that name the programs that run beside the workers.
+//! The flags of daemons and cron jobs, which run alongside the workers.
 
 use std::time::Duration;
 
@@ -7,7 +7,6 @@ use clap::Args;
 use crate::config::parse_duration;
 use crate::config::sidecars::{SidecarConfig, SidecarsConfig};
 
-/// The programs that run beside the workers.
 #[derive(Args, Debug)]
 pub(super) struct SidecarOptions {
     /// Keep this program running alongside the workers; repeatable
@@ -43,7 +42,7 @@ pub(super) struct SidecarOptions {
     daemon_tries: u32,
 }
 
-/// What stands in one flag, or in the lines of a variable.
+/// The value of one flag, or the lines of a variable.
 #[derive(Clone, Debug)]
 struct Lines(Vec<SidecarConfig>);
 

@@ -7,7 +7,6 @@ use clap::Args;
 use crate::config::parse_positive_duration;
 use crate::config::upgrade::UpgradeConfig;
 
-/// What concerns an upgrade by USR2.
 #[derive(Args, Debug)]
 pub(super) struct UpgradeOptions {
     /// Time for a new build to show that it can take over, in an upgrade (USR2)

@@ -1,4 +1,4 @@
-//! What `--bind PROTO:ADDR` says: text to values and back, nothing else.
+//! `--bind PROTO:ADDR`: parsing and formatting, without I/O.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -6,12 +6,12 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// What is spoken on a listening socket.
+/// The protocol of a listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Protocol {
-    /// FastCGI 1.0, for a web server in front.
+    /// FastCGI 1.0, behind a web server.
     FastCgi,
-    /// SCGI, for a web server in front.
+    /// SCGI, behind a web server.
     Scgi,
     /// HTTP/1.1, and HTTP/2 by prior knowledge.
     Http,
@@ -27,7 +27,6 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Address {
     /// `HOST:PORT`; port 0 lets the system choose.
@@ -38,7 +37,7 @@ pub(crate) enum Address {
     Abstract(String),
     /// `fd:N`, a listening socket that was inherited under this number.
     Inherited(RawFd),
-    /// `systemd[:NAME]`, the sockets that systemd passed, or those of that name.
+    /// `systemd[:NAME]`, all sockets that systemd passed, or those with this name.
     Systemd(Option<String>),
 }
 
@@ -58,14 +57,12 @@ impl fmt::Display for Address {
 /// One `--bind`: a protocol and an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Bind {
-    /// What is spoken there.
     pub(crate) protocol: Protocol,
-    /// Where that is.
     pub(crate) address: Address,
 }
 
 impl Address {
-    /// Whether it may stand for several sockets: those that systemd passes, or the addresses of a name.
+    /// Whether it can stand for several sockets: those that systemd passes, or the addresses of a host name.
     pub(crate) fn may_be_several(&self) -> bool {
         match self {
             Self::Tcp(address) => address.parse::<SocketAddr>().is_err(),
@@ -76,7 +73,8 @@ impl Address {
 }
 
 impl Bind {
-    /// Whether its socket leaves IPv4 to others, given all that is bound: `[::]` alone takes both.
+    /// Whether its socket must be IPv6 only, given all addresses that are bound: `[::]` without an IPv4 address at the
+    /// same port accepts both.
     pub(crate) fn leaves_ipv4(&self, all: &[Bind]) -> bool {
         let literal = |bind: &Bind| match &bind.address {
             Address::Tcp(address) => address.parse::<SocketAddr>().ok(),
@@ -145,7 +143,7 @@ impl FromStr for Bind {
     }
 }
 
-/// What was probably meant by an address in which something is missing, or too much.
+/// A correction of an invalid address, for an error message.
 fn address_of(text: &str) -> Option<String> {
     let is_path = |text: &str| text.starts_with(['/', '.']) || text.ends_with(".sock");
     if let Some(rest) = text.strip_prefix("//") {
@@ -164,13 +162,13 @@ fn address_of(text: &str) -> Option<String> {
     None
 }
 
-/// The same of one without a good protocol.
+/// A correction of a value without a valid protocol.
 fn whole_of(text: &str) -> Option<String> {
     let (first, rest) = text.split_once(':').unwrap_or((text, ""));
     match first {
         "fcgi" | "fast-cgi" | "FastCGI" => return Some(format!("fastcgi:{rest}")),
         "HTTP" | "tcp" | "h2c" | "http1" | "http2" => return Some(format!("http:{rest}")),
-        // A web server connects to sockets, and mostly by FastCGI.
+        // Clients of Unix sockets are web servers, mostly over FastCGI.
         "unix" | "fd" | "systemd" => return Some(format!("fastcgi:{text}")),
         _ => {}
     }
@@ -187,7 +185,7 @@ fn whole_of(text: &str) -> Option<String> {
 }
 
 trait Port {
-    /// That of `HOST:PORT`.
+    /// The port of `HOST:PORT`.
     fn parse_port(&self) -> Option<u16>;
 }
 

@@ -1,18 +1,18 @@
-//! Settings that cannot all be had: each alone is sound, and together they are not what somebody wants who sets them.
+//! Settings that are valid alone and contradict each other.
 
 use super::Config;
 
-/// Descriptors that a worker needs beside those of its connections.
+/// Descriptors that a worker needs in addition to those of its connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
 impl Config {
-    /// Sentences for the operator. `descriptors`: a worker may have so many, as far as is known.
+    /// Sentences for the operator. `descriptors` is the limit of a worker, if it is known.
     pub(crate) fn contradictions(&self, descriptors: Option<u64>) -> Vec<String> {
         let limits = &self.limits;
         let connections = limits.max_connections;
         let subscribers = self.events.max_subscribers;
         let mut found = Vec::new();
-        // Of an external program nothing is limited here.
+        // External programs have no such limits.
         if connections == 0 {
             return found;
         }

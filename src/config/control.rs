@@ -1,4 +1,4 @@
-//! How operators reach the master, and where its configuration was read.
+//! The control socket, the configuration file, and the settings that a reload can change.
 
 use std::path::PathBuf;
 
@@ -6,20 +6,18 @@ use super::Config;
 use super::events::EventsConfig;
 use super::privileges::PrivilegesConfig;
 
-/// As in [`super::Config`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ControlConfig {
-    /// The control socket; `None` for none.
+    /// Path of the control socket.
     pub(crate) socket: Option<PathBuf>,
-    /// The configuration file.
     pub(crate) file: Option<PathBuf>,
 }
 
-/// The configuration after a reload: `read`, but what cannot change in a running master is as it was in `running`. And the
-/// names of the flags of which that is true and that have changed. `slots`: for so many processes there is room.
+/// The configuration after a reload: `read`, with the settings of `running` where they cannot change in a running master.
+/// Also returns the flags whose change is ignored for that reason. `slots` is the number of processes that there is room for.
 ///
-/// The sockets and the shared memory are made once, and the processes that run share them; the pid file and the control socket
-/// are where others look for this master.
+/// The sockets and the shared memory are created once and shared with running processes; other programs find this master
+/// by its pid file and control socket.
 pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, Vec<String>) {
     let mut fixed = Vec::new();
     let mut differs = |flag: &str, differs: bool| {

@@ -1,12 +1,12 @@
-//! The event log, and who subscribes to it.
+//! The event log and its subscribers.
 
-/// As in [`super::Config`]. All zero: there is none.
+/// All zero: no event log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct EventsConfig {
-    /// The log's size; 0 is none.
+    /// Size of the log; 0 disables it.
     pub(crate) bytes: u64,
-    /// Events that a worker has at hand for its subscribers.
+    /// Encoded events that a worker keeps in memory for its subscribers.
     pub(crate) backlog: u32,
-    /// Subscribers of a worker.
+    /// Subscribers per worker.
     pub(crate) max_subscribers: u32,
 }

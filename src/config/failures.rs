@@ -1,37 +1,36 @@
-//! What is done about requests that hang, dawdle or kill: parsed once, then never changed.
+//! Requests that hang, are slow or crash workers.
 
 use std::time::Duration;
 
-/// Zero is "never", for each of the times and for the number of deaths.
+/// Zero disables, for each of the times and for the number of deaths.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Failures {
-    /// For the head of a response; then the request gets 504.
+    /// Time until the head of the response; then the request gets 504.
     pub(crate) request_timeout: Duration,
-    /// How long an event loop may be at work without a pause, and a thread go on after the time of its request is over.
+    /// Time for which an event loop may run without yielding, and a blocking function after its request has timed out.
     pub(crate) hang_timeout: Duration,
-    /// A request that is older is logged, with a backtrace.
+    /// Age at which a request is logged with a backtrace.
     pub(crate) slow_request: Duration,
     pub(crate) quarantine: QuarantineConfig,
 }
 
-/// When a request is refused because workers died of it.
+/// When a request is refused because workers died while serving it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct QuarantineConfig {
-    /// So many deaths...
     pub(crate) deaths: u32,
-    /// ... within this time.
+    /// Time within which the deaths count.
     pub(crate) window: Duration,
-    /// For how long, the first time.
+    /// Duration of the first quarantine.
     pub(crate) time: Duration,
     pub(crate) by: QuarantineBy,
 }
 
-/// What of a request is refused.
+/// What a quarantine covers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum QuarantineBy {
-    /// Its path; and all paths that differ in their numbers alone, if several of them killed.
+    /// The path; if several paths that differ only in numbers crashed workers, all paths of that form.
     #[default]
     Pattern,
-    /// Its path alone.
+    /// The path only.
     Path,
 }

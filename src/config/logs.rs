@@ -1,9 +1,8 @@
-//! Where the log and the access log go, what is logged, and in which form: parsed once, then never changed.
+//! The log and the access log: destination, filters, format.
 
 use std::fmt;
 use std::path::PathBuf;
 
-/// All about logs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LogConfig {
     pub(crate) filters: Filters,
@@ -12,11 +11,11 @@ pub(crate) struct LogConfig {
     pub(crate) format: LogFormat,
     /// No access log if `None`.
     pub(crate) access: Option<AccessConfig>,
-    /// Bytes of the log that wait in each process while nobody reads it.
+    /// Bytes of the log that each process queues while its reader is slow.
     pub(crate) queue: u64,
-    /// Lines a second that a worker logs from each place in our source; zero is no limit.
+    /// Lines per second that a worker logs from each place in the source; 0 is no limit.
     pub(crate) rate: u32,
-    /// Bytes a second of each process's output that are logged; zero is no limit.
+    /// Bytes per second of each process's output that are logged; 0 is no limit.
     pub(crate) output_rate: u64,
 }
 
@@ -28,7 +27,6 @@ impl Default for LogConfig {
     }
 }
 
-/// What holds if nothing else is said.
 pub(crate) const DEFAULT_QUEUE: u64 = 1 << 20;
 pub(crate) const DEFAULT_RATE: u32 = 20;
 pub(crate) const DEFAULT_OUTPUT_RATE: u64 = 1 << 20;
@@ -37,11 +35,10 @@ pub(crate) const DEFAULT_OUTPUT_RATE: u64 = 1 << 20;
 pub(crate) enum LogFormat {
     #[default]
     Text,
-    /// One object a line.
+    /// One object per line.
     Json,
 }
 
-/// A line for each request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct AccessConfig {
     /// Standard output if `None`.
@@ -51,22 +48,22 @@ pub(crate) struct AccessConfig {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum AccessFormat {
-    /// Apache's, and pairs behind it.
+    /// Apache's combined format, followed by `key=value` pairs.
     #[default]
     Combined,
-    /// One object a line.
+    /// One object per line.
     Json,
 }
 
-/// Which lines are logged: a level, and levels of modules that differ from it, in the logger's syntax.
+/// A general level and levels of modules, in the syntax of `env_logger`.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Filters(String);
 
-/// The levels that there are, the quietest first.
+/// The levels, from the quietest on.
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
-/// The level of modules for which none is given.
+/// The general level, if only levels of modules are given.
 const DEFAULT: &str = "info";
-/// What other programs call a level.
+/// Names of levels in other programs.
 const OTHER_NAMES: [(&str, &str); 19] = [
     ("warning", "warn"),
     ("notice", "info"),
@@ -90,8 +87,8 @@ const OTHER_NAMES: [(&str, &str); 19] = [
 ];
 
 impl Filters {
-    /// Reads `LEVEL`, `MODULE=LEVEL`, or several of them with commas between them. The logger itself takes any word for a
-    /// module's name, and then logs nothing else.
+    /// Parses `LEVEL`, `MODULE=LEVEL`, or a comma-separated list of them. `env_logger` itself would take any word for a
+    /// module's name, and then log nothing else.
     ///
     /// # Errors
     /// A sentence for the operator.
@@ -120,7 +117,7 @@ impl Filters {
         Ok(Self(directives.join(",")))
     }
 
-    /// In the logger's syntax.
+    /// In the syntax of `env_logger`.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
@@ -162,7 +159,7 @@ mod tests {
             ("INFO", "info"),
             ("debug,hyper=off", "debug,hyper=off"),
             ("hyper=Trace , forkyard::master=warn,error", "error,hyper=trace,forkyard::master=warn"),
-            // The rest is not silent.
+            // Other modules keep the default level.
             ("hyper=debug", "info,hyper=debug"),
         ] {
             assert_eq!(Filters::parse(text).as_ref().map(Filters::as_str), Ok(read), "{text}");

@@ -1,7 +1,6 @@
 //! The configuration: every limit and choice, parsed and checked once, then never changed.
 //!
-//! Nothing else in the runtime reads flags, variables or defaults. This file imports nothing of ours but the
-//! form of an address, and which headers proxies write.
+//! No other part of the runtime reads flags, variables or defaults.
 
 pub(crate) mod address;
 mod contradictions;
@@ -29,7 +28,7 @@ pub(crate) use self::scaling::{
 };
 use crate::protocol::forwarded::Family;
 
-/// All that the master, and through it each worker, was told.
+/// All settings of the master and the workers.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub(crate) binds: Vec<Bind>,
@@ -46,29 +45,28 @@ pub(crate) struct Config {
     pub(crate) socket_mode: Option<u32>,
     pub(crate) start_timeout: Duration,
     pub(crate) drain_timeout: Duration,
-    /// How long an external program must have run to count as started, if the operator says so.
+    /// Time after which an external program counts as started, if set.
     pub(crate) settle: Option<Duration>,
-    /// Workers per second that may be replaced at once; more of them wait.
+    /// Dead workers per second that are replaced at once; further replacements are delayed.
     pub(crate) respawn_rate: u32,
     pub(crate) limits: Limits,
-    /// Who may connect; anybody if `None`.
+    /// Peers that may connect; all if `None`.
     pub(crate) allow: Option<Peers>,
-    /// The same for FastCGI, if `allow` does not tell: the web servers.
+    /// The web servers that may connect over FastCGI, if `allow` is `None`.
     pub(crate) web_servers: Option<Peers>,
     pub(crate) trust: Option<Trust>,
-    /// Those whose connections begin with a PROXY header.
+    /// Peers whose connections begin with a PROXY header.
     pub(crate) proxy_protocol: Option<Peers>,
     pub(crate) privileges: PrivilegesConfig,
-    /// Requests that hang, dawdle or kill; all zero for external programs.
+    /// All zero for external programs.
     pub(crate) failures: failures::Failures,
     pub(crate) control: ControlConfig,
     pub(crate) logs: logs::LogConfig,
-    /// What runs beside the workers.
     pub(crate) sidecars: sidecars::SidecarsConfig,
     pub(crate) upgrade: upgrade::UpgradeConfig,
 }
 
-/// The proxies that are believed when they tell who their client is.
+/// The proxies whose headers name the client.
 #[derive(Clone, Debug)]
 pub(crate) struct Trust {
     pub(crate) peers: Peers,
@@ -79,22 +77,22 @@ pub(crate) struct Trust {
 /// The shared page cache.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CacheConfig {
-    /// Its size; 0 is none.
+    /// Size; 0 disables the cache.
     pub(crate) bytes: u64,
-    /// The largest page it takes; 0 leaves that to the cache.
+    /// Largest page; 0 for the default of the cache.
     pub(crate) max_entry: u64,
-    /// The file it lies in, so that it is warm after a stop and a start.
+    /// The file that keeps the cache across restarts.
     pub(crate) file: Option<PathBuf>,
-    /// Nobody said how large it is to be, and this memory is too little for [`DEFAULT_CACHE`].
+    /// The memory limit for which the default size was reduced, if it was.
     pub(crate) shrunk_for: Option<u64>,
 }
 
-/// The size of the page cache where there is memory enough for it, and no flag says otherwise.
+/// Default size of the page cache, if a quarter of the memory is not less.
 pub(crate) const DEFAULT_CACHE: u64 = 64 << 20;
 
 impl CacheConfig {
-    /// One of which nobody said how large it is to be: it takes a quarter of the memory at most. `limit` is what this process and its
-    /// children may have, which is the same at the next start, so that a cache that was stored meanwhile fits.
+    /// The default size: at most a quarter of the memory. `limit` is the memory limit of this process and its children. It is
+    /// the same at the next start, so that a stored cache still fits.
     pub(crate) fn sized_for(limit: Option<u64>) -> Self {
         const MEBIBYTE: u64 = 1 << 20;
         let quarter = limit.map_or(u64::MAX, |limit| (limit / 4 / MEBIBYTE * MEBIBYTE).max(MEBIBYTE));
@@ -103,18 +101,18 @@ impl CacheConfig {
     }
 }
 
-/// What a client may ask of a worker.
+/// Limits for the clients of a worker.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Limits {
     /// Bytes of a request's body.
     pub(crate) max_body: u64,
     /// Bytes of a request's head: FastCGI parameters, HTTP request line and headers.
     pub(crate) max_params: usize,
-    /// Connections that a worker holds at a time; at the limit it leaves new ones to its siblings.
+    /// Connections per worker; at the limit it leaves new ones to its siblings.
     pub(crate) max_connections: u32,
-    /// Connections of a worker that may come from one address; 0 is any number.
+    /// Connections per worker from one address; 0 is no limit.
     pub(crate) max_connections_per_address: u32,
-    /// Bytes of what clients have sent that a worker holds at a time; 0 is any number.
+    /// Bytes of request heads and bodies that a worker buffers; 0 is no limit.
     pub(crate) max_buffered: u64,
     /// Headers of a request.
     pub(crate) max_headers: usize,
@@ -122,29 +120,29 @@ pub(crate) struct Limits {
     pub(crate) max_uri: usize,
     /// Requests at a time on one FastCGI or HTTP/2 connection.
     pub(crate) max_multiplexed: usize,
-    /// Requests of one HTTP connection, after which it is closed; 0 is any number.
+    /// Requests after which an HTTP connection is closed; 0 is no limit.
     pub(crate) max_requests_per_connection: u32,
     pub(crate) timeouts: Timeouts,
 }
 
-/// How long a client may take, to the second. Zero is no limit.
+/// Time limits for clients, with a resolution of a second. Zero is no limit.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Timeouts {
     /// Until the next request on a kept connection.
     pub(crate) idle: Duration,
     /// For the whole head of a request.
     pub(crate) header: Duration,
-    /// For the next 4 KiB of a request's body, while somebody waits for them.
+    /// For the next 4 KiB of a request's body, while the application waits for them.
     pub(crate) body: Duration,
     /// To read the next 4 KiB of a response.
     pub(crate) write: Duration,
-    /// Until something moves on an upgraded connection, in either direction.
+    /// For the next byte on an upgraded connection, in either direction.
     pub(crate) upgraded: Duration,
 }
 
 impl Config {
-    /// How many processes there can be at once: twice the workers, because while all are replaced the old
-    /// ones may still be finishing long requests, and some more so that TTIN has room.
+    /// The number of processes that there can be at once: twice the workers, because old workers may still finish long
+    /// requests while all are replaced, and 16 more for TTIN.
     pub(crate) fn slots(&self) -> u32 {
         self.workers.max.saturating_mul(2).saturating_add(16)
     }
@@ -160,8 +158,8 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Finds `name` as a shell would: as a path if it has a slash, else in the folders of PATH. With `root`, below that,
-    /// where it will be executed.
+    /// Finds `name` as a shell would: as a path if it has a slash, else in the directories of PATH. With `root`, below that
+    /// directory, where it will be executed.
     ///
     /// # Errors
     /// A sentence for the operator, if there is no such program or it cannot be executed.
@@ -192,7 +190,7 @@ impl Program {
 }
 
 impl Program {
-    /// Finds it where it will be executed by processes with these privileges.
+    /// Finds the program as processes with these privileges will see it.
     ///
     /// # Errors
     /// A sentence for the operator.
@@ -201,10 +199,10 @@ impl Program {
         Self::find(command, chroot.as_deref())?.with_path_for(chdir.as_deref().filter(|_| chroot.is_none()))
     }
 
-    /// The same program, by a path that also holds if it is started in `directory`.
+    /// The same program, with a path that is also valid when it is started in `directory`.
     ///
     /// # Errors
-    /// If the folder of this process is gone.
+    /// If the working directory of this process does not exist any more.
     fn with_path_for(self, directory: Option<&std::path::Path>) -> Result<Self, String> {
         if directory.is_none() {
             return Ok(self);
@@ -215,7 +213,7 @@ impl Program {
     }
 }
 
-/// What a process with `root` as its root folder sees as `path`.
+/// The file that a process with the root directory `root` sees as `path`.
 fn below(root: Option<&std::path::Path>, path: &std::path::Path) -> std::path::PathBuf {
     root.map_or_else(|| path.to_owned(), |root| root.join(path.strip_prefix("/").unwrap_or(path)))
 }
@@ -227,7 +225,7 @@ fn is_executable(path: &std::path::Path) -> bool {
 /// Reads a size: bytes, or with K, M, G or T (powers of 1024).
 ///
 /// # Errors
-/// A sentence that says what is expected.
+/// A sentence with the expected form.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let expected = || format!("'{text}' is not a size (expected bytes, or a number with K, M, G or T, as in 64M)");
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -258,7 +256,7 @@ pub(crate) fn format_size(bytes: u64) -> String {
 /// Reads a length of time: seconds, or with ms, s, m or h.
 ///
 /// # Errors
-/// A sentence that says what is expected.
+/// A sentence with the expected form.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let expected = || format!("'{text}' is not a time (expected seconds, or a number with ms, s, m or h, as in 500ms)");
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -274,7 +272,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     number.checked_mul(ms_per_unit).map(Duration::from_millis).ok_or_else(expected)
 }
 
-/// As [`parse_duration`], of a time that cannot be zero.
+/// As [`parse_duration`], for a time that must not be zero.
 ///
 /// # Errors
 /// As above.
@@ -286,10 +284,10 @@ pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
-/// The shortest time between two looks: with less, a process does nothing else.
+/// Shortest interval between checks: with less, a process would do nothing else.
 const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
-/// As [`parse_duration`], of a time between two looks.
+/// As [`parse_duration`], for an interval between checks.
 ///
 /// # Errors
 /// As above.
@@ -301,7 +299,7 @@ pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
-/// As [`parse_interval`], or 0 for never.
+/// As [`parse_interval`]; 0 disables.
 ///
 /// # Errors
 /// As above.
@@ -315,7 +313,7 @@ pub(crate) fn parse_interval_or_zero(text: &str) -> Result<Duration, String> {
 /// Reads permissions in octal, as `chmod` takes them.
 ///
 /// # Errors
-/// A sentence that says what is expected.
+/// A sentence with the expected form.
 pub(crate) fn parse_mode(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8).ok().filter(|&mode| mode <= 0o777);
     mode.ok_or(format!("'{text}' is not a file mode (expected three octal digits, as in 660)"))

@@ -1,5 +1,4 @@
-//! Who may connect, and who is believed: sets of addresses, as `--allow` and `--trust` name them. Pure: nothing here
-//! looks at a socket.
+//! Sets of peers, as `--allow`, `--trust` and `--proxy-protocol` name them. No I/O.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -8,7 +7,7 @@ use std::str::FromStr;
 /// One member of such a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Who {
-    /// Whoever connects to a Unix socket.
+    /// Every peer on a Unix socket.
     Unix,
     /// A network: the first `bits` bits of an address (RFC 4632).
     Network { address: IpAddr, bits: u32 },
@@ -19,18 +18,18 @@ pub(crate) enum Who {
 pub(crate) struct Peers(Vec<Who>);
 
 impl Peers {
-    /// `None` if nobody was named: that is not the same as a set of nobody.
+    /// `None` if no peer is named, which is not an empty set.
     pub(crate) fn new(members: Vec<Who>) -> Option<Self> {
         (!members.is_empty()).then_some(Self(members))
     }
 
-    /// The web servers that a FastCGI application may be asked by: `FCGI_WEB_SERVER_ADDRS`, a comma-separated list
-    /// of IPv4 addresses (FastCGI specification 1.0, section 3.2). Names are taken too, since web servers are
-    /// configured with them, and IPv6 addresses; `resolve` finds the addresses of a name. Peers on Unix sockets are never among them.
-    /// `None` if the variable is empty.
+    /// The web servers that may connect to a FastCGI application: `FCGI_WEB_SERVER_ADDRS`, a comma-separated list of IPv4
+    /// addresses (FastCGI specification 1.0, section 3.2). IPv6 addresses are accepted too, and host names, with which web
+    /// servers are configured; `resolve` finds the addresses of a name. Peers on Unix sockets are never in the set. `None`
+    /// if the variable is empty.
     ///
     /// # Errors
-    /// A sentence for the operator: believing half of such a list would let in, or keep out, the wrong ones.
+    /// A sentence for the operator, for any invalid element: half of such a list would admit, or refuse, the wrong peers.
     pub(crate) fn web_servers(variable: &str, resolve: impl Fn(&str) -> Vec<IpAddr>) -> Result<Option<Self>, String> {
         let one = |address: IpAddr| {
             let address = address.to_canonical();
@@ -98,7 +97,7 @@ impl FromStr for Who {
         let (address, bits) = text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
         let address: IpAddr = address.parse().map_err(|_| format!("'{address}' is not an address ({FORM})"))?;
         if address.to_canonical() != address {
-            // Peers over IPv4 are known by that alone.
+            // IPv4 peers are compared in IPv4 notation.
             let address = address.to_canonical();
             return Err(format!("'{text}' is an IPv4 address in IPv6 notation (write it as {address})"));
         }
@@ -115,7 +114,7 @@ impl FromStr for Who {
             IpAddr::V4(address) => u128::from(u32::from(address)),
             IpAddr::V6(address) => address.into(),
         };
-        // A slip of the pen here would let in more than was meant.
+        // Probably a typing error, which would admit more peers than intended.
         if network & 1_u128.checked_shl(size - bits).map_or(u128::MAX, |above| above - 1) != 0 {
             return Err(format!("'{text}' names an address within the network, not its first one ({FORM})"));
         }

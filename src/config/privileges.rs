@@ -1,7 +1,7 @@
-//! What the application's processes may do and see, as the operator gave it: read, looked up and checked for itself.
+//! The privileges of the application's processes, as configured: each setting is parsed, looked up and checked alone.
 //!
-//! Names of users and groups are resolved here, in the master, before any fork: a child that has to become somebody else asks
-//! nobody. Whether all of it together can be done is decided in `privileges`.
+//! Names of users and groups are resolved here, in the master, before any fork, so that a child that changes its user
+//! looks up nothing. `privileges` decides whether the settings are possible together.
 
 use std::ffi::CString;
 use std::fmt;
@@ -14,7 +14,6 @@ use nix::unistd::{Gid, Group, Uid, User, getgrouplist};
 use super::{format_size, parse_size};
 use crate::sys;
 
-/// All of it; nothing, by default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PrivilegesConfig {
     pub(crate) user: Option<Account>,
@@ -30,19 +29,19 @@ pub(crate) struct PrivilegesConfig {
     pub(crate) affinity: Option<Affinity>,
     pub(crate) variables: Vec<Variable>,
     pub(crate) clear_env: bool,
-    /// Whose the Unix socket files are.
+    /// Owner of Unix socket files.
     pub(crate) socket_owner: Option<Owner>,
     pub(crate) pid_file: Option<PathBuf>,
     pub(crate) sandbox: Option<SandboxConfig>,
 }
 
 impl PrivilegesConfig {
-    /// Whether the operator set the limit of descriptors, which a worker would raise otherwise.
+    /// Whether the limit of descriptors is configured; otherwise a worker raises it.
     pub(crate) fn limits_descriptors(&self) -> bool {
         self.limits.iter().any(|limit| limit.resource == Resource::RLIMIT_NOFILE)
     }
 
-    /// A warning, if the application runs as root because nobody has said as whom.
+    /// A warning, if the application runs as root because no user is configured.
     pub(crate) fn of_root(&self) -> Option<&'static str> {
         let is_root = nix::unistd::geteuid().is_root() && is_root_of_machine();
         (is_root && self.user.is_none()).then_some(
@@ -50,24 +49,24 @@ impl PrivilegesConfig {
         )
     }
 
-    /// How many descriptors a worker may have; `None` if that cannot be found out.
+    /// The limit of descriptors of a worker, if it is known.
     pub(crate) fn most_descriptors(&self) -> Option<u64> {
         let set = self.limits.iter().rev().find(|limit| limit.resource == Resource::RLIMIT_NOFILE);
         set.map(|limit| limit.soft).or_else(sys::hard_descriptor_limit)
     }
 
-    /// Whom the socket files are given to; nobody if `None`.
+    /// The owner that socket files get; unchanged if `None`.
     pub(crate) fn owner_of_sockets(&self) -> Option<Owner> {
         self.socket_owner.or_else(|| self.owner_of_files())
     }
 
-    /// Whom files of the workers are given to; nobody if `None`.
+    /// The owner that files of the workers get; unchanged if `None`.
     pub(crate) fn owner_of_files(&self) -> Option<Owner> {
         let user = self.user.as_ref()?;
         Some(Owner { user: user.uid, group: self.group.or(user.gid)? })
     }
 
-    /// The environment of the application: `inherited` is the master's. `--env` has the last word.
+    /// The variables that are set for the application. Those of `--env` come last, and override.
     pub(crate) fn environment(&self) -> Vec<Variable> {
         let account = self.user.iter().filter_map(|user| Some((user.name.as_ref()?, user.home.as_ref()?)));
         let account = account.flat_map(|(name, home)| {
@@ -78,26 +77,26 @@ impl PrivilegesConfig {
     }
 }
 
-/// Whether user 0 here is the machine's: in a user namespace it may be anybody's.
+/// Whether user 0 is root of the machine: in a user namespace it can be any user.
 fn is_root_of_machine() -> bool {
     let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
     let of_root = map.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
     of_root.into_iter().all(|fields| fields.first() != Some(&"0") || fields.get(1) == Some(&"0"))
 }
 
-/// A user, with what the system's accounts say of it.
+/// A user, with its entry in the system's accounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Account {
     pub(crate) uid: Uid,
-    /// Its primary group; a number without an account has none.
+    /// Primary group; `None` for a number without an account.
     pub(crate) gid: Option<Gid>,
-    /// All groups that it belongs to.
+    /// All groups of the user.
     pub(crate) groups: Vec<Gid>,
     pub(crate) name: Option<String>,
     pub(crate) home: Option<String>,
 }
 
-/// Whose a file is.
+/// Owner of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Owner {
     pub(crate) user: Uid,
@@ -120,12 +119,10 @@ pub(crate) struct ResourceLimit {
     pub(crate) hard: u64,
 }
 
-/// Where processes run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Affinity {
-    /// One processor each, in turn, by slot.
+    /// One processor per process, by slot.
     Spread,
-    /// On these.
     Processors(Vec<usize>),
 }
 
@@ -137,13 +134,13 @@ pub(crate) struct Variable {
 }
 
 impl fmt::Debug for Variable {
-    /// Without its value, which may be a password.
+    /// Omits the value, which may be a password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}=…", self.name)
     }
 }
 
-/// What a sandboxed worker may reach beside what every program needs.
+/// Files that a sandboxed worker may use, in addition to those that every program needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SandboxConfig {
     /// A kernel without Landlock is an error.
@@ -191,7 +188,7 @@ pub(crate) fn parse_group(text: &str) -> Result<Gid, String> {
     }
 }
 
-/// Reads groups with commas between them, or `none`.
+/// Reads a comma-separated list of groups, or `none`.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -199,7 +196,7 @@ pub(crate) fn parse_groups(text: &str) -> Result<GroupList, String> {
     listed(text).map(parse_group).collect::<Result<_, _>>().map(GroupList)
 }
 
-/// Reads `USER:GROUP`; without a group it is the user's own.
+/// Reads `USER:GROUP`; the default group is the user's.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -213,7 +210,7 @@ pub(crate) fn parse_owner(text: &str) -> Result<Owner, String> {
     Ok(Owner { user: user.uid, group })
 }
 
-/// Reads the names of capabilities with commas between them, or `none`.
+/// Reads a comma-separated list of capabilities, or `none`.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -233,7 +230,7 @@ fn listed(text: &str) -> impl Iterator<Item = &str> {
     text.split(',').map(str::trim).filter(|word| !word.is_empty())
 }
 
-/// The resources by the names that a shell or systemd has for them.
+/// The resources, with their names in shells and systemd.
 const RESOURCES: [(&str, Resource); 15] = [
     ("as", Resource::RLIMIT_AS),
     ("core", Resource::RLIMIT_CORE),
@@ -252,7 +249,7 @@ const RESOURCES: [(&str, Resource); 15] = [
     ("stack", Resource::RLIMIT_STACK),
 ];
 
-/// As `--rlimit` takes it.
+/// In the form of `--rlimit`.
 impl fmt::Display for ResourceLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown = |value: u64| match value {
@@ -265,25 +262,25 @@ impl fmt::Display for ResourceLimit {
 }
 
 impl ResourceLimit {
-    /// Whether too low a value can keep a process from starting.
+    /// Whether a low value can prevent a process from starting.
     pub(crate) fn is_vital(&self) -> bool {
         use Resource as R;
         [R::RLIMIT_AS, R::RLIMIT_CPU, R::RLIMIT_DATA, R::RLIMIT_NOFILE, R::RLIMIT_NPROC, R::RLIMIT_STACK]
             .contains(&self.resource)
     }
 
-    /// What `--rlimit` calls it.
+    /// The name in `--rlimit`.
     pub(crate) fn name(&self) -> &'static str {
         name_of(self.resource)
     }
 }
 
-/// All that `--rlimit` knows.
+/// All resources of `--rlimit`.
 pub(crate) fn resources() -> impl Iterator<Item = Resource> {
     RESOURCES.iter().map(|(_, resource)| *resource)
 }
 
-/// What `--rlimit` calls a resource.
+/// The name of a resource in `--rlimit`.
 pub(crate) fn name_of(resource: Resource) -> &'static str {
     RESOURCES.iter().find(|(_, known)| *known == resource).map_or("", |(name, _)| name)
 }
@@ -334,7 +331,7 @@ pub(crate) fn parse_affinity(text: &str) -> Result<Affinity, String> {
     Ok(Affinity::Processors(processors))
 }
 
-/// Reads `NAME=VALUE`; `NAME` alone passes the master's own variable on.
+/// Reads `NAME=VALUE`; `NAME` alone passes on the master's variable.
 ///
 /// # Errors
 /// A sentence for the operator.

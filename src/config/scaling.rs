@@ -1,4 +1,4 @@
-//! How many workers there are, and when they are replaced: the types of those flags, and how they are written.
+//! The number of workers and their replacement: the types of these flags, and their parsers.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,33 +6,32 @@ use std::time::Duration;
 
 use super::{parse_duration, parse_size};
 
-/// The most workers there can be.
+/// Maximum number of workers.
 const MOST: u32 = 1024;
 
-/// What the flags about numbers and replacement say.
 #[derive(Clone, Debug)]
 pub(crate) struct Scaling {
-    /// How many workers are being replaced at a time, for whatever reason.
+    /// Workers that are replaced at a time, for any reason.
     pub(crate) max_unavailable: Share,
-    /// How long workers may fail to start while none ever became ready; zero is for ever.
+    /// Time for which workers may fail to start while none was ever ready; zero is no limit.
     pub(crate) give_up_after: Duration,
-    /// How long a worker was not needed when it may leave.
+    /// Time after which a worker that is not needed is stopped.
     pub(crate) scale_down_after: Duration,
     /// Requests after which a worker is replaced.
     pub(crate) max_requests: Option<Jittered<u64>>,
-    /// Bytes of a worker's own memory above which it is replaced.
+    /// Bytes of a worker's own memory above which the worker is replaced.
     pub(crate) max_memory: Option<u64>,
-    /// How often each worker's memory is looked at.
+    /// Time between checks of each worker's memory.
     pub(crate) memory_interval: Duration,
     /// The age at which a worker is replaced.
     pub(crate) max_age: Option<Jittered<Duration>>,
-    /// What a new worker asks its own application before it is ready.
+    /// Path that a new worker requests from its application before it is ready.
     pub(crate) health_path: Option<String>,
-    /// How long a request may have waited when the application begins with it; zero is any time.
+    /// Time that a request may wait before the application begins with it; zero is no limit.
     pub(crate) max_queue_time: Duration,
 }
 
-/// How many workers: one number, or as many as are needed between two.
+/// The number of workers: fixed if both limits are equal, otherwise depending on the load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Range {
     pub(crate) min: u32,
@@ -62,7 +61,7 @@ impl FromStr for Range {
     }
 }
 
-/// A number of workers, or a part of all.
+/// A number of workers, or a percentage of all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Share {
     Number(u32),
@@ -81,18 +80,18 @@ impl FromStr for Share {
     }
 }
 
-/// A limit that is not the same for all workers, or else all would meet it at once.
+/// A limit with jitter, so that not all workers reach it at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Jittered<T> {
     pub(crate) limit: T,
-    /// At most so much is added.
+    /// Upper bound of the random amount that is added.
     pub(crate) jitter: T,
 }
 
 impl Jittered<u64> {
-    /// One worker's own limit.
+    /// Draws the limit of one worker.
     pub(crate) fn draw(self) -> u64 {
-        // Without random numbers all have the same limit: no reason not to start.
+        // Without random numbers, all workers have the same limit; this must not prevent the start.
         let random = getrandom::u64().unwrap_or(0);
         let room = u128::from(self.jitter) + 1;
         self.limit.saturating_add(u64::try_from(u128::from(random) % room).unwrap_or(0))
@@ -100,7 +99,7 @@ impl Jittered<u64> {
 }
 
 impl Jittered<Duration> {
-    /// One worker's own limit, to the millisecond.
+    /// Draws the limit of one worker, in milliseconds.
     pub(crate) fn draw(self) -> Duration {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         Duration::from_millis(Jittered { limit: ms(self.limit), jitter: ms(self.jitter) }.draw())
@@ -110,7 +109,7 @@ impl Jittered<Duration> {
 /// Reads `N` or `N~JITTER`; 0 is no limit.
 ///
 /// # Errors
-/// A sentence that says what is expected.
+/// A sentence with the expected form.
 pub(crate) fn parse_max_requests(text: &str) -> Result<Jittered<u64>, String> {
     let parse = |part: &str| part.parse().ok();
     jittered(text, parse).ok_or(format!(
@@ -121,7 +120,7 @@ pub(crate) fn parse_max_requests(text: &str) -> Result<Jittered<u64>, String> {
 /// Reads `TIME` or `TIME~JITTER`; 0 is no limit.
 ///
 /// # Errors
-/// A sentence that says what is expected.
+/// A sentence with the expected form.
 pub(crate) fn parse_max_age(text: &str) -> Result<Jittered<Duration>, String> {
     let parse = |part: &str| parse_duration(part).ok();
     jittered(text, parse)
@@ -135,10 +134,10 @@ fn jittered<T: Default>(text: &str, parse: impl Fn(&str) -> Option<T>) -> Option
     }
 }
 
-/// Reads a size of memory; 0 is no limit, and less than 1M makes no sense.
+/// Reads a size of memory of at least 1M; 0 is no limit.
 ///
 /// # Errors
-/// A sentence that says what is expected.
+/// A sentence with the expected form.
 pub(crate) fn parse_max_memory(text: &str) -> Result<u64, String> {
     let size = parse_size(text)?;
     if size > 0 && size < 1 << 20 {
@@ -150,7 +149,7 @@ pub(crate) fn parse_max_memory(text: &str) -> Result<u64, String> {
 /// Reads the path and query of a request.
 ///
 /// # Errors
-/// A sentence that says what is expected.
+/// A sentence with the expected form.
 pub(crate) fn parse_health_path(text: &str) -> Result<String, String> {
     let is_path = text.starts_with('/') && text.parse::<http::uri::PathAndQuery>().is_ok();
     is_path.then(|| text.to_owned()).ok_or(format!("'{text}' is not a path (expected a path such as /health)"))

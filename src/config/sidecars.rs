@@ -1,5 +1,4 @@
-//! The programs that run beside the workers: daemons, and jobs that run at certain times. Parsed once, then never
-//! changed.
+//! The programs that run alongside the workers: daemons, and jobs that run at certain times.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -12,25 +11,24 @@ use jiff::tz::TimeZone;
 
 use super::Program;
 
-/// Longest name of one.
+/// Longest name of a daemon or job, in bytes.
 const MAX_NAME: usize = 64;
 
-/// All of them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct SidecarsConfig {
-    /// No two have the same name.
+    /// The names are unique.
     pub(crate) sidecars: Vec<SidecarConfig>,
-    /// How long one run of a job may take; zero for no limit.
+    /// Time limit for one run of a job; zero for no limit.
     pub(crate) cron_timeout: Duration,
-    /// So many times in a row a daemon may end well as soon as it is started; 0 for any number.
+    /// Consecutive immediate exits with status 0 after which a daemon is not restarted; 0 for no limit.
     pub(crate) daemon_tries: u32,
 }
 
-/// One of them.
+/// A daemon or a job.
 #[derive(Clone, Debug)]
 pub(crate) struct SidecarConfig {
     pub(crate) name: String,
-    /// When it runs; always, if `None`.
+    /// `None` for a daemon.
     pub(crate) schedule: Option<Schedule>,
     /// The name or path of the program, and its arguments.
     command: Vec<String>,
@@ -45,7 +43,7 @@ pub(crate) struct Schedule {
 
 impl SidecarsConfig {
     /// # Errors
-    /// A sentence for the operator, if two have the same name.
+    /// A sentence for the operator, if a name is used twice.
     pub(crate) fn new(sidecars: Vec<SidecarConfig>, cron_timeout: Duration, daemon_tries: u32) -> Result<Self, String> {
         for (index, sidecar) in sidecars.iter().enumerate() {
             if sidecars[..index].iter().any(|other| other.name == sidecar.name) {
@@ -61,7 +59,7 @@ impl SidecarConfig {
     /// Reads `NAME=COMMAND`.
     ///
     /// # Errors
-    /// A sentence that says what is expected.
+    /// A sentence with the expected form.
     pub(crate) fn daemon(text: &str) -> Result<Self, String> {
         let expected = || format!("'{text}' is not a daemon (expected NAME=COMMAND, as in mail=./mailer --queue out)");
         let (name, command) = text.split_once('=').ok_or_else(expected)?;
@@ -71,7 +69,7 @@ impl SidecarConfig {
     /// Reads `NAME=SCHEDULE=COMMAND`.
     ///
     /// # Errors
-    /// A sentence that says what is expected.
+    /// A sentence with the expected form.
     pub(crate) fn job(text: &str) -> Result<Self, String> {
         let expected =
             || format!("'{text}' is not a job (expected NAME=SCHEDULE=COMMAND, as in clean=*/5 * * * *=./clean --all)");
@@ -81,7 +79,7 @@ impl SidecarConfig {
         Ok(Self { name: parse_name(name)?, schedule: Some(schedule), command: parse_command(command)? })
     }
 
-    /// Finds its program, as it will be seen with this root and in this folder.
+    /// Finds the program, as it will be seen with this root directory and working directory.
     ///
     /// # Errors
     /// A sentence for the operator, which names the flag.
@@ -92,24 +90,25 @@ impl SidecarConfig {
         found.map_err(|error| format!("--{} {}: {error}", self.kind(), self.name))
     }
 
-    /// The name of its flag, and what it is called in the log.
+    /// The name of its flag, also used in the log.
     pub(crate) fn kind(&self) -> &'static str {
         if self.schedule.is_some() { "cron" } else { "daemon" }
     }
 }
 
 impl Schedule {
-    /// Reads minute, hour, day, month and day of the week, with seconds in front if there are six; or `@hourly` and its like.
+    /// Reads minute, hour, day, month and day of the week, with seconds first if there are six fields; or `@hourly` and the
+    /// like.
     ///
     /// # Errors
-    /// A sentence that says what is expected.
+    /// A sentence with the expected form.
     pub(crate) fn parse(text: &str, zone: TimeZone) -> Result<Self, String> {
         let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
         let cron = parser.parse(text.trim()).map_err(|error| {
             format!("'{text}' is not a schedule: {error} (expected minute, hour, day, month, day of the week, as in */5 * * * *)")
         })?;
         let schedule = Self { cron, zone };
-        // The thirtieth of February, say.
+        // For example the thirtieth of February.
         let never = || format!("the schedule '{text}' never occurs (check day and month)");
         schedule.after(Timestamp::now()).ok_or_else(never)?;
         Ok(schedule)
@@ -118,7 +117,7 @@ impl Schedule {
     /// The first time after this one; `None` if there is none.
     pub(crate) fn after(&self, time: Timestamp) -> Option<Timestamp> {
         let next = self.cron.find_next_occurrence(&time.to_zoned(self.zone.clone()), false).ok()?.timestamp();
-        // What makes no progress would be due without end.
+        // A time that is not later would be due forever.
         (next > time).then_some(next)
     }
 }
