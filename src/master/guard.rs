@@ -66,7 +66,7 @@ struct Process {
 }
 
 impl Guard {
-    pub(super) fn is_one(&self, pid: Pid) -> bool {
+    pub(super) fn has(&self, pid: Pid) -> bool {
         self.replaced.contains(&pid) || self.process.as_ref().is_some_and(|process| process.pid == pid)
     }
 
@@ -94,19 +94,18 @@ impl Guard {
         }
     }
 
-    /// Takes note of an end; false if that was not a guard's.
-    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) -> bool {
+    /// A guard has ended.
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) {
         if self.replaced.remove(&pid) {
-            return true;
+            return;
         }
-        let Some(Process { since, .. }) = self.process.take_if(|process| process.pid == pid) else { return false };
+        let Some(Process { since, .. }) = self.process.take_if(|process| process.pid == pid) else { return };
         sys::announce_by(None);
         if since.elapsed() >= STEADY_TIME {
             self.breaker.close();
         }
         let lived = since.elapsed().as_millis();
         self.failed(now, &format!("guard ended pid={pid} {ending} lived={lived}ms"));
-        true
     }
 
     fn failed(&mut self, now: Now, what: &str) {

@@ -1,23 +1,29 @@
-//! The master: one thread, one `poll(2)`, events in, actions out.
+//! The master: one thread, one `poll(2)` loop. Events go in, actions come out.
 //!
-//! It makes processes, hears of their readiness and their end, and does what the [`supervisor`] decides. It
-//! runs no code of the application's but two hooks, never touches tokio, and takes no lock in shared memory: of that it reads the
-//! scoreboard rows of dead workers, marks them as such, and nothing else. What a child says is gossip: bounded,
-//! and matched against the pid it came from.
+//! The master spawns processes, reads when they are ready, reaps them, and carries out what the [`supervisor`] decides. It runs no
+//! application code except hooks, does not use tokio, and takes no lock in shared memory. In shared memory it reads the
+//! scoreboard rows of dead workers and marks them as dead, and nothing else. Everything that a child reports is treated
+//! as gossip: it is bounded, and matched against the pid that it came from.
 //!
-//! - [`supervisor`] decides (pure).
-//! - [`programs`] follows external programs by what [`procfs`] shows of them, and [`leftovers`] ends what is left of them with the server.
-//! - [`spawn`] makes processes; [`signals`] and [`output`] make signals and what processes put out readable.
-//! - [`closing`] closes the listening sockets when everything stops.
-//! - [`demand`] and [`recycling`] find out how much there is to do, and who has served its time.
-//! - [`hangs`] finds workers that hang, and [`quarantine`] the requests that they die of (both pure); [`faults`] brings
-//!   them what they go by. [`symbolizer`] has the functions named in which workers crashed.
-//! - [`upgrade`] has this process become another build of the program.
-//! - [`sidecars`] decides which daemons and jobs run beside the workers (pure); [`sidecars`] runs them.
-//! - [`guard`] outlives the master, and ends what is left of its programs then.
-//! - [`relay`] keeps the process that publishes for programs in other languages.
-//! - [`obituary`] writes the line for each process that ended.
-//! - [`control`] is the socket at which operators ask, [`operator`] does it, [`reload`] takes over what was changed, and [`status`] says how things are.
+//! Decisions, without a system call:
+//! - [`supervisor`]: which processes there are.
+//! - [`sidecars`]'s supervisor: which daemons and jobs there are.
+//! - [`hangs`] and [`quarantine`]: which workers hang, and which requests kill their workers. [`faults`] collects the evidence.
+//! - [`demand`] and [`recycling`]: how much work there is, and which workers have reached the end of their lifetime.
+//!
+//! Processes:
+//! - [`spawn`] starts workers and programs; [`reap`] takes note of the death of any child, and [`obituary`] writes its log line.
+//! - [`programs`] follows external programs by what [`procfs`] shows of them; [`leftovers`] ends what they leave behind.
+//! - [`sidecars`] runs daemons and jobs; [`relay`] runs the process that publishes events for programs in other languages;
+//!   [`guard`] runs the process that outlives a killed master and ends what its programs have started; [`symbolizer`] runs
+//!   the process that names the functions in a crash.
+//! - [`output`] reads what processes write to standard output and error.
+//!
+//! Operators:
+//! - [`signals`] and [`control`] receive commands, [`operator`] carries them out, and [`notices`] logs their outcome.
+//! - [`reload`] applies a changed configuration, [`upgrade`] replaces this process with another build of the program, and
+//!   [`closing`] closes the listening sockets at a stop.
+//! - [`status`] describes the state, and [`notify`] reports it to systemd.
 
 mod closing;
 mod control;
@@ -38,6 +44,7 @@ mod output;
 pub(crate) mod procfs;
 mod programs;
 mod quarantine;
+mod reap;
 mod recycling;
 mod relay;
 mod reload;
@@ -58,7 +65,7 @@ use std::time::{Duration, Instant};
 
 use forkyard_shm::{Scoreboard, Segment};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use self::closing::Closing;
@@ -79,9 +86,8 @@ use self::signals::Meaning;
 pub(crate) use self::signals::SignalInbox;
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Spawner};
-use self::supervisor::{Action, AfterExit, Budget, Command, Event, Phase, Policy, Supervisor};
+use self::supervisor::{Action, Budget, Command, Event, Phase, Policy, Supervisor};
 use self::upgrade::Upgrade;
-use crate::app::hooks::{WorkerExit, WorkerId};
 use crate::config::{Config, Program, Share};
 use crate::heritage::Report;
 use crate::logging;
@@ -90,12 +96,10 @@ use crate::net::listen::Listener;
 use crate::net::publish_socket::PublishSocket;
 use crate::net::queue_depth::QueueDepth;
 use crate::startup::{memory, systemd};
-use crate::sys::{self, Ending};
+use crate::sys;
 use crate::upgrade::saved::SavedPidFile;
 use crate::upgrade::{StartCommand, Takeover, Ties};
 
-/// The exit status by which a worker asks not to be replaced.
-const STAY_DOWN: i32 = 125;
 /// How long to wait when poll(2) fails.
 const POLL_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -435,74 +439,6 @@ impl Master {
         }
     }
 
-    /// Reaps all that have ended: one SIGCHLD may stand for many.
-    fn reap(&mut self) {
-        self.guard.look();
-        while let Some(pid) = sys::ended_child() {
-            let is_check = self.upgrade.is_check(pid);
-            // What a wrapper script started, say, and left behind. Before the pid is free for others.
-            let ending = sys::ending_of(pid);
-            if is_check || (self.sidecars.has(pid) && !ending.is_some_and(|ending| self.sidecars.spares(pid, ending))) {
-                let _ = killpg(pid, Signal::SIGKILL);
-            } else if let Some(ending) = ending {
-                self.ending(pid, ending);
-            }
-            let Some(ending) = sys::reap(pid) else { return };
-            if is_check {
-                if let Err(why) = self.upgrade.ended(ending) {
-                    self.refuse_upgrade(why);
-                }
-                continue;
-            }
-            let now = self.now();
-            if self.guard.ended(pid, ending, now)
-                || self.relay.ended(pid, ending, now)
-                || self.sidecars.ended(pid, ending)
-            {
-                continue;
-            }
-            self.read_child(pid, 0);
-            let Some(mut child) = self.children.remove(&pid) else {
-                if !self.faults.symbolizer.ended(pid, &self.signals) {
-                    log::debug!("reaped a stranger pid={pid} {ending}");
-                }
-                continue;
-            };
-            if let Some(output) = child.output.take() {
-                child.last_line = self.orphaned_outputs.adopt(output, pid, self.now());
-            }
-            let program = child.program();
-            let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
-            self.recycling.died(pid);
-            let is_starting = obituary::is_starting(pid, &child, &self.scoreboard);
-            self.scoreboard.mark_dead(slot, pid.as_raw().cast_unsigned());
-            let unasked = child.is_worker() && !child.asked_to_leave && !child.hung;
-            let no_memory =
-                unasked && ending == Ending::Signaled(libc::SIGKILL) && self.faults.ran_out_of_memory(self.now());
-            if !is_starting && program.is_none() && matches!(ending, Ending::Signaled(_)) {
-                self.feed(Event::Ready { pid }); // its row says so before its report, and it may have been killed in between
-            }
-            let limits = is_starting.then_some(self.spawner.config.privileges.limits.as_slice());
-            let mut end = obituary::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
-            self.left(std::mem::take(&mut end.obituary));
-            if let Launch::Worker(_, hooks) = &self.spawner.launch {
-                let worker = WorkerId { slot, generation };
-                let (pid, served, lived) = (pid.as_raw().cast_unsigned(), end.served, since.elapsed());
-                let exit = WorkerExit { worker, pid, status: ending.status(), asked, served, lived };
-                hooks.of_master.on_worker_exit(exit);
-            }
-            self.take_evidence(slot, pid, end);
-            let after_exit = after_exit(ending, !is_starting);
-            match program {
-                Some(program) => self.program_ended(program, ending),
-                None if !asked => self.look_whether_sockets_listen(),
-                None => {}
-            }
-            self.check_closing(); // it may have left because the queue is empty
-            self.feed(Event::Exited { pid, after_exit });
-        }
-    }
-
     fn read_children(&mut self) {
         let pids: Vec<Pid> = self.children.keys().copied().collect();
         let share = output::share(pids.len());
@@ -653,15 +589,5 @@ impl Master {
                 Event::SpawnFailed { slot }
             }
         }
-    }
-}
-
-/// What the way in which a process ended asks for. A program is a wrapper maybe, and 125 is what `env`, `timeout` or `docker run` return
-/// when they themselves fail: so 125 is a wish only of one that was ready.
-fn after_exit(ending: Ending, was_ready: bool) -> AfterExit {
-    match ending {
-        Ending::Exited(0) => AfterExit::Restart,
-        Ending::Exited(STAY_DOWN) if was_ready => AfterExit::StayDown,
-        Ending::Exited(_) | Ending::Signaled(_) => AfterExit::Replace,
     }
 }

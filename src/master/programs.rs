@@ -20,6 +20,7 @@ use nix::unistd::Pid;
 
 use super::Master;
 use super::procfs::{self, Observed, Process};
+use super::reap::Kind;
 use super::spawn::{Child, Launch, Link};
 use super::supervisor::Now;
 use crate::sys::Ending;
@@ -289,7 +290,7 @@ impl Master {
 
     /// A child of this master has ended, and is not reaped yet: what it leaves of its group ends with it, if it has died or had
     /// to be killed.
-    pub(super) fn ending(&mut self, pid: Pid, ending: Ending) {
+    pub(super) fn program_ending(&mut self, pid: Pid, ending: Ending) {
         let Some(Child { link: Link::Program(program), asked_to_leave: asked, .. }) = self.children.get(&pid) else {
             return;
         };
@@ -297,7 +298,7 @@ impl Master {
             // It was the wrapper of others maybe, which cannot be seen, and have not heard the TERM that ended it.
             Ending::Signaled(libc::SIGTERM) if *asked && program.hidden => Some(Signal::SIGTERM),
             Ending::Exited(_) | Ending::Signaled(libc::SIGTERM) if *asked => None,
-            Ending::Exited(0 | super::STAY_DOWN) if program.started || self.programs.seen => None,
+            Ending::Exited(0 | super::reap::STAY_DOWN) if program.started || self.programs.seen => None,
             Ending::Exited(_) | Ending::Signaled(_) => Some(Signal::SIGKILL),
         };
         if let Some(signal) = signal {
@@ -329,12 +330,7 @@ impl Master {
     pub(super) fn orphans(&self) -> Vec<Pid> {
         let mut orphans = procfs::own_children();
         orphans.retain(|&pid| {
-            !self.children.contains_key(&pid)
-                && !self.sidecars.has(pid)
-                && !self.upgrade.is_check(pid)
-                && self.relay.pid() != Some(pid)
-                && !self.guard.is_one(pid)
-                && !self.earlier.has(pid)
+            self.kind_of(pid) == Kind::Orphan
                 && procfs::stat(pid).is_some_and(|stat| !stat.is_zombie && stat.name != "heir")
         });
         orphans
@@ -410,20 +406,5 @@ pub(super) fn hint(ending: Ending) -> &'static str {
         Ending::Exited(126) => "126: a shell, env or the like found the command, and could not execute it",
         Ending::Exited(127) => "127: a shell, env or the like did not find the command",
         Ending::Exited(_) | Ending::Signaled(_) => "",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::after_exit;
-    use super::super::supervisor::AfterExit;
-    use super::*;
-
-    #[test]
-    fn a_wrappers_own_125_is_a_failure_and_a_programs_is_its_wish() {
-        assert_eq!(after_exit(Ending::Exited(125), false), AfterExit::Replace);
-        assert_eq!(after_exit(Ending::Exited(125), true), AfterExit::StayDown);
-        assert_eq!(after_exit(Ending::Exited(0), false), AfterExit::Restart);
-        assert!([125, 126, 127].iter().all(|&status| hint(Ending::Exited(status)).contains(&status.to_string())));
     }
 }

@@ -170,11 +170,8 @@ impl Relay {
         }
     }
 
-    /// Takes note of an end; false if that was not the relay's.
-    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) -> bool {
-        if self.pid() != Some(pid) {
-            return false;
-        }
+    /// The relay has ended.
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) {
         match std::mem::replace(&mut self.state, State::None) {
             State::Works(mut process) => {
                 process.read_child(MAX_REST, &mut self.breaker);
@@ -193,7 +190,6 @@ impl Relay {
             }
             State::None | State::Over => {}
         }
-        true
     }
 
     /// Has another one made, when there is something to do: this one is not what it should be any more.

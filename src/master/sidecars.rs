@@ -288,9 +288,9 @@ impl Sidecars {
         self.feed(Event::Stop);
     }
 
-    /// Takes note of an end; false if that was none of these.
-    pub(super) fn ended(&mut self, pid: Pid, ending: Ending) -> bool {
-        let Some(mut process) = self.processes.remove(&pid) else { return false };
+    /// A daemon or a job has ended.
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending) {
+        let Some(mut process) = self.processes.remove(&pid) else { return };
         process.read(pid, MAX_REST, self.now());
         process.end_output(pid, self.now());
         let Process { sidecar, label, since, asked_to_leave, .. } = process;
@@ -304,8 +304,7 @@ impl Sidecars {
         if ending == Ending::Exited(0) && !asked_to_leave {
             self.inherited.suspect(sidecar, since.elapsed());
         }
-        self.feed(Event::Exited { pid, after_exit: super::after_exit(ending, true) });
-        true
+        self.feed(Event::Exited { pid, after_exit: super::reap::after_exit(ending, true) });
     }
 
     /// Whether what this process leaves of its group lives on: a daemon that has ended well at once puts itself into the background
@@ -497,7 +496,8 @@ mod tests {
         killpg(pid, Signal::SIGKILL).unwrap();
         loop {
             if let Some(ending) = sys::reap(pid) {
-                assert!(sidecars.ended(pid, ending), "{pid} is one of them");
+                assert!(sidecars.has(pid), "{pid} is one of them");
+                sidecars.ended(pid, ending);
                 return;
             }
             std::thread::park_timeout(Duration::from_millis(1));

@@ -67,10 +67,13 @@ impl Symbolizer {
         }
     }
 
-    /// Whether `pid` was the child. It has ended.
-    pub(crate) fn ended(&mut self, pid: Pid, signals: &SignalInbox) -> bool {
-        let was_ours = self.child.take_if(|child| *child == pid).is_some();
+    pub(super) fn has(&self, pid: Pid) -> bool {
+        self.child == Some(pid)
+    }
+
+    /// The child has ended: the next crash is its successor's.
+    pub(super) fn ended(&mut self, signals: &SignalInbox) {
+        self.child = None;
         self.start(signals);
-        was_ours
     }
 }

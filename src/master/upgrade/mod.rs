@@ -149,8 +149,8 @@ impl Upgrade {
         matches!(self, Self::Checking(_))
     }
 
-    /// Whether that child is the check.
-    pub(super) fn is_check(&self, pid: Pid) -> bool {
+    /// Whether this is the process that checks the new build.
+    pub(super) fn has(&self, pid: Pid) -> bool {
         matches!(self, Self::Checking(check) if check.pid == pid)
     }
 
@@ -158,7 +158,7 @@ impl Upgrade {
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub(super) fn ended(&mut self, ending: Ending) -> Result<(), String> {
+    fn ended(&mut self, ending: Ending) -> Result<(), String> {
         let Self::Checking(mut check) = std::mem::take(self) else { return Ok(()) };
         check.listen();
         if check.passed && check.cut_short.is_none() && ending == Ending::Exited(0) {
@@ -180,6 +180,12 @@ impl Master {
     fn tell_of_upgrade(&mut self, text: String) {
         log::info!("{text}");
         self.reply_to_waiting(Waiting::Upgrade, &Reply::Progress { text });
+    }
+
+    pub(super) fn upgrade_check_ended(&mut self, ending: Ending) {
+        if let Err(why) = self.upgrade.ended(ending) {
+            self.refuse_upgrade(why);
+        }
     }
 
     pub(super) fn begin_upgrade(&mut self) {

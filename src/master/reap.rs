@@ -1,0 +1,146 @@
+//! The deaths of the master's children: what each of them was, what ends with it, and which component takes note.
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use super::spawn::Launch;
+use super::supervisor::{AfterExit, Event};
+use super::{Master, obituary};
+use crate::app::hooks::{WorkerExit, WorkerId};
+use crate::sys::{self, Ending};
+
+/// The exit status by which a worker asks not to be replaced.
+pub(super) const STAY_DOWN: i32 = 125;
+
+/// What a child of the master is. Each component keeps the children that it has made; [`Master::kind_of`] is the one place that
+/// asks which of them a pid belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Or a program in a worker's place.
+    Worker,
+    /// A daemon or a job.
+    Sidecar,
+    Relay,
+    Guard,
+    UpgradeCheck,
+    Symbolizer,
+    /// It was there before the master.
+    Earlier,
+    /// An heir, or an orphan whose parent was one of the others.
+    Orphan,
+}
+
+impl Master {
+    pub(super) fn kind_of(&self, pid: Pid) -> Kind {
+        match pid {
+            _ if self.children.contains_key(&pid) => Kind::Worker,
+            _ if self.sidecars.has(pid) => Kind::Sidecar,
+            _ if self.relay.pid() == Some(pid) => Kind::Relay,
+            _ if self.guard.has(pid) => Kind::Guard,
+            _ if self.upgrade.has(pid) => Kind::UpgradeCheck,
+            _ if self.faults.symbolizer.has(pid) => Kind::Symbolizer,
+            _ if self.earlier.has(pid) => Kind::Earlier,
+            _ => Kind::Orphan,
+        }
+    }
+
+    /// Reaps all children that have ended: one SIGCHLD may stand for many.
+    pub(super) fn reap(&mut self) {
+        self.guard.look();
+        while let Some(pid) = sys::ended_child() {
+            let kind = self.kind_of(pid);
+            self.end_group(kind, pid);
+            let Some(ending) = sys::reap(pid) else { return };
+            match kind {
+                Kind::Worker => self.worker_ended(pid, ending),
+                Kind::Sidecar => self.sidecars.ended(pid, ending),
+                Kind::Relay => self.relay.ended(pid, ending, self.now()),
+                Kind::Guard => self.guard.ended(pid, ending, self.now()),
+                Kind::UpgradeCheck => self.upgrade_check_ended(ending),
+                Kind::Symbolizer => self.faults.symbolizer.ended(&self.signals),
+                Kind::Earlier | Kind::Orphan => log::debug!("reaped an orphan pid={pid} {ending}"),
+            }
+        }
+    }
+
+    /// Ends what a child has started and left behind in its group, where that must not live on. The child is not reaped yet, so
+    /// that its pid cannot be another group's.
+    fn end_group(&mut self, kind: Kind, pid: Pid) {
+        let ending = sys::ending_of(pid);
+        match (kind, ending) {
+            (Kind::UpgradeCheck, _) | (Kind::Sidecar, None) => drop(killpg(pid, Signal::SIGKILL)), // nothing may be left
+            (Kind::Sidecar, Some(ending)) if !self.sidecars.spares(pid, ending) => drop(killpg(pid, Signal::SIGKILL)),
+            (Kind::Worker, Some(ending)) => self.program_ending(pid, ending),
+            (
+                Kind::Worker
+                | Kind::Sidecar
+                | Kind::Relay
+                | Kind::Guard
+                | Kind::Symbolizer
+                | Kind::Earlier
+                | Kind::Orphan,
+                _,
+            ) => {}
+        }
+    }
+
+    fn worker_ended(&mut self, pid: Pid, ending: Ending) {
+        self.read_child(pid, 0);
+        let Some(mut child) = self.children.remove(&pid) else { return };
+        if let Some(output) = child.output.take() {
+            child.last_line = self.orphaned_outputs.adopt(output, pid, self.now());
+        }
+        let program = child.program();
+        let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
+        self.recycling.died(pid);
+        let is_starting = obituary::is_starting(pid, &child, &self.scoreboard);
+        self.scoreboard.mark_dead(slot, pid.as_raw().cast_unsigned());
+        let unasked = child.is_worker() && !child.asked_to_leave && !child.hung;
+        let no_memory =
+            unasked && ending == Ending::Signaled(libc::SIGKILL) && self.faults.ran_out_of_memory(self.now());
+        if !is_starting && program.is_none() && matches!(ending, Ending::Signaled(_)) {
+            self.feed(Event::Ready { pid }); // its row says so before its report, and it may have been killed in between
+        }
+        let limits = is_starting.then_some(self.spawner.config.privileges.limits.as_slice());
+        let mut end = obituary::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
+        self.left(std::mem::take(&mut end.obituary));
+        if let Launch::Worker(_, hooks) = &self.spawner.launch {
+            let worker = WorkerId { slot, generation };
+            let (pid, served, lived) = (pid.as_raw().cast_unsigned(), end.served, since.elapsed());
+            let exit = WorkerExit { worker, pid, status: ending.status(), asked, served, lived };
+            hooks.of_master.on_worker_exit(exit);
+        }
+        self.take_evidence(slot, pid, end);
+        let asks = after_exit(ending, !is_starting);
+        match program {
+            Some(program) => self.program_ended(program, ending),
+            None if !asked => self.look_whether_sockets_listen(),
+            None => {}
+        }
+        self.check_closing(); // it may have left because the queue is empty
+        self.feed(Event::Exited { pid, after_exit: asks });
+    }
+}
+
+/// What the exit status of a process asks for. A program may be a wrapper, and `env`, `timeout` or `docker run` return 125 when they
+/// themselves fail: so 125 counts only from a process that was ready.
+pub(super) fn after_exit(ending: Ending, was_ready: bool) -> AfterExit {
+    match ending {
+        Ending::Exited(0) => AfterExit::Restart,
+        Ending::Exited(STAY_DOWN) if was_ready => AfterExit::StayDown,
+        Ending::Exited(_) | Ending::Signaled(_) => AfterExit::Replace,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrappers_own_125_is_a_failure_and_a_programs_is_its_wish() {
+        assert_eq!(after_exit(Ending::Exited(125), false), AfterExit::Replace);
+        assert_eq!(after_exit(Ending::Exited(125), true), AfterExit::StayDown);
+        assert_eq!(after_exit(Ending::Exited(0), false), AfterExit::Restart);
+        assert!([125, 126, 127].iter().all(|&status| hint(Ending::Exited(status)).contains(&status.to_string())));
+    }
+}
