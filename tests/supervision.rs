@@ -405,7 +405,7 @@ fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
 }
 
 #[test]
-fn as_pid_1_it_reaps_strangers_and_stops_on_term() {
+fn as_pid_1_it_reaps_orphans_and_stops_on_term() {
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new("unshare");
@@ -419,7 +419,7 @@ fn as_pid_1_it_reaps_strangers_and_stops_on_term() {
     let mut server = Server::start_command(&mut command);
     let master = *server.children().first().unwrap();
     let line =
-        if server.log().contains("reaped a stranger") { server.log() } else { server.wait_for("reaped a stranger") };
+        if server.log().contains("reaped an orphan") { server.log() } else { server.wait_for("reaped an orphan") };
     assert!(line.contains("status=7") && line.contains("[1]"), "it is pid 1 there: {line}");
     kill(Pid::from_raw(master), Signal::SIGTERM).unwrap();
     assert!(server.wait_for("worker left").contains("signal=TERM"), "a program gets the TERM that it is sent");

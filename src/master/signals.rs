@@ -1,7 +1,6 @@
 //! The master's signals, made readable: a flag for each and one socket that the loop's `poll` watches.
 //!
-//! It is opened at the very beginning of a start, and what comes before the loop runs is remembered, each signal once. (Until it
-//! is open they are blocked.) TERM, INT and QUIT end the start, during `preload` at once: see `abort.rs`.
+//! It is opened at the very beginning of a start, and what comes before the loop runs is remembered, each signal once. TERM, INT and QUIT end the start, during `preload` at once: see `abort.rs`.
 //!
 //! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it lets
 //! signals through, or else a signal meant for it would wake the master and not end it.
@@ -54,21 +53,28 @@ impl SignalInbox {
     /// Takes over the signals that the master knows.
     ///
     /// # Errors
-    /// If no socket pair can be had.
+    /// If no socket pair is available.
     pub(crate) fn open() -> io::Result<Self> {
         let (socket, wake) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
         let mut inbox = Self { socket, flags: Default::default(), registered: Vec::new() };
+        // A signal that came between two registrations would run only a part of its actions, and be lost.
+        let mask = sys::block_signals();
+        let registered = inbox.register(&wake);
+        sys::restore_signals(&mask);
+        registered.map(|()| inbox)
+    }
+
+    fn register(&mut self, wake: &UnixStream) -> io::Result<()> {
         for signal in [SIGTERM, SIGINT, SIGQUIT] {
-            // First of all: there is nobody to wake yet.
-            inbox.registered.push(crate::startup::abort_signal::abort_start_on(signal)?);
+            self.registered.push(crate::startup::abort_signal::abort_start_on(signal)?);
         }
-        for ((signal, _), flag) in MEANINGS.iter().zip(&inbox.flags) {
+        for ((signal, _), flag) in MEANINGS.iter().zip(&self.flags) {
             // The flag first: when the socket wakes the loop, it must stand.
-            inbox.registered.push(flag::register(*signal, Arc::clone(flag))?);
-            inbox.registered.push(low_level::pipe::register(*signal, wake.try_clone()?)?);
+            self.registered.push(flag::register(*signal, Arc::clone(flag))?);
+            self.registered.push(low_level::pipe::register(*signal, wake.try_clone()?)?);
         }
-        Ok(inbox)
+        Ok(())
     }
 
     /// Whether a signal that asks for the end has come and was not looked at. To be called with signals blocked: those that wait
