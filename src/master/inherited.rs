@@ -202,7 +202,7 @@ mod tests {
         let young = sleeping(None);
         is_up(&young);
         let mut inherited = Inherited::default();
-        inherited.suspect(0, Duration::ZERO);
+        inherited.suspect(0, Duration::from_secs(60)); // since before the young one was started, however long that took
         assert_eq!(lasting(&mut inherited, &[pid_of(&young)]), [(0, pid_of(&young))]);
         inherited.suspects[0].lived = Duration::ZERO;
         let process = Process::of(orphans[0]).unwrap();
