@@ -134,6 +134,7 @@ pub(super) fn after_exit(ending: Ending, was_ready: bool) -> AfterExit {
 
 #[cfg(test)]
 mod tests {
+    use super::super::programs::hint;
     use super::*;
 
     #[test]
