@@ -1,7 +1,7 @@
-//! The page cache, looked at and purged from outside.
+//! The page cache, inspected and purged from outside.
 //!
-//! The master hands out the descriptor of the shared memory, and takes no part in what follows: this process becomes a
-//! member of the segment like a worker, and its death at any instruction harms nobody.
+//! The master only passes the descriptor of the shared memory. This process then becomes a member of the segment like a
+//! worker, and can die at any instruction without harm.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
@@ -15,7 +15,6 @@ use super::commands::printed;
 use super::show;
 use super::wire::Request;
 
-/// What is to be done with the cache.
 #[derive(Clone, Debug)]
 pub(crate) enum Operation {
     Stats,
@@ -27,7 +26,7 @@ pub(crate) enum Operation {
     Clear,
 }
 
-/// Does it, and writes what there is to see to `out`.
+/// Runs the operation, and writes its output to `out`.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -155,7 +154,7 @@ fn get(cache: &Cache, key: &OsStr, headers: bool, json: bool, out: &mut dyn Writ
     printed(written)
 }
 
-/// Bytes as text: as they are if they are UTF-8, else with escapes.
+/// Bytes as text: unchanged if they are UTF-8, otherwise escaped.
 fn name(bytes: &[u8]) -> String {
     std::str::from_utf8(bytes).map_or_else(|_| bytes.escape_ascii().to_string(), ToOwned::to_owned)
 }

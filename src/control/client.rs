@@ -1,7 +1,7 @@
-//! A connection to a master's control socket: one request, and the answers to it.
+//! A connection to a master's control socket: one request and its replies.
 //!
-//! No wait is without a limit ([`Place::timeout`]): a master that is stopped or hangs accepts connections, by the kernel's
-//! hand, and answers none of them. A command that takes time is ended with Ctrl-C, and goes on.
+//! Every wait has a limit ([`Place::timeout`]): the kernel accepts connections for a master that is stopped or hangs. Ctrl-C
+//! ends the client only; the master completes the command.
 
 use std::io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
@@ -17,32 +17,32 @@ use nix::unistd::Pid;
 use super::wire::{self, MAX_REPLY, Reply, Request, Status};
 use crate::sys;
 
-/// Time between two tries to get a place in the queue of a socket.
+/// Time between attempts to connect to a socket whose queue is full.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Where a master is to be asked.
+/// How to reach a master.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub(crate) socket: PathBuf,
-    /// How long it may be silent; `None` for ever.
+    /// Time for which the master may be silent; `None` for no limit.
     pub(crate) timeout: Option<Duration>,
 }
 
 /// A connection on which one request was sent.
 pub(crate) struct Connection {
     stream: BufReader<UnixStream>,
-    /// What has come of the next answer.
+    /// The part of the next reply that was received.
     unfinished: Vec<u8>,
-    /// Where that is, for messages.
+    /// The path of the socket, for messages.
     at: String,
     timeout: Option<Duration>,
 }
 
 impl Connection {
-    /// Asks the master at `place`.
+    /// Connects to the master at `place`, and sends the request.
     ///
     /// # Errors
-    /// A sentence, if nobody is there who answers.
+    /// A sentence for the operator, if there is no master, or it does not accept.
     pub(crate) fn ask(place: &Place, request: &Request) -> Result<Self, String> {
         let Place { socket, timeout } = place;
         let at = socket.display().to_string();
@@ -59,26 +59,26 @@ impl Connection {
         };
         let limited = stream.set_read_timeout(*timeout).and_then(|()| stream.set_write_timeout(*timeout));
         limited.map_err(|error| explain(&error, &at))?;
-        // A master that refuses us closes without reading: what it says is still there to be read.
+        // A master that refuses the client closes without reading; its reply can still be read.
         let _ = (&stream).write_all(&wire::line(request));
         Ok(Self { stream: BufReader::new(stream), unfinished: Vec::new(), at, timeout: *timeout })
     }
 
-    /// Its pid, if it is to be seen from here.
+    /// The master's pid, if it is in this pid namespace.
     pub(crate) fn master(&self) -> Option<Pid> {
         let peer = getsockopt(self.stream.get_ref(), PeerCredentials).ok()?;
         (peer.pid() > 0).then(|| Pid::from_raw(peer.pid()))
     }
 
-    /// The next answer.
+    /// The next reply.
     ///
     /// # Errors
-    /// A sentence, if the master is gone, or it makes no sense.
+    /// A sentence for the operator, if the connection is lost, or the reply is invalid.
     pub(crate) fn next(&mut self) -> Result<Reply, String> {
         self.next_in_time()?.ok_or_else(|| self.silence())
     }
 
-    /// The next answer; `None` if the master was silent for as long as it may be.
+    /// The next reply; `None` after a timeout. The part that was received is kept.
     ///
     /// # Errors
     /// As above.
@@ -94,7 +94,7 @@ impl Connection {
         }
     }
 
-    /// What to say of a master that does not answer.
+    /// The error for a master that does not answer.
     pub(crate) fn silence(&self) -> String {
         let (at, after) = (&self.at, shown(self.timeout));
         match self.master() {
@@ -111,7 +111,7 @@ impl Connection {
         }
     }
 
-    /// Whether the master stands still, by a signal or a debugger.
+    /// Whether a signal or a debugger has stopped the master.
     pub(crate) fn is_stopped(&self) -> bool {
         let stat = self.master().and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok());
         let state = stat.as_deref().and_then(|stat| stat.rsplit_once(')')?.1.trim_start().chars().next());
@@ -129,10 +129,10 @@ impl Connection {
             .map_err(|error| format!("unexpected response from the master at {}: {error}", self.at))
     }
 
-    /// Returns when the master has closed the connection: at its end, if it was told to stop.
+    /// Returns when the master has closed the connection: after a stop, when it has exited.
     ///
     /// # Errors
-    /// A sentence, if it does not.
+    /// A sentence for the operator, if it does not close it in time.
     pub(crate) fn wait_for_close(mut self) -> Result<(), String> {
         match io::copy(&mut self.stream, &mut io::sink()) {
             Err(error) if is_timeout(&error) => {
@@ -142,10 +142,10 @@ impl Connection {
         }
     }
 
-    /// The outcome together with a descriptor.
+    /// Receives the outcome, with a descriptor.
     ///
     /// # Errors
-    /// As for [`Connection::next`], or what the master says against it.
+    /// As for [`Connection::next`], or the master's reason for a refusal.
     pub(crate) fn descriptor(self) -> Result<OwnedFd, String> {
         let mut line = vec![0; 4096];
         let received = sys::receive_with_descriptor(self.stream.get_ref().as_fd(), &mut line);
@@ -166,7 +166,7 @@ impl Connection {
     }
 }
 
-/// How things are at the master at `place`.
+/// The status of the master at `place`.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -178,7 +178,7 @@ pub(crate) fn status(place: &Place) -> Result<Status, String> {
     }
 }
 
-/// Connects; `None` if there is no place in the socket's queue for so long. A plain connect(2) would wait for one for ever.
+/// Connects; `None` if the socket's queue is full for this time. A blocking connect(2) would wait without a limit.
 fn reach(path: &Path, timeout: Option<Duration>) -> io::Result<Option<UnixStream>> {
     let deadline = timeout.map(|timeout| Instant::now() + timeout);
     let address = UnixAddr::new(path)?;

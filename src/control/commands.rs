@@ -1,7 +1,7 @@
-//! The sub-commands that ask a running master. Each returns when the outcome is known.
+//! The sub-commands that contact a running master. Each returns when the outcome is known.
 //!
-//! Exit status: 0 done, 1 not done (what went wrong is on standard error), 2 wrong usage, which is seen before this. That
-//! nobody reads what is printed any more (`top | head`) is no failure.
+//! Exit status: 0 success, 1 failure (with an error on standard error), 2 wrong usage, which is detected before. It is not a
+//! failure if the reader closes the output early (`top | head`).
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use super::events;
 use super::show;
 use super::wire::{Reply, Request};
 
-/// What a sub-command asks for, of which master.
+/// A sub-command, and the master that it contacts.
 #[derive(Clone, Debug)]
 pub(crate) struct Errand {
     pub(crate) place: Place,
@@ -23,24 +23,24 @@ pub(crate) struct Errand {
 #[derive(Clone, Debug)]
 pub(crate) enum What {
     Ask(Request),
-    /// The status again and again; `rounds` times, if given.
+    /// The status, repeatedly; `rounds` times, if given.
     Top {
         interval: Duration,
         rounds: Option<u32>,
     },
     Cache(cache::Operation),
     Events(events::Operation),
-    /// The requests that are refused.
+    /// List the quarantined requests.
     Quarantine,
 }
 
-/// How often in a row the master may be silent, and not answer others either, while a command of this kind goes on. A new
-/// build that takes over answers nobody until it has read, mapped and loaded what it needs.
+/// Consecutive timeouts, of this request and of a status request, after which the master is given up. A new build that takes
+/// over answers no request until it is loaded, so an upgrade may take several.
 fn patience(request: &Request) -> u32 {
     if *request == Request::Upgrade { 6 } else { 1 }
 }
 
-/// Does it.
+/// Runs the sub-command.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -74,8 +74,8 @@ fn quarantined(place: &Place, json: bool) -> Result<String, String> {
     String::from_utf8(lines).map_err(|error| error.to_string())
 }
 
-/// Prints what is under way, until the outcome is known. A master that is silent for long is asked for its status: if it
-/// answers that, it is at work.
+/// Prints progress until the outcome is known. A master that is silent for the timeout is sent a status request: if it
+/// answers that, it is still working.
 fn ask(place: &Place, request: &Request, json: bool) -> Result<(), String> {
     let mut connection = Connection::ask(place, request)?;
     let (mut is_read, mut silent) = (true, 0);
@@ -89,7 +89,7 @@ fn ask(place: &Place, request: &Request, json: bool) -> Result<(), String> {
             continue;
         };
         silent = 0;
-        // The outcome counts, even if nobody reads what is printed.
+        // The outcome is awaited even if the output is closed.
         if json && is_read {
             is_read = write(&String::from_utf8_lossy(&super::wire::line(&answer)))?;
         }
@@ -113,7 +113,7 @@ fn top(place: &Place, json: bool, interval: Duration, rounds: Option<u32>) -> Re
     let mut round = 0;
     loop {
         let text = shown(place, json)?;
-        // To the corner, and what was there before is erased.
+        // Cursor to the top left, and clear the screen.
         let is_read = write(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
         round += 1;
         if !is_read || rounds.is_some_and(|rounds| round >= rounds) {
@@ -123,7 +123,7 @@ fn top(place: &Place, json: bool, interval: Duration, rounds: Option<u32>) -> Re
     }
 }
 
-/// To standard output. False if nobody reads it any more: a pager, say, has seen enough.
+/// Writes to standard output. False if its reader has closed it.
 fn write(text: &str) -> Result<bool, String> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -132,10 +132,10 @@ fn write(text: &str) -> Result<bool, String> {
     }
 }
 
-/// What to say of an attempt to print something.
+/// Turns an error of printing into a message. A closed output is not an error.
 ///
 /// # Errors
-/// A sentence for the operator; none if nobody reads it any more.
+/// A sentence for the operator.
 pub(crate) fn printed(written: io::Result<()>) -> Result<(), String> {
     match written {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {

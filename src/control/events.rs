@@ -1,8 +1,7 @@
-//! The event log from outside: published to, listed, and read as it grows.
+//! The event log from outside: publishing, listing, following.
 //!
-//! As with the cache, the master hands out the descriptor of the shared memory and takes no part in what follows.
-//!
-//! [`Follow`] decides what of the log is to be shown (no I/O).
+//! As with the cache, the master only passes the descriptor of the shared memory. [`Follow`] decides what is shown, without
+//! I/O.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -26,7 +25,6 @@ use super::commands::printed;
 use super::wire::Request;
 use crate::app::events::name;
 
-/// What is to be done with the log.
 #[derive(Clone, Debug)]
 pub(crate) enum Operation {
     Publish { topic: String, name: String, data: OsString },
@@ -34,12 +32,12 @@ pub(crate) enum Operation {
     List,
 }
 
-/// Events of a topic that are read at once.
+/// Events of a topic per read.
 const CHUNK: usize = 256;
-/// How often it is looked whether somebody still reads, and whether the master lives.
+/// Time between checks whether the output is still open, and whether the master lives.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Does it, and writes what there is to see to standard output.
+/// Runs the operation, and writes its output to standard output.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -77,7 +75,7 @@ fn publish(
     }
     let mut read = Vec::new();
     let data = if data == "-" {
-        // One byte more, for the log to refuse.
+        // One byte more than the maximum, so that the log refuses it.
         let most = events.max_event().saturating_add(1);
         let input = io::stdin().lock().take(most).read_to_end(&mut read);
         input.map_err(|error| format!("event not published: cannot read standard input: {error}"))?;
@@ -115,13 +113,12 @@ fn list(events: &Events, json: bool, out: &mut dyn Write) -> io::Result<()> {
     topics.iter().try_for_each(|(topic, id)| writeln!(out, "{id:>10}  {topic}"))
 }
 
-/// How it ended.
 enum End {
     Done,
     NoMaster,
 }
 
-/// Prints events until somebody says that it is enough.
+/// Prints events until a signal, the count, or the end of the reader or the master.
 fn tail(
     events: &Events,
     topics: &[String],
@@ -134,7 +131,7 @@ fn tail(
         signal_hook::flag::register(signal, Arc::clone(&enough))?;
     }
     let is_enough = || enough.load(Ordering::SeqCst);
-    // The reader of what is to come first: what is published meanwhile comes from both, and is told by its id.
+    // Follow the end first, then read the past: events that come from both are recognized by their ids.
     let mut tail = events.tail();
     let mut follow = Follow::new(topics);
     let before = if from.is_some() && !topics.is_empty() {
@@ -184,7 +181,7 @@ fn tail(
             if nobody_reads() {
                 return Ok(End::Done);
             }
-            // Only it knows of the log that it may have made anew.
+            // A new master may have created a new log, which this process does not see.
             if master.is_some_and(|master| kill(master, None) == Err(Errno::ESRCH)) {
                 return Ok(End::NoMaster);
             }
@@ -200,21 +197,20 @@ fn nobody_reads() -> bool {
     asked.is_ok() && watched[0].revents().is_some_and(|found| found.contains(PollFlags::POLLERR))
 }
 
-/// What is to be shown.
 #[derive(Debug, PartialEq, Eq)]
 enum Shown {
     Event(Event),
-    /// So many are in the log no more.
+    /// This many events are no longer in the log.
     Gap {
         topic: String,
         missed: u64,
     },
 }
 
-/// What was shown of each topic, so that nothing is shown twice, and what is missing is told.
+/// The last id that was shown of each topic, so that no event is shown twice and gaps are reported.
 #[derive(Debug)]
 struct Follow {
-    /// All, if it is empty.
+    /// All topics, if empty.
     wanted: Vec<String>,
     topics: HashMap<String, Known>,
     gaps: u64,
@@ -223,7 +219,7 @@ struct Follow {
 #[derive(Debug)]
 struct Known {
     last: u64,
-    /// The gaps of the log that were before that.
+    /// Gaps in the log before that id.
     gaps: u64,
 }
 
@@ -232,7 +228,7 @@ impl Follow {
         Self { wanted: wanted.to_vec(), topics: HashMap::new(), gaps: 0 }
     }
 
-    /// What comes after this id is to be shown.
+    /// Show events of the topic after this id.
     fn start(&mut self, topic: &str, last: u64) {
         self.topics.insert(topic.to_owned(), Known { last, gaps: self.gaps });
     }
@@ -241,7 +237,7 @@ impl Follow {
         self.topics.get(topic).map_or(0, |known| known.last)
     }
 
-    /// What the log has of a topic after the last id, and so many before that are gone.
+    /// Events that the log has of a topic after the last id, with the number of events that are gone.
     fn since(&mut self, topic: &str, missed: u64, events: Vec<Event>) -> Vec<Shown> {
         let last = events.last().map_or(self.last(topic) + missed, |event| event.id);
         self.start(topic, last);
@@ -249,12 +245,12 @@ impl Follow {
         gap.into_iter().chain(events.into_iter().map(Shown::Event)).collect()
     }
 
-    /// Something is missing that would have come next, of whatever topics.
+    /// Events of unknown topics are missing at the end of the log.
     fn gap(&mut self) {
         self.gaps += 1;
     }
 
-    /// What comes next.
+    /// The next event at the end of the log.
     fn next(&mut self, event: Event) -> Vec<Shown> {
         let topic = &*event.topic;
         if !self.wanted.is_empty() && !self.wanted.iter().any(|wanted| wanted == topic) {
@@ -266,7 +262,7 @@ impl Follow {
             return Vec::new();
         }
         let missed = event.id - last - 1;
-        // Without a gap, it is a topic that the log had given up, whose ids go on higher.
+        // Without a gap, the log had evicted the topic, and its ids continue from a higher number.
         let told = missed > 0 && known.map_or(0, |known| known.gaps) < self.gaps;
         let gap = told.then(|| Shown::Gap { topic: topic.to_owned(), missed });
         let (topic, id) = (topic.to_owned(), event.id);
@@ -275,11 +271,11 @@ impl Follow {
     }
 }
 
-/// Writes a line for each.
+/// Writes a line for each event or gap.
 struct Printer<W> {
     out: W,
     json: bool,
-    /// Events yet to be printed.
+    /// Events still to be printed.
     left: u64,
 }
 
@@ -309,7 +305,7 @@ impl<W: Write> Printer<W> {
     }
 }
 
-/// On one line, and without anything that a terminal would obey.
+/// One line of text, with control characters escaped.
 fn visible(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {

@@ -1,10 +1,10 @@
-//! The control socket as its clients see it, and what passes over it.
+//! The client side of the control socket, and its messages.
 //!
-//! - `wire`: requests and answers (no I/O).
+//! - `wire`: requests and replies (no I/O).
 //! - `client`: a connection to a master. `show`: its status as a table. `cache`, `events`: the page cache and the event
-//!   log, as one more process that uses them. `commands`: the sub-commands.
+//!   log, which this process attaches to. `commands`: the sub-commands.
 //!
-//! May not: know the master, or run in one.
+//! Must not depend on `master`, or run in a master.
 
 mod cache;
 pub(crate) mod client;

@@ -1,4 +1,4 @@
-//! A master's status as text, for people.
+//! A master's status as text.
 
 use std::fmt::Write as _;
 
@@ -6,7 +6,7 @@ use super::wire::{QuarantinedStatus, Status, WorkerStatus};
 
 const HEAD: [&str; 9] = ["SLOT", "PID", "GEN", "STATE", "AGE", "REQUESTS", "CONNS", "BUSY", "RSS"];
 
-/// The master in a line, its sockets, and a row for each worker. What a worker serves follows its row.
+/// A line for the master, its sockets, a row for each worker, the requests in flight and the quarantined requests.
 pub(crate) fn table(status: &Status) -> String {
     let Status { version, pid, generation, target, min, max, state, .. } = status;
     let range = if min == max { String::new() } else { format!(" ({min}..{max})") };
@@ -25,7 +25,7 @@ pub(crate) fn table(status: &Status) -> String {
     let mut line = |cells: [&str; 9]| {
         for (column, (cell, width)) in cells.iter().zip(widths).enumerate() {
             let gap = if column == 0 { "" } else { "  " };
-            // Words to the left, numbers to the right.
+            // Text is left-aligned, numbers are right-aligned.
             let _ = if column == 3 { write!(text, "{gap}{cell:<width$}") } else { write!(text, "{gap}{cell:>width$}") };
         }
         text.push('\n');
@@ -49,7 +49,7 @@ pub(crate) fn table(status: &Status) -> String {
     text
 }
 
-/// A line for each request that is refused.
+/// A line for each quarantined request.
 pub(crate) fn quarantine(listed: &[QuarantinedStatus]) -> String {
     let line = |QuarantinedStatus { request, left_ms, times }: &_| {
         let left = time(*left_ms);

@@ -1,33 +1,35 @@
-//! What passes over the control socket: one request, a line of JSON; then answers, a line of JSON each, of which the last
-//! is the outcome. After that the master closes the connection.
+//! The messages of the control socket: one request, a line of JSON; then replies, a line of JSON each, the last of which is
+//! the outcome. After that the master closes the connection.
 //!
-//! This file has no I/O. A master must be able to answer the sub-commands of an older version and the other way round:
-//! fields are added, never renamed, and a request that is not known is answered with a failure.
+//! No I/O. Masters and sub-commands of different versions must understand each other:
+//! fields are added, never renamed, and an unknown request is answered with a failure.
 
 use serde::{Deserialize, Serialize};
 
-/// The longest request, with the end of its line.
+/// Longest request in bytes, including the newline.
 pub(crate) const MAX_REQUEST: usize = 4096;
-/// The longest answer that a client reads: the status of a thousand workers has half of that.
+/// Longest reply that a client reads, in bytes: twice the status of a thousand workers.
 pub(crate) const MAX_REPLY: u64 = 4 << 20;
-/// Requests in flight that a status names, over all workers.
+/// Requests in flight that a status lists, of all workers.
 pub(crate) const MAX_SERVING: usize = 2048;
 
-/// What an operator asks of the master.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) enum Request {
-    /// How things are.
     Status,
     /// Replace all workers, one by one.
     Reload,
-    /// Replace the master's own program.
+    /// Replace the master's program.
     Upgrade,
-    /// End, at once or after what is being served.
-    Stop { now: bool },
-    /// Have so many workers.
-    Scale { workers: u32 },
-    /// Open the log files anew.
+    /// Stop, at once (`now`) or after the requests in flight.
+    Stop {
+        now: bool,
+    },
+    /// Set the number of workers.
+    Scale {
+        workers: u32,
+    },
+    /// Reopen the log files.
     ReopenLogs,
     /// Refuse this request no longer, as the status names it; with `null`, none.
     Release {
@@ -35,38 +37,37 @@ pub(crate) enum Request {
         #[serde(deserialize_with = "Option::deserialize")]
         request: Option<String>,
     },
-    /// Hand out the descriptor of the shared memory, with the outcome.
+    /// Pass the descriptor of the shared memory, with the outcome, for the cache.
     Segment,
-    /// The same, for the event log in it.
+    /// As `Segment`, for the event log.
     Events,
 }
 
-/// What the master says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "kebab-case")]
 pub(crate) enum Reply {
-    /// It is under way; more is to come.
+    /// The command has made progress; more replies follow.
     Progress { text: String },
     /// The outcome of [`Request::Status`].
     Status { status: Status },
-    /// The outcome: it is done.
+    /// The outcome: success.
     Done { text: String },
-    /// The outcome: it is not done, or went wrong.
+    /// The outcome: failure or refusal.
     Failed { text: String },
 }
 
-/// How things are.
+/// The status of a master.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Status {
     pub(crate) version: String,
-    /// The master's process id, as the master knows it.
+    /// The master's pid, in its own pid namespace.
     pub(crate) pid: i32,
     pub(crate) uptime_ms: u64,
-    /// 1, and one more for each reload.
+    /// 1 at the start; each reload adds 1.
     pub(crate) generation: u64,
-    /// How many workers there should be.
+    /// Target number of workers.
     pub(crate) target: u32,
-    /// Between which numbers that moves.
+    /// Range of the target.
     #[serde(default)]
     pub(crate) min: u32,
     #[serde(default)]
@@ -75,7 +76,6 @@ pub(crate) struct Status {
     pub(crate) state: String,
     pub(crate) binds: Vec<BindStatus>,
     pub(crate) workers: Vec<WorkerStatus>,
-    /// The requests that are refused, because workers died of them.
     #[serde(default)]
     pub(crate) quarantined: Vec<QuarantinedStatus>,
 }
@@ -85,22 +85,22 @@ pub(crate) struct Status {
 pub(crate) struct BindStatus {
     pub(crate) protocol: String,
     pub(crate) address: String,
-    /// Connections that nobody has accepted yet; where the kernel does not count them, 1 if there are any.
+    /// Connections in the kernel's queue; where the kernel does not count them, 1 if there are any.
     #[serde(default)]
     pub(crate) waiting: u32,
 }
 
-/// A request that is refused for a while.
+/// A quarantined request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct QuarantinedStatus {
     /// Method and path, or pattern, as in `GET /items/*`.
     pub(crate) request: String,
     pub(crate) left_ms: u64,
-    /// How often it has been refused in a row of relapses, this time included.
+    /// Number of quarantines in this series of relapses, including this one.
     pub(crate) times: u32,
 }
 
-/// A worker, or a slot that waits for one. What is `None` is not known: an external program tells nothing.
+/// A worker, or a slot that waits for one. `None` is unknown: external programs report nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct WorkerStatus {
     pub(crate) slot: u32,
@@ -112,26 +112,26 @@ pub(crate) struct WorkerStatus {
     pub(crate) requests: Option<u64>,
     pub(crate) connections: Option<u32>,
     pub(crate) in_flight: Option<u32>,
-    /// Threads whose function hangs.
+    /// Number of threads whose function hangs.
     #[serde(default)]
     pub(crate) hung_threads: Option<u32>,
-    /// Resident memory, what it shares with others included.
+    /// Resident memory, including shared memory.
     pub(crate) rss_bytes: Option<u64>,
-    /// What it is serving, the oldest first; 16 of them at the most.
+    /// Requests in flight, the oldest first, at most 16.
     pub(crate) serving: Vec<ServingStatus>,
 }
 
 /// A request in flight.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ServingStatus {
-    /// Method and target, as in `GET /path`, cut.
+    /// Method and target, as in `GET /path`, truncated.
     pub(crate) what: String,
     pub(crate) for_ms: u64,
 }
 
 impl Request {
     /// # Errors
-    /// A sentence for who sent that.
+    /// A sentence for the client.
     pub(crate) fn parse(line: &[u8]) -> Result<Self, String> {
         serde_json::from_slice(line).map_err(|error| {
             format!("not a request of the control socket: {error} (use the sub-commands of version {VERSION})")
@@ -166,7 +166,7 @@ impl Reply {
         Self::Failed { text: text.into() }
     }
 
-    /// Whether nothing follows it.
+    /// Whether this is the last reply.
     pub(crate) fn is_outcome(&self) -> bool {
         match self {
             Self::Progress { .. } => false,
@@ -175,9 +175,9 @@ impl Reply {
     }
 }
 
-/// As it is written, with the end of the line.
+/// The message as it is sent, including the newline.
 pub(crate) fn line(message: &impl Serialize) -> Vec<u8> {
-    // Neither type has anything that JSON cannot say; and if it had, an empty line is no answer.
+    // Both types can always be serialized; otherwise the empty line would be an invalid message.
     let mut line = serde_json::to_vec(message).unwrap_or_default();
     line.push(b'\n');
     line

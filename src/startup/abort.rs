@@ -1,10 +1,10 @@
-//! The end of a start: a signal that ends the server while the application's `preload` runs has it end at once.
+//! Aborting a start: a signal that stops the server while the application's `preload` runs ends the process at once.
 //!
-//! `preload` is the application's code, on the one thread there is, and takes as long as it takes: nobody could look at a flag
-//! meanwhile. So the signal's action itself removes the files that the start has made, and ends the process. All that it uses is made
-//! before: the action makes async-signal-safe system calls only.
+//! `preload` is the application's code, runs on the only thread, and takes any time, so no loop could check a flag. The
+//! signal's action itself removes the files that the start has created, and exits. It uses only memory that was prepared
+//! before, and async-signal-safe system calls.
 //!
-//! Outside of `preload` a start lasts for moments. Signals are blocked then, or remembered, and heard of when it is over.
+//! The other parts of a start are short: signals are blocked or remembered, and handled when the start is over.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt as _;
@@ -15,16 +15,16 @@ use log::Level;
 use crate::logging::{self, line};
 use crate::sys;
 
-/// A file that goes with the server.
+/// A file or directory that is removed when the start is aborted.
 #[derive(Debug)]
 pub(crate) struct Leftover {
     pub(crate) path: CString,
-    /// Device and inode, so that no other one is removed. `None` for a folder, which is removed if it is empty.
+    /// Device and inode, so that no other file is removed. `None` for a directory, which is removed if it is empty.
     pub(crate) file: Option<(u64, u64)>,
 }
 
 impl Leftover {
-    /// `None` for a path that no system call takes.
+    /// `None` for a path with a null byte.
     pub(crate) fn file(path: &Path, file: (u64, u64)) -> Option<Self> {
         Some(Self { path: absolute(path)?, file: Some(file) })
     }
@@ -34,21 +34,21 @@ impl Leftover {
     }
 }
 
-/// Whatever becomes of the working directory.
+/// The path stays valid when the working directory changes.
 fn absolute(path: &Path) -> Option<CString> {
     CString::new(std::path::absolute(path).ok()?.as_os_str().as_bytes()).ok()
 }
 
-/// What is to be done when a signal ends the start.
+/// What the signal's action has to do.
 #[derive(Debug)]
 pub(crate) struct AbortSteps {
     /// Removed in this order.
     pub(crate) leftovers: Vec<Leftover>,
-    /// The line of the log, with room for the time at this place; empty if none is wanted.
+    /// The log line, with room for the time at `time_at`; empty if it is not logged.
     pub(crate) line: Vec<u8>,
     pub(crate) time_at: usize,
     pub(crate) log: i32,
-    /// A process that was forked meanwhile is not meant.
+    /// This process: children that `preload` forks must not run the steps.
     pub(crate) pid: i32,
 }
 
@@ -65,8 +65,8 @@ impl AbortSteps {
     }
 }
 
-/// Runs `preload` with signals let through: TERM, INT and QUIT end the process, if `leftovers` are given. They are blocked again when
-/// it returns.
+/// Runs `preload` with signals unblocked: TERM, INT and QUIT end the process, if `leftovers` are given. Blocks them again
+/// when it returns.
 pub(crate) fn interruptible<T>(leftovers: Option<Vec<Leftover>>, preload: impl FnOnce() -> T) -> T {
     let armed = leftovers.map(|leftovers| super::abort_signal::AbortHandler::arm(AbortSteps::new(leftovers)));
     sys::unblock_signals();

@@ -1,4 +1,4 @@
-//! The action of a signal that ends a start: see `abort.rs`.
+//! The action of a signal that aborts a start: see `abort.rs`.
 #![expect(unsafe_code, reason = "a signal's action, and the system calls that it makes")]
 
 use std::io;
@@ -9,8 +9,7 @@ use super::abort::{AbortSteps, Leftover};
 use crate::logging::line::{NO_TIME, stamp};
 use crate::sys::exit_now;
 
-/// What a signal that ends the start has to do: null outside of `preload`. Whoever has stored it removes it again, and
-/// frees it.
+/// Null outside of `preload`. [`AbortHandler`] stores, removes and frees it.
 static ABORT_STEPS: AtomicPtr<AbortSteps> = AtomicPtr::new(std::ptr::null_mut());
 
 /// While it lives, the signals of [`abort_start_on`] end this process.
@@ -18,7 +17,7 @@ static ABORT_STEPS: AtomicPtr<AbortSteps> = AtomicPtr::new(std::ptr::null_mut())
 pub(crate) struct AbortHandler(());
 
 impl AbortHandler {
-    /// To be called with signals blocked, as it is to be dropped.
+    /// Must be called, and dropped, with signals blocked.
     pub(crate) fn arm(steps: AbortSteps) -> Self {
         ABORT_STEPS.store(Box::into_raw(Box::new(steps)), Ordering::SeqCst);
         Self(())
@@ -29,34 +28,34 @@ impl Drop for AbortHandler {
     fn drop(&mut self) {
         let steps = ABORT_STEPS.swap(std::ptr::null_mut(), Ordering::SeqCst);
         if !steps.is_null() {
-            // SAFETY: `arm` made it, and took it apart from its box. No action uses it: signals are blocked in this thread, and
-            // another one of `preload`'s that ran one would end the process.
+            // SAFETY: the pointer comes from `Box::into_raw` in `arm`. No action uses it: signals are blocked in this thread,
+            // and an action in another thread of `preload` would end the process.
             drop(unsafe { Box::from_raw(steps) });
         }
     }
 }
 
-/// Has `signal` end this process while an [`AbortHandler`] lives. It does nothing otherwise.
+/// Registers an action that ends this process on `signal` while an [`AbortHandler`] lives, and otherwise does nothing.
 ///
 /// # Errors
-/// What `sigaction(2)` says.
+/// The error of `sigaction(2)`.
 pub(crate) fn abort_start_on(signal: i32) -> io::Result<signal_hook::SigId> {
     let action = move || {
         let steps = ABORT_STEPS.load(Ordering::SeqCst);
-        // SAFETY: it is null, or what `arm` has stored and nobody frees before signals are blocked.
+        // SAFETY: the pointer is null, or stored by `arm` and freed only with signals blocked.
         if let Some(steps) = unsafe { steps.as_ref() } {
             end_start(signal, steps);
         }
     };
-    // SAFETY: the action calls `end_start`, of which that holds: async-signal-safe calls, no panic, no lock.
+    // SAFETY: the action calls only `end_start`, which makes async-signal-safe calls, does not panic and takes no lock.
     unsafe { signal_hook::low_level::register(signal, action) }
 }
 
-/// Removes what the start has made, and ends the process. Async-signal-safe: system calls and memory that is there.
+/// Removes the files of the start, and ends the process. Async-signal-safe: system calls and prepared memory only.
 fn end_start(signal: i32, steps: &AbortSteps) {
     // SAFETY: getpid(2) is always sound.
     if unsafe { libc::getpid() } != steps.pid {
-        // A child of `preload`'s, which has not become its own program yet.
+        // A child that `preload` forked, before its exec.
         let _ = signal_hook::low_level::emulate_default_handler(signal);
         return;
     }
@@ -71,7 +70,7 @@ fn end_start(signal: i32, steps: &AbortSteps) {
                 libc::unlink(path.as_ptr());
             },
             Some(_) => {}
-            // SAFETY: as above. It fails if something is in there.
+            // SAFETY: as above. rmdir(2) fails if the directory is not empty.
             None => unsafe {
                 libc::rmdir(path.as_ptr());
             },
@@ -88,7 +87,7 @@ fn end_start(signal: i32, steps: &AbortSteps) {
         let since_1970 = seconds + Duration::from_nanos(u64::try_from(now.tv_nsec).unwrap_or(0));
         let time = line.get_mut(steps.time_at..).and_then(|rest| rest.get_mut(..NO_TIME.len()));
         stamp(since_1970, time.unwrap_or_default());
-        // SAFETY: `line` is valid for its length; write(2) takes any descriptor. Once: nobody is to be waited for.
+        // SAFETY: `line` is valid for its length; write(2) takes any descriptor. No retry: the exit must not wait.
         unsafe { libc::write(steps.log, line.as_ptr().cast(), line.len()) };
     }
     exit_now(0);

@@ -1,6 +1,5 @@
-//! What the operator at the terminal is told outside the log: the banner, the moment of readiness, and the one
-//! line of an error. It all goes to standard error, and to the log if that is a file; if the log is JSON, there alone, or else its
-//! reader would stumble.
+//! Output for the operator outside the log: the banner, `ready in N ms`, and the line of an error. It goes to standard
+//! error, and also to the log if that is a file. If the log is JSON, it goes only there, to keep standard error parseable.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use crate::config::{Config, format_size};
 use crate::logging;
 use crate::net::listen::Listener;
 
-/// Says what is about to run.
+/// Prints the banner.
 pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str>) {
     let mut text = format!("forkyard {}, pid {}\n", env!("CARGO_PKG_VERSION"), std::process::id());
     for listener in listeners {
@@ -35,24 +34,24 @@ pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str
     write(&text);
 }
 
-/// Says that all workers serve.
+/// Reports that all workers serve.
 pub(crate) fn ready(after: Duration) {
     write(&format!("ready in {} ms\n", after.as_millis()));
 }
 
-/// Says to a running master that this build can take its place; true, as nothing failed.
+/// Reports to a running master that this build can take over. Always returns true: nothing failed.
 pub(crate) fn can_take_over() -> bool {
-    // Wherever the log goes: it is for the master that asks.
+    // Independent of the log: the master that started the check reads standard error.
     logging::to_standard_error(format!("{}\n", crate::upgrade::password()).as_bytes());
     true
 }
 
-/// Says what went wrong, before there is a log.
+/// Reports an error, also before the log is open.
 pub(crate) fn complain(error: &dyn Display) {
     say(Level::Error, "", error);
 }
 
-/// Says what `check` has found: an error, or a warning.
+/// Reports a finding of `check`: an error or a warning.
 pub(crate) fn report(level: Level, finding: &dyn Display) {
     say(level, if level == Level::Error { "error: " } else { "warning: " }, finding);
 }
@@ -63,7 +62,7 @@ fn say(level: Level, prefix: &str, text: &dyn Display) {
     }
     if !logging::is_json() || logging::is_file() {
         logging::to_standard_error(format!("forkyard: {prefix}{text}\n").as_bytes());
-        logging::finish(); // it may be the last word
+        logging::finish(); // the process may exit now
     }
 }
 

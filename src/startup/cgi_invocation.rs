@@ -1,7 +1,5 @@
-//! Whether a web server has started this program to answer one request (CGI, RFC 3875), and what of its command line is
-//! then to be believed.
-//!
-//! What comes after that is in `worker/cgi.rs`. This file reads the environment, sees to standard output, and decides nothing else.
+//! Whether a web server has started this program to answer one request (CGI, RFC 3875), and which of its arguments can
+//! then be trusted. The request itself is served in `worker/cgi.rs`.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -12,7 +10,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use crate::net::listen;
 use crate::sys;
 
-/// Whether this process is a CGI call.
+/// Whether a web server started this process for one CGI request.
 pub(crate) fn is_one() -> bool {
     said_by(|name| std::env::var_os(name)) && !listen::started_by_web_server()
 }
@@ -22,8 +20,8 @@ fn said_by(variable: impl Fn(&str) -> Option<OsString>) -> bool {
     interface && variable("REQUEST_METHOD").is_some()
 }
 
-/// The arguments without those that a web server may have made of the query string: it does so when there is no `=` in it
-/// (RFC 3875, 4.4). They are the client's, who must not give this program flags.
+/// The arguments without those that a web server may have taken from the query string, as it does if there is no `=` in it
+/// (RFC 3875, 4.4): clients must not be able to set flags.
 pub(crate) fn trusted(mut arguments: Vec<OsString>) -> Vec<OsString> {
     if is_one() && arguments_may_be_the_clients(std::env::var_os("QUERY_STRING").as_deref()) {
         arguments.truncate(1);
@@ -31,11 +29,11 @@ pub(crate) fn trusted(mut arguments: Vec<OsString>) -> Vec<OsString> {
     arguments
 }
 
-/// Takes standard output, for the response, and has its number stand for standard error: what the application prints from here on,
-/// and what programs that it starts print, is for the web server's log.
+/// Takes standard output for the response, and replaces it with standard error: later output of the application and its
+/// children belongs in the web server's log.
 ///
 /// # Errors
-/// If it is closed, or no descriptor is left.
+/// If standard output is closed, or no descriptor is available.
 pub(crate) fn take_output() -> io::Result<OwnedFd> {
     let output = sys::descriptor(1).ok_or(io::ErrorKind::NotConnected)?;
     let instead = match sys::descriptor(2) {

@@ -1,10 +1,10 @@
-//! Settings that name one place twice: a file, the name of a socket, or a port.
+//! Pairs of settings that name the same file, socket or port.
 //!
-//! A start looks here before it makes anything, since the second of the two would truncate, replace or remove what belongs to the
-//! first; a reload and `check` do too. The log and the access log may share a file: both append whole lines. Paths are compared by where
-//! they lead: symbolic links, `..`, hard links and bind mounts do not hide that two are one.
+//! Checked before a start creates anything, since the second setting would truncate, replace or remove the file of the
+//! first; also by a reload and `check`. The log and the access log may share a file: both append whole lines. Paths are
+//! compared after resolution of symbolic links, `..`, hard links and bind mounts.
 //!
-//! Must not: make or change anything.
+//! Must not create or change anything.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::RawFd;
@@ -17,7 +17,7 @@ use crate::config::address::{Address, Bind};
 use crate::net::listen;
 use crate::sys::file_path::leads_to;
 
-/// Two settings of which one must change.
+/// Two settings that name the same place.
 #[derive(Debug)]
 pub(crate) struct Conflict {
     pub(crate) flags: [&'static str; 2],
@@ -25,13 +25,13 @@ pub(crate) struct Conflict {
 }
 
 impl Conflict {
-    /// All of them as one sentence for the operator.
+    /// All conflicts, as one message for the operator.
     pub(crate) fn join(conflicts: &[Conflict]) -> String {
         conflicts.iter().map(|conflict| conflict.text.as_str()).collect::<Vec<_>>().join("; ")
     }
 }
 
-/// What a setting takes for itself.
+/// The places that a setting names.
 struct Claim {
     flag: &'static str,
     /// The flag with its value.
@@ -49,7 +49,7 @@ enum Place {
         /// Device and inode, if a listening socket is open there.
         socket: Option<(u64, u64)>,
     },
-    /// Sockets of that name that systemd passes, or all.
+    /// Sockets of this name that systemd passes, or all.
     Passed(Option<String>),
     Tcp {
         address: SocketAddr,
@@ -65,13 +65,13 @@ struct FilePlace {
     directory: Option<(u64, u64)>,
 }
 
-/// Everything that two settings claim.
+/// Conflicts among all settings.
 pub(crate) fn find(config: &Config) -> Vec<Conflict> {
     let claims = config.binds.iter().map(|bind| claim_of_bind(bind, &config.binds));
     conflicts_among(&claims.chain(files(config)).collect::<Vec<_>>())
 }
 
-/// The same for files alone, without asking for the addresses of any name.
+/// Conflicts among files and Unix sockets, without resolving host names.
 pub(crate) fn find_among_files(config: &Config) -> Vec<Conflict> {
     let of_binds = config.binds.iter().filter(|bind| matches!(bind.address, Address::Path(_)));
     let of_binds = of_binds.map(|bind| claim_of_bind(bind, &config.binds));
@@ -97,7 +97,7 @@ fn conflicts_among(claims: &[Claim]) -> Vec<Conflict> {
 fn claim_of_bind(bind: &Bind, all: &[Bind]) -> Claim {
     let places = match &bind.address {
         Address::Tcp(address) => {
-            // Names cost time, so only those are resolved of which it matters.
+            // Resolving names takes time, so only addresses with a port in common are resolved.
             let port = |text: &str| text.rsplit_once(':').map(|(_, port)| port.to_owned());
             let same_port =
                 |other: &&Bind| matches!(&other.address, Address::Tcp(other) if port(other) == port(address));
@@ -169,16 +169,16 @@ impl Place {
     }
 }
 
-/// Whether a socket that listens at `ours` leaves no other socket to `other`.
+/// Whether a socket that listens on `ours` prevents another one from listening on `other`.
 fn takes(ours: SocketAddr, leaves_ipv4: bool, other: SocketAddr) -> bool {
-    // The system chooses a port for each.
+    // Port 0: the system chooses a port for each socket.
     if ours.port() != other.port() || ours.port() == 0 {
         return false;
     }
     match (ours.ip().to_canonical(), other.ip().to_canonical()) {
         (IpAddr::V6(our_ip), IpAddr::V4(_)) => our_ip.is_unspecified() && !leaves_ipv4,
         (our_ip @ IpAddr::V4(_), other_ip @ IpAddr::V4(_)) => our_ip.is_unspecified() || our_ip == other_ip,
-        // A link-local address is one of its interface.
+        // Link-local addresses differ by interface.
         (our_ip @ IpAddr::V6(_), IpAddr::V6(_)) => our_ip.is_unspecified() || ours == other,
         (IpAddr::V4(_), IpAddr::V6(_)) => false,
     }
@@ -258,7 +258,7 @@ mod tests {
             )]
         );
         assert_eq!(conflicts(one, sockets[1].as_raw_fd()).count(), 0);
-        // What is no listening socket may be anybody's: in an upgrade, say.
+        // Descriptors other than listening sockets are not compared: they can have another use, as in an upgrade.
         assert_eq!(conflicts(file.as_raw_fd(), file.try_clone().unwrap().as_raw_fd()).count(), 0);
     }
 

@@ -1,20 +1,20 @@
-//! How many descriptors the master needs, found out before anything is bound: a pool of which a half cannot be started is worse than
-//! one that does not start.
+//! The number of descriptors that the master needs, checked before anything is bound: it is better not to start than to be
+//! unable to start half of the workers.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::Config;
 
-/// For the standard ones, the segment, both ends of the lifeline, of the channel and of the signals' pipe, logs, pid file and sockets,
-/// a reload's look at the configuration, and what is open for a moment when a process is made.
+/// The standard descriptors, the segment, both ends of the lifeline, the channel and the signal pipe, logs, pid file,
+/// sockets, the configuration file in a reload, and descriptors that are open briefly while a process is created.
 const OF_THE_MASTER: u64 = 40;
 /// Clients of the control socket.
 const OF_CLIENTS: u64 = 16;
-/// The output of a worker, its reports, and the way by which it gets its log files; of a program its output alone.
+/// The output of a worker, its reports, and the socket that passes log files to it; for a program, its output.
 const PER_WORKER: u64 = 3;
 const PER_PROGRAM: u64 = 1;
 
-/// How many a master with so many processes may have open.
+/// The number of descriptors that a master with this many processes may have open.
 fn needed(config: &Config, runs_programs: bool, processes: u32) -> u64 {
     let per_process = if runs_programs { PER_PROGRAM } else { PER_WORKER };
     let clients = if config.control.socket.is_some() { OF_CLIENTS } else { 0 };
@@ -22,7 +22,7 @@ fn needed(config: &Config, runs_programs: bool, processes: u32) -> u64 {
     u64::from(processes) * per_process + clients + OF_THE_MASTER + u64::try_from(beside).unwrap_or(u64::MAX / 2)
 }
 
-/// Looks whether there may be so many.
+/// Checks the hard limit.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -39,14 +39,14 @@ pub(crate) fn check(config: &Config, runs_programs: bool) -> Result<(), String> 
     ))
 }
 
-/// The same, and has this process use what it may, if it needs more than it was given. Its programs get the limit that it had:
+/// Checks the hard limit, and raises the soft limit if the master needs it. Programs get the original soft limit:
 /// [`crate::sys::spawn`].
 ///
 /// # Errors
 /// As above.
 pub(crate) fn ensure(config: &Config, runs_programs: bool) -> Result<(), String> {
     check(config, runs_programs)?;
-    // All may be replaced at once.
+    // All processes may be replaced at the same time.
     let wanted = needed(config, runs_programs, config.slots());
     match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < wanted.min(hard) => {

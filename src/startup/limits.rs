@@ -1,6 +1,7 @@
-//! Whether `--rlimit` leaves a worker what it certainly needs, as far as that is known before the first one is made.
+//! Whether `--rlimit` leaves a worker the minimum that it needs, as far as that is known before the first worker starts.
 //!
-//! The bounds are low: a worker needs more, and the application more than that. What an external program needs is not known.
+//! These are lower bounds: a worker needs more, and the application more than that. The needs of an external program are
+//! not known.
 
 use forkyard_shm::Segment;
 use nix::sys::resource::Resource;
@@ -9,9 +10,9 @@ use super::memory;
 use crate::config::privileges::ResourceLimit;
 use crate::config::{Config, format_size};
 
-/// The stack of the thread that serves, as the standard library makes it.
+/// Stack size of the serving thread, the default of the standard library.
 const STACK: u64 = 2 << 20;
-/// Descriptors of a worker beside its listening sockets: the standard ones, the segment, its pipes and its event loop.
+/// Descriptors of a worker without its listening sockets: the standard ones, the segment, its pipes and its event loop.
 const DESCRIPTORS: u64 = 16;
 
 /// # Errors
@@ -21,7 +22,7 @@ pub(crate) fn check(config: &Config, executes: bool) -> Result<(), String> {
         return Ok(());
     }
     let limits = &config.privileges.limits;
-    // Of two for one resource, the last one holds.
+    // The last limit for a resource takes effect.
     let last = |limit: &&ResourceLimit| limits.iter().rfind(|other| other.resource == limit.resource) == Some(*limit);
     let causes: Vec<String> = limits.iter().filter(last).filter_map(|limit| too_low(limit, config)).collect();
     if causes.is_empty() { Ok(()) } else { Err(causes.join("; ")) }
@@ -31,7 +32,7 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
     let too_low = |least: u64| limit.soft < least;
     match limit.resource {
         Resource::RLIMIT_AS => {
-            // It is a copy of this process.
+            // A worker is a copy of this process.
             let shared = Segment::size(&memory::plan(config)).ok()?;
             let least = kib_of_this_process("VmSize:")?.saturating_mul(1024).saturating_add(shared);
             too_low(least).then(|| {
@@ -72,7 +73,7 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
     }
 }
 
-/// A line of this process's status, in KiB.
+/// A field of `/proc/self/status`, in KiB.
 fn kib_of_this_process(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     status.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix("kB"))?.trim().parse().ok()

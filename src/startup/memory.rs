@@ -1,5 +1,5 @@
-//! Which shared memory a start has: what a former master left or had stored, if it is what this one would make; else new memory, or
-//! a file.
+//! The shared memory of a start: that of a former master, or that which systemd stored, if it fits the configuration;
+//! otherwise new memory, or a file.
 
 use std::error::Error;
 use std::io::ErrorKind;
@@ -16,17 +16,18 @@ use crate::upgrade::Takeover;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
-/// The scoreboard has a multiple of so many rows: with a few workers more, what a former server left still fits.
+/// The number of scoreboard rows is rounded up to a multiple of this, so that memory of a former server still fits when
+/// the number of workers changes a little.
 const ROWS_STEP: u32 = 64;
 
-/// What the segment is to have.
+/// Layout of the segment.
 pub(crate) fn plan(config: &Config) -> Plan {
     let CacheConfig { bytes, max_entry, .. } = config.cache;
     let rows = config.slots().checked_next_multiple_of(ROWS_STEP).unwrap_or(u32::MAX);
     Plan { cache_bytes: bytes, rows, max_entry, events_bytes: config.events.bytes }
 }
 
-/// What starts empty without the memory of a former server.
+/// What starts empty if the memory of a former server is not used.
 fn contents(config: &Config) -> &'static str {
     match (config.cache.bytes > 0, config.events.bytes > 0) {
         (true, true) => "the cache and the event log start empty",
@@ -36,7 +37,7 @@ fn contents(config: &Config) -> &'static str {
 }
 
 /// # Errors
-/// A sentence for the operator, if the memory or the file is not to be had.
+/// A sentence for the operator, if the memory or the file is not available.
 pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<Segment, BoxError> {
     let Some(takeover) = takeover else { return open_stored(config) };
     let Some((left, file)) = takeover.segment() else { return create(config) };
@@ -46,7 +47,7 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
     }
     match Segment::adopt(left, &plan(config)) {
         Ok(segment) => Ok(segment),
-        // A file has one segment at a time, and the old workers use it.
+        // A file holds one segment at a time, and the old workers use it.
         Err(error) if file.is_some() => Err(format!(
             "--cache-file: the old workers still use the file: {error} (stop and start the server instead)"
         )
@@ -58,7 +59,7 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
     }
 }
 
-/// Whether systemd is to keep the memory for the next start: a cache, and not one that lies in a file.
+/// Whether systemd should store the memory for the next start: only a cache that is not in a file.
 pub(crate) fn is_worth_storing(config: &Config) -> bool {
     config.cache.bytes > 0 && config.cache.file.is_none()
 }
@@ -83,8 +84,8 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
     }
 }
 
-/// New memory in the place of what is damaged. A file makes room for another one under its name, and is gone with the last
-/// who uses it.
+/// New memory in place of a damaged segment. A file is unlinked and created again; the old one exists until its last user
+/// has exited.
 ///
 /// # Errors
 /// As for [`open`].
@@ -129,7 +130,7 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
     Ok(segment)
 }
 
-/// Whether `--cache-file` names a file that can hold a cache, as far as that can be seen without its contents.
+/// Whether `--cache-file` names a file that can hold a cache, without reading it.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -154,7 +155,7 @@ fn explain(error: &SegmentError, config: &Config) -> String {
         SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
         SegmentError::LogTooSmall { .. } => "--events",
         SegmentError::CacheTooSmall { .. } => "--cache",
-        // The larger part of it.
+        // The larger part of the memory.
         _ if config.events.bytes > bytes => "--events",
         _ => "--cache",
     };
@@ -174,7 +175,7 @@ fn explain_file(error: &SegmentError, path: &Path, config: &Config) -> String {
     )
 }
 
-/// What an operator may want to know of a cache that was asked for by nobody.
+/// A warning, if the default size of the cache was reduced.
 fn note_on(config: &Config) -> Option<String> {
     let CacheConfig { bytes, shrunk_for, .. } = config.cache;
     let limit = shrunk_for? >> 20;
@@ -185,15 +186,15 @@ fn note_on(config: &Config) -> Option<String> {
     ))
 }
 
-/// What a start would find out: an error if the memory is not there, and what else an operator may want to know. Nothing is reserved. What is
-/// wrong with the file's path says [`examine_file`].
+/// Checks without reserving anything whether the memory is available; may return a warning. [`examine_file`] reports errors
+/// of the file's path.
 ///
 /// # Errors
 /// A sentence for the operator.
 pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
     match &config.cache.file {
         None => plan(config).check_memory().map_err(|error| explain(&error, config))?,
-        // Else it is told of already.
+        // Otherwise `examine_file` has reported the error.
         Some(file) if examine_file(config).is_ok() => {
             Segment::examine(file, &plan(config)).map_err(|error| explain_file(&error, file, config))?;
         }
@@ -202,7 +203,7 @@ pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
     Ok(note_on(config))
 }
 
-/// Has a cache in a file used again by the next start; a cache in memory is gone with its last process.
+/// Marks a cache file as complete, so that the next start uses it. A cache in memory ends with its last process.
 pub(crate) fn close(segment: Segment) {
     if let Err(error) = segment.close() {
         log::warn!("the cache file may have to be dropped at the next start: {error}");

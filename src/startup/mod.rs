@@ -1,4 +1,4 @@
-//! From a command line to a running master: what exists before the first worker does.
+//! From the command line to a running master: everything that is created before the first worker.
 
 pub(crate) mod abort;
 pub(crate) mod abort_signal;

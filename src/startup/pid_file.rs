@@ -1,8 +1,8 @@
-//! The pid file: the master's number for other programs, and a lock that keeps a second master out.
+//! The pid file: the master's pid for other programs, and a lock against a second master.
 //!
-//! The file is written whole under another name, locked, and moved into place: nobody reads half of it. The lock ends with
-//! the master however that ends, so a file without a lock is what a dead one left. It is a write lock of fcntl(2): who may only
-//! read the file cannot take one, and so cannot pass for a living master. May not be closed before the master is done.
+//! The file is written under another name, locked, and moved into place, so that no reader sees a part of it. The lock ends
+//! with the master, so a file without a lock was left by a dead master. It is a write lock of fcntl(2): a process that can
+//! only read the file cannot take one, and cannot pass for a living master. The file must stay open until the master exits.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -42,7 +42,7 @@ impl PidFile {
         let name = path.file_name().ok_or_else(|| fail("it has no name (give a file with --pid-file)".to_owned()))?;
         let prefix = format!(".{}.", name.to_string_lossy());
         remove_leftovers(directory_of(path), &prefix);
-        // A name that nobody can have taken: neither a master of the same number that was killed in here, nor a stranger.
+        // A random name, which neither a killed master with the same pid nor another user can have taken.
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|error| denied(io::Error::other(error)))?;
         let fresh = directory_of(path).join(format!("{prefix}{:016x}", u64::from_ne_bytes(random)));
@@ -54,14 +54,14 @@ impl PidFile {
         match write() {
             Ok(file) => Ok(Self { path: path.to_owned(), file }),
             Err(error) => {
-                let _ = std::fs::remove_file(&fresh); // it may not be there
+                let _ = std::fs::remove_file(&fresh); // it may not exist
                 Err(denied(error))
             }
         }
     }
 
-    /// The one at `path`: a former master's, if it has that one, or a new one. Of another one that it has, nothing is left. `None` if there
-    /// is to be none, or if this process only looks whether it could take over that master's.
+    /// The pid file at `path`: that of a former master, or a new one. A former master's file at another path is removed.
+    /// `None` without a path, or if an upgrade check finds that the former master's file could be taken over.
     ///
     /// # Errors
     /// As for [`PidFile::create`].
@@ -84,12 +84,12 @@ impl PidFile {
         Ok(created)
     }
 
-    /// For a master that takes over.
+    /// For the next master, in an upgrade.
     pub(crate) fn saved(&self) -> SavedPidFile {
         SavedPidFile { fd: self.file.as_raw_fd(), path: self.path.clone() }
     }
 
-    /// For a start that ends early.
+    /// For a start that is aborted.
     pub(crate) fn leftover(&self) -> Option<Leftover> {
         let ours = self.file.metadata().ok()?;
         Leftover::file(&self.path, (ours.dev(), ours.ino()))
@@ -106,32 +106,32 @@ impl PidFile {
     }
 }
 
-/// Locks the file for as long as it is open here. To have it locked already is no error.
+/// Locks the file until it is closed. Succeeds if this process has locked it already.
 fn lock(file: &File) -> io::Result<()> {
     let flock = flock_of(libc::F_WRLCK);
     match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
         Ok(_) => Ok(()),
-        // A file system without locks: as good as it gets.
+        // The file system has no locks: continue without one.
         Err(nix::errno::Errno::ENOLCK | nix::errno::Errno::EOPNOTSUPP) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// Whether somebody has it locked who may write to it.
+/// Whether another process has a write lock on the file.
 fn is_locked(file: &File) -> bool {
     let mut flock = flock_of(libc::F_RDLCK);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut flock)).is_ok() && i32::from(flock.l_type) == libc::F_WRLCK
 }
 
-/// All of the file.
+/// A lock on the whole file.
 fn flock_of(kind: libc::c_int) -> libc::flock {
     let kind = libc::c_short::try_from(kind).unwrap_or(0);
     let whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or(0);
     libc::flock { l_type: kind, l_whence: whence, l_start: 0, l_len: 0, l_pid: 0 }
 }
 
-/// Removes what masters of this user left that were killed before they had moved their file into place. The caller holds the lock,
-/// so none is about to.
+/// Removes temporary files of this user's masters that were killed before they had moved their file into place. The caller
+/// holds the directory lock, so no other master is about to do so.
 fn remove_leftovers(directory: &Path, prefix: &str) {
     let is_number = |rest: &str| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_hexdigit());
     let ours = nix::unistd::geteuid().as_raw();
@@ -139,12 +139,12 @@ fn remove_leftovers(directory: &Path, prefix: &str) {
         let name = entry.file_name();
         let left = name.to_str().and_then(|name| name.strip_prefix(prefix)).is_some_and(is_number);
         if left && entry.metadata().is_ok_and(|found| found.is_file() && found.uid() == ours) {
-            let _ = std::fs::remove_file(entry.path()); // it is in nobody's way
+            let _ = std::fs::remove_file(entry.path()); // it does no harm if it stays
         }
     }
 }
 
-/// Tries what can be tried of a pid file without writing it. A note, if another master has it.
+/// Checks whether the pid file could be written, without writing it. Returns a warning if another master has it.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -163,15 +163,15 @@ pub(crate) fn examine(path: &Path) -> Result<Option<String>, String> {
     Ok(holder.map(note))
 }
 
-/// Whether its file system has no block left, to us.
+/// Whether the file system has no free block for this user.
 fn is_full(directory: &Path) -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     let free = |found: &Statvfs| if is_root { found.blocks_free() } else { found.blocks_available() };
-    // Some file systems do not count.
+    // Some file systems do not count blocks.
     statvfs(directory).is_ok_and(|found| found.blocks() > 0 && free(&found) == 0)
 }
 
-/// An error if a living master has the file, or if it is something else than a pid file.
+/// An error if a living master has the file, or if it is not a pid file.
 fn refuse_second(path: &Path) -> Result<(), String> {
     match holder(path)? {
         None => Ok(()),
@@ -184,7 +184,7 @@ fn refuse_second(path: &Path) -> Result<(), String> {
 /// The pid of the living master that has the file.
 ///
 /// # Errors
-/// If it is something else than a pid file.
+/// If it is not a pid file.
 fn holder(path: &Path) -> Result<Option<String>, String> {
     let Ok(metadata) = path.symlink_metadata() else { return Ok(None) };
     if !metadata.is_file() {
@@ -253,7 +253,7 @@ mod tests {
         assert!(PidFile::create(directory.path()).unwrap_err().contains("it is a directory, not a pid file"));
         assert!(PidFile::create(&path.join("b")).unwrap_err().contains("--pid-file"));
 
-        // Somebody else's under the same name stays too.
+        // Another file under the same name stays too.
         std::fs::remove_file(&path).unwrap();
         let first = PidFile::create(&path).unwrap();
         std::fs::rename(&path, directory.path().join("b")).unwrap();

@@ -1,5 +1,4 @@
-//! Which sockets a start has: those that a former master left, those that systemd passed, and new
-//! ones for the rest.
+//! The sockets of a start: those of a former master, those that systemd passed, and new ones for the rest.
 
 use std::error::Error;
 use std::time::Duration;
@@ -11,13 +10,14 @@ use crate::net::listen::{self, ControlListener, ListenError, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::upgrade::Takeover;
 
-/// How long an address that is in use is waited for: whoever supervises us starts us again as soon as the former master is dead.
+/// Time to wait for an address in use: a supervisor restarts the server as soon as the former master is dead, when its
+/// workers may still hold the address.
 const FORMER: Duration = Duration::from_secs(1);
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
-/// Adds a listener for each `--bind` to `listeners`. In an error too they are the caller's, who removes
-/// their files.
+/// Adds the listeners of each `--bind` to `listeners`. After an error, the caller removes the files of those that were
+/// added.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -82,8 +82,9 @@ pub(crate) fn open_control(
     Ok(wanted.map(ControlListener::bind).transpose()?)
 }
 
-/// The publish socket: a former master's, if it is what would be made now, or a new one; none without an event log, or if nobody
-/// asked for it and there is no place for it. Of another one that a former master had, nothing is left. For a check as for the control socket.
+/// The publish socket: that of a former master, if its path is still the configured one, or a new one. `None` without an
+/// event log, or if no path is configured and no place is suitable. A former master's socket at another path is removed.
+/// An upgrade check does not take it over.
 ///
 /// # Errors
 /// A sentence for the operator.

@@ -1,5 +1,5 @@
-//! What systemd, or whoever speaks its protocol, hands to a service at its start (`sd_listen_fds(3)`): listening sockets, and what a
-//! former start had stored. Reads the environment; decides by names.
+//! Descriptors that systemd, or a program with the same protocol, passes to a service at its start (`sd_listen_fds(3)`):
+//! listening sockets, and the memory that a former start stored. The names of the descriptors tell them apart.
 
 use std::os::fd::{OwnedFd, RawFd};
 
@@ -7,15 +7,15 @@ use crate::config::address::{Address, Bind, Protocol};
 use crate::sys;
 use crate::upgrade;
 
-/// The variables of this protocol, which are the master's alone.
+/// The variables of this protocol. They are for the master only, and are not passed on.
 pub(crate) const VARIABLES: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"];
 /// The name under which the shared memory is stored.
 pub(crate) const SEGMENT: &str = "forkyard-segment";
 const FIRST: RawFd = 3;
-/// More descriptors than anybody passes.
+/// Upper bound, higher than any real number of descriptors.
 const MOST: RawFd = 1024;
 
-/// The numbers and names of what was passed to this process; to its parent, if that has it look whether it could upgrade.
+/// The numbers and names of the descriptors that were passed to this process; in an upgrade check, to its parent.
 fn passed() -> Vec<(RawFd, String)> {
     let variable = |name: &str| std::env::var(name).ok();
     let me = if upgrade::is_check() { nix::unistd::getppid() } else { nix::unistd::getpid() };
@@ -33,7 +33,7 @@ fn read(variable: impl Fn(&str) -> Option<String>, me: i32) -> Vec<(RawFd, Strin
     (FIRST..FIRST + count).map(|fd| (fd, names.next().unwrap_or_default())).collect()
 }
 
-/// What to listen on without any `--bind`: one for each name.
+/// The default of `--bind`: one address for each name.
 pub(crate) fn binds() -> Vec<Bind> {
     binds_for(passed())
 }
@@ -49,7 +49,7 @@ fn binds_for(passed: Vec<(RawFd, String)>) -> Vec<Bind> {
     binds
 }
 
-/// By how the name begins.
+/// The protocol that a name begins with; otherwise HTTP.
 fn protocol_of(name: &str) -> Protocol {
     match name {
         name if name.starts_with("fastcgi") => Protocol::FastCgi,
@@ -58,10 +58,10 @@ fn protocol_of(name: &str) -> Protocol {
     }
 }
 
-/// The descriptors of the sockets of that name, or of all.
+/// The descriptors of the sockets with this name, or of all.
 ///
 /// # Errors
-/// What the operator should do, if there is none.
+/// A sentence for the operator, if there is none.
 pub(crate) fn sockets(name: Option<&str>) -> Result<Vec<RawFd>, String> {
     let passed = passed();
     let ours = passed.iter().filter(|(_, other)| other != SEGMENT && name.is_none_or(|name| name == other));
@@ -80,7 +80,7 @@ pub(crate) fn sockets(name: Option<&str>) -> Result<Vec<RawFd>, String> {
     })
 }
 
-/// The shared memory that a former start has stored. To be asked once; what is stored besides under that name is closed.
+/// The shared memory that a former start stored. Must be called only once. Other descriptors with that name are closed.
 pub(crate) fn stored_segment() -> Option<OwnedFd> {
     let scaling: Vec<RawFd> = passed().into_iter().filter(|(_, name)| name == SEGMENT).map(|(fd, _)| fd).collect();
     sys::take_over(&scaling).into_values().last()
