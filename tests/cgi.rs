@@ -163,6 +163,24 @@ fn limits_and_broken_bodies() {
 }
 
 #[test]
+fn a_call_has_the_size_and_the_time_that_a_request_has_elsewhere() {
+    let long = "x".repeat(9000);
+    let called = run(command("crashy", "GET", "/ok").envs([("FORKYARD_MAX_PARAMS", "8K"), ("HTTP_X", &long)]), b"");
+    assert_eq!((called.response.status(), called.status), (431, Some(0)), "{}", called.errors);
+
+    for target in ["/slow/600000", "/thread/sleep-600000"] {
+        let times = [("FORKYARD_REQUEST_TIMEOUT", "100ms"), ("FORKYARD_HANG_TIMEOUT", "100ms")];
+        let called = run(command("crashy", "GET", target).envs(times), b"");
+        assert_eq!((called.response.status(), called.status), (504, Some(0)), "{target}: {}", called.errors);
+    }
+    let mut slow = command("crashy", "POST", "/count");
+    let child = start(slow.envs([("CONTENT_LENGTH", "10"), ("FORKYARD_BODY_TIMEOUT", "1s")]), b"");
+    child.stdin.as_ref().unwrap().write_all(b"12345").unwrap(); // and nothing more, while it stays open
+    let called = finish(child);
+    assert_eq!((called.response.status(), called.status), (408, Some(0)), "{}", called.errors);
+}
+
+#[test]
 fn a_client_gives_no_flags_and_the_operator_may() {
     // What Apache makes of the URI /count?--max-body+10, and of one with %3D in it.
     for (query, arguments) in [("--max-body+10", &["--max-body", "10"][..]), ("--bind%3Dx", &["--bind=x"])] {

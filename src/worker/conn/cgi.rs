@@ -11,6 +11,7 @@ use std::future::poll_fn;
 use std::io::{self, PipeReader, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::sync::Arc;
 use std::task::Poll;
 
 use bytes::BytesMut;
@@ -29,13 +30,15 @@ use crate::app::blocking;
 use crate::app::body::{Body, pipe};
 use crate::app::context::Context;
 use crate::app::events::Events;
-use crate::config::Config;
 use crate::config::address::Protocol;
+use crate::config::{Config, Limits};
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
+use crate::request::activity::Activity;
 use crate::sys;
+use crate::worker::lifecycle::watchdog::watch_bodies;
 use crate::worker::run_in_turns;
-use crate::worker::service::serve::{self, Application, BoxError, Served};
+use crate::worker::service::serve::{self, Application, BoxError, Guard, Served};
 
 /// What is read at a time, and what is gathered of small pieces before it is written.
 const PIECE: usize = 64 << 10;
@@ -65,7 +68,9 @@ where
     let (over, going_on) = io::pipe()?;
     let (outcome, rest) = run_in_turns(&runtime, async {
         let exchange = async {
-            let (request, rest) = request(config.limits.max_body);
+            let activity = Arc::default();
+            let (request, rest) = request(&config.limits, &activity);
+            tokio::task::spawn_local(watch_bodies(activity, config.limits.timeouts.body));
             let (response, is_head) = answer(factory, config, segment, row, request).await;
             (send(response, is_head, &mut File::from(stdout)).await, rest)
         };
@@ -121,10 +126,12 @@ where
     let is_head = request.method() == Method::HEAD;
     let events = Events::new(&segment, config.events);
     tokio::task::spawn_local(events.clone().deliver());
-    let context = Context::new(0, 1, segment, std::sync::Arc::default(), events);
+    let context = Context::new(0, 1, segment, Arc::default(), events);
     let response = match serve::catch_panic(|| factory(context)) {
         Ok(service) => {
-            Application::new(service, row, config.limits, config.trust.clone()).answer(Protocol::Http, request).await
+            let guard = Guard { request_timeout: config.failures.request_timeout, ..Guard::default() };
+            let application = Application::new(service, row, config.limits, config.trust.clone()).guarded(guard);
+            application.answer(Protocol::Http, request).await
         }
         Err(panic) => {
             log::error!("the application cannot be made: {panic}");
@@ -138,8 +145,9 @@ where
 type Refusal = (StatusCode, BoxError);
 
 /// The request, and what ends when all of its body was read.
-fn request(max_body: u64) -> (Result<Request<Body>, Refusal>, Option<JoinHandle<()>>) {
+fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, Refusal>, Option<JoinHandle<()>>) {
     let variables: Vec<_> = std::env::vars_os().collect();
+    let bytes: usize = variables.iter().map(|(name, value)| name.len() + value.len()).sum();
     let pairs = variables.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
     let params = Params::from_pairs(pairs);
     let said = |name| params.get(name).is_some_and(|value| !value.is_empty());
@@ -150,6 +158,9 @@ fn request(max_body: u64) -> (Result<Request<Body>, Refusal>, Option<JoinHandle<
         Ok(_) if has_body && length.is_none() => {
             Err((StatusCode::LENGTH_REQUIRED, "it has a body, and no good CONTENT_LENGTH says how long it is".into()))
         }
+        Ok(_) if bytes > limits.max_params => {
+            Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "variables larger than --max-params".into()))
+        }
         request => request.map_err(|error| (error.status(), error.into())),
     };
     if !has_body || length == Some(0) {
@@ -159,7 +170,8 @@ fn request(max_body: u64) -> (Result<Request<Body>, Refusal>, Option<JoinHandle<
     // Without standard input the body is cut at once.
     let stdin = sys::descriptor(0).map(File::from);
     let rest = stdin.map(|stdin| tokio::task::spawn_local(feed(stdin, length.unwrap_or(u64::MAX), writer)));
-    (request.map(|request| request.map(|()| Body::stdin(reader, length, max_body))), rest)
+    let body = Body::stdin(reader, length, limits.max_body).with_activity(activity);
+    (request.map(|request| request.map(|()| body)), rest)
 }
 
 /// Passes the body on while it comes. If it ends early, dropping the writer says so.

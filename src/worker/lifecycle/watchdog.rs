@@ -278,6 +278,15 @@ impl Watched {
     }
 }
 
+/// Gives bodies that come without a connection of ours (CGI) their time.
+pub(crate) async fn watch_bodies(activity: Arc<Activity>, timeout: Duration) {
+    let mut ticks = interval(TICK);
+    loop {
+        ticks.tick().await;
+        activity.expire_bodies(|body| is_over(body.tick(PROGRESS), timeout));
+    }
+}
+
 /// Whether so many ticks are certainly longer than `limit`; none is longer than a limit of zero.
 fn is_over(ticks: u32, limit: Duration) -> bool {
     !limit.is_zero() && TICK * ticks.saturating_sub(1) >= limit
