@@ -560,3 +560,22 @@ fn tail_tells_what_is_gone() {
     let gap: Value = serde_json::from_str(output.lines().next().unwrap()).unwrap();
     assert_eq!(gap, serde_json::json!({ "topic": "news", "missed": first - 3 }));
 }
+
+#[test]
+fn tail_begins_with_an_id_as_a_browser_has_it_and_refuses_one_of_another_log() {
+    let place = Place::start(&[]);
+    for text in ["one", "two", "three"] {
+        place.said(&["publish", "news", text]);
+    }
+    let epoch = place.server.segment().events().epoch();
+    let from = format!("{epoch:08x}-2");
+    assert_eq!(place.said(&["tail", "news", "--from", &from, "--count", "1"]), "2\tnews\t-\ttwo\n");
+    let other = format!("{:08x}-2", epoch ^ 1);
+    for (from, why) in
+        [(other.as_str(), "another event log"), ("x-2", "an id is"), ("0", "an id is"), ("1-2.3", "an id is")]
+    {
+        let refused = place.command(&["tail", "news", "--from", from, "--count", "1"]).output_in_time().unwrap();
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.contains(why), "{from}: {said}");
+    }
+}

@@ -206,6 +206,13 @@ fn a_signal_that_does_nothing_in_a_drain_is_said_to_be_ignored() {
     let reload = Command::new(program("staged")).args(["reload", "--control"]).arg(&control).output_in_time().unwrap();
     assert_eq!(reload.status.code(), Some(1));
     server.wait_for("ignored, as the server is stopping command=\"reload\"");
+    // What changes nothing of the processes works as ever.
+    for command in [&["reopen-logs"][..], &["status"], &["quarantine", "ls"], &["cache", "stats"], &["events", "ls"]] {
+        let mut asked = Command::new(program("staged"));
+        let done = asked.args(command).arg("--control").arg(&control).output_in_time().unwrap();
+        assert!(done.status.success(), "{command:?}: {done:?}");
+    }
+    server.wait_for("log files reopened errors=0");
     place.go();
     went(&mut served);
     drop(served);

@@ -8,8 +8,8 @@ use clap::{Args, Subcommand};
 use super::Task;
 use super::control::Socket;
 use crate::config::publish::PublishConfig;
-use crate::control::EventsOperation;
 use crate::control::commands::What;
+use crate::control::{EventsOperation, FirstId};
 
 /// Flags of both commands that serve.
 #[derive(Args, Debug)]
@@ -46,9 +46,10 @@ pub(super) enum Events {
     Tail {
         /// Topics to print [default: all]
         topics: Vec<String>,
-        /// First print the events that are in the log, from this id on; 1 for all
-        #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u64).range(1..))]
-        from: Option<u64>,
+        /// First print the events that are in the log, from this id on (NUMBER, or EPOCH-NUMBER as in an event stream); 1
+        /// for all
+        #[arg(long, value_name = "ID")]
+        from: Option<FirstId>,
         /// Exit after this many events
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         count: Option<u64>,

@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::io::{self, Read as _, Write};
 use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStrExt as _;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -28,8 +29,43 @@ use crate::app::events::name;
 #[derive(Clone, Debug)]
 pub(crate) enum Operation {
     Publish { topic: String, name: String, data: OsString },
-    Tail { topics: Vec<String>, from: Option<u64>, count: Option<u64> },
+    Tail { topics: Vec<String>, from: Option<FirstId>, count: Option<u64> },
     List,
+}
+
+/// The id of the first event to be shown: `17`, or with the epoch of its log as in an event stream, `9f3a61c2-17`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FirstId {
+    epoch: Option<u32>,
+    id: u64,
+}
+
+impl FromStr for FirstId {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const WRONG: &str = "an id is a number from 1 on, or EPOCH-NUMBER as in an event stream of one topic";
+        let (epoch, id) = match text.split_once('-') {
+            Some((epoch, id)) => (Some(u32::from_str_radix(epoch, 16).map_err(|_| WRONG)?), id),
+            None => (None, text),
+        };
+        let id = id.parse().ok().filter(|&id| id > 0).ok_or(WRONG)?;
+        Ok(Self { epoch, id })
+    }
+}
+
+impl FirstId {
+    /// # Errors
+    /// A sentence for the operator, if it is an id of another log.
+    fn in_log(self, epoch: u32) -> Result<u64, String> {
+        match self.epoch {
+            Some(other) if other != epoch => Err(format!(
+                "--from: the id is from another event log, of epoch {other:08x}: this one has epoch {epoch:08x} (print all that \
+                 it has with --from 1)"
+            )),
+            Some(_) | None => Ok(self.id),
+        }
+    }
 }
 
 /// Events of a topic per read.
@@ -52,8 +88,9 @@ pub(crate) fn run(place: &Place, operation: &Operation, json: bool) -> Result<()
         Operation::Publish { topic, name, data } => publish(&events, topic, name, data, json, &mut out),
         Operation::List => printed(list(&events, json, &mut out)),
         Operation::Tail { topics, from, count } => {
+            let from = from.map(|from| from.in_log(events.epoch())).transpose()?;
             let mut printer = Printer { out, json, left: count.unwrap_or(u64::MAX) };
-            match tail(&events, topics, *from, master, &mut printer) {
+            match tail(&events, topics, from, master, &mut printer) {
                 Ok(End::Done) => Ok(()),
                 Ok(End::NoMaster) => Err(format!("the master at {} is gone", place.socket.display())),
                 Err(error) => printed(Err(error)),

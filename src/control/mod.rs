@@ -14,4 +14,5 @@ mod show;
 pub(crate) mod wire;
 
 pub(crate) use self::cache::Operation as CacheOperation;
+pub(crate) use self::events::FirstId;
 pub(crate) use self::events::Operation as EventsOperation;

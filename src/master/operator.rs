@@ -71,7 +71,7 @@ impl Master {
                 self.keep_waiting(client, Waiting::Stop);
                 self.feed(Event::Command(if now { Command::Halt } else { Command::Drain }));
             }
-            Request::Reload | Request::Scale { .. } | Request::Upgrade | Request::ReopenLogs if stopping => {
+            Request::Reload | Request::Scale { .. } | Request::Upgrade if stopping => {
                 log::info!("ignored, as the server is stopping command={:?}", request.name());
                 self.reply(client, &Reply::failed(STOPPING));
             }

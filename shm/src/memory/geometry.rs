@@ -280,6 +280,7 @@ mod tests {
                 assert!(with.total - with.events_at <= events_bytes && with.topics >= 16);
                 assert!(with.events_ring_len > events_bytes * 9 / 10 - 4096, "{with:?}");
                 assert!(with.max_event > 1024);
+                assert!(events_bytes != 1 << 20 || with.max_event == 125_704, "as the documentation says: {with:?}");
             }
         }
         let plan = Plan { events_bytes: MIN_LOG - 1, ..Plan::default() };
