@@ -14,6 +14,7 @@ use http::{Request as HttpRequest, Response};
 use http_body::Body as HttpBody;
 use log::Level;
 use nix::sys::signal::SigSet;
+use signal_hook::consts::signal::SIGXFSZ;
 use tower_service::Service;
 
 use crate::app::body::Body;
@@ -426,6 +427,9 @@ fn serve(
 
 /// Opens the log, unless its file is one that another setting names.
 fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
+    // A file that may not grow is an error of whoever writes it, as a full disk is. A handler that does nothing, and not
+    // `SIG_IGN`, which programs would inherit.
+    signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     if !conflicts.iter().any(|conflict| conflict.flags.contains(&"--log-file")) {
         logging::start(&config.logs)?;
     }

@@ -222,6 +222,62 @@ fn a_full_log_file_is_named_and_its_lines_go_to_standard_error() {
     assert_eq!(server.log().matches("the log file cannot be written: No space left on device").count(), 1);
 }
 
+/// The files that these processes make may have so many bytes.
+fn limit_file_size(pids: impl IntoIterator<Item = i32>, bytes: u64) {
+    for pid in pids {
+        let arguments = ["--pid", &pid.to_string(), &format!("--fsize={bytes}:")].map(str::to_owned);
+        assert!(Command::new("prlimit").args(arguments).status_in_time().unwrap().success());
+    }
+}
+
+#[test]
+fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let [log, access] = ["log", "access"].map(|name| directory.path().join(name));
+    let [log, access] = [&log, &access].map(|path| path.to_str().unwrap());
+    let masks = "masks=sh -c 'grep -E \"SigIgn|SigCgt\" /proc/self/status; exec sleep 600'";
+    let mut server = start(&["--log-file", log, "--access-log", access, "--daemon", masks]);
+    let pid = worker(&server);
+    limit_file_size([server.pid().as_raw(), pid], 1);
+    server.signal(Signal::SIGUSR1);
+    server.wait_for("the log file cannot be written: File too large");
+    assert_eq!(get(&server, "/ok"), 200);
+    let wait = "the access log cannot be written, and its lines are lost: File too large";
+    server.wait_for(wait);
+    // An upgrade needs a file for what the new build is to know.
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("File too large");
+    assert!(server.workers().contains(&pid), "{}", server.log());
+    wait_until("the daemon has begun", || (read(Path::new(log)) + &server.log()).contains("SigCgt:").then_some(()));
+    limit_file_size([server.pid().as_raw(), pid], 1 << 30);
+    assert_eq!(get(&server, "/ok"), 200);
+    wait_for_line(Path::new(access), "GET /ok");
+    wait_for_line(Path::new(log), "the access log is written again slot=0 lost=1");
+    server.stop();
+    // Before the limit or while it held.
+    let (log, bit) = (read(Path::new(log)) + &server.log(), 1_u64 << (nix::libc::SIGXFSZ - 1));
+    for name in ["SigIgn:", "SigCgt:"] {
+        let line = log.lines().find(|line| line.contains(name)).unwrap_or_else(|| panic!("{name} {log}"));
+        let mask = u64::from_str_radix(line.split_whitespace().next_back().unwrap(), 16).unwrap();
+        assert_eq!(mask & bit, 0, "a daemon has the default: {line}");
+    }
+}
+
+#[test]
+fn a_worker_whose_files_may_not_grow_is_no_dead_worker() {
+    let directory = tempfile::tempdir().unwrap();
+    let [log, access] = ["log", "access"].map(|name| directory.path().join(name));
+    let [log, access] = [&log, &access].map(|path| path.to_str().unwrap());
+    let mut server = start(&["--log-file", log, "--access-log", access, "--rlimit", "fsize=1"]);
+    let pid = worker(&server);
+    assert_eq!(get(&server, "/ok"), 200);
+    // The worker's lines of the log go by the master, who has no limit.
+    let line = wait_for_line(Path::new(log), "the access log cannot be written, and its lines are lost");
+    assert!(line.contains("File too large"), "{line}");
+    server.stop();
+    assert!(read(Path::new(log)).contains(&format!("pid={pid} gen=1 status=0")), "{}", read(Path::new(log)));
+}
+
 #[test]
 fn an_access_log_that_nobody_reads_stops_no_worker() {
     let directory = tempfile::tempdir().unwrap();

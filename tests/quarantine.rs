@@ -162,7 +162,6 @@ fn a_signal_that_another_process_has_sent_accuses_no_request_and_the_log_says_wh
         Signal::SIGSYS,
         Signal::SIGTRAP,
         Signal::SIGXCPU,
-        Signal::SIGXFSZ,
     ] {
         let connections = send_among(Way::Apart(Protocol::Http), &server, &["/slow/600000"], "/thread/sleep-600000");
         let board = server.segment().scoreboard();

@@ -1,8 +1,8 @@
 //! The crash handler of a worker: its last words, written by the thread that crashes.
 //!
-//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP, SIGXCPU and SIGXFSZ the report pipe gets a line that says where and why, then one
-//! with a backtrace in addresses; then the process dies as it would have without us: by the same signal, with the same
-//! core dump. Nothing here makes names of addresses; the master has a child do that.
+//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP and SIGXCPU the report pipe gets a line that says
+//! where and why, then one with a backtrace in addresses; then the process dies as it would have without us: by the same
+//! signal, with the same core dump. Nothing here makes names of addresses; the master has a child do that.
 //!
 //! - The first line is written before anything is tried that might not come back. If the backtrace hangs (the
 //!   unwinder is not made for signal handlers), SIGALRM ends it; if it faults, the kernel ends the process, as the
@@ -29,7 +29,7 @@ use super::code_address::Modules;
 use super::current_request;
 
 /// The signals of a crash, by the names that the log has for them.
-const SIGNALS: [(c_int, &str); 9] = [
+const SIGNALS: [(c_int, &str); 8] = [
     (libc::SIGSEGV, "SEGV"),
     (libc::SIGBUS, "BUS"),
     (libc::SIGABRT, "ABRT"),
@@ -38,7 +38,6 @@ const SIGNALS: [(c_int, &str); 9] = [
     (libc::SIGSYS, "SYS"),
     (libc::SIGTRAP, "TRAP"),
     (libc::SIGXCPU, "XCPU"),
-    (libc::SIGXFSZ, "XFSZ"),
 ];
 /// Those of an instruction, which runs again when the handler returns. Their address is what it reached for, or its own.
 const FAULTS: [c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];

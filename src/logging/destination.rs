@@ -11,7 +11,7 @@
 //! Must not: log, or wait.
 
 use std::fs::{File, FileType, OpenOptions};
-use std::io;
+use std::io::{self, IsTerminal as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::{SFlag, fstat};
 
@@ -38,6 +39,10 @@ pub(crate) enum Kind {
     Socket,
     /// A pipe or a terminal whose file description others share, and which blocks.
     SharedPipe,
+    /// A terminal, opened for this program alone, non-blocking.
+    Terminal,
+    /// A terminal whose file description others share, and which blocks.
+    SharedTerminal,
 }
 
 impl Kind {
@@ -47,11 +52,12 @@ impl Kind {
         match kind {
             SFlag::S_IFSOCK => (Self::Socket, None),
             SFlag::S_IFIFO | SFlag::S_IFCHR => {
+                let is_terminal = fd.is_terminal();
                 let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
                 let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
                 match OpenOptions::new().write(true).custom_flags(flags).open(path) {
-                    Ok(own) => (Self::Pipe, Some(own.into())),
-                    Err(_) => (Self::SharedPipe, None),
+                    Ok(own) => (if is_terminal { Self::Terminal } else { Self::Pipe }, Some(own.into())),
+                    Err(_) => (if is_terminal { Self::SharedTerminal } else { Self::SharedPipe }, None),
                 }
             }
             _ => (Self::File, None),
@@ -73,18 +79,36 @@ fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> 
         let written = match kind {
             Kind::Socket => send(fd.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL),
             Kind::File | Kind::Pipe => nix::unistd::write(fd, bytes),
-            Kind::SharedPipe => match poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::ZERO) {
-                Ok(0) => Err(Errno::EAGAIN),
-                // Another process may have filled it meanwhile; a piece of that size still waits for one reader's read alone.
-                Ok(_) => nix::unistd::write(fd, bytes.get(..libc::PIPE_BUF).unwrap_or(bytes)),
-                Err(errno) => Err(errno),
-            },
+            Kind::Terminal => from_the_background(|| nix::unistd::write(fd, bytes)),
+            Kind::SharedPipe | Kind::SharedTerminal => {
+                match poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::ZERO) {
+                    Ok(0) => Err(Errno::EAGAIN),
+                    // Another process may have filled it meanwhile; a piece of that size still waits for one reader's read alone.
+                    Ok(_) => {
+                        let write = || nix::unistd::write(fd, bytes.get(..libc::PIPE_BUF).unwrap_or(bytes));
+                        if kind == Kind::SharedTerminal { from_the_background(write) } else { write() }
+                    }
+                    Err(errno) => Err(errno),
+                }
+            }
         };
         match written {
             Err(Errno::EINTR) => {}
             outcome => return Ok(outcome?),
         }
     }
+}
+
+/// Has a write to a terminal succeed whatever job this process belongs to. With `stty tostop` the kernel answers a write of a
+/// background job with SIGTTOU, unless the thread blocks that signal. To the master it is an operator's, and the write
+/// would begin again for ever.
+fn from_the_background<T>(write: impl FnOnce() -> T) -> T {
+    let before = SigSet::from(Signal::SIGTTOU).thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    let outcome = write();
+    if let Ok(before) = before {
+        let _ = before.thread_set_mask(); // a mask that was in force
+    }
+    outcome
 }
 
 /// Writes lines, in groups that stay in one piece. Returns how many bytes went, and why no more did.
