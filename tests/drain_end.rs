@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use common::raw::{self, Protocol};
-use common::{Server, http2, wait_until};
+use common::{Server, fastcgi, http2, wait_until};
 use nix::sys::signal::Signal;
 
 const BINDS: [(Protocol, &str); 3] = [
@@ -105,6 +105,46 @@ fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
     wait_for_requests(&server, 5);
     leaves_by_itself(server, &log, &[(&format!("\"GET {target} HTTP/"), 4), ("\"GET /bytes/100000 HTTP/2.0\"", 1)]);
     drop((streams, client, small));
+}
+
+/// Connections on which nothing is under way, or whose requests were answered before they were read: each with its bind.
+fn idle_connections(server: &Server) -> Vec<UnixStream> {
+    let mut streams = Vec::new();
+    for (index, (protocol, _)) in BINDS.iter().enumerate() {
+        let bind = &server.binds[index];
+        streams.push(raw::connect(bind)); // fresh
+        let mut unread = raw::connect(bind);
+        assert_eq!(raw::ask(&mut unread, &protocol.head("POST", "/empty", 60000)).0, 200, "{protocol:?}");
+        streams.push(unread);
+    }
+    let mut kept = raw::connect(&server.binds[0]);
+    assert_eq!(raw::ask(&mut kept, &Protocol::Http.head("GET", "/empty", 0)).0, 200);
+    let mut kept_fastcgi = fastcgi::Client::connect(&server.binds[1]).unwrap();
+    kept_fastcgi.send(&fastcgi::head(1, true, "GET", "/empty", None)).unwrap();
+    kept_fastcgi.send(&[fastcgi::record(fastcgi::STDIN, 1, b"", 0)]).unwrap();
+    kept_fastcgi.response(1).unwrap();
+    streams.extend([kept, raw::connect(&server.binds[0])]);
+    std::mem::forget(kept_fastcgi); // open until the test ends
+    streams
+}
+
+#[test]
+fn idle_connections_end_within_a_drain_timeout_shorter_than_their_grace() {
+    for (signal, timeout) in [(Signal::SIGTERM, "1s"), (Signal::SIGHUP, "1s"), (Signal::SIGTERM, "2s")] {
+        let binds = BINDS.iter().flat_map(|(_, bind)| ["--bind", bind]);
+        let arguments: Vec<&str> = ["--workers", "1", "--drain-timeout", timeout].into_iter().chain(binds).collect();
+        let mut server = Server::start("scenarios", &arguments);
+        let streams = idle_connections(&server);
+        server.signal(signal);
+        let left = server.wait_for("worker left");
+        assert!(left.contains(" status=0 "), "{signal} {timeout}: {left}");
+        drop(streams);
+        if signal == Signal::SIGHUP {
+            server.stop();
+        } else {
+            assert_eq!(server.wait_end(), Some(0));
+        }
+    }
 }
 
 #[test]

@@ -88,7 +88,7 @@ where
         connection.poll(context)
     });
     match ended.await {
-        Ok(Outcome::Over) => connection.close().await,
+        Ok(Outcome::Over) => connection.close(&drain).await,
         Ok(Outcome::Movable) => {
             let Connection { socket, input, .. } = connection;
             drain.hand_over(socket, &input).await;
@@ -455,9 +455,9 @@ where
 
     /// If the peer may still be sending, says that nothing more will come, and listens until it has heard: closing
     /// a socket with bytes unread in it would destroy what we wrote on its way.
-    async fn close(self) {
+    async fn close(self, drain: &Drain) {
         if self.unread {
-            linger::linger(self.socket).await;
+            linger::linger(self.socket, drain).await;
         }
     }
 }

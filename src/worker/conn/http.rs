@@ -81,7 +81,7 @@ where
     let is_http2 = match is_http2 {
         Ok(is_http2) => is_http2,
         Err(error) if error.kind() == io::ErrorKind::TimedOut && !socket.early().is_empty() => {
-            return time_out(socket, &application, from).await;
+            return time_out(socket, &application, from, &drain).await;
         }
         Err(error) => return log::debug!("an HTTP connection ended: {error}"),
     };
@@ -130,7 +130,7 @@ where
             return taken.carry(io.into_inner(), read_buf, &ends).await;
         }
         if ended.as_ref().is_err_and(is_timeout) && requests.activity().stage() == Stage::Head {
-            return time_out(connection.into_parts().io.into_inner(), &application, from).await;
+            return time_out(connection.into_parts().io.into_inner(), &application, from, &drain).await;
         }
         if requests.left_unread() || ended.as_ref().is_err_and(|error| refused(error).is_some()) {
             unread = Some(connection.into_parts().io.into_inner());
@@ -145,7 +145,7 @@ where
         log::debug!("an HTTP connection ended: {}", with_causes(&error));
     }
     if let Some(socket) = unread {
-        linger(socket).await;
+        linger(socket, &drain).await;
     }
 }
 
@@ -154,7 +154,7 @@ async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
     if usize::try_from(socket.conn().unfinished()) == Ok(taken_in.len() + socket.early().len()) {
         return drain.hand_over(socket, taken_in).await;
     }
-    linger(socket).await;
+    linger(socket, drain).await;
 }
 
 /// How far an HTTP/1 connection was served.
@@ -196,7 +196,7 @@ where
 }
 
 /// A head that has come in part only is answered, too late or not.
-async fn time_out<S>(mut socket: Socket, application: &Application<S>, from: Option<SocketAddr>) {
+async fn time_out<S>(mut socket: Socket, application: &Application<S>, from: Option<SocketAddr>, drain: &Drain) {
     let why = "a head that did not come within --header-timeout";
     application.turned_away(Protocol::Http, StatusCode::REQUEST_TIMEOUT, from, why);
     let date = jiff::Timestamp::now().strftime("%a, %d %b %Y %H:%M:%S GMT");
@@ -206,7 +206,7 @@ async fn time_out<S>(mut socket: Socket, application: &Application<S>, from: Opt
         text.len()
     );
     if socket.write_all(head.as_bytes()).await.is_ok() {
-        linger(socket).await;
+        linger(socket, drain).await;
     }
 }
 
@@ -380,9 +380,12 @@ where
                 if rest.is_cut() {
                     self.requests.leave_unread();
                 } else if !rest.is_over() {
-                    let open = self.requests.open_body();
+                    let (open, drain) = (self.requests.open_body(), self.ends.drain.clone());
                     tokio::task::spawn_local(async move {
-                        poll_fn(|context| rest.poll(context)).await;
+                        tokio::select! {
+                            () = poll_fn(|context| rest.poll(context)) => {}
+                            () = drain.wait_for_end() => rest.cut(),
+                        }
                         open.end(rest.is_cut());
                     });
                 }

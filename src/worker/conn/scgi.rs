@@ -77,7 +77,7 @@ where
         connection.poll(context).map_ok(|()| true)
     });
     match ended.await {
-        Ok(true) => connection.close().await,
+        Ok(true) => connection.close(&drain).await,
         Ok(false) => drain.hand_over(connection.socket, &[]).await,
         Err(error) => log::debug!("an SCGI connection ended: {error}"),
     }
@@ -355,12 +355,12 @@ where
 
     /// The response is written. Takes what the peer has sent: closing a socket with bytes unread in it would destroy
     /// what we wrote on its way.
-    async fn close(self) {
+    async fn close(self, drain: &Drain) {
         match self.rest {
             Rest::LastByte => {
                 let _ = self.socket.fd().map(|fd| recv(fd.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT));
             }
-            Rest::Coming => linger::linger(self.socket).await,
+            Rest::Coming => linger::linger(self.socket, drain).await,
             Rest::Nothing => {}
         }
     }

@@ -19,7 +19,8 @@ use crate::heir::journal::READ_BUFFER;
 use crate::net::handover::{self, Channel};
 use crate::worker::conn::socket::Socket;
 
-/// How long an idle connection that nobody takes over is kept for a request that may be on its way.
+/// How long an idle connection that nobody takes over is kept for a request that may be on its way, but no longer than half of
+/// the drain: the worker has to leave before it is killed.
 const LAST_REQUEST: Duration = Duration::from_secs(1);
 
 /// Between two tries to pass a connection on when too many are on their way.
@@ -108,7 +109,11 @@ impl Drain {
     /// fail a request.
     pub(crate) async fn wait_for_last_request(&self) {
         self.wait().await;
-        tokio::time::sleep(LAST_REQUEST).await;
+        tokio::time::sleep(self.last_request()).await;
+    }
+
+    fn last_request(&self) -> Duration {
+        LAST_REQUEST.min(self.0.timeout / 2)
     }
 
     /// Returns when the drain has gone on for nearly as long as it may (`--drain-timeout`), and upgraded connections have
@@ -144,7 +149,7 @@ impl Drain {
     pub(crate) async fn wait_to_move(&self) {
         self.wait().await;
         if !self.has_sibling() {
-            tokio::time::sleep(LAST_REQUEST).await;
+            tokio::time::sleep(self.last_request()).await;
         }
     }
 

@@ -74,6 +74,11 @@ impl Rest {
         matches!(self.state, State::Cut)
     }
 
+    /// Nothing more is to be read.
+    pub(super) fn cut(&mut self) {
+        self.state = State::Cut;
+    }
+
     /// Reads as much as is there. Ready when nothing more is to be read.
     pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
