@@ -1,10 +1,9 @@
-//! Where programs in any language publish events.
+//! The socket on which programs in any language publish events.
 
 use std::path::PathBuf;
 
-/// As in [`super::Config`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PublishConfig {
-    /// The publish socket; without it, one in a folder of its own. There is one only if there is an event log.
+    /// Path of the publish socket; if `None`, it is in a directory of its own. Without an event log there is no socket.
     pub(crate) socket: Option<PathBuf>,
 }

@@ -1,10 +1,9 @@
-//! What concerns an upgrade in place.
+//! Upgrades in place.
 
 use std::time::Duration;
 
-/// See `master/upgrade/mod.rs`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct UpgradeConfig {
-    /// How long the new build's check may take.
+    /// Time limit for the check of the new build.
     pub(crate) timeout: Duration,
 }

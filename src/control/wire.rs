@@ -31,7 +31,7 @@ pub(crate) enum Request {
     },
     /// Reopen the log files.
     ReopenLogs,
-    /// Refuse this request no longer, as the status names it; with `null`, none.
+    /// Release a quarantined request, as the status lists it; with `null`, all.
     Release {
         // With this the field has to be there.
         #[serde(deserialize_with = "Option::deserialize")]

@@ -60,8 +60,8 @@ pub(crate) fn open(
     }
 }
 
-/// The control socket: a former master's, if it is at the same path, or a new one. Of another one that a former master had, nothing is
-/// left. For a check it is looked only whether that could be.
+/// The control socket: that of a former master, if it has the same path, or a new one. A former master's socket at another
+/// path is removed. An upgrade check does not take it over.
 ///
 /// # Errors
 /// A sentence for the operator.
