@@ -63,21 +63,8 @@ fn after_registered_name(mut name: &[u8]) -> &[u8] {
 
 /// `unreserved` and `sub-delims` of RFC 3986.
 fn is_plain(byte: u8) -> bool {
-    const IS_PLAIN: [bool; 256] = {
-        let mut table = [false; 256];
-        let mut byte = 0_u8;
-        while byte < 128 {
-            table[byte as usize] = byte.is_ascii_alphanumeric();
-            byte += 1;
-        }
-        let mut others: &[u8] = b"-._~!$&'()*+,;=";
-        while let [byte, rest @ ..] = others {
-            table[*byte as usize] = true;
-            others = rest;
-        }
-        table
-    };
-    IS_PLAIN[usize::from(byte)]
+    matches!(byte, b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~')
+        || matches!(byte, b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=')
 }
 
 #[cfg(test)]
