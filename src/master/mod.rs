@@ -246,12 +246,7 @@ pub(crate) fn run(
     master.announce_publish_socket();
     master.describe_settings();
     master.describe_sidecars();
-    if memory::is_worth_storing(&master.spawner.config) {
-        master.notify.store(systemd::SEGMENT, master.spawner.segment.fd());
-    } else {
-        // A former start may have had one.
-        master.notify.forget(systemd::SEGMENT);
-    }
+    master.store_segment();
     match takeover {
         Some(left) => master.adopt(left),
         None => master.begin(),
@@ -303,6 +298,15 @@ fn policy(config: &Config) -> Policy {
 }
 
 impl Master {
+    /// Has systemd keep the shared memory for the next start, if that can use it.
+    fn store_segment(&mut self) {
+        if memory::is_worth_storing(&self.spawner.config) {
+            self.notify.store(systemd::SEGMENT, self.spawner.segment.fd());
+        } else {
+            self.notify.forget(systemd::SEGMENT); // that of an earlier start
+        }
+    }
+
     fn end(&self) -> End {
         match self.ended {
             Some(true) => End::Asked,

@@ -98,6 +98,17 @@ fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
     format!("a limit may be too low for it to start: {}", vital.join(", "))
 }
 
+/// The requests that a worker was serving, and for how long.
+fn in_flight(row: &Snapshot) -> String {
+    let named = row.serving.iter().take(NAMED);
+    let mut named: Vec<String> = named.map(|one| format!("{} {}ms", one.what, one.since.as_millis())).collect();
+    let more = usize::try_from(row.in_flight).unwrap_or(usize::MAX).saturating_sub(named.len());
+    if more > 0 {
+        named.push(format!("{more} more"));
+    }
+    named.join(", ")
+}
+
 /// Writes the line; `no_memory` if the kernel has killed it because memory ran out. What the scoreboard says is the dead process's word: bounded, and taken as text only.
 /// `limits` are those of `--rlimit`; none if it was ready.
 pub(crate) fn publish(
@@ -126,11 +137,7 @@ pub(crate) fn publish(
     if let Some(row) = &row {
         let _ = write!(line, " served={}", row.requests);
         if row.in_flight > 0 {
-            let named = row.serving.iter().take(NAMED);
-            let named: Vec<String> = named.map(|one| format!("{} {}ms", one.what, one.since.as_millis())).collect();
-            let more = usize::try_from(row.in_flight).unwrap_or(usize::MAX).saturating_sub(named.len());
-            let more = if more > 0 { format!(", {more} more") } else { String::new() };
-            let _ = write!(line, " in_flight={:?}", named.join(", ") + &more);
+            let _ = write!(line, " in_flight={:?}", in_flight(row));
         }
     }
     let is_crash = is_crash(ending, &child, no_memory);
