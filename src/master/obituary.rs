@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use forkyard_shm::{Scoreboard, State};
+use forkyard_shm::{Scoreboard, Snapshot, State};
 use nix::unistd::Pid;
 
 use super::programs;
