@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use common::http::{self, Client};
 use common::raw::{self, ALL, Protocol};
 use common::{Server, StopOnDrop, fastcgi, http2, wait_until};
-use forkyard_shm::State;
+use forkyard_shm::{Scoreboard, Snapshot, State};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -165,7 +165,7 @@ fn a_signal_that_another_process_has_sent_accuses_no_request_and_the_log_says_wh
     ] {
         let connections = send_among(Way::Apart(Protocol::Http), &server, &["/slow/600000"], "/thread/sleep-600000");
         let board = server.segment().scoreboard();
-        let row = wait_until("both are under way", || board.read(0).filter(|row| row.running.len() == 1));
+        let row = wait_until("both are under way", || serving(&board).filter(|row| row.running.len() == 1));
         kill(Pid::from_raw(row.pid.cast_signed()), signal).unwrap();
         let line = server.wait_for("worker died");
         assert!(line.contains(&format!(" signal={} ", &signal.as_str()[3..])), "{line}");
@@ -262,12 +262,16 @@ impl Way {
     }
 }
 
+/// The row of the one worker, if it serves: that of a dead one stays as it was until the next has come.
+fn serving(board: &Scoreboard) -> Option<Snapshot> {
+    board.read(0).filter(|row| row.state == State::Ready)
+}
+
 /// Has a worker serve these, waits until it does, and then sends `last` in the same way.
 fn send_among(way: Way, server: &Server, others: &[&str], last: &str) -> Vec<UnixStream> {
     let board = server.segment().scoreboard();
-    let is_ready = || board.read(0).is_some_and(|row| row.state == State::Ready);
-    wait_until("the worker is there", || is_ready().then_some(()));
-    let is_serving = || board.read(0).is_some_and(|row| row.in_flight as usize >= others.len());
+    wait_until("the worker is there", || serving(&board));
+    let is_serving = || serving(&board).is_some_and(|row| row.in_flight as usize >= others.len());
     let mut connections = way.send(server, others);
     wait_until("all the others are in flight", || is_serving().then_some(()));
     connections.extend(way.send(server, &[last]));
