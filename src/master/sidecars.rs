@@ -89,6 +89,10 @@ pub(super) struct Living<'a> {
     pub(super) output: BorrowedFd<'a>,
     /// The line that is not finished yet.
     pub(super) partial: &'a [u8],
+    /// How long it has run.
+    pub(super) age: Duration,
+    /// How long it may take to stop, if it was asked to.
+    pub(super) stop_left: Option<Duration>,
 }
 
 /// Finds the programs, and what they may be.
@@ -221,8 +225,9 @@ impl Sidecars {
     /// Those that live.
     pub(super) fn living<'a>(&'a self) -> Vec<Living<'a>> {
         let living = |(&pid, process): (&Pid, &'a Process)| {
-            let Process { label, output, .. } = process;
-            Living { name: &label.name, pid, output: output.as_fd(), partial: output.partial() }
+            let Process { label, output, since, .. } = process;
+            let (age, stop_left) = (since.elapsed(), self.sidecars.stop_left(pid));
+            Living { name: &label.name, pid, output: output.as_fd(), partial: output.partial(), age, stop_left }
         };
         self.processes.iter().map(living).collect()
     }
@@ -240,13 +245,24 @@ impl Sidecars {
     }
 
     /// Takes over a child of this process, which was made before this process was what it is now. If nothing in the
-    /// configuration has its name, it is asked to stop.
-    pub(super) fn adopt(&mut self, name: &str, pid: Pid, output: LineReader) {
+    /// configuration has its name, it is asked to stop. It has run for `age`, and has `stop_left` to stop if it was asked to.
+    pub(super) fn adopt(
+        &mut self,
+        name: &str,
+        pid: Pid,
+        output: LineReader,
+        age: Duration,
+        stop_left: Option<Duration>,
+    ) {
         let wanted = self.programs.iter().position(|sidecar| sidecar.label.name == name);
         let label =
             wanted.map_or(Label { kind: "daemon", name: name.to_owned() }, |at| self.programs[at].label.clone());
-        let sidecar = self.sidecars.adopt(wanted, pid, self.now());
+        let sidecar = self.sidecars.adopt(wanted, pid, age, stop_left, self.now());
         self.enter(pid, sidecar, label, output);
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.since = process.since.checked_sub(age).unwrap_or(process.since);
+            process.asked_to_leave = stop_left.is_some();
+        }
     }
 
     fn enter(&mut self, pid: Pid, sidecar: usize, label: Label, output: LineReader) {
@@ -516,7 +532,7 @@ mod tests {
         let mut second = sidecars(&["--daemon", "kept=sleep 600"]);
         let mut pids = HashMap::new();
         for (name, pid, output) in given {
-            second.adopt(&name, pid, LineReader::resume(output, b"half a line".to_vec()));
+            second.adopt(&name, pid, LineReader::resume(output, b"half a line".to_vec()), Duration::ZERO, None);
             pids.insert(name, pid);
         }
         second.turn(true);

@@ -147,6 +147,12 @@ pub(crate) struct SavedSidecar {
     /// The line that is not finished yet.
     #[serde(default)]
     pub(crate) partial: Vec<u8>,
+    /// How long it has run.
+    #[serde(default)]
+    pub(crate) age_ms: u64,
+    /// How long it may take to stop, if it was asked to.
+    #[serde(default)]
+    pub(crate) stop_left_ms: Option<u64>,
 }
 
 /// A request of which workers died: it is refused, or was.
@@ -334,7 +340,14 @@ mod tests {
                 files: Some(13),
             }],
             orphaned_outputs: vec![output(14)],
-            sidecars: vec![SavedSidecar { name: "queue".to_owned(), pid: 78, output: 15, partial: vec![b'y'] }],
+            sidecars: vec![SavedSidecar {
+                name: "queue".to_owned(),
+                pid: 78,
+                output: 15,
+                partial: vec![b'y'],
+                age_ms: 4,
+                stop_left_ms: Some(5),
+            }],
             jobs_looked_at_ms: Some(-1),
             quarantine: vec![SavedRefusal {
                 request: "GET /a".to_owned(),

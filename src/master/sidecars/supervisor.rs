@@ -123,6 +123,8 @@ enum State {
     Running {
         pid: Pid,
         since: Now,
+        /// How long it had run under a former master.
+        before: Duration,
         deadline: Option<Now>,
     },
     Stopping {
@@ -187,19 +189,36 @@ impl SidecarSupervisor {
 
     /// Takes over a process that another master has made, and runs since then; `sidecar` is `None` if it is not wanted any
     /// more, or not twice. Returns its number.
-    pub(crate) fn adopt(&mut self, sidecar: Option<usize>, pid: Pid, now: Now) -> usize {
-        let deadline = (!self.cron_timeout.is_zero()).then(|| now + self.cron_timeout);
+    pub(crate) fn adopt(
+        &mut self,
+        sidecar: Option<usize>,
+        pid: Pid,
+        age: Duration,
+        stop_left: Option<Duration>,
+        now: Now,
+    ) -> usize {
         let free = sidecar.filter(|&index| self.sidecars[index].state == State::Idle);
+        let state = match stop_left {
+            Some(left) => State::Stopping { pid, deadline: now + left },
+            None => State::Running { pid, since: now, before: age, deadline: None },
+        };
         let Some(index) = free else {
             // The next step asks it to stop.
-            let state = State::Running { pid, since: now, deadline: None };
             self.sidecars.push(Sidecar { kind: Kind::Unwanted, state });
             return self.sidecars.len() - 1;
         };
-        let sidecar = &mut self.sidecars[index];
-        let deadline = deadline.filter(|_| matches!(sidecar.kind, Kind::Job { .. }));
-        sidecar.state = State::Running { pid, since: now, deadline };
+        let is_job = matches!(self.sidecars[index].kind, Kind::Job { .. });
+        self.sidecars[index].state = if is_job { self.timed(state) } else { state };
         index
+    }
+
+    /// How long a process may take to stop, if it was asked to.
+    pub(crate) fn stop_left(&self, pid: Pid) -> Option<Duration> {
+        match self.sidecars[self.find(pid)?].state {
+            State::Stopping { deadline, .. } => Some(deadline.saturating_sub(self.now)),
+            State::Killing { .. } => Some(Duration::ZERO),
+            State::Idle | State::Starting | State::Running { .. } | State::Backoff { .. } | State::Retired => None,
+        }
     }
 
     /// Goes by another configuration from now on. `former` says of each helper in it which one of the present ones it is.
@@ -262,9 +281,10 @@ impl SidecarSupervisor {
     /// The state of a job, with the deadline that it has now.
     fn timed(&self, state: State) -> State {
         match state {
-            State::Running { pid, since, .. } => {
-                let deadline = (!self.cron_timeout.is_zero()).then(|| since + self.cron_timeout);
-                State::Running { pid, since, deadline }
+            State::Running { pid, since, before, .. } => {
+                let left = self.cron_timeout.saturating_sub(before);
+                let deadline = (!self.cron_timeout.is_zero()).then(|| since + left);
+                State::Running { pid, since, before, deadline }
             }
             other => other,
         }
@@ -359,15 +379,17 @@ impl SidecarSupervisor {
             Kind::Job { .. } if !self.cron_timeout.is_zero() => Some(self.now + self.cron_timeout),
             Kind::Daemon { .. } | Kind::Job { .. } | Kind::Unwanted => None,
         };
-        sidecar.state = State::Running { pid, since: self.now, deadline };
+        sidecar.state = State::Running { pid, since: self.now, before: Duration::ZERO, deadline };
     }
 
     fn exited(&mut self, pid: Pid, after_exit: AfterExit) {
         let Some(index) = self.find(pid) else { return };
         let sidecar = &mut self.sidecars[index];
         let state = std::mem::replace(&mut sidecar.state, State::Idle);
-        let (Kind::Daemon { breaker, done }, State::Running { since, .. }) = (&mut sidecar.kind, state) else { return };
-        let was_steady = self.now >= since + STEADY_TIME;
+        let (Kind::Daemon { breaker, done }, State::Running { since, before, .. }) = (&mut sidecar.kind, state) else {
+            return;
+        };
+        let was_steady = self.now + before >= since + STEADY_TIME;
         *done = if after_exit == AfterExit::Restart && !was_steady { done.saturating_add(1) } else { 0 };
         let tries = *done;
         match after_exit {

@@ -31,6 +31,8 @@ impl Master {
             pid: one.pid.as_raw(),
             output: one.output.as_raw_fd(),
             partial: one.partial.to_vec(),
+            age_ms: u64::try_from(one.age.as_millis()).unwrap_or(u64::MAX),
+            stop_left_ms: one.stop_left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
         });
         Some(Saved {
             format: FORMAT,
@@ -70,10 +72,13 @@ impl Master {
                 let _ = self.orphaned_outputs.adopt(output, Pid::from_raw(pid), now); // its obituary was written
             }
         }
-        for SavedSidecar { name, pid, output, partial } in std::mem::take(&mut left.saved.sidecars) {
+        for saved in std::mem::take(&mut left.saved.sidecars) {
+            let SavedSidecar { name, pid, output, partial, age_ms, stop_left_ms } = saved;
             let pid = Pid::from_raw(pid);
             if let (true, Some(output)) = (sys::is_child(pid), left.claim(output)) {
-                self.sidecars.adopt(&name, pid, LineReader::resume(output, partial));
+                let age = Duration::from_millis(age_ms);
+                let stop_left = stop_left_ms.map(Duration::from_millis);
+                self.sidecars.adopt(&name, pid, LineReader::resume(output, partial), age, stop_left);
             } else {
                 log::error!("cannot go on with name={name} pid={pid}: it is not ours any more");
             }

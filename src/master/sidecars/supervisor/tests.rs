@@ -259,7 +259,7 @@ fn who_is_adopted_goes_on_and_who_is_not_wanted_leaves() {
     let mut world = world(1, &["* * * * *"], 90 * S);
     let pids = [1, 2, 3].map(Pid::from_raw);
     for (sidecar, pid) in [Some(0), Some(1), None].into_iter().zip(pids) {
-        let number = world.sidecars.adopt(sidecar, pid, world.now);
+        let number = world.sidecars.adopt(sidecar, pid, Duration::ZERO, None, world.now);
         world.alive.insert(pid, number);
     }
     world.feed(Event::Begin);
@@ -270,6 +270,27 @@ fn who_is_adopted_goes_on_and_who_is_not_wanted_leaves() {
     assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[1]], "a job's time has its end");
     world.end(0, AfterExit::Replace);
     assert_eq!(world.starts, [1, 0]);
+}
+
+#[test]
+fn the_end_of_an_adopted_daemon_that_had_run_or_was_asked_to_stop_is_no_failure() {
+    for (age, stop_left) in [(2 * S, None), (Duration::ZERO, Some(5 * S))] {
+        let mut world = world(1, &[], S);
+        let pid = Pid::from_raw(1);
+        let number = world.sidecars.adopt(Some(0), pid, age, stop_left, world.now);
+        world.alive.insert(pid, number);
+        assert_eq!(world.sidecars.stop_left(pid), stop_left, "for the next master");
+        world.feed(Event::Begin);
+        world.end(0, AfterExit::Replace);
+        assert_eq!(world.starts, [1], "at once: age={age:?} stop_left={stop_left:?}");
+    }
+    let mut world = world(0, &["* * * * *"], 90 * S);
+    let pid = Pid::from_raw(1);
+    let number = world.sidecars.adopt(Some(0), pid, 80 * S, None, world.now);
+    world.alive.insert(pid, number);
+    world.feed(Event::Begin);
+    world.pass(11 * S);
+    assert!(world.asked.contains_key(&pid), "a job's time goes on");
 }
 
 #[test]
