@@ -57,7 +57,7 @@ impl Faults {
     }
 
     /// Whether a worker that is found dead of a SIGKILL was killed by the kernel, because memory ran out.
-    pub(super) fn ran_out_of_memory(&mut self, now: Now) -> bool {
+    pub(super) fn ran_out_of_memory(&mut self, now: Now) -> Option<&'static str> {
         self.oom_kills.explain(now)
     }
 

@@ -109,19 +109,19 @@ fn in_flight(row: &Snapshot) -> String {
     named.join(", ")
 }
 
-/// Writes the line; `no_memory` if the kernel has killed it because memory ran out. What the scoreboard says is the dead process's word: bounded, and taken as text only.
+/// Writes the line; `no_memory` is the cause if the kernel has killed it because memory ran out. What the scoreboard says is the dead process's word: bounded, and taken as text only.
 /// `limits` are those of `--rlimit`; none if it was ready.
 pub(crate) fn publish(
     pid: Pid,
     ending: Ending,
     child: Child,
-    no_memory: bool,
+    no_memory: Option<&str>,
     scoreboard: &Scoreboard,
     limits: Option<&[ResourceLimit]>,
 ) -> End {
     let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
-    if no_memory {
-        line += " cause=oom-kill";
+    if let Some(cause) = no_memory {
+        let _ = write!(line, " cause={cause}");
     }
     // The master itself has one that hangs say where.
     let sent_by = child.sent_by.filter(|_| !child.hung);
@@ -140,7 +140,7 @@ pub(crate) fn publish(
             let _ = write!(line, " in_flight={:?}", in_flight(row));
         }
     }
-    let is_crash = is_crash(ending, &child, no_memory);
+    let is_crash = is_crash(ending, &child, no_memory.is_some());
     let by_itself = is_by_itself(ending) || child.hung;
     let is_as_asked = matches!(ending, Ending::Exited(_)) && child.asked_to_leave;
     let running = row.as_ref().filter(|row| row.culprit.is_none() && !row.no_culprit && row.all_running);
@@ -164,7 +164,7 @@ pub(crate) fn publish(
     if !last_words.is_empty() && failed && (!as_asked || was_late) {
         let _ = write!(line, " said={last_words:?}");
     }
-    let by_limit = failed && !as_asked && !child_was_asked && !no_memory && !was_sent;
+    let by_limit = failed && !as_asked && !child_was_asked && no_memory.is_none() && !was_sent;
     let of_limits = limits.filter(|_| by_limit).map_or_else(String::new, |limits| hint_on_limits(limits, &last_words));
     // A loader that gets no memory exits with 127, as a shell does that finds no command.
     let hint =

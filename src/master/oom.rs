@@ -1,7 +1,8 @@
 //! Whether the kernel has killed a worker because memory ran out: it sends SIGKILL as an operator does, and counts.
 //!
 //! The count of our cgroup has the processes in it; where there is no cgroup with one, that of the whole system is taken,
-//! which may have risen for another process at the same moment. So what depends on it has to be right in that case too.
+//! which may have risen for another process at the same moment. Then the cause is a guess, and what depends on it has to be right in that
+//! case too.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,6 +15,8 @@ const SAME_MOMENT: Duration = Duration::from_secs(1);
 
 pub(crate) struct OomKills {
     source: PathBuf,
+    /// It counts the processes of our cgroup alone.
+    is_own: bool,
     count: u64,
     rose_at: Option<Now>,
 }
@@ -22,15 +25,20 @@ impl OomKills {
     /// Counts from here on.
     pub(crate) fn new() -> Self {
         let own = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| Some(events_of(&text)?.into()));
-        let source: PathBuf = own.filter(|path: &PathBuf| path.exists()).unwrap_or_else(|| "/proc/vmstat".into());
+        let own = own.filter(|path: &PathBuf| path.exists());
+        let (is_own, source) = (own.is_some(), own.unwrap_or_else(|| "/proc/vmstat".into()));
         let count = fs::read_to_string(&source).ok().and_then(|text| count_in(&text)).unwrap_or(0);
-        Self { source, count, rose_at: None }
+        Self { source, is_own, count, rose_at: None }
     }
 
-    /// Whether a worker that is found dead now, of a SIGKILL that we did not send, was killed for that.
-    pub(crate) fn explain(&mut self, now: Now) -> bool {
+    /// The cause, for the log, if a worker that is found dead now, of a SIGKILL that we did not send, was killed for that.
+    pub(crate) fn explain(&mut self, now: Now) -> Option<&'static str> {
         let count = fs::read_to_string(&self.source).ok().and_then(|text| count_in(&text));
-        self.counted(count.unwrap_or(self.count), now)
+        self.counted(count.unwrap_or(self.count), now).then(|| self.cause())
+    }
+
+    fn cause(&self) -> &'static str {
+        if self.is_own { "oom-kill" } else { "perhaps-oom-kill" }
     }
 
     fn counted(&mut self, count: u64, now: Now) -> bool {
@@ -77,11 +85,14 @@ mod tests {
         assert_eq!(count_in("low 0\n"), None);
 
         let second = Duration::from_secs(1);
-        let mut kills = OomKills { source: PathBuf::new(), count: 7, rose_at: None };
-        assert!(!kills.explain(second), "nothing can be read");
+        let mut kills = OomKills { source: PathBuf::new(), is_own: true, count: 7, rose_at: None };
+        assert_eq!(kills.explain(second), None, "nothing can be read");
         assert!(!kills.counted(7, second) && kills.counted(9, second * 2));
         assert!(kills.counted(9, second * 2 + second / 2), "two died of it");
         assert!(!kills.counted(9, second * 4) && kills.counted(10, second * 5));
+        assert_eq!(kills.cause(), "oom-kill");
+        let of_the_machine = OomKills { source: "/proc/vmstat".into(), is_own: false, count: 0, rose_at: None };
+        assert_eq!(of_the_machine.cause(), "perhaps-oom-kill", "it may have been another process");
         assert!(fs::read_to_string("/proc/vmstat").is_ok_and(|text| count_in(&text).is_some()));
     }
 }

@@ -96,8 +96,8 @@ impl Master {
         let is_starting = obituary::is_starting(pid, &child, &self.scoreboard);
         self.scoreboard.mark_dead(slot, pid.as_raw().cast_unsigned());
         let unasked = child.is_worker() && !child.asked_to_leave && !child.hung;
-        let no_memory =
-            unasked && ending == Ending::Signaled(libc::SIGKILL) && self.faults.ran_out_of_memory(self.now());
+        let was_killed = unasked && ending == Ending::Signaled(libc::SIGKILL);
+        let no_memory = if was_killed { self.faults.ran_out_of_memory(self.now()) } else { None };
         if !is_starting && program.is_none() && matches!(ending, Ending::Signaled(_)) {
             self.feed(Event::Ready { pid }); // its row says so before its report, and it may have been killed in between
         }
