@@ -64,7 +64,7 @@ const TLS_ON_PLAIN_PORT: &str = "a TLS handshake on a port that speaks plain HTT
 const ROOM_FOR_HEADERS: usize = 100;
 
 /// Serves one connection to its end.
-pub(crate) async fn serve<S, B>(mut socket: Socket, origin: ClientInfo, application: Rc<Application<S>>, drain: Drain)
+pub(crate) async fn serve<S, B>(socket: Socket, origin: ClientInfo, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
     S::Error: Into<BoxError>,
@@ -73,18 +73,7 @@ where
 {
     let limits = application.limits;
     let from = origin.address;
-    let is_http2 = tokio::select! {
-        biased;
-        read = preface::speaks_http2(&mut socket) => read,
-        () = drain.wait_to_move() => return drain.hand_over(socket, &[]).await,
-    };
-    let is_http2 = match is_http2 {
-        Ok(is_http2) => is_http2,
-        Err(error) if error.kind() == io::ErrorKind::TimedOut && !socket.early().is_empty() => {
-            return time_out(socket, &application, from, &drain).await;
-        }
-        Err(error) => return log::debug!("an HTTP connection ended: {error}"),
-    };
+    let Some((socket, is_http2)) = with_version(socket, &application, from, &drain).await else { return };
     let begins_as_tls = socket.early().starts_with(TLS_HANDSHAKE);
     let (activity, conn) = (Arc::clone(socket.activity()), *socket.conn());
     if is_http2 {
@@ -147,6 +136,35 @@ where
     if let Some(socket) = unread {
         linger(socket, &drain).await;
     }
+}
+
+/// Finds out whether the client speaks HTTP/2. `None` if the connection is over, or another worker's.
+async fn with_version<S, B>(
+    mut socket: Socket,
+    application: &Application<S>,
+    from: Option<SocketAddr>,
+    drain: &Drain,
+) -> Option<(Socket, bool)>
+where
+    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+    S::Error: Into<BoxError>,
+    B: HttpBody + 'static,
+    B::Error: Into<BoxError>,
+{
+    let read = tokio::select! {
+        biased;
+        read = preface::speaks_http2(&mut socket) => Some(read),
+        () = drain.wait_to_move() => None,
+    };
+    match read {
+        Some(Ok(is_http2)) => return Some((socket, is_http2)),
+        Some(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !socket.early().is_empty() => {
+            time_out(socket, application, from, drain).await;
+        }
+        Some(Err(error)) => log::debug!("an HTTP connection ended: {error}"),
+        None => drain.hand_over(socket, &[]).await,
+    }
+    None
 }
 
 /// Passes a connection on with what hyper has taken in: whole requests, for the rest of a body must not become one.
