@@ -108,7 +108,7 @@ fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
 }
 
 /// Connections on which nothing is under way, or whose requests were answered before they were read: each with its bind.
-fn idle_connections(server: &Server) -> Vec<UnixStream> {
+fn idle_connections(server: &Server) -> (Vec<UnixStream>, fastcgi::Client) {
     let mut streams = Vec::new();
     for (index, (protocol, _)) in BINDS.iter().enumerate() {
         let bind = &server.binds[index];
@@ -124,8 +124,7 @@ fn idle_connections(server: &Server) -> Vec<UnixStream> {
     kept_fastcgi.send(&[fastcgi::record(fastcgi::STDIN, 1, b"", 0)]).unwrap();
     kept_fastcgi.response(1).unwrap();
     streams.extend([kept, raw::connect(&server.binds[0])]);
-    std::mem::forget(kept_fastcgi); // open until the test ends
-    streams
+    (streams, kept_fastcgi)
 }
 
 #[test]
