@@ -7,7 +7,7 @@
 //! The event loop is a tokio current-thread runtime, made after the fork, on a thread of its own. That thread is
 //! new, and so are its thread-local variables: random number generators that keep their state there (`rand`,
 //! `fastrand`, the keys of `HashMap`) start anew in each worker, although they may have been used before the
-//! fork. The first thread only waits, with all signals blocked.
+//! fork. The first thread only waits, with all signals blocked but SIGBUS (`sys::block_signals`).
 //!
 //! TERM drains: accept what is already waiting, finish what is being served, leave. If the loop hangs,
 //! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
@@ -87,13 +87,19 @@ where
 {
     let heir = match heir::spawn(&heritage) {
         Ok(heir) => heir,
-        Err(error) => return fail(&mut File::from(heritage.report), &format!("no memory for a ledger: {error}")),
+        Err(error) => {
+            return fail(
+                &mut File::from(heritage.report),
+                &format!("cannot keep a journal of connections: {}", sys::explain(&error)),
+            );
+        }
     };
     sys::set_environment("FORKYARD_SLOT", heritage.slot.to_string());
     sys::set_environment("FORKYARD_GENERATION", heritage.generation.to_string());
     sys::set_environment("FORKYARD_SHM", heritage.segment.fd().as_raw_fd().to_string());
     let (scoreboard, slot, slow) =
         (heritage.segment.scoreboard(), heritage.slot, heritage.config.failures.slow_request);
+    crash::give_stack(); // for SIGBUS, which this thread does not block: it reads the scoreboard
     let first_thread = std::thread::current();
     let report = heritage.report.try_clone().map(File::from);
     let status = std::thread::scope(|scope| {
