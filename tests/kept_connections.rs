@@ -51,9 +51,9 @@ fn left(server: &Server, old: i32) {
     wait_until("the worker is replaced", || (!server.workers().contains(&old) && worker(server) != old).then_some(()));
 }
 
-/// What was sent before has been read when something that came later is answered.
+/// What was sent before has been read when something that came later, and takes a further turn of the event loop, is answered.
 fn is_read(server: &Server) {
-    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
+    assert_eq!(http::get(&server.http(), "/slow/1").unwrap().status, 200);
 }
 
 const HEAD: &str = "GET /ok HTTP/1.1\r\nHost: a\r\n\r\n";
@@ -132,6 +132,28 @@ fn an_idle_connection_survives_its_worker_however_its_requests_arrived() {
         assert_eq!(fresh.request("GET", "/ok", b"").unwrap().status(), 200, "{by:?}");
         server.stop();
     }
+}
+
+#[test]
+fn a_part_of_a_later_request_goes_on_with_its_connection_or_gets_502() {
+    let mut server = start();
+    for is_lost in [true, false] {
+        let mut client = Client::connect(&server.http()).unwrap();
+        client.stream.get_mut().write_all(HEAD.as_bytes()).unwrap();
+        responses(&mut client, 1, "whole");
+        client.stream.get_mut().write_all(&HEAD.as_bytes()[..9]).unwrap();
+        if is_lost {
+            is_read(&server); // and something else after it
+        }
+        By::Death.replace(&server);
+        if is_lost {
+            assert_eq!(client.response(false).unwrap().status, 502);
+        } else {
+            client.stream.get_mut().write_all(&HEAD.as_bytes()[9..]).unwrap();
+            responses(&mut client, 1, "in pieces");
+        }
+    }
+    server.stop();
 }
 
 #[test]

@@ -253,6 +253,12 @@ mod tests {
             let settled = settle(&record);
             assert_eq!(settled.then, Then::Close, "its beginning is lost");
             assert_eq!(settled.answered, u32::from(wire_protocol != WireProtocol::FastCgi));
+            record.requests = vec![Request { from: Some(10), to: Some(50), ..request() }];
+            let settled = settle(&record);
+            assert_eq!(
+                (settled.then, settled.answered),
+                (Then::Close, u32::from(wire_protocol != WireProtocol::FastCgi))
+            );
             (record.landed, record.requests) = (Some((100, b"abc".to_vec())), vec![Request { at: 103, ..request() }]);
             let settled = settle(&record);
             assert_eq!((settled.then, settled.answered), (Then::Close, 1), "the application may have seen it");
