@@ -98,7 +98,7 @@ fn a_killed_worker_s_requests_get_502_and_its_idle_connections_go_on() {
     assert_eq!(idle_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
     assert_eq!(idle_http.request("GET", "/ok", b"").unwrap().status, 200);
     assert_eq!(fresh.request("GET", "/ok", b"").unwrap().status, 200);
-    let line = at.server.wait_for("estate settled");
+    let line = at.server.wait_for("connections settled");
     assert!(line.contains("answered=5 cut=0 passed_on=4"), "{line}");
     at.server.stop();
 }

@@ -330,7 +330,7 @@ impl<'a> OpenConnections<'a> {
         }
         let Self { answered, cut, passed_on, .. } = self;
         if answered > 0 || cut > 0 || passed_on > 0 {
-            log::info!("estate settled slot={slot} answered={answered} cut={cut} passed_on={passed_on}");
+            log::info!("connections settled slot={slot} answered={answered} cut={cut} passed_on={passed_on}");
         }
     }
 

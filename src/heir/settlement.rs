@@ -1,4 +1,4 @@
-//! What becomes of a dead worker's connection: decided from its page in the journal, without a system call.
+//! What becomes of a dead worker's connection: decided from its record in the journal, without a system call.
 //!
 //! | the connection | what its peer gets |
 //! |---|---|

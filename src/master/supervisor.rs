@@ -440,7 +440,7 @@ impl Supervisor {
             return;
         }
         let (from, may_grow) = (self.target, !self.breaker.is_failing());
-        let verdict = self.scaler.find_culprit(demand, from, may_grow, now);
+        let verdict = self.scaler.decide(demand, from, may_grow, now);
         let Demand { in_flight, waiting, .. } = *demand;
         if verdict.is_saturated {
             self.notice(Notice::Saturated { workers: from, in_flight, waiting });

@@ -1,4 +1,4 @@
-//! The page of one connection, for the worker to write as it goes.
+//! The record of one connection, for the worker to write as it goes.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
@@ -11,7 +11,7 @@ use super::intent::{Ancillary, Op, SLICES};
 use super::{ConnCells, HEAD, Journal, KNOWN, LAST, Request, RequestCells, USED, WireProtocol};
 use crate::net::handover::{Handoff, PackedOrigin};
 
-/// The page of one connection, for the worker to write.
+/// The record of one connection, for the worker to write.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ConnHandle {
     pub(super) journal: Journal,
@@ -19,12 +19,12 @@ pub(crate) struct ConnHandle {
     pub(super) epoch: u32,
 }
 
-/// A request in its connection's page; none if the page had no room for it.
+/// A request in its connection's record; none if the record had no room for it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry(u8);
 
 impl ConnHandle {
-    /// None for a connection without a page, or one that is closed.
+    /// None for a connection without a record, or one that is closed.
     fn record(&self) -> Option<&ConnCells> {
         self.journal.record(self.fd).filter(|record| record.epoch.load(Acquire) == self.epoch)
     }

@@ -25,14 +25,14 @@ const NOWHERE: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_l
 #[repr(u32)]
 pub(super) enum Op {
     Nothing = 0,
-    /// A connection is being accepted, and has no page yet.
+    /// A connection is being accepted, and has no record yet.
     Accept = 1,
     Read = 2,
     Write = 3,
     Close = 4,
     /// A connection is passed on to another worker.
     Pass = 5,
-    /// A connection of another worker is taken over, and has no page yet.
+    /// A connection of another worker is taken over, and has no record yet.
     Receive = 6,
 }
 
@@ -93,7 +93,7 @@ impl PreparedCall<'_> {
     /// Receives into it from a socket.
     fn receive(self, from: RawFd, flags: i32) -> io::Result<u32> {
         let (message, flags) = (self.intent.message.get(), (flags | libc::MSG_DONTWAIT) as _);
-        // SAFETY: as for `send`. The entries name the intent record's header and landing, with lengths that are not beyond theirs
+        // SAFETY: as for `send`. The entries name the intent record's header and read buffer, with lengths that are not beyond theirs
         // (`Intent::read`, `Intent::receive_message`), and no reference to those exists now: `with_read_buffer` hands them out for the
         // time of a function that has no intent record.
         let received = unsafe { libc::recvmmsg(from, message, 1, flags, std::ptr::null_mut()) };
@@ -109,7 +109,7 @@ pub(super) struct Intent {
     base: AtomicU32,
     /// So many bytes of what was read were not the connection's.
     skip: AtomicU32,
-    /// One more than the highest descriptor that ever had a page.
+    /// One more than the highest descriptor that ever had a record.
     pub(super) top: AtomicU32,
     message: UnsafeCell<libc::mmsghdr>,
     rights: UnsafeCell<Rights>,
@@ -142,7 +142,7 @@ impl Intent {
         self.op.store(op as u32, Release);
     }
 
-    /// Nothing is being done that is not in the pages.
+    /// Nothing is being done that is not in the records.
     pub(super) fn clear(&self) {
         self.op.store(Op::Nothing as u32, Release);
     }
@@ -227,7 +227,7 @@ impl Intent {
         self.prepare(op, (fd, base), &mut slices[..count], enclosure).send(through)
     }
 
-    /// Reads from connection `fd` into the landing, at most `most` bytes. Returns how many came.
+    /// Reads from connection `fd` into the read buffer, at most `most` bytes. Returns how many came.
     ///
     /// # Errors
     /// What `recvmmsg(2)` says; then nothing came, and nothing is being done.
@@ -236,7 +236,7 @@ impl Intent {
         self.prepare(Op::Read, (fd, base), &mut slices, Ancillary::Nothing).receive(fd, 0)
     }
 
-    /// Receives a message with a connection from `channel`: its header, and the rest into the landing. Returns its length.
+    /// Receives a message with a connection from `channel`: its header, and the rest into the read buffer. Returns its length.
     ///
     /// # Errors
     /// As above.
@@ -256,10 +256,10 @@ impl Intent {
         Err(error)
     }
 
-    /// Looks at the first bytes of the landing.
+    /// Looks at the first bytes of the read buffer.
     pub(super) fn with_read_buffer<T>(&self, length: u32, look: impl FnOnce(&[u8]) -> T) -> T {
         let length = (length as usize).min(READ_BUFFER);
-        // SAFETY: the landing has so many bytes, all initialised. Only a read or a message writes there, by this thread, and
+        // SAFETY: the read buffer has so many bytes, all initialised. Only a read or a message writes there, by this thread, and
         // none of them is made while it looks: `look` has no intent record.
         look(unsafe { std::slice::from_raw_parts(self.read_buffer.get().cast(), length) })
     }

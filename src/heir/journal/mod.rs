@@ -11,7 +11,7 @@
 //!   `recvmmsg(2)` and `sendmmsg(2)` store the number of bytes that they moved in the caller's memory, inside the system
 //!   call; nothing can kill a process between the one and the other. That memory is the intent record. So the heir knows of each byte
 //!   whether the worker took it, even if the worker never heard.
-//! - **The landing.** Bytes are read into shared memory and copied from there. What the worker had taken in and not yet
+//! - **The read buffer.** Bytes are read into shared memory and copied from there. What the worker had taken in and not yet
 //!   looked at is not lost with it.
 //!
 //! May not: allocate or make a system call beyond the one that it accounts for, in what serves a request. The heir must not
@@ -31,7 +31,7 @@ use self::intent::{Intent, Op};
 use crate::net::handover::{HEADER, Handoff, PackedOrigin};
 use crate::sys;
 
-/// Descriptors that have a page in the journal. A connection with a higher number is closed when its worker dies.
+/// Descriptors that have a record in the journal. A connection with a higher number is closed when its worker dies.
 pub(crate) const MAX_CONNECTIONS: usize = 1 << 16;
 /// Requests of one connection that are told apart; those beyond are not answered.
 pub(crate) const REQUESTS: usize = 16;
@@ -40,7 +40,7 @@ pub(crate) const REQUESTS: usize = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum WireProtocol {
-    /// No connection: a free page.
+    /// No connection: a free record.
     Nothing = 0,
     FastCgi = 1,
     Scgi = 2,
@@ -75,7 +75,7 @@ struct ConnCells {
     queued: AtomicU32,
     /// There were more requests at a time than there is room for.
     overflow: AtomicU32,
-    /// Another number for each connection that had this page.
+    /// Another number for each connection that had this record.
     epoch: AtomicU32,
     /// Some response's last byte may not have been written yet.
     ending: AtomicU32,
@@ -152,9 +152,9 @@ pub(crate) struct ConnRecord {
 /// The last act of a worker.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum LastOp {
-    /// Nothing that is not in the pages.
+    /// Nothing that is not in the records.
     Settled,
-    /// There may be a connection that has no page.
+    /// There may be a connection that has no record.
     Accepting,
     /// This one was being closed.
     Closing(RawFd),
@@ -192,7 +192,7 @@ impl Journal {
     }
 
     fn record(&self, fd: RawFd) -> Option<&ConnCells> {
-        // SAFETY: as above; pages are all atomics.
+        // SAFETY: as above; records are all atomics.
         let records = unsafe { &self.region.as_ref().records };
         records.get(usize::try_from(fd).ok()?)
     }
@@ -230,7 +230,7 @@ impl Journal {
         Err(io::ErrorKind::InvalidData.into())
     }
 
-    /// Opens a page for a connection.
+    /// Opens a record for a connection.
     pub(crate) fn enter(
         &self,
         fd: BorrowedFd<'_>,
@@ -299,13 +299,13 @@ impl Journal {
         }
     }
 
-    /// The descriptors that may have a page.
+    /// The descriptors that may have a record.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         let top = self.intent().top.load(Acquire).min(u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX));
         (0..top.cast_signed()).filter(|&fd| self.read_record(fd).is_some())
     }
 
-    /// What is known of a connection; `None` if it has no page.
+    /// What is known of a connection; `None` if it has no record.
     pub(crate) fn read_record(&self, fd: RawFd) -> Option<ConnRecord> {
         let (record, intent) = (self.record(fd)?, self.intent());
         let wire_protocol = WireProtocol::from_word(record.wire_protocol.load(Acquire));

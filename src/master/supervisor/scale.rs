@@ -109,7 +109,7 @@ impl Scaler {
     }
 
     /// `may_grow`: processes that are started do get ready.
-    pub(super) fn find_culprit(&mut self, demand: &Demand, target: u32, may_grow: bool, now: Now) -> Verdict {
+    pub(super) fn decide(&mut self, demand: &Demand, target: u32, may_grow: bool, now: Now) -> Verdict {
         let requests = demand.in_flight.saturating_add(demand.waiting);
         let at_work = requests.div_ceil(self.per_worker).max(u32::try_from(demand.busy.len()).unwrap_or(u32::MAX));
         let spare = u32::from(at_work > 0);

@@ -96,19 +96,19 @@ where
         let mut connection = http1_settings(&limits).serve_connection(socket, answer);
         let ended = loop {
             match until_movable(&mut connection, &requests, &drain).await {
-                Served1::Ended(ended) => break ended,
-                Served1::Unsettled => {
+                Http1End::Ended(ended) => break ended,
+                Http1End::Unsettled => {
                     let Parts { io, read_buf, service, .. } = connection.into_parts();
                     let mut socket = io.into_inner();
                     socket.put_back(&read_buf);
                     requests.settle(socket.early().len());
                     connection = http1_settings(&limits).serve_connection(TokioIo::new(socket), service);
                 }
-                Served1::Movable => {
+                Http1End::Movable => {
                     let Parts { io, read_buf, .. } = connection.into_parts();
                     return move_on(io.into_inner(), &read_buf, &drain).await;
                 }
-                Served1::Ending => {
+                Http1End::Ending => {
                     let connection = Pin::new(&mut connection);
                     break until_drained(connection, |it| it.as_mut().graceful_shutdown(), &requests, &drain).await;
                 }
@@ -176,7 +176,7 @@ async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
 }
 
 /// How far an HTTP/1 connection was served.
-enum Served1 {
+enum Http1End {
     Ended(hyper::Result<()>),
     /// Nothing is under way, but requests came in pieces, or their bodies in chunks: how much of the next one hyper has read is
     /// known only when hyper gives its buffer back. The journal and the drain have to know it.
@@ -188,7 +188,7 @@ enum Served1 {
 }
 
 /// Serves an HTTP/1 connection until it ends, or the worker leaves.
-async fn until_movable<C>(connection: &mut C, requests: &Requests, drain: &Drain) -> Served1
+async fn until_movable<C>(connection: &mut C, requests: &Requests, drain: &Drain) -> Http1End
 where
     C: Future<Output = hyper::Result<()>> + Unpin,
 {
@@ -206,10 +206,10 @@ where
         if leaves || requests.are_to_be_settled() || requests.are_enough() { Poll::Ready(None) } else { Poll::Pending }
     });
     match ended.await {
-        Some(ended) => Served1::Ended(ended),
-        None if requests.are_to_be_settled() && !requests.are_enough() => Served1::Unsettled,
-        None if drain.has_begun() && drain.has_sibling() && requests.can_go_on_elsewhere() => Served1::Movable,
-        None => Served1::Ending,
+        Some(ended) => Http1End::Ended(ended),
+        None if requests.are_to_be_settled() && !requests.are_enough() => Http1End::Unsettled,
+        None if drain.has_begun() && drain.has_sibling() && requests.can_go_on_elsewhere() => Http1End::Movable,
+        None => Http1End::Ending,
     }
 }
 
