@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         Router::new()
             .route("/status", get(async || told(std::fs::read_to_string("/proc/self/status"))))
             .route("/env", get(environment))
-            .route("/folder", get(async || told(std::env::current_dir().map(|path| path.display().to_string()))))
+            .route("/directory", get(async || told(std::env::current_dir().map(|path| path.display().to_string()))))
             .route("/read", get(async |named: Query<Named>| told(std::fs::read_to_string(&named.path))))
             .route("/write", get(async |named: Query<Named>| told(write(&named.path))))
             .route("/remove", get(async |named: Query<Named>| told(std::fs::remove_file(&named.path).map(|()| done()))))

@@ -1,7 +1,7 @@
 //! An application whose start, and whose requests, can be held up from outside, to see what signals do meanwhile.
 //!
-//! `STAGED=FOLDER cargo run --release --example staged`: a stage waits at its FIFO in FOLDER, if there is one (`preload`, `factory`,
-//! `ready`), until something has opened that for writing and closed it again. `/until` answers when FOLDER has a file
+//! `STAGED=DIRECTORY cargo run --release --example staged`: a stage waits at its FIFO in DIRECTORY, if there is one (`preload`, `factory`,
+//! `ready`), until something has opened that for writing and closed it again. `/until` answers when DIRECTORY has a file
 //! `go`; `/block` does not let the event loop run until then. `/deaf` calls shutdown(2) on all sockets that listen.
 
 #![expect(clippy::print_stdout, reason = "the tests wait for what it prints")]
@@ -31,12 +31,12 @@ fn main() -> ExitCode {
     .run()
 }
 
-fn folder() -> PathBuf {
+fn directory() -> PathBuf {
     std::env::var_os("STAGED").map(PathBuf::from).unwrap_or_default()
 }
 
 fn hold(stage: &str) -> io::Result<()> {
-    match std::fs::File::open(folder().join(stage)) {
+    match std::fs::File::open(directory().join(stage)) {
         Ok(mut fifo) => fifo.read_to_end(&mut Vec::new()).map(drop),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
@@ -45,7 +45,7 @@ fn hold(stage: &str) -> io::Result<()> {
 
 async fn until() -> &'static str {
     println!("waits"); // the test sees that the request is being served
-    while !folder().join("go").exists() {
+    while !directory().join("go").exists() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     "went\n"
@@ -53,7 +53,7 @@ async fn until() -> &'static str {
 
 async fn block() -> &'static str {
     println!("blocks");
-    while !folder().join("go").exists() {
+    while !directory().join("go").exists() {
         std::thread::sleep(Duration::from_millis(5));
     }
     "went\n"

@@ -55,7 +55,11 @@ fn an_address_that_cannot_be_had_is_a_failure() {
     refused(&["--bind", &bind], 1, &["cannot bind", &bind, "in use by another program", "--bind"]);
     refused(&["--bind", "http:192.0.2.1:8080"], 1, &["is not an address of this machine"]);
     refused(&["--bind", "http:no-such-host.invalid:80"], 1, &["does not resolve"]);
-    refused(&["--bind", "fastcgi:unix:/no/such/folder/a.sock"], 1, &["the directory /no/such/folder does not exist"]);
+    refused(
+        &["--bind", "fastcgi:unix:/no/such/directory/a.sock"],
+        1,
+        &["the directory /no/such/directory does not exist"],
+    );
     refused(&["--bind", "fastcgi:fd:77"], 1, &["descriptor 77 is not open"]);
     refused(&["--bind", "fastcgi:fd:1"], 1, &["descriptor 1 is not a listening socket"]);
 }

@@ -17,7 +17,7 @@ use common::{PATIENCE, Server, descriptors_of, program, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-/// A master with a control socket, and the folder where that is.
+/// A master with a control socket, and the directory where that is.
 struct Controlled {
     server: Server,
     socket: PathBuf,

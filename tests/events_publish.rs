@@ -162,7 +162,7 @@ fn the_documents_examples_publish_from_php_python_and_a_shell() {
     };
     assert_eq!(directories(), 1);
     server.stop();
-    assert_eq!(directories(), 0, "the socket's folder goes with the server");
+    assert_eq!(directories(), 0, "the socket's directory goes with the server");
 }
 
 #[test]

@@ -19,7 +19,7 @@ fn requests() -> u64 {
     std::env::var("FORKYARD_SOAK").map_or(100_000, |number| number.parse().expect("FORKYARD_SOAK is a number"))
 }
 
-/// A server for the load, and the folder of its sockets.
+/// A server for the load, and the directory of its sockets.
 fn server(arguments: &[&str]) -> (Server, tempfile::TempDir) {
     let directory = tempfile::tempdir().unwrap();
     let binds = Load::binds(directory.path());

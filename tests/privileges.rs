@@ -42,7 +42,7 @@ fn ask(server: &Server, target: &str) -> String {
     http::get(&server.http(), target).unwrap().text()
 }
 
-/// A folder that user 4711 can write to.
+/// A directory that user 4711 can write to.
 fn directory() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     chown(directory.path(), Some(4711), Some(4712)).unwrap();
@@ -127,7 +127,7 @@ fn a_worker_is_what_it_was_told_to_be() {
     let first = child(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     let next = wait_until("it is replaced", || server.workers().into_iter().find(|&pid| pid != first));
-    assert_eq!(ask(&server, "/folder"), directory.path().canonicalize().unwrap().to_string_lossy());
+    assert_eq!(ask(&server, "/directory"), directory.path().canonicalize().unwrap().to_string_lossy());
     expect_all(next, &directory);
     assert!(
         !server.log().contains("each new connection wakes"),
@@ -220,7 +220,7 @@ fn a_worker_in_another_root_serves_and_has_its_cache() {
     let mut server = server(&[&USER[..], &["--chroot", &at, "--chdir", "inner"]].concat());
     let pid = child(&server);
     assert_eq!(std::fs::read_link(format!("/proc/{pid}/root")).unwrap(), root.path().canonicalize().unwrap());
-    assert_eq!(ask(&server, "/folder"), "/inner");
+    assert_eq!(ask(&server, "/directory"), "/inner");
     assert_eq!(ask(&server, "/write?path=/new"), "written");
     assert!(root.path().join("new").exists());
     assert_eq!(ask(&server, "/read?path=/../../etc/hosts"), "NotFound");
@@ -349,8 +349,12 @@ fn what_cannot_be_had_names_its_flag() {
     complaint(&mut hello(&["--nice", "50"]), 2, &["--nice", "-20..=19"]);
     complaint(&mut hello(&["--sandbox-read", "/usr"]), 2, &["need --sandbox"]);
     complaint(&mut hello(&["--user", "4711"]), 1, &["--user", "name one with --group"]);
-    complaint(&mut hello(&["--chroot", "/no-such-folder"]), 1, &["--chroot: /no-such-folder", "create the folder"]);
-    complaint(&mut hello(&["--chdir", "/etc/passwd"]), 1, &["--chdir: /etc/passwd is not a folder"]);
+    complaint(
+        &mut hello(&["--chroot", "/no-such-directory"]),
+        1,
+        &["--chroot: /no-such-directory", "create the directory"],
+    );
+    complaint(&mut hello(&["--chdir", "/etc/passwd"]), 1, &["--chdir: /etc/passwd is not a directory"]);
     complaint(&mut hello(&["--cpu-affinity", "1000"]), 1, &["--cpu-affinity: processor 1000"]);
     complaint(&mut hello(&["--sandbox"]), 1, &["--sandbox", "--user"]);
     let missing = [&USER[..], &["--sandbox", "--sandbox-read", "/no-such-file"]].concat();
@@ -373,7 +377,7 @@ fn what_cannot_be_had_names_its_flag() {
 #[test]
 fn what_fails_in_the_process_itself_is_told_with_its_flag() {
     assert!(Uid::effective().is_root(), "these tests change users: run them as root");
-    // The user may not enter this folder; root, who looked, may.
+    // The user may not enter this directory; root, who looked, may.
     let closed = tempfile::tempdir().unwrap();
     std::fs::set_permissions(closed.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
     let at = closed.path().to_string_lossy().into_owned();

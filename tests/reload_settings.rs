@@ -33,7 +33,7 @@ enum Seen {
     InEnvironment,
     /// In the log between the beginning of the reload and its end.
     InLog(fn(&str) -> String),
-    /// At a file in the folder.
+    /// At a file in the directory.
     AtFile(fn(&Path) -> String),
     /// Why there is nothing to be seen.
     Never(#[expect(dead_code, reason = "it is for who reads the table")] &'static str),
@@ -60,7 +60,7 @@ const fn with(name: &'static str, to: &'static str, with: &'static [(&'static st
 const AS_SOMEBODY: &[(&str, &str)] = &[("user", "4711"), ("group", "4711")];
 const SANDBOXED: &[(&str, &str)] = &[("user", "4711"), ("group", "4711"), ("sandbox", "'best-effort'")];
 
-/// `DIR` stands for the folder.
+/// `DIR` stands for the directory.
 const TABLE: &[Row] = &[
     // Sockets.
     row("bind", "['fastcgi:unix:DIR/b.sock']", Named),

@@ -15,7 +15,7 @@ use common::{Server, is_gone, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// A master with a configuration file, in which `DIR` stands for its folder.
+/// A master with a configuration file, in which `DIR` stands for its directory.
 struct Cached {
     server: Server,
     directory: tempfile::TempDir,

@@ -32,7 +32,7 @@ enum Family {
 
 const FAMILIES: [Family; 3] = [Family::Tcp, Family::Path, Family::Abstract];
 
-/// A folder for `staged`, and an address.
+/// A directory for `staged`, and an address.
 struct Place {
     directory: TempDir,
     /// As `--bind` has it, without the protocol.

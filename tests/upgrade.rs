@@ -14,7 +14,7 @@ use common::limit::InTime as _;
 use common::{Server, StopOnDrop, descriptors_of, process, program, sockets_of, wait_until};
 use nix::sys::signal::Signal;
 
-/// A folder from which a program runs, to be replaced there by others.
+/// A directory from which a program runs, to be replaced there by others.
 struct Place {
     directory: tempfile::TempDir,
 }
@@ -276,7 +276,7 @@ fn a_build_that_fails_its_check_changes_nothing() {
 #[test]
 fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
     let place = Place::with("hello");
-    let directory = place.directory.path().join("folder");
+    let directory = place.directory.path().join("directory");
     for when in ["before", "after"] {
         std::fs::create_dir(&directory).unwrap();
         let script = if when == "before" { "rmdir \"$PWD\"; exec \"$0\" \"$@\"" } else { "exec \"$0\" \"$@\"" };
@@ -286,7 +286,7 @@ fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
         let _ = std::fs::remove_dir(&directory); // the first has done so
         server.signal(Signal::SIGUSR2);
         let line = server.wait_for("no upgrade, and nothing has changed");
-        assert!(line.contains("the folder of the first start is gone"), "{line}");
+        assert!(line.contains("the directory of the first start is gone"), "{line}");
         assert_eq!(http::get(&server.http(), "/").unwrap().text(), "Hello, world\n");
         server.stop();
     }

@@ -78,7 +78,7 @@ pub(crate) fn names_of(addresses: impl Iterator<Item = usize>) -> Vec<String> {
         // What is asked for is taken for a return address, which is one behind.
         backtrace::resolve(std::ptr::without_provenance_mut(address.wrapping_add(1)), |symbol| {
             let Some(name) = symbol.name() else { return };
-            // The standard library's sources are named by the folder they were built in, which says nothing.
+            // The standard library's sources are named by the directory they were built in, which says nothing.
             let file = symbol.filename().filter(|file| !file.starts_with("/rustc/"));
             let place = file.zip(symbol.lineno());
             let place = place.map_or_else(String::new, |(file, line)| format!(" {}:{line}", file.display()));

@@ -1,7 +1,7 @@
 //! The publish socket: datagrams of programs in any language, which the relay reads.
 //!
-//! It is a file, so that the kernel says who may send. Without `--events-socket` it is in a folder made for it alone, which
-//! goes with it; what a master left that was killed is removed by the next one that makes such a folder. Such a folder is made
+//! It is a file, so that the kernel says who may send. Without `--events-socket` it is in a directory made for it alone, which
+//! goes with it; what a master left that was killed is removed by the next one that makes such a directory. Such a directory is made
 //! in the first place that can have one; if none can, programs cannot publish, and the server starts without the socket.
 
 use std::fs::DirBuilder;
@@ -22,14 +22,14 @@ use crate::sys::lock_file::LockFile;
 /// In every program's environment: where the socket is.
 pub(crate) const VARIABLE: &str = "FORKYARD_EVENTS";
 const FLAG: &str = "--events-socket";
-/// What the folders are called, and the socket in one.
+/// What the directories are called, and the socket in one.
 const DIRECTORY: &str = "forkyard-events-";
 const NAME: &str = "socket";
 
 /// Removed when it is dropped, if it is still the one that this process made.
 #[derive(Debug)]
 pub(crate) struct PublishSocket {
-    /// By `--events-socket`; without it, the folder is ours too.
+    /// By `--events-socket`; without it, the directory is ours too.
     asked: Option<PathBuf>,
     path: PathBuf,
     socket: OwnedFd,
@@ -54,7 +54,7 @@ impl PublishSocket {
         Ok(Some(made))
     }
 
-    /// In a folder of its own, in the first place that can have one.
+    /// In a directory of its own, in the first place that can have one.
     ///
     /// # Errors
     /// Why there is no such place.
@@ -99,7 +99,7 @@ impl PublishSocket {
         self.asked.as_deref()
     }
 
-    /// The folder that was made for the socket.
+    /// The directory that was made for the socket.
     pub(crate) fn own_directory(&self) -> Option<&Path> {
         if self.asked.is_none() { self.path.parent() } else { None }
     }
@@ -145,7 +145,7 @@ fn remove_directory(asked: &Option<PathBuf>, path: &Path) {
     }
 }
 
-/// Where folders may be made, best first: what systemd made for this service, the folder of temporary files, and where they are as a
+/// Where directories may be made, best first: what systemd made for this service, the directory of temporary files, and where they are as a
 /// rule.
 fn places() -> Vec<PathBuf> {
     let given = std::env::var_os("RUNTIME_DIRECTORY");
@@ -226,7 +226,7 @@ fn note_on(path: &Path, config: &Config) -> Option<String> {
     let directory = std::path::absolute(path).ok()?.parent()?.to_owned();
     let barred = Visitor::of(&config.privileges)?.barred_at(&directory)?;
     Some(format!(
-        "the user of --user cannot publish at {}: it may not enter {} (choose another path with {FLAG}, or chmod o+x that folder)",
+        "the user of --user cannot publish at {}: it may not enter {} (choose another path with {FLAG}, or chmod o+x that directory)",
         path.display(),
         barred.display()
     ))

@@ -30,7 +30,7 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
         }
         Step::Chroot(directory) => {
             chroot(directory.as_c_str())?;
-            chdir(c"/")?; // or else `..` of the old folder leads out
+            chdir(c"/")?; // or else `..` of the old directory leads out
         }
         Step::Bound(kept) => bound_capabilities(*kept)?,
         Step::CarryCapabilities => nix::sys::prctl::set_keepcaps(true)?,

@@ -166,7 +166,7 @@ pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives an open file to `owner`, if it is a plain file or a socket's that is ours and has one name: in a folder that others can
+/// Gives an open file to `owner`, if it is a plain file or a socket's that is ours and has one name: in a directory that others can
 /// write to, a name may lead anywhere.
 ///
 /// # Errors
@@ -209,8 +209,8 @@ fn missing_below(root: &Path, config: &PrivilegesConfig) -> Vec<String> {
 fn is_directory(flag: &str, path: &Path) -> Result<(), String> {
     match path.metadata() {
         Ok(found) if found.is_dir() => Ok(()),
-        Ok(_) => Err(format!("{flag}: {} is not a folder", path.display())),
-        Err(error) => Err(format!("{flag}: {}: {error} (create the folder, or name another one)", path.display())),
+        Ok(_) => Err(format!("{flag}: {} is not a directory", path.display())),
+        Err(error) => Err(format!("{flag}: {}: {error} (create the directory, or name another one)", path.display())),
     }
 }
 

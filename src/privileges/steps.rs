@@ -4,12 +4,12 @@
 //!
 //! ```text
 //! limits, priority, processors   may need CAP_SYS_RESOURCE and CAP_SYS_NICE
-//! root folder                    needs CAP_SYS_CHROOT, and the accounts were looked up before
+//! root directory                    needs CAP_SYS_CHROOT, and the accounts were looked up before
 //! bounding set                   needs CAP_SETPCAP
 //! groups, group, user            in this order: who is not root any more may not change its groups
 //! capabilities                   those that are kept survive the change of user until here
 //! no_new_privs                   from here on nothing comes back, not even by a setuid program
-//! folder                         as that user: it must be able to enter it
+//! directory                         as that user: it must be able to enter it
 //! sandbox                        Landlock, which opens files, then seccomp (in `sandbox.rs`)
 //! ```
 //!
@@ -114,7 +114,7 @@ pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bo
     let nice = config.nice.iter().map(|&nice| check_nice(nice, standing).map(|()| vec![Step::Nice(nice)]));
     let umask = config.umask.map(|mode| Ok(vec![Step::Umask(Mode::from_bits_truncate(mode))]));
     let chroot = config.chroot.iter().map(|directory| {
-        standing.need(Capability::CAP_SYS_CHROOT, "--chroot", "change its root folder")?;
+        standing.need(Capability::CAP_SYS_CHROOT, "--chroot", "change its root directory")?;
         Ok(vec![Step::Chroot(text(directory, "--chroot")?)])
     });
     let no_new_privileges =

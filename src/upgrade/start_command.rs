@@ -8,7 +8,7 @@ use std::{env, io};
 
 use serde::{Deserialize, Serialize};
 
-/// Recorded at the first start, before anybody changes folder, and kept through upgrades.
+/// Recorded at the first start, before anybody changes directory, and kept through upgrades.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StartCommand {
     /// The path as it was called by: a link in it is followed anew each time, so that it may point to the next release.

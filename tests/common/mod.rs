@@ -1,5 +1,5 @@
 //! What the integration tests share: starting the real programs, waiting for them without sleeping, and ending
-//! them whatever happens. Everything that a test makes is in a temporary folder of its own, listens on
+//! them whatever happens. Everything that a test makes is in a temporary directory of its own, listens on
 //! loopback or a Unix socket, and dies with the test.
 //!
 //! No test can hang. Every wait has a limit and ends in a failure that names what was waited for: [`wait_until`] and what is built
@@ -481,7 +481,7 @@ pub fn field_of<T: FromStr>(directory: &Path, number: usize) -> Option<T> {
     fields(&std::fs::read_to_string(directory.join("stat")).ok()?)?.get(number - 3)?.parse().ok()
 }
 
-/// Processor time that a process (or a thread, by its folder in `/proc`) has used, in the kernel and outside.
+/// Processor time that a process (or a thread, by its directory in `/proc`) has used, in the kernel and outside.
 pub fn cpu_time(directory: &Path) -> Duration {
     let ticks: u64 = [14, 15].map(|number| field_of::<u64>(directory, number).unwrap()).iter().sum();
     let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! `forkyard run`, in a folder of its own, with real programs: php-cgi with a script, and a C program on libfcgi.
+//! `forkyard run`, in a directory of its own, with real programs: php-cgi with a script, and a C program on libfcgi.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use super::{Server, program};
 const HELLO_C: &str = include_str!("../programs/hello.c");
 const PAGES_PHP: &str = include_str!("../programs/pages.php");
 
-/// A folder with the socket, and what is needed to ask there.
+/// A directory with the socket, and what is needed to ask there.
 pub struct Place {
     directory: TempDir,
     pub address: String,

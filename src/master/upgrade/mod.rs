@@ -197,7 +197,7 @@ impl Master {
         if !self.start_command.directory.is_dir() {
             let directory = self.start_command.directory.display();
             let remedy = "make it again, or stop and start elsewhere";
-            return self.refuse_upgrade(format!("the folder of the first start is gone: {directory:?} ({remedy})"));
+            return self.refuse_upgrade(format!("the directory of the first start is gone: {directory:?} ({remedy})"));
         }
         match self.start_check() {
             Ok(check) => {

@@ -1,4 +1,4 @@
-//! Apache httpd with the event MPM, all its files in the folder. Started by root its children are Debian's
+//! Apache httpd with the event MPM, all its files in the directory. Started by root its children are Debian's
 //! www-data, since it refuses to serve as root.
 
 use std::fs::{self, Permissions};

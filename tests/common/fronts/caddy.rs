@@ -1,4 +1,4 @@
-//! Caddy, without its admin endpoint and its certificates, all its files in the folder.
+//! Caddy, without its admin endpoint and its certificates, all its files in the directory.
 
 use std::process::Command;
 

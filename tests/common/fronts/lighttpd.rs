@@ -1,4 +1,4 @@
-//! lighttpd: one process, all its files in the folder.
+//! lighttpd: one process, all its files in the directory.
 
 use std::process::Command;
 

@@ -1,8 +1,8 @@
 //! Real web servers in front of Forkyard. What is particular to an application in their configuration is taken out
 //! of docs/web-servers.md, so that what stands there works; one file per web server adds what a server in a
-//! temporary folder needs around it.
+//! temporary directory needs around it.
 //!
-//! Each runs in the foreground, on a free port of the loopback, and writes nowhere but into its folder.
+//! Each runs in the foreground, on a free port of the loopback, and writes nowhere but into its directory.
 
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
@@ -149,7 +149,7 @@ impl Site {
             }
             (Some(_), _) => socket.display().to_string(),
             (None, _) => {
-                // The web server's user may not see into the folder that it was built in.
+                // The web server's user may not see into the directory that it was built in.
                 let copy = directory.path().join("app");
                 fs::copy(program(application), &copy).expect("there is room for a copy");
                 copy.display().to_string()
@@ -159,7 +159,7 @@ impl Site {
         Self { front: helper, application: server, address, directory }
     }
 
-    /// The web server before whoever listens at `backend`, whose socket may be in this folder.
+    /// The web server before whoever listens at `backend`, whose socket may be in this directory.
     pub(crate) fn before(front: Front, directory: TempDir, backend: &str) -> Self {
         let (helper, address) = start(front, directory.path(), backend);
         Self { front: helper, application: None, address, directory }
@@ -185,7 +185,7 @@ impl Drop for Site {
     }
 }
 
-/// A temporary folder that a web server's user may enter.
+/// A temporary directory that a web server's user may enter.
 pub(crate) fn shared_folder() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
@@ -282,7 +282,7 @@ fn block(front: Front) -> &'static str {
     &rest[..=end]
 }
 
-/// A daemon, with nothing in its environment that it could pass on. Daemons are in folders that not every user has in PATH.
+/// A daemon, with nothing in its environment that it could pass on. Daemons are in directories that not every user has in PATH.
 fn daemon(name: &str) -> Command {
     const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let found = PATH.split(':').map(|directory| Path::new(directory).join(name)).find(|path| path.exists());

@@ -1,4 +1,4 @@
-//! nginx: one worker, all its files in the folder.
+//! nginx: one worker, all its files in the directory.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
