@@ -66,7 +66,15 @@ impl Inherited {
             if known.is_some_and(|at| self.found[at].sidecar.is_some()) {
                 continue;
             }
-            let environment = procfs::environment_of(process.pid());
+            let environment = match procfs::environment_of(process.pid()) {
+                // An exec shows that too, for the moment in which the kernel writes the new one.
+                Environment::Shown(bytes)
+                    if bytes.is_empty() && known.is_none_or(|at| self.found[at].since.elapsed() < LASTING) =>
+                {
+                    Environment::InExec
+                }
+                environment => environment,
+            };
             let sidecar = self.helper_of(process, &environment, &own, names);
             match known {
                 Some(at) if sidecar.is_some() => self.found[at].sidecar = sidecar,
@@ -251,6 +259,28 @@ mod tests {
             };
             assert_eq!(sidecar, 1);
         }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn an_empty_environment_counts_after_a_while_as_an_exec_shows_one_too() {
+        let mut command = Command::new("env");
+        let mut child = command.args(["-i", "/usr/bin/setsid", "/bin/sleep", "600"]).spawn().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while procfs::stat(pid).is_none_or(|stat| stat.name != "sleep" || stat.session != pid.as_raw())
+            || procfs::environment_of(pid) != Environment::Shown(Vec::new())
+        {
+            assert!(Instant::now() < deadline, "it sleeps");
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        let mut inherited = Inherited::default();
+        inherited.suspect(0, Duration::from_secs(3600));
+        assert_eq!(inherited.take(&[pid], &["a"]), []);
+        assert_eq!(inherited.found[0].sidecar, None);
+        inherited.found[0].since = inherited.found[0].since.checked_sub(LASTING).unwrap();
+        assert_eq!(inherited.take(&[pid], &["a"]), [(0, pid)]);
         child.kill().unwrap();
         child.wait().unwrap();
     }
