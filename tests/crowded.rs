@@ -173,7 +173,7 @@ fn connections_on_which_something_is_under_way_are_left_alone() {
 fn event_streams_leave_room_for_requests() {
     let mut server = Protocol::Http.start("stream", &FULL);
     let bind = server.binds[0].clone();
-    let open = || sse::CacheStatus::open(sse::Way::Http, &bind, "/events?topics=news", "");
+    let open = || sse::Source::open(sse::Way::Http, &bind, "/events?topics=news", "");
     let streams: Vec<_> = (0..6).map(|_| open().unwrap()).collect();
     let refused = open().err().unwrap().to_string();
     assert!(refused.starts_with("503\n"), "three quarters of the connections are for streams: {refused}");

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::http::{self, Client, Response};
 use common::raw::{self, Protocol};
-use common::sse::{CacheStatus, Event, WAYS, Way};
+use common::sse::{Event, Source, WAYS, Way};
 use common::{PATIENCE, Server, StopOnDrop, fastcgi, program, status_number, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -37,9 +37,8 @@ impl Site {
         &self.0.binds[number]
     }
 
-    fn open(&self, way: Way, target: &str, last_id: &str) -> CacheStatus {
-        CacheStatus::open(way, self.bind(way), target, last_id)
-            .unwrap_or_else(|error| panic!("{way:?} {target}: {error}"))
+    fn open(&self, way: Way, target: &str, last_id: &str) -> Source {
+        Source::open(way, self.bind(way), target, last_id).unwrap_or_else(|error| panic!("{way:?} {target}: {error}"))
     }
 
     fn publish(&self, topic: &str, data: &str) -> u64 {
@@ -78,7 +77,7 @@ fn poll(address: &str, target: &str, headers: &str) -> Response {
 }
 
 /// The worker that serves a stream, where its client can know.
-fn worker_of(source: &CacheStatus) -> Option<i32> {
+fn worker_of(source: &Source) -> Option<i32> {
     source.head.lines().find_map(|line| line.strip_prefix("x-worker: "))?.parse().ok()
 }
 
@@ -165,7 +164,7 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
         for death in 0..DEATHS {
             let way = WAYS[death % 4];
             let mut source = wait_until("a worker serves", || {
-                CacheStatus::open(way, site.bind(way), "/events?topics=news", &last_id).ok()
+                Source::open(way, site.bind(way), "/events?topics=news", &last_id).ok()
             });
             for _ in 0..3 {
                 take(source.next());
@@ -188,7 +187,7 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
             last_id.clone_from(&source.last_id);
         }
         let mut source = wait_until("a worker serves", || {
-            CacheStatus::open(Way::Http, site.bind(Way::Http), "/events?topics=news", &last_id).ok()
+            Source::open(Way::Http, site.bind(Way::Http), "/events?topics=news", &last_id).ok()
         });
         let until_now = published.load(Ordering::SeqCst);
         while take(source.next()) < until_now {}
@@ -351,7 +350,7 @@ fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
     }
     site.0.signal(Signal::SIGHUP);
     // All at a time: an HTTP/2 connection ends when its client has answered a PING.
-    let read_to_end = |(way, mut source): (Way, CacheStatus)| {
+    let read_to_end = |(way, mut source): (Way, Source)| {
         let mut next = position(&source.last_id);
         while let Some(event) = source.event().unwrap_or_else(|error| panic!("{way:?}: not a proper end: {error}")) {
             next += 1;

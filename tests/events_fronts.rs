@@ -10,7 +10,7 @@ mod fronts;
 use std::io::Write as _;
 
 use common::http::{self, Client};
-use common::sse::{CacheStatus, Way};
+use common::sse::{Source, Way};
 use common::{Server, wait_until};
 use fronts::{Front, Site};
 use nix::sys::signal::{Signal, kill};
@@ -19,8 +19,8 @@ use nix::unistd::Pid;
 /// Some web servers miss a client only when they have something to pass on to it.
 const TARGET: &str = "/events?topics=news&keep_alive_ms=200";
 
-fn open(site: &Site, last_id: &str) -> CacheStatus {
-    let source = CacheStatus::open(Way::Http, &format!("http://{}", site.address), TARGET, last_id);
+fn open(site: &Site, last_id: &str) -> Source {
+    let source = Source::open(Way::Http, &format!("http://{}", site.address), TARGET, last_id);
     source.unwrap_or_else(|error| panic!("no stream: {error}"))
 }
 
@@ -37,7 +37,7 @@ fn open_streams(server: &Server) -> u32 {
 }
 
 /// Has the client leave, and waits until the application has noticed.
-fn leave(site: &mut Site, source: CacheStatus) {
+fn leave(site: &mut Site, source: Source) {
     let server = site.application();
     wait_until("the stream is counted", || (open_streams(server) > 0).then_some(()));
     drop(source);
@@ -73,7 +73,7 @@ fn streams(front: Front) {
     let end = source.event();
     assert!(!matches!(end, Ok(Some(_))), "{end:?}");
     let mut source = wait_until("there is a worker again", || {
-        CacheStatus::open(Way::Http, &format!("http://{}", site.address), TARGET, &source.last_id).ok()
+        Source::open(Way::Http, &format!("http://{}", site.address), TARGET, &source.last_id).ok()
     });
     publish(&site, "again");
     assert_eq!(source.next().number(), 7);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use common::http2;
 use common::raw::Protocol;
-use common::sse::{CacheStatus, WAYS, Way};
+use common::sse::{Source, WAYS, Way};
 use common::{Server, StopOnDrop, http, wait_until};
 use nix::sys::signal::Signal;
 
@@ -29,8 +29,8 @@ fn bind(server: &Server, way: Way) -> String {
     server.binds[number.unwrap()].clone()
 }
 
-fn open(server: &Server, way: Way) -> CacheStatus {
-    CacheStatus::open(way, &bind(server, way), TARGET, "").unwrap_or_else(|error| panic!("{way:?}: {error}"))
+fn open(server: &Server, way: Way) -> Source {
+    Source::open(way, &bind(server, way), TARGET, "").unwrap_or_else(|error| panic!("{way:?}: {error}"))
 }
 
 /// More than the kernel and the protocols hold for one who does not read.
@@ -77,7 +77,7 @@ fn a_stop_does_not_wait_for_a_window_that_stays_closed() {
 fn a_stop_waits_for_a_stream_of_the_applications_own() {
     let mut server = start(&["--workers", "1"]);
     let streams = WAYS.map(|way| {
-        let source = CacheStatus::open(way, &bind(&server, way), "/answer/6", "");
+        let source = Source::open(way, &bind(&server, way), "/answer/6", "");
         (way, source.unwrap_or_else(|error| panic!("{way:?}: {error}")))
     });
     server.signal(Signal::SIGTERM);
@@ -94,7 +94,7 @@ fn a_stop_waits_for_a_stream_of_the_applications_own() {
 fn follow(way: Way, bind: &str, connections: &AtomicUsize) {
     let (mut last_id, mut next) = (String::new(), 1);
     loop {
-        let open = || CacheStatus::open(way, bind, TARGET, &last_id).ok();
+        let open = || Source::open(way, bind, TARGET, &last_id).ok();
         let mut source = wait_until("there is a worker to go on", open);
         connections.fetch_add(1, Ordering::SeqCst);
         while let Some(event) = source.event().unwrap_or_else(|error| panic!("{way:?}: not a proper end: {error}")) {

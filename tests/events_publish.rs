@@ -326,7 +326,7 @@ fn one_publishers_topics_lock_nobody_out() {
     let bind = place.server.binds[0].clone();
     sender.send(b"prices\n\nfirst").unwrap();
     place.wait_for_last_id("prices", 1);
-    let mut listens = sse::CacheStatus::open(sse::Way::Http, &bind, "/events?topics=prices,user%20999", "").unwrap();
+    let mut listens = sse::Source::open(sse::Way::Http, &bind, "/events?topics=prices,user%20999", "").unwrap();
     let most = place.server.segment().events().stats().most_topics;
     assert!(most < 500, "the log has room for {most} topics");
     for number in 0..1000 {

@@ -116,12 +116,12 @@ const TABLE: &[Row] = &[
     row("upgraded-timeout", "'7s'", InWorker),
     // Hangs and crashes.
     row("request-timeout", "'7s'", InWorker),
-    row("hang-timeout", "'7s'", InMaster("sickbed")),
+    row("hang-timeout", "'7s'", InMaster("faults")),
     row("slow-request", "'7s'", InWorker),
-    row("quarantine", "7", InMaster("sickbed")),
-    row("quarantine-window", "'7s'", InMaster("sickbed")),
-    row("quarantine-time", "'7s'", InMaster("sickbed")),
-    row("quarantine-by", "'path'", InMaster("sickbed")),
+    row("quarantine", "7", InMaster("faults")),
+    row("quarantine-window", "'7s'", InMaster("faults")),
+    row("quarantine-time", "'7s'", InMaster("faults")),
+    row("quarantine-by", "'path'", InMaster("faults")),
     // Privileges.
     with("user", "4712", &[("group", "4711")], OfProcesses(|pid| status_line(pid, "Uid"))),
     row("group", "4711", OfProcesses(|pid| status_line(pid, "Gid"))),
@@ -206,7 +206,7 @@ fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
 }
 
 /// A master with a configuration file.
-struct Cached {
+struct Served {
     server: Server,
     directory: tempfile::TempDir,
     name: &'static str,
@@ -216,7 +216,7 @@ struct Cached {
     log: String,
 }
 
-impl Cached {
+impl Served {
     /// `run` is what comes before the flags.
     fn start(name: &'static str, run: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -357,7 +357,7 @@ fn each_setting_is_taken_over_or_named(name: &'static str, run: &[&str]) {
         "these flags have no row in this file, which says how a reload takes them over: {missing:?}"
     );
 
-    let mut served = Cached::start(name, run);
+    let mut served = Served::start(name, run);
     let mut wrong = Vec::new();
     for Row { name, to, with, seen } in TABLE.iter().filter(|row| flags.contains(row.name)) {
         if let Never(_) = seen {

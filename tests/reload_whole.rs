@@ -16,13 +16,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// A master with a configuration file, in which `DIR` stands for its directory.
-struct Cached {
+struct Served {
     server: Server,
     directory: tempfile::TempDir,
     name: &'static str,
 }
 
-impl Cached {
+impl Served {
     fn start(name: &'static str, run: &[&str], settings: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
@@ -94,11 +94,11 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
     let bind = "bind = 'http:unix:DIR/a.sock'\nworkers = 1\nevents = '1M'\nevents-socket = 'DIR/events'\n";
     let beside = "daemon = ['d=sleep 1000']\ncron = [\"c=* * * * * *=sh -c 'id -u'\"]\n";
     let with = |user: u32| format!("{bind}{beside}user = {user}\ngroup = {user}\nsocket-mode = 0o660\n");
-    let mut served = Cached::start("crashy", &[], &with(4711));
+    let mut served = Served::start("crashy", &[], &with(4711));
     let daemon = served.daemon("d");
     assert_eq!(user_of(daemon), 4711);
     assert!(served.server.wait_for("cron=c").ends_with("| 4711"));
-    let publish = |served: &Cached| {
+    let publish = |served: &Served| {
         // Its relay runs as the workers do, and has to be made anew.
         let path = served.path("events");
         let sent = std::os::unix::net::UnixDatagram::unbound().unwrap().send_to(b"topic\n\nwords", path);
@@ -130,7 +130,7 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
 
 #[test]
 fn a_reload_starts_daemons_and_jobs_that_are_new_and_stops_those_that_are_not_wanted() {
-    let mut served = Cached::start("crashy", &[], &format!("{HTTP}daemon = ['kept=sleep 1001', 'gone=sleep 1002']\n"));
+    let mut served = Served::start("crashy", &[], &format!("{HTTP}daemon = ['kept=sleep 1001', 'gone=sleep 1002']\n"));
     let (kept, gone) = (served.daemon("kept"), served.daemon("gone"));
     let job = "cron = ['tick=* * * * * *=echo ticks']\n";
     served.reloaded(&format!("{HTTP}daemon = ['new=sleep 1003', 'kept=sleep 1004']\n{job}"));
@@ -152,9 +152,9 @@ fn a_reload_starts_daemons_and_jobs_that_are_new_and_stops_those_that_are_not_wa
 #[test]
 fn a_reload_moves_the_logs_and_changes_their_form() {
     let access = "access-log = 'DIR/access'\n";
-    let mut served = Cached::start("crashy", &[], &format!("{HTTP}{access}"));
+    let mut served = Served::start("crashy", &[], &format!("{HTTP}{access}"));
     let address = served.server.http();
-    let read = |served: &Cached, name: &str| std::fs::read_to_string(served.path(name)).unwrap_or_default();
+    let read = |served: &Served, name: &str| std::fs::read_to_string(served.path(name)).unwrap_or_default();
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
     wait_until("there is a line", || read(&served, "access").contains("GET /ok").then_some(()));
 
@@ -202,7 +202,7 @@ const FASTCGI: &str = "bind = 'fastcgi:unix:DIR/a.sock'\nworkers = 2\nsettle = '
 
 #[test]
 fn a_reload_runs_another_command_and_refuses_one_that_is_not_there() {
-    let mut served = Cached::start("forkyard", &["run"], &format!("{FASTCGI}command = ['sleep', '1001']\n"));
+    let mut served = Served::start("forkyard", &["run"], &format!("{FASTCGI}command = ['sleep', '1001']\n"));
     let old = served.server.children();
     served.refused(
         &format!("{FASTCGI}command = ['no-such-program']\n"),
@@ -223,7 +223,7 @@ fn a_reload_runs_another_command_and_refuses_one_that_is_not_there() {
 
 #[test]
 fn after_a_failed_reload_those_that_die_are_replaced_by_what_they_were() {
-    let mut served = Cached::start("forkyard", &["run"], &format!("{FASTCGI}command = ['sleep', '1001']\n"));
+    let mut served = Served::start("forkyard", &["run"], &format!("{FASTCGI}command = ['sleep', '1001']\n"));
     let old = served.server.children();
     let broken =
         "command = ['sh', '-c', 'exit 3']\nsettle = '1m'\nuser = 4711\ngroup = 4711\ndaemon = ['d=sleep 1003']\n";

@@ -12,7 +12,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::limit::InTime as _;
-use common::sse::{CacheStatus, Way};
+use common::sse::{Source, Way};
 use common::{Helper, Server, StopOnDrop, http, is_gone, line_of, program, wait_until};
 
 struct Scribbled {
@@ -116,7 +116,7 @@ fn who_subscribed_before_the_memory_was_replaced_sees_a_gap_and_then_all_events(
     let mut site = Scribbled::start("stream", &["--events", "1M"]);
     let (address, bind) = (site.server.http(), site.server.binds[0].clone());
     let publish = |text: &str| http::post(&address, "/publish/news", text.as_bytes()).unwrap().status;
-    let mut source = CacheStatus::open(Way::Http, &bind, "/events?topics=news", "").unwrap();
+    let mut source = Source::open(Way::Http, &bind, "/events?topics=news", "").unwrap();
     assert_eq!(publish("before"), 200);
     assert_eq!(source.next().data, "before");
     let memory = site.memory();
@@ -124,7 +124,7 @@ fn who_subscribed_before_the_memory_was_replaced_sees_a_gap_and_then_all_events(
     site.server.wait_for("the shared memory is damaged");
     site.reload();
     while source.event().is_ok_and(|event| event.is_some()) {}
-    let mut source = CacheStatus::open(Way::Http, &bind, "/events?topics=news", &source.last_id).unwrap();
+    let mut source = Source::open(Way::Http, &bind, "/events?topics=news", &source.last_id).unwrap();
     assert_eq!(source.next().name, "gap");
     wait_until("the new generation serves", || (publish("after") == 200).then_some(()));
     assert_eq!(source.next().data, "after");

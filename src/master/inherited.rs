@@ -20,13 +20,13 @@ const SUSPECT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 pub(super) struct Inherited {
-    suspects: Vec<RequestKey>,
+    suspects: Vec<EndedSidecar>,
     found: Vec<Found>,
 }
 
-/// A helper that has ended with 0, unasked.
+/// A sidecar that has ended with 0, unasked.
 #[derive(Debug)]
-struct RequestKey {
+struct EndedSidecar {
     sidecar: usize,
     ended: Instant,
     /// How long it had lived.
@@ -44,17 +44,17 @@ struct Found {
 }
 
 impl Inherited {
-    /// This helper has ended with 0 and was not asked to; it had lived so long.
+    /// This sidecar has ended with 0 and was not asked to; it had lived so long.
     pub(super) fn suspect(&mut self, sidecar: usize, lived: Duration) {
         self.suspects.retain(|suspect| suspect.sidecar != sidecar);
-        self.suspects.push(RequestKey { sidecar, ended: Instant::now(), lived });
+        self.suspects.push(EndedSidecar { sidecar, ended: Instant::now(), lived });
     }
 
     pub(super) fn has_suspects(&self) -> bool {
         self.suspects.iter().any(|suspect| suspect.ended.elapsed() < SUSPECT)
     }
 
-    /// Looks at the children of this process that it did not make; `names` are those of the helpers, in order. Returns the helpers that
+    /// Looks at the children of this process that it did not make; `names` are those of the sidecars, in order. Returns the sidecars that
     /// run in the background, each with the process that does.
     pub(super) fn take(&mut self, orphans: &[Pid], names: &[&str]) -> Vec<(usize, Pid)> {
         self.suspects.retain(|suspect| suspect.ended.elapsed() < SUSPECT);
@@ -75,7 +75,7 @@ impl Inherited {
                 }
                 environment => environment,
             };
-            let sidecar = self.helper_of(process, &environment, &own, names);
+            let sidecar = self.sidecar_of(process, &environment, &own, names);
             match known {
                 Some(at) if sidecar.is_some() => self.found[at].sidecar = sidecar,
                 Some(_) if environment == Environment::InExec => {}
@@ -96,8 +96,8 @@ impl Inherited {
         detached
     }
 
-    /// The helper that has left this process, if one has, as far as that can be seen.
-    fn helper_of(
+    /// The sidecar that has left this process, if one has, as far as that can be seen.
+    fn sidecar_of(
         &self,
         process: Process,
         environment: &Environment,
@@ -117,7 +117,7 @@ impl Inherited {
         self.suspects.last().filter(|suspect| suspect.may_have_made(process)).map(|suspect| suspect.sidecar)
     }
 
-    /// Whether a helper has left this process, or one that it comes from.
+    /// Whether a sidecar has left this process, or one that it comes from.
     pub(super) fn has(&self, pid: Pid) -> bool {
         let is_found = |found: &Found| found.process.pid() == pid && found.sidecar.is_some() && found.process.lives();
         self.found.iter().any(is_found) || procfs::environment_of(pid).variable("FORKYARD_NAME").is_some()
@@ -131,8 +131,8 @@ impl Inherited {
     }
 }
 
-impl RequestKey {
-    /// Whether the process is young enough to come from this helper.
+impl EndedSidecar {
+    /// Whether the process is young enough to come from this sidecar.
     fn may_have_made(&self, process: Process) -> bool {
         let Ok(Some(ticks)) = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK) else { return false };
         let Some(now) = uptime() else { return false };
@@ -288,12 +288,12 @@ mod tests {
     #[test]
     fn what_shows_our_own_environment_is_a_workers_child_before_exec() {
         let inherited = Inherited {
-            suspects: vec![RequestKey { sidecar: 0, ended: Instant::now(), lived: Duration::ZERO }],
+            suspects: vec![EndedSidecar { sidecar: 0, ended: Instant::now(), lived: Duration::ZERO }],
             found: vec![],
         };
         let own = Environment::Shown(b"FORKYARD_NAME=a\0A=b\0".to_vec());
         let process = Process { pid: 1, started: u64::MAX };
-        assert_eq!(inherited.helper_of(process, &own, &own, &["a"]), None);
-        assert_eq!(inherited.helper_of(process, &own, &Environment::Shown(b"A=b\0".to_vec()), &["a"]), Some(0));
+        assert_eq!(inherited.sidecar_of(process, &own, &own, &["a"]), None);
+        assert_eq!(inherited.sidecar_of(process, &own, &Environment::Shown(b"A=b\0".to_vec()), &["a"]), Some(0));
     }
 }

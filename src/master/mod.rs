@@ -315,7 +315,7 @@ impl Master {
         }
     }
 
-    /// What comes after the last worker and helper.
+    /// What comes after the last worker and sidecar.
     fn shut_down(&mut self) {
         self.relay.stop();
         // Heirs first: who is told that the master has stopped finds that nobody of it is left.

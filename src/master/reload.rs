@@ -132,7 +132,7 @@ impl Master {
         let config = &spawner.config;
         log::debug!("settings part=supervisor {:?}", supervisor.policy());
         log::debug!("settings part=recycling {}", recycling.describe());
-        log::debug!("settings part=sickbed {}", faults.describe());
+        log::debug!("settings part=faults {}", faults.describe());
         log::debug!("settings part=log {}", logging::describe_limits());
         log::debug!("settings part=master settle={:?} upgrade={:?}", config.settle, config.upgrade);
     }

@@ -63,7 +63,7 @@ struct Sidecar {
     program: Program,
 }
 
-/// What a helper is called in the log.
+/// What a sidecar is called in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Label {
     kind: &'static str,
@@ -332,12 +332,12 @@ impl Sidecars {
         })
     }
 
-    /// Whether a helper has ended so that it may run on in the background.
+    /// Whether a sidecar has ended so that it may run on in the background.
     pub(super) fn has_suspects(&self) -> bool {
         self.inherited.has_suspects()
     }
 
-    /// These are children of this process that it did not make: some of them were left by helpers.
+    /// These are children of this process that it did not make: some of them were left by sidecars.
     pub(super) fn inherit(&mut self, orphans: &[Pid]) {
         let names: Vec<&str> = self.programs.iter().map(|sidecar| sidecar.label.name.as_str()).collect();
         for (sidecar, pid) in self.inherited.take(orphans, &names) {
@@ -348,7 +348,7 @@ impl Sidecars {
         }
     }
 
-    /// Whether a helper has left this process.
+    /// Whether a sidecar has left this process.
     pub(super) fn has_left(&self, pid: Pid) -> bool {
         self.inherited.has(pid)
     }

@@ -45,7 +45,7 @@ impl Way {
 }
 
 /// An open stream.
-pub struct CacheStatus {
+pub struct Source {
     lines: BufReader<Box<dyn Read + Send>>,
     events: VecDeque<Event>,
     /// As a browser would send it with the next connection.
@@ -55,7 +55,7 @@ pub struct CacheStatus {
     pub head: String,
 }
 
-impl CacheStatus {
+impl Source {
     /// Opens a stream at `bind`, as in the banner, with a `Last-Event-ID` if that is not empty. Returns when the head and the first
     /// lines have come.
     pub fn open(way: Way, bind: &str, target: &str, last_id: &str) -> io::Result<Self> {

@@ -16,7 +16,7 @@ use crate::say;
 
 /// What publishing and reading events costs
 #[derive(Debug, Args)]
-pub(crate) struct StoreOptions {
+pub(crate) struct Options {
     /// Rounds, of which the median is shown
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -48,7 +48,7 @@ const BENCHES: [(&str, Bench); 7] = [
 ];
 
 /// Measures everything, and returns the table.
-pub(crate) fn run(options: &StoreOptions) -> Result<String, Error> {
+pub(crate) fn run(options: &Options) -> Result<String, Error> {
     let mut table = String::from("| ns |");
     SIZES.iter().for_each(|size| table += &format!(" {size} bytes |"));
     table += &format!("\n|---|{}\n", "--:|".repeat(SIZES.len()));

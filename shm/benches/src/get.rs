@@ -46,7 +46,7 @@ use crate::say;
 
 /// What a lookup costs, in forkyard and in other caches
 #[derive(Debug, Args)]
-pub(crate) struct StoreOptions {
+pub(crate) struct Options {
     /// Rounds, of which the median is shown
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -68,7 +68,7 @@ pub(crate) struct StoreOptions {
 }
 
 /// Measures everything, and returns the table.
-pub(crate) fn run(options: &StoreOptions) -> Result<String, Error> {
+pub(crate) fn run(options: &Options) -> Result<String, Error> {
     let (cells, rows) = wanted(options)?;
     let mut results = Results::default();
     for shape in SHAPES {
@@ -84,7 +84,7 @@ pub(crate) fn run(options: &StoreOptions) -> Result<String, Error> {
         }
         Stage::set(shape, &groups, options.seed, &mut results)?.play(&cells, &rows, options, &mut results)?;
     }
-    let StoreOptions { rounds, seconds, .. } = options;
+    let Options { rounds, seconds, .. } = options;
     results.notes.push(format!(
         "medians of {rounds} round(s) of {} s for each number, keys and value sizes as the \
         columns say; ×2: two processes at once; 90/10: each tenth operation stores",
@@ -103,7 +103,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 /// The columns and the rows. The limit is always there, as the others are compared with it.
-fn wanted(options: &StoreOptions) -> Result<(Vec<&'static Cell>, Vec<usize>), Error> {
+fn wanted(options: &Options) -> Result<(Vec<&'static Cell>, Vec<usize>), Error> {
     let names = CONTESTANTS.iter().map(|each| each.name.to_owned());
     options.only.check(&names.chain(CELLS.iter().map(Cell::name)).collect::<Vec<_>>())?;
     let cells = options.only.choose(&CELLS, Cell::name);
@@ -182,13 +182,7 @@ impl Stage {
         }
     }
 
-    fn play(
-        &mut self,
-        cells: &[&Cell],
-        rows: &[usize],
-        options: &StoreOptions,
-        results: &mut Results,
-    ) -> Result<(), Error> {
+    fn play(&mut self, cells: &[&Cell], rows: &[usize], options: &Options, results: &mut Results) -> Result<(), Error> {
         for cell in cells {
             for round in 0..options.rounds {
                 say(&format!("{}, round {} of {}", cell.name(), round + 1, options.rounds));
@@ -239,8 +233,8 @@ fn report(row: usize, samples: &[Sample]) {
 mod tests {
     use super::*;
 
-    fn options(patterns: &[&str], no_servers: bool) -> StoreOptions {
-        StoreOptions { rounds: 1, seconds: Duration::from_millis(1), no_servers, seed: 1, only: Only::of(patterns) }
+    fn options(patterns: &[&str], no_servers: bool) -> Options {
+        Options { rounds: 1, seconds: Duration::from_millis(1), no_servers, seed: 1, only: Only::of(patterns) }
     }
 
     #[test]

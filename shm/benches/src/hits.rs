@@ -30,7 +30,7 @@ const OURS: &str = "forkyard";
 
 /// Hit ratios of forkyard and of other policies, on synthetic traces
 #[derive(Debug, Args)]
-pub(crate) struct StoreOptions {
+pub(crate) struct Options {
     /// Requests that are counted, of each trace
     #[arg(long, value_name = "N", default_value_t = 2_000_000, value_parser = clap::value_parser!(u32).range(1..=50_000_000))]
     requests: u32,
@@ -54,7 +54,7 @@ struct Row {
 }
 
 /// Replays all traces on all policies, and returns the table.
-pub(crate) fn run(options: &StoreOptions) -> Result<String, Error> {
+pub(crate) fn run(options: &Options) -> Result<String, Error> {
     let (policies, recipes) = wanted(&options.only)?;
     let mut rows: Vec<Row> = Vec::new();
     for recipe in recipes {
@@ -66,7 +66,7 @@ pub(crate) fn run(options: &StoreOptions) -> Result<String, Error> {
     Ok(out)
 }
 
-fn row(recipe: &Recipe, policies: &[&Policy], options: &StoreOptions) -> Result<Row, Error> {
+fn row(recipe: &Recipe, policies: &[&Policy], options: &Options) -> Result<Row, Error> {
     let mut world = World::new(options.seed);
     let trace = world.trace(recipe, (options.warmup + options.requests) as usize);
     let capacity = recipe.capacity();
@@ -112,8 +112,8 @@ fn table(out: &mut String, policies: &[&Policy], rows: &[Row]) -> std::fmt::Resu
     Ok(())
 }
 
-fn footer(out: &mut String, options: &StoreOptions) -> std::fmt::Result {
-    let StoreOptions { requests, warmup, seed, .. } = options;
+fn footer(out: &mut String, options: &Options) -> std::fmt::Result {
+    let Options { requests, warmup, seed, .. } = options;
     let World { objects, total, .. } = World::new(*seed);
     writeln!(
         out,

@@ -27,20 +27,20 @@ use crate::error::Error;
 /// Benchmarks of Forkyard's page cache and event log.
 #[derive(Debug, Parser)]
 #[command(name = "forkyard-shm-bench", version, max_term_width = 100)]
-struct StoreOptions {
+struct Options {
     #[command(subcommand)]
     bench: Bench,
 }
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    Get(get::StoreOptions),
-    Hits(hits::StoreOptions),
-    Events(events::StoreOptions),
+    Get(get::Options),
+    Hits(hits::Options),
+    Events(events::Options),
 }
 
 fn main() -> ExitCode {
-    let StoreOptions { bench } = StoreOptions::parse();
+    let Options { bench } = Options::parse();
     let table = match &bench {
         Bench::Get(options) => get::run(options),
         Bench::Hits(options) => hits::run(options),
@@ -66,6 +66,6 @@ mod tests {
 
     #[test]
     fn the_definition_is_consistent() {
-        <StoreOptions as clap::CommandFactory>::command().debug_assert();
+        <Options as clap::CommandFactory>::command().debug_assert();
     }
 }

@@ -12,7 +12,7 @@
 //! time is two clocks: what has passed since the master started, for deadlines, and that on the wall, for schedules.
 //!
 //! The rules:
-//! - One process a helper, at most.
+//! - One process a sidecar, at most.
 //! - Nothing runs before the first worker is ready. Daemons run on while the workers drain; jobs are not begun any more.
 //! - A daemon that ends is started again: at once, if it had run for a second, else by a breaker of its own. It is left alone until
 //!   the next reload when it exits with 125 after a second, when it has exited with 0 within a second too many times in a row, and when it
@@ -149,7 +149,7 @@ enum Mode {
     Stopping,
 }
 
-/// The state of all helpers. See the module's text for the rules.
+/// The state of all sidecars. See the module's text for the rules.
 #[derive(Debug)]
 pub(crate) struct SidecarSupervisor {
     /// In the order of the configuration; then those that were adopted and are not wanted.
@@ -221,7 +221,7 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Goes by another configuration from now on. `former` says of each helper in it which one of the present ones it is.
+    /// Goes by another configuration from now on. `former` says of each sidecar in it which one of the present ones it is.
     /// What is in it no more is asked to stop by the next step. Returns the number that each of the present ones has now;
     /// `None` if nothing is left of it.
     pub(crate) fn reconfigure(
@@ -374,7 +374,7 @@ impl SidecarSupervisor {
     fn spawned(&mut self, index: usize, pid: Pid) {
         let sidecar = &mut self.sidecars[index];
         let state = sidecar.state;
-        assert!(state == State::Starting, "helper {index} was not waiting for a process: {state:?}");
+        assert!(state == State::Starting, "sidecar {index} was not waiting for a process: {state:?}");
         let deadline = match sidecar.kind {
             Kind::Job { .. } if !self.cron_timeout.is_zero() => Some(self.now + self.cron_timeout),
             Kind::Daemon { .. } | Kind::Job { .. } | Kind::Unwanted => None,

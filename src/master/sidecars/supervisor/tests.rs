@@ -1,4 +1,4 @@
-//! Histories of helpers: those that matter, told one by one, and random ones from a seed.
+//! Histories of sidecars: those that matter, told one by one, and random ones from a seed.
 
 use std::collections::BTreeMap;
 
