@@ -12,6 +12,7 @@ mod exclusive;
 pub(crate) mod file_path;
 pub(crate) mod lock_file;
 mod peek;
+mod process_status;
 mod receive;
 mod syn_filter;
 
@@ -40,6 +41,7 @@ use tokio::io::unix::AsyncFd;
 pub(crate) use self::announce::{announce, announce_by};
 pub(crate) use self::exclusive::Exclusive;
 pub(crate) use self::peek::{descriptor_of, ending_of};
+pub(crate) use self::process_status::{process_kib, process_status};
 pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};
 pub(crate) use self::syn_filter::drop_syn_segments;
 

@@ -113,7 +113,7 @@ impl Master {
         self.faults.announce(&verdicts, now);
         for pid in self.faults.hangs.overdue(now) {
             // What is killed while the kernel writes its core dump leaves a part of one.
-            if self.children.contains_key(&pid) && status_of(pid, "CoreDumping:").as_deref() != Some("1") {
+            if self.children.contains_key(&pid) && sys::process_status(pid, "CoreDumping:").as_deref() != Some("1") {
                 let _ = kill(pid, Signal::SIGKILL); // it is a child that was not reaped, so it is still that one
             }
         }
@@ -131,7 +131,7 @@ impl Master {
         let row = self.scoreboard.read(slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()))?;
         let is_serving = matches!(row.state, State::Ready | State::Draining);
         // One that a debugger holds is not to blame.
-        let is_stopped = || status_of(pid, "State:").is_some_and(|state| state.starts_with(['T', 't']));
+        let is_stopped = || sys::process_status(pid, "State:").is_some_and(|state| state.starts_with(['T', 't']));
         let since_ms = row.busy_since_ms.filter(|_| is_serving && !is_stopped());
         Some(Work { since_ms, pulse: row.pulse })
     }
@@ -227,10 +227,4 @@ impl Master {
             self.faults.publish(self.now());
         }
     }
-}
-
-/// A line of `/proc/PID/status`.
-fn status_of(pid: Pid, name: &str) -> Option<String> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix(name)).map(|rest| rest.trim().to_owned())
 }

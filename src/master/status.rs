@@ -2,10 +2,13 @@
 //!
 //! The rows are gossip: bounded, taken as text and numbers only, and left out if they are another process's. May not: lock.
 
+use nix::unistd::Pid;
+
 use super::Master;
 use super::spawn::Child;
 use super::supervisor::{Phase, Place};
 use crate::control::wire::{BindStatus, MAX_SERVING, QuarantinedStatus, ServingStatus, Status, WorkerStatus};
+use crate::sys;
 
 impl Master {
     pub(super) fn status(&self) -> Status {
@@ -81,10 +84,7 @@ fn ms(time: std::time::Duration) -> u64 {
 
 /// The resident memory of process `pid`, as the kernel counts it.
 fn resident_bytes(pid: i32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
+    sys::process_kib(Pid::from_raw(pid), "VmRSS:")?.checked_mul(1024)
 }
 
 /// For the one who is told of a worker: which one that is.

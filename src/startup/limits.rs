@@ -5,10 +5,12 @@
 
 use forkyard_shm::Segment;
 use nix::sys::resource::Resource;
+use nix::unistd::getpid;
 
 use super::memory;
 use crate::config::privileges::ResourceLimit;
 use crate::config::{Config, format_size};
+use crate::sys;
 
 /// Stack size of the serving thread, the default of the standard library.
 const STACK: u64 = 2 << 20;
@@ -34,7 +36,7 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
         Resource::RLIMIT_AS => {
             // A worker is a copy of this process.
             let shared = Segment::size(&memory::plan(config)).ok()?;
-            let least = kib_of_this_process("VmSize:")?.saturating_mul(1024).saturating_add(shared);
+            let least = sys::process_kib(getpid(), "VmSize:")?.saturating_mul(1024).saturating_add(shared);
             too_low(least).then(|| {
                 format!(
                     "--rlimit {limit}: a worker needs more than {} MiB of address space, {} MiB of it for shared memory (raise \
@@ -46,7 +48,7 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
         }
         Resource::RLIMIT_DATA => {
             let stack = if std::env::var_os("RUST_MIN_STACK").is_none() { STACK } else { 0 };
-            let least = kib_of_this_process("VmData:")?.saturating_mul(1024).saturating_add(stack);
+            let least = sys::process_kib(getpid(), "VmData:")?.saturating_mul(1024).saturating_add(stack);
             too_low(least).then(|| {
                 let least = format_size((least >> 10) << 10);
                 format!("--rlimit {limit}: a worker needs more than {least} of data (raise the limit)")
@@ -71,10 +73,4 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
         }
         _ => None,
     }
-}
-
-/// A field of `/proc/self/status`, in KiB.
-fn kib_of_this_process(name: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    status.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix("kB"))?.trim().parse().ok()
 }
