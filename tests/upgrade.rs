@@ -222,6 +222,33 @@ fn a_cache_file_does_not_change_its_size_under_the_workers() {
 }
 
 #[test]
+fn a_cache_file_without_room_for_so_many_workers_says_how_many_it_has_room_for() {
+    let place = Place::with("pages");
+    let (file, config) = (place.directory.path().join("cache"), place.directory.path().join("config"));
+    let configure = |workers: &str| {
+        let (bind, file) = ("http:127.0.0.1:0", file.display());
+        let text = format!("bind = \"{bind}\"\nworkers = \"{workers}\"\ncache = \"2M\"\ncache-file = \"{file}\"\n");
+        std::fs::write(&config, text).unwrap();
+    };
+    configure("1..2");
+    let mut server = place.start(&["--config", config.to_str().unwrap()]);
+    let (address, old) = (server.http(), server.workers());
+    let page = http::get(&address, "/page/7").unwrap().text();
+    configure("1..25");
+    server.signal(Signal::SIGUSR2);
+    let line = server.wait_for("no upgrade, and nothing has changed");
+    assert!(line.contains("--cache-file") && line.contains("room for up to 24 workers"), "{line}");
+    assert!(line.contains("choose --workers") && line.contains("stop and start"), "{line}");
+    assert_eq!(server.workers(), old);
+    // It is as the line says.
+    configure("1..24");
+    upgrade(&mut server);
+    server.renewed(1, &old);
+    assert_eq!(http::get(&address, "/page/7").unwrap().text(), page);
+    server.stop();
+}
+
+#[test]
 fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
     let place = Place::with("hello");
     let mut server = place.start(&ARGUMENTS);

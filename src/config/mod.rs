@@ -140,11 +140,15 @@ pub(crate) struct Timeouts {
     pub(crate) upgraded: Duration,
 }
 
+/// Old workers may still finish long requests while all are replaced.
+pub(crate) const SLOTS_PER_WORKER: u32 = 2;
+/// For TTIN.
+pub(crate) const SPARE_SLOTS: u32 = 16;
+
 impl Config {
-    /// The number of processes that there can be at once: twice the workers, because old workers may still finish long
-    /// requests while all are replaced, and 16 more for TTIN.
+    /// The number of processes that there can be at once.
     pub(crate) fn slots(&self) -> u32 {
-        self.workers.max.saturating_mul(2).saturating_add(16)
+        self.workers.max.saturating_mul(SLOTS_PER_WORKER).saturating_add(SPARE_SLOTS)
     }
 }
 

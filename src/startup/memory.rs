@@ -9,7 +9,7 @@ use forkyard_shm::{Found, Plan, Segment, SegmentError};
 use nix::unistd::{AccessFlags, access};
 
 use super::systemd;
-use crate::config::{CacheConfig, Config, format_size};
+use crate::config::{CacheConfig, Config, SLOTS_PER_WORKER, SPARE_SLOTS, format_size};
 use crate::privileges;
 use crate::sys::file_path::{self, Links};
 use crate::upgrade::Takeover;
@@ -25,6 +25,12 @@ pub(crate) fn plan(config: &Config) -> Plan {
     let CacheConfig { bytes, max_entry, .. } = config.cache;
     let rows = config.slots().checked_next_multiple_of(ROWS_STEP).unwrap_or(u32::MAX);
     Plan { cache_bytes: bytes, rows, max_entry, events_bytes: config.events.bytes }
+}
+
+/// The highest number of workers for which [`plan`] does not ask for more than `rows`.
+fn workers_for(rows: u32) -> u32 {
+    let usable = rows - rows % ROWS_STEP;
+    usable.saturating_sub(SPARE_SLOTS) / SLOTS_PER_WORKER
 }
 
 /// What starts empty if the memory of a former server is not used.
@@ -48,8 +54,15 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
     match Segment::adopt(left, &plan(config)) {
         Ok(segment) => Ok(segment),
         // A file holds one segment at a time, and the old workers use it.
+        Err(SegmentError::TooFewRows { rows, .. }) if file.is_some() => Err(format!(
+            "--cache-file: the old workers still use the file, which has room for up to {} workers (choose --workers up to \
+             that number to keep the cache, or stop and start the server, and the cache starts empty)",
+            workers_for(rows)
+        )
+        .into()),
         Err(error) if file.is_some() => Err(format!(
-            "--cache-file: the old workers still use the file: {error} (stop and start the server instead)"
+            "--cache-file: the old workers still use the file: {error} (stop and start the server instead, and the cache \
+             starts empty)"
         )
         .into()),
         Err(error) => {

@@ -29,6 +29,13 @@ pub enum SegmentError {
         /// The most possible.
         most: u32,
     },
+    /// A segment that exists has fewer scoreboard rows than the plan asks for.
+    TooFewRows {
+        /// Rows that the segment has.
+        rows: u32,
+        /// Rows asked for.
+        asked: u32,
+    },
     /// The requested maximum entry does not fit into a shard of the cache.
     EntryTooLarge {
         /// Bytes asked for.
@@ -120,6 +127,9 @@ impl std::fmt::Display for SegmentError {
             Self::TooManyRows { asked, most } => {
                 write!(f, "cannot make a scoreboard of {asked} rows: the most is {most} (ask for fewer processes)")
             }
+            Self::TooFewRows { rows, asked } => {
+                write!(f, "the scoreboard has {rows} rows, and {asked} are asked for (ask for fewer processes)")
+            }
             Self::EntryTooLarge { asked, most } => write!(
                 f,
                 "cannot keep entries of {asked} bytes in a page cache of this size: the most is {most} (ask for smaller \
@@ -163,6 +173,7 @@ impl std::error::Error for SegmentError {
             Self::CacheTooSmall { .. }
             | Self::LogTooSmall { .. }
             | Self::TooManyRows { .. }
+            | Self::TooFewRows { .. }
             | Self::EntryTooLarge { .. }
             | Self::OverLimit { .. }
             | Self::OverFileSize { .. }

@@ -30,8 +30,11 @@ impl Segment {
         let file = file.map_err(|error| system("duplicate a descriptor", error))?;
         let mut segment = Segment::attach(fd)?;
         let found = segment.inner.header().map(segment::plan_of).ok_or(segment::BAD_GEOMETRY)?;
-        if let Some(why) = segment::misfit(&found, plan) {
+        if let Some(why) = segment::misfit(&found, &Plan { rows: plan.rows.min(found.rows), ..*plan }) {
             return Err(SegmentError::Unusable { why });
+        }
+        if found.rows < plan.rows {
+            return Err(SegmentError::TooFewRows { rows: found.rows, asked: plan.rows });
         }
         if let Some(inner) = Arc::get_mut(&mut segment.inner) {
             inner.file = file;
