@@ -75,6 +75,34 @@ fn call(name: &str, method: &str, target: &str) -> Called {
 }
 
 #[test]
+fn a_call_that_may_have_no_threads_is_answered_without_a_panic() {
+    assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
+    let call = |name: &str, method: &str, target: &str, body: &[u8]| {
+        let call = command(name, method, target);
+        let mut limited = Command::new("setpriv");
+        limited
+            .args(["--reuid", "4797", "--regid", "4797", "--clear-groups", "prlimit", "--nproc=1"])
+            .arg(call.get_program())
+            .env_clear()
+            .envs(call.get_envs().filter_map(|(name, value)| Some((name, value?))))
+            .env("PATH", std::env::var_os("PATH").unwrap())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let called = run(&mut limited, body);
+        assert!(!called.errors.contains("panicked"), "{name}: {}", called.errors);
+        called
+    };
+    assert_eq!(call("mirror", "GET", "/", b"").response.status(), 200, "it needs no thread");
+    let called = call("hello", "GET", "/", b"");
+    assert_eq!(called.response.status(), 503, "{}", called.errors);
+    assert!(called.errors.contains("threads for blocking functions could be created"), "{}", called.errors);
+    let called = call("mirror", "POST", "/", b"body");
+    assert!(called.response.text().contains("the body was cut off"), "{}", called.errors);
+    assert!(called.errors.contains("standard input cannot be read"), "{}", called.errors);
+}
+
+#[test]
 fn a_call_is_answered_and_over() {
     let large = vec![b'y'; 40 << 10];
     for (name, method, target, body, status, answer) in [

@@ -154,6 +154,35 @@ fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
 }
 
 #[test]
+fn without_threads_for_blocking_functions_requests_get_503_until_there_are_some() {
+    assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
+    let as_user = |limit: &str| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "4798", "--regid", "4798", "--clear-groups", "prlimit", &format!("--nproc={limit}")]);
+        command
+    };
+    let directory = tempfile::tempdir().unwrap();
+    // The master, the worker with the thread of its event loop, and its heir.
+    let mut command = as_user("4:1000");
+    command.arg(program("hello")).args(HTTP).args(["--workers", "1", "--threads", "2", "--cache", "1M"]);
+    let mut server = Server::start_command(command.env("TMPDIR", directory.path()));
+    let worker = server.workers().first().unwrap().to_string();
+    let status = || http::get(&server.http(), "/").unwrap().status;
+    let raise = |limit: &str| {
+        assert!(as_user(limit).args(["--pid", &worker]).status_in_time().unwrap().success());
+    };
+    assert_eq!(status(), 503);
+    let line = server.logged("0 of 2 threads for blocking functions could be created");
+    assert!(line.contains("nproc") && line.contains("--threads"), "{line}");
+    for (limit, what) in [("5:", "1 of 2 threads"), ("1000:", "all 2 threads")] {
+        raise(limit);
+        wait_until(what, || (status() == 200 && server.log().contains(what)).then_some(()));
+    }
+    assert!(!server.log().contains("panicked"), "{}", server.log());
+    server.stop();
+}
+
+#[test]
 fn limits_that_processes_cannot_be_given_are_found_before_anything_is_bound() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
     let directory = tempfile::tempdir().unwrap();

@@ -37,6 +37,7 @@ use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
 use tokio::io::{AsyncReadExt as _, Interest};
 use tokio::runtime::{LocalOptions, LocalRuntime};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use tower_service::Service;
@@ -301,10 +302,24 @@ async fn sweep(cache: Cache, connections: Rc<Connections>, row: Row) {
         row.beat(); // the loop is busy, maybe, and gets on
         if cache.sweep_is_due() {
             let cache = cache.clone();
-            // A panic there is none of ours.
-            let _ = tokio::task::spawn_blocking(move || cache.sweep()).await;
+            // A panic there is none of ours. If no thread can be created, the next tick tries again.
+            let _ = on_thread("sweep", move || cache.sweep()).await;
         }
     }
+}
+
+/// Runs `work` on a thread of its own. tokio's `spawn_blocking` panics where no thread can be created.
+///
+/// # Errors
+/// If no thread can be created, or the work panics.
+async fn on_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let (done, outcome) = oneshot::channel();
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    thread.spawn(|| {
+        crash::give_stack();
+        let _ = done.send(work()); // nobody waits once the event loop has ended
+    })?;
+    outcome.await.map_err(io::Error::other)
 }
 
 /// Runs the event loop until `life` ends, and between its turns the blocking functions that are declared quick.

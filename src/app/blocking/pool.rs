@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forkyard_shm::Occupancy;
 use tokio::sync::Notify;
@@ -17,9 +17,16 @@ use tokio::sync::Notify;
 use super::{Job, inline, overdue};
 use crate::diagnostics::{crash, current_request};
 
+/// How long after a failure to create a thread the next attempt is made.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
 /// The threads, and the queue from which they take.
 pub(super) struct Pool {
     threads: u32,
+    /// Threads that exist: fewer than `threads` as long as the system does not allow more.
+    started: AtomicU32,
+    /// The last attempt to create threads.
+    attempted: Mutex<Option<Instant>>,
     /// Jobs that may wait beside those that run.
     queue: u32,
     waiting: Mutex<Waiting>,
@@ -131,16 +138,12 @@ pub(super) fn announce_free() {
     }
 }
 
-/// The first call starts the threads: a worker without blocking functions has none, nor has the master.
 pub(super) fn pool() -> &'static Pool {
-    static START: Mutex<()> = Mutex::new(());
-    if let Some(pool) = POOL.get() {
-        return pool;
-    }
-    let _one_at_a_time = START.lock().unwrap_or_else(PoisonError::into_inner);
     let (threads, queue, occupancy) = SIZE.get().cloned().unwrap_or((1, 1024, None));
-    let pool = POOL.get_or_init(|| Pool {
+    POOL.get_or_init(|| Pool {
         threads,
+        started: AtomicU32::new(0),
+        attempted: Mutex::default(),
         queue,
         waiting: Mutex::default(),
         one_is_called: Condvar::new(),
@@ -153,16 +156,18 @@ pub(super) fn pool() -> &'static Pool {
         one_has_ended: (Mutex::new(()), Condvar::new()),
         is_stuck: AtomicBool::new(false),
         hung: AtomicU32::new(0),
-    });
-    static STARTED: OnceLock<usize> = OnceLock::new();
-    let started = *STARTED.get_or_init(|| (0..threads).filter(|&number| start_thread(number, pool)).count());
-    assert!(started > 0, "not one of the {threads} threads for blocking functions could be started");
-    pool
+    })
 }
 
 impl Pool {
-    /// False if too many wait already. If this thread has an event loop, a sleeping thread is woken at the end of its turn.
-    pub(super) fn start(&self, job: Arc<dyn Job>) -> bool {
+    /// False if too many wait already, or there is no thread. If this thread has an event loop, a sleeping thread is woken
+    /// at the end of its turn.
+    ///
+    /// The first call starts the threads: a worker without blocking functions has none, nor has the master.
+    pub(super) fn start(&'static self, job: Arc<dyn Job>) -> bool {
+        if self.started.load(Ordering::SeqCst) < self.threads && !self.start_threads() {
+            return false;
+        }
         if self.is_stuck.load(Ordering::SeqCst) {
             if self.is_stuck() {
                 return false;
@@ -180,18 +185,53 @@ impl Pool {
         true
     }
 
+    /// Starts the threads that are missing, as far as the system allows. Whether there is one.
+    fn start_threads(&'static self) -> bool {
+        let mut attempted = self.attempted.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.started.load(Ordering::SeqCst);
+        if attempted.is_some_and(|at| at.elapsed() < RETRY_INTERVAL) {
+            return before > 0;
+        }
+        let is_first = attempted.replace(Instant::now()).is_none();
+        for number in before..self.threads {
+            let thread = thread::Builder::new().name(format!("blocking-{number}"));
+            if let Err(error) = thread.spawn(|| work(self)) {
+                if is_first || number > before {
+                    log::error!(
+                        "{number} of {} threads for blocking functions could be created: {error} (raise --rlimit nproc, ulimit \
+                         -u, TasksMax= in the unit or pids.max of the container, or lower --threads)",
+                        self.threads
+                    );
+                }
+                break;
+            }
+            self.started.fetch_add(1, Ordering::SeqCst);
+        }
+        let started = self.started.load(Ordering::SeqCst);
+        if started == self.threads && !is_first {
+            log::info!("all {started} threads for blocking functions could be created");
+        }
+        self.tell(); // it may have been occupied with fewer threads
+        started > 0
+    }
+
+    /// The threads that take jobs, but 1 if there is none: then no job waits either.
+    fn capacity(&self) -> u32 {
+        self.started.load(Ordering::SeqCst).max(1)
+    }
+
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         // No code that can panic runs under the lock.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_occupied(&self) -> bool {
-        self.count.load(Ordering::SeqCst) >= self.threads
+        self.count.load(Ordering::SeqCst) >= self.capacity()
     }
 
     /// Whether all threads hang.
     fn is_stuck(&self) -> bool {
-        overdue::hung() >= self.threads as usize
+        overdue::hung() >= self.capacity() as usize
     }
 
     /// Says how many threads hang.
@@ -200,7 +240,7 @@ impl Pool {
         let hung = u32::try_from(overdue::hung()).unwrap_or(u32::MAX);
         self.hung.store(hung, Ordering::SeqCst);
         if let Some(occupancy) = &self.occupancy {
-            occupancy.set_hung(hung, hung >= self.threads);
+            occupancy.set_hung(hung, hung >= self.capacity());
         }
     }
 
@@ -241,7 +281,7 @@ impl Pool {
 
     fn one_ended(&self, job: &Arc<dyn Job>) {
         let before = self.count.fetch_sub(1, Ordering::SeqCst);
-        if before <= self.threads && self.is_told.load(Ordering::SeqCst) {
+        if before <= self.capacity() && self.is_told.load(Ordering::SeqCst) {
             self.tell();
             match job.bell() {
                 Some(bell) => bell.one_is_free(),
@@ -303,16 +343,6 @@ fn work(pool: &Pool) {
         let _ = catch_unwind(AssertUnwindSafe(|| job.run()));
         pool.one_ended(&job);
         let _ = catch_unwind(AssertUnwindSafe(|| drop(job)));
-    }
-}
-
-fn start_thread(number: u32, pool: &'static Pool) -> bool {
-    match thread::Builder::new().name(format!("blocking-{number}")).spawn(|| work(pool)) {
-        Ok(_) => true,
-        Err(error) => {
-            log::error!("cannot start a thread for blocking functions: {error}");
-            false
-        }
     }
 }
 

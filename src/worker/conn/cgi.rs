@@ -37,8 +37,8 @@ use crate::protocol::params::Params;
 use crate::request::activity::Activity;
 use crate::sys;
 use crate::worker::lifecycle::watchdog::watch_bodies;
-use crate::worker::run_in_turns;
 use crate::worker::service::serve::{self, Application, BoxError, Guard, Served};
+use crate::worker::{on_thread, run_in_turns};
 
 /// What is read at a time, and what is gathered of small pieces before it is written.
 const PIECE: usize = 64 << 10;
@@ -180,7 +180,7 @@ async fn feed(mut stdin: File, length: u64, body: pipe::Writer) {
     while left > 0 {
         poll_fn(|context| body.poll_room(context)).await;
         let most = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
-        let read = tokio::task::spawn_blocking(move || {
+        let read = on_thread("stdin", move || {
             let mut bytes = BytesMut::zeroed(most);
             loop {
                 match stdin.read(&mut bytes) {
@@ -196,8 +196,9 @@ async fn feed(mut stdin: File, length: u64, body: pipe::Writer) {
                 body.push(bytes.freeze());
             }
             Ok(Ok(_)) => return,
-            Ok(Err(error)) => return log::warn!("standard input cannot be read: {error}"),
-            Err(_) => return, // the event loop ends
+            Ok(Err(error)) | Err(error) => {
+                return log::warn!("standard input cannot be read: {}", sys::explain(&error));
+            }
         }
     }
     body.finish();
@@ -249,9 +250,11 @@ fn write(stdout: &mut File, waiting: &mut BytesMut) -> io::Result<()> {
 /// Returns when nobody reads standard output any more, or the other end of `over` is closed. Of a file nobody can tell.
 async fn gone(stdout: OwnedFd, over: PipeReader) {
     // On a thread, since epoll takes no files.
-    let hung_up = tokio::task::spawn_blocking(move || {
+    let hung_up = on_thread("stdout", move || {
         let mut sockets = [stdout.as_fd(), over.as_fd()].map(|fd| PollFd::new(fd, PollFlags::empty()));
         while let Err(Errno::EINTR) = nix::poll::poll(&mut sockets, PollTimeout::NONE) {}
     });
-    let _ = hung_up.await;
+    if hung_up.await.is_err() {
+        std::future::pending().await
+    }
 }
