@@ -6,7 +6,6 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::str::FromStr;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -113,7 +112,7 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
     for (name, value) in params.iter() {
         let name = match name.strip_prefix(b"HTTP_") {
             Some(name) => header_name(name),
-            None => variables.take(name, value)?,
+            None => variables.take(name, value)?.then_some(header::CONTENT_TYPE),
         };
         if let Some(name) = name {
             if name == header::HOST && (std::mem::replace(&mut has_host, true) || !is_host(value)) {
@@ -149,9 +148,10 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
 }
 
 impl<'a> Variables<'a> {
-    /// Takes a variable that is not one of the client's headers, except for the two that are.
-    fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<Option<HeaderName>, Error> {
-        if !may_have(name, value) {
+    /// Takes a variable that has no `HTTP_`. Returns whether it is the client's header all the same: `CONTENT_TYPE`.
+    #[inline]
+    fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<bool, Error> {
+        if has_control(value) && !may_have_control(name, value) {
             return Err(Error::Variable);
         }
         // By the first letter first: most variables are none of these.
@@ -160,13 +160,13 @@ impl<'a> Variables<'a> {
                 b"REQUEST_METHOD" => self.method = value,
                 b"REQUEST_URI" => self.request_uri = value,
                 b"REQUEST_SCHEME" => self.is_https |= value.eq_ignore_ascii_case(b"https"),
-                b"REMOTE_ADDR" => self.address = parse(value),
-                b"REMOTE_PORT" => self.port = parse(value).unwrap_or(0),
+                b"REMOTE_ADDR" => self.address = parse_address(value),
+                b"REMOTE_PORT" => self.port = parse_digits(value).and_then(|port| port.try_into().ok()).unwrap_or(0),
                 _ => {}
             },
             Some(b'C') => match name {
                 b"CONTENT_LENGTH" => self.length(value)?,
-                b"CONTENT_TYPE" if !value.is_empty() => return Ok(Some(header::CONTENT_TYPE)),
+                b"CONTENT_TYPE" => return Ok(!value.is_empty()),
                 _ => {}
             },
             Some(b'S') => match name {
@@ -181,7 +181,7 @@ impl<'a> Variables<'a> {
             Some(b'H') if name == b"HTTPS" => self.is_https |= value.eq_ignore_ascii_case(b"on") || value == b"1",
             _ => {}
         }
-        Ok(None)
+        Ok(false)
     }
 
     /// Sent empty when there is none (4.1.2), and after one it takes that back: so an nginx configuration adds to
@@ -191,49 +191,61 @@ impl<'a> Variables<'a> {
         match value {
             b"" => self.length = None,
             b"-1" => {}
-            digits if digits.iter().all(u8::is_ascii_digit) => {
-                let length = parse(digits).ok_or(Error::Length)?;
+            digits => {
+                let length = parse_digits(digits).ok_or(Error::Length)?;
                 if self.length.replace(length).is_some_and(|other| other != length) {
                     return Err(Error::Length);
                 }
             }
-            _ => return Err(Error::Length),
         }
         Ok(())
     }
 }
 
-/// Whether a variable that is not a header may have this value. RFC 3875 lets none of its own have a CR, LF or NUL, except that a path
-/// is decoded: `/a%0Ab` has one in SCRIPT_NAME or PATH_INFO. Variables that RFC 3875 does not define are the server's: some are
-/// certificates of many lines.
-fn may_have(name: &[u8], value: &[u8]) -> bool {
-    !has_control(value)
-        || match name {
-            b"SCRIPT_NAME" | b"PATH_INFO" | b"PATH_TRANSLATED" => !value.contains(&b'\0'),
-            b"AUTH_TYPE" | b"CONTENT_LENGTH" | b"CONTENT_TYPE" | b"GATEWAY_INTERFACE" | b"HTTPS" | b"QUERY_STRING"
-            | b"REMOTE_ADDR" | b"REMOTE_HOST" | b"REMOTE_IDENT" | b"REMOTE_PORT" | b"REMOTE_USER"
-            | b"REQUEST_METHOD" | b"REQUEST_SCHEME" | b"REQUEST_URI" | b"SERVER_NAME" | b"SERVER_PORT"
-            | b"SERVER_PROTOCOL" | b"SERVER_SOFTWARE" => !value.iter().any(|byte| b"\r\n\0".contains(byte)),
-            _ => true,
-        }
-}
-
-/// Whether a byte is below 0x20. Eight bytes at a time, as every variable of every request is looked at.
-fn has_control(bytes: &[u8]) -> bool {
-    const LOW: u64 = 0x0101_0101_0101_0101;
-    // Subtracting 0x20 sets the high bit of a byte that is below, and of one that had it before.
-    let is_below = |word: [u8; 8]| {
-        let word = u64::from_ne_bytes(word);
-        word.wrapping_sub(LOW * 0x20) & !word & (LOW * 0x80) != 0
-    };
-    match bytes.last_chunk() {
-        Some(&last) => is_below(last) || bytes.as_chunks().0.iter().any(|&word| is_below(word)),
-        None => bytes.iter().any(|&byte| byte < 0x20),
+/// Whether a variable that is not a header may have this value, which has a control character. RFC 3875 lets none of its own have a CR, LF
+/// or NUL, except that a path is decoded: `/a%0Ab` has one in SCRIPT_NAME or PATH_INFO. Variables that RFC 3875 does not define are
+/// the server's: some are certificates of many lines.
+#[cold]
+fn may_have_control(name: &[u8], value: &[u8]) -> bool {
+    match name {
+        b"SCRIPT_NAME" | b"PATH_INFO" | b"PATH_TRANSLATED" => !value.contains(&b'\0'),
+        b"AUTH_TYPE" | b"CONTENT_LENGTH" | b"CONTENT_TYPE" | b"GATEWAY_INTERFACE" | b"HTTPS" | b"QUERY_STRING"
+        | b"REMOTE_ADDR" | b"REMOTE_HOST" | b"REMOTE_IDENT" | b"REMOTE_PORT" | b"REMOTE_USER" | b"REQUEST_METHOD"
+        | b"REQUEST_SCHEME" | b"REQUEST_URI" | b"SERVER_NAME" | b"SERVER_PORT" | b"SERVER_PROTOCOL"
+        | b"SERVER_SOFTWARE" => !value.iter().any(|byte| b"\r\n\0".contains(byte)),
+        _ => true,
     }
 }
 
-fn parse<T: FromStr>(value: &[u8]) -> Option<T> {
+/// Whether a byte is below 0x20. Eight bytes at a time, as every variable of every request is looked at.
+#[inline]
+fn has_control(bytes: &[u8]) -> bool {
+    const LOW: u64 = 0x0101_0101_0101_0101;
+    // Subtracting 0x20 sets the high bit of a byte that is below, and of one that had it before.
+    let below = |word: u64| word.wrapping_sub(LOW * 0x20) & !word & (LOW * 0x80);
+    // The last word overlaps the one before it; of fewer bytes than a word has, so do the halves.
+    let found = match (bytes.last_chunk(), bytes.first_chunk(), bytes.last_chunk()) {
+        (Some(&last), ..) => {
+            let words = bytes.as_chunks().0.iter();
+            words.fold(below(u64::from_ne_bytes(last)), |found, &word| found | below(u64::from_ne_bytes(word)))
+        }
+        (None, Some(&first), Some(&last)) => {
+            below(u64::from(u32::from_ne_bytes(first)) << 32 | u64::from(u32::from_ne_bytes(last)))
+        }
+        _ => return bytes.iter().any(|&byte| byte < 0x20),
+    };
+    found != 0
+}
+
+fn parse_address(value: &[u8]) -> Option<IpAddr> {
     std::str::from_utf8(value).ok()?.parse().ok()
+}
+
+/// A number that is digits alone, at least one.
+pub(super) fn parse_digits(value: &[u8]) -> Option<u64> {
+    let (first, rest) = value.split_first()?;
+    let digit = |byte: u8| byte.is_ascii_digit().then(|| u64::from(byte - b'0'));
+    rest.iter().try_fold(digit(*first)?, |number, &byte| number.checked_mul(10)?.checked_add(digit(byte)?))
 }
 
 /// `USER_AGENT` is the header `user-agent` (4.1.18). A name that no header can have is passed over.

@@ -19,6 +19,7 @@ use std::fmt;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 
+use super::cgi::parse_digits;
 use super::params::Params;
 
 /// The shortest request there can be: the length, the two variables that must be there, and the comma.
@@ -218,11 +219,7 @@ fn checked(params: &Params) -> Result<Option<u64>, Error> {
     let length = match length {
         // lighttpd, of a body that it passes on while it comes in, in chunks.
         b"-1" => None,
-        digits if digits.iter().all(u8::is_ascii_digit) => {
-            let digits = std::str::from_utf8(digits).map_err(|_| Error::Length)?;
-            Some(digits.parse().map_err(|_| Error::Length)?)
-        }
-        _ => return Err(Error::Length),
+        digits => Some(parse_digits(digits).ok_or(Error::Length)?),
     };
     let mut versions = of(b"SCGI");
     match (versions.next(), versions.next()) {

@@ -269,8 +269,11 @@ where
 
     fn abandon(&self) -> bool {
         let mut progress = self.progress();
+        if progress.is_over {
+            return false; // as a rule
+        }
         let request = progress.request.take();
-        let is_running = request.is_none() && !progress.is_over;
+        let is_running = request.is_none();
         if let (true, Some(cell)) = (is_running, self.cell) {
             current_request::forget(cell); // it will be another request's, while a thread goes on with this one
         }

@@ -275,7 +275,8 @@ pin_project! {
         in_flight: Option<Serving>,
         // The application is given up then.
         deadline: Option<Pin<Box<Sleep>>>,
-        begun: Option<Begun<B>>,
+        // Boxed, as most responses need none.
+        begun: Option<Box<Begun<B>>>,
     }
 
     impl<S: Service<Request<Body>>, B> PinnedDrop for ResponseFuture<S, B> {
@@ -336,19 +337,23 @@ where
                 Ok(ready) => ready!(ready).map_err(Failure::Error)?,
                 Err(panic) => return Poll::Ready(Err(Failure::Panic(panic))),
             }
-            let Some(request) = request.take() else { return Poll::Pending };
-            if BeginBy::is_past(&request) {
+            if request.as_ref().is_some_and(BeginBy::is_past) {
                 queue_time::count();
                 return Poll::Ready(Err(Failure::Refused(StatusCode::SERVICE_UNAVAILABLE, Some(Duration::ZERO))));
             }
-            let response = catch_panic(|| service.call(request)).map_err(Failure::Panic)?;
+            let response = catch_panic(|| request.take().map(|request| service.call(request)));
+            let Some(response) = response.map_err(Failure::Panic)? else { return Poll::Pending };
             self.set(Stage::Called { response });
         }
         match self.project() {
-            StageProjected::Called { response } => match catch_panic(|| response.poll(context)) {
-                Ok(response) => Poll::Ready(ready!(response).map_err(Failure::Error)),
-                Err(panic) => Poll::Ready(Err(Failure::Panic(panic))),
-            },
+            StageProjected::Called { response } => {
+                // Requests and responses are large: each is moved as seldom as possible.
+                let mut polled = Poll::Pending;
+                match catch_panic(|| polled = response.poll(context)) {
+                    Ok(()) => polled.map_err(Failure::Error),
+                    Err(panic) => Poll::Ready(Err(Failure::Panic(panic))),
+                }
+            }
             StageProjected::Refused { status, again_after } => {
                 Poll::Ready(Err(Failure::Refused(*status, *again_after)))
             }
@@ -519,34 +524,46 @@ pub(crate) fn refusal<B>(status: StatusCode, mut in_flight: Serving) -> Response
 }
 
 thread_local! {
-    /// Whether a panic on this thread will be told by whoever catches it; and what it said.
-    static CAUGHT: RefCell<Option<String>> = const { RefCell::new(None) };
-    static CATCHING: Cell<bool> = const { Cell::new(false) };
+    static CATCHING: Cell<Catching> = const { Cell::new(Catching::No) };
+    /// What the panic said, if it was [`Catching::Panicked`].
+    static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Whether a panic on this thread will be reported by whoever catches it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Catching {
+    No,
+    Yes,
+    /// There was one.
+    Panicked,
 }
 
 /// Has panics end in the log instead of on standard error: at once, unless [`catch_panic`] is at work.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic.to_string().replace('\n', " ");
-        if CATCHING.get() {
-            CAUGHT.replace(Some(text));
-        } else {
+        if CATCHING.get() == Catching::No {
             log::error!("{text}");
+        } else {
+            CATCHING.set(Catching::Panicked);
+            PANIC.replace(text);
         }
     }));
 }
 
 /// Runs code that may panic; returns the panic in words.
 pub(crate) fn catch_panic<T>(code: impl FnOnce() -> T) -> Result<T, String> {
-    CAUGHT.replace(None);
-    CATCHING.set(true);
+    CATCHING.set(Catching::Yes);
     let outcome = catch_unwind(AssertUnwindSafe(code));
-    CATCHING.set(false);
+    let catching = CATCHING.replace(Catching::No);
     outcome.map_err(|panic| {
+        if catching == Catching::Panicked {
+            return PANIC.take();
+        }
         // A panic that goes on here from another thread has passed the hook there, and one of an application that
         // set its own hook has not passed ours at all.
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-        CAUGHT.take().or(text).unwrap_or_else(|| "see the line above".to_owned())
+        text.unwrap_or_else(|| "see the line above".to_owned())
     })
 }

@@ -54,11 +54,11 @@ where
         response.body().depends_on_client() && !response.body().is_end_stream()
     }
 
-    pub(super) fn new(response: Response<Served<B>>) -> Self {
-        Self { response: response.map(Box::pin), was_polled: false }
+    pub(super) fn new(response: Response<Served<B>>) -> Box<Self> {
+        Box::new(Self { response: response.map(Box::pin), was_polled: false })
     }
 
-    pub(super) fn poll(this: &mut Option<Self>, context: &mut Context<'_>) -> Poll<Response<Served<B>>> {
+    pub(super) fn poll(this: &mut Option<Box<Self>>, context: &mut Context<'_>) -> Poll<Response<Served<B>>> {
         let Some(mut begun) = this.take() else { return Poll::Pending };
         let first = match begun.response.body_mut().as_mut().poll_frame(context) {
             Poll::Pending if !begun.was_polled => {
