@@ -1,7 +1,7 @@
 //! A start in a container: the first command of README.md where the root is read-only, memory is limited, the user is nobody, and
 //! system calls are refused.
 //!
-//! It needs root, and a control group for memory to write to: where there is none the test says so. What is read of control groups
+//! It needs root, and control groups for memory and processors to write to: where there are none the test says so. What is read of control groups
 //! is tested without any in `shm/src/memory/memory_limit.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -24,17 +24,34 @@ fn say(text: &str) {
     std::io::stderr().write_all(format!("container: {text}\n").as_bytes()).unwrap();
 }
 
-/// A control group with so much memory, for as long as it is held.
+/// A control group with a limit, for as long as it is held.
 struct Group(PathBuf);
 
 impl Group {
-    /// `Err` tells why there is none here.
+    /// With so much memory.
     fn create(bytes: u64) -> Result<Self, String> {
+        let bytes = bytes.to_string();
+        Self::limited("memory", &[("memory.limit_in_bytes", &bytes)], ("memory.max", &bytes))
+    }
+
+    /// With the time of one processor.
+    fn of_one_processor() -> Result<Self, String> {
+        Self::limited(
+            "cpu",
+            &[("cpu.cfs_quota_us", "100000"), ("cpu.cfs_period_us", "100000")],
+            ("cpu.max", "100000 100000"),
+        )
+    }
+
+    /// `v1` and `v2` are files of the two versions of control groups, and what is written to them. `Err` tells why there is none here.
+    fn limited(controller: &str, v1: &[(&str, &str)], v2: (&str, &str)) -> Result<Self, String> {
         let [ours, mounts] =
             ["cgroup", "mountinfo"].map(|name| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap());
         let mount_of = |kind: &str, option: &str| {
             let is_it = |line: &&str| {
-                line.split_once(" - ").is_some_and(|(_, end)| end.starts_with(kind) && end.contains(option))
+                line.split_once(" - ").is_some_and(|(_, end)| {
+                    end.starts_with(kind) && (option.is_empty() || end.split([',', ' ']).any(|one| one == option))
+                })
             };
             let fields: Vec<&str> = mounts.lines().find(is_it)?.split(' ').collect();
             Some((PathBuf::from(fields[3]), PathBuf::from(fields[4])))
@@ -42,20 +59,25 @@ impl Group {
         let path_of = |is_it: &dyn Fn(&str) -> bool| {
             ours.lines().find_map(|line| line.split_once(':')?.1.split_once(':').filter(|(names, _)| is_it(names)))
         };
-        let v1 = mount_of("cgroup ", "memory").zip(path_of(&|names| names.split(',').any(|name| name == "memory")));
-        let v2 = mount_of("cgroup2 ", "").zip(path_of(&str::is_empty));
+        let of_v1 =
+            mount_of("cgroup ", controller).zip(path_of(&|names| names.split(',').any(|name| name == controller)));
+        let of_v2 = mount_of("cgroup2 ", "").zip(path_of(&str::is_empty));
         let mut causes = Vec::new();
-        for (found, limit) in [(v1, "memory.limit_in_bytes"), (v2, "memory.max")] {
+        for (found, limits) in [(of_v1, v1), (of_v2, &[v2])] {
             let Some(((root, at), (_, path))) = found else { continue };
             let Ok(below) = Path::new(path).strip_prefix(&root) else { continue };
-            let directory = at.join(below).join(format!("forkyard-test-{}-{bytes}", std::process::id()));
+            let name = format!("forkyard-test-{}-{}", std::process::id(), limits[0].1.replace(' ', "-"));
+            let directory = at.join(below).join(name);
             let made = std::fs::create_dir(&directory).map(|()| Self(directory.clone()));
-            match made.and_then(|group| std::fs::write(directory.join(limit), bytes.to_string()).map(|()| group)) {
+            let limit = |group| {
+                limits.iter().try_for_each(|(file, value)| std::fs::write(directory.join(file), value)).map(|()| group)
+            };
+            match made.and_then(limit) {
                 Ok(group) => return Ok(group),
-                Err(error) => causes.push(format!("{}/{limit}: {error}", directory.display())),
+                Err(error) => causes.push(format!("{}/{}: {error}", directory.display(), limits[0].0)),
             }
         }
-        Err(format!("no control group for memory can be made here: {}", causes.join("; ")))
+        Err(format!("no control group for {controller} can be made here: {}", causes.join("; ")))
     }
 }
 
@@ -195,6 +217,20 @@ fn a_worker_that_the_kernel_kills_for_memory_is_named_as_such_and_its_client_get
     let line = server.wait_for("worker died");
     assert!(line.contains("signal=KILL") && line.contains("cause=oom-kill") && line.contains("/leak/400"), "{line}");
     assert_eq!(http::get(&server.http(), "/leak/1").unwrap().status, 200);
+    server.stop();
+}
+
+#[test]
+fn auto_starts_no_more_workers_than_a_container_may_use_processors() {
+    assert!(nix::unistd::geteuid().is_root(), "this test makes a control group: run it as root");
+    let group = match Group::of_one_processor() {
+        Ok(group) => group,
+        Err(cause) => return say(&format!("NOT RUN: {cause}")),
+    };
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec \"$@\""]).arg(&group.0).arg(program("hello"));
+    let mut server = Server::start_command(command.args(["--bind", "http:127.0.0.1:0", "--workers", "auto"]));
+    assert_eq!(server.workers().len(), 1);
     server.stop();
 }
 
