@@ -90,6 +90,7 @@ pub(crate) fn explain(error: &io::Error) -> String {
         Some(libc::EAGAIN) => {
             "no more processes are allowed (raise ulimit -u, TasksMax= in the unit, or pids.max of the container)"
         }
+        Some(libc::EFBIG) => "files of this process may not be so large (raise ulimit -f, or LimitFSIZE= in the unit)",
         Some(libc::ENOMEM) => "there is no memory (raise the memory limit, or have fewer workers or a smaller cache)",
         _ => return error.to_string(),
     };

@@ -113,7 +113,9 @@ fn a_master_without_descriptors_says_so_and_recovers() {
     let line = server.wait_for("cannot make a worker");
     assert!(line.contains("ulimit -n") && line.contains("LimitNOFILE="), "{line}");
     server.signal(Signal::SIGUSR2);
-    server.wait_for("no upgrade");
+    let line = server.wait_for("no upgrade");
+    assert!(line.contains("state cannot be written") && line.contains("ulimit -n"), "{line}");
+    assert!(!line.contains("put the new build there"), "{line}");
     assert_eq!(server.workers(), before, "the workers are there still");
     serves(&server);
     set_limit(server.pid(), 1000);
@@ -145,10 +147,20 @@ fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
     let mut server = Server::launch(command.args(HTTP).args(["--workers", "2"]).env("TMPDIR", directory.path()));
     let line = server.wait_for("cannot make a worker");
     assert!(line.contains("ulimit -u") && line.contains("TasksMax=") && line.contains("pids.max"), "{line}");
-    let mut raise = Command::new("setpriv");
-    raise.args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nproc=1000:", "--pid"]);
-    assert!(raise.arg(server.pid().to_string()).status_in_time().unwrap().success());
+    let pid = server.pid().to_string();
+    let set = |limit: &str| {
+        let mut set = Command::new("setpriv");
+        set.args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", limit, "--pid"]);
+        assert!(set.arg(&pid).status_in_time().unwrap().success());
+    };
+    set("--nproc=1000:");
     server.wait_for("ready in ");
+    serves(&server);
+    set("--nproc=1:");
+    server.signal(Signal::SIGUSR2);
+    let line = server.wait_for("no upgrade");
+    assert!(line.contains("cannot be started") && line.contains("ulimit -u"), "{line}");
+    assert!(!line.contains("put the new build there"), "{line}");
     serves(&server);
     server.stop();
 }

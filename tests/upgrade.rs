@@ -301,6 +301,38 @@ fn a_build_that_fails_its_check_changes_nothing() {
 }
 
 #[test]
+fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_named() {
+    let place = Place::with("hello");
+    let mut server = place.start(&ARGUMENTS);
+    let (address, old) = (server.http(), server.workers());
+    let pid = server.pid().to_string();
+    let set_limit = |limit: &str| {
+        let limit = format!("--fsize={limit}");
+        assert!(Command::new("prlimit").args(["--pid", &pid, &limit]).status_in_time().unwrap().success());
+    };
+    let descriptors = descriptors_of(server.pid().as_raw());
+    set_limit("100:");
+    // Before the check, and after it: the check itself lowers the limit.
+    let text = format!("#!/bin/sh\nprlimit --pid $PPID --fsize=100:\nexec {} \"$@\"\n", program("hello").display());
+    for is_checked in [false, true] {
+        server.signal(Signal::SIGUSR2);
+        let line = server.wait_for("no upgrade, and nothing has changed");
+        assert!(line.contains("this master's state cannot be written") && line.contains("ulimit -f"), "{line}");
+        assert!(!line.contains("put the new build there"), "{line}");
+        assert_eq!(server.log().contains("upgrade: becoming"), is_checked);
+        assert_eq!(server.workers(), old);
+        assert_eq!(http::get(&address, "/").unwrap().text(), "Hello, world\n");
+        assert_eq!(descriptors_of(server.pid().as_raw()), descriptors);
+        set_limit("unlimited:");
+        place.script(&text, 0o755);
+    }
+    place.install("hello");
+    upgrade(&mut server);
+    server.renewed(2, &old);
+    server.stop();
+}
+
+#[test]
 fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
     let place = Place::with("hello");
     let directory = place.directory.path().join("directory");

@@ -43,6 +43,13 @@ const LAST_WORDS: usize = 4096;
 /// How long a check that was asked to end may take for that.
 const ABORT_STEPS: Duration = Duration::from_secs(2);
 
+/// Why there is no upgrade while the server stops.
+const STOPPING: &str = "everything is being stopped";
+
+fn cannot_write(error: &io::Error) -> String {
+    format!("this master's state cannot be written to memory for the new build: {}", sys::explain(error))
+}
+
 /// How far an upgrade has come.
 #[derive(Default)]
 pub(super) enum Upgrade {
@@ -141,7 +148,7 @@ impl Upgrade {
         if let Self::Checking(check) = self
             && check.cut_short.is_none()
         {
-            check.ask_to_end("everything is being stopped");
+            check.ask_to_end(STOPPING);
         }
     }
 
@@ -204,18 +211,19 @@ impl Master {
                 self.tell_of_upgrade(format!("upgrade: checking {program} pid={}", check.pid));
                 self.upgrade = Upgrade::Checking(check);
             }
-            Err(error) => {
-                self.refuse_upgrade(format!("{program} cannot be started: {error} (put the new build there)"));
-            }
+            Err(why) => self.refuse_upgrade(why),
         }
     }
 
-    fn start_check(&self) -> io::Result<Check> {
-        let build = Identity::of(&self.start_command.program)?;
-        let saved = self.save().ok_or(io::ErrorKind::Interrupted)?;
-        let state = saved.write()?;
-        let (output, said) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        let said = blocking(said)?;
+    /// # Errors
+    /// A sentence for the operator.
+    fn start_check(&self) -> Result<Check, String> {
+        let build = Identity::of(&self.start_command.program).map_err(|error| self.cannot_start(&error))?;
+        let saved = self.save().ok_or(STOPPING)?;
+        let state = saved.write().map_err(|error| cannot_write(&error))?;
+        let no_pipe = |error: io::Error| format!("no pipe for the check of the new build: {}", sys::explain(&error));
+        let (output, said) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|errno| no_pipe(errno.into()))?;
+        let said = blocking(said).map_err(no_pipe)?;
         let mut arguments = self.start_command.arguments().into_iter();
         let mut command = Command::new(&self.start_command.program);
         command
@@ -224,13 +232,13 @@ impl Master {
             .current_dir(&self.start_command.directory)
             .env(CHECK, "1")
             .env(STATE, state.as_raw_fd().to_string())
-            .stdout(Stdio::from(said.try_clone()?))
+            .stdout(Stdio::from(said.try_clone().map_err(no_pipe)?))
             .stderr(Stdio::from(said));
         let pass = [&[state.as_raw_fd()], saved.foundation().as_slice()].concat();
         // It gives up nothing: it is to be what this process is.
-        let child = sys::spawn(&mut command, &pass, || Ok(()))?;
+        let child = sys::spawn(&mut command, &pass, || Ok(())).map_err(|error| self.cannot_start(&error))?;
         Ok(Check {
-            pid: Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?),
+            pid: Pid::from_raw(child.id().cast_signed()),
             output: LineReader::new(output),
             open: true,
             passed: false,
@@ -239,6 +247,14 @@ impl Master {
             cut_short: None,
             build,
         })
+    }
+
+    /// Whether the machine or the program is the cause, the text names what to do about it.
+    fn cannot_start(&self, error: &io::Error) -> String {
+        let is_machine =
+            matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::EAGAIN | libc::ENOMEM));
+        let remedy = if is_machine { "" } else { " (put the new build there)" };
+        format!("{} cannot be started: {}{remedy}", self.start_command.program.display(), sys::explain(error))
     }
 
     /// Becomes the new build, if it has passed.
@@ -254,29 +270,30 @@ impl Master {
         let before = sys::block_signals();
         self.signals.hand_on();
         let why = match self.save() {
-            Some(saved) => self.exec(&saved).to_string(),
-            None => "everything is being stopped".to_owned(),
+            Some(saved) => self.exec(&saved),
+            None => STOPPING.to_owned(),
         };
         sys::restore_signals(&before);
         self.refuse_upgrade(why);
     }
 
-    /// Returns only if it fails.
-    fn exec(&self, saved: &Saved) -> io::Error {
+    /// Returns only if it fails: why.
+    fn exec(&self, saved: &Saved) -> String {
         let state = match saved.write() {
             Ok(state) => state,
-            Err(error) => return error,
+            Err(error) => return cannot_write(&error),
         };
         let variables = std::env::vars_os().filter(|(name, _)| VARIABLES.iter().all(|ours| name != ours));
         let number = OsString::from(state.as_raw_fd().to_string());
         let environment: Vec<_> = variables.chain([(OsString::from(STATE), number)]).collect();
         let keep: Vec<RawFd> = saved.descriptors().into_iter().chain([state.as_raw_fd()]).collect();
-        sys::exec(
+        let error = sys::exec(
             &self.start_command.program,
             &self.start_command.arguments(),
             &environment,
             &self.start_command.directory,
             &keep,
-        )
+        );
+        self.cannot_start(&error)
     }
 }
