@@ -214,12 +214,16 @@ fn the_names_of_the_standard_streams_are_these_whatever_they_are() {
 }
 
 #[test]
-fn a_full_log_file_is_named_and_its_lines_go_to_standard_error() {
-    let mut server = start(&["--log-file", "/dev/full"]);
-    server.signal(Signal::SIGTTIN);
-    server.wait_for("asked to add");
-    server.stop();
-    assert_eq!(server.log().matches("the log file cannot be written: No space left on device").count(), 1);
+fn a_device_that_is_always_full_is_refused_by_a_start_and_by_check_alike() {
+    for flag in ["--log-file", "--access-log"] {
+        for mode in [&[][..], &["check"]] {
+            let mut command = Command::new(common::program("chatty"));
+            let output = command.args(mode).args(HTTP).args([flag, "/dev/full"]).output_in_time().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            let words = format!("{flag}: cannot open /dev/full: it is a device that is always full");
+            assert!(output.status.code() == Some(1) && said.contains(&words), "{mode:?}: {said}");
+        }
+    }
 }
 
 /// The files that these processes make may have so many bytes.

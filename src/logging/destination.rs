@@ -13,7 +13,7 @@
 use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, IsTerminal as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::socket::{MsgFlags, send};
-use nix::sys::stat::{SFlag, fstat};
+use nix::sys::stat::{SFlag, fstat, makedev};
 
 use crate::sys::file_path::{self, Links};
 
@@ -310,8 +310,11 @@ pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String>
 
 /// What is there; `None` if a file is to be made.
 fn kind_at(path: &Path, flag: &str) -> Result<Option<FileType>, String> {
-    let found = file_path::examine(path, Links::Follow, flag)?.map(|found| found.file_type());
-    match found {
+    let found = file_path::examine(path, Links::Follow, flag)?;
+    if found.as_ref().is_some_and(|found| found.file_type().is_char_device() && found.rdev() == makedev(1, 7)) {
+        return Err(format!("it is a device that is always full (name a file with {flag})"));
+    }
+    match found.map(|found| found.file_type()) {
         Some(kind) if kind.is_dir() => Err(format!("it is a directory (name a file in it, with {flag})")),
         Some(kind) if kind.is_socket() => {
             Err(format!("it is a socket (leave {flag} out and have a collector read standard error, or name a file)"))
@@ -418,7 +421,9 @@ mod tests {
 
     #[test]
     fn a_full_device_is_a_failure_with_its_name() {
-        let full = open(std::path::Path::new("/dev/full"), "--log-file").unwrap();
+        let path = std::path::Path::new("/dev/full");
+        assert!(open(path, "--log-file").unwrap_err().contains("always full"));
+        let full = open_file(path, false).unwrap();
         let outcome = Queue::default().put(full.as_fd(), Kind::File, b"x\n", 100);
         assert!(matches!(&outcome, Outcome::Failed(why) if why.contains("No space")), "{outcome:?}");
     }
