@@ -1,7 +1,7 @@
-//! The heritage: everything that a worker gets from the master, by name.
+//! Lists everything that a worker inherits from the master, by name.
 //!
-//! A freshly forked worker closes every descriptor that is not one of these, and uses nothing else of the
-//! master's. Master and worker do not import each other; this is what passes between them.
+//! A freshly forked worker closes every descriptor that is not listed here, and uses nothing else of the master. The modules
+//! of the master and the worker do not import each other; this module is their only link.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -17,12 +17,12 @@ use crate::net::handover::Channel;
 use crate::net::listen::Listener;
 use crate::privileges::Privileges;
 
-/// What one worker inherits.
+/// Everything that one worker inherits.
 #[derive(Debug)]
 pub(crate) struct Heritage {
-    /// Its number, unique among the living processes, and its row in the scoreboard.
+    /// Number of the worker, unique among the living processes, and index of its row in the scoreboard.
     pub(crate) slot: u32,
-    /// How often the master had been told to reload when this worker was made, from 1.
+    /// Number of reloads, counted from 1, when this worker was created.
     pub(crate) generation: u64,
     pub(crate) master: Pid,
     pub(crate) config: Arc<Config>,
@@ -30,41 +30,40 @@ pub(crate) struct Heritage {
     pub(crate) segment: Segment,
     /// The worker writes its [`Report`]s here.
     pub(crate) report: OwnedFd,
-    /// Where connections pass from one worker to another.
+    /// Passes connections from one worker to another.
     pub(crate) handover: Arc<Channel>,
-    /// Never readable; at its end the master is dead.
+    /// Never readable; its end means that the master is dead.
     pub(crate) lifeline: OwnedFd,
-    /// What the application itself opened before the fork, in `main` or in `preload`.
+    /// Descriptors that the application opened before the fork, in `main` or in `preload`.
     pub(crate) application: Arc<[RawFd]>,
-    /// What it gives up before the application runs.
+    /// Privileges that the worker drops before the application runs.
     pub(crate) privileges: Arc<Privileges>,
-    /// The log and the access log.
     pub(crate) log_files: Arc<LogFiles>,
-    /// Here they come again after a rotation.
+    /// The worker receives the reopened log files here after a rotation.
     pub(crate) files: Option<OwnedFd>,
-    /// What the application wants called.
+    /// The application's hooks.
     pub(crate) hooks: Arc<WorkerHooks>,
 }
 
-/// What a worker tells the master: a line each. To the master it is gossip.
+/// A worker's report to the master, one line each. The master must treat it as gossip.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Report {
-    /// It is accepting connections.
+    /// The worker accepts connections.
     Ready,
-    /// It has served its time, for this reason, and goes on until somebody takes its place.
+    /// The worker has reached the end of its lifetime, for this reason. It continues to serve until another worker replaces it.
     Recycle(String),
-    /// The same, because a function hangs that was called for this request.
+    /// As [`Report::Recycle`]; the reason is a blocking function that hangs, called for this request.
     HungThread(String),
-    /// The signal of which it dies was sent by this process, which is not the worker.
+    /// Another process, with this pid, sent the signal that ends the worker.
     SentBy(i32),
-    /// Why it cannot go on.
+    /// Why the worker cannot continue.
     LastWords(String),
-    /// Where it crashed: addresses, as `code_address.rs` writes them, the innermost function first.
+    /// Where the worker crashed: addresses as `code_address.rs` writes them, the innermost function first.
     Trace(String),
 }
 
 impl Report {
-    /// As it is written, with the end of the line. A text is one line.
+    /// The report as one line, with its line end.
     pub(crate) fn line(&self) -> String {
         match self {
             Self::Ready => "ready\n".to_owned(),
@@ -76,7 +75,7 @@ impl Report {
         }
     }
 
-    /// Reads a line without its end; what makes no sense are last words.
+    /// Parses a line without its end. A line of any other form counts as last words.
     pub(crate) fn parse(line: &str) -> Self {
         match line.split_once(' ') {
             None if line == "ready" => Self::Ready,
@@ -90,31 +89,31 @@ impl Report {
     }
 }
 
-/// What a worker does with its heritage: it serves until it is told to stop, and returns an exit status.
+/// The main function of a worker: serves until it is asked to stop, and returns an exit status.
 pub(crate) type WorkerMain = Box<dyn Fn(Heritage) -> u8>;
 
 impl Heritage {
-    /// Makes this process what its slot may be: once, after the fork, before anything of the application. What it does from then
-    /// on, and what it forks, is done with that. (So what must be able to do more has to be forked before.)
+    /// Drops the privileges that this slot must not have. Must be called once, after the fork and before any application code.
+    /// The process and all its children keep the reduced privileges, so a process that needs more must be forked before.
     ///
     /// # Errors
-    /// What could not be done, with its flag.
+    /// A sentence for the operator, with the flag that could not be applied.
     pub(crate) fn apply_privileges(&self) -> io::Result<()> {
         if self.privileges.change_access() {
-            // It becomes a user of the cache while it can still open it again.
+            // The process must register as a user of the cache while it can still open the file again.
             self.segment.enter();
         }
         self.privileges.apply(self.slot)
     }
 
-    /// Tells the master why this worker cannot go on. Returns its exit status.
+    /// Reports to the master why this worker cannot continue. Returns the worker's exit status.
     pub(crate) fn fail(&self, why: &impl std::fmt::Display) -> u8 {
         let line = Report::LastWords(why.to_string()).line();
-        let _ = nix::unistd::write(&self.report, line.as_bytes()); // if the master is gone, nobody wants to know
+        let _ = nix::unistd::write(&self.report, line.as_bytes()); // fails if the master is gone; nothing remains to be done
         1
     }
 
-    /// The descriptors that stay open in the worker, beside the standard ones.
+    /// The descriptors that stay open in the worker, in addition to the standard ones.
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let listeners = self.listeners.iter().map(|listener| listener.as_fd().as_raw_fd());
         let [send, receive] = [self.handover.sender(), self.handover.receiver()].map(|fd| fd.as_raw_fd());

@@ -1,23 +1,25 @@
-//! The heir: a process beside each worker that sees to it that the worker's death costs its clients as little as can be.
+//! The heir: a process next to each worker that takes over the worker's connections when the worker dies.
 //!
 //! ```text
 //! worker dies ─▶ every request in flight: 502 ─▶ kept connections: to another worker ─▶ the rest: closed
 //! ```
 //!
-//! An heir is a clone of its worker that shares its table of descriptors (`clone(2)`, CLONE_FILES) and nothing else. While
-//! the worker lives it sleeps, and a connection costs neither of them a system call. When the worker dies, by whatever
-//! signal, the table stays, and with it every connection, open; the [`journal`] tells what each was at, and [`settlement`] what
-//! becomes of it.
+//! An heir is a clone of its worker that shares only the worker's descriptor table (`clone(2)`, CLONE_FILES). It sleeps while
+//! the worker lives, and adds no system call to a connection. When the worker dies, by any signal, the table and all
+//! connections in it stay open. The [`journal`] shows the state of each connection, and [`settlement`] decides what happens
+//! to it.
 //!
-//! - The heir is made right after the fork, when the worker has one thread, and before anything of the application
-//!   runs. It never touches the application's memory, the page cache or tokio.
-//! - First it closes all descriptors that are not connections: the kernel takes locks by them for a sign of life.
-//! - It is no child that the application could wait for (its exit signal is none). When the worker is dead it is the
-//!   master's, who reaps it.
-//! - Killed itself, it takes nothing along: its worker asks to be replaced. Killed together with its worker, the
-//!   connections break off.
+//! - The heir is created right after the fork, while the worker has one thread, and before any application code runs. It
+//!   never touches the application's memory, the page cache or tokio.
+//! - After the worker's death, the heir first closes all descriptors that are not connections: a lock held through such a
+//!   descriptor counts as a sign that the worker lives.
+//! - The heir has no exit signal, so the application's wait(2) calls do not return it. After the worker's death the heir
+//!   becomes a child of the master, which reaps it.
+//! - If only the heir is killed, no connection is lost, and its worker requests to be replaced. If the heir is killed
+//!   together with its worker, the connections are reset.
 //!
-//! May not: believe the journal more than its own safety allows; wait for anybody longer than [`PEER_TIMEOUT`].
+//! The heir must not trust the journal further than its own safety allows, and must not wait for a peer longer than
+//! [`PEER_TIMEOUT`].
 
 pub(crate) mod journal;
 pub(crate) mod settlement;
@@ -44,34 +46,34 @@ use crate::net::handover::{self, Channel, Handoff, PackedOrigin};
 use crate::net::listen::{Closing, Listener};
 use crate::{logging, sys};
 
-/// How long peers that have been told that it is over are listened to, so that they hear it: closed before, a connection on which they
-/// still send would be reset, and what they were told be lost.
+/// How long the heir reads from peers after it has written its last bytes to them. If the heir closed a connection on which
+/// the peer still sends, the kernel would reset it, and the peer could lose those bytes.
 const PEER_TIMEOUT: Duration = Duration::from_secs(2);
-/// The same when the server stops at once, or the master is dead.
+/// As [`PEER_TIMEOUT`], for a stop at once or a dead master.
 const STOP_PEER_TIMEOUT: Duration = Duration::from_millis(250);
-/// When the master is dead: how long a worker may take to accept what is queued before its sockets are closed, and how often that is
-/// looked at, in milliseconds.
+/// When the master is dead: how long a worker may take to accept queued connections before its sockets are closed, and how
+/// often the queues are checked, in milliseconds.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(1);
 const QUEUE_POLL_INTERVAL_MS: u8 = 5;
 
-/// What a worker has of its heir.
+/// The worker's side of its heir.
 #[derive(Debug)]
 pub(crate) struct Heir {
     pub(crate) journal: Journal,
-    /// For the access log, if there is one.
+    /// Buffer for access log lines. `None` without an access log.
     pub(crate) lines: Option<LineBuffer>,
-    /// Readable when the heir is dead. None if there is no heir.
+    /// Readable when the heir is dead. `None` without an heir.
     pub(crate) end: Option<OwnedFd>,
-    /// What the heir goes by: it has to stay open as long as the worker lives.
+    /// Descriptors that the heir uses: they must stay open as long as the worker lives.
     pub(crate) retained: RetainedFds,
 }
 
-/// Descriptors that the heir uses, and the worker must not close.
+/// Descriptors that the heir uses. The worker must not close them.
 #[derive(Debug)]
 pub(crate) struct RetainedFds {
-    /// None without an heir.
+    /// `None` without an heir.
     worker: Option<OwnedFd>,
-    /// The worker gives up its own when it leaves.
+    /// The heir's own lifeline: a worker closes its lifeline when it leaves.
     lifeline: OwnedFd,
     _channel: Arc<Channel>,
     listeners: Arc<[Listener]>,
@@ -79,20 +81,20 @@ pub(crate) struct RetainedFds {
 }
 
 impl RetainedFds {
-    /// Has worker and heir hold the listening sockets no longer.
+    /// Removes the listening sockets from the descriptor table of worker and heir.
     pub(crate) fn give_up(&self, listeners: &[Listener]) {
         listeners.iter().for_each(|listener| listener.give_up(&self.lifeline));
     }
 
-    /// Returns when the worker is dead. If the master dies before, its sockets are closed: a worker whose event loop is
-    /// busy may be long in coming to that.
+    /// Returns when the worker is dead. If the master dies first, the listening sockets are closed here: a worker whose event loop
+    /// is busy may take long to close them.
     fn await_death(&self, worker: Pid, end: &OwnedFd) {
         let is_lifeline = identity_of(self.lifeline.as_fd());
         let mut has_master = true;
         let mut closing = None;
         let mut own = None;
         let is_alive = || nix::unistd::getppid() == worker;
-        // No descriptor must be changed before: they are the worker's.
+        // Until then no descriptor may be changed: the table is the worker's.
         while is_alive() {
             let end = own.as_ref().unwrap_or(end);
             let mut ends = vec![PollFd::new(end.as_fd(), PollFlags::POLLIN)];
@@ -105,7 +107,7 @@ impl RetainedFds {
             let (of_worker, of_lifeline) = (said_of(0), said_of(1));
             if !of_lifeline.is_empty() {
                 has_master = false;
-                // The application may have closed it, and the number be another's.
+                // The application may have closed the lifeline, and its number may now belong to another file.
                 if is_lifeline.is_some() && identity_of(self.lifeline.as_fd()) == is_lifeline {
                     closing = Some(Closing::begin(&self.listeners, QUEUE_TIMEOUT, Duration::ZERO));
                 }
@@ -119,11 +121,11 @@ impl RetainedFds {
             }
             closing = closing.filter(|sockets| !sockets.is_over());
             match polled {
-                // What is readable may be a stranger's: then the worker is still our parent.
+                // The number may belong to another file now. Then the worker is still the parent process.
                 Ok(_) if of_worker.contains(PollFlags::POLLIN) && !is_alive() => return,
                 Ok(_) if of_worker.is_empty() => {}
                 Err(nix::errno::Errno::EINTR) => {}
-                // The application has closed it.
+                // The application has closed the descriptor.
                 Ok(_) | Err(_) => match sys::process_descriptor(worker) {
                     Ok(end) => own = Some(end),
                     Err(_) => std::thread::sleep(PEER_TIMEOUT / 100),
@@ -133,30 +135,30 @@ impl RetainedFds {
     }
 }
 
-/// What a descriptor stands for.
+/// Device and inode of an open descriptor.
 fn identity_of(fd: BorrowedFd<'_>) -> Option<(u64, u64)> {
     let status = nix::sys::stat::fstat(fd).ok()?;
     Some((status.st_dev, status.st_ino))
 }
 
-/// Why processes of this machine can have no heir, if that is so: an heir goes by descriptors of processes.
+/// Why the system supports no heirs, if it does not: an heir needs process descriptors (pidfd).
 pub(crate) fn obstacle() -> Option<io::Error> {
     sys::process_descriptor(nix::unistd::getpid()).err().filter(lacks_call)
 }
 
-/// Whether the kernel, or a filter of system calls, does not have the call; other errors may be gone the next time.
+/// Whether the kernel lacks the system call, or a filter rejects it. Other errors may be temporary.
 fn lacks_call(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES))
 }
 
-/// Makes the heir of the process that calls this: a worker with one thread. Without an heir the worker can live.
+/// Creates the heir of the calling process, a worker with one thread. On failure the worker runs without an heir.
 ///
 /// # Errors
-/// If there is no memory for the journal, or no descriptor for what the worker itself needs.
+/// If there is no memory for the journal, or no descriptor available for the worker itself.
 pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     let journal = Journal::create()?;
     let lines = heritage.log_files.has_access_log().then(LineBuffer::create).transpose()?;
-    // Asked here: an heir that asks who its parent is may be an orphan already.
+    // Must be read before the fork: an heir may already be an orphan when it reads its parent's pid.
     let worker = nix::unistd::getpid();
     let end_of_worker = sys::process_descriptor(worker);
     let mut retained = RetainedFds {
@@ -173,7 +175,7 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     });
     match &heir {
         Ok(_) => {}
-        // The master has said so, once for all.
+        // The master has logged this once.
         Err(error) if lacks_call(error) => log::debug!("a worker has no heir: {error} slot={}", heritage.slot),
         Err(error) => {
             let slot = heritage.slot;
@@ -186,7 +188,7 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     Ok(Heir { journal, lines, end: heir.ok(), retained })
 }
 
-/// The heir's life. Signals are blocked, as they were when the worker was forked, and stay so.
+/// The main function of the heir. Signals stay blocked, as they were when the worker was forked.
 fn run(worker: Pid, heritage: &Heritage, journal: Journal, lines: Option<LineBuffer>, retained: &RetainedFds) -> u8 {
     let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
     let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group ends both
@@ -201,7 +203,7 @@ fn run(worker: Pid, heritage: &Heritage, journal: Journal, lines: Option<LineBuf
     0
 }
 
-/// Writes the lines of the access log that the worker had no time for.
+/// Writes the access log lines that the worker had buffered.
 fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
     if let (count, Err(error)) = heritage.log_files.write_access_within(lines, logging::last_flush_timeout()) {
         let lost = lines[count..].iter().filter(|&&byte| byte == b'\n').count();
@@ -216,21 +218,21 @@ fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
 /// The connections of a dead worker.
 struct OpenConnections<'a> {
     heritage: &'a Heritage,
-    /// At its end the master is dead, or stops at once. `None` from then on.
+    /// Ends when the master is dead, or stops at once. `None` from then on.
     lifeline: Option<BorrowedFd<'a>>,
-    /// Too many connections are on their way in the whole system.
+    /// The system-wide limit of connections in transit has been reached.
     crowded: bool,
     passed_on: u32,
-    /// To be passed on, with their messages.
+    /// Connections to be passed on, with their messages.
     handoffs: Vec<(OwnedFd, Vec<u8>)>,
-    /// Told that it is over.
+    /// Connections that are closed as soon as the peer has closed them.
     leaving: Vec<OwnedFd>,
     answered: u32,
     cut: u32,
 }
 
 impl<'a> OpenConnections<'a> {
-    /// Takes stock, closes all other descriptors, and settles.
+    /// Reads the records, closes all other descriptors, and settles each connection.
     fn open(heritage: &'a Heritage, journal: Journal, lifeline: BorrowedFd<'a>) -> Self {
         let (handoffs, leaving) = (Vec::new(), Vec::new());
         let mut settlement = Self {
@@ -270,7 +272,7 @@ impl<'a> OpenConnections<'a> {
         settlement
     }
 
-    /// Connections that were accepted and not entered, with the messages by which they are passed on: the last one.
+    /// Connections that were accepted and not entered, with their handoff messages. There is at most one.
     fn unrecorded(&self, records: &BTreeMap<RawFd, ConnRecord>) -> Vec<(RawFd, Vec<u8>)> {
         let candidates = sys::open_descriptors().unwrap_or_else(|_| (3..1 << 16).collect()); // no /proc here
         let has_page = |fd: &RawFd| usize::try_from(*fd).is_ok_and(|fd| fd < MAX_CONNECTIONS);
@@ -278,7 +280,7 @@ impl<'a> OpenConnections<'a> {
         unknown.filter_map(|fd| Some((fd, self.fresh(fd)?))).collect()
     }
 
-    /// The message of a connection of which nothing was read, if `fd` is one, and ours.
+    /// The handoff message for `fd`, if it is a connection of this server's listeners.
     fn fresh(&self, fd: RawFd) -> Option<Vec<u8>> {
         let ours: SockaddrStorage = getsockname(fd).ok()?;
         let peer: SockaddrStorage = getpeername(fd).ok()?; // a listener has none
@@ -302,14 +304,14 @@ impl<'a> OpenConnections<'a> {
                 self.leaving.push(connection);
             }
             Then::PassOn(_) | Then::Close | Then::Reset => {
-                // So that nobody takes the end of the connection for the end of a response.
+                // With a reset, the peer cannot take the end of the connection for the end of a response.
                 let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
                 let _ = setsockopt(&connection, sockopt::Linger, &at_once);
             }
         }
     }
 
-    /// Passes on what can be passed on, and waits until those that leave have heard.
+    /// Passes on the remaining connections, and waits until the peers have closed the others.
     fn close(mut self) {
         let slot = self.heritage.slot;
         let (begun, mut patience) = (Instant::now(), PEER_TIMEOUT);
@@ -325,7 +327,7 @@ impl<'a> OpenConnections<'a> {
             }
             if !self.wait(left) {
                 (self.lifeline, patience) = (None, STOP_PEER_TIMEOUT);
-                self.handoffs.clear(); // nobody takes what is passed on
+                self.handoffs.clear(); // no worker receives them
             }
         }
         let Self { answered, cut, passed_on, .. } = self;
@@ -354,7 +356,7 @@ impl<'a> OpenConnections<'a> {
         });
     }
 
-    /// Reads and forgets what the leaving still send, and closes those that have left.
+    /// Discards what the peers of `leaving` still send, and closes the connections that they have closed.
     fn listen(&mut self) {
         self.leaving.retain(|connection| {
             let mut sink = [0; 16 << 10];
@@ -369,7 +371,7 @@ impl<'a> OpenConnections<'a> {
         });
     }
 
-    /// Waits for something to happen, and at most `left` for those who leave. False if the lifeline has ended.
+    /// Waits for an event, and at most `left` if connections are leaving. Returns false if the lifeline has ended.
     fn wait(&self, left: Duration) -> bool {
         let mut events: Vec<_> = self.lifeline.iter().map(|&end| PollFd::new(end, PollFlags::POLLIN)).collect();
         if !self.handoffs.is_empty() && !self.crowded {
@@ -377,7 +379,7 @@ impl<'a> OpenConnections<'a> {
         }
         events.extend(self.leaving.iter().map(|connection| PollFd::new(connection.as_fd(), PollFlags::POLLIN)));
         let timeout = match self.leaving.len() {
-            // Nobody tells when there is room again in the whole system.
+            // No event reports when the system-wide limit allows another one.
             _ if self.crowded => PollTimeout::from(20_u8),
             0 => PollTimeout::NONE,
             _ => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),
@@ -387,7 +389,7 @@ impl<'a> OpenConnections<'a> {
     }
 }
 
-/// What connections of a listener speak, until more is known.
+/// The protocol that the heir assumes for a listener's connections until the worker has detected it.
 pub(crate) fn wire_protocol_of(protocol: Protocol) -> WireProtocol {
     match protocol {
         Protocol::FastCgi => WireProtocol::FastCgi,

@@ -1,16 +1,16 @@
-//! What becomes of a dead worker's connection: decided from its record in the journal, without a system call.
+//! Decides what happens to a dead worker's connection, from its record in the journal and without a system call.
 //!
-//! | the connection | what its peer gets |
+//! | state of the connection | result for the peer |
 //! |---|---|
-//! | nothing is under way; what was read last was not looked at | another worker, which reads that again |
-//! | requests of whose responses nothing has left | a 502 each |
-//! | a response of which a part has left | a connection that breaks off |
-//! | all responses have left, and it is kept | another worker |
-//! | and a part of the next request was read that is not known | over HTTP and SCGI a 502 |
-//! | its output ends within a record | a connection that breaks off |
+//! | no request is in flight; the last input was not examined | another worker reads that input again |
+//! | requests of whose responses nothing has been sent | a 502 for each |
+//! | a response has been sent in part | the connection is reset |
+//! | all responses have been sent, and the connection is kept | another worker |
+//! | as before, and a part of the next request was read and is lost | a 502 over HTTP and SCGI |
+//! | the output ends within a protocol record | the connection is reset |
 //!
-//! After a 502 an HTTP or SCGI connection is closed; a FastCGI connection goes on to another worker if it is kept and what
-//! was read of it ends between two records.
+//! After a 502 an HTTP or SCGI connection is closed. A FastCGI connection passes to another worker if it is kept and its input
+//! ends at a record boundary.
 
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -19,35 +19,34 @@ use super::journal::{ConnRecord, Request, WireProtocol};
 use crate::protocol::cgi;
 use crate::protocol::fastcgi::{self, Decoder, Event};
 
-/// What is said to those whose request died with its worker.
+/// The response body for a request whose worker died.
 const BAD_GATEWAY: &[u8] = b"502 Bad Gateway\n";
-/// HTTP/2 (RFC 9113, section 6.8): GOAWAY, INTERNAL_ERROR, and no word on which streams had an effect.
+/// HTTP/2 GOAWAY with INTERNAL_ERROR (RFC 9113, section 6.8). Its last stream id excludes no stream: any may have had an effect.
 const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 2];
 
-/// What is done about a connection.
+/// The decision about one connection.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Settlement {
-    /// Written first.
+    /// Bytes to write first.
     pub(crate) say: BytesMut,
     pub(crate) then: Then,
-    /// Requests that get a 502.
+    /// Number of requests that get a 502.
     pub(crate) answered: u32,
-    /// Requests whose response breaks off, or of which nothing is known.
+    /// Number of requests whose response is cut off, or of which nothing is known.
     pub(crate) cut: u32,
 }
 
-/// What is done with a connection at last.
+/// The final step for a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Then {
-    /// Another worker goes on, with these bytes.
+    /// Pass the connection to another worker, with these bytes of input.
     PassOn(Vec<u8>),
-    /// It ends, when its peer has read what was said.
+    /// Close the connection when the peer has read the output.
     Close,
-    /// It breaks off.
+    /// Reset the connection.
     Reset,
 }
 
-/// Decides about a connection.
 pub(crate) fn settle(record: &ConnRecord) -> Settlement {
     let mut settlement = Settlement { say: BytesMut::new(), then: Then::Reset, answered: 0, cut: 0 };
     let is_open = |request: &&Request| !has_left(record, request);
@@ -75,7 +74,7 @@ pub(crate) fn settle(record: &ConnRecord) -> Settlement {
         WireProtocol::Scgi | WireProtocol::Http1 if !begun.is_empty() => Then::Reset,
         WireProtocol::Scgi | WireProtocol::Http1 if !waiting.is_empty() => Then::Close,
         WireProtocol::Scgi | WireProtocol::Http1 => match go_on(record, &input) {
-            // A part of a request has come, and is lost.
+            // A part of a request was read, and is lost.
             Then::Close if input == Input::Lost && !is_ending(record) && is_beyond(record.read, record.clean) => {
                 let half = Request { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
                 write_bad_gateway(&mut settlement.say, record.wire_protocol, &half);
@@ -93,17 +92,17 @@ pub(crate) fn settle(record: &ConnRecord) -> Settlement {
     settlement
 }
 
-/// What of the input was taken in.
+/// The state of the input that was read.
 #[derive(Debug, PartialEq, Eq)]
 enum Input {
-    /// All of it belongs to requests that are known.
+    /// All of it belongs to known requests.
     Whole,
-    /// And these bytes, which nobody has looked at.
+    /// It ends with these bytes, which the worker has not examined.
     Early(Vec<u8>),
-    /// Of the bytes that came last some requests are known, and these are not. Is that all that there is in them, and do they
-    /// end between two records?
+    /// Some requests in the last bytes read have an entry, and `unseen` have none. `ends_whole`: the bytes end at a record
+    /// boundary.
     Looked { unseen: Vec<Request>, ends_whole: bool },
-    /// And something that is gone.
+    /// A part of it is lost.
     Lost,
 }
 
@@ -121,7 +120,7 @@ fn input(record: &ConnRecord) -> Input {
     }
 }
 
-/// The worker was about to take requests out of these bytes, and had some of them.
+/// Decodes input of which the worker has entered some requests, and maybe not all.
 fn examined(record: &ConnRecord, bytes: &[u8]) -> Input {
     let mut decoder = Decoder::new(bytes.len(), usize::from(u16::MAX));
     let mut rest = BytesMut::from(bytes);
@@ -159,18 +158,18 @@ fn go_on(record: &ConnRecord, input: &Input) -> Then {
     }
 }
 
-/// Whether the peer waits for the end of the connection.
+/// Whether the connection closes after one of its requests.
 fn is_ending(record: &ConnRecord) -> bool {
     record.requests.iter().any(|request| request.is_last)
 }
 
-/// Whether all of a response has left the worker.
+/// Whether the response has been sent completely.
 fn has_left(record: &ConnRecord, request: &Request) -> bool {
     let whole = record.wire_protocol != WireProtocol::Http1 || record.written == record.queued;
     whole && request.to.is_some_and(|to| !is_beyond(to, record.written))
 }
 
-/// Whether a position comes after another one.
+/// Whether `position` comes after `other`.
 fn is_beyond(position: u32, other: u32) -> bool {
     position.wrapping_sub(other).cast_signed() > 0
 }
@@ -209,7 +208,7 @@ mod tests {
     use super::*;
     use crate::net::handover::PackedOrigin;
 
-    /// A kept FastCGI connection on which everything so far is over.
+    /// A kept connection on which all requests so far are complete.
     fn idle(wire_protocol: WireProtocol) -> ConnRecord {
         ConnRecord {
             wire_protocol,
@@ -278,7 +277,7 @@ mod tests {
         record.requests = vec![Request { at: read, ..request() }];
         let settled = settle(&record);
         assert_eq!((settled.answered, settled.then), (2, Then::PassOn(Vec::new())));
-        record.landed.as_mut().unwrap().1.pop(); // and the last record is not whole
+        record.landed.as_mut().unwrap().1.pop(); // the last record is incomplete
         let settled = settle(&record);
         assert_eq!((settled.answered, settled.then), (2, Then::Close));
     }

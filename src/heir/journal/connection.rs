@@ -1,4 +1,4 @@
-//! The record of one connection, for the worker to write as it goes.
+//! The worker's writes to the journal record of one connection.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
@@ -11,7 +11,7 @@ use super::intent::{Ancillary, Op, SLICES};
 use super::{ConnCells, HEAD, Journal, KNOWN, LAST, Request, RequestCells, USED, WireProtocol};
 use crate::net::handover::{Handoff, PackedOrigin};
 
-/// The record of one connection, for the worker to write.
+/// Writes the journal record of one connection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ConnHandle {
     pub(super) journal: Journal,
@@ -19,12 +19,12 @@ pub(crate) struct ConnHandle {
     pub(super) epoch: u32,
 }
 
-/// A request in its connection's record; none if the record had no room for it.
+/// Index of a request in its connection's record; `u8::MAX` if the record has no free entry.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry(u8);
 
 impl ConnHandle {
-    /// None for a connection without a record, or one that is closed.
+    /// `None` for a connection without a record, or a closed connection.
     fn record(&self) -> Option<&ConnCells> {
         self.journal.record(self.fd).filter(|record| record.epoch.load(Acquire) == self.epoch)
     }
@@ -33,10 +33,10 @@ impl ConnHandle {
         self.record().map_or(0, |record| of(record).load(Acquire))
     }
 
-    /// Reads what has come, at most `most` bytes, and returns how much that was; 0 at the end of the stream.
+    /// Reads up to `most` bytes. Returns the number of bytes read; 0 at the end of the stream.
     ///
     /// # Errors
-    /// What the socket says.
+    /// The error of `recvmmsg(2)`.
     pub(crate) fn read(&self, socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>, most: usize) -> io::Result<usize> {
         let base = self.position(|record| &record.read);
         let intent = self.journal.intent();
@@ -48,10 +48,10 @@ impl ConnHandle {
         Ok(read as usize)
     }
 
-    /// Writes what fits, as `send(2)`, and returns how much that was.
+    /// Writes without blocking, as `send(2)` does. Returns the number of bytes written.
     ///
     /// # Errors
-    /// What the socket says.
+    /// The error of `sendmmsg(2)`.
     pub(crate) fn write(&self, socket: BorrowedFd<'_>, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let slices = &slices[..slices.len().min(SLICES)];
         let offered: usize = slices.iter().map(|slice| slice.len()).sum();
@@ -70,7 +70,7 @@ impl ConnHandle {
         Ok(sent as usize)
     }
 
-    /// So many bytes wait to be written, the last of which ends a record.
+    /// Records that `length` bytes of output are unwritten, the last of which ends a protocol record.
     pub(crate) fn queue(&self, length: usize) {
         let Some(record) = self.record() else { return };
         let written = record.written.load(Acquire);
@@ -83,32 +83,31 @@ impl ConnHandle {
         }
     }
 
-    /// The position in the output behind `waiting` bytes that are not written yet.
+    /// The output position after `waiting` unwritten bytes.
     #[expect(clippy::cast_possible_truncation, reason = "positions wrap around")]
     pub(crate) fn output(&self, waiting: usize) -> u32 {
         self.position(|record| &record.written).wrapping_add(waiting as u32)
     }
 
-    /// All that was read has been dealt with.
+    /// Records that all input read so far has been handled.
     pub(crate) fn clean(&self) {
         if let Some(record) = self.record() {
             record.clean.store(record.read.load(Acquire), Release);
         }
     }
 
-    /// Bytes that were read and not dealt with; negative while a part of what is being dealt with is still to come.
+    /// The number of bytes read and not yet handled; negative while a part of the input being handled has not arrived.
     pub(crate) fn unfinished(&self) -> i32 {
         self.position(|record| &record.read).wrapping_sub(self.position(|record| &record.clean)).cast_signed()
     }
 
-    /// The connection turns out to speak this.
     pub(crate) fn set_wire_protocol(&self, wire_protocol: WireProtocol) {
         if let Some(record) = self.record() {
             record.wire_protocol.store(wire_protocol as u32, Release);
         }
     }
 
-    /// A request is under way: from now on the peer is owed a response.
+    /// Records the start of a request: from now on the peer must get a response.
     pub(crate) fn begin(&self, id: u16, is_head: bool, is_last: bool) -> Entry {
         let Some(record) = self.record() else { return Entry(u8::MAX) };
         let written = record.written.load(Acquire);
@@ -131,27 +130,27 @@ impl ConnHandle {
         Entry(u8::try_from(index).unwrap_or(u8::MAX))
     }
 
-    /// The response begins at this position of the output.
+    /// Records the output position at which the response begins.
     pub(crate) fn response_from(&self, Entry(index): Entry, position: u32) {
         if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {
             request.from.store(KNOWN | u64::from(position), Release);
         }
     }
 
-    /// Whether it is known where the response begins.
+    /// Whether the start of the response is recorded. Also true for a request without an entry.
     pub(crate) fn has_begun(&self, Entry(index): Entry) -> bool {
         let request = self.record().and_then(|record| record.requests.get(usize::from(index)));
         request.is_none_or(|request| request.from.load(Acquire) & KNOWN != 0)
     }
 
-    /// The response ends at this position of the output.
+    /// Records the output position at which the response ends.
     pub(crate) fn response_to(&self, Entry(index): Entry, position: u32) {
         if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {
             request.to.store(KNOWN | u64::from(position), Release);
         }
     }
 
-    /// All of an HTTP response has been made; its last byte is still to be written.
+    /// Records that an HTTP response is complete and its last byte is not yet written.
     pub(crate) fn response_over(&self, entry: Entry) {
         self.response_to(entry, self.output(1));
         if let Some(record) = self.record() {
@@ -159,7 +158,7 @@ impl ConnHandle {
         }
     }
 
-    /// Nothing waits to be written.
+    /// Records that no output is unwritten. A response passed to [`Self::response_over`] ends at the current output position.
     pub(crate) fn flushed(&self) {
         let Some(record) = self.record().filter(|record| record.ending.load(Acquire) != 0) else { return };
         let written = record.written.load(Acquire);
@@ -172,7 +171,7 @@ impl ConnHandle {
         record.ending.store(0, Release);
     }
 
-    /// All that was read has been dealt with, but for so many bytes at its end.
+    /// Records that all input read so far has been handled, except the last `unread` bytes.
     #[expect(clippy::cast_possible_truncation, reason = "positions wrap around")]
     pub(crate) fn clean_except(&self, unread: usize) {
         if let Some(record) = self.record() {
@@ -180,7 +179,7 @@ impl ConnHandle {
         }
     }
 
-    /// Looks at what has not been dealt with, and at its position, if all of it is among the bytes that were read last.
+    /// Passes the unhandled input and its position to `look`, if all of it is in the read buffer. Otherwise returns `None`.
     pub(crate) fn look_at_fresh<T>(&self, look: impl FnOnce(u32, &[u8]) -> Option<T>) -> Option<T> {
         let (intent, clean) = (self.journal.intent(), self.position(|record| &record.clean));
         if intent.op() != Op::Read || intent.fd() != self.fd {
@@ -190,14 +189,14 @@ impl ConnHandle {
         intent.with_read_buffer(intent.came(), |landed| look(clean, landed.get(before..)?))
     }
 
-    /// What was read up to this position is dealt with, or will be.
+    /// Records that the input up to `position` has been handled, or will be.
     pub(crate) fn clean_up_to(&self, position: u32) {
         if let Some(record) = self.record() {
             record.clean.store(position, Release);
         }
     }
 
-    /// Who is at the other end is known, and the request may be read.
+    /// Records the address of the peer. All input read so far counts as handled.
     pub(crate) fn set_origin(&self, PackedOrigin(origin): PackedOrigin) {
         if let Some(record) = self.record() {
             for (word, part) in record.origin.iter().zip(origin) {
@@ -207,17 +206,17 @@ impl ConnHandle {
         }
     }
 
-    /// The connection is not kept after this request.
+    /// Records that the connection closes after this request.
     pub(crate) fn is_last(&self, Entry(index): Entry) {
         if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {
             request.word.store(request.word.load(Acquire) | LAST, Release);
         }
     }
 
-    /// Passes the connection on to another worker, with what was read and not dealt with. It is to be closed here next.
+    /// Passes the connection to another worker, with the input that was read and not handled. The caller must then close it here.
     ///
     /// # Errors
-    /// `WouldBlock` if too many are on their way already, or what the channel says: the connection stays here.
+    /// `WouldBlock` if the channel is full, or another error of the channel. The connection stays with this worker.
     pub(crate) fn hand_off(&self, channel: BorrowedFd<'_>, early: &[u8]) -> io::Result<()> {
         let Some(record) = self.record() else { return Err(io::ErrorKind::Unsupported.into()) };
         let listener = u16::try_from(record.listener.load(Acquire)).unwrap_or(u16::MAX);
@@ -229,7 +228,7 @@ impl ConnHandle {
         Ok(())
     }
 
-    /// Closes the connection, by dropping what holds it.
+    /// Closes the connection by dropping the value that owns its descriptor.
     pub(crate) fn close<T>(&self, connection: T) {
         let intent = self.journal.intent();
         intent.set(Op::Close, self.fd);

@@ -1,21 +1,21 @@
-//! The journal: what a worker's heir has to know of the worker's connections, in memory that both of them see.
+//! The journal: the state of a worker's connections, in memory shared by the worker and its heir.
 //!
-//! The worker's event loop writes it as it goes: plain stores, and no system call of its own. It is never locked, since
-//! nobody reads it before the worker is dead; then its last state is the truth, up to the instruction at which the worker
-//! died. Three things make that exact:
+//! The worker's event loop writes to the journal with plain stores and without additional system calls. The journal needs no
+//! lock: the heir reads it only after the worker's death. The last state is then exact up to the instruction at which the
+//! worker died, for three reasons:
 //!
-//! - **Positions, not flags.** What was read from a connection and written to it is counted in bytes, and a request knows at
-//!   which position its response begins and ends. Whether a response has left the worker follows from two numbers, however
-//!   many of them one write took along.
-//! - **The intent record.** Before each system call that moves something, the worker lays out on the intent record what it is about to do.
-//!   `recvmmsg(2)` and `sendmmsg(2)` store the number of bytes that they moved in the caller's memory, inside the system
-//!   call; nothing can kill a process between the one and the other. That memory is the intent record. So the heir knows of each byte
-//!   whether the worker took it, even if the worker never heard.
-//! - **The read buffer.** Bytes are read into shared memory and copied from there. What the worker had taken in and not yet
-//!   looked at is not lost with it.
+//! - **Positions, not flags.** Input and output of a connection are counted in bytes, and each request holds the positions at
+//!   which its response begins and ends. Two numbers show whether a response has left the worker, even if one write sent
+//!   several responses.
+//! - **The intent record.** Before each system call that moves bytes, the worker stores the planned operation in the intent
+//!   record. `recvmmsg(2)` and `sendmmsg(2)` store the number of bytes that they moved in the caller's memory, inside the
+//!   system call; no signal can end the process between the move and the store. That memory is part of the intent record. So
+//!   the heir can determine for each byte whether the worker took it, even if the call never returned to the worker.
+//! - **The read buffer.** Bytes are read into shared memory and copied from there. Input that the worker had read and not yet
+//!   examined is not lost with the worker.
 //!
-//! May not: allocate or make a system call beyond the one that it accounts for, in what serves a request. The heir must not
-//! believe any of it more than its own safety allows: the worker may have scribbled.
+//! While a request is served, the journal must not allocate, and must not make a system call except the one that it records.
+//! The heir must not trust the journal further than its own safety allows: a faulty worker may have overwritten it.
 #![expect(unsafe_code, reason = "shared memory")]
 
 use std::io;
@@ -31,16 +31,16 @@ use self::intent::{Intent, Op};
 use crate::net::handover::{HEADER, Handoff, PackedOrigin};
 use crate::sys;
 
-/// Descriptors that have a record in the journal. A connection with a higher number is closed when its worker dies.
+/// Number of descriptors that have a record in the journal. A connection with a higher number is closed when its worker dies.
 pub(crate) const MAX_CONNECTIONS: usize = 1 << 16;
-/// Requests of one connection that are told apart; those beyond are not answered.
+/// Number of requests that one connection's record can hold. Further requests get no response when the worker dies.
 pub(crate) const REQUESTS: usize = 16;
 
-/// What a connection speaks, as far as its heir is concerned.
+/// The protocol of a connection, as far as the heir distinguishes protocols.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum WireProtocol {
-    /// No connection: a free record.
+    /// No connection: the record is free.
     Nothing = 0,
     FastCgi = 1,
     Scgi = 2,
@@ -60,24 +60,24 @@ impl WireProtocol {
     }
 }
 
-/// Everything that is known of one connection; its index is the descriptor.
+/// The record of one connection. Its index is the descriptor.
 #[repr(C, align(64))]
 struct ConnCells {
     wire_protocol: AtomicU32,
     listener: AtomicU32,
-    /// Bytes that were read; this and all positions wrap around.
+    /// Number of bytes read. This and all other positions wrap around.
     read: AtomicU32,
-    /// Up to here what was read has been dealt with, and nothing is half-way.
+    /// The input up to this position has been handled completely.
     clean: AtomicU32,
     written: AtomicU32,
-    /// Where the output that is waiting begins and ends: both are borders between records.
+    /// Begin and end of the unwritten output. Both are boundaries between protocol records.
     batch: AtomicU32,
     queued: AtomicU32,
-    /// There were more requests at a time than there is room for.
+    /// Nonzero if there were more requests at the same time than entries.
     overflow: AtomicU32,
-    /// Another number for each connection that had this record.
+    /// Differs for each connection that has used this record.
     epoch: AtomicU32,
-    /// Some response's last byte may not have been written yet.
+    /// Nonzero if the last byte of a response may be unwritten.
     ending: AtomicU32,
     /// See [`PackedOrigin`].
     origin: [AtomicU64; 3],
@@ -86,11 +86,11 @@ struct ConnCells {
 
 #[repr(C)]
 struct RequestCells {
-    /// 0, or what [`Request`] says of it.
+    /// 0 for a free entry; otherwise `USED`, the flags and the id.
     word: AtomicU32,
-    /// How much had been read when it was entered.
+    /// The connection's `read` position when the request was entered.
     at: AtomicU32,
-    /// Positions in the output, with [`KNOWN`].
+    /// Positions in the output, with [`KNOWN`] if they are set.
     from: AtomicU64,
     to: AtomicU64,
 }
@@ -98,7 +98,7 @@ struct RequestCells {
 const USED: u32 = 1 << 31;
 const HEAD: u32 = 1 << 16;
 const LAST: u32 = 1 << 17;
-/// A position that is known, beside the 32 bits of the position itself.
+/// Marks a position as known. The position itself is in the low 32 bits.
 const KNOWN: u64 = 1 << 32;
 
 #[repr(C)]
@@ -107,32 +107,32 @@ struct Region {
     records: [ConnCells; MAX_CONNECTIONS],
 }
 
-/// The journal of one worker. Its memory is never given back.
+/// The journal of one worker. Its memory is never unmapped.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Journal {
     region: NonNull<Region>,
 }
 
-// SAFETY: one thread at a time uses it: the one that made it, and then the event loop's, which it is handed to.
+// SAFETY: only one thread at a time uses the journal: first the thread that made it, then the event loop's thread.
 unsafe impl Send for Journal {}
 
-/// A request as the journal has it.
+/// A request, as read from the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Request {
-    /// Over FastCGI its request id.
+    /// The request id in FastCGI.
     pub(crate) id: u16,
-    /// Its response has no body (`HEAD`).
+    /// The response has no body (`HEAD`).
     pub(crate) is_head: bool,
-    /// The connection is not kept after it.
+    /// The connection closes after this request.
     pub(crate) is_last: bool,
-    /// How much had been read when it was entered.
+    /// The connection's `read` position when the request was entered.
     pub(crate) at: u32,
-    /// Positions in the output of its response, as far as there are any yet.
+    /// Positions in the output at which the response begins and ends, as far as they are known.
     pub(crate) from: Option<u32>,
     pub(crate) to: Option<u32>,
 }
 
-/// A connection as the journal has it, with what was on the intent record.
+/// A connection, as read from the journal, including the outcome in the intent record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ConnRecord {
     pub(crate) wire_protocol: WireProtocol,
@@ -145,62 +145,62 @@ pub(crate) struct ConnRecord {
     pub(crate) overflow: bool,
     pub(crate) origin: PackedOrigin,
     pub(crate) requests: Vec<Request>,
-    /// The last bytes that were read, and the position of the first of them; nobody has looked at them for certain.
+    /// The last bytes that were read, and the position of the first of them. It is unknown whether the worker examined them.
     pub(crate) landed: Option<(u32, Vec<u8>)>,
 }
 
-/// The last act of a worker.
+/// The last operation of a worker.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum LastOp {
-    /// Nothing that is not in the records.
+    /// The records describe the state completely.
     Settled,
-    /// There may be a connection that has no record.
+    /// An accepted connection without a record may exist.
     Accepting,
-    /// This one was being closed.
+    /// This connection was being closed.
     Closing(RawFd),
-    /// This one is with somebody else.
+    /// This connection was passed to another worker.
     Passed(RawFd),
-    /// This one had been taken over, with these bytes of a message.
+    /// This connection was taken over, with this message.
     Received(RawFd, Vec<u8>),
 }
 
 impl Journal {
-    /// Makes one. Memory is taken up only as far as it is used.
+    /// Creates a journal. Memory is allocated only as it is used.
     ///
     /// # Errors
-    /// What `mmap(2)` says.
+    /// The error of `mmap(2)`.
     pub(crate) fn create() -> io::Result<Self> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: this is a new mapping at an address that the kernel chooses.
         let region = unsafe { libc::mmap(std::ptr::null_mut(), size_of::<Region>(), protection, flags, -1, 0) };
         if region == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // All zeroes, which is a valid `Region`, page-aligned, and never unmapped.
+        // The mapping is zeroed, which is a valid `Region`, page-aligned, and never unmapped.
         let region: NonNull<Region> = NonNull::new(region.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        // The kernel must be able to store there even for a process that is being killed. It may refuse to promise that.
+        // The kernel must be able to store there even for a process that is being killed. mlock(2) may fail, and is optional.
         // SAFETY: the intent record is a part of the mapping.
         unsafe { libc::mlock(region.as_ptr().cast(), Intent::VITAL) };
         Ok(Self { region })
     }
 
     fn intent(&self) -> &Intent {
-        // SAFETY: the mapping is as large as a `Region`, lives for ever, and is all atomics but for cells that only the one
-        // thread that owns the intent record touches while the worker lives, and the heir afterwards.
+        // SAFETY: the mapping has the size of a `Region` and is never unmapped. It consists of atomics, and of cells that only one
+        // thread accesses: the owner of the intent record while the worker lives, and the heir afterwards.
         unsafe { &self.region.as_ref().intent }
     }
 
     fn record(&self, fd: RawFd) -> Option<&ConnCells> {
-        // SAFETY: as above; records are all atomics.
+        // SAFETY: the mapping has the size of a `Region` and is never unmapped. Records consist of atomics only.
         let records = unsafe { &self.region.as_ref().records };
         records.get(usize::try_from(fd).ok()?)
     }
 
-    /// Accepts a connection, as [`sys::accept`]. It is to be entered next.
+    /// Accepts a connection, as [`sys::accept`]. The caller must enter it next.
     ///
     /// # Errors
-    /// As there.
+    /// The error of [`sys::accept`].
     pub(crate) fn accept(&self, listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
         self.intent().set(Op::Accept, -1);
         let accepted = sys::accept(listener);
@@ -210,16 +210,16 @@ impl Journal {
         accepted
     }
 
-    /// Takes over a connection that another worker passed on. It is to be entered next, and then its bytes to be read.
+    /// Takes over a connection that another worker passed on. The caller must enter it next, and then handle its bytes.
     ///
     /// # Errors
-    /// `WouldBlock` if there is none; `InvalidData` for a message without a connection.
+    /// `WouldBlock` if there is no message; `InvalidData` for a message without a connection.
     pub(crate) fn take_over(&self, channel: BorrowedFd<'_>) -> io::Result<(OwnedFd, Handoff)> {
         let intent = self.intent();
-        // If no number is free, the kernel would hand out the message and drop the connection.
+        // Fails if no descriptor is free: the kernel would then deliver the message and drop the connection.
         drop(channel.try_clone_to_owned()?);
         intent.receive_message(channel.as_raw_fd())?;
-        // The kernel has just made that descriptor for us.
+        // The kernel has just created this descriptor in this process.
         let connection = intent.ancillary_descriptor().and_then(sys::own);
         let message = intent.message().filter(|_| intent.is_whole());
         let handoff = message.and_then(|message| Handoff::decode(&message));
@@ -270,7 +270,7 @@ impl Journal {
         record.wire_protocol.store(wire_protocol as u32, Release);
         match intent.op() {
             Op::Receive => {
-                // What came with it is as if it had been read.
+                // The bytes in the message count as input that was read.
                 let header = u32::try_from(HEADER).unwrap_or(0);
                 record.read.store(intent.moved().saturating_sub(header), Release);
                 intent.take_as_read(number);
@@ -281,7 +281,7 @@ impl Journal {
     }
 }
 
-/// For the heir, when the worker is dead.
+/// Called by the heir after the worker's death.
 impl Journal {
     pub(crate) fn last_op(&self) -> LastOp {
         let intent = self.intent();
@@ -305,7 +305,7 @@ impl Journal {
         (0..top.cast_signed()).filter(|&fd| self.read_record(fd).is_some())
     }
 
-    /// What is known of a connection; `None` if it has no record.
+    /// The state of a connection; `None` if it has no record.
     pub(crate) fn read_record(&self, fd: RawFd) -> Option<ConnRecord> {
         let (record, intent) = (self.record(fd)?, self.intent());
         let wire_protocol = WireProtocol::from_word(record.wire_protocol.load(Acquire));
