@@ -1,8 +1,8 @@
-//! What one master leaves to the program that takes its place, which keeps its pid: the state, the descriptors that it names, and which
-//! build is executed.
+//! The state that a master leaves to the program that replaces it under the same pid: the saved data, the descriptors that it
+//! names, and the build to execute.
 //!
-//! An upgrade is a way of starting, so this lies below the master: what makes sockets, the segment and the pid file asks here first
-//! whether there are some already. [`master::upgrade`](crate::master::upgrade) performs it.
+//! An upgrade is one way of starting, so this module lies below the master: the code that creates sockets, the segment and the
+//! pid file first checks here for existing ones. [`master::upgrade`](crate::master::upgrade) performs the upgrade.
 
 pub(crate) mod roster;
 pub(crate) mod saved;
@@ -14,10 +14,10 @@ pub(crate) use self::start_command::StartCommand;
 use self::takeover::{CHECK, STATE};
 pub(crate) use self::takeover::{Takeover, Ties, is_check};
 
-/// The variables of an upgrade, which are the master's alone.
+/// The variables of an upgrade. They are for the master only, and are not passed on.
 pub(crate) const VARIABLES: [&str; 2] = [STATE, CHECK];
 
-/// What the check of a new build prints when it has come to its end.
+/// The line that the check of a new build prints when it has succeeded.
 pub(crate) fn password() -> String {
     format!("forkyard: this build can take over (state format {FORMAT})")
 }

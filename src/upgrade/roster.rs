@@ -1,14 +1,14 @@
-//! The processes that one master leaves to the next, as they are saved.
+//! The processes that one master leaves to the next, in the saved form.
 
 use serde::{Deserialize, Serialize};
 
-/// All processes, as one supervisor leaves them to the next.
+/// The processes of one supervisor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Roster {
     pub(crate) generation: u64,
-    /// The last one that a reload was given.
+    /// The generation of the latest reload.
     pub(crate) newest: u64,
-    /// How many workers were asked for at the start, between which numbers that moved in the end, and how many there were to be.
+    /// `workers`: the configured minimum and maximum at the start. `limits`: the current ones. `target`: the current goal.
     pub(crate) workers: (u32, u32),
     pub(crate) limits: (u32, u32),
     pub(crate) target: u32,
@@ -23,15 +23,15 @@ pub(crate) struct Place {
     pub(crate) generation: u64,
     pub(crate) pid: i32,
     pub(crate) phase: Phase,
-    /// It has served its time.
+    /// The process has reached the end of its lifetime.
     #[serde(default)]
     pub(crate) worn: bool,
-    /// It leaves because another has taken its place.
+    /// The process leaves because another one has replaced it.
     #[serde(default)]
     pub(crate) replaced: bool,
 }
 
-/// The state of a process that exists; times are what is left of them.
+/// The state of a living process. Times are the remaining ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Phase {
     Starting { left_ms: u64 },

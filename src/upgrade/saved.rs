@@ -1,7 +1,8 @@
-//! What a master leaves to the program that takes its place: JSON in a sealed memory file.
+//! The saved state of a master, for the program that replaces it: JSON in a sealed memory file.
 //!
-//! The two may be builds of different age. So: what a later build adds must have a default (`#[serde(default)]`), and what
-//! an earlier one does not know it passes over. Any other change makes a new [`FORMAT`], which the check refuses.
+//! The two programs may be builds of different age. So a field that a later build adds must have a default
+//! (`#[serde(default)]`), and a build ignores fields that it does not have. Any other change requires a new [`FORMAT`], which
+//! the check refuses.
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -15,36 +16,36 @@ use serde::{Deserialize, Serialize};
 use super::roster::Roster;
 use super::start_command::StartCommand;
 
-/// The format written here, and the only one read.
+/// The format that this build writes, and the only one that it reads.
 pub(crate) const FORMAT: u32 = 1;
-/// More than any state needs, as a rule: 4096 processes with 4 KiB of last words each, escaped. (Unfinished lines of output can come
-/// to more, for a moment.)
+/// More than almost any state needs: 4096 processes with 4 KiB of last words each, escaped. Unfinished lines of output can
+/// exceed the limit for a moment.
 const MAX_STATE: u64 = 64 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Saved {
     pub(crate) format: u32,
-    /// Of the build that wrote this.
+    /// Version of the build that wrote the state.
     pub(crate) version: String,
-    /// The master, before and after.
+    /// Pid of the master, the same before and after the upgrade.
     pub(crate) pid: i32,
     pub(crate) start_command: StartCommand,
     pub(crate) listeners: Vec<SavedListener>,
     pub(crate) segment: SavedSegment,
-    /// Both ends of the pipe by whose end workers know that the master is dead.
+    /// Both ends of the pipe whose end shows workers that the master is dead.
     pub(crate) lifeline: (RawFd, RawFd),
-    /// Both ends of the channel by which workers pass connections on: where they go in, and where they come out.
+    /// Both ends of the channel on which workers pass connections on: first the sending end, then the receiving end.
     #[serde(default)]
     pub(crate) handover: Option<(RawFd, RawFd)>,
     pub(crate) roster: Roster,
     pub(crate) children: Vec<SavedChild>,
-    /// Of processes that are dead, whose heirs and children live.
+    /// Outputs of dead processes whose heirs and children live.
     #[serde(default)]
     pub(crate) orphaned_outputs: Vec<SavedOutput>,
-    /// The processes beside the workers.
+    /// Daemons and jobs.
     #[serde(default)]
     pub(crate) sidecars: Vec<SavedSidecar>,
-    /// When it was last looked which jobs are due: milliseconds of the wall's clock.
+    /// When due jobs were last looked for: Unix time in milliseconds.
     #[serde(default)]
     pub(crate) jobs_looked_at_ms: Option<i64>,
     #[serde(default)]
@@ -55,12 +56,12 @@ pub(crate) struct Saved {
     pub(crate) pid_file: Option<SavedPidFile>,
     #[serde(default)]
     pub(crate) publish: Option<SavedPublish>,
-    /// The relay, which ends by itself.
+    /// Pid of the relay, which ends by itself.
     #[serde(default)]
     pub(crate) relay: Option<i32>,
     #[serde(default)]
     pub(crate) guard: Option<SavedGuard>,
-    /// Processes that the master had already when it started.
+    /// Processes that were there before the master started.
     #[serde(default)]
     pub(crate) earlier: Vec<SavedProcess>,
 }
@@ -68,11 +69,11 @@ pub(crate) struct Saved {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedProcess {
     pub(crate) pid: i32,
-    /// In ticks since the machine was started.
+    /// Start time in ticks since the boot of the machine.
     pub(crate) started: u64,
 }
 
-/// The guard, and the link by whose end it would know that the master is dead.
+/// The guard, and the link whose end would show the guard that the master is dead.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedGuard {
     pub(crate) pid: i32,
@@ -82,9 +83,9 @@ pub(crate) struct SavedGuard {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedListener {
     pub(crate) fd: RawFd,
-    /// The `--bind` that it was made for.
+    /// The `--bind` that the listener was created for.
     pub(crate) bind: String,
-    /// Device and inode of the socket file that we made.
+    /// Device and inode of the socket file that the server created.
     pub(crate) file: Option<(u64, u64)>,
 }
 
@@ -106,7 +107,7 @@ pub(crate) struct SavedChild {
     pub(crate) hung: bool,
     pub(crate) link: SavedLink,
     pub(crate) output: Option<SavedOutput>,
-    /// Through which it gets the log files anew.
+    /// The process receives the reopened log files here.
     #[serde(default)]
     pub(crate) files: Option<RawFd>,
 }
@@ -123,13 +124,13 @@ pub(crate) enum SavedLink {
     },
     Program {
         started: bool,
-        /// It was seen to take connections.
+        /// The program was seen to accept connections.
         #[serde(default)]
         seen: bool,
     },
 }
 
-/// The pipe by which a process's output comes, and the line that is not finished yet.
+/// The pipe with the output of a process, and its unfinished line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedOutput {
     pub(crate) slot: u32,
@@ -144,18 +145,18 @@ pub(crate) struct SavedSidecar {
     pub(crate) name: String,
     pub(crate) pid: i32,
     pub(crate) output: RawFd,
-    /// The line that is not finished yet.
+    /// The unfinished line.
     #[serde(default)]
     pub(crate) partial: Vec<u8>,
-    /// How long it has run.
+    /// Time since its start.
     #[serde(default)]
     pub(crate) age_ms: u64,
-    /// How long it may take to stop, if it was asked to.
+    /// Time that is left to stop, if the process was asked to.
     #[serde(default)]
     pub(crate) stop_left_ms: Option<u64>,
 }
 
-/// A request of which workers died: it is refused, or was.
+/// A request of which workers died, and which is or was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedRefusal {
     pub(crate) request: String,
@@ -165,7 +166,7 @@ pub(crate) struct SavedRefusal {
     pub(crate) times: u32,
 }
 
-/// The control socket, and who is connected to it.
+/// The control socket and its clients.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedControl {
     pub(crate) fd: RawFd,
@@ -184,7 +185,7 @@ pub(crate) struct SavedClient {
     pub(crate) waiting: SavedWaiting,
 }
 
-/// What a client waits for. Who waits for the upgrade waits for the reload that follows.
+/// What a client waits for. A client that waits for the upgrade is saved as waiting for the reload that follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum SavedWaiting {
     No,
@@ -193,7 +194,7 @@ pub(crate) enum SavedWaiting {
     Stop,
 }
 
-/// The pid file, and the lock on it.
+/// The locked pid file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedPidFile {
     pub(crate) fd: RawFd,
@@ -211,12 +212,12 @@ pub(crate) struct SavedPublish {
 }
 
 impl Saved {
-    /// The descriptors that the new program needs to begin at all.
+    /// The descriptors that the new program needs to start at all: those of the upgrade check.
     pub(crate) fn foundation(&self) -> Vec<RawFd> {
         self.listeners.iter().map(|listener| listener.fd).chain([self.segment.fd]).collect()
     }
 
-    /// All of them.
+    /// All descriptors that the state names.
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let of_child = |child: &SavedChild| {
             let report = match child.link {
@@ -241,10 +242,10 @@ impl Saved {
         all
     }
 
-    /// Writes it where nobody can change it any more.
+    /// Writes the state to a memory file that nothing can change any more.
     ///
     /// # Errors
-    /// If a path in it is not Unicode, it is too large, or there is no memory.
+    /// If a path is not Unicode, the state is too large, or no memory is available.
     pub(crate) fn write(&self) -> io::Result<OwnedFd> {
         let json = serde_json::to_vec(self)?;
         if json.len() as u64 >= MAX_STATE {
@@ -257,10 +258,10 @@ impl Saved {
         Ok(file.into())
     }
 
-    /// Reads it. `Ok(None)` if this is not what [`Saved::write`] returned.
+    /// Reads the state. `Ok(None)` if the descriptor is not the result of [`Saved::write`].
     ///
     /// # Errors
-    /// A sentence for the operator, if it is, and makes no sense here.
+    /// A sentence for the operator, if it is a saved state that this build cannot use.
     pub(crate) fn read(descriptor: OwnedFd) -> Result<Option<Self>, String> {
         #[derive(Deserialize)]
         struct Head {

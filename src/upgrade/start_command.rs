@@ -1,4 +1,4 @@
-//! How this program was started: what an upgrade starts again.
+//! The command that started this program. An upgrade starts it again.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
@@ -8,20 +8,20 @@ use std::{env, io};
 
 use serde::{Deserialize, Serialize};
 
-/// Recorded at the first start, before anybody changes directory, and kept through upgrades.
+/// Recorded at the first start, before the working directory changes, and kept through upgrades.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StartCommand {
-    /// The path as it was called by: a link in it is followed anew each time, so that it may point to the next release.
+    /// The path by which the program was called. Each upgrade resolves a link in it anew, so that it may point to the next release.
     pub(crate) program: PathBuf,
-    /// What relative paths on the command line are relative to. Empty if it was removed before the start.
+    /// The base of relative paths on the command line. Empty if the directory was removed before the start.
     pub(crate) directory: PathBuf,
-    /// Those of the first start: a script that stands in the program's place may add its own, each time. Empty if a build
-    /// that did not write them down has begun.
+    /// The arguments of the first start: a script in the program's place may add its own arguments at each upgrade. Empty if the
+    /// first build did not record them.
     #[serde(default)]
     arguments: Vec<OsString>,
 }
 
-/// Which file a path leads to, and in which state.
+/// Identifies a file and its content version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     inode: (u64, u64),
@@ -44,10 +44,10 @@ impl Identity {
 
 impl StartCommand {
     /// # Errors
-    /// If the system does not tell where we are.
+    /// If the path of the running program is not available.
     pub(crate) fn record() -> io::Result<Self> {
         let directory = env::current_dir().unwrap_or_default();
-        // This has links resolved.
+        // The system returns this path with its links resolved.
         let running = place_of(env::current_exe()?);
         let called = env::args_os().next().map(PathBuf::from).unwrap_or_default();
         let mut candidates = vec![directory.join(&called)];
@@ -60,13 +60,13 @@ impl StartCommand {
         Ok(Self { program, directory, arguments: env::args_os().collect() })
     }
 
-    /// With the name by which the program was called.
+    /// The arguments, with the name by which the program was called.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
         if self.arguments.is_empty() { env::args_os().collect() } else { self.arguments.clone() }
     }
 }
 
-/// Where the file was, if it has been replaced since it was executed: the system says so behind its path.
+/// The original path of a file that was replaced after its execution: the system appends " (deleted)" to its path.
 fn place_of(executable: PathBuf) -> PathBuf {
     match executable.as_os_str().as_bytes().strip_suffix(b" (deleted)") {
         Some(path) if !executable.exists() => PathBuf::from(OsStr::from_bytes(path)),

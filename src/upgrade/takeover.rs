@@ -1,7 +1,7 @@
-//! The start of a program that takes a running master's place, or is to show that it could.
+//! Starts a program that takes over from a running master, or a check whether it could.
 //!
-//! The variables by which it knows are believed only if the descriptor that they name is a sealed state in which the master
-//! is this very process (or, for the check, its parent): a stray variable in somebody's environment means nothing.
+//! The environment variables of an upgrade count only if the descriptor that they name is a sealed state whose master is this
+//! very process, or for the check its parent. A stray variable in another environment has no effect.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
@@ -14,39 +14,39 @@ use crate::net::listen::{self, ControlListener, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::sys;
 
-/// What binds the workers of a former master, who live on, to this one and to those to come.
+/// Connects the living workers of a former master to this master and its workers.
 #[derive(Debug, Default)]
 pub(crate) struct Ties {
     pub(crate) lifeline: Option<(OwnedFd, OwnedFd)>,
     pub(crate) handover: Option<Channel>,
 }
 
-/// Names the descriptor of the state.
+/// Holds the number of the state's descriptor.
 pub(crate) const STATE: &str = "FORKYARD_UPGRADE_FD";
-/// Set for the check: get ready, say so, and end.
+/// Set for the check: get ready, report it, and exit.
 pub(crate) const CHECK: &str = "FORKYARD_UPGRADE_CHECK";
 
-/// Whether this process only shows that it could.
+/// Whether this process only checks that it could take over.
 pub(crate) fn is_check() -> bool {
     std::env::var_os(CHECK).is_some()
 }
 
-/// What a predecessor left, as far as nobody has claimed it yet. The rest is closed when this is dropped.
+/// The state of the former master, as far as it is not claimed yet. On drop, the remaining descriptors are closed.
 #[derive(Debug)]
 pub(crate) struct Takeover {
     pub(crate) saved: Saved,
-    /// The `--bind` of each of the former master's sockets, in its order.
+    /// The `--bind` of each of the former master's sockets, in their order.
     binds: Vec<String>,
     descriptors: BTreeMap<RawFd, OwnedFd>,
-    /// The predecessor is still there, and wants to know whether we could.
+    /// The former master is still running, and started this process as a check.
     pub(crate) check: bool,
 }
 
 impl Takeover {
-    /// What was left to this process, if anything was.
+    /// Finds the state that a former master left to this process.
     ///
     /// # Errors
-    /// A sentence for the operator, if something was, and this build cannot use it.
+    /// A sentence for the operator, if there is a state that this build cannot use.
     pub(crate) fn find() -> Result<Option<Self>, String> {
         let number = std::env::var(STATE).ok().and_then(|text| text.parse::<RawFd>().ok());
         let check = is_check();
@@ -61,7 +61,7 @@ impl Takeover {
         let Some(saved) = saved.filter(|saved| saved.pid == master.as_raw()) else {
             return if check { Err(format!("{STATE} is not the state of the master that asks")) } else { Ok(None) };
         };
-        // Nothing else was passed on for the check: other numbers may be anybody's.
+        // The check inherits no other descriptors, so other numbers may belong to any file.
         let left = if check { saved.foundation() } else { saved.descriptors() };
         let mut descriptors = sys::take_over(&[&[number], left.as_slice()].concat());
         descriptors.remove(&number);
@@ -69,8 +69,9 @@ impl Takeover {
         Ok(Some(Self { saved, binds, descriptors, check }))
     }
 
-    /// The sockets that were made for this `--bind`, with the device and inode of their files: all that systemd passed or that
-    /// a name stands for, or one. The same port 0 may be bound twice, and each has its own.
+    /// The sockets that were made for this `--bind`, with the device and inode of their files. There may be several if systemd
+    /// passed them or if a name was resolved to several addresses; otherwise at most one. Each of several binds to port 0 gets
+    /// its own socket.
     pub(crate) fn listeners(&mut self, bind: &Bind) -> Vec<(OwnedFd, Option<(u64, u64)>)> {
         let text = bind.to_string();
         let most = if bind.address.may_be_several() { usize::MAX } else { 1 };
@@ -78,18 +79,17 @@ impl Takeover {
         ours.into_iter().filter_map(|one| Some((self.claim(one.fd)?, one.file))).collect()
     }
 
-    /// The shared memory, and the file that it lies in.
+    /// The shared memory, and the path of its file if it has one.
     pub(crate) fn segment(&mut self) -> Option<(OwnedFd, Option<PathBuf>)> {
         Some((self.claim(self.saved.segment.fd)?, self.saved.segment.file.clone()))
     }
 
-    /// What ties the old workers to the new ones.
     pub(crate) fn ties(&mut self, listeners: &[Listener]) -> Ties {
         Ties { lifeline: self.lifeline(), handover: self.handover(listeners) }
     }
 
-    /// The channel by which the old workers pass connections on, if `listeners` are what it was made for: a connection tells from which
-    /// of them it is by its number.
+    /// The channel on which the old workers pass connections on, if `listeners` are the former master's sockets in the same order:
+    /// a connection in the channel identifies its listener by index.
     fn handover(&mut self, listeners: &[Listener]) -> Option<Channel> {
         let (send, receive) = self.saved.handover?;
         let now = listeners.iter().map(|listener| listener.bind.to_string());
@@ -100,14 +100,14 @@ impl Takeover {
         Some(Channel::resume((self.claim(send)?, self.claim(receive)?)))
     }
 
-    /// The control socket; none for the check.
+    /// The control socket; `None` in a check.
     pub(crate) fn control(&mut self) -> Option<ControlListener> {
         let saved = self.saved.control.as_ref()?;
         let (path, fd, file) = (saved.path.clone(), saved.fd, saved.file);
         Some(ControlListener::adopt(path, self.claim(fd)?, file))
     }
 
-    /// Removes the files of listening sockets that nobody has claimed: they are no longer among the `--bind`s.
+    /// Removes the files of listening sockets that were not claimed: their `--bind` is no longer configured.
     pub(crate) fn remove_socket_files(&self) {
         for SavedListener { bind, file, .. } in &self.saved.listeners {
             if let Ok(Bind { address: Address::Path(path), .. }) = bind.parse() {
@@ -121,18 +121,17 @@ impl Takeover {
         self.saved.control.as_ref().is_some_and(|saved| saved.path == path)
     }
 
-    /// The publish socket.
     pub(crate) fn publish(&mut self) -> Option<PublishSocket> {
         let SavedPublish { fd, asked, path, file } = self.saved.publish.take()?;
         Some(PublishSocket::adopt(asked, path, self.claim(fd)?, file))
     }
 
-    /// Whether the former master has a publish socket that it was asked for so.
+    /// Whether the former master has a publish socket for the same setting.
     pub(crate) fn has_publish(&self, asked: Option<&Path>) -> bool {
         self.saved.publish.as_ref().is_some_and(|saved| saved.asked.as_deref() == asked)
     }
 
-    /// The path of the pid file, and its descriptor; none of the latter for the check.
+    /// The path of the pid file, and its descriptor. The descriptor is `None` in a check.
     pub(crate) fn pid_file(&mut self) -> Option<(PathBuf, Option<OwnedFd>)> {
         let SavedPidFile { fd, path } = self.saved.pid_file.take()?;
         Some((path, self.claim(fd)))
@@ -143,7 +142,7 @@ impl Takeover {
         Some((self.claim(read)?, self.claim(write)?))
     }
 
-    /// A descriptor that the state names.
+    /// Claims a descriptor that the state names.
     pub(crate) fn claim(&mut self, number: RawFd) -> Option<OwnedFd> {
         let claimed = self.descriptors.remove(&number)?;
         debug_assert_eq!(claimed.as_raw_fd(), number, "they keep their numbers");
