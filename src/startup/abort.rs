@@ -1,4 +1,4 @@
-//! Aborting a start: a signal that stops the server while the application's `preload` runs ends the process at once.
+//! Aborts a start: a signal that stops the server while the application's `preload` runs ends the process at once.
 //!
 //! `preload` is the application's code, runs on the only thread, and takes any time, so no loop could check a flag. The
 //! signal's action itself removes the files that the start has created, and exits. It uses only memory that was prepared

@@ -70,7 +70,7 @@ fn end_start(signal: i32, steps: &AbortSteps) {
                 libc::unlink(path.as_ptr());
             },
             Some(_) => {}
-            // SAFETY: as above. rmdir(2) fails if the directory is not empty.
+            // SAFETY: `path` ends with a null byte. rmdir(2) fails if the directory is not empty.
             None => unsafe {
                 libc::rmdir(path.as_ptr());
             },

@@ -1,4 +1,4 @@
-//! Whether a web server has started this program to answer one request (CGI, RFC 3875), and which of its arguments can
+//! Detects whether a web server has started this program to answer one request (CGI, RFC 3875), and which of its arguments can
 //! then be trusted. The request itself is served in `worker/cgi.rs`.
 
 use std::ffi::{OsStr, OsString};

@@ -1,4 +1,4 @@
-//! Pairs of settings that name the same file, socket or port.
+//! Finds pairs of settings that name the same file, socket or port.
 //!
 //! Checked before a start creates anything, since the second setting would truncate, replace or remove the file of the
 //! first; also by a reload and `check`. The log and the access log may share a file: both append whole lines. Paths are

@@ -1,5 +1,5 @@
-//! The number of descriptors that the master needs, checked before anything is bound: it is better not to start than to be
-//! unable to start half of the workers.
+//! Checks the number of descriptors that the master needs before anything is bound: a start that fails is better than a server
+//! that cannot start half of its workers.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -43,7 +43,7 @@ pub(crate) fn check(config: &Config, runs_programs: bool) -> Result<(), String> 
 /// [`crate::sys::spawn`].
 ///
 /// # Errors
-/// As above.
+/// As for [`check`], or if the limit cannot be raised.
 pub(crate) fn ensure(config: &Config, runs_programs: bool) -> Result<(), String> {
     check(config, runs_programs)?;
     // All processes may be replaced at the same time.

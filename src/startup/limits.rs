@@ -1,4 +1,4 @@
-//! Whether `--rlimit` leaves a worker the minimum that it needs, as far as that is known before the first worker starts.
+//! Checks whether `--rlimit` leaves a worker the minimum that it needs, as far as it is known before the first worker starts.
 //!
 //! These are lower bounds: a worker needs more, and the application more than that. The needs of an external program are
 //! not known.

@@ -84,12 +84,12 @@ impl PidFile {
         Ok(created)
     }
 
-    /// For the next master, in an upgrade.
+    /// The saved form, for the next master in an upgrade.
     pub(crate) fn saved(&self) -> SavedPidFile {
         SavedPidFile { fd: self.file.as_raw_fd(), path: self.path.clone() }
     }
 
-    /// For a start that is aborted.
+    /// The file to remove if the start is aborted.
     pub(crate) fn leftover(&self) -> Option<Leftover> {
         let ours = self.file.metadata().ok()?;
         Leftover::file(&self.path, (ours.dev(), ours.ino()))
