@@ -66,15 +66,8 @@ impl Inherited {
             if known.is_some_and(|at| self.found[at].sidecar.is_some()) {
                 continue;
             }
-            let environment = match procfs::environment_of(process.pid()) {
-                // An exec shows that too, for the moment in which the kernel writes the new one.
-                Environment::Shown(bytes)
-                    if bytes.is_empty() && known.is_none_or(|at| self.found[at].since.elapsed() < LASTING) =>
-                {
-                    Environment::InExec
-                }
-                environment => environment,
-            };
+            let seen_for = known.map_or(Duration::ZERO, |at| self.found[at].since.elapsed());
+            let environment = procfs::environment_of(process.pid()).seen_for(seen_for);
             let sidecar = self.sidecar_of(process, &environment, &own, names);
             match known {
                 Some(at) if sidecar.is_some() => self.found[at].sidecar = sidecar,

@@ -37,8 +37,9 @@ impl Master {
             let (ours, apart): (Vec<Pid>, Vec<Pid>) =
                 family.into_iter().partition(|&pid| self.ends_with_us(pid, session));
             let is_over = begun.elapsed() >= GRACE_TIMEOUT;
-            // In the middle of exec it cannot be seen whose a process is.
-            let is_undecided = || apart.iter().any(|&pid| procfs::environment_of(pid) == Environment::InExec);
+            // Which daemon started a process is not known while the process is in the middle of exec.
+            let is_in_exec = |&pid: &Pid| procfs::environment_of(pid).seen_for(begun.elapsed()) == Environment::InExec;
+            let is_undecided = || apart.iter().any(is_in_exec);
             if ours.is_empty() && !is_undecided() || begun.elapsed() >= GRACE_TIMEOUT + KILL_TIMEOUT {
                 return apart.into_iter().for_each(|pid| self.name_survivor(pid));
             }

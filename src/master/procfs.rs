@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::sys::socket::{SockaddrStorage, getsockname};
 use nix::sys::stat::fstat;
@@ -50,6 +51,10 @@ pub(super) enum Environment {
     InExec,
     Hidden,
 }
+
+/// How long an environment that reads as empty may be that of a process in the middle of exec: the kernel shows none while it writes
+/// the new one.
+const EMPTY_IN_EXEC: Duration = Duration::from_millis(90);
 
 /// What a process has to do with the listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -308,6 +313,14 @@ pub(super) fn environment_of(pid: Pid) -> Environment {
 }
 
 impl Environment {
+    /// What is known when a process has shown this for as long as `seen_for`.
+    pub(super) fn seen_for(self, seen_for: Duration) -> Self {
+        match self {
+            Self::Shown(bytes) if bytes.is_empty() && seen_for < EMPTY_IN_EXEC => Self::InExec,
+            environment => environment,
+        }
+    }
+
     pub(super) fn variable(&self, name: &str) -> Option<String> {
         let Self::Shown(bytes) = self else { return None };
         let mut variables = bytes.split(|&byte| byte == 0).map(String::from_utf8_lossy);
@@ -352,6 +365,15 @@ mod tests {
     fn end(mut child: Child) {
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn an_environment_is_empty_only_when_it_stays_so() {
+        let empty = || Environment::Shown(Vec::new());
+        assert_eq!(empty().seen_for(Duration::ZERO), Environment::InExec);
+        assert_eq!(empty().seen_for(EMPTY_IN_EXEC), empty());
+        let filled = || Environment::Shown(b"A=b\0".to_vec());
+        assert_eq!(filled().seen_for(Duration::ZERO), filled());
     }
 
     #[test]
