@@ -1,6 +1,7 @@
-//! What can wait until everything else that can be done has been done: between two looks at epoll.
+//! Wakes tasks after every other runnable task has run: between two polls of epoll.
 //!
-//! tokio has that for a task (`yield_now`), and this lends it to what is polled within one.
+//! tokio offers this for a task (`yield_now`); this module offers it to futures that are polled
+//! within a task.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -13,11 +14,11 @@ thread_local! {
 #[derive(Debug, Default)]
 struct Deferred {
     wakers: Vec<Waker>,
-    /// Of [`run`], while it sleeps.
+    /// Waker of [`run`], while it sleeps.
     runner: Option<Waker>,
 }
 
-/// Wakes after the event loop has looked at epoll the next time.
+/// Wakes `waker` after the event loop has next polled epoll.
 pub(crate) fn wake_later(waker: Waker) {
     DEFERRED.with_borrow_mut(|later| {
         later.wakers.push(waker);
@@ -27,7 +28,7 @@ pub(crate) fn wake_later(waker: Waker) {
     });
 }
 
-/// Wakes those who asked for it. To be run for ever, as a task of this thread.
+/// Wakes the deferred wakers. Must run as a task of this thread for as long as the worker lives.
 pub(crate) async fn run() {
     loop {
         poll_fn(|context| {
@@ -54,7 +55,7 @@ mod tests {
 
     use super::*;
 
-    /// Waits in the way that sockets do.
+    /// Waits in the same way as a socket.
     async fn later() {
         let mut asked = false;
         poll_fn(|context| {

@@ -1,5 +1,5 @@
-//! What a worker does for its logs beside writing them: it follows when the files are opened again, and finds a place for its
-//! output when the master is dead.
+//! Maintains a worker's logs: follows when the log files are reopened, writes pending lines, and
+//! redirects the worker's output when the master is dead.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -15,7 +15,7 @@ use super::service::access_log::AccessLog;
 use crate::logging::files::LogFiles;
 use crate::{logging, sys};
 
-/// How long a worker waits before it tries again to take new log files.
+/// Time before a worker tries again to open new log files.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs as long as the worker does.
@@ -28,7 +28,8 @@ pub(super) async fn keep(files: Arc<LogFiles>, channel: Option<OwnedFd>, access_
     tokio::join!(write, follow(&files, channel, access_log.as_deref()), write_pending());
 }
 
-/// Writes lines of the log that have to wait for its reader, and counts of those that were left out. Without any, it sleeps.
+/// Writes log lines that wait for a slow reader, and counts of lines that were dropped. Sleeps
+/// while there are none.
 async fn write_pending() {
     let pending = Arc::new(Notify::new());
     let notify = Arc::clone(&pending);
@@ -41,19 +42,19 @@ async fn write_pending() {
     }
 }
 
-/// Goes on with new log files whenever the master has some.
+/// Switches to new log files whenever the master sends them.
 async fn follow(files: &LogFiles, channel: Option<OwnedFd>, access_log: Option<&AccessLog>) {
     let Some(channel) = channel.and_then(|channel| sys::register(channel, Interest::READABLE).ok()) else { return };
     while let Ok(mut ready) = channel.readable().await {
         if let Some(log) = access_log {
-            log.flush(); // these belong to the old file
+            log.flush(); // the buffered lines belong to the old file
         }
         match files.take_in(channel.as_fd()) {
             Ok(true) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
             Ok(false) => return, // the master is dead
             Err(error) => {
-                // No descriptors, say. The new files wait in the channel.
+                // For example, no descriptor is free. The new files wait in the channel.
                 log::error!("a worker goes on with its old log files until it can open the new ones: {error}");
                 sleep(RETRY_INTERVAL).await;
             }
@@ -61,7 +62,7 @@ async fn follow(files: &LogFiles, channel: Option<OwnedFd>, access_log: Option<&
     }
 }
 
-/// Standard output and error, as the master has made them: pipes that it reads.
+/// Standard output and error as the master has set them up: pipes that the master reads.
 pub(super) struct OutputPipes([Option<(u64, u64)>; 2]);
 
 impl OutputPipes {
@@ -69,13 +70,13 @@ impl OutputPipes {
         Self([sys::identity(1), sys::identity(2)])
     }
 
-    /// Nobody reads the pipes any more, and whoever writes to one would fail: the log takes their place. What the application
-    /// has put there itself stays.
+    /// Replaces the pipes with the log, because they have no reader any more and a write would
+    /// fail. A descriptor that the application has replaced is kept.
     pub(super) fn replace(&self) {
         let Ok(log) = logging::blocking_copy() else { return };
         for (fd, was) in (1..).zip(self.0) {
             if was.is_some() && sys::identity(fd) == was {
-                let _ = sys::replace(fd, &log); // both are open
+                let _ = sys::replace(fd, &log); // both descriptors are open
             }
         }
     }

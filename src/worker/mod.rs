@@ -1,16 +1,18 @@
-//! A worker: a forked process with one event loop, in which the application runs.
+//! Runs a worker: a forked process with one event loop, in which the application runs.
 //!
 //! ```text
 //! accept ─▶ http | fastcgi | scgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
 //! ```
 //!
-//! The event loop is a tokio current-thread runtime, made after the fork, on a thread of its own. That thread is
-//! new, and so are its thread-local variables: random number generators that keep their state there (`rand`,
-//! `fastrand`, the keys of `HashMap`) start anew in each worker, although they may have been used before the
-//! fork. The first thread only waits, with all signals blocked but SIGBUS (`sys::block_signals`).
+//! The event loop is a tokio current-thread runtime, created after the fork, on a thread of its
+//! own. Because the thread is new, so are its thread-local variables: random number generators that
+//! keep their state there (`rand`, `fastrand`, the keys of `HashMap`) are seeded anew in each
+//! worker, even if they were used before the fork. The first thread only waits, with all signals
+//! blocked but SIGBUS (`sys::block_signals`).
 //!
-//! TERM drains: accept what is already waiting, finish what is being served, leave. If the loop hangs,
-//! `alarm(2)` ends the process a little after the drain timeout, even when no master is left to do it.
+//! TERM drains the worker: it accepts the queued connections, completes the requests that have
+//! begun, and exits. If the loop hangs, `alarm(2)` ends the process shortly after the drain
+//! timeout, even without a master.
 
 pub(crate) mod conn;
 pub(crate) mod defer;
@@ -74,10 +76,11 @@ use crate::protocol::cgi::ClientInfo;
 use crate::request::buffered;
 use crate::{logging, sys};
 
-/// How often a worker whose drain is nearly over looks for connections that wait for their clients.
+/// How often a worker whose drain is nearly over checks for connections that wait for their
+/// clients.
 const LAST_LOOKS: Duration = Duration::from_millis(50);
 
-/// Lives a worker's life: returns its exit status when it has drained.
+/// Runs the worker; returns its exit status when it has drained.
 pub(crate) fn run<F, S, B>(factory: &F, heritage: Heritage) -> u8
 where
     F: Fn(Context) -> S + Sync,
@@ -132,7 +135,7 @@ where
     status
 }
 
-/// Wakes a thread when it is dropped.
+/// Wakes a thread when dropped.
 struct WakeAtEnd(std::thread::Thread);
 
 impl Drop for WakeAtEnd {
@@ -141,9 +144,9 @@ impl Drop for WakeAtEnd {
     }
 }
 
-/// Tells the master why, for the line that it writes of this worker's end.
+/// Reports the reason to the master, for the line that it logs about this worker's end.
 fn fail(last_words: &mut File, why: &str) -> u8 {
-    let _ = last_words.write_all(Report::LastWords(why.to_owned()).line().as_bytes()); // if the master is gone, nobody wants to know
+    let _ = last_words.write_all(Report::LastWords(why.to_owned()).line().as_bytes()); // fails if the master is gone
     1
 }
 
@@ -182,13 +185,14 @@ where
         let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
         let application = Rc::new(application.guarded(guard(&config, &heritage.segment)).logged(access_log.clone()));
         if let Some(path) = &config.scaling.health_path {
-            // A little less than the master gives it, so that it can still say why.
+            // A little less than the master's limit, so that the worker can still report the
+            // reason.
             let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
             health::check(&application, path, limit).await?;
         }
         let server = Rc::new(Server::new(&config, &heritage.listeners, application, drain.clone()));
         hooks.on_ready(worker)?;
-        // Before anything is accepted.
+        // The worker has not accepted any connection yet.
         starts.store(false, Ordering::SeqCst);
         let acceptors = acceptors(&heritage.listeners, &heritage.handover, &connections, heir.journal)?;
         let accepting = accept(acceptors, &server);
@@ -223,18 +227,20 @@ where
         io::Result::Ok(())
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| run_in_turns(&runtime, life)));
-    // What comes now is not the event loop's work, however long it takes.
+    // The event loop's work ends here, however long the rest takes.
     row.event_loop_beat().sleep();
     if let Ok(Ok(())) = outcome {
         finish_functions(slot);
         hooks.on_exit(worker);
     }
-    // Not the runtime's own end, which would wait for a function of the application's (`spawn_blocking`) that never returns.
+    // Dropping the runtime would wait for an application's function (`spawn_blocking`) that never
+    // returns.
     runtime.shutdown_background();
     outcome.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Waits for functions that still run on a thread though their clients have left: they may be half-way through something.
+/// Waits for functions that still run on a thread although their clients have left: they may be in
+/// the middle of a change.
 fn finish_functions(slot: u32) {
     let hanging = blocking::finish();
     if hanging > 0 {
@@ -244,8 +250,8 @@ fn finish_functions(slot: u32) {
     }
 }
 
-/// Takes a place in the scoreboard, says how blocking functions run here, and has this thread tell of a crash, and in
-/// which request.
+/// Claims a row of the scoreboard, configures blocking functions, and sets this thread up to report
+/// a crash and its request.
 fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
     let Config { threads, queue, failures, privileges, limits, .. } = &*heritage.config;
     if !privileges.limits_descriptors() {
@@ -264,7 +270,7 @@ fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
     Ok(row)
 }
 
-/// The event loop. With `is_watched`, it notes when it goes to work and when it sleeps.
+/// Creates the event loop. With `is_watched`, the loop records when it works and when it sleeps.
 fn event_loop(pulse: EventLoopBeat, is_watched: bool) -> io::Result<LocalRuntime> {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_all().on_thread_start(crash::give_stack);
@@ -283,32 +289,33 @@ fn guard(config: &Config, segment: &Segment) -> Guard {
     Guard { request_timeout: failures.request_timeout, max_queue_time, quarantine, by: failures.quarantine.by }
 }
 
-/// Asks to be replaced when a function hangs.
+/// Asks the master to replace this worker when a function hangs.
 async fn tell_of_hangs(mut report: File) {
     loop {
         let what = blocking::one_hangs().await;
-        let _ = report.write_all(Report::HungThread(what).line().as_bytes()); // a full pipe has the word already
+        let _ = report.write_all(Report::HungThread(what).line().as_bytes()); // a full pipe already has a report
     }
 }
 
-/// Keeps the page cache tidy: off the event loop, and in one of all workers at a time. A worker that nobody is
-/// connected to sleeps.
+/// Sweeps the page cache: off the event loop, and in one worker at a time.
+/// Sleeps while the worker has no connection.
 async fn sweep(cache: Cache, connections: Rc<Connections>, row: Row) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         connections.some().await;
         ticks.tick().await;
-        row.beat(); // the loop is busy, maybe, and gets on
+        row.beat(); // the loop may be busy, but it makes progress
         if cache.sweep_is_due() {
             let cache = cache.clone();
-            // A panic there is none of ours. If no thread can be created, the next tick tries again.
+            // A panic in the sweep is ignored. If no thread can be created, the next tick tries
+            // again.
             let _ = on_thread("sweep", move || cache.sweep()).await;
         }
     }
 }
 
-/// Runs `work` on a thread of its own. tokio's `spawn_blocking` panics where no thread can be created.
+/// Runs `work` on a thread of its own. tokio's `spawn_blocking` panics if no thread can be created.
 ///
 /// # Errors
 /// If no thread can be created, or the work panics.
@@ -317,12 +324,13 @@ async fn on_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Sen
     let thread = std::thread::Builder::new().name(name.to_owned());
     thread.spawn(|| {
         crash::give_stack();
-        let _ = done.send(work()); // nobody waits once the event loop has ended
+        let _ = done.send(work()); // fails once the event loop has ended
     })?;
     outcome.await.map_err(io::Error::other)
 }
 
-/// Runs the event loop until `life` ends, and between its turns the blocking functions that are declared quick.
+/// Runs the event loop until `life` ends and, between its turns, the blocking functions that run
+/// inline.
 fn run_in_turns<T>(runtime: &LocalRuntime, life: impl Future<Output = T>) -> T {
     let mut life = pin!(life);
     loop {
@@ -338,7 +346,7 @@ fn run_in_turns<T>(runtime: &LocalRuntime, life: impl Future<Output = T>) -> T {
     }
 }
 
-/// All ways by which connections come to this worker.
+/// Creates the acceptors of all listeners and of the handover channel.
 fn acceptors(
     listeners: &[Listener],
     channel: &Channel,
@@ -350,7 +358,7 @@ fn acceptors(
     of_listeners.chain([Acceptor::of_channel(channel, connections, journal)]).collect()
 }
 
-/// Has all of them accept, each in a task.
+/// Starts a task for each acceptor.
 fn accept(acceptors: Vec<Acceptor>, server: &Rc<impl Serve + 'static>) -> Vec<Accepting> {
     let begin = |acceptor: Acceptor| {
         let acceptor = Rc::new(acceptor);
@@ -360,16 +368,16 @@ fn accept(acceptors: Vec<Acceptor>, server: &Rc<impl Serve + 'static>) -> Vec<Ac
     acceptors.into_iter().map(begin).collect()
 }
 
-/// Sees to it that no client keeps the worker until it is killed.
+/// Cuts off clients that would keep the worker until it is killed.
 async fn end_drain(drain: Drain, watchdog: Rc<Watchdog>) {
     drain.wait_for_cutoff().await;
     loop {
         watchdog.end_drain();
-        tokio::time::sleep(LAST_LOOKS).await; // what is answered now may wait for its client in turn
+        tokio::time::sleep(LAST_LOOKS).await; // a request that is answered now may then wait for its client
     }
 }
 
-/// Asks to be replaced when the heir has died.
+/// Asks the master to replace this worker when the heir has died.
 async fn miss_heir(end: Option<OwnedFd>, mut report: File) {
     let Some(end) = end.and_then(|end| sys::register(end, Interest::READABLE).ok()) else { return };
     if end.readable().await.is_ok() {
@@ -377,7 +385,7 @@ async fn miss_heir(end: Option<OwnedFd>, mut report: File) {
     }
 }
 
-/// One of the listeners, as its connections see it.
+/// The settings of a listener that its connections need.
 struct ListenerContext {
     protocol: Protocol,
     door: Acl,
@@ -389,13 +397,12 @@ impl ListenerContext {
     }
 }
 
-/// What connections are served with.
 struct Server<S> {
     application: Rc<Application<S>>,
     drain: Drain,
     entrances: Vec<ListenerContext>,
     crowd: Rc<Crowd>,
-    /// Those whose connections begin with a PROXY header.
+    /// The peers whose connections begin with a PROXY header.
     proxy_protocol: Option<Peers>,
 }
 
@@ -459,10 +466,11 @@ where
                     return log::debug!("a connection ended before it began: {error}");
                 }
             }
-            // A proxy speaks for many.
+            // A proxy connects for many clients.
             let client = origin.address.map(|address| address.ip());
             let is_proxy = application.trust.as_ref().is_some_and(|trust| trust.peers.contain(client));
-            // What another worker has admitted is not refused, and takes nobody's place.
+            // A connection that another worker has admitted is not refused, and does not count
+            // here.
             let Some(_counted) = crowd.admit(client.filter(|_| !is_proxy && !is_admitted)) else { return };
             if !is_admitted {
                 socket.conn().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
@@ -476,11 +484,13 @@ where
     }
 }
 
-/// Takes over this process's signals, and lets them through. Returns what becomes readable on TERM, and a flag: as long as it is set,
-/// TERM ends the process at once, whatever the application is at. Nothing is served then.
+/// Sets up this process's signal handlers and unblocks the signals. Returns a stream that becomes
+/// readable on TERM, and a flag. While the flag is set, TERM ends the process at once, even in the
+/// middle of the application's start; no connection is served then.
 ///
-/// The master's handlers are still installed and do nothing. INT and QUIT get their default action back in
-/// signal-hook's way, so that an application that takes them over (with `tokio::signal`, say) can.
+/// The master's handlers are still installed and do nothing. INT and QUIT get their default action
+/// back through signal-hook, so that an application can replace it (with `tokio::signal`, for
+/// example).
 fn take_signals(drain_timeout: Duration) -> io::Result<(UnixStream, Arc<AtomicBool>)> {
     let (term, wake) = UnixStream::pair()?;
     term.set_nonblocking(true)?;
@@ -495,13 +505,13 @@ fn take_signals(drain_timeout: Duration) -> io::Result<(UnixStream, Arc<AtomicBo
     Ok((term, starts))
 }
 
-/// Returns when TERM has come, or the master is dead: true in that case.
+/// Returns when TERM was received (false) or the master is dead (true).
 async fn told_to_leave(term: UnixStream, lifeline: OwnedFd, output: &OutputPipes) -> io::Result<bool> {
     let mut term = tokio::net::UnixStream::from_std(term)?;
     let mut lifeline = tokio::net::unix::pipe::Receiver::from_owned_fd(lifeline)?;
     let (mut byte, mut end) = ([0], [0]);
     tokio::select! {
-        biased; // a master that dies has TERM sent as well, when its files are closed
+        biased; // when the master dies, the kernel closes its files and then sends TERM as well
         _ = lifeline.read(&mut end) => {
             output.replace();
             log::warn!("the master is gone: this worker finishes and leaves");
@@ -520,7 +530,7 @@ mod tests {
     use super::*;
     use crate::app::body::pipe;
 
-    /// The name of the thread that ran the function.
+    /// Returns the name of the thread that ran the function.
     async fn ask<S, B>(service: &mut S, path: &str, body: Body) -> String
     where
         S: Service<Request<Body>, Response = Response<B>, Error = std::convert::Infallible>,
@@ -551,7 +561,8 @@ mod tests {
         .inline();
         run_in_turns(&runtime, async {
             assert!(ask(&mut service, "/", Body::empty()).await.starts_with("blocking-"), "it is not known yet");
-            // On a busy machine a run may be interrupted and not be quick; in the end enough in a row are.
+            // On a busy machine a run may be interrupted and so not be quick. Eventually enough
+            // runs in a row are quick.
             while ask(&mut service, "/", Body::empty()).await != here {}
 
             let (_writer, reader) = pipe::pipe();

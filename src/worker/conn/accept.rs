@@ -1,13 +1,21 @@
-//! Accepting: connections from a listener that all workers share, and those that other workers pass on.
+//! Accepts connections from the listeners that all workers share, and takes those that other
+//! workers pass on.
 //!
-//! A new connection wakes one worker of those that wait, and not all: the event loop's registration of the listener
-//! is exchanged for one with EPOLLEXCLUSIVE (see [`ReadyListener`]). A worker leaves new connections to its siblings by taking
-//! itself off that list: when its blocking functions occupy all their threads and a sibling's do not; when it has more
-//! connections than a sibling, so that kept connections spread; and when its connections are at the limit. A worker
-//! whose event loop is busy does not wait, and so is not woken.
+//! A new connection wakes one of the waiting workers, not all of them: each worker replaces the
+//! event loop's registration of the listener with one that has EPOLLEXCLUSIVE (see
+//! [`ReadyListener`]). A worker leaves new connections to its siblings by removing this
+//! registration. It does so:
 //!
-//! A worker at the limit to which somebody connects all the same, so that no sibling has room either, closes connections on which
-//! nothing is under way ([`reclaim`]). If there are none, clients wait in the kernel's queue.
+//! - when its blocking functions occupy all their threads and a sibling has a free thread;
+//! - when it has more connections than a sibling, so that keep-alive connections spread over the
+//!   workers;
+//! - when it is at its connection limit.
+//!
+//! A worker whose event loop is busy does not wait on epoll, so it is not woken.
+//!
+//! If a connection arrives at a worker at its limit, no sibling has room either. The worker then
+//! closes connections that have no request under way ([`reclaim`]). If there are none, clients wait
+//! in the kernel's queue.
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -33,40 +41,45 @@ use crate::net::listen::{self, Listener};
 use crate::sys;
 use crate::worker::lifecycle::watchdog::Watchdog;
 
-/// How long a connection is left to siblings that have fewer.
+/// How long a waiting connection is left to siblings that have fewer connections.
 const LEFT_TO_SIBLINGS: Duration = Duration::from_millis(1);
-/// How long it is left to siblings that could serve it at once while this worker could not. On a busy machine it may take them
-/// some time to come to it, and here it may wait for much longer.
+/// How long a waiting connection is left to siblings with a free thread while this worker has none.
+/// On a busy machine a sibling may need some time to accept the connection, but here the connection
+/// could wait for much longer.
 const LEFT_TO_FREE: Duration = Duration::from_secs(1);
-/// So many connections are then accepted before siblings are waited for again: enough that one that is stopped or
-/// hangs does not slow the others much, and few enough that one that was merely late gets its share.
+/// Number of connections that are accepted without waiting for siblings again, after the siblings
+/// let the time pass. High enough that a stopped or hanging sibling slows the others little; low
+/// enough that a late sibling gets its share.
 const NOT_WAITED_FOR: u32 = 4;
-/// How long a worker at the limit leaves what waits to its siblings, before it looks for connections that it can close.
+/// How long a worker at its limit leaves waiting clients to its siblings before it closes idle
+/// connections.
 const LEFT_WHEN_FULL: Duration = Duration::from_millis(10);
 /// How long accepting pauses when the system has no descriptor or memory for a connection.
 const PAUSE: Duration = Duration::from_millis(100);
-/// After so many pauses a listener that was shut down is no matter of a stop.
+/// Number of pauses after which a closed listener is logged as an error. Until then, the master may
+/// be stopping.
 const CLOSED_FOR: u32 = 20;
-/// The log hears of that so often.
+/// Minimum time between two such log lines.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// After so many times that it was ready, and nobody was there, it is looked whether a listener listens still.
+/// Number of wakeups without a connection after which the worker checks that the socket is still
+/// listening.
 const RUNG_FOR_NOTHING: u32 = 16;
-/// So many connections in a row that failed before they were accepted are passed over without a pause.
+/// Number of consecutive failed connections that are skipped without a pause.
 const FAILED_IN_A_ROW: u32 = 64;
 
-/// What is done with an accepted connection.
+/// Serves accepted connections.
 pub(crate) trait Serve {
-    /// Serves it to its end.
+    /// Serves the connection until it ends.
     fn serve(&self, socket: Socket, arrival: Arrival) -> impl Future<Output = ()> + 'static;
 
-    /// What is spoken on the connections of a listener.
+    /// The protocol of a listener's connections.
     fn wire_protocol(&self, listener: u16) -> WireProtocol;
 }
 
-/// How a connection came.
+/// Where a connection came from.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arrival {
-    /// Index of the listener at which it came, here or at another worker.
+    /// Index of the listener that accepted the connection, in this worker or in another one.
     pub(crate) listener: u16,
     pub(crate) origin: PackedOrigin,
 }
@@ -93,19 +106,19 @@ impl Connections {
         Self { open: Cell::new(0), limit, row, scoreboard, slot, one_began, one_ended, watchdog, closed, full }
     }
 
-    /// Returns when there is one.
+    /// Waits until there is at least one connection.
     pub(crate) async fn some(&self) {
         while self.open.get() == 0 {
             self.one_began.notified().await;
         }
     }
 
-    /// Returns when the next one has ended.
+    /// Waits until the next connection ends.
     pub(crate) async fn one_ended(&self) {
         self.one_ended.notified().await;
     }
 
-    /// Returns when the last one has ended.
+    /// Waits until there is no connection.
     pub(crate) async fn none(&self) {
         while self.open.get() > 0 {
             self.one_ended.notified().await;
@@ -116,8 +129,8 @@ impl Connections {
         self.open.get() >= self.limit
     }
 
-    /// Somebody waits to be accepted, and has to wait for a place: closes some connections on which nothing is under way. `why`: a
-    /// flag to change.
+    /// Closes some idle connections, because a client waits to be accepted and there is no room.
+    /// `why` names the flag to change.
     fn make_room(&self, why: &str) {
         let closed = self.watchdog.make_room(reclaim::share(self.limit));
         let open = self.open.get();
@@ -130,7 +143,7 @@ impl Connections {
         }
     }
 
-    /// Whether a sibling would be the better one to take the next connection.
+    /// Whether a sibling should take the next connection.
     fn sibling_is_less_busy(&self) -> bool {
         let (open, occupied) = (self.open.get(), blocking::pool_is_full());
         if open == 0 && !occupied {
@@ -140,7 +153,7 @@ impl Connections {
         match (occupied, freest.occupied) {
             (true, false) => true,
             (false, true) => false,
-            // A few more are no reason to make a connection wait.
+            // A small difference is no reason to delay a connection.
             (true, true) | (false, false) => open > freest.connections + freest.connections / 8,
         }
     }
@@ -156,7 +169,7 @@ impl Connections {
     }
 }
 
-/// A connection that counts while it lives.
+/// Counts as an open connection until it is dropped.
 struct Open(Rc<Connections>);
 
 impl Drop for Open {
@@ -167,14 +180,14 @@ impl Drop for Open {
     }
 }
 
-/// Wakes the event loop when somebody waits to be accepted: it, and none of the siblings that wait too.
+/// Wakes this worker's event loop, and no sibling's, when a connection waits to be accepted.
 ///
-/// That is what [`sys::Exclusive`] is for. tokio does not notice a difference to its own registrations, except that the event
-/// comes again as long as somebody waits.
+/// [`sys::Exclusive`] does this. For tokio the only difference from its own registrations is that
+/// the event repeats as long as a connection waits.
 #[derive(Debug)]
 struct ReadyListener {
     listener: sys::Exclusive,
-    /// Connections come by messages.
+    /// Connections arrive as messages.
     is_channel: bool,
 }
 
@@ -200,13 +213,13 @@ impl ReadyListener {
         self.listener.resume()
     }
 
-    /// Whether somebody waits to be accepted.
+    /// Whether a connection waits to be accepted.
     fn is_ready(&self) -> bool {
         let mut listener = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
         nix::poll::poll(&mut listener, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Takes one connection, as soon as there is one.
+    /// Takes one connection as soon as one arrives.
     async fn wait<T>(&self, take: impl Fn(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
         let mut rung_for_nothing = 0;
         loop {
@@ -214,7 +227,8 @@ impl ReadyListener {
             match take(self.listener.as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     has_pending.clear_ready();
-                    // A sibling may have been quicker. But a Unix socket that was shut down is ready for ever, and has nothing.
+                    // A sibling may have been faster. But a Unix socket that was shut down stays
+                    // ready without a connection.
                     rung_for_nothing += 1;
                     let is_odd = rung_for_nothing % RUNG_FOR_NOTHING == 0;
                     if is_odd && !self.is_channel && !listen::is_listening(self.listener.as_fd()) {
@@ -223,7 +237,7 @@ impl ReadyListener {
                 }
                 outcome => {
                     if self.listener.is_exclusive() {
-                        has_pending.clear_ready(); // it rings again if more wait
+                        has_pending.clear_ready(); // the event repeats if more connections wait
                     }
                     return outcome;
                 }
@@ -232,7 +246,7 @@ impl ReadyListener {
     }
 }
 
-/// Where connections come from, and how they get to this worker.
+/// Accepts connections from one listener or channel.
 #[derive(Debug)]
 pub(crate) struct Acceptor {
     bell: ReadyListener,
@@ -247,11 +261,11 @@ enum Source {
         index: u16,
         wire_protocol: WireProtocol,
     },
-    /// Other workers pass them on.
+    /// Connections that other workers pass on.
     Channel,
 }
 
-/// A connection that was taken, before it is entered in the journal.
+/// A connection that was accepted but is not yet entered in the journal.
 struct Taken {
     socket: OwnedFd,
     arrival: Arrival,
@@ -259,10 +273,10 @@ struct Taken {
 }
 
 impl Acceptor {
-    /// Of a listener, the one with this index.
+    /// Accepts from a listener; `index` is its position among the listeners.
     ///
     /// # Errors
-    /// If no descriptor can be had, or epoll refuses it.
+    /// If no descriptor is available, or epoll refuses the registration.
     pub(crate) fn of_listener(
         index: u16,
         listener: &Listener,
@@ -278,10 +292,10 @@ impl Acceptor {
         })
     }
 
-    /// Of the connections that other workers pass on.
+    /// Accepts the connections that other workers pass on.
     ///
     /// # Errors
-    /// As above.
+    /// If no descriptor is available, or epoll refuses the registration.
     pub(crate) fn of_channel(channel: &Channel, connections: &Rc<Connections>, journal: Journal) -> io::Result<Self> {
         let bell = ReadyListener::new(channel.receiver().try_clone_to_owned()?, true)?;
         Ok(Self { bell, source: Source::Channel, connections: Rc::clone(connections), journal })
@@ -301,7 +315,7 @@ impl Acceptor {
         }
     }
 
-    /// Accepts for ever; each connection is served by a task of its own.
+    /// Accepts forever; each connection is served by its own task.
     pub(crate) async fn run(&self, serve: &impl Serve) {
         let mut told = None::<Instant>;
         let mut patience = Patience::default();
@@ -311,7 +325,8 @@ impl Acceptor {
                 Ok(()) => tokio::select! {
                     biased;
                     taken = self.bell.wait(|from| self.take(from)) => taken,
-                    // By a request of a connection that is here already: whose turn it is may be another matter now.
+                    // A request of an open connection filled the pool: a sibling may now be the
+                    // better choice.
                     () = blocking::pool_became_full() => continue,
                 },
                 Err(error) => Err(error),
@@ -322,7 +337,7 @@ impl Acceptor {
                     self.start(serve, taken).await;
                     self.settled().await;
                 }
-                // That connection is gone already; the next one is waiting.
+                // That connection is already gone; the next one is waiting.
                 Err(error)
                     if !self.bell.listener.is_paused()
                         && is_of_one_connection(&error)
@@ -332,7 +347,7 @@ impl Acceptor {
                 }
                 Err(error) => {
                     failed_in_a_row = 0;
-                    // A master that stops closes its sockets a moment before it says so.
+                    // A master that stops closes its sockets shortly before it stops its workers.
                     let is_closed = error.raw_os_error() == Some(libc::EINVAL);
                     closed_for = if is_closed { closed_for.saturating_add(1) } else { CLOSED_FOR };
                     if closed_for >= CLOSED_FOR && told.is_none_or(|told| told.elapsed() > LOG_INTERVAL) {
@@ -349,7 +364,8 @@ impl Acceptor {
         }
     }
 
-    /// Returns when the connection that was just accepted has got as far as it can: a short request is then over.
+    /// Returns when the new connection has made all the progress it can: a short request is
+    /// complete by then.
     async fn settled(&self) {
         let_others_run().await;
         if self.connections.open.get() > 0 {
@@ -357,7 +373,7 @@ impl Acceptor {
         }
     }
 
-    /// Returns when it is this worker's turn to accept.
+    /// Returns when this worker should accept the next connection.
     async fn turn(&self, patience: &mut Patience) -> io::Result<()> {
         let connections = &self.connections;
         while connections.is_full() {
@@ -374,17 +390,19 @@ impl Acceptor {
             tokio::select! {
                 () = connections.one_ended.notified() => {}
                 () = blocking::one_is_free(), if occupied => {}
-                // While nobody waits, nobody has been left waiting.
+                // If no client waits, the siblings have not failed to accept one.
                 () = sleep(left_for) => if !occupied || self.bell.is_ready() { patience.end(occupied) },
             }
         }
         self.bell.resume()
     }
 
-    /// Accepts what is waiting in the kernel's queue, and no more. For a worker that leaves: if all leave,
-    /// nobody else would. False if there was no room for all.
+    /// Accepts the connections in the kernel's queue, and no more: a worker that leaves must do
+    /// this, because all workers may be leaving. Returns false if there was no room for all of
+    /// them.
     pub(crate) async fn run_dry(&self, serve: &impl Serve) -> bool {
-        // Before, or else the kernel would go on to tell this worker, and it alone, of the next one.
+        // Pause first: otherwise the kernel would notify this worker, and no other, of the next
+        // connection.
         self.bell.pause();
         let mut failed_in_a_row = 0;
         while !self.connections.is_full() {
@@ -395,7 +413,7 @@ impl Acceptor {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(error) if is_of_one_connection(&error) && failed_in_a_row < FAILED_IN_A_ROW => failed_in_a_row += 1,
-                // The master has closed the socket for all, as the queue was empty.
+                // The queue was empty, and the master has closed the socket for all workers.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return true,
                 Err(error) => {
                     log::warn!("what is queued cannot be accepted: {error}{}", self.name());
@@ -406,12 +424,11 @@ impl Acceptor {
         false
     }
 
-    /// Whether new connections come this way.
+    /// Whether this accepts new connections.
     pub(crate) fn is_of_listener(&self) -> bool {
         matches!(self.source, Source::Listener { .. })
     }
 
-    /// For the log.
     fn name(&self) -> String {
         match self.source {
             Source::Listener { index, .. } => format!(" listener={index}"),
@@ -428,7 +445,8 @@ impl Acceptor {
         let conn = self.journal.enter(socket.as_fd(), wire_protocol, arrival.listener, arrival.origin);
         let socket = Socket::new(socket, conn, &early, &self.connections.watchdog);
         let mut serving = Box::pin(serve.serve(socket, arrival));
-        // What came with it is on the journal's intent record: it has to be looked at before anything else is read.
+        // The early bytes are in the journal's intent record, so they must be processed before
+        // anything else is read.
         if !early.is_empty() && poll_fn(|context| Poll::Ready(serving.as_mut().poll(context))).await.is_ready() {
             return drop(open);
         }
@@ -439,7 +457,8 @@ impl Acceptor {
     }
 }
 
-/// Goes to the end of the event loop's queue. (tokio's `yield_now` would look at epoll in between.)
+/// Yields to the other tasks in the event loop's queue. (tokio's `yield_now` would poll epoll
+/// first.)
 async fn let_others_run() {
     let mut last = false;
     poll_fn(|context| {
@@ -452,13 +471,13 @@ async fn let_others_run() {
     .await;
 }
 
-/// Siblings that had their time and did not take what waits (one of them may be stopped, or hang) are not waited
-/// for again at once.
+/// Suspends waiting for siblings that had time to accept a waiting connection and did not. Such a
+/// sibling may be stopped, or hang.
 #[derive(Default)]
 struct Patience {
     accepts_without: u32,
-    /// Siblings that have few connections were waited for while this worker could serve, which says nothing of how long
-    /// to leave them what it cannot serve.
+    /// The wait ended while this worker was occupied. A wait that ended while it could serve is
+    /// much shorter, and gives no reason to shorten the wait of an occupied worker.
     while_occupied: bool,
 }
 
@@ -474,12 +493,13 @@ impl Patience {
     }
 }
 
-/// Whether it is about the connection that would have been the next one: by accept(2), the errors that its network had for
-/// it, and those by which it ended early. Everything else (no descriptor, no memory, a socket that listens no more, a security
-/// module) concerns the next connection too.
+/// Whether the error concerns only the connection that would have been accepted. According to
+/// accept(2) these are pending network errors of the connection, and errors of a connection that
+/// ended early. Every other error (no descriptor, no memory, a socket that no longer listens, a
+/// security module) also affects the next connection.
 fn is_of_one_connection(error: &io::Error) -> bool {
     match error.raw_os_error() {
-        None => true, // a message that makes no sense
+        None => true, // a malformed message
         Some(number) => matches!(
             number,
             libc::ECONNABORTED
@@ -498,12 +518,12 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     }
 }
 
-/// No descriptor or memory is to be had.
+/// Whether the system has no descriptor or memory left.
 fn is_of_this_system(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
-/// An error of `accept(2)`, and what it means where that is not plain.
+/// Displays an error of `accept(2)`, with an explanation where its text does not suffice.
 struct Explained<'a>(&'a io::Error);
 
 impl std::fmt::Display for Explained<'_> {

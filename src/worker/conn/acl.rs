@@ -1,5 +1,5 @@
-//! Who may come in: `--allow`, and for FastCGI the web servers' variable. What is turned away has been accepted, and
-//! nothing was read of it.
+//! Checks a peer's address against `--allow` and, for FastCGI, the web servers' variable. A
+//! connection that is refused has been accepted, but nothing was read from it.
 
 use std::net::SocketAddr;
 
@@ -8,7 +8,8 @@ use crate::config::Config;
 use crate::config::address::Protocol;
 use crate::config::peers::Peers;
 
-/// The door of one listener. A peer that may not come in sees its connection closed, and the log gets one line a minute.
+/// Access control of one listener. The connection of a peer that is not permitted is closed, with
+/// at most one log line a minute.
 #[derive(Debug)]
 pub(crate) struct Acl {
     allow: Option<Peers>,
@@ -25,7 +26,7 @@ impl Acl {
         Self { allow: allow.cloned(), protocol, turned_away: Throttle::default() }
     }
 
-    /// Whether `peer` may; `None` is a peer on a Unix socket.
+    /// Whether `peer` may connect; `None` is a peer on a Unix socket.
     pub(crate) fn permits(&self, peer: Option<SocketAddr>) -> bool {
         let Some(allow) = &self.allow else { return true };
         let permitted = allow.contain(peer.map(|peer| peer.ip()));

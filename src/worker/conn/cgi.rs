@@ -1,10 +1,12 @@
-//! One CGI call (RFC 3875): the request in the environment and on standard input, the response to standard output, and
-//! the end. There is no master and no fork. What the application prints goes to standard error (`cgi_invocation.rs`).
+//! Serves one CGI request (RFC 3875), with the request in the environment and on standard input and
+//! the response on standard output. There is no master and no fork. Output that the application
+//! prints goes to standard error (`cgi_invocation.rs`).
 //!
-//! Standard input is read up to the length that was announced, and never to its end, which may not come. What the
-//! application leaves of it is read after the response: both may be one socket (Apache's mod_cgid), and a socket that is
-//! closed with something unread in it takes along what was written to it. Standard output may be shared with others and
-//! stays blocking: there is one response, and nobody to be kept waiting by it.
+//! Standard input is read up to the announced length and never to its end, which may not come. The
+//! part that the application leaves unread is read after the response: standard input and output
+//! may be one socket (Apache's mod_cgid), and closing a socket with unread bytes destroys the
+//! response on its way. Standard output may be shared with other processes and stays blocking: the
+//! process has only one response to write.
 
 use std::fs::File;
 use std::future::poll_fn;
@@ -40,13 +42,14 @@ use crate::worker::lifecycle::watchdog::watch_bodies;
 use crate::worker::service::serve::{self, Application, BoxError, Guard, Served};
 use crate::worker::{on_thread, run_in_turns};
 
-/// What is read at a time, and what is gathered of small pieces before it is written.
+/// Bytes of one read, and bytes of small pieces that are collected before a write.
 const PIECE: usize = 64 << 10;
 
-/// Answers the request, to `stdout`. `segment` has the cache; its scoreboard belongs to others, and this call has one of its own.
+/// Serves the request and writes the response to `stdout`. `segment` has the cache. Its scoreboard
+/// belongs to the server's workers; this process has a scoreboard of its own.
 ///
 /// # Errors
-/// If the response could not be written, or broke off.
+/// If the response could not be written, or its body failed.
 pub(crate) fn run<F, S, B>(factory: &F, config: &Config, segment: Segment, stdout: OwnedFd) -> Result<(), BoxError>
 where
     F: Fn(Context) -> S,
@@ -80,11 +83,11 @@ where
             () = gone(watched, over) => (Err(io::ErrorKind::BrokenPipe.into()), None),
         }
     });
-    // The end of standard output is that of the response, and nobody else has a copy of it. What follows is no matter of the
-    // client's.
+    // The end of standard output is the end of the response: this ends the thread of `gone`, which has
+    // the only other copy. The client does not wait for the rest of this function.
     drop(going_on);
     if let Some(rest) = rest {
-        // Outside the runtime there would be no clock.
+        // Inside the runtime, which provides the timer.
         let _ = run_in_turns(&runtime, async { tokio::time::timeout(LINGER.0, rest).await });
     }
     blocking::finish();
@@ -101,7 +104,7 @@ where
     }
 }
 
-/// The response, and whether its head alone is wanted.
+/// Returns the response, and whether the request was a HEAD request.
 async fn answer<F, S, B>(
     factory: &F,
     config: &Config,
@@ -141,10 +144,10 @@ where
     (response, is_head)
 }
 
-/// The status that is the answer, and why.
+/// The status of the response, and the reason.
 type Refusal = (StatusCode, BoxError);
 
-/// The request, and what ends when all of its body was read.
+/// Returns the request, and a task that ends when its whole body was read.
 fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, Refusal>, Option<JoinHandle<()>>) {
     let variables: Vec<_> = std::env::vars_os().collect();
     let bytes: usize = variables.iter().map(|(name, value)| name.len() + value.len()).sum();
@@ -154,7 +157,7 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
     let has_body = said("CONTENT_LENGTH") || said("HTTP_TRANSFER_ENCODING");
     let mut length = None;
     let request = match cgi::request(params, |announced| length = announced) {
-        // Apache passes on so what comes in chunks.
+        // Apache passes a chunked request body in this form.
         Ok(_) if has_body && length.is_none() => {
             Err((StatusCode::LENGTH_REQUIRED, "it has a body, and no good CONTENT_LENGTH says how long it is".into()))
         }
@@ -167,14 +170,15 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
         return (request.map(|request| request.map(|()| Body::empty())), None);
     }
     let (writer, reader) = pipe::pipe();
-    // Without standard input the body is cut at once.
+    // Without standard input the body is cut short at once.
     let stdin = sys::descriptor(0).map(File::from);
     let rest = stdin.map(|stdin| tokio::task::spawn_local(feed(stdin, length.unwrap_or(u64::MAX), writer)));
     let body = Body::stdin(reader, length, limits.max_body).with_activity(activity);
     (request.map(|request| request.map(|()| body)), rest)
 }
 
-/// Passes the body on while it comes. If it ends early, dropping the writer says so.
+/// Passes the body on as it arrives. If it ends early, dropping the writer marks the body as cut
+/// short.
 async fn feed(mut stdin: File, length: u64, body: pipe::Writer) {
     let mut left = length;
     while left > 0 {
@@ -204,7 +208,7 @@ async fn feed(mut stdin: File, length: u64, body: pipe::Writer) {
     body.finish();
 }
 
-/// Writes the response: at once what is there, and the rest as it comes.
+/// Writes the response: the available part at once, and the rest as it comes.
 async fn send<B>(response: Response<Served<B>>, is_head: bool, stdout: &mut File) -> io::Result<()>
 where
     B: HttpBody,
@@ -247,9 +251,10 @@ fn write(stdout: &mut File, waiting: &mut BytesMut) -> io::Result<()> {
     written
 }
 
-/// Returns when nobody reads standard output any more, or the other end of `over` is closed. Of a file nobody can tell.
+/// Returns when standard output has no reader any more, or the other end of `over` is closed. A
+/// file gives no such event.
 async fn gone(stdout: OwnedFd, over: PipeReader) {
-    // On a thread, since epoll takes no files.
+    // On a thread, because epoll does not accept files.
     let hung_up = on_thread("stdout", move || {
         let mut sockets = [stdout.as_fd(), over.as_fd()].map(|fd| PollFd::new(fd, PollFlags::empty()));
         while let Err(Errno::EINTR) = nix::poll::poll(&mut sockets, PollTimeout::NONE) {}

@@ -1,8 +1,9 @@
-//! How many connections one client may have at a time (`--max-connections-per-address`): in this worker, by its address, or the
-//! network of an IPv6 one.
+//! Limits the connections of one client (`--max-connections-per-address`) in this worker. A client
+//! is an IPv4 address or an IPv6 network.
 //!
-//! A connection beyond that is closed before anything is read of it. One that another worker has admitted and passed on does not
-//! count here: its client would have to find room in this worker for what was spread over several.
+//! A connection above the limit is closed before anything is read from it. A connection that
+//! another worker has admitted and passed on does not count: the client's connections were spread
+//! over several workers, and need not fit in one.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -11,16 +12,16 @@ use std::rc::Rc;
 
 use super::throttle::Throttle;
 
-/// The connections of each client, if they are limited.
+/// Counts the connections of each client, if they are limited.
 #[derive(Debug)]
 pub(crate) struct Crowd {
-    /// 0 is no limit.
+    /// Zero means no limit.
     most: u32,
     open: RefCell<HashMap<Client, u32>>,
     turned_away: Throttle,
 }
 
-/// What counts as one client. Whoever has an IPv6 address has as many as 64 bits can tell apart.
+/// The unit that is counted. A client with IPv6 usually has a whole /64 network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Client {
     V4(u32),
@@ -36,7 +37,7 @@ impl Client {
     }
 }
 
-/// A connection that counts while it lives.
+/// Counts as an open connection until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Counted(Option<(Rc<Crowd>, Client)>);
 
@@ -45,8 +46,8 @@ impl Crowd {
         Rc::new(Self { most, open: RefCell::default(), turned_away: Throttle::default() })
     }
 
-    /// Admits a connection of this client; `None` if it has as many as it may have. A client without an address (a Unix socket, a
-    /// proxy that speaks for many) always is admitted.
+    /// Admits a connection of this client; `None` if the client is at the limit. A client without
+    /// an address (a Unix socket, or a proxy with many clients) is always admitted.
     pub(crate) fn admit(self: &Rc<Self>, client: Option<IpAddr>) -> Option<Counted> {
         let Some(address) = client.filter(|_| self.most > 0) else { return Some(Counted(None)) };
         let client = Client::of(address);

@@ -1,7 +1,8 @@
-//! The ways by which connections come to this worker, when it leaves: what is queued is accepted, and then they are closed.
+//! Closes a leaving worker's listeners and channel: the queued connections are accepted first.
 //!
-//! A worker that leaves accepts nothing more, whether the others go on or not, so it gives the listening sockets up. If the
-//! master is dead nobody is left to close them for all, and the workers do it: the address is then free for the next start.
+//! A worker that leaves accepts no further connections, so it closes its copies of the listening
+//! sockets, even if its siblings continue. If the master is dead, no other process can shut the
+//! sockets down for all, so the workers do it: the address is then free for the next start.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,20 +14,21 @@ use crate::heir::RetainedFds;
 use crate::net::listen::Listener;
 use crate::worker::lifecycle::drain::Drain;
 
-/// A task that accepts, and by what.
+/// A task that accepts, and its acceptor.
 pub(crate) type Accepting = (JoinHandle<()>, Rc<Acceptor>);
 
-/// The ways in of a worker that leaves.
+/// The acceptors and listeners of a worker that leaves.
 pub(crate) struct Entry<'a> {
     pub(crate) accepting: Vec<Accepting>,
     pub(crate) listeners: Arc<[Listener]>,
     pub(crate) retained: &'a RetainedFds,
-    /// The master is dead, and with it the server.
+    /// The master is dead, so the server ends.
     pub(crate) is_orphan: bool,
 }
 
 impl Entry<'_> {
-    /// Accepts no longer of itself. An orphan sees to it that nobody enters a queue that will be served no more.
+    /// Stops the accepting tasks. An orphan also keeps new connections out of a queue that will not
+    /// be served.
     pub(crate) fn begin_to_close(&self) {
         self.accepting.iter().for_each(|(task, _)| task.abort());
         if self.is_orphan {
@@ -40,8 +42,9 @@ impl Entry<'_> {
         self.listeners.iter().filter(|listener| listener.is_own())
     }
 
-    /// Accepts what is queued: the kernel may have told this worker alone of it. When nothing is left in the queues of the listening sockets
-    /// they are closed. False if there is no room for all yet.
+    /// Accepts the queued connections: the kernel may have notified only this worker of them.
+    /// Closes the listening sockets when their queues are empty. Returns false if there is no room
+    /// for all connections yet.
     pub(crate) async fn run_dry(&mut self, server: &impl Serve) -> bool {
         let mut is_dry = true;
         for (_, acceptor) in &self.accepting {
@@ -58,7 +61,7 @@ impl Entry<'_> {
         is_dry
     }
 
-    /// Returns when the last connection is gone, or is somebody else's.
+    /// Returns when the last connection has ended or was passed on.
     pub(crate) async fn leave(&mut self, drain: &Drain, connections: &Connections, server: &impl Serve) {
         let mut is_dry = self.run_dry(server).await;
         loop {

@@ -1,12 +1,13 @@
-//! One FastCGI connection: records in, requests to the application, responses out as records.
+//! Serves one FastCGI connection: decodes records into requests for the application, and encodes
+//! the responses as records.
 //!
-//! One task does it all for its connection: it reads, lets each request go on as far as it can, and writes; so
-//! it reads while it writes, and a request body and a response stream at the same time. Requests of one
-//! connection may overlap; they share its output, in turn.
+//! One task does all the work of its connection. It reads, advances each request as far as
+//! possible, and writes, so a request body and a response stream at the same time. Requests of one
+//! connection may overlap; they take turns to write their output.
 //!
-//! What bounds the memory of a connection: the parameters of each request (`--max-params`), the pipe of each
-//! body, and [`OUTBOX_LIMIT`] of output. When a body is not read, the connection stops reading; when the
-//! peer does not read, the responses wait.
+//! The memory of a connection is bounded by the parameters of each request (`--max-params`), the
+//! pipe of each body, and [`OUTBOX_LIMIT`] bytes of output. When the application does not read a
+//! body, the connection stops reading; when the peer does not read, the responses wait.
 
 mod exchange;
 
@@ -38,12 +39,13 @@ use crate::request::activity::Activity;
 use crate::worker::lifecycle::drain::{Asked, Drain};
 use crate::worker::service::serve::{Application, BoxError, ResponseFuture};
 
-/// Output that may wait on a connection before its responses do.
+/// Bytes of output that may be queued on a connection before its responses pause.
 pub(crate) const OUTBOX_LIMIT: usize = 64 << 10;
-/// Replies to management records and refusals that may wait beside it; one piece of a response may too.
+/// Bytes of management replies and refusals that may be queued in addition; one piece of a response
+/// may be queued too.
 const REPLIES_LIMIT: usize = 1 << 20;
 
-/// Serves one connection to its end.
+/// Serves one connection until it ends.
 pub(crate) async fn serve<S, B>(socket: Socket, from: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
@@ -97,42 +99,42 @@ where
     }
 }
 
-/// How serving a connection ends.
 enum Outcome {
-    /// Its peer is to hear that nothing more will come.
+    /// The peer must be notified that nothing more will come.
     Over,
-    /// Nothing is under way, and another worker may go on.
+    /// Nothing is under way, and another worker may continue.
     Movable,
 }
 
 struct Connection<S: Service<Request<Body>>, B> {
     socket: Socket,
-    /// Who is at its other end.
+    /// The peer's address.
     from: Option<SocketAddr>,
     input: BytesMut,
     decoder: Decoder,
     outbox: Outbox,
-    /// Where the head of a response is put together.
+    /// Buffer in which the head of a response is built.
     head: BytesMut,
     exchanges: Vec<Exchange<S, B>>,
-    /// Of an exchange that has ended.
+    /// The allocation of an ended exchange, for reuse.
     spare: Option<Pin<Box<Work<S, B>>>>,
     application: Rc<Application<S>>,
     /// The peer did not ask to keep the connection.
     closing: bool,
-    /// A response broke off, and nothing else is in flight: what is in the outbox is the last.
+    /// A response failed, and nothing else is in flight: the connection ends after the output that
+    /// is queued.
     broken: bool,
-    /// The worker was asked to leave.
+    /// The worker is leaving.
     draining: bool,
-    /// Since then a request was answered, or time enough has passed for one to come.
+    /// Since the drain began, a request was answered, or the time for one more request has passed.
     last_chance_over: bool,
-    /// A sibling is there to go on.
+    /// A sibling can take the connection over.
     moving: bool,
-    /// Requests of which a part has come, in the journal.
+    /// Requests that have arrived in part, with their journal entries.
     assembled: Vec<(RequestId, Entry)>,
-    /// The last request was answered before all of it had come.
+    /// The last request was answered before all of it was received.
     unread: bool,
-    /// The peer took too long: what it still sends interests nobody.
+    /// The peer exceeded a timeout: nothing more is read from it.
     deaf: bool,
 }
 
@@ -143,8 +145,8 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    /// Goes on as far as it can. Ready when the connection is to be closed; an error if the peer is gone or
-    /// broke the protocol.
+    /// Advances the connection as far as possible. Ready when the connection must be closed; an
+    /// error if the peer is gone or violated the protocol.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Outcome>> {
         loop {
             self.poll_exchanges(context);
@@ -157,7 +159,7 @@ where
                 if self.is_idle() {
                     return Poll::Ready(Ok(Outcome::Movable));
                 }
-                // What comes next is for the next worker.
+                // The next worker reads the requests that follow.
                 if !self.exchanges.is_empty() && self.is_whole() {
                     return Poll::Pending;
                 }
@@ -166,7 +168,7 @@ where
                 return Poll::Ready(Ok(Outcome::Over));
             }
             let room_again = held_back && self.outbox.len() < OUTBOX_LIMIT;
-            // After a break nothing more is taken in.
+            // After a response has failed, nothing more is read.
             if self.broken || self.poll_input(context)?.is_pending() && !room_again {
                 return Poll::Pending;
             }
@@ -177,17 +179,17 @@ where
         if !self.exchanges.is_empty() || !self.outbox.is_empty() {
             return false;
         }
-        // A request that has half arrived when we are asked to drain is served; but a peer that did not want
-        // the connection kept is owed nothing more, and may be waiting for us to close it.
+        // A request that has arrived in part when the drain begins is served. But a peer that did
+        // not ask to keep the connection gets nothing more, and may be waiting for its end.
         self.closing || self.broken || (self.draining && self.last_chance_over && self.is_idle())
     }
 
-    /// Whether nothing is under way, and nothing of a further request has come.
+    /// Whether nothing is under way, and no part of a further request has arrived.
     fn is_idle(&self) -> bool {
         self.exchanges.is_empty() && self.outbox.is_empty() && self.input.is_empty() && self.decoder.is_idle()
     }
 
-    /// Whether all requests that have begun are here as a whole, and nothing else.
+    /// Whether all requests that have begun were received whole, and nothing else was.
     fn is_whole(&self) -> bool {
         let streams = self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data));
         streams.count() == 0 && self.input.is_empty() && self.decoder.is_between_records()
@@ -195,7 +197,7 @@ where
 
     fn poll_exchanges(&mut self, context: &mut Context<'_>) {
         if self.exchanges.len() > 1 {
-            self.exchanges.rotate_left(1); // the one that filled the outbox is the last to go on
+            self.exchanges.rotate_left(1); // the exchange that filled the outbox is the last to continue
         }
         let (conn, activity) = (*self.socket.conn(), self.socket.activity());
         for exchange in &mut self.exchanges {
@@ -228,7 +230,7 @@ where
         }
         let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
         if !self.exchanges.is_empty() && self.exchanges.iter().all(broken_off) {
-            // What else was in flight has had its time.
+            // Every other response has ended before the connection is broken off.
             for exchange in self.exchanges.drain(..) {
                 self.unread |= !self.decoder.finish(exchange.id);
                 self.socket.activity().request_over();
@@ -238,10 +240,12 @@ where
         }
     }
 
-    /// Takes in what the peer sent. Pending when there is nothing more, or no room for it.
+    /// Reads and decodes input from the peer. Pending when there is no more input, or no room for
+    /// it.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
-        // However much output waits: a peer may write all of its request before it reads. A body that nobody reads
-        // costs nothing, and one that somebody reads has its pipe.
+        // The length of the queued output does not matter: a peer may write all of its request
+        // before it reads. A body that the application has dropped takes no memory, and a body that
+        // is being read is bounded by its pipe.
         for stream in self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data)) {
             if stream.poll_room(context).is_pending() {
                 return Ok(Poll::Pending);
@@ -258,7 +262,8 @@ where
                 let is_idle = self.input.is_empty() && self.decoder.is_idle();
                 self.socket.activity().set_head_begun(!is_idle);
                 self.enter_assembled();
-                // Who knows for how long: the block that this is a part of is not kept for it.
+                // The wait may be long: copy the rest, so that it does not keep the whole read
+                // block allocated.
                 self.decoder.unshare();
                 if !self.input.is_empty() {
                     self.input = BytesMut::from(&self.input[..]);
@@ -277,7 +282,7 @@ where
                 Ok(Poll::Ready(()))
             }
             Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !self.exchanges.is_empty() => {
-                // Bodies are cut by that, and answers still come.
+                // The bodies are cut short, and the application can still respond.
                 for exchange in &mut self.exchanges {
                     (exchange.stdin, exchange.data) = (None, None);
                 }
@@ -294,12 +299,13 @@ where
         }
     }
 
-    /// Whether a part of a request's parameters has come, or of what may be a request. The rest of a body is none of that.
+    /// Whether part of a request's parameters, or of a possible new request, has arrived. The rest
+    /// of a body does not count.
     fn begins_request(&self) -> bool {
         self.decoder.assembled().next().is_some() || self.decoder.is_between_records() && !self.input.is_empty()
     }
 
-    /// Decodes until something is to be done about it. False if there was no event.
+    /// Decodes until an event requires action. Returns false if there was no event.
     fn decode(&mut self) -> io::Result<bool> {
         let mut any = false;
         loop {
@@ -317,21 +323,21 @@ where
             any = true;
             let body_came = matches!(event, Event::Stdin { .. } | Event::Data { .. });
             self.take(event)?;
-            // A piece of a body: see whether there is room for the next one.
+            // After a piece of a body, check whether there is room for the next one.
             if body_came {
                 return Ok(true);
             }
         }
     }
 
-    /// Has the journal know of requests that have come in part: the bytes of them are with us alone.
+    /// Enters partly received requests in the journal: the peer will not send the bytes again.
     fn enter_assembled(&mut self) {
         let conn = *self.socket.conn();
         let (decoder, outbox) = (&self.decoder, &self.outbox);
         self.assembled.retain(|&(known, entry)| {
             let goes_on = decoder.assembled().any(|(id, _)| id == known);
             if !goes_on {
-                conn.response_to(entry, conn.output(outbox.len())); // it was aborted
+                conn.response_to(entry, conn.output(outbox.len())); // the request was aborted
             }
             goes_on
         });
@@ -342,7 +348,7 @@ where
         }
     }
 
-    /// Has the journal know of a request, before anybody else does.
+    /// Enters a request in the journal, before the application receives it.
     fn enter(&mut self, id: RequestId, keep_connection: bool, is_head: bool) -> Entry {
         if let Some(index) = self.assembled.iter().position(|&(known, _)| known == id) {
             return self.assembled.swap_remove(index).1;
@@ -383,7 +389,7 @@ where
                 }
             }
             Event::Abort { id } => {
-                // Its future is dropped, and with it whatever it was doing.
+                // Drops the response future, which cancels the application's work.
                 if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id) {
                     exchange.end_now();
                     fastcgi::stdout_end(self.outbox.tail(), id, 0);
@@ -392,7 +398,7 @@ where
             Event::Reply { bytes, then_close } => {
                 self.outbox.push(bytes);
                 self.closing |= then_close;
-                self.unread |= then_close; // the rest of what was refused
+                self.unread |= then_close; // the rest of the refused request
                 if self.outbox.len() > OUTBOX_LIMIT + REPLIES_LIMIT {
                     return Err(io::Error::other("the peer asks and asks, and reads no reply"));
                 }
@@ -411,7 +417,8 @@ where
         activity.request_came();
         let mut stdin = None;
         let made = cgi::request(params, |length| {
-            // An authorizer has no body (6.3), even if a server says so.
+            // An authorizer has no body (FastCGI specification, section 6.3), even if a server
+            // announces one.
             if role == Role::Authorizer
                 || length == Some(0)
                 || length.is_none() && self.decoder.body_is_empty(id, &self.input)
@@ -453,8 +460,8 @@ where
         self.exchanges.push(Exchange { id, entry, has_begun, keep_connection, is_head, stdin, data, app_status, work });
     }
 
-    /// If the peer may still be sending, says that nothing more will come, and listens until it has heard: closing
-    /// a socket with bytes unread in it would destroy what we wrote on its way.
+    /// If the peer may still be sending, shuts down the write side and reads until the peer closes:
+    /// closing a socket with unread bytes would destroy output on its way.
     async fn close(self, drain: &Drain) {
         if self.unread {
             linger::linger(self.socket, drain).await;
@@ -462,7 +469,8 @@ where
     }
 }
 
-/// Tells the application what it is asked for, unless that is the usual. Returns where a filter's file goes.
+/// Adds the role to the request unless it is Responder, the usual one. Returns the pipe for a
+/// filter's file.
 fn give_role(request: &mut Request<Body>, role: Role, activity: &Arc<Activity>) -> Option<pipe::Writer> {
     if role == Role::Responder {
         return None;

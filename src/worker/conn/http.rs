@@ -1,8 +1,9 @@
-//! One HTTP connection, of version 1 or 2. hyper does the protocols; this file tells them apart, refuses what hyper
-//! lets pass and no application should see, and joins them to the application and to the drain.
+//! Serves one HTTP connection, version 1 or 2. hyper implements the protocols. This module detects
+//! the version, refuses requests that hyper accepts but no application should receive, and connects
+//! hyper to the application and to the drain.
 //!
-//! A request comes to the application in one form, whatever the version: its URI is a path, its host is in `Host`,
-//! and how it came is in [`ClientInfo`].
+//! The application receives each request in one form, whatever the version: the URI is a path, the
+//! host is in `Host`, and the client's address and scheme are in [`ClientInfo`].
 
 mod request;
 mod requests;
@@ -48,22 +49,24 @@ use crate::request::activity::{Stage, Wait};
 use crate::worker::lifecycle::drain::{Asked, Drain};
 use crate::worker::service::serve::{Application, BoxError, Served, Switch};
 
-/// Bytes of a request's body that may be on their way in one stream of HTTP/2.
+/// Bytes of a request body that may be in transit in one HTTP/2 stream.
 const WINDOW: u32 = 64 << 10;
-/// What the window of a connection can be (RFC 9113, section 6.9.1).
+/// Largest window of a connection (RFC 9113, section 6.9.1).
 const LARGEST_WINDOW: u32 = i32::MAX.cast_unsigned();
-/// Bytes of one stream's response that may wait to be written.
+/// Bytes of one stream's response that may be queued.
 const SEND_BUFFER: usize = 64 << 10;
-/// Streams that a client has reset and the application has not yet heard of; and those that we had to reset. Beyond that
-/// the connection is closed: whoever does so at length wants to keep us busy (CVE-2023-44487).
+/// Limits on streams that the client has reset before the application received them, and on streams
+/// that the server had to reset. A connection that exceeds one is closed, against a client that
+/// keeps the server busy in this way (CVE-2023-44487).
 const RESETS: (usize, usize) = (20, 128);
-/// How the first record of a TLS connection begins: a handshake, version 3 (RFC 8446, section 5.1).
+/// The first bytes of a TLS connection: a handshake record, version 3 (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: &[u8] = &[0x16, 0x03];
 const TLS_ON_PLAIN_PORT: &str = "a TLS handshake on a port that speaks plain HTTP";
-/// Headers that hyper's parser has room for without asking for memory. More cost two allocations a request.
+/// Number of headers that hyper's parser handles without an allocation. A higher limit costs two
+/// allocations a request.
 const ROOM_FOR_HEADERS: usize = 100;
 
-/// Serves one connection to its end.
+/// Serves one connection until it ends.
 pub(crate) async fn serve<S, B>(socket: Socket, origin: ClientInfo, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
@@ -138,7 +141,7 @@ where
     }
 }
 
-/// Finds out whether the client speaks HTTP/2. `None` if the connection is over, or another worker's.
+/// Detects whether the client uses HTTP/2. `None` if the connection has ended or was passed on.
 async fn with_version<S, B>(
     mut socket: Socket,
     application: &Application<S>,
@@ -167,7 +170,9 @@ where
     None
 }
 
-/// Passes a connection on with what hyper has taken in: whole requests, for the rest of a body must not become one.
+/// Passes a connection on with the bytes that hyper has read, if these are exactly the requests
+/// that the journal has as unfinished. Otherwise closes it: the rest of a body must not be read as
+/// a request.
 async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
     if usize::try_from(socket.conn().unfinished()) == Ok(taken_in.len() + socket.early().len()) {
         return drain.hand_over(socket, taken_in).await;
@@ -175,19 +180,21 @@ async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
     linger(socket, drain).await;
 }
 
-/// How far an HTTP/1 connection was served.
+/// How serving an HTTP/1 connection ended.
 enum Http1End {
     Ended(hyper::Result<()>),
-    /// Nothing is under way, but requests came in pieces, or their bodies in chunks: how much of the next one hyper has read is
-    /// known only when hyper gives its buffer back. The journal and the drain have to know it.
+    /// Nothing is under way, but a request came in pieces, or its body in chunks. The journal and
+    /// the drain need the number of bytes that hyper has read of the next request, and hyper
+    /// returns it only with its buffer.
     Unsettled,
-    /// The worker leaves, a sibling is there, and nothing is under way: it can be passed on.
+    /// The worker leaves, a sibling is available, and nothing is under way: the connection can be
+    /// passed on.
     Movable,
-    /// It is to be closed when what has begun is over.
+    /// The connection must be closed when the requests that have begun are complete.
     Ending,
 }
 
-/// Serves an HTTP/1 connection until it ends, or the worker leaves.
+/// Serves an HTTP/1 connection until it ends, the worker leaves, or no further request is allowed.
 async fn until_movable<C>(connection: &mut C, requests: &Requests, drain: &Drain) -> Http1End
 where
     C: Future<Output = hyper::Result<()>> + Unpin,
@@ -213,7 +220,7 @@ where
     }
 }
 
-/// A head that has come in part only is answered, too late or not.
+/// Answers 408 to a request head that did not arrive completely in time.
 async fn time_out<S>(mut socket: Socket, application: &Application<S>, from: Option<SocketAddr>, drain: &Drain) {
     let why = "a head that did not come within --header-timeout";
     application.turned_away(Protocol::Http, StatusCode::REQUEST_TIMEOUT, from, why);
@@ -228,18 +235,19 @@ async fn time_out<S>(mut socket: Socket, application: &Application<S>, from: Opt
     }
 }
 
-/// Whether a connection ended because its client took too long.
+/// Whether a connection ended because its client exceeded a timeout.
 fn is_timeout(error: &hyper::Error) -> bool {
     let causes = std::iter::successors(error.source(), |&error| error.source());
     let mut errors = causes.filter_map(|error| error.downcast_ref::<io::Error>());
     errors.any(|error| error.kind() == io::ErrorKind::TimedOut)
 }
 
-/// If hyper has refused a request by itself, or broken off for what the client sent: with which status, and why.
+/// Returns the status and the reason if hyper itself refused a request, or ended the connection
+/// because of the client's input.
 fn refused(error: &hyper::Error) -> Option<(StatusCode, String)> {
     let text = with_causes(error);
     if error.is_parse_too_large() {
-        // hyper has one error for all of them.
+        // hyper uses one error for all three limits.
         return Some(if text.contains("URI") {
             (StatusCode::URI_TOO_LONG, "a target longer than --max-uri can be".to_owned())
         } else {
@@ -248,12 +256,13 @@ fn refused(error: &hyper::Error) -> Option<(StatusCode, String)> {
             (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, why.to_owned())
         });
     }
-    // Over HTTP/2 the client breaks off as well: "received".
+    // Over HTTP/2 the client may also report an error: "received".
     let is_clients = error.is_parse() || text.contains("connection error detected");
     is_clients.then_some((StatusCode::BAD_REQUEST, text))
 }
 
-/// hyper's errors name the layer; what happened is in their sources.
+/// Adds the sources of an error to its text: hyper's errors name the layer, and their sources name
+/// the cause.
 fn with_causes(error: &dyn Error) -> String {
     let causes = std::iter::successors(error.source(), |&error| error.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
@@ -261,7 +270,7 @@ fn with_causes(error: &dyn Error) -> String {
 
 fn http1_settings(limits: &Limits) -> http1::Builder {
     let mut builder = http1::Builder::new();
-    // The time is the watchdog's.
+    // The watchdog enforces the timeout.
     builder.header_read_timeout(None).max_buf_size(limits.max_params).max_header_size(limits.max_params);
     if limits.max_headers != ROOM_FOR_HEADERS {
         builder.max_headers(limits.max_headers);
@@ -272,7 +281,8 @@ fn http1_settings(limits: &Limits) -> http1::Builder {
 fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
     let mut builder = http2::Builder::new(LocalTasks);
     let streams = u32::try_from(limits.max_multiplexed).unwrap_or(u32::MAX);
-    // As much as all streams may have: or bodies that nobody reads yet would leave no room for the one that is being read.
+    // Sum of all streams' windows: otherwise, bodies that are not read yet would leave no window
+    // for a body that is being read.
     let window = WINDOW.saturating_mul(streams).min(LARGEST_WINDOW);
     builder
         .timer(TokioTimer::new())
@@ -280,7 +290,8 @@ fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
         .initial_connection_window_size(window)
         .max_send_buf_size(SEND_BUFFER)
         .max_concurrent_streams(streams)
-        // h2 answers what is larger by itself, and nobody hears of it: so that is left to [`Application::answer`], up to this.
+        // h2 rejects larger header lists itself and does not report it. So [`Application::answer`]
+        // enforces the limit for sizes up to this value.
         .max_header_list_size(u32::try_from(limits.max_params.saturating_mul(2)).unwrap_or(u32::MAX))
         .max_pending_accept_reset_streams(RESETS.0)
         .max_local_error_reset_streams(RESETS.1)
@@ -288,8 +299,9 @@ fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
     builder
 }
 
-/// Serves a connection to its end. Once the worker drains, or enough requests were served on it, it is asked to end
-/// when it has answered what has begun.
+/// Serves a connection until it ends. When the worker drains, or the connection has served its
+/// limit of requests, the connection is shut down gracefully: the requests that have begun are
+/// still answered.
 async fn until_drained<C>(
     mut connection: Pin<C>,
     shut_down: impl FnOnce(&mut Pin<C>),
@@ -301,8 +313,8 @@ where
 {
     let drained = async {
         drain.wait().await;
-        // hyper closes an idle connection at once. This way the next request is answered, and told that it was
-        // the last one; what had begun before is told the same.
+        // hyper closes an idle connection at once. Waiting here lets the next request be answered,
+        // with a notice that it is the last one. The requests that have begun get the same notice.
         tokio::select! {
             () = requests.one_under_way() => {}
             () = drain.wait_for_last_request() => {}
@@ -315,7 +327,8 @@ where
         () = requests.last_begun(), if requests.are_limited() => {}
         () = requests.activity().goodbye() => {}
     }
-    // Or hyper would add `close` to the options of a response that switches protocols. When there was one, the connection ends.
+    // Otherwise hyper would add `close` to the `Connection` options of a response that switches
+    // protocols. After a switch the connection ends.
     tokio::select! {
         biased;
         ended = &mut connection => return ended,
@@ -326,7 +339,7 @@ where
     connection.await
 }
 
-/// Runs the streams of HTTP/2 connections, as tasks of the worker's event loop.
+/// Runs HTTP/2 streams as tasks of the worker's event loop.
 #[derive(Clone, Copy, Debug)]
 struct LocalTasks;
 
@@ -336,7 +349,7 @@ impl<F: Future<Output: 'static> + 'static> hyper::rt::Executor<F> for LocalTasks
     }
 }
 
-/// What the requests of a connection have in common.
+/// State that the requests of a connection share.
 struct Connection<S> {
     application: Rc<Application<S>>,
     origin: ClientInfo,
@@ -355,7 +368,7 @@ where
         self: Rc<Self>,
         request: Request<Incoming>,
     ) -> impl Future<Output = Result<Response<Reply<B>>, Infallible>> {
-        // Counted now: hyper may let some time pass before it asks for the answer.
+        // Counted here, because hyper may poll the response future later.
         let mut under_way = self.requests.begin(&request);
         async move {
             let max_body = self.application.limits.max_body;
@@ -413,7 +426,7 @@ where
             }
             under_way.offers_upgrade(false);
             if is_http2 {
-                response.headers_mut().remove(header::TE); // hyper removes the others, and h2 would reset the stream for this
+                response.headers_mut().remove(header::TE); // hyper removes the other such headers, and h2 would reset the stream for this one
             } else {
                 set_connection(response.headers_mut(), under_way.is_last);
             }
@@ -428,7 +441,8 @@ where
         }
     }
 
-    /// The application has taken an upgrade: what follows its response is another protocol's.
+    /// Turns the connection or stream over to the application's upgrade: the bytes after the
+    /// response belong to another protocol.
     fn switch(&self, response: Response<Served<B>>, offer: Offer, under_way: UnderWay) -> Response<Reply<B>> {
         under_way.enter_response(&response);
         let (head, body) = response.into_parts();
@@ -446,7 +460,7 @@ where
     }
 }
 
-/// Says in `Connection` what goes with the response.
+/// Sets the `Connection` options that belong to the response.
 fn set_connection(headers: &mut HeaderMap, is_last: bool) {
     // RFC 9110, section 7.8.
     if headers.contains_key(header::UPGRADE) && !headers.contains_key(header::CONNECTION) {
@@ -458,13 +472,13 @@ fn set_connection(headers: &mut HeaderMap, is_last: bool) {
 }
 
 pin_project! {
-    /// The body of a response; until it is dropped its request is under way.
+    /// The body of a response; its request is under way until this is dropped.
     struct Reply<B> {
         #[pin]
         body: Served<B>,
-        // Over HTTP/2: while the last piece has not been taken, the peer gives no room for it.
+        // Over HTTP/2: waits for window while the last piece has not been taken.
         room: Option<Wait>,
-        // None if it lives on behind an upgrade.
+        // None if the request continues in an upgrade.
         under_way: Option<UnderWay>,
     }
 }

@@ -1,5 +1,5 @@
-//! The last bytes of a connection: what its peer still sends after our last word is listened to for a while. Closing a
-//! socket with bytes unread in it would destroy what we wrote on its way.
+//! Closes a connection whose peer may still be sending: reads and discards input for a while first.
+//! Closing a socket with unread bytes would destroy output on its way.
 
 use std::time::Duration;
 
@@ -8,10 +8,11 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use super::socket::Socket;
 use crate::worker::lifecycle::drain::Drain;
 
-/// How long, and for how many bytes, a peer that still sends is listened to.
+/// Limits on the time and the bytes for which a peer that still sends is read.
 pub(crate) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
-/// Says that nothing more will come, and listens until the peer has heard, or the drain is nearly over.
+/// Shuts down the write side, and reads until the peer closes, a limit is reached, or the drain is
+/// nearly over.
 pub(crate) async fn linger(mut socket: Socket, drain: &Drain) {
     if socket.shutdown().await.is_ok() {
         let (time, bytes) = LINGER;

@@ -1,4 +1,5 @@
-//! Connections: accepting them, reading requests and writing responses in each protocol, and closing them.
+//! Accepts connections, reads requests and writes responses in each protocol, and closes
+//! connections.
 
 pub(crate) mod accept;
 pub(crate) mod acl;

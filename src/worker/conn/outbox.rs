@@ -1,7 +1,7 @@
-//! What waits to be written on a connection.
+//! Queues the output of a connection.
 //!
-//! Small pieces are copied together; large ones are kept as they are and written from where they stand, in
-//! one vectored call with what is before and after them.
+//! Small pieces are copied together. Large pieces are not copied: one vectored call writes them
+//! together with the pieces before and after them.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -11,16 +11,16 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::io::AsyncWrite;
 
-/// From this size on, bytes are not copied.
+/// Size from which a piece is not copied.
 const WORTH_SHARING: usize = 2048;
-/// Slices of one vectored call.
+/// Maximum number of slices in one vectored call.
 const SLICES: usize = 32;
 
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
     queue: VecDeque<Bytes>,
     queued: usize,
-    /// Comes after the queue.
+    /// Written after the queue.
     tail: BytesMut,
 }
 
@@ -33,7 +33,7 @@ impl Outbox {
         self.len() == 0
     }
 
-    /// Where small pieces are written.
+    /// Buffer for small pieces.
     pub(crate) fn tail(&mut self) -> &mut BytesMut {
         &mut self.tail
     }
@@ -51,10 +51,10 @@ impl Outbox {
         }
     }
 
-    /// Writes until all is written or the socket is full.
+    /// Writes until everything is written or the socket is full.
     ///
     /// # Errors
-    /// What the socket says; writing nothing is an error too.
+    /// An error of the socket, or `WriteZero` if it accepts no byte.
     pub(crate) fn poll_write<W: AsyncWrite>(
         &mut self,
         mut socket: Pin<&mut W>,

@@ -1,7 +1,7 @@
-//! The first bytes of a connection: what is read before it is known what is spoken, and by whom.
+//! Reads the first bytes of a connection, to detect the protocol and the client.
 //!
-//! Nothing here waits for more than it needs to tell; what was read too much goes back in front ([`Socket::look_ahead`]), or is
-//! only looked at.
+//! These functions wait for no more bytes than they need. Excess bytes are put back
+//! ([`Socket::look_ahead`]), or are only peeked at.
 
 use std::future::poll_fn;
 use std::io;
@@ -17,19 +17,21 @@ use super::socket::Socket;
 use crate::protocol::cgi::ClientInfo;
 use crate::protocol::proxy::{self, Header, Opening, Source};
 
-/// What an HTTP/2 connection begins with (RFC 9113, section 3.4).
+/// The first bytes of an HTTP/2 connection (RFC 9113, section 3.4).
 const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// A PROXY header has so many bytes at most: those of version 2, and 4 KiB of additions.
+/// Maximum size of a PROXY header: the fixed part of version 2, and 4 KiB of addresses and
+/// additions.
 const MAX_PROXY_HEADER: usize = 16 + (4 << 10);
 const PEEK: MsgFlags = MsgFlags::MSG_PEEK.union(MsgFlags::MSG_DONTWAIT);
 
-/// Reads the PROXY header that a connection has to begin with, and makes `origin` what it says. What is behind it is
-/// left in the kernel's queue: SCGI needs its last byte there.
+/// Reads the required PROXY header, and sets `origin` to the client it names. The bytes after it
+/// stay in the kernel's queue: SCGI needs the last byte of its request there.
 ///
 /// # Errors
-/// What the socket says, its end included; or there is no header, it makes no sense, or does not come in `time` (zero is no limit).
+/// An error or the end of the socket; or the header is missing or malformed, or does not arrive
+/// within `time` (zero means no limit).
 pub(crate) async fn read_proxy_header(socket: &mut Socket, origin: &mut ClientInfo, time: Duration) -> io::Result<()> {
-    let mut seen = vec![0; MAX_PROXY_HEADER]; // not in the future, which every connection has
+    let mut seen = vec![0; MAX_PROXY_HEADER]; // on the heap, not in the future, which every connection has
     let looking = poll_fn(|context| socket.poll_try(context, |fd| look(fd, &mut seen)));
     let header = match time.is_zero() {
         true => looking.await?,
@@ -45,8 +47,8 @@ pub(crate) async fn read_proxy_header(socket: &mut Socket, origin: &mut ClientIn
     Ok(())
 }
 
-/// Looks at what has come, and leaves it where it is. `WouldBlock` if that is a part of a header: the event loop tells of each
-/// further piece that comes, though nothing was taken.
+/// Peeks at the received bytes. Returns `WouldBlock` for an incomplete header: the event loop
+/// reports each further piece, although nothing was read.
 fn look(fd: BorrowedFd<'_>, seen: &mut [u8]) -> io::Result<Header> {
     let count = recv(fd.as_raw_fd(), seen, PEEK)?;
     match proxy::decode(seen.get(..count).unwrap_or_default()).map_err(io::Error::other)? {
@@ -57,18 +59,18 @@ fn look(fd: BorrowedFd<'_>, seen: &mut [u8]) -> io::Result<Header> {
     }
 }
 
-/// Whether the peer will send nothing more.
+/// Whether the peer has shut down its side.
 fn has_ended(fd: BorrowedFd<'_>) -> bool {
     let mut watched = [PollFd::new(fd, PollFlags::from_bits_retain(libc::POLLRDHUP))];
     poll(&mut watched, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-/// Tells whether a connection speaks HTTP/2, as soon as its bytes can be told from HTTP/1.
+/// Detects HTTP/2 as soon as the bytes differ from HTTP/1.
 ///
 /// # Errors
-/// What the socket says. (Its end is left to be found again.)
+/// An error of the socket. (The end of the stream is left for the next read.)
 pub(crate) async fn speaks_http2(socket: &mut Socket) -> io::Result<bool> {
-    // What was read stays with the socket: it may be passed on before this returns.
+    // The bytes stay with the socket: the connection may be passed on before this function returns.
     while socket.early().len() < HTTP2_PREFACE.len() && HTTP2_PREFACE.starts_with(socket.early()) {
         if socket.look_ahead().await? == 0 {
             break;

@@ -1,25 +1,24 @@
-//! Which connections are closed when others need their place: of those on which nothing is under way, the ones that were used
-//! the longest time ago.
+//! Chooses the connections to close when others need their place or their memory. Idle connections
+//! that were unused for the longest time are closed first.
 //!
-//! No I/O, no clock: what is known of each connection is passed in.
+//! No I/O and no clock: the caller passes in the state of each connection.
 
-/// A connection that waits for its next request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Idle {
-    /// Where it is in the caller's list.
+    /// Index in the caller's list.
     pub(crate) index: usize,
-    /// For how many ticks it has been so.
+    /// Number of ticks for which the connection has been idle.
     pub(crate) ticks: u32,
 }
 
-/// So many are closed at a time, of as many as there may be: one after the other, each search would look at all of them for a
-/// single place.
+/// Number of connections to close at a time, for a limit of `limit` connections. Closing them one
+/// at a time would search all connections for each single place.
 pub(crate) fn share(limit: u32) -> usize {
     usize::try_from(limit / 32).unwrap_or(usize::MAX).max(1)
 }
 
-/// Of those that are idle, the `most` that have been so for longest. One that was used since the last tick is none of them: its
-/// client may be about to send.
+/// Returns up to `most` connections that have been idle for the longest time. A connection that was
+/// used since the last tick is not chosen: its client may be about to send.
 pub(crate) fn choose(mut idle: Vec<Idle>, most: usize) -> Vec<usize> {
     idle.retain(|idle| idle.ticks > 0);
     if idle.len() > most {
@@ -29,23 +28,24 @@ pub(crate) fn choose(mut idle: Vec<Idle>, most: usize) -> Vec<usize> {
     idle.into_iter().map(|idle| idle.index).collect()
 }
 
-/// A connection that holds memory.
+/// A connection that holds memory of unfinished requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Holder {
     pub(crate) index: usize,
     pub(crate) bytes: u32,
-    /// Its peer has to send more before anybody can go on.
+    /// The request cannot proceed before the peer sends more.
     pub(crate) is_waited_for: bool,
-    /// For so many ticks.
+    /// Number of ticks for which this has been so.
     pub(crate) ticks: u32,
 }
 
-/// A connection whose request is being served is cut off only if it holds more than this: a body that nobody reads, or many
-/// requests.
+/// A connection whose request is being served is cut off only if it holds more bytes than this: a
+/// body that is not read, or many requests.
 const MUCH: u32 = 256 << 10;
 
-/// Those that have to go so that so many bytes are given free: first those that are waited for, the slowest of them first, and of
-/// several that are as slow, those that hold most. Then those that hold much.
+/// Returns the connections to close so that `bytes` are freed. First come those that wait for their
+/// peer: the slowest first, and among equally slow ones those that hold most. Then come those that
+/// hold more than [`MUCH`].
 pub(crate) fn heaviest(mut holders: Vec<Holder>, mut bytes: u64) -> Vec<usize> {
     holders.retain(|holder| holder.is_waited_for || holder.bytes > MUCH);
     let key = |holder: &Holder| (!holder.is_waited_for, u32::MAX - holder.ticks, u32::MAX - holder.bytes);

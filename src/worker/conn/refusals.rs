@@ -1,8 +1,9 @@
-//! What the log says of requests that nobody could read, or that no application gets to see: a client causes such a line, so the
-//! lines are few, however many the requests are.
+//! Logs the requests that could not be read, or were refused before they reached the application.
+//! Clients cause these lines, so their number is limited, however many requests there are.
 //!
-//! The first refusal for a reason is logged at once; further ones are counted, and their number is logged [`PERIOD`] later, with
-//! the client of the last one. What is counted and when is decided by [`Counts`], which has no clock.
+//! The first refusal for a reason is logged at once. Further refusals are counted, and their number
+//! is logged [`PERIOD`] later, with the client of the last one. [`Counts`] decides when to count
+//! and when to log, and has no clock.
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -13,22 +14,22 @@ use http::StatusCode;
 
 use crate::config::address::Protocol;
 
-/// One line for each reason in this time.
+/// Minimum time between two lines for one reason.
 const PERIOD: Duration = Duration::from_secs(10);
-/// Reasons that are told apart; what comes beyond that is counted as [`OTHERS`].
+/// Number of reasons that are counted separately; any further reason is counted as [`OTHERS`].
 const MOST_REASONS: usize = 32;
 const OTHERS: &str = "other reasons";
 
-/// The refusals of a worker.
 #[derive(Debug, Default)]
 pub(crate) struct Refusals {
     counts: RefCell<Counts>,
-    /// A task is there that will log what was counted.
+    /// A task that will log the counts is running.
     is_timed: Cell<bool>,
 }
 
 impl Refusals {
-    /// A request was refused with this status, because of `why`; `from` is who sent it, as far as that is known.
+    /// Counts a refused request with its status and its reason `why`; `from` is the peer that sent
+    /// it, if known.
     pub(crate) fn note(
         self: &Rc<Self>,
         protocol: Protocol,
@@ -52,7 +53,7 @@ impl Refusals {
         }
     }
 
-    /// Logs what was counted.
+    /// Logs the counts.
     pub(crate) fn report(&self) {
         let lines = self.counts.borrow_mut().report(Instant::now());
         lines.iter().for_each(|line| log::info!("{line}"));
@@ -72,14 +73,14 @@ struct Counts(Vec<Count>);
 #[derive(Debug)]
 struct Count {
     reason: Reason,
-    /// Since the last line.
+    /// Refusals since the last line.
     count: u64,
     last_from: Option<SocketAddr>,
     logged: Instant,
 }
 
 impl Counts {
-    /// The line that is due at once, if one is.
+    /// Counts a refusal. Returns the line to log at once, if any.
     fn note(&mut self, mut reason: Reason, from: Option<SocketAddr>, now: Instant) -> Option<String> {
         if self.0.len() >= MOST_REASONS && !self.0.iter().any(|known| known.reason == reason) {
             reason = Reason { why: OTHERS.to_owned(), status: StatusCode::BAD_REQUEST, ..reason };
@@ -100,7 +101,7 @@ impl Counts {
         Some(known.take_line())
     }
 
-    /// The lines that are due now.
+    /// Returns the lines that are due now.
     fn report(&mut self, now: Instant) -> Vec<String> {
         let waiting = self.0.iter_mut().filter(|known| known.count > 0);
         waiting

@@ -1,5 +1,5 @@
-//! A response as CGI has it: a head, and then the body as it comes, up to the end. For SCGI and CGI, which have no
-//! frames around it.
+//! Writes a response in CGI form: a head, then the body as it is produced, to its end. For SCGI and
+//! CGI, which have no framing.
 
 use std::io;
 use std::pin::Pin;
@@ -12,7 +12,7 @@ use http_body::Body as HttpBody;
 use crate::protocol::cgi;
 use crate::worker::service::serve::{BoxError, Served};
 
-/// The body of a response whose head is written.
+/// The body of a response whose head was written.
 pub(crate) struct Reply<B> {
     body: Pin<Box<Served<B>>>,
     over: bool,
@@ -23,8 +23,8 @@ where
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
-    /// Writes the head of the response to `head`; the rest of it is the reply. It has no body if the request was for the
-    /// head alone.
+    /// Writes the head of the response to `head`. The reply has no body if the request was a HEAD
+    /// request.
     pub(crate) fn begin(response: Response<Served<B>>, is_head: bool, head: &mut BytesMut) -> Self {
         let (parts, body) = response.into_parts();
         let status = parts.status;
@@ -38,7 +38,7 @@ where
     /// The next piece of the body; `None` at its end.
     ///
     /// # Errors
-    /// If the body breaks off. That is in the log already.
+    /// If the body fails, which has already been logged.
     pub(crate) fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         while !self.over {
             match ready!(self.body.as_mut().poll_frame(context)) {

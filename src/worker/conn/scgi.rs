@@ -1,13 +1,14 @@
-//! One SCGI connection: a request in, its response out, and that is all.
+//! Serves one SCGI connection: one request and its response.
 //!
-//! One task does it all, as for FastCGI: it reads while it writes, and the body of the request and the response stream
-//! at the same time.
+//! One task does all the work, as for FastCGI: it reads while it writes, so the request body and
+//! the response stream at the same time.
 //!
-//! **The last byte of a request is left in the kernel's queue**, looked at but not taken, until the response is complete.
-//! SCGI has no mark for the end of a response: the connection ends, and so it does when a worker dies or a body breaks
-//! off. But who closes a socket with something unread in it, or dies, resets the connection, and the web server
-//! sees an error instead of an end. That works on Unix sockets and over TCP, and for deaths of any kind.
-//! (Not for a body without an announced length, which has no last byte before its end.)
+//! **The last byte of a request is left in the kernel's queue**, peeked at but not read, until the
+//! response is complete. SCGI does not mark the end of a response. The connection simply ends,
+//! which also happens when a worker dies or a body fails. But when a process closes a socket with
+//! unread bytes, or dies, the kernel resets the connection, and the web server sees an error
+//! instead of a normal end. This works on Unix sockets and over TCP, and for deaths of any kind.
+//! (It does not work for a body without an announced length, which has no known last byte.)
 
 use std::future::{Future as _, poll_fn};
 use std::io;
@@ -39,10 +40,10 @@ use crate::protocol::scgi::{Decoder, Error, Event};
 use crate::worker::lifecycle::drain::Drain;
 use crate::worker::service::serve::{Application, BoxError, ResponseFuture};
 
-/// A read takes at least, and at most, so much.
+/// Minimum and maximum number of bytes of one read.
 const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 
-/// Serves one connection to its end.
+/// Serves one connection until it ends.
 pub(crate) async fn serve<S, B>(socket: Socket, from: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
@@ -85,34 +86,34 @@ where
 
 struct Connection<S: Service<Request<Body>>, B> {
     socket: Socket,
-    /// Who is at its other end.
+    /// The peer's address.
     from: Option<SocketAddr>,
     input: BytesMut,
     read_size: usize,
     rest: Rest,
     decoder: Decoder,
     outbox: Outbox,
-    /// The request's body, while it lasts.
+    /// Pipe of the request body, while the body lasts.
     stdin: Option<pipe::Writer>,
     state: State<S, B>,
-    /// The request in the journal, as soon as something of it has come.
+    /// The request's journal entry, once part of the request has arrived.
     entry: Option<Entry>,
     application: Rc<Application<S>>,
 }
 
-/// What is left of what the peer sends.
+/// The state of the input after the bytes that were read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
-    /// Nobody knows.
+    /// Unknown.
     Coming,
-    /// One byte, which has been looked at and is still in the kernel's queue.
+    /// One byte, which was peeked at and is still in the kernel's queue.
     LastByte,
-    /// Nothing: the stream is at its end.
+    /// The stream has ended.
     Nothing,
 }
 
 enum State<S: Service<Request<Body>>, B> {
-    /// The request has not come yet.
+    /// The request is not complete yet.
     Reading,
     Answering {
         answer: Pin<Box<ResponseFuture<S, B>>>,
@@ -129,8 +130,8 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    /// Goes on as far as it can. Ready when the response is written; an error if the peer is gone, or the response
-    /// broke off.
+    /// Advances the connection as far as possible. Ready when the response is written; an error if
+    /// the peer is gone, or the response failed.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let waiting = self.outbox.len();
@@ -150,7 +151,7 @@ where
         }
     }
 
-    /// Has the journal know of what has been added to the output, of which `waiting` bytes were there before.
+    /// Enters new output in the journal; `waiting` is the length of the output before.
     fn enter_response(&self, waiting: usize) {
         let Some(entry) = self.entry else { return };
         let (conn, now) = (self.socket.conn(), self.outbox.len());
@@ -167,7 +168,7 @@ where
         matches!(self.state, State::Reading) && self.decoder.is_untouched() && self.input.is_empty()
     }
 
-    /// Goes on with the response until it waits for something, has ended, or has filled the output.
+    /// Advances the response until it waits, has ended, or has filled the output.
     fn poll_response(&mut self, context: &mut Context<'_>) -> io::Result<()> {
         while self.outbox.len() < OUTBOX_LIMIT {
             match &mut self.state {
@@ -190,7 +191,8 @@ where
         Ok(())
     }
 
-    /// Takes in what the peer sent. Pending when there is nothing more, or no room for it.
+    /// Reads and decodes input from the peer. Pending when there is no more input, or no room for
+    /// it.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
         if self.stdin.as_ref().is_some_and(|stdin| stdin.poll_room(context).is_pending()) {
             return Ok(Poll::Pending);
@@ -217,7 +219,7 @@ where
                     Ok(Poll::Pending) => return Ok(Poll::Pending),
                     Ok(Poll::Ready(0)) => self.stream_ended()?,
                     Ok(Poll::Ready(_)) => {}
-                    // Its answer is still to come.
+                    // The response is still to come.
                     Err(error) if error.kind() == io::ErrorKind::TimedOut => self.stream_ended()?,
                     Err(error) => return Err(error),
                 }
@@ -239,7 +241,7 @@ where
         Ok(read)
     }
 
-    /// Looks at the next byte, and leaves it where it is. `None` at the end of the stream.
+    /// Peeks at the next byte and leaves it in the queue. `None` at the end of the stream.
     fn poll_last_byte(&mut self, context: &mut Context<'_>) -> io::Result<Poll<Option<u8>>> {
         let mut byte = [0];
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -247,7 +249,8 @@ where
         Ok(looked.map(|count| byte.first().copied().filter(|_| count > 0)))
     }
 
-    /// All of the request is here. An error when the peer has left; as long as it stays there is nothing to do.
+    /// The whole request was received. Returns an error when the peer leaves; until then the
+    /// connection only waits.
     fn poll_hangup(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
         let hung_up = |fd: BorrowedFd<'_>| {
             let mut sockets = [PollFd::new(fd, PollFlags::from_bits_retain(libc::POLLRDHUP))];
@@ -271,7 +274,8 @@ where
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         self.rest = Rest::Nothing;
-        // Dropping the body unfinished cuts it. An end that `--body-timeout` has made is not the peer's.
+        // Dropping the unfinished pipe cuts the body short. An end caused by `--body-timeout` is
+        // not the peer's.
         if let Some(stdin) = self.stdin.take()
             && self.decoder.ends_with_the_stream()
             && !self.socket.activity().has_expired()
@@ -281,7 +285,7 @@ where
         Ok(())
     }
 
-    /// Decodes until something is to be done about it. False if there was no event.
+    /// Decodes until an event requires action. Returns false if there was no event.
     fn decode(&mut self) -> bool {
         let mut any = false;
         loop {
@@ -292,7 +296,7 @@ where
                     if let Some(stdin) = &self.stdin {
                         stdin.push(bytes);
                     }
-                    return true; // see whether there is room for the next one
+                    return true; // check whether there is room for the next piece
                 }
                 Ok(Some(Event::End)) => {
                     if let Some(stdin) = self.stdin.take() {
@@ -300,7 +304,7 @@ where
                     }
                 }
                 Err(error) => {
-                    self.rest = Rest::Coming; // whatever it is
+                    self.rest = Rest::Coming; // the rest of the input is unknown
                     let status = match error {
                         Error::TooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
                         Error::Size | Error::Comma | Error::Strings | Error::Length | Error::Version => {
@@ -353,8 +357,8 @@ where
         self.state = State::Answering { answer, is_head: false };
     }
 
-    /// The response is written. Takes what the peer has sent: closing a socket with bytes unread in it would destroy
-    /// what we wrote on its way.
+    /// Closes the connection after the response. Reads the bytes that the peer has sent: closing a
+    /// socket with unread bytes would destroy output on its way.
     async fn close(self, drain: &Drain) {
         match self.rest {
             Rest::LastByte => {

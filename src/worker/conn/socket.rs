@@ -1,8 +1,9 @@
-//! An accepted connection's socket.
+//! The socket of an accepted connection.
 //!
-//! It is registered with the event loop only when it has to wait. A short request on a fresh connection has most
-//! often come before the connection is accepted, and its response fits the socket's buffer: then it costs accept, read,
-//! write and close, and no more. One that waits is looked after by the [`Watchdog`].
+//! A socket is registered with the event loop only when it has to wait. A short request on a new
+//! connection has usually arrived before the connection is accepted, and its response fits in the
+//! socket's buffer. Such a connection costs accept, read, write and close, and no other system
+//! call. The [`Watchdog`] monitors connections that wait.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -26,31 +27,30 @@ use crate::sys;
 use crate::worker::defer;
 use crate::worker::lifecycle::watchdog::Watchdog;
 
-/// A connection's socket.
 #[derive(Debug)]
 pub(crate) struct Socket {
-    /// What was read too early, and will be read again.
+    /// Bytes that were read ahead, and will be read again.
     early: BytesMut,
     link: Link,
     conn: ConnHandle,
     activity: Arc<Activity>,
     watchdog: Rc<Watchdog>,
-    /// How long the first bytes waited is to be found out.
+    /// Measure how long the first bytes waited in the kernel.
     asks_wait: Cell<bool>,
 }
 
 #[derive(Debug)]
 enum Link {
-    /// Never had to wait.
+    /// The socket has not waited yet.
     Fresh(OwnedFd, Look),
     Registered(AsyncFd<OwnedFd>),
-    /// It could not be registered, or is closed.
+    /// The socket could not be registered, or is closed.
     Broken,
 }
 
-/// Bytes of the first reads of a connection, before it had to wait.
+/// Maximum size of a read before the connection has waited.
 const FIRST: usize = 4 << 10;
-/// Bytes of memory that are read into, and what must be left of it at least.
+/// Size of the block that reads share, and the free space that a read needs at least.
 const BLOCK: usize = 64 << 10;
 const ROOM: usize = 16 << 10;
 
@@ -58,10 +58,11 @@ thread_local! {
     static BLOCK_OF_THREAD: RefCell<BytesMut> = RefCell::default();
 }
 
-/// Reads what has come, at most [`BLOCK`] bytes, as [`Socket::poll_bytes`]; none at the end of the stream.
+/// Reads the available bytes, at most [`BLOCK`], in the way of [`Socket::poll_bytes`]; an empty
+/// buffer is the end of the stream.
 ///
 /// # Errors
-/// What `io` says.
+/// An error of `io`.
 pub(crate) fn poll_block(io: Pin<&mut impl AsyncRead>, context: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
     BLOCK_OF_THREAD.with_borrow_mut(|block| {
         if block.capacity() < ROOM {
@@ -72,31 +73,33 @@ pub(crate) fn poll_block(io: Pin<&mut impl AsyncRead>, context: &mut Context<'_>
     })
 }
 
-/// Whether there may be something to read on a socket that the event loop does not know.
+/// Whether an unregistered socket may have something to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
-    /// Perhaps.
+    /// It may have.
     Now,
-    /// All was read that had come.
+    /// Everything that had arrived was read.
     Deferred,
-    /// As above, and everything that can go on without has done so.
+    /// Everything that had arrived was read, and every task that could run has done so.
     Last,
 }
 
 impl Socket {
-    /// `accepted` is a connection, does not block, and has been entered in the journal. `early` was read of it before.
+    /// `accepted` is a non-blocking connection that is entered in the journal. `early` was read
+    /// from it before.
     pub(crate) fn new(accepted: OwnedFd, conn: ConnHandle, early: &[u8], watchdog: &Rc<Watchdog>) -> Self {
         let (link, early) = (Link::Fresh(accepted, Look::Now), BytesMut::from(early));
         let asks_wait = Cell::new(false);
         Self { early, link, conn, activity: Arc::default(), watchdog: Rc::clone(watchdog), asks_wait }
     }
 
-    /// Has the first request know how long it has waited in the kernel, if this is TCP. Nothing was read yet.
+    /// Measures for the first request how long it waited in the kernel, if this is TCP. Must be
+    /// called before the first read.
     pub(crate) fn ask_wait(&self) {
         self.asks_wait.set(true);
     }
 
-    /// Its page in the journal.
+    /// The connection's handle in the journal.
     pub(crate) fn conn(&self) -> &ConnHandle {
         &self.conn
     }
@@ -105,25 +108,25 @@ impl Socket {
         &self.activity
     }
 
-    /// What was read and will be read again.
+    /// Bytes that will be read again.
     pub(crate) fn early(&self) -> &[u8] {
         &self.early
     }
 
-    /// These bytes, which were read last, will be read again.
+    /// Puts back the bytes that were read last.
     pub(crate) fn put_back(&mut self, bytes: &[u8]) {
         if !bytes.is_empty() {
             self.early = [bytes, &self.early].concat().as_slice().into();
         }
     }
 
-    /// Reads what comes next, and keeps it to be read again. Returns how much that was.
+    /// Reads the next bytes and keeps them to be read again. Returns their number.
     ///
     /// # Errors
-    /// What the socket says.
+    /// An error of the socket.
     pub(crate) async fn look_ahead(&mut self) -> io::Result<usize> {
         poll_fn(|context| {
-            let mut early = std::mem::take(&mut self.early); // or it would be read once more
+            let mut early = std::mem::take(&mut self.early); // otherwise these bytes would be read again here
             early.reserve(FIRST);
             let read = poll_read_buf(Pin::new(&mut *self), context, &mut early);
             self.early = early;
@@ -132,14 +135,14 @@ impl Socket {
         .await
     }
 
-    /// Reads what has come, at most [`BLOCK`] bytes; none at the end of the stream.
+    /// Reads the available bytes, at most [`BLOCK`]; an empty buffer is the end of the stream.
     ///
-    /// They lie in a block of memory that all connections of this thread read into, one after the other: a connection
-    /// that waits has no buffer, and a request costs no allocation. Whoever keeps them for long should copy them, or
-    /// they keep the whole block.
+    /// The bytes lie in a block of memory that all connections of this thread read into in turn: a
+    /// connection that waits has no buffer, and a request costs no allocation. A caller that keeps
+    /// the bytes for long must copy them, because they keep the whole block allocated.
     ///
     /// # Errors
-    /// What the socket says, or `TimedOut`.
+    /// An error of the socket, or `TimedOut`.
     pub(crate) fn poll_bytes(&mut self, context: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
         poll_block(Pin::new(self), context)
     }
@@ -152,7 +155,7 @@ impl Socket {
         }
     }
 
-    /// It has to wait: from now on the event loop knows it.
+    /// Registers the socket with the event loop, because it has to wait.
     fn register(&mut self) -> io::Result<()> {
         if !matches!(self.link, Link::Fresh(..)) {
             return Ok(());
@@ -167,8 +170,9 @@ impl Socket {
         Ok(())
     }
 
-    /// Before a wait: the response may be on its way, and the connection then at its end. So everything else that can be
-    /// done comes first, and registering the socket last. Ready when it is registered.
+    /// Registers the socket before a wait. First lets every other task run: one of them may produce
+    /// the response, which may end the connection without a registration. Ready when the socket is
+    /// registered.
     fn poll_register(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Link::Fresh(_, look) = &mut self.link
             && *look != Look::Last
@@ -180,7 +184,8 @@ impl Socket {
         Poll::Ready(self.register())
     }
 
-    /// Tries a system call, again whenever there is something to read, until it does not say `WouldBlock`.
+    /// Tries a system call until it does not return `WouldBlock`: now, and each time the socket
+    /// becomes readable.
     pub(crate) fn poll_try<T>(
         &mut self,
         context: &mut Context<'_>,
@@ -197,14 +202,14 @@ impl Socket {
             let mut readable = ready!(socket.poll_read_ready(context))?;
             match call(socket.get_ref().as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => readable.clear_ready(),
-                // `poll(2)` says so if a signal is there, even if it was not to wait.
+                // `poll(2)` returns this when a signal arrives, even with a timeout of zero.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 outcome => return Poll::Ready(outcome),
             }
         }
     }
 
-    /// `count` bytes came, or none at the end.
+    /// Records a read of `count` bytes; 0 is the end of the stream.
     fn came(&self, count: usize) -> io::Result<()> {
         if count == 0 && self.activity.has_expired() {
             return Err(io::ErrorKind::TimedOut.into());
@@ -249,7 +254,7 @@ impl Drop for Socket {
     }
 }
 
-/// Makes one system call on a socket that is not registered; `None` if it would have to wait.
+/// Makes one system call on an unregistered socket; `None` if it would have to wait.
 fn at_once<T>(mut call: impl FnMut() -> io::Result<T>) -> Option<io::Result<T>> {
     loop {
         match call() {
@@ -270,7 +275,7 @@ impl AsyncRead for Socket {
             let count = self.early.len().min(buffer.remaining());
             buffer.put_slice(&self.early.split_to(count));
             if self.early.is_empty() {
-                self.early = BytesMut::new(); // its memory is not needed again
+                self.early = BytesMut::new(); // the memory is not needed again
             }
             return Poll::Ready(Ok(()));
         }
@@ -295,7 +300,7 @@ impl AsyncRead for Socket {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Poll::Ready(Err(error)),
                 Ok(count) => {
-                    // That was all; what comes later is told by another event.
+                    // The socket is empty now; a new event reports later bytes.
                     if count > 0 && count < room {
                         readable.clear_ready();
                     }
@@ -331,7 +336,7 @@ impl AsyncWrite for Socket {
         true
     }
 
-    /// Nothing is buffered here.
+    /// The socket has no buffer to flush.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.conn.flushed();
         Poll::Ready(Ok(()))

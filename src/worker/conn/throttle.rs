@@ -1,9 +1,10 @@
-//! Lines of the log that clients can cause: one now and then, in which the others are counted.
+//! Limits log lines that clients can cause to one per [`APART`], with a count of the events in
+//! between.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-/// Lines are so far apart.
+/// Minimum time between two lines.
 const APART: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Default)]
@@ -13,7 +14,7 @@ pub(crate) struct Throttle {
 }
 
 impl Throttle {
-    /// So many more have happened. If it is time for a line, how many that were since the last one.
+    /// Counts `more` events. If a line is due, returns the number of events since the last line.
     pub(crate) fn add(&self, more: usize) -> Option<usize> {
         self.untold.set(self.untold.get() + more);
         if self.last_told.get().is_some_and(|told| told.elapsed() < APART) {

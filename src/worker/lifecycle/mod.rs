@@ -1,4 +1,4 @@
-//! How a worker notices that it must leave, that it hangs, and that a request is slow.
+//! Detects when a worker must leave, when a client takes too long, and when a request is slow.
 
 pub(crate) mod drain;
 pub(crate) mod slow;

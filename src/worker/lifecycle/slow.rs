@@ -1,7 +1,7 @@
-//! Requests that take long: each is logged once, with what its thread is at.
+//! Logs each slow request once, with a backtrace of its thread.
 //!
-//! Runs on the worker's first thread, which has nothing else to do, and only with `--slow-request`. May not: touch the
-//! event loop, which may be what is slow.
+//! Runs on the worker's first thread, which is otherwise idle, and only with `--slow-request`. Must
+//! not touch the event loop, which may be the slow part.
 
 use std::collections::HashSet;
 use std::thread::ScopedJoinHandle;
@@ -11,18 +11,18 @@ use forkyard_shm::Scoreboard;
 
 use crate::diagnostics::{code_address, current_request, stack_sampler};
 
-/// How often it looks.
+/// Limits of the interval between two checks.
 const PERIOD: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
-/// Functions that are named.
+/// Maximum number of functions in a logged backtrace.
 const NAMED: usize = 24;
 
-/// Looks for requests older than `age` until the worker's thread ends.
+/// Checks for requests older than `age` until the worker's thread ends.
 pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, slot: u32, age: Duration) {
     if let Err(error) = stack_sampler::install() {
         log::error!("slow requests are logged without a backtrace: {error} (--slow-request)");
     }
     let period = (age / 4).clamp(PERIOD.0, PERIOD.1);
-    // By cell and beginning.
+    // The logged requests, by cell and begin time.
     let mut told: HashSet<(usize, u64)> = HashSet::new();
     while !worker.is_finished() {
         std::thread::park_timeout(period);
@@ -40,9 +40,8 @@ pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, 
     }
 }
 
-/// For the log.
 fn backtrace_of(cell: usize) -> String {
-    // It waits, for a thread or for what its future waits for.
+    // Without a thread, the request waits: for a free thread, or in its future.
     let Some(thread) = current_request::thread_of(cell) else { return "thread=none".to_owned() };
     let mut names = code_address::names_of(stack_sampler::of(thread).into_iter());
     names.truncate(NAMED);

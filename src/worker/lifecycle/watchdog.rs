@@ -1,7 +1,8 @@
-//! How long a connection may keep somebody waiting.
+//! Cuts off connections whose clients take too long.
 //!
-//! The [`Watchdog`] looks once a second at every connection that had to wait, at its [`Stage`], and at what has moved since;
-//! whoever takes too long is cut off. That costs a request a few stores, and no timer of its own.
+//! Once a second the [`Watchdog`] checks every connection that had to wait: its [`Stage`], and the
+//! bytes moved since the last check. This costs a request a few stores, and needs no timer per
+//! connection.
 
 use std::cell::RefCell;
 use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
@@ -21,24 +22,24 @@ use crate::worker::conn::reclaim::{self, Holder, Idle};
 use crate::worker::conn::socket::shut;
 use crate::worker::conn::throttle::Throttle;
 
-/// How often the watchdog looks.
+/// Interval between two checks.
 const TICK: Duration = Duration::from_secs(1);
-/// How long the end of an event stream may take to leave, after the worker was told to.
+/// How long the end of an event stream may take to be sent, after the worker began to drain.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
-/// So many ticks a connection without a request may take to end after it was asked to.
+/// Number of ticks that a connection without a request may take to end after it was asked to end.
 const GOODBYE: u32 = 1;
-/// So many bytes have to move, of a body within its timeout and of a response within its own, or all that is left.
+/// Minimum number of bytes that must move within the timeout, of a request body or of a response,
+/// unless fewer are left.
 const PROGRESS: u32 = 4 << 10;
 
-/// Cuts off connections that take too long.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     timeouts: Timeouts,
-    /// The worker was told to leave.
+    /// The worker drains.
     drains: Arc<AtomicBool>,
     watched: RefCell<Vec<Watched>>,
     some: Notify,
-    /// Those that were cut off because they held too much.
+    /// Counts the connections that were cut off because they held too much memory.
     shed: Throttle,
 }
 
@@ -49,18 +50,18 @@ struct Watched {
     activity: Arc<Activity>,
     stage: Stage,
     requests: u32,
-    /// Ticks in this stage.
+    /// Number of ticks in this stage.
     waited: u32,
-    /// It is shut down for reading.
+    /// The socket is shut down for reading.
     is_deaf: bool,
-    /// In both directions.
+    /// The socket is shut down in both directions.
     is_cut: bool,
-    /// Ticks for which a write has waited.
+    /// Number of ticks for which a write has waited.
     unread: u32,
     written: u32,
-    /// Ticks of a drain in which there was nothing but the end of an event stream.
+    /// Number of ticks of a drain in which only the end of an event stream was left.
     leaving: u32,
-    /// It was asked to end, so many ticks ago.
+    /// Number of ticks since the connection was asked to end.
     goodbye: Option<u32>,
 }
 
@@ -77,7 +78,8 @@ impl Watchdog {
         watched.push(Watched::new(fd.as_raw_fd(), Arc::clone(activity)));
     }
 
-    /// Closes up to `most` connections on which nothing is under way, because others wait for their place. Returns how many.
+    /// Closes up to `most` idle connections, because other clients wait for a place. Returns how
+    /// many were closed.
     pub(crate) fn make_room(&self, most: usize) -> usize {
         let mut watched = self.watched.borrow_mut();
         let idle = |(index, watched): (usize, &Watched)| {
@@ -93,7 +95,8 @@ impl Watchdog {
         chosen.len()
     }
 
-    /// Connections hold more memory than they may together: those go that keep the others waiting for longest.
+    /// Connections hold more memory together than allowed: cuts off those that have been waiting
+    /// for their peers longest, then the largest.
     pub(crate) fn shed(&self) {
         let mut watched = self.watched.borrow_mut();
         let holder = |(index, watched): (usize, &Watched)| {
@@ -109,7 +112,7 @@ impl Watchdog {
         for &index in &chosen {
             if let Some(watched) = watched.get_mut(index) {
                 watched.cut_off("holding too much memory", Shutdown::Both);
-                watched.activity.held().clear(); // it is given free as soon as its task has heard of it
+                watched.activity.held().clear(); // the connection's task frees the memory when it next runs
             }
         }
         if !chosen.is_empty()
@@ -119,7 +122,8 @@ impl Watchdog {
         }
     }
 
-    /// The drain is nearly over: cuts off what waits for a client, so that only the application's own work can keep the worker.
+    /// The drain is nearly over: cuts off connections that wait for a client, so that only the
+    /// application's own work can keep the worker.
     pub(crate) fn end_drain(&self) {
         let cut_off = self.watched.borrow_mut().iter_mut().filter_map(Watched::end_drain).count();
         if cut_off > 0 {
@@ -129,13 +133,13 @@ impl Watchdog {
         }
     }
 
-    /// Looks after the connections for ever. While there are none, it sleeps.
+    /// Checks the connections forever. Sleeps while there are none.
     pub(crate) async fn run(&self) {
         loop {
             self.some.notified().await;
             let mut ticks = interval(TICK);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            ticks.tick().await; // the first is at once
+            ticks.tick().await; // the first tick is immediate
             while !self.watched.borrow().is_empty() {
                 ticks.tick().await;
                 let drains = self.drains.load(Relaxed);
@@ -164,7 +168,8 @@ impl Watched {
         }
     }
 
-    /// For how many ticks nothing was under way, but for the first, which came soon after its last use. `None` if something is, or its end has begun.
+    /// Number of ticks for which nothing was under way, except the first one, which came soon after
+    /// the last use. `None` if something is under way, or the connection is already ending.
     fn idle_ticks(&self) -> Option<u32> {
         let activity = &self.activity;
         let is_idle =
@@ -173,8 +178,8 @@ impl Watched {
             .then(|| self.waited.saturating_sub(1))
     }
 
-    /// Ends one on which nothing is under way: in good order where its protocol can, with the next ticks if its peer does not take
-    /// that in.
+    /// Ends an idle connection: gracefully where its protocol allows. If the peer does not react,
+    /// later ticks cut it off.
     fn end(&mut self, why: &str) {
         self.goodbye = Some(0);
         if !self.activity.say_goodbye() {
@@ -182,16 +187,17 @@ impl Watched {
         }
     }
 
-    /// `None` if nothing is waited for, or what may yet be passed on.
+    /// Cuts off a connection that waits for its client. Returns `None` if it does not wait, or can
+    /// still be passed on.
     fn end_drain(&mut self) -> Option<()> {
         let activity = &self.activity;
         let how = match activity.stage() {
             _ if activity.is_closed() => return None,
             _ if activity.is_writing() => Shutdown::Both,
-            // The other streams go on.
+            // The other streams continue.
             Stage::Body if activity.says_goodbye() => return (activity.expire_bodies(|_| true) > 0).then_some(()),
-            Stage::Body | Stage::Head => Shutdown::Read, // there is an answer to that
-            // Of HTTP/2: what was answered waits for room.
+            Stage::Body | Stage::Head => Shutdown::Read, // the request can still be answered
+            // HTTP/2: the response waits for window.
             Stage::Idle if activity.says_goodbye() => Shutdown::Both,
             Stage::Idle | Stage::Answering => return None,
         };
@@ -202,7 +208,7 @@ impl Watched {
         Some(())
     }
 
-    /// Another second has passed. False if the connection needs no more looking after.
+    /// Accounts for one more second. Returns false if the connection needs no further checks.
     fn tick(&mut self, timeouts: &Timeouts, drains: bool) -> bool {
         if self.activity.is_closed() {
             return false;
@@ -213,7 +219,7 @@ impl Watched {
             Stage::Head => ("sending the head of a request", timeouts.header),
             Stage::Body | Stage::Answering => ("", Duration::ZERO),
         };
-        // Each body has its own time; whoever reads it answers the request.
+        // Each body has its own timeout. The code that reads the body then answers the request.
         if self.activity.expire_bodies(|body| is_over(body.tick(PROGRESS), timeouts.body)) > 0 {
             log::debug!("a request is cut off, it took too long: sending the body of a request");
         }
@@ -239,7 +245,7 @@ impl Watched {
             if stage == Stage::Idle {
                 self.end(doing);
             } else {
-                self.cut_off(doing, Shutdown::Read); // there is an answer to that
+                self.cut_off(doing, Shutdown::Read); // the request can still be answered
             }
         }
         true
@@ -262,8 +268,9 @@ impl Watched {
         stage
     }
 
-    /// In a drain: whether it is there for event streams alone, whose clients have been told to come back, and may be elsewhere.
-    /// They lose nothing by it: each knows how far it is.
+    /// In a drain, whether the connection is open only for event streams. Their clients were asked
+    /// to reconnect, and may have done so. They lose no event, because each client keeps its
+    /// position in the stream.
     fn outstays(&mut self) -> bool {
         self.leaving = if self.activity.ends_in_stream() { self.leaving + 1 } else { 0 };
         is_over(self.leaving, LAST_EVENTS) || self.activity.is_streaming() && is_over(self.unread, LAST_EVENTS)
@@ -274,11 +281,11 @@ impl Watched {
         self.activity.expire();
         self.is_deaf = true;
         self.is_cut |= how == Shutdown::Both;
-        let _ = shut(self.fd, how); // it may have been closed by its peer
+        let _ = shut(self.fd, how); // the peer may have closed it
     }
 }
 
-/// Gives bodies that come without a connection of ours (CGI) their time.
+/// Applies the timeout to bodies that are not read from one of the worker's connections (CGI).
 pub(crate) async fn watch_bodies(activity: Arc<Activity>, timeout: Duration) {
     let mut ticks = interval(TICK);
     loop {
@@ -287,7 +294,7 @@ pub(crate) async fn watch_bodies(activity: Arc<Activity>, timeout: Duration) {
     }
 }
 
-/// Whether so many ticks are certainly longer than `limit`; none is longer than a limit of zero.
+/// Whether `ticks` are certainly at least as long as `limit`; a limit of zero is never reached.
 fn is_over(ticks: u32, limit: Duration) -> bool {
     !limit.is_zero() && TICK * ticks.saturating_sub(1) >= limit
 }
@@ -310,7 +317,8 @@ mod tests {
         upgraded: Duration::ZERO,
     };
 
-    /// How many ticks a connection lives to which `each` happens before every one; 100 if that many.
+    /// Number of ticks that a connection survives if `each` runs before each tick; 100 if it
+    /// survives them all.
     fn ticks(mut each: impl FnMut(&Activity)) -> u32 {
         ticks_of(move |activity| each(activity))
     }
@@ -349,8 +357,8 @@ mod tests {
         assert_eq!(ticks(write(1024)), 100, "it is slow, but it gets on: that is not idle");
     }
 
-    /// For how many ticks somebody may wait for a body, if before each of them this many bytes come, and further requests; 100 if that many.
-    /// Their connection goes on.
+    /// Number of ticks that a body may be waited for if this many bytes and further requests arrive
+    /// before each tick; 100 if it survives them all. The connection continues.
     fn body_ticks(bytes: usize, others: u32, waits: impl Fn(u32) -> bool) -> u32 {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());

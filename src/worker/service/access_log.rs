@@ -1,7 +1,8 @@
-//! The access log: a line for each request, at its end.
+//! Writes the access log: one line for each request, when the request ends.
 //!
-//! Lines wait in a buffer until it is full or a second is over, and then go out with one write(2) to a file that all workers
-//! append to. A worker without requests has no tick. What waits when a worker is killed its heir writes.
+//! Lines are buffered until the buffer is full or a second has passed. One write(2) then appends
+//! them to a file that all workers share. A worker without requests needs no timer. When a worker
+//! is killed, its heir writes the buffered lines.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -22,16 +23,15 @@ use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::{LineBuffer, ROOM};
 use crate::protocol::cgi::ClientInfo;
 
-/// How long a line may wait.
+/// How long a line may be buffered.
 const WAIT: Duration = Duration::from_secs(1);
-/// How often it is tried again while the reader of a pipe is slow.
+/// Interval between write attempts while the reader of a pipe is slow.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// The status in the line of a request whose client left before there was a response, as nginx has it.
+/// Logged status of a request whose client left before the response, as in nginx.
 const LEFT: u16 = 499;
 
 const _: () = assert!(LONGEST <= ROOM, "each line fits into an empty buffer");
 
-/// The access log of a worker.
 #[derive(Debug)]
 pub(crate) struct AccessLog {
     files: Arc<LogFiles>,
@@ -39,17 +39,17 @@ pub(crate) struct AccessLog {
     buffer: LineBuffer,
     slot: u32,
     generation: u64,
-    /// The line that is being made.
+    /// Buffer in which a line is built.
     line: RefCell<Vec<u8>>,
-    /// The second that was written last, and how.
+    /// The second of the last line, and its formatted text.
     second: RefCell<(i64, String)>,
     has_lines: Notify,
-    /// Lines that could not be written, since the last that could.
+    /// Lines lost since the last successful write.
     lost: Cell<usize>,
 }
 
 impl AccessLog {
-    /// `None` if there is none.
+    /// `None` if no access log is configured.
     pub(crate) fn new(
         files: &Arc<LogFiles>,
         buffer: Option<LineBuffer>,
@@ -72,27 +72,27 @@ impl AccessLog {
         Some(Rc::new(log))
     }
 
-    /// Sees to it that no line waits longer than it has to.
+    /// Flushes the buffer, so that no line waits longer than [`WAIT`].
     pub(crate) async fn run(&self) {
         loop {
             self.has_lines.notified().await;
             tokio::time::sleep(WAIT).await;
             self.flush();
             while !self.buffer.is_empty() {
-                tokio::time::sleep(RETRY_INTERVAL).await; // for its reader
+                tokio::time::sleep(RETRY_INTERVAL).await; // gives the reader time
                 self.flush();
             }
         }
     }
 
-    /// Writes what waits, as far as that is possible at once.
+    /// Writes the buffered lines, as far as this is possible without blocking.
     pub(crate) fn flush(&self) {
         if !self.buffer.is_empty() {
             self.buffer.write_out(|lines| self.wrote(lines, self.files.write_access(lines)));
         }
     }
 
-    /// Writes what waits, before this worker ends.
+    /// Writes the buffered lines before this worker ends.
     pub(crate) fn finish(&self) {
         if !self.buffer.is_empty() {
             let limit = logging::last_flush_timeout();
@@ -101,7 +101,7 @@ impl AccessLog {
         }
     }
 
-    /// Returns how many bytes are done with.
+    /// Returns how many bytes are done: written, or counted as lost.
     fn wrote(&self, lines: &[u8], (count, outcome): (usize, io::Result<()>)) -> usize {
         match outcome {
             Ok(()) => {
@@ -161,7 +161,7 @@ impl AccessLog {
     }
 }
 
-/// The line of a request that is being served: written when this is dropped.
+/// The log line of a request that is being served: written when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Entry {
     log: Rc<AccessLog>,
@@ -174,7 +174,7 @@ pub(crate) struct Entry {
     bytes: u64,
 }
 
-/// What the client told of its request.
+/// The logged parts of a request.
 #[derive(Debug)]
 struct Told {
     method: Method,
@@ -186,7 +186,7 @@ struct Told {
 }
 
 impl Entry {
-    /// `request` is none if it could not be read.
+    /// `request` is `None` if the request could not be read.
     pub(crate) fn begin<B>(log: &Rc<AccessLog>, protocol: Protocol, request: Option<&Request<B>>) -> Box<Self> {
         let origin = request.and_then(|request| request.extensions().get::<ClientInfo>());
         let told = request.map(|request| Told {
@@ -212,19 +212,18 @@ impl Entry {
         })
     }
 
-    /// Of a request that could not be read.
+    /// A line for a request that could not be read.
     pub(crate) fn of_unread(log: &Rc<AccessLog>, protocol: Protocol, from: Option<SocketAddr>) -> Box<Self> {
         let mut entry = Self::begin::<()>(log, protocol, None);
         entry.address = from.map(|from| from.ip());
         entry
     }
 
-    /// There is a response.
     pub(crate) fn answered(&mut self, status: StatusCode) {
         self.status = Some(status);
     }
 
-    /// So much of its body is on its way.
+    /// Counts bytes of the response body.
     pub(crate) fn sent(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
     }

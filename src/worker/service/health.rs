@@ -1,5 +1,6 @@
-//! The question that a new worker asks its own application before it says that it is ready (`--health-path`): what
-//! answers it with an error would answer clients with one.
+//! Runs the health check (`--health-path`): a new worker sends its own application a request before
+//! it reports that it is ready. An application that fails this request would fail the requests of
+//! clients.
 
 use std::io;
 use std::time::Duration;
@@ -14,10 +15,10 @@ use crate::app::body::Body;
 use crate::config::address::Protocol;
 use crate::protocol::cgi::ClientInfo;
 
-/// Asks for `path`, and waits for the whole response: what breaks off is no health.
+/// Requests `path` and waits for the whole response: a body that fails is a failed check.
 ///
 /// # Errors
-/// The status, or what else went wrong, in words for the operator.
+/// The status or the error, with a text for the operator.
 pub(crate) async fn check<S, B>(application: &Application<S>, path: &str, limit: Duration) -> io::Result<()>
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone,

@@ -1,5 +1,6 @@
-//! How many requests a worker serves (`--max-requests`): it counts them as they come, asks to be replaced when it has
-//! had its number, and goes on until it is told to leave.
+//! Limits the number of requests that a worker serves (`--max-requests`). The worker counts
+//! requests as they begin, asks to be replaced when it reaches the limit, and continues to serve
+//! until it must leave.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -12,7 +13,7 @@ use tower_service::Service;
 use crate::config::Jittered;
 use crate::heritage::Report;
 
-/// The application, and how many requests it has left.
+/// Wraps the application and counts its remaining requests.
 #[derive(Clone, Debug)]
 pub(crate) struct Counted<S> {
     service: S,
@@ -26,7 +27,7 @@ struct Lifetime {
 }
 
 impl<S> Counted<S> {
-    /// Without a limit nothing is counted.
+    /// Without a limit, requests are not counted.
     pub(crate) fn new(service: S, limit: Option<Jittered<u64>>, report: File) -> Self {
         let lifetime = limit.map(|limit| Rc::new(Lifetime { left: Cell::new(limit.draw()), report }));
         Self { service, lifetime }
@@ -38,7 +39,7 @@ impl Lifetime {
         let left = self.left.get();
         self.left.set(left.saturating_sub(1));
         if left == 1 {
-            // If the master is gone, this worker leaves in any case.
+            // The write fails if the master is gone; the worker then leaves in any case.
             let _ = (&self.report).write_all(Report::Recycle("max-requests".to_owned()).line().as_bytes());
         }
     }

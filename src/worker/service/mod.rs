@@ -1,4 +1,4 @@
-//! Around the application: limits, panics, the health check and the access log.
+//! Wraps the application in limits, panic handling, the health check and the access log.
 
 pub(crate) mod access_log;
 pub(crate) mod health;

@@ -1,7 +1,8 @@
-//! The application as the connections see it: a request in, always a response out.
+//! Wraps the application for the connections: every request gets a response.
 //!
-//! Around the user's service stand here, once for all protocols: the scoreboard, the limit of a body, the panic
-//! that costs one 500, and the length that a response promises.
+//! For all protocols alike, this adds to the user's service: the entry in the scoreboard, the limit
+//! of a body, the conversion of a panic into a 500 response, and the check of a response's
+//! announced length.
 
 mod client;
 mod response;
@@ -46,10 +47,10 @@ use crate::request::{buffered, queue_time};
 use crate::worker::conn::refusals::Refusals;
 use crate::worker::conn::throttle::Throttle;
 
-/// What an error of the application's may be.
+/// An error of the application.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 
-/// The user's service, and what each of its requests needs.
+/// The user's service, with the settings and records that each of its requests needs.
 #[derive(Debug)]
 pub(crate) struct Application<S> {
     service: S,
@@ -58,19 +59,19 @@ pub(crate) struct Application<S> {
     pub(crate) trust: Option<Trust>,
     guard: Guard,
     access_log: Option<Rc<AccessLog>>,
-    /// For want of memory.
+    /// Counts requests refused because memory was short.
     refused: Throttle,
     refusals: Rc<Refusals>,
 }
 
-/// What a worker that serves more than one request is guarded against.
+/// Protections of a worker that serves more than one request.
 #[derive(Debug, Default)]
 pub(crate) struct Guard {
-    /// For the head of a response; zero is no limit.
+    /// Limit for the head of a response; zero means no limit.
     pub(crate) request_timeout: Duration,
-    /// Before the application begins; zero is no limit.
+    /// Limit for the wait before the application begins; zero means no limit.
     pub(crate) max_queue_time: Duration,
-    /// The requests that kill.
+    /// Requests that have killed workers.
     pub(crate) quarantine: Option<Quarantine>,
     pub(crate) by: QuarantineBy,
 }
@@ -91,7 +92,7 @@ impl<S> Application<S> {
 }
 
 impl Guard {
-    /// For how long such a request is refused yet, if it is.
+    /// How long the quarantine will still refuse this request; `None` if it does not.
     fn refuses(&self, method: &Method, target: &str) -> Option<Duration> {
         let quarantine = self.quarantine.as_ref().filter(|quarantine| !quarantine.is_empty())?;
         let suspect = RequestKey::of(&request_text(method.as_str(), target), self.by);
@@ -107,7 +108,7 @@ impl<S, B> Application<S>
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone,
 {
-    /// Has the application answer; if it fails or panics, answers for it.
+    /// Calls the application; if it fails or panics, produces an error response.
     pub(crate) fn answer(&self, protocol: Protocol, mut request: Request<Body>) -> ResponseFuture<S, B> {
         let is_trusted = self.trust.as_ref().is_some_and(|trust| apply_forwarded_headers(trust, &mut request));
         let is_head = request.method() == Method::HEAD;
@@ -148,7 +149,7 @@ where
         !self.guard.max_queue_time.is_zero()
     }
 
-    /// The limit of the configuration that a request goes beyond.
+    /// The configured limit that a request exceeds, if any.
     fn beyond_limits(&self, request: &Request<Body>, protocol: Protocol) -> Option<(StatusCode, &'static str)> {
         let limits = &self.limits;
         if request.uri().path_and_query().is_some_and(|target| target.as_str().len() > limits.max_uri) {
@@ -167,7 +168,8 @@ where
         }
     }
 
-    /// Answers a request that no application gets to see, which came from `from`, or through a proxy there.
+    /// Answers a request that does not reach the application. `from` is the peer, which may be a
+    /// proxy.
     pub(crate) fn refuse(
         &self,
         protocol: Protocol,
@@ -183,7 +185,8 @@ where
 }
 
 impl<S> Application<S> {
-    /// A request that could not be read was answered with this status by somebody else, or its connection was closed.
+    /// Records a request that could not be read. The response with this status was sent elsewhere,
+    /// or the connection was closed.
     pub(crate) fn turned_away(
         &self,
         protocol: Protocol,
@@ -197,32 +200,32 @@ impl<S> Application<S> {
         }
     }
 
-    /// Logs what was refused and not logged yet.
+    /// Logs the refusals that were counted and not logged yet.
     pub(crate) fn report_refusals(&self) {
         self.refusals.report();
     }
 }
 
-/// Bytes of headers, as HTTP/2 counts them (RFC 9113, section 6.5.2).
+/// Size of the headers, computed as in HTTP/2 (RFC 9113, section 6.5.2).
 fn length_of(headers: &HeaderMap) -> usize {
     headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
 }
 
-/// A request that is being served: its place in the scoreboard, and its line in the access log.
+/// A request that is being served: its entry in the scoreboard, and its line in the access log.
 #[derive(Debug)]
 pub(crate) struct Serving {
     in_flight: InFlight,
     entry: Option<Box<Entry>>,
     kind: Kind,
-    /// If the request has a body, which may fail.
+    /// Present if the request has a body, which may fail.
     client: Option<Box<Client>>,
 }
 
-/// What is sent.
+/// The kind of the response.
 #[derive(Debug)]
 enum Kind {
     ResponseFuture,
-    /// Events, until the worker leaves; of which the connection knows.
+    /// Events, until the worker leaves. The wait marks this on the connection.
     Events(Option<Wait>),
 }
 
@@ -251,7 +254,7 @@ impl Serving {
         self.in_flight.becomes_stream();
     }
 
-    /// So many bytes went to the client behind an upgrade.
+    /// Counts bytes sent to the client in an upgraded connection.
     pub(crate) fn carried(&mut self, bytes: usize) {
         if let Some(entry) = &mut self.entry {
             entry.sent(bytes);
@@ -266,21 +269,22 @@ impl Serving {
 }
 
 pin_project! {
-    /// The response to come.
+    /// The future response.
     pub(crate) struct ResponseFuture<S: Service<Request<Body>>, B> {
         #[pin]
         stage: Stage<S>,
         is_head: bool,
         switch: Switch,
         in_flight: Option<Serving>,
-        // The application is given up then.
+        // Time at which the application's work is abandoned.
         deadline: Option<Pin<Box<Sleep>>>,
-        // Boxed, as most responses need none.
+        // Boxed, because most responses do not need it.
         begun: Option<Box<Begun<B>>>,
     }
 
     impl<S: Service<Request<Body>>, B> PinnedDrop for ResponseFuture<S, B> {
-        // The client has left if there is no response yet. The time of its request goes on.
+        // Dropped without a response, the client has left. A function that still runs keeps the
+        // deadline of its request.
         fn drop(this: Pin<&mut Self>) {
             let mut answer = this.project();
             if let (Some(serving), Some(deadline)) = (answer.in_flight, answer.deadline) {
@@ -295,7 +299,7 @@ pin_project! {
 pin_project! {
     #[project = StageProjected]
     enum Stage<S: Service<Request<Body>>> {
-        /// Until the service is ready.
+        /// Waits until the service is ready.
         Asking { service: S, request: Option<Request<Body>> },
         Called { #[pin] response: S::Future },
         Refused { status: StatusCode, again_after: Option<Duration> },
@@ -313,13 +317,13 @@ impl<S: Service<Request<Body>>, B> ResponseFuture<S, B> {
         self
     }
 
-    /// The application may switch protocols.
+    /// Allows the application to switch protocols.
     pub(crate) fn offering(mut self, switch: Switch) -> Self {
         self.switch = switch;
         self
     }
 
-    /// Refused for so long.
+    /// A refusal with a `Retry-After` of `left`.
     fn put_off(left: Duration, in_flight: Serving) -> Self {
         let stage = Stage::Refused { status: StatusCode::SERVICE_UNAVAILABLE, again_after: Some(left) };
         let in_flight = Some(in_flight);
@@ -347,7 +351,7 @@ where
         }
         match self.project() {
             StageProjected::Called { response } => {
-                // Requests and responses are large: each is moved as seldom as possible.
+                // Requests and responses are large, so each is moved as rarely as possible.
                 let mut polled = Poll::Pending;
                 match catch_panic(|| polled = response.poll(context)) {
                     Ok(()) => polled.map_err(Failure::Error),
@@ -362,7 +366,7 @@ where
     }
 }
 
-/// Why there is no response of the application's.
+/// The reason why the application produced no response.
 enum Failure<E> {
     Error(E),
     Panic(String),
@@ -404,7 +408,7 @@ where
             }
         };
         let Some(mut in_flight) = answer.in_flight.take() else { return Poll::Pending };
-        // Whatever the application made of it.
+        // The client's fault determines the status, whatever the application returned.
         if let Some(status) = in_flight.client.as_deref().and_then(Client::breach) {
             return Poll::Ready(without_body(refusal(status, in_flight), *answer.is_head));
         }
@@ -423,7 +427,7 @@ where
                 let (status, what) = (response.status(), in_flight.what());
                 let why = why_not_interim(status, *answer.switch);
                 log::error!("a response has status {status}: {why} request={what:?}");
-                refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight) // no server takes it for an answer
+                refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight) // other servers do not accept it as a final response either
             }
             Ok(mut response) => {
                 response::settle(&mut response, &in_flight);
@@ -449,7 +453,7 @@ where
     }
 }
 
-/// Why a response with an informational status is refused.
+/// The reason why a response with an informational status is refused.
 fn why_not_interim(status: StatusCode, switch: Switch) -> &'static str {
     match (status, switch) {
         (StatusCode::SWITCHING_PROTOCOLS, Switch::Connect) => "over HTTP/2 an extended CONNECT is accepted by 200",
@@ -460,7 +464,7 @@ fn why_not_interim(status: StatusCode, switch: Switch) -> &'static str {
     }
 }
 
-/// The response where the application has none.
+/// The response for a request that the application did not answer.
 fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, in_flight: Serving) -> Response<Served<B>> {
     match failure {
         Failure::Refused(status, again_after) => {
@@ -483,8 +487,9 @@ fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, in_flight: Serving) -> R
     refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
 }
 
-/// If a request comes from a trusted proxy, makes [`ClientInfo`] and `Host` what that one says of its client. What clients
-/// may have made up is taken away: applications are known to go by it. Returns whether it does.
+/// If a request comes from a trusted proxy, sets [`ClientInfo`] and `Host` from the proxy's
+/// forwarding headers. Removes headers that a client may have forged, because applications often
+/// trust them. Returns whether the proxy is trusted.
 fn apply_forwarded_headers(trust: &Trust, request: &mut Request<Body>) -> bool {
     let Some(origin) = request.extensions().get::<ClientInfo>() else { return false };
     let is_trusted = match origin.address {
@@ -514,7 +519,7 @@ fn apply_forwarded_headers(trust: &Trust, request: &mut Request<Body>) -> bool {
     true
 }
 
-/// A response of a status and its name.
+/// A response with a status and its name as the body.
 pub(crate) fn refusal<B>(status: StatusCode, mut in_flight: Serving) -> Response<Served<B>> {
     in_flight.answered(status);
     let text = format!("{status}\n");
@@ -525,20 +530,21 @@ pub(crate) fn refusal<B>(status: StatusCode, mut in_flight: Serving) -> Response
 
 thread_local! {
     static CATCHING: Cell<Catching> = const { Cell::new(Catching::No) };
-    /// What the panic said, if it was [`Catching::Panicked`].
+    /// Text of the panic, if the state is [`Catching::Panicked`].
     static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Whether a panic on this thread will be reported by whoever catches it.
+/// Whether the catching code reports a panic on this thread.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Catching {
     No,
     Yes,
-    /// There was one.
+    /// A panic was caught.
     Panicked,
 }
 
-/// Has panics end in the log instead of on standard error: at once, unless [`catch_panic`] is at work.
+/// Logs panics instead of writing them to standard error: at once, unless [`catch_panic`] is
+/// running.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic.to_string().replace('\n', " ");
@@ -551,7 +557,7 @@ pub(crate) fn install_panic_hook() {
     }));
 }
 
-/// Runs code that may panic; returns the panic in words.
+/// Runs code that may panic; returns the text of a panic.
 pub(crate) fn catch_panic<T>(code: impl FnOnce() -> T) -> Result<T, String> {
     CATCHING.set(Catching::Yes);
     let outcome = catch_unwind(AssertUnwindSafe(code));
@@ -560,8 +566,8 @@ pub(crate) fn catch_panic<T>(code: impl FnOnce() -> T) -> Result<T, String> {
         if catching == Catching::Panicked {
             return PANIC.take();
         }
-        // A panic that goes on here from another thread has passed the hook there, and one of an application that
-        // set its own hook has not passed ours at all.
+        // A panic that is resumed here from another thread ran the hook on that thread. An
+        // application that set its own hook has bypassed ours.
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
         text.unwrap_or_else(|| "see the line above".to_owned())

@@ -1,4 +1,4 @@
-//! One request of a FastCGI connection, and its response as records.
+//! Advances one request of a FastCGI connection, and writes its response as records.
 
 use std::io;
 use std::pin::Pin;
@@ -21,20 +21,19 @@ use crate::protocol::role::AppStatus;
 use crate::request::activity::Activity;
 use crate::worker::service::serve::{BoxError, ResponseFuture, Served};
 
-/// A request and its response.
 pub(super) struct Exchange<S: Service<Request<Body>>, B> {
     pub(super) id: RequestId,
     pub(super) entry: Entry,
-    /// Something of its response is in the outbox, or was.
+    /// Part of its response is, or was, in the outbox.
     pub(super) has_begun: bool,
     pub(super) keep_connection: bool,
     pub(super) is_head: bool,
-    /// Its body, while it lasts and somebody may read it.
+    /// Pipe of the request body, while the body lasts and the application may read it.
     pub(super) stdin: Option<pipe::Writer>,
-    /// A filter's file, likewise.
+    /// Pipe of a filter's file, with the same lifetime.
     pub(super) data: Option<pipe::Writer>,
     pub(super) app_status: u32,
-    /// Stays where it is, and serves the next exchange too.
+    /// Pinned in place, and reused by the next exchange.
     pub(super) work: Pin<Box<Work<S, B>>>,
 }
 
@@ -44,7 +43,7 @@ pin_project! {
         Answering { #[pin] answer: ResponseFuture<S, B> },
         Sending { #[pin] body: Served<B> },
         Ended,
-        /// The response broke off. Nothing more is said of it until the connection is closed.
+        /// The response failed. Nothing more is sent for it until the connection is closed.
         BrokenOff,
     }
 }
@@ -56,10 +55,11 @@ where
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
-    /// Goes on until it waits for something, has ended, or has filled the output.
+    /// Advances until the exchange waits, has ended, or has filled the output.
     ///
     /// # Errors
-    /// If the response broke off, which has been logged: only closing the connection tells the peer.
+    /// If the response failed, which has been logged: only closing the connection signals this to
+    /// the peer.
     pub(super) fn poll(
         &mut self,
         context: &mut Context<'_>,
@@ -93,7 +93,7 @@ where
         Ok(())
     }
 
-    /// Sends the head, and in the same record as much of the body as is there already.
+    /// Writes the head and, in the same record, the part of the body that is available.
     fn send_head(
         &mut self,
         response: Response<Served<B>>,

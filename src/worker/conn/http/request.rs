@@ -1,5 +1,5 @@
-//! Brings the head of a request into the one form that applications see, and refuses what hyper lets pass and no application
-//! should see.
+//! Normalizes the head of a request for applications, and refuses requests that hyper accepts but
+//! no application should receive.
 
 use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::{PathAndQuery, Uri};
@@ -9,21 +9,22 @@ use crate::protocol::host::is_host;
 
 const NO_HOST: &str = "Host, or the host of the target, is not a host";
 
-/// A request that no application gets to see.
+/// A request that is refused before it reaches the application.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Refusal {
     pub(super) status: StatusCode,
     pub(super) why: &'static str,
 }
 
-/// Brings a request into the one form that applications see.
+/// Normalizes a request, or refuses it.
 pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     let refuse = |status, why| Err(Refusal { status, why });
     let is_extended = request.extensions().get::<hyper::ext::Protocol>().is_some(); // RFC 8441
     if request.method() == Method::CONNECT && !is_extended {
         return refuse(StatusCode::NOT_IMPLEMENTED, "CONNECT is for proxies");
     }
-    // hyper has seen to it that the last coding is chunked; it has undone that one, and would hide the others from nobody.
+    // hyper has checked that the last coding is chunked and decodes it. It would pass on a body
+    // with other codings still applied.
     let mut codings = request.headers().get_all(header::TRANSFER_ENCODING).iter();
     if let Some(coding) = codings.next()
         && (codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
@@ -31,7 +32,8 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
         return refuse(StatusCode::NOT_IMPLEMENTED, "Transfer-Encoding is more than chunked");
     }
     let version = request.version();
-    // RFC 9112, section 3.2: also of a Host that is ignored. Over HTTP/2 `:authority` may be there instead.
+    // RFC 9112, section 3.2: checked even if the Host is ignored. Over HTTP/2 `:authority` may take
+    // its place.
     let is_named = version == Version::HTTP_2 && request.uri().authority().is_some();
     let mut hosts = request.headers().get_all(header::HOST).iter();
     match (hosts.next(), hosts.next()) {
@@ -48,7 +50,8 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
         if !is_host(authority.as_str().as_bytes()) {
             return refuse(StatusCode::BAD_REQUEST, NO_HOST);
         }
-        // An absolute URI (RFC 9112, section 3.2.2) or :authority (RFC 9113, section 8.3.1) outdoes Host.
+        // An absolute URI (RFC 9112, section 3.2.2) or :authority (RFC 9113, section 8.3.1)
+        // overrides Host.
         let uri = std::mem::take(request.uri_mut()).into_parts();
         let host = uri.authority.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok());
         let path = uri.path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/"));
@@ -57,7 +60,7 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
             request.headers_mut().insert(header::HOST, host);
         }
     }
-    // RFC 9110, section 10.1.1. HTTP/1.0 has no expectations.
+    // RFC 9110, section 10.1.1. An expectation in an HTTP/1.0 request is ignored.
     let mut expected =
         request.headers().get_all(header::EXPECT).iter().flat_map(|value| value.as_bytes().split(|&b| b == b','));
     let is_known = |expected: &[u8]| expected.is_empty() || expected.eq_ignore_ascii_case(b"100-continue");
@@ -70,7 +73,8 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// HTTP/2 clients may send each cookie by itself; elsewhere they are one header (RFC 9113, section 8.2.3).
+/// Joins the cookies into one header, because HTTP/2 clients may send each cookie in its own (RFC
+/// 9113, section 8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
     let cookies: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
     if cookies.len() > 1

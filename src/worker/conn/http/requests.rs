@@ -1,4 +1,4 @@
-//! What is under way on an HTTP connection: for its drain, the heir's journal and the watchdog.
+//! Tracks the requests of an HTTP connection for its drain, the heir's journal and the watchdog.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -15,34 +15,33 @@ use super::upgrade::Taken;
 use crate::heir::journal::{ConnHandle, Entry, READ_BUFFER};
 use crate::request::activity::Activity;
 
-/// The longest body of which the end is known as a position, which wraps around.
+/// Longest body whose end can be stored as a position, which wraps around.
 const MAX_BODY: u32 = 1 << 30;
 
-/// The requests of a connection.
 pub(super) struct Requests {
     activity: Arc<Activity>,
     conn: ConnHandle,
-    /// Those that the application has not answered yet: they can be told that they are the last.
+    /// Requests without a response yet: their responses can announce the end of the connection.
     unanswered: Cell<u32>,
     begun: Notify,
     count: Cell<u32>,
-    /// How many it may have; 0 is any number.
+    /// Highest number of requests; 0 means no limit.
     limit: u32,
     last_begun: Notify,
-    /// There was a request of which nobody knows where in the input it ends.
+    /// The end of some request in the input is unknown.
     end_is_unknown: Cell<bool>,
-    /// What comes after a request is not read: its body cannot be.
+    /// The input after a request is not read, because its body cannot be.
     left_unread: Cell<bool>,
     /// A request or a response has announced the end of the connection.
     is_closing: Cell<bool>,
-    /// Bodies that are still being read although their responses are complete.
+    /// Bodies that are still being read although the response is complete.
     open_bodies: Cell<u32>,
-    /// Woken when there is one less.
+    /// Woken when a body ends.
     waker: Cell<Option<Waker>>,
     /// Requests that may still switch protocols.
     offers: Cell<u32>,
     no_offers: Notify,
-    /// The upgrade that an HTTP/1 connection ends in.
+    /// The upgrade in which an HTTP/1 connection ends.
     taken: RefCell<Option<Taken>>,
 }
 
@@ -85,7 +84,7 @@ impl Requests {
         UnderWay { requests: Rc::clone(self), entry, is_last, is_answered: false, offers: false }
     }
 
-    /// Has the journal know of an HTTP/1 request, and of where it ends.
+    /// Enters an HTTP/1 request in the journal, with its end if that is known.
     fn enter(&self, request: &Request<Incoming>) -> Entry {
         let look = || self.conn.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
         let head = if self.end_is_unknown.get() { None } else { look() };
@@ -102,47 +101,48 @@ impl Requests {
         entry
     }
 
-    /// Whether none has come.
+    /// Whether no request has begun.
     pub(super) fn are_none(&self) -> bool {
         self.count.get() == 0
     }
 
-    /// Whether there can be no further request.
+    /// Whether the connection has reached its limit of requests.
     pub(super) fn are_enough(&self) -> bool {
         self.limit > 0 && self.count.get() >= self.limit
     }
 
-    /// Whether another worker can go on: all that was taken in are whole requests, or the beginning of one that fits a
-    /// message.
+    /// Whether another worker can continue: the bytes read are whole requests, or the beginning of
+    /// one that fits in a message.
     pub(super) fn can_go_on_elsewhere(&self) -> bool {
         let unfinished = usize::try_from(self.conn.unfinished());
         !self.are_enough() && !self.end_is_unknown.get() && unfinished.is_ok_and(|length| length <= READ_BUFFER)
     }
 
-    /// Whether all responses have been written, and all bodies read.
+    /// Whether all responses have been written and all bodies read.
     pub(super) fn are_over(&self) -> bool {
         self.activity.under_way() == 0 && !self.activity.is_writing() && self.open_bodies.get() == 0
     }
 
-    /// Whether nothing is under way, and only the HTTP library knows how much of the next request it has read.
+    /// Whether nothing is under way, and only the HTTP library has the number of bytes read of the
+    /// next request.
     pub(super) fn are_to_be_settled(&self) -> bool {
         self.end_is_unknown.get() && self.are_over() && !self.left_unread.get() && !self.is_closing.get()
     }
 
-    /// Nothing is under way, and so much of the next request has been read.
+    /// Nothing is under way, and `unread` bytes of the next request have been read.
     pub(super) fn settle(&self, unread: usize) {
         self.conn.clean_except(unread);
         self.activity.set_head_begun(unread > 0);
         self.end_is_unknown.set(false);
     }
 
-    /// A body is still being read when its response is complete.
+    /// Counts a body that is still being read although its response is complete.
     pub(super) fn open_body(self: &Rc<Self>) -> OpenBody {
         self.open_bodies.set(self.open_bodies.get() + 1);
         OpenBody(Rc::clone(self))
     }
 
-    /// Has this task woken when the next body is over.
+    /// Wakes this task when the next body ends.
     pub(super) fn await_bodies(&self, context: &Context<'_>) {
         if self.open_bodies.get() > 0 {
             self.waker.set(Some(context.waker().clone()));
@@ -153,7 +153,7 @@ impl Requests {
         &self.activity
     }
 
-    /// Nothing more is read of the connection.
+    /// Stops reading from the connection.
     pub(super) fn leave_unread(&self) {
         self.left_unread.set(true);
     }
@@ -162,29 +162,29 @@ impl Requests {
         self.left_unread.get()
     }
 
-    /// Whether there may be only so many.
+    /// Whether the number of requests is limited.
     pub(super) fn are_limited(&self) -> bool {
         self.limit > 0
     }
 
-    /// Returns when the last one that there may be has begun.
+    /// Returns when the last request that the limit allows has begun.
     pub(super) async fn last_begun(&self) {
         self.last_begun.notified().await;
     }
 
-    /// Returns when no request can switch protocols.
+    /// Waits until no request can switch protocols.
     pub(super) async fn no_upgrade_offered(&self) {
         while self.offers.get() > 0 {
             self.no_offers.notified().await;
         }
     }
 
-    /// This connection becomes another protocol's.
+    /// Stores the upgrade in which the connection ends.
     pub(super) fn take(&self, taken: Taken) {
         self.taken.replace(Some(taken));
     }
 
-    /// The upgrade that it ends in.
+    /// The upgrade in which the connection ends.
     pub(super) fn taken(&self) -> Option<Taken> {
         self.taken.take()
     }
@@ -200,7 +200,7 @@ impl Requests {
 pub(super) struct OpenBody(Rc<Requests>);
 
 impl OpenBody {
-    /// It is over, or what is left of it stays unread.
+    /// The body was read to its end, or with `is_cut` its rest stays unread.
     pub(super) fn end(self, is_cut: bool) {
         if is_cut {
             self.0.leave_unread();
@@ -210,15 +210,15 @@ impl OpenBody {
     }
 }
 
-/// A request that is under way until this is dropped.
+/// A request, under way until this is dropped.
 pub(super) struct UnderWay {
     requests: Rc<Requests>,
-    /// In the journal, over HTTP/1.
+    /// Journal entry, for HTTP/1.
     entry: Option<Entry>,
-    /// The connection may have no further request.
+    /// This is the last request of the connection.
     pub(super) is_last: bool,
     is_answered: bool,
-    /// It may switch protocols, or has done so.
+    /// The request may switch protocols, or has done so.
     offers: bool,
 }
 
@@ -230,12 +230,12 @@ impl UnderWay {
         }
     }
 
-    /// It has switched protocols: what comes from now on is carried on.
+    /// The protocol was switched: input is passed on from now, and no longer held.
     pub(super) fn is_upgraded(&self) {
         self.requests.activity.held().stop();
     }
 
-    /// Whether it may switch protocols.
+    /// Sets whether the request may switch protocols.
     pub(super) fn offers_upgrade(&mut self, offers: bool) {
         let requests = &self.requests;
         match (std::mem::replace(&mut self.offers, offers), offers) {
@@ -248,7 +248,7 @@ impl UnderWay {
         }
     }
 
-    /// Has the journal know that the response is on its way.
+    /// Enters the start of the response in the journal.
     pub(super) fn enter_response<B>(&self, response: &Response<B>) {
         let Some(entry) = self.entry else { return };
         let conn = &self.requests.conn;
@@ -271,8 +271,8 @@ impl Drop for UnderWay {
     }
 }
 
-/// Bytes of a head at the beginning of `input`, if all of it is there, and its lines end as they should: hyper takes others
-/// too.
+/// Length of the head at the beginning of `input`, if it is complete and each of its lines ends in
+/// CRLF. hyper accepts other line ends too.
 fn head_length(input: &[u8]) -> Option<u32> {
     let mut from = 0;
     loop {
@@ -280,13 +280,13 @@ fn head_length(input: &[u8]) -> Option<u32> {
         let line = input.get(from..end)?.strip_suffix(b"\r")?;
         from = end + 1;
         if line.is_empty() {
-            // An empty line in front is none of the request's.
+            // An empty line before the head is not part of the request.
             return u32::try_from(from).ok().filter(|&length| length > 2);
         }
     }
 }
 
-/// Whether a message says that the connection is not kept after it (RFC 9112, section 9.3).
+/// Whether a message announces that the connection ends after it (RFC 9112, section 9.3).
 fn is_last(version: Version, headers: &HeaderMap) -> bool {
     let options =
         headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));

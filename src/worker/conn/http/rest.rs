@@ -1,5 +1,6 @@
-//! What the application leaves of a request's body. It is read, up to a limit: the peer may not look for the response before it has
-//! sent all, and hyper closes a connection on which a body is dropped.
+//! Reads the part of a request body that the application has left unread, up to a limit. A client
+//! may read the response only after it has sent the whole body, and hyper closes a connection whose
+//! body is dropped.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
@@ -13,27 +14,27 @@ use tokio::time::Sleep;
 use crate::app::body;
 use crate::worker::conn::linger::LINGER;
 
-/// Bytes of a body that are read for the sake of the connection.
+/// Bytes of an unread body that are read to keep the connection.
 const WORTH_READING: u64 = 64 << 10;
 
 pub(super) struct Rest {
     left: oneshot::Receiver<body::Rest>,
-    /// The client waits for a 100 before it sends the body.
+    /// The client waits for a 100 response before it sends the body.
     is_awaited: bool,
     state: State,
 }
 
 enum State {
-    /// The application has it.
+    /// The application has the body.
     Held,
     Reading {
         incoming: Incoming,
         bytes: u64,
         end: Pin<Box<Sleep>>,
     },
-    /// All of the body was read.
+    /// The body was read to its end.
     Over,
-    /// Nothing more is read, though there is more.
+    /// The rest of the body is not read.
     Cut,
 }
 
@@ -42,9 +43,10 @@ impl Rest {
         Self { left, is_awaited, state: State::Held }
     }
 
-    /// Whether the connection will be closed because the body is not read to its end, as far as that is known.
+    /// Whether the connection will be closed because the body is not read to its end, as far as is
+    /// known.
     pub(super) fn ends_connection(&mut self) -> bool {
-        // Whoever polls next is woken.
+        // The next poll registers a real waker.
         let _ = self.poll(&mut Context::from_waker(Waker::noop()));
         match &self.state {
             State::Held | State::Over => false,
@@ -64,22 +66,22 @@ impl Rest {
         };
     }
 
-    /// Whether all of it was read.
+    /// Whether the body was read to its end.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.state, State::Over)
     }
 
-    /// Whether there may be more, which nobody reads.
+    /// Whether the rest of the body stays unread.
     pub(super) fn is_cut(&self) -> bool {
         matches!(self.state, State::Cut)
     }
 
-    /// Nothing more is to be read.
+    /// Stops reading the body.
     pub(super) fn cut(&mut self) {
         self.state = State::Cut;
     }
 
-    /// Reads as much as is there. Ready when nothing more is to be read.
+    /// Reads the available part of the body. Ready when nothing more must be read.
     pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
             self.state = match &mut self.state {

@@ -1,12 +1,15 @@
-//! Upgraded connections: `101 Switching Protocols` over HTTP/1.1, and extended CONNECT over HTTP/2 (RFC 8441).
+//! Carries upgraded connections: `101 Switching Protocols` over HTTP/1.1, and extended CONNECT over
+//! HTTP/2 (RFC 8441).
 //!
-//! The application gets what it gets from every server built on hyper, [`hyper::upgrade::Upgraded`], but not the connection
-//! itself: a [`Tunnel`], which it may move to any thread. The connection's task keeps the socket and carries the bytes between
-//! the two ([`carry`]). So an upgraded connection stays one of the worker's connections: it counts, it is in the journal, the
-//! watchdog sees it, and a drain ends it.
+//! The application gets the type that every server built on hyper provides,
+//! [`hyper::upgrade::Upgraded`]. It contains not the connection itself but a [`Tunnel`], which may
+//! move to any thread. The connection's task keeps the socket and copies the bytes between socket
+//! and tunnel ([`carry`]). So an upgraded connection remains one of the worker's connections: it is
+//! counted, it is in the journal, the watchdog checks it, and a drain ends it.
 //!
-//! Only hyper can make an `Upgraded`. A [`Tunnel`] is made into one by a second, very short HTTP/1 connection that exists in
-//! memory alone: the tunnel brings a request with it, and swallows the head of the response ([`Offer`]).
+//! Only hyper can create an `Upgraded`. A second, very short HTTP/1 connection in memory turns the
+//! [`Tunnel`] into one: the tunnel supplies a request, and discards the head of the response
+//! ([`Offer`]).
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -36,26 +39,27 @@ use crate::worker::conn::linger::LINGER;
 use crate::worker::lifecycle::drain::Drain;
 use crate::worker::service::serve::{Serving, Switch};
 
-/// What the connection in memory is asked, and what ends the head of its response.
+/// The request of the connection in memory, and the end of its response head.
 const PREFACE: &[u8] = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
-/// Bytes that one write of the application hands over at most.
+/// Largest number of bytes that one write of the application passes on.
 const PIECE: usize = 64 << 10;
 
 /// The application's end of an upgraded connection.
 struct Tunnel {
-    /// What is left of [`PREFACE`].
+    /// Unread part of [`PREFACE`].
     preface: &'static [u8],
-    /// Bytes of [`END_OF_HEAD`] that the last write ended with; all of them, once the application has the tunnel.
+    /// Number of bytes of [`END_OF_HEAD`] at the end of the last write; all of them once the
+    /// application has the tunnel.
     head_end: usize,
     from_client: pipe::Reader,
-    /// What was taken out of it and not read yet.
+    /// Bytes taken from the pipe and not read yet.
     rest: Bytes,
-    /// `None` when the application has shut its direction down.
+    /// `None` when the application has shut down its direction.
     to_client: Option<pipe::Writer>,
 }
 
-/// The connection's end of it.
+/// The connection task's end of a [`Tunnel`].
 struct Link {
     from_client: pipe::Writer,
     to_client: pipe::Reader,
@@ -112,7 +116,7 @@ impl Write for Tunnel {
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(())) // the connection's task writes what is here
+        Poll::Ready(Ok(())) // the connection's task writes the bytes
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -126,7 +130,7 @@ impl Write for Tunnel {
 /// An upgrade that the application may take.
 pub(super) struct Offer {
     pub(super) switch: Switch,
-    /// hyper's own, of the real connection.
+    /// hyper's handle for the real connection.
     theirs: OnUpgrade,
     link: Link,
     is_taken: Rc<Cell<bool>>,
@@ -134,8 +138,8 @@ pub(super) struct Offer {
 }
 
 impl Offer {
-    /// What a request may switch to. The application finds a [`OnUpgrade`] in its extensions if there is an offer, and none
-    /// otherwise.
+    /// The upgrade that a request offers, if any. Leaves an [`OnUpgrade`] in the request's
+    /// extensions only if there is an offer.
     pub(super) fn of(request: &mut Request<Body>) -> Option<Self> {
         let theirs = request.extensions_mut().remove::<OnUpgrade>()?;
         let switch = if request.version() == Version::HTTP_2 {
@@ -158,13 +162,13 @@ impl Offer {
         });
         let mut in_memory: Pin<Box<dyn Future<Output = _>>> =
             Box::pin(http1::Builder::new().serve_connection(tunnel, answer).with_upgrades());
-        // Nothing in it waits for anything but `is_taken`.
+        // Every await in this future completes at once, except the wait for `is_taken`.
         let _ = in_memory.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         request.extensions_mut().insert(ours.take()?);
         Some(Self { switch, theirs, link: Link { from_client, to_client }, is_taken, in_memory })
     }
 
-    /// The application has taken it: its `OnUpgrade` has the tunnel.
+    /// The application has taken the upgrade: its `OnUpgrade` yields the tunnel.
     pub(super) fn take(mut self, serving: Serving, under_way: UnderWay) -> Taken {
         self.is_taken.set(true);
         let done = self.in_memory.as_mut().poll(&mut Context::from_waker(Waker::noop()));
@@ -179,8 +183,9 @@ fn switching() -> Response<http_body_util::Empty<Bytes>> {
     response
 }
 
-/// Whether a request over HTTP/1.1 asks for another protocol. A proxy that does not know `Upgrade` passes it on, but not the
-/// connection option that goes with it (RFC 9110, section 7.8).
+/// Whether an HTTP/1.1 request asks for another protocol. A proxy that does not implement `Upgrade`
+/// passes the header on, but removes the connection option that belongs to it (RFC 9110, section
+/// 7.8).
 fn asks_for_upgrade(headers: &HeaderMap) -> bool {
     let options =
         headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
@@ -188,7 +193,7 @@ fn asks_for_upgrade(headers: &HeaderMap) -> bool {
         && options.into_iter().any(|option| option.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
 }
 
-/// An upgrade that has been taken. It is one request of its worker until it ends.
+/// An upgrade that the application has taken. The worker counts it as one request until it ends.
 pub(super) struct Taken {
     link: Link,
     theirs: OnUpgrade,
@@ -197,8 +202,8 @@ pub(super) struct Taken {
 }
 
 impl Taken {
-    /// Carries the bytes of an HTTP/1 connection, of which `early` came behind the request. Returns when both directions have
-    /// ended, and the socket is to be closed.
+    /// Copies the bytes of an HTTP/1 connection; `early` was received after the request. Returns
+    /// when both directions have ended and the socket must be closed.
     pub(super) async fn carry(self, io: impl AsyncRead + AsyncWrite + Unpin, early: Bytes, ends: &Ends) {
         let Self { link, mut serving, under_way, .. } = self;
         under_way.is_upgraded();
@@ -206,7 +211,7 @@ impl Taken {
         drop(under_way);
     }
 
-    /// Carries those of a stream of HTTP/2.
+    /// Copies the bytes of an HTTP/2 stream.
     pub(super) async fn carry_stream(self, activity: Arc<Activity>, ends: Ends) {
         let Self { link, theirs, mut serving, under_way } = self;
         under_way.is_upgraded();
@@ -221,16 +226,17 @@ impl Taken {
     }
 }
 
-/// When an upgraded connection ends, other than by its client or the application.
+/// Reasons for the server to end an upgraded connection.
 #[derive(Clone, Debug)]
 pub(super) struct Ends {
     pub(super) drain: Drain,
-    /// With nothing moving in either direction; zero is no limit.
+    /// Time without a byte in either direction; zero means no limit.
     pub(super) idle: Duration,
 }
 
 impl Ends {
-    /// Returns when the worker's drain is nearly over, or nothing has moved for too long.
+    /// Returns when the worker's drain is nearly over, or the connection has been idle for too
+    /// long.
     async fn reached(&self, moved: &Cell<Instant>) {
         let idle = async {
             loop {
@@ -248,8 +254,9 @@ impl Ends {
     }
 }
 
-/// Carries bytes in both directions until both have ended. At one of the `ends` the application reads the end of its input, has
-/// [`Drain::farewell`] to say its last words, and then the client is told that nothing more will come.
+/// Copies bytes in both directions until both have ended. When one of the `ends` is reached, the
+/// application reads the end of its input and has the time of [`Drain::farewell`] for its last
+/// output. Then the client's direction is shut down.
 async fn carry(
     mut io: impl AsyncRead + AsyncWrite + Unpin,
     early: Bytes,
@@ -279,8 +286,8 @@ async fn carry(
     match carried.await {
         Ok(()) => {
             let (input_ended, mut room) = (way.input_ended, way.room.take());
-            drop(way); // the application finds out
-            // Over HTTP/2 the end needs room behind what was written.
+            drop(way); // the application reads the end of the stream
+            // Over HTTP/2 the end of the stream needs window after the data.
             if let Some(room) = &mut room {
                 room.set(true);
             }
@@ -296,27 +303,27 @@ async fn carry(
     }
 }
 
-/// Both directions.
+/// The state of both directions.
 struct Way {
-    /// `None` when the application has nothing more to do with it.
+    /// `None` when the application has dropped its end.
     link: Option<Link>,
-    /// What is being written.
+    /// Bytes being written.
     output: Bytes,
-    /// The client will send nothing more, or nobody will read it.
+    /// The client has sent all its bytes.
     input_ended: bool,
     output_ended: bool,
     room: Option<Wait>,
 }
 
 impl Way {
-    /// The application reads the end of its input.
+    /// Makes the application read the end of its input.
     fn end_input(&mut self) {
         if let Some(link) = &self.link {
             link.from_client.finish();
         }
     }
 
-    /// Ready when both directions have ended, or the application has let go of its end.
+    /// Ready when both directions have ended, or the application has dropped its end.
     fn poll(
         &mut self,
         io: &mut (impl AsyncRead + AsyncWrite + Unpin),
@@ -340,7 +347,8 @@ impl Way {
                 self.output = match link.to_client.poll_next(context) {
                     Poll::Pending => break Poll::Pending,
                     Poll::Ready(Some(Ok(bytes))) => bytes,
-                    // Dropped or shut down, that is all of it.
+                    // The application has dropped or shut down its end: both mean the end of the
+                    // output.
                     Poll::Ready(None | Some(Err(pipe::Cut))) => {
                         self.output_ended = true;
                         break Pin::new(&mut *io).poll_shutdown(context)?;

@@ -1,5 +1,6 @@
-//! A response that fails because of what the client sent, or did not send: no fault of the application's, so it is counted like a
-//! refused request, and answered as one if its head has not been sent.
+//! Handles responses that fail because of the client's input. Such a failure is not the
+//! application's fault: it is counted like a refused request, and answered like one if the response
+//! head has not been sent.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -15,7 +16,6 @@ use crate::app::body::Trouble;
 use crate::config::address::Protocol;
 use crate::worker::conn::refusals::Refusals;
 
-/// The client of a request that has a body.
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     pub(super) trouble: Arc<Trouble>,
@@ -25,20 +25,23 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// If the body failed because of the client, counts that, and returns the status that is the answer.
+    /// If the body failed because of the client, counts the failure and returns the status of the
+    /// response.
     pub(super) fn fault(&self) -> Option<StatusCode> {
         let (status, why) = self.trouble.cause()?;
         self.refusals.note(self.protocol, status, self.from, why);
         Some(status)
     }
 
-    /// The same, of a body that was too long or came too slowly: that is the answer whatever the application made of it.
+    /// Like [`Client::fault`], for a body that was too long or too slow: its status replaces any
+    /// response of the application.
     pub(super) fn breach(&self) -> Option<StatusCode> {
         self.trouble.status().and_then(|_| self.fault())
     }
 }
 
-/// A response whose head waits for the first piece of its body, for as long as it takes to read what has come of the request.
+/// A response whose head is delayed until the first piece of its body, by one poll at most: long
+/// enough to read the part of the request that has arrived.
 pub(super) struct Begun<B> {
     response: Response<Pin<Box<Served<B>>>>,
     was_polled: bool,
@@ -49,7 +52,8 @@ where
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
-    /// Whether the client can make this response fail: the request's body has not been read, and the response has a body.
+    /// Whether the client can make this response fail: the request's body is not read to its end,
+    /// and the response has a body.
     pub(super) fn is_needed(response: &Response<Served<B>>) -> bool {
         response.body().depends_on_client() && !response.body().is_end_stream()
     }
@@ -69,7 +73,7 @@ where
             }
             Poll::Pending => None,
             Poll::Ready(None) => {
-                // It must not be polled again.
+                // The body must not be polled again.
                 return Poll::Ready(begun.response.map(|mut body| match body.as_mut().take_serving() {
                     Some(serving) => Served::ended(serving),
                     None => Served::Nothing { in_flight: None },

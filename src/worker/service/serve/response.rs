@@ -1,4 +1,5 @@
-//! What the head of a response may say, whatever the application has put into it, for all protocols: `docs/http.md`.
+//! Corrects the head of a response for all protocols, whatever the application has set:
+//! `docs/http.md`.
 
 use forkyard_shm::InFlight;
 use http::{HeaderValue, Response, StatusCode, Version, header};
@@ -8,18 +9,18 @@ use super::Served;
 use crate::app::events;
 use crate::protocol::cgi;
 
-/// Whether a request may turn its connection, or its stream, over to another protocol.
+/// The way in which a request may switch its connection or stream to another protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Switch {
     No,
-    /// By 101 (RFC 9110, section 7.8).
+    /// With a 101 response (RFC 9110, section 7.8).
     Upgrade,
-    /// By 2xx: extended CONNECT (RFC 8441).
+    /// With a 2xx response to an extended CONNECT (RFC 8441).
     Connect,
 }
 
 impl Switch {
-    /// Whether this is the answer that does it.
+    /// Whether a response with this status switches protocols.
     pub(crate) fn is_made_by(self, status: StatusCode) -> bool {
         match self {
             Self::No => false,
@@ -29,10 +30,10 @@ impl Switch {
     }
 }
 
-/// Takes out of a response what is not the application's to say.
+/// Removes headers that the application must not set.
 pub(super) fn settle<B>(response: &mut Response<B>, in_flight: &InFlight) {
-    *response.version_mut() = Version::HTTP_11; // hyper panics at some others
-    // How a body is framed is up to the protocol.
+    *response.version_mut() = Version::HTTP_11; // hyper panics on some other versions
+    // The protocol determines how a body is framed.
     if let Some(coding) = response.headers_mut().remove(header::TRANSFER_ENCODING)
         && !coding.as_bytes().eq_ignore_ascii_case(b"chunked")
     {
@@ -40,8 +41,8 @@ pub(super) fn settle<B>(response: &mut Response<B>, in_flight: &InFlight) {
     }
 }
 
-/// Leaves the body out where there must be none (RFC 9110, sections 9.3.2 and 15.3.5 to 15.4.5), and says its length as far as that
-/// may be said.
+/// Removes the body where none is allowed (RFC 9110, sections 9.3.2 and 15.3.5 to 15.4.5), and sets
+/// its length where that is allowed.
 pub(super) fn without_body<B>(mut response: Response<Served<B>>, is_head: bool) -> Response<Served<B>>
 where
     Served<B>: HttpBody,
@@ -57,7 +58,8 @@ where
             None
         }
         _ if response.headers().contains_key(header::CONTENT_LENGTH) => None,
-        // That of the response to GET. Routers empty the body of a response to HEAD, so an empty one says nothing of it (RFC 9110, section 8.6).
+        // The length of the response to GET. Routers empty the body of a response to HEAD, so an
+        // empty body does not indicate its length (RFC 9110, section 8.6).
         _ => response.body().size_hint().exact().filter(|&length| length > 0),
     };
     if let Some(length) = length {
@@ -66,14 +68,14 @@ where
     response.map(Served::emptied)
 }
 
-/// Makes a response fit to switch protocols.
+/// Prepares a response that switches protocols.
 ///
 /// # Errors
-/// If it does not say to which one.
+/// If it does not name the protocol.
 pub(super) fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'static str> {
     let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
-    // It has no body (RFC 9110, sections 8.6 and 9.3.6; RFC 9112, section 6.1).
+    // The response has no body (RFC 9110, sections 8.6 and 9.3.6; RFC 9112, section 6.1).
     headers.remove(header::CONTENT_LENGTH);
     headers.remove(header::TRANSFER_ENCODING);
     if is_upgrade {
@@ -85,16 +87,17 @@ pub(super) fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'stat
     Ok(())
 }
 
-/// A response that may go on for hours, and is not at work but for moments: it says nothing of how busy the worker is, or
-/// of what it died of.
+/// Whether a response is an event stream. A stream may last for hours with little work in between,
+/// so it does not count when the server measures how busy the worker is or looks for the request
+/// that killed it.
 pub(super) fn is_event_stream<B>(response: &Response<B>) -> bool {
     let kind = response.headers().get(header::CONTENT_TYPE);
     kind.is_some_and(|kind| kind.as_bytes().starts_with(events::TYPE.as_bytes()))
         && !response.headers().contains_key(header::CONTENT_LENGTH)
 }
 
-/// The `Content-Length` that the application itself has set for the body of a response. One that is no length
-/// is taken away: servers would make different things of it.
+/// The `Content-Length` that the application has set for the body of a response. An invalid value
+/// is removed, because servers would interpret it differently.
 pub(super) fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> {
     if cgi::has_no_body(response.status()) {
         return None;

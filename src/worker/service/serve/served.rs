@@ -1,4 +1,4 @@
-//! The body of a response, on its way to a connection.
+//! Passes the body of a response to a connection.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -17,22 +17,23 @@ use crate::diagnostics::current_request;
 use crate::request::activity::{Activity, Wait};
 
 pin_project! {
-    /// The body of a response, with the request's place in the scoreboard, which it keeps until it is dropped.
+    /// The body of a response. It keeps the request's entry in the scoreboard until it is dropped.
     #[project = Projected]
     #[project_replace = Replaced]
     pub(crate) enum Served<B> {
-        /// `left` is what its `Content-Length` still promises, if it has one.
+        /// `left` is the part of the `Content-Length` that is still to come, if the response has
+        /// one.
         App { #[pin] body: B, in_flight: Serving, left: Option<u64> },
         Canned { text: Bytes, in_flight: Serving },
-        // The head is all of the response. Without `in_flight` its request lives on behind an upgrade.
+        // A response without a body. `in_flight` is `None` if its request continues in an upgrade.
         Nothing { in_flight: Option<Serving> },
-        // Its first frame has been polled for.
+        // The first frame was already polled.
         Begun { first: Option<Result<Frame<Bytes>, BodyError>>, body: Pin<Box<Served<B>>> },
     }
 }
 
 impl<B> Served<B> {
-    /// Leaves the body out.
+    /// Drops the body.
     pub(super) fn emptied(self) -> Self {
         Self::Nothing { in_flight: self.taken() }
     }
@@ -50,7 +51,7 @@ impl<B> Served<B> {
         }
     }
 
-    /// Takes the request out of a body that is pinned, which is dropped.
+    /// Drops a pinned body and returns its request.
     pub(super) fn take_serving(self: Pin<&mut Self>) -> Option<Serving> {
         match self.project_replace(Self::Nothing { in_flight: None }) {
             Replaced::App { in_flight, .. } | Replaced::Canned { in_flight, .. } => Some(in_flight),
@@ -59,7 +60,8 @@ impl<B> Served<B> {
         }
     }
 
-    /// The same if the body has failed because of the client; and the status that is the answer.
+    /// If the body failed because of the client, drops it and returns the request with the status
+    /// of the response.
     pub(super) fn take_faulty(mut self: Pin<&mut Self>) -> Option<(StatusCode, Serving)> {
         let status = match self.as_mut().project() {
             Projected::App { in_flight, .. } => in_flight.client.as_ref()?.trouble.cause()?.0,
@@ -68,18 +70,19 @@ impl<B> Served<B> {
         Some((status, self.take_serving()?))
     }
 
-    /// Nothing more comes.
+    /// A body that has ended.
     pub(super) fn ended(in_flight: Serving) -> Self {
         Self::Canned { text: Bytes::new(), in_flight }
     }
 
-    /// Whether it may fail because of the client: the request has a body, which has not been read to its end.
+    /// Whether the client can make the body fail: the request has a body that is not read to its
+    /// end.
     pub(super) fn depends_on_client(&self) -> bool {
         let Self::App { in_flight, .. } = self else { return false };
         in_flight.client.as_ref().is_some_and(|client| client.trouble.is_possible())
     }
 
-    /// If this is a stream that ends with the worker, has its connection know.
+    /// If this is a stream that ends with the worker, marks that on its connection.
     pub(crate) fn tell(&mut self, activity: &Arc<Activity>) {
         let in_flight = match self {
             Self::App { in_flight, .. } => in_flight,
@@ -157,7 +160,7 @@ where
         match self {
             Self::App { body, left, .. } => left.map_or_else(|| body.size_hint(), SizeHint::with_exact),
             Self::Canned { text, .. } => SizeHint::with_exact(text.len() as u64),
-            Self::Nothing { .. } => SizeHint::new(), // it says nothing of a length
+            Self::Nothing { .. } => SizeHint::new(), // the length is unknown
             Self::Begun { first, body } => {
                 let first =
                     first.as_ref().and_then(|first| first.as_ref().ok()?.data_ref()).map_or(0, Bytes::len) as u64;
@@ -173,7 +176,7 @@ where
     }
 }
 
-/// Cuts a response where its `Content-Length` ends. `None` if nothing is left of the frame.
+/// Truncates a response at its `Content-Length`. `None` if nothing of the frame remains.
 fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, in_flight: &InFlight) -> Option<Frame<Bytes>> {
     let (Some(promised), Some(data)) = (left.as_mut(), frame.data_ref()) else { return Some(frame) };
     let length = data.len() as u64;
