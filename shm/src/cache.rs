@@ -1,9 +1,9 @@
 //! The page cache: keys to bytes, with a time to live and tags.
 //!
-//! This file turns keys into shards and entries, and what goes wrong in a shard into a miss or a refusal. It holds at
-//! most one shard lock at a time, and allocates nothing while it holds it.
+//! This file maps keys to shards and entries, and turns a failure in a shard into a miss or a refusal. It holds at most one
+//! shard lock at a time, and allocates nothing while it holds the lock.
 //!
-//! May not: know what an entry looks like in memory, or let an error in the cache become an error of a request.
+//! Must not depend on the layout of an entry in memory, or let an error in the cache become an error of a request.
 
 pub(crate) mod audit;
 pub(crate) mod claim;
@@ -49,9 +49,9 @@ use crate::memory::SharedMemory;
 use crate::memory::layout::{ENTRY_HEAD, GRAIN};
 use crate::protocols::lease;
 
-/// Tags hash with another seed than keys, so that no key is a tag.
+/// Tags and keys are hashed with different seeds, so that no key equals a tag.
 const TAG_SALT: u64 = 0x9e37_79b9_7f4a_7c15;
-/// Padding of key, metadata and value in an entry, at most.
+/// Upper bound for the padding of key, metadata and value in an entry, in bytes.
 const PADDING: u64 = 16 + GRAIN;
 
 /// A handle to the page cache; cheap to clone, usable from any thread.
@@ -63,25 +63,25 @@ pub struct Cache {
     pub(crate) segment: Arc<SharedMemory>,
 }
 
-/// Why nothing was done in a shard.
+/// Why an operation on a shard was not done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trouble {
     NotLocked,
     Lost,
 }
 
-/// What to store besides the options.
+/// What to store in addition to the options.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Rendering<'a> {
     pub(crate) meta: &'a [u8],
-    /// Tags that fragments lent, as hashes.
+    /// Hashes of the tags inherited from fragments.
     pub(crate) lent: &'a [u64],
-    /// When the first of the fragments is over; 0 for never.
+    /// When the first of the fragments expires; 0 for never.
     pub(crate) until_ms: u64,
     pub(crate) cost_ms: u32,
     /// The tag clock before rendering.
     pub(crate) snapshot: Option<PurgeSnapshot>,
-    /// Nothing is stored unless this lease still says this.
+    /// The entry is stored only if the lease still holds this word.
     pub(crate) lease: Option<(&'a AtomicU64, u64)>,
 }
 
@@ -167,7 +167,8 @@ impl Cache {
         let Some((clock, prefixes)) = self.tag_clock().zip(Prefixes::of(&self.segment)) else { return };
         match prefixes.announce(prefix.as_ref(), clock) {
             Some(purge) => self.sweep_prefix(&purge),
-            // Too many at once, or a stopped process is in the way: what was to be purged must not be served.
+            // Too many purges at once, or a stopped process holds the table's lock. The purged pages must not be served, so everything is
+            // cleared.
             None => self.clear(),
         }
     }
@@ -176,7 +177,7 @@ impl Cache {
     pub fn clear(&self) {
         let Some(clock) = self.tag_clock() else { return };
         clock.clear();
-        // The pages are gone with that; this gives their memory back, where it can be done.
+        // The clock alone invalidates the pages. Emptying the shards frees their memory, where the lock can be taken.
         for index in 0..self.segment.geometry.shards {
             let _ = self.with_shard_at(index, |shard| {
                 shard.empty();
@@ -255,18 +256,19 @@ impl Cache {
             return Err(StoreError::TooLarge { limit });
         };
         let done = self.with_shard_at(shard.number, |shard| {
-            // Under the lock: whoever takes the lease over after this stores after this.
+            // Checked under the lock: a process that takes the lease over afterwards also stores afterwards.
             if rendering.lease.is_some_and(|(lease, word)| !lease::is_held(lease, word)) {
                 return Ok(Stored::Yes);
             }
-            // Under the lock: should a purge come after this, its own removal comes after the store.
+            // Checked under the lock: a purge that comes later also removes later than this store.
             if judge.is_outdated(key, &tags, new.times.snapshot) {
                 add(&shard.shard.counters().outdated, 1);
                 if let Some(clock) = self.tag_clock() {
                     clock.finish(tags.iter().copied().chain([key.hash]));
                 }
-                // As if it had been stored, and then purged. Not even a page rendered later may stay: tags that share their
-                // slots look purged when they are not, and then the one that was set last must not be followed by another.
+                // Treated as if it had been stored and then purged. A page already stored under the key is removed, even if it was
+                // rendered later: tags that share slots can look purged when they are not, and a lookup after this store must not
+                // return a page other than the last one set.
                 if let Some(old) = shard.find(key)? {
                     shard.remove(&old)?;
                     shard.count_drop(Verdict::Purged, old.place.ring);
@@ -297,7 +299,7 @@ impl Cache {
         was_good.unwrap_or(false)
     }
 
-    /// `None` without a cache, or if its file was truncated.
+    /// Returns `None` if there is no cache, or if its file was truncated.
     pub(crate) fn judge<'a>(&'a self, moment: Moment<'a>) -> Option<Judge<'a>> {
         let is_there = self.segment.geometry.shards > 0 && !self.segment.map.is_lost();
         let header = self.segment.header().filter(|_| is_there)?;
@@ -316,7 +318,7 @@ impl Cache {
         xxh3_64_with_seed(tag.as_bytes(), self.segment.seed ^ TAG_SALT)
     }
 
-    /// The shard takes four bits below those of the fingerprint; the buckets take the low ones.
+    /// The shard is chosen by four bits below the fingerprint; the buckets are chosen by the low bits.
     pub(crate) fn shard_of(&self, hash: u64) -> u64 {
         (hash >> 49) & self.segment.geometry.shards.saturating_sub(1)
     }
@@ -337,7 +339,7 @@ impl Cache {
         self.with_shard_at(self.shard_of(hash), work)
     }
 
-    /// Runs `work` under a shard's lock. A shard that turns out corrupt is emptied.
+    /// Runs `work` under a shard's lock. A shard that turns out to be corrupt is emptied.
     pub(crate) fn with_shard_at<R>(
         &self,
         index: u64,
@@ -356,7 +358,7 @@ impl Cache {
         self.count(shard, retries, if hit { Seen::Hit } else { Seen::Miss });
     }
 
-    /// Counts in this process's own cell, which no other writes to.
+    /// Counts in this process's own cell, which no other process writes to.
     #[inline]
     pub(crate) fn count(&self, shard: u64, retries: usize, seen: Seen) {
         if let Some(tally) = self.segment.tally(shard) {
@@ -367,15 +369,15 @@ impl Cache {
                 Seen::Wait => &tally.lease_waits,
                 Seen::Render => &tally.renders,
             };
-            // Not `fetch_add`, which would wait for the bytes just copied to be written: should two threads of a process
-            // count at the same instant, one count is lost, and that is all.
+            // Not `fetch_add`, which would wait until the bytes just copied are written. If two threads of a process count at the same
+            // instant, one count is lost, which is acceptable.
             counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
             add(&tally.retries, retries as u64);
         }
     }
 }
 
-/// What a process counts for itself.
+/// What a process counts in its own cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     Hit,
@@ -385,12 +387,12 @@ pub(crate) enum Seen {
     Render,
 }
 
-/// Copies an entry's value into a buffer that was emptied; `None` if the entry does not hold.
+/// Copies an entry's value into an emptied buffer; `None` if the entry was overwritten meanwhile.
 pub(crate) fn copy_value(sight: &Sight<'_, '_>, value: &mut Vec<u8>) -> Option<()> {
     let len = usize::try_from(sight.entry.value_len).ok()?;
     value.clear();
     if value.capacity() < len {
-        // The length is worth an allocation only if it is true.
+        // The length is not trusted for an allocation before it is verified.
         if !sight.holds() {
             return None;
         }
@@ -399,12 +401,12 @@ pub(crate) fn copy_value(sight: &Sight<'_, '_>, value: &mut Vec<u8>) -> Option<(
     sight.entry.copy_value(value)
 }
 
-/// When a page stored now is over; 0 for never.
+/// When a page stored now expires; 0 for never.
 pub(crate) fn expiry(ttl: Option<Duration>, now_ms: u64) -> u64 {
     ttl.map_or(0, |ttl| now_ms.saturating_add(millis(ttl).max(1)))
 }
 
-/// The earlier of two moments, of which 0 is never.
+/// The earlier of two times; 0 is never.
 pub(crate) fn earlier(one: u64, other: u64) -> u64 {
     match (one, other) {
         (0, only) | (only, 0) => only,
@@ -416,8 +418,7 @@ pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Holds the lock of a key's shard until it is dropped, as if in the middle of something: for tests of what a death or
-/// a stop leads to.
+/// Holds the lock of a key's shard until it is dropped, as a process in the middle of a store does: for tests of a death or a stop.
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
 #[derive(Debug)]
@@ -433,13 +434,13 @@ impl Cache {
         Some(Held { _shard: self.shard(self.shard_index(key))?.lock().ok()? })
     }
 
-    /// A sweep of all there is, whether it is due or not.
+    /// Sweeps everything, whether a sweep is due or not.
     #[doc(hidden)]
     pub fn sweep_all(&self) {
         self.sweep_now(1, self.segment.now_ms());
     }
 
-    /// How many locks somebody holds, dead or alive.
+    /// The number of locks that are held, by living or dead processes.
     #[doc(hidden)]
     pub fn locks_held(&self) -> usize {
         let locks = self.shards().map(|shard| &shard.head.lock);
@@ -447,14 +448,14 @@ impl Cache {
         locks.filter(|lock| lock.load(Ordering::Relaxed) & 0xffff != 0).count()
     }
 
-    /// How many entries are pinned, by the dead or the living.
+    /// The number of entries that are pinned, by living or dead processes.
     #[doc(hidden)]
     pub fn pins_set(&self) -> usize {
         let pins = self.segment.member_cells().flat_map(|member| &member.head.pins);
         pins.filter(|pin| pin.load(Ordering::Relaxed) != 0).count()
     }
 
-    /// Which shard a key belongs to.
+    /// The shard that a key belongs to.
     #[doc(hidden)]
     pub fn shard_index(&self, key: impl AsRef<[u8]>) -> u64 {
         self.shard_of(self.key(key.as_ref()).hash)

@@ -1,21 +1,21 @@
-//! Places where a test can have the process die, and repairs that it can have left out.
+//! Marks the points at which a test can kill the process, and the repairs that a test can leave out.
 //!
-//! Each step of a change in shared memory that others could find half done is marked with `point`. Without the feature
+//! Each step of a change in shared memory that another process could find half done is marked with `point`. Without the feature
 //! `crash-test` a mark is nothing. With it, `tests/crash_points.rs` has a child killed at the n-th mark, for each n, and
-//! then looks whether everything holds; and it shows that each repair is needed by leaving it out.
+//! then checks that everything holds. The tests also leave out each repair, to show that it is needed.
 
-/// Something done for a process that died.
+/// A repair that is made after a process died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovery {
-    /// Bringing the books of a shard up to date.
+    /// Completing the books of a shard.
     Books,
     /// Finishing the emptying of a shard.
     Empty,
-    /// Freeing the locks it held.
+    /// Freeing the locks of the dead process.
     FreeLocks,
-    /// Freeing what it read in place.
+    /// Freeing the pins of the dead process.
     Unpin,
-    /// Freeing the leases it held.
+    /// Freeing the leases of the dead process.
     PassLeases,
 }
 
@@ -56,7 +56,7 @@ mod armed {
         }
     }
 
-    /// Has this process killed at the n-th step from now on; [`u64::MAX`] for never, one less to record the names.
+    /// Kills this process at the n-th step from now on; [`u64::MAX`] for never, [`u64::MAX`] - 1 to record the names only.
     pub fn die_at(step: u64) {
         PASSED.store(0, Ordering::Relaxed);
         DIE_AT.store(step, Ordering::Relaxed);
@@ -75,7 +75,7 @@ mod armed {
         SKIPPED.store(recovery.map_or(0, |recovery| recovery as u32 + 1), Ordering::Relaxed);
     }
 
-    /// Whether a repair is to be left out.
+    /// Whether a repair is left out.
     pub fn skips(recovery: Recovery) -> bool {
         SKIPPED.load(Ordering::Relaxed) == recovery as u32 + 1
     }

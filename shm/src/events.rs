@@ -1,36 +1,40 @@
-//! The event log: what any process publishes, every process can read, in order, and again.
+//! The event log: any process can publish events, and every process can read them, in order, and more than once.
 //!
 //! ```text
 //! topics   "prices" last 17 ──────────────────────────────┐    "chat" last 4 ─────┐
 //!                                                         ▼                       ▼
 //! ring     ... free ... | prices 15 | chat 3 | prices 16 | prices 17 | pad | ... | chat 4 | ... free ...
-//!                       ^ floor          each knows the one of its topic before it        ^ head
+//!                       ^ floor          each links to the previous event of its topic          ^ head
 //! ```
-//! One ring of records for all topics, with endless positions, as the page cache has them. The ids of a topic count from 1
-//! without a gap. What is published is written beyond the head, and the oldest events make room for it.
+//! There is one ring of records for all topics, with endless positions, as in the page cache. The ids of a topic count from 1
+//! without a gap. An event is written beyond the head, and the oldest events are evicted to make room for it.
 //!
-//! - **One store publishes**: that of the head, which makes the record before it an event. Whoever is killed before has not
-//!   published, and whoever is killed after has. The topics are told next; how far they have been is in `linked`, and who
-//!   looks for events of a topic looks beyond that as well. So a death in between is nothing special.
-//! - **Publishers hold the log's lock** (`lock.rs`), never for longer than a copy of the event. Of a dead one it is taken over.
-//! - **Readers take no lock and write nothing.** They copy, and then look whether the floor is still below.
-//! - **Waiting** is for the `sequence` to change, a futex. A publisher makes that system call only if somebody sleeps. Killed
-//!   before it, it leaves the sleepers to the next publisher, or to the end of their time: they should not sleep for long.
+//! - **One store publishes**: the store of the head makes the record before it an event. A publisher that is killed before that store
+//!   has not published; one that is killed afterwards has. Then the topic's cell is updated. `linked` is the position up to which the
+//!   cells are updated, and a reader that looks for the events of a topic also looks beyond `linked`. So a death in between needs no
+//!   special treatment.
+//! - **Publishers hold the log's lock** (`protocols/lock.rs`), never for longer than a copy of the event. The lock of a dead publisher is
+//!   taken over.
+//! - **Readers take no lock and write nothing.** They copy, and then check that the floor has not passed the copied record.
+//! - **Waiting readers** wait for `sequence` to change, a futex. A publisher makes the system call to wake only if a reader sleeps. If
+//!   a publisher is killed before that call, the sleepers are woken by the next publisher or by their timeout, which should therefore
+//!   be short.
 //!
-//! The files: [`publish`] writes, [`read`] reads, [`topics`] is the table, [`ring`] is what both know of records, [`bell`] and
-//! [`told`] are protocols between processes, which loom runs as well, [`audit`] is for tests.
+//! The files: [`publish`] writes, [`read`] reads, [`topics`] is the table of topics, [`ring`] contains the record format that both
+//! use, [`bell`] and [`told`] are protocols between processes, which loom runs as well, [`audit`] is for tests.
 //!
-//! # To miss nothing
-//! Whoever wants all events of a topic from some id on, and then each new one, takes a [`Tail`] first and asks
-//! [`Events::since`] next: what is published in between comes from both, and is told by its id.
+//! # Missing no event
+//! A reader that needs all events of a topic after some id, and then each new one, first takes a [`Tail`] and then calls
+//! [`Events::since`]. An event that is published in between comes from both, and is recognized by its id.
 //!
 //! # Topics that come and go
-//! The table has room for one topic for each 4 KiB of the log. If it is full, a new topic takes the place of the one that has
-//! been idle for longest, so that no publisher can keep others from publishing, however many topics it makes. Events of the topic that was given up
-//! stay in the log, and whoever follows it by a [`Tail`] gets them; by its name they are found no more. Should it come back, its ids go on above the
-//! highest that any topic in its situation had: no id is used twice, and whoever asks for what came after its last
-//! one learns that something may be missing. Until then that highest id is what is told as its last: a reader who begins
-//! there misses nothing. A topic that is new then begins above it as well, as nobody knows whether it is.
+//! The table has room for one topic for each 4 KiB of the log. If it is full, a new topic replaces the topic that has been idle for
+//! longest, so that a publisher that creates many topics cannot prevent others from publishing. Events of a replaced topic
+//! stay in the log, and a reader that follows the log by a [`Tail`] gets them; a lookup by the topic's name does not find them any
+//! more. If a replaced topic comes back, its ids continue above the highest id of any replaced topic: no id is used twice, and a
+//! reader that asks for events after its last id learns that events may be missing. Until then, that highest id is returned as the
+//! topic's last id: a reader that begins there misses nothing. A topic that is really new also begins above it, because new and
+//! replaced topics cannot be told apart.
 
 mod audit;
 mod publish;
@@ -54,33 +58,33 @@ use crate::memory::futex;
 use crate::memory::layout::{EventsHead, GRAIN};
 use crate::protocols::bell::Bell;
 
-/// A handle of the event log; cheap to clone, usable from any thread.
+/// A handle to the event log; cheap to clone, usable from any thread.
 #[derive(Clone, Debug)]
 pub struct Events {
     segment: Arc<SharedMemory>,
 }
 
-/// What the log holds.
+/// Statistics of the event log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EventStats {
     /// Events published so far.
     pub published: u64,
-    /// Of these, the ones that made room for others.
+    /// The number of these events that were evicted to make room.
     pub evicted: u64,
-    /// Topics that the table knows.
+    /// Topics in the table.
     pub topics: u64,
-    /// Topics that it has room for.
+    /// Topics that the table has room for.
     pub most_topics: u64,
     /// Bytes in use.
     pub used_bytes: u64,
     /// Bytes for events.
     pub capacity: u64,
-    /// When the oldest of the events that are there was published, in microseconds since 1970; 0 if there is none.
+    /// When the oldest event in the log was published, in microseconds since 1970; 0 if there is none.
     pub oldest_us: u64,
-    /// How often a publisher died at work, and another went on in its place.
+    /// How often a publisher died while publishing, and another one took over.
     pub recoveries: u64,
-    /// How often the log contradicted itself and was emptied.
+    /// How often the log was found inconsistent, and was emptied.
     pub restarts: u64,
 }
 
@@ -89,27 +93,27 @@ impl Events {
         Events { segment }
     }
 
-    /// Whether the segment was made without a log.
+    /// Whether the segment was created without a log.
     pub fn is_none(&self) -> bool {
         self.segment.geometry.events_ring_len == 0
     }
 
-    /// A number that tells this log from those before it, never 0: ids of another epoch mean nothing here.
+    /// A number that distinguishes this log from earlier ones, never 0: ids of another epoch have no meaning here.
     pub fn epoch(&self) -> u32 {
         self.segment.events_head().map_or(0, |head| head.epoch.load(Ordering::Relaxed))
     }
 
-    /// The most bytes that the name and the data of an event may have together.
+    /// The maximum length of an event's name and data together, in bytes.
     pub fn max_event(&self) -> u64 {
         self.segment.geometry.max_event
     }
 
-    /// Counts the publications, and wraps around: for [`Events::wait`].
+    /// The number of publications so far, which wraps around: for [`Events::wait`].
     pub fn sequence(&self) -> u32 {
         self.segment.events_head().map_or(0, |head| head.sequence.load(Ordering::SeqCst))
     }
 
-    /// Sleeps until the sequence is not `seen` any more, the time is over, or a signal or [`Events::wake`] comes. Returns the
+    /// Sleeps until the sequence differs from `seen`, the time is over, or a signal or [`Events::wake`] comes. Returns the
     /// sequence.
     pub fn wait(&self, seen: u32, longest: Duration) -> u32 {
         let Some(head) = self.segment.events_head() else {
@@ -122,14 +126,14 @@ impl Events {
         head.sequence.load(Ordering::SeqCst)
     }
 
-    /// Ends the sleep of all who wait.
+    /// Wakes all waiting readers.
     pub fn wake(&self) {
         if let Some(head) = self.segment.events_head() {
             futex::wake(&head.sequence, i32::MAX);
         }
     }
 
-    /// What the log holds.
+    /// The statistics of the log.
     pub fn stats(&self) -> EventStats {
         let Some(log) = Log::of(&self.segment) else { return EventStats::default() };
         let counters = &log.head.counters;
@@ -157,7 +161,7 @@ struct Log<'a> {
 }
 
 impl<'a> Log<'a> {
-    /// `None` if there is none, or its file was truncated.
+    /// Returns `None` if there is no log, or its file was truncated.
     fn of(segment: &'a SharedMemory) -> Option<Log<'a>> {
         if segment.map.is_lost() {
             return None;
@@ -180,13 +184,13 @@ impl SharedMemory {
         if self.geometry.events_ring_len == 0 { None } else { self.map.at(self.geometry.events_at) }
     }
 
-    /// Position 0 means "none", so the ring starts behind it.
+    /// Position 0 means "none", so the ring starts after it.
     pub(crate) fn init_events(&self) -> Option<()> {
         if self.geometry.events_ring_len == 0 {
             return Some(());
         }
         let head = self.events_head()?;
-        let random = RandomState::new().hash_one(std::process::id()); // keyed by the system's random numbers
+        let random = RandomState::new().hash_one(std::process::id()); // seeded with the system's random numbers
         #[expect(clippy::cast_possible_truncation, reason = "half of the random bits will do")]
         head.epoch.store((random as u32).max(1), Ordering::Relaxed);
         for position in [&head.floor, &head.head, &head.linked] {

@@ -26,19 +26,19 @@
 //!
 //! # The picture
 //! ```text
-//! segment (a sealed memfd, or a file; reserved when it is made, its size fixed)
-//!  |- header       what it is, and the plan it was made from; the tag clock        written: creator; clock: all
-//!  |- scoreboard   one row for each process: pid, state, counts, what it serves    written: the row's owner
-//!  |- members      one cell for each process that uses the cache: what it reads    written: its owner, or who buries it
-//!  |               in place, what it counted
-//!  |- tag table    when each tag was last purged                                   written: all, atomically
-//!  |- prefixes     the latest purges by prefix                                     written: who holds their lock
-//!  |- leases       who renders what                                                written: all, one word each
-//!  |- shard 0..15  lock | floors | heads | books | intent | counters               written: who holds its lock
-//!  |               index: buckets of 7 slots and their visits                      slots: who holds the lock; visits: all
-//!  |               ghosts: hashes of what was evicted lately                       written: who holds its lock
-//!  |               small ring: what is new       main ring: what was asked for     written: who holds its lock
-//!  `- event log    lock | floor | head; topics and the ring of events: `events.rs` written: who holds its lock
+//! segment (a sealed memfd, or a file; reserved when it is created, its size fixed)
+//!  |- header       format, plan, tag clock                         written by: the creator; the clock by all
+//!  |- scoreboard   one row per process: pid, state, counts, request   written by: the row's owner
+//!  |- members      one cell per process that uses the cache: pins,    written by: its owner, or the process that cleans up after it
+//!  |               counts
+//!  |- tag table    when each tag was last purged                   written by: all, atomically
+//!  |- prefixes     the latest purges by prefix                     written by: the holder of the prefix lock
+//!  |- leases       which member renders which key                  written by: all, one word each
+//!  |- shard 0..15  lock | floors | heads | books | intent | counters   written by: the holder of the shard's lock
+//!  |               index: buckets of 7 slots and their visits      slots: the holder of the lock; visits: all
+//!  |               ghosts: hashes of recently evicted entries      written by: the holder of the lock
+//!  |               small ring: new entries   main ring: entries requested again   written by: the holder of the lock
+//!  `- event log    lock | floor | head; topics and the ring of events: `events.rs`   written by: the holder of its lock
 //!
 //! a ring, with endless positions        floor                                  head
 //!                          ... free ... | old | dead | live | pad | live | new | ... free ...
@@ -47,55 +47,57 @@
 //! A slot holds, in one word, the location of an entry: a position in a ring's endless log, which is never reused. An entry
 //! is valid as long as its position is not below the ring's floor, and does not change until then. The rest follows:
 //!
-//! - **Readers take no lock.** They follow the slot, copy the entry, and check the floor once more. They write nothing that
+//! - **Readers take no lock.** A reader follows the slot, copies the entry, and checks the floor once more. It writes nothing that
 //!   is shared, except the visit count of an entry that has been requested fewer than three times.
-//! - **Writers lock one shard.** They write an entry beyond the head, advance the head, and publish the entry with one store
+//! - **A writer locks one shard.** It writes an entry beyond the head, advances the head, and publishes the entry with one store
 //!   to a slot.
-//! - **Room is made at the floor**, by S3-FIFO: `room.rs` describes the policy and the reasons for it.
+//! - **Space is freed at the floor**, by S3-FIFO: `cache/eviction.rs` describes the policy and the reasons for it.
 //! - **Reading in place** ([`Cache::pin`]) records the entry in the reader's own cell; the head skips pinned entries.
 //!
-//! `layout.rs` defines the byte layout, checked by assertions. All positions are offsets; the segment contains no pointers.
-//! Each protocol between processes is a file of its own, without system calls, which the model checker loom also runs:
-//! `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `events/bell.rs`, `events/told.rs`.
+//! `memory/layout.rs` defines the byte layout, checked by assertions. All positions are offsets; the segment contains no pointers.
+//! Each protocol between processes has its own file in `protocols/`, without system calls, which the model checker loom also runs:
+//! `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `bell.rs`, `told.rs`.
 //!
 //! # Locks
 //! There are three kinds of locks: one for each shard, one for the prefix table, and one for the event log. No process holds
-//! two of them, so there is no lock order. None is held across a system call or an allocation. Waiting for a lock is
-//! bounded: 20 ms, and no time at all while a process is known to hold on to it. A page that cannot be stored for that
+//! two locks at once, so there is no lock order. No lock is held across a system call or an allocation. Waiting for a lock is
+//! bounded: 20 ms, or no time at all while a process is known not to release the lock. A page that cannot be stored for that
 //! reason is [`StoreError::Busy`], and counted; an event that cannot be published is [`PublishError::Busy`]. Reading is not
 //! affected. The scoreboard has no locks, so a process that must never wait may read and write it.
 //!
 //! # What survives a death
 //! A process that uses the cache, or publishes events, is a *member*: it holds a lock on one byte of the segment's file,
-//! which the kernel releases when the process ends (`member.rs`). A dead member is cleaned up (*buried*) by the first
-//! process that runs into something it held, or by the [sweep](Cache::sweep) within a second.
+//! which the kernel releases when the process ends (`memory/members.rs`). A dead member is cleaned up (*buried*) by the first
+//! process that needs something the dead member held, or by the [sweep](Cache::sweep) within a second.
 //!
-//! | killed while | what the others see |
+//! | killed while | what the other processes find |
 //! |---|---|
-//! | making the segment | nothing: nobody else has the descriptor yet; a file without a magic number is made anew |
-//! | writing its row | the row as far as written; the reader expects as much |
-//! | becoming a member | the byte is free again; whoever claims the cell next begins with burying |
+//! | creating the segment | nothing: no other process has the descriptor yet; a file without a magic number is created again |
+//! | writing its row | the row as far as it was written; readers expect partial rows |
+//! | becoming a member | the byte is unlocked again; the next process that claims the cell cleans it up first |
 //! | looking up, copying out | nothing: it wrote nothing |
-//! | reading in place | the entry's bytes are not used again until the member is buried; then they are |
+//! | reading in place | the entry's bytes are not reused until the member is cleaned up |
 //! | waiting for a lock or a lease | nothing |
 //! | writing the bytes of an entry or of padding, lock held | the lock is taken over; the bytes lie beyond the head, and are overwritten |
-//! | the head raised, no slot stored | the same; the record belongs to nobody, and is dropped when the floor gets there |
-//! | the slot stored, the books not | the next owner finds the intent, sees that the slot says what was intended, and finishes the books |
-//! | moving an entry | the slot leads to the old copy or to the new one, and both are whole |
-//! | the floor raised | what is below is free, for pins are looked for before it is written to |
+//! | the head raised, no slot stored | the lock is taken over; no slot leads to the record, which is dropped when the floor reaches it |
+//! | the slot stored, the books not | the next owner finds the intent, sees that the slot holds the intended word, and completes the books
+//! |
+//! | moving an entry | the slot leads to the old copy or to the new copy, and both are whole |
+//! | the floor raised | the bytes below it are free; a writer looks for pins before it overwrites them |
 //! | emptying a shard | the next owner finds the intent and finishes |
 //! | purging a tag, between its two stores | the purge has not happened; its caller never got an answer |
-//! | purging a prefix, before its time is stored | the same; the cell is used again |
-//! | purging a prefix, while removing | the purge holds for all readers; the sweep removes the rest |
-//! | clearing, the clock raised, some shards not emptied | no old page is served; the memory returns with time |
-//! | rendering under a lease | the lease is freed when the member is buried, by the first who waits for it, within milliseconds; another renders |
-//! | the page stored, the lease held | the others find the page |
-//! | burying somebody | the byte is free again; the next one buries from the start, which does no harm |
-//! | taking a lock over, before the repair | the lock says again that its owner died, as the intent is still there |
+//! | purging a prefix, before its time is stored | the purge has not happened; its cell is reused |
+//! | purging a prefix, while removing | the purge holds for all readers; the sweep removes the remaining pages |
+//! | clearing, the clock raised, some shards not emptied | no old page is served; the memory is freed gradually |
+//! | rendering under a lease | the first process that waits for the lease cleans up the member within milliseconds, and another process
+//! renders |
+//! | the page stored, the lease held | other processes find the page |
+//! | cleaning up after a member | the byte is unlocked again; the next process cleans up from the start, which is harmless |
+//! | taking a lock over, before the repair | the lock again reports a dead owner, because the intent is still there |
 //! | publishing an event | `events/publish.rs` |
-//! | using a file | `file.rs` |
+//! | using a file | `segment/file.rs` |
 //!
-//! A process that is stopped, but not dead, keeps its lock; until it continues, the others do not store in that shard. A
+//! A process that is stopped, but not dead, keeps its lock; until it continues, other processes do not store in that shard. A
 //! lease that it holds ends at its deadline.
 //!
 //! # Trust
@@ -104,16 +106,16 @@
 //! an endless loop; a shard that is found inconsistent is emptied and counted. There is no defense against a process that
 //! overwrites the segment: it can serve any content, change what another process reads in place, or name a living process
 //! as the owner of a lock, which keeps others from storing in that shard until that process ends. A process that closes
-//! descriptors it did not open (all above 2, for example) closes the one that shows it is alive: it is taken for dead, and
-//! must not use the cache any more. [`Segment::damage`] detects a segment that was overwritten.
+//! descriptors it did not open (all above 2, for example) also closes the descriptor whose lock shows that it is alive: it is taken
+//! for dead, and must not use the cache any more. [`Segment::damage`] detects a segment that was overwritten.
 //!
 //! Even such a process cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`],
 //! [`Segment::open`], [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes
 //! write, for three reasons. The size of the memory is fixed (sealed, or a file that is reserved and locked), so reading it
-//! raises no SIGBUS unless somebody truncates that file: then a signal handler puts zeroes in its place (`lost_pages.rs`),
+//! raises no SIGBUS unless that file is truncated: then a signal handler maps zeroes in place of the lost pages (`memory/lost_pages.rs`),
 //! and the memory is not used any more. The only references to the memory are
-//! references to atomics, for which any value is valid; raw pointers do not leave `map.rs`. And bytes are copied by
-//! instructions that are opaque to the compiler. The one function that lends a slice of shared memory,
+//! references to atomics, for which any value is valid; raw pointers do not leave `memory/map.rs`. And bytes are copied by
+//! instructions that are opaque to the compiler. The only function that lends a slice of shared memory,
 //! [`Pinned::into_slice`], is unsafe and documents its caller's obligations.
 
 mod cache;

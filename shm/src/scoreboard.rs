@@ -1,14 +1,14 @@
-//! The scoreboard: what each process is doing, readable by all, also after its death.
+//! The scoreboard: what each process is doing, readable by all processes, even after its death.
 //!
-//! One row for each process, on cache lines of its own and written by its owner only, with plain atomic stores; there is
-//! no lock. Whoever reads a row reads gossip: numbers a moment apart, text that may be torn between two requests. So the
-//! reader bounds, replaces and cuts, and never lets a decision hang on the text.
+//! There is one row for each process, on cache lines of its own and written by its owner only, with plain atomic stores; there is
+//! no lock. What a reader gets is gossip: numbers that are moments apart, text that may be torn between two requests. So the
+//! reader limits and sanitizes everything, and never bases a decision on the text.
 //!
-//! - [`thread_slot`]: what each thread is at work on.
+//! - [`thread_slot`]: the request that each thread is processing.
 //! - [`surplus`]: the requests that a row has no room for.
-//! - [`text`]: how a request is written down.
+//! - [`text`]: the text form of a request.
 //!
-//! May not: lock, allocate or make a system call in `begin` or at its end: they are in the path of every request.
+//! `begin`, and the end of a request, must not lock, allocate or make a system call: they are in the path of every request.
 
 pub(crate) mod quarantine;
 mod surplus;
@@ -29,50 +29,50 @@ use crate::memory::SharedMemory;
 use crate::memory::clock::monotonic_ms;
 use crate::memory::layout::{CELLS, Cell, ROW_BYTES, RowCells};
 
-/// In the word of hung threads: there is no other thread.
+/// A bit in the word of hung threads: all threads hang.
 const ALL_HANG: u32 = 1 << 31;
 
-/// A row that is claimed by another process while it is read is read again, so many times at most.
+/// Maximum number of attempts to read a row that another process claims meanwhile.
 const READS: usize = 3;
 
-/// A handle of the scoreboard; cheap to clone, usable from any thread.
+/// A handle to the scoreboard; cheap to clone, usable from any thread.
 #[derive(Clone, Debug)]
 pub struct Scoreboard {
     segment: Arc<SharedMemory>,
 }
 
-/// What a process is doing, as it says itself.
+/// What a process is doing, as reported by the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
-    /// Nobody is here.
+    /// The row is not in use.
     Empty,
     /// Started, not yet serving.
     Starting,
     /// Serving.
     Ready,
-    /// Finishing what it has, taking nothing new.
+    /// Finishing its requests; accepting no new ones.
     Draining,
 }
 
-/// How busy a process is. The less it is, the smaller.
+/// How busy a process is; a less busy process compares as smaller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Load {
-    /// A further request would have to wait: see [`Occupancy`].
+    /// Another request would have to wait: see [`Occupancy`].
     pub occupied: bool,
     /// Connections open.
     pub connections: u32,
 }
 
-/// A row, held by the process that it tells about, on the thread that serves.
+/// A row, held by the process that it describes, on the thread that serves.
 ///
-/// To be claimed after the fork, by the process itself. Once somebody else has claimed the row, what its former holder
-/// does has no effect.
+/// To be claimed after the fork, by the process itself. Once another process has claimed the row, operations of the former holder
+/// have no effect.
 #[derive(Clone, Debug)]
 pub struct Row {
     held: Rc<Holding>,
 }
 
-/// Whether all threads of a row's process are occupied, to be said from any of them.
+/// Reports whether all threads of a row's process are occupied; usable from any of them.
 #[derive(Clone, Debug)]
 pub struct Occupancy {
     segment: Arc<SharedMemory>,
@@ -80,8 +80,8 @@ pub struct Occupancy {
     epoch: u64,
 }
 
-/// Says of a row's process, from any of its threads and from signal handlers, whether its event loop gets on, and what
-/// each thread is at work on.
+/// Reports whether the event loop of a row's process makes progress, and what each thread is processing; usable from any of its
+/// threads and from signal handlers.
 #[derive(Clone, Debug)]
 pub struct EventLoopBeat {
     segment: Arc<SharedMemory>,
@@ -90,7 +90,7 @@ pub struct EventLoopBeat {
     surplus: Arc<Surplus>,
 }
 
-/// What all clones of a row share; of this process alone.
+/// The state shared by all clones of a row; private to this process.
 #[derive(Debug)]
 struct Holding {
     segment: Arc<SharedMemory>,
@@ -99,7 +99,7 @@ struct Holding {
     /// One bit for each cell of the row that is in use.
     used: Local<u16>,
     surplus: Arc<Surplus>,
-    /// Cells of the surplus that were made and are free, and how many were made.
+    /// The free cells of the surplus, and the number of cells created.
     free: RefCell<Vec<usize>>,
     made: Local<usize>,
 }
@@ -109,51 +109,51 @@ struct Holding {
 #[must_use = "the request counts as served when this is dropped"]
 pub struct InFlight {
     held: Rc<Holding>,
-    /// Beyond those of the row, of the surplus.
+    /// Cells beyond those of the row belong to the surplus.
     cell: usize,
     is_stream: bool,
 }
 
-/// What a row said at some moment.
+/// The content of a row at some moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Snapshot {
-    /// Process id; 0 if nobody ever claimed the row.
+    /// Process id; 0 if no process ever claimed the row.
     pub pid: u32,
     /// Generation that the process belongs to.
     pub generation: u64,
-    /// What it is doing.
+    /// What the process is doing.
     pub state: State,
-    /// How long ago it claimed the row.
+    /// Time since the process claimed the row.
     pub started: Duration,
-    /// Requests served since.
+    /// Requests served since then.
     pub requests: u64,
     /// Connections open.
     pub connections: u32,
     /// Requests being served.
     pub in_flight: u32,
-    /// Event streams, which are none of those.
+    /// Open event streams, which are not included in `in_flight`.
     pub streams: u32,
     /// The requests being served, at most 16 of them, the oldest first.
     pub serving: Vec<Serving>,
-    /// The request that the crashing thread was at work on, if that is known. It need not be one of `serving`.
+    /// The request that the crashing thread was processing, if known. It need not be one of `serving`.
     pub culprit: Option<String>,
-    /// The thread that crashed was at work on no request.
+    /// The thread that crashed was processing no request.
     pub no_culprit: bool,
-    /// The requests that threads are at work on, while all others wait for something. They need not be in `serving`.
+    /// The requests that threads are running, while all other requests wait for something. They need not be in `serving`.
     pub running: Vec<String>,
-    /// Whether those are all: a row has 16 thread slots for threads.
+    /// Whether `running` is complete: a row has 16 thread slots.
     pub all_running: bool,
-    /// Threads whose function hangs; and whether those are all threads, so that no request that needs one is served.
+    /// Number of threads whose function hangs.
     pub hung_threads: u32,
-    /// See `hung_threads`.
+    /// Whether all threads hang, so that no request that needs a thread is served.
     pub all_hang: bool,
-    /// Since when its event loop has been at work without a pause, in milliseconds of a clock that stands still in
-    /// suspend; `None` if it sleeps.
+    /// Since when the event loop has been busy without a pause, in milliseconds of a clock that stops during
+    /// suspend; `None` if the event loop sleeps.
     pub busy_since_ms: Option<u64>,
-    /// Differs from what it was if something has been done since.
+    /// Changes whenever the event loop makes progress.
     pub pulse: u32,
-    /// The thread id of the event loop; 0 if it did not tell.
+    /// The thread id of the event loop; 0 if it was not reported.
     pub loop_thread: u32,
 }
 
@@ -165,9 +165,9 @@ pub struct Serving {
     pub what: String,
     /// For how long.
     pub since: Duration,
-    /// The cell that it holds: see [`InFlight::cell`].
+    /// The cell of the request: see [`InFlight::cell`].
     pub cell: usize,
-    /// When it began, in milliseconds of a clock that stands still in suspend.
+    /// When the request began, in milliseconds of a clock that stops during suspend.
     pub begun_ms: u64,
 }
 
@@ -181,7 +181,7 @@ impl State {
         }
     }
 
-    /// Reads what is in a row; what is unknown counts as empty.
+    /// Decodes a row's state; unknown values count as empty.
     fn from_word(word: u32) -> State {
         match word {
             1 => State::Starting,
@@ -197,14 +197,14 @@ impl Scoreboard {
         Scoreboard { segment }
     }
 
-    /// How many rows there are.
+    /// The number of rows.
     pub fn rows(&self) -> u32 {
         self.segment.geometry.rows
     }
 
     /// Takes a row for this process and resets it; `None` if there is no such row.
     ///
-    /// The caller sees to it that the row's former owner is gone, or at least is not to be heard any more.
+    /// The caller must make sure that the row's former owner is gone, or that its reports may be lost.
     pub fn claim(&self, slot: u32, pid: u32, generation: u64) -> Option<Row> {
         let (at, row) = self.row(slot)?;
         let epoch = row.epoch.fetch_add(1, Ordering::AcqRel) + 1;
@@ -233,7 +233,7 @@ impl Scoreboard {
         Some(Row { held: Rc::new(Holding { segment, at, epoch, used, surplus, free, made }) })
     }
 
-    /// What a row says now; `None` if there is no such row.
+    /// Reads a row; `None` if there is no such row.
     pub fn read(&self, slot: u32) -> Option<Snapshot> {
         let (_, row) = self.row(slot)?;
         let mut snapshot = None;
@@ -247,8 +247,8 @@ impl Scoreboard {
         snapshot
     }
 
-    /// Marks the row of a process that is dead, if it was that process's: for whoever reaps it. The rest of the
-    /// row stays, to be read.
+    /// Marks the row of a dead process, if the row still belongs to that process: to be called when the process is reaped. The rest of the
+    /// row can still be read.
     pub fn mark_dead(&self, slot: u32, pid: u32) {
         if let Some((_, row)) = self.row(slot)
             && row.pid.load(Ordering::Relaxed) == pid
@@ -257,14 +257,14 @@ impl Scoreboard {
         }
     }
 
-    /// How busy the freest of the serving processes is, apart from the one in `slot`. `None` if no other is serving.
+    /// The load of the least busy serving process, apart from the process in `slot`. `None` if no other process is serving.
     pub fn freest(&self, slot: u32) -> Option<Load> {
         let others = (0..self.rows()).filter(|&other| other != slot).filter_map(|other| self.row(other));
         let serving = others.filter(|(_, row)| State::from_word(row.state.load(Ordering::Relaxed)) == State::Ready);
         serving.map(|(_, row)| Load::of(row)).min()
     }
 
-    /// Makes all rows empty: for a segment that nobody uses yet.
+    /// Empties all rows: for a segment that no process uses yet.
     pub(crate) fn reset(&self) {
         for (_, row) in (0..self.rows()).filter_map(|slot| self.row(slot)) {
             row.pid.store(0, Ordering::Relaxed);
@@ -289,47 +289,47 @@ impl Load {
 }
 
 impl Row {
-    /// Says what the process is doing now.
+    /// Reports what the process is doing now.
     pub fn set_state(&self, state: State) {
         if let Some(row) = self.held.row() {
             row.state.store(state.to_word(), Ordering::Release);
         }
     }
 
-    /// For the threads of the process, to say whether they all are occupied.
+    /// Returns a handle for the threads of the process, to report whether all of them are occupied.
     pub fn occupancy(&self) -> Occupancy {
         let Holding { segment, at, epoch, .. } = &*self.held;
         Occupancy { segment: Arc::clone(segment), at: *at, epoch: *epoch }
     }
 
-    /// For the event loop, and for signal handlers.
+    /// Returns a handle for the event loop and for signal handlers.
     pub fn event_loop_beat(&self) -> EventLoopBeat {
         let Holding { segment, at, epoch, surplus, .. } = &*self.held;
         EventLoopBeat { segment: Arc::clone(segment), at: *at, epoch: *epoch, surplus: Arc::clone(surplus) }
     }
 
-    /// The event loop got on with something.
+    /// Records that the event loop has made progress.
     pub fn beat(&self) {
         if let Some(row) = self.held.row() {
             row.pulse.store(row.pulse.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
         }
     }
 
-    /// A connection was accepted.
+    /// Counts a connection that was accepted.
     pub fn connection_opened(&self) {
         if let Some(row) = self.held.row() {
             step(&row.connections, 1);
         }
     }
 
-    /// A connection is gone.
+    /// Counts a connection that was closed.
     pub fn connection_closed(&self) {
         if let Some(row) = self.held.row() {
             step(&row.connections, -1);
         }
     }
 
-    /// A request is being served from now until what this returns is dropped.
+    /// Records that a request is being served, until the returned value is dropped.
     pub fn begin(&self, method: &str, target: &str) -> InFlight {
         let row = self.held.row();
         let cell = row.and_then(|_| self.held.take_shown()).unwrap_or_else(|| self.held.take_surplus());
@@ -349,14 +349,14 @@ impl Row {
 }
 
 impl Occupancy {
-    /// Says whether a further request would have to wait.
+    /// Sets whether another request would have to wait.
     pub fn set(&self, occupied: bool) {
         if let Some(row) = self.row() {
             row.occupied.store(occupied.into(), Ordering::SeqCst);
         }
     }
 
-    /// Says how many threads hang, and whether those are all.
+    /// Sets how many threads hang, and whether all threads do.
     pub fn set_hung(&self, threads: u32, all: bool) {
         if let Some(row) = self.row() {
             row.hung.store(threads & !ALL_HANG | if all { ALL_HANG } else { 0 }, Ordering::Relaxed);
@@ -370,21 +370,21 @@ impl Occupancy {
 }
 
 impl EventLoopBeat {
-    /// The event loop runs on the thread with this id.
+    /// Records the thread id of the event loop.
     pub fn runs_on(&self, thread: u32) {
         if let Some(row) = self.row() {
             row.loop_thread.store(thread, Ordering::Relaxed);
         }
     }
 
-    /// The event loop goes to work.
+    /// Records that the event loop begins to work.
     pub fn work(&self) {
         if let Some(row) = self.row() {
             row.busy_ms.store(monotonic_ms(), Ordering::Relaxed);
         }
     }
 
-    /// The event loop has nothing to do, and sleeps.
+    /// Records that the event loop sleeps because it has nothing to do.
     pub fn sleep(&self) {
         if let Some(row) = self.row() {
             row.busy_ms.store(0, Ordering::Relaxed);
@@ -398,27 +398,27 @@ impl EventLoopBeat {
 }
 
 impl InFlight {
-    /// The cell that it holds, until it becomes a stream. The row shows the first 16; further ones are in this process's own
+    /// The cell of the request, until it becomes a stream. The row contains the first 16 cells; further ones are in this process's own
     /// memory.
     pub fn cell(&self) -> usize {
         self.cell
     }
 
-    /// The event loop got on with something.
+    /// Records that the event loop has made progress.
     pub fn beat(&self) {
         if let Some(row) = self.held.row() {
             row.pulse.store(row.pulse.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
         }
     }
 
-    /// What is being served: "GET /path", as [`request_text`] makes it. A hyphen if another process has taken the row.
+    /// The request being served: "GET /path", in the form of [`request_text`]. A hyphen if another process has taken the row.
     pub fn what(&self) -> String {
         let text = self.held.cell(self.cell).map(|cell| cell.text.read());
         text.filter(|text| !text.is_empty()).unwrap_or_else(|| "-".to_owned())
     }
 
-    /// From here on the request is none of those that are being served, but an event stream, which keeps nobody at work. It
-    /// counts as served when this is dropped.
+    /// Turns the request into an event stream, which keeps no thread busy. It no longer counts as in flight. It counts as served when this
+    /// is dropped.
     pub fn becomes_stream(&mut self) {
         if std::mem::replace(&mut self.is_stream, true) {
             return;
@@ -432,7 +432,7 @@ impl InFlight {
         self.held.row().inspect(|row| step(&row.streams, 1));
     }
 
-    /// Is served no longer, and gives its cell up.
+    /// Ends the request being in flight, and frees its cell.
     fn leave(&mut self) {
         self.held.give_back(self.cell);
         self.held.row().inspect(|row| step(&row.in_flight, -1));
@@ -454,13 +454,13 @@ impl Drop for InFlight {
 }
 
 impl Holding {
-    /// The row, as long as nobody else claimed it.
+    /// The row, unless another process has claimed it.
     fn row(&self) -> Option<&RowCells> {
         let row: &RowCells = self.segment.map.at(self.at)?;
         (row.epoch.load(Ordering::Relaxed) == self.epoch).then_some(row)
     }
 
-    /// A cell that the row shows.
+    /// Takes a free cell of the row.
     fn take_shown(&self) -> Option<usize> {
         let used = self.used.get();
         let index = used.trailing_ones() as usize;
@@ -471,7 +471,7 @@ impl Holding {
         Some(index)
     }
 
-    /// One of this process's own. They are used again; only where more are in use than ever before is one made.
+    /// Takes a cell of this process's surplus. Cells are reused; a new one is created only if more are in use than ever before.
     #[cold]
     fn take_surplus(&self) -> usize {
         let number = self.free.borrow_mut().pop().unwrap_or_else(|| {
@@ -502,13 +502,13 @@ impl Holding {
 }
 
 impl Cell {
-    /// The stamp goes last: a reader that finds it set finds the text too, or a later one.
+    /// The stamp is stored last: a reader that finds it set also finds the text, or a later text.
     fn fill(&self, method: &str, target: &str) {
         self.text.put(method, target);
         self.stamp_ms.store(monotonic_ms(), Ordering::Release);
     }
 
-    /// `None` if the cell is free, or was reused while it was read.
+    /// Returns `None` if the cell is free, or was reused while it was read.
     fn read(&self, index: usize, now_ms: u64) -> Option<Serving> {
         let stamp_ms = self.stamp_ms.load(Ordering::Acquire);
         if stamp_ms == 0 {
@@ -558,7 +558,7 @@ impl Snapshot {
     }
 }
 
-/// Counts up or down, in a word that only this thread writes. Does not fall below 0.
+/// Adds `by` to a word that only this thread writes. Does not go below 0.
 fn step(word: &AtomicU32, by: i32) {
     word.store(word.load(Ordering::Relaxed).saturating_add_signed(by), Ordering::Relaxed);
 }

@@ -1,7 +1,7 @@
-//! The segment as a whole: made once, attached by whoever inherits the descriptor.
+//! The segment as a whole: created once, attached by processes that inherit or receive the descriptor.
 //!
-//! `create` leaves nothing half done for others to see: the descriptor is handed out only when the memory is
-//! reserved, the locks work and the header is written. `attach` believes nothing that it has not checked.
+//! `create` exposes no half-finished state: the descriptor is returned only after the memory is
+//! reserved, the locks work and the header is written. `attach` trusts nothing that it has not checked.
 
 pub(crate) mod adopt;
 pub(crate) mod file;
@@ -62,7 +62,7 @@ impl Segment {
         Ok(Geometry::of(plan)?.total)
     }
 
-    /// Fills memory that is all zero, and that nobody else knows of yet.
+    /// Initializes memory that is all zero, and that no other process has yet.
     pub(crate) fn make(
         plan: &Plan,
         geometry: Geometry,
@@ -71,7 +71,7 @@ impl Segment {
         file: Option<Arc<File>>,
     ) -> Result<Segment, SegmentError> {
         map.warm();
-        let seed = RandomState::new().build_hasher().finish(); // keyed by the system's random numbers
+        let seed = RandomState::new().build_hasher().finish(); // seeded with the system's random numbers
         let inner = SharedMemory { map, geometry, seed, time_base: 0, membership: Membership::new(), fd, file };
         inner.init_shards().ok_or(BAD_GEOMETRY)?;
         inner.init_events().ok_or(BAD_GEOMETRY)?;
@@ -89,8 +89,8 @@ impl Segment {
         let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
         let is_sealed = match fcntl(&fd, FcntlArg::F_GET_SEALS) {
             Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => true,
-            // A file on a disk knows no seals. Nobody but its owner may change it, and nobody makes it anew who finds that it is
-            // shared.
+            // A file on a disk does not support seals. Only its owner may change it, and a process that finds the file shared does not
+            // create it anew.
             Err(Errno::EINVAL) if is_private_file(&stat) => {
                 if !file::lock_users(&fd, libc::F_RDLCK) {
                     return Err(unusable("another program has the file for itself"));
@@ -108,7 +108,7 @@ impl Segment {
         let header = map.at::<Header>(0).ok_or(unusable("it is too short"))?;
         let (geometry, seed) = checked_header(header, len)?;
         if !is_sealed && file::is_clean(header) {
-            // Who looks something up writes too: into a file that a start after a power cut would use as it is.
+            // Even a lookup writes, and this would write into a file that a start after a power cut would use unchecked.
             file::lock_users(&fd, libc::F_UNLCK);
             return Err(unusable("its server has stopped, and closed the file"));
         }
@@ -199,13 +199,13 @@ impl Segment {
 }
 
 impl SharedMemory {
-    /// Whether the file is shorter than the segment, or was when somebody touched what was lost. The memory is lost then.
+    /// Whether the file is shorter than the segment, or was when a process accessed the lost part. Marks the memory lost in this case.
     fn is_truncated(&self) -> bool {
         let is_short = |stat: FileStat| u64::try_from(stat.st_size).is_ok_and(|size| size < self.geometry.total);
         self.map.is_lost_if(|| nix::sys::stat::fstat(&self.fd).is_ok_and(is_short))
     }
 
-    /// Position 0 means "none" in a slot, so the logs start behind it.
+    /// Position 0 means "none" in a slot, so the logs start after it.
     fn init_shards(&self) -> Option<()> {
         for number in 0..self.geometry.shards {
             let head: &ShardHead = self.map.at(self.geometry.shard_at(number))?;
@@ -244,7 +244,7 @@ pub(crate) fn plan_of(header: &Header) -> Plan {
     }
 }
 
-/// Why a segment that was made for one plan cannot serve another. It may have more rows than are wanted.
+/// Why a segment that was created for one plan cannot serve another. It may have more rows than requested.
 pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
     if found.cache_bytes != wanted.cache_bytes {
         Some("its page cache has another size")
@@ -258,10 +258,10 @@ pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
     }
 }
 
-/// The offsets come from `Geometry::of`, whose tests show that all lie inside; this is for the type's sake.
+/// The offsets come from `Geometry::of`, whose tests show that all lie inside. This error exists only for the types.
 pub(crate) const BAD_GEOMETRY: SegmentError = SegmentError::Unusable { why: "its parts do not fit into it" };
 
-/// What the header says, if it is whole and true.
+/// Returns the geometry and the seed from a header, if it is complete and consistent.
 pub(crate) fn checked_header(header: &Header, len: u64) -> Result<(Geometry, u64), SegmentError> {
     if header.magic.load(Ordering::Acquire) != MAGIC {
         return Err(unusable("it does not start like a Forkyard segment"));
@@ -295,13 +295,13 @@ fn checksum(header: &Header) -> u64 {
     xxh3_64(&words.map(u64::to_le_bytes).concat())
 }
 
-/// Miri has memory in the place of the file: see `map.rs`.
+/// Miri uses private memory instead of the file: see `map.rs`.
 #[cfg(miri)]
 fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
     File::open("/dev/null").map(OwnedFd::from).map_err(|error| system("open /dev/null", error))
 }
 
-/// A memory file of `len` bytes, all of them reserved, whose size is fixed for ever.
+/// Creates a memory file of `len` bytes, all of them reserved, with a fixed size.
 #[cfg(not(miri))]
 fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     let out_of_memory = |source: io::Error| SegmentError::no_memory(len, source);
@@ -321,8 +321,8 @@ fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     Ok(fd)
 }
 
-/// Refuses what cannot be there before the kernel tries: it finds out page by page that there is no memory, and may kill somebody
-/// (of a control group, this process) before it says so.
+/// Refuses a size that cannot be available before the kernel tries: the kernel detects the lack of memory page by page, and may kill a
+/// process (in a control group, this process) before it returns an error.
 pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
     check_file_size(len)?;
     if let Some(Left { limit, free }) = memory_limit::tightest().filter(|left| len > left.free) {
@@ -334,7 +334,7 @@ pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
     Ok(())
 }
 
-/// The kernel sends SIGXFSZ to whoever makes a larger file than it may.
+/// The kernel sends SIGXFSZ to a process that creates a larger file than its limit.
 pub(crate) fn check_file_size(len: u64) -> Result<(), SegmentError> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if len > limit => Err(SegmentError::OverFileSize { bytes: len, limit }),
@@ -371,7 +371,7 @@ mod tests {
 
     const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 3, max_entry: 0, events_bytes: 0 };
 
-    /// A sealed file with these bytes.
+    /// Creates a sealed file with these bytes.
     fn file_of(bytes: &[u8], seals: SealFlag) -> OwnedFd {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let mut file = File::from(memfd_create(c"test", flags).unwrap());

@@ -1,9 +1,9 @@
-//! Checks a shard against itself: for tests, and after a death that makes one doubt the memory.
+//! Checks that a shard is consistent: for tests, and after a death that casts doubt on the memory.
 //!
-//! Walks the logs from floor to head, then all slots, and compares what it finds with what the books claim. As each slot leads
-//! to a record of a log, and no two to the same, no entry is lost or counted twice.
+//! Walks the logs from floor to head, then all slots, and compares the result with the books. Each slot must lead to a record of
+//! a log, and no two slots to the same record, so no entry is lost or counted twice.
 //!
-//! May not: change anything.
+//! Must not change anything.
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
@@ -13,10 +13,10 @@ use super::shard::{Books, Corrupt, LockedShard, NotLocked};
 use crate::cache::Cache;
 
 impl Cache {
-    /// Locks shard after shard and checks that each is consistent in itself.
+    /// Locks one shard after another and checks that each is consistent.
     ///
     /// # Errors
-    /// Says which shard is not and in what way, or which one could not be locked.
+    /// Names the first shard that is inconsistent, and in what way, or that could not be locked.
     pub fn audit(&self) -> Result<(), String> {
         for shard in self.shards() {
             let checked = match shard.lock() {
@@ -29,7 +29,7 @@ impl Cache {
     }
 }
 
-/// Checks one shard; `hash_of` is the hash that keys were stored under.
+/// Checks one shard; `hash_of` computes the hash under which keys were stored.
 fn audit(shard: &LockedShard<'_>, hash_of: impl Fn(&[u8]) -> u64) -> Result<(), String> {
     if shard.shard.head.intent.armed.load(Ordering::Relaxed) != 0 {
         return Err("is marked as being changed though its lock was free".to_owned());
@@ -66,7 +66,7 @@ fn audit(shard: &LockedShard<'_>, hash_of: impl Fn(&[u8]) -> u64) -> Result<(), 
     if found == claimed { Ok(()) } else { Err(format!("claims {claimed:?} and has {found:?}")) }
 }
 
-/// Every record of a ring fits to the next one; collects where entries are.
+/// Checks that each record of a ring ends where the next one begins, and collects the positions of entries.
 fn walk_log(shard: &LockedShard<'_>, ring: Ring, logged: &mut HashSet<(bool, u64)>) -> Result<(), String> {
     let (floor, head) = shard.bounds(ring).map_err(|Corrupt| format!("has an impossible {ring:?} ring"))?;
     let bytes = shard.shard.bytes(ring);

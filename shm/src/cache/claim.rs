@@ -1,12 +1,13 @@
-//! Taking leases, holding them, and sleeping until one ends: what `lease.rs` decides, done in a segment.
+//! Takes leases, holds them, and sleeps until one ends: the decisions of `protocols/lease.rs`, applied to a segment.
 //!
-//! Whoever sleeps looks after the one it waits for: it wakes up now and then to ask the kernel whether the holder is
-//! dead, and if so, frees what it held. The more threads of a process wait, the longer each sleeps, so that all together
-//! ask about as often as one. (Not the more wait in the segment: who is killed while it waits stays counted there.)
+//! A waiting thread also checks on the holder of the lease: it wakes up from time to time and asks the kernel whether the holder
+//! is dead; if so, it frees what the holder held. The more threads of a process wait, the longer each sleeps, so that together
+//! they check about as often as one thread. (The number of waiters in the segment would not do: a waiter that is killed stays
+//! counted there.)
 //!
-//! A child of fork that inherits a lease leaves it alone: it is the parent's.
+//! A child of fork that inherits a lease does not release it, because the lease belongs to the parent.
 //!
-//! May not: render, or look at pages.
+//! Must not render, or look at pages.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -20,24 +21,24 @@ use crate::memory::layout::LeaseCell;
 use crate::memory::{fork, futex};
 use crate::protocols::lease::{self, Claim};
 
-/// How long one sleeps at the most, for each thread of its process that does; half of that on average.
+/// The longest sleep, for each waiting thread of the process; half of that on average.
 const POLL_INTERVAL_MS: u64 = 4;
-/// The longest nap, however many wait.
+/// The longest sleep, however many threads wait.
 const MAX_POLL_INTERVAL_MS: u64 = 500;
 
-/// How many threads of this process wait, with its generation in the high half: a child's threads do not.
+/// The number of waiting threads of this process, with the process's generation in the high half: a child of fork starts at 0.
 static WAITING: AtomicU64 = AtomicU64::new(0);
 
-/// What came of a try to get a lease.
+/// The result of an attempt to take a lease.
 #[derive(Debug)]
 pub(crate) enum Claimed {
     Mine(Lease),
     Held(Ticket),
-    /// There is none to be had: the cell is taken for another key, or this process is no member.
+    /// No lease can be taken: the cell is in use for another key, or this process is no member.
     None,
 }
 
-/// A lease that is held: given back when this is dropped, whatever the reason.
+/// A lease that this process holds; released on drop.
 #[derive(Debug)]
 pub(crate) struct Lease {
     inner: Arc<SharedMemory>,
@@ -46,7 +47,7 @@ pub(crate) struct Lease {
     generation: u32,
 }
 
-/// Somebody else's lease, as it was seen: what to wait for.
+/// A lease that another process or thread holds, as it was read: what to wait for.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     pub(crate) inner: Arc<SharedMemory>,
@@ -54,12 +55,12 @@ pub(crate) struct Ticket {
     word: u64,
     turn: u32,
     pub(crate) holder: u32,
-    /// There is no use in waiting for longer.
+    /// Waiting longer than this is pointless.
     until_ms: u64,
 }
 
 impl SharedMemory {
-    /// The lease of the key with this hash, which it shares with others.
+    /// The lease cell of the key with this hash. Several keys share a cell.
     pub(crate) fn lease_cell(&self, hash: u64) -> Option<&LeaseCell> {
         let cells = self.lease_cells();
         cells.get(usize::try_from(hash & (cells.len() as u64).saturating_sub(1)).ok()?)
@@ -87,7 +88,7 @@ impl SharedMemory {
 }
 
 impl Lease {
-    /// The word in shared memory, and what it says as long as the lease is held.
+    /// The word in shared memory, and the value it has as long as the lease is held.
     pub(crate) fn word(&self) -> Option<(&AtomicU64, u64)> {
         Some((&self.inner.lease_cell(self.hash)?.word, self.word))
     }
@@ -109,20 +110,20 @@ impl Drop for Lease {
 }
 
 impl Ticket {
-    /// Waits no longer than this.
+    /// Limits the wait to this time.
     pub(crate) fn until(mut self, until_ms: u64) -> Ticket {
         self.until_ms = self.until_ms.min(until_ms);
         self
     }
 
-    /// Whether there is still something to wait for.
+    /// Whether the lease is still held and the time limit is not reached.
     pub(crate) fn is_valid(&self) -> bool {
         let same =
             |cell: &LeaseCell| lease::is_held(&cell.word, self.word) && cell.turn.load(Ordering::Acquire) == self.turn;
         self.inner.lease_cell(self.hash).is_some_and(same) && self.inner.now_ms() < self.until_ms
     }
 
-    /// Sleeps until the lease ends, for a nap at the most, and then sees whether its holder lives.
+    /// Sleeps until the lease ends, but no longer than one interval, and then checks whether its holder is alive.
     pub(crate) fn wait_here(&self) {
         let Some(cell) = self.inner.lease_cell(self.hash) else { return };
         let turn = lease::enter(&cell.waiters, &cell.turn);
@@ -144,7 +145,7 @@ impl Ticket {
     }
 }
 
-/// Counts the threads of this process that wait; how many there are then.
+/// Adds `change` to the number of waiting threads of this process, and returns the new number.
 fn count_waiting(change: i32) -> u32 {
     let ours = u64::from(fork::generation()) << 32;
     let count =
@@ -155,11 +156,11 @@ fn count_waiting(change: i32) -> u32 {
 }
 
 thread_local! {
-    /// The pages that this thread is rendering, each with the generation of the process that began.
+    /// The pages that this thread is rendering, each with the fork generation of the process that began.
     static RENDERED_HERE: RefCell<Vec<(u32, u64)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// As long as this exists, its thread renders a page. One that asks for the same page must not wait for itself.
+/// Marks that its thread is rendering a page, as long as it exists. A request by this thread for the same page must not wait for itself.
 #[derive(Debug)]
 pub(crate) struct Here {
     hash: u64,

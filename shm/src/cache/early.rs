@@ -1,11 +1,11 @@
-//! When to render a page anew before its time is over, so that nobody ever finds it gone (XFetch).
+//! Decides when to render a page again before it expires, so that requests never find it expired (XFetch).
 //!
-//! Each request draws a number and so decides by itself, the likelier to render the nearer the end and the longer rendering
-//! takes: `now - cost * beta * ln(random) >= expiry`. With beta 1 the requests of a popular page together begin about
-//! one rendering's time before the end (Vattani, Chierichetti, Lowenstein: Optimal Probabilistic Cache Stampede
+//! Each request draws a random number and decides on its own. The nearer the expiry and the longer the rendering takes, the likelier
+//! it renders: `now - cost * beta * ln(random) >= expiry`. With beta 1, the requests for a popular page together begin about
+//! one rendering time before the expiry (Vattani, Chierichetti, Lowenstein: Optimal Probabilistic Cache Stampede
 //! Prevention, VLDB 2015).
 //!
-//! May not: render.
+//! Must not render.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,22 +14,22 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::entry::Times;
 
-/// No random number leads to more than this many times the cost: -ln of the smallest.
+/// The largest possible value of -ln(random): no random number leads to more than this many times the cost.
 const MOST: f64 = 37.0;
 
-/// Whether a fresh page is to be rendered anew, by a random number above 0 and not above 1.
+/// Whether a fresh page should be rendered again, by a random number in (0, 1].
 pub(crate) fn is_early(times: &Times, now_ms: u64, beta: f64, random: impl FnOnce() -> f64) -> bool {
     if times.expires_ms == 0 {
         return false;
     }
     let left_ms = times.expires_ms.saturating_sub(now_ms) as f64;
     let unit_ms = f64::from(times.cost_ms) * beta;
-    // Far from the end, which is nearly always, no number need be drawn.
+    // Far from the expiry, which is nearly always, no random number is needed.
     unit_ms * MOST >= left_ms && unit_ms * -random().ln() >= left_ms
 }
 
-/// A number above 0 and not above 1, another one at each call, on whatever thread and in whatever process. Not from a
-/// generator with a state of its own: all children of a fork would draw the same numbers.
+/// A number in (0, 1], different at each call, on every thread and in every process. A generator with its own state would not
+/// do: all children of a fork would draw the same numbers.
 pub(crate) fn random() -> f64 {
     static DRAWN: AtomicU64 = AtomicU64::new(0);
     let call = DRAWN.fetch_add(1, Ordering::Relaxed) ^ u64::from(std::process::id()) << 32;

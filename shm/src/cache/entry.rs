@@ -1,17 +1,16 @@
-//! Entries as bytes: how they are written, and what is checked before one is believed.
+//! Writes entries as bytes, and checks them when they are read.
 //!
-//! Whatever is read here may be overwritten meanwhile, or spoilt by a process that keeps to no rule. What comes out, an
-//! [`Entry`], has parts that lie wholly inside its ring; whether they still are what they were is for the reader to find
-//! out afterwards.
+//! The bytes read here may be overwritten at the same time, or corrupted by a process that breaks the protocol. The parts of an
+//! [`Entry`] lie wholly inside its ring; whether their content is still valid is for the reader to check afterwards.
 //!
-//! May not: take locks, or change anything but the bytes of an entry nobody knows of yet.
+//! Must not take locks, or change anything but the bytes of an entry that is not published yet.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memory::layout::{ENTRY_HEAD, EntryHead, GRAIN, KIND_ENTRY, KIND_PAD, RecordHead};
 use crate::memory::map::Map;
 
-/// What is looked for.
+/// A key to look up.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Key<'a> {
     pub(crate) bytes: &'a [u8],
@@ -28,7 +27,7 @@ pub(crate) struct NewEntry<'a> {
     pub(crate) times: Times,
 }
 
-/// When an entry was made, and until when it is good. Milliseconds of the segment's clock, or of durations.
+/// When an entry was stored, and how long it is valid: in milliseconds, of the segment's clock or of durations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Times {
     /// The tag clock before it was rendered.
@@ -36,15 +35,15 @@ pub(crate) struct Times {
     pub(crate) stored_ms: u64,
     /// 0 for never.
     pub(crate) expires_ms: u64,
-    /// After that it may be served while somebody renders anew,
+    /// After its expiry, the entry may be served for this long while it is rendered again.
     pub(crate) stale_ms: u32,
-    /// or if that fails.
+    /// After its expiry, the entry may be served for this long if rendering fails.
     pub(crate) error_ms: u32,
-    /// How long rendering took.
+    /// How long the rendering took.
     pub(crate) cost_ms: u32,
 }
 
-/// One ring of one shard: where its bytes lie.
+/// The location of one ring's bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bytes<'a> {
     pub(crate) map: &'a Map,
@@ -52,7 +51,7 @@ pub(crate) struct Bytes<'a> {
     pub(crate) len: u64,
 }
 
-/// A record of any kind, as found.
+/// A record of any kind, as read from a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
     pub(crate) is_entry: bool,
@@ -74,7 +73,7 @@ pub(crate) struct Entry<'a> {
 }
 
 impl NewEntry<'_> {
-    /// The bytes its record takes, or `None` if that is more than `limit`.
+    /// The size of its record in bytes, or `None` if that is more than `limit`.
     pub(crate) fn size(&self, limit: u64) -> Option<u64> {
         let tags = (self.tags.len() as u64).checked_mul(8)?;
         let key = (self.key.bytes.len() as u64).checked_next_multiple_of(8)?;
@@ -86,12 +85,12 @@ impl NewEntry<'_> {
 }
 
 impl<'a> Bytes<'a> {
-    /// The offset of a position in the segment.
+    /// The segment offset of a position.
     pub(crate) fn offset(self, position: u64) -> u64 {
         self.at + position % self.len.max(1)
     }
 
-    /// What is left of the ring at `position` if `size` bytes do not fit there.
+    /// The bytes left in the ring at `position` if `size` bytes do not fit there, or else 0.
     pub(crate) fn pad_before(self, position: u64, size: u64) -> u64 {
         let left = self.left(position);
         if left < size { left } else { 0 }
@@ -101,7 +100,7 @@ impl<'a> Bytes<'a> {
         self.len - position % self.len.max(1)
     }
 
-    /// The record at a position; `None` if there can be none.
+    /// The record at a position; `None` if the bytes are not a valid record.
     pub(crate) fn record(self, position: u64) -> Option<Record> {
         let words: &RecordHead = self.map.at(self.offset(position))?;
         let size = u64::from(words.size.load(Ordering::Relaxed));
@@ -114,7 +113,7 @@ impl<'a> Bytes<'a> {
         fits.then_some(Record { is_entry, size })
     }
 
-    /// The entry at a position; `None` if there is none that says it is there.
+    /// The entry at a position; `None` if no valid entry recorded with this position is there.
     #[inline]
     pub(crate) fn entry(self, position: u64) -> Option<Entry<'a>> {
         let into = position % self.len.max(1);
@@ -137,7 +136,7 @@ impl<'a> Bytes<'a> {
         (fits && is_it).then_some(entry)
     }
 
-    /// Writes an entry where nobody looks yet.
+    /// Writes an entry at a position that no reader looks at yet.
     pub(crate) fn write_entry(self, position: u64, new: &NewEntry<'_>, size: u64) -> Option<()> {
         let at = self.offset(position);
         let words: &EntryHead = self.map.at(at)?;
@@ -170,7 +169,7 @@ impl<'a> Bytes<'a> {
         self.map.write(value_at, new.value)
     }
 
-    /// Copies an entry to a position where nobody looks yet.
+    /// Copies an entry to a position that no reader looks at yet.
     pub(crate) fn copy_entry(self, from: &Entry<'_>, position: u64) -> Option<()> {
         let to = self.offset(position);
         self.map.shift(from.at, to, from.size)?;
@@ -220,7 +219,7 @@ impl<'a> Entry<'a> {
         self.map.slice(self.at + ENTRY_HEAD, self.tag_count).unwrap_or_default()
     }
 
-    /// Appends the key to `out`, which must have the room.
+    /// Appends the key to `out`, which must have enough capacity.
     pub(crate) fn copy_key(&self, out: &mut Vec<u8>) -> Option<()> {
         self.map.read(self.key_at(), self.key_len, out)
     }
@@ -229,7 +228,7 @@ impl<'a> Entry<'a> {
         usize::try_from(self.key_len).unwrap_or(usize::MAX)
     }
 
-    /// The metadata, in a buffer of its own.
+    /// Appends the metadata to `out`, which must have enough capacity.
     pub(crate) fn copy_meta(&self, out: &mut Vec<u8>) -> Option<()> {
         self.map.read(self.meta_at(), self.meta_len, out)
     }
@@ -238,7 +237,7 @@ impl<'a> Entry<'a> {
         usize::try_from(self.meta_len).unwrap_or(usize::MAX)
     }
 
-    /// Appends the value to `out`, which must have the room.
+    /// Appends the value to `out`, which must have enough capacity.
     pub(crate) fn copy_value(&self, out: &mut Vec<u8>) -> Option<()> {
         self.map.read(self.value_at(), self.value_len, out)
     }

@@ -1,23 +1,24 @@
-//! Room in the rings: what is evicted for something new, and how bytes come to be written again.
+//! Makes room in the rings: chooses the entries to evict, and decides when bytes may be overwritten.
 //!
-//! The policy is S3-FIFO (Yang and others, SOSP 2023), with objects counted by their bytes. A ring is a log: what is oldest
-//! lies at its floor. To make room the floor is moved up, record by record:
+//! The policy is S3-FIFO (Yang and others, SOSP 2023), with objects weighted by their size in bytes. A ring is a log: the oldest
+//! record lies at its floor. To make room, the floor is raised record by record:
 //!
 //! ```text
-//! small ring   asked for meanwhile, or the main ring is not full -> to the main ring     else -> evicted, and remembered
-//!              as a ghost
-//! main ring    asked for meanwhile -> to its head again, with one visit less     else -> evicted
+//! small ring   requested since it was stored, or the main ring is not full -> to the main ring     else -> evicted, and
+//!              remembered as a ghost
+//! main ring    requested meanwhile -> to its head again, with one visit less     else -> evicted
 //! ```
-//! What no slot leads to, was purged, or is over, is dropped on the way. While more than an eighth of a ring is such dead
-//! weight, live entries at its floor go to its head instead of being evicted: sooner or later the floor meets the dead ones.
+//! Records that no slot leads to, purged entries and expired entries are dropped on the way. While more than an eighth of a ring
+//! is such dead weight, live entries at its floor go to its head instead of being evicted: the floor reaches the dead records
+//! sooner or later.
 //!
-//! Why this policy and not another: a hit writes nothing but a counter of visits, and that only at first; order is kept by
-//! position alone, so there are no lists for a death to tear; and of the policies that can work so it has the highest hit
-//! ratio (`docs/benchmarks.md`).
+//! Reasons for this policy: a hit writes nothing but a visit counter, and only up to its maximum; order is kept by position
+//! alone, so there are no lists that a death could leave broken; and among the policies that can work in this way, it has the
+//! highest hit ratio (`docs/benchmarks.md`).
 //!
-//! Bytes are written again only when no reader can rely on them: the floor was raised over them *before* (readers look
-//! at it after they copied), and *then* no pin was found on them. A pinned entry stays where it is, and the head jumps
-//! over it.
+//! Bytes are overwritten only when no reader can rely on them: first the floor is raised over them (readers check the floor
+//! after they have copied), *then* the writer checks that no pin covers them. A pinned entry stays where it is, and the head
+//! skips it.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -30,32 +31,32 @@ use crate::crash;
 use crate::memory::layout::GRAIN;
 use crate::protocols::pin;
 
-/// Entries that are moved instead of evicted, at most, each time room is made for one.
+/// Maximum number of entries that are moved instead of evicted, each time room is made for one entry.
 const MOVES: u32 = 64;
-/// Bytes that are moved then, at most.
+/// Maximum number of bytes that are moved, each time room is made for one entry.
 const MOVED_BYTES: u64 = 512 * 1024;
-/// The floor moves by at least this part of a ring at a time, as every reader has it in its cache.
+/// The floor is raised by at least this fraction (1/n) of a ring at a time, because every reader has the floor in its CPU cache.
 const STRIDE: u64 = 128;
-/// Room kept in the main ring, as this part of it, so that what was asked for can go to its head: but not less than
-/// [`MIN_RESERVE`] unless that is more than the [`MOST_RESERVE`] part.
+/// Fraction (1/n) of the main ring that is kept free, so that requested entries can go to its head. At least
+/// [`MIN_RESERVE`], unless that is more than 1/[`MOST_RESERVE`] of the ring.
 const RESERVE: u64 = 64;
 const MIN_RESERVE: u64 = 256 * 1024;
 const MOST_RESERVE: u64 = 16;
-/// Dead weight beyond this part of a ring is a reason to move live entries rather than evict them.
+/// Dead weight above this fraction (1/n) of a ring is a reason to move live entries rather than evict them.
 const DEAD_SHARE: u64 = 8;
-/// Visits that take an entry from the small ring to the main one.
+/// Number of visits that promote an entry from the small ring to the main ring.
 const PROMOTION: u8 = 1;
-/// Pinned entries that one store jumps over, at most.
+/// Maximum number of pinned entries that one store skips.
 const JUMPS: u32 = 256;
 
-/// What one store may still move.
+/// The number of moves and bytes that one store may still spend.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Budget {
     moves: u32,
     bytes: u64,
 }
 
-/// A pinned entry, as the head's log will meet it.
+/// A pinned entry, in the positions at which the head will reach it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Obstacle {
     start: u64,
@@ -79,8 +80,8 @@ impl Budget {
 }
 
 impl LockedShard<'_> {
-    /// A place for a record of `size` bytes at a ring's head: free, in one piece, and pinned by nobody. `None` if pins leave
-    /// no such place.
+    /// Returns a place for a record of `size` bytes at a ring's head: free, contiguous and not pinned. `None` if pins leave no such
+    /// place.
     pub(crate) fn place(&mut self, ring: Ring, size: u64, judge: &Judge<'_>) -> Result<Option<u64>, Corrupt> {
         let bytes = self.shard.bytes(ring);
         for _ in 0..JUMPS {
@@ -102,12 +103,12 @@ impl LockedShard<'_> {
         Ok(None)
     }
 
-    /// Moves the head behind a pinned entry.
+    /// Moves the head past a pinned entry.
     fn jump_over(&mut self, ring: Ring, obstacle: Obstacle, judge: &Judge<'_>) -> Result<(), Corrupt> {
         self.suspect(obstacle.member);
         let bytes = self.shard.bytes(ring);
         let (_, head) = self.bounds(ring)?;
-        // The obstacle may lie beyond the end of the ring, which no record crosses.
+        // The obstacle may extend beyond the end of the ring, which no record crosses.
         let to_end = bytes.len - head % bytes.len;
         let skip = (obstacle.end.saturating_sub(head)).min(to_end);
         self.make_room(ring, skip, judge)?;
@@ -155,7 +156,7 @@ impl LockedShard<'_> {
         Ok(head + need + self.reserve(ring) <= floor + self.shard.bytes(ring).len)
     }
 
-    /// Whether a ring has more room than is ever made at a time, or dead weight that would be found if it was needed.
+    /// Whether a ring has more room than one store ever frees, or enough dead weight to free that room when needed.
     fn is_not_full(&self, ring: Ring, need: u64) -> Result<bool, Corrupt> {
         let len = self.shard.bytes(ring).len;
         let (floor, _) = self.bounds(ring)?;
@@ -170,7 +171,7 @@ impl LockedShard<'_> {
         }
     }
 
-    /// Deals with the record at `at`, below which all is free already; where the next one is.
+    /// Drops, moves or evicts the record at `at`, below which everything is free already. Returns the position of the next record.
     fn pass(&mut self, ring: Ring, at: u64, judge: &Judge<'_>, budget: &mut Budget) -> Result<u64, Corrupt> {
         let bytes = self.shard.bytes(ring);
         let record = bytes.record(at).ok_or(Corrupt)?;
@@ -229,7 +230,7 @@ impl LockedShard<'_> {
         Ok(())
     }
 
-    /// Bytes from `at` to the head that no slot leads to.
+    /// The number of bytes from `at` to the head that no slot leads to.
     fn dead_weight(&self, ring: Ring, at: u64) -> Result<u64, Corrupt> {
         let (_, head) = self.bounds(ring)?;
         let [small, main] = self.shard.books().bytes;
@@ -237,7 +238,7 @@ impl LockedShard<'_> {
         Ok(head.saturating_sub(at).saturating_sub(live))
     }
 
-    /// Copies an entry of the small ring to the main one; `false` if there is no room.
+    /// Copies an entry of the small ring to the main ring; `false` if there is no room.
     fn promote(&mut self, slot: Slot<'_>, entry: &Entry<'_>, from: Place, judge: &Judge<'_>) -> Result<bool, Corrupt> {
         let Some(position) = self.place(Ring::Main, entry.size, judge)? else { return Ok(false) };
         self.copy_to(slot, entry, from, Place { ring: Ring::Main, position }, 0)?;
@@ -245,10 +246,10 @@ impl LockedShard<'_> {
         Ok(true)
     }
 
-    /// Copies the oldest entry of a ring to its head, if there is room without evicting anything.
+    /// Copies the oldest entry of a ring to its head, if there is room without an eviction.
     fn send_to_head(&mut self, slot: Slot<'_>, entry: &Entry<'_>, from: Place, visits: u8) -> Result<bool, Corrupt> {
         let Place { ring, position: at } = from;
-        // All below is dealt with, and may be written to from now on.
+        // Everything below has been dropped or moved, and may be overwritten from now on.
         self.raise_floor(ring, at)?;
         let bytes = self.shard.bytes(ring);
         let (floor, head) = self.bounds(ring)?;
@@ -263,7 +264,7 @@ impl LockedShard<'_> {
         Ok(true)
     }
 
-    /// Copies an entry to a free place, and has its slot lead there.
+    /// Copies an entry to a free place, and points its slot there.
     fn copy_to(
         &mut self,
         slot: Slot<'_>,
@@ -284,7 +285,7 @@ impl LockedShard<'_> {
         Ok(())
     }
 
-    /// Makes all below `to` free.
+    /// Frees all bytes below `to`.
     fn raise_floor(&mut self, ring: Ring, to: u64) -> Result<(), Corrupt> {
         let (floor, head) = self.bounds(ring)?;
         if to > head || to < floor {
@@ -293,14 +294,14 @@ impl LockedShard<'_> {
         if to > floor {
             self.shard.floor(ring).store(to, Ordering::Release);
             crash::point("room: floor raised");
-            // Before any byte below is written: readers look at the floor after they read the bytes. And before pins
-            // are looked for: readers look at the floor after they set theirs.
+            // Needed before any byte below is written, because readers check the floor after they read the bytes; and before the pins are
+            // checked, because readers check the floor after they set a pin.
             fence(Ordering::SeqCst);
         }
         Ok(())
     }
 
-    /// What is pinned between the head and `end`, if anything is.
+    /// The first pinned entry between the head and `end`, if any.
     fn obstacle(&mut self, ring: Ring, end: u64) -> Result<Option<Obstacle>, Corrupt> {
         let (floor, head) = self.bounds(ring)?;
         let len = self.shard.bytes(ring).len;
@@ -316,19 +317,19 @@ impl LockedShard<'_> {
         Ok(obstacle.filter(|obstacle| obstacle.start < end))
     }
 
-    /// The first pinned entry from one position on that begins before another, less than a lap away.
+    /// The first pinned entry that begins in `from..to`, a range of less than one lap.
     ///
-    /// The head never comes to lie inside a pinned entry, so one that begins before `from` ends before it.
+    /// The head never lies inside a pinned entry, so a pinned entry that begins before `from` also ends before it.
     fn nearest_pin(&self, ring: Ring, from: u64, to: u64) -> Option<Obstacle> {
         let by_start = |obstacle: &Obstacle| obstacle.start;
         let mut nearest = self.pins_from(ring, from).min_by_key(by_start).filter(|pin| pin.start < to)?;
-        // Its size is rounded up, but what lies behind it may be pinned too.
+        // The size is rounded up, and the entry after it may be pinned too.
         let next = self.pins_from(ring, nearest.start + 1).map(|pin| pin.start).min();
         nearest.end = next.map_or(nearest.end, |next| nearest.end.min(next));
         Some(nearest)
     }
 
-    /// What is pinned in a ring, where a head that comes from `from` will meet it.
+    /// The pinned entries of a ring, in the positions at which a head that starts at `from` will reach them.
     fn pins_from(&self, ring: Ring, from: u64) -> impl Iterator<Item = Obstacle> {
         let len = self.shard.bytes(ring).len.max(1);
         let number = self.shard.number;
@@ -337,7 +338,7 @@ impl LockedShard<'_> {
             .inner
             .members()
             .flat_map(|member| member.head.pins.iter().filter_map(pin::get).map(move |pin| (member.number, pin)));
-        // No entry is larger than the largest, so a pin that says so is nonsense, and would be in the way for ever.
+        // No entry is larger than the maximum. A pin that claims more is invalid, and would block the ring for ever.
         let most = self.shard.inner.geometry.max_record;
         let sane = pins.filter(move |(_, pin)| pin.size / 2 <= most);
         let here = sane.filter(move |(_, pin)| pin.shard == number && pin.main == (ring == Ring::Main));
@@ -347,7 +348,7 @@ impl LockedShard<'_> {
         })
     }
 
-    /// Raises the floors over dead records, and moves some live ones if dead ones weigh a ring down: for the sweep.
+    /// For the sweep: raises the floors over dead records, and moves some live ones if dead records take up much of a ring.
     pub(crate) fn tidy(&mut self, judge: &Judge<'_>) -> Result<(), Corrupt> {
         for ring in Ring::BOTH {
             let mut budget = Budget::new(0);
@@ -374,7 +375,7 @@ impl LockedShard<'_> {
         Ok(self.slot_of(&entry, Place { ring, position: at }).is_some())
     }
 
-    /// Sends a live entry at the floor to the head as it is; `false` if that cannot be.
+    /// Sends a live entry at the floor to the head unchanged; `false` if that is not possible.
     fn rotate(&mut self, ring: Ring, at: u64, judge: &Judge<'_>, budget: &mut Budget) -> Result<bool, Corrupt> {
         let entry = self.shard.bytes(ring).entry(at).ok_or(Corrupt)?;
         let Some(slot) = self.slot_of(&entry, Place { ring, position: at }) else { return Ok(true) };

@@ -1,6 +1,6 @@
-//! What an entry is worth at a moment: its time, and whether it, a tag of it, or a prefix of its key was purged.
+//! Decides whether an entry is still valid: by its time, and by purges of its key, its tags or a prefix of its key.
 //!
-//! May not: change anything.
+//! Must not change anything.
 
 use std::sync::atomic::Ordering;
 
@@ -10,7 +10,7 @@ use super::tags::TagClock;
 use crate::memory::SharedMemory;
 use crate::memory::layout::Header;
 
-/// The moment, and what was purged.
+/// The current time, and the purges that entries are checked against.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Judge<'a> {
     pub(crate) moment: Moment<'a>,
@@ -22,7 +22,7 @@ pub(crate) struct Judge<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Moment<'a> {
     At(u64),
-    /// Whenever it is asked for: pages without a time limit need no clock.
+    /// The clock is read only when needed: pages without a time limit do not need it.
     Now(&'a SharedMemory),
 }
 
@@ -38,16 +38,16 @@ impl Moment<'_> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Fresh,
-    /// Over, but may be served while somebody renders anew.
+    /// Expired, but may be served while it is rendered again.
     Stale,
-    /// Over, but may be served if rendering fails.
+    /// Expired, but may be served if rendering fails.
     OnError,
     Expired,
     Purged,
 }
 
 impl Verdict {
-    /// Whether the entry is still of any use.
+    /// Whether the entry can still be served in some case.
     pub(crate) fn keeps(self) -> bool {
         match self {
             Verdict::Fresh | Verdict::Stale | Verdict::OnError => true,
@@ -68,9 +68,9 @@ impl Judge<'_> {
         }
     }
 
-    /// Whether something that the entry depends on was purged after it began to be rendered.
+    /// Whether something that the entry depends on was purged after its rendering began.
     fn is_purged(&self, entry: &Entry<'_>, snapshot: u64) -> bool {
-        // Nothing at all was purged since: the usual case costs one load.
+        // In the usual case nothing at all was purged since, and the check costs one load.
         if snapshot >= self.header.tag_clock.load(Ordering::SeqCst) {
             return false;
         }
@@ -81,7 +81,7 @@ impl Judge<'_> {
             || prefixes.purged_entry(entry, snapshot)
     }
 
-    /// Whether a page that is about to be stored is out of date already.
+    /// Whether a page that is about to be stored is already out of date.
     pub(crate) fn is_outdated(&self, key: Key<'_>, tags: &[u64], snapshot: u64) -> bool {
         let (Some(clock), Some(prefixes)) = (self.clock(), self.prefixes()) else { return true };
         !clock.outlived_clear(snapshot)
@@ -99,7 +99,7 @@ impl Judge<'_> {
     }
 }
 
-/// What an entry's times alone say.
+/// The verdict by an entry's times alone.
 pub(crate) fn freshness(times: &Times, now_ms: u64) -> Verdict {
     let until = |grace_ms: u32| times.expires_ms.saturating_add(grace_ms.into());
     if times.expires_ms == 0 || now_ms < times.expires_ms {

@@ -1,17 +1,18 @@
-//! Ghosts: hashes of entries that were evicted from the small ring, so that those which come back soon go to the main one.
+//! Remembers ghosts: hashes of entries that were evicted from the small ring. An entry that is stored again soon after goes directly
+//! to the main ring.
 //!
-//! A ghost is one word, half of the hash and the number of the eviction, in the bucket that the other half chooses; a new one
-//! takes the place of the oldest there. It haunts for as many evictions as the main ring has entries, as
-//! S3-FIFO has it. All of this is a hint: a wrong one costs a worse choice, and nothing else.
+//! A ghost is one word: half of the hash, and the number of the eviction. The other half of the hash chooses the bucket, in which a
+//! new ghost replaces the oldest. A ghost counts for as many evictions as the main ring has entries, as in S3-FIFO. All of this
+//! is a hint: a wrong ghost leads to a worse eviction choice, and nothing else.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memory::layout::GhostBucket;
 
-/// Even a main ring that is nearly empty remembers so many.
+/// A ghost counts for at least this many evictions, even if the main ring is nearly empty.
 const FEWEST: u64 = 128;
 
-/// An entry with this hash was evicted.
+/// Records that an entry with this hash was evicted.
 pub(crate) fn remember(buckets: &[GhostBucket], sequence: &AtomicU64, hash: u64) {
     let now = sequence.load(Ordering::Relaxed).wrapping_add(1) & 0xffff_ffff;
     sequence.store(now, Ordering::Relaxed);
@@ -22,7 +23,7 @@ pub(crate) fn remember(buckets: &[GhostBucket], sequence: &AtomicU64, hash: u64)
     }
 }
 
-/// Whether one was among the last `reach` evictions.
+/// Whether an entry with this hash was among the last `reach` evictions.
 pub(crate) fn contains(buckets: &[GhostBucket], sequence: &AtomicU64, hash: u64, reach: u64) -> bool {
     let now = sequence.load(Ordering::Relaxed) & 0xffff_ffff;
     let mut ghosts = bucket_of(buckets, hash).into_iter().flat_map(|bucket| &bucket.ghosts);

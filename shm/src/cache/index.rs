@@ -1,18 +1,18 @@
-//! The index of a shard: buckets of seven slots, each slot one word that says where an entry lies.
+//! The index of a shard: buckets of seven slots. Each slot is one word with the location of an entry.
 //!
-//! A key has two buckets. A new entry goes into the first unless that is full, so that most lookups touch one cache line,
-//! on which the visits lie as well. A slot is changed by one store, under the shard's lock; readers load it without.
+//! A key has two buckets. A new entry goes into the first bucket unless it is full, so that most lookups touch one cache line,
+//! which also contains the visits. A slot is changed by one store, under the shard's lock; readers load it without the lock.
 //!
-//! A position names a byte of a ring's endless log; it is never used twice. So a slot's word cannot come to mean
-//! another entry while a reader looks away.
+//! A position names a byte of a ring's endless log and is never used twice, so a slot's word can never come to mean another
+//! entry while a reader uses it.
 //!
-//! May not: read entries.
+//! Must not read entries.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::memory::layout::{Bucket, GRAIN, SLOTS};
 
-/// A hit raises an entry's visits up to this.
+/// A hit raises an entry's visits up to this number.
 pub(crate) const MAX_VISITS: u8 = 3;
 
 const FINGERPRINT_SHIFT: u32 = 53;
@@ -22,13 +22,13 @@ const POSITION_MASK: u64 = (1 << RING_SHIFT) - 1;
 /// One of the two rings of a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ring {
-    /// What is new.
+    /// New entries.
     Small,
-    /// What was asked for again.
+    /// Entries that were requested again.
     Main,
 }
 
-/// Where an entry lies: the meaning of a slot's word.
+/// The location of an entry: the decoded form of a slot's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) ring: Ring,
@@ -61,7 +61,7 @@ impl Ring {
 }
 
 impl Place {
-    /// The word for a slot, with some bits of the key's hash.
+    /// The word for a slot, which includes some bits of the key's hash.
     pub(crate) fn word(self, hash: u64) -> u64 {
         let ring = match self.ring {
             Ring::Small => 0,
@@ -70,7 +70,7 @@ impl Place {
         hash >> FINGERPRINT_SHIFT << FINGERPRINT_SHIFT | ring << RING_SHIFT | (self.position / GRAIN)
     }
 
-    /// `None` for the word of a free slot.
+    /// Returns `None` for the word of a free slot.
     pub(crate) fn of(word: u64) -> Option<Place> {
         let ring = if word >> RING_SHIFT & 1 == 0 { Ring::Small } else { Ring::Main };
         (word != 0).then_some(Place { ring, position: (word & POSITION_MASK) * GRAIN })
@@ -78,16 +78,16 @@ impl Place {
 }
 
 impl<'a> Index<'a> {
-    /// The slots that an entry with this hash may be in, those of its first bucket first.
+    /// The slots that an entry with this hash can be in; the slots of its first bucket come first.
     pub(crate) fn candidates(self, hash: u64) -> impl Iterator<Item = Slot<'a>> {
         [self.first(hash), self.second(hash)]
             .into_iter()
             .flat_map(move |bucket| (0..SLOTS).filter_map(move |at| self.slot_in(bucket, at)))
     }
 
-    /// Has `visit` look at those of them whose word may be for this hash, until it returns something.
+    /// Calls `visit` for each candidate slot whose fingerprint matches this hash, until `visit` returns `Some`.
     ///
-    /// Every lookup comes through here, so this is a plain loop over two cache lines.
+    /// Every lookup runs this function, so it is a plain loop over two cache lines.
     pub(crate) fn find<R>(self, hash: u64, mut visit: impl FnMut(Slot<'a>, u64) -> Option<R>) -> Option<R> {
         let first = self.first(hash);
         self.find_in(first, hash, &mut visit).or_else(|| self.find_in(self.second(hash), hash, &mut visit))
@@ -97,7 +97,8 @@ impl<'a> Index<'a> {
     fn find_in<R>(self, bucket: usize, hash: u64, visit: &mut impl FnMut(Slot<'a>, u64) -> Option<R>) -> Option<R> {
         let cells = self.buckets.get(bucket)?;
         let words = cells.slots.each_ref().map(|slot| slot.load(Ordering::Acquire));
-        // All at once: which slot it is cannot be foretold, and a wrong guess costs more than seven comparisons.
+        // All seven are compared at once: the matching slot cannot be predicted, and a mispredicted branch costs more than seven
+        // comparisons.
         let matches = words.map(|word| u32::from((word ^ hash) >> FINGERPRINT_SHIFT == 0));
         let mut mask = matches.iter().enumerate().fold(0, |mask, (at, is_match)| mask | is_match << at);
         while mask != 0 {
@@ -108,7 +109,7 @@ impl<'a> Index<'a> {
                 word: cells.slots.get(at)?,
                 visits: cells.visits.get(at)?,
             };
-            // A free slot looks like one of fingerprint 0, and leads nowhere.
+            // A free slot looks like a slot with fingerprint 0, and leads nowhere.
             if let Some(result) = words.get(at).and_then(|&word| visit(slot, word)) {
                 return Some(result);
             }
@@ -138,14 +139,14 @@ impl<'a> Index<'a> {
 
     fn second(self, hash: u64) -> usize {
         let count = self.buckets.len();
-        // The high bits, which chose the shard and are the fingerprint, decide again, but stirred.
+        // The high bits, which chose the shard and are the fingerprint, are used again, after mixing.
         let second = scaled((hash ^ hash >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32, count);
         if second == self.first(hash) { (second + 1) % count.max(1) } else { second }
     }
 }
 
 impl Slot<'_> {
-    /// Somebody asked for the entry. Writes nothing when enough did: a hot page's cache line stays shared.
+    /// Counts a request for the entry. Writes nothing at the maximum, so that the cache line of a hot page stays shared.
     pub(crate) fn visit(self) {
         let visits = self.visits.load(Ordering::Relaxed);
         if visits < MAX_VISITS {
@@ -154,7 +155,7 @@ impl Slot<'_> {
     }
 }
 
-/// The low half of `hash`, scaled to `0..count`.
+/// Scales the low half of `hash` to `0..count`.
 fn scaled(hash: u64, count: usize) -> usize {
     usize::try_from(((hash & 0xffff_ffff) * count as u64) >> 32).unwrap_or(0)
 }

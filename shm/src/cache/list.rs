@@ -1,4 +1,4 @@
-//! Looking at what is in the cache: by prefix, and how old and how large it is.
+//! Lists the pages of the cache by prefix, and counts them by age and size.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -80,7 +80,7 @@ impl Cache {
         distribution
     }
 
-    /// Has `look` look at every entry that is of any use; what it returns counts if the entry held until then.
+    /// Calls `look` for every entry that is still valid; its result is used if the entry was not overwritten until then.
     fn survey<R>(
         &self,
         now_ms: u64,
@@ -99,7 +99,7 @@ impl Cache {
     }
 }
 
-/// Where all slots of a shard lead.
+/// The locations in all slots of a shard.
 fn places(shard: Shard<'_>) -> impl Iterator<Item = Place> {
     let slots = (0..shard.index.len()).filter_map(move |number| shard.index.slot(number));
     slots.filter_map(|slot| Place::of(slot.word.load(Ordering::Acquire)))

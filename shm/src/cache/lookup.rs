@@ -1,7 +1,6 @@
-//! What is kept under a key, looked up together with what else is to be known of it: by those who render, and those who make a
-//! page of others.
+//! Looks up the entry of a key with its verdict, times and tags, for rendering and for pages that are made of fragments.
 //!
-//! May not: count, or decide what is served.
+//! Must not count, or decide what is served.
 
 use std::sync::atomic::Ordering;
 
@@ -11,17 +10,17 @@ use super::read::Sight;
 use super::value::{CacheValue, copy_parts};
 use crate::cache::Cache;
 
-/// An entry as it was found.
+/// A copy of an entry.
 #[derive(Debug)]
 pub(crate) struct Lookup<V> {
     pub(crate) value: V,
     pub(crate) verdict: Verdict,
     pub(crate) times: Times,
-    /// Empty unless asked for.
+    /// Empty unless requested.
     pub(crate) tags: Vec<u64>,
 }
 
-/// Whether an entry's tags are wanted too.
+/// Whether the caller needs the entry's tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tags {
     Wanted,
@@ -29,7 +28,7 @@ pub(crate) enum Tags {
 }
 
 impl Cache {
-    /// What is kept under a key, if `wanted` says so, and how often the lookup was begun again.
+    /// Returns the entry stored under a key, if `wanted` accepts it, and the number of times the lookup was repeated.
     pub(crate) fn lookup<V: CacheValue>(
         &self,
         key: Key<'_>,
@@ -57,7 +56,7 @@ impl Cache {
 }
 
 fn copy_tags(sight: &Sight<'_, '_>) -> Option<Vec<u64>> {
-    // Their number is worth an allocation only if it is true.
+    // The number of tags is not trusted for an allocation before it is verified.
     let tags = sight.entry.tags();
     sight.holds().then(|| tags.iter().map(|tag| tag.load(Ordering::Relaxed)).collect())
 }

@@ -1,4 +1,4 @@
-//! What a page is stored with.
+//! The options that a page is stored with.
 
 use std::time::Duration;
 

@@ -1,16 +1,16 @@
-//! A page as HTTP knows it: status, headers, body, and whether the cache keeps the body compressed.
+//! A page as an HTTP response: status, headers, body, and whether the cache keeps the body compressed.
 //!
 //! ```text
 //!   application ─▶ Page ─▶ gzip ─▶ storable? ─▶ meta::encode + body ─▶ entry
 //!        client ◀─ negotiate ◀─ Page ◀─ meta::decode ◀─────────────────┘
 //! ```
 //!
-//! The body is compressed once, when the page is stored. A client that accepts gzip gets it as it lies there, any
-//! other one gets it decompressed; neither has the page rendered again.
+//! The body is compressed once, when the page is stored. A client that accepts gzip gets the stored bytes; any other client gets
+//! the body decompressed. The page is rendered again in neither case.
 //!
-//! - [`fields`] knows what single header fields say: pure functions from bytes to answers.
-//! - [`meta`] writes everything but the body into bytes, and reads it back without believing it.
-//! - [`serve`] decides what may be stored, and what a client is sent.
+//! - [`fields`] parses single header fields: pure functions on bytes.
+//! - [`meta`] encodes everything but the body as bytes, and decodes those bytes without trusting them.
+//! - [`serve`] decides which pages may be stored, and what is sent to a client.
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
@@ -27,10 +27,10 @@ use flate2::write::GzEncoder;
 
 pub use self::serve::NotStorable;
 
-/// Bodies up to this length, in bytes, are not compressed: what is saved fits in a network packet or two.
+/// Bodies up to this length, in bytes, are not compressed: the saving would be a network packet or two.
 const GZIP_MIN: usize = 1024;
-/// Room made at once for a body that is decompressed, in multiples of its compressed length. More is made as more
-/// comes out, since the length that was recorded may be wrong.
+/// Initial buffer for a decompressed body, in multiples of its compressed length. The buffer grows with the output, because the
+/// recorded length may be wrong.
 const FIRST_ROOM: usize = 16;
 
 /// A header: its name in lower case, and its value.
@@ -57,7 +57,7 @@ pub struct Page {
     status: u16,
     headers: Vec<Header>,
     body: Vec<u8>,
-    /// How long the body was before the cache compressed it; `None` if it did not.
+    /// The length of the body before the cache compressed it; `None` if the cache did not.
     plain_len: Option<u64>,
 }
 
@@ -165,7 +165,7 @@ impl Page {
             return self;
         }
         let mut encoder = GzEncoder::new(Vec::with_capacity(self.body.len() / 4), Compression::default());
-        // Writing into memory cannot fail; if it did, the page would stay as it is.
+        // Writing into memory cannot fail. If it did, the page would stay unchanged.
         if encoder.write_all(&self.body).is_ok()
             && let Ok(compressed) = encoder.finish()
             && compressed.len() < self.body.len()
@@ -194,7 +194,7 @@ fn decompress(body: &[u8], plain_len: u64) -> Result<Vec<u8>, CorruptPage> {
     let damaged = |why| CorruptPage::Body { why };
     let room = body.len().saturating_mul(FIRST_ROOM);
     let mut plain = Vec::with_capacity(usize::try_from(plain_len).map_or(room, |len| len.min(room)));
-    // The one byte more has the decoder reach the end, where the checksum is, or shows that there is too much.
+    // The extra byte makes the decoder reach the end, where the checksum is, or shows that the body is too long.
     let mut decoder = GzDecoder::new(body).take(plain_len.saturating_add(1));
     decoder.read_to_end(&mut plain).map_err(|_| damaged("it cannot be decompressed"))?;
     if plain.len() as u64 != plain_len {
@@ -290,7 +290,7 @@ mod tests {
             assert_eq!(cut(plain_len), Err(wrong), "{plain_len}");
         }
         assert_eq!(cut(LEN).unwrap().body().len() as u64, LEN);
-        // It is given up at the limit: the end, which is missing here, is never asked for.
+        // Decompression stops at the limit: the end, which is missing here, is never read.
         assert_eq!(decompress(&bomb.body()[..bomb.body().len() / 2], 5000), Err(wrong));
     }
 
@@ -300,7 +300,7 @@ mod tests {
         for at in 0..kept.body.len() {
             let mut bad = kept.clone();
             bad.body[at] ^= 0xff;
-            // The first ten bytes hold a time and the name of a system; those may change.
+            // The first ten bytes contain a time and the name of a system, which may change.
             if let Ok(page) = bad.into_plain() {
                 assert!(at < 10 && page.body == text(), "byte {at}");
             }

@@ -1,4 +1,4 @@
-//! A page read in place.
+//! Reads a page in place.
 #![expect(unsafe_code, reason = "a slice of shared memory, for those who promise that it does not change")]
 
 use std::fmt;
@@ -40,7 +40,7 @@ enum Kept {
 }
 
 impl Pinned {
-    /// Pins what was found; `None` if it is gone already. A copy, if no pin is to be had.
+    /// Pins the entry; `None` if it was overwritten already. Copies it if no pin is available.
     pub(crate) fn new(inner: &Arc<SharedMemory>, sight: &Sight<'_, '_>) -> Option<Pinned> {
         let (entry, place) = (&sight.entry, sight.place);
         let pin = Pin {
@@ -59,7 +59,7 @@ impl Pinned {
             return None;
         }
         crash::point("pin: holds");
-        // The length was read before, but the entry held until now, so it is true.
+        // The length was read earlier, but the entry was valid until now, so the length is correct.
         let (at, len) = (entry.value_at(), entry.value_len);
         Some(Pinned {
             bytes: Kept::Here { inner: Arc::clone(inner), generation: fork::generation(), cell: number, at, len },
@@ -67,7 +67,7 @@ impl Pinned {
     }
 }
 
-/// Pins by one of a process's own cells.
+/// Sets the pin in a free cell of this process.
 fn take_cell(cells: &[AtomicU64], pin: Pin) -> Option<(u64, &AtomicU64)> {
     let mut cells = (0..).zip(cells);
     cells.find(|(_, cell)| cell.load(Ordering::Relaxed) == 0 && pin::set(cell, pin))
@@ -133,13 +133,13 @@ impl Pinned {
     ///
     /// # Safety
     /// While the result lives, no process may write to the bytes of this entry. Forkyard's own code does not, in any
-    /// process; a process that has the segment, or inherited its mapping, and writes through a wild pointer, does. Nor
-    /// may the bytes be passed to the kernel to be read (`MSG_ZEROCOPY`, `vmsplice`) after the result is dropped.
+    /// process; a process that has the segment, or inherited its mapping, and writes through a wild pointer, does. The bytes must
+    /// also not be passed to the kernel to be read (`MSG_ZEROCOPY`, `vmsplice`) after the result is dropped.
     pub unsafe fn into_slice(self) -> PinnedSlice {
         PinnedSlice(self)
     }
 
-    /// Where the bytes lie, if it is this process that pins them.
+    /// The location of the bytes, if this process set the pin.
     fn here(&self) -> Option<(&SharedMemory, u64, u64)> {
         match &self.bytes {
             Kept::Here { inner, generation, at, len, .. } if *generation == fork::generation() => {
@@ -156,7 +156,7 @@ impl Deref for PinnedSlice {
     fn deref(&self) -> &[u8] {
         match (&self.0.bytes, self.0.here()) {
             (Kept::Copy(bytes), _) => bytes,
-            // SAFETY: it is pinned as long as `self` lives. That nothing else writes there, the caller of `into_slice` promised.
+            // SAFETY: the bytes are pinned as long as `self` lives. The caller of `into_slice` guarantees that nothing else writes there.
             (Kept::Here { .. }, Some((inner, at, len))) => unsafe { inner.map.pinned(at, len) }.unwrap_or_default(),
             (Kept::Here { .. }, None) => &[],
         }

@@ -1,15 +1,15 @@
-//! Purging by prefix: at once for everybody, though it takes a while to remove what it concerns.
+//! Purges by prefix: with immediate effect for all readers, although removing the affected pages takes a while.
 //!
 //! The table holds the latest purges: the time on the tag clock, and the prefix. A page is purged if its key begins with a prefix
-//! whose time is later than the page's. A purge is published by its time, with one store; then the purger goes
-//! through the index and removes what it concerns, and marks the purge as *swept*. A swept purge still turns away pages that
-//! began to be rendered before it, until its cell is used again; the *floor* is the latest time of a purge so
-//! forgotten, and a page that began to be rendered before that is not stored, whatever its key.
+//! whose time is later than the page's. Storing the time, with one store, publishes a purge. The purger then goes
+//! through the index, removes the affected pages, and marks the purge as *swept*. A swept purge still rejects pages whose rendering
+//! began before it, until its cell is reused. The *floor* is the latest time of a purge whose cell was reused; a page whose
+//! rendering began before the floor is not stored, whatever its key.
 //!
-//! Killed before the time is stored, a purge has not happened. Killed while sweeping, the purge holds, and the next
-//! sweep of the cache does the rest. If no cell is swept, the whole cache is cleared instead.
+//! If the purger is killed before the time is stored, the purge has not happened. If it is killed while sweeping, the purge
+//! holds, and the next sweep of the cache removes the remaining pages. If no cell is swept, the whole cache is cleared instead.
 //!
-//! May not: lock a shard.
+//! Must not lock a shard.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,7 +20,7 @@ use crate::memory::SharedMemory;
 use crate::memory::layout::{Header, PREFIX_WORDS, PREFIXES, PrefixCell};
 use crate::memory::wait;
 
-/// A longer prefix is cut to this, and so purges more than it says.
+/// A longer prefix is cut to this length, and so purges more than requested.
 pub(crate) const LONGEST: usize = PREFIX_WORDS * 8;
 
 /// The table of one segment.
@@ -31,7 +31,7 @@ pub(crate) struct Prefixes<'a> {
     cells: &'a [PrefixCell],
 }
 
-/// A purge that was made known.
+/// A published purge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Purge {
     cell: usize,
@@ -45,7 +45,7 @@ impl Purge {
     }
 }
 
-/// The first bytes of keys.
+/// A key prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Prefix {
     bytes: [u8; LONGEST],
@@ -71,10 +71,10 @@ impl<'a> Prefixes<'a> {
         Some(Prefixes { inner, header: inner.header()?, cells })
     }
 
-    /// Makes a purge known, from now on. `None` if no cell can be used: all are still being swept, or the table is locked by
-    /// a process that does not go on.
+    /// Publishes a purge. `None` if no cell can be used: all are still being swept, or the table is locked by a process that does not
+    /// continue.
     pub(crate) fn announce(self, prefix: &[u8], clock: TagClock<'_>) -> Option<Purge> {
-        // A cell that a dead process left half written says nothing, and is used again: there is nothing to repair.
+        // A cell that a dead process left half written is invalid and is reused: there is nothing to repair.
         self.inner.take_lock(&self.header.prefix_lock, false)?;
         let purge = self.announce_locked(prefix, clock);
         wait::release(&self.header.prefix_lock);
@@ -100,7 +100,7 @@ impl<'a> Prefixes<'a> {
         cell.swept.store(0, Ordering::Release);
         crash::point("prefix: text written");
         let time = clock.tick();
-        // First, as it only says where it is worth to look: what publishes the purge is the store of its time.
+        // Raised first, because it only shows where a search is worthwhile: the store of the purge's time publishes the purge.
         self.header.prefix_clock.fetch_max(time, Ordering::SeqCst);
         crash::point("prefix: about to be published");
         cell.clock.store(time, Ordering::SeqCst);
@@ -108,7 +108,7 @@ impl<'a> Prefixes<'a> {
         Some(Purge { cell: at, clock: time, prefix })
     }
 
-    /// All that a purge concerns is removed.
+    /// Marks a purge as swept: all affected pages are removed.
     pub(crate) fn swept(self, purge: &Purge) {
         if let Some(cell) = self.cells.get(purge.cell)
             && cell.clock.load(Ordering::Acquire) == purge.clock
@@ -117,7 +117,7 @@ impl<'a> Prefixes<'a> {
         }
     }
 
-    /// Purges that nobody finished.
+    /// The purges whose sweep was not finished.
     pub(crate) fn unswept(self) -> impl Iterator<Item = Purge> {
         let unswept = self.cells.iter().enumerate().filter(|(_, cell)| cell.swept.load(Ordering::Acquire) == 0);
         unswept.filter_map(|(at, cell)| read(at, cell))
@@ -133,7 +133,7 @@ impl<'a> Prefixes<'a> {
 
     /// Whether a page about to be stored under `key`, which began to be rendered at `snapshot`, is out of date.
     pub(crate) fn purged_key(self, key: &[u8], snapshot: u64) -> bool {
-        // The floor last: it is raised before a purge leaves its cell, so one that is missed there is seen here.
+        // The floor is read last: it is raised before a purge leaves its cell, so a purge missed in the cells is found here.
         self.since(snapshot).any(|purge| key.starts_with(purge.prefix.bytes()))
             || self.header.prefix_floor.load(Ordering::SeqCst) > snapshot
     }
@@ -147,7 +147,7 @@ impl<'a> Prefixes<'a> {
     }
 }
 
-/// What a cell says, if it says anything; empty also if it is being written.
+/// Reads a cell; `None` if it is empty or being written.
 fn read(at: usize, cell: &PrefixCell) -> Option<Purge> {
     let clock = cell.clock.load(Ordering::Acquire);
     if clock == 0 {

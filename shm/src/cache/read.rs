@@ -1,13 +1,13 @@
-//! Reading without a lock.
+//! Reads entries without a lock.
 //!
-//! A reader follows a slot to an entry, copies what it wants, and then looks whether the ring's floor is still below the entry.
-//! An entry does not change as long as that holds: only what lies below the floor is ever written again. If the
-//! floor has passed, what was copied is thrown away and the key is looked up again, as the entry may have been moved;
-//! after a few times it counts as a miss.
+//! A reader follows a slot to an entry, copies what it needs, and then checks that the ring's floor is not above the entry.
+//! While that holds, the entry does not change, because only bytes below the floor are overwritten. If the
+//! floor has passed the entry, the copy is discarded and the key is looked up again, because the entry may have been moved;
+//! after a few attempts the lookup counts as a miss.
 //!
-//! The only stores a reader makes go to its own member cell, and to the visits of a slot, which are a hint.
+//! A reader stores only to its own member cell, and to the visits of a slot, which are a hint.
 //!
-//! May not: wait, or believe a length before it is checked.
+//! Must not wait, or trust a length before it is checked.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
@@ -16,10 +16,10 @@ use super::freshness::{Judge, Verdict};
 use super::index::{Place, Slot};
 use super::shard::Shard;
 
-/// A lookup is begun again when the entry was overwritten meanwhile, so many times at most.
+/// Maximum number of attempts of a lookup whose entry was overwritten meanwhile.
 const TRIES: usize = 4;
 
-/// An entry found without a lock: every word of it may have changed by now, until [`Sight::holds`] says otherwise.
+/// An entry found without a lock: any word of it may have changed since it was read, unless [`Sight::holds`] confirms it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sight<'s, 'a> {
     pub(crate) shard: &'s Shard<'a>,
@@ -30,8 +30,8 @@ pub(crate) struct Sight<'s, 'a> {
 }
 
 impl<'a> Shard<'a> {
-    /// Looks a key up and has `take` take what it wants from the entry; what that returns counts if the entry held until then.
-    /// It may run several times, and returns `None` if it found out by itself that the entry does not hold.
+    /// Looks a key up and calls `take` with the entry; the result of `take` is used if the entry was not overwritten until then.
+    /// `take` may run several times, and returns `None` if it detected an overwritten entry itself.
     ///
     /// Also returns how often the entry had to be looked up again.
     #[inline]
@@ -46,7 +46,7 @@ impl<'a> Shard<'a> {
             let taken = self.index.find(key.hash, |slot, word| {
                 let place = Place::of(word)?;
                 if place.position < self.floor(place.ring).load(Ordering::Acquire) {
-                    // Nothing is stored here any more, or it was moved while we looked.
+                    // No entry is stored here any more, or it was moved during the lookup.
                     passed |= slot.word.load(Ordering::Acquire) != word;
                     return None;
                 }
@@ -67,21 +67,21 @@ impl<'a> Shard<'a> {
         (None, TRIES)
     }
 
-    /// Whether what was read at a place so far is what was written there.
+    /// Whether the bytes read at a place so far are the bytes that were written there.
     pub(crate) fn holds(&self, place: Place) -> bool {
-        // The reads before this one happened before it, so a floor that is still below means that nobody wrote then.
+        // The earlier reads happened before this load, so if the floor is still not above the place, nothing was written there meanwhile.
         fence(Ordering::Acquire);
         self.floor(place.ring).load(Ordering::Acquire) <= place.position && !self.inner.map.is_lost()
     }
 }
 
 impl<'a> Sight<'_, 'a> {
-    /// Whether all that was read of the entry so far is true.
+    /// Whether everything read from the entry so far is valid.
     pub(crate) fn holds(&self) -> bool {
         self.shard.holds(self.place)
     }
 
-    /// The floor that the entry has to stay above.
+    /// The floor that must not pass the entry.
     pub(crate) fn floor(&self) -> &'a AtomicU64 {
         self.shard.floor(self.place.ring)
     }

@@ -1,10 +1,10 @@
-//! What a page is made of, written down while it is rendered.
+//! Records what a page is made of, while it is rendered.
 //!
-//! Each fragment *lends* the page its tags, so that what purges the fragment purges the page; its key's hash, as a key counts
-//! as a tag of its own page; and the end of its time, so that the page does not outlive it. A page that is made of
-//! such a page borrows all that again.
+//! Each fragment *lends* the page three things: its tags, so that a purge of the fragment also purges the page; its key's hash,
+//! because a key counts as a tag of its own page; and its expiry, so that the page does not outlive the fragment. A page that
+//! includes such a page inherits all of that.
 //!
-//! May not: change the cache, but for what it is told to render.
+//! Must not change the cache, except by rendering fragments on request.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -55,14 +55,14 @@ pub struct Recorder {
 #[derive(Debug)]
 struct Shared {
     cache: Cache,
-    /// The hashes of the pages that are being rendered: this one, last, and those that wait for it.
+    /// The hashes of the pages that are being rendered: the pages that wait for this page, then this page.
     pages: Vec<u64>,
     snapshot: PurgeSnapshot,
     began: Instant,
     loan: Mutex<Loan>,
 }
 
-/// What fragments lend.
+/// What fragments lend to a page.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Loan {
     pub(crate) tags: BTreeSet<u64>,
@@ -106,7 +106,7 @@ impl Cache {
 }
 
 impl Recorder {
-    /// For a page, given the hashes of those that wait for it, and its own.
+    /// Creates the recorder of a page, given the hashes of the pages that wait for it, followed by its own.
     pub(crate) fn new(cache: &Cache, pages: Vec<u64>) -> Recorder {
         let (snapshot, began) = (cache.clock(), Instant::now());
         Recorder { shared: Arc::new(Shared { cache: cache.clone(), pages, snapshot, began, loan: Mutex::default() }) }
@@ -162,24 +162,24 @@ impl Recorder {
         Request::new(&self.shared.cache, key.as_ref(), options, Some(self)).run_async(render).await
     }
 
-    /// Takes over what a fragment lends.
+    /// Adds what a fragment lends.
     pub(crate) fn borrow(&self, key: Key<'_>, tags: impl IntoIterator<Item = u64>, until_ms: u64) {
         self.loan().add(tags.into_iter().chain([key.hash]), until_ms);
     }
 
-    /// Takes over what a fragment lends that was rendered for the page, and would be stored with these options now.
+    /// Adds what a newly rendered fragment lends, as if it were stored with these options now.
     pub(crate) fn borrow_rendered(&self, key: Key<'_>, options: &StoreOptions, loan: Loan) {
         let cache = &self.shared.cache;
         let tags = options.tags.iter().map(|tag| cache.tag(tag)).chain(loan.tags);
         self.borrow(key, tags, earlier(loan.until_ms, expiry(options.ttl, cache.segment.now_ms())));
     }
 
-    /// All that was lent so far.
+    /// Everything lent so far.
     pub(crate) fn loan(&self) -> MutexGuard<'_, Loan> {
         self.shared.loan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What to store the page with, but for the tags.
+    /// What to store the page with, except the tags.
     pub(crate) fn rendering(&self) -> Rendering<'static> {
         let cost_ms = u32::try_from(self.shared.began.elapsed().as_millis()).unwrap_or(u32::MAX);
         let (until_ms, snapshot) = (self.loan().until_ms, Some(self.shared.snapshot));

@@ -2,8 +2,7 @@
 
 use super::page::NotStorable;
 
-/// Why the cache did not store a page. Never a reason to fail the request: the page was rendered, it is only not
-/// stored.
+/// Why the cache did not store a page. This is never a reason to fail the request: the rendered page is still served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreError {
     /// The segment has no cache.
@@ -15,7 +14,7 @@ pub enum StoreError {
     },
     /// The shard of the key is locked by a process that does not release it.
     Busy,
-    /// The page may not be stored in a shared cache.
+    /// The page must not be stored in a shared cache.
     NotStorable(NotStorable),
 }
 

@@ -1,19 +1,19 @@
-//! One renders, the others wait: [`Cache::get_or_render`].
+//! Renders a page once, while other callers wait for it: [`Cache::get_or_render`].
 //!
 //! ```text
-//!            fresh -------------------------------------> served        (early: who gets the lease renders)
+//!            fresh -------------------------------------> served        (early: the caller that gets the lease renders)
 //! look  --   stale -- the lease is taken ---------------> served stale
 //!    ^       else  -- the lease is taken -- wait --.
 //!    |                                             |     (ended, holder dead, deadline passed, patience over)
 //!    '---------------------------------------------'
-//!            else  -- the lease is ours -- look again -- render -- store -- give it back
+//!         else  -- the lease is ours -- look again -- render -- store -- release it
 //! ```
-//! [`Request::step`] decides, the same for those who block and for those who do not; what differs is how they wait. A lease is
-//! given back when its holder stores, fails, panics, or is dropped half-way; and for a holder that cannot do so any
-//! more, those who wait see to it (`claim.rs`, `watch.rs`). Where there is no lease to be had, a page is rendered without one:
-//! a cell is shared by several keys, and waiting has an end.
+//! [`Request::step`] decides, for blocking and asynchronous callers alike; only the way of waiting differs. A lease is
+//! released when its holder stores, fails, panics, or is dropped while rendering. If the holder died, the waiting callers
+//! release the lease (`claim.rs`, `watch.rs`). If no lease can be taken, a page is rendered without one:
+//! a cell is shared by several keys, and waiting is bounded.
 //!
-//! May not: keep a page from its caller for any reason of the cache's.
+//! Must not withhold a rendered page from its caller because of a failure of the cache.
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -35,9 +35,9 @@ use crate::crash;
 use crate::memory::layout::LeaseCell;
 use crate::protocols::lease;
 
-/// For this long nobody waits for a page that was refused, as it will be again.
+/// After a page was refused, callers do not wait for this long, because the page will be refused again.
 const PASS_MS: u64 = 10_000;
-/// The same for one whose shard was busy.
+/// The same time after a page was refused because its shard was busy.
 const PASS_BUSY_MS: u64 = 1000;
 
 /// The result of [`Cache::get_or_render`].
@@ -120,19 +120,19 @@ impl Cache {
     }
 }
 
-/// One who asks for a page.
+/// One call that requests a page.
 #[derive(Debug)]
 pub(crate) struct Request<'a> {
     cache: &'a Cache,
     key: Key<'a>,
     options: &'a StoreOptions,
-    /// That of the page which the one asked for becomes a part of.
+    /// The recorder of the enclosing page, if the requested page is a fragment.
     within: Option<&'a Recorder>,
     began_ms: u64,
     waited: bool,
-    /// There is nobody to wake us.
+    /// No thread can wake this future.
     cannot_wait: bool,
-    /// Lookups that were begun again, and are not counted yet.
+    /// Repeated lookups that are not counted yet.
     retries: Cell<usize>,
 }
 
@@ -203,7 +203,7 @@ impl<'a> Request<'a> {
             };
             let mut rendering = pin!(future);
             poll_fn(|context| {
-                // Whatever thread it is.
+                // The future may be polled on a different thread each time.
                 let _here = Here::new(hash);
                 rendering.as_mut().poll(context)
             })
@@ -215,7 +215,7 @@ impl<'a> Request<'a> {
     fn step<V: CacheValue>(&mut self) -> Step<V> {
         let now_ms = self.cache.segment.now_ms();
         let Some(cell) = self.cache.segment.lease_cell(self.key.hash) else { return Step::Render(None) };
-        // Before the look, so that a page stored after it is noticed by the turn it ends.
+        // Read before the lookup, so that a page stored after the lookup is noticed by the turn that its lease ended.
         let turn = cell.turn.load(Ordering::Acquire);
         match self.look(now_ms) {
             Some(page) if self.is_good(page.verdict, &page.times) && !self.is_early(&page, now_ms) => Step::Serve(page),
@@ -223,7 +223,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// There is no page, or one that somebody should render anew.
+    /// There is no page, or the page should be rendered again.
     fn try_for_lease<V: CacheValue>(
         &mut self,
         cell: &LeaseCell,
@@ -243,7 +243,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// The lease is ours, but somebody may have had it and stored the page since we looked.
+    /// This process holds the lease, but another process may have held it and stored the page since the first lookup.
     fn look_again<V: CacheValue>(&self, lease: Lease, found: Option<Lookup<V>>) -> Step<V> {
         let now_ms = self.cache.segment.now_ms();
         let page = self.look(now_ms).filter(|page: &Lookup<V>| {
@@ -265,13 +265,13 @@ impl<'a> Request<'a> {
         Step::Wait(ticket.until(patient_until_ms))
     }
 
-    /// Whether the page is being rendered by whoever asks for it, who would wait for itself.
+    /// Whether the page is being rendered by this caller itself, which would wait for itself.
     fn is_our_own(&self) -> bool {
         let hash = self.key.hash;
         self.within.is_some_and(|recorder| recorder.pages().contains(&hash)) || Here::renders(hash)
     }
 
-    /// The page, if it can be served as things are.
+    /// The page, if it can be served now.
     fn look<V: CacheValue>(&self, now_ms: u64) -> Option<Lookup<V>> {
         self.look_for(now_ms, |verdict, times| verdict == Verdict::Stale || self.is_good(verdict, times))
     }
@@ -283,11 +283,11 @@ impl<'a> Request<'a> {
         page
     }
 
-    /// Whether a page is as good as one rendered now.
+    /// Whether a page can be served like one rendered now.
     fn is_good(&self, verdict: Verdict, times: &Times) -> bool {
         match verdict {
             Verdict::Fresh => true,
-            // It was rendered for us, among others, and its time was over before we woke up.
+            // The page was rendered while this caller waited, and expired before the caller woke up.
             Verdict::Stale | Verdict::OnError | Verdict::Expired => self.waited && times.stored_ms >= self.began_ms,
             Verdict::Purged => false,
         }
@@ -326,7 +326,7 @@ impl<'a> Request<'a> {
                 Ok(Cached { value, source: CacheStatus::Rendered })
             }
             Err(error) => {
-                // Those who wait need not wait for what follows.
+                // Released now, so that waiting callers do not wait for the lookup below.
                 drop(work);
                 let page = self.look_for(self.cache.segment.now_ms(), |verdict, _| verdict.keeps());
                 page.map(|page| self.serve(page)).ok_or(error).inspect_err(|_| self.count(Seen::Miss))

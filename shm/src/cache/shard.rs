@@ -1,19 +1,19 @@
-//! One shard: an index, two rings of entries, and the lock of those who change them.
+//! One shard: an index, two rings of entries, and the lock for writers.
 //!
-//! Readers need no lock; they are in `read.rs`. Whoever changes a shard holds its lock, and changes it so that any reader,
-//! and whoever takes the lock over when we die, finds it whole after each single store:
+//! Readers need no lock; they are in `read.rs`. A writer holds the shard's lock, and orders its stores so that the shard is
+//! consistent after each single store, both for readers and for the next owner of the lock if the writer dies:
 //!
-//! - A new entry's bytes are written beyond the ring's head, where nobody looks. Raising the head makes them part of the
-//!   log, where they count for nothing until a slot leads to them.
-//! - Storing a slot's word ([`LockedShard::change_slot`]) is what publishes, moves or removes an entry. The books, which say
-//!   how many bytes and entries are live, follow; an *intent*, written before, lets the next owner finish them.
-//! - Bytes are free when the ring's floor is above them. A reader looks at the floor after it copied, so the floor
-//!   is raised before anything is overwritten (`room.rs`).
+//! - A new entry's bytes are written beyond the ring's head, where no reader looks. Raising the head makes them part of the
+//!   log, where they have no effect until a slot leads to them.
+//! - Storing a slot's word ([`LockedShard::change_slot`]) publishes, moves or removes an entry. The books, which count
+//!   the live bytes and entries, are updated afterwards; an *intent*, written before, lets the next owner complete them.
+//! - Bytes are free when the ring's floor is above them. A reader checks the floor after it has copied, so the floor
+//!   is raised before anything is overwritten (`eviction.rs`).
 //!
-//! Nothing found in shared memory is believed: each position, size and link is checked, each loop is bounded,
-//! and what does not fit together is [`Corrupt`], upon which the shard is emptied.
+//! Nothing read from shared memory is trusted: each position, size and link is checked, each loop is bounded, and an inconsistency
+//! is reported as [`Corrupt`], which empties the shard.
 //!
-//! May not: wait for another lock, allocate, or make a system call, while this one is held.
+//! While the lock is held, this code must not wait for another lock, allocate, or make a system call.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
@@ -26,20 +26,20 @@ use crate::memory::SharedMemory;
 use crate::memory::layout::{BUCKET_BYTES, Counters, GRAIN, GhostBucket, SHARD_HEAD, ShardHead};
 use crate::memory::wait;
 
-/// Positions end before this; a slot has 52 bits for them, in units of 32 bytes.
+/// Upper bound of positions: a slot has 52 bits for them, in units of 32 bytes.
 const LAST_POSITION: u64 = 1 << 56;
-/// Suspects one visit to a shard remembers.
+/// Maximum number of suspects recorded while a shard is locked.
 const SUSPECTS: usize = 8;
 
-/// The shard contradicts itself. It has to be emptied.
+/// The shard is inconsistent and has to be emptied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Corrupt;
 
-/// The lock was not to be had.
+/// The lock could not be taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NotLocked;
 
-/// Where a shard lies; cheap to make, holds no lock.
+/// The location of a shard; cheap to create, holds no lock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shard<'a> {
     pub(crate) inner: &'a SharedMemory,
@@ -49,26 +49,26 @@ pub(crate) struct Shard<'a> {
     at: u64,
 }
 
-/// A shard whose lock is held; dropping it gives the lock back.
+/// A shard whose lock is held; the lock is released on drop.
 #[derive(Debug)]
 pub(crate) struct LockedShard<'a> {
     pub(crate) shard: Shard<'a>,
-    /// Members whose pins were in the way. They may be dead.
+    /// Members whose pins were in the way, and that may be dead.
     suspects: [Option<u32>; SUSPECTS],
 }
 
-/// How much of each ring is live.
+/// The number of live bytes and entries in each ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Books {
     pub(crate) bytes: [u64; 2],
     pub(crate) entries: [u64; 2],
 }
 
-/// What became of an entry that was to be stored.
+/// The result of storing an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stored {
     Yes,
-    /// What processes read in place leaves no room.
+    /// Pinned entries leave no room.
     NoRoom,
 }
 
@@ -85,7 +85,7 @@ const ARMED_EMPTY: u64 = 2;
 const ARMED_LOSE: u64 = 3;
 
 impl<'a> Shard<'a> {
-    /// `None` if the segment has no such shard.
+    /// Returns `None` if the segment has no such shard.
     pub(crate) fn of(inner: &'a SharedMemory, number: u64) -> Option<Shard<'a>> {
         let geometry = &inner.geometry;
         if number >= geometry.shards {
@@ -115,7 +115,7 @@ impl<'a> Shard<'a> {
         &self.head.counters
     }
 
-    /// What the books say; a moment apart without the lock.
+    /// Reads the books; without the lock, the values are moments apart.
     pub(crate) fn books(&self) -> Books {
         let [a, b, c, d] = &self.head.books;
         let value = |word: &AtomicU64| word.load(Ordering::Relaxed);
@@ -124,8 +124,8 @@ impl<'a> Shard<'a> {
 
     /// Takes the lock, and repairs what a dead owner may have left.
     ///
-    /// After a timeout nobody waits until somebody got the lock again: a stopped process costs one request the wait,
-    /// and not all of them.
+    /// After a timeout, no caller waits until the lock has been taken again: a stopped process delays one request, and not all of
+    /// them.
     pub(crate) fn lock(self) -> Result<LockedShard<'a>, NotLocked> {
         let suspect = self.head.suspect.load(Ordering::Relaxed) != 0;
         let Some(from_the_dead) = self.inner.take_lock(&self.head.lock, suspect) else {
@@ -178,13 +178,13 @@ impl<'a> LockedShard<'a> {
         intent.armed.store(0, Ordering::Release);
     }
 
-    /// Stores a slot's word, and afterwards what the books say then.
+    /// Stores a slot's word, and then the new values of the books.
     pub(crate) fn change_slot(&mut self, slot: Slot<'_>, new: u64, books: Books) {
         let head = self.shard.head;
         let intent = &head.intent;
         let [a, b] = books.bytes;
         let [c, d] = books.entries;
-        // The last change was disarmed before this one's words are written.
+        // The last change must be disarmed before the words of this one are written.
         fence(Ordering::Release);
         for (word, value) in intent.books.iter().zip([a, b, c, d]) {
             word.store(value, Ordering::Relaxed);
@@ -193,7 +193,7 @@ impl<'a> LockedShard<'a> {
         intent.new.store(new, Ordering::Relaxed);
         intent.armed.store(ARMED_SLOT, Ordering::Release);
         crash::point("slot: intent armed");
-        // Nothing may overtake the mark, nor the store below it: the order is what a successor relies on.
+        // The stores of the mark, the slot and the books must not be reordered: the repair relies on the order.
         fence(Ordering::AcqRel);
         slot.word.store(new, Ordering::Release);
         crash::point("slot: stored");
@@ -206,7 +206,7 @@ impl<'a> LockedShard<'a> {
         crash::point("slot: disarmed");
     }
 
-    /// Empties the shard in a few stores: slots that lead below the floor lead nowhere.
+    /// Empties the shard in a few stores: a slot whose position is below the floor is free.
     pub(crate) fn empty(&mut self) {
         self.shard.head.intent.armed.store(ARMED_EMPTY, Ordering::Release);
         crash::point("empty: armed");
@@ -227,7 +227,7 @@ impl<'a> LockedShard<'a> {
         }
     }
 
-    /// Makes the shard empty, whatever state it is in, and counts the loss.
+    /// Empties the shard, whatever state it is in, and counts the loss.
     pub(crate) fn lose(&mut self) {
         let head = self.shard.head;
         head.intent.armed.store(ARMED_LOSE, Ordering::Release);
@@ -239,10 +239,10 @@ impl<'a> LockedShard<'a> {
         crash::point("lose: index cleared");
         let restarts = head.restarts.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         for (at, (ring, floor)) in head.rings.iter().zip(&head.floors).enumerate() {
-            // Positions must not be used again as long as somebody may look at them.
+            // Positions must not be used again as long as a reader may look at them.
             let known = ring.head.load(Ordering::Relaxed).max(floor.load(Ordering::Relaxed));
             let base = if known < LAST_POSITION / 2 { known } else { restarts << 40 & (LAST_POSITION / 4 - 1) };
-            // Whole laps ahead, so that the head stays outside of what is pinned.
+            // Advances by whole laps, so that the head stays outside of pinned entries.
             let laps = (1_u64 << 40).next_multiple_of(self.shard.inner.geometry.ring_len[at].max(GRAIN));
             let start = base.next_multiple_of(GRAIN) + laps;
             floor.store(start, Ordering::Relaxed);
@@ -256,7 +256,7 @@ impl<'a> LockedShard<'a> {
         fence(Ordering::SeqCst);
     }
 
-    /// Floor and head of a ring, if they can be true.
+    /// The floor and head of a ring, if they are plausible.
     pub(crate) fn bounds(&self, ring: Ring) -> Result<(u64, u64), Corrupt> {
         let floor = self.shard.floor(ring).load(Ordering::Relaxed);
         let head = ring.of(&self.shard.head.rings).head.load(Ordering::Relaxed);
@@ -270,7 +270,7 @@ impl<'a> LockedShard<'a> {
         if sane { Ok((floor, head)) } else { Err(Corrupt) }
     }
 
-    /// The entry of a key, good or not.
+    /// The entry of a key, valid or not.
     pub(crate) fn find(&self, key: Key<'_>) -> Result<Option<Found<'a>>, Corrupt> {
         let found = self.shard.index.find(key.hash, |slot, word| match self.follow(slot, word) {
             Ok(found) => found.filter(|found| found.entry.is_for(key)).map(Ok),
@@ -279,7 +279,7 @@ impl<'a> LockedShard<'a> {
         found.transpose()
     }
 
-    /// What a slot leads to; nothing if that is below the floor.
+    /// The entry that a slot leads to; `None` if its position is below the floor.
     pub(crate) fn follow(&self, slot: Slot<'a>, word: u64) -> Result<Option<Found<'a>>, Corrupt> {
         let Some(place) = Place::of(word) else { return Ok(None) };
         let (floor, head) = self.bounds(place.ring)?;
@@ -293,19 +293,19 @@ impl<'a> LockedShard<'a> {
         Ok(Some(Found { slot, place, entry }))
     }
 
-    /// The slot that leads to an entry, if one does.
+    /// The slot that leads to an entry, if any.
     pub(crate) fn slot_of(&self, entry: &Entry<'_>, place: Place) -> Option<Slot<'a>> {
         let word = place.word(entry.hash());
         let mut candidates = self.shard.index.candidates(entry.hash());
         candidates.find(|slot| slot.word.load(Ordering::Relaxed) == word)
     }
 
-    /// Stores an entry of `size` bytes in place of what is stored under its key.
+    /// Stores an entry of `size` bytes, replacing the entry stored under its key.
     pub(crate) fn insert(&mut self, new: &NewEntry<'_>, size: u64, judge: &Judge<'_>) -> Result<Stored, Corrupt> {
         let mut ring = self.ring_for(new.key, size)?;
         let mut position = self.place(ring, size, judge)?;
         if position.is_none() && ring == Ring::Small {
-            // A few readers can pin all of the small ring.
+            // A few readers can pin the whole small ring.
             ring = Ring::Main;
             position = self.place(ring, size, judge)?;
         }
@@ -316,7 +316,7 @@ impl<'a> LockedShard<'a> {
         crash::point("insert: head raised");
 
         let mut books = self.shard.books();
-        // Not before: making room may have moved or evicted what was there.
+        // Only now, because making room may have moved or evicted the old entry.
         let slot = match self.find(new.key)? {
             Some(old) => {
                 books.subtract(old.place.ring, old.entry.size)?;
@@ -340,7 +340,7 @@ impl<'a> LockedShard<'a> {
         Ok(())
     }
 
-    /// Counts an entry that is dropped, by what it was like.
+    /// Counts an entry that is dropped, by its verdict and ring.
     pub(crate) fn count_drop(&self, verdict: Verdict, ring: Ring) {
         let counters = self.shard.counters();
         let counter = match (verdict, ring) {
@@ -364,7 +364,7 @@ impl<'a> LockedShard<'a> {
         }
     }
 
-    /// S3-FIFO: what is new goes to the small ring, what was evicted from there lately, or asked for, to the main one.
+    /// S3-FIFO: a new entry goes to the small ring; an entry that was evicted from there recently, or was requested, to the main ring.
     fn ring_for(&self, key: Key<'_>, size: u64) -> Result<Ring, Corrupt> {
         if size > self.shard.bytes(Ring::Small).len / 2 {
             return Ok(Ring::Main);
@@ -381,7 +381,7 @@ impl<'a> LockedShard<'a> {
         Ok(if wanted { Ring::Main } else { Ring::Small })
     }
 
-    /// A slot for a new key: a free one, or else that of the entry asked for least.
+    /// A slot for a new key: a free slot, or else the slot of the entry with the fewest visits.
     fn slot_for(&mut self, hash: u64, books: &mut Books) -> Result<Slot<'a>, Corrupt> {
         let mut least: Option<(u8, Found<'a>)> = None;
         for slot in self.shard.index.candidates(hash) {
@@ -413,7 +413,7 @@ impl Books {
     }
 }
 
-/// Adds to a word that is changed under the lock, or may be a little wrong.
+/// Adds to a word that is changed under the lock, or that may be slightly inexact.
 pub(crate) fn add(word: &AtomicU64, amount: u64) {
     if amount > 0 {
         word.fetch_add(amount, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! What is in the cache, and what happened to it.
+//! Statistics of the cache's content and operations.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -60,7 +60,7 @@ pub struct Stats {
     pub ghost_hits: u64,
     /// Bytes copied within the cache.
     pub moved_bytes: u64,
-    /// Times a caller waited for a page that another one rendered.
+    /// Times a caller waited for a page that another caller rendered.
     pub lease_waits: u64,
     /// Pages rendered by [`get_or_render`](Cache::get_or_render).
     pub renders: u64,

@@ -1,9 +1,9 @@
-//! The sweep: what is over goes though nobody needs its room, and what the dead left is freed though nobody runs into it.
+//! Sweeps the cache: removes expired entries even if their room is not needed, and frees what dead processes held.
 //!
-//! It goes through the index like a reader, without a lock, a part of it each time, and takes a shard's lock only to remove what
-//! it found. Any process may call it as often as it likes: one in a second does the work.
+//! The sweep goes through the index like a reader, without a lock, one part of the index each time. It takes a shard's lock only to
+//! remove entries that it found. Any process may call it as often as it likes: one call per second does the work.
 //!
-//! May not: hold a lock for longer than it takes to remove a batch.
+//! Must not hold a lock for longer than it takes to remove a batch.
 
 use std::sync::atomic::Ordering;
 
@@ -14,16 +14,16 @@ use super::prefixes::{Prefixes, Purge};
 use super::shard::{Corrupt, LockedShard, Shard};
 use crate::cache::Cache;
 
-/// Between two sweeps.
+/// Time between two sweeps.
 const INTERVAL_MS: u64 = 1000;
-/// All of the index is looked at within so many sweeps.
+/// The whole index is examined within this many sweeps.
 const ROUNDS: u64 = 8;
-/// Slots looked at in one sweep of a shard, at least.
+/// Minimum number of slots examined in one sweep of a shard.
 const FEWEST: u64 = 4096;
-/// Entries removed while the lock is held once.
+/// Number of entries removed per acquisition of the lock.
 const BATCH: usize = 64;
 
-/// An entry to be removed: the number of its slot, and what the slot said.
+/// An entry to be removed: the number of its slot, and the word the slot had.
 type Doomed = (u64, u64);
 
 impl Cache {
@@ -49,7 +49,7 @@ impl Cache {
         self.segment.geometry.shards > 0 && due.is_some_and(|due| is_due(due, self.segment.now_ms()))
     }
 
-    /// One part of `rounds` of the index, now.
+    /// Sweeps one of `rounds` parts of the index, now.
     pub(crate) fn sweep_now(&self, rounds: u64, now_ms: u64) {
         self.segment.bury_the_dead();
         let Some(prefixes) = Prefixes::of(&self.segment) else { return };
@@ -67,13 +67,13 @@ impl Cache {
         }
     }
 
-    /// Removes what a purge by prefix concerns, and marks the purge as done.
+    /// Removes the pages that a purge by prefix affects, and marks the purge as swept.
     pub(crate) fn sweep_prefix(&self, purge: &Purge) {
         let Some(judge) = self.judge(Moment::At(self.segment.now_ms())) else { return };
         for shard in self.shards() {
             let concerns =
                 |entry: Entry<'_>| entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix());
-            // Whoever holds the lock now may not know of the purge, and is done after this; whoever takes it later knows.
+            // The current holder of the lock may not have seen the purge, but is done after this. A later holder sees the purge.
             if shard.lock().is_err() || !self.remove_from(&shard, 0, shard.index.len(), concerns, &judge) {
                 return;
             }
@@ -83,7 +83,7 @@ impl Cache {
         }
     }
 
-    /// Removes all entries that are `doomed` from `count` slots; `false` if the shard could not be locked.
+    /// Removes all `doomed` entries from `count` slots; `false` if the shard could not be locked.
     fn remove_from(
         &self,
         shard: &Shard<'_>,
@@ -115,12 +115,12 @@ impl Cache {
     }
 }
 
-/// A time far ahead is none of ours, and does not count.
+/// A due time too far ahead was not written by a sweep, and is ignored.
 fn is_due(due: u64, now_ms: u64) -> bool {
     due <= now_ms || due - now_ms > INTERVAL_MS
 }
 
-/// The word of a slot whose entry is doomed.
+/// The word of a slot, if its entry is doomed.
 fn look(shard: &Shard<'_>, slot: Slot<'_>, doomed: impl Fn(Entry<'_>) -> bool) -> Option<u64> {
     let word = slot.word.load(Ordering::Acquire);
     let place = Place::of(word)?;
@@ -131,7 +131,7 @@ fn look(shard: &Shard<'_>, slot: Slot<'_>, doomed: impl Fn(Entry<'_>) -> bool) -
     (is_doomed && shard.holds(place)).then_some(word)
 }
 
-/// Removes an entry if its slot still says what it did.
+/// Removes an entry if its slot still has the same word.
 fn remove(shard: &mut LockedShard<'_>, (number, word): Doomed, judge: &Judge<'_>) -> Result<(), Corrupt> {
     let slot = shard.shard.index.slot(number).ok_or(Corrupt)?;
     if slot.word.load(Ordering::Relaxed) != word {

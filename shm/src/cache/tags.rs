@@ -1,14 +1,14 @@
-//! The logical clock that makes purging by tag one step, however many pages carry the tag.
+//! The logical clock by which a purge by tag is one step, however many pages carry the tag.
 //!
-//! The clock counts purges. A purge writes the next time into the tag's slots and raises the clock to it (`purge.rs`); a page
-//! remembers the time *before* it was rendered. So a page is out of date iff one of its tags was purged later than that,
+//! The clock counts purges. A purge writes the next time into the tag's slots and raises the clock to it (`protocols/purge.rs`); a page
+//! stores the time *before* it was rendered. So a page is out of date iff one of its tags was purged later than that,
 //! and a page whose tag is purged while it is being rendered is out of date before it is stored.
 //!
-//! A tag has two slots, given by two halves of its hash, and was last purged at the earlier time of the two. Tags that
-//! share one slot do not disturb each other; tags that share both only cause misses. Every key counts as a tag of
+//! A tag has two slots, given by two halves of its hash; the earlier of the two times is when the tag was last purged. Tags that
+//! share one slot do not disturb each other; tags that share both slots only cause misses. Every key counts as a tag of
 //! its own page, so that purging a key works the same way, also while its shard is locked.
 //!
-//! No locks. Killed before its last store, a purge may or may not have happened, as its caller never returned.
+//! There are no locks. If a purger is killed before its last store, the purge may or may not have happened: its caller got no answer.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -29,7 +29,7 @@ pub(crate) struct TagClock<'a> {
 }
 
 impl<'a> TagClock<'a> {
-    /// `None` without a cache.
+    /// Returns `None` if there is no cache.
     pub(crate) fn of(segment: &'a SharedMemory) -> Option<TagClock<'a>> {
         let header = segment.map.at::<Header>(0)?;
         let slots = segment.map.slice::<AtomicU64>(segment.geometry.tags_at, segment.geometry.tag_slots)?;
@@ -41,34 +41,34 @@ impl<'a> TagClock<'a> {
         self.now.load(Ordering::SeqCst)
     }
 
-    /// Whatever carries this tag and was rendered before now is out of date.
+    /// Invalidates everything that carries this tag and was rendered before now.
     pub(crate) fn purge(self, tag: u64) {
         purge::purge(self.now, &self.slots_of(tag));
     }
 
-    /// Whatever was rendered before now is out of date.
+    /// Invalidates everything that was rendered before now.
     pub(crate) fn clear(self) {
         purge::purge(self.now, &[self.cleared]);
     }
 
-    /// Whether a page rendered at `snapshot` is still good, as far as this tag goes.
+    /// Whether a page rendered at `snapshot` is still valid, as far as this tag is concerned.
     pub(crate) fn is_current(self, tag: u64, snapshot: u64) -> bool {
         purge::is_current(&self.slots_of(tag), snapshot)
     }
 
-    /// Whether a page rendered at `snapshot` is younger than the last `clear`.
+    /// Whether a page rendered at `snapshot` is newer than the last `clear`.
     pub(crate) fn outlived_clear(self, snapshot: u64) -> bool {
         purge::is_current(&[self.cleared], snapshot)
     }
 
-    /// Finishes what a process that was purging one of these tags, or everything, when it died, left undone. To be called
-    /// when one of them turns out to be purged.
+    /// Completes a purge of one of these tags, or a clear, whose process died before it raised the clock. To be called when one of the
+    /// tags turns out to be purged.
     pub(crate) fn finish(self, tags: impl Iterator<Item = u64>) {
         purge::finish(self.now, &[self.cleared]);
         tags.for_each(|tag| purge::finish(self.now, &self.slots_of(tag)));
     }
 
-    /// The next moment.
+    /// Advances the clock, and returns the new time.
     pub(crate) fn tick(self) -> u64 {
         self.now.fetch_add(1, Ordering::SeqCst).wrapping_add(1)
     }
@@ -100,7 +100,7 @@ mod tests {
         assert!(!clock.is_current(one, before));
         assert!(clock.is_current(one, clock.now()));
         assert!(clock.is_current(other, before));
-        // Shares one slot of two with the purged tag.
+        // Shares one of its two slots with the purged tag.
         assert!(clock.is_current(0x0000_0001_0000_0004, before));
         assert!(clock.outlived_clear(before));
         clock.clear();
@@ -114,7 +114,7 @@ mod tests {
         let clock = cache.tag_clock().unwrap();
         let options = StoreOptions::new().tags(["tag"]);
         cache.set("page", "old", &options).unwrap();
-        // As a purger leaves it that is killed before it raises the clock.
+        // The state that a purger leaves if it is killed before it raises the clock.
         for slot in clock.slots_of(cache.tag("tag")) {
             slot.store(clock.now() + 1, Ordering::SeqCst);
         }

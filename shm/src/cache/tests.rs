@@ -1,4 +1,4 @@
-//! Tests of the cache: single promises, a random history against a plain model, and nonsense in memory.
+//! Tests of the cache: unit tests, random histories against a plain model, and corrupted memory.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -32,7 +32,7 @@ fn evictions(stats: &Stats) -> u64 {
     stats.evicted_small + stats.evicted_main + stats.evicted_index
 }
 
-/// Prints the seed when the test that holds it fails.
+/// Prints the seed when the test that owns it fails.
 struct Seed(u64);
 
 impl Seed {
@@ -189,7 +189,7 @@ fn what_is_asked_for_outlives_what_is_not() {
 #[test]
 fn nothing_is_lost_before_the_memory_is_full() {
     let cache = cache(8 << 20);
-    // With 5000, both buckets of a key are full once in a hundred runs: hashes are seeded anew in each.
+    // With 5000, both buckets of a key are full once in a hundred runs: hashes have a new seed in each run.
     for n in 0..3000 {
         cache.set(format!("k{n}"), n.to_string(), &StoreOptions::new()).unwrap();
     }
@@ -200,7 +200,7 @@ fn nothing_is_lost_before_the_memory_is_full() {
     cache.audit().unwrap();
 }
 
-/// What the cache should know, had it infinite memory.
+/// The content that a cache with infinite memory would have.
 #[derive(Default)]
 struct Model {
     pages: HashMap<u8, ModelPage>,
@@ -234,7 +234,7 @@ impl Model {
     }
 }
 
-/// Something done with the cache, and with the model.
+/// An operation that is applied to the cache and to the model.
 #[derive(Clone, Debug)]
 enum Act {
     Get(u8),
@@ -248,7 +248,7 @@ enum Act {
     Purge(u8),
     PurgeTag(u8),
     Clear,
-    /// From now on "earlier" means now.
+    /// Makes the current clock the one that "earlier" refers to.
     LookAtClock,
     Sweep,
     Audit,
@@ -256,7 +256,7 @@ enum Act {
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    // Some keys are asked for more often.
+    // Some keys are requested more often.
     let key = || (any::<u8>(), any::<u8>()).prop_map(|(one, other)| one & other);
     let tags = vec(0_u8..20, 0..4);
     let set = (key(), 0_usize..20_000, tags, 1_u64..2000, any::<bool>())
@@ -274,7 +274,7 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// One history. Returns how many lookups there were of pages that the model has, and how many the cache had.
+/// Runs one history. Returns the number of lookups of pages that the model has, and the number that the cache had.
 fn history(acts: &[Act]) -> (u32, u32) {
     let cache = cache(SMALL);
     let mut model = Model::default();
@@ -339,14 +339,14 @@ fn histories_agree_with_a_plain_model() {
     assert!(hits * 10 > due * 3, "misses are allowed, but so many? {hits} of {due}");
 }
 
-/// Sizes as of real pages, from 100 bytes to 256 KiB, half of them below 8 KiB.
+/// Sizes like those of real pages, from 100 bytes to 256 KiB, half of them below 8 KiB.
 #[test]
 fn most_of_the_segment_is_pages() {
     let mut random = fastrand::Rng::with_seed(7);
     let cache = cache(64 << 20);
     let mut live = Vec::new();
     for n in 0..20_000_u32 {
-        // The sum of some uniform numbers is about normal, and the size about log-normal.
+        // The sum of several uniform numbers is about normal, so the size is about log-normal.
         let normal = (0..12).map(|_| random.f64()).sum::<f64>() - 6.0;
         let size = (8192.0 * (1.3 * normal).exp()).clamp(100.0, 262_144.0);
         let page = vec![b'x'; format!("{size:.0}").parse().unwrap()];
@@ -360,7 +360,7 @@ fn most_of_the_segment_is_pages() {
     cache.audit().unwrap();
 }
 
-/// Ends the other threads of a test, also when it fails.
+/// Ends the other threads of a test, also when the test fails.
 struct Finish<'a>(&'a AtomicBool);
 
 impl Drop for Finish<'_> {
@@ -369,7 +369,7 @@ impl Drop for Finish<'_> {
     }
 }
 
-/// Renderers, a writer that purges, and readers at once: once a purge has returned, nobody gets an older page.
+/// Runs renderers, a writer that purges, and readers at the same time: once a purge has returned, no reader gets an older page.
 #[test]
 fn no_page_from_before_a_purge_is_served_after_it() {
     let cache = cache(SMALL);
@@ -429,7 +429,7 @@ fn a_purge_by_prefix_concerns_what_is_there_and_what_is_being_rendered() {
     assert!(!found("/news/1"), "rendered before");
     cache.set("/news/1", "new", &StoreOptions::new()).unwrap();
     assert!(found("/news/1"));
-    // So many more that the table forgets the first; what was rendered before it is turned away all the same.
+    // So many more that the table forgets the first purge; a page rendered before it is rejected all the same.
     (0..40).for_each(|n| cache.purge_prefix(format!("/other/{n}/")));
     cache.set("/news/2", "old", &StoreOptions::new().as_of(before)).unwrap();
     assert!(!found("/news/2") && found("/news/1") && found("/user/1"));
@@ -462,7 +462,7 @@ fn the_sweep_reclaims_what_is_over_without_pressure() {
     cache.audit().unwrap();
 }
 
-/// Whatever stands in the segment: no panic, no endless loop, nothing out of bounds; and it works again after.
+/// Whatever the segment contains: no panic, no endless loop, nothing out of bounds; and the cache works again afterwards.
 #[test]
 fn nonsense_in_the_segment_costs_the_cache_only() {
     let seed = Seed::new();
@@ -475,7 +475,7 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             let _ = cache.set([n], vec![n; random.usize(..3000)], &StoreOptions::new().tags(["t"]));
         }
         for _ in 0..random.u32(1..40) {
-            // All there is behind the scoreboard, locks and members included; half of the time a shard's head.
+            // Overwrites anything after the scoreboard, locks and members included; half of the time a shard's head.
             let at = if random.bool() { random.u64(start..len - 8) } else { shard + random.u64(..512) } / 8 * 8;
             let noise = if random.bool() { random.u64(..) } else { random.u64(..len * 2) };
             cache.segment.map.write(at, &noise.to_le_bytes()).unwrap();
@@ -488,7 +488,7 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             let _ = cache.set([n], vec![n; random.usize(..3000)], &StoreOptions::new());
         }
         cache.sweep_now(1, cache.segment.now_ms());
-        // Whatever is left, an emptied shard is in order, unless a lock or a pin says that we hold it.
+        // Whatever is left, an emptied shard is consistent, unless a lock or a pin names this process as its holder.
         cache.shard(0).unwrap().head.lock.store(0, Ordering::Relaxed);
         let me = cache.segment.member().unwrap().head;
         me.pins.iter().for_each(|pin| pin.store(0, Ordering::Relaxed));

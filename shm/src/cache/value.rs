@@ -1,4 +1,4 @@
-//! What can be kept in the cache: bytes, or a whole page with its status, headers and encoding.
+//! The values that can be stored in the cache: bytes, or a page with its status, headers and encoding.
 
 use super::freshness::Verdict;
 use super::lookup::Tags;
@@ -10,15 +10,15 @@ use crate::cache::{Cache, Rendering, copy_value};
 
 /// A value that the cache can store: `Vec<u8>`, or a [`Page`].
 pub trait CacheValue: Sized {
-    /// What lies in the cache for it: metadata, and the value.
+    /// The parts that are stored: metadata, and the value.
     #[doc(hidden)]
     fn parts(&self) -> (Vec<u8>, &[u8]);
 
-    /// What was kept, from its metadata and value; `None` if that cannot be.
+    /// Restores the value from its stored metadata and bytes; `None` if they are invalid.
     #[doc(hidden)]
     fn from_parts(meta: &[u8], value: Vec<u8>) -> Option<Self>;
 
-    /// Whether it may be kept in a cache that serves it to everybody.
+    /// Whether the value may be stored in a shared cache.
     #[doc(hidden)]
     fn may_be_kept(&self) -> Result<(), StoreError> {
         Ok(())
@@ -40,7 +40,7 @@ impl CacheValue for Page {
         (self.encode_meta(), self.body())
     }
 
-    /// What was stored as mere bytes is a page without headers.
+    /// A value stored as plain bytes is returned as a page without headers.
     fn from_parts(meta: &[u8], value: Vec<u8>) -> Option<Page> {
         if meta.is_empty() { Some(Page::new(value)) } else { Page::decode(meta, value).ok() }
     }
@@ -65,7 +65,7 @@ impl Cache {
     ///
     /// # Errors
     /// Fails if there is no cache, if the page is too large, if its shard is locked by a process that does not release
-    /// it, or if the page may not be stored in a shared cache ([`Page::storable`]).
+    /// it, or if the page must not be stored in a shared cache ([`Page::storable`]).
     pub fn set_page(&self, key: impl AsRef<[u8]>, page: &Page, options: &StoreOptions) -> Result<(), StoreError> {
         page.may_be_kept()?;
         let (meta, value) = page.parts();
@@ -74,7 +74,7 @@ impl Cache {
     }
 }
 
-/// Copies an entry's metadata and value; `None` if the entry does not hold.
+/// Copies an entry's metadata and value; `None` if the entry was overwritten meanwhile.
 pub(crate) fn copy_parts(sight: &Sight<'_, '_>) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut value = Vec::new();
     copy_value(sight, &mut value)?;

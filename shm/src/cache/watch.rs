@@ -1,13 +1,13 @@
-//! How a future waits for another process: a thread looks, about every millisecond, whether the lease it waits for has ended.
+//! Lets a future wait for another process: a thread checks about every millisecond whether the lease has ended.
 //!
-//! One thread for each process, started when a future first waits, and gone when none has waited for a while. It
-//! compares a few words, wakes the wakers of what has changed, and asks the kernel whether the holders live. It knows
-//! nothing of executors.
+//! There is one thread in each process, started when a future first waits, which ends when no future has waited for a while. It
+//! compares a few words, wakes the wakers of leases that have ended, and asks the kernel whether the holders are alive. It does not
+//! depend on an executor.
 //!
-//! A fork copies neither the thread nor a lock in a usable state. So each generation of processes (`fork.rs`) has a watch
-//! of its own, and never touches that of its parent.
+//! A fork copies neither the thread nor a lock in a usable state. So each fork generation (`memory/fork.rs`) has its own watch,
+//! and never touches that of its parent.
 //!
-//! May not: hold its lock while it wakes or drops a waker, or buries: all of that may lead back here.
+//! Must not hold its lock while it wakes or drops a waker, or cleans up after a member: all of these may call back into this file.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,19 +22,19 @@ use super::claim::Ticket;
 use crate::memory::SharedMemory;
 use crate::memory::fork;
 
-/// Between two looks.
+/// Time between two checks.
 const INTERVAL: Duration = Duration::from_millis(1);
-/// The thread ends after so many looks with nobody waiting.
+/// The thread ends after this many checks without a waiting future.
 const IDLE_LOOKS: u32 = 100;
-/// Forks in a line, each by a child of the one before, in all of which futures can wait.
+/// Maximum depth of nested forks in which futures can wait.
 const GENERATIONS: usize = 64;
 
 static WATCHES: [Mutex<Watch>; GENERATIONS] = [const { Mutex::new(Watch::new()) }; GENERATIONS];
 
-/// Who waits in one process.
+/// The waiting futures of one process.
 #[derive(Debug)]
 struct Watch {
-    /// There is a thread.
+    /// The thread exists.
     runs: bool,
     next: u64,
     waiting: BTreeMap<u64, Waiting>,
@@ -46,11 +46,11 @@ struct Waiting {
     waker: Waker,
 }
 
-/// There is nobody to wake a future: no thread is to be had, or there were too many forks.
+/// No thread can wake the future: it could not be started, or there were too many forks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unwatched;
 
-/// Waits until a lease ends, or its ticket does.
+/// Waits until a lease ends, or the time limit of its ticket.
 #[derive(Debug)]
 pub(crate) struct Change {
     state: State,
@@ -68,20 +68,20 @@ impl Watch {
         Watch { runs: false, next: 0, waiting: BTreeMap::new() }
     }
 
-    /// That of this process; `None` after too many forks.
+    /// The watch of this process; `None` after too many forks.
     fn of(generation: u32) -> Option<MutexGuard<'static, Watch>> {
         let watch = WATCHES.get(usize::try_from(generation).ok()?.checked_sub(1)?)?;
         Some(watch.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes out all that there is news for.
+    /// Removes and returns the entries whose lease has ended.
     fn take_changed(&mut self) -> Vec<Waiting> {
         let changed: Vec<u64> =
             self.waiting.iter().filter(|(_, waiting)| !waiting.ticket.is_valid()).map(|(&number, _)| number).collect();
         changed.iter().filter_map(|number| self.waiting.remove(number)).collect()
     }
 
-    /// The members waited for, each once.
+    /// The members that are waited for, without duplicates.
     fn holders(&self) -> Vec<(Arc<SharedMemory>, u32)> {
         let mut holders: Vec<(Arc<SharedMemory>, u32)> = Vec::new();
         for Waiting { ticket, .. } in self.waiting.values() {
@@ -137,12 +137,12 @@ impl Drop for Change {
             && generation == fork::generation()
         {
             let waiting = Watch::of(generation).and_then(|mut watch| watch.waiting.remove(&number));
-            drop(waiting); // the lock is free again
+            drop(waiting); // the lock has been released
         }
     }
 }
 
-/// Adds one who waits, and sees to it that there is a thread.
+/// Adds a waiting future, and starts the thread if needed.
 fn wait(generation: u32, waiting: Waiting) -> Option<u64> {
     let mut watch = Watch::of(generation)?;
     let number = watch.next;
@@ -161,7 +161,7 @@ fn wait(generation: u32, waiting: Waiting) -> Option<u64> {
     None
 }
 
-/// Whether it still waits.
+/// Replaces the waker of a waiting future; `false` if it does not wait any more.
 fn replace_waker(generation: u32, number: u64, mut waker: Waker) -> bool {
     let Some(mut watch) = Watch::of(generation) else { return false };
     let waits = watch.waiting.get_mut(&number);
@@ -174,9 +174,9 @@ fn replace_waker(generation: u32, number: u64, mut waker: Waker) -> bool {
     is_there
 }
 
-/// The thread.
+/// The loop of the thread.
 fn run(generation: u32) {
-    // Signals are for the threads of the program.
+    // Signals are left to the threads of the program.
     let _ = SigSet::all().thread_block();
     let mut idle = 0;
     loop {
@@ -190,7 +190,7 @@ fn run(generation: u32) {
         drop(watch);
         for Waiting { ticket, waker } in changed {
             drop(ticket);
-            // An executor's panic must not cost the others their wake-up.
+            // A panic in one executor must not prevent the other wake-ups.
             let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
         for (inner, holder) in holders {
@@ -218,7 +218,7 @@ mod tests {
         }
     }
 
-    /// One who holds the lease of a key, and one who waits for it.
+    /// Takes the lease of a key, and starts waiting for it.
     fn held_and_waited_for(segment: &Segment, key: u64, deadline_ms: u64) -> (crate::cache::claim::Lease, Change) {
         let inner = &segment.cache().segment;
         let turn = inner.lease_cell(key).unwrap().turn.load(Ordering::SeqCst);
@@ -279,7 +279,7 @@ mod tests {
         let State::Waits { generation, number } = change.state else { panic!("{change:?}") };
         drop(change);
         assert!(!Watch::of(generation).unwrap().waiting.contains_key(&number));
-        // The future held the only other waker, which is given back with it.
+        // The future held the only other waker, which is dropped with it.
         assert_eq!(Arc::strong_count(&wakes), 1);
     }
 

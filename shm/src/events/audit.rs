@@ -1,6 +1,6 @@
-//! Whether the log hangs together: for tests, and for a file that was not closed.
+//! Checks the log for consistency: for tests, and for a file that was not closed.
 //!
-//! May not: write, or believe that nobody else does; what it says counts only if nobody publishes meanwhile.
+//! Must not write. The result is valid only if no process publishes meanwhile.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -8,15 +8,15 @@ use std::sync::atomic::Ordering;
 use super::ring::Record;
 use super::{Events, Log};
 
-/// The id of a topic's latest event, and where it lies.
+/// The id of a topic's latest event, and its position.
 type Latest = HashMap<Box<str>, (u64, u64)>;
 
 impl Events {
-    /// Whether the log is in order: the ids of each topic are dense, and all that is said of records is true. For a time when
-    /// nobody publishes, who would change it meanwhile.
+    /// Checks that the log is consistent: the ids of each topic are dense, and all records are valid. Must not run while another process
+    /// publishes.
     ///
     /// # Errors
-    /// What is wrong.
+    /// Describes the inconsistency.
     pub fn audit(&self) -> Result<(), String> {
         let Some(log) = Log::of(&self.segment) else { return Ok(()) };
         let [floor, linked, head] =
@@ -30,7 +30,7 @@ impl Events {
 }
 
 impl Log<'_> {
-    /// What the topics should know of, and what there is.
+    /// Returns the latest event of each topic up to `linked`, and up to `head`.
     fn audit_ring(&self, floor: u64, linked: u64, head: u64) -> Result<(Latest, Latest), String> {
         let (mut known, mut latest) = (Latest::new(), Latest::new());
         let mut at = floor;
@@ -42,7 +42,7 @@ impl Log<'_> {
             if let Record::Event(lies) = record {
                 let event = self.event(at, &lies).ok_or_else(|| format!("no event at {at}"))?;
                 let follows = match latest.insert(event.topic.clone(), (event.id, at)) {
-                    // The topic was given up, and has come back.
+                    // The topic was replaced, and has come back.
                     Some((id, _)) if lies.before == 0 => id < event.id,
                     Some((id, before)) => id.checked_add(1) == Some(event.id) && before == lies.before,
                     None => event.id > 0 && lies.before < floor,
@@ -63,12 +63,12 @@ impl Log<'_> {
         let mut names = HashSet::new();
         for name in self.topics.names() {
             let (id, at) = self.topics.last(&name).ok_or_else(|| format!("{name} is where nobody finds it"))?;
-            // One that was made again, and has no event yet, knows nothing of its former ones.
+            // A topic that came back, and has no event yet, has no position of its former events.
             let is_at = |events: &Latest| {
                 events.get(&*name).map_or(at < floor, |event| *event == (id, at) || at == 0 && event.0 <= id)
             };
             let newest = latest.get(&*name).filter(|newest| known.get(&*name) != Some(newest));
-            // A publisher that died may have told the position, and not the id.
+            // A publisher that died may have stored the position, and not the id.
             let is_half_told = newest.is_some_and(|&(newest, place)| place == at && newest == id + 1);
             if !(is_at(known) || is_at(latest) || is_half_told) {
                 return Err(format!("{name} is at {:?} and not at {:?}", latest.get(&*name), (id, at)));

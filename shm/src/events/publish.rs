@@ -1,14 +1,14 @@
-//! Publishing: one event, whole or not at all.
+//! Publishes an event, completely or not at all.
 //!
-//! | killed | what the others see |
+//! | killed while | what the other processes find |
 //! |---|---|
-//! | making a topic | a cell without a topic, which stays so until the table is full; or the topic, without events |
-//! | raising the floor | the oldest events are gone; nothing is written where they were |
-//! | writing beyond the head | nothing: it is overwritten |
-//! | the head raised, the topic not told | the event; the next publisher tells the topic |
-//! | before waking who sleeps | the event; who sleeps is woken by the next publisher, or the end of its time |
+//! | creating a topic | a cell without a topic, which stays unused until the table is full; or the topic, without events |
+//! | raising the floor | the oldest events are gone; nothing is written in their place |
+//! | writing beyond the head | nothing: the bytes are overwritten |
+//! | the head raised, the topic's cell not updated | the event; the next publisher updates the cell |
+//! | before waking sleeping readers | the event; they are woken by the next publisher, or by their timeout |
 //!
-//! May not: wait for readers, or hold the lock across a system call.
+//! Must not wait for readers, or hold the lock across a system call.
 
 use std::fmt;
 use std::sync::atomic::{Ordering, fence};
@@ -29,17 +29,17 @@ use crate::protocols::told;
 pub enum PublishError {
     /// There is no event log.
     Off,
-    /// That is no name for a topic.
+    /// The topic name is invalid.
     BadTopic,
-    /// Name and data have more bytes than this.
+    /// Name and data are too long together.
     TooLong {
-        /// The most.
+        /// The maximum length in bytes.
         most: u64,
     },
-    /// The log has no room for any topic. (Among topics there is always room for another: the one that was idle for longest makes
-    /// it.)
+    /// The log is too small for any topic. (A log with topics always has room for another one, which replaces the topic that was idle for
+    /// longest.)
     TooManyTopics {
-        /// The most.
+        /// The maximum number of topics.
         most: u64,
     },
     /// A process that is stopped holds the log's lock, or this one cannot take part in the locking (no `/proc`, too many
@@ -74,10 +74,10 @@ impl std::error::Error for PublishError {}
 impl Events {
     /// Publishes an event, and returns its id. `name` is the kind of event, and may be empty.
     ///
-    /// Waits up to 20 ms for other publishers, not at all while one of them is known to stand still, and never for readers.
+    /// Waits up to 20 ms for other publishers, not at all while one of them is known to be stopped, and never for readers.
     ///
     /// # Errors
-    /// See [`PublishError`]; nothing has happened then.
+    /// See [`PublishError`]; in this case nothing has been published.
     pub fn publish(&self, topic: &str, name: &str, data: &[u8]) -> Result<u64, PublishError> {
         if self.segment.map.is_lost() {
             return Err(PublishError::Lost);
@@ -101,14 +101,14 @@ impl Events {
             announce(log.head);
         }
         if self.segment.map.is_lost() {
-            return Err(PublishError::Lost); // it was published to this process alone
+            return Err(PublishError::Lost); // only this process would see the event
         }
         outcome.ok_or(PublishError::TooManyTopics { most: self.segment.geometry.topics })
     }
 }
 
 impl SharedMemory {
-    /// As with a shard: after a wait in vain nobody waits for the living until somebody got the lock again.
+    /// As for a shard: after a timeout, no caller waits for a living owner until the lock has been taken again.
     fn lock_events(&self, head: &EventsHead) -> bool {
         let suspect = head.suspect.load(Ordering::Relaxed) != 0;
         let Some(from_the_dead) = self.take_lock(&head.lock, suspect) else {
@@ -125,7 +125,7 @@ impl SharedMemory {
     }
 }
 
-/// Wakes who waits for events.
+/// Wakes the readers that wait for events.
 fn announce(head: &EventsHead) {
     let Some(before) = head.bell().ring() else { return };
     crash::point("event: counted");
@@ -134,9 +134,9 @@ fn announce(head: &EventsHead) {
     head.bell().all_woken(before);
 }
 
-/// What is done under the lock.
+/// The operations that require the lock.
 impl Log<'_> {
-    /// `None` if there is no room for the topic.
+    /// Returns `None` if there is no room for the topic.
     fn publish(&self, topic: &str, name: &str, data: &[u8], published_us: u64) -> Option<u64> {
         self.check();
         self.link();
@@ -160,7 +160,7 @@ impl Log<'_> {
         Some(id)
     }
 
-    /// Raises the floor until all up to `end` fits into the ring.
+    /// Raises the floor until everything up to `end` fits into the ring.
     fn make_room(&self, end: u64) {
         let head = self.head.head.load(Ordering::Relaxed);
         let mut floor = self.head.floor.load(Ordering::Relaxed);
@@ -172,7 +172,7 @@ impl Log<'_> {
                     evicted += u64::from(matches!(record, Record::Event(_)));
                 }
                 None => {
-                    // Not by a death: somebody has written over it.
+                    // Not the effect of a death: the log was overwritten.
                     self.head.counters.restarts.fetch_add(1, Ordering::Relaxed);
                     floor = head;
                 }
@@ -180,11 +180,11 @@ impl Log<'_> {
         }
         self.head.counters.evicted.fetch_add(evicted, Ordering::Relaxed);
         self.head.floor.store(floor, Ordering::Release);
-        // Whoever reads something that is written from here on sees that the floor has passed.
+        // A reader that sees anything written from here on also sees that the floor has passed.
         fence(Ordering::Release);
     }
 
-    /// Tells the topics of the events that they do not know of yet: the one just published, or one whose publisher died.
+    /// Updates the topics' cells for the events beyond `linked`: the event just published, or one whose publisher died.
     fn link(&self) {
         let head = self.head.head.load(Ordering::Relaxed);
         let mut at = self.head.linked.load(Ordering::Relaxed);
@@ -201,7 +201,7 @@ impl Log<'_> {
         crash::point("link: done");
     }
 
-    /// Empties the log if its positions cannot be.
+    /// Empties the log if its positions are invalid.
     fn check(&self) {
         let [floor, head, linked] =
             [&self.head.floor, &self.head.head, &self.head.linked].map(|position| position.load(Ordering::Relaxed));

@@ -1,27 +1,27 @@
-//! Reading, without a lock: by topic, from an id on, and all topics as they come.
+//! Reads events without a lock: by topic from an id on, or all topics in the order of publication.
 //!
-//! What was read counts if the floor has not passed it until then: only what lies below the floor is ever written again.
+//! What was read is valid if the floor has not passed it until then: only bytes below the floor are overwritten.
 //!
-//! May not: write anything shared, wait, or hand out what has not been looked at again.
+//! Must not write anything shared, wait, or return an event without checking the floor afterwards.
 
 use std::sync::atomic::{Ordering, fence};
 
 use super::ring::{Lies, Record};
 use super::{Events, Log};
 
-/// Something that was published.
+/// A published event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Event {
-    /// Where.
+    /// The topic it was published to.
     pub topic: Box<str>,
-    /// The how-manieth of its topic; counts from 1.
+    /// The number of the event in its topic, counting from 1.
     pub id: u64,
-    /// What kind of event; may be empty.
+    /// The kind of event; may be empty.
     pub name: Box<str>,
-    /// Any bytes.
+    /// The content: any bytes.
     pub data: Vec<u8>,
-    /// Microseconds since 1970, by the clock of the machine.
+    /// When it was published, in microseconds since 1970, by the system's clock.
     pub published_us: u64,
 }
 
@@ -29,37 +29,37 @@ pub struct Event {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Since {
-    /// The oldest first, their ids without a gap.
+    /// The events, the oldest first, their ids without a gap.
     pub events: Vec<Event>,
-    /// So many between the id and the first of these are in the log no more: at most so many, if the topic was given up
-    /// meanwhile and has come back.
+    /// The number of events between the requested id and the first of `events` that are no longer in the log; an upper bound, if the topic
+    /// was replaced and has come back meanwhile.
     pub missed: u64,
 }
 
-/// Reads the events of all topics as they come.
+/// A reader of the events of all topics, in the order of publication.
 #[derive(Clone, Debug)]
 pub struct Tail {
     events: Events,
     position: u64,
 }
 
-/// What comes next.
+/// The result of [`Tail::next`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Tailed {
     /// An event.
     Event(Event),
-    /// Events that came next are in the log no more: the ids of those that follow tell how many of each topic.
+    /// The next events are no longer in the log. The ids of the following events show how many are missing in each topic.
     Gap,
-    /// There is nothing yet.
+    /// There is no further event yet.
     CaughtUp,
 }
 
 impl Events {
-    /// The id of the latest event of a topic. Of one that the log does not know it is the highest that any topic had which
-    /// was given up, for this one may be of those: 0 as long as there was none.
+    /// The id of the latest event of a topic. For a topic that is not in the table, the highest id of any replaced topic, because the topic
+    /// may be one of them; 0 if no topic was replaced.
     pub fn last_id(&self, topic: &str) -> u64 {
         let Some(log) = Log::of(&self.segment) else { return 0 };
-        // First, for what is published later needs not be known.
+        // Read first: an event published later need not be included.
         let unlinked = log.unlinked(topic, 0);
         let known = log.last(topic).0;
         unlinked.last().map_or(known, |event| known.max(event.id))
@@ -74,14 +74,14 @@ impl Events {
 
     /// The events of a topic whose ids are above `after`, at most `most` of them: the oldest.
     ///
-    /// It walks back over all of them, and so costs as much as there are: who wants them piece by piece has
+    /// Walks back over all of them, so the cost is proportional to their number. To read them piece by piece, use
     /// [`Events::since_at`].
     pub fn since(&self, topic: &str, after: u64, most: usize) -> Since {
         self.since_at(topic, after, most, &mut 0)
     }
 
-    /// As [`Events::since`], for who asks again and again, each time for what came after the last answer: `place` says where
-    /// in the log that ended, so that this one goes on there. 0 at first; any other number that it was not set to does no harm.
+    /// Like [`Events::since`], for repeated calls, each for the events after the last result. `place` stores the position in the log at
+    /// which the last result ended, so that the next call continues there. Initially 0; any other value is harmless.
     pub fn since_at(&self, topic: &str, after: u64, most: usize, place: &mut u64) -> Since {
         let Some(log) = Log::of(&self.segment) else { return Since::default() };
         if let Some((events, last)) = log.onwards(topic, after, most, *place) {
@@ -93,7 +93,7 @@ impl Events {
         log.since(topic, after, most, place).unwrap_or_else(lost)
     }
 
-    /// A reader of what is published from now on.
+    /// Returns a reader of the events published from now on.
     pub fn tail(&self) -> Tail {
         let position = self.segment.events_head().map_or(0, |head| head.head.load(Ordering::Acquire));
         Tail { events: self.clone(), position }
@@ -101,7 +101,7 @@ impl Events {
 }
 
 impl Tail {
-    /// What comes next.
+    /// Returns the next event, if there is one.
     #[expect(clippy::should_implement_trait, reason = "it never ends")]
     pub fn next(&mut self) -> Tailed {
         let Some(log) = Log::of(&self.events.segment) else { return Tailed::CaughtUp };
@@ -123,7 +123,7 @@ impl Tail {
                         return Tailed::Event(event);
                     }
                 }
-                // Overtaken; or somebody has written over the log, who would keep us here for ever.
+                // Either the floor has passed the position, or the log was overwritten, which must not keep this loop running for ever.
                 _ => {
                     self.position = if floor > self.position && self.position < head { floor } else { head };
                     return Tailed::Gap;
@@ -134,13 +134,13 @@ impl Tail {
 }
 
 impl Log<'_> {
-    /// The floor, after all that was read so far.
+    /// The floor, read after everything that was read so far.
     fn floor_now(&self) -> u64 {
         fence(Ordering::Acquire);
         self.head.floor.load(Ordering::Acquire)
     }
 
-    /// A copy of an event. It counts if the floor does not pass it meanwhile.
+    /// A copy of an event, valid if the floor does not pass it meanwhile.
     pub(super) fn event(&self, position: u64, lies: &Lies) -> Option<Event> {
         let bytes = self.ring.copy(position, lies)?;
         let (topic, rest) = bytes.split_at_checked(usize::try_from(lies.topic_len).ok()?)?;
@@ -150,7 +150,7 @@ impl Log<'_> {
         Some(Event { topic, id: lies.id, name, data: data.to_vec(), published_us: lies.published_us })
     }
 
-    /// The events of a topic above an id that its cell may not know of yet: one, but for a dead publisher's.
+    /// The events of a topic above an id that may not be in its cell yet: at most one, unless a publisher died.
     fn unlinked(&self, topic: &str, after: u64) -> Vec<Event> {
         let mut at = self.head.linked.load(Ordering::Acquire);
         let head = self.head.head.load(Ordering::Acquire);
@@ -164,7 +164,7 @@ impl Log<'_> {
                 _ => None,
             };
             if self.floor_now() > at {
-                break; // so its cell knows of it by now; and what was read may be anything
+                break; // so its cell is up to date by now; and the bytes read may be invalid
             }
             events.extend(event);
             let Some(record) = record else { break };
@@ -173,9 +173,9 @@ impl Log<'_> {
         events
     }
 
-    /// The id of a topic's latest event, and the position of that one or of a later one; 0 if there is none.
+    /// The id of a topic's latest event, and the position of that event or of a later one; 0 if there is none.
     fn last(&self, topic: &str) -> (u64, u64) {
-        // First: a topic that comes into being meanwhile begins above it.
+        // Read first: a topic that is created meanwhile begins above it.
         let retired = self.head.retired.load(Ordering::Acquire);
         self.topics.last(topic).unwrap_or((retired, 0))
     }
@@ -195,7 +195,7 @@ impl Log<'_> {
         }
     }
 
-    /// What lies at a position, if that is an event of this topic.
+    /// The event at a position, if it is an event of this topic.
     fn lies(&self, at: u64, topic: &str) -> Option<Lies> {
         match self.ring.record(at, self.head.head.load(Ordering::Acquire))? {
             Record::Event(lies) if self.ring.is_of(at, &lies, topic) => Some(lies),
@@ -203,8 +203,8 @@ impl Log<'_> {
         }
     }
 
-    /// The events of a topic after an id, whose own event, or one before it, is at `place`; and where the last of them is. `None`
-    /// if they are not to be had from there on, or there are none.
+    /// The events of a topic after an id, searched forwards from `place`, the position of the event with this id or of an earlier event.
+    /// Also returns the position of the last event. `None` if the events cannot be read from there, or there are none.
     fn onwards(&self, topic: &str, after: u64, most: usize, place: u64) -> Option<(Vec<Event>, u64)> {
         let (mut at, mut last) = (place, place);
         let head = self.head.head.load(Ordering::Acquire);
@@ -218,11 +218,11 @@ impl Log<'_> {
                 _ => None,
             };
             if self.floor_now() > at {
-                return None; // what was read may be anything
+                return None; // the bytes read may be invalid
             }
             if let Some(event) = event {
                 if event.id != after + 1 + events.len() as u64 {
-                    return None; // the topic was given up meanwhile; or this was no place of its events
+                    return None; // the topic was replaced meanwhile; or `place` was not the position of one of its events
                 }
                 last = at;
                 events.push(event);
@@ -232,17 +232,17 @@ impl Log<'_> {
         (!events.is_empty()).then_some((events, last))
     }
 
-    /// By the links from each event to the one before it. Sets `place` to that of the last of them. `None` if what is there
-    /// makes no sense.
+    /// Follows the links from each event to the previous one. Sets `place` to the position of the last event. `None` if the links are
+    /// inconsistent.
     fn since(&self, topic: &str, after: u64, most: usize, place: &mut u64) -> Option<Since> {
-        // First: what is told to its cell meanwhile is found twice, and not missed.
+        // Read first: an event that is added to its cell meanwhile is found twice, and not missed.
         let unlinked = self.unlinked(topic, after);
         let (last_id, mut at) = self.last(topic);
         let mut places = Vec::new();
         while at != 0 && at >= self.head.floor.load(Ordering::Acquire) {
             let lies = self.lies(at, topic);
             if self.floor_now() > at {
-                break; // it has made room meanwhile, and so have those before it
+                break; // evicted meanwhile, and so are the events before it
             }
             let lies = lies?;
             if lies.id <= after {
@@ -258,7 +258,7 @@ impl Log<'_> {
             }
             let event = self.lies(at, topic).and_then(|lies| self.event(at, &lies));
             if self.floor_now() > at {
-                events.clear(); // this one and those before it have made room
+                events.clear(); // this event and those before it were evicted
                 continue;
             }
             events.push(event?);

@@ -1,9 +1,9 @@
-//! Records in the ring: where they lie, and what is believed of them.
+//! Reads and writes records in the ring, and checks what is read.
 //!
-//! A position is endless; its place in the ring is the remainder. A record never goes over the ring's end: a pad fills what is
+//! A position is endless; its place in the ring is the remainder. A record never crosses the ring's end: a pad fills the space
 //! left there.
 //!
-//! May not: believe a length before it is checked, or decide whether what was read is still true.
+//! Must not trust a length before it is checked, or decide whether what was read is still valid.
 
 use std::sync::atomic::Ordering;
 
@@ -17,14 +17,14 @@ pub(super) struct Ring<'a> {
     len: u64,
 }
 
-/// What the head of a record said when it was read.
+/// The head of a record, as it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Record {
     Pad { size: u64 },
     Event(Lies),
 }
 
-/// An event, and where its parts lie in it.
+/// An event, and the location of its parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Lies {
     pub(super) size: u64,
@@ -73,7 +73,7 @@ impl<'a> Ring<'a> {
         self.len
     }
 
-    /// Bytes from a position to the ring's end.
+    /// The number of bytes from a position to the ring's end.
     pub(super) fn left_from(&self, position: u64) -> u64 {
         self.len - position % self.len
     }
@@ -82,7 +82,7 @@ impl<'a> Ring<'a> {
         self.at + position % self.len
     }
 
-    /// The record at a position, if it can be one that ends at `head` or before.
+    /// The record at a position, if it is valid and ends at or before `head`.
     pub(super) fn record(&self, position: u64, head: u64) -> Option<Record> {
         let record: &RecordHead = self.map.at(self.offset(position))?;
         let size = u64::from(record.size.load(Ordering::Relaxed));
@@ -124,7 +124,7 @@ impl<'a> Ring<'a> {
         lies.topic_len == topic.len() as u64 && self.map.equals(at, topic.as_bytes()) == Some(true)
     }
 
-    /// Copies topic, name and data, one behind the other.
+    /// Copies topic, name and data, one after the other.
     pub(super) fn copy(&self, position: u64, lies: &Lies) -> Option<Vec<u8>> {
         let length = lies.topic_len + lies.name_len + lies.data_len;
         let mut bytes = Vec::with_capacity(usize::try_from(length).ok()?);
@@ -132,7 +132,7 @@ impl<'a> Ring<'a> {
         Some(bytes)
     }
 
-    /// Writes a pad, where nobody reads yet.
+    /// Writes a pad at a position that no reader looks at yet.
     pub(super) fn write_pad(&self, position: u64, size: u64) -> Option<()> {
         let record: &RecordHead = self.map.at(self.offset(position))?;
         record.size.store(u32::try_from(size).ok()?, Ordering::Relaxed);
@@ -140,7 +140,7 @@ impl<'a> Ring<'a> {
         Some(())
     }
 
-    /// Writes an event, where nobody reads yet.
+    /// Writes an event at a position that no reader looks at yet.
     pub(super) fn write(&self, position: u64, draft: &Draft<'_>) -> Option<()> {
         let event: &EventHead = self.map.at(self.offset(position))?;
         let length = |part: usize| u32::try_from(part).ok();

@@ -116,7 +116,7 @@ fn a_topic_that_comes_back_uses_no_id_twice() {
     events.audit().unwrap();
 }
 
-/// A publisher that makes ever new topics takes nobody's place who goes on publishing, and refuses nobody.
+/// A publisher that keeps creating topics does not replace a topic that is still published to, and is never refused.
 #[test]
 fn a_flood_of_topics_locks_nobody_out() {
     let events = log_of(1 << 20);
@@ -132,7 +132,7 @@ fn a_flood_of_topics_locks_nobody_out() {
     }
     let since = events.since("prices", 0, 1000);
     assert_eq!((ids(&since.events), since.missed), ((1..next).collect(), 0));
-    // Those of the flood that were given up are in the log still.
+    // The events of the replaced topics are still in the log.
     let mut flood = 0;
     loop {
         match tail.next() {
@@ -155,7 +155,7 @@ fn who_sleeps_is_woken_by_the_next_event_or_the_end_of_his_time() {
     let seen = events.sequence();
     std::thread::scope(|scope| {
         let sleepers: Vec<_> = (0..4).map(|_| scope.spawn(|| events.wait(seen, Duration::from_secs(600)))).collect();
-        std::thread::sleep(Duration::from_millis(20)); // so that some of them sleep, most often
+        std::thread::sleep(Duration::from_millis(20)); // so that some of them usually sleep
         events.publish("a", "", b"").unwrap();
         for sleeper in sleepers {
             assert_ne!(sleeper.join().unwrap(), seen);
@@ -167,7 +167,7 @@ fn who_sleeps_is_woken_by_the_next_event_or_the_end_of_his_time() {
 fn readers_beside_publishers_never_see_anything_torn() {
     let events = small();
     let done = std::sync::atomic::AtomicBool::new(false);
-    let mut tail = events.tail(); // before there is anything to miss
+    let mut tail = events.tail(); // before any event could be missed
     std::thread::scope(|scope| {
         let publishers: Vec<_> = (0..2)
             .map(|publisher| {
@@ -236,7 +236,7 @@ fn nothing_is_said_to_be_missing_that_is_there() {
             by_since += since.events.len() as u64;
             let last = events.last_id("a");
             assert!(last >= by_since && last >= by_last, "{last}, after {by_since} and {by_last}");
-            (by_since, by_last) = (last, last); // so that the next look is at what is published just now
+            (by_since, by_last) = (last, last); // so that the next check is for what is published now
         }
     });
 }
@@ -252,7 +252,7 @@ fn a_log_that_was_written_over_is_emptied_and_counted() {
         }
         let geometry = segment.inner.geometry;
         let most = if round % 2 == 0 { 192 } else { geometry.total - geometry.events_at - 8 };
-        // Beside the lock, which names a process that lives by bad luck only.
+        // Except the lock: random bytes may name a living process as its owner.
         let at = geometry.events_at + 4 + random.u64(..most);
         segment.inner.map.write(at, &random.u64(..).to_le_bytes()[..random.usize(1..=4)]).unwrap();
         let mut tail = events.tail();
@@ -266,7 +266,7 @@ fn a_log_that_was_written_over_is_emptied_and_counted() {
     }
 }
 
-/// Whoever goes on where he was gets what he would get by asking anew, whatever was published and forgotten meanwhile.
+/// A reader that continues at its place gets what a new search returns, whatever was published and evicted meanwhile.
 #[test]
 fn piece_by_piece_it_is_the_same() {
     const TOPICS: [&str; 3] = ["a", "b", "c"];
@@ -284,7 +284,7 @@ fn piece_by_piece_it_is_the_same() {
             let most = random.usize(..6);
             let before = *place;
             if random.u8(..20) == 0 {
-                *place = random.u64(..) & !63; // what it was never told
+                *place = random.u64(..) & !63; // a value that `since_at` never set
             }
             let since = events.since_at(topic, *after, most, place);
             assert_eq!(since, events.since(topic, *after, most), "seed {seed}");

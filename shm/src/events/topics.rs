@@ -1,11 +1,11 @@
-//! The table of topics: which there are, and where the latest event of each lies.
+//! The table of topics, with the position of the latest event of each.
 //!
-//! A topic is looked for from the cell that its hash names, up to one that was never used. A cell that is given up, or that
-//! somebody died writing, stays marked as such, so that nobody stops looking there.
+//! The search for a topic begins at the cell that its hash selects, and ends at a cell that was never used. A cell whose topic was
+//! replaced, or whose writer died, stays marked as used, so that no search ends there.
 //!
-//! Readers look without a lock, and look once more at the name when they have read what the cell says of it.
+//! Readers search without a lock, and check the name again after they have read the cell.
 //!
-//! May not: wait, or refuse a topic because others have come before it.
+//! Must not wait, or refuse a topic because other topics fill the table.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -17,7 +17,7 @@ use crate::memory::layout::{EVENTS_HEAD, EventsHead, TOPIC_BYTES, TOPIC_CELL, To
 use crate::memory::map::Map;
 use crate::protocols::told;
 
-/// The length of a topic in a cell that has none.
+/// The length stored in a used cell without a topic.
 const GIVEN_UP: u32 = u32::MAX;
 const TEXT_AT: u64 = 32;
 
@@ -34,7 +34,7 @@ impl<'a> Topics<'a> {
         Some(Topics { map: &segment.map, at, cells: segment.map.slice(at, segment.geometry.topics)? })
     }
 
-    /// A topic's name as it may be: 1 to 128 bytes, no control characters.
+    /// Whether a name is valid: 1 to 128 bytes, no control characters.
     pub(super) fn is_name(topic: &str) -> bool {
         (1..=TOPIC_BYTES).contains(&topic.len()) && !topic.chars().any(char::is_control)
     }
@@ -59,18 +59,18 @@ impl<'a> Topics<'a> {
     pub(super) fn last(&self, topic: &str) -> Option<(u64, u64)> {
         let (number, cell) = self.search(topic).0?;
         let last = told::told(&cell.last_id, &cell.last_at);
-        // If that was another topic's already, the name is seen to be gone.
+        // If the cell belonged to another topic by then, the check of the name fails.
         self.is(number, cell, topic, xxh3_64(topic.as_bytes())).then_some(last)
     }
 
-    /// Whether a cell has this topic.
+    /// Whether a cell contains this topic.
     fn is(&self, number: u32, cell: &TopicCell, topic: &str, hash: u64) -> bool {
         cell.length.load(Ordering::Acquire) as usize == topic.len()
             && cell.hash.load(Ordering::Relaxed) == hash
             && self.map.equals(self.text_at(number.into()), topic.as_bytes()) == Some(true)
     }
 
-    /// Where a topic is, and if it is nowhere, the cell at which the search ended because it was never used.
+    /// The cell of a topic; if there is none, the never-used cell at which the search ended.
     fn search(&self, topic: &str) -> (Option<(u32, &'a TopicCell)>, Option<u32>) {
         let hash = xxh3_64(topic.as_bytes());
         let count = self.cells.len();
@@ -88,8 +88,8 @@ impl<'a> Topics<'a> {
         (None, None)
     }
 
-    /// Where a topic is; if it is new, a place is made for it, that of the topic that was idle for longest if there is no other.
-    /// `None` if the table has no cells, or lies outside of the memory. Under the lock, and when all topics know of their events.
+    /// Returns the cell of a topic. A new topic gets a free cell, or replaces the topic that was idle for longest. `None` if the table has
+    /// no cells, or lies outside of the memory. Requires the lock, and cells that are up to date.
     pub(super) fn find_or_make(&self, topic: &str, head: &EventsHead) -> Option<(u32, &'a TopicCell)> {
         let (found, unused) = self.search(topic);
         if found.is_some() {
@@ -106,7 +106,7 @@ impl<'a> Topics<'a> {
             crash::point("topic: retired");
         }
         cell.length.store(GIVEN_UP, Ordering::Release);
-        // Whoever reads something that is written from here on sees that the name is gone.
+        // A reader that sees anything written from here on also sees that the name is gone.
         fence(Ordering::Release);
         crash::point("topic: cell taken");
         cell.last_at.store(0, Ordering::Relaxed);
@@ -119,7 +119,7 @@ impl<'a> Topics<'a> {
         Some((index, cell))
     }
 
-    /// A cell without a topic, or else the one whose last event is the oldest, be it in the log still or not.
+    /// A cell without a topic, or else the cell whose last event is the oldest, whether that event is still in the log or not.
     fn idle_longest(&self) -> Option<u32> {
         let last_at = |cell: &TopicCell| match cell.length.load(Ordering::Relaxed) {
             GIVEN_UP => 0,

@@ -1,4 +1,4 @@
-//! The time all processes of the machine agree on, in milliseconds.
+//! Reads a clock, in milliseconds, that is the same for all processes of the machine.
 
 use nix::time::{ClockId, clock_gettime};
 

@@ -1,4 +1,4 @@
-//! Why a segment cannot be used.
+//! The reasons why a segment cannot be used.
 
 use std::io;
 
@@ -10,37 +10,37 @@ use super::memory_limit;
 pub enum SegmentError {
     /// The requested cache is too small to be useful.
     CacheTooSmall {
-        /// Bytes asked for.
+        /// Requested size in bytes.
         asked: u64,
         /// The smallest size possible.
         least: u64,
     },
     /// The requested event log is too small to be useful.
     LogTooSmall {
-        /// Bytes asked for.
+        /// Requested size in bytes.
         asked: u64,
         /// The smallest size possible.
         least: u64,
     },
     /// More scoreboard rows were requested than a segment can have.
     TooManyRows {
-        /// Rows asked for.
+        /// Requested number of rows.
         asked: u32,
-        /// The most possible.
+        /// The maximum number of rows.
         most: u32,
     },
-    /// A segment that exists has fewer scoreboard rows than the plan asks for.
+    /// An existing segment has fewer scoreboard rows than the plan requests.
     TooFewRows {
-        /// Rows that the segment has.
+        /// Number of rows in the segment.
         rows: u32,
-        /// Rows asked for.
+        /// Requested number of rows.
         asked: u32,
     },
     /// The requested maximum entry does not fit into a shard of the cache.
     EntryTooLarge {
-        /// Bytes asked for.
+        /// Requested size in bytes.
         asked: u64,
-        /// The most possible with a cache of this size.
+        /// The maximum for a cache of this size, in bytes.
         most: u64,
     },
     /// The machine does not have enough memory.
@@ -92,7 +92,7 @@ pub enum SegmentError {
     },
 }
 
-/// A size as people read it.
+/// A size in MiB, for messages.
 struct Mebibytes(u64);
 
 impl std::fmt::Display for Mebibytes {

@@ -1,27 +1,27 @@
-//! What a child of fork(2) has to forget: it inherits the memory of a process that holds things in its own name.
+//! Makes a child of fork(2) drop what belongs to its parent: the child inherits the memory of a process that holds locks.
 //!
-//! A handler registered with pthread_atfork(3) runs in each child. It counts up [`generation`], by which everything claimed
-//! before is known to be the parent's, and closes the descriptors by whose locks the parent is known to live:
+//! A handler registered with pthread_atfork(3) runs in each child. It increments [`generation`], by which everything claimed
+//! earlier is recognized as the parent's, and closes the descriptors whose locks show that the parent is alive:
 //! otherwise a parent would seem to be alive as long as one of its children is.
 #![expect(unsafe_code, reason = "pthread_atfork")]
 
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
-/// Segments that one process may be a member of at the same time.
+/// Maximum number of segments that one process can be a member of at the same time.
 const MOST: usize = 256;
 const NONE: i32 = -1;
 
 static GENERATION: AtomicU32 = AtomicU32::new(1);
 static DESCRIPTORS: [AtomicI32; MOST] = [const { AtomicI32::new(NONE) }; MOST];
-/// Held from the opening of a descriptor until it is in the list, from its removal until it is closed, and during a fork: so
-/// that no child has one that is not in the list.
+/// Held from the opening of a descriptor until it is in the list, from its removal until it is closed, and during a fork, so
+/// that no child has a descriptor that is not in the list.
 static LISTING: AtomicBool = AtomicBool::new(false);
-/// The thread that forks holds the list.
+/// The thread that forks holds [`LISTING`].
 static FORKING: AtomicBool = AtomicBool::new(false);
 /// Some tenths of a second.
 const MAX_SPINS: u32 = 10_000_000;
-/// Whether the handlers are registered: not yet, somebody is at it, or what came of it.
+/// Whether the handlers are registered: not yet, in progress, or the result.
 static REGISTERED: AtomicU32 = AtomicU32::new(NOT_YET);
 
 const NOT_YET: u32 = 0;
@@ -29,22 +29,22 @@ const UNDER_WAY: u32 = 1;
 const WORKS: u32 = 2;
 const FAILED: u32 = 3;
 
-/// Another number in each process of a line of forks; never 0.
+/// A number that differs in each process of a chain of forks; never 0.
 #[inline]
 pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Registers the handlers, once for a process and its children: by whoever makes or attaches a segment, when there are few
-/// threads yet.
+/// Registers the handlers, once for a process and its children. Called when a segment is created or attached, while there are few
+/// threads.
 pub(crate) fn watch() {
     if REGISTERED.compare_exchange(NOT_YET, UNDER_WAY, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
         REGISTERED.store(if register() { WORKS } else { FAILED }, Ordering::Release);
     }
 }
 
-/// A descriptor that children do not get. Not closed on drop, but by [`Private::close`], as it does not know whether this
-/// is still the process that opened it.
+/// A descriptor that children do not keep. Closed by [`Private::close`] rather than on drop, because a drop may run in a child of the
+/// process that opened it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Private(pub(crate) u32);
 
@@ -66,21 +66,21 @@ impl Private {
         let free = |place: &AtomicI32| place.compare_exchange(NONE, raw, Ordering::AcqRel, Ordering::Relaxed).is_ok();
         let place = DESCRIPTORS.iter().position(free);
         if place.is_none() {
-            // SAFETY: taken out of an `OwnedFd` above, and kept nowhere.
+            // SAFETY: taken out of an `OwnedFd` above, and stored nowhere else.
             drop(unsafe { OwnedFd::from_raw_fd(raw) });
         }
         place.and_then(|place| u32::try_from(place).ok()).map(Private)
     }
 
-    /// The descriptor, in the process that opened it, and until it is closed.
+    /// The descriptor, if this process opened it and has not closed it.
     pub(crate) fn get<'a>(self) -> Option<BorrowedFd<'a>> {
         let raw = DESCRIPTORS.get(self.0 as usize)?.load(Ordering::Acquire);
-        // SAFETY: what is in the list is open, as it is taken from the list before it is closed; the caller (`member.rs`)
-        // closes it in `drop` only, when nobody can have borrowed it any more.
+        // SAFETY: a descriptor in the list is open, because it is removed from the list before it is closed; the caller (`members.rs`)
+        // closes it only in `drop`, when no borrow of it can exist any more.
         (raw != NONE).then(|| unsafe { BorrowedFd::borrow_raw(raw) })
     }
 
-    /// Closes the descriptor, by the process that opened it.
+    /// Closes the descriptor, in the process that opened it.
     pub(crate) fn close(self) {
         begin_listing();
         self.close_listed();
@@ -90,13 +90,13 @@ impl Private {
     fn close_listed(self) {
         let raw = DESCRIPTORS.get(self.0 as usize).map_or(NONE, |place| place.swap(NONE, Ordering::AcqRel));
         if raw != NONE {
-            // SAFETY: it was put into the list out of an `OwnedFd`, and this has just taken it from there.
+            // SAFETY: it came from an `OwnedFd` into the list, and was removed from the list just now.
             drop(unsafe { OwnedFd::from_raw_fd(raw) });
         }
     }
 }
 
-/// Held for a system call or two, so waiting is short; and nobody dies with it but with the whole process.
+/// The lock is held for a system call or two, so waiting is short; it is private to the process, so its holder cannot die alone.
 fn begin_listing() {
     while LISTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
         std::hint::spin_loop();
@@ -107,14 +107,14 @@ fn end_listing() {
     LISTING.store(false, Ordering::Release);
 }
 
-/// Has every child of fork forget what is its parent's; whether that worked.
+/// Registers the handlers for fork; returns whether that worked.
 #[cfg(not(miri))]
 fn register() -> bool {
     // SAFETY: the handlers touch static atomics and call close(2): all of it async-signal-safe.
     unsafe { libc::pthread_atfork(Some(before_fork), Some(in_parent), Some(in_child)) == 0 }
 }
 
-/// Miri knows no fork.
+/// Miri does not support fork.
 #[cfg(miri)]
 fn register() -> bool {
     let _ = (before_fork, in_parent, in_child);
@@ -122,7 +122,7 @@ fn register() -> bool {
 }
 
 extern "C" fn before_fork() {
-    // A handler of a signal may fork while its own thread holds the list: that must not wait for ever, and risks no more than
+    // A signal handler may fork while its own thread holds the list. That must not wait for ever; the risk is only
     // a child that keeps a descriptor.
     let free = |_: &u32| {
         std::hint::spin_loop();

@@ -1,11 +1,11 @@
-//! Waiting for a word in shared memory to change: futex(2), between processes.
+//! Waits for a word in shared memory to change: futex(2), between processes.
 #![expect(unsafe_code, reason = "the fence around futex(2), which libc does not wrap")]
 
 use std::ptr;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
-/// Sleeps until the word is woken, `longest` has passed, or a signal comes; not at all if the word is not `seen` any more.
+/// Sleeps until the word is woken, `longest` has passed, or a signal arrives; returns at once if the word differs from `seen`.
 pub(crate) fn wait(word: &AtomicU32, seen: u32, longest: Duration) {
     let timeout = libc::timespec {
         tv_sec: libc::time_t::try_from(longest.as_secs()).unwrap_or(libc::time_t::MAX),
@@ -18,6 +18,6 @@ pub(crate) fn wait(word: &AtomicU32, seen: u32, longest: Duration) {
 /// Wakes up to `most` sleepers.
 pub(crate) fn wake(word: &AtomicU32, most: i32) {
     let none = ptr::null::<libc::timespec>();
-    // SAFETY: the kernel uses the address of a live atomic as a name, and touches no memory.
+    // SAFETY: the kernel uses the address of a live atomic as a key, and accesses no memory.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, most, none) };
 }

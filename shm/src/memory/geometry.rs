@@ -1,9 +1,9 @@
-//! How large the parts of a segment are, and where each starts.
+//! Computes the size and the offset of each part of a segment.
 //!
-//! All follows from the [`Plan`] alone. The creator writes the plan into the header; whoever attaches computes the
+//! Everything follows from the [`Plan`] alone. The creator writes the plan into the header; a process that attaches computes the
 //! geometry again and keeps its own copy, so no later change of the header moves any bound.
 //!
-//! May not: read or write anything.
+//! Must not read or write the segment.
 
 use super::error::SegmentError;
 use super::layout::{
@@ -16,33 +16,33 @@ pub(crate) const PAGE: u64 = 4096;
 pub(crate) const MIN_CACHE: u64 = 256 * 1024;
 /// 64 TiB: keeps every sum of sizes far from overflow, and every position within a slot's 52 bits for decades.
 const MAX_CACHE: u64 = 1 << 46;
-/// A shard is not smaller than this, nor than [`SHARD_ENTRIES`] of the largest entries.
+/// Minimum size of a shard in bytes; a shard also has room for at least [`SHARD_ENTRIES`] entries of the maximum size.
 const MIN_SHARD: u64 = 8 << 20;
 const SHARD_ENTRIES: u64 = 6;
 const MAX_SHARDS: u64 = 16;
 pub(crate) const MAX_ROWS: u32 = 16_384;
-/// Processes besides those of the scoreboard that may use the cache at the same time.
+/// Number of processes, in addition to those of the scoreboard, that may use the cache at the same time.
 const MORE_MEMBERS: u32 = 32;
-/// Bytes of a shard for each bucket of seven entries.
+/// Bytes of a shard per bucket of seven entries.
 const SHARD_BYTES_PER_BUCKET: u64 = 3072;
-/// Bytes of a shard for each bucket of eight ghosts.
+/// Bytes of a shard per bucket of eight ghosts.
 const SHARD_BYTES_PER_GHOSTS: u64 = 16 * 1024;
-/// Bytes of the cache for each slot of the tag table.
+/// Bytes of the cache per slot of the tag table.
 const CACHE_BYTES_PER_TAG_SLOT: u64 = 1024;
-/// Bytes of the cache for each lease.
+/// Bytes of the cache per lease.
 const CACHE_BYTES_PER_LEASE: u64 = 16 * 1024;
-/// The largest entry unless the plan says otherwise: this part of the cache, but at least a MiB.
+/// The default maximum entry: this fraction (1/n) of the cache, but at least [`DEFAULT_ENTRY`].
 const ENTRY_SHARE: u64 = 64;
 const DEFAULT_ENTRY: u64 = 1 << 20;
 pub(crate) const MIN_LOG: u64 = 64 * 1024;
-/// Bytes of the event log for each topic.
+/// Bytes of the event log per topic.
 const LOG_BYTES_PER_TOPIC: u64 = 4096;
-/// The longest event: this part of the log's ring.
+/// The maximum event: this fraction (1/n) of the log's ring.
 const EVENT_SHARE: u64 = 8;
 /// A record's size has to fit into its 32-bit word.
 const MAX_ENTRY: u64 = 1 << 30;
 
-/// Where everything is, computed from the plan and nothing else.
+/// The location of every part, computed from the plan alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
     pub(crate) rows: u32,
@@ -65,19 +65,19 @@ pub(crate) struct Geometry {
     pub(crate) buckets: u64,
     /// For each shard: buckets of eight.
     pub(crate) ghosts: u64,
-    /// Bytes of the small ring and of the main ring of each shard,
+    /// Bytes of the small ring and of the main ring of each shard.
     pub(crate) ring_len: [u64; 2],
-    /// and where they start in it.
+    /// Offsets of the two rings in the shard.
     pub(crate) ring_at: [u64; 2],
     /// The largest record an entry may take, header included.
     pub(crate) max_record: u64,
-    /// Where the event log starts.
+    /// Offset of the event log.
     pub(crate) events_at: u64,
     /// 0 without a log.
     pub(crate) topics: u64,
     pub(crate) events_ring_at: u64,
     pub(crate) events_ring_len: u64,
-    /// Bytes of the longest name and data of an event, together.
+    /// Maximum length of an event's name and data together, in bytes.
     pub(crate) max_event: u64,
     pub(crate) total: u64,
 }
@@ -136,7 +136,7 @@ impl Geometry {
 
     fn with_events(mut self, bytes: u64) -> Geometry {
         if self.members == 0 {
-            // The lock of the log needs them as well.
+            // The lock of the log needs members as well.
             (self.members, self.member_bytes) = (self.rows + MORE_MEMBERS, MEMBER_HEAD);
             self.total += (u64::from(self.members) * MEMBER_HEAD).next_multiple_of(PAGE);
             (self.tags_at, self.prefixes_at) = (self.total, self.total);
@@ -151,7 +151,7 @@ impl Geometry {
             topics,
             events_ring_at: self.total + before_ring,
             events_ring_len: ring_len,
-            // What else is in a record has its place besides; and its size has to fit into 32 bits.
+            // The other parts of a record are subtracted; and the size of a record has to fit into 32 bits.
             max_event: (ring_len / EVENT_SHARE).min(MAX_ENTRY) - EVENT_HEAD - TOPIC_BYTES as u64 - GRAIN,
             total: self.total + bytes,
             ..self
@@ -179,10 +179,10 @@ impl Geometry {
         let ghosts = floor_power_of_two(shard_bytes / SHARD_BYTES_PER_GHOSTS);
         let index = SHARD_HEAD + (buckets + ghosts) * BUCKET_BYTES;
         let rings = shard_bytes - index;
-        // S3-FIFO gives a tenth to what is new.
+        // S3-FIFO uses a tenth for new entries.
         let small = rings / 10 / GRAIN * GRAIN;
         let main = (rings - small) / GRAIN * GRAIN;
-        // An entry and the padding in front of it then always fit into half the ring.
+        // Then an entry, and the padding in front of it, always fit into half the ring.
         let most = (main / 4).min(MAX_ENTRY) / GRAIN * GRAIN;
         if plan.max_entry > most - PAGE {
             return Err(SegmentError::EntryTooLarge { asked: plan.max_entry, most: most - PAGE });
@@ -202,7 +202,7 @@ impl Geometry {
             ghosts,
             ring_len: [small, main],
             ring_at: [index, index + small],
-            // Room for a value of that size, and a page besides for its key, its tags and the rest.
+            // Room for a value of the wanted size, and one page for its key, its tags and its header.
             max_record: (wanted.next_multiple_of(GRAIN) + PAGE).min(most),
             events_at: shards_at + shards * shard_bytes,
             total: shards_at + shards * shard_bytes,

@@ -1,4 +1,4 @@
-//! What lies where in the segment.
+//! Defines the byte layout of a segment.
 //!
 //! ```text
 //! segment   0      header          4096
@@ -12,31 +12,31 @@
 //!
 //! header    0 magic 8 | 8 version 4 | 12 rows 4 | 16 fingerprint 8 | 24 cache_bytes 8 | 32 total 8 | 40 seed 8
 //!           48 max_entry 8 | 56 checksum 8 | 64 events_bytes 8
-//!           128 tag clock 8 | 136 cleared 8 | 144 newest prefix purge 8 | 152 oldest clock a prefix purge vouches for 8
+//!          128 tag clock 8 | 136 cleared 8 | 144 newest prefix purge 8 | 152 prefix floor 8 (latest prefix purge no longer in the table)
 //!           256 time_base 8 | 264 clean 8 | 272 clean_ms 8 | 280 clean_real_ms 8 | 288 boot id 16 | 304 sweep_due 8
 //!           312 prefix lock 4
 //!           1024 quarantine: 0 count 4 | 4 unused 4 | 64 entries 64 x 16        (written by the master alone)
 //! barred    0 key 8 (0 = free) | 8 until_ms 8
-//!
 //! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
-//!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 seated 4 (thread slots ever taken)
-//!           56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 72 streams 4
-//!           76 hung 4 (threads that hang; the highest bit: all do)
+//! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
+//!          40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 seated 4 (thread slots ever taken)
+//!          56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 72 streams 4
+//!          76 hung 4 (number of hung threads; the highest bit: all are hung)
 //!           128 cells 16 x 128 | 2176 thread slots 16 x 128 | 4224 culprit: a cell, its stamp 1 (0 = unknown)
 //! cell      0 stamp_ms 8 (0 = free) | 8 text
-//! thread slot      0 current 8 (a cell + 1; 0 = at work on nothing; beyond the row's cells: the request of this text) | 8 text
+//! thread slot      0 current 8 (a cell + 1; 0 = no request; beyond the row's cells: the request with this text) | 8 text
 //! text      0 length 8 | 8 words 112
 //!
-//! member    0 pid 4 (0 = nobody) | 4 unused | 8 epoch 8 | 64 pins 32 x 8 (see `pin.rs`)
+//! member    0 pid 4 (0 = unused) | 4 unused | 8 epoch 8 | 64 pins 32 x 8 (see `pin.rs`)
 //!           320 tallies, one for each shard, 64 each
 //! tally     0 hits 8 | 8 misses 8 | 16 stale 8 | 24 retries 8 | 32 lease_waits 8 | 40 renders 8
 //!
 //! prefix    0 clock 8 (0 = free) | 8 length 4 | 12 swept 4 | 16 text 112
 //! lease     0 word 8 (tag 17, member + 1 15, deadline 32; 0 = free) | 8 turn 4 | 12 waiters 4
-//!           16 pass 8 (tag 17, 1 15, until 32: nobody waits for this key; 0 = none)
+//!          16 pass 8 (tag 17, 1 15, until 32: no process waits for this key; 0 = none)
 //!
 //! shard     0 lock 4 | 4 suspect 4
-//!           64 floor of the small ring 8 | 72 of the main ring 8        (all that readers read of a shard's head)
+//!          64 floor of the small ring 8 | 72 of the main ring 8        (the only words of a shard's head that readers read)
 //!           128 rings 2 x 16: head 8 | clear_to 8
 //!           160 books 4 x 8: live bytes in small, in main, entries in small, in main
 //!           192 ghost_seq 8 | 200 sweep_at 8 | 208 restarts 8
@@ -47,26 +47,26 @@
 //! slot      0 = free; else fingerprint 11 | ring 1 | position / 32, 52 bits
 //! ghost     8 x 8: hash 32 | sequence 32
 //!
-//! record    0 size 4 (all of it, a multiple of 32) | 4 kind 4
+//! record    0 size 4 (of the whole record, a multiple of 32) | 4 kind 4
 //! entry     0 record 8 | 8 hash 8 | 16 position 8 (its own) | 24 snapshot 8 (tag clock when rendered)
 //!           32 stored_ms 8 | 40 expires_ms 8 (0 = never) | 48 stale_ms 4 | 52 error_ms 4 | 56 cost_ms 4
 //!           60 tag_count 4 | 64 key_len 4 | 68 meta_len 4 | 72 value_len 8
 //!           80 tag hashes 8 each | key, padded to 8 | meta, padded to 8 | value, padded to 32
 //!
 //! events    0 lock 4 | 4 sequence 4 (of publications) | 8 sleepers 4 | 12 epoch 4 | 16 woken 4 | 20 suspect 4
-//!           64 floor 8 | 72 head 8 | 80 linked 8 (up to here the topics know of the records) | 88 retired 8 (the highest
-//!           id of a topic that was given up) | 128 counters 4 x 8
+//!          64 floor 8 | 72 head 8 | 80 linked 8 (the topics' cells are up to date up to here) | 88 retired 8 (the highest
+//!          id of a replaced topic) | 128 counters 4 x 8
 //!           192 topics n x 160 | ring
-//! topic     0 length 4 (0 = never used; all ones = given up) | 4 unused | 8 hash 8 | 16 last_id 8
+//! topic     0 length 4 (0 = never used; all ones = no topic any more) | 4 unused | 8 hash 8 | 16 last_id 8
 //!           24 last_at 8 (0 = none) | 32 text 128
 //! event     0 record 8 | 8 position 8 (its own) | 16 id 8 | 24 before 8 (position of the topic's event before it; 0 = none)
-//!           32 published_us 8 (of the wall's clock) | 40 topic 4 (a cell) | 44 topic_len 4 | 48 name_len 4 | 52 data_len 4
+//!          32 published_us 8 (wall clock) | 40 topic 4 (a cell) | 44 topic_len 4 | 48 name_len 4 | 52 data_len 4
 //!           56 unused 8 | topic | name | data, padded to 32
 //! ```
 //!
-//! Where each part starts follows from the [`Plan`](crate::Plan) alone: see `geometry.rs`.
+//! The offset of each part follows from the [`Plan`](crate::Plan) alone: see `geometry.rs`.
 //!
-//! May not: read or write anything.
+//! Must not read or write the segment.
 #![expect(unsafe_code, reason = "declares which structs may be viewed in shared memory")]
 
 use std::mem::offset_of;
@@ -76,15 +76,15 @@ use super::map::Plain;
 
 /// "forkyard" in ASCII.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"forkyard");
-/// Raised with every change of anything in this file, or of what the words mean.
+/// Incremented with every change of this file, or of the meaning of the words.
 pub(crate) const VERSION: u32 = 6;
 
-/// Every record starts at a multiple of this.
+/// Every record starts at a multiple of this many bytes.
 pub(crate) const GRAIN: u64 = 32;
 pub(crate) const CELLS: usize = 16;
 pub(crate) const THREADS: usize = 16;
 pub(crate) const TEXT_WORDS: usize = 14;
-/// Where the quarantine lies in the header's page, and how many requests it has room for.
+/// Offset of the quarantine in the header's page, and the number of requests it has room for.
 pub(crate) const QUARANTINE_AT: u64 = 1024;
 pub(crate) const BARRED: usize = 64;
 pub(crate) const PINS: usize = 32;
@@ -95,7 +95,7 @@ pub(crate) const PREFIX_WORDS: usize = 14;
 pub(crate) const KIND_ENTRY: u32 = 1;
 pub(crate) const KIND_PAD: u32 = 2;
 pub(crate) const KIND_EVENT: u32 = 3;
-/// Bytes of the longest topic.
+/// Maximum length of a topic in bytes.
 pub(crate) const TOPIC_BYTES: usize = 128;
 
 #[repr(C, align(128))]
@@ -128,7 +128,7 @@ pub(crate) struct Header {
     unused_at_the_end: [AtomicU64; 8],
 }
 
-/// The requests that are refused for a while.
+/// The requests that are currently refused.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct QuarantineTable {
@@ -176,7 +176,7 @@ pub(crate) struct Cell {
     pub(crate) text: Text,
 }
 
-/// What one thread is at work on.
+/// The request that one thread is processing.
 #[repr(C, align(128))]
 #[derive(Debug, Default)]
 pub(crate) struct ThreadCells {
@@ -200,11 +200,11 @@ pub(crate) struct MemberHead {
     unused: AtomicU32,
     pub(crate) epoch: AtomicU64,
     unused_too: [AtomicU64; 6],
-    /// What the process reads in place.
+    /// The entries that the process reads in place.
     pub(crate) pins: [AtomicU64; PINS],
 }
 
-/// What one process counted in one shard, and those before it in the same cell.
+/// The counts of one process in one shard, including those of earlier owners of the same cell.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct Tally {
@@ -240,10 +240,10 @@ pub(crate) struct LeaseCell {
 #[derive(Debug)]
 pub(crate) struct ShardHead {
     pub(crate) lock: AtomicU32,
-    /// Not 0 from a lock timeout until the lock is next taken: meanwhile nobody waits for it.
+    /// Not 0 from a lock timeout until the lock is next taken: meanwhile no process waits for the lock.
     pub(crate) suspect: AtomicU32,
     unused: [AtomicU64; 7],
-    /// The oldest position of each ring that may be read.
+    /// The lowest valid position of each ring.
     pub(crate) floors: [AtomicU64; 2],
     unused_too: [AtomicU64; 6],
     pub(crate) rings: [RingHead; 2],
@@ -260,13 +260,13 @@ pub(crate) struct ShardHead {
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct RingHead {
-    /// Where the next record goes.
+    /// Position of the next record.
     pub(crate) head: AtomicU64,
-    /// No pin is in the way up to here.
+    /// There are no pins between the head and this position.
     pub(crate) clear_to: AtomicU64,
 }
 
-/// A change of a slot that is under way, and what the books say when it is done.
+/// A change of a slot in progress, and the values of the books after it.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Intent {
@@ -277,8 +277,8 @@ pub(crate) struct Intent {
     unused: AtomicU64,
 }
 
-/// Changed under the lock (but for the last three); a death between two of them leaves them a little apart, and that
-/// is all.
+/// Changed under the lock (except the last three). A death between two changes leaves the counters slightly inconsistent, which is
+/// harmless.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Counters {
@@ -304,7 +304,7 @@ pub(crate) struct Counters {
 #[derive(Debug)]
 pub(crate) struct Bucket {
     pub(crate) slots: [AtomicU64; SLOTS],
-    /// How often the entry of each slot was asked for, up to 3: a hint, which readers raise.
+    /// The number of requests for each slot's entry, up to 3: a hint that readers increment.
     pub(crate) visits: [AtomicU8; 8],
 }
 
@@ -314,7 +314,7 @@ pub(crate) struct GhostBucket {
     pub(crate) ghosts: [AtomicU64; 8],
 }
 
-/// What every record of a ring starts with; all that a pad record has.
+/// The first words of every record in a ring; a pad record has nothing else.
 #[repr(C, align(8))]
 #[derive(Debug)]
 pub(crate) struct RecordHead {
@@ -340,7 +340,7 @@ pub(crate) struct EntryHead {
     pub(crate) value_len: AtomicU64,
 }
 
-/// The event log's own words.
+/// The head of the event log.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct EventsHead {
@@ -349,12 +349,12 @@ pub(crate) struct EventsHead {
     pub(crate) sleepers: AtomicU32,
     pub(crate) epoch: AtomicU32,
     pub(crate) woken: AtomicU32,
-    /// Not 0: somebody waited for the lock in vain, and nobody has got it since.
+    /// Not 0 from a lock timeout until the lock is next taken: meanwhile no process waits for the lock.
     pub(crate) suspect: AtomicU32,
     unused: [AtomicU64; 5],
-    /// The oldest position that may be read.
+    /// The lowest valid position.
     pub(crate) floor: AtomicU64,
-    /// Where the next record goes; raised, it makes the record before it an event.
+    /// Position of the next record. Raising it makes the record before it an event.
     pub(crate) head: AtomicU64,
     pub(crate) linked: AtomicU64,
     pub(crate) retired: AtomicU64,
@@ -410,39 +410,39 @@ pub(crate) const BUCKET_BYTES: u64 = size_of::<Bucket>() as u64;
 pub(crate) const LEASE_BYTES: u64 = size_of::<LeaseCell>() as u64;
 pub(crate) const PREFIX_BYTES: u64 = size_of::<PrefixCell>() as u64;
 
-// SAFETY: for each of these: `repr(C)`, all fields are atomics, arrays of them, or structs of this list, and there is no
-// padding, which the assertions on offsets and sizes below show.
+// SAFETY: this type and the types below are `repr(C)`, all their fields are atomics, arrays of atomics, or structs of this list, and
+// they have no padding, as the assertions on offsets and sizes below show.
 unsafe impl Plain for Header {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for RowCells {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for QuarantineTable {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for MemberHead {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for Tally {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for PrefixCell {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for LeaseCell {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for ShardHead {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for Bucket {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for GhostBucket {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for RecordHead {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for EntryHead {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for EventsHead {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for TopicCell {}
-// SAFETY: as above.
+// SAFETY: as for `Header`.
 unsafe impl Plain for EventHead {}
 
-// The byte table of the module documentation.
+// Checks the byte table of the module documentation.
 const _: () = {
     assert!(offset_of!(Header, version) == 8 && offset_of!(Header, rows) == 12);
     assert!(offset_of!(Header, fingerprint) == 16 && offset_of!(Header, cache_bytes) == 24);
@@ -508,7 +508,7 @@ const _: () = {
     assert!(offset_of!(EventHead, topic_len) == 44 && offset_of!(EventHead, data_len) == 52);
 };
 
-/// Tells apart builds that would disagree about the bytes though the version is the same: byte order and word size.
+/// Distinguishes builds with the same version that would lay out bytes differently: by byte order and word size.
 pub(crate) const FINGERPRINT: u64 = {
     let order = if cfg!(target_endian = "little") { 1 } else { 2 };
     order | (size_of::<usize>() as u64) << 8

@@ -1,17 +1,17 @@
-//! Mappings of files that somebody truncates.
+//! Recovers mappings of files that are truncated.
 //!
-//! A page beyond the end of its file raises SIGBUS, whose default is death. The handler here has the mapping replaced by
-//! zeroes, private to the process, and the instruction runs again: what it reads is damage, which every reader expects. The
-//! mapping is then *lost*, in a word that is shared with all processes of a line of forks: none of them uses the memory
-//! any more, or else each would have pages of its own, which a purge in another does not reach.
+//! An access to a page beyond the end of its file raises SIGBUS, which by default kills the process. The handler here replaces the
+//! mapping by zeroes, private to the process, and the instruction runs again: it reads corrupted data, which every reader expects. The
+//! mapping is then *lost*, in a word that is shared with all processes of a chain of forks: none of them uses the memory
+//! any more, because each would have pages of its own, which a purge in another process does not reach.
 //!
-//! - The whole mapping is replaced, and not the page alone, so that a process sees one state of it. If there is no memory for
-//!   that, the page.
-//! - The handler is installed when the first file is mapped, and what was there before is called for every other fault. A
-//!   handler that the program installs later has the signal to itself, and calls [`recover`].
+//! - The whole mapping is replaced, and not the page alone, so that a process sees one state of it. If there is not enough memory for
+//!   that, the page is replaced.
+//! - The handler is installed when the first file is mapped. For every other fault, it calls the previous handler. A
+//!   handler that the program installs later receives the signal alone, and should call [`recover_lost_pages`].
 //! - A thread that blocks SIGBUS dies all the same: the kernel does not deliver the signal of a fault later.
 //!
-//! May not: allocate, lock or panic in the handler.
+//! The handler must not allocate, lock or panic.
 #![expect(unsafe_code, reason = "a signal handler, and the mappings that it replaces")]
 
 use std::io;
@@ -23,29 +23,29 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use libc::{c_int, c_void, sigaction, siginfo_t};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 
-/// Files that a process may have mapped at the same time.
+/// Maximum number of files that a process can have mapped at the same time.
 const MAX_FILES: usize = 256;
 const FREE: usize = 0;
-/// Somebody fills the entry in.
+/// Another thread is filling the entry in.
 const TAKEN: usize = 1;
-/// Of the page that is replaced if the whole mapping cannot be; any multiple of the machine's will do.
+/// Bytes to replace if the whole mapping cannot be replaced; any multiple of the system's page size will do.
 const PAGE: usize = 64 << 10;
 
 struct Entry {
     /// The address, or [`FREE`] or [`TAKEN`].
     start: AtomicUsize,
     len: AtomicUsize,
-    /// Not 0 when pages are lost, in whichever process; shared with the children.
+    /// Not 0 when pages are lost, in any process; shared with the children.
     lost: AtomicPtr<AtomicU32>,
 }
 
 static ENTRIES: [Entry; MAX_FILES] =
     [const { Entry { start: AtomicUsize::new(FREE), len: AtomicUsize::new(0), lost: AtomicPtr::new(null_mut()) } };
         MAX_FILES];
-/// What was to be done with SIGBUS before.
+/// The previous action for SIGBUS.
 static BEFORE: OnceLock<sigaction> = OnceLock::new();
 
-/// Keeps a mapping of a file in the table. To be dropped before the mapping.
+/// Keeps a mapping of a file in the table. Must be dropped before the mapping.
 #[derive(Debug)]
 pub(crate) struct Guarded {
     entry: usize,
@@ -53,10 +53,10 @@ pub(crate) struct Guarded {
 }
 
 impl Guarded {
-    /// `None` if the size of what `fd` stands for is sealed: then nobody can truncate it.
+    /// Returns `None` if the size of the file `fd` is sealed: then it cannot be truncated.
     ///
     /// # Errors
-    /// If too many files are mapped, or there is no memory.
+    /// Fails if too many files are mapped, or there is no memory.
     pub(crate) fn new(fd: BorrowedFd<'_>, start: *mut u8, len: usize) -> io::Result<Option<Guarded>> {
         let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_truncate);
         if seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_SHRINK)) {
@@ -68,7 +68,7 @@ impl Guarded {
         let free = ENTRIES.iter().position(is_taken).ok_or_else(|| io::Error::other("too many files are mapped"))?;
         let entry = &ENTRIES[free];
         let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-        // SAFETY: new memory, at a place that the kernel chooses.
+        // SAFETY: new memory, at an address that the kernel chooses.
         let word = unsafe { libc::mmap(null_mut(), size_of::<AtomicU32>(), access, kind, -1, 0) };
         if word == libc::MAP_FAILED {
             entry.start.store(FREE, Ordering::Release);
@@ -78,7 +78,7 @@ impl Guarded {
         entry.lost.store(word, Ordering::Relaxed);
         entry.len.store(len, Ordering::Relaxed);
         entry.start.store(start.addr(), Ordering::Release);
-        // SAFETY: a page of zeroes, which is a valid atomic and is unmapped by `drop`, the last who uses the reference.
+        // SAFETY: a page of zeroes, which is a valid atomic; it is unmapped by `drop`, after the last use of the reference.
         Ok(Some(Guarded { entry: free, lost: unsafe { &*word } }))
     }
 
@@ -98,7 +98,7 @@ impl Drop for Guarded {
         let entry = &ENTRIES[self.entry];
         let word = entry.lost.swap(null_mut(), Ordering::AcqRel);
         entry.start.store(FREE, Ordering::Release);
-        // SAFETY: the page that `new` has mapped. The mapping is used by nobody now, so that no handler looks at its entry.
+        // SAFETY: the page was mapped by `new`. The mapping is not in use any more, so no handler looks at its entry.
         unsafe { libc::munmap(word.cast(), size_of::<AtomicU32>()) };
     }
 }
@@ -106,8 +106,8 @@ impl Drop for Guarded {
 /// Replaces lost pages of a file that this crate has mapped, after SIGBUS at `address`. Returns whether the instruction
 /// can run again.
 ///
-/// Async-signal-safe. For the SIGBUS handler of a program that installs one after it has opened or attached to a
-/// [`Segment`](crate::Segment) in a file: the handler of this crate, which that replaces, calls it by itself.
+/// Async-signal-safe. To be called by the SIGBUS handler of a program that installs one after it has opened or attached to a
+/// [`Segment`](crate::Segment) in a file, because that handler replaces the handler of this crate.
 pub fn recover_lost_pages(address: usize) -> bool {
     for entry in &ENTRIES {
         let start = entry.start.load(Ordering::Acquire);
@@ -121,28 +121,28 @@ pub fn recover_lost_pages(address: usize) -> bool {
 
 impl Entry {
     fn replace(&self, start: usize, len: usize, address: usize) -> bool {
-        // SAFETY: null, or the word of a mapping that is in use, as its thread is here because of it.
+        // SAFETY: null, or the word of a mapping in use: this thread faulted in it.
         if let Some(lost) = unsafe { self.lost.load(Ordering::Acquire).as_ref() } {
             lost.store(1, Ordering::SeqCst);
         }
-        // Another thread may have done so just now. What it has written since is of no use, since the mapping is lost.
+        // Another thread may have replaced it just now. Its writes since then are discarded, because the mapping is lost.
         let page = (address - start) / PAGE * PAGE;
         zeroed(start, len) || zeroed(start + page, PAGE.min(len - page))
     }
 }
 
-/// Puts zeroes into the place of what is mapped there.
+/// Replaces the mapping of this range by zeroes.
 fn zeroed(start: usize, len: usize) -> bool {
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    // SAFETY: errno is this thread's.
+    // SAFETY: errno belongs to this thread.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: as above.
+    // SAFETY: errno belongs to this thread.
     let before = unsafe { *errno };
-    // SAFETY: a part of a mapping of this crate's, to which there are references to atomics only, for which any value is
-    // valid; it stays mapped, and is unmapped like the rest of it.
+    // SAFETY: a part of a mapping of this crate, to which there are only references to atomics, for which any value is
+    // valid; the range stays mapped, and is unmapped together with the rest.
     let mapped = unsafe { libc::mmap(ptr::without_provenance_mut(start), len, access, kind, -1, 0) };
-    // SAFETY: as above. The interrupted code must not see another value.
+    // SAFETY: errno belongs to this thread. The interrupted code must not see a changed value.
     unsafe { *errno = before };
     mapped != libc::MAP_FAILED
 }
@@ -154,27 +154,27 @@ fn install() -> io::Result<()> {
     }
     // SAFETY: all zeroes is a valid sigaction.
     let mut before: sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: a null pointer asks for no change, and `before` is a valid place.
+    // SAFETY: a null pointer requests no change, and `before` is valid for writes.
     if unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) } != 0 {
         return Err(io::Error::last_os_error());
     }
     if BEFORE.set(before).is_err() {
-        return Ok(()); // another thread does it
+        return Ok(()); // another thread installs it
     }
-    // SAFETY: as above.
+    // SAFETY: all zeroes is a valid sigaction.
     let mut action: sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = on_bus as *const () as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: `on_bus` is async-signal-safe, and a function for SA_SIGINFO.
+    // SAFETY: `on_bus` is async-signal-safe, and has the signature for SA_SIGINFO.
     let outcome = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, null_mut()) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 extern "C" fn on_bus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel hands a handler a valid siginfo_t.
+    // SAFETY: the kernel passes a valid siginfo_t to a handler.
     let about = unsafe { info.as_ref() };
     if let Some(about) = about.filter(|about| about.si_code > 0)
-        // SAFETY: of a fault the field is filled in.
+        // SAFETY: for a fault, the kernel fills in the field.
         && recover_lost_pages(unsafe { about.si_addr() }.addr())
     {
         return;
@@ -182,24 +182,25 @@ extern "C" fn on_bus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
     let before = BEFORE.get().filter(|before| ![libc::SIG_DFL, libc::SIG_IGN].contains(&before.sa_sigaction));
     match before {
         Some(before) if before.sa_flags & libc::SA_SIGINFO != 0 => {
-            // SAFETY: with SA_SIGINFO the address is that of a function of these three, and they are the kernel's.
+            // SAFETY: with SA_SIGINFO the address is that of a function with these three parameters, and the arguments come from the
+            // kernel.
             let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) =
                 unsafe { std::mem::transmute(before.sa_sigaction) };
             handler(signal, info, context);
         }
         Some(before) => {
-            // SAFETY: without SA_SIGINFO it is one of the signal's number alone.
+            // SAFETY: without SA_SIGINFO the function takes only the signal's number.
             let handler: extern "C" fn(c_int) = unsafe { std::mem::transmute(before.sa_sigaction) };
             handler(signal);
         }
         None => {
             // SAFETY: all zeroes is the default action.
             let default: sigaction = unsafe { std::mem::zeroed() };
-            // SAFETY: async-signal-safe; a valid action.
+            // SAFETY: sigaction is async-signal-safe, and the action is valid.
             unsafe { libc::sigaction(signal, &raw const default, null_mut()) };
             if about.is_none_or(|about| about.si_code <= 0) {
-                // It was sent, and no instruction faults again. The signal waits until this handler has returned.
-                // SAFETY: async-signal-safe.
+                // The signal was sent by a process, so no instruction faults again. It stays pending until this handler has returned.
+                // SAFETY: raise is async-signal-safe.
                 unsafe { libc::raise(signal) };
             }
         }

@@ -1,10 +1,10 @@
-//! The mapping: every access to shared bytes goes through here.
+//! The mapping: every access to shared bytes goes through this file.
 //!
-//! Raw pointers never leave this file. What leaves it are references to [`Plain`] types, which consist of atomics only,
+//! Raw pointers never leave this file. It returns references to [`Plain`] types, which consist of atomics only,
 //! and copies of byte ranges. Every offset is checked against the length that was mapped, never against a length
-//! found in the segment, so a segment full of nonsense yields `None`, not an access out of bounds.
+//! found in the segment, so a corrupted segment yields `None`, not an access out of bounds.
 //!
-//! May not: know what the bytes mean, take locks, or resize the mapping.
+//! Must not interpret the bytes, take locks, or resize the mapping.
 #![expect(unsafe_code, reason = "the fence around the mapped memory")]
 
 use std::io;
@@ -28,7 +28,7 @@ unsafe impl Plain for AtomicU64 {}
 /// A shared mapping of a whole segment; unmapped on drop.
 #[derive(Debug)]
 pub(crate) struct Map {
-    /// For a file, which somebody may truncate. Before the memory, as it is dropped in that order.
+    /// For a file, which can be truncated. Declared before the memory because fields are dropped in this order.
     guarded: Option<Guarded>,
     memory: Memory,
 }
@@ -36,7 +36,7 @@ pub(crate) struct Map {
 #[cfg(not(miri))]
 type Memory = memmap2::MmapRaw;
 
-/// Miri knows no shared mappings: there a segment is memory of one process.
+/// Miri does not support shared mappings: under Miri, a segment is memory of one process.
 #[cfg(miri)]
 #[derive(Debug)]
 struct Memory {
@@ -48,9 +48,9 @@ struct Memory {
 mod heap {
     use super::Memory;
 
-    // SAFETY: the memory is reached through atomics and the copies of this file only.
+    // SAFETY: the memory is accessed only through atomics and the copies of this file.
     unsafe impl Send for Memory {}
-    // SAFETY: as above.
+    // SAFETY: the memory is accessed only through atomics and the copies of this file.
     unsafe impl Sync for Memory {}
 
     impl Memory {
@@ -78,7 +78,7 @@ mod heap {
 impl Map {
     /// Maps the first `len` bytes of `fd`, shared and writable.
     ///
-    /// The caller has made sure that the file is at least that long. If it is not sealed, and somebody truncates it, the pages
+    /// The caller must have checked that the file is at least that long. If it is not sealed, and is truncated later, the pages
     /// are [lost](Map::is_lost).
     #[cfg(not(miri))]
     pub(crate) fn new(fd: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
@@ -88,20 +88,21 @@ impl Map {
         Ok(Map { guarded, memory })
     }
 
-    /// Memory in the place of the file.
+    /// Uses private memory instead of the file.
     #[cfg(miri)]
     pub(crate) fn new(_: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
         Ok(Map { guarded: None, memory: Memory::new(usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?) })
     }
 
-    /// Whether the file was truncated, and some process of this line of forks has touched what was lost. From then on the memory
-    /// has to be left alone: what is read there may be zeroes, and what is written may be seen by this process alone.
+    /// Whether the file was truncated, and some process of this chain of forks has accessed the lost part. From then on the memory
+    /// must not be used: reads may return zeroes, and writes may be visible to this process alone.
     #[inline]
     pub(crate) fn is_lost(&self) -> bool {
         self.guarded.as_ref().is_some_and(Guarded::is_lost)
     }
 
-    /// The same, and has the memory be lost if this says so of the file. It is not asked about one that nobody can truncate.
+    /// Like [`is_lost`](Map::is_lost), but also marks the memory lost if `is_short` returns true. `is_short` is not called for a sealed
+    /// file.
     pub(crate) fn is_lost_if(&self, is_short: impl FnOnce() -> bool) -> bool {
         self.guarded.as_ref().is_some_and(|guarded| {
             if !guarded.is_lost() && is_short() {
@@ -111,7 +112,7 @@ impl Map {
         })
     }
 
-    /// Asks for huge pages, and has all pages mapped now, so that no request pays for it. That either fails is no loss.
+    /// Requests huge pages, and maps all pages now rather than during requests. A failure of either is harmless.
     #[cfg(not(miri))]
     pub(crate) fn warm(&self) {
         let _ = self.memory.advise(memmap2::Advice::HugePage);
@@ -121,7 +122,7 @@ impl Map {
     #[cfg(miri)]
     pub(crate) fn warm(&self) {}
 
-    /// Writes a file's mapping back to its disk.
+    /// Writes a file's mapping back to disk.
     #[cfg(not(miri))]
     pub(crate) fn flush(&self) -> io::Result<()> {
         self.memory.flush()
@@ -132,7 +133,7 @@ impl Map {
         Ok(())
     }
 
-    /// The same for the first page.
+    /// Writes the first page of a file's mapping back to disk.
     #[cfg(not(miri))]
     pub(crate) fn flush_start(&self) -> io::Result<()> {
         self.memory.flush_range(0, 4096.min(self.memory.len()))
@@ -157,24 +158,24 @@ impl Map {
         }
         let count = usize::try_from(count).ok()?;
         // SAFETY: `range` checked that the bytes lie inside the mapping, which lives as long as `self`; the pointer is
-        // aligned; `T: Plain` accepts any bytes and allows them to change, by us or by another process, at any time.
+        // aligned; `T: Plain` accepts any bytes and allows this or another process to change them at any time.
         Some(unsafe { std::slice::from_raw_parts(start.cast_const(), count) })
     }
 
     /// Copies `bytes` to `offset`.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Option<()> {
         let to = self.range(offset, bytes.len() as u64)?;
-        // SAFETY: the target lies inside the mapping and `bytes`, a Rust slice, does not; no reference into the target can
-        // be harmed, as only `Plain` ones exist, and those of pinned ranges, which whoever asks for them answers for. Another
-        // process may read or write the target meanwhile: `copy` is a copy of bytes that may change.
+        // SAFETY: the target lies inside the mapping and `bytes`, a Rust slice, does not. The only references into the target are
+        // to `Plain` types, which writes do not harm, and slices of pinned ranges, for which the caller of `pinned` is responsible. Another
+        // process may read or write the target at the same time: `copy` copies bytes that may change.
         unsafe { copy(Side::Private(bytes.as_ptr()), Side::Shared(to), bytes.len()) };
         Some(())
     }
 
-    /// Appends the `len` bytes at `offset` to `out`, which must have the room already: this never allocates.
+    /// Appends the `len` bytes at `offset` to `out`, which must have enough capacity: this never allocates.
     ///
-    /// Another process may write there meanwhile: what was copied is some mixture of bytes, which the caller has to
-    /// find out and drop.
+    /// Another process may write there at the same time. The copy may then be a mixture of old and new bytes, which the caller has to
+    /// detect and discard.
     pub(crate) fn read(&self, offset: u64, len: u64, out: &mut Vec<u8>) -> Option<()> {
         let from = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
@@ -182,7 +183,7 @@ impl Map {
         if spare.len() < len {
             return None;
         }
-        // SAFETY: the source lies inside the mapping, the target is private memory with room for `len` bytes.
+        // SAFETY: the source lies inside the mapping; the target is private memory with room for `len` bytes.
         unsafe { copy(Side::Shared(from.cast_const()), Side::Private(spare.as_mut_ptr().cast::<u8>()), len) };
         let filled = out.len() + len;
         // SAFETY: the `len` bytes after the old length were written just above, and the capacity was checked.
@@ -190,7 +191,7 @@ impl Map {
         Some(())
     }
 
-    /// Copies `len` bytes from one place in the mapping to another; `None` also if the two overlap.
+    /// Copies `len` bytes from one offset in the mapping to another; `None` also if the two ranges overlap.
     pub(crate) fn shift(&self, from: u64, to: u64, len: u64) -> Option<()> {
         let apart = from.checked_add(len)? <= to || to.checked_add(len)? <= from;
         let from = self.range(from, len)?;
@@ -199,12 +200,12 @@ impl Map {
         if !apart {
             return None;
         }
-        // SAFETY: both ranges lie inside the mapping and do not overlap; as to other processes see `write`.
+        // SAFETY: both ranges lie inside the mapping and do not overlap; for writes by other processes, see `write`.
         unsafe { copy(Side::Shared(from.cast_const()), Side::Shared(to), len) };
         Some(())
     }
 
-    /// Copies bytes from `offset` on into `out`, which they fill. As for other processes, see [`Map::read`].
+    /// Copies bytes from `offset` on into `out`, filling it. For writes by other processes, see [`Map::read`].
     pub(crate) fn read_into(&self, offset: u64, out: &mut [u8]) -> Option<()> {
         let from = self.range(offset, out.len() as u64)?;
         // SAFETY: the source lies inside the mapping, and the target is private memory.
@@ -212,12 +213,12 @@ impl Map {
         Some(())
     }
 
-    /// Has the kernel write the `len` bytes at `offset` to a file or socket, without a copy of ours, and returns how many it
-    /// took. `None` if they do not lie inside.
+    /// Lets the kernel write the `len` bytes at `offset` to a file or socket, without a copy in this process. Returns the number of bytes
+    /// written; `None` if the bytes do not lie inside the mapping.
     pub(crate) fn write_to(&self, offset: u64, len: u64, file: BorrowedFd<'_>) -> Option<io::Result<usize>> {
         let start = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
-        // SAFETY: the bytes lie inside the mapping, which outlives the call. The kernel reads them, as bytes that may change.
+        // SAFETY: the bytes lie inside the mapping, which outlives the call. The kernel reads them as bytes that may change.
         let written = unsafe { libc::write(file.as_raw_fd(), start.cast_const().cast(), len) };
         Some(usize::try_from(written).map_err(|_| io::Error::last_os_error()))
     }
@@ -225,24 +226,24 @@ impl Map {
     /// The bytes of a pinned entry, in place.
     ///
     /// # Safety
-    /// Nothing writes to them for as long as the result lives. The caller holds a pin on the entry that they lie in, and found the
-    /// entry valid after the pin was set: from then on no member of the segment that keeps to the protocol writes there until
-    /// the pin is gone. That all processes which have the segment do so is for the caller to know.
+    /// Nothing may write to the bytes as long as the result lives. The caller must hold a pin on the entry that contains them, and must
+    /// have found the entry valid after the pin was set: from then on no member of the segment that follows the protocol writes there until
+    /// the pin is gone. The caller is responsible for all processes that have the segment following the protocol.
     pub(crate) unsafe fn pinned(&self, offset: u64, len: u64) -> Option<&[u8]> {
         let start = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
-        // SAFETY: inside the mapping, which lives as long as `self`; unchanged, as the caller promises.
+        // SAFETY: inside the mapping, which lives as long as `self`; unchanged, as the caller guarantees.
         Some(unsafe { std::slice::from_raw_parts(start.cast_const(), len) })
     }
 
     /// Whether the bytes at `offset`, which must be a multiple of 8, are `bytes`.
     ///
-    /// Compares by words: the last one is masked, so up to 7 bytes behind the range must be mapped too.
+    /// Compares word by word. The last word is masked, so up to 7 bytes after the range must be mapped too.
     #[inline]
     pub(crate) fn equals(&self, offset: u64, bytes: &[u8]) -> Option<bool> {
         let words = self.slice::<AtomicU64>(offset, (bytes.len() as u64).div_ceil(8))?;
         let (whole, rest) = bytes.as_chunks();
-        // Without a branch for each word, as nearly always all are the same.
+        // There is no branch for each word, because nearly always all of them are equal.
         let mut difference = 0;
         for (word, chunk) in words.iter().zip(whole) {
             difference |= word.load(Ordering::Relaxed) ^ u64::from_ne_bytes(*chunk);
@@ -250,7 +251,7 @@ impl Map {
         let Some(last) = words.get(whole.len()).map(|word| word.load(Ordering::Relaxed)) else {
             return Some(difference == 0);
         };
-        // The last eight bytes without those that were compared already, if there are so many.
+        // The last eight bytes, if there are so many, without those that were compared already.
         let rest_is_it = match bytes.last_chunk() {
             Some(&tail) => {
                 let unused = 8 * (8 - rest.len());
@@ -273,7 +274,7 @@ impl Map {
     }
 }
 
-/// One side of a copy: memory that other processes see, or our own.
+/// One side of a copy: shared memory, or private memory.
 #[derive(Clone, Copy, Debug)]
 enum Side<P> {
     Shared(P),
@@ -288,22 +289,22 @@ impl<P> Side<P> {
     }
 }
 
-/// Copies bytes that another process may change meanwhile.
+/// Copies bytes that another process may change at the same time.
 ///
-/// To the compiler this is a few opaque instructions, not a read of Rust memory: a race with another process (or thread) gives
-/// some mixture of old and new bytes, and no undefined behaviour. It is about as fast as `memcpy`, which for small pages
-/// takes a loop: the one string instruction is slow to start, and nothing overlaps with it.
+/// To the compiler this is a few opaque instructions, not a read of Rust memory: a race with another process (or thread) yields
+/// a mixture of old and new bytes, and no undefined behavior. It is about as fast as `memcpy`. Small pages are copied by
+/// a loop, because the string instruction is slow to start and does not overlap with other instructions.
 ///
 /// # Safety
-/// `len` bytes can be read at `from` and written at `to`, and the two do not overlap.
+/// `len` bytes must be readable at `from` and writable at `to`, and the two ranges must not overlap.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
     let (from, to) = (from.pointer(), to.pointer());
     if (BLOCK..=LOOPED).contains(&len) && std::is_x86_feature_detected!("avx2") {
-        // SAFETY: as the caller promises; there is a block at least, and the machine has AVX2.
+        // SAFETY: as the caller guarantees; there is at least one block, and the CPU has AVX2.
         unsafe { copy_blocks(from, to, len) };
     } else {
-        // SAFETY: as the caller promises; the direction flag is clear by the ABI.
+        // SAFETY: as the caller guarantees; the direction flag is clear by the ABI.
         unsafe {
             std::arch::asm!(
                 "rep movsb",
@@ -318,18 +319,18 @@ unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const BLOCK: usize = 128;
-/// Up to this the loop is faster.
+/// Up to this length, the loop is faster.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const LOOPED: usize = 4096;
 
 /// Copies blocks of 128 bytes, the last of which may overlap the one before it.
 ///
 /// # Safety
-/// As for `copy`; `len` is a block at least, and the machine has AVX2.
+/// As for `copy`; `len` is at least one block, and the CPU has AVX2.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[target_feature(enable = "avx2")]
 unsafe fn copy_blocks(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: whole blocks below the last, then the last; all inside the two ranges.
+    // SAFETY: copies whole blocks before the last one, then the last one; all lie inside the two ranges.
     unsafe {
         std::arch::asm!(
             "2:",
@@ -366,11 +367,11 @@ unsafe fn copy_blocks(from: *const u8, to: *mut u8, len: usize) {
     }
 }
 
-/// As above, for machines without such an instruction: word by word where both sides are aligned, else byte by byte, and
-/// atomically on the sides that are shared.
+/// The same for CPUs without such an instruction: word by word where both sides are aligned, else byte by byte, and
+/// atomically on the shared sides.
 ///
 /// # Safety
-/// `len` bytes can be read at `from` and written at `to`, and the two do not overlap.
+/// `len` bytes must be readable at `from` and writable at `to`, and the two ranges must not overlap.
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
 unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
     let word = size_of::<u64>();

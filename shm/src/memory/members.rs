@@ -1,16 +1,16 @@
-//! Members: the processes that use the cache, and who of them is dead.
+//! Registers the members, which are the processes that use the cache, and cleans up after dead ones.
 //!
-//! A process becomes a member when it first touches the cache, by locking one byte of the segment's file, the one whose
-//! number is its member number, through an open file description of its own (`F_OFD_SETLK`). The kernel gives the
-//! byte free when the process is gone, and not before: descriptors are closed after the address space. So *a byte
-//! that can be locked has no living owner*, zombies included, and no pid that was used again can fool anybody.
+//! A process becomes a member when it first uses the cache: it locks the byte of the segment's file whose offset is its member
+//! number, through an open file description of its own (`F_OFD_SETLK`). The kernel releases the byte when the process is gone, and not
+//! before: descriptors are closed after the address space. So *a byte that can be locked has no living owner*. This covers
+//! zombies, and a reused pid does no harm.
 //!
-//! Whatever a member holds in shared memory names it: its locks, its leases, and its pins, which lie in its own cell. Whoever
-//! runs into something of a dead member's [buries](SharedMemory::bury_if_dead) it: takes the byte's lock, frees all that, and
-//! gives the byte back. The byte's lock is also what keeps two from burying the same one, and a newcomer from being
-//! buried in its predecessor's stead: whoever claims a cell buries its last owner first.
+//! Everything that a member holds in shared memory contains its number: its locks, its leases, and its pins, which lie in its own cell. A
+//! process that needs something held by a dead member [cleans up](SharedMemory::release_if_dead) after it: it locks the byte, frees
+//! all that, and unlocks the byte. The byte's lock also prevents two processes from cleaning up after the same member, and protects a new
+//! member: a process that claims a cell first cleans up after its last owner.
 //!
-//! May not: hold a shard's lock meanwhile, as these are system calls.
+//! Must not run while a shard's lock is held, because these are system calls.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -27,26 +27,26 @@ use crate::crash;
 use crate::crash::Recovery;
 use crate::protocols::{lease, lock, pin};
 
-/// How this process is a member of one segment: its own memory, not shared.
+/// The membership of this process in one segment: private memory, not shared.
 #[derive(Debug)]
 pub(crate) struct Membership {
     /// Generation (see `fork.rs`) in the high half, member number in the low one, or [`CLAIMING`] or [`NEVER`].
     /// 0 before the first claim.
     claim: AtomicU64,
-    /// The number of the descriptor whose byte lock says that we live.
+    /// The number of the descriptor whose byte lock shows that this process is alive.
     private: AtomicU32,
-    /// The generation in which some thread is burying, or 0.
+    /// The generation in which some thread is cleaning up after a member, or 0.
     releasing: AtomicU32,
 }
 
-/// Some thread of this process is at it.
+/// Another thread of this process is claiming a cell.
 const CLAIMING: u32 = u32::MAX;
-/// It cannot be done: no free cell, no /proc.
+/// The process cannot become a member: no free cell, or no /proc.
 const NEVER: u32 = u32::MAX - 1;
-/// How often to look while another thread claims.
+/// How often to poll while another thread claims.
 const LOOKS: u32 = 10_000;
 
-/// A member, as a guard's owner: its number and where it lies.
+/// A member: its number and the location of its cell.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Member<'a> {
     pub(crate) number: u32,
@@ -64,7 +64,7 @@ impl Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         let (generation, number) = halves(self.claim.load(Ordering::Acquire));
-        // In a child of the member, fork's handler has closed it already.
+        // In a child of the member, the handler for fork has closed it already.
         if generation == fork::generation() && number < NEVER {
             Private(self.private.load(Ordering::Relaxed)).close();
         }
@@ -72,7 +72,7 @@ impl Drop for Membership {
 }
 
 impl SharedMemory {
-    /// This process as a member, which it becomes now if it is none yet; `None` if that cannot be.
+    /// Returns this process as a member, registering it if needed; `None` if that is not possible.
     pub(crate) fn member(&self) -> Option<Member<'_>> {
         let (generation, number) = halves(self.membership.claim.load(Ordering::Acquire));
         if generation == fork::generation() && number < NEVER {
@@ -84,7 +84,7 @@ impl SharedMemory {
         self.claim()
     }
 
-    /// Where this process counts what it sees in a shard.
+    /// The counters of this process for a shard.
     #[inline]
     pub(crate) fn tally(&self, shard: u64) -> Option<&Tally> {
         let claim = self.membership.claim.load(Ordering::Acquire);
@@ -95,12 +95,12 @@ impl SharedMemory {
         self.map.at(member_at + MEMBER_HEAD + shard * TALLY_BYTES)
     }
 
-    /// This process as a member; where it could not become one before, it is tried again.
+    /// Returns this process as a member, and tries again if an earlier attempt to register failed.
     pub(crate) fn member_at_last(&self) -> Option<Member<'_>> {
         self.member().or_else(|| self.claim())
     }
 
-    /// All cells that somebody uses, or used when he died.
+    /// All cells whose owner is alive, or died without cleanup.
     pub(crate) fn members(&self) -> impl Iterator<Item = Member<'_>> {
         self.member_cells().filter(|member| member.head.pid.load(Ordering::Acquire) != 0)
     }
@@ -110,7 +110,7 @@ impl SharedMemory {
         (0..self.geometry.members).filter_map(|number| self.member_at(number))
     }
 
-    /// Frees what a member holds, if it is dead; whether it was.
+    /// Frees everything a member holds, if it is dead; returns whether it was.
     pub(crate) fn release_if_dead(&self, number: u32) -> bool {
         if number >= self.geometry.members {
             self.free_all_of(number);
@@ -123,7 +123,7 @@ impl SharedMemory {
         let generation = fork::generation();
         let releasing = &self.membership.releasing;
         let seen = releasing.load(Ordering::Acquire);
-        // The byte's lock is the process's, so its threads have to keep from each other's way by themselves.
+        // The byte's lock belongs to the process, so its threads have to exclude each other here.
         if seen == generation
             || releasing.compare_exchange(seen, generation, Ordering::Acquire, Ordering::Relaxed).is_err()
         {
@@ -140,7 +140,7 @@ impl SharedMemory {
         dead
     }
 
-    /// Looks after all members once.
+    /// Checks all members once, and cleans up after the dead ones.
     pub(crate) fn bury_the_dead(&self) {
         for member in self.members() {
             self.release_if_dead(member.number);
@@ -171,7 +171,7 @@ impl SharedMemory {
         self.member_at(claimed?)
     }
 
-    /// Another thread claims just now.
+    /// Waits while another thread claims a cell.
     fn await_claim(&self) -> Option<Member<'_>> {
         for _ in 0..LOOKS {
             let (_, number) = halves(self.membership.claim.load(Ordering::Acquire));
@@ -186,7 +186,7 @@ impl SharedMemory {
     fn claim_cell(&self, private: Private) -> Option<u32> {
         let pid = std::process::id();
         let count = self.geometry.members;
-        // Each begins at another place, so that those started together do not try the same bytes.
+        // Each process begins at a different byte, so that processes started together do not try the same bytes.
         let mut numbers = (0..count).map(|step| (pid % count + step) % count);
         let number = numbers.find(|&number| lock_byte(private, number, libc::F_WRLCK))?;
         self.free_all_of(number);
@@ -199,7 +199,7 @@ impl SharedMemory {
         Some(number)
     }
 
-    /// Nobody is a member of a file that was just opened: whatever is held in it was held by the dead.
+    /// For a file that was just opened: it has no members, so everything held in it was held by dead processes.
     pub(crate) fn forget_the_dead(&self) {
         for member in self.member_cells() {
             member.head.pins.iter().for_each(pin::free);
@@ -222,13 +222,13 @@ impl SharedMemory {
         }
     }
 
-    /// An open file description of this process's own: one that was inherited would share its locks with the parent.
+    /// Opens the file again, for a file description of this process alone: an inherited one would share its locks with the parent.
     pub(crate) fn open_again(&self) -> nix::Result<OwnedFd> {
         let path = if cfg!(miri) { "/dev/null".to_owned() } else { format!("/proc/self/fd/{}", self.fd.as_raw_fd()) };
         open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
     }
 
-    /// Gives away all that a member holds, who is dead and whose byte is locked by this process.
+    /// Frees everything held by a dead member, whose byte is locked by this process.
     fn free_all_of(&self, number: u32) {
         for index in 0..self.geometry.shards {
             let head = self.map.at::<ShardHead>(self.geometry.shard_at(index));
@@ -270,7 +270,7 @@ impl SharedMemory {
 }
 
 impl LeaseCell {
-    /// The lease has changed hands: wakes who waits for it.
+    /// Ends the turn of the lease, and wakes the waiting threads.
     pub(crate) fn announce(&self) {
         if lease::end_turn(&self.turn, &self.waiters) {
             futex::wake(&self.turn, i32::MAX);
@@ -278,13 +278,13 @@ impl LeaseCell {
     }
 }
 
-/// Miri knows no locks on files; there is one process, and nobody else.
+/// Miri does not support file locks; under Miri there is only one process.
 #[cfg(miri)]
 fn lock_byte(private: Private, _: u32, _: i32) -> bool {
     private.get().is_some()
 }
 
-/// Locks or unlocks one byte; whether that was possible.
+/// Locks or unlocks one byte; returns whether that was possible.
 #[cfg(not(miri))]
 fn lock_byte(private: Private, number: u32, kind: i32) -> bool {
     let Some(fd) = private.get() else { return false };

@@ -1,7 +1,7 @@
-//! How much memory there is: of the machine, and within the limits of the control groups that this process is in (a container's,
-//! a systemd unit's). The kernel does not refuse what goes beyond such a limit: it kills.
+//! Determines how much memory is available: in the machine, and within the limits of the control groups of this process (a
+//! container's, a systemd unit's). The kernel does not refuse memory beyond such a limit: it kills a process.
 //!
-//! What is read from which file is decided here; files are read through a function, so that tests bring their own.
+//! This file decides which values are read from which files. Files are read through a function, so that tests can replace them.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -9,16 +9,16 @@ use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// A limit, and what of it is left.
+/// A limit, and the free part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Left {
     pub(crate) limit: u64,
-    /// What the kernel can give up at once (pages of files) counts as free.
+    /// Memory that the kernel can reclaim at once (pages of files) counts as free.
     pub(crate) free: u64,
 }
 
-/// The memory that this process and all its children may have, in bytes: what the machine has, or the lowest limit of the control
-/// groups that it is in. `None` if nothing of that can be found out.
+/// The memory that this process and all its children may use, in bytes: the memory of the machine, or the lowest limit of the control
+/// groups of this process. `None` if neither is known.
 #[must_use]
 pub fn memory_limit() -> Option<u64> {
     let machine =
@@ -32,7 +32,7 @@ pub(crate) fn tightest() -> Option<Left> {
     limits(&read_file).into_iter().min_by_key(|left| left.free)
 }
 
-/// What the kernel thinks can be had without swapping, in bytes; unknown where /proc is missing.
+/// The kernel's estimate of the memory available without swapping, in bytes; `None` where /proc is missing.
 pub(crate) fn available_in_machine() -> Option<u64> {
     value_in(&read_file(Path::new("/proc/meminfo"))?, "MemAvailable:")?.checked_mul(1024)
 }
@@ -43,17 +43,17 @@ fn read_file(path: &Path) -> Option<String> {
     Some(text)
 }
 
-/// The number behind a name at the start of a line.
+/// The number after a name at the start of a line.
 fn value_in(text: &str, name: &str) -> Option<u64> {
     let mut lines = text.lines().map(str::split_ascii_whitespace);
     lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next()?.parse().ok())?)
 }
 
-/// What the two versions of control groups call their files.
+/// File and field names, which differ between the two versions of control groups.
 struct Version {
     limit: &'static str,
     used: &'static str,
-    /// In `memory.stat`: pages of files, of the group and those below it.
+    /// Fields of `memory.stat`: pages of files, of the group and its descendants.
     reclaimable: [&'static str; 2],
 }
 
@@ -65,10 +65,10 @@ const V1: Version = Version {
 const V2: Version =
     Version { limit: "memory.max", used: "memory.current", reclaimable: ["inactive_file", "active_file"] };
 
-/// "No limit" in the first version: more than any machine has.
+/// "No limit" in version 1: more than any machine has.
 const NO_LIMIT: u64 = 1 << 60;
 
-/// The limits of the groups that this process is in, as far as they are mounted.
+/// The limits of the groups of this process, as far as they are mounted.
 fn limits(read: &dyn Fn(&Path) -> Option<String>) -> Vec<Left> {
     let (Some(ours), Some(mounts)) = (read(Path::new("/proc/self/cgroup")), read(Path::new("/proc/self/mountinfo")))
     else {
@@ -82,7 +82,7 @@ fn limits(read: &dyn Fn(&Path) -> Option<String>) -> Vec<Left> {
                 if mount.is_v2 { controllers.is_empty() } else { controllers.split(',').any(|one| one == "memory") };
             is_its.then(|| Path::new(path))
         });
-        // Elsewhere in the hierarchy than what is mounted here: then nothing is known.
+        // The group is outside the mounted part of the hierarchy, so its limit is unknown.
         let Some(below) = group.and_then(|group| group.strip_prefix(&mount.root).ok()) else { continue };
         if below.components().any(|part| part == std::path::Component::ParentDir) {
             continue;
@@ -96,9 +96,9 @@ fn limits(read: &dyn Fn(&Path) -> Option<String>) -> Vec<Left> {
 }
 
 fn limit_of(directory: &Path, version: &Version, read: &dyn Fn(&Path) -> Option<String>) -> Option<Left> {
-    let number = |name: &str| read(&directory.join(name))?.trim().parse::<u64>().ok(); // "max" is none
+    let number = |name: &str| read(&directory.join(name))?.trim().parse::<u64>().ok(); // "max" does not parse: no limit
     let stat = read(&directory.join("memory.stat")).unwrap_or_default();
-    // Of the first version: what groups above this one allow, be they mounted here or not.
+    // In version 1: the limit that ancestor groups impose, whether they are mounted here or not.
     let inherited = value_in(&stat, "hierarchical_memory_limit");
     let limit = number(version.limit).into_iter().chain(inherited).min().filter(|&limit| limit < NO_LIMIT)?;
     let reclaimable: u64 = version.reclaimable.iter().filter_map(|name| value_in(&stat, name)).sum();
@@ -106,12 +106,12 @@ fn limit_of(directory: &Path, version: &Version, read: &dyn Fn(&Path) -> Option<
     Some(Left { limit, free: limit.saturating_sub(used) })
 }
 
-/// A mounted hierarchy that may tell of memory: a line of proc_pid_mountinfo(5).
+/// A mounted hierarchy that may contain the memory controller: a line of proc_pid_mountinfo(5).
 struct Mount {
     is_v2: bool,
-    /// What of the hierarchy is mounted,
+    /// The part of the hierarchy that is mounted.
     root: PathBuf,
-    /// and where.
+    /// The mount point.
     at: PathBuf,
 }
 
@@ -129,7 +129,7 @@ impl Mount {
     }
 }
 
-/// Spaces and the like are written as `\040`.
+/// Decodes `\040` and the like, which stand for spaces and other special characters.
 fn unescaped(text: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -1,5 +1,5 @@
-//! What the cache, the event log and the scoreboard are built on: the mapping, its layout, waiting for locks, and the
-//! processes that are members.
+//! The foundation of the cache, the event log and the scoreboard: the mapping, its layout, waiting for locks, and the
+//! member processes.
 
 pub(crate) mod clock;
 pub(crate) mod error;
@@ -30,16 +30,16 @@ pub(crate) struct SharedMemory {
     pub(crate) map: Map,
     pub(crate) geometry: Geometry,
     pub(crate) seed: u64,
-    /// What is added to the monotonic clock, so that the segment's clock goes on when a file is used again.
+    /// Added to the monotonic clock, so that the segment's clock continues when a file is reused.
     pub(crate) time_base: u64,
     pub(crate) membership: Membership,
     pub(crate) fd: OwnedFd,
-    /// The file's lock, if the segment lies in a file and this is who opened it.
+    /// The file's lock, if the segment lies in a file and this process opened it.
     pub(crate) file: Option<Arc<File>>,
 }
 
 impl SharedMemory {
-    /// Milliseconds of the segment's clock, never 0. It goes on when a file is used again.
+    /// Milliseconds of the segment's clock, never 0. The clock continues when a file is reused.
     pub(crate) fn now_ms(&self) -> u64 {
         self.time_base.wrapping_add(monotonic_ms())
     }

@@ -1,7 +1,7 @@
-//! Waiting for a lock: a little spinning, then sleeping on its word, and looking whether the owner is dead.
+//! Waits for a lock: spins briefly, then sleeps on the lock's word, and checks whether the owner is dead.
 //!
-//! No wait is longer than [`LOCK_TIMEOUT`]: an owner may also be stopped, which is no death, and then one does without what the
-//! lock protects.
+//! No wait is longer than [`LOCK_TIMEOUT`]: the owner may be stopped rather than dead, and then the caller proceeds without
+//! what the lock protects.
 
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
@@ -14,12 +14,12 @@ use crate::protocols::lock::{Taken, announce, release as give_back, take};
 
 /// The longest wait for a lock.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(20);
-/// How long to sleep before looking whether the owner is dead.
+/// How long to sleep before checking whether the owner is dead.
 const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
 impl SharedMemory {
-    /// Takes a lock; whether its last owner died with it. `None` if that cannot be in time; with `hurry`, without waiting
-    /// for anybody who lives; never in memory that is lost.
+    /// Takes a lock; returns whether its last owner died holding it. `None` if the lock is not available in time; with `hurry`, does not
+    /// wait for a living owner; always `None` if the memory is lost.
     pub(crate) fn take_lock(&self, lock: &AtomicU32, hurry: bool) -> Option<bool> {
         let me = self.member_at_last().filter(|_| !self.map.is_lost())?.number;
         let backoff = Backoff::new();
@@ -35,8 +35,8 @@ impl SharedMemory {
                 backoff.snooze();
                 continue;
             }
-            // Patience is for the living: who finds the owner dead goes on, however long that took. Once: if that does not
-            // help, nothing will.
+            // The timeout applies to living owners. If the owner is dead, try again, however much time has passed; but only once, because
+            // a second time would not help.
             if owner != me && !has_released && self.release_if_dead(owner) {
                 has_released = true;
                 continue;
@@ -52,7 +52,7 @@ impl SharedMemory {
     }
 }
 
-/// Gives a lock back, by its owner, and wakes who waits for it.
+/// Releases a lock that the caller owns, and wakes a waiting process.
 pub(crate) fn release(lock: &AtomicU32) {
     if give_back(lock) {
         futex::wake(lock, 1);

@@ -1,15 +1,15 @@
 //! The protocol by which readers sleep until something is published, and publishers wake them.
 //!
 //! ```text
-//! sequence   counts publications, and is what readers sleep on
-//! sleepers   counts who was about to sleep
-//! woken      what `sleepers` was before a publication whose publisher then woke everybody
+//! sequence   counts publications; the futex that readers sleep on
+//! sleepers   counts readers that were about to sleep
+//! woken      the value of `sleepers` before a publication whose publisher then woke all readers
 //! ```
-//! If `woken` is `sleepers`, everybody who ever lay down was woken since: he had counted himself before that publication,
-//! so the sequence that he lay down with was an older one. Only then a publisher makes no system call. One who dies before he
-//! has woken the others leaves `woken` as it was, and so they are the next publisher's to wake.
+//! If `woken` equals `sleepers`, every reader that ever went to sleep was woken since: it had counted itself before that publication,
+//! so the sequence that it passed to the futex was an older one. Only in this case a publisher makes no system call. A publisher that dies
+//! before it has woken the readers leaves `woken` unchanged, so the next publisher wakes them.
 //!
-//! May not: wait, or make system calls.
+//! Must not wait, or make system calls.
 
 use super::sync::{AtomicU32, Ordering, fence_after_swap};
 
@@ -21,7 +21,7 @@ pub(crate) struct Bell<'a> {
 }
 
 impl Bell<'_> {
-    /// Whether one may lie down, as nothing has been published since the sequence was `seen`. The kernel is to look once more.
+    /// Whether a reader may sleep, because nothing has been published since the sequence was `seen`. The futex checks once more.
     pub(crate) fn may_sleep(self, seen: u32) -> bool {
         if self.sequence.load(Ordering::SeqCst) != seen {
             return false;
@@ -31,7 +31,7 @@ impl Bell<'_> {
         self.sequence.load(Ordering::SeqCst) == seen
     }
 
-    /// Counts a publication. If somebody may sleep, he is to be woken, and then [`Bell::all_woken`] told the number.
+    /// Counts a publication. If a reader may be asleep, returns a number to pass to [`Bell::all_woken`] after waking all readers.
     pub(crate) fn ring(self) -> Option<u32> {
         let before = self.sleepers.load(Ordering::SeqCst);
         self.sequence.fetch_add(1, Ordering::SeqCst);
@@ -39,7 +39,7 @@ impl Bell<'_> {
         (self.sleepers.load(Ordering::SeqCst) != self.woken.load(Ordering::Relaxed)).then_some(before)
     }
 
-    /// All who lay down before the publication have been woken.
+    /// Records that all readers that went to sleep before the publication have been woken.
     pub(crate) fn all_woken(self, before: u32) {
         self.woken.store(before, Ordering::Relaxed);
     }

@@ -1,39 +1,39 @@
-//! The protocol of a lease: the right to render a page, which one process at a time has.
+//! The protocol of a lease: the right to render a page, which one process holds at a time.
 //!
 //! ```text
 //! 0 = free | bits 0..32 deadline, in ms of the segment's clock, wrapped | 15 bits member + 1 | 17 bits tag of the key
 //! ```
-//! The whole lease is one word, so it is taken, given back and taken over in one step each. It ends in one of four ways: the
-//! holder stores the page or gives up ([`release`]), dies ([`take_from`], by whoever buries it), or lets its deadline
-//! pass, upon which the next one may [`take`] it over; the late holder finds that it is [`is_held`] no more, and what
-//! it rendered is not stored in the place of something newer.
+//! The whole lease is one word, so it is taken, released and taken over in one step each. It ends in one of four ways: the
+//! holder stores the page or gives up ([`release`]), the holder dies ([`take_from`], called by the process that cleans up after it), or
+//! its deadline passes and another process takes it over ([`take`]). In the last case the late holder finds that the lease is not held
+//! any more ([`is_held`]), and its page does not replace a newer one.
 //!
-//! Two keys may share a cell; the tag tells them apart (17 bits besides those that chose the cell). Who finds the cell
-//! taken for another key renders without a lease, as one who waited would wait for the wrong page.
+//! Two keys may share a cell; the tag distinguishes them (17 bits in addition to those that chose the cell). A process that finds the cell
+//! taken for another key renders without a lease, because otherwise it would wait for the wrong page.
 //!
-//! Who waits counts itself ([`enter`]), then looks whether the lease is still held, and sleeps on the *turn*, which goes up
-//! each time a lease ends. Who ends one raises the turn, then looks whether anybody is counted ([`end_turn`]).
-//! With a full fence between the two steps on both sides nobody sleeps through the end of what it waits for.
+//! A waiting process counts itself ([`enter`]), then checks that the lease is still held, and sleeps on the *turn*, which is incremented
+//! each time a lease ends. A process that ends a lease increments the turn, then checks whether any process is counted ([`end_turn`]).
+//! With a full fence between the two steps on both sides, no process sleeps through the end of the lease it waits for.
 //!
-//! A page that cannot be stored has no use for a lease: those who waited would get nothing. So such a key is marked
-//! ([`set_pass`]) for a while, in which whoever finds its lease taken does not wait.
+//! A lease is useless for a page that cannot be stored, because the waiting processes would get nothing. The key of such a page is marked
+//! ([`set_pass`]) for a while, during which a process that finds the lease taken does not wait.
 //!
-//! May not: wait, make system calls, or know what is rendered.
+//! Must not wait, make system calls, or depend on what is rendered.
 
 use super::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 const MEMBER_SHIFT: u32 = 32;
 const TAG_SHIFT: u32 = 47;
 const MEMBER_MASK: u64 = 0x7fff;
-/// The furthest deadline: 18 hours. A word that names a later one is over, and was so long ago, or is nonsense.
+/// The latest possible deadline: 18 hours ahead. A word with a later deadline has expired long ago, or is invalid.
 pub(crate) const MAX_LEASE_MS: u64 = 1 << 26;
 
-/// What came of a try to take a lease.
+/// The result of an attempt to take a lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Claim {
-    /// It is ours until the deadline; the word is what to give back.
+    /// This process holds the lease until the deadline; the word is needed to release it.
     Mine(u64),
-    /// This member renders the page: the word to wait on.
+    /// This member renders the page; wait for the word to change.
     Held { by: u32, word: u64 },
     /// The cell is taken for another key.
     OtherKey,
@@ -61,17 +61,17 @@ pub(crate) fn take(cell: &AtomicU64, hash: u64, member: u32, now_ms: u64, deadli
     }
 }
 
-/// Gives a lease back; whether it was still held.
+/// Releases a lease; returns whether it was still held.
 pub(crate) fn release(cell: &AtomicU64, mine: u64) -> bool {
     cell.compare_exchange(mine, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
 }
 
-/// Whether a lease is still what it was.
+/// Whether the lease still has this word.
 pub(crate) fn is_held(cell: &AtomicU64, word: u64) -> bool {
     cell.load(Ordering::Acquire) == word
 }
 
-/// Frees a lease if this member holds it, who is dead; whether it did.
+/// Releases a lease if this dead member holds it; returns whether it did.
 pub(crate) fn take_from(cell: &AtomicU64, member: u32) -> bool {
     let seen = cell.load(Ordering::Acquire);
     seen != 0 && member_of(seen) == member && release(cell, seen)
@@ -82,48 +82,48 @@ pub(crate) fn is_over(word: u64, now_ms: u64) -> bool {
     left_ms(word, now_ms) == 0
 }
 
-/// How long a lease has until its deadline.
+/// The time until a lease's deadline, in milliseconds.
 pub(crate) fn left_ms(word: u64, now_ms: u64) -> u64 {
     // The clock's low half wraps after 49 days, so a deadline long past looks like one far ahead.
     let ahead = low(low(word).wrapping_sub(low(now_ms)));
     if ahead <= MAX_LEASE_MS { ahead } else { 0 }
 }
 
-/// One more is about to wait; what to sleep on. To be followed by a look at the lease.
+/// Counts a process that is about to wait, and returns the turn to sleep on. The caller must check the lease afterwards.
 pub(crate) fn enter(waiters: &AtomicU32, turn: &AtomicU32) -> u32 {
     waiters.fetch_add(1, Ordering::AcqRel);
     fence(Ordering::SeqCst);
     turn.load(Ordering::Acquire)
 }
 
-/// One waits no more.
+/// Uncounts a waiting process.
 pub(crate) fn leave(waiters: &AtomicU32) {
-    // Not below 0, should somebody else have written there.
+    // Not below 0, in case another process has overwritten the counter.
     let one_less = |count: u32| count.checked_sub(1);
     let _ = waiters.fetch_update(Ordering::AcqRel, Ordering::Relaxed, one_less);
 }
 
-/// A lease has ended; whether somebody is to be woken.
+/// Records the end of a lease; returns whether waiting processes have to be woken.
 pub(crate) fn end_turn(turn: &AtomicU32, waiters: &AtomicU32) -> bool {
     turn.fetch_add(1, Ordering::AcqRel);
     fence(Ordering::SeqCst);
     waiters.load(Ordering::Acquire) > 0
 }
 
-/// Marks the key with this hash as one that nobody waits for until `until_ms`.
+/// Marks the key with this hash: until `until_ms`, no process waits for its page.
 pub(crate) fn set_pass(pass: &AtomicU64, hash: u64, until_ms: u64) {
     let any_member = 1 << MEMBER_SHIFT;
     pass.store(hash >> TAG_SHIFT << TAG_SHIFT | any_member | low(until_ms), Ordering::Release);
 }
 
-/// Whether a key is so marked.
+/// Whether a key is marked by [`set_pass`].
 pub(crate) fn passes(pass: &AtomicU64, hash: u64, now_ms: u64) -> bool {
     let seen = pass.load(Ordering::Acquire);
     seen != 0 && seen >> TAG_SHIFT == hash >> TAG_SHIFT && !is_over(seen, now_ms)
 }
 
 fn member_of(word: u64) -> u32 {
-    // A word without a member is not made by this file: it names one that is not there.
+    // This file never creates a word without a member; such a word is decoded as a member that does not exist.
     let number = (word >> MEMBER_SHIFT & MEMBER_MASK).wrapping_sub(1);
     u32::try_from(number).unwrap_or(u32::MAX)
 }

@@ -43,7 +43,7 @@ fn a_late_holder_changes_nothing() {
     let first = mine(take(&cell, KEY, 3, NOW, NOW + 100));
     let second = mine(take(&cell, KEY, 4, NOW + 100, NOW + 200));
     assert!(!release(&cell, first) && is_held(&cell, second));
-    // The same process takes it over from itself: the words differ nevertheless.
+    // The process takes the lease over from itself, and the words still differ.
     let third = mine(take(&cell, KEY, 4, NOW + 200, NOW + 200));
     assert!(!release(&cell, second) && is_held(&cell, third));
 }
@@ -79,13 +79,13 @@ fn no_deadline_is_further_than_the_longest() {
     let cell = AtomicU64::new(0);
     let word = mine(take(&cell, KEY, 0, NOW, u64::MAX));
     assert_eq!(left_ms(word, NOW), MAX_LEASE_MS);
-    // Nor does one that was spoilt, or passed long ago, hold for longer.
+    // A corrupted or long expired word does not hold for longer either.
     for bit in 0..64 {
         assert!(left_ms(word ^ 1 << bit, NOW) <= MAX_LEASE_MS);
     }
     assert!((27..32).all(|bit| is_over(word ^ 1 << bit, NOW)));
     assert!(is_over(word, NOW + MAX_LEASE_MS) && is_over(word, NOW + (1 << 32) - 1));
-    // A deadline that has passed at once is one in a millisecond.
+    // A deadline that has already passed is moved to the next millisecond.
     let word = mine(take(&AtomicU64::new(0), KEY, 0, NOW, 0));
     assert_eq!(left_ms(word, NOW), 1);
 }

@@ -1,14 +1,14 @@
-//! The protocol of a pin: how a process says that it reads an entry in place.
+//! The protocol of a pin: how a process announces that it reads an entry in place.
 //!
-//! The reader writes the entry's place into a cell of its own, *then* looks whether the entry is still above the floor.
-//! Whoever makes room raises the floor, *then* looks for pins. With a full fence between the two steps on both
-//! sides, one of them sees the other: either the reader finds the floor too high and lets go, or the pin is found.
+//! The reader writes the entry's place into a cell of its own, *then* checks that the entry is still above the floor.
+//! A writer that makes room raises the floor, *then* looks for pins. With a full fence between the two steps on both
+//! sides, at least one of them sees the other: either the reader finds the floor too high and unpins, or the writer finds the pin.
 //!
 //! ```text
 //! 0 = free | position / 32, 52 bits | ring 1 bit | shard 4 bits | size class 7 bits
 //! ```
-//! The cell names the process by where it lies, so that whoever buries a dead member frees its pins. The size class is a
-//! quarter of an octave, rounded up: an entry that is jumped over may seem up to a fifth larger than it is.
+//! The position of the cell identifies the process, so that a dead member's pins are freed when the member is cleaned up. The size
+//! class is a quarter of an octave, rounded up: a skipped entry may seem up to a fifth larger than it is.
 
 use super::sync::{AtomicU64, Ordering, fence_after_swap};
 
@@ -16,16 +16,16 @@ pub(crate) const RING_SHIFT: u32 = 52;
 const SHARD_SHIFT: u32 = 53;
 const CLASS_SHIFT: u32 = 57;
 pub(crate) const GRAIN: u64 = 32;
-/// The smallest size told apart from smaller ones.
+/// Smaller sizes are rounded up to this one.
 pub(crate) const SMALLEST: u64 = 64;
 
-/// What a cell says.
+/// The content of a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pin {
     pub(crate) shard: u64,
     pub(crate) main: bool,
     pub(crate) position: u64,
-    /// The entry's size, or a little more.
+    /// The entry's size, rounded up to its size class.
     pub(crate) size: u64,
 }
 
@@ -36,14 +36,14 @@ impl Pin {
     }
 }
 
-/// Pins, if the cell is free: whether it was.
+/// Sets the pin if the cell is free; returns whether it was.
 pub(crate) fn set(cell: &AtomicU64, pin: Pin) -> bool {
     let set = cell.compare_exchange(0, pin.word(), Ordering::SeqCst, Ordering::Relaxed).is_ok();
     fence_after_swap();
     set
 }
 
-/// Whether the entry that was just pinned is still above its ring's floor, and so will stay what it is; if not, lets go.
+/// Whether the entry that was just pinned is still above its ring's floor, and so will not change; if not, unpins it.
 pub(crate) fn holds(cell: &AtomicU64, position: u64, floor: &AtomicU64) -> bool {
     let holds = floor.load(Ordering::SeqCst) <= position;
     if !holds {
@@ -52,12 +52,12 @@ pub(crate) fn holds(cell: &AtomicU64, position: u64, floor: &AtomicU64) -> bool 
     holds
 }
 
-/// Lets go.
+/// Unpins.
 pub(crate) fn free(cell: &AtomicU64) {
     cell.store(0, Ordering::Release);
 }
 
-/// What a cell says, if it pins anything. To be asked after the floor was raised and a full fence.
+/// The content of a cell, if it is set. To be called after the floor was raised, and after a full fence.
 pub(crate) fn get(cell: &AtomicU64) -> Option<Pin> {
     let word = cell.load(Ordering::Acquire);
     (word != 0).then_some(Pin {
@@ -68,7 +68,7 @@ pub(crate) fn get(cell: &AtomicU64) -> Option<Pin> {
     })
 }
 
-/// The least class whose size is not below `size`.
+/// The smallest class whose size is not below `size`.
 pub(crate) fn class(size: u64) -> u64 {
     let size = size.max(SMALLEST);
     let octave = size.ilog2();

@@ -1,27 +1,27 @@
-//! The protocol of a purge: how a tag and the clock are raised so that no page falls between the two.
+//! The protocol of a purge: raises a tag and the clock so that no outdated page slips between the two.
 //!
-//! A page is good as long as the tags of what it shows were last purged no later than its *snapshot*, the clock before it
-//! was rendered. A page may be made of fragments found in the cache, which were rendered earlier, and takes over their tags.
-//! So a page that found a fragment before its purge must have a snapshot before the purge's time, however long the
-//! purger rests between its steps. Hence:
+//! A page is valid as long as the tags of everything it shows were last purged no later than its *snapshot*, the clock before it
+//! was rendered. A page may be made of fragments found in the cache, which were rendered earlier; it inherits their tags.
+//! So a page that found a fragment before the fragment's purge must have a snapshot before the purge's time, however long the
+//! purger pauses between its steps. Therefore:
 //!
-//! 1. the tag's slots get the time *after* the clock's; from now on the fragment is not found any more;
-//! 2. the clock is raised to that, if nobody else has raised it meanwhile; or else again from 1.
+//! 1. The tag's slots get the time *after* the clock's; from now on the fragment is not found any more.
+//! 2. The clock is raised to that time, if no other process has raised it meanwhile; otherwise the purger starts again from 1.
 //!
-//! Whoever found the fragment did so before 1 was done, and read the clock before that, when it was lower than the time it
-//! got in 2. (The other way round, a page that begins between the two steps has the purge's own time for
+//! A reader that found the fragment did so before step 1 was done, and had read the clock before that, when the clock was lower than
+//! the time it got in step 2. (In the reverse order, a page that begins between the two steps has the purge's own time as
 //! its snapshot, finds the fragment, and outlives the purge: `tests/protocols.rs` shows it.)
 //!
-//! Each turn of the loop that fails is another purge that succeeded. Killed between 1 and 2, a purge leaves its tag one
-//! tick ahead of the clock, and pages with that tag out of date before they are stored: whoever meets such a page
-//! raises the clock in its stead ([`finish`]).
+//! Each failed iteration of the loop means that another purge succeeded. A purger that is killed between 1 and 2 leaves its tag one
+//! tick ahead of the clock, and pages with that tag are out of date before they are stored: a process that finds such a page
+//! raises the clock instead ([`finish`]).
 //!
-//! May not: wait, make system calls, or know what a tag is.
+//! Must not wait, make system calls, or depend on what a tag is.
 
 use super::sync::{AtomicU64, Ordering};
 use crate::crash;
 
-/// Makes out of date whatever was rendered before now and depends on all of these slots.
+/// Invalidates everything that was rendered before now and depends on all of these slots.
 pub(crate) fn purge(clock: &AtomicU64, slots: &[&AtomicU64]) {
     let mut now = clock.load(Ordering::SeqCst);
     loop {
@@ -38,17 +38,17 @@ pub(crate) fn purge(clock: &AtomicU64, slots: &[&AtomicU64]) {
     crash::point("purge: clock raised");
 }
 
-/// Whether what was rendered at `snapshot` is still good, as far as these slots go: those of one tag.
+/// Whether something rendered at `snapshot` is still valid, as far as these slots, which belong to one tag, are concerned.
 pub(crate) fn is_current(slots: &[&AtomicU64], snapshot: u64) -> bool {
     slots.iter().any(|slot| slot.load(Ordering::SeqCst) <= snapshot)
 }
 
-/// Raises the clock for a purge of one of these slots that nobody may ever finish.
+/// Raises the clock for a purge of one of these slots whose process may have died.
 pub(crate) fn finish(clock: &AtomicU64, slots: &[&AtomicU64]) {
     let now = clock.load(Ordering::SeqCst);
     let next = now.wrapping_add(1);
     if slots.iter().any(|slot| slot.load(Ordering::SeqCst) == next) {
-        // If that fails, somebody else did it.
+        // If this fails, another process did it.
         let _ = clock.compare_exchange(now, next, Ordering::SeqCst, Ordering::SeqCst);
     }
 }

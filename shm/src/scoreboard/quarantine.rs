@@ -1,9 +1,9 @@
-//! The requests that are refused for a while, because workers died of them: told by the master, read by all workers.
+//! The requests that are refused for a while because workers crashed on them: written by the master, read by all workers.
 //!
-//! A small table in the header's page, written by the master alone with plain atomic stores; there is no lock. Whoever
-//! reads an entry while it is written may miss it, or see it a moment longer: of a request more or less nothing hangs.
+//! A small table in the header's page, written by the master alone with plain atomic stores; there is no lock. A process that
+//! reads an entry while it is written may miss it, or see it slightly too long. One request more or less does not matter.
 //!
-//! May not: lock, allocate or make a system call in `is_empty` and `left`: they are in the path of every request.
+//! `is_empty` and `left` must not lock, allocate or make a system call: they are in the path of every request.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,14 +15,14 @@ use crate::memory::SharedMemory;
 use crate::memory::clock::monotonic_ms;
 use crate::memory::layout::{BARRED, QUARANTINE_AT, QuarantineTable};
 
-/// A handle of the table; cheap to clone, usable from any thread.
+/// A handle to the table; cheap to clone, usable from any thread.
 #[derive(Clone, Debug)]
 pub struct Quarantine {
     segment: Arc<SharedMemory>,
 }
 
 impl Quarantine {
-    /// So many requests it has room for.
+    /// The number of requests that the table has room for.
     pub const ROOM: usize = BARRED;
 
     pub(crate) fn new(segment: Arc<SharedMemory>) -> Quarantine {
@@ -34,7 +34,7 @@ impl Quarantine {
         self.table().is_none_or(|table| table.count.load(Ordering::Relaxed) == 0)
     }
 
-    /// For how long requests with this key are refused yet; `None` if they are not.
+    /// How long requests with this key are still refused; `None` if they are not.
     pub fn left(&self, key: &str) -> Option<Duration> {
         let (hash, now_ms) = (hash(key), monotonic_ms());
         let barred = &self.table()?.barred;
@@ -46,8 +46,8 @@ impl Quarantine {
         (until_ms > now_ms).then(|| Duration::from_millis(until_ms - now_ms))
     }
 
-    /// Has requests with these keys refused for so long, and no others. For the master alone; what the table has no
-    /// room for is left out.
+    /// Refuses requests with these keys for these times, and no others. For the master alone. Keys beyond the size of the table are
+    /// left out.
     pub fn set<'a>(&self, keys: impl IntoIterator<Item = (&'a str, Duration)>) {
         let Some(table) = self.table() else { return };
         let now_ms = monotonic_ms();
@@ -71,7 +71,7 @@ impl Quarantine {
     }
 }
 
-/// Never 0, which is a free entry.
+/// Never 0, which marks a free entry.
 fn hash(key: &str) -> u64 {
     xxh3_64(key.as_bytes()).max(1)
 }

@@ -1,7 +1,7 @@
 //! Cells in a process's own memory, for the requests that its row has no room for.
 //!
-//! A row shows 16 requests. The texts of all others are kept here: no other process reads them, but the crash handler and
-//! the threads of this process do, at any moment. So a cell stays where it is once it was made, and is all atomics.
+//! A row contains 16 requests. The texts of all others are kept here: no other process reads them, but the crash handler and
+//! the threads of this process do, at any moment. So a cell never moves after its creation, and consists of atomics only.
 
 use std::sync::OnceLock;
 
@@ -10,7 +10,7 @@ use crate::memory::layout::{Cell, TEXT_WORDS, Text, ThreadCells};
 /// Cells of the first chunk; each further chunk has twice as many as the one before.
 const FIRST: usize = 64;
 const CHUNKS: usize = 24;
-/// Seats in one chunk.
+/// Thread slots in one chunk.
 const THREAD_CHUNK: usize = 64;
 const THREAD_CHUNKS: usize = 32;
 
@@ -21,13 +21,13 @@ pub(super) struct Surplus {
 }
 
 impl Surplus {
-    /// A cell that was made. Async-signal-safe.
+    /// Returns a cell that was created before. Async-signal-safe.
     pub(super) fn cell(&self, number: usize) -> Option<&Cell> {
         let (chunk, index) = place(number);
         self.cells.get(chunk)?.get()?.get(index)
     }
 
-    /// Makes a cell, if it was not made before. False if there are too many.
+    /// Creates a cell, if it does not exist. Returns false if there are too many.
     pub(super) fn make(&self, number: usize) -> bool {
         let (chunk, _) = place(number);
         let Some(chunk_of_cells) = self.cells.get(chunk) else { return false };
@@ -35,14 +35,14 @@ impl Surplus {
         true
     }
 
-    /// A thread slot of a thread for which the row has none.
+    /// The thread slot of a thread that has none in the row.
     pub(super) fn thread_slot(&self, number: usize) -> Option<&ThreadCells> {
         let chunk = self.threads.get(number / THREAD_CHUNK)?;
         chunk.get_or_init(|| (0..THREAD_CHUNK).map(|_| ThreadCells::default()).collect()).get(number % THREAD_CHUNK)
     }
 }
 
-/// Which chunk has a cell, and where in it.
+/// The chunk of a cell, and its index there.
 fn place(number: usize) -> (usize, usize) {
     let chunk = (number / FIRST + 1).ilog2();
     (chunk as usize, number + FIRST - (FIRST << chunk))

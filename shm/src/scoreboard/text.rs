@@ -1,14 +1,14 @@
-//! "GET /path" in a place of fixed size, as atomic words: in a row, or in a process's own memory.
+//! Stores "GET /path" in a fixed number of atomic words: in a row, or in a process's own memory.
 
 use std::sync::atomic::Ordering;
 
 use crate::memory::layout::{TEXT_WORDS, Text};
 
-/// Bytes of "GET /path" that there is room for.
+/// The capacity of a text in bytes.
 pub(super) const TEXT_BYTES: usize = TEXT_WORDS * 8;
 
-/// A method and a target as the scoreboard shows them: `GET /path`, printable ASCII, cut to 112 bytes. Whoever compares a
-/// request with what the scoreboard had of one compares these.
+/// A method and a target as the scoreboard stores them: `GET /path`, printable ASCII, cut to 112 bytes. To compare a
+/// request with a request in the scoreboard, compare these texts.
 pub fn request_text(method: &str, target: &str) -> String {
     let (bytes, length) = cut(method, target);
     bytes[..length].iter().copied().map(printable).collect()
@@ -54,7 +54,7 @@ impl Text {
     }
 }
 
-/// What cannot be printed, or could play tricks with a terminal or a log, becomes a question mark.
+/// Replaces characters that cannot be printed, or that could affect a terminal or a log, by a question mark.
 fn printable(byte: u8) -> char {
     if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '?' }
 }

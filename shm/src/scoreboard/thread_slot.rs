@@ -1,11 +1,10 @@
-//! Seats: which request each thread of a process is at work on at this moment, readable by the others also when a SIGKILL
-//! has ended it.
+//! Thread slots: the request that each thread of a process is running, readable by other processes even after a SIGKILL.
 //!
-//! A thread takes a thread slot for life. Its word names the cell of the request that it runs; a request whose text is not in
-//! the row has it put beside the word. The threads for which a row has no thread slot sit in the process's own memory, where the
-//! crash handler finds what they run, and nobody else does.
+//! A thread takes a thread slot for its lifetime. Its word contains the cell of the request that it runs. If the request's text is not in
+//! the row, the text is copied into the thread slot. Threads for which a row has no thread slot use the process's own memory, which only
+//! the crash handler reads.
 //!
-//! May not: lock, allocate or make a system call. What is here is in the path of every request, and in signal handlers.
+//! Must not lock, allocate or make a system call: this code is in the path of every request, and in signal handlers.
 
 use std::sync::atomic::Ordering;
 
@@ -13,14 +12,14 @@ use super::EventLoopBeat;
 use super::surplus::Surplus;
 use crate::memory::layout::{CELLS, RowCells, THREADS, ThreadCells};
 
-/// In the word of a thread slot: the text beside it is that of a request which has no cell any more.
+/// In the word of a thread slot: the text in the slot belongs to a request that has no cell any more.
 pub(super) const NO_CELL: u64 = u64::MAX;
 
-/// In the stamp of a row's culprit.
+/// Value of the culprit's stamp in a row: the culprit is known.
 pub(super) const KNOWN: u64 = 1;
 pub(super) const NOBODY: u64 = 2;
 
-/// What one thread of a row's process is at work on. Cheap to copy.
+/// The request that one thread of a row's process is running. Cheap to copy.
 #[derive(Clone, Copy, Debug)]
 pub struct ThreadSlot<'a> {
     row: &'a RowCells,
@@ -29,13 +28,13 @@ pub struct ThreadSlot<'a> {
     surplus: &'a Surplus,
 }
 
-/// What a thread was at work on: see [`ThreadSlot::switch_to`].
+/// The request that a thread was running: see [`ThreadSlot::switch_to`].
 #[derive(Clone, Copy, Debug)]
 pub struct Before(u64);
 
 impl EventLoopBeat {
-    /// The thread slot with this number, which one thread takes for itself. `None` if there are fewer, or if the row is another
-    /// process's by now.
+    /// The thread slot with this number, which one thread takes for itself. `None` if there are fewer, or if another process has claimed
+    /// the row.
     pub fn thread_slot(&self, number: usize) -> Option<ThreadSlot<'_>> {
         let row = self.row()?;
         let cells = match row.threads.get(number) {
@@ -47,21 +46,21 @@ impl EventLoopBeat {
         Some(ThreadSlot { row, epoch: self.epoch, cells, surplus: &self.surplus })
     }
 
-    /// This process is about to die by what a thread without a thread slot does. Async-signal-safe.
+    /// Records that this process is about to die because of a thread without a thread slot. Async-signal-safe.
     pub fn accuse_nobody(&self) {
         self.row().inspect(|row| row.culprit.stamp_ms.store(NOBODY, Ordering::Release));
     }
 }
 
 impl ThreadSlot<'_> {
-    /// The thread is at work on the request in this cell from here on, or on none. Returns what it was at work on.
+    /// Records that the thread runs the request in this cell from now on, or none. Returns what it ran before.
     pub fn switch_to(&self, cell: Option<usize>) -> Before {
         let before = self.cells.current.load(Ordering::Relaxed);
         self.sit(cell.map_or(0, |cell| cell as u64 + 1));
         Before(before)
     }
 
-    /// It goes on with what it was at work on.
+    /// Records that the thread continues with what it ran before.
     pub fn return_to(&self, Before(word): Before) {
         self.sit(word);
     }
@@ -76,23 +75,24 @@ impl ThreadSlot<'_> {
         self.cells.current.store(word, Ordering::Release);
     }
 
-    /// The text of a request that the row does not show.
+    /// Copies the text of a request that is not in the row.
     #[cold]
     fn put_text_of(&self, word: u64) {
         let number = usize::try_from(word).unwrap_or(0).checked_sub(CELLS + 1);
         if let Some(cell) = number.and_then(|number| self.surplus.cell(number)) {
-            self.cells.current.store(0, Ordering::Release); // what is there now belongs to another request
+            self.cells.current.store(0, Ordering::Release); // the current text belongs to another request
             self.cells.text.copy_from(&cell.text);
         }
     }
 
-    /// The cell of the request that the thread is at work on.
+    /// The cell of the request that the thread is running.
     pub fn cell(&self) -> Option<usize> {
         let word = self.cells.current.load(Ordering::Relaxed);
         usize::try_from(word).ok().filter(|_| word != NO_CELL)?.checked_sub(1)
     }
 
-    /// This cell will be another request's. A thread that is still at work on the one that leaves it keeps its text.
+    /// Prepares for the reuse of this cell by another request: if the thread still runs the request in it, the slot keeps a copy of the
+    /// text.
     pub fn keep_text_of(&self, cell: usize) {
         let word = cell as u64 + 1;
         if self.row.epoch.load(Ordering::Relaxed) != self.epoch || self.cells.current.load(Ordering::Relaxed) != word {
@@ -104,7 +104,7 @@ impl ThreadSlot<'_> {
         let _ = self.cells.current.compare_exchange(word, NO_CELL, Ordering::Release, Ordering::Relaxed);
     }
 
-    /// This process is about to die by what this thread does: notes the request that it is at work on as the culprit, or
+    /// Records that this process is about to die because of this thread: stores the request that the thread is running as the culprit, or
     /// that there is none. Async-signal-safe.
     pub fn accuse(&self) {
         let word = self.cells.current.load(Ordering::Relaxed);
@@ -121,7 +121,7 @@ impl ThreadSlot<'_> {
 }
 
 impl ThreadCells {
-    /// What the thread in this thread slot of `row` is at work on.
+    /// The request that the thread in this thread slot of `row` is running.
     pub(super) fn read(&self, row: &RowCells) -> Option<String> {
         let word = self.current.load(Ordering::Acquire);
         let shown = usize::try_from(word.checked_sub(1)?).ok().and_then(|cell| row.cells.get(cell));

@@ -1,7 +1,7 @@
-//! A segment that outlives the master that made it: handed to the program that takes that master's place, or kept by
-//! somebody else meanwhile (systemd's file descriptor store).
+//! Adopts a segment that outlives the master that created it: it is handed to the program that replaces the master, or kept
+//! by another process meanwhile (systemd's file descriptor store).
 //!
-//! May not: use what this build would not have made for the same plan, or for one with more rows.
+//! Must not use a segment that this build would not have created for the same plan, or for one with more rows.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -42,7 +42,7 @@ impl Segment {
         Ok(segment)
     }
 
-    /// Like [`Segment::adopt`], for a segment whose former users have all ended: what they held is freed, the rows of
+    /// Like [`Segment::adopt`], for a segment whose former users have all ended: everything they held is freed, the rows of
     /// the scoreboard are emptied, and the cache is audited.
     ///
     /// # Errors

@@ -1,27 +1,27 @@
-//! A segment in a file, so that the cache is warm after a stop and a start.
+//! A segment in a file, so that the cache is still warm after a restart.
 //!
-//! The file has the same bytes as a memory file, and only one master has it open, by flock(2). Beside it, or when there is none,
-//! any number of processes may [join](Segment::join): each shares a lock on one byte behind the file's end as long as it uses
-//! the file, and who has that byte alone may make the file anew, repair it, or mark it. What is found in it is used whole or
-//! dropped whole:
+//! The file has the same bytes as a memory file, and only one master has it open, by flock(2). Alongside a master or without one,
+//! any number of processes may [join](Segment::join): each holds a shared lock on one byte after the file's end as long as it uses
+//! the file. A process that holds that byte exclusively may create the file anew, repair it, or mark it. The existing content is used as
+//! a whole or dropped as a whole:
 //!
 //! | the file | is |
 //! |---|---|
-//! | something else, that was never a segment | left alone, and an error |
+//! | not a segment, and never was | left unchanged, and an error |
 //! | empty, of another version, plan or size, or with a damaged header | dropped |
-//! | marked clean: whoever used it last wrote all of it to the disk, then the mark | used |
-//! | not clean, and the machine was not started since | used if an audit of all shards finds no fault: the processes died, and a death at any instruction leaves the cache whole; the kernel kept the bytes |
-//! | not clean, and the machine was started since | dropped: which of its pages reached the disk is up to chance |
+//! | marked clean: its last user wrote all of it to the disk, then the mark | used |
+//! | not clean, and the machine was not rebooted since | used if an audit of all shards finds no fault: the processes died, and a death at
+//! any instruction leaves the cache consistent; the kernel kept the bytes |
+//! | not clean, and the machine was rebooted since | dropped: it is undefined which of its pages reached the disk |
 //!
-//! The mark is taken away, on the disk, before anything else is written. So a power cut finds either a clean file or one that is
-//! dropped. A process that only has the descriptor (`FORKYARD_SHM`) and attaches it for the first time after the file was closed is refused:
-//! nobody would take its writes for such, and even a lookup writes.
+//! The mark is removed, on the disk, before anything else is written. So after a power cut, the file is either clean or dropped. A
+//! process that only has the descriptor (`FORKYARD_SHM`), and attaches it for the first time after the file was closed, is refused:
+//! its writes would not clear the mark, and even a lookup writes.
 //!
-//! Who joins takes a file that is not clean as it is, without an audit: as a process that comes later it would not have asked for one
-//! either, and whatever the dead hold is taken from them as from a sibling. It does not mark the file clean when it goes; a
-//! master does that.
+//! A process that joins uses a file that is not clean without an audit: a process that had joined earlier would not have audited it
+//! either, and what dead members hold is freed as in any segment. It does not mark the file clean at its end; a master does that.
 //!
-//! When a file is used again, nobody is a member of it, so all locks, pins and leases in it are the dead's; its clock goes on
+//! When a file is reused, it has no members, so all locks, pins and leases in it belong to dead processes. Its clock continues
 //! where it stopped, plus the time that passed.
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -48,21 +48,21 @@ use crate::memory::map::Map;
 use crate::memory::members::Membership;
 use crate::segment::{self, Segment, plan_of, system};
 
-/// How long to wait for the processes of a former master, which finish what they serve and hold the file's lock.
+/// How long to wait for the processes of a former master, which finish their requests and hold the file's lock.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 const CLEAN: u64 = 1;
-/// The byte that everybody locks who uses the file. The members' bytes are far before it.
+/// The byte that every user of the file locks. The members' bytes are far below it.
 const USERS: i64 = 1 << 60;
 
 /// What happened to the previous contents of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// It is used: the cache is warm.
+    /// The contents are used: the cache is warm.
     Warm,
-    /// It was dropped: the cache is empty.
+    /// The contents were dropped: the cache is empty.
     Dropped {
-        /// Why.
+        /// The reason.
         why: &'static str,
     },
     /// The file is new.
@@ -85,7 +85,7 @@ impl Segment {
             if lock_users(&file, libc::F_WRLCK) {
                 return prepared(file, plan, geometry);
             }
-            // Whoever joined it before us may stay, if it is what we would have made.
+            // Processes that joined the file earlier may stay, if it is what this process would have created.
             if lock_users(&file, libc::F_RDLCK)
                 && let Some(segment) = in_use(&file)?
                 && segment.inner.header().is_some_and(|header| segment::misfit(&plan_of(header), plan).is_none())
@@ -106,7 +106,7 @@ impl Segment {
     pub fn examine(path: &Path, plan: &Plan) -> Result<(), SegmentError> {
         let len = Geometry::of(plan)?.total;
         segment::check_file_size(len)?;
-        // Of a directory, and of what cannot be read, there is more to say than could be said here.
+        // For a directory or an unreadable file, the caller reports a more precise error.
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
         if !path.is_dir()
             && let Ok(file) = opened
@@ -122,7 +122,7 @@ impl Segment {
             segment::check_memory(missing)?;
         }
         let free = free_in(&found);
-        // Without a limit of its own, tmpfs says that it has no blocks.
+        // A tmpfs without a size limit reports 0 blocks.
         if missing > free && !(is_tmpfs && found.blocks() == 0) {
             return Err(SegmentError::NoSpace { bytes: len, free: Some(free), source: Errno::ENOSPC.into() });
         }
@@ -189,7 +189,7 @@ impl SharedMemory {
         self.file.as_ref().map_or(Ok([0, 0]), |file| boot_and_file(file))
     }
 
-    /// Takes the mark away, on the disk.
+    /// Removes the mark, on the disk.
     fn mark_in_use(&self) -> Result<(), SegmentError> {
         let header = self.header().ok_or(segment::BAD_GEOMETRY)?;
         header.clean.store(0, Ordering::Relaxed);
@@ -201,13 +201,13 @@ impl SharedMemory {
     }
 }
 
-/// Whether whoever used the file last has closed it.
+/// Whether the last user of the file has closed it.
 pub(crate) fn is_clean(header: &Header) -> bool {
     header.clean.load(Ordering::Acquire) == CLEAN
 }
 
 fn open(path: &Path) -> Result<File, SegmentError> {
-    // Not to wait, nor to do what opening a device may do.
+    // The flags prevent waiting, and the side effects of opening a device.
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let opened = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
@@ -217,7 +217,7 @@ fn open(path: &Path) -> Result<File, SegmentError> {
     if is_other { Err(other()) } else { Ok(file) }
 }
 
-/// The segment for a file that this process uses alone; others may join when it returns.
+/// Prepares the segment of a file that this process uses alone. Other processes may join when it returns.
 fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment, Found), SegmentError> {
     let (segment, found) = match warm(&file, plan)? {
         Ok(segment) => (segment, Found::Warm),
@@ -230,13 +230,12 @@ fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment
             (segment, found)
         }
     };
-    // From the lock alone to a shared one: in one step, and it cannot fail.
+    // Changes the exclusive lock to a shared one in one step, which cannot fail.
     lock_users(&file, libc::F_RDLCK);
     Ok((segment, found))
 }
 
-/// The segment in a file that somebody uses, or used when he died since the machine was started. `None` if that cannot be said
-/// of it.
+/// The segment in a file that is in use, or whose users died since the machine was booted. `None` if neither is certain.
 fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
     let Some((map, geometry, seed)) = found_in(file)? else { return Ok(None) };
     let Some(header) = map.at::<Header>(0) else { return Ok(None) };
@@ -251,7 +250,7 @@ fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
     Ok(Some(Segment { inner: Arc::new(inner) }))
 }
 
-/// The plan by which a file was made, if it is whole.
+/// The plan for which a file was created, if the file is intact.
 fn plan_in(file: &File) -> Result<Option<(Plan, Geometry)>, SegmentError> {
     let Some((map, geometry, _)) = found_in(file)? else { return Ok(None) };
     Ok(map.at::<Header>(0).map(|header| (plan_of(header), geometry)))
@@ -268,8 +267,8 @@ fn found_in(file: &File) -> Result<Option<(Map, Geometry, u64)>, SegmentError> {
     Ok(checked.ok().map(|(geometry, seed)| (map, geometry, seed)))
 }
 
-/// Shares the file with others (`F_RDLCK`), has it alone (`F_WRLCK`) or gives it up (`F_UNLCK`); false if that would have to wait.
-/// Who inherits the descriptor has the same lock, until the last of them closes it.
+/// Takes the users' byte shared (`F_RDLCK`) or exclusively (`F_WRLCK`), or releases it (`F_UNLCK`); false if that would have to wait.
+/// A process that inherits the descriptor shares the lock, until the last of them closes it.
 pub(crate) fn lock_users(file: &impl AsFd, kind: i32) -> bool {
     let flock = libc::flock {
         l_type: i16::try_from(kind).unwrap_or_default(),
@@ -287,10 +286,10 @@ pub(crate) fn lock_users(file: &impl AsFd, kind: i32) -> bool {
     }
 }
 
-/// Leaves the file to the others for a moment.
+/// Leaves the file to other processes for a moment.
 ///
 /// # Errors
-/// If that has gone on for long enough.
+/// Fails if this has gone on for longer than the timeout.
 fn wait(file: &File, begun: Instant) -> Result<(), SegmentError> {
     lock_users(file, libc::F_UNLCK);
     if begun.elapsed() >= OPEN_TIMEOUT {
@@ -305,7 +304,7 @@ fn busy() -> SegmentError {
     system("lock the cache file", source)
 }
 
-/// The segment in a file, or what is wrong with it.
+/// The segment in a file, or why its contents are dropped.
 fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, SegmentError> {
     let dropped = |why| Ok(Err(Found::Dropped { why }));
     let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
@@ -316,7 +315,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     if len < size_of::<Header>() as u64 {
         return dropped("it is too short");
     }
-    // The header alone: nothing is reserved for a file that is dropped.
+    // Maps the header alone: nothing is reserved for a file that is dropped.
     let map =
         Map::new(file.as_fd(), size_of::<Header>() as u64).map_err(|error| system("map the cache file", error))?;
     let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
@@ -328,7 +327,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     if let Some(why) = segment::misfit(&plan_of(header), plan) {
         return dropped(why);
     }
-    // What a copy may have left out would raise a signal when the disk is full.
+    // A copy may have holes, and writing to them would raise a signal when the disk is full.
     allocate(file, len)?;
     let fd = owned(file)?;
     let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the cache file", error))?;
@@ -353,7 +352,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     Ok(Ok(segment))
 }
 
-/// An error if the file is something else than a segment, or was.
+/// Fails if the file is not a segment, and never was.
 fn refuse_others(file: &File) -> Result<(), SegmentError> {
     let mut start = [0; 8];
     file.read_exact_at(&mut start, 0).or_else(not_the_end).map_err(|error| system("read the cache file", error))?;
@@ -364,15 +363,15 @@ fn refuse_others(file: &File) -> Result<(), SegmentError> {
     Ok(())
 }
 
-/// The clock's base after a pause: it goes on by the time that passed, as far as the wall clock can be trusted.
+/// The clock's base after a pause: the clock advances by the time that passed, as far as the wall clock can be trusted.
 fn clock_after(header: &Header) -> u64 {
     let value = |word: &AtomicU64| word.load(Ordering::Relaxed);
     let passed = real_ms().saturating_sub(value(&header.clean_real_ms));
     value(&header.clean_ms).saturating_add(passed).wrapping_sub(monotonic_ms())
 }
 
-/// Takes the file's lock, which all who inherit the descriptor share, and which ends when the last of them closes it. (Not
-/// by unlocking, which a child that ends would do to all the others.)
+/// Takes the file's lock, which all processes that inherit the descriptor share, and which ends when the last of them closes it. (It is
+/// not released by unlocking, because a child that ends would then unlock it for all the others.)
 fn locked(file: File) -> Result<Arc<File>, SegmentError> {
     let begun = Instant::now();
     loop {
@@ -388,32 +387,32 @@ fn locked(file: File) -> Result<Arc<File>, SegmentError> {
     }
 }
 
-/// A file that is shorter than what was to be read holds zeros there.
+/// Bytes missing at the end of a short file count as zeros.
 fn not_the_end(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::UnexpectedEof { Ok(()) } else { Err(error) }
 }
 
-/// Makes the file empty, and then so long, with all of it reserved.
+/// Empties the file, then sets its length and reserves all of it.
 fn reserve(file: &File, len: u64) -> Result<(), SegmentError> {
     let empty = || file.set_len(0).map_err(|error| system("empty the cache file", error));
     empty()?;
     allocate(file, len).inspect_err(|_| {
-        let _ = empty(); // a part of it is of use to nobody, and the disk is full
+        let _ = empty(); // a partial file is useless, and the disk is full
     })
 }
 
-/// Bytes that this process may have of a file system.
+/// The free bytes of a file system that this process may use.
 fn free_in(found: &Statvfs) -> u64 {
     let blocks = if nix::unistd::geteuid().is_root() { found.blocks_free() } else { found.blocks_available() };
     blocks.saturating_mul(found.fragment_size())
 }
 
-/// Reserves all of the file: a full disk is found now, and not by a signal later.
+/// Reserves all of the file, so that a full disk is detected now, and not by a signal later.
 fn allocate(file: &File, len: u64) -> Result<(), SegmentError> {
     let free = fstatvfs(file).ok().map(|found| free_in(&found));
     let no_room = |source: io::Error| SegmentError::NoSpace { bytes: len, free, source };
     let size = i64::try_from(len).map_err(|_| no_room(Errno::EFBIG.into()))?;
-    // A file of tmpfs is memory, and what it has already is used.
+    // A file in tmpfs is memory, and its current blocks are already counted as used.
     let has = file.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
     if fstatfs(file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC) {
         segment::check_memory(len.saturating_sub(has))?;
@@ -432,14 +431,14 @@ fn owned(file: &File) -> Result<OwnedFd, SegmentError> {
     file.as_fd().try_clone_to_owned().map_err(|error| system("duplicate a descriptor", error))
 }
 
-/// Which start of the machine this is, and which file: a copy of a file that was in use is not that file.
+/// Identifies the boot of the machine, combined with the file: a copy of a file that was in use is another file.
 fn boot_and_file(file: &File) -> Result<[u64; 2], SegmentError> {
     let metadata = file.metadata().map_err(|error| system("look at the cache file", error))?;
     let [one, other] = boot_id();
     Ok([one ^ metadata.dev(), other ^ metadata.ino()])
 }
 
-/// Which start of the machine this is; zeros if the kernel does not say.
+/// The boot id of the machine; zeros if the kernel does not provide it.
 fn boot_id() -> [u64; 2] {
     let mut text = String::new();
     let file = File::open("/proc/sys/kernel/random/boot_id");

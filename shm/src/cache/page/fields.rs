@@ -1,15 +1,15 @@
-//! What header fields say. Section numbers are those of RFC 9110 unless RFC 9111 is named.
+//! Parses header fields. Section numbers refer to RFC 9110 unless RFC 9111 is named.
 //!
-//! A name is compared in lower case, as [`Page::header`](super::Page::header) keeps it.
+//! Names are compared in lower case, as [`Page::header`](super::Page::header) stores them.
 
 use super::Header;
 
-/// A weight (12.4.2) in thousandths, where none is given.
+/// The default weight (12.4.2), in thousandths.
 const FULL_WEIGHT: u16 = 1000;
-/// A field with one of these names says something of the very bytes of the body.
+/// Fields that describe the exact bytes of the body.
 const OF_THESE_BYTES: [&[u8]; 6] =
     [b"content-encoding", b"content-range", b"content-md5", b"digest", b"content-digest", b"repr-digest"];
-/// Types whose bytes are compressed already, beside images, sound and video.
+/// Types whose bytes are compressed already, in addition to images, audio and video.
 const COMPRESSED_TYPES: [&[u8]; 16] = [
     b"application/gzip",
     b"application/x-gzip",
@@ -36,8 +36,8 @@ pub(super) fn values<'h>(headers: &'h [Header], name: &'h [u8]) -> impl Iterator
 
 /// The elements of a list (5.6.1), over all fields of this name.
 ///
-/// A comma in a quoted string divides too. For our uses that is the safe side: no element that stands in the list gets
-/// lost, some may be seen that do not.
+/// A comma in a quoted string divides too. That is safe for the uses here: no element of the list is lost, and at most additional
+/// elements are seen.
 pub(super) fn elements<'h>(headers: &'h [Header], name: &'h [u8]) -> impl Iterator<Item = &'h [u8]> {
     values(headers, name).flat_map(split)
 }
@@ -54,12 +54,12 @@ pub(super) fn has_directive(headers: &[Header], directive: &[u8]) -> bool {
     })
 }
 
-/// Whether a list has this element, or one that stands for all.
+/// Whether a list contains this element, or `*`.
 pub(super) fn lists(headers: &[Header], name: &[u8], wanted: &[u8]) -> bool {
     elements(headers, name).any(|element| element == b"*" || element.eq_ignore_ascii_case(wanted))
 }
 
-/// Whether the body must stay as it is, or had better.
+/// Whether the body must not or should not be compressed.
 pub(super) fn forbid_coding(headers: &[Header]) -> bool {
     headers.iter().any(|(name, _)| OF_THESE_BYTES.contains(&name.as_slice()))
         || has_directive(headers, b"no-transform")
@@ -83,13 +83,13 @@ fn is_compressed(content_type: &[u8]) -> bool {
     }
 }
 
-/// The names that `Connection` gives: of further fields that are of one connection (7.6.1).
+/// The names listed in `Connection`: further fields that apply to one connection only (7.6.1).
 pub(super) fn connection_options(headers: &[Header]) -> Vec<Vec<u8>> {
     elements(headers, b"connection").map(<[u8]>::to_ascii_lowercase).collect()
 }
 
-/// Whether a field is of one connection or one message, and not of a page (7.6.1, RFC 9111 3.1). So is the length, as it
-/// does not hold for each form of the body.
+/// Whether a field applies to one connection or one message rather than to a page (7.6.1, RFC 9111 3.1). `Content-Length` is
+/// included, because it differs between the forms of the body.
 pub(super) fn is_passing(name: &[u8], connection_options: &[Vec<u8>]) -> bool {
     matches!(
         name,
@@ -98,34 +98,34 @@ pub(super) fn is_passing(name: &[u8], connection_options: &[Vec<u8>]) -> bool {
         || connection_options.iter().any(|option| option == name)
 }
 
-/// Whether a name and a value, as they are kept, are what HTTP allows (5.1, 5.5), so that no header can end a head.
+/// Whether a stored name and value are allowed by HTTP (5.1, 5.5), so that no header can end the header section.
 pub(super) fn is_sound((name, value): &Header) -> bool {
     let in_name = |&byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"!#$%&'*+-.^_`|~".contains(&byte);
     let in_value = |&byte: &u8| byte == b'\t' || byte >= b' ' && byte != 0x7f;
     !name.is_empty() && name.iter().all(in_name) && value.iter().all(in_value)
 }
 
-/// Whether gzip may be sent to a client with this `Accept-Encoding`, and is not liked less than no coding (12.5.3).
+/// Whether gzip may be sent to a client with this `Accept-Encoding`, and its weight is not below that of identity (12.5.3).
 pub(super) fn accepts_gzip(accept_encoding: &[u8]) -> bool {
     let (mut gzip, mut identity, mut others) = (None, None, None);
     for element in split(accept_encoding) {
         let mut parts = element.split(|&byte| byte == b';').map(<[u8]>::trim_ascii);
         let coding = parts.next().unwrap_or_default().to_ascii_lowercase();
         let known: &mut Option<u16> = match coding.as_slice() {
-            b"gzip" | b"x-gzip" => &mut gzip, // the same, as 8.4.1.3 asks
+            b"gzip" | b"x-gzip" => &mut gzip, // equivalent (8.4.1.3)
             b"identity" => &mut identity,
             b"*" => &mut others,
             _ => continue,
         };
         let weight = parts.find_map(weight).unwrap_or(FULL_WEIGHT);
-        // Said twice, the lower one counts: sending the plain body is never wrong.
+        // If a coding is listed twice, the lower weight counts: sending the plain body is never wrong.
         *known = Some(known.map_or(weight, |known| known.min(weight)));
     }
     let gzip = gzip.or(others).unwrap_or(0);
     gzip > 0 && gzip >= identity.unwrap_or(0)
 }
 
-/// The weight in `q=0.5`, in thousandths; 0 if it makes no sense, `None` of another parameter.
+/// The weight in `q=0.5`, in thousandths; 0 if it is invalid, `None` for another parameter.
 fn weight(parameter: &[u8]) -> Option<u16> {
     let (b'q' | b'Q', rest) = parameter.split_first()? else { return None };
     let value = rest.trim_ascii_start().strip_prefix(b"=")?.trim_ascii_start();
@@ -142,7 +142,7 @@ fn weight(parameter: &[u8]) -> Option<u16> {
     })
 }
 
-/// What stands between the quotes of the entity tag that `text` begins with (8.8.3), weak or not, and what follows.
+/// Returns the text between the quotes of the entity tag that `text` begins with (8.8.3), weak or not, and the rest of `text`.
 fn leading_tag(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let quoted = text.strip_prefix(b"W/").unwrap_or(text).strip_prefix(b"\"")?;
     let end = quoted.iter().position(|&byte| byte <= b' ' || byte == b'"' || byte == 0x7f)?;
@@ -150,12 +150,12 @@ fn leading_tag(text: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((tag, rest.strip_prefix(b"\"")?))
 }
 
-/// What stands between the quotes of a field that is one entity tag.
+/// Returns the text between the quotes of a field that is a single entity tag.
 pub(super) fn tag(field: &[u8]) -> Option<&[u8]> {
     leading_tag(field.trim_ascii()).filter(|(_, rest)| rest.is_empty()).map(|(tag, _)| tag)
 }
 
-/// Whether an `If-None-Match` names this tag, by weak comparison (13.1.2, 8.8.3.2). A tag may hold commas.
+/// Whether an `If-None-Match` contains this tag, by weak comparison (13.1.2, 8.8.3.2). A tag may contain commas.
 pub(super) fn names_tag(if_none_match: &[u8], wanted: &[u8]) -> bool {
     if if_none_match.trim_ascii() == b"*" {
         return true;
@@ -244,7 +244,7 @@ mod tests {
             (" * ", true),
             (r#""b", "a""#, true),
             (r#""b" ,,W/"a","c""#, true),
-            (r#""x, "a""#, false), // "x, " is no tag: it holds a space
+            (r#""x, "a""#, false), // "x, " is not a tag: it contains a space
             (r#""b,c", "a""#, true),
             (r#""A""#, false),
             (r#"w/"a""#, false),

@@ -1,26 +1,26 @@
-//! What is kept of a page beside its body, as bytes.
+//! Encodes everything of a page but its body as bytes.
 //!
 //! ```text
 //! version  u8       1
 //! status   number
-//! length   number   of the body before it was compressed; 0 if it was not
-//! headers  number   how many; then of each:
+//! length   number   of the body before the cache compressed it; 0 if it did not
+//! headers  number   count; then for each header:
 //!          number   length of the name     name
 //!          number   length of the value    value
 //! ```
 //! A number has seven bits in each byte, the lowest first; all but its last byte have the highest bit set. Each number, and
-//! so each page, is written in one way only.
+//! therefore each page, has exactly one encoding.
 //!
-//! What is read may have been written by anybody: whatever it says, no more is allocated than some multiple of its length.
+//! The bytes may have been written by any process. Whatever they contain, decoding allocates no more than a multiple of their length.
 
 use super::{CorruptPage, Header, Page, fields};
 
 const VERSION: u8 = 1;
-/// The least that a header takes: two lengths, and one byte of a name.
+/// The minimum size of a header: two lengths, and one byte of a name.
 const HEADER_MIN: usize = 3;
 
 impl Page {
-    /// The page without its body. Headers that are not to be kept are left out.
+    /// Encodes the page without its body, and without headers that must not be stored.
     pub(crate) fn encode_meta(&self) -> Vec<u8> {
         let options = fields::connection_options(&self.headers);
         let kept = || self.headers.iter().filter(|(name, _)| !fields::is_passing(name, &options));
@@ -39,10 +39,10 @@ impl Page {
         meta
     }
 
-    /// The page that was kept as `meta` and `body`. The body is not looked at.
+    /// Decodes the page that was stored as `meta` and `body`. The body is not examined.
     ///
     /// # Errors
-    /// If `meta` is not what [`Page::encode_meta`] makes of a page that can be sent.
+    /// Fails if `meta` is not an output of [`Page::encode_meta`] for a page that can be sent.
     pub(crate) fn decode(meta: &[u8], body: Vec<u8>) -> Result<Page, CorruptPage> {
         let damaged = |why| CorruptPage::Meta { why };
         let (&version, mut rest) = meta.split_first().ok_or(damaged("there are none"))?;
@@ -104,7 +104,7 @@ fn take_number(rest: &mut &[u8]) -> Option<u64> {
         }
         number |= bits << shift;
         if byte & 0x80 == 0 {
-            // A last byte without bits could be left out.
+            // A zero last byte is redundant, so it is rejected.
             return (byte != 0 || shift == 0).then_some(number);
         }
     }
@@ -125,7 +125,7 @@ mod tests {
 
     use super::*;
 
-    /// Any page that can be stored. Its body often compresses, and often does not.
+    /// Any storable page. Its body is often compressible, and often not.
     fn page() -> impl Strategy<Value = Page> {
         let name = "[a-z0-9!#_~-]{1,40}".prop_map(|name| format!("x-{name}"));
         let value = vec(prop_oneof![Just(b'\t'), b' '..=0x7e, 0x80..=0xffu8], 0..300);

@@ -1,10 +1,10 @@
-//! What may be stored, and what a client is sent. Section numbers are those of RFC 9110 unless RFC 9111 is named.
+//! Decides which pages may be stored, and what is sent to a client. Section numbers refer to RFC 9110 unless RFC 9111 is named.
 
 use std::fmt;
 
 use super::{CorruptPage, Page, fields};
 
-/// What describes the body, which a 304 does not have (15.4.5).
+/// Headers that describe the body, which a 304 does not have (15.4.5).
 const OF_THE_BODY: [&[u8]; 6] = [
     b"content-disposition",
     b"content-encoding",
@@ -14,8 +14,7 @@ const OF_THE_BODY: [&[u8]; 6] = [
     b"last-modified",
 ];
 
-/// Why a page must not be stored in a shared cache. Never a reason to fail the request: the page was rendered, it is
-/// only not stored.
+/// Why a page must not be stored in a shared cache. This is never a reason to fail the request: the rendered page is still served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NotStorable {
@@ -63,7 +62,7 @@ impl Page {
     /// also purges it.
     ///
     /// # Errors
-    /// The first reason against storing the page.
+    /// Returns the first reason against storing the page.
     pub fn storable(&self) -> Result<(), NotStorable> {
         if !(200..=599).contains(&self.status) || matches!(self.status, 206 | 304) {
             return Err(NotStorable::Status(self.status));
@@ -124,7 +123,7 @@ impl Page {
         Page { status: 304, headers: self.headers, body: Vec::new(), plain_len: None }
     }
 
-    /// The headers for this client; whether they say that the body is gzip as it is kept.
+    /// Sets the headers for this client, and returns whether they declare the body as stored to be gzip.
     fn negotiate_head(&mut self, accept_encoding: Option<&[u8]>) -> bool {
         let options = fields::connection_options(&self.headers);
         self.headers.retain(|(name, _)| !fields::is_passing(name, &options));
@@ -137,7 +136,8 @@ impl Page {
                 None => self.headers.push((b"vary".to_vec(), b"Accept-Encoding".to_vec())),
             }
         }
-        // A coding that was named after the compression would be the inner one; that is the application's own affair.
+        // If the application added a coding after the compression, the stored gzip would be the inner coding; the application is
+        // responsible for that.
         if !accept_encoding.is_some_and(fields::accepts_gzip) || self.value("content-encoding").is_some() {
             return false;
         }
@@ -147,7 +147,7 @@ impl Page {
     }
 }
 
-/// Makes an entity tag weak; `false` if it is none.
+/// Makes an entity tag weak; `false` if `etag` is not a valid entity tag.
 fn weaken(etag: &mut Vec<u8>) -> bool {
     let Some(tag) = fields::tag(etag) else { return false };
     *etag = [b"W/\"", tag, b"\""].concat();

@@ -58,7 +58,7 @@ fn a_closed_file_is_warm_and_its_clock_goes_on() {
     drop(cache);
     segment.close().unwrap();
 
-    // Two minutes later, after another start of the machine.
+    // Two minutes later, after a reboot.
     let (segment, _) = scratch.open();
     header(&segment).boot_id[0].fetch_xor(1, Ordering::Relaxed);
     let cache = segment.cache();
@@ -75,7 +75,7 @@ fn a_file_that_was_not_closed_is_warm_unless_the_machine_was_started_since() {
     let scratch = Scratch::new("killed");
     let (segment, _) = scratch.open();
     segment.cache().set("k", "v", &StoreOptions::new()).unwrap();
-    // As a process leaves it that is killed with a lock held.
+    // The state that a process leaves if it is killed with a lock held.
     let shard: &crate::memory::layout::ShardHead = segment.inner.map.at(segment.inner.geometry.shards_at).unwrap();
     shard.lock.store(5, Ordering::Relaxed);
     drop(segment);
@@ -136,7 +136,7 @@ fn who_attaches_a_closed_file_is_refused_and_changes_nothing() {
     assert!(refused.to_string().contains("closed the file"), "{refused}");
     assert!(state() == before, "it is as it was");
 
-    // It does not keep the next server from the file, and is let in when that has it.
+    // It does not keep the next server from opening the file, and can join once that server has it.
     let (segment, found) = scratch.open();
     assert_eq!(found, Found::Warm);
     let attached = Segment::attach(left).unwrap();
@@ -186,7 +186,7 @@ fn a_file_with_more_rows_is_warm_and_any_other_misfit_is_named() {
     }
 }
 
-/// Every way to use memory whose file is gone, which must all come to an end.
+/// Uses memory whose file was truncated in every way; all of them must return.
 fn use_what_is_lost(segment: &Segment) {
     let (cache, events) = (segment.cache(), segment.events());
     assert_eq!(cache.get("k"), None);
@@ -223,7 +223,7 @@ fn a_file_that_is_truncated_is_damage_and_ends_nobody() {
         file.set_len(len).unwrap();
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                // All at once, as each may be the first to touch what is lost.
+                // All at once, because each may be the first to access the lost part.
                 scope.spawn(|| {
                     (0..segment.len() / 8).for_each(|word| {
                         touch(&segment, word * 8);
@@ -231,7 +231,7 @@ fn a_file_that_is_truncated_is_damage_and_ends_nobody() {
                 });
             }
         });
-        // Somebody has touched what was lost, so that it stays lost.
+        // The lost part was accessed, so the memory stays lost.
         if let Some(1) = then {
             file.set_len(whole).unwrap();
         }
@@ -283,13 +283,13 @@ fn a_child_and_its_parent_learn_from_each_other_that_pages_are_lost() {
     let (segment, _) = scratch.open();
     OpenOptions::new().write(true).open(&scratch.0).unwrap().set_len(0).unwrap();
     assert!(!segment.inner.map.is_lost());
-    // SAFETY: the child makes no call that another thread could have been at: it reads a word, and leaves.
+    // SAFETY: the child calls nothing that another thread could have been executing: it reads a word, and exits.
     #[expect(unsafe_code, reason = "fork")]
     let child = match unsafe { nix::unistd::fork() }.unwrap() {
         nix::unistd::ForkResult::Parent { child } => child,
         nix::unistd::ForkResult::Child => {
             touch(&segment, 0);
-            // SAFETY: ends the child, which shares the test's threads' locks.
+            // SAFETY: ends the child, which must not use the locks of the test's threads.
             unsafe { libc::_exit(7) }
         }
     };
