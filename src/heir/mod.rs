@@ -16,7 +16,7 @@
 //! - The heir has no exit signal, so the application's wait(2) calls do not return it. After the worker's death the heir
 //!   becomes a child of the master, which reaps it.
 //! - If only the heir is killed, no connection is lost, and its worker requests to be replaced. If the heir is killed
-//!   together with its worker, the connections are reset.
+//!   together with its worker, the kernel closes the connections.
 //!
 //! The heir must not trust the journal further than its own safety allows, and must not wait for a peer longer than
 //! [`PEER_TIMEOUT`].

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | no request is in flight; the last input was not examined | another worker reads that input again |
 //! | requests of whose responses nothing has been sent | a 502 for each |
-//! | a response has been sent in part | the connection is reset |
+//! | a response has been sent in part | the connection ends before the end of the response |
 //! | all responses have been sent, and the connection is kept | another worker |
 //! | as before, and a part of the next request was read and is lost | a 502 over HTTP and SCGI |
 //! | the output ends within a protocol record | the connection is reset |
@@ -95,14 +95,14 @@ pub(crate) fn settle(record: &ConnRecord) -> Settlement {
 /// The state of the input that was read.
 #[derive(Debug, PartialEq, Eq)]
 enum Input {
-    /// All of it belongs to known requests.
+    /// All input belongs to known requests.
     Whole,
-    /// It ends with these bytes, which the worker has not examined.
+    /// The input ends with these bytes, which the worker has not examined.
     Early(Vec<u8>),
     /// Some requests in the last bytes read have an entry, and `unseen` have none. `ends_whole`: the bytes end at a record
     /// boundary.
     Looked { unseen: Vec<Request>, ends_whole: bool },
-    /// A part of it is lost.
+    /// A part of the input is lost.
     Lost,
 }
 

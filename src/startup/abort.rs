@@ -39,7 +39,7 @@ fn absolute(path: &Path) -> Option<CString> {
     CString::new(std::path::absolute(path).ok()?.as_os_str().as_bytes()).ok()
 }
 
-/// What the signal's action has to do.
+/// The steps of the signal's action.
 #[derive(Debug)]
 pub(crate) struct AbortSteps {
     /// Removed in this order.
@@ -48,7 +48,7 @@ pub(crate) struct AbortSteps {
     pub(crate) line: Vec<u8>,
     pub(crate) time_at: usize,
     pub(crate) log: i32,
-    /// This process: children that `preload` forks must not run the steps.
+    /// Pid of this process: children that `preload` forks must not run the steps.
     pub(crate) pid: i32,
 }
 

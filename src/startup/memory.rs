@@ -33,7 +33,7 @@ fn workers_for(rows: u32) -> u32 {
     usable.saturating_sub(SPARE_SLOTS) / SLOTS_PER_WORKER
 }
 
-/// What starts empty if the memory of a former server is not used.
+/// The parts that start empty if the memory of a former server is not used.
 fn contents(config: &Config) -> &'static str {
     match (config.cache.bytes > 0, config.events.bytes > 0) {
         (true, true) => "the cache and the event log start empty",
