@@ -1,7 +1,7 @@
-//! The processes beside the workers: makes and ends what [`sidecars`](self::supervisor) decides, and logs what they say.
+//! Runs the sidecars (daemons and jobs): carries out the decisions of [`sidecars`](self::supervisor), and logs their output.
 //!
-//! They are programs, started as those under `forkyard run`: in a process group of their own, with the privileges of the
-//! workers, and killed by the kernel if the master dies; what these have started is killed by the guard.
+//! Sidecars are programs, started like those of `forkyard run`: in their own process groups, with the privileges of the workers. If
+//! the master dies, the kernel kills them, and the guard kills the processes that they have started.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -29,48 +29,48 @@ use crate::net::publish_socket;
 use crate::privileges::{self, Privileges};
 use crate::sys::{self, Ending};
 
-/// All of them, and what is needed to make them.
+/// All sidecars, and the settings to start them.
 pub(super) struct Sidecars {
     sidecars: SidecarSupervisor,
     /// In the order of the configuration.
     programs: Vec<Sidecar>,
     processes: HashMap<Pid, Process>,
     inherited: Inherited,
-    /// `None` if there is nothing to start.
+    /// `None` if no sidecar is configured.
     privileges: Option<Privileges>,
     segment: Segment,
-    /// Where programs find the publish socket.
+    /// The path of the publish socket for programs.
     events: Option<PathBuf>,
-    /// For when the reload is done that has read it.
+    /// Settings that a reload has read, applied when the reload is done.
     read: Option<Settings>,
     begun: Instant,
 }
 
-/// What another configuration wants, found and checked.
+/// The resolved and checked settings of another configuration.
 pub(super) struct Settings {
     programs: Vec<Sidecar>,
     privileges: Option<Privileges>,
     config: SidecarsConfig,
     stop_timeout: Duration,
-    /// Where programs find the publish socket.
+    /// The path of the publish socket for programs.
     pub(super) events: Option<PathBuf>,
 }
 
-/// What is to run.
+/// A sidecar in the configuration.
 #[derive(Debug)]
 struct Sidecar {
     label: Label,
     program: Program,
 }
 
-/// What a sidecar is called in the log.
+/// The name of a sidecar in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Label {
     kind: &'static str,
     name: String,
 }
 
-/// What runs.
+/// A running sidecar process.
 struct Process {
     sidecar: usize,
     label: Label,
@@ -81,24 +81,24 @@ struct Process {
     open: bool,
 }
 
-/// One that lives, for a master that takes over.
+/// A living process, for the next master in an upgrade.
 pub(super) struct Living<'a> {
     pub(super) name: &'a str,
     pub(super) pid: Pid,
-    /// The end of the pipe from which its output is read; it has to stay open, or else its next word ends it.
+    /// The read end of its output pipe. It must stay open: otherwise the next write would end the process.
     pub(super) output: BorrowedFd<'a>,
-    /// The line that is not finished yet.
+    /// The unfinished line.
     pub(super) partial: &'a [u8],
-    /// How long it has run.
+    /// Time since its start.
     pub(super) age: Duration,
-    /// How long it may take to stop, if it was asked to.
+    /// Time that is left to stop, if the process was asked to.
     pub(super) stop_left: Option<Duration>,
 }
 
-/// Finds the programs, and what they may be.
+/// Finds the programs, and resolves their privileges.
 ///
 /// # Errors
-/// A sentence for the operator, which names the flag.
+/// A sentence for the operator, with the flag.
 fn resolve(config: &Config) -> Result<(Vec<Sidecar>, Option<Privileges>), String> {
     let PrivilegesConfig { chroot, chdir, .. } = &config.privileges;
     let sidecars = config.sidecars.sidecars.iter().map(|sidecar| {
@@ -110,10 +110,10 @@ fn resolve(config: &Config) -> Result<(Vec<Sidecar>, Option<Privileges>), String
     Ok((sidecars, privileges))
 }
 
-/// Looks whether all can be started.
+/// Checks whether all sidecars can be started.
 ///
 /// # Errors
-/// A sentence for the operator, which names the flag.
+/// A sentence for the operator, with the flag.
 pub(crate) fn check_sidecars(config: &Config) -> Result<(), String> {
     resolve(config)?;
     warn_of_sandbox(config);
@@ -128,7 +128,7 @@ fn warn_of_sandbox(config: &Config) {
 
 impl Sidecars {
     /// # Errors
-    /// If a program is not there, or cannot be what the configuration asks for.
+    /// If a program is missing, or cannot have the configured privileges.
     pub(super) fn new(config: &Config, segment: Segment, begun: Instant) -> io::Result<Self> {
         let (programs, privileges) = resolve(config).map_err(io::Error::other)?;
         let sidecars = SidecarSupervisor::new(&config.sidecars, config.drain_timeout, Timestamp::now());
@@ -136,15 +136,15 @@ impl Sidecars {
         Ok(Self { sidecars, programs, processes, inherited, privileges, segment, events: None, read: None, begun })
     }
 
-    /// Has programs find the publish socket there.
+    /// Sets the path of the publish socket for programs.
     pub(super) fn announce_publish_socket(&mut self, events: Option<PathBuf>) {
         self.events = events;
     }
 
-    /// What would run with another configuration.
+    /// Resolves and checks the settings of another configuration.
     ///
     /// # Errors
-    /// A sentence for the operator: a program is not there, or cannot be what it asks for.
+    /// A sentence for the operator: a program is missing, or cannot have the configured privileges.
     pub(super) fn prepare(config: &Config, events: Option<PathBuf>) -> Result<Settings, String> {
         let (programs, privileges) = resolve(config)?;
         warn_of_sandbox(config);
@@ -157,19 +157,19 @@ impl Sidecars {
         })
     }
 
-    /// A reload begins that has read this. Until it is done, all goes on as before.
+    /// Stores the settings of a reload that begins. Until the reload is done, the old settings stay in use.
     pub(super) fn expect(&mut self, settings: Settings) {
         self.read = Some(settings);
     }
 
-    /// That reload has failed.
+    /// Drops the settings of a reload that has failed.
     pub(super) fn forget(&mut self) {
         self.read = None;
     }
 
     fn change(&mut self, settings: Settings) {
         let Settings { programs, privileges, config, stop_timeout, events } = settings;
-        // One that is not wanted and not gone yet may be wanted again.
+        // A sidecar that is no longer wanted may be wanted again before its process has ended.
         let leaving = |label: &Label| {
             self.processes.values().find(|process| process.label == *label).map(|process| process.sidecar)
         };
@@ -178,18 +178,18 @@ impl Sidecars {
             programs.iter().map(|sidecar| present(&sidecar.label).or_else(|| leaving(&sidecar.label))).collect();
         let now_at = self.sidecars.reconfigure(&config, stop_timeout, &former, Timestamp::now());
         for process in self.processes.values_mut() {
-            // Whatever has a process is still there.
+            // A sidecar with a process is never dropped.
             process.sidecar = now_at.get(process.sidecar).copied().flatten().unwrap_or(process.sidecar);
         }
         (self.programs, self.privileges, self.events) = (programs, privileges, events);
     }
 
-    /// For the log: what is to run, and for how long it may.
+    /// The programs and time limits, for the log.
     pub(super) fn describe(&self) -> String {
         format!("{} {:?}", self.sidecars.describe(), self.programs)
     }
 
-    /// Processes to come get this memory.
+    /// Sets the shared memory for future processes.
     pub(super) fn move_to(&mut self, segment: Segment) {
         self.segment = segment;
     }
@@ -202,7 +202,7 @@ impl Sidecars {
         self.sidecars.is_empty()
     }
 
-    /// Whether anything is to run, or runs.
+    /// Whether any sidecar is configured or runs.
     pub(super) fn has_any(&self) -> bool {
         let read = self.read.as_ref().is_some_and(|settings| !settings.programs.is_empty());
         read || !self.programs.is_empty() || !self.processes.is_empty()
@@ -217,12 +217,11 @@ impl Sidecars {
         limits.chain(self.sidecars.next_deadline()).min()
     }
 
-    /// Where something may be to be read.
+    /// The descriptors to watch for output.
     pub(super) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.processes.values().filter(|process| process.open).map(|process| process.output.as_fd())
     }
 
-    /// Those that live.
     pub(super) fn living<'a>(&'a self) -> Vec<Living<'a>> {
         let living = |(&pid, process): (&Pid, &'a Process)| {
             let Process { label, output, since, .. } = process;
@@ -232,20 +231,20 @@ impl Sidecars {
         self.processes.iter().map(living).collect()
     }
 
-    /// When it was last looked which jobs are due, in milliseconds of the wall's clock, for a master that takes over.
+    /// When due jobs were last looked for, in Unix milliseconds, for the next master in an upgrade.
     pub(super) fn looked_at_ms(&self) -> Option<i64> {
         self.sidecars.looked_at().map(Timestamp::as_millisecond)
     }
 
-    /// Goes on from there.
+    /// Continues from the time at which a former master last looked for due jobs.
     pub(super) fn resume(&mut self, looked_at_ms: i64) {
         if let Ok(looked_at) = Timestamp::from_millisecond(looked_at_ms) {
             self.sidecars.resume(looked_at);
         }
     }
 
-    /// Takes over a child of this process, which was made before this process was what it is now. If nothing in the
-    /// configuration has its name, it is asked to stop. It has run for `age`, and has `stop_left` to stop if it was asked to.
+    /// Takes over a child that a former master started. If the configuration has no sidecar of that name, the child is asked to stop. It
+    /// has run for `age`, and has `stop_left` to stop if it was asked to.
     pub(super) fn adopt(
         &mut self,
         name: &str,
@@ -271,7 +270,7 @@ impl Sidecars {
         self.processes.insert(pid, process);
     }
 
-    /// Logs what was said, and does what is due. `is_up` says whether there are workers.
+    /// Logs output, and carries out what is due. `is_up`: there are workers.
     pub(super) fn turn(&mut self, is_up: bool) {
         let share = output::share(self.processes.len());
         let now = self.now();
@@ -281,7 +280,7 @@ impl Sidecars {
         self.feed(if is_up { Event::Begin } else { Event::Tick });
     }
 
-    /// The operator wants something of the workers.
+    /// Applies a command of the operator.
     pub(super) fn apply(&mut self, order: Order) {
         match order {
             Order::Drain => self.feed(Event::Closing),
@@ -290,7 +289,7 @@ impl Sidecars {
         }
     }
 
-    /// All workers are of the new generation. What has changed is taken over, and each daemon started anew.
+    /// Handles the end of a reload: applies the new settings, and restarts each daemon.
     pub(super) fn reloaded(&mut self) {
         self.inherited.end_detached();
         if let Some(settings) = self.read.take() {
@@ -299,12 +298,12 @@ impl Sidecars {
         self.feed(Event::Reloaded);
     }
 
-    /// The last worker is gone.
+    /// Stops all sidecars: the last worker is gone.
     pub(super) fn stop(&mut self) {
         self.feed(Event::Stop);
     }
 
-    /// A daemon or a job has ended.
+    /// Handles the end of a daemon or job.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending) {
         let Some(mut process) = self.processes.remove(&pid) else { return };
         process.read(pid, MAX_REST, self.now());
@@ -323,8 +322,8 @@ impl Sidecars {
         self.feed(Event::Exited { pid, after_exit: super::reap::after_exit(ending, true) });
     }
 
-    /// Whether what this process leaves of its group lives on: a daemon that has ended well at once puts itself into the background
-    /// maybe, and has not yet left the group.
+    /// Whether the remaining processes in the group of this process live on. A daemon that has exited early with 0 may be putting itself
+    /// into the background, and has possibly not left the group yet.
     pub(super) fn spares(&self, pid: Pid, ending: Ending) -> bool {
         self.processes.get(&pid).is_some_and(|process| {
             let is_early = process.since.elapsed() < STEADY_TIME && !process.asked_to_leave;
@@ -332,12 +331,12 @@ impl Sidecars {
         })
     }
 
-    /// Whether a sidecar has ended so that it may run on in the background.
+    /// Whether a sidecar has ended in such a way that it may continue in the background.
     pub(super) fn has_suspects(&self) -> bool {
         self.inherited.has_suspects()
     }
 
-    /// These are children of this process that it did not make: some of them were left by sidecars.
+    /// Examines children that this process did not start: sidecars have left some of them.
     pub(super) fn inherit(&mut self, orphans: &[Pid]) {
         let names: Vec<&str> = self.programs.iter().map(|sidecar| sidecar.label.name.as_str()).collect();
         for (sidecar, pid) in self.inherited.take(orphans, &names) {
@@ -348,12 +347,12 @@ impl Sidecars {
         }
     }
 
-    /// Whether a sidecar has left this process.
+    /// Whether a sidecar has left this process behind.
     pub(super) fn has_left(&self, pid: Pid) -> bool {
         self.inherited.has(pid)
     }
 
-    /// Gives an event to what decides and does what it wants, until it wants nothing more.
+    /// Passes an event to the supervisor and carries out its actions, until there are none.
     fn feed(&mut self, event: Event) {
         let mut actions = VecDeque::from(self.sidecars.step(event, self.now(), Timestamp::now()));
         while let Some(action) = actions.pop_front() {
@@ -394,13 +393,13 @@ impl Sidecars {
 
     fn start(&self, label: &Label, program: &Program) -> io::Result<(Pid, OwnedFd)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        // Non-blocking is a property of each end; the program's must block.
+        // Non-blocking is a property of each end: the program's end must block.
         let write = blocking(write)?;
         let segment = to_pass(&self.segment)?;
         let mut command = Command::new(&program.path);
         let privileges = self.privileges.as_ref().ok_or_else(|| io::Error::other("no privileges were resolved"))?;
         privileges.set_environment(&mut command);
-        // If it is a server of this kind too, it is not to start the same ones again.
+        // If the program is also a forkyard server, it must not start the same sidecars again.
         for ours in ["FORKYARD_SLOT", "FORKYARD_GENERATION", "FORKYARD_DAEMON", "FORKYARD_CRON"] {
             command.env_remove(ours);
         }
@@ -426,7 +425,7 @@ impl Sidecars {
     fn signal(&mut self, pid: Pid, signal: Signal) {
         let Some(process) = self.processes.get_mut(&pid) else { return };
         process.asked_to_leave = true;
-        // The pid cannot have been given to another process: we have not reaped it.
+        // The pid cannot belong to another process: the child is not reaped yet.
         if let Err(errno) = killpg(pid, signal) {
             let Label { kind, name } = &process.label;
             log::error!("cannot signal {kind} name={name} pid={pid} signal={signal}: {errno}");
@@ -466,7 +465,7 @@ impl Sidecars {
 }
 
 impl Process {
-    /// Logs what it has put out, up to `most` bytes.
+    /// Logs up to `most` bytes of output.
     fn read(&mut self, pid: Pid, most: usize, now: Now) {
         let Self { label: Label { kind, name }, output, filter, .. } = self;
         self.open = output.read(most, &mut |line, is_whole| {
@@ -479,7 +478,7 @@ impl Process {
         }
     }
 
-    /// Logs what is left, though it may have no end.
+    /// Logs the remaining output, even without a line end.
     fn end_output(&mut self, pid: Pid, now: Now) {
         let Self { label: Label { kind, name }, output, filter, .. } = self;
         output.finish(&mut |line, is_whole| {
@@ -495,7 +494,7 @@ mod tests {
 
     use super::*;
 
-    /// What these flags ask for.
+    /// The sidecars that these flags configure.
     fn sidecars(flags: &[&str]) -> Sidecars {
         let arguments: Vec<std::ffi::OsString> = [&["x"], flags].concat().into_iter().map(Into::into).collect();
         let crate::cli::Invocation::Serve(request) =

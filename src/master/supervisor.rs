@@ -1,4 +1,4 @@
-//! The supervisor: which processes there should be, decided without a single system call.
+//! The supervisor: decides which processes there should be, without a system call.
 //!
 //! ```text
 //!                 Spawn            Ready                Terminate            Kill
@@ -8,26 +8,25 @@
 //!     └─────────────────────────────────────────────────────────────┴──────────────────┘
 //! ```
 //!
-//! [`Supervisor::step`] takes one event and the time and returns what is to be done; the shell around it (the
-//! master's loop) does that and reports back. Time is what has passed since the master started, and is passed
-//! in, so that a test can play years of crashes in a second, from a seed.
+//! [`Supervisor::step`] takes one event and the time, and returns the actions. The shell around it (the master's loop) carries them out
+//! and reports back. Time is measured from the master's start and passed in, so that a test can run years of crashes in a second, from
+//! a seed.
 //!
 //! The rules:
-//! - One process a slot; a slot's number is unique among the living, and is the process's row in the scoreboard.
-//! - Strength is `target` processes that are starting or ready. Draining ones do not count. [`scale`] moves the target.
-//! - A process that dies after it was ready is replaced at once, as long as fewer than `respawn_rate` were
-//!   replaced within about a second; further ones wait for their turn.
-//! - A process that dies before it is ready opens the breaker: nothing is spawned until a delay has passed,
-//!   which doubles with each failure in a row; then one process alone tries, and if it becomes ready the
-//!   breaker closes and all are spawned. The delay is a deadline and blocks nobody.
-//! - A process that exits with 0 before it was seen to be ready may have served its share and recycled itself, and is replaced
-//!   at once. After some in a row it counts as one that died before it was ready; a reload fails then.
-//! - Who is replaced while it lives (reload, recycling) drains when its replacement is ready, and a budget bounds how
-//!   many are being replaced at a time. A reload whose new processes do not start leaves the old ones as they
-//!   are: see [`roll`].
-//! - A stop begins with what is ready; the rest depends on the queues of the listening sockets: see [`stop`].
-//! - Of a process that was asked to stop the shell is reminded every second (a program may lose a signal between
-//!   a check and an `accept`); at its deadline it is killed.
+//! - A slot has at most one process. The slot number is unique among the living processes, and is the process's row in the scoreboard.
+//! - There should be `target` processes that are starting or ready. Draining processes do not count. [`scale`] changes the target.
+//! - A process that dies after it was ready is replaced at once, as long as fewer than `respawn_rate` were replaced within about a
+//!   second. Further replacements are delayed.
+//! - A process that dies before it is ready opens the breaker: no process is spawned until a delay has passed, which doubles with each
+//!   failure in a row. Then a single process is tried; if it becomes ready, the breaker closes and the others are spawned. The delay
+//!   is a deadline and blocks nothing.
+//! - A process that exits with 0 before it was seen to be ready may have served its share of requests, and is replaced at once. After
+//!   some such exits in a row, the exit counts as a death before the process was ready, and a reload fails.
+//! - A living process that is replaced (reload, recycling) drains when its replacement is ready, and a budget limits the number of
+//!   processes that are being replaced at a time. If the new processes of a reload do not start, the old ones stay: see [`roll`].
+//! - A stop begins with the ready processes; the rest depends on the queues of the listening sockets: see [`stop`].
+//! - While a process drains, the supervisor reminds the shell of it every second, since a program may lose a signal between a check and
+//!   an `accept`. At its deadline the process is killed.
 
 mod breaker;
 mod messages;
@@ -52,15 +51,15 @@ pub(crate) use self::view::{Phase, Place};
 pub(crate) type Now = Duration;
 
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
-/// So many in a row may end well without having been seen to be ready. One that lived for this long counts as three.
+/// Maximum number of exits with 0 in a row without being seen ready. A process that lived for this long counts as three.
 const MAX_UNSEEN: u32 = 10;
 const UNSEEN_LONG: Duration = Duration::from_millis(100);
 
-/// What a slot holds.
+/// The content of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
     Empty,
-    /// The deadline is set before the process exists, so that one that is stuck in its start is ended too.
+    /// The deadline is set before the process exists, so that a process that never finishes its start is killed, too.
     Starting {
         pid: Option<Pid>,
         deadline: Now,
@@ -73,7 +72,7 @@ pub(crate) enum State {
         deadline: Now,
         ask_again: Now,
     },
-    /// `unready`: it overran its start, so its death is that of a process that never became ready.
+    /// `unready`: its start took too long, so its death counts as that of a process that never became ready.
     Killing {
         pid: Pid,
         unready: bool,
@@ -87,13 +86,13 @@ pub(crate) enum State {
 struct Slot {
     state: State,
     generation: u64,
-    /// Since when its process has served its time.
+    /// When its process reached the end of its lifetime.
     worn: Option<Now>,
-    /// Its process drains because another has taken its place.
+    /// Its process drains because another one has replaced it.
     replaced: bool,
-    /// It served something when demand was last looked at.
+    /// Its process served something at the last sample of demand.
     busy: bool,
-    /// It was ready when everything stopped, or became so: it accepts what is queued.
+    /// Its process was ready during a stop, and accepts the queued connections.
     serves_queue: bool,
 }
 
@@ -106,7 +105,7 @@ impl Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Running,
-    /// `until`: the deadline of all. `queue`: connections wait, and are to be served.
+    /// `until`: the deadline of all processes. `queue`: connections wait, and must be served.
     Stopping {
         success: bool,
         until: Now,
@@ -115,23 +114,23 @@ enum Mode {
     Stopped,
 }
 
-/// The state of all processes. See the module's text for the rules.
+/// The state of all processes. See the module documentation for the rules.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
     policy: Policy,
     slots: Vec<Slot>,
     target: u32,
     scaler: Scaler,
-    /// That of all processes, when no reload is under way and none has failed.
+    /// The generation of all processes, if no reload is under way and none has failed.
     generation: u64,
-    /// The last one that a reload was given.
+    /// The generation of the latest reload.
     newest: u64,
     roll: Option<Roll>,
     mode: Mode,
     reached_full_strength: bool,
-    /// Some process was ready, ever.
+    /// At least one process has been ready.
     proven: bool,
-    /// Processes in a row that ended well and were never seen to be ready: see [`Supervisor::done_unseen`].
+    /// Number of processes in a row that exited with 0 and were never seen to be ready: see [`Supervisor::done_unseen`].
     unseen: u32,
     breaker: Breaker,
     respawns: TokenBucket,
@@ -161,7 +160,7 @@ impl Supervisor {
         }
     }
 
-    /// Takes an event, and returns what is to be done because of it, in order.
+    /// Handles an event. Returns the actions, in order.
     pub(crate) fn step(&mut self, event: Event, now: Now) -> Vec<Action> {
         self.now = now;
         match event {
@@ -197,49 +196,49 @@ impl Supervisor {
         std::mem::take(&mut self.actions)
     }
 
-    /// Whether there is no worker, and a connection is to be told of with [`Event::Arrival`].
+    /// Whether there is no worker, so that a connection must be reported with [`Event::Arrival`].
     pub(crate) fn awaits_arrival(&self) -> bool {
         self.mode == Mode::Running && self.target == 0
     }
 
-    /// When [`Event::Tick`] is due, if nothing else happens before. Always later than the last step.
+    /// The time at which [`Event::Tick`] is due without another event. Always later than the last step.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         let slots = self.slots.iter().filter_map(|slot| match slot.state {
             State::Starting { deadline, .. } => Some(deadline),
             State::Draining { deadline, ask_again, .. } => Some(deadline.min(ask_again)),
-            // In a stop Event::Queue comes soon anyway.
+            // During a stop, Event::Queue comes soon anyway.
             State::Backoff { until } => (self.mode == Mode::Running).then_some(until),
             State::Empty | State::Ready { .. } | State::Killing { .. } => None,
         });
-        // A slot that is empty while the breaker is open waits for the breaker alone.
+        // A slot that is empty while the breaker is open waits only for the breaker.
         let breaker = (self.mode == Mode::Running && self.missing() > 0).then_some(self.breaker.open_until());
         let sample = (self.mode == Mode::Running).then(|| self.scaler.sample_at(self.target)).flatten();
         let given_up = (self.mode == Mode::Running).then(|| self.gives_up_at()).flatten();
         slots.chain(breaker.into_iter().chain(sample).chain(given_up).filter(|&until| until > self.now)).min()
     }
 
-    /// When it is given up to try, if no process becomes ready before: as long as none ever was, and they fail.
+    /// When the supervisor gives up if no process becomes ready before: only while none ever was, and starts fail.
     fn gives_up_at(&self) -> Option<Now> {
         let after = Some(self.policy.give_up_after).filter(|after| !after.is_zero() && !self.proven);
         Some(self.breaker.failing_since()?.saturating_add(after?))
     }
 
-    /// One that is starting gets its time.
+    /// Whether it is time to give up. A starting process gets its time first.
     fn has_failed(&self, now: Now) -> bool {
         self.gives_up_at().is_some_and(|at| at <= now) && !self.is_starting()
     }
 
-    /// Whether it serves, and is to go on.
+    /// Whether the process serves and is not being replaced or stopped.
     pub(crate) fn is_ready(&self, pid: Pid) -> bool {
         self.find(pid).is_some_and(|index| matches!(self.slots[index].state, State::Ready { .. }))
     }
 
-    /// Whether some process was ready, ever, or none is needed for now.
+    /// Whether a process has ever been ready, or none is needed for now.
     pub(crate) fn is_up(&self) -> bool {
         self.proven || self.reached_full_strength
     }
 
-    /// The slot and generation of a living process, if it is one of ours.
+    /// The slot and generation of a living process.
     #[cfg(test)]
     fn place_of(&self, pid: Pid) -> Option<(u32, u64)> {
         let index = self.find(pid)?;
@@ -264,7 +263,7 @@ impl Supervisor {
     }
 
     fn ready(&mut self, pid: Pid) {
-        // Gossip: it may come from a process that is no longer starting, and then means nothing.
+        // Gossip: a report from a process that is no longer starting has no effect.
         let Some(index) = self.find(pid) else { return };
         match self.slots[index].state {
             State::Starting { .. } => {
@@ -286,12 +285,12 @@ impl Supervisor {
     }
 
     fn exited(&mut self, pid: Pid, after_exit: AfterExit, now: Now) {
-        let Some(index) = self.find(pid) else { return }; // a stranger
+        let Some(index) = self.find(pid) else { return }; // not a process of the supervisor
         let slot = number(index);
         let Slot { state, generation, serves_queue, .. } = self.slots[index];
         self.slots[index] = Slot::new(State::Empty, generation);
         match state {
-            // During a reload it is the new build that has something against it, and the old ones stay.
+            // During a reload the new generation has failed, and the old processes stay.
             State::Starting { .. } if after_exit == AfterExit::StayDown && self.is_new(generation) => {
                 self.failed_start(slot, Some(pid), now);
             }
@@ -309,9 +308,9 @@ impl Supervisor {
         }
     }
 
-    /// A process ended well that was never seen to be ready. It may have served its share between two looks; when that comes
-    /// again and again and none is seen, it has nothing to do here, and has failed. One that lived for longer was looked at
-    /// more often.
+    /// Handles a process that exited with 0 and was never seen to be ready. It may have served its share of requests between two looks.
+    /// If that repeats and no process is ever seen, the program has failed. A process that lived longer was looked at more often, and
+    /// counts more.
     fn done_unseen(&mut self, slot: u32, pid: Pid, lived: Duration, now: Now) {
         let generation = self.slots[slot as usize].generation;
         let added = if lived < UNSEEN_LONG { 1 } else { 3 };
@@ -320,13 +319,13 @@ impl Supervisor {
         let unseen = of_roll.map_or(&mut self.unseen, |roll| &mut roll.unseen);
         *unseen = unseen.saturating_add(added);
         match *unseen < MAX_UNSEEN {
-            true if is_new => {} // these few tries are bounded anyhow
+            true if is_new => {} // the number of these tries is limited anyway
             true => self.respawn(slot, now),
             false => self.failed_start(slot, Some(pid), now),
         }
     }
 
-    /// Has the slot refilled: at once, as a rule.
+    /// Refills the slot: usually at once.
     fn respawn(&mut self, slot: u32, now: Now) {
         if !self.replaces() {
             return;
@@ -364,7 +363,7 @@ impl Supervisor {
         if self.is_new(generation) {
             self.fail_roll(slot, pid);
             if self.strength() >= self.target {
-                return; // it was one above the target, and is not missed
+                return; // the new process was above the target, so none is missing
             }
         }
         if let Some((failures, delay)) = self.breaker.fail(now) {
@@ -384,7 +383,7 @@ impl Supervisor {
             }
             (Command::Remove, Mode::Running) => {
                 let (min, max) = self.scaler.limits();
-                // Only who was told so at the start does without workers.
+                // The last worker may only be removed if the minimum at the start was 0.
                 let lowest = self.policy.workers.0.min(1);
                 let fewer = max.saturating_sub(1).max(1);
                 let least = min.saturating_sub(1).max(lowest).min(fewer);
@@ -405,7 +404,6 @@ impl Supervisor {
         }
     }
 
-    /// What it goes by.
     pub(crate) fn policy(&self) -> Policy {
         self.policy
     }
@@ -415,13 +413,13 @@ impl Supervisor {
         self.policy = Policy { slots: before.slots, ..policy };
         self.respawns.set_rate(policy.respawn_rate);
         self.scaler.set_pace(policy.per_worker, policy.scale_down_after);
-        // What was asked for by a command meanwhile stays, unless this is another choice.
+        // Changes by commands stay, unless the configured number has changed.
         if policy.workers != before.workers && self.mode == Mode::Running {
             self.retarget(policy.workers, self.target, now);
         }
     }
 
-    /// The operator wants another number of workers.
+    /// Applies another number of workers, as the operator requests.
     fn retarget(&mut self, limits: (u32, u32), target: u32, now: Now) {
         let is_possible = limits.1 > 0 && limits.1 < self.policy.slots;
         if !is_possible || (limits == self.scaler.limits() && target == self.target) {
@@ -431,7 +429,7 @@ impl Supervisor {
         self.notice(Notice::Target(self.target));
     }
 
-    /// How much there is to do, and what follows from it for the number of workers.
+    /// Handles a sample of demand, and adjusts the number of workers.
     fn demanded(&mut self, demand: &Demand, now: Now) {
         for (index, slot) in self.slots.iter_mut().enumerate() {
             slot.busy = demand.busy.contains(&number(index));
@@ -451,7 +449,7 @@ impl Supervisor {
         }
     }
 
-    /// Says when all are there, and looks at demand when it is time.
+    /// Reports when all processes are ready for the first time, and requests the next sample of demand when it is due.
     fn look_ahead(&mut self, now: Now) {
         if !self.reached_full_strength && self.count_ready() >= self.target {
             self.reached_full_strength = true;
@@ -501,25 +499,24 @@ impl Supervisor {
         }
     }
 
-    /// Spawns what is missing, and drains what is too much or has been replaced.
+    /// Spawns missing processes, and drains processes that are surplus or have been replaced.
     fn balance(&mut self, now: Now) {
         self.replace(now);
         while self.missing() > 0 && self.breaker.permits(self.is_starting(), now) {
             let Some(generation) = self.next_generation() else { break };
-            // Those beyond the policy's were left by a predecessor that had more.
+            // Slots beyond the policy's number hold processes of a former master with more slots.
             let mut slots = self.slots.iter().take(self.policy.slots as usize);
             let Some(index) = slots.position(|slot| slot.state == State::Empty) else { break };
             self.start(index, generation, now);
         }
         while self.strength() > self.wanted() {
-            // What does not serve yet goes first, then what has nothing to do, then the oldest generation, then the
-            // highest slot.
+            // The order: processes that are not ready, then idle ones, then the oldest generation, then the highest slot.
             let candidates = (0..self.slots.len()).filter(|&index| self.slots[index].state.counts());
             let surplus = candidates.min_by_key(|&index| {
                 let Slot { state, busy, generation, .. } = self.slots[index];
                 (matches!(state, State::Ready { .. }), busy, generation, std::cmp::Reverse(index))
             });
-            // One that is just being made has no pid to be asked by: its time comes in the next step.
+            // A process that is being created has no pid yet: the next step drains it.
             let Some(index) = surplus.filter(|&index| self.slots[index].state.pid().is_some()) else { break };
             self.drain(index, now);
         }
@@ -531,20 +528,20 @@ impl Supervisor {
         self.actions.push(Action::Spawn { slot: number(index), generation });
     }
 
-    /// How many processes there should be: more than the target while some are being replaced.
+    /// How many processes there should be: more than the target while processes are being replaced.
     fn wanted(&self) -> u32 {
         self.target + self.surge()
     }
 
-    /// How many of them neither exist nor wait for their time.
+    /// How many of these processes neither exist nor are delayed.
     fn missing(&self) -> u32 {
-        // One that is being killed because it overran its start holds its place until its death is known: that is
-        // a failure, after which nobody else is spawned for a while.
+        // A process that is killed because its start took too long holds its place until its death is reported. The death counts as a
+        // failure, after which no other process is spawned for a while.
         let waiting = self.count(|state| matches!(state, State::Backoff { .. } | State::Killing { unready: true, .. }));
         self.wanted().saturating_sub(self.strength() + waiting)
     }
 
-    /// Processes that serve or will.
+    /// Number of processes that serve or will serve.
     fn strength(&self) -> u32 {
         self.count(State::counts)
     }
@@ -583,7 +580,7 @@ impl State {
         matches!(self, Self::Starting { .. } | Self::Ready { .. })
     }
 
-    /// It counts, or will as long as its end is not known.
+    /// Whether it counts, or may have to be replaced when its death is reported.
     fn holds_place(&self) -> bool {
         self.counts() || matches!(self, Self::Killing { unready: true, .. })
     }

@@ -1,4 +1,4 @@
-//! Helpers: which of the daemons and jobs beside the workers are to run, decided without a single system call.
+//! Decides which daemons and jobs run, without a system call.
 //!
 //! ```text
 //!             Spawn            Terminate             Kill
@@ -8,19 +8,19 @@
 //!    └───────────────────┴─────────────────────┴────────────────┘        Retired: it exited with 125
 //! ```
 //!
-//! [`SidecarSupervisor::step`] takes one event and the time, and returns what is to be done; [`sidecars`](crate::master::sidecars) does that. The
-//! time is two clocks: what has passed since the master started, for deadlines, and that on the wall, for schedules.
+//! [`SidecarSupervisor::step`] takes one event and the time, and returns the actions; [`sidecars`](crate::master::sidecars) carries
+//! them out. There are two clocks: the time since the master started, for deadlines, and the wall clock, for schedules.
 //!
 //! The rules:
-//! - One process a sidecar, at most.
-//! - Nothing runs before the first worker is ready. Daemons run on while the workers drain; jobs are not begun any more.
-//! - A daemon that ends is started again: at once, if it had run for a second, else by a breaker of its own. It is left alone until
-//!   the next reload when it exits with 125 after a second, when it has exited with 0 within a second too many times in a row, and when it
-//!   has put itself into the background.
-//! - At the end of a reload each daemon is asked to stop, and started again when it has.
-//! - A job is run when its time has come; once, however often that was while nobody looked (the machine slept). If it
-//!   runs still, that time is skipped. When the wall's clock is set back, the next time is found anew.
-//! - Who was asked to stop and does not is killed.
+//! - A sidecar has at most one process.
+//! - No sidecar runs before the first worker is ready. Daemons continue while the workers drain; no job is started then.
+//! - A daemon that ends is restarted: at once if it had run for a second, otherwise by its own breaker. It is not restarted before the
+//!   next reload if it has exited with 125 after a second, if it has exited with 0 within a second too many times in a row, or if it has
+//!   put itself into the background.
+//! - At the end of a reload each daemon is asked to stop, and restarted when it has stopped.
+//! - A job runs when it is due. If it became due several times while the machine slept, it runs once. If it still runs when it is due,
+//!   that time is skipped. When the wall clock is set back, the next time is computed again.
+//! - A process that was asked to stop and does not stop in time is killed.
 
 use std::time::Duration;
 
@@ -30,27 +30,26 @@ use nix::unistd::Pid;
 use crate::config::sidecars::{Schedule, SidecarsConfig};
 use crate::master::supervisor::{AfterExit, Breaker, Now};
 
-/// A daemon that ends sooner has not started.
+/// Minimum lifetime of a daemon that counts as started.
 pub(crate) const STEADY_TIME: Duration = Duration::from_secs(1);
-/// How often the wall's clock is looked at: the other one stands still while the machine sleeps.
+/// How often the wall clock is read: the other clock stands still while the machine sleeps.
 const WALL_CLOCK_INTERVAL: Duration = Duration::from_secs(60);
-/// By more than this the wall's clock is not just being put right.
+/// A step back by more than this is not just a correction of the wall clock.
 const SET_BACK: SignedDuration = SignedDuration::from_secs(60);
 
-/// What happened.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {
-    /// The clock: something may be due.
+    /// The time: something may be due.
     Tick,
-    /// There are workers. May be said again and again.
+    /// There are workers. May be repeated.
     Begin,
-    /// The process asked for with [`Action::Spawn`] exists.
+    /// The process for [`Action::Spawn`] exists.
     Spawned { sidecar: usize, pid: Pid },
-    /// It could not be made.
+    /// The process for [`Action::Spawn`] could not be created.
     SpawnFailed { sidecar: usize },
-    /// It was reaped.
+    /// The process was reaped.
     Exited { pid: Pid, after_exit: AfterExit },
-    /// The last process of a daemon has put itself into the background: it lives, and is no child that was made here.
+    /// The last process of a daemon has put itself into the background: it lives, and the master did not start it as a child.
     Detached { sidecar: usize, pid: Pid },
     /// A reload is done.
     Reloaded,
@@ -58,39 +57,38 @@ pub(crate) enum Event {
     Closing,
     /// The workers are gone.
     Stop,
-    /// All is to end now.
+    /// Everything must end now.
     Halt,
 }
 
-/// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Make its process, and report [`Event::Spawned`] or [`Event::SpawnFailed`].
+    /// Start a process, and report [`Event::Spawned`] or [`Event::SpawnFailed`].
     Spawn { sidecar: usize },
-    /// Ask it to leave.
+    /// Ask the process to stop.
     Terminate { pid: Pid },
-    /// End it.
+    /// Kill the process.
     Kill { pid: Pid },
-    /// Tell the operator.
+    /// Log a notice for the operator.
     Notice { sidecar: usize, notice: Notice },
 }
 
-/// What an operator should know.
+/// A notice for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Notice {
-    /// A daemon ended so many times in a row as soon as it was started.
+    /// A daemon ended right after its start, this many times in a row.
     Failing { failures: u32, delay: Duration },
-    /// A daemon is not started again before a reload: it asked for that.
+    /// A daemon asked not to be restarted before a reload.
     Retired,
-    /// The same, because it ended well so many times in a row as soon as it was started.
+    /// A daemon is not restarted before a reload, because it exited with 0 right after its start this many times in a row.
     GivenUp { tries: u32 },
-    /// The same, because it runs in the background.
+    /// A daemon is not restarted before a reload, because it runs in the background.
     Detached { pid: Pid },
-    /// A job's time has come while it runs.
+    /// A job is due while it still runs.
     Skipped { pid: Pid },
-    /// A job takes too long.
+    /// A job exceeds its time limit.
     RunTimeout { pid: Pid },
-    /// It does not stop.
+    /// A process does not stop in time.
     StopTimeout { pid: Pid },
 }
 
@@ -104,7 +102,7 @@ struct Sidecar {
 enum Kind {
     Daemon {
         breaker: Breaker,
-        /// So often in a row it has ended with 0 as soon as it was started.
+        /// How many times in a row it has exited with 0 right after its start.
         done: u32,
     },
     Job {
@@ -118,12 +116,12 @@ enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Idle,
-    /// Being made: the shell answers before the next event.
+    /// The process is being created: the shell reports the result before the next event.
     Starting,
     Running {
         pid: Pid,
         since: Now,
-        /// How long it had run under a former master.
+        /// How long the process had run under a former master.
         before: Duration,
         deadline: Option<Now>,
     },
@@ -149,25 +147,25 @@ enum Mode {
     Stopping,
 }
 
-/// The state of all sidecars. See the module's text for the rules.
+/// The state of all sidecars. See the module documentation for the rules.
 #[derive(Debug)]
 pub(crate) struct SidecarSupervisor {
     /// In the order of the configuration; then those that were adopted and are not wanted.
     sidecars: Vec<Sidecar>,
     mode: Mode,
     cron_timeout: Duration,
-    /// So often a daemon may end well as soon as it is started; 0 for any number.
+    /// Maximum number of exits with 0 right after the start, in a row; 0 for no limit.
     daemon_tries: u32,
     stop_timeout: Duration,
     now: Now,
     wall: Timestamp,
-    /// When another master, whose place this one takes, looked last at what is due.
+    /// When a former master last looked for due jobs.
     looked_at: Option<Timestamp>,
     actions: Vec<Action>,
 }
 
 impl SidecarSupervisor {
-    /// `stop_timeout` is what one that was asked to stop is given.
+    /// `stop_timeout` is the time that a process has to stop after it was asked to.
     pub(crate) fn new(config: &SidecarsConfig, stop_timeout: Duration, wall: Timestamp) -> Self {
         let kind = |schedule: &Option<Schedule>| match schedule {
             Some(schedule) => Kind::Job { schedule: Box::new(schedule.clone()), next: None },
@@ -187,8 +185,8 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Takes over a process that another master has made, and runs since then; `sidecar` is `None` if it is not wanted any
-    /// more, or not twice. Returns its number.
+    /// Takes over a running process of a former master. `sidecar` is `None` if the process is not wanted any more; a second process of
+    /// the same sidecar is not wanted either. Returns the index of its sidecar.
     pub(crate) fn adopt(
         &mut self,
         sidecar: Option<usize>,
@@ -203,7 +201,7 @@ impl SidecarSupervisor {
             None => State::Running { pid, since: now, before: age, deadline: None },
         };
         let Some(index) = free else {
-            // The next step asks it to stop.
+            // The next step asks the process to stop.
             self.sidecars.push(Sidecar { kind: Kind::Unwanted, state });
             return self.sidecars.len() - 1;
         };
@@ -212,7 +210,7 @@ impl SidecarSupervisor {
         index
     }
 
-    /// How long a process may take to stop, if it was asked to.
+    /// Time that is left for a process to stop, if it was asked to.
     pub(crate) fn stop_left(&self, pid: Pid) -> Option<Duration> {
         match self.sidecars[self.find(pid)?].state {
             State::Stopping { deadline, .. } => Some(deadline.saturating_sub(self.now)),
@@ -221,9 +219,9 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Goes by another configuration from now on. `former` says of each sidecar in it which one of the present ones it is.
-    /// What is in it no more is asked to stop by the next step. Returns the number that each of the present ones has now;
-    /// `None` if nothing is left of it.
+    /// Applies another configuration. `former` holds, for each sidecar in it, the index of the same sidecar among the present ones. The
+    /// next step asks sidecars to stop that are no longer configured. Returns the new index of each present sidecar; `None` for a
+    /// sidecar that was dropped.
     pub(crate) fn reconfigure(
         &mut self,
         config: &SidecarsConfig,
@@ -265,7 +263,7 @@ impl SidecarSupervisor {
         now_at
     }
 
-    /// For the log.
+    /// The settings, for the log.
     pub(crate) fn describe(&self) -> String {
         let schedules = self.sidecars.iter().filter_map(|sidecar| match &sidecar.kind {
             Kind::Job { schedule, .. } => Some(schedule.to_string()),
@@ -278,7 +276,7 @@ impl SidecarSupervisor {
         )
     }
 
-    /// The state of a job, with the deadline that it has now.
+    /// The state of a job, with its deadline according to the current time limit.
     fn timed(&self, state: State) -> State {
         match state {
             State::Running { pid, since, before, .. } => {
@@ -290,19 +288,19 @@ impl SidecarSupervisor {
         }
     }
 
-    /// When it was last looked what is due, for a master that takes over; `None` if jobs do not run.
+    /// When due jobs were last looked for, for the next master in an upgrade; `None` if jobs do not run.
     pub(crate) fn looked_at(&self) -> Option<Timestamp> {
         (self.mode == Mode::Running).then_some(self.wall)
     }
 
-    /// Jobs whose time has come since then run, each once.
+    /// Jobs that have become due since this time run once each.
     pub(crate) fn resume(&mut self, looked_at: Timestamp) {
         self.looked_at = Some(looked_at);
     }
 
-    /// Takes an event, and returns what is to be done because of it, in order.
+    /// Handles an event. Returns the actions, in order.
     pub(crate) fn step(&mut self, event: Event, now: Now, wall: Timestamp) -> Vec<Action> {
-        // By a little it may be at any time, and that is no reason to run a job twice.
+        // The wall clock may be set back a little at any time: that must not run a job twice.
         let was_set_back = self.wall.duration_since(wall) > SET_BACK;
         (self.now, self.wall) = (now, wall);
         match event {
@@ -341,7 +339,7 @@ impl SidecarSupervisor {
         self.sidecars.iter().all(|sidecar| sidecar.state.pid().is_none())
     }
 
-    /// When [`Event::Tick`] is due, if nothing else happens before.
+    /// The time at which [`Event::Tick`] is due without another event.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         let of_states = self.sidecars.iter().filter_map(|sidecar| match sidecar.state {
             State::Running { deadline, .. } => deadline,
@@ -402,12 +400,12 @@ impl SidecarSupervisor {
                 sidecar.state = State::Retired;
                 self.notice(index, Notice::GivenUp { tries });
             }
-            // As for 125: env, timeout, docker run and the like return it when they themselves fail.
+            // A wrapper like env, timeout or docker run returns 125 when it fails itself.
             AfterExit::Replace | AfterExit::Restart | AfterExit::StayDown => self.failed(index),
         }
     }
 
-    /// It is not started a second time beside the first. If it runs again already, its next end tells.
+    /// Prevents a second process of a daemon in the background. If the daemon already runs again, its next end decides.
     fn detached(&mut self, index: usize, pid: Pid) {
         if let Some(Sidecar { kind: Kind::Daemon { .. }, state }) = self.sidecars.get_mut(index)
             && let State::Backoff { .. } | State::Idle = state
@@ -417,7 +415,7 @@ impl SidecarSupervisor {
         }
     }
 
-    /// It could not be started, or ended at once.
+    /// Handles a process that could not be started, or that ended right after its start.
     fn failed(&mut self, index: usize) {
         let sidecar = &mut self.sidecars[index];
         sidecar.state = State::Idle;
@@ -432,7 +430,7 @@ impl SidecarSupervisor {
     fn reload(&mut self) {
         for index in 0..self.sidecars.len() {
             let Kind::Daemon { breaker, done } = &mut self.sidecars[index].kind else { continue };
-            // A reload is the operator's way to say that the cause is mended.
+            // After a reload, the cause of the failures counts as mended.
             breaker.close();
             *done = 0;
             match self.sidecars[index].state {
@@ -464,7 +462,7 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Starts what is to run, and stops what is not.
+    /// Starts a sidecar that must run, and stops one that must not.
     fn balance(&mut self, index: usize) {
         let is_due = self.is_due(index);
         match (&self.sidecars[index].kind, self.mode) {
@@ -479,7 +477,7 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Whether a job's time has come; said once.
+    /// Whether a job is due. Returns true once.
     fn is_due(&mut self, index: usize) -> bool {
         let Kind::Job { schedule, next } = &mut self.sidecars[index].kind else { return false };
         let is_due = next.is_some_and(|next| next <= self.wall);
@@ -503,7 +501,7 @@ impl SidecarSupervisor {
                 self.actions.push(Action::Terminate { pid });
             }
             State::Backoff { .. } => self.sidecars[index].state = State::Idle,
-            // What is just being made has no pid to be asked by: its time comes in the next step.
+            // A process that is being created has no pid yet: the next step stops it.
             State::Idle | State::Starting | State::Stopping { .. } | State::Killing { .. } | State::Retired => {}
         }
     }

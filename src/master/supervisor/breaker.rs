@@ -1,22 +1,22 @@
-//! What bounds how fast processes are made: the breaker, for those that fail to start, and the bucket of tokens, for
-//! those that die at work.
+//! Limits how fast processes are started: the breaker for processes that fail to start, and the token bucket for processes that die
+//! while they serve.
 
 use std::time::Duration;
 
 use super::Now;
 
-/// First delay of the breaker, and the longest.
+/// First and longest delay of the breaker.
 const MIN_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// Opens when a process dies before it is ready, for a time that doubles; then one alone may try.
+/// Opens when a process dies before it is ready, for a time that doubles; then a single process may be tried.
 #[derive(Debug, Default)]
 pub(in crate::master) struct Breaker {
-    /// Processes in a row that died before they were ready.
+    /// Number of processes in a row that died before they were ready.
     failures: u32,
-    /// Nothing is spawned before this.
+    /// No process is spawned before this time.
     open_until: Now,
-    /// When the first of them died.
+    /// When the first of these processes died.
     since: Option<Now>,
 }
 
@@ -25,7 +25,7 @@ impl Breaker {
         self.open_until
     }
 
-    /// Whether a process may be made, if `trying` says whether one is starting.
+    /// Whether a process may be spawned. `trying`: another one is starting.
     pub(super) fn permits(&self, trying: bool, now: Now) -> bool {
         now >= self.open_until && !(self.failures > 0 && trying)
     }
@@ -38,15 +38,15 @@ impl Breaker {
         self.since
     }
 
-    /// A process became ready, or the operator says that the cause is mended.
+    /// Resets the breaker, when a process has become ready or the operator has reloaded.
     pub(in crate::master) fn close(&mut self) {
         *self = Self::default();
     }
 
-    /// A process failed. Returns how many in a row, and the delay; `None` if this is the same failure as the last one.
+    /// Records a failure. Returns the number of failures in a row and the delay; `None` if the failure belongs to the previous one.
     pub(in crate::master) fn fail(&mut self, now: Now) -> Option<(u32, Duration)> {
         if now < self.open_until {
-            return None; // its siblings, which were let through with it
+            return None; // a sibling that was started together with it
         }
         self.failures = self.failures.saturating_add(1);
         self.since.get_or_insert(now);
@@ -56,7 +56,7 @@ impl Breaker {
     }
 }
 
-/// So many at once, and so many a second.
+/// Permits `rate` at once, and `rate` a second.
 #[derive(Debug)]
 pub(super) struct TokenBucket {
     rate: u32,
@@ -73,7 +73,7 @@ impl TokenBucket {
         self.rate = rate.max(1);
     }
 
-    /// Takes one token; if there was none, says when it will have come.
+    /// Takes one token. If there was none, returns the time at which there will be one.
     pub(super) fn take(&mut self, now: Now) -> Option<Now> {
         self.full_at = self.full_at.max(now) + Duration::from_secs(1) / self.rate;
         let due = self.full_at.saturating_sub(Duration::from_secs(1));

@@ -1,4 +1,4 @@
-//! What the supervisor is told, and what it says: policy, events, commands, actions and notes.
+//! The supervisor's input and output: policy, events, commands, actions and notices.
 //!
 //! Values only: nothing here decides.
 
@@ -6,27 +6,27 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-/// What the operator chose.
+/// The operator's settings.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Policy {
-    /// How many workers there may be: between these, as demand goes.
+    /// Minimum and maximum number of workers. Demand moves the number between them.
     pub(crate) workers: (u32, u32),
-    /// Requests that a worker is meant to serve at a time.
+    /// Number of requests that a worker is meant to serve at a time.
     pub(crate) per_worker: u32,
-    /// How long a worker was not needed when it may leave.
+    /// How long a worker must have been unneeded before it may leave.
     pub(crate) scale_down_after: Duration,
-    /// How many workers are being replaced at a time, for whatever reason.
+    /// Maximum number of workers that are being replaced at a time, for any reason.
     pub(crate) max_unavailable: Budget,
-    /// How many processes there can be at once, draining ones included.
+    /// Maximum number of processes at a time, including draining ones.
     pub(crate) slots: u32,
     pub(crate) start_timeout: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) respawn_rate: u32,
-    /// How long processes may fail to start, while none ever became ready; zero is for ever.
+    /// How long processes may fail to start while none ever became ready; zero for no limit.
     pub(crate) give_up_after: Duration,
 }
 
-/// A number of workers, or a part of them, which is one at least.
+/// A number of workers, or a percentage of them. At least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Budget {
     Number(u32),
@@ -42,84 +42,82 @@ impl Budget {
     }
 }
 
-/// What happened.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
-    /// The clock: something may be due.
+    /// The time: something may be due.
     Tick,
-    /// The process asked for with [`Action::Spawn`] exists.
+    /// The process for [`Action::Spawn`] exists.
     Spawned { slot: u32, pid: Pid },
-    /// It could not be made.
+    /// The process for [`Action::Spawn`] could not be created.
     SpawnFailed { slot: u32 },
-    /// A process says that it is serving.
+    /// A process has reported that it serves.
     Ready { pid: Pid },
-    /// A process has served its time, and goes on until another has taken its place.
+    /// A process has reached the end of its lifetime. It continues until another one replaces it.
     Recycle { pid: Pid },
-    /// The event loop of a process hangs: it serves no more, though it lives.
+    /// The event loop of a process hangs: it lives, but does not serve.
     Hung { pid: Pid },
     /// The answer to [`Action::Sample`].
     Demand(Demand),
-    /// A connection waits, and there was nobody to accept it: see [`Supervisor::awaits_arrival`].
+    /// A connection waits, and there is no worker to accept it: see [`Supervisor::awaits_arrival`].
     ///
     /// [`Supervisor::awaits_arrival`]: super::Supervisor::awaits_arrival
     Arrival,
     /// A child was reaped.
     Exited { pid: Pid, after_exit: AfterExit },
-    /// The answer to [`Action::Close`], and from then on again and again until none does: whether connections wait that are to be
-    /// accepted.
+    /// The answer to [`Action::Close`], repeated until no connection waits: whether queued connections wait to be accepted.
     Queue { waits: bool },
-    /// The operator wants something.
+    /// The operator has given a command.
     Command(Command),
-    /// The operator has chosen anew. How many processes there can be at once stays as it was.
+    /// The operator has changed the settings. The maximum number of processes stays as it was.
     Policy(Policy),
 }
 
-/// How much there is to do, at one moment.
+/// The demand at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Demand {
-    /// The slots of processes that serve something.
+    /// The slots of processes that serve a request or hold an event stream.
     pub(crate) busy: Vec<u32>,
-    /// Requests being served in all of them.
+    /// Number of requests in flight in all processes.
     pub(crate) in_flight: u32,
-    /// Connections that nobody has accepted yet.
+    /// Number of connections that wait to be accepted.
     pub(crate) waiting: u32,
-    /// Connections that workers hold, in use or not.
+    /// Number of connections that workers hold, in use or not.
     pub(crate) connections: u32,
 }
 
-/// What the way in which a process ended asks for.
+/// What the exit status or signal of a process asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AfterExit {
-    /// It crashed: replace it.
+    /// The process crashed: replace it.
     Replace,
-    /// It exited with 0, having done its share of work: replace it. That is no failure, not even of a process
-    /// that was never seen to be ready, if others of its kind were.
+    /// The process exited with 0 after it had done its share of work: replace it. This is no failure, even if the process was never
+    /// seen to be ready, as long as other processes were.
     Restart,
-    /// It exited with 125: do not replace it.
+    /// The process exited with 125: do not replace it.
     StayDown,
 }
 
-/// What an operator can ask for, by a signal or otherwise.
+/// A command of an operator, by a signal or the control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
-    /// Let all finish what they serve, then end.
+    /// Let all processes finish their work, then end.
     Drain,
     /// End now.
     Halt,
-    /// Replace all, one by one.
+    /// Replace all processes, one by one.
     Reload,
     /// One worker more.
     Add,
     /// One worker less.
     Remove,
-    /// So many workers, neither more nor less.
+    /// Exactly this many workers.
     Scale(u32),
-    /// Have another build of this program take over.
+    /// Replace this process with another build of the program.
     Upgrade,
 }
 
 impl Command {
-    /// For the log.
+    /// A description for the log.
     pub(crate) fn verb(self) -> &'static str {
         match self {
             Self::Drain => "drain and stop",
@@ -133,47 +131,46 @@ impl Command {
     }
 }
 
-/// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Make a process for this slot and report [`Event::Spawned`] or [`Event::SpawnFailed`].
+    /// Start a process for this slot, and report [`Event::Spawned`] or [`Event::SpawnFailed`].
     Spawn { slot: u32, generation: u64 },
-    /// Ask it to finish and leave.
+    /// Ask the process to finish and leave.
     Terminate { pid: Pid },
-    /// It is still there: ask it again, if it may have missed that.
+    /// The process is still there: ask it again, if it may have missed the signal.
     Remind { pid: Pid },
-    /// End it.
+    /// Kill the process.
     Kill { pid: Pid },
-    /// Find out how much there is to do, and report [`Event::Demand`].
+    /// Measure the demand, and report [`Event::Demand`].
     Sample,
-    /// It hangs: have it tell where, and end it.
+    /// The process hangs: make it log where, and kill it.
     Abort { pid: Pid },
-    /// See whether the program's new build can take over, and let it.
+    /// Check whether the program's new build can take over, and let it.
     Upgrade,
-    /// Everything is being stopped: no further connection is to be accepted but those that are queued; not even these if
-    /// `at_once`. Comes before the processes are asked to leave. The answer is [`Event::Queue`].
+    /// The server stops: no further connection may be accepted, except queued ones, or not even those if `at_once`. Comes before the
+    /// processes are asked to leave. The answer is [`Event::Queue`].
     Close { at_once: bool },
-    /// Tell the operator.
+    /// Log a notice for the operator.
     Notice(Notice),
     /// The last process is gone: end the master.
     Exit { success: bool },
 }
 
-/// What an operator should know.
+/// A notice for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Notice {
-    /// As many processes are ready as there should be, for the first time.
+    /// For the first time, as many processes are ready as there should be.
     FullStrength,
-    /// So many processes in a row died before they were ready; the next try comes after `delay`.
+    /// This many processes in a row died before they were ready. The next try comes after `delay`.
     Failing {
         failures: u32,
         delay: Duration,
     },
-    /// None ever became ready, for so long: everything is being stopped.
+    /// No process became ready within this time: the server stops.
     GivenUp {
         after: Duration,
     },
-    /// Replacements wait, because too many processes die.
+    /// Too many processes die, so the replacement of this one is delayed.
     Throttled {
         slot: u32,
         delay: Duration,
@@ -186,31 +183,31 @@ pub(crate) enum Notice {
         slot: u32,
         pid: Pid,
     },
-    /// The number of workers that there should be is now this.
+    /// The target number of workers has changed to this number.
     Target(u32),
-    /// It stays as it is.
+    /// The target number of workers is at a limit, and stays at this number.
     TargetLimit(u32),
-    /// Demand changed it.
+    /// Demand has changed the target number of workers.
     Scaled {
         from: u32,
         to: u32,
         in_flight: u32,
         waiting: u32,
     },
-    /// There is more to do than the most workers allowed can do; said once a minute at most.
+    /// Demand exceeds what the maximum number of workers can serve. Sent at most once a minute.
     Saturated {
         workers: u32,
         in_flight: u32,
         waiting: u32,
     },
-    /// Begins, and takes the place of a reload that was still under way: of that one nothing more is said.
+    /// A reload has begun. It replaces a reload that was still under way, for which no further notice is sent.
     ReloadStarted {
         generation: u64,
     },
     ReloadDone {
         generation: u64,
     },
-    /// A new worker did not get ready, and the old ones stay. No `pid`: it could not even be made.
+    /// A new worker did not become ready, and the old workers stay. Without `pid` it could not be created.
     ReloadFailed {
         generation: u64,
         slot: u32,

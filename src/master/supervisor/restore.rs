@@ -1,4 +1,4 @@
-//! What of the supervisor outlives an upgrade: who is there, and in which state. Pure, as the rest of it.
+//! Saves and restores the supervisor's state for an upgrade: its processes and their states. Pure, like the rest of the supervisor.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::upgrade::roster::{Phase, Place, Roster};
 const MAX_SLOTS: u32 = 1 << 16;
 
 impl Supervisor {
-    /// All that a successor has to know; `None` while everything is being stopped, when there is nothing to succeed to.
+    /// The state for the next master; `None` while the server stops, since no upgrade takes place then.
     pub(crate) fn save(&self, now: Now) -> Option<Roster> {
         if self.mode != Mode::Running {
             return None;
@@ -39,15 +39,15 @@ impl Supervisor {
         })
     }
 
-    /// A supervisor of the processes that another one left. There may be some in slots that this policy has no more: nobody
-    /// else gets these.
+    /// A supervisor for the processes that a former master left. Some may be in slots beyond this policy's number: those slots are not
+    /// reused.
     pub(crate) fn restore(policy: Policy, roster: &Roster, now: Now) -> Self {
         let mut restored = Self::new(policy);
         restored.now = now;
         restored.generation = roster.generation.max(1);
         restored.newest = roster.newest.max(restored.generation);
         restored.reached_full_strength = roster.reached_full_strength;
-        // What was asked for by a command meanwhile stays, unless the new build is told something else.
+        // Changes by commands stay, unless the new build has other settings.
         let is_possible = (1..policy.slots).contains(&roster.limits.1) && roster.limits.0 <= roster.limits.1;
         let limits = if roster.workers == policy.workers && is_possible { roster.limits } else { policy.workers };
         restored.target = restored.scaler.set_limits(limits, roster.target, now);
@@ -64,7 +64,7 @@ impl Supervisor {
                     deadline: at(left_ms).min(now + policy.drain_timeout),
                     ask_again: now + TERMINATE_INTERVAL,
                 },
-                // Whatever it was killed for, it is no failure of the new build's.
+                // The cause of the kill is no failure of the new build.
                 Phase::Killing => State::Killing { pid, unready: false },
             };
             restored.proven |= matches!(state, State::Ready { .. });

@@ -1,13 +1,13 @@
-//! Replacing workers that live: because of a reload, or because they have served their time. Both in one way, and under
-//! one budget: the new one is ready before the old one drains, and at most `max_unavailable` are being replaced at a
-//! time, from the birth of a replacement to the end of the one replaced.
+//! Replaces living workers, for a reload or at the end of their lifetime. Both use the same way and the same budget: the new worker is
+//! ready before the old one drains, and at most `max_unavailable` workers are being replaced at a time, counted from the start of the
+//! replacement to the end of the old worker.
 //!
-//! A reload begins with one process of the new generation, the canary. Until that is ready, the old generation is kept up
-//! in its own name: who dies meanwhile is replaced by one of the old generation. Afterwards whatever is made is
-//! new. When a new process fails to start, the reload is over: what is old stays (and is old again when it has to be
-//! replaced later), what is new and ready stays too.
+//! A reload begins with one process of the new generation, the canary. Until the canary is ready, a process of the old generation that
+//! dies is replaced by one of the old generation. After that, every started process is of the new generation. When a new process fails
+//! to start, the reload is over: the old processes stay, and are replaced by processes of the old generation later; new processes that
+//! are ready stay, too.
 //!
-//! That a generation is old is a number and no more: its processes are made as the new ones are, from what is on disk now.
+//! The supervisor distinguishes generations by number only.
 
 use super::messages::{Action, Notice};
 use super::{Now, Slot, State, Supervisor};
@@ -16,9 +16,9 @@ use super::{Now, Slot, State, Supervisor};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Roll {
     pub(super) generation: u64,
-    /// A process of this generation was ready.
+    /// A process of this generation has been ready.
     pub(super) proven: bool,
-    /// Processes of this generation in a row that ended well and were never seen to be ready.
+    /// Number of processes of this generation in a row that exited with 0 and were never seen to be ready.
     pub(super) unseen: u32,
 }
 
@@ -26,13 +26,13 @@ impl Supervisor {
     pub(super) fn begin_roll(&mut self) {
         self.newest += 1;
         self.roll = Some(Roll { generation: self.newest, proven: false, unseen: 0 });
-        // A reload is the operator's way to say that the cause is mended: try at once.
+        // After a reload, the cause of the failures counts as mended: try at once.
         self.breaker.close();
         self.end_backoffs(Now::MAX);
         self.notice(Notice::ReloadStarted { generation: self.newest });
     }
 
-    /// One new process more is ready: is it the canary?
+    /// Records that a process is ready: the first one of the new generation is the canary.
     pub(super) fn prove(&mut self, generation: u64) {
         if let Some(roll) = self.roll.as_mut().filter(|roll| roll.generation == generation) {
             roll.proven = true;
@@ -40,7 +40,7 @@ impl Supervisor {
         }
     }
 
-    /// Whether a process of this generation is one that the reload depends upon.
+    /// Whether the reload depends on processes of this generation.
     pub(super) fn is_new(&self, generation: u64) -> bool {
         self.roll.is_some_and(|roll| roll.generation == generation)
     }
@@ -51,7 +51,7 @@ impl Supervisor {
         }
     }
 
-    /// The generation of the next process; `None` if it has to wait for the canary.
+    /// The generation of the next process; `None` if it must wait for the canary.
     pub(super) fn next_generation(&self) -> Option<u64> {
         let Some(Roll { generation, proven, .. }) = self.roll else { return Some(self.generation) };
         if proven {
@@ -65,7 +65,7 @@ impl Supervisor {
         (!has_canary).then_some(generation)
     }
 
-    /// Processes above the target, because others are being replaced.
+    /// Number of processes above the target, while others are being replaced.
     pub(super) fn surge(&self) -> u32 {
         let outdated = self.count_slots(|slot| slot.state.counts() && self.is_outdated(slot));
         let leaving = self.count_slots(|slot| slot.replaced && slot.state.pid().is_some());
@@ -74,10 +74,10 @@ impl Supervisor {
         outdated.min(budget.saturating_sub(leaving))
     }
 
-    /// For each new process that is ready, one that is to be replaced drains.
+    /// Drains one outdated process for each new process that is ready.
     pub(super) fn replace(&mut self, now: Now) {
         while self.count_ready() > self.target {
-            // Who has served its time goes before who is merely old.
+            // A worker at the end of its lifetime drains before one that is only of an old generation.
             let outdated = (0..self.slots.len()).filter(|&index| {
                 matches!(self.slots[index].state, State::Ready { .. }) && self.is_outdated(&self.slots[index])
             });
@@ -86,7 +86,7 @@ impl Supervisor {
                 (slot.worn.is_none(), slot.worn, slot.generation, index)
             });
             let Some(index) = first else { break };
-            // If there are too many anyhow, nobody takes its place.
+            // If there are too many processes anyway, this one is not replaced.
             self.slots[index].replaced = self.strength() <= self.wanted();
             self.drain(index, now);
         }
@@ -100,7 +100,7 @@ impl Supervisor {
         }
     }
 
-    /// A process that serves no more is replaced without further ado: nothing is lost by its going first.
+    /// Replaces a process that hangs without waiting for its replacement: it serves nothing, so its end loses nothing.
     pub(super) fn hung(&mut self, pid: nix::unistd::Pid) {
         let Some(index) = self.find(pid) else { return };
         match self.slots[index].state {
@@ -108,16 +108,16 @@ impl Supervisor {
                 self.slots[index].state = State::Killing { pid, unready: false };
                 self.actions.push(Action::Abort { pid });
             }
-            // The first has a deadline already, and the others are gone or dying.
+            // A starting process has a deadline already. The others do not exist or are dying.
             State::Starting { .. } | State::Empty | State::Killing { .. } | State::Backoff { .. } => {}
         }
     }
 
-    /// It has served its time.
+    /// Marks a process that has reached the end of its lifetime.
     pub(super) fn wear_out(&mut self, pid: nix::unistd::Pid, now: Now) {
         let Some(index) = self.find(pid) else { return };
         let slot = &mut self.slots[index];
-        // Who is not ready yet has not served; who drains is being replaced, or is not wanted.
+        // A process that is not ready has not served yet. A draining one is being replaced, or is not wanted.
         if matches!(slot.state, State::Ready { .. }) && slot.worn.is_none() {
             slot.worn = Some(now);
         }

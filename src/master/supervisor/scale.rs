@@ -1,57 +1,57 @@
-//! How many workers there should be, between two limits: demand in, a number out.
+//! Decides how many workers there should be, between two limits, from samples of the demand.
 //!
-//! - Needed is a worker for each `per_worker` requests that are served or wait, and one more to meet the next one.
-//! - Too few: 1, 2, 4, … up to 32 more a sample; the rate begins anew when there are enough. If nothing waits yet, the
-//!   second sample in a row decides.
-//! - Too many: each worker, counted from the first, remembers when it was last needed. The last one leaves when that is
-//!   `after` ago, one a sample.
-//! - No flapping: if a worker is wanted again soon after one was let go, `after` doubles, up to eightfold, and comes back
-//!   by halves in quiet times.
-//! - With a lower limit of 0 the last worker leaves too, when it has no connections, which nobody could take over; the next
-//!   connection brings it back.
+//! - Needed: one worker for each `per_worker` requests that are in flight or wait, and one more for the next request.
+//! - Too few workers: add 1, 2, 4, … up to 32 per sample; the rate starts again at 1 when there are enough. If no connection waits yet,
+//!   the second such sample in a row decides.
+//! - Too many workers: for each worker, counted from the first, the time is recorded at which it was last needed. When that time is
+//!   `after` ago for the last worker, one worker leaves per sample.
+//! - No flapping: if another worker is needed soon after one was removed, `after` doubles, up to eightfold. It halves again in quiet
+//!   times.
+//! - With a lower limit of 0, the last worker leaves, too, when it has no connections, since no other worker could take them over. The
+//!   next connection brings a worker back.
 
 use std::time::Duration;
 
 use super::Now;
 use super::messages::Demand;
 
-/// How often demand is looked at, when there is some and when there is none.
+/// Sample intervals with and without demand.
 const BUSY: Duration = Duration::from_millis(250);
 const QUIET: Duration = Duration::from_secs(1);
-/// The most workers that are added at a time.
+/// Maximum number of workers that are added at a time.
 const RATE: u32 = 32;
 const PENALTY: u32 = 8;
-/// In so many times `after` without regret, the penalty halves.
+/// The penalty halves after this many times `after` without regret.
 const FORGIVEN: u32 = 10;
-/// How often it is said that the most workers are not enough.
+/// How often to report that the maximum number of workers is not enough.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Decides the number.
+/// Computes the number of workers.
 #[derive(Debug)]
 pub(super) struct Scaler {
     min: u32,
     max: u32,
     per_worker: u32,
     after: Duration,
-    /// How many are added at once, the next time.
+    /// How many workers are added the next time.
     rate: u32,
-    /// The last sample found too few.
+    /// The last sample found too few workers.
     pressed: bool,
-    /// When the worker of this rank was last needed.
+    /// For each rank, when a worker of that rank was last needed.
     needed_at: Vec<Now>,
     penalty: u32,
-    /// Since when the penalty is what it is.
+    /// When the penalty last changed.
     penalty_since: Now,
     lowered_at: Option<Now>,
     sample_at: Now,
     said_saturated: Option<Now>,
 }
 
-/// What a sample led to.
+/// The result of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Verdict {
     pub(super) target: u32,
-    /// There is more to do than the most workers can do.
+    /// Demand exceeds what the maximum number of workers can serve.
     pub(super) is_saturated: bool,
 }
 
@@ -81,26 +81,26 @@ impl Scaler {
         (self.per_worker, self.after) = (per_worker.max(1), after);
     }
 
-    /// Sets other limits, and returns the number within them.
+    /// Sets other limits. Returns the target within them.
     pub(super) fn set_limits(&mut self, (min, max): (u32, u32), target: u32, now: Now) -> u32 {
         (self.min, self.max) = (min, max.max(min));
         let target = target.clamp(self.min, self.max);
-        // What the operator asked for is not taken back at once.
+        // Prevents that the operator's choice is undone at once.
         self.need(target, now);
         target
     }
 
-    /// When to look at demand; `None` if there is nothing to decide by it.
+    /// The time of the next sample; `None` if there is nothing to decide.
     pub(super) fn sample_at(&self, target: u32) -> Option<Now> {
         (self.min < self.max && target > 0).then_some(self.sample_at)
     }
 
-    /// Puts off the next sample: one is on its way.
+    /// Postpones the next sample, since one is under way.
     pub(super) fn sampled(&mut self, now: Now) {
         self.sample_at = now + BUSY;
     }
 
-    /// A connection has come while there was no worker.
+    /// Handles a connection that arrived without a worker. Returns the target.
     pub(super) fn arrival(&mut self, now: Now) -> u32 {
         self.sample_at = now + BUSY;
         self.regret(now);
@@ -108,7 +108,7 @@ impl Scaler {
         1.min(self.max)
     }
 
-    /// `may_grow`: processes that are started do get ready.
+    /// Evaluates a sample. `may_grow`: started processes do become ready.
     pub(super) fn decide(&mut self, demand: &Demand, target: u32, may_grow: bool, now: Now) -> Verdict {
         let requests = demand.in_flight.saturating_add(demand.waiting);
         let at_work = requests.div_ceil(self.per_worker).max(u32::try_from(demand.busy.len()).unwrap_or(u32::MAX));
@@ -144,7 +144,7 @@ impl Scaler {
         self.needed_at[..needed].fill(now);
     }
 
-    /// Workers are added: if one was let go a short time ago, that was a mistake.
+    /// Records that workers are added. If one was removed a short time ago, the removal was a mistake.
     fn regret(&mut self, now: Now) {
         let soon = self.after.saturating_mul(self.penalty);
         if self.lowered_at.take().is_some_and(|at| now.saturating_sub(at) < soon) {
@@ -160,7 +160,7 @@ impl Scaler {
         }
     }
 
-    /// Whether there are as many workers as there may be, all of them are at work, and others wait.
+    /// Whether the maximum number of workers is reached, all of them work, and connections wait.
     fn is_saturated(&mut self, demand: &Demand, target: u32, now: Now) -> bool {
         let said = self.said_saturated.is_some_and(|at| now.saturating_sub(at) < LOG_INTERVAL);
         let all_work = target >= self.max && demand.in_flight >= self.max.saturating_mul(self.per_worker);

@@ -1,9 +1,9 @@
-//! How processes end: one by one, and all when everything stops.
+//! Ends processes: single ones, and all of them when the server stops.
 //!
-//! A drain first asks the processes that are ready to leave; these accept what is queued before they do. While connections are in a
-//! queue ([`Event::Queue`]), a process that leaves is replaced in its slot, with the delays of every start, and its replacement is asked
-//! to leave as soon as it is ready. When no queue is waited for any more, processes that are starting are asked to leave too. All have
-//! the deadline of the stop, however late they were made.
+//! A drain first asks the ready processes to leave; they accept the queued connections before they do. While connections wait in a queue
+//! ([`Event::Queue`]), a process that leaves is replaced in its slot, with the delays of every start, and its replacement is asked to
+//! leave as soon as it is ready. When no queue is waited for any more, starting processes are asked to leave, too. All processes have the
+//! deadline of the stop, no matter when they were started.
 //!
 //! [`Event::Queue`]: super::Event::Queue
 
@@ -11,7 +11,7 @@ use super::messages::Action;
 use super::{Mode, Now, State, Supervisor, TERMINATE_INTERVAL};
 
 impl Supervisor {
-    /// `success`: the operator wants it. Else there is nobody to serve what is queued.
+    /// Begins a drain. `success`: the operator requested it. Otherwise there is no process to serve queued connections.
     pub(super) fn stop(&mut self, success: bool, now: Now) {
         self.mode = Mode::Stopping { success, until: now + self.policy.drain_timeout, queue: success };
         self.roll = None;
@@ -29,13 +29,14 @@ impl Supervisor {
         }
     }
 
-    /// Everything stops, and a process is ready: it accepts what is queued, and leaves.
+    /// Asks a ready process to leave during a stop: it accepts the queued connections first.
     pub(super) fn finish_queue(&mut self, index: usize, now: Now) {
         self.slots[index].serves_queue = true;
         self.drain(index, now);
     }
 
-    /// Everything stops: who has left is replaced while connections wait, and who is starting leaves when none does.
+    /// Handles the state of the queues during a stop: while connections wait, processes that have left are replaced; when none waits,
+    /// starting processes leave.
     pub(super) fn queue(&mut self, waits: bool, now: Now) {
         let Mode::Stopping { queue, .. } = &mut self.mode else { return };
         *queue &= waits;
@@ -58,7 +59,7 @@ impl Supervisor {
         }
     }
 
-    /// Whether a process that has ended is missed.
+    /// Whether a process that has ended must be replaced.
     pub(super) fn replaces(&self) -> bool {
         match self.mode {
             Mode::Running => true,
@@ -86,7 +87,7 @@ impl Supervisor {
                 self.actions.push(Action::Terminate { pid });
             }
             State::Backoff { .. } => self.slots[index].state = State::Empty,
-            // Without a pid it is just being made: the shell answers each Spawn before the next event.
+            // Without a pid the process is being created: the shell answers each Spawn before the next event.
             State::Starting { pid: None, .. } | State::Empty | State::Draining { .. } | State::Killing { .. } => {}
         }
     }

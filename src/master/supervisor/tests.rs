@@ -1,4 +1,4 @@
-//! The supervisor in simulated worlds: random histories from a seed, and the rules one by one.
+//! Tests the supervisor in simulated worlds, with random histories from a seed and with the rules one by one.
 
 mod scaling;
 mod stops;
@@ -27,7 +27,7 @@ fn range(min: u32, max: u32) -> Policy {
     }
 }
 
-/// What a simulated process will do.
+/// The state of a simulated process.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Life {
     Starting,
@@ -36,7 +36,7 @@ enum Life {
     Killed,
 }
 
-/// A supervisor in a simulated world: processes exist when it says so, and what it says is checked.
+/// A supervisor in a simulated world: processes exist when the supervisor spawns them, and its actions are checked.
 struct World {
     supervisor: Supervisor,
     now: Now,
@@ -44,13 +44,13 @@ struct World {
     next_pid: i32,
     spawned: u32,
     fork_fails: bool,
-    /// Connections wait when everything stops.
+    /// Connections wait during a stop.
     queue_waits: bool,
-    /// What there is to do: so many requests, which the processes that are ready share.
+    /// Number of requests, which the ready processes share.
     requests: u32,
-    /// Connections of processes that are ready.
+    /// Number of connections of ready processes.
     connections: u32,
-    /// The process that is being given up because it hangs.
+    /// The hanging process that is being aborted.
     hanging: Option<Pid>,
     notices: Vec<Notice>,
     exited: Option<bool>,
@@ -152,11 +152,11 @@ impl World {
         }
     }
 
-    /// Each process that is ready takes one request; the others wait.
+    /// Each ready process takes one request; the other requests wait.
     fn demand(&self) -> Demand {
         let ready = self.processes.iter().filter(|(_, life)| **life == Life::Ready);
         let slots = ready.filter_map(|(&pid, _)| self.supervisor.place_of(Pid::from_raw(pid))).map(|(slot, _)| slot);
-        // Those in the highest slots, which would be the first to leave if they were idle.
+        // The processes in the highest slots, which would leave first if they were idle.
         let mut busy: Vec<u32> = slots.collect();
         busy.sort_unstable_by_key(|&slot| std::cmp::Reverse(slot));
         busy.truncate(self.requests as usize);
@@ -186,7 +186,7 @@ impl World {
         self.feed(Event::Ready { pid });
     }
 
-    /// Lets time pass up to the next deadline, and everybody do as told, until all is as it should be.
+    /// Advances the time from deadline to deadline, with all processes following their signals, until the state is stable.
     fn settle(&mut self) {
         for _ in 0..10_000 {
             let Some((&pid, &life)) = self.processes.iter().find(|(_, life)| **life != Life::Ready) else {
@@ -270,7 +270,7 @@ impl World {
         if random.u32(0..8) == 0 {
             let min = random.u32(0..6);
             let policy = range(min, min.max(1) + random.u32(0..6));
-            // Who is leaving already cannot be called back when fewer may.
+            // A process that is already leaving cannot be called back when the budget shrinks.
             let max_unavailable = self.supervisor.policy.max_unavailable;
             return self.feed(Event::Policy(Policy { max_unavailable, respawn_rate: random.u32(1..16), ..policy }));
         }
@@ -339,7 +339,7 @@ fn a_storm_of_crashes_is_throttled() {
     world.settle();
     let start = (world.spawned, world.now);
     while world.now < start.1 + 10_000 * MS {
-        // Each dies the moment it is ready.
+        // Each process dies as soon as it is ready.
         let mut random = fastrand::Rng::with_seed(1);
         if let Some(pid) = world.pick(&mut random, Life::Starting) {
             world.become_ready(pid);
@@ -449,7 +449,7 @@ fn a_process_that_will_not_leave_is_asked_again_and_then_killed() {
     assert_eq!(world.exited, Some(true));
 }
 
-/// Some pids of those that are starting.
+/// The pids of some starting processes.
 fn starting(world: &World) -> Vec<Pid> {
     let starting = world.processes.iter().filter(|(_, life)| **life == Life::Starting);
     starting.map(|(&pid, _)| Pid::from_raw(pid)).collect()
@@ -493,7 +493,7 @@ fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_that_com
 
 #[test]
 fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_stay() {
-    // Those that live for longer were looked at more often, and so fewer of them are enough.
+    // Processes that live longer count more, so fewer of them are enough.
     for (lived, most) in [(MS, MAX_UNSEEN), (UNSEEN_LONG, 4)] {
         let mut world = World::new(policy(3));
         world.settle();
@@ -501,7 +501,7 @@ fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_
         world.feed(Event::Command(Command::Reload));
         while let Some(&pid) = starting(&world).first() {
             world.now += lived;
-            // Those of the old generation recycle themselves and are seen; that is no proof of the new one.
+            // Processes of the old generation recycle themselves and are seen; that does not prove the new generation.
             world.die(pid, AfterExit::Restart);
         }
         assert_eq!(world.spawned - spawned, most);
@@ -561,7 +561,7 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
                     return Some(now);
                 }
             }
-            now = supervisor.next_deadline().unwrap_or(now + MS).min(until); // no deadline: it stops
+            now = supervisor.next_deadline().unwrap_or(now + MS).min(until); // without a deadline it stops
             actions.extend(supervisor.step(Event::Tick, now));
         }
         None
@@ -576,7 +576,7 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
     let at = fail_for(&mut reloaded, reload, 50_000 * MS, 400_000 * MS).expect("it is given up in the end");
     assert!(at >= 110_000 * MS, "{at:?}");
 
-    // One that is starting gets its time.
+    // A starting process gets its time.
     let mut slow = Supervisor::new(policy);
     for action in slow.step(Event::Tick, Now::ZERO) {
         if let Action::Spawn { slot, .. } = action {
@@ -590,7 +590,7 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
     let later = slow.step(Event::Tick, 100_000 * MS);
     assert!(!later.iter().any(|action| matches!(action, Action::Notice(Notice::GivenUp { .. }))), "{later:?}");
 
-    // Where one was ready once, no failure is the last.
+    // If a process was ever ready, the supervisor never gives up.
     let mut proven = World::new(policy);
     proven.settle();
     let pid = Pid::from_raw(*proven.processes.keys().next().unwrap());

@@ -1,4 +1,4 @@
-//! What the supervisor saves for its successor, and what that one makes of it.
+//! Tests the saved state of the supervisor, and its restoration by the next master.
 
 use super::*;
 use crate::upgrade::roster::Phase;
@@ -19,7 +19,7 @@ fn policy(workers: u32) -> Policy {
     }
 }
 
-/// Plays a random history and returns the supervisor, the time, and who lives.
+/// Plays a random history. Returns the supervisor, the time, and the living processes.
 fn history(random: &mut fastrand::Rng, policy: Policy) -> (Supervisor, Now, Vec<i32>) {
     let mut supervisor = Supervisor::new(policy);
     let (mut now, mut alive, mut next) = (Now::ZERO, Vec::new(), 100);
@@ -59,7 +59,7 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
         let workers = random.u32(1..6);
         let (old, before, mut alive) = history(&mut random, policy(workers));
         let roster = old.save(before).expect("it runs");
-        // The next may be told otherwise, and begins its own time.
+        // The next master may have other settings, and has its own time.
         let now_workers = if random.bool() { workers } else { random.u32(1..6) };
         let mut new = Supervisor::restore(policy(now_workers), &roster, Now::ZERO);
         for &pid in &alive {
@@ -82,7 +82,7 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
                 match action {
                     Action::Spawn { slot, generation } => {
                         assert!(slot < policy(now_workers).slots, "seed {seed}: a slot that is no more");
-                        // One that fills in for an old one before the first new one is ready has the old number.
+                        // A process that replaces an old one before the first new one is ready has the old generation.
                         assert!(generation == roster.generation || generation > roster.newest, "seed {seed}");
                         next += 1;
                         alive.push(next);

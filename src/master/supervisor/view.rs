@@ -1,17 +1,17 @@
-//! The supervisor as operators see it: what there is, and what is under way. Nothing is decided here.
+//! Describes the supervisor's state for operators. Nothing is decided here.
 
 use nix::unistd::Pid;
 
 use super::{Mode, State, Supervisor, number};
 
-/// How things are.
+/// The supervisor's state.
 #[derive(Clone, Debug)]
 pub(crate) struct View {
-    /// How many processes there should be.
+    /// Target number of processes.
     pub(crate) target: u32,
-    /// Between which numbers that moves.
+    /// Minimum and maximum of the target.
     pub(crate) limits: (u32, u32),
-    /// How many there can be, if the operator wants.
+    /// The highest number of processes that an operator can set.
     pub(crate) most: u32,
     pub(crate) generation: u64,
     pub(crate) phase: Phase,
@@ -19,7 +19,7 @@ pub(crate) struct View {
     pub(crate) places: Vec<Place>,
 }
 
-/// What the supervisor is about.
+/// The current phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Running,
@@ -54,7 +54,6 @@ impl Supervisor {
 }
 
 impl View {
-    /// Processes that are ready.
     pub(crate) fn ready(&self) -> usize {
         self.places.iter().filter(|place| place.state == State::READY).count()
     }

@@ -1,4 +1,4 @@
-//! Histories of sidecars: those that matter, told one by one, and random ones from a seed.
+//! Tests the sidecar supervisor with selected histories, and with random ones from a seed.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::config::sidecars::SidecarConfig;
 const S: Duration = Duration::from_secs(1);
 const STOP: Duration = Duration::from_secs(10);
 
-/// Helpers, a clock for them, and the processes that live.
+/// Sidecars, their clocks, and their living processes.
 struct World {
     sidecars: SidecarSupervisor,
     now: Now,
@@ -19,12 +19,12 @@ struct World {
     asked: BTreeMap<Pid, Action>,
     next_pid: i32,
     notices: Vec<(usize, Notice)>,
-    /// How often each was started.
+    /// How often each sidecar was started.
     starts: Vec<u32>,
     fails_to_spawn: bool,
 }
 
-/// The first are daemons, the others jobs with this schedule.
+/// The first sidecars are daemons, the others are jobs with this schedule.
 fn world(daemons: usize, schedules: &[&str], cron_timeout: Duration) -> World {
     let daemons = (0..daemons).map(|number| SidecarConfig::daemon(&format!("d{number}=x")).unwrap());
     let jobs = schedules.iter().enumerate().map(|(number, text)| {
@@ -171,7 +171,7 @@ fn a_daemon_that_ends_well_at_once_is_tried_less_and_less_and_given_up() {
     assert_eq!(world.starts, [4, 1]);
     world.feed(Event::Reloaded);
     assert_eq!(world.starts[0], 5);
-    // The one that fails otherwise goes on to be tried, and one that had run has begun anew.
+    // The failing daemon is tried again; the daemon that had run was restarted.
     for _ in 0..20 {
         world.end(0, AfterExit::Replace);
         world.pass(30 * S);
@@ -218,7 +218,7 @@ fn a_run_that_lasts_makes_the_next_be_skipped_and_has_an_end() {
 fn what_was_missed_is_run_once_and_a_clock_set_back_does_not_stop_a_job() {
     let mut world = world(0, &["*/10 * * * *"], Duration::ZERO);
     world.feed(Event::Begin);
-    // The machine slept for a day: only the wall knows.
+    // The machine slept for a day: only the wall clock has advanced.
     world.wall += 24 * 3600 * S;
     world.pass(S);
     assert_eq!(world.starts, [1]);
@@ -309,7 +309,7 @@ fn what_came_due_while_one_master_took_anothers_place_is_run_once() {
     assert_eq!(second.starts, [1, 0], "once");
 }
 
-/// One history from a seed: whatever happens, what is asserted in `feed` holds, and it comes to an end.
+/// One history from a seed: the assertions in `feed` hold after every event, and the history comes to an end.
 fn history(seed: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     let timeout = S * random.u32(0..3) * 40;
@@ -338,7 +338,7 @@ fn history(seed: u64) {
                 world.feed(Event::Exited { pid, after_exit });
             }
             _ => {
-                // As the shell does: it wakes when it was told to, or before.
+                // Like the shell: wakes at the deadline, or earlier.
                 let wait = world.sidecars.next_deadline().map_or(S, |at| at.saturating_sub(world.now));
                 world.pass(if random.bool() { wait } else { wait.mul_f64(random.f64()) });
             }

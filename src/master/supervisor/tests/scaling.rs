@@ -1,11 +1,11 @@
-//! How many there are, and how they are replaced while they live.
+//! Tests the number of processes, and their replacement while they live.
 
 use super::*;
 
 const S: Duration = Duration::from_secs(1);
 
 impl World {
-    /// Lets so much time pass, with each deadline in it, and everybody do at once as told.
+    /// Advances the time, including each deadline in it. All processes follow their signals at once.
     fn pass(&mut self, time: Duration) {
         let end = self.now + time;
         while let Some(deadline) = self.supervisor.next_deadline().filter(|&deadline| deadline <= end) {
@@ -16,7 +16,7 @@ impl World {
         self.now = end;
     }
 
-    /// Whoever starts is ready, and whoever is to leave is gone.
+    /// Makes starting processes ready, and removes processes that must leave.
     fn obey(&mut self) {
         while let Some((&pid, &life)) = self.processes.iter().find(|(_, life)| **life != Life::Ready) {
             match life {
@@ -36,7 +36,7 @@ impl World {
         places.map(|(_, generation)| generation).collect()
     }
 
-    /// The numbers of workers that demand has led to, one after the other.
+    /// The numbers of workers that demand has led to, in order.
     fn scaled(&self) -> Vec<u32> {
         let to = |notice: &Notice| if let Notice::Scaled { to, .. } = notice { Some(*to) } else { None };
         self.notices.iter().filter_map(to).collect()
@@ -92,7 +92,7 @@ fn it_grows_by_1_2_4_and_shrinks_one_by_one() {
     world.requests = 1000;
     world.pass(S * 3);
     assert_eq!(world.scaled(), [2, 4, 8, 16, 32, 40]);
-    // That there is more to do than they can do is said when there are as many as there may be, and all are at work.
+    // Saturation is reported when the maximum number of processes is reached and all of them work.
     let is_saturated = |notice: &&Notice| matches!(notice, Notice::Saturated { .. });
     let said: Vec<&Notice> = world.notices.iter().filter(is_saturated).collect();
     assert!(matches!(said[..], [Notice::Saturated { workers: 40, in_flight: 40, waiting: 960 }]), "{said:?}");
@@ -110,7 +110,7 @@ fn a_need_of_one_moment_is_no_need_unless_somebody_waits() {
     let mut world = World::new(range(1, 8));
     world.settle();
     world.requests = 1;
-    world.pass(MS * 1000); // one sample: all are busy, and nobody waits
+    world.pass(MS * 1000); // one sample: all are busy, and no connection waits
     world.requests = 0;
     world.pass(S * 5);
     assert_eq!(world.scaled(), [0_u32; 0]);
@@ -168,7 +168,7 @@ fn who_is_at_work_stays_when_there_are_too_many() {
     world.requests = 7;
     world.pass(S * 5);
     assert_eq!(world.ready(), 8);
-    // The one in the highest slot goes on for long.
+    // The process in the highest slot serves a long request.
     let busy = *world.processes.keys().next_back().unwrap();
     world.requests = 1;
     world.pass(S * 100);
@@ -236,7 +236,7 @@ fn after_a_failed_reload_the_dead_are_replaced_by_their_own_generation() {
     world.settle();
     let old = world.all(Life::Ready);
     world.feed(Event::Command(Command::Reload));
-    // An old one dies while the canary starts: it is replaced at once, and not by a second canary.
+    // An old process dies while the canary starts: it is replaced at once, and not by a second canary.
     world.die(Pid::from_raw(old[0]), AfterExit::Replace);
     let new = world.all(Life::Starting);
     assert_eq!(world.generations(), [1, 1, 2, 1]);
@@ -329,7 +329,7 @@ fn one_that_hangs_is_replaced_at_once_and_ended() {
     assert_eq!((world.all(Life::Killed), world.all(Life::Starting).len()), (vec![old[0]], 1));
     let new = world.all(Life::Starting)[0];
     world.become_ready(Pid::from_raw(new));
-    world.hung(old[0]); // it is known already
+    world.hung(old[0]); // already known
     world.hung(new);
     assert_eq!(world.all(Life::Killed), [old[0], new]);
     world.obey();

@@ -1,4 +1,4 @@
-//! What becomes of processes when everything stops.
+//! Tests the end of processes when the server stops.
 
 use super::*;
 
