@@ -1,13 +1,13 @@
-//! What becomes of the listening sockets when everything stops: new connections are refused, and what is queued is served.
+//! Closes the listening sockets when the server stops: new connections are refused, and queued connections are served.
 //!
 //! ```text
-//! stop ─▶ nobody enters the queue ─▶ workers, asked to leave, accept what is queued ─▶ empty: refuse ─▶ socket files removed
-//!                                    programs do so at once, and are asked to leave when it is empty
+//! stop ─▶ queues are closed ─▶ workers, asked to leave, accept what is queued ─▶ empty: refuse ─▶ socket files removed
+//!                              programs accept what is queued, and are asked to leave when it is empty
 //! ```
 //!
-//! A worker that leaves accepts what is queued and then gives the socket up. A program that is asked to leave accepts
-//! nothing more, so it is asked only when the queue is empty. Half of `--drain-timeout` is for that, the rest for what was accepted.
-//! The sockets of others (systemd, fd:N) stay as they are.
+//! A worker that leaves accepts the queued connections and then closes its listening sockets. A program that is asked to leave
+//! accepts no further connections, so it is asked only when the queue is empty. Half of `--drain-timeout` is for the queue, the
+//! rest for accepted connections. Sockets that the server did not bind (systemd, fd:N) stay as they are.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -21,25 +21,25 @@ use super::spawn::{Child, Launch, Link};
 use super::supervisor::{Event, Phase};
 use crate::net::listen::{self, Listener};
 
-/// How often the queues are looked at.
+/// How often the queues are checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
-/// How long programs are left in accept(2) after they were asked to leave: it fails then, and one that learns of that first might report a
-/// failure, or a manager of several might start others.
+/// How long programs may stay in accept(2) after they were asked to leave. When the socket closes, accept fails: a program that
+/// sees the failure first might report it as an error, and a program manager might start other processes.
 const IDLE_TIME: Duration = Duration::from_millis(200);
-/// A program that is found to serve nobody so often, once a second, is ended.
+/// A program that was found idle this often, once a second, is killed.
 const FOUND_IDLE: u32 = 3;
 
-/// How far the closing is.
+/// The progress of the closing.
 #[derive(Default)]
 pub(super) struct Closing {
     sockets: Option<listen::Closing>,
-    /// Nothing is waited for: a stop at once, or nobody is left to accept.
+    /// Queues are not waited for: the server stops at once, or no process is left to accept.
     hurries: bool,
-    /// Programs that are to be asked to leave when the queues are empty.
+    /// Programs to ask to leave when the queues are empty.
     held: Vec<Pid>,
-    /// Sockets that were found not to listen any more, and the log says so.
+    /// Indexes of sockets that were found not listening and are already reported in the log.
     deaf: BTreeSet<usize>,
-    /// How often programs were found to serve nobody though they were asked to leave.
+    /// How often each program was found idle after it was asked to leave.
     found_idle: HashMap<Pid, u32>,
 }
 
@@ -52,19 +52,20 @@ impl Closing {
         self.sockets.as_ref().is_some_and(|sockets| !sockets.is_over())
     }
 
-    /// Whether no queue is waited for.
+    /// Whether the closing waits for no queue.
     pub(super) fn is_dry(&self) -> bool {
         self.sockets.as_ref().is_none_or(listen::Closing::is_dry)
     }
 
-    /// How long the loop may wait.
+    /// How long the master's loop may wait.
     pub(super) fn due_in(&self) -> Option<Duration> {
         self.is_under_way().then_some(POLL_INTERVAL)
     }
 }
 
 impl Master {
-    /// Lets nobody enter the queues of our own sockets, and gives these some time to empty, or none.
+    /// Stops new connections from entering the queues of the sockets that the server bound. The queues may take some time to empty;
+    /// with `at_once`, none.
     pub(super) fn close_sockets(&mut self, at_once: bool) {
         self.closing.hurries |= at_once;
         if let Some(sockets) = &mut self.closing.sockets {
@@ -79,13 +80,13 @@ impl Master {
         let linger = if runs_programs { IDLE_TIME } else { Duration::ZERO };
         let begun = listen::Closing::begin(&self.spawner.listeners, patience, linger);
         if begun.is_over() {
-            return; // none is ours
+            return; // the server bound none of the sockets
         }
         self.closing.sockets = Some(begun);
         self.advance_closing();
     }
 
-    /// Has the closing go on, and the supervisor know whether there is something to accept.
+    /// Advances the closing, and reports to the supervisor whether connections wait in the queues.
     pub(super) fn check_closing(&mut self) {
         if self.closing.is_under_way() {
             self.advance_closing();
@@ -93,7 +94,7 @@ impl Master {
         }
     }
 
-    /// Refuses connections where the queue is empty.
+    /// Refuses connections at sockets whose queue is empty.
     fn advance_closing(&mut self) {
         if self.closing.is_under_way() {
             let depth = &self.queue_depth;
@@ -113,8 +114,8 @@ impl Master {
             if self.closing.is_under_way() {
                 return;
             }
-            // Their names are free for the next start from now on. (The number of a file's inode stays ours as long as we hold its
-            // socket, so that a file which the next start makes is not taken for this one.)
+            // The next start can use the names from now on. While this process holds a socket, its file's inode number is not reused, so
+            // a file that the next start creates is not taken for this one.
             self.spawner.listeners.iter().for_each(Listener::remove_file);
             for listener in self.spawner.listeners.iter().filter(|listener| listener.is_abstract()) {
                 listener.give_up(self.spawner.stand_in());
@@ -130,8 +131,8 @@ impl Master {
         }
     }
 
-    /// A process has ended of which nobody wanted that. It may be that no socket listens any more: shutdown(2), by whatever process holds
-    /// one, ends that for all.
+    /// Checks whether the sockets still listen, after an unexpected exit: shutdown(2) by any process that holds a socket ends
+    /// listening for all.
     pub(super) fn look_whether_sockets_listen(&mut self) {
         if self.closing.has_begun() {
             return;
@@ -148,7 +149,7 @@ impl Master {
         }
     }
 
-    /// Asks a process to leave: a program that serves, when the queue is empty.
+    /// Asks a process to leave. A program that has started is asked when the queue is empty.
     pub(super) fn terminate(&mut self, pid: Pid) {
         let waits = !self.closing.is_dry();
         match self.children.get_mut(&pid) {
@@ -160,8 +161,8 @@ impl Master {
         }
     }
 
-    /// A process has not left yet, a second after it was asked to. A program that serves nobody is not waited for when everything
-    /// stops.
+    /// Reminds a process that has not left a second after it was asked to. While the server stops, a program that serves no request
+    /// is killed after some checks.
     pub(super) fn remind_or_end(&mut self, pid: Pid) {
         if self.closing.held.contains(&pid) {
             return;

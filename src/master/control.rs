@@ -1,10 +1,11 @@
-//! The control socket: who may ask, what was asked, and the answers on their way.
+//! The control socket: accepts clients, checks their permission, reads their requests, and sends the replies.
 //!
-//! A Unix stream socket of mode 0600. Whoever connects must be root or the user as whom the master runs, by the kernel's
-//! word. He sends one line and gets lines back until the outcome; a command that takes time keeps him waiting. All is
-//! bounded, and nobody holds up the master: who sends no line, or does not read his, is dropped.
+//! It is a Unix stream socket of mode 0600. The kernel must report that the client's process runs as root or as the user of the
+//! master. A client sends one line and receives lines up to the outcome; for a command that takes time, the client waits. All
+//! buffers and counts are bounded, and no client holds up the master: a client that sends no line, or does not read its
+//! replies, is disconnected.
 //!
-//! May not: block, or decide what a request does. That is in `operator.rs`.
+//! Must not block, and must not decide what a request does: that is in `operator.rs`.
 
 use std::io::{self, ErrorKind, IoSlice, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -23,43 +24,43 @@ use crate::upgrade::saved::{SavedClient, SavedControl, SavedWaiting};
 /// Time since the master started.
 type Now = Duration;
 
-/// Clients at a time that do not wait for an outcome; further ones wait in the kernel's queue.
+/// Maximum number of clients that are not waiting for an outcome. Further clients wait in the kernel's queue.
 const MAX_CLIENTS: usize = 16;
-/// And with those that wait. They are no reason not to answer a question: by that they learn that we live.
+/// Maximum number of all clients. Waiting clients do not count above, so that the master still answers status requests.
 const MAX_CLIENTS_AND_WAITING: usize = 64;
-/// How long a client may take to send its line, or to read the next piece of what it is told.
+/// Time for a client to send its line, or to read the next piece of its replies.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes that may wait for a client to read them. The longest status fits.
+/// Maximum number of unsent bytes per client. The longest status fits.
 const MAX_UNSENT: usize = 4 << 20;
-/// Of those, what is left for a master that takes over.
+/// Maximum number of unsent bytes that are saved for the next master in an upgrade.
 const MAX_SAVED: usize = 64 << 10;
-/// How long nobody is accepted after that has failed: descriptors have run out, say.
+/// Pause after a failed accept, for example when descriptors have run out.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The socket and those who have connected. Dropping it removes the socket's file, and then closes all connections.
+/// The control socket and its clients. Dropping it removes the socket's file, and then closes all connections.
 pub(crate) struct Control {
-    /// `None` if there are only clients whom a former master has accepted.
+    /// `None` if there are only clients that a former master has accepted.
     listener: Option<ControlListener>,
     clients: Vec<Client>,
     next: ClientId,
     paused_until: Now,
-    /// Lines about users who must not ask: one a second, and a few more at a time.
+    /// Limits the log lines about users without permission: one a second, and short bursts.
     refusals: ByteLimit,
 }
 
-/// Names a client for as long as the master lives.
+/// Identifies a client for the life of the master.
 pub(crate) type ClientId = u64;
 
 /// What a client waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Waiting {
-    /// Nothing: it has not asked yet, or has its outcome.
+    /// The client has sent no request yet, or has received its outcome.
     No,
     Reload,
-    /// So many workers, and none besides that drains.
+    /// Until exactly this many workers are ready and none drains.
     Scale(u32),
     Stop,
-    /// To become the new build, or to hear why not.
+    /// Until this process becomes the new build, or the upgrade fails.
     Upgrade,
 }
 
@@ -68,12 +69,12 @@ struct Client {
     stream: UnixStream,
     unread: Vec<u8>,
     unsent: Vec<u8>,
-    /// No more is to be heard of it.
+    /// The request was read, or reading has failed: nothing more is read.
     asked: bool,
-    /// The outcome is among what is unsent: it is closed when that is sent.
+    /// The outcome is in `unsent`. The connection closes when it is sent.
     ending: bool,
     gone: bool,
-    /// By when it must have sent, or read, something.
+    /// Time limit for the client to send or read something.
     deadline: Now,
     waiting: Waiting,
 }
@@ -83,7 +84,7 @@ impl Control {
         Self { listener, clients: Vec::new(), next: 1, paused_until: Now::ZERO, refusals: ByteLimit::new(1) }
     }
 
-    /// For a master that takes over. Who does not read what he is told is left behind.
+    /// The saved form, for the next master in an upgrade. A client with too many unsent bytes is left out.
     pub(crate) fn save(&self) -> Option<SavedControl> {
         let listener = self.listener.as_ref()?;
         let clients = self.clients.iter().filter(|client| !client.gone && client.unsent.len() <= MAX_SAVED);
@@ -95,7 +96,7 @@ impl Control {
         })
     }
 
-    /// Goes on with the clients of a former master.
+    /// Takes over the clients of a former master.
     pub(crate) fn restore(&mut self, clients: Vec<(OwnedFd, SavedClient)>, now: Now) {
         for (socket, saved) in clients {
             let mut client = Client::new(self.next, socket.into(), now + CLIENT_TIMEOUT);
@@ -112,7 +113,7 @@ impl Control {
         }
     }
 
-    /// What the master's `poll` is to watch. The same order is expected by [`Control::attend`].
+    /// The descriptors for the master's `poll`, in the order that [`Control::attend`] expects.
     pub(crate) fn watched(&self, now: Now) -> Vec<PollFd<'_>> {
         let mut watched: Vec<PollFd<'_>> =
             self.clients.iter().map(|client| PollFd::new(client.stream.as_fd(), client.interest())).collect();
@@ -122,14 +123,14 @@ impl Control {
         watched
     }
 
-    /// When [`Control::attend`] is due even if nothing happens.
+    /// The time at which [`Control::attend`] is due without an event.
     pub(crate) fn next_deadline(&self, now: Now) -> Option<Now> {
         let clients = self.clients.iter().filter(|client| client.is_timed()).map(|client| client.deadline);
         clients.chain((self.paused_until > now).then_some(self.paused_until)).min()
     }
 
-    /// Hears and serves all clients, and accepts new ones. `events` are what `poll` said of what is watched. Returns what
-    /// was asked.
+    /// Reads from and writes to all clients, and accepts new ones. `events` are the results of `poll` for [`Control::watched`].
+    /// Returns the requests.
     pub(crate) fn attend(&mut self, events: &[PollFlags], now: Now) -> Vec<(ClientId, Request)> {
         let mut asked = Vec::new();
         for (client, &events) in self.clients.iter_mut().zip(events) {
@@ -138,7 +139,7 @@ impl Control {
             {
                 asked.push((client.id, request));
             }
-            // Whoever is gone reads nothing any more; what he asked for goes on.
+            // A client that has closed its end reads no replies. Its command still goes on.
             client.gone |= events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR);
             client.send(now);
         }
@@ -150,7 +151,7 @@ impl Control {
         asked
     }
 
-    /// Closes the connections of those who have their outcome, are gone, or take too long.
+    /// Closes the connections of clients that have received their outcome, are gone, or have exceeded the time limit.
     pub(crate) fn sweep(&mut self, now: Now) {
         self.clients.retain(|client| {
             let orphaned_outputs = client.is_timed() && client.deadline <= now;
@@ -198,18 +199,18 @@ impl Control {
         }
     }
 
-    /// Tells a client something, if it is still there.
+    /// Sends a reply to a client, if it is still connected.
     pub(crate) fn log(&mut self, id: ClientId, answer: &Reply, now: Now) {
         if let Some(client) = self.clients.iter_mut().find(|client| client.id == id) {
             client.log(answer, now);
         }
     }
 
-    /// Gives a client a descriptor together with the outcome.
+    /// Sends a descriptor to a client together with the outcome.
     pub(crate) fn hand_over(&mut self, id: ClientId, fd: BorrowedFd<'_>, answer: &Reply, now: Now) {
         let Some(client) = self.clients.iter_mut().find(|client| client.id == id) else { return };
         let line = wire::line(answer);
-        // Nothing was sent to this client before, so the line fits the socket's buffer whole.
+        // Nothing was sent to this client before, so the whole line fits the socket's buffer.
         let sent = sendmsg::<()>(
             client.stream.as_raw_fd(),
             &[IoSlice::new(&line)],
@@ -230,13 +231,13 @@ impl Control {
         }
     }
 
-    /// Those who wait, and for what.
+    /// The waiting clients.
     pub(crate) fn waiting(&self) -> Vec<(ClientId, Waiting)> {
         let waiting = self.clients.iter().filter(|client| client.waiting != Waiting::No);
         waiting.map(|client| (client.id, client.waiting)).collect()
     }
 
-    /// Tells all who wait for the same.
+    /// Sends a reply to all clients that wait for `what`.
     pub(crate) fn reply_to_waiting(&mut self, what: Waiting, answer: &Reply, now: Now) {
         for client in self.clients.iter_mut().filter(|client| client.waiting == what) {
             client.log(answer, now);
@@ -274,19 +275,19 @@ impl Client {
         interest
     }
 
-    /// A client who waits for his outcome, and has read what there is, may take his time.
+    /// The time limit does not apply to a client that waits for its outcome and has read all replies so far.
     fn is_timed(&self) -> bool {
         !self.asked || !self.unsent.is_empty()
     }
 
-    /// Reads until there is a line, which is the request; one line is all that it may send.
+    /// Reads until there is a line, and parses it as the request. A client may send only one line.
     fn read_child(&mut self, now: Now) -> Option<Request> {
         while !self.asked {
             let mut piece = [0; 512];
             match self.stream.read(&mut piece) {
                 Ok(0) => {
                     self.asked = true;
-                    self.gone = true; // it has said nothing whole
+                    self.gone = true; // the request is incomplete
                 }
                 Ok(count) => self.unread.extend_from_slice(&piece[..count]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -335,7 +336,7 @@ impl Client {
         self.send(now);
     }
 
-    /// Sends what the socket takes.
+    /// Sends as much as the socket takes.
     fn send(&mut self, now: Now) {
         let mut sent = 0;
         while sent < self.unsent.len() {
@@ -356,7 +357,7 @@ impl Client {
     }
 }
 
-/// Whether the process at the other end is root's, or of the user as whom this one runs.
+/// Checks that the client's process runs as root or as the user of this process.
 fn may_ask(socket: BorrowedFd<'_>) -> Result<(), String> {
     let peer = getsockopt(&socket, sockopt::PeerCredentials)
         .map_err(|errno| format!("the kernel does not say who it is: {}", io::Error::from(errno)))?;

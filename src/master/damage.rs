@@ -1,11 +1,11 @@
-//! Shared memory that a process has written over, or whose file it has truncated: noticed once a second, told once, and
-//! replaced by the next reload.
+//! Detects damage to the shared memory, by a process that has overwritten it or truncated its file. The check runs once a
+//! second, logs damage once, and the next reload replaces the memory.
 //!
-//! The workers go on by themselves: of what lies there they believe nothing that could harm them. But pages are not
-//! cached, events are not delivered, and the scoreboard says nothing. The new generation gets new memory; the old workers keep
-//! theirs until they have left.
+//! The workers continue by themselves: they trust no value in the memory that could harm them. But pages are not cached, events
+//! are not delivered, and the scoreboard is not available. The new generation gets new memory; the old workers keep theirs until they
+//! have left.
 //!
-//! May not: lock anything there, or write to it.
+//! Must not lock anything in the memory, or write to it.
 
 use std::time::Duration;
 
@@ -17,12 +17,11 @@ use crate::startup::systemd;
 
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What is known of the memory.
 #[derive(Debug, Default)]
 pub(super) struct Damage {
     looked_at: Now,
     found: Option<&'static str>,
-    /// Parts that were emptied because they contradicted themselves.
+    /// The number of parts that were emptied because they were inconsistent.
     restarts: u64,
 }
 
@@ -35,7 +34,7 @@ impl Damage {
         self.found.is_none().then(|| self.looked_at + CHECK_INTERVAL)
     }
 
-    /// Looks, and returns what is to be told.
+    /// Checks the memory. Returns the message to log, if any.
     fn look(&mut self, segment: &Segment, now: Now) -> Option<String> {
         self.looked_at = now;
         if self.found.is_some() {
@@ -61,7 +60,6 @@ impl Damage {
 }
 
 impl Master {
-    /// Looks whether the shared memory is still what it was.
     pub(super) fn check_memory_damage(&mut self) {
         let now = self.now();
         if self.damage.next_deadline().is_some_and(|deadline| now >= deadline)
@@ -71,7 +69,7 @@ impl Master {
         }
     }
 
-    /// Why nobody should use the shared memory, in words for the operator.
+    /// A sentence for the operator, if the shared memory is damaged and must not be used.
     pub(super) fn why_not_use_memory(&self) -> Option<String> {
         let why = self.spawner.segment.damage()?;
         Some(format!(
@@ -79,7 +77,7 @@ impl Master {
         ))
     }
 
-    /// Gives the processes to come new memory if that of those before is damaged. Returns what is to be told.
+    /// Replaces damaged memory for new processes. Returns the message for the operator, if any.
     pub(super) fn replace_damaged_memory(&mut self) -> Option<String> {
         let why = self.spawner.segment.damage()?;
         let config = &self.spawner.config;
@@ -100,7 +98,7 @@ impl Master {
         self.sidecars.move_to(segment.clone());
         self.spawner.segment = segment;
         self.relay.renew(self.begun.elapsed());
-        self.renew_guard(); // it holds on to the memory that was there when it was forked
+        self.renew_guard(); // the old guard still has the memory that existed when it was forked
         self.damage = Damage { looked_at: self.begun.elapsed(), ..Damage::new(&self.spawner.segment) };
         let text = format!(
             "the shared memory was damaged ({why}), and new memory takes its place: the cache starts empty, and \

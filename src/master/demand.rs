@@ -1,5 +1,5 @@
-//! How much there is to do: what the scoreboard says of the workers, or the kernel of programs, and the queues of the
-//! listening sockets.
+//! Measures the demand: the workers' rows in the scoreboard, for programs the kernel's view, and the queues of the listening
+//! sockets.
 
 use std::collections::HashMap;
 
@@ -12,10 +12,10 @@ use super::supervisor::{Demand, Supervisor};
 use crate::net::listen::Listener;
 use crate::net::queue_depth::QueueDepth;
 
-/// What one worker may say that it serves: more than that is no reason to start more workers.
+/// Upper bound for the requests in flight that one worker reports, so that a false report cannot start workers without limit.
 const MOST: u32 = 1 << 16;
 
-/// One sample of it.
+/// Takes one sample of the demand.
 pub(crate) fn sample(
     children: &HashMap<Pid, Child>,
     supervisor: &Supervisor,
@@ -30,13 +30,13 @@ pub(crate) fn sample(
             demand.connections = demand.connections.saturating_add(row.as_ref().map_or(0, |row| row.connections));
             row.map_or((0, 0), |row| (row.in_flight.min(MOST), row.streams))
         } else {
-            // Those below it, if it is a wrapper around several.
+            // A wrapper may have several serving processes below it.
             let servers = listeners.first().map(|listener| procfs::servers_under(&[pid], listener)).unwrap_or_default();
             let serving = servers.iter().filter(|(_, observed)| *observed == Observed::Serving).count();
             (u32::try_from(serving).unwrap_or(MOST).min(MOST), 0)
         };
         demand.in_flight = demand.in_flight.saturating_add(serving);
-        // Event streams are no work, but to end them would have their clients come back at once.
+        // Event streams are no work. But if their worker ended, their clients would reconnect at once.
         if serving > 0 || streams > 0 {
             demand.busy.push(child.slot);
         }

@@ -1,17 +1,18 @@
-//! Processes that this one had already when the server started: the children of a program that called exec to become this one, such as
-//! the log collector of an entry script (`exec SERVER 2> >(cat)`), and their descendants. They are reaped, and otherwise left alone.
+//! Processes that this process already had as children when the server started: for example the log collector of an entry
+//! script that called exec to become the server (`exec SERVER 2> >(cat)`), and their descendants. They are reaped, and otherwise
+//! left alone.
 
 use nix::unistd::{Pid, getpgrp};
 
 use super::procfs::{self, Process};
 use crate::upgrade::saved::SavedProcess;
 
-/// Those that were found at the start, whether they still live or not.
+/// The processes that were found at the start, whether they still live or not.
 #[derive(Debug, Default)]
 pub(crate) struct EarlierChildren(Vec<Process>);
 
 impl EarlierChildren {
-    /// All children of this process, and their descendants. To be called before it starts any.
+    /// Finds all children of this process, and their descendants. Must be called before the server starts any.
     pub(crate) fn record() -> Self {
         Self(procfs::family_of(&procfs::own_children()).into_iter().filter_map(Process::of).collect())
     }
@@ -24,8 +25,8 @@ impl EarlierChildren {
         Self(saved.iter().map(|&SavedProcess { pid, started }| Process { pid, started }).collect())
     }
 
-    /// Whether this is one of them, or comes from one: it is in a process group of theirs. (Each process that the master starts has a
-    /// group of its own.)
+    /// Whether the process is one of these, or comes from one: it is then in the process group of one of them. Each process that the
+    /// master starts has its own group.
     pub(super) fn has(&self, pid: Pid) -> bool {
         if self.0.is_empty() {
             return false;

@@ -1,5 +1,5 @@
-//! What the master does about workers that hang, and about requests of which workers die: brings what it sees to
-//! [`hangs`](super::hangs) and [`quarantine`](super::quarantine), and does what they find.
+//! Handles workers that hang and requests that kill workers: collects the evidence for [`hangs`](super::hangs) and
+//! [`quarantine`](super::quarantine), and carries out their decisions.
 
 use forkyard_shm::State;
 use nix::sys::signal::{Signal, kill};
@@ -21,7 +21,7 @@ pub(crate) struct Faults {
     hangs: Hangs,
     quarantine: Quarantine,
     by: QuarantineBy,
-    /// Where workers read what is refused.
+    /// The list of refused requests that workers read.
     table: forkyard_shm::Quarantine,
     pub(crate) symbolizer: Symbolizer,
     oom_kills: OomKills,
@@ -40,41 +40,41 @@ impl Faults {
         }
     }
 
-    /// For a master that takes over.
+    /// The saved form, for the next master in an upgrade.
     pub(crate) fn save(&self, now: Now) -> Vec<SavedRefusal> {
         self.quarantine.save(now)
     }
 
-    /// Goes on with what a former master left.
+    /// Continues with the requests that a former master has saved.
     pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Now) {
         self.quarantine.restore(saved, now);
         self.publish(now);
     }
 
-    /// A former master has told this worker to die, and it may not be able to.
+    /// Records that a former master has asked this worker to die. The worker may be unable to.
     pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
         self.hangs.told_to_die(pid, now);
     }
 
-    /// Whether a worker that is found dead of a SIGKILL was killed by the kernel, because memory ran out.
+    /// The cause for the log, if the kernel killed a worker that died of SIGKILL because memory ran out.
     pub(super) fn ran_out_of_memory(&mut self, now: Now) -> Option<&'static str> {
         self.oom_kills.explain(now)
     }
 
-    /// Has workers find what is refused in another table.
+    /// Moves the list of refused requests to another table.
     pub(super) fn move_to(&mut self, table: forkyard_shm::Quarantine, now: Now) {
         self.table = table;
         self.publish(now);
     }
 
-    /// Goes by other limits from now on. What is refused already has its time.
+    /// Changes the limits. Requests that are already refused keep their time.
     pub(crate) fn set_limits(&mut self, failures: &Failures) {
         self.hangs.set_timeout(failures.hang_timeout);
         self.quarantine.set_limits(failures.quarantine);
         self.by = failures.quarantine.by;
     }
 
-    /// For the log: the limits.
+    /// The limits, for the log.
     pub(crate) fn describe(&self) -> String {
         format!("hang_timeout={:?} quarantine={:?} by={:?}", self.hangs.timeout(), self.quarantine.limits(), self.by)
     }
@@ -83,7 +83,7 @@ impl Faults {
         [self.hangs.next_deadline(), self.quarantine.next_deadline()].into_iter().flatten().min()
     }
 
-    /// Tells the operator, and the workers.
+    /// Logs the verdicts, and publishes the list of refused requests to the workers.
     fn announce(&self, verdicts: &[Verdict], now: Now) {
         for verdict in verdicts {
             match verdict {
@@ -106,15 +106,15 @@ impl Faults {
 }
 
 impl Master {
-    /// Looks whether workers hang, ends those that were told to die and did not, and lets requests go.
+    /// Looks for workers that hang, kills those that should have died, and releases requests whose quarantine is over.
     pub(super) fn check_hangs_and_quarantine(&mut self) {
         let now = self.now();
         let verdicts = self.faults.quarantine.tick(now);
         self.faults.announce(&verdicts, now);
         for pid in self.faults.hangs.overdue(now) {
-            // What is killed while the kernel writes its core dump leaves a part of one.
+            // A kill while the kernel writes the core dump would truncate the dump.
             if self.children.contains_key(&pid) && sys::process_status(pid, "CoreDumping:").as_deref() != Some("1") {
-                let _ = kill(pid, Signal::SIGKILL); // it is a child that was not reaped, so it is still that one
+                let _ = kill(pid, Signal::SIGKILL); // the child is not reaped yet, so the pid is still its own
             }
         }
         if !self.faults.hangs.is_due(now) {
@@ -130,13 +130,13 @@ impl Master {
     fn work_of(&self, pid: Pid, slot: u32) -> Option<Work> {
         let row = self.scoreboard.read(slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()))?;
         let is_serving = matches!(row.state, State::Ready | State::Draining);
-        // One that a debugger holds is not to blame.
+        // A worker that a debugger has stopped does not hang.
         let is_stopped = || sys::process_status(pid, "State:").is_some_and(|state| state.starts_with(['T', 't']));
         let since_ms = row.busy_since_ms.filter(|_| is_serving && !is_stopped());
         Some(Work { since_ms, pulse: row.pulse })
     }
 
-    /// Has a worker that hangs tell where, and die.
+    /// Makes a hanging worker log where it hangs, and die.
     pub(super) fn abort(&mut self, pid: Pid) {
         let now = self.now();
         let Some(child) = self.children.get_mut(&pid) else { return };
@@ -151,7 +151,7 @@ impl Master {
             child.slot,
             serving.join(", ")
         );
-        // To the event loop's own thread, if the row is right about that: it is the one that hangs.
+        // To the thread of the event loop, if the row has it: that thread hangs.
         let thread = row.and_then(|row| i32::try_from(row.loop_thread).ok()).filter(|thread| *thread > 0);
         let told = thread.is_some_and(|thread| sys::signal_thread(pid, thread, libc::SIGABRT).is_ok());
         if !told && let Err(errno) = kill(pid, Signal::SIGABRT) {
@@ -160,7 +160,7 @@ impl Master {
         self.faults.hangs.told_to_die(pid, now);
     }
 
-    /// A function hangs in this worker, which asks to be replaced: its request counts as if the worker had died of it, once.
+    /// Handles a worker's report that a blocking function hangs. Its request counts once, as if the worker had died of it.
     pub(super) fn hung_thread(&mut self, pid: Pid, request: &str) {
         if let Some(child) = self.children.get_mut(&pid).filter(|child| child.is_worker() && !child.asked_to_leave)
             && !std::mem::replace(&mut child.has_hung_thread, true)
@@ -173,7 +173,7 @@ impl Master {
         self.wear_out(pid, &format!("hung thread request={request:?}"));
     }
 
-    /// Draws conclusions from the end of a process.
+    /// Evaluates the end of a process.
     pub(super) fn take_evidence(&mut self, slot: u32, pid: Pid, end: End) {
         let now = self.now();
         self.faults.hangs.ended(pid);
@@ -193,7 +193,7 @@ impl Master {
         let in_flight = end.in_flight.iter().map(|what| RequestKey::of(what, by)).collect();
         let culprit = end.culprit.as_deref().map(|what| RequestKey::of(what, by));
         let running = end.running.map(|running| running.iter().map(|what| RequestKey::of(what, by)).collect());
-        // A worker that serves more than its row shows does not say what it does not serve.
+        // If a worker serves more requests than its row shows, the requests that it does not serve are unknown.
         let all_known = rows.iter().all(|row| usize::try_from(row.in_flight) == Ok(row.serving.len()));
         let live_workers = if all_known { rows.len() } else { 0 };
         let (complete, by_itself) = (end.complete, end.by_itself);
@@ -207,14 +207,14 @@ impl Master {
         self.faults.quarantine.list(self.now())
     }
 
-    /// Lets one request go, as [`Listed::key`] has it. False if it is not refused.
+    /// Releases one request, given its [`Listed::key`]. False if it is not refused.
     pub(super) fn release(&mut self, key: &str) -> bool {
         let released = self.faults.quarantine.release(key);
         self.log_release(usize::from(released), key);
         released
     }
 
-    /// Lets all go; returns how many.
+    /// Releases all requests. Returns their number.
     pub(super) fn release_all(&mut self) -> usize {
         let released = self.faults.quarantine.release_all();
         self.log_release(released, "*");

@@ -1,4 +1,4 @@
-//! The guard: a process that outlives the master, and then ends what is left of its programs, daemons and jobs.
+//! The guard: a process that outlives a killed master, and then kills what is left of its programs, daemons and jobs.
 //!
 //! ```text
 //! a program, between fork and exec ── its pid ──▶ the link, a pair of sockets ──▶ the guard
@@ -6,20 +6,21 @@
 //! the end of the link: the master is dead ──▶ the guard kills their process groups, and ends
 //! ```
 //!
-//! When the master is killed, the kernel kills the programs that it has started (PR_SET_PDEATHSIG), and not what these have
-//! started: of `sh -c 'php-cgi; true'` the shell dies, and php-cgi goes on to serve. The messages stay in the link until they are
-//! read, so that the guard knows of each program that ran, whenever the master dies.
+//! When the master is killed, the kernel kills the programs that it has started (PR_SET_PDEATHSIG), but not the processes that
+//! the programs have started: of `sh -c 'php-cgi; true'` the shell dies, and php-cgi continues to serve. The messages stay in
+//! the link until they are read, so the guard learns of each program that ran, at whatever moment the master dies.
 //!
-//! It ends groups, and only those that are certainly ours. A group keeps its number as long as one of its processes lives, and after
-//! that the number may be given to others. So the guard forgets a group when the master tells it that the last process is reaped, which
-//! comes before anything that the next group of that number announces. Of a group whose last process others have reaped, nobody tells
-//! it: so a group has to be in the session that it was in, and its leader, if there is one, has to be the one that was announced.
+//! The guard kills process groups, and only groups that certainly belong to the server. A group keeps its number as long as one
+//! of its processes lives; after that the number may be reused. So the guard forgets a group when the master reports that its
+//! last process was reaped. That message comes before any message of the next group with the same number. No message comes if
+//! another process reaped the last process of a group. So the guard also checks that a group is in the same session as before,
+//! and that its leader, if it still exists, is the announced process.
 //!
-//! The master ends it when it stops by itself, after all others. One that dies, or is stopped, is replaced, or continued; a new one
-//! begins with the groups that it finds. So does the one of a new build after an upgrade, before that of the old build is ended: the
-//! link stays open through the exec.
+//! When the master stops by itself, it ends the guard after all other processes. A guard that dies is replaced, and a guard that
+//! is stopped is continued. A new guard begins with the groups that exist then. After an upgrade, the new build starts its own
+//! guard before it ends the guard of the old build; the link stays open through the exec.
 //!
-//! Must not: wait for anything but the link; run code of the application's.
+//! Must not wait for anything but the link, and must not run application code.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -40,19 +41,19 @@ use crate::logging;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved::SavedGuard;
 
-/// One that has lived for so long does not die of something that the next one would die of too.
+/// If a guard that has lived this long dies, its cause of death is not expected to affect the next one.
 const STEADY_TIME: Duration = Duration::from_secs(1);
-/// The kernel closes a dying process's descriptors before it gives its children another parent: for so long that is waited for.
+/// How long to wait for another parent: the kernel closes a dying process's descriptors before it reparents its children.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
-/// Processes that are named in the log.
+/// Maximum number of processes that are named in the log.
 const NAMED: usize = 16;
 
-/// The one that watches, and what is known of those before it.
+/// The current guard, and the guards that it has replaced.
 #[derive(Debug, Default)]
 pub(super) struct Guard {
     process: Option<Process>,
-    /// Killed by us, and not reaped yet.
+    /// Guards that the master has killed and not reaped yet.
     replaced: BTreeSet<Pid>,
     breaker: Breaker,
     wanted: bool,
@@ -79,12 +80,12 @@ impl Guard {
         Some(SavedGuard { pid: pid.as_raw(), link: link.as_raw_fd() })
     }
 
-    /// That of a former master, until there is one of ours.
+    /// Takes over the guard of a former master, until the new one is started.
     pub(super) fn adopt(&mut self, pid: Pid, link: OwnedFd) {
         self.put(Some(Process { pid, since: Instant::now(), link }));
     }
 
-    /// A child has stopped or ended: if it is the guard that was stopped, it goes on.
+    /// Continues the guard if another process has stopped it.
     pub(super) fn look(&self) {
         let Some(Process { pid, .. }) = self.process else { return };
         let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
@@ -94,7 +95,7 @@ impl Guard {
         }
     }
 
-    /// A guard has ended.
+    /// Records the end of a guard.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) {
         if self.replaced.remove(&pid) {
             return;
@@ -117,17 +118,17 @@ impl Guard {
         }
     }
 
-    /// Ends it: the master ends by itself, and has ended all others.
+    /// Ends the guard: the master stops by itself, and all other processes have ended.
     pub(super) fn stop(&mut self) {
         self.wanted = false;
         self.put(None);
     }
 
-    /// Has another one in the place of the one that is there.
+    /// Replaces the current guard.
     fn put(&mut self, process: Option<Process>) {
         sys::announce_by(process.as_ref().map(|process| process.link.as_raw_fd()));
         if let Some(Process { pid, link, .. }) = std::mem::replace(&mut self.process, process) {
-            // In this order: the end of its link would have it end everything.
+            // The kill comes first: at the end of its link the guard would kill all groups.
             let _ = kill(pid, Signal::SIGKILL);
             self.replaced.insert(pid);
             drop(link);
@@ -136,7 +137,8 @@ impl Guard {
 }
 
 impl Master {
-    /// Has a guard if there is anything to guard. As PID 1 the master needs none: with it the kernel kills all others of its container.
+    /// Keeps a guard running if there is anything to guard. As PID 1 the master needs none: the kernel then kills all processes of
+    /// the container with it.
     pub(super) fn keep_guard(&mut self) {
         let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
         self.guard.wanted = (runs_programs || self.sidecars.has_any()) && getpid() != Pid::from_raw(1);
@@ -145,7 +147,7 @@ impl Master {
         }
     }
 
-    /// Has another one made: the log, the memory or the build that this one has is not ours any more.
+    /// Replaces the guard after a change of the log, the shared memory or the build.
     pub(super) fn renew_guard(&mut self) {
         if self.guard.process.is_some() {
             self.start_guard();
@@ -167,7 +169,7 @@ impl Master {
         }
     }
 
-    /// The process groups that are to end with the master.
+    /// The process groups that must end with the master.
     fn groups(&self) -> BTreeSet<i32> {
         let programs = self.children.iter().filter(|(_, child)| !child.is_worker()).map(|(pid, _)| *pid);
         let sidecars = self.sidecars.living().into_iter().map(|living| living.pid);
@@ -175,8 +177,8 @@ impl Master {
         let (session, own_group) = (own_session(), getpgrp().as_raw());
         let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
         for pid in procfs::family_of(&self.orphans()) {
-            // Of what workers leave nothing is announced: their groups may be those of workers that finish what they serve.
-            // Whoever has started the server may be in the master's own group.
+            // The groups of processes that workers leave are not announced: they may be the groups of workers that still serve. The
+            // process that has started the server may be in the master's own group.
             if let Some(stat) = procfs::stat(pid).filter(|stat| stat.group != own_group)
                 && (self.sidecars.has_left(pid) || (runs_programs && stat.session == session))
             {
@@ -191,8 +193,8 @@ fn start(groups: Groups, spawner: &Spawner, signals: &super::SignalInbox) -> io:
     let (link, end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     let master = getpid();
     let pid = sys::fork(|| {
-        signals.leave(); // and all stay blocked: who stops every process of a service does not stop this one before its time
-        let _ = nix::sys::prctl::set_name(c"guard"); // a name for ps, nothing more
+        signals.leave(); // all signals stay blocked: a signal to every process of a service must not end the guard early
+        let _ = nix::sys::prctl::set_name(c"guard"); // for `ps`
         let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the master's group ends both
         logging::begin_worker(&spawner.config.logs);
         let logs = spawner.current.log_files.descriptors();
@@ -203,7 +205,7 @@ fn start(groups: Groups, spawner: &Spawner, signals: &super::SignalInbox) -> io:
     Ok(Process { pid, since: Instant::now(), link })
 }
 
-/// The guard's life.
+/// The main function of the guard.
 fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
     loop {
         let mut message = [0; size_of::<i32>()];
@@ -211,14 +213,14 @@ fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
             Ok(0) => break,
             Ok(_) => groups.read_child(i32::from_ne_bytes(message)),
             Err(Errno::EINTR) => {}
-            Err(_) if getppid() == master => std::thread::sleep(POLL_INTERVAL), // no memory, say
+            Err(_) if getppid() == master => std::thread::sleep(POLL_INTERVAL), // for example ENOMEM
             Err(_) => break,
         }
     }
     let begun = Instant::now();
     while getppid() == master {
         if begun.elapsed() >= KILL_TIMEOUT {
-            return 1; // somebody has closed its descriptor
+            return 1; // the master lives, but its end of the link was closed
         }
         std::thread::sleep(POLL_INTERVAL);
     }
@@ -244,17 +246,17 @@ fn own_session() -> i32 {
 #[derive(Debug, Default)]
 struct Groups(BTreeMap<i32, Group>);
 
-/// By what a group is known again.
+/// Identifies a group when its number may have been reused.
 #[derive(Debug)]
 struct Group {
     session: i32,
-    /// When its leader was started; `None` if that had ended before.
+    /// Start time of its leader; `None` if the leader had already ended.
     leader: Option<u64>,
 }
 
 impl Groups {
-    /// A message: the number of a group that begins, or its negative when the group has ended. Whatever it says, those that are gone are
-    /// forgotten.
+    /// Handles a message: the number of a new group, or the negative number of a group that has ended. Every message also removes the
+    /// groups that no longer exist.
     fn read_child(&mut self, message: i32) {
         self.0.retain(|&group, _| Some(group) != message.checked_neg());
         self.0.retain(|&group, _| killpg(Pid::from_raw(group), None) != Err(Errno::ESRCH));
@@ -263,14 +265,14 @@ impl Groups {
 
     fn add(&mut self, group: i32) {
         if group <= 1 {
-            return; // no group's number; to kill(2) it would mean others
+            return; // not a group's number; kill(2) would take it for other processes
         }
         let leader = procfs::stat(Pid::from_raw(group));
         let session = leader.as_ref().map_or_else(own_session, |leader| leader.session);
         self.0.insert(group, Group { session, leader: leader.map(|leader| leader.started) });
     }
 
-    /// Those of their processes that live, with their names, by groups.
+    /// The living processes of these groups, with their names.
     fn left(&self) -> BTreeMap<i32, Vec<(i32, String)>> {
         let mut left: BTreeMap<i32, Vec<(i32, String)>> = BTreeMap::new();
         for pid in procfs::all() {
@@ -279,7 +281,7 @@ impl Groups {
                 left.entry(stat.group).or_default().push((pid.as_raw(), stat.name));
             }
         }
-        // If there is another leader, the number is another group's.
+        // With another leader, the number belongs to another group.
         left.retain(|&number, _| {
             let leader = procfs::stat(Pid::from_raw(number)).map(|leader| leader.started);
             leader.is_none() || self.0.get(&number).is_some_and(|group| group.leader == leader)
@@ -287,7 +289,7 @@ impl Groups {
         left
     }
 
-    /// Kills them. Returns what they were.
+    /// Kills the groups. Returns their processes.
     fn kill(&self) -> Vec<(i32, String)> {
         let mut killed = Vec::new();
         for (group, processes) in self.left() {
@@ -345,7 +347,7 @@ mod tests {
         let mut groups = Groups::default();
         groups.read_child(gone);
         groups.read_child(left);
-        // Another group has the number by now, and nothing else shows that it is another one.
+        // The number now belongs to another group, which nothing else distinguishes.
         groups.read_child(-gone);
         leader.kill().unwrap();
         leader.wait().unwrap();
@@ -354,7 +356,7 @@ mod tests {
         assert_eq!(killed, [(i32::try_from(member.id()).unwrap(), "sleep".to_owned())]);
         member.wait().unwrap();
         assert!(given_up.try_wait().unwrap().is_none(), "it lives");
-        // It is one of ours again when it is announced.
+        // After a new announcement the group is known again.
         groups.read_child(gone);
         assert_eq!(groups.kill(), [(gone, "sleep".to_owned())]);
         given_up.wait().unwrap();

@@ -1,8 +1,8 @@
-//! Which workers hang: decided without a single system call, from what their rows in the scoreboard said at each look.
+//! Finds workers that hang, from their rows in the scoreboard and without a system call.
 //!
-//! An event loop notes when it goes to work and when it sleeps, and counts what it gets done. One that was at the same
-//! work at five looks in a row, a quarter of the timeout apart, without getting anything done, hangs. Looks are counted,
-//! and not time alone: a machine that stood still finds nobody hanging when it goes on.
+//! An event loop records when it starts work and when it sleeps, and counts its progress. It hangs if it was at the same work at
+//! five looks in a row, a quarter of the timeout apart, without progress. Looks count, and not only time: after a machine has
+//! stood still, no worker is found to hang.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,26 +11,26 @@ use nix::unistd::Pid;
 
 use super::supervisor::Now;
 
-/// Looks in a row, after the first, that find a worker as it was.
+/// Number of looks in a row, after the first, at which the worker is unchanged.
 const LOOKS: u32 = 4;
-/// From the signal that has a hanging worker tell where it is to the one that ends it.
+/// Time from the signal that makes a hanging worker log its position to the signal that kills it.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// What a worker's row says.
+/// The state of a worker in its row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Work {
-    /// Since when its event loop has been at work; `None` if it sleeps, or is not to be judged.
+    /// Start of the event loop's current work; `None` if the loop sleeps, or the worker is exempt.
     pub(crate) since_ms: Option<u64>,
     pub(crate) pulse: u32,
 }
 
 #[derive(Debug)]
 pub(crate) struct Hangs {
-    /// Zero is never.
+    /// Zero disables the check.
     timeout: Duration,
     next_look: Now,
     seen: HashMap<Pid, (Work, u32)>,
-    /// Those that were told to die, and when they are killed.
+    /// Workers that were signalled to die, and when to kill them.
     dying: HashMap<Pid, Now>,
 }
 
@@ -47,18 +47,17 @@ impl Hangs {
         self.timeout = timeout;
     }
 
-    /// When [`Hangs::is_due`] or [`Hangs::overdue`] will have something to say.
+    /// The time at which [`Hangs::is_due`] or [`Hangs::overdue`] next has a result.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         let look = (!self.timeout.is_zero()).then_some(self.next_look);
         self.dying.values().copied().chain(look).min()
     }
 
-    /// Whether it is time to look at the workers.
     pub(crate) fn is_due(&self, now: Now) -> bool {
         !self.timeout.is_zero() && now >= self.next_look
     }
 
-    /// Takes in what the rows of all workers say; returns those that hang.
+    /// Evaluates the rows of all workers. Returns the workers that hang.
     pub(crate) fn look(&mut self, rows: impl IntoIterator<Item = (Pid, Work)>, now: Now) -> Vec<Pid> {
         self.next_look = now + self.timeout / LOOKS;
         let mut before = std::mem::take(&mut self.seen);
@@ -71,12 +70,12 @@ impl Hangs {
         hangs.map(|(&pid, _)| pid).collect()
     }
 
-    /// The worker was told to die.
+    /// Records that the worker was signalled to die.
     pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
         self.dying.insert(pid, now + LAST_WORDS);
     }
 
-    /// Those that should be dead by now. Each is named again a while later, if it is not.
+    /// Workers that should be dead by now. A worker that stays alive is returned again later.
     pub(crate) fn overdue(&mut self, now: Now) -> Vec<Pid> {
         let overdue = self.dying.iter_mut().filter(|(_, until)| **until <= now);
         overdue
@@ -87,7 +86,7 @@ impl Hangs {
             .collect()
     }
 
-    /// The worker is dead. True if it was told to die.
+    /// Records the death of a worker. True if it was signalled to die.
     pub(crate) fn ended(&mut self, pid: Pid) -> bool {
         self.seen.remove(&pid);
         self.dying.remove(&pid).is_some()
@@ -111,7 +110,7 @@ mod tests {
             let mut hangs = Hangs::new(TIMEOUT);
             let mut now = Duration::from_secs(random.u64(1..1000));
             let mut work: Vec<Work> = vec![Work { since_ms: None, pulse: 0 }; 8];
-            // How often each was seen in the same work.
+            // How often each worker was seen at the same work.
             let mut stuck = [0_u32; 8];
             for _ in 0..300 {
                 now += Duration::from_millis(random.u64(0..20_000));

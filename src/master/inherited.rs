@@ -1,10 +1,11 @@
-//! What daemons and jobs have left behind. A daemon that puts itself into the background ends well at once, and what it has left
-//! serves: a second one would be one too many.
+//! Processes that daemons and jobs have left behind. A daemon that puts itself into the background exits at once with 0, and its
+//! background process serves: a second daemon would be one too many.
 //!
-//! A process shows whose it is in its environment (`FORKYARD_NAME`), unless it has written over that, as those do that change what
-//! `ps` shows of them. Then it is taken for the daemon's that has just ended, if it has a session of its own and is younger. In the middle
-//! of exec it shows nothing: that is decided at a later look, which comes at the latest when the daemon would be started again.
-//! With the environment of this process itself it comes from a worker, and is about to call exec.
+//! The environment of a process shows the sidecar that it comes from (`FORKYARD_NAME`), unless the process has overwritten it, as
+//! programs do that change their text in `ps`. A process with such an environment is attributed to the daemon that has just
+//! ended, if it has its own session and is younger than the daemon. During exec a process shows no environment: it is examined
+//! again later, at the latest when the daemon would be restarted. A process with the environment of this process itself comes
+//! from a worker, and is about to call exec.
 
 use std::time::{Duration, Instant};
 
@@ -13,9 +14,9 @@ use nix::unistd::{Pid, getpid};
 
 use super::procfs::{self, Environment, Process};
 
-/// How long what a daemon has left must live to be the daemon itself: a little less than the time after which it is started again.
+/// How long a process must live to count as the daemon itself: a little less than the delay before the daemon is restarted.
 const LASTING: Duration = Duration::from_millis(90);
-/// How long after its end a daemon may be found in the background.
+/// How long after its end a daemon may still be found in the background.
 const SUSPECT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
@@ -24,27 +25,27 @@ pub(super) struct Inherited {
     found: Vec<Found>,
 }
 
-/// A sidecar that has ended with 0, unasked.
+/// A sidecar that has exited with 0 without being asked to.
 #[derive(Debug)]
 struct EndedSidecar {
     sidecar: usize,
     ended: Instant,
-    /// How long it had lived.
+    /// Lifetime of the sidecar.
     lived: Duration,
 }
 
 #[derive(Debug)]
 struct Found {
     process: Process,
-    /// `None` as long as that cannot be seen.
+    /// `None` until it is known.
     sidecar: Option<usize>,
     since: Instant,
-    /// It is a daemon in the background.
+    /// The process is a daemon in the background.
     detached: bool,
 }
 
 impl Inherited {
-    /// This sidecar has ended with 0 and was not asked to; it had lived so long.
+    /// Records that this sidecar has exited with 0, without being asked to, after this lifetime.
     pub(super) fn suspect(&mut self, sidecar: usize, lived: Duration) {
         self.suspects.retain(|suspect| suspect.sidecar != sidecar);
         self.suspects.push(EndedSidecar { sidecar, ended: Instant::now(), lived });
@@ -54,8 +55,8 @@ impl Inherited {
         self.suspects.iter().any(|suspect| suspect.ended.elapsed() < SUSPECT)
     }
 
-    /// Looks at the children of this process that it did not make; `names` are those of the sidecars, in order. Returns the sidecars that
-    /// run in the background, each with the process that does.
+    /// Examines the children of this process that it did not start. `names` are the names of the sidecars, in order. Returns the
+    /// sidecars that run in the background, each with its process.
     pub(super) fn take(&mut self, orphans: &[Pid], names: &[&str]) -> Vec<(usize, Pid)> {
         self.suspects.retain(|suspect| suspect.ended.elapsed() < SUSPECT);
         self.found.retain(|found| found.process.lives());
@@ -89,7 +90,7 @@ impl Inherited {
         detached
     }
 
-    /// The sidecar that has left this process, if one has, as far as that can be seen.
+    /// The sidecar that has left this process behind, if it can be determined.
     fn sidecar_of(
         &self,
         process: Process,
@@ -110,13 +111,13 @@ impl Inherited {
         self.suspects.last().filter(|suspect| suspect.may_have_made(process)).map(|suspect| suspect.sidecar)
     }
 
-    /// Whether a sidecar has left this process, or one that it comes from.
+    /// Whether a sidecar has left this process or one of its ancestors behind.
     pub(super) fn has(&self, pid: Pid) -> bool {
         let is_found = |found: &Found| found.process.pid() == pid && found.sidecar.is_some() && found.process.lives();
         self.found.iter().any(is_found) || procfs::environment_of(pid).variable("FORKYARD_NAME").is_some()
     }
 
-    /// Asks daemons in the background to leave: they are started anew.
+    /// Asks daemons in the background to leave, since they are started anew.
     pub(super) fn end_detached(&mut self) {
         for found in self.found.iter().filter(|found| found.detached && found.process.lives()) {
             let _ = kill(found.process.pid(), Signal::SIGTERM); // it may just have ended
@@ -133,7 +134,7 @@ impl EndedSidecar {
         let spawned =
             Duration::from_secs(process.started / ticks) + Duration::from_secs(process.started % ticks) / second.max(1);
         let age = now.saturating_sub(spawned);
-        // The kernel's ticks are hundredths of a second, as a rule.
+        // The resolution of process start times is usually a hundredth of a second.
         age <= self.ended.elapsed() + self.lived + Duration::from_millis(50)
     }
 }
@@ -160,7 +161,7 @@ mod tests {
         if let Some(name) = name {
             command.env("FORKYARD_NAME", name);
         }
-        // A group leader has setsid fork; any other process becomes it.
+        // setsid forks if it is a group leader; otherwise it becomes the command.
         command.spawn().unwrap()
     }
 
@@ -203,7 +204,7 @@ mod tests {
         let young = sleeping(None);
         is_up(&young);
         let mut inherited = Inherited::default();
-        inherited.suspect(0, Duration::from_secs(60)); // since before the young one was started, however long that took
+        inherited.suspect(0, Duration::from_secs(60)); // before the start of the young process, however long that took
         assert_eq!(lasting(&mut inherited, &[pid_of(&young)]), [(0, pid_of(&young))]);
         inherited.suspects[0].lived = Duration::ZERO;
         let process = Process::of(orphans[0]).unwrap();
@@ -241,7 +242,7 @@ mod tests {
             let Some(sidecar) = inherited.found[0].sidecar else {
                 seen_in_exec += 1;
                 inherited.found[0].since = inherited.found[0].since.checked_sub(LASTING).unwrap();
-                // It is looked at again, and its time counts from the first look.
+                // The next look takes place later, and the process's time counts from the first look.
                 inherited.suspect(1, Duration::ZERO);
                 while inherited.found[0].sidecar.is_none() {
                     let detached = inherited.take(&[pid], &["a", "b"]);

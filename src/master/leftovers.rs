@@ -1,8 +1,9 @@
-//! The end of the server: what is left of it is ended, or named.
+//! Ends or logs the processes that are left when the server ends.
 //!
-//! The master inherits the processes whose parents have ended, so it knows what is left. Those in its own session end with it:
-//! asked first, then killed. Those with a session of their own (setsid) were meant to outlive it, and are named; what daemons have
-//! left is ended nevertheless. And nobody listens at the sockets that this server has bound, whoever holds them still.
+//! The kernel reparents orphaned descendants to the master, so the master can list the remaining processes. Processes in its own
+//! session end with it: they are asked first, then killed. Processes with a session of their own (setsid) are meant to outlive the
+//! server, and are logged; processes that daemons have left are ended in any case. The sockets that this server has bound stop listening, even if
+//! another process still holds them.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd as _;
@@ -16,11 +17,11 @@ use super::Master;
 use super::procfs::{self, Environment, Observed};
 use crate::sys;
 
-/// How long what is left may take to leave.
+/// How long the remaining processes may take to leave.
 const GRACE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long one that was killed may take to be gone.
+/// How long killed processes may take to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often it is looked what is left: what has lost its parent comes to us a moment later.
+/// How often to look for remaining processes: the kernel reparents an orphan to the master a moment later.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 impl Master {

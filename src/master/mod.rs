@@ -103,12 +103,12 @@ use crate::upgrade::{StartCommand, Takeover, Ties};
 /// How long to wait when poll(2) fails.
 const POLL_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
-/// How long the heirs of the last workers are waited for: a little longer than they take.
+/// How long to wait for the heirs of the last workers: a little longer than an heir takes.
 const HEIRS_TIMEOUT: Duration = Duration::from_millis(2500);
-/// How operators reach the master, beside signals.
+/// Interfaces for operators, except signals.
 pub(crate) struct Operators {
     pub(crate) control: Option<Control>,
-    /// Where programs publish events.
+    /// The socket on which programs publish events.
     pub(crate) publish: Option<PublishSocket>,
     pub(crate) reread: Reread,
     pub(crate) log_files: Arc<LogFiles>,
@@ -116,15 +116,15 @@ pub(crate) struct Operators {
     pub(crate) pid_file: Option<SavedPidFile>,
 }
 
-/// Reads the configuration anew, given the one that holds. `None` if there is none to be read.
+/// Reads the configuration again, given the current one. `None` if there is no configuration file.
 ///
 /// # Errors
-/// A sentence that says what is wrong with it.
+/// A sentence for the operator that names the error in the configuration.
 pub(crate) type Reread = Box<dyn Fn(&Config) -> Result<Option<Reloaded>, String>>;
 
-/// A configuration that was read anew.
+/// A configuration that was read again.
 pub(crate) struct Reloaded {
-    /// What cannot change without a restart is as it was.
+    /// Settings that cannot change without a restart have their old values.
     pub(crate) config: Config,
     /// The external program, if there is one.
     pub(crate) program: Option<Program>,
@@ -136,7 +136,7 @@ struct Master {
     supervisor: Supervisor,
     control: Option<Control>,
     reread: Reread,
-    /// The latest, for those who ask why a reload failed.
+    /// The latest obituary, for clients that wait for a reload and must get the reason of its failure.
     obituary: Obituary,
     spawner: Spawner,
     signals: SignalInbox,
@@ -148,53 +148,54 @@ struct Master {
     queue_depth: QueueDepth,
     begun: Instant,
     faults: Faults,
-    /// What the dead have put out.
+    /// Outputs of dead processes whose children may still write.
     orphaned_outputs: OrphanedOutputs,
     start_command: StartCommand,
     upgrade: Upgrade,
     notify: Notify,
     pid_file: Option<SavedPidFile>,
-    /// What runs beside the workers.
+    /// Daemons and jobs.
     sidecars: Sidecars,
     relay: Relay,
     guard: Guard,
     damage: Damage,
     closing: Closing,
-    /// It stops because no worker ever became ready.
+    /// The server stops because no worker ever became ready.
     gave_up: bool,
-    /// Set when the last worker is gone: whether the operator asked for that.
+    /// Set when the last worker is gone: whether the operator requested the stop.
     emptied: Option<bool>,
-    /// Set when the last process is gone: whether the operator asked for that.
+    /// Set when the last process is gone: whether the operator requested the stop.
     ended: Option<bool>,
 }
 
-/// How a master came to its end.
+/// Why a master ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// The operator asked for it.
+    /// The operator requested it.
     Asked,
-    /// All workers asked not to be replaced.
+    /// All workers exited with the status that requests no replacement.
     Retired,
     /// No worker ever became ready (`--give-up-after`).
     NeverReady,
 }
 
-/// How the program came to be here.
+/// The circumstances of a start.
 #[derive(Debug)]
 pub(crate) struct Start {
     pub(crate) begun: Instant,
-    /// Where signals have arrived since the start began.
+    /// Receives signals since the beginning of the start.
     pub(crate) signals: SignalInbox,
     pub(crate) start_command: StartCommand,
-    /// What was there before anything of the server's was.
+    /// Children that existed before the server started any.
     pub(crate) earlier: EarlierChildren,
-    /// What the master left whose place this one takes.
+    /// The state of the former master, if this process takes over from one.
     pub(crate) takeover: Option<Takeover>,
 }
 
-/// Runs until it is told to stop, or gives up, and every process is gone.
+/// Runs the master until it is stopped or gives up, and every process is gone.
 ///
-/// `application` are the descriptors of the application's own, which workers keep. `operators` keeps its control socket, to be closed last.
+/// `application` are the descriptors that the application opened, which workers keep. Returns the control socket, to be closed
+/// last.
 ///
 /// # Errors
 /// If the master cannot set itself up.
@@ -209,9 +210,9 @@ pub(crate) fn run(
 ) -> io::Result<(End, Option<Control>)> {
     let Start { begun, signals, start_command, earlier, mut takeover } = start;
     let ties = takeover.as_mut().map_or_else(Ties::default, |left| left.ties(&listeners));
-    // Blocked so far, so that none came too early. And whoever started us may have blocked some: the mask is inherited.
+    // Signals were blocked until now, so that none came too early. The parent process may also have blocked some: the mask is inherited.
     sys::unblock_signals();
-    // Orphans among our descendants come to us, to be reaped, as they would come to PID 1.
+    // Orphans among the descendants become children of this process, as of PID 1, and are reaped here.
     nix::sys::prctl::set_child_subreaper(true)?;
     let recycling = Recycling::new(&config.scaling);
     let mut master = Master {
@@ -274,15 +275,15 @@ pub(crate) fn run(
         master.finish_upgrade();
     }
     master.shut_down();
-    memory::close(master.spawner.segment.clone()); // which may have taken the place of a damaged one
+    memory::close(master.spawner.segment.clone()); // a reload may have replaced a damaged segment
     Ok((master.end(), master.control))
 }
 
-/// What of the configuration the supervisor goes by.
+/// The supervisor's part of the configuration.
 fn policy(config: &Config) -> Policy {
     Policy {
         workers: (config.workers.min, config.workers.max),
-        // A program serves one request at a time, as far as we know.
+        // A program is taken to serve one request at a time.
         per_worker: config.threads.max(1),
         scale_down_after: config.scaling.scale_down_after,
         max_unavailable: match config.scaling.max_unavailable {
@@ -298,12 +299,12 @@ fn policy(config: &Config) -> Policy {
 }
 
 impl Master {
-    /// Has systemd keep the shared memory for the next start, if that can use it.
+    /// Stores the shared memory in systemd for the next start, if that start can use it.
     fn store_segment(&mut self) {
         if memory::is_worth_storing(&self.spawner.config) {
             self.notify.store(systemd::SEGMENT, self.spawner.segment.fd());
         } else {
-            self.notify.forget(systemd::SEGMENT); // that of an earlier start
+            self.notify.forget(systemd::SEGMENT); // memory of an earlier start
         }
     }
 
@@ -315,10 +316,10 @@ impl Master {
         }
     }
 
-    /// What comes after the last worker and sidecar.
+    /// The last steps, after the last worker and sidecar.
     fn shut_down(&mut self) {
         self.relay.stop();
-        // Heirs first: who is told that the master has stopped finds that nobody of it is left.
+        // The heirs end first: when a client reads that the master has stopped, no process of it must be left.
         self.await_heirs();
         self.relay.end();
         self.end_leftovers();
@@ -332,14 +333,14 @@ impl Master {
         self.begun.elapsed()
     }
 
-    /// Has all programs find the publish socket.
+    /// Passes the path of the publish socket to all programs.
     fn announce_publish_socket(&mut self) {
         let events = self.relay.seen_by_programs(&self.spawner.config);
         self.spawner.current.events.clone_from(&events);
         self.sidecars.announce_publish_socket(events);
     }
 
-    /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take. After a stop at once they hurry.
+    /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take. For a stop at once the heirs hurry.
     fn await_heirs(&mut self) {
         if self.programs.at_once {
             self.spawner.end_lifeline();
@@ -354,8 +355,7 @@ impl Master {
         }
     }
 
-    /// The one wait point. Returns whether a connection waits and there is no worker, and what is to be heard by the
-    /// control socket.
+    /// The one wait point. Returns whether a connection waits while there is no worker, and the events of the control socket.
     fn wait(&self) -> (bool, Vec<PollFlags>) {
         let now = self.now();
         let deadlines = [
@@ -386,7 +386,7 @@ impl Master {
         if let Some(left) = slow_log {
             timeout = Some(timeout.map_or(left, |timeout| timeout.min(left)));
         }
-        // One more millisecond, or else it would wake just before the deadline.
+        // One more millisecond: otherwise poll would return just before the deadline.
         let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
             PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
@@ -399,14 +399,14 @@ impl Master {
             .chain(self.upgrade.watched())
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let log = logging::waits_for().map(|fd| PollFd::new(fd, PollFlags::POLLOUT));
-        // Without workers nobody else looks whether somebody comes.
+        // Without workers, only the master can notice a new connection.
         let listeners = if self.supervisor.awaits_arrival() { &*self.spawner.listeners } else { &[] };
         let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
         let mut watched: Vec<PollFd<'_>> = arrivals.chain([signals]).chain(log).chain(children).collect();
         let others = watched.len();
         watched.extend(self.control.iter().flat_map(|control| control.watched(now)));
         match poll(&mut watched, timeout) {
-            // Without an answer nothing is said of any of them.
+            // Without a result no descriptor has events.
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => {
                 // ENOMEM: nothing is lost, but do not spin.
@@ -429,7 +429,7 @@ impl Master {
                     log::info!("asked to {}{notice}", command.verb());
                     match command {
                         Command::Reload if ignored => {}
-                        Command::Reload => drop(self.reload()), // what went wrong is in the log
+                        Command::Reload => drop(self.reload()), // the error is in the log
                         Command::Drain
                         | Command::Halt
                         | Command::Add
@@ -438,7 +438,7 @@ impl Master {
                         | Command::Upgrade => self.feed(Event::Command(command)),
                     }
                 }
-                Meaning::ReopenLogs => drop(self.reopen_logs()), // what went wrong is in the log
+                Meaning::ReopenLogs => drop(self.reopen_logs()), // the errors are in the log
             }
         }
     }
@@ -451,7 +451,7 @@ impl Master {
         }
     }
 
-    /// Takes in what the process has to say, and `most` bytes of what it puts out.
+    /// Reads the reports of a process, and up to `most` bytes of its output.
     fn read_child(&mut self, pid: Pid, most: usize) {
         let now = self.now();
         let Some(child) = self.children.get_mut(&pid) else { return };
@@ -466,7 +466,7 @@ impl Master {
         }
     }
 
-    /// Looks who has served its time.
+    /// Finds workers that have reached the end of their lifetime.
     fn recycle(&mut self) {
         let now = self.now();
         for pid in self.recycling.too_old(|pid| self.supervisor.is_ready(pid), now) {
@@ -481,7 +481,7 @@ impl Master {
         }
     }
 
-    /// Has a process replaced that serves well, and goes on doing so meanwhile.
+    /// Has a healthy process replaced. It continues to serve until then.
     fn wear_out(&mut self, pid: Pid, reason: &str) {
         let Some(child) = self.children.get(&pid) else { return };
         let (slot, lived) = (child.slot, child.since.elapsed().as_millis());
@@ -489,13 +489,13 @@ impl Master {
         self.feed(Event::Recycle { pid });
     }
 
-    /// Makes the first processes.
+    /// Starts the first processes.
     fn begin(&mut self) {
         self.keep_guard();
         self.feed(Event::Tick);
     }
 
-    /// Has the guard, daemons and jobs go on. When they are gone too, after the last worker, the master ends.
+    /// Runs the guard, daemons and jobs. When they are gone too, after the last worker, the master ends.
     fn run_sidecars(&mut self) {
         self.keep_guard();
         if self.emptied.is_some() && self.programs.is_empty() {
@@ -511,7 +511,7 @@ impl Master {
         }
     }
 
-    /// Gives the supervisor an event and does what it wants, until it wants nothing more.
+    /// Passes an event to the supervisor and carries out its actions, until there are none.
     fn feed(&mut self, event: Event) {
         if let Event::Command(command) = event {
             if let Command::Drain | Command::Halt = command {

@@ -1,11 +1,11 @@
-//! What the operator is told of the supervisor's decisions: a line of the log for each note.
+//! Logs the supervisor's decisions for the operator: one line for each notice.
 
 use super::Master;
 use super::obituary::Obituary;
 use super::supervisor::Notice;
 
 impl Master {
-    /// Tells the service manager what concerns it.
+    /// Reports the notices to systemd that concern it.
     fn notify_systemd(&mut self, notice: Notice) {
         match notice {
             Notice::FullStrength | Notice::ReloadDone { .. } => self.notify.ready("serving"),
@@ -23,7 +23,7 @@ impl Master {
         }
     }
 
-    /// What an operator should know of the last end, or of that of `pid` if it was the last one.
+    /// The hint in the obituary of the last process; with `pid`, only if the last process was `pid`.
     fn hint_of(&self, pid: Option<nix::unistd::Pid>) -> String {
         let Obituary { hint, pid: of, .. } = &self.obituary;
         let is_that = !hint.is_empty() && (pid.is_none() || pid == *of);

@@ -1,7 +1,8 @@
-//! What the service manager is told (`sd_notify(3)`): datagrams to the socket that `NOTIFY_SOCKET` names, none of which is waited
-//! for. Without that variable nothing is said.
+//! Sends notifications to the service manager (`sd_notify(3)`): datagrams to the socket that `NOTIFY_SOCKET` names, without
+//! waiting. Without that variable nothing is sent.
 //!
-//! An own file and no crate: the ones there are send blocking, and the master never waits but in its one place.
+//! The existing crates send blocking datagrams. The master must not block outside its one wait point, so this module sends
+//! them itself.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -13,16 +14,16 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socket};
 use nix::time::{ClockId, clock_gettime};
 
-/// The variables of this protocol, which are the master's alone.
+/// The variables of this protocol. They are for the master only, and are not passed on.
 pub(crate) const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
-/// How often the manager hears that a stop or a reload goes on, and for how long it may then hear nothing.
+/// How often to report progress during a stop or a reload, and by how much each report extends the manager's time limit.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 const EXTEND_TIMEOUT_US: u64 = 20_000_000;
-/// When its queue is full: how often to try again, and how many states are kept for it.
+/// When the manager's queue is full: how often to try again, and how many states are kept.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const MAX_UNSENT: usize = 8;
 
-/// What a manager knows of us.
+/// The last state sent to the manager.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Starting,
@@ -31,24 +32,24 @@ enum Phase {
     Stopping,
 }
 
-/// The way to the service manager, if there is one.
+/// The connection to the service manager, if there is one.
 #[derive(Debug)]
 pub(crate) struct Notify {
     socket: Option<(OwnedFd, UnixAddr)>,
-    /// How often it wants a sign of life; half of what it allows.
+    /// Interval of the watchdog messages: half of what the manager allows.
     watchdog: Option<Duration>,
     phase: Phase,
     next_watchdog: Option<Instant>,
     next_progress: Option<Instant>,
-    /// States that it had no room for, the oldest first.
+    /// States for which the manager's queue had no room, the oldest first.
     unsent: VecDeque<String>,
     next_try: Option<Instant>,
-    /// It did not take the last message, and the log says so.
+    /// The last message failed, and the log has a line about it.
     deaf: bool,
 }
 
 impl Notify {
-    /// As the environment says.
+    /// Reads the settings from the environment.
     pub(crate) fn from_environment(now: Instant) -> Self {
         let address = std::env::var_os("NOTIFY_SOCKET").and_then(|path| match path.as_bytes() {
             [b'@', name @ ..] => UnixAddr::new_abstract(name).ok(),
@@ -60,7 +61,7 @@ impl Notify {
             Some((socket(AddressFamily::Unix, SockType::Datagram, flags, None).ok()?, address))
         });
         let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
-        // An upgrade keeps the pid.
+        // An upgrade keeps the pid, so the comparison stays valid.
         let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
         let allowed = number("WATCHDOG_USEC").filter(|&us| ours && us > 0 && socket.is_some());
         let watchdog = allowed.map(|us| Duration::from_micros(us / 2).max(Duration::from_millis(1)));
@@ -76,7 +77,7 @@ impl Notify {
         }
     }
 
-    /// As many workers serve as there should be, or a reload is over.
+    /// Reports that the server serves: all workers are ready, or a reload is over.
     pub(crate) fn ready(&mut self, status: &str) {
         self.enter(Phase::Ready, &format!("READY=1\nSTATUS={status}"));
     }
@@ -91,19 +92,19 @@ impl Notify {
         self.enter(Phase::Stopping, "STOPPING=1\nSTATUS=finishing what is being served");
     }
 
-    /// Says in words how it is.
+    /// Sends a status text.
     pub(crate) fn status(&mut self, text: &str) {
         self.send(&format!("STATUS={text}"), true);
     }
 
-    /// Has the shared memory kept for the next start of the service.
+    /// Stores the shared memory in the service manager for the next start of the service.
     pub(crate) fn store(&mut self, name: &str, memory: BorrowedFd<'_>) {
-        // What is stored under that name by a former start is dropped first, or else both would be kept.
+        // Remove what a former start stored under this name: otherwise the manager would keep both.
         let _ = self.try_send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
-        let _ = self.try_send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(memory)); // else it is not kept
+        let _ = self.try_send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(memory)); // FDPOLL=0: otherwise systemd would not keep it
     }
 
-    /// Has what a former start had stored under that name dropped.
+    /// Removes what a former start stored under this name.
     pub(crate) fn forget(&mut self, name: &str) {
         self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), true);
     }
@@ -138,7 +139,7 @@ impl Notify {
         self.next_progress = matches!(phase, Phase::Reloading | Phase::Stopping).then(Instant::now);
     }
 
-    /// What tells a state is kept until the manager has room for it; a sign of life is not, since another follows.
+    /// With `keep`, a message for which there is no room is sent later. Watchdog messages are not kept, since another one follows.
     fn send(&mut self, text: &str, keep: bool) {
         if self.unsent.is_empty() && self.try_send(text, None) != Err(Errno::EAGAIN) {
             return;

@@ -1,4 +1,4 @@
-//! The obituary: one log line for each process that ended, with all that is known of it.
+//! Writes the obituary: one log line for each process that ended, with everything known about its end.
 
 use std::fmt::Write as _;
 
@@ -10,45 +10,45 @@ use super::spawn::Child;
 use crate::config::privileges::ResourceLimit;
 use crate::sys::Ending;
 
-/// So many of the requests that it was serving are named.
+/// Maximum number of in-flight requests that are named.
 const NAMED: usize = 4;
 
-/// What there is to know of an end beside the line.
+/// Facts about the end of a process, in addition to the log line.
 #[derive(Debug)]
 pub(crate) struct End {
-    /// Nobody wanted it.
+    /// A failure of the worker, and not a requested end.
     pub(crate) is_crash: bool,
-    /// The requests that were in flight, and whether these are all.
+    /// The requests that were in flight, and whether the list is complete.
     pub(crate) in_flight: Vec<String>,
     pub(crate) complete: bool,
-    /// What the crashing thread was at work on.
+    /// The request that the crashing thread was working on.
     pub(crate) culprit: Option<String>,
-    /// What all threads were at work on; `None` if that is not known, or if it is known of the crashing thread that it was
-    /// at work on no request.
+    /// The requests that all threads were working on; `None` if they are unknown, or if the crashing thread is known to have worked on
+    /// no request.
     pub(crate) running: Option<Vec<String>>,
-    /// It died of what it did: not of a signal that reaches whoever is there.
+    /// The process's own actions caused its death, and not a limit of the whole process or the system.
     pub(crate) by_itself: bool,
-    /// Where it crashed; empty if that is not known.
+    /// Where the process crashed; empty if that is unknown.
     pub(crate) trace: String,
     pub(crate) obituary: Obituary,
-    /// Requests that it had served.
+    /// Number of requests that it had served.
     pub(crate) served: u64,
 }
 
-/// The line, and of whom it tells.
+/// The log line, and the process that it describes.
 #[derive(Debug, Default)]
 pub(crate) struct Obituary {
-    /// `None` if the process could not even be made.
+    /// `None` if the process could not be created.
     pub(crate) pid: Option<Pid>,
     pub(crate) line: String,
-    /// What the process said of its end.
+    /// The process's own message about its end.
     pub(crate) last_words: String,
-    /// What an operator should know of such an end.
+    /// A hint for the operator on this kind of end.
     pub(crate) hint: String,
 }
 
-/// By these the kernel and the library end a process for what it did. KILL is not among them: an operator sends it, and does
-/// not tell that the process was to blame. If the kernel sends it because memory ran out, `oom.rs` knows.
+/// Signals by which the kernel and the library end a process for its own actions. KILL is not among them: if an operator sends it,
+/// the process is not to blame. `oom.rs` detects a KILL that the kernel sent because memory ran out.
 const CRASHES: [i32; 9] = [
     libc::SIGSEGV,
     libc::SIGBUS,
@@ -61,7 +61,7 @@ const CRASHES: [i32; 9] = [
     libc::SIGXFSZ,
 ];
 
-/// Of what happens to be there when a limit of the whole process, or of the system, is reached, little is known.
+/// False if a limit of the whole process or of the system was reached: then the work at that moment is weak evidence.
 fn is_by_itself(ending: Ending) -> bool {
     ![libc::SIGKILL, libc::SIGXCPU].map(Ending::Signaled).contains(&ending)
 }
@@ -74,7 +74,7 @@ fn is_crash(ending: Ending, child: &Child, no_memory: bool) -> bool {
     child.is_worker() && (child.hung || (unasked && !child.asked_to_leave && child.sent_by.is_none()))
 }
 
-/// Whether a process that has ended was not ready yet: to be asked before its row is marked as a dead one's.
+/// Whether the process had not become ready. Must be called before its row is marked as dead.
 pub(crate) fn is_starting(pid: Pid, child: &Child, scoreboard: &Scoreboard) -> bool {
     match child.program() {
         Some(program) => !program.started,
@@ -84,9 +84,9 @@ pub(crate) fn is_starting(pid: Pid, child: &Child, scoreboard: &Scoreboard) -> b
     }
 }
 
-/// Which limits may have kept a process from starting, if it said nothing else of its end.
+/// The limits that may have prevented a start. Empty if the last words name another cause.
 fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
-    // Of the kernel, the standard library and the loader.
+    // Messages of the kernel, the standard library and the loader.
     const OF_LIMITS: [&str; 8] =
         ["os error 11", "os error 12", "rror 24", "emory", "Too many open", "map ", "cannot allocate", "Resource temp"];
     let vital: Vec<String> =
@@ -98,7 +98,7 @@ fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
     format!("a limit may be too low for it to start: {}", vital.join(", "))
 }
 
-/// The requests that a worker was serving, and for how long.
+/// The requests that a worker was serving, with their ages.
 fn in_flight(row: &Snapshot) -> String {
     let named = row.serving.iter().take(NAMED);
     let mut named: Vec<String> = named.map(|one| format!("{} {}ms", one.what, one.since.as_millis())).collect();
@@ -109,8 +109,9 @@ fn in_flight(row: &Snapshot) -> String {
     named.join(", ")
 }
 
-/// Writes the line; `no_memory` is the cause if the kernel has killed it because memory ran out. What the scoreboard says is the dead process's word: bounded, and taken as text only.
-/// `limits` are those of `--rlimit`; none if it was ready.
+/// Writes the log line. `no_memory` is the cause if the kernel killed the process because memory ran out. The scoreboard row was
+/// written by the dead process: it is bounded, and used as text only. `limits` are those of `--rlimit`, for a process that had
+/// not become ready.
 pub(crate) fn publish(
     pid: Pid,
     ending: Ending,
@@ -123,13 +124,13 @@ pub(crate) fn publish(
     if let Some(cause) = no_memory {
         let _ = write!(line, " cause={cause}");
     }
-    // The master itself has one that hangs say where.
+    // For a hanging worker the sender is the master itself.
     let sent_by = child.sent_by.filter(|_| !child.hung);
     if let Some(pid) = sent_by {
         let _ = write!(line, " sent_by={pid}");
     }
     let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
-    // The row is the child's only if the child had claimed it. A program knows nothing of the scoreboard.
+    // The row is the child's only if the child had claimed it. A program has no row.
     let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
     if row.is_none() && child.is_worker() {
         line += " served=0";
@@ -166,7 +167,7 @@ pub(crate) fn publish(
     }
     let by_limit = failed && !as_asked && !child_was_asked && no_memory.is_none() && !was_sent;
     let of_limits = limits.filter(|_| by_limit).map_or_else(String::new, |limits| hint_on_limits(limits, &last_words));
-    // A loader that gets no memory exits with 127, as a shell does that finds no command.
+    // A loader that gets no memory exits with 127, as does a shell that does not find a command.
     let hint =
         if hint.is_empty() || !(of_limits.is_empty() || last_words.is_empty()) { of_limits } else { hint.to_owned() };
     if !hint.is_empty() {

@@ -1,8 +1,9 @@
-//! Whether the kernel has killed a worker because memory ran out: it sends SIGKILL as an operator does, and counts.
+//! Detects whether the kernel killed a worker because memory ran out: the kernel sends SIGKILL, as an operator might, and counts
+//! its kills.
 //!
-//! The count of our cgroup has the processes in it; where there is no cgroup with one, that of the whole system is taken,
-//! which may have risen for another process at the same moment. Then the cause is a guess, and what depends on it has to be right in that
-//! case too.
+//! The counter of the process's cgroup covers the processes in it. Without such a counter, the counter of the whole system is used,
+//! which another process may have raised at the same moment. The cause is then a guess, and code that depends on it must also be
+//! correct if the guess is wrong.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,19 +11,19 @@ use std::time::Duration;
 
 use super::supervisor::Now;
 
-/// Workers that die within this time after the count rose died of it.
+/// A worker that dies within this time after the counter rose is attributed to it.
 const SAME_MOMENT: Duration = Duration::from_secs(1);
 
 pub(crate) struct OomKills {
     source: PathBuf,
-    /// It counts the processes of our cgroup alone.
+    /// The counter covers only the processes of the server's cgroup.
     is_own: bool,
     count: u64,
     rose_at: Option<Now>,
 }
 
 impl OomKills {
-    /// Counts from here on.
+    /// Begins to count.
     pub(crate) fn new() -> Self {
         let own = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| Some(events_of(&text)?.into()));
         let own = own.filter(|path: &PathBuf| path.exists());
@@ -31,7 +32,8 @@ impl OomKills {
         Self { source, is_own, count, rose_at: None }
     }
 
-    /// The cause, for the log, if a worker that is found dead now, of a SIGKILL that we did not send, was killed for that.
+    /// The cause for the log, if the kernel killed a worker for lack of memory. Must be called when a worker is found dead of a SIGKILL
+    /// that the master did not send.
     pub(crate) fn explain(&mut self, now: Now) -> Option<&'static str> {
         let count = fs::read_to_string(&self.source).ok().and_then(|text| count_in(&text));
         self.counted(count.unwrap_or(self.count), now).then(|| self.cause())
@@ -50,8 +52,8 @@ impl OomKills {
     }
 }
 
-/// The file with the counts of a process's cgroup, by its `/proc/PID/cgroup`. Where the memory is accounted for by version 1, the cgroup of
-/// version 2 has none.
+/// The counter file of a cgroup, given the text of `/proc/PID/cgroup`. If cgroup version 1 accounts for memory, the version 2 cgroup
+/// has no counter.
 fn events_of(text: &str) -> Option<String> {
     let of_version_1 = text.lines().find_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
@@ -64,7 +66,7 @@ fn events_of(text: &str) -> Option<String> {
     })
 }
 
-/// In all of these files alike.
+/// The counter has the same name in all of these files.
 fn count_in(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
 }

@@ -1,7 +1,7 @@
-//! What operators ask for by the control socket, and how they hear of its outcome.
+//! Carries out the requests from the control socket, and reports their outcome.
 //!
-//! A command goes to the supervisor as a signal's would. Who asked waits until the supervisor's notes, or its state, say what
-//! came of it; should he go away meanwhile, the command goes on.
+//! A command goes to the supervisor, as from a signal. The client waits until the supervisor's notices or state show the outcome.
+//! If the client disconnects meanwhile, the command continues.
 
 use std::os::fd::AsFd as _;
 
@@ -19,7 +19,7 @@ use crate::control::wire::{Reply, Request};
 const STOPPING: &str = "the master is stopping";
 
 impl Master {
-    /// Hears what the clients of the control socket ask, and does it. `events` are what `poll` said of them.
+    /// Reads the requests of the control clients and carries them out. `events` are the results of `poll` for them.
     pub(super) fn read_operators(&mut self, events: &[PollFlags]) {
         let now = self.now();
         let Some(control) = &mut self.control else { return };
@@ -30,7 +30,7 @@ impl Master {
             self.answer(client, request);
         }
         self.end_waits();
-        // Those who were just told their outcome wait for the end of the connection, and nothing may wake us soon.
+        // Clients that have just received their outcome wait for the end of the connection, and no event may wake the loop soon.
         let now = self.now();
         if let Some(control) = &mut self.control {
             control.sweep(now);
@@ -76,7 +76,7 @@ impl Master {
                 self.reply(client, &Reply::failed(STOPPING));
             }
             Request::Reload => {
-                // Before the reload begins, so that this one hears all of it.
+                // Before the reload begins, so that this client gets all messages about it.
                 self.keep_waiting(client, Waiting::Reload);
                 if let Err(why) = self.reload() {
                     self.reply(client, &Reply::failed(why));
@@ -126,21 +126,21 @@ impl Master {
         }
     }
 
-    /// A process has said that it is ready, or looks like it.
+    /// Handles a process that has become ready, or that appears to be.
     pub(super) fn ready(&mut self, pid: Pid) {
         let name = self.children.get(&pid).map(|child| name_of(pid, child)).unwrap_or_default();
         self.reply_to_movers(&format!("worker ready {name}"));
         self.feed(Event::Ready { pid });
     }
 
-    /// A process has ended, with this obituary.
+    /// Handles the end of a process.
     pub(super) fn left(&mut self, obituary: Obituary) {
         self.reply_to_movers(&obituary.line);
         self.reply_to_waiting(Waiting::Stop, &Reply::Progress { text: obituary.line.clone() });
         self.obituary = obituary;
     }
 
-    /// Passes on what the supervisor notes to those who wait for it.
+    /// Reports a notice of the supervisor to the clients that wait for it.
     pub(super) fn report_to_clients(&mut self, notice: Notice) {
         match notice {
             Notice::ReloadStarted { generation } => {
@@ -182,7 +182,7 @@ impl Master {
         }
     }
 
-    /// The last process is gone.
+    /// Sends the last replies: the last process is gone.
     pub(super) fn farewell(&mut self) {
         for (client, waiting) in self.waiting() {
             let answer = if waiting == Waiting::Stop { Reply::done("stopped") } else { Reply::failed(STOPPING) };
@@ -190,7 +190,7 @@ impl Master {
         }
     }
 
-    /// Tells those their outcome who wait for a state of affairs and not for an event.
+    /// Sends the outcome to clients that wait for a state and not for an event.
     fn end_waits(&mut self) {
         let waiting = self.waiting();
         if waiting.is_empty() {
@@ -207,7 +207,7 @@ impl Master {
                 Waiting::Scale(workers) if view.target != workers => {
                     Some(Reply::failed(format!("meanwhile there should be {} workers", view.target)))
                 }
-                // As many as that are ready, and there are no others that have yet to leave.
+                // Exactly this many workers are ready, and no other process has yet to leave.
                 Waiting::Scale(workers) => {
                     let settled = view.ready() == workers as usize && view.places.len() == workers as usize;
                     settled.then(|| Reply::done(format!("workers={workers}")))

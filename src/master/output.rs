@@ -1,7 +1,7 @@
-//! What workers and programs put out, line by line into our log.
+//! Logs the output of workers and programs, line by line.
 //!
-//! May not: hold up the master, whoever floods it (a bounded number of bytes is read a turn, and the writer waits); lose a
-//! line without saying so.
+//! A process that floods its output must not hold up the master: each turn reads a bounded number of bytes, and the writer waits. No
+//! line may be lost without a log line about it.
 
 use std::fmt::Arguments;
 use std::fs::File;
@@ -17,23 +17,23 @@ use crate::upgrade::saved::SavedOutput;
 
 /// A line longer than this is logged in pieces.
 const MAX_LINE: usize = 64 << 10;
-/// Says that a line goes on in the next piece.
+/// Marks a line that continues in the next piece.
 const GOES_ON: &str = " [continued]";
-/// Bytes that are read of all processes in one turn of the master's loop, and the bounds of what that comes to for each.
+/// Bytes read from all processes in one turn of the master's loop, and the limits of the share of each.
 const READ_BUDGET: usize = 64 << 10;
 const SHARE: (usize, usize) = (1 << 10, 16 << 10);
-/// More than a pipe holds: what is read of one that is dead.
+/// Bytes read from the pipe of a dead process: more than a pipe holds.
 pub(super) const MAX_REST: usize = 1 << 20;
-/// The same line in a row is logged so often as it comes, and then counted.
+/// A repeated line is logged this many times, and then counted.
 const AS_IT_COMES: u32 = 10;
 /// How often the count is logged.
 const COUNTED: Now = Now::from_secs(1);
-/// Characters of the last line that are kept of one that is dead.
+/// Maximum length, in characters, of the last line that is kept of a dead process.
 const LAST_LINE: usize = 500;
-/// Outputs of processes that are dead that are still listened to.
+/// Maximum number of outputs of dead processes that are still read.
 const MAX_ORPHANED: usize = 64;
 
-/// The output of one process, and of those that it has started.
+/// The output of one process and of the processes that it has started.
 #[derive(Debug)]
 pub(crate) struct Output {
     slot: u32,
@@ -48,20 +48,20 @@ impl Output {
         Self { slot, pid: None, reader: LineReader::new(pipe), filter: LineFilter::new() }
     }
 
-    /// Goes on where another master stopped.
+    /// Continues an output that another master has read so far.
     pub(crate) fn resume(slot: u32, pipe: OwnedFd, partial: Vec<u8>) -> Self {
         let mut output = Self::new(slot, pipe);
         output.reader.partial = partial;
         output
     }
 
-    /// For a master that takes over. `pid` is whose output it is.
+    /// The saved form, for the next master in an upgrade. `pid` is the process that writes the output.
     pub(crate) fn save(&self, pid: Pid) -> SavedOutput {
         let (fd, partial) = (self.as_fd().as_raw_fd(), self.reader.partial.clone());
         SavedOutput { slot: self.slot, pid: pid.as_raw(), fd, partial }
     }
 
-    /// Logs what has come, up to `most` bytes. False if nothing more will come.
+    /// Logs up to `most` bytes of output. Returns false at the end of the output.
     pub(crate) fn read(&mut self, pid: Pid, most: usize, now: Now) -> bool {
         self.pid = Some(pid);
         let Self { slot, reader, filter, .. } = self;
@@ -79,7 +79,7 @@ impl Output {
         self.filter.repeats.last.chars().take(LAST_LINE).collect()
     }
 
-    /// When it has something to log though nothing comes.
+    /// The time at which [`Output::tick`] has something to log.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         self.filter.due()
     }
@@ -89,7 +89,7 @@ impl Output {
         self.filter.tick(format_args!("slot={} pid={pid}", self.slot), now);
     }
 
-    /// Logs what is left, though it may have no end.
+    /// Logs the remaining output, even without a line end.
     fn end(&mut self, now: Now) {
         let Some(pid) = self.pid else { return };
         let Self { slot, reader, filter, .. } = self;
@@ -110,7 +110,7 @@ impl AsFd for LineReader {
     }
 }
 
-/// Bytes of the output of each of so many processes that are read in a turn: none while the log's reader is slow.
+/// Number of bytes to read from each of `processes` in one turn: 0 while the log's reader is slow.
 pub(crate) fn share(processes: usize) -> usize {
     if logging::is_slow_for().is_some() {
         return 0;
@@ -118,17 +118,17 @@ pub(crate) fn share(processes: usize) -> usize {
     (READ_BUDGET / processes.max(1)).clamp(SHARE.0, SHARE.1)
 }
 
-/// The outputs of processes that are dead: their heirs and their children may have something to say.
+/// The outputs of dead processes whose heirs and children may still write.
 #[derive(Debug, Default)]
 pub(crate) struct OrphanedOutputs(Vec<Output>);
 
 impl OrphanedOutputs {
-    /// The process `pid` is dead. Returns the last line that it put out.
+    /// Takes over the output of the dead process `pid`. Returns its last line.
     pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Now) -> String {
         if !output.read(pid, MAX_REST, now) {
             return output.last_line();
         }
-        output.end(now); // it cannot finish its line any more
+        output.end(now); // the dead process cannot finish its line
         let last_line = output.last_line();
         if self.0.len() == MAX_ORPHANED {
             let mut oldest = self.0.remove(0);
@@ -142,7 +142,7 @@ impl OrphanedOutputs {
         last_line
     }
 
-    /// For a master that takes over.
+    /// The saved form, for the next master in an upgrade.
     pub(crate) fn save(&self) -> Vec<SavedOutput> {
         self.0.iter().filter_map(|output| Some(output.save(output.pid?))).collect()
     }
@@ -153,7 +153,7 @@ impl OrphanedOutputs {
         self.0.iter_mut().for_each(|output| output.tick(now));
     }
 
-    /// The master ends.
+    /// Logs the remaining output at the end of the master.
     pub(crate) fn finish(&mut self, now: Now) {
         for mut output in self.0.drain(..) {
             if output.pid.is_some_and(|pid| output.read(pid, MAX_REST, now)) {
@@ -171,7 +171,7 @@ impl OrphanedOutputs {
     }
 }
 
-/// Which lines of one source are logged. `source` names it in the log.
+/// Decides which lines of one source are logged. `source` names it in the log.
 #[derive(Debug)]
 pub(super) struct LineFilter {
     repeats: Repeats,
@@ -183,7 +183,7 @@ impl LineFilter {
         Self { repeats: Repeats::default(), limit: ByteLimit::new(logging::output_rate()) }
     }
 
-    /// Logs a line of output, unless it is one too many.
+    /// Logs a line of output, if the limits permit it.
     pub(super) fn log(&mut self, source: Arguments<'_>, line: &str, is_whole: bool, now: Now) {
         if self.admits(source, line, now) {
             let mark = if is_whole { "" } else { GOES_ON };
@@ -191,7 +191,7 @@ impl LineFilter {
         }
     }
 
-    /// Whether a line is to be logged. Logs first what was left out before it.
+    /// Whether a line is to be logged. First logs how many lines were left out before it.
     pub(super) fn admits(&mut self, source: Arguments<'_>, line: &str, now: Now) -> bool {
         let Verdict { count, log } = self.repeats.take(line, now);
         if let Some(count) = count {
@@ -207,7 +207,7 @@ impl LineFilter {
         is_admitted
     }
 
-    /// When it has something to log though no line comes.
+    /// The time at which [`LineFilter::tick`] has something to log.
     pub(super) fn due(&self) -> Option<Now> {
         [self.repeats.due, self.limit.due()].into_iter().flatten().min()
     }
@@ -221,7 +221,7 @@ impl LineFilter {
         }
     }
 
-    /// No more lines come.
+    /// Logs the remaining counts at the end of the output.
     pub(super) fn end(&mut self, source: Arguments<'_>) {
         if let Some(count) = self.repeats.end() {
             log_repeats(source, count);
@@ -240,23 +240,23 @@ fn log_left_out(source: Arguments<'_>, LeftOut { lines, bytes }: LeftOut) {
     log::warn!("output was left out of the log (--output-rate) {source} lines={lines} bytes={bytes}");
 }
 
-/// Finds the same line again and again: without a system call or a clock.
+/// Detects repeated lines, without a system call or a clock.
 #[derive(Debug, Default)]
 struct Repeats {
     last: String,
-    /// How often it has come in a row.
+    /// How often the line has come in a row.
     row: u32,
-    /// How often without being logged.
+    /// How many repetitions have not been logged.
     held: u64,
     due: Option<Now>,
 }
 
-/// What becomes of a line.
+/// The decision about a line.
 #[derive(Debug, PartialEq, Eq)]
 struct Verdict {
-    /// To be logged before: so often the line before came again.
+    /// How often the previous line was repeated, to be logged first.
     count: Option<u64>,
-    /// Whether it is logged itself.
+    /// Whether the line itself is logged.
     log: bool,
 }
 
@@ -289,7 +289,7 @@ impl Repeats {
     }
 }
 
-/// The read end of a pipe, and the line that is not finished yet.
+/// The read end of a pipe, and its unfinished line.
 #[derive(Debug)]
 pub(super) struct LineReader {
     pipe: File,
@@ -302,7 +302,7 @@ impl LineReader {
         Self::resume(pipe, Vec::new())
     }
 
-    /// Goes on with the beginning of a line.
+    /// Creates a reader whose first line begins with `partial`.
     pub(super) fn resume(pipe: OwnedFd, partial: Vec<u8>) -> Self {
         Self { pipe: File::from(pipe), partial, open: true }
     }
@@ -311,8 +311,8 @@ impl LineReader {
         &self.partial
     }
 
-    /// Reads what is there, up to `most` bytes, and calls `line` for each line that is complete, or a piece of it, which it is
-    /// told. False if nothing more will come.
+    /// Reads up to `most` bytes, and calls `line` for each complete line or piece of a line. The second argument is false for a piece
+    /// that continues. Returns false at the end of the output.
     pub(super) fn read(&mut self, mut most: usize, line: &mut impl FnMut(&str, bool)) -> bool {
         let mut buffer = [0; 8192];
         while most > 0 && self.open {
@@ -331,7 +331,7 @@ impl LineReader {
         self.open
     }
 
-    /// Hands out what stands without a line end.
+    /// Passes on a last line without a line end.
     pub(super) fn finish(&mut self, line: &mut impl FnMut(&str, bool)) {
         if !self.partial.is_empty() {
             self.emit(line, true);
@@ -340,7 +340,7 @@ impl LineReader {
 
     fn take(&mut self, mut bytes: &[u8], line: &mut impl FnMut(&str, bool)) {
         while !bytes.is_empty() {
-            // A former build of this program may have handed on a longer beginning.
+            // A former build of this program may have handed on a longer partial line.
             let room = MAX_LINE.saturating_sub(self.partial.len());
             let end = bytes.iter().take(room + 1).position(|&byte| byte == b'\n');
             let taken = end.unwrap_or(bytes.len().min(room));
@@ -356,7 +356,7 @@ impl LineReader {
     }
 
     fn emit(&mut self, line: &mut impl FnMut(&str, bool), is_whole: bool) {
-        // A piece ends between two characters, if these are characters.
+        // A piece ends between two characters, if the text is UTF-8.
         let cut = match std::str::from_utf8(&self.partial) {
             Err(error) if !is_whole && error.error_len().is_none() && error.valid_up_to() > 0 => error.valid_up_to(),
             _ => self.partial.len(),
@@ -403,7 +403,7 @@ mod tests {
             [(MAX_LINE, vec![(MAX_LINE, true)]), (MAX_LINE + 1, vec![(MAX_LINE - 1, false), (2, true)])]
         {
             let (mut reader, mut write) = pipe();
-            // The last character of the first piece is half in the next.
+            // The piece boundary is inside the last character.
             let mut text = vec![b'x'; length - 2];
             text.extend("é".as_bytes());
             let mut found = Vec::new();

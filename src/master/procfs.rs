@@ -1,8 +1,7 @@
-//! What `/proc` shows of processes that the master did not make itself, or that tell it nothing: who their children are,
-//! and what they do with the listening socket.
+//! Reads facts from `/proc` that other processes do not report: their children, and their use of the listening socket.
 //!
-//! It needs the rights of a debugger over them, which a master has over its own programs unless they run as another user
-//! and it is not root, or the kernel forbids it. Where nothing can be seen, nothing is said: see [`Observed::Hidden`].
+//! This needs the rights of a debugger over those processes. A master has these over its own programs, unless they run as another
+//! user while the master is not root, or the kernel forbids it. [`Observed::Hidden`] reports that nothing can be read.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -17,27 +16,27 @@ use serde::{Deserialize, Serialize};
 use crate::net::listen::Listener;
 use crate::sys;
 
-/// Threads of one process, and processes of one tree, that are looked at: more show nothing more.
+/// Maximum number of threads of one process, and of processes of one tree, that are examined.
 const MAX_PROCESSES: usize = 256;
-/// Bytes of an environment that are read.
+/// Maximum number of bytes read from an environment.
 const MAX_ENVIRONMENT: usize = 1 << 20;
 
-/// A process that is no child of the master, maybe: its pid may come to stand for another one.
+/// Identifies a process even if its pid is reused. It need not be a child of the master.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Process {
     pub(super) pid: i32,
-    /// When it was started, in ticks since the machine was.
+    /// Start time, in ticks since the boot of the machine.
     pub(super) started: u64,
 }
 
-/// What is in its `stat` file: proc_pid_stat(5).
+/// The fields of `/proc/PID/stat`: see proc_pid_stat(5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) name: String,
     pub(super) group: i32,
     pub(super) session: i32,
     pub(super) started: u64,
-    /// It has ended, and was not reaped yet.
+    /// The process has ended, and is not reaped yet.
     pub(super) is_zombie: bool,
     has_empty_environment: bool,
 }
@@ -45,48 +44,48 @@ pub(super) struct Stat {
 /// The environment that a process was started with.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Environment {
-    /// As the process shows it: it may write over that.
+    /// The environment as the process shows it. A process can overwrite its environment.
     Shown(Vec<u8>),
-    /// It is in the middle of exec: it has its new name, and no environment yet.
+    /// The process is in the middle of exec: it has its new name, and no environment yet.
     InExec,
     Hidden,
 }
 
-/// How long an environment that reads as empty may be that of a process in the middle of exec: the kernel shows none while it writes
-/// the new one.
+/// How long an environment that reads as empty may mean that the process is in the middle of exec: the kernel shows no environment
+/// while it writes the new one.
 const EMPTY_IN_EXEC: Duration = Duration::from_millis(90);
 
-/// What a process has to do with the listening socket.
+/// A process's use of the listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Observed {
-    /// It sleeps in accept.
+    /// The process sleeps in accept.
     Accepting,
-    /// It has the socket in an epoll instance.
+    /// The process has the socket in an epoll instance.
     Watching,
-    /// It has a connection that was accepted from the socket, by itself or by whom it comes from.
+    /// The process, or one of its ancestors, has accepted a connection from the socket.
     Serving,
-    /// It has the socket, and maybe waits for it in a way that cannot be seen.
+    /// The process has the socket open, and possibly waits for it in a way that does not show.
     Holding,
-    /// It does not have it.
+    /// The process does not have the socket open.
     Apart,
-    /// It cannot be seen.
+    /// The descriptors of the process cannot be read.
     Hidden,
 }
 
 impl Observed {
-    /// It takes connections, beyond doubt.
+    /// Whether it certainly accepts connections.
     pub(super) fn accepts(self) -> bool {
         matches!(self, Self::Accepting | Self::Watching)
     }
 
-    /// It takes connections, if it is not merely a child of one that does.
+    /// Whether it serves connections, or is a child of a process that does.
     pub(super) fn serves(self) -> bool {
         self.accepts() || self == Self::Serving
     }
 }
 
 impl Process {
-    /// `None` if there is none, or if it has ended.
+    /// `None` if there is no such process, or if it has ended.
     pub(super) fn of(pid: Pid) -> Option<Self> {
         let stat = stat(pid).filter(|stat| !stat.is_zombie)?;
         Some(Self { pid: pid.as_raw(), started: stat.started })
@@ -106,16 +105,16 @@ pub(super) fn stat(pid: Pid) -> Option<Stat> {
 }
 
 fn stat_in(text: &str) -> Option<Stat> {
-    // The name may have any character in it.
+    // The name may contain any character.
     let (head, rest) = text.rsplit_once(')')?;
     let name = head.split_once('(')?.1.to_owned();
-    // From the third on.
+    // Beginning with the third field.
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let state = *fields.first()?;
     let started = fields.get(22 - 3)?.parse().ok()?;
     let [group, session] = [5, 6].map(|field| fields.get(field - 3)?.parse().ok());
     let is_zombie = matches!(state, "Z" | "X");
-    // Where its environment lies. In the middle of exec, and where it is hidden, both are 0.
+    // Start and end address of the environment. During exec, and for a hidden process, both are 0.
     let [from, to] = [50, 51].map(|field| fields.get(field - 3).and_then(|at| at.parse().ok()).unwrap_or(0_u64));
     Some(Stat {
         name,
@@ -133,7 +132,7 @@ pub(super) fn all() -> impl Iterator<Item = Pid> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw)
 }
 
-/// The children of a process, whichever of its threads has made them.
+/// The children of all threads of a process.
 pub(super) fn children_of(pid: Pid) -> Vec<Pid> {
     let mut children = Vec::new();
     for thread in threads_of(pid) {
@@ -154,7 +153,7 @@ fn threads_of(pid: Pid) -> Vec<i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).take(MAX_PROCESSES).collect()
 }
 
-/// All processes that come from these and live, themselves among them.
+/// These processes and all their living descendants.
 pub(super) fn family_of(roots: &[Pid]) -> Vec<Pid> {
     let mut family: Vec<Pid> = roots.to_vec();
     let mut at = 0;
@@ -165,7 +164,7 @@ pub(super) fn family_of(roots: &[Pid]) -> Vec<Pid> {
     family
 }
 
-/// What `pid` has to do with the socket.
+/// How `pid` uses the socket.
 pub(super) fn of(pid: Pid, listener: &Listener) -> Observed {
     let Ok(socket) = fstat(listener.as_fd()) else { return Observed::Hidden };
     let socket = format!("socket:[{}]", socket.st_ino);
@@ -178,7 +177,7 @@ pub(super) fn of(pid: Pid, listener: &Listener) -> Observed {
         })
         .collect();
     if open.is_empty() {
-        return Observed::Hidden; // it is ending
+        return Observed::Hidden; // the process is ending
     }
     let at: Vec<RawFd> = open.iter().filter(|(_, to)| *to == socket).map(|(fd, _)| *fd).collect();
     if !at.is_empty() && threads_of(pid).into_iter().any(|thread| is_accepting(pid, thread, &at)) {
@@ -208,7 +207,7 @@ fn is_accepting(pid: Pid, thread: i32, at: &[RawFd]) -> bool {
     matches!(call, Some(libc::SYS_accept | libc::SYS_accept4)) && first.is_some_and(|fd| at.contains(&fd))
 }
 
-/// Whether its epoll instance `epoll` watches one of these descriptors.
+/// Whether the epoll instance `epoll` of the process watches one of these descriptors.
 fn is_watching(pid: Pid, epoll: RawFd, at: &[RawFd]) -> bool {
     let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{epoll}")).unwrap_or_default();
     let mut targets = info.lines().filter(|line| line.starts_with("tfd:"));
@@ -217,13 +216,13 @@ fn is_watching(pid: Pid, epoll: RawFd, at: &[RawFd]) -> bool {
     })
 }
 
-/// Whether a socket of another process is a connection that was accepted from the listening one. (A connection that the process has
-/// made itself, to a database say, is not.)
+/// Whether a socket of another process is a connection that was accepted from the listening socket. A connection that the process
+/// has opened itself, for example to a database, is not.
 fn is_connection(pid: Pid, process: Option<&OwnedFd>, fd: RawFd, link: &str, listener: &Listener) -> bool {
     use std::os::fd::AsRawFd as _;
     match process.and_then(|process| sys::descriptor_of(process, fd).ok()) {
         Some(socket) => getsockname::<SockaddrStorage>(socket.as_raw_fd()).is_ok_and(|near| listener.accepts_at(&near)),
-        // The kernel is too old, or forbids it: its list of sockets has the same.
+        // The kernel is too old, or forbids it: use its list of sockets.
         None => link
             .strip_prefix("socket:[")
             .and_then(|rest| rest.strip_suffix(']'))
@@ -231,7 +230,7 @@ fn is_connection(pid: Pid, process: Option<&OwnedFd>, fd: RawFd, link: &str, lis
     }
 }
 
-/// The kernel's lists of sockets, for where a copy of a descriptor cannot be had.
+/// Reads the kernel's lists of sockets, for use when a descriptor cannot be copied.
 mod lists {
     use nix::sys::socket::{SockaddrStorage, getsockname};
 
@@ -254,13 +253,13 @@ mod lists {
         }
     }
 
-    /// The address of a Unix socket: the last column, if it has one.
+    /// The address of a Unix socket: the last column, if it is present.
     pub(super) fn unix(list: &str, inode: &str) -> Option<String> {
         let line = list.lines().find(|line| line.split_ascii_whitespace().nth(6) == Some(inode))?;
         line.split_ascii_whitespace().nth(7).map(str::to_owned)
     }
 
-    /// The port at the near end of a TCP connection.
+    /// The local port of a TCP connection.
     pub(super) fn tcp(list: &str, inode: &str) -> Option<u16> {
         let line = list.lines().find(|line| line.split_ascii_whitespace().nth(9) == Some(inode))?;
         let near = line.split_ascii_whitespace().nth(1)?;
@@ -268,8 +267,7 @@ mod lists {
     }
 }
 
-/// Those of the trees under `roots` that take connections, each without what it has started itself: that belongs to its
-/// requests.
+/// The processes in the trees under `roots` that serve connections, without their descendants: those belong to their requests.
 pub(super) fn servers_under(roots: &[Pid], listener: &Listener) -> Vec<(Pid, Observed)> {
     let (mut servers, mut left, mut looks) = (Vec::new(), roots.to_vec(), 0);
     while let Some(pid) = left.pop() {
@@ -284,7 +282,7 @@ pub(super) fn servers_under(roots: &[Pid], listener: &Listener) -> Vec<(Pid, Obs
     servers
 }
 
-/// Those under `pid`, but not itself, that have the socket: the topmost of each branch.
+/// The processes below `pid` that have the socket open: the topmost of each branch.
 pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
     let (mut holders, mut left, mut looks) = (Vec::new(), children_of(pid), 0);
     while let Some(pid) = left.pop() {
@@ -301,7 +299,7 @@ pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
 pub(super) fn environment_of(pid: Pid) -> Environment {
     let Ok(mut file) = File::open(format!("/proc/{pid}/environ")) else { return Environment::Hidden };
     let mut bytes = vec![0; MAX_ENVIRONMENT];
-    // All of it at once: an exec between two reads would cut it off.
+    // One read for all: an exec between two reads would truncate the environment.
     match file.read(&mut bytes) {
         Err(_) => Environment::Hidden,
         Ok(0) if stat(pid).is_some_and(|stat| !stat.is_zombie && !stat.has_empty_environment) => Environment::InExec,
@@ -342,7 +340,7 @@ mod tests {
         Listener::bind(&bind.parse::<Bind>().unwrap(), 8, None, true).unwrap()
     }
 
-    /// A Python program with the socket as its standard input; it is over when its standard output is closed.
+    /// A Python program with the socket as its standard input. It ends when its standard output is closed.
     fn python(listener: &Listener, text: &str) -> Child {
         let text = format!("import os, select, socket, time\ns = socket.socket(fileno=0)\n{text}");
         let mut command = Command::new("python3");
@@ -425,7 +423,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let ours = listener(directory.path());
         let Address::Path(path) = &ours.address else { panic!("it has a path") };
-        // A wrapper, which waits for a server, which serves and has started something that has its socket and connection.
+        // A wrapper that waits for a server. The server serves, and has started a process that has its socket and connection.
         let text = "if os.fork() == 0:\n  s.setblocking(True)\n  c, _ = s.accept()\n  os.set_inheritable(c.fileno(), True)\n  \
                     if os.fork() == 0: os.execvp('sleep', ['sleep', '600'])\n  print('up', flush=True)\n  time.sleep(600)\nos.wait()";
         let mut program = python(&ours, text);

@@ -1,17 +1,17 @@
-//! External programs, which tell the master nothing: what is seen of them, whom of them signals go to, and what is done about
-//! those that they leave behind.
+//! Watches external programs, which send no reports: what `/proc` shows of them, which of their processes get signals, and how the
+//! processes that they leave behind end.
 //!
-//! A program is one process, or a wrapper around the processes that serve (`sh -c 'php-cgi; …'`, php-cgi with
-//! PHP_FCGI_CHILDREN, FCGI::ProcManager). What those that serve have started belongs to requests, and no graceful stop touches
-//! it: a page may wait for it, or it is a background job. So:
+//! A program is one process, or a wrapper around the processes that serve (`sh -c 'php-cgi; …'`, php-cgi with PHP_FCGI_CHILDREN,
+//! FCGI::ProcManager). Descendants of the serving processes belong to requests, and no graceful stop affects them: a page may wait
+//! for such a process, or it is a background job. So:
 //!
-//! - TERM goes to the program's own process. If that serves itself, nobody else is asked, ever.
-//! - If it does not, those below it that have the socket were noted before. When the TERM itself has ended the wrapper, they have
-//!   heard nothing, and are asked. Otherwise they are asked when they are seen to wait in accept, at which nothing is
-//!   lost: a second after the wrapper was asked, or when it has ended.
-//! - KILL goes to the whole group, when the program has died or had to be killed.
-//! - Whoever is left behind and still takes connections is a stray: asked to leave as above, and killed after the drain
-//!   timeout. The server does not end before them.
+//! - TERM goes to the program's own process. If that process serves, no other process is ever asked to leave.
+//! - If it does not serve, the processes below it that have the socket are recorded before the TERM. If the TERM itself ended the
+//!   wrapper, these processes did not get it, and are asked next. Otherwise they are asked while they wait in accept, when no
+//!   request can be lost: a second after the wrapper was asked, or when it has ended.
+//! - KILL goes to the whole group, when the program has crashed or had to be killed.
+//! - A process that is left behind and still accepts connections is a stray. It is asked to leave in the same way, and killed after
+//!   the drain timeout. The server does not end before its strays.
 
 use std::time::Duration;
 
@@ -25,60 +25,60 @@ use super::spawn::{Child, Launch, Link};
 use super::supervisor::Now;
 use crate::sys::Ending;
 
-/// How long a program must have run to count as started, if it was never seen to accept and the operator says nothing else.
+/// How long a program must run to count as ready, if it was never seen to accept and `--settle` is not set.
 const SETTLE_TIME: Duration = Duration::from_secs(1);
-/// How often a program that is starting is looked at, and how often after one has ended well without having been seen: it may have served its share
-/// between two looks.
+/// How often starting programs are examined, and how often after one has exited with 0 without having been seen: it may have served
+/// its share between two looks.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const QUICK_POLL_INTERVAL: Duration = Duration::from_millis(1);
-/// For how long after such an end.
+/// How long the quick interval lasts after such an exit.
 const QUICK_POLL_TIME: Duration = Duration::from_secs(2);
-/// How often strays are looked for: after a program has ended, and as long as there are orphans that may become some.
+/// How often to look for strays: after the end of a program, and while there are orphans that may become strays.
 const STRAYS_INTERVAL: Duration = Duration::from_millis(50);
 const ORPHANS_INTERVAL: Duration = Duration::from_secs(1);
-/// A stray that waits for connections is asked again after this.
+/// After this time a stray that waits for connections is asked again.
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
-/// How often it is looked whether connections wait, and connections that wait for so long, with programs that were never seen to accept, are not going to be served.
+/// How often to check for waiting connections, and after which time such connections count as unserved if no program was ever seen
+/// to accept.
 const QUEUE_INTERVAL: Duration = Duration::from_secs(1);
 const UNSERVED_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is said of a program that has the socket no more.
+/// The message about a program that no longer has the socket.
 const LET_GO: &str = "it has let go of the listening socket, which was its standard input: does it bind a socket of its own? \
                       (php-fpm does; php-cgi accepts from standard input)";
 
-/// What is known of a program.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ProgramState {
-    /// It counts as ready.
+    /// The program counts as ready.
     pub(crate) started: bool,
-    /// It, or one below it, was seen to take connections.
+    /// The program, or a process below it, was seen to accept connections.
     pub(crate) seen: bool,
     /// When it was asked to leave.
     asked_at: Option<Now>,
-    /// It could not be seen what it does when it was asked to leave.
+    /// The descriptors of the program could not be read when it was asked to leave.
     hidden: bool,
-    /// Those below it that had the socket then, if it does not serve itself.
+    /// The processes below the program that had the socket when it was asked to leave, if it does not serve itself.
     servers: Vec<Process>,
-    /// It was asked to leave a while ago, and has not.
+    /// The program was asked to leave some time ago, and still runs.
     reminded: bool,
-    /// Why it can serve nobody; empty if nothing is known.
+    /// Why it cannot serve; empty if no cause is known.
     pub(crate) trouble: &'static str,
 }
 
 impl ProgramState {
-    /// One that another master has started.
+    /// A program that another master has started.
     pub(crate) fn restore(started: bool, seen: bool) -> Self {
         Self { started, seen, ..Self::default() }
     }
 
-    /// None of its processes has the listening socket any more.
+    /// Logs that none of its processes has the listening socket any more.
     fn let_go(&mut self, slot: u32, pid: Pid) {
         self.trouble = LET_GO;
         log::error!("worker can serve nobody slot={slot} pid={pid}: {LET_GO}");
     }
 }
 
-/// One that takes connections though its program has ended.
+/// A process that accepts connections though its program has ended.
 #[derive(Debug)]
 struct Stray {
     process: Process,
@@ -86,25 +86,25 @@ struct Stray {
     asked: Option<Now>,
 }
 
-/// What is known of all programs together.
+/// The state of all programs together.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
-    /// One was seen to take connections: the others will be.
+    /// A program was seen to accept connections, so the others are expected to be seen, too.
     pub(super) seen: bool,
-    /// One was seen to sleep in accept: the socket must not be non-blocking.
+    /// A program was seen to sleep in accept, so the socket must be blocking.
     sleeps_in_accept: bool,
-    /// Until when to look often.
+    /// End of the quick interval.
     quick_until: Now,
     strays: Vec<Stray>,
     next_look: Option<Now>,
-    /// Until when strays are looked for as often as that goes.
+    /// Until then strays are looked for at the short interval.
     stray_until: Now,
-    /// When to look whether connections wait.
+    /// When to check for waiting connections.
     next_count: Option<Now>,
-    /// Since when connections wait that nobody takes.
+    /// Since when connections wait and no program accepts them.
     unserved_since: Option<Now>,
     unserved_said: bool,
-    /// The operator wants all to end now.
+    /// All programs must end now, by request of the operator.
     pub(super) at_once: bool,
 }
 
@@ -113,17 +113,17 @@ impl Programs {
         [self.next_look, self.next_count].into_iter().flatten().min()
     }
 
-    /// How often programs that are starting are looked at.
+    /// How often starting programs are examined.
     pub(super) fn pace(&self, now: Now) -> Duration {
         if now < self.quick_until { QUICK_POLL_INTERVAL } else { POLL_INTERVAL }
     }
 
-    /// Whether nobody is left that takes connections.
+    /// Whether there are no strays.
     pub(super) fn is_empty(&self) -> bool {
         self.strays.is_empty()
     }
 
-    /// All are to end now.
+    /// Ends all programs and strays now.
     pub(super) fn halt(&mut self) {
         self.at_once = true;
         for Stray { process, .. } in self.strays.drain(..).filter(|stray| stray.process.lives()) {
@@ -144,8 +144,8 @@ impl Child {
 }
 
 impl Master {
-    /// It counts as started when it is seen to take connections, or one below it; else after `--settle`, but not if others were
-    /// seen, nor if nobody of it has the socket any more.
+    /// Marks programs as ready. A program is ready when it, or a process below it, is seen to accept connections; otherwise after
+    /// `--settle`, unless other programs were seen to accept, or no process of it has the socket any more.
     pub(super) fn check_programs(&mut self) {
         let settle = self.spawner.config.settle;
         let listener = &self.spawner.listeners[0];
@@ -153,7 +153,7 @@ impl Master {
         for (&pid, child) in &mut self.children {
             let lived = child.since.elapsed();
             let Link::Program(program) = &mut child.link else { continue };
-            // Of one that was asked to leave, or killed, nothing can be seen any more, which is no sign of readiness.
+            // A program that was asked to leave, or killed, cannot be seen: that is no sign of readiness.
             if program.started || child.asked_to_leave {
                 continue;
             }
@@ -180,7 +180,7 @@ impl Master {
         self.check_queue();
     }
 
-    /// Says once if connections wait, and none of the programs was ever seen to take any.
+    /// Logs once if connections wait and no program was ever seen to accept one.
     fn check_queue(&mut self) {
         let now = self.now();
         if self.programs.next_count.is_none_or(|at| at > now) {
@@ -190,7 +190,7 @@ impl Master {
         let pids: Vec<Pid> = self.children.keys().copied().collect();
         let servers = procfs::servers_under(&pids, listener);
         if self.programs.unserved_said || !servers.is_empty() {
-            // One was busy with its start for a while. Now it was seen, and further ones must be.
+            // The program was busy with its start. It has been seen now, so further programs must be seen, too.
             self.programs.seen |= !servers.is_empty();
             for (&pid, child) in &mut self.children {
                 if let Link::Program(program) = &mut child.link {
@@ -200,7 +200,7 @@ impl Master {
             self.programs.next_count = None;
             return;
         }
-        // One that counted as started because it had the socket for long enough may give it up later.
+        // A program that counted as ready because it held the socket long enough may still close it.
         for (&pid, child) in &mut self.children {
             if let Link::Program(program) = &mut child.link
                 && program.started
@@ -224,10 +224,10 @@ impl Master {
         }
     }
 
-    /// Before a program is started: what those did that have the listening socket too is undone.
+    /// Repairs the listening socket before a program is started: a process that has it open may have changed it.
     ///
     /// # Errors
-    /// A sentence for the operator, if it cannot be.
+    /// A sentence for the operator, if it cannot be repaired.
     pub(super) fn mend_socket(&mut self) -> Result<(), String> {
         if !matches!(self.spawner.launch, Launch::Program(_)) {
             return Ok(());
@@ -240,7 +240,7 @@ impl Master {
             })?;
             log::warn!("the listening socket was had anew: {cause} had shut it down socket={listener}");
         }
-        // Programs with an event loop have set it themselves, and want it so.
+        // A program with an event loop sets O_NONBLOCK itself, and needs it.
         let now = self.begun.elapsed();
         let suspect = self.programs.sleeps_in_accept || self.children.is_empty() || now < self.programs.quick_until;
         if suspect && !listener.is_blocking() {
@@ -250,7 +250,7 @@ impl Master {
         Ok(())
     }
 
-    /// Asks a worker or program to leave, or ends it.
+    /// Sends a signal to a worker or program.
     pub(super) fn signal(&mut self, pid: Pid, signal: Signal) {
         let now = self.now();
         let listener = &self.spawner.listeners[0];
@@ -267,15 +267,15 @@ impl Master {
             }
         }
         child.asked_to_leave = true;
-        // The pid cannot have been given to another process: we have not reaped it.
+        // The pid cannot belong to another process: the child is not reaped yet.
         let sent = if to_group { killpg(pid, signal) } else { kill(pid, signal) };
         if let Err(errno) = sent {
             log::error!("cannot signal worker slot={} pid={pid} signal={signal}: {errno}", child.slot);
         }
     }
 
-    /// It was asked to leave, and is still there. Our own workers miss nothing. A program may have lost the signal between a check
-    /// and an accept; and to one at work a second TERM may mean "at once".
+    /// Reminds a process that was asked to leave and still runs. Workers miss no signal. A program may have lost the signal between a
+    /// check and an accept; but a program that serves may take a second TERM as "at once".
     pub(super) fn remind(&mut self, pid: Pid) {
         let now = self.now();
         let listener = &self.spawner.listeners[0];
@@ -288,25 +288,25 @@ impl Master {
         }
     }
 
-    /// A child of this master has ended, and is not reaped yet: what it leaves of its group ends with it, if it has died or had
-    /// to be killed.
+    /// Handles the end of a child before it is reaped: the remaining processes of its group end with it, if it has crashed or had to be
+    /// killed.
     pub(super) fn program_ending(&mut self, pid: Pid, ending: Ending) {
         let Some(Child { link: Link::Program(program), asked_to_leave: asked, .. }) = self.children.get(&pid) else {
             return;
         };
         let signal = match ending {
-            // It was the wrapper of others maybe, which cannot be seen, and have not heard the TERM that ended it.
+            // The program may be the wrapper of processes that cannot be seen, and that did not get the TERM.
             Ending::Signaled(libc::SIGTERM) if *asked && program.hidden => Some(Signal::SIGTERM),
             Ending::Exited(_) | Ending::Signaled(libc::SIGTERM) if *asked => None,
             Ending::Exited(0 | super::reap::STAY_DOWN) if program.started || self.programs.seen => None,
             Ending::Exited(_) | Ending::Signaled(_) => Some(Signal::SIGKILL),
         };
         if let Some(signal) = signal {
-            let _ = killpg(pid, signal); // nobody may be left
+            let _ = killpg(pid, signal); // the group may be empty
         }
     }
 
-    /// A program has ended: whoever of it still takes connections is to leave too.
+    /// Handles the end of a program: its processes that still accept connections must leave, too.
     pub(super) fn program_ended(&mut self, program: ProgramState, ending: Ending) {
         let now = self.now();
         if !program.started && ending == Ending::Exited(0) {
@@ -318,7 +318,7 @@ impl Master {
                 let _ = kill(process.pid(), Signal::SIGKILL);
                 continue;
             }
-            // The TERM that ended their wrapper was for it alone.
+            // The TERM that ended their wrapper did not reach them.
             let unasked = ending == Ending::Signaled(libc::SIGTERM);
             let asked = (unasked && kill(process.pid(), Signal::SIGTERM).is_ok()).then_some(now);
             self.programs.strays.push(Stray { process, deadline, asked });
@@ -326,7 +326,7 @@ impl Master {
         self.programs.check_soon(now);
     }
 
-    /// Those that this process did not make: their parents have ended. Those that were there before the server are not among them.
+    /// Children that this process did not start: their parents have ended. Children from before the server's start are not included.
     pub(super) fn orphans(&self) -> Vec<Pid> {
         let mut orphans = procfs::own_children();
         orphans.retain(|&pid| {
@@ -390,12 +390,12 @@ impl Master {
     }
 }
 
-/// Whether anybody of a program has the socket; true if that cannot be seen.
+/// Whether any process of a program has the socket; true if that is unknown.
 fn has_socket(pid: Pid, listener: &crate::net::listen::Listener) -> bool {
     procfs::family_of(&[pid]).into_iter().any(|pid| procfs::of(pid, listener) != Observed::Apart)
 }
 
-/// What an operator should know of the end of a program that was not ready.
+/// A hint for the operator about the end of a program that was not ready.
 pub(super) fn hint(ending: Ending) -> &'static str {
     match ending {
         Ending::Exited(0) => {

@@ -1,16 +1,17 @@
-//! Which requests are refused for a while because workers died of them: decided without a single system call.
+//! Decides which requests are refused for a while because workers died of them, without a system call.
 //!
-//! Each death by a crash brings evidence: the request that the crashing thread was at work on, if its last words tell;
-//! else those that any thread was at work on, if it had no last words; else all that were in flight, if they are all known.
-//! A request is found guilty when
-//! - it alone was the evidence of N deaths within the window, or of a single one shortly after it was let go, unless the worker
-//!   was killed for what it used, like memory: what runs at that moment need not be what used it; or
-//! - it was among the evidence of each of the last N deaths, was not in flight in any worker that lived on at those
-//!   moments, and nothing else was both. So a popular request that is in flight beside the poison each time goes
-//!   free: other workers serve it. Where there is no other worker this rule finds nobody guilty.
+//! Each death by a crash brings evidence: the request that the crashing thread was working on, if the last words contain it;
+//! otherwise the requests that all threads were working on, if they are known; otherwise all requests in flight, if all are known.
+//! A request is found guilty in one of these cases:
+//! - It alone was the evidence of N deaths within the window, or of one death shortly after its release. This does not apply if
+//!   the worker was killed for its use of a resource like memory: the request that runs at that moment need not have used it.
+//! - It was among the evidence of each of the last N deaths, was not in flight in any surviving worker at those moments, and no
+//!   other request meets both conditions. So a popular request that is in flight at each death goes free, because other workers
+//!   serve it as well. Without other workers, this rule finds no request guilty.
 //!
-//! First paths are judged. If no path is guilty, requests that differ in their numbers alone are taken for the same,
-//! and judged again. What was in flight is the dead worker's word: it can have itself refused, and nobody's memory grown.
+//! Paths are examined first. If no path is guilty, requests that differ only in their numbers count as the same request, and are
+//! examined again. The requests in flight were reported by the dead worker: a false report can cause the refusal of requests, but
+//! cannot make memory grow.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -20,42 +21,42 @@ use crate::config::failures::QuarantineConfig;
 use crate::diagnostics::request_key::RequestKey;
 use crate::upgrade::saved::SavedRefusal;
 
-/// Deaths that are remembered, and requests.
+/// Maximum number of deaths that are remembered, and of requests.
 const DEATHS: usize = 256;
 const RECORDS: usize = 1024;
-/// No request is refused for longer at a time, unless the operator says so.
+/// Maximum time of one refusal, unless the configured time is longer.
 const MAX_TIME: Duration = Duration::from_secs(60 * 60);
 
-/// A death by a crash, and what it may be due to.
+/// A death by a crash, with the evidence of its cause.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Death {
     pub(crate) in_flight: Vec<RequestKey>,
-    /// Whether that is all that was in flight.
+    /// Whether `in_flight` is complete.
     pub(crate) complete: bool,
-    /// What the crashing thread was at work on.
+    /// The request that the crashing thread was working on.
     pub(crate) culprit: Option<RequestKey>,
-    /// What all threads were at work on, if that is known and the culprit is not.
+    /// The requests that all threads were working on, if they are known and the culprit is not.
     pub(crate) running: Option<Vec<RequestKey>>,
-    /// It died of what it did, and not because of what it had used up till then.
+    /// The worker died of its own action, and not of the resources that it had used before.
     pub(crate) by_itself: bool,
-    /// How many other workers lived on, and what they were serving. None counts if that is not all known.
+    /// The number of other workers, and the requests that they serve. 0 if those requests are not all known.
     pub(crate) live_workers: usize,
     pub(crate) elsewhere: Vec<RequestKey>,
 }
 
-/// What an operator should know.
+/// A decision, for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Refused { key: String, time: Duration, times: u32 },
     Released { key: String },
 }
 
-/// A request that is refused, for the operator.
+/// A refused request, for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Listed {
     pub(crate) key: String,
     pub(crate) left: Duration,
-    /// How often it has been refused in a row of relapses, this time included.
+    /// Number of refusals in a row of relapses, including this one.
     pub(crate) times: u32,
 }
 
@@ -66,11 +67,11 @@ pub(crate) struct Quarantine {
     records: BTreeMap<String, Record>,
 }
 
-/// A request that was found guilty, until it has been good for long enough.
+/// A request that was found guilty, until it has caused no death for long enough.
 #[derive(Debug)]
 struct Record {
     refused: bool,
-    /// It is let go then; or, if it was, forgotten.
+    /// The time of its release; after the release, the time at which the record is dropped.
     until: Now,
     time: Duration,
     times: u32,
@@ -91,7 +92,7 @@ impl Quarantine {
         self.config = config;
     }
 
-    /// For a master that takes over.
+    /// The saved form, for the next master in an upgrade.
     pub(crate) fn save(&self, now: Now) -> Vec<SavedRefusal> {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let save = |(request, record): (&String, &Record)| SavedRefusal {
@@ -104,7 +105,7 @@ impl Quarantine {
         self.records.iter().map(save).collect()
     }
 
-    /// Goes on with what a former master knew of requests; the deaths before are forgotten.
+    /// Restores the records of a former master. Its deaths are not saved.
     pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Now) {
         for SavedRefusal { request, refused, left_ms, time_ms, times } in saved.into_iter().take(RECORDS) {
             let until = now.saturating_add(Duration::from_millis(left_ms));
@@ -112,9 +113,9 @@ impl Quarantine {
         }
     }
 
-    /// A worker has died of a crash.
+    /// Records the death of a worker by a crash, and decides.
     pub(crate) fn died(&mut self, death: Death, now: Now) -> Vec<Verdict> {
-        // Of a request that nobody can name nothing is known.
+        // Without a request that can be named there is no evidence.
         let is_evidence =
             death.culprit.is_some() || death.running.is_some() || (death.complete && !death.in_flight.is_empty());
         if self.config.deaths == 0 || !is_evidence {
@@ -137,7 +138,7 @@ impl Quarantine {
         Vec::new()
     }
 
-    /// Who is guilty of the last death, if that can be said.
+    /// The request that is guilty of the last death, if there is one.
     fn find_culprit(&self, key_of: Key) -> Option<String> {
         let (_, last) = self.deaths.back()?;
         let enough = self.config.deaths as usize;
@@ -176,7 +177,7 @@ impl Quarantine {
         Verdict::Refused { key, time, times }
     }
 
-    /// Lets go whose time is over, and forgets who has been good since.
+    /// Releases requests whose time is over, and drops the records of requests that have caused no death since.
     pub(crate) fn tick(&mut self, now: Now) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
         self.records.retain(|_, record| record.refused || record.until > now);
@@ -188,12 +189,12 @@ impl Quarantine {
         verdicts
     }
 
-    /// When [`Quarantine::tick`] has something to do.
+    /// The time at which [`Quarantine::tick`] is due.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         self.records.values().map(|record| record.until).min()
     }
 
-    /// What is refused now, the longest first.
+    /// The refused requests, the longest remaining time first.
     pub(crate) fn list(&self, now: Now) -> Vec<Listed> {
         let refused = self.records.iter().filter(|(_, record)| record.refused);
         let listed = |(key, record): (&String, &Record)| {
@@ -205,12 +206,12 @@ impl Quarantine {
         list
     }
 
-    /// Lets one go and forgets that it was ever refused. False if it was not.
+    /// Releases one request, and forgets its earlier refusals. False if it was not refused.
     pub(crate) fn release(&mut self, key: &str) -> bool {
         self.records.remove(key).is_some_and(|record| record.refused)
     }
 
-    /// The same for all; returns how many were refused.
+    /// Releases all requests. Returns the number of refused ones.
     pub(crate) fn release_all(&mut self) -> usize {
         let records = std::mem::take(&mut self.records);
         records.values().filter(|record| record.refused).count()
@@ -218,7 +219,7 @@ impl Quarantine {
 }
 
 impl Death {
-    /// What it may be due to.
+    /// The requests that may have caused the death.
     fn evidence(&self, key_of: Key) -> BTreeSet<&str> {
         match (&self.culprit, &self.running) {
             (Some(culprit), _) => key_of(culprit).into_iter().collect(),
@@ -227,7 +228,7 @@ impl Death {
         }
     }
 
-    /// Whether a request that is its only evidence is to blame.
+    /// Whether a request is to blame if it is the only evidence.
     fn is_certain(&self) -> bool {
         self.culprit.is_some() || self.by_itself
     }

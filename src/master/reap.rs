@@ -1,4 +1,4 @@
-//! The deaths of the master's children: what each of them was, what ends with it, and which component takes note.
+//! Reaps the master's children: determines what each child was, ends what must end with it, and passes its end to its component.
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -12,11 +12,11 @@ use crate::sys::{self, Ending};
 /// The exit status by which a worker asks not to be replaced.
 pub(super) const STAY_DOWN: i32 = 125;
 
-/// What a child of the master is. Each component keeps the children that it has made; [`Master::kind_of`] is the one place that
-/// asks which of them a pid belongs to.
+/// The kind of a child. Each component records the children that it has started; only [`Master::kind_of`] asks all components
+/// which of them a pid belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Or a program in a worker's place.
+    /// A worker, or a program in its place.
     Worker,
     /// A daemon or a job.
     Sidecar,
@@ -24,9 +24,9 @@ pub(super) enum Kind {
     Guard,
     UpgradeCheck,
     Symbolizer,
-    /// It was there before the master.
+    /// The child existed before the master.
     Earlier,
-    /// An heir, or an orphan whose parent was one of the others.
+    /// An heir, or an orphan whose parent was a child of another kind.
     Orphan,
 }
 
@@ -63,12 +63,12 @@ impl Master {
         }
     }
 
-    /// Ends what a child has started and left behind in its group, where that must not live on. The child is not reaped yet, so
-    /// that its pid cannot be another group's.
+    /// Kills the remaining processes in the group of a child, where they must not outlive it. The child is not reaped yet, so its pid
+    /// cannot be another group's number.
     fn end_group(&mut self, kind: Kind, pid: Pid) {
         let ending = sys::ending_of(pid);
         match (kind, ending) {
-            (Kind::UpgradeCheck, _) | (Kind::Sidecar, None) => drop(killpg(pid, Signal::SIGKILL)), // nothing may be left
+            (Kind::UpgradeCheck, _) | (Kind::Sidecar, None) => drop(killpg(pid, Signal::SIGKILL)), // the group must be empty
             (Kind::Sidecar, Some(ending)) if !self.sidecars.spares(pid, ending) => drop(killpg(pid, Signal::SIGKILL)),
             (Kind::Worker, Some(ending)) => self.program_ending(pid, ending),
             (
@@ -99,7 +99,7 @@ impl Master {
         let was_killed = unasked && ending == Ending::Signaled(libc::SIGKILL);
         let no_memory = if was_killed { self.faults.ran_out_of_memory(self.now()) } else { None };
         if !is_starting && program.is_none() && matches!(ending, Ending::Signaled(_)) {
-            self.feed(Event::Ready { pid }); // its row says so before its report, and it may have been killed in between
+            self.feed(Event::Ready { pid }); // its row shows that it was ready; it may have been killed before its report
         }
         let limits = is_starting.then_some(self.spawner.config.privileges.limits.as_slice());
         let mut end = obituary::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
@@ -122,8 +122,8 @@ impl Master {
     }
 }
 
-/// What the exit status of a process asks for. A program may be a wrapper, and `env`, `timeout` or `docker run` return 125 when they
-/// themselves fail: so 125 counts only from a process that was ready.
+/// The effect of an exit status. A program may be a wrapper: `env`, `timeout` and `docker run` return 125 when they fail
+/// themselves. So 125 counts only from a process that was ready.
 pub(super) fn after_exit(ending: Ending, was_ready: bool) -> AfterExit {
     match ending {
         Ending::Exited(0) => AfterExit::Restart,

@@ -1,8 +1,8 @@
-//! Who has served its time: workers that have grown too large or too old.
+//! Finds workers that have reached the end of their lifetime: those that have grown too large or too old.
 //!
-//! Ages are drawn at birth. Memory is looked at one worker at a time, each about once an interval, and acted upon when it
-//! was too much several times in a row: a large request is no leak. [`Recycling`] decides and makes no system call;
-//! [`own_memory`] reads what the kernel says.
+//! The maximum age of a worker is drawn at its start. The memory of one worker at a time is checked, each worker about once an
+//! interval. A worker is replaced only if its memory was too large several times in a row: a large request is no leak.
+//! [`Recycling`] decides and makes no system call; [`own_memory`] reads the kernel's data.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use nix::unistd::Pid;
 use super::supervisor::Now;
 use crate::config::{Jittered, Scaling};
 
-/// So many times in a row a worker must be too large.
+/// Number of checks in a row at which a worker must be too large.
 const STRIKES: u32 = 3;
 
-/// When whom to look at.
+/// Schedules the checks.
 #[derive(Debug)]
 pub(crate) struct Recycling {
     max_memory: Option<u64>,
@@ -39,13 +39,13 @@ impl Recycling {
         Self { max_memory, interval, max_age, lives: BTreeMap::new(), next_look: Now::ZERO, last_looked_at: None }
     }
 
-    /// Goes by other limits from now on. Who lives has its age already.
+    /// Changes the limits. Living workers keep their maximum age.
     pub(crate) fn set_limits(&mut self, scaling: &Scaling) {
         let Self { max_memory, interval, max_age, .. } = Self::new(scaling);
         (self.max_memory, self.interval, self.max_age) = (max_memory, interval, max_age);
     }
 
-    /// For the log: the limits.
+    /// The limits, for the log.
     pub(crate) fn describe(&self) -> String {
         let Self { max_memory, interval, max_age, .. } = self;
         format!("max_memory={max_memory:?} interval={interval:?} max_age={max_age:?}")
@@ -60,13 +60,13 @@ impl Recycling {
         self.lives.remove(&pid);
     }
 
-    /// When something is due; `None` if nothing ever is.
+    /// The time of the next check; `None` without limits.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         let look = self.max_memory.filter(|_| !self.lives.is_empty()).map(|_| self.next_look);
         self.lives.values().filter_map(|life| life.ends).chain(look).min()
     }
 
-    /// Who has become too old, each once. `is_ready` says who serves: others have their time later.
+    /// The workers that have become too old, each returned once. A worker that is not ready is checked again later.
     pub(crate) fn too_old(&mut self, is_ready: impl Fn(Pid) -> bool, now: Now) -> Vec<Pid> {
         let mut old = Vec::new();
         for (&pid, life) in &mut self.lives {
@@ -82,7 +82,7 @@ impl Recycling {
         old
     }
 
-    /// Whose memory to look at now.
+    /// The worker whose memory is to be checked now.
     pub(crate) fn turn(&mut self, now: Now) -> Option<Pid> {
         if self.max_memory.is_none() || now < self.next_look {
             return None;
@@ -95,7 +95,7 @@ impl Recycling {
         next
     }
 
-    /// Whether it has been too large often enough; said once.
+    /// Whether the worker was too large several times in a row. Returns true once.
     pub(crate) fn is_too_large(&mut self, pid: Pid, bytes: u64) -> bool {
         let Some(life) = self.lives.get_mut(&pid) else { return false };
         let is_large = self.max_memory.is_some_and(|max| bytes > max);
@@ -104,8 +104,8 @@ impl Recycling {
     }
 }
 
-/// A process's memory in bytes: its own, and its part of what it shares with others that were forked from the same
-/// master. Without shared memory: the page cache would be there without it.
+/// A process's memory in bytes: its own, and its share of the memory that it shares with other forks of the master. Without shared
+/// memory, since the page cache does not depend on the worker.
 pub(crate) fn own_memory(pid: Pid) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     own_memory_in(&text)

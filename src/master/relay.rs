@@ -1,8 +1,8 @@
-//! The relay as the master sees it: made when a datagram waits in the publish socket and there is none, and made again
-//! when it has died. One that does nothing although something waits (somebody has stopped it, say) is killed: else publishers would wait for ever.
-//! [`crate::relay`] is what it does.
+//! Starts and supervises the relay process: it is started when a datagram waits in the publish socket, and restarted when it has
+//! died. A relay that does nothing while datagrams wait, for example because it was stopped, is killed: otherwise publishers would
+//! wait for ever. [`crate::relay`] is the code of the relay itself.
 //!
-//! Of the socket the master looks only whether something waits: while there is no relay, and now and then while there is one.
+//! The master never reads the socket. It checks whether a datagram waits: while there is no relay, and periodically while there is.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -28,12 +28,12 @@ use crate::relay;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved::SavedPublish;
 
-/// Bytes of its words that are read in one turn of the master's loop.
+/// Maximum number of bytes of its output that are read in one turn of the master's loop.
 const READ_BUDGET: usize = 4 << 10;
-/// How long one may take to end by itself.
+/// How long a relay may take to end by itself.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// None, one that works, or one that is to end.
+/// The publish socket and the current relay process.
 pub(super) struct Relay {
     /// `None` without an event log.
     socket: Option<PublishSocket>,
@@ -44,25 +44,25 @@ pub(super) struct Relay {
 enum State {
     None,
     Works(Process),
-    /// It was told to end, and is killed at the deadline.
+    /// The relay was asked to end, and is killed at the deadline.
     Ends {
         pid: Pid,
         deadline: Option<Now>,
     },
-    /// There will be none any more.
+    /// No further relay is started.
     Over,
 }
 
 struct Process {
     pid: Pid,
     since: Instant,
-    /// Whether it has come to work.
+    /// Whether the relay has reported that it is ready.
     ready: bool,
     output: LineReader,
     open: bool,
     stall: Stall,
     is_given_up: bool,
-    /// At the end of which it ends.
+    /// The relay ends when this descriptor is closed.
     _lifeline: OwnedFd,
 }
 
@@ -71,7 +71,7 @@ impl Relay {
         Self { socket, state: State::None, breaker: Breaker::default() }
     }
 
-    /// The path at which programs find the publish socket, if there is one for them.
+    /// The path of the publish socket for programs, if they can reach it.
     pub(super) fn seen_by_programs(&self, config: &Config) -> Option<PathBuf> {
         let socket = self.socket.as_ref()?;
         let seen = socket.seen_from(config.privileges.chroot.as_deref());
@@ -84,10 +84,10 @@ impl Relay {
         seen
     }
 
-    /// Gives the publish socket to another owner of the processes.
+    /// Changes the owner of the publish socket.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub(super) fn give_socket(&self, from: Uid, to: Owner) -> io::Result<()> {
         self.socket.as_ref().map_or(Ok(()), |socket| socket.give(from, to))
     }
@@ -98,7 +98,7 @@ impl Relay {
         Some(SavedPublish { fd: socket.raw(), asked, path, file: socket.file() })
     }
 
-    /// Of the one that lives.
+    /// The pid of the living relay.
     pub(super) fn pid(&self) -> Option<Pid> {
         match &self.state {
             State::Works(Process { pid, .. }) | State::Ends { pid, .. } => Some(*pid),
@@ -106,12 +106,12 @@ impl Relay {
         }
     }
 
-    /// That of a former master, whose lifeline has ended.
+    /// Takes over the relay of a former master, whose lifeline has closed.
     pub(super) fn adopt(&mut self, pid: Pid, now: Now) {
         self.state = State::Ends { pid, deadline: Some(now + STOP_TIMEOUT) };
     }
 
-    /// Where something may be to be heard.
+    /// The descriptor to watch for input.
     pub(super) fn watched(&self, now: Now) -> Option<BorrowedFd<'_>> {
         match &self.state {
             State::None => {
@@ -131,7 +131,7 @@ impl Relay {
         }
     }
 
-    /// Logs what it says, and makes one if there is something for it to do.
+    /// Logs the relay's output, and starts a relay if a datagram waits.
     pub(super) fn turn(&mut self, spawner: &Spawner, signals: &SignalInbox, now: Now) {
         match &mut self.state {
             State::Works(process) => {
@@ -170,7 +170,7 @@ impl Relay {
         }
     }
 
-    /// The relay has ended.
+    /// Handles the end of the relay.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) {
         match std::mem::replace(&mut self.state, State::None) {
             State::Works(mut process) => {
@@ -192,24 +192,24 @@ impl Relay {
         }
     }
 
-    /// Has another one made, when there is something to do: this one is not what it should be any more.
+    /// Ends the relay after a change of its environment. The next datagram starts a new one.
     pub(super) fn renew(&mut self, now: Now) {
         if let State::Works(Process { pid, .. }) = &self.state {
-            // With the process goes the lifeline.
+            // Dropping the process closes the lifeline.
             self.state = State::Ends { pid: *pid, deadline: Some(now + STOP_TIMEOUT) };
         }
     }
 
-    /// Has the relay end, for good: the master does.
+    /// Ends the relay for good, since the master ends.
     pub(super) fn stop(&mut self) {
-        // With the process goes the lifeline.
+        // Dropping the process closes the lifeline.
         self.state = match self.pid() {
             Some(pid) => State::Ends { pid, deadline: None },
             None => State::Over,
         };
     }
 
-    /// Nobody waits for it any longer.
+    /// Kills the relay if it has not ended yet.
     pub(super) fn end(&mut self) {
         if let Some(pid) = self.pid() {
             let _ = kill(pid, Signal::SIGKILL);
@@ -246,17 +246,17 @@ impl Process {
     }
 }
 
-/// Whether something waits in the socket.
+/// Whether a datagram waits in the socket.
 fn has_come(socket: &PublishSocket) -> bool {
     let mut watched = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     poll(&mut watched, PollTimeout::ZERO).is_ok() && watched[0].any().unwrap_or(false)
 }
 
-/// A number that changes as long as a process does anything: its time on processors, and how often it got one or gave it up.
+/// A number that changes while a process does anything: the sum of its processor time and its context switches.
 fn work_of(pid: Pid) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
-    // Fields 14 and 15 of proc_pid_stat(5); the third is the first here.
+    // Fields 14 and 15 of proc_pid_stat(5). The list here begins with the third field.
     let ticks = [11, 12].into_iter().map(|field| fields.get(field)?.parse::<u64>().ok()).sum::<Option<u64>>()?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let switches = status.lines().filter(|line| line.contains("ctxt_switches:"));
@@ -266,25 +266,25 @@ fn work_of(pid: Pid) -> Option<u64> {
 }
 
 fn start(socket: &PublishSocket, spawner: &Spawner, signals: &SignalInbox, now: Now) -> io::Result<Process> {
-    // It never blocks at what it says, and neither does the master.
+    // Non-blocking at both ends: neither the relay nor the master waits at this pipe.
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let (watched, lifeline) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let privileges = Privileges::resolve(&spawner.current.config.privileges, false).map_err(io::Error::other)?;
     let segment = &spawner.segment;
     let pid = sys::fork(|| {
-        // The handlers stay, and do nothing: who stops all processes of a service at once does not stop this one before its time.
+        // The handlers stay, and do nothing: a signal to all processes of a service must not end the relay before its time.
         signals.leave();
         logging::begin_worker(&spawner.config.logs);
         if [1, 2].into_iter().try_for_each(|fd| sys::replace(fd, &write)).is_err() {
             return 1;
         }
         let own = [socket.raw(), watched.as_raw_fd(), segment.fd().as_raw_fd()];
-        // The logs' too: their numbers are not to become something else's.
+        // The log descriptors stay open, so that their numbers are not reused for other files.
         let keep: Vec<_> = [0, 1, 2].into_iter().chain(own).chain(spawner.current.log_files.descriptors()).collect();
         sys::close_all_except(&keep);
-        let _ = nix::sys::prctl::set_name(c"relay"); // a name for ps, nothing more
+        let _ = nix::sys::prctl::set_name(c"relay"); // for `ps`
         let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));
-        // While it can still open it again.
+        // The process must register as a user of the segment while it can still open it again.
         segment.enter();
         if let Err(error) = grouped.map_err(io::Error::from).and_then(|()| privileges.apply_without_slot()) {
             relay::say(&format!("{error}"));

@@ -1,14 +1,14 @@
-//! A reload: the configuration is read anew, everything in it is looked at, and then all of it is taken over, or nothing.
+//! Reloads the configuration: reads and checks all of it, and then applies either all of it or nothing.
 //!
 //! ```text
 //! read ─▶ prepare: users, programs, log files ──▶ take over ─▶ roll ─▶ done: daemons, jobs and the relay change too
-//!   └────────────┴─ broken: nothing has changed                  └───▶ failed: processes are made as before
+//!   └────────────┴─ broken: nothing has changed                  └───▶ failed: new processes use the old settings
 //! ```
 //!
-//! - What the master itself goes by (how many workers, timeouts, the log) holds at once.
-//! - What concerns the processes that serve holds for the new generation. Those that replace older ones before that is
-//!   proven, or after it has failed, are made as the older ones were.
-//! - What cannot change is named ([`crate::config::control::reloaded`]).
+//! - Settings of the master itself (number of workers, timeouts, the log) take effect at once.
+//! - Settings of the serving processes take effect for the new generation. Processes that replace older ones before the new
+//!   generation is proven, or after it has failed, use the settings of the older ones.
+//! - Settings that cannot change are logged ([`crate::config::control::reloaded`]).
 
 use std::io;
 use std::os::fd::AsFd as _;
@@ -27,10 +27,10 @@ use crate::startup::conflicts::{self, Conflict};
 use crate::{logging, privileges};
 
 impl Master {
-    /// Reads the configuration anew, and replaces the workers.
+    /// Reads the configuration again, and replaces the workers.
     ///
     /// # Errors
-    /// A sentence, if the configuration is broken: nothing has changed then.
+    /// A sentence for the operator, if the configuration is broken. Then nothing has changed.
     pub(super) fn reload(&mut self) -> Result<(), String> {
         let read =
             (self.reread)(&self.spawner.config).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
@@ -45,7 +45,7 @@ impl Master {
         Ok(())
     }
 
-    /// Nothing fails after the first thing that changes.
+    /// Applies a configuration. No step after the first change can fail.
     fn take_over(&mut self, read: Reloaded) -> Result<(), String> {
         let Reloaded { config, program, fixed } = read;
         let conflicts = conflicts::find_among_files(&config);
@@ -77,7 +77,7 @@ impl Master {
         Ok(())
     }
 
-    /// Has settings hold, or not, as a reload goes on.
+    /// Applies or discards settings as the reload proceeds.
     pub(super) fn follow_reload(&mut self, notice: Notice) {
         match notice {
             Notice::ReloadStarted { generation } => self.reload_began(generation),
@@ -96,17 +96,17 @@ impl Master {
         }
     }
 
-    /// The new generation begins.
+    /// Handles the start of the new generation.
     fn reload_began(&mut self, generation: u64) {
         let before = Arc::clone(&self.spawner.current.config);
         if self.spawner.begin(generation) {
             let now = Arc::clone(&self.spawner.config);
-            // The first of the new ones may want to publish at once.
+            // The first new process may publish at once.
             self.give_files(&before.privileges, &now.privileges);
         }
     }
 
-    /// All processes are of the new generation.
+    /// Handles the end of a reload: all processes are of the new generation.
     fn reload_done(&mut self) {
         self.sidecars.reloaded();
         if let Some(before) = self.spawner.finish()
@@ -117,7 +117,7 @@ impl Master {
         self.describe_sidecars();
     }
 
-    /// The old ones stay.
+    /// Handles the failure of a reload: the old processes stay.
     fn reload_failed(&mut self) {
         self.sidecars.forget();
         if let Some(tried) = self.spawner.give_up() {
@@ -126,7 +126,7 @@ impl Master {
         }
     }
 
-    /// What the parts of the master go by, each as it has it.
+    /// Logs the settings that each part of the master uses.
     pub(super) fn describe_settings(&self) {
         let Self { supervisor, recycling, faults, spawner, .. } = self;
         let config = &spawner.config;
@@ -137,12 +137,12 @@ impl Master {
         log::debug!("settings part=master settle={:?} upgrade={:?}", config.settle, config.upgrade);
     }
 
-    /// The same for what runs beside the workers.
+    /// Logs the settings of daemons and jobs.
     pub(super) fn describe_sidecars(&self) {
         log::debug!("settings part=beside {}", self.sidecars.describe());
     }
 
-    /// Gives the files of sockets and of the cache to the user of the processes, where that has changed.
+    /// Changes the owner of the socket files and the cache file, if the user of the processes has changed.
     fn give_files(&self, before: &PrivilegesConfig, now: &PrivilegesConfig) {
         let ours = || Owner { user: nix::unistd::geteuid(), group: nix::unistd::getegid() };
         let changed = |before: Option<Owner>, now: Option<Owner>| {
@@ -169,7 +169,7 @@ impl Master {
         }
     }
 
-    /// Opens the files of the logs again, and has the workers follow.
+    /// Reopens the log files, and passes them to the workers.
     pub(super) fn reopen_logs(&mut self) -> Vec<String> {
         let log = self.spawner.config.logs.file.as_deref().map_or(Ok(()), logging::reopen);
         let access = self.log_files().into_iter().map(|files| files.reopen_access());
@@ -181,7 +181,7 @@ impl Master {
         errors
     }
 
-    /// Each once: those of workers that live, and of those to come.
+    /// The log files of living workers and of future processes, each once.
     fn log_files(&self) -> Vec<Arc<LogFiles>> {
         let to_come = self.spawner.in_use().map(|settings| &settings.log_files);
         let living = self.children.values().filter_map(|child| child.log_files.as_ref());
@@ -198,7 +198,7 @@ impl Master {
         for (pid, child) in &self.children {
             let Some(channel) = &child.files else { continue };
             let files = child.log_files.as_ref().unwrap_or(&self.spawner.current.log_files);
-            // A worker that is about to end takes none.
+            // A worker that is about to end does not receive files.
             if let Err(error) = files.hand_out(channel.as_fd())
                 && error.kind() != io::ErrorKind::BrokenPipe
             {

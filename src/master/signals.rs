@@ -1,9 +1,10 @@
-//! The master's signals, made readable: a flag for each and one socket that the loop's `poll` watches.
+//! Makes the master's signals readable: a flag for each signal, and one socket that the loop's `poll` watches.
 //!
-//! It is opened at the very beginning of a start, and what comes before the loop runs is remembered, each signal once. TERM, INT and QUIT end the start, during `preload` at once: see `abort.rs`.
+//! The inbox is opened at the very beginning of a start. Signals that arrive before the loop runs are kept, each signal once.
+//! TERM, INT and QUIT end the start; during `preload` they end it at once: see `abort.rs`.
 //!
-//! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it lets
-//! signals through, or else a signal meant for it would wake the master and not end it.
+//! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it unblocks signals: otherwise
+//! a signal for the child would wake the master and not end the child.
 
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,13 +20,13 @@ use signal_hook::{SigId, flag, low_level};
 use super::supervisor::Command;
 use crate::sys;
 
-/// What a signal means to the master.
+/// The meaning of a signal for the master.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Meaning {
-    /// A child has ended: reap.
+    /// A child has ended and must be reaped.
     Child,
     Command(Command),
-    /// The log files were moved away, and are to be opened again.
+    /// The log files were moved away and must be reopened.
     ReopenLogs,
 }
 
@@ -41,7 +42,7 @@ const MEANINGS: [(i32, Meaning); 9] = [
     (SIGUSR2, Meaning::Command(Command::Upgrade)),
 ];
 
-/// Where signals arrive.
+/// Collects signals.
 #[derive(Debug)]
 pub(crate) struct SignalInbox {
     socket: UnixStream,
@@ -50,7 +51,7 @@ pub(crate) struct SignalInbox {
 }
 
 impl SignalInbox {
-    /// Takes over the signals that the master knows.
+    /// Installs handlers for all signals that the master uses.
     ///
     /// # Errors
     /// If no socket pair is available.
@@ -58,7 +59,7 @@ impl SignalInbox {
         let (socket, wake) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
         let mut inbox = Self { socket, flags: Default::default(), registered: Vec::new() };
-        // A signal that came between two registrations would run only a part of its actions, and be lost.
+        // Without the block, a signal between two registrations would run only a part of its actions, and be lost.
         let mask = sys::block_signals();
         let registered = inbox.register(&wake);
         sys::restore_signals(&mask);
@@ -70,15 +71,15 @@ impl SignalInbox {
             self.registered.push(crate::startup::abort_signal::abort_start_on(signal)?);
         }
         for ((signal, _), flag) in MEANINGS.iter().zip(&self.flags) {
-            // The flag first: when the socket wakes the loop, it must stand.
+            // The flag is registered first: it must be set when the socket wakes the loop.
             self.registered.push(flag::register(*signal, Arc::clone(flag))?);
             self.registered.push(low_level::pipe::register(*signal, wake.try_clone()?)?);
         }
         Ok(())
     }
 
-    /// Whether a signal that asks for the end has come and was not looked at. To be called with signals blocked: those that wait
-    /// are let in.
+    /// Whether a signal that ends the server has arrived and was not taken. Must be called with signals blocked. Pending signals are
+    /// delivered during the call.
     pub(crate) fn asks_for_end(&self) -> bool {
         sys::unblock_signals();
         sys::block_signals();
@@ -87,7 +88,7 @@ impl SignalInbox {
         flags.any(|(_, flag)| flag.load(Ordering::SeqCst))
     }
 
-    /// The signals that came since the last call, each once.
+    /// The signals that arrived since the last call, each once.
     pub(crate) fn take(&mut self) -> Vec<Meaning> {
         let mut wakes = [0; 64];
         while matches!(self.socket.read(&mut wakes), Ok(read) if read == wakes.len()) {}
@@ -95,8 +96,8 @@ impl SignalInbox {
         came.map(|((_, meaning), _)| *meaning).collect()
     }
 
-    /// Before this process becomes another program, with all signals blocked: what came and was not looked at is sent again,
-    /// and so waits for whoever looks next: the other program, or this one if it cannot be executed.
+    /// Sends each signal that was not taken to this process again. Must be called with all signals blocked, before exec: the signals
+    /// stay pending for the new program, or for this one if exec fails.
     pub(crate) fn hand_on(&mut self) {
         for meaning in self.take() {
             let signal = MEANINGS.iter().find(|(_, other)| *other == meaning);
@@ -107,11 +108,10 @@ impl SignalInbox {
         }
     }
 
-    /// For a child: undoes every registration, so that no signal of the child's reaches the master.
+    /// Undoes every registration in a child, so that no signal to the child reaches the master.
     ///
-    /// The handlers themselves stay installed, with nothing to do. That is deliberate: signal-hook (and so
-    /// tokio's signals, which the application may use) takes a signal over only once in a process's life and
-    /// would not notice that a default disposition was put back.
+    /// The handlers stay installed and do nothing. That is deliberate: signal-hook, and so tokio's signals that the application may
+    /// use, installs a handler only once in a process's life, and would not notice that the default disposition was restored.
     pub(crate) fn leave(&self) {
         for &id in &self.registered {
             low_level::unregister(id);

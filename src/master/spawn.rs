@@ -1,4 +1,4 @@
-//! Birth: how a worker is forked with its heritage, and how an external program is started.
+//! Forks workers with their heritage, and starts external programs.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -29,88 +29,88 @@ use crate::startup::systemd;
 use crate::upgrade::{self, Ties};
 use crate::{heir, logging, sys};
 
-/// Variables that concern the master alone, and no process of its.
+/// Environment variables for the master only. They are not passed on.
 pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &notify::VARIABLES, &systemd::VARIABLES];
-/// How many children php-cgi forks, which nobody here would supervise: none, unless the operator wants some (`--env`).
+/// The number of children that php-cgi forks. No component here would supervise them, so the default is 0 (`--env` changes it).
 const PHP_CHILDREN: &str = "PHP_FCGI_CHILDREN";
-/// Bytes of a worker's last words that are kept, and of a line of its reports.
+/// Maximum number of bytes of a worker's last words, and of a line of its reports.
 const LAST_WORDS: usize = 4096;
 
-/// What the processes run.
+/// The code that the processes run.
 pub(crate) enum Launch {
-    /// The application linked into this binary, in a fork of the master, and what it wants called.
+    /// The application linked into this binary, in a fork of the master, with its hooks.
     Worker(WorkerMain, Hooks),
-    /// An external program, which accepts from its standard input.
+    /// An external program that accepts connections from its standard input.
     Program(Program),
 }
 
-/// What a reload may change about the processes that are made.
+/// Settings of new processes that a reload may change.
 #[derive(Clone, Debug)]
 pub(crate) struct SpawnSettings {
     pub(crate) config: Arc<Config>,
     privileges: Arc<Privileges>,
-    /// The external program, if it is not the application linked in that runs.
+    /// The external program; `None` if the linked application runs.
     program: Option<Program>,
     pub(crate) log_files: Arc<LogFiles>,
-    /// Where programs find the publish socket.
+    /// The path of the publish socket for programs.
     pub(crate) events: Option<PathBuf>,
 }
 
-/// All that is needed to make a process.
+/// The settings and resources to start processes.
 pub(crate) struct Spawner {
-    /// What the master itself goes by: what was read last.
+    /// The settings of the master itself: the latest configuration read.
     pub(crate) config: Arc<Config>,
-    /// Those of the processes that serve.
+    /// The settings of the serving processes.
     pub(crate) current: SpawnSettings,
-    /// Read by a reload that has yet to begin.
+    /// The settings read by a reload that has not begun.
     read: Option<SpawnSettings>,
-    /// Those of processes from this generation on, until the reload is done, or has failed.
+    /// The settings of processes from this generation on, until the reload is done or has failed.
     next: Option<(u64, SpawnSettings)>,
     pub(crate) listeners: Arc<[Listener]>,
     pub(crate) segment: Segment,
     pub(crate) launch: Launch,
     pub(crate) handover: Arc<Channel>,
-    /// Both ends of the pipe that tells workers and heirs by its end that the master is dead.
+    /// Both ends of the pipe whose end shows workers and heirs that the master is dead.
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
     worker_hooks: Arc<WorkerHooks>,
 }
 
-/// A process that lives, as the master sees it.
+/// A living worker or program.
 pub(crate) struct Child {
     pub(crate) slot: u32,
     pub(crate) generation: u64,
     pub(crate) since: Instant,
-    /// It was told to leave, so its end is no accident.
+    /// The child was asked to leave, so its end is expected.
     pub(crate) asked_to_leave: bool,
-    /// It hangs, and was told to die.
+    /// The child hangs, and was signalled to die.
     pub(crate) hung: bool,
-    /// A function hangs in it, and it has asked to be replaced.
+    /// A function hangs in the child, which has requested its replacement.
     pub(crate) has_hung_thread: bool,
-    /// Who has sent the signal of which it dies, if it was another process.
+    /// The process that sent the signal of which this one dies, if it was another one.
     pub(crate) sent_by: Option<i32>,
     pub(crate) link: Link,
-    /// What it puts out, until that has ended.
+    /// The output of the child, until its end.
     pub(crate) output: Option<Output>,
-    /// By which it gets the log files anew.
+    /// The process receives the reopened log files here.
     pub(crate) files: Option<OwnedFd>,
-    /// Those that it has; `None` if a former master made it, whose files are taken to be ours.
+    /// The log files of the child. `None` if a former master started it: then it is taken to have the current files.
     pub(crate) log_files: Option<Arc<LogFiles>>,
-    /// The last line that it put out, when its output has ended.
+    /// The last line of its output, after the end of the output.
     pub(crate) last_line: String,
 }
 
-/// What the master hears of a child.
+/// The channel from a child to the master.
 pub(crate) enum Link {
     Worker { report: File, open: bool, unread: Vec<u8>, last_words: String, trace: String },
     Program(ProgramState),
 }
 
 impl Spawner {
-    /// `ties` are those of a former master whose workers live on.
+    /// `ties` are those of a former master whose workers still live.
     ///
     /// # Errors
-    /// If no pipe can be had, or processes cannot be what the configuration asks for.
+    /// If no pipe is available, or processes cannot have the configured privileges.
     pub(crate) fn new(
         config: Arc<Config>,
         listeners: Arc<[Listener]>,
@@ -154,10 +154,10 @@ impl Spawner {
         })
     }
 
-    /// What processes would be made by with another configuration, and another program if there is one.
+    /// The settings of processes for another configuration, and for another program if `program` is set.
     ///
     /// # Errors
-    /// A sentence for the operator, if processes cannot be what it asks for.
+    /// A sentence for the operator, if processes cannot have the configured privileges.
     pub(crate) fn prepare(&self, config: &Arc<Config>, program: Option<Program>) -> Result<SpawnSettings, String> {
         let executes = matches!(self.launch, Launch::Program(_));
         Ok(SpawnSettings {
@@ -169,66 +169,66 @@ impl Spawner {
         })
     }
 
-    /// A reload is about to begin with these.
+    /// Stores the settings of a reload that is about to begin.
     pub(crate) fn adopt(&mut self, settings: SpawnSettings) {
         self.config = Arc::clone(&settings.config);
         self.read = Some(settings);
     }
 
-    /// A reload has begun: processes of this generation are made by what was read for it. Those that replace older ones
-    /// meanwhile are made as these were. True if there is something new.
+    /// Begins a reload: processes from this generation on use the stored settings. Replacements of older processes use the old settings.
+    /// Returns true if there are stored settings.
     pub(crate) fn begin(&mut self, generation: u64) -> bool {
         let Some(settings) = self.read.take() else { return false };
         self.next = Some((generation, settings));
         true
     }
 
-    /// It is done. Returns the settings that hold no more, if there are others.
+    /// Ends a reload successfully. Returns the old settings, if they were replaced.
     pub(crate) fn finish(&mut self) -> Option<SpawnSettings> {
         let (_, settings) = self.next.take()?;
         Some(std::mem::replace(&mut self.current, settings))
     }
 
-    /// It has failed. Returns the settings that were tried.
+    /// Ends a failed reload. Returns the settings that were tried.
     pub(crate) fn give_up(&mut self) -> Option<SpawnSettings> {
         self.next.take().map(|(_, settings)| settings)
     }
 
-    /// Those of a generation.
+    /// The settings of a generation.
     fn settings(&self, generation: u64) -> &SpawnSettings {
         self.next.as_ref().filter(|(from, _)| generation >= *from).map_or(&self.current, |(_, settings)| settings)
     }
 
-    /// Those by which processes are made, the newest last.
+    /// All settings for new processes, the newest last.
     pub(crate) fn in_use(&self) -> impl Iterator<Item = &SpawnSettings> {
         [&self.current].into_iter().chain(self.next.as_ref().map(|(_, settings)| settings)).chain(&self.read)
     }
 
-    /// The descriptors of the lifeline's ends.
+    /// The descriptors of both ends of the lifeline.
     pub(crate) fn lifeline(&self) -> (RawFd, RawFd) {
         (self.lifeline.0.as_raw_fd(), self.lifeline.1.as_raw_fd())
     }
 
-    /// Has the heirs of the last workers find that nobody goes on with what they have, as if the master were dead.
+    /// Ends the lifeline, so that the heirs of the last workers find it closed, as if the master were dead.
     pub(crate) fn end_lifeline(&mut self) {
-        // Without a descriptor for another one they take a little longer.
+        // If no pipe is available, the heirs take a little longer.
         if let Ok(pipe) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK) {
             self.lifeline = pipe;
         }
     }
 
-    /// A descriptor to stand in for sockets that were given up.
+    /// A descriptor that replaces closed sockets.
     pub(crate) fn stand_in(&self) -> &OwnedFd {
         &self.lifeline.0
     }
 
-    /// Makes a process for `slot`.
+    /// Starts a process for `slot`.
     ///
     /// # Errors
-    /// What fork or exec says, or that no pipe can be had.
+    /// The error of fork or exec, or no pipe is available.
     pub(crate) fn spawn(&self, slot: u32, generation: u64, signals: &SignalInbox) -> io::Result<(Pid, Child)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        // Non-blocking is a property of each end; that of the process must block.
+        // Non-blocking is a property of each end: the process's end must block.
         let write = blocking(write)?;
         let settings = self.settings(generation);
         let (pid, link, files) = match &self.launch {
@@ -282,7 +282,7 @@ impl Spawner {
             let keep = [&[0, 1, 2], heritage.descriptors().as_slice()].concat();
             sys::close_all_except(&keep);
             sys::forget_environment(OF_THE_MASTER);
-            // A group of its own: Ctrl-C at a terminal is the master's to handle.
+            // The worker has its own group, so that Ctrl-C at a terminal reaches only the master.
             let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));
             if let Err(error) = heritage.apply_privileges() {
                 return heritage.fail(&error);
@@ -290,7 +290,7 @@ impl Spawner {
             if let Some(socket) = &settings.events {
                 sys::set_environment(publish_socket::VARIABLE, socket);
             }
-            // After that: the kernel forgets it when the user changes.
+            // Must come after the privileges: the kernel resets the setting when the user changes.
             if grouped.is_err() || sys::die_with_parent(heritage.master).is_err() {
                 return 1;
             }
@@ -336,7 +336,7 @@ impl Spawner {
     }
 }
 
-/// Why a program did not start: the step that failed has left its flag in the output.
+/// The reason why a program did not start. The step that failed has written its flag to the output.
 pub(super) fn explain(
     error: &io::Error,
     output: BorrowedFd<'_>,
@@ -352,7 +352,7 @@ pub(super) fn explain(
     })
 }
 
-/// The memory for a process that may outlive the workers, without their lock on its file: the next start needs that.
+/// The memory for a process that may outlive the workers, without their lock on its file: the next start needs the lock.
 pub(super) fn to_pass(segment: &Segment) -> io::Result<OwnedFd> {
     segment.fd_without_lock().or_else(|error| {
         log::debug!("programs share the lock of the cache file, which cannot be opened again: {error}");
@@ -367,7 +367,7 @@ pub(super) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
 }
 
 impl Child {
-    /// A process that lives from now on, without output, log files or a report so far.
+    /// A new child without output, log files or reports.
     pub(crate) fn new(slot: u32, generation: u64, link: Link) -> Self {
         Self {
             slot,
@@ -389,7 +389,7 @@ impl Child {
         matches!(self.link, Link::Worker { .. })
     }
 
-    /// What is known of it, if it is an external program.
+    /// The state of the external program, if the child is one.
     pub(crate) fn program(&self) -> Option<ProgramState> {
         match &self.link {
             Link::Program(program) => Some(program.clone()),
@@ -397,7 +397,7 @@ impl Child {
         }
     }
 
-    /// The descriptors by which the child may have something to say; those of its output only `with_output`.
+    /// The descriptors to watch for the child: its reports, and its output if `with_output`.
     pub(crate) fn watched(&self, with_output: bool) -> impl Iterator<Item = BorrowedFd<'_>> {
         let report = match &self.link {
             Link::Worker { report, open, .. } => open.then(|| report.as_fd()),
@@ -406,7 +406,7 @@ impl Child {
         report.into_iter().chain(self.output.as_ref().filter(|_| with_output).map(AsFd::as_fd))
     }
 
-    /// Logs what the child put out, up to `most` bytes.
+    /// Logs up to `most` bytes of the child's output.
     pub(crate) fn log_output(&mut self, pid: Pid, most: usize, now: Now) {
         if let Some(output) = self.output.take_if(|output| !output.read(pid, most, now)) {
             self.last_line = output.last_line(); // all of it is in the log
@@ -415,7 +415,7 @@ impl Child {
         }
     }
 
-    /// Takes in what the child reported, and returns what of it is to be acted upon.
+    /// Reads the child's reports. Returns those that require an action.
     pub(crate) fn listen(&mut self) -> Vec<Report> {
         let Link::Worker { report, open, unread, last_words, trace } = &mut self.link else { return Vec::new() };
         if !*open {
@@ -423,12 +423,12 @@ impl Child {
         }
         let mut said = [0; LAST_WORDS];
         let mut reports = Vec::new();
-        // What fits a pipe, and no more: one that talks and talks does not hold up the master.
+        // Reads as much as a pipe holds, so that a child that reports without end does not hold up the master.
         for _ in 0..16 {
             let Ok(count) = report.read(&mut said) else { break };
             *open = count > 0;
             if count == 0 && !unread.is_empty() {
-                unread.push(b'\n'); // it died in the middle of a line
+                unread.push(b'\n'); // the child died in the middle of a line
             }
             unread.extend_from_slice(&said[..count]);
             while let Some(end) = unread.iter().position(|&byte| byte == b'\n') {
@@ -448,7 +448,7 @@ impl Child {
         reports
     }
 
-    /// Returns the last words of a child that has ended, and where it crashed.
+    /// Returns the last words of a child that has ended, and its trace.
     pub(crate) fn mark_dead(mut self) -> (String, String) {
         self.listen();
         match self.link {
@@ -459,7 +459,7 @@ impl Child {
     }
 }
 
-/// Adds a line to a worker's last words, as far as there is room.
+/// Appends a line to a worker's last words, as far as there is room.
 fn keep(last_words: &mut String, line: &str) {
     let separator = if last_words.is_empty() { "" } else { "; " };
     let room = LAST_WORDS.saturating_sub(last_words.len() + separator.len());
@@ -470,7 +470,7 @@ fn keep(last_words: &mut String, line: &str) {
     }
 }
 
-/// Whether the heirs of dead workers, which are this process's children now, are still at work.
+/// Whether heirs of dead workers, which are now children of this process, are still running.
 pub(crate) fn has_heirs() -> bool {
     let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
     let name = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();

@@ -1,21 +1,20 @@
-//! Whether a process gets on with what waits for it, by looking at it now and then.
+//! Decides whether a process makes progress while work waits for it, from periodic looks.
 //!
-//! No I/O, no clock: what is seen is passed in.
+//! Must not do I/O or read a clock: the caller passes in the observations.
 
 use std::time::Duration;
 
 use super::supervisor::Now;
 
-/// Between two looks while nothing waits, and while something does.
+/// Time between two looks while no work waits, and while some does.
 const APART: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
-/// So many looks one after the other at which something waits and nothing was done since the one before.
+/// Number of looks in a row at which work waits and the process has done nothing since the previous look.
 const LOOKS: u32 = 3;
 
-/// What was seen of it.
 #[derive(Debug)]
 pub(super) struct Stall {
     next_look: Now,
-    /// At the last look, if something waited then.
+    /// The work count at the last look, if work waited then.
     work: Option<u64>,
     in_vain: u32,
 }
@@ -29,8 +28,8 @@ impl Stall {
         self.next_look
     }
 
-    /// A look. `work` changes as long as the process does anything, and is `None` if that cannot be found out. Returns whether it is
-    /// to be given up.
+    /// Records a look. `work` changes while the process does anything; `None` if it is unknown. Returns true if the process must be
+    /// given up.
     pub(super) fn look(&mut self, now: Now, something_waits: bool, work: Option<u64>) -> bool {
         self.next_look = now + if something_waits { APART.1 } else { APART.0 };
         let work = work.filter(|_| something_waits);
@@ -44,7 +43,7 @@ impl Stall {
 mod tests {
     use super::*;
 
-    /// At which look it is given up, and when that is.
+    /// The index and the time of the look at which the process is given up.
     fn given_up(looks: &[(bool, Option<u64>)]) -> Option<(usize, Now)> {
         let mut stall = Stall::new(Duration::ZERO);
         looks.iter().enumerate().find_map(|(index, &(something_waits, work))| {

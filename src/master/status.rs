@@ -1,6 +1,7 @@
-//! What the master says of how things are: what the supervisor knows, beside what the workers' rows in the scoreboard say.
+//! Describes the state of the server for operators: the supervisor's state, and the workers' rows in the scoreboard.
 //!
-//! The rows are gossip: bounded, taken as text and numbers only, and left out if they are another process's. May not: lock.
+//! The rows are gossip: they are bounded, used as text and numbers only, and left out if they belong to another process. Must not
+//! lock.
 
 use nix::unistd::Pid;
 
@@ -82,12 +83,12 @@ fn ms(time: std::time::Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// The resident memory of process `pid`, as the kernel counts it.
+/// The resident memory of process `pid`.
 fn resident_bytes(pid: i32) -> Option<u64> {
     sys::process_kib(Pid::from_raw(pid), "VmRSS:")?.checked_mul(1024)
 }
 
-/// For the one who is told of a worker: which one that is.
+/// Identifies a worker in messages.
 pub(super) fn name_of(pid: nix::unistd::Pid, child: &Child) -> String {
     format!("slot={} pid={pid} gen={}", child.slot, child.generation)
 }

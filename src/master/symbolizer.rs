@@ -1,7 +1,6 @@
-//! Names for the addresses of a crash: made by a child, as the master itself reads no debug information.
+//! Logs the function names for the addresses of a crash. A child process finds them, since the master reads no debug information.
 //!
-//! There is one such child at a time. A few crashes that come meanwhile wait for the next; of further ones the log has
-//! the addresses alone.
+//! There is at most one such child. A few crashes wait for the next child; for further crashes the log has only the addresses.
 
 use std::collections::VecDeque;
 
@@ -12,11 +11,11 @@ use super::signals::SignalInbox;
 use crate::diagnostics::code_address::{self, Modules};
 use crate::{logging, sys};
 
-/// Functions that are named.
+/// Maximum number of functions that are named.
 const NAMED: usize = 24;
-/// Files with much debug information take a while; no file takes that long.
+/// Time limit of the child. Files with much debug information take a while, but not this long.
 const TIMEOUT_SECONDS: u32 = 30;
-/// Crashes that wait.
+/// Maximum number of crashes that wait.
 const WAITING: usize = 4;
 
 #[derive(Debug, Default)]
@@ -33,7 +32,7 @@ struct Crash {
 }
 
 impl Symbolizer {
-    /// Has the names of a dead worker's last instructions logged. They are its word: numbers, which are looked up.
+    /// Logs the names of a dead worker's last instructions. The worker's trace is untrusted: it is parsed as numbers to look up.
     pub(crate) fn log(&mut self, slot: u32, pid: Pid, trace: String, signals: &SignalInbox) {
         if self.waiting.len() < WAITING {
             self.waiting.push_back(Crash { slot, pid, trace });
@@ -71,7 +70,7 @@ impl Symbolizer {
         self.child == Some(pid)
     }
 
-    /// The child has ended: the next crash is its successor's.
+    /// Handles the end of the child: the next crash gets a new child.
     pub(super) fn ended(&mut self, signals: &SignalInbox) {
         self.child = None;
         self.start(signals);

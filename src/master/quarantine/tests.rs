@@ -1,4 +1,4 @@
-//! Random sites with a poison among their routes, from a seed, and the rules one by one.
+//! Tests the rules of the quarantine one by one, and with random sites from a seed that have a fatal request among their routes.
 
 use super::*;
 use crate::config::failures::QuarantineBy;
@@ -17,13 +17,13 @@ fn suspects(whats: &[&str]) -> Vec<RequestKey> {
     whats.iter().map(|what| suspect(what)).collect()
 }
 
-/// A death of which the crashing thread told nothing.
+/// A death without information about the crashing thread.
 fn silent(in_flight: &[&str], elsewhere: &[&str]) -> Death {
     let (in_flight, elsewhere) = (suspects(in_flight), suspects(elsewhere));
     Death { in_flight, complete: true, culprit: None, running: None, by_itself: true, live_workers: 1, elsewhere }
 }
 
-/// A death without last words, while threads were at work on these, and a hundred others waited.
+/// A death without last words, in which threads were working on `running` while many other requests waited.
 fn at_work_on(running: &[&str], elsewhere: &[&str]) -> Death {
     Death { running: Some(suspects(running)), complete: false, ..silent(&["GET /popular"; 16], elsewhere) }
 }
@@ -42,7 +42,7 @@ fn refused(verdicts: &[Verdict]) -> Vec<&str> {
         .collect()
 }
 
-/// The verdicts on these deaths, a second apart.
+/// The verdicts on these deaths, which are a second apart.
 fn verdicts(deaths: &[Death]) -> Vec<Verdict> {
     let mut quarantine = Quarantine::new(config());
     deaths.iter().zip(1..).flat_map(|(death, second)| quarantine.died(death.clone(), SECOND * second)).collect()
@@ -125,7 +125,7 @@ fn what_threads_were_at_work_on_is_evidence_however_much_was_in_flight() {
     let alone = Death { live_workers: 0, ..exited };
     assert_eq!(refused(&verdicts(&[alone.clone(), alone.clone(), alone.clone()])), ["GET /bad"]);
 
-    // Killed when memory ran out: what ran then is to blame only if no worker serves it and lives.
+    // Killed because memory ran out: a request that was running is to blame only if no living worker serves it.
     let killed = Death { by_itself: false, ..alone };
     assert_eq!(
         verdicts(&[killed.clone(), killed.clone(), killed.clone()]),

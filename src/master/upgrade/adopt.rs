@@ -1,7 +1,7 @@
-//! What one master leaves and the next takes over: each thing that it holds, by the numbers of its descriptors.
+//! Saves everything that a master holds, and restores it in the next master, by descriptor numbers.
 //!
-//! Whatever holds a descriptor, or is known of a process that lives on, is saved and restored here. What is not saved is closed by
-//! the exec, without a word.
+//! Every descriptor, and all state about processes that live on, must be saved and restored here. The exec closes any other descriptor
+//! without a log line.
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ use crate::upgrade::saved::{
 };
 
 impl Master {
-    /// All of it; `None` while everything is being stopped, when nobody takes over.
+    /// The whole state; `None` while the server stops, since no upgrade takes place then.
     pub(super) fn save(&self) -> Option<Saved> {
         let spawner = &self.spawner;
         let sidecars = self.sidecars.living().into_iter().map(|one| SavedSidecar {
@@ -58,8 +58,8 @@ impl Master {
         })
     }
 
-    /// Takes the children of the former program over and has them replaced. Who is no child of ours is forgotten; who has
-    /// ended is reaped as ever.
+    /// Takes over the children of the former program and has them replaced. Processes that are no children of this process are dropped;
+    /// children that have ended are reaped as usual.
     pub(in crate::master) fn adopt(&mut self, mut left: Takeover) {
         let now = self.now();
         self.earlier = EarlierChildren::restore(&left.saved.earlier);
@@ -103,7 +103,7 @@ impl Master {
         let (version, from) = (env!("CARGO_PKG_VERSION"), &left.saved.version);
         let text = format!("upgraded version={version} from={from} workers={}", self.children.len());
         log::info!("{text}");
-        // Who waited for the upgrade waits for its reload.
+        // Clients that waited for the upgrade now wait for its reload.
         self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
         left.remove_socket_files();
         drop(left);
@@ -121,7 +121,7 @@ impl Master {
                 if child.hung {
                     self.faults.told_to_die(pid, now);
                 }
-                // Once one was seen to take connections, further ones must be: also by this build.
+                // If one program was seen to accept connections, this build expects the same of further programs.
                 self.programs.seen |= child.program().is_some_and(|program| program.seen);
                 self.children.insert(pid, child);
                 self.recycling.spawned(pid, now);
@@ -171,7 +171,7 @@ impl Child {
         }
     }
 
-    /// `None` if it cannot be heard.
+    /// `None` if the child's reports cannot be read.
     fn restore(saved: SavedChild, left: &mut Takeover) -> Option<Self> {
         let SavedChild { slot, generation, age_ms, asked_to_leave, hung, link, output, files, .. } = saved;
         let link = match link {

@@ -1,18 +1,18 @@
-//! The upgrade in place: this process becomes the program's new build, and keeps its pid, its sockets, the shared memory
-//! and its children.
+//! Performs the upgrade in place: this process becomes the program's new build, and keeps its pid, its sockets, the shared memory and its
+//! children.
 //!
 //! ```text
 //! begin: start the new build with FORKYARD_UPGRADE_CHECK ── fails, or too late ──▶ a log line, nothing has changed
-//!          │ it reads this command line, this state, maps the segment, runs `preload`, says so and ends
-//! exec:    signals blocked ─▶ state into a sealed memory file ─▶ exec ── fails ──▶ as above
+//!          │ it reads this command line and this state, maps the segment, runs `preload`, reports success and exits
+//! exec:    signals blocked ─▶ state into a sealed memory file ─▶ exec ── fails ──▶ a log line, nothing has changed
 //!          │
-//! the new build (builder.rs): takes descriptors and children over, unblocks signals, reloads: new workers, then the old drain
+//! the new build (builder.rs): takes over descriptors and children, unblocks signals, reloads: new workers, then the old drain
 //! ```
 //!
-//! The check runs beside the loop: a child, a pipe and a deadline. What it says is gossip, cut at 4 KiB.
+//! The check runs alongside the loop: a child, a pipe and a deadline. Its output is gossip, cut at 4 KiB.
 //!
-//! If the new build fails after the exec, though it passed its check, there is no way back: the process ends, the workers
-//! notice (the lifeline's end), finish what they serve and leave.
+//! If the new build fails after the exec although it passed its check, there is no way back: the process ends; the workers see the end of
+//! the lifeline, finish their requests and leave.
 
 mod adopt;
 
@@ -38,44 +38,44 @@ use crate::upgrade::start_command::Identity;
 use crate::upgrade::takeover::{CHECK, STATE};
 use crate::upgrade::{VARIABLES, password};
 
-/// Bytes of what the check says that are kept: the last ones.
+/// Maximum number of bytes of the check's output that are kept: the last ones.
 const LAST_WORDS: usize = 4096;
-/// How long a check that was asked to end may take for that.
+/// How long a check may take to end after it was asked to.
 const ABORT_STEPS: Duration = Duration::from_secs(2);
 
-/// Why there is no upgrade while the server stops.
+/// The reason for refusing an upgrade while the server stops.
 const STOPPING: &str = "everything is being stopped";
 
 fn cannot_write(error: &io::Error) -> String {
     format!("this master's state cannot be written to memory for the new build: {}", sys::explain(error))
 }
 
-/// How far an upgrade has come.
+/// The progress of an upgrade.
 #[derive(Default)]
 pub(super) enum Upgrade {
     #[default]
     No,
     Checking(Check),
-    /// This build may be executed, as long as it is the one that was checked.
+    /// The check has passed. This build may be executed if its file has not changed since.
     Passed(Identity),
 }
 
-/// The new build, which looks whether it could take over.
+/// The running check: a process of the new build.
 pub(super) struct Check {
     pid: Pid,
     output: LineReader,
     open: bool,
     passed: bool,
     last_words: String,
-    /// Until it is met.
+    /// `None` when it has passed.
     deadline: Option<Instant>,
-    /// Why it was asked to end, which it does without leaving anything behind.
+    /// Why the check was asked to end. It then ends without leaving anything behind.
     cut_short: Option<&'static str>,
     build: Identity,
 }
 
 impl Check {
-    /// By TERM, and by KILL if that does not help.
+    /// Ends the check with TERM, and later with KILL.
     fn ask_to_end(&mut self, why: &'static str) {
         self.cut_short = Some(why);
         self.deadline = Some(Instant::now() + ABORT_STEPS);
@@ -86,7 +86,7 @@ impl Check {
         let password = password();
         let (passed, last_words) = (&mut self.passed, &mut self.last_words);
         self.open = self.output.read(MAX_REST, &mut |line, _| {
-            // Something may have been said before without a line's end.
+            // The line may begin with earlier output without a line end.
             if line.ends_with(&password) {
                 *passed = true;
                 return;
@@ -100,7 +100,7 @@ impl Check {
         });
     }
 
-    /// Why there is no upgrade, of a check that ended like this.
+    /// The reason for the refusal, for a check that ended like this.
     fn failure(&self, ending: Ending) -> String {
         let why = match (self.cut_short, ending) {
             (Some(why), _) => why.to_owned(),
@@ -130,7 +130,7 @@ impl Upgrade {
         }
     }
 
-    /// Takes in what the check said, and ends one that takes too long; its death is heard of like any other.
+    /// Reads the check's output, and ends a check that takes too long. Its death is handled like that of any other child.
     pub(super) fn listen(&mut self) {
         let Self::Checking(check) = self else { return };
         check.listen();
@@ -143,7 +143,7 @@ impl Upgrade {
         }
     }
 
-    /// Ends the check, if there is one: its answer is of no use any more.
+    /// Ends a running check: its result is no longer needed.
     pub(super) fn cancel(&mut self) {
         if let Self::Checking(check) = self
             && check.cut_short.is_none()
@@ -156,12 +156,12 @@ impl Upgrade {
         matches!(self, Self::Checking(_))
     }
 
-    /// Whether this is the process that checks the new build.
+    /// Whether this process is the check of the new build.
     pub(super) fn has(&self, pid: Pid) -> bool {
         matches!(self, Self::Checking(check) if check.pid == pid)
     }
 
-    /// The check has ended. Why there is no upgrade, if that is so.
+    /// Handles the end of the check. Returns why there is no upgrade, if it failed.
     ///
     /// # Errors
     /// A sentence for the operator.
@@ -177,7 +177,7 @@ impl Upgrade {
 }
 
 impl Master {
-    /// Tells the log and those who wait.
+    /// Logs the refusal, and reports it to the clients that wait for the upgrade.
     pub(super) fn refuse_upgrade(&mut self, why: impl std::fmt::Display) {
         let text = format!("no upgrade, and nothing has changed: {why}");
         log::error!("{text}");
@@ -235,7 +235,7 @@ impl Master {
             .stdout(Stdio::from(said.try_clone().map_err(no_pipe)?))
             .stderr(Stdio::from(said));
         let pass = [&[state.as_raw_fd()], saved.foundation().as_slice()].concat();
-        // It gives up nothing: it is to be what this process is.
+        // The check keeps all privileges, since it must be able to become what this process is.
         let child = sys::spawn(&mut command, &pass, || Ok(())).map_err(|error| self.cannot_start(&error))?;
         Ok(Check {
             pid: Pid::from_raw(child.id().cast_signed()),
@@ -249,7 +249,7 @@ impl Master {
         })
     }
 
-    /// Whether the machine or the program is the cause, the text names what to do about it.
+    /// The message for a failed start. A remedy is named only if the program, and not the machine, is the cause.
     fn cannot_start(&self, error: &io::Error) -> String {
         let is_machine =
             matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::EAGAIN | libc::ENOMEM));
@@ -257,7 +257,7 @@ impl Master {
         format!("{} cannot be started: {}{remedy}", self.start_command.program.display(), sys::explain(error))
     }
 
-    /// Becomes the new build, if it has passed.
+    /// Becomes the new build, if it has passed the check.
     pub(super) fn finish_upgrade(&mut self) {
         let Upgrade::Passed(build) = &self.upgrade else { return };
         let same = Identity::of(&self.start_command.program).is_ok_and(|now| now == *build);
@@ -277,7 +277,7 @@ impl Master {
         self.refuse_upgrade(why);
     }
 
-    /// Returns only if it fails: why.
+    /// Replaces this process. Returns only on failure, with the reason.
     fn exec(&self, saved: &Saved) -> String {
         let state = match saved.write() {
             Ok(state) => state,
