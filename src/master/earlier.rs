@@ -1,5 +1,5 @@
-//! Processes that this process already had as children when the server started: for example the log collector of an entry
-//! script that called exec to become the server (`exec SERVER 2> >(cat)`), and their descendants. They are reaped, and otherwise
+//! Records the processes that this process already had as children when the server started, and their descendants: for example the
+//! log collector of an entry script that called exec to become the server (`exec SERVER 2> >(cat)`). They are reaped, and otherwise
 //! left alone.
 
 use nix::unistd::{Pid, getpgrp};

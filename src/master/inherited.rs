@@ -1,5 +1,5 @@
-//! Processes that daemons and jobs have left behind. A daemon that puts itself into the background exits at once with 0, and its
-//! background process serves: a second daemon would be one too many.
+//! Finds the processes that daemons and jobs have left behind. A daemon that puts itself into the background exits at once with 0, and
+//! its background process serves: a second daemon would be one too many.
 //!
 //! The environment of a process shows the sidecar that it comes from (`FORKYARD_NAME`), unless the process has overwritten it, as
 //! programs do that change their text in `ps`. A process with such an environment is attributed to the daemon that has just

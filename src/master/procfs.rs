@@ -311,7 +311,7 @@ pub(super) fn environment_of(pid: Pid) -> Environment {
 }
 
 impl Environment {
-    /// What is known when a process has shown this for as long as `seen_for`.
+    /// The conclusion from an environment that a process has shown for `seen_for`.
     pub(super) fn seen_for(self, seen_for: Duration) -> Self {
         match self {
             Self::Shown(bytes) if bytes.is_empty() && seen_for < EMPTY_IN_EXEC => Self::InExec,
