@@ -2,8 +2,8 @@
 //! its background process serves: a second daemon would be one too many.
 //!
 //! The environment of a process shows the sidecar that it comes from (`FORKYARD_NAME`), unless the process has overwritten it, as
-//! programs do that change their text in `ps`. A process with such an environment is attributed to the daemon that has just
-//! ended, if it has its own session and is younger than the daemon. During exec a process shows no environment: it is examined
+//! programs do that change their text in `ps`. A process with an overwritten environment is attributed to the daemon that has just
+//! ended, if the process has its own session and is younger than the daemon. During exec a process shows no environment: it is examined
 //! again later, at the latest when the daemon would be restarted. A process with the environment of this process itself comes
 //! from a worker, and is about to call exec.
 

@@ -47,7 +47,7 @@ pub(crate) struct Obituary {
     pub(crate) hint: String,
 }
 
-/// Signals by which the kernel and the library end a process for its own actions. KILL is not among them: if an operator sends it,
+/// Signals by which the kernel and the standard library end a process for its own actions. KILL is not among them: if an operator sends it,
 /// the process is not to blame. `oom.rs` detects a KILL that the kernel sent because memory ran out.
 const CRASHES: [i32; 9] = [
     libc::SIGSEGV,

@@ -1,4 +1,4 @@
-//! The action of a signal that aborts a start: see `abort.rs`.
+//! Implements the signal action that aborts a start: see `abort.rs`.
 #![expect(unsafe_code, reason = "a signal's action, and the system calls that it makes")]
 
 use std::io;

@@ -1,4 +1,4 @@
-//! Output for the operator outside the log: the banner, `ready in N ms`, and the line of an error. It goes to standard
+//! Prints output for the operator outside the log: the banner, `ready in N ms`, and the line of an error. It goes to standard
 //! error, and also to the log if that is a file. If the log is JSON, it goes only there, to keep standard error parseable.
 
 use std::fmt::Display;

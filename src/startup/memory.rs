@@ -1,5 +1,5 @@
-//! The shared memory of a start: that of a former master, or that which systemd stored, if it fits the configuration;
-//! otherwise new memory, or a file.
+//! Opens the shared memory for a start: the memory of a former master, or the memory that systemd stored, if it fits the
+//! configuration; otherwise new memory, or a file.
 
 use std::error::Error;
 use std::io::ErrorKind;

@@ -1,4 +1,4 @@
-//! From the command line to a running master: everything that is created before the first worker.
+//! Starts the server, from the command line to a running master: creates everything that must exist before the first worker.
 
 pub(crate) mod abort;
 pub(crate) mod abort_signal;

@@ -1,4 +1,4 @@
-//! The pid file: the master's pid for other programs, and a lock against a second master.
+//! Writes the pid file: the master's pid for other programs, and a lock against a second master.
 //!
 //! The file is written under another name, locked, and moved into place, so that no reader sees a part of it. The lock ends
 //! with the master, so a file without a lock was left by a dead master. It is a write lock of fcntl(2): a process that can

@@ -1,4 +1,4 @@
-//! The sockets of a start: those of a former master, those that systemd passed, and new ones for the rest.
+//! Opens the sockets of a start: the sockets of a former master, the sockets that systemd passed, and new ones for the rest.
 
 use std::error::Error;
 use std::time::Duration;

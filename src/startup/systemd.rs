@@ -1,4 +1,4 @@
-//! Descriptors that systemd, or a program with the same protocol, passes to a service at its start (`sd_listen_fds(3)`):
+//! Receives the descriptors that systemd, or a program with the same protocol, passes to a service at its start (`sd_listen_fds(3)`):
 //! listening sockets, and the memory that a former start stored. The names of the descriptors tell them apart.
 
 use std::os::fd::{OwnedFd, RawFd};

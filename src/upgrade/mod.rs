@@ -1,5 +1,5 @@
-//! The state that a master leaves to the program that replaces it under the same pid: the saved data, the descriptors that it
-//! names, and the build to execute.
+//! Transfers a master's state to the program that replaces it under the same pid: the saved data, the descriptors that it names,
+//! and the build to execute.
 //!
 //! An upgrade is one way of starting, so this module lies below the master: the code that creates sockets, the segment and the
 //! pid file first checks here for existing ones. [`master::upgrade`](crate::master::upgrade) performs the upgrade.

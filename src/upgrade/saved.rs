@@ -1,4 +1,4 @@
-//! The saved state of a master, for the program that replaces it: JSON in a sealed memory file.
+//! Saves the state of a master for the program that replaces it, as JSON in a sealed memory file.
 //!
 //! The two programs may be builds of different age. So a field that a later build adds must have a default
 //! (`#[serde(default)]`), and a build ignores fields that it does not have. Any other change requires a new [`FORMAT`], which

@@ -1,4 +1,4 @@
-//! The command that started this program. An upgrade starts it again.
+//! Records the command that started this program. An upgrade runs it again.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;

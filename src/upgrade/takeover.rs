@@ -1,4 +1,4 @@
-//! Starts a program that takes over from a running master, or a check whether it could.
+//! Receives the state of a running master, in a program that takes over from it or checks whether it could.
 //!
 //! The environment variables of an upgrade count only if the descriptor that they name is a sealed state whose master is this
 //! very process, or for the check its parent. A stray variable in another environment has no effect.

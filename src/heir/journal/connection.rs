@@ -1,4 +1,4 @@
-//! The worker's writes to the journal record of one connection.
+//! Reads and writes one connection, and keeps its journal record up to date.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
