@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 
 use forkyard_shm::Segment;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
 use nix::unistd::Pid;
@@ -50,6 +50,19 @@ pub fn program(name: &str) -> PathBuf {
     let path = if name == "forkyard" { target.join(name) } else { target.join("examples").join(name) };
     assert!(path.exists(), "{} is not built: run scripts/test, or cargo build --examples --bins", path.display());
     path
+}
+
+/// A shell starts what is behind `&` with INT and QUIT ignored, and nohup with HUP. A server inherits that from the tests, and such
+/// a signal is lost until the server has installed its handlers.
+#[expect(unsafe_code, reason = "an action that runs code could be unsound; the default action runs none")]
+fn stop_ignoring_signals() {
+    static DONE: Once = Once::new();
+    DONE.call_once(|| {
+        for number in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP] {
+            // SAFETY: the default action runs no code of this process.
+            unsafe { signal(number, SigHandler::SigDfl) }.expect("the signal has a default action");
+        }
+    });
 }
 
 /// The log of a server, and what the watchdog says of it.
@@ -122,6 +135,7 @@ impl Server {
 
     /// Starts it without waiting for anything.
     pub fn launch(command: &mut Command) -> Self {
+        stop_ignoring_signals();
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let stderr = child.stderr.take().expect("it is piped");
         let (sender, lines) = channel();
