@@ -1,10 +1,10 @@
-//! The fenced system calls: everything of the runtime that needs `unsafe`, or that is only sound at one
-//! moment of a process's life, stands here and nowhere else.
+//! The fenced system calls: all code of the runtime that needs `unsafe`, or that is only sound at one moment of a process's
+//! life, is in this file and its submodules.
 //!
-//! What this file promises its callers:
-//! - [`fork`] is called with one thread only (it checks that), with every signal blocked, and the child can
+//! Guarantees to the callers:
+//! - [`fork`] runs only with one thread (it checks that) and with every signal blocked. The child can
 //!   neither return into the master's code nor run the master's destructors: it ends in `_exit`.
-//! - Nothing here decides anything. Policy lives in `master::supervisor`; this file only does what it is told.
+//! - Nothing here makes decisions. Policy lives in `master::supervisor`; this file only carries it out.
 #![expect(unsafe_code, reason = "this file is the fence: fork, descriptors by number, signal actions, environment")]
 
 mod announce;
@@ -45,7 +45,7 @@ pub(crate) use self::process_status::{process_kib, process_status};
 pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};
 pub(crate) use self::syn_filter::drop_syn_segments;
 
-/// How a child process ended, as `waitpid(2)` told it.
+/// How a child process ended, as reported by `waitpid(2)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
     /// It called `exit` with this status.
@@ -55,7 +55,7 @@ pub(crate) enum Ending {
 }
 
 impl Ending {
-    /// As the standard library has it. Whether the kernel wrote a core dump, it does not tell.
+    /// Converts to the type of the standard library. Whether the kernel wrote a core dump is not included.
     pub(crate) fn status(self) -> ExitStatus {
         match self {
             Self::Exited(status) => ExitStatus::from_raw(status << 8),
@@ -77,7 +77,7 @@ impl std::fmt::Display for Ending {
     }
 }
 
-/// An error of the system as the operator is told it: with what to raise, if it is a limit.
+/// Formats a system error for the operator; for a limit, with the setting to raise.
 pub(crate) fn explain(error: &io::Error) -> String {
     let hint = match error.raw_os_error() {
         Some(libc::EMFILE) => {
@@ -99,20 +99,20 @@ pub(crate) fn explain(error: &io::Error) -> String {
 
 /// Forks a child that runs `child` and exits with the status it returns.
 ///
-/// All signals are blocked in both processes while the fork happens, so that no handler of the parent's runs
-/// in a half-made child. The child's closure starts with signals still blocked: it calls
-/// [`unblock_signals`] when its own dispositions stand.
+/// All signals are blocked in both processes during the fork, so that no handler of the parent runs
+/// in a half-initialized child. The child's closure starts with signals still blocked: it calls
+/// [`unblock_signals`] after it has set its own dispositions.
 ///
 /// # Errors
-/// What `fork(2)` says: `EAGAIN` when a limit on processes is reached, `ENOMEM`. And if this process has more
-/// than one thread: a child could then inherit a lock that nobody will release.
+/// Returns the error of `fork(2)`: `EAGAIN` when a limit on processes is reached, `ENOMEM`. Also fails if this process has more
+/// than one thread: the child could inherit a lock that is never released.
 pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     expect_one_thread()?;
-    // Whatever is buffered would be written twice, once by each process.
+    // Buffered output would be written twice, once by each process.
     io::stdout().flush()?;
     let before = block_signals();
     // SAFETY: this process has one thread (checked above), so the child inherits no lock in a held state and
-    // may allocate. It leaves through `_exit` below and so never unwinds into the parent's frames.
+    // may allocate. It exits by `_exit` below and so never unwinds into the parent's frames.
     let forked = unsafe { nix::unistd::fork() };
     match forked {
         Ok(ForkResult::Parent { child }) => {
@@ -131,18 +131,19 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
 }
 
 /// Clones this process, which has one thread: the child gets a copy of the memory, and shares the table of descriptors, so
-/// that what the parent opens or closes later is open or closed in both. It runs `child` and exits with the status it
-/// returns. Signals stay blocked in it, as they have to be in the parent at this moment.
+/// that a descriptor that the parent opens or closes later is open or closed in both. The child runs `child` and exits with the
+/// status it returns. Signals stay blocked in the child, and must be blocked in the parent during the call.
 ///
-/// No signal tells of its end, and `wait(2)` does not know it, until the parent is dead and somebody else inherits it.
+/// No signal is sent when the child ends, and `wait(2)` does not report it, until the parent is dead and another process inherits the
+/// child.
 ///
 /// # Errors
-/// What `clone(2)` says.
+/// Returns the error of `clone(2)`.
 pub(crate) fn clone_with_descriptors(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     expect_one_thread()?;
-    // Not the library's `fork`: its handlers would close descriptors that the parent goes on to use.
-    // SAFETY: as in `fork`; without a stack of its own the child goes on with a copy of this one. Every further argument
-    // is zero, whatever their order on this architecture.
+    // Not the C library's `fork`: its handlers would close descriptors that the parent continues to use.
+    // SAFETY: as in `fork`; without a stack of its own the child continues with a copy of this one. Every further argument
+    // is zero, whatever the order of arguments on this architecture.
     let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
     match pid {
         0 => exit_now(std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101)),
@@ -151,33 +152,33 @@ pub(crate) fn clone_with_descriptors(child: impl FnOnce() -> u8) -> io::Result<P
     }
 }
 
-/// A descriptor of process `pid`, which is readable when that has ended.
+/// A descriptor of process `pid`, which becomes readable when the process has ended.
 ///
 /// # Errors
-/// What `pidfd_open(2)` says.
+/// Returns the error of `pidfd_open(2)`.
 pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
     // SAFETY: plain system call with two integers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
     let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0).ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: a number that pidfd_open returned is new, open and nobody else's.
+    // SAFETY: a number that pidfd_open returned is new, open and not owned elsewhere.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Takes over a descriptor whose owner was in a process that is dead; `None` if it is not open.
+/// Takes ownership of a descriptor whose owner was in a process that is dead; `None` if it is not open.
 ///
 /// For a process that shared its descriptors with the dead one, and for descriptors that no value here owns.
 pub(crate) fn own(fd: RawFd) -> Option<OwnedFd> {
     descriptor_flags(fd)?;
-    // SAFETY: it is open, and by the text above nobody else's.
+    // SAFETY: it is open, and not owned elsewhere, as the comment above requires.
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Starts `command` as a child that dies with this process, in a process group of its own that is announced to the guard, and inherits
+/// Starts `command` as a child that dies with this process, in its own process group, which is announced to the guard. The child inherits
 /// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else. It first
 /// calls `prepare`, which must be async-signal-safe.
 ///
 /// # Errors
-/// What `fork(2)`, `execve(2)` or `prepare` returns; the error of the latter two comes back through the standard library's pipe.
+/// Returns the error of `fork(2)`, `execve(2)` or `prepare`; the latter two come back through the standard library's pipe.
 pub(crate) fn spawn(
     command: &mut Command,
     pass: &[RawFd],
@@ -188,13 +189,13 @@ pub(crate) fn spawn(
     let open = numbers_without_close_range();
     let descriptors = DESCRIPTOR_LIMIT.get().copied();
     let in_child = move || {
-        announce(nix::unistd::getpid()); // it leads its group by now
+        announce(nix::unistd::getpid()); // the child leads its group by now
         if let Some((soft, hard)) = descriptors {
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?; // before the preparation, which may set another one
         }
         prepare()?;
-        // After the preparation: the kernel forgets this when the user changes.
-        // A foreign program makes no promise about SIGTERM, and the promise here is that none outlives us.
+        // After the preparation, because the kernel forgets this when the user changes.
+        // SIGKILL, because a foreign program may ignore SIGTERM, and no program may outlive the master.
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
         if getppid() != master {
             return Err(io::Error::from_raw_os_error(libc::ESRCH)); // the master died before the line above
@@ -205,71 +206,71 @@ pub(crate) fn spawn(
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
-        // The mask outlives exec, and the standard library leaves it as it is: a program would never see TERM.
+        // The mask outlives exec, and the standard library leaves it unchanged: a program would never receive TERM.
         unblock_signals();
         Ok(())
     };
     // SAFETY: between fork and exec the closure only makes system calls (getpid, send, those of `prepare`, prctl, getppid,
-    // close_range, fcntl, sigprocmask): no allocation, no lock. What the child opens before exec is close-on-exec by itself.
+    // close_range, fcntl, sigprocmask): no allocation, no lock. Descriptors that the child opens before exec are close-on-exec already.
     unsafe { command.process_group(0).pre_exec(in_child) };
     let before = block_signals();
     let spawned = command.spawn();
     restore_signals(&before);
     if spawned.is_err() {
-        announce(Pid::from_raw(0)); // it may have announced itself, and the standard library has reaped it
+        announce(Pid::from_raw(0)); // the child may have announced itself, and the standard library has reaped it
     }
     spawned
 }
 
-/// The limit of descriptors that this process was given, if it has raised that for itself.
+/// The original descriptor limit of this process, if it has raised the limit for itself.
 static DESCRIPTOR_LIMIT: OnceLock<(u64, u64)> = OnceLock::new();
 
-/// Has all programs get this limit of descriptors, since this process is about to raise its own: programs that use select(2) break
+/// Makes all programs start with this descriptor limit, because this process is about to raise its own: programs that use select(2) break
 /// with more than 1024.
 pub(crate) fn note_descriptor_limit(soft: u64, hard: u64) {
-    let _ = DESCRIPTOR_LIMIT.set((soft, hard)); // the first one is what was given
+    let _ = DESCRIPTOR_LIMIT.set((soft, hard)); // the first call has the original limit
 }
 
-/// Where close_range(2) is to be had with this flag: Linux 5.11 and later, unless a seccomp filter refuses it.
+/// Whether close_range(2) supports this flag: Linux 5.11 and later, unless a seccomp filter refuses it.
 fn has_close_range() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| close_range(u32::MAX, u32::MAX, libc::CLOSE_RANGE_CLOEXEC).is_ok())
 }
 
 fn close_range(first: u32, last: u32, flags: u32) -> io::Result<()> {
-    // SAFETY: plain system call with three integers. Whoever has descriptors closed answers for that.
+    // SAFETY: plain system call with three integers. The caller is responsible for the descriptors that are closed.
     let outcome = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// What [`set_close_on_exec_from`] has to be given: nothing where close_range(2) is to be had, or else what is open here. To be
-/// asked before a fork, since it allocates.
+/// The argument for [`set_close_on_exec_from`]: nothing where close_range(2) is available, else the descriptors open here. To be
+/// called before a fork, because it allocates.
 fn numbers_without_close_range() -> Vec<RawFd> {
     if has_close_range() { Vec::new() } else { open_or_possible() }
 }
 
-/// The descriptors that are open here, or may be.
+/// The descriptors that are open here, or may be open.
 fn open_or_possible() -> Vec<RawFd> {
     open_descriptors().unwrap_or_else(|_| {
-        // No /proc here: then all that the limit allows, as far as anybody goes.
+        // There is no /proc here: all numbers up to the limit, within reason.
         let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard);
         (0..RawFd::try_from(limit.min(1 << 20)).unwrap_or(RawFd::MAX)).collect()
     })
 }
 
-/// Async-signal-safe. `open` are the numbers that are open, where the kernel cannot go through them by itself.
+/// Async-signal-safe. `open` lists the open descriptors, where the kernel cannot enumerate them itself.
 fn set_close_on_exec_from(first: u32, open: &[RawFd]) -> io::Result<()> {
     if open.is_empty() {
         return close_range(first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
     }
     for &fd in open.iter().filter(|&&fd| u32::try_from(fd).is_ok_and(|fd| fd >= first)) {
-        // SAFETY: F_SETFD takes any number, and changes a flag of what is open there.
+        // SAFETY: F_SETFD accepts any number, and changes a flag of the descriptor open there, if any.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
     Ok(())
 }
 
-/// Closes every descriptor that `keep` does not name. For a child that has just been forked.
+/// Closes every descriptor that is not in `keep`. For a child that has just been forked.
 pub(crate) fn close_all_except(keep: &[RawFd]) {
     let mut keep: Vec<u32> = keep.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
     keep.sort_unstable();
@@ -277,7 +278,7 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
     if !has_close_range() {
         let is_kept = |fd: &RawFd| u32::try_from(*fd).is_ok_and(|fd| keep.binary_search(&fd).is_ok());
         for fd in open_or_possible().into_iter().filter(|fd| !is_kept(fd)) {
-            // SAFETY: as below.
+            // SAFETY: only descriptors that the child does not use are closed, as below.
             unsafe { libc::close(fd) };
         }
         return;
@@ -291,8 +292,8 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
         };
         if let Some(last) = last.filter(|&last| first <= last) {
             // Closes descriptors by number. The values in this process that own them are the master's, which the child never
-            // touches again: it leaves by `_exit`.
-            let _ = close_range(first, last, 0); // it was asked for before
+            // touches again: it exits by `_exit`.
+            let _ = close_range(first, last, 0); // it was found to work before
         }
         if let Some(fd) = fd {
             first = fd + 1;
@@ -303,19 +304,19 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
 /// The numbers of all descriptors that are open in this process.
 ///
 /// # Errors
-/// What reading `/proc/self/fd` says.
+/// Returns the error of reading `/proc/self/fd`.
 pub(crate) fn open_descriptors() -> io::Result<Vec<RawFd>> {
     let listed: Vec<RawFd> =
         fs::read_dir("/proc/self/fd")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    // One of them was the directory itself, which is closed again by now.
+    // One of them was the directory itself, which is closed by now.
     Ok(listed.into_iter().filter(|&fd| descriptor_flags(fd).is_some()).collect())
 }
 
-/// Of those, the ones that this program opened itself: Rust opens everything close-on-exec, and what a program
-/// inherits is not.
+/// The open descriptors that this program opened itself: Rust opens everything close-on-exec, and inherited descriptors
+/// are not.
 ///
 /// # Errors
-/// As above.
+/// Fails as [`open_descriptors`] does.
 pub(crate) fn own_descriptors() -> io::Result<Vec<RawFd>> {
     let mut open = open_descriptors()?;
     open.retain(|&fd| fd > 2 && descriptor_flags(fd).is_some_and(|flags| flags.contains(FdFlag::FD_CLOEXEC)));
@@ -324,12 +325,12 @@ pub(crate) fn own_descriptors() -> io::Result<Vec<RawFd>> {
 
 /// The flags of a descriptor by its number; `None` if nothing is open there.
 fn descriptor_flags(fd: RawFd) -> Option<FdFlag> {
-    // SAFETY: F_GETFD takes any number, and answers -1 if nothing is open there.
+    // SAFETY: F_GETFD accepts any number, and returns -1 if nothing is open there.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     (flags >= 0).then(|| FdFlag::from_bits_retain(flags))
 }
 
-/// What descriptor `fd` stands for, to be compared; `None` if it is not open.
+/// The identity of the file behind descriptor `fd`, for comparison; `None` if it is not open.
 pub(crate) fn identity(fd: RawFd) -> Option<(u64, u64)> {
     let status = nix::sys::stat::fstat(descriptor(fd)?).ok()?;
     Some((status.st_dev, status.st_ino))
@@ -337,28 +338,28 @@ pub(crate) fn identity(fd: RawFd) -> Option<(u64, u64)> {
 
 /// A copy of descriptor `fd`, above standard error and closed on exec, if it is open in this process.
 pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
-    // SAFETY: F_DUPFD_CLOEXEC takes any number and answers EBADF if nothing is open there.
+    // SAFETY: F_DUPFD_CLOEXEC accepts any number and returns EBADF if nothing is open there.
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-    // SAFETY: a number that F_DUPFD_CLOEXEC returned is new, open and nobody else's.
+    // SAFETY: a number that F_DUPFD_CLOEXEC returned is new, open and not owned elsewhere.
     (copy >= 0).then(|| unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
-/// Has descriptor `fd` stand for what `file` stands for, from one instant to the next. `fd` is one that is kept open for this
-/// process's life. Above standard error it is closed on exec.
+/// Makes descriptor `fd` refer to the file of `file`, atomically. `fd` must be a descriptor that stays open for this
+/// process's lifetime. Above standard error it is closed on exec.
 ///
 /// # Errors
-/// What `dup3(2)` says.
+/// Returns the error of `dup3(2)`.
 pub(crate) fn replace(fd: RawFd, file: &OwnedFd) -> io::Result<()> {
     let flags = if fd > 2 { libc::O_CLOEXEC } else { 0 };
-    // SAFETY: `file` is open. Whoever uses `fd` by its number, or owns it, goes on to have an open descriptor.
+    // SAFETY: `file` is open. Users and owners of `fd` still have an open descriptor afterwards.
     let outcome = unsafe { libc::dup3(file.as_raw_fd(), fd, flags) };
     if outcome >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Takes possession of those of `numbers` that are open here and were handed down: nothing that this program opened itself is
-/// touched, since Rust opens everything close-on-exec. They are close-on-exec from now on.
+/// Takes ownership of the inherited descriptors among `numbers`. Descriptors that this program opened itself are not
+/// touched, because Rust opens everything close-on-exec. The descriptors are close-on-exec from now on.
 ///
-/// `numbers` are for the caller to know: from whoever became this program, or started it, and opened them for it. Each can be taken
+/// `numbers` come from the process that became this program, or started it, and opened the descriptors for it. Each can be taken
 /// once.
 pub(crate) fn take_over(numbers: &[RawFd]) -> BTreeMap<RawFd, OwnedFd> {
     let mut taken = BTreeMap::new();
@@ -366,8 +367,8 @@ pub(crate) fn take_over(numbers: &[RawFd]) -> BTreeMap<RawFd, OwnedFd> {
         if fd <= 2 || descriptor_flags(fd).is_none_or(|flags| flags.contains(FdFlag::FD_CLOEXEC)) {
             continue;
         }
-        // SAFETY: the number is open, and no value of this process owns it: it was open before `main`, and what takes
-        // such a number (here, the only place) makes it close-on-exec, so that it is not taken again.
+        // SAFETY: the number is open, and no value of this process owns it: it was open before `main`, and this function, the only
+        // place that takes such a number, makes it close-on-exec, so that it is not taken again.
         let descriptor = unsafe { OwnedFd::from_raw_fd(fd) };
         if fcntl(&descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).is_ok() {
             taken.insert(fd, descriptor);
@@ -376,10 +377,10 @@ pub(crate) fn take_over(numbers: &[RawFd]) -> BTreeMap<RawFd, OwnedFd> {
     taken
 }
 
-/// Makes this process another program, which inherits standard input, output and error and the descriptors of `keep`, and
-/// starts in `directory`. Returns only if that cannot be, and then nothing has changed.
+/// Replaces this process by another program, which inherits standard input, output and error and the descriptors of `keep`, and
+/// starts in `directory`. Returns only if that fails, and then nothing has changed.
 ///
-/// To be called with all signals blocked: none may come before the other program knows what it means.
+/// To be called with all signals blocked: a signal must not arrive before the other program has installed its handlers.
 pub(crate) fn exec(
     program: &Path,
     arguments: &[OsString],
@@ -425,44 +426,44 @@ fn try_exec(
     Ok(nix::unistd::execve(&program, &arguments, &environment)?)
 }
 
-/// Whether `pid` is a child of ours, dead or alive, that was not reaped.
+/// Whether `pid` is a child of this process, dead or alive, that was not reaped.
 pub(crate) fn is_child(pid: Pid) -> bool {
     let flags = (WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT).bits();
     let Ok(id) = libc::id_t::try_from(pid.as_raw()) else { return false };
     // SAFETY: all zeroes is a valid siginfo_t.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `info` is a valid place for a siginfo_t for the whole call; nothing is reaped.
+    // SAFETY: `info` is valid for writes during the whole call; nothing is reaped.
     unsafe { libc::waitid(libc::P_PID, id, &raw mut info, flags) == 0 }
 }
 
-/// Accepts a connection: non-blocking, closed on exec, and the address at its other end if that is one of the internet.
+/// Accepts a connection: non-blocking, closed on exec. Also returns the address of the peer if it is an internet address.
 ///
 /// # Errors
-/// What `accept4(2)` says; `WouldBlock` if nobody waits.
+/// Returns the error of `accept4(2)`; `WouldBlock` if no connection is waiting.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
     // SAFETY: all zeroes is a valid sockaddr_storage.
     let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
     let mut length = libc::socklen_t::try_from(size_of_val(&address)).unwrap_or(0);
     let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-    // SAFETY: `address` and `length` are valid places for the whole call, and `length` is the size of `address`.
+    // SAFETY: `address` and `length` are valid for writes during the whole call, and `length` is the size of `address`.
     let socket = unsafe { libc::accept4(listener.as_raw_fd(), (&raw mut address).cast(), &raw mut length, flags) };
     if socket < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a number that accept4 returned is new, open and nobody else's.
+    // SAFETY: a number that accept4 returned is new, open and not owned elsewhere.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: the kernel has written an address of `length` bytes there.
     let address = unsafe { SockaddrStorage::from_raw((&raw const address).cast(), Some(length)) };
     Ok((socket, address.as_ref().and_then(peer_address)))
 }
 
-/// The address of a client: over IPv4 one of IPv4, also if a socket for both families has accepted it.
+/// The address of a client. An IPv4 client has an IPv4 address even if a dual-stack socket has accepted it.
 pub(crate) fn peer_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     let address = internet_address(address)?;
     Some(SocketAddr::new(address.ip().to_canonical(), address.port()))
 }
 
-/// An address, if it is one of the internet.
+/// An address, if it is an internet address.
 pub(crate) fn internet_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
         (Some(&address), _) => Some(SocketAddr::V4(address.into())),
@@ -471,21 +472,21 @@ pub(crate) fn internet_address(address: &SockaddrStorage) -> Option<SocketAddr> 
     }
 }
 
-/// Connections in the queue of a listening TCP socket.
+/// The number of connections in the queue of a listening TCP socket.
 ///
 /// # Errors
-/// What `getsockopt(2)` says; `InvalidInput` if it does not listen.
+/// Returns the error of `getsockopt(2)`; `InvalidInput` if the socket does not listen.
 pub(crate) fn tcp_queue(listener: BorrowedFd<'_>) -> io::Result<u32> {
     const LISTEN: u8 = 10; // TCP_LISTEN, of the kernel's net/tcp_states.h
     let info = tcp_info(listener)?;
-    // Of a socket that listens the kernel puts the length of its queue here.
+    // For a listening socket, the kernel stores the length of its queue here.
     if info.tcpi_state == LISTEN { Ok(info.tcpi_unacked) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }
 
-/// How long ago the last bytes came on a TCP connection.
+/// The time since the last bytes were received on a TCP connection.
 ///
 /// # Errors
-/// What `getsockopt(2)` says.
+/// Returns the error of `getsockopt(2)`.
 pub(crate) fn since_last_received(connection: BorrowedFd<'_>) -> io::Result<Duration> {
     Ok(Duration::from_millis(tcp_info(connection)?.tcpi_last_data_recv.into()))
 }
@@ -495,18 +496,18 @@ fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut length = libc::socklen_t::try_from(size_of_val(&info)).unwrap_or(0);
     let place = (&raw mut info).cast();
-    // SAFETY: `info` and `length` are valid places for the whole call, and `length` is the size of `info`.
+    // SAFETY: `info` and `length` are valid for writes during the whole call, and `length` is the size of `info`.
     let outcome =
         unsafe { libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length) };
     if outcome == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Registers a descriptor with the event loop, to know when it is readable.
+/// Registers a descriptor with the event loop, to wait until it is readable.
 ///
 /// # Errors
-/// What `epoll_ctl(2)` says.
+/// Returns the error of `epoll_ctl(2)`.
 pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: the descriptor is open, and stays so: what owns it is owned by what is returned.
+    // SAFETY: the descriptor is open, and stays open: its owner is part of the returned value.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
@@ -516,17 +517,17 @@ pub(crate) fn exit_now(status: u8) -> ! {
     unsafe { libc::_exit(i32::from(status)) }
 }
 
-/// Asks the kernel to send SIGTERM to this process when the master dies.
+/// Makes the kernel send SIGTERM to this process when the master dies.
 ///
 /// # Errors
-/// `ESRCH` if the master is dead already.
+/// Returns `ESRCH` if the master is dead already.
 pub(crate) fn die_with_parent(master: Pid) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
     if getppid() == master { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
 }
 
-/// Blocks every signal in this thread and returns the mask that was in force. SIGBUS is not blocked: a file in shared
-/// memory may be truncated at any moment, and the kernel ends a process that blocks the signal of its own fault.
+/// Blocks every signal in this thread and returns the previous mask. SIGBUS is not blocked: a file in shared
+/// memory may be truncated at any moment, and the kernel kills a process that blocks the signal of its own fault.
 pub(crate) fn block_signals() -> SigSet {
     let (mut before, mut all) = (SigSet::empty(), SigSet::all());
     all.remove(Signal::SIGBUS);
@@ -535,7 +536,7 @@ pub(crate) fn block_signals() -> SigSet {
     before
 }
 
-/// Puts a mask back that [`block_signals`] returned.
+/// Restores a mask that [`block_signals`] returned.
 pub(crate) fn restore_signals(mask: &SigSet) {
     let done = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(mask), None);
     debug_assert!(done.is_ok(), "the arguments of pthread_sigmask are constant and valid");
@@ -544,26 +545,26 @@ pub(crate) fn restore_signals(mask: &SigSet) {
 /// Sends a signal to one thread of a process.
 ///
 /// # Errors
-/// `ESRCH` if that process has no such thread; and whatever else `tgkill(2)` says.
+/// Returns `ESRCH` if that process has no such thread, or another error of `tgkill(2)`.
 pub(crate) fn signal_thread(process: Pid, thread: i32, signal: i32) -> io::Result<()> {
-    // SAFETY: plain system call with three integers. The kernel checks that the thread is one of that process.
+    // SAFETY: plain system call with three integers. The kernel checks that the thread belongs to that process.
     let outcome = unsafe { libc::syscall(libc::SYS_tgkill, process.as_raw(), thread, signal) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Lets all signals through.
+/// Unblocks all signals.
 pub(crate) fn unblock_signals() {
     restore_signals(&SigSet::empty());
 }
 
-/// Makes each SIGTERM start the clock of `alarm(2)`: SIGALRM ends this process if it is still there after
-/// `limit`, even when its event loop hangs and no master is left to kill it.
+/// Makes each SIGTERM start the timer of `alarm(2)`: SIGALRM ends this process if it is still running after
+/// `limit`, even when its event loop hangs and there is no master to kill it.
 ///
 /// # Errors
-/// What `sigaction(2)` says.
+/// Returns the error of `sigaction(2)`.
 pub(crate) fn alarm_on_term(limit: Duration) -> io::Result<()> {
     let seconds = u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).saturating_add(2);
-    // SAFETY: `alarm` is async-signal-safe (signal-safety(7)) and touches nothing of ours.
+    // SAFETY: `alarm` is async-signal-safe (signal-safety(7)) and accesses no memory of this program.
     let action = move || unsafe {
         libc::alarm(seconds);
     };
@@ -573,11 +574,11 @@ pub(crate) fn alarm_on_term(limit: Duration) -> io::Result<()> {
 
 /// Sets a variable in this process's environment. For a child that has just been forked.
 pub(crate) fn set_environment(name: &str, value: impl AsRef<OsStr>) {
-    // SAFETY: a freshly forked child has one thread (see `fork`), so nobody reads the environment meanwhile.
+    // SAFETY: a freshly forked child has one thread (see `fork`), so no other thread reads the environment.
     unsafe { std::env::set_var(name, value) }
 }
 
-/// Takes all variables out of this process's environment. For a child that has just been forked.
+/// Removes all variables from this process's environment. For a child that has just been forked.
 pub(crate) fn clear_environment() {
     for (name, _) in std::env::vars_os() {
         // SAFETY: as in `set_environment`.
@@ -588,21 +589,21 @@ pub(crate) fn clear_environment() {
 /// Removes variables from this process's environment. For a child that has just been forked.
 pub(crate) fn forget_environment(names: &[&[&str]]) {
     for name in names.iter().copied().flatten() {
-        // SAFETY: as above.
+        // SAFETY: as in `set_environment`.
         unsafe { std::env::remove_var(name) }
     }
 }
 
-/// A child that has ended and was not reaped yet, if there is one. Strangers (processes that were handed to us
-/// because their parent died) count too. Until it is reaped, nobody else can get its pid.
+/// A child that has ended and was not reaped yet, if there is one. This includes processes that this process inherited
+/// because their parent died. Until the child is reaped, its pid is not reused.
 pub(crate) fn ended_child() -> Option<Pid> {
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    // libc's call and not nix's: that one reports a process ended by a real-time signal, which it has no name
-    // for, as an error, and the pid would be lost.
+    // libc's call and not nix's: nix reports a process ended by a real-time signal, for which it has no name,
+    // as an error, and the pid would be lost.
     loop {
         // SAFETY: all zeroes is a valid siginfo_t.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        // SAFETY: `info` is a valid place for a siginfo_t for the whole call.
+        // SAFETY: `info` is valid for writes during the whole call.
         let outcome = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags.bits()) };
         if outcome == 0 {
             // SAFETY: waitid has filled in the fields of a child's siginfo_t, or left all of it zero.
@@ -615,12 +616,12 @@ pub(crate) fn ended_child() -> Option<Pid> {
     }
 }
 
-/// Takes note of the end of a child that has ended, and frees its pid. If its process group has ended too, the guard is told.
+/// Reaps a child that has ended, which frees its pid. If its process group has ended too, announces that to the guard.
 pub(crate) fn reap(pid: Pid) -> Option<Ending> {
     let groups = announce::groups_of(pid);
     loop {
         let mut status = 0;
-        // SAFETY: `status` is a valid place for an int for the whole call.
+        // SAFETY: `status` is valid for writes during the whole call.
         let reaped = unsafe { libc::waitpid(pid.as_raw(), &raw mut status, libc::WNOHANG) };
         if reaped > 0 {
             announce::announce_ends(groups);
@@ -639,10 +640,10 @@ pub(crate) fn reap(pid: Pid) -> Option<Ending> {
 /// Makes sure that this process has one thread.
 ///
 /// # Errors
-/// If it has more, or if `/proc` is not mounted.
+/// Fails if it has more, or if `/proc` is not mounted.
 pub(crate) fn expect_one_thread() -> io::Result<()> {
     let mut threads = 0;
-    // A thread that was joined may be seen for a moment yet.
+    // A thread that was joined may still be visible for a moment.
     for _ in 0..100 {
         threads = fs::read_dir("/proc/self/task")?.count();
         if threads == 1 {
@@ -655,15 +656,15 @@ pub(crate) fn expect_one_thread() -> io::Result<()> {
     )))
 }
 
-/// Raises the number of descriptors that this process may have open to the hard limit, if that can be.
+/// Raises the number of descriptors that this process may have open to the hard limit, if possible.
 pub(crate) fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, setrlimit};
     if let Some(hard) = hard_descriptor_limit() {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard); // else it stays as it is
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard); // on failure the limit is unchanged
     }
 }
 
-/// How far this process may raise its limit of descriptors.
+/// The hard limit of descriptors of this process.
 pub(crate) fn hard_descriptor_limit() -> Option<u64> {
     use nix::sys::resource::{Resource, getrlimit};
     getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(_, hard)| hard)

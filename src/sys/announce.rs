@@ -1,6 +1,6 @@
-//! How each program is made known to the guard (`master/guard.rs`): by itself, between fork and exec, so that there is no moment at
-//! which it runs and the guard could not know of it. And how the guard is told that a process group has ended, whose number may then be
-//! given to another one: by the master, when it reaps the last process.
+//! Announces each program to the guard (`master/guard.rs`): the program's process does this itself, between fork and exec, so that there
+//! is no moment at which it runs without the guard knowing. The end of a process group, whose number may then be reused, is announced by
+//! the master when it reaps the group's last process.
 //!
 //! A message is the number of a group that begins, or its negative when the group has ended.
 
@@ -15,12 +15,13 @@ use nix::unistd::{Pid, getpgid};
 /// The master's end of the link to the guard.
 static LINK: AtomicI32 = AtomicI32::new(-1);
 
-/// Has all programs be announced there, or nowhere. The descriptor stays open until another one takes its place.
+/// Sets the link on which all programs are announced, or none. The descriptor must stay open until it is replaced by another one.
 pub(crate) fn announce_by(link: Option<RawFd>) {
     LINK.store(link.unwrap_or(-1), Ordering::Relaxed);
 }
 
-/// Announces a process group. Async-signal-safe, and never waits. Without a guard nobody is told; the next one looks for itself.
+/// Announces a process group. Async-signal-safe, and never waits. Without a guard nothing is announced; the next guard finds existing
+/// groups by itself.
 pub(crate) fn announce(group: Pid) {
     let link = LINK.load(Ordering::Relaxed);
     if link >= 0 {
@@ -28,13 +29,13 @@ pub(crate) fn announce(group: Pid) {
     }
 }
 
-/// The process groups that may end with a child that has ended and is not reaped yet: its own, and the one that it began with.
+/// The process groups that may end together with a child that has ended and is not reaped yet: its own, and its initial group.
 pub(super) fn groups_of(pid: Pid) -> [Pid; 2] {
     [pid, getpgid(Some(pid)).unwrap_or(pid)]
 }
 
-/// Announces the end of those of these groups that have no process any more. To be called right after a child is reaped, before this
-/// process makes another one: that may get the number, and announces itself on the same link.
+/// Announces which of these groups have no process any more. To be called right after a child is reaped, before this
+/// process creates another one, which may get the same number, and announces itself on the same link.
 pub(super) fn announce_ends(groups: [Pid; 2]) {
     for group in groups {
         if killpg(group, None) == Err(Errno::ESRCH) {

@@ -1,23 +1,23 @@
-//! A descriptor of which each event wakes one of the processes that wait for it, and not all: EPOLLEXCLUSIVE (epoll_ctl(2)),
-//! which tokio has no way to ask for.
+//! A descriptor of which each event wakes one of the waiting processes rather than all: EPOLLEXCLUSIVE (epoll_ctl(2)),
+//! which tokio does not offer.
 //!
-//! tokio registers a descriptor with its epoll instance under a token, and takes an event's token for the address of its
-//! own record of the descriptor. The kernel tells in `/proc/self/fdinfo` which token that is. Here the descriptor is taken
-//! out of the instance and put in again, with the same token and with that flag.
+//! tokio registers a descriptor with its epoll instance under a token, and uses an event's token as the address of its
+//! record of the descriptor. `/proc/self/fdinfo` contains the token. Here the descriptor is removed
+//! from the instance and added again, with the same token and with that flag.
 //!
-//! Why such a token cannot dangle, whatever tokio makes of it:
-//! - An event loop has to be ready for a descriptor's token from the moment it registers the descriptor until it takes it
-//!   out, and it does the latter when its `AsyncFd` is dropped. [`Exclusive`] owns the `AsyncFd`, does not hand it out, and
-//!   is the only one that puts the token into the instance: never before the registration, never after its end.
-//! - It is the token of that registration and of no other: the descriptor's number was in no epoll instance before it was
-//!   registered, or what was there is left out; and there is exactly one token afterwards. If there is not (an event loop
-//!   without epoll, say, or one that registers a copy), there is no exclusive registration, and every process is woken.
-//! - It is put into the instance in which it was found, through a descriptor of our own for that instance, not by a number
-//!   that may be another file's by now.
+//! Why such a token cannot dangle, whatever it means to tokio:
+//! - An event loop has to be ready for a descriptor's token from the moment it registers the descriptor until it removes it,
+//!   which it does when its `AsyncFd` is dropped. [`Exclusive`] owns the `AsyncFd`, does not hand it out, and
+//!   is the only code that adds the token to the instance: never before the registration, never after its end.
+//! - The token belongs to that registration and no other: the descriptor's number was in no epoll instance before it was
+//!   registered, or such entries are ignored; and there is exactly one token afterwards. If there is not (an event loop
+//!   without epoll, for example, or one that registers a copy), there is no exclusive registration, and every process is woken.
+//! - The token is added to the instance in which it was found, through a descriptor of our own for that instance, not by a number
+//!   that may refer to another file by now.
 //! - A loop that changed the token of a living registration would do it by EPOLL_CTL_MOD, which the kernel refuses for an
-//!   exclusive one (EINVAL) and for a paused one (ENOENT): it would be told.
+//!   exclusive registration (EINVAL) and for a paused one (ENOENT): the loop would get an error.
 //!
-//! At the end the descriptor is in the instance again, so that tokio takes it out as it does with all others.
+//! At the end the descriptor is in the instance again, so that tokio removes it as usual.
 #![expect(unsafe_code, reason = "epoll_ctl with a token")]
 
 use std::cell::Cell;
@@ -27,11 +27,11 @@ use std::{fs, io};
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-/// A descriptor to be read from, watched by the event loop of this thread.
+/// A descriptor to read from, watched by the event loop of this thread.
 #[derive(Debug)]
 pub(crate) struct Exclusive {
     fd: AsyncFd<OwnedFd>,
-    /// `None` if it was not found: then each event wakes all.
+    /// `None` if the registration was not found: then each event wakes all processes.
     registration: Option<Registration>,
     is_paused: Cell<bool>,
 }
@@ -47,7 +47,7 @@ impl Exclusive {
     /// Registers a descriptor with the event loop.
     ///
     /// # Errors
-    /// What `epoll_ctl(2)` says.
+    /// Returns the error of `epoll_ctl(2)`.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         let strangers = registrations_of(fd.as_raw_fd());
         let fd = super::register(fd, Interest::READABLE)?;
@@ -58,17 +58,17 @@ impl Exclusive {
         Ok(exclusive)
     }
 
-    /// Whether an event wakes one process alone.
+    /// Whether an event wakes only one process.
     pub(crate) fn is_exclusive(&self) -> bool {
         self.registration.is_some()
     }
 
-    /// Whether there are no events until [`Exclusive::resume`].
+    /// Whether no events arrive until [`Exclusive::resume`].
     pub(crate) fn is_paused(&self) -> bool {
         self.is_paused.get()
     }
 
-    /// Has no events come, so that other processes get them.
+    /// Stops events from arriving, so that other processes get them.
     pub(crate) fn pause(&self) {
         let Some(Registration { epoll, .. }) = self.registration.as_ref().filter(|_| !self.is_paused.replace(true))
         else {
@@ -78,10 +78,10 @@ impl Exclusive {
         unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, self.fd.as_raw_fd(), std::ptr::null_mut()) };
     }
 
-    /// Has events come again, to one of the processes that wait for them.
+    /// Lets events arrive again, each at one of the processes that wait for them.
     ///
     /// # Errors
-    /// What `epoll_ctl(2)` says.
+    /// Returns the error of `epoll_ctl(2)`.
     pub(crate) fn resume(&self) -> io::Result<()> {
         let Some(Registration { epoll, token }) = self.registration.as_ref().filter(|_| self.is_paused.get()) else {
             return Ok(());
@@ -90,8 +90,8 @@ impl Exclusive {
         let mut event = libc::epoll_event { events, u64: *token };
         let (epoll, fd) = (epoll.as_raw_fd(), self.fd.as_raw_fd());
         // SAFETY: `event` is valid for the whole call. Its token is the one under which `self.fd` is registered with this
-        // instance, and it is there no longer than that: `self.fd` lives as long as `self`, and takes the descriptor out of the
-        // instance when it is dropped, whoever has put it in.
+        // instance, and it stays there no longer than that: `self.fd` lives as long as `self`, and removes the descriptor from the
+        // instance when it is dropped, however it was added.
         let outcome = unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &raw mut event) };
         if outcome != 0 {
             return Err(io::Error::last_os_error());
@@ -103,7 +103,7 @@ impl Exclusive {
     /// Returns when it may be readable.
     ///
     /// # Errors
-    /// If the event loop ends.
+    /// Fails if the event loop ends.
     pub(crate) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
         self.fd.readable().await
     }
@@ -117,13 +117,13 @@ impl AsFd for Exclusive {
 
 impl Drop for Exclusive {
     fn drop(&mut self) {
-        // If it fails, tokio finds nothing to take out, and keeps its record of the descriptor until the loop ends.
+        // If it fails, tokio finds nothing to remove, and keeps its record of the descriptor until the loop ends.
         let _ = self.resume();
     }
 }
 
 impl Registration {
-    /// How `fd` has just been registered, where `strangers` were there before.
+    /// Finds the new registration of `fd`; `strangers` are the registrations that existed before.
     fn find(fd: RawFd, strangers: &[(RawFd, u64)]) -> Option<Self> {
         let mut new = registrations_of(fd).into_iter().filter(|found| !strangers.contains(found));
         let (epoll, token) = new.next()?;
@@ -194,7 +194,7 @@ mod tests {
             if is_paused {
                 exclusive.pause();
             }
-            // Of what is still to be read, an event is on its way.
+            // The unread bytes still cause an event.
             (&theirs).write_all(b"!").unwrap();
             let copy = exclusive.as_fd().try_clone_to_owned().unwrap();
             drop(exclusive);
@@ -212,7 +212,7 @@ mod tests {
         let (before, _theirs) = pair();
         let number = before.as_raw_fd();
         let mut event = libc::epoll_event { events: libc::EPOLLIN.cast_unsigned(), u64: STRANGE };
-        // SAFETY: `event` is valid for the whole call, and nobody waits for events of that instance.
+        // SAFETY: `event` is valid for the whole call, and no thread waits for events of that instance.
         let added = unsafe { libc::epoll_ctl(stranger.as_raw_fd(), libc::EPOLL_CTL_ADD, number, &raw mut event) };
         assert_eq!(added, 0);
         let copy = before.try_clone().unwrap(); // keeps it registered, under a number that is free

@@ -1,9 +1,9 @@
-//! The paths of files that settings name: what is there, and whether a file can be made there.
+//! Checks the paths of files that settings name: what exists there, and whether a file can be created there.
 //!
-//! A start asks before it makes a file, and `check` asks the same, so that both give the same reason. Sentences end with what to do,
-//! and name the flag.
+//! A start checks before it creates a file, and `check` runs the same checks, so that both report the same reason. Each sentence ends with
+//! the remedy, and names the flag.
 //!
-//! Must not: make or change anything.
+//! Must not create or change anything.
 
 use std::fs::Metadata;
 use std::io;
@@ -15,26 +15,26 @@ use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
 
-/// The longest name, and the longest path, that Linux takes: limits.h.
+/// The maximum length of a name and of a path on Linux: limits.h.
 const NAME_MAX: usize = 255;
 const PATH_MAX: usize = 4095;
 
-/// Whether a symbolic link at the path stands for the file that it leads to, as for open(2), or for itself, as for bind(2) and rename(2).
+/// Whether a symbolic link at the path means the file that it leads to, as for open(2), or the link itself, as for bind(2) and rename(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Links {
     Follow,
     Keep,
 }
 
-/// The directory in which `path` is.
+/// The directory that contains `path`.
 pub(crate) fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// What is at `path`; `None` if a file can be made there. `flag` is the one that chose the path.
+/// The metadata of what exists at `path`; `None` if a file can be created there. `flag` is the flag that chose the path.
 ///
 /// # Errors
-/// A sentence for the operator: no file can have this path, or none can be made there.
+/// A sentence for the operator: no file can have this path, or none can be created there.
 pub(crate) fn examine(path: &Path, links: Links, flag: &str) -> Result<Option<Metadata>, String> {
     let bytes = path.as_os_str().as_bytes();
     if matches!(bytes.rsplit(|&byte| byte == b'/').next(), None | Some(b"" | b"." | b"..")) {
@@ -66,7 +66,7 @@ fn too_long(path: &[u8]) -> String {
     }
 }
 
-/// Whether a file can be made at `path`: whether its directory takes one.
+/// Whether a file can be created at `path`: checks its directory.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -94,7 +94,7 @@ pub(crate) fn examine_directory(path: &Path, flag: &str) -> Result<(), String> {
     }
 }
 
-/// What is there, if it is neither a file nor a symbolic link.
+/// The kind of the file, if it is neither a regular file nor a symbolic link.
 pub(crate) fn special(found: &Metadata) -> Option<&'static str> {
     let kind = found.file_type();
     match () {
@@ -106,7 +106,7 @@ pub(crate) fn special(found: &Metadata) -> Option<&'static str> {
     }
 }
 
-/// Where a path leads, whether or not there is a file yet.
+/// Where a path leads, whether or not a file exists there yet.
 pub(crate) fn leads_to(path: &Path) -> PathBuf {
     const MAX_LINKS: usize = 40;
     let mut path = std::path::absolute(path).unwrap_or_else(|_: io::Error| path.to_owned());

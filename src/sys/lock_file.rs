@@ -1,9 +1,9 @@
-//! A lock for the moment in which a file is looked at and replaced: two masters that start at once with one socket path, or
-//! one pid file, would otherwise each take the other's for what a dead one left.
+//! A lock that is held while a file is examined and replaced: two masters that start at the same time with the same socket path, or
+//! pid file, would otherwise each take the other's file for the remains of a dead master.
 //!
-//! It is flock(2) on a file of our own beside the path, `.NAME.lock`, which only its owner can open. A lock on the directory
-//! itself would be anybody's to hold: flock(2) asks for nothing but a descriptor that can read. The file is removed by
-//! whoever holds the lock, so that who gets a lock looks whether the name still leads to the file that it locked.
+//! The lock is flock(2) on a separate file next to the path, `.NAME.lock`, which only its owner can open. A lock on the directory
+//! itself could be held by any user, because flock(2) requires nothing but a readable descriptor. The holder of the lock removes
+//! the file, so a process that gets a lock checks that the name still leads to the file that it locked.
 //!
 //! ```text
 //! open or create ─▶ is it ours alone? ─▶ flock ─▶ does the name still lead here? ─▶ use ─▶ unlink ─▶ close
@@ -11,8 +11,8 @@
 //!        └──────────────────────────────────────────────────┘
 //! ```
 //!
-//! No one can keep a master from starting by this lock: where it cannot be had, the log says why and the start goes on. The
-//! race that it prevents is rare. May not be held for longer than that moment.
+//! The lock cannot prevent a start: if it is not available, the reason is logged and the start continues. The
+//! race that it prevents is rare. The lock must not be held for longer than the replacement takes.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -24,20 +24,20 @@ use nix::fcntl::OFlag;
 
 use super::file_path::directory_of;
 
-/// How long others may hold it.
+/// How long to wait for another holder.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long to sleep between two looks.
+/// How long to sleep between two attempts.
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Ends, and removes its file, when it is dropped.
+/// Released on drop, which also removes the file.
 #[derive(Debug)]
 pub(crate) struct LockFile {
     held: Option<(PathBuf, File)>,
 }
 
 impl LockFile {
-    /// Waits until no other master is about to replace `path`. Goes on without a lock where there can be none, or where
-    /// somebody holds it for long.
+    /// Waits until no other master is replacing `path`. Continues without a lock if no lock is possible, or
+    /// another process holds it for too long.
     pub(crate) fn beside(path: &Path) -> Self {
         Self::with_timeout(path, LOCK_TIMEOUT)
     }
@@ -51,7 +51,7 @@ impl LockFile {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    // Whatever needs the directory says what is wrong with that.
+                    // If the directory is unusable, the code that needs it reports that.
                     if let Ok(found) = lock.symlink_metadata() {
                         log::warn!(
                             "starting without a lock: {} belongs to somebody else: {error} (remove it) uid={} path={}",
@@ -80,7 +80,7 @@ impl LockFile {
                 Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(TryLockError::Error(error)) => {
                     log::debug!("cannot lock {}: {error}", lock.display()); // a file system without locks
-                    let _ = std::fs::remove_file(&lock); // an empty file, of use to nobody
+                    let _ = std::fs::remove_file(&lock); // an empty file, which is useless
                     return Self { held: None };
                 }
             }
@@ -93,19 +93,19 @@ impl Drop for LockFile {
         if let Some((lock, file)) = self.held.take()
             && leads_to(&lock, &file)
         {
-            // Nobody else removes it while we hold the lock, so it is still this one.
-            let _ = std::fs::remove_file(&lock); // left there, it is used by the next start
+            // No other process removes it while this one holds the lock, so it is still the locked file.
+            let _ = std::fs::remove_file(&lock); // if it stays, the next start uses it
         }
     }
 }
 
-/// Opens the file, which is ours alone or made now: somebody else's could be locked by somebody else.
+/// Opens the file, which must belong to this user alone: a file of another user could be locked by that user.
 fn open(lock: &Path) -> io::Result<File> {
     let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let file = OpenOptions::new().read(true).write(true).create(true).mode(0o600).custom_flags(flags).open(lock)?;
     let found = file.metadata()?;
     let ours = found.uid() == nix::unistd::geteuid().as_raw() && found.nlink() <= 1 && found.mode() & 0o077 == 0;
-    // Without a name it has just been removed: the caller looks at that.
+    // A file without a name has just been removed, which the caller checks.
     if found.is_file() && ours { Ok(file) } else { Err(io::Error::other("others can open it")) }
 }
 
@@ -155,7 +155,7 @@ mod tests {
         of_a_stranger.lock().unwrap();
         assert!(LockFile::beside(&path).held.is_some());
 
-        // Others could hold it, so it is no lock.
+        // Others could hold a lock on this file, so it is not used.
         let lock = directory.path().join(".a.sock.lock");
         std::fs::write(&lock, "").unwrap();
         std::fs::set_permissions(&lock, std::fs::Permissions::from_mode(0o644)).unwrap();
@@ -164,7 +164,7 @@ mod tests {
         assert!(LockFile::beside(&path).held.is_none());
         std::fs::remove_file(&lock).unwrap();
 
-        // Where it leads is not looked at, nor touched.
+        // The target of the link is neither examined nor touched.
         std::fs::write(directory.path().join("b"), "b").unwrap();
         std::os::unix::fs::symlink("b", &lock).unwrap();
         assert!(LockFile::beside(&path).held.is_none());

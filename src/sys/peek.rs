@@ -1,4 +1,4 @@
-//! What the kernel shows of other processes, by system calls that have no safe form: part of the fence around `unsafe`.
+//! Reads state of other processes by system calls that have no safe form: part of the fence around `unsafe`.
 
 #![expect(
     unsafe_code,
@@ -13,32 +13,32 @@ use nix::unistd::Pid;
 
 use super::Ending;
 
-/// A copy of descriptor `fd` of another process, which `process` stands for (see [`process_descriptor`]).
+/// A copy of descriptor `fd` of another process, identified by `process` (see [`process_descriptor`]).
 ///
 /// [`process_descriptor`]: super::process_descriptor
 ///
 /// # Errors
-/// What `pidfd_getfd(2)` says: the kernel asks for the rights of a debugger.
+/// Returns the error of `pidfd_getfd(2)`: the kernel requires the rights of a debugger.
 pub(crate) fn descriptor_of(process: &OwnedFd, fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: plain system call with three integers.
     let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) };
     let copy = i32::try_from(copy).ok().filter(|&copy| copy >= 0).ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: a number that pidfd_getfd returned is new, open and nobody else's.
+    // SAFETY: a number that pidfd_getfd returned is new, open and not owned elsewhere.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
-/// How a child ended that is not reaped yet, and stays so: its pid, and the number of its process group, cannot be given to
-/// others meanwhile.
+/// How a child ended that is not reaped yet. The child stays unreaped, so that its pid, and the number of its process group, cannot be
+/// reused meanwhile.
 pub(crate) fn ending_of(pid: Pid) -> Option<Ending> {
     let flags = (WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT).bits();
     let id = libc::id_t::try_from(pid.as_raw()).ok()?;
     // SAFETY: all zeroes is a valid siginfo_t.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `info` is a valid place for a siginfo_t for the whole call.
+    // SAFETY: `info` is valid for writes during the whole call.
     let outcome = unsafe { libc::waitid(libc::P_PID, id, &raw mut info, flags) };
     // SAFETY: waitid has filled in the fields of a child's siginfo_t, or left all of it zero.
     let found = unsafe { info.si_pid() };
-    // SAFETY: as above.
+    // SAFETY: waitid has filled in the fields of a child's siginfo_t, or left all of it zero.
     let status = unsafe { info.si_status() };
     match info.si_code {
         _ if outcome != 0 || found == 0 => None,

@@ -1,4 +1,4 @@
-//! Fields of `/proc/PID/status` (proc_pid_status(5)).
+//! Reads fields of `/proc/PID/status` (proc_pid_status(5)).
 
 use nix::unistd::Pid;
 

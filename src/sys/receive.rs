@@ -1,8 +1,8 @@
-//! Receiving descriptors that another process sends along with a message (SCM_RIGHTS, unix(7)).
+//! Receives descriptors that another process sends along with a message (SCM_RIGHTS, unix(7)).
 //!
-//! All that comes is owned from the first moment, and what does not fit, or is not expected, is closed. A message that
-//! came without all that was sent along is an error: the kernel drops what there is no room for, and what this process has
-//! no free numbers for.
+//! Every received descriptor is owned from the first moment; descriptors that do not fit, or are not expected, are closed. A message that
+//! arrives without all of its descriptors is an error: the kernel drops descriptors for which there is no room, or for which this process
+//! has no free numbers.
 #![expect(unsafe_code, reason = "descriptors by number")]
 
 use std::io;
@@ -10,19 +10,19 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// Reads once from a Unix socket, together with a descriptor if one comes along: closed on exec, and this process's own.
+/// Reads once from a Unix socket, together with a descriptor if one is attached: closed on exec, and owned by this process.
 ///
 /// # Errors
-/// What `recvmsg(2)` says; or [`cut_short`] if there is no room for what was sent along.
+/// Returns the error of `recvmsg(2)`; or [`cut_short`] if there is no room for the attached descriptors.
 pub(crate) fn receive_with_descriptor(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     let (bytes, descriptors) = receive_with_descriptors::<1>(socket, into, MsgFlags::empty())?;
     Ok((bytes, descriptors.into_iter().next()))
 }
 
-/// The same with at most `MOST` descriptors, in the order in which they were sent.
+/// Like [`receive_with_descriptor`], with at most `MOST` descriptors, in the order in which they were sent.
 ///
 /// # Errors
-/// As above.
+/// Fails as [`receive_with_descriptor`] does.
 pub(crate) fn receive_with_descriptors<const MOST: usize>(
     socket: BorrowedFd<'_>,
     into: &mut [u8],
@@ -35,27 +35,27 @@ pub(crate) fn receive_with_descriptors<const MOST: usize>(
     let (bytes, is_cut) = (message.bytes, message.flags.contains(MsgFlags::MSG_CTRUNC));
     let mut descriptors = Vec::new();
     if is_cut {
-        // The kernel has made descriptors of what there was room for. nix refuses to read such a message's control data.
+        // The kernel has created the descriptors that fit. nix refuses to read the control data of such a message.
         descriptors.extend(descriptors_in(&room));
     } else {
         for control in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(numbers) = control {
-                // SAFETY: the kernel has just made these descriptors for us, so each is open, and nobody else's.
+                // SAFETY: the kernel has just created these descriptors for this process, so each is open, and not owned elsewhere.
                 descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
             }
         }
     }
-    // What came too many is closed here.
+    // Excess descriptors are closed here.
     if is_cut || descriptors.len() > MOST { Err(cut_short()) } else { Ok((bytes, descriptors)) }
 }
 
-/// A message came without all of the descriptors that belong to it: what had come was closed again.
+/// A message arrived without all of its descriptors; the received ones have been closed.
 fn cut_short() -> io::Error {
     let why = "a message came without all of its descriptors (are too many open? the limit is that of `ulimit -n`)";
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
-/// The descriptors in control data that were cut short, which start with a whole header (cmsg(3)) or are all zeroes.
+/// The descriptors in truncated control data, which starts with a complete header (cmsg(3)) or is all zeroes.
 fn descriptors_in(control: &[u8]) -> Vec<OwnedFd> {
     let header = size_of::<libc::cmsghdr>();
     let number = |at: usize| Some(i32::from_ne_bytes(control.get(at..at + size_of::<RawFd>())?.try_into().ok()?));
@@ -65,7 +65,7 @@ fn descriptors_in(control: &[u8]) -> Vec<OwnedFd> {
         return Vec::new();
     }
     let numbers = (header..length).step_by(size_of::<RawFd>()).map_while(number);
-    // The kernel has just made these, and what is below the length that it wrote are whole numbers of them.
+    // The kernel has just created these descriptors, and the bytes below the length that it wrote are complete numbers.
     numbers.filter_map(super::own).collect()
 }
 
@@ -79,7 +79,7 @@ mod tests {
 
     use super::*;
 
-    /// Sends the reading ends of so many pipes along with a byte, and keeps the writing ends.
+    /// Sends the reading ends of `count` pipes along with a byte, and returns the writing ends.
     fn send(through: &UnixDatagram, count: usize) -> Vec<std::io::PipeWriter> {
         let (readers, writers): (Vec<PipeReader>, Vec<_>) = (0..count).map(|_| pipe().unwrap()).unzip();
         let numbers: Vec<RawFd> = readers.iter().map(|reader| reader.as_raw_fd()).collect();
@@ -88,7 +88,7 @@ mod tests {
         writers
     }
 
-    /// Whether nobody can read any more what is written here.
+    /// Whether the reading end of the pipe is closed everywhere.
     fn is_closed(writer: &std::io::PipeWriter) -> bool {
         io::Write::write(&mut &*writer, b"!").is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
     }

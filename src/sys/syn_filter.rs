@@ -1,16 +1,16 @@
-//! A filter on a listening TCP socket that lets nobody enter its queue.
+//! A filter on a listening TCP socket that keeps new connections out of its queue.
 #![expect(unsafe_code, reason = "setsockopt with a program")]
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-/// Has a listening TCP socket take no further connection: segments that ask for one (SYN) are dropped. Connections that have
-/// come so far, and handshakes that are under way, are not touched.
+/// Makes a listening TCP socket accept no further connections: segments that request one (SYN) are dropped. Existing connections
+/// and handshakes in progress are not affected.
 ///
 /// # Errors
-/// What `setsockopt(2)` says.
+/// Returns the error of `setsockopt(2)`.
 pub(crate) fn drop_syn_segments(listener: BorrowedFd<'_>) -> io::Result<()> {
-    const FLAGS: u32 = 13; // where the flags are in a TCP header, which is where the filter's data begins
+    const FLAGS: u32 = 13; // offset of the flags in a TCP header, with which the filter's data begins
     const SYN_ACK: u32 = 0x12;
     const SYN: u32 = 0x02;
     let step = |code: u32, jt, jf, k| libc::sock_filter { code: u16::try_from(code).unwrap_or(0), jt, jf, k };
@@ -24,7 +24,7 @@ pub(crate) fn drop_syn_segments(listener: BorrowedFd<'_>) -> io::Result<()> {
     let program = libc::sock_fprog { len: 5, filter: steps.as_mut_ptr() };
     let length = libc::socklen_t::try_from(size_of_val(&program)).unwrap_or(0);
     let place = (&raw const program).cast();
-    // SAFETY: `program` and the steps that it points to are valid for the whole call; the kernel copies and checks them.
+    // SAFETY: `program` and the instructions that it points to are valid for the whole call; the kernel copies and checks them.
     let outcome =
         unsafe { libc::setsockopt(listener.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, place, length) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
