@@ -1,6 +1,6 @@
-//! The fenced system calls by which a process gives up what it may do, and the signal that tells of a refused call.
+//! The fenced system calls by which a process drops privileges, and the signal handler that reports a refused call.
 //!
-//! All of it may run between fork and exec: no memory is asked for, no lock is taken. Nothing is decided here.
+//! All of it may run between fork and exec: it allocates no memory and takes no lock. Nothing is decided here.
 #![expect(unsafe_code, reason = "capset, setpriority, prctl and a signal's context have no safe form")]
 
 use std::fmt::Write as _;
@@ -19,7 +19,7 @@ use crate::config::privileges::CapabilitySet;
 /// Carries out one step.
 ///
 /// # Errors
-/// What the system call says.
+/// Returns the error of the system call.
 pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
     match step {
         Step::Limit { resource, soft, hard } => setrlimit(*resource, *soft, *hard)?,
@@ -30,7 +30,7 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
         }
         Step::Chroot(directory) => {
             chroot(directory.as_c_str())?;
-            chdir(c"/")?; // or else `..` of the old directory leads out
+            chdir(c"/")?; // otherwise `..` of the old directory leads out
         }
         Step::Bound(kept) => bound_capabilities(*kept)?,
         Step::CarryCapabilities => nix::sys::prctl::set_keepcaps(true)?,
@@ -44,12 +44,12 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
     Ok(())
 }
 
-/// How nice this process is.
+/// The nice value of this process.
 ///
 /// # Errors
-/// What `getpriority(2)` says.
+/// Returns the error of `getpriority(2)`.
 pub(super) fn nice() -> io::Result<i32> {
-    nix::errno::Errno::clear(); // -1 is an answer too
+    nix::errno::Errno::clear(); // -1 is a valid result too
     // SAFETY: plain system call with integers.
     let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
     if nice == -1 && nix::errno::Errno::last_raw() != 0 { Err(io::Error::last_os_error()) } else { Ok(nice) }
@@ -60,21 +60,21 @@ fn set_nice(nice: i32) -> io::Result<()> {
     outcome(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }.into())
 }
 
-/// Takes all but these out of the bounding set: what no program that is executed later can get.
+/// Removes all but these capabilities from the bounding set, so that no program executed later can get them.
 fn bound_capabilities(CapabilitySet(kept): CapabilitySet) -> io::Result<()> {
     for number in (0..64).filter(|number| kept & (1 << number) == 0) {
         // SAFETY: plain system call with integers.
         match outcome(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) }.into()) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => break, // the kernel knows none beyond
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => break, // the kernel has no higher numbers
             done => done?,
         }
     }
     Ok(())
 }
 
-/// Leaves these and no others: permitted, effective and, if `ambient`, also for the program that is executed next.
+/// Keeps these capabilities and no others: permitted, effective and, if `ambient`, also for the next program that is executed.
 fn set_capabilities(CapabilitySet(kept): CapabilitySet, ambient: bool) -> io::Result<()> {
-    /// As `linux/capability.h` has it.
+    /// As defined in `linux/capability.h`.
     const VERSION_3: u32 = 0x2008_0522;
     #[repr(C)]
     struct Header {
@@ -92,7 +92,7 @@ fn set_capabilities(CapabilitySet(kept): CapabilitySet, ambient: bool) -> io::Re
         Sets { effective: bits, permitted: bits, inheritable: if ambient { bits } else { 0 } }
     };
     let (mut header, sets) = (Header { version: VERSION_3, pid: 0 }, [half(kept), half(kept >> 32)]);
-    // SAFETY: both places are valid for the whole call, and of the layout that version 3 of the call has: two halves.
+    // SAFETY: both pointers are valid for the whole call, and have the layout of version 3 of the call: two halves.
     outcome(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) })?;
     // SAFETY: plain system call with integers.
     outcome(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) }.into())?;
@@ -107,27 +107,27 @@ fn outcome(returned: libc::c_long) -> io::Result<()> {
     if returned < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Has a system call that the sandbox traps return an error, and the log name it: once for each call and process.
+/// Makes a system call that the sandbox traps return an error, and logs its name: once for each call and process.
 ///
 /// # Errors
-/// What `sigaction(2)` says.
+/// Returns the error of `sigaction(2)`.
 pub(super) fn report_refused_calls() -> io::Result<()> {
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
     let refuse: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = refuse;
     action.sa_sigaction = refuse as *const () as libc::sighandler_t;
-    // SAFETY: `action` is a whole sigaction, and what it calls is async-signal-safe: atomics, write and _exit.
+    // SAFETY: `action` is a complete sigaction, and its handler is async-signal-safe: atomics, write and _exit.
     outcome(unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) }.into())
 }
 
-/// Of each system call by its number, whether it was told of.
+/// A bit for each system call by its number: whether it was reported.
 static TOLD: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
 
 extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    /// `si_code` of a signal that seccomp sent.
+    /// `si_code` of a signal sent by seccomp.
     const SYS_SECCOMP: i32 = 1;
-    /// siginfo_t as the kernel fills it in for SIGSYS on machines of 64 bits (sigaction(2)).
+    /// siginfo_t as the kernel fills it in for SIGSYS on 64-bit machines (sigaction(2)).
     #[repr(C)]
     struct Trapped {
         signo: i32,
@@ -141,7 +141,7 @@ extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: the kernel calls this with a valid siginfo_t, which is larger than `Trapped` and as strictly aligned.
     let trapped = unsafe { &*info.cast::<Trapped>() };
     let Some(number) = u64::try_from(trapped.number).ok().filter(|_| trapped.code == SYS_SECCOMP) else {
-        // Somebody sent SIGSYS: it ends the process, as it would have without this.
+        // SIGSYS was sent by a process: it ends this process, as it would without this handler.
         // SAFETY: `_exit` is async-signal-safe, and never returns.
         unsafe { libc::_exit(128 + libc::SIGSYS) }
     };
@@ -150,28 +150,28 @@ extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
         tell(number);
     }
     let errno = i64::from(syscalls::errno_of(number));
-    // SAFETY: with SA_SIGINFO the third argument is this thread's ucontext_t, which nobody else touches meanwhile.
+    // SAFETY: with SA_SIGINFO the third argument is this thread's ucontext_t, which nothing else accesses meanwhile.
     let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
     set_result(context, -errno);
 }
 
-/// What the interrupted system call returns.
+/// Sets the result of the interrupted system call.
 #[cfg(target_arch = "x86_64")]
 fn set_result(context: &mut libc::ucontext_t, value: i64) {
     context.uc_mcontext.gregs[libc::REG_RAX as usize] = value;
 }
 
-/// What the interrupted system call returns.
+/// Sets the result of the interrupted system call.
 #[cfg(target_arch = "aarch64")]
 fn set_result(context: &mut libc::ucontext_t, value: i64) {
     context.uc_mcontext.regs[0] = value.cast_unsigned();
 }
 
-/// Elsewhere no filter is made, so nothing is refused.
+/// No filter is created on other architectures, so nothing is refused.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn set_result(_: &mut libc::ucontext_t, _: i64) {}
 
-/// One line to standard error, written at once, without memory or a lock.
+/// Writes one line to standard error, at once, without allocating or locking.
 fn tell(number: u64) {
     struct Line {
         bytes: [u8; 160],
@@ -189,7 +189,7 @@ fn tell(number: u64) {
     let pid = unsafe { libc::getpid() };
     let mut line = Line { bytes: [0; 160], length: 0 };
     let name = syscalls::name_of(number).unwrap_or("unknown");
-    let _ = writeln!(line, "WARN sandbox refused a system call pid={pid} call={name} number={number} (--sandbox)"); // it has room
-    // SAFETY: the buffer has `length` bytes. If nobody reads standard error there is nobody to tell.
+    let _ = writeln!(line, "WARN sandbox refused a system call pid={pid} call={name} number={number} (--sandbox)"); // the line fits
+    // SAFETY: the buffer has `length` bytes. If standard error is closed, the line is lost.
     unsafe { libc::write(2, line.bytes.as_ptr().cast(), line.length) };
 }

@@ -1,6 +1,6 @@
-//! Why a program could not be executed, for the log: the kernel's word alone names neither the file nor the user.
+//! Explains why a program could not be executed, for the log: the kernel's error alone names neither the file nor the user.
 //!
-//! Looks as the master, which may see more than the user of the process. Decides nothing.
+//! The checks run as the master, which may have more access than the user of the process. Nothing is decided here.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;

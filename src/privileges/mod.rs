@@ -1,10 +1,10 @@
-//! What the application's processes may do: resolved and checked once, in the master, and applied in each process before
-//! anything of the application runs.
+//! The privileges of the application's processes: resolved and checked once, in the master, and applied in each process before
+//! any code of the application runs.
 //!
-//! - [`steps`] decides what is done, and in which order (pure).
+//! - [`steps`] decides which steps are taken, and in which order (pure).
 //! - [`calls`] makes the system calls; between fork and exec too.
 //! - [`exec_error`] explains why a program could not be executed.
-//! - [`reach`] tells whether another user gets to a path.
+//! - [`reach`] determines whether another user can access a path.
 //! - [`sandbox`] confines a worker; [`syscalls`] is its list of system calls.
 //!
 //! Imports the configuration, and nothing of master or worker.
@@ -33,7 +33,7 @@ use crate::config::Program;
 use crate::config::privileges::{Affinity, Owner, PrivilegesConfig, Variable};
 use crate::sys;
 
-/// What a process gives up, and what it is given instead.
+/// The privileges that a process gives up, and those it is given instead.
 #[derive(Clone, Debug)]
 pub(crate) struct Privileges {
     config: PrivilegesConfig,
@@ -42,10 +42,10 @@ pub(crate) struct Privileges {
 }
 
 impl Privileges {
-    /// Looks what can be done of `config`. `executes` tells that each process executes a program.
+    /// Checks what can be done of `config`. `executes` means that each process executes a program.
     ///
     /// # Errors
-    /// All that cannot be done: a sentence for the operator each, which names the flag.
+    /// Returns everything that cannot be done, each as a sentence for the operator that names the flag.
     pub(crate) fn examine(config: &PrivilegesConfig, executes: bool) -> Result<Self, Vec<String>> {
         let standing =
             standing().map_err(|error| vec![format!("what this process may do cannot be found out: {error}")])?;
@@ -68,15 +68,15 @@ impl Privileges {
         if causes.is_empty() { Ok(Self { config: config.clone(), standing, steps }) } else { Err(causes) }
     }
 
-    /// The same, with all that cannot be done in one sentence.
+    /// Like [`examine`](Self::examine), with all errors in one sentence.
     ///
     /// # Errors
-    /// As above.
+    /// Fails as [`examine`](Self::examine) does.
     pub(crate) fn resolve(config: &PrivilegesConfig, executes: bool) -> Result<Self, String> {
         Self::examine(config, executes).map_err(|causes| causes.join("; "))
     }
 
-    /// What the process in `slot` has to do, in order.
+    /// The steps for the process in `slot`, in order.
     ///
     /// # Errors
     /// A sentence for the operator.
@@ -85,7 +85,7 @@ impl Privileges {
         Ok(affinity.into_iter().chain(self.steps.iter().cloned()).collect())
     }
 
-    /// What a process without a slot has to do: the same, but for a processor that each slot has of its own.
+    /// The steps for a process without a slot: the same, except the processor that is specific to each slot.
     ///
     /// # Errors
     /// A sentence for the operator.
@@ -96,20 +96,19 @@ impl Privileges {
         }
     }
 
-    /// Turns this process, a worker that has been forked a moment ago and has one thread, into what its slot may be. It must
-    /// come before anything of the application; after it, the kernel has forgotten who asked for a signal at the parent's
-    /// death.
+    /// Applies the privileges of its slot to this process, a worker that has just been forked and has one thread. It must
+    /// run before any code of the application. Afterwards, the kernel has forgotten a requested parent-death signal.
     ///
     /// # Errors
-    /// What could not be done, with the flag that asked for it.
+    /// Returns the step that failed, with the flag that requested it.
     pub(crate) fn apply(&self, slot: u32) -> io::Result<()> {
         self.carry_out_all(self.steps(slot))
     }
 
-    /// The same for a process without a slot.
+    /// Like [`apply`](Self::apply), for a process without a slot.
     ///
     /// # Errors
-    /// As above.
+    /// Fails as [`apply`](Self::apply) does.
     pub(crate) fn apply_without_slot(&self) -> io::Result<()> {
         self.carry_out_all(self.steps_without_slot())
     }
@@ -131,12 +130,12 @@ impl Privileges {
         self.config.sandbox.as_ref().map_or(Ok(()), sandbox::enter).map_err(io::Error::other)
     }
 
-    /// Why `program` could not be executed with these privileges: the cause, and the command, the user and the directory.
+    /// Explains why `program` could not be executed with these privileges: the cause, and the command, the user and the directory.
     pub(crate) fn explain_exec(&self, error: &io::Error, program: &Program) -> String {
         exec_error::explain(error, program, &self.config)
     }
 
-    /// Whether processes may be other than the master in what they can open.
+    /// Whether processes may differ from the master in which files they can open.
     pub(crate) fn change_access(&self) -> bool {
         !self.steps.is_empty() || self.config.sandbox.is_some()
     }
@@ -153,7 +152,7 @@ impl Privileges {
 /// Carries out `steps` between fork and exec; async-signal-safe. The flag of a step that fails is written to standard error.
 ///
 /// # Errors
-/// What the system call of that step returns.
+/// Returns the error of that step's system call.
 pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
     for step in steps {
         calls::carry_out(step).inspect_err(|_| {
@@ -166,19 +165,19 @@ pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives an open file to `owner`, if it is a plain file or a socket's that is ours and has one name: in a directory that others can
-/// write to, a name may lead anywhere.
+/// Changes the owner of an open file, if it is a regular file or a socket that belongs to this user and has one name: in a directory
+/// that others can write to, a name may lead anywhere.
 ///
 /// # Errors
-/// What the system says.
+/// Returns the error of the system call.
 pub(crate) fn give(file: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
     give_of(file, nix::unistd::geteuid(), owner)
 }
 
-/// The same, of a file that was given to `from` before.
+/// Like [`give`], for a file that was given to `from` before.
 ///
 /// # Errors
-/// What the system says.
+/// Returns the error of the system call.
 pub(crate) fn give_of(file: BorrowedFd<'_>, from: Uid, owner: Owner) -> io::Result<()> {
     let status = fstat(file)?;
     let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;
@@ -189,12 +188,12 @@ pub(crate) fn give_of(file: BorrowedFd<'_>, from: Uid, owner: Owner) -> io::Resu
     if !ours || ![SFlag::S_IFREG, SFlag::S_IFSOCK].contains(&kind) {
         return Err(io::Error::other("it belongs to somebody else, or has a second name"));
     }
-    // An O_PATH descriptor takes no fchown(2), but this.
+    // fchown(2) does not accept an O_PATH descriptor, but this call does.
     nix::unistd::fchownat(file, c"", Some(owner.user), Some(owner.group), nix::fcntl::AtFlags::AT_EMPTY_PATH)?;
     Ok(())
 }
 
-/// What cannot be found or done with this root.
+/// What is missing or unusable below this root: the directory of `--chdir`, and the paths of the sandbox.
 fn missing_below(root: &Path, config: &PrivilegesConfig) -> Vec<String> {
     let chdir = config.chdir.as_ref().and_then(|directory| {
         let is_below = directory.is_absolute() || config.chroot.is_some();
@@ -229,13 +228,13 @@ fn standing() -> io::Result<Standing> {
     })
 }
 
-/// As far as the kernel knows them.
+/// The hard limits of all resources that the kernel supports.
 fn hard_limits() -> Vec<(Resource, u64)> {
     let all = crate::config::privileges::resources();
     all.filter_map(|resource| Some((resource, getrlimit(resource).ok()?.1))).collect()
 }
 
-/// The first user namespace is the one that has all users, each under its own number: user_namespaces(7). Without /proc it is taken for that.
+/// The first user namespace contains all users, each under its own number: user_namespaces(7). Without /proc, it is assumed.
 fn is_in_first_namespace() -> bool {
     let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
     map.split_ascii_whitespace().eq(["0", "0", "4294967295"])

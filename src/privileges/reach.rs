@@ -1,4 +1,4 @@
-//! Whether processes of another user will get to a path: the directories above it may let the master through, and not them.
+//! Determines whether processes of another user can access a path: the directories above it may admit the master, but not that user.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt as _;
@@ -8,7 +8,7 @@ use caps::Capability;
 
 use crate::config::privileges::{CapabilitySet, PrivilegesConfig};
 
-/// The identity of the workers, if directories may keep them out and not the master.
+/// The identity of the workers, if directories may exclude them but not the master.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Visitor {
     user: u32,
@@ -16,7 +16,7 @@ pub(crate) struct Visitor {
 }
 
 impl Visitor {
-    /// `None` if the workers get wherever the master does.
+    /// Returns `None` if the workers can access everything that the master can.
     pub(crate) fn of(config: &PrivilegesConfig) -> Option<Self> {
         let user = config.user.as_ref().filter(|user| !user.uid.is_root())?;
         let above_modes = Capability::CAP_DAC_OVERRIDE.bitmask() | Capability::CAP_DAC_READ_SEARCH.bitmask();
@@ -28,8 +28,8 @@ impl Visitor {
         Some(Self { user: user.uid.as_raw(), groups })
     }
 
-    /// The outermost directory on the way into directory `path` that this user may not pass through; `None` if there is none, as far
-    /// as modes tell.
+    /// The outermost directory on the way into directory `path` that this user cannot pass through; `None` if there is none, according
+    /// to the modes.
     pub(crate) fn barred_at(&self, path: &Path) -> Option<PathBuf> {
         let path = path.canonicalize().ok()?;
         let mut above: Vec<&Path> = path.ancestors().collect();

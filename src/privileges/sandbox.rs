@@ -1,12 +1,12 @@
-//! The sandbox of a worker: Landlock for files, seccomp for system calls. Both bind the process and all its children, for ever.
+//! The sandbox of a worker: Landlock for files, seccomp for system calls. Both bind the process and all its children permanently.
 //!
-//! Landlock: below `READ`, and what `--sandbox-read` names, files can be read; `WRITE` and what `--sandbox-write` names can be
-//! written too; nothing else can be opened at all. What is open already stays usable: sockets, the segment, what the application
-//! opened in `preload`. No TCP port can be bound, no process outside be signalled or reached over an abstract socket.
+//! Landlock: files below `READ` and the paths of `--sandbox-read` can be read; files below `WRITE` and the paths of `--sandbox-write` can
+//! also be written; nothing else can be opened. What is open already stays usable: sockets, the segment, files that the application
+//! opened in `preload`. No TCP port can be bound; no process outside can be signalled or reached over an abstract socket.
 //!
-//! Seccomp: a list of the calls that are let through. A refused one returns an error, and the log has its name.
+//! Seccomp: a list of allowed system calls. A refused call returns an error, and its name is logged.
 //!
-//! May not run between fork and exec of a program: it allocates.
+//! Must not run between fork and exec of a program, because it allocates.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,7 +22,7 @@ use seccompiler::{
 use super::{calls, syscalls};
 use crate::config::privileges::SandboxConfig;
 
-/// What libraries read: code, certificates, names of hosts, users and time zones, and what the kernel tells.
+/// Paths that libraries read: code, certificates, names of hosts, users and time zones, and kernel information.
 const READ: [&str; 33] = [
     "/usr",
     "/lib",
@@ -60,8 +60,8 @@ const READ: [&str; 33] = [
 ];
 const WRITE: [&str; 3] = ["/dev/null", "/dev/zero", "/dev/full"];
 
-/// Whether this kernel can do it, and the paths that the operator named are there.
-/// What is not so: a sentence for the operator each.
+/// Checks that this kernel supports the sandbox, and that the paths the operator named exist.
+/// Returns each problem as a sentence for the operator.
 pub(super) fn check(config: &SandboxConfig, root: &Path) -> Vec<String> {
     let read = config.read.iter().map(|path| ("--sandbox-read", path));
     let named = read.chain(config.write.iter().map(|path| ("--sandbox-write", path)));
@@ -79,10 +79,10 @@ pub(super) fn check(config: &SandboxConfig, root: &Path) -> Vec<String> {
     missing.chain(filters).chain(ruleset).collect()
 }
 
-/// Confines this thread, and all threads and processes that it starts.
+/// Confines this thread, and all threads and processes that it starts later.
 ///
 /// # Errors
-/// A sentence that says what is missing.
+/// A sentence that names what is missing.
 pub(super) fn enter(config: &SandboxConfig) -> Result<(), String> {
     restrict_files(config).map_err(|error| format!("--sandbox: {error}"))?;
     calls::report_refused_calls().map_err(|error| format!("--sandbox: {error}"))?;
@@ -97,7 +97,7 @@ fn ruleset(required: bool) -> Result<RulesetCreated, landlock::RulesetError> {
     Ruleset::default()
         .set_compatibility(level)
         .handle_access(AccessFs::from_all(ABI::V3))?
-        // What later kernels have added is taken where it is.
+        // Features of later kernels are used where available.
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(ABI::V6))?
         .handle_access(AccessNet::BindTcp)?
@@ -111,7 +111,7 @@ fn restrict_files(config: &SandboxConfig) -> Result<(), String> {
     let no_devices = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
     let write = AccessFs::from_all(ABI::V6) & !no_devices;
     let mut rules = ruleset(config.required).map_err(failed)?;
-    // A program's backtraces read the program.
+    // Backtraces of a program read the program's file.
     let own = std::env::current_exe().ok();
     let system = READ.iter().map(Path::new).chain(own.as_deref());
     rules = rules.add_rules(landlock::path_beneath_rules(system, read)).map_err(failed)?;
@@ -130,7 +130,7 @@ fn restrict_files(config: &SandboxConfig) -> Result<(), String> {
     Ok(())
 }
 
-/// The filters, in the order in which they are set. Of their verdicts the strictest counts.
+/// The filters, in the order in which they are set. The strictest result of them counts.
 fn filters() -> Result<Vec<BpfProgram>, String> {
     let machine = std::env::consts::ARCH;
     if !["x86_64", "aarch64"].contains(&machine) {
@@ -142,7 +142,7 @@ fn filters() -> Result<Vec<BpfProgram>, String> {
         BpfProgram::try_from(filter).map_err(|error| error.to_string())
     };
     let whole = |calls: &[i64]| calls.iter().map(|&call| (call, Vec::new())).collect();
-    // These the C library makes where no signal could tell of them, or only to try: they fail in silence.
+    // The C library makes these calls where a signal could not report them, or only to probe: they fail silently.
     let errno = |number: i32| SeccompAction::Errno(number.cast_unsigned());
     let tried = [libc::SYS_clone3, libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
     let executed = [libc::SYS_execve, libc::SYS_execveat];
@@ -156,7 +156,7 @@ fn filters() -> Result<Vec<BpfProgram>, String> {
     ])
 }
 
-/// What is let through with some arguments only.
+/// The calls that are allowed with certain arguments only.
 fn conditional() -> Result<[(i64, Vec<SeccompRule>); 3], seccompiler::BackendError> {
     let word = |argument, operator, value: i32| {
         SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, u64::from(value.cast_unsigned()))
@@ -171,7 +171,7 @@ fn conditional() -> Result<[(i64, Vec<SeccompRule>); 3], seccompiler::BackendErr
     let no_namespace = SeccompCmpOp::MaskedEq(u64::from(namespaces.cast_unsigned()));
     let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
     let families = families.map(|family| SeccompRule::new(vec![word(0, SeccompCmpOp::Eq, family)?]));
-    // To push characters into a terminal is to type there.
+    // A process that can push characters into a terminal can type there.
     let (push, console) = (i32::try_from(libc::TIOCSTI).unwrap_or(0), 0x541c);
     Ok([
         (libc::SYS_clone, vec![SeccompRule::new(vec![word(0, no_namespace, 0)?])?]),

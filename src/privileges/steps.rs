@@ -1,19 +1,19 @@
-//! The order in which a process gives up what it may do: pure, from what the operator asked for to a list of [`Step`]s.
+//! Decides the order in which a process gives up privileges: pure, from the operator's settings to a list of [`Step`]s.
 //!
-//! Each step takes away something that a step after it does not need any more:
+//! Each step takes away something that later steps do not need:
 //!
 //! ```text
 //! limits, priority, processors   may need CAP_SYS_RESOURCE and CAP_SYS_NICE
 //! root directory                    needs CAP_SYS_CHROOT, and the accounts were looked up before
 //! bounding set                   needs CAP_SETPCAP
-//! groups, group, user            in this order: who is not root any more may not change its groups
-//! capabilities                   those that are kept survive the change of user until here
-//! no_new_privs                   from here on nothing comes back, not even by a setuid program
+//! groups, group, user            in this order: a process that is not root any more cannot change its groups
+//! capabilities                   capabilities to be kept survive the change of user until here
+//! no_new_privs                   from here on no privilege can be regained, not even by a setuid program
 //! directory                         as that user: it must be able to enter it
 //! sandbox                        Landlock, which opens files, then seccomp (in `sandbox.rs`)
 //! ```
 //!
-//! It makes no system call: what this process may do comes as [`Standing`].
+//! This file makes no system call: the state of this process comes as [`Standing`].
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt as _;
@@ -27,25 +27,25 @@ use nix::unistd::{Gid, Uid};
 
 use crate::config::privileges::{Affinity, CapabilitySet, PrivilegesConfig, ResourceLimit, name_of};
 
-/// What this process is and may do.
+/// The identity and the privileges of this process.
 #[derive(Clone, Debug)]
 pub(crate) struct Standing {
     pub(crate) user: Uid,
     pub(crate) group: Gid,
-    /// Its effective capabilities, a bit for each.
+    /// Effective capabilities, one bit each.
     pub(crate) capabilities: u64,
-    /// Whether these count against the limits of the machine: those of a user namespace do not.
+    /// Whether the capabilities count against the limits of the machine: those of a user namespace do not.
     pub(crate) in_first_namespace: bool,
-    /// The processors that it may run on, in order.
+    /// The processors that the process may run on, in order.
     pub(crate) processors: Vec<usize>,
     pub(crate) nice: i32,
     /// The hard limit of each resource.
     pub(crate) hard_limits: Vec<(Resource, u64)>,
-    /// The most descriptors that anybody may have.
+    /// The maximum number of descriptors that any process may have.
     pub(crate) most_descriptors: u64,
 }
 
-/// One change of a process. To carry it out needs no memory and no lock.
+/// One change of a process. Carrying it out allocates no memory and takes no lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     Limit {
@@ -57,14 +57,14 @@ pub(crate) enum Step {
     Affinity(CpuSet),
     Umask(Mode),
     Chroot(CString),
-    /// Takes all but these out of the bounding set.
+    /// Removes all but these capabilities from the bounding set.
     Bound(CapabilitySet),
-    /// Has the change of user leave the capabilities alone.
+    /// Makes the capabilities survive the change of user.
     CarryCapabilities,
     Groups(Vec<Gid>),
     Group(Gid),
     User(Uid),
-    /// These, and no others; `ambient` also for the program that is executed next.
+    /// Keeps these capabilities and no others; if `ambient`, also for the next program that is executed.
     Capabilities {
         kept: CapabilitySet,
         ambient: bool,
@@ -74,7 +74,7 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    /// The flag that asked for it.
+    /// The flag that requested the step.
     pub(crate) fn flag(&self) -> &'static str {
         match self {
             Self::Limit { .. } => "--rlimit",
@@ -91,7 +91,7 @@ impl Step {
         }
     }
 
-    /// What more is to be said of the flag, if the step fails.
+    /// What to add to the flag in the message, if the step fails.
     pub(crate) fn detail(&self) -> &'static str {
         match self {
             Self::Limit { resource, .. } => name_of(*resource),
@@ -100,12 +100,12 @@ impl Step {
     }
 }
 
-/// All steps for a process, in order, but the processors it is bound to, which its slot decides: [`affinity`].
+/// All steps for a process, in order, except the processors it is bound to, which depend on its slot: [`affinity`].
 ///
-/// `executes` tells that the process will execute a program.
+/// `executes` means that the process will execute a program.
 ///
 /// # Errors
-/// Sentences for the operator: everything that cannot be done, why, and the flag.
+/// Returns everything that cannot be done, as sentences for the operator with the reason and the flag.
 pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bool) -> Result<Vec<Step>, Vec<String>> {
     let limits = config.limits.iter().map(|limit| {
         let step = Step::Limit { resource: limit.resource, soft: limit.soft, hard: limit.hard };
@@ -129,7 +129,7 @@ pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bo
     if causes.is_empty() { Ok(steps) } else { Err(causes) }
 }
 
-/// Those that make a process somebody else, and take its capabilities.
+/// The steps that change the user and groups of a process, and take away its capabilities.
 fn identity_steps(config: &PrivilegesConfig, standing: &Standing, executes: bool) -> Result<Vec<Step>, String> {
     let identity = identity(config, standing)?;
     if identity.groups.is_some() || identity.group.is_some() {
@@ -165,7 +165,7 @@ fn identity_steps(config: &PrivilegesConfig, standing: &Standing, executes: bool
     Ok(steps)
 }
 
-/// Whether a limit can be what it is to be: setrlimit(2).
+/// Whether this process may set the limit: setrlimit(2).
 fn check_limit(limit: &ResourceLimit, standing: &Standing) -> Result<(), String> {
     let (name, hard) = (limit.name(), limit.hard);
     if limit.resource == Resource::RLIMIT_NOFILE && hard > standing.most_descriptors {
@@ -188,9 +188,9 @@ fn check_limit(limit: &ResourceLimit, standing: &Standing) -> Result<(), String>
     }
 }
 
-/// Whether the priority can be what it is to be: setpriority(2).
+/// Whether this process may set the priority: setpriority(2).
 fn check_nice(nice: i32, standing: &Standing) -> Result<(), String> {
-    // RLIMIT_NICE counts the other way round, from 1 to 40.
+    // RLIMIT_NICE counts in the opposite direction, from 1 to 40.
     let limit = standing.hard_limits.iter().find(|(resource, _)| *resource == Resource::RLIMIT_NICE);
     let allowed = limit.map_or(0, |&(_, limit)| i32::try_from(limit.min(40)).unwrap_or(40));
     let least = standing.nice.min(20 - allowed);
@@ -217,7 +217,7 @@ impl Standing {
         ))
     }
 
-    /// Whether a limit of the machine does not hold for this process.
+    /// Whether a limit of the machine does not apply to this process.
     fn may_exceed(&self, capability: Capability) -> bool {
         self.in_first_namespace && self.has(capability)
     }
@@ -227,7 +227,7 @@ fn shown(limit: u64) -> String {
     if limit == RLIM_INFINITY { "unlimited".to_owned() } else { limit.to_string() }
 }
 
-/// What of the identity changes.
+/// The parts of the identity that change.
 struct Identity {
     groups: Option<Vec<Gid>>,
     group: Option<Gid>,
@@ -241,11 +241,11 @@ fn identity(config: &PrivilegesConfig, standing: &Standing) -> Result<Identity, 
     }
     let groups = config.supplementary_groups.as_ref().map(|groups| groups.0.clone());
     let of_user = || config.user.as_ref().map(|user| user.groups.clone());
-    // A group alone: what the master belongs to beside is not for the application.
+    // With a group alone, the master's supplementary groups are not passed to the application.
     let groups = groups.or_else(of_user).or_else(|| group.map(|_| Vec::new()));
     let user = config.user.as_ref().map(|user| user.uid).filter(|&user| user != standing.user);
     let group = group.filter(|&group| group != standing.group);
-    // Who is that user already, and may not change its groups, has been given them by whoever started it.
+    // A process that runs as that user already, and cannot change its groups, was given its groups by the program that started it.
     let given = user.is_none() && group.is_none() && config.supplementary_groups.is_none();
     let groups = groups.filter(|_| !given || standing.has(Capability::CAP_SETGID));
     Ok(Identity { groups, group, user })
@@ -405,7 +405,7 @@ mod tests {
             Step::NoNewPrivileges,
         ];
         assert_eq!(steps(&config, &root(), false).unwrap(), expected);
-        // Who was started as that user already has nothing to change and nothing to ask for.
+        // A process that was started as that user already has nothing to change, and needs no privileges.
         let same = Standing { user: Uid::from_raw(33), group: gid, ..nobody() };
         assert_eq!(steps(&config, &same, false).unwrap(), expected[4..]);
         assert_eq!(steps(&PrivilegesConfig::default(), &root(), true), Ok(Vec::new()));

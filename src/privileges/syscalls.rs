@@ -1,7 +1,7 @@
-//! The system calls of a sandboxed worker, by name: those that a web application, its runtime and the C library make.
+//! The system calls of a sandboxed worker, by name: the calls that a web application, its runtime and the C library make.
 //!
-//! What is not among them is refused with EPERM and told of; what the kernel has got since this list was written with ENOSYS,
-//! so that a library that only tries does without. It makes no system call itself.
+//! A call that is not in the list is refused with EPERM and reported. A call that is newer than the list is refused with ENOSYS,
+//! so that a library that probes for it does without. This file makes no system call itself.
 
 /// A system call's number, and its name in libc.
 type Named = (libc::c_long, &'static str);
@@ -10,7 +10,7 @@ macro_rules! named {
     ($($name:ident),* $(,)?) => { &[$((libc::$name, stringify!($name))),*] };
 }
 
-/// What is let through.
+/// The allowed calls.
 const ALLOWED: &[Named] = named![
     SYS_read,
     SYS_write,
@@ -240,7 +240,7 @@ const ALLOWED: &[Named] = named![
     SYS_io_cancel,
 ];
 
-/// The same, where the machine has older forms of these calls.
+/// Older forms of these calls, on machines that have them.
 #[cfg(target_arch = "x86_64")]
 const ALLOWED_OLD: &[Named] = named![
     SYS_open,
@@ -283,7 +283,7 @@ const ALLOWED_OLD: &[Named] = named![
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_OLD: &[Named] = &[];
 
-/// What is refused and has a name in the log; the rest of what is refused has a number.
+/// Refused calls that are logged with their name; other refused calls are logged with their number.
 const REFUSED: &[Named] = named![
     SYS_ptrace,
     SYS_process_vm_readv,
@@ -354,20 +354,20 @@ const REFUSED: &[Named] = named![
     SYS_memfd_secret,
 ];
 
-/// The highest number that was known when the lists were written: `file_setattr`, of Linux 6.17.
+/// The highest number known when the lists were written: `file_setattr`, of Linux 6.17.
 const NEWEST: u64 = 469;
 
-/// All that are let through.
+/// The numbers of all allowed calls.
 pub(super) fn allowed() -> impl Iterator<Item = i64> {
     ALLOWED.iter().chain(ALLOWED_OLD).map(|&(number, _)| number)
 }
 
-/// What a refused call returns.
+/// The errno of a refused call.
 pub(super) fn errno_of(number: u64) -> i32 {
     if number > NEWEST { libc::ENOSYS } else { libc::EPERM }
 }
 
-/// The name of a call that is refused, wholly or with some of its arguments.
+/// The name of a call that is refused, for all or for some of its arguments.
 pub(super) fn name_of(number: u64) -> Option<&'static str> {
     let number = i64::try_from(number).ok()?;
     let mut known = REFUSED.iter().chain(ALLOWED).chain(ALLOWED_OLD);
