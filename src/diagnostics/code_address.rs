@@ -1,12 +1,12 @@
-//! Addresses of code, as they are written where other processes read them: relative to the file that the code came
-//! from, as in `app+0x1234`. `addr2line -fipe app 0x1234` makes a name and a line of that.
+//! Formats addresses of code so that other processes can read them: relative to the file that the code came
+//! from, as in `app+0x1234`. `addr2line -fipe app 0x1234` converts that to a function name and a line.
 
 use std::fmt::{self, Write};
 use std::fs;
 
-/// A name is cut to so many bytes.
+/// A file name is cut to this many bytes.
 const MAX_NAME: usize = 48;
-/// The same for a function's, which may have the types of half a program in it.
+/// A function name, which may contain many types, is cut to this many characters.
 const MAX_FUNCTION: usize = 120;
 
 /// The files whose code this process has mapped.
@@ -21,7 +21,7 @@ struct Module {
 }
 
 impl Modules {
-    /// Those of this process now; none if `/proc` is not mounted.
+    /// The modules of this process now; none if `/proc` is not mounted.
     pub(crate) fn own() -> Self {
         Self::parse(&fs::read_to_string("/proc/self/maps").unwrap_or_default())
     }
@@ -48,7 +48,7 @@ impl Modules {
         Self(modules)
     }
 
-    /// Writes an address; plainly, if it is in no file. Async-signal-safe, if `out` is.
+    /// Writes an address, in plain form if it is in no file. Async-signal-safe, if `out` is.
     pub(crate) fn write(&self, out: &mut impl Write, address: usize) -> fmt::Result {
         match self.0.iter().find(|module| (module.base..module.end).contains(&address)) {
             Some(Module { name, base, .. }) => write!(out, "{name}+{:#x}", address - base),
@@ -56,7 +56,7 @@ impl Modules {
         }
     }
 
-    /// Reads an address that a process with the same files wrote, as it would be in this one.
+    /// Reads an address that a process with the same files wrote, and returns the corresponding address in this process.
     pub(crate) fn read(&self, text: &str) -> Option<usize> {
         let (name, offset) = text.rsplit_once('+').unwrap_or(("", text));
         let offset = usize::from_str_radix(offset.strip_prefix("0x")?, 16).ok()?;
@@ -68,17 +68,17 @@ impl Modules {
     }
 }
 
-/// The functions at these addresses, the innermost first, each with its place in the source as far as the files tell.
+/// The functions at these addresses, the innermost first, each with its source location if the files contain it.
 ///
 /// Slow, and allocates: never in a signal handler.
 pub(crate) fn names_of(addresses: impl Iterator<Item = usize>) -> Vec<String> {
     let mut names = Vec::new();
     for address in addresses {
         let before = names.len();
-        // What is asked for is taken for a return address, which is one behind.
+        // `resolve` expects a return address, which is one behind.
         backtrace::resolve(std::ptr::without_provenance_mut(address.wrapping_add(1)), |symbol| {
             let Some(name) = symbol.name() else { return };
-            // The standard library's sources are named by the directory they were built in, which says nothing.
+            // The standard library's sources are named by their build directory, which is of no use.
             let file = symbol.filename().filter(|file| !file.starts_with("/rustc/"));
             let place = file.zip(symbol.lineno());
             let place = place.map_or_else(String::new, |(file, line)| format!(" {}:{line}", file.display()));

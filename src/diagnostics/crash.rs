@@ -1,18 +1,18 @@
-//! The crash handler of a worker: its last words, written by the thread that crashes.
+//! The crash handler of a worker: the crashing thread writes a report.
 //!
-//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP and SIGXCPU the report pipe gets a line that says
-//! where and why, then one with a backtrace in addresses; then the process dies as it would have without us: by the same
-//! signal, with the same core dump. Nothing here makes names of addresses; the master has a child do that.
+//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP and SIGXCPU, a line with the location and the reason is written to
+//! the report pipe, then a line with a backtrace in addresses. Then the process dies as it would have without this handler: by the same
+//! signal, with the same core dump. Nothing here symbolizes addresses; a child of the master does that.
 //!
-//! - The first line is written before anything is tried that might not come back. If the backtrace hangs (the
-//!   unwinder is not made for signal handlers), SIGALRM ends it; if it faults, the kernel ends the process, as the
-//!   signal is blocked.
-//! - The standard library's handler, which knows a stack overflow, and one that the application set before the fork
-//!   are asked first, and may mend what happened. One that it sets later has the signal to itself.
-//! - SIGBUS of a cache file that was truncated is no crash: the page is replaced, and the instruction runs again.
-//! - Only in the worker itself: a child that the application forks says nothing in its name.
+//! - The first line is written before anything is tried that might not return. If the backtrace hangs (the
+//!   unwinder is not made for signal handlers), SIGALRM ends the process; if the backtrace faults, the kernel ends the process, because
+//!   the signal is blocked.
+//! - The standard library's handler, which recognizes a stack overflow, and a handler that the application set before the fork
+//!   are called first, and may recover. A handler that the application sets later receives the signal alone.
+//! - SIGBUS of a cache file that was truncated is not a crash: the page is replaced, and the instruction runs again.
+//! - Only the worker itself reports: a child that the application forks reports nothing.
 //!
-//! May not: allocate, lock or panic in a handler.
+//! The handlers must not allocate, lock or panic.
 #![expect(unsafe_code, reason = "signal handlers, and the stacks they run on")]
 
 use std::cell::Cell;
@@ -28,7 +28,7 @@ use libc::{c_int, c_void, sigaction, siginfo_t, ucontext_t};
 use super::code_address::Modules;
 use super::current_request;
 
-/// The signals of a crash, by the names that the log has for them.
+/// The signals of a crash, with their names in the log.
 const SIGNALS: [(c_int, &str); 8] = [
     (libc::SIGSEGV, "SEGV"),
     (libc::SIGBUS, "BUS"),
@@ -39,60 +39,61 @@ const SIGNALS: [(c_int, &str); 8] = [
     (libc::SIGTRAP, "TRAP"),
     (libc::SIGXCPU, "XCPU"),
 ];
-/// Those of an instruction, which runs again when the handler returns. Their address is what it reached for, or its own.
+/// Signals caused by an instruction, which runs again when the handler returns. Their address is the accessed address, or the
+/// instruction's own.
 const FAULTS: [c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
-/// Bytes of the stack on which handlers run in our threads. The standard library's own has room for the first line only.
+/// Size in bytes of the stack for handlers in our threads. The standard library's own stack has room for the first line only.
 const STACK: usize = 64 << 10;
-/// Functions of a backtrace.
+/// Maximum number of functions in a backtrace.
 pub(crate) const MAX_FRAMES: usize = 48;
-/// A line is one write, which a pipe takes whole.
+/// A line is one write, which a pipe accepts as a whole.
 const MAX_LINE: usize = 2048;
-/// The backtrace may take so many seconds.
+/// Time limit for the backtrace, in seconds.
 const ANSWER_TIMEOUT: u32 = 2;
 
-/// What the handlers need, made before they are installed.
+/// The state that the handlers need, created before they are installed.
 struct CrashContext {
     process: c_int,
     report: c_int,
     modules: Modules,
-    /// What was to be done with each of [`SIGNALS`] before.
+    /// The previous action for each of [`SIGNALS`].
     before: [Option<sigaction>; SIGNALS.len()],
 }
 
 static CONTEXT: OnceLock<CrashContext> = OnceLock::new();
-/// The thread that is writing its last words.
+/// The thread that is writing its report.
 static DYING: AtomicI32 = AtomicI32::new(0);
-/// What that thread crashed with first: the standard library makes an abort of a stack overflow.
+/// The first signal of that thread: the standard library turns a stack overflow into an abort.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 static ADDRESS: AtomicUsize = AtomicUsize::new(0);
 static CODE: AtomicUsize = AtomicUsize::new(0);
-/// The process that sent that signal; this one, if nobody else did.
+/// The process that sent that signal; this process, if no other process did.
 static SENDER: AtomicI32 = AtomicI32::new(0);
 static INSTRUCTION: AtomicUsize = AtomicUsize::new(0);
 static STACK_POINTER: AtomicUsize = AtomicUsize::new(0);
 
-/// Has crashes of this process told through `report`, and the request of the crashing thread in the scoreboard; the latter
+/// Makes crashes of this process write to `report`, and store the request of the crashing thread in the scoreboard; the latter
 /// also for a thread that calls `exit(3)`. Called once, in a new worker.
 ///
 /// # Errors
-/// What `sigaction(2)` says.
+/// Returns the error of `sigaction(2)`.
 pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
     let before = SIGNALS.map(|(signal, _)| action_of(signal).filter(|action| is_ours_to_take(signal, action)));
     let process = process::id().cast_signed();
-    // The unwinder sets itself up at its first use.
+    // The unwinder initializes itself at its first use.
     backtrace::trace(|_| true);
     let will = CrashContext { process, report: report.into_raw_fd(), modules: Modules::own(), before };
     let taken = CONTEXT.get_or_init(|| will).before.map(|before| before.is_some());
     for ((signal, _), _) in SIGNALS.iter().zip(taken).filter(|(_, taken)| *taken) {
         set_action(*signal, on_crash as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK)?;
     }
-    // SAFETY: `on_exit` is a function of this binary that may be called at any exit. If there is no room for it, an exit is
-    // told without its request.
+    // SAFETY: `on_exit` is a function of this binary that may be called at any exit. If it cannot be registered, an exit is
+    // reported without its request.
     unsafe { libc::atexit(on_exit) };
     Ok(())
 }
 
-/// The application calls `exit(3)`, on this thread. A worker itself leaves by `_exit`, and never comes here.
+/// Runs when the application calls `exit(3)` on this thread. A worker itself exits by `_exit`, which does not run this.
 extern "C" fn on_exit() {
     // SAFETY: async-signal-safe calls without arguments.
     let process = unsafe { libc::getpid() };
@@ -101,7 +102,7 @@ extern "C" fn on_exit() {
     }
 }
 
-/// A handler of the application's is left alone, but for a fault's: there the standard library has one anyway.
+/// A handler set by the application is kept, except for faults, for which the standard library has a handler anyway.
 fn is_ours_to_take(signal: c_int, action: &sigaction) -> bool {
     action.sa_sigaction == libc::SIG_DFL
         || (action.sa_sigaction != libc::SIG_IGN && [libc::SIGSEGV, libc::SIGBUS].contains(&signal))
@@ -110,19 +111,19 @@ fn is_ours_to_take(signal: c_int, action: &sigaction) -> bool {
 fn action_of(signal: c_int) -> Option<sigaction> {
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: sigaction = unsafe { mem::zeroed() };
-    // SAFETY: a null pointer asks for no change, and `action` is a valid place for the whole call.
+    // SAFETY: a null pointer requests no change, and `action` is valid for writes during the whole call.
     let outcome = unsafe { libc::sigaction(signal, ptr::null(), &raw mut action) };
     (outcome == 0).then_some(action)
 }
 
-/// While the handler runs, all signals are blocked but SIGBUS, by which it recovers pages of a truncated file.
+/// While the handler runs, all signals are blocked except SIGBUS, which recovers pages of a truncated file.
 pub(crate) fn set_action(signal: c_int, handler: usize, flags: c_int) -> io::Result<()> {
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: sigaction = unsafe { mem::zeroed() };
     (action.sa_sigaction, action.sa_flags) = (handler, flags);
-    // SAFETY: the set is a valid place.
+    // SAFETY: the set is valid for writes.
     unsafe { libc::sigfillset(&raw mut action.sa_mask) };
-    // SAFETY: as above, and the signal is a valid one.
+    // SAFETY: the set is valid for writes, and the signal number is valid.
     unsafe { libc::sigdelset(&raw mut action.sa_mask, libc::SIGBUS) };
     // SAFETY: `handler` is SIG_DFL or one of this crate's functions for `flags`, which are async-signal-safe.
     let outcome = unsafe { libc::sigaction(signal, &raw const action, null_mut()) };
@@ -131,41 +132,41 @@ pub(crate) fn set_action(signal: c_int, handler: usize, flags: c_int) -> io::Res
 
 extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     let Some(will) = CONTEXT.get() else { return die_of(signal, true) };
-    // SAFETY: the kernel hands a handler a valid siginfo_t.
+    // SAFETY: the kernel passes a valid siginfo_t to a handler.
     let Some(about) = (unsafe { info.as_ref() }) else { return die_of(signal, true) };
     let code = about.si_code;
-    let by_itself = code > 0 && FAULTS.contains(&signal); // it happens again when the handler returns
-    // SAFETY: for a fault the field is filled in.
+    let by_itself = code > 0 && FAULTS.contains(&signal); // the fault repeats when the handler returns
+    // SAFETY: for a fault, the kernel fills in the field.
     if signal == libc::SIGBUS && by_itself && forkyard_shm::recover_lost_pages(unsafe { about.si_addr() }.addr()) {
         return;
     }
     // SAFETY: async-signal-safe calls without arguments.
     let thread = unsafe { libc::gettid() };
-    // SAFETY: as above.
+    // SAFETY: async-signal-safe calls without arguments.
     if unsafe { libc::getpid() } != will.process {
         return pass_on(will, signal, info, context).unwrap_or_else(|| die_of(signal, by_itself));
     }
     match DYING.compare_exchange(0, thread, Ordering::SeqCst, Ordering::SeqCst) {
         Ok(_) => {}
-        // What it passed its crash on to has aborted.
+        // The previous handler, called for the first signal of this thread, has aborted.
         Err(first) if first == thread => {
             say(will);
             return die_of(signal, by_itself);
         }
-        // Another thread is dying: it ends us too.
+        // Another thread is already reporting a crash, which will end this process.
         Err(_) => {
             for _ in 0..ANSWER_TIMEOUT + 2 {
-                // SAFETY: async-signal-safe, and touches nothing of ours.
+                // SAFETY: async-signal-safe, and accesses no memory of this program.
                 unsafe { libc::sleep(1) };
             }
             return die_of(signal, by_itself);
         }
     }
-    // SAFETY: for a signal without an address this is some other field, which `say` does not show.
+    // SAFETY: for a signal without an address this is another field, which `say` does not report.
     ADDRESS.store(unsafe { about.si_addr() }.addr(), Ordering::Relaxed);
     CODE.store(usize::try_from(code).unwrap_or(0), Ordering::Relaxed);
     let is_sent = [libc::SI_USER, libc::SI_TKILL, libc::SI_QUEUE].contains(&code);
-    // SAFETY: with these codes that field is filled in.
+    // SAFETY: with these codes the kernel fills in the field.
     let sender = if is_sent { unsafe { about.si_pid() } } else { will.process };
     SENDER.store(sender, Ordering::Relaxed);
     SIGNAL.store(signal, Ordering::Relaxed);
@@ -173,23 +174,23 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     INSTRUCTION.store(instruction, Ordering::Relaxed);
     STACK_POINTER.store(stack, Ordering::Relaxed);
     if pass_on(will, signal, info, context).is_some() && !is_default(signal) {
-        DYING.store(0, Ordering::SeqCst); // it was mended
+        DYING.store(0, Ordering::SeqCst); // the handler has recovered
         return;
     }
     say(will);
     die_of(signal, by_itself);
 }
 
-/// Calls the handler that was there before us, if there was one.
+/// Calls the previous handler, if there was one.
 fn pass_on(will: &CrashContext, signal: c_int, info: *mut siginfo_t, context: *mut c_void) -> Option<()> {
     let index = SIGNALS.iter().position(|(known, _)| *known == signal)?;
     let before = will.before[index].as_ref().filter(|before| before.sa_sigaction != libc::SIG_DFL)?;
     if before.sa_flags & libc::SA_SIGINFO == 0 {
-        // SAFETY: without SA_SIGINFO the address is that of a function of the signal's number alone.
+        // SAFETY: without SA_SIGINFO the function takes only the signal's number.
         let handler: extern "C" fn(c_int) = unsafe { mem::transmute(before.sa_sigaction) };
         handler(signal);
     } else {
-        // SAFETY: with SA_SIGINFO the address is that of a function of these three, and they are the kernel's.
+        // SAFETY: with SA_SIGINFO the address is that of a function with these three parameters, and the arguments come from the kernel.
         let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = unsafe { mem::transmute(before.sa_sigaction) };
         handler(signal, info, context);
     }
@@ -200,16 +201,16 @@ fn is_default(signal: c_int) -> bool {
     action_of(signal).is_none_or(|action| action.sa_sigaction == libc::SIG_DFL)
 }
 
-/// Dies as without a handler, as soon as the handler returns.
+/// Makes the process die as without a handler, as soon as the handler returns.
 fn die_of(signal: c_int, by_itself: bool) {
     let _ = set_action(signal, libc::SIG_DFL, 0);
     if !by_itself {
-        // SAFETY: async-signal-safe. The signal waits until this handler has returned.
+        // SAFETY: async-signal-safe. The signal stays pending until this handler has returned.
         unsafe { libc::raise(signal) };
     }
 }
 
-/// Writes the last words: the request first, then the line that is safe to write, then the backtrace.
+/// Writes the report: the request first, then the line that is safe to write, then the backtrace.
 fn say(will: &CrashContext) {
     current_request::accuse();
     let sender = SENDER.load(Ordering::Relaxed);
@@ -222,7 +223,7 @@ fn say(will: &CrashContext) {
     let name = SIGNALS.iter().find(|(known, _)| *known == signal).map_or("?", |(_, name)| name);
     let mut line = Line::<512>::new("said ");
     let mut thread = [0_u8; 16];
-    // SAFETY: the kernel writes 16 bytes at most.
+    // SAFETY: the kernel writes at most 16 bytes.
     unsafe { libc::prctl(libc::PR_GET_NAME, thread.as_mut_ptr()) };
     let thread = str::from_utf8(thread.split(|&byte| byte == 0).next().unwrap_or_default()).unwrap_or("?");
     let _ = write!(line, "{name} in thread {thread}");
@@ -242,12 +243,12 @@ fn say(will: &CrashContext) {
     }
 }
 
-/// Writes the backtrace, from the instruction `at` which the signal came.
+/// Writes the backtrace, starting from the interrupted instruction `at`.
 fn trace(will: &CrashContext, at: usize) {
     let alarmed = set_action(libc::SIGALRM, on_alarm as *const () as usize, 0);
     // SAFETY: all zeroes is a valid set.
     let mut alarm: libc::sigset_t = unsafe { mem::zeroed() };
-    // SAFETY: the set is a valid place, and the signal a valid one.
+    // SAFETY: the set is valid for writes, and the signal number is valid.
     unsafe { libc::sigaddset(&raw mut alarm, libc::SIGALRM) };
     if alarmed.is_err() {
         return;
@@ -258,7 +259,7 @@ fn trace(will: &CrashContext, at: usize) {
     unsafe { libc::alarm(ANSWER_TIMEOUT) };
     let mut frames = [0; MAX_FRAMES];
     let frames = unwind(at, &mut frames);
-    // SAFETY: as above.
+    // SAFETY: async-signal-safe.
     unsafe { libc::alarm(0) };
     let mut line = Line::<MAX_LINE>::new("trace");
     for &frame in frames {
@@ -268,13 +269,13 @@ fn trace(will: &CrashContext, at: usize) {
     line.send(will.report);
 }
 
-/// The backtrace takes too long.
+/// The backtrace exceeded its time limit.
 extern "C" fn on_alarm(_: c_int) {
     let signal = SIGNAL.load(Ordering::Relaxed);
     let _ = set_action(signal, libc::SIG_DFL, 0);
     // SAFETY: all zeroes is a valid set.
     let mut set: libc::sigset_t = unsafe { mem::zeroed() };
-    // SAFETY: the set is a valid place, and the signal a valid one.
+    // SAFETY: the set is valid for writes, and the signal number is valid.
     unsafe { libc::sigaddset(&raw mut set, signal) };
     // SAFETY: async-signal-safe in practice: a system call.
     unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, null_mut()) };
@@ -282,11 +283,11 @@ extern "C" fn on_alarm(_: c_int) {
     unsafe { libc::raise(signal) };
 }
 
-/// The instructions that this thread is at, the innermost first, without what belongs to the handler: `at` was
-/// interrupted. A caller's is that of its call.
+/// The addresses of the instructions that this thread is executing, the innermost first, without those of the handler: `at` was
+/// interrupted. For a caller, the address is that of its call.
 pub(crate) fn unwind(at: usize, frames: &mut [usize; MAX_FRAMES]) -> &[usize] {
     let (mut count, mut begun) = (0, false);
-    // SAFETY: what is not synchronized is the making of names, of which there is none.
+    // SAFETY: the function is unsynchronized with respect to symbolization only, which is not done here.
     unsafe {
         backtrace::trace_unsynchronized(|frame| {
             let ip = frame.ip().addr();
@@ -302,12 +303,12 @@ pub(crate) fn unwind(at: usize, frames: &mut [usize; MAX_FRAMES]) -> &[usize] {
     &frames[..count]
 }
 
-/// The instruction that was interrupted; 0 where that is not known.
+/// The address of the interrupted instruction; 0 if unknown.
 pub(crate) fn instruction(context: *mut c_void) -> usize {
     registers(context).map_or(0, |(instruction, _)| instruction)
 }
 
-/// Whether it reached for what lies just below its stack. Compilers touch a large frame page by page, from above.
+/// Whether the faulting access was just below the stack. Compilers touch a large frame page by page, from above.
 fn is_overflow() -> bool {
     let (address, stack) = (ADDRESS.load(Ordering::Relaxed), STACK_POINTER.load(Ordering::Relaxed));
     stack != 0 && address.wrapping_sub(stack.wrapping_sub(64 << 10)) <= (68 << 10)
@@ -315,7 +316,7 @@ fn is_overflow() -> bool {
 
 /// Instruction and stack pointer.
 fn registers(context: *mut c_void) -> Option<(usize, usize)> {
-    // SAFETY: the kernel hands a handler a valid context.
+    // SAFETY: the kernel passes a valid context to a handler.
     let context = unsafe { context.cast::<ucontext_t>().as_ref() }?;
     #[cfg(target_arch = "x86_64")]
     {
@@ -336,7 +337,7 @@ fn registers(context: *mut c_void) -> Option<(usize, usize)> {
     }
 }
 
-/// Text in a fixed place; what does not fit is left out.
+/// Text in a fixed buffer; excess text is dropped.
 struct Line<const ROOM: usize> {
     bytes: [u8; ROOM],
     length: usize,
@@ -352,7 +353,7 @@ impl<const ROOM: usize> Line<ROOM> {
     fn send(mut self, pipe: c_int) {
         let length = self.length.min(ROOM - 1);
         self.bytes[length] = b'\n';
-        // SAFETY: the bytes are valid for the whole call. If the pipe is full or closed, nobody hears of it.
+        // SAFETY: the bytes are valid for the whole call. If the pipe is full or closed, the line is lost.
         unsafe { libc::write(pipe, self.bytes.as_ptr().cast(), length + 1) };
     }
 }
@@ -371,35 +372,35 @@ impl<const ROOM: usize> Write for Line<ROOM> {
 fn has_room() -> bool {
     // SAFETY: all zeroes is a valid stack_t.
     let mut stack: libc::stack_t = unsafe { mem::zeroed() };
-    // SAFETY: a null pointer asks for no change, and `stack` is a valid place for the whole call.
+    // SAFETY: a null pointer requests no change, and `stack` is valid for writes during the whole call.
     let outcome = unsafe { libc::sigaltstack(ptr::null(), &raw mut stack) };
     outcome == 0 && (stack.ss_flags & libc::SS_DISABLE != 0 || stack.ss_size >= STACK / 2)
 }
 
-/// An alternate stack, with a page below it that nobody may touch.
+/// An alternate signal stack, with an inaccessible page below it.
 struct AlternateStack(*mut c_void);
 
 thread_local! {
     static OWN_STACK: Cell<Option<AlternateStack>> = const { Cell::new(None) };
 }
 
-/// The page below, at the largest size there is.
+/// Size of the inaccessible page, at the largest page size that exists.
 const GUARD: usize = 64 << 10;
 
 /// Gives this thread a stack for its signal handlers that is large enough for a backtrace. If there is no memory,
-/// the thread keeps the one that it has.
+/// the thread keeps its current one.
 pub(crate) fn give_stack() {
     let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: new memory, at a place that the kernel chooses.
+    // SAFETY: new memory, at an address that the kernel chooses.
     let memory = unsafe { libc::mmap(null_mut(), GUARD + STACK, access, kind, -1, 0) };
     if memory == libc::MAP_FAILED {
         return;
     }
     let owned = AlternateStack(memory);
-    // SAFETY: the lower part of that memory, which nobody uses.
+    // SAFETY: the lower part of that memory, which is not in use.
     let guarded = unsafe { libc::mprotect(memory, GUARD, libc::PROT_NONE) };
     let stack = libc::stack_t { ss_sp: memory.wrapping_byte_add(GUARD), ss_flags: 0, ss_size: STACK };
-    // SAFETY: the memory is this thread's until `AlternateStack` takes it back, which switches it off before.
+    // SAFETY: the memory belongs to this thread until `AlternateStack` is dropped, which disables the stack first.
     if guarded == 0 && unsafe { libc::sigaltstack(&raw const stack, null_mut()) } == 0 {
         OWN_STACK.set(Some(owned));
     }
@@ -409,14 +410,14 @@ impl Drop for AlternateStack {
     fn drop(&mut self) {
         // SAFETY: all zeroes is a valid stack_t.
         let mut stack: libc::stack_t = unsafe { mem::zeroed() };
-        // SAFETY: a null pointer asks for no change, and `stack` is a valid place for the whole call.
+        // SAFETY: a null pointer requests no change, and `stack` is valid for writes during the whole call.
         unsafe { libc::sigaltstack(ptr::null(), &raw mut stack) };
         if stack.ss_sp == self.0.wrapping_byte_add(GUARD) {
             stack.ss_flags = libc::SS_DISABLE;
-            // SAFETY: switches it off; no handler runs on it now, as this is no handler.
+            // SAFETY: disables the stack; no handler runs on it now, because this code is not a handler.
             unsafe { libc::sigaltstack(&raw const stack, null_mut()) };
         }
-        // SAFETY: the memory of `give_stack`, which nothing uses any more.
+        // SAFETY: the memory of `give_stack`, which is not used any more.
         unsafe { libc::munmap(self.0, GUARD + STACK) };
     }
 }

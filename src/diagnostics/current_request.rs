@@ -1,7 +1,7 @@
-//! Which request each thread of this worker is at work on: read by signal handlers, by the thread that looks for slow
-//! requests, and in the worker's row of the scoreboard by the master, also when the worker was killed.
+//! Records which request each thread of this worker is running. Signal handlers and the thread that looks for slow
+//! requests read it; so does the master, in the worker's row of the scoreboard, even after the worker was killed.
 //!
-//! May not: lock or allocate. What is here is in the path of every request.
+//! Must not lock or allocate: this code is in the path of every request.
 
 use std::cell::Cell;
 use std::sync::OnceLock;
@@ -9,25 +9,25 @@ use std::sync::OnceLock;
 use forkyard_shm::{Before, EventLoopBeat, ThreadSlot};
 use nix::unistd::gettid;
 
-/// Threads that can be told apart: the event loop's, and the most that `--threads` allows.
+/// The maximum number of registered threads: the event loop's thread, and the maximum of `--threads`.
 const MAX_THREADS: usize = 1025;
 
-/// The threads that have taken a slot, in the order of the thread slots' numbers.
+/// The threads that have taken a slot, indexed by the number of the slot.
 static REGISTERED: [OnceLock<(i32, ThreadSlot<'static>)>; MAX_THREADS] = [const { OnceLock::new() }; MAX_THREADS];
-/// Where the thread slots are.
+/// The row that contains the thread slots.
 static BEAT: OnceLock<EventLoopBeat> = OnceLock::new();
 
 thread_local! {
-    /// Without a destructor and made at compile time: a signal handler may read it.
+    /// Without a destructor and initialized at compile time, because a signal handler may read it.
     static THREAD_SLOT: Cell<Option<ThreadSlot<'static>>> = const { Cell::new(None) };
 }
 
-/// Has all that is noted here noted in this row. Called once, in a new worker.
+/// Sets the row in which requests are recorded. Called once, in a new worker.
 pub(crate) fn note_in(beat: EventLoopBeat) {
     let _ = BEAT.set(beat);
 }
 
-/// Takes note of this thread, which runs requests until the process ends.
+/// Registers this thread, which runs requests until the process ends.
 pub(crate) fn register_thread() {
     let (None, Some(beat)) = (THREAD_SLOT.get(), BEAT.get()) else { return };
     let thread = gettid().as_raw();
@@ -39,37 +39,37 @@ pub(crate) fn register_thread() {
     THREAD_SLOT.set(free.filter_map(take).next());
 }
 
-/// The cell of the request that this thread is at work on.
+/// The cell of the request that this thread is running.
 pub(crate) fn current() -> Option<usize> {
     THREAD_SLOT.get()?.cell()
 }
 
-/// The thread that is at work on the request in `cell`.
+/// The thread that is running the request in `cell`.
 pub(crate) fn thread_of(cell: usize) -> Option<i32> {
     taken().find(|(_, slot)| slot.cell() == Some(cell)).map(|(thread, _)| thread)
 }
 
-/// This thread is at work on the request in `cell` while `work` runs.
+/// Records that this thread runs the request in `cell` while `work` runs.
 pub(crate) fn enter<T>(cell: Option<usize>, work: impl FnOnce() -> T) -> T {
     let Some(slot) = THREAD_SLOT.get() else { return work() };
-    // Put back also if `work` panics.
+    // Restored even if `work` panics.
     let _return = Return { slot, before: slot.switch_to(cell) };
     work()
 }
 
-/// The same from here on, within [`enter`].
+/// Changes the request of this thread from here on, within [`enter`].
 pub(crate) fn switch_to(cell: Option<usize>) {
     if let Some(slot) = THREAD_SLOT.get() {
         slot.switch_to(cell);
     }
 }
 
-/// What is in `cell` will be another request. The threads that are at work on the one that leaves it keep its text.
+/// Prepares for the reuse of `cell` by another request. Threads that still run the request in it keep a copy of its text.
 pub(crate) fn forget(cell: usize) {
     taken().for_each(|(_, slot)| slot.keep_text_of(cell));
 }
 
-/// This process is about to die by what this thread does: notes its request in the scoreboard, or that it has none.
+/// Records that this process is about to die because of this thread: stores the thread's request in the scoreboard, or that it has none.
 /// Async-signal-safe.
 pub(crate) fn accuse() {
     match (THREAD_SLOT.get(), BEAT.get()) {

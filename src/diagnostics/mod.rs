@@ -1,4 +1,4 @@
-//! What a worker records about itself, so that a crash, a hang or a slow request can be explained.
+//! Records what a worker is doing, so that a crash, a hang or a slow request can be explained.
 
 pub(crate) mod code_address;
 pub(crate) mod crash;

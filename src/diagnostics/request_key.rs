@@ -1,19 +1,19 @@
-//! What stands for a request when workers die of it: pure, and the same on both sides. The master counts deaths by it,
-//! and workers refuse by it.
+//! The key of a request for the quarantine: pure, and the same in both kinds of processes. The master counts deaths by it,
+//! and workers refuse requests by it.
 //!
-//! It is made of the text that the scoreboard has, "GET /path?query", cut there at 112 bytes.
+//! It is made from the text in the scoreboard, "GET /path?query", which is cut at 112 bytes.
 
 use crate::config::failures::QuarantineBy;
 
-/// So many hexadecimal digits in a row are an id, if one of them is a decimal digit.
+/// This many hexadecimal digits in a row are an id, if one of them is a decimal digit.
 const MIN_ID: usize = 8;
 
-/// A request, as precisely as it can be meant.
+/// The key of a request, in two degrees of precision.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct RequestKey {
     /// Method and path: `GET /users/17`.
     pub(crate) path: String,
-    /// The same for all that differ in numbers and ids alone: `GET /users/*`. `None` if only paths count.
+    /// The same for all requests that differ in numbers and ids alone: `GET /users/*`. `None` if only paths count.
     pub(crate) pattern: Option<String>,
 }
 
@@ -30,13 +30,13 @@ impl RequestKey {
         Self { path, pattern }
     }
 
-    /// What it may be refused by.
+    /// The keys by which the request may be refused.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         std::iter::once(self.path.as_str()).chain(self.pattern.as_deref())
     }
 }
 
-/// A number, or a long hexadecimal one, also with hyphens as a UUID has them.
+/// Whether a path segment is a number, or a long hexadecimal number, also with hyphens as in a UUID.
 fn is_id(segment: &str) -> bool {
     let digits = || segment.bytes().filter(|byte| *byte != b'-');
     let is_number = !segment.is_empty() && segment.bytes().all(|byte| byte.is_ascii_digit());

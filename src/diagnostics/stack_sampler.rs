@@ -1,9 +1,9 @@
-//! What another thread of this process is at, right now: a signal interrupts it, and its handler stores the
-//! instructions.
+//! Samples the stack of another thread of this process: a signal interrupts the thread, and its handler stores the
+//! addresses of the instructions.
 //!
-//! The signal is SIGURG: nothing happens if it comes when no handler is installed, and hardly anybody uses it.
+//! The signal is SIGURG: it is ignored if no handler is installed, and few programs use it.
 //!
-//! May not: allocate, lock or panic in the handler.
+//! The handler must not allocate, lock or panic.
 #![expect(unsafe_code, reason = "a signal handler")]
 
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
@@ -16,25 +16,25 @@ use nix::unistd::Pid;
 use super::crash::{self, MAX_FRAMES};
 use crate::sys;
 
-/// A thread that does not run, because the machine is busy, is waited for so long.
+/// How long to wait for a thread that does not run because the machine is busy.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The thread that is asked; 0 once it has answered.
+/// The thread that is being sampled; 0 once it has answered.
 static ASKED: AtomicI32 = AtomicI32::new(0);
 static FRAMES: [AtomicUsize; MAX_FRAMES] = [const { AtomicUsize::new(0) }; MAX_FRAMES];
 
 /// Installs the handler.
 ///
 /// # Errors
-/// What `sigaction(2)` says.
+/// Returns the error of `sigaction(2)`.
 pub(crate) fn install() -> io::Result<()> {
-    backtrace::trace(|_| true); // the unwinder sets itself up at its first use
+    backtrace::trace(|_| true); // the unwinder initializes itself at its first use
     let flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
     crash::set_action(libc::SIGURG, on_signal as *const () as usize, flags)
 }
 
-/// The instructions that a thread is at, the innermost first; none if it does not answer. For one thread alone, which
-/// asks one at a time.
+/// The addresses of the instructions that a thread is executing, the innermost first; none if the thread does not answer. Must be called
+/// by one thread only, for one thread at a time.
 pub(crate) fn of(thread: i32) -> Vec<usize> {
     FRAMES.iter().for_each(|frame| frame.store(0, Ordering::Relaxed));
     ASKED.store(thread, Ordering::SeqCst);
@@ -45,7 +45,7 @@ pub(crate) fn of(thread: i32) -> Vec<usize> {
     while ASKED.load(Ordering::Acquire) != 0 && begun.elapsed() < ANSWER_TIMEOUT {
         thread::park_timeout(Duration::from_millis(1));
     }
-    // One that is late finds that it is not asked any more.
+    // A thread that answers too late finds that it is no longer being sampled.
     let answered = ASKED.swap(0, Ordering::SeqCst) == 0;
     let frames = FRAMES.iter().map(|frame| frame.load(Ordering::Relaxed)).take_while(|&frame| frame != 0);
     if answered { frames.collect() } else { Vec::new() }
@@ -56,9 +56,9 @@ extern "C" fn on_signal(_: c_int, _: *mut siginfo_t, context: *mut c_void) {
     if ASKED.load(Ordering::SeqCst) != unsafe { libc::gettid() } {
         return;
     }
-    // SAFETY: the address of a variable of this thread's own.
+    // SAFETY: the address of a variable that belongs to this thread.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: it stays valid as long as the thread lives.
+    // SAFETY: the address stays valid as long as the thread lives.
     let before = unsafe { *errno };
     let mut frames = [0; MAX_FRAMES];
     let frames = crash::unwind(crash::instruction(context), &mut frames);
@@ -66,7 +66,7 @@ extern "C" fn on_signal(_: c_int, _: *mut siginfo_t, context: *mut c_void) {
         to.store(from, Ordering::Relaxed);
     }
     ASKED.store(0, Ordering::Release);
-    // SAFETY: as above.
+    // SAFETY: the address stays valid as long as the thread lives.
     unsafe { *errno = before };
 }
 
