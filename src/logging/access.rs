@@ -1,7 +1,7 @@
-//! The form of a line of the access log. Pure.
+//! Formats a line of the access log. Pure.
 //!
-//! A client chooses much of what is in it: control characters, quotes and what is no ASCII are escaped, so that a line is
-//! one line, and each field is cut, so that a line has a bound below [`LONGEST`].
+//! Clients choose much of its content: control characters, quotes and non-ASCII characters are escaped, so that an entry is
+//! one line, and each field is cut, so that a line is never longer than [`LONGEST`].
 
 use std::io::Write as _;
 use std::net::IpAddr;
@@ -12,23 +12,23 @@ use http::{HeaderValue, Method, Version};
 use super::json::Object;
 use crate::config::address::Protocol;
 
-/// No line is longer.
+/// Upper bound of the length of a line, in bytes.
 pub(crate) const LONGEST: usize = 60 << 10;
-/// Bytes of the target and of other fields that are kept.
+/// Maximum length of the target, and of other fields, in bytes.
 const TARGET: usize = 4 << 10;
 const OTHER: usize = 1 << 10;
-/// Stands where something was cut off.
+/// Marks a field that was cut.
 const CUT: &[u8] = b"...";
 
-/// One request that is over.
+/// One completed request.
 #[derive(Debug)]
 pub(crate) struct Exchange<'a> {
     pub(crate) address: Option<IpAddr>,
     pub(crate) user: Option<&'a [u8]>,
-    /// None if it could not be read.
+    /// None if the request could not be read.
     pub(crate) request: Option<Asked<'a>>,
     pub(crate) status: u16,
-    /// Of the response's body.
+    /// Length of the response's body.
     pub(crate) bytes: u64,
     pub(crate) took: Duration,
     pub(crate) slot: u32,
@@ -36,7 +36,7 @@ pub(crate) struct Exchange<'a> {
     pub(crate) protocol: Protocol,
 }
 
-/// What was asked for.
+/// The requested method and target.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked<'a> {
     pub(crate) method: &'a Method,
@@ -48,7 +48,7 @@ pub(crate) struct Asked<'a> {
 }
 
 impl Exchange<'_> {
-    /// Apache's combined format, and pairs behind it. `time` is as `02/Jan/2026:03:04:05 +0000`.
+    /// Writes Apache's combined format, followed by pairs. `time` has the form `02/Jan/2026:03:04:05 +0000`.
     pub(crate) fn write_combined(&self, time: &str, line: &mut Vec<u8>) {
         match self.address {
             Some(address) => write(line, format_args!("{address} - ")),
@@ -77,7 +77,7 @@ impl Exchange<'_> {
         write(line, format_args!(" duration_ms={ms}.{rest:03} slot={slot} gen={generation} protocol={protocol}\n"));
     }
 
-    /// `time` is as `2026-01-02T03:04:05.678Z`.
+    /// Writes a JSON object. `time` has the form `2026-01-02T03:04:05.678Z`.
     pub(crate) fn write_json(&self, time: &str, line: &mut Vec<u8>) {
         let mut object = Object::begin(line);
         object.text("time", time);
@@ -123,10 +123,10 @@ impl Exchange<'_> {
 }
 
 fn write(line: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
-    let _ = line.write_fmt(text); // there is always room
+    let _ = line.write_fmt(text); // writing to a Vec cannot fail
 }
 
-/// As Apache does it.
+/// Escapes like Apache.
 fn escaped(line: &mut Vec<u8>, value: &[u8], most: usize) {
     for &byte in value.iter().take(most) {
         match byte {
@@ -140,7 +140,7 @@ fn escaped(line: &mut Vec<u8>, value: &[u8], most: usize) {
     }
 }
 
-/// What is no UTF-8 is replaced.
+/// Replaces invalid UTF-8, and cuts the text.
 fn cut(value: &[u8], most: usize) -> String {
     let mut text = String::from_utf8_lossy(value.get(..most).unwrap_or(value)).into_owned();
     if value.len() > most {

@@ -1,14 +1,14 @@
-//! Where lines go, without ever waiting for a reader.
+//! Writes log lines to their destination, without ever waiting for a reader.
 //!
-//! A log that nobody reads (a paused terminal, a pipe whose reader has stopped) must not stop the master, which supervises,
-//! nor a worker's event loop. So a line that cannot be written at once waits in this process's queue, up to a limit, and further
-//! lines are lost and counted; the count is a line of the log as soon as it is read again.
+//! A log that is not read (a paused terminal, a pipe whose reader has stopped) must not stop the master, which supervises,
+//! or a worker's event loop. So a line that cannot be written at once waits in this process's queue, up to a limit. Further
+//! lines are lost and counted; the count is logged as soon as the log is read again.
 //!
-//! A pipe or a terminal on standard error is shared with other programs, and non-blocking is a property that they would share.
-//! Such a destination is opened once more through `/proc/self/fd`, which gives this program a file description of its own. Where
-//! that is not allowed, `poll(2)` is asked before each write, which stays below PIPE_BUF.
+//! A pipe or a terminal on standard error is shared with other programs, and making it non-blocking would affect them too.
+//! Such a destination is opened once more through `/proc/self/fd`, which gives this program its own file description. Where
+//! that is not allowed, `poll(2)` is called before each write, which stays below PIPE_BUF.
 //!
-//! Must not: log, or wait.
+//! Must not log, or wait.
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, IsTerminal as _};
@@ -25,28 +25,28 @@ use nix::sys::stat::{SFlag, fstat, makedev};
 
 use crate::sys::file_path::{self, Links};
 
-/// A destination that has taken nothing for this long has stopped: whoever fills the queue is no longer slowed down for it.
+/// A destination that has accepted nothing for this long counts as stopped: processes that fill the queue are no longer slowed down.
 const STALL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How a write is kept from waiting.
+/// How a write is kept from blocking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Files of a disk, and devices: they take what they are given.
+    /// Files on a disk, and devices, which accept writes without waiting for a reader.
     File,
     /// A pipe or a terminal, opened for this program alone, non-blocking.
     Pipe,
-    /// Connected.
+    /// A connected socket.
     Socket,
-    /// A pipe or a terminal whose file description others share, and which blocks.
+    /// A blocking pipe or terminal whose file description is shared with other programs.
     SharedPipe,
     /// A terminal, opened for this program alone, non-blocking.
     Terminal,
-    /// A terminal whose file description others share, and which blocks.
+    /// A blocking terminal whose file description is shared with other programs.
     SharedTerminal,
 }
 
 impl Kind {
-    /// What `fd` is, and the descriptor to use in its place, if that is another one.
+    /// The kind of `fd`, and the descriptor to use instead of `fd`, if that is another one.
     pub(crate) fn of(fd: BorrowedFd<'_>) -> (Self, Option<OwnedFd>) {
         let kind = fstat(fd).map_or(SFlag::S_IFREG, |status| SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT);
         match kind {
@@ -64,16 +64,16 @@ impl Kind {
         }
     }
 
-    /// The bytes that go out in one piece, among the lines of other processes.
+    /// The maximum number of bytes that are written in one piece, among the lines of other processes.
     fn most(self) -> usize {
         if self == Self::File { usize::MAX } else { libc::PIPE_BUF }
     }
 }
 
-/// Writes what can be written at once.
+/// Writes as much as possible without waiting.
 ///
 /// # Errors
-/// `WouldBlock`, or what the system says.
+/// Returns `WouldBlock`, or the error of the system call.
 fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> {
     loop {
         let written = match kind {
@@ -83,7 +83,7 @@ fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> 
             Kind::SharedPipe | Kind::SharedTerminal => {
                 match poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::ZERO) {
                     Ok(0) => Err(Errno::EAGAIN),
-                    // Another process may have filled it meanwhile; a piece of that size still waits for one reader's read alone.
+                    // Another process may have filled the pipe meanwhile; a write of that size waits for one read of the reader at most.
                     Ok(_) => {
                         let write = || nix::unistd::write(fd, bytes.get(..libc::PIPE_BUF).unwrap_or(bytes));
                         if kind == Kind::SharedTerminal { from_the_background(write) } else { write() }
@@ -99,19 +99,19 @@ fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> 
     }
 }
 
-/// Has a write to a terminal succeed whatever job this process belongs to. With `stty tostop` the kernel answers a write of a
-/// background job with SIGTTOU, unless the thread blocks that signal. To the master it is an operator's, and the write
-/// would begin again for ever.
+/// Makes a write to a terminal succeed whatever job this process belongs to. With `stty tostop` the kernel sends SIGTTOU to a
+/// background job that writes, unless the thread blocks that signal. The master would treat SIGTTOU as a command of the operator,
+/// and the write would be restarted for ever.
 fn from_the_background<T>(write: impl FnOnce() -> T) -> T {
     let before = SigSet::from(Signal::SIGTTOU).thread_swap_mask(SigmaskHow::SIG_BLOCK);
     let outcome = write();
     if let Ok(before) = before {
-        let _ = before.thread_set_mask(); // a mask that was in force
+        let _ = before.thread_set_mask(); // restores the previous mask
     }
     outcome
 }
 
-/// Writes lines, in groups that stay in one piece. Returns how many bytes went, and why no more did.
+/// Writes lines, in groups that stay in one piece. Returns the number of bytes written, and why no more were.
 pub(crate) fn write_lines(fd: BorrowedFd<'_>, kind: Kind, lines: &[u8]) -> (usize, io::Result<()>) {
     let mut written = 0;
     while written < lines.len() {
@@ -124,7 +124,7 @@ pub(crate) fn write_lines(fd: BorrowedFd<'_>, kind: Kind, lines: &[u8]) -> (usiz
     (written, Ok(()))
 }
 
-/// As [`write_lines`], and waits for a reader, up to `limit`. For a process that ends.
+/// Like [`write_lines`], but waits for a reader, up to `limit`. For a process that is about to end.
 pub(crate) fn write_lines_within(
     fd: BorrowedFd<'_>,
     kind: Kind,
@@ -139,47 +139,47 @@ pub(crate) fn write_lines_within(
         match outcome {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && begun.elapsed() < limit => {
                 let left = PollTimeout::try_from(limit.saturating_sub(begun.elapsed())).unwrap_or(PollTimeout::MAX);
-                let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], left); // the next write shows what came of it
+                let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], left); // the next write shows the result
             }
             outcome => return (written, outcome),
         }
     }
 }
 
-/// How long the whole lines at the beginning are, up to `most` bytes; or the first one, if it is longer.
+/// The length of the whole lines at the beginning, up to `most` bytes; or of the first line, if it is longer.
 fn whole_lines(lines: &[u8], most: usize) -> usize {
     let is_end = |&byte: &u8| byte == b'\n';
     let within = lines.iter().take(most).rposition(is_end);
     within.or_else(|| lines.iter().position(is_end)).map_or(lines.len(), |end| end + 1)
 }
 
-/// What became of a line that was given to a [`Queue`].
+/// The result for a line that was passed to a [`Queue`].
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Written,
-    /// It waits.
+    /// The line waits in the queue.
     Queued,
-    /// It is lost: the queue is full, or nobody will ever read.
+    /// The line is lost: the queue is full, or the log will never be read.
     Lost,
-    /// The destination fails, with this error; the line is not written.
+    /// The destination fails with this error; the line is not written.
     Failed(String),
 }
 
-/// Lines that wait for their reader, and how many were lost.
+/// Lines that wait for their reader, and the number of lost lines.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     bytes: Vec<u8>,
-    /// What of `bytes` was written.
+    /// The number of bytes of `bytes` that were written.
     written: usize,
-    /// Lines.
+    /// The number of lost lines.
     lost: u64,
     last_progress: Option<Instant>,
-    /// The last write broke off within a line.
+    /// The last write ended within a line.
     is_torn: bool,
 }
 
 impl Queue {
-    /// Writes a line, or has it wait if `limit` allows.
+    /// Writes a line, or queues it if `limit` allows.
     pub(super) fn put(&mut self, fd: BorrowedFd<'_>, kind: Kind, line: &[u8], limit: usize) -> Outcome {
         if let Err(error) = self.flush(fd, kind) {
             return self.fail(&error);
@@ -215,7 +215,7 @@ impl Queue {
 
     fn write(&mut self, fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> (usize, io::Result<()>) {
         if self.is_torn && kind == Kind::File {
-            // The beginning of a line stands there, which was written elsewhere.
+            // The file ends with the beginning of a line that was written elsewhere.
             match write_now(fd, kind, b"\n") {
                 Ok(_) => self.is_torn = false,
                 Err(error) => return (0, Err(error)),
@@ -226,10 +226,10 @@ impl Queue {
         (count, outcome)
     }
 
-    /// Writes what waits, as far as that is possible now.
+    /// Writes as much of the queue as possible without waiting.
     ///
     /// # Errors
-    /// If the destination fails; that it would have to wait is no failure.
+    /// Fails if the destination fails; a full destination is not a failure.
     pub(super) fn flush(&mut self, fd: BorrowedFd<'_>, kind: Kind) -> io::Result<()> {
         if self.is_empty() {
             return Ok(());
@@ -242,7 +242,7 @@ impl Queue {
             self.last_progress = Some(Instant::now());
         }
         if self.written == self.bytes.len() {
-            (self.bytes, self.written) = (Vec::new(), 0); // its memory is not needed again
+            (self.bytes, self.written) = (Vec::new(), 0); // frees the memory, which is not needed any more
         }
         match outcome {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
@@ -254,25 +254,25 @@ impl Queue {
         self.bytes.is_empty()
     }
 
-    /// What waits, taken out.
+    /// Removes and returns the queued bytes.
     pub(super) fn take(&mut self) -> Vec<u8> {
         let written = std::mem::take(&mut self.written);
         std::mem::take(&mut self.bytes).split_off(written)
     }
 
-    /// The lines that were lost since the last call, if the log is read again.
+    /// The number of lines that were lost since the last call, if the log is read again.
     pub(super) fn take_lost(&mut self) -> Option<u64> {
         if self.is_empty() { Some(std::mem::take(&mut self.lost)).filter(|&lost| lost > 0) } else { None }
     }
 
-    /// For how long those that put lines in should be slowed down: the reader is slow, and has not stopped.
+    /// How long processes that add lines should be slowed down, if the reader is slow but has not stopped.
     pub(super) fn is_slow_for(&self) -> Option<Duration> {
         let since = self.last_progress.filter(|_| !self.is_empty())?;
         STALL_TIMEOUT.checked_sub(since.elapsed()).filter(|left| !left.is_zero())
     }
 }
 
-/// Opens a file to write at its end, and makes it if there is none. It belongs to whoever the master is: workers do not open it.
+/// Opens a file for appending, and creates it if it does not exist. It belongs to the master's user: workers do not open it.
 /// The names of standard output and standard error mean these, whatever they are.
 ///
 /// # Errors
@@ -286,10 +286,10 @@ pub(super) fn open(path: &Path, flag: &str) -> Result<OwnedFd, String> {
     open_file(path, true).map_err(|error| fail(explain(&error, kind, flag)))
 }
 
-/// Tries what can be tried of a log without making its file. A note, if a start depends on something else.
+/// Checks a log without creating its file. Returns a note if a start depends on something else.
 ///
 /// # Errors
-/// A sentence for the operator: what a start would say.
+/// A sentence for the operator: the error that a start would report.
 pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String> {
     if standard_stream(path).is_some() {
         return open(path, flag).map(|_| None);
@@ -298,7 +298,7 @@ pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String>
     let kind = kind_at(path, flag).map_err(fail)?;
     match kind {
         None => Ok(None),
-        // Whoever reads it would take us for a writer that has left.
+        // Opening and closing the FIFO would look to its reader like a writer that has left.
         Some(kind) if kind.is_fifo() => {
             let allowed = nix::unistd::access(path, nix::unistd::AccessFlags::W_OK);
             allowed.map_err(|errno| fail(explain(&errno.into(), Some(kind), flag)))?;
@@ -308,7 +308,7 @@ pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String>
     }
 }
 
-/// What is there; `None` if a file is to be made.
+/// The type of the existing file; `None` if a file would be created.
 fn kind_at(path: &Path, flag: &str) -> Result<Option<FileType>, String> {
     let found = file_path::examine(path, Links::Follow, flag)?;
     if found.as_ref().is_some_and(|found| found.file_type().is_char_device() && found.rdev() == makedev(1, 7)) {
@@ -324,7 +324,7 @@ fn kind_at(path: &Path, flag: &str) -> Result<Option<FileType>, String> {
     }
 }
 
-/// Does not wait for a reader, should it be a FIFO.
+/// Does not wait for a reader if the file is a FIFO.
 fn open_file(path: &Path, create: bool) -> io::Result<OwnedFd> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let opened = OpenOptions::new().append(true).create(create).mode(0o640).custom_flags(flags).open(path);
@@ -340,7 +340,7 @@ fn explain(error: &io::Error, kind: Option<FileType>, flag: &str) -> String {
     }
 }
 
-/// A copy of standard output or standard error, if `path` is one of their names. Opening these fails where they are
+/// A copy of standard output or standard error, if `path` is one of their names. Opening the path fails if they are
 /// sockets, or belong to another user.
 fn standard_stream(path: &Path) -> Option<io::Result<OwnedFd>> {
     let number = match path.to_str()? {
@@ -352,7 +352,7 @@ fn standard_stream(path: &Path) -> Option<io::Result<OwnedFd>> {
     Some(copy.map(|copy| Kind::of(copy.as_fd()).1.unwrap_or(copy)))
 }
 
-/// A copy of the destination for the standard streams of other code, for which a write has to wait.
+/// A copy of the destination for the standard streams of other code, whose writes must block.
 pub(super) fn blocking_copy(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let opened = File::options().append(true).open(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     opened.map(OwnedFd::from).or_else(|_| fd.try_clone_to_owned())
@@ -364,7 +364,7 @@ mod tests {
 
     use super::*;
 
-    /// A pipe that blocks, as standard error often is.
+    /// A blocking pipe, as standard error often is.
     fn pipe() -> (File, OwnedFd) {
         let (read, write) = nix::unistd::pipe().unwrap();
         (File::from(read), write)

@@ -1,8 +1,8 @@
-//! The files of the log and the access log: opened by the master, and opened again after a rotation.
+//! The files of the log and the access log: opened by the master, and reopened after a rotation.
 //!
-//! Workers may not be allowed to open them (`--user`, `--chroot`, `--sandbox`), so each has a socket through which it gets
-//! the new files from the master. It puts them in the place of the old ones, under the same number: what writes there at
-//! that moment writes to the one or to the other, and its heir, which shares the table, follows along.
+//! Workers may lack permission to open them (`--user`, `--chroot`, `--sandbox`), so each worker has a socket through which it receives
+//! the new files from the master. It replaces the old files under the same descriptor number: a concurrent write goes to the old or to
+//! the new file, and the worker's heir, which shares the descriptor table, uses the new files too.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -16,7 +16,7 @@ use super::destination::{self, Kind};
 use crate::config::logs::LogConfig;
 use crate::sys;
 
-/// The files, as master and workers have them: under the same numbers in all.
+/// The files of master and workers, under the same descriptor numbers in all processes.
 #[derive(Debug)]
 pub(crate) struct LogFiles {
     config: LogConfig,
@@ -25,7 +25,7 @@ pub(crate) struct LogFiles {
 }
 
 impl LogFiles {
-    /// The log is open by now ([`super::start`]).
+    /// The log itself is already open ([`super::start`]).
     ///
     /// # Errors
     /// A sentence for the operator.
@@ -50,8 +50,8 @@ impl LogFiles {
         self.access.is_some()
     }
 
-    /// Writes lines to the access log: to a file all at once; to a pipe so many that they stay in one piece. Never waits for a
-    /// reader. Returns how many bytes went, and why no more did.
+    /// Writes lines to the access log: all at once to a file; to a pipe, only as many as stay in one piece. Never waits for a
+    /// reader. Returns the number of bytes written, and why no more were.
     pub(crate) fn write_access(&self, lines: &[u8]) -> (usize, io::Result<()>) {
         match &self.access {
             Some(access) => destination::write_lines(access.as_fd(), self.access_kind, lines),
@@ -59,7 +59,7 @@ impl LogFiles {
         }
     }
 
-    /// As [`write_access`](Self::write_access), for a process that ends: a reader that is slow is waited for, up to `limit`.
+    /// Like [`write_access`](Self::write_access), but waits for a slow reader, up to `limit`. For a process that is about to end.
     pub(crate) fn write_access_within(&self, lines: &[u8], limit: Duration) -> (usize, io::Result<()>) {
         match &self.access {
             Some(access) => destination::write_lines_within(access.as_fd(), self.access_kind, lines, limit),
@@ -67,35 +67,35 @@ impl LogFiles {
         }
     }
 
-    /// What children keep.
+    /// The descriptors that children keep open.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         [super::descriptor()].into_iter().chain(self.access.as_ref().map(|access| access.as_raw_fd()))
     }
 
-    /// The files of another configuration: these, if they are the same.
+    /// The files of another configuration: the same ones, if their settings are equal.
     ///
     /// # Errors
     /// A sentence for the operator.
     pub(crate) fn reconfigured(self: &Arc<Self>, config: &LogConfig) -> Result<Arc<Self>, String> {
-        // Workers need to know whether there is a log file, and all about the access log.
+        // Workers only depend on whether there is a log file, and on all of the access log.
         let same = self.config.file == config.file && self.config.access == config.access;
         if same { Ok(Arc::clone(self)) } else { Self::open(config).map(Arc::new) }
     }
 
-    /// Opens the access log again.
+    /// Reopens the access log.
     ///
     /// # Errors
-    /// A sentence for the operator; the old one goes on.
+    /// A sentence for the operator; the old file stays in use.
     pub(crate) fn reopen_access(&self) -> Result<(), String> {
         let Some((path, access)) = self.access_file() else { return Ok(()) };
         let opened = destination::open(path, "--access-log")?;
         sys::replace(access, &opened).map_err(|error| format!("--access-log: {}: {error}", path.display()))
     }
 
-    /// A channel for the files of one worker: the master's end and the worker's. `None` if there are no files.
+    /// Creates a channel that passes the files to one worker: the master's end and the worker's. `None` if there are no files.
     ///
     /// # Errors
-    /// If no sockets can be had.
+    /// Fails if no sockets are available.
     pub(crate) fn channel(&self) -> io::Result<Option<(OwnedFd, OwnedFd)>> {
         if self.files().is_empty() {
             return Ok(None);
@@ -104,10 +104,10 @@ impl LogFiles {
         Ok(Some(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?))
     }
 
-    /// Sends the files, as they are now, to a worker.
+    /// Sends the current files to a worker.
     ///
     /// # Errors
-    /// `WouldBlock` if it has not taken those sent before, or what the channel says.
+    /// Returns `WouldBlock` if the worker has not received the previous ones, or another error of the channel.
     pub(crate) fn hand_out(&self, channel: BorrowedFd<'_>) -> io::Result<()> {
         let files = self.files();
         let control = [ControlMessage::ScmRights(&files)];
@@ -116,15 +116,16 @@ impl LogFiles {
         Ok(())
     }
 
-    /// Puts the files that wait in the channel into the place of the old ones. False when no more will come.
+    /// Replaces the old files by those waiting in the channel. Returns false when no more will arrive.
     ///
     /// # Errors
-    /// `WouldBlock` if none wait, or what the system says: if it has no descriptors for them, they wait on.
+    /// Returns `WouldBlock` if none are waiting, or the error of the system call. If this process has no free descriptors, the files keep
+    /// waiting.
     pub(crate) fn take_in(&self, channel: BorrowedFd<'_>) -> io::Result<bool> {
         let mut byte = [0];
         let mut receive =
             |flags| sys::receive_with_descriptors::<2>(channel, &mut byte, MsgFlags::MSG_DONTWAIT | flags);
-        // Looked at first: a message that is taken while there is no room for its descriptors comes without them.
+        // Peeks first: a message received without room for its descriptors would lose them.
         drop(receive(MsgFlags::MSG_PEEK)?);
         let (bytes, taken) = receive(MsgFlags::empty())?;
         let mut taken = taken.into_iter();
@@ -139,7 +140,7 @@ impl LogFiles {
         Ok(bytes > 0)
     }
 
-    /// The descriptors of those that are opened again, in the order in which they are sent.
+    /// The descriptors of the files that are reopened, in the order in which they are sent.
     fn files(&self) -> Vec<RawFd> {
         let log = self.config.file.as_ref().map(|_| super::descriptor());
         log.into_iter().chain(self.access_file().map(|(_, access)| access)).collect()

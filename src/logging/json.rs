@@ -1,16 +1,16 @@
-//! Lines of JSON: an object each, its fields in the order in which they are added.
+//! Writes lines of JSON: one object per line, with its fields in the order in which they are added.
 //!
-//! May not: know what the fields mean.
+//! Must not depend on the meaning of the fields.
 
 use std::fmt::Display;
 use std::io::Write as _;
 
-/// A line that is being made.
+/// A line under construction.
 #[derive(Debug)]
 pub(crate) struct Object<'a>(&'a mut Vec<u8>);
 
 impl<'a> Object<'a> {
-    /// Begins behind what is in `line`.
+    /// Begins an object after the content of `line`.
     pub(crate) fn begin(line: &'a mut Vec<u8>) -> Self {
         line.push(b'{');
         Self(line)
@@ -21,13 +21,13 @@ impl<'a> Object<'a> {
         self.string(value);
     }
 
-    /// A value that is a number, or `true`, or `null`, in JSON as it is here.
+    /// Adds a value that is already valid JSON: a number, `true` or `null`.
     pub(crate) fn plain(&mut self, key: &str, value: impl Display) {
         self.key(key);
-        let _ = write!(self.0, "{value}"); // there is always room
+        let _ = write!(self.0, "{value}"); // writing to a Vec cannot fail
     }
 
-    /// The line, with its end.
+    /// Ends the object and the line.
     pub(crate) fn end(self) {
         self.0.extend_from_slice(b"}\n");
     }
@@ -41,6 +41,6 @@ impl<'a> Object<'a> {
     }
 
     fn string(&mut self, text: &str) {
-        let _ = serde_json::to_writer(&mut *self.0, text); // as above
+        let _ = serde_json::to_writer(&mut *self.0, text); // writing to a Vec cannot fail
     }
 }

@@ -1,6 +1,6 @@
-//! The form of a line of the log. Pure: the time comes as text, and nothing is written here.
+//! Formats a line of the log. Pure: the time is passed as text, and nothing is written here.
 //!
-//! Our lines are `event key=value key="a value"`. As text they stay so; in JSON the pairs become fields.
+//! Forkyard's own lines have the form `event key=value key="a value"`. The text format keeps it; in JSON the pairs become fields.
 
 use std::io::Write as _;
 use std::time::Duration;
@@ -9,26 +9,26 @@ use log::Level;
 
 use super::json::Object;
 
-/// What a line is made of.
+/// The parts of a line.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Line<'a> {
     pub(crate) time: &'a str,
     pub(crate) level: Level,
-    /// Who writes it.
+    /// The process that writes the line.
     pub(crate) pid: u32,
     pub(crate) target: &'a str,
     pub(crate) message: &'a str,
-    /// It is what a process of the application's put out: `slot=S pid=P | WORDS`. The words are not ours.
+    /// The line is output of an application process: `slot=S pid=P | WORDS`. The words are the application's.
     pub(crate) is_output: bool,
 }
 
-/// In the place of the time, until [`stamp`] puts it there.
+/// Placeholder for the time, until [`stamp`] overwrites it.
 pub(crate) const NO_TIME: &str = "0000-00-00T00:00:00.000Z";
 
-/// Writes a time since 1970 over [`NO_TIME`]. Allocates nothing, so that a signal's action may call it.
+/// Writes a time since 1970 over [`NO_TIME`]. Allocates nothing, so that a signal handler may call it.
 pub(crate) fn stamp(since_1970: Duration, into: &mut [u8]) {
     let (days, second) = (since_1970.as_secs() / 86400, since_1970.as_secs() % 86400);
-    // Years from March on, so that a leap day is the last one: 400 of them have 146097 days.
+    // Years are counted from March, so that the leap day is the last day of a year. 400 years have 146097 days.
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
@@ -57,16 +57,16 @@ pub(crate) fn stamp(since_1970: Duration, into: &mut [u8]) {
     }
 }
 
-/// Names that no pair may take.
+/// Keys that a pair must not use.
 const TAKEN: [&str; 4] = ["time", "level", "target", "message"];
 
 impl Line<'_> {
     pub(crate) fn write_text(&self, out: &mut Vec<u8>) {
         let Self { time, level, pid, message, .. } = self;
-        let _ = writeln!(out, "{time} {level:<5} [{pid}] {message}"); // there is always room
+        let _ = writeln!(out, "{time} {level:<5} [{pid}] {message}"); // writing to a Vec cannot fail
     }
 
-    /// `pid` is that of the process that the line is about: of its pairs, or else the writer's.
+    /// The field `pid` is the process that the line is about: from its pairs, or else the writer.
     pub(crate) fn write_json(&self, out: &mut Vec<u8>) {
         let (ours, words) = match self.message.split_once(" | ").filter(|_| self.is_output) {
             Some((ours, words)) => (ours, Some(words)),
@@ -98,8 +98,8 @@ struct Pair<'a> {
     value: String,
 }
 
-/// Splits a message into the event, which is all but the pairs at its end, and all pairs, each key once. Of two pairs with the
-/// same key the last counts: ours stand at the end, and what stands before may be words of a client.
+/// Splits a message into the event, which is the text before the pairs at its end, and all pairs, each key once. If a key occurs twice,
+/// the last pair counts: Forkyard's own pairs are at the end, and earlier text may come from a client.
 fn parse(message: &str) -> (&str, Vec<Pair<'_>>) {
     let mut pairs: Vec<Pair<'_>> = Vec::new();
     let mut tail = None;
@@ -123,7 +123,7 @@ fn parse(message: &str) -> (&str, Vec<Pair<'_>>) {
     (if event.is_empty() { message } else { event }, pairs)
 }
 
-/// The pair at the beginning of `text`, and what comes behind it and a space.
+/// The pair at the beginning of `text`, and the text after it and a space.
 fn pair(text: &str) -> Option<(Pair<'_>, &str)> {
     let (key, value) = text.split_once('=')?;
     let is_name = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
@@ -137,7 +137,7 @@ fn pair(text: &str) -> Option<(Pair<'_>, &str)> {
     Some((Pair { key, value: value.to_owned() }, rest))
 }
 
-/// A value as `{:?}` writes it.
+/// A value in the format of `{:?}`.
 fn quoted(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut rest = text.strip_prefix('"')?.chars();
@@ -163,7 +163,7 @@ fn quoted(text: &str) -> Option<(String, &str)> {
     if rest.is_empty() { Some((value, rest)) } else { Some((value, rest.strip_prefix(' ')?)) }
 }
 
-/// A value that is a number in JSON, and exact in each of its readers.
+/// A value that is a number in JSON, and that every JSON reader represents exactly.
 fn number(value: &str) -> Option<u64> {
     let is_canonical = value == "0" || !value.starts_with(['0', '+']);
     value.parse().ok().filter(|&number| is_canonical && number < 1 << 53)

@@ -1,10 +1,10 @@
-//! Lines of the access log that are not written yet, in memory that a worker shares with its heir: if the worker is killed,
+//! Buffers lines of the access log, in memory that a worker shares with its heir: if the worker is killed,
 //! the heir writes them.
 //!
-//! One thread of the worker has it while the worker lives, and the heir afterwards. A worker that is killed between the
-//! write of its lines and the store that says so leaves them to be written a second time.
+//! One thread of the worker uses the buffer while the worker lives, and the heir afterwards. If a worker is killed between the
+//! write of its lines and the store that records it, the lines are written twice.
 //!
-//! May not: lock, or be read by anybody but those two.
+//! Must not lock, or be read by other processes.
 #![expect(unsafe_code, reason = "memory shared with another process")]
 
 use std::cell::UnsafeCell;
@@ -12,34 +12,34 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes that it holds.
+/// The capacity in bytes.
 pub(crate) const ROOM: usize = 64 << 10;
 
 #[repr(C)]
 struct Region {
     length: AtomicUsize,
-    /// What of it was written. More than `length` is nothing.
+    /// The number of bytes that were written. A value above `length` counts as 0.
     written: AtomicUsize,
     bytes: UnsafeCell<[u8; ROOM]>,
 }
 
-/// The buffer. Copies are the same one.
+/// The buffer. Copies refer to the same buffer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LineBuffer {
     region: NonNull<Region>,
 }
 
-// SAFETY: it is handed from the thread that makes it to the one that uses it. The memory lives for ever.
+// SAFETY: it is passed from the thread that creates it to the thread that uses it. The memory is never freed.
 unsafe impl Send for LineBuffer {}
 
 impl LineBuffer {
-    /// Makes one, which children of this process share. It lives until the last of them is gone.
+    /// Creates a buffer that children of this process share. It exists until the last of them has ended.
     ///
     /// # Errors
-    /// What `mmap(2)` says.
+    /// Returns the error of `mmap(2)`.
     pub(crate) fn create() -> io::Result<Self> {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let region = unsafe { libc::mmap(std::ptr::null_mut(), size_of::<Region>(), protection, flags, -1, 0) };
         if region == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -49,18 +49,18 @@ impl LineBuffer {
         Ok(Self { region })
     }
 
-    /// Takes a line in. False if there is no room for it.
+    /// Adds a line. Returns false if there is no room for it.
     pub(crate) fn push(&self, line: &[u8]) -> bool {
         let length = self.length();
         if line.len() > ROOM - length {
             return false;
         }
         let bytes = self.region().bytes.get().cast::<u8>();
-        // SAFETY: `length` is at most ROOM, so the place is within the array.
+        // SAFETY: `length` is at most ROOM, so the result is within the array.
         let place = unsafe { bytes.add(length) };
-        // SAFETY: the place has room for the line, as checked, and nobody else reads or writes there now.
+        // SAFETY: there is room for the line, as checked, and nothing else reads or writes there now.
         unsafe { std::ptr::copy_nonoverlapping(line.as_ptr(), place, line.len()) };
-        // After the bytes: a line that a killed worker had not finished is none.
+        // Stored after the bytes: a line that a killed worker had not finished does not count.
         self.region().length.store(length + line.len(), Ordering::Release);
         true
     }
@@ -69,17 +69,17 @@ impl LineBuffer {
         self.written() == self.length()
     }
 
-    /// Has lines written, and forgets as many bytes of them as `write` returns. Room for others is made when all are written.
+    /// Passes the lines to `write`, and drops as many bytes as it returns. Room for new lines is made when all are written.
     pub(crate) fn write_out(&self, write: impl FnOnce(&[u8]) -> usize) {
         let (length, written) = (self.length(), self.written());
         let bytes = self.region().bytes.get().cast::<u8>();
         // SAFETY: `written` is at most `length`, which is within the array.
         let first = unsafe { bytes.add(written) };
-        // SAFETY: within the array, of which every byte is valid, and nobody writes there while `write` runs: the worker has
-        // one thread for it, and is dead when the heir is here.
+        // SAFETY: within the array, in which every byte is valid; nothing writes there while `write` runs, because only one thread of
+        // the worker uses the buffer, and the worker is dead when the heir uses it.
         let count = write(unsafe { std::slice::from_raw_parts(first, length - written) });
         if count >= length - written {
-            // In this order: nothing is written twice if the worker is killed in between.
+            // In this order, no line is written twice if the worker is killed in between.
             self.region().length.store(0, Ordering::Release);
             self.region().written.store(0, Ordering::Release);
         } else {
@@ -87,7 +87,7 @@ impl LineBuffer {
         }
     }
 
-    /// Forgets what waits, and returns how many lines that were.
+    /// Drops the buffered bytes, and returns the number of lines in them.
     pub(crate) fn forget(&self) -> usize {
         let mut lines = 0;
         self.write_out(|bytes| {
@@ -97,7 +97,7 @@ impl LineBuffer {
         lines
     }
 
-    /// However much was scribbled over it, within the bounds.
+    /// Limited to the capacity, whatever another process wrote there.
     fn length(&self) -> usize {
         self.region().length.load(Ordering::Acquire).min(ROOM)
     }
@@ -107,7 +107,7 @@ impl LineBuffer {
     }
 
     fn region(&self) -> &Region {
-        // SAFETY: the mapping is as large as a `Region` and lives for ever; it is an atomic and a cell.
+        // SAFETY: the mapping is as large as a `Region` and is never unmapped; it consists of atomics and a cell.
         unsafe { self.region.as_ref() }
     }
 }

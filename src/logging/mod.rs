@@ -1,20 +1,20 @@
-//! The log: where its lines go, and which process writes them.
+//! The log: the destination of its lines, and the process that writes each line.
 //!
 //! ```text
 //! log::info!  in any process ──▶ the log's descriptor ──▶ standard error, or --log-file
 //! println!    in a worker or program ──▶ a pipe ──▶ the master ──▶ log::info!("slot=S pid=P | …")
 //! ```
 //!
-//! Every process writes its own lines, each with one write(2): no other process has to be alive to take them. The descriptor is
-//! a copy of the master's standard error, or the file that it has opened, since a worker's own standard error is a pipe. Workers
-//! need no right to open anything: after USR1 the master opens the files again, and hands them out ([`files`]). A reload may
-//! change all of it ([`prepare`]); workers that are there by then keep their levels and the form of their lines.
+//! Every process writes its own lines, each with one write(2), so no line depends on another living process. The descriptor is
+//! a copy of the master's standard error, or the file that the master has opened, because a worker's own standard error is a pipe. Workers
+//! need no permission to open anything: after USR1 the master reopens the files, and passes them to the workers ([`files`]). A reload may
+//! change all of this ([`prepare`]); existing workers keep their levels and their line format.
 //!
-//! No process ever waits for the log's reader ([`destination`]), and no client can flood the log: a worker logs so many lines
-//! a second from each place in the source, and so many bytes a second of the application's ([`rate`]).
+//! No process ever waits for the log's reader ([`destination`]), and no client can flood the log: a worker logs a limited number of lines
+//! per second from each place in the source, and a limited number of bytes per second of the application's lines ([`rate`]).
 //!
-//! - [`line`] and [`json`] make lines, and [`access`] those of the access log (pure).
-//! - [`line_buffer`] keeps the latter until they are written, also by a worker's heir.
+//! - [`line`] and [`json`] format lines, and [`access`] those of the access log (pure).
+//! - [`line_buffer`] keeps access log lines until they are written, possibly by a worker's heir.
 //!
 //! Imports the configuration, and nothing of master or worker.
 
@@ -43,39 +43,39 @@ use self::rate::{ByteLimit, LeftOut, Now, Sample, SiteLimits};
 use crate::config::logs::{LogConfig, LogFormat};
 use crate::sys;
 
-/// The target of the lines that the application's processes put out.
+/// The target of lines that are output of application processes.
 pub(crate) const OUTPUT: &str = "app";
-/// Where those lines are logged.
+/// The module that logs those lines.
 const OUTPUT_FROM: &str = concat!(env!("CARGO_CRATE_NAME"), "::master::output");
-/// The targets of our own lines begin so.
+/// Prefix of the targets of Forkyard's own lines.
 const OURS: &str = concat!(env!("CARGO_CRATE_NAME"), "::");
-/// How long a process that ends waits for the readers of its logs, of all together.
+/// How long a process that ends waits for the readers of its logs, in total.
 const LAST_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// When it began to wait.
+/// When that wait began.
 static LAST_FLUSH: OnceLock<Instant> = OnceLock::new();
 
-/// The log's descriptor. It is never closed, and the file behind it may change.
+/// The log's descriptor. It is never closed; the file behind it may change.
 static DESCRIPTOR: OnceLock<OwnedFd> = OnceLock::new();
 static SINK: Mutex<Sink> = Mutex::new(Sink::new());
 static IS_JSON: AtomicBool = AtomicBool::new(false);
-/// The logger of this process, unless the application has set one of its own.
+/// The logger of this process, unless the application has set its own.
 static LOGGER: Replaceable = Replaceable(RwLock::new(None));
-/// Bytes a second of each process's output; zero is no limit.
+/// Bytes per second of each process's output; 0 is no limit.
 static OUTPUT_RATE: AtomicU64 = AtomicU64::new(0);
 
-/// The log, as this process has it.
+/// The log of this process.
 struct Sink {
     kind: Kind,
-    /// Bytes that may wait for the log's reader.
+    /// Maximum number of queued bytes.
     limit: usize,
-    /// It is a file, so that there is standard error as well.
+    /// The log is a file, so standard error is available as well.
     is_file: bool,
-    /// Lines go to standard error in the file's place.
+    /// The file cannot be written, so lines go to standard error instead.
     is_failing: bool,
     queue: Option<Queue>,
-    /// What a worker's lines are held to; the master's have no limit.
+    /// The limits for a worker's lines; the master has none.
     limits: Option<Limits>,
-    /// Called when there is something to do later: lines wait, or are to be counted.
+    /// Called when there is deferred work: lines are queued, or dropped lines are to be counted.
     on_pending: Option<Box<dyn Fn() + Send>>,
     begun: Option<Instant>,
 }
@@ -99,7 +99,7 @@ impl Sink {
         }
     }
 
-    /// The log's own clock.
+    /// The time since the log was first used.
     fn now(&mut self) -> Now {
         self.begun.get_or_insert_with(Instant::now).elapsed()
     }
@@ -112,7 +112,7 @@ impl Sink {
             Outcome::Queued => self.later(),
             Outcome::Lost => {}
             Outcome::Failed(why) if self.is_file => {
-                // The disk is full, say. In a worker standard error leads to the master, which may have more luck.
+                // For example, the disk is full. A worker's standard error leads to the master, which may be able to write.
                 if !std::mem::replace(&mut self.is_failing, true) {
                     let text =
                         format!("the log file cannot be written: {why}: its lines go to standard error (--log-file)");
@@ -124,7 +124,7 @@ impl Sink {
         }
     }
 
-    /// The log is read.
+    /// Reports lost lines, because the log is being read again.
     fn goes_on(&mut self) {
         let lost = self.queue.as_mut().and_then(Queue::take_lost);
         if let Some(lost) = lost {
@@ -170,8 +170,8 @@ impl Sink {
         admission.is_admitted
     }
 
-    /// Logs what was left out, as far as it is to be told by `now`. That is a line for each place in the source, and one for the
-    /// application's.
+    /// Logs how much was left out, as far as the report is due by `now`: one line for each place in the source, and one for the
+    /// application's lines.
     fn report_left_out(&mut self, now: Now) {
         let Some(limits) = &mut self.limits else { return };
         let (samples, left_out) = (limits.sites.tick(now), limits.application.tick(now));
@@ -188,12 +188,12 @@ impl Sink {
         self.put(&own_line(Level::Warn, &text));
     }
 
-    /// Does what is due. Returns when to come back, if there is something to come back for.
+    /// Does the work that is due. Returns when to call it again, if work is left.
     fn tick(&mut self) -> Option<Duration> {
         let now = self.now();
         self.report_left_out(now);
         if let Some(queue) = self.queue.as_mut().filter(|queue| !queue.is_empty()) {
-            let _ = queue.flush(fd(), self.kind); // the next line that is put shows that it fails
+            let _ = queue.flush(fd(), self.kind); // the next line shows the error
             if queue.is_empty() {
                 self.goes_on();
             }
@@ -207,15 +207,15 @@ impl Sink {
     }
 }
 
-/// How often a worker tries to write what waits.
+/// Interval between a worker's attempts to write queued lines.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(100);
 
 fn sink() -> MutexGuard<'static, Sink> {
     SINK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A logger that can be exchanged for one with other filters. Forks happen on the only thread, so that no child inherits
-/// the lock from a thread that it has not.
+/// A logger that can be replaced by one with other filters. Forks happen on the only thread, so no child inherits
+/// the lock in a held state.
 struct Replaceable(RwLock<Option<env_logger::Logger>>);
 
 impl Replaceable {
@@ -253,22 +253,22 @@ pub(crate) fn start(config: &LogConfig) -> Result<(), String> {
         open_as_log(opened);
     }
     describe(config);
-    // An application's own logger, if it has set one, stays.
+    // If the application has set its own logger, that stays.
     if log::set_logger(&LOGGER).is_ok() {
         filter(config);
     }
     Ok(())
 }
 
-/// Another configuration of the log, of which all that can fail is done.
+/// Another configuration of the log, for which everything that can fail has been done.
 #[derive(Debug)]
 pub(crate) struct Change {
     config: LogConfig,
-    /// What the log's descriptor is to stand for from now on, if that is something else.
+    /// The new file for the log's descriptor, if it changes.
     opened: Option<OwnedFd>,
 }
 
-/// Opens what another configuration needs. `running` is the one that holds.
+/// Opens what another configuration needs. `running` is the current configuration.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -281,12 +281,12 @@ pub(crate) fn prepare(running: &LogConfig, config: &LogConfig) -> Result<Change,
     Ok(Change { config: config.clone(), opened })
 }
 
-/// Has this process log by another configuration. True if the log goes somewhere else now.
+/// Applies another configuration to this process's log. Returns true if the log's destination changes.
 pub(crate) fn change(Change { config, opened }: Change) -> bool {
     let moved = opened.is_some();
     if let Some(opened) = opened {
         if DESCRIPTOR.get().is_none() {
-            // Standard error was closed at the start: it is not to become the log now.
+            // Standard error was closed at the start, so descriptor 2 must not become the log now.
             open_as_log(opened);
         } else if let Err(error) = replace(opened) {
             log::error!("the log goes on where it was: {error} (--log-file)");
@@ -349,12 +349,12 @@ fn line_at(time: &str, level: Level, target: &str, message: &str, is_output: boo
     bytes
 }
 
-/// A line as the log would have it, with this time.
+/// A line in the format of the log, with this time.
 pub(crate) fn line_with(time: &str, level: Level, message: &str) -> Vec<u8> {
     line_at(time, level, env!("CARGO_CRATE_NAME"), message, false)
 }
 
-/// Whether the log is a file, so that whoever looks at standard error does not see it.
+/// Whether the log is a file, so that it is not visible on standard error.
 pub(crate) fn is_file() -> bool {
     sink().is_file
 }
@@ -364,7 +364,7 @@ fn own_line(level: Level, message: &str) -> Vec<u8> {
     line(level, module_path!(), message, false)
 }
 
-/// For a child that was just forked and is to be a worker: what waits is its master's to write; and from now on its lines have limits.
+/// For a child that was just forked and becomes a worker: queued lines are left to the master, and its own lines have limits from now on.
 pub(crate) fn begin_worker(config: &LogConfig) {
     let mut sink = sink();
     sink.queue = None;
@@ -373,51 +373,51 @@ pub(crate) fn begin_worker(config: &LogConfig) {
     sink.limits = Some(Limits { sites, application });
 }
 
-/// Has `call` called whenever [`tick`] is to be called soon.
+/// Sets the function that is called whenever [`tick`] must be called soon.
 pub(crate) fn on_pending(call: impl Fn() + Send + 'static) {
     sink().on_pending = Some(Box::new(call));
 }
 
-/// Writes what waits, and counts what was left out, as far as that is due. Returns when to call it again, if there is anything left.
+/// Writes queued lines, and logs how much was left out, as far as that is due. Returns when to call it again, if work is left.
 pub(crate) fn tick() -> Option<Duration> {
     sink().tick()
 }
 
-/// The descriptor to be watched until it can be written, if lines wait.
+/// The descriptor to wait on for writing, if lines are queued.
 pub(crate) fn waits_for() -> Option<BorrowedFd<'static>> {
     sink().queue.as_ref().filter(|queue| !queue.is_empty()).map(|_| fd())
 }
 
-/// If the log's reader is slow: for how long those that fill it should be slowed down. None if it has stopped, for then lines are lost
-/// rather than the service.
+/// If the log's reader is slow: how long processes that fill the log should be slowed down. None if the reader has stopped; then lines
+/// are dropped rather than service being stopped.
 pub(crate) fn is_slow_for() -> Option<Duration> {
     sink().queue.as_ref().and_then(Queue::is_slow_for)
 }
 
-/// How long this process, which ends, may still wait for readers of its logs. Without one deadline for all, a stop would take a second
-/// for each log and process.
+/// How long this process, which is about to end, may still wait for the readers of its logs. Without one deadline for all, a stop would
+/// take a second for each log and process.
 pub(crate) fn last_flush_timeout() -> Duration {
     LAST_FLUSH_TIMEOUT.saturating_sub(LAST_FLUSH.get_or_init(Instant::now).elapsed())
 }
 
-/// Before this process ends: writes what waits, if its reader has not stopped, and reads it within a second.
+/// Before this process ends: writes queued lines, if the reader has not stopped, and reads them within a second.
 pub(crate) fn finish() {
     let mut sink = sink();
     sink.report_left_out(Now::MAX);
     let kind = sink.kind;
     if let Some(queue) = sink.queue.as_mut().filter(|queue| !queue.is_empty()) {
         let limit = queue.is_slow_for().unwrap_or_default().min(last_flush_timeout());
-        let _ = destination::write_lines_within(fd(), kind, &queue.take(), limit); // nobody is left to be told
+        let _ = destination::write_lines_within(fd(), kind, &queue.take(), limit); // an error cannot be reported any more
         sink.goes_on();
     }
 }
 
-/// Bytes a second of each process's output that are logged; zero is no limit.
+/// Bytes per second of each process's output that are logged; 0 is no limit.
 pub(crate) fn output_rate() -> u64 {
     OUTPUT_RATE.load(Ordering::Relaxed)
 }
 
-/// The limits that hold, for the log.
+/// The current limits, for the log.
 pub(crate) fn describe_limits() -> String {
     format!("queue={} output_rate={}", sink().limit, output_rate())
 }
@@ -435,29 +435,29 @@ fn fd() -> BorrowedFd<'static> {
     }
 }
 
-/// A copy of the log's descriptor for the standard output and error of other code, for which writes wait as ever.
+/// A copy of the log's descriptor for the standard output and error of other code, whose writes must block.
 ///
 /// # Errors
-/// If no descriptor can be had.
+/// Fails if no descriptor is available.
 pub(crate) fn blocking_copy() -> io::Result<OwnedFd> {
     destination::blocking_copy(fd())
 }
 
-/// Whether lines are objects: then nothing else goes to standard error.
+/// Whether lines are JSON objects, in which case nothing else is written to standard error.
 pub(crate) fn is_json() -> bool {
     IS_JSON.load(Ordering::Relaxed)
 }
 
-/// Opens the file again, if the log is one.
+/// Reopens the file, if the log is a file.
 ///
 /// # Errors
-/// A sentence for the operator; the log goes on as before.
+/// A sentence for the operator; the log continues as before.
 pub(crate) fn reopen(path: &Path) -> Result<(), String> {
     let opened = destination::open(path, "--log-file")?;
     replace(opened).map_err(|error| format!("--log-file: {}: {error}", path.display()))
 }
 
-/// Has the log go to `opened` from now on, under the same number.
+/// Redirects the log to `opened`, under the same descriptor number.
 fn replace(opened: OwnedFd) -> io::Result<()> {
     let mut sink = sink();
     let (kind, own) = Kind::of(opened.as_fd());
@@ -466,7 +466,7 @@ fn replace(opened: OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Text that is for standard error, whatever the log is. It does not wait for a reader either.
+/// Writes text to standard error, whatever the destination of the log. Does not wait for a reader either.
 pub(crate) fn to_standard_error(text: &[u8]) {
     if DESCRIPTOR.get().is_some() && !is_file() {
         return sink().put(text); // the log is standard error
@@ -474,15 +474,15 @@ pub(crate) fn to_standard_error(text: &[u8]) {
     write_to_standard_error(text);
 }
 
-/// What cannot be written at once is lost. Must not: lock the sink.
+/// Text that cannot be written at once is lost. Must not lock the sink.
 fn write_to_standard_error(text: &[u8]) {
     let stderr = io::stderr();
     let (kind, own) = Kind::of(stderr.as_fd());
     let fd = own.as_ref().map_or(stderr.as_fd(), OwnedFd::as_fd);
-    let _ = destination::write_lines(fd, kind, text); // who logs can do nothing about it
+    let _ = destination::write_lines(fd, kind, text); // the caller could do nothing about an error
 }
 
-/// Writes to the log, whatever that is at the moment.
+/// Writes to the current destination of the log.
 struct Destination;
 
 impl Write for Destination {

@@ -1,25 +1,25 @@
-//! How much is logged: token buckets, and counts of what was left out. Pure: the clock is passed in.
+//! Limits how much is logged: token buckets, and counts of what was left out. Pure: the clock is passed in.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use log::Level;
 
-/// A point in time, since any moment that all callers share.
+/// A point in time, relative to any moment that all callers share.
 pub(crate) type Now = Duration;
 
-/// How often a count of what was left out is reported.
+/// How often the count of what was left out is reported.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// What a bucket holds, in seconds of its rate: a burst of that size is logged whole.
+/// The capacity of a bucket, in seconds of its rate: a burst of that size is logged completely.
 const BURST_SECONDS: u32 = 8;
 
-/// Admits `rate` a second on average, and bursts of up to [`BURST_SECONDS`] of that.
+/// Admits `rate` per second on average, and bursts of up to [`BURST_SECONDS`] times that.
 #[derive(Clone, Copy, Debug)]
 struct Bucket {
-    /// Zero is no limit.
+    /// 0 is no limit.
     rate: u64,
     burst: u64,
-    /// When it is full if nothing more is taken.
+    /// When the bucket is full if nothing more is taken.
     full_at: Now,
 }
 
@@ -28,7 +28,7 @@ impl Bucket {
         Self { rate, burst, full_at: Now::ZERO }
     }
 
-    /// Takes `cost`, if there is as much. What costs more than a full bucket holds is admitted by a full one.
+    /// Takes `cost`, if available. A cost above the capacity is admitted by a full bucket.
     fn admits(&mut self, cost: u64, now: Now) -> bool {
         if self.rate == 0 {
             return true;
@@ -46,14 +46,14 @@ impl Bucket {
     }
 }
 
-/// What was left out since the last report.
+/// The lines and bytes left out since the last report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LeftOut {
     pub(crate) lines: u64,
     pub(crate) bytes: u64,
 }
 
-/// What becomes of a line.
+/// The decision about a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Admission {
     /// To be reported before the line.
@@ -61,7 +61,7 @@ pub(crate) struct Admission {
     pub(crate) is_admitted: bool,
 }
 
-/// Limits the bytes of one source of lines, and counts the lines that it leaves out.
+/// Limits the bytes of one source of lines, and counts the lines that are left out.
 #[derive(Debug)]
 pub(crate) struct ByteLimit {
     bucket: Bucket,
@@ -70,7 +70,7 @@ pub(crate) struct ByteLimit {
 }
 
 impl ByteLimit {
-    /// `rate` is in bytes a second; zero is no limit.
+    /// `rate` is in bytes per second; 0 is no limit.
     pub(crate) fn new(rate: u64) -> Self {
         let bucket = Bucket::new(rate, rate.saturating_mul(u64::from(BURST_SECONDS)));
         Self { bucket, left_out: LeftOut::default(), due: None }
@@ -87,12 +87,12 @@ impl ByteLimit {
         Admission { left_out: if is_admitted { self.end() } else { self.tick(now) }, is_admitted }
     }
 
-    /// The count, if it is time to report it.
+    /// The count, if its report is due.
     pub(crate) fn tick(&mut self, now: Now) -> Option<LeftOut> {
         if self.due.is_some_and(|due| due <= now) { self.end() } else { None }
     }
 
-    /// The count, whatever the time.
+    /// The count, whether or not its report is due.
     pub(crate) fn end(&mut self) -> Option<LeftOut> {
         self.due = None;
         Some(std::mem::take(&mut self.left_out)).filter(|left_out| left_out.lines > 0)
@@ -103,10 +103,10 @@ impl ByteLimit {
     }
 }
 
-/// Where a line is logged in the source.
+/// The place in the source that logs a line.
 pub(super) type Site = (&'static str, u32);
 
-/// A line that was left out, and how many more of its kind.
+/// A line that was left out, and the number of further such lines.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Sample {
     pub(super) level: Level,
@@ -115,11 +115,11 @@ pub(super) struct Sample {
     pub(super) more: u64,
 }
 
-/// Limits the lines of each place in the source, so that no client can flood the log through any of them. Of those left out,
-/// the last one is kept as a sample.
+/// Limits the lines of each place in the source, so that no client can flood the log through any of them. The last line that
+/// was left out is kept as a sample.
 #[derive(Debug)]
 pub(super) struct SiteLimits {
-    /// Lines a second of each place; zero is no limit.
+    /// Lines per second of each place; 0 is no limit.
     rate: u32,
     sites: HashMap<Site, SiteState>,
 }
@@ -136,7 +136,7 @@ impl SiteLimits {
         Self { rate, sites: HashMap::new() }
     }
 
-    /// Whether a line is logged; otherwise it was taken as a sample. `message` is not called if it is logged.
+    /// Whether a line is logged; otherwise it is kept as a sample. `sample` is not called if the line is logged.
     pub(super) fn admits(&mut self, site: Site, now: Now, sample: impl FnOnce() -> Sample) -> bool {
         if self.rate == 0 {
             return true;
@@ -160,12 +160,12 @@ impl SiteLimits {
         false
     }
 
-    /// The samples that it is time to log.
+    /// The samples that are due to be logged.
     pub(super) fn tick(&mut self, now: Now) -> Vec<Sample> {
         self.sites.values_mut().filter(|state| state.due <= now).filter_map(|state| state.sample.take()).collect()
     }
 
-    /// When there is something to log though no line comes.
+    /// When the next sample is due, even if no line is logged.
     pub(super) fn due(&self) -> Option<Now> {
         self.sites.values().filter(|state| state.sample.is_some()).map(|state| state.due).min()
     }
