@@ -1,4 +1,4 @@
-//! `check`: whether this machine has what the settings name. Creates, binds and starts nothing, and reports all
+//! `check`: tests whether this machine has everything that the settings name. Creates, binds and starts nothing, and reports all
 //! errors, not only the first.
 
 use forkyard_shm::Segment;

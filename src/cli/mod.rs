@@ -636,7 +636,7 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
     conclude(request, wrong, mistakes, checked, &mut sub.bin_name(format!("forkyard {name}")))
 }
 
-/// As [`linked_request`], for `forkyard run`.
+/// Like [`linked_request`], for `forkyard run`.
 fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
     run.serve.bind_what_is_passed();
     let mut wrong = Vec::new();
@@ -753,7 +753,7 @@ fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsStr
         return false;
     }
     let Some(ContextValue::String(shown)) = error.get(ContextKind::InvalidArg) else { return false };
-    // As in `--workers <N>`.
+    // The text has the form `--workers <N>`.
     let Some(flag) = shown.split([' ', '=', '[']).next().and_then(|flag| flag.strip_prefix("--")) else { return false };
     let long = format!("--{flag}");
     let with_value = format!("{long}=");

@@ -140,13 +140,13 @@ pub(crate) struct Timeouts {
     pub(crate) upgraded: Duration,
 }
 
-/// Old workers may still finish long requests while all are replaced.
+/// Factor between workers and slots: old workers may still finish long requests while all are replaced.
 pub(crate) const SLOTS_PER_WORKER: u32 = 2;
-/// For TTIN.
+/// Additional slots for TTIN.
 pub(crate) const SPARE_SLOTS: u32 = 16;
 
 impl Config {
-    /// The number of processes that there can be at once.
+    /// The maximum number of processes at one time.
     pub(crate) fn slots(&self) -> u32 {
         self.workers.max.saturating_mul(SLOTS_PER_WORKER).saturating_add(SPARE_SLOTS)
     }
@@ -246,7 +246,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(expected)
 }
 
-/// Writes a size as [`parse_size`] reads it, in the largest unit that fits it whole.
+/// Writes a size in the form that [`parse_size`] reads, in the largest unit without a remainder.
 pub(crate) fn format_size(bytes: u64) -> String {
     let units = ["", " KiB", " MiB", " GiB", " TiB"];
     let (mut rest, mut unit) = (bytes, 0);
@@ -276,10 +276,10 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     number.checked_mul(ms_per_unit).map(Duration::from_millis).ok_or_else(expected)
 }
 
-/// As [`parse_duration`], for a time that must not be zero.
+/// Like [`parse_duration`], for a time that must not be zero.
 ///
 /// # Errors
-/// As above.
+/// Fails as [`parse_duration`] does, or with a sentence about the minimum.
 pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     let time = parse_duration(text)?;
     if time.is_zero() {
@@ -291,10 +291,10 @@ pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
 /// Shortest interval between checks: with less, a process would do nothing else.
 const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
-/// As [`parse_duration`], for an interval between checks.
+/// Like [`parse_duration`], for an interval between checks.
 ///
 /// # Errors
-/// As above.
+/// Fails as [`parse_duration`] does, or with a sentence about the minimum.
 pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
     let time = parse_duration(text)?;
     if time < MIN_INTERVAL {
@@ -303,10 +303,10 @@ pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
-/// As [`parse_interval`]; 0 disables.
+/// Like [`parse_interval`]; 0 disables.
 ///
 /// # Errors
-/// As above.
+/// Fails as [`parse_interval`] does.
 pub(crate) fn parse_interval_or_zero(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         Duration::ZERO => Ok(Duration::ZERO),
@@ -314,7 +314,7 @@ pub(crate) fn parse_interval_or_zero(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Reads permissions in octal, as `chmod` takes them.
+/// Reads permissions in octal, in the form that `chmod` accepts.
 ///
 /// # Errors
 /// A sentence with the expected form.

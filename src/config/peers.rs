@@ -1,10 +1,10 @@
-//! Sets of peers, as `--allow`, `--trust` and `--proxy-protocol` name them. No I/O.
+//! Sets of peers, given by `--allow`, `--trust` and `--proxy-protocol`. No I/O.
 
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
-/// One member of such a set.
+/// One member of a set of peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Who {
     /// Every peer on a Unix socket.

@@ -204,10 +204,10 @@ mod tests {
         let zone = TimeZone::get("Europe/Berlin").unwrap();
         let daily = Schedule::parse("30 2 * * *", zone.clone()).unwrap();
         assert_eq!(daily.after(time("2026-01-10T00:00:00Z")), Some(time("2026-01-10T01:30:00Z")));
-        // On March 29th there is no 2:30: it runs when the clock has jumped.
+        // On March 29th there is no 2:30: the job runs when the clock has jumped.
         let jumped = daily.after(time("2026-03-28T12:00:00Z")).unwrap();
         assert!((time("2026-03-29T00:59:00Z")..time("2026-03-29T02:00:00Z")).contains(&jumped), "{jumped}");
-        // On October 25th there are two.
+        // On October 25th there are two times 2:30.
         let first = daily.after(time("2026-10-24T12:00:00Z")).unwrap();
         assert_eq!(first, time("2026-10-25T00:30:00Z"));
         assert_eq!(daily.after(first), Some(time("2026-10-26T01:30:00Z")));

@@ -81,7 +81,7 @@ impl Connection {
     /// The next reply; `None` after a timeout. The part that was received is kept.
     ///
     /// # Errors
-    /// As above.
+    /// Fails as [`Connection::next`] does.
     pub(crate) fn next_in_time(&mut self) -> Result<Option<Reply>, String> {
         let room = MAX_REPLY.saturating_sub(self.unfinished.len() as u64);
         match self.stream.by_ref().take(room).read_until(b'\n', &mut self.unfinished) {

@@ -374,7 +374,7 @@ mod tests {
         String::from_utf8(printer.out).unwrap().lines().map(ToOwned::to_owned).collect()
     }
 
-    /// All that the tail has now.
+    /// Everything that the tail returns now.
     fn rest(tail: &mut forkyard_shm::Tail, follow: &mut Follow) -> Vec<String> {
         let mut shown = Vec::new();
         loop {

@@ -33,13 +33,13 @@ pub(crate) enum Request {
     ReopenLogs,
     /// Release a quarantined request, as the status lists it; with `null`, all.
     Release {
-        // With this the field has to be there.
+        // Makes the field mandatory.
         #[serde(deserialize_with = "Option::deserialize")]
         request: Option<String>,
     },
     /// Pass the descriptor of the shared memory, with the outcome, for the cache.
     Segment,
-    /// As `Segment`, for the event log.
+    /// Like `Segment`, for the event log.
     Events,
 }
 
