@@ -202,7 +202,7 @@ mod tests {
         Segment::create(&Plan { cache_bytes: 1 << 20, ..Plan::default() }).unwrap().cache()
     }
 
-    /// A page made of the fragment "inner", which has the tag "deep", and of one that is made of another.
+    /// Stores the fragment "inner" with the tag "deep", "outer" made of it, and "page" made of "outer".
     fn store_pages(cache: &Cache) {
         cache.set("inner", "1", &StoreOptions::new().tags(["deep"])).unwrap();
         let recorder = cache.recorder();
@@ -253,7 +253,7 @@ mod tests {
             cache.set("inner", "2", &StoreOptions::new().tags(["deep"])).unwrap();
             let inner = found_before.or_else(|| recorder.get("inner")).unwrap();
             cache.set_recorded("page", &inner, &StoreOptions::new(), &recorder).unwrap();
-            // What was found after the purge is good, but the recorder, being older, cannot know.
+            // The fragment found after the purge is valid, but the recorder is older and cannot detect that.
             assert_eq!(cache.get("page"), None);
         }
     }

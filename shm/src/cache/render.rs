@@ -136,7 +136,7 @@ pub(crate) struct Request<'a> {
     retries: Cell<usize>,
 }
 
-/// What to do next.
+/// The next step of a request.
 #[derive(Debug)]
 enum Step<V> {
     Serve(Lookup<V>),
