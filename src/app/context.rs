@@ -1,4 +1,4 @@
-//! What an application knows of its surroundings.
+//! Gives an application access to the worker it runs in.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,7 +1,7 @@
-//! The application's hooks: what it wants called when its workers are born, serve, leave and die.
+//! Calls the application's hooks when workers are forked, become ready, drain and exit.
 //!
-//! Those of the master run in it, between its events, and those of a worker in that: each half knows its own. Neither
-//! can end the process that calls it by a panic.
+//! The master's hooks run in the master, between its events; a worker's hooks run in the worker. A
+//! panic in a hook does not end the process.
 
 use std::cell::RefCell;
 use std::error::Error;
@@ -12,9 +12,9 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 type BoxError = Box<dyn Error + Send + Sync>;
-/// A hook of the master's, which has one thread.
+/// A hook that runs in the master, which has one thread.
 type OfMaster<A, R> = Option<RefCell<Box<dyn FnMut(A) -> R>>>;
-/// A hook of a worker, which is called on a thread that the fork did not copy.
+/// A hook that runs in a worker, on a thread that was created after the fork.
 type OfWorker<A, R> = Option<Box<dyn Fn(A) -> R + Send + Sync>>;
 
 /// Identifies the worker that a hook is called for.
@@ -45,21 +45,19 @@ pub struct WorkerExit {
     pub lived: Duration,
 }
 
-/// All of an application's.
+/// All hooks of an application.
 #[derive(Default)]
 pub(crate) struct Hooks {
     pub(crate) of_master: MasterHooks,
     pub(crate) of_worker: WorkerHooks,
 }
 
-/// Those that run in the master.
 #[derive(Default)]
 pub(crate) struct MasterHooks {
     pub(crate) before_fork: OfMaster<WorkerId, Result<(), BoxError>>,
     pub(crate) on_worker_exit: OfMaster<WorkerExit, ()>,
 }
 
-/// Those that run in each worker.
 #[derive(Default)]
 pub(crate) struct WorkerHooks {
     pub(crate) after_fork: OfWorker<WorkerId, Result<(), BoxError>>,
@@ -76,7 +74,7 @@ impl fmt::Debug for WorkerHooks {
 
 impl MasterHooks {
     /// # Errors
-    /// The hook's, or that it panicked.
+    /// If the hook fails or panics.
     pub(crate) fn before_fork(&self, worker: WorkerId) -> io::Result<()> {
         let Some(hook) = &self.before_fork else { return Ok(()) };
         call("before_fork", || (hook.borrow_mut())(worker))
@@ -93,13 +91,13 @@ impl MasterHooks {
 
 impl WorkerHooks {
     /// # Errors
-    /// The hook's, or that it panicked.
+    /// If the hook fails or panics.
     pub(crate) fn after_fork(&self, worker: WorkerId) -> io::Result<()> {
         self.after_fork.as_ref().map_or(Ok(()), |hook| call("after_fork", || hook(worker)))
     }
 
     /// # Errors
-    /// The hook's, or that it panicked.
+    /// If the hook fails or panics.
     pub(crate) fn on_ready(&self, worker: WorkerId) -> io::Result<()> {
         self.on_ready.as_ref().map_or(Ok(()), |hook| call("on_ready", || hook(worker)))
     }
@@ -121,7 +119,7 @@ impl WorkerHooks {
     }
 }
 
-/// Calls a hook; a panic is an error like others.
+/// Calls a hook; a panic becomes an error.
 fn call(name: &str, hook: impl FnOnce() -> Result<(), BoxError>) -> io::Result<()> {
     let outcome = catch_unwind(AssertUnwindSafe(hook)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));

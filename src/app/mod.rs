@@ -1,4 +1,5 @@
-//! What an application sees: requests and their bodies, blocking functions, pages, events and hooks.
+//! The application's interface: requests and their bodies, blocking functions, pages, events and
+//! hooks.
 
 pub(crate) mod blocking;
 pub(crate) mod body;

@@ -1,4 +1,4 @@
-//! Cached pages as responses, and responses as pages to be cached.
+//! Converts cached pages to responses, and responses to pages that can be cached.
 //!
 //! ```no_run
 //! use forkyard::http::{HeaderMap, Response};
@@ -84,7 +84,7 @@ pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<B
         }
     }
     let status = response.status();
-    // These have no body, and so no length of one (RFC 9110 §8.6).
+    // These responses have no body, and so no `Content-Length` (RFC 9110 §8.6).
     if !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) && !status.is_informational() {
         let length = HeaderValue::from(response.body().len());
         response.headers_mut().insert(header::CONTENT_LENGTH, length);
@@ -132,14 +132,15 @@ where
     Ok(all)
 }
 
-/// All fields of a name as the one list that they are (RFC 9110 §5.3).
+/// Joins all fields with a name into the list that they represent (RFC 9110 §5.3).
 fn list(headers: &HeaderMap, name: impl AsHeaderName) -> Option<Cow<'_, [u8]>> {
     let mut values = headers.get_all(name).iter().map(HeaderValue::as_bytes);
     let first = Cow::Borrowed(values.next()?);
     Some(values.fold(first, |list, value| Cow::Owned([&list, value].join(&b", "[..]))))
 }
 
-/// Adds a header; gives the name back if HTTP does not allow it or its value, or there are too many.
+/// Adds a header; returns the name if HTTP does not allow the name or the value, or there are too
+/// many headers.
 fn add(headers: &mut HeaderMap, name: Vec<u8>, value: Vec<u8>) -> Result<(), Vec<u8>> {
     let made = HeaderName::from_bytes(&name).ok().zip(HeaderValue::from_maybe_shared(Bytes::from(value)).ok());
     match made.map(|(name, value)| headers.try_append(name, value)) {
@@ -258,7 +259,7 @@ mod tests {
         assert_eq!(empty, Page::new(""));
     }
 
-    /// Five bytes, as it says, that nobody should ask for.
+    /// A body with an announced length of five bytes that must not be read.
     struct Told;
 
     impl HttpBody for Told {

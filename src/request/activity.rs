@@ -1,8 +1,10 @@
-//! What a connection is at: told by its protocol and by the bodies of its requests, looked at by the worker's watchdog
-//! (`worker/lifecycle/watchdog.rs`), which cuts off whoever takes too long.
+//! Tracks the activity of a connection. The protocol and the request bodies record it, and the
+//! worker's watchdog (`worker/lifecycle/watchdog.rs`) reads it to cut off clients that take too
+//! long.
 //!
-//! It counts what is under way, so that several requests of one connection do not speak over each other. That is a few
-//! stores per request, and nothing to wait for: whoever tells may be on any thread.
+//! The state counts the requests under way, so that several requests of one connection do not
+//! overwrite each other's state. This costs a few stores per request and no wait. Any thread may
+//! record.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,46 +20,47 @@ use super::queue_time::WaitedInKernel;
 /// What a connection's reads wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// The next request; nothing of it has come.
+    /// The next request; no part of it has arrived.
     Idle,
     /// The rest of a request's head.
     Head,
-    /// A piece of a request's body, for somebody who wants to read it.
+    /// A piece of a request's body that a reader waits for.
     Body,
-    /// Nothing that the peer owes us: the application is at work, or its response is on its way.
+    /// Nothing from the peer: the application is working, or its response is being sent.
     Answering,
 }
 
-/// A connection's pulse.
+/// The activity of a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
     /// Requests whose response is not complete.
     under_way: AtomicU32,
-    /// Bodies of which somebody waits for a piece.
+    /// Number of bodies with a waiting reader.
     bodies: AtomicU32,
-    /// Those, and others of which somebody has waited for a piece.
+    /// These bodies, and others that a reader has waited for before.
     slow_bodies: Mutex<Vec<Arc<SlowBody>>>,
-    /// Responses for which the peer gives no room in their streams (HTTP/2).
+    /// Responses that wait for flow-control window of their streams (HTTP/2).
     held_back: AtomicU32,
-    /// Streams that end with the worker among the requests under way.
+    /// Number of requests under way whose streams end with the worker.
     streams: AtomicU32,
-    /// The last request was for an event stream, and when that began all else had been written, as far as is known.
+    /// The last request was for an event stream, and all earlier responses had been written when it
+    /// began, as far as is known.
     ends_in_stream: AtomicBool,
-    /// Something of a head has come.
+    /// Part of a request head has arrived.
     head_begun: AtomicBool,
-    /// The protocol tells about heads itself, since it sends more than requests.
+    /// The protocol reports heads itself, because it receives more than requests.
     knows_heads: AtomicBool,
     is_writing: AtomicBool,
-    /// These wrap around.
+    /// The next two counters wrap around.
     requests: AtomicU32,
     written: AtomicU32,
     has_expired: AtomicBool,
     is_closed: AtomicBool,
-    /// Milliseconds that the first bytes had waited in the kernel; for the first request to take.
+    /// Milliseconds that the first bytes waited in the kernel; taken by the first request.
     waited_ms: AtomicU32,
-    /// Of what has come.
+    /// Received bytes that are held in memory.
     held: Held,
-    /// The protocol has a way to say that the connection ends.
+    /// The protocol can announce the end of the connection.
     says_goodbye: AtomicBool,
     has_said_goodbye: AtomicBool,
     goodbye: Notify,
@@ -76,12 +79,12 @@ impl Activity {
         }
     }
 
-    /// The first bytes had waited in the kernel for so long.
+    /// Sets how long the first bytes waited in the kernel.
     pub(crate) fn set_waited(&self, time: Duration) {
         self.waited_ms.store(u32::try_from(time.as_millis()).unwrap_or(u32::MAX), Relaxed);
     }
 
-    /// Tells the first request how long it has waited.
+    /// Adds the wait to the first request's extensions.
     pub(crate) fn tell_waited<B>(&self, request: &mut Request<B>) {
         if self.waited_ms.load(Relaxed) > 0 {
             let waited = WaitedInKernel(Duration::from_millis(self.waited_ms.swap(0, Relaxed).into()));
@@ -89,7 +92,7 @@ impl Activity {
         }
     }
 
-    /// The head of a request is complete.
+    /// Records that the head of a request is complete.
     pub(crate) fn request_came(&self) {
         step(&self.under_way, 1);
         self.ends_in_stream.store(false, Relaxed);
@@ -97,35 +100,35 @@ impl Activity {
         add(&self.requests, 1);
     }
 
-    /// The response to a request is complete, or will never be.
+    /// Records that the response to a request is complete, or will never be.
     pub(crate) fn request_over(&self) {
         self.held.one_of(self.under_way());
         step(&self.under_way, -1);
     }
 
-    /// How many bodies somebody waits for a piece of.
+    /// Number of bodies with a waiting reader.
     pub(super) fn bodies(&self) -> &AtomicU32 {
         &self.bodies
     }
 
-    /// The bodies of which somebody has waited for a piece.
+    /// The bodies that a reader has waited for.
     pub(super) fn slow_bodies(&self) -> MutexGuard<'_, Vec<Arc<SlowBody>>> {
-        // No code that can panic runs under the lock.
+        // Code under the lock cannot panic.
         self.slow_bodies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the wait for each body of which `is_over` says so. Returns how many there were.
+    /// Ends the wait for each body for which `is_over` returns true. Returns their number.
     pub(crate) fn expire_bodies(&self, is_over: impl Fn(&SlowBody) -> bool) -> usize {
         if self.bodies.load(Relaxed) == 0 {
             return 0;
         }
         let over: Vec<_> =
             self.slow_bodies().iter().filter(|body| body.is_waited_for() && is_over(body)).cloned().collect();
-        over.iter().for_each(|body| body.expire()); // after the lock is given back
+        over.iter().for_each(|body| body.expire()); // after the lock is released
         over.len()
     }
 
-    /// For how many ticks the slowest body has been waited for.
+    /// Number of ticks for which the slowest body has been waited for.
     pub(crate) fn slowest_body(&self) -> u32 {
         self.slow_bodies().iter().map(|body| body.ticks()).max().unwrap_or_default()
     }
@@ -134,34 +137,34 @@ impl Activity {
         self.under_way.load(Relaxed)
     }
 
-    /// Whether all that is under way is event streams. What was answered before may still be on its way.
+    /// Whether all requests under way are event streams. Earlier responses may still be in transit.
     pub(crate) fn is_streaming(&self) -> bool {
         let streams = self.streams.load(Relaxed);
         streams > 0 && streams == self.under_way()
     }
 
-    /// Whether nothing is on its way but event streams, or their ends.
+    /// Whether only event streams, or their ends, are still to be sent.
     pub(crate) fn ends_in_stream(&self) -> bool {
         self.ends_in_stream.load(Relaxed)
     }
 
-    /// How many requests there were.
     pub(crate) fn requests(&self) -> u32 {
         self.requests.load(Relaxed)
     }
 
-    /// From now on [`Activity::set_head_begun`] tells about heads. Otherwise whatever comes between requests begins one.
+    /// From now on only [`Activity::set_head_begun`] records heads. Before, any bytes between
+    /// requests begin a head.
     pub(crate) fn set_knows_heads(&self) {
         self.knows_heads.store(true, Relaxed);
         self.set_head_begun(false);
     }
 
-    /// A part of a request's head has come, or none.
+    /// Records whether part of a request head has arrived.
     pub(crate) fn set_head_begun(&self, has: bool) {
         self.head_begun.store(has, Relaxed);
     }
 
-    /// So many bytes came from the peer.
+    /// Records bytes read from the peer.
     pub(crate) fn add_read(&self, bytes: usize) {
         if bytes >= SMALL || self.held.bytes() > 0 || self.stage() != Stage::Idle {
             self.held.add(bytes);
@@ -171,12 +174,11 @@ impl Activity {
         }
     }
 
-    /// What is held in memory of what has come.
     pub(crate) fn held(&self) -> &Held {
         &self.held
     }
 
-    /// So many bytes went to the peer.
+    /// Records bytes written to the peer.
     pub(crate) fn add_written(&self, bytes: usize) {
         add(&self.written, bytes);
     }
@@ -185,7 +187,7 @@ impl Activity {
         self.written.load(Relaxed)
     }
 
-    /// A write waits for the peer to read, or does so no longer.
+    /// Records whether a write waits for the peer to read.
     pub(crate) fn set_writing(&self, waits: bool) {
         self.is_writing.store(waits, Relaxed);
     }
@@ -195,7 +197,7 @@ impl Activity {
         self.is_writing.load(Relaxed) || self.held_back.load(Relaxed) > 0
     }
 
-    /// The peer took too long, and is cut off.
+    /// Records that the peer took too long and is cut off.
     pub(crate) fn expire(&self) {
         self.has_expired.store(true, Relaxed);
     }
@@ -204,7 +206,7 @@ impl Activity {
         self.has_expired.load(Relaxed)
     }
 
-    /// From now on [`Activity::say_goodbye`] ends the connection in good order.
+    /// From now on [`Activity::say_goodbye`] ends the connection gracefully.
     pub(crate) fn set_says_goodbye(&self) {
         self.says_goodbye.store(true, Relaxed);
     }
@@ -213,7 +215,8 @@ impl Activity {
         self.says_goodbye.load(Relaxed)
     }
 
-    /// Has the connection end in good order, as soon as what has begun is over. False if its protocol knows no such thing.
+    /// Ends the connection gracefully when the requests that have begun are complete. Returns false
+    /// if its protocol cannot.
     pub(crate) fn say_goodbye(&self) -> bool {
         let can = self.says_goodbye();
         if can {
@@ -222,7 +225,7 @@ impl Activity {
         can
     }
 
-    /// The peer has been told that the connection ends, for whatever reason.
+    /// Records that the end of the connection was announced to the peer, for any reason.
     pub(crate) fn set_said_goodbye(&self) {
         self.has_said_goodbye.store(true, Relaxed);
     }
@@ -231,12 +234,12 @@ impl Activity {
         self.has_said_goodbye.load(Relaxed)
     }
 
-    /// Returns when the connection is to end.
+    /// Returns when the connection must end.
     pub(crate) async fn goodbye(&self) {
         self.goodbye.notified().await;
     }
 
-    /// The connection is at its end.
+    /// Records that the connection has ended.
     pub(crate) fn close(&self) {
         self.held.clear();
         self.is_closed.store(true, Relaxed);
@@ -247,18 +250,18 @@ impl Activity {
     }
 }
 
-/// Counts, in a word that one thread writes: that of the connection.
+/// Adds to a counter that only one thread writes: the connection's thread.
 fn add(word: &AtomicU32, count: usize) {
     let count = u32::try_from(count).unwrap_or(u32::MAX);
     word.store(word.load(Relaxed).wrapping_add(count), Relaxed);
 }
 
-/// Counts up or down, likewise.
+/// Counts up or down, in a counter that only the connection's thread writes.
 fn step(word: &AtomicU32, by: i32) {
     word.store(word.load(Relaxed).saturating_add_signed(by), Relaxed);
 }
 
-/// One of those who may wait for a connection's peer. Dropped, it waits no more.
+/// A wait for the connection's peer. Dropping it ends the wait.
 #[derive(Debug)]
 pub(crate) struct Wait {
     activity: Arc<Activity>,
@@ -267,12 +270,12 @@ pub(crate) struct Wait {
 }
 
 impl Wait {
-    /// For room in a stream.
+    /// A wait for flow-control window in a stream.
     pub(crate) fn for_room(activity: &Arc<Activity>) -> Self {
         Self { activity: Arc::clone(activity), counter: |activity| &activity.held_back, waits: false }
     }
 
-    /// For events to send: of the request under way that has come last, say.
+    /// A wait for events to send, which should belong to the last request that has begun.
     pub(crate) fn for_events(activity: &Arc<Activity>) -> Self {
         let mut stream = Self { activity: Arc::clone(activity), counter: |activity| &activity.streams, waits: false };
         stream.set(true);

@@ -1,8 +1,9 @@
-//! The time that a client has to send more of a request's body. Each body has its own: a stalled one ends neither its connection
-//! nor the other requests there.
+//! Limits the time that a client has to send more of a request body. Each body has its own limit: a
+//! stalled body ends neither its connection nor the connection's other requests.
 //!
-//! A body that is there when it is read costs nothing of this. The first wait enters it in its connection's [`Activity`], where the
-//! watchdog counts the ticks of all waits until enough has come.
+//! A body that has arrived before it is read does not use this. The first wait enters the body in
+//! its connection's [`Activity`], where the watchdog counts the ticks of all waits until enough
+//! bytes have arrived.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,15 +11,16 @@ use std::task::{Context, Waker};
 
 use super::activity::Activity;
 
-/// A body of which somebody has waited for a piece.
+/// A body that a reader has waited for.
 #[derive(Debug, Default)]
 pub(crate) struct SlowBody {
-    /// Whoever waits for a piece.
+    /// The waiting reader.
     reader: Mutex<Option<Waker>>,
     has_expired: AtomicBool,
-    /// Bytes that have been read; wraps around.
+    /// Bytes read; wraps around.
     read: AtomicU32,
-    /// Of the watchdog: ticks that found somebody waiting, and what had been read when they were counted from.
+    /// Used by the watchdog: ticks with a waiting reader, and the value of `read` when the count
+    /// began.
     ticks: AtomicU32,
     counted_from: AtomicU32,
 }
@@ -28,7 +30,8 @@ impl SlowBody {
         self.reader().is_some()
     }
 
-    /// Counts a tick that finds somebody waiting. Returns how many there were while less than `progress` bytes came.
+    /// Counts a tick with a waiting reader. Returns the number of ticks in which less than
+    /// `progress` bytes were read.
     pub(crate) fn tick(&self, progress: u32) -> u32 {
         let read = self.read.load(Relaxed);
         if read.wrapping_sub(self.counted_from.load(Relaxed)) >= progress {
@@ -49,7 +52,7 @@ impl SlowBody {
         }
     }
 
-    /// Ticks that were counted since enough has come.
+    /// Number of ticks since enough bytes were last read.
     pub(super) fn ticks(&self) -> u32 {
         self.ticks.load(Relaxed)
     }
@@ -59,12 +62,12 @@ impl SlowBody {
     }
 }
 
-/// The reader's side: one for each body of a request. Dropped, nobody waits any more.
+/// The reader's side, one for each body of a request. Dropping it ends the wait.
 #[derive(Debug)]
 pub(crate) struct BodyWait {
     activity: Arc<Activity>,
     waits: bool,
-    /// Since the first wait.
+    /// Present since the first wait.
     slow: Option<Arc<SlowBody>>,
 }
 
@@ -73,7 +76,7 @@ impl BodyWait {
         Self { activity: Arc::clone(activity), waits: false, slow: None }
     }
 
-    /// The reader has to wait. True if the client's time is over.
+    /// The reader has to wait. Returns true if the client's time is over.
     pub(crate) fn begin(&mut self, context: &Context<'_>) -> bool {
         let slow = self.slow.get_or_insert_with(|| {
             let slow = Arc::<SlowBody>::default();
@@ -81,7 +84,7 @@ impl BodyWait {
             slow
         });
         let mut reader = slow.reader();
-        let is_over = slow.has_expired.load(Relaxed); // or whoever says so later finds the reader
+        let is_over = slow.has_expired.load(Relaxed); // an expiry after this load finds the reader
         match &mut *reader {
             _ if is_over => {}
             Some(waker) => waker.clone_from(context.waker()),
@@ -92,7 +95,7 @@ impl BodyWait {
         is_over
     }
 
-    /// A piece came, or the end.
+    /// A piece or the end of the body has arrived.
     pub(crate) fn end(&mut self) {
         if let Some(slow) = &self.slow {
             slow.reader().take();
@@ -100,7 +103,7 @@ impl BodyWait {
         self.set(false);
     }
 
-    /// So many bytes were read.
+    /// Records bytes read from the body.
     pub(crate) fn taken(&self, bytes: usize) {
         self.activity.held().taken(bytes);
         if let Some(slow) = &self.slow {
@@ -108,7 +111,8 @@ impl BodyWait {
         }
     }
 
-    /// Whether the client took too long over this, or over something else for which the connection was cut off.
+    /// Whether the client took too long with this body, or the connection was cut off for another
+    /// reason.
     pub(crate) fn has_expired(&self) -> bool {
         self.activity.has_expired() || self.slow.as_ref().is_some_and(|slow| slow.has_expired.load(Relaxed))
     }

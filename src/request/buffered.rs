@@ -1,24 +1,28 @@
-//! What a worker holds in memory of what clients have sent: all connections together, and how much that may be
-//! (`--max-buffered`).
+//! Counts the memory that a worker holds for input from clients, over all connections, and compares
+//! it with its limit (`--max-buffered`).
 //!
-//! Of each connection are counted the bytes that came since nothing was under way on it, less those of bodies that the application has taken: what is
-//! in buffers of ours, of hyper's, or in requests that are being served. That is an estimate from above. Small requests that came as a whole are not
-//! counted: nearly all are, and a connection holds no more than [`SMALL`] bytes of one.
+//! Counted for each connection are the bytes received since it was last idle, less the body bytes
+//! that the application has taken. These bytes are in this server's buffers, in hyper's, or in
+//! requests that are being served. The count is an upper estimate. Small requests that arrive whole
+//! are not counted: nearly all requests are small, and a connection holds at most [`SMALL`] bytes
+//! of one.
 //!
 //! No I/O, no clock.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
-/// What is not counted of a connection: less than this, in one read. (More than this is read of a connection at first only in several reads.)
+/// A request of fewer bytes than this, in one read, is not counted. (A larger first request takes
+/// several reads.)
 pub(crate) const SMALL: usize = 4 << 10;
-/// More than this is not counted of one connection.
+/// Maximum count of one connection.
 const MAX_COUNT: u32 = 1 << 30;
-/// Of a connection of which a body is being read, no more than this is in memory, whatever the protocol adds to the body.
+/// A connection whose body is being read holds at most this many bytes, whatever the protocol adds
+/// to the body.
 const MAX_WITHOUT_BODY: u32 = 2 << 20;
 
 /// The sum over all connections of this process.
 static SUM: AtomicU64 = AtomicU64::new(0);
-/// How much that may be; 0 is any number.
+/// The limit of the sum; 0 means no limit.
 static LIMIT: AtomicU64 = AtomicU64::new(0);
 
 /// Sets the limit. Called once, in a new worker.
@@ -26,7 +30,7 @@ pub(crate) fn set_limit(bytes: u64) {
     LIMIT.store(bytes, Relaxed);
 }
 
-/// What is held beyond the limit, or beyond a share of it, in eighths.
+/// Number of bytes above the limit, or above a fraction of it, in eighths.
 fn excess(eighths: u64) -> u64 {
     match LIMIT.load(Relaxed) {
         0 => 0,
@@ -34,26 +38,26 @@ fn excess(eighths: u64) -> u64 {
     }
 }
 
-/// Whether there is no room for more.
+/// Whether the limit is exceeded.
 pub(crate) fn is_full() -> bool {
     excess(8) > 0
 }
 
-/// Whether bodies should take less room than they might.
+/// Whether bodies should use less memory than usual.
 pub(crate) fn is_tight() -> bool {
     excess(4) > 0
 }
 
-/// So many bytes should be given free, so that there is room again.
+/// Number of bytes to free when the limit is exceeded.
 pub(crate) fn too_much() -> u64 {
     if is_full() { excess(6) } else { 0 }
 }
 
-/// Bytes of one connection. Dropped, they are given free.
+/// The bytes counted for one connection. Dropping it subtracts them from the sum.
 #[derive(Debug, Default)]
 pub(crate) struct Held {
     bytes: AtomicU32,
-    /// What comes is not kept: it is carried to the application as fast as that takes it.
+    /// Input is not held: it is passed to the application at the application's pace.
     is_over: AtomicBool,
 }
 
@@ -63,7 +67,7 @@ impl Held {
     }
 
     pub(crate) fn add(&self, bytes: usize) {
-        // Who takes of a body at this moment can but make it less.
+        // A concurrent reader of a body can only reduce the count.
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(MAX_COUNT.saturating_sub(self.bytes()));
         if !self.is_over.load(Relaxed) {
             self.bytes.fetch_add(bytes, Relaxed);
@@ -71,27 +75,26 @@ impl Held {
         }
     }
 
-    /// From now on nothing is counted.
+    /// Stops counting for this connection.
     pub(crate) fn stop(&self) {
         self.is_over.store(true, Relaxed);
         self.clear();
     }
 
-    /// So many bytes of a body were taken by the application.
+    /// Records body bytes that the application has taken.
     pub(crate) fn taken(&self, bytes: usize) {
         if self.bytes() > 0 {
             self.reduce(|held| held.saturating_sub(u32::try_from(bytes).unwrap_or(u32::MAX)).min(MAX_WITHOUT_BODY));
         }
     }
 
-    /// One of so many requests is over.
+    /// One of `requests` requests is complete.
     pub(crate) fn one_of(&self, requests: u32) {
         if self.bytes() > 0 {
             self.reduce(|held| held - held / requests.max(1));
         }
     }
 
-    /// All is given free.
     pub(crate) fn clear(&self) {
         if self.bytes() > 0 {
             self.reduce(|_| 0);

@@ -1,4 +1,5 @@
-//! The state of a request in progress, which the protocols, the service and the body of the request share.
+//! Holds the state of a request in progress that the protocols, the service and the request body
+//! share.
 
 pub(crate) mod activity;
 pub(crate) mod body_wait;

@@ -1,7 +1,9 @@
-//! How long a request has waited before the application could begin, and when that is too long (`--max-queue-time`).
+//! Measures how long a request has waited before the application begins, and sheds requests that
+//! waited too long (`--max-queue-time`).
 //!
-//! What is known of the time before this worker has read it: how long its last bytes had lain in the kernel (over TCP), and
-//! when the proxy in front says that it got it (`X-Request-Start`, `X-Queue-Start`). The longer one counts.
+//! There are two measures of the time before this worker read the request: how long its last bytes
+//! had been in the kernel (over TCP), and when the proxy in front received the request, according
+//! to `X-Request-Start` or `X-Queue-Start`. The longer one counts.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -9,27 +11,28 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use http::header::HeaderMap;
 use http::{HeaderValue, Request, Response, StatusCode};
 
-/// Lines about requests that were shed are so far apart.
+/// Minimum time between two log lines about shed requests.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// A proxy that names an earlier time has another clock.
+/// A longer wait is ignored: the proxy's clock must be wrong.
 const MAX_WAIT: Duration = Duration::from_secs(3600);
 
-/// Until when the application may begin with a request. An extension of it.
+/// Request extension: latest time at which the application may begin.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BeginBy(pub(crate) Instant);
 
-/// How long the first request of a connection waited in the kernel. An extension of it.
+/// Request extension: how long the first request of a connection waited in the kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WaitedInKernel(pub(crate) Duration);
 
 impl BeginBy {
-    /// Whether it is too late for this request.
+    /// Whether the time of this request is over.
     pub(crate) fn is_past<B>(request: &Request<B>) -> bool {
         request.extensions().get::<Self>().is_some_and(|&Self(at)| at < Instant::now())
     }
 }
 
-/// Takes note of the request's time. False if that is over already. `is_trusted`: the proxy in front is believed.
+/// Sets the request's [`BeginBy`]. Returns false if its time is already over. `is_trusted`: the
+/// proxy's headers are used.
 pub(crate) fn admits<B>(limit: Duration, request: &mut Request<B>, is_trusted: bool) -> bool {
     let in_kernel = request.extensions().get().map_or(Duration::ZERO, |&WaitedInKernel(time)| time);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -41,7 +44,7 @@ pub(crate) fn admits<B>(limit: Duration, request: &mut Request<B>, is_trusted: b
     left.is_some()
 }
 
-/// The answer to a request that has waited for too long.
+/// The response to a request that has waited too long.
 pub(crate) fn shed<B: From<&'static str>>() -> Response<B> {
     count();
     let mut response = Response::new(B::from("503: the request has waited too long\n"));
@@ -50,7 +53,7 @@ pub(crate) fn shed<B: From<&'static str>>() -> Response<B> {
     response
 }
 
-/// Counts a request that has waited for too long, and says so now and then.
+/// Counts a request that has waited too long, and logs the count from time to time.
 pub(crate) fn count() {
     static SHED: Mutex<(u64, Option<Instant>)> = Mutex::new((0, None));
     let mut shed = SHED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -61,15 +64,16 @@ pub(crate) fn count() {
     }
 }
 
-/// How long ago the proxy in front got the request; `None` if it does not say, or what it says makes no sense.
+/// How long ago the proxy in front received the request; `None` without a header, or with an
+/// invalid one.
 fn since_start(headers: &HeaderMap, now: Duration) -> Option<Duration> {
     let starts = ["x-request-start", "x-queue-start"].into_iter().filter_map(|name| headers.get(name));
     let waited = starts.filter_map(|value| Some(now.saturating_sub(parse(value.to_str().ok()?)?)));
     waited.filter(|waited| *waited <= MAX_WAIT).max()
 }
 
-/// A time since the epoch, with or without `t=` before it, in seconds, milliseconds or microseconds: which of these, its size
-/// tells.
+/// Parses a time since the epoch, with or without a leading `t=`, in seconds, milliseconds or
+/// microseconds. The magnitude determines the unit.
 fn parse(text: &str) -> Option<Duration> {
     let text = text.trim();
     let text = text.strip_prefix("t=").unwrap_or(text);

@@ -1,14 +1,17 @@
-//! The event loop's turns, as blocking functions see them: at the end of each, threads are woken; at the beginning of the next, those
-//! who wait for a response; and in between those functions are run that were declared quick.
+//! Connects blocking functions to the turns of the event loop. At the end of a turn, pool threads
+//! are woken. At the beginning of a turn, the futures whose responses are ready are woken. Between
+//! two turns, inline functions run.
 //!
-//! To pass a request to another thread and its response back costs several times what a quick function does.
-//! So a function that its author has declared quick ([`super::Blocking::inline`]) is run right here once it has been
-//! so for a while. Not within the loop, where it would find
-//! itself inside tokio (a database client that brings its own runtime would panic there), but between two turns
-//! of it: the loop lets go when quick jobs wait, they are run, and it goes on.
+//! To pass a request to another thread and its response back costs several times as much as a quick
+//! function. So a function that its author has declared quick ([`super::Blocking::inline`]) runs on
+//! the event loop's thread, once it has been quick for a while. It does not run within the loop,
+//! because there it would run inside tokio (a database client with its own runtime would panic),
+//! but between two turns of the loop: the loop returns when inline jobs wait, they run, and the
+//! loop continues.
 //!
-//! While such a job runs, the loop stands still. [`InlinePolicy`] keeps that rare, should the declaration be wrong: a function earns its place by a row
-//! of quick runs, loses it by a single slow one, and then needs a row twice as long.
+//! While such a job runs, the loop does not. [`InlinePolicy`] makes this rare even if the
+//! declaration is wrong: a function runs inline after a row of quick runs, stops doing so after a
+//! single slow run, and then needs a row twice as long.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -19,14 +22,15 @@ use std::time::Duration;
 
 use super::{Job, pool};
 
-/// A run is quick up to this, about what passing it to another thread and back costs.
+/// A run is quick up to this duration, which is about the cost of passing it to another thread and
+/// back.
 const QUICK_RUN: Duration = Duration::from_micros(50);
-/// A run that holds up the loop for longer costs the function its place.
+/// A run that holds up the loop for at least this long moves the function back to the threads.
 const SLOW_RUN: Duration = Duration::from_millis(1);
-/// So many quick runs in a row are asked for at first, and at most.
+/// Number of quick runs in a row that are required at first, and at most.
 const RUNS_REQUIRED: (u32, u32) = (32, 1 << 20);
 
-/// How long a function took, of late.
+/// Recent run times of a function.
 #[derive(Debug)]
 pub(super) struct InlinePolicy {
     quick_in_a_row: AtomicU32,
@@ -44,8 +48,8 @@ impl InlinePolicy {
         self.quick_in_a_row.load(Ordering::Relaxed) >= self.asked_for.load(Ordering::Relaxed)
     }
 
-    /// Takes note of a run; true if it has cost the function its place. Two threads that do so at once may lose one: it is a
-    /// guess anyway.
+    /// Records a run; returns true if the function no longer runs inline. If two threads record a
+    /// run at once, one may be lost, which is harmless: the policy is a heuristic.
     pub(super) fn took(&self, time: Duration) -> bool {
         let row = self.quick_in_a_row.load(Ordering::Relaxed);
         let asked_for = self.asked_for.load(Ordering::Relaxed);
@@ -64,16 +68,18 @@ impl InlinePolicy {
 
 thread_local! {
     static JOBS: RefCell<VecDeque<Arc<dyn Job>>> = const { RefCell::new(VecDeque::new()) };
-    /// Of this thread's event loop, if it has one that knows of turns.
+    /// The bell of this thread's event loop, if the loop has turns.
     static BELL: RefCell<Option<Arc<Bell>>> = const { RefCell::new(None) };
-    /// Between two turns, wakers are kept until the loop goes on: to wake it from outside is a system call each.
+    /// Wakers collected between two turns until the loop continues: waking the loop from outside
+    /// costs a system call each time.
     static WAKE_LATER: RefCell<Vec<Waker>> = const { RefCell::new(Vec::new()) };
     static BETWEEN_TURNS: Cell<bool> = const { Cell::new(false) };
     /// Jobs were started in this turn.
     static ENDS_WITH_CALL: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Where threads tell the event loop what has ended: it is woken by the first that does so, and not again until it has looked.
+/// Reports ended jobs from the threads to the event loop. The first report wakes the loop; further
+/// reports do not until the loop has looked.
 #[derive(Debug)]
 pub(super) struct Bell(Mutex<Ended>);
 
@@ -81,18 +87,18 @@ pub(super) struct Bell(Mutex<Ended>);
 struct Ended {
     event_loop: Waker,
     is_woken: bool,
-    /// Who waits for the responses.
+    /// Wakers of the futures whose responses are ready.
     wakers: Vec<Waker>,
     one_is_free: bool,
 }
 
 impl Bell {
-    /// Of this thread's event loop.
+    /// The bell of this thread's event loop.
     pub(super) fn of_this_thread() -> Option<Arc<Self>> {
         BELL.with_borrow(Clone::clone)
     }
 
-    /// Wakes whoever waits for a response: at once, or when the loop goes on.
+    /// Wakes a future whose response is ready: at once, or when the loop continues.
     pub(super) fn wake(&self, waker: Waker) {
         if BETWEEN_TURNS.get() {
             WAKE_LATER.with_borrow_mut(|wakers| wakers.push(waker));
@@ -101,7 +107,7 @@ impl Bell {
         }
     }
 
-    /// All threads were occupied, and one is free again.
+    /// Reports that a thread is free again after all were occupied.
     pub(super) fn one_is_free(&self) {
         self.tell(|ended| ended.one_is_free = true);
     }
@@ -117,11 +123,11 @@ impl Bell {
     }
 
     fn ended(&self) -> MutexGuard<'_, Ended> {
-        // No code that can panic runs under the lock.
+        // Code under the lock cannot panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// At the beginning of a turn.
+    /// Delivers the reports at the beginning of a turn.
     fn look(&self, context: &Context<'_>) {
         let mut ended = self.ended();
         ended.is_woken = false;
@@ -136,25 +142,26 @@ impl Bell {
         if wakers.capacity() > 0 {
             let mut ended = self.ended();
             if ended.wakers.capacity() == 0 {
-                ended.wakers = wakers; // its memory is needed again
+                ended.wakers = wakers; // reuse the allocation
             }
         }
     }
 }
 
-/// Has the loop come to the end of its turn, where threads are woken. False if this thread has no loop for that.
+/// Makes the loop reach the end of its turn, where threads are woken. Returns false if this thread
+/// has no loop with turns.
 pub(super) fn ends_later() -> bool {
     BELL.with_borrow(|bell| {
         let Some(bell) = bell else { return false };
         if !ENDS_WITH_CALL.replace(true) {
             let event_loop = bell.ended().event_loop.clone();
-            event_loop.wake(); // within the loop that is no system call
+            event_loop.wake(); // no system call from within the loop
         }
         true
     })
 }
 
-/// Has the job run after this turn of the loop. Gives it back if this thread has no loop for that.
+/// Runs the job after this turn of the loop. Returns it if this thread has no loop with turns.
 pub(super) fn run_inline(job: Arc<dyn Job>) -> Result<(), Arc<dyn Job>> {
     BELL.with_borrow(|bell| match bell {
         Some(bell) => {
@@ -172,7 +179,8 @@ pub(super) fn run_inline(job: Arc<dyn Job>) -> Result<(), Arc<dyn Job>> {
     })
 }
 
-/// To be polled by the event loop's main future: true if the loop should let go, for [`run_jobs`].
+/// Must be polled by the event loop's main future; returns true if the loop must return to let
+/// [`run_jobs`] run.
 pub(crate) fn jobs_wait(context: &Context<'_>) -> bool {
     for waker in WAKE_LATER.take() {
         waker.wake();
@@ -189,7 +197,7 @@ pub(crate) fn jobs_wait(context: &Context<'_>) -> bool {
     JOBS.with_borrow(|jobs| !jobs.is_empty())
 }
 
-/// Runs the jobs that wait. Not to be called within the loop.
+/// Runs the waiting jobs. Must not be called within the loop.
 pub(crate) fn run_jobs() {
     BETWEEN_TURNS.set(true);
     for job in JOBS.take() {

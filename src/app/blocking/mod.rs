@@ -1,13 +1,14 @@
-//! Plain functions as services: [`blocking`] runs them on a bounded pool of threads.
+//! Turns plain functions into services: [`blocking`] runs them on a bounded pool of threads.
 //!
-//! The event loop of a worker stays free while they run, so idle connections and event streams cost no
-//! thread. There are `--threads` threads in each worker; `--queue` requests may wait for one of them, and a
-//! request beyond that gets 503 at once. Nothing that blocks in such a function holds up anybody else. A function of which its author
-//! says that it never does ([`Blocking::inline`]) is run on the event loop's own thread, between two turns of the loop.
+//! The event loop of a worker stays free while they run, so idle connections and event streams cost
+//! no thread. There are `--threads` threads in each worker; `--queue` requests may wait for one of
+//! them, and a request beyond that gets 503 at once. A function that blocks delays no other request
+//! while a thread is free. A function whose author declares that it never blocks
+//! ([`Blocking::inline`]) runs on the event loop's own thread, between two turns of the loop.
 //!
 //! - [`pool`] has the threads.
-//! - [`overdue`] watches those that run on although their request was given up.
-//! - [`inline`] joins threads and event loop, and runs what is quick.
+//! - [`overdue`] watches functions that still run although their request was given up.
+//! - [`inline`] connects the threads and the event loop, and runs quick functions.
 
 pub(crate) mod inline;
 mod overdue;
@@ -36,7 +37,7 @@ use crate::diagnostics::current_request;
 use crate::request::queue_time;
 use crate::request::queue_time::BeginBy;
 
-/// A run on the event loop's thread that takes so long is worth a line in the log.
+/// A run of this length on the event loop's thread is logged.
 const LONG_FOR_THE_LOOP: Duration = Duration::from_millis(100);
 
 /// Makes a service from a function that may block. The function runs on the worker's `--threads` and never on the event
@@ -119,7 +120,8 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> BlockingFuture {
-        // A body that is still coming in needs the loop: to wait for it here would be to wait for ever.
+        // The event loop receives the rest of the body: waiting for it on the loop's own thread
+        // would never end.
         let all_has_come = || request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
         let quick = self.is_inline && self.shared.policy.is_quick() && all_has_come();
         let begin_by = request.extensions().get::<BeginBy>().map(|&BeginBy(at)| Box::pin(sleep_until(at.into())));
@@ -138,14 +140,15 @@ where
     }
 }
 
-/// One call of a function: its request waits here for a thread, and its response for the event loop.
+/// One call of a function. Holds its request until a thread takes it, and its response until the
+/// event loop takes it.
 struct Call<F> {
     shared: Arc<Shared<F>>,
-    /// The request's place in the scoreboard, while its response is waited for.
+    /// The request's cell in the scoreboard, while its response is waited for.
     cell: Option<usize>,
-    /// Of the event loop that waits for the response.
+    /// The bell of the event loop that waits for the response.
     bell: Option<Arc<Bell>>,
-    /// It runs on the event loop's thread.
+    /// The call runs on the event loop's thread.
     is_quick: bool,
     progress: Mutex<Progress>,
 }
@@ -162,29 +165,29 @@ struct Progress {
 #[derive(Debug)]
 struct Panicked;
 
-/// A [`Call`] of whatever function.
+/// A [`Call`] of any function.
 trait Job: Send + Sync {
     /// Runs the function, unless the client has left.
     fn run(&self);
-    /// The response, once it is there.
+    /// The response, if it is ready.
     fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>>;
-    /// The request has waited too long, unless a thread is at it.
+    /// Sheds the request because it has waited too long, unless it is running.
     fn shed(&self);
-    /// No thread will be free for it.
+    /// Refuses the request because no thread will be free for it.
     fn refuse(&self);
-    /// Nobody waits for the response any more. True if a thread is at it.
+    /// Marks that the response is no longer waited for. Returns true if the function is running.
     fn abandon(&self) -> bool;
-    /// Whether somebody waits for the response, and no thread is at it.
+    /// Whether the response is waited for and the function has not begun.
     fn is_waiting(&self) -> bool;
-    /// Whether a thread is at it.
+    /// Whether the function is running.
     fn is_running(&self) -> bool;
-    /// Of the event loop that waits for the response.
+    /// The bell of the event loop that waits for the response.
     fn bell(&self) -> Option<&Arc<Bell>>;
 }
 
 impl<F> Call<F> {
     fn progress(&self) -> MutexGuard<'_, Progress> {
-        // No code that can panic runs under the lock.
+        // Code under the lock cannot panic.
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -209,7 +212,7 @@ where
     fn run(&self) {
         current_request::enter(None, || {
             let mut progress = self.progress();
-            // A client that left while its request waited took it along.
+            // If the client left while its request waited, the request is gone.
             let Some(request) = progress.request.take() else { return };
             if BeginBy::is_past(&request) {
                 drop(progress);
@@ -218,7 +221,7 @@ where
             current_request::switch_to(self.cell);
             drop(progress);
             let begun = Instant::now();
-            // The panic was logged by the hook; the outcome tells the event loop.
+            // The hook has logged the panic; the outcome reports it to the event loop.
             let outcome = catch_unwind(AssertUnwindSafe(|| (self.shared.function)(request).map(Into::into)));
             let took = begun.elapsed();
             if self.shared.policy.took(took) && self.is_quick && took >= LONG_FOR_THE_LOOP {
@@ -227,7 +230,8 @@ where
                     "a function that was declared quick (Blocking::inline) held up the event loop for {took}ms: it runs on threads again"
                 );
             }
-            // Before the response is there: its request's cell may be another's right after.
+            // Before the response is stored: right after that, the cell may belong to another
+            // request.
             current_request::switch_to(None);
             self.put(outcome.map_err(|_| Panicked));
         });
@@ -254,7 +258,7 @@ where
             (progress.outcome, progress.is_over) = (Some(Ok(queue_time::shed())), true);
         }
         drop(progress);
-        drop(request); // after the lock is given back
+        drop(request); // after the lock is released
     }
 
     fn refuse(&self) {
@@ -270,15 +274,15 @@ where
     fn abandon(&self) -> bool {
         let mut progress = self.progress();
         if progress.is_over {
-            return false; // as a rule
+            return false; // the usual case
         }
         let request = progress.request.take();
         let is_running = request.is_none();
         if let (true, Some(cell)) = (is_running, self.cell) {
-            current_request::forget(cell); // it will be another request's, while a thread goes on with this one
+            current_request::forget(cell); // the cell will belong to another request while a thread still runs this one
         }
         drop(progress);
-        drop(request); // after the lock is given back
+        drop(request); // after the lock is released
         is_running
     }
 
@@ -299,7 +303,7 @@ where
 /// The future of [`Blocking`]: resolves to the response.
 pub struct BlockingFuture {
     job: Arc<dyn Job>,
-    /// When the request is given up, if no thread has begun with it.
+    /// Time at which the request is given up if no thread has begun it.
     begin_by: Option<Pin<Box<Sleep>>>,
 }
 
@@ -321,7 +325,7 @@ impl Future for BlockingFuture {
         }
         match ready!(self.job.poll(context)) {
             Ok(response) => Poll::Ready(Ok(response)),
-            // The panic goes on here, where the worker turns it into this request's 500.
+            // Resume the panic here, where the worker turns it into a 500 response.
             Err(Panicked) => std::panic::resume_unwind(Box::new(Panicked)),
         }
     }

@@ -1,6 +1,7 @@
-//! Functions that run on although nobody waits for their response: one that does so for long hangs. Once the time of its request
-//! (`--request-timeout`) is over too, its worker wants to be replaced, whether its client got the 504 or had left before. No worker
-//! that leaves waits for it.
+//! Detects hanging functions: functions that still run although their response is no longer waited
+//! for. Once the deadline of its request (`--request-timeout`) has also passed, the worker asks to
+//! be replaced, whether the client got the 504 or had left before. A worker that leaves does not
+//! wait for a hanging function.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -11,42 +12,43 @@ use tokio::time::sleep_until;
 
 use super::{Job, pool};
 
-/// How long a function may run on; zero is for ever.
+/// How long a function may still run; zero means forever.
 static HANG_TIMEOUT: OnceLock<Duration> = OnceLock::new();
-/// Those that run on; and some that have ended.
+/// The functions that still run, and some that have ended.
 static OVERRUNS: Mutex<Vec<Overrun>> = Mutex::new(Vec::new());
-/// There is one more.
+/// Signals a new entry in [`OVERRUNS`].
 static ONE_MORE: Notify = Notify::const_new();
 
 thread_local! {
-    /// The request that is being given up, and when its time is over.
+    /// The request that is being given up, and its deadline.
     static GIVEN_UP: RefCell<Option<(Arc<str>, Instant)>> = const { RefCell::new(None) };
 }
 
-/// A function that runs on.
+/// A function that still runs.
 #[derive(Clone)]
 struct Overrun {
     job: Weak<dyn Job>,
-    /// Since when nobody waits for its response.
+    /// Since when its response is no longer waited for.
     since: Instant,
-    /// Its request, and when that got its 504, or would have got it. `None` if there is no such time.
+    /// Its request, and the time at which the request got its 504 or would have got it. `None`
+    /// without a deadline.
     over: Option<(Arc<str>, Instant)>,
     is_told: bool,
 }
 
 impl Overrun {
-    /// When a worker that leaves waits for it no longer.
+    /// When a worker that leaves stops waiting for this function.
     fn ends(&self) -> Option<Instant> {
         self.since.checked_add(patience())
     }
 
-    /// When it hangs, which is a reason to replace its worker.
+    /// When the function counts as hanging, so that its worker must be replaced.
     fn hangs_at(&self) -> Option<Instant> {
         self.over.as_ref()?.1.checked_add(patience())
     }
 }
 
-/// Sets how long a function may run on. Called once, in a new worker.
+/// Sets how long a function may still run. Called once, in a new worker.
 pub(crate) fn set_patience(patience: Duration) {
     let _ = HANG_TIMEOUT.set(patience);
 }
@@ -55,14 +57,14 @@ fn patience() -> Duration {
     HANG_TIMEOUT.get().copied().unwrap_or_default()
 }
 
-/// Drops the response to a request whose time is over at that moment.
+/// Runs `drop`, which drops the response to a request whose deadline is `over`.
 pub(crate) fn give_up(what: String, over: Instant, drop: impl FnOnce()) {
     GIVEN_UP.set(Some((what.into(), over)));
     drop();
     GIVEN_UP.set(None);
 }
 
-/// Returns the request of a function that hangs: once for each, as soon as it does.
+/// Returns the request of the next function that hangs, once for each function.
 pub(crate) async fn one_hangs() -> String {
     loop {
         let now = Instant::now();
@@ -89,13 +91,14 @@ pub(crate) async fn one_hangs() -> String {
     }
 }
 
-/// How many functions hang.
+/// Number of functions that hang.
 pub(super) fn hung() -> usize {
     let now = Instant::now();
     running().iter().filter(|one| one.hangs_at().is_some_and(|at| at <= now)).count()
 }
 
-/// For how many functions a worker that leaves waits no longer, and when there will be a further one if it is not over by then.
+/// Number of functions that a leaving worker no longer waits for, and the time at which there will
+/// be a further one if it still runs.
 pub(super) fn outstaying() -> (usize, Option<Instant>) {
     let now = Instant::now();
     let ends = running().into_iter().filter_map(|one| one.ends());
@@ -103,13 +106,14 @@ pub(super) fn outstaying() -> (usize, Option<Instant>) {
     (over.len(), will.into_iter().min())
 }
 
-/// Those that run on at this moment. None if none is said to hang.
+/// The functions that still run now. Empty if functions never count as hanging.
 fn running() -> Vec<Overrun> {
     if patience().is_zero() {
         return Vec::new();
     }
     let all = overruns().clone();
-    // No response is dropped under the lock: it is the application's.
+    // The last reference to a job must not be dropped under the lock: this drops the application's
+    // response.
     all.into_iter().filter(|one| one.job.upgrade().is_some_and(|job| job.is_running())).collect()
 }
 
@@ -117,7 +121,7 @@ fn overruns() -> MutexGuard<'static, Vec<Overrun>> {
     OVERRUNS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Watches a function that goes on although its response is not wanted any more.
+/// Watches a function that still runs although its response is no longer waited for.
 pub(super) fn watch(job: &Arc<dyn Job>) {
     let over = GIVEN_UP.with_borrow(Clone::clone);
     let mut overruns = overruns();

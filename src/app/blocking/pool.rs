@@ -1,8 +1,9 @@
-//! The bounded pool of threads that run blocking functions.
+//! Runs blocking functions on a bounded pool of threads.
 //!
-//! To wake a thread is a system call, and so is to wake the event loop. Both are made once for all that a turn of the loop
-//! begins, or finds ended: a thread that is awake takes further jobs by itself, sleeping threads are woken at the end of the turn
-//! ([`end_turn`]), and each of them wakes the next one if there is work for it too.
+//! Waking a thread costs a system call, and so does waking the event loop. Each is done once for
+//! all the jobs that a turn of the loop starts, or finds ended. A thread that is awake takes
+//! further jobs by itself. Sleeping threads are woken at the end of the turn ([`end_turn`]), and
+//! each of them wakes the next one if there is another job.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,33 +18,32 @@ use tokio::sync::Notify;
 use super::{Job, inline, overdue};
 use crate::diagnostics::{crash, current_request};
 
-/// How long after a failure to create a thread the next attempt is made.
+/// Time between two attempts to create threads.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The threads, and the queue from which they take.
 pub(super) struct Pool {
     threads: u32,
-    /// Threads that exist: fewer than `threads` as long as the system does not allow more.
+    /// Threads that exist: fewer than `threads` while the system does not allow more.
     started: AtomicU32,
-    /// The last attempt to create threads.
+    /// Time of the last attempt to create threads.
     attempted: Mutex<Option<Instant>>,
-    /// Jobs that may wait beside those that run.
+    /// Number of jobs that may wait in addition to those that run.
     queue: u32,
     waiting: Mutex<Waiting>,
     one_is_called: Condvar,
     /// Jobs that wait or run.
     count: AtomicU32,
     occupancy: Option<Occupancy>,
-    /// The siblings were told that all threads are occupied. Written under `telling`.
+    /// The siblings were notified that all threads are occupied. Written under `telling`.
     is_told: AtomicBool,
     telling: Mutex<()>,
     one_is_free: Notify,
-    /// Somebody waits in [`finish`].
+    /// [`finish`] is waiting.
     is_finishing: AtomicBool,
     one_has_ended: (Mutex<()>, Condvar),
-    /// All threads hung when that was last looked at.
+    /// All threads hung at the last check.
     is_stuck: AtomicBool,
-    /// Threads that hang, as was told. Written under `telling`.
+    /// Number of hanging threads in the last notice. Written under `telling`.
     hung: AtomicU32,
 }
 
@@ -56,7 +56,8 @@ struct Waiting {
     called: u32,
 }
 
-/// This worker's `--threads` and `--queue`, and where its siblings see whether it is occupied.
+/// This worker's `--threads` and `--queue`, and the scoreboard field that shows its siblings
+/// whether it is occupied.
 static SIZE: OnceLock<(u32, u32, Option<Occupancy>)> = OnceLock::new();
 static POOL: OnceLock<Pool> = OnceLock::new();
 static POOL_IS_FULL: Notify = Notify::const_new();
@@ -66,7 +67,7 @@ pub(crate) fn pool_is_full() -> bool {
     POOL.get().is_some_and(Pool::is_occupied)
 }
 
-/// Returns when a job has ended. One that ends while nobody waits here is not told.
+/// Returns when the next job ends. Jobs that end before the call are not reported.
 pub(crate) async fn one_is_free() {
     match POOL.get() {
         Some(pool) => pool.one_is_free.notified().await,
@@ -74,18 +75,20 @@ pub(crate) async fn one_is_free() {
     }
 }
 
-/// Returns when a job has taken the last free thread. One that does so while nobody waits here is not told.
+/// Returns when the next job takes the last free thread. Jobs that did so before the call are not
+/// reported.
 pub(crate) async fn pool_became_full() {
     POOL_IS_FULL.notified().await;
 }
 
-/// Sets the size of the pool that will be made, and tells siblings through `occupancy` when all its threads are
-/// occupied. Called once, in a new worker.
+/// Sets the size of the pool, and the `occupancy` through which siblings see whether all its
+/// threads are occupied. Called once, in a new worker, before the pool is created.
 pub(crate) fn configure(threads: u32, queue: u32, occupancy: Option<Occupancy>) {
     let _ = SIZE.set((threads, queue, occupancy));
 }
 
-/// Waits for all that runs, but for what hangs: returns how many functions do. Called once, when nothing new can come.
+/// Waits for all jobs except hanging ones; returns the number of hanging functions. Called once,
+/// when no new job can arrive.
 pub(crate) fn finish() -> usize {
     let Some(pool) = POOL.get() else { return 0 };
     pool.wake_one();
@@ -106,7 +109,8 @@ pub(crate) fn finish() -> usize {
     }
 }
 
-/// A function hangs. If all threads do, who waits for one gets 503, and who comes too.
+/// Called when a function hangs. If all threads hang, the waiting requests get 503, and so do later
+/// ones.
 pub(super) fn look_whether_stuck() {
     let Some(pool) = POOL.get() else { return };
     pool.tell_hung();
@@ -121,7 +125,8 @@ pub(super) fn look_whether_stuck() {
     jobs.iter().for_each(|job| job.refuse());
 }
 
-/// At the end of a turn of the event loop in which jobs were started: threads are woken, and siblings told.
+/// Called at the end of a turn of the event loop in which jobs were started: wakes a thread and
+/// notifies siblings.
 pub(super) fn end_turn() {
     if let Some(pool) = POOL.get() {
         pool.wake_one();
@@ -131,7 +136,7 @@ pub(super) fn end_turn() {
     }
 }
 
-/// One of the threads is free again: tells those who wait for that. On the event loop's thread.
+/// Wakes the tasks that wait for a free thread. Must be called on the event loop's thread.
 pub(super) fn announce_free() {
     if let Some(pool) = POOL.get() {
         pool.one_is_free.notify_waiters();
@@ -160,10 +165,11 @@ pub(super) fn pool() -> &'static Pool {
 }
 
 impl Pool {
-    /// False if too many wait already, or there is no thread. If this thread has an event loop, a sleeping thread is woken
-    /// at the end of its turn.
+    /// Queues a job. Returns false if too many jobs wait already, or there is no thread. If this
+    /// thread has an event loop, a sleeping thread is woken at the end of the loop's turn.
     ///
-    /// The first call starts the threads: a worker without blocking functions has none, nor has the master.
+    /// The first call starts the threads, so a worker without blocking functions has none, and
+    /// neither has the master.
     pub(super) fn start(&'static self, job: Arc<dyn Job>) -> bool {
         if self.started.load(Ordering::SeqCst) < self.threads && !self.start_threads() {
             return false;
@@ -185,7 +191,8 @@ impl Pool {
         true
     }
 
-    /// Starts the threads that are missing, as far as the system allows. Whether there is one.
+    /// Starts the missing threads, as far as the system allows. Returns whether there is at least
+    /// one.
     fn start_threads(&'static self) -> bool {
         let mut attempted = self.attempted.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.started.load(Ordering::SeqCst);
@@ -211,17 +218,17 @@ impl Pool {
         if started == self.threads && !is_first {
             log::info!("all {started} threads for blocking functions could be created");
         }
-        self.tell(); // it may have been occupied with fewer threads
+        self.tell(); // the pool may have been occupied with fewer threads
         started > 0
     }
 
-    /// The threads that take jobs, but 1 if there is none: then no job waits either.
+    /// Number of threads that take jobs, or 1 if there is none: then no job waits either.
     fn capacity(&self) -> u32 {
         self.started.load(Ordering::SeqCst).max(1)
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        // No code that can panic runs under the lock.
+        // Code under the lock cannot panic.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -229,12 +236,11 @@ impl Pool {
         self.count.load(Ordering::SeqCst) >= self.capacity()
     }
 
-    /// Whether all threads hang.
     fn is_stuck(&self) -> bool {
         overdue::hung() >= self.capacity() as usize
     }
 
-    /// Says how many threads hang.
+    /// Publishes the number of hanging threads.
     fn tell_hung(&self) {
         let _one_at_a_time = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
         let hung = u32::try_from(overdue::hung()).unwrap_or(u32::MAX);
@@ -244,14 +250,14 @@ impl Pool {
         }
     }
 
-    /// Whether nobody waits for a thread, and no more than so many jobs run.
+    /// Whether no request waits for a thread, and at most `running` jobs run.
     fn has_nothing_but(&self, running: usize) -> bool {
         let waiting = self.waiting();
         let most = waiting.jobs.len().saturating_add(running);
         self.count.load(Ordering::SeqCst) as usize <= most && !waiting.jobs.iter().any(|job| job.is_waiting())
     }
 
-    /// Wakes a thread, if there is a job for it.
+    /// Wakes a thread if there is a job for it.
     fn wake_one(&self) {
         let mut waiting = self.waiting();
         let is_called = waiting.call();
@@ -261,7 +267,7 @@ impl Pool {
         }
     }
 
-    /// Takes a job, as soon as there is one.
+    /// Takes a job; waits until there is one.
     fn next(&self) -> Arc<dyn Job> {
         let mut waiting = self.waiting();
         loop {
@@ -297,8 +303,8 @@ impl Pool {
         }
     }
 
-    /// Tells the siblings and the acceptors how it is. Whoever changes the count and does not see what is told here is seen
-    /// here instead.
+    /// Publishes the occupancy to siblings and acceptors. A thread that changes the count at the
+    /// same time either reads the flag that is set here, or its change is seen by the loop below.
     fn tell(&self) {
         let _one_at_a_time = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -317,7 +323,7 @@ impl Pool {
 }
 
 impl Waiting {
-    /// Whether a thread is to be woken: then it counts as called.
+    /// Returns whether a thread must be woken, and counts it as called.
     fn call(&mut self) -> bool {
         let is_called = !self.jobs.is_empty() && self.asleep > 0;
         self.asleep -= u32::from(is_called);
@@ -325,7 +331,8 @@ impl Waiting {
         is_called
     }
 
-    /// A thread woke: the one that was called, or one of itself, as condition variables allow.
+    /// A thread woke: the one that was called, or another one spuriously, as condition variables
+    /// allow.
     fn woke(&mut self) {
         match self.called.checked_sub(1) {
             Some(called) => self.called = called,
@@ -339,7 +346,8 @@ fn work(pool: &Pool) {
     current_request::register_thread();
     loop {
         let job = pool.next();
-        // The function's own panic is caught where it is called. This is one of what it leaves behind.
+        // A panic of the function itself is caught where it is called. This catches panics of
+        // destructors.
         let _ = catch_unwind(AssertUnwindSafe(|| job.run()));
         pool.one_ended(&job);
         let _ = catch_unwind(AssertUnwindSafe(|| drop(job)));
@@ -361,7 +369,7 @@ mod tests {
         assert_eq!((waiting.asleep, waiting.called), (0, 0));
         waiting.asleep = 2;
         assert!(waiting.call());
-        waiting.woke(); // the other one, of itself
+        waiting.woke(); // the other thread, spuriously
         waiting.woke();
         assert_eq!((waiting.asleep, waiting.called), (0, 0));
     }

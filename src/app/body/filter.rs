@@ -1,4 +1,4 @@
-//! The file that a FastCGI server sends to a filter: a second body, beside that of the request.
+//! The file that a FastCGI server sends to a filter: a second body in addition to the request's.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,7 +28,7 @@ impl FilterData {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Whether a request with these extensions has a file of which not all has come.
+    /// Whether a request with these extensions has a file that has not arrived completely.
     pub(crate) fn is_coming(extensions: &Extensions) -> bool {
         let data = extensions.get::<Self>().map(|data| data.0.lock().unwrap_or_else(PoisonError::into_inner));
         data.is_some_and(|data| data.as_ref().is_some_and(|body| !body.is_end_stream()))

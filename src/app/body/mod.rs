@@ -1,4 +1,4 @@
-//! The body of a request, whatever protocol it came by, and of the responses of blocking functions.
+//! The body of a request, for all protocols, and of the responses of blocking functions.
 
 mod filter;
 pub(crate) mod pipe;
@@ -32,15 +32,16 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug)]
 pub struct Body {
     kind: Kind,
-    /// How many bytes more it may have.
+    /// Number of further bytes allowed.
     allowed: u64,
-    /// Told when it had more, or came too slowly.
+    /// Set when the body was too long, too slow or cut short.
     trouble: Option<Arc<Trouble>>,
-    /// For the client to send more.
+    /// The wait for the client to send more.
     wait: Option<BodyWait>,
 }
 
-/// Why a body was not read to its end, for whoever answers the request whatever its reader made of that.
+/// Why a body was not read to its end. The worker uses this for the response, whatever the
+/// application made of the error.
 #[derive(Debug, Default)]
 pub(crate) struct Trouble(AtomicU8);
 
@@ -48,15 +49,15 @@ impl Trouble {
     const TOO_LARGE: u8 = 1;
     const TOO_SLOW: u8 = 2;
     const CUT: u8 = 3;
-    /// There was none, and will be none.
+    /// The body was read to its end without trouble.
     const WHOLE: u8 = 4;
 
-    /// The status that is the answer whatever the application answers, if there is one.
+    /// The status that replaces the application's response, if any.
     pub(crate) fn status(&self) -> Option<StatusCode> {
         self.cause().map(|(status, _)| status).filter(|&status| status != StatusCode::BAD_REQUEST)
     }
 
-    /// What the client did, if the body failed, and the status for it.
+    /// The status for a body that failed because of the client, and the reason.
     pub(crate) fn cause(&self) -> Option<(StatusCode, &'static str)> {
         match self.0.load(Ordering::Relaxed) {
             Self::TOO_LARGE => Some((StatusCode::PAYLOAD_TOO_LARGE, "a body larger than --max-body")),
@@ -71,7 +72,7 @@ impl Trouble {
         self.0.load(Ordering::Relaxed) != Self::WHOLE
     }
 
-    /// The first one counts.
+    /// Only the first call has an effect.
     fn set(&self, trouble: u8) {
         let _ = self.0.compare_exchange(0, trouble, Ordering::Relaxed, Ordering::Relaxed);
     }
@@ -80,28 +81,30 @@ impl Trouble {
 #[derive(Debug)]
 enum Kind {
     Full(Bytes),
-    /// What a FastCGI, SCGI or CGI connection passes on, and how much of the length that was announced is still to come.
+    /// The body from a FastCGI, SCGI or CGI connection, and the part of the announced length that
+    /// is still to come.
     Stdin(pipe::Reader, Option<u64>),
     Http(Unread),
     Other(UnsyncBoxBody<Bytes, BoxError>),
 }
 
-/// What has not been read of an HTTP request's body. Dropped, it goes back to its connection: hyper would close that
-/// at once, and the peer that still sends might never see the response.
+/// The unread part of an HTTP request's body. Dropping it returns the body to its connection: hyper
+/// would otherwise close the connection at once, and a peer that still sends might never read the
+/// response.
 #[derive(Debug)]
 struct Unread {
-    /// There until the drop.
+    /// Present until the drop.
     incoming: Option<Incoming>,
-    /// Nothing more will come of it.
+    /// A read has failed.
     is_broken: bool,
     rest: Option<oneshot::Sender<Rest>>,
 }
 
-/// What the application did not read of an HTTP request's body.
+/// The part of an HTTP request's body that the application did not read.
 #[derive(Debug)]
 pub(crate) struct Rest {
     pub(crate) incoming: Incoming,
-    /// Reading it has failed.
+    /// A read has failed.
     pub(crate) is_broken: bool,
 }
 
@@ -110,7 +113,7 @@ impl Drop for Unread {
         if let (Some(incoming), Some(rest)) = (self.incoming.take(), self.rest.take())
             && !incoming.is_end_stream()
         {
-            let _ = rest.send(Rest { incoming, is_broken: self.is_broken }); // or the connection is gone
+            let _ = rest.send(Rest { incoming, is_broken: self.is_broken }); // fails if the connection is gone
         }
     }
 }
@@ -180,21 +183,22 @@ impl Body {
         Self::from_kind(Kind::Stdin(reader, length), allowed)
     }
 
-    /// The body of an HTTP request; and where the rest of it arrives if it is dropped before its end.
+    /// The body of an HTTP request, and a receiver of its rest in case it is dropped before its
+    /// end.
     pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<Rest>>) {
         let (sender, rest) = if incoming.is_end_stream() { (None, None) } else { pair(oneshot::channel()) };
         let unread = Unread { incoming: Some(incoming), is_broken: false, rest: sender };
         (Self::from_kind(Kind::Http(unread), allowed), rest)
     }
 
-    /// Has the body tell the connection that it comes by when somebody waits for a piece of it.
+    /// Makes the body record in its connection's activity when a reader waits for a piece.
     pub(crate) fn with_activity(mut self, activity: &Arc<Activity>) -> Self {
         self.wait = Some(BodyWait::new(activity));
         self
     }
 
-    /// What will be told if the body turns out to be longer than it may be, comes too slowly, or breaks off; `None` if it is here
-    /// as a whole.
+    /// Returns the state that will be set if the body is too long, too slow or cut short; `None` if
+    /// the whole body has arrived.
     pub(crate) fn watch(&mut self) -> Option<Arc<Trouble>> {
         if http_body::Body::is_end_stream(self) {
             return None;
@@ -229,7 +233,8 @@ impl http_body::Body for Body {
                     *announced = announced.map(|announced| announced.saturating_sub(bytes.len() as u64));
                     Some(Ok(Frame::data(bytes)))
                 }
-                // Less than was announced comes only if the client failed (FastCGI specification, 6.2 and 6.4).
+                // A body shorter than announced means that the client failed (FastCGI
+                // specification, sections 6.2 and 6.4).
                 None if announced.is_none_or(|announced| announced == 0) => None,
                 None | Some(Err(pipe::Cut)) => Some(Err(BodyError::Cut)),
             }),
@@ -293,7 +298,7 @@ impl http_body::Body for Body {
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            // There may be more than was announced: the end of the stream is what counts.
+            // The body may be longer than announced: the end of the stream decides.
             Kind::Stdin(_, length) => {
                 let mut hint = SizeHint::new();
                 hint.set_lower(length.unwrap_or(0));
@@ -375,7 +380,7 @@ impl io::Read for BodyReader {
     }
 }
 
-/// Wakes a thread that parked.
+/// Wakes a parked thread.
 struct Unpark(Thread);
 
 impl Wake for Unpark {

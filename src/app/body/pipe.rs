@@ -1,8 +1,8 @@
-//! The pipe by which a connection hands a request's body to whoever reads it, piece by piece.
+//! Passes a request body from its connection to its reader, piece by piece.
 //!
-//! It holds little: when more than [`CAPACITY`] bytes wait to be read, the connection stops reading from its
-//! socket until there is room, and so the client is slowed to the reader's pace. The reader may be on
-//! another thread (a blocking function); the writer is the connection's task.
+//! The pipe is small: when more than [`CAPACITY`] bytes wait to be read, the connection stops
+//! reading from its socket until there is room, which slows the client to the reader's pace. The
+//! reader may be on another thread (a blocking function); the writer is the connection's task.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,23 +12,23 @@ use bytes::{Bytes, BytesMut};
 
 use crate::request::buffered;
 
-/// Bytes that may wait in the pipe; at this the connection stops reading. One read more can stand in it. And so many if memory is
-/// tight.
+/// Number of unread bytes at which the connection stops reading; one more read may exceed it.
+/// [`LESS`] applies while memory is tight.
 const CAPACITY: usize = 64 << 10;
 const LESS: usize = 4 << 10;
 
-/// Smaller pieces are copied together: each would otherwise hold on to the whole of the connection's buffer that it
-/// came in, and 64 KiB of single bytes would be 64 Ki pieces.
+/// Pieces smaller than this are copied together: otherwise each would keep the whole buffer of the
+/// connection allocated, and 64 KiB of single bytes would be 64 Ki pieces.
 const WORTH_SHARING: usize = 4096;
 
 #[derive(Debug, Default)]
 struct Shared {
     queue: VecDeque<Bytes>,
-    /// Comes after the queue.
+    /// Read after the queue.
     tail: BytesMut,
     bytes: usize,
     end: End,
-    /// Nobody will read any more: what comes is thrown away.
+    /// The reader is gone: input is discarded.
     abandoned: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
@@ -39,11 +39,11 @@ enum End {
     #[default]
     Open,
     Whole,
-    /// The peer left, or took the request back.
+    /// The peer left or cancelled the request.
     Cut,
 }
 
-/// The connection's end. Dropping it before [`Writer::finish`] cuts the body.
+/// The connection's end. Dropping it before [`Writer::finish`] cuts the body short.
 #[derive(Debug)]
 pub(crate) struct Writer(Arc<Mutex<Shared>>);
 
@@ -51,7 +51,7 @@ pub(crate) struct Writer(Arc<Mutex<Shared>>);
 #[derive(Debug)]
 pub(crate) struct Reader(Arc<Mutex<Shared>>);
 
-/// The body was cut off.
+/// The body was cut short.
 #[derive(Debug)]
 pub(crate) struct Cut;
 
@@ -61,7 +61,7 @@ pub(crate) fn pipe() -> (Writer, Reader) {
 }
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    // No code that can panic runs under the lock.
+    // Code under the lock cannot panic.
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -84,7 +84,6 @@ impl Writer {
         wake(shared.reader.take(), shared);
     }
 
-    /// Copies `bytes` into the pipe.
     pub(crate) fn push_copy(&self, bytes: &[u8]) {
         let mut shared = lock(&self.0);
         if !shared.abandoned {
@@ -94,17 +93,17 @@ impl Writer {
         }
     }
 
-    /// Whether nobody will read any more. Who waits for room is told of it.
+    /// Whether the reader is gone. A writer that waits for room is woken by this.
     pub(crate) fn is_abandoned(&self) -> bool {
         lock(&self.0).abandoned
     }
 
-    /// The body is complete.
+    /// Marks the body as complete.
     pub(crate) fn finish(&self) {
         self.end(End::Whole);
     }
 
-    /// Ready when there is room for more.
+    /// Ready when there is room, or the reader is gone.
     pub(crate) fn poll_room(&self, context: &mut Context<'_>) -> Poll<()> {
         let capacity = if buffered::is_tight() { LESS } else { CAPACITY };
         let mut shared = lock(&self.0);

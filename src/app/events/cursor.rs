@@ -1,11 +1,12 @@
-//! The id of an SSE event: where a subscriber is in each of its topics. Text to numbers and back, nothing else.
+//! Encodes and decodes the id of an SSE event: a subscriber's position in each of its topics. Pure:
+//! text to numbers and back.
 //!
-//! `9f3a61c2-17` is event 17 of the one topic, in the log of that epoch; `9f3a61c2-17.4` says the same for two topics, in
-//! the order in which they were asked for.
+//! `9f3a61c2-17` is event 17 of a single topic, in the log of that epoch; `9f3a61c2-17.4` has the
+//! ids of two topics, in the order of the subscription.
 
 use std::fmt;
 
-/// The epoch of a log, and of each topic the id of the last event that a subscriber got.
+/// The epoch of a log, and for each topic the id of the last event that the subscriber received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Cursor {
     pub(super) epoch: u32,
@@ -13,7 +14,7 @@ pub(super) struct Cursor {
 }
 
 impl Cursor {
-    /// `None` if it is not what we would have written.
+    /// `None` if this type would not have written the text.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let (epoch, ids) = text.split_once('-')?;
         let is_hex = epoch.len() == 8 && epoch.bytes().all(|byte| byte.is_ascii_hexdigit());

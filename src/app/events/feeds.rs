@@ -1,9 +1,11 @@
-//! What a worker has at hand for its subscribers: the latest events, in memory of its own, and who waits for them.
+//! Holds a worker's latest events in its own memory, and the subscribers that wait for further
+//! events.
 //!
-//! An event is kept once, however many get it. A subscriber has no queue: it knows how far it is, reads on from there,
-//! and if it is further behind than what is kept here, it reads the log. So one who reads nothing costs nothing.
+//! An event is stored once, however many subscribers receive it. A subscriber has no queue: it has
+//! a position and reads on from there. If the position is before the events stored here, the
+//! subscriber reads from the log. So a subscriber that does not read costs nothing.
 //!
-//! No system call, no clock, no shared memory: what the log says is passed in.
+//! No system call, no clock, no shared memory: the caller passes in the events of the log.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -11,10 +13,10 @@ use std::task::{Context, Waker};
 
 use super::Published;
 
-/// A subscriber's number.
+/// Identifies a subscriber.
 pub(super) type Key = u32;
 
-/// How much is kept.
+/// Limits of the stored events.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
     pub(super) events: usize,
@@ -25,20 +27,20 @@ pub(super) struct Room {
 pub(super) struct Feeds {
     room: Room,
     topics: HashMap<Arc<str>, Feed>,
-    /// What the feeds hold, the oldest first.
+    /// All stored events, the oldest first.
     order: VecDeque<Published>,
     bytes: u64,
-    /// By their keys; `None` for a key that is free.
+    /// Indexed by key; `None` for a free key.
     subscribers: Vec<Option<Subscriber>>,
     free: Vec<Key>,
 }
 
-/// A topic that somebody here has subscribed to.
+/// A topic with at least one subscriber in this worker.
 #[derive(Debug, Default)]
 struct Feed {
-    /// The latest event that is known of.
+    /// Id of the latest known event.
     last: u64,
-    /// After the first of these ids came the one behind the second: the log had given the topic up in between.
+    /// The event after id `leap.0` has id `leap.1 + 1`: the log had dropped the topic in between.
     leap: (u64, u64),
     /// Events with ids up to `last`, without a gap.
     recent: VecDeque<Published>,
@@ -50,13 +52,13 @@ struct Subscriber {
     waker: Option<Waker>,
 }
 
-/// What a subscriber finds of a topic.
+/// The result of a subscriber's read of one topic.
 #[derive(Debug)]
 pub(super) enum Found {
-    /// It has all there is.
+    /// There is no further event.
     Nothing,
     Events(Vec<Published>),
-    /// It is too far behind: the log may have more, up to this event.
+    /// The subscriber is too far behind: the log may have the events, up to this id.
     InLog(u64),
 }
 
@@ -76,7 +78,7 @@ impl Feeds {
         self.subscribers.len() - self.free.len()
     }
 
-    /// A further subscriber. `last_id` tells a topic's latest event.
+    /// Adds a subscriber. `last_id` returns a topic's latest id.
     pub(super) fn add(&mut self, topics: &[Arc<str>], last_id: impl Fn(&str) -> u64) -> Key {
         let key = self.free.pop().unwrap_or_else(|| {
             self.subscribers.push(None);
@@ -110,16 +112,16 @@ impl Feeds {
         }
     }
 
-    /// Whether anybody wants the events of a topic.
+    /// Whether a topic has subscribers.
     pub(super) fn wants(&self, topic: &str) -> bool {
         self.topics.contains_key(topic)
     }
 
-    /// The next event of the log. Adds who is to be woken.
+    /// Stores the next event of the log. Adds the wakers of its subscribers to `wakers`.
     pub(super) fn take(&mut self, event: Published, wakers: &mut Vec<Waker>) {
         let Some(feed) = self.topics.get_mut(event.topic()) else { return };
         if event.id() <= feed.last {
-            return; // it was there before the first subscriber, who knows of it
+            return; // published before the first subscription, whose position includes it
         }
         if event.id() != feed.last + 1 {
             feed.recent.clear();
@@ -141,7 +143,8 @@ impl Feeds {
         }
     }
 
-    /// Events of the log have passed unseen: whatever came of each topic, its subscribers find it there.
+    /// Handles events of the log that were missed: subscribers find the new events of their topics
+    /// in the log.
     pub(super) fn skip(&mut self, last_id: impl Fn(&str) -> u64, wakers: &mut Vec<Waker>) {
         self.order.clear();
         self.bytes = 0;
@@ -152,7 +155,7 @@ impl Feeds {
         }
     }
 
-    /// What there is of a topic after the event `after`, at most `most` events.
+    /// Returns the events of a topic after the id `after`, at most `most`.
     pub(super) fn find(&self, topic: &str, after: u64, most: usize) -> Found {
         let Some(feed) = self.topics.get(topic) else { return Found::Nothing };
         if after >= feed.last {
@@ -166,7 +169,7 @@ impl Feeds {
         Found::Events(feed.recent.iter().skip(from).take(most).cloned().collect())
     }
 
-    /// Has the subscriber woken by its next event.
+    /// Wakes the subscriber at its next event.
     pub(super) fn wait(&mut self, key: Key, context: &Context<'_>) {
         if let Some(Some(subscriber)) = self.subscribers.get_mut(key as usize) {
             match &mut subscriber.waker {
@@ -176,7 +179,7 @@ impl Feeds {
         }
     }
 
-    /// All who wait.
+    /// Collects the wakers of all waiting subscribers.
     pub(super) fn wake_all(&mut self, wakers: &mut Vec<Waker>) {
         wakers.extend(self.subscribers.iter_mut().flatten().filter_map(|subscriber| subscriber.waker.take()));
     }
@@ -250,8 +253,8 @@ mod tests {
         assert!(matches!(feeds.find("a", 1, 9), Found::InLog(3)));
     }
 
-    /// Subscribers come, read, sleep and go while events come, some of them unseen: none is missed, none comes twice, and
-    /// who waits is woken.
+    /// Subscribers are added, read, wait and are removed while events are published, some of them
+    /// missed. Each subscriber gets every event once, and waiting subscribers are woken.
     #[test]
     fn in_any_history_each_gets_every_event_once() {
         for seed in 0..200 {
@@ -259,7 +262,7 @@ mod tests {
             let names: Vec<Arc<str>> = ["a", "b", "c"].map(Arc::from).into();
             let mut feeds = Feeds::new(Room { events: random.usize(1..8), bytes: 1 << 20 });
             let mut log: BTreeMap<Arc<str>, u64> = names.iter().map(|name| (Arc::clone(name), 0)).collect();
-            // What was published and not yet taken from the log.
+            // Events that were published and not yet taken from the log.
             let mut unread: VecDeque<(Arc<str>, u64)> = VecDeque::new();
             let mut readers: Vec<(Key, Vec<Arc<str>>, Vec<u64>)> = Vec::new();
             for _ in 0..300 {
@@ -320,7 +323,7 @@ mod tests {
         }
     }
 
-    /// One look of a reader; true if there was something.
+    /// One read of a subscriber; true if it found something.
     fn read(
         feeds: &Feeds,
         log: &BTreeMap<Arc<str>, u64>,
@@ -335,7 +338,7 @@ mod tests {
                 Found::Nothing => {}
                 Found::InLog(end) => {
                     assert!(*at < end && end <= log[name], "seed {seed}");
-                    (*at, any) = (*at + 1, true); // the log has all
+                    (*at, any) = (*at + 1, true); // the log has every event
                 }
                 Found::Events(events) => {
                     for event in events {

@@ -1,6 +1,8 @@
-//! Events as lines of `text/event-stream` (HTML standard, 9.2.5). Bytes from anybody in, bytes out; nothing else.
+//! Encodes events as lines of `text/event-stream` (HTML standard, 9.2.5). Pure: bytes in, bytes
+//! out.
 //!
-//! Whatever is in a name or in the data, it stays in its field: lines end where a browser would end them.
+//! A name or data with any content stays within its field: lines end where a browser would end
+//! them.
 
 use std::fmt::Write as _;
 
@@ -11,11 +13,11 @@ use super::cursor::Cursor;
 /// A comment, which browsers ignore and which keeps the connection from looking idle.
 pub(super) const COMMENT: &[u8] = b":\n\n";
 
-/// An event: its id, and the rest, encoded once for all who get it.
+/// An encoded event: its id, and the rest, encoded once for all receivers.
 #[derive(Debug)]
 pub(super) struct Frame {
     bytes: Bytes,
-    /// Where the id ends.
+    /// Offset of the end of the id.
     rest: usize,
 }
 
@@ -28,12 +30,12 @@ impl Frame {
         Self { bytes: bytes.freeze(), rest }
     }
 
-    /// For who has the topic alone.
+    /// For a subscriber of this topic only.
     pub(super) fn whole(&self) -> Bytes {
         self.bytes.clone()
     }
 
-    /// For who has others too, and so an id of his own.
+    /// For a subscriber of several topics, which needs an id of its own.
     pub(super) fn with_id(&self, id: &Cursor) -> Bytes {
         let mut bytes = BytesMut::with_capacity(self.bytes.len() + 21 * id.ids.len());
         put_id(&mut bytes, id);
@@ -42,19 +44,20 @@ impl Frame {
     }
 }
 
-/// The id of what follows up to the next empty line; alone it tells a client where it is, and is no event.
+/// Writes the id of the event up to the next empty line. Without an event it only updates the
+/// client's position.
 pub(super) fn put_id(bytes: &mut BytesMut, id: &Cursor) {
     put_fmt(bytes, format_args!("id: {id}\n"));
 }
 
-/// How long the client is to wait before it connects again.
+/// Writes the time that the client must wait before it reconnects.
 pub(super) fn put_retry(bytes: &mut BytesMut, ms: u64) {
     put_fmt(bytes, format_args!("retry: {ms}\n"));
 }
 
-/// All of an event but its id.
+/// Writes an event without its id.
 pub(super) fn put_event(bytes: &mut BytesMut, name: &str, data: &[u8]) {
-    // Who publishes may be a program in any language.
+    // The publisher may be a program in any language, so the name is not trusted.
     let name = name.split(['\r', '\n', '\0']).next().unwrap_or_default();
     if !name.is_empty() {
         put_fmt(bytes, format_args!("event: {name}\n"));
@@ -73,15 +76,15 @@ pub(super) fn put_event(bytes: &mut BytesMut, name: &str, data: &[u8]) {
 }
 
 fn put_fmt(bytes: &mut BytesMut, text: std::fmt::Arguments<'_>) {
-    let _ = bytes.write_fmt(text); // a buffer that grows takes all
+    let _ = bytes.write_fmt(text); // a growing buffer accepts every write
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// What a browser makes of a stream (HTML standard, 9.2.6): the events that it dispatches, each with its type, its
-    /// data and the last event id; and the last event id at the end.
+    /// Parses a stream as a browser does (HTML standard, 9.2.6). Returns the dispatched events,
+    /// each with its type, its data and the last event id, and then the last event id at the end.
     fn browser(stream: &[u8]) -> (Vec<(String, String, String)>, String) {
         let text = String::from_utf8_lossy(stream).replace("\r\n", "\n").replace('\r', "\n");
         let (mut events, mut last_id) = (Vec::new(), String::new());

@@ -1,10 +1,13 @@
-//! A worker's one reader of the event log, for all subscribers that it has.
+//! Reads the event log once for all subscribers of a worker.
 //!
-//! With the first subscription a thread begins to sleep until something is published, and leaves within a second of the
-//! last one's end. It wakes the event loop and then waits until that has read: so a busy loop is woken once, and publishers
-//! find nobody to wake. The loop reads each event once, in batches, between which subscribers get their turn.
+//! The first subscription starts a thread that sleeps until something is published, and that ends
+//! within a second of the end of the last subscription. The thread wakes the event loop and then
+//! waits until the loop has read the log. So a busy loop is woken only once, and publishers need no
+//! system call to wake it. The loop reads each event once, in batches; subscribers run between
+//! batches.
 //!
-//! The lock is of this process alone. The event loop has it for a batch or a look; who subscribes on a thread, for a moment.
+//! The lock is local to this process. The event loop holds it for a batch or a lookup; a
+//! subscription on another thread, for a moment.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
@@ -19,9 +22,9 @@ use super::{EventsError, Published};
 use crate::config::events::EventsConfig;
 use crate::diagnostics::crash;
 
-/// For so long the thread sleeps at most: a publisher may have died before it woke anybody.
+/// Longest sleep of the thread: a publisher may have died before it woke the readers.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Events that are read before subscribers get their turn, at most.
+/// Maximum number of events that are read before subscribers run.
 const BATCH: usize = 64;
 
 #[derive(Debug)]
@@ -31,34 +34,34 @@ pub(super) struct Hub {
     max_subscribers: u32,
     batch: usize,
     state: Mutex<State>,
-    /// There may be something to read.
+    /// Signals that there may be something to read.
     due: Notify,
-    /// The loop has read all there was.
+    /// Signals that the loop has read the whole log.
     has_read: Condvar,
 }
 
 #[derive(Debug)]
 struct State {
     feeds: Feeds,
-    /// While there are subscribers.
+    /// Present while there are subscribers.
     tail: Option<Tail>,
-    /// There is a thread.
+    /// The thread exists.
     is_watched: bool,
-    /// The loop was woken, and has not read all yet.
+    /// The loop was woken and has not read the whole log yet.
     is_due: bool,
-    /// The log's sequence when that was last so.
+    /// The log's sequence number when the loop had last read the whole log.
     seen: u32,
     is_over: bool,
 }
 
-/// What a subscriber finds.
+/// The result of a subscriber's lookup.
 pub(super) enum Look {
     Nothing,
-    /// Of the topic with this number.
+    /// Events of the topic with this number.
     Events(usize, Vec<Published>),
-    /// Up to this event of that topic, as far as the log has them yet.
+    /// Events up to this id of the topic with this number, as far as the log still has them.
     InLog(usize, u64),
-    /// Nothing, for ever: the worker drains.
+    /// Nothing, forever: the worker drains.
     Over,
 }
 
@@ -90,7 +93,8 @@ impl Hub {
         self.state().feeds.count()
     }
 
-    /// A further subscriber: what is published from now on, it will find. And where each of the topics stands now.
+    /// Adds a subscriber, which receives everything published from now on. Also returns the latest
+    /// id of each topic.
     pub(super) fn subscribe(self: &Arc<Self>, topics: &[Arc<str>]) -> Result<(Key, Vec<u64>), EventsError> {
         let mut state = self.state();
         if state.feeds.count() >= self.max_subscribers as usize {
@@ -106,7 +110,7 @@ impl Hub {
             state.seen = self.log.sequence();
             state.tail = Some(self.log.tail());
         }
-        // After the tail, and under the lock by which it is read.
+        // After the tail is set, and under the lock that guards its reads: so no event is missed.
         let last_ids = topics.iter().map(|topic| self.log.last_id(topic)).collect();
         Ok((state.feeds.add(topics, |topic| self.log.last_id(topic)), last_ids))
     }
@@ -115,8 +119,9 @@ impl Hub {
         self.state().feeds.remove(key, topics);
     }
 
-    /// What there is for a subscriber, in the first of its topics that has something, from number `first` on. If there is
-    /// nothing, it is woken when there is.
+    /// Returns the next events for a subscriber, from the first of its topics that has some,
+    /// starting with topic number `first`. If there are none, the subscriber is woken by the next
+    /// event.
     pub(super) fn look(
         &self,
         key: Key,
@@ -161,12 +166,12 @@ impl Hub {
         }
     }
 
-    /// Reads a batch. False if that was all.
+    /// Reads a batch. Returns false if the whole log was read.
     fn read(&self) -> bool {
         let mut wakers = Vec::new();
         let mut state = self.state();
         let State { feeds, tail, .. } = &mut *state;
-        let seen = self.log.sequence(); // what comes after this changes it
+        let seen = self.log.sequence(); // any later event changes the sequence number
         let mut is_all = tail.is_none();
         for _ in 0..self.batch {
             match tail.as_mut().map(Tail::next) {
@@ -190,7 +195,7 @@ impl Hub {
         !is_all
     }
 
-    /// The thread's life.
+    /// The body of the thread.
     fn watch(&self) {
         crash::give_stack();
         let mut seen = self.state().seen;
@@ -211,7 +216,7 @@ impl Hub {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing of the application's runs under it.
+        // No code of the application runs under the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

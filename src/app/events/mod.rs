@@ -1,14 +1,15 @@
-//! Events, from whatever process publishes them to subscribers in every worker. `docs/events.md` tells users.
+//! Delivers events from any publishing process to subscribers in every worker. `docs/events.md`
+//! documents this for users.
 //!
 //! ```text
 //! publish ─▶ the log in shared memory ─▶ a thread of each worker wakes its event loop, once
-//!            ─▶ hub: the loop reads the log, once ─▶ feeds: what is at hand ─▶ each subscription ─▶ sse ─▶ the body
+//! !           ─▶ hub: the loop reads the log, once ─▶ feeds: recent events ─▶ each subscription ─▶ sse ─▶ the body
 //! ```
 //!
-//! - [`name`]: what an event may be called. [`cursor`], [`frame`]: ids and events as text. [`feeds`]: what is at hand, and who
-//!   waits. All four are pure.
-//! - [`hub`]: the thread, and the one reader of the log that a worker has.
-//! - [`subscription`]: what one subscriber gets. [`sse`]: that as a response.
+//! - [`name`] validates event names. [`cursor`] and [`frame`] encode ids and events. [`feeds`]
+//!   holds recent events and waiting subscribers. All four are pure.
+//! - [`hub`] has the thread and the worker's only reader of the log.
+//! - [`subscription`] is the event sequence of one subscriber. [`sse`] is its response.
 
 mod cursor;
 mod feeds;
@@ -33,12 +34,12 @@ pub use self::sse::{Sse, sse};
 pub use self::subscription::Subscription;
 use crate::config::events::EventsConfig;
 
-/// Compiles the document's Rust.
+/// Compiles the Rust examples of the document.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/events.md")]
 struct Document;
 
-/// Topics of one subscription.
+/// Maximum number of topics of one subscription.
 const MAX_TOPICS: usize = 32;
 
 /// The event log that all workers share: an event published in any worker reaches the subscribers of all workers.
@@ -79,8 +80,8 @@ impl Events {
 
     /// The id of the most recent event in `topic`, or 0 if there is none.
     ///
-    /// If the log has dropped topics, the result for a topic that it does not know is the id after which the numbering
-    /// of that topic would continue.
+    /// If the log has dropped topics, the result for an unknown topic is the id after which the numbering of that topic
+    /// would continue.
     #[must_use]
     pub fn last_id(&self, topic: &str) -> u64 {
         self.hub.log().last_id(topic)
@@ -107,12 +108,13 @@ impl Events {
         Subscription::new(&self.hub, topics.into_iter().map(|topic| Arc::from(topic.as_ref())).collect(), last_event_id)
     }
 
-    /// Brings what is published to this process's subscribers. To be run for ever, as one task of the event loop.
+    /// Delivers published events to this process's subscribers. Must run forever, as one task of
+    /// the event loop.
     pub(crate) async fn deliver(self) {
         self.hub.deliver().await;
     }
 
-    /// Ends all subscriptions, and those to come.
+    /// Ends all subscriptions, and prevents new ones.
     pub(crate) fn drain(&self) {
         self.hub.drain();
     }
@@ -157,7 +159,8 @@ struct Inner {
     name: Box<str>,
     data: Bytes,
     epoch: u32,
-    /// For all whose only topic it is; made when the first of them gets it.
+    /// The frame for all subscribers of this topic only; encoded when the first of them receives
+    /// the event.
     frame: OnceLock<Frame>,
 }
 

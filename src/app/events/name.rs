@@ -1,14 +1,15 @@
-//! What an event may be called, whoever publishes it. Text in, and no I/O.
+//! Validates event names, for every publisher. No I/O.
 
-/// By this clients are told that they have missed events.
+/// Name of the event that notifies clients of missed events.
 pub(crate) const GAP: &str = "gap";
 
-/// Why an event may not be called that: what its name is, or has, or does. `None` if it may; it may have no name.
+/// Why the name is invalid, as a phrase whose subject is the name; `None` if it is valid. An empty
+/// name is valid.
 pub(crate) fn fault(name: &str) -> Option<&'static str> {
     if name == GAP {
         Some("tells clients of events that they have missed")
     } else if name.contains(char::is_control) {
-        Some("has control characters") // it is a line of an event stream
+        Some("has control characters") // the name is a line of an event stream
     } else {
         None
     }

@@ -1,7 +1,8 @@
-//! A subscription as a response: `text/event-stream` that goes on until one side leaves, or one batch of it for who
-//! polls. `docs/events.md` has the protocol.
+//! Sends a subscription as a response: a `text/event-stream` until one side leaves, or one batch of
+//! events for a client that polls. `docs/events.md` has the protocol.
 //!
-//! Nothing here waits: the response is there at once, made on whatever thread, and its body is polled by its connection.
+//! No function waits: the response is created at once, on any thread, and its connection polls its
+//! body.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -20,19 +21,19 @@ use super::{Event, Events, EventsError, Message, Published, Subscription, name};
 use crate::app::body::Body;
 use crate::protocol::query;
 
-/// What says of a response that it is one of these.
+/// Content type of these responses.
 pub(crate) const TYPE: &str = "text/event-stream";
-/// Among the extensions of a response: it ends when its worker leaves, and its client goes on elsewhere. (An event stream of the
-/// application's own making does neither.)
+/// Response extension: the response ends when its worker leaves, and its client resumes at another
+/// worker. (An event stream that the application produces itself does neither.)
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct EndsWithWorker;
 const LAST_EVENT_ID: &str = "last-event-id";
 const SIMULATE: &str = "x-event-source-simulate";
-/// After the end of a worker its clients come back within this, not all at a time.
+/// Reconnection delay of clients after their worker has left, spread over this range.
 const BACK_AFTER_DRAIN_MS: (u64, u64) = (100, 2000);
-/// Messages that a filter may hold back before others get their turn.
+/// Number of filtered messages after which other tasks get their turn.
 const HELD_BACK: usize = 64;
-/// The batch of a poll ends with the message that fills it.
+/// Number of bytes at which the batch of a poll is full; its last message may exceed it.
 const BATCH: usize = 64 << 10;
 
 /// Answers a request with the events of some topics, as Server-Sent Events; or with the next events, if the client uses
@@ -79,7 +80,7 @@ where
     }
 }
 
-/// Whether the client takes a batch at a time.
+/// Whether the client uses long polling.
 fn polls(headers: &HeaderMap) -> bool {
     let simulates = headers.get(SIMULATE).is_some_and(|how| how.as_bytes().eq_ignore_ascii_case(b"long-polling"));
     let mut accepted = headers.get_all(ACCEPT).iter().peekable();
@@ -100,7 +101,7 @@ pub struct Sse {
     choice: Choice,
 }
 
-/// What of the events this client gets.
+/// Selects and changes the events that this client gets.
 struct Choice {
     filter: Option<Box<Filter>>,
     map: Option<Box<Map>>,
@@ -200,17 +201,17 @@ fn refusal(error: &EventsError) -> Response<Body> {
     response
 }
 
-/// The body.
+/// The response body.
 struct Stream {
     subscription: Subscription,
     choice: Choice,
-    /// The keep-alive, or the whole time of a poll.
+    /// The keep-alive interval, or the time limit of a poll.
     every: Duration,
     polls: bool,
     stage: Stage,
     alarm: Option<Pin<Box<Sleep>>>,
     sent_at: Option<Instant>,
-    /// The subscriber is further than the client knows.
+    /// The subscriber's position is ahead of the last id that was sent.
     is_id_due: bool,
 }
 
@@ -265,7 +266,7 @@ impl Stream {
         self.poll_alarm(context)
     }
 
-    /// All there is for who polls; empty if that is nothing.
+    /// Collects the available events for a poll; empty if there are none.
     fn batch(&mut self, context: Option<&Context<'_>>) -> BytesMut {
         let mut bytes = BytesMut::new();
         let mut held_back = 0;
@@ -273,7 +274,8 @@ impl Stream {
             match self.subscription.advance(context) {
                 Poll::Ready(Some(message)) => match self.encode(&message) {
                     Some(frame) => bytes.extend_from_slice(&frame),
-                    // So many that others wait: the client comes back for the rest.
+                    // So many filtered messages delay other tasks: the client polls again for the
+                    // rest.
                     None if held_back == 16 * HELD_BACK => {
                         self.put_whole_id(&mut bytes);
                         break;
@@ -290,7 +292,7 @@ impl Stream {
         bytes
     }
 
-    /// Time has passed without anything to send.
+    /// Handles a time without anything to send.
     fn poll_alarm(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         if self.every.is_zero() && !self.polls {
             return Poll::Pending;
@@ -305,7 +307,7 @@ impl Stream {
             if alarm.deadline() >= due {
                 break;
             }
-            alarm.as_mut().reset(due); // something was sent since it was set
+            alarm.as_mut().reset(due); // something was sent since the alarm was set
         }
         self.alarm = None;
         if self.polls {
@@ -324,7 +326,7 @@ impl Stream {
         Poll::Ready(Some(bytes))
     }
 
-    /// What the client gets of a message, if anything.
+    /// Encodes a message for the client; `None` if it is filtered out.
     fn encode(&mut self, message: &Message) -> Option<Bytes> {
         let bytes = match message {
             Message::Event(event) => self.encode_event(event),
@@ -360,14 +362,14 @@ impl Stream {
         bytes.freeze()
     }
 
-    /// Tells the client where it is, and nothing else.
+    /// Sends the position to the client, without an event.
     fn put_whole_id(&mut self, bytes: &mut BytesMut) {
         self.is_id_due = false;
         put_id(bytes, self.subscription.cursor());
         bytes.extend_from_slice(b"\n");
     }
 
-    /// The worker leaves.
+    /// The last bytes before the worker leaves.
     fn farewell(&mut self) -> Bytes {
         let mut bytes = BytesMut::new();
         put_retry(&mut bytes, between(BACK_AFTER_DRAIN_MS.0, BACK_AFTER_DRAIN_MS.1));
@@ -376,9 +378,9 @@ impl Stream {
     }
 }
 
-/// A number from `least` to `most`.
+/// A random number from `least` to `most`.
 fn between(least: u64, most: u64) -> u64 {
-    // Without random numbers all clients come at a time: no reason to fail.
+    // Without random numbers all clients reconnect at the same time, which is no reason to fail.
     let random = getrandom::u64().unwrap_or(0);
     least + random % (most - least).saturating_add(1)
 }

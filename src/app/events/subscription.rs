@@ -1,4 +1,5 @@
-//! What one subscriber gets: the events of its topics, each once and in order, from where it was.
+//! Yields the events of a subscriber's topics, each once and in order, from the subscriber's
+//! position.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -13,9 +14,10 @@ use super::feeds::Key;
 use super::hub::{Hub, Look};
 use super::{EventsError, MAX_TOPICS, Message, Published};
 
-/// Events that are taken at a time of what the worker has at hand, and first of what the log has.
+/// Maximum number of events that are taken at a time from the worker's memory, and in the first
+/// read from the log.
 const MAX_BATCH: usize = 16;
-/// Of the log these are copies, for this subscriber alone.
+/// Limits of a read from the log, in bytes and events: these are copies for this subscriber alone.
 const COPIED: (usize, usize) = (64 << 10, 256);
 
 /// The events of some topics, as a [`Stream`]. The stream ends when the worker is about to exit; dropping it ends the
@@ -25,17 +27,17 @@ pub struct Subscription {
     hub: Arc<Hub>,
     key: Key,
     topics: Box<[Arc<str>]>,
-    /// The topics again, and how far each was taken.
+    /// The topics, each with the id of its last taken event.
     taken: Vec<(Arc<str>, u64)>,
-    /// Taken and not yet yielded, with the topic's number, and where that stands afterwards.
+    /// Messages taken and not yet yielded, with the topic's number and its position afterwards.
     waiting: VecDeque<(usize, u64, Message)>,
-    /// Of what was yielded.
+    /// Position after the yielded messages.
     cursor: Cursor,
-    /// The topic that is looked at first.
+    /// The topic that is read first.
     turn: usize,
-    /// Events that are read of the log at a time.
+    /// Number of events of one read from the log.
     stride: usize,
-    /// Where in the log that has ended for each of the topics; none as long as the log was not read.
+    /// Where the last read from the log ended for each topic; empty until the first read.
     places: Vec<u64>,
 }
 
@@ -104,8 +106,8 @@ impl Subscription {
         &self.topics
     }
 
-    /// The next message, for a task. A task that has had many in one turn waits for its next turn, however many there are:
-    /// tokio's budget says when.
+    /// Returns the next message to a task. After many messages in one turn the task must wait for
+    /// its next turn, even if there are more: tokio's budget decides when.
     pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Message>> {
         let turn = ready!(poll_proceed(context));
         let message = self.advance(Some(context));
@@ -115,7 +117,8 @@ impl Subscription {
         message
     }
 
-    /// The next message. Pending if there is none now; with `context`, its task is woken when there is.
+    /// Returns the next message, or Pending if there is none; with `context`, the task is woken by
+    /// the next message.
     pub(super) fn advance(&mut self, context: Option<&Context<'_>>) -> Poll<Option<Message>> {
         loop {
             if let Some((number, at, message)) = self.waiting.pop_front() {
@@ -139,7 +142,8 @@ impl Subscription {
         }
     }
 
-    /// The worker has the next event of this topic not at hand; there were some up to `end`.
+    /// Reads from the log, because the next event of this topic is not in the worker's memory. The
+    /// topic has events up to `end`.
     fn read_log(&mut self, number: usize, end: u64) {
         let (topic, after) = (Arc::clone(&self.taken[number].0), self.taken[number].1);
         self.places.resize(self.taken.len(), 0);
@@ -188,7 +192,7 @@ mod tests {
         Events::new(&segment, EventsConfig { bytes: 4 << 20, backlog: 256, max_subscribers: 4 })
     }
 
-    /// All that a subscriber gets in one turn of its task.
+    /// Returns everything that a subscriber gets in one turn of its task.
     async fn turn(subscription: &mut Subscription) -> Vec<(String, u64)> {
         poll_fn(|context| {
             let mut got = Vec::new();
