@@ -1,13 +1,13 @@
-//! Connections on their way from one process to another.
+//! Passes connections from one process to another.
 //!
-//! The master makes one channel, a pair of sockets of which every worker has both ends. A worker that leaves passes on the
-//! connections that it has not served to their end of life, and the heir of a dead worker those that can go on; whichever
-//! worker is free takes them, as it takes new ones from a listener. A connection in the channel belongs to nobody, and
-//! survives its sender.
+//! The master creates one channel: a pair of sockets, of which every worker has both ends. A worker
+//! that leaves passes on its open connections, and the heir of a dead worker passes on those that
+//! can continue. Any free worker takes them, in the same way as new connections from a listener. A
+//! connection in the channel belongs to no process, and survives its sender.
 //!
 //! Each message is one connection: its descriptor, and a [`Handoff`].
 //!
-//! May not: know what a connection speaks.
+//! Must not depend on the protocol of a connection.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -17,20 +17,21 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair, sockopt,
 };
 
-/// Bytes of a handoff before those of the connection.
+/// Bytes of a handoff before the connection's bytes.
 pub(crate) const HEADER: usize = 32;
 const MAGIC: [u8; 4] = *b"FYHO";
-/// Room for connections on their way: with the kernel's overhead, some thousand of them if the kernel lets us.
+/// Send buffer for connections in transit: with the kernel's overhead, some thousand of them if the
+/// kernel allows it.
 const BUFFER: usize = 4 << 20;
 
-/// What goes along with a connection.
+/// The message that accompanies a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Handoff {
-    /// Index of the listener at which it came.
+    /// Index of the listener that accepted the connection.
     pub(crate) listener: u16,
-    /// Who is at its other end.
+    /// The peer of the connection.
     pub(crate) origin: PackedOrigin,
-    /// What was read of it, and is to be read again.
+    /// Bytes that were read from the connection and must be read again.
     pub(crate) early: Vec<u8>,
 }
 
@@ -45,7 +46,7 @@ impl Handoff {
         message
     }
 
-    /// `None` if that is no handoff.
+    /// `None` if the message is not a handoff.
     pub(crate) fn decode(message: &[u8]) -> Option<Self> {
         let (header, early) = message.split_first_chunk::<HEADER>()?;
         let (magic, rest) = header.split_first_chunk::<4>()?;
@@ -57,18 +58,18 @@ impl Handoff {
     }
 }
 
-/// Who is at the other end of a connection, as three words.
+/// The peer of a connection, as three words.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PackedOrigin(pub(crate) [u64; 3]);
 
-/// Beside the port, in the first word.
+/// Flags in the first word, above the port.
 const HAS_ADDRESS: u64 = 1 << 16;
 const IS_V4: u64 = 1 << 17;
 const IS_TLS: u64 = 1 << 18;
 const IS_ADMITTED: u64 = 1 << 19;
 
 impl PackedOrigin {
-    /// Of a connection of which nothing has been read. `None` is a Unix socket.
+    /// For a connection from which nothing was read. `None` is a Unix socket.
     pub(crate) fn of_peer(peer: Option<SocketAddr>) -> Self {
         let Some(peer) = peer else { return Self::default() };
         let (ip, is_v4) = match peer.ip() {
@@ -81,7 +82,8 @@ impl PackedOrigin {
         Self([HAS_ADDRESS | is_v4 | u64::from(peer.port()), high, low])
     }
 
-    /// Of a connection that may be here, and whose client is known: it has this address, and used TLS or not.
+    /// For a connection that passed access control, with its client's address and whether the
+    /// client used TLS.
     pub(crate) fn admitted(client: Option<SocketAddr>, is_tls: bool) -> Self {
         let Self([head, high, low]) = Self::of_peer(client);
         Self([head | IS_ADMITTED | if is_tls { IS_TLS } else { 0 }, high, low])
@@ -100,13 +102,13 @@ impl PackedOrigin {
         self.0[0] & IS_TLS != 0
     }
 
-    /// Whether it has been let in; what is read next is a request.
+    /// Whether the connection has passed access control: its next bytes are a request.
     pub(crate) fn is_admitted(self) -> bool {
         self.0[0] & IS_ADMITTED != 0
     }
 }
 
-/// The channel: both ends of it.
+/// Both ends of the channel.
 #[derive(Debug)]
 pub(crate) struct Channel {
     send: OwnedFd,
@@ -115,36 +117,36 @@ pub(crate) struct Channel {
 
 impl Channel {
     /// # Errors
-    /// If no sockets can be had.
+    /// If no sockets are available.
     pub(crate) fn open() -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (send, receive) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         if setsockopt(&send, sockopt::SndBufForce, &BUFFER).is_err() {
-            setsockopt(&send, sockopt::SndBuf, &BUFFER)?; // not root: what the system allows
+            setsockopt(&send, sockopt::SndBuf, &BUFFER)?; // without root: up to the system's limit
         }
         Ok(Self { send, receive })
     }
 
-    /// Goes on with the ends that a former master left.
+    /// Continues with the ends that a former master left.
     pub(crate) fn resume((send, receive): (OwnedFd, OwnedFd)) -> Self {
         Self { send, receive }
     }
 
-    /// Where connections are passed on.
+    /// The end into which connections are passed.
     pub(crate) fn sender(&self) -> BorrowedFd<'_> {
         self.send.as_fd()
     }
 
-    /// Where they come out.
+    /// The end from which connections are taken.
     pub(crate) fn receiver(&self) -> BorrowedFd<'_> {
         self.receive.as_fd()
     }
 }
 
-/// Passes a connection on; it is to be closed here next.
+/// Passes a connection on; the caller must close it next.
 ///
 /// # Errors
-/// `WouldBlock` if too many are on their way already, or what the channel says.
+/// `WouldBlock` if too many connections are in transit already, or another error of the channel.
 pub(crate) fn hand_off(channel: BorrowedFd<'_>, connection: BorrowedFd<'_>, message: &[u8]) -> io::Result<()> {
     use std::os::fd::AsRawFd as _;
     let descriptors = [connection.as_raw_fd()];
@@ -154,7 +156,8 @@ pub(crate) fn hand_off(channel: BorrowedFd<'_>, connection: BorrowedFd<'_>, mess
     Ok(())
 }
 
-/// Whether passing on fails only for now: too many connections are on their way, here or in the whole system.
+/// Whether the error is temporary: too many connections are in transit, in this channel or in the
+/// whole system.
 pub(crate) fn is_for_later(error: &io::Error) -> bool {
     let for_later = [libc::EAGAIN, libc::ETOOMANYREFS, libc::ENOBUFS, libc::ENOMEM];
     error.raw_os_error().is_some_and(|code| for_later.contains(&code))

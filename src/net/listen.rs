@@ -1,8 +1,9 @@
-//! Listening sockets: from the text of `--bind PROTO:ADDR` to a descriptor that all workers inherit.
+//! Creates listening sockets: from the text of `--bind PROTO:ADDR` to a descriptor that all workers
+//! inherit.
 //!
-//! One socket serves all workers, and its queue belongs to no process: what waits there survives any worker's
-//! death. (With SO_REUSEPORT each worker would have a queue of its own, and its death would reset what is in
-//! it.)
+//! One socket serves all workers, and its queue belongs to no process: a queued connection survives
+//! any worker's death. (With SO_REUSEPORT each worker would have a queue of its own, and its death
+//! would reset the connections in it.)
 
 mod closing;
 mod repair;
@@ -33,10 +34,10 @@ use crate::config::address::{Address, Bind, Protocol};
 use crate::config::privileges::Owner;
 use crate::sys;
 
-/// How often an address that is in use is tried again.
+/// Interval between two attempts to bind an address that is in use.
 const IN_USE_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A `--bind` that could not be had: what was tried, what came back, what to do.
+/// A `--bind` that failed: what was tried, the error, and what to do.
 #[derive(Debug)]
 pub(crate) struct ListenError {
     bind: Bind,
@@ -61,18 +62,18 @@ impl ListenError {
 #[derive(Debug)]
 pub(crate) struct Listener {
     pub(crate) protocol: Protocol,
-    /// The address as it turned out: with the port that the system chose.
+    /// The bound address, with the port that the system chose.
     pub(crate) address: Address,
     pub(crate) family: Family,
-    /// What it was made for.
+    /// The setting that the socket was created for.
     pub(crate) bind: Bind,
     socket: OwnedFd,
-    /// Device and inode of the socket file that we made: of another one after a repair.
+    /// Device and inode of this server's socket file. A repair replaces the file.
     file: Mutex<Option<(u64, u64)>>,
     adopted: bool,
 }
 
-/// The two kinds of sockets that a listener can be.
+/// The address family of a listener's socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Family {
     Tcp,
@@ -97,8 +98,9 @@ impl fmt::Display for Listener {
 impl Listener {
     /// Binds and listens.
     ///
-    /// `backlog` is the length of the kernel's queue of connections that nobody has accepted yet; `mode` are
-    /// the permissions of a socket file; `blocking` is for programs that call `accept` themselves.
+    /// `backlog` is the length of the kernel's queue of connections that are not accepted yet;
+    /// `mode` is the permissions of a socket file; `blocking` is for programs that call `accept`
+    /// themselves.
     ///
     /// # Errors
     /// [`ListenError`], worded for the operator.
@@ -118,10 +120,12 @@ impl Listener {
         listener.prepared(bind)
     }
 
-    /// The same for all addresses of a name; for programs, which have one socket, the first of them. `leaves_ipv4`: see [`Bind`].
+    /// Like [`Listener::bind`], for all addresses of a name. Programs have one socket, for the
+    /// first address. `leaves_ipv4`: see [`Bind`].
     ///
     /// # Errors
-    /// As for [`Listener::bind`], and then none is bound. What is no address of this machine is left out, if another one is.
+    /// As for [`Listener::bind`]; then no address is bound. An address that this machine does not
+    /// have is left out if another one is bound.
     pub(crate) fn bind_all(
         bind: &Bind,
         backlog: u32,
@@ -142,11 +146,13 @@ impl Listener {
         bound.into_iter().map(prepare).collect()
     }
 
-    /// Goes on with a socket that a predecessor made for `bind`, and with its `file`. Whether it blocks is left as it is: that is
-    /// the socket's, not the descriptor's, and those who accept at it go by it. (A program with an event loop may have set it.)
+    /// Continues with a socket that a predecessor created for `bind`, and with its `file`. Does not
+    /// change whether the socket blocks: this is a property of the socket, not of the descriptor,
+    /// and the processes that accept on it depend on it. (A program with an event loop may have set
+    /// it.)
     ///
     /// # Errors
-    /// If it is not a listening socket, or blocks though it may not.
+    /// If it is not a listening socket, or it blocks and must not.
     pub(crate) fn adopt(
         bind: &Bind,
         socket: OwnedFd,
@@ -164,7 +170,7 @@ impl Listener {
         listener.prepared(bind)
     }
 
-    /// Whether a former master made it.
+    /// Whether a former master created the socket.
     pub(crate) fn is_adopted(&self) -> bool {
         self.adopted
     }
@@ -178,7 +184,8 @@ impl Listener {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
         let listener = &mut self;
         if listener.family == Family::Tcp {
-            // Answers are written whole, so there is nothing to wait for. Accepted sockets take this over.
+            // Responses are written whole, so a delay gains nothing. Accepted sockets inherit the
+            // option.
             setsockopt(&listener.socket, sockopt::TcpNoDelay, &true).map_err(|errno| fail(errno.desc().to_owned()))?;
         }
         if let (Family::Tcp, Ok(address)) = (listener.family, socket::getsockname(listener.socket.as_raw_fd())) {
@@ -189,7 +196,7 @@ impl Listener {
         Ok(self)
     }
 
-    /// Device and inode of the socket file that is ours.
+    /// Device and inode of this server's socket file.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
         *self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -202,10 +209,10 @@ impl Listener {
         self.give_file_of(nix::unistd::geteuid(), owner)
     }
 
-    /// The same, of a file that was given to `from` before.
+    /// Like [`Listener::give_file`], for a file that was given to `from` before.
     ///
     /// # Errors
-    /// As above.
+    /// [`ListenError`], worded for the operator.
     pub(crate) fn give_file_of(&self, from: nix::unistd::Uid, owner: Owner) -> Result<(), ListenError> {
         let (Address::Path(path), Some(ours)) = (&self.address, self.file()) else { return Ok(()) };
         give_socket_file_of(path, ours, from, owner).map_err(|error| ListenError {
@@ -220,17 +227,18 @@ impl Listener {
     /// A second descriptor of the same socket.
     ///
     /// # Errors
-    /// When no more descriptors can be had.
+    /// If no descriptor is available.
     pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
         self.socket.try_clone()
     }
 
-    /// Whether `ours`, the near end of a connection, is this listener's.
+    /// Whether `ours`, the local address of a connection, belongs to this listener.
     pub(crate) fn accepts_at(&self, ours: &SockaddrStorage) -> bool {
         let Ok(bound) = socket::getsockname::<SockaddrStorage>(self.socket.as_raw_fd()) else { return false };
         match (sys::internet_address(&bound), sys::internet_address(ours)) {
             (Some(bound), Some(ours)) => {
-                // Of two sockets on one port, one has the connections over IPv4; accepted by the other, they have mapped addresses.
+                // If two sockets share a port, only one accepts IPv4 connections; the other would
+                // see them as IPv4-mapped addresses.
                 let same_family = bound.is_ipv4() == ours.is_ipv4();
                 let same_host = bound.ip().is_unspecified() || bound.ip() == ours.ip();
                 bound.port() == ours.port() && same_family && same_host
@@ -240,7 +248,7 @@ impl Listener {
         }
     }
 
-    /// Removes the socket file, if it is still the one that this listener made.
+    /// Removes the socket file if it is still the file that this listener created.
     pub(crate) fn remove_file(&self) {
         if let Address::Path(path) = &self.address {
             remove_own(path, self.file());
@@ -248,7 +256,7 @@ impl Listener {
     }
 }
 
-/// The socket at which operators ask. Its file is for its owner alone.
+/// The control socket, to which operators connect. Only its owner may open its file.
 #[derive(Debug)]
 pub(crate) struct ControlListener {
     path: PathBuf,
@@ -263,7 +271,7 @@ impl AsFd for ControlListener {
 }
 
 impl ControlListener {
-    /// Goes on with a socket that a predecessor made at `path`, and with its `file`.
+    /// Continues with a socket that a predecessor created at `path`, and with its `file`.
     pub(crate) fn adopt(path: PathBuf, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
         Self { path, socket, file }
     }
@@ -272,18 +280,18 @@ impl ControlListener {
         &self.path
     }
 
-    /// Device and inode of the socket file that is ours.
+    /// Device and inode of this server's socket file.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
         self.file
     }
 
-    /// Why there is none, for the operator.
+    /// The error message for the operator.
     pub(crate) fn fail(path: &Path, cause: &str) -> String {
         format!("cannot have a control socket at {}: {cause}", path.display())
     }
 
     /// # Errors
-    /// A sentence for the operator.
+    /// A message for the operator.
     pub(crate) fn bind(path: &Path) -> Result<Self, String> {
         let fail = |cause: String| Self::fail(path, &cause);
         let (socket, file) = bind_file(path, Some(64), Some(0o600), "--control").map_err(fail)?;
@@ -293,7 +301,7 @@ impl ControlListener {
 }
 
 impl Drop for ControlListener {
-    /// Removes the socket file, if it is still the one that this listener made.
+    /// Removes the socket file if it is still the file that this listener created.
     fn drop(&mut self) {
         remove_own(&self.path, self.file);
     }
@@ -311,26 +319,26 @@ fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Tries what can be tried of a `--bind` without listening. A note, if somebody holds the address: that may be this
-/// service itself.
+/// Checks a `--bind` as far as possible without listening. Returns a note if the address is in use:
+/// the user may be this service itself.
 ///
 /// # Errors
-/// A sentence for the operator: why it could not be bound.
+/// A message for the operator: why the address cannot be bound.
 pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, String> {
     let found = match &bind.address {
         Address::Path(path) => examine_path(path, "--bind"),
         Address::Tcp(address) => examine_tcp(address, bind.leaves_ipv4(all)),
-        // The name is free, or its holder's.
+        // The name is free, or in use by another process.
         Address::Abstract(name) => abstract_address(name).map(|_| None),
-        // The server may get another one, from whoever starts it.
+        // The process that starts the server may pass it another descriptor.
         Address::Inherited(fd) => Ok(inherit(*fd, bind.protocol).err().map(|cause| format!("here, {cause}"))),
         Address::Systemd(_) => Ok(None),
     };
     found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
 }
 
-/// Waits, for `patience` at most, while somebody has the address: a server that was killed a moment ago, say, whose workers are
-/// about to give it up.
+/// Waits up to `patience` while the address is in use: for example, the workers of a server that
+/// was just killed may still be about to release it.
 pub(crate) fn await_address(bind: &Bind, patience: Duration, leaves_ipv4: bool) {
     let begun = Instant::now();
     while is_in_use(bind, leaves_ipv4) && begun.elapsed() < patience {
@@ -379,7 +387,7 @@ fn listen(socket: &OwnedFd, backlog: u32) -> Result<(), String> {
     socket::listen(socket, backlog).map_err(|errno| format!("listen: {}", errno.desc()))
 }
 
-/// Up to `most` sockets, one for each address.
+/// Binds up to `most` sockets, one for each address.
 fn bind_tcp(
     address: &str,
     protocol: Protocol,
@@ -395,7 +403,7 @@ fn bind_tcp(
             log::info!("{candidate} is not served: a program that accepts for itself has one socket (--bind)");
             continue;
         }
-        // What the system chose for the first one holds for all.
+        // The port that the system chose for the first address applies to all.
         candidate.set_port(chosen.unwrap_or(candidate.port()));
         match bound_tcp(candidate, leaves_ipv4) {
             Ok(socket) => {
@@ -415,7 +423,7 @@ fn bind_tcp(
     if listeners.is_empty() { Err(cause) } else { Ok(listeners) }
 }
 
-/// Whether an address is none of this machine's: of a name's addresses that one is left out then.
+/// Whether the machine does not have the address; such an address of a name is left out.
 fn is_absent(errno: Errno) -> bool {
     matches!(errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)
 }
@@ -423,7 +431,7 @@ fn is_absent(errno: Errno) -> bool {
 /// All addresses of `HOST:PORT`.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// A message for the operator.
 pub(crate) fn resolve(address: &str) -> Result<Vec<SocketAddr>, String> {
     let found = address.to_socket_addrs().map_err(|error| {
         format!("'{address}' does not resolve: {error} (give an address and a port, as in 127.0.0.1:8080)")
@@ -431,13 +439,13 @@ pub(crate) fn resolve(address: &str) -> Result<Vec<SocketAddr>, String> {
     let mut all: Vec<SocketAddr> = Vec::new();
     for address in found {
         if !all.contains(&address) {
-            all.push(address); // each comes once for each kind of socket, and for each line of /etc/hosts
+            all.push(address); // an address is listed once for each socket type, and for each line of /etc/hosts
         }
     }
     Ok(all)
 }
 
-/// A socket that is bound and does not listen yet.
+/// Returns a socket that is bound but does not listen yet.
 fn bound_tcp(address: SocketAddr, leaves_ipv4: bool) -> Result<OwnedFd, Errno> {
     let (family, storage): (_, Box<dyn SockaddrLike>) = match address {
         SocketAddr::V4(address) => (AddressFamily::Inet, Box::new(SockaddrIn::from(address))),
@@ -446,7 +454,7 @@ fn bound_tcp(address: SocketAddr, leaves_ipv4: bool) -> Result<OwnedFd, Errno> {
     let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, sockopt::ReuseAddr, &true)?;
     if address.is_ipv6() {
-        // Whatever net.ipv6.bindv6only says.
+        // Overrides net.ipv6.bindv6only.
         setsockopt(&socket, sockopt::Ipv6V6Only, &leaves_ipv4)?;
     }
     socket::bind(socket.as_raw_fd(), &*storage)?;
@@ -513,14 +521,15 @@ fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {
     Ok(Listener::new(protocol, Address::Inherited(fd), family, socket, None))
 }
 
-/// Device and inode of the listening socket that is open as descriptor `fd`: the same for each of its descriptors.
+/// Device and inode of the listening socket that is open as descriptor `fd`; they are the same for
+/// each descriptor of the socket.
 pub(crate) fn identity_of(fd: RawFd) -> Option<(u64, u64)> {
     let socket = sys::descriptor(fd)?;
     let found = nix::sys::stat::fstat(&socket).ok()?;
     socket::getsockopt(&socket, sockopt::AcceptConn).ok()?.then_some((found.st_dev, found.st_ino))
 }
 
-/// The family of a socket that must be listening; else what it is instead.
+/// Returns the family of a listening socket, or an error text that states what it is instead.
 fn family_of(socket: &OwnedFd) -> Result<Family, String> {
     if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err("is not a listening socket (call listen on it before passing it on)".to_owned());
@@ -536,8 +545,8 @@ fn family_of(socket: &OwnedFd) -> Result<Family, String> {
     }
 }
 
-/// Whether standard input is a listening socket: the FastCGI convention of a program that a web server
-/// started (FastCGI specification 1.0, section 2.2).
+/// Whether standard input is a listening socket: the FastCGI convention for a program that a web
+/// server starts (FastCGI specification 1.0, section 2.2).
 pub(crate) fn started_by_web_server() -> bool {
     socket::getsockopt(&io::stdin(), sockopt::AcceptConn).unwrap_or(false)
 }
@@ -575,7 +584,7 @@ mod tests {
     fn who_goes_on_with_a_socket_does_not_change_it_under_those_who_accept() {
         let bind: Bind = "fastcgi:127.0.0.1:0".parse().unwrap();
         let adopt = |made: &Listener, blocking| Listener::adopt(&bind, made.duplicate().unwrap(), None, blocking);
-        // Made for programs that wait in accept; one with an event loop has it otherwise.
+        // Created for programs that block in accept; a program with an event loop changes that.
         let made = Listener::bind(&bind, 8, None, true).unwrap();
         assert!(is_blocking(&made.socket).unwrap());
         let error = adopt(&made, false).unwrap_err().to_string();
@@ -642,7 +651,7 @@ mod tests {
         let error = Listener::bind(&bind, 8, None, false).unwrap_err().to_string();
         assert!(error.contains("another program is listening there"), "{error}");
 
-        // Somebody else's file under the same name stays.
+        // A file of another program under the same name is kept.
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "mine").unwrap();
         first.remove_file();

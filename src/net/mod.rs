@@ -1,4 +1,4 @@
-//! Sockets: listeners, their queues, and connections that pass from one process to another.
+//! Provides the listening sockets and their queues, and passes connections between processes.
 
 pub(crate) mod handover;
 pub(crate) mod listen;

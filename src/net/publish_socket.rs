@@ -1,8 +1,11 @@
-//! The publish socket: datagrams of programs in any language, which the relay reads.
+//! Creates the publish socket, to which programs in any language send events as datagrams, and
+//! which the relay reads.
 //!
-//! It is a file, so that the kernel says who may send. Without `--events-socket` it is in a directory made for it alone, which
-//! goes with it; what a master left that was killed is removed by the next one that makes such a directory. Such a directory is made
-//! in the first place that can have one; if none can, programs cannot publish, and the server starts without the socket.
+//! The socket has a file, so that file permissions decide which users may send. Without
+//! `--events-socket` it is in a directory of its own, which is removed with it. The directory of a
+//! master that was killed is removed by the next master that creates one. The directory is created
+//! in the first suitable place; if there is none, programs cannot publish, and the server starts
+//! without the socket.
 
 use std::fs::DirBuilder;
 use std::io;
@@ -19,17 +22,17 @@ use crate::privileges::Visitor;
 use crate::sys::file_path::examine_directory;
 use crate::sys::lock_file::LockFile;
 
-/// In every program's environment: where the socket is.
+/// Environment variable of every program: the path of the socket.
 pub(crate) const VARIABLE: &str = "FORKYARD_EVENTS";
 const FLAG: &str = "--events-socket";
-/// What the directories are called, and the socket in one.
+/// Prefix of the directories' names, and the name of the socket in them.
 const DIRECTORY: &str = "forkyard-events-";
 const NAME: &str = "socket";
 
-/// Removed when it is dropped, if it is still the one that this process made.
+/// Removes its file when dropped, unless the file was replaced.
 #[derive(Debug)]
 pub(crate) struct PublishSocket {
-    /// By `--events-socket`; without it, the directory is ours too.
+    /// The path of `--events-socket`; without it, the directory belongs to this socket too.
     asked: Option<PathBuf>,
     path: PathBuf,
     socket: OwnedFd,
@@ -37,10 +40,10 @@ pub(crate) struct PublishSocket {
 }
 
 impl PublishSocket {
-    /// `None`, with a warning, if nobody asked for it and there is no place for it.
+    /// `None`, with a warning, if no path was configured and there is no place for the socket.
     ///
     /// # Errors
-    /// A sentence for the operator: `--events-socket` names a place where there can be none.
+    /// A message for the operator: `--events-socket` names an unsuitable path.
     pub(crate) fn bind(config: &Config) -> Result<Option<Self>, String> {
         let Some(asked) = &config.publish.socket else {
             return Ok(Self::bind_somewhere(config).inspect_err(|why| log::warn!("{why}")).ok());
@@ -54,7 +57,7 @@ impl PublishSocket {
         Ok(Some(made))
     }
 
-    /// In a directory of its own, in the first place that can have one.
+    /// Binds in a directory of its own, in the first suitable place.
     ///
     /// # Errors
     /// Why there is no such place.
@@ -76,7 +79,7 @@ impl PublishSocket {
         Ok(made)
     }
 
-    /// Goes on with one that a predecessor made.
+    /// Continues with a socket that a predecessor created.
     pub(crate) fn adopt(
         asked: Option<PathBuf>,
         path: PathBuf,
@@ -86,20 +89,20 @@ impl PublishSocket {
         Self { asked, path, socket, file }
     }
 
-    /// Gives the file, which is that of `from`, to another owner.
+    /// Gives the file, which belongs to `from`, to another owner.
     ///
     /// # Errors
-    /// What the system says.
+    /// If the file was replaced, or a system call fails.
     pub(crate) fn give(&self, from: Uid, to: Owner) -> io::Result<()> {
         self.file.map_or(Ok(()), |file| listen::give_socket_file_of(&self.path, file, from, to))
     }
 
-    /// The path that `--events-socket` named.
+    /// The path in `--events-socket`.
     pub(crate) fn asked(&self) -> Option<&Path> {
         self.asked.as_deref()
     }
 
-    /// The directory that was made for the socket.
+    /// The directory that was created for the socket.
     pub(crate) fn own_directory(&self) -> Option<&Path> {
         if self.asked.is_none() { self.path.parent() } else { None }
     }
@@ -108,7 +111,7 @@ impl PublishSocket {
         &self.path
     }
 
-    /// Device and inode of the file that is ours.
+    /// Device and inode of this process's file.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
         self.file
     }
@@ -117,7 +120,8 @@ impl PublishSocket {
         self.socket.as_raw_fd()
     }
 
-    /// Where programs find it, which may have another root. `None` if that does not contain it.
+    /// The path as programs see it, which may have another root. `None` if the socket is outside
+    /// that root.
     pub(crate) fn seen_from(&self, chroot: Option<&Path>) -> Option<PathBuf> {
         let Some(root) = chroot else { return Some(self.path.clone()) };
         let root = std::path::absolute(root).ok()?;
@@ -138,15 +142,15 @@ impl Drop for PublishSocket {
     }
 }
 
-/// If it was made for the socket, and is empty now.
+/// Removes the directory if it was created for the socket and is empty.
 fn remove_directory(asked: &Option<PathBuf>, path: &Path) {
     if let (None, Some(directory)) = (asked, path.parent()) {
-        let _ = std::fs::remove_dir(directory); // somebody has put something there, or has removed it
+        let _ = std::fs::remove_dir(directory); // the directory may contain other files, or be gone
     }
 }
 
-/// Where directories may be made, best first: what systemd made for this service, the directory of temporary files, and where they are as a
-/// rule.
+/// Candidates for the directory, best first: the directory that systemd created for this service,
+/// the directory for temporary files, and the usual places.
 fn places() -> Vec<PathBuf> {
     let given = std::env::var_os("RUNTIME_DIRECTORY");
     let given = given.and_then(|given| std::env::split_paths(&given).find(|path| path.is_dir()));
@@ -162,10 +166,10 @@ fn places() -> Vec<PathBuf> {
     places
 }
 
-/// The first place where `try_it` succeeds, of those to which the workers' user gets.
+/// Calls `try_it` for each place that the workers' user can enter, until it succeeds.
 ///
 /// # Errors
-/// A sentence for the operator: why there is none.
+/// A message for the operator: why no place is suitable.
 fn first_of<T>(
     places: &[PathBuf],
     config: &Config,
@@ -191,11 +195,11 @@ fn first_of<T>(
     ))
 }
 
-/// What a start would find out about the publish socket: an error if it was asked for and cannot be had, and what else an operator may
-/// want to know. Nothing is made.
+/// Checks the publish socket without creating anything. Returns an error if the configured path is
+/// unsuitable, or a note for the operator.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// A message for the operator.
 pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
     if config.events.bytes == 0 {
         return Ok(None);
@@ -221,7 +225,7 @@ fn fail(path: &Path, cause: &str) -> String {
     format!("cannot have a publish socket at {}: {cause}", path.display())
 }
 
-/// What stands in the way of those who are to publish at a path that was asked for.
+/// A note if the workers' user cannot publish at a configured path.
 fn note_on(path: &Path, config: &Config) -> Option<String> {
     let directory = std::path::absolute(path).ok()?.parent()?.to_owned();
     let barred = Visitor::of(&config.privileges)?.barred_at(&directory)?;
@@ -232,7 +236,7 @@ fn note_on(path: &Path, config: &Config) -> Option<String> {
     ))
 }
 
-/// One that everybody may pass through, but only we may change.
+/// Creates a directory that every user may enter and only this user may change.
 fn private_directory(place: &Path) -> io::Result<PathBuf> {
     let place = std::path::absolute(place)?;
     sweep(&place);
@@ -240,23 +244,23 @@ fn private_directory(place: &Path) -> io::Result<PathBuf> {
     getrandom::fill(&mut random).map_err(io::Error::other)?;
     let directory = place.join(format!("{DIRECTORY}{:016x}", u64::from_ne_bytes(random)));
     DirBuilder::new().mode(0o711).create(&directory)?;
-    // Whatever the umask says.
+    // Overrides the umask.
     std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o711))?;
     Ok(directory)
 }
 
-/// Removes what dead masters of this user left.
+/// Removes the directories that dead masters of this user left.
 fn sweep(place: &Path) {
     let ours = nix::unistd::geteuid().as_raw();
     let entries = std::fs::read_dir(place).into_iter().flatten().filter_map(Result::ok);
     for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(DIRECTORY)) {
         let is_ours = entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == ours);
         let socket = entry.path().join(NAME);
-        // One that is being made looks like what a dead program left.
+        // A socket that is being created looks like one that a dead program left.
         let turn = is_ours.then(|| LockFile::beside(&socket));
         if turn.is_some() && listen::is_stale(&socket) && std::fs::remove_file(&socket).is_ok() {
-            drop(turn); // its file is in there
-            let _ = std::fs::remove_dir(entry.path()); // something else is there
+            drop(turn); // the lock file is in the directory
+            let _ = std::fs::remove_dir(entry.path()); // fails if the directory has other files
         }
     }
 }

@@ -1,10 +1,11 @@
-//! How many connections wait in the kernel's queue of a listening socket, accepted by nobody yet.
+//! Counts the connections in the kernel's queue of a listening socket that are not accepted yet.
 //!
-//! For TCP the socket itself tells. For Unix sockets only the kernel's socket diagnosis does (`NETLINK_SOCK_DIAG`), which
-//! needs no privilege; php-fpm and uWSGI show 0 for those. Where it is missing (a kernel without `unix_diag`, a socket
-//! that was made in another network namespace), whether anybody waits is all that can be known.
+//! A TCP socket reports its own count. For Unix sockets only the kernel's socket diagnosis does
+//! (`NETLINK_SOCK_DIAG`), which needs no privilege; php-fpm and uWSGI show 0 for Unix sockets.
+//! Where the diagnosis is missing (a kernel without `unix_diag`, a socket from another network
+//! namespace), only the presence of waiting connections can be determined.
 //!
-//! May not: block. The kernel has put its answer into the socket before `send` returns.
+//! Must not block. The kernel has put its reply into the socket before `send` returns.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
@@ -17,16 +18,16 @@ use nix::sys::stat::fstat;
 use super::listen::{Family, Listener};
 use crate::sys;
 
-/// `SOCK_DIAG_BY_FAMILY`, of `linux/sock_diag.h`.
+/// `SOCK_DIAG_BY_FAMILY`, from `linux/sock_diag.h`.
 const BY_FAMILY: u16 = 20;
-/// `UDIAG_SHOW_RQLEN`, and the attribute that answers it, of `linux/unix_diag.h`.
+/// `UDIAG_SHOW_RQLEN`, and the attribute in its reply, from `linux/unix_diag.h`.
 const SHOW_QUEUE: u32 = 0x10;
 const QUEUE: u16 = 4;
-/// `struct nlmsghdr`, and `struct unix_diag_msg` behind it.
+/// Sizes of `struct nlmsghdr`, and of the `struct unix_diag_msg` after it.
 const HEADER: usize = 16;
 const UNIX: usize = 16;
 
-/// Asks the kernel.
+/// Queries the kernel.
 #[derive(Debug)]
 pub(crate) struct QueueDepth {
     /// `None` if the kernel has no socket diagnosis.
@@ -40,12 +41,14 @@ impl QueueDepth {
         Self { diagnosis: socket::socket(family, kind, flags, SockProtocol::NetlinkSockDiag).ok() }
     }
 
-    /// Connections that wait at this listener. If the kernel cannot count them, 1 if there are any.
+    /// Number of connections that wait at this listener. If the kernel cannot count them, 1 if
+    /// there are any.
     pub(crate) fn of(&self, listener: &Listener) -> u32 {
         self.counted(listener).unwrap_or_else(|| u32::from(is_readable(listener)))
     }
 
-    /// The same, also of a socket that was shut down, which polls as readable for ever; `None` if the kernel cannot count them.
+    /// Like [`QueueDepth::of`], but `None` if the kernel cannot count. Also valid for a socket that
+    /// was shut down, which polls as readable forever.
     pub(crate) fn counted(&self, listener: &Listener) -> Option<u32> {
         match listener.family {
             Family::Tcp => sys::tcp_queue(listener.as_fd()).ok(),
@@ -60,10 +63,10 @@ fn is_readable(listener: &Listener) -> bool {
 }
 
 fn unix_queue(diagnosis: &OwnedFd, listener: &Listener) -> io::Result<u32> {
-    // The kernel knows sockets by the number of their inode, cut to 32 bits.
+    // The kernel identifies sockets by the number of their inode, truncated to 32 bits.
     let inode = fstat(listener.as_fd())?.st_ino & u64::from(u32::MAX);
     let inode = u32::try_from(inode).map_err(io::Error::other)?;
-    // An answer that nobody read, to a question that failed half-way, is in nobody's way.
+    // Discard unread replies to an earlier request that failed half-way.
     let mut answer = [0; 512];
     while socket::recv(diagnosis.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT).is_ok() {}
     socket::send(diagnosis.as_raw_fd(), &question(inode), MsgFlags::MSG_DONTWAIT)?;
@@ -71,7 +74,7 @@ fn unix_queue(diagnosis: &OwnedFd, listener: &Listener) -> io::Result<u32> {
     queue_in(&answer[..length.min(answer.len())], inode).ok_or(Errno::ENOENT.into())
 }
 
-/// A `struct nlmsghdr` and a `struct unix_diag_req`, of one socket, whatever its cookie.
+/// A `struct nlmsghdr` and a `struct unix_diag_req` for one socket, with any cookie.
 fn question(inode: u32) -> Vec<u8> {
     const LENGTH: u32 = 40;
     const REQUEST: u16 = 1;
@@ -80,7 +83,7 @@ fn question(inode: u32) -> Vec<u8> {
     bytes.extend(LENGTH.to_ne_bytes());
     bytes.extend(BY_FAMILY.to_ne_bytes());
     bytes.extend(REQUEST.to_ne_bytes());
-    bytes.extend([0; 8]); // sequence and port: nobody else uses this socket
+    bytes.extend([0; 8]); // sequence and port: no other code uses this socket
     bytes.extend([family, 0, 0, 0]);
     bytes.extend(u32::MAX.to_ne_bytes()); // in any state
     bytes.extend(inode.to_ne_bytes());
@@ -89,7 +92,7 @@ fn question(inode: u32) -> Vec<u8> {
     bytes
 }
 
-/// The length of the queue in the kernel's answer, if that is one and about this socket.
+/// The queue length in the kernel's reply; `None` if it is not a reply about this socket.
 fn queue_in(answer: &[u8], inode: u32) -> Option<u32> {
     let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
     let of = u32::from_ne_bytes(answer.get(HEADER + 4..HEADER + 8)?.try_into().ok()?);
@@ -102,7 +105,8 @@ fn queue_in(answer: &[u8], inode: u32) -> Option<u32> {
         if u16::from_ne_bytes([head[2], head[3]]) == QUEUE {
             return rest.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
         }
-        // Each begins at a multiple of four; one shorter than its own head would never end.
+        // Each attribute begins at a multiple of four. A length below that of the attribute's own
+        // header would loop forever.
         attributes = rest.get(length.max(4).next_multiple_of(4) - 4..)?;
     }
     None
@@ -134,7 +138,7 @@ mod tests {
         drop(sys::accept(unix.as_fd()).unwrap());
         drop(sys::accept(tcp.as_fd()).unwrap());
         assert_eq!((depth.of(&unix), depth.of(&tcp)), (2, 4));
-        // Without the kernel's diagnosis there is only yes and no.
+        // Without the kernel's diagnosis the count is 0 or 1.
         let blind = QueueDepth { diagnosis: None };
         assert_eq!(blind.of(&unix), 1);
         drop((waiting, other));

@@ -1,8 +1,9 @@
-//! CGI variables (RFC 3875) and `http`: a request's head out of parameters, a response's head as CGI writes it.
+//! Converts between CGI variables (RFC 3875) and `http`: parses a request's head from parameters,
+//! and writes a response's head in CGI form.
 //!
-//! Section numbers are those of RFC 3875. FastCGI, SCGI and CGI use both directions; the server in front is the one that
-//! speaks HTTP, and this file does not undo what that server decided: `REQUEST_URI` is taken as it came, and
-//! no variable is believed beyond what CGI says of it.
+//! Section numbers refer to RFC 3875. FastCGI, SCGI and CGI use both directions. The web server in
+//! front implements HTTP, and this module does not undo its decisions: `REQUEST_URI` is used as
+//! received, and no variable is trusted beyond its meaning in CGI.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -30,18 +31,19 @@ pub struct ClientInfo {
     pub is_https: bool,
     /// The CGI variables of the request, as sent by the web server; empty over HTTP.
     pub params: Params,
-    /// There is no address because it is a Unix socket, of this machine or of the load balancer's.
+    /// The address is missing because the peer is a Unix socket, on this machine or on the load
+    /// balancer's.
     pub(crate) over_unix: bool,
 }
 
 impl ClientInfo {
-    /// Of a request without CGI variables. Without an address it came by a Unix socket.
+    /// For a request without CGI variables. Without an address, the peer is a Unix socket.
     pub(crate) fn of_http(address: Option<SocketAddr>, is_https: bool) -> Self {
         Self { address, is_https, params: Params::default(), over_unix: address.is_none() }
     }
 }
 
-/// The head of a request that makes no sense. It is the server's fault, or that of whoever connected.
+/// The head of a request is invalid. The web server, or another peer, is at fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Error {
     Method,
@@ -54,7 +56,7 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// The status that is the answer.
+    /// The status of the response.
     pub(crate) fn status(self) -> StatusCode {
         match self {
             Self::Connect => StatusCode::NOT_IMPLEMENTED,
@@ -81,11 +83,11 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// So many names of headers a request may have. A `HeaderMap` holds half as many again, and panics when one more is inserted: by
-/// us, or by the application.
+/// Maximum number of header names in a request. A `HeaderMap` holds half as many again, and panics
+/// when one more is inserted, by this server or by the application.
 const MAX_NAMES: usize = 16_384;
 
-/// What CGI variables say of a request, collected in one pass.
+/// The CGI variables of a request that this module needs, collected in one pass.
 #[derive(Default)]
 struct Variables<'a> {
     method: &'a [u8],
@@ -100,11 +102,11 @@ struct Variables<'a> {
     length: Option<u64>,
 }
 
-/// Makes a request of `params`, which go with it as an extension. `body` makes its body, and is given the
-/// length that was announced, if one was.
+/// Creates a request from `params`, which become one of its extensions. `body` creates its body,
+/// and receives the announced length, if any.
 ///
 /// # Errors
-/// [`Error`]: there is no method, URI or header in what was said, or two lengths.
+/// [`Error`]: the method, URI or a header is missing or invalid, or two lengths differ.
 pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) -> Result<Request<B>, Error> {
     let mut variables = Variables::default();
     let mut headers = HeaderMap::with_capacity(12);
@@ -148,13 +150,14 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
 }
 
 impl<'a> Variables<'a> {
-    /// Takes a variable that has no `HTTP_`. Returns whether it is the client's header all the same: `CONTENT_TYPE`.
+    /// Takes a variable without an `HTTP_` prefix. Returns whether it is a header of the client all
+    /// the same: `CONTENT_TYPE`.
     #[inline]
     fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<bool, Error> {
         if has_control(value) && !may_have_control(name, value) {
             return Err(Error::Variable);
         }
-        // By the first letter first: most variables are none of these.
+        // Match the first letter first: most variables are none of these.
         match name.first() {
             Some(b'R') => match name {
                 b"REQUEST_METHOD" => self.method = value,
@@ -176,17 +179,17 @@ impl<'a> Variables<'a> {
             },
             Some(b'P') if name == b"PATH_INFO" => self.path_info = value,
             Some(b'Q') if name == b"QUERY_STRING" => self.query = value,
-            // The one is what servers agree on, REQUEST_SCHEME is nginx's; a server that speaks HTTP sets no other value,
-            // or `off`.
+            // Servers agree on HTTPS; REQUEST_SCHEME is nginx's. A server whose client uses plain
+            // HTTP omits HTTPS, or sets another value such as `off`.
             Some(b'H') if name == b"HTTPS" => self.is_https |= value.eq_ignore_ascii_case(b"on") || value == b"1",
             _ => {}
         }
         Ok(false)
     }
 
-    /// Sent empty when there is none (4.1.2), and after one it takes that back: so an nginx configuration adds to
-    /// what it includes. `-1` says nothing: lighttpd sends it for a body whose length it does not know yet, and the end of
-    /// the stream is what counts. Anything else that is not digits is refused, and so are two lengths that differ.
+    /// Takes a CONTENT_LENGTH. Servers send it empty without a body (4.1.2). An empty value cancels
+    /// an earlier one, so an nginx configuration can override what it includes. `-1` is ignored:
+    /// lighttpd sends it for a body of unknown length, and the end of the stream decides. Any other value that is not digits is refused, and so are two lengths that differ.
     fn length(&mut self, value: &[u8]) -> Result<(), Error> {
         match value {
             b"" => self.length = None,
@@ -202,9 +205,10 @@ impl<'a> Variables<'a> {
     }
 }
 
-/// Whether a variable that is not a header may have this value, which has a control character. RFC 3875 lets none of its own have a CR, LF
-/// or NUL, except that a path is decoded: `/a%0Ab` has one in SCRIPT_NAME or PATH_INFO. Variables that RFC 3875 does not define are
-/// the server's: some are certificates of many lines.
+/// Whether a variable that is not a header may have this value, which has a control character. RFC
+/// 3875 does not allow CR, LF or NUL in its own variables, except that a path is decoded: `/a%0Ab`
+/// has an LF in SCRIPT_NAME or PATH_INFO. Variables that RFC 3875 does not define belong to the
+/// server: some are certificates of many lines.
 #[cold]
 fn may_have_control(name: &[u8], value: &[u8]) -> bool {
     match name {
@@ -217,13 +221,16 @@ fn may_have_control(name: &[u8], value: &[u8]) -> bool {
     }
 }
 
-/// Whether a byte is below 0x20. Eight bytes at a time, as every variable of every request is looked at.
+/// Whether a byte is below 0x20. Checks eight bytes at a time, because every variable of every
+/// request is checked.
 #[inline]
 fn has_control(bytes: &[u8]) -> bool {
     const LOW: u64 = 0x0101_0101_0101_0101;
-    // Subtracting 0x20 sets the high bit of a byte that is below, and of one that had it before.
+    // Subtracting 0x20 sets the high bit of a byte below 0x20, and of a byte whose high bit was
+    // already set.
     let below = |word: u64| word.wrapping_sub(LOW * 0x20) & !word & (LOW * 0x80);
-    // The last word overlaps the one before it; of fewer bytes than a word has, so do the halves.
+    // The last word overlaps the word before it; in fewer than eight bytes, the two halves overlap
+    // likewise.
     let found = match (bytes.last_chunk(), bytes.first_chunk(), bytes.last_chunk()) {
         (Some(&last), ..) => {
             let words = bytes.as_chunks().0.iter();
@@ -241,14 +248,15 @@ fn parse_address(value: &[u8]) -> Option<IpAddr> {
     std::str::from_utf8(value).ok()?.parse().ok()
 }
 
-/// A number that is digits alone, at least one.
+/// Parses a number that consists of one or more digits.
 pub(super) fn parse_digits(value: &[u8]) -> Option<u64> {
     let (first, rest) = value.split_first()?;
     let digit = |byte: u8| byte.is_ascii_digit().then(|| u64::from(byte - b'0'));
     rest.iter().try_fold(digit(*first)?, |number, &byte| number.checked_mul(10)?.checked_add(digit(byte)?))
 }
 
-/// `USER_AGENT` is the header `user-agent` (4.1.18). A name that no header can have is passed over.
+/// Converts `USER_AGENT` to the header `user-agent` (4.1.18). Returns `None` for a name that no
+/// header can have.
 fn header_name(variable: &[u8]) -> Option<HeaderName> {
     Some(match variable {
         b"HOST" => header::HOST,
@@ -267,8 +275,9 @@ fn header_name(variable: &[u8]) -> Option<HeaderName> {
                 *to = if from == b'_' { b'-' } else { from.to_ascii_lowercase() };
             }
             return HeaderName::from_bytes(name).ok().filter(|name| {
-                // These would contradict the variables without HTTP_; the body has no chunks any more, though a server
-                // says so; and Proxy is never a client's to say ("httpoxy"). However the variable is written.
+                // The first three would contradict the variables without HTTP_, or announce chunks
+                // that the server has already decoded. A client must not set Proxy ("httpoxy").
+                // This applies to any spelling of the variable.
                 let contradicts =
                     matches!(*name, header::CONTENT_LENGTH | header::CONTENT_TYPE | header::TRANSFER_ENCODING);
                 !contradicts && name != "proxy"
@@ -286,8 +295,8 @@ fn version(protocol: &[u8]) -> Version {
     }
 }
 
-/// What the client sent, as the server passed it on. Bytes that a URI may not have, though clients send them,
-/// are percent-encoded.
+/// Parses the URI as the server passed it on. Bytes that a URI must not have, but that clients
+/// send, are percent-encoded.
 fn request_uri(uri: Bytes) -> Result<Uri, Error> {
     let uri = Uri::from_maybe_shared(uri.clone()).or_else(|_| {
         let mut encoded = BytesMut::with_capacity(uri.len() + 16);
@@ -297,14 +306,14 @@ fn request_uri(uri: Bytes) -> Result<Uri, Error> {
     if uri.authority().is_none() {
         return Ok(uri);
     }
-    // A client may send the whole URI to its server; the host alone is for proxies.
+    // A client may send its server the absolute URI; the host alone is for proxies.
     if uri.scheme().is_none() || !uri.authority().is_none_or(|authority| is_host(authority.as_str().as_bytes())) {
         return Err(Error::Uri);
     }
     Ok(uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/")).into())
 }
 
-/// From the decoded path, for servers that do not pass the URI on.
+/// Builds the URI from the decoded path, for servers that do not pass the URI on.
 fn rebuilt_uri(script_name: &[u8], path_info: &[u8], query: &[u8]) -> Result<Uri, Error> {
     let mut uri = BytesMut::with_capacity(script_name.len() + path_info.len() + query.len() + 16);
     let path = if script_name.is_empty() { path_info } else { script_name };
@@ -333,18 +342,20 @@ fn percent_encode(out: &mut BytesMut, bytes: &[u8], plain: impl Fn(u8) -> bool) 
     }
 }
 
-/// Whether a response of this status ends with its head (RFC 9110, section 6.4.1).
+/// Whether a response with this status ends with its head (RFC 9110, section 6.4.1).
 pub(crate) fn has_no_body(status: StatusCode) -> bool {
     matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED)
         || status.is_informational()
 }
 
-/// Writes a response's head (6.3): the status always, since some servers do not know that `Location` means a
-/// redirection, then the headers, then an empty line. `Location` stands before the status, since one server
-/// (HAProxy) makes a 302 of every response that has it after. What belongs to one HTTP connection only is left out.
+/// Writes the head of a response (6.3): always the status, because some servers do not infer a
+/// redirection from `Location`; then the headers; then an empty line. `Location` comes before the
+/// status, because HAProxy turns every response with a later `Location` into a 302. Headers that
+/// concern a single HTTP connection are left out.
 pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &HeaderMap, length: Option<u64>) {
     out.reserve(64 + headers.len() * 48);
-    // Of these names too (RFC 9110, section 7.6.1). As a rule there are none.
+    // The header names in these options are left out too (RFC 9110, section 7.6.1). There are
+    // usually none.
     let options: Vec<&HeaderValue> = headers.get_all(header::CONNECTION).iter().collect();
     if let Some(location) = headers.get(header::LOCATION) {
         out.put_slice(b"location: ");
@@ -357,11 +368,11 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
     out.put_slice(b"\r\n");
     for (name, value) in headers {
-        // To a server a header of the name status is the status.
+        // A server would take a header named status as the status.
         if is_of_one_connection(name) || *name == header::LOCATION || name == "status" {
             continue;
         }
-        // A response that has no body has no length (RFC 9110, section 8.6).
+        // A response without a body has no length (RFC 9110, section 8.6).
         if status == StatusCode::NO_CONTENT && *name == header::CONTENT_LENGTH {
             continue;
         }
@@ -372,7 +383,7 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
             continue;
         }
         match name.as_str().strip_prefix("variable-") {
-            // An authorizer names a variable (FastCGI 6.3), and those are in capitals.
+            // An authorizer sends a variable (FastCGI 6.3), whose name is in capitals.
             Some(variable) => {
                 out.put_slice(b"Variable-");
                 out.extend(variable.bytes().map(|byte| byte.to_ascii_uppercase()));
@@ -391,7 +402,8 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(b"\r\n");
 }
 
-/// Whether a header is about the connection to the server's client, and so the server's to send (6.3.4; RFC 9110, section 7.6.1).
+/// Whether a header concerns the connection to the client, and so is the server's responsibility
+/// (6.3.4; RFC 9110, section 7.6.1).
 fn is_of_one_connection(name: &HeaderName) -> bool {
     matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE | header::TE | header::TRAILER)
         || matches!(name.as_str(), "keep-alive" | "proxy-connection")
@@ -445,7 +457,7 @@ mod tests {
         assert_eq!(origin.params.get("SCRIPT_NAME"), Some(&b"/a b"[..]));
     }
 
-    /// Found by fuzzing: only the names in capitals were left out.
+    /// Found by fuzzing: only names in capitals were left out.
     #[test]
     fn headers_that_are_not_a_clients_to_say_are_left_out_however_they_are_written() {
         for name in ["HTTP_PROXY", "HTTP_Proxy", "HTTP_CONTENT-LENGTH", "HTTP_content_type", "HTTP_TRANSFER_ENCODiNG"] {
@@ -454,7 +466,8 @@ mod tests {
         }
     }
 
-    /// A full map panics when a header is inserted: the length did, with 24 576 others.
+    /// A full map panics when a header is inserted: this happened with the length after 24 576
+    /// other headers.
     #[test]
     fn a_map_of_headers_is_never_so_full_that_none_can_be_inserted() {
         let names: Vec<String> = (0..33_000).map(|number| format!("HTTP_X{number}")).collect();
@@ -574,8 +587,8 @@ mod tests {
         assert_eq!(length(&["", "5"]), Ok(Some(5)));
     }
 
-    /// CVE-2019-11043: php-fpm computed where PATH_INFO begins out of the lengths of other parameters, and a line feed in
-    /// the path made nginx send an empty one.
+    /// CVE-2019-11043: php-fpm computed the start of PATH_INFO from the lengths of other
+    /// parameters, and a line feed in the path made nginx send an empty PATH_INFO.
     #[test]
     fn no_parameter_is_measured_by_another() {
         let common = [("REQUEST_METHOD", "GET"), ("SCRIPT_NAME", "/index.php/a\nb"), ("PATH_INFO", "")];

@@ -1,18 +1,19 @@
-//! FastCGI 1.0: bytes to events, replies to bytes. Section numbers are those of the FastCGI specification.
+//! Implements FastCGI 1.0: decodes bytes to events, and encodes replies. Section numbers refer to
+//! the FastCGI specification.
 //!
 //! ```text
 //!              bytes                       Event                              reply
 //!   peer ───────────────▶ Decoder::decode ─────────▶ worker::fastcgi ─────▶ stdout_header, end_request ──▶ peer
 //! ```
 //!
-//! The [`Decoder`] keeps what must be remembered between records: which request ids are in use and in which
-//! stream they are, and the parameters that have come so far. It copies a body never, and parameters only when
-//! they are spread over several records. However the same bytes are cut into pieces, the same requests,
-//! bodies and replies come out.
+//! The [`Decoder`] keeps the state between records: the request ids in use, the stream each request
+//! is in, and the parameters received so far. It never copies a body, and copies parameters only
+//! when they span several records. The same bytes always result in the same requests, bodies and
+//! replies, however they are cut into pieces.
 //!
-//! Whose fault it is: what the specification gives a reply for is an [`Event`] that carries the reply; what
-//! leaves us unable to tell where the next record begins, or contradicts what is going on, is an [`Error`], and
-//! the connection is to be closed.
+//! Faults: if the specification defines a reply, the decoder returns an [`Event`] with the reply.
+//! If the start of the next record cannot be determined, or a record contradicts the state of its
+//! request, the decoder returns an [`Error`], and the connection must be closed.
 
 use std::fmt;
 
@@ -21,7 +22,7 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use super::params::{Params, put_length};
 use super::role::Role;
 
-/// The id of a request on its connection, never 0.
+/// Identifies a request on its connection; never 0.
 pub(crate) type RequestId = u16;
 
 /// The size of a record's header (3.3).
@@ -51,14 +52,14 @@ pub(crate) enum Status {
     UnknownRole = 3,
 }
 
-/// What came in.
+/// A decoded event.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     /// A request whose parameters are complete. Its body follows as [`Event::Stdin`], and a filter's file as
     /// [`Event::Data`].
     Request { id: RequestId, keep_connection: bool, role: Role, params: Params },
-    /// A request that cannot be served because its parameters are too long or make no sense. What else
-    /// belongs to it is skipped; it wants an answer.
+    /// A request that cannot be served because its parameters are too long or malformed. The rest
+    /// of the request is skipped; the request must be answered.
     BadRequest { id: RequestId, keep_connection: bool, fault: Fault },
     /// A piece of a request's body, never empty.
     Stdin { id: RequestId, bytes: Bytes },
@@ -68,14 +69,14 @@ pub(crate) enum Event {
     Data { id: RequestId, bytes: Bytes },
     /// The end of that file.
     DataEnd { id: RequestId },
-    /// The peer wants nothing more of this request (5.4).
+    /// The peer aborts this request (5.4).
     Abort { id: RequestId },
-    /// An answer that the decoder knows by itself, to be sent as it is. `then_close` if the peer had not
-    /// asked to keep the connection.
+    /// A reply of the decoder itself, to be sent unchanged. `then_close` if the peer did not ask to
+    /// keep the connection.
     Reply { bytes: Bytes, then_close: bool },
 }
 
-/// What is wrong with a request that is otherwise well framed.
+/// The fault of a request whose records are well formed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// The parameters exceed the limit.
@@ -84,14 +85,14 @@ pub(crate) enum Fault {
     ParamsMalformed,
 }
 
-/// The peer broke the protocol in a way that has no reply: the connection is to be closed.
+/// The peer violated the protocol in a way that has no reply: the connection must be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Error {
     /// A record of a version other than 1.
     Version(u8),
     /// A BEGIN_REQUEST whose body is not 8 bytes.
     BeginLength(u16),
-    /// A BEGIN_REQUEST for a request that is not over.
+    /// A BEGIN_REQUEST for a request that is not finished.
     BeginTwice(RequestId),
 }
 
@@ -128,14 +129,14 @@ impl Record {
     }
 }
 
-/// Where the decoder is in the bytes.
+/// The decoder's position in the input.
 #[derive(Clone, Copy, Debug)]
 enum Place {
     /// Before a record's header.
     Header,
-    /// In the content of a record whose stream flows through piece by piece.
+    /// In the content of a record that is passed on piece by piece.
     Content { kind: u8, id: RequestId, left: u16, padding: u8 },
-    /// In what is of no interest.
+    /// In bytes that are ignored.
     Skip { left: u32 },
 }
 
@@ -151,37 +152,38 @@ struct Open {
 #[derive(Debug)]
 enum Phase {
     Params(BytesMut),
-    /// Which of its streams go on. A filter's file comes after the body (6.4); should a server mix them, nothing
-    /// is lost.
+    /// Which streams are still open. A filter's file comes after the body (6.4), but the streams
+    /// may also be mixed without loss.
     Streams {
         stdin: bool,
         data: bool,
     },
-    /// What comes for it interests nobody.
+    /// All further input for the request is ignored.
     Skipped,
 }
 
-/// Turns what one connection sends into events.
+/// Decodes the input of one connection into events.
 #[derive(Debug)]
 pub(crate) struct Decoder {
     max_params: usize,
     max_requests: usize,
     place: Place,
     open: Vec<Open>,
-    /// Some request's parameters are a part of what was read together with them.
+    /// Some request's parameters share memory with the other bytes of the same read.
     shares: bool,
 }
 
 impl Decoder {
-    /// `max_params` bytes of parameters per request, `max_requests` requests at a time.
+    /// Accepts `max_params` bytes of parameters per request, and `max_requests` requests at a time.
     pub(crate) fn new(max_params: usize, max_requests: usize) -> Self {
         Self { max_params, max_requests, place: Place::Header, open: Vec::new(), shares: false }
     }
 
-    /// Takes the next event out of `input`, and the bytes that it was made of. `None` if there are too few.
+    /// Removes the bytes of the next event from `input` and returns the event. `None` if more bytes
+    /// are needed.
     ///
     /// # Errors
-    /// [`Error`]: the peer broke the protocol.
+    /// [`Error`]: the peer violated the protocol.
     pub(crate) fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Event>, Error> {
         loop {
             match self.place {
@@ -222,8 +224,8 @@ impl Decoder {
         }
     }
 
-    /// Copies what has come of parameters, if that shares memory with the rest of what was read: for a connection that
-    /// has to wait.
+    /// Copies partly received parameters if they share memory with the rest of a read. For a
+    /// connection that has to wait.
     pub(crate) fn unshare(&mut self) {
         if std::mem::take(&mut self.shares) {
             for open in &mut self.open {
@@ -234,8 +236,8 @@ impl Decoder {
         }
     }
 
-    /// The request is over: we have sent its END_REQUEST. What still comes for it is ignored (3.3: "inactive").
-    /// True if nothing more can come, because its streams have ended.
+    /// Ends a request after its END_REQUEST was sent. Further input for it is ignored (3.3:
+    /// "inactive"). Returns true if no further input can come, because its streams have ended.
     pub(crate) fn finish(&mut self, id: RequestId) -> bool {
         let whole =
             self.find(id).is_some_and(|open| matches!(open.phase, Phase::Streams { stdin: false, data: false }));
@@ -243,7 +245,8 @@ impl Decoder {
         whole
     }
 
-    /// Whether the next record in `input`, the rest of what has been read, says that this request has no body.
+    /// Whether the next record in `input`, the unprocessed rest of a read, shows that this request
+    /// has no body.
     pub(crate) fn body_is_empty(&self, id: RequestId, input: &[u8]) -> bool {
         let padding = match self.place {
             Place::Header => 0,
@@ -254,23 +257,23 @@ impl Decoder {
         input.get(padding..).is_some_and(|rest| rest.starts_with(&[VERSION, STDIN, high, low, 0, 0]))
     }
 
-    /// Whether nothing has begun that is not over.
+    /// Whether no request is open and no record is incomplete.
     pub(crate) fn is_idle(&self) -> bool {
         self.open.is_empty() && matches!(self.place, Place::Header | Place::Skip { left: 0 })
     }
 
-    /// Whether what comes next begins a record, and no request is known by half.
+    /// Whether the next byte begins a record, and no request's parameters are incomplete.
     pub(crate) fn is_between_records(&self) -> bool {
         matches!(self.place, Place::Header | Place::Skip { left: 0 }) && self.assembled().next().is_none()
     }
 
-    /// The requests whose parameters have not come to their end: their ids, and whether to keep the connection.
+    /// The requests with incomplete parameters: their ids, and whether to keep the connection.
     pub(crate) fn assembled(&self) -> impl Iterator<Item = (RequestId, bool)> {
         let open = self.open.iter().filter(|open| matches!(open.phase, Phase::Params(_)));
         open.map(|open| (open.id, open.keep_connection))
     }
 
-    /// How many requests are open, and how many bytes of parameters are kept for them.
+    /// Number of open requests, and of parameter bytes held for them.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn held(&self) -> (usize, usize) {
         let params = self.open.iter().map(|open| match &open.phase {
@@ -284,7 +287,7 @@ impl Decoder {
         self.open.iter_mut().find(|open| open.id == id)
     }
 
-    /// Starts on a record whose header stands at the front of `input`.
+    /// Begins to process a record whose header is at the front of `input`.
     fn record(&mut self, record: Record, input: &mut BytesMut) -> Result<Progress, Error> {
         let Record { kind, id, content, padding } = record;
         let whole = HEADER + usize::from(content);
@@ -332,9 +335,9 @@ impl Decoder {
             kind => {
                 input.advance(HEADER);
                 self.place = Place::Skip { left: u32::from(content) + u32::from(padding) };
-                // An unknown management record has an answer (4.2), unless it is an answer itself: two that answer
-                // answers would never end. An application record of a type that is not for us (an output stream,
-                // say) has none, and the request goes on.
+                // An unknown management record has a reply (4.2), unless it is a reply itself: two
+                // peers that reply to replies would never stop. An application record of another
+                // type (an output stream, for example) has no reply, and the request continues.
                 let answered = id == 0 && !matches!(kind, GET_VALUES_RESULT | UNKNOWN_TYPE);
                 Ok(if answered { Progress::Event(unknown_type(kind)) } else { Progress::Continue })
             }
@@ -365,7 +368,7 @@ impl Decoder {
     fn abort(&mut self, id: RequestId) -> Progress {
         let Some(open) = self.find(id) else { return Progress::Continue };
         if let Phase::Params(_) = open.phase {
-            // Nobody has heard of it yet: it ends here.
+            // The application has not received the request: it ends here.
             let then_close = !open.keep_connection;
             self.finish(id);
             let mut bytes = BytesMut::new();
@@ -373,7 +376,7 @@ impl Decoder {
             return Progress::Event(Event::Reply { bytes: bytes.freeze(), then_close });
         }
         if let Phase::Skipped = open.phase {
-            return Progress::Continue; // it is being answered, or was aborted before
+            return Progress::Continue; // the request is being answered, or was aborted before
         }
         open.phase = Phase::Skipped;
         Progress::Event(Event::Abort { id })
@@ -381,14 +384,14 @@ impl Decoder {
 
     fn content(&mut self, kind: u8, id: RequestId, bytes: BytesMut) -> Option<Event> {
         let max_params = self.max_params;
-        let open = self.find(id)?; // none: the request ended in the middle of the record
+        let open = self.find(id)?; // None: the request ended in the middle of the record
         match &mut open.phase {
             Phase::Params(params) if kind == PARAMS => {
                 if params.len() + bytes.len() > max_params {
                     return Some(open.refuse(Fault::ParamsTooLong));
                 }
                 if params.is_empty() {
-                    *params = bytes; // all of them at once, as a rule: no copy
+                    *params = bytes; // usually all parameters at once: no copy
                     self.shares = true;
                 } else {
                     params.unsplit(bytes);
@@ -427,18 +430,20 @@ impl Decoder {
         }
     }
 
-    /// The answer to GET_VALUES (4.1): the values that we know of those that were asked for.
+    /// The reply to GET_VALUES (4.1): those requested values that this server has.
     fn values(&self, asked: &[u8]) -> Bytes {
         let mut content = BytesMut::new();
         let asked = Params::parse(Bytes::copy_from_slice(asked));
         for (name, _) in asked.iter().flat_map(Params::iter) {
             let value = match name {
-                // As many as the worker takes; no server was seen to use the figure.
+                // The number of requests that the worker accepts. No web server is known to use
+                // this value.
                 b"FCGI_MAX_CONNS" | b"FCGI_MAX_REQS" => self.max_requests.to_string(),
                 b"FCGI_MPXS_CONNS" => String::from(if self.max_requests > 1 { "1" } else { "0" }),
                 _ => continue,
             };
-            // Each name once, however often it was asked for: the reply must fit its record.
+            // Each name only once, however often it was requested: the reply must fit in its
+            // record.
             if !content.windows(name.len()).any(|window| window == name) {
                 put_length(&mut content, name.len());
                 put_length(&mut content, value.len());
@@ -493,15 +498,17 @@ pub(crate) fn end_request(out: &mut BytesMut, id: RequestId, application: u32, s
     out.put_slice(&[status as u8, 0, 0, 0]);
 }
 
-/// Writes what is no record, since its version is 0: the last bytes of a connection on which a response broke off.
+/// Writes eight bytes that are not a record, because their version is 0: the last bytes of a
+/// connection on which a response failed.
 ///
-/// nginx, if it does not keep the connection, takes the close alone for the end of a response without a length, and
-/// waits for the rest of one with a length. At this it gives up in both cases.
+/// If nginx does not keep the connection, it takes a close alone as the end of a response without a
+/// length, and waits for the rest of a response with a length. After these bytes it fails the
+/// response in both cases.
 pub(crate) fn break_off(out: &mut BytesMut) {
     out.put_slice(&[0; HEADER]);
 }
 
-/// UNKNOWN_TYPE (4.2): the answer to a management record that we do not know.
+/// UNKNOWN_TYPE (4.2): the reply to an unknown management record.
 fn unknown_type(kind: u8) -> Event {
     let mut bytes = BytesMut::with_capacity(2 * HEADER);
     put_header(&mut bytes, UNKNOWN_TYPE, 0, 8);

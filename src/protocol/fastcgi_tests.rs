@@ -1,4 +1,5 @@
-//! Scripts for the decoder: records by hand, and the events that must come out however the bytes are cut.
+//! Tests the decoder: records written by hand, and the events that must result however the bytes
+//! are cut.
 
 use super::*;
 
@@ -43,8 +44,8 @@ fn request(id: RequestId, params: &[u8], body: &[u8]) -> Vec<u8> {
     .concat()
 }
 
-/// Feeds `bytes` in pieces of the given sizes, and collects events; adjacent pieces of a stream are joined. The error
-/// that ends them, if one does, comes with what was before it.
+/// Feeds `bytes` in pieces of the given sizes and collects the events; adjacent pieces of a stream
+/// are joined. An error is returned together with the events before it.
 fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<Event>, Result<(), Error>) {
     let mut decoder = Decoder::new(MAX_PARAMS, 4);
     let (mut input, mut events) = (BytesMut::new(), Vec::new());
@@ -76,8 +77,8 @@ fn push(events: &mut Vec<Event>, event: Event) {
     }
 }
 
-/// What `bytes` mean, having seen that they mean it however they are cut: in two at every place (of a long script at
-/// some), in single bytes, and at random.
+/// Returns the events of `bytes`, after checking that they are the same however the bytes are cut:
+/// in two at every place (in a long script at some places), in single bytes, and at random.
 fn outcome(bytes: &[u8]) -> (Vec<Event>, Result<(), Error>) {
     let expected = decode(bytes, || usize::MAX);
     for at in (1..bytes.len()).step_by(bytes.len() / 1000 + 1) {
@@ -145,7 +146,7 @@ fn params_split_inside_a_length_are_read_as_one() {
 
 #[test]
 fn a_length_beyond_the_end_is_the_peers_fault() {
-    // The sums of CVE-2025-23016: both lengths near 2^31.
+    // The sums from CVE-2025-23016: both lengths are near 2^31.
     for params in [&b"\x05\x05short"[..], b"\xff\xff\xff\xff\xff\xff\xff\xffx", b"\x7f", b"\x01\x80\0\0", b"\x80"] {
         let bytes = request(1, params, b"the body is skipped");
         let events = whole(&bytes);
@@ -187,7 +188,7 @@ fn management_records_get_the_replies_that_the_specification_names() {
     let [Event::Reply { bytes, then_close: false }] = &events[..] else { panic!("{events:?}") };
     assert_eq!(bytes[..], record(GET_VALUES_RESULT, 0, &pairs(&[("FCGI_MAX_REQS", "4")]), 0)[..]);
 
-    // A BEGIN_REQUEST with id 0 is a management record of a type that does not exist.
+    // A BEGIN_REQUEST with id 0 is a management record of an unknown type.
     for bytes in [record(42, 0, b"abc", 3), begin(0, RESPONDER, 1)] {
         let events = whole(&bytes);
         assert_eq!(events.iter().map(reply_kind).collect::<Vec<_>>(), [UNKNOWN_TYPE]);
@@ -242,8 +243,9 @@ fn records_before_a_begin_cost_nothing() {
     assert_eq!(whole(&bytes), []);
 }
 
-/// HAProxy 598527673: 65535 and the padding overflowed 16 bits, and what follows was read as headers. HAProxy
-/// 0aeae2305: a length lost its upper bits. The content here is full of records that must not be seen.
+/// HAProxy 598527673: 65535 plus the padding overflowed 16 bits, and the bytes after that were read
+/// as headers. HAProxy 0aeae2305: a length lost its upper bits. The content here is full of records
+/// that must not be decoded.
 #[test]
 fn a_record_of_the_greatest_length_with_the_greatest_padding_is_one_record() {
     let smuggled = begin(2, RESPONDER, KEEP_CONN);
@@ -348,7 +350,7 @@ fn padding_is_skipped_on_every_kind_of_record() {
     for padding in [1, 7, 255] {
         let mut begun = begin(1, RESPONDER, KEEP_CONN);
         begun[6] = padding;
-        begun.extend(vec![1; padding.into()]); // as if it were a header
+        begun.extend(vec![1; padding.into()]); // these bytes look like a header
         let padding = usize::from(padding);
         let bytes = [
             begun,
@@ -371,7 +373,7 @@ fn padding_is_skipped_on_every_kind_of_record() {
 
 #[test]
 fn get_values_is_answered_in_mid_request_and_without_a_byte_more() {
-    // libfcgi answers when the next record comes, for which HAProxy waits in vain.
+    // libfcgi replies only when the next record arrives, for which HAProxy waits in vain.
     let asked = pairs(&[("FCGI_MPXS_CONNS", ""), ("FCGI_COLOUR", "red"), ("", ""), ("FCGI_MAX_CONNS", "7")]);
     let expected = pairs(&[("FCGI_MPXS_CONNS", "1"), ("FCGI_MAX_CONNS", "4")]);
     let question = record(GET_VALUES, 0, &asked, 0);
@@ -409,7 +411,8 @@ fn get_values_is_answered_in_mid_request_and_without_a_byte_more() {
     }
 }
 
-/// HAProxy 3ac082b2b (an application record with id 0), and slowcgi, which kept what came with id 0 without bound.
+/// HAProxy 3ac082b2b (an application record with id 0), and slowcgi, which stored input for id 0
+/// without a limit.
 #[test]
 fn id_0_is_never_a_request() {
     for kind in (BEGIN_REQUEST..GET_VALUES).chain([0, 12, 42, 255]) {
@@ -439,7 +442,7 @@ fn an_application_record_of_no_known_type_leaves_its_request_alone() {
 
 #[test]
 fn a_refused_request_is_skipped_to_its_last_byte() {
-    // Its records are those of an id that is idle.
+    // The id of its records is no longer in use.
     for role in [0, 4, 0x0101, 0xffff] {
         let rest = [record(PARAMS, 5, b"\x7f", 9), record(PARAMS, 5, b"", 0), record(STDIN, 5, b"body", 0)].concat();
         let bytes = [begin(5, role, KEEP_CONN), rest, request(5, &pairs(&[("A", "1")]), b"")].concat();
@@ -517,7 +520,7 @@ fn the_seed_of_odd_records_gets_every_kind_of_reply() {
     assert!(events.contains(&Event::BadRequest { id: 2, keep_connection: true, fault }), "{events:?}");
 }
 
-/// What web servers' requests look like, in fuzz/seeds: the same shapes are where the fuzzer begins.
+/// Requests in the shape of each web server, in fuzz/seeds, which the fuzzer also starts from.
 #[test]
 fn requests_in_the_shape_of_each_web_server_are_read() {
     let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/fastcgi");
@@ -567,7 +570,7 @@ fn arbitrary_bytes_do_no_harm_however_they_are_cut() {
         }
         let once = decode(&bytes, || usize::MAX);
         let pieces = decode(&bytes, || random.usize(1..9));
-        // Where the bytes end in an error, what came before it is the same all the same.
+        // If the bytes end in an error, the events before it are still the same.
         assert_eq!(once, pieces, "seed {seed}");
     }
 }

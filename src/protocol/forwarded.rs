@@ -1,7 +1,9 @@
-//! What proxies say of a request that they pass on: `X-Forwarded-For`, `-Proto` and `-Host`, or `Forwarded` (RFC 7239).
+//! Reads the headers that proxies add to a request: `X-Forwarded-For`, `-Proto` and `-Host`, or
+//! `Forwarded` (RFC 7239).
 //!
-//! Each proxy appends what it knows, and a client can send anything. So both are read from the right, where the
-//! last proxy wrote, and only as far as those that wrote are trusted: beyond that stands what a client made up.
+//! Each proxy appends its information, and a client can send anything. So the headers are read from
+//! the right, where the last proxy wrote, and only as far as the writers are trusted: elements
+//! further left may be forged by the client.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -14,7 +16,7 @@ const X_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
-/// Headers of proxies that frameworks are known to go by.
+/// Proxy headers that frameworks are known to trust.
 const ALL: [HeaderName; 10] = [
     header::FORWARDED,
     X_FOR,
@@ -28,7 +30,8 @@ const ALL: [HeaderName; 10] = [
     HeaderName::from_static("x-real-ip"),
 ];
 
-/// Which headers the trusted proxies write. Those that they do not write come from clients, and pass through them.
+/// The headers that trusted proxies write. They pass on the other family's headers as received from
+/// clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Family {
     /// `X-Forwarded-For`, `-Proto`, `-Host`.
@@ -37,18 +40,18 @@ pub(crate) enum Family {
     Rfc7239,
 }
 
-/// What the trusted proxies say of the client.
+/// The client's data according to the trusted proxies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Client {
-    /// `None` if they say nothing of it; `Some(None)` if they say that it is not known, or hide it. The port is 0
-    /// if they do not name it.
+    /// `None` if they do not name the client; `Some(None)` if they report it as unknown, or hide
+    /// it. The port is 0 if they do not name it.
     pub(crate) address: Option<Option<SocketAddr>>,
     pub(crate) is_https: Option<bool>,
-    /// What the client asked for as `Host`. It may be anything that a header can be.
+    /// The client's `Host`. May be any valid header value.
     pub(crate) host: Option<HeaderValue>,
 }
 
-/// What the headers of a request say, if it came from a trusted peer.
+/// Reads the headers of a request from a trusted peer.
 pub(crate) fn client(headers: &HeaderMap, family: Family, is_trusted: impl Fn(IpAddr) -> bool) -> Client {
     match family {
         Family::X => client_of_x(headers, is_trusted),
@@ -56,7 +59,8 @@ pub(crate) fn client(headers: &HeaderMap, family: Family, is_trusted: impl Fn(Ip
     }
 }
 
-/// Removes what is not to be believed: all, or from a trusted peer what belongs to the `other` family than it writes.
+/// Removes untrusted headers: all of them, or from a trusted peer those of the family that it does
+/// not write.
 pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<Family>) {
     let names: Vec<HeaderName> =
         headers.keys().filter(|name| is_not_believed(name.as_str().as_bytes(), trusted)).cloned().collect();
@@ -65,14 +69,15 @@ pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<Family>) {
     }
 }
 
-/// The same for CGI variables, which are headers in another spelling. `None` if there is nothing to remove.
+/// Like [`remove`], for CGI variables, which are headers in another spelling. `None` if there is
+/// nothing to remove.
 pub(crate) fn without(params: &Params, trusted: Option<Family>) -> Option<Params> {
     let is_theirs = |name: &[u8]| name.strip_prefix(b"HTTP_").is_some_and(|name| is_not_believed(name, trusted));
     let any = params.iter().any(|(name, _)| is_theirs(name));
     any.then(|| Params::from_pairs(params.iter().filter(|(name, _)| !is_theirs(name))))
 }
 
-/// Whether this is the name of a header of proxies' that those who are trusted do not write, in any spelling of it.
+/// Whether this is, in any spelling, a proxy header that the trusted proxies do not write.
 fn is_not_believed(name: &[u8], trusted: Option<Family>) -> bool {
     let plain = |byte: u8| if byte == b'_' { b'-' } else { byte.to_ascii_lowercase() };
     let is = |known: &HeaderName| name.iter().map(|&byte| plain(byte)).eq(known.as_str().bytes());
@@ -94,7 +99,8 @@ fn client_of_x(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Clie
             break;
         }
     }
-    // A list that is shorter was begun by a proxy on this side of the client: its first element is as far as it goes.
+    // If a list is shorter, its first element comes from a proxy closer to this server than the
+    // client, and is used.
     let at_depth = |name| elements(headers, name).take(depth.max(1)).last();
     client.is_https = at_depth(X_PROTO).and_then(is_https);
     client.host = at_depth(X_HOST).and_then(|host| HeaderValue::from_bytes(host).ok());
@@ -124,7 +130,8 @@ fn client_of_rfc7239(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -
     client
 }
 
-/// The elements of a list header, the last one first; several lines are one list (RFC 9110, section 5.3).
+/// The elements of a list header, from last to first; several lines form one list (RFC 9110,
+/// section 5.3).
 fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
     let lines = headers.get_all(name).into_iter().rev();
     lines.flat_map(|line| FromRight::new(line.as_bytes(), b',')).filter(|element| !element.is_empty())
@@ -139,8 +146,8 @@ fn is_https(scheme: &[u8]) -> Option<bool> {
     }
 }
 
-/// An address with or without a port (RFC 7239, section 6, and what others write). `None` for `unknown`, a made-up
-/// name, and whatever is neither.
+/// Parses an address with or without a port (RFC 7239, section 6, and common variants). `None` for
+/// `unknown`, an obfuscated name, and anything else.
 fn node(text: &[u8]) -> Option<SocketAddr> {
     let text = std::str::from_utf8(text).ok()?;
     if let Ok(address) = text.parse::<IpAddr>() {
@@ -151,11 +158,11 @@ fn node(text: &[u8]) -> Option<SocketAddr> {
         return Some(SocketAddr::new(address.parse::<Ipv6Addr>().ok()?.into(), port));
     }
     let (address, port) = text.split_once(':')?;
-    // A port may be hidden behind a name, too.
+    // A port may be obfuscated too.
     Some(SocketAddr::new(IpAddr::V4(address.parse().ok()?), port.parse().unwrap_or(0)))
 }
 
-/// A token, or what a quoted-string stands for (RFC 9110, section 5.6.4).
+/// Returns a token, or the content of a quoted-string (RFC 9110, section 5.6.4).
 fn unquoted(value: &[u8]) -> Vec<u8> {
     let Some(inner) = value.strip_prefix(b"\"").and_then(|rest| rest.strip_suffix(b"\"")) else {
         return value.to_vec();
@@ -168,8 +175,8 @@ fn unquoted(value: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// The parts between separators that are not within quotes, from the right: a quote that a client left open, further
-/// left, cannot swallow what a proxy wrote after it.
+/// Splits at separators outside quotes, from the right: a quote that a client left open further
+/// left cannot hide what a proxy appended after it.
 struct FromRight<'a> {
     rest: Option<&'a [u8]>,
     separator: u8,
@@ -210,7 +217,7 @@ mod tests {
         lines.iter().map(pair).collect()
     }
 
-    /// 10.x are the trusted ones.
+    /// The trusted addresses are 10.x.
     fn ten(address: IpAddr) -> bool {
         matches!(address, IpAddr::V4(address) if address.octets()[0] == 10)
     }
@@ -258,7 +265,7 @@ mod tests {
         ];
         let client = x(&made_up);
         assert_eq!((client.is_https, client.host), (Some(true), Some(HeaderValue::from_static("good"))));
-        // One that does not append, but overwrites.
+        // A proxy that overwrites instead of appending.
         let client = x(&[("x-forwarded-for", "192.0.2.7, 10.0.0.2"), ("x-forwarded-proto", "HTTPS")]);
         assert_eq!((client.is_https, client.host), (Some(true), None));
         let client = x(&[("x-forwarded-proto", "http, wss")]);

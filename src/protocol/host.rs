@@ -1,11 +1,12 @@
-//! What a `Host` may be (RFC 9112, section 3.2), for every protocol and for what proxies send.
+//! Validates a `Host` (RFC 9112, section 3.2), for every protocol and for the headers of proxies.
 
 use std::net::Ipv6Addr;
 
-/// Whether this is a host with or without a port (RFC 3986, sections 3.2.2 and 3.2.3), or empty: the field of a request whose URI
-/// has no authority. `userinfo@` is not part of it, and a port without a host is none.
+/// Whether this is a host with or without a port (RFC 3986, sections 3.2.2 and 3.2.3), or empty:
+/// the field of a request whose URI has no authority. `userinfo@` is not allowed, and neither is a
+/// port without a host.
 pub(crate) fn is_host(host: &[u8]) -> bool {
-    // Nearly all are a plain name, with a port or without.
+    // Nearly all hosts are a plain name, with or without a port.
     let plain = host.iter().take_while(|byte| is_plain(**byte)).count();
     match host.split_at(plain) {
         (_, []) => true,
@@ -19,7 +20,7 @@ pub(crate) fn is_host(host: &[u8]) -> bool {
     }
 }
 
-/// Nothing, or a port.
+/// Whether `rest` is empty or a port.
 fn is_after_name(rest: &[u8]) -> bool {
     match rest {
         [] => true,
@@ -28,7 +29,7 @@ fn is_after_name(rest: &[u8]) -> bool {
     }
 }
 
-/// Digits, possibly none, and no more than TCP has.
+/// Digits, possibly none, up to TCP's highest port.
 fn is_port(port: &[u8]) -> bool {
     let number = port.iter().try_fold(0_u16, |number, &byte| {
         let digit = byte.is_ascii_digit().then(|| u16::from(byte - b'0'))?;
@@ -37,7 +38,7 @@ fn is_port(port: &[u8]) -> bool {
     number.is_some()
 }
 
-/// An IPv6 address, or one of a future version.
+/// An IPv6 address, or an address of a future IP version.
 fn is_ip_literal(literal: &[u8]) -> bool {
     match literal {
         [b'v' | b'V', future @ ..] => {
@@ -50,7 +51,8 @@ fn is_ip_literal(literal: &[u8]) -> bool {
     }
 }
 
-/// What follows a name or an IPv4 address: plain characters, and others percent-encoded.
+/// Skips a name or an IPv4 address (plain characters, and percent-encoded others) and returns the
+/// rest.
 fn after_registered_name(mut name: &[u8]) -> &[u8] {
     loop {
         name = match name {
@@ -61,7 +63,8 @@ fn after_registered_name(mut name: &[u8]) -> &[u8] {
     }
 }
 
-/// `unreserved` and `sub-delims` of RFC 3986. A table, as each byte of each `Host` is looked up.
+/// `unreserved` and `sub-delims` from RFC 3986. A table, because each byte of each `Host` is looked
+/// up.
 fn is_plain(byte: u8) -> bool {
     const IS_PLAIN: [bool; 256] = {
         let mut table = [false; 256];

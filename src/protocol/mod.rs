@@ -1,14 +1,16 @@
-//! The protocols, as pure functions from bytes to meaning and back: no I/O, no clock, no tokio.
+//! Implements the protocols as pure functions between bytes and their meaning: no I/O, no clock, no
+//! tokio.
 //!
-//! - [`fastcgi`] knows records and streams; [`params`] the pairs in them; [`role`] what the
-//!   application sees of them.
-//! - [`scgi`] knows the netstring and the body behind it.
-//! - [`cgi`] knows what a CGI variable means to an `http::Request`, and how a response head is written.
-//! - [`host`] knows what a `Host` may be.
-//! - [`query`] knows the pairs of a query.
-//! - [`proxy`] knows the PROXY protocol's header; [`forwarded`] what HTTP headers say of the client.
+//! - [`fastcgi`]: records and streams. [`params`]: their name-value pairs. [`role`]: the role of a
+//!   request, for the application.
+//! - [`scgi`]: the netstring, and the body after it.
+//! - [`cgi`]: CGI variables as an `http::Request`, and the head of a response.
+//! - [`host`]: valid values of `Host`.
+//! - [`query`]: the pairs of a query.
+//! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client according to HTTP
+//!   headers.
 //!
-//! HTTP is hyper's; there is no file for it here.
+//! hyper implements HTTP, so there is no module for it here.
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 

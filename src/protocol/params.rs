@@ -1,5 +1,6 @@
-//! Name-value pairs: the parameters of a request, which are CGI variables, as FastCGI (specification 1.0, section 3.4),
-//! SCGI and the environment of a CGI program have them; and the values that FastCGI's GET_VALUES asks for.
+//! Stores name-value pairs: the parameters of a request, which are CGI variables, in the formats of
+//! FastCGI (specification 1.0, section 3.4), SCGI and the environment of a CGI program; and the
+//! values of FastCGI's GET_VALUES.
 
 use std::fmt;
 
@@ -8,29 +9,29 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 /// The parameters of a request: CGI variables, in the order and with the bytes in which they were received.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Params {
-    /// Pairs, known to be whole.
+    /// Complete pairs: already checked.
     raw: Bytes,
     form: Form,
 }
 
-/// How the pairs are written.
+/// The encoding of the pairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Form {
-    /// FastCGI's: two lengths, and the bytes.
+    /// FastCGI: two lengths, and the bytes.
     #[default]
     Lengths,
-    /// SCGI's: two strings, each ended by a NUL.
+    /// SCGI: two strings, each ended by a NUL.
     Strings,
 }
 
 impl Params {
-    /// Reads name-value pairs (3.4). `None` if one reaches beyond the end.
+    /// Parses FastCGI name-value pairs (3.4). `None` if one extends beyond the end.
     pub(crate) fn parse(raw: Bytes) -> Option<Self> {
         Self::read(raw, Form::Lengths)
     }
 
-    /// Reads SCGI's strings, each ended by a NUL: name, value, name, value. `None` if there is an odd number of them,
-    /// or the last one has no end.
+    /// Parses SCGI strings, each ended by a NUL: name, value, name, value. `None` if their number
+    /// is odd, or the last one is not ended.
     pub(crate) fn from_strings(raw: Bytes) -> Option<Self> {
         Self::read(raw, Form::Strings)
     }
@@ -43,7 +44,6 @@ impl Params {
         Some(Self { raw, form })
     }
 
-    /// Copies pairs.
     pub(crate) fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> Self {
         let mut raw = BytesMut::new();
         for (name, value) in pairs {
@@ -93,13 +93,13 @@ impl fmt::Debug for Params {
 
 type Pair<'a> = (&'a [u8], &'a [u8]);
 
-/// Reads a pair, and returns what is behind it. `None` if there is none, or not all of it.
+/// Reads a pair, and returns it with the rest. `None` if there is no complete pair.
 #[inline]
 fn take_pair(mut rest: &[u8], form: Form) -> Option<(Pair<'_>, &[u8])> {
     let (name, value) = match form {
         Form::Lengths => {
             let (name, value) = match rest {
-                // As a rule both are short.
+                // Both are usually short.
                 [name, value, tail @ ..] if (name | value) < 0x80 => {
                     rest = tail;
                     (usize::from(*name), usize::from(*value))
@@ -124,7 +124,7 @@ fn take_string<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
     Some(string)
 }
 
-/// Writes a length as [`take_length`] reads it.
+/// Writes a length in the format of [`take_length`].
 pub(crate) fn put_length(out: &mut BytesMut, length: usize) {
     match u8::try_from(length) {
         Ok(short) if short < 0x80 => out.put_u8(short),
@@ -132,7 +132,8 @@ pub(crate) fn put_length(out: &mut BytesMut, length: usize) {
     }
 }
 
-/// Reads a length of one byte, or of four with the highest bit set. Both are legal for a short one.
+/// Reads a length of one byte, or of four bytes with the highest bit set. Both forms are legal for
+/// a short length.
 #[inline]
 fn take_length(rest: &mut &[u8]) -> Option<usize> {
     let (&first, tail) = rest.split_first()?;
@@ -156,8 +157,9 @@ mod tests {
         assert_eq!(params.iter().collect::<Vec<_>>(), [(&b"A"[..], &b"xy"[..]), (b"B", b"")]);
     }
 
-    /// CVE-2025-23016 (libfcgi) and CVE-2025-40907 (its copy in Perl): the sum of two lengths wrapped, and a small buffer
-    /// was made for a long name. Here nothing is made of what is announced.
+    /// CVE-2025-23016 (libfcgi) and CVE-2025-40907 (its copy in Perl): the sum of two lengths
+    /// wrapped, and a small buffer was allocated for a long name. This implementation allocates
+    /// nothing for an announced length.
     #[test]
     fn lengths_beyond_the_end_are_refused_whatever_their_sum() {
         let lengths: [u32; 8] = [0, 1, 2, 3, 0x7fff_fffd, 0x7fff_fffe, 0x7fff_ffff, 0x4000_0000];
@@ -165,7 +167,8 @@ mod tests {
             for value in lengths {
                 let four = |length: u32| (length | 0x8000_0000).to_be_bytes();
                 let params = [&four(name)[..], &four(value), b"ab"].concat();
-                // Two bytes are left; what they do not fill up must be a pair of its own, and they are none.
+                // Two bytes are left. If they are not all used, the rest would have to be another
+                // pair, and it is not.
                 let fits = u64::from(name) + u64::from(value) == 2;
                 assert_eq!(Params::parse(params.into()).is_some(), fits, "{name} + {value}");
             }

@@ -1,53 +1,53 @@
-//! The PROXY protocol, versions 1 and 2 (HAProxy's `proxy-protocol.txt`): who is at the other end of a connection, as
-//! the load balancer in front tells it in the connection's first bytes.
+//! Decodes the header of the PROXY protocol, versions 1 and 2 (HAProxy's `proxy-protocol.txt`): the
+//! load balancer in front reports the peer of a connection in the connection's first bytes.
 //!
-//! Whether it is believed is not decided here. Section numbers are those of that text.
+//! The caller decides whether to trust it. Section numbers refer to that text.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// A header of version 1 has at most so many bytes, CRLF included (2.1).
+/// Maximum length of a version 1 header, CRLF included (2.1).
 const LONGEST_V1: usize = 107;
-/// So many bytes we read of one of version 2: ours, 2.2 would allow 64 KiB. Addresses take 232 at most; the rest is for
-/// additions (TLVs).
+/// Maximum length of a version 2 header. This is our limit; 2.2 would allow 64 KiB. Addresses take
+/// up to 232 bytes; the rest is for additions (TLVs).
 const LONGEST_V2: usize = 4096;
 const START_V1: &[u8] = b"PROXY ";
 const START_V2: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
-/// The addition that tells about TLS (2.2.6), and its flag that says the client uses it.
+/// The addition about TLS (2.2.6), and its flag for a client that uses TLS.
 const TYPE_SSL: u8 = 0x20;
 const CLIENT_SSL: u8 = 1;
 
-/// What a header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
-    /// How many bytes it has.
+    /// Number of bytes.
     pub(crate) length: usize,
     pub(crate) source: Source,
-    /// Whether the client speaks TLS to the sender.
+    /// Whether the client uses TLS to the sender.
     pub(crate) is_tls: bool,
 }
 
-/// Where a connection comes from.
+/// The source of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// From whoever made it: a health check (LOCAL), or the sender does not know better (UNKNOWN, UNSPEC).
+    /// The connection's own peer: a health check (LOCAL), or the sender has no other information
+    /// (UNKNOWN, UNSPEC).
     Itself,
     Inet(SocketAddr),
-    /// From a Unix socket of the sender's.
+    /// A Unix socket on the sender's machine.
     Unix,
 }
 
-/// What the first bytes of a connection are.
+/// The first bytes of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Opening {
     Header(Header),
-    /// The beginning of a header, perhaps.
+    /// Possibly the beginning of a header.
     Incomplete,
-    /// Something else.
+    /// Not a header.
     Other,
 }
 
-/// A header that makes no sense: the sender's fault.
+/// A malformed header: the sender's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Error {
     TooLong,
@@ -67,10 +67,10 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Looks at the first bytes of a connection.
+/// Decodes the first bytes of a connection.
 ///
 /// # Errors
-/// [`Error`]: they begin as a header does, and are none.
+/// [`Error`]: the bytes begin like a header but are not valid.
 pub(crate) fn decode(bytes: &[u8]) -> Result<Opening, Error> {
     if bytes.starts_with(START_V1) {
         return version_1(bytes);
@@ -106,7 +106,7 @@ fn version_1(bytes: &[u8]) -> Result<Opening, Error> {
     Ok(Opening::Header(Header { length: end + 2, source, is_tls: false }))
 }
 
-/// A port in decimal, without a sign or leading zeros.
+/// Parses a port in decimal, without a sign or leading zeros.
 fn text_port(text: &str) -> Result<u16, Error> {
     let port = text.parse().map_err(|_| Error::Malformed)?;
     if text.starts_with('+') || (text.len() > 1 && text.starts_with('0')) {
@@ -115,9 +115,9 @@ fn text_port(text: &str) -> Result<u16, Error> {
     Ok(port)
 }
 
-/// `rest` comes after the signature.
+/// `rest` is the part after the signature.
 fn version_2(rest: &[u8]) -> Result<Opening, Error> {
-    // What is wrong from the first byte on is not waited for.
+    // An invalid first byte is reported without waiting for the rest.
     if rest.first().is_some_and(|first| !matches!(first, 0x20 | 0x21)) {
         return Err(Error::Unknown);
     }
@@ -129,10 +129,10 @@ fn version_2(rest: &[u8]) -> Result<Opening, Error> {
     }
     let Some(rest) = rest.get(..announced) else { return Ok(Opening::Incomplete) };
     if command == 0x20 {
-        // LOCAL: what follows is to be skipped.
+        // LOCAL: the rest must be skipped.
         return Ok(Opening::Header(Header { length, source: Source::Itself, is_tls: false }));
     }
-    // The block of addresses: source, destination, and for the internet their ports.
+    // The address block: source, destination, and for internet addresses their ports.
     let (source, additions) = match family {
         0x00 => return Ok(Opening::Header(Header { length, source: Source::Itself, is_tls: false })),
         0x11 => {
@@ -154,7 +154,8 @@ fn version_2(rest: &[u8]) -> Result<Opening, Error> {
     Ok(Opening::Header(Header { length, source, is_tls: tells_tls(additions)? }))
 }
 
-/// Reads the additions (2.2): of all, only whether the client uses TLS. A checksum is not checked: TCP did that.
+/// Reads the additions (2.2), for whether the client uses TLS. A checksum is not verified, because
+/// TCP has done that.
 fn tells_tls(mut rest: &[u8]) -> Result<bool, Error> {
     let mut is_tls = false;
     while let Some((&[kind, high, low], tail)) = rest.split_first_chunk() {

@@ -1,15 +1,16 @@
-//! The query of a URI as pairs of names and values (`application/x-www-form-urlencoded`), with what is percent-encoded
-//! decoded: `%2D` is `-` (RFC 3986, section 6.2.2.2).
+//! Parses the query of a URI into name-value pairs (`application/x-www-form-urlencoded`), and
+//! decodes percent-encoding: `%2D` is `-` (RFC 3986, section 6.2.2.2).
 
 use std::borrow::Cow;
 
-/// The pairs of a query, in order. One without `=` has no value.
+/// The pairs of a query, in order. The value of a pair without `=` is empty.
 pub(crate) fn pairs(query: &str) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
     let pairs = query.split('&').filter(|pair| !pair.is_empty());
     pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))).map(|(name, value)| (decode(name), decode(value)))
 }
 
-/// A percent sign that two hexadecimal digits do not follow stays as it is, and what is no UTF-8 becomes U+FFFD.
+/// A percent sign without two hexadecimal digits after it is kept, and invalid UTF-8 becomes
+/// U+FFFD.
 fn decode(text: &str) -> Cow<'_, str> {
     if !text.bytes().any(|byte| matches!(byte, b'%' | b'+')) {
         return Cow::Borrowed(text);

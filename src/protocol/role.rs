@@ -1,5 +1,5 @@
-//! What the application sees of FastCGI beside the request itself: the role it is asked for, and the status it may
-//! end with. Section numbers are those of the FastCGI specification 1.0.
+//! Defines the role of a FastCGI request and the status of its end, for the application. Section
+//! numbers refer to the FastCGI specification 1.0.
 
 use http::Extensions;
 
@@ -30,7 +30,7 @@ impl Role {
         extensions.get().copied().unwrap_or_default()
     }
 
-    /// As BEGIN_REQUEST has it (5.1).
+    /// The role with its number in BEGIN_REQUEST (5.1).
     pub(crate) fn read(number: u16) -> Option<Self> {
         match number {
             1 => Some(Self::Responder),

@@ -1,19 +1,19 @@
-//! SCGI: bytes to events. What is meant by "the specification" is Neil Schemenauer's "SCGI: A Simple Common Gateway
-//! Interface alternative" of 2008.
+//! Decodes SCGI. "The specification" is Neil Schemenauer's "SCGI: A Simple Common Gateway Interface
+//! alternative" of 2008.
 //!
 //! ```text
 //!   24:CONTENT_LENGTH\0 5\0SCGI\0 1\0 … ,hello
 //!   │  └ strings: name, value, …      ││ └ the body
 //!   │                                 │└ ends the netstring
-//!   └ its length                      └ each string ends so
+//!   └ its length                      └ ends each string
 //! ```
 //!
-//! A connection carries one request; the response is that of CGI, up to the end of the stream, and is written
-//! elsewhere. However the same bytes are cut into pieces, the same events come out. Nothing is allocated for a
-//! length that was only announced.
+//! A connection carries one request. The response has the format of CGI, ends with the stream, and
+//! is written elsewhere. The same bytes always result in the same events, however they are cut into
+//! pieces. Nothing is allocated for a length that was only announced.
 //!
-//! [`Decoder::to_come`] tells how far it is at least to the request's last byte, so that a caller can leave that byte in
-//! the kernel's queue: see `worker/scgi.rs`.
+//! [`Decoder::to_come`] returns the minimum distance to the request's last byte, so that a caller
+//! can leave that byte in the kernel's queue: see `worker/conn/scgi.rs`.
 
 use std::fmt;
 
@@ -22,34 +22,37 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use super::cgi::parse_digits;
 use super::params::Params;
 
-/// The shortest request there can be: the length, the two variables that must be there, and the comma.
+/// The length of the shortest possible request: the netstring's length, the two required variables,
+/// and the comma.
 const MIN_LENGTH: usize = b"24:CONTENT_LENGTH\x000\x00SCGI\x001\x00,".len();
 
-/// What came in.
+/// A decoded event.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// The request's variables. Its body follows, of this length if one was announced.
+    /// The request's variables. Its body follows, with this length if one was announced.
     Request { params: Params, length: Option<u64> },
     /// A piece of the body, never empty.
     Body(Bytes),
-    /// The body is complete. Not said of a body without an announced length, which ends where the stream does.
+    /// The body is complete. Not returned for a body without an announced length, which ends with
+    /// the stream.
     End,
 }
 
-/// The peer sent what is no request.
+/// The peer sent an invalid request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Error {
     /// The variables exceed the limit.
     TooLong,
-    /// It does not begin with the length of a netstring, in digits, and a colon.
+    /// The input does not begin with the length of a netstring, in digits, and a colon.
     Size,
     /// No comma ends the netstring.
     Comma,
-    /// It is not a row of strings, each ended by a NUL, an even number of them, with names that are not empty.
+    /// The variables are not an even number of strings, each ended by a NUL, with non-empty names.
     Strings,
-    /// The first variable is not CONTENT_LENGTH, or is no number, or there is another one.
+    /// The first variable is not CONTENT_LENGTH, or is not a number, or there is a second
+    /// CONTENT_LENGTH.
     Length,
-    /// No variable says `SCGI=1`, or more than one speaks of it.
+    /// There is no variable `SCGI=1`, or more than one named `SCGI`.
     Version,
 }
 
@@ -68,24 +71,24 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Where the decoder is in the bytes.
+/// The decoder's position in the input.
 #[derive(Debug)]
 enum Place {
-    /// Before the netstring's length, or in it.
+    /// Before or in the netstring's length.
     Size,
-    /// In the netstring, which has so many bytes.
+    /// In the netstring, which has this many bytes.
     Strings(usize),
     /// Before the comma.
     Comma { params: Params, length: Option<u64> },
-    /// In a body that has so many bytes more.
+    /// In a body, of which this many bytes are still to come.
     Body(u64),
-    /// In a body that the end of the stream ends.
+    /// In a body that ends with the stream.
     Stream,
-    /// Behind the request. What may come there is nothing of ours.
+    /// After the request. Further input is ignored.
     Over,
 }
 
-/// Turns what one connection sends into events.
+/// Decodes the input of one connection into events.
 #[derive(Debug)]
 pub(crate) struct Decoder {
     max_params: usize,
@@ -93,16 +96,16 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
-    /// `max_params` bytes of variables.
+    /// Accepts `max_params` bytes of variables.
     pub(crate) fn new(max_params: usize) -> Self {
         Self { max_params, place: Place::Size }
     }
 
-    /// Takes the next event out of `input`, and the bytes that it was made of. `None` if there are too few, or
-    /// the request is over.
+    /// Removes the bytes of the next event from `input` and returns the event. `None` if more bytes
+    /// are needed, or the request is complete.
     ///
     /// # Errors
-    /// [`Error`]: it is no request. What comes after that is passed over.
+    /// [`Error`]: the request is invalid. Further input is ignored.
     pub(crate) fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Event>, Error> {
         let event = self.next(input);
         if event.is_err() {
@@ -111,8 +114,9 @@ impl Decoder {
         event
     }
 
-    /// The least number of bytes that are still to come, behind the `waiting` ones that were read and not taken, until
-    /// the request is over. 1 only if that is all; 0 when it is over; `None` if the end of the stream will tell.
+    /// The minimum number of bytes that are still to come, after the `waiting` bytes that were read
+    /// and not processed, until the request is complete. 1 only if exactly one is missing; 0 if it
+    /// is complete; `None` if the body ends with the stream.
     pub(crate) fn to_come(&self, waiting: usize) -> Option<u64> {
         let to_come = match self.place {
             Place::Size => MIN_LENGTH.saturating_sub(waiting).max(2) as u64,
@@ -125,12 +129,12 @@ impl Decoder {
         Some(to_come)
     }
 
-    /// Whether nothing has come that is to be answered.
+    /// Whether no request has arrived that must be answered.
     pub(crate) fn is_untouched(&self) -> bool {
         matches!(self.place, Place::Size)
     }
 
-    /// Whether the end of the stream is that of the body.
+    /// Whether the body ends with the stream.
     pub(crate) fn ends_with_the_stream(&self) -> bool {
         matches!(self.place, Place::Stream)
     }
@@ -183,7 +187,7 @@ fn piece(input: &mut BytesMut, length: usize) -> Option<Event> {
     (length > 0).then(|| Event::Body(input.split_to(length).freeze()))
 }
 
-/// Takes the length of a netstring and its colon. `None` if they have not come yet.
+/// Takes the length of a netstring and its colon. `None` if they are incomplete.
 fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, Error> {
     let mut size: usize = 0;
     for (at, &byte) in input.iter().enumerate() {
@@ -192,7 +196,7 @@ fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, Error> 
                 input.advance(at + 1);
                 return Ok(Some(size));
             }
-            // A netstring's length has no zeros in front.
+            // A netstring's length has no leading zeros.
             b'0'..=b'9' if at == 0 || size > 0 => {
                 size = size.saturating_mul(10).saturating_add(usize::from(byte - b'0'));
                 if size > most {
@@ -205,8 +209,9 @@ fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, Error> 
     Ok(None)
 }
 
-/// Checks what the specification asks of the variables, and returns the length of the body. Other names may be
-/// there twice, though the specification forbids it: servers pass on repeated headers so.
+/// Checks the variables that the specification requires, and returns the length of the body. Other
+/// names may occur twice, although the specification forbids this: servers pass on repeated headers
+/// in this way.
 fn checked(params: &Params) -> Result<Option<u64>, Error> {
     let of = |wanted: &'static [u8]| params.iter().filter(move |(name, _)| *name == wanted);
     if params.iter().any(|(name, _)| name.is_empty()) {
@@ -217,7 +222,7 @@ fn checked(params: &Params) -> Result<Option<u64>, Error> {
         return Err(Error::Length);
     }
     let length = match length {
-        // lighttpd, of a body that it passes on while it comes in, in chunks.
+        // lighttpd sends this for a chunked body that it passes on as it arrives.
         b"-1" => None,
         digits => Some(parse_digits(digits).ok_or(Error::Length)?),
     };
@@ -242,7 +247,8 @@ mod tests {
         bytes
     }
 
-    /// Feeds `bytes` in pieces of the given sizes, and collects events; adjacent pieces of a body are joined.
+    /// Feeds `bytes` in pieces of the given sizes and collects the events; adjacent pieces of a
+    /// body are joined.
     fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<Event>, Option<Error>) {
         let mut decoder = Decoder::new(4096);
         let (mut input, mut events) = (BytesMut::new(), Vec::new());
@@ -365,7 +371,7 @@ mod tests {
         }
     }
 
-    /// As captured from nginx 1.22, lighttpd 1.4.69 and Apache 2.4.71.
+    /// Captured from nginx 1.22, lighttpd 1.4.69 and Apache 2.4.71.
     #[test]
     fn what_web_servers_send_is_taken() {
         for (bytes, target, body) in [

@@ -1,17 +1,20 @@
-//! How a listening socket is closed for good without a queued connection being lost.
+//! Closes a listening socket for good, without losing a queued connection.
 //!
-//! Closing a descriptor is not enough: other processes hold the socket too, and as long as one of them does, the kernel goes
-//! on completing connections that nobody will accept. shutdown(2) acts on the socket itself, whoever holds it. It differs by
-//! family (Linux):
+//! Closing a descriptor is not enough: other processes hold the socket too, and as long as one of
+//! them does, the kernel completes connections that no process will accept. shutdown(2) acts on the
+//! socket itself, for all holders. Its effect depends on the family (Linux):
 //!
-//! - Unix: new connections are refused from that moment on; what is queued can still be accepted.
-//! - TCP: new connections are refused, and what is queued is reset. So new connections are first held off by a socket filter
-//!   that drops SYN segments (the client's kernel sends its SYN again after a second), until the queue is empty.
+//! - Unix: new connections are refused from that moment on; queued connections can still be
+//!   accepted.
+//! - TCP: new connections are refused, and queued connections are reset. So a socket filter that
+//!   drops SYN segments first holds off new connections until the queue is empty (the client's
+//!   kernel sends its SYN again after a second).
 //!
-//! After that a non-blocking `accept` gives EINVAL over TCP, and EAGAIN over a Unix socket, which polls as readable for ever;
-//! one that blocks returns with EINVAL on both.
+//! After that a non-blocking `accept` returns EINVAL over TCP, and EAGAIN on a Unix socket, which
+//! polls as readable forever; a blocking `accept` returns EINVAL on both.
 //!
-//! Sockets that were passed to this server (systemd, fd:N) belong to others too, and are never closed in this way.
+//! Sockets that were passed to this server (systemd, fd:N) belong to other processes too, and are
+//! never closed in this way.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -24,11 +27,11 @@ use super::{Family, Listener};
 use crate::config::address::Address;
 use crate::sys;
 
-/// How long the queue may take to empty where new connections cannot be held off.
+/// How long the queue may take to empty if new connections cannot be held off.
 const UNFILTERED: Duration = Duration::from_millis(200);
 
 impl Listener {
-    /// Whether this server bound the socket itself, so that nobody else has a use for it.
+    /// Whether this server bound the socket itself, so that no other process needs it.
     pub(crate) fn is_own(&self) -> bool {
         match self.bind.address {
             Address::Tcp(_) | Address::Path(_) | Address::Abstract(_) => true,
@@ -36,12 +39,14 @@ impl Listener {
         }
     }
 
-    /// Whether its name is in use for as long as anybody holds the socket.
+    /// Whether the socket has an abstract name, which is in use as long as any process holds the
+    /// socket.
     pub(crate) fn is_abstract(&self) -> bool {
         self.is_own() && matches!(self.address, Address::Abstract(_))
     }
 
-    /// Lets no further connection into the queue; what is queued can still be accepted. False if that cannot be had.
+    /// Keeps new connections out of the queue; queued connections can still be accepted. Returns
+    /// false if this is not possible.
     pub(crate) fn hold_off(&self) -> bool {
         match self.family {
             Family::Tcp => sys::drop_syn_segments(self.as_fd()).is_ok(),
@@ -52,21 +57,22 @@ impl Listener {
         }
     }
 
-    /// Refuses connections from now on. Over TCP what is queued is reset.
+    /// Refuses new connections from now on. Over TCP, queued connections are reset.
     pub(crate) fn refuse(&self) {
         self.shut();
     }
 
     fn shut(&self) {
         match socket::shutdown(self.socket.as_raw_fd(), Shutdown::Read) {
-            // Not a socket: this process has given it up. Not connected: it was shut down before.
+            // Not a socket: this process has already given it up. Not connected: it was already
+            // shut down.
             Ok(()) | Err(Errno::ENOTSOCK | Errno::ENOTCONN | Errno::EBADF) => {}
             Err(errno) => log::warn!("cannot close bind={}: {}", self.bind, errno.desc()),
         }
     }
 
-    /// Has this process, and those that share its table of descriptors, hold the socket no longer. The number stays
-    /// open: it stands for `stand_in` from now on.
+    /// Closes the socket in this process, and in those that share its descriptor table. The
+    /// descriptor number stays open and refers to `stand_in` from now on.
     pub(crate) fn give_up(&self, stand_in: &OwnedFd) {
         if let Err(error) = sys::replace(self.socket.as_raw_fd(), stand_in) {
             log::warn!("cannot close bind={} here: {error}", self.bind);
@@ -74,41 +80,43 @@ impl Listener {
     }
 }
 
-/// Whether a socket listens, and was not shut down.
+/// Whether a socket listens and was not shut down.
 pub(crate) fn is_listening(socket: BorrowedFd<'_>) -> bool {
-    // A Unix socket that was shut down goes on to say that it accepts connections.
+    // A Unix socket that was shut down still reports that it accepts connections.
     let mut watched = [PollFd::new(socket, PollFlags::from_bits_retain(libc::POLLRDHUP))];
     let is_shut = poll(&mut watched, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
     !is_shut && socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false)
 }
 
-/// Listening sockets that are being closed: first no connection is added to their queues, then these empty, then they refuse.
+/// Listening sockets that are being closed: new connections are held off, then the queues empty,
+/// then connections are refused.
 #[derive(Debug)]
 pub(crate) struct Closing {
     open: Vec<Open>,
-    /// How long a socket whose queue is empty still listens.
+    /// How long a socket with an empty queue continues to listen.
     linger: Duration,
 }
 
-/// One that does not refuse yet.
+/// A socket that does not refuse connections yet.
 #[derive(Debug)]
 struct Open {
     index: usize,
-    /// How long its queue is waited for.
+    /// Limit of the wait for the queue to empty.
     until: Instant,
-    /// Set when that is over.
+    /// Set when the wait is over.
     refuses_at: Option<Instant>,
 }
 
 impl Closing {
-    /// Begins to close those of `listeners` that this server bound. Their queues have `patience` to empty. With `linger`, those who wait
-    /// in accept(2) are left in peace for so long after that: they are being asked to leave in another way.
+    /// Begins to close the `listeners` that this server bound. Their queues have `patience` to
+    /// empty. With `linger`, processes that block in accept(2) are left alone for that long
+    /// afterwards: they are asked to leave in another way.
     pub(crate) fn begin(listeners: &[Listener], patience: Duration, linger: Duration) -> Self {
         let now = Instant::now();
         let own = listeners.iter().enumerate().filter(|(_, listener)| listener.is_own());
         let open = own.map(|(index, listener)| {
             let is_held_off = match listener.address {
-                // Nobody finds it any more.
+                // Clients can no longer find the socket.
                 Address::Path(_) if !linger.is_zero() => {
                     listener.remove_file();
                     true
@@ -121,16 +129,17 @@ impl Closing {
         Self { open: open.collect(), linger }
     }
 
-    /// Nothing is waited for any more.
+    /// Ends all waits.
     pub(crate) fn hurry(&mut self, now: Instant) {
         self.linger = Duration::ZERO;
         for Open { until, refuses_at, .. } in &mut self.open {
             *until = now;
-            *refuses_at = refuses_at.map(|_| now); // what is left of its queue has been counted
+            *refuses_at = refuses_at.map(|_| now); // the rest of the queue has been counted
         }
     }
 
-    /// Closes each one whose queue is empty, as `queued` tells, or has had its time. Returns how many connections that costs.
+    /// Closes each socket whose queue is empty according to `queued`, or whose time is over.
+    /// Returns the number of lost connections.
     pub(crate) fn advance(&mut self, listeners: &[Listener], queued: impl Fn(&Listener) -> u32, now: Instant) -> u32 {
         let (mut lost, linger) = (0, self.linger);
         self.open.retain_mut(|Open { index, until, refuses_at }| {
@@ -151,12 +160,12 @@ impl Closing {
         lost
     }
 
-    /// Whether none of the queues is waited for.
+    /// Whether no queue is being waited for.
     pub(crate) fn is_dry(&self) -> bool {
         self.open.iter().all(|open| open.refuses_at.is_some())
     }
 
-    /// Whether all of them refuse connections.
+    /// Whether all sockets refuse connections.
     pub(crate) fn is_over(&self) -> bool {
         self.open.is_empty()
     }
@@ -197,10 +206,10 @@ mod tests {
             assert!(closing.is_over());
             assert_eq!(TcpStream::connect(&address).unwrap_err().kind(), ErrorKind::ConnectionRefused);
             assert!(!listeners[0].is_listening());
-            // Whoever holds the socket still does not keep the port.
+            // A process that still holds the socket does not keep the port in use.
             bind(&format!("http:{address}"));
             drop(elsewhere);
-            // What was accepted works, the filter that it may have inherited notwithstanding.
+            // An accepted connection works, even if it inherited the filter.
             let mut accepted = TcpStream::from(socket);
             accepted.set_nonblocking(false).unwrap();
             accepted.write_all(b"hello").unwrap();
@@ -250,7 +259,7 @@ mod tests {
         let listener = bind(&text);
         let (stand_in, _other) = nix::unistd::pipe().unwrap();
         listener.give_up(&stand_in);
-        listener.refuse(); // it is nobody's
+        listener.refuse(); // this process has given the socket up
         bind(&text);
     }
 }

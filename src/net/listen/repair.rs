@@ -1,10 +1,12 @@
-//! A listening socket that others hold too can be damaged by them: it is the standard input of programs, and of whatever these
-//! start. `O_NONBLOCK` and shutdown(2) are properties of the socket, and not of a descriptor. Here is seen what was done to it,
-//! and undone.
+//! Detects and repairs damage that other processes do to a listening socket. They hold it too: it
+//! is the standard input of programs and of their children. `O_NONBLOCK` and shutdown(2) are
+//! properties of the socket, not of a descriptor.
 //!
-//! A socket that was shut down for reading listens no more. Over TCP, listen(2) makes it listen again, on another port if it was bound
-//! to any; a Unix socket never listens again. So what this server has bound is bound anew, and the new socket takes the
-//! descriptor of the old one; only what was passed to the server is made to listen again where that is possible.
+//! A socket that was shut down for reading no longer listens. Over TCP, listen(2) makes it listen
+//! again, but on another port if it was bound to any port; a Unix socket never listens again. So
+//! sockets that this server bound are bound anew, and the new socket takes the descriptor of the
+//! old one. Only sockets that were passed to the server are made to listen again, where that is
+//! possible.
 
 use std::io;
 use std::net::SocketAddr;
@@ -20,34 +22,35 @@ use crate::config::address::Address;
 use crate::sys;
 
 impl Listener {
-    /// Whether connections can still come in by it.
+    /// Whether the socket can still receive connections.
     pub(crate) fn is_listening(&self) -> bool {
-        // Of a Unix socket that was shut down, SO_ACCEPTCONN still says that it listens.
+        // For a Unix socket that was shut down, SO_ACCEPTCONN still reports that it listens.
         let asked = PollFlags::from_bits_retain(libc::POLLRDHUP);
         let mut watched = [PollFd::new(self.as_fd(), asked)];
         let polled = poll(&mut watched, PollTimeout::ZERO);
-        // The library has no name for POLLRDHUP, and answers `None` when that is set.
+        // The library has no name for POLLRDHUP, and returns `None` if that bit is set.
         let is_over = polled.is_ok() && watched[0].revents().is_none_or(|events| events.contains(PollFlags::POLLHUP));
         socket::getsockopt(&self.socket, sockopt::AcceptConn).unwrap_or(false) && !is_over
     }
 
-    /// Whether accept(2) waits for a connection. True if that cannot be found out.
+    /// Whether accept(2) blocks. True if this cannot be determined.
     pub(crate) fn is_blocking(&self) -> bool {
         is_blocking(&self.socket).unwrap_or(true)
     }
 
-    /// Has accept(2) wait for connections again.
+    /// Makes accept(2) block again.
     ///
     /// # Errors
-    /// What `fcntl(2)` says.
+    /// An error of `fcntl(2)`.
     pub(crate) fn make_blocking(&self) -> io::Result<()> {
         set_blocking(&self.socket, true)
     }
 
-    /// Listens again, after somebody has shut the socket down. `blocking` as in [`Listener::bind`].
+    /// Listens again after another process has shut the socket down. `blocking` as in
+    /// [`Listener::bind`].
     ///
     /// # Errors
-    /// A sentence for the operator.
+    /// A message for the operator.
     pub(crate) fn repair(&self, config: &Config, blocking: bool) -> Result<(), String> {
         let backlog = config.backlog;
         let socket = match (&self.bind.address, &self.address) {
@@ -79,7 +82,8 @@ impl Listener {
         self.take_place(&socket, blocking)
     }
 
-    /// The name is free when the last holder of the old socket is gone, and this process is one.
+    /// The name becomes free when the last holder of the old socket releases it; this process is
+    /// one of the holders.
     fn bind_abstract_again(&self, name: &str, backlog: u32, blocking: bool) -> Result<(), String> {
         let address = UnixAddr::new_abstract(name.as_bytes()).map_err(|errno| errno.desc().to_owned())?;
         self.take_place(&new_socket(AddressFamily::Unix, SockType::Stream)?, blocking)?;
@@ -95,11 +99,12 @@ impl Listener {
         taken.map_err(|error| error.to_string())
     }
 
-    /// At the end of the server: nobody listens at this socket any more, whoever holds it, so that its address is free and
-    /// clients are refused. Not if it was passed to this server: then it is not the server's to end.
+    /// Stops listening at the end of the server, whichever process holds the socket, so that its
+    /// address is free and clients are refused. Does nothing to a socket that was passed to this
+    /// server, because it belongs to other processes too.
     pub(crate) fn stop_listening(&self) {
         if !matches!(self.bind.address, Address::Inherited(_) | Address::Systemd(_)) {
-            let _ = socket::shutdown(self.socket.as_raw_fd(), Shutdown::Both); // it may be so already
+            let _ = socket::shutdown(self.socket.as_raw_fd(), Shutdown::Both); // the socket may be shut down already
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The file of a Unix socket: made with its permissions, in the place of one that a dead program left and of no other,
-//! and removed only if it is still ours.
+//! Manages the file of a Unix socket: creates it with its permissions, replaces only a file that a
+//! dead program left, and removes it only if it is still this server's.
 
 use std::fs::Metadata;
 use std::io;
@@ -19,18 +19,18 @@ use crate::privileges;
 use crate::sys::file_path::{self, Links, examine_directory};
 use crate::sys::lock_file::LockFile;
 
-/// A socket with a file, and the file's device and inode.
+/// A socket, with its file's device and inode.
 pub(crate) type SocketAndFile = (OwnedFd, Option<(u64, u64)>);
 
-/// A socket for datagrams with a file. `flag` is the one that chose the path.
+/// Binds a datagram socket to a path. `flag` names the setting of the path.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// A message for the operator.
 pub(crate) fn bind_datagrams(path: &Path, mode: u32, flag: &str) -> Result<SocketAndFile, String> {
     bind_file(path, None, Some(mode), flag)
 }
 
-/// A listening socket; without `backlog`, one for datagrams.
+/// Binds a listening socket to a path; without `backlog`, a datagram socket.
 pub(super) fn bind_file(
     path: &Path,
     backlog: Option<u32>,
@@ -39,12 +39,13 @@ pub(super) fn bind_file(
 ) -> Result<SocketAndFile, String> {
     let address = UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
     file_path::examine(path, Links::Keep, flag)?;
-    // Until it listens, the new one looks like what a dead program left.
+    // Until it listens, the new socket looks like one that a dead program left.
     let _turn = LockFile::beside(path);
     clear_stale(path, flag)?;
     let kind = if backlog.is_some() { SockType::Stream } else { SockType::Datagram };
     let socket = new_socket(AddressFamily::Unix, kind)?;
-    // The file is born with its permissions: nobody can connect between a bind and a chmod.
+    // The file is created with its permissions, so no client can connect between a bind and a
+    // chmod.
     let before = mode.map(|mode| umask(Mode::from_bits_truncate(0o777 & !mode)));
     let bound = socket::bind(socket.as_raw_fd(), &address);
     if let Some(before) = before {
@@ -56,7 +57,7 @@ pub(super) fn bind_file(
     Ok((socket, file))
 }
 
-/// Removes the socket file of a program that is gone; refuses if somebody listens there.
+/// Removes the socket file of a program that has ended; refuses if a program listens there.
 fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
     refuse_others(&metadata, flag)?;
@@ -66,7 +67,7 @@ fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
         Err(Errno::EACCES) => Err(format!(
             "permission denied for the socket that is there (run as its owner, or choose another path with {flag})"
         )),
-        // A full queue (EAGAIN) is a live listener too.
+        // A full queue (EAGAIN) means a live listener too.
         Ok(_) | Err(_) => {
             Err(format!("another program is listening there (stop that one, or choose another path with {flag})"))
         }
@@ -81,12 +82,12 @@ fn refuse_others(found: &Metadata, flag: &str) -> Result<(), String> {
     Err(format!("the file there is not a socket{what} (move it away, or choose another path with {flag})"))
 }
 
-/// Whether that is the socket file of a program that is gone.
+/// Whether this is the socket file of a program that has ended.
 pub(crate) fn is_stale(path: &Path) -> bool {
     probe(path) == Err(Errno::ECONNREFUSED)
 }
 
-/// Connects, without waiting for a place in a full queue (that is EAGAIN).
+/// Connects without waiting for room in a full queue (which is EAGAIN).
 pub(super) fn probe(path: &Path) -> Result<(), Errno> {
     let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket::socket(AddressFamily::Unix, SockType::Stream, kind, None)?;
@@ -99,7 +100,8 @@ fn too_long(path: &Path, flag: &str) -> String {
 }
 
 /// # Errors
-/// A sentence for the operator, if no Unix socket can have this path; `flag` is the one that chose it.
+/// A message for the operator, if no Unix socket can have this path; `flag` names the setting of
+/// the path.
 pub(crate) fn examine_length(path: &Path, flag: &str) -> Result<(), String> {
     UnixAddr::new(path).map(drop).map_err(|_| too_long(path, flag))
 }
@@ -114,18 +116,18 @@ fn explain_path(errno: Errno, flag: &str) -> String {
     }
 }
 
-/// Gives a socket file to `owner`, if it is still `ours`.
+/// Gives a socket file to `owner` if it is still `ours`.
 ///
 /// # Errors
-/// What the system says.
+/// If the file was replaced, or a system call fails.
 pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> io::Result<()> {
     give_socket_file_of(path, ours, nix::unistd::geteuid(), owner)
 }
 
-/// The same, of one that was given to `from` before.
+/// Like [`give_socket_file`], for a file that was given to `from` before.
 ///
 /// # Errors
-/// What the system says.
+/// If the file was replaced, or a system call fails.
 pub(crate) fn give_socket_file_of(path: &Path, ours: (u64, u64), from: Uid, owner: Owner) -> io::Result<()> {
     let file = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
     let found = fstat(&file)?;
@@ -133,7 +135,7 @@ pub(crate) fn give_socket_file_of(path: &Path, ours: (u64, u64), from: Uid, owne
     if same { privileges::give_of(file.as_fd(), from, owner) } else { Err(io::Error::other("it was replaced")) }
 }
 
-/// Removes a socket file, if it is still this one.
+/// Removes a socket file if it is still this file.
 pub(crate) fn remove_own(path: &Path, file: Option<(u64, u64)>) {
     if file.is_some()
         && file_identity(path) == file
@@ -148,10 +150,11 @@ fn file_identity(path: &Path) -> Option<(u64, u64)> {
     Some((metadata.dev(), metadata.ino()))
 }
 
-/// The same for the file of a socket; `flag` is the one that chose the path.
+/// Checks a path as far as possible without creating a socket there. Returns a note if a program
+/// listens there now. `flag` names the setting of the path.
 ///
 /// # Errors
-/// As above.
+/// A message for the operator.
 pub(crate) fn examine_path(path: &Path, flag: &str) -> Result<Option<String>, String> {
     UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
     let Some(found) = file_path::examine(path, Links::Keep, flag)? else { return Ok(None) };
