@@ -1,4 +1,5 @@
-//! From a command line to a running master: what [`crate::run`] and the `forkyard` command have in common.
+//! Turns a command line into a running master: the common part of [`crate::run`] and the `forkyard`
+//! command.
 
 use std::cell::RefCell;
 use std::error::Error;
@@ -40,9 +41,9 @@ use crate::upgrade::{StartCommand, Takeover};
 use crate::{control, logging, sys, worker};
 
 type BoxError = Box<dyn Error + Send + Sync>;
-/// Answers one CGI request, to this descriptor.
+/// Answers one CGI request and writes the response to the descriptor.
 type CgiMain = Box<dyn Fn(&Config, Segment, OwnedFd) -> Result<(), BoxError>>;
-/// Reads the command line, with the configuration file.
+/// Reads the command line and the configuration file.
 type Parse = Box<dyn Fn() -> Result<Invocation, clap::Error>>;
 type Preload = Box<dyn FnOnce() -> Result<(), BoxError>>;
 
@@ -220,13 +221,14 @@ impl Builder {
 
     /// Reads this program's command line and serves until it is asked to stop.
     ///
-    /// If a web server has started the program as a CGI program, it answers that one request in this process instead.
+    /// If a web server has started the program as a CGI program, it answers only that request, in this process.
     ///
     /// Returns 0 if it was asked to stop or has answered the CGI request, 1 after a failure, and 2 if the command line
     /// is invalid. Error messages go to standard error.
     pub fn run(self) -> ExitCode {
         let begun = Instant::now();
-        // From here on a signal waits until it is known what it means, and is not lost to process 1, whom the kernel spares.
+        // From here on a signal is blocked until its meaning is set up: if this were process 1, the
+        // kernel would discard it.
         let mask = sys::block_signals();
         let Self { worker, cgi, preload, hooks, identity } = self;
         let arguments = cgi_invocation::trusted(std::env::args_os().collect());
@@ -245,7 +247,7 @@ impl Builder {
 #[must_use]
 pub fn command_line() -> ExitCode {
     let begun = Instant::now();
-    let mask = sys::block_signals(); // as above
+    let mask = sys::block_signals(); // for the same reason as in `Builder::run`
     let parse: Parse = Box::new(|| cli::parse_forkyard(&std::env::args_os().collect::<Vec<_>>()));
     finish(parse(), &mask, |request| {
         let command = request.program.as_ref().ok_or("no COMMAND")?;
@@ -271,7 +273,7 @@ fn finish(
         }
         Ok(Invocation::Task(task)) => return perform(&task),
         Err(error) => {
-            // --help and --version come this way too, with status 0.
+            // --help and --version arrive here too, with status 0.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
@@ -296,7 +298,7 @@ fn finish(
     }
 }
 
-/// Says what stands in the way of serving.
+/// Reports the problems that would prevent serving.
 fn check(request: &Request, mistakes: Vec<String>) -> ExitCode {
     let Findings { errors, warnings } = cli::check::examine(request, mistakes);
     errors.iter().for_each(|line| banner::report(Level::Error, line));
@@ -307,7 +309,7 @@ fn check(request: &Request, mistakes: Vec<String>) -> ExitCode {
     perform(&Task::Print(b"configuration is fine\n".to_vec()))
 }
 
-/// Does what serves nothing.
+/// Performs a task that does not serve.
 fn perform(task: &Task) -> ExitCode {
     use std::io::Write as _;
     let done = match task {
@@ -323,7 +325,8 @@ fn perform(task: &Task) -> ExitCode {
     }
 }
 
-/// What reads the configuration file of a running master anew, by reading the command line anew.
+/// Returns a function that rereads the configuration file of a running master, by parsing the
+/// command line again.
 fn reread(running: &Config, parse: Parse) -> Reread {
     if running.control.file.is_none() {
         return Box::new(|_| Ok(None));
@@ -341,8 +344,8 @@ fn reread(running: &Config, parse: Parse) -> Reread {
     })
 }
 
-/// bind, map, preload, fork, supervise; or, if a running master asks whether this build could take its place, what comes
-/// before the first fork.
+/// Binds, maps, preloads, forks and supervises. If a running master checks whether this build can
+/// replace it, does only the steps before the first fork.
 fn serve(
     request: Request,
     launch: Launch,
@@ -360,7 +363,7 @@ fn serve(
         takeover.as_ref().map_or_else(StartCommand::record, |left| Ok(left.saved.start_command.clone()))?;
     let log_files = Arc::new(LogFiles::open(&config.logs)?);
     let blocking = matches!(launch, Launch::Program(_));
-    // Before anything is made: what cannot be is found out at once.
+    // Before anything is created, so that an impossible setting fails at once.
     Privileges::resolve(&config.privileges, blocking)?;
     limits::check(&config, blocking)?;
     master::check_sidecars(&config)?;
@@ -375,7 +378,8 @@ fn serve(
             memory::open(&config, takeover.as_mut())
         })
         .and_then(|segment| {
-            // What the workers of a former master serve is finished, whatever comes: that is for the loop to see to.
+            // A signal must not end this process after a takeover: the event loop lets the former
+            // master's workers finish their requests.
             let may_end = takeover.as_ref().is_none_or(|left| left.check);
             let made = || leftovers(&listeners, pid_file.as_ref(), control.as_ref(), publish.as_ref());
             Ok((segment, run_preload(preload, may_end.then(made))?))
@@ -384,7 +388,7 @@ fn serve(
     let is_check = takeover.as_ref().is_some_and(|left| left.check);
     let asked_to_end = signals.asks_for_end();
     if is_check || (asked_to_end && takeover.is_none()) {
-        // The running master has the others still.
+        // The running master still uses the adopted sockets.
         listeners.iter().filter(|listener| !listener.is_adopted()).for_each(Listener::remove_file);
         pid_file.into_iter().for_each(PidFile::remove);
         return outcome.and_then(|(segment, _)| end_early(segment, is_check, asked_to_end));
@@ -419,16 +423,17 @@ fn serve(
     });
     listeners.iter().for_each(Listener::remove_file);
     pid_file.into_iter().for_each(PidFile::remove);
-    // Who waits at the control socket for our end is told by this, and finds nothing of us.
+    // Dropping the control socket notifies clients that wait for this master's end. By then all its
+    // files are gone.
     let (ended, control) = outcome?;
     drop(control);
     Ok(ended)
 }
 
-/// Opens the log, unless its file is one that another setting names.
+/// Opens the log, unless another setting names the same file.
 fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
-    // A file that may not grow is an error of whoever writes it, as a full disk is. A handler that does nothing, and not
-    // `SIG_IGN`, which programs would inherit.
+    // Makes a write above the file size limit fail like a write to a full disk. A handler that does
+    // nothing, because programs would inherit `SIG_IGN`.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     if !conflicts.iter().any(|conflict| conflict.flags.contains(&"--log-file")) {
         logging::start(&config.logs)?;
@@ -436,7 +441,8 @@ fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
     if conflicts.is_empty() { Ok(()) } else { Err(Conflict::join(conflicts).into()) }
 }
 
-/// The end of a start that is to serve nothing: this build was to show that it could, or was asked to stop.
+/// Ends a start that must not serve: it was a check of this build, or the process was asked to
+/// stop.
 fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<End, BoxError> {
     match (is_check, asked_to_end) {
         (true, true) => return Err("it was asked to stop".into()),
@@ -457,7 +463,7 @@ fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
     banner::show(config, listeners, program.as_deref());
 }
 
-/// The files that the start has made.
+/// The files that the start has created.
 fn leftovers(
     listeners: &[Listener],
     pid_file: Option<&PidFile>,
@@ -478,9 +484,9 @@ fn leftovers(
     sockets.chain(control).chain(publish).chain(pid_file).collect()
 }
 
-/// The one request of a CGI call.
+/// Answers the request of a CGI process.
 fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<End, BoxError> {
-    // Before any code of the application: what it prints must not get in front of the response.
+    // Before any code of the application runs: its output must not precede the response.
     let output = cgi_invocation::take_output().map_err(|error| format!("standard output cannot be used: {error}"))?;
     start_log(config, &conflicts::find_among_files(config))?;
     if let Some(preload) = preload {
@@ -494,8 +500,8 @@ fn cannot_preload(error: BoxError) -> BoxError {
     format!("the application cannot preload: {error}").into()
 }
 
-/// The cache of a CGI call: the one in the file, which it shares with other calls and with a server. A page without the
-/// cache is better than none.
+/// The cache of a CGI process: the file's, shared with other CGI processes and with a
+/// server. If the file cannot be used, the request is answered without a shared cache.
 fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     let CacheConfig { bytes, file, .. } = &config.cache;
     if let Some(path) = file.as_ref().filter(|_| *bytes > 0) {
@@ -507,8 +513,8 @@ fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     Ok(Segment::create(&Plan { rows: 1, ..Plan::default() })?)
 }
 
-/// Runs the application's preload, and returns the descriptors that it left open. A signal that asks for the end may end the process
-/// meanwhile, if these are the leftovers.
+/// Runs the application's preload, and returns the descriptors that it left open. If `leftovers`
+/// are given, a termination signal may end the process during the preload and remove these files.
 fn run_preload(preload: Option<Preload>, leftovers: Option<Vec<Leftover>>) -> Result<Vec<RawFd>, BoxError> {
     let Some(preload) = preload else { return Ok(Vec::new()) };
     let before = sys::open_descriptors()?;

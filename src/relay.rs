@@ -1,15 +1,17 @@
-//! The relay: a process beside the workers that publishes what comes as datagrams, since the master may not.
+//! Runs the relay: a process alongside the workers that publishes events received as datagrams,
+//! because the master must not.
 //!
 //! ```text
 //! programs ── datagrams ──▶ the publish socket ──▶ relay ──▶ the event log
 //! ```
 //!
-//! Whatever it has not taken out of the socket waits there, should it die: so at most the datagram that it was at is lost,
-//! and none comes twice. It takes one at a time for that reason. It ends when the lifeline does, after those that it can
-//! publish at once: at the end of the master, and when the master becomes another build.
+//! The relay takes one datagram at a time, so that the others stay in the socket if it dies: at
+//! most the current datagram is lost, and none is published twice. The relay ends with its
+//! lifeline, after it has published the datagrams that it can publish at once: when the master
+//! ends, and when a new build replaces the master.
 //!
-//! It says on standard error what it has to say, which the master logs. It may not: write logs by itself, which are not
-//! reopened here; know the master or the workers.
+//! The relay reports on standard error, which the master logs. It must not write to log files
+//! itself, because they are not reopened here, and must not depend on the master or the workers.
 
 mod complaints;
 mod datagram;
@@ -27,17 +29,18 @@ use nix::sys::socket::{MsgFlags, recvmsg};
 use self::complaints::Complaints;
 use self::datagram::Datagram;
 
-/// What it says first.
+/// The first line that the relay writes.
 pub(crate) const READY: &str = "ready";
-/// Bytes of a datagram beside the event's: its topic, and two line ends.
+/// Bytes of a datagram in addition to the event's: its topic, and two line ends.
 const FRAME: usize = 128 + 2;
-/// Datagrams between two looks at the lifeline.
+/// Number of datagrams between two checks of the lifeline.
 const BATCH: usize = 64;
-/// How long the log is waited for if somebody holds it, and how often it is tried.
+/// How long the relay waits for the log while other processes hold its lock, and the interval of
+/// the attempts.
 const PATIENCE: Duration = Duration::from_secs(5);
 const NAP: Duration = Duration::from_millis(10);
 
-/// Publishes what comes to `socket` until `lifeline` ends. Returns the exit status.
+/// Publishes the datagrams from `socket` until `lifeline` ends. Returns the exit status.
 pub(crate) fn run(socket: BorrowedFd<'_>, lifeline: BorrowedFd<'_>, segment: &Segment) -> u8 {
     let events = segment.events();
     let most = usize::try_from(events.max_event()).unwrap_or(usize::MAX).saturating_add(FRAME);
@@ -65,11 +68,11 @@ struct Relay<'a> {
     events: Events,
     begun: Instant,
     complaints: Complaints,
-    /// None after it was of no avail, until something can be published again.
+    /// Zero after a wait in vain, until an event can be published again.
     patience: Duration,
 }
 
-/// What was in the socket.
+/// The content of the socket.
 enum Taken {
     Nothing,
     Whole(usize),
@@ -91,7 +94,7 @@ impl Relay<'_> {
                     Taken::TooLong => self.complaints.add(PublishError::TooLong { most: self.events.max_event() }),
                     Taken::Whole(count) => {
                         if self.publish(&buffer[..count])?.is_break() {
-                            return Ok(()); // what still waits is for the next relay
+                            return Ok(()); // the next relay takes the waiting datagrams
                         }
                     }
                 }
@@ -102,7 +105,7 @@ impl Relay<'_> {
         }
     }
 
-    /// Breaks off if the lifeline ends while others hold the log.
+    /// Breaks if the lifeline ends while other processes hold the log's lock.
     fn publish(&mut self, bytes: &[u8]) -> io::Result<ControlFlow<()>> {
         let Datagram { topic, name, data } = match Datagram::parse(bytes) {
             Ok(datagram) => datagram,
@@ -116,7 +119,7 @@ impl Relay<'_> {
             match self.events.publish(topic, name, data) {
                 Ok(_) => self.patience = PATIENCE,
                 Err(PublishError::Busy) if begun.elapsed() < self.patience => {
-                    // The senders wait meanwhile.
+                    // Meanwhile the senders wait.
                     if wait(self.lifeline, None, Some(NAP))? {
                         return Ok(ControlFlow::Break(()));
                     }
@@ -134,7 +137,7 @@ impl Relay<'_> {
     }
 }
 
-/// Waits for the socket, and for no longer than `longest`. Returns whether the lifeline has ended.
+/// Waits for the socket, at most for `longest`. Returns whether the lifeline has ended.
 fn wait(lifeline: BorrowedFd<'_>, socket: Option<BorrowedFd<'_>>, longest: Option<Duration>) -> io::Result<bool> {
     let timeout = longest.map_or(PollTimeout::NONE, |longest| {
         PollTimeout::try_from(longest.as_millis() + 1).unwrap_or(PollTimeout::MAX)
@@ -148,7 +151,7 @@ fn wait(lifeline: BorrowedFd<'_>, socket: Option<BorrowedFd<'_>>, longest: Optio
     }
 }
 
-/// Takes a datagram out of the socket.
+/// Takes a datagram from the socket.
 fn take(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Taken> {
     let received = recvmsg::<()>(socket.as_raw_fd(), &mut [IoSliceMut::new(buffer)], None, MsgFlags::MSG_DONTWAIT)
         .map(|message| (message.bytes, message.flags));
@@ -160,7 +163,7 @@ fn take(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Taken> {
     }
 }
 
-/// Says a line to the master; if nobody listens, to nobody.
+/// Writes a line to the master. An error is ignored.
 pub(crate) fn say(line: &str) {
     let _ = nix::unistd::write(io::stderr().as_fd(), format!("{line}\n").as_bytes());
 }

@@ -1,4 +1,4 @@
-//! CGI variables as a request, and the head of a response as CGI writes it.
+//! Checks CGI variables as requests, and response heads in CGI form.
 
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -8,12 +8,13 @@ use super::Dice;
 use crate::protocol::cgi::{self, ClientInfo};
 use crate::protocol::params::Params;
 
-/// Takes strings for variables, each ended by a NUL, and makes a request of them.
+/// Reads the bytes as variables, strings that each end in a NUL, and creates a request from them.
 ///
 /// # Panics
-/// If the request holds what a client must not decide, what a header cannot be, or another path or length than was said.
+/// If the request has a header that a client must not set, an invalid header, or a different path
+/// or length than the variables.
 pub fn cgi_request(data: &[u8]) {
-    // Any bytes are pairs, with one NUL or two behind them.
+    // Any bytes are pairs, with one or two NULs appended.
     let mut raw = Vec::with_capacity(data.len() + 2);
     raw.extend_from_slice(data);
     raw.push(0);
@@ -39,14 +40,14 @@ pub fn cgi_request(data: &[u8]) {
     check_uri(&said, &request);
 }
 
-/// The length of the body: what the last CONTENT_LENGTH says that is a number or empty.
+/// The length of the body: the last CONTENT_LENGTH that is a number or empty.
 fn announced(said: &Params) -> Option<u64> {
     let values = said.iter().filter(|(name, _)| *name == b"CONTENT_LENGTH").map(|(_, value)| value);
     let last = values.filter(|value| value.iter().all(u8::is_ascii_digit)).last()?;
     std::str::from_utf8(last).ok()?.parse().ok()
 }
 
-/// Each header was said by a variable, and its value is one that was said.
+/// Checks that each header comes from a variable, with the value of that variable.
 fn check_headers(said: &Params, headers: &HeaderMap) {
     let is = |variable: &[u8], name: &[u8]| {
         let dashed = |byte: u8| if byte == b'_' { b'-' } else { byte.to_ascii_lowercase() };
@@ -65,7 +66,7 @@ fn check_headers(said: &Params, headers: &HeaderMap) {
     }
 }
 
-/// The URI is that of REQUEST_URI, or leads to the path that was said without it.
+/// Checks that the URI is REQUEST_URI, or without it, has the path of the other variables.
 fn check_uri(said: &Params, request: &Request<Option<u64>>) {
     let uri = request.uri().to_string();
     assert!(uri.bytes().all(|byte| byte > b' ' && byte != 0x7f), "{uri:?}");
@@ -76,7 +77,7 @@ fn check_uri(said: &Params, request: &Request<Option<u64>>) {
             let slash: &[u8] = if path.starts_with(b"/") { b"" } else { b"/" };
             assert_eq!(decoded(request.uri().path().as_bytes()), [slash, &path].concat());
         }
-        // An absolute URI may be written differently; a fragment is not a server's to see.
+        // An absolute URI may be written differently; a fragment is not sent to a server.
         original if original.starts_with(b"/") && !original.contains(&b'#') => {
             assert_eq!(decoded(uri.as_bytes()), decoded(original));
         }
@@ -84,7 +85,7 @@ fn check_uri(said: &Params, request: &Request<Option<u64>>) {
     }
 }
 
-/// Percent-decoding, of what is encoded rightly.
+/// Decodes valid percent-encoding.
 fn decoded(mut text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
@@ -104,7 +105,7 @@ fn is_field(value: &[u8]) -> bool {
     value.iter().all(|&byte| byte == b'\t' || byte >= b' ' && byte != 0x7f)
 }
 
-/// Names whose headers a web server takes in a way of its own, or that are left out.
+/// Headers that a web server handles in a special way, or that are left out.
 const SPECIAL: [&str; 17] = [
     "status",
     "location",
@@ -125,10 +126,11 @@ const SPECIAL: [&str; 17] = [
     "x-status",
 ];
 
-/// Writes the head of a response that the bytes choose, and reads it as a web server does.
+/// Writes the head of a response chosen by the bytes, and reads it like a web server.
 ///
 /// # Panics
-/// If a line is broken, if there is not exactly one status, or if the headers are others than were given.
+/// If a line is broken, if there is not exactly one status, or if the headers differ from the
+/// input.
 pub fn cgi_response(data: &[u8]) {
     let mut dice = Dice(data);
     let Ok(status) = StatusCode::from_u16(100 + u16::from(dice.byte()) * 7 / 2) else { return };
@@ -177,7 +179,8 @@ pub fn cgi_response(data: &[u8]) {
     assert_eq!(rest, b"\r\n", "an empty line, and no more");
 }
 
-/// Whether a header is about one connection: it is known to be, or a Connection header names it (RFC 9110, section 7.6.1).
+/// Whether a header concerns a single connection: it is known to, or a Connection header names it
+/// (RFC 9110, section 7.6.1).
 fn is_of_connection(name: &HeaderName, headers: &HeaderMap) -> bool {
     const KNOWN: [&str; 7] =
         ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];

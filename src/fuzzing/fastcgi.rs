@@ -1,4 +1,4 @@
-//! Any bytes as what a FastCGI connection receives.
+//! Checks the FastCGI decoder with arbitrary input.
 
 use bytes::{Buf as _, BytesMut};
 
@@ -6,23 +6,23 @@ use super::Pieces;
 use crate::protocol::fastcgi::{Decoder, Error, Event, Fault, HEADER, RequestId};
 use crate::protocol::role::Role;
 
-/// Small, so that requests soon run into them.
+/// Small, so that requests soon reach the limits.
 const MAX_PARAMS: usize = 256;
 const MAX_REQUESTS: usize = 3;
 
-/// Decodes any bytes at once and in pieces.
+/// Decodes arbitrary bytes at once and in pieces.
 ///
 /// # Panics
-/// If requests, bodies, replies or the error differ, if events come in an order that makes no sense, if a reply is not
-/// made of records, or if more is held than the limits allow.
+/// If the requests, bodies, replies or the error differ, if events are in an invalid order, if a
+/// reply does not consist of records, or if the decoder holds more than the limits allow.
 pub fn fastcgi(data: &[u8]) {
     let whole = Connection::receive(data, None);
     let cut = Connection::receive(data, Some(Pieces::of(data)));
     assert_eq!(whole, cut, "at once, and in pieces");
 }
 
-/// What came, in two parts that can be compared at small cost: of each event what it is, and how much it brought.
-/// Adjacent pieces of a stream are one.
+/// The events in two parts that are cheap to compare: the kind and length of each event, and the
+/// content. Adjacent pieces of a stream are joined.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Transcript {
     lines: Vec<Line>,
@@ -65,13 +65,13 @@ impl Transcript {
     }
 }
 
-/// A request that was announced and is not finished, as the events have it.
+/// A request that has begun and is not finished, according to the events.
 #[derive(Clone, Copy, Debug)]
 struct Exchange {
     id: RequestId,
     stdin: bool,
     data: bool,
-    /// It was refused or aborted: nothing more comes.
+    /// The request was refused or aborted: no further event is allowed.
     over: bool,
 }
 
@@ -79,7 +79,7 @@ struct Connection {
     decoder: Decoder,
     input: BytesMut,
     exchanges: Vec<Exchange>,
-    /// The decoder said that this request has no body, so its end comes next.
+    /// According to the decoder this request has no body, so its end must come next.
     bodiless: Option<RequestId>,
     transcript: Transcript,
 }
@@ -116,7 +116,7 @@ impl Connection {
                 self.check_limits();
             }
             self.check_limits();
-            // Whole records are waited for only of two kinds, and one of them has 16 bytes.
+            // The decoder waits for whole records of two types only, and one of them has 16 bytes.
             let get_values = self.input.get(1) == Some(&9);
             let longest = HEADER + if get_values { usize::from(u16::MAX) } else { 8 };
             assert!(self.input.len() < longest, "{} bytes are left", self.input.len());
@@ -154,7 +154,7 @@ impl Connection {
             Event::Stdin { id, bytes } => {
                 assert!(!bytes.is_empty() && self.open(id).stdin, "{id}");
                 match self.answers_at_body(id) {
-                    // How much has come by then depends on the pieces.
+                    // The amount received by then depends on the pieces.
                     true => self.finish(id),
                     false => self.transcript.note(id, What::Stdin, &bytes),
                 }
@@ -190,7 +190,7 @@ impl Connection {
         }
     }
 
-    // The request's id says how the application behaves.
+    // The request id selects the behavior of the application.
 
     fn answers_early(&self, id: RequestId) -> bool {
         id % 8 == 2
@@ -233,7 +233,7 @@ impl Connection {
     }
 }
 
-/// A reply of the decoder's own is made of whole records of the three kinds it may send.
+/// Checks that a reply of the decoder consists of whole records of the three allowed types.
 fn check_records(mut bytes: &[u8]) {
     assert!(bytes.len() <= 128, "a reply does not grow with what was asked");
     while bytes.has_remaining() {

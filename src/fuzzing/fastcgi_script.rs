@@ -1,4 +1,5 @@
-//! Several requests at a time, sent by a web server that cuts its records as the fuzzer likes.
+//! Checks several concurrent requests from a web server that cuts its records as the fuzzer
+//! chooses.
 
 use bytes::BytesMut;
 
@@ -13,18 +14,18 @@ const STDIN: u8 = 5;
 const DATA: u8 = 8;
 const GET_VALUES: u8 = 9;
 
-/// Writes requests as records of all sizes, with padding, and with others' records in between, and decodes them in
-/// pieces; then writes responses, and reads them.
+/// Writes requests as records of all sizes, with padding and with unrelated records in between, and
+/// decodes them in pieces. Then writes responses and reads them.
 ///
 /// # Panics
-/// If what was sent does not come out.
+/// If the decoded requests or responses differ from the input.
 pub fn fastcgi_script(data: &[u8]) {
     let mut dice = Dice(data);
     let mut servers: Vec<Server<'_>> = Vec::with_capacity(3);
     for number in 1..=1 + dice.below(3) {
         servers.push(Server::new(number, &mut dice));
     }
-    // As much as the first one needs, or a byte less.
+    // As much as the first request needs, or one byte less.
     let max_params = match dice.below(4) {
         0 => servers[0].params.len(),
         1 => servers[0].params.len().saturating_sub(1),
@@ -37,7 +38,7 @@ pub fn fastcgi_script(data: &[u8]) {
     }
 }
 
-/// What one request is made of, how far it is written, and how far it has come out.
+/// The content of one request, its progress in writing, and its progress in decoding.
 struct Server<'a> {
     id: u16,
     role: Role,
@@ -46,7 +47,7 @@ struct Server<'a> {
     params: Vec<u8>,
     stdin: &'a [u8],
     data: &'a [u8],
-    /// Of the current stream.
+    /// Bytes written of the current stream.
     written: usize,
     next: Next,
     came: Came,
@@ -74,7 +75,7 @@ struct Came {
 impl<'a> Server<'a> {
     fn new(number: usize, dice: &mut Dice<'a>) -> Self {
         let role = [Role::Responder, Role::Authorizer, Role::Filter][dice.below(3)];
-        // No two are the same: they differ by what is left of a division by 4.
+        // All ids differ: their remainders modulo 4 do.
         let id = u16::try_from(number + 4 * dice.below(256) * 63).unwrap_or(1);
         let pairs: Vec<_> = (0..dice.below(8)).map(|_| (dice.bytes(), dice.bytes())).collect();
         let mut params = Vec::with_capacity(256);
@@ -104,7 +105,6 @@ impl<'a> Server<'a> {
         }
     }
 
-    /// Writes the next record.
     fn write(&mut self, wire: &mut Vec<u8>, dice: &mut Dice<'_>) {
         let (kind, stream, then) = match self.next {
             Next::Begin => {
@@ -113,7 +113,7 @@ impl<'a> Server<'a> {
                     Role::Authorizer => 2,
                     Role::Filter => 3,
                 };
-                // Flags beside that of the connection are to be ignored.
+                // The decoder must ignore all flags except KEEP_CONN.
                 let flags = u8::from(self.keep_connection) | dice.byte() & 0xfe;
                 record(wire, BEGIN_REQUEST, self.id, &[0, role, flags, 0, 0, 0, 0, 0], dice);
                 self.next = Next::Params;
@@ -137,7 +137,7 @@ impl<'a> Server<'a> {
         }
     }
 
-    /// Whether all of it came out, or its refusal.
+    /// Checks that the whole request was decoded, or refused.
     fn check(&self, max_params: usize) {
         let fits = self.params.len() <= max_params;
         let all = Came {
@@ -162,11 +162,12 @@ fn record(wire: &mut Vec<u8>, kind: u8, id: u16, content: &[u8], dice: &mut Dice
     wire.resize(wire.len() + usize::from(padding), 0xEE);
 }
 
-/// Writes all requests, each in order, and returns how many replies the records in between want.
+/// Writes all requests, each in order. Returns the bytes, and the number of replies that the
+/// records in between require.
 fn write(servers: &mut [Server<'_>], dice: &mut Dice<'_>) -> (Vec<u8>, usize) {
     let (mut wire, mut replies) = (Vec::with_capacity(1024), 0);
     loop {
-        // Nobody's request: its number is 0 after a division by 4, as is that of no other.
+        // Records of no request: ids of requests are never divisible by 4, as these are.
         let other = dice.below(16);
         replies += usize::from(matches!(other, 1 | 2));
         match other {
@@ -245,7 +246,6 @@ fn came(servers: &mut [Server<'_>], event: Event) {
     }
 }
 
-/// Writes a response and reads its records.
 fn respond(server: &Server<'_>, size: u8) {
     let (content, status) = ((usize::from(size) * 257).min(MAX_CONTENT), u32::from(size) << 20);
     let (mut head, mut end) = (BytesMut::new(), BytesMut::new());

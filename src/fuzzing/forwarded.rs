@@ -1,4 +1,4 @@
-//! What proxies say of a client, and what a client tries to say of itself.
+//! Checks the headers of proxies against forged headers of a client.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -9,11 +9,11 @@ use crate::protocol::forwarded::{Client, Family, client, remove};
 
 const PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 
-/// Takes the bytes for headers that a client sends. The proxy then writes behind them, and only what the proxy wrote
-/// counts; nothing is left of them for who is not trusted.
+/// Reads the bytes as headers sent by a client. The proxy then appends its own, and only these may
+/// count. For an untrusted peer, none of the headers may remain.
 ///
 /// # Panics
-/// If that does not hold.
+/// If a check fails.
 pub fn forwarded(data: &[u8]) {
     let mut dice = Dice(data);
     let (family, chain, same_line, sparse) = (dice.coin(2), dice.coin(3), dice.coin(2), dice.coin(4));
@@ -36,14 +36,15 @@ pub fn forwarded(data: &[u8]) {
     let said = client(&headers, family, is_trusted);
     assert!(said.host.is_none_or(|host| host.as_bytes().len() <= data.len()));
 
-    // The proxy's word, and that of a proxy behind it.
+    // The elements of the proxy, and of a second proxy after it.
     let words: &[(&'static str, &str, &str)] = match family {
         Family::X => &[
             ("x-forwarded-for", "192.0.2.7", "10.0.0.1"),
             ("x-forwarded-proto", "https", "http"),
             ("x-forwarded-host", "good.example", "inner.example"),
         ],
-        // Each element of this list is about one hop: what it leaves out, no other one says.
+        // Each element of this list describes one hop: no other element supplies what it leaves
+        // out.
         Family::Rfc7239 if sparse => &[("forwarded", "for=192.0.2.7", "for=10.0.0.1;proto=http;host=inner.example")],
         Family::Rfc7239 => &[(
             "forwarded",
@@ -72,7 +73,7 @@ pub fn forwarded(data: &[u8]) {
     assert!(headers.is_empty(), "nothing of it is a client's to say: {headers:?}");
 }
 
-/// Adds an element as proxies do: to the last line of that name, or in a line of its own.
+/// Appends an element as proxies do: to the last line with that name, or in a line of its own.
 fn append(headers: &mut HeaderMap, name: &'static str, element: &str, same_line: bool) {
     let name = HeaderName::from_static(name);
     if same_line && let Some(last) = headers.get_all(&name).iter().next_back() {

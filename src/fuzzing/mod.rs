@@ -1,10 +1,13 @@
-//! What must hold of the codecs whatever a peer sends. One function for each fuzz target takes any bytes and panics
-//! if something does not hold; `fuzz/` and `docs/fuzzing.md` tell how they are run.
+//! Checks the codecs with arbitrary input from a peer. Each fuzz target has one function that takes
+//! any bytes and panics if a property does not hold; `fuzz/` and `docs/fuzzing.md` document how to
+//! run them.
 //!
-//! They are here, and not in `fuzz/`, because they look into what is private, and so that `cargo test` runs them too.
-//! Nothing else may use them: the module is there for tests and `--cfg fuzzing` only.
+//! The functions are here, and not in `fuzz/`, because they use private items, and so that `cargo
+//! test` runs them too. No other code may use them: the module exists in tests and with `--cfg
+//! fuzzing` only.
 //!
-//! The expectations are written without the codecs' own helpers: what encodes or parses here is a second opinion.
+//! The expectations do not use the codecs' own helpers: the encoders and parsers here are
+//! independent implementations.
 
 mod cgi;
 mod fastcgi;
@@ -22,13 +25,13 @@ pub use params::params;
 pub use proxy::proxy;
 pub use scgi::{scgi, scgi_script};
 
-/// What is kept of a page in the cache's memory, which any process may have written; and what clients say about the
-/// page that they want (`Accept-Encoding`, `If-None-Match`).
+/// Checks stored pages in the cache's memory, which any process may have written, and the clients'
+/// headers about the page (`Accept-Encoding`, `If-None-Match`).
 #[cfg(fuzzing)]
 pub use forkyard_shm::fuzzing::page;
 
-/// Choices, drawn from the fuzzer's bytes; when they have run out, all are 0. So a mutation of one byte changes one
-/// choice, and a shorter input is a simpler script.
+/// Makes choices from the fuzzer's bytes; after the last byte every choice is 0. So a mutation of
+/// one byte changes one choice, and a shorter input is a simpler script.
 struct Dice<'a>(&'a [u8]);
 
 impl<'a> Dice<'a> {
@@ -42,7 +45,7 @@ impl<'a> Dice<'a> {
         first
     }
 
-    /// A number below `end`, which is at most 256.
+    /// A number below `end`, which must be at most 256.
     fn below(&mut self, end: usize) -> usize {
         usize::from(self.byte()) % end
     }
@@ -51,7 +54,7 @@ impl<'a> Dice<'a> {
         self.byte() % sides == 1
     }
 
-    /// Up to 255 bytes, as many as the next byte says.
+    /// Up to 255 bytes; the next byte is their number.
     fn bytes(&mut self) -> &'a [u8] {
         let length = usize::from(self.byte()).min(self.0.len());
         self.take(length)
@@ -64,8 +67,8 @@ impl<'a> Dice<'a> {
     }
 }
 
-/// How bytes are cut into pieces. It follows from the bytes, so that a finding can be replayed, and any change of
-/// them cuts differently.
+/// Cuts bytes into pieces. The cuts depend only on the bytes, so that a finding can be replayed,
+/// and any change of the bytes results in different cuts.
 struct Pieces {
     state: u64,
     longest: u64,
@@ -81,13 +84,13 @@ impl Pieces {
         for &byte in rest {
             state = (state ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3).rotate_left(29);
         }
-        // Single bytes, a few, some, or few pieces in all.
+        // Single bytes, pieces of up to 8 or 60 bytes, or few pieces in all.
         let longest = [1, 8, 60, bytes.len() as u64];
         let longest = longest[usize::from(state.to_le_bytes()[0] % 4)].max(1);
         Self { state: state | 1, longest }
     }
 
-    /// Takes the next piece off `rest`, which is not empty.
+    /// Takes the next piece of `rest`, which must not be empty.
     fn cut<'a>(&mut self, rest: &mut &'a [u8]) -> &'a [u8] {
         self.state ^= self.state << 13;
         self.state ^= self.state >> 7;

@@ -1,14 +1,14 @@
-//! Name-value pairs in their two forms.
+//! Checks name-value pairs in both of their formats.
 
 use bytes::Bytes;
 
 use crate::protocol::params::Params;
 
-/// Reads any bytes as pairs of both forms. What is taken is written again and read again, and stays the same; what is
-/// refused, a second reader refuses too.
+/// Reads arbitrary bytes as pairs in both formats. Accepted pairs are written and read again, and
+/// must stay the same. An independent reader must also refuse refused bytes.
 ///
 /// # Panics
-/// If that does not hold.
+/// If a check fails.
 pub fn params(data: &[u8]) {
     let raw = Bytes::copy_from_slice(data);
     let lengths = Params::parse(raw.clone());
@@ -33,7 +33,7 @@ pub fn params(data: &[u8]) {
     }
 }
 
-/// What holds of all pairs, however they came.
+/// Checks the properties of all pairs, in either format.
 fn check(params: &Params) {
     let copy = Params::from_pairs(params.iter());
     assert!(copy.iter().eq(params.iter()), "written and read again");
@@ -44,7 +44,7 @@ fn check(params: &Params) {
     }
 }
 
-/// A second reader of lengths (FastCGI 3.4), which counts in 64 bits.
+/// An independent reader of lengths (FastCGI 3.4), which counts in 64 bits.
 fn ends_with_a_pair(data: &[u8]) -> bool {
     let mut at = 0_u64;
     let end = data.len() as u64;

@@ -1,16 +1,16 @@
-//! The PROXY protocol's header.
+//! Checks the decoder of the PROXY protocol's header.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::{Dice, Pieces};
 use crate::protocol::proxy::{Header, Opening, Source, decode};
 
-/// Looks at any bytes as the first ones of a connection, and at beginnings of them; then writes a header that the bytes
-/// choose, and reads it.
+/// Decodes arbitrary bytes as the start of a connection, and prefixes of them. Then writes a header
+/// chosen by the bytes, and reads it.
 ///
 /// # Panics
-/// If what was said of a beginning is taken back later, if a header is longer than what came, or if one that was
-/// written is not read as it was meant.
+/// If the result for a prefix contradicts a later one, if a header is longer than the input, or if
+/// the written header is not read back unchanged.
 pub fn proxy(data: &[u8]) {
     let whole = decode(data);
     match whole {

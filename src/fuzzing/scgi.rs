@@ -1,25 +1,26 @@
-//! What an SCGI connection receives: any bytes, and a request.
+//! Checks the SCGI decoder with arbitrary input, and with a valid request.
 
 use bytes::BytesMut;
 
 use super::{Dice, Pieces};
 use crate::protocol::scgi::{Decoder, Error, Event};
 
-/// Small, so that requests soon run into it.
+/// Small, so that requests soon reach the limit.
 const MAX_PARAMS: usize = 512;
 
-/// Decodes any bytes at once and in pieces.
+/// Decodes arbitrary bytes at once and in pieces.
 ///
 /// # Panics
-/// If the request, its body or the error differ, if more is held than the limit allows, or if what is still to come was
-/// told wrongly: the server leaves a request's last byte in the socket, and relies on that.
+/// If the request, its body or the error differ, if the decoder holds more than the limit allows,
+/// or if `to_come` was wrong: the server leaves a request's last byte in the socket and relies on
+/// that.
 pub fn scgi(data: &[u8]) {
     let whole = receive(data, None);
     let cut = receive(data, Some(Pieces::of(data)));
     assert_eq!(whole, cut, "at once, and in pieces");
 }
 
-/// What came of one connection.
+/// The events of one connection.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Transcript {
     pairs: Vec<u8>,
@@ -60,7 +61,7 @@ impl Transcript {
 fn receive(data: &[u8], mut pieces: Option<Pieces>) -> Transcript {
     let (mut decoder, mut input) = (Decoder::new(MAX_PARAMS), BytesMut::new());
     let mut transcript = Transcript::default();
-    // What was said to be at least to come, and after how many bytes.
+    // The results of `to_come`, each with the number of bytes read before.
     let mut promises: Vec<(usize, u64)> = Vec::new();
     let mut rest = data;
     while !rest.is_empty() && transcript.error.is_none() && transcript.ends == 0 {
@@ -88,7 +89,8 @@ fn receive(data: &[u8], mut pieces: Option<Pieces>) -> Transcript {
         }
     }
     if let Some(&(end, 0)) = promises.last().filter(|_| transcript.ends > 0) {
-        // The last piece may hold more than the request: where it ends is known only if the piece was a single byte.
+        // The last piece may be longer than the request: its end is known exactly only if the piece
+        // was a single byte.
         let is_exact = promises.len() > 1 && promises.iter().rev().nth(1).is_some_and(|&(before, _)| before + 1 == end);
         for &(at, to_come) in &promises {
             let left = (end - at) as u64;
@@ -101,10 +103,10 @@ fn receive(data: &[u8], mut pieces: Option<Pieces>) -> Transcript {
     transcript
 }
 
-/// Writes a request that the bytes choose, and decodes it in pieces.
+/// Writes a request chosen by the bytes, and decodes it in pieces.
 ///
 /// # Panics
-/// If what was sent does not come out.
+/// If the decoded request differs from the input.
 pub fn scgi_script(data: &[u8]) {
     let mut dice = Dice(data);
     let has_length = !dice.coin(8);
@@ -121,7 +123,7 @@ pub fn scgi_script(data: &[u8]) {
         }
         number += 1;
         if !dice.is_empty() {
-            // The first letter keeps it from being one of those two, and from being empty.
+            // The first letter makes the name differ from those two, and from an empty name.
             strings.push(b'x');
             for string in [dice.bytes(), dice.bytes()] {
                 strings.extend(string.iter().map(|&byte| byte.max(1)));

@@ -1,5 +1,5 @@
-//! The properties of all targets, run over their seeds and over what a few thousand random changes make of them: so
-//! that they hold, and compile, without a fuzzer. The fuzzer finds more.
+//! Runs the checks of all targets on their seeds and on a few thousand random changes of these, so
+//! that the checks run and compile without a fuzzer. The fuzzer finds more.
 
 use std::fs;
 use std::path::Path;

@@ -1,14 +1,15 @@
-//! What the relay has to complain of: at most a line a second, in which the rest is counted.
+//! Reports datagrams that were not published: at most one line a second, with a count of the
+//! others.
 //!
-//! This file has no I/O and no clock.
+//! No I/O and no clock.
 
 use std::fmt::Display;
 use std::time::Duration;
 
-/// How far apart the lines are.
+/// Minimum time between two lines.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What was not told yet. Times are since some beginning.
+/// The datagrams that are not reported yet. All times are relative to one arbitrary start.
 #[derive(Debug, Default)]
 pub(super) struct Complaints {
     untold: u64,
@@ -18,19 +19,19 @@ pub(super) struct Complaints {
 }
 
 impl Complaints {
-    /// A datagram was not published.
+    /// Counts a datagram that was not published.
     pub(super) fn add(&mut self, why: impl Display) {
         self.untold += 1;
         self.total += 1;
         self.last = why.to_string();
     }
 
-    /// In how long there is a line to be told, if nothing more happens.
+    /// Time until the next line is due, if nothing more happens.
     pub(super) fn due_in(&self, now: Duration) -> Option<Duration> {
         (self.untold > 0).then(|| self.not_before.saturating_sub(now))
     }
 
-    /// The line, if it is time for one.
+    /// Returns the line if it is due.
     pub(super) fn take(&mut self, now: Duration) -> Option<String> {
         self.due_in(now).filter(Duration::is_zero)?;
         self.not_before = now + LOG_INTERVAL;

@@ -1,28 +1,28 @@
-//! A datagram of the publish socket: the topic, the event's name and its data, with a line end behind the first two.
+//! Parses a datagram of the publish socket: the topic, the event's name and its data. A line end
+//! follows each of the first two.
 //!
-//! This file has no I/O.
+//! No I/O.
 
 use std::fmt;
 
 use crate::app::events::name;
 
-/// What one says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Datagram<'a> {
     pub(super) topic: &'a str,
     /// May be empty.
     pub(super) name: &'a str,
-    /// All that is left, whatever it is.
+    /// The rest of the datagram: arbitrary bytes.
     pub(super) data: &'a [u8],
 }
 
-/// Why one says nothing.
+/// Why a datagram is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Malformed {
-    /// There are no two line ends in it.
+    /// The datagram has fewer than two line ends.
     Lines,
     Topic,
-    /// What its name is, or has, or does.
+    /// The name is invalid; a phrase whose subject is the name.
     Name(&'static str),
 }
 
@@ -38,7 +38,7 @@ impl fmt::Display for Malformed {
 
 impl<'a> Datagram<'a> {
     /// # Errors
-    /// What is wrong with it. (Whether that can be a topic is the log's to say.)
+    /// What is wrong with the datagram. (The log validates the topic.)
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
         let mut parts = bytes.splitn(3, |&byte| byte == b'\n');
         let (Some(topic), Some(name), Some(data)) = (parts.next(), parts.next(), parts.next()) else {

@@ -331,7 +331,7 @@ impl Waiting {
         is_called
     }
 
-    /// A thread woke: the one that was called, or another one spuriously, as condition variables
+    /// A thread woke: the called thread, or another thread spuriously, as condition variables
     /// allow.
     fn woke(&mut self) {
         match self.called.checked_sub(1) {

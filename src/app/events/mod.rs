@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! publish ─▶ the log in shared memory ─▶ a thread of each worker wakes its event loop, once
-//! !           ─▶ hub: the loop reads the log, once ─▶ feeds: recent events ─▶ each subscription ─▶ sse ─▶ the body
+//!            ─▶ hub: the loop reads the log, once ─▶ feeds: recent events ─▶ each subscription ─▶ sse ─▶ the body
 //! ```
 //!
 //! - [`name`] validates event names. [`cursor`] and [`frame`] encode ids and events. [`feeds`]

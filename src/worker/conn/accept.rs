@@ -48,7 +48,7 @@ const LEFT_TO_SIBLINGS: Duration = Duration::from_millis(1);
 /// could wait for much longer.
 const LEFT_TO_FREE: Duration = Duration::from_secs(1);
 /// Number of connections that are accepted without waiting for siblings again, after the siblings
-/// let the time pass. High enough that a stopped or hanging sibling slows the others little; low
+/// let the time pass. High enough that a stopped or hanging sibling slows this worker little; low
 /// enough that a late sibling gets its share.
 const NOT_WAITED_FOR: u32 = 4;
 /// How long a worker at its limit leaves waiting clients to its siblings before it closes idle

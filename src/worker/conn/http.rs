@@ -426,7 +426,7 @@ where
             }
             under_way.offers_upgrade(false);
             if is_http2 {
-                response.headers_mut().remove(header::TE); // hyper removes the other such headers, and h2 would reset the stream for this one
+                response.headers_mut().remove(header::TE); // hyper removes the other such headers, but h2 would reset the stream
             } else {
                 set_connection(response.headers_mut(), under_way.is_last);
             }

@@ -42,7 +42,7 @@ use crate::worker::service::serve::{Serving, Switch};
 /// The request of the connection in memory, and the end of its response head.
 const PREFACE: &[u8] = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
-/// Largest number of bytes that one write of the application passes on.
+/// Maximum number of bytes that a write of the application passes on.
 const PIECE: usize = 64 << 10;
 
 /// The application's end of an upgraded connection.
