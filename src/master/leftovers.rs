@@ -2,8 +2,8 @@
 //!
 //! The kernel reparents orphaned descendants to the master, so the master can list the remaining processes. Processes in its own
 //! session end with it: they are asked first, then killed. Processes with a session of their own (setsid) are meant to outlive the
-//! server, and are logged; processes that daemons have left are ended in any case. The sockets that this server has bound stop listening, even if
-//! another process still holds them.
+//! server, and are logged; processes that daemons have left are ended in any case. The sockets that this server has bound stop
+//! listening, even if another process still holds them.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd as _;

@@ -340,7 +340,7 @@ impl Master {
         self.sidecars.announce_publish_socket(events);
     }
 
-    /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take. In a stop at once, the heirs use a shorter limit.
+    /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take. A stop at once shortens that time.
     fn await_heirs(&mut self) {
         if self.programs.at_once {
             self.spawner.end_lifeline();

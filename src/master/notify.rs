@@ -101,7 +101,7 @@ impl Notify {
     pub(crate) fn store(&mut self, name: &str, memory: BorrowedFd<'_>) {
         // Remove what a former start stored under this name: otherwise the manager would keep both.
         let _ = self.try_send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
-        let _ = self.try_send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(memory)); // FDPOLL=0: otherwise systemd would not keep it
+        let _ = self.try_send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(memory)); // systemd keeps it only with FDPOLL=0
     }
 
     /// Removes what a former start stored under this name.
