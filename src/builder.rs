@@ -441,8 +441,7 @@ fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
     if conflicts.is_empty() { Ok(()) } else { Err(Conflict::join(conflicts).into()) }
 }
 
-/// Ends a start that must not serve: it was a check of this build, or the process was asked to
-/// stop.
+/// Ends a start that must not serve: it was a check of this build, or a stop was requested.
 fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<End, BoxError> {
     match (is_check, asked_to_end) {
         (true, true) => return Err("it was asked to stop".into()),

@@ -1,5 +1,5 @@
-//! Runs the relay: a process alongside the workers that publishes events received as datagrams,
-//! because the master must not.
+//! Runs the relay: a process alongside the workers that receives events as datagrams and publishes
+//! them, because the master must not do so.
 //!
 //! ```text
 //! programs ── datagrams ──▶ the publish socket ──▶ relay ──▶ the event log

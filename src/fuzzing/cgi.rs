@@ -179,7 +179,7 @@ pub fn cgi_response(data: &[u8]) {
     assert_eq!(rest, b"\r\n", "an empty line, and no more");
 }
 
-/// Whether a header concerns a single connection: it is known to, or a Connection header names it
+/// Whether a header concerns a single connection: by its definition, or a Connection header names it
 /// (RFC 9110, section 7.6.1).
 fn is_of_connection(name: &HeaderName, headers: &HeaderMap) -> bool {
     const KNOWN: [&str; 7] =

@@ -237,8 +237,8 @@ impl Listener {
         let Ok(bound) = socket::getsockname::<SockaddrStorage>(self.socket.as_raw_fd()) else { return false };
         match (sys::internet_address(&bound), sys::internet_address(ours)) {
             (Some(bound), Some(ours)) => {
-                // If two sockets share a port, only one accepts IPv4 connections; the other would
-                // see them as IPv4-mapped addresses.
+                // If two sockets share a port, only one accepts IPv4 connections; on the other,
+                // their addresses would be IPv4-mapped.
                 let same_family = bound.is_ipv4() == ours.is_ipv4();
                 let same_host = bound.ip().is_unspecified() || bound.ip() == ours.ip();
                 bound.port() == ours.port() && same_family && same_host

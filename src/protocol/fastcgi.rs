@@ -71,8 +71,8 @@ pub(crate) enum Event {
     DataEnd { id: RequestId },
     /// The peer aborts this request (5.4).
     Abort { id: RequestId },
-    /// A reply of the decoder itself, to be sent unchanged. `then_close` if the peer did not ask to
-    /// keep the connection.
+    /// A reply of the decoder itself, to be sent unchanged. `then_close` if the peer did not
+    /// request to keep the connection.
     Reply { bytes: Bytes, then_close: bool },
 }
 

@@ -289,7 +289,7 @@ fn guard(config: &Config, segment: &Segment) -> Guard {
     Guard { request_timeout: failures.request_timeout, max_queue_time, quarantine, by: failures.quarantine.by }
 }
 
-/// Asks the master to replace this worker when a function hangs.
+/// Requests this worker's replacement when a function hangs.
 async fn tell_of_hangs(mut report: File) {
     loop {
         let what = blocking::one_hangs().await;
@@ -377,7 +377,7 @@ async fn end_drain(drain: Drain, watchdog: Rc<Watchdog>) {
     }
 }
 
-/// Asks the master to replace this worker when the heir has died.
+/// Requests this worker's replacement when the heir has died.
 async fn miss_heir(end: Option<OwnedFd>, mut report: File) {
     let Some(end) = end.and_then(|end| sys::register(end, Interest::READABLE).ok()) else { return };
     if end.readable().await.is_ok() {

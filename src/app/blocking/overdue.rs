@@ -1,7 +1,8 @@
-//! Detects hanging functions: functions that still run although their response is no longer waited
-//! for. Once the deadline of its request (`--request-timeout`) has also passed, the worker asks to
-//! be replaced, whether the client got the 504 or had left before. A worker that leaves does not
-//! wait for a hanging function.
+//! Watches functions that still run although their response is no longer waited for.
+//!
+//! A worker that leaves waits for such a function for up to `--hang-timeout`. If the function still
+//! runs that long after the deadline of its request (`--request-timeout`), it hangs, and the worker
+//! requests its own replacement. It does not matter whether the client got the 504 or had left before.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};

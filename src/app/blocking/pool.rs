@@ -304,7 +304,7 @@ impl Pool {
     }
 
     /// Publishes the occupancy to siblings and acceptors. A thread that changes the count at the
-    /// same time either reads the flag that is set here, or its change is seen by the loop below.
+    /// same time either reads the flag that is set here, or the loop below reads its change.
     fn tell(&self) {
         let _one_at_a_time = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
         loop {

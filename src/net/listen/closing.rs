@@ -110,7 +110,7 @@ struct Open {
 impl Closing {
     /// Begins to close the `listeners` that this server bound. Their queues have `patience` to
     /// empty. With `linger`, processes that block in accept(2) are left alone for that long
-    /// afterwards: they are asked to leave in another way.
+    /// afterwards: a separate request makes them leave.
     pub(crate) fn begin(listeners: &[Listener], patience: Duration, linger: Duration) -> Self {
         let now = Instant::now();
         let own = listeners.iter().enumerate().filter(|(_, listener)| listener.is_own());

@@ -59,7 +59,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Number of pauses after which a closed listener is logged as an error. Until then, the master may
 /// be stopping.
 const CLOSED_FOR: u32 = 20;
-/// Minimum time between two such log lines.
+/// Minimum time between two log lines about accepting that pauses.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Number of wakeups without a connection after which the worker checks that the socket is still
 /// listening.

@@ -1,5 +1,6 @@
-//! Checks a peer's address against `--allow` and, for FastCGI, the web servers' variable. A
-//! connection that is refused has been accepted, but nothing was read from it.
+//! Checks a peer's address against `--allow` or, for FastCGI without `--allow`, against
+//! `FCGI_WEB_SERVER_ADDRS`. A connection that is refused has been accepted, but nothing was read
+//! from it.
 
 use std::net::SocketAddr;
 

@@ -2,7 +2,7 @@
 //! the response on standard output. There is no master and no fork. Output that the application
 //! prints goes to standard error (`cgi_invocation.rs`).
 //!
-//! Standard input is read up to the announced length and never to its end, which may not come. The
+//! Standard input is read up to the announced length, not to its end: the end might never come. The
 //! part that the application leaves unread is read after the response: standard input and output
 //! may be one socket (Apache's mod_cgid), and closing a socket with unread bytes destroys the
 //! response on its way. Standard output may be shared with other processes and stays blocking: the

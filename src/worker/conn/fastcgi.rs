@@ -119,7 +119,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     /// The allocation of an ended exchange, for reuse.
     spare: Option<Pin<Box<Work<S, B>>>>,
     application: Rc<Application<S>>,
-    /// The peer did not ask to keep the connection.
+    /// The peer did not request to keep the connection.
     closing: bool,
     /// A response failed, and nothing else is in flight: the connection ends after the output that
     /// is queued.
@@ -180,7 +180,7 @@ where
             return false;
         }
         // A request that has arrived in part when the drain begins is served. But a peer that did
-        // not ask to keep the connection gets nothing more, and may be waiting for its end.
+        // not request to keep the connection gets nothing more, and may be waiting for its end.
         self.closing || self.broken || (self.draining && self.last_chance_over && self.is_idle())
     }
 
@@ -189,7 +189,7 @@ where
         self.exchanges.is_empty() && self.outbox.is_empty() && self.input.is_empty() && self.decoder.is_idle()
     }
 
-    /// Whether all requests that have begun were received whole, and nothing else was.
+    /// Whether all requests that have begun were received completely, and no byte beyond them.
     fn is_whole(&self) -> bool {
         let streams = self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data));
         streams.count() == 0 && self.input.is_empty() && self.decoder.is_between_records()

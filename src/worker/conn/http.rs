@@ -183,7 +183,7 @@ async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
 /// How serving an HTTP/1 connection ended.
 enum Http1End {
     Ended(hyper::Result<()>),
-    /// Nothing is under way, but a request came in pieces, or its body in chunks. The journal and
+    /// Nothing is under way, but a request arrived in pieces, or its body in chunks. The journal and
     /// the drain need the number of bytes that hyper has read of the next request, and hyper
     /// returns it only with its buffer.
     Unsettled,

@@ -6,7 +6,7 @@
 //! **The last byte of a request is left in the kernel's queue**, peeked at but not read, until the
 //! response is complete. SCGI does not mark the end of a response. The connection simply ends,
 //! which also happens when a worker dies or a body fails. But when a process closes a socket with
-//! unread bytes, or dies, the kernel resets the connection, and the web server sees an error
+//! unread bytes, or dies, the kernel resets the connection, and the web server reads an error
 //! instead of a normal end. This works on Unix sockets and over TCP, and for deaths of any kind.
 //! (It does not work for a body without an announced length, which has no known last byte.)
 

@@ -26,7 +26,7 @@ use crate::worker::conn::throttle::Throttle;
 const TICK: Duration = Duration::from_secs(1);
 /// How long the end of an event stream may take to be sent, after the worker began to drain.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
-/// Number of ticks that a connection without a request may take to end after it was asked to end.
+/// Number of ticks that a connection without a request may take after its end was requested.
 const GOODBYE: u32 = 1;
 /// Minimum number of bytes that must move within the timeout, of a request body or of a response,
 /// unless fewer are left.
@@ -61,7 +61,7 @@ struct Watched {
     written: u32,
     /// Number of ticks of a drain in which only the end of an event stream was left.
     leaving: u32,
-    /// Number of ticks since the connection was asked to end.
+    /// Number of ticks since the end of the connection was requested.
     goodbye: Option<u32>,
 }
 
@@ -268,9 +268,9 @@ impl Watched {
         stage
     }
 
-    /// In a drain, whether the connection is open only for event streams. Their clients were asked
-    /// to reconnect, and may have done so. They lose no event, because each client keeps its
-    /// position in the stream.
+    /// In a drain, whether the connection is open only for event streams. Their clients have
+    /// received a reconnection time, and may have reconnected elsewhere. They lose no event, because
+    /// each client keeps its position in the stream.
     fn outstays(&mut self) -> bool {
         self.leaving = if self.activity.ends_in_stream() { self.leaving + 1 } else { 0 };
         is_over(self.leaving, LAST_EVENTS) || self.activity.is_streaming() && is_over(self.unread, LAST_EVENTS)

@@ -1,5 +1,5 @@
 //! Limits the number of requests that a worker serves (`--max-requests`). The worker counts
-//! requests as they begin, asks to be replaced when it reaches the limit, and continues to serve
+//! requests as they begin, requests its replacement when it reaches the limit, and continues to serve
 //! until it must leave.
 
 use std::cell::Cell;

@@ -1,6 +1,6 @@
-//! Reads the part of a request body that the application has left unread, up to a limit. A client
-//! may read the response only after it has sent the whole body, and hyper closes a connection whose
-//! body is dropped.
+//! Reads the part of a request body that the application has left unread, up to a limit. Some
+//! clients do not read the response before they have sent the whole body, and hyper closes a
+//! connection whose body is dropped.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};

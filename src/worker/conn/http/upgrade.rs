@@ -183,7 +183,7 @@ fn switching() -> Response<http_body_util::Empty<Bytes>> {
     response
 }
 
-/// Whether an HTTP/1.1 request asks for another protocol. A proxy that does not implement `Upgrade`
+/// Whether an HTTP/1.1 request offers another protocol. A proxy that does not implement `Upgrade`
 /// passes the header on, but removes the connection option that belongs to it (RFC 9110, section
 /// 7.8).
 fn asks_for_upgrade(headers: &HeaderMap) -> bool {
