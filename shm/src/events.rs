@@ -23,7 +23,7 @@
 //! The files: [`publish`] writes, [`read`] reads, [`topics`] is the table of topics, [`ring`] contains the record format that both
 //! use, [`bell`] and [`told`] are protocols between processes, which loom runs as well, [`audit`] is for tests.
 //!
-//! # Missing no event
+//! # Reading without gaps
 //! A reader that needs all events of a topic after some id, and then each new one, first takes a [`Tail`] and then calls
 //! [`Events::since`]. An event that is published in between comes from both, and is recognized by its id.
 //!
@@ -32,9 +32,9 @@
 //! longest, so that a publisher that creates many topics cannot prevent others from publishing. Events of a replaced topic
 //! stay in the log, and a reader that follows the log by a [`Tail`] gets them; a lookup by the topic's name does not find them any
 //! more. If a replaced topic comes back, its ids continue above the highest id of any replaced topic: no id is used twice, and a
-//! reader that asks for events after its last id learns that events may be missing. Until then, that highest id is returned as the
+//! reader that requests events after its last id gets a number of missed events. Until then, that highest id is returned as the
 //! topic's last id: a reader that begins there misses nothing. A topic that is really new also begins above it, because new and
-//! replaced topics cannot be told apart.
+//! replaced topics cannot be distinguished.
 
 mod audit;
 mod publish;

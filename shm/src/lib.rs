@@ -27,18 +27,17 @@
 //! # The picture
 //! ```text
 //! segment (a sealed memfd, or a file; reserved when it is created, its size fixed)
-//!  |- header       format, plan, tag clock                         written by: the creator; the clock by all
-//!  |- scoreboard   one row per process: pid, state, counts, request   written by: the row's owner
-//!  |- members      one cell per process that uses the cache: pins,    written by: its owner, or the process that cleans up after it
-//!  |               counts
-//!  |- tag table    when each tag was last purged                   written by: all, atomically
-//!  |- prefixes     the latest purges by prefix                     written by: the holder of the prefix lock
-//!  |- leases       which member renders which key                  written by: all, one word each
-//!  |- shard 0..15  lock | floors | heads | books | intent | counters   written by: the holder of the shard's lock
-//!  |               index: buckets of 7 slots and their visits      slots: the holder of the lock; visits: all
-//!  |               ghosts: hashes of recently evicted entries      written by: the holder of the lock
-//!  |               small ring: new entries   main ring: entries requested again   written by: the holder of the lock
-//!  `- event log    lock | floor | head; topics and the ring of events: `events.rs`   written by: the holder of its lock
+//!  |- header      format, plan, tag clock                                          written: creator; clock: all
+//!  |- scoreboard  one row per process: pid, state, counts, requests                written: the row's owner
+//!  |- members     one cell per process that uses the cache: its pins and counts    written: its owner, or the process that buries it
+//!  |- tag table   when each tag was last purged                                    written: all, atomically
+//!  |- prefixes    the latest purges by prefix                                      written: holder of the prefix lock
+//!  |- leases      which member renders which key                                   written: all, one word each
+//!  |- shard 0..15 lock | floors | heads | books | intent | counters                written: holder of the shard's lock
+//!  |              index: buckets of 7 slots and their visits                       slots: holder of the lock; visits: all
+//!  |              ghosts: hashes of recently evicted entries                       written: holder of the lock
+//!  |              small ring: new entries       main ring: requested again         written: holder of the lock
+//!  `- event log   lock | floor | head; topics and the ring of events: `events.rs`  written: holder of the log's lock
 //!
 //! a ring, with endless positions        floor                                  head
 //!                          ... free ... | old | dead | live | pad | live | new | ... free ...
@@ -80,8 +79,7 @@
 //! | waiting for a lock or a lease | nothing |
 //! | writing the bytes of an entry or of padding, lock held | the lock is taken over; the bytes lie beyond the head, and are overwritten |
 //! | the head raised, no slot stored | the lock is taken over; no slot leads to the record, which is dropped when the floor reaches it |
-//! | the slot stored, the books not | the next owner finds the intent, sees that the slot holds the intended word, and completes the books
-//! |
+//! | the slot stored, the books not | the next owner finds the intent and the intended word in the slot, and completes the books |
 //! | moving an entry | the slot leads to the old copy or to the new copy, and both are whole |
 //! | the floor raised | the bytes below it are free; a writer looks for pins before it overwrites them |
 //! | emptying a shard | the next owner finds the intent and finishes |
@@ -89,8 +87,7 @@
 //! | purging a prefix, before its time is stored | the purge has not happened; its cell is reused |
 //! | purging a prefix, while removing | the purge holds for all readers; the sweep removes the remaining pages |
 //! | clearing, the clock raised, some shards not emptied | no old page is served; the memory is freed gradually |
-//! | rendering under a lease | the first process that waits for the lease cleans up the member within milliseconds, and another process
-//! renders |
+//! | rendering under a lease | the first process that waits buries the member within milliseconds, and another process renders |
 //! | the page stored, the lease held | other processes find the page |
 //! | cleaning up after a member | the byte is unlocked again; the next process cleans up from the start, which is harmless |
 //! | taking a lock over, before the repair | the lock again reports a dead owner, because the intent is still there |

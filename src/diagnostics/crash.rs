@@ -102,7 +102,8 @@ extern "C" fn on_exit() {
     }
 }
 
-/// A handler set by the application is kept, except for faults, for which the standard library has a handler anyway.
+/// A handler set by the application is kept, except for SIGSEGV and SIGBUS, for which the standard library has a
+/// handler anyway.
 fn is_ours_to_take(signal: c_int, action: &sigaction) -> bool {
     action.sa_sigaction == libc::SIG_DFL
         || (action.sa_sigaction != libc::SIG_IGN && [libc::SIGSEGV, libc::SIGBUS].contains(&signal))

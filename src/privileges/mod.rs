@@ -234,7 +234,8 @@ fn hard_limits() -> Vec<(Resource, u64)> {
     all.filter_map(|resource| Some((resource, getrlimit(resource).ok()?.1))).collect()
 }
 
-/// The first user namespace contains all users, each under its own number: user_namespaces(7). Without /proc, it is assumed.
+/// The first user namespace contains all users, each under its own number: user_namespaces(7). Without /proc, this process is
+/// assumed to be in it.
 fn is_in_first_namespace() -> bool {
     let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
     map.split_ascii_whitespace().eq(["0", "0", "4294967295"])

@@ -1,7 +1,7 @@
 //! Takes leases, holds them, and sleeps until one ends: the decisions of `protocols/lease.rs`, applied to a segment.
 //!
-//! A waiting thread also checks on the holder of the lease: it wakes up from time to time and asks the kernel whether the holder
-//! is dead; if so, it frees what the holder held. The more threads of a process wait, the longer each sleeps, so that together
+//! A waiting thread also checks on the holder of the lease: it wakes up from time to time and checks, by a system call, whether
+//! the holder is dead; if so, it frees what the holder held. The more threads of a process wait, the longer each sleeps, so that together
 //! they check about as often as one thread. (The number of waiters in the segment would not do: a waiter that is killed stays
 //! counted there.)
 //!

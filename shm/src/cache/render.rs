@@ -6,7 +6,7 @@
 //!    ^       else  -- the lease is taken -- wait --.
 //!    |                                             |     (ended, holder dead, deadline passed, patience over)
 //!    '---------------------------------------------'
-//!         else  -- the lease is ours -- look again -- render -- store -- release it
+//!            else  -- the lease is ours -- look again -- render -- store -- release it
 //! ```
 //! [`Request::step`] decides, for blocking and asynchronous callers alike; only the way of waiting differs. A lease is
 //! released when its holder stores, fails, panics, or is dropped while rendering. If the holder died, the waiting callers
@@ -37,7 +37,7 @@ use crate::protocols::lease;
 
 /// After a page was refused, callers do not wait for this long, because the page will be refused again.
 const PASS_MS: u64 = 10_000;
-/// The same time after a page was refused because its shard was busy.
+/// The same, after a page was refused because its shard was busy.
 const PASS_BUSY_MS: u64 = 1000;
 
 /// The result of [`Cache::get_or_render`].

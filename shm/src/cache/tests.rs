@@ -248,7 +248,7 @@ enum Act {
     Purge(u8),
     PurgeTag(u8),
     Clear,
-    /// Makes the current clock the one that "earlier" refers to.
+    /// From now on, "earlier" refers to the current clock.
     LookAtClock,
     Sweep,
     Audit,

@@ -1,8 +1,8 @@
 //! Lets a future wait for another process: a thread checks about every millisecond whether the lease has ended.
 //!
 //! There is one thread in each process, started when a future first waits, which ends when no future has waited for a while. It
-//! compares a few words, wakes the wakers of leases that have ended, and asks the kernel whether the holders are alive. It does not
-//! depend on an executor.
+//! compares a few words, wakes the wakers of leases that have ended, and checks, by a system call, whether the holders are alive.
+//! It does not depend on an executor.
 //!
 //! A fork copies neither the thread nor a lock in a usable state. So each fork generation (`memory/fork.rs`) has its own watch,
 //! and never touches that of its parent.
@@ -46,7 +46,7 @@ struct Waiting {
     waker: Waker,
 }
 
-/// No thread can wake the future: it could not be started, or there were too many forks.
+/// No thread can wake the future: the thread could not be started, or there were too many forks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unwatched;
 

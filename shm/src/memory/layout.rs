@@ -12,16 +12,16 @@
 //!
 //! header    0 magic 8 | 8 version 4 | 12 rows 4 | 16 fingerprint 8 | 24 cache_bytes 8 | 32 total 8 | 40 seed 8
 //!           48 max_entry 8 | 56 checksum 8 | 64 events_bytes 8
-//!          128 tag clock 8 | 136 cleared 8 | 144 newest prefix purge 8 | 152 prefix floor 8 (latest prefix purge no longer in the table)
+//!           128 tag clock 8 | 136 cleared 8 | 144 newest prefix purge 8 | 152 prefix floor 8 (latest prefix purge not in the table)
 //!           256 time_base 8 | 264 clean 8 | 272 clean_ms 8 | 280 clean_real_ms 8 | 288 boot id 16 | 304 sweep_due 8
 //!           312 prefix lock 4
 //!           1024 quarantine: 0 count 4 | 4 unused 4 | 64 entries 64 x 16        (written by the master alone)
 //! barred    0 key 8 (0 = free) | 8 until_ms 8
+//!
 //! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
-//! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
-//!          40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 seated 4 (thread slots ever taken)
-//!          56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 72 streams 4
-//!          76 hung 4 (number of hung threads; the highest bit: all are hung)
+//!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 seated 4 (thread slots ever taken)
+//!           56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 72 streams 4
+//!           76 hung 4 (number of hung threads; the highest bit: all are hung)
 //!           128 cells 16 x 128 | 2176 thread slots 16 x 128 | 4224 culprit: a cell, its stamp 1 (0 = unknown)
 //! cell      0 stamp_ms 8 (0 = free) | 8 text
 //! thread slot      0 current 8 (a cell + 1; 0 = no request; beyond the row's cells: the request with this text) | 8 text
@@ -33,10 +33,10 @@
 //!
 //! prefix    0 clock 8 (0 = free) | 8 length 4 | 12 swept 4 | 16 text 112
 //! lease     0 word 8 (tag 17, member + 1 15, deadline 32; 0 = free) | 8 turn 4 | 12 waiters 4
-//!          16 pass 8 (tag 17, 1 15, until 32: no process waits for this key; 0 = none)
+//!           16 pass 8 (tag 17, 1 15, until 32: no process waits for this key; 0 = none)
 //!
 //! shard     0 lock 4 | 4 suspect 4
-//!          64 floor of the small ring 8 | 72 of the main ring 8        (the only words of a shard's head that readers read)
+//!           64 floor of the small ring 8 | 72 of the main ring 8        (the only words of a shard's head that readers read)
 //!           128 rings 2 x 16: head 8 | clear_to 8
 //!           160 books 4 x 8: live bytes in small, in main, entries in small, in main
 //!           192 ghost_seq 8 | 200 sweep_at 8 | 208 restarts 8
@@ -54,13 +54,13 @@
 //!           80 tag hashes 8 each | key, padded to 8 | meta, padded to 8 | value, padded to 32
 //!
 //! events    0 lock 4 | 4 sequence 4 (of publications) | 8 sleepers 4 | 12 epoch 4 | 16 woken 4 | 20 suspect 4
-//!          64 floor 8 | 72 head 8 | 80 linked 8 (the topics' cells are up to date up to here) | 88 retired 8 (the highest
-//!          id of a replaced topic) | 128 counters 4 x 8
+//!           64 floor 8 | 72 head 8 | 80 linked 8 (the topics' cells are up to date up to here) | 88 retired 8 (the highest
+//!           id of a replaced topic) | 128 counters 4 x 8
 //!           192 topics n x 160 | ring
 //! topic     0 length 4 (0 = never used; all ones = no topic any more) | 4 unused | 8 hash 8 | 16 last_id 8
 //!           24 last_at 8 (0 = none) | 32 text 128
 //! event     0 record 8 | 8 position 8 (its own) | 16 id 8 | 24 before 8 (position of the topic's event before it; 0 = none)
-//!          32 published_us 8 (wall clock) | 40 topic 4 (a cell) | 44 topic_len 4 | 48 name_len 4 | 52 data_len 4
+//!           32 published_us 8 (wall clock) | 40 topic 4 (a cell) | 44 topic_len 4 | 48 name_len 4 | 52 data_len 4
 //!           56 unused 8 | topic | name | data, padded to 32
 //! ```
 //!

@@ -96,7 +96,7 @@ pub(crate) fn enter(waiters: &AtomicU32, turn: &AtomicU32) -> u32 {
     turn.load(Ordering::Acquire)
 }
 
-/// Uncounts a waiting process.
+/// Removes a process from the count of waiting processes.
 pub(crate) fn leave(waiters: &AtomicU32) {
     // Not below 0, in case another process has overwritten the counter.
     let one_less = |count: u32| count.checked_sub(1);

@@ -61,7 +61,7 @@ pub(crate) fn release(lock: &AtomicU32) -> bool {
 
 /// Frees a lock if this dead member holds it; returns whether a process has to be woken.
 pub(crate) fn mark_dead(lock: &AtomicU32, member: u32) -> bool {
-    // The owner in an overwritten word may be no possible member.
+    // An overwritten word may name a member number that no process can have.
     let owner = member.wrapping_add(1) & OWNER;
     let mut seen = lock.load(Ordering::Relaxed);
     while owner != 0 && seen & OWNER == owner {
@@ -73,7 +73,7 @@ pub(crate) fn mark_dead(lock: &AtomicU32, member: u32) -> bool {
     false
 }
 
-/// Frees a lock that can have no owner any more; the next process that takes it learns if it was held.
+/// Frees a lock that can have no owner any more; if it was held, the next process that takes it gets [`Taken::FromTheDead`].
 pub(crate) fn bequeath(lock: &AtomicU32) {
     let left = if lock.load(Ordering::Relaxed) & (OWNER | DIED) == 0 { 0 } else { DIED };
     lock.store(left, Ordering::Release);

@@ -10,9 +10,11 @@
 //! | not a segment, and never was | left unchanged, and an error |
 //! | empty, of another version, plan or size, or with a damaged header | dropped |
 //! | marked clean: its last user wrote all of it to the disk, then the mark | used |
-//! | not clean, and the machine was not rebooted since | used if an audit of all shards finds no fault: the processes died, and a death at
-//! any instruction leaves the cache consistent; the kernel kept the bytes |
+//! | not clean, and the machine was not rebooted since | used if an audit of all shards finds no fault |
 //! | not clean, and the machine was rebooted since | dropped: it is undefined which of its pages reached the disk |
+//!
+//! Without a reboot, the kernel has kept all bytes of the file, and the death of a process at any instruction leaves the cache
+//! consistent; so the audit suffices.
 //!
 //! The mark is removed, on the disk, before anything else is written. So after a power cut, the file is either clean or dropped. A
 //! process that only has the descriptor (`FORKYARD_SHM`), and attaches it for the first time after the file was closed, is refused:
