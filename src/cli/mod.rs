@@ -3,51 +3,57 @@
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
 //! every binary that calls [`crate::run`], for the application linked into it. Both have the same other sub-commands.
 //!
+//! - The flags stand in one file for each subject; those of sockets, start and stop stand here.
 //! - [`control`]: the sub-commands. [`file`]: the configuration file. [`check`]: what `check` tries.
-//! - [`refused`]: flags of the other command. [`hints`]: tips for wrong command lines.
+//! - [`parse`]: reads arguments, variables and file. [`refused`]: flags of the other command. [`hints`]: tips for wrong command lines.
 
 pub(crate) mod check;
-mod control;
-mod file;
-mod hints;
-mod refused;
 pub(crate) mod scaling;
 pub(crate) mod sidecars;
 
+mod access;
+mod cache;
+mod control;
 mod events;
 mod failures;
+mod file;
+mod hints;
+mod limits;
 mod logs;
+mod parse;
 mod privileges;
 mod publish;
-
+mod recycling;
+mod refused;
+mod timeouts;
 mod upgrade;
 
 use std::ffi::OsString;
-use std::net::{IpAddr, ToSocketAddrs as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use clap::{ArgMatches, Args, Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
+use clap::{Args, Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
+use self::access::{Access, AccessOptions};
+use self::cache::CacheOptions;
 pub(crate) use self::control::Task;
 use self::control::{ControlOptions, Operation};
-use self::file::Mistakes;
+use self::limits::LimitOptions;
 use self::logs::{AccessLogOptions, LogOptions};
+use self::parse::{Mismatch, Read, conclude, or_note, read};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
 use self::refused::Way;
 use self::scaling::{OfEachWorker, ScalingOptions};
+use self::timeouts::TimeoutOptions;
 use crate::config::address::{Address, Bind, Protocol};
 use crate::config::events::EventsConfig;
 use crate::config::failures::Failures;
 use crate::config::logs::Filters;
-use crate::config::peers::{Peers, Who};
 use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
-    CacheConfig, Config, Limits, Range, Scaling, Timeouts, Trust, parse_duration, parse_mode, parse_positive_duration,
-    parse_size,
+    CacheConfig, Config, Limits, Range, Scaling, parse_duration, parse_mode, parse_positive_duration, parse_size,
 };
 use crate::net::listen;
-use crate::protocol::forwarded::Family;
 use crate::startup::cgi_invocation;
 use crate::startup::systemd;
 
@@ -177,7 +183,7 @@ struct WorkerOptions {
     cache: Option<u64>,
 
     #[command(flatten)]
-    keep: KeepOptions,
+    cache_options: CacheOptions,
 
     #[command(flatten)]
     events: events::EventsOptions,
@@ -185,67 +191,8 @@ struct WorkerOptions {
     #[command(flatten)]
     access: AccessOptions,
 
-    /// Largest request body; larger ones get 413. 0 rejects every body
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BODY", default_value = "1G", value_parser = parse_size, help_heading = "Limits")]
-    max_body: u64,
-
-    /// Largest head of a request (HTTP headers, FastCGI parameters), 8K to 16M; larger ones get 431
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_PARAMS", default_value = "128K", value_parser = parse_max_params, help_heading = "Limits")]
-    max_params: usize,
-
-    /// Connections per worker
-    ///
-    /// At the limit, a worker closes the connections that have been idle for longest. If none is idle, new
-    /// connections wait in the kernel's accept queue.
-    #[arg(long, value_name = "N", env = "FORKYARD_MAX_CONNECTIONS", default_value = "4096", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
-    max_connections: u32,
-
-    /// Connections per worker from one client address; 0 for no limit
-    ///
-    /// Further connections are closed at once. An IPv6 client counts by its /64 network. Unix sockets, peers of
-    /// --trust and connections taken over from another worker are not counted.
-    #[arg(
-        long,
-        value_name = "N",
-        env = "FORKYARD_MAX_CONNECTIONS_PER_ADDRESS",
-        default_value = "0",
-        help_heading = "Limits"
-    )]
-    max_connections_per_address: u32,
-
-    /// Memory per worker for heads and bodies of requests that clients are sending; 0 for no limit
-    ///
-    /// Beyond the limit, connections that send slowly are closed and further requests get 503.
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BUFFERED", default_value = "256M", value_parser = parse_size, help_heading = "Limits")]
-    max_buffered: u64,
-
-    /// Requests per worker that may wait for a thread; further ones get 503
-    #[arg(long, value_name = "N", env = "FORKYARD_QUEUE", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
-    queue: u32,
-
-    /// Headers per request; requests with more get 431
-    #[arg(long, value_name = "N", env = "FORKYARD_MAX_HEADERS", default_value = "100", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Limits")]
-    max_headers: u16,
-
-    /// Longest path and query of a request, at most 65534 bytes; longer ones get 414
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_URI", default_value = "16K", value_parser = parse_max_uri, help_heading = "Limits")]
-    max_uri: usize,
-
-    /// Requests after which an HTTP connection is closed; 0 for no limit
-    #[arg(
-        long,
-        value_name = "N",
-        env = "FORKYARD_MAX_REQUESTS_PER_CONNECTION",
-        default_value = "0",
-        help_heading = "Limits"
-    )]
-    max_requests_per_connection: u32,
-
-    /// Concurrent requests per FastCGI or HTTP/2 connection
-    ///
-    /// A further FastCGI request is refused with CANT_MPX_CONN.
-    #[arg(long, value_name = "N", env = "FORKYARD_MAX_MULTIPLEXED", default_value = "64", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Limits")]
-    max_multiplexed: u16,
+    #[command(flatten)]
+    limits: LimitOptions,
 
     #[command(flatten)]
     timeouts: TimeoutOptions,
@@ -261,156 +208,6 @@ struct WorkerOptions {
 
     #[command(flatten)]
     access_log: AccessLogOptions,
-}
-
-/// Time limits for clients.
-#[derive(Args, Debug)]
-struct TimeoutOptions {
-    /// Time that a connection is kept open without a request; 0 for no limit
-    ///
-    /// This limit, and the next three, are rounded up to whole seconds and checked once a second, so a connection
-    /// may live up to a second longer.
-    #[arg(long, value_name = "TIME", env = "FORKYARD_IDLE_TIMEOUT", default_value = "75s", value_parser = parse_duration, help_heading = "Timeouts")]
-    idle_timeout: Duration,
-
-    /// Time for a client to send the head of a request; 0 for no limit
-    #[arg(long, value_name = "TIME", env = "FORKYARD_HEADER_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Timeouts")]
-    header_timeout: Duration,
-
-    /// Time for a client to send the next 4 KiB of a request body; 0 for no limit
-    ///
-    /// The time counts only while the application waits for the body.
-    #[arg(long, value_name = "TIME", env = "FORKYARD_BODY_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Timeouts")]
-    body_timeout: Duration,
-
-    /// Time for a client to read the next 4 KiB of a response; 0 for no limit
-    #[arg(long, value_name = "TIME", env = "FORKYARD_WRITE_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Timeouts")]
-    write_timeout: Duration,
-
-    /// Time that an upgraded connection (WebSocket) may be silent in both directions; 0 for no limit
-    #[arg(long, value_name = "TIME", env = "FORKYARD_UPGRADED_TIMEOUT", default_value = "0s", value_parser = parse_duration, help_heading = "Timeouts")]
-    upgraded_timeout: Duration,
-}
-
-impl TimeoutOptions {
-    fn timeouts(&self) -> Timeouts {
-        Timeouts {
-            idle: self.idle_timeout,
-            header: self.header_timeout,
-            body: self.body_timeout,
-            write: self.write_timeout,
-            upgraded: self.upgraded_timeout,
-        }
-    }
-}
-
-/// Peers that may connect, and proxies that are trusted.
-#[derive(Args, Debug)]
-struct AccessOptions {
-    /// Accept connections only from this peer; repeatable
-    ///
-    /// PEER is an address, a network as in 10.0.0.0/8, or unix for peers on Unix sockets. Without --allow, every peer
-    /// may connect; over FastCGI, only the addresses in the variable FCGI_WEB_SERVER_ADDRS, if that is set.
-    #[arg(
-        long,
-        value_name = "PEER",
-        env = "FORKYARD_ALLOW",
-        value_delimiter = ',',
-        help_heading = "Clients and proxies"
-    )]
-    allow: Vec<Who>,
-
-    /// Proxy whose headers state the client's address, scheme and host; repeatable
-    ///
-    /// PEER is as for --allow.
-    #[arg(
-        long,
-        value_name = "PEER",
-        env = "FORKYARD_TRUST",
-        value_delimiter = ',',
-        help_heading = "Clients and proxies"
-    )]
-    trust: Vec<Who>,
-
-    /// Load balancer that sends the client's address in a PROXY header (version 1 or 2); repeatable
-    ///
-    /// PEER is as for --allow. Every connection from such a peer must begin with the header.
-    #[arg(
-        long,
-        value_name = "PEER",
-        env = "FORKYARD_PROXY_PROTOCOL",
-        value_delimiter = ',',
-        help_heading = "Clients and proxies"
-    )]
-    proxy_protocol: Vec<Who>,
-
-    /// Headers that the proxies of --trust write
-    ///
-    /// With --trust, no other headers of this kind reach the application.
-    #[arg(
-        long,
-        value_name = "NAME",
-        env = "FORKYARD_TRUST_HEADER",
-        default_value = "x-forwarded",
-        help_heading = "Clients and proxies"
-    )]
-    trust_header: TrustHeader,
-}
-
-/// The names of [`Family`] on the command line.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum TrustHeader {
-    /// X-Forwarded-For, -Proto and -Host
-    XForwarded,
-    /// Forwarded (RFC 7239)
-    Forwarded,
-}
-
-impl AccessOptions {
-    /// # Errors
-    /// A sentence for the operator: `FCGI_WEB_SERVER_ADDRS` is invalid.
-    fn access(self, serves_fastcgi: bool) -> Result<Access, String> {
-        let family = match self.trust_header {
-            TrustHeader::XForwarded => Family::X,
-            TrustHeader::Forwarded => Family::Rfc7239,
-        };
-        let allow = Peers::new(self.allow);
-        // Where the variable has no effect, its errors are not reported.
-        let counts = allow.is_none() && serves_fastcgi;
-        let variable = if counts { std::env::var("FCGI_WEB_SERVER_ADDRS").unwrap_or_default() } else { String::new() };
-        let web_servers = Peers::web_servers(&variable, addresses_of)?;
-        let trust = Peers::new(self.trust).map(|peers| Trust { peers, family });
-        Ok(Access { allow, web_servers, trust, proxy_protocol: Peers::new(self.proxy_protocol) })
-    }
-}
-
-fn addresses_of(name: &str) -> Vec<IpAddr> {
-    (name, 0).to_socket_addrs().map(|found| found.map(|address| address.ip()).collect()).unwrap_or_default()
-}
-
-/// The page cache: its entries, and its file.
-#[derive(Args, Debug)]
-struct KeepOptions {
-    /// Largest page that the cache stores, as in 4M; 0 for the default
-    ///
-    /// [default: a 64th of the cache, but at least 1M if the cache has room for it]
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE_MAX_ENTRY", value_parser = parse_size, help_heading = "Cache and events")]
-    cache_max_entry: Option<u64>,
-
-    /// Keep the cache in this file, so that its pages are still there after a restart
-    #[arg(long, value_name = "FILE", env = "FORKYARD_CACHE_FILE", help_heading = "Cache and events")]
-    cache_file: Option<PathBuf>,
-}
-
-impl KeepOptions {
-    /// Without `bytes`, the size depends on the available memory.
-    fn cache(self, bytes: Option<u64>) -> CacheConfig {
-        let sized = match bytes {
-            Some(bytes) => CacheConfig { bytes, ..CacheConfig::default() },
-            None => CacheConfig::sized_for(forkyard_shm::memory_limit()),
-        };
-        CacheConfig { max_entry: self.cache_max_entry.unwrap_or(0), file: self.cache_file, ..sized }
-    }
 }
 
 /// A binary with a linked application.
@@ -479,7 +276,7 @@ struct RunOptions {
     cache: u64,
 
     #[command(flatten)]
-    keep: KeepOptions,
+    cache_options: CacheOptions,
 
     #[command(flatten)]
     events: events::LogOfProgram,
@@ -572,17 +369,16 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
     let cgi = linked.serve.bind.is_empty() && cgi_invocation::is_one();
     let WorkerOptions {
         threads,
-        queue,
         cache,
-        keep,
+        cache_options,
         events,
         access,
+        limits,
         timeouts,
         of_each,
         sandbox,
         failures,
         access_log,
-        ..
     } = linked.worker;
     let mut wrong = Vec::new();
     let scaling = linked.serve.scaling.scaling(of_each);
@@ -590,20 +386,9 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
         || linked.serve.bind.iter().any(|bind| bind.protocol == Protocol::FastCgi);
     let access = or_note(access.access(serves_fastcgi), &["allow", "bind"], &mut wrong);
     let sandbox = or_note(sandbox.config(), &["sandbox", "sandbox-read", "sandbox-write"], &mut wrong);
-    let limits = Limits {
-        max_body: linked.worker.max_body,
-        max_params: linked.worker.max_params,
-        max_connections: linked.worker.max_connections,
-        max_connections_per_address: linked.worker.max_connections_per_address,
-        max_buffered: linked.worker.max_buffered,
-        max_headers: linked.worker.max_headers.into(),
-        max_uri: linked.worker.max_uri,
-        max_multiplexed: linked.worker.max_multiplexed.into(),
-        max_requests_per_connection: linked.worker.max_requests_per_connection,
-        timeouts: timeouts.timeouts(),
-    };
+    let memory = (cache_options.cache(cache), events.config(limits.max_connections));
+    let (queue, limits) = (limits.queue, limits.limits(timeouts.timeouts()));
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
-    let memory = (keep.cache(cache), events.config(linked.worker.max_connections));
     let config = config(linked.serve, scaling, memory, None, of_workers, &mut wrong);
     (Request { config, cgi, program: None }, wrong)
 }
@@ -646,150 +431,9 @@ fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
     }
     or_note(check_run(&run.serve.bind), &["bind"], &mut wrong);
     let scaling = run.serve.scaling.scaling(OfEachWorker::default());
-    let memory = (run.keep.cache(Some(run.cache)), run.events.config());
+    let memory = (run.cache_options.cache(Some(run.cache)), run.events.config());
     let config = config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong);
     (Request { config, cgi: false, program: Some(run.command) }, wrong)
-}
-
-fn conclude(
-    request: Request,
-    mut wrong: Vec<Mismatch>,
-    mistakes: Mistakes,
-    checked: bool,
-    command: &mut Command,
-) -> Result<Invocation, clap::Error> {
-    let request = Box::new(request);
-    if checked {
-        // An error that follows from a setting that could not be read is not reported.
-        let is_unread = |setting: &&str| mistakes.settings.iter().any(|unread| unread == setting);
-        wrong.retain(|mismatch| !mismatch.settings.iter().any(is_unread));
-        let wrong = wrong.into_iter().map(|mismatch| mismatch.text);
-        return Ok(Invocation::Check { request, mistakes: mistakes.lines.into_iter().chain(wrong).collect() });
-    }
-    if wrong.is_empty() {
-        return Ok(Invocation::Serve(request));
-    }
-    let texts: Vec<String> = wrong.into_iter().map(|mismatch| mismatch.text).collect();
-    Err(command.error(clap::error::ErrorKind::ValueValidation, texts.join("\n       ")))
-}
-
-/// An error in a combination of settings.
-struct Mismatch {
-    settings: &'static [&'static str],
-    text: String,
-}
-
-fn or_note<T: Default>(found: Result<T, String>, settings: &'static [&'static str], wrong: &mut Vec<Mismatch>) -> T {
-    found.unwrap_or_else(|text| {
-        wrong.push(Mismatch { settings, text });
-        T::default()
-    })
-}
-
-struct Read {
-    matches: ArgMatches,
-    mistakes: Mistakes,
-    /// The sub-command is `check`.
-    checked: bool,
-}
-
-/// Reads the arguments, together with the configuration file if they or a variable name one. `serving` are the
-/// sub-commands that take the flags of serving.
-///
-/// # Errors
-/// An error of clap. For `check`, invalid values are among the mistakes instead.
-fn read(command: &mut Command, arguments: &[OsString], serving: &[&str]) -> Result<Read, clap::Error> {
-    let mut mistakes = Mistakes::default();
-    let mut arguments = arguments.to_vec();
-    let checked = arguments.get(1).is_some_and(|name| name == "check");
-    let matches = loop {
-        match command.try_get_matches_from_mut(&arguments) {
-            Ok(matches) => break matches,
-            Err(error) if checked && without(&error, command, &mut arguments, &mut mistakes) => {}
-            Err(error) => {
-                let is_good = |line: &[OsString]| command.clone().try_get_matches_from(line).is_ok();
-                return Err(hints::improve(error, command, &arguments, is_good));
-            }
-        }
-    };
-    let (name, given) = match matches.subcommand() {
-        Some((name, given)) if serving.contains(&name) => (Some(name), given),
-        Some(_) => return Ok(Read { matches, mistakes, checked: false }),
-        None => (None, &matches),
-    };
-    let grammar = name.and_then(|name| command.find_subcommand(name)).unwrap_or(command);
-    let refused = refused::given(grammar, given);
-    if checked {
-        mistakes.lines.extend(refused);
-    } else if !refused.is_empty() {
-        let text = refused.join("\n       ");
-        let bin_name = name.map(|name| format!("{} {name}", command.get_name()));
-        let mut grammar = grammar.clone();
-        if let Some(bin_name) = bin_name {
-            grammar = grammar.bin_name(bin_name);
-        }
-        return Err(grammar.error(clap::error::ErrorKind::UnknownArgument, text));
-    }
-    let Some(path) = given.get_one::<PathBuf>("config") else { return Ok(Read { matches, mistakes, checked }) };
-    let (additions, of_file) = file::read(path, grammar, given);
-    mistakes.lines.extend(of_file.lines);
-    mistakes.settings.extend(of_file.settings);
-    // Before all arguments that were given: after the program's name and the sub-command.
-    let (before, after) = arguments.split_at(arguments.len().min(1 + usize::from(name.is_some())));
-    let mut all = [before, &additions.flags, after].concat();
-    if !additions.command.is_empty() {
-        all.extend([OsString::from("--")].into_iter().filter(|dashes| !arguments.contains(dashes)));
-        all.extend(additions.command);
-    }
-    let matches = command.try_get_matches_from_mut(all)?;
-    Ok(Read { matches, mistakes, checked })
-}
-
-/// Removes an invalid value from the arguments, or the variable that has it from the command, and records the error.
-/// False if the error is of another kind.
-fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsString>, mistakes: &mut Mistakes) -> bool {
-    use clap::error::{ContextKind, ContextValue, ErrorKind};
-    if !matches!(error.kind(), ErrorKind::ValueValidation | ErrorKind::InvalidValue) {
-        return false;
-    }
-    let Some(ContextValue::String(shown)) = error.get(ContextKind::InvalidArg) else { return false };
-    // The text has the form `--workers <N>`.
-    let Some(flag) = shown.split([' ', '=', '[']).next().and_then(|flag| flag.strip_prefix("--")) else { return false };
-    let long = format!("--{flag}");
-    let with_value = format!("{long}=");
-    let given = |argument: &OsString| *argument == *long || argument.to_string_lossy().starts_with(&with_value);
-    let dashes = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
-    let mut is_new = !mistakes.settings.iter().any(|known| known == flag);
-    let mut removed = false;
-    while let Some(at) = arguments[..dashes.min(arguments.len())].iter().position(given) {
-        let count = if arguments[at] == *long { 2 } else { 1 };
-        arguments.drain(at..arguments.len().min(at + count));
-        removed = true;
-    }
-    if !removed {
-        // The value came from a variable.
-        let forget = |check: Command| {
-            check.mut_args(|argument| {
-                if argument.get_long() == Some(flag) {
-                    argument.env(clap::builder::Resettable::Reset)
-                } else {
-                    argument
-                }
-            })
-        };
-        let whole = std::mem::take(command);
-        *command = whole.mut_subcommand("check", forget).mut_args(|argument| {
-            if argument.get_long() == Some(flag) { argument.env(clap::builder::Resettable::Reset) } else { argument }
-        });
-        is_new |= !mistakes.settings.iter().any(|known| *known == format!("{flag} "));
-        mistakes.settings.push(format!("{flag} "));
-    }
-    if is_new {
-        mistakes.lines.push(format!("{long}: {}", file::explain(error)));
-        mistakes.settings.push(flag.to_owned());
-    }
-    // Each call removes a value, so that the caller's loop ends.
-    removed || is_new
 }
 
 /// An external program has one socket, and speaks FastCGI on it.
@@ -819,15 +463,6 @@ struct OfWorkers {
     sandbox: Option<SandboxConfig>,
     failures: Failures,
     access_log: AccessLogOptions,
-}
-
-/// The fields of [`Config`] with the same names.
-#[derive(Debug, Default)]
-struct Access {
-    allow: Option<Peers>,
-    web_servers: Option<Peers>,
-    trust: Option<Trust>,
-    proxy_protocol: Option<Peers>,
 }
 
 /// Adds to `wrong` the settings that contradict each other.
@@ -875,18 +510,4 @@ fn config(
         sidecars: or_note(serve.sidecars.config(), &["daemon", "cron"], wrong),
         upgrade: serve.upgrade.config(),
     }
-}
-
-fn parse_max_uri(text: &str) -> Result<usize, String> {
-    // The maximum of `http::Uri`.
-    let size = usize::try_from(parse_size(text)?).ok().filter(|size| (1..=65534).contains(size));
-    size.ok_or(format!("'{text}' is out of range (expected 1 to 65534)"))
-}
-
-fn parse_max_params(text: &str) -> Result<usize, String> {
-    let size = parse_size(text)?;
-    if !(8 << 10..=16 << 20).contains(&size) {
-        return Err(format!("'{text}' is out of range (expected 8K to 16M)"));
-    }
-    usize::try_from(size).map_err(|_| format!("'{text}' does not fit this machine"))
 }

@@ -1,13 +1,11 @@
-//! The flags for the number of workers and their replacement.
+//! The flags for the number of workers and their start.
 
 use std::time::Duration;
 
 use clap::Args;
 
-use crate::config::{
-    Jittered, Scaling, Share, parse_duration, parse_health_path, parse_interval, parse_max_age, parse_max_memory,
-    parse_max_requests,
-};
+use super::recycling::{RecyclingOptions, RequestRecyclingOptions};
+use crate::config::{Scaling, Share, parse_duration, parse_health_path};
 
 /// Flags of both commands that serve.
 #[derive(Args, Debug)]
@@ -28,32 +26,15 @@ pub(super) struct ScalingOptions {
     #[arg(long, value_name = "TIME", env = "FORKYARD_SCALE_DOWN_AFTER", default_value = "30s", value_parser = parse_duration, help_heading = "Processes")]
     scale_down_after: Duration,
 
-    /// Replace a worker whose own memory exceeds this, as in 512M, in three checks in a row; 0 disables
-    ///
-    /// Shared memory, such as the page cache, does not count; memory shared with siblings since the fork counts in
-    /// part.
-    #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_MEMORY", default_value = "0", value_parser = parse_max_memory, help_heading = "Processes")]
-    max_memory: u64,
-
-    /// Time between checks of the memory of each worker, for --max-memory; at least 100ms
-    #[arg(long, value_name = "TIME", env = "FORKYARD_MEMORY_INTERVAL", default_value = "5s", value_parser = parse_interval, help_heading = "Processes")]
-    memory_interval: Duration,
-
-    /// Replace a worker at this age, as in 12h; 0 disables
-    ///
-    /// 12h~1h gives each worker an age of its own between 12 and 13 hours.
-    #[arg(long, value_name = "TIME[~JITTER]", env = "FORKYARD_MAX_AGE", default_value = "0", value_parser = parse_max_age, help_heading = "Processes")]
-    max_age: Jittered<Duration>,
+    #[command(flatten)]
+    recycling: RecyclingOptions,
 }
 
 /// Flags of linked applications.
 #[derive(Args, Debug, Default)]
 pub(super) struct OfEachWorker {
-    /// Replace a worker after this many requests, as in 1000; 0 disables
-    ///
-    /// 1000~200 gives each worker a number of its own between 1000 and 1200.
-    #[arg(long, value_name = "N[~JITTER]", env = "FORKYARD_MAX_REQUESTS", default_value = "0", value_parser = parse_max_requests, help_heading = "Processes")]
-    max_requests: Option<Jittered<u64>>,
+    #[command(flatten)]
+    recycling: RequestRecyclingOptions,
 
     /// Path that a new worker requests from its application before it is ready, as in /health
     ///
@@ -76,10 +57,10 @@ impl ScalingOptions {
             max_unavailable: self.max_unavailable,
             give_up_after: self.give_up_after,
             scale_down_after: self.scale_down_after,
-            max_requests: of_each.max_requests.filter(|requests| requests.limit > 0),
-            max_memory: Some(self.max_memory).filter(|&bytes| bytes > 0),
-            memory_interval: self.memory_interval,
-            max_age: Some(self.max_age).filter(|age| !age.limit.is_zero()),
+            max_requests: of_each.recycling.max_requests(),
+            max_memory: self.recycling.max_memory(),
+            memory_interval: self.recycling.memory_interval,
+            max_age: self.recycling.max_age(),
             health_path: of_each.health_path,
             max_queue_time: of_each.max_queue_time,
         }
