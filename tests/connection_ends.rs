@@ -11,7 +11,8 @@ use std::process::{Command, Stdio};
 use common::fastcgi::{STDIN, record};
 use common::http::{Client, Response};
 use common::limit;
-use common::{Server, fastcgi, http2, program, scgi};
+use common::{Server, fastcgi, http2, program, scgi, wait_until};
+use nix::sys::signal::Signal;
 
 const CHUNKED: &str = "Transfer-Encoding: chunked\r\n";
 const BROKEN_OFF: &str = "refused: a body that broke off, or cannot be read status=400 protocol=";
@@ -81,6 +82,125 @@ fn a_response_after_which_the_connection_is_closed_says_so() {
     let (response, _) = last_response(&server.http(), &head("/count", CHUNKED));
     assert_eq!((response.status, response.header("connection")), (504, Some("close")));
     server.stop();
+}
+
+/// All values of `Connection` in a response.
+fn connection(response: &Response) -> Vec<&str> {
+    let headers = response.headers.iter().filter(|(name, _)| name == "connection");
+    headers.map(|(_, value)| value.as_str()).collect()
+}
+
+#[test]
+fn a_response_over_http_1_0_says_whether_the_connection_is_kept() {
+    let mut server = Server::start("scenarios", &["--bind", "http:127.0.0.1:0", "--workers", "1", "--max-uri", "1000"]);
+    let long = format!("GET /{} HTTP/1.0", "x".repeat(2000));
+    let post = "POST /early HTTP/1.0\r\nContent-Length: 100000";
+    for (head, status, is_kept) in [
+        ("GET /method HTTP/1.0", 200, true),
+        ("GET /raw/204 HTTP/1.0", 204, true),
+        ("GET /raw/304 HTTP/1.0", 304, true),
+        ("HEAD /method HTTP/1.0", 200, true),
+        ("GET /nowhere HTTP/1.0", 404, true),
+        ("GET /raw-stream/200?content-length=5 HTTP/1.0", 200, true),
+        ("GET /raw/200?connection=keep-alive HTTP/1.0", 200, true),
+        (&long, 414, true),
+        // There is no body to be ended.
+        ("HEAD /raw-stream/200 HTTP/1.0", 200, true),
+        ("GET /raw-stream/204 HTTP/1.0", 204, true),
+        // Nothing but the end of the connection ends this body.
+        ("GET /raw-stream/200 HTTP/1.0", 200, false),
+        ("GET /raw-stream/200?connection=keep-alive HTTP/1.0", 200, false),
+        ("GET /raw/200?connection=close HTTP/1.0", 200, false),
+        ("HEAD /raw/200?connection=close HTTP/1.0", 200, false),
+        ("GET /raw/204?connection=close HTTP/1.0", 204, false),
+        ("GET /raw/200?connection=keep-alive&connection=close HTTP/1.0", 200, false),
+        ("GET /method HTTP/1.0\r\nConnection: close", 200, false),
+        ("GET /raw/200?connection=keep-alive HTTP/1.0\r\nConnection: close", 200, false),
+        (post, 200, false),
+        ("GET /method HTTP/1.0\r\nHost: a b", 400, false),
+        ("CONNECT x:80 HTTP/1.0", 501, false),
+        // An option of the application's that is not about that.
+        ("GET /raw/200?connection=x-a HTTP/1.0\r\nConnection: close", 200, false),
+    ] {
+        let mut client = Client::connect(&server.http()).unwrap();
+        send(&mut client, &format!("{head}\r\nConnection: keep-alive\r\n\r\n"));
+        let response = client.response(head.starts_with("HEAD")).unwrap();
+        assert_eq!(response.status, status, "{head:.200}");
+        let expected = match (is_kept, head.contains("x-a")) {
+            (_, true) => "x-a, close",
+            (true, false) => "keep-alive",
+            (false, false) => "close",
+        };
+        assert_eq!(connection(&response), [expected], "{head:.200}");
+        if is_kept {
+            assert_eq!(client.request("GET", "/method", b"").unwrap().text(), "GET", "{head:.200}");
+        } else {
+            let mut rest = Vec::new();
+            let _ = client.stream.read_to_end(&mut rest); // with bytes of ours unread, it may be a reset
+            assert_eq!(String::from_utf8_lossy(&rest), "", "{head:.200}");
+        }
+    }
+    server.stop();
+
+    let mut server = start(&["--max-requests-per-connection", "3"]);
+    let mut client = Client::connect(&server.http()).unwrap();
+    for expected in ["keep-alive", "keep-alive", "close"] {
+        send(&mut client, "GET /ok HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
+        assert_eq!(connection(&client.response(false).unwrap()), [expected]);
+    }
+    assert_eq!(client.stream.read(&mut [0]).unwrap(), 0);
+    server.stop();
+}
+
+#[test]
+fn an_application_cannot_contradict_the_server_about_the_connection() {
+    let mut server = Server::start("scenarios", &["--bind", "http:127.0.0.1:0", "--workers", "1"]);
+    for (target, fields, expected) in [
+        ("/raw/200?connection=keep-alive", "", &[][..]),
+        ("/raw/200?connection=keep-alive", "Connection: keep-alive\r\n", &[]),
+        ("/raw/200?connection=keep-alive", "Connection: close\r\n", &["close"]),
+        ("/raw/200?connection=close", "Connection: keep-alive\r\n", &["close"]),
+        ("/raw/200?connection=close", "Connection: close\r\n", &["close"]),
+        ("/raw/200?connection=x-a", "", &["x-a"]),
+        ("/raw/200?connection=x-a,%20keep-alive", "Connection: close\r\n", &["x-a, close"]),
+        ("/raw/426?connection=close&upgrade=echo", "", &["upgrade, close"]),
+    ] {
+        let mut client = Client::connect(&server.http()).unwrap();
+        send(&mut client, &head(target, fields));
+        assert_eq!(connection(&client.response(false).unwrap()), expected, "{target} {fields}");
+        if expected.iter().any(|options| options.ends_with("close")) {
+            assert_eq!(client.stream.read(&mut [0]).unwrap(), 0, "{target} {fields}");
+        } else {
+            assert_eq!(client.request("GET", "/method", b"").unwrap().text(), "GET", "{target} {fields}");
+        }
+    }
+    server.stop();
+}
+
+#[test]
+fn the_last_response_in_a_drain_says_close() {
+    for request in ["GET /ok HTTP/1.1\r\nHost: x\r\n\r\n", "GET /ok HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"] {
+        let last = wait_until("a request that comes before the idle connection is closed", || {
+            let mut server = start(&[]);
+            let mut client = Client::connect(&server.http()).unwrap();
+            send(&mut client, request);
+            assert_eq!(client.response(false).unwrap().text(), "ok\n");
+            server.signal(Signal::SIGTERM);
+            wait_until("the worker drains", || {
+                let row = server.segment().scoreboard().read(0)?;
+                (row.state == forkyard_shm::State::Draining).then_some(())
+            });
+            let mut last = None;
+            while client.stream.get_mut().write_all(request.as_bytes()).is_ok()
+                && let Ok(response) = client.response(false)
+            {
+                last = Some(response);
+            }
+            assert_eq!(server.wait_end(), Some(0));
+            last
+        });
+        assert_eq!(connection(&last), ["close"], "{request}");
+    }
 }
 
 #[test]

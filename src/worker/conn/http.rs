@@ -5,6 +5,7 @@
 //! The application receives each request in one form, whatever the version: the URI is a path, the
 //! host is in `Host`, and the client's address and scheme are in [`ClientInfo`].
 
+mod connection_header;
 mod request;
 mod requests;
 mod rest;
@@ -21,7 +22,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderValue};
+use http::header;
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -33,6 +34,7 @@ use pin_project_lite::pin_project;
 use tokio::io::AsyncWriteExt as _;
 use tower_service::Service;
 
+use self::connection_header::{response_closes, set_connection};
 use self::request::settle;
 use self::requests::{Requests, UnderWay};
 use self::rest::Rest;
@@ -112,6 +114,7 @@ where
                     return move_on(io.into_inner(), &read_buf, &drain).await;
                 }
                 Http1End::Ending => {
+                    requests.close();
                     let connection = Pin::new(&mut connection);
                     break until_drained(connection, |it| it.as_mut().graceful_shutdown(), &requests, &drain).await;
                 }
@@ -377,7 +380,8 @@ where
             let body = if rest.is_some() { body.with_activity(self.requests.activity()) } else { body };
             let mut rest = rest.map(|rest| Rest::new(rest, head.headers.contains_key(header::EXPECT)));
             let mut request = Request::from_parts(head, body);
-            let is_http2 = request.version() == Version::HTTP_2;
+            let version = request.version();
+            let is_http2 = version == Version::HTTP_2;
             let offer = Offer::of(&mut request);
             let switch = offer.as_ref().map_or(Switch::No, |offer| offer.switch);
             under_way.offers_upgrade(offer.is_some());
@@ -408,18 +412,7 @@ where
             under_way.is_answered();
             if let Some(mut rest) = rest {
                 under_way.is_last |= rest.ends_connection();
-                if rest.is_cut() {
-                    self.requests.leave_unread();
-                } else if !rest.is_over() {
-                    let (open, drain) = (self.requests.open_body(), self.ends.drain.clone());
-                    tokio::task::spawn_local(async move {
-                        tokio::select! {
-                            () = poll_fn(|context| rest.poll(context)) => {}
-                            () = drain.wait_for_end() => rest.cut(),
-                        }
-                        open.end(rest.is_cut());
-                    });
-                }
+                self.read_rest(rest);
             }
             if let Some(offer) = offer.filter(|_| switch.is_made_by(response.status())) {
                 return Ok(self.switch(response, offer, under_way));
@@ -428,9 +421,11 @@ where
             if is_http2 {
                 response.headers_mut().remove(header::TE); // hyper removes the other such headers, but h2 would reset the stream
             } else {
-                set_connection(response.headers_mut(), under_way.is_last);
+                under_way.is_last |= self.requests.are_closing() || response_closes(response.headers());
+                under_way.is_last |= version < Version::HTTP_11 && ends_with_connection(response.body());
+                set_connection(&mut response, version, under_way.is_last);
             }
-            under_way.enter_response(&response);
+            under_way.enter_response(under_way.is_last);
             response.body_mut().tell(self.requests.activity());
             let room = is_http2.then(|| {
                 let mut room = Wait::for_room(self.requests.activity());
@@ -441,10 +436,26 @@ where
         }
     }
 
+    /// Reads the rest of a request's body while the response is sent.
+    fn read_rest(&self, mut rest: Rest) {
+        if rest.is_cut() {
+            self.requests.leave_unread();
+        } else if !rest.is_over() {
+            let (open, drain) = (self.requests.open_body(), self.ends.drain.clone());
+            tokio::task::spawn_local(async move {
+                tokio::select! {
+                    () = poll_fn(|context| rest.poll(context)) => {}
+                    () = drain.wait_for_end() => rest.cut(),
+                }
+                open.end(rest.is_cut());
+            });
+        }
+    }
+
     /// Turns the connection or stream over to the application's upgrade: the bytes after the
     /// response belong to another protocol.
     fn switch(&self, response: Response<Served<B>>, offer: Offer, under_way: UnderWay) -> Response<Reply<B>> {
-        under_way.enter_response(&response);
+        under_way.enter_response(false);
         let (head, body) = response.into_parts();
         let (body, serving) = body.switch();
         if let Some(serving) = serving {
@@ -460,15 +471,9 @@ where
     }
 }
 
-/// Sets the `Connection` options that belong to the response.
-fn set_connection(headers: &mut HeaderMap, is_last: bool) {
-    // RFC 9110, section 7.8.
-    if headers.contains_key(header::UPGRADE) && !headers.contains_key(header::CONNECTION) {
-        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-    }
-    if is_last {
-        headers.append(header::CONNECTION, HeaderValue::from_static("close"));
-    }
+/// Whether the end of the connection is what ends this body in HTTP/1.0, which has no chunks.
+fn ends_with_connection(body: &impl HttpBody) -> bool {
+    !body.is_end_stream() && body.size_hint().exact().is_none()
 }
 
 pin_project! {

@@ -5,6 +5,7 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::{PathAndQuery, Uri};
 use http::{Method, Request, StatusCode, Version};
 
+use super::connection_header::elements;
 use crate::protocol::host::is_host;
 
 const NO_HOST: &str = "Host, or the host of the target, is not a host";
@@ -61,10 +62,8 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
         }
     }
     // RFC 9110, section 10.1.1. An expectation in an HTTP/1.0 request is ignored.
-    let mut expected =
-        request.headers().get_all(header::EXPECT).iter().flat_map(|value| value.as_bytes().split(|&b| b == b','));
-    let is_known = |expected: &[u8]| expected.is_empty() || expected.eq_ignore_ascii_case(b"100-continue");
-    if version >= Version::HTTP_11 && !expected.all(|expected| is_known(expected.trim_ascii())) {
+    let is_known = |expected: &[u8]| expected.eq_ignore_ascii_case(b"100-continue");
+    if version >= Version::HTTP_11 && !elements(request.headers(), header::EXPECT).all(is_known) {
         return refuse(StatusCode::EXPECTATION_FAILED, "Expect is more than 100-continue");
     }
     if version == Version::HTTP_2 {

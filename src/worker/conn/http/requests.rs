@@ -5,12 +5,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 
-use http::header::{self, HeaderMap};
-use http::{Method, Request, Response, Version};
+use http::{Method, Request, Version};
 use http_body::Body as HttpBody;
 use hyper::body::Incoming;
 use tokio::sync::Notify;
 
+use super::connection_header::request_closes;
 use super::upgrade::Taken;
 use crate::heir::journal::{ConnHandle, Entry, READ_BUFFER};
 use crate::request::activity::Activity;
@@ -32,7 +32,7 @@ pub(super) struct Requests {
     end_is_unknown: Cell<bool>,
     /// The input after a request is not read, because its body cannot be.
     left_unread: Cell<bool>,
-    /// A request or a response has announced the end of the connection.
+    /// The connection ends after the requests that have begun, or if none has, after the next one.
     is_closing: Cell<bool>,
     /// Bodies that are still being read although the response is complete.
     open_bodies: Cell<u32>,
@@ -88,7 +88,7 @@ impl Requests {
     fn enter(&self, request: &Request<Incoming>) -> Entry {
         let look = || self.conn.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
         let head = if self.end_is_unknown.get() { None } else { look() };
-        let is_last = is_last(request.version(), request.headers());
+        let is_last = request_closes(request.version(), request.headers());
         self.is_closing.set(self.is_closing.get() || is_last);
         let entry = self.conn.begin(1, request.method() == Method::HEAD, is_last);
         let body = request.body().size_hint().exact().and_then(|length| u32::try_from(length).ok());
@@ -165,6 +165,15 @@ impl Requests {
     /// Whether the number of requests is limited.
     pub(super) fn are_limited(&self) -> bool {
         self.limit > 0
+    }
+
+    /// The connection is about to be closed: the next response is the last one.
+    pub(super) fn close(&self) {
+        self.is_closing.set(true);
+    }
+
+    pub(super) fn are_closing(&self) -> bool {
+        self.is_closing.get()
     }
 
     /// Returns when the last request that the limit allows has begun.
@@ -248,12 +257,12 @@ impl UnderWay {
         }
     }
 
-    /// Enters the start of the response in the journal.
-    pub(super) fn enter_response<B>(&self, response: &Response<B>) {
+    /// Enters the start of the response in the journal, and whether the connection ends after it.
+    pub(super) fn enter_response(&self, is_last: bool) {
         let Some(entry) = self.entry else { return };
         let conn = &self.requests.conn;
         conn.response_from(entry, conn.output(0));
-        if is_last(Version::HTTP_11, response.headers()) {
+        if is_last {
             conn.is_last(entry);
             self.requests.is_closing.set(true);
         }
@@ -283,17 +292,5 @@ fn head_length(input: &[u8]) -> Option<u32> {
             // An empty line before the head is not part of the request.
             return u32::try_from(from).ok().filter(|&length| length > 2);
         }
-    }
-}
-
-/// Whether a message announces that the connection ends after it (RFC 9112, section 9.3).
-fn is_last(version: Version, headers: &HeaderMap) -> bool {
-    let options =
-        headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
-    let mut options = options.map(<[u8]>::trim_ascii);
-    if version < Version::HTTP_11 {
-        !options.any(|option| option.eq_ignore_ascii_case(b"keep-alive"))
-    } else {
-        options.any(|option| option.eq_ignore_ascii_case(b"close"))
     }
 }

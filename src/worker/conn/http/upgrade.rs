@@ -22,7 +22,6 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
-use http::header::{self, HeaderMap};
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper::server::conn::http1;
@@ -32,6 +31,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::super::socket::poll_block;
+use super::connection_header::asks_for_upgrade;
 use super::requests::UnderWay;
 use crate::app::body::{Body, pipe};
 use crate::request::activity::{Activity, Wait};
@@ -181,16 +181,6 @@ fn switching() -> Response<http_body_util::Empty<Bytes>> {
     let mut response = Response::new(http_body_util::Empty::new());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     response
-}
-
-/// Whether an HTTP/1.1 request offers another protocol. A proxy that does not implement `Upgrade`
-/// passes the header on, but removes the connection option that belongs to it (RFC 9110, section
-/// 7.8).
-fn asks_for_upgrade(headers: &HeaderMap) -> bool {
-    let options =
-        headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
-    headers.contains_key(header::UPGRADE)
-        && options.into_iter().any(|option| option.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
 }
 
 /// An upgrade that the application has taken. The worker counts it as one request until it ends.
@@ -376,22 +366,5 @@ impl Way {
         }
         let nobody_reads = self.input_ended || link.from_client.is_abandoned();
         if written.is_ready() && nobody_reads { Poll::Ready(Ok(())) } else { Poll::Pending }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn both_headers_make_a_wish_for_an_upgrade() {
-        let asks = |pairs: &[(header::HeaderName, &'static str)]| {
-            let headers = pairs.iter().map(|(name, value)| (name.clone(), value.parse().unwrap()));
-            asks_for_upgrade(&headers.collect())
-        };
-        let (connection, upgrade) = (header::CONNECTION, header::UPGRADE);
-        assert!(asks(&[(connection.clone(), "keep-alive, Upgrade"), (upgrade.clone(), "websocket")]));
-        assert!(!asks(&[(connection.clone(), "keep-alive"), (upgrade, "websocket")]), "a proxy did not know it");
-        assert!(!asks(&[(connection, "upgrade")]));
     }
 }
