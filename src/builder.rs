@@ -26,7 +26,7 @@ use crate::cli::{self, Identity, Invocation, Request, Task};
 use crate::config::address::Address;
 use crate::config::control::reloaded;
 use crate::config::{CacheConfig, Config, Program};
-use crate::heritage::WorkerMain;
+use crate::inherited_by_workers::WorkerMain;
 use crate::logging::files::LogFiles;
 use crate::master::{self, Control, EarlierChildren, End, Launch, Operators, Reloaded, Reread, SignalInbox, Start};
 use crate::net::listen::{ControlListener, Listener};
@@ -36,7 +36,7 @@ use crate::startup::abort::{self, Leftover};
 use crate::startup::cgi_invocation;
 use crate::startup::conflicts::{self, Conflict};
 use crate::startup::pid_file::PidFile;
-use crate::startup::{banner, descriptor_limit, limits, memory, sockets};
+use crate::startup::{banner, descriptor_limit, memory, rlimits, sockets};
 use crate::upgrade::{StartCommand, Takeover};
 use crate::{control, logging, sys, worker};
 
@@ -365,7 +365,7 @@ fn serve(
     let blocking = matches!(launch, Launch::Program(_));
     // Before anything is created, so that an impossible setting fails at once.
     Privileges::resolve(&config.privileges, blocking)?;
-    limits::check(&config, blocking)?;
+    rlimits::check(&config, blocking)?;
     master::check_sidecars(&config)?;
     descriptor_limit::ensure(&config, blocking)?;
     let pid_file = PidFile::open(config.privileges.pid_file.as_deref(), takeover.as_mut())?;

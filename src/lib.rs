@@ -194,7 +194,7 @@ mod diagnostics;
 #[doc(hidden)]
 pub mod fuzzing;
 mod heir;
-mod heritage;
+mod inherited_by_workers;
 mod logging;
 mod master;
 mod net;

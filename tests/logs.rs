@@ -379,7 +379,7 @@ fn the_output_of_daemons_and_jobs_is_counted_and_marked_as_that_of_workers() {
 }
 
 #[test]
-fn the_last_words_of_a_worker_stand_before_its_obituary() {
+fn the_last_words_of_a_worker_stand_before_its_death_record() {
     let mut server = start(&[]);
     assert_eq!(get(&server, "/half"), 502);
     server.wait_for("| these are my last");

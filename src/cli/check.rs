@@ -11,7 +11,7 @@ use crate::logging;
 use crate::net::listen::{self, ControlListener};
 use crate::net::publish_socket;
 use crate::privileges::Privileges;
-use crate::startup::{conflicts, descriptor_limit, limits, memory, pid_file, systemd};
+use crate::startup::{conflicts, descriptor_limit, memory, pid_file, rlimits, systemd};
 
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
@@ -44,7 +44,7 @@ pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
             Err(cause) => findings.errors.push(cause),
         }
     }
-    findings.errors.extend(limits::check(config, executes).err());
+    findings.errors.extend(rlimits::check(config, executes).err());
     findings.warnings.extend(config.contradictions(config.privileges.most_descriptors()));
     findings.errors.extend(descriptor_limit::check(config, executes).err());
     findings

@@ -39,7 +39,7 @@ use nix::unistd::{Pid, setpgid};
 use self::journal::{ConnRecord, Journal, LastOp, MAX_CONNECTIONS, WireProtocol};
 use self::settlement::{Settlement, Then, settle};
 use crate::config::address::Protocol;
-use crate::heritage::Heritage;
+use crate::inherited_by_workers::Heritage;
 use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::LineBuffer;
 use crate::net::handover::{self, Channel, Handoff, PackedOrigin};

@@ -19,7 +19,7 @@ use crate::control::wire::{self, MAX_REQUEST, Reply, Request};
 use crate::logging::rate::{Admission, ByteLimit};
 use crate::net::listen::ControlListener;
 use crate::sys;
-use crate::upgrade::saved::{SavedClient, SavedControl, SavedWaiting};
+use crate::upgrade::saved_state::{SavedClient, SavedControl, SavedWaiting};
 
 /// Time since the master started.
 type Now = Duration;

@@ -6,8 +6,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::Master;
+use super::death_log::End;
 use super::hangs::{Hangs, Work};
-use super::obituary::End;
 use super::oom::OomKills;
 use super::quarantine::{Death, Listed, Quarantine, Verdict};
 use super::supervisor::{Event, Now};
@@ -15,7 +15,7 @@ use super::symbolizer::Symbolizer;
 use crate::config::failures::{Failures, QuarantineBy};
 use crate::diagnostics::request_key::RequestKey;
 use crate::sys;
-use crate::upgrade::saved::SavedRefusal;
+use crate::upgrade::saved_state::SavedRefusal;
 
 pub(crate) struct Faults {
     hangs: Hangs,

@@ -39,7 +39,7 @@ use super::spawn::{Launch, Spawner};
 use super::supervisor::{Breaker, Now};
 use crate::logging;
 use crate::sys::{self, Ending};
-use crate::upgrade::saved::SavedGuard;
+use crate::upgrade::saved_state::SavedGuard;
 
 /// If a guard that has lived this long dies, its cause of death is not expected to affect the next one.
 const STEADY_TIME: Duration = Duration::from_secs(1);

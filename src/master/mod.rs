@@ -12,7 +12,7 @@
 //! - [`demand`] and [`recycling`]: how much work there is, and which workers have reached the end of their lifetime.
 //!
 //! Processes:
-//! - [`spawn`] starts workers and programs; [`reap`] takes note of the death of any child, and [`obituary`] writes its log line.
+//! - [`spawn`] starts workers and programs; [`reap`] takes note of the death of any child, and [`death_log`] writes its log line.
 //! - [`programs`] follows external programs by what [`procfs`] shows of them; [`leftovers`] ends what they leave behind.
 //! - [`sidecars`] runs daemons and jobs; [`relay`] runs the process that publishes events for programs in other languages;
 //!   [`guard`] runs the process that outlives a killed master and ends what its programs have started; [`symbolizer`] runs
@@ -20,24 +20,23 @@
 //! - [`output`] reads what processes write to standard output and error.
 //!
 //! Operators:
-//! - [`signals`] and [`control`] receive commands, [`operator`] carries them out, and [`notices`] logs their outcome.
+//! - [`signals`] and [`control`] receive commands, [`operator`] carries them out, and [`decision_log`] logs their outcome.
 //! - [`reload`] applies a changed configuration, [`upgrade`] replaces this process with another build of the program, and
 //!   [`closing`] closes the listening sockets at a stop.
-//! - [`status`] describes the state, and [`notify`] reports it to systemd.
+//! - [`status`] describes the state, and [`sd_notify`] reports it to systemd.
 
 mod closing;
 mod control;
 mod damage;
+mod death_log;
+pub(crate) mod decision_log;
 mod demand;
-mod earlier;
+mod earlier_children;
 pub(crate) mod faults;
 mod guard;
 mod hangs;
 mod inherited;
 mod leftovers;
-pub(crate) mod notices;
-pub(crate) mod notify;
-mod obituary;
 mod oom;
 mod operator;
 mod output;
@@ -48,6 +47,7 @@ mod reap;
 mod recycling;
 mod relay;
 mod reload;
+pub(crate) mod sd_notify;
 pub(crate) mod sidecars;
 mod signals;
 mod spawn;
@@ -71,15 +71,15 @@ use nix::unistd::Pid;
 use self::closing::Closing;
 pub(crate) use self::control::Control;
 use self::damage::Damage;
-pub(crate) use self::earlier::EarlierChildren;
+use self::death_log::DeathRecord;
+pub(crate) use self::earlier_children::EarlierChildren;
 use self::faults::Faults;
 use self::guard::Guard;
-use self::notify::Notify;
-use self::obituary::Obituary;
 use self::output::OrphanedOutputs;
 use self::programs::Programs;
 use self::recycling::Recycling;
 use self::relay::Relay;
+use self::sd_notify::Notify;
 use self::sidecars::Sidecars;
 pub(crate) use self::sidecars::check_sidecars;
 use self::signals::Meaning;
@@ -89,7 +89,7 @@ use self::spawn::{Child, Spawner};
 use self::supervisor::{Action, Budget, Command, Event, Phase, Policy, Supervisor};
 use self::upgrade::Upgrade;
 use crate::config::{Config, Program, Share};
-use crate::heritage::Report;
+use crate::inherited_by_workers::Report;
 use crate::logging;
 use crate::logging::files::LogFiles;
 use crate::net::listen::Listener;
@@ -97,7 +97,7 @@ use crate::net::publish_socket::PublishSocket;
 use crate::net::queue_depth::QueueDepth;
 use crate::startup::{memory, systemd};
 use crate::sys;
-use crate::upgrade::saved::SavedPidFile;
+use crate::upgrade::saved_state::SavedPidFile;
 use crate::upgrade::{StartCommand, Takeover, Ties};
 
 /// How long to wait when poll(2) fails.
@@ -136,8 +136,8 @@ struct Master {
     supervisor: Supervisor,
     control: Option<Control>,
     reread: Reread,
-    /// The latest obituary, for clients that wait for a reload and must get the reason of its failure.
-    obituary: Obituary,
+    /// The latest death record, for clients that wait for a reload and must get the reason of its failure.
+    death_record: DeathRecord,
     spawner: Spawner,
     signals: SignalInbox,
     scoreboard: Scoreboard,
@@ -219,7 +219,7 @@ pub(crate) fn run(
         supervisor: Supervisor::new(policy(&config)),
         control: operators.control,
         reread: operators.reread,
-        obituary: Obituary::default(),
+        death_record: DeathRecord::default(),
         signals,
         scoreboard: segment.scoreboard(),
         damage: Damage::new(&segment),
@@ -589,7 +589,7 @@ impl Master {
             Err(error) => {
                 let line = format!("cannot make a worker slot={slot} gen={generation}: {}", sys::explain(&error));
                 log::error!("{line}");
-                self.obituary = Obituary { line, ..Obituary::default() };
+                self.death_record = DeathRecord { line, ..DeathRecord::default() };
                 Event::SpawnFailed { slot }
             }
         }

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 
 use super::Master;
 use super::control::{ClientId, Control, Waiting};
-use super::obituary::Obituary;
+use super::death_log::DeathRecord;
 use super::spawn::to_pass;
 use super::status::name_of;
 use super::supervisor::{Command, Event, Notice, Phase};
@@ -134,10 +134,10 @@ impl Master {
     }
 
     /// Handles the end of a process.
-    pub(super) fn left(&mut self, obituary: Obituary) {
-        self.reply_to_movers(&obituary.line);
-        self.reply_to_waiting(Waiting::Stop, &Reply::Progress { text: obituary.line.clone() });
-        self.obituary = obituary;
+    pub(super) fn left(&mut self, death_record: DeathRecord) {
+        self.reply_to_movers(&death_record.line);
+        self.reply_to_waiting(Waiting::Stop, &Reply::Progress { text: death_record.line.clone() });
+        self.death_record = death_record;
     }
 
     /// Reports a notice of the supervisor to the clients that wait for it.
@@ -151,11 +151,11 @@ impl Master {
                 self.reply_to_waiting(Waiting::Reload, &Reply::done(format!("reload done gen={generation}")));
             }
             Notice::ReloadFailed { generation, .. } => {
-                let why = format!("reload failed gen={generation}, the old workers stay: {}", self.obituary.line);
+                let why = format!("reload failed gen={generation}, the old workers stay: {}", self.death_record.line);
                 self.reply_to_waiting(Waiting::Reload, &Reply::failed(why));
             }
             Notice::Failing { .. } => {
-                let failed = Reply::failed(format!("a worker died before it was ready: {}", self.obituary.line));
+                let failed = Reply::failed(format!("a worker died before it was ready: {}", self.death_record.line));
                 for (client, waiting) in self.waiting() {
                     if matches!(waiting, Waiting::Scale(_)) {
                         self.reply(client, &failed);

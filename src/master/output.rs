@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use super::supervisor::Now;
 use crate::logging::rate::{Admission, ByteLimit, LeftOut};
 use crate::logging::{self, OUTPUT};
-use crate::upgrade::saved::SavedOutput;
+use crate::upgrade::saved_state::SavedOutput;
 
 /// A line longer than this is logged in pieces.
 const MAX_LINE: usize = 64 << 10;

@@ -19,7 +19,7 @@ use std::time::Duration;
 use super::supervisor::Now;
 use crate::config::failures::QuarantineConfig;
 use crate::diagnostics::request_key::RequestKey;
-use crate::upgrade::saved::SavedRefusal;
+use crate::upgrade::saved_state::SavedRefusal;
 
 /// Maximum number of deaths that are remembered, and of requests.
 const DEATHS: usize = 256;

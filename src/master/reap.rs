@@ -5,7 +5,7 @@ use nix::unistd::Pid;
 
 use super::spawn::Launch;
 use super::supervisor::{AfterExit, Event};
-use super::{Master, obituary};
+use super::{Master, death_log};
 use crate::app::hooks::{WorkerExit, WorkerId};
 use crate::sys::{self, Ending};
 
@@ -93,7 +93,7 @@ impl Master {
         let program = child.program();
         let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
         self.recycling.died(pid);
-        let is_starting = obituary::is_starting(pid, &child, &self.scoreboard);
+        let is_starting = death_log::is_starting(pid, &child, &self.scoreboard);
         self.scoreboard.mark_dead(slot, pid.as_raw().cast_unsigned());
         let unasked = child.is_worker() && !child.asked_to_leave && !child.hung;
         let was_killed = unasked && ending == Ending::Signaled(libc::SIGKILL);
@@ -102,8 +102,8 @@ impl Master {
             self.feed(Event::Ready { pid }); // its row shows that it was ready; it may have been killed before its report
         }
         let limits = is_starting.then_some(self.spawner.config.privileges.limits.as_slice());
-        let mut end = obituary::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
-        self.left(std::mem::take(&mut end.obituary));
+        let mut end = death_log::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
+        self.left(std::mem::take(&mut end.death_record));
         if let Launch::Worker(_, hooks) = &self.spawner.launch {
             let worker = WorkerId { slot, generation };
             let (pid, served, lived) = (pid.as_raw().cast_unsigned(), end.served, since.elapsed());

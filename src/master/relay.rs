@@ -26,7 +26,7 @@ use crate::net::publish_socket::PublishSocket;
 use crate::privileges::Privileges;
 use crate::relay;
 use crate::sys::{self, Ending};
-use crate::upgrade::saved::SavedPublish;
+use crate::upgrade::saved_state::SavedPublish;
 
 /// Maximum number of bytes of its output that are read in one turn of the master's loop.
 const READ_BUDGET: usize = 4 << 10;

@@ -12,14 +12,14 @@ use forkyard_shm::Segment;
 use nix::fcntl::OFlag;
 use nix::unistd::{Pid, pipe2, setpgid};
 
-use super::notify;
 use super::output::Output;
 use super::programs::ProgramState;
+use super::sd_notify;
 use super::signals::SignalInbox;
 use super::supervisor::Now;
 use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::config::{Config, Program};
-use crate::heritage::{Heritage, Report, WorkerMain};
+use crate::inherited_by_workers::{Heritage, Report, WorkerMain};
 use crate::logging::files::LogFiles;
 use crate::net::handover::Channel;
 use crate::net::listen::Listener;
@@ -30,7 +30,7 @@ use crate::upgrade::{self, Ties};
 use crate::{heir, logging, sys};
 
 /// Environment variables for the master only. They are not passed on.
-pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &notify::VARIABLES, &systemd::VARIABLES];
+pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &sd_notify::VARIABLES, &systemd::VARIABLES];
 /// The number of children that php-cgi forks. No component here would supervise them, so the default is 0 (`--env` changes it).
 const PHP_CHILDREN: &str = "PHP_FCGI_CHILDREN";
 /// Maximum number of bytes of a worker's last words, and of a line of its reports.

@@ -2,19 +2,19 @@
 //! any code of the application runs.
 //!
 //! - [`steps`] decides which steps are taken, and in which order (pure).
-//! - [`calls`] makes the system calls; between fork and exec too.
+//! - [`drop_calls`] makes the system calls; between fork and exec too.
 //! - [`exec_error`] explains why a program could not be executed.
 //! - [`reach`] determines whether another user can access a path.
-//! - [`sandbox`] confines a worker; [`syscalls`] is its list of system calls.
+//! - [`sandbox`] confines a worker; [`sandbox_syscalls`] is its list of system calls.
 //!
 //! Imports the configuration, and nothing of master or worker.
 
-mod calls;
+mod drop_calls;
 mod exec_error;
 mod reach;
 mod sandbox;
+mod sandbox_syscalls;
 mod steps;
-mod syscalls;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -121,7 +121,7 @@ impl Privileges {
             sys::set_environment(&name, value);
         }
         for step in steps.map_err(io::Error::other)? {
-            calls::carry_out(&step).map_err(|error| {
+            drop_calls::carry_out(&step).map_err(|error| {
                 let (flag, detail) = (step.flag(), step.detail());
                 let space = if detail.is_empty() { "" } else { " " };
                 io::Error::other(format!("{flag}{space}{detail}: {error}"))
@@ -155,7 +155,7 @@ impl Privileges {
 /// Returns the error of that step's system call.
 pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
     for step in steps {
-        calls::carry_out(step).inspect_err(|_| {
+        drop_calls::carry_out(step).inspect_err(|_| {
             // The error itself is returned.
             for word in [step.flag(), " ", step.detail()] {
                 let _ = nix::unistd::write(io::stderr(), word.as_bytes());
@@ -222,7 +222,7 @@ fn standing() -> io::Result<Standing> {
         capabilities: effective.iter().map(Capability::bitmask).fold(0, |all, one| all | one),
         in_first_namespace: is_in_first_namespace(),
         processors: (0..CpuSet::count()).filter(|&processor| allowed.is_set(processor).unwrap_or(false)).collect(),
-        nice: calls::nice()?,
+        nice: drop_calls::nice()?,
         hard_limits: hard_limits(),
         most_descriptors: number_in("/proc/sys/fs/nr_open").unwrap_or(u64::MAX),
     })

@@ -19,7 +19,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
-use super::{calls, syscalls};
+use super::{drop_calls, sandbox_syscalls};
 use crate::config::privileges::SandboxConfig;
 
 /// Paths that libraries read: code, certificates, names of hosts, users and time zones, and kernel information.
@@ -85,7 +85,7 @@ pub(super) fn check(config: &SandboxConfig, root: &Path) -> Vec<String> {
 /// A sentence that names what is missing.
 pub(super) fn enter(config: &SandboxConfig) -> Result<(), String> {
     restrict_files(config).map_err(|error| format!("--sandbox: {error}"))?;
-    calls::report_refused_calls().map_err(|error| format!("--sandbox: {error}"))?;
+    drop_calls::report_refused_calls().map_err(|error| format!("--sandbox: {error}"))?;
     for filter in filters()? {
         seccompiler::apply_filter(&filter).map_err(|error| format!("--sandbox: {error}"))?;
     }
@@ -146,7 +146,8 @@ fn filters() -> Result<Vec<BpfProgram>, String> {
     let errno = |number: i32| SeccompAction::Errno(number.cast_unsigned());
     let tried = [libc::SYS_clone3, libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
     let executed = [libc::SYS_execve, libc::SYS_execveat];
-    let mut allowed: BTreeMap<i64, Vec<SeccompRule>> = syscalls::allowed().map(|call| (call, Vec::new())).collect();
+    let mut allowed: BTreeMap<i64, Vec<SeccompRule>> =
+        sandbox_syscalls::allowed().map(|call| (call, Vec::new())).collect();
     allowed.extend(tried.map(|call| (call, Vec::new())));
     allowed.extend(conditional().map_err(|error| error.to_string())?);
     Ok(vec![

@@ -17,7 +17,7 @@ use super::abort::Leftover;
 use crate::sys::file_path::{self, Links, directory_of, examine_directory};
 use crate::sys::lock_file::LockFile;
 use crate::upgrade::Takeover;
-use crate::upgrade::saved::SavedPidFile;
+use crate::upgrade::saved_state::SavedPidFile;
 
 const FLAG: &str = "--pid-file";
 

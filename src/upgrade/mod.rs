@@ -4,12 +4,12 @@
 //! An upgrade is one way of starting, so this module lies below the master: the code that creates sockets, the segment and the
 //! pid file first checks here for existing ones. [`master::upgrade`](crate::master::upgrade) performs the upgrade.
 
-pub(crate) mod roster;
-pub(crate) mod saved;
+pub(crate) mod saved_processes;
+pub(crate) mod saved_state;
 pub(crate) mod start_command;
 pub(crate) mod takeover;
 
-use self::saved::FORMAT;
+use self::saved_state::FORMAT;
 pub(crate) use self::start_command::StartCommand;
 use self::takeover::{CHECK, STATE};
 pub(crate) use self::takeover::{Takeover, Ties, is_check};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use super::saved::{Saved, SavedListener, SavedPidFile, SavedPublish};
+use super::saved_state::{Saved, SavedListener, SavedPidFile, SavedPublish};
 use crate::config::address::{Address, Bind};
 use crate::net::handover::Channel;
 use crate::net::listen::{self, ControlListener, Listener};

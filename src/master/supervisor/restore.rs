@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::unistd::Pid;
 
 use super::{Mode, Now, Policy, Slot, State, Supervisor, TERMINATE_INTERVAL, number};
-use crate::upgrade::roster::{Phase, Place, Roster};
+use crate::upgrade::saved_processes::{Phase, Place, Roster};
 
 /// More slots than any policy has.
 const MAX_SLOTS: u32 = 1 << 16;

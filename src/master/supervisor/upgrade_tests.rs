@@ -1,7 +1,7 @@
 //! Tests the saved state of the supervisor, and its restoration by the next master.
 
 use super::*;
-use crate::upgrade::roster::Phase;
+use crate::upgrade::saved_processes::Phase;
 
 const MS: Duration = Duration::from_millis(1);
 

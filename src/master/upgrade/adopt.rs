@@ -18,7 +18,7 @@ use crate::master::supervisor::{Command, Event, Supervisor};
 use crate::master::{Control, EarlierChildren, Master, policy};
 use crate::sys;
 use crate::upgrade::Takeover;
-use crate::upgrade::saved::{
+use crate::upgrade::saved_state::{
     FORMAT, Saved, SavedChild, SavedLink, SavedListener, SavedOutput, SavedSegment, SavedSidecar,
 };
 
@@ -69,7 +69,7 @@ impl Master {
         for saved in std::mem::take(&mut left.saved.orphaned_outputs) {
             let pid = saved.pid;
             if let Some(output) = restore_output(saved, &mut left) {
-                let _ = self.orphaned_outputs.adopt(output, Pid::from_raw(pid), now); // its obituary was written
+                let _ = self.orphaned_outputs.adopt(output, Pid::from_raw(pid), now); // its death was logged
             }
         }
         for saved in std::mem::take(&mut left.saved.sidecars) {

@@ -33,7 +33,7 @@ use super::output::{LineReader, MAX_REST};
 use super::spawn::blocking;
 use crate::control::wire::Reply;
 use crate::sys::{self, Ending};
-use crate::upgrade::saved::Saved;
+use crate::upgrade::saved_state::Saved;
 use crate::upgrade::start_command::Identity;
 use crate::upgrade::takeover::{CHECK, STATE};
 use crate::upgrade::{VARIABLES, password};

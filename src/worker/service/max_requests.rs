@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use tower_service::Service;
 
 use crate::config::Jittered;
-use crate::heritage::Report;
+use crate::inherited_by_workers::Report;
 
 /// Wraps the application and counts its remaining requests.
 #[derive(Clone, Debug)]

@@ -1,4 +1,4 @@
-//! Writes the obituary: one log line for each process that ended, with everything known about its end.
+//! Writes the death record: one log line for each process that ended, with everything known about its end.
 
 use std::fmt::Write as _;
 
@@ -30,14 +30,14 @@ pub(crate) struct End {
     pub(crate) by_itself: bool,
     /// Where the process crashed; empty if that is unknown.
     pub(crate) trace: String,
-    pub(crate) obituary: Obituary,
+    pub(crate) death_record: DeathRecord,
     /// Number of requests that it had served.
     pub(crate) served: u64,
 }
 
 /// The log line, and the process that it describes.
 #[derive(Debug, Default)]
-pub(crate) struct Obituary {
+pub(crate) struct DeathRecord {
     /// `None` if the process could not be created.
     pub(crate) pid: Option<Pid>,
     pub(crate) line: String,
@@ -184,11 +184,11 @@ pub(crate) fn publish(
         Ending::Exited(_) | Ending::Signaled(_) => (log::Level::Warn, "worker died"),
     };
     log::log!(level, "{what} {line}");
-    let obituary = Obituary { pid: Some(pid), line: format!("{what} {line}"), last_words, hint };
+    let death_record = DeathRecord { pid: Some(pid), line: format!("{what} {line}"), last_words, hint };
     let served = row.as_ref().map_or(0, |row| row.requests);
     let (in_flight, complete, culprit) = row.map_or((Vec::new(), true, None), |row| {
         let complete = usize::try_from(row.in_flight) == Ok(row.serving.len());
         (row.serving.into_iter().map(|one| one.what).collect(), complete, row.culprit)
     });
-    End { is_crash, in_flight, complete, culprit, running, by_itself, trace, obituary, served }
+    End { is_crash, in_flight, complete, culprit, running, by_itself, trace, death_record, served }
 }

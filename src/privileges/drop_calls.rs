@@ -12,8 +12,8 @@ use nix::sys::resource::setrlimit;
 use nix::sys::stat::umask;
 use nix::unistd::{Pid, chdir, chroot, setgroups, setresgid, setresuid};
 
+use super::sandbox_syscalls;
 use super::steps::Step;
-use super::syscalls;
 use crate::config::privileges::CapabilitySet;
 
 /// Carries out one step.
@@ -149,7 +149,7 @@ extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
     if TOLD.get(word).is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0) {
         tell(number);
     }
-    let errno = i64::from(syscalls::errno_of(number));
+    let errno = i64::from(sandbox_syscalls::errno_of(number));
     // SAFETY: with SA_SIGINFO the third argument is this thread's ucontext_t, which nothing else accesses meanwhile.
     let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
     set_result(context, -errno);
@@ -188,7 +188,7 @@ fn tell(number: u64) {
     // SAFETY: getpid always succeeds.
     let pid = unsafe { libc::getpid() };
     let mut line = Line { bytes: [0; 160], length: 0 };
-    let name = syscalls::name_of(number).unwrap_or("unknown");
+    let name = sandbox_syscalls::name_of(number).unwrap_or("unknown");
     let _ = writeln!(line, "WARN sandbox refused a system call pid={pid} call={name} number={number} (--sandbox)"); // the line fits
     // SAFETY: the buffer has `length` bytes. If standard error is closed, the line is lost.
     unsafe { libc::write(2, line.bytes.as_ptr().cast(), line.length) };

@@ -1,7 +1,7 @@
 //! Logs the supervisor's decisions for the operator: one line for each notice.
 
 use super::Master;
-use super::obituary::Obituary;
+use super::death_log::DeathRecord;
 use super::supervisor::Notice;
 
 impl Master {
@@ -23,9 +23,9 @@ impl Master {
         }
     }
 
-    /// The hint in the obituary of the last process; with `pid`, only if the last process was `pid`.
+    /// The hint in the death record of the last process; with `pid`, only if the last process was `pid`.
     fn hint_of(&self, pid: Option<nix::unistd::Pid>) -> String {
-        let Obituary { hint, pid: of, .. } = &self.obituary;
+        let DeathRecord { hint, pid: of, .. } = &self.death_record;
         let is_that = !hint.is_empty() && (pid.is_none() || pid == *of);
         if is_that { format!(" hint={hint:?}") } else { String::new() }
     }
@@ -71,9 +71,9 @@ impl Master {
             Notice::ReloadStarted { generation } => log::info!("reload begins gen={generation}"),
             Notice::ReloadDone { generation } => log::info!("reload done gen={generation}"),
             Notice::ReloadFailed { generation, slot, pid } => {
-                let said =
-                    Some(&self.obituary).filter(|obituary| obituary.pid == pid && !obituary.last_words.is_empty());
-                let said = said.map_or_else(String::new, |obituary| format!(" said={:?}", obituary.last_words));
+                let said = Some(&self.death_record)
+                    .filter(|death_record| death_record.pid == pid && !death_record.last_words.is_empty());
+                let said = said.map_or_else(String::new, |death_record| format!(" said={:?}", death_record.last_words));
                 let hint = self.hint_of(pid);
                 let pid = pid.map_or_else(String::new, |pid| format!(" pid={pid}"));
                 log::error!(

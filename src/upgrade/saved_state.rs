@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
-use super::roster::Roster;
+use super::saved_processes::Roster;
 use super::start_command::StartCommand;
 
 /// The format that this build writes, and the only one that it reads.
@@ -291,7 +291,7 @@ impl Saved {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::upgrade::roster::{Phase, Place};
+    use crate::upgrade::saved_processes::{Phase, Place};
 
     fn state() -> Saved {
         let phase = Phase::Draining { left_ms: 5 };

@@ -5,7 +5,7 @@
 use nix::unistd::{Pid, getpgrp};
 
 use super::procfs::{self, Process};
-use crate::upgrade::saved::SavedProcess;
+use crate::upgrade::saved_state::SavedProcess;
 
 /// The processes that were found at the start, whether they still live or not.
 #[derive(Debug, Default)]
