@@ -17,7 +17,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 
 use crate::control::wire::{self, MAX_REQUEST, Reply, Request};
 use crate::logging::rate::{Admission, ByteLimit};
-use crate::net::listen::ControlListener;
+use crate::net::control_listener::ControlListener;
 use crate::sys;
 use crate::upgrade::saved_state::{SavedClient, SavedControl, SavedWaiting};
 

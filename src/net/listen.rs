@@ -8,28 +8,29 @@
 mod closing;
 mod repair;
 mod socket_file;
+mod tcp;
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
-    self, AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage, UnixAddr,
-    setsockopt, sockopt,
+    self, AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, setsockopt, sockopt,
 };
 
 pub(crate) use self::closing::{Closing, is_listening};
-use self::socket_file::bind_file;
+pub(in crate::net) use self::socket_file::bind_file;
 pub(crate) use self::socket_file::{
     SocketAndFile, bind_datagrams, examine_length, examine_path, give_socket_file, give_socket_file_of, is_stale,
     remove_own,
 };
+pub(crate) use self::tcp::resolve;
+use self::tcp::{bind_tcp, bound_tcp, examine_tcp, explain_tcp};
 use crate::config::address::{Address, Bind, Protocol};
 use crate::config::privileges::Owner;
 use crate::sys;
@@ -256,63 +257,12 @@ impl Listener {
     }
 }
 
-/// The control socket, to which operators connect. Only its owner may open its file.
-#[derive(Debug)]
-pub(crate) struct ControlListener {
-    path: PathBuf,
-    socket: OwnedFd,
-    file: Option<(u64, u64)>,
-}
-
-impl AsFd for ControlListener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-impl ControlListener {
-    /// Continues with a socket that a predecessor created at `path`, and with its `file`.
-    pub(crate) fn adopt(path: PathBuf, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
-        Self { path, socket, file }
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Device and inode of this server's socket file.
-    pub(crate) fn file(&self) -> Option<(u64, u64)> {
-        self.file
-    }
-
-    /// The error message for the operator.
-    pub(crate) fn fail(path: &Path, cause: &str) -> String {
-        format!("cannot have a control socket at {}: {cause}", path.display())
-    }
-
-    /// # Errors
-    /// A message for the operator.
-    pub(crate) fn bind(path: &Path) -> Result<Self, String> {
-        let fail = |cause: String| Self::fail(path, &cause);
-        let (socket, file) = bind_file(path, Some(64), Some(0o600), "--control").map_err(fail)?;
-        set_blocking(&socket, false).map_err(|error| fail(error.to_string()))?;
-        Ok(Self { path: path.to_owned(), socket, file })
-    }
-}
-
-impl Drop for ControlListener {
-    /// Removes the socket file if it is still the file that this listener created.
-    fn drop(&mut self) {
-        remove_own(&self.path, self.file);
-    }
-}
-
 fn is_blocking(socket: &OwnedFd) -> io::Result<bool> {
     let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
     Ok(!flags.contains(OFlag::O_NONBLOCK))
 }
 
-fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
+pub(super) fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
     let mut flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
     flags.set(OFlag::O_NONBLOCK, !blocking);
     fcntl(socket, FcntlArg::F_SETFL(flags))?;
@@ -361,21 +311,6 @@ fn is_in_use(bind: &Bind, leaves_ipv4: bool) -> bool {
     }
 }
 
-fn examine_tcp(address: &str, leaves_ipv4: bool) -> Result<Option<String>, String> {
-    let mut found = Err(format!("'{address}' resolves to no address"));
-    for candidate in resolve(address)? {
-        match bound_tcp(candidate, leaves_ipv4) {
-            Ok(_) => found = Ok(None),
-            Err(Errno::EADDRINUSE) => {
-                return Ok(Some("the port is in use now (by this service, if it runs)".to_owned()));
-            }
-            Err(errno) if is_absent(errno) => found = found.map_err(|_| explain_tcp(errno, candidate)),
-            Err(errno) => return Err(explain_tcp(errno, candidate)),
-        }
-    }
-    found
-}
-
 fn new_socket(family: AddressFamily, kind: SockType) -> Result<OwnedFd, String> {
     socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
         .map_err(|errno| format!("no socket can be had: {}", sys::explain(&errno.into())))
@@ -385,112 +320,6 @@ fn listen(socket: &OwnedFd, backlog: u32) -> Result<(), String> {
     let backlog = i32::try_from(backlog).unwrap_or(i32::MAX);
     let backlog = Backlog::new(backlog).unwrap_or(Backlog::MAXCONN);
     socket::listen(socket, backlog).map_err(|errno| format!("listen: {}", errno.desc()))
-}
-
-/// Binds up to `most` sockets, one for each address.
-fn bind_tcp(
-    address: &str,
-    protocol: Protocol,
-    backlog: u32,
-    leaves_ipv4: bool,
-    most: usize,
-) -> Result<Vec<Listener>, String> {
-    let mut cause = format!("'{address}' resolves to no address");
-    let mut listeners: Vec<Listener> = Vec::new();
-    let mut chosen = None;
-    for mut candidate in resolve(address)? {
-        if listeners.len() == most {
-            log::info!("{candidate} is not served: a program that accepts for itself has one socket (--bind)");
-            continue;
-        }
-        // The port that the system chose for the first address applies to all.
-        candidate.set_port(chosen.unwrap_or(candidate.port()));
-        match bound_tcp(candidate, leaves_ipv4) {
-            Ok(socket) => {
-                listen(&socket, backlog)?;
-                let bound: Result<SockaddrStorage, _> = socket::getsockname(socket.as_raw_fd());
-                chosen = bound.ok().and_then(|bound| sys::internet_address(&bound)).map(|bound| bound.port());
-                let address = Address::Tcp(candidate.to_string());
-                listeners.push(Listener::new(protocol, address, Family::Tcp, socket, None));
-            }
-            Err(errno) if is_absent(errno) => {
-                cause = explain_tcp(errno, candidate);
-                log::debug!("{address} is more than what is bound: {cause}");
-            }
-            Err(errno) => return Err(explain_tcp(errno, candidate)),
-        }
-    }
-    if listeners.is_empty() { Err(cause) } else { Ok(listeners) }
-}
-
-/// Whether the machine does not have the address; such an address of a name is left out.
-fn is_absent(errno: Errno) -> bool {
-    matches!(errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)
-}
-
-/// All addresses of `HOST:PORT`.
-///
-/// # Errors
-/// A message for the operator.
-pub(crate) fn resolve(address: &str) -> Result<Vec<SocketAddr>, String> {
-    let found = address.to_socket_addrs().map_err(|error| {
-        format!("'{address}' does not resolve: {error} (give an address and a port, as in 127.0.0.1:8080)")
-    })?;
-    let mut all: Vec<SocketAddr> = Vec::new();
-    for address in found {
-        if !all.contains(&address) {
-            all.push(address); // an address is listed once for each socket type, and for each line of /etc/hosts
-        }
-    }
-    Ok(all)
-}
-
-/// Returns a socket that is bound but does not listen yet.
-fn bound_tcp(address: SocketAddr, leaves_ipv4: bool) -> Result<OwnedFd, Errno> {
-    let (family, storage): (_, Box<dyn SockaddrLike>) = match address {
-        SocketAddr::V4(address) => (AddressFamily::Inet, Box::new(SockaddrIn::from(address))),
-        SocketAddr::V6(address) => (AddressFamily::Inet6, Box::new(SockaddrIn6::from(address))),
-    };
-    let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
-    if address.is_ipv6() {
-        // Overrides net.ipv6.bindv6only.
-        setsockopt(&socket, sockopt::Ipv6V6Only, &leaves_ipv4)?;
-    }
-    socket::bind(socket.as_raw_fd(), &*storage)?;
-    Ok(socket)
-}
-
-fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
-    let port = address.port();
-    match errno {
-        Errno::EADDRINUSE => {
-            format!("port {port} is in use by another program (stop that one, or choose another port with --bind)")
-        }
-        Errno::EACCES => {
-            format!("permission denied for port {port} (ports below 1024 need root or CAP_NET_BIND_SERVICE)")
-        }
-        Errno::EADDRNOTAVAIL if address.is_ipv6() => {
-            format!(
-                "{} is not an address of this machine (::1 is, if it has IPv6, and [::] means all of them)",
-                address.ip()
-            )
-        }
-        Errno::EADDRNOTAVAIL => {
-            format!(
-                "{} is not an address of this machine (127.0.0.1 is, and 0.0.0.0 means all of them; without IPv4: [::1] and [::])",
-                address.ip()
-            )
-        }
-        Errno::EAFNOSUPPORT if address.is_ipv6() => {
-            "this machine has no IPv6 (give an IPv4 address with --bind)".to_owned()
-        }
-        Errno::EAFNOSUPPORT => {
-            "this machine has no IPv4 (give an IPv6 address with --bind, as in http:[::1]:8080)".to_owned()
-        }
-        errno @ (Errno::EMFILE | Errno::ENFILE) => sys::explain(&errno.into()),
-        errno => errno.desc().to_owned(),
-    }
 }
 
 fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -> Result<Listener, String> {
@@ -553,6 +382,7 @@ pub(crate) fn started_by_web_server() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
     use std::os::unix::fs::MetadataExt as _;
 
     use super::socket_file::probe;

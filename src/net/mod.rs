@@ -1,5 +1,6 @@
 //! Provides the listening sockets and their queues, and passes connections between processes.
 
+pub(crate) mod control_listener;
 pub(crate) mod handover;
 pub(crate) mod listen;
 pub(crate) mod publish_socket;

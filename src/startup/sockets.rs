@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::systemd;
 use crate::config::Config;
 use crate::config::address::{Address, Bind};
-use crate::net::listen::{self, ControlListener, ListenError, Listener};
+use crate::net::control_listener::ControlListener;
+use crate::net::listen::{self, ListenError, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::upgrade::Takeover;
 

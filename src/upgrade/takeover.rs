@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 
 use super::saved_state::{Saved, SavedListener, SavedPidFile, SavedPublish};
 use crate::config::address::{Address, Bind};
+use crate::net::control_listener::ControlListener;
 use crate::net::handover::Channel;
-use crate::net::listen::{self, ControlListener, Listener};
+use crate::net::listen::{self, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::sys;
 

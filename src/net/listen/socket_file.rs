@@ -31,7 +31,7 @@ pub(crate) fn bind_datagrams(path: &Path, mode: u32, flag: &str) -> Result<Socke
 }
 
 /// Binds a listening socket to a path; without `backlog`, a datagram socket.
-pub(super) fn bind_file(
+pub(in crate::net) fn bind_file(
     path: &Path,
     backlog: Option<u32>,
     mode: Option<u32>,

@@ -1,0 +1,57 @@
+//! The control socket, to which operators connect.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use super::listen::{bind_file, remove_own, set_blocking};
+
+/// A bound, listening control socket. Only its owner may open its file.
+#[derive(Debug)]
+pub(crate) struct ControlListener {
+    path: PathBuf,
+    socket: OwnedFd,
+    file: Option<(u64, u64)>,
+}
+
+impl AsFd for ControlListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl ControlListener {
+    /// Continues with a socket that a predecessor created at `path`, and with its `file`.
+    pub(crate) fn adopt(path: PathBuf, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
+        Self { path, socket, file }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode of this server's socket file.
+    pub(crate) fn file(&self) -> Option<(u64, u64)> {
+        self.file
+    }
+
+    /// The error message for the operator.
+    pub(crate) fn fail(path: &Path, cause: &str) -> String {
+        format!("cannot have a control socket at {}: {cause}", path.display())
+    }
+
+    /// # Errors
+    /// A message for the operator.
+    pub(crate) fn bind(path: &Path) -> Result<Self, String> {
+        let fail = |cause: String| Self::fail(path, &cause);
+        let (socket, file) = bind_file(path, Some(64), Some(0o600), "--control").map_err(fail)?;
+        set_blocking(&socket, false).map_err(|error| fail(error.to_string()))?;
+        Ok(Self { path: path.to_owned(), socket, file })
+    }
+}
+
+impl Drop for ControlListener {
+    /// Removes the socket file if it is still the file that this listener created.
+    fn drop(&mut self) {
+        remove_own(&self.path, self.file);
+    }
+}
