@@ -1,0 +1,308 @@
+//! Forks, executes, ends and reaps processes.
+//!
+//! [`fork`] runs only with one thread (it checks that) and with every signal blocked. The child can neither return into the
+//! caller's code nor run its destructors: it ends in `_exit`.
+#![expect(unsafe_code, reason = "part of the fence: see `sys.rs`")]
+
+use std::ffi::{CString, OsString};
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitPidFlag;
+use nix::unistd::{ForkResult, Pid, getppid};
+
+use super::descriptors::{DESCRIPTOR_LIMIT, numbers_without_close_range, set_close_on_exec_from};
+use super::{announce, block_signals, restore_signals, unblock_signals};
+
+/// How a child process ended, as reported by `waitpid(2)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// It called `exit` with this status.
+    Exited(i32),
+    /// The signal with this number ended it.
+    Signaled(i32),
+}
+
+impl Ending {
+    /// Converts to the type of the standard library. Whether the kernel wrote a core dump is not included.
+    pub(crate) fn status(self) -> ExitStatus {
+        match self {
+            Self::Exited(status) => ExitStatus::from_raw(status << 8),
+            Self::Signaled(number) => ExitStatus::from_raw(number),
+        }
+    }
+}
+
+impl std::fmt::Display for Ending {
+    /// A `key=value` pair for the log: `status=3` or `signal=SEGV`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Self::Exited(status) => write!(f, "status={status}"),
+            Self::Signaled(number) => match Signal::try_from(number) {
+                Ok(signal) => write!(f, "signal={}", signal.as_str().trim_start_matches("SIG")),
+                Err(_) => write!(f, "signal={number}"),
+            },
+        }
+    }
+}
+
+/// Forks a child that runs `child` and exits with the status it returns.
+///
+/// All signals are blocked in both processes during the fork, so that no handler of the parent runs
+/// in a half-initialized child. The child's closure starts with signals still blocked: it calls
+/// [`unblock_signals`] after it has set its own dispositions.
+///
+/// # Errors
+/// Returns the error of `fork(2)`: `EAGAIN` when a limit on processes is reached, `ENOMEM`. Also fails if this process has more
+/// than one thread: the child could inherit a lock that is never released.
+pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+    expect_one_thread()?;
+    // Buffered output would be written twice, once by each process.
+    io::stdout().flush()?;
+    let before = block_signals();
+    // SAFETY: this process has one thread (checked above), so the child inherits no lock in a held state and
+    // may allocate. It exits by `_exit` below and so never unwinds into the parent's frames.
+    let forked = unsafe { nix::unistd::fork() };
+    match forked {
+        Ok(ForkResult::Parent { child }) => {
+            restore_signals(&before);
+            Ok(child)
+        }
+        Ok(ForkResult::Child) => {
+            let status = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101);
+            exit_now(status)
+        }
+        Err(errno) => {
+            restore_signals(&before);
+            Err(errno.into())
+        }
+    }
+}
+
+/// Clones this process, which has one thread: the child gets a copy of the memory, and shares the table of descriptors, so
+/// that a descriptor that the parent opens or closes later is open or closed in both. The child runs `child` and exits with the
+/// status it returns. Signals stay blocked in the child, and must be blocked in the parent during the call.
+///
+/// No signal is sent when the child ends, and `wait(2)` does not report it, until the parent is dead and another process inherits the
+/// child.
+///
+/// # Errors
+/// Returns the error of `clone(2)`.
+pub(crate) fn clone_with_descriptors(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+    expect_one_thread()?;
+    // Not the C library's `fork`: its handlers would close descriptors that the parent continues to use.
+    // SAFETY: as in `fork`; without a stack of its own the child continues with a copy of this one. Every further argument
+    // is zero, whatever the order of arguments on this architecture.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
+    match pid {
+        0 => exit_now(std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101)),
+        1.. => Ok(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A descriptor of process `pid`, which becomes readable when the process has ended.
+///
+/// # Errors
+/// Returns the error of `pidfd_open(2)`.
+pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call with two integers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0).ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: a number that pidfd_open returned is new, open and not owned elsewhere.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Starts `command` as a child that dies with this process, in its own process group, which is announced to the guard. The child inherits
+/// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else. It first
+/// calls `prepare`, which must be async-signal-safe.
+///
+/// # Errors
+/// Returns the error of `fork(2)`, `execve(2)` or `prepare`; the latter two come back through the standard library's pipe.
+pub(crate) fn spawn(
+    command: &mut Command,
+    pass: &[RawFd],
+    mut prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) -> io::Result<Child> {
+    let master = nix::unistd::getpid();
+    let pass = pass.to_vec();
+    let open = numbers_without_close_range();
+    let descriptors = DESCRIPTOR_LIMIT.get().copied();
+    let in_child = move || {
+        announce(nix::unistd::getpid()); // the child leads its group by now
+        if let Some((soft, hard)) = descriptors {
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?; // before the preparation, which may set another one
+        }
+        prepare()?;
+        // After the preparation, because the kernel forgets this when the user changes.
+        // SIGKILL, because a foreign program may ignore SIGTERM, and no program may outlive the master.
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        if getppid() != master {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH)); // the master died before the line above
+        }
+        set_close_on_exec_from(3, &open)?;
+        for &fd in &pass {
+            // SAFETY: the caller holds these descriptors open in the parent, and the child has copies of them.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        // The mask outlives exec, and the standard library leaves it unchanged: a program would never receive TERM.
+        unblock_signals();
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure only makes system calls (getpid, send, those of `prepare`, prctl, getppid,
+    // close_range, fcntl, sigprocmask): no allocation, no lock. Descriptors that the child opens before exec are close-on-exec already.
+    unsafe { command.process_group(0).pre_exec(in_child) };
+    let before = block_signals();
+    let spawned = command.spawn();
+    restore_signals(&before);
+    if spawned.is_err() {
+        announce(Pid::from_raw(0)); // the child may have announced itself, and the standard library has reaped it
+    }
+    spawned
+}
+
+/// Replaces this process by another program, which inherits standard input, output and error and the descriptors of `keep`, and
+/// starts in `directory`. Returns only if that fails, and then nothing has changed.
+///
+/// To be called with all signals blocked: a signal must not arrive before the other program has installed its handlers.
+pub(crate) fn exec(
+    program: &Path,
+    arguments: &[OsString],
+    environment: &[(OsString, OsString)],
+    directory: &Path,
+    keep: &[RawFd],
+) -> io::Error {
+    let before = std::env::current_dir();
+    let error = match try_exec(program, arguments, environment, directory, keep) {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    let undone =
+        set_close_on_exec_from(3, &numbers_without_close_range()).and(before.and_then(std::env::set_current_dir));
+    if let Err(error) = undone {
+        log::error!("after an exec that failed: {error}");
+    }
+    error
+}
+
+fn try_exec(
+    program: &Path,
+    arguments: &[OsString],
+    environment: &[(OsString, OsString)],
+    directory: &Path,
+    keep: &[RawFd],
+) -> io::Result<std::convert::Infallible> {
+    let program = CString::new(program.as_os_str().as_bytes())?;
+    let arguments = arguments.iter().map(|argument| Ok(CString::new(argument.as_bytes())?));
+    let arguments: Vec<CString> = arguments.collect::<io::Result<_>>()?;
+    let pair =
+        |(name, value): &(OsString, OsString)| Ok(CString::new([name.as_bytes(), b"=", value.as_bytes()].concat())?);
+    let environment: Vec<CString> = environment.iter().map(pair).collect::<io::Result<_>>()?;
+    io::stdout().flush()?;
+    std::env::set_current_dir(directory)?;
+    set_close_on_exec_from(3, &numbers_without_close_range())?;
+    for &fd in keep {
+        // SAFETY: changes a flag of a descriptor by its number, and fails if nothing is open there.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(nix::unistd::execve(&program, &arguments, &environment)?)
+}
+
+/// Whether `pid` is a child of this process, dead or alive, that was not reaped.
+pub(crate) fn is_child(pid: Pid) -> bool {
+    let flags = (WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT).bits();
+    let Ok(id) = libc::id_t::try_from(pid.as_raw()) else { return false };
+    // SAFETY: all zeroes is a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `info` is valid for writes during the whole call; nothing is reaped.
+    unsafe { libc::waitid(libc::P_PID, id, &raw mut info, flags) == 0 }
+}
+
+/// Ends the process at once: no destructors, no `atexit` functions, which belong to the master.
+pub(crate) fn exit_now(status: u8) -> ! {
+    // SAFETY: `_exit` is always sound; it never returns.
+    unsafe { libc::_exit(i32::from(status)) }
+}
+
+/// Makes the kernel send SIGTERM to this process when the master dies.
+///
+/// # Errors
+/// Returns `ESRCH` if the master is dead already.
+pub(crate) fn die_with_parent(master: Pid) -> io::Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
+    if getppid() == master { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
+}
+
+/// A child that has ended and was not reaped yet, if there is one. This includes processes that this process inherited
+/// because their parent died. Until the child is reaped, its pid is not reused.
+pub(crate) fn ended_child() -> Option<Pid> {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    // libc's call and not nix's: nix reports a process ended by a real-time signal, for which it has no name,
+    // as an error, and the pid would be lost.
+    loop {
+        // SAFETY: all zeroes is a valid siginfo_t.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `info` is valid for writes during the whole call.
+        let outcome = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags.bits()) };
+        if outcome == 0 {
+            // SAFETY: waitid has filled in the fields of a child's siginfo_t, or left all of it zero.
+            let pid = unsafe { info.si_pid() };
+            return (pid > 0).then(|| Pid::from_raw(pid));
+        }
+        if io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            return None; // there are no children
+        }
+    }
+}
+
+/// Reaps a child that has ended, which frees its pid. If its process group has ended too, announces that to the guard.
+pub(crate) fn reap(pid: Pid) -> Option<Ending> {
+    let groups = announce::groups_of(pid);
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is valid for writes during the whole call.
+        let reaped = unsafe { libc::waitpid(pid.as_raw(), &raw mut status, libc::WNOHANG) };
+        if reaped > 0 {
+            announce::announce_ends(groups);
+            return Some(if libc::WIFSIGNALED(status) {
+                Ending::Signaled(libc::WTERMSIG(status))
+            } else {
+                Ending::Exited(libc::WEXITSTATUS(status))
+            });
+        }
+        if reaped == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            return None;
+        }
+    }
+}
+
+/// Makes sure that this process has one thread.
+///
+/// # Errors
+/// Fails if it has more, or if `/proc` is not mounted.
+pub(crate) fn expect_one_thread() -> io::Result<()> {
+    let mut threads = 0;
+    // A thread that was joined may still be visible for a moment.
+    for _ in 0..100 {
+        threads = fs::read_dir("/proc/self/task")?.count();
+        if threads == 1 {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Err(io::Error::other(format!(
+        "the master has {threads} threads, and a fork would copy one alone (what runs before `run`, `preload` and `before_fork` must end the threads that it starts)"
+    )))
+}
