@@ -10,8 +10,8 @@ use std::process::{Command, Stdio};
 
 use common::fastcgi::{STDIN, record};
 use common::http::{Client, Response};
-use common::limit;
-use common::{Server, fastcgi, http2, program, scgi, wait_until};
+use common::limit::{self, InTime as _};
+use common::{Server, fastcgi, http, http2, program, scgi, wait_until};
 use nix::sys::signal::Signal;
 
 const CHUNKED: &str = "Transfer-Encoding: chunked\r\n";
@@ -306,4 +306,42 @@ fn no_100_follows_a_final_status() {
         assert_eq!(final_heads, usize::from(first == 100), "{target}: {first}, then {rest}");
     }
     server.stop();
+}
+
+#[test]
+fn a_response_beyond_its_length_is_logged_once_over_each_protocol() {
+    let mut server = start(&["--log-rate", "0"]);
+    // The length ends within a piece of 5 bytes, between two pieces, and before the first one.
+    for (target, body) in [("/claim/7/5000", "xxxxxxx"), ("/claim/5/50", "xxxxx"), ("/claim/0/5", "")] {
+        let asked = |protocol: &str| format!("{target}?{protocol}");
+        assert_eq!(http::get(&server.http(), &asked("http")).unwrap().text(), body, "{target}");
+        let mut client = fastcgi::Client::connect(&server.binds[1]).unwrap();
+        assert_eq!(client.request("GET", &asked("fastcgi"), b"").unwrap().body(), body.as_bytes(), "{target}");
+        let mut stream = common::raw::connect(&server.binds[2]);
+        assert_eq!(common::raw::ask(&mut stream, &scgi::head("GET", &asked("scgi"), "0")).0, 200, "{target}");
+        let mut client = http2::Client::connect(&server.http()).unwrap();
+        client.send(&http2::head(1, http2::END_STREAM, "GET", &asked("h2"), &[])).unwrap();
+        let mut received = Vec::new();
+        while let Ok(frame) = client.next(http2::DATA) {
+            received.extend(frame.payload);
+            if frame.flags & http2::END_STREAM != 0 {
+                break;
+            }
+        }
+        assert_eq!(String::from_utf8_lossy(&received), body, "{target}");
+        let mut command = Command::new(program("crashy"));
+        command.env_clear().env("GATEWAY_INTERFACE", "CGI/1.1").env("REQUEST_METHOD", "GET");
+        let output = command.env("REQUEST_URI", target).env("SERVER_PROTOCOL", "HTTP/1.1").output_in_time().unwrap();
+        assert!(String::from_utf8_lossy(&output.stdout).ends_with(&format!("\r\n\r\n{body}")), "{target}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr).matches("longer than its").count(), 1, "{target}");
+    }
+    server.stop();
+    let log = server.log();
+    for target in ["/claim/7/5000", "/claim/5/50", "/claim/0/5"] {
+        for protocol in ["http", "fastcgi", "scgi", "h2"] {
+            let request = format!("request=\"GET {target}?{protocol}\"");
+            let lines = log.lines().filter(|line| line.contains("longer than its") && line.contains(&request));
+            assert_eq!(lines.count(), 1, "{target} {protocol}:\n{log}");
+        }
+    }
 }

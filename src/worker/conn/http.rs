@@ -478,13 +478,28 @@ fn ends_with_connection(body: &impl HttpBody) -> bool {
 
 pin_project! {
     /// The body of a response; its request is under way until this is dropped.
-    struct Reply<B> {
+    struct Reply<B>
+    where
+        B: HttpBody,
+        B::Error: Into<BoxError>,
+    {
         #[pin]
         body: Served<B>,
         // Over HTTP/2: waits for window while the last piece has not been taken.
         room: Option<Wait>,
         // None if the request continues in an upgrade.
         under_way: Option<UnderWay>,
+    }
+
+    impl<B> PinnedDrop for Reply<B>
+    where
+        B: HttpBody,
+        B::Error: Into<BoxError>,
+    {
+        // hyper drops an HTTP/1 body at the end of its Content-Length.
+        fn drop(this: Pin<&mut Self>) {
+            this.project().body.check_end();
+        }
     }
 }
 

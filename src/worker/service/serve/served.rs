@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Buf, Bytes};
 use forkyard_shm::InFlight;
@@ -75,6 +75,21 @@ impl<B> Served<B> {
         Self::Canned { text: Bytes::new(), in_flight }
     }
 
+    /// Logs that the body is longer than its `Content-Length`, for a connection that does not poll the body beyond that.
+    pub(crate) fn check_end(self: Pin<&mut Self>)
+    where
+        B: HttpBody,
+        B::Error: Into<BoxError>,
+    {
+        let body = match &*self {
+            Self::Begun { first: None, body } => &**body,
+            body => body,
+        };
+        if matches!(body, Self::App { left: Some(0), .. }) && !body.is_end_stream() {
+            let _ = self.poll_frame(&mut Context::from_waker(Waker::noop()));
+        }
+    }
+
     /// Whether the client can make the body fail: the request has a body that is not read to its
     /// end.
     pub(super) fn depends_on_client(&self) -> bool {
@@ -106,8 +121,11 @@ where
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let (body, in_flight, left) = match self.project() {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let (body, in_flight, left) = match self.as_mut().project() {
             Projected::App { body, in_flight, left } => (body, in_flight, left),
             Projected::Nothing { .. } => return Poll::Ready(None),
             Projected::Begun { first, body } => {
@@ -127,14 +145,17 @@ where
         let error: BoxError =
             match catch_panic(|| current_request::enter(Some(in_flight.cell()), || body.poll_frame(context))) {
                 Ok(frame) => match ready!(frame) {
-                    None => match left {
+                    None => match left.take() {
                         None | Some(0) => return Poll::Ready(None),
                         Some(missing) => format!("it ended {missing} bytes before its Content-Length").into(),
                     },
                     Some(Ok(frame)) => {
                         let frame = frame.map_data(|mut data| data.copy_to_bytes(data.remaining()));
-                        let frame = within_length(frame, left, in_flight);
+                        let (frame, is_cut) = within_length(frame, left, in_flight);
                         in_flight.sent(frame.as_ref());
+                        if is_cut && let Some(in_flight) = self.as_mut().take_serving() {
+                            self.set(Self::ended(in_flight));
+                        }
                         return Poll::Ready(frame.map(Ok));
                     }
                     Some(Err(error)) => error.into(),
@@ -176,15 +197,16 @@ where
     }
 }
 
-/// Truncates a response at its `Content-Length`. `None` if nothing of the frame remains.
-fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, in_flight: &InFlight) -> Option<Frame<Bytes>> {
-    let (Some(promised), Some(data)) = (left.as_mut(), frame.data_ref()) else { return Some(frame) };
+/// Cuts a frame at the end of the response's `Content-Length`, and logs that. Returns what is left of the frame, if anything,
+/// and whether it was cut.
+fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, in_flight: &InFlight) -> (Option<Frame<Bytes>>, bool) {
+    let (Some(promised), Some(data)) = (left.as_mut(), frame.data_ref()) else { return (Some(frame), false) };
     let length = data.len() as u64;
     if length <= *promised {
         *promised -= length;
-        return Some(frame);
+        return (Some(frame), false);
     }
     log::error!("a response is longer than its Content-Length, and was cut there request={:?}", in_flight.what());
     let room = usize::try_from(std::mem::take(promised)).unwrap_or(usize::MAX);
-    (room > 0).then(|| frame.map_data(|mut data| data.split_to(room)))
+    ((room > 0).then(|| frame.map_data(|mut data| data.split_to(room))), true)
 }
