@@ -156,6 +156,62 @@ fn without_a_request_for_an_upgrade_101_is_an_error_that_says_so() {
 }
 
 #[test]
+fn a_response_that_switches_protocols_has_no_length() {
+    let mut server = start("scenarios", &[]);
+    for method in ["GET", "HEAD"] {
+        let mut client = http::Client::connect(&server.http()).unwrap();
+        let target = "/raw/101?upgrade=echo&content-length=5&transfer-encoding=chunked";
+        let request = format!("{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n");
+        client.stream.get_mut().write_all(request.as_bytes()).unwrap();
+        let (status, headers) = client.head().unwrap();
+        assert_eq!(status, 101);
+        assert!(
+            !headers.iter().any(|(name, _)| name == "content-length" || name == "transfer-encoding"),
+            "{headers:?}"
+        );
+    }
+    let mut client = http2::Client::connect(&server.http()).unwrap();
+    client.send(&http2::connect(1, "echo", "/raw/200?content-length=5&transfer-encoding=chunked", &[])).unwrap();
+    assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
+    server.stop();
+}
+
+#[test]
+fn an_upgrade_begins_behind_the_body_of_its_request() {
+    let mut server = start("scenarios", &[]);
+    let (length, chunked) = ("Content-Length: 5\r\n", "Transfer-Encoding: chunked\r\n");
+    let expect = "Expect: 100-continue\r\n";
+    for (fields, body, statuses) in [
+        (expect.to_owned(), "", &[101][..]),
+        (length.to_owned(), "hello", &[101]),
+        (chunked.to_owned(), "5\r\nhello\r\n0\r\n\r\n", &[101]),
+        (format!("{length}{expect}"), "hello", &[100, 101]),
+        (format!("{chunked}{expect}"), "5\r\nhello\r\n0\r\n\r\n", &[100, 101]),
+        // What comes behind such a body would not be known to be the other protocol.
+        (chunked.to_owned(), "x\r\n", &[400]),
+        (length.to_owned(), "", &[400]),
+        (format!("{length}{expect}"), "hell", &[100, 400]),
+    ] {
+        let mut client = http::Client::connect(&server.http()).unwrap();
+        let head = format!("POST /upgrade HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n{fields}\r\n");
+        client.stream.get_mut().write_all(head.as_bytes()).unwrap();
+        let (last, interim) = statuses.split_last().unwrap();
+        for status in interim {
+            assert_eq!(client.head().unwrap().0, *status, "{fields}{body}");
+        }
+        client.stream.get_mut().write_all(body.as_bytes()).unwrap();
+        if *last == 101 {
+            assert_eq!(client.head().unwrap().0, 101, "{fields}{body}");
+            echoes(client.stream.get_mut(), "the other protocol");
+        } else {
+            let response = client.response(false).unwrap();
+            assert_eq!((response.status, response.header("connection")), (*last, Some("close")), "{fields}{body}");
+        }
+    }
+    server.stop();
+}
+
+#[test]
 fn over_fastcgi_scgi_and_cgi_there_is_no_upgrade_and_the_application_is_told() {
     let wishes = [("HTTP_CONNECTION", "Upgrade"), ("HTTP_UPGRADE", "echo")];
     let mut server = Server::start("scenarios", &["--bind", "fastcgi:127.0.0.1:0,scgi:127.0.0.1:0", "--workers", "1"]);

@@ -49,7 +49,7 @@ use crate::heir::journal::WireProtocol;
 use crate::protocol::cgi::ClientInfo;
 use crate::request::activity::{Stage, Wait};
 use crate::worker::lifecycle::drain::{Asked, Drain};
-use crate::worker::service::serve::{Application, BoxError, Served, Switch};
+use crate::worker::service::serve::{Application, BoxError, Served, Switch, refusal};
 
 /// Bytes of a request body that may be in transit in one HTTP/2 stream.
 const WINDOW: u32 = 64 << 10;
@@ -410,12 +410,19 @@ where
                 polled.await
             };
             under_way.is_answered();
+            let offer = offer.filter(|_| switch.is_made_by(response.status()));
             if let Some(mut rest) = rest {
+                if offer.is_some() {
+                    rest.read().await;
+                }
                 under_way.is_last |= rest.ends_connection();
                 self.read_rest(rest);
             }
-            if let Some(offer) = offer.filter(|_| switch.is_made_by(response.status())) {
-                return Ok(self.switch(response, offer, under_way));
+            if let Some(offer) = offer {
+                if !self.requests.left_unread() {
+                    return Ok(self.switch(response, offer, under_way));
+                }
+                response = without_switch(response);
             }
             under_way.offers_upgrade(false);
             if is_http2 {
@@ -469,6 +476,12 @@ where
         }
         Response::from_parts(head, Reply { body, room: None, under_way: None })
     }
+}
+
+/// Refuses to switch protocols: the end of the request's body, where the other protocol would begin, has not come.
+fn without_switch<B>(response: Response<Served<B>>) -> Response<Served<B>> {
+    let (body, serving) = response.into_body().switch();
+    serving.map_or_else(|| Response::new(body), |serving| refusal(StatusCode::BAD_REQUEST, serving))
 }
 
 /// Whether the end of the connection is what ends this body in HTTP/1.0, which has no chunks.

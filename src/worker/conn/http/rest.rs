@@ -2,6 +2,7 @@
 //! clients do not read the response before they have sent the whole body, and hyper closes a
 //! connection whose body is dropped.
 
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
@@ -9,7 +10,7 @@ use bytes::Bytes;
 use http_body::Body as HttpBody;
 use hyper::body::Incoming;
 use tokio::sync::oneshot;
-use tokio::time::Sleep;
+use tokio::time::{Sleep, timeout};
 
 use crate::app::body;
 use crate::worker::conn::linger::LINGER;
@@ -79,6 +80,15 @@ impl Rest {
     /// Stops reading the body.
     pub(super) fn cut(&mut self) {
         self.state = State::Cut;
+    }
+
+    /// Reads the body before the connection switches protocols, whose bytes begin behind it. hyper sends the 100 that the client
+    /// may wait for. An application may keep the body for as long as it has the upgrade.
+    pub(super) async fn read(&mut self) {
+        let read = timeout(LINGER.0, poll_fn(|context| self.poll(context))).await;
+        if read.is_err() && !matches!(self.state, State::Held) {
+            self.cut();
+        }
     }
 
     /// Reads the available part of the body. Ready when nothing more must be read.

@@ -75,9 +75,8 @@ where
 pub(super) fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'static str> {
     let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
-    // The response has no body (RFC 9110, sections 8.6 and 9.3.6; RFC 9112, section 6.1).
+    // A 2xx response to CONNECT has none (RFC 9110, section 9.3.6): hyper would reset the stream. From a 101, `without_body` removes it.
     headers.remove(header::CONTENT_LENGTH);
-    headers.remove(header::TRANSFER_ENCODING);
     if is_upgrade {
         if !headers.contains_key(header::UPGRADE) {
             return Err("a response has status 101 Switching Protocols, and no Upgrade that says which protocol");
