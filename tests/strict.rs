@@ -125,9 +125,13 @@ fn a_host_that_is_none_is_a_400_over_every_protocol() {
         ("GET http://a/ HTTP/1.1\r\nHost: x:ab\r\n\r\n", 400),
         ("GET http://a/ HTTP/1.1\r\n\r\n", 400),
         ("GET http://a/ HTTP/1.0\r\n\r\n", 200),
+        // The exception in docs/http.md.
+        ("GET http://%C3%BC/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
     ] {
         assert_eq!(over_http(&server, head), status, "{head:?}");
     }
+    assert_eq!(statuses(&server, &[("REQUEST_URI", "http://%C3%BC/")]), [400; 3]);
+    assert!(!is_served_over_http2(&server, &http2::head_at(1, http2::END_STREAM, "GET", "/", "%C3%BC", &[])));
     let twice = [("REQUEST_URI", "/"), ("HTTP_HOST", "a"), ("HTTP_HOST", "a")];
     assert_eq!([over_fastcgi(&server, &twice), over_scgi(&server, &twice)], [400, 400]);
     server.stop();
