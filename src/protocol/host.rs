@@ -63,21 +63,23 @@ fn after_registered_name(mut name: &[u8]) -> &[u8] {
     }
 }
 
-/// `unreserved` and `sub-delims` from RFC 3986. A table, because each byte of each `Host` is looked
-/// up.
+/// Whether a byte is one of `unreserved` and `sub-delims` of RFC 3986. Looked up, as every byte of every `Host` is checked.
 fn is_plain(byte: u8) -> bool {
-    const IS_PLAIN: [bool; 256] = {
-        let mut table = [false; 256];
-        let mut byte = 0_u8;
+    /// One bit for each ASCII character.
+    const PLAIN: u128 = {
+        let (mut bits, mut byte) = (0, 0_u8);
         while byte < 0x80 {
-            table[byte as usize] = byte.is_ascii_alphanumeric()
-                || matches!(byte, b'-' | b'.' | b'_' | b'~')
-                || matches!(byte, b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=');
+            let is_unreserved = byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~');
+            let is_delimiter =
+                matches!(byte, b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=');
+            if is_unreserved || is_delimiter {
+                bits |= 1 << byte;
+            }
             byte += 1;
         }
-        table
+        bits
     };
-    IS_PLAIN[usize::from(byte)]
+    PLAIN.checked_shr(u32::from(byte)).is_some_and(|bits| bits & 1 == 1)
 }
 
 #[cfg(test)]
