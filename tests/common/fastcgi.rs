@@ -1,5 +1,5 @@
-//! A FastCGI client, written against the specification and not against our codec: it can send records of any
-//! form, and reads replies record by record.
+//! A FastCGI client, written against the specification and not against our codec. It can send malformed records, and reads replies record
+//! by record.
 
 use std::io::{self, Read, Write};
 
@@ -26,7 +26,7 @@ pub struct Record {
     pub content: Vec<u8>,
 }
 
-/// What the application said, and how the request ended.
+/// The output of the application, and how the request ended.
 #[derive(Debug, Default)]
 pub struct Response {
     pub stdout: Vec<u8>,
@@ -56,7 +56,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// `address` as in the banner: `fastcgi:unix:/path` or `fastcgi:HOST:PORT`.
+    /// `address` has the form of the startup banner: `fastcgi:unix:/path` or `fastcgi:HOST:PORT`.
     pub fn connect(address: &str) -> io::Result<Self> {
         let address = address.strip_prefix("fastcgi:").unwrap_or(address);
         Ok(match address.strip_prefix("unix:") {
@@ -69,13 +69,13 @@ impl Client {
         self.stream.write_all(&records.concat())
     }
 
-    /// A whole request on a kept connection.
+    /// Sends a whole request on a kept connection, and reads the response.
     pub fn request(&mut self, method: &str, target: &str, body: &[u8]) -> io::Result<Response> {
         self.send(&request(1, true, method, target, body))?;
         self.response(1)
     }
 
-    /// Reads until the request ends. Records of other requests are an error.
+    /// Reads until the request ends. A record of another request is an error.
     pub fn response(&mut self, id: u16) -> io::Result<Response> {
         let mut response = Response::default();
         loop {
@@ -108,7 +108,7 @@ impl Client {
         Ok(Record { kind, id: u16::from_be_bytes([id_high, id_low]), content })
     }
 
-    /// Whether the connection is at its end.
+    /// Whether the server has closed the connection.
     pub fn is_closed(&mut self) -> bool {
         let mut byte = [0];
         match self.stream.read(&mut byte) {
@@ -139,7 +139,7 @@ pub fn pair(name: &str, value: &str) -> Vec<u8> {
     [length(name), length(value), name.into(), value.into()].concat()
 }
 
-/// The records of a whole request, as nginx would send it.
+/// The records of a whole request, as nginx sends it.
 pub fn request(id: u16, keep: bool, method: &str, target: &str, body: &[u8]) -> Vec<Vec<u8>> {
     let mut records = head(id, keep, method, target, Some(body.len()));
     records.extend(body.chunks(32 << 10).map(|piece| record(STDIN, id, piece, 0)));
@@ -147,7 +147,7 @@ pub fn request(id: u16, keep: bool, method: &str, target: &str, body: &[u8]) -> 
     records
 }
 
-/// The records of a request up to its body.
+/// The records of a request, without its body.
 pub fn head(id: u16, keep: bool, method: &str, target: &str, length: Option<usize>) -> Vec<Vec<u8>> {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let length = length.filter(|&length| length > 0).map_or(String::new(), |length| length.to_string());
@@ -166,7 +166,7 @@ pub fn head(id: u16, keep: bool, method: &str, target: &str, length: Option<usiz
     vec![begin(id, 1, keep), record(PARAMS, id, &params.concat(), 0), record(PARAMS, id, b"", 0)]
 }
 
-/// A worker of an example, on a Unix socket.
+/// A server with one worker that runs an example, on a Unix socket.
 pub struct Fixture {
     pub server: Server,
     pub socket: String,
@@ -185,12 +185,11 @@ impl Fixture {
         Client::connect(&self.socket).unwrap()
     }
 
-    /// The pid of the worker.
     pub fn worker(&self) -> i32 {
         *self.server.workers().first().unwrap()
     }
 
-    /// After whatever happened, the worker serves.
+    /// Checks that the worker still serves requests, and stops the server.
     pub fn end(mut self) {
         assert_eq!(self.client().request("GET", "/ok", b"").unwrap().status(), 200);
         self.server.stop();

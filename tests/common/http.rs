@@ -1,5 +1,4 @@
-//! A small HTTP/1.1 client, for tests that need to know what every byte did. It understands Content-Length and
-//! chunked bodies, and keeps its connection.
+//! A small HTTP/1.1 client for tests that check every byte. It supports Content-Length and chunked bodies, and keeps its connection.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
@@ -42,7 +41,7 @@ impl Client {
         self.response(method == "HEAD")
     }
 
-    /// As `request`, with a head in two pieces and a body in chunks.
+    /// Like `request`, but sends the head in two pieces and the body in chunks.
     pub fn request_in_pieces(&mut self, method: &str, target: &str, body: &[u8]) -> io::Result<Response> {
         let stream = self.stream.get_mut();
         stream.write_all(method.as_bytes())?;
@@ -118,7 +117,7 @@ impl Client {
     }
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection.
 pub fn get(address: &str, target: &str) -> io::Result<Response> {
     Client::connect(address)?.request("GET", target, b"")
 }

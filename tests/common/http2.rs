@@ -1,4 +1,4 @@
-//! A small HTTP/2 client (RFC 9113) that sends and sees single frames, for tests that need to know what each one did.
+//! A small HTTP/2 client (RFC 9113) that sends and receives single frames.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
@@ -32,7 +32,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, and says the preface and its own settings.
+    /// Connects, and sends the connection preface and the client's settings.
     pub fn connect(address: &str) -> io::Result<Self> {
         let mut stream = connect_tcp(address)?;
         stream.set_nodelay(true)?;
@@ -44,7 +44,7 @@ impl Client {
         self.stream.write_all(frame)
     }
 
-    /// The next frame, whatever it is.
+    /// The next frame of any kind.
     pub fn frame(&mut self) -> io::Result<Frame> {
         let mut head = [0; 9];
         self.stream.read_exact(&mut head).map_err(|error| awaited("an HTTP/2 frame", error))?;
@@ -54,13 +54,13 @@ impl Client {
         Ok(Frame { kind, flags, stream: u32::from_be_bytes([d & 0x7f, e, f, g]), payload })
     }
 
-    /// The next frame of this kind. Others are passed over, but settings and pings are answered.
+    /// The next frame of this kind. Other frames are skipped; SETTINGS and PING are acknowledged.
     pub fn next(&mut self, kind: u8) -> io::Result<Frame> {
         loop {
             let frame = self.frame()?;
             if matches!(frame.kind, SETTINGS | PING) && frame.flags & ACK == 0 {
                 let payload: &[u8] = if frame.kind == PING { &frame.payload } else { b"" };
-                // If we are closed on, what was sent before that is still to be read.
+                // If the server closes the connection meanwhile, the frames that it sent before can still be read.
                 let _ = self.send(&self::frame(frame.kind, ACK, 0, payload));
             }
             if frame.kind == kind {
@@ -70,7 +70,7 @@ impl Client {
     }
 }
 
-/// How a response's HEADERS begin: its status, as the server's encoder writes it (name 8 of the static table, Huffman).
+/// The first bytes of a response's HEADERS: the status, as the server's encoder writes it (name 8 of the static table, Huffman).
 pub fn status(status: u16) -> &'static [u8] {
     match status {
         200 => &[0x88],
@@ -87,7 +87,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&[a, b, c, kind, flags][..], &stream.to_be_bytes(), payload].concat()
 }
 
-/// A HEADERS frame that asks for a tunnel of this protocol (RFC 8441, section 4).
+/// A HEADERS frame that requests a tunnel for this protocol (RFC 8441, section 4).
 pub fn connect(stream: u32, protocol: &str, path: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = Vec::new();
     let pseudo = [(":method", "CONNECT"), (":protocol", protocol), (":scheme", "http"), (":path", path)];
@@ -101,16 +101,16 @@ pub fn connect(stream: u32, protocol: &str, path: &str, fields: &[(&str, &str)])
     frame(HEADERS, END_HEADERS, stream, &block)
 }
 
-/// A HEADERS frame with a whole head: fields of HPACK's static table (RFC 7541, appendix A), and literals.
+/// A HEADERS frame with a whole head: fields from HPACK's static table (RFC 7541, appendix A), and literals.
 pub fn head(stream: u32, flags: u8, method: &str, path: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     head_at(stream, flags, method, path, "localhost", fields)
 }
 
-/// The same with another `:authority`.
+/// Like [`head`], with another `:authority`.
 pub fn head_at(stream: u32, flags: u8, method: &str, path: &str, authority: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = vec![if method == "POST" { 0x83 } else { 0x82 }, 0x86];
     let text = |text: &str, block: &mut Vec<u8>| {
-        // Lengths from 127 on would take several bytes.
+        // Lengths from 127 on take several bytes.
         block.push(u8::try_from(text.len()).ok().filter(|&length| length < 127).unwrap());
         block.extend_from_slice(text.as_bytes());
     };

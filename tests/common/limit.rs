@@ -1,12 +1,12 @@
-//! Limits for tests, so that none can hang: a watchdog for the whole test binary, and waits for child processes and pipes that
-//! end in a failure which names what was waited for.
+//! Limits the run time of tests, so that no test can hang: a watchdog for the whole test binary, and waits for child processes and pipes
+//! that fail with the name of the awaited event.
 //!
-//! The watchdog is a thread that the first use of this module starts. When the binary has run for FORKYARD_TEST_LIMIT seconds
-//! (900 unless that is set), it prints which tests still run, all processes that the binary has started, and what the reporters
-//! know; then it kills those processes and exits with status 1. `scripts/limit` does the same from the outside, for test binaries
-//! that do not use this module.
+//! The watchdog is a thread that the first use of this module starts. When the binary has run for FORKYARD_TEST_LIMIT seconds (default:
+//! 900), the watchdog prints the tests that still run, all processes that the binary has started, and the output of the reporters. Then
+//! it kills those processes and exits with status 1. `scripts/limit` does the same from the outside, for test binaries that do not use
+//! this module.
 //!
-//! Only the standard library is used: crates that have no part in `tests/common` include this file by its path.
+//! This module uses the standard library only: crates that do not use `tests/common` include this file by its path.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 
@@ -19,19 +19,17 @@ use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, fs, thread};
 
-/// How long a test waits for something that must happen before it gives up. Not a limit on speed: only what never happens
-/// meets it.
+/// How long a test waits for an event that must happen. This is not a limit on speed: a passing test never reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long a test binary may run, unless FORKYARD_TEST_LIMIT says otherwise.
+/// How long a test binary may run, unless FORKYARD_TEST_LIMIT sets another limit.
 const BINARY_LIMIT: Duration = Duration::from_secs(900);
 
-/// Prints what it knows about the state of the servers.
+/// Prints the state of the servers.
 type Reporter = fn(&mut dyn Write);
 
 static REPORTERS: Mutex<Vec<Reporter>> = Mutex::new(Vec::new());
 
-/// Starts the watchdog of this test binary, once.
 pub fn start() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
@@ -41,7 +39,7 @@ pub fn start() {
     });
 }
 
-/// Has the watchdog call this too before it ends the binary.
+/// Registers a reporter that the watchdog calls before it ends the binary.
 pub fn report_with(reporter: Reporter) {
     REPORTERS.lock().unwrap_or_else(PoisonError::into_inner).push(reporter);
 }
@@ -49,7 +47,7 @@ pub fn report_with(reporter: Reporter) {
 #[expect(clippy::exit, reason = "nothing else ends a test binary whose threads hang")]
 fn watch(limit: Duration) {
     thread::sleep(limit);
-    // Not by eprintln!, which is captured in the threads of the test harness and in those that they have started.
+    // `eprintln!` is captured in the threads of the test harness and in the threads that they start.
     let mut out = io::stderr();
     let _ = writeln!(out, "\nThis test binary has reached its limit of {} s (FORKYARD_TEST_LIMIT).", limit.as_secs());
     print_state(&mut out, std::process::id());
@@ -60,7 +58,7 @@ fn watch(limit: Duration) {
     std::process::exit(1);
 }
 
-// ---- Processes. ----
+// ---- Processes ----
 
 #[derive(Debug)]
 struct Process {
@@ -71,7 +69,7 @@ struct Process {
     cpu: u64,
 }
 
-/// One `stat` file of `/proc`: proc_pid_stat(5).
+/// Reads a `stat` file in `/proc`: proc_pid_stat(5).
 fn read_stat(directory: &Path) -> Option<Process> {
     let stat = fs::read_to_string(directory.join("stat")).ok()?;
     let (before, after) = stat.rsplit_once(')')?;
@@ -99,7 +97,7 @@ fn children_of(pid: u32) -> BTreeSet<u32> {
     processes().into_iter().filter(|(_, process)| process.parent == pid).map(|(pid, _)| pid).collect()
 }
 
-/// Prints the threads of a test binary, of which each test has one of its name, and all processes below it.
+/// Prints the threads of a test binary and all its descendant processes. Each test runs in a thread with the test's name.
 pub fn print_state(out: &mut dyn Write, pid: u32) {
     let directory = Path::new("/proc").join(pid.to_string());
     let _ = writeln!(out, "--- the threads of the test binary (pid {pid}):");
@@ -120,7 +118,7 @@ fn print_below(out: &mut dyn Write, all: &BTreeMap<u32, Process>, parent: u32, d
     }
 }
 
-/// What a process or thread is at: where it sleeps in the kernel, and in which system call, as far as that may be read.
+/// Writes what a process or thread is doing: where it sleeps in the kernel, and in which system call, if these are readable.
 fn write_line(out: &mut dyn Write, indent: &str, pid: u32, directory: &Path) -> Option<()> {
     let Process { name, state, cpu, .. } = read_stat(directory)?;
     let read = |file: &str| fs::read_to_string(directory.join(file)).unwrap_or_default();
@@ -130,12 +128,12 @@ fn write_line(out: &mut dyn Write, indent: &str, pid: u32, directory: &Path) -> 
     writeln!(out, "{indent}{pid} {name} state={state} ticks={cpu} syscall={call} wchan={waits} {command}").ok()
 }
 
-/// Kills these processes and all below them, after having stopped them, so that none starts another meanwhile.
+/// Kills these processes and all their descendants. They are stopped first, so that none starts another process meanwhile.
 pub fn kill_trees(roots: &BTreeSet<u32>) {
     kill_trees_but(roots, 0);
 }
 
-/// The same, but for one of them and what it starts to do this.
+/// Like [`kill_trees`], but spares one process and what it starts to do this.
 pub fn kill_trees_but(roots: &BTreeSet<u32>, spared: u32) {
     let mut found = BTreeSet::new();
     loop {
@@ -161,16 +159,15 @@ fn send(signal: &str, pids: &BTreeSet<u32>) {
     let _ = Command::new("sh").args(["-c", &script]).status();
 }
 
-// ---- Commands. ----
+// ---- Commands ----
 
-/// Running a command to its end, which must come: a panic if it has not ended after [`PATIENCE`]. It is killed then, with what it
-/// has started.
+/// Runs a command to its end. If the command has not ended after [`PATIENCE`], it is killed with its descendants, and the test panics.
 pub trait InTime {
-    /// As [`Command::output`], with nothing to read from standard input.
+    /// Like [`Command::output`], with an empty standard input.
     fn output_in_time(&mut self) -> io::Result<Output>;
-    /// The same with the standard input that the command was given.
+    /// Like [`Command::output`], with the standard input that the command was given.
     fn output_with_input_in_time(&mut self) -> io::Result<Output>;
-    /// As [`Command::status`].
+    /// Like [`Command::status`].
     fn status_in_time(&mut self) -> io::Result<ExitStatus>;
 }
 
@@ -189,7 +186,7 @@ impl InTime for Command {
     }
 }
 
-/// Waits for a child to end. A child that does not is killed, with what it has started.
+/// Waits for a child to end. After [`PATIENCE`] the child is killed with its descendants.
 pub fn end_of(child: &mut Child, what: &str) -> ExitStatus {
     end_before(Instant::now() + PATIENCE, child).unwrap_or_else(|| {
         kill_trees(&BTreeSet::from([child.id()]));
@@ -208,7 +205,7 @@ fn end_before(deadline: Instant, child: &mut Child) -> Option<ExitStatus> {
     }
 }
 
-/// As `Child::wait_with_output`, with a limit.
+/// Like `Child::wait_with_output`, with a limit.
 pub fn output_of(mut child: Child, what: &str) -> Output {
     drop(child.stdin.take());
     let (out, err) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
@@ -239,11 +236,10 @@ fn collect(mut stream: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     all
 }
 
-/// The reading end of a pipe, or another stream that has no timeouts of its own, of which each read has a limit. A thread reads
-/// it.
+/// The reading end of a pipe, or of another stream without timeouts. Each read has a limit. A thread reads the stream.
 pub struct Pipe {
     pieces: Receiver<io::Result<Vec<u8>>>,
-    /// What has come and was not read.
+    /// Received data that was not read yet.
     buffer: Vec<u8>,
 }
 
@@ -256,7 +252,7 @@ impl fmt::Debug for Pipe {
 impl Pipe {
     pub fn of(mut stream: impl Read + Send + 'static) -> Self {
         start();
-        // Of a stream that is not read, no more than a piece or two is taken.
+        // If the test does not read, the thread takes no more than a piece or two from the stream.
         let (sender, pieces) = sync_channel(0);
         thread::spawn(move || {
             let mut piece = vec![0; 8 << 10];
@@ -276,7 +272,7 @@ impl Pipe {
         Self { pieces, buffer: Vec::new() }
     }
 
-    /// Waits for the next piece. False at the end of the stream.
+    /// Waits for the next piece. Returns false at the end of the stream.
     fn fill(&mut self, deadline: Instant) -> io::Result<bool> {
         match self.pieces.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(piece) => self.buffer.extend(piece?),
@@ -286,7 +282,7 @@ impl Pipe {
         Ok(true)
     }
 
-    /// What comes up to this byte, with it. Less, or nothing, at the end of the stream.
+    /// Reads up to and including this byte. Returns less, or nothing, at the end of the stream.
     pub fn until(&mut self, end: u8, what: &str) -> Vec<u8> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -301,12 +297,12 @@ impl Pipe {
         }
     }
 
-    /// The next line, with its end. Empty at the end of the stream.
+    /// The next line, with its line ending. Empty at the end of the stream.
     pub fn line(&mut self, what: &str) -> String {
         String::from_utf8(self.until(b'\n', what)).unwrap_or_else(|error| panic!("{what}: {error}"))
     }
 
-    /// What is left until the end of the stream.
+    /// Reads the rest of the stream.
     pub fn rest(&mut self, what: &str) -> Vec<u8> {
         let deadline = Instant::now() + PATIENCE;
         loop {

@@ -1,5 +1,5 @@
-//! Clients that forgive nothing: 32 of them, over each protocol, on kept and on fresh connections, on Unix sockets and TCP.
-//! Every request has to be answered; by 200, or by 502 where workers are killed.
+//! Strict load: 32 clients, over each protocol, on kept and on fresh connections, on Unix sockets and TCP. Every request must be answered
+//! with 200, or with 502 where workers are killed.
 
 use std::io;
 use std::sync::Mutex;
@@ -8,26 +8,26 @@ use std::time::{Duration, Instant};
 
 use super::{Server, StopOnDrop, fastcgi, http, scgi};
 
-/// Clients at a time.
+/// The number of concurrent clients.
 pub const CLIENTS: usize = 32;
-/// More failures than this are counted, and not told.
+/// The number of failures that are reported; further ones are only counted.
 const TOLD: usize = 10;
 
-/// What the clients have seen.
+/// The results of all clients.
 #[derive(Default)]
 pub struct Load {
     stop: AtomicBool,
-    /// Requests answered by 200, and by 502.
+    /// Requests answered with 200, and with 502.
     pub good: AtomicU64,
     pub sorry: AtomicU64,
     failures: Mutex<Vec<String>>,
     begun: Mutex<Option<Instant>>,
-    /// When the last worker was killed, and how long after that each 502 came.
+    /// When the last worker was killed, and how long after that each 502 arrived.
     killed: Mutex<Option<Instant>>,
     pub answers_after_kill: Mutex<Vec<Duration>>,
 }
 
-/// Where a client connects, and whether it stays.
+/// Where a client connects, and whether it keeps the connection.
 #[derive(Clone, Debug)]
 enum Way {
     FastCgi { address: String, kept: bool },
@@ -35,14 +35,14 @@ enum Way {
     Scgi { address: String },
 }
 
-/// A connection that is kept.
+/// A kept connection.
 enum Kept {
     FastCgi(fastcgi::Client),
     Http(http::Client),
 }
 
 impl Load {
-    /// The arguments by which a server listens for all of these clients. The Unix sockets are in `directory`.
+    /// The arguments that make a server listen for all of these clients. The Unix sockets are in `directory`.
     pub fn binds(directory: &std::path::Path) -> Vec<String> {
         let file = |protocol: &str| format!("{protocol}:unix:{}", directory.join(format!("{protocol}.sock")).display());
         let all = [
@@ -70,7 +70,7 @@ impl Load {
         ways
     }
 
-    /// Runs the clients while `operator` is at work.
+    /// Runs the clients until `operator` returns.
     pub fn run(&self, server: &mut Server, operator: impl FnOnce(&mut Server)) {
         let ways = Self::ways(server);
         *self.begun.lock().unwrap() = Some(Instant::now());
@@ -98,7 +98,7 @@ impl Load {
         );
     }
 
-    /// Requests so far.
+    /// The number of requests so far.
     pub fn total(&self) -> u64 {
         self.good.load(Ordering::SeqCst) + self.sorry.load(Ordering::SeqCst)
     }
@@ -107,7 +107,7 @@ impl Load {
         !self.failures.lock().unwrap().is_empty()
     }
 
-    /// A worker is about to be killed.
+    /// Records that a worker is about to be killed.
     pub fn kills(&self) {
         *self.killed.lock().unwrap() = Some(Instant::now());
     }
@@ -119,7 +119,7 @@ impl Load {
             count += 1;
             let body = format!("{number}-{count}").repeat(count % 40);
             let length = format!("{}\n", body.len());
-            // Answered when all of it has come: of a response that streams, a part may have left.
+            // These responses are sent only when they are complete; part of a streamed response could already have been sent.
             let (method, target, expected) = match count % 4 {
                 0 => ("POST", "/count", length.as_str()),
                 1 => ("GET", "/slow/1", "1 ms\n"),
@@ -152,7 +152,7 @@ impl Load {
     }
 }
 
-/// Makes one request. A kept connection stays, unless a response says that it ends; over HTTP requests may arrive on it in pieces.
+/// Sends one request. A kept connection stays open unless a response ends it. Over HTTP, requests may be sent on it in pieces.
 fn ask(
     way: &Way,
     kept: &mut Option<Kept>,

@@ -1,11 +1,10 @@
-//! What the integration tests share: starting the real programs, waiting for them without sleeping, and ending
-//! them whatever happens. Everything that a test makes is in a temporary directory of its own, listens on
-//! loopback or a Unix socket, and dies with the test.
+//! Shared code of the integration tests: it starts the real programs, waits for them without sleeping, and ends them in every case.
+//! Everything that a test creates is in its own temporary directory, listens on loopback or a Unix socket, and ends with the test.
 //!
-//! No test can hang. Every wait has a limit and ends in a failure that names what was waited for: [`wait_until`] and what is built
-//! on it, sockets with timeouts ([`connect_tcp`], [`connect_unix`] and the clients), [`limit::InTime`] for commands,
-//! [`limit::end_of`] for children, [`limit::Pipe`] for their output, [`received`] for channels. Threads that work until they are
-//! told to stop are told by a [`StopOnDrop`], so that a panic stops them too. And the whole binary has a limit: [`limit`].
+//! No test can hang. Every wait has a limit and fails with the name of the awaited event: [`wait_until`] and the functions built on it,
+//! sockets with timeouts ([`connect_tcp`], [`connect_unix`] and the clients), [`limit::InTime`] for commands, [`limit::end_of`] for
+//! children, [`limit::Pipe`] for their output, [`received`] for channels. Threads that run until a flag is set use a [`StopOnDrop`], so
+//! that a panic stops them too. The whole binary has a limit as well: [`limit`].
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
@@ -43,7 +42,7 @@ use nix::unistd::Pid;
 
 pub use limit::PATIENCE;
 
-/// The program that was built for `name`: `forkyard`, or an example.
+/// The path of a built program: `forkyard`, or an example.
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the test knows its own path");
     let target = test.parent().and_then(Path::parent).expect("tests are in target/PROFILE/deps");
@@ -52,8 +51,8 @@ pub fn program(name: &str) -> PathBuf {
     path
 }
 
-/// A shell starts what is behind `&` with INT and QUIT ignored, and nohup with HUP. A server inherits that from the tests, and such
-/// a signal is lost until the server has installed its handlers.
+/// Restores the default actions of ignored signals. A shell starts a background job (`&`) with INT and QUIT ignored, and nohup ignores
+/// HUP. A server inherits ignored signals from the tests, and such a signal is lost until the server has installed its handlers.
 #[expect(unsafe_code, reason = "an action that runs code could be unsound; the default action runs none")]
 fn stop_ignoring_signals() {
     static DONE: Once = Once::new();
@@ -65,11 +64,11 @@ fn stop_ignoring_signals() {
     });
 }
 
-/// The log of a server, and what the watchdog says of it.
+/// The log of a server, and what the watchdog reports about the server.
 struct Log {
     pid: Pid,
     command: String,
-    /// The thread that has started it, which has the name of its test.
+    /// The name of the thread that started the server, which is the name of its test.
     test: String,
     lines: Mutex<Vec<String>>,
 }
@@ -80,7 +79,7 @@ impl Log {
     }
 }
 
-/// The servers of this binary that live, for the watchdog.
+/// The running servers of this binary, for the watchdog.
 static SERVERS: Mutex<Vec<Weak<Log>>> = Mutex::new(Vec::new());
 
 fn register(log: &Arc<Log>) {
@@ -110,19 +109,19 @@ fn report_servers(out: &mut dyn Write) {
     }
 }
 
-/// A running master, with its log. Dropping it stops it, and checks that nothing of it is left.
+/// A running master and its log. Dropping it stops the master, and checks that no process of it is left.
 pub struct Server {
     child: Child,
     log: Arc<Log>,
     log_ended: Arc<AtomicBool>,
     lines: Receiver<String>,
     runs_programs: bool,
-    /// The addresses of the banner, in order: `http://127.0.0.1:4711` or `fastcgi:unix:/path`.
+    /// The addresses in the banner, in order: `http://127.0.0.1:4711` or `fastcgi:unix:/path`.
     pub binds: Vec<String>,
 }
 
 impl Server {
-    /// Starts an example, or `forkyard`, and waits until it is ready.
+    /// Starts an example or `forkyard`, and waits until the server is ready.
     pub fn start(name: &str, arguments: &[&str]) -> Self {
         Self::start_command(Command::new(program(name)).args(arguments))
     }
@@ -133,7 +132,7 @@ impl Server {
         server
     }
 
-    /// Starts it without waiting for anything.
+    /// Starts the server without waiting.
     pub fn launch(command: &mut Command) -> Self {
         stop_ignoring_signals();
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -161,8 +160,8 @@ impl Server {
         Self { child, log, log_ended, lines, runs_programs, binds: Vec::new() }
     }
 
-    /// Waits for a line of the log with this in it, and returns the line. Each line is seen once, and a line before the one
-    /// that an earlier wait has taken is not seen: [`Server::logged`] is for lines whose order is left to chance.
+    /// Waits for a log line that contains `what`, and returns the line. The search begins after the line that the previous wait returned;
+    /// use [`Server::logged`] for lines whose order is not fixed.
     pub fn wait_for(&mut self, what: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -179,7 +178,7 @@ impl Server {
         }
     }
 
-    /// Waits until a line of the whole log has this in it, and returns the first one.
+    /// Waits until any line of the whole log contains `what`, and returns the first such line.
     pub fn logged(&self, what: &str) -> String {
         wait_until(&format!("a line with {what:?} in the log"), || {
             self.log.lines.lock().unwrap().iter().find(|line| line.contains(what)).cloned()
@@ -200,7 +199,7 @@ impl Server {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// Its shared memory, seen from here: not that which is a file, as nobody else may open it.
+    /// The server's shared memory, mapped by the test. A segment in a file is not available: no other process may open the file.
     pub fn segment(&self) -> Segment {
         self.memory().expect("the master holds a sealed memory file")
     }
@@ -209,8 +208,8 @@ impl Server {
         memory_of(self.pid())
     }
 
-    /// The pids of its living workers: those that have a row in the scoreboard. Where that cannot be seen, and under `run`,
-    /// where they have none: all children.
+    /// The pids of the living workers: the processes with a row in the scoreboard. Where the scoreboard cannot be read, and under `run`,
+    /// where workers have no rows: all children.
     pub fn workers(&self) -> BTreeSet<i32> {
         match self.memory() {
             Some(segment) if !self.runs_programs => {
@@ -222,14 +221,14 @@ impl Server {
         }
     }
 
-    /// Its workers are these, and it has no other children: none is left of what was tried, nor is a zombie. (An heir that was
-    /// born just now is waited for, until it goes by its own name.)
+    /// Checks that the server has exactly these workers and no other children: no failed attempt and no zombie is left. A new heir has
+    /// its worker's name for a moment; this waits until the heir has its own name.
     pub fn has_only(&self, workers: &BTreeSet<i32>) {
         assert_eq!(&self.workers(), workers);
         wait_until("it has no other children", || (self.children() == *workers).then_some(()));
     }
 
-    /// Waits until all of `old` are gone and there are `count` workers.
+    /// Waits until all workers in `old` are gone and there are `count` workers.
     pub fn renewed(&self, count: usize, old: &BTreeSet<i32>) -> BTreeSet<i32> {
         wait_until("the workers are replaced", || {
             let workers = self.workers();
@@ -237,8 +236,7 @@ impl Server {
         })
     }
 
-    /// The pids of all its children: workers, helpers, zombies, and an heir that was born just now, which goes by its
-    /// worker's name for a moment.
+    /// The pids of all children: workers, sidecars, zombies, and a new heir while it still has its worker's name.
     pub fn children(&self) -> BTreeSet<i32> {
         children_of(self.pid())
     }
@@ -247,14 +245,14 @@ impl Server {
         kill(self.pid(), signal).expect("the master lives");
     }
 
-    /// Waits for its end and that of its log, and returns the exit status.
+    /// Waits for the end of the master and of its log, and returns the exit status.
     pub fn wait_end(&mut self) -> Option<i32> {
         let status = wait_until("the master has ended", || self.child.try_wait().expect("it is our child"));
         wait_until("its log has ended", || self.log_ended.load(Ordering::SeqCst).then_some(()));
         status.code()
     }
 
-    /// Asks it to drain and stop, and expects it to end well.
+    /// Stops the master gracefully, and checks its exit status.
     pub fn stop(&mut self) {
         self.signal(Signal::SIGTERM);
         assert_eq!(self.wait_end(), Some(0), "the log:\n{}", self.log());
@@ -280,7 +278,7 @@ impl Drop for Server {
     }
 }
 
-/// Another program that a test needs, a web server say. Killed when dropped.
+/// Another program that a test needs, such as a web server. Killed when dropped.
 pub struct Helper(pub Child);
 
 impl Helper {
@@ -292,7 +290,7 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        // TERM first, for those that have children of their own.
+        // TERM first, for programs that have children of their own.
         let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
         let deadline = Instant::now() + Duration::from_secs(5);
         while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < deadline {
@@ -303,7 +301,7 @@ impl Drop for Helper {
     }
 }
 
-/// Asks again and again until there is an answer.
+/// Calls `ask` repeatedly until it returns a value.
 pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     limit::start();
     let deadline = Instant::now() + PATIENCE;
@@ -316,7 +314,7 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// The next message of a channel, which must come.
+/// The next message of a channel. Panics if none arrives in time.
 pub fn received<T>(messages: &Receiver<T>, what: &str) -> T {
     match messages.recv_timeout(PATIENCE) {
         Ok(message) => message,
@@ -325,7 +323,7 @@ pub fn received<T>(messages: &Receiver<T>, what: &str) -> T {
     }
 }
 
-/// Sets a flag when it is dropped, also by a panic: for `thread::scope`, which waits for threads that work until the flag is set.
+/// Sets a flag when it is dropped, also by a panic. For `thread::scope`, which waits for threads that run until the flag is set.
 pub struct StopOnDrop<'a>(pub &'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
@@ -334,7 +332,7 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
-/// Connects, with timeouts for that and for each read and write.
+/// Connects over TCP, with timeouts for the connect and for each read and write.
 pub fn connect_tcp(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
     limit::start();
     let addresses: Vec<SocketAddr> = address.to_socket_addrs()?.collect();
@@ -351,7 +349,7 @@ pub fn connect_tcp(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// The same for a Unix socket, whose queue may be full.
+/// Like [`connect_tcp`], for a Unix socket, whose accept queue may be full.
 pub fn connect_unix(path: impl AsRef<Path>) -> io::Result<UnixStream> {
     limit::start();
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
@@ -362,7 +360,7 @@ pub fn connect_unix(path: impl AsRef<Path>) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-/// The next connection to a listener, which must come; with timeouts.
+/// The next connection to a listener, with timeouts. Panics if none arrives in time.
 pub fn accepted(listener: &TcpListener, what: &str) -> TcpStream {
     listener.set_nonblocking(true).expect("it listens");
     let stream = wait_until(what, || listener.accept().ok()).0;
@@ -372,7 +370,7 @@ pub fn accepted(listener: &TcpListener, what: &str) -> TcpStream {
     stream
 }
 
-/// The same at a Unix socket.
+/// Like [`accepted`], for a Unix socket.
 pub fn accepted_unix(listener: &UnixListener, what: &str) -> UnixStream {
     listener.set_nonblocking(true).expect("it listens");
     let stream = wait_until(what, || listener.accept().ok()).0;
@@ -382,7 +380,7 @@ pub fn accepted_unix(listener: &UnixListener, what: &str) -> UnixStream {
     stream
 }
 
-/// A line of a pipe, which must come. What follows it stays in the pipe.
+/// Reads one line from a pipe. What follows the line stays in the pipe. Panics if no line arrives in time.
 pub fn line_of(pipe: &mut (impl Read + AsFd), what: &str) -> String {
     let deadline = Instant::now() + PATIENCE;
     let mut line = Vec::new();
@@ -400,7 +398,7 @@ pub fn line_of(pipe: &mut (impl Read + AsFd), what: &str) -> String {
     String::from_utf8(line).unwrap_or_else(|error| panic!("{what}: {error}"))
 }
 
-/// Reads until the end of the stream, which must come: a stream that always has a little more does not reset this limit.
+/// Reads to the end of the stream, within a limit for the whole read: a stream that keeps sending data does not reset the limit.
 pub fn read_all(stream: &mut impl Read, into: &mut Vec<u8>) -> io::Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let mut piece = vec![0; 64 << 10];
@@ -417,7 +415,7 @@ pub fn read_all(stream: &mut impl Read, into: &mut Vec<u8>) -> io::Result<()> {
     }
 }
 
-/// Says what was waited for when a timeout of a socket has ended the wait.
+/// Adds the name of the awaited event to the error of a socket timeout.
 pub fn awaited(what: &str, error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
@@ -438,8 +436,8 @@ fn segment_at(path: &Path) -> Option<Segment> {
     Segment::attach(OwnedFd::from(file)).ok()
 }
 
-/// The living processes whose parent is `pid`, zombies included, but for the heirs of those that are dead, and the guard. (Under `run`
-/// a child with the master's name is a fork that is about to have another one.)
+/// The living processes whose parent is `pid`, including zombies, without the heirs of dead workers and without the guard. Under `run`, a
+/// child with the master's name is a fork that is about to get another name.
 pub fn children_of(pid: Pid) -> BTreeSet<i32> {
     let is_master = process(pid.as_raw()).is_some_and(|process| process.name == "forkyard");
     let is_left_out = |name: &str| ["heir", "guard"].contains(&name) || (is_master && name == "forkyard");
@@ -462,7 +460,7 @@ pub fn processes() -> Vec<Process> {
     pids.filter_map(process).collect()
 }
 
-/// Stops a process as SIGSTOP does, and returns when all of its threads stand still.
+/// Stops a process with SIGSTOP, and returns when all its threads are stopped.
 pub fn stop(pid: Pid) {
     kill(pid, Signal::SIGSTOP).expect("it lives");
     wait_until("it stands still", || {
@@ -479,13 +477,13 @@ pub fn process(pid: i32) -> Option<Process> {
     Some(Process { pid, name, parent: fields[1].parse().ok()?, state: fields[0].chars().next()? })
 }
 
-/// Whether no process is left of `pid`. (A zombie is none: its parent will reap it, or has no manners.)
+/// Whether the process is gone. A zombie counts as gone: only its parent can reap it.
 pub fn is_gone(pid: i32) -> bool {
     process(pid).is_none_or(|process| matches!(process.state, 'Z' | 'X'))
 }
 
-/// The fields of a `stat` file of `/proc` from the third on, which is the state: proc_pid_stat(5). Before them comes the name
-/// in parentheses, which may have any character in it.
+/// The fields of a `stat` file in `/proc`, from the third (the state) on: proc_pid_stat(5). The name before them is in parentheses and
+/// may contain any character.
 fn fields(stat: &str) -> Option<Vec<&str>> {
     Some(stat.rsplit_once(')')?.1.split_ascii_whitespace().collect())
 }
@@ -495,38 +493,37 @@ pub fn field_of<T: FromStr>(directory: &Path, number: usize) -> Option<T> {
     fields(&std::fs::read_to_string(directory.join("stat")).ok()?)?.get(number - 3)?.parse().ok()
 }
 
-/// Processor time that a process (or a thread, by its directory in `/proc`) has used, in the kernel and outside.
+/// Processor time that a process has used in kernel and user mode; or a thread, given its directory in `/proc`.
 pub fn cpu_time(directory: &Path) -> Duration {
     let ticks: u64 = [14, 15].map(|number| field_of::<u64>(directory, number).unwrap()).iter().sum();
     let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap();
     Duration::from_secs(ticks) / u32::try_from(second).unwrap()
 }
 
-/// Where `/proc` tells of a process.
 pub fn proc_of(pid: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}"))
 }
 
-/// How many descriptors a process has open.
+/// The number of open descriptors of a process.
 pub fn descriptors_of(pid: i32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
-/// How many sockets a process has open.
+/// The number of open sockets of a process.
 pub fn sockets_of(pid: i32) -> usize {
     let links = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().filter_map(Result::ok);
     let targets = links.filter_map(|link| std::fs::read_link(link.path()).ok());
     targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
 }
 
-/// A number out of `/proc/PID/status`, in KiB where that is its unit.
+/// A number from `/proc/PID/status`, in KiB where that is its unit.
 pub fn status_number(pid: i32, name: &str) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find(|line| line.split(':').next() == Some(name))?;
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// A port that was free a moment ago, for a program that cannot choose one itself.
+/// A port that was free a moment ago, for a program that cannot choose a port itself.
 pub fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
     listener.local_addr().expect("it is bound").port()

@@ -1,4 +1,4 @@
-//! The same request over each protocol, as bytes on a connection: for tests of what comes before and after the protocol.
+//! Sends the same request over each protocol, as bytes on a connection, for tests of behavior before and after the protocol.
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -16,7 +16,7 @@ pub enum Protocol {
 pub const ALL: [Protocol; 3] = [Protocol::Http, Protocol::FastCgi, Protocol::Scgi];
 
 impl Protocol {
-    /// An example that listens for this protocol alone, on a port of its choice.
+    /// Starts an example that listens for this protocol only, on a port that the kernel chooses.
     pub fn start(self, example: &str, arguments: &[&str]) -> Server {
         let bind = match self {
             Self::Http => "http:127.0.0.1:0",
@@ -26,8 +26,8 @@ impl Protocol {
         Server::start(example, &[&["--bind", bind][..], arguments].concat())
     }
 
-    /// A request up to its body. Over FastCGI the head of a record of 65,535 bytes of the body is there too, so that in
-    /// every protocol bytes that follow are bytes of the body.
+    /// A request without its body. Over FastCGI, the header of a record with 65,535 bytes of the body follows the head, so that in every
+    /// protocol the next bytes are bytes of the body.
     pub fn head(self, method: &str, target: &str, length: usize) -> Vec<u8> {
         match self {
             Self::Http => {
@@ -45,8 +45,8 @@ impl Protocol {
     }
 }
 
-/// A connection to `bind`, as in the banner. What is called a Unix stream here may be a TCP one: reading, writing and
-/// timeouts are the same system calls.
+/// Connects to `bind`, an address from the banner. The returned Unix stream may be a TCP socket: reading, writing and timeouts use the
+/// same system calls.
 pub fn connect(bind: &str) -> UnixStream {
     let (_, address) = bind.split_once(':').expect("a protocol comes first");
     match address.strip_prefix("unix:") {
@@ -55,7 +55,7 @@ pub fn connect(bind: &str) -> UnixStream {
     }
 }
 
-/// Sends these bytes and reads until the status of a response is there.
+/// Sends these bytes and reads until the status of a response has arrived.
 pub fn ask(stream: &mut UnixStream, bytes: &[u8]) -> (u16, Vec<u8>) {
     stream.write_all(bytes).unwrap();
     let mut response = Vec::new();
@@ -70,7 +70,7 @@ pub fn ask(stream: &mut UnixStream, bytes: &[u8]) -> (u16, Vec<u8>) {
     }
 }
 
-/// The status of a response whose head is complete.
+/// The status of a response, if its head is complete.
 pub fn status(response: &[u8]) -> Option<u16> {
     let text = String::from_utf8_lossy(response);
     let (head, _) = text.split_once("\r\n\r\n")?;

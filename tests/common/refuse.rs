@@ -1,4 +1,4 @@
-//! System calls that do not exist: `tests/programs/refuse.c`.
+//! Runs programs for which some system calls do not exist, with `tests/programs/refuse.c`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use super::limit::InTime as _;
 use super::program;
 
-/// Runs programs for which system calls do not exist.
+/// Runs programs for which some system calls do not exist.
 pub struct Refuse {
     _folder: TempDir,
     pub path: PathBuf,
@@ -26,7 +26,7 @@ impl Refuse {
         Self { _folder: directory, path }
     }
 
-    /// `name` with these calls refused.
+    /// The program `name`, with these system calls refused.
     pub fn command(&self, errno: i32, calls: &[i64], name: &str) -> Command {
         let mut command = Command::new(&self.path);
         command.args(arguments(errno, calls)).arg(program(name));
@@ -34,7 +34,7 @@ impl Refuse {
     }
 }
 
-/// What Linux has got since 4.4, as far as the server or its libraries call it.
+/// System calls added to Linux after 4.4 that the server or its libraries use.
 pub const NEWER: &[i64] = &[
     libc::SYS_pidfd_open,
     libc::SYS_pidfd_send_signal,
@@ -54,7 +54,7 @@ pub const NEWER: &[i64] = &[
     libc::SYS_memfd_secret,
 ];
 
-/// What the program is told, in front of the command.
+/// The arguments of the `refuse` program, in front of the command.
 pub fn arguments(errno: i32, calls: &[i64]) -> Vec<String> {
     let numbers = calls.iter().map(ToString::to_string);
     [errno.to_string()].into_iter().chain(numbers).chain(["--".to_owned()]).collect()

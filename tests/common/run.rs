@@ -1,4 +1,4 @@
-//! `forkyard run`, in a directory of its own, with real programs: php-cgi with a script, and a C program on libfcgi.
+//! Starts `forkyard run`, in its own directory, with real programs: php-cgi with a script, and a C program that uses libfcgi.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use super::{Server, program};
 const HELLO_C: &str = include_str!("../programs/hello.c");
 const PAGES_PHP: &str = include_str!("../programs/pages.php");
 
-/// A directory with the socket, and what is needed to ask there.
+/// A directory with the socket, and a client for it.
 pub struct Place {
     directory: TempDir,
     pub address: String,
@@ -26,7 +26,7 @@ impl Place {
         Self { directory, address }
     }
 
-    /// With a port of the loopback in place of the socket's file.
+    /// Like [`Place::new`], with a loopback port instead of the Unix socket.
     pub fn with_port() -> Self {
         Self { address: format!("fastcgi:127.0.0.1:{}", super::free_port()), ..Self::new() }
     }
@@ -35,9 +35,9 @@ impl Place {
         self.directory.path().join(name)
     }
 
-    /// Makes an executable script.
+    /// Creates an executable script.
     pub fn script(&self, name: &str, text: &str) -> String {
-        // Never open for writing under its name: somebody may be about to execute it.
+        // The script is written under another name: executing a file that is open for writing fails.
         let (path, new) = (self.path(name), self.path(&format!("{name}.new")));
         std::fs::write(&new, text).unwrap();
         std::fs::set_permissions(&new, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
@@ -56,7 +56,7 @@ impl Place {
         forkyard
     }
 
-    /// One request on a connection of its own.
+    /// Sends one request on a new connection.
     pub fn ask(&self, target: &str, body: &[u8]) -> io::Result<Response> {
         let (script, query) = target.split_once('?').unwrap_or((target, ""));
         let length = body.len().to_string();
@@ -81,21 +81,21 @@ impl Place {
         if response.protocol_status == 0 { Ok(response) } else { Err(io::Error::other(format!("{response:?}"))) }
     }
 
-    /// The body of the response to a request that must go well.
+    /// The body of the response. Panics if the request fails.
     pub fn text(&self, target: &str) -> String {
         let response = self.ask(target, b"").unwrap_or_else(|error| panic!("{target}: {error}"));
         String::from_utf8(response.body().to_vec()).unwrap()
     }
 
-    /// Two processes of php-cgi, with the script `/pages.php`.
+    /// Starts two processes of php-cgi, with the script `/pages.php`.
     pub fn start_php(&self, options: &[&str], variables: &[(&str, &str)]) -> Server {
         std::fs::write(self.path("pages.php"), PAGES_PHP).unwrap();
-        // The settings of this machine's php.ini do not count; errors go to standard error, not to the web server.
+        // `-n` ignores this machine's php.ini. Errors are logged to standard error, not sent to the web server.
         let php = ["php-cgi", "-n", "-d", "log_errors=1", "-d", "fastcgi.logging=0"];
         Server::start_command(self.run(options, &php).envs(variables.iter().copied()))
     }
 
-    /// Two processes of the C program.
+    /// Starts two processes of the C program.
     pub fn start_hello(&self, options: &[&str]) -> Server {
         let hello = self.compile_hello();
         Server::start_command(&mut self.run(options, &[&hello.to_string_lossy()]))
@@ -112,7 +112,7 @@ impl Place {
     }
 }
 
-/// The value of `name` in lines of `NAME=VALUE`.
+/// The value of `name` in lines of the form `NAME=VALUE`.
 pub fn value<'a>(lines: &'a str, name: &str) -> Option<&'a str> {
     lines.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
 }

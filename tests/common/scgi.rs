@@ -11,7 +11,7 @@ pub struct Client {
     shutdown: Box<dyn Fn() -> io::Result<()> + Send>,
 }
 
-/// What came back, taken apart as CGI.
+/// The response, parsed as CGI output.
 #[derive(Debug)]
 pub struct Response {
     pub head: String,
@@ -35,7 +35,7 @@ impl Response {
 }
 
 impl Client {
-    /// `address` as in the banner: `scgi:unix:/path` or `scgi:HOST:PORT`.
+    /// `address` has the form of the startup banner: `scgi:unix:/path` or `scgi:HOST:PORT`.
     pub fn connect(address: &str) -> io::Result<Self> {
         let address = address.strip_prefix("scgi:").unwrap_or(address);
         Ok(if let Some(path) = address.strip_prefix("unix:") {
@@ -49,12 +49,12 @@ impl Client {
         })
     }
 
-    /// Says that nothing more will be sent.
+    /// Shuts down the sending direction.
     pub fn end_writing(&self) -> io::Result<()> {
         (self.shutdown)()
     }
 
-    /// A whole request, and its response.
+    /// Sends a whole request, and reads its response.
     pub fn request(mut self, method: &str, target: &str, body: &[u8]) -> io::Result<Response> {
         self.stream.write_all(&request(method, target, body))?;
         self.response()
@@ -75,7 +75,7 @@ pub fn netstring(pairs: &[(&str, &str)]) -> Vec<u8> {
     format!("{}:{strings},", strings.len()).into_bytes()
 }
 
-/// A request up to its body, as nginx would send it.
+/// A request without its body, as nginx sends it.
 pub fn head(method: &str, target: &str, length: &str) -> Vec<u8> {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     netstring(&[

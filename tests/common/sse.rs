@@ -1,4 +1,4 @@
-//! An SSE client over every protocol: it reads a stream as browsers do (HTML standard, 9.2.6), event by event.
+//! An SSE client over every protocol. It parses a stream event by event, as browsers do (HTML standard, 9.2.6).
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead as _, BufReader, Read, Write as _};
@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::raw::{self, Protocol};
 use super::{PATIENCE, awaited, fastcgi, http, http2, scgi};
 
-/// What a browser would dispatch.
+/// An event that a browser would dispatch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
     pub id: String,
@@ -16,13 +16,13 @@ pub struct Event {
 }
 
 impl Event {
-    /// The number of an event of a single topic.
+    /// The number in the id of an event from a single topic.
     pub fn number(&self) -> u64 {
         self.id.split_once('-').and_then(|(_, id)| id.parse().ok()).unwrap_or_else(|| panic!("{self:?}"))
     }
 }
 
-/// The four ways to a worker.
+/// The four kinds of connection to a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     Http,
@@ -34,7 +34,7 @@ pub enum Way {
 pub const WAYS: [Way; 4] = [Way::Http, Way::Http2, Way::FastCgi, Way::Scgi];
 
 impl Way {
-    /// For `--bind`.
+    /// The protocol for `--bind`.
     pub fn protocol(self) -> Protocol {
         match self {
             Self::Http | Self::Http2 => Protocol::Http,
@@ -48,7 +48,7 @@ impl Way {
 pub struct Source {
     lines: BufReader<Box<dyn Read + Send>>,
     events: VecDeque<Event>,
-    /// As a browser would send it with the next connection.
+    /// The id that a browser would send with the next connection.
     pub last_id: String,
     pub retries: Vec<u64>,
     pub comments: usize,
@@ -56,8 +56,8 @@ pub struct Source {
 }
 
 impl Source {
-    /// Opens a stream at `bind`, as in the banner, with a `Last-Event-ID` if that is not empty. Returns when the head and the first
-    /// lines have come.
+    /// Opens a stream at `bind`, an address from the banner, with a `Last-Event-ID` header if `last_id` is not empty. Returns when the
+    /// head and the first lines have arrived.
     pub fn open(way: Way, bind: &str, target: &str, last_id: &str) -> io::Result<Self> {
         let (head, body): (String, Box<dyn Read + Send>) = match way {
             Way::Http => {
@@ -113,8 +113,8 @@ impl Source {
         Ok(source)
     }
 
-    /// The next event; `None` when the stream has come to its proper end. An error if none comes in time: the comments that keep
-    /// a stream alive do not count.
+    /// The next event; `None` when the stream has ended properly. An error if no event arrives in time: comments that keep the stream
+    /// alive do not count.
     pub fn event(&mut self) -> io::Result<Option<Event>> {
         let deadline = Instant::now() + PATIENCE;
         while self.events.is_empty() {
@@ -129,13 +129,13 @@ impl Source {
         Ok(self.events.pop_front())
     }
 
-    /// The next event, which must come.
+    /// The next event. Panics if none arrives.
     pub fn next(&mut self) -> Event {
         let event = self.event().unwrap_or_else(|error| panic!("the next event: {error}"));
         event.expect("the stream goes on")
     }
 
-    /// Reads up to the next empty line. False at the end.
+    /// Reads up to the next empty line. Returns false at the end of the stream.
     pub fn block(&mut self) -> io::Result<bool> {
         let (mut name, mut data) = (String::new(), Vec::new());
         let mut id = self.last_id.clone();
@@ -172,7 +172,7 @@ fn with_id(target: &str, last_id: &str) -> String {
     format!("{target}{}lastEventId={last_id}", if target.contains('?') { '&' } else { '?' })
 }
 
-/// Reads the head of a CGI response, into the form of the others.
+/// Reads the head of a CGI response and converts it to the form of an HTTP head.
 fn cgi_head(mut body: Box<dyn Read + Send>) -> io::Result<(String, Box<dyn Read + Send>)> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -187,7 +187,7 @@ fn cgi_head(mut body: Box<dyn Read + Send>) -> io::Result<(String, Box<dyn Read 
     Ok((head, body))
 }
 
-/// A chunked body.
+/// The body of a chunked response.
 struct Chunks<S> {
     stream: BufReader<S>,
     left: usize,
@@ -243,7 +243,7 @@ impl Read for Frames {
                     let _ = self.client.send(&http2::frame(frame.kind, http2::ACK, 0, payload));
                 }
                 http2::DATA => {
-                    // WINDOW_UPDATE, of the stream and of the connection.
+                    // WINDOW_UPDATE for the connection and for the stream.
                     let count = u32::try_from(frame.payload.len()).unwrap().to_be_bytes();
                     self.over = frame.flags & http2::END_STREAM != 0;
                     let updates = [http2::frame(8, 0, 0, &count), http2::frame(8, 0, 1, &count)].concat();

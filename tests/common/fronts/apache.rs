@@ -1,5 +1,5 @@
-//! Apache httpd with the event MPM, all its files in the directory. Started by root its children are Debian's
-//! www-data, since it refuses to serve as root.
+//! Configures Apache httpd with the event MPM. All its files are in the site's directory. When it is started by root, its children run as
+//! Debian's www-data, because httpd refuses to serve as root.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,9 +12,9 @@ const MODULES: [&str; 9] =
 
 pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { directory, port, snippet } = place;
-    // Whoever the children are, they make their sockets there.
+    // The user of the child processes varies, so any user may create sockets here.
     let sockets = directory.join("fcgid");
-    let _ = fs::create_dir(&sockets); // it is there from the second try on
+    let _ = fs::create_dir(&sockets); // it exists from the second attempt on
     fs::set_permissions(&sockets, Permissions::from_mode(0o777)).unwrap();
     let directory = directory.display();
     let modules: String = MODULES

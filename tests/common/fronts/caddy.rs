@@ -1,4 +1,4 @@
-//! Caddy, without its admin endpoint and its certificates, all its files in the directory.
+//! Configures Caddy without its admin endpoint and certificates. All its files are in the site's directory.
 
 use std::process::Command;
 

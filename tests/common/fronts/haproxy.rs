@@ -1,4 +1,4 @@
-//! HAProxy, in the foreground, with the sections `global` and `defaults` that Debian's configuration has too.
+//! Configures HAProxy, in the foreground, with the sections `global` and `defaults` that Debian's configuration also has.
 
 use std::process::Command;
 

@@ -1,4 +1,4 @@
-//! lighttpd: one process, all its files in the directory.
+//! Configures lighttpd with one process. All its files are in the site's directory.
 
 use std::process::Command;
 
@@ -7,7 +7,7 @@ use super::{Place, configuration, daemon};
 pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { directory, port, snippet } = place;
     let directory = directory.display();
-    // Scripts are the test's own; the path of its directory is not to be in any other request.
+    // Only the test's scripts need this directory as the document root. Other requests must not contain its path.
     let root = if snippet.contains(".php") { directory.to_string() } else { "/srv".to_owned() };
     let text = format!(
         "server.document-root = \"{root}\"

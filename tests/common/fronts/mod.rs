@@ -1,8 +1,8 @@
-//! Real web servers in front of Forkyard. What is particular to an application in their configuration is taken out
-//! of docs/web-servers.md, so that what stands there works; one file per web server adds what a server in a
-//! temporary directory needs around it.
+//! Starts real web servers in front of Forkyard. The part of the configuration that concerns the application is extracted from
+//! docs/web-servers.md, so that the tests check the documented configuration. One file per web server adds what a server in a temporary
+//! directory needs.
 //!
-//! Each runs in the foreground, on a free port of the loopback, and writes nowhere but into its directory.
+//! Each web server runs in the foreground, listens on a free loopback port, and writes only to its directory.
 
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
@@ -35,7 +35,7 @@ pub(crate) enum WebServer {
 }
 
 impl WebServer {
-    /// As the document's blocks and the files of seeds have it.
+    /// The name in the document's code blocks and in the seed files.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Apache => "apache",
@@ -50,24 +50,24 @@ impl WebServer {
 /// How a web server reaches the application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Link {
-    /// It connects.
+    /// The web server connects to the application.
     FastCgi,
-    /// It connects and keeps the connection.
+    /// The web server connects to the application and keeps the connection.
     FastCgiKept,
-    /// It starts the application with a listening socket as standard input.
+    /// The web server starts the application with a listening socket as standard input.
     FastCgiStarted,
     Http,
     Scgi,
-    /// It starts the application for each request.
+    /// The web server starts the application for each request.
     Cgi,
 }
 
-/// A web server with one of the configurations of the document.
+/// A web server with one of the configurations in the document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Front {
     pub(crate) server: WebServer,
     pub(crate) link: Link,
-    /// The name of the configuration: its block in the document begins with that of the server and this one.
+    /// The name of the configuration. Its block in the document begins with the name of the web server and this name.
     pub(crate) name: &'static str,
 }
 
@@ -111,25 +111,25 @@ pub(crate) const APACHE_PHP: Front = front(WebServer::Apache, Link::FastCgi, "ph
 pub(crate) const CADDY: Front = front(WebServer::Caddy, Link::FastCgi, "fastcgi");
 pub(crate) const CADDY_HTTP: Front = front(WebServer::Caddy, Link::Http, "http");
 
-/// Where the parts of a site are.
+/// The locations that a site's configuration needs.
 pub(crate) struct Place<'a> {
     pub(crate) directory: &'a Path,
     pub(crate) port: u16,
-    /// The snippet of the document, with the addresses and paths of this site.
+    /// The snippet from the document, with the addresses and paths of this site.
     pub(crate) snippet: String,
 }
 
-/// A running web server, with the application behind it unless the web server started that itself.
+/// A running web server, and the application behind it unless the web server started the application itself.
 pub(crate) struct Site {
     front: Helper,
     pub(crate) application: Option<Server>,
-    /// `HOST:PORT` for its clients.
+    /// `HOST:PORT` for clients.
     pub(crate) address: String,
     directory: TempDir,
 }
 
 impl Site {
-    /// The example `application` behind the web server.
+    /// Starts the example `application` behind the web server.
     pub(crate) fn start(front: Front, application: &str) -> Self {
         let directory = shared_folder();
         let socket = directory.path().join("app.sock");
@@ -149,7 +149,7 @@ impl Site {
             }
             (Some(_), _) => socket.display().to_string(),
             (None, _) => {
-                // The web server's user may not see into the directory that it was built in.
+                // The web server's user may be unable to read the build directory.
                 let copy = directory.path().join("app");
                 fs::copy(program(application), &copy).expect("there is room for a copy");
                 copy.display().to_string()
@@ -159,7 +159,7 @@ impl Site {
         Self { front: helper, application: server, address, directory }
     }
 
-    /// The web server before whoever listens at `backend`, whose socket may be in this directory.
+    /// Starts the web server in front of the server that listens on `backend`. Its socket may be in `directory`.
     pub(crate) fn before(front: Front, directory: TempDir, backend: &str) -> Self {
         let (helper, address) = start(front, directory.path(), backend);
         Self { front: helper, application: None, address, directory }
@@ -185,7 +185,7 @@ impl Drop for Site {
     }
 }
 
-/// A temporary directory that a web server's user may enter.
+/// A temporary directory that the web server's user can enter.
 pub(crate) fn shared_folder() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
@@ -196,10 +196,10 @@ fn start(front: Front, directory: &Path, backend: &str) -> (Helper, String) {
     start_with(front.server, directory, |port| snippet(front, directory, port, backend))
 }
 
-/// Starts a web server with a configuration that is not one of the document's; `snippet` writes it for a port. Returns the
+/// Starts a web server with a configuration that is not in the document. `snippet` writes the configuration for a port. Returns the
 /// server and its address.
 pub(crate) fn start_with(server: WebServer, directory: &Path, snippet: impl Fn(u16) -> String) -> (Helper, String) {
-    // The port was free when we looked. If it is not any more, the web server ends, and there are others.
+    // Another process may take the port after `free_port` returns. The web server then exits, and another port is tried.
     for _ in 0..5 {
         let port = free_port();
         let place = Place { directory, port, snippet: snippet(port) };
@@ -230,14 +230,14 @@ fn command(server: WebServer, place: &Place<'_>) -> Command {
     command
 }
 
-/// Writes the configuration, and returns where it is.
+/// Writes the configuration, and returns its path.
 fn configuration(place: &Place<'_>, text: &str) -> PathBuf {
     let path = place.directory.join("front.conf");
     fs::write(&path, text).unwrap();
     path
 }
 
-/// The block of the document for `front`, with the addresses of the document replaced.
+/// The block in the document for `front`, with the addresses replaced.
 fn snippet(front: Front, directory: &Path, port: u16, backend: &str) -> String {
     let mut text = block(front).to_owned();
     let socket = directory.join("app.sock").display().to_string();
@@ -282,7 +282,7 @@ fn block(front: Front) -> &'static str {
     &rest[..=end]
 }
 
-/// A daemon, with nothing in its environment that it could pass on. Daemons are in directories that not every user has in PATH.
+/// A command for a daemon, with an empty environment. Daemons are installed in directories that are not in every user's PATH.
 fn daemon(name: &str) -> Command {
     const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let found = PATH.split(':').map(|directory| Path::new(directory).join(name)).find(|path| path.exists());

@@ -1,4 +1,4 @@
-//! nginx: one worker, all its files in the directory.
+//! Configures nginx with one worker. All its files are in the site's directory.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -8,7 +8,7 @@ use super::{Place, configuration, daemon, is_root};
 
 pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { directory, snippet, .. } = place;
-    // What the snippet includes stands beside the configuration, as in /etc/nginx. It is there from the second try on.
+    // The snippet includes these files from the directory of the configuration, as in /etc/nginx. They exist from the second attempt on.
     for name in ["fastcgi_params", "scgi_params"] {
         let _ = symlink(Path::new("/etc/nginx").join(name), directory.join(name));
     }
