@@ -1,4 +1,4 @@
-//! Where a server listens: both families of addresses, wildcards, and names that have several addresses.
+//! Listening addresses: both address families, wildcards, and names that have several addresses.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -24,11 +24,11 @@ fn has_ipv6() -> bool {
     TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
 }
 
-/// In a mount namespace in which `localhost` has these addresses.
+/// A command in a mount namespace in which `localhost` has these addresses.
 fn where_localhost_is(addresses: &[&str], name: &str) -> Command {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts a file: run it as root");
     let hosts: String = addresses.iter().map(|address| format!("{address} localhost\\n")).collect();
-    // The file is gone when the namespace is.
+    // The file disappears with the namespace.
     let script = format!(
         "mount -t tmpfs tmpfs /mnt && printf '{hosts}' > /mnt/hosts && mount --bind /mnt/hosts /etc/hosts && exec \"$0\" \"$@\""
     );
@@ -84,7 +84,7 @@ fn a_name_stands_for_all_its_addresses_on_one_port_also_after_an_upgrade() {
     }
     server.stop();
 
-    // All or none: half a service is a riddle.
+    // If one address of a name cannot be bound, the start fails.
     let taken = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
     let port = taken.local_addr().unwrap().port();
     let mut command = where_localhost_is(&["127.0.0.1", "::1"], "mirror");
@@ -125,7 +125,7 @@ fn a_host_without_ipv4_is_served_over_ipv6() {
         assert_eq!(answer.join().unwrap(), 200);
         server.stop();
     }
-    // The default is an address of IPv4: what to do is in the error.
+    // The default address is IPv4. The error names an alternative.
     let output = command(&[]).output_in_time().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(1) && said.contains("without IPv4: [::1]"), "{said}");

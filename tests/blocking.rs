@@ -1,4 +1,4 @@
-//! What blocks in a blocking function holds up nothing but its own request.
+//! A blocking function delays only its own request.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::raw::{self, Protocol};
 use common::{PATIENCE, Server, wait_until};
 
-/// So many quick runs in a row are more than any function needs to be taken for a quick one.
+/// More quick runs in a row than are needed to classify a function as quick.
 const MANY: u32 = 300;
 
 fn ask(protocol: Protocol, stream: &mut UnixStream, target: &str) -> (u16, i32) {
@@ -20,7 +20,7 @@ fn ask(protocol: Protocol, stream: &mut UnixStream, target: &str) -> (u16, i32) 
     (status, pid_in(protocol, &response))
 }
 
-/// The pid that the body of a response is; -1 if it is none.
+/// The pid in the body of a response; -1 if there is none.
 fn pid_in(protocol: Protocol, response: &[u8]) -> i32 {
     let text = String::from_utf8_lossy(response);
     let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
@@ -30,7 +30,7 @@ fn pid_in(protocol: Protocol, response: &[u8]) -> i32 {
     body[..digits].parse().unwrap_or(-1)
 }
 
-/// A request that is held up until the gate is dropped.
+/// Sends a request that blocks until the gate is dropped.
 fn hold(protocol: Protocol, bind: &str, path: &str) -> (UnixStream, TcpStream) {
     let gate = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut held = raw::connect(bind);
@@ -68,7 +68,7 @@ fn a_run_that_blocks_gets_its_504_in_time_although_all_threads_are_occupied() {
             assert_eq!(ask(protocol, &mut raw::connect(&server.binds[0]), "/").0, 200);
         }
         let (mut held, gate) = hold(protocol, &server.binds[0], "/hold");
-        // Only the function's own thread is occupied: the event loop answers.
+        // Only the function's own thread is occupied: the event loop still answers.
         assert_eq!(ask(protocol, &mut raw::connect(&server.binds[0]), "/loop/").0, 200);
         assert_eq!(raw::ask(&mut held, b"").0, 504, "{protocol:?}");
         drop((gate, held));
@@ -83,8 +83,8 @@ fn a_page_that_another_worker_renders_holds_up_nobody() {
         let bind = server.binds[0].clone();
         let (mut renders, gate) = hold(protocol, &bind, "/page");
         let port = gate.local_addr().unwrap().port();
-        // The other worker, which has a free thread. The one whose thread is occupied leaves connections to it for a while; on a busy
-        // machine it may take one all the same, which is then tried again.
+        // The other worker has a free thread. The worker whose thread is occupied leaves connections to it for a while. On a busy machine
+        // the occupied worker may still accept the connection; then the test tries again.
         let renderer = occupied(&server);
         let connect = || {
             wait_until("the other worker takes a connection", || {
@@ -99,7 +99,7 @@ fn a_page_that_another_worker_renders_holds_up_nobody() {
         }
         let (mut beside, _) = connect();
         kept.write_all(&protocol.head("GET", &format!("/page/{port}"), 0)).unwrap();
-        // It waits for the page, on its thread.
+        // The other worker waits for the page on its blocking thread.
         wait_for_occupation(&server, other);
         assert_eq!(ask(protocol, &mut beside, "/loop/"), (200, other), "{protocol:?}");
         kept.set_nonblocking(true).unwrap();
@@ -119,7 +119,7 @@ fn a_page_that_another_worker_renders_holds_up_nobody() {
     }
 }
 
-/// The worker that serves a request.
+/// The worker that is serving a request.
 fn occupied(server: &Server) -> i32 {
     let segment = server.segment();
     let board = segment.scoreboard();
@@ -129,7 +129,7 @@ fn occupied(server: &Server) -> i32 {
     })
 }
 
-/// Waits until a request of this worker's is under way.
+/// Waits until this worker is serving a request.
 fn wait_for_occupation(server: &Server, pid: i32) {
     let segment = server.segment();
     let board = segment.scoreboard();
@@ -162,7 +162,7 @@ fn more_requests_than_may_wait_get_503_and_as_many_as_may_are_all_answered() {
     for stream in &mut waiting {
         stream.write_all(&Protocol::Http.head("GET", "/", 0)).unwrap();
     }
-    // Five of them cannot wait.
+    // Five of the requests exceed the queue.
     wait_until("five are refused", || {
         waiting.retain_mut(|stream| {
             stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();

@@ -1,4 +1,4 @@
-//! Bodies of 100 MiB, from and to peers that are slow, in bounded memory.
+//! Bodies of 100 MiB, sent and read by slow peers, in bounded memory.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -13,7 +13,7 @@ use common::{Server, fastcgi, http, status_number};
 
 const MIB: usize = 1 << 20;
 const SIZE: usize = 100 * MIB;
-/// By so much the worker's greatest resident size may grow.
+/// The allowed growth of the worker's peak resident size.
 const ALLOWED_KIB: u64 = 8 << 10;
 
 struct Fixture {
@@ -22,7 +22,7 @@ struct Fixture {
     before: u64,
 }
 
-/// One worker that has served already, and how much memory it has had at most.
+/// Starts one worker, has it serve a request, and records its peak resident size.
 fn start() -> Fixture {
     let server =
         Server::start("crashy", &["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0", "--workers", "1"]);
@@ -35,21 +35,21 @@ fn start() -> Fixture {
 
 impl Fixture {
     fn end(mut self) {
-        // The kernel adds up counters of its processors as it goes, so the sum may be a little less than before.
+        // The kernel sums per-processor counters without synchronization, so the value may be slightly lower than before.
         let grown = status_number(self.worker, "VmHWM").unwrap().saturating_sub(self.before);
         assert!(grown < ALLOWED_KIB, "the worker grew by {grown} KiB");
         self.server.stop();
     }
 }
 
-/// A peer that takes its time after each MiB.
+/// Pauses after each MiB, as a slow peer.
 fn dawdle(done: usize) {
     if done.is_multiple_of(MIB) {
         std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 
-/// Reads `size` bytes that are all `x`, slowly.
+/// Reads `size` bytes slowly, and checks that all are `x`.
 fn read_slowly(mut from: impl io::Read, size: usize) {
     let mut buffer = vec![0; 64 << 10];
     let mut done = 0;
@@ -83,7 +83,7 @@ fn a_large_download_over_http() {
     let fixture = start();
     let mut client = http::Client::connect(&fixture.server.http()).unwrap();
     let socket = client.stream.get_mut();
-    // HTTP/1.0: the body goes on to the end of the connection, in one piece.
+    // HTTP/1.0: the body ends with the connection, and has no chunks.
     write!(socket, "GET /bytes/100 HTTP/1.0\r\n\r\n").unwrap();
     assert_eq!(client.head().unwrap().0, 200);
     read_slowly(&mut client.stream, SIZE);
@@ -100,7 +100,7 @@ fn a_large_echo_over_http_to_a_client_that_reads_slowly() {
         scope.spawn(move || {
             write!(sender, "POST /echo HTTP/1.0\r\nContent-Length: {SIZE}\r\n\r\n").unwrap();
             for _ in 0..SIZE / MIB {
-                sender.write_all(&[b'x'; MIB]).unwrap(); // as fast as it is let
+                sender.write_all(&[b'x'; MIB]).unwrap(); // as fast as the server accepts it
             }
         });
         assert_eq!(client.head().unwrap().0, 200);
@@ -156,7 +156,7 @@ fn a_large_echo_over_fastcgi_to_a_client_that_reads_slowly() {
     fixture.end();
 }
 
-/// Reads the records of a response whose body is [`SIZE`] times `x`.
+/// Reads the records of a response whose body is [`SIZE`] bytes of `x`.
 fn receive_slowly(client: &mut fastcgi::Client) {
     let mut head_length = None;
     let mut received = 0;

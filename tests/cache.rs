@@ -1,4 +1,5 @@
-//! The page cache as a server's clients see it: one renders, the others wait; and a file keeps it over a restart.
+//! The page cache as clients see it: one worker renders a page while other requests for the page wait, and a file keeps the cache over a
+//! restart.
 
 mod common;
 
@@ -13,14 +14,14 @@ use nix::unistd::Pid;
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
-/// A number out of what `/stats` shows.
+/// A number from the output of `/stats`.
 fn stat(address: &str, name: &str) -> u64 {
     let text = http::get(address, "/stats").expect("it answers").text();
     let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{name}: "))).expect(name);
     line.trim_end_matches(',').parse().expect("a number")
 }
 
-/// Asks for the same page on many connections at once; the bodies that came.
+/// Requests the same page on many connections at once. Returns the bodies.
 fn herd(address: &str, target: &str, clients: usize) -> Vec<String> {
     let start = Barrier::new(clients);
     std::thread::scope(|scope| {
@@ -86,7 +87,7 @@ fn a_cache_in_a_file_is_warm_after_a_stop_and_after_a_crash() {
     let mut server = start();
     assert!(server.log().contains("cache is warm"));
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page, "as the former processes rendered it");
-    // The master and all workers at once, as the kernel does when memory is short.
+    // Kill the master and all workers at once, as the kernel does when memory is short.
     let children = server.workers();
     server.signal(Signal::SIGSTOP);
     children.iter().for_each(|&pid| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap());

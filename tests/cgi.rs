@@ -27,7 +27,7 @@ use nix::unistd::Pid;
 
 const MIB: usize = 1 << 20;
 
-/// The call of a web server.
+/// A CGI program with the environment that a web server gives it.
 fn command(name: &str, method: &str, target: &str) -> Command {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let mut command = Command::new(program(name));
@@ -47,7 +47,7 @@ struct Called {
     status: Option<i32>,
 }
 
-/// Runs it to its end. Standard input stays open all the time: a program that waited for its end would wait for ever.
+/// Runs the command to its end. Standard input stays open throughout: a program that waits for its end would wait for ever.
 fn run(command: &mut Command, body: &[u8]) -> Called {
     finish(start(command, body))
 }
@@ -58,12 +58,12 @@ fn start(command: &mut Command, body: &[u8]) -> Child {
     }
     let child = command.spawn().unwrap();
     let mut stdin = child.stdin.as_ref().unwrap();
-    let _ = stdin.write_all(body); // it may have answered before it has read all of that
+    let _ = stdin.write_all(body); // the program may answer before it has read the whole body
     child
 }
 
 fn finish(mut child: Child) -> Called {
-    let stdin = child.stdin.take(); // stays open
+    let stdin = child.stdin.take(); // keep standard input open
     let output = limit::output_of(child, "the program");
     drop(stdin);
     let errors = String::from_utf8(output.stderr).unwrap();
@@ -139,7 +139,7 @@ fn what_the_application_prints_is_not_in_the_response() {
         assert!(called.errors.contains(printed), "it is in the log: {}", called.errors);
         assert_eq!(called.status, Some(0));
     }
-    // Where there is no standard error it is lost.
+    // Without a standard error, the output is lost.
     let mut command = Command::new("sh");
     let script = format!("exec {} 2>&-", program("chatty").display());
     command.args(["-c", &script]).env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -203,14 +203,14 @@ fn a_call_has_the_size_and_the_time_that_a_request_has_elsewhere() {
     }
     let mut slow = command("crashy", "POST", "/count");
     let child = start(slow.envs([("CONTENT_LENGTH", "10"), ("FORKYARD_BODY_TIMEOUT", "1s")]), b"");
-    child.stdin.as_ref().unwrap().write_all(b"12345").unwrap(); // and nothing more, while it stays open
+    child.stdin.as_ref().unwrap().write_all(b"12345").unwrap(); // the rest is never sent, and standard input stays open
     let called = finish(child);
     assert_eq!((called.response.status(), called.status), (408, Some(0)), "{}", called.errors);
 }
 
 #[test]
 fn a_client_gives_no_flags_and_the_operator_may() {
-    // What Apache makes of the URI /count?--max-body+10, and of one with %3D in it.
+    // The arguments that Apache derives from the URI /count?--max-body+10, and from one that contains %3D.
     for (query, arguments) in [("--max-body+10", &["--max-body", "10"][..]), ("--bind%3Dx", &["--bind=x"])] {
         let mut injected = command("crashy", "POST", &format!("/count?{query}"));
         let called = run(injected.args(arguments), &[0; 11]);
@@ -296,7 +296,7 @@ fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
         let pages: BTreeSet<_> = calls.into_iter().map(|call| finish(call).response.text()).collect();
         assert_eq!(pages.len(), 1, "one renders, whoever makes the file");
     }
-    // Whoever opens it as a master does audits it first.
+    // Opening the segment as a master audits it first.
     let plan = Plan { cache_bytes: 4 << 20, rows: 20, events_bytes: 1 << 20, ..Plan::default() };
     let (segment, found) = Segment::open(&file, &plan).unwrap();
     assert_eq!((found, segment.cache().stats().entries), (Found::Warm, 3));
@@ -337,7 +337,7 @@ fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
         let mut calls: Vec<_> = (0..8)
             .map(|_| {
                 let mut child = with_cache(&file, &format!("/page/{}?ms=0", random.u8(0..4))).spawn().unwrap();
-                // Not a wait for anything: it dies wherever it is.
+                // This does not wait for an event: the program is killed at a random point.
                 std::thread::sleep(Duration::from_micros(random.u64(0..4000)));
                 if random.bool() {
                     child.kill().unwrap();
@@ -388,7 +388,7 @@ fn a_file_of_another_plan_or_of_something_else_is_left_alone() {
     assert_eq!(std::fs::read(&file).unwrap(), b"something else");
 }
 
-/// Apache's mod_cgid: to leave with something unread would reset the one socket, and lose the response.
+/// Apache's mod_cgid uses one socket for both directions: exiting with unread data would reset the socket, and lose the response.
 #[test]
 fn on_one_socket_a_body_that_nobody_reads_costs_no_response() {
     for (name, value, status) in [("CONTENT_LENGTH", "4194304", 200), ("HTTP_TRANSFER_ENCODING", "chunked", 411)] {
@@ -398,7 +398,7 @@ fn on_one_socket_a_body_that_nobody_reads_costs_no_response() {
         command.env(name, value).stderr(Stdio::null());
         command.stdin(OwnedFd::from(theirs.try_clone().unwrap())).stdout(OwnedFd::from(theirs));
         let mut child = command.spawn().unwrap();
-        drop(command); // and its hold on the other end
+        drop(command); // closes the command's copies of the other end
         ours.write_all(&vec![b'x'; 4 * MIB]).unwrap();
         ours.shutdown(Shutdown::Write).unwrap();
         let mut response = Vec::new();

@@ -1,4 +1,4 @@
-//! The command line: what is asked for wrongly gets one line that says what to do, and the right exit status.
+//! The command line: a wrong use prints one line that names the fix, and exits with the right status.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -15,7 +15,7 @@ fn run(name: &str, arguments: &[&str]) -> Output {
     Command::new(program(name)).args(arguments).output_in_time().expect("it runs")
 }
 
-/// Runs `hello` with a bad flag, and expects this exit status and these words in its complaint.
+/// Runs `hello` with a bad flag, and expects this exit status and these words in the error.
 #[track_caller]
 fn refused(arguments: &[&str], status: i32, words: &[&str]) {
     complained(&run("hello", arguments), status, words);
@@ -85,7 +85,7 @@ fn a_unix_socket_is_not_taken_from_another_program() {
 fn a_cache_of_an_impossible_size_is_refused() {
     let bind = ["--bind", "http:127.0.0.1:0"];
     refused(&[&bind[..], &["--cache", "1000T"]].concat(), 1, &["cannot create a shared cache of 1000 TiB", "--cache"]);
-    // More than there is: what was wanted, what is available, and the flag.
+    // More memory than the machine has: the error names the requested amount, the available amount, and the flag.
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap();
     let total = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.strip_suffix("kB")).unwrap();
     let twice = (total.trim().parse::<u64>().unwrap() * 2).to_string() + "K";
@@ -156,7 +156,7 @@ fn help_names_every_flag_with_its_default_and_variable() {
         ("forkyard", &["run", "--help"], &["--direct", "--settle"]),
     ] {
         let help = String::from_utf8(run(name, arguments).stdout).unwrap();
-        let help = help.split_ascii_whitespace().collect::<Vec<_>>().join(" "); // it is wrapped anywhere
+        let help = help.split_ascii_whitespace().collect::<Vec<_>>().join(" "); // line breaks can be anywhere
         let shared = [
             "--bind",
             "--workers",

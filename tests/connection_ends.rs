@@ -1,5 +1,5 @@
-//! How connections end: a response after which the connection is closed says so, and a body that the client breaks off is not logged
-//! as an error of ours.
+//! How connections end: the last response on a connection announces the close, and a body that the client breaks off is not logged as our
+//! error.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -30,13 +30,13 @@ fn send(client: &mut Client, bytes: &str) {
     client.stream.get_mut().write_all(bytes.as_bytes()).unwrap();
 }
 
-/// Sends these bytes, and returns the response and what comes after it up to the end of the connection.
+/// Sends these bytes. Returns the response, and what follows it up to the end of the connection.
 fn last_response(address: &str, bytes: &str) -> (Response, Vec<u8>) {
     let mut client = Client::connect(address).unwrap();
     send(&mut client, bytes);
     let response = client.response(false).unwrap_or_else(|error| panic!("no response to {bytes:.200?}: {error}"));
     let mut rest = Vec::new();
-    let _ = client.stream.read_to_end(&mut rest); // with bytes of ours unread, it may be a reset
+    let _ = client.stream.read_to_end(&mut rest); // if the server left data unread, the close is a reset
     (response, rest)
 }
 
@@ -53,7 +53,7 @@ fn a_response_after_which_the_connection_is_closed_says_so() {
         (head("/ok", "Content-Length: 300000\r\n"), 413),
         (beyond, 413),
         (head("/count", "Content-Length: 5\r\n"), 408),
-        // Nobody asks this client for its body, so what follows the head is not known to be a body.
+        // The server does not request this client's body, so the bytes after the head may be anything.
         (head("/ok", "Content-Length: 5\r\nExpect: 100-continue\r\n"), 200),
         (head("/ok", "Content-Length: 300000\r\nExpect: 100-continue\r\n"), 413),
         (format!("{}x\r\n", head("/count", CHUNKED)), 200),
@@ -104,10 +104,10 @@ fn a_response_over_http_1_0_says_whether_the_connection_is_kept() {
         ("GET /raw-stream/200?content-length=5 HTTP/1.0", 200, true),
         ("GET /raw/200?connection=keep-alive HTTP/1.0", 200, true),
         (&long, 414, true),
-        // There is no body to be ended.
+        // These responses have no body, so none needs to be ended by a close.
         ("HEAD /raw-stream/200 HTTP/1.0", 200, true),
         ("GET /raw-stream/204 HTTP/1.0", 204, true),
-        // Nothing but the end of the connection ends this body.
+        // Only the end of the connection ends this body.
         ("GET /raw-stream/200 HTTP/1.0", 200, false),
         ("GET /raw-stream/200?connection=keep-alive HTTP/1.0", 200, false),
         ("GET /raw/200?connection=close HTTP/1.0", 200, false),
@@ -119,7 +119,7 @@ fn a_response_over_http_1_0_says_whether_the_connection_is_kept() {
         (post, 200, false),
         ("GET /method HTTP/1.0\r\nHost: a b", 400, false),
         ("CONNECT x:80 HTTP/1.0", 501, false),
-        // An option of the application's that is not about that.
+        // A `Connection` option from the application that does not concern keep-alive.
         ("GET /raw/200?connection=x-a HTTP/1.0\r\nConnection: close", 200, false),
     ] {
         let mut client = Client::connect(&server.http()).unwrap();
@@ -136,7 +136,7 @@ fn a_response_over_http_1_0_says_whether_the_connection_is_kept() {
             assert_eq!(client.request("GET", "/method", b"").unwrap().text(), "GET", "{head:.200}");
         } else {
             let mut rest = Vec::new();
-            let _ = client.stream.read_to_end(&mut rest); // with bytes of ours unread, it may be a reset
+            let _ = client.stream.read_to_end(&mut rest); // if the server left data unread, the close is a reset
             assert_eq!(String::from_utf8_lossy(&rest), "", "{head:.200}");
         }
     }
@@ -211,7 +211,7 @@ fn a_small_body_that_nobody_reads_costs_no_connection() {
         let response = client.request("POST", target, body.as_bytes()).unwrap();
         assert_eq!((response.status, response.header("connection")), (status, None), "{target} {body}");
     }
-    // Nor if it comes after the response.
+    // A body that arrives after the response is no reason to close either.
     send(&mut client, &head("/nowhere", "Content-Length: 5\r\n"));
     let response = client.response(false).unwrap();
     assert_eq!((response.status, response.header("connection")), (404, None));
@@ -224,12 +224,12 @@ fn a_small_body_that_nobody_reads_costs_no_connection() {
 #[test]
 fn a_broken_body_that_the_application_passes_on_is_a_400_and_no_error_of_ours() {
     let mut server = start(&[]);
-    // Nothing of the response has been sent.
+    // No part of the response has been sent.
     let (response, _) = last_response(&server.http(), &format!("{}x\r\n", head("/echo", CHUNKED)));
     assert_eq!(response.status, 400);
     let mut client = fastcgi::Client::connect(&server.binds[1]).unwrap();
     let whole = [fastcgi::head(1, true, "POST", "/echo", Some(10)), vec![record(STDIN, 1, b"", 0)]].concat();
-    client.send(&whole).unwrap(); // all at once: as soon as the worker waits for more, the response begins
+    client.send(&whole).unwrap(); // all at once: the response begins as soon as the worker waits for more
     assert_eq!(client.response(1).unwrap().status(), 400);
     assert_eq!(client.request("GET", "/ok", b"").unwrap().body(), b"ok\n", "the connection is kept");
     server.wait_for(&format!("{BROKEN_OFF}fastcgi"));
@@ -240,7 +240,7 @@ fn a_broken_body_that_the_application_passes_on_is_a_400_and_no_error_of_ours() 
     let _ = client.stream.read_to_end(&mut bytes);
     server.wait_for(&format!("{BROKEN_OFF}scgi"));
 
-    // A part of the response has been sent: the connection ends, and over HTTP/2 the stream.
+    // Part of the response has been sent: the connection ends; over HTTP/2, the stream.
     let mut client = Client::connect(&server.http()).unwrap();
     send(&mut client, &format!("{}3\r\nabc\r\n", head("/echo", CHUNKED)));
     assert_eq!(client.head().unwrap().0, 200);
@@ -298,7 +298,7 @@ fn no_100_follows_a_final_status() {
         let mut client = Client::connect(&server.http()).unwrap();
         send(&mut client, &head(target, "Content-Length: 3\r\nExpect: 100-continue\r\nConnection: close\r\n"));
         let first = client.head().unwrap().0;
-        let _ = client.stream.get_mut().write_all(b"abc"); // it may have been closed
+        let _ = client.stream.get_mut().write_all(b"abc"); // the server may have closed the connection
         let mut rest = String::new();
         let _ = client.stream.read_to_string(&mut rest);
         let final_heads = rest.matches("HTTP/1.1 ").count();

@@ -1,8 +1,8 @@
-//! A start in a container: the first command of README.md where the root is read-only, memory is limited, the user is nobody, and
-//! system calls are refused.
+//! Starts the first command of README.md in a container: the root is read-only, memory is limited, the user has no privileges, and system
+//! calls are refused.
 //!
-//! It needs root, and control groups for memory and processors to write to: where there are none the test says so. What is read of control groups
-//! is tested without any in `shm/src/memory/memory_limit.rs`.
+//! The test needs root, and writable control groups for memory and processors; without them the test reports that and passes.
+//! `shm/src/memory/memory_limit.rs` tests the parsing of control group files without control groups.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -19,22 +19,22 @@ use common::refuse::{NEWER, Refuse, arguments};
 use common::{Server, http, program, wait_until};
 use tempfile::TempDir;
 
-/// Seen even if the test passes, unlike what `eprintln!` says.
+/// Prints a line that is shown even if the test passes, unlike the output of `eprintln!`.
 fn say(text: &str) {
     std::io::stderr().write_all(format!("container: {text}\n").as_bytes()).unwrap();
 }
 
-/// A control group with a limit, for as long as it is held.
+/// A limited control group, removed on drop.
 struct Group(PathBuf);
 
 impl Group {
-    /// With so much memory.
+    /// A group with this much memory.
     fn create(bytes: u64) -> Result<Self, String> {
         let bytes = bytes.to_string();
         Self::limited("memory", &[("memory.limit_in_bytes", &bytes)], ("memory.max", &bytes))
     }
 
-    /// With the time of one processor.
+    /// A group with the time of one processor.
     fn of_one_processor() -> Result<Self, String> {
         Self::limited(
             "cpu",
@@ -43,7 +43,8 @@ impl Group {
         )
     }
 
-    /// `v1` and `v2` are files of the two versions of control groups, and what is written to them. `Err` tells why there is none here.
+    /// `v1` and `v2` name the files of the two control group versions, and the values to write. `Err` is the reason why no group can be
+    /// made.
     fn limited(controller: &str, v1: &[(&str, &str)], v2: (&str, &str)) -> Result<Self, String> {
         let [ours, mounts] =
             ["cgroup", "mountinfo"].map(|name| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap());
@@ -90,7 +91,7 @@ impl Drop for Group {
     }
 }
 
-/// A place outside of everything that the container cannot read: programs that nobody may execute.
+/// A directory that the container can read, with copies of the programs that the user `nobody` can execute.
 struct Image {
     directory: TempDir,
     refuse: Refuse,
@@ -109,8 +110,8 @@ impl Image {
         Self { directory, refuse }
     }
 
-    /// `pages` in a container: nothing can be written to, `/dev/shm` is tiny, the network is its own, the user is nobody
-    /// without a capability, and newer system calls do not exist.
+    /// `pages` in a container: nothing is writable, `/dev/shm` is tiny, the network is its own, the user (`nobody`) has no capabilities,
+    /// and newer system calls do not exist.
     fn pages(&self, group: &Group) -> Command {
         let script = "set -e; group=$1; shift
             echo $$ > \"$group/cgroup.procs\"
@@ -134,7 +135,7 @@ impl Image {
     }
 }
 
-/// Asks a server that is in a network of its own.
+/// Sends a request to a server in its own network namespace.
 fn get(server: &Server, target: &'static str) -> http::Response {
     let pid = server.pid();
     let asked = std::thread::spawn(move || {
@@ -188,7 +189,7 @@ fn a_cache_that_does_not_fit_a_containers_memory_is_an_error_and_not_a_death_wit
     }
     let (status, said) = run(&["check"]);
     assert!(status == Some(0) && said.contains("the page cache has 25 MiB"), "{said}");
-    // A quarter is what nobody asked for: half of it can be had.
+    // The quarter is only a default; half of the memory can be requested explicitly.
     let mut server = Server::start_command(image.pages(&group).args(["--workers", "1", "--cache", "50M"]));
     assert_eq!(get(&server, "/").status, 200);
     server.stop();

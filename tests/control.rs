@@ -17,7 +17,7 @@ use common::{PATIENCE, Server, descriptors_of, program, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-/// A master with a control socket, and the directory where that is.
+/// A master with a control socket, and the directory of the socket.
 struct Controlled {
     server: Server,
     socket: PathBuf,
@@ -44,7 +44,7 @@ impl Controlled {
         command.args(arguments).env("FORKYARD_CONTROL", &self.socket).output_in_time().unwrap()
     }
 
-    /// What a sub-command prints that is expected to end well.
+    /// Runs a sub-command that must succeed. Returns its output.
     #[track_caller]
     fn said(&self, arguments: &[&str]) -> String {
         let output = self.ask(arguments);
@@ -53,7 +53,7 @@ impl Controlled {
         said
     }
 
-    /// What it complains of.
+    /// Runs a sub-command that must fail with this status. Returns the error.
     #[track_caller]
     fn complaint(&self, arguments: &[&str], status: i32) -> String {
         let output = self.ask(arguments);
@@ -66,10 +66,10 @@ impl Controlled {
         serde_json::from_str(&self.said(&["status", "--json"])).unwrap()
     }
 
-    /// The first line of the answer to these bytes.
+    /// Sends these bytes to the control socket, and returns the first line of the reply.
     fn answer_to(&self, bytes: &[u8]) -> String {
         let mut stream = common::connect_unix(&self.socket).unwrap();
-        let _ = stream.write_all(bytes); // it may have been refused before all was read
+        let _ = stream.write_all(bytes); // the master may refuse the request before it has read everything
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line).unwrap();
         line
@@ -219,7 +219,7 @@ fn an_upgrade_is_waited_for_until_its_reload_is_done() {
     {
         assert!(said.contains(line), "{line:?} is not in {said}");
     }
-    // The same socket, the same process.
+    // The upgraded master keeps its socket and pid.
     let status = served.status();
     assert_eq!((&status["pid"], &status["generation"]), (&before, &2.into()), "{status}");
     assert!(served.said(&["scale", "3"]).contains("workers=3"));
@@ -235,7 +235,7 @@ fn the_connection_ends_with_the_outcome() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     for request in ["status", "reopen-logs", "segment", "reload"] {
         let mut stream = common::connect_unix(&served.socket).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap(); // or else a connection that stays open would hang the test
+        stream.set_read_timeout(Some(PATIENCE)).unwrap(); // without a timeout, an open connection would hang the test
         writeln!(stream, "{{\"command\":\"{request}\"}}").unwrap();
         let mut answers = String::new();
         stream.read_to_string(&mut answers).unwrap();
@@ -267,7 +267,7 @@ fn garbage_on_the_socket_is_refused_and_costs_nothing() {
             let _ = stream.read_to_end(&mut answer);
         }
     }
-    // More than are heard at a time: those who say nothing are dropped, and then it is our turn.
+    // More clients than are served at a time: idle clients are disconnected, and then the next command is served.
     let silent: Vec<UnixStream> = (0..20).map(|_| common::connect_unix(&served.socket).unwrap()).collect();
     served.server.wait_for("control client dropped");
     assert_eq!(served.status()["state"], "running");
@@ -304,7 +304,7 @@ fn the_socket_is_for_its_owner_and_taken_from_no_one() {
     served.server.stop();
 }
 
-/// The thread that calls this, and no other, becomes another user.
+/// Changes the user of the calling thread only.
 #[expect(unsafe_code, reason = "the library's function would change the user of all threads")]
 fn become_nobody() {
     const NOBODY: libc::c_long = 65534;
@@ -479,7 +479,7 @@ fn completions_and_manual_pages_name_every_flag() {
     assert!(said("forkyard", &["man"]).contains("forkyard\\-status"));
     let unknown = Command::new(program("forkyard")).args(["man", "explode"]).output_in_time().unwrap();
     assert_eq!(unknown.status.code(), Some(2));
-    // A sub-command is none of serving, and the other way round.
+    // Flags for serving are not valid for sub-commands, and vice versa.
     let output = Command::new(program("hello")).args(["--workers", "1", "status"]).output_in_time().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let output =
@@ -499,7 +499,7 @@ fn status_shows_threads_that_hang_and_a_worker_of_which_all_do_as_hung() {
     let mut one = Controlled::start_with("crashy", limits.as_flattened(), |command, directory| {
         command.env("CRASHY_BROKEN", directory.join("broken"));
     });
-    // The worker stays as long as no other can start.
+    // The old worker stays while no new worker can start.
     std::fs::write(one.directory.path().join("broken"), "").unwrap();
     let (address, pid) = (one.server.http(), *one.server.workers().first().unwrap());
     let becomes = |state: &str, count: u32| {

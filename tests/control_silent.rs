@@ -1,5 +1,5 @@
-//! Sub-commands and a master that does not answer, and sub-commands whose output nobody reads: both end, and say so if that is
-//! a failure.
+//! Sub-commands whose master does not reply, and sub-commands whose output has no reader: both end, and report an error if that is a
+//! failure.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -34,7 +34,7 @@ fn ask(socket: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// Waits for its end, and returns its status and what it complains of.
+/// Waits for the child's end, and returns its status and its error output.
 #[track_caller]
 fn end(mut child: Child, what: &str) -> (Option<i32>, String) {
     let status = end_of(&mut child, what);
@@ -75,7 +75,7 @@ fn no_sub_command_waits_for_ever_for_a_master_that_is_stopped() {
         let what_to_do = format!("is stopped, and does not answer (continue it: kill -CONT {})", server.pid());
         assert!(said.contains(&what_to_do), "{arguments:?}: {said}");
     }
-    // What was asked for is done when it goes on.
+    // The master carries out the request when it continues.
     kill(server.pid(), Signal::SIGCONT).unwrap();
     assert_eq!(server.wait_end(), Some(0));
 }
@@ -122,7 +122,7 @@ fn what_takes_long_is_waited_for_as_long_as_the_master_lives() {
     command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "1500ms", "--control"]);
     let mut server = Server::start_command(command.arg(control(&directory)).args(["--", "sleep", "1000"]));
     let old = server.children();
-    // Far longer than it may be silent. More wait at a time than may ask at a time.
+    // The reload takes far longer than `--timeout`. More clients wait at once than the control socket serves.
     let reloads: Vec<Child> =
         (0..20).map(|_| spawn(&mut ask(&control(&directory), &["reload", "--timeout", "300ms"]))).collect();
     for reload in reloads {
@@ -133,7 +133,7 @@ fn what_takes_long_is_waited_for_as_long_as_the_master_lives() {
     server.stop();
 }
 
-/// Standard output whose reader is gone.
+/// A pipe for standard output whose reading end is closed.
 fn closed_pipe() -> OwnedFd {
     nix::unistd::pipe().unwrap().1
 }

@@ -1,4 +1,4 @@
-//! What a worker does when it has as many connections as it may, or as much memory is held for requests as may be.
+//! A worker at its limit of connections, or at its limit of memory for requests.
 
 #![allow(
     clippy::unwrap_used,
@@ -26,7 +26,7 @@ const WINDOW_UPDATE: u8 = 8;
 const MOST: usize = 8;
 const FULL: [&str; 4] = ["--workers", "1", "--max-connections", "8"];
 
-/// A connection on which a request was answered, and nothing is under way.
+/// Opens a connection, completes one request on it, and leaves it idle.
 fn kept(protocol: Protocol, bind: &str) -> UnixStream {
     let mut stream = raw::connect(bind);
     ask(protocol, &mut stream);
@@ -41,7 +41,7 @@ fn ask(protocol: Protocol, stream: &mut UnixStream) {
 fn read_answer(protocol: Protocol, stream: &mut UnixStream) {
     let (status, mut response) = raw::ask(stream, b"");
     assert_eq!(status, 200, "{protocol:?}");
-    // To its end, so that it is not taken for a part of the next one.
+    // Read to the end of the response, so that the rest is not taken for part of the next one.
     let end: &[u8] = if protocol == Protocol::FastCgi { &[1, 3, 0, 1, 0, 8] } else { b"ok" };
     while !response.windows(end.len()).any(|part| part == end) {
         let mut piece = [0; 4096];
@@ -51,7 +51,7 @@ fn read_answer(protocol: Protocol, stream: &mut UnixStream) {
     }
 }
 
-/// Whether something, or the end, has come.
+/// Whether data or the end of the stream has arrived.
 fn has_news(stream: &mut UnixStream) -> bool {
     stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
     let mut peeked = [0];
@@ -64,7 +64,7 @@ fn has_news(stream: &mut UnixStream) -> bool {
     read.is_ok()
 }
 
-/// Waits until something has come: false if that is the connection's end.
+/// Waits until data or the end of the stream has arrived. Returns false at the end of the stream.
 fn is_answered(stream: &UnixStream) -> bool {
     let (fd, mut peeked) = (std::os::fd::AsRawFd::as_raw_fd(stream), [0]);
     matches!(nix::sys::socket::recv(fd, &mut peeked, nix::sys::socket::MsgFlags::MSG_PEEK), Ok(count) if count > 0)
@@ -80,10 +80,11 @@ fn a_full_worker_closes_the_connection_that_was_idle_for_longest() {
         let mut server = protocol.start("crashy", &FULL);
         let bind = server.binds[0].clone();
         let mut used: Vec<UnixStream> = (0..MOST - 1).map(|_| kept(protocol, &bind)).collect();
-        // The youngest, and it is not used again.
+        // This connection is the newest, and is not used again.
         let mut idle = kept(protocol, &bind);
         let mut use_them = || used.iter_mut().for_each(|stream| ask(protocol, stream));
-        // Seconds are what counts; so it is idle for longer than the others however slow this machine is.
+        // Idle times count in seconds, so this waits until the connection has been idle longer than the others however slow this machine
+        // is.
         let opened = Instant::now();
         while opened.elapsed() < Duration::from_secs(3) {
             use_them();
@@ -129,11 +130,11 @@ fn an_http2_connection_that_makes_room_is_told_so() {
         let asking = scope.spawn(|| raw::ask(&mut raw::connect(&bind), &Protocol::Http.head("GET", "/ok", 0)).0);
         let goaway = idle.next(http2::GOAWAY).unwrap();
         assert_eq!(goaway.payload[4..8], [0; 4], "NO_ERROR");
-        // Pings are answered until the end.
+        // PINGs are answered until the end.
         assert_eq!(idle.next(http2::DATA + 100).unwrap_err().kind(), ErrorKind::UnexpectedEof);
         assert_eq!(asking.join().unwrap(), 200);
     });
-    // And one that does not take that in is cut off.
+    // A client that does not process the GOAWAY is disconnected.
     let mut deaf = http2::Client::connect(&server.http()).unwrap();
     deaf.send(&http2::head(1, http2::END_STREAM, "GET", "/ok", &[])).unwrap();
     assert!(deaf.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
@@ -198,7 +199,7 @@ fn a_client_has_as_many_connections_as_it_may_and_proxies_and_unix_sockets_any_n
         assert!(line.contains("(--max-connections-per-address) from=127.0.0.1 count=1"), "{line}");
         let over_unix: Vec<UnixStream> = (0..9).map(|_| kept(Protocol::Http, &binds[1])).collect();
         open.pop();
-        // Its end may take a moment.
+        // The end of the connection may take a moment to be noticed.
         wait_until("there is room again", || {
             let mut stream = raw::connect(&binds[0]);
             let _ = stream.write_all(&protocol.head("GET", "/ok", 0));
@@ -227,7 +228,7 @@ fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_i
         let arguments = ["--workers", "2", "--max-connections-per-address", "8", "--respawn-rate", "1000"];
         let mut server = protocol.start("crashy", &arguments);
         let bind = server.binds[0].clone();
-        // More than one worker admits. One of them may be at its limit before the other.
+        // More connections than one worker admits. One worker may reach its limit before the other.
         let mut open: Vec<UnixStream> = Vec::new();
         wait_until("the client has twelve connections", || {
             let mut stream = raw::connect(&bind);
@@ -255,12 +256,12 @@ fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_i
         server.wait_for("upgraded version=");
         server.wait_for("reload done");
         all_answer("an upgrade");
-        // The worker of before the upgrade may still be on its way out.
+        // The worker from before the upgrade may still be exiting.
         let old = wait_until("one worker is left", || Some(server.workers()).filter(|workers| workers.len() == 1));
         kill(Pid::from_raw(*old.first().unwrap()), Signal::SIGKILL).unwrap();
         server.renewed(1, &old);
         all_answer("the death of the worker");
-        // They take nobody's place, and the limit holds for new ones.
+        // The inherited connections do not count against the client, and the limit applies to new connections.
         let new: Vec<UnixStream> = (0..8).map(|_| kept(protocol, &bind)).collect();
         let mut ninth = raw::connect(&bind);
         assert!(matches!(ninth.read(&mut [0]), Ok(0) | Err(_)), "{protocol:?}");
@@ -314,11 +315,11 @@ fn settings_that_contradict_each_other_are_said_at_the_start_and_by_check() {
 
 // ---- memory ----
 
-/// What a worker may hold of requests, and about how much is sent to it.
+/// The limit for memory held for requests, and about how much is sent.
 const LIMIT_KIB: u64 = 8 << 10;
 const SENT_KIB: u64 = 80 << 10;
 
-/// Sends much that makes no whole request, and looks how much larger the worker becomes: KiB.
+/// Sends much data that completes no request. Returns the growth of the worker in KiB.
 fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) -> Vec<UnixStream>, most: &str) -> u64 {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 16), hard).unwrap();
@@ -330,7 +331,7 @@ fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) ->
     let memory = || status_number(worker, "VmRSS").unwrap();
     let before = memory();
     let open = send(&bind);
-    // It has read what it will read: a request that comes after all that is answered, with a 503 maybe.
+    // When a request sent later is answered, possibly with 503, the worker has read all earlier data.
     wait_until("it has read all", || {
         let mut stream = raw::connect(&bind);
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -341,7 +342,7 @@ fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) ->
     let grown = memory().saturating_sub(before);
     eprintln!("{protocol}: {grown} KiB for {SENT_KIB} KiB sent, with --max-buffered {most}");
     drop(open);
-    // Whoever behaves is served again.
+    // A regular client is served again.
     wait_until("it serves", || {
         let mut stream = raw::connect(&bind);
         let (status, _) = raw::ask(&mut stream, &get);
@@ -356,7 +357,7 @@ fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) ->
     grown
 }
 
-/// Many connections on each of which this is sent; those that are cut off are not asked why.
+/// Opens many connections and sends these bytes on each. Write errors are ignored, because the server may close connections.
 fn many(count: usize, bytes: &[u8]) -> impl Fn(&str) -> Vec<UnixStream> {
     move |bind| {
         let send = |_| {
@@ -389,7 +390,7 @@ fn heads_of_requests_take_no_more_memory_than_they_may_over_scgi() {
 
 #[test]
 fn heads_of_requests_take_no_more_memory_than_they_may_over_fastcgi() {
-    // 64 requests at a time on a connection, none of them whole.
+    // 64 incomplete requests at a time on one connection.
     let value = fastcgi::pair("HTTP_A", &"a".repeat(50 << 10));
     let request = |id: u16| [fastcgi::begin(id, 1, true), fastcgi::record(fastcgi::PARAMS, id, &value, 0)].concat();
     let requests: Vec<u8> = (1..=64).flat_map(request).collect();
@@ -398,7 +399,7 @@ fn heads_of_requests_take_no_more_memory_than_they_may_over_fastcgi() {
 
 #[test]
 fn bodies_that_nobody_reads_take_no_more_memory_than_they_may_over_http2() {
-    // The application is held up, and each stream's window is 64 KiB.
+    // The application is blocked, and the window of each stream is 64 KiB.
     let gate = TcpListener::bind("127.0.0.1:0").unwrap();
     let target = format!("/hold/{}", gate.local_addr().unwrap().port());
     let mut bytes = Vec::new();
@@ -411,7 +412,7 @@ fn bodies_that_nobody_reads_take_no_more_memory_than_they_may_over_http2() {
     let send = |bind: &str| {
         let send = |_| {
             let mut client = http2::Client::connect(bind.trim_start_matches("http://")).unwrap();
-            // The connection's window is 1 MiB from here on.
+            // From here on the connection's window is 1 MiB.
             client.next(WINDOW_UPDATE).unwrap();
             client.stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
             let _ = client.send(&bytes);

@@ -19,7 +19,7 @@ const BINDS: [(Protocol, &str); 3] = [
 ];
 const LENGTH: &str = "67108864";
 
-/// The example with one worker, whose drain is short; and its access log.
+/// Starts the example with one worker, a short drain timeout, and an access log.
 fn start(name: &str, directory: &tempfile::TempDir) -> (Server, std::path::PathBuf) {
     let log = directory.path().join("access");
     let mut arguments = vec!["--workers", "1", "--drain-timeout", "6s", "--access-log", log.to_str().unwrap()];
@@ -27,7 +27,7 @@ fn start(name: &str, directory: &tempfile::TempDir) -> (Server, std::path::PathB
     (Server::start(name, &arguments), log)
 }
 
-/// Returns when the worker has so many requests under way.
+/// Waits until the worker has `count` requests in flight.
 fn wait_for_requests(server: &Server, count: usize) {
     wait_until("all requests are under way", || {
         let row = server.segment().scoreboard().read(0)?;
@@ -35,7 +35,7 @@ fn wait_for_requests(server: &Server, count: usize) {
     });
 }
 
-/// The worker is to leave, and leaves by itself, with a line for each request.
+/// Reloads. Checks that the old worker exits by itself, and logs a line for each request.
 fn leaves_by_itself(mut server: Server, log: &std::path::Path, requests: &[(&str, usize)]) {
     server.signal(Signal::SIGHUP);
     server.wait_for("worker left");
@@ -48,7 +48,7 @@ fn leaves_by_itself(mut server: Server, log: &std::path::Path, requests: &[(&str
     server.stop();
 }
 
-/// Sends until the other side takes no more.
+/// Sends until the peer accepts no more data.
 fn fill(stream: &mut UnixStream, bytes: &[u8]) {
     stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     while stream.write_all(bytes).is_ok() {}
@@ -95,7 +95,7 @@ fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
         assert_eq!(raw::ask(&mut stream, &protocol.head("GET", &target, 0)).0, 200);
         streams.push(stream);
     }
-    // The windows of HTTP/2 stay closed; the second response fits into what waits to be written.
+    // The windows of HTTP/2 stay closed; the second response fits into the send buffer.
     let mut client = http2::Client::connect(&server.http()).unwrap();
     client.send(&http2::head(1, http2::END_STREAM, "GET", &target, &[])).unwrap();
     client.next(http2::DATA).unwrap();
@@ -107,12 +107,12 @@ fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
     drop((streams, client, small));
 }
 
-/// Connections on which nothing is under way, or whose requests were answered before they were read: each with its bind.
+/// Idle connections, and connections whose requests were answered before their bodies were read, for each bind.
 fn idle_connections(server: &Server) -> (Vec<UnixStream>, fastcgi::Client) {
     let mut streams = Vec::new();
     for (index, (protocol, _)) in BINDS.iter().enumerate() {
         let bind = &server.binds[index];
-        streams.push(raw::connect(bind)); // fresh
+        streams.push(raw::connect(bind)); // new connection
         let mut unread = raw::connect(bind);
         assert_eq!(raw::ask(&mut unread, &protocol.head("POST", "/empty", 60000)).0, 200, "{protocol:?}");
         streams.push(unread);

@@ -1,4 +1,4 @@
-//! Events over all workers, with real ones: over every protocol, through deaths and reloads, to clients that poll, are slow, or
+//! Events across all workers, with real processes: over every protocol, through deaths and reloads, to clients that poll, are slow, or
 //! leave.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
@@ -18,7 +18,7 @@ use common::{PATIENCE, Server, StopOnDrop, fastcgi, program, status_number, wait
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// The example, reachable in every way.
+/// The example, listening for every protocol.
 struct Site(Server);
 
 impl Site {
@@ -51,14 +51,14 @@ impl Site {
         answer.text().trim().parse().unwrap()
     }
 
-    /// How many events of what length, so that none comes back one by one.
+    /// Publishes `count` events with data of this length in one request. Returns the last id.
     fn flood(&self, topic: &str, count: u64, length: usize) -> u64 {
         let answer = http::post(&self.0.http(), &format!("/flood/{topic}/{count}/{length}"), b"").unwrap();
         assert_eq!(answer.status, 200, "{}", answer.text());
         answer.text().trim().parse().unwrap()
     }
 
-    /// Of a single worker.
+    /// The subscribers of a single worker.
     fn subscribers(&self) -> usize {
         http::get(&self.0.http(), "/subscribers").unwrap().text().trim().parse().unwrap()
     }
@@ -68,7 +68,7 @@ impl Site {
     }
 }
 
-/// A request of one who polls.
+/// Sends one long-poll request.
 fn poll(address: &str, target: &str, headers: &str) -> Response {
     let mut client = Client::connect(address).unwrap();
     let request = format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n");
@@ -76,7 +76,7 @@ fn poll(address: &str, target: &str, headers: &str) -> Response {
     client.response(false).unwrap()
 }
 
-/// The worker that serves a stream, where its client can know.
+/// The worker that serves a stream, if its head names the worker.
 fn worker_of(source: &Source) -> Option<i32> {
     source.head.lines().find_map(|line| line.strip_prefix("x-worker: "))?.parse().ok()
 }
@@ -104,7 +104,7 @@ fn what_any_worker_publishes_reaches_the_subscribers_of_all() {
         let (mut news, mut sport) = (Vec::new(), 0);
         for _ in 0..40 {
             let event = source.next();
-            // Between topics there is no order; within each there is.
+            // Events are ordered within a topic, but not across topics.
             if event.data == "goal" {
                 sport += 1
             } else {
@@ -132,7 +132,7 @@ fn what_any_worker_publishes_reaches_the_subscribers_of_all() {
     site.0.stop();
 }
 
-/// The client of a worker that is killed goes on at another, over another protocol each time.
+/// The client of a killed worker resumes on another worker, over another protocol each time.
 #[test]
 fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
     const DEATHS: usize = 100;
@@ -140,7 +140,7 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
     let log = site.0.segment().events();
     let (published, over) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
-        // It publishes until the last stream has been read: what a client waits for always comes.
+        // Publishes until the last stream has been read, so that each client always receives its next event.
         let _publisher_ends = StopOnDrop(&over);
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
@@ -169,12 +169,12 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
             for _ in 0..3 {
                 take(source.next());
             }
-            // Over HTTP/2 the client does not read which it is.
+            // Over HTTP/2 the client does not parse the header that names the worker.
             let workers = worker_of(&source).map_or_else(|| site.0.workers(), |worker| BTreeSet::from([worker]));
             for worker in workers {
                 let _ = kill(Pid::from_raw(worker), Signal::SIGKILL);
             }
-            // What it was sent, it was sent whole; and a stream never ends as if that were all.
+            // Each event that was sent is complete, and the stream of a killed worker never ends properly.
             let killed = Instant::now();
             loop {
                 assert!(killed.elapsed() < PATIENCE, "{way:?}: the stream of a dead worker goes on");
@@ -225,7 +225,7 @@ fn who_comes_back_too_late_is_told_how_much_he_has_missed() {
                 break;
             }
         }
-        // Another epoch; nothing that we ever said; more than there is; another number of topics.
+        // Another epoch; an id that the server never issued; an id beyond the last event; another number of topics.
         let epoch = id.split_once('-').unwrap().0;
         for id in ["00000000-1", "what%20is%20this", &format!("{epoch}-999999999"), &format!("{epoch}-1.1")] {
             let mut source = site.open(way, &target, id);
@@ -303,7 +303,7 @@ fn an_application_chooses_what_a_client_gets() {
         let shout = shouts.next();
         assert_eq!((shout.number(), shout.name.as_str(), shout.data.as_str()), (2, "shout", "TWO!"), "{way:?}");
         assert_eq!((shouts.next().data.as_str(), way), ("THREE!", way));
-        // The client learns that it has passed what it did not get, so that it need not be looked through again.
+        // The client receives the ids of events that its filter skips, so that the server need not scan these events again.
         site.publish(&topic, "five");
         while !even.last_id.ends_with("-5") {
             assert!(even.block().unwrap(), "{way:?}");
@@ -321,7 +321,7 @@ fn a_client_that_leaves_is_missed_at_once() {
     let mut site = Site::start(&["--workers", "1"]);
     for way in WAYS {
         for count in 1..=5 {
-            // Not by the comments that keep a stream alive: those come later than this waits.
+            // The keep-alive comments are not what detects the end: they come later than this test waits.
             let target = "/events?topics=quiet&keep_alive_ms=3600000";
             let sources: Vec<_> = (0..count).map(|_| site.open(way, target, "")).collect();
             site.wait_for_subscribers(count, "they are there");
@@ -329,7 +329,7 @@ fn a_client_that_leaves_is_missed_at_once() {
             site.wait_for_subscribers(0, &format!("{way:?}: they are gone"));
         }
     }
-    // Over FastCGI one request can be taken back, and the connection stays.
+    // Over FastCGI one request can be aborted while the connection stays open.
     let mut client = fastcgi::Client::connect(site.bind(Way::FastCgi)).unwrap();
     client.send(&fastcgi::request(1, true, "GET", "/events?topics=quiet", b"")).unwrap();
     site.wait_for_subscribers(1, "it is there");
@@ -349,7 +349,7 @@ fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
         assert_eq!(source.next().data, "before", "{way:?}");
     }
     site.0.signal(Signal::SIGHUP);
-    // All at a time: an HTTP/2 connection ends when its client has answered a PING.
+    // Read all streams concurrently: an HTTP/2 connection ends when its client has answered a PING.
     let read_to_end = |(way, mut source): (Way, Source)| {
         let mut next = position(&source.last_id);
         while let Some(event) = source.event().unwrap_or_else(|error| panic!("{way:?}: not a proper end: {error}")) {
@@ -365,7 +365,7 @@ fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
         site.publish("news", "meanwhile");
     }
     let ended: Vec<_> = reading.into_iter().map(|thread| thread.join().unwrap()).collect();
-    // Long before the drain timeout.
+    // The reload finishes long before the drain timeout.
     site.0.wait_for("reload done gen=2");
     let last = site.publish("news", "after");
     for (way, last_id) in ended {
@@ -377,7 +377,7 @@ fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
     site.0.stop();
 }
 
-/// The number in the event id of a stream of one topic.
+/// The number in the event id of a stream with one topic.
 fn position(id: &str) -> u64 {
     id.split_once('-').unwrap().1.parse().unwrap()
 }
@@ -400,7 +400,8 @@ fn a_stop_ends_all_streams() {
     assert_eq!(site.0.wait_end(), Some(0), "it does not wait for them");
 }
 
-/// Who reads nothing costs what the kernel and the protocol hold, and is sent away; nobody else notices him.
+/// A client that does not read costs only the buffers of the kernel and the protocol, and is disconnected. Other clients are not
+/// affected.
 #[test]
 fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
     const CLIENTS: usize = 20;
@@ -424,7 +425,7 @@ fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
                 }
             }
         });
-        // Some 20 MiB for each of them until all are cut off.
+        // About 20 MiB for each client until all are disconnected.
         while site.subscribers() > 1 {
             last = last.max(site.flood("flood", 100, 10_000));
             most = most.max(status_number(worker, "VmRSS").unwrap());
@@ -434,7 +435,8 @@ fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
         site.publish("flood", "the end");
         let seen = reader.join().unwrap();
         eprintln!("{way:?}: {last} events of 10 kB, {seen} seen by who reads, {} KiB grown", most - before);
-        // 400 KiB each, which is what the protocols hold: hyper 128 KiB and one piece, h2 64 KiB, FastCGI and SCGI 64 KiB and a batch.
+        // 400 KiB for each client, the buffers of the protocols: hyper 128 KiB and one piece, h2 64 KiB, FastCGI and SCGI 64 KiB and a
+        // batch.
         assert!(most - before < 400 * CLIENTS as u64 + 4096, "{way:?}: {} KiB", most - before);
         assert!(last * 10 > 20 * 1024, "{way:?}: there was less than they could have cost");
         wait_until("the log tells of each", || {

@@ -1,5 +1,5 @@
-//! An event log that a process holds which stands still: what comes by datagram meanwhile waits, or is dropped and counted, as
-//! docs/events-from-other-languages.md says.
+//! A stopped process holds the event log: datagrams that arrive meanwhile wait, or are dropped and counted, as described in
+//! docs/events-from-other-languages.md.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -34,8 +34,8 @@ impl Place {
         Self { server, sender, _folder: directory }
     }
 
-    /// Stops a worker while it holds the log, and returns it: it is at the events that it was asked for, of which each takes a
-    /// while to copy.
+    /// Stops a worker while it holds the log, and returns the worker: it is copying the events that were requested from it, and each
+    /// takes a while to copy.
     fn hold(&self) -> Pid {
         let worker = wait_until("there is a worker", || self.server.workers().first().copied());
         let worker = Pid::from_raw(worker);
@@ -56,7 +56,7 @@ impl Place {
         })
     }
 
-    /// The worker is gone, and the log is anybody's.
+    /// Kills the worker, so that the log is released.
     fn release(worker: Pid) {
         kill(worker, Signal::SIGKILL).unwrap();
         wait_until("it is dead", || is_gone(worker.as_raw()).then_some(()));
@@ -66,7 +66,7 @@ impl Place {
         self.sender.send(format!("n\n\n{number}").as_bytes()).unwrap();
     }
 
-    /// What came of the numbers that were sent, as far as the large events have left it in the log.
+    /// The published numbers, as far as the large events have left them in the log.
     fn published(&self) -> Vec<usize> {
         let since = self.server.segment().events().since("n", 0, usize::MAX);
         since.events.iter().map(|event| std::str::from_utf8(&event.data).unwrap().parse().unwrap()).collect()
@@ -98,7 +98,7 @@ fn what_comes_while_the_log_is_held_waits_and_after_a_while_is_dropped_until_it_
     (100..110).for_each(|number| place.send(number));
     let line = place.server.wait_for("datagrams not published count=");
     assert!(line.contains("another process holds the event log (try again)"), "{line}");
-    // The first one has waited in vain, and the others did not wait at all.
+    // The first datagram has waited for the full timeout; the later ones were dropped without waiting.
     if !line.contains("total=10 ") {
         place.server.wait_for("total=10 ");
     }

@@ -1,5 +1,5 @@
-//! Workers that leave while event streams are open: those end at once, whatever their clients do; and who comes back misses
-//! nothing, through reloads and upgrades.
+//! Workers that exit while event streams are open: the streams end at once, whatever their clients do. A client that reconnects misses no
+//! event, through reloads and upgrades.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -16,7 +16,8 @@ use nix::sys::signal::Signal;
 
 const TARGET: &str = "/events?topics=news";
 
-/// The example, reachable in every way. Only the end of its streams ends it: no timeout does before this test gives up.
+/// Starts the example, listening for every protocol. No timeout ends a stream within the limit of this test, so only the exit of the
+/// worker can.
 fn start(arguments: &[&str]) -> Server {
     let times = ["--drain-timeout", "10m", "--write-timeout", "10m", "--idle-timeout", "10m"];
     let binds = ["http", "fastcgi", "scgi"].map(|protocol| format!("{protocol}:127.0.0.1:0"));
@@ -33,7 +34,7 @@ fn open(server: &Server, way: Way) -> Source {
     Source::open(way, &bind(server, way), TARGET, "").unwrap_or_else(|error| panic!("{way:?}: {error}"))
 }
 
-/// More than the kernel and the protocols hold for one who does not read.
+/// Publishes more than the kernel and the protocols buffer for a client that does not read.
 fn flood(server: &Server) {
     for _ in 0..10 {
         assert_eq!(http::post(&server.http(), "/flood/news/100/20000", b"").unwrap().status, 200);
@@ -52,13 +53,13 @@ fn a_stop_does_not_wait_for_who_reads_nothing() {
 #[test]
 fn a_stop_does_not_wait_for_who_says_nothing() {
     let mut server = start(&["--workers", "1"]);
-    // Over HTTP/2 such a client does not answer the PING by which a server learns that the client has heard.
+    // Over HTTP/2 such a client does not answer the PING by which a server learns that the client has read everything.
     let clients = WAYS.map(|way| open(&server, way));
     server.stop();
     drop(clients);
 }
 
-/// It reads, and answers, but gives no room for a response: neither in the stream nor in the connection.
+/// The client reads, and answers PINGs, but opens no window for a response, neither for the stream nor for the connection.
 #[test]
 fn a_stop_does_not_wait_for_a_window_that_stays_closed() {
     let mut server = start(&["--workers", "1"]);
@@ -72,7 +73,7 @@ fn a_stop_does_not_wait_for_a_window_that_stays_closed() {
     reading.join().unwrap();
 }
 
-/// An answer that happens to be an event stream is an answer: it is sent to its end.
+/// An event stream that the application produces itself is an ordinary response: it is sent to its end.
 #[test]
 fn a_stop_waits_for_a_stream_of_the_applications_own() {
     let mut server = start(&["--workers", "1"]);
@@ -90,7 +91,7 @@ fn a_stop_waits_for_a_stream_of_the_applications_own() {
     assert_eq!(server.wait_end(), Some(0));
 }
 
-/// Reads every event from the first on, over connections that come and go and are counted, until one says that it is the end.
+/// Reads every event from the first on, over reconnects, which are counted, until an event announces the end.
 fn follow(way: Way, bind: &str, connections: &AtomicUsize) {
     let (mut last_id, mut next) = (String::new(), 1);
     loop {
@@ -142,7 +143,7 @@ fn through_upgrades_and_reloads_no_event_is_missing_or_doubled() {
                 server.signal(Signal::SIGHUP);
             }
             server.wait_for("reload done");
-            // Its worker has left: each has to go on at another.
+            // Each client's worker has exited, so each must reconnect to another worker.
             wait_until(&format!("all have connected again, after {before:?}"), || {
                 counts().zip(&before).all(|(count, before)| count > *before).then_some(())
             });

@@ -1,7 +1,7 @@
-//! Many subscribers, spread over all workers, each of whom gets every event once and in order. Tells how long after its
-//! publication an event is read from the socket, what a delivery costs the server, and how much memory a subscriber takes.
+//! Many subscribers across all workers: each receives every event once and in order. Reports the latency from publication to the read
+//! from the socket, the processor time of a delivery, and the memory of a subscriber.
 //!
-//! 400 subscribers for 5 s; `scripts/soak events` has 10,000 for a minute (FORKYARD_SUBSCRIBERS, FORKYARD_SECONDS).
+//! The default is 400 subscribers for 5 s; `scripts/soak events` uses 10,000 for a minute (FORKYARD_SUBSCRIBERS, FORKYARD_SECONDS).
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
 
@@ -16,12 +16,12 @@ use common::{Server, wait_until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-/// Events a second.
+/// Events per second.
 const RATE: u64 = 100;
 const WORKERS: usize = 4;
-/// A subscriber costs less, in bytes of the workers' memory, if there are many,
+/// Limit for the workers' memory per subscriber, in bytes, with at least [`MANY`] subscribers.
 const MOST_EACH: u64 = 20 << 10;
-/// and if there are few, who share what a worker needs for the first of them.
+/// The same limit with fewer subscribers, which share the fixed cost of a worker's first subscriber.
 const MOST_EACH_OF_FEW: u64 = 32 << 10;
 const MANY: usize = 5000;
 
@@ -33,7 +33,7 @@ fn now_us() -> u64 {
     u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros()).unwrap()
 }
 
-/// How often each latency was seen, in steps of an eighth of a power of two.
+/// Counts of latencies, in steps of an eighth of a power of two.
 struct Histogram(Vec<u64>);
 
 impl Histogram {
@@ -44,7 +44,7 @@ impl Histogram {
         self.0[power as usize * 8 + usize::try_from(eighth).unwrap()] += 1;
     }
 
-    /// At most so many microseconds, for so many in a hundred.
+    /// The latency, in microseconds, that this percentage of events does not exceed.
     fn percentile_us(&self, percent: u64) -> u64 {
         let total: u64 = self.0.iter().sum();
         let mut left = total * percent / 100;
@@ -58,14 +58,14 @@ impl Histogram {
     }
 }
 
-/// What all clients have seen together.
+/// The results of all clients.
 struct Seen {
     subscribed: AtomicUsize,
     delivered: AtomicU64,
     done: AtomicUsize,
 }
 
-/// One client: reads lines, of which those of an event are all that begins with `id:` or `data:`.
+/// One client. It reads only the lines that begin with `id:` or `data:`.
 async fn subscriber(address: String, last: u64, seen: &'static Seen, latencies: Rc<RefCell<Histogram>>) {
     let mut stream = TcpStream::connect(&address).await.unwrap();
     let head = "GET /events?topics=load HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n";
@@ -105,7 +105,7 @@ async fn subscriber(address: String, last: u64, seen: &'static Seen, latencies: 
     }
 }
 
-/// Bytes of the workers' own memory, shared pages by their share.
+/// Proportional set size of the workers, in bytes.
 fn memory(server: &Server) -> u64 {
     let of = |pid: i32| {
         let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
@@ -115,7 +115,7 @@ fn memory(server: &Server) -> u64 {
     server.workers().into_iter().map(of).sum()
 }
 
-/// Processor time that the workers have used.
+/// Processor time used by the workers.
 fn cpu(server: &Server) -> Duration {
     server.workers().into_iter().map(|pid| common::cpu_time(&common::proc_of(pid))).sum()
 }
@@ -152,7 +152,7 @@ fn every_subscriber_gets_every_event_once_and_in_order() {
     });
     let each = memory(&server).saturating_sub(before) / subscribers as u64;
     let (used, begun) = (cpu(&server), Instant::now());
-    // Not by a request, which would wait for a worker that is busy with the others.
+    // Publish directly to the log: a request would wait for a worker that is busy with the subscribers.
     let log = server.segment().events();
     for id in 1..=events {
         let due = Duration::from_secs(1) * u32::try_from(id).unwrap() / u32::try_from(RATE).unwrap();

@@ -1,5 +1,4 @@
-//! Publishing by datagram and by command: real programs in other languages, real relays, and what is left of their events when
-//! these die.
+//! Publishing by datagram and by command: real programs in other languages, real relays, and the events that remain when a relay dies.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -37,7 +36,7 @@ impl Place {
 
     fn start_program(path: &Path, arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        // Other users may come to the socket.
+        // Other users must be able to reach the socket.
         std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let mut command = Command::new(path);
         command.args(["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "0"]);
@@ -74,7 +73,7 @@ impl Place {
         said
     }
 
-    /// The data of a topic, all of which must be in the log still, its ids without a gap from 1.
+    /// The data of all events in a topic. Checks that none has left the log, and that the ids run from 1 without a gap.
     fn data(&self, topic: &str) -> Vec<String> {
         let since = self.server.segment().events().since(topic, 0, usize::MAX);
         assert_eq!(since.missed, 0);
@@ -111,7 +110,7 @@ fn said(output: Output) -> String {
     said
 }
 
-/// The examples of a language in the document.
+/// The examples for a language in the document.
 fn example(language: &str) -> &'static str {
     let begin = format!("\n```{language}\n");
     let (_, rest) = DOCUMENT.split_once(&begin).expect("there is one");
@@ -133,7 +132,7 @@ fn the_documents_examples_publish_from_php_python_and_a_shell() {
     let shell = write("publish.sh", example("sh"));
     let (control, socket) = (directory.path().join("control"), directory.path().join("app.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
-    // They stay, and so publish once.
+    // Daemons must not exit, because a restarted daemon would publish again.
     let daemons = [("python", "python3", &python), ("shell", "sh", &shell)]
         .map(|(name, program, script)| format!("{name}=sh -c '{program} {script} && exec sleep 1000'"));
     let mut command = Command::new(program("forkyard"));
@@ -215,7 +214,7 @@ fn what_is_no_event_is_counted_and_harms_nobody() {
     place.wait_for_last_id("news", 2);
     assert_eq!(place.data("news"), ["first", "last"]);
     assert_eq!(place.relay(), Some(relay));
-    // One at once, and one for all others, unless they took longer to come than such a line waits.
+    // One line at once and one for all later datagrams, or more if the datagrams arrive over a longer time than a line is held back.
     let lines = place.server.log().lines().filter(|line| line.contains("not published")).count();
     assert!(lines < 5, "{}", place.server.log());
 }
@@ -253,7 +252,7 @@ fn workers_find_the_socket_in_their_environment() {
 
 // ---- the relay ----
 
-/// Sends numbers to a topic until it is told to stop. Returns how many.
+/// Sends numbers to a topic until `stop` is set. Returns how many were sent.
 fn send_numbers(sender: &UnixDatagram, topic: &str, stop: &AtomicBool, sent: &AtomicU64) {
     while !stop.load(Ordering::SeqCst) {
         let number = sent.fetch_add(1, Ordering::SeqCst);
@@ -301,7 +300,7 @@ fn a_relay_that_is_stopped_is_replaced_and_its_publishers_go_on() {
     place.wait_for_last_id("begin", 1);
     let relay = place.relay().unwrap();
     common::stop(relay);
-    // More than the kernel holds for the socket: whoever sends them has to wait.
+    // More than the kernel buffers for the socket: the sender has to wait.
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| {
             sender.set_write_timeout(Some(common::PATIENCE)).unwrap();
@@ -336,7 +335,7 @@ fn one_publishers_topics_lock_nobody_out() {
     sender.send(b"news\n\nnobody has kept this topic from coming").unwrap();
     wait_until("they are in the log", || (place.server.segment().events().stats().published >= 1003).then_some(()));
     assert_eq!(place.server.segment().events().stats().published, 1003, "nothing was refused");
-    // Topics that were given up and have come back, or were not there before: whoever listens misses nothing.
+    // Topics that were evicted and published again, or are new: a subscriber misses no event.
     let events: Vec<sse::Event> = (0..2).map(|_| listens.event().unwrap().unwrap()).collect();
     let got: BTreeSet<(&str, &str)> = events.iter().map(|event| (event.name.as_str(), event.data.as_str())).collect();
     assert_eq!(got, BTreeSet::from([("", "hello 999"), ("", "second")]), "no gap");
@@ -417,7 +416,7 @@ fn the_user_of_the_workers_may_publish_and_others_may_not() {
         let mut socat = Command::new("socat");
         socat.args(["-u", "-", &socket]).uid(user).gid(group).current_dir("/").stdin(Stdio::piped());
         let mut child = socat.stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{error} (scripts/test)"));
-        // One that may not send may be gone before it has read.
+        // A sender without permission may exit before it has read its input.
         let _ = child.stdin.take().unwrap().write_all(b"news\n\nx");
         let output = limit::output_of(child, "socat");
         String::from_utf8_lossy(&output.stderr).into_owned()
@@ -489,7 +488,7 @@ fn without_an_event_log_there_is_no_socket_and_commands_say_so() {
     assert!(String::from_utf8_lossy(&nobody.stderr).contains("no master at /nowhere/control"));
 }
 
-/// A tail that runs.
+/// A running `tail` command.
 struct Tail {
     child: Child,
     lines: Option<Pipe>,
@@ -537,7 +536,7 @@ fn tail_prints_what_comes_and_ends_well() {
 
     kill(Pid::from_raw(news.child.id().cast_signed()), Signal::SIGINT).unwrap();
     assert_eq!((news.line(), limit::end_of(&mut news.child, "the tail").code()), (String::new(), Some(0)));
-    // Nobody reads it any more: it ends by itself, without an event.
+    // The reader is gone: the command ends by itself, without an event.
     all.lines = None;
     assert_eq!(wait_until("it has ended", || all.child.try_wait().unwrap()).code(), Some(0));
 

@@ -1,5 +1,5 @@
-//! Descriptors and processes that run out: what is said, and that it goes on when there are some again. And limits that processes
-//! cannot be given.
+//! Descriptors and processes run out: the errors that are logged, and the recovery when some are available again. Also limits that
+//! processes cannot be given.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -14,19 +14,19 @@ use nix::unistd::Pid;
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
-/// With this said to a shell before.
+/// A shell command that sets a limit and then executes the program `name`.
 fn after(limit: &str, name: &str) -> Command {
     let mut command = Command::new("sh");
     command.args(["-c", &format!("{limit} && exec \"$0\" \"$@\"")]).arg(program(name));
     command
 }
 
-/// The lowest number under which a process has nothing open: with that as its limit it gets no further descriptor.
+/// The lowest free descriptor number of a process. With this number as its limit, the process gets no further descriptor.
 fn lowest_free(pid: Pid) -> usize {
     (0..).find(|number| !std::path::Path::new(&format!("/proc/{pid}/fd/{number}")).exists()).unwrap()
 }
 
-/// The limit of descriptors of a process that runs.
+/// Sets the descriptor limit of a running process.
 fn set_limit(pid: Pid, most: usize) {
     let status =
         Command::new("prlimit").args(["--pid", &pid.to_string(), &format!("--nofile={most}:")]).status_in_time();
@@ -60,7 +60,7 @@ fn too_few_descriptors_are_found_before_anything_is_bound_with_how_many_are_need
             assert!(directory.path().read_dir().unwrap().next().is_none(), "{most} {mode:?}: something is left");
         }
     }
-    // What it says is enough.
+    // The limit that the error names is sufficient.
     let mut command = after("ulimit -n 63", "hello");
     let daemon = ["--workers", "8", "--daemon", "beside=sleep 1000"];
     let output = command.args(["--bind", &bind]).args(daemon).output_in_time().unwrap();
@@ -100,10 +100,10 @@ fn a_master_without_descriptors_says_so_and_recovers() {
     let mut server = Server::start("hello", &[&HTTP[..], &arguments].concat());
     let ask = |what: &str| Command::new(program("hello")).args([what, "--control", &control]).output_in_time().unwrap();
     let before = server.workers();
-    // What is open while a process is made does not count.
+    // Descriptors that are open only while a process is spawned do not count.
     wait_until("the daemon runs", || server.log().contains("daemon started").then_some(()));
     set_limit(server.pid(), lowest_free(server.pid()).min(14));
-    // A client of the control socket waits, or is told; the master does not hang.
+    // A client of the control socket waits or gets an error; the master does not hang.
     let waiting = Command::new(program("hello")).args(["status", "--control", &control]).spawn().unwrap();
     let mut waiting = common::Helper(waiting);
     server.wait_for("the control socket cannot accept");
@@ -123,11 +123,11 @@ fn a_master_without_descriptors_says_so_and_recovers() {
     assert!(ask("reload").status.success(), "{}", server.log());
     assert!(ask("reopen-logs").status.success());
     let worker = *server.renewed(2, &before).first().unwrap();
-    // Nor does what the dead one leaves help.
+    // The descriptors of the dead worker do not suffice either.
     set_limit(server.pid(), lowest_free(server.pid()).min(14));
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     server.wait_for("cannot make a worker");
-    serves(&server); // by the other one
+    serves(&server); // answered by the other worker
     set_limit(server.pid(), 1000);
     wait_until("it is replaced", || (server.workers().len() == 2 && is_gone(worker)).then_some(()));
     assert!(ask("upgrade").status.success(), "{}", server.log());
@@ -138,7 +138,7 @@ fn a_master_without_descriptors_says_so_and_recovers() {
 #[test]
 fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
-    // A user of its own, whose processes are counted; so many that two workers cannot be had with their heirs and threads.
+    // A separate user, whose processes are counted. The limit does not allow two workers with their heirs and threads.
     let mut command = Command::new("setpriv");
     command
         .args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nproc=1:1000"])
@@ -174,7 +174,7 @@ fn without_threads_for_blocking_functions_requests_get_503_until_there_are_some(
         command
     };
     let directory = tempfile::tempdir().unwrap();
-    // The master, the worker with the thread of its event loop, and its heir.
+    // The limit allows the master, the worker with the thread of its event loop, and its heir.
     let mut command = as_user("4:1000");
     command.arg(program("hello")).args(HTTP).args(["--workers", "1", "--threads", "2", "--cache", "1M"]);
     let mut server = Server::start_command(command.env("TMPDIR", directory.path()));

@@ -1,5 +1,5 @@
-//! FastCGI at the wire: what the specification and real servers make of odd input, sent by a client of its own.
-//! Section numbers are those of the FastCGI specification 1.0.
+//! FastCGI on the wire: odd input from the specification and from real servers, sent by our own client. Section numbers are those of the
+//! FastCGI specification 1.0.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -66,7 +66,7 @@ fn several_requests_in_one_write_are_all_answered() {
 fn requests_of_one_connection_overlap() {
     let fixture = start(&[]);
     let mut client = fixture.client();
-    // The first one waits for its body; the second one overtakes it.
+    // The first request waits for its body; the second one overtakes it.
     client.send(&head(1, true, "POST", "/echo", Some(5))).unwrap();
     client.send(&request(3, true, "GET", "/ok", b"")).unwrap();
     let mut second = Vec::new();
@@ -118,7 +118,7 @@ fn management_records_are_answered_at_any_time() {
 fn what_cannot_be_served_is_refused_by_name() {
     let fixture = start(&["--max-multiplexed", "2"]);
     let mut client = fixture.client();
-    client.send(&[begin(1, 4, true)]).unwrap(); // there are three roles
+    client.send(&[begin(1, 4, true)]).unwrap(); // role 4: only three roles exist
     assert_eq!(client.response(1).unwrap().protocol_status, 3, "UNKNOWN_ROLE (5.5)");
     client.send(&[begin(1, 1, true), begin(2, 1, true), begin(3, 1, true)]).unwrap();
     assert_eq!(client.response(3).unwrap().protocol_status, 1, "CANT_MPX_CONN (5.5)");
@@ -140,7 +140,7 @@ fn an_abort_ends_the_request_and_its_work() {
     assert_eq!(client.response(1).unwrap().protocol_status, 0);
     assert_eq!(client.request("GET", "/ok", b"").unwrap().body(), b"ok\n");
     drop(client);
-    fixture.end(); // which drains: nothing is being served
+    fixture.end(); // drains: no request is in flight
 }
 
 #[test]
@@ -213,7 +213,7 @@ fn an_answer_before_the_body_was_read_arrives_whole() {
     for keep in [true, false] {
         let fixture = start(&[]);
         let mut client = fixture.client();
-        // /ok does not read the body. Its first part is sent before the answer, the rest after it.
+        // /ok does not read the body. The first part of the body is sent before the response, the rest after it.
         client.send(&head(1, keep, "POST", "/ok", Some(300_000))).unwrap();
         client.send(&[record(STDIN, 1, &[b'x'; 30_000], 0)]).unwrap();
         let response = client.response(1).unwrap();
@@ -234,7 +234,7 @@ fn an_answer_before_the_body_was_read_arrives_whole() {
 
 #[test]
 fn a_response_goes_on_while_a_body_that_nobody_reads_comes_in() {
-    // As Caddy does: all of the request is written before a byte of the response is read.
+    // As Caddy does: the whole request is written before the first byte of the response is read.
     let fixture = start(&[]);
     let mut client = fixture.client();
     client.send(&head(1, true, "GET", "/bytes/4", Some(8 << 20))).unwrap();
@@ -275,7 +275,7 @@ fn a_body_in_single_bytes_costs_little_memory() {
     let mut client = fixture.client();
     client.request("GET", "/ok", b"").unwrap();
     let before = common::status_number(worker, "VmHWM").unwrap();
-    // Ten that never take their bodies: each can keep 64 KiB of it, and no multiple of that.
+    // Ten requests that never read their bodies: each may buffer 64 KiB of its body, and not a multiple of that.
     for id in 1..=10 {
         client.send(&head(id, true, "GET", "/slow/600000", None)).unwrap();
         let byte = record(STDIN, id, b"x", 0);
@@ -294,7 +294,7 @@ fn a_body_beyond_the_limit_is_a_413() {
     let fixture = start(&["--max-body", "1K"]);
     let mut client = fixture.client();
     assert_eq!(client.request("POST", "/echo", &[b'x'; 1025]).unwrap().status(), 413);
-    // Of a length that nobody announced.
+    // A body without an announced length.
     client.send(&head(1, true, "POST", "/count", None)).unwrap();
     client
         .send(&[record(STDIN, 1, &[b'x'; 1000], 0), record(STDIN, 1, &[b'x'; 25], 0), record(STDIN, 1, b"", 0)])

@@ -1,4 +1,4 @@
-//! FastCGI at its edges: what is known to have broken other servers, and responses that are not what they say.
+//! Edge cases of FastCGI: input known to have broken other servers, and responses that contradict their own headers.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -15,7 +15,7 @@ fn start(arguments: &[&str]) -> Fixture {
     Fixture::start("crashy", arguments)
 }
 
-/// Reads until the connection is closed, and returns what was said of request `id`.
+/// Reads until the connection is closed. Returns the output of request `id`, and whether the request ended.
 fn rest_of(client: &mut Client, id: u16) -> (Vec<u8>, bool) {
     let (mut said, mut ended) = (Vec::new(), false);
     loop {
@@ -23,7 +23,7 @@ fn rest_of(client: &mut Client, id: u16) -> (Vec<u8>, bool) {
             Ok(record) if record.id == id && record.kind == STDOUT => said.extend(record.content),
             Ok(record) => ended |= record.id == id && record.kind == END,
             Err(error) => {
-                // So that nginx notices, too.
+                // The server sends bytes that are no record, so that nginx also detects the broken response.
                 assert_eq!(error.to_string(), "not a record: [0, 0, 0, 0, 0, 0, 0, 0]");
                 assert!(client.is_closed());
                 return (said, ended);
@@ -62,7 +62,7 @@ fn the_longest_records_with_the_longest_padding_are_read() {
     fixture.end();
 }
 
-/// CVE-2025-23016: nothing is allocated for a length that is announced. slowcgi: what comes for no request is not kept.
+/// CVE-2025-23016: no memory is allocated for a declared length. slowcgi: records that belong to no request are not kept.
 #[test]
 fn what_is_announced_and_what_belongs_to_no_request_costs_no_memory() {
     let fixture = start(&[]);
@@ -125,7 +125,7 @@ fn an_abort_is_answered_once() {
     client.send(&request(1, true, "GET", "/slow/600000", b"")).unwrap();
     client.send(&vec![record(ABORT, 1, b"", 0); 3]).unwrap();
     assert_eq!(client.response(1).unwrap().protocol_status, 0);
-    wait_until_read(&mut client); // nothing else came before it
+    wait_until_read(&mut client); // fails if an earlier record arrives
     drop(client);
     fixture.end();
 }
@@ -175,7 +175,7 @@ fn a_response_that_breaks_off_costs_the_others_of_its_connection_nothing() {
     let broken = client.record().unwrap();
     assert_eq!((broken.id, broken.kind), (3, STDOUT));
     wait_until_read(&mut client);
-    // Not even one that begins now.
+    // A request that begins after the broken response is served as well.
     client.send(&request(5, true, "GET", "/ok", b"")).unwrap();
     assert!(client.response(5).unwrap().body().ends_with(b"ok\n"));
     client.send(&[record(STDIN, 1, b"12345", 0), record(STDIN, 1, b"", 0)]).unwrap();

@@ -1,5 +1,5 @@
-//! The three roles of FastCGI (section 6 of the specification 1.0), the application's status, and what becomes of an
-//! upload that is cut, with the example `roles`.
+//! The three roles of FastCGI (section 6 of the specification 1.0), the application's status, and truncated uploads, with the example
+//! `roles`.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -14,7 +14,7 @@ fn start() -> Fixture {
     Fixture::start("roles", &[])
 }
 
-/// The records up to the end of the parameters.
+/// The records of a request up to the end of its parameters.
 fn ask(role: u16, keep: bool, target: &str, more: &[(&str, &str)]) -> Vec<Vec<u8>> {
     let mut params = vec![pair("REQUEST_METHOD", "GET"), pair("REQUEST_URI", target)];
     params.extend(more.iter().map(|(name, value)| pair(name, value)));
@@ -34,7 +34,7 @@ fn an_authorizer_decides_without_a_body() {
         if !keep {
             client = fixture.client();
         }
-        // A length, though there should be none (6.3), is not waited for.
+        // An authorizer request should have no length (6.3). If it has one, the body is not awaited.
         for (target, status) in [("/?user=ann", 200), ("/", 403)] {
             client.send(&ask(AUTHORIZER, keep, target, &[("CONTENT_LENGTH", "12")])).unwrap();
             if stdin {
@@ -92,7 +92,7 @@ fn a_filter_may_leave_the_file_alone() {
     fixture.end();
 }
 
-/// A function that has been quick runs on the event loop's thread, where it could never wait for the file.
+/// A function classified as quick runs on the event loop's thread, where it must not wait for the file.
 #[test]
 fn a_file_that_is_late_is_waited_for_on_a_thread() {
     let fixture = start();
@@ -133,7 +133,7 @@ fn an_upload_that_is_shorter_than_announced_is_an_error() {
     client.send(&[record(STDIN, 1, b"12345", 0), record(STDIN, 1, b"", 0)]).unwrap();
     let response = client.response(1).unwrap();
     assert_eq!((response.status(), response.application_status), (400, 1));
-    // A longer one counts as it is: a server in front may have unpacked it.
+    // A body longer than announced is used as it is: a server in front may have decompressed it.
     client.send(&head(1, true, "POST", "/", Some(2))).unwrap();
     client.send(&[record(STDIN, 1, b"12345", 0), record(STDIN, 1, b"", 0)]).unwrap();
     assert_eq!(client.response(1).unwrap().body(), b"5 bytes\n");
@@ -141,8 +141,8 @@ fn an_upload_that_is_shorter_than_announced_is_an_error() {
     fixture.end();
 }
 
-/// nginx without request buffering, Apache and Caddy close the connection when the client leaves, and send no end of
-/// STDIN: so the end of the connection is not the end of the body.
+/// nginx without request buffering, Apache and Caddy close the connection when the client leaves, and do not end STDIN: the end of the
+/// connection is not the end of the body.
 #[test]
 fn an_upload_that_is_cut_is_an_error_for_who_reads_it() {
     for length in [None, Some(1_000_000)] {
@@ -150,19 +150,19 @@ fn an_upload_that_is_cut_is_an_error_for_who_reads_it() {
         let mut client = fixture.client();
         client.send(&head(1, true, "POST", "/", length)).unwrap();
         client.send(&vec![record(STDIN, 1, &[b'x'; 50_000], 0); 10]).unwrap();
-        wait_until_read(&mut client); // more than a pipe holds, so the application is at it
+        wait_until_read(&mut client); // more than a pipe holds, so the application is reading
         drop(client);
         fixture.server.wait_for("the client left before the body was complete");
         fixture.end();
     }
 }
 
-/// Overload is a status that web servers understand, and never OVERLOADED or CANT_MPX_CONN (5.5).
+/// Overload is reported by an HTTP status that web servers understand, never by OVERLOADED or CANT_MPX_CONN (5.5).
 #[test]
 fn too_much_at_once_is_a_503_with_retry_after() {
     let fixture = Fixture::start("roles", &["--threads", "1", "--queue", "1"]);
     let mut client = fixture.client();
-    // One is on the thread and waits for the rest of its body, one waits for the thread.
+    // One request is on the thread and waits for the rest of its body; one waits for the thread.
     client.send(&head(1, true, "POST", "/", None)).unwrap();
     client.send(&vec![record(STDIN, 1, &[b'x'; 50_000], 0); 10]).unwrap();
     wait_until_read(&mut client);

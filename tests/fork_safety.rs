@@ -1,9 +1,8 @@
-//! What a fork would break if nobody took care. This test is its own application: started with `--bind`, it
-//! serves; otherwise it starts itself.
+//! State that a fork would break without precautions. This test is its own application: started with `--bind`, it serves; otherwise it
+//! starts itself.
 //!
-//! Incidents behind it, measured elsewhere and here: random number generators that were used before the fork
-//! give every worker the same numbers; descriptors of the master leak into workers; a child that keeps the
-//! master's signal handlers wakes the master.
+//! The tests cover known incidents: random number generators that were used before the fork give every worker the same numbers;
+//! descriptors of the master leak into workers; a child that keeps the master's signal handlers wakes the master.
 
 #![expect(clippy::print_stdout, reason = "it reports as a test runner does")]
 
@@ -21,7 +20,7 @@ use forkyard::http::{Request, Response};
 use forkyard::{Body, Builder};
 use forkyard_shm::Segment;
 
-/// Opened in `main`, before anything of Forkyard's runs.
+/// Opened in `main`, before any code of Forkyard runs.
 static EARLY: OnceLock<std::fs::File> = OnceLock::new();
 static PRELOADED: OnceLock<(String, std::fs::File)> = OnceLock::new();
 
@@ -37,14 +36,14 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Uses, before the fork, what must not be the same after it.
+/// Initializes, before the fork, state that must differ between workers after it.
 fn preload() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let file = std::fs::File::open("/proc/self/status")?;
     let (_, _) = (fastrand::u64(..), RandomState::new().hash_one(1));
     PRELOADED.set((format!("{}", std::process::id()), file)).map_err(|_| "preload ran twice".into())
 }
 
-/// Facts about this worker, a line each.
+/// Facts about this worker, one per line.
 fn describe(_: Request<Body>) -> Response<String> {
     let (master, file) = PRELOADED.get().expect("preload ran");
     let variable = |name: &str| std::env::var(name).unwrap_or_default();
@@ -69,7 +68,7 @@ fn describe(_: Request<Body>) -> Response<String> {
     Response::new(facts.map(|(name, value)| format!("{name}={value}\n")).concat())
 }
 
-/// Whether the number still means the same file.
+/// Whether the descriptor still refers to the same file.
 fn is_limits(file: &std::fs::File) -> bool {
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
     std::fs::read_link(path).is_ok_and(|target| target.ends_with("limits"))
@@ -77,14 +76,14 @@ fn is_limits(file: &std::fs::File) -> bool {
 
 fn workers_differ_where_they_must_and_share_where_they_may() {
     let me = std::env::current_exe().expect("the test knows its own path");
-    // A descriptor that whoever starts us left open, and that no worker needs.
+    // A descriptor that the parent process left open, and that no worker needs.
     let stray = std::fs::File::open("/dev/null").expect("it can be opened");
     nix::fcntl::fcntl(&stray, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).expect("it is open");
     let mut server = Server::start_command(Command::new(me).args(["--bind", "http:127.0.0.1:0", "--workers", "3"]));
     drop(stray);
 
     let mut workers: HashMap<String, HashMap<String, String>> = HashMap::new();
-    let mut connections = Vec::new(); // kept open, so that the next one goes to another worker
+    let mut connections = Vec::new(); // kept open, so that the next connection goes to another worker
     while workers.len() < 3 {
         assert!(connections.len() < 1000, "three workers never answered: {workers:?}");
         let mut client = Client::connect(&server.http()).expect("it listens");
@@ -105,7 +104,7 @@ fn workers_differ_where_they_must_and_share_where_they_may() {
     assert_eq!(distinct("master"), BTreeSet::from([server.pid().to_string()]), "preload ran once, in the master");
     assert_eq!(distinct("file"), BTreeSet::from(["true".to_owned()]), "what preload opened stays open");
     assert_eq!(distinct("early"), BTreeSet::from(["true".to_owned()]), "and what main had open");
-    // The one that waits, the event loop's, and the one for blocking functions; in one worker another sweeps the cache.
+    // The main thread, the event loop, and the thread for blocking functions; in one worker a further thread sweeps the cache.
     assert!(distinct("threads").is_subset(&BTreeSet::from(["3", "4"].map(String::from))), "{workers:?}");
     assert!(distinct("segment").iter().all(|path| path.contains("memfd")), "{workers:?}");
     for (pid, facts) in &workers {
@@ -118,7 +117,7 @@ fn workers_differ_where_they_must_and_share_where_they_may() {
     server.stop();
 }
 
-/// What the descriptors above standard error of a process are.
+/// The targets of a process's descriptors above standard error.
 fn descriptor_targets(pid: &str) -> Vec<String> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives").filter_map(Result::ok);
     let above = entries.filter(|entry| entry.file_name().to_str().is_some_and(|fd| fd.parse().unwrap_or(0) > 2));

@@ -1,4 +1,4 @@
-//! What hangs is named and ended; what is slow is named; and what is idle costs nothing.
+//! Hung requests are logged and ended, slow requests are logged, and an idle server uses no processor time.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -11,7 +11,7 @@ use common::raw::{self, ALL, Protocol};
 use common::{Server, fastcgi, http2, program, status_number, wait_until};
 use nix::sys::signal::Signal;
 
-/// How long a worker that is waited for is waited for.
+/// A drain timeout longer than the test.
 const FOR_EVER: [&str; 2] = ["--drain-timeout", "1h"];
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
@@ -68,7 +68,7 @@ fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
     assert!(line.contains("request=\"GET /hang\""), "{line}");
     let line = server.wait_for("reason=hung thread");
     assert!(line.contains("request=\"GET /hang\""), "{line}");
-    // It is not waited for, and leaves in good order.
+    // The master does not wait for the hung function, and the worker exits in order.
     server.wait_for("functions run, as they hang");
     server.wait_for("hook: on_exit slot=0");
     assert!(server.wait_for("worker left").contains(" status=0 "));
@@ -92,7 +92,7 @@ fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its
         gone(fastcgi, "GET"),
         gone(Protocol::Scgi, "GET"),
         (http, head_of_http2.clone(), "GET /thread/hang".to_owned(), Vec::new()),
-        // These keep their connection.
+        // These requests keep their connection.
         (
             http,
             head_of_http2,
@@ -122,7 +122,7 @@ fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its
     }
 }
 
-/// Returns when a thread has begun with this request. The event loop is at it too for a moment, before it sleeps.
+/// Waits until a thread has begun with this request. The event loop also runs the request for a moment, before it sleeps.
 fn await_thread(server: &Server, request: &str) {
     let board = server.segment().scoreboard();
     let is_at_it = || board.read(0).is_some_and(|row| row.running == [request]);
@@ -230,7 +230,7 @@ fn an_idle_worker_sleeps_however_often_the_master_looks() {
         .unwrap()
         .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
         .collect();
-    // The connection's end is dealt with first. The thread of a sweep has ended by then.
+    // Wait until the end of the connection has been processed. By then, the thread of a cache sweep has ended.
     let idle = || threads.iter().filter_map(|&thread| status_number(thread, "voluntary_ctxt_switches")).sum::<u64>();
     let looks = |count| {
         let before = switches(master);
@@ -238,7 +238,7 @@ fn an_idle_worker_sleeps_however_often_the_master_looks() {
     };
     wait_until("it has nothing to do", || {
         let before = idle();
-        looks(60); // of which a tick that was due when the client left would be one
+        looks(60); // long enough to include a tick that was due when the client left
         (idle() == before).then_some(())
     });
     let before = idle();

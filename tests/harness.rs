@@ -1,4 +1,4 @@
-//! The harness itself: that no test can hang, and that one that would is shown.
+//! Tests the test harness: a hanging test is ended, and its state is printed.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::limit::InTime as _;
 use common::{Server, StopOnDrop, is_gone, wait_until};
 
-/// Only run by the test below, which gives it a limit.
+/// Run only by the test below, which sets a limit.
 #[test]
 #[ignore = "it hangs"]
 fn this_one_hangs() {

@@ -1,4 +1,4 @@
-//! What a worker's death costs its clients: a 502 for what it was at, and nothing for the rest.
+//! What a worker's death costs its clients: a 502 for each request in flight, and nothing for the rest.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -28,13 +28,13 @@ fn start(arguments: &[&str]) -> Fixture {
 }
 
 impl Fixture {
-    /// The one worker.
+    /// The pid of the only worker.
     fn worker(&self) -> Pid {
         let workers = self.server.workers();
         Pid::from_raw(*workers.first().filter(|_| workers.len() == 1).expect("there is one worker"))
     }
 
-    /// Waits until so many requests are being served.
+    /// Waits until `count` requests are in flight.
     fn serves(&self, count: u32) {
         let board = self.server.segment().scoreboard();
         let rows = || (0..board.rows()).filter_map(|slot| board.read(slot));
@@ -48,7 +48,7 @@ impl Fixture {
 
 /// The heir of a living worker.
 fn heir_of(worker: Pid) -> Pid {
-    // One that was born just now goes by its worker's name for a moment.
+    // A new heir has its worker's name for a moment.
     wait_until("each worker has an heir", || {
         let is_heir = |process: &Process| process.parent == worker.as_raw() && process.name == "heir";
         processes().into_iter().find(is_heir).map(|heir| Pid::from_raw(heir.pid))
@@ -66,7 +66,7 @@ fn a_killed_worker_s_requests_get_502_and_its_idle_connections_go_on() {
 
     let mut slow_http = http::Client::connect(&at.http).unwrap();
     slow_http.stream.get_mut().write_all(b"GET /slow/60000 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-    // Several on one connection, one of them without a body.
+    // Several requests on one connection, one of them without a body.
     let mut slow_fastcgi = fastcgi::Client::connect(&at.fastcgi).unwrap();
     for (id, method) in [(1, "GET"), (7, "HEAD"), (2, "GET")] {
         slow_fastcgi.send(&fastcgi::request(id, true, method, "/slow/60000", b"")).unwrap();
@@ -93,7 +93,7 @@ fn a_killed_worker_s_requests_get_502_and_its_idle_connections_go_on() {
     assert_eq!(answered, [1, 2, 7]);
     assert_eq!(slow_scgi.response().unwrap().status(), 502);
 
-    // All of them are with the next worker now.
+    // The next worker has all connections now.
     assert_eq!(slow_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
     assert_eq!(idle_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
     assert_eq!(idle_http.request("GET", "/ok", b"").unwrap().status, 200);
@@ -111,12 +111,12 @@ fn half_a_request_gets_502_and_half_a_response_breaks_off() {
     let mut half_fastcgi = fastcgi::Client::connect(&at.fastcgi).unwrap();
     let records = fastcgi::request(9, true, "GET", "/ok", b"").concat();
     half_fastcgi.stream.write_all(&records[..40]).unwrap();
-    // In two pieces, so that the first is certainly not the last that was read.
+    // The head is sent in two pieces, so that the first piece is not the last data that the worker read.
     let mut stream = common::connect_tcp(&at.http).unwrap();
     stream.write_all(b"GET /bytes/64 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     let mut begun = [0; 1000];
     stream.read_exact(&mut begun).unwrap();
-    // What came before has been read when these have been answered.
+    // Earlier data has been read when these requests are answered.
     assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
     half.stream.get_mut().write_all(b": a\r\n").unwrap();
     assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
@@ -173,8 +173,9 @@ fn heirs_leave_with_their_workers() {
     }
 }
 
-/// Whether a stop at once takes less than the two seconds that clients have otherwise to learn of the end. On a busy machine anything may
-/// take so long, so there are several tries. `hold` opens the connections that stay open meanwhile; `after` gets them then.
+/// Whether a stop ends at once, and not after the two seconds that clients otherwise have to learn of the end. On a busy machine any step
+/// may take that long, so there are several attempts. `hold` opens the connections that stay open meanwhile; `after` receives them
+/// afterwards.
 fn stops_at_once(hold: impl Fn(&Fixture) -> Vec<TcpStream>, after: impl Fn(Vec<TcpStream>)) -> bool {
     (0..10).any(|_| {
         let mut at = start(&["--workers", "1"]);
@@ -196,7 +197,7 @@ fn a_stop_at_once_waits_for_no_client_that_keeps_its_connection() {
         vec![client.stream]
     };
     assert!(stops_at_once(idle_http2, drop), "a kept connection over HTTP/2");
-    // More than fit into the channel to the other workers.
+    // More connections than fit into the channel to the other workers.
     let many_idle = |at: &Fixture| {
         let mut clients: Vec<_> = (0..400).map(|_| http::Client::connect(&at.http).unwrap()).collect();
         for client in &mut clients {
@@ -235,7 +236,7 @@ fn a_reload_closes_no_connection() {
         at.server.signal(Signal::SIGHUP);
         at.server.wait_for(&format!("reload done gen={generation}"));
     }
-    // One of whose head a part has come goes on as well.
+    // A connection on which part of a head has arrived is also passed on.
     let (begun, rest) = (b"GET /ok HTTP/1.1\r\nHo", b"st: a\r\n\r\n");
     for client in &mut https {
         client.stream.get_mut().write_all(begun).unwrap();
@@ -250,13 +251,14 @@ fn a_reload_closes_no_connection() {
     at.server.stop();
 }
 
-/// What a client might send as the rest of a body, for another worker to take for a request.
+/// Bytes that a client could send as the rest of a body, for another worker to parse as a request.
 const SMUGGLED: &str = "GET /status/418 HTTP/1.1\r\nHost: a\r\n\r\n";
 
 #[test]
 fn the_rest_of_a_body_is_never_taken_for_a_request() {
     let mut at = start(&["--workers", "1"]);
-    // Answered before it has come whole, and then: a reload; a kill, also after a length that no counter of 32 bits holds.
+    // The response is sent before the whole body has arrived. Then: a reload; a kill; a kill with a length that does not fit into 32
+    // bits.
     for (length, kills) in [(5000 + SMUGGLED.len(), false), (5000 + SMUGGLED.len(), true), (1 << 32, true)] {
         let mut client = http::Client::connect(&at.http).unwrap();
         let head = format!("POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
@@ -267,7 +269,7 @@ fn the_rest_of_a_body_is_never_taken_for_a_request() {
         let _ = client.stream.get_mut().write_all(SMUGGLED.as_bytes());
         assert!(client.response(false).map_or(true, |answer| answer.status != 418), "{length} {kills}");
     }
-    // The same within a record of FastCGI, of a request that is over.
+    // The same within a FastCGI record of a finished request.
     for kills in [false, true] {
         let mut client = fastcgi::Client::connect(&at.fastcgi).unwrap();
         client.send(&fastcgi::head(1, true, "POST", "/ok", Some(70_000))).unwrap();
@@ -276,7 +278,7 @@ fn the_rest_of_a_body_is_never_taken_for_a_request() {
         let mut record = fastcgi::record(fastcgi::STDIN, 1, &[&vec![b'x'; 5000], &smuggled[..]].concat(), 0);
         let rest = record.split_off(5008);
         client.stream.write_all(&record).unwrap();
-        // It has been read when something else was answered that came later.
+        // The data has been read when a request that was sent later is answered.
         assert_eq!(http::get(&at.http, "/slow/50").unwrap().status, 200);
         replace(&mut at, kills);
         let _ = client.stream.write_all(&rest);
@@ -287,7 +289,7 @@ fn the_rest_of_a_body_is_never_taken_for_a_request() {
     at.server.stop();
 }
 
-/// Has another worker take the place of the one there is.
+/// Replaces the only worker.
 fn replace(at: &mut Fixture, kills: bool) {
     let old = at.worker();
     if kills {

@@ -1,4 +1,4 @@
-//! Daemons and jobs: real programs beside real workers, with what they are given, and how they end.
+//! Daemons and jobs: real programs next to real workers, their environment, and how they end.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -18,7 +18,7 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&FLAGS, arguments].concat())
 }
 
-/// A script in `directory`, as a command for a flag.
+/// Writes a script to `directory`. Returns it as a command for a flag.
 fn script(directory: &Path, name: &str, text: &str) -> String {
     let path = directory.join(name);
     std::fs::write(&path, text).unwrap();
@@ -30,7 +30,7 @@ fn pid_in(line: &str) -> Pid {
     Pid::from_raw(pid.parse().unwrap())
 }
 
-/// Where in the log this stands; it is there once at least.
+/// The position of this text in the log. Panics if the log does not contain it.
 #[track_caller]
 fn place(server: &Server, what: &str) -> usize {
     server.log().find(what).unwrap_or_else(|| panic!("no {what:?}"))
@@ -141,7 +141,7 @@ fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() 
     told("daemon", "roots", &roots, "permission denied: the user may not execute it");
     told("daemon", "alien", &alien, "its interpreter does not exist");
     told("cron", "job", &roots, "permission denied: the user may not execute it");
-    // One that was there at the start.
+    // A daemon that was running at the start.
     let line = server.logged("daemon started name=late");
     std::fs::remove_file(&late).unwrap();
     kill(pid_in(&line), Signal::SIGKILL).unwrap();

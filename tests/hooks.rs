@@ -1,4 +1,4 @@
-//! The application's hooks: that they are called in the order that is documented, and where, whatever becomes of a worker.
+//! The application's hooks: they are called in the documented order and process, however a worker ends.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 
 const FLAGS: [&str; 6] = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--drain-timeout", "20s"];
 
-/// The names of the hooks that were called, in order, and of which generation.
+/// The names of the hooks that were called, in order, with their generations.
 fn called(server: &Server) -> Vec<String> {
     let log = server.log();
     let hooks = log.lines().filter_map(|line| line.split_once("hook: "));

@@ -1,4 +1,4 @@
-//! HTTP, as bytes on a connection: what is served, what is refused, and what hyper does with that which other parsers
+//! HTTP as bytes on a connection: requests that are served, requests that are refused, and how hyper handles input that other parsers
 //! disagree about.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -13,15 +13,15 @@ use common::limit::InTime as _;
 use common::{Server, http2};
 
 const ONE_WORKER: [&str; 4] = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
-/// What a smuggler would have us answer.
+/// The request that an attacker tries to smuggle.
 const NEXT: &str = "GET /next HTTP/1.1\r\nHost: x\r\n\r\n";
 
 fn start(name: &str, arguments: &[&str]) -> Server {
     Server::start(name, &[&ONE_WORKER[..], arguments].concat())
 }
 
-/// Sends these bytes, and [`NEXT`] after them, and expects these statuses. With `open` the last of them must be the
-/// answer to [`NEXT`]; otherwise the connection must have been closed without one.
+/// Sends these bytes followed by [`NEXT`], and expects these statuses. If `open`, the last status must be the response to [`NEXT`];
+/// otherwise the connection must be closed without one.
 #[track_caller]
 fn answered(address: &str, bytes: &str, statuses: &[u16], open: bool) {
     let mut client = Client::connect(address).unwrap();
@@ -35,7 +35,7 @@ fn answered(address: &str, bytes: &str, statuses: &[u16], open: bool) {
     assert_eq!(last.starts_with("GET /next "), open, "{bytes:?} got {last:?}");
     if !open {
         let mut rest = Vec::new();
-        // With bytes of ours unread, the close is a reset.
+        // If the server left data unread, the close is a reset.
         let _ = client.stream.read_to_end(&mut rest);
         assert!(rest.is_empty(), "{bytes:?} was followed by {}", String::from_utf8_lossy(&rest));
     }
@@ -63,14 +63,14 @@ fn a_message_with_two_readings_is_refused_or_is_the_last() {
         ("Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", 400),
         ("Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n", 501),
         ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
-        // RFC 9112, section 6.1 has a server go by the chunks, and close.
+        // RFC 9112, section 6.1: the server uses the chunks, and closes the connection.
         ("Content-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 200),
         ("Transfer-Encoding: chunked\r\nContent-Length: 60\r\n\r\n0\r\n\r\n", 200),
     ] {
         answered(&server.http(), &format!("{post}{head}"), &[status], false);
     }
     answered(&server.http(), "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", &[400], false);
-    // These have one reading only.
+    // These requests are unambiguous.
     answered(&server.http(), &format!("{post}Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc"), &[200, 200], true);
     answered(&server.http(), "GET / HTTP/1.1\nHost: x\n\n", &[200, 200], true);
     answered(&server.http(), "\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n", &[200, 200], true);
@@ -119,7 +119,7 @@ fn targets_and_hosts() {
         ("GET / HTTP/1.1", "Host:\r\n", 200, true),
         ("GET / HTTP/1.0", "", 200, false),
         ("GET / HTTP/1.0", "Connection: keep-alive\r\n", 200, true),
-        // No upgrade to HTTP/2: the answer is in HTTP/1.
+        // No upgrade to HTTP/2: the response is in HTTP/1.
         (
             "GET / HTTP/1.1",
             "Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
@@ -292,12 +292,12 @@ fn http_2_without_tls_on_the_same_port() {
     let status = |arguments: &[&str]| curl(&[arguments, &["-o", "/dev/null", "-w", "%{http_code}"]].concat());
     assert_eq!(status(&["-H", &format!("x: {}", "v".repeat(9000)), &url]), "431");
     assert_eq!(status(&[&format!("{url}{}", "c".repeat(1000))]), "414");
-    // CONNECT has no path (RFC 9113, section 8.5); curl cannot be made to say that.
+    // CONNECT has no path (RFC 9113, section 8.5). curl cannot send such a request.
     let mut client = http2::Client::connect(&server.http()).unwrap();
     let connect = b"\x02\x07CONNECT\x01\x04x:80";
     client.send(&http2::frame(http2::HEADERS, http2::END_HEADERS | http2::END_STREAM, 1, connect)).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(501)));
-    // A body that is refused is not waited for, and the client is told that it need not send it.
+    // The body of a refused request is not awaited, and a RST_STREAM informs the client that it need not send the body.
     client.send(&http2::head(3, 0, "POST", "/", &[("content-length", "1001")])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(413)));
     let reset = client.next(http2::RST_STREAM).unwrap();
@@ -319,7 +319,7 @@ fn a_preface_in_pieces_is_a_preface() {
     client.send(&http2::head(1, http2::END_STREAM, "GET", "/", &[])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
     drop(client);
-    // What begins as one and then is none is HTTP/1's business.
+    // Bytes that begin like the HTTP/2 preface and then differ are handled as HTTP/1.
     answered(&server.http(), "PRI * HTTP/2.0\r\n\r\nSO\r\n\r\n", &[400], false);
     answered(&server.http(), "PRINT /paper HTTP/1.1\r\nHost: x\r\n\r\n", &[200, 200], true);
     server.stop();
@@ -334,9 +334,9 @@ fn a_client_that_resets_as_fast_as_it_asks_is_sent_away() {
         flood.extend(http2::head(stream, http2::END_STREAM, "GET", "/slow/60000", &[]));
         flood.extend(http2::frame(http2::RST_STREAM, 0, stream, &8_u32.to_be_bytes()));
     }
-    let _ = client.send(&flood); // it may be closed on us
+    let _ = client.send(&flood); // the server may close the connection
     server.wait_for("an HTTP connection ended: http2 error: connection error detected: detected excessive load");
-    // The GOAWAY may be lost: with bytes of ours unread, the close is a reset.
+    // The GOAWAY may be lost: if the server left data unread, the close is a reset.
     while client.frame().is_ok() {}
     server.stop();
 }
@@ -390,8 +390,8 @@ fn a_drain_finishes_the_streams_that_have_begun() {
 fn a_drain_does_not_wait_for_who_never_says_what_he_speaks() {
     let mut server = start("mirror", &["--trust", "127.0.0.1"]);
     let mut half = common::connect_tcp(server.http()).unwrap();
-    half.write_all(b"PR").unwrap(); // it may become PRI, PROXY or PROPFIND
-    common::http::get(&server.http(), "/").unwrap(); // the worker has accepted the first one, too
+    half.write_all(b"PR").unwrap(); // may become PRI, PROXY or PROPFIND
+    common::http::get(&server.http(), "/").unwrap(); // the worker has accepted the first connection as well
     server.stop();
     drop(half);
 }
@@ -400,7 +400,7 @@ fn a_drain_does_not_wait_for_who_never_says_what_he_speaks() {
 fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
     let short = ["--idle-timeout", "1s", "--header-timeout", "1s", "--body-timeout", "1s"];
     let mut server = start("crashy", &[&short[..], &["--log-level", "debug,hyper=info,h2=info"]].concat());
-    // Nothing, less than a preface, half a head; and again after a request on the same connection.
+    // No data, part of a preface, half a head; and the same after a request on the same connection.
     let cases = [("", ""), ("", "PRI"), ("", "GET / HTT"), (NEXT, ""), (NEXT, "GET / HTT")];
     let clients = cases.map(|(first, then)| {
         let mut client = Client::connect(&server.http()).unwrap();
@@ -424,12 +424,12 @@ fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
     client.stream.get_mut().write_all(b"POST /count HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf").unwrap();
     assert_eq!(client.response(false).unwrap().status, 408);
 
-    // The application may take its time. (More than two ticks of the watchdog.)
+    // The application may take longer than the timeouts. The requests last for more than two ticks of the watchdog.
     assert_eq!(common::http::get(&server.http(), "/slow/2500").unwrap().status, 200);
     let mut client = http2::Client::connect(&server.http()).unwrap();
     client.send(&http2::head(1, http2::END_STREAM, "GET", "/slow/2500", &[])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
-    // Then nothing, but for the answers to the server's frames.
+    // From here on the client is silent, except for replies to the server's frames.
     while client.next(http2::DATA).is_ok() {}
     server.wait_for("a connection is cut off, it took too long: idle");
     server.stop();

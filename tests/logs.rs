@@ -1,5 +1,4 @@
-//! The log and the access log, of real processes: what the application puts out, floods, rotation, JSON, and the line for
-//! each request.
+//! The log and the access log of real processes: output of the application, floods, rotation, JSON, and the line for each request.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -49,7 +48,7 @@ fn wait_for_line(path: &Path, what: &str) -> String {
     wait_until(what, || read(path).lines().find(|line| line.contains(what)).map(str::to_owned))
 }
 
-/// The words behind the bar, of lines of output.
+/// The text after the bar, in lines of output.
 fn words(log: &str) -> Vec<&str> {
     log.lines().filter_map(|line| line.split_once(" | ")).map(|(_, words)| words).collect()
 }
@@ -87,7 +86,7 @@ fn a_flood_is_logged_whole_and_does_not_stop_the_master() {
     let address = server.http();
     std::thread::scope(|scope| {
         let flood = scope.spawn(|| http::get(&address, &format!("/flood/{LINES}")).unwrap().status);
-        // The master goes on: it hears a signal and adds a worker meanwhile.
+        // The master keeps working: it handles a signal and adds a worker meanwhile.
         wait_until("the flood has begun", || server.log().contains("| number 0").then_some(()));
         server.signal(Signal::SIGTTIN);
         wait_until("there are two workers", || (server.workers().len() == 2).then_some(()));
@@ -102,7 +101,7 @@ fn a_flood_is_logged_whole_and_does_not_stop_the_master() {
     assert!(added < log.rfind("| number").unwrap(), "it heard the signal in the middle of the flood");
 }
 
-/// A server whose standard error is `stderr`, and its address: `Server` does not see its log.
+/// Starts a server whose standard error is `stderr`. Returns it and its address; `Server` cannot read its log.
 fn start_with_stderr(directory: &Path, stderr: impl Into<Stdio>, arguments: &[&str]) -> (Server, String) {
     let address = format!("fastcgi:unix:{}", directory.join("app.sock").display());
     let mut command = Command::new("sh");
@@ -139,7 +138,7 @@ fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
             let workers = server.workers();
             (workers.len() == 2 && !workers.contains(&first)).then_some(())
         });
-        // Now it is read. A stop does not wait for a reader that has taken nothing for a second, so the reader goes first.
+        // From here on the output is read. A stop does not wait for a reader that has read nothing for a second, so reading begins first.
         let text = Arc::new(Mutex::new(Vec::new()));
         let copy = Arc::clone(&text);
         let reader = std::thread::spawn(move || {
@@ -226,7 +225,7 @@ fn a_device_that_is_always_full_is_refused_by_a_start_and_by_check_alike() {
     }
 }
 
-/// The files that these processes make may have so many bytes.
+/// Limits the size of files that these processes write.
 fn limit_file_size(pids: impl IntoIterator<Item = i32>, bytes: u64) {
     for pid in pids {
         let arguments = ["--pid", &pid.to_string(), &format!("--fsize={bytes}:")].map(str::to_owned);
@@ -248,7 +247,7 @@ fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
     assert_eq!(get(&server, "/ok"), 200);
     let wait = "the access log cannot be written, and its lines are lost: File too large";
     server.wait_for(wait);
-    // An upgrade needs a file for what the new build is to know.
+    // An upgrade needs a file for the state that the new build takes over.
     server.signal(Signal::SIGUSR2);
     server.wait_for("File too large");
     assert!(server.workers().contains(&pid), "{}", server.log());
@@ -258,7 +257,7 @@ fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
     wait_for_line(Path::new(access), "GET /ok");
     wait_for_line(Path::new(log), "the access log is written again slot=0 lost=1");
     server.stop();
-    // Before the limit or while it held.
+    // The line may come before the limit or while the limit is in force.
     let (log, bit) = (read(Path::new(log)) + &server.log(), 1_u64 << (nix::libc::SIGXFSZ - 1));
     for name in ["SigIgn:", "SigCgt:"] {
         let line = log.lines().find(|line| line.contains(name)).unwrap_or_else(|| panic!("{name} {log}"));
@@ -275,7 +274,7 @@ fn a_worker_whose_files_may_not_grow_is_no_dead_worker() {
     let mut server = start(&["--log-file", log, "--access-log", access, "--rlimit", "fsize=1"]);
     let pid = worker(&server);
     assert_eq!(get(&server, "/ok"), 200);
-    // The worker's lines of the log go by the master, who has no limit.
+    // The worker's log lines are written by the master, which has no limit.
     let line = wait_for_line(Path::new(log), "the access log cannot be written, and its lines are lost");
     assert!(line.contains("File too large"), "{line}");
     server.stop();
@@ -296,10 +295,10 @@ fn an_access_log_that_nobody_reads_stops_no_worker() {
         assert_eq!(client.request("GET", &format!("/ok?{number}"), b"").unwrap().status, 200);
     }
     server.wait_for("the access log cannot be written, and its lines are lost: nobody reads it");
-    // Now it is read.
+    // From here on the access log is read.
     let mut text = Vec::new();
     wait_until("it is written again", || {
-        let _ = reader.read_to_end(&mut text); // until there is nothing more at the moment
+        let _ = reader.read_to_end(&mut text); // until no more data is available at the moment
         http::get(&server.http(), "/ok?last").unwrap();
         server.log().contains("the access log is written again").then_some(())
     });
@@ -397,7 +396,7 @@ fn output_outlives_the_master() {
     assert_eq!(client.request("GET", "/ok", b"").unwrap().status, 200);
     kill(server.pid(), Signal::SIGKILL).unwrap();
     wait_for_line(&log, "the master is gone");
-    // Its connection has a second for one more request.
+    // The connection may carry one more request within a second.
     if let Ok(response) = client.request("GET", "/line/9", b"") {
         assert_eq!(response.text(), "Ok(())\n", "it can still write");
         assert!(read(&log).lines().any(|line| line == "xxxxxxxxx"), "{}", read(&log));
@@ -429,7 +428,7 @@ fn a_log_of_objects_has_nothing_else_in_it() {
     assert!(lines.iter().any(|line| line["pid"] == master));
 }
 
-/// Requests without end, while the files are moved away again and again.
+/// Continuous requests, while the files are repeatedly moved away.
 #[test]
 fn no_line_is_lost_when_the_files_are_rotated_under_load() {
     assert!(Uid::effective().is_root(), "this test changes users: run it as root");
@@ -464,7 +463,7 @@ fn no_line_is_lost_when_the_files_are_rotated_under_load() {
             }
             server.signal(Signal::SIGUSR1);
             wait_for_line(&log, "log files reopened errors=0");
-            // Both workers write there: they have followed, though they may not open it.
+            // Both workers write to the new file although their user cannot open it.
             let lines = || {
                 read(&access)
                     .lines()

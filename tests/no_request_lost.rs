@@ -1,6 +1,6 @@
-//! No request fails while workers are replaced, and those that are killed take nothing with them but what they were at.
+//! No request fails while workers are replaced. A killed worker loses only the requests that it was serving.
 //!
-//! Each test makes some 100,000 requests; `scripts/soak` makes as many as it is told (`FORKYARD_SOAK`).
+//! Each test makes some 100,000 requests; `scripts/soak` sets the number (`FORKYARD_SOAK`).
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
 
@@ -14,7 +14,7 @@ use common::{Server, is_gone, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// How many requests to make at least, in each test.
+/// The minimum number of requests in each test.
 fn requests() -> u64 {
     std::env::var("FORKYARD_SOAK").map_or(100_000, |number| number.parse().expect("FORKYARD_SOAK is a number"))
 }
@@ -27,7 +27,7 @@ fn server(arguments: &[&str]) -> (Server, tempfile::TempDir) {
     (Server::start("crashy", &[&binds, arguments].concat()), directory)
 }
 
-/// Does something again and again until there were enough requests. Returns how often.
+/// Repeats `act` until there were enough requests. Returns the number of calls.
 fn again(load: &Load, mut act: impl FnMut()) -> u64 {
     let mut times = 0;
     while load.total() < requests() && !load.has_failed() {
@@ -37,7 +37,7 @@ fn again(load: &Load, mut act: impl FnMut()) -> u64 {
     times
 }
 
-/// Has every worker replaced again and again by `signal`, which the master acknowledges with `lines` and then is done.
+/// Replaces every worker repeatedly by `signal`. The master logs `lines` for each replacement; the last one marks its end.
 fn replaced_by(signal: Signal, lines: &[&str]) {
     let (mut server, _folder) = server(&["--workers", "2"]);
     let load = Load::default();
@@ -115,7 +115,7 @@ fn kills() {
                 (load.good.load(Ordering::SeqCst) > enough || load.has_failed()).then_some(())
             });
             load.kills();
-            // One that is gone since it was listed is not killed.
+            // A worker that has exited since it was listed is not killed.
             let victim = wait_until("there is a worker to kill", || {
                 let victim = *server.workers().iter().nth(random.usize(..2))?;
                 kill(Pid::from_raw(victim), Signal::SIGKILL).ok().map(|()| victim)

@@ -1,4 +1,4 @@
-//! Who may connect (`--allow`), and who is believed about his client (`--trust`): over each protocol.
+//! Access control (`--allow`), and trust in forwarded client addresses (`--trust`), over each protocol.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -25,7 +25,7 @@ fn mirror(binds: &[&str], arguments: &[&str]) -> Server {
     )
 }
 
-/// What the application was asked, if this is sent before and within a request's head.
+/// The request as the application sees it, if `before` is sent before the request and `headers` in its head.
 fn seen(address: &str, before: &[u8], headers: &str) -> String {
     let mut client = Client::connect(address).unwrap();
     let head = format!("GET / HTTP/1.1\r\nHost: x\r\n{headers}\r\n");
@@ -33,7 +33,7 @@ fn seen(address: &str, before: &[u8], headers: &str) -> String {
     client.response(false).unwrap().text()
 }
 
-/// The same over FastCGI; `params` are added to those that a web server sends.
+/// Like [`seen`], over FastCGI; `params` are added to the parameters that a web server sends.
 fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> String {
     let mut client = fastcgi::Client::connect(address).unwrap();
     let more: Vec<u8> = params.iter().flat_map(|(name, value)| fastcgi::pair(name, value)).collect();
@@ -45,7 +45,7 @@ fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> S
     String::from_utf8(client.response(1).unwrap().body().to_vec()).unwrap()
 }
 
-/// The same over SCGI, where the last byte of a request is particular.
+/// Like [`seen`], over SCGI, where the last byte of a request has a special meaning.
 fn seen_over_scgi(address: &str, before: &[u8]) -> String {
     let mut stream = common::connect_tcp(address.strip_prefix("scgi:").unwrap()).unwrap();
     let pairs = [
@@ -65,11 +65,11 @@ fn seen_over_scgi(address: &str, before: &[u8]) -> String {
     all
 }
 
-/// Whatever comes back before the connection is closed.
+/// All data that the server sends until it closes the connection.
 fn all_that_comes(address: &str, bytes: &[u8]) -> String {
     let mut stream = common::connect_tcp(address).unwrap();
     let mut all = Vec::new();
-    // It may be closed, and reset, before all is written.
+    // The server may close or reset the connection before everything is written.
     let _ = stream.write_all(bytes);
     match stream.read_to_end(&mut all) {
         Ok(_) => {}
@@ -114,14 +114,14 @@ fn nobody_else_does() {
     let text = seen(&server.http(), b"", X_FORWARDED);
     assert!(text.contains("\npeer=127.0.0.1:") && text.contains(" https=false\n"), "{text}");
     assert!(text.contains("\nhost: x\n") && !text.contains("forwarded"), "what is not believed is removed: {text}");
-    // A PROXY header is no HTTP.
+    // A PROXY header is not valid HTTP.
     let proxy = "PROXY TCP4 192.0.2.7 192.0.2.1 4711 80\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n";
     let refused = all_that_comes(&server.http(), proxy.as_bytes());
     assert!(refused.starts_with("HTTP/1.1 400 ") && !refused.contains("200 OK"), "{refused}");
     server.wait_for("an HTTP connection ended: invalid ");
     server.stop();
 
-    // Without --trust headers are passed on as they came.
+    // Without --trust, forwarding headers reach the application unchanged.
     let mut server = mirror(&HTTP, &[]);
     let text = seen(&server.http(), b"", X_FORWARDED);
     assert!(text.contains("\npeer=127.0.0.1:") && text.contains("\nforwarded: for=6.6.6.6;host=evil\n"), "{text}");
@@ -131,7 +131,7 @@ fn nobody_else_does() {
     server.stop();
 }
 
-/// A header of version 2, with TLS told.
+/// A header of version 2 that reports TLS.
 fn proxy_v2() -> Vec<u8> {
     let tls = [0x20, 0, 5, 1, 0, 0, 0, 0];
     let block = [&[192, 0, 2, 7, 192, 0, 2, 1, 0x12, 0x67, 0, 80][..], &tls].concat();
@@ -151,16 +151,16 @@ fn a_load_balancer_says_it_in_front_of_any_protocol() {
     ] {
         let text = seen(&server.http(), header, "");
         assert!(text.contains(&format!("\n{peer}")), "no {peer:?} in {text}");
-        // There the web server tells of its client, and the load balancer only of the web server.
+        // Over FastCGI and SCGI, the web server reports its client, and the load balancer reports only the web server.
         let text = seen_over_fastcgi(&server.binds[1], header, &[]);
         assert!(text.contains("\npeer=127.0.0.1:4711 https=false\n"), "{text}");
         assert!(seen_over_scgi(&server.binds[2], header).contains("\npeer=192.0.2.9:80 https=false\n"));
     }
-    // The client that it tells of is not trusted: its headers are not believed.
+    // The client named in the PROXY header is not trusted: its forwarding headers are ignored.
     let text = seen(&server.http(), v1, X_FORWARDED);
     assert!(text.contains("\npeer=[2001:db8::7]:4711 https=false\n") && !text.contains("forwarded"), "{text}");
 
-    // Byte by byte, and with HTTP/2 behind it.
+    // Sent byte by byte, and followed by HTTP/2.
     let mut stream = common::connect_tcp(server.http()).unwrap();
     stream.set_nodelay(true).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -191,12 +191,12 @@ fn a_load_balancer_says_it_in_front_of_any_protocol() {
     server.stop();
 }
 
-/// The specification: "the receiver MUST be configured to only receive the protocol described in this specification and MUST not try to guess whether the
-/// protocol header is present or not".
+/// The specification: "the receiver MUST be configured to only receive the protocol described in this specification and MUST not try to
+/// guess whether the protocol header is present or not".
 #[test]
 fn whether_there_is_a_proxy_header_is_never_guessed() {
     let header = b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 80\r\n";
-    // A client of a proxy that is trusted, and passes bytes through, may write what it likes.
+    // A client of a trusted proxy that forwards bytes unchanged may send anything.
     let mut server = mirror(&HTTP, &["--trust", "127.0.0.1"]);
     let request = [&header[..], b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"].concat();
     let text = all_that_comes(&server.http(), &request);
@@ -209,7 +209,7 @@ fn whether_there_is_a_proxy_header_is_never_guessed() {
         let mut stream = raw::connect(bind);
         stream.write_all(&protocol.head("GET", "/", 0)).unwrap();
         let mut bytes = Vec::new();
-        let _ = stream.read_to_end(&mut bytes); // with bytes of ours unread, the close is a reset
+        let _ = stream.read_to_end(&mut bytes); // if the server left data unread, the close is a reset
         assert!(bytes.is_empty(), "{protocol:?}: {}", bytes.escape_ascii());
     }
     server.wait_for("does not begin with a PROXY header");
@@ -221,7 +221,7 @@ fn whether_there_is_a_proxy_header_is_never_guessed() {
     server.stop();
 }
 
-/// However long the rest of a header takes, nobody looks for it all the time; and who leaves before it has come is missed.
+/// Waiting for the rest of a header uses no processor time, however long it takes, and a client that leaves before is noticed.
 #[test]
 fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
     let directory = tempfile::tempdir().unwrap();
@@ -248,7 +248,7 @@ fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
             tasks.map(|task| of_task(task.unwrap().path())).sum::<u64>()
         };
         let before = switches();
-        std::thread::sleep(std::time::Duration::from_secs(3)); // time without events is what is measured
+        std::thread::sleep(std::time::Duration::from_secs(3)); // the test measures a time without events
         let after = switches();
         assert!(after - before < 100, "{bind}: in 3 s it woke {} times", after - before);
 
@@ -309,7 +309,7 @@ fn who_is_not_allowed_is_closed_on() {
     let mut stream = common::connect_unix(&path).unwrap();
     let _ = stream.write_all(b"GET / HTTP/1.0\r\n\r\n");
     let mut text = String::new();
-    let _ = stream.read_to_string(&mut text); // with bytes of ours unread, the close is a reset
+    let _ = stream.read_to_string(&mut text); // if the server left data unread, the close is a reset
     assert_eq!(text, "");
     server.wait_for("closed a http connection from a Unix socket");
     server.stop();
@@ -335,7 +335,7 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
         server.stop();
     }
 
-    // Names are what web servers are configured with.
+    // Web servers are configured with host names.
     let mut server = start("localhost", &[]);
     assert!(seen_over_fastcgi(&server.binds[1], b"", &[]).starts_with("GET / "));
     server.stop();
@@ -347,14 +347,14 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(said.contains("in FCGI_WEB_SERVER_ADDRS is neither an address nor a name"), "{said}");
     }
-    // Without a FastCGI socket it is nobody's business.
+    // Without a FastCGI socket the variable is ignored.
     let mut command = Command::new(program("mirror"));
     let mut server = Server::start_command(command.args(HTTP).env("FCGI_WEB_SERVER_ADDRS", "no-such-host.invalid"));
     assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"));
     server.stop();
 }
 
-/// nginx as `docs/web-servers.md` has it, on a Unix socket.
+/// nginx with the configuration of `docs/web-servers.md`, on a Unix socket.
 #[test]
 fn nginx_tells_who_its_client_is() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Places that lack something: a start, and what is served, where directories cannot be written, memory and descriptors are
-//! few, system calls are missing, and other users are in the way.
+//! Limited environments: starting and serving where directories are read-only, memory and descriptors are scarce, system calls are
+//! missing, and other users interfere.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -21,12 +21,12 @@ fn serves(server: &Server) {
     assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
 }
 
-/// How many lines of the log have this in them.
+/// The number of log lines that contain this text.
 fn count(server: &Server, what: &str) -> usize {
     server.log().lines().filter(|line| line.contains(what)).count()
 }
 
-// ---- locks of others ----
+// ---- locks held by other users ----
 
 #[test]
 fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
@@ -34,7 +34,7 @@ fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
     let path = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
     let locked = File::open(directory.path()).unwrap();
     locked.lock().unwrap();
-    // What a killed master left, whose file everybody can read.
+    // The pid file of a killed master, which every user can read.
     std::fs::write(path("a.pid"), "4000000\n").unwrap();
     let left = File::open(path("a.pid")).unwrap();
     left.lock().unwrap();
@@ -44,7 +44,7 @@ fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
     let mut server = Server::start("hello", &[&HTTP[..], &arguments].concat());
     serves(&server);
     assert_eq!(std::fs::read_to_string(path("a.pid")).unwrap(), format!("{}\n", server.pid()));
-    // A second one is still refused.
+    // A second server is still refused.
     let second =
         Command::new(program("hello")).args(HTTP).args(["--pid-file", &path("a.pid")]).output_in_time().unwrap();
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
@@ -55,7 +55,7 @@ fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
 
 // ---- missing system calls ----
 
-/// Whether process `pid` has something open whose path has this in it.
+/// Whether process `pid` has a file open whose path contains this text.
 fn has_open(pid: i32, what: &str) -> bool {
     let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(Result::ok);
     links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|to| to.to_string_lossy().contains(what))
@@ -73,7 +73,7 @@ fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() 
         command.arg(directory.path().join("cache")).arg("--control").arg(&control).arg("--pid-file").arg(&pid_file);
         let mut server = Server::start_command(&mut command);
         serves(&server);
-        // The pid file is the master's alone, so that its lock ends with the master.
+        // Only the master holds the pid file, so that the lock ends with the master.
         let children: Vec<i32> = wait_until("workers and the daemon", || {
             let children: Vec<i32> = server.children().into_iter().collect();
             let is_execed =
@@ -109,13 +109,13 @@ fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() 
 
 // ---- no place for the default publish socket ----
 
-/// What `check` says.
+/// Runs `check`. Returns whether it succeeded, and its output.
 fn check(command: &mut Command) -> (bool, String) {
     let output = command.arg("check").args(HTTP).output_in_time().unwrap();
     (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// In a mount namespace of its own, in which `read_only` are file systems that nobody can write to, and nothing else is.
+/// A command in its own mount namespace, in which the file systems `read_only` are read-only and no other one is.
 fn with_read_only(read_only: &[&str], name: &str) -> Command {
     let mut command = Command::new("unshare");
     let mounts: String =
@@ -149,7 +149,7 @@ fn a_server_starts_without_a_place_for_a_socket_that_nobody_asked_for_and_says_s
         server.stop();
         assert_eq!(count(&server, "no place for the socket"), 1, "{}", server.log());
         assert!(server.log().lines().any(|line| line.ends_with("| events=")), "{}", server.log());
-        // Asked for, it is an error.
+        // With an explicit flag, the same failure is an error.
         let asked = command("hello").args(HTTP).args(["--events-socket", "/tmp/events"]).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&asked.stderr).into_owned();
         assert!(asked.status.code() == Some(1) && said.contains("--events-socket"), "{said}");
@@ -197,7 +197,7 @@ fn another_user_publishes_although_the_temporary_directory_is_roots_alone() {
     server.stop();
     assert_eq!(count(&server, "WARN"), 0, "{}", server.log());
 
-    // A path that was asked for is taken, with a warning.
+    // An explicitly given path is used, with a warning.
     let path = private.path().join("events").to_string_lossy().into_owned();
     let mut server = Server::start("hello", &[&HTTP[..], &user[..6], &["--events-socket", &path]].concat());
     assert_eq!(count(&server, "--user cannot publish at"), 1, "{}", server.log());

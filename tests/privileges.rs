@@ -1,5 +1,5 @@
-//! What the application's processes may do and see, as the kernel tells it. The tests make processes of other users, so they
-//! need root, and say so if they are not.
+//! Privileges and restrictions of the application's processes, as reported by the kernel. The tests start processes of other users, so
+//! they need root, and report an error without it.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -17,7 +17,7 @@ use nix::unistd::{Pid, Uid};
 use tempfile::TempDir;
 
 const HTTP: [&str; 4] = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
-/// A user that need not have an account.
+/// A user without an account.
 const USER: [&str; 4] = ["--user", "4711", "--group", "4712"];
 
 fn server(arguments: &[&str]) -> Server {
@@ -49,7 +49,7 @@ fn directory() -> TempDir {
     directory
 }
 
-/// The words of a line of `/proc/PID/FILE` behind its name.
+/// The words after the name, on a line of `/proc/PID/FILE`.
 fn line(pid: i32, file: &str, name: &str) -> Vec<String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no {name} in {text}"));
@@ -64,7 +64,7 @@ fn nice(pid: i32) -> i32 {
     common::field_of(&common::proc_of(pid), 19).unwrap()
 }
 
-/// What both kinds of processes are with these flags.
+/// Flags for all restrictions that apply to workers and to programs.
 const ALL: [&str; 20] = [
     "--user",
     "4711",
@@ -123,7 +123,7 @@ fn a_worker_is_what_it_was_told_to_be() {
     assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (4711, 4712, 0o640));
     assert_eq!(ask(&server, "/read?path=/etc/shadow"), "PermissionDenied");
     assert_eq!(ask(&server, "/kill-master"), "PermissionDenied");
-    // It replaces a dead one with one of its kind, and the log has nothing to complain of.
+    // A dead process is replaced by one with the same restrictions, and the log has no complaint.
     let first = child(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     let next = wait_until("it is replaced", || server.workers().into_iter().find(|&pid| pid != first));
@@ -149,7 +149,7 @@ fn a_program_is_what_it_was_told_to_be() {
     let names: BTreeSet<&str> = environment.split('\0').filter_map(|line| Some(line.split_once('=')?.0)).collect();
     let expected = ["COLOUR", "FORKYARD_GENERATION", "FORKYARD_SHM", "FORKYARD_SLOT", "PHP_FCGI_CHILDREN"];
     assert_eq!(names, BTreeSet::from(expected));
-    // The socket is the user's, who serves it.
+    // The socket belongs to the user that serves it.
     let socket = sockets.path().join("app.sock").metadata().unwrap();
     assert_eq!((socket.uid(), socket.gid()), (4711, 4712));
     server.stop();
@@ -297,7 +297,7 @@ fn a_sandboxed_application_does_its_work_and_nothing_else() {
     assert!(ask(&server, "/status").contains("Name:"));
     assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), "secret");
     server.wait_for(&format!("sandbox refused a system call pid={pid} call=chroot number={}", libc::SYS_chroot));
-    // Each is told of once, and the worker has lived through all of it.
+    // Each violation is logged once, and the worker has survived all of them.
     ask(&server, "/chroot");
     assert_eq!(server.log().matches("call=chroot").count(), 1, "{}", server.log());
     assert_eq!(child(&server), pid);
@@ -360,7 +360,7 @@ fn what_cannot_be_had_names_its_flag() {
     let missing = [&USER[..], &["--sandbox", "--sandbox-read", "/no-such-file"]].concat();
     complaint(&mut hello(&missing), 1, &["--sandbox-read /no-such-file"]);
 
-    // One who is not root.
+    // A master without a capability, as if it were not root.
     let without = |capability: &str, arguments: &[&str]| {
         let mut command = Command::new("setpriv");
         command.args(["--bounding-set", capability, "--inh-caps", capability, "--"]).arg(program("hello"));
@@ -377,7 +377,7 @@ fn what_cannot_be_had_names_its_flag() {
 #[test]
 fn what_fails_in_the_process_itself_is_told_with_its_flag() {
     assert!(Uid::effective().is_root(), "these tests change users: run them as root");
-    // The user may not enter this directory; root, who looked, may.
+    // The user cannot enter this directory, but root, which runs the check, can.
     let closed = tempfile::tempdir().unwrap();
     std::fs::set_permissions(closed.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
     let at = closed.path().to_string_lossy().into_owned();
@@ -414,13 +414,13 @@ fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its
             assert!(output.status.code() == Some(1) && is_told, "{limit}: {said}");
         }
     }
-    // Nobody knows beforehand how many an application wants.
+    // How many descriptors an application needs is not known in advance.
     let hint = |limit: &str| format!("hint=\"a limit may be too low for it to start: --rlimit {limit}\"");
     let server = Server::launch(&mut start(&[], "nofile=20"));
     let line = server.logged("worker died");
     assert!(line.contains(&hint("nofile=20")), "{line}");
     drop(server);
-    // Under `run`, with the time that a program has as a rule.
+    // The same under `run`, with the default settle time.
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let death = |limit: &str, program_and_arguments: &[&str]| {
@@ -432,7 +432,7 @@ fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its
         let line = death(limit, &["sleep", "1000"]);
         assert!(line.contains(&hint(limit)), "{line}");
     }
-    // Whoever says something else is believed.
+    // Output of the program takes precedence over the hint.
     let line = death("nofile=4096", &["sh", "-c", "echo no database; exit 3"]);
     assert!(line.contains("no database") && !line.contains("hint="), "{line}");
 }
@@ -450,7 +450,7 @@ fn a_pid_file_keeps_a_second_master_out_and_goes_with_the_first() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(&format!("with pid {}", server.pid())) && said.contains("--pid-file"), "{said}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", server.pid()));
-    // Its workers do not hold the lock: a master that was killed is followed at once.
+    // Workers do not hold the lock: after the master was killed, the next master can start at once.
     server.signal(Signal::SIGKILL);
     server.wait_end();
     let mut next = Server::start("hello", &arguments);

@@ -1,5 +1,5 @@
-//! What the requests of external programs have started, and what it may do to the server: children that a page waits for, background
-//! jobs, wrappers around the programs that serve, and what is left when the server stops.
+//! Processes started by requests of external programs, and their effects on the server: children that a page waits for, background jobs,
+//! wrappers around the programs that serve, and processes left when the server stops.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 const CHILDREN_PHP: &str = include_str!("programs/children.php");
 const PHP: [&str; 6] = ["php-cgi", "-n", "-d", "log_errors=1", "-d", "fastcgi.logging=0"];
 
-/// A reload or recycling goes on though one that leaves has something to finish.
+/// With this flag, a reload or recycling continues while an old process still has something to finish.
 const ALL: [&str; 2] = ["--max-unavailable", "100%"];
 
 fn place() -> Place {
@@ -47,7 +47,7 @@ impl<'a> Waiting<'a> {
         let name = place.path(name).to_string_lossy().into_owned();
         let gate = format!("{name}.gate");
         nix::unistd::mkfifo(gate.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        // For reading too, so that this does not wait for the other end.
+        // Opened for reading too, so that the open does not wait for the other end.
         let gate = File::options().read(true).write(true).open(gate).unwrap();
         Self { place, name, gate }
     }
@@ -56,7 +56,7 @@ impl<'a> Waiting<'a> {
         format!("/children.php?do=wait&name={}", self.name)
     }
 
-    /// Returns when the program that it waits for is there: its pid.
+    /// Returns when the program that the request waits for has started: the program's pid.
     fn has_begun(&self) -> i32 {
         number_in(Path::new(&format!("{}.in", self.name)))
     }
@@ -78,7 +78,7 @@ fn number_in(path: &Path) -> i32 {
     })
 }
 
-/// Ends a process that has been left, however the test ends.
+/// Kills a leftover process, however the test ends.
 struct Left(i32);
 
 impl Drop for Left {
@@ -91,7 +91,7 @@ fn lives(pid: i32) -> bool {
     !is_gone(pid)
 }
 
-/// Asks for a page that waits for a program, does something to the server, and lets the program go when `done` returns.
+/// Requests a page that waits for a program, runs `done`, and lets the program continue when `done` returns.
 fn is_finished(place: &Place, name: &str, server: &mut Server, done: impl FnOnce(&mut Server)) {
     let waiting = Waiting::new(place, name);
     let mut gate = Waiting { gate: waiting.gate.try_clone().unwrap(), place, name: waiting.name.clone() };
@@ -109,7 +109,7 @@ fn is_finished(place: &Place, name: &str, server: &mut Server, done: impl FnOnce
     assert_eq!(answer, "status=0 out=picture made\n", "{}", server.log());
 }
 
-// ---- what a page waits for ----
+// ---- processes that a page waits for ----
 
 #[test]
 fn a_reload_leaves_alone_what_a_request_waits_for() {
@@ -129,7 +129,7 @@ fn a_stop_leaves_alone_what_a_request_waits_for() {
     let mut server = start(&place, &[], &[]);
     is_finished(&place, "a", &mut server, |server| {
         server.signal(Signal::SIGTERM);
-        server.wait_for("worker left"); // the other one, which had nothing to do
+        server.wait_for("worker left"); // the other worker, which was idle
     });
     assert_eq!(server.wait_end(), Some(0));
     assert!(!server.log().contains("signal="), "nobody was killed: {}", server.log());
@@ -220,7 +220,7 @@ fn a_job_that_ignores_term_is_killed_and_the_stop_does_not_wait_for_it() {
     assert!(server.log().contains(&format!("pid={job} name=sleep signal=SIGKILL")), "{}", server.log());
 }
 
-/// It has the listening socket as its standard input, and outlives the server.
+/// The process has the listening socket as its standard input, and outlives the server.
 #[test]
 fn what_still_has_the_socket_is_named_and_its_address_is_free() {
     let place = with_page(Place::with_port());
@@ -242,7 +242,7 @@ fn what_still_has_the_socket_is_named_and_its_address_is_free() {
 
 // ---- wrappers ----
 
-/// All that comes from the server and is called so.
+/// All descendants of the server with this name.
 fn named(server: &Server, name: &str) -> Vec<i32> {
     let mut family = vec![server.pid().as_raw()];
     let mut at = 0;
@@ -254,7 +254,7 @@ fn named(server: &Server, name: &str) -> Vec<i32> {
     family
 }
 
-/// The wrapper is ended by TERM, or is not, and then waits for its child.
+/// The wrapper ends on TERM, or ignores TERM and then waits for its child.
 #[test]
 fn a_wrapper_and_what_it_has_started_leave_together_when_the_request_is_finished() {
     for script in ["\"$@\"; true", "trap : TERM; \"$@\"; true", "trap '' TERM; (trap - TERM; exec \"$@\"); true"] {
@@ -322,12 +322,12 @@ fn the_workers_of_a_perl_manager_finish_and_so_does_what_they_wait_for() {
     assert!(!server.log().contains("signal=KILL"), "{}", server.log());
 }
 
-/// One that is left behind by a program that has ended, and takes connections: it would go on beside its replacement.
+/// A process that its parent program has left behind still accepts connections: it would compete with the replacement.
 #[test]
 fn who_is_left_behind_and_takes_connections_is_asked_to_leave() {
     let place = place();
     let command = [&["setsid"][..], &PHP].concat();
-    // setsid forks, and ends with 0.
+    // setsid forks, and exits with 0.
     let mut server = Server::launch(&mut place.run(&[], &command));
     server.wait_for("what a worker left behind takes connections: asked to leave");
     server.wait_for("workers die before they are ready");
@@ -335,7 +335,7 @@ fn who_is_left_behind_and_takes_connections_is_asked_to_leave() {
     assert_eq!(named(&server, "php-cgi"), [], "{}", server.log());
 }
 
-// ---- what a child does to the listening socket ----
+// ---- changes to the listening socket by a child ----
 
 #[test]
 fn a_child_that_makes_the_socket_non_blocking_does_no_harm() {
@@ -361,7 +361,7 @@ fn a_child_that_makes_the_socket_non_blocking_does_no_harm() {
 fn a_child_that_shuts_the_socket_down_does_no_lasting_harm() {
     for place in [place(), with_page(Place::with_port())] {
         let mut server = start(&place, &["--socket-mode", "600"], &[]);
-        let _ = place.ask("/children.php?do=shutdown", b""); // its own connection is whole, and that is not the point
+        let _ = place.ask("/children.php?do=shutdown", b""); // the result of this request does not matter
         server.wait_for("the listening socket was had anew");
         wait_until("it is served again", || place.ask("/children.php?do=pid", b"").ok());
         server.signal(Signal::SIGHUP);
@@ -376,13 +376,13 @@ fn a_child_that_shuts_the_socket_down_does_no_lasting_harm() {
     }
 }
 
-/// The same on the socket that another program has passed to the server.
+/// The same with a socket that another program has passed to the server.
 #[test]
 fn a_socket_that_was_passed_on_and_shut_down_listens_again() {
     let place = with_page(Place::with_port());
     let listener = std::net::TcpListener::bind(place.address.strip_prefix("fastcgi:").unwrap()).unwrap();
     let mut command = Command::new(common::program("forkyard"));
-    // Standard input is a listening socket: so no --bind is needed.
+    // Standard input is a listening socket, so --bind is not needed.
     command
         .args(["run", "--workers", "2", "--"])
         .args(PHP)
@@ -394,7 +394,7 @@ fn a_socket_that_was_passed_on_and_shut_down_listens_again() {
     server.stop();
 }
 
-/// Node, Go and the like make the socket non-blocking themselves, and must find it so.
+/// Node, Go and similar runtimes make the socket non-blocking themselves, and must find it non-blocking.
 #[test]
 fn a_program_with_an_event_loop_keeps_its_socket_non_blocking() {
     let place = Place::new();

@@ -11,7 +11,7 @@ use std::process::Command;
 use common::http::Client;
 use common::{Server, program};
 
-/// Asks for a script with a query, and for one that does not exist.
+/// Requests a script with a query, and a script that does not exist.
 fn php_behind(front: fronts::Front) {
     let directory = fronts::shared_folder();
     std::fs::write(directory.path().join("sum.php"), "<?php echo 'the sum is ', $_GET['a'] + $_GET['b'];").unwrap();

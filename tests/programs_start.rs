@@ -1,5 +1,5 @@
-//! When an external program counts as started, and what is done about one that does not start: programs that end well at once, that only
-//! look as if they were ready, that never take the listening socket, wrappers that fail, and daemons that put themselves into the background.
+//! When an external program counts as started, and how failed starts are handled: programs that exit with status 0 at once, that only
+//! look ready, or that never use the listening socket; wrappers that fail; daemons that move to the background.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -14,7 +14,7 @@ use common::{Server, is_gone, process, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// A server that runs the C program by way of a script, which can be replaced.
+/// Starts a server that runs the C program through a script. The script can be replaced.
 fn start(place: &Place, options: &[&str]) -> (Server, String) {
     let hello = place.compile_hello();
     let text = format!("#!/bin/sh\nexec {}\n", hello.display());
@@ -22,7 +22,7 @@ fn start(place: &Place, options: &[&str]) -> (Server, String) {
     (Server::start_command(&mut place.run(options, &[&app])), app)
 }
 
-/// A number that stands behind this in a line.
+/// The number after this text in a line.
 fn after(line: &str, what: &str) -> u128 {
     let rest = line.split_once(what).unwrap_or_else(|| panic!("no {what:?} in {line:?}")).1;
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
@@ -72,7 +72,7 @@ fn a_program_that_ends_well_at_once_is_tried_ever_more_rarely() {
         assert!(line.contains("php-cgi is one, php is not"), "{line}");
     }
     server.stop();
-    // Some at the start, then one alone each time.
+    // Several at the start, then one alone each time.
     assert!(server.log().matches("left of its own accord").count() <= 10 + 1 + 5, "{}", server.log());
 }
 
@@ -93,7 +93,7 @@ fn in_a_pool_that_serves_one_that_ends_well_at_once_is_tried_ever_more_rarely_to
 
 // ---- readiness ----
 
-/// It connects to its database, loads for longer than a program has to run to be taken for ready otherwise, and dies.
+/// The program connects to its database, loads for longer than the settle time, and dies.
 #[test]
 fn a_connection_to_a_database_and_a_long_start_are_no_readiness() {
     let place = Place::new();
@@ -133,7 +133,7 @@ fn a_program_with_an_event_loop_is_ready_when_it_watches_the_socket() {
         gate.display()
     );
     let app = place.script("app", &text);
-    // Without what can be seen it would be ready in an hour.
+    // With the settle time alone, the program would be ready after an hour.
     let mut server = Server::launch(&mut place.run(&["--settle", "1h"], &[&app]));
     server.wait_for("| loading");
     std::fs::write(gate, "").unwrap();
@@ -175,7 +175,7 @@ fn php_fpm_which_binds_a_socket_of_its_own_is_named_and_not_ready() {
     );
     std::fs::write(place.path("fpm.conf"), text).unwrap();
     let configuration = place.path("fpm.conf").to_string_lossy().into_owned();
-    // On a busy machine it takes php-fpm longer than the default time to let go of its standard input.
+    // On a busy machine php-fpm may take longer than the default time to close its standard input.
     let options = ["--settle", "6s", "--start-timeout", "8s"];
     let mut server =
         Server::launch(&mut place.run(&options, &[&format!("/usr/sbin/{fpm}"), "-R", "-F", "-y", &configuration]));
@@ -216,12 +216,12 @@ fn an_upgrade_and_a_late_start_do_not_forget_that_programs_are_seen_to_accept() 
             Command::new(program("forkyard")).arg(what).arg("--control").arg(&control).output_in_time().unwrap();
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
-    // It counts as ready after a second, and accepts a little later, which is noticed.
+    // The program counts as ready after a second, and accepts a little later, which the master notices.
     wait_until("a program that never accepts fails a reload", || {
         write("['sleep', '600']");
         let (status, said) = ask("reload");
         if status == Some(0) {
-            write(ours); // it was not seen yet
+            write(ours); // the master had not yet seen the program accept
             assert_eq!(ask("reload").0, Some(0));
             return None;
         }

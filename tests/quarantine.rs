@@ -1,4 +1,4 @@
-//! A request of which workers die is refused for a while; the others are answered all the time.
+//! A request that kills workers is refused for a while; all other requests are answered throughout.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -19,7 +19,7 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&["--bind", "http:127.0.0.1:0", "--workers", "3"], arguments].concat())
 }
 
-/// Asks for what kills until it does not any more, and returns how often it did.
+/// Sends a deadly request until it is refused. Returns the number of deaths.
 fn poison(address: &str, mut path: impl FnMut(usize) -> String) -> usize {
     let refused = |path: &str| http::get(address, path).is_ok_and(|response| response.status == 503);
     let mut deaths = 0;
@@ -39,12 +39,12 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
     let mut deaths = 0;
     std::thread::scope(|scope| {
         let _stop = StopOnDrop(&stop);
-        // A popular route, in flight all the time, also in the workers that die.
+        // A popular route, which is always in flight, also in the workers that die.
         for _ in 0..4 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     let Ok(mut client) = Client::connect(&address) else { continue };
-                    // By a death it may get a 502, and the connection end; any other response is the right one.
+                    // When its worker dies, the request may get a 502 and the connection may end. Any other response is the regular one.
                     while let Ok(response) = client.request("GET", "/slow/5", b"") {
                         if response.status == 502 {
                             break;
@@ -58,7 +58,7 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
                 }
             });
         }
-        // A client may ask once more before the master has drawn its conclusions.
+        // A client may send the request again before the master has quarantined it.
         deaths = poison(&address, |_| "/segv?once=more".to_owned());
         assert!(deaths >= 3);
         let line = server.wait_for("quarantined request=");
@@ -96,7 +96,7 @@ fn a_relapse_takes_one_death() {
     poison(&server.http(), |_| "/exit/3".to_owned());
     assert!(server.wait_for("quarantined").contains("times=1"));
     server.wait_for("let go request=\"GET /exit/3\"");
-    // The workers' clock is that of the kernel's ticks.
+    // The workers read a coarse clock, with the resolution of the kernel's ticks.
     wait_until("it kills again", || (http::get(&server.http(), "/exit/3").unwrap().status == 502).then_some(()));
     assert!(server.wait_for("quarantined").contains("times=2"));
     server.stop();
@@ -122,7 +122,7 @@ fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that()
     for _ in 0..3 {
         assert_eq!(http::get(&address, "/thread/hang?a=b").unwrap().status, 504);
         server.wait_for("reason=hung thread");
-        server.wait_for("worker left"); // so that the next one hangs in another
+        server.wait_for("worker left"); // so that the next request hangs in another worker
     }
     let line = server.logged("quarantined request=");
     assert!(line.contains("request=\"GET /thread/hang\""), "{line}");
@@ -140,7 +140,7 @@ fn functions_that_hang_in_one_worker_count_once() {
     let hangs = ["--threads", "4", "--request-timeout", "100ms", "--hang-timeout", "300ms", "--quarantine", "2"];
     let command = command.args(["--bind", "http:127.0.0.1:0", "--workers", "1"]).args(hangs);
     let mut server = Server::start_command(command.env("CRASHY_BROKEN", &broken));
-    std::fs::write(&broken, "").unwrap(); // so that it stays
+    std::fs::write(&broken, "").unwrap(); // prevents a replacement, so that the worker stays
     for _ in 0..3 {
         assert_eq!(http::get(&server.http(), "/thread/hang").unwrap().status, 504);
         server.wait_for("reason=hung thread");
@@ -172,7 +172,7 @@ fn a_signal_that_another_process_has_sent_accuses_no_request_and_the_log_says_wh
         assert!(line.contains(&format!(" sent_by={own} ")) && !line.contains("crashed_in"), "{line}");
         drop(connections);
     }
-    // What a process sends itself does.
+    // A signal that a process sends to itself does count.
     wait_until("there is a worker", || (http::get(&server.http(), "/abort").ok()?.status == 502).then_some(()));
     server.wait_for("quarantined request=\"GET /abort\"");
     server.stop();
@@ -190,12 +190,12 @@ fn it_can_be_switched_off() {
     server.stop();
 }
 
-/// How requests reach a worker together.
+/// How the requests reach a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// Each on a connection of its own.
+    /// Each request on its own connection.
     Apart(Protocol),
-    /// All on one connection.
+    /// All requests on one connection.
     FastCgi,
     Http2,
 }
@@ -211,7 +211,7 @@ impl Way {
         protocol.start("crashy", &arguments)
     }
 
-    /// Sends these requests, and returns the connections with them. The last request is on the last connection.
+    /// Sends these requests, and returns their connections. The last request is on the last connection.
     fn send(self, server: &Server, targets: &[&str]) -> Vec<UnixStream> {
         let together = |bytes: Vec<u8>| {
             let mut stream = raw::connect(&server.binds[0]);
@@ -250,7 +250,7 @@ impl Way {
         }
     }
 
-    /// Reads until this status is there.
+    /// Reads until this status has arrived.
     fn expect(self, mut stream: &UnixStream, status: u16) {
         let mut response = Vec::new();
         while !self.has_status(&response, status) {
@@ -262,12 +262,12 @@ impl Way {
     }
 }
 
-/// The row of the one worker, if it serves: that of a dead one stays as it was until the next has come.
+/// The row of the only worker, if it is ready: the row of a dead worker stays unchanged until its replacement has started.
 fn serving(board: &Scoreboard) -> Option<Snapshot> {
     board.read(0).filter(|row| row.state == State::Ready)
 }
 
-/// Has a worker serve these, waits until it does, and then sends `last` in the same way.
+/// Sends `others`, waits until the worker serves them, and then sends `last` in the same way.
 fn send_among(way: Way, server: &Server, others: &[&str], last: &str) -> Vec<UnixStream> {
     let board = server.segment().scoreboard();
     wait_until("the worker is there", || serving(&board));
@@ -286,7 +286,7 @@ fn in_quotes<'a>(line: &'a str, key: &str) -> &'a str {
 #[test]
 fn poison_among_a_hundred_others_is_named_and_refused_after_as_many_deaths_as_on_an_idle_worker() {
     let hundred = ["/slow/600000"; 100];
-    // More threads than the scoreboard has seats for.
+    // More threads than the scoreboard has slots for.
     let busy = [&hundred[..], &["/thread/sleep-600000"; 18]].concat();
     let http = Way::Apart(Protocol::Http);
     for (way, poison, named, others) in [

@@ -1,4 +1,4 @@
-//! Workers that have served their time are replaced, and nobody notices.
+//! Workers at a recycling limit are replaced without an effect on clients.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 

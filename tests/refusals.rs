@@ -1,4 +1,5 @@
-//! Requests that cannot be read, over each protocol: who sent them is in the access log, and why they were refused in the log.
+//! Requests that cannot be parsed, over each protocol: the access log has the client's address, and the log has the reason of the
+//! refusal.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -11,19 +12,19 @@ use common::raw::connect;
 use common::{Server, fastcgi, http2};
 use tempfile::TempDir;
 
-/// A server with an access log in `directory`.
+/// Starts a server with an access log in `directory`.
 fn start(directory: &TempDir, bind: &str, arguments: &[&str]) -> Server {
     let log = directory.path().join("access");
     let common = ["--workers", "1", "--bind", bind, "--access-log", log.to_str().unwrap()];
     Server::start("mirror", &[&common, arguments].concat())
 }
 
-/// Sends bytes on a connection of their own, and returns all that comes back.
+/// Sends bytes on a new connection, and returns everything that the server sends.
 fn exchange(bind: &str, bytes: &[u8]) -> String {
     let mut stream = connect(bind);
     let mut write = stream.try_clone().unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(move || drop(write.write_all(bytes))); // the server may have heard enough
+        scope.spawn(move || drop(write.write_all(bytes))); // the server may stop reading early
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
         let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -31,7 +32,7 @@ fn exchange(bind: &str, bytes: &[u8]) -> String {
     })
 }
 
-/// The statuses of the requests without a name in the access log, sorted; all of them with the client's address.
+/// The statuses of the access log entries without a request line, sorted. Checks that each has the client's address.
 fn unread(directory: &Path) -> Vec<u16> {
     let lines = std::fs::read_to_string(directory.join("access")).unwrap();
     let rest = lines.lines().filter_map(|line| Some((line, line.split_once("] \"-\" ")?.1)));
@@ -87,7 +88,7 @@ fn what_http_cannot_read_is_in_both_logs() {
 fn what_http_2_cannot_read_is_in_both_logs() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = start(&directory, "http:127.0.0.1:0", &["--max-params", "8K"]);
-    // A head beyond the limit, which has a name; then a frame that cannot be there.
+    // A head beyond the limit, whose request line is known; then a frame that is invalid in this position.
     let mut client = http2::Client::connect(&server.http()).unwrap();
     let cookies: Vec<String> = (0..80).map(|number| format!("{number}{}", "v".repeat(100))).collect();
     let fields: Vec<(&str, &str)> = cookies.iter().map(|cookie| ("x", cookie.as_str())).collect();
@@ -156,7 +157,7 @@ fn a_head_that_does_not_come_in_time_is_answered_where_that_is_possible_and_logg
             assert_eq!(answer, "");
         }
     }
-    // Nothing at all is no request.
+    // A connection without any data is not a request.
     server.stop();
     assert!(server.log().contains("within --header-timeout status=408 protocol=http from=127.0.0.1:"));
     assert_eq!(unread(directory.path()), [408; 4]);

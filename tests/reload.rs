@@ -1,4 +1,4 @@
-//! Reloads: gated by readiness and health, bounded in how many at a time, reported with a reason.
+//! Reloads: they wait for readiness and health, replace a limited number of workers at a time, and report failures with a reason.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -30,7 +30,7 @@ fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
     }
     server.has_only(&old);
 
-    // What was broken is mended, without a reload. Whoever dies now is replaced by one of the old generation.
+    // The application is repaired, without a reload. A worker that dies now is replaced by a worker of the old generation.
     std::fs::remove_file(&broken).unwrap();
     let victim = *old.first().unwrap();
     kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
@@ -89,7 +89,7 @@ fn no_more_are_replaced_at_a_time_than_may_be_and_the_new_ones_come_first() {
         let mut most = BTreeSet::new();
         wait_until("all are replaced", || {
             let children = server.workers();
-            // The list takes a while, and misses who came when another had left: what is true is seen twice.
+            // Listing takes a while, and may miss a worker that starts while another exits. A count is used only if two lists agree.
             if children == server.workers() {
                 most.insert(children.len());
             }

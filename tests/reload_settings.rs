@@ -1,7 +1,7 @@
-//! A reload takes over each setting, or names it: a table of all that there are, as the programs' own help lists them.
+//! A reload applies each setting, or names it as not applied: a table of all settings, checked against the programs' own help.
 //!
-//! A new flag needs a row here. `Seen` says where the setting is seen at work: at the processes that are made, or in what
-//! the part of the master, or the worker, that goes by it logs of it (at the level debug).
+//! A new flag needs a row here. `Seen` defines how a change is observed: in the new processes, or in the settings that the responsible
+//! part of the master or the worker logs at level debug.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -16,32 +16,32 @@ use std::process::{Command, Output};
 use common::limit::InTime as _;
 use common::{Server, program, wait_until};
 
-/// How it is seen that a reload has taken a setting over.
+/// How the test observes that a reload has applied a setting.
 #[derive(Clone, Copy)]
 enum Seen {
-    /// It is not: it is named in the warning.
+    /// The reload does not apply the setting: the warning names it.
     Named,
-    /// In what a new worker logs of its settings.
+    /// In the settings that a new worker logs.
     InWorker,
-    /// In what this part of the master logs of its settings.
+    /// In the settings that this part of the master logs.
     InMaster(&'static str),
-    /// In what the kernel says of a new worker or program.
+    /// In what the kernel reports about a new worker or program.
     OfWorker(fn(i32) -> String),
-    /// The same, and of a daemon as well.
+    /// As `OfWorker`, and about a daemon as well.
     OfProcesses(fn(i32) -> String),
-    /// Of a daemon, whose environment the kernel shows; of a program as well.
+    /// In the environment of a daemon, as the kernel reports it; of a program as well.
     InEnvironment,
-    /// In the log between the beginning of the reload and its end.
+    /// In the log between the beginning and the end of the reload.
     InLog(fn(&str) -> String),
-    /// At a file in the directory.
+    /// In a file in the directory.
     AtFile(fn(&Path) -> String),
-    /// Why there is nothing to be seen.
+    /// Not observable, for this reason.
     Never(#[expect(dead_code, reason = "it is for who reads the table")] &'static str),
 }
 
 use Seen::{AtFile, InEnvironment, InLog, InMaster, InWorker, Named, Never, OfProcesses, OfWorker};
 
-/// A setting, what it is changed to, and how that is seen. `with` are further settings, before the change and after it.
+/// A setting, its new value, and how the change is observed. `with` holds further settings, before and after the change.
 struct Row {
     name: &'static str,
     to: &'static str,
@@ -192,11 +192,11 @@ fn reloads_in(path: &Path) -> String {
     std::fs::read_to_string(path).map_or(0, |text| text.matches("reload done").count()).to_string()
 }
 
-/// The flags of a command, as its help lists them.
+/// The flags of a command, from its help.
 fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
     let help = Command::new(program(name)).args(arguments).arg("--help").output_in_time().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
-    // The names stand in a column of their own, so that no line of a description is taken for one.
+    // Flag names are in their own column, so that no line of a description is taken for a flag.
     let names = help.lines().filter_map(|line| {
         let line = line.strip_prefix("      --").or_else(|| line.strip_prefix("  -").and_then(|line| line.get(4..)))?;
         let name = line.trim_start_matches('-').split([' ', '=', '[', '<']).next()?;
@@ -210,19 +210,19 @@ struct Served {
     server: Server,
     directory: tempfile::TempDir,
     name: &'static str,
-    /// The worker and the daemon of the last reload.
+    /// The worker and the daemon after the last reload.
     processes: (i32, i32),
-    /// What was logged since it was asked for.
+    /// The log since the last reload was requested.
     log: String,
 }
 
 impl Served {
-    /// `run` is what comes before the flags.
+    /// `run` holds the arguments before the flags.
     fn start(name: &'static str, run: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let at = directory.path();
         std::fs::set_permissions(at, PermissionsExt::from_mode(0o755)).unwrap();
-        // A program that is there with another root too, by the same path.
+        // A static program, which has the same path under another root.
         let source = at.join("wait.c");
         std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
         let built = Command::new("gcc").args(["-static", "-o"]).arg(at.join("wait")).arg(&source).status_in_time();
@@ -241,11 +241,11 @@ impl Served {
         served
     }
 
-    /// Has the settings in the file be these, beside those of all, and reloads. Returns what the reload said.
+    /// Writes these settings and the common ones to the file, and reloads. Returns the output of the reload.
     fn reload(&mut self, is_run: bool, settings: &[(&str, &str)]) -> String {
         let at = self.directory.path();
         write_file(at, is_run, settings);
-        // That of a former row: whoever still writes to it is about to stop.
+        // The log of an earlier row: a process that still writes to it is about to stop.
         let _ = std::fs::remove_file(at.join("log"));
         let before = self.server.log().len();
         let said = self.ask(&["reload"]);
@@ -256,7 +256,7 @@ impl Served {
             let own = server.log().get(before..).unwrap_or_default().to_owned();
             own + &std::fs::read_to_string(&log).unwrap_or_default()
         };
-        // The daemon is the last that changes.
+        // The daemon is the last process to change.
         let server = &self.server;
         self.log = wait_until("the daemon is new", || {
             let text = all(server);
@@ -282,7 +282,7 @@ impl Served {
         Command::new(program(self.name)).args(arguments).env("FORKYARD_CONTROL", socket).output_in_time().unwrap()
     }
 
-    /// What is to be seen of a setting.
+    /// The observable state of a setting.
     fn look(&self, seen: Seen, is_run: bool) -> String {
         let (worker, daemon) = self.processes;
         match seen {
@@ -298,11 +298,11 @@ impl Served {
         }
     }
 
-    /// The last that this part has logged of its settings.
+    /// The settings that this part has logged last.
     fn settings(&self, part: &str) -> String {
         let line = self.log.lines().rfind(|line| line.contains(&format!("settings part={part}")));
         let line = line.unwrap_or_else(|| panic!("{part} says nothing in\n{}", self.log));
-        // What is of this worker alone stands before that.
+        // Data that differs between workers comes before the settings.
         line.split_once(" Config {").or_else(|| line.split_once("part=")).unwrap().1.to_owned()
     }
 }

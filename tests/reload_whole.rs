@@ -1,5 +1,5 @@
-//! A reload with changed settings as a whole: what it takes over reaches each process that it concerns, in the right order,
-//! and nothing of it if it is broken or fails.
+//! A reload with changed settings: the changes reach each affected process, in the right order. If the settings are invalid or the reload
+//! fails, nothing changes.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -60,7 +60,7 @@ impl Served {
         }
     }
 
-    /// The process of this name that runs, once it is not `old`.
+    /// The pid of the daemon with this name, from its next start line.
     fn daemon(&mut self, name: &str) -> i32 {
         let line = self.server.wait_for(&format!("daemon started name={name} "));
         number_behind(&line, "pid=")
@@ -99,7 +99,7 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
     assert_eq!(user_of(daemon), 4711);
     assert!(served.server.wait_for("cron=c").ends_with("| 4711"));
     let publish = |served: &Served| {
-        // Its relay runs as the workers do, and has to be made anew.
+        // The relay runs with the workers' user, and must be replaced.
         let path = served.path("events");
         let sent = std::os::unix::net::UnixDatagram::unbound().unwrap().send_to(b"topic\n\nwords", path);
         assert!(sent.is_ok(), "{sent:?}");
@@ -115,7 +115,7 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
     });
     let daemon = served.daemon("d");
     assert_eq!(user_of(daemon), 4712);
-    // A job that had begun before is as it was.
+    // A job that started before the reload keeps the old user.
     wait_until("jobs are of the new user", || served.server.wait_for("cron=c").ends_with("| 4712").then_some(()));
     for name in ["a.sock", "events"] {
         let metadata = std::fs::metadata(served.path(name)).unwrap();
@@ -143,7 +143,7 @@ fn a_reload_starts_daemons_and_jobs_that_are_new_and_stops_those_that_are_not_wa
     let count = served.server.log().matches("daemon started name=gone").count();
     assert_eq!(count, 1, "it is not started again");
 
-    // None any more, and the server ends all the same.
+    // Without daemons and jobs, the server also ends.
     served.reloaded(HTTP);
     wait_until("all are gone", || (is_gone(new) && is_gone(changed)).then_some(()));
     served.server.stop();
@@ -163,16 +163,16 @@ fn a_reload_moves_the_logs_and_changes_their_form() {
     wait_until("the log is in the file", || read(&served, "log").contains("\"reload done\"").then_some(()));
     assert!(read(&served, "log").lines().all(|line| line.starts_with("{\"time\"")), "{}", read(&served, "log"));
     assert!(!served.server.log().contains("reload done"));
-    // An old worker may have been asked first.
+    // An old worker may have answered first.
     wait_until("there is a line", || {
         assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
         read(&served, "other").contains("\"target\":\"/ok\"").then_some(())
     });
-    // What a worker logs itself goes there too.
+    // The worker's own log lines go to the file too.
     assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
     wait_until("it is there", || read(&served, "log").contains("/panic").then_some(()));
 
-    // After a rotation all of it is where the settings say.
+    // After a rotation, both logs are in the configured files.
     for name in ["log", "other"] {
         std::fs::rename(served.path(name), served.path(&format!("{name}.1"))).unwrap();
     }

@@ -1,5 +1,5 @@
-//! `forkyard run`: external FastCGI programs that accept from the public socket themselves. The programs are
-//! php-cgi with a script, a C program on libfcgi, and a few that do not behave.
+//! `forkyard run`: external FastCGI programs that accept from the public socket themselves. The programs are php-cgi with a script, a C
+//! program that uses libfcgi, and a few that misbehave.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -36,7 +36,7 @@ fn php_answers() {
     assert!(!place.socket().exists());
 }
 
-/// It also finds that php-cgi does not fork children of its own, however much its environment asks for that.
+/// php-cgi must not fork children of its own, whatever its environment requests.
 #[test]
 fn php_knows_its_slot_and_forks_no_children() {
     let place = Place::new();
@@ -44,7 +44,7 @@ fn php_knows_its_slot_and_forks_no_children() {
     let children = server.workers();
     assert_eq!(children.len(), 2);
     let mut slots = BTreeSet::new();
-    // Which of the two answers is for the kernel to say, so each is made to answer by stopping the other.
+    // The kernel chooses which process answers, so each is made to answer by stopping the other.
     for (&pid, other) in children.iter().zip(children.iter().rev()) {
         common::stop(Pid::from_raw(*other));
         let environment = place.text("/pages.php?do=environment");
@@ -72,7 +72,7 @@ fn php_may_leave_after_some_requests() {
         let pid: i32 = value(&environment, "pid").and_then(|pid| pid.parse().ok()).expect("it says its pid");
         seen.insert(pid);
     }
-    // 200 requests, 20 each, and two processes are not done yet.
+    // 200 requests at 20 per process; two processes have not reached the limit yet.
     assert!(seen.len() >= 10, "{seen:?}");
     for _ in 0..8 {
         let line = server.wait_for("worker left of its own accord");
@@ -86,7 +86,7 @@ fn php_may_leave_after_some_requests() {
     assert!(!server.log().contains("worker died"), "{}", server.log());
 }
 
-/// With never a moment in which nobody asks, so that the processes are not seen waiting.
+/// Requests are always in flight, so that the processes are never seen idle.
 #[test]
 fn php_may_leave_however_busy_it_is() {
     let place = Place::new();
@@ -115,7 +115,7 @@ fn php_may_leave_however_busy_it_is() {
     assert!(!failing.into_inner(), "{}", server.log());
     server.stop();
     let log = server.log();
-    // 800 requests, 20 each, and two processes are not done yet.
+    // 800 requests at 20 per process; two processes have not reached the limit yet.
     assert!(log.matches("worker left of its own accord").count() >= 38, "{log}");
 }
 
@@ -154,7 +154,7 @@ fn a_c_program_answers() {
     assert_eq!(left, 2, "{}", server.log());
 }
 
-/// The environment as the operator gave it and our three variables; four descriptors and no more.
+/// A program inherits the operator's environment, Forkyard's three variables, and exactly four descriptors.
 #[test]
 fn a_program_inherits_what_it_should() {
     let place = Place::new();
@@ -166,9 +166,9 @@ fn a_program_inherits_what_it_should() {
     assert!(matches!(value(&environment, "FORKYARD_SLOT"), Some("0" | "1")), "{environment}");
     assert_eq!(value(&environment, "FORKYARD_GENERATION"), Some("1"));
     for pid in server.workers() {
-        // It lets through what it was given; all of it, that is.
+        // The program keeps the signal mask that it inherited, which must be empty.
         wait_until("it blocks no signal", || (blocked_signals(pid)? == 0).then_some(()));
-        // The socket, the output twice, the segment; a connection may just be closing.
+        // The socket, the output twice, and the segment; a connection may still be closing.
         wait_until("it has four descriptors", || (descriptors_of(pid) == 4).then_some(()));
         let environment = std::fs::read_to_string(format!("/proc/{pid}/environ")).unwrap().replace('\0', "\n");
         let segment = value(&environment, "FORKYARD_SHM").expect("the descriptor of the segment");
@@ -179,7 +179,7 @@ fn a_program_inherits_what_it_should() {
     }
 }
 
-/// What has left its program's process group lives on, and with it what it has inherited.
+/// A process that has left its program's process group survives, with its inherited descriptors.
 #[test]
 fn what_outlives_its_program_does_not_keep_the_cache_file() {
     let place = Place::new();
@@ -209,7 +209,7 @@ fn what_outlives_its_program_does_not_keep_the_cache_file() {
     assert_eq!(std::fs::read_link(format!("/proc/{pid}/fd/{segment}")).unwrap(), file);
     let of_the_first = survivors(3);
     server.stop();
-    // A stop ends what a daemon has left.
+    // A stop ends the processes that a daemon has left.
     assert_eq!(of_the_first.iter().filter(|&&pid| !is_gone(pid)).count(), 2, "{}", server.log());
 
     let mut server = Server::start_command(&mut command());
@@ -226,7 +226,7 @@ fn what_outlives_its_program_does_not_keep_the_cache_file() {
     server.stop();
 }
 
-/// As one whose output goes to a pager does.
+/// The client stops like one whose output goes to a pager.
 #[test]
 fn a_client_that_hangs_does_not_keep_the_cache_file() {
     let place = Place::new();
@@ -250,19 +250,19 @@ fn a_client_that_hangs_does_not_keep_the_cache_file() {
     server.stop();
 }
 
-/// Kills the processes whose numbers are in a file.
+/// Kills the processes whose pids are in a file.
 struct Killed<'a>(&'a Path);
 
 impl Drop for Killed<'_> {
     fn drop(&mut self) {
         let pids = std::fs::read_to_string(self.0).unwrap_or_default();
         for pid in pids.lines().filter_map(|pid| pid.parse().ok()) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL); // it may be over
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL); // the process may have ended
         }
     }
 }
 
-/// The signals that a process blocks, as bits.
+/// The signals that a process blocks, as a bit mask.
 fn blocked_signals(pid: i32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"))?;
@@ -305,7 +305,7 @@ fn the_log_says_how_a_program_died() {
     server.stop();
 }
 
-/// Reloads while requests come one after the other, from two clients. Returns how many were answered.
+/// Reloads while two clients send requests one after the other. Returns the number of responses.
 fn reload_under_load(place: &Place, server: &mut Server, target: &str) -> usize {
     let before = server.workers();
     let (done, answered) = (AtomicBool::new(false), std::sync::atomic::AtomicUsize::new(0));
@@ -351,7 +351,7 @@ fn a_reload_replaces_all_and_loses_no_request() {
 #[test]
 fn a_reload_of_php_loses_no_request() {
     let place = Place::new();
-    // Without this it would leave after 500 requests, reload or not.
+    // Without this variable php-cgi exits after 500 requests, with or without a reload.
     let mut server = place.start_php(&[], &[("PHP_FCGI_MAX_REQUESTS", "0")]);
     assert!(reload_under_load(&place, &mut server, "/pages.php?do=add&a=1&b=2") >= 40);
     assert_eq!(value(&place.text("/pages.php?do=environment"), "FORKYARD_GENERATION"), Some("2"));
@@ -368,7 +368,7 @@ fn at_the_end_nothing_is_left() {
     assert!(place.socket().exists());
     server.stop();
     assert!(!place.socket().exists());
-    // The master reaped them, so not even zombies are left.
+    // The master reaped the processes, so not even zombies are left.
     assert!(pids.iter().all(|pid| process(*pid).is_none()));
 }
 
@@ -389,9 +389,9 @@ fn no_program_outlives_its_master() {
     next.stop();
 }
 
-// ---- programs that do not behave ----
+// ---- programs that misbehave ----
 
-/// How a command that should fail has failed: its status and what it said.
+/// Runs a command that must fail. Returns its status and output.
 fn failure(command: &mut Command) -> (Option<i32>, String) {
     let Output { status, stdout, stderr } = command.output_in_time().unwrap();
     assert_eq!(stdout, b"");
@@ -442,14 +442,14 @@ fn a_program_that_dies_at_once_is_tried_ever_more_rarely() {
     server.stop();
     assert!(!place.socket().exists());
     let log = server.log();
-    // Two at the start, then one alone each time; what dies after the last line that was waited for is not counted.
+    // Two at the start, then one alone each time. Deaths after the last awaited line are not counted.
     let until_then = log.split(" 4 in a row").next().unwrap();
     let died = until_then.lines().filter(|line| line.contains("worker died") && line.contains("status=1")).count();
     assert!((4..=6).contains(&died), "{log}");
     assert!(!log.contains("ready in "), "{log}");
 }
 
-/// Each process leaves two orphans: one that ends at once, and one that ends when the test says so.
+/// Each process leaves two orphans: one that ends at once, and one that ends when the test requests it.
 #[test]
 fn an_orphan_of_a_program_is_reaped() {
     let place = Place::new();
@@ -500,7 +500,7 @@ fn a_program_that_does_not_want_to_leave_is_killed() {
     assert!(!place.socket().exists());
 }
 
-/// A wrapper script's children hold the listening socket too: they would go on accepting beside the replacement.
+/// The children of a wrapper script hold the listening socket too: they would go on accepting connections alongside the replacement.
 #[test]
 fn what_a_wrapper_started_goes_with_it() {
     let place = Place::new();

@@ -1,4 +1,5 @@
-//! Shared memory that some process has written over, or whose file it has truncated: the server goes on, says so once, and a reload gives it new memory.
+//! Shared memory that another process has overwritten, or whose file it has truncated: the server keeps running, logs the damage once,
+//! and a reload creates new memory.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -31,7 +32,7 @@ impl Scribbled {
         Self { server: Server::start_command(&mut command), name, control, _folder: directory }
     }
 
-    /// Writes over all of the memory, as a program may that has it by `FORKYARD_SHM`.
+    /// Overwrites the whole memory, as a program with `FORKYARD_SHM` can.
     fn scribble(&self, memory: &File, with: &str) {
         let length = memory.metadata().unwrap().len();
         let mut random = fastrand::Rng::with_seed(length);
@@ -48,7 +49,7 @@ impl Scribbled {
         }
     }
 
-    /// The memory of the server's current generation.
+    /// The shared memory of the server's current generation.
     fn memory(&self) -> File {
         let directory = format!("/proc/{}/fd", self.server.pid());
         let is_memory =
@@ -69,7 +70,7 @@ impl Scribbled {
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
-    /// Reloads, and returns what is said when the processes from before are gone.
+    /// Reloads, and returns the output of the reload when the old processes are gone.
     fn reload(&self) -> String {
         let old = self.server.children();
         let output = self.ask(&["reload"]);
@@ -150,7 +151,7 @@ fn a_damaged_cache_file_makes_room_for_a_new_one() {
     again.server.stop();
 }
 
-/// What is done to a cache file while requests are answered.
+/// Damages a cache file while requests are answered.
 fn damage_file(file: &File, how: &str) {
     let whole = file.metadata().unwrap().len();
     match how {
@@ -181,7 +182,7 @@ fn a_truncated_cache_file_ends_neither_worker_nor_master_nor_a_request() {
             for client in 0..4 {
                 let (status, is_over) = (&status, &is_over);
                 scope.spawn(move || {
-                    // A thousand keys, in all parts of the cache.
+                    // A thousand keys, in all shards of the cache.
                     for number in (0..1000).cycle().skip(client * 250).take_while(|_| !is_over.load(Ordering::SeqCst)) {
                         let outcome = status(number);
                         assert!(matches!(outcome, Ok(200)), "{how}: page {number}: {outcome:?}");

@@ -1,5 +1,4 @@
-//! Clients that take their time: thousands of them cost little and keep nobody waiting, and each is sent away once its
-//! time is over.
+//! Slow clients: thousands of them cost little and do not delay other clients, and each is disconnected after its timeout.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,16 +16,16 @@ use common::raw::{self, ALL, Protocol};
 use common::{Server, status_number, wait_until};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Between two bytes of a slow client.
+/// The time between two bytes of a slow client.
 const PACE: Duration = Duration::from_secs(1);
-/// Seconds for which the slow clients are watched.
+/// Duration of the measurement, in seconds.
 const ROUNDS: usize = 5;
 
-/// How many clients the limits of this machine allow, up to 10,000.
+/// The number of clients that the limits of this machine allow, up to 10,000.
 fn clients() -> usize {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 16), hard).unwrap();
-    // Each worker may get all of them but for its own descriptors.
+    // Each worker may get all clients, and needs descriptors for itself.
     let clients = usize::try_from(hard).unwrap_or(usize::MAX).saturating_sub(100).min(10_000);
     assert!(clients >= 4000, "the hard limit of descriptors is {hard}, and this test needs 4100 (ulimit -Hn)");
     clients
@@ -36,10 +35,10 @@ fn memory(server: &Server) -> u64 {
     server.workers().into_iter().map(|worker| status_number(worker, "VmRSS").unwrap()).sum()
 }
 
-/// Thousands of slow clients, each of which has sent `begun`, send a byte a second. Returns the KiB that each costs.
+/// Thousands of slow clients, each of which has sent `begun`, send a byte per second. Checks the memory in KiB per client.
 fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
     let most = clients();
-    // To connect that often can take longer than a client has for a head.
+    // Opening this many connections can take longer than the timeout for a head.
     let never = ["--idle-timeout", "1h", "--header-timeout", "1h", "--body-timeout", "1h"];
     let most_of_each = most.to_string();
     let arguments = ["--bind", bind, "--workers", "2", "--max-connections", &most_of_each];
@@ -79,7 +78,7 @@ fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
     });
     let grown = memory(&server) - before;
     eprintln!("{protocol:?}, {what}: {most} connections, {grown} KiB, meanwhile {served} requests of others");
-    // Measured: 21 and 16 with HTTP, most of it hyper's buffers; 5 and 6 with FastCGI.
+    // Measured: 21 and 16 with HTTP, mostly hyper's buffers; 5 and 6 with FastCGI.
     let most_each = if protocol == Protocol::Http { 24 } else { 8 };
     assert!(grown < most_each * most as u64, "{protocol:?}, {what}: {grown} KiB for {most} connections");
     for stream in &mut slow {
@@ -114,7 +113,7 @@ const SHORT: [&str; 10] = [
     "debug,hyper=info,h2=info",
 ];
 
-/// Sends a byte now and then until an answer comes. Returns all that came.
+/// Sends a byte from time to time until a response arrives. Returns all received bytes.
 fn trickle(mut stream: UnixStream) -> Vec<u8> {
     let began = Instant::now();
     let mut all = Vec::new();
@@ -177,7 +176,7 @@ fn a_body_that_trickles_into_a_blocking_function_gives_its_thread_back() {
         let mut stream = raw::connect(&server.binds[0]);
         stream.write_all(&protocol.head("POST", "/count", 1 << 20)).unwrap();
         let trickling = std::thread::spawn(move || trickle(stream));
-        // It waits for the one thread, and so for the end of the first.
+        // This request waits for the only thread, and so for the end of the first request.
         let next = protocol.head("GET", "/", 0);
         assert_eq!(raw::ask(&mut raw::connect(&server.binds[0]), &next).0, 200, "{protocol:?}");
         assert_eq!(raw::status(&trickling.join().unwrap()), Some(408), "{protocol:?}");
@@ -198,7 +197,7 @@ fn who_reads_nothing_is_cut_off() {
     }
 }
 
-/// The application has long done its part, and the whole response lies with the connection: that is not idle.
+/// The application has finished, and the connection holds the whole response: the connection is not idle.
 #[test]
 fn who_reads_slowly_but_steadily_gets_all() {
     const LENGTH: usize = 16 << 20;
@@ -211,7 +210,7 @@ fn who_reads_slowly_but_steadily_gets_all() {
             let read = stream.read(&mut piece).unwrap();
             assert!(read > 0, "{protocol:?}: {count} bytes came of {LENGTH}");
             count += read;
-            // Some four seconds for all, of which the kernel's buffers hold little.
+            // About four seconds for the whole body, of which the kernel's buffers hold little.
             std::thread::sleep(Duration::from_micros(15 * read as u64 / 64));
         }
         server.stop();

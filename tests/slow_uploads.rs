@@ -1,4 +1,4 @@
-//! An upload that stalls costs its client this request, and nobody else anything.
+//! A stalled upload fails, and affects no other request.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -12,7 +12,7 @@ use common::fastcgi::{END, STDIN, STDOUT, record};
 use common::raw::{self, Protocol};
 use common::{Server, accepted, fastcgi, http2, read_all};
 
-/// A server whose clients have a second for a body, and its access log.
+/// Starts a server with an access log and a body timeout of one second.
 fn start(protocol: Protocol) -> (Server, tempfile::TempDir) {
     let directory = tempfile::tempdir().unwrap();
     let log = directory.path().join("access.log");
@@ -32,7 +32,7 @@ fn statuses(directory: &tempfile::TempDir) -> BTreeMap<String, String> {
     lines.lines().map(|line| fields(line).unwrap_or_else(|| panic!("{line}"))).collect()
 }
 
-/// A request that is held up until the stream is dropped.
+/// A target whose request blocks until the stream is dropped.
 fn gate() -> (String, impl FnOnce() -> TcpStream) {
     let gate = TcpListener::bind("127.0.0.1:0").unwrap();
     let target = format!("/gate/{}", gate.local_addr().unwrap().port());
@@ -91,7 +91,7 @@ fn uploads_that_wait_for_a_thread_leave_room_for_the_one_that_is_read() {
     assert_eq!(update.stream, 0, "the connection's");
     let mut window = 65_535 + u32::from_be_bytes(update.payload.try_into().unwrap());
     client.send(&http2::head(1, 0, "POST", "/count", &[])).unwrap();
-    // As much as the server gives room for, but for one byte.
+    // All data that the server's window allows, except for one byte.
     let waiting: Vec<u32> = (3..128).step_by(2).collect();
     for &stream in &waiting {
         client.send(&http2::head(stream, 0, "POST", "/count", &[])).unwrap();
@@ -136,7 +136,7 @@ fn a_stalled_upload_over_multiplexed_fastcgi_ends_alone() {
     };
     let stalled = ended(&mut client, 2);
     assert!(stalled.starts_with("Status: 408"), "{stalled}");
-    // What still comes of it is nobody's.
+    // Later data of the failed request is discarded.
     client.send(&[record(STDIN, 2, b"defghij", 0), record(STDIN, 2, b"", 0)]).unwrap();
     client.send(&fastcgi::request(3, true, "POST", "/whole", b"next")).unwrap();
     let next = ended(&mut client, 3);
@@ -154,7 +154,7 @@ fn a_body_that_stalls_within_a_fastcgi_record_is_one_request_in_the_log() {
     let mut stream = raw::connect(&server.binds[0]);
     let (status, _) = raw::ask(&mut stream, &Protocol::FastCgi.head("POST", "/whole", 9000));
     assert_eq!(status, 408);
-    let _ = read_all(&mut stream, &mut Vec::new()); // until the connection is closed
+    let _ = read_all(&mut stream, &mut Vec::new()); // until the server closes the connection
     server.stop();
     assert!(!server.log().contains("--header-timeout"), "{}", server.log());
     assert_eq!(statuses(&directory), [("/whole".to_owned(), "408".to_owned())].into());
@@ -168,9 +168,9 @@ fn an_idle_http2_connection_is_told_that_it_ends() {
     assert!(idle.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
     let goaway = idle.next(http2::GOAWAY).unwrap();
     assert_eq!(goaway.payload[4..8], [0; 4], "NO_ERROR");
-    // Pings are answered until the end.
+    // PINGs are answered until the end.
     assert_eq!(idle.next(http2::DATA + 100).unwrap_err().kind(), ErrorKind::UnexpectedEof);
-    // One that does not take that in ends nevertheless.
+    // A connection whose client does not process the GOAWAY ends as well.
     let mut deaf = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
     while deaf.frame().is_ok() {}
     server.stop();

@@ -1,5 +1,5 @@
-//! Each documented signal at many moments between the start of the program and its end, also as process 1: it means what the
-//! documentation says, and leaves no file behind.
+//! Each documented signal at many moments between the start of the program and its end, also as process 1: it has its documented effect,
+//! and leaves no file behind.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -21,7 +21,7 @@ use nix::unistd::{Pid, mkfifo};
 use tempfile::TempDir;
 
 const ENDS: [Signal; 3] = [SIGTERM, SIGINT, SIGQUIT];
-/// What is done for each of the others, as the log says it.
+/// The log line for the effect of each other signal.
 const MEANINGS: [(Signal, &str); 5] = [
     (SIGHUP, "reload done"),
     (SIGUSR1, "log files reopened"),
@@ -30,7 +30,7 @@ const MEANINGS: [(Signal, &str); 5] = [
     (SIGTTOU, "is the limit"),
 ];
 
-/// Where a server has its files, and what holds it up.
+/// The files of a server, and the FIFOs that block it.
 struct Place {
     directory: TempDir,
     as_pid_1: bool,
@@ -76,19 +76,19 @@ impl Place {
         command
     }
 
-    /// Has whoever comes to this stage wait there.
+    /// Makes processes wait when they reach this stage.
     fn hold(&self, stage: &str) {
         mkfifo(&self.path("stages").join(stage), Mode::S_IRWXU).unwrap();
     }
 
-    /// Returns when somebody waits there; he goes on when what is returned is dropped.
+    /// Waits until a process waits at this stage. The process continues when the returned file is dropped.
     fn await_stage(&self, stage: &str) -> File {
         let mut options = File::options();
         options.write(true).custom_flags(libc::O_NONBLOCK);
         wait_until(stage, || options.open(self.path("stages").join(stage)).ok())
     }
 
-    /// Has nobody wait there any more.
+    /// Releases the process that waits at this stage, and lets later ones pass.
     fn release(&self, stage: &str, held: File) {
         std::fs::remove_file(self.path("stages").join(stage)).unwrap();
         drop(held);
@@ -99,7 +99,7 @@ impl Place {
         let launched = server.pid();
         let master = if self.as_pid_1 {
             let child = wait_until("unshare has forked", || children_of(launched).first().copied());
-            // What unshare has forked becomes our program a little later.
+            // The process that unshare forks executes the program a little later.
             let exe = program("staged");
             wait_until("it is the program", || {
                 (std::fs::read_link(format!("/proc/{child}/exe")).ok()? == exe).then_some(())
@@ -118,7 +118,7 @@ impl Place {
         stream
     }
 
-    /// Whatever the server has made is gone.
+    /// Checks that all files created by the server are gone.
     fn is_clean(&self, of: &str) {
         let names = |directory: &str| -> Vec<String> {
             let entries = std::fs::read_dir(self.path(directory)).unwrap();
@@ -138,7 +138,7 @@ impl Running {
         kill(self.master, signal).unwrap();
     }
 
-    /// It ends well, and nothing of it is left.
+    /// Checks that the server exits with status 0, and leaves no file.
     fn ends(&mut self, place: &Place, of: &str) {
         let status = self.server.wait_end();
         assert_eq!(status, Some(0), "{of}: the log:\n{}", self.server.log());
@@ -224,14 +224,14 @@ fn signals_that_come_as_soon_as_the_pid_file_is_there_are_not_lost() {
     }
 }
 
-/// Before the program's own code runs, TERM has its default action: the process ends by it, and has made nothing.
+/// Before the program's own code runs, TERM has its default action: it kills the process, which has not created anything yet.
 #[test]
 fn a_signal_at_any_millisecond_of_the_start_ends_it_and_leaves_nothing() {
     for signal in ENDS {
         for millisecond in 0..25 {
             let place = Place::new(false);
             let mut running = place.server();
-            std::thread::park_timeout(Duration::from_millis(millisecond)); // the moment is what is tried
+            std::thread::park_timeout(Duration::from_millis(millisecond)); // the test tries different moments
             running.signal(signal);
             let status = running.server.wait_end();
             let of = format!("{signal} after {millisecond} ms");
@@ -248,7 +248,7 @@ fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
             let ends = ENDS.contains(&signal);
             let meaning = MEANINGS.iter().find(|(other, _)| *other == signal).map_or("", |(_, meaning)| meaning);
 
-            // In a reload: a new worker is being made.
+            // In a reload: a new worker is being started.
             let of = named("in a reload", signal, as_pid_1);
             let place = Place::new(as_pid_1);
             let mut running = place.server();
@@ -344,7 +344,7 @@ fn a_check_that_is_ended_leaves_nothing_of_its_own() {
     let mut command = place.command();
     command.arg("--config").arg(&settings);
     let mut server = Server::start_command(&mut command);
-    // The new build would have one socket more.
+    // The new build would have one more socket.
     let more = place.path("made/more.sock");
     std::fs::write(&settings, format!("events-socket = {:?}\n", more.display().to_string())).unwrap();
     place.hold("preload");

@@ -1,5 +1,5 @@
-//! What becomes of the listening sockets when a server stops, or is killed: whoever comes then is refused at once, whoever came
-//! before is served, and the address is free for the next start.
+//! Listening sockets when a server stops or is killed: new connections are refused at once, earlier connections are served, and the
+//! address is free for the next start.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -20,7 +20,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-/// Long enough that a test fails if anybody waits for the end of it.
+/// Timeouts long enough that a test fails if any process waits for their end.
 const FOR_EVER: [&str; 6] = ["--drain-timeout", "10m", "--start-timeout", "10m", "--workers", "1"];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,7 +35,7 @@ const FAMILIES: [Family; 3] = [Family::Tcp, Family::Path, Family::Abstract];
 /// A directory for `staged`, and an address.
 struct Place {
     directory: TempDir,
-    /// As `--bind` has it, without the protocol.
+    /// The address for `--bind`, without the protocol.
     address: String,
 }
 
@@ -88,21 +88,21 @@ impl Place {
         Ok(stream)
     }
 
-    /// A connection on which a request is on its way.
+    /// A connection on which a request has been sent.
     fn send(&self, protocol: Protocol, target: &str) -> UnixStream {
         let mut stream = self.connect().unwrap();
         stream.write_all(&protocol.head("GET", target, 0)).unwrap();
         stream
     }
 
-    /// Whoever connects is refused: within the time that TCP takes to ask again, if that is needed.
+    /// Checks that a connection is refused, within the time of TCP's retransmissions if needed.
     fn is_refused(&self) {
         let error = self.connect().expect_err("nobody accepts").kind();
         assert!(matches!(error, ErrorKind::ConnectionRefused | ErrorKind::NotFound), "{error}");
     }
 }
 
-/// The whole response.
+/// Reads the whole response.
 fn answer(stream: &mut UnixStream) -> (u16, String) {
     let (status, mut response) = raw::ask(stream, b"");
     let mut piece = [0; 4096];
@@ -131,7 +131,7 @@ fn a_server_that_stops_refuses_new_connections_at_once_and_finishes_what_it_serv
             server.wait_for("new connections are refused");
             place.is_refused();
             assert!(!place.path("app.sock").exists());
-            // The next one may start while this one finishes.
+            // The next server can start while this one finishes.
             let mut next = Server::start_command(&mut place.staged(protocol, &FOR_EVER[2..]));
             place.go();
             went(&mut served);
@@ -156,7 +156,7 @@ fn what_is_queued_at_the_stop_is_served_and_then_all_are_refused() {
             server.signal(Signal::SIGTERM);
             server.wait_for("asked to drain");
             if family != Family::Tcp {
-                // Nothing is reset by refusing there.
+                // On Unix sockets, refusing connections resets no queued connection.
                 wait_until("it refuses", || place.connect().is_err().then_some(()));
             }
             kill(worker, Signal::SIGCONT).unwrap();
@@ -206,7 +206,7 @@ fn a_signal_that_does_nothing_in_a_drain_is_said_to_be_ignored() {
     let reload = Command::new(program("staged")).args(["reload", "--control"]).arg(&control).output_in_time().unwrap();
     assert_eq!(reload.status.code(), Some(1));
     server.wait_for("ignored, as the server is stopping command=\"reload\"");
-    // What changes nothing of the processes works as ever.
+    // Commands that do not change processes still work.
     for command in [&["reopen-logs"][..], &["status"], &["quarantine", "ls"], &["cache", "stats"], &["events", "ls"]] {
         let mut asked = Command::new(program("staged"));
         let done = asked.args(command).arg("--control").arg(&control).output_in_time().unwrap();
@@ -240,7 +240,7 @@ fn a_reload_refuses_nobody() {
         let old = *server.workers().first().unwrap();
         server.signal(Signal::SIGHUP);
         server.wait_for("reload done");
-        // The old worker drains, and holds no listening socket any more.
+        // The old worker drains, and no longer holds a listening socket.
         wait_until("it gives the sockets up", || (listening(old) == 0).then_some(()));
         let mut next = place.send(Protocol::Http, "/until");
         server.wait_for("waits");
@@ -253,7 +253,7 @@ fn a_reload_refuses_nobody() {
     }
 }
 
-/// How many listening sockets a process has.
+/// The number of listening sockets of a process.
 fn listening(pid: i32) -> usize {
     let table = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/net/{name}")).unwrap_or_default();
     let row = |line: &str| line.split_ascii_whitespace().map(str::to_owned).collect::<Vec<_>>();
@@ -282,7 +282,7 @@ fn a_socket_that_was_passed_to_the_server_goes_on_to_listen() {
         server.wait_for("waits");
         server.signal(signal);
         wait_until("our own address is refused", || own.connect().is_err().then_some(()));
-        // It waits for the next start.
+        // This connection waits for the next start.
         let mut waiting = place.send(Protocol::Http, "/until");
         place.go();
         if signal != Signal::SIGINT {
@@ -303,7 +303,7 @@ fn the_address_of_a_killed_master_is_free_at_once_whatever_its_workers_serve() {
         for family in FAMILIES {
             for target in ["/until", "/block"] {
                 if (target, family) == ("/block", Family::Abstract) {
-                    continue; // a name is the kernel's until the event loop gets to giving it up
+                    continue; // the kernel holds the name until the event loop gives it up
                 }
                 let place = Place::new(family);
                 let mut killed = Server::start_command(&mut place.staged(protocol, &["--workers", "2"]));
@@ -327,7 +327,7 @@ fn the_address_of_a_killed_master_is_free_at_once_whatever_its_workers_serve() {
     }
 }
 
-/// php-cgi with a page that is held up.
+/// php-cgi with a page that blocks.
 fn run_php(place: &Place, arguments: &[&str]) -> Command {
     let page =
         "<?php echo getmypid(), \" waits\\n\"; flush(); while (!file_exists(__DIR__.'/go')) usleep(5000); echo 'went';";
@@ -350,7 +350,7 @@ fn send_to_php(place: &Place) -> UnixStream {
     stream
 }
 
-/// Reads to the end of the page, and closes: php-cgi waits for that before it accepts again.
+/// Reads to the end of the page, and closes the connection: php-cgi waits for the close before it accepts again.
 fn php_went(mut stream: UnixStream) {
     read_until(&mut stream, "went");
 }
@@ -416,7 +416,7 @@ fn what_is_starting_at_the_stop_serves_what_is_queued() {
         nix::unistd::mkfifo(&place.path("factory"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let mut command = place.staged(Protocol::Http, &[]);
         if is_program {
-            run_php(&place, &[]); // for its page
+            run_php(&place, &[]); // creates the page
             command = Command::new(program("forkyard"));
             command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--settle", "10m"]);
         }
@@ -508,7 +508,7 @@ fn a_stop_does_not_wait_for_a_worker_that_is_still_starting() {
     }
 }
 
-/// Returns when somebody waits at the FIFO, who goes on when what is returned is dropped.
+/// Waits until a process waits at the FIFO. The process continues when the returned file is dropped.
 fn hold(fifo: &Path) -> std::fs::File {
     use std::os::unix::fs::OpenOptionsExt as _;
     let mut options = std::fs::File::options();
@@ -596,7 +596,7 @@ fn the_log_file_tells_of_the_start() {
         let text = std::fs::read_to_string(&log).unwrap();
         assert!(text.contains("asked to drain and stop"), "{text}");
 
-        // Why a start failed is there too.
+        // The log also contains the reason of a failed start.
         let taken = std::net::TcpListener::bind(&place.address).unwrap();
         let mut failed = Server::launch(&mut place.staged(Protocol::Http, &arguments));
         assert_eq!(failed.wait_end(), Some(1));
@@ -606,10 +606,10 @@ fn the_log_file_tells_of_the_start() {
     }
 }
 
-// ---- processes that are not the server's ----
+// ---- processes that do not belong to the server ----
 
-/// An entry script with a process in the background, which has a child, and one that leaves a child behind when `go` is there. The pids of
-/// the three that sleep come into files.
+/// An entry script with a background process, which has a child, and with a process that leaves a child behind when `go` exists. The pids
+/// of the three sleeping processes are written to files.
 fn entry_script(directory: &Path, server: &str) -> String {
     let at = |name: &str| directory.join(name).display().to_string();
     let (parent, child, late, go) = (at("parent"), at("child"), at("late"), at("go"));

@@ -1,4 +1,4 @@
-//! Requests that are not valid, over each protocol: they get a 400, and the application does not see them.
+//! Invalid requests, over each protocol: they get a 400, and do not reach the application.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -15,14 +15,14 @@ const VALID_HOSTS: [&str; 8] = ["", "a", "a:", "a:80", "a_b.example:8080", "%C3%
 const INVALID_HOSTS: [&str; 12] =
     ["x:ab", "x:99999", "a:1:2", "[::1", "[::1]:80:80", "[x]", "%zz", ":80", "a b", "a/b", "user@a", "::1"];
 
-/// A worker that listens for every protocol.
+/// Starts a worker that listens for every protocol.
 fn start() -> Server {
     let bind = "http:127.0.0.1:0,fastcgi:127.0.0.1:0,scgi:127.0.0.1:0";
     Server::start("mirror", &["--workers", "1", "--bind", bind])
 }
 
-/// The status of a request made of these CGI variables, over FastCGI, SCGI and CGI. Without `REQUEST_METHOD` it is GET, and
-/// without `CONTENT_LENGTH` there is no body; otherwise it is `12345`.
+/// The status of a request with these CGI variables, over FastCGI, SCGI and CGI. Without `REQUEST_METHOD` the method is GET. Without
+/// `CONTENT_LENGTH` there is no body; otherwise the body is `12345`.
 fn statuses(server: &Server, variables: &[(&str, &str)]) -> [u16; 3] {
     [over_fastcgi(server, variables), over_scgi(server, variables), over_cgi(variables)]
 }
@@ -58,7 +58,7 @@ fn over_scgi(server: &Server, variables: &[(&str, &str)]) -> u16 {
     pairs.splice(0..0, [length.unwrap_or(("CONTENT_LENGTH", "0")), ("SCGI", "1")]);
     let mut client = scgi::Client::connect(&server.binds[2]).unwrap();
     std::io::Write::write_all(&mut client.stream, &[&scgi::netstring(&pairs)[..], body(variables)].concat()).unwrap();
-    let _ = client.end_writing(); // it may be closed already
+    let _ = client.end_writing(); // the server may have closed the connection
     client.response().unwrap().status()
 }
 
@@ -67,7 +67,7 @@ fn over_cgi(variables: &[(&str, &str)]) -> u16 {
     command.env_clear().env("GATEWAY_INTERFACE", "CGI/1.1").envs(with_method(variables));
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    let _ = std::io::Write::write_all(&mut stdin, body(variables)); // it may have ended already
+    let _ = std::io::Write::write_all(&mut stdin, body(variables)); // the program may have ended
     drop(stdin);
     let output = limit::output_of(child, "the program");
     scgi::Response::parse(&output.stdout).status()
@@ -79,7 +79,7 @@ fn over_http(server: &Server, head: &str) -> u16 {
     client.response(false).unwrap().status
 }
 
-/// Whether the request gets a 200; otherwise it must get a 400, or its stream a reset that says PROTOCOL_ERROR.
+/// Whether the request gets a 200. Otherwise it must get a 400, or a stream reset with PROTOCOL_ERROR.
 fn is_served_over_http2(server: &Server, head: &[u8]) -> bool {
     let mut client = http2::Client::connect(&server.http()).unwrap();
     client.send(head).unwrap();
@@ -107,7 +107,7 @@ fn a_host_that_is_none_is_a_400_over_every_protocol() {
             let flags = http2::END_STREAM;
             let http2 = is_served_over_http2(&server, &http2::head(1, flags, "GET", "/", &[("host", host)]));
             assert_eq!(http2, status == 200, "host {host:?} over HTTP/2");
-            // In a URI, hyper takes no percent-encoded name, and what is behind a slash is a path.
+            // hyper rejects a percent-encoded host in a URI, and parses the part after a slash as the path.
             if !host.is_empty() && !["%C3%BC", "a/b"].contains(host) {
                 let uri = format!("http://{host}/");
                 let http = over_http(&server, &format!("GET {uri} HTTP/1.1\r\nHost: a\r\n\r\n"));
@@ -175,7 +175,7 @@ fn a_content_length_that_is_none_is_a_400_over_every_protocol() {
         let variables = [("REQUEST_METHOD", "POST"), ("REQUEST_URI", "/"), ("CONTENT_LENGTH", length)];
         assert_eq!(statuses(&server, &variables), [400; 3], "{length:?}");
     }
-    // lighttpd sends this for a body whose length it does not know yet; as CGI that body has no end.
+    // lighttpd sends this value for a body of unknown length. As CGI that body has no end.
     let unknown = [("REQUEST_METHOD", "POST"), ("REQUEST_URI", "/"), ("CONTENT_LENGTH", "-1")];
     assert_eq!(statuses(&server, &unknown), [200, 200, 411]);
     server.stop();

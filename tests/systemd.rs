@@ -1,4 +1,4 @@
-//! What systemd hands to a service and hears from it, with real sockets in its place; and the files for it in `scripts/systemd`.
+//! The interface to systemd: sockets and messages, with real sockets in place of systemd's; and the files in `scripts/systemd`.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -17,7 +17,7 @@ use common::{PATIENCE, Server, program, sockets_of};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// Listens as the service manager does.
+/// Receives notifications like the service manager.
 struct Manager {
     _folder: tempfile::TempDir,
     socket: UnixDatagram,
@@ -34,7 +34,7 @@ impl Manager {
         Self { _folder: directory, socket, path, stored: None }
     }
 
-    /// The next message. A descriptor that comes with one is stored.
+    /// The next message. A descriptor that comes with the message is stored.
     #[expect(unsafe_code, reason = "what the kernel has just made for us is a number in nix")]
     fn hear(&mut self) -> String {
         let mut text = [0; 4096];
@@ -49,13 +49,13 @@ impl Manager {
             (got.bytes, descriptor)
         };
         if let Some(number) = descriptor {
-            // SAFETY: the kernel has just made it for this message, and nobody else knows of it.
+            // SAFETY: the kernel created the descriptor for this message, and no other code owns it.
             self.stored = Some(unsafe { OwnedFd::from_raw_fd(number) });
         }
         String::from_utf8(text[..count].to_vec()).unwrap()
     }
 
-    /// Messages up to the first with this line.
+    /// Receives messages up to the first that contains this line, and returns that message.
     fn wait_for(&mut self, line: &str) -> String {
         loop {
             let message = self.hear();
@@ -66,7 +66,7 @@ impl Manager {
     }
 }
 
-/// Starts a program with these descriptors from number 3 on, as the first of them is told.
+/// Starts a program with these descriptors, from number 3 on; the environment describes them to the first process only.
 fn start(name: &str, arguments: &[&str], passed: Vec<(&str, OwnedFd)>, manager: &Manager) -> Server {
     let mut command = Command::new("sh");
     let names: Vec<&str> = passed.iter().map(|(name, _)| *name).collect();
@@ -98,7 +98,7 @@ fn sockets_come_from_systemd_and_names_tell_their_protocols() {
     assert_eq!(client.response(1).unwrap().status(), 200);
     drop(client);
 
-    // They are kept through an upgrade, though nobody passes them a second time.
+    // The sockets are kept through an upgrade, although they are not passed a second time.
     server.signal(Signal::SIGUSR2);
     server.wait_for("upgraded version=");
     server.wait_for("reload done");
@@ -168,7 +168,7 @@ fn the_manager_hears_of_every_turn() {
 #[test]
 fn a_manager_that_is_busy_hears_it_later() {
     let mut manager = Manager::new();
-    // Its queue is full of another's messages.
+    // The socket's queue is full of messages from another process.
     let other = UnixDatagram::unbound().unwrap();
     other.set_nonblocking(true).unwrap();
     while other.send_to(b"X=1", &manager.path).is_ok() {}
@@ -198,7 +198,7 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
     server.stop();
 
-    // Nobody wants it: it is to take up no memory.
+    // The stored memory is not used: it must be released.
     for _ in 0..2 {
         manager.wait_for("STOPPING=1");
     }
@@ -209,7 +209,7 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
     assert!(server.log().contains("what systemd kept of a cache was dropped"), "{}", server.log());
     server.stop();
 
-    // Another plan: it is dropped, and said so.
+    // A changed memory layout: the stored memory is dropped, and the log reports that.
     let larger = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "4M"];
     let mut server = start("pages", &larger, vec![("forkyard-segment", again)], &manager);
     assert!(server.log().contains("what systemd kept was dropped"), "{}", server.log());
@@ -223,7 +223,7 @@ fn what_is_the_masters_is_not_in_a_programs_environment() {
     let directory = tempfile::tempdir().unwrap();
     let (out, socket) = (directory.path().join("variables"), directory.path().join("a.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
-    // Under its name it is whole.
+    // The rename makes the file appear complete.
     let script = format!("env > {0}.new; mv {0}.new {0}; exec sleep 600", out.display());
     let run = ["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", &script];
     let mut server = start("forkyard", &run, Vec::new(), &manager);
@@ -240,7 +240,7 @@ fn systemd_finds_no_fault_with_the_unit_files() {
     let directory = tempfile::tempdir().unwrap();
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/systemd");
     for name in ["forkyard.service", "forkyard.socket"] {
-        // It looks whether the program is there.
+        // `systemd-analyze` checks whether the program exists.
         let text = std::fs::read_to_string(source.join(name)).unwrap();
         let text = text.replace("/usr/local/bin/forkyard", &program("forkyard").display().to_string());
         std::fs::write(directory.path().join(name), text.replace("/usr/bin/php-cgi", "/bin/true")).unwrap();

@@ -1,8 +1,8 @@
-//! The unit files of scripts/systemd under systemd itself: a manager in namespaces and a control group of its own, so that it
-//! neither sees nor touches anything of this machine. `tests/programs/systemd.sh` is what happens in there.
+//! Tests the unit files in scripts/systemd under systemd itself: a manager in its own namespaces and control group, isolated from this
+//! machine. `tests/programs/systemd.sh` runs inside.
 //!
-//! That needs root, and the second version of control groups, to write to, which some containers do not have: there the test
-//! says so, and what it has tried. Any other trouble is a failure.
+//! The test needs root, and a writable control group hierarchy of version 2, which some containers lack. In that case the test reports
+//! what it has tried. Any other problem is a failure.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -15,12 +15,12 @@ use std::process::{Command, Stdio};
 use common::limit::InTime as _;
 use common::{program, wait_until};
 
-/// Seen even if the test passes, unlike what `eprintln!` says.
+/// Prints a line that is shown even if the test passes, unlike the output of `eprintln!`.
 fn say(text: &str) {
     std::io::stderr().write_all(format!("systemd_itself: {text}\n").as_bytes()).unwrap();
 }
 
-/// A control group below our own, for as long as it is held.
+/// A control group below the test's own group, removed on drop.
 struct Group(PathBuf);
 
 impl Group {
@@ -32,7 +32,7 @@ impl Group {
         let (Some(ours), Some(mount)) = (ours, mount) else {
             return Err(Error::new(ErrorKind::Unsupported, "no cgroup2 is mounted"));
         };
-        // What of the hierarchy is mounted, and where.
+        // The mounted part of the hierarchy, and its mount point.
         let fields: Vec<&str> = mount.split(' ').collect();
         let ours = Path::new(ours).strip_prefix(fields[3]).map_err(Error::other)?;
         let directory = Path::new(fields[4]).join(ours).join(format!("forkyard-test-{}", std::process::id()));
@@ -47,7 +47,7 @@ impl Drop for Group {
     }
 }
 
-/// Removes a group and those below it, which the manager has made. Not while there are processes.
+/// Removes a group and the groups below it, which the manager has created. Fails while they contain processes.
 fn remove(group: &Path) -> bool {
     for entry in std::fs::read_dir(group).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -73,7 +73,7 @@ fn the_unit_files_do_what_they_promise() {
     let (pages, crashy) = (program("pages"), program("crashy"));
     let programs = pages.parent().filter(|directory| crashy.starts_with(directory)).unwrap();
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // Never outside of its group. All that is started in the namespace of processes ends with its first one, and that with us.
+    // Everything stays inside the group. All processes in the pid namespace end with its first process, which ends with the test.
     let script = "echo $$ > \"$1\" || exit; shift; exec setpriv --pdeathsig KILL \
                   unshare --mount --pid --fork --kill-child --cgroup bash tests/programs/systemd.sh \"$@\"";
     let output = Command::new("sh")

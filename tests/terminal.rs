@@ -1,4 +1,4 @@
-//! A server in the background of a terminal that lets no background job write (`stty tostop`).
+//! A server in the background of a terminal that stops background jobs when they write (`stty tostop`).
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -9,8 +9,8 @@ use std::process::Command;
 use common::{Server, http, program};
 use nix::sys::signal::Signal;
 
-/// Runs a command as a background job of a new terminal, copies what it writes there to standard error, passes signals on, and ends
-/// with its status.
+/// Runs a command as a background job of a new terminal, copies the terminal's output to standard error, forwards signals, and exits with
+/// the command's status.
 const TERMINAL: &str = "
 import fcntl, os, pty, signal, sys, termios
 ours, theirs = pty.openpty()
@@ -52,7 +52,7 @@ fn a_background_job_of_a_terminal_logs_there_and_stops_when_asked_to() {
     let mut server = Server::start_command(&mut command);
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
     server.wait_for("\"GET /ok HTTP/1.1\" 200");
-    // To the master that signal is an operator's.
+    // For the master, this signal is a request from the operator.
     server.signal(Signal::SIGTTOU);
     server.wait_for("asked to remove a worker");
     server.wait_for("worker left");

@@ -1,5 +1,5 @@
-//! The example `ticker` in a real browser, behind real web servers: prices come at once, by EventSource or by polling, and
-//! when the worker that serves them is killed, the page goes on without an event missed or doubled.
+//! The example `ticker` in a real browser, behind real web servers: prices arrive at once, by EventSource or by polling. When the worker
+//! that serves them is killed, the page continues; no event is lost or delivered twice.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
 
@@ -18,10 +18,10 @@ use serde_json::Value;
 
 const WITHOUT_EVENT_SOURCE: &str = "delete window.EventSource";
 
-/// How far the page is.
+/// The numbers of the events that the page has received.
 fn received(browser: &mut Browser) -> Vec<u64> {
     let ids = browser.evaluate("ticker.ids");
-    // As in `9f3a61c2-17`.
+    // An id looks like `9f3a61c2-17`.
     let number = |id: &Value| id.as_str().unwrap().split_once('-').unwrap().1.parse().unwrap();
     ids.as_array().unwrap().iter().map(number).collect()
 }
@@ -38,7 +38,7 @@ fn assert_dense(browser: &mut Browser) {
     assert_eq!(browser.evaluate("ticker.gaps"), 0);
 }
 
-/// Kills a worker, and waits until there is another.
+/// Kills a worker, and waits for its replacement.
 fn kill_one(server: &Server, worker: i32) {
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     wait_until("it is replaced", || {
@@ -56,7 +56,7 @@ fn prices_go_on(front: Front, script: &str, by: &str) {
     browser.wait_for("window.ticker && ticker.ids.length >= 3");
     assert_eq!(browser.evaluate("ticker.by"), by);
     assert!(browser.evaluate("document.querySelectorAll('td.price').length") == 6);
-    // The worker that serves the page, whichever it is, and the one that makes the prices: both are killed by the way.
+    // Kills every worker in turn, so both the worker that serves the page and the one that makes the prices are killed.
     for _ in 0..3 {
         for worker in server.workers() {
             kill_one(server, worker);
@@ -88,7 +88,7 @@ fn behind_lighttpd_the_page_goes_on_when_its_worker_is_killed() {
     prices_go_on(LIGHTTPD_EVENTS, "", "EventSource");
 }
 
-/// The two ways of docs/events.md by which a page subscribes.
+/// The two ways in docs/events.md for a page to subscribe.
 #[test]
 fn the_documents_scripts_get_what_is_published_whatever_is_in_it() {
     const DOCUMENT: &str = include_str!("../docs/events.md");
@@ -100,7 +100,7 @@ fn the_documents_scripts_get_what_is_published_whatever_is_in_it() {
     browser.open(&format!("http://{}/who", server.http()));
     browser.wait_for("document.readyState === 'complete'");
     browser.evaluate("window.polled = []; window.pushed = []; console.log = data => pushed.push(data)");
-    // The application's address and topic.
+    // The application's path and topic.
     let by_event_source = by_event_source.replace("\"/events\"", "\"/events?topics=news\"");
     browser.evaluate(&format!("{by_event_source}; window.source = source"));
     browser.evaluate(&format!(

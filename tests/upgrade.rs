@@ -1,4 +1,4 @@
-//! USR2: the master becomes another build of its program, and nobody outside notices.
+//! USR2: the master executes a new build of its program, without an effect on clients.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -14,13 +14,13 @@ use common::limit::InTime as _;
 use common::{Server, StopOnDrop, descriptors_of, process, program, sockets_of, wait_until};
 use nix::sys::signal::Signal;
 
-/// A directory from which a program runs, to be replaced there by others.
+/// A directory with a program that the test replaces.
 struct Place {
     directory: tempfile::TempDir,
 }
 
 impl Place {
-    /// With the program that was built for `name`.
+    /// Installs the program that was built for `name`.
     fn with(name: &str) -> Self {
         let place = Self { directory: tempfile::tempdir().unwrap() };
         place.install(name);
@@ -31,9 +31,9 @@ impl Place {
         self.directory.path().join("app")
     }
 
-    /// As a package manager does it: the new file under another name, then in the place of the old one. Another process
-    /// writes it: what this one has open for writing, a child that another test forks just now has too, and then nobody may
-    /// execute it ("text file busy").
+    /// Installs like a package manager: writes the new file under another name, then renames it over the old one. Another process writes
+    /// the file: a child that a concurrent test forks inherits this process's open files, and while the file is open for writing,
+    /// executing it fails ("text file busy").
     fn put(&self, source: &Path, mode: u32) {
         let new = self.directory.path().join("app.new");
         assert!(Command::new("cp").arg(source).arg(&new).status_in_time().unwrap().success());
@@ -198,7 +198,7 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
     server.wait_for("reload done");
     let now = server.renewed(2, &old);
     assert_ne!(http::get(&address, "/page/7").unwrap().text(), page, "it is rendered again");
-    // The wrapper is what is upgraded next time.
+    // The next upgrade executes the wrapper.
     upgrade(&mut server);
     server.renewed(2, &now);
     server.stop();
@@ -240,7 +240,7 @@ fn a_cache_file_without_room_for_so_many_workers_says_how_many_it_has_room_for()
     assert!(line.contains("--cache-file") && line.contains("room for up to 24 workers"), "{line}");
     assert!(line.contains("choose --workers") && line.contains("stop and start"), "{line}");
     assert_eq!(server.workers(), old);
-    // It is as the line says.
+    // The number in the log line is exact.
     configure("1..24");
     upgrade(&mut server);
     server.renewed(1, &old);
@@ -253,7 +253,7 @@ fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
     let place = Place::with("hello");
     let mut server = place.start(&ARGUMENTS);
     let mut old = server.workers();
-    // Given twice, its flag would be a mistake.
+    // If the script received its own flag again as an argument, the duplicate would be an error.
     let text = "#!/bin/sh\nprintf 'a line without an end: ' >&2; exec";
     let text = format!("{text} {} --drain-timeout 5s \"$@\"\n", program("crashy").display());
     place.script(&text, 0o755);
@@ -312,7 +312,7 @@ fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_named() {
     };
     let descriptors = descriptors_of(server.pid().as_raw());
     set_limit("100:");
-    // Before the check, and after it: the check itself lowers the limit.
+    // Set once before the check and once after the check, because the check itself lowers the limit.
     let text = format!("#!/bin/sh\nprlimit --pid $PPID --fsize=100:\nexec {} \"$@\"\n", program("hello").display());
     for is_checked in [false, true] {
         server.signal(Signal::SIGUSR2);
@@ -342,7 +342,7 @@ fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
         let mut command = Command::new("sh");
         command.current_dir(&directory).env("PWD", &directory).args(["-c", script]).arg(place.path()).args(ARGUMENTS);
         let mut server = Server::start_command(&mut command);
-        let _ = std::fs::remove_dir(&directory); // the first has done so
+        let _ = std::fs::remove_dir(&directory); // the first iteration has removed it
         server.signal(Signal::SIGUSR2);
         let line = server.wait_for("no upgrade, and nothing has changed");
         assert!(line.contains("the directory of the first start is gone"), "{line}");
@@ -374,11 +374,11 @@ fn twenty_upgrades_under_load_leave_nothing_behind() {
             upgrade(&mut server);
             server.renewed(2, &old);
             wait_until("requests are answered", || (count.load(Ordering::Relaxed) > before + 5).then_some(()));
-            // The first upgrade closes what this test's own runner has left open.
+            // The first upgrade closes descriptors left open by the test's own parent.
             least = least.min(descriptors_of(server.pid().as_raw()));
         }
     });
-    // A dead worker's pipe is closed a moment after its pid is gone; what leaks is never closed.
+    // A dead worker's pipe is closed a moment after the worker's pid is gone; a leaked descriptor is never closed.
     wait_until("no more descriptors are open than at the least", || {
         (descriptors_of(server.pid().as_raw()) <= least).then_some(())
     });
@@ -394,7 +394,7 @@ fn signals_that_come_during_an_upgrade_are_not_lost() {
         let mut server = place.start(&ARGUMENTS);
         server.signal(Signal::SIGUSR2);
         server.wait_for("upgrade: becoming");
-        // Somewhere between the last line of the old build and the first of the new one.
+        // A moment between the last line of the old build and the first line of the new one.
         for _ in 0..delay * 20_000 {
             std::hint::spin_loop();
         }
@@ -424,7 +424,7 @@ fn what_died_during_an_upgrade_is_reaped_and_replaced() {
 fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
     let place = Place::with("forkyard");
     let bind = format!("fastcgi:unix:{}", place.directory.path().join("a.sock").display());
-    // Its parting words come after the upgrade, by the pipe that was made before.
+    // The worker's last output arrives after the upgrade, through a pipe that was created before.
     let text = "trap 'echo parting words; exit' TERM; while :; do sleep 0.01; done";
     let run = ["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--", "sh", "-c", text];
     let mut server = place.start(&run);

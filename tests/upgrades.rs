@@ -1,4 +1,4 @@
-//! Connections that are upgraded to another protocol: WebSockets by axum's own handler, and whatever else answers 101.
+//! Connections that switch to another protocol: WebSockets with axum's handler, and other 101 responses.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -28,7 +28,7 @@ fn websocket(server: &Server) -> WebSocket<TcpStream> {
     tungstenite::client(format!("ws://{}/ws", server.http()), stream).unwrap().0
 }
 
-/// Asks for `/upgrade` (or another target), with `early` right behind the request, and reads the head of the response.
+/// Requests an upgrade, with `early` directly after the request, and reads the head of the response.
 fn upgrade(server: &Server, target: &str, early: &str) -> (u16, TcpStream) {
     let mut client = http::Client::connect(&server.http()).unwrap();
     let request = format!("GET {target} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n{early}");
@@ -61,7 +61,7 @@ fn echoes(stream: &mut TcpStream, text: &str) {
     assert_eq!(echo, text.as_bytes());
 }
 
-/// The numbers of the only worker: its connections, and the streams among its requests.
+/// The scoreboard row of the only worker: its connections, and the streams among its requests.
 fn counts(server: &Server) -> (u32, u32) {
     let row = server.segment().scoreboard().read(0).expect("it has a row");
     (row.connections, row.streams)
@@ -99,7 +99,7 @@ fn a_browser_and_its_websocket() {
     browser.wait_for("window.socket && socket.readyState == 1");
     browser.evaluate("socket.send('over and out')");
     browser.wait_for("document.querySelector('pre').textContent.includes('over and out')");
-    // A reload tells it to go (1001), and it comes back to the new worker.
+    // A reload makes the worker close the socket (1001), and the page reconnects to the new worker.
     server.signal(Signal::SIGHUP);
     browser.wait_for("document.querySelector('pre').textContent.includes('closed: 1001')");
     browser.wait_for("socket.readyState == 1");
@@ -141,7 +141,7 @@ fn without_a_request_for_an_upgrade_101_is_an_error_that_says_so() {
         }
         server.wait_for("status 101 Switching Protocols: the request asks for no upgrade");
     }
-    // HTTP/1.0 has none (RFC 9110, section 7.8).
+    // HTTP/1.0 has no upgrades (RFC 9110, section 7.8).
     let mut client = http::Client::connect(&server.http()).unwrap();
     client
         .stream
@@ -149,7 +149,7 @@ fn without_a_request_for_an_upgrade_101_is_an_error_that_says_so() {
         .write_all(b"GET /upgrade HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
         .unwrap();
     assert_eq!(client.response(false).unwrap().status, 426);
-    // It has to say what it switches to.
+    // The response must name the new protocol.
     assert_eq!(upgrade(&server, "/switch-to-nothing", "").0, 500);
     server.wait_for("and no Upgrade that says which protocol");
     server.stop();
@@ -306,7 +306,7 @@ fn the_timeouts_of_requests_are_not_those_of_an_upgraded_connection() {
     let mut server = start("scenarios", &short);
     let (_, mut upgraded) = upgrade(&server, "/upgrade", "");
     for round in 0..2 {
-        // The clock is a connection on which nothing happens.
+        // The end of an idle connection marks the time.
         let mut idle = http::Client::connect(&server.http()).unwrap();
         idle.request("GET", "/empty", b"").unwrap();
         assert_eq!(idle.stream.read(&mut [0]).unwrap(), 0);
@@ -332,7 +332,7 @@ fn an_upgrade_is_the_last_request_that_a_connection_may_have() {
     server.stop();
 }
 
-/// A frame from a client: masked, with a mask of zeroes.
+/// A client's frame, masked with a zero mask.
 fn masked(text: &str) -> Vec<u8> {
     [&[0x81, 0x80 | u8::try_from(text.len()).unwrap(), 0, 0, 0, 0][..], text.as_bytes()].concat()
 }
@@ -352,19 +352,19 @@ fn a_websocket_over_http_2() {
     client.send(&http2::frame(http2::DATA, 0, 1, &masked("hello"))).unwrap();
     assert_eq!(client.next(http2::DATA).unwrap().payload, b"\x81\x05hello");
     assert_eq!(counts(&server), (1, 1));
-    // Another stream of the connection is not disturbed, nor does it disturb.
+    // Other streams on the connection are not affected, and do not affect the tunnel.
     client.send(&http2::head(3, http2::END_STREAM, "GET", "/", &[])).unwrap();
     assert_eq!(client.next(http2::HEADERS).unwrap().stream, 3);
     client.send(&http2::frame(http2::DATA, 0, 1, &masked("again"))).unwrap();
     while client.next(http2::DATA).unwrap().payload != b"\x81\x05again" {}
-    // The worker leaves: the application says goodbye, and the stream ends.
+    // The worker exits: the application sends a close frame, and the stream ends.
     server.signal(Signal::SIGTERM);
     let goodbye = client.next(http2::DATA).unwrap();
     assert_eq!((goodbye.stream, &goodbye.payload[2..4]), (1, &1001_u16.to_be_bytes()[..]));
     let last = client.next(http2::DATA).unwrap();
     assert_eq!((last.stream, last.flags & http2::END_STREAM), (1, http2::END_STREAM));
     client.send(&http2::frame(http2::DATA, http2::END_STREAM, 1, b"")).unwrap();
-    while client.next(http2::GOAWAY).is_ok() {} // answers the server's ping
+    while client.next(http2::GOAWAY).is_ok() {} // acknowledges the server's PING
     assert_eq!(server.wait_end(), Some(0));
     let lines = std::fs::read_to_string(&log).unwrap();
     assert!(lines.contains("\"CONNECT /ws HTTP/2.0\" 200 "), "{lines}");

@@ -1,8 +1,7 @@
-//! Forkyard's processes behind real web servers, and before real clients: crashes, panics, the shared cache and many
-//! requests at once, with the examples `pages` and `crashy` on FastCGI; `cgi-fcgi`; curl. (What single requests and
-//! responses are is in tests/scenarios.)
+//! Forkyard behind real web servers and with real clients: crashes, panics, the shared cache and many concurrent requests, with the
+//! examples `pages` and `crashy` over FastCGI; `cgi-fcgi`; curl. tests/scenarios covers single requests and responses.
 //!
-//! What is checked is the same for each web server: the list is at the end of this file's first part.
+//! The checks are the same for each web server: the list is at the end of this file's first part.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
@@ -21,7 +20,7 @@ use fronts::{Front, Link};
 const MIB: usize = 1 << 20;
 const FRONT_PAGE: &str = include_str!("../examples/pages.html");
 
-/// Two applications, each behind a web server of its own. The fields are dropped in this order.
+/// Two applications, each behind its own web server. The fields are dropped in this order.
 struct Site {
     _fronts: [fronts::Site; 2],
     pages: Server,
@@ -29,14 +28,13 @@ struct Site {
     clients: Clients,
 }
 
-/// Which of the two applications.
 #[derive(Clone, Copy, Debug)]
 enum App {
     Pages,
     Crashy,
 }
 
-/// Where clients of the web servers go.
+/// The addresses of the web servers, for clients.
 struct Clients {
     pages: String,
     crashy: String,
@@ -60,22 +58,22 @@ impl Clients {
         Client::connect(address).expect("the web server lives")
     }
 
-    /// One request on a connection of its own, which must be answered.
+    /// Sends one request on a new connection. Panics if there is no response.
     fn ask(&self, app: App, method: &str, target: &str) -> Response {
         let answer = self.connect(app).request(method, target, b"");
         answer.unwrap_or_else(|error| panic!("{method} {target}: {error}"))
     }
 }
 
-// ---- what is the same whatever the web server ----
+// ---- checks that are the same for each web server ----
 
-/// Bytes of which no piece can be mistaken for another of the same length.
+/// Random bytes, in which each piece of a given length is unique.
 fn some_bytes(length: usize) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(7);
     std::iter::repeat_with(|| random.u8(..)).take(length).collect()
 }
 
-/// The log names the request as the client wrote it, with its query.
+/// The log names the request as the client sent it, with its query.
 fn a_panic_costs_one_response(site: &mut Site) {
     let workers = site.crashy.workers();
     for round in 0..4 {
@@ -89,7 +87,7 @@ fn a_panic_costs_one_response(site: &mut Site) {
     site.crashy.has_only(&workers);
 }
 
-/// The client of the request that killed the worker gets an error from the web server, and nobody else does.
+/// Only the client whose request killed the worker gets an error from the web server.
 fn a_crash_costs_one_response(site: &mut Site) {
     let workers = site.crashy.workers();
     let response = site.clients.ask(App::Crashy, "GET", "/segv");
@@ -103,16 +101,16 @@ fn a_crash_costs_one_response(site: &mut Site) {
     assert_eq!(after.intersection(&workers).count(), 1, "one of {workers:?} was replaced: {after:?}");
 }
 
-/// The number after `pid ` in what the example says.
+/// The number after `pid ` in the example's output.
 fn pid_in(text: &str) -> i32 {
     let (_, rest) = text.split_once("pid ").unwrap_or_else(|| panic!("no pid in {text:?}"));
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().unwrap()
 }
 
-/// Who answers, seen through the web server. A worker that has more to do than the other leaves connections to
-/// it, so with some clients at once it does not take long until each has had its turn; with more than a multiplexed
-/// connection takes (`option max-reqs 64` for HAProxy), where all share one.
+/// Both workers answer requests through the web server. A worker with more load leaves connections to the other one, so with several
+/// concurrent clients both workers soon answer. If all clients share one multiplexed connection (`option max-reqs 64` for HAProxy), this
+/// needs more clients than one connection carries.
 fn both_workers_answer(site: &mut Site) {
     let workers = site.pages.workers();
     assert_eq!(workers.len(), 2);
@@ -139,13 +137,13 @@ fn both_workers_answer(site: &mut Site) {
     panic!("of the workers {workers:?} only {seen:?} have answered");
 }
 
-/// A kept connection to each worker, past the web server.
+/// A kept connection to each worker, without the web server.
 fn connections_to_both(site: &Site) -> BTreeMap<i32, fastcgi::Client> {
     let (mut by_worker, mut others) = (BTreeMap::new(), Vec::new());
     for _ in 0..200 {
         let mut client = fastcgi::Client::connect(&site.pages.binds[0]).unwrap();
         let pid = pid_in(&String::from_utf8_lossy(client.request("GET", "/who", b"").unwrap().body()));
-        // It stays open either way: the worker with fewer connections takes the next.
+        // Both connections stay open: the worker with fewer connections accepts the next one.
         others.extend(by_worker.insert(pid, client));
         if by_worker.len() == 2 {
             return by_worker;
@@ -164,7 +162,7 @@ fn renderer(page: &[u8]) -> i32 {
     pid_in(&String::from_utf8_lossy(page))
 }
 
-/// What one worker has rendered, the other serves, and the web server's clients see; until it is purged.
+/// A page rendered by one worker is served by the other worker and to the web server's clients, until it is purged.
 fn a_page_is_shared_and_purged(site: &mut Site) {
     let mut workers = connections_to_both(site);
     let pids: Vec<i32> = workers.keys().copied().collect();
@@ -184,7 +182,7 @@ fn a_page_is_shared_and_purged(site: &mut Site) {
     }
 }
 
-/// The cache is not the worker's that filled it.
+/// A cached page remains after the worker that rendered it has died.
 fn a_page_outlives_its_worker(site: &mut Site) {
     let rendered = site.clients.ask(App::Pages, "GET", "/page/9").body;
     let dead = renderer(&rendered);
@@ -198,7 +196,7 @@ fn a_page_outlives_its_worker(site: &mut Site) {
     assert_ne!(renderer(&anew), dead);
 }
 
-/// 300 requests one after the other on one connection, and eight clients beside them: all get what they asked for.
+/// 300 sequential requests on one connection, concurrent with eight clients: each gets the right response.
 fn many_requests_at_once(site: &mut Site) {
     let clients = &site.clients;
     let one_client = |count: usize| {
@@ -230,7 +228,7 @@ fn many_requests_at_once(site: &mut Site) {
     });
 }
 
-/// A response that is shorter than it said does not pass for a whole one.
+/// A response that is shorter than announced is not accepted as complete.
 fn a_response_that_is_too_short_is_seen(site: &mut Site) {
     for _ in 0..3 {
         let answer = site.clients.connect(App::Crashy).request("GET", "/claim/10/5", b"");
@@ -239,7 +237,7 @@ fn a_response_that_is_too_short_is_seen(site: &mut Site) {
     }
 }
 
-/// Nor, behind nginx, does one that breaks off and had said no length.
+/// Behind nginx, a response without a length that breaks off is not accepted as complete either.
 #[test]
 fn nginx_passes_the_news_of_a_response_that_breaks_off() {
     for front in [fronts::NGINX, fronts::NGINX_KEPT] {
@@ -250,7 +248,7 @@ fn nginx_passes_the_news_of_a_response_that_breaks_off() {
     }
 }
 
-/// lighttpd asks the application whether it may serve a file.
+/// lighttpd queries the application as an authorizer before it serves a file.
 #[test]
 fn lighttpd_has_an_authorizer() {
     let site = fronts::Site::start(fronts::LIGHTTPD_AUTHORIZER, "roles");
@@ -263,7 +261,7 @@ fn lighttpd_has_an_authorizer() {
     assert_eq!(ask("/file?user=ann"), (200, "for friends\n".to_owned()));
 }
 
-/// What a web server wants kept is kept, and what it does not is closed: seen by the workers' descriptors.
+/// Connections that the web server wants to keep are kept, and all others are closed, as the number of the workers' sockets shows.
 fn connections_are_kept_if_that_was_asked(site: &mut Site, front: Front) {
     let sockets = || site.pages.workers().into_iter().map(common::sockets_of).sum::<usize>();
     let before = sockets();
@@ -316,12 +314,12 @@ behind_each_web_server! {
 
 // ---- real clients ----
 
-/// Gives a command its standard input, and returns what it said on standard output, if it ended well.
+/// Runs a command with this input, and returns its standard output if it succeeded.
 fn output_of(command: &mut Command, input: &[u8]) -> io::Result<Vec<u8>> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     let mut stdin = child.stdin.take().unwrap();
     let Output { status, stdout, .. } = std::thread::scope(|scope| {
-        // It may end before it has read all: that is for the answer to say.
+        // The command may exit before it has read all input; its output shows the outcome.
         scope.spawn(move || stdin.write_all(input));
         limit::output_of(child, &format!("{command:?}"))
     });
@@ -353,12 +351,12 @@ fn cgi_fcgi_is_a_client() {
         assert_eq!(status, "Status: 200 OK");
         assert!(echo == body, "{} bytes came back of {length}", echo.len());
     }
-    // A bare call, as a health check makes it, has no method.
+    // A call without variables, as in a health check, has no method.
     assert_eq!(ask(&[], b"").0, "Status: 400 Bad Request");
     drop(crashy);
 }
 
-/// curl's answer: the version and status of the response, and the body.
+/// curl's result: the version and status of the response, and the body.
 fn curl(arguments: &[&str], url: &str, input: &[u8]) -> (String, Vec<u8>) {
     let mut command = Command::new("curl");
     command.args(["-q", "--silent", "--show-error", "--noproxy", "*", "--write-out", "\n%{http_version} %{http_code}"]);
@@ -395,7 +393,7 @@ fn curl_is_a_client() {
         assert!(body == large, "{arguments:?}: {} bytes came back", body.len());
         assert_eq!(curl(arguments, &url("/count"), &large), answer("1.1 200", b"1048576\n"));
     }
-    // Without a known length a response to HTTP/1.0 ends with its connection.
+    // Over HTTP/1.0, a response without a known length ends with its connection.
     let (line, body) = curl(&["--http1.0"], &url("/bytes/4"), b"");
     assert_eq!((line.as_str(), body.len()), ("1 200", 4 * MIB));
 }

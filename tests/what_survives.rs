@@ -1,7 +1,6 @@
-//! What the rest of the system sees when something dies: a test for each line of "What survives" in
-//! `docs/architecture.md`. Other files go into each of them at length; the line on reloads, upgrades, scaling and recycling under load
-//! is `no_request_lost.rs`, the one on slow clients `slow_clients.rs`, the one on the relay `events_publish.rs`,
-//! those on the programs of a killed master and on the guard `killed_master.rs`.
+//! Tests each line of "What survives" in `docs/architecture.md`: the effects of a death on the rest of the system. Other files test the
+//! details: `no_request_lost.rs` for reloads, upgrades, scaling and recycling under load; `slow_clients.rs` for slow clients;
+//! `events_publish.rs` for the relay; `killed_master.rs` for the programs of a killed master and for the guard.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -25,7 +24,7 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&HTTP, arguments].concat())
 }
 
-/// Processor time that a process of one thread has had: the first number of its `schedstat`.
+/// Processor time of a single-threaded process: the first number in its `schedstat`.
 fn cpu_time_ns(pid: Pid) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
     text.split(' ').next().unwrap().parse().unwrap()
@@ -79,7 +78,8 @@ fn a_worker_is_killed_or_segfaults() {
 
 #[test]
 fn a_worker_dies_holding_a_lock_in_shared_memory() {
-    // Where only the whole machine's count of OOM kills is to be had, one of another test makes these deaths count against the request.
+    // Quarantine is off: where only the machine-wide count of OOM kills is available, an OOM kill in another test would make these deaths
+    // count against the request.
     let arguments = ["--workers", "2", "--cache", "2M", "--respawn-rate", "1000", "--quarantine", "0"];
     let mut server = Server::start("pages", &[&HTTP[..], &arguments].concat());
     let (address, segment) = (server.http(), server.segment());
@@ -92,10 +92,10 @@ fn a_worker_dies_holding_a_lock_in_shared_memory() {
         });
         let board = segment.scoreboard();
         while !asking.is_finished() {
-            // One that is ready: who kills them before that meets the breaker, and its delays.
+            // Only a ready worker is killed: deaths before readiness trigger the circuit breaker, and its delays.
             let ready = (0..2).filter_map(|slot| board.read(slot)).find(|row| row.state == State::Ready);
             if let Some(worker) = ready.map(|row| i32::try_from(row.pid).unwrap()) {
-                let _ = kill(Pid::from_raw(worker), Signal::SIGKILL); // it may be dead already
+                let _ = kill(Pid::from_raw(worker), Signal::SIGKILL); // the worker may be dead already
                 wait_until("it is dead", || is_gone(worker).then_some(()));
             }
         }
@@ -140,8 +140,8 @@ fn all_workers_crash_at_start() {
     for failures in 1..=5 {
         server.wait_for(&format!("{failures} in a row"));
     }
-    // It waits 1600 ms now. What a master gets that does not sleep meanwhile depends on what else the machine does, and shows
-    // beside a thread that does not.
+    // The master waits 1600 ms now. The processor time of a master that did not sleep would depend on the load of the machine, so it is
+    // compared with a thread that does not sleep.
     let (before, over) = (cpu_time_ns(server.pid()), AtomicBool::new(false));
     let spun = std::thread::scope(|scope| {
         let spinning = scope.spawn(|| {
@@ -157,7 +157,7 @@ fn all_workers_crash_at_start() {
     });
     let used = cpu_time_ns(server.pid()) - before;
     assert!(used < spun / 4, "the master used {used} ns while a thread that never sleeps got {spun} ns");
-    // Up to here 100, 200, 400, 800 and 1600 ms have passed, and after the first four one alone has tried at a time.
+    // So far 100, 200, 400, 800 and 1600 ms have passed. After the first four deaths, only one worker was started at a time.
     let log = server.log();
     let forks = log.split(" 6 in a row").next().unwrap().matches("worker died").count();
     assert!(forks <= 4 + 5, "{forks} forks");
@@ -223,7 +223,7 @@ fn descriptors_run_out() {
         client.stream.get_mut().write_all(b"GET /ok HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     }
     server.wait_for("accepting pauses until it can go on");
-    // Each that leaves makes room for one that waits; nothing is lost.
+    // Each worker that exits makes room for a waiting client; no request is lost.
     for mut client in clients {
         assert_eq!(client.response(false).unwrap().status, 200);
     }
@@ -240,7 +240,7 @@ fn a_power_cut() {
     let mut server = Server::start("pages", &arguments);
     assert_eq!(http::get(&server.http(), "/page/1").unwrap().status, 200);
     let ours: Vec<i32> = server.children().into_iter().collect();
-    // All at once, and no time for last words.
+    // All processes are killed at once, without a chance to log.
     for pid in [server.pid()].into_iter().chain(ours.iter().map(|&pid| Pid::from_raw(pid))) {
         let _ = kill(pid, Signal::SIGKILL);
     }

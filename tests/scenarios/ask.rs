@@ -1,4 +1,4 @@
-//! What is asked, and what came back; both the same for all protocols.
+//! Requests and responses, in the same form for all protocols.
 
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
@@ -7,27 +7,25 @@ use std::time::Duration;
 
 use crate::common::accepted;
 
-/// A piece of what is written or read at a time.
+/// The size of a piece that is written or read at a time.
 pub(crate) const PIECE: usize = 64 << 10;
 
-/// A request.
 #[derive(Clone, Debug)]
 pub(crate) struct Ask {
     pub(crate) method: &'static str,
-    /// `{gate}` in it stands for the port of a [`Gate`].
+    /// `{gate}` stands for the port of a [`Gate`].
     pub(crate) target: String,
     pub(crate) headers: Vec<(&'static str, &'static [u8])>,
     pub(crate) body: Sent,
     pub(crate) pace: Pace,
-    /// The client connected over TLS: only who speaks CGI variables to us can say so.
+    /// The client connected over TLS. Only protocols with CGI variables can report this to the server.
     pub(crate) is_tls: bool,
 }
 
-/// A request's body.
 #[derive(Clone, Debug)]
 pub(crate) enum Sent {
     Nothing,
-    /// With its length before it.
+    /// With its length announced.
     Known(Arc<[u8]>),
     /// In chunks.
     Chunked(Arc<[u8]>),
@@ -53,20 +51,19 @@ impl Sent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
     Even,
-    /// Sends its request in 50 pieces.
+    /// Sends the request in 50 pieces.
     SlowSender,
     SlowReader,
-    /// Over HTTP: sends its body when the server says 100 Continue, and not before.
+    /// Over HTTP: sends the body only after the server's 100 Continue.
     AwaitsContinue,
 }
 
-/// A response.
 #[derive(Debug, Default)]
 pub(crate) struct Reply {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(String, Vec<u8>)>,
     pub(crate) body: Taken,
-    /// The statuses of interim responses (1xx) before it.
+    /// The statuses of interim responses (1xx) before the response.
     pub(crate) interim: Vec<u16>,
 }
 
@@ -86,7 +83,7 @@ impl Reply {
     }
 }
 
-/// The body of a response. Of one that is nothing but `x` only the length is kept.
+/// The body of a response. If all bytes are `x`, only the length is kept.
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
     pub(crate) length: u64,
@@ -113,7 +110,7 @@ impl Taken {
     }
 }
 
-/// Takes a body, at the client's pace. The gate is opened when the first bytes are there.
+/// Reads a body, at the client's pace. Opens the gate when the first bytes have arrived.
 pub(crate) fn take(from: &mut impl Read, pace: Pace, gate: &mut Gate) -> io::Result<Taken> {
     let mut taken = Taken::nothing();
     let mut buffer = vec![0; PIECE];
@@ -130,7 +127,7 @@ pub(crate) fn take(from: &mut impl Read, pace: Pace, gate: &mut Gate) -> io::Res
     }
 }
 
-/// Sends a request, at the client's pace. A server may answer and close before it has read all: its answer tells.
+/// Sends a request, at the client's pace. Write errors are ignored: a server may respond and close before it has read everything.
 pub(crate) fn give(to: &mut impl Write, bytes: &[u8], pace: Pace) {
     let piece = if pace == Pace::SlowSender { bytes.len().div_ceil(50).max(1) } else { PIECE };
     for piece in bytes.chunks(piece) {
@@ -143,12 +140,12 @@ pub(crate) fn give(to: &mut impl Write, bytes: &[u8], pace: Pace) {
     }
 }
 
-/// What the application waits for in mid-response: it connects, and goes on when the connection is closed.
+/// Blocks the application in mid-response: it connects to the gate, and continues when the connection is closed.
 #[derive(Debug)]
 pub(crate) struct Gate(Option<TcpListener>);
 
 impl Gate {
-    /// For a request that names one.
+    /// A gate for a request whose target contains `{gate}`.
     pub(crate) fn of(ask: &mut Ask) -> Self {
         if !ask.target.contains("{gate}") {
             return Self(None);
@@ -163,7 +160,7 @@ impl Gate {
         Self(None)
     }
 
-    /// Lets the application go on, when it has come.
+    /// Waits for the application's connection, and lets the application continue.
     pub(crate) fn open(&mut self) {
         if let Some(listener) = self.0.take() {
             drop(accepted(&listener, "the application comes to the gate"));

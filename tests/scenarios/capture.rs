@@ -1,5 +1,5 @@
-//! What each web server sends to a FastCGI or SCGI application, byte for byte: read piece by piece and answered by hand.
-//! With `CAPTURE_SEEDS=DIRECTORY` in the environment (scripts/capture-seeds) the bytes are kept there.
+//! Captures the exact bytes that each web server sends to a FastCGI or SCGI application. The test reads the request piece by piece and
+//! writes the response itself. With `CAPTURE_SEEDS=DIRECTORY` in the environment (scripts/capture-seeds) the bytes are stored there.
 
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write as _};
@@ -17,9 +17,9 @@ use crate::http::Connection;
 
 const ANSWER: &[u8] = b"Status: 200 OK\r\nContent-Length: 3\r\n\r\nok\n";
 
-/// Reads, and remembers what it read.
+/// Reads, and records the bytes.
 struct Recorder {
-    /// Or a TCP one: reading and writing are the same system calls.
+    /// May be a TCP socket: reading and writing use the same system calls.
     stream: UnixStream,
     bytes: Vec<u8>,
 }
@@ -42,7 +42,7 @@ impl Recorder {
         Ok((header[1], number(2), content))
     }
 
-    /// The same for SCGI. Parameters have zero bytes between them.
+    /// Like [`Recorder::serve`], for SCGI. Zero bytes separate the parameters.
     fn serve_scgi(&mut self) -> io::Result<(Vec<u8>, Vec<u8>)> {
         let mut length = 0;
         loop {
@@ -62,7 +62,7 @@ impl Recorder {
         Ok((params, body))
     }
 
-    /// Takes one request and answers it. Returns its parameters and its body.
+    /// Reads one request and answers it. Returns its parameters and its body.
     fn serve(&mut self) -> io::Result<(Vec<u8>, Vec<u8>)> {
         let (mut params, mut body) = (Vec::new(), Vec::new());
         loop {
@@ -103,14 +103,14 @@ fn cases() -> [(&'static str, Ask); 3] {
     ]
 }
 
-/// Where an application would listen, as the web server's configuration names it.
+/// The listener of the application, at the address in the web server's configuration.
 enum Backend {
     Unix(UnixListener),
     Tcp(TcpListener),
 }
 
 impl Backend {
-    /// In `directory`, or on a port for the one server that knows no Unix sockets there.
+    /// A Unix socket in `directory`, or a TCP port for the one web server without support for Unix sockets here.
     fn new(front: Front, directory: &Path) -> (Self, String) {
         if front == fronts::APACHE_SCGI {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -141,13 +141,13 @@ fn capture(front: Front) {
     let site = Site::before(front, directory, &at);
     for (name, ask) in cases() {
         if front == fronts::APACHE_SCGI && matches!(ask.body, Sent::Chunked(_)) {
-            continue; // mod_proxy_scgi answers 411 by itself
+            continue; // mod_proxy_scgi itself answers 411
         }
         let (params, body, bytes) = std::thread::scope(|scope| {
             let client = scope.spawn(|| Connection::open(&site.address)?.ask(&ask, &mut Gate::none()));
             let mut recorder = backend.accept();
             let (params, body) = if is_scgi { recorder.serve_scgi() } else { recorder.serve() }.unwrap();
-            // A connection that is kept would be used for the next case, and nobody would listen.
+            // If the connection were kept, the web server would use it for the next case, where the test does not read it.
             drop(recorder.stream);
             let (reply, _) = client.join().unwrap().unwrap();
             assert_eq!((reply.status, reply.body.bytes.as_slice()), (200, &b"ok\n"[..]), "{front}, {name}");

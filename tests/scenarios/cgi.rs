@@ -1,5 +1,4 @@
-//! Clients for the protocols that speak in CGI variables (RFC 3875): what a web server sends, and its reading of
-//! what comes back.
+//! Clients for the protocols with CGI variables (RFC 3875): they send what a web server sends, and parse responses as a web server does.
 
 use std::ffi::OsStr;
 use std::io::{self, BufReader, Read};
@@ -15,7 +14,7 @@ use crate::common::program;
 
 type Variables = Vec<(String, Vec<u8>)>;
 
-/// The variables of a request, as section 4.1 has them.
+/// The variables of a request (section 4.1).
 pub(crate) fn variables(ask: &Ask) -> Variables {
     let (path, query) = ask.target.split_once('?').unwrap_or((&ask.target, ""));
     let mut all: Variables = [
@@ -46,7 +45,7 @@ pub(crate) fn variables(ask: &Ask) -> Variables {
             "Content-Type" => "CONTENT_TYPE".to_owned(),
             name => format!("HTTP_{}", name.to_ascii_uppercase().replace('-', "_")),
         };
-        // Several headers of a name are one variable (4.1.18).
+        // Several headers with the same name form one variable (4.1.18).
         match all.iter_mut().find(|(other, _)| *other == name) {
             Some((_, before)) => before.extend([glue, value].concat()),
             None => all.push((name, value.to_vec())),
@@ -74,7 +73,7 @@ fn decoded(path: &str) -> Vec<u8> {
     decoded
 }
 
-/// Reads what CGI has for a response (section 6).
+/// Parses a CGI response (section 6).
 pub(crate) fn reply(from: impl Read, ask: &Ask, gate: &mut Gate) -> io::Result<Reply> {
     let mut from = BufReader::with_capacity(PIECE, from);
     let headers = headers(&mut from)?;
@@ -93,19 +92,18 @@ pub(crate) fn reply(from: impl Read, ask: &Ask, gate: &mut Gate) -> io::Result<R
     Ok(reply)
 }
 
-/// A FastCGI connection.
 pub(crate) struct FastCgi {
     stream: TcpStream,
 }
 
 impl FastCgi {
-    /// `address` as in the banner: `fastcgi:HOST:PORT`.
+    /// `address` has the form of the startup banner: `fastcgi:HOST:PORT`.
     pub(crate) fn open(address: &str) -> io::Result<Self> {
         let stream = crate::common::connect_tcp(address.strip_prefix("fastcgi:").unwrap_or(address))?;
         Ok(Self { stream })
     }
 
-    /// The response; the connection stays open if `keep`, and must be closed otherwise.
+    /// The response. The connection stays open if `keep`, and must be closed otherwise.
     pub(crate) fn ask(mut self, ask: &Ask, gate: &mut Gate, keep: bool) -> io::Result<(Reply, Option<Self>)> {
         let pairs: Vec<u8> = variables(ask).iter().flat_map(|(name, value)| pair(name, value)).collect();
         let mut sent = [begin(1, 1, keep), record(PARAMS, 1, &pairs, 0), record(PARAMS, 1, b"", 0)].concat();
@@ -139,7 +137,7 @@ pub(crate) struct Scgi {
 }
 
 impl Scgi {
-    /// `address` as in the banner: `scgi:HOST:PORT`.
+    /// `address` has the form of the startup banner: `scgi:HOST:PORT`.
     pub(crate) fn open(address: &str) -> io::Result<Self> {
         let stream = crate::common::connect_tcp(address.strip_prefix("scgi:").unwrap_or(address))?;
         Ok(Self { stream })
@@ -156,7 +154,7 @@ impl Scgi {
         std::thread::scope(|scope| {
             scope.spawn(|| give(&mut to, &sent, ask.pace));
             let reply = reply(&mut self.stream, ask, gate);
-            let _ = self.stream.shutdown(Shutdown::Both); // who has its answer does not send on for ever
+            let _ = self.stream.shutdown(Shutdown::Both); // ends the sending thread once the response has arrived
             reply
         })
     }
@@ -170,7 +168,7 @@ pub(crate) fn call(ask: &Ask, gate: &mut Gate) -> io::Result<Reply> {
         command.env(name, OsStr::from_bytes(&value));
     }
     if let Sent::Chunked(bytes) = &ask.body {
-        command.env("CONTENT_LENGTH", bytes.len().to_string()); // a web server must know it
+        command.env("CONTENT_LENGTH", bytes.len().to_string()); // CGI requires the length
     }
     let mut child = command.spawn()?;
     let (mut stdin, mut stdout) = (child.stdin.take().expect("a pipe"), Pipe::of(child.stdout.take().expect("a pipe")));
@@ -189,7 +187,7 @@ fn pair(name: &str, value: &[u8]) -> Vec<u8> {
     [&length(name.len())[..], &length(value.len()), name.as_bytes(), value].concat()
 }
 
-/// What an application says in a request's STDOUT records.
+/// The content of a request's STDOUT records.
 struct Stdout<'a> {
     stream: &'a mut TcpStream,
     left: usize,

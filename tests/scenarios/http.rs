@@ -1,4 +1,4 @@
-//! A client for HTTP/1.1 that takes any byte in a header, and sends and reads at the same time.
+//! An HTTP/1.1 client that accepts any byte in a header, and sends and reads concurrently.
 
 use std::io::{self, BufReader, Read};
 use std::net::{Shutdown, TcpStream};
@@ -38,7 +38,7 @@ impl Connection {
             let reply = self.reply(ask, gate, &mut interim);
             let sent_all = sender.is_finished();
             if !sent_all || reply.is_err() {
-                // Who has its answer does not send on for ever.
+                // Ends the sending thread once the response has arrived.
                 let _ = self.stream.get_ref().shutdown(Shutdown::Both);
             }
             reply.map(|reply| (reply, sent_all))
@@ -84,7 +84,7 @@ impl Connection {
     }
 }
 
-/// Reads the lines of a head up to the empty one.
+/// Reads header lines up to the empty line.
 pub(crate) fn headers(from: &mut impl io::BufRead) -> io::Result<Vec<(String, Vec<u8>)>> {
     let mut headers = Vec::new();
     loop {

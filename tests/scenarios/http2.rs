@@ -1,4 +1,4 @@
-//! A client for HTTP/2 that sends and reads at the same time.
+//! An HTTP/2 client that sends and reads concurrently.
 
 use std::cell::Cell;
 use std::io;
@@ -15,12 +15,12 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::ask::{Ask, Gate, PIECE, Pace, Reply, Sent, Taken};
 use crate::common::PATIENCE;
 
-/// Between two pieces of a slow client.
+/// The pause between two pieces of a slow client.
 const PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) struct Connection {
     client: SendRequest<Bytes>,
-    /// Runs the connection, while somebody waits for something.
+    /// Drives the connection during a call.
     runtime: Runtime,
 }
 
@@ -79,7 +79,7 @@ fn head(ask: &Ask) -> io::Result<Request<()>> {
     request.body(()).map_err(io::Error::other)
 }
 
-/// Sends the body. A server that has heard enough resets the stream: its answer tells.
+/// Sends the body. Errors are ignored: a server that needs no more data resets the stream, and the response shows the outcome.
 async fn send(mut stream: SendStream<Bytes>, ask: &Ask, moved: &Cell<Instant>) {
     let bytes = Bytes::copy_from_slice(ask.body.bytes());
     let piece = if ask.pace == Pace::SlowSender { bytes.len().div_ceil(50).max(1) } else { PIECE };

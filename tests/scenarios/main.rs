@@ -1,5 +1,4 @@
-//! One table of requests, asked over each protocol directly and behind each web server in each of the
-//! configurations of docs/web-servers.md.
+//! Sends one table of requests over each protocol directly, and behind each web server in each configuration of docs/web-servers.md.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
@@ -27,7 +26,7 @@ use table::{Content, Expect, Row, rows};
 /// What is between the client and the application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// Nothing.
+    /// Nothing: the client speaks this protocol to the application.
     Direct(Protocol),
     Behind(Front),
 }
@@ -56,7 +55,7 @@ impl Way {
         matches!(self, Self::Direct(_))
     }
 
-    /// What the application speaks.
+    /// Whether the application is reached over HTTP.
     fn is_http(self) -> bool {
         match self {
             Self::Direct(protocol) => matches!(protocol, Protocol::Http | Protocol::Http2),
@@ -68,7 +67,7 @@ impl Way {
         matches!(self, Self::Behind(front) if front.server == server)
     }
 
-    /// Behind this web server, which speaks to the application in CGI variables.
+    /// Whether this is behind this web server, over a protocol with CGI variables.
     fn is_cgi_of(self, server: WebServer) -> bool {
         self.is_behind(server) && !self.is_http()
     }
@@ -85,12 +84,13 @@ impl Way {
         self == Self::Behind(fronts::APACHE_FCGID)
     }
 
-    /// Behind Apache's mod_proxy, over FastCGI or SCGI.
+    /// Whether this is behind Apache's mod_proxy, over FastCGI or SCGI.
     fn is_apache_proxy_cgi(self) -> bool {
         self.is_apache_proxy_fastcgi() || self == Self::Behind(fronts::APACHE_SCGI)
     }
 
-    /// Behind one of Apache's modules that find out no length for a body in chunks, and leave that of a response to Apache.
+    /// Whether this is behind an Apache module that does not determine the length of a chunked body, and leaves the length of a response
+    /// to Apache.
     fn is_apache_scgi_or_cgi(self) -> bool {
         self == Self::Behind(fronts::APACHE_SCGI) || self == Self::Behind(fronts::APACHE_CGI)
     }
@@ -100,14 +100,14 @@ impl Way {
     }
 }
 
-/// What runs while a test does.
+/// The processes that run during a test.
 enum Running {
     Alone(#[expect(dead_code, reason = "it is there to be dropped")] Server),
     Behind(#[expect(dead_code, reason = "it is there to be dropped")] Site),
     ForEachRequest,
 }
 
-/// Where clients go.
+/// The address for clients.
 struct Address {
     protocol: Protocol,
     /// `HOST:PORT`, or the path of a socket.
@@ -149,7 +149,7 @@ impl Address {
 enum Connection {
     Http(http::Connection),
     Http2(http2::Connection),
-    /// Whether to keep it.
+    /// The flag: keep the connection.
     FastCgi(cgi::FastCgi, bool),
     Scgi(cgi::Scgi),
     Cgi,
@@ -177,7 +177,7 @@ impl Connection {
     }
 }
 
-/// Asks one row; returns what is wrong, and the connection if it can be used again.
+/// Sends one row. Returns what is wrong, and the connection if it can be used again.
 fn check(
     way: Way,
     row: &Row,
@@ -204,7 +204,7 @@ fn check(
     }
 }
 
-/// What holds of every response that comes from us directly, whatever the application made (`docs/http.md`).
+/// Rules for every response directly from Forkyard, whatever the application produced (`docs/http.md`).
 fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
     let Way::Direct(protocol) = way else { return None };
     let has = |name: &str| !reply.all(name).is_empty();
@@ -233,7 +233,7 @@ fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
 }
 
 impl Expect {
-    /// What is wrong with a response.
+    /// The difference between a response and the expected one.
     fn miss(&self, reply: &Reply) -> Option<String> {
         let text = String::from_utf8_lossy(&reply.body.bytes[..reply.body.bytes.len().min(200)]);
         if !self.statuses.contains(&reply.status) {
@@ -257,7 +257,7 @@ impl Expect {
     }
 }
 
-/// Each row on a connection of its own, then the small ones on one that the client keeps as long as it may.
+/// Sends each row on its own connection, then the small rows on one connection that the client keeps as long as possible.
 fn scenarios(way: Way) {
     let (_running, address) = start(way);
     let mut rows = rows();

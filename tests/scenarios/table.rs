@@ -1,5 +1,5 @@
-//! The requests, and the responses that must come back whatever is between the client and the application. Where
-//! something in between is known to do otherwise, its row says what it does, and why.
+//! The table of requests and expected responses, for every way between the client and the application. Where a web server is known to
+//! behave differently, the row contains its behavior and the reason.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 /// Large enough to fill every buffer on the way.
 const HUGE: usize = 64 * MIB;
-/// More than 32 bits can count.
+/// More than a 32-bit counter can hold.
 const BEYOND_32_BITS: u64 = (4 << 30) + 1;
 
 pub(crate) struct Row {
@@ -21,11 +21,11 @@ pub(crate) struct Row {
     differences: Vec<Difference>,
 }
 
-/// What happens elsewhere.
+/// A different expectation for some ways.
 struct Difference {
     at: fn(Way) -> bool,
     why: &'static str,
-    /// `None`: the row is not asked.
+    /// `None`: the row is not sent.
     expect: Option<Expect>,
 }
 
@@ -33,28 +33,28 @@ struct Difference {
 pub(crate) struct Expect {
     pub(crate) statuses: &'static [u16],
     pub(crate) body: Content,
-    /// The values of headers, in their order; none means that there is no such header.
+    /// The values of headers, in order; an empty list means that the header must be absent.
     pub(crate) headers: Vec<(&'static str, Vec<&'static [u8]>)>,
-    /// The first bytes of the response are there before the application has made the last ones.
+    /// The first bytes of the response must arrive before the application has produced the last ones.
     pub(crate) streams: bool,
-    /// The client must not use its connection again.
+    /// The client must not use the connection again.
     pub(crate) is_last: bool,
 }
 
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
     Is(Vec<u8>),
-    /// So many `x`.
+    /// This number of `x`.
     Xs(u64),
-    /// A page of the web server's own, say.
+    /// Any content, such as an error page of the web server.
     Any,
 }
 
 impl Row {
-    /// What is to be expected at `way`.
+    /// The expectation for `way`.
     ///
     /// # Errors
-    /// Why the row is not asked there.
+    /// The reason why the row is not sent there.
     pub(crate) fn expected(&self, way: Way) -> Result<&Expect, &'static str> {
         match self.differences.iter().find(|difference| (difference.at)(way)) {
             Some(difference) => difference.expect.as_ref().ok_or(difference.why),
@@ -62,7 +62,7 @@ impl Row {
         }
     }
 
-    /// Small enough to be asked once more.
+    /// Small enough to be sent a second time.
     pub(crate) fn is_small(&self) -> bool {
         let large = matches!(self.expect.body, Content::Xs(length) if length > MIB as u64);
         self.ask.body.bytes().len() <= MIB && !large && self.ask.pace == Pace::Even
@@ -154,23 +154,23 @@ fn xs(length: usize) -> Expect {
     Expect { body: Content::Xs(length as u64), ..body("") }
 }
 
-/// The application's status, with its body.
+/// The application's status, with this body.
 fn status(statuses: &'static [u16], bytes: &str) -> Expect {
     Expect { statuses, ..body(bytes) }
 }
 
-/// One of these, from whoever is in between.
+/// One of these statuses, from the application or a web server.
 fn refused(statuses: &'static [u16]) -> Expect {
     Expect { statuses, body: Content::Any, ..body("") }
 }
 
-/// What `/sum` says of a body.
+/// The response of `/sum` for a body.
 fn sum(bytes: &[u8]) -> Expect {
     let sum = bytes.iter().fold(0_u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
     body(format!("{} {sum:016x}\n", bytes.len()))
 }
 
-/// Bytes of which no piece can be mistaken for another of the same length.
+/// Random bytes, in which each piece of a given length is unique.
 fn some_bytes(length: usize) -> Arc<[u8]> {
     let mut random = fastrand::Rng::with_seed(7);
     std::iter::repeat_with(|| random.u8(..)).take(length).collect()
@@ -335,8 +335,8 @@ fn response_headers() -> Vec<Row> {
     ]
 }
 
-/// What RFC 9110, 9112 and 9113 and RFC 3875 say of any application. `/raw/STATUS?HEADERS` answers with a body of 5 bytes and those
-/// headers, whatever the method and the status are; `/raw-stream` the same without telling the length.
+/// Requirements of RFC 9110, 9112, 9113 and 3875 for any application. `/raw/STATUS?HEADERS` answers with a body of 5 bytes and these
+/// headers, whatever the method and the status; `/raw-stream` does the same without a length.
 fn semantics() -> Vec<Row> {
     let direct = "it is about what we send, not about what a web server makes of it";
     let rows = lengths_and_codings().into_iter().chain(headers_and_targets());
@@ -467,7 +467,7 @@ fn uploads() -> Vec<Row> {
             "HAProxy 2.6 forgets a client whose request was answered before it had come whole",
             body("the body was not read\n").last(),
         ),
-        // After its response we listen to 64 MiB more at most, and for two seconds, which a busy machine needs for this.
+        // After its response the server reads up to 64 MiB more, for up to two seconds, which a busy machine needs for this body.
         row("a huge body that nobody reads", post("/early").sending(&huge[..8 * MIB]), body("the body was not read\n")),
         row("a body comes back while it is sent", post("/echo").sending(&large), body(&large))
             .not_asked(|way| way.is_cgi_of(WebServer::Nginx), "nginx stops sending when the response begins, and waits")
