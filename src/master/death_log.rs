@@ -156,6 +156,7 @@ pub(crate) fn publish(
     let idle = row.as_ref().is_none_or(|row| row.in_flight == 0);
     let as_asked = child.asked_to_leave
         && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
+    let is_late = child.asked_to_leave && child.is_worker() && ending == Ending::Signaled(libc::SIGALRM);
     let program = child.program();
     let failed = ending != Ending::Exited(0) || program.as_ref().is_some_and(|program| !program.started);
     let hint = program.filter(|program| !program.started && !as_asked).map_or("", |_| programs::hint(ending));
@@ -170,6 +171,7 @@ pub(crate) fn publish(
     // A loader that gets no memory exits with 127, as does a shell that does not find a command.
     let hint =
         if hint.is_empty() || !(of_limits.is_empty() || last_words.is_empty()) { of_limits } else { hint.to_owned() };
+    let hint = if is_late { "it did not finish in time (--drain-timeout)".to_owned() } else { hint };
     if !hint.is_empty() {
         let _ = write!(line, " hint={hint:?}");
     }
@@ -177,6 +179,7 @@ pub(crate) fn publish(
         let _ = write!(line, " trace={trace:?}");
     }
     let (level, what) = match ending {
+        _ if is_late => (log::Level::Warn, "worker ended itself"),
         _ if as_asked => (log::Level::Info, "worker left"),
         Ending::Exited(0) if idle => (log::Level::Info, "worker left of its own accord"),
         Ending::Exited(0) => (log::Level::Warn, "worker left of its own accord, and in the middle of its work"),

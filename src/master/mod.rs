@@ -583,7 +583,7 @@ impl Master {
             Ok((pid, child)) => {
                 log::debug!("worker spawned slot={slot} pid={pid} gen={generation}");
                 self.children.insert(pid, child);
-                self.recycling.spawned(pid, self.now());
+                self.recycling.spawned(pid, Duration::ZERO, self.now());
                 Event::Spawned { slot, pid }
             }
             Err(error) => {

@@ -51,8 +51,9 @@ impl Recycling {
         format!("max_memory={max_memory:?} interval={interval:?} max_age={max_age:?}")
     }
 
-    pub(crate) fn spawned(&mut self, pid: Pid, now: Now) {
-        let ends = self.max_age.map(|age| now + age.draw());
+    /// A process exists, and has this age.
+    pub(crate) fn spawned(&mut self, pid: Pid, age: Duration, now: Now) {
+        let ends = self.max_age.map(|max| (now + max.draw()).saturating_sub(age));
         self.lives.insert(pid, Life { ends, strikes: 0 });
     }
 
@@ -147,7 +148,7 @@ mod tests {
         let mut recycling = recycling(Some(100), None);
         assert_eq!(recycling.next_deadline(), None, "there is nobody");
         let pids = [7, 8, 9].map(Pid::from_raw);
-        pids.iter().for_each(|&pid| recycling.spawned(pid, Now::ZERO));
+        pids.iter().for_each(|&pid| recycling.spawned(pid, Duration::ZERO, Now::ZERO));
         let mut named = Vec::new();
         let mut looked_at = Vec::new();
         for second in (0..48).step_by(2) {
@@ -172,7 +173,7 @@ mod tests {
     #[test]
     fn each_has_an_age_of_its_own_and_is_named_once() {
         let mut recycling = recycling(None, Some(Jittered { limit: 100 * S, jitter: 50 * S }));
-        (1..=40).for_each(|pid| recycling.spawned(Pid::from_raw(pid), S));
+        (1..=40).for_each(|pid| recycling.spawned(Pid::from_raw(pid), Duration::ZERO, S));
         let mut now = Now::ZERO;
         let mut moments = std::collections::BTreeSet::new();
         let mut named = Vec::new();
@@ -190,6 +191,17 @@ mod tests {
         named.sort_unstable();
         assert_eq!(named, (1..=40).collect::<Vec<_>>());
         assert!(*moments.first().unwrap() >= 101 * S && moments.len() > 10, "{moments:?}");
+    }
+
+    #[test]
+    fn the_age_of_one_that_another_master_made_goes_on() {
+        let mut recycling = recycling(None, Some(Jittered { limit: 100 * S, jitter: Duration::ZERO }));
+        let [younger, older] = [1, 2].map(Pid::from_raw);
+        recycling.spawned(younger, 30 * S, S);
+        recycling.spawned(older, 200 * S, S);
+        assert_eq!(recycling.too_old(|_| true, S), [older]);
+        assert_eq!(recycling.too_old(|_| true, 70 * S), []);
+        assert_eq!(recycling.too_old(|_| true, 71 * S), [younger]);
     }
 
     #[test]

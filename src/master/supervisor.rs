@@ -164,7 +164,8 @@ impl Supervisor {
     pub(crate) fn step(&mut self, event: Event, now: Now) -> Vec<Action> {
         self.now = now;
         match event {
-            Event::Tick => {}
+            // The last event of a turn: a process whose report or death was read in the same turn is not killed.
+            Event::Tick => self.meet_deadlines(now),
             Event::Spawned { slot, pid } => self.spawned(slot, pid),
             Event::SpawnFailed { slot } => self.failed_start(slot, None, now),
             Event::Ready { pid } => self.ready(pid),
@@ -178,7 +179,7 @@ impl Supervisor {
             Event::Queue { waits } => self.queue(waits, now),
             Event::Policy(policy) => self.set_policy(policy, now),
         }
-        self.meet_deadlines(now);
+        self.end_backoffs(now);
         match self.mode {
             Mode::Running if self.has_failed(now) => {
                 self.notice(Notice::GivenUp { after: self.policy.give_up_after });
@@ -201,7 +202,7 @@ impl Supervisor {
         self.mode == Mode::Running && self.target == 0
     }
 
-    /// The time at which [`Event::Tick`] is due without another event. Always later than the last step.
+    /// The time at which [`Event::Tick`] is due without another event. After a tick, always later than that tick.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         let slots = self.slots.iter().filter_map(|slot| match slot.state {
             State::Starting { deadline, .. } => Some(deadline),
@@ -214,7 +215,8 @@ impl Supervisor {
         let breaker = (self.mode == Mode::Running && self.missing() > 0).then_some(self.breaker.open_until());
         let sample = (self.mode == Mode::Running).then(|| self.scaler.sample_at(self.target)).flatten();
         let given_up = (self.mode == Mode::Running).then(|| self.gives_up_at()).flatten();
-        slots.chain(breaker.into_iter().chain(sample).chain(given_up).filter(|&until| until > self.now)).min()
+        let others = breaker.into_iter().chain(sample).chain(given_up);
+        slots.chain(others.filter(|&until| until > self.now)).min()
     }
 
     /// When the supervisor gives up if no process becomes ready before: only while none ever was, and starts fail.
@@ -486,12 +488,12 @@ impl Supervisor {
                 | State::Backoff { .. } => {}
             }
         }
-        if self.mode == Mode::Running {
-            self.end_backoffs(now);
-        }
     }
 
     fn end_backoffs(&mut self, now: Now) {
+        if self.mode != Mode::Running {
+            return;
+        }
         for slot in &mut self.slots {
             if matches!(slot.state, State::Backoff { until } if until <= now) {
                 slot.state = State::Empty;

@@ -8,12 +8,14 @@ use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::saved_processes::Roster;
+use super::saved_processes::{Phase, Roster};
 use super::start_command::StartCommand;
 
 /// The format that this build writes, and the only one that it reads.
@@ -27,6 +29,9 @@ pub(crate) struct Saved {
     pub(crate) format: u32,
     /// Version of the build that wrote the state.
     pub(crate) version: String,
+    /// When the state was written, by [`clock_ms`]: ages and remaining times are those of that moment.
+    #[serde(default)]
+    pub(crate) written_ms: Option<u64>,
     /// Pid of the master, the same before and after the upgrade.
     pub(crate) pid: i32,
     pub(crate) start_command: StartCommand,
@@ -211,7 +216,34 @@ pub(crate) struct SavedPublish {
     pub(crate) file: Option<(u64, u64)>,
 }
 
+/// Milliseconds of CLOCK_MONOTONIC, which is the same before and after an exec.
+pub(crate) fn clock_ms() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
 impl Saved {
+    /// Converts all ages and remaining times to those of `now_ms`, and returns the time since the state was written. The new build's
+    /// `preload` runs in between, which may take long.
+    pub(crate) fn catch_up(&mut self, now_ms: u64) -> Duration {
+        let passed = self.written_ms.replace(now_ms).map_or(0, |written| now_ms.saturating_sub(written));
+        let age = |age_ms: &mut u64| *age_ms = age_ms.saturating_add(passed);
+        let shorten = |left_ms: &mut u64| *left_ms = left_ms.saturating_sub(passed);
+        for place in &mut self.roster.places {
+            match &mut place.phase {
+                Phase::Starting { left_ms } | Phase::Draining { left_ms } => shorten(left_ms),
+                Phase::Ready | Phase::Killing => {}
+            }
+        }
+        self.children.iter_mut().for_each(|child| age(&mut child.age_ms));
+        for sidecar in &mut self.sidecars {
+            age(&mut sidecar.age_ms);
+            sidecar.stop_left_ms.iter_mut().for_each(shorten);
+        }
+        self.quarantine.iter_mut().for_each(|refusal| shorten(&mut refusal.left_ms));
+        Duration::from_millis(passed)
+    }
+
     /// The descriptors that the new program needs to start at all: those of the upgrade check.
     pub(crate) fn foundation(&self) -> Vec<RawFd> {
         self.listeners.iter().map(|listener| listener.fd).chain([self.segment.fd]).collect()
@@ -308,6 +340,7 @@ mod tests {
         Saved {
             format: FORMAT,
             version: "0.1.0".to_owned(),
+            written_ms: Some(1000),
             pid: 1,
             start_command: StartCommand::of("/usr/bin/a b", "/", &["a", "--b"]),
             listeners: vec![SavedListener { fd: 5, bind: "http:127.0.0.1:0".to_owned(), file: Some((1, u64::MAX)) }],
@@ -380,6 +413,54 @@ mod tests {
         let mut descriptors = state().descriptors();
         descriptors.sort_unstable();
         assert_eq!(descriptors, (5..=20).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn all_times_go_on_until_it_is_read() {
+        let mut state = state();
+        state.sidecars[0].stop_left_ms = Some(300);
+        state.quarantine[0].left_ms = 400;
+        let mut starting = state.roster.places[0];
+        starting.phase = Phase::Starting { left_ms: 500 };
+        state.roster.places.push(starting);
+        let before = serde_json::to_value(&state).unwrap();
+        let read = |state: &Saved| {
+            let phases: Vec<Phase> = state.roster.places.iter().map(|place| place.phase).collect();
+            let Saved { children, sidecars, quarantine, .. } = state;
+            let ages = [children[0].age_ms, sidecars[0].age_ms];
+            (phases, ages, sidecars[0].stop_left_ms, quarantine[0].left_ms)
+        };
+        assert_eq!(state.catch_up(1100), Duration::from_millis(100));
+        let phases = vec![Phase::Draining { left_ms: 0 }, Phase::Starting { left_ms: 400 }];
+        assert_eq!(read(&state), (phases, [101, 104], Some(200), 300));
+        assert_eq!(state.catch_up(1100), Duration::ZERO, "once");
+        // Whatever is a remaining time or an age by its name was changed, and nothing else.
+        let (mut changed, after) = (Vec::new(), serde_json::to_value(&state).unwrap());
+        differences(&before, &after, "", &mut changed);
+        changed.sort_unstable();
+        changed.dedup();
+        assert_eq!(changed, ["age_ms", "left_ms", "stop_left_ms", "written_ms"]);
+        let text = before.to_string();
+        let is_time = |name: &&str| name.ends_with("age_ms") || name.ends_with("left_ms");
+        let times: std::collections::BTreeSet<&str> = text.split('"').filter(is_time).collect();
+        assert_eq!(times.into_iter().collect::<Vec<_>>(), changed[..3]);
+        // A build that does not write down when has no times that could be put right.
+        state.written_ms = None;
+        assert_eq!(state.catch_up(5000), Duration::ZERO);
+    }
+
+    fn differences(one: &serde_json::Value, other: &serde_json::Value, name: &str, found: &mut Vec<String>) {
+        use serde_json::Value::{Array, Object};
+        match (one, other) {
+            (Object(one), Object(other)) => {
+                one.iter().for_each(|(name, value)| differences(value, &other[name], name, found));
+            }
+            (Array(one), Array(other)) => {
+                one.iter().zip(other).for_each(|(one, other)| differences(one, other, name, found));
+            }
+            _ if one != other => found.push(name.to_owned()),
+            _ => {}
+        }
     }
 
     #[test]

@@ -303,6 +303,8 @@ impl SidecarSupervisor {
         // The wall clock may be set back a little at any time: that must not run a job twice.
         let was_set_back = self.wall.duration_since(wall) > SET_BACK;
         (self.now, self.wall) = (now, wall);
+        // The last event of a turn: deaths have been read.
+        let meets_deadlines = matches!(event, Event::Tick | Event::Begin);
         match event {
             Event::Tick => {}
             Event::Begin if self.mode == Mode::Waiting => {
@@ -328,7 +330,9 @@ impl SidecarSupervisor {
             self.find_next_times(wall);
         }
         for index in 0..self.sidecars.len() {
-            self.meet_deadline(index);
+            if meets_deadlines {
+                self.meet_deadline(index);
+            }
             self.balance(index);
         }
         std::mem::take(&mut self.actions)

@@ -71,7 +71,7 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
         }
         let former = alive.clone();
         let (mut now, mut next) = (Now::ZERO, 10_000);
-        let mut events = std::collections::VecDeque::from([Event::Command(Command::Reload)]);
+        let mut events = std::collections::VecDeque::from([Event::Command(Command::Reload), Event::Tick]);
         for place in roster.places.iter().filter(|place| place.phase == Phase::Killing) {
             alive.retain(|&pid| pid != place.pid);
             events.push_back(Event::Exited { pid: Pid::from_raw(place.pid), after_exit: AfterExit::Replace });

@@ -19,7 +19,7 @@ use crate::master::{Control, EarlierChildren, Master, policy};
 use crate::sys;
 use crate::upgrade::Takeover;
 use crate::upgrade::saved_state::{
-    FORMAT, Saved, SavedChild, SavedLink, SavedListener, SavedOutput, SavedSegment, SavedSidecar,
+    FORMAT, Saved, SavedChild, SavedLink, SavedListener, SavedOutput, SavedSegment, SavedSidecar, clock_ms,
 };
 
 impl Master {
@@ -37,6 +37,7 @@ impl Master {
         Some(Saved {
             format: FORMAT,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            written_ms: Some(clock_ms()),
             pid: nix::unistd::getpid().as_raw(),
             start_command: self.start_command.clone(),
             listeners: save_listeners(spawner),
@@ -60,10 +61,12 @@ impl Master {
 
     /// Takes over the children of the former program and has them replaced. Processes that are no children of this process are dropped;
     /// children that have ended are reaped as usual.
+    /// A deadline that passed meanwhile is met last, when all deaths and reports have been read.
     pub(in crate::master) fn adopt(&mut self, mut left: Takeover) {
         let now = self.now();
+        let passed = left.saved.catch_up(clock_ms());
         self.earlier = EarlierChildren::restore(&left.saved.earlier);
-        self.adopt_children(&mut left);
+        self.adopt_children(&mut left, passed);
         left.saved.roster.places.retain(|place| self.children.contains_key(&Pid::from_raw(place.pid)));
         self.supervisor = Supervisor::restore(policy(&self.spawner.config), &left.saved.roster, now);
         for saved in std::mem::take(&mut left.saved.orphaned_outputs) {
@@ -109,9 +112,12 @@ impl Master {
         drop(left);
         self.feed(Event::Command(Command::Reload));
         self.reap();
+        self.read_children();
+        self.feed(Event::Tick);
     }
 
-    fn adopt_children(&mut self, left: &mut Takeover) {
+    /// The former master wrote its state `passed` ago.
+    fn adopt_children(&mut self, left: &mut Takeover, passed: Duration) {
         let now = self.now();
         for saved in std::mem::take(&mut left.saved.children) {
             let pid = Pid::from_raw(saved.pid);
@@ -119,12 +125,12 @@ impl Master {
                 log::error!("worker pid={pid} is not ours any more");
             } else if let Some(child) = Child::restore(saved, left) {
                 if child.hung {
-                    self.faults.told_to_die(pid, now);
+                    self.faults.told_to_die(pid, now.saturating_sub(passed));
                 }
                 // If one program was seen to accept connections, this build expects the same of further programs.
                 self.programs.seen |= child.program().is_some_and(|program| program.seen);
+                self.recycling.spawned(pid, child.since.elapsed(), now);
                 self.children.insert(pid, child);
-                self.recycling.spawned(pid, now);
             } else {
                 log::error!("worker pid={pid} cannot be heard any more: it is asked to leave");
                 let _ = kill(pid, Signal::SIGTERM);
