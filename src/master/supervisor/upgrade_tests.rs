@@ -1,7 +1,7 @@
 //! Tests the saved state of the supervisor, and its restoration by the next master.
 
 use super::*;
-use crate::upgrade::saved_processes::Phase;
+use crate::upgrade::saved_processes::{Phase, Place, Roster};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -118,4 +118,29 @@ fn a_master_that_stops_has_no_successor() {
     assert_eq!(supervisor.step(Event::Command(Command::Upgrade), Now::ZERO), []);
     let mut supervisor = Supervisor::new(policy(2));
     assert!(supervisor.step(Event::Command(Command::Upgrade), Now::ZERO).contains(&Action::Upgrade));
+}
+
+#[test]
+fn a_deadline_that_has_passed_counts_only_when_all_reports_and_deaths_are_read() {
+    let place = |number: u32, phase| {
+        let pid = 100 + i32::try_from(number).unwrap();
+        Place { slot: number, generation: 1, pid, phase, worn: false, replaced: false }
+    };
+    let starting = Phase::Starting { left_ms: 0 };
+    let draining = Phase::Draining { left_ms: 0 };
+    let phases = [starting, starting, draining, draining];
+    let places = (0..).zip(phases).map(|(number, phase)| place(number, phase)).collect();
+    let roster = Supervisor::new(policy(2)).save(Now::ZERO).unwrap();
+    let mut supervisor = Supervisor::restore(policy(2), &Roster { places, ..roster }, 50 * MS);
+    let [one, other, left, stuck] = [100, 101, 102, 103].map(Pid::from_raw);
+    let mut actions = supervisor.step(Event::Ready { pid: one }, 51 * MS);
+    actions.extend(supervisor.step(Event::Exited { pid: left, after_exit: AfterExit::Replace }, 52 * MS));
+    actions.extend(supervisor.step(Event::Ready { pid: other }, 53 * MS));
+    assert!(!actions.iter().any(|action| matches!(action, Action::Kill { .. })), "{actions:?}");
+    assert!(supervisor.next_deadline().is_some_and(|deadline| deadline <= 53 * MS), "the clock is looked at next");
+    let actions = supervisor.step(Event::Tick, 54 * MS);
+    let killed: Vec<Pid> =
+        actions.iter().filter_map(|action| if let Action::Kill { pid } = *action { Some(pid) } else { None }).collect();
+    assert_eq!(killed, [stuck]);
+    assert!(supervisor.next_deadline().is_none_or(|deadline| deadline > 54 * MS));
 }

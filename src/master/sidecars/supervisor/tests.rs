@@ -294,6 +294,21 @@ fn the_end_of_an_adopted_daemon_that_had_run_or_was_asked_to_stop_is_no_failure(
 }
 
 #[test]
+fn a_sidecar_that_has_ended_is_not_asked_to_stop_because_its_time_passed_during_an_upgrade() {
+    let mut world = world(0, &["@hourly", "@hourly", "@hourly"], 90 * S);
+    let pids = [1, 2, 3].map(Pid::from_raw);
+    for (index, pid) in pids.into_iter().enumerate() {
+        let number = world.sidecars.adopt(Some(index), pid, 100 * S, None, world.now);
+        world.alive.insert(pid, number);
+    }
+    world.end(0, AfterExit::Restart);
+    world.end(1, AfterExit::Restart);
+    assert!(world.asked.is_empty() && world.notices.is_empty(), "{:?}", world.notices);
+    world.feed(Event::Begin);
+    assert_eq!(world.notices, [(2, Notice::RunTimeout { pid: pids[2] })]);
+}
+
+#[test]
 fn what_came_due_while_one_master_took_anothers_place_is_run_once() {
     let schedules = ["* * * * *", "@hourly"];
     let mut first = world(0, &schedules, S);
