@@ -37,8 +37,8 @@ const FRAME: usize = 128 + 2;
 const BATCH: usize = 64;
 /// How long the relay waits for the log while other processes hold its lock, and the interval of
 /// the attempts.
-const PATIENCE: Duration = Duration::from_secs(5);
-const NAP: Duration = Duration::from_millis(10);
+const LOG_TIMEOUT: Duration = Duration::from_secs(5);
+const LOG_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Publishes the datagrams from `socket` until `lifeline` ends. Returns the exit status.
 pub(crate) fn run(socket: BorrowedFd<'_>, lifeline: BorrowedFd<'_>, segment: &Segment) -> u8 {
@@ -50,7 +50,7 @@ pub(crate) fn run(socket: BorrowedFd<'_>, lifeline: BorrowedFd<'_>, segment: &Se
         events,
         begun: Instant::now(),
         complaints: Complaints::default(),
-        patience: PATIENCE,
+        log_timeout: LOG_TIMEOUT,
     };
     say(READY);
     match relay.work(&mut vec![0; most]) {
@@ -69,7 +69,7 @@ struct Relay<'a> {
     begun: Instant,
     complaints: Complaints,
     /// Zero after a wait in vain, until an event can be published again.
-    patience: Duration,
+    log_timeout: Duration,
 }
 
 /// The content of the socket.
@@ -117,17 +117,17 @@ impl Relay<'_> {
         let begun = Instant::now();
         loop {
             match self.events.publish(topic, name, data) {
-                Ok(_) => self.patience = PATIENCE,
-                Err(PublishError::Busy) if begun.elapsed() < self.patience => {
+                Ok(_) => self.log_timeout = LOG_TIMEOUT,
+                Err(PublishError::Busy) if begun.elapsed() < self.log_timeout => {
                     // Meanwhile the senders wait.
-                    if wait(self.lifeline, None, Some(NAP))? {
+                    if wait(self.lifeline, None, Some(LOG_INTERVAL))? {
                         return Ok(ControlFlow::Break(()));
                     }
                     continue;
                 }
                 Err(error) => {
                     if error == PublishError::Busy {
-                        self.patience = Duration::ZERO;
+                        self.log_timeout = Duration::ZERO;
                     }
                     self.complaints.add(error);
                 }

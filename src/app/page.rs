@@ -260,9 +260,9 @@ mod tests {
     }
 
     /// A body with an announced length of five bytes that must not be read.
-    struct Told;
+    struct WithLength;
 
-    impl HttpBody for Told {
+    impl HttpBody for WithLength {
         type Data = Bytes;
         type Error = BodyError;
 
@@ -279,8 +279,8 @@ mod tests {
     async fn a_body_beyond_the_limit_is_not_collected() {
         let known = from_response(Response::new(Body::from("12345")), 4).await;
         assert!(matches!(known, Err(CollectError::TooLarge { limit: 4 })), "{known:?}");
-        let told = from_response(Response::new(Told), 4).await;
-        assert!(matches!(told, Err(CollectError::TooLarge { limit: 4 })), "{told:?}");
+        let collected = from_response(Response::new(WithLength), 4).await;
+        assert!(matches!(collected, Err(CollectError::TooLarge { limit: 4 })), "{collected:?}");
         let pieces = futures_util::stream::iter((0..20).map(|_| Ok::<_, BodyError>(Frame::data(Bytes::from("12345")))));
         let unknown = from_response(Response::new(StreamBody::new(pieces)), 99).await;
         assert!(matches!(unknown, Err(CollectError::TooLarge { limit: 99 })), "{unknown:?}");

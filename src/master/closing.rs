@@ -38,7 +38,7 @@ pub(super) struct Closing {
     /// Programs to ask to leave when the queues are empty.
     held: Vec<Pid>,
     /// Indexes of sockets that were found not listening and are already reported in the log.
-    deaf: BTreeSet<usize>,
+    not_listening: BTreeSet<usize>,
     /// How often each program was found idle after it was asked to leave.
     found_idle: HashMap<Pid, u32>,
 }
@@ -139,7 +139,7 @@ impl Master {
         }
         let listeners = self.spawner.listeners.iter().enumerate();
         for (index, listener) in listeners.filter(|(_, listener)| !listener.is_listening()) {
-            if self.closing.deaf.insert(index) {
+            if self.closing.not_listening.insert(index) {
                 log::error!(
                     "a socket listens no more: some process that holds it has called shutdown(2) on it (stop and start) \
                      bind={}",

@@ -153,8 +153,8 @@ impl Master {
         );
         // To the thread of the event loop, if the row has it: that thread hangs.
         let thread = row.and_then(|row| i32::try_from(row.loop_thread).ok()).filter(|thread| *thread > 0);
-        let told = thread.is_some_and(|thread| sys::signal_thread(pid, thread, libc::SIGABRT).is_ok());
-        if !told && let Err(errno) = kill(pid, Signal::SIGABRT) {
+        let is_signaled = thread.is_some_and(|thread| sys::signal_thread(pid, thread, libc::SIGABRT).is_ok());
+        if !is_signaled && let Err(errno) = kill(pid, Signal::SIGABRT) {
             log::error!("cannot signal worker slot={} pid={pid} signal=SIGABRT: {errno}", child.slot);
         }
         self.faults.hangs.told_to_die(pid, now);

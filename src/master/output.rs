@@ -432,7 +432,7 @@ mod tests {
         for seed in 0..500 {
             let mut random = fastrand::Rng::with_seed(seed);
             let (mut repeats, mut now) = (Repeats::default(), Now::from_secs(5));
-            let (mut written, mut told, mut logged) = ([0_u64; 2], [0_u64; 2], 0);
+            let (mut written, mut reported, mut logged) = ([0_u64; 2], [0_u64; 2], 0);
             let mut last = 0;
             for _ in 0..400 {
                 now += Now::from_millis(random.u64(0..200));
@@ -440,21 +440,21 @@ mod tests {
                     && let Some(count) = repeats.tick(now)
                 {
                     assert!(count > 0, "seed {seed}");
-                    told[last] += count;
+                    reported[last] += count;
                     logged += 1;
                 }
                 let line = if random.u32(0..60) == 0 { 1 - last } else { last };
                 let Verdict { count, log } = repeats.take(["a", "b"][line], now);
-                told[last] += count.unwrap_or(0);
-                told[line] += u64::from(log);
+                reported[last] += count.unwrap_or(0);
+                reported[line] += u64::from(log);
                 logged += u32::from(log) + u32::from(count.is_some());
                 written[line] += 1;
                 last = line;
                 assert!(repeats.due.is_none_or(|due| due <= now + COUNTED), "seed {seed}");
                 assert_eq!(repeats.held > 0, repeats.due.is_some(), "seed {seed}");
             }
-            told[last] += repeats.end().unwrap_or(0);
-            assert_eq!(written, told, "seed {seed}");
+            reported[last] += repeats.end().unwrap_or(0);
+            assert_eq!(written, reported, "seed {seed}");
             assert!(logged < 300, "seed {seed}: {logged} lines");
         }
     }

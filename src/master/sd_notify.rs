@@ -45,7 +45,7 @@ pub(crate) struct Notify {
     unsent: VecDeque<String>,
     next_try: Option<Instant>,
     /// The last message failed, and the log has a line about it.
-    deaf: bool,
+    is_unreachable: bool,
 }
 
 impl Notify {
@@ -73,7 +73,7 @@ impl Notify {
             next_progress: None,
             unsent: VecDeque::new(),
             next_try: None,
-            deaf: false,
+            is_unreachable: false,
         }
     }
 
@@ -170,10 +170,10 @@ impl Notify {
         let rights = if scaling.is_empty() { &[] } else { &rights[..] };
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         let sent = sendmsg(socket.as_raw_fd(), &[IoSlice::new(text.as_bytes())], rights, flags, Some(address));
-        if let (Err(errno), false) = (sent, self.deaf) {
+        if let (Err(errno), false) = (sent, self.is_unreachable) {
             log::warn!("the service manager does not hear us: {} message={text:?}", errno.desc());
         }
-        self.deaf = sent.is_err();
+        self.is_unreachable = sent.is_err();
         sent.map(drop)
     }
 }

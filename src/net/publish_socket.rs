@@ -205,10 +205,10 @@ pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
         return Ok(None);
     }
     let Some(path) = &config.publish.socket else {
-        let name_of_folder = format!("{DIRECTORY}{:016x}", 0);
+        let directory_name = format!("{DIRECTORY}{:016x}", 0);
         let look = |place: &Path| {
             let socket =
-                std::path::absolute(place).map_err(|error| error.to_string())?.join(&name_of_folder).join(NAME);
+                std::path::absolute(place).map_err(|error| error.to_string())?.join(&directory_name).join(NAME);
             listen::examine_length(&socket, FLAG)?;
             examine_directory(&place.join(NAME), FLAG)
         };
@@ -257,7 +257,7 @@ fn sweep(place: &Path) {
         let is_ours = entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == ours);
         let socket = entry.path().join(NAME);
         // A socket that is being created looks like one that a dead program left.
-        let turn = is_ours.then(|| LockFile::beside(&socket));
+        let turn = is_ours.then(|| LockFile::for_path(&socket));
         if turn.is_some() && listen::is_stale(&socket) && std::fs::remove_file(&socket).is_ok() {
             drop(turn); // the lock file is in the directory
             let _ = std::fs::remove_dir(entry.path()); // fails if the directory has other files

@@ -12,7 +12,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// The datagrams that are not reported yet. All times are relative to one arbitrary start.
 #[derive(Debug, Default)]
 pub(super) struct Complaints {
-    untold: u64,
+    unreported: u64,
     total: u64,
     last: String,
     not_before: Duration,
@@ -21,22 +21,22 @@ pub(super) struct Complaints {
 impl Complaints {
     /// Counts a datagram that was not published.
     pub(super) fn add(&mut self, why: impl Display) {
-        self.untold += 1;
+        self.unreported += 1;
         self.total += 1;
         self.last = why.to_string();
     }
 
     /// Time until the next line is due, if nothing more happens.
     pub(super) fn due_in(&self, now: Duration) -> Option<Duration> {
-        (self.untold > 0).then(|| self.not_before.saturating_sub(now))
+        (self.unreported > 0).then(|| self.not_before.saturating_sub(now))
     }
 
     /// Returns the line if it is due.
     pub(super) fn take(&mut self, now: Duration) -> Option<String> {
         self.due_in(now).filter(Duration::is_zero)?;
         self.not_before = now + LOG_INTERVAL;
-        let untold = std::mem::take(&mut self.untold);
-        Some(format!("datagrams not published count={untold} total={} last={:?}", self.total, self.last))
+        let unreported = std::mem::take(&mut self.unreported);
+        Some(format!("datagrams not published count={unreported} total={} last={:?}", self.total, self.last))
     }
 }
 

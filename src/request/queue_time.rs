@@ -58,7 +58,7 @@ pub(crate) fn count() {
     static SHED: Mutex<(u64, Option<Instant>)> = Mutex::new((0, None));
     let mut shed = SHED.lock().unwrap_or_else(PoisonError::into_inner);
     shed.0 += 1;
-    if shed.1.is_none_or(|told| told.elapsed() >= LOG_INTERVAL) {
+    if shed.1.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
         log::warn!("requests waited too long and got 503 (--max-queue-time) count={}", shed.0);
         *shed = (0, Some(Instant::now()));
     }

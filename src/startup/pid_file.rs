@@ -37,7 +37,7 @@ impl PidFile {
         let fail = |cause: String| format!("cannot write the pid file {}: {cause}", path.display());
         let denied = |error: std::io::Error| fail(format!("{error} (choose another path with --pid-file)"));
         file_path::examine(path, Links::Keep, FLAG).map_err(fail)?;
-        let _turn = LockFile::beside(path);
+        let _turn = LockFile::for_path(path);
         refuse_second(path).map_err(fail)?;
         let name = path.file_name().ok_or_else(|| fail("it has no name (give a file with --pid-file)".to_owned()))?;
         let prefix = format!(".{}.", name.to_string_lossy());

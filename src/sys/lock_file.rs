@@ -38,7 +38,7 @@ pub(crate) struct LockFile {
 impl LockFile {
     /// Waits until no other master is replacing `path`. Continues without a lock if no lock is possible, or
     /// another process holds it for too long.
-    pub(crate) fn beside(path: &Path) -> Self {
+    pub(crate) fn for_path(path: &Path) -> Self {
         Self::with_timeout(path, LOCK_TIMEOUT)
     }
 
@@ -153,7 +153,7 @@ mod tests {
         let path = directory.path().join("a.sock");
         let of_a_stranger = File::open(directory.path()).unwrap();
         of_a_stranger.lock().unwrap();
-        assert!(LockFile::beside(&path).held.is_some());
+        assert!(LockFile::for_path(&path).held.is_some());
 
         // Others could hold a lock on this file, so it is not used.
         let lock = directory.path().join(".a.sock.lock");
@@ -161,13 +161,13 @@ mod tests {
         std::fs::set_permissions(&lock, std::fs::Permissions::from_mode(0o644)).unwrap();
         let held = File::open(&lock).unwrap();
         held.lock().unwrap();
-        assert!(LockFile::beside(&path).held.is_none());
+        assert!(LockFile::for_path(&path).held.is_none());
         std::fs::remove_file(&lock).unwrap();
 
         // The target of the link is neither examined nor touched.
         std::fs::write(directory.path().join("b"), "b").unwrap();
         std::os::unix::fs::symlink("b", &lock).unwrap();
-        assert!(LockFile::beside(&path).held.is_none());
+        assert!(LockFile::for_path(&path).held.is_none());
         assert_eq!(std::fs::read_to_string(directory.path().join("b")).unwrap(), "b");
         assert!(lock.symlink_metadata().unwrap().is_symlink());
     }

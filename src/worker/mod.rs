@@ -204,12 +204,12 @@ where
             tokio::task::spawn_local(end_drain(drain.clone(), Rc::clone(&watchdog))),
             tokio::task::spawn_local(async move { watchdog.run().await }),
             tokio::task::spawn_local(miss_heir(heir.end, report.try_clone()?)),
-            tokio::task::spawn_local(tell_of_hangs(report.try_clone()?)),
+            tokio::task::spawn_local(report_hangs(report.try_clone()?)),
             tokio::task::spawn_local(logs::keep(heritage.log_files, heritage.files, access_log.clone())),
         ];
         row.set_state(State::Ready);
         (&report).write_all(Report::Ready.line().as_bytes())?;
-        let is_orphan = told_to_leave(asked_to_leave, heritage.lifeline, &output).await?;
+        let is_orphan = wait_for_leave(asked_to_leave, heritage.lifeline, &output).await?;
 
         row.set_state(State::Draining);
         let mut entry =
@@ -261,7 +261,7 @@ fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
         .claim(heritage.slot, std::process::id(), heritage.generation)
         .ok_or_else(|| io::Error::other(format!("the scoreboard has no row {}", heritage.slot)))?;
     blocking::configure(*threads, *queue, Some(row.occupancy()));
-    blocking::set_patience(failures.hang_timeout);
+    blocking::set_hang_timeout(failures.hang_timeout);
     buffered::set_limit(limits.max_buffered);
     crash::give_stack();
     current_request::note_in(row.event_loop_beat());
@@ -290,7 +290,7 @@ fn guard(config: &Config, segment: &Segment) -> Guard {
 }
 
 /// Requests this worker's replacement when a function hangs.
-async fn tell_of_hangs(mut report: File) {
+async fn report_hangs(mut report: File) {
     loop {
         let what = blocking::one_hangs().await;
         let _ = report.write_all(Report::HungThread(what).line().as_bytes()); // a full pipe already has a report
@@ -506,7 +506,7 @@ fn take_signals(drain_timeout: Duration) -> io::Result<(UnixStream, Arc<AtomicBo
 }
 
 /// Returns when TERM was received (false) or the master is dead (true).
-async fn told_to_leave(term: UnixStream, lifeline: OwnedFd, output: &OutputPipes) -> io::Result<bool> {
+async fn wait_for_leave(term: UnixStream, lifeline: OwnedFd, output: &OutputPipes) -> io::Result<bool> {
     let mut term = tokio::net::UnixStream::from_std(term)?;
     let mut lifeline = tokio::net::unix::pipe::Receiver::from_owned_fd(lifeline)?;
     let (mut byte, mut end) = ([0], [0]);

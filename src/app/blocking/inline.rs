@@ -103,16 +103,16 @@ impl Bell {
         if BETWEEN_TURNS.get() {
             WAKE_LATER.with_borrow_mut(|wakers| wakers.push(waker));
         } else {
-            self.tell(|ended| ended.wakers.push(waker));
+            self.change(|ended| ended.wakers.push(waker));
         }
     }
 
     /// Reports that a thread is free again after all were occupied.
     pub(super) fn one_is_free(&self) {
-        self.tell(|ended| ended.one_is_free = true);
+        self.change(|ended| ended.one_is_free = true);
     }
 
-    fn tell(&self, what: impl FnOnce(&mut Ended)) {
+    fn change(&self, what: impl FnOnce(&mut Ended)) {
         let mut ended = self.ended();
         what(&mut ended);
         let event_loop = (!std::mem::replace(&mut ended.is_woken, true)).then(|| ended.event_loop.clone());

@@ -30,7 +30,7 @@ use tower_service::Service;
 
 use self::inline::{Bell, InlinePolicy};
 pub(crate) use self::inline::{jobs_wait, run_jobs};
-pub(crate) use self::overdue::{give_up, one_hangs, set_patience};
+pub(crate) use self::overdue::{give_up, one_hangs, set_hang_timeout};
 pub(crate) use self::pool::{configure, finish, one_is_free, pool_became_full, pool_is_full};
 use super::body::{Body, FilterData};
 use crate::diagnostics::current_request;
@@ -309,7 +309,7 @@ pub struct BlockingFuture {
 
 impl std::fmt::Debug for BlockingFuture {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Answer").finish_non_exhaustive()
+        f.debug_struct("BlockingFuture").finish_non_exhaustive()
     }
 }
 

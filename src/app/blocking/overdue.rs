@@ -34,7 +34,7 @@ struct Overrun {
     /// Its request, and the time at which the request got its 504 or would have got it. `None`
     /// without a deadline.
     over: Option<(Arc<str>, Instant)>,
-    is_told: bool,
+    is_reported: bool,
 }
 
 impl Overrun {
@@ -50,7 +50,7 @@ impl Overrun {
 }
 
 /// Sets how long a function may still run. Called once, in a new worker.
-pub(crate) fn set_patience(patience: Duration) {
+pub(crate) fn set_hang_timeout(patience: Duration) {
     let _ = HANG_TIMEOUT.set(patience);
 }
 
@@ -69,12 +69,12 @@ pub(crate) fn give_up(what: String, over: Instant, drop: impl FnOnce()) {
 pub(crate) async fn one_hangs() -> String {
     loop {
         let now = Instant::now();
-        let waits = running().into_iter().filter(|one| !one.is_told);
+        let waits = running().into_iter().filter(|one| !one.is_reported);
         let next = waits.filter_map(|one| Some((one.hangs_at()?, one))).min_by_key(|(at, _)| *at);
         match next {
             Some((at, Overrun { job, over: Some((what, _)), .. })) if at <= now => {
                 let mut overruns = overruns();
-                overruns.iter_mut().filter(|one| one.job.ptr_eq(&job)).for_each(|one| one.is_told = true);
+                overruns.iter_mut().filter(|one| one.job.ptr_eq(&job)).for_each(|one| one.is_reported = true);
                 drop(overruns);
                 log::error!(
                     "a function still runs {}ms after the time of its request was over (--request-timeout, --hang-timeout): this worker asks to be replaced request={what:?}",
@@ -127,7 +127,7 @@ pub(super) fn watch(job: &Arc<dyn Job>) {
     let over = GIVEN_UP.with_borrow(Clone::clone);
     let mut overruns = overruns();
     overruns.retain(|one| one.job.strong_count() > 0);
-    overruns.push(Overrun { job: Arc::downgrade(job), since: Instant::now(), over, is_told: false });
+    overruns.push(Overrun { job: Arc::downgrade(job), since: Instant::now(), over, is_reported: false });
     drop(overruns);
     ONE_MORE.notify_one();
 }

@@ -34,16 +34,16 @@ pub(super) struct Pool {
     /// Jobs that wait or run.
     count: AtomicU32,
     occupancy: Option<Occupancy>,
-    /// The siblings were notified that all threads are occupied. Written under `telling`.
-    is_told: AtomicBool,
-    telling: Mutex<()>,
+    /// The siblings were notified that all threads are occupied. Written under `reporting`.
+    is_reported: AtomicBool,
+    reporting: Mutex<()>,
     one_is_free: Notify,
     /// [`finish`] is waiting.
     is_finishing: AtomicBool,
     one_has_ended: (Mutex<()>, Condvar),
     /// All threads hung at the last check.
     is_stuck: AtomicBool,
-    /// Number of hanging threads in the last notice. Written under `telling`.
+    /// Number of hanging threads in the last notice. Written under `reporting`.
     hung: AtomicU32,
 }
 
@@ -131,7 +131,7 @@ pub(super) fn end_turn() {
     if let Some(pool) = POOL.get() {
         pool.wake_one();
         if pool.is_occupied() {
-            pool.tell();
+            pool.report();
         }
     }
 }
@@ -154,8 +154,8 @@ pub(super) fn pool() -> &'static Pool {
         one_is_called: Condvar::new(),
         count: AtomicU32::new(0),
         occupancy,
-        is_told: AtomicBool::new(false),
-        telling: Mutex::new(()),
+        is_reported: AtomicBool::new(false),
+        reporting: Mutex::new(()),
         one_is_free: Notify::new(),
         is_finishing: AtomicBool::new(false),
         one_has_ended: (Mutex::new(()), Condvar::new()),
@@ -218,7 +218,7 @@ impl Pool {
         if started == self.threads && !is_first {
             log::info!("all {started} threads for blocking functions could be created");
         }
-        self.tell(); // the pool may have been occupied with fewer threads
+        self.report(); // the pool may have been occupied with fewer threads
         started > 0
     }
 
@@ -242,7 +242,7 @@ impl Pool {
 
     /// Publishes the number of hanging threads.
     fn tell_hung(&self) {
-        let _one_at_a_time = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.reporting.lock().unwrap_or_else(PoisonError::into_inner);
         let hung = u32::try_from(overdue::hung()).unwrap_or(u32::MAX);
         self.hung.store(hung, Ordering::SeqCst);
         if let Some(occupancy) = &self.occupancy {
@@ -287,8 +287,8 @@ impl Pool {
 
     fn one_ended(&self, job: &Arc<dyn Job>) {
         let before = self.count.fetch_sub(1, Ordering::SeqCst);
-        if before <= self.capacity() && self.is_told.load(Ordering::SeqCst) {
-            self.tell();
+        if before <= self.capacity() && self.is_reported.load(Ordering::SeqCst) {
+            self.report();
             match job.bell() {
                 Some(bell) => bell.one_is_free(),
                 None => self.one_is_free.notify_waiters(),
@@ -305,11 +305,11 @@ impl Pool {
 
     /// Publishes the occupancy to siblings and acceptors. A thread that changes the count at the
     /// same time either reads the flag that is set here, or the loop below reads its change.
-    fn tell(&self) {
-        let _one_at_a_time = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
+    fn report(&self) {
+        let _one_at_a_time = self.reporting.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let now = self.is_occupied();
-            if self.is_told.swap(now, Ordering::SeqCst) == now {
+            if self.is_reported.swap(now, Ordering::SeqCst) == now {
                 return;
             }
             if let Some(occupancy) = &self.occupancy {

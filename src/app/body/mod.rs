@@ -206,9 +206,9 @@ impl Body {
         Some(Arc::clone(self.trouble.get_or_insert_default()))
     }
 
-    fn tell(&self, trouble: u8) {
-        if let Some(told) = &self.trouble {
-            told.set(trouble);
+    fn report(&self, trouble: u8) {
+        if let Some(reported) = &self.trouble {
+            reported.set(trouble);
         }
     }
 
@@ -258,14 +258,14 @@ impl http_body::Body for Body {
                 if let Kind::Http(unread) = &mut self.kind {
                     unread.is_broken = true;
                 }
-                self.tell(Trouble::TOO_SLOW);
+                self.report(Trouble::TOO_SLOW);
                 return Poll::Ready(Some(Err(BodyError::TimedOut)));
             }
         }
         if let Poll::Ready(Some(Err(_))) = frame
             && !matches!(self.kind, Kind::Other(_))
         {
-            self.tell(Trouble::CUT);
+            self.report(Trouble::CUT);
         }
         if let Poll::Ready(Some(Ok(frame))) = &frame
             && let Some(bytes) = frame.data_ref()
@@ -275,13 +275,13 @@ impl http_body::Body for Body {
                 wait.taken(bytes.len());
             }
             if length > self.allowed {
-                self.tell(Trouble::TOO_LARGE);
+                self.report(Trouble::TOO_LARGE);
                 return Poll::Ready(Some(Err(BodyError::TooLarge)));
             }
             self.allowed -= length;
         }
         if matches!(frame, Poll::Ready(None)) || frame.is_ready() && http_body::Body::is_end_stream(&*self) {
-            self.tell(Trouble::WHOLE);
+            self.report(Trouble::WHOLE);
         }
         frame
     }

@@ -40,7 +40,7 @@ pub(in crate::net) fn bind_file(
     let address = UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
     file_path::examine(path, Links::Keep, flag)?;
     // Until it listens, the new socket looks like one that a dead program left.
-    let _turn = LockFile::beside(path);
+    let _turn = LockFile::for_path(path);
     clear_stale(path, flag)?;
     let kind = if backlog.is_some() { SockType::Stream } else { SockType::Datagram };
     let socket = new_socket(AddressFamily::Unix, kind)?;

@@ -317,7 +317,7 @@ impl Acceptor {
 
     /// Accepts forever; each connection is served by its own task.
     pub(crate) async fn run(&self, serve: &impl Serve) {
-        let mut told = None::<Instant>;
+        let mut reported = None::<Instant>;
         let mut patience = Patience::default();
         let (mut failed_in_a_row, mut closed_for) = (0, 0_u32);
         loop {
@@ -350,9 +350,9 @@ impl Acceptor {
                     // A master that stops closes its sockets shortly before it stops its workers.
                     let is_closed = error.raw_os_error() == Some(libc::EINVAL);
                     closed_for = if is_closed { closed_for.saturating_add(1) } else { CLOSED_FOR };
-                    if closed_for >= CLOSED_FOR && told.is_none_or(|told| told.elapsed() > LOG_INTERVAL) {
+                    if closed_for >= CLOSED_FOR && reported.is_none_or(|reported| reported.elapsed() > LOG_INTERVAL) {
                         log::error!("accepting pauses until it can go on: {}{}", Explained(&error), self.name());
-                        told = Some(Instant::now());
+                        reported = Some(Instant::now());
                     }
                     self.bell.pause();
                     if is_of_this_system(&error) && self.connections.open.get() > 0 {

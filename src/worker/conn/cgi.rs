@@ -61,7 +61,7 @@ where
     serve::install_panic_hook();
     sys::unblock_signals();
     blocking::configure(config.threads, config.queue, None);
-    blocking::set_patience(config.failures.hang_timeout);
+    blocking::set_hang_timeout(config.failures.hang_timeout);
     let own = Segment::create(&Plan { rows: 1, ..Plan::default() })?;
     let row = own.scoreboard().claim(0, std::process::id(), 1).ok_or("the scoreboard has no row")?;
     let watched = stdout.try_clone()?;

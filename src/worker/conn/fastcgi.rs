@@ -72,7 +72,7 @@ where
         moving: false,
         assembled: Vec::new(),
         unread: false,
-        deaf: false,
+        ignores_input: false,
     };
     let mut drained = pin!(drain.wait());
     let mut last_chance = pin!(drain.wait_for_last_request());
@@ -135,7 +135,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     /// The last request was answered before all of it was received.
     unread: bool,
     /// The peer exceeded a timeout: nothing more is read from it.
-    deaf: bool,
+    ignores_input: bool,
 }
 
 impl<S, B> Connection<S, B>
@@ -251,7 +251,7 @@ where
                 return Ok(Poll::Pending);
             }
         }
-        if self.deaf {
+        if self.ignores_input {
             return Ok(Poll::Pending);
         }
         if self.decode()? {
@@ -286,7 +286,7 @@ where
                 for exchange in &mut self.exchanges {
                     (exchange.stdin, exchange.data) = (None, None);
                 }
-                (self.deaf, self.closing) = (true, true);
+                (self.ignores_input, self.closing) = (true, true);
                 Ok(Poll::Pending)
             }
             Poll::Ready(Err(error)) => {

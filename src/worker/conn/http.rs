@@ -433,7 +433,7 @@ where
                 set_connection(&mut response, version, under_way.is_last);
             }
             under_way.enter_response(under_way.is_last);
-            response.body_mut().tell(self.requests.activity());
+            response.body_mut().set_activity(self.requests.activity());
             let room = is_http2.then(|| {
                 let mut room = Wait::for_room(self.requests.activity());
                 room.set(true);

@@ -55,14 +55,14 @@ impl Crowd {
         let count = open.entry(client).or_insert(0);
         if *count >= self.most {
             drop(open);
-            self.tell(address);
+            self.report(address);
             return None;
         }
         *count += 1;
         Some(Counted(Some((Rc::clone(self), client))))
     }
 
-    fn tell(&self, address: IpAddr) {
+    fn report(&self, address: IpAddr) {
         if let Some(count) = self.turned_away.add(1) {
             let most = self.most;
             log::warn!(

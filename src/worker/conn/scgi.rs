@@ -174,7 +174,7 @@ where
             match &mut self.state {
                 State::Answering { answer, is_head } => {
                     let Poll::Ready(mut response) = answer.as_mut().poll(context) else { return Ok(()) };
-                    response.body_mut().tell(self.socket.activity());
+                    response.body_mut().set_activity(self.socket.activity());
                     self.state = State::Sending(Reply::begin(response, *is_head, self.outbox.tail()));
                 }
                 State::Sending(reply) => match reply.poll_piece(context) {

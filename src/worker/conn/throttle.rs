@@ -9,19 +9,19 @@ const APART: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Default)]
 pub(crate) struct Throttle {
-    untold: Cell<usize>,
-    last_told: Cell<Option<Instant>>,
+    unreported: Cell<usize>,
+    last_line: Cell<Option<Instant>>,
 }
 
 impl Throttle {
     /// Counts `more` events. If a line is due, returns the number of events since the last line.
     pub(crate) fn add(&self, more: usize) -> Option<usize> {
-        self.untold.set(self.untold.get() + more);
-        if self.last_told.get().is_some_and(|told| told.elapsed() < APART) {
+        self.unreported.set(self.unreported.get() + more);
+        if self.last_line.get().is_some_and(|line| line.elapsed() < APART) {
             return None;
         }
-        self.last_told.set(Some(Instant::now()));
-        Some(self.untold.take())
+        self.last_line.set(Some(Instant::now()));
+        Some(self.unreported.take())
     }
 }
 
@@ -30,10 +30,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_is_told_at_once_and_those_that_follow_are_counted() {
+    fn the_first_is_reported_at_once_and_those_that_follow_are_counted() {
         let throttle = Throttle::default();
         assert_eq!((throttle.add(1), throttle.add(2), throttle.add(1)), (Some(1), None, None));
-        throttle.last_told.set(Instant::now().checked_sub(APART));
+        throttle.last_line.set(Instant::now().checked_sub(APART));
         assert_eq!((throttle.add(1), throttle.add(1)), (Some(4), None));
     }
 }

@@ -168,7 +168,7 @@ pub(crate) struct Entry {
     protocol: Protocol,
     address: Option<IpAddr>,
     user: Option<Vec<u8>>,
-    request: Option<Told>,
+    request: Option<LoggedRequest>,
     begun: Instant,
     status: Option<StatusCode>,
     bytes: u64,
@@ -176,7 +176,7 @@ pub(crate) struct Entry {
 
 /// The logged parts of a request.
 #[derive(Debug)]
-struct Told {
+struct LoggedRequest {
     method: Method,
     uri: Uri,
     version: Version,
@@ -189,7 +189,7 @@ impl Entry {
     /// `request` is `None` if the request could not be read.
     pub(crate) fn begin<B>(log: &Rc<AccessLog>, protocol: Protocol, request: Option<&Request<B>>) -> Box<Self> {
         let origin = request.and_then(|request| request.extensions().get::<ClientInfo>());
-        let told = request.map(|request| Told {
+        let logged = request.map(|request| LoggedRequest {
             method: request.method().clone(),
             uri: request.uri().clone(),
             version: request.version(),
@@ -205,7 +205,7 @@ impl Entry {
                 .and_then(|origin| origin.params.get("REMOTE_USER"))
                 .filter(|user| !user.is_empty())
                 .map(<[u8]>::to_vec),
-            request: told,
+            request: logged,
             begun: Instant::now(),
             status: None,
             bytes: 0,
@@ -235,13 +235,13 @@ fn value(headers: &HeaderMap, name: &header::HeaderName) -> Option<HeaderValue> 
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        let request = self.request.as_ref().map(|told| Asked {
-            method: &told.method,
-            target: told.uri.path_and_query().map_or("/", |target| target.as_str()),
-            version: told.version,
-            host: told.host.as_ref(),
-            referer: told.referer.as_ref(),
-            user_agent: told.user_agent.as_ref(),
+        let request = self.request.as_ref().map(|logged| Asked {
+            method: &logged.method,
+            target: logged.uri.path_and_query().map_or("/", |target| target.as_str()),
+            version: logged.version,
+            host: logged.host.as_ref(),
+            referer: logged.referer.as_ref(),
+            user_agent: logged.user_agent.as_ref(),
         });
         self.log.push(&Exchange {
             address: self.address,

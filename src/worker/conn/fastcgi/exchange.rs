@@ -71,7 +71,7 @@ where
             match self.work.as_mut().project() {
                 Working::Answering { answer } => {
                     let Poll::Ready(mut response) = answer.poll(context) else { return Ok(()) };
-                    response.body_mut().tell(activity);
+                    response.body_mut().set_activity(activity);
                     self.send_head(response, context, outbox, head)?;
                 }
                 Working::Sending { mut body } => match body.as_mut().poll_frame(context) {

@@ -98,7 +98,7 @@ impl<B> Served<B> {
     }
 
     /// If this is a stream that ends with the worker, marks that on its connection.
-    pub(crate) fn tell(&mut self, activity: &Arc<Activity>) {
+    pub(crate) fn set_activity(&mut self, activity: &Arc<Activity>) {
         let in_flight = match self {
             Self::App { in_flight, .. } => in_flight,
             Self::Begun { body, .. } => match body.as_mut().project() {
@@ -107,8 +107,8 @@ impl<B> Served<B> {
             },
             Self::Canned { .. } | Self::Nothing { .. } => return,
         };
-        if let Kind::Events(told) = &mut in_flight.kind {
-            *told = Some(Wait::for_events(activity));
+        if let Kind::Events(wait) = &mut in_flight.kind {
+            *wait = Some(Wait::for_events(activity));
         }
     }
 }
