@@ -66,7 +66,7 @@ impl Manager {
     }
 }
 
-/// Starts a program with these descriptors, from number 3 on; the environment describes them to the first process only.
+/// Starts a program as systemd does: with these descriptors from number 3 on, and with variables that describe them.
 fn start(name: &str, arguments: &[&str], passed: Vec<(&str, OwnedFd)>, manager: &Manager) -> Server {
     let mut command = Command::new("sh");
     let names: Vec<&str> = passed.iter().map(|(name, _)| *name).collect();

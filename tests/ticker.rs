@@ -56,7 +56,7 @@ fn prices_go_on(front: Front, script: &str, by: &str) {
     browser.wait_for("window.ticker && ticker.ids.length >= 3");
     assert_eq!(browser.evaluate("ticker.by"), by);
     assert!(browser.evaluate("document.querySelectorAll('td.price').length") == 6);
-    // Kills every worker in turn, so both the worker that serves the page and the one that makes the prices are killed.
+    // Kills every worker in turn, including the worker that serves the page and the worker that makes the prices.
     for _ in 0..3 {
         for worker in server.workers() {
             kill_one(server, worker);

@@ -1,8 +1,8 @@
 <?php
-// Fills APCu and times its operations from within, in the way that src/get/measure.rs does it for the others.
+// Fills APCu and times its operations from within, as src/get/measure.rs does for the other contestants.
 //
 // Arguments: a file with all keys of 38 bytes, one with the sequence of their indices in 32 bits each, the size of a value.
-// First says "ok FORKS EMPTY_LOOP_NS", then for each line "WORK MILLISECONDS START PROCESSES" one line for each process (of
+// First prints "ok FORKS EMPTY_LOOP_NS", then for each line "WORK MILLISECONDS START PROCESSES" one line for each process (of
 // which there are two if this PHP can fork): "ok NS KEPT DROPPED OPERATIONS MISSES". Nothing is subtracted from the times.
 
 const KEY_LEN = 38;
@@ -38,7 +38,7 @@ while (($line = fgets(STDIN)) !== false) {
     }
 }
 
-// Forks one that measures too, somewhere else in the sequence. Returns the line to it, or null if there cannot be one.
+// Forks a process that also measures, at another place in the sequence. Returns the connection to it, or null without fork.
 function second_process(array $keys, int $size)
 {
     global $sequence;
@@ -51,12 +51,12 @@ function second_process(array $keys, int $size)
         return $ours;
     }
     fclose($ours);
-    check($keys, $size); // which also maps the memory into this process
+    check($keys, $size); // reading maps the memory into this process
     while (($line = fgets($theirs)) !== false) {
         [$work, $milliseconds, $start] = explode(' ', trim($line));
         fwrite($theirs, measure($work, $milliseconds, (int) $start + intdiv(count($sequence), 2)) . "\n");
     }
-    posix_kill(getmypid(), SIGKILL); // nothing of the other's is to be tidied up here
+    posix_kill(getmypid(), SIGKILL); // without cleanup: the resources belong to the other process
 }
 
 function say(string $line): void
@@ -146,7 +146,7 @@ function reading(array $keys, array $sequence, int $mask, int &$place, int $oper
     $missed += $misses;
 }
 
-// Each tenth operation stores a value. What is missed is stored too.
+// Every tenth operation stores a value. A value that is missing is stored too.
 function mixed(
     array $keys, array $sequence, int $mask, string $page, int &$place, int $operations, int &$missed
 ): void {
@@ -165,7 +165,7 @@ function mixed(
     $missed += $misses;
 }
 
-// What a turn of the loop in reading() costs without APCu.
+// The time of one iteration of the loop in reading() without APCu.
 function empty_loop_ns(array $keys, array $sequence, int $mask): float
 {
     $times = [];
@@ -184,7 +184,7 @@ function empty_loop_ns(array $keys, array $sequence, int $mask): float
     return median($times);
 }
 
-// The CPU time in ns, and how often this process went to sleep.
+// The CPU time in ns, and the number of times that this process went to sleep.
 function used(): array
 {
     $usage = getrusage();

@@ -1,4 +1,4 @@
-//! Processes that are killed and stopped while they use a segment.
+//! Tests with processes that are killed and stopped while they use a segment.
 #![expect(unsafe_code, reason = "forks")]
 
 mod common;
@@ -13,7 +13,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, fork, pause};
 
 const KEYS: u32 = 300;
-/// What one process can read in place at a time.
+/// The number of entries that one process can pin at a time.
 const PINS: u32 = 32;
 
 fn main() {
@@ -52,7 +52,7 @@ fn a_child_attaches_by_descriptor(_seed: u64) {
 fn killed_while_holding_loses_nothing(_seed: u64) {
     let cache = segment(16 << 20).cache();
     fill(&cache, KEYS, 500);
-    // The lock of a dead process is found when it is next needed: by the next of these, and at last by us.
+    // The lock of a dead process is detected when it is next needed: by the next child, and in the end by this process.
     for _ in 0..11 {
         let mut child = spawn(|mut pipe| {
             let _held = cache.hold(name(0)).expect("lock");
@@ -69,7 +69,7 @@ fn killed_while_holding_loses_nothing(_seed: u64) {
     assert_eq!(cache.locks_held(), 0);
 }
 
-/// A child that stopped with the lock of key 0's shard held.
+/// A child that stopped while it held the lock of key 0's shard.
 fn stopped_holder(cache: &Cache) -> Child {
     let child = spawn(|_| {
         let _held = cache.hold(name(0)).expect("lock");
@@ -120,14 +120,14 @@ fn a_stop_costs_one_wait(_seed: u64) {
     }
     assert!(since.elapsed() < Duration::from_secs(10), "each waits its 20 ms: {:?}", since.elapsed());
     assert_eq!(cache.stats().lock_timeouts, 1001);
-    // Whoever dies stopped is dead.
+    // A process that dies while it is stopped counts as dead.
     child.kill();
     assert_eq!(cache.set(name(0), "x", &StoreOptions::new()), Ok(()));
     let stats = assert_well(&cache, KEYS);
     assert_eq!((stats.lock_timeouts, stats.lock_recoveries), (1001, 1));
 }
 
-/// Stores enough for so many laps around the rings; all of it must be taken.
+/// Stores enough data for this many laps around the rings. Every store must succeed.
 fn lap(cache: &Cache, laps: u64) {
     let rounds = laps * cache.stats().capacity / (u64::from(KEYS) * 2000);
     for round in 0..=rounds {
@@ -139,7 +139,7 @@ fn lap(cache: &Cache, laps: u64) {
 
 fn the_pins_of_a_dead_reader_are_freed(_seed: u64) {
     let cache = segment(SMALL).cache();
-    // Those of one that died cost at most a detour, and that once.
+    // The pins of a dead process cause at most one detour.
     for round in 0..20 {
         fill(&cache, PINS, 2000);
         let mut child = spawn(|mut pipe| {
@@ -157,7 +157,7 @@ fn the_pins_of_a_dead_reader_are_freed(_seed: u64) {
         assert_eq!(adds_up(&cache.stats()), Ok(()));
     }
     assert_well(&cache, KEYS);
-    // The sweep finds them too.
+    // The sweep also finds the pins of a dead process.
     fill(&cache, 1, 2000);
     let mut child = spawn(|mut pipe| {
         let _pin = cache.pin(name(0)).expect("hit");
@@ -177,7 +177,7 @@ fn what_is_pinned_never_changes(_seed: u64) {
     let mut child = spawn(|mut pipe| {
         let pins: Vec<_> = (0..8).map(|key| cache.pin(name(key)).expect("hit")).collect();
         say_ready(&mut pipe);
-        // Until told to stop, then some more.
+        // Runs for at least 2000 rounds, and until the parent stores "enough".
         let mut rounds = 0;
         while rounds < 2000 || cache.get("enough").is_none() {
             rounds += 1;
@@ -189,7 +189,7 @@ fn what_is_pinned_never_changes(_seed: u64) {
     });
     child.await_ready();
     assert_eq!(cache.pins_set(), 8);
-    // It lives all the while, so the writers have to work around what it reads.
+    // The reader lives throughout, so the writers have to jump over its pins.
     for _ in 0..10 {
         lap(&cache, 3);
         assert_eq!(cache.pins_set(), 8);
@@ -209,12 +209,12 @@ fn a_child_that_lives_on_does_not_keep_its_parents_lock(_seed: u64) {
     let mut parent = spawn(|mut pipe| {
         let _held = cache.hold(name(0)).expect("lock");
         let pin = cache.pin(name(1)).expect("hit");
-        // SAFETY: this process has one thread.
+        // SAFETY: this process is single-threaded.
         match unsafe { fork() }.expect("fork") {
             ForkResult::Parent { .. } => pause(),
             ForkResult::Child => {
                 assert!(pin.is_empty(), "it is the parent that pins");
-                alarm::set(600); // should nobody kill it
+                alarm::set(600); // in case the test does not kill this process
                 pipe.write_all(&std::process::id().to_le_bytes()).expect("we are awaited");
                 pause();
             }
@@ -222,7 +222,7 @@ fn a_child_that_lives_on_does_not_keep_its_parents_lock(_seed: u64) {
     });
     let mut pid = [0; 4];
     parent.ready.read_exact(&mut pid).expect("the grandchild is there");
-    // It holds the mapping, and all descriptors of its parent but one.
+    // The child holds the mapping, and all descriptors of its parent except one.
     assert_eq!(cache.set(name(2), "x", &StoreOptions::new()), Err(StoreError::Busy));
     parent.kill();
     assert_eq!(cache.set(name(2), "x", &StoreOptions::new()), Ok(()));

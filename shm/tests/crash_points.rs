@@ -1,7 +1,7 @@
-//! A process dies at each marked step of each act, and whoever repairs that dies at each marked step of the repair.
+//! Kills a process at each marked step of each act, and kills the process that repairs the damage at each marked step of the repair.
 //!
-//! (Of the deaths in a long act, all but the first are followed by such a repair now and then, or each time with
-//! FORKYARD_EVERY=1.) Also shows that there is no mark that nothing here reaches, and no repair that is not needed.
+//! After deaths in a long act, except for the first, such a repair is tested only for some deaths, or for each with FORKYARD_EVERY=1. The
+//! test also checks that it reaches every mark, and that every repair is needed.
 #![expect(clippy::print_stdout, reason = "a report of its own")]
 
 mod common;
@@ -16,9 +16,9 @@ use common::{not_longer_than, spawn};
 use forkyard_shm::crash::{self, Recovery};
 use forkyard_shm::{Cache, Segment};
 
-/// A look at one state takes far less.
+/// Checking one state takes far less time.
 const HANGS: Duration = Duration::from_secs(120);
-/// No act passes so many marks.
+/// More marks than any act passes.
 const MOST_MARKS: u64 = 5000;
 
 fn main() {
@@ -29,13 +29,13 @@ fn main() {
     ]);
 }
 
-/// What repairs a segment.
+/// Repairs a segment.
 fn mend(cache: &Cache) {
     let _ = cache.audit();
     cache.sweep_all();
 }
 
-/// Has a child die at a mark of an act; `false` if it got to the end before.
+/// Has a child die at a mark of an act. Returns false if the act ended before this mark.
 fn dies(segment: &Segment, at: u64, act: fn(&Cache)) -> bool {
     not_longer_than(HANGS);
     let cache = segment.cache();
@@ -46,7 +46,7 @@ fn dies(segment: &Segment, at: u64, act: fn(&Cache)) -> bool {
     !child.ended()
 }
 
-/// A scene, and what it is played on.
+/// A scene with its prepared segment.
 struct Play<'a> {
     scene: &'a Scene,
     stage: Stage,
@@ -64,13 +64,13 @@ impl Play<'_> {
         Play { scene, stage, image, slate, known }
     }
 
-    /// What is left after a death at each mark of the act.
+    /// The state after a death at each mark of the act.
     fn deaths(&self) -> impl Iterator<Item = (u64, Segment)> {
         let segments = (0..MOST_MARKS).map(|at| (at, self.slate.pour(&self.image)));
         segments.take_while(|(at, segment)| dies(segment, *at, self.scene.act))
     }
 
-    /// Looks at what is left, as somebody who leaves out a repair.
+    /// Verifies the state as a process that skips a repair.
     fn verify_without(&self, segment: &Segment, repair: Recovery) -> Result<(), String> {
         crash::skip(Some(repair));
         let result = self.known.verify(&segment.cache());
@@ -132,7 +132,7 @@ fn every_mark_of_the_sources_is_passed(_seed: u64) {
         let play = Play::of(scene);
         passed.extend(marks(&play.slate.pour(&play.image).cache(), scene.act));
         for (_, segment) in play.deaths() {
-            // With another membership than that of the one who died.
+            // With another membership than that of the dead process.
             passed.extend(marks(&play.slate.pour(&Image::of(&segment)).cache(), mend));
         }
     }
@@ -143,7 +143,7 @@ fn every_mark_of_the_sources_is_passed(_seed: u64) {
     assert!(never.is_empty(), "no scene passes these marks of the sources: {never:?}");
 }
 
-/// The names of all marks in `src`: each text in a line that calls `crash::point`.
+/// The names of all marks in `src`: each string in a line that calls `crash::point`.
 fn marks_of_the_sources() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     let mut folders = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
@@ -151,7 +151,7 @@ fn marks_of_the_sources() -> BTreeSet<String> {
         for entry in std::fs::read_dir(folder).expect("the sources are there") {
             let path = entry.expect("entry").path();
             if path.ends_with("src/events") || path.ends_with("protocols/told.rs") {
-                // These are passed in `tests/events.rs`.
+                // `tests/events.rs` covers these marks.
             } else if path.is_dir() {
                 folders.push(path);
             } else {
@@ -164,6 +164,6 @@ fn marks_of_the_sources() -> BTreeSet<String> {
 
 fn marks_of(source: &str) -> Vec<String> {
     let calls = source.lines().filter(|line| line.contains("crash::point(") && !line.trim_start().starts_with("//"));
-    // Every second piece between quotes lies inside of them.
+    // Every second piece between quotes is inside a string.
     calls.flat_map(|line| line.split('"').skip(1).step_by(2)).map(str::to_owned).collect()
 }

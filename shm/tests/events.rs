@@ -1,8 +1,8 @@
-//! The event log under deaths: publishers that are killed at each marked step and at every instruction, and publishers and
-//! readers that are killed at random. No event is torn, doubled or lost that was confirmed, the ids of each topic have no gap,
-//! and nobody who sleeps is forgotten.
+//! The event log under deaths: publishers are killed at each marked step and at every instruction, and publishers and readers are killed
+//! at random. No event is torn or delivered twice, no confirmed event is lost, the ids of each topic have no gap, and every sleeping
+//! reader is woken.
 //!
-//! FORKYARD_KILLS says how many deaths at random (default 300).
+//! FORKYARD_KILLS sets the number of random deaths (default 300).
 #![expect(clippy::print_stdout, reason = "a report of its own")]
 
 mod common;
@@ -37,7 +37,7 @@ fn segment(events_bytes: u64) -> Segment {
     Segment::create(&Plan { rows: 8, events_bytes, ..Plan::default() }).expect("segment")
 }
 
-/// What an event's data have to be.
+/// The expected data of an event.
 fn data_of(topic: &str, seed: u64) -> Vec<u8> {
     let mut data = seed.to_le_bytes().to_vec();
     let length = usize::try_from(seed % 1500).expect("small");
@@ -55,7 +55,7 @@ fn publish(events: &Events, topic: &str, seed: u64) -> u64 {
     loop {
         match events.publish(topic, "kind", &data) {
             Ok(id) => return id,
-            // Its owner gets no processor: other tests run as well.
+            // The owner of the lock has no processor time: other tests run as well.
             Err(PublishError::Busy) => std::thread::yield_now(),
             Err(why) => panic!("{why}"),
         }
@@ -68,9 +68,9 @@ fn publish_all(events: &Events, topic: &str, seeds: std::ops::Range<u64>) {
     }
 }
 
-// ---- At each mark. ----
+// ---- deaths at each mark ----
 
-/// What has been published before the death.
+/// A scene: a name, and the events published before the death.
 type Scene = (&'static str, fn(&Events));
 
 const SCENES: [Scene; 5] = [
@@ -87,7 +87,7 @@ const SCENES: [Scene; 5] = [
     }),
 ];
 
-/// Has a child publish and die at a mark. False if it came to its end.
+/// Has a child publish and die at a mark. Returns false if the child reached its end.
 fn dies(events: &Events, at: u64, topic: &str) -> bool {
     not_longer_than(HANGS);
     let child = spawn(|_| {
@@ -103,7 +103,7 @@ fn killed_at_each_mark(_seed: u64) {
         let (mut deaths, mut deaths_after) = (0, 0);
         for at in 0.. {
             let mut again = 0;
-            // Whoever comes next dies at each mark as well, and at last does not.
+            // The next publisher dies at each mark as well, until a mark is beyond its end.
             loop {
                 let segment = segment(64 * 1024);
                 let events = segment.events();
@@ -140,7 +140,7 @@ fn killed_at_each_mark(_seed: u64) {
     }
 }
 
-/// What comes of the topic.
+/// The events of the topic that a tail returns.
 fn seen(tail: &mut Tail) -> Result<Vec<Event>, String> {
     let mut seen = Vec::new();
     loop {
@@ -153,7 +153,7 @@ fn seen(tail: &mut Tail) -> Result<Vec<Event>, String> {
     }
 }
 
-/// Looks at a log after a death or two: whether the event is there or not, and with `by_tail` whether that is what a tail says.
+/// Checks a log after one or two deaths: the event is either there or not, and with `by_tail` a tail has returned the same events.
 fn verify(events: &Events, by_tail: Option<&[Event]>, before: u64) -> Result<(), String> {
     events.audit()?;
     let since = events.since(TOPIC, before, 10);
@@ -176,9 +176,9 @@ fn verify(events: &Events, by_tail: Option<&[Event]>, before: u64) -> Result<(),
     events.audit()
 }
 
-// ---- At every instruction. ----
+// ---- deaths at every instruction ----
 
-/// As `single_step.rs` does it with the cache: each state of the memory in which a publisher could die is looked at.
+/// Like `single_step.rs` for the cache: checks each state of the memory in which a publisher could die.
 fn killed_at_every_instruction(_seed: u64) {
     for (name, prepare) in SCENES {
         let segment = segment(64 * 1024);
@@ -189,7 +189,7 @@ fn killed_at_every_instruction(_seed: u64) {
         let slate = Slate::for_images_like(&watch.image);
         let child = spawn(|_| {
             ptrace::traceme().expect("traceme");
-            publish(&events, "1", 2); // so that it is a member
+            publish(&events, "1", 2); // becomes a member
             raise(Signal::SIGSTOP).expect("raise");
             publish(&events, TOPIC, 40);
         });
@@ -211,9 +211,9 @@ fn killed_at_every_instruction(_seed: u64) {
     }
 }
 
-// ---- Asleep. ----
+// ---- sleeping readers ----
 
-/// Whoever dies publishing: the next one wakes all who sleep.
+/// After a publisher died at any step, the next publisher wakes all sleeping readers.
 fn who_sleeps_is_woken_by_the_next_publisher(_seed: u64) {
     let mut deaths = 0;
     loop {
@@ -235,7 +235,7 @@ fn who_sleeps_is_woken_by_the_next_publisher(_seed: u64) {
     assert!(deaths > 10);
 }
 
-/// A child that sleeps until there is a publication, for longer than this test may take.
+/// A child that sleeps until an event is published, with a timeout longer than the limit of this test.
 fn sleeper(events: &Events, seen: u32) -> Child {
     let mut child = spawn(|mut pipe| {
         common::say_ready(&mut pipe);
@@ -263,11 +263,11 @@ fn marks_of_the_sources() -> BTreeSet<String> {
     names
 }
 
-// ---- At random. ----
+// ---- deaths at random ----
 
 const TOPICS: [&str; 3] = ["0", "1", "2"];
 
-/// Publishes for ever, and says each id that was confirmed.
+/// Publishes without end, and reports each confirmed id.
 fn publisher(events: &Events, mut said: File, seed: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     loop {
@@ -278,12 +278,12 @@ fn publisher(events: &Events, mut said: File, seed: u64) {
             return;
         }
         if random.u8(..) < 64 {
-            std::thread::sleep(Duration::from_micros(random.u64(..100))); // or the witness would not keep up
+            std::thread::sleep(Duration::from_micros(random.u64(..100))); // otherwise the witness would not keep up
         }
     }
 }
 
-/// Reads for ever, by `since` and by a tail in turn.
+/// Reads without end, alternately by `since` and by a tail.
 fn reader(events: &Events, mut said: File) {
     let (mut tail, mut last) = (events.tail(), HashMap::new());
     common::say_ready(&mut said);
@@ -310,11 +310,11 @@ fn reader(events: &Events, mut said: File) {
     }
 }
 
-/// What was seen of the log by one who lives.
+/// The observations of a process that is not killed.
 struct Witness {
     tail: Tail,
     last: HashMap<Box<str>, u64>,
-    /// The topics of which there may be a gap before the next event.
+    /// The topics that may have a gap before the next event.
     unsure: BTreeSet<Box<str>>,
     gaps: u64,
 }
@@ -340,7 +340,7 @@ impl Witness {
     }
 }
 
-/// With a log that is large enough for all, and with one that is not.
+/// Once with a log that is large enough for all events, and once with a smaller log.
 fn killed_at_random(seed: u64) {
     let kills = common::number("FORKYARD_KILLS").unwrap_or(300);
     for (bytes, kills) in [(64 << 20, kills), (64 << 10, kills)] {
@@ -354,7 +354,7 @@ fn killed_at_random(seed: u64) {
     }
 }
 
-/// The gaps that were seen, and the events that were confirmed.
+/// Returns the number of observed gaps, and the number of confirmed events.
 fn kill_at_random(events: &Events, kills: u64, seed: u64) -> (u64, u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut witness = Witness { tail: events.tail(), last: HashMap::new(), unsure: BTreeSet::new(), gaps: 0 };

@@ -1,8 +1,8 @@
-//! Many processes that want one page at the same moment: rendered once, whoever dies, fails, stops or is too late.
+//! Many processes request one page at the same moment: it is rendered once, even if processes die, fail, stop or are late.
 //!
-//! The main thread is the only one, so that forking is harmless; hence no test harness. Nobody sleeps for long enough: a
-//! renderer goes on when the others are seen to wait, and is awaited by a byte in a pipe. How long it takes until
-//! another one takes over is printed, not asserted.
+//! The test is single-threaded, so that forking is safe; therefore it does not use the test harness. The tests do not rely on sleeping
+//! long enough: a renderer continues when the other processes are seen waiting, and the tests wait for it by a byte in a pipe. The time
+//! until another process takes over is printed, not asserted.
 #![expect(unsafe_code, reason = "forks, and maps memory to count in")]
 #![expect(clippy::print_stdout, reason = "reports like the test harness that it replaces")]
 
@@ -49,7 +49,7 @@ fn cache() -> Cache {
     Segment::create(&Plan { cache_bytes: 16 << 20, rows: 8, ..Plan::default() }).expect("segment").cache()
 }
 
-/// A page that nobody else would render.
+/// A page that differs for each renderer.
 fn unique_page() -> Vec<u8> {
     format!("{} {:?}", std::process::id(), std::thread::current().id()).repeat(100).into()
 }
@@ -64,15 +64,15 @@ fn run<F: Future>(future: F) -> F::Output {
     tokio::runtime::Builder::new_current_thread().enable_time().build().expect("runtime").block_on(future)
 }
 
-/// Stores a page, and waits until its time is over.
+/// Stores a page, and waits until it has expired.
 fn store_expired(cache: &Cache, options: StoreOptions) {
     cache.set(KEY, "old", &options.ttl(Duration::ZERO)).expect("stored");
     until(|| cache.get(KEY).is_none());
 }
 
-// ---- Herds. ----
+// ---- herds ----
 
-/// All ask at once; the one who renders ends when all others wait, or render as well.
+/// All processes request the page at once. The renderer ends when all other processes wait, or render as well.
 fn herd(one_process: impl Fn(&Cache, &Counts, &mut File)) {
     let (cache, counts) = (cache(), Counts::new());
     store_expired(&cache, StoreOptions::new());
@@ -141,15 +141,15 @@ fn a_herd_of_tasks_renders_once() {
                 task.await.expect("no panic");
             }
         });
-        // The thread that looked after the tasks goes when there are none.
+        // The thread that served the tasks ends when no tasks are left.
         let threads = || std::fs::read_dir("/proc/self/task").expect("/proc").count();
         until(|| threads() == 1);
     });
 }
 
-// ---- A renderer that does not come to its end. ----
+// ---- renderers that do not reach their end ----
 
-/// Waits for somebody else's page, and takes over if need be, by five threads or by five tasks.
+/// Waits in five threads or five tasks for a page from another process, and takes over if needed.
 fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {
     let take_over = || {
         counts.note(1);
@@ -174,8 +174,8 @@ fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {
     }
 }
 
-/// Twenty times: a renderer begins, and ends without a page when told to, while two processes of five requests each wait.
-/// Half of the times they wait in threads.
+/// Twenty times: a renderer begins, and ends without a page on request, while two processes wait with five requests each. In half of the
+/// cases they wait in threads.
 fn succession(what: &str, renderer: impl Fn(&Cache, &Counts, &mut File), end: impl Fn(Child, &Counts)) {
     for threads in [true, false] {
         let mut delays: Vec<[u64; 2]> = Vec::new();
@@ -221,7 +221,7 @@ fn a_failed_renderer_is_succeeded() {
             counts.note(0);
             Err::<Vec<u8>, _>("broken")
         });
-        // Unless its successor was faster than it at looking for something to serve instead.
+        // The renderer returns an error, unless its successor has stored the page before the renderer looks for a fallback.
         assert!(answer.is_err() || answer.is_ok_and(|answer| answer.source == CacheStatus::Fresh));
     };
     succession("failed", renderer, |child, counts| {
@@ -295,7 +295,7 @@ fn a_stopped_renderer_is_passed_over() {
     assert_eq!(cache.stats().lease_waits, 1);
 }
 
-/// Kills a renderer at the first step, at the second, and so on until it gets to its end.
+/// Kills a renderer at the first step, at the second, and so on until it reaches its end.
 fn killed_at_each_step() {
     let mut steps = 0;
     loop {
@@ -328,7 +328,7 @@ fn killed_at_each_step() {
     assert!(named.iter().all(|name| passed.contains(name)), "{passed:?}");
 }
 
-// ---- What is out of date. ----
+// ---- stale pages ----
 
 type Purge = fn(&Cache);
 
@@ -368,7 +368,7 @@ fn stale_while_one_renders() {
         spawn(|_| {
             let answer = ask(&cache, &options, |_| {
                 counts.rendering.fetch_add(1, Ordering::SeqCst);
-                // If the others waited for this, it would take for ever.
+                // If the other requests waited for this one, the test would not end.
                 until(|| load(counts.stale) + load(counts.rendering) == PROCESSES);
                 Ok(b"new".to_vec())
             });
@@ -398,12 +398,12 @@ fn stale_if_rendering_fails() {
         })
     });
     children.collect::<Vec<_>>().into_iter().for_each(Child::join);
-    // Each tried after the one before had failed, and fell back.
+    // Each process rendered after the previous one had failed, and fell back to the stale page.
     assert_eq!((load(counts.rendering), load(counts.stale), load(counts.served)), (PROCESSES, PROCESSES, 0));
     assert_eq!(cache.stats().stale_hits, PROCESSES);
 }
 
-// ---- Forks. ----
+// ---- forks ----
 
 fn a_fork_has_a_watch_of_its_own() {
     let (cache, counts) = (cache(), Counts::new());
@@ -419,7 +419,7 @@ fn a_fork_has_a_watch_of_its_own() {
         std::thread::scope(|scope| {
             scope.spawn(|| wait_in_five(&cache, &counts, false));
             until(|| cache.stats().lease_waits == 5);
-            // The thread that watches is there, and may hold its lock at any time.
+            // The watching thread is running, and may hold its lock at any time.
             for _ in 0..50 {
                 spawn(|_| wait_in_five_with_a_patience_of_a_millisecond(&cache)).join();
             }

@@ -1,13 +1,13 @@
-//! The protocols in shared memory, run by loom through the ways in which threads can interleave and stores can be seen late.
+//! Runs the shared-memory protocols under loom, through the possible interleavings of threads and delays of stores.
 //!
-//! The files of the protocols are compiled here against loom's atomics: what is checked is what is shipped. Sleeping in
-//! the kernel is modelled by [`Futex`]. Each protocol has twins that are broken on purpose, in an order or a fence, and
-//! must fail: so the models are known to look where it matters.
+//! The protocol files are compiled here against loom's atomics: the checked code is the shipped code. [`Futex`] models sleeping in the
+//! kernel. Each protocol has variants with a deliberate error in an ordering or a fence. These variants must fail, which shows that the
+//! models cover the critical places.
 //!
-//! This is no proof. Preemptions are bounded. Loom (0.7) decides what to try in another order by the *last* access to an
-//! atomic only, so that it overlooks some orders if several threads read it; each model is therefore run with its
-//! threads in several arrangements, of which one is enough for a twin to fail. `SeqCst` loads and stores count as
-//! acquire and release, and so for less than they are; fences are what they are.
+//! The models are not a proof. Preemptions are bounded. Loom (0.7) decides what to reorder only by the *last* access to an atomic, so it
+//! misses some orders if several threads read the atomic. Each model is therefore run with its threads in several arrangements, of which
+//! one is enough for a variant to fail. `SeqCst` loads and stores count as acquire and release, which is weaker than in reality; fences
+//! are exact.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use loom::thread;
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
-/// What the protocol files are written with.
+/// The names that the protocol files import.
 mod sync {
     pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
@@ -28,7 +28,7 @@ mod sync {
     }
 }
 
-/// Nobody dies in here.
+/// No process dies in the models.
 mod crash {
     pub(crate) fn point(_: &'static str) {}
 }
@@ -55,17 +55,17 @@ mod purging;
 #[path = "protocols/reading.rs"]
 mod reading;
 
-/// What one thread of a model does.
+/// The code of one thread in a model.
 type Work = Box<dyn FnOnce()>;
 
-/// What several threads do at once, and what is to hold afterwards.
+/// Several concurrent threads, and the condition that must hold afterwards.
 struct Model {
     threads: Vec<Work>,
     afterwards: Work,
 }
 
-/// Runs a model, made anew for each run, with at most so many preemptions in one run; in several arrangements: each of
-/// the threads as the main one, and none.
+/// Runs a model with at most `preemptions` preemptions in one execution. The model is created anew for each execution, and runs in
+/// several arrangements: with each of the threads as the main thread, and with none.
 fn check(preemptions: usize, model: impl Fn() -> Model + Sync + Send + 'static) {
     let model = Arc::new(model);
     let mut first = 0;
@@ -91,25 +91,25 @@ fn check(preemptions: usize, model: impl Fn() -> Model + Sync + Send + 'static) 
     }
 }
 
-/// Something that a thread of a model does with what all share. Loom runs all threads in one, so no `Arc` is needed.
+/// A thread's operation on the shared state. Loom runs all threads in one, so no `Arc` is needed.
 fn work<T: 'static>(shared: &Rc<T>, work: impl FnOnce(&T) + 'static) -> Work {
     let shared = Rc::clone(shared);
     Box::new(move || work(&shared))
 }
 
-/// futex(2): compares and goes to sleep in one step, as far as wakers can tell.
+/// futex(2): compares and goes to sleep in one step, as far as wakers can observe.
 ///
-/// Nobody really sleeps: who would is written down, and its thread ends. Whoever wakes it does in its stead what it
-/// would do then.
+/// No thread really sleeps: the id of a sleeping thread is recorded, and its thread ends. The waking thread does what the woken thread
+/// would do next.
 #[derive(Default)]
 struct Futex {
     asleep: Mutex<Vec<u32>>,
 }
 
 impl Futex {
-    /// Whether `who` sleeps now.
+    /// Whether the thread `who` sleeps now.
     fn wait(&self, word: &AtomicU32, seen: u32, who: u32) -> bool {
-        // The kernel also passes a full fence first; better not to rely on it.
+        // The kernel also executes a full fence first, but the protocol should not depend on it.
         let mut asleep = self.asleep.lock().expect("no panic");
         let sleeps = word.load(Ordering::Relaxed) == seen;
         if sleeps {
@@ -118,7 +118,7 @@ impl Futex {
         sleeps
     }
 
-    /// Who is woken.
+    /// The thread that is woken.
     fn wake(&self) -> Option<u32> {
         self.asleep.lock().expect("no panic").pop()
     }
@@ -132,7 +132,7 @@ impl Futex {
 
 const KEY: u64 = 5 << 47;
 
-/// A page that one at a time may render: loom fails if two are at it.
+/// A page that only one thread at a time may render: loom fails if two threads render it.
 #[derive(Default)]
 struct Lease {
     word: AtomicU64,
@@ -143,7 +143,7 @@ struct Lease {
 }
 
 impl Lease {
-    /// One that is held by member 0 until 100; and the word.
+    /// A lease held by member 0 until 100, and its word.
     fn held() -> (Rc<Lease>, u64) {
         let lease = Rc::new(Lease::default());
         match lease::take(&lease.word, KEY, 0, 1, 100) {
@@ -152,7 +152,7 @@ impl Lease {
         }
     }
 
-    /// Renders the page, if the lease is to be had.
+    /// Renders the page, if the lease is available.
     fn try_to_render(&self, member: u32, now_ms: u64, release: Release) {
         if let lease::Claim::Mine(word) = lease::take(&self.word, KEY, member, now_ms, now_ms + 100) {
             self.page.with_mut(|_| ());
@@ -163,7 +163,7 @@ impl Lease {
 
 type Release = fn(&AtomicU64, u64) -> bool;
 
-/// One has the lease, and is late; two others take it over when its deadline has passed.
+/// One thread holds the lease, and is late; two others take it over when its deadline has passed.
 fn late_release(release: Release) {
     check(3, move || {
         let (lease, late) = Lease::held();
@@ -196,7 +196,7 @@ fn a_relaxed_release_does_not_hand_the_page_over() {
     late_release(|word, mine| word.compare_exchange(mine, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok());
 }
 
-/// The holder is dead, and buried by two at once, who want its lease, as does a third.
+/// The holder is dead. Two threads mark it dead at once and request its lease, as does a third.
 fn burial(take_from: fn(&AtomicU64, u32) -> bool) {
     check(3, move || {
         let (lease, _) = Lease::held();
@@ -229,7 +229,7 @@ fn burying_without_a_second_look_frees_what_is_not_the_dead_ones() {
     });
 }
 
-/// What is in a shard.
+/// The state of a shard.
 #[derive(Default)]
 struct Shard {
     lock: AtomicU32,
@@ -248,8 +248,8 @@ impl Shard {
     }
 }
 
-/// The one who was late and its successor store their pages. With `look_first`, the late one looks whether it still has
-/// the lease before it takes the lock.
+/// The late thread and its successor store their pages. With `look_first`, the late thread checks that it still has the lease before it
+/// takes the lock.
 fn late_store(look_first: bool) {
     check(3, move || {
         let (lease, late) = Lease::held();
@@ -288,7 +288,7 @@ fn looking_at_the_lease_before_the_lock_is_too_early() {
 type Enter = fn(&AtomicU32, &AtomicU32) -> u32;
 type EndTurn = fn(&AtomicU32, &AtomicU32) -> bool;
 
-/// One waits for the end of a lease.
+/// A thread waits for the end of a lease.
 fn wait_for_the_end(enter: Enter, end_turn: EndTurn) {
     check(4, move || {
         let (lease, word) = Lease::held();
@@ -360,7 +360,7 @@ struct Lock {
 type Unlock = fn(&AtomicU32) -> bool;
 
 impl Lock {
-    /// Takes the lock, waiting for it as `shard.rs` does but without its timeouts; does something; gives it back.
+    /// Takes the lock, waiting for it like `shard.rs` but without timeouts, does some work, and releases the lock.
     fn visit(&self, me: u32, mut waiting: bool, unlock: Unlock) {
         loop {
             match lock::take(&self.word, me, waiting) {
@@ -397,7 +397,7 @@ impl Lock {
     }
 }
 
-/// Several want the lock at once.
+/// Several threads request the lock at once.
 fn visitors(unlock: Unlock) {
     check(2, move || {
         let lock = Rc::new(Lock::default());
@@ -427,7 +427,7 @@ fn a_relaxed_unlock_lets_two_in() {
     visitors(|word| word.swap(0, Ordering::Relaxed) & 1 << 31 != 0);
 }
 
-/// An owner died; its death is found twice, while two want the lock.
+/// An owner died. Its death is detected twice, while two threads request the lock.
 fn dead_owner(mark_dead: fn(&AtomicU32, u32) -> bool) {
     check(2, move || {
         let lock = Rc::new(Lock::default());

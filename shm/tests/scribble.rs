@@ -1,8 +1,8 @@
-//! A process that keeps to no rule writes nonsense all over the cache, while others use it.
+//! A process overwrites the cache with random data, while other processes use it.
 //!
-//! Locks, members, tags, prefixes, leases, heads, index and rings: none of it may be believed. Nobody may crash, hang, or go on
-//! for ever; what is served may be nonsense, but not from outside of the memory. The scoreboard and what the header
-//! is made from are left alone.
+//! Locks, members, tags, prefixes, leases, heads, index and rings: none of them can be trusted. No process may crash, hang, or loop
+//! without end. A served value may be wrong, but must not come from outside of the memory. The scoreboard and the constant part of the
+//! header are not overwritten.
 #![expect(unsafe_code, clippy::print_stdout, reason = "scribbles, and a report of its own")]
 
 mod common;
@@ -19,13 +19,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 
 const TIME: Duration = Duration::from_millis(150);
-/// A child that has not come to its end by then never will.
+/// A child that has not ended by then hangs.
 const HANGS: Duration = Duration::from_secs(120);
-/// With a new segment each, as one in which somebody seems to hold the lock is soon of no use.
+/// Each round has a new segment, because a segment whose lock seems to be held soon becomes unusable.
 const ROUNDS: u32 = 8;
 const USERS: usize = 3;
 const KEYS: u32 = 200;
-/// The header up to here is read once, when the segment is attached.
+/// The header up to this offset is read once, when the segment is attached.
 const CLOCKS_AT: usize = 128;
 const CLOCKS_END: usize = 160;
 const SWEEP_AT: usize = 304;
@@ -45,11 +45,11 @@ fn words(segment: &Segment) -> &'static [AtomicU64] {
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: a new mapping, of a file whose size is sealed.
     let memory = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, segment.fd(), 0) }.expect("mmap");
-    // SAFETY: aligned to a page, atomics only, so long, and never unmapped.
+    // SAFETY: aligned to a page, atomics only, of this length, and never unmapped.
     unsafe { std::slice::from_raw_parts(memory.cast::<AtomicU64>().as_ptr(), len.get() / 8) }
 }
 
-/// A word that somebody might believe.
+/// A word that the code could take for a valid one.
 fn nonsense(random: &mut fastrand::Rng, words: &[AtomicU64]) -> u64 {
     match random.u32(..8) {
         0 => random.u64(..),
@@ -57,15 +57,15 @@ fn nonsense(random: &mut fastrand::Rng, words: &[AtomicU64]) -> u64 {
         2 => u64::MAX - random.u64(..3),
         3 => 1 << random.u32(..64),
         4 => random.u64(..1 << 20),
-        // Another word of the segment, or nearly so: heads, positions, slots.
+        // Another word of the segment, or a value near it: heads, positions, slots.
         5 => words[random.usize(..words.len())].load(Ordering::Relaxed),
         6 => words[random.usize(..words.len())].load(Ordering::Relaxed).wrapping_add(random.u64(..64)),
         _ => u64::from(random.u32(..64)) << 32 | u64::from(random.u32(..64)),
     }
 }
 
-/// Scribbles until it is killed. Where nothing but pages lie, a word in a million is little: so often it chooses the places that
-/// matter.
+/// Overwrites words until the process is killed. A random word is most likely in a page, where it has little effect, so this often
+/// chooses the important places.
 fn scribble(words: &[AtomicU64], random: &mut fastrand::Rng, pause: u32) -> ! {
     let matter = words.len().min(HEADER / 8 + 8192);
     loop {
@@ -76,12 +76,12 @@ fn scribble(words: &[AtomicU64], random: &mut fastrand::Rng, pause: u32) -> ! {
             _ => random.usize(HEADER / 8..words.len()),
         };
         words[at].store(nonsense(random, words), Ordering::Relaxed);
-        // Gives the others the time to get somewhere.
+        // Gives the other processes time to make progress.
         (0..random.u32(..pause)).for_each(|_| std::hint::spin_loop());
     }
 }
 
-/// Does everything there is to do, until time is over; how many lookups found something, and how many pages were stored.
+/// Uses all functions of the cache until the time is over. Returns the number of hits and of stored pages.
 fn use_it(cache: &Cache, mut random: fastrand::Rng) -> [u32; 2] {
     let [mut hits, mut stored] = [0; 2];
     let until = Instant::now() + TIME;
@@ -109,7 +109,7 @@ fn use_it(cache: &Cache, mut random: fastrand::Rng) -> [u32; 2] {
             _ => drop(cache.audit()),
         }
         if pins.len() > 40 {
-            // All of each is there to be read.
+            // Every byte of each pin must be readable.
             let sum =
                 pins.drain(..).flat_map(|pin| pin.to_vec()).fold(0_u64, |sum, byte| sum.wrapping_add(byte.into()));
             std::hint::black_box(sum);

@@ -1,11 +1,11 @@
-//! A process is killed at every single instruction of each act on the cache.
+//! Kills a process at every single instruction of each act on the cache.
 //!
-//! One child steps through the act. After each step the memory is just what it would be if the child had been killed
-//! there: so where it has changed, it is copied, and the copy is looked at as a segment whose members are all dead (see
-//! `common/image.rs`). That makes every instruction of the act, for the price of one run.
+//! One child steps through the act. After each step the memory is as if the child had been killed there. When the memory has changed, it
+//! is copied, and the copy is checked as a segment whose members are all dead (see `common/image.rs`). One run thus covers every
+//! instruction of the act.
 //!
-//! An instruction that copies bytes is stepped byte by byte. Of the states in the middle of it, one in sixteen is looked at;
-//! with FORKYARD_EVERY=1 each.
+//! An instruction that copies bytes is stepped byte by byte. Of the states within such an instruction, one in sixteen is checked, or each
+//! with FORKYARD_EVERY=1.
 #![expect(clippy::print_stdout, reason = "a report of its own")]
 
 mod common;
@@ -19,7 +19,7 @@ use nix::sys::ptrace;
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::Pid;
 
-/// A look at one state takes far less.
+/// Checking one state takes far less time.
 const HANGS: Duration = Duration::from_secs(120);
 
 fn main() {
@@ -87,7 +87,7 @@ fn step_through(scene: &Scene) -> Counts {
     counts
 }
 
-/// Whether the child is in the middle of an instruction that copies bytes, or right before it.
+/// Whether the child is within an instruction that copies bytes, or directly before it.
 fn copies_bytes(pid: Pid) -> bool {
     let registers = ptrace::getregs(pid).expect("registers");
     let code = ptrace::read(pid, registers.rip as ptrace::AddressType).expect("code");

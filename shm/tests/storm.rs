@@ -1,7 +1,7 @@
 //! The kill storm: readers and writers of small segments are killed and stopped at random instants, thousands of times.
 //!
-//! What each reads says whose it is and whether it is whole. Nobody may wait long for a page, nobody may hang, no byte
-//! of room may be lost. FORKYARD_KILLS=n has so many killed in all.
+//! Each value identifies its key and shows whether it is whole. No process may wait long for a page or hang, and no byte of memory may be
+//! lost. FORKYARD_KILLS=n sets the total number of kills.
 #![expect(unsafe_code, clippy::print_stdout, reason = "memory shared with forked children, and a report of its own")]
 
 mod common;
@@ -23,11 +23,11 @@ use nix::unistd::Pid;
 const KILLS: u64 = 20_000;
 const CHILDREN: usize = 5;
 const TAGS: u32 = 64;
-/// No lookup takes longer than this,
+/// The longest allowed time of a lookup.
 const SLOWEST_GET: Duration = Duration::from_secs(20);
-/// and no child does nothing for so long.
+/// The longest allowed time without progress of a child.
 const STUCK: Duration = Duration::from_secs(60);
-/// Exit codes of children that saw what must not be.
+/// Exit codes of children that have detected an error.
 const TORN: i32 = 77;
 const REFUSED: i32 = 78;
 
@@ -39,7 +39,7 @@ fn main() {
     ]);
 }
 
-/// What the children report, in memory that outlives them.
+/// The reports of the children, in memory that outlives them.
 #[repr(C)]
 #[derive(Debug)]
 struct Report {
@@ -54,7 +54,7 @@ struct Report {
 #[repr(C, align(64))]
 #[derive(Debug)]
 struct Slot {
-    /// When the lookup that is under way began; 0 if none is.
+    /// The start of the current lookup; 0 if there is none.
     since_ns: AtomicU64,
     acts: AtomicU64,
 }
@@ -63,9 +63,9 @@ impl Report {
     fn shared() -> &'static Report {
         let len = NonZeroUsize::new(size_of::<Report>()).expect("not empty");
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping, which nothing else refers to.
+        // SAFETY: a new mapping, to which nothing else refers.
         let memory = unsafe { mmap_anonymous(None, len, access, MapFlags::MAP_SHARED) }.expect("mmap");
-        // SAFETY: as long as a report, aligned to a page, all zeroes, atomics only, and never unmapped.
+        // SAFETY: as long as a report, aligned to a page, zeroed, atomics only, and never unmapped.
         unsafe { memory.cast::<Report>().as_ref() }
     }
 }
@@ -79,9 +79,9 @@ fn count(word: &AtomicU64) {
     word.fetch_add(1, Ordering::Relaxed);
 }
 
-// ---- The children. ----
+// ---- children ----
 
-/// One that reads and writes until it is killed.
+/// A child that reads and writes until it is killed.
 struct Worker<'a> {
     cache: &'a Cache,
     report: &'a Report,
@@ -93,7 +93,7 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Half of all goes to a tenth of the keys.
+    /// Half of all requests are for a tenth of the keys.
     fn key(&mut self) -> u32 {
         let most = if self.random.bool() { self.keys } else { self.keys / 10 };
         self.random.u32(..most)
@@ -124,7 +124,7 @@ impl Worker<'_> {
         count(&self.slot.acts);
     }
 
-    /// Does a lookup, and takes the time.
+    /// Runs a lookup, and measures its time.
     fn timed(&mut self, lookup: impl FnOnce(&mut Self)) {
         let since = now_ns();
         self.slot.since_ns.store(since, Ordering::Relaxed);
@@ -141,7 +141,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Keeps a page for a while, and looks at it again before it lets go.
+    /// Pins a page for a while, and checks it again before it is released.
     fn pin(&mut self, key: u32) {
         self.timed(|worker| {
             if let Some(pin) = worker.cache.pin(name(key)) {
@@ -181,7 +181,7 @@ impl Worker<'_> {
     }
 }
 
-// ---- The one who kills. ----
+// ---- the killer ----
 
 struct Storm<'a> {
     cache: &'a Cache,
@@ -189,7 +189,7 @@ struct Storm<'a> {
     random: fastrand::Rng,
     keys: u32,
     children: Vec<Pid>,
-    /// How far each child was when it was last seen to have done something.
+    /// The progress of each child, and when it last changed.
     seen: Vec<(u64, Instant)>,
 }
 
@@ -209,7 +209,7 @@ impl Storm<'_> {
         child.pid
     }
 
-    /// Kills a child at a random instant, now and then stopping it before; `false` if it was only stopped.
+    /// Kills a child at a random instant, sometimes after stopping it. Returns false if the child was only stopped.
     fn strike(&mut self) -> bool {
         sleep(Duration::from_micros(self.random.u64(..800)));
         let at = self.random.usize(..CHILDREN);
@@ -239,7 +239,7 @@ impl Storm<'_> {
         }
     }
 
-    /// Nobody waits long for a page, and nobody hangs.
+    /// Checks that no child waits long for a page, and that none hangs.
     fn watch(&mut self) {
         for (slot, seen) in self.report.slots.iter().zip(&mut self.seen) {
             let since = slot.since_ns.load(Ordering::Relaxed);
@@ -278,7 +278,7 @@ fn storm(seed: u64, cache_bytes: u64, keys: u32, percent: u64) {
         }
         storm.watch();
         if (kills + stops) % 200 == 0 {
-            // The children go on meanwhile, and one may be stopped with a lock held.
+            // The children continue meanwhile, and one may be stopped while it holds a lock.
             let audit = cache.audit();
             assert!(
                 audit.as_ref().is_err_and(|why| why.contains("could not be locked")) || audit == Ok(()),
@@ -313,10 +313,10 @@ fn storm(seed: u64, cache_bytes: u64, keys: u32, percent: u64) {
     assert!(used.abs_diff(fresh) <= fresh / 50, "{used} live bytes, where a new segment has {fresh}");
 }
 
-/// When all are dead: nothing of theirs is left.
+/// Checks that nothing of the dead children is left.
 fn after(cache: &Cache) -> Stats {
     assert_eq!(cache.audit(), Ok(()));
-    // The sweep is done once in a second, and a child may have done it just now.
+    // The sweep runs at most once per second, and a child may have run it just before.
     let since = Instant::now();
     while cache.pins_set() > 0 && since.elapsed() < STUCK {
         cache.sweep();
@@ -329,8 +329,8 @@ fn after(cache: &Cache) -> Stats {
     stats
 }
 
-/// Stores pages of 1 KiB until the cache has turned over a few times; how many bytes are live then. Each is asked for once, as
-/// pages that are not do not get to the main ring when that is full, and dead ones there stay for the sweep.
+/// Stores pages of 1 KiB until the cache has turned over a few times. Returns the number of live bytes. Each page is requested once:
+/// pages without requests do not reach the main ring when it is full, and dead pages there stay for the sweep.
 fn fill_up(cache: &Cache) -> u64 {
     let pages = u32::try_from(cache.stats().capacity / 1024 * 3).expect("a small cache");
     for key in 1_000_000..1_000_000 + pages {

@@ -1,10 +1,10 @@
 <?php
-// A page that starts other programs, for the tests. The query says which.
+// A page that starts other programs, for the tests. The query selects the program.
 header('Content-Type: text/plain');
 $name = $_GET['name'] ?? '';
 switch ($_GET['do'] ?? '') {
     case 'wait':
-        // It waits for a program, which waits for a line in a pipe, and has said that it is there.
+        // Waits for a program, which writes its pid and then waits for a line from a pipe.
         exec("echo $$ > $name.in; read line < $name.gate; echo picture made", $output, $status);
         echo "status=$status out=", implode(',', $output), "\n";
         break;
@@ -19,12 +19,12 @@ switch ($_GET['do'] ?? '') {
         echo exec('sleep 600 > /dev/null 2>&1 & echo $!'), "\n";
         break;
     case 'session':
-        // It has the listening socket as its standard input.
+        // The program has the listening socket as its standard input.
         exec("setsid -f sh -c 'echo $$ > $name; exec sleep 600' > /dev/null 2>&1");
         echo "started\n";
         break;
     case 'non-blocking':
-        // As ssh and event loops do with their standard input.
+        // Like ssh and event loops do with their standard input.
         echo shell_exec("perl -e 'use Fcntl; fcntl(STDIN, F_SETFL, fcntl(STDIN, F_GETFL, 0) | O_NONBLOCK) or die'; echo done");
         break;
     case 'shutdown':

@@ -1,10 +1,10 @@
 /* A FastCGI program on libfcgi, for the tests: one connection at a time, one request on each.
  *
- *   /hello  says hello            /env     its environment, one variable a line
- *   /echo   gives the body back   /params  the parameters of the request, likewise
- *   /pid    says its process id   /abort   ends it by SIGABRT
+ *   /hello  prints hello          /env     its environment, one variable per line
+ *   /echo   returns the body      /params  the parameters of the request, one per line
+ *   /pid    prints its pid        /abort   kills it by SIGABRT
  *
- * On SIGTERM it finishes what it serves and leaves. For that it accepts by itself, and lets the signal through
+ * On SIGTERM it finishes the current request and exits. For that it calls accept itself, and unblocks the signal
  * only there: FCGX_Accept_r drops a connection if a signal arrives before the connection's first byte does.
  *
  * cc -o hello hello.c -lfcgi
@@ -39,7 +39,7 @@ static void list_environment(FCGX_Request *request) { list(request->out, environ
 
 static void list_params(FCGX_Request *request) { list(request->out, request->envp); }
 
-/* Reads to the end before it writes: a client may not read before it has written all. */
+/* Reads to the end before it writes, because a client may write everything before it reads. */
 static void echo(FCGX_Request *request) {
     size_t length = 0, room = 4096;
     char *body = malloc(room);
@@ -88,7 +88,7 @@ int main(void) {
 
     sigemptyset(&term);
     sigaddset(&term, SIGTERM);
-    /* No socket of its own: should a connection turn out to be none, it comes back here for the next. */
+    /* No listening socket: if a connection is invalid, FCGX_Accept_r returns here for the next one. */
     if (sigaction(SIGTERM, &on_term, NULL) != 0 || FCGX_Init() != 0 || FCGX_InitRequest(&request, -1, 0) != 0)
         return 1;
     for (;;) {
@@ -102,7 +102,7 @@ int main(void) {
         if (connection < 0)
             continue;
         request.ipcFd = connection;
-        request.keepConnection = 1; /* or else FCGX_Accept_r would begin by closing it */
+        request.keepConnection = 1; /* otherwise FCGX_Accept_r would begin by closing it */
         if (FCGX_Accept_r(&request) == 0) {
             request.keepConnection = 0;
             answer(&request);

@@ -1,12 +1,12 @@
 <?php
-// A script for php-cgi, for the tests. The query says what to do.
+// A script for php-cgi, for the tests. The query selects the action.
 header('Content-Type: text/plain');
 switch ($_GET['do'] ?? '') {
     case 'add':
         echo $_GET['a'] + $_GET['b'], "\n";
         break;
     case 'length':
-        // md5 too, so that a body of the right length with wrong bytes shows.
+        // The md5 detects a body of the right length with wrong bytes.
         $body = file_get_contents('php://input');
         echo strlen($body), ' ', md5($body), "\n";
         break;

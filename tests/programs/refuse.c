@@ -2,7 +2,7 @@
  *
  *     refuse ERRNO NUMBER... -- PROGRAM [ARGUMENT...]
  *
- * Each call NUMBER fails with ERRNO, in the program and in all that it starts.
+ * Each call NUMBER fails with ERRNO, in the program and in all its descendants.
  *
  * cc -o refuse refuse.c */
 #include <errno.h>

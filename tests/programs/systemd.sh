@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# The unit files under a real systemd: a user manager that is made to look like the system's, so that the account and the
-# hardening are real, too. Called by tests/systemd_itself.rs as the first process of namespaces of its own, in a control group of
-# its own: systemd.sh UNITS PROGRAMS (the folder of forkyard.service and .socket, and that of the examples `pages` and `crashy`).
-# Says each thing that it has seen. May not: reach what is outside.
+# Tests the unit files under a real systemd: a user manager configured like the system manager, so that the account and the
+# hardening are also real. tests/systemd_itself.rs runs this script as the first process of new namespaces, in a new control
+# group: systemd.sh UNITS PROGRAMS (the directory of forkyard.service and .socket, and the directory of the examples `pages`
+# and `crashy`). Prints a line for each verified behavior. Must not affect anything outside its namespaces and control group.
 set -euo pipefail
 units=$1 programs=$2
 
 mount -t proc proc /proc
 mount -t tmpfs -o mode=755 tmpfs /run
-# Of the machine's hierarchies none is left: a manager takes whatever processes it finds at a root.
+# Unmounts the machine's hierarchies: a manager takes over all processes that it finds at a root.
 umount --recursive --lazy /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /run/systemd/system /run/systemd/user/forkyard.service.d /run/programs /run/seen
-# Somewhere that ProtectHome= and PrivateTmp= do not hide.
+# A path that ProtectHome= and PrivateTmp= do not hide.
 mount --bind "$programs" /run/programs
 chmod 755 /run/seen
 export XDG_RUNTIME_DIR=/run HOME=/run/home
 log=/run/seen/log
 
-# What docs/systemd.md says is to be changed: the command and the socket. And the log goes where this can read it.
+# Changes the command and the socket as described in docs/systemd.md, and writes the log to a file that this script can read.
 for unit in service socket; do
   sed -e "s|^ExecStart=.*|ExecStart=/run/programs/pages --bind http:systemd:http --workers 2 --cache 4M\nStandardError=append:$log|" \
     -e 's|^ListenStream=.*|ListenStream=/run/seen/app.sock|' -e 's|^FileDescriptorName=.*|FileDescriptorName=http|' \
@@ -26,7 +26,7 @@ for unit in service socket; do
 done
 cp /run/systemd/user/forkyard.service /run/seen/plain.service
 
-# The system's manager has no umask either: else the service's account may not write to the socket for notifications.
+# Like the system manager, without a umask: otherwise the service's account cannot write to the notification socket.
 (umask 0 && exec /lib/systemd/systemd --user) &
 ended() {
   status=$?
@@ -35,7 +35,7 @@ ended() {
 trap ended EXIT
 
 fail() { echo "FAILED: $*" >&2; exit 1; }
-# A minute is for what never comes.
+# Waits up to a minute for a command to succeed.
 await() {
   local end=$((SECONDS + 60))
   until "$@"; do
@@ -49,7 +49,7 @@ property_is() { [[ $(property "$1") == "$2" ]]; }
 replaced() { local now; now=$(property MainPID) && [[ $now != 0 && $now != "$1" ]]; }
 expect_property() { property_is "$1" "$2" || fail "$1 is $(property "$1"), not $2"; }
 logged() { [[ $(grep -c "$1" "$log") == "$2" ]]; }
-# Changes the unit for what follows.
+# Changes the unit from here on.
 drop_in() {
   printf '[Service]\n%b\n' "$1" > /run/systemd/user/forkyard.service.d/test.conf
   systemctl --user daemon-reload
@@ -106,7 +106,7 @@ expect_property NRestarts 0
 [[ $(ask /who) == *"generation 3" ]] || fail "the workers are the old ones"
 echo "seen: an upgrade keeps the main pid, and the service active"
 
-# Three clients, each with one new connection after another; any failure ends one with an error.
+# Three clients, each of which repeatedly opens a new connection. A client exits with an error on any failure.
 page=$(ask /page/1)
 clients=()
 for client in 1 2 3; do
@@ -155,7 +155,7 @@ await property_is ActiveState inactive
 expect_property Result success
 echo "seen: stop lets a request be finished"
 
-# As docs/systemd.md says.
+# The configuration described in docs/systemd.md.
 if ((version < 253)); then
   echo "NOT RUN: Type=notify-reload, which needs systemd 253; this is $version"
   exit

@@ -110,7 +110,7 @@ enum Backend {
 }
 
 impl Backend {
-    /// A Unix socket in `directory`, or a TCP port for the one web server without support for Unix sockets here.
+    /// A Unix socket in `directory`, or a TCP port for mod_proxy_scgi, which supports no Unix sockets here.
     fn new(front: Front, directory: &Path) -> (Self, String) {
         if front == fronts::APACHE_SCGI {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();

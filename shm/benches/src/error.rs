@@ -1,44 +1,43 @@
-//! Why there is no table.
+//! The errors that end a benchmark without a table.
 
 use std::{fmt, io};
 
 use forkyard_shm::{PublishError, SegmentError, StoreError};
 use nix::errno::Errno;
 
-/// Why there is no table.
 #[derive(Debug)]
 pub(crate) enum Error {
-    /// Forkyard's segment could not be made.
+    /// Forkyard's segment could not be created.
     Segment(SegmentError),
-    /// Forkyard did not take a value that it should.
+    /// Forkyard rejected a value that it should store.
     StoreError(StoreError),
-    /// The event log did not take an event.
+    /// The event log rejected an event.
     NotPublished(PublishError),
     /// LMDB failed.
     Lmdb(heed::Error),
-    /// A program that is compared with is not installed.
+    /// A program of the comparison is not installed.
     NoProgram { program: &'static str, package: &'static str },
-    /// A server or a script did not do what it should; `what` is what it said.
+    /// A server or a script failed; `what` is its output.
     Program { program: &'static str, what: String },
-    /// A store answered with something else than was stored.
+    /// A store returned a value that differs from the stored one.
     WrongValue { key: String },
-    /// A forked process failed; what it said.
+    /// A forked process failed; its message.
     Worker(String),
-    /// A system call, or reading and writing, failed.
+    /// A system call, or I/O, failed.
     System { what: &'static str, source: io::Error },
-    /// Nothing has a name that contains this.
+    /// No name contains this pattern.
     NoSuchName { pattern: String, names: String },
     /// The table could not be written.
     Output(io::Error),
 }
 
 impl Error {
-    /// For `map_err` after what the system may refuse.
+    /// For `map_err` after operations that the system may refuse.
     pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Error {
         move |source| Error::System { what, source: source.into() }
     }
 
-    /// For `map_err` after a call that tells its error as a number.
+    /// For `map_err` after calls that return an errno.
     pub(crate) fn errno(what: &'static str) -> impl Fn(Errno) -> Error {
         Error::system(what)
     }

@@ -1,8 +1,8 @@
-//! What the event log costs: publishing, with and without somebody to be woken, and reading.
+//! Measures the event log: publishing, with and without a sleeping reader to wake, and reading.
 //!
-//! Publishers and readers are threads of one process, which is what the log takes any process for: nothing goes past the shared
-//! memory. Times are means over a round, of which the median is shown; where each operation is timed by itself, the
-//! medians of a round.
+//! Publishers and readers are threads of one process. The log treats threads like processes: all communication uses the shared memory.
+//! Times are means over a round, and the table shows the median of the rounds. Where each operation is timed individually, the median
+//! replaces the mean.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -26,13 +26,13 @@ pub(crate) struct Options {
     log: u64,
 }
 
-/// Bytes of the events' data, by column.
+/// The sizes of the events' data in bytes, by column.
 const SIZES: [usize; 3] = [100, 1000, 8000];
-/// Operations of a round.
+/// The number of operations in a round.
 const COUNT: u32 = 20_000;
-/// The same where it is waited in between.
+/// The number of operations in a round with pauses between them.
 const PACED: u32 = 500;
-/// For somebody who was woken to lie down again.
+/// A pause in which a woken reader can go back to sleep.
 const PACE: Duration = Duration::from_micros(200);
 
 type Bench = fn(&Events, &[u8]) -> Result<f64, PublishError>;
@@ -47,7 +47,7 @@ const BENCHES: [(&str, Bench); 7] = [
     ("the last event of a topic", since),
 ];
 
-/// Measures everything, and returns the table.
+/// Runs all measurements, and returns the table.
 pub(crate) fn run(options: &Options) -> Result<String, Error> {
     let mut table = String::from("| ns |");
     SIZES.iter().for_each(|size| table += &format!(" {size} bytes |"));
@@ -75,7 +75,7 @@ fn median(values: &mut [f64]) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
-/// Nanoseconds for each of so many calls.
+/// The mean time of a call in nanoseconds, over `count` calls.
 fn mean(count: u32, mut call: impl FnMut(u32) -> Result<(), PublishError>) -> Result<f64, PublishError> {
     let begun = Instant::now();
     (0..count).try_for_each(&mut call)?;
@@ -91,7 +91,7 @@ fn publish_beside_another(events: &Events, data: &[u8]) -> Result<f64, PublishEr
     thread::scope(|scope| {
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
-                let _ = events.publish("other", "", data); // it counts what the one beside it takes
+                let _ = events.publish("other", "", data); // only the other publisher is measured
             }
         });
         let outcome = publish(events, data);
@@ -106,7 +106,7 @@ fn publish_to_any(events: &Events, data: &[u8]) -> Result<f64, PublishError> {
     mean(COUNT, |number| events.publish(&topics[number as usize * 7919 % topics.len()], "", data).map(drop))
 }
 
-/// What a publisher takes who finds a sleeper, and how long that one takes to have the event.
+/// The time of a publication that wakes a sleeping reader, and the time until the reader has the event.
 fn wake(events: &Events, data: &[u8]) -> Result<(f64, f64), PublishError> {
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {

@@ -1,12 +1,12 @@
-//! What a lookup costs: Forkyard beside a hash table, other caches in process and in shared memory, and servers.
+//! Measures lookups: Forkyard in comparison with a hash table, other caches in process and in shared memory, and servers.
 //!
 //! ```text
 //! for each data set (size of a value, number of keys):
 //!     servers, segments -> fork two workers, each with its own private stores and connections -> fill, check
 //!     for each cell (get or mix, one process or two) and each round: every contestant for a short time
 //! ```
-//! So a disturbance of the machine hits all contestants of a cell. How it is timed, see `measure`. Keys are asked for by
-//! Zipf's law. Of the processes of a cell each times itself, and their mean counts.
+//! A disturbance of the machine thus affects all contestants of a cell. `measure` describes the timing. Keys are requested according to
+//! Zipf's law. Each process of a cell times itself, and the result is the mean over the processes.
 
 mod apcu;
 mod cell;
@@ -67,7 +67,7 @@ pub(crate) struct Options {
     only: Only,
 }
 
-/// Measures everything, and returns the table.
+/// Runs all measurements, and returns the table.
 pub(crate) fn run(options: &Options) -> Result<String, Error> {
     let (cells, rows) = wanted(options)?;
     let mut results = Results::default();
@@ -102,7 +102,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// The columns and the rows. The limit is always there, as the others are compared with it.
+/// The columns and the rows. The limit is always included, because the other rows are compared with it.
 fn wanted(options: &Options) -> Result<(Vec<&'static Cell>, Vec<usize>), Error> {
     let names = CONTESTANTS.iter().map(|each| each.name.to_owned());
     options.only.check(&names.chain(CELLS.iter().map(Cell::name)).collect::<Vec<_>>())?;
@@ -115,7 +115,7 @@ fn wanted(options: &Options) -> Result<(Vec<&'static Cell>, Vec<usize>), Error> 
     Ok((cells, rows))
 }
 
-/// Why this data set is left out, if there is no room for it in memory.
+/// The reason to skip this data set, if it does not fit into memory.
 fn too_large(shape: Shape, groups: &[Group]) -> Option<String> {
     let copies: u64 = groups.iter().map(|group| if group.is_private() { MOST_PROCESSES as u64 } else { 1 }).sum();
     let needed = copies * (shape.bytes() + u64::from(shape.keys) * 384);
@@ -129,7 +129,7 @@ fn too_large(shape: Shape, groups: &[Group]) -> Option<String> {
     })
 }
 
-/// A data set with everything that serves it.
+/// A data set with the servers and processes that serve it.
 struct Stage {
     data: Data,
     workers: Vec<Worker>,
@@ -164,7 +164,7 @@ impl Stage {
                 results.notes.push(format!("{}, process {}: {notes}", shape.name(), number + 1));
             }
         }
-        // All have it open, so nothing of it is left behind even if we are killed.
+        // All users have opened the directory, so nothing of it is left even if this process is killed.
         drop(memory_dir);
         let apcu = has(Group::Apcu).then(|| Apcu::start(dir.path(), &data)).transpose()?;
         let servers = redis.into_iter().chain(memcached).collect();
@@ -186,7 +186,7 @@ impl Stage {
         for cell in cells {
             for round in 0..options.rounds {
                 say(&format!("{}, round {} of {}", cell.name(), round + 1, options.rounds));
-                // Each round starts somewhere else, all contestants of a round at the same place.
+                // Each round starts at another position, which is the same for all contestants of a round.
                 let start = round as usize * 104_729;
                 for &row in rows {
                     let task = Task { work: cell.work, time: options.seconds, start };
@@ -201,7 +201,7 @@ impl Stage {
         Ok(())
     }
 
-    /// The samples of all processes; none if it cannot be done.
+    /// The samples of all processes; empty if the contestant cannot run with this number of processes.
     fn measure(&mut self, row: usize, processes: usize, task: Task) -> Result<Vec<Sample>, Error> {
         if CONTESTANTS[row].group == Group::Apcu {
             return match &mut self.apcu {

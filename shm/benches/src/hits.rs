@@ -1,11 +1,11 @@
-//! How often the cache holds what is asked for, beside textbook policies and moka, with the same memory for each.
+//! Measures the hit ratio of the cache, in comparison with textbook policies and moka, with the same memory for each.
 //!
-//! Traces are requests drawn from Zipf's law over 50,000 objects of 787 MiB in sum, some of them with objects in between
-//! that are never asked for again. A request that misses stores the object. The first requests fill the cache, the hits
-//! among the others are counted.
+//! Traces are requests drawn from Zipf's law over 50,000 objects with a total size of 787 MiB. Some traces also contain objects that are
+//! requested only once. A request that misses stores the object. The first requests fill the cache; hits are counted among the later
+//! ones.
 //!
-//! Memory is a share of the 787 MiB. For forkyard it is the whole segment; its values, keys, headers and index must fit.
-//! For the others an object costs its value, its key, and 64 bytes.
+//! The memory is a share of the 787 MiB. For Forkyard this is the whole segment, including values, keys, headers and index. For the other
+//! policies an object costs its value, its key, and 64 bytes.
 
 mod list;
 mod policy;
@@ -24,7 +24,7 @@ use crate::hits::trace::{BETWEEN_SCANS, RECIPES, Recipe, SCAN, World};
 use crate::only::Only;
 use crate::say;
 
-/// The policies that forkyard is compared with below the table.
+/// The policies that the text below the table compares with Forkyard.
 const RIVALS: [&str; 4] = ["LRU", "S3-FIFO, freq ≥ 1", "S3-FIFO, freq ≥ 2", "moka"];
 const OURS: &str = "forkyard";
 

@@ -1,13 +1,12 @@
-//! `forkyard-shm-bench` measures the page cache beside other caches, in one run on one machine, and the event log.
+//! `forkyard-shm-bench` measures the page cache in comparison with other caches, in one run on one machine, and the event log.
 //!
 //! ```text
 //! get    what a lookup costs: in process, in shared memory, and over a socket      -> ns per operation
 //! hits   how often the eviction policy is right: replays request traces            -> hit %
 //! events what publishing and reading events costs                                  -> ns per operation
 //! ```
-//! What both share is here: `sample` (who is asked for, how large it is) and `forkyard` (our cache as it is measured),
-//! `only` (which rows and columns).
-//! The tables go to standard output, everything else to standard error.
+//! Shared modules: `sample` (requested objects and their sizes), `forkyard` (Forkyard's cache as it is measured), `only` (selection of
+//! rows and columns). The tables go to standard output, all other output to standard error.
 
 mod error;
 mod events;
@@ -55,7 +54,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Tells the person who waits how far it is. Nobody may be reading, which is no reason to stop.
+/// Reports progress to standard error. A write error is ignored, because a missing reader is no reason to stop.
 fn say(line: &str) {
     let _ = writeln!(io::stderr(), "forkyard-shm-bench: {line}");
 }

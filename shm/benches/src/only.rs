@@ -1,4 +1,4 @@
-//! `--only`: which of the things that have names take part.
+//! `--only`: selects rows and columns by name.
 
 use crate::error::Error;
 
@@ -16,7 +16,7 @@ impl Only {
         if found.is_empty() { all.iter().collect() } else { found }
     }
 
-    /// Each pattern must be good for something.
+    /// Each pattern must match at least one name.
     pub(crate) fn check(&self, names: &[String]) -> Result<(), Error> {
         match self.only.iter().find(|pattern| !names.iter().any(|name| name.contains(pattern.as_str()))) {
             Some(pattern) => Err(Error::NoSuchName { pattern: pattern.clone(), names: names.join("; ") }),

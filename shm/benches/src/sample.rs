@@ -1,19 +1,19 @@
-//! Who is asked for, and how large it is: everything here follows from a seed.
+//! Draws the requested objects and their sizes, reproducibly from a seed.
 
 use fastrand::Rng;
 
 /// The length of all keys.
 pub(crate) const KEY_LEN: usize = 38;
 
-/// A key like the URL of a page.
+/// A key that looks like the URL of a page.
 pub(crate) type Key = [u8; KEY_LEN];
 
-/// The smallest and the largest size of an object.
+/// The smallest and the largest size of an object, in bytes.
 const SIZES: (f64, f64) = (102.4, 256.0 * 1024.0);
 /// The standard deviation of the logarithm of the sizes.
 const SPREAD: f64 = 1.5;
 
-/// The key of an object. There are 100 million.
+/// The key of an object. There are 100 million keys.
 pub(crate) fn key(object: u32) -> Key {
     let mut key = *b"https://shop.example/articles/00000000";
     let mut rest = object;
@@ -24,10 +24,10 @@ pub(crate) fn key(object: u32) -> Key {
     key
 }
 
-/// Zipf's law: the object of rank r, from 1 on, is asked for with a probability in proportion to 1 / r^exponent.
+/// Zipf's law: the object of rank r, from 1 on, is requested with a probability proportional to 1 / r^exponent.
 #[derive(Debug)]
 pub(crate) struct Zipf {
-    /// The sum of the weights of all objects up to each.
+    /// For each object, the sum of the weights of all objects up to this one.
     cumulative: Vec<f64>,
 }
 
@@ -41,7 +41,7 @@ impl Zipf {
         Zipf { cumulative: (1..=objects).map(up_to).collect() }
     }
 
-    /// An object: its rank, less one.
+    /// An object: its rank minus one.
     pub(crate) fn draw(&self, rng: &mut Rng) -> u32 {
         let total = self.cumulative.last().copied().unwrap_or_default();
         let at = rng.f64() * total;
@@ -50,19 +50,19 @@ impl Zipf {
     }
 }
 
-/// Log-normal sizes in bytes, clamped, with a median such that the first `objects` have a given sum.
+/// Log-normal sizes in bytes, clamped, with a median such that the first `objects` have a given total size.
 #[derive(Debug)]
 pub(crate) struct Sizes {
     median: f64,
 }
 
 impl Sizes {
-    /// The sizes of `objects` objects, and the law by which to draw more.
+    /// The sizes of `objects` objects, and the distribution for further sizes.
     pub(crate) fn new(objects: u32, total: u64, rng: &mut Rng) -> (Vec<u32>, Sizes) {
         let normals: Vec<f64> = (0..objects).map(|_| normal(rng)).collect();
         let sum = |median: f64| normals.iter().map(|&z| u64::from(size(median, z))).sum::<u64>();
         let (mut low, mut high) = SIZES;
-        // 40 halvings leave less than a byte.
+        // After 40 halvings, the error is less than a byte.
         for _ in 0..40 {
             let middle = f64::midpoint(low, high);
             if sum(middle) < total { low = middle } else { high = middle }
@@ -83,7 +83,7 @@ fn size(median: f64, z: f64) -> u32 {
     bytes
 }
 
-/// The standard normal distribution, by Box and Muller's transform.
+/// The standard normal distribution, by the Box-Muller transform.
 fn normal(rng: &mut Rng) -> f64 {
     let (u, v) = (1.0 - rng.f64(), rng.f64());
     (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()

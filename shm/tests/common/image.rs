@@ -1,7 +1,7 @@
-//! Images of segments: what a segment's memory is at an instant, and another segment with the same memory.
+//! Images of segments: a copy of a segment's memory at an instant, and another segment with the same memory.
 //!
-//! Byte locks are no part of an image. So in a segment made from one all members are dead, which is just what a kill of
-//! all of them would leave.
+//! Byte locks are not part of an image. All members of a segment made from an image are therefore dead, as if all of them had been
+//! killed.
 
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -17,11 +17,11 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image(Vec<u8>);
 
-/// A memory file that images are put into, one after the other.
+/// A memory file to which images are written, one after the other.
 #[derive(Debug)]
 pub struct Slate(File);
 
-/// A segment's memory, and what it was when last looked at.
+/// A segment's memory, and its content at the last check.
 #[derive(Debug)]
 pub struct Watch {
     memory: NonNull<u8>,
@@ -36,7 +36,7 @@ impl Image {
         Image(bytes)
     }
 
-    /// Spoils the first words of the entry with one tag that is stored under a key.
+    /// Overwrites the first words of the entry that has one tag and is stored under this key.
     pub fn spoil(&mut self, key: &[u8]) {
         let padded: Vec<u8> = key.iter().copied().chain([0; 8]).take(key.len().next_multiple_of(8)).collect();
         let at = self.0.windows(padded.len()).position(|bytes| bytes == padded).expect("it is stored");
@@ -52,9 +52,9 @@ impl Watch {
         Watch { memory: memory.expect("mmap").cast(), image: Image::of(segment) }
     }
 
-    /// Looks at the memory again; whether it has changed. Nobody may be changing it now.
+    /// Reads the memory again, and returns whether it has changed. No process may write to it meanwhile.
     pub fn renew(&mut self) -> bool {
-        // SAFETY: mapped for ever, and the only process that could write to it is stopped by its tracer.
+        // SAFETY: the mapping is never removed, and the only process that could write to it is stopped by its tracer.
         let memory = unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.image.0.len()) };
         let changed = memory != self.image.0;
         if changed {
@@ -73,7 +73,7 @@ impl Slate {
         Slate(fd.into())
     }
 
-    /// A segment with this memory; the last one is no more.
+    /// A segment with this memory. It replaces the previous segment.
     pub fn pour(&self, image: &Image) -> Segment {
         self.0.write_all_at(&image.0, 0).expect("memory file");
         let fd: OwnedFd = self.0.as_fd().try_clone_to_owned().expect("dup");

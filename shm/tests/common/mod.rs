@@ -1,10 +1,10 @@
-//! What the tests of dying processes share: children, pages that show whether they are whole, and a clock for hangs.
+//! Shared code of the tests with dying processes: children, pages that show whether they are whole, and a limit for hangs.
 //!
-//! The main thread of each test is its only one, so that forking is harmless; hence no test harness. Children are awaited by
-//! a byte in a pipe or by `waitpid`. No test can hang: a process beside watches over all of them, and at their limit
-//! (FORKYARD_TEST_LIMIT seconds, 900 unless that is set, or a nearer one that a test has given itself) shows what they are at and
-//! kills them. Run with FORKYARD_SEED=n to repeat a history (the timing of the kills is not
-//! repeated), and with a word to run the tests whose names contain it.
+//! Each test binary is single-threaded, so that forking is safe; therefore it does not use the test harness. The tests wait for children
+//! by a byte in a pipe or by `waitpid`. No test can hang: a separate process watches the tests. At the limit (FORKYARD_TEST_LIMIT
+//! seconds, default 900, or an earlier limit that a test has set) it prints the state of the tests and kills them. Run with
+//! FORKYARD_SEED=n to repeat a history (the timing of the kills is not repeated), and with a word as argument to run the tests whose
+//! names contain it.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 #![allow(unsafe_code, clippy::print_stdout, reason = "forks, and reports like the test harness that it replaces")]
 
@@ -28,10 +28,10 @@ pub mod scenes;
 mod watch;
 
 pub type Test = (&'static str, fn(u64));
-/// The smallest cache there is: one shard.
+/// The size of the smallest cache: one shard.
 pub const SMALL: u64 = 256 * 1024;
 
-/// Runs the tests that were asked for, or all.
+/// Runs the selected tests, or all.
 pub fn run(tests: &[Test]) {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let seed = number("FORKYARD_SEED").unwrap_or_else(|| fastrand::u64(..));
@@ -52,14 +52,15 @@ pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Has the test fail, or a child die of SIGALRM, if it does not get here again in time: the only way out of an endless loop.
+/// Sets a limit until the next call: at the limit the test fails, or a child dies of SIGALRM. This is the only way out of an endless
+/// loop.
 pub fn not_longer_than(limit: Duration) {
     if !watch::not_longer_than(limit) {
         alarm::set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX));
     }
 }
 
-// ---- Children. ----
+// ---- children ----
 
 #[derive(Debug)]
 pub struct Child {
@@ -67,10 +68,10 @@ pub struct Child {
     pub ready: File,
 }
 
-/// Forks. The child runs `work` with the writing end of a pipe, and exits with 0 if that returns, with 101 if it panics.
+/// Forks. The child runs `work` with the writing end of a pipe, and exits with 0 if `work` returns, with 101 if it panics.
 pub fn spawn(work: impl FnOnce(File)) -> Child {
     let (reader, writer) = pipe().expect("pipe");
-    // SAFETY: this process has one thread, so the child may do whatever it likes.
+    // SAFETY: this process is single-threaded, so the child may run any code.
     match unsafe { fork() }.expect("fork") {
         ForkResult::Parent { child } => Child { pid: child, ready: reader.into() },
         ForkResult::Child => {
@@ -84,9 +85,9 @@ pub fn spawn(work: impl FnOnce(File)) -> Child {
     }
 }
 
-/// Ends a child at once, before it returns into what its parent was doing.
+/// Ends a child at once, before it can return into the code of its parent.
 pub fn leave(code: i32) -> ! {
-    // SAFETY: ends the process, and touches nothing.
+    // SAFETY: ends the process without running other code.
     unsafe { libc::_exit(code) }
 }
 
@@ -106,7 +107,7 @@ impl Child {
         assert!(matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)), "child ended by itself: {status:?}");
     }
 
-    /// Waits for the child; `false` if it was killed, and so did not get to its end.
+    /// Waits for the child. Returns false if the child was killed before its end.
     pub fn ended(self) -> bool {
         match waitpid(self.pid, None).expect("waitpid") {
             WaitStatus::Exited(_, 0) => true,
@@ -125,7 +126,7 @@ pub fn await_stop(pid: Pid) {
     assert!(matches!(waitpid(pid, None), Ok(WaitStatus::Stopped(_, Signal::SIGSTOP))));
 }
 
-/// Lets a traced child execute one instruction; `false` if it ended.
+/// Lets a traced child execute one instruction. Returns false if the child ended.
 pub fn stepped(pid: Pid) -> bool {
     ptrace::step(pid, None).expect("step");
     match waitpid(pid, None).expect("waitpid") {
@@ -143,9 +144,9 @@ pub fn segment(cache_bytes: u64) -> Segment {
     Segment::create(&Plan { cache_bytes, rows: 8, ..Plan::default() }).expect("segment")
 }
 
-// ---- Pages that show whether they are whole. ----
+// ---- pages that show whether they are whole ----
 
-/// Key, then bytes that follow from key and version, then a checksum of all that: `len` bytes and 20.
+/// The key, then bytes derived from key and version, then a checksum of all that: `len` + 20 bytes.
 pub fn page(key: u32, version: u64, len: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(len + 20);
     bytes.extend(key.to_le_bytes());
@@ -159,7 +160,7 @@ pub fn page(key: u32, version: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Whether a page is one that was made for this key, and whole.
+/// Whether a page was made for this key and is whole.
 pub fn is_whole(key: u32, bytes: &[u8]) -> bool {
     bytes.split_last_chunk::<8>().is_some_and(|(body, checksum)| {
         xxh3_64(body).to_le_bytes() == *checksum && body.starts_with(&key.to_le_bytes())
@@ -176,7 +177,7 @@ pub fn fill(cache: &Cache, keys: u32, len: usize) {
     }
 }
 
-/// Those of the keys that can be had; all of them whole.
+/// The keys that are in the cache. Checks that their pages are whole.
 pub fn present(cache: &Cache, keys: u32) -> Vec<u32> {
     let found = |key: &u32| {
         let bytes = cache.get(name(*key));
@@ -186,7 +187,7 @@ pub fn present(cache: &Cache, keys: u32) -> Vec<u32> {
     (0..keys).filter(found).collect()
 }
 
-/// The cache is consistent, stores, and answers.
+/// Checks that the cache is consistent, stores pages, and returns them.
 pub fn assert_well(cache: &Cache, keys: u32) -> Stats {
     assert_eq!(cache.audit(), Ok(()));
     for key in 0..keys {
@@ -200,7 +201,7 @@ pub fn assert_well(cache: &Cache, keys: u32) -> Stats {
     stats
 }
 
-/// No byte is lost: each is free or used, each used one live or wasted, and no shard was given up.
+/// Checks that no byte is lost: each byte is free or used, each used byte is live or wasted, and no shard was given up.
 pub fn adds_up(stats: &Stats) -> Result<(), String> {
     let adds_up = stats.used_bytes + stats.free_bytes == stats.capacity
         && stats.live_bytes + stats.wasted_bytes == stats.used_bytes

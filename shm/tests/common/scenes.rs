@@ -1,8 +1,8 @@
-//! Scenes: a state of the cache, and one act in it during which somebody will be killed.
+//! Scenes: a state of the cache, and an act on it during which a process will be killed.
 //!
-//! What a key holds after the kill is what it held before the act or what it holds after it, and nothing else; whether it may
-//! also be missing, and whether it may change alone, depends on the act. And whatever the state, it has to be one that others can go
-//! on from.
+//! After the kill, each key holds its value from before the act or its value from after the act. The act determines whether the key may
+//! also be missing, and whether it may change without the other keys. In each case, other processes must be able to continue from the
+//! resulting state.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -15,9 +15,9 @@ use super::image::{Image, Slate};
 use super::{SMALL, adds_up, fill, name, page, say_ready, segment, spawn};
 
 const KEYS: u32 = 640;
-/// Keys of scenes where room does not matter.
+/// The number of keys in scenes where the size does not matter.
 const FEW: u32 = 20;
-/// Large enough that some hundred fill the cache.
+/// The page size; a few hundred pages fill the cache.
 const LEN: usize = 400;
 const PINS: u32 = 4;
 
@@ -31,7 +31,7 @@ pub struct Scene {
     pub claims: bool,
 }
 
-/// A segment that is ready for the act, and what the parent pins in it.
+/// A segment that is ready for the act, and the pages that the parent pins in it.
 #[derive(Debug)]
 pub struct Stage {
     pub segment: Segment,
@@ -42,11 +42,11 @@ pub struct Stage {
 pub enum Rule {
     /// A key that the act changes holds the old page or the new one.
     OldOrNew,
-    /// It may also be missing for a while.
+    /// A changed key may also be missing for a while.
     Gaps,
-    /// Any key may be missing: which way the act goes depends on who does it.
+    /// Any key may be missing: the course of the act depends on the process that performs it.
     Misses,
-    /// And all those keys change at the same instant.
+    /// A changed key holds the old page or the new one, and all changed keys change at the same instant.
     AtOnce,
     /// The shard is given up.
     Lost,
@@ -87,13 +87,13 @@ fn set(cache: &Cache, key: u32) {
     store(cache, key).expect("stored");
 }
 
-/// One page, under its lease.
+/// Renders one page, under its lease.
 fn render(cache: &Cache) {
     let served = cache.get_or_render(name(FEW), &StoreOptions::new(), |_| Ok::<_, Infallible>(page(FEW, 2, 40)));
     assert!(served.is_ok());
 }
 
-/// The first who finds a shard contradicting itself is refused.
+/// The first process that finds a shard inconsistent gets an error, which is ignored here.
 fn set_anyhow(cache: &Cache) {
     let _ = store(cache, 3);
 }
@@ -102,12 +102,12 @@ fn set_new(cache: &Cache) {
     cache.set(name(KEYS - 1), page(KEYS - 1, 2, LEN), &StoreOptions::new()).expect("stored");
 }
 
-/// All keys that begin with 1.
+/// Purges all keys that begin with 1.
 fn purge_tens(cache: &Cache) {
     cache.purge_prefix("/page/1");
 }
 
-// ---- States. ----
+// ---- states ----
 
 fn few() -> Stage {
     let segment = segment(SMALL);
@@ -119,7 +119,7 @@ fn few() -> Stage {
     Stage { segment, pins: Vec::new() }
 }
 
-/// What an act does, as was found out with a copy.
+/// The effect of an act, determined on a copy.
 struct Probe {
     before: Stats,
     after: Stats,
@@ -127,7 +127,7 @@ struct Probe {
     pins_left: usize,
 }
 
-/// A full cache in which the act does what is wanted. After each page that is stored to get there, `each` is done.
+/// A full cache in which the act has the `wanted` effect. `each` is called after each page stored to fill the cache.
 fn full(each: impl Fn(&Segment, u32) -> Vec<Pinned>, act: fn(&Cache), wanted: fn(&Probe) -> bool) -> Stage {
     let segment = segment(SMALL);
     let cache = segment.cache();
@@ -176,12 +176,13 @@ fn reprieving() -> Stage {
     })
 }
 
-/// The next store runs into pins, four of them side by side, and jumps over them.
+/// The next store runs into four adjacent pins, and jumps over them.
 fn pinned() -> Stage {
-    // By another member than the one that the parent is in copies, who buries its predecessor.
+    // Another member than the parent sets the pins, because the parent's membership differs in copies, where it marks its predecessor
+    // dead.
     let each = |segment: &Segment, key: u32| {
         let reader = Segment::attach(segment.fd().try_clone_to_owned().expect("dup")).expect("attach").cache();
-        // Keys that never were there before are in the small ring, as is the one that the act stores.
+        // Keys that were not in the cache before are in the small ring, like the key that the act stores.
         let new = if key == 0 && segment.cache().pins_set() == 0 { KEYS..KEYS + PINS } else { 0..0 };
         let pinned = new.map(|key| {
             reader.set(name(key), page(key, 1, LEN), &StoreOptions::new()).expect("stored");
@@ -212,7 +213,7 @@ fn untidy() -> Stage {
     full(each, Cache::sweep, |Probe { before, after, .. }| (2..30).contains(&(after.reprieved - before.reprieved)))
 }
 
-/// Somebody died in the act, right after the mark.
+/// The state after a process died in the act, directly after the mark.
 fn died_in(act: fn(&Cache), mark: &str) -> Stage {
     let stage = few();
     let image = Image::of(&stage.segment);
@@ -248,7 +249,7 @@ fn half_cleared() -> Stage {
     died_in(Cache::clear, "empty: floor raised")
 }
 
-/// Somebody died who held a lock and read in place.
+/// The state after a process died that held a lock and read in place.
 fn dead_reader() -> Stage {
     let stage = few();
     let cache = stage.segment.cache();
@@ -263,7 +264,7 @@ fn dead_reader() -> Stage {
     stage
 }
 
-/// Key 3's slot leads to nonsense.
+/// The slot of key 3 points to invalid data.
 fn spoilt() -> Stage {
     let stage = few();
     let mut image = Image::of(&stage.segment);
@@ -271,9 +272,9 @@ fn spoilt() -> Stage {
     Stage { segment: Slate::for_images_like(&image).pour(&image), pins: Vec::new() }
 }
 
-// ---- What has to hold. ----
+// ---- invariants ----
 
-/// What all keys hold before and after an act.
+/// The values of all keys before and after an act.
 #[derive(Debug)]
 pub struct Known {
     before: Vec<Option<Vec<u8>>>,
@@ -281,7 +282,7 @@ pub struct Known {
     names: Vec<String>,
     rule: Rule,
     act: fn(&Cache),
-    /// Shards given up before the act.
+    /// The shards given up before the act.
     lost: u64,
 }
 
@@ -296,17 +297,17 @@ impl Known {
         let copy = slate.pour(image).cache();
         (scene.act)(&copy);
         if scene.rule == Rule::Lost {
-            (scene.act)(&copy); // the first gave the shard up, and this one can go on
+            (scene.act)(&copy); // the first call gave the shard up, so this call can continue
         }
         let names = (0..KEYS).map(name).collect();
         Known { before, after: pages(&copy), names, rule: scene.rule, act: scene.act, lost }
     }
 
-    /// Looks whether a state is one that the act may leave behind, and one to go on from.
+    /// Checks that the act may leave this state behind, and that processes can continue from it.
     pub fn verify(&self, cache: &Cache) -> Result<(), String> {
         self.check(cache).map_err(|why| format!("before anything is repaired: {why}"))?;
         if self.rule == Rule::Lost {
-            (self.act)(cache); // finds that the shard contradicts itself, if nobody has yet
+            (self.act)(cache); // detects the inconsistent shard, if that has not happened yet
         }
         cache.audit()?;
         self.check(cache).map_err(|why| format!("after the repair: {why}"))?;
@@ -358,12 +359,12 @@ impl Known {
         adds_up(&stats)
     }
 
-    /// Who wants to render need not wait for the dead.
+    /// Checks that a process that renders does not have to wait for the dead process.
     fn render_again(&self, cache: &Cache) -> Result<(), String> {
         cache.purge(name(FEW));
         let begun = Instant::now();
         render(cache);
-        // Without the lease it would be the patience of ten seconds.
+        // Without the lease, this would take the full wait of ten seconds.
         if begun.elapsed() < Duration::from_secs(5) {
             Ok(())
         } else {
@@ -371,7 +372,7 @@ impl Known {
         }
     }
 
-    /// All of the rings can be used again.
+    /// Checks that the whole memory of the rings can be used again.
     fn go_on(&self, cache: &Cache) -> Result<(), String> {
         let bytes = [7; 8000];
         let pages = 2 * cache.stats().capacity / 8000;
@@ -381,7 +382,7 @@ impl Known {
                 let stored = cache.set(key.to_le_bytes(), bytes, &StoreOptions::new());
                 (stored, cache.get_into(key.to_le_bytes(), &mut value) && value == bytes)
             };
-            // A purge whose process died between its steps concerns the page that is stored next, which finishes it.
+            // A purge whose process died between its steps applies to the page that is stored next, and that store finishes it.
             let (stored, found) = match store() {
                 (Ok(()), false) => store(),
                 other => other,

@@ -1,6 +1,7 @@
-//! A process beside the tests that kills them, and all that they have started, at their limit.
+//! A watchdog process that kills the tests, and all processes that they have started, at their limit.
 //!
-//! It is another process, as the tests fork and so must have one thread. What it has to know is in memory that both share.
+//! The watchdog is a separate process because the tests fork and so must be single-threaded. Both share memory for the state that the
+//! watchdog reads.
 
 use std::io::Write as _;
 use std::num::NonZeroUsize;
@@ -16,22 +17,22 @@ use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 
 use super::{leave, limit, number};
 
-/// How long all tests of a binary may take together, in seconds, unless FORKYARD_TEST_LIMIT says otherwise.
+/// The limit for all tests of a binary together, in seconds, unless FORKYARD_TEST_LIMIT sets another limit.
 const LIMIT: u64 = 900;
 const LOOK: Duration = Duration::from_millis(100);
 
 #[repr(C)]
 #[derive(Debug)]
 struct Shared {
-    /// In seconds of the monotonic clock; 0: none.
+    /// In seconds of the monotonic clock; 0 means no deadline.
     deadline: AtomicU64,
-    /// The name of the test that runs.
+    /// The name of the running test.
     name: [AtomicU8; 128],
 }
 
 #[derive(Debug)]
 struct Watch {
-    /// The process that the tests run in; its children are not watched by themselves.
+    /// The process that runs the tests. Its children are not watched individually.
     tests: Pid,
     shared: &'static Shared,
 }
@@ -42,16 +43,16 @@ fn now() -> u64 {
     ClockId::CLOCK_MONOTONIC.now().expect("there is a clock").tv_sec().cast_unsigned()
 }
 
-/// Forks the process that watches.
+/// Forks the watchdog process.
 pub fn start() {
     let size = NonZeroUsize::new(size_of::<Shared>()).expect("it is not empty");
-    // SAFETY: a new mapping, which nothing else refers to.
+    // SAFETY: a new mapping, to which nothing else refers.
     let memory =
         unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED) };
-    // SAFETY: it is large enough, aligned to a page, zero, which is a value of each atomic, and never unmapped.
+    // SAFETY: the mapping is large enough, aligned to a page, zeroed, which is a valid value of each atomic, and never unmapped.
     let shared: &'static Shared = unsafe { memory.expect("mmap").cast().as_ref() };
     let tests = getpid();
-    // SAFETY: this process has one thread, so the child may do whatever it likes.
+    // SAFETY: this process is single-threaded, so the child may run any code.
     if let ForkResult::Child = unsafe { fork() }.expect("fork") {
         set_pdeathsig(Signal::SIGKILL).expect("prctl");
         watch(tests, shared);
@@ -64,7 +65,7 @@ fn watch(tests: Pid, shared: &Shared) -> ! {
     loop {
         std::thread::sleep(LOOK);
         if getppid() != tests {
-            leave(0); // they have ended before we asked to be told
+            leave(0); // the tests ended before the death signal was requested
         }
         let own = shared.deadline.load(Ordering::SeqCst);
         if now() >= end || (own != 0 && now() >= own) {
@@ -81,13 +82,13 @@ fn watch(tests: Pid, shared: &Shared) -> ! {
     );
     let pid = tests.as_raw().cast_unsigned();
     limit::print_state(&mut out, pid);
-    // This one is a child of the tests, too: it goes last.
+    // The watchdog is also a child of the tests: it ends last.
     let own = getpid().as_raw().cast_unsigned();
     limit::kill_trees_but(&[pid].into(), own);
     leave(1)
 }
 
-/// Tells which test runs; it has the time that is left to all.
+/// Records the name of the running test, which may use the time that is left for all tests.
 pub fn runs(name: &str) {
     let Some(watch) = WATCH.get() else { return };
     watch.shared.deadline.store(0, Ordering::SeqCst);
@@ -95,7 +96,7 @@ pub fn runs(name: &str) {
     bytes.zip(&watch.shared.name).for_each(|(byte, place)| place.store(byte, Ordering::SeqCst));
 }
 
-/// Gives the test that runs a limit from now on. False in a child of the tests, and where nobody watches.
+/// Gives the running test a limit, from now on. Returns false in a child of the tests, and without a watchdog.
 pub fn not_longer_than(limit: Duration) -> bool {
     let watch = WATCH.get().filter(|watch| watch.tests == getpid());
     watch.inspect(|watch| watch.shared.deadline.store(now() + limit.as_secs().max(1), Ordering::SeqCst)).is_some()

@@ -1,5 +1,5 @@
-//! How events are published, read and waited for: `events/bell.rs`, `events/told.rs`, and what `events/publish.rs` and
-//! `events/read.rs` do with the head, the floor and the names of topics.
+//! Models of publishing, reading and waiting for events: `protocols/bell.rs`, `protocols/told.rs`, and the use of the head, the floor
+//! and the topic names in `events/publish.rs` and `events/read.rs`.
 
 use std::rc::Rc;
 
@@ -7,7 +7,7 @@ use crate::bell::Bell;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use crate::{Futex, Model, check, told, work};
 
-// ---- Sleeping. ----
+// ---- sleeping ----
 
 #[derive(Default)]
 struct Sleep {
@@ -24,7 +24,7 @@ impl Sleep {
         Bell { sequence: &self.sequence, sleepers: &self.sleepers, woken: &self.woken }
     }
 
-    /// Sleeps until there is something after `seen`.
+    /// Sleeps until there is an event after `seen`.
     fn wait(&self, seen: u32, may_sleep: fn(&Sleep, u32) -> bool) {
         if may_sleep(self, seen) {
             self.futex.wait(&self.sequence, seen, 1);
@@ -47,7 +47,7 @@ fn may_sleep(all: &Sleep, seen: u32) -> bool {
     all.bell().may_sleep(seen)
 }
 
-/// One has seen all there is and lies down, while another publishes.
+/// A reader has read all events and goes to sleep, while another thread publishes.
 fn lie_down(may_sleep: fn(&Sleep, u32) -> bool, announce: Announce) {
     check(4, move || {
         let all = Rc::new(Sleep::default());
@@ -79,7 +79,8 @@ fn a_publisher_that_looks_for_sleepers_first_overlooks_one() {
     });
 }
 
-/// One lies down, with what he sees there, while one publishes and another one does so and dies; afterwards a third one publishes.
+/// A reader goes to sleep with the sequence that it sees, while one thread publishes and another publishes and dies. Afterwards a third
+/// one publishes.
 fn next_publisher(announce: Announce, dies: Announce) {
     check(3, move || {
         let all = Rc::new(Sleep::default());
@@ -93,7 +94,7 @@ fn next_publisher(announce: Announce, dies: Announce) {
     });
 }
 
-/// Killed before it has woken anybody.
+/// Publishes, and is killed before it has woken any reader.
 fn rings_and_dies(all: &Sleep) {
     let _ = all.bell().ring();
 }
@@ -126,9 +127,9 @@ fn who_dies_after_it_has_said_that_all_are_woken_leaves_them_asleep() {
     });
 }
 
-// ---- Latest events. ----
+// ---- latest events ----
 
-/// A log in which event 5 lies at 5, and the topic knows.
+/// A log with event 5 at position 5, recorded in the topic.
 struct Latest {
     linked: AtomicU64,
     head: AtomicU64,
@@ -137,7 +138,7 @@ struct Latest {
 }
 
 impl Latest {
-    /// Whether event 6 is found; and the latest id. As `Log::since` has it.
+    /// Whether event 6 is found, and the latest id, in the same way as `Log::since`.
     fn look(&self, read: fn(&Latest) -> (u64, u64), unlinked_first: bool) -> (bool, u64) {
         let is_unlinked = || {
             let at = self.linked.load(Ordering::Acquire);
@@ -154,7 +155,7 @@ fn read(log: &Latest) -> (u64, u64) {
     told::told(&log.last_id, &log.last_at)
 }
 
-/// Event 6 is published, while somebody looks for what came after 5, and after he was told of 6.
+/// Event 6 is published, while a reader looks for events after 5, and again after it was notified of 6.
 fn since_against_publisher(tell: fn(&Latest), read: fn(&Latest) -> (u64, u64), unlinked_first: bool) {
     check(4, move || {
         let new = AtomicU64::new;
@@ -210,7 +211,7 @@ fn who_asks_the_topic_first_overlooks_what_it_is_told_meanwhile() {
     since_against_publisher(tell, read, false);
 }
 
-// ---- Records. ----
+// ---- records ----
 
 /// A ring with room for one event of two words, which contain its position.
 struct Ring {
@@ -219,7 +220,7 @@ struct Ring {
     words: [AtomicU64; 2],
 }
 
-/// Event 1 takes the place of event 0, while somebody reads that of a position. With or without each side's fence.
+/// Event 1 replaces event 0, while a reader reads the event at `position`. Each side runs with or without its fence.
 fn read_against_publisher(position: u64, readers_fence: bool, publishers_fence: bool, publish: Ordering) {
     check(4, move || {
         let zero = || AtomicU64::new(0);
@@ -275,7 +276,7 @@ fn a_head_that_is_raised_relaxed_publishes_half_an_event() {
     read_against_publisher(1, true, true, Ordering::Relaxed);
 }
 
-// ---- Topics. ----
+// ---- topics ----
 
 /// A cell: the name of its topic, and the latest id.
 struct Cell {
@@ -288,8 +289,8 @@ const OLD: u64 = 1;
 const NONE: u64 = 2;
 const NEW: u64 = 3;
 
-/// A topic whose latest event is 5 is given up for another, while somebody asks for it. With or without the
-/// publisher's fence, and the other's second look.
+/// A topic whose latest event is 5 is evicted for another topic, while a reader queries it. Runs with or without the publisher's fence,
+/// and with or without the reader's second check.
 fn ask_against_giving_up(publishers_fence: bool, look_again: bool) {
     check(4, move || {
         let new = AtomicU64::new;

@@ -1,11 +1,11 @@
-//! How pages and their fragments are purged: `purge.rs`.
+//! Models of purging pages and their fragments: `purge.rs`.
 
 use std::rc::Rc;
 
 use crate::sync::{AtomicU64, Ordering};
 use crate::{Model, check, purge, work};
 
-/// The clock, the two slots of a tag, and that of another tag; and the snapshots of pages that were made.
+/// The clock, the two slots of a tag, the slot of another tag, and the snapshots of the pages that were made.
 struct Tags {
     clock: AtomicU64,
     tag: [AtomicU64; 2],
@@ -28,12 +28,12 @@ impl Tags {
         [a, b]
     }
 
-    /// As `judge.rs` has it.
+    /// The same check as in `freshness.rs`.
     fn is_good(&self, snapshot: u64) -> bool {
         snapshot >= self.clock.load(Ordering::SeqCst) || purge::is_current(&self.slots(), snapshot)
     }
 
-    /// Makes a page of the fragment, if that is good, and a page of the page; each takes over the tag.
+    /// Makes a page from the fragment, if the fragment is good, and a page from that page. Each inherits the tag.
     fn make_pages(&self) {
         let page_of = |fragment: Option<u64>| {
             let snapshot = self.clock.load(Ordering::SeqCst);
@@ -53,7 +53,7 @@ impl Tags {
     }
 }
 
-/// Pages are made while the tag is purged, and another one.
+/// Pages are made while the tag and another tag are purged.
 fn purge_of_a_fragment(purge: fn(&AtomicU64, &[&AtomicU64])) {
     check(3, move || {
         let tags = Tags::new();
@@ -94,7 +94,7 @@ fn a_purge_that_does_not_look_who_else_raised_the_clock_lets_a_page_escape() {
     });
 }
 
-/// A purger rests between its steps, and is taken for dead.
+/// A purger pauses between its steps, and is taken for dead.
 #[test]
 fn a_purge_that_another_finishes_holds() {
     check(3, || {
@@ -112,7 +112,7 @@ fn a_purge_that_another_finishes_holds() {
 fn a_purge_that_was_never_finished_is_finished_by_the_next_store() {
     check(3, || {
         let tags = Tags::new();
-        // As the one who died left it.
+        // The state that the dead purger left.
         tags.slots().into_iter().for_each(|slot| slot.store(FRAGMENT + 1, Ordering::SeqCst));
         let helper = |tags: &Tags| purge::finish(&tags.clock, &tags.slots());
         let threads = vec![work(&tags, helper), work(&tags, helper), work(&tags, Tags::make_pages)];

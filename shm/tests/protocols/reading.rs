@@ -1,4 +1,4 @@
-//! How entries are read without a lock: the pins of `pin.rs`, and the floors of `read.rs` and `room.rs`.
+//! Models of reading entries without a lock: the pins in `pin.rs`, and the floors in `read.rs` and `eviction.rs`.
 
 use std::rc::Rc;
 
@@ -18,7 +18,7 @@ struct Pinnable {
 
 const PIN: Pin = Pin { shard: 1, main: false, position: 0, size: 96 };
 
-/// A reader pins the entry while another raises the floor over it, and looks for pins.
+/// A reader pins the entry, while another thread raises the floor above it and looks for pins.
 fn pin_against_reclaim(set: fn(&Pinnable) -> bool, reclaimers_fence: bool) {
     check(4, move || {
         let all = Rc::new(Pinnable::default());
@@ -35,7 +35,7 @@ fn pin_against_reclaim(set: fn(&Pinnable) -> bool, reclaimers_fence: bool) {
                     fence(Ordering::SeqCst);
                 }
                 match pin::get(&all.cell) {
-                    // The bytes are written again: loom fails if that can be while they are read.
+                    // The bytes are overwritten: loom fails if a reader can read them at the same time.
                     None => all.bytes.with_mut(|_| ()),
                     Some(pin) => assert_eq!(pin, PIN),
                 }
@@ -78,8 +78,8 @@ struct Ring {
     words: [AtomicU64; 2],
 }
 
-/// A writer puts the entry of position 1 in the place of that of position 0 (`room.rs`, `shard.rs`), while a reader
-/// follows the slot (`read.rs`). With or without each side's fence.
+/// A writer replaces the entry at position 0 with the entry at position 1 (`eviction.rs`, `shard.rs`), while a reader follows the slot
+/// (`read.rs`). Each side runs with or without its fence.
 fn floor_against_overwriting(readers_fence: bool, writers_fence: bool) {
     check(4, move || {
         let ring = Rc::new(Ring::default());

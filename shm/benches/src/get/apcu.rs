@@ -1,4 +1,4 @@
-//! APCu: a PHP script fills it and times itself, as its values can be had from within PHP only.
+//! Runs APCu: a PHP script fills it and times itself, because only PHP code can read its values.
 
 use std::fs;
 use std::path::Path;
@@ -13,19 +13,18 @@ use crate::get::server::Program;
 const PROGRAM: Program = Program { name: "php", package: "php-cli" };
 const SCRIPT: &str = include_str!("../../apcu.php");
 
-/// The running script.
 #[derive(Debug)]
 pub(crate) struct Apcu {
     talk: Talk,
     child: Child,
-    /// Can it fork?
+    /// Whether the script can fork.
     pub(crate) forks: bool,
-    /// What a turn of its loop costs without APCu.
+    /// The time of one iteration of the script's loop without APCu.
     pub(crate) empty_loop_ns: f64,
 }
 
 impl Apcu {
-    /// Starts the script; it fills and checks its cache before this returns.
+    /// Starts the script. The script fills and checks its cache before this function returns.
     pub(crate) fn start(dir: &Path, data: &Data) -> Result<Apcu, Error> {
         let write = |name: &str, bytes: &[u8]| {
             let path = dir.join(name);
@@ -69,7 +68,7 @@ impl Apcu {
         Ok(())
     }
 
-    /// Lets so many processes measure at once.
+    /// Measures with this number of concurrent processes.
     pub(crate) fn measure(&mut self, task: Task, processes: usize) -> Result<Vec<Sample>, Error> {
         self.talk.say(&format!("{} {processes}", task_words(task)))?;
         (0..processes).map(|_| self.talk.sample()).collect()

@@ -1,9 +1,9 @@
-//! The columns of the table.
+//! Defines the columns of the table.
 
 use crate::get::data::Shape;
 use crate::get::measure::Work;
 
-/// A column: what is stored, what is done with it, and by how many processes at once.
+/// A column: the stored data, the operations, and the number of concurrent processes.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Cell {
     pub(crate) shape: Shape,
@@ -19,7 +19,7 @@ const fn cell(shape: Shape, work: Work, processes: usize) -> Cell {
     Cell { shape, work, processes }
 }
 
-/// In this order: what stores comes after what only reads.
+/// Cells with stores come after cells that only read.
 pub(crate) const CELLS: [Cell; 10] = [
     cell(SMALL, Work::Get, 1),
     cell(SMALL, Work::Get, 2),

@@ -1,4 +1,4 @@
-//! Who takes part, and how each is opened in a process.
+//! Lists the contestants, and opens each of them in a process.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,6 @@ use crate::get::memory::{self, Limit};
 use crate::get::ours::{self, Segments};
 use crate::get::redis::Redis;
 
-/// A row of the table.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Contestant {
     pub(crate) name: &'static str,
@@ -67,12 +66,12 @@ impl Group {
         Group::Redis,
     ];
 
-    /// Does each process have values of its own?
+    /// Whether each process has its own values.
     pub(crate) fn is_private(self) -> bool {
         matches!(self, Group::Limit | Group::Quick | Group::Moka)
     }
 
-    /// Is it another program, which must be installed?
+    /// Whether the contestant is another program, which must be installed.
     pub(crate) fn is_program(self) -> bool {
         matches!(self, Group::Apcu | Group::Memcached | Group::Redis)
     }
@@ -83,7 +82,7 @@ impl Group {
     }
 }
 
-/// Where the processes find what they share.
+/// The shared resources of the processes.
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) shape: Shape,
@@ -94,7 +93,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Opens the stores of a group, in the order of its rows. None if they are not opened by our own processes.
+    /// Opens the stores of a group, in the order of its rows. Empty for a group that our processes do not open.
     pub(crate) fn open(&self, group: Group) -> Result<Vec<Box<dyn Timed>>, Error> {
         let Place { shape, segments, lmdb, redis, memcached } = self;
         Ok(match group {
@@ -156,7 +155,7 @@ mod tests {
             for store in &mut stores {
                 assert_eq!(store.check(&data, usize::MAX).unwrap(), 0, "{group:?}");
             }
-            // The mix comes last, as it stores other values.
+            // The mix comes last, because it stores other values.
             for work in [Work::Get, Work::Mix] {
                 for store in &mut stores {
                     let task = Task { work, time: Duration::from_millis(1), start: 0 };

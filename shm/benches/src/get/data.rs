@@ -1,10 +1,10 @@
-//! What is stored and who is asked for: the same for all stores.
+//! Generates the stored data and the sequence of requests, the same for all stores.
 
 use fastrand::Rng;
 
 use crate::sample::{Key, Zipf, key};
 
-/// So many keys, with values of so many bytes.
+/// The number of keys, and the size of their values in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
     pub(crate) size: usize,
@@ -15,12 +15,12 @@ pub(crate) struct Shape {
 pub(crate) struct Data {
     pub(crate) shape: Shape,
     pub(crate) keys: Vec<Key>,
-    /// Indices of keys by Zipf's law, over and over again. Its length is a power of two.
+    /// Indices of keys, drawn by Zipf's law; the sequence repeats. Its length is a power of two.
     pub(crate) sequence: Vec<u32>,
 }
 
 const EXPONENT: f64 = 0.99;
-/// Draws for each key, so that the end of the sequence is not known too well.
+/// Draws per key, so that the sequence is too long to be learned.
 const DRAWS_PER_KEY: usize = 4;
 const LEAST_DRAWS: usize = 1 << 20;
 
@@ -33,13 +33,12 @@ impl Shape {
         format!("{}K/{keys}", self.size / 1024)
     }
 
-    /// The bytes of all values.
+    /// The total size of all values in bytes.
     pub(crate) fn bytes(self) -> u64 {
         self.size as u64 * u64::from(self.keys)
     }
 
-    /// The value stored under the key of this index: the index again and again, so that no part can be taken for
-    /// another's.
+    /// The value stored under the key with this index: the repeated index, so that any part identifies its value.
     pub(crate) fn value(self, index: u32) -> Vec<u8> {
         u64::from(index).to_le_bytes().repeat(self.size / 8)
     }
@@ -48,7 +47,7 @@ impl Shape {
 impl Data {
     pub(crate) fn new(shape: Shape, seed: u64) -> Data {
         let mut rng = Rng::with_seed(seed);
-        // What is asked for often is not stored side by side.
+        // Frequently requested keys are not stored next to each other.
         let mut by_rank: Vec<u32> = (0..shape.keys).collect();
         rng.shuffle(&mut by_rank);
         let zipf = Zipf::new(shape.keys, EXPONENT);

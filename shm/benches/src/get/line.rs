@@ -1,4 +1,4 @@
-//! What is said between the run and the processes that measure: one line for an order, one line for its reply.
+//! The protocol between the run and the measuring processes: one line for an order, one line for its reply.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -8,10 +8,10 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::get::measure::{Sample, Task, Work};
 
-/// What a worker is to do.
+/// An order to a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Open the stores; fill those that others see too.
+    /// Open the stores; fill the shared ones if `fill`.
     Open { fill: bool },
     /// Measure this row.
     Run { row: usize, task: Task },
@@ -43,7 +43,7 @@ impl Order {
     }
 }
 
-/// A task in words, as scripts understand it too.
+/// A task in words, which scripts also parse.
 pub(crate) fn task_words(Task { work, time, start }: Task) -> String {
     let work = match work {
         Work::Get => "get",
@@ -68,7 +68,7 @@ pub(crate) fn parse_sample(words: &str) -> Option<Sample> {
     })
 }
 
-/// One end of a conversation.
+/// One end of a connection.
 #[derive(Debug)]
 pub(crate) struct Talk {
     from: BufReader<File>,
@@ -85,20 +85,20 @@ impl Talk {
         self.to.write_all(line.as_bytes()).map_err(|error| Error::Worker(format!("it takes no order: {error}")))
     }
 
-    /// `None` at the end.
+    /// The next line; `None` at the end.
     pub(crate) fn hear(&mut self) -> Result<Option<String>, Error> {
         let mut line = String::new();
         let length = self.from.read_line(&mut line).map_err(Error::system("reading from a pipe"))?;
         Ok((length > 0).then(|| line.trim_end().to_owned()))
     }
 
-    // ---- The run's side. ----
+    // ---- the run's side ----
 
     pub(crate) fn order(&mut self, order: Order) -> Result<(), Error> {
         self.say(&order.line())
     }
 
-    /// What follows "ok" in a reply.
+    /// The text after "ok" in a reply.
     pub(crate) fn reply(&mut self) -> Result<String, Error> {
         let line = self.hear()?.ok_or_else(|| Error::Worker("it ended".to_owned()))?;
         match line.split_once(' ').unwrap_or((line.as_str(), "")) {
@@ -112,7 +112,7 @@ impl Talk {
         parse_sample(&words).ok_or_else(|| Error::Worker(format!("it replied {words:?}")))
     }
 
-    // ---- The worker's side. ----
+    // ---- the worker's side ----
 
     /// The next order, or `None` if there are no more.
     pub(crate) fn next(&mut self) -> Option<Order> {

@@ -1,5 +1,5 @@
-//! LMDB in a memory file system, without any writing to disk, and a transaction for each operation: what one would
-//! take for a cache that several processes share.
+//! LMDB in a memory file system, without writes to disk, and with a transaction for each operation: a typical setup for a cache that
+//! several processes share.
 #![expect(unsafe_code, reason = "heed trusts the caller to open an environment as LMDB wants it")]
 
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::get::data::Shape;
 use crate::get::measure::Store;
 use crate::sample::Key;
 
-/// What one process has open.
+/// The handles of one process.
 #[derive(Clone, Debug)]
 pub(crate) struct Lmdb {
     env: Env,
@@ -20,16 +20,16 @@ pub(crate) struct Lmdb {
 }
 
 impl Lmdb {
-    /// To be called once by each process, after the fork.
+    /// Must be called once by each process, after the fork.
     pub(crate) fn open(dir: &Path, shape: Shape) -> Result<Lmdb, Error> {
         let pages = u64::from(shape.keys) * (shape.size as u64 + 4096);
         let map_size = usize::try_from(pages + (256 << 20)).unwrap_or(usize::MAX).next_multiple_of(1 << 20);
         let mut options = EnvOpenOptions::new();
         options.map_size(map_size);
-        // SAFETY: without syncing, a crash of the system may leave a broken file; this one does not outlive the run. With
-        // a writable map, a stray store of this process could break it; all else in it is safe Rust.
+        // SAFETY: without syncing, a crash of the system may leave a broken file; this file does not outlive the run. With a writable
+        // map, a stray write in this process could break the file; all other code in the process is safe Rust.
         unsafe { options.flags(EnvFlags::WRITE_MAP | EnvFlags::NO_SYNC | EnvFlags::NO_META_SYNC) };
-        // SAFETY: the folder is new and this run's own, and nobody changes its files by other means than LMDB.
+        // SAFETY: the directory is new and belongs to this run, and only LMDB changes its files.
         let env = unsafe { options.open(dir) }.map_err(Error::Lmdb)?;
         let mut transaction = env.write_txn().map_err(Error::Lmdb)?;
         let values = env.create_database(&mut transaction, None).map_err(Error::Lmdb)?;
@@ -62,7 +62,7 @@ impl Store for Lmdb {
     }
 }
 
-/// The same, with a copy.
+/// Like [`Lmdb`], but copies the value.
 #[derive(Debug)]
 pub(crate) struct Copying {
     pub(crate) lmdb: Lmdb,

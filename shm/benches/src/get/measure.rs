@@ -1,8 +1,8 @@
-//! How a store is filled and how its operations are timed.
+//! Fills a store and times its operations.
 //!
-//! The time is cut into windows of some 2 ms, and the median of their means is taken. A window does not count in which
-//! the process got less than 95 % of a CPU though it never went to sleep: then somebody else was running. Where it did go
-//! to sleep, as it waited for a lock or a server, that is part of what the operation costs.
+//! The time is divided into windows of about 2 ms; the result is the median of their means. A window is dropped if the process got less
+//! than 95 % of a CPU although it did not sleep: another process was running. If the process did sleep, it waited for a lock or a server,
+//! which is part of the cost of the operation.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -14,37 +14,36 @@ use crate::error::Error;
 use crate::get::data::Data;
 use crate::sample::Key;
 
-/// Something that keys and values can be stored in.
+/// A store for keys and values.
 pub(crate) trait Store {
-    /// Shows the value to `seen`, where it lies or where it was copied to. Whether there is one.
+    /// Passes the value to `seen`, in place or as a copy. Returns whether there is a value.
     fn get(&mut self, key: &Key, seen: impl FnOnce(&[u8])) -> Result<bool, Error>;
 
-    /// Stores the value under the key of this index.
+    /// Stores the value under the key with this index.
     fn set(&mut self, index: u32, key: &Key, value: &[u8]) -> Result<(), Error>;
 }
 
-/// What is done over and over again.
+/// The operations of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
     /// Lookups that hit.
     Get,
-    /// Each tenth operation stores a value. What is missed is stored too.
+    /// Every tenth operation stores a value. A value that is missing is stored too.
     Mix,
 }
 
-/// One measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Task {
     pub(crate) work: Work,
     pub(crate) time: Duration,
-    /// Where in the sequence it starts.
+    /// The start position in the sequence.
     pub(crate) start: usize,
 }
 
-/// What a measurement gave.
+/// The result of a measurement.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Sample {
-    /// The median of the windows; 0 if none counts.
+    /// The median of the windows; 0 if all were dropped.
     pub(crate) ns: f64,
     pub(crate) kept: u32,
     pub(crate) dropped: u32,
@@ -54,21 +53,21 @@ pub(crate) struct Sample {
 
 /// A store behind a pointer.
 pub(crate) trait Timed {
-    /// Stores all values and reads each back. The number of keys that do not stay, however often they are stored.
+    /// Stores all values and reads each back. Returns the number of keys that are not kept, however often they are stored.
     fn fill(&mut self, data: &Data) -> Result<u32, Error>;
 
-    /// Reads the first values back, as one who did not store them. The number of those that are not there.
+    /// Reads the first values back, in a process that did not store them. Returns the number of missing values.
     fn check(&mut self, data: &Data, most: usize) -> Result<u32, Error>;
 
     fn measure(&mut self, data: &Data, task: Task) -> Result<Sample, Error>;
 }
 
-/// How often it is tried to store what does not stay.
+/// The number of attempts to store values that are not kept.
 const FILLS: u32 = 6;
 const WINDOW: Duration = Duration::from_millis(2);
-/// What a process must get of a CPU, in percent.
+/// The share of a CPU that a process must get, in percent.
 const LEAST_CPU: u32 = 95;
-/// With fewer windows than this the measuring goes on, up to `MOST_TIMES` the time.
+/// With fewer windows than this, the measurement continues, up to `MOST_TIMES` the time.
 const LEAST_WINDOWS: u32 = 10;
 const MOST_TIMES: u32 = 4;
 
@@ -82,7 +81,7 @@ impl<S: Store> Timed for S {
                 if pass == 0 || !is_stored(self, key, &value)? {
                     self.set(index, key, &value)?;
                     missing += 1;
-                    // A cache may hold on to what was asked for, and let go of the rest.
+                    // Lookups may make a cache keep this value and evict others.
                     is_stored(self, key, &value)?;
                 }
             }
@@ -137,7 +136,7 @@ fn is_stored<S: Store>(store: &mut S, key: &Key, value: &[u8]) -> Result<bool, E
     Ok(found)
 }
 
-/// The way of one process through the sequence.
+/// The path of one process through the sequence.
 struct Walk<'a, S> {
     store: &'a mut S,
     data: &'a Data,
@@ -148,7 +147,7 @@ struct Walk<'a, S> {
 }
 
 impl<'a, S: Store> Walk<'a, S> {
-    /// Works for some time. Returns how many operations fill a window.
+    /// Runs operations for some time. Returns the number of operations that fill a window.
     fn warm_up(&mut self, time: Duration) -> Result<u32, Error> {
         let began = Instant::now();
         let mut operations: u32 = 16;
@@ -203,20 +202,20 @@ impl<'a, S: Store> Walk<'a, S> {
     }
 }
 
-/// What a reader at least does with a value.
+/// The minimal use of a value by a reader.
 #[inline]
 fn touch(value: &[u8]) {
     black_box(value.first().copied());
-    // All of it counts as read, so that no copy is optimised away.
+    // The compiler must assume that the whole value is read, so that it cannot remove a copy.
     black_box(value.as_ptr());
 }
 
-/// What has passed for this process, or since when.
+/// Clock values of this process, or differences of them.
 #[derive(Clone, Copy, Debug)]
 struct Clocks {
     wall: Duration,
     cpu: Duration,
-    /// How often it went to sleep.
+    /// The number of times that the process went to sleep.
     sleeps: i64,
 }
 
@@ -239,13 +238,13 @@ impl Clocks {
         }
     }
 
-    /// Was the time the process's own, working or asleep?
+    /// Whether the process was running or sleeping, and not preempted, during this time.
     fn ran(&self) -> bool {
         self.sleeps > 0 || self.cpu * 100 >= self.wall * LEAST_CPU
     }
 }
 
-/// The middle of the values, or the mean of the two in the middle.
+/// The median: the middle value, or the mean of the two middle values.
 pub(crate) fn median(values: &mut [f64]) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let (low, high) = (values.get(values.len().checked_sub(1)? / 2)?, values.get(values.len() / 2)?);
@@ -258,7 +257,7 @@ mod tests {
     use crate::get::data::Shape;
     use std::collections::HashMap;
 
-    /// Keeps the values, all but some; and may garble them.
+    /// A store that drops some values, and can corrupt values.
     #[derive(Default)]
     struct Fake {
         values: HashMap<Key, Vec<u8>>,

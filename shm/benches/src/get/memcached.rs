@@ -14,14 +14,14 @@ use crate::sample::Key;
 
 const PROGRAM: Program = Program { name: "memcached", package: "memcached" };
 
-/// With one thread for each process that asks, and so much room that it evicts nothing.
+/// Starts memcached with one thread for each client process, and with enough memory to evict nothing.
 pub(crate) fn start(dir: &Path, shape: Shape) -> Result<Server, Error> {
     let socket = dir.join("memcached.sock");
     let megabytes = (shape.bytes() + u64::from(shape.keys) * 256) * 3 / 2 / (1 << 20) + 128;
     let mut command = Command::new(PROGRAM.name);
     command.args(["-U", "0", "-t", "2", "-m", &megabytes.to_string()]).arg("-s").arg(&socket);
     if geteuid().is_root() {
-        command.args(["-u", "root"]); // it insists on being told
+        command.args(["-u", "root"]); // memcached requires this flag when root starts it
     }
     Server::start(PROGRAM, &mut command, &socket)
 }
@@ -61,7 +61,7 @@ impl Store for Memcached {
         self.request.clear();
         self.request.extend_from_slice(b"set ");
         self.request.extend_from_slice(key);
-        let _ = write!(self.request, " 0 0 {}\r\n", value.len()); // a vector takes what is written to it
+        let _ = write!(self.request, " 0 0 {}\r\n", value.len()); // writing to a vector cannot fail
         self.request.extend_from_slice(value);
         self.request.extend_from_slice(b"\r\n");
         self.wire.send(&self.request)?;

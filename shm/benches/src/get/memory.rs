@@ -1,4 +1,4 @@
-//! Stores in the memory of the process: the limit of what a lookup can cost, and two Rust crates.
+//! Stores in the memory of the process: a lower limit for the cost of a lookup, and two Rust crates.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::sample::Key;
 
 type Bytes = Box<[u8]>;
 
-/// The hash table of the standard library, and a copy: what any cache with copies would like to be.
+/// The hash table of the standard library, and a copy: the lower limit for any cache that copies.
 #[derive(Debug, Default)]
 pub(crate) struct Limit {
     values: HashMap<Bytes, Bytes>,
@@ -40,7 +40,7 @@ impl Store for Limit {
     }
 }
 
-/// A map whose values are shared by counting references.
+/// A map with reference-counted values.
 pub(crate) trait Shared {
     fn get(&self, key: &[u8]) -> Option<Arc<[u8]>>;
     fn insert(&self, key: Bytes, value: Arc<[u8]>);
@@ -70,7 +70,7 @@ impl Shared for Quick<Bytes, Arc<[u8]>> {
     }
 }
 
-/// Both crates count entries here, and have room for twice as many as there are: they evict nothing.
+/// Both crates count entries here. Their capacity is twice the number of entries, so that they evict nothing.
 const ROOM: usize = 2;
 
 pub(crate) fn moka(keys: u32) -> Arc<Moka<Bytes, Arc<[u8]>>> {
@@ -81,7 +81,7 @@ pub(crate) fn quick(keys: u32) -> Arc<Quick<Bytes, Arc<[u8]>>> {
     Arc::new(Quick::new(ROOM * keys as usize))
 }
 
-/// Gives the value where it lies, held by a reference count.
+/// Returns the value in place, held by a reference count.
 #[derive(Debug)]
 pub(crate) struct InPlace<C>(pub(crate) Arc<C>);
 
@@ -100,7 +100,7 @@ impl<C: Shared> Store for InPlace<C> {
     }
 }
 
-/// The same cache, with a copy.
+/// Like [`InPlace`], but copies the value.
 #[derive(Debug)]
 pub(crate) struct Copying<C> {
     pub(crate) cache: Arc<C>,

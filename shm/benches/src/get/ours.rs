@@ -8,7 +8,7 @@ use crate::get::data::Shape;
 use crate::get::measure::Store;
 use crate::sample::Key;
 
-/// The segments, made before the fork.
+/// The segments, created before the fork.
 #[derive(Debug)]
 pub(crate) struct Segments {
     pub(crate) plain: Cache,
@@ -16,16 +16,16 @@ pub(crate) struct Segments {
 }
 
 impl Segments {
-    /// With so much room that what is stored stays.
+    /// Creates segments that are large enough to evict nothing.
     pub(crate) fn new(shape: Shape) -> Result<Segments, Error> {
         let bytes = shape.bytes() + u64::from(shape.keys) * 256;
-        // Small ones get twice that: stores must not run into evictions, and the mix stores all the time.
+        // Small segments get twice the size: stores must not cause evictions, and the mix stores continuously.
         let bytes = if bytes < (512 << 20) { bytes * 2 } else { bytes + bytes / 4 };
         Ok(Segments { plain: forkyard::open(bytes)?, tagged: forkyard::open(bytes)? })
     }
 }
 
-/// How pages are stored: each with so many of 1000 tags.
+/// The tags of stored pages: a number of tags for each page, out of 1000.
 #[derive(Debug)]
 struct Tagging {
     options: Vec<StoreOptions>,
@@ -45,7 +45,7 @@ impl Tagging {
     }
 }
 
-/// With a copy.
+/// Copies the value.
 #[derive(Debug)]
 pub(crate) struct Copying {
     cache: Cache,
@@ -75,7 +75,7 @@ impl Store for Copying {
     }
 }
 
-/// Without a copy.
+/// Reads the value in place.
 #[derive(Debug)]
 pub(crate) struct Pinning {
     cache: Cache,

@@ -1,4 +1,4 @@
-//! Processes: our own children, and programs that must not outlive us.
+//! Starts processes: forked children, and programs that must not outlive this process.
 #![expect(unsafe_code, reason = "forks, and runs code between fork and exec")]
 
 use std::os::unix::process::CommandExt as _;
@@ -16,10 +16,10 @@ use crate::error::Error;
 #[derive(Debug)]
 pub(crate) struct Child(Pid);
 
-/// Forks. The child runs `work` and ends; nothing else of the parent is run in it, not even a destructor. It is killed
-/// when the parent ends. The process must have one thread.
+/// Forks. The child runs `work` and ends; it runs no other code of the parent, not even a destructor. It is killed when the parent ends.
+/// The process must be single-threaded.
 pub(crate) fn spawn(work: impl FnOnce()) -> Result<Child, Error> {
-    // SAFETY: this process has one thread, so no lock is held by a thread that the child does not have.
+    // SAFETY: this process is single-threaded, so no lock is held by a thread that the child lacks.
     match unsafe { fork() }.map_err(Error::errno("fork"))? {
         ForkResult::Parent { child } => Ok(Child(child)),
         ForkResult::Child => {
@@ -28,7 +28,7 @@ pub(crate) fn spawn(work: impl FnOnce()) -> Result<Child, Error> {
                     work();
                 }
             }));
-            // SAFETY: ends the process here, before it returns into what the parent was doing.
+            // SAFETY: ends the process here, before it can return into the code of the parent.
             unsafe { libc::_exit(i32::from(done.is_err())) }
         }
     }
@@ -41,9 +41,9 @@ impl Drop for Child {
     }
 }
 
-/// The program is killed when this process ends, however that comes.
+/// Has the kernel kill the program when this process ends in any way.
 pub(crate) fn die_with_us(command: &mut Command) {
     let request = || set_pdeathsig(Signal::SIGKILL).map_err(Into::into);
-    // SAFETY: between fork and exec this makes one system call and touches nothing else.
+    // SAFETY: between fork and exec, the closure makes one system call and does nothing else.
     unsafe { command.pre_exec(request) };
 }

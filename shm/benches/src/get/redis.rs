@@ -12,7 +12,7 @@ use crate::sample::{KEY_LEN, Key};
 
 const PROGRAM: Program = Program { name: "redis-server", package: "redis-server" };
 
-/// Without a port and without persistence.
+/// Starts Redis without a TCP port and without persistence.
 pub(crate) fn start(dir: &Path) -> Result<Server, Error> {
     let socket = dir.join("redis.sock");
     let mut command = Command::new(PROGRAM.name);

@@ -1,4 +1,4 @@
-//! Servers that are started for the run, and what is common to talking with them over a Unix socket.
+//! Starts servers for the run, and implements the I/O over a Unix socket that their clients share.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -20,7 +20,7 @@ pub(crate) struct Server {
     pub(crate) socket: PathBuf,
 }
 
-/// A program and where Debian has it.
+/// A program and its Debian package.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Program {
     pub(crate) name: &'static str,
@@ -28,7 +28,7 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Starts it. Its output goes where the command says.
+    /// Starts the program. Its output goes where `command` directs it.
     pub(crate) fn spawn(self, command: &mut Command) -> Result<Child, Error> {
         die_with_us(command);
         command.spawn().map_err(|source| match source.kind() {
@@ -43,7 +43,7 @@ impl Program {
 }
 
 impl Server {
-    /// Starts the program, which is to listen at `socket`, and waits until it does.
+    /// Starts the program, and waits until it listens on `socket`.
     pub(crate) fn start(program: Program, command: &mut Command, socket: &Path) -> Result<Server, Error> {
         let log = socket.with_extension("log");
         let output = File::create(&log).map_err(Error::system("making a log file"))?;
@@ -71,7 +71,7 @@ impl Drop for Server {
     }
 }
 
-/// A connection, with the bytes that have come.
+/// A connection, and the received bytes.
 #[derive(Debug)]
 pub(crate) struct Wire {
     program: Program,
@@ -81,19 +81,19 @@ pub(crate) struct Wire {
 }
 
 impl Wire {
-    /// No reply may be longer than `longest`.
+    /// A reply must not be longer than `longest`.
     pub(crate) fn connect(program: Program, socket: &Path, longest: usize) -> Result<Wire, Error> {
         let stream = UnixStream::connect(socket).map_err(Error::system("connecting to a server"))?;
         Ok(Wire { program, stream, received: vec![0; longest], length: 0 })
     }
 
-    /// Sends a request. What has come before is forgotten.
+    /// Sends a request, and discards data received before.
     pub(crate) fn send(&mut self, request: &[u8]) -> Result<(), Error> {
         self.length = 0;
         self.stream.write_all(request).map_err(|error| self.program.error(format!("it takes no request: {error}")))
     }
 
-    /// Waits for the first line of the reply; it comes with what follows it at `.1`.
+    /// Waits for the first line of the reply. Returns the line, and the position of the data after it.
     pub(crate) fn first_line(&mut self) -> Result<(&str, usize), Error> {
         let end = loop {
             let here = self.received[..self.length].windows(2).position(|two| two == b"\r\n");

@@ -1,4 +1,4 @@
-//! The results as a table.
+//! Formats the results as a table.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -7,17 +7,17 @@ use crate::get::cell::Cell;
 use crate::get::contestant::{CONTESTANTS, LIMIT};
 use crate::get::measure::{Sample, median};
 
-/// What was measured, and what is to be said about it.
+/// The measurements, and notes about them.
 #[derive(Debug, Default)]
 pub(crate) struct Results {
-    /// ns per operation, of each round, by cell and row.
+    /// ns per operation in each round, by cell and row.
     times: HashMap<(String, usize), Vec<f64>>,
-    /// Operations and misses, likewise.
+    /// Operations and misses, by cell and row.
     misses: HashMap<(String, usize), (u64, u64)>,
     pub(crate) notes: Vec<String>,
 }
 
-/// More misses than this are told, in percent.
+/// The percentage of misses above which a note reports them.
 const MENTIONED: f64 = 0.1;
 
 impl Results {
@@ -29,7 +29,7 @@ impl Results {
             *operations += sample.operations;
             *misses += sample.misses;
         }
-        // A round in which one of them was disturbed all the time does not count.
+        // A round does not count if one process was disturbed throughout.
         if samples.iter().all(|sample| sample.kept > 0) {
             let mean = samples.iter().map(|sample| sample.ns).sum::<f64>() / samples.len() as f64;
             self.times.entry(key).or_default().push(mean);
@@ -40,7 +40,7 @@ impl Results {
         median(&mut self.times.get(&(cell.name(), row))?.clone())
     }
 
-    /// The table, its notes below it.
+    /// The table, followed by its notes.
     pub(crate) fn table(&self, cells: &[&Cell], rows: &[usize]) -> String {
         let mut out = String::new();
         self.write(&mut out, cells, rows).expect("a string takes what is written to it");

@@ -1,4 +1,4 @@
-//! A forked process that measures: it has its own values, or its own connections, and does what it is told by a pipe.
+//! A forked process that measures: it has its own values or its own connections, and receives orders through a pipe.
 
 use std::collections::HashMap;
 
@@ -13,10 +13,10 @@ use crate::get::measure::{Sample, Task, Timed};
 use crate::get::process::{self, Child};
 use crate::say;
 
-/// A server that holds all values for the one holds them for the other.
+/// The number of values to check on a server: if one client has found all values, the other need not check all again.
 const SPOTS: usize = 1000;
 
-/// The run's end of it.
+/// The run's end of the connection.
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) talk: Talk,
@@ -36,7 +36,7 @@ impl Worker {
     }
 }
 
-/// What the process has.
+/// The state of the worker process.
 struct Inside<'a> {
     data: &'a Data,
     place: &'a Place,
@@ -61,7 +61,7 @@ impl Inside<'_> {
         }
     }
 
-    /// Returns what is to be said about it below the table.
+    /// Opens the stores. Returns the notes for the table.
     fn open(&mut self, fill: bool) -> Result<String, Error> {
         let keys = self.data.keys.len();
         let mut notes = Vec::new();
@@ -73,7 +73,7 @@ impl Inside<'_> {
                     say(&format!("filling: {name}"));
                     first.fill(self.data)?
                 } else {
-                    // What lies in shared memory is mapped by being read.
+                    // Reading maps the shared memory into this process.
                     first.check(self.data, if group.is_program() { SPOTS } else { keys })?
                 };
                 if missing > 0 {

@@ -1,11 +1,11 @@
-//! A doubly linked list in a vector: objects in the order of a queue, of which any can be taken out.
+//! A doubly linked list in a vector: objects in queue order, any of which can be removed.
 
 use std::collections::HashMap;
 
 use crate::hits::policy::charge;
 use crate::hits::trace::Request;
 
-/// Where a node is, as long as it is in the list.
+/// The position of a node, valid while the node is in the list.
 pub(crate) type Place = usize;
 
 const NONE: Place = usize::MAX;
@@ -47,7 +47,7 @@ impl List {
         Some(self.oldest).filter(|&place| place != NONE)
     }
 
-    /// The next that is younger.
+    /// The next newer node.
     pub(crate) fn newer(&self, place: Place) -> Option<Place> {
         Some(self.nodes[place].newer).filter(|&place| place != NONE)
     }
@@ -77,7 +77,7 @@ impl List {
         self.free.push(place);
     }
 
-    /// Makes it the newest.
+    /// Moves the node to the newest end.
     pub(crate) fn renew(&mut self, place: Place) {
         self.unlink(place);
         self.link(place);

@@ -1,4 +1,4 @@
-//! What is compared: textbook policies that only count bytes, and two caches that are really used.
+//! The compared policies: textbook policies that only count bytes, and two real caches.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::BuildHasherDefault;
@@ -13,13 +13,13 @@ use crate::hits::s3fifo::S3Fifo;
 use crate::hits::trace::Request;
 use crate::sample::{KEY_LEN, key};
 
-/// A cache of a fixed number of bytes.
+/// A cache with a fixed number of bytes.
 pub(crate) trait Cached {
-    /// Looks the object up, and stores it if it is not there. Whether it was.
+    /// Looks the object up, and stores it if it is missing. Returns whether it was present.
     fn request(&mut self, request: Request) -> Result<bool, Error>;
 }
 
-/// A way to make one, for so many bytes.
+/// A policy, and a function that creates a cache of a given number of bytes.
 pub(crate) struct Policy {
     pub(crate) name: &'static str,
     pub(crate) open: fn(u64) -> Result<Box<dyn Cached>, Error>,
@@ -35,7 +35,7 @@ pub(crate) const POLICIES: [Policy; 7] = [
     Policy { name: "moka", open: |capacity| Ok(Box::new(MokaCache::new(capacity))) },
 ];
 
-/// What an object takes of a cache that does not tell itself: value, key, and an estimate of the rest.
+/// The assumed size of an object in a cache that does not report its memory: value, key, and an estimate of the overhead.
 pub(crate) fn charge(size: u32) -> u64 {
     u64::from(size) + KEY_LEN as u64 + 64
 }
@@ -66,7 +66,7 @@ impl Cached for Forkyard {
     }
 }
 
-/// Hashes alike in each run.
+/// A hasher with the same result in each run.
 type NoChance = BuildHasherDefault<DefaultHasher>;
 
 struct MokaCache {
@@ -75,7 +75,7 @@ struct MokaCache {
 }
 
 impl MokaCache {
-    /// moka notes lookups and works the notes off later, at most so many here.
+    /// moka buffers lookups and processes the buffer later. This is the largest number of buffered lookups here.
     const MOST_UNSEEN: u32 = 32;
 
     fn new(capacity: u64) -> MokaCache {
@@ -113,10 +113,10 @@ mod tests {
             let mut cache = open(capacity).unwrap();
             let mut ask = |object| cache.request(Request { object, size: SIZE }).unwrap();
             assert!(!ask(0) && ask(0), "{name}");
-            // Half of it fits, and stays if it was asked for again.
+            // Half of the objects fit, and stay if they were requested again.
             assert!((1..most / 2).all(|object| !ask(object) && ask(object)), "{name}");
             assert!((0..most / 2).all(&mut ask), "{name}");
-            // Of three times as much, only a part can be there.
+            // Of three times as many objects, only a part fits.
             let _ = (0..most * 3).filter(|&object| ask(object)).count();
             let kept = (0..most * 3).filter(|&object| ask(object)).count();
             assert!(kept <= most as usize, "{name} kept {kept} of {most}");

@@ -1,31 +1,31 @@
-//! The policies with one queue: LRU, FIFO and SIEVE, as the textbooks have them, for objects of different sizes.
+//! The policies with one queue, LRU, FIFO and SIEVE, as in textbooks, for objects of different sizes.
 
 use crate::error::Error;
 use crate::hits::list::{List, Place};
 use crate::hits::policy::{Cached, charge};
 use crate::hits::trace::Request;
 
-/// Evicts what was not asked for the longest.
+/// Evicts the least recently requested object.
 #[derive(Debug)]
 pub(crate) struct Lru {
     capacity: u64,
     list: List,
 }
 
-/// Evicts what was stored first.
+/// Evicts the object that was stored first.
 #[derive(Debug)]
 pub(crate) struct Fifo {
     capacity: u64,
     list: List,
 }
 
-/// A hand goes from the oldest to the newest, takes the mark off what was asked for since it last came by, and evicts the
-/// first without one. What stays keeps its place.
+/// A hand moves from the oldest to the newest object, clears the mark of objects requested since its last pass, and evicts the first
+/// object without a mark. The remaining objects keep their positions.
 #[derive(Debug)]
 pub(crate) struct Sieve {
     capacity: u64,
     list: List,
-    /// Where it goes on; `None` for the oldest.
+    /// The position of the hand; `None` for the oldest object.
     hand: Option<Place>,
 }
 
@@ -106,7 +106,7 @@ impl Cached for Sieve {
 mod tests {
     use super::*;
 
-    /// Room for three objects of no size; which of them were hits?
+    /// The hits of a cache with room for three objects of size zero.
     fn hits(mut cache: impl Cached, objects: &[u32]) -> Vec<bool> {
         objects.iter().map(|&object| cache.request(Request { object, size: 0 }).unwrap()).collect()
     }
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn sieve_goes_on_where_it_was() {
-        // 4 takes the mark off 1 and evicts 2; 5 evicts 3, not 1; 6 evicts 4.
+        // 4 clears the mark of 1 and evicts 2; 5 evicts 3, not 1; 6 evicts 4.
         let found = hits(Sieve::new(3 * charge(0)), &[1, 2, 3, 1, 4, 5, 6, 1, 4]);
         assert_eq!(found, [false, false, false, true, false, false, false, true, false]);
     }

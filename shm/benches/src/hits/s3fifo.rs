@@ -1,8 +1,8 @@
-//! S3-FIFO with whole objects, their sizes counted in bytes: what a log with the same policy can be compared with.
+//! S3-FIFO with whole objects, their sizes counted in bytes, for comparison with a log that uses the same policy.
 //!
-//! New objects go into a small queue of a tenth of the memory. What comes to its end is moved to the main queue if it was
-//! asked for often enough meanwhile, and otherwise only its name is kept, in the ghost queue. A miss whose name is there
-//! goes straight to the main queue, where what was asked for goes round again, at most three times.
+//! New objects enter a small queue with a tenth of the memory. An object at the end of the small queue moves to the main queue if it was
+//! requested often enough meanwhile; otherwise it is evicted, and its name is kept in the ghost queue. An object that misses while its
+//! name is in the ghost queue enters the main queue directly. In the main queue, requested objects are reinserted, at most three times.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -13,7 +13,7 @@ use crate::hits::trace::Request;
 const SMALL_PERCENT: u64 = 10;
 const MOST_HITS: u8 = 3;
 
-/// `PROMOTE`: the hits that bring an object from the small queue to the main one.
+/// `PROMOTE` is the number of hits that move an object from the small queue to the main queue.
 #[derive(Debug)]
 pub(crate) struct S3Fifo<const PROMOTE: u8> {
     capacity: u64,
@@ -35,7 +35,8 @@ struct Queue {
     bytes: u64,
 }
 
-/// Names of evicted objects, oldest first. One that came back is out of `set`, and still in `order` until its turn.
+/// Names of evicted objects, oldest first. The name of an object that came back is removed from `set`, and stays in `order` until its
+/// turn.
 #[derive(Debug, Default)]
 struct Ghosts {
     order: VecDeque<u32>,
@@ -50,7 +51,7 @@ impl Queue {
 }
 
 impl Ghosts {
-    /// At most `most` names are kept.
+    /// Keeps at most `most` names.
     fn push(&mut self, object: u32, most: usize) {
         if self.set.insert(object) {
             self.order.push_back(object);
@@ -84,7 +85,7 @@ impl<const PROMOTE: u8> S3Fifo<PROMOTE> {
         }
     }
 
-    /// Moves objects to the main queue until one is evicted, or there are none.
+    /// Moves objects to the main queue until one is evicted, or the queue is empty.
     fn evict_small(&mut self) {
         while let Some(object) = self.small.objects.pop_front() {
             let entry = self.objects.get_mut(&object).expect("what is in a queue is in the table");
@@ -99,7 +100,7 @@ impl<const PROMOTE: u8> S3Fifo<PROMOTE> {
         }
     }
 
-    /// Lets objects go round until one is evicted, or there are none.
+    /// Reinserts objects until one is evicted, or the queue is empty.
     fn evict_main(&mut self) {
         while let Some(object) = self.main.objects.pop_front() {
             let entry = self.objects.get_mut(&object).expect("what is in a queue is in the table");
@@ -138,7 +139,7 @@ mod tests {
         cache.request(Request { object, size: 0 }).unwrap()
     }
 
-    /// Room for ten: one in the small queue.
+    /// A full cache with room for ten objects, of which one is in the small queue.
     fn full<const PROMOTE: u8>(hits: usize) -> S3Fifo<PROMOTE> {
         let mut cache = S3Fifo::new(10 * charge(0));
         assert!(!ask(&mut cache, 1));

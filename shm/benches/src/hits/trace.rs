@@ -1,30 +1,30 @@
-//! The traces: which objects are asked for, one after the other.
+//! Generates the traces: sequences of requested objects.
 
 use fastrand::Rng;
 
 use crate::sample::{Sizes, Zipf};
 
-/// One request: for an object of this size.
+/// A request for an object of this size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Request {
     pub(crate) object: u32,
     pub(crate) size: u32,
 }
 
-/// What is asked for besides the objects that follow Zipf's law. These are objects that are asked for once.
+/// Requests for objects that are requested only once, in addition to the objects that follow Zipf's law.
 #[derive(Clone, Copy, Debug)]
 enum Once {
     Never,
-    /// Each request is for one of them with this probability.
+    /// Each request is for such an object with this probability.
     Mixed(f64),
-    /// So many of them in a row, after so many others.
+    /// `length` such objects in a row, after `after` other requests.
     Scans {
         length: u32,
         after: u32,
     },
 }
 
-/// How a trace is made, and how large the cache is, in percent of the sum of all objects.
+/// How a trace is generated, and the size of the cache in percent of the total size of all objects.
 #[derive(Debug)]
 pub(crate) struct Recipe {
     exponent: f64,
@@ -73,7 +73,7 @@ impl Recipe {
     }
 }
 
-/// The objects, the same for all traces of a seed.
+/// The objects, the same for all traces with the same seed.
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) objects: u32,
