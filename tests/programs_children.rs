@@ -277,6 +277,78 @@ fn a_wrapper_and_what_it_has_started_leave_together_when_the_request_is_finished
     }
 }
 
+/// Each of its processes serves one connection at a time. TERM ends them, if they do not handle it.
+const SERVE: &str = r"#!/usr/bin/env python3
+import os, re, select, signal, socket, struct, sys
+s = socket.socket(fileno=0)
+def serve(c):
+    request = b''
+    while not request.endswith(b'\1\5\0\1\0\0\0\0'): request += c.recv(65536)
+    name = re.search(rb'name=([\w/.-]+)', request)[1].decode()
+    with open(name + '.in', 'w') as f: print(os.getpid(), file=f)
+    with open(name + '.gate') as f: f.readline()
+    text = b'Content-Type: text/plain\r\n\r\nstatus=0 out=picture made\n'
+    c.sendall(struct.pack('>BBHHBB', 1, 6, 1, len(text), 0, 0) + text + struct.pack('>BBHHBB8x', 1, 3, 1, 8, 0, 0))
+    c.close()
+";
+
+/// The TERM is for the program alone, and ends it: those below it have not been asked yet.
+#[test]
+fn those_below_a_program_that_term_ends_finish_what_they_serve() {
+    let place = Place::new();
+    let text = "for _ in range(2):\n  if os.fork() == 0:\n    while True: serve(s.accept()[0])\nos.wait()\n";
+    let script = place.script("app", &format!("{SERVE}{text}"));
+    let nested = ["sh", "-c", "\"$@\"; true", "sh", &script];
+    let asked = [Some(Signal::SIGHUP), Some(Signal::SIGTERM), None];
+    for (index, (command, signal)) in
+        [&nested[4..], &nested].into_iter().flat_map(|command| asked.map(|signal| (command, signal))).enumerate()
+    {
+        let options = [&ALL[..], if signal.is_none() { &["--max-age", "1s"] } else { &[] }].concat();
+        let mut server = Server::start_command(&mut place.run(&options, command));
+        let old = wait_until("all are there", || Some(named(&server, "python3")).filter(|all| all.len() == 6));
+        let name = format!("request-{index}");
+        let serving = || number_in(&place.path(&format!("{name}.in")));
+        is_finished(&place, &name, &mut server, |server| {
+            signal.iter().for_each(|signal| server.signal(*signal));
+            wait_until("only the one that serves is left", || {
+                let left: Vec<i32> = old.iter().copied().filter(|&pid| lives(pid)).collect();
+                (left == [serving()]).then_some(())
+            });
+        });
+        let serving = serving();
+        wait_until("it has left too", || is_gone(serving).then_some(()));
+        if signal == Some(Signal::SIGTERM) {
+            assert_eq!(server.wait_end(), Some(0));
+        } else {
+            server.stop();
+        }
+        assert!(!server.log().contains("killed"), "{command:?} {signal:?}: {}", server.log());
+    }
+}
+
+/// They may never be seen without a connection: an event loop is asked at once, others after half of the time that they have.
+#[test]
+fn those_that_handle_term_are_asked_while_they_serve() {
+    let place = Place::new();
+    let text = "busy, leaving = [], []\ndef leave(*_):\n  print('leaves', flush=True)\n  leaving.append(1)\n  if not busy: os._exit(0)\n\
+        signal.signal(signal.SIGTERM, leave)\n\
+        if sys.argv[1] == 'loop':\n  e = select.epoll()\n  e.register(0, select.EPOLLIN)\n  e.poll()\n\
+        while not leaving:\n  c = s.accept()[0]\n  busy.append(1)\n  serve(c)\n  busy.clear()\n";
+    let script = place.script("app", &format!("{SERVE}{text}"));
+    for (kind, drain_timeout) in [("loop", "1h"), ("blocking", "20s")] {
+        let command = ["sh", "-c", "\"$@\"; true", "sh", &script, kind];
+        let options = [&ALL[..], &["--drain-timeout", drain_timeout]].concat();
+        let mut server = Server::start_command(&mut place.run(&options, &command));
+        is_finished(&place, kind, &mut server, |server| {
+            server.signal(Signal::SIGHUP);
+            server.wait_for("| leaves");
+            server.wait_for("| leaves"); // the other one had nothing to do
+        });
+        server.stop();
+        assert!(!server.log().contains("killed"), "{kind}: {}", server.log());
+    }
+}
+
 #[test]
 fn children_of_php_cgi_itself_finish_what_they_serve() {
     let place = place();

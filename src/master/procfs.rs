@@ -8,6 +8,7 @@ use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd, RawFd};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use nix::sys::socket::{SockaddrStorage, getsockname};
 use nix::sys::stat::fstat;
 use nix::unistd::Pid;
@@ -164,38 +165,88 @@ pub(super) fn family_of(roots: &[Pid]) -> Vec<Pid> {
     family
 }
 
+/// The open descriptors of a process.
+struct Descriptors {
+    pid: Pid,
+    open: Vec<(RawFd, String)>,
+    /// The listening socket, as `/proc` names it.
+    socket: String,
+    /// The descriptors of the listening socket.
+    at: Vec<RawFd>,
+}
+
+impl Descriptors {
+    /// `None` if they are hidden.
+    fn of(pid: Pid, listener: &Listener) -> Option<Self> {
+        let socket = format!("socket:[{}]", fstat(listener.as_fd()).ok()?.st_ino);
+        let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+        let open: Vec<(RawFd, String)> = entries
+            .filter_map(|entry| {
+                let entry = entry.ok()?;
+                let to = fs::read_link(entry.path()).ok()?;
+                Some((entry.file_name().to_str()?.parse().ok()?, to.to_string_lossy().into_owned()))
+            })
+            .collect();
+        if open.is_empty() {
+            return None; // the process is ending
+        }
+        let at = open.iter().filter(|(_, to)| *to == socket).map(|(fd, _)| *fd).collect();
+        Some(Self { pid, open, socket, at })
+    }
+
+    fn is_accepting(&self) -> bool {
+        let Self { pid, at, .. } = self;
+        !at.is_empty() && threads_of(*pid).into_iter().any(|thread| is_accepting(*pid, thread, at))
+    }
+
+    fn has_connection(&self, listener: &Listener) -> bool {
+        let Self { pid, socket, .. } = self;
+        let mut sockets = self.open.iter().filter(|(_, to)| to.starts_with("socket:") && to != socket).peekable();
+        if sockets.peek().is_none() {
+            return false;
+        }
+        let process = sys::process_descriptor(*pid).ok();
+        sockets.any(|(fd, to)| is_connection(*pid, process.as_ref(), *fd, to, listener))
+    }
+
+    fn is_watching(&self) -> bool {
+        let mut epolls = self.open.iter().filter(|(_, to)| to == "anon_inode:[eventpoll]");
+        epolls.any(|(fd, _)| is_watching(self.pid, *fd, &self.at))
+    }
+}
+
 /// How `pid` uses the socket.
 pub(super) fn of(pid: Pid, listener: &Listener) -> Observed {
-    let Ok(socket) = fstat(listener.as_fd()) else { return Observed::Hidden };
-    let socket = format!("socket:[{}]", socket.st_ino);
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Observed::Hidden };
-    let open: Vec<(RawFd, String)> = entries
-        .filter_map(|entry| {
-            let entry = entry.ok()?;
-            let to = fs::read_link(entry.path()).ok()?;
-            Some((entry.file_name().to_str()?.parse().ok()?, to.to_string_lossy().into_owned()))
-        })
-        .collect();
-    if open.is_empty() {
-        return Observed::Hidden; // the process is ending
+    match Descriptors::of(pid, listener) {
+        None => Observed::Hidden,
+        Some(descriptors) if descriptors.is_accepting() => Observed::Accepting,
+        Some(descriptors) if descriptors.has_connection(listener) => Observed::Serving,
+        Some(descriptors) if descriptors.is_watching() => Observed::Watching,
+        Some(descriptors) if descriptors.at.is_empty() => Observed::Apart,
+        Some(_) => Observed::Holding,
     }
-    let at: Vec<RawFd> = open.iter().filter(|(_, to)| *to == socket).map(|(fd, _)| *fd).collect();
-    if !at.is_empty() && threads_of(pid).into_iter().any(|thread| is_accepting(pid, thread, &at)) {
-        return Observed::Accepting;
+}
+
+/// Whether TERM costs no request: none is in flight, or the process handles TERM and accepts connections while it serves others (an
+/// event loop, or threads).
+pub(super) fn can_be_asked(pid: Pid, listener: &Listener) -> bool {
+    let Some(descriptors) = Descriptors::of(pid, listener) else { return false };
+    if !descriptors.has_connection(listener) {
+        return true;
     }
-    let mut sockets = open.iter().filter(|(_, to)| to.starts_with("socket:") && *to != socket).peekable();
-    if sockets.peek().is_some() {
-        let process = sys::process_descriptor(pid).ok();
-        if sockets.any(|(fd, to)| is_connection(pid, process.as_ref(), *fd, to, listener)) {
-            return Observed::Serving;
-        }
-    }
-    let mut epolls = open.iter().filter(|(_, to)| to == "anon_inode:[eventpoll]");
-    match epolls.any(|(fd, _)| is_watching(pid, *fd, &at)) {
-        true => Observed::Watching,
-        false if at.is_empty() => Observed::Apart,
-        false => Observed::Holding,
-    }
+    let is_accepting = descriptors.is_accepting();
+    // While the only thread sleeps in accept, a connection is an inherited one.
+    (is_accepting && threads_of(pid).len() == 1)
+        || ((is_accepting || descriptors.is_watching()) && handles(pid, Signal::SIGTERM))
+}
+
+/// Whether a process blocks, ignores or catches a signal (proc_pid_status(5)).
+pub(super) fn handles(pid: Pid, signal: Signal) -> bool {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    ["SigBlk:", "SigIgn:", "SigCgt:"].iter().any(|name| {
+        let mask = text.lines().find_map(|line| u64::from_str_radix(line.strip_prefix(name)?.trim(), 16).ok());
+        mask.is_some_and(|mask| mask >> (signal as i32 - 1) & 1 == 1)
+    })
 }
 
 /// Whether a thread sleeps in accept on one of these descriptors.
@@ -282,7 +333,8 @@ pub(super) fn servers_under(roots: &[Pid], listener: &Listener) -> Vec<(Pid, Obs
     servers
 }
 
-/// The processes below `pid` that have the socket open: the topmost of each branch.
+/// The processes below `pid` that have the socket open: the topmost of each branch, and the serving processes below a topmost process
+/// that may itself be a wrapper.
 pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
     let (mut holders, mut left, mut looks) = (Vec::new(), children_of(pid), 0);
     while let Some(pid) = left.pop() {
@@ -290,7 +342,11 @@ pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
         match of(pid, listener) {
             Observed::Apart | Observed::Hidden if looks < MAX_PROCESSES => left.extend(children_of(pid)),
             Observed::Apart | Observed::Hidden => {}
-            Observed::Accepting | Observed::Watching | Observed::Serving | Observed::Holding => holders.push(pid),
+            Observed::Holding => {
+                holders.push(pid);
+                holders.extend(servers_under(&children_of(pid), listener).into_iter().map(|(pid, _)| pid));
+            }
+            Observed::Accepting | Observed::Watching | Observed::Serving => holders.push(pid),
         }
     }
     holders
@@ -441,6 +497,37 @@ mod tests {
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
         }
         end(program);
+        ours.remove_file();
+    }
+
+    #[test]
+    fn term_costs_a_request_where_it_ends_a_process_that_serves() {
+        let directory = tempfile::tempdir().unwrap();
+        let ours = listener(directory.path());
+        let Address::Path(path) = &ours.address else { panic!("it has a path") };
+        let (handled, accepts) = ("import signal\nsignal.signal(15, lambda *_: 0)\n", "c, _ = s.accept()\n");
+        let threads = "import threading\nthreading.Thread(target=time.sleep, args=[600]).start()\n";
+        let watches = "e = select.epoll()\ne.register(0)\n";
+        for (text, can_be_asked) in [
+            (format!("{accepts}up()\ntime.sleep(600)"), false),
+            (format!("{handled}{accepts}up()\ntime.sleep(600)"), false),
+            (format!("{accepts}c.close()\nup()\ntime.sleep(600)"), true),
+            (format!("{accepts}up()\ns.accept()"), true),
+            (format!("{threads}{accepts}up()\ns.accept()"), false),
+            (format!("{handled}{threads}{accepts}up()\ns.accept()"), true),
+            (format!("{watches}{accepts}up()\ne.poll()"), false),
+            (format!("{handled}{watches}{accepts}up()\ne.poll()"), true),
+        ] {
+            let head = "s.setblocking(True)\ndef up(): print('up', flush=True)\n";
+            let mut program = python(&ours, &format!("{head}{text}"));
+            let _client = UnixStream::connect(path).unwrap();
+            program.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
+            if text.ends_with("accept()") {
+                seen(&program, &ours, Observed::Accepting);
+            }
+            assert_eq!(super::can_be_asked(pid(&program), &ours), can_be_asked, "{text}");
+            end(program);
+        }
         ours.remove_file();
     }
 

@@ -6,9 +6,10 @@
 //! for such a process, or it is a background job. So:
 //!
 //! - TERM goes to the program's own process. If that process serves, no other process is ever asked to leave.
-//! - If it does not serve, the processes below it that have the socket are recorded before the TERM. If the TERM itself ended the
-//!   wrapper, these processes did not get it, and are asked next. Otherwise they are asked while they wait in accept, when no
-//!   request can be lost: a second after the wrapper was asked, or when it has ended.
+//! - If it does not serve, the processes below it that have the socket are recorded before the TERM. They are asked while they wait
+//!   in accept, when no request can be lost: a second after the wrapper was asked, or when it has ended. If the TERM itself ended
+//!   the wrapper, these processes did not get it. Then they are also asked when they have no connection. Those that handle TERM are
+//!   asked while they serve: at once if they accept connections meanwhile, and after half of the drain timeout otherwise.
 //! - KILL goes to the whole group, when the program has crashed or had to be killed.
 //! - A process that is left behind and still accepts connections is a stray. It is asked to leave in the same way, and killed after
 //!   the drain timeout. The server does not end before its strays.
@@ -84,6 +85,8 @@ struct Stray {
     process: Process,
     deadline: Now,
     asked: Option<Now>,
+    /// TERM ended its wrapper, and did not reach it.
+    unasked: bool,
 }
 
 /// The state of all programs together.
@@ -318,10 +321,8 @@ impl Master {
                 let _ = kill(process.pid(), Signal::SIGKILL);
                 continue;
             }
-            // The TERM that ended their wrapper did not reach them.
             let unasked = ending == Ending::Signaled(libc::SIGTERM);
-            let asked = (unasked && kill(process.pid(), Signal::SIGTERM).is_ok()).then_some(now);
-            self.programs.strays.push(Stray { process, deadline, asked });
+            self.programs.strays.push(Stray { process, deadline, asked: None, unasked });
         }
         self.programs.check_soon(now);
     }
@@ -348,22 +349,26 @@ impl Master {
                 roots.extend(procfs::children_of(pid));
             }
         }
-        let mut seen = procfs::servers_under(&roots, &self.spawner.listeners[0]);
+        let listener = &self.spawner.listeners[0];
+        let mut seen = procfs::servers_under(&roots, listener);
         seen.retain(|(_, observed)| observed.accepts());
         let deadline = now + self.spawner.config.drain_timeout;
         let strays = &mut self.programs.strays;
         strays.retain(|stray| stray.process.lives());
         for process in seen.iter().filter_map(|(pid, _)| Process::of(*pid)) {
             if strays.iter().all(|stray| stray.process != process) {
-                strays.push(Stray { process, deadline, asked: None });
+                strays.push(Stray { process, deadline, asked: None, unasked: false });
             }
         }
-        for Stray { process, deadline, asked } in &mut *strays {
-            let waits = seen.iter().any(|(pid, _)| *pid == process.pid());
+        let half = self.spawner.config.drain_timeout / 2;
+        for Stray { process, deadline, asked, unasked } in &mut *strays {
+            let waits = (*unasked || seen.iter().any(|(pid, _)| *pid == process.pid()))
+                && procfs::can_be_asked(process.pid(), listener);
+            let is_late = *unasked && *deadline <= now + half && procfs::handles(process.pid(), Signal::SIGTERM);
             let signal = match asked {
                 _ if *deadline <= now => Signal::SIGKILL,
                 Some(asked) if !waits || now < *asked + TERMINATE_INTERVAL => continue,
-                None if !waits => continue,
+                None if !waits && !is_late => continue,
                 Some(_) | None => Signal::SIGTERM,
             };
             let name = procfs::stat(process.pid()).map(|stat| stat.name).unwrap_or_default();
@@ -378,7 +383,7 @@ impl Master {
                     process.pid
                 );
             }
-            *asked = Some(now);
+            (*asked, *unasked) = (Some(now), false);
             let _ = kill(process.pid(), signal); // it may just have ended
         }
         let left = if !strays.is_empty() || now < self.programs.stray_until {
