@@ -404,8 +404,8 @@ fn has_socket(pid: Pid, listener: &crate::net::listen::Listener) -> bool {
 pub(super) fn hint(ending: Ending) -> &'static str {
     match ending {
         Ending::Exited(0) => {
-            "it ended well, without taking a connection: is it a FastCGI program, which accepts from its standard input? \
-             (php-cgi is one, php is not)"
+            "it ended well, and was not seen to take a connection: if it took none, is it a FastCGI program, which accepts \
+             from its standard input? (php-cgi is one, php is not)"
         }
         Ending::Exited(125) => "env, timeout, nice, docker run and the like return 125 when they themselves fail",
         Ending::Exited(126) => "126: a shell, env or the like found the command, and could not execute it",
