@@ -1,4 +1,4 @@
-//! An application that writes to its standard output and error, to see what becomes of that in the log.
+//! An application that writes to standard output and error, to show how its output appears in the log.
 //!
 //! `cargo run --release --example chatty -- --access-log -`, then `curl http://127.0.0.1:8080/line/30`
 
@@ -22,21 +22,21 @@ fn main() -> ExitCode {
     })
 }
 
-/// Says the same `times` times, on standard error.
+/// Writes the line `times` times to standard error.
 fn say(line: &str, times: u32) -> String {
     let mut stderr = std::io::stderr().lock();
     let outcome = (0..times).try_for_each(|_| writeln!(stderr, "{line}"));
     format!("{outcome:?}\n")
 }
 
-/// Counts on standard output.
+/// Writes numbered lines to standard output.
 async fn flood(Path(lines): Path<u32>) -> String {
     let mut stdout = std::io::stdout().lock();
     let outcome = (0..lines).try_for_each(|line| writeln!(stdout, "number {line}"));
     format!("{outcome:?}\n")
 }
 
-/// Has another program print.
+/// Runs a program that prints a line.
 async fn child() -> String {
     format!("{:?}\n", std::process::Command::new("echo").arg("from a child").status().map(|status| status.code()))
 }
@@ -47,7 +47,7 @@ async fn half() -> &'static str {
     std::process::abort()
 }
 
-/// Dies as under an operator's hand.
+/// Dies of SIGKILL, as if killed by an operator.
 async fn kill() -> &'static str {
     let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
     "it did not work\n"

@@ -1,4 +1,4 @@
-//! An application that tells what its workers may do and see: to try `--user`, `--chroot`, `--sandbox` and the like.
+//! An application that reports what its workers can do and see, to try `--user`, `--chroot`, `--sandbox` and the like.
 //!
 //! `cargo run --release --example confined -- --user nobody --sandbox`, then
 //! `curl http://127.0.0.1:8080/read?path=/etc/shadow`
@@ -49,7 +49,7 @@ fn done() -> String {
     "done".to_owned()
 }
 
-/// What came of it, or how it failed.
+/// The outcome, or the kind of error.
 fn told(outcome: io::Result<String>) -> String {
     outcome.unwrap_or_else(|error| format!("{:?}", error.kind()))
 }
@@ -60,7 +60,7 @@ fn write(path: &std::path::Path) -> io::Result<String> {
 }
 
 fn kill_parent() -> io::Result<()> {
-    // Signal 0 only asks whether another one could be sent.
+    // No signal is sent; the kernel only checks the permission.
     Ok(nix::sys::signal::kill(nix::unistd::getppid(), None)?)
 }
 
@@ -70,7 +70,7 @@ async fn environment() -> String {
     all.concat()
 }
 
-/// New threads, a timer, a child runtime: what applications do.
+/// Uses a thread, a timer and a second runtime, as applications do.
 async fn threads() -> String {
     tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     let thread = std::thread::spawn(|| {

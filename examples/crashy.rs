@@ -1,9 +1,9 @@
-//! An application that misbehaves on demand, to see what the others notice of it.
+//! An application that misbehaves on demand, to test the effect on other workers and requests.
 //!
 //! `cargo run --release --example crashy -- --workers 4`, then `curl http://127.0.0.1:8080/segv`
 //!
-//! With `CRASHY_BROKEN=FILE` in the environment, its workers cannot start as long as FILE exists; with `hang`
-//! in FILE they do not even fail.
+//! With `CRASHY_BROKEN=FILE` in the environment, its workers fail to start as long as FILE exists; if FILE contains
+//! `hang`, they hang instead.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
 
 type InThread = fn(Request<forkyard::Body>) -> Response<String>;
 
-/// What is under `/thread/` runs on a thread for blocking functions, the rest on the event loop.
+/// Paths below `/thread/` run on a thread for blocking functions, all others on the event loop.
 #[derive(Clone)]
 struct Crashy {
     router: Router,
@@ -85,7 +85,7 @@ impl Service<Request<forkyard::Body>> for Crashy {
     }
 }
 
-/// How many bytes the request's body has.
+/// The number of bytes in the request's body.
 async fn count(mut body: Body) -> String {
     let mut count = 0;
     while let Some(Ok(frame)) = body.frame().await {
@@ -94,7 +94,7 @@ async fn count(mut body: Body) -> String {
     format!("{count}\n")
 }
 
-/// A body of so many MiB, made as fast as it is taken.
+/// A body of `mib` MiB, produced as fast as it is sent.
 async fn bytes(Path(mib): Path<usize>) -> Body {
     let piece = Bytes::from(vec![b'x'; 64 << 10]);
     let pieces = std::iter::repeat_n(Ok::<_, Infallible>(piece), mib * 16);
@@ -107,13 +107,13 @@ async fn break_off() -> Body {
     Body::from_stream(futures_util::stream::iter(pieces))
 }
 
-/// Says one length, and has another.
+/// A response with a wrong `Content-Length`.
 async fn claim(Path((length, real)): Path<(String, usize)>) -> Response {
     let pieces = std::iter::repeat_n(Ok::<_, Infallible>(Bytes::from_static(b"xxxxx")), real / 5);
     ([(CONTENT_LENGTH, length)], Body::from_stream(futures_util::stream::iter(pieces))).into_response()
 }
 
-/// Headers of so many bytes, and one that would be the status of another protocol.
+/// Headers of about this many bytes, and a header that CGI would use as the status.
 async fn head(Path(bytes): Path<usize>) -> Response {
     let mut response = "body\n".into_response();
     for _ in 0..bytes / 1000 {
@@ -158,7 +158,7 @@ async fn overflow() -> String {
     format!("{}\n", recurse(&mut [0; 512]))
 }
 
-/// The same on a thread for blocking functions.
+/// Sleeps, crashes or hangs on a thread for blocking functions.
 #[expect(unsafe_code, reason = "a bad pointer is what this is about")]
 fn in_a_thread(request: Request<forkyard::Body>) -> Response<String> {
     let path = request.uri().path();
@@ -185,14 +185,14 @@ fn sleep_in_a_thread(time: Duration) {
     std::hint::black_box(time);
 }
 
-/// The event loop itself hangs.
+/// Blocks the event loop for ever.
 async fn hang() {
     loop {
         std::thread::park();
     }
 }
 
-/// A thread hangs that the server knows nothing of, and nothing good comes of it.
+/// Leaves a hanging thread that is not one of the server's, and answers 500.
 async fn hang_outside() -> StatusCode {
     tokio::task::spawn_blocking(|| {
         loop {
@@ -203,7 +203,7 @@ async fn hang_outside() -> StatusCode {
 }
 
 async fn leak(Path(mib): Path<usize>) -> String {
-    // Written to, or else it would cost nothing.
+    // Non-zero, so that the pages are written and count as used memory.
     Vec::leak(vec![1_u8; mib << 20]);
     format!("leaked {mib} MiB\n")
 }
@@ -213,14 +213,14 @@ async fn exit(Path(status): Path<i32>) {
     std::process::exit(status)
 }
 
-/// Without what `exit(3)` does before.
+/// Exits without the cleanup of `exit(3)`.
 #[expect(unsafe_code, reason = "a library that does this is what this is about")]
 async fn exit_at_once(Path(status): Path<i32>) {
     // SAFETY: `_exit` is always sound.
     unsafe { libc::_exit(status) }
 }
 
-/// As by the kernel, or by an operator.
+/// Dies of SIGKILL, as if killed by the kernel or an operator.
 async fn kill() {
     let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
 }

@@ -1,8 +1,11 @@
-//! An application that is held up on demand, to see whether others wait for it: `/hold/PORT` answers when whoever
-//! listens on that port of the loopback has closed the connection, `/page/PORT` likewise, with a page that is then in the cache, `/count` when all
-//! of the request's body has come, and anything else at once. All say which process they are, and the page who rendered it.
+//! An application that blocks on demand, to test whether other requests wait for it. Each response is the worker's pid.
 //!
-//! That runs in a blocking function; below `/loop/` it holds up the event loop itself.
+//! - `/hold/PORT` connects to that port of 127.0.0.1 and answers when the peer closes the connection.
+//! - `/page/PORT` does the same to render a page for the cache; the page has the pid of the worker that rendered it.
+//! - `/count` answers when the request's body is complete.
+//! - Any other path answers at once.
+//!
+//! Requests run in a blocking function; below `/loop/`, they block the event loop itself.
 //!
 //! `cargo run --release --example holds -- --workers 4`
 

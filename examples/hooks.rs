@@ -1,7 +1,8 @@
-//! An application that wants to be told of its workers' lives: the log has a line for each of its hooks.
+//! An application that logs a line in each hook.
 //!
-//! `cargo run --example hooks -- --bind http:127.0.0.1:8080 --workers 1`, then `/crash` is the end of a worker, and `/hang` of a thread. While the
-//! file exists that `HOOKS_REFUSE` names, no worker is made, and none of the one that `HOOKS_SPOIL` names gets ready.
+//! `cargo run --example hooks -- --bind http:127.0.0.1:8080 --workers 1`, then `/crash` ends a worker, and `/hang` blocks
+//! a thread. While the file named by `HOOKS_REFUSE` exists, no worker is forked. While the file named by `HOOKS_SPOIL`
+//! exists, no worker becomes ready.
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! Pages that are slow to render, kept in the cache that all workers share.
+//! Slow pages, kept in the cache that all workers share.
 //!
 //! `cargo run --release --example pages -- --workers 2`, then open http://127.0.0.1:8080
 
@@ -31,7 +31,7 @@ async fn front() -> Html<&'static str> {
     Html(include_str!("pages.html"))
 }
 
-/// How long rendering takes: as in `/page/7?ms=500`.
+/// How long rendering takes, for example `/page/7?ms=500`.
 #[derive(Deserialize)]
 struct Effort {
     #[serde(default = "usual_ms")]
@@ -42,7 +42,7 @@ fn usual_ms() -> u64 {
     50
 }
 
-/// Answers from the cache; or one worker renders the page, and the others wait for it.
+/// Answers from the cache. If the page is missing, one worker renders it, and other workers wait for it.
 async fn page(
     State(cx): State<Context>,
     Path(number): Path<u32>,

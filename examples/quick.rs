@@ -1,5 +1,5 @@
-//! The smallest application that needs no thread: it waits for nothing, and has the event loop run it. See
-//! [`forkyard::Blocking::inline`] for what that asks of a function.
+//! The smallest application without threads: its function never waits, so the event loop runs it. See
+//! [`forkyard::Blocking::inline`] for the requirements.
 //!
 //! `cargo run --release --example quick -- --bind http:127.0.0.1:8080`
 

@@ -1,8 +1,8 @@
-//! One application in the three roles of FastCGI.
+//! An application that serves the three roles of FastCGI.
 //!
 //! - A responder counts the bytes of the request's body.
-//! - An authorizer lets `/?user=NAME` pass, and tells the server that name.
-//! - A filter puts the file that the server sends into capitals.
+//! - An authorizer admits `/?user=NAME`, and passes that name to the web server.
+//! - A filter converts the file that the web server sends to capitals.
 //!
 //! `cargo run --release --example roles -- --bind fastcgi:unix:/run/roles.sock`
 
@@ -53,7 +53,7 @@ fn filter(request: Request<Body>) -> io::Result<Response<Body>> {
         return Ok(Response::new(Body::from("the file was not read\n")));
     }
     let data = request.extensions().get::<FilterData>().and_then(FilterData::take);
-    drop(request); // its body comes before the file, and nobody reads it
+    drop(request); // the body precedes the file, and is not needed
     let mut text = Vec::new();
     data.unwrap_or_default().reader().read_to_end(&mut text)?;
     text.make_ascii_uppercase();

@@ -1,5 +1,5 @@
-//! An application that says what it saw of a request, and answers in every form that a response can have: what
-//! web servers in front of it make of both is then to be seen from outside.
+//! An application that returns parts of the request as it received them, and produces responses of every form, to test
+//! what web servers in front of it change.
 //!
 //! `cargo run --release --example scenarios`, then `curl http://127.0.0.1:8080/target/a%20b?c=d`
 
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     forkyard::run(|_cx| App(router()))
 }
 
-/// The routes, and what axum would put right.
+/// The routes, and responses that axum would correct.
 #[derive(Clone)]
 struct App(Router);
 
@@ -58,7 +58,7 @@ impl Service<Request<forkyard::Body>> for App {
     }
 }
 
-/// A response with this status, the headers of the query and a body, whether these go together or not.
+/// A response with this status, the headers of the query and a body, even if the combination is invalid.
 fn raw(status: &str, query: &str, body: Body) -> Response {
     let mut response = Response::new(body);
     *response.status_mut() = status.parse().unwrap_or(StatusCode::BAD_REQUEST);
@@ -71,7 +71,6 @@ fn raw(status: &str, query: &str, body: Body) -> Response {
     response
 }
 
-/// Undoes percent-encoding.
 fn decoded(text: &str) -> Vec<u8> {
     let mut pieces = text.split('%');
     let mut bytes = pieces.next().unwrap_or_default().as_bytes().to_vec();
@@ -109,7 +108,7 @@ fn router() -> Router {
         .route("/switch-to-nothing", any(async || StatusCode::SWITCHING_PROTOCOLS))
 }
 
-/// The script's name and the path behind it, decoded by the web server; the URI's path where there are no variables.
+/// SCRIPT_NAME and PATH_INFO, decoded by the web server; the URI's path if there are no variables.
 async fn path(request: Request) -> Vec<u8> {
     let path = request.uri().path().as_bytes();
     let origin: Option<&ClientInfo> = request.extensions().get();
@@ -119,20 +118,20 @@ async fn path(request: Request) -> Vec<u8> {
     ["SCRIPT_NAME", "PATH_INFO"].map(|name| variables.get(name).unwrap_or_default()).concat()
 }
 
-/// The values of a header, joined, since a web server may have joined them before.
+/// The values of a header, joined, because a web server may have joined them.
 async fn header_of(Path(name): Path<String>, headers: HeaderMap) -> Vec<u8> {
     let values: Vec<&[u8]> = headers.get_all(&name).iter().map(HeaderValue::as_bytes).collect();
     let glue: &[u8] = if name == "cookie" { b"; " } else { b", " };
     values.join(glue)
 }
 
-/// The value of a CGI variable, or that there is none.
+/// The value of a CGI variable, or `(none)`.
 async fn variable(Path(name): Path<String>, request: Request) -> Vec<u8> {
     let value = request.extensions().get::<ClientInfo>().and_then(|origin| origin.params.get(&name));
     value.unwrap_or(b"(none)").to_vec()
 }
 
-/// How many bytes the request's body has, and what they add up to.
+/// The number of bytes in the request's body, and a checksum.
 async fn sum(mut body: Body) -> Result<String, StatusCode> {
     let (mut count, mut sum) = (0, 0_u64);
     while let Some(frame) = body.frame().await {
@@ -145,7 +144,7 @@ async fn sum(mut body: Body) -> Result<String, StatusCode> {
     Ok(format!("{count} {sum:016x}\n"))
 }
 
-/// With a body that says the code, if there may be one.
+/// A response with this status; its body is the code if the status allows a body.
 async fn status(Path(code): Path<u16>) -> Response {
     match StatusCode::from_u16(code) {
         Ok(status @ (StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)) => status.into_response(),
@@ -169,7 +168,7 @@ async fn repeat() -> Response {
     response
 }
 
-/// A header with bytes that are no ASCII (obs-text, RFC 9110, section 5.5).
+/// A header with non-ASCII bytes (obs-text, RFC 9110, section 5.5).
 async fn odd() -> Response {
     let mut response = "odd\n".into_response();
     if let Ok(value) = HeaderValue::from_bytes(b"caf\xe9 \x80\xff") {
@@ -187,7 +186,7 @@ async fn long(Path(length): Path<usize>) -> Response {
     response
 }
 
-/// A body whose length is known, also beyond what 32 bits hold.
+/// A body of known length, also above 32 bits.
 struct Bytes64 {
     left: u64,
 }
@@ -208,7 +207,7 @@ impl HttpBody for Bytes64 {
     }
 }
 
-/// The same without saying how long it will be.
+/// The same body without a known length.
 async fn stream(Path(length): Path<u64>) -> Body {
     let mut body = Bytes64 { left: length };
     Body::from_stream(futures_util::stream::poll_fn(move |context| {
@@ -218,7 +217,7 @@ async fn stream(Path(length): Path<u64>) -> Body {
     }))
 }
 
-/// Becomes an echo of what the client sends, if the connection can be upgraded.
+/// Upgrades the connection, if possible, and echoes what the client sends.
 async fn upgrade(mut request: Request) -> Response {
     if request.extensions().get::<hyper::upgrade::OnUpgrade>().is_none() {
         return StatusCode::UPGRADE_REQUIRED.into_response();
@@ -233,7 +232,7 @@ async fn upgrade(mut request: Request) -> Response {
     (StatusCode::SWITCHING_PROTOCOLS, [(header::UPGRADE, "echo")]).into_response()
 }
 
-/// Sends a first line, and the last one when whoever listens on this port of the loopback has closed the connection.
+/// Sends a first line, connects to this port of 127.0.0.1, and sends the last line when the peer has closed the connection.
 async fn gate(Path(port): Path<u16>) -> Body {
     let last = async move {
         let mut gate = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;

@@ -1,4 +1,4 @@
-//! An application that is a `tower` service without a framework: what routers such as axum's are underneath.
+//! An application that is a `tower` service, without a framework.
 //!
 //! `cargo run --release --example service -- --bind http:127.0.0.1:8080`
 
@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     forkyard::run(|_cx| Hello { greeting: "Hello, world\n" })
 }
 
-/// Made once in each worker, and cloned for each request: what is large in it belongs into an `Arc`, or an `Rc`.
+/// Made once in each worker and cloned for each request; put large values into an `Arc` or `Rc`.
 #[derive(Clone)]
 struct Hello {
     greeting: &'static str,
@@ -37,7 +37,7 @@ impl Service<Request<Body>> for Hello {
     }
 }
 
-/// Here is where an application would wait for its database, or for the rest of the request's body.
+/// An application would wait here for its database, or for the rest of the request's body.
 async fn answer(_request: &Request<Body>, greeting: &'static str) -> Response<Body> {
     Response::new(Body::from(greeting))
 }

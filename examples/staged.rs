@@ -1,8 +1,11 @@
-//! An application whose start, and whose requests, can be held up from outside, to see what signals do meanwhile.
+//! An application whose start and requests can be delayed from outside, to test signals meanwhile.
 //!
-//! `STAGED=DIRECTORY cargo run --release --example staged`: a stage waits at its FIFO in DIRECTORY, if there is one (`preload`, `factory`,
-//! `ready`), until something has opened that for writing and closed it again. `/until` answers when DIRECTORY has a file
-//! `go`; `/block` does not let the event loop run until then. `/deaf` calls shutdown(2) on all sockets that listen.
+//! `STAGED=DIRECTORY cargo run --release --example staged`
+//!
+//! - A stage of the start (`preload`, `factory`, `ready`) waits if DIRECTORY has a FIFO of its name, until another
+//!   process has opened the FIFO for writing and closed it again.
+//! - `/until` answers when DIRECTORY has a file `go`; `/block` blocks the event loop until then.
+//! - `/deaf` calls shutdown(2) on all listening sockets.
 
 #![expect(clippy::print_stdout, reason = "the tests wait for what it prints")]
 
@@ -44,7 +47,7 @@ fn hold(stage: &str) -> io::Result<()> {
 }
 
 async fn until() -> &'static str {
-    println!("waits"); // the test sees that the request is being served
+    println!("waits"); // a test waits for this line
     while !directory().join("go").exists() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -59,9 +62,9 @@ async fn block() -> &'static str {
     "went\n"
 }
 
-/// What a process does to its siblings that takes a listening socket for its own.
+/// Shuts down the listening sockets, which its siblings share, as a process would that assumes to own them.
 async fn deaf() -> &'static str {
-    // proc_net(5): the state of TCP sockets, and the flags of Unix sockets, of which one says that it accepts.
+    // proc_net(5): TCP sockets have a state; a flag marks Unix sockets that accept connections.
     let inodes = |table: &str, place: usize, value: &str, inode: usize| -> BTreeSet<String> {
         let text = std::fs::read_to_string(table).unwrap_or_default();
         let rows = text.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
@@ -73,7 +76,7 @@ async fn deaf() -> &'static str {
         let target = std::fs::read_link(entry.path()).unwrap_or_default();
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         if let (true, Some(number)) = (listening.contains(&*target.to_string_lossy()), number) {
-            let _ = shutdown(number, Shutdown::Read); // a second descriptor of the same socket finds it done
+            let _ = shutdown(number, Shutdown::Read); // can fail if an earlier descriptor has the same socket
         }
     }
     "deaf\n"

@@ -1,7 +1,7 @@
-//! Server-Sent Events over all workers, in every form: for the tests, and to try things out.
+//! Server-Sent Events across all workers, with all options, for the tests and for experiments.
 //!
 //! `cargo run --release --example stream -- --workers 4`, then
-//! `curl -N -H 'Accept: text/event-stream' 'http://127.0.0.1:8080/events?topics=news'` and, elsewhere,
+//! `curl -N -H 'Accept: text/event-stream' 'http://127.0.0.1:8080/events?topics=news'` and, in another terminal,
 //! `curl -d 'it rains' http://127.0.0.1:8080/publish/news`
 
 use std::convert::Infallible;
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// As in `/events?topics=a,b&keep_alive_ms=200&only=even`.
+/// The query, for example `/events?topics=a,b&keep_alive_ms=200&only=even`.
 #[derive(Deserialize)]
 struct Wish {
     topics: String,
@@ -65,7 +65,7 @@ fn choose(cx: &Context, wish: &Wish, request: &Request) -> Sse {
     }
 }
 
-/// An event stream of our own making, which has so many pieces, one a second, and goes on while the worker leaves.
+/// An event stream made without [`sse`], of `pieces` pieces, one per second; it continues while the worker drains.
 async fn answer(Path(pieces): Path<u32>) -> ([(HeaderName, &'static str); 1], Body) {
     let mut seconds = tokio::time::interval(Duration::from_secs(1));
     let mut left = pieces;
@@ -81,7 +81,7 @@ async fn answer(Path(pieces): Path<u32>) -> ([(HeaderName, &'static str); 1], Bo
     ([(CONTENT_TYPE, "text/event-stream")], Body::from_stream(pieces))
 }
 
-/// As in `/publish/news?name=headline`.
+/// The query, for example `/publish/news?name=headline`.
 #[derive(Deserialize)]
 struct Named {
     #[serde(default)]
@@ -100,7 +100,7 @@ async fn publish(
     }
 }
 
-/// Many events of some length.
+/// Publishes `count` events of `length` bytes.
 async fn flood(
     State(cx): State<Context>,
     Path((topic, count, length)): Path<(String, u64, usize)>,

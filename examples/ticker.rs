@@ -3,8 +3,8 @@
 //! `cargo run --release --example ticker -- --workers 4`, then open http://127.0.0.1:8080 in some windows, kill a worker or
 //! two, and watch the prices go on.
 //!
-//! One of the workers makes the prices: the one that holds a lock on a file which the kernel gives to the next when its
-//! holder is gone. It publishes them, with no thought of who listens, and keeps them in the cache, where its successor finds them.
+//! One worker makes the prices: the worker that holds a lock on a file. When that worker dies, the kernel gives the lock
+//! to the next. The worker publishes the prices, and stores them in the cache for its successor.
 
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
@@ -29,7 +29,7 @@ const STOCKS: [(&str, &str, f64); 6] = [
     ("FJRD", "Fjord Shipping", 128.60),
 ];
 
-/// Nobody's file, without a name: workers lock it.
+/// A temporary file without a name, which the workers lock.
 static OFFICE: OnceLock<File> = OnceLock::new();
 
 fn main() -> ExitCode {
@@ -49,14 +49,14 @@ fn main() -> ExitCode {
     .run()
 }
 
-/// The stream of prices; or the next ones, for a browser that polls.
+/// Streams the prices, or returns the next ones to a browser that polls.
 async fn prices(State(cx): State<Context>, request: Request) -> Response<forkyard::Body> {
     let mut response = sse(&request, &cx.events(), [TOPIC]).retry(Duration::from_millis(250)).response();
     response.headers_mut().insert("x-worker", std::process::id().into());
     response
 }
 
-/// The page has the prices of this moment in it, for those who have no scripts, and so that nobody waits for the first event.
+/// The page with the current prices, for browsers without scripts, and so that it is complete before the first event.
 async fn page(State(cx): State<Context>) -> Html<String> {
     let prices = current(&cx);
     let row = |((symbol, name, _), price): (&(&str, &str, f64), &f64)| {
@@ -70,16 +70,16 @@ async fn page(State(cx): State<Context>) -> Html<String> {
     Html(page.replace("<!-- worker -->", &format!("worker {}, pid {}", cx.slot(), std::process::id())))
 }
 
-/// The prices as they are, from the cache.
+/// The current prices, from the cache.
 fn current(cx: &Context) -> Vec<f64> {
     let text = cx.cache().get(TOPIC).and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or_default();
     let prices: Vec<f64> = text.split(',').filter_map(|price| price.parse().ok()).collect();
     if prices.len() == STOCKS.len() { prices } else { STOCKS.map(|(_, _, price)| price).to_vec() }
 }
 
-/// Waits to be elected, and then makes prices as long as the process lives.
+/// Waits for the lock, and then makes prices as long as the process lives.
 fn make_prices(cx: &Context) {
-    // A file that is opened anew has locks of its own, and none of its parent's.
+    // Opening the file again gives this process a lock owner of its own; the inherited descriptor shares its parent's.
     let Some(office) = OFFICE.get().and_then(|file| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok())
     else {
         return log::error!("no prices: the file to lock cannot be opened");
@@ -93,12 +93,12 @@ fn make_prices(cx: &Context) {
     loop {
         std::thread::sleep(Duration::from_millis(pause));
         for price in &mut prices {
-            // Up or down by half a percent at most, and never to nothing.
+            // Up or down by at most half a percent, and never to zero.
             *price = (*price * (1.0 + (fastrand::f64() - 0.5) / 100.0)).clamp(1.0, 10_000.0);
         }
         let text: Vec<String> = prices.iter().map(|price| format!("{price:.2}")).collect();
         let text = text.join(",");
-        let _ = cx.cache().set(TOPIC, &text, &StoreOptions::new()); // a cache may refuse; the next start is at the old prices then
+        let _ = cx.cache().set(TOPIC, &text, &StoreOptions::new()); // on failure, the successor continues from older prices
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let event =
             format!("{{\"at\":{},\"maker\":{},\"prices\":[{text}]}}", since_1970.as_millis(), std::process::id());

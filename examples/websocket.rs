@@ -1,5 +1,5 @@
-//! WebSockets, with axum's own handler: each message comes back, and who is connected to a worker that leaves is told to
-//! come again.
+//! A WebSocket echo server with axum's own handler. A worker that leaves closes its sockets with status 1001, so that
+//! clients reconnect to another worker.
 //!
 //! `cargo run --release --example websocket -- --workers 2`, then open http://127.0.0.1:8080
 
@@ -23,7 +23,7 @@ connect();
 document.querySelector("input").onchange = event => { socket.send(event.target.value); event.target.value = ""; };
 </script>"#;
 
-/// This worker is about to leave.
+/// Notified when this worker begins to drain.
 static LEAVING: Notify = Notify::const_new();
 
 fn main() -> ExitCode {
