@@ -1,11 +1,11 @@
-/* The floor: the least that prefork workers on epoll can do for a request, to which the other servers are compared.
+/* The floor: the minimum work of prefork workers on epoll for a request, as a base for comparison.
  *
  *   floor fastcgi WORKERS SIZE PATH     on a Unix socket
  *   floor http WORKERS SIZE             on a free port of loopback
  *
- * When it listens it prints where. All that it looks at is where a request ends and whether its connection is kept; the
- * answer is always the same SIZE bytes, made before the first fork: one recv and one send a request. It is for a
- * benchmark's client, which sends each request in one piece and reads what it asked for: a connection with part of a
+ * It prints its address when it listens. It checks only where a request ends and whether its connection is kept. The
+ * response is always the same SIZE bytes, made before the first fork: one recv and one send per request. It supports only
+ * the benchmark's client, which sends each request in one piece and reads each response: a connection with a partial
  * request is closed.
  */
 #define _GNU_SOURCE
@@ -31,10 +31,10 @@ enum { REQUEST_MAX = 16384, BODY_MAX = 65000, WORKERS_MAX = 1024, EVENTS = 64, A
 
 struct connection {
     int fd;
-    bool polled; /* epoll knows it */
+    bool polled; /* registered with epoll */
 };
 struct request {
-    size_t length; /* 0: not whole */
+    size_t length; /* 0: incomplete */
     bool keep;
     unsigned char id[2];
 };
@@ -42,8 +42,8 @@ struct request {
 static bool http;
 static int workers, listener, poller;
 static unsigned char response[BODY_MAX + 512];
-static size_t response_len, end_at; /* of FastCGI: where the last two records start */
-static volatile int *connections;   /* of each worker, in shared memory */
+static size_t response_len, end_at; /* FastCGI: where the last two records start */
+static volatile int *connections;   /* per worker, in shared memory */
 static pid_t pids[WORKERS_MAX];
 
 static void die(const char *what) { perror(what); exit(1); }
@@ -105,7 +105,7 @@ static struct request fastcgi_request(const unsigned char *bytes, size_t n) {
     return request;
 }
 
-/* ---- a connection; false: it is over ---- */
+/* ---- a connection; false: it has ended ---- */
 
 static bool answer(int fd, const struct request *request) {
     const size_t records[] = {0, end_at, end_at + HEADER};
@@ -124,7 +124,7 @@ static bool answer(int fd, const struct request *request) {
 }
 
 static bool serve(int fd) {
-    static char buffer[REQUEST_MAX]; /* of all connections: it stays in the processor's cache */
+    static char buffer[REQUEST_MAX]; /* shared by all connections, so it stays in the processor's cache */
     ssize_t n = recv(fd, buffer, sizeof buffer, 0);
     struct request request;
 
@@ -140,7 +140,7 @@ static bool serve(int fd) {
 
 /* ---- a worker ---- */
 
-/* Kept connections spread: who has over an eighth more of them than another worker leaves new ones to that one. */
+/* Spreads kept connections: a worker with over an eighth more than another worker leaves new connections to that worker. */
 static bool has_enough(int me) {
     int mine = connections[me], fewest = mine;
 
@@ -166,7 +166,7 @@ static void advance(struct connection *c, int me) {
     }
 }
 
-/* The request of a new connection has most often come already, so it is looked for at once. */
+/* The request of a new connection has usually arrived already, so it is read at once. */
 static void welcome(int me) {
     for (int i = 0; i < ACCEPTS && !has_enough(me); i++) {
         int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
@@ -213,7 +213,7 @@ static void listen_at(const char *path) {
     if (!http && (size_t)snprintf(local.sun_path, sizeof local.sun_path, "%s", path) >= sizeof local.sun_path)
         errno = ENAMETOOLONG, die(path);
     listener = socket(address->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (http) /* the connections have it from the listener */
+    if (http) /* inherited by the connections */
         setsockopt(listener, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
     if (bind(listener, address, length) < 0 || listen(listener, 1024) < 0 ||
         getsockname(listener, address, &length) < 0)
@@ -260,7 +260,7 @@ int main(int argc, char **argv) {
         }
     }
     signal(SIGTERM, stop);
-    wait(NULL); /* no worker ends by itself; the others die with the master */
+    wait(NULL); /* no worker ends by itself; all die with the master */
     fputs("floor: a worker died\n", stderr);
     return 1;
 }

@@ -1,4 +1,4 @@
-/* The plain FastCGI program of a C programmer, on libfcgi: one request at a time, one connection at a time.
+/* A plain FastCGI program in C, on libfcgi: one request and one connection at a time.
  *
  *   /hello  13 bytes       /page  16 KiB from memory       anything else  404
  *

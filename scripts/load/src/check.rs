@@ -1,18 +1,18 @@
-//! Is a complete response the wanted one? Pure. The body is compared while it passes, so none is kept.
+//! Checks a complete response against the expected one. Pure. The body is compared as it arrives and is not stored.
 
 use crate::response::End;
 use crate::tally::{Fault, Kind};
 
-/// What every response must be.
+/// The expected response.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Expectation<'a> {
     /// The body, byte for byte.
     pub(crate) body: Option<&'a [u8]>,
-    /// Its length, where the body itself may differ.
+    /// The length of the body, if the body itself may differ.
     pub(crate) length: Option<u64>,
 }
 
-/// What has been seen of the body of one response.
+/// The part of one response's body that has been compared.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Seen {
     pub(crate) length: u64,
@@ -20,7 +20,7 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    /// The next part of the body.
+    /// Compares the next part of the body.
     pub(crate) fn pass(&mut self, part: &[u8], expectation: &Expectation<'_>) {
         if let Some(body) = expectation.body {
             let rest = usize::try_from(self.length).ok().and_then(|at| body.get(at..));
@@ -55,7 +55,7 @@ mod tests {
 
     const GOOD: End = End { refused: None, status: 200, keep: true };
 
-    /// What becomes of a response with this body, in parts of any size.
+    /// The outcome for a response with this body, in parts of any size.
     fn verdict(expectation: Expectation<'_>, end: End, body: &[u8]) -> Option<Kind> {
         let verdicts: Vec<Option<Kind>> = (1..=body.len().max(1))
             .map(|size| {

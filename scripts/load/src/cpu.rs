@@ -1,10 +1,10 @@
-//! The CPU time of processes and all that descend from them, from their clocks and /proc.
+//! Measures the CPU time of processes and their descendants, from their clocks and /proc.
 //!
-//! /proc tells times in clock ticks, as a rule of 10 ms, each cut off: of 64 processes that shared half a second nothing would be
-//! left. So the living are asked by their CPU-time clocks, in nanoseconds, and only the dead are counted in ticks.
+//! /proc has times in clock ticks, usually of 10 ms, each rounded down: if 64 processes share half a second, all of them
+//! would show zero. So living processes are measured by their CPU-time clocks, in nanoseconds, and only dead ones in ticks.
 //!
-//! A child that dies is counted on, in its parent's sum of waited-for children, so workers may come and go during a run.
-//! Processes that were moved out from under the given ones (by a double fork) are not seen.
+//! A dead child is counted in its parent's sum of waited-for children, so workers may come and go during a run. Descendants
+//! that have left the tree (by a double fork) are not counted.
 
 use std::collections::HashMap;
 use std::fs;
@@ -17,10 +17,10 @@ use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use crate::error::Error;
 
-/// Below this a time says nothing: it is that of the processes' own timers as much as that of requests.
+/// A time below this is not significant: the processes' own timers may have as large a part in it as the requests.
 pub(crate) const MEASURABLE: Duration = Duration::from_millis(10);
 
-/// What is read of one process.
+/// The figures of one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stat {
     parent: i32,
@@ -57,7 +57,7 @@ fn clock(pid: i32) -> Option<Duration> {
     ClockId::pid_cpu_clock_id(Pid::from_raw(pid)).and_then(ClockId::now).ok().map(Duration::from)
 }
 
-/// What this process has used itself.
+/// The time that this process itself has used.
 pub(crate) fn own() -> Result<Duration, Error> {
     let usage = getrusage(UsageWho::RUSAGE_SELF).map_err(Error::system("getrusage"))?;
     let micros = [usage.user_time(), usage.system_time()]
@@ -86,7 +86,7 @@ fn parse(line: &str) -> Option<Stat> {
 
 fn members(processes: &HashMap<i32, Stat>, roots: &[i32]) -> Vec<(i32, Stat)> {
     let below_a_root = |mut pid: i32| {
-        // The chain is as long as the tree is deep; the limit is for one that was read while it changed.
+        // The chain is as long as the tree is deep. The limit ends a loop if the tree changed while it was read.
         for _ in 0..processes.len() {
             if roots.contains(&pid) {
                 return true;

@@ -1,4 +1,4 @@
-//! Why there was no run. What goes wrong with single requests during a run is counted in `tally`, not here.
+//! Defines the errors that prevent a run. Failures of single requests during a run are counted in `tally`.
 
 use std::{fmt, io};
 
@@ -6,24 +6,24 @@ use nix::errno::Errno;
 
 use crate::tally::Fault;
 
-/// Why there was no run.
+/// The reason why there was no run.
 #[derive(Debug)]
 pub(crate) enum Error {
     /// The host name of `--connect` has no address.
     Resolve { host: String, source: Option<io::Error> },
-    /// The first request, sent alone before the run, was not answered as it should be.
+    /// The first request, sent alone before the run, did not get a correct response.
     Probe(Fault),
-    /// Not everybody could subscribe.
+    /// Some subscribers could not subscribe.
     Subscribe { ready: u32, of: u32, fault: Fault },
     /// Nothing could be published.
     Publish(Fault),
-    /// What a process of `--pids` uses cannot be read.
+    /// The CPU time or memory of a process of `--pids` cannot be read.
     Memory { pid: i32, source: io::Error },
-    /// The first response's body is larger than what is kept in memory for comparison.
+    /// The first response's body is larger than the limit of the body that is stored for comparison.
     LargeBody { limit: usize },
-    /// A process of `--pids` is not there.
+    /// A process of `--pids` does not exist.
     NoProcess(i32),
-    /// A system call that has no reason to fail did.
+    /// A system call failed unexpectedly.
     System { call: &'static str, source: Errno },
     /// The report could not be written.
     Output(io::Error),

@@ -1,13 +1,13 @@
-//! Event streams: many subscribers to one topic, and one publisher of numbered events that tell when they were published.
+//! Measures event streams: many subscribers to one topic, and one publisher of numbered events with a timestamp.
 //!
 //! ```text
 //! all subscribe -> events of number 0 until each has got one -> events 1, 2, 3 … at a rate -> until each has got the last
 //! ```
-//! Two threads, so that the publisher keeps its times while the subscribers read: this one with one `epoll_wait` for all
-//! subscribers, and that of the publisher, who waits for each answer on a kept connection. What decides (`stream`) does no I/O.
+//! Two threads, so that the publisher keeps its schedule while the subscribers read. This thread has one `epoll_wait` for
+//! all subscribers; the publisher's thread waits for each response on a kept connection. `stream`, which decides, does no I/O.
 //!
-//! An event carries the time just before its request was sent. Should the server answer so late that the next one is due
-//! already, that one follows at once and `late_max_us` tells it.
+//! An event carries the time just before its request was sent. If a response arrives after the next event is due, that
+//! event follows at once, and `late_max_us` reports the delay.
 
 mod options;
 mod publisher;
@@ -29,18 +29,18 @@ use crate::error::Error;
 use crate::memory;
 use crate::target::Peer;
 
-/// What the two threads tell each other.
+/// Signals between the two threads.
 #[derive(Debug, Default)]
 struct Signals {
-    /// Each subscriber has got an event.
+    /// Each subscriber has received an event.
     all_subscribed: AtomicBool,
-    /// There will be no further event,
+    /// There will be no further event.
     is_published: AtomicBool,
-    /// and there was none of those that are measured.
+    /// Publishing ended before the first measured event.
     has_failed: AtomicBool,
 }
 
-/// What the server has used.
+/// The CPU time and memory that the server has used.
 #[derive(Debug, Default, Clone, Copy)]
 struct Usage {
     cpu: std::time::Duration,
@@ -62,7 +62,7 @@ pub(crate) fn measure(peer: &Peer, options: &EventsOptions) -> Result<Report, Er
             published
         });
         let read = subscribers.read(&signals);
-        signals.all_subscribed.store(true, Ordering::Release); // also if not: the publisher is not to go on for ever
+        signals.all_subscribed.store(true, Ordering::Release); // also on failure, so that the publisher ends
         let published = publisher.join().expect("the publisher does not panic")?;
         Ok::<_, Error>((published, cpu::own()?.saturating_sub(read?)))
     })?;

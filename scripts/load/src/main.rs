@@ -1,13 +1,13 @@
-//! `forkyard-load` puts a FastCGI or HTTP/1.1 server under a closed loop of requests and checks every
-//! response: it must end as its protocol says, have status 200, and carry the same body as the first one.
+//! `forkyard-load` sends requests to a FastCGI or HTTP/1.1 server in a closed loop and checks every response: it must end as
+//! its protocol requires, have status 200, and have the same body as the first response.
 //!
 //! ```text
-//! options -> probe (one request: the body that all others must have) -> run (the loop) -> report
+//! options -> probe (one request, whose body is the expected one) -> run (the loop) -> report
 //! ```
-//! With `events` as its first word it measures event streams instead: see `events`.
+//! `forkyard-load events` measures event streams instead: see `events`.
 //!
-//! One thread and one `epoll_wait`. What decides (`response`, `request`, `tally`, the parsers in `options`
-//! and `target`) does no I/O; `socket`, `probe`, `run` and `cpu` touch the kernel.
+//! It has one thread and one `epoll_wait`. `response`, `request`, `tally`, and the parsers in `options` and `target` do no
+//! I/O; `socket`, `probe`, `run` and `cpu` make the system calls.
 //!
 //! Each client has one request in flight and sends the next when the response is complete. Such a loop slows
 //! down with the server, so its latencies flatter a server that stalls: look at `max`, `starved` and `timeout` too.

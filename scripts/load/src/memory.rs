@@ -1,13 +1,13 @@
-//! The memory of processes and all that descend from them: pages that several share, by their share (PSS).
+//! Measures the memory of processes and their descendants as proportional set size (PSS).
 //!
-//! What the kernel holds for them, such as sockets, is not in it.
+//! Kernel memory, such as that of sockets, is not included.
 
 use std::fs;
 
 use crate::cpu::pids_of_trees;
 use crate::error::Error;
 
-/// Bytes. A process that ends meanwhile has none.
+/// In bytes. A process that ends meanwhile counts as zero.
 pub(crate) fn of_trees(roots: &[i32]) -> Result<u64, Error> {
     let mut bytes = 0;
     for pid in pids_of_trees(roots)? {

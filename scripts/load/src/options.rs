@@ -1,4 +1,4 @@
-//! The command line. Parsing decides everything that can be decided without the network.
+//! Parses the command line, and checks everything that can be checked without the network.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::target::Target;
 
 /// Load generator and response checker for FastCGI and HTTP/1.1 servers.
 ///
-/// Exit status: 0 all responses were right, 1 there was no run, 2 wrong usage, 3 there were errors or starved requests.
+/// Exit status: 0 all responses were correct, 1 there was no run, 2 wrong usage, 3 there were errors or starved requests.
 #[derive(Debug, Parser)]
 #[command(name = "forkyard-load", version, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -22,7 +22,7 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Subscribe to a server's events many times over, publish some, and see when and how often they come
+    /// Open many subscriptions to a server's events, publish events, and measure when and how often they arrive
     Events(EventsOptions),
 }
 
@@ -41,11 +41,11 @@ pub(crate) struct Options {
     #[arg(long, short = 'd', value_name = "TIME", value_parser = positive_duration)]
     pub(crate) duration: Option<Duration>,
 
-    /// Run so long before measuring; errors in this time are reported apart
+    /// Run for this time before measuring; errors in this time are reported separately
     #[arg(long, value_name = "TIME", default_value = "0s", conflicts_with = "requests", value_parser = humantime::parse_duration)]
     pub(crate) warmup: Duration,
 
-    /// Stop after so many requests (one more is sent alone before them, to learn the body)
+    /// Stop after this number of requests (one more is sent alone before them, to get the body)
     #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) requests: Option<u64>,
 
@@ -53,7 +53,7 @@ pub(crate) struct Options {
     #[arg(long)]
     pub(crate) fresh: bool,
 
-    /// What to ask for
+    /// The path to request
     #[arg(long, value_name = "URI", default_value = "/", value_parser = uri)]
     pub(crate) uri: String,
 
@@ -73,7 +73,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
     pub(crate) timeout: Duration,
 
-    /// Report the CPU time of these processes and of all that descend from them
+    /// Report the CPU time of these processes and their descendants
     #[arg(long, value_name = "PID,...", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(1..))]
     pub(crate) pids: Vec<i32>,
 
@@ -87,7 +87,7 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// How long to measure, if time is to end the run.
+    /// How long to measure, if the time ends the run.
     pub(crate) fn measured_time(&self) -> Option<Duration> {
         const DEFAULT: Duration = Duration::from_secs(5);
         match (self.duration, self.requests) {

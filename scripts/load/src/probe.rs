@@ -1,4 +1,4 @@
-//! One request, sent alone before the run: it shows that there is a server, and its body is what all others are compared with.
+//! Sends one request alone before the run, to check that there is a server, and to get the body for comparison.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind};
 use crate::target::{Peer, Protocol};
 
-/// The largest body that is kept for comparison.
+/// The largest body that is stored for comparison.
 const LIMIT: usize = 64 << 20;
 
-/// Asks once, on a connection of its own, and gives the body. A wrong response is an error here.
+/// Sends one request on a new connection, and returns the body. A wrong response is an error here.
 pub(crate) fn probe(peer: &Peer, options: &Options) -> Result<Vec<u8>, Error> {
     let socket = connect(peer, options.timeout).map_err(Error::Probe)?;
     let expectation = Expectation { body: None, length: options.expect_body_len };
@@ -34,7 +34,7 @@ pub(crate) fn probe(peer: &Peer, options: &Options) -> Result<Vec<u8>, Error> {
     Ok(body)
 }
 
-/// A connection whose calls wait, for `timeout` at most.
+/// A connection with blocking calls, for up to `timeout`.
 pub(crate) fn connect(peer: &Peer, timeout: Duration) -> Result<Socket, Fault> {
     Socket::open_blocking(peer, timeout).map_err(|error| fault(Kind::Connect, error))
 }
@@ -64,7 +64,7 @@ pub(crate) fn exchange(
     }
 }
 
-/// Sends all of a request on a connection whose calls wait.
+/// Sends a whole request on a connection with blocking calls.
 pub(crate) fn send_all(socket: &Socket, request: &[u8]) -> Result<(), Fault> {
     let mut sent = 0;
     while sent < request.len() {

@@ -1,4 +1,4 @@
-//! What is told about a run, as text for people or as one line of JSON.
+//! Prints the report of a run, as text or as one line of JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,10 +19,10 @@ pub(crate) struct Report {
     clients: u32,
     kept: bool,
     seconds: f64,
-    /// All that ended, good or bad.
+    /// All requests that ended, successful or not.
     requests: u64,
     ok: u64,
-    /// Good ones per second.
+    /// Successful requests per second.
     rate: f64,
     latency_us: Latency,
     errors: u64,
@@ -34,7 +34,7 @@ pub(crate) struct Report {
     starved: u64,
     unserved_clients: u64,
     connections: u64,
-    /// CPU time per good request.
+    /// CPU time per successful request.
     server_cpu_us: Option<f64>,
     client_cpu_us: Option<f64>,
 }
@@ -75,7 +75,7 @@ impl Report {
         }
     }
 
-    /// Was every response right, and every request served?
+    /// Whether every response was correct, and every request was served.
     pub(crate) fn clean(&self) -> bool {
         self.errors == 0 && self.warmup_errors == 0 && self.starved == 0
     }

@@ -1,4 +1,4 @@
-//! The bytes of the one request that is sent again and again. Pure, and built once per run.
+//! Builds the bytes of the request, once per run. Pure.
 
 use crate::options::Options;
 use crate::target::{Protocol, Target};
@@ -13,11 +13,11 @@ mod wire {
     pub(super) const KEEP_CONN: u8 = 1;
 }
 
-/// The request id of all requests: a connection has one at a time.
+/// The request id of all requests: a connection has one request at a time.
 pub(crate) const REQUEST_ID: u16 = 1;
 
-/// What a browser tells a web server, beside the host. No `Accept-Encoding`: servers that compress would answer
-/// with other bytes than those that do not. No cookie, which can keep a page out of a cache.
+/// A browser's request headers, without the host. No `Accept-Encoding`, because only some servers would then compress the
+/// response. No cookie, because it can keep a page out of a cache.
 const BROWSER: [(&str, &str); 4] = [
     ("User-Agent", "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"),
     ("Accept", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
@@ -25,7 +25,7 @@ const BROWSER: [(&str, &str); 4] = [
     ("Upgrade-Insecure-Requests", "1"),
 ];
 
-/// The request that `options` describe; `keep` asks the server to leave the connection open.
+/// The request that `options` describe; `keep` requests that the server leaves the connection open.
 pub(crate) fn request(options: &Options, keep: bool) -> Vec<u8> {
     match options.connect.protocol {
         Protocol::Fastcgi => fastcgi(&params(&options.uri, &options.params), keep),
@@ -42,7 +42,7 @@ fn http(target: &Target, uri: &str, keep: bool) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// The parameters that nginx sends with its stock `fastcgi_params`, with `overrides` put in.
+/// The parameters that nginx sends with its stock `fastcgi_params`, with `overrides` applied.
 fn params(uri: &str, overrides: &[(String, String)]) -> Vec<(String, String)> {
     let (path, query) = uri.split_once('?').unwrap_or((uri, ""));
     let script = format!("/srv/www{path}");
@@ -112,7 +112,7 @@ fn push_length(out: &mut Vec<u8>, length: usize) {
     }
 }
 
-/// A record, padded to a multiple of eight bytes as nginx does it.
+/// A record, padded to a multiple of eight bytes as in nginx.
 fn push_record(out: &mut Vec<u8>, kind: u8, content: &[u8]) {
     let length = u16::try_from(content.len()).expect("callers cut what is longer than a record");
     let padding = content.len().wrapping_neg() & 7;
@@ -128,7 +128,7 @@ fn push_record(out: &mut Vec<u8>, kind: u8, content: &[u8]) {
 mod tests {
     use super::*;
 
-    /// Kind and content of each record.
+    /// Type and content of each record.
     fn records(mut bytes: &[u8]) -> Vec<(u8, Vec<u8>)> {
         let mut found = Vec::new();
         while !bytes.is_empty() {

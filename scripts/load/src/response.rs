@@ -1,8 +1,7 @@
-//! Reads a response: bytes in, the body out to a callback, and at the end what the response was.
+//! Parses a response: takes bytes, passes the body to a callback, and returns the response's properties at the end.
 //!
-//! Pure, and with bounded memory: of a response only its head is kept, the body passes through. However the bytes are
-//! cut into pieces, the same bytes give the same result. Whether the status and the body are the wanted
-//! ones is the caller's business.
+//! Pure, with bounded memory: only the head is stored. The result does not depend on how the bytes are split. The caller
+//! checks the status and the body.
 
 mod fastcgi;
 mod head;
@@ -13,14 +12,14 @@ use crate::target::Protocol;
 /// A complete response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct End {
-    /// The protocol's way to say that there is no answer: FastCGI's `protocolStatus` when it is not zero.
+    /// The request was not served: FastCGI's `protocolStatus`, if it is not zero.
     pub(crate) refused: Option<u8>,
     pub(crate) status: u16,
-    /// Does the server leave the connection open?
+    /// Whether the server leaves the connection open.
     pub(crate) keep: bool,
 }
 
-/// What breaks the protocol. The connection is of no use afterwards.
+/// A violation of the protocol. The connection cannot be used afterwards.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Malformed(pub(crate) String);
 
@@ -39,7 +38,7 @@ impl Response {
         }
     }
 
-    /// Makes ready for the next response.
+    /// Prepares for the next response.
     pub(crate) fn reset(&mut self) {
         match self {
             Self::Fastcgi(reader) => reader.reset(),
@@ -47,7 +46,7 @@ impl Response {
         }
     }
 
-    /// Takes the next bytes of the connection. Bytes behind the end of the response are malformed: nobody asked for them.
+    /// Takes the next bytes of the connection. Bytes after the end of the response are malformed, as there is no request for them.
     pub(crate) fn feed(&mut self, bytes: &[u8], body: &mut impl FnMut(&[u8])) -> Result<Option<End>, Malformed> {
         match self {
             Self::Fastcgi(reader) => reader.feed(bytes, body),
@@ -70,14 +69,14 @@ impl Malformed {
     }
 }
 
-/// Takes up to `wanted` bytes off the front of `bytes`.
+/// Takes up to `wanted` bytes from the front of `bytes`.
 fn take<'a>(bytes: &mut &'a [u8], wanted: usize) -> &'a [u8] {
     let (taken, rest) = bytes.split_at(wanted.min(bytes.len()));
     *bytes = rest;
     taken
 }
 
-/// As `take`, for a length that counts down in 64 bits.
+/// Like `take`, for a 64-bit remaining length.
 fn take_counted<'a>(bytes: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
     let taken = take(bytes, usize::try_from(*left).unwrap_or(usize::MAX));
     *left -= taken.len() as u64;
@@ -88,7 +87,7 @@ fn take_counted<'a>(bytes: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
 mod tests {
     use super::*;
 
-    /// What came of some bytes: the body, and the end, the breach, or what closing the connection there means.
+    /// The result for some bytes: the body, and the end, the violation, or the meaning of a close at that point.
     #[derive(Debug, PartialEq, Eq)]
     pub(super) struct Read {
         pub(super) body: Vec<u8>,

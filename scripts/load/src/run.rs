@@ -1,7 +1,8 @@
-//! The loop: each client sends a request, waits for the response, and sends the next, until the time or the requests are used up.
+//! Runs the closed loop: each client sends a request, waits for the response, and sends the next request, until the time is
+//! over or the requests are used up.
 //!
-//! One epoll instance holds all connections, level-triggered. A client's events carry its index. An event that is left over
-//! from a connection that was closed in the meantime does no harm: reading from the new one gives `EAGAIN`.
+//! One epoll instance has all connections, level-triggered. A client's events carry its index. An event left from a connection
+//! that was closed meanwhile is harmless: reading from the new connection returns `EAGAIN`.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
 use crate::target::Peer;
 
-/// A client that could not connect tries again after this time.
+/// A client that could not connect retries after this time.
 const BACK_OFF: Duration = Duration::from_millis(2);
 
 /// How often the clients are searched for timeouts.
@@ -30,36 +31,36 @@ const STARVED: Duration = Duration::from_secs(1);
 const EVENTS_AT_ONCE: usize = 256;
 const BUFFER_LEN: usize = 256 * 1024;
 
-/// What a run gave.
+/// The result of a run.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) tally: Tally,
     pub(crate) elapsed: Duration,
     /// Requests that were not complete when the run ended.
     pub(crate) in_flight: u64,
-    /// Those among them that had waited for over a second.
+    /// The number of requests in flight that had waited for over a second.
     pub(crate) starved: u64,
-    /// Clients that waited at the end and of whose requests none had ended in the measured time.
+    /// Clients that waited at the end, and none of whose requests had ended in the measured time.
     pub(crate) unserved: u64,
     pub(crate) warmup_errors: u64,
-    /// `None` if no processes were named, one of them has gone, or the time is too short to tell.
+    /// `None` if no processes were named, one of them has exited, or the time is too short to be significant.
     pub(crate) server_cpu: Option<Duration>,
     pub(crate) own_cpu: Duration,
 }
 
-/// One connection's worth of load.
+/// A client, with one connection.
 #[derive(Debug)]
 struct Client {
     socket: Option<Socket>,
-    /// Is `socket` known to have been connected?
+    /// Whether `socket` is known to be connected.
     connected: bool,
-    /// Is `socket` watched for room to write?
+    /// Whether `socket` is registered for writability.
     blocked: bool,
     /// When the request in flight began.
     began: Option<Instant>,
     sent: usize,
     answered: bool,
-    /// Has a request ended since the measuring began?
+    /// Whether a request has ended since the measurement began.
     served: bool,
     response: Response,
     seen: Seen,
@@ -72,17 +73,17 @@ struct Run<'a> {
     request: Vec<u8>,
     keep: bool,
     timeout: Duration,
-    /// How many requests may still begin.
+    /// The number of requests that may still begin.
     budget: u64,
     epoll: Epoll,
     clients: Vec<Client>,
-    /// Clients with `retry_at`.
+    /// The number of clients with `retry_at`.
     backing_off: usize,
     tally: Tally,
     buffer: Vec<u8>,
 }
 
-/// Where the measuring starts.
+/// The state at the start of the measurement.
 struct Start {
     at: Instant,
     server_cpu: Option<Duration>,
@@ -148,7 +149,7 @@ impl Client {
     }
 
     fn disconnect(&mut self) {
-        self.socket = None; // closing takes it out of epoll, too: it has no duplicates
+        self.socket = None; // closing also removes it from epoll, because it has no duplicates
         self.connected = false;
         self.blocked = false;
     }
@@ -172,7 +173,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Serves events until the deadline, or until so many requests are finished.
+    /// Handles events until the deadline, or until this number of requests has ended.
     fn until(&mut self, deadline: Option<Instant>, requests: Option<u64>) -> Result<(), Error> {
         let mut events = [EpollEvent::empty(); EVENTS_AT_ONCE];
         let mut next_scan = Instant::now() + SCAN;
@@ -213,7 +214,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Ends requests that have taken too long, and lets clients try again to connect.
+    /// Ends requests that have taken too long, and lets clients reconnect.
     fn scan(&mut self, now: Instant) -> Result<(), Error> {
         for index in 0..self.clients.len() {
             let client = &mut self.clients[index];
@@ -229,7 +230,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Starts a client's next request, on the connection that it has or a new one.
+    /// Starts a client's next request, on its connection or a new one.
     fn begin(&mut self, index: usize, now: Instant) -> Result<(), Error> {
         let client = &mut self.clients[index];
         if self.budget == 0 {
@@ -256,7 +257,7 @@ impl<'a> Run<'a> {
         self.send(index)
     }
 
-    /// Sends on a connection that epoll does not know yet.
+    /// Sends on a connection that is not yet registered with epoll.
     fn send_first(&mut self, index: usize) -> Result<(), Error> {
         match self.write(index) {
             Ok(done) => {
@@ -270,7 +271,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Sends on a connection that epoll watches.
+    /// Sends on a connection that is registered with epoll.
     fn send(&mut self, index: usize) -> Result<(), Error> {
         match self.write(index) {
             Ok(done) if self.clients[index].blocked == done => {
@@ -287,7 +288,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Writes as much of the request as goes. True: nothing is left. The only fault is that there is no connection.
+    /// Writes as much of the request as possible. True: all of it is written. The only error is that there is no connection.
     fn write(&mut self, index: usize) -> Result<bool, Fault> {
         let client = &mut self.clients[index];
         let Some(socket) = &client.socket else {
@@ -303,7 +304,7 @@ impl<'a> Run<'a> {
                 Err(error) if !client.connected && !matches!(error, Errno::EPIPE | Errno::ECONNRESET) => {
                     return Err(Fault::new(Kind::Connect, error.desc()));
                 }
-                // The server has closed the connection. Reading tells what it said before that.
+                // The server has closed the connection. Reading returns the data that it sent before.
                 Err(_) => {
                     client.sent = self.request.len();
                     client.connected = true;
@@ -339,7 +340,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The response ended as its protocol says.
+    /// The response ended as its protocol requires.
     fn complete(&mut self, index: usize, end: &End) -> Result<(), Error> {
         let now = Instant::now();
         let client = &mut self.clients[index];
@@ -349,14 +350,14 @@ impl<'a> Run<'a> {
             Ok(()) => self.tally.right(now.saturating_duration_since(began)),
             Err(fault) => self.tally.wrong(fault),
         }
-        // An answer that came before all of the request was sent leaves the connection between two requests.
+        // If the response came before the whole request was sent, the connection cannot be used for another request.
         if !self.keep || !end.keep || client.sent < self.request.len() {
             client.disconnect();
         }
         self.begin(index, now)
     }
 
-    /// The request failed, and its connection is gone or of no use.
+    /// The request failed, and its connection is closed or cannot be used.
     fn fail(&mut self, index: usize, fault: Fault) -> Result<(), Error> {
         let now = Instant::now();
         let client = &mut self.clients[index];

@@ -1,4 +1,4 @@
-//! The system calls on one connection, and nothing else: no counting, no protocol.
+//! Wraps the system calls on one connection, without counting or protocol.
 
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -16,8 +16,8 @@ use crate::target::Peer;
 pub(crate) struct Socket(OwnedFd);
 
 impl Socket {
-    /// Starts to connect and does not wait for it; says whether the connection is made already. If not,
-    /// `send` gives `EAGAIN` until it is made, or the reason why it cannot be.
+    /// Starts to connect without waiting; returns whether the connection is already established. If not, `send` returns
+    /// `EAGAIN` until it is, or the error.
     pub(crate) fn open(peer: &Peer) -> Result<(Self, bool), Errno> {
         let socket = Self::unconnected(peer, SockFlag::SOCK_NONBLOCK)?;
         match connect(socket.0.as_raw_fd(), peer.address()) {
@@ -27,7 +27,7 @@ impl Socket {
         }
     }
 
-    /// Connects and waits for it. Each call on the socket gives `EAGAIN` when it has waited for `timeout`.
+    /// Connects, and waits for the connection. Each call on the socket returns `EAGAIN` after waiting for `timeout`.
     pub(crate) fn open_blocking(peer: &Peer, timeout: Duration) -> Result<Self, Errno> {
         let socket = Self::unconnected(peer, SockFlag::empty())?;
         let timeout = TimeVal::microseconds(i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX));
@@ -70,7 +70,7 @@ fn retry_interrupted(mut call: impl FnMut() -> Result<usize, Errno>) -> Result<u
     }
 }
 
-/// As many descriptors as this process may have. If that is too few, connecting fails and is counted.
+/// Raises the limit of descriptors as far as possible. If that is too low, connecting fails and is counted.
 pub(crate) fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);

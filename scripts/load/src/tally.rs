@@ -1,10 +1,10 @@
-//! What is counted during a run. Pure: it is told what happened and how long it took.
+//! Counts the outcomes and latencies of a run. Pure.
 
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
-/// What can go wrong with a request. Each failed request is counted under exactly one of these.
+/// The ways in which a request can fail. Each failed request is counted under exactly one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// No connection: refused, queue full, out of descriptors or ports.
@@ -13,28 +13,28 @@ pub(crate) enum Kind {
     Dropped,
     /// The server closed the connection in the middle of the response.
     Cut,
-    /// The response breaks its protocol.
+    /// The response violates its protocol.
     Malformed,
-    /// FastCGI's END_REQUEST says that the request was not served.
+    /// FastCGI's END_REQUEST reports that the request was not served.
     Refused,
     /// Complete, but the status is not 200.
     Status,
-    /// Complete, but the body has not the length that it should have.
+    /// Complete, but the body has the wrong length.
     Length,
-    /// Complete and of the right length, but not the same body as the first.
+    /// Complete and of the correct length, but with a different body from the first response.
     Content,
     /// Not complete in time.
     Timeout,
 }
 
-/// One thing that went wrong.
+/// A failure.
 #[derive(Debug)]
 pub(crate) struct Fault {
     pub(crate) kind: Kind,
     pub(crate) what: String,
 }
 
-/// Counts and latencies since the measuring began.
+/// Counts and latencies since the measurement began.
 #[derive(Debug)]
 pub(crate) struct Tally {
     pub(crate) ok: u64,
@@ -104,7 +104,7 @@ impl Tally {
         count.first.get_or_insert(fault.what);
     }
 
-    /// Requests that came to an end, good or bad.
+    /// Requests that ended, successful or not.
     pub(crate) fn finished(&self) -> u64 {
         self.ok + self.errors()
     }
@@ -113,19 +113,19 @@ impl Tally {
         self.faults.iter().map(|count| count.times).sum()
     }
 
-    /// How often, and what the first was.
+    /// The number of failures of this kind, and the first message.
     pub(crate) fn faults(&self, kind: Kind) -> (u64, Option<&str>) {
         let count = &self.faults[kind as usize];
         (count.times, count.first.as_deref())
     }
 
-    /// One that went wrong, if any did.
+    /// One failure, if there was any.
     pub(crate) fn first_fault(&self) -> Option<Fault> {
         let mut faults = Kind::ALL.into_iter().map(|kind| (kind, self.faults(kind).1));
         faults.find_map(|(kind, first)| Some(Fault::new(kind, first?)))
     }
 
-    /// The time that the fraction `quantile` of the good requests took at most, to 1 %.
+    /// The latency at `quantile` of the successful requests, to 1 %.
     pub(crate) fn latency(&self, quantile: f64) -> Duration {
         Duration::from_nanos(self.latency_ns.value_at_quantile(quantile))
     }

@@ -1,4 +1,4 @@
-//! Where the server is: the project's bind syntax, `PROTO:HOST:PORT`, `PROTO:unix:PATH` or `PROTO:unix:@NAME`.
+//! Parses the address of the server, in the project's bind syntax: `PROTO:HOST:PORT`, `PROTO:unix:PATH` or `PROTO:unix:@NAME`.
 
 use std::fmt;
 use std::net::ToSocketAddrs as _;
@@ -8,14 +8,14 @@ use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, UnixAddr};
 
 use crate::error::Error;
 
-/// What is spoken.
+/// The protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Protocol {
     Fastcgi,
     Http,
 }
 
-/// A server as it was named on the command line.
+/// A server as named on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Target {
     pub(crate) protocol: Protocol,
@@ -49,7 +49,7 @@ impl Target {
         Ok(Peer::Inet { address: address.into(), family })
     }
 
-    /// What an HTTP client puts into `Host`.
+    /// The value of `Host` for an HTTP request.
     pub(crate) fn host(&self) -> &str {
         match &self.place {
             Place::Unix { .. } => "localhost",

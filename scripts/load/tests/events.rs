@@ -1,4 +1,4 @@
-//! Runs `forkyard-load events` against a server of events that does one thing wrong, and sees that it is counted as just that.
+//! Runs `forkyard-load events` against an event server with one fault, and checks that the fault is counted as such.
 
 #[path = "../../../tests/common/limit.rs"]
 mod limit;
@@ -15,18 +15,18 @@ use std::thread;
 const SUBSCRIBERS: u64 = 3;
 const EVENTS: u64 = 20;
 
-/// What the server does with event 3, or in general.
+/// The server's fault, with event 3 or in general.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Does {
     Well,
-    /// Closes the publisher's connection after each answer, having said so.
+    /// Closes the publisher's connection after each response, as announced.
     ClosesPublisher,
     Loses,
     Doubles,
-    /// Sends it after event 4.
+    /// Sends event 3 after event 4.
     Delays,
     CutsStreams,
-    /// Sends data that are no event of the program's.
+    /// Sends data that is not an event of the program.
     SendsOther,
     RefusesSubscribers,
     RefusesEvents,
@@ -53,7 +53,7 @@ impl Server {
         format!("http:unix:@{name}")
     }
 
-    /// Until the client has gone, or is a subscriber.
+    /// Serves requests until the client has closed, or is a subscriber.
     fn serve(&self, mut stream: UnixStream) {
         let mut reader = BufReader::new(stream.try_clone().expect("a descriptor more"));
         loop {
@@ -122,7 +122,7 @@ impl Server {
     }
 }
 
-/// The report, or what was said instead, and the exit status.
+/// The report, or the error message, and the exit status.
 fn against(name: &str, does: Does, more: &str) -> (serde_json::Value, Option<i32>) {
     let output = Command::new(env!("CARGO_BIN_EXE_forkyard-load"))
         .args(["events", "--connect", &Server::start(name, does), "--subscribe", "/events", "--publish", "/publish"])

@@ -1,4 +1,4 @@
-//! Runs the program against servers that each do one thing wrong, and sees that it is counted as just that.
+//! Runs the program against servers with one fault each, and checks that the fault is counted as such.
 
 #[path = "../../../tests/common/limit.rs"]
 mod limit;
@@ -18,16 +18,16 @@ use nix::sys::socket::{Shutdown, shutdown};
 const HTTP_OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello";
 const REQUESTS: u64 = 5;
 
-/// What a server does with a request, after it has answered the first connection well.
+/// A server's behaviour after it has answered the first connection correctly.
 #[derive(Clone, Copy)]
 enum Does {
     /// Sends these bytes and waits for the next request.
     Answers(&'static [u8]),
     /// Sends these bytes and closes the connection.
     Closes(&'static [u8]),
-    /// Says nothing.
+    /// Sends nothing.
     Waits,
-    /// Leaves before the request comes.
+    /// Closes before the request arrives.
     Leaves,
 }
 
@@ -42,7 +42,7 @@ impl Told {
         self.json[field].as_u64().unwrap_or_else(|| panic!("no number {field} in {}", self.json))
     }
 
-    /// All requests failed, and in this way.
+    /// Asserts that all requests failed, and in this way.
     #[track_caller]
     fn all_failed(&self, kind: &str) {
         assert_eq!(self.json["errors_by_kind"][kind], REQUESTS, "{}", self.json);
@@ -60,7 +60,7 @@ fn listener(name: &str) -> (String, UnixListener) {
     (format!("unix:@{name}"), UnixListener::bind_addr(&address).expect("a name of our own"))
 }
 
-/// Reads one request. False: the client has gone.
+/// Reads one request. False: the client has closed.
 fn request_came(stream: &mut UnixStream) -> bool {
     let fastcgi_end = [1, 5, 0, 1, 0, 0, 0, 0];
     let mut request = Vec::new();
@@ -173,7 +173,7 @@ fn a_server_that_has_gone() {
     let (address, listener) = listener("gone");
     let server = thread::spawn(move || {
         let (mut stream, _) = listener.accept().expect("the first connection");
-        // Not just closed: the child of another test may hold a copy until it calls exec.
+        // Closing alone is not enough: the child of another test may hold a copy until it calls exec.
         shutdown(listener.as_raw_fd(), Shutdown::Both).expect("a listening socket");
         assert!(request_came(&mut stream));
         stream.write_all(HTTP_OK).expect("the client waits");

@@ -1,4 +1,4 @@
-//! The command line of `forkyard-load events`.
+//! Parses the command line of `forkyard-load events`.
 
 use std::time::Duration;
 
@@ -7,26 +7,26 @@ use clap::Args;
 use crate::options::{positive_duration, uri};
 use crate::target::{Protocol, Target};
 
-/// Subscribe to a server's events many times over, publish some, and see when and how often they come.
+/// Open many subscriptions to a server's events, publish events, and measure when and how often they arrive.
 ///
-/// The server sends what is posted to one address to all who are subscribed at another one, as Server-Sent Events.
+/// The server sends each event posted to one path to all subscribers of another path, as Server-Sent Events.
 ///
-/// Exit status: 0 each event came once and in order, 1 there was no run, 2 wrong usage, 3 some did not.
+/// Exit status: 0 each event arrived once and in order, 1 there was no run, 2 wrong usage, 3 some events did not.
 #[derive(Debug, Args)]
 pub(crate) struct EventsOptions {
     /// The server: http:HOST:PORT, http:unix:PATH or http:unix:@NAME
     #[arg(long, value_name = "http:ADDR", value_parser = http)]
     pub(crate) connect: Target,
 
-    /// What subscribers ask for
+    /// The path that subscribers request
     #[arg(long, value_name = "URI", value_parser = uri)]
     pub(crate) subscribe: String,
 
-    /// What subscribers ask for first, on the same connection, as a browser does that has loaded a page
+    /// The path that subscribers request first, on the same connection, like a browser that has loaded a page
     #[arg(long, value_name = "URI", value_parser = uri)]
     pub(crate) first: Option<String>,
 
-    /// Where events are posted
+    /// The path to which events are posted
     #[arg(long, value_name = "URI", value_parser = uri)]
     pub(crate) publish: String,
 
@@ -42,11 +42,11 @@ pub(crate) struct EventsOptions {
     #[arg(long, short = 'd', value_name = "TIME", default_value = "5s", value_parser = positive_duration)]
     pub(crate) duration: Duration,
 
-    /// Give up when nothing has come for this time
+    /// Give up when nothing has arrived for this time
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
     pub(crate) timeout: Duration,
 
-    /// Report what these processes and all that descend from them use
+    /// Report the CPU time and memory of these processes and their descendants
     #[arg(long, value_name = "PID,...", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(1..))]
     pub(crate) pids: Vec<i32>,
 
@@ -56,7 +56,7 @@ pub(crate) struct EventsOptions {
 }
 
 impl EventsOptions {
-    /// How many events are published; one at least.
+    /// The number of events to publish, at least one.
     pub(crate) fn events(&self) -> u64 {
         let events = self.duration.as_millis() * u128::from(self.rate) / 1000;
         u64::try_from(events).unwrap_or(u64::MAX).max(1)

@@ -1,4 +1,4 @@
-//! The publisher: one request after the other on a kept connection, each event at its time.
+//! Publishes the events: one request after the other on a kept connection, each event at its time.
 
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -12,10 +12,10 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
 use crate::target::{Peer, Protocol};
 
-/// Between two events before the measuring.
+/// The time between two events before the measurement.
 const EARLY: Duration = Duration::from_millis(100);
 
-/// After the last of them, for what is on its way.
+/// The time after the last of these events, so that all of them can arrive.
 const SETTLE: Duration = Duration::from_millis(500);
 
 pub(super) struct Publisher<'a> {
@@ -25,16 +25,16 @@ pub(super) struct Publisher<'a> {
     connection: Option<Socket>,
 }
 
-/// What came of it.
+/// The result of publishing.
 #[derive(Debug)]
 pub(super) struct Published {
-    /// From request to answer.
+    /// From request to response.
     pub(super) tally: Tally,
-    /// What the server had used when the first event was due.
+    /// The server's usage when the first event was due.
     pub(super) before: Usage,
-    /// From when the first event was due to the last answer.
+    /// From the first event's due time to the last response.
     pub(super) elapsed: Duration,
-    /// By how much an event was sent after its time, at most.
+    /// The largest delay of an event after its due time.
     pub(super) late: Duration,
 }
 

@@ -1,4 +1,4 @@
-//! What is told about event streams, as text for people or as one line of JSON.
+//! Prints the report about event streams, as text or as one line of JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::report::{each, rounded};
 use crate::tally::{Kind, Tally};
 
-/// What a run gave.
+/// The result of a run.
 pub(super) struct Outcome {
     pub(super) at_start: Usage,
     pub(super) at_end: Usage,
@@ -30,17 +30,17 @@ pub(crate) struct Report {
     subscribers: u32,
     rate: u32,
     events: u64,
-    /// From the first event to the answer to the last.
+    /// From the first event to the response to the last one.
     publish_seconds: f64,
-    /// How late an event was sent, at most, as the one before was not answered yet.
+    /// The largest delay of an event because the previous one was not answered yet.
     late_max_us: f64,
-    /// From an event's request to its answer.
+    /// From an event's request to its response.
     publish_p50_us: f64,
     publish_p99_us: f64,
     deliveries: u64,
-    /// Events that a subscriber did not get,
+    /// Events that a subscriber did not receive.
     missing: u64,
-    /// and that he got again or too late.
+    /// Events that a subscriber received again or out of order.
     doubled: u64,
     deliveries_per_second: f64,
     /// From before the event's request to a subscriber's read.
@@ -52,10 +52,10 @@ pub(crate) struct Report {
     /// CPU time per delivery.
     server_cpu_us: Option<f64>,
     client_cpu_us: Option<f64>,
-    /// The server's memory: before anybody subscribed, and at the end.
+    /// The server's memory, before the first subscription and at the end.
     memory_bytes_before: Option<u64>,
     memory_bytes: Option<u64>,
-    /// By how much a subscriber made it grow: until all had subscribed, and until the end.
+    /// Its growth per subscriber, until all had subscribed and until the end.
     memory_each_subscribed: Option<u64>,
     memory_each: Option<u64>,
 }
@@ -98,7 +98,7 @@ impl Report {
         }
     }
 
-    /// Did every subscriber get every event, once and in order?
+    /// Whether every subscriber received every event, once and in order.
     pub(crate) fn clean(&self) -> bool {
         self.missing == 0 && self.doubled == 0 && self.errors == 0
     }

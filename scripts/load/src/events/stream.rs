@@ -1,36 +1,36 @@
-//! What one subscriber has got: lines in, and of each event whether it is the next one. Pure.
+//! Parses the stream of one subscriber, and checks whether each event is the next one. Pure.
 
 use crate::response::Malformed;
 
-/// The longest line that is read.
+/// The longest line that is accepted.
 const LIMIT: usize = 4096;
 
-/// The stream of one subscriber, whatever pieces it comes in.
+/// The stream of one subscriber, split in any way.
 #[derive(Debug, Default)]
 pub(super) struct Stream {
     /// The beginning of a line.
     rest: Vec<u8>,
-    /// Has the event at hand a name? Then it is one of the server's own.
+    /// Whether the current event has a name. Such an event is one of the server's own.
     is_named: bool,
-    /// It has got an event.
+    /// Whether an event has arrived.
     pub(super) is_subscribed: bool,
     /// The highest number seen.
     pub(super) last: u64,
 }
 
-/// What an event is to a subscriber.
+/// The classification of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Came {
-    /// Published before the measuring began.
+    /// Published before the measurement began.
     Early,
-    /// In order, but for so many that are missing before it.
+    /// In order, with this number of events missing before it.
     Next { missing: u64, published_ns: u64 },
-    /// Not for the first time, or too late.
+    /// Received again, or out of order.
     Again,
 }
 
 impl Stream {
-    /// The next part of the response's body.
+    /// Takes the next part of the response's body.
     pub(super) fn feed(&mut self, mut part: &[u8], came: &mut impl FnMut(Came)) -> Result<(), Malformed> {
         while let Some(end) = part.iter().position(|byte| *byte == b'\n') {
             let (line, behind) = (&part[..end], &part[end + 1..]);
@@ -94,7 +94,7 @@ fn parse(data: &[u8]) -> Option<(u64, u64)> {
 mod tests {
     use super::*;
 
-    /// What comes of a body, which must be the same in pieces of any size.
+    /// The result for a body, which must be the same however the body is split.
     fn read(body: &str) -> (Vec<Came>, Result<(), Malformed>) {
         let in_pieces = |size: usize| {
             let (mut stream, mut came) = (Stream::default(), Vec::new());

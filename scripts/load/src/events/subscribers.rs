@@ -1,6 +1,6 @@
-//! The subscribers: connections that are read when there is something, level-triggered, and what came on each.
+//! Opens the subscribers' connections, and reads them when data arrives (level-triggered).
 //!
-//! Connecting and asking wait; after that nothing but `epoll_wait` does.
+//! Connecting and requesting block; after that, only `epoll_wait` blocks.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -18,9 +18,9 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
 use crate::target::{Peer, Protocol};
 
-/// Of so many the server has not answered yet, at most.
+/// The largest number of subscribers without a response while connecting.
 const UNANSWERED: u32 = 128;
-/// How often it is looked whether that was all.
+/// How often the end of the run is checked.
 const LOOK: Duration = Duration::from_millis(20);
 
 const EVENTS_AT_ONCE: usize = 256;
@@ -32,22 +32,22 @@ pub(super) struct Subscribers<'a> {
     clock: Instant,
     epoll: Epoll,
     each: Vec<Subscriber>,
-    /// Those that the server has begun to answer.
+    /// Subscribers whose response has begun.
     answered: u32,
-    /// Those that have got an event.
+    /// Subscribers that have received an event.
     subscribed: u32,
-    /// Those that have got the last one, or whose connection is gone.
+    /// Subscribers that have received the last event, or whose connection is closed.
     done: u32,
-    /// When something came, last of all.
+    /// The time of the last data.
     progress: Instant,
     seen: Seen,
     buffer: Vec<u8>,
 }
 
-/// What they have got together.
+/// The totals over all subscribers.
 #[derive(Debug)]
 pub(super) struct Seen {
-    /// Deliveries by their latency, and what went wrong with connections.
+    /// Deliveries by latency, and failures of connections.
     pub(super) tally: Tally,
     pub(super) missing: u64,
     pub(super) doubled: u64,
@@ -81,7 +81,7 @@ impl<'a> Subscribers<'a> {
         })
     }
 
-    /// Connects and asks, until each has the beginning of an answer.
+    /// Connects and requests, until each subscriber has the beginning of a response.
     pub(super) fn open(&mut self) -> Result<(), Error> {
         let host = self.options.connect.host();
         let get = |uri: &str, accept: &str| format!("GET {uri} HTTP/1.1\r\nHost: {host}\r\nAccept: {accept}\r\n\r\n");
@@ -116,8 +116,8 @@ impl<'a> Subscribers<'a> {
         Ok(())
     }
 
-    /// Reads until all have got all, or nothing comes any more. Gives what this process had used of the CPU when all were
-    /// subscribed.
+    /// Reads until all subscribers have all events, or no more data arrives. Returns the CPU time that this process had used
+    /// when all were subscribed.
     pub(super) fn read(&mut self, signals: &Signals) -> Result<Duration, Error> {
         self.progress = Instant::now();
         while self.subscribed < self.options.subscribers && !signals.is_published.load(Ordering::Acquire) {
@@ -135,7 +135,7 @@ impl<'a> Subscribers<'a> {
         Ok(own_cpu)
     }
 
-    /// What they have got, where what has not come is missing.
+    /// The totals; events that have not arrived count as missing.
     pub(super) fn finish(mut self) -> Seen {
         let last = self.options.events();
         self.seen.missing +=
@@ -151,7 +151,7 @@ impl<'a> Subscribers<'a> {
         Error::Subscribe { ready: self.subscribed, of: self.options.subscribers, fault }
     }
 
-    /// A turn in which nothing may go wrong, as there would be fewer subscribers than were asked for.
+    /// A turn in which any failure is an error, because there would be fewer subscribers than requested.
     fn turn_before_all(&mut self) -> Result<(), Error> {
         self.turn()?;
         if let Some(fault) = self.seen.tally.first_fault() {
@@ -163,7 +163,7 @@ impl<'a> Subscribers<'a> {
         Ok(())
     }
 
-    /// Reads what there is.
+    /// Reads the available data.
     fn turn(&mut self) -> Result<(), Error> {
         let mut events = [EpollEvent::empty(); EVENTS_AT_ONCE];
         let pause = EpollTimeout::try_from(LOOK).unwrap_or(EpollTimeout::ZERO);

@@ -1,4 +1,4 @@
-//! A FastCGI response: records, in their stdout a CGI header and the body, at the end END_REQUEST.
+//! Parses a FastCGI response: records whose stdout has a CGI header and the body, then END_REQUEST.
 
 use super::head::{CgiHead, Collector, parse_cgi};
 use super::{End, Malformed, take};
@@ -14,7 +14,7 @@ const HEADER_LEN: usize = 8;
 const END_LEN: usize = 8;
 const REQUEST_COMPLETE: u8 = 0;
 
-/// Reads records; `stdout` reads what is in them.
+/// Parses records; `stdout` parses their content.
 #[derive(Debug, Default)]
 pub(crate) struct Reader {
     at: At,
@@ -23,7 +23,7 @@ pub(crate) struct Reader {
     stdout: Stdout,
 }
 
-/// What the next byte belongs to.
+/// The part of a record to which the next byte belongs.
 #[derive(Debug, Default, Clone, Copy)]
 enum At {
     #[default]
@@ -105,7 +105,7 @@ impl Reader {
         }
     }
 
-    /// Where a record header leads.
+    /// The state after a record header.
     fn record(&mut self, header: [u8; HEADER_LEN]) -> Result<At, Malformed> {
         let [version, kind, id_high, id_low, length_high, length_low, padding, _reserved] = header;
         let id = u16::from_be_bytes([id_high, id_low]);
@@ -173,7 +173,7 @@ impl Stdout {
 }
 
 impl<const N: usize> Fixed<N> {
-    /// Gives the block when it is full, and is empty again then.
+    /// Returns the block when it is full, and is then empty again.
     fn fill(&mut self, bytes: &mut &[u8]) -> Option<[u8; N]> {
         let part = take(bytes, N - self.filled);
         let free = self.bytes.iter_mut().skip(self.filled);

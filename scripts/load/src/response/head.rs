@@ -1,22 +1,22 @@
-//! The block of header lines that starts a CGI or HTTP response: collecting it from pieces, and what matters of it.
+//! Collects and parses the header block of a CGI or HTTP response.
 
 use httparse::{EMPTY_HEADER, Header, Status};
 
 use super::{Malformed, take};
 
-/// The longest head, chunk line or trailer that is read.
+/// The longest head, chunk line or trailer that is accepted.
 const LIMIT: usize = 32 * 1024;
 
 /// The most header lines in one head.
 pub(super) const MAX_HEADERS: usize = 100;
 
-/// Collects the bytes of something that can be parsed only when it is complete.
+/// Collects bytes that can be parsed only when they are complete.
 #[derive(Debug, Default)]
 pub(super) struct Collector(Vec<u8>);
 
 impl Collector {
-    /// Takes bytes off the front of `bytes` until `parse` has seen all it needs. `parse` returns how many bytes it has used.
-    /// Nothing is copied when all of it comes in one piece.
+    /// Takes bytes from the front of `bytes` until `parse` has all it needs. `parse` returns the number of bytes used. Nothing
+    /// is copied if all bytes come in one piece.
     pub(super) fn collect<T>(
         &mut self,
         bytes: &mut &[u8],
@@ -82,7 +82,7 @@ pub(super) fn value<'a>(lines: &[Header<'a>], name: &str) -> Option<&'a [u8]> {
     lines.iter().find(|line| line.name.eq_ignore_ascii_case(name)).map(|line| line.value)
 }
 
-/// Is `token` in the comma-separated list that all lines with this name make up?
+/// Whether `token` is in the comma-separated list that all lines with this name form.
 pub(super) fn has_token(lines: &[Header<'_>], name: &str, token: &str) -> bool {
     lines
         .iter()
@@ -113,7 +113,7 @@ fn parse_status(text: &[u8]) -> Result<u16, Malformed> {
         .ok_or_else(|| Malformed::new("Status is not a number of three digits"))
 }
 
-/// A number of nothing but digits: no sign, no space.
+/// A number of digits only: no sign, no space.
 fn digits(text: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(text).ok()?;
     if !text.bytes().all(|byte| byte.is_ascii_digit()) {

@@ -1,11 +1,11 @@
-//! An HTTP/1.1 response: head, and a body whose end is given by Content-Length, by chunks, or by closing the connection.
+//! Parses an HTTP/1.1 response: a head, and a body that ends by Content-Length, by chunks, or with the connection.
 
 use httparse::{EMPTY_HEADER, Status};
 
 use super::head::{Collector, MAX_HEADERS, content_length, has_token};
 use super::{End, Malformed, take_counted};
 
-/// Reads one response; interim ones (1xx) before it are skipped.
+/// Parses one response; interim responses (1xx) before it are skipped.
 #[derive(Debug, Default)]
 pub(crate) struct Reader {
     at: At,
@@ -14,7 +14,7 @@ pub(crate) struct Reader {
     keep: bool,
 }
 
-/// What the next byte belongs to.
+/// The part of the response to which the next byte belongs.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum At {
     #[default]
@@ -28,7 +28,7 @@ enum At {
     Behind,
 }
 
-/// What matters of a head.
+/// The relevant parts of a head.
 #[derive(Debug, Clone, Copy)]
 struct Head {
     status: u16,

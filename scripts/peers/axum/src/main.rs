@@ -1,12 +1,13 @@
-//! A bare axum server, as one would write it without forkyard: what forkyard adds over HTTP, or takes away, shows beside it.
+//! Serves the benchmark's pages with bare axum, to compare HTTP with and without forkyard.
 //!
 //! ```text
 //! forkyard-peer-axum 127.0.0.1:PORT      /hello  13 bytes      /page  16 KiB from memory
 //! ```
-//! One process with one thread. For several, start it several times: the first with port 0, the others with the port that
-//! it prints. They share it by `SO_REUSEPORT`, each with a queue of its own. An inherited listener would wake all of them
-//! for each connection (tokio does not register with `EPOLLEXCLUSIVE`), and leave most kept connections to the one that is
-//! first. What SO_REUSEPORT does instead is to draw lots for each connection: few kept ones may spread unevenly.
+//! One process with one thread. For several processes, start the first with port 0, and the rest with the port that the
+//! first prints. They share the port by `SO_REUSEPORT`, each with its own queue. With an inherited listener, each
+//! connection would wake all processes (tokio does not register with `EPOLLEXCLUSIVE`), and most kept connections would
+//! stay with the first process to wake. With `SO_REUSEPORT`, the kernel selects a process at random for each connection,
+//! so a small number of kept connections may spread unevenly.
 
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
