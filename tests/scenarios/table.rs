@@ -456,10 +456,6 @@ fn uploads() -> Vec<Row> {
                 refused(&[400]).last(),
             ),
         row("a huge body in chunks", post("/sum").in_chunks(&huge), sum(&huge))
-            .not_asked(
-                |way| way == Way::Behind(APACHE_CGI),
-                "it is refused, the rest is read for two seconds, and mod_cgid sends all of it before it reads the response",
-            )
             .but(Way::is_apache_scgi_or_cgi, "there must be a length", refused(&[411]).last())
             .but(
                 |way| way.is_cgi_of(WebServer::Haproxy),

@@ -8,11 +8,13 @@
 //! response on its way. Standard output may be shared with other processes and stays blocking: the
 //! process has only one response to write.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::future::poll_fn;
 use std::io::{self, PipeReader, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -88,7 +90,7 @@ where
     drop(going_on);
     if let Some(rest) = rest {
         // Inside the runtime, which provides the timer.
-        let _ = run_in_turns(&runtime, async { tokio::time::timeout(LINGER.0, rest).await });
+        let _ = run_in_turns(&runtime, discard(rest));
     }
     blocking::finish();
     if cache.sweep_is_due() {
@@ -147,8 +149,27 @@ where
 /// The status of the response, and the reason.
 type Refusal = (StatusCode, BoxError);
 
-/// Returns the request, and a task that ends when its whole body was read.
-fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, Refusal>, Option<JoinHandle<()>>) {
+/// The part of the body that has not been read yet.
+struct Rest {
+    /// Reads it, and ends when the whole body was read.
+    task: JoinHandle<()>,
+    /// Bytes of the body that were read.
+    read: Rc<Cell<u64>>,
+}
+
+/// Reads and discards the rest of a body until it ends, or nothing has come for the time of [`LINGER`]. A web server that sends the
+/// whole body before it reads the response (mod_cgid) would lose the response otherwise.
+async fn discard(mut rest: Rest) {
+    loop {
+        let before = rest.read.get();
+        if tokio::time::timeout(LINGER.0, &mut rest.task).await.is_ok() || rest.read.get() == before {
+            return;
+        }
+    }
+}
+
+/// Returns the request, and the rest of its body.
+fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, Refusal>, Option<Rest>) {
     let variables: Vec<_> = std::env::vars_os().collect();
     let bytes: usize = variables.iter().map(|(name, value)| name.len() + value.len()).sum();
     let pairs = variables.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
@@ -172,14 +193,18 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
     let (writer, reader) = pipe::pipe();
     // Without standard input the body is cut short at once.
     let stdin = sys::descriptor(0).map(File::from);
-    let rest = stdin.map(|stdin| tokio::task::spawn_local(feed(stdin, length.unwrap_or(u64::MAX), writer)));
+    let read = Rc::new(Cell::new(0));
+    let rest = stdin.map(|stdin| {
+        let task = tokio::task::spawn_local(feed(stdin, length.unwrap_or(u64::MAX), Rc::clone(&read), writer));
+        Rest { task, read }
+    });
     let body = Body::stdin(reader, length, limits.max_body).with_activity(activity);
     (request.map(|request| request.map(|()| body)), rest)
 }
 
 /// Passes the body on as it arrives. If it ends early, dropping the writer marks the body as cut
 /// short.
-async fn feed(mut stdin: File, length: u64, body: pipe::Writer) {
+async fn feed(mut stdin: File, length: u64, so_far: Rc<Cell<u64>>, body: pipe::Writer) {
     let mut left = length;
     while left > 0 {
         poll_fn(|context| body.poll_room(context)).await;
@@ -197,6 +222,7 @@ async fn feed(mut stdin: File, length: u64, body: pipe::Writer) {
             Ok(Ok((again, bytes))) if !bytes.is_empty() => {
                 stdin = again;
                 left -= bytes.len() as u64;
+                so_far.set(length - left);
                 body.push(bytes.freeze());
             }
             Ok(Ok(_)) => return,
