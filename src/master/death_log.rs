@@ -109,6 +109,17 @@ fn in_flight(row: &Snapshot) -> String {
     named.join(", ")
 }
 
+/// The fields of the log line with the requests that the process was running.
+fn requests_at_its_end(culprit: Option<&str>, running: Option<&[String]>, ending: Ending, was_sent: bool) -> String {
+    match (culprit, running, ending) {
+        (Some(at_work), _, Ending::Signaled(_)) if was_sent => format!(" at_work={at_work:?}"),
+        (Some(culprit), _, Ending::Signaled(_)) => format!(" crashed_in={culprit:?}"),
+        (Some(culprit), _, Ending::Exited(_)) => format!(" exited_in={culprit:?}"),
+        (None, Some(running), _) => format!(" at_work={:?}", running[..running.len().min(NAMED)].join(", ")),
+        (None, None, _) => String::new(),
+    }
+}
+
 /// Writes the log line. `no_memory` is the cause if the kernel killed the process because memory ran out. The scoreboard row was
 /// written by the dead process: it is bounded, and used as text only. `limits` are those of `--rlimit`, for a process that had
 /// not become ready.
@@ -146,13 +157,8 @@ pub(crate) fn publish(
     let is_as_asked = matches!(ending, Ending::Exited(_)) && child.asked_to_leave;
     let running = row.as_ref().filter(|row| row.culprit.is_none() && !row.no_culprit && row.all_running);
     let running = running.map(|row| row.running.clone()).filter(|running| !running.is_empty() && !is_as_asked);
-    match (row.as_ref().and_then(|row| row.culprit.as_ref()), &running, ending) {
-        (Some(at_work), _, Ending::Signaled(_)) if sent_by.is_some() => drop(write!(line, " at_work={at_work:?}")),
-        (Some(culprit), _, Ending::Signaled(_)) => drop(write!(line, " crashed_in={culprit:?}")),
-        (Some(culprit), _, Ending::Exited(_)) => drop(write!(line, " exited_in={culprit:?}")),
-        (None, Some(running), _) => drop(write!(line, " at_work={:?}", running[..running.len().min(NAMED)].join(", "))),
-        (None, None, _) => {}
-    }
+    let culprit = row.as_ref().and_then(|row| row.culprit.as_deref());
+    line += &requests_at_its_end(culprit, running.as_deref(), ending, sent_by.is_some());
     let idle = row.as_ref().is_none_or(|row| row.in_flight == 0);
     let as_asked = child.asked_to_leave
         && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));

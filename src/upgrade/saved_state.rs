@@ -329,6 +329,7 @@ mod tests {
         let phase = Phase::Draining { left_ms: 5 };
         let place = Place { slot: 3, generation: 2, pid: 77, phase, worn: true, replaced: false };
         let output = |fd| SavedOutput { slot: 3, pid: 77, fd, partial: vec![b'x'] };
+        let refusal = SavedRefusal { request: "GET /a".to_owned(), refused: true, left_ms: 1, time_ms: 2, times: 3 };
         let client = SavedClient {
             fd: 17,
             unread: Vec::new(),
@@ -383,13 +384,7 @@ mod tests {
                 stop_left_ms: Some(5),
             }],
             jobs_looked_at_ms: Some(-1),
-            quarantine: vec![SavedRefusal {
-                request: "GET /a".to_owned(),
-                refused: true,
-                left_ms: 1,
-                time_ms: 2,
-                times: 3,
-            }],
+            quarantine: vec![refusal],
             control: Some(SavedControl { fd: 16, path: "/run/c".into(), file: None, clients: vec![client] }),
             pid_file: Some(SavedPidFile { fd: 18, path: "/run/p".into() }),
             publish: Some(SavedPublish { fd: 19, asked: None, path: "/run/e".into(), file: Some((1, 2)) }),

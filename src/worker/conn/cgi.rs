@@ -90,7 +90,7 @@ where
     drop(going_on);
     if let Some(rest) = rest {
         // Inside the runtime, which provides the timer.
-        let _ = run_in_turns(&runtime, discard(rest));
+        run_in_turns(&runtime, discard(rest));
     }
     blocking::finish();
     if cache.sweep_is_due() {
