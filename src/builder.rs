@@ -214,7 +214,7 @@ impl Builder {
     /// Runs `hook` in the master after each worker has ended, whatever the cause, and before a new worker takes its
     /// place.
     ///
-    /// The hook must not block, because nothing is supervised meanwhile. A panic is logged.
+    /// The hook must not block, because no process is supervised while it runs. A panic is logged.
     pub fn on_worker_exit(mut self, hook: impl FnMut(WorkerExit) + 'static) -> Self {
         self.hooks.of_master.on_worker_exit = Some(RefCell::new(Box::new(hook)));
         self

@@ -20,7 +20,7 @@ use crate::privileges::Privileges;
 /// Everything that one worker inherits.
 #[derive(Debug)]
 pub(crate) struct Heritage {
-    /// Number of the worker, unique among the living processes, and index of its row in the scoreboard.
+    /// Number of the worker, unique among the running processes, and index of its row in the scoreboard.
     pub(crate) slot: u32,
     /// Number of reloads, counted from 1, when this worker was created.
     pub(crate) generation: u64,

@@ -119,7 +119,7 @@ impl Relay<'_> {
             match self.events.publish(topic, name, data) {
                 Ok(_) => self.log_timeout = LOG_TIMEOUT,
                 Err(PublishError::Busy) if begun.elapsed() < self.log_timeout => {
-                    // Meanwhile the senders wait.
+                    // The senders wait during the sleep.
                     if wait(self.lifeline, None, Some(LOG_INTERVAL))? {
                         return Ok(ControlFlow::Break(()));
                     }

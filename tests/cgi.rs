@@ -47,7 +47,7 @@ struct Called {
     status: Option<i32>,
 }
 
-/// Runs the command to its end. Standard input stays open throughout: a program that waits for its end would wait for ever.
+/// Runs the command to its end. Standard input stays open throughout: a program that waits for its end would wait forever.
 fn run(command: &mut Command, body: &[u8]) -> Called {
     finish(start(command, body))
 }

@@ -46,7 +46,7 @@ impl Fixture {
     }
 }
 
-/// The heir of a living worker.
+/// The heir of a running worker.
 fn heir_of(worker: Pid) -> Pid {
     // A new heir has its worker's name for a moment.
     wait_until("each worker has an heir", || {

@@ -86,7 +86,7 @@ fn a_flood_is_logged_whole_and_does_not_stop_the_master() {
     let address = server.http();
     std::thread::scope(|scope| {
         let flood = scope.spawn(|| http::get(&address, &format!("/flood/{LINES}")).unwrap().status);
-        // The master keeps working: it handles a signal and adds a worker meanwhile.
+        // During the flood, the master handles a signal and adds a worker.
         wait_until("the flood has begun", || server.log().contains("| number 0").then_some(()));
         server.signal(Signal::SIGTTIN);
         wait_until("there are two workers", || (server.workers().len() == 2).then_some(()));

@@ -393,7 +393,7 @@ fn curl_is_a_client() {
         assert!(body == large, "{arguments:?}: {} bytes came back", body.len());
         assert_eq!(curl(arguments, &url("/count"), &large), answer("1.1 200", b"1048576\n"));
     }
-    // Over HTTP/1.0, a response without a known length ends with its connection.
+    // Over HTTP/1.0, the end of the connection marks the end of a response without a known length.
     let (line, body) = curl(&["--http1.0"], &url("/bytes/4"), b"");
     assert_eq!((line.as_str(), body.len()), ("1 200", 4 * MIB));
 }

@@ -387,7 +387,7 @@ pub(crate) enum Seen {
     Render,
 }
 
-/// Copies an entry's value into an emptied buffer; `None` if the entry was overwritten meanwhile.
+/// Copies an entry's value into an emptied buffer; `None` if the entry was overwritten while it was copied.
 pub(crate) fn copy_value(sight: &Sight<'_, '_>, value: &mut Vec<u8>) -> Option<()> {
     let len = usize::try_from(sight.entry.value_len).ok()?;
     value.clear();
@@ -440,7 +440,7 @@ impl Cache {
         self.sweep_now(1, self.segment.now_ms());
     }
 
-    /// The number of locks that are held, by living or dead processes.
+    /// The number of locks that are held, by live or dead processes.
     #[doc(hidden)]
     pub fn locks_held(&self) -> usize {
         let locks = self.shards().map(|shard| &shard.head.lock);
@@ -448,7 +448,7 @@ impl Cache {
         locks.filter(|lock| lock.load(Ordering::Relaxed) & 0xffff != 0).count()
     }
 
-    /// The number of entries that are pinned, by living or dead processes.
+    /// The number of entries that are pinned, by live or dead processes.
     #[doc(hidden)]
     pub fn pins_set(&self) -> usize {
         let pins = self.segment.member_cells().flat_map(|member| &member.head.pins);

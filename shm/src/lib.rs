@@ -101,7 +101,7 @@
 //! The processes of one segment trust each other about as far as threads do, with two differences. The death of a process
 //! does not harm the others. And no value read from the segment is trusted where it could lead outside the segment or into
 //! an endless loop; a shard that is found inconsistent is emptied and counted. There is no defense against a process that
-//! overwrites the segment: it can serve any content, change what another process reads in place, or name a living process
+//! overwrites the segment: it can serve any content, change what another process reads in place, or name a running process
 //! as the owner of a lock, which keeps others from storing in that shard until that process ends. A process that closes
 //! descriptors it did not open (all above 2, for example) also closes the descriptor whose lock shows that it is alive: it is taken
 //! for dead, and must not use the cache any more. [`Segment::damage`] detects a segment that was overwritten.

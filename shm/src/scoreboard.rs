@@ -32,7 +32,7 @@ use crate::memory::layout::{CELLS, Cell, ROW_BYTES, RowCells};
 /// A bit in the word of hung threads: all threads hang.
 const ALL_HANG: u32 = 1 << 31;
 
-/// Maximum number of attempts to read a row that another process claims meanwhile.
+/// Maximum number of attempts to read a row that another process claims during the read.
 const READS: usize = 3;
 
 /// A handle to the scoreboard; cheap to clone, usable from any thread.

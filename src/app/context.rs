@@ -36,7 +36,7 @@ impl Context {
         self.events.clone()
     }
 
-    /// The number of this worker's slot, unique among the living workers.
+    /// The number of this worker's slot, unique among the running workers.
     #[must_use]
     pub fn slot(&self) -> u32 {
         self.slot

@@ -21,7 +21,7 @@ type OfWorker<A, R> = Option<Box<dyn Fn(A) -> R + Send + Sync>>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct WorkerId {
-    /// The number of its slot, unique among the living workers: see [`Context::slot`](crate::Context::slot).
+    /// The number of its slot, unique among the running workers: see [`Context::slot`](crate::Context::slot).
     pub slot: u32,
     /// Its generation: 1 for the first workers, and one more after each reload.
     pub generation: u64,

@@ -33,7 +33,7 @@ pub(super) struct FailureOptions {
     #[arg(long, value_name = "TIME", env = "FORKYARD_QUARANTINE_WINDOW", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Hangs and crashes")]
     quarantine_window: Duration,
 
-    /// Time for which a quarantined request is refused; doubles with each relapse, up to an hour
+    /// Time for which a quarantined request is refused; doubles each time it is quarantined again, up to an hour
     #[arg(long, value_name = "TIME", env = "FORKYARD_QUARANTINE_TIME", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Hangs and crashes")]
     quarantine_time: Duration,
 

@@ -1,4 +1,4 @@
-//! The flags of daemons and cron jobs, which run alongside the workers.
+//! The daemon and cron job flags. Daemons and jobs run alongside the workers.
 
 use std::time::Duration;
 

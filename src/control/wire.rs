@@ -96,7 +96,7 @@ pub(crate) struct QuarantinedStatus {
     /// Method and path, or pattern, as in `GET /items/*`.
     pub(crate) request: String,
     pub(crate) left_ms: u64,
-    /// Number of quarantines in this series of relapses, including this one.
+    /// Number of times that the request was quarantined in this series, including this time.
     pub(crate) times: u32,
 }
 

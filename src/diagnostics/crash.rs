@@ -87,8 +87,8 @@ pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
     for ((signal, _), _) in SIGNALS.iter().zip(taken).filter(|(_, taken)| *taken) {
         set_action(*signal, on_crash as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK)?;
     }
-    // SAFETY: `on_exit` is a function of this binary that may be called at any exit. If it cannot be registered, an exit is
-    // reported without its request.
+    // SAFETY: `on_exit` is a function of this binary that may be called at any exit. If it cannot be registered, the report of
+    // an exit does not name the request that caused it.
     unsafe { libc::atexit(on_exit) };
     Ok(())
 }
@@ -149,7 +149,8 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     }
     match DYING.compare_exchange(0, thread, Ordering::SeqCst, Ordering::SeqCst) {
         Ok(_) => {}
-        // The previous handler, called for the first signal of this thread, has aborted.
+        // A second crash of the thread that already reports one: the previous handler, which was called for the first signal,
+        // has aborted.
         Err(first) if first == thread => {
             say(will);
             return die_of(signal, by_itself);

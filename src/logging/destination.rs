@@ -101,7 +101,7 @@ fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> 
 
 /// Makes a write to a terminal succeed whatever job this process belongs to. With `stty tostop` the kernel sends SIGTTOU to a
 /// background job that writes, unless the thread blocks that signal. The master would treat SIGTTOU as a command of the operator,
-/// and the write would be restarted for ever.
+/// and the write would be restarted forever.
 fn from_the_background<T>(write: impl FnOnce() -> T) -> T {
     let before = SigSet::from(Signal::SIGTTOU).thread_swap_mask(SigmaskHow::SIG_BLOCK);
     let outcome = write();

@@ -5,7 +5,7 @@
 //! println!    in a worker or program ──▶ a pipe ──▶ the master ──▶ log::info!("slot=S pid=P | …")
 //! ```
 //!
-//! Every process writes its own lines, each with one write(2), so no line depends on another living process. The descriptor is
+//! Every process writes its own lines, each with one write(2), so no line depends on another running process. The descriptor is
 //! a copy of the master's standard error, or the file that the master has opened, because a worker's own standard error is a pipe. Workers
 //! need no permission to open anything: after USR1 the master reopens the files, and passes them to the workers ([`files`]). A reload may
 //! change all of this ([`prepare`]); existing workers keep their levels and their line format.

@@ -272,7 +272,7 @@ impl Groups {
         self.0.insert(group, Group { session, leader: leader.map(|leader| leader.started) });
     }
 
-    /// The living processes of these groups, with their names.
+    /// The running processes of these groups, with their names.
     fn left(&self) -> BTreeMap<i32, Vec<(i32, String)>> {
         let mut left: BTreeMap<i32, Vec<(i32, String)>> = BTreeMap::new();
         for pid in procfs::all() {

@@ -154,7 +154,7 @@ fn threads_of(pid: Pid) -> Vec<i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).take(MAX_PROCESSES).collect()
 }
 
-/// These processes and all their living descendants.
+/// These processes and all their running descendants.
 pub(super) fn family_of(roots: &[Pid]) -> Vec<Pid> {
     let mut family: Vec<Pid> = roots.to_vec();
     let mut at = 0;

@@ -1,18 +1,18 @@
 //! Watches external programs, which send no reports: what `/proc` shows of them, which of their processes get signals, and how the
-//! processes that they leave behind end.
+//! processes that they leave behind are ended.
 //!
 //! A program is one process, or a wrapper around the processes that serve (`sh -c 'php-cgi; …'`, php-cgi with PHP_FCGI_CHILDREN,
-//! FCGI::ProcManager). Descendants of the serving processes belong to requests, and no graceful stop affects them: a page may wait
-//! for such a process, or it is a background job. So:
+//! FCGI::ProcManager). Descendants of the serving processes belong to requests, and no graceful stop affects them, because a page may
+//! wait for such a process, or the process is a background job. The rules are:
 //!
-//! - TERM goes to the program's own process. If that process serves, no other process is ever asked to leave.
-//! - If it does not serve, the processes below it that have the socket are recorded before the TERM. They are asked while they wait
-//!   in accept, when no request can be lost: a second after the wrapper was asked, or when it has ended. If the TERM itself ended
-//!   the wrapper, these processes did not get it. Then they are also asked when they have no connection. Those that handle TERM are
-//!   asked while they serve: at once if they accept connections meanwhile, and after half of the drain timeout otherwise.
-//! - KILL goes to the whole group, when the program has crashed or had to be killed.
-//! - A process that is left behind and still accepts connections is a stray. It is asked to leave in the same way, and killed after
-//!   the drain timeout. The server does not end before its strays.
+//! - TERM is sent to the program's own process. If that process serves, no other process ever gets TERM.
+//! - If it does not serve, the processes below it that have the socket are recorded before the TERM. They get TERM while they wait
+//!   in accept, when no request can be lost: a second after the wrapper got TERM, or when the wrapper has exited. If the TERM itself
+//!   ended the wrapper, these processes did not get it. Then they also get TERM when they have no connection. Processes that handle
+//!   TERM get it while they serve: at once if they accept connections at the same time, otherwise after half of the drain timeout.
+//! - KILL is sent to the whole group when the program has crashed or had to be killed.
+//! - A process that is left behind and still accepts connections is a stray. It gets TERM in the same way, and is killed after the
+//!   drain timeout. The server does not exit before its strays.
 
 use std::time::Duration;
 
@@ -28,16 +28,16 @@ use crate::sys::Ending;
 
 /// How long a program must run to count as ready, if it was never seen to accept and `--settle` is not set.
 const SETTLE_TIME: Duration = Duration::from_secs(1);
-/// How often starting programs are examined, and how often after one has exited with 0 without having been seen: it may have served
-/// its share between two looks.
+/// Time between two checks of starting programs. The second value applies after a program has exited with status 0 without having
+/// been seen ready, because it may have served its share of requests between two checks.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const QUICK_POLL_INTERVAL: Duration = Duration::from_millis(1);
-/// How long the quick interval lasts after such an exit.
+/// How long the quick interval applies after an unseen exit.
 const QUICK_POLL_TIME: Duration = Duration::from_secs(2);
 /// How often to look for strays: after the end of a program, and while there are orphans that may become strays.
 const STRAYS_INTERVAL: Duration = Duration::from_millis(50);
 const ORPHANS_INTERVAL: Duration = Duration::from_secs(1);
-/// After this time a stray that waits for connections is asked again.
+/// Time after which a stray that waits for connections gets TERM again.
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
 /// How often to check for waiting connections, and after which time such connections count as unserved if no program was ever seen
 /// to accept.
@@ -54,15 +54,15 @@ pub(crate) struct ProgramState {
     pub(crate) started: bool,
     /// The program, or a process below it, was seen to accept connections.
     pub(crate) seen: bool,
-    /// When it was asked to leave.
+    /// When the program first got a signal to exit.
     asked_at: Option<Now>,
-    /// The descriptors of the program could not be read when it was asked to leave.
+    /// The program's descriptors could not be read at that time.
     hidden: bool,
-    /// The processes below the program that had the socket when it was asked to leave, if it does not serve itself.
+    /// The processes below the program that had the socket at that time, if the program does not serve itself.
     servers: Vec<Process>,
-    /// The program was asked to leave some time ago, and still runs.
+    /// The program got TERM some time ago, and still runs.
     reminded: bool,
-    /// Why it cannot serve; empty if no cause is known.
+    /// Why the program cannot serve; empty if no cause is known.
     pub(crate) trouble: &'static str,
 }
 
@@ -72,7 +72,7 @@ impl ProgramState {
         Self { started, seen, ..Self::default() }
     }
 
-    /// Logs that none of its processes has the listening socket any more.
+    /// Logs that none of the program's processes has the listening socket any more.
     fn let_go(&mut self, slot: u32, pid: Pid) {
         self.trouble = LET_GO;
         log::error!("worker can serve nobody slot={slot} pid={pid}: {LET_GO}");
@@ -85,14 +85,14 @@ struct Stray {
     process: Process,
     deadline: Now,
     asked: Option<Now>,
-    /// TERM ended its wrapper, and did not reach it.
+    /// TERM ended the wrapper of this process, and was not sent to the process itself.
     unasked: bool,
 }
 
 /// The state of all programs together.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
-    /// A program was seen to accept connections, so the others are expected to be seen, too.
+    /// A program was seen to accept connections, so the other programs must be seen, too.
     pub(super) seen: bool,
     /// A program was seen to sleep in accept, so the socket must be blocking.
     sleeps_in_accept: bool,
@@ -100,14 +100,14 @@ pub(super) struct Programs {
     quick_until: Now,
     strays: Vec<Stray>,
     next_look: Option<Now>,
-    /// Until then strays are looked for at the short interval.
+    /// End of the time in which strays are searched for at the short interval.
     stray_until: Now,
     /// When to check for waiting connections.
     next_count: Option<Now>,
-    /// Since when connections wait and no program accepts them.
+    /// Time since which connections wait and no program accepts them.
     unserved_since: Option<Now>,
     unserved_said: bool,
-    /// All programs must end now, by request of the operator.
+    /// The operator has requested an immediate end of all programs.
     pub(super) at_once: bool,
 }
 
@@ -116,7 +116,7 @@ impl Programs {
         [self.next_look, self.next_count].into_iter().flatten().min()
     }
 
-    /// How often starting programs are examined.
+    /// Time between two checks of starting programs.
     pub(super) fn pace(&self, now: Now) -> Duration {
         if now < self.quick_until { QUICK_POLL_INTERVAL } else { POLL_INTERVAL }
     }
@@ -148,7 +148,7 @@ impl Child {
 
 impl Master {
     /// Marks programs as ready. A program is ready when it, or a process below it, is seen to accept connections; otherwise after
-    /// `--settle`, unless other programs were seen to accept, or no process of it has the socket any more.
+    /// `--settle` (default [`SETTLE_TIME`], unless other programs were seen to accept), if it still has the socket.
     pub(super) fn check_programs(&mut self) {
         let settle = self.spawner.config.settle;
         let listener = &self.spawner.listeners[0];
@@ -156,7 +156,7 @@ impl Master {
         for (&pid, child) in &mut self.children {
             let lived = child.since.elapsed();
             let Link::Program(program) = &mut child.link else { continue };
-            // A program that was asked to leave, or killed, cannot be seen: that is no sign of readiness.
+            // A program that got TERM or KILL cannot be observed, which does not mean that it is ready.
             if program.started || child.asked_to_leave {
                 continue;
             }
@@ -193,7 +193,7 @@ impl Master {
         let pids: Vec<Pid> = self.children.keys().copied().collect();
         let servers = procfs::servers_under(&pids, listener);
         if self.programs.unserved_said || !servers.is_empty() {
-            // The program was busy with its start. It has been seen now, so further programs must be seen, too.
+            // The program took long to start. It has been seen now, so further programs must be seen, too.
             self.programs.seen |= !servers.is_empty();
             for (&pid, child) in &mut self.children {
                 if let Link::Program(program) = &mut child.link {
@@ -277,8 +277,9 @@ impl Master {
         }
     }
 
-    /// Reminds a process that was asked to leave and still runs. Workers miss no signal. A program may have lost the signal between a
-    /// check and an accept; but a program that serves may take a second TERM as "at once".
+    /// Sends TERM again to a program that still runs and sleeps in accept: it may have missed the first TERM between its check for
+    /// signals and accept. A program that serves may take a second TERM as a request to exit at once. Workers miss no signal. From now
+    /// on, the servers below a wrapper that still runs are treated like strays.
     pub(super) fn remind(&mut self, pid: Pid) {
         let now = self.now();
         let listener = &self.spawner.listeners[0];
@@ -291,14 +292,14 @@ impl Master {
         }
     }
 
-    /// Handles the end of a child before it is reaped: the remaining processes of its group end with it, if it has crashed or had to be
-    /// killed.
+    /// Handles the exit of a child before it is reaped. If the child has crashed or had to be killed, the remaining processes of its
+    /// group are killed.
     pub(super) fn program_ending(&mut self, pid: Pid, ending: Ending) {
         let Some(Child { link: Link::Program(program), asked_to_leave: asked, .. }) = self.children.get(&pid) else {
             return;
         };
         let signal = match ending {
-            // The program may be the wrapper of processes that cannot be seen, and that did not get the TERM.
+            // The program may be the wrapper of processes that cannot be observed and did not get the TERM.
             Ending::Signaled(libc::SIGTERM) if *asked && program.hidden => Some(Signal::SIGTERM),
             Ending::Exited(_) | Ending::Signaled(libc::SIGTERM) if *asked => None,
             Ending::Exited(0 | super::reap::STAY_DOWN) if program.started || self.programs.seen => None,
@@ -309,7 +310,7 @@ impl Master {
         }
     }
 
-    /// Handles the end of a program: its processes that still accept connections must leave, too.
+    /// Handles the exit of a program. Its remaining servers, which may still accept connections, must exit too.
     pub(super) fn program_ended(&mut self, program: ProgramState, ending: Ending) {
         let now = self.now();
         if !program.started && ending == Ending::Exited(0) {
@@ -327,7 +328,8 @@ impl Master {
         self.programs.check_soon(now);
     }
 
-    /// Children that this process did not start: their parents have ended. Children from before the server's start are not included.
+    /// Children that this process did not start but inherited when their parents exited. Children from before the server's start are
+    /// not included.
     pub(super) fn orphans(&self) -> Vec<Pid> {
         let mut orphans = procfs::own_children();
         orphans.retain(|&pid| {

@@ -56,7 +56,7 @@ pub(crate) enum Verdict {
 pub(crate) struct Listed {
     pub(crate) key: String,
     pub(crate) left: Duration,
-    /// Number of refusals in a row of relapses, including this one.
+    /// Number of times that the request was refused in this series, including this time.
     pub(crate) times: u32,
 }
 

@@ -39,7 +39,7 @@ impl Recycling {
         Self { max_memory, interval, max_age, lives: BTreeMap::new(), next_look: Now::ZERO, last_looked_at: None }
     }
 
-    /// Changes the limits. Living workers keep their maximum age.
+    /// Changes the limits. Running workers keep their maximum age.
     pub(crate) fn set_limits(&mut self, scaling: &Scaling) {
         let Self { max_memory, interval, max_age, .. } = Self::new(scaling);
         (self.max_memory, self.interval, self.max_age) = (max_memory, interval, max_age);

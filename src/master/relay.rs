@@ -1,6 +1,6 @@
 //! Starts and supervises the relay process: it is started when a datagram waits in the publish socket, and restarted when it has
 //! died. A relay that does nothing while datagrams wait, for example because it was stopped, is killed: otherwise publishers would
-//! wait for ever. [`crate::relay`] is the code of the relay itself.
+//! wait forever. [`crate::relay`] is the code of the relay itself.
 //!
 //! The master never reads the socket. It checks whether a datagram waits: while there is no relay, and periodically while there is.
 
@@ -98,7 +98,7 @@ impl Relay {
         Some(SavedPublish { fd: socket.raw(), asked, path, file: socket.file() })
     }
 
-    /// The pid of the living relay.
+    /// The pid of the running relay.
     pub(super) fn pid(&self) -> Option<Pid> {
         match &self.state {
             State::Works(Process { pid, .. }) | State::Ends { pid, .. } => Some(*pid),

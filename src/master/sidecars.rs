@@ -81,7 +81,7 @@ struct Process {
     open: bool,
 }
 
-/// A living process, for the next master in an upgrade.
+/// A running process, for the next master in an upgrade.
 pub(super) struct Living<'a> {
     pub(super) name: &'a str,
     pub(super) pid: Pid,

@@ -76,7 +76,7 @@ pub(crate) struct Spawner {
     worker_hooks: Arc<WorkerHooks>,
 }
 
-/// A living worker or program.
+/// A running worker or program.
 pub(crate) struct Child {
     pub(crate) slot: u32,
     pub(crate) generation: u64,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::supervisor::Now;
 
-/// Time between two looks while no work waits, and while some does.
+/// Time between two checks while no work waits, and while work waits.
 const APART: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
 /// Number of looks in a row at which work waits and the process has done nothing since the previous look.
 const LOOKS: u32 = 3;

@@ -13,7 +13,7 @@
 //! a seed.
 //!
 //! The rules:
-//! - A slot has at most one process. The slot number is unique among the living processes, and is the process's row in the scoreboard.
+//! - A slot has at most one process. The slot number is unique among the running processes, and is the process's row in the scoreboard.
 //! - There should be `target` processes that are starting or ready. Draining processes do not count. [`scale`] changes the target.
 //! - A process that dies after it was ready is replaced at once, as long as fewer than `respawn_rate` were replaced within about a
 //!   second. Further replacements are delayed.
@@ -22,7 +22,7 @@
 //!   is a deadline and blocks nothing.
 //! - A process that exits with 0 before it was seen to be ready may have served its share of requests, and is replaced at once. After
 //!   some such exits in a row, the exit counts as a death before the process was ready, and a reload fails.
-//! - A living process that is replaced (reload, recycling) drains when its replacement is ready, and a budget limits the number of
+//! - A running process that is replaced (reload, recycling) drains when its replacement is ready, and a budget limits the number of
 //!   processes that are being replaced at a time. If the new processes of a reload do not start, the old ones stay: see [`roll`].
 //! - A stop begins with the ready processes; the rest depends on the queues of the listening sockets: see [`stop`].
 //! - While a process drains, the supervisor reminds the shell of it every second, since a program may lose a signal between a check and
@@ -240,7 +240,7 @@ impl Supervisor {
         self.proven || self.reached_full_strength
     }
 
-    /// The slot and generation of a living process.
+    /// The slot and generation of a running process.
     #[cfg(test)]
     fn place_of(&self, pid: Pid) -> Option<(u32, u64)> {
         let index = self.find(pid)?;
@@ -310,7 +310,7 @@ impl Supervisor {
         }
     }
 
-    /// Handles a process that exited with 0 and was never seen to be ready. It may have served its share of requests between two looks.
+    /// Handles a process that exited with 0 and was never seen to be ready. It may have served its share of requests between two checks.
     /// If that repeats and no process is ever seen, the program has failed. A process that lived longer was looked at more often, and
     /// counts more.
     fn done_unseen(&mut self, slot: u32, pid: Pid, lived: Duration, now: Now) {

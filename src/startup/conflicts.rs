@@ -65,13 +65,13 @@ struct FilePlace {
     directory: Option<(u64, u64)>,
 }
 
-/// Conflicts among all settings.
+/// Returns the conflicts among all settings.
 pub(crate) fn find(config: &Config) -> Vec<Conflict> {
     let claims = config.binds.iter().map(|bind| claim_of_bind(bind, &config.binds));
     conflicts_among(&claims.chain(files(config)).collect::<Vec<_>>())
 }
 
-/// Conflicts among files and Unix sockets, without resolving host names.
+/// Returns the conflicts among files and Unix sockets. Does not resolve host names.
 pub(crate) fn find_among_files(config: &Config) -> Vec<Conflict> {
     let of_binds = config.binds.iter().filter(|bind| matches!(bind.address, Address::Path(_)));
     let of_binds = of_binds.map(|bind| claim_of_bind(bind, &config.binds));

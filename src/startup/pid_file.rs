@@ -2,7 +2,7 @@
 //!
 //! The file is written under another name, locked, and moved into place, so that no reader sees a part of it. The lock ends
 //! with the master, so a file without a lock was left by a dead master. It is a write lock of fcntl(2): a process that can
-//! only read the file cannot take one, and cannot pass for a living master. The file must stay open until the master exits.
+//! only read the file cannot take one, and cannot pass for a running master. The file must stay open until the master exits.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -171,7 +171,7 @@ fn is_full(directory: &Path) -> bool {
     statvfs(directory).is_ok_and(|found| found.blocks() > 0 && free(&found) == 0)
 }
 
-/// An error if a living master has the file, or if it is not a pid file.
+/// An error if a running master has the file, or if it is not a pid file.
 fn refuse_second(path: &Path) -> Result<(), String> {
     match holder(path)? {
         None => Ok(()),
@@ -181,7 +181,7 @@ fn refuse_second(path: &Path) -> Result<(), String> {
     }
 }
 
-/// The pid of the living master that has the file.
+/// The pid of the running master that has the file.
 ///
 /// # Errors
 /// If it is not a pid file.

@@ -14,7 +14,7 @@
 //!   without epoll, for example, or one that registers a copy), there is no exclusive registration, and every process is woken.
 //! - The token is added to the instance in which it was found, through a descriptor of our own for that instance, not by a number
 //!   that may refer to another file by now.
-//! - A loop that changed the token of a living registration would do it by EPOLL_CTL_MOD, which the kernel refuses for an
+//! - A loop that changed the token of an existing registration would do it by EPOLL_CTL_MOD, which the kernel refuses for an
 //!   exclusive registration (EINVAL) and for a paused one (ENOENT): the loop would get an error.
 //!
 //! At the end the descriptor is in the instance again, so that tokio removes it as usual.

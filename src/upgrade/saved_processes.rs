@@ -31,7 +31,7 @@ pub(crate) struct Place {
     pub(crate) replaced: bool,
 }
 
-/// The state of a living process. Times are the remaining ones.
+/// The state of a running process. Times are the remaining ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Phase {
     Starting { left_ms: u64 },

@@ -15,7 +15,7 @@ use crate::net::listen::{self, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::sys;
 
-/// Connects the living workers of a former master to this master and its workers.
+/// Connects the running workers of a former master to this master and its workers.
 #[derive(Debug, Default)]
 pub(crate) struct Ties {
     pub(crate) lifeline: Option<(OwnedFd, OwnedFd)>,

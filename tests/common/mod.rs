@@ -208,7 +208,7 @@ impl Server {
         memory_of(self.pid())
     }
 
-    /// The pids of the living workers: the processes with a row in the scoreboard. Where the scoreboard cannot be read, and under `run`,
+    /// The pids of the running workers: the processes with a row in the scoreboard. Where the scoreboard cannot be read, and under `run`,
     /// where workers have no rows: all children.
     pub fn workers(&self) -> BTreeSet<i32> {
         match self.memory() {
@@ -436,7 +436,7 @@ fn segment_at(path: &Path) -> Option<Segment> {
     Segment::attach(OwnedFd::from(file)).ok()
 }
 
-/// The living processes whose parent is `pid`, including zombies, without the heirs of dead workers and without the guard. Under `run`, a
+/// The processes whose parent is `pid`, including zombies, without the heirs of dead workers and without the guard. Under `run`, a
 /// child with the master's name is a fork that is about to get another name.
 pub fn children_of(pid: Pid) -> BTreeSet<i32> {
     let is_master = process(pid.as_raw()).is_some_and(|process| process.name == "forkyard");

@@ -12,7 +12,7 @@ use crate::target::Protocol;
 /// A complete response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct End {
-    /// The request was not served: FastCGI's `protocolStatus`, if it is not zero.
+    /// FastCGI's `protocolStatus` if it is not zero, which means that the request was not served.
     pub(crate) refused: Option<u8>,
     pub(crate) status: u16,
     /// Whether the server leaves the connection open.

@@ -32,12 +32,12 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// For `map_err` after operations that the system may refuse.
+    /// Returns a function for `map_err` that names the failed operation.
     pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Error {
         move |source| Error::System { what, source: source.into() }
     }
 
-    /// For `map_err` after calls that return an errno.
+    /// Like [`Error::system`], for calls that return an errno.
     pub(crate) fn errno(what: &'static str) -> impl Fn(Errno) -> Error {
         Error::system(what)
     }

@@ -338,7 +338,7 @@ impl LockedShard<'_> {
             .inner
             .members()
             .flat_map(|member| member.head.pins.iter().filter_map(pin::get).map(move |pin| (member.number, pin)));
-        // No entry is larger than the maximum. A pin that claims more is invalid, and would block the ring for ever.
+        // No entry is larger than the maximum. A pin that claims more is invalid, and would block the ring forever.
         let most = self.shard.inner.geometry.max_record;
         let sane = pins.filter(move |(_, pin)| pin.size / 2 <= most);
         let here = sane.filter(move |(_, pin)| pin.shard == number && pin.main == (ring == Ring::Main));

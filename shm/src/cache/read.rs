@@ -16,7 +16,7 @@ use super::freshness::{Judge, Verdict};
 use super::index::{Place, Slot};
 use super::shard::Shard;
 
-/// Maximum number of attempts of a lookup whose entry was overwritten meanwhile.
+/// Maximum number of attempts of a lookup whose entry was overwritten while it was read.
 const TRIES: usize = 4;
 
 /// An entry found without a lock: any word of it may have changed since it was read, unless [`Sight::holds`] confirms it.

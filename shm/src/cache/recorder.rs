@@ -55,7 +55,7 @@ pub struct Recorder {
 #[derive(Debug)]
 struct Shared {
     cache: Cache,
-    /// The hashes of the pages that are being rendered: the pages that wait for this page, then this page.
+    /// The hashes of the nested pages that are being rendered, from the outermost page to this page. Each page waits for the next.
     pages: Vec<u64>,
     snapshot: PurgeSnapshot,
     began: Instant,

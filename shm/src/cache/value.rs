@@ -74,7 +74,7 @@ impl Cache {
     }
 }
 
-/// Copies an entry's metadata and value; `None` if the entry was overwritten meanwhile.
+/// Copies an entry's metadata and value; `None` if the entry was overwritten while it was copied.
 pub(crate) fn copy_parts(sight: &Sight<'_, '_>) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut value = Vec::new();
     copy_value(sight, &mut value)?;

@@ -108,7 +108,7 @@ impl Events {
 }
 
 impl SharedMemory {
-    /// As for a shard: after a timeout, no caller waits for a living owner until the lock has been taken again.
+    /// As for a shard: after a timeout, no caller waits for a live owner until the lock has been taken again.
     fn lock_events(&self, head: &EventsHead) -> bool {
         let suspect = head.suspect.load(Ordering::Relaxed) != 0;
         let Some(from_the_dead) = self.take_lock(&head.lock, suspect) else {

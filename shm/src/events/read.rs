@@ -123,7 +123,7 @@ impl Tail {
                         return Tailed::Event(event);
                     }
                 }
-                // Either the floor has passed the position, or the log was overwritten, which must not keep this loop running for ever.
+                // Either the floor has passed the position, or the log was overwritten, which must not keep this loop running forever.
                 _ => {
                     self.position = if floor > self.position && self.position < head { floor } else { head };
                     return Tailed::Gap;

@@ -122,7 +122,7 @@ fn register() -> bool {
 }
 
 extern "C" fn before_fork() {
-    // A signal handler may fork while its own thread holds the list. That must not wait for ever; the risk is only
+    // A signal handler may fork while its own thread holds the list. That must not wait forever; the risk is only
     // a child that keeps a descriptor.
     let free = |_: &u32| {
         std::hint::spin_loop();

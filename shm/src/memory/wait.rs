@@ -19,7 +19,7 @@ const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
 impl SharedMemory {
     /// Takes a lock; returns whether its last owner died holding it. `None` if the lock is not available in time; with `hurry`, does not
-    /// wait for a living owner; always `None` if the memory is lost.
+    /// wait for a live owner; always `None` if the memory is lost.
     pub(crate) fn take_lock(&self, lock: &AtomicU32, hurry: bool) -> Option<bool> {
         let me = self.member_at_last().filter(|_| !self.map.is_lost())?.number;
         let backoff = Backoff::new();

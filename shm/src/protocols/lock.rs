@@ -5,7 +5,7 @@
 //! ```
 //! A robust pthread mutex would do the same with the kernel's help, but it keeps pointers of the C library in shared memory: a
 //! process that overwrites them crashes the holder of the lock, and no model checker can run it. Here an
-//! overwritten word names a member that does not exist, which counts as dead; or, by bad luck, a living member, which keeps others
+//! overwritten word names a member that does not exist, which counts as dead; or, by bad luck, a live member, which keeps others
 //! from taking the lock until that member ends.
 //!
 //! Only the kernel can decide whether an owner is dead: see `memory/members.rs`. A process that finds a dead owner marks its locks with

@@ -1,7 +1,7 @@
-//! A watchdog process that kills the tests, and all processes that they have started, at their limit.
+//! A watchdog process that kills the tests, and all processes that they have started, when the tests reach their time limit.
 //!
-//! The watchdog is a separate process because the tests fork and so must be single-threaded. Both share memory for the state that the
-//! watchdog reads.
+//! The watchdog is a separate process because the tests fork and so must be single-threaded. The tests write the deadline and the name
+//! of the running test to memory that they share with the watchdog.
 
 use std::io::Write as _;
 use std::num::NonZeroUsize;

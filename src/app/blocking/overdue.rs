@@ -1,8 +1,8 @@
 //! Watches functions that still run although their response is no longer waited for.
 //!
-//! A worker that leaves waits for such a function for up to `--hang-timeout`. If the function still
-//! runs that long after the deadline of its request (`--request-timeout`), it hangs, and the worker
-//! requests its own replacement. It does not matter whether the client got the 504 or had left before.
+//! A draining worker waits for such a function for up to `--hang-timeout`. If the function still
+//! runs that long after the deadline of its request (`--request-timeout`), it counts as hanging, and
+//! the worker requests its own replacement, whether the client got the 504 or disconnected before.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -29,16 +29,16 @@ thread_local! {
 #[derive(Clone)]
 struct Overrun {
     job: Weak<dyn Job>,
-    /// Since when its response is no longer waited for.
+    /// When the wait for its response ended.
     since: Instant,
-    /// Its request, and the time at which the request got its 504 or would have got it. `None`
-    /// without a deadline.
+    /// Its request, and the deadline of the request, at which the 504 was due. `None` without a
+    /// deadline.
     over: Option<(Arc<str>, Instant)>,
     is_reported: bool,
 }
 
 impl Overrun {
-    /// When a worker that leaves stops waiting for this function.
+    /// When a draining worker stops waiting for this function.
     fn ends(&self) -> Option<Instant> {
         self.since.checked_add(patience())
     }
@@ -98,8 +98,8 @@ pub(super) fn hung() -> usize {
     running().iter().filter(|one| one.hangs_at().is_some_and(|at| at <= now)).count()
 }
 
-/// Number of functions that a leaving worker no longer waits for, and the time at which there will
-/// be a further one if it still runs.
+/// Number of functions for which a draining worker no longer waits, and the time at which the next
+/// function joins them if it still runs.
 pub(super) fn outstaying() -> (usize, Option<Instant>) {
     let now = Instant::now();
     let ends = running().into_iter().filter_map(|one| one.ends());
@@ -113,8 +113,8 @@ fn running() -> Vec<Overrun> {
         return Vec::new();
     }
     let all = overruns().clone();
-    // The last reference to a job must not be dropped under the lock: this drops the application's
-    // response.
+    // The last reference to a job must not be dropped under the lock, because this drops the
+    // application's response.
     all.into_iter().filter(|one| one.job.upgrade().is_some_and(|job| job.is_running())).collect()
 }
 

@@ -56,8 +56,8 @@ struct Waiting {
     called: u32,
 }
 
-/// This worker's `--threads` and `--queue`, and the scoreboard field that shows its siblings
-/// whether it is occupied.
+/// The values of `--threads` and `--queue`, and the scoreboard field from which siblings read
+/// whether this worker is occupied.
 static SIZE: OnceLock<(u32, u32, Option<Occupancy>)> = OnceLock::new();
 static POOL: OnceLock<Pool> = OnceLock::new();
 static POOL_IS_FULL: Notify = Notify::const_new();

@@ -1,4 +1,4 @@
-//! The body of a request, for all protocols, and of the responses of blocking functions.
+//! The type of request bodies in all protocols, and of response bodies of blocking functions.
 
 mod filter;
 pub(crate) mod pipe;

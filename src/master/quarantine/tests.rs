@@ -125,7 +125,7 @@ fn what_threads_were_at_work_on_is_evidence_however_much_was_in_flight() {
     let alone = Death { live_workers: 0, ..exited };
     assert_eq!(refused(&verdicts(&[alone.clone(), alone.clone(), alone.clone()])), ["GET /bad"]);
 
-    // Killed because memory ran out: a request that was running is to blame only if no living worker serves it.
+    // Killed because memory ran out: a request that was running is to blame only if no running worker serves it.
     let killed = Death { by_itself: false, ..alone };
     assert_eq!(
         verdicts(&[killed.clone(), killed.clone(), killed.clone()]),

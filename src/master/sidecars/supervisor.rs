@@ -32,7 +32,7 @@ use crate::master::supervisor::{AfterExit, Breaker, Now};
 
 /// Minimum lifetime of a daemon that counts as started.
 pub(crate) const STEADY_TIME: Duration = Duration::from_secs(1);
-/// How often the wall clock is read: the other clock stands still while the machine sleeps.
+/// How often the wall clock is read, because the other clock stops while the machine is suspended.
 const WALL_CLOCK_INTERVAL: Duration = Duration::from_secs(60);
 /// A step back by more than this is not just a correction of the wall clock.
 const SET_BACK: SignedDuration = SignedDuration::from_secs(60);

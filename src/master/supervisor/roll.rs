@@ -1,4 +1,4 @@
-//! Replaces living workers, for a reload or at the end of their lifetime. Both follow the same rules and share one budget: the new
+//! Replaces running workers, for a reload or at the end of their lifetime. Both follow the same rules and share one budget: the new
 //! worker is ready before the old one drains, and at most `max_unavailable` workers are being replaced at a time, counted from the
 //! start of the replacement to the end of the old worker.
 //!

@@ -19,7 +19,7 @@ fn policy(workers: u32) -> Policy {
     }
 }
 
-/// Plays a random history. Returns the supervisor, the time, and the living processes.
+/// Plays a random history. Returns the supervisor, the time, and the running processes.
 fn history(random: &mut fastrand::Rng, policy: Policy) -> (Supervisor, Now, Vec<i32>) {
     let mut supervisor = Supervisor::new(policy);
     let (mut now, mut alive, mut next) = (Now::ZERO, Vec::new(), 100);

@@ -54,7 +54,8 @@ const NOT_WAITED_FOR: u32 = 4;
 /// How long a worker at its limit leaves waiting clients to its siblings before it closes idle
 /// connections.
 const LEFT_WHEN_FULL: Duration = Duration::from_millis(10);
-/// How long accepting pauses when the system has no descriptor or memory for a connection.
+/// Time for which the worker stops accepting when it cannot accept a connection, for example
+/// because no descriptor or memory is available.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Number of pauses after which a closed listener is logged as an error. Until then, the master may
 /// be stopping.

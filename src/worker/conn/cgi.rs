@@ -2,11 +2,11 @@
 //! the response on standard output. There is no master and no fork. Output that the application
 //! prints goes to standard error (`cgi_invocation.rs`).
 //!
-//! Standard input is read up to the announced length, not to its end: the end might never come. The
-//! part that the application leaves unread is read after the response: standard input and output
-//! may be one socket (Apache's mod_cgid), and closing a socket with unread bytes destroys the
-//! response on its way. Standard output may be shared with other processes and stays blocking: the
-//! process has only one response to write.
+//! Standard input is read up to the announced length, not to its end, because the end might never
+//! come. The part that the application leaves unread is read after the response, because standard
+//! input and output may be one socket (Apache's mod_cgid), and closing a socket with unread bytes
+//! destroys the response in transit. Standard output may be shared with other processes and stays
+//! blocking, because the process has only one response to write.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -44,7 +44,7 @@ use crate::worker::lifecycle::watchdog::watch_bodies;
 use crate::worker::service::serve::{self, Application, BoxError, Guard, Served};
 use crate::worker::{on_thread, run_in_turns};
 
-/// Bytes of one read, and bytes of small pieces that are collected before a write.
+/// Maximum size of a read, and of the small pieces that are collected before a write.
 const PIECE: usize = 64 << 10;
 
 /// Serves the request and writes the response to `stdout`. `segment` has the cache. Its scoreboard
@@ -85,8 +85,8 @@ where
             () = gone(watched, over) => (Err(io::ErrorKind::BrokenPipe.into()), None),
         }
     });
-    // The end of standard output is the end of the response: this ends the thread of `gone`, which has
-    // the only other copy. The client does not wait for the rest of this function.
+    // Ends the thread of `gone`, which holds the last copy of standard output. Closing that copy marks the
+    // end of the response, so the client does not wait for the rest of this function.
     drop(going_on);
     if let Some(rest) = rest {
         // Inside the runtime, which provides the timer.
@@ -151,14 +151,14 @@ type Refusal = (StatusCode, BoxError);
 
 /// The part of the body that has not been read yet.
 struct Rest {
-    /// Reads it, and ends when the whole body was read.
+    /// Reads the body, and ends when the whole body has been read.
     task: JoinHandle<()>,
     /// Bytes of the body that were read.
     read: Rc<Cell<u64>>,
 }
 
-/// Reads and discards the rest of a body until it ends, or nothing has come for the time of [`LINGER`]. A web server that sends the
-/// whole body before it reads the response (mod_cgid) would lose the response otherwise.
+/// Reads and discards the rest of a body until the body ends, or no data has arrived for the time of [`LINGER`]. Otherwise, a web
+/// server that sends the whole body before it reads the response (mod_cgid) would lose the response.
 async fn discard(mut rest: Rest) {
     loop {
         let before = rest.read.get();
@@ -234,7 +234,7 @@ async fn feed(mut stdin: File, length: u64, so_far: Rc<Cell<u64>>, body: pipe::W
     body.finish();
 }
 
-/// Writes the response: the available part at once, and the rest as it comes.
+/// Writes the response: the available part at once, and the rest as it becomes available.
 async fn send<B>(response: Response<Served<B>>, is_head: bool, stdout: &mut File) -> io::Result<()>
 where
     B: HttpBody,
@@ -277,8 +277,8 @@ fn write(stdout: &mut File, waiting: &mut BytesMut) -> io::Result<()> {
     written
 }
 
-/// Returns when standard output has no reader any more, or the other end of `over` is closed. A
-/// file gives no such event.
+/// Returns when standard output has no reader any more, or the other end of `over` is closed. If
+/// standard output is a file, only the latter can happen.
 async fn gone(stdout: OwnedFd, over: PipeReader) {
     // On a thread, because epoll does not accept files.
     let hung_up = on_thread("stdout", move || {

@@ -10,7 +10,7 @@ use crate::config::sidecars::SidecarConfig;
 const S: Duration = Duration::from_secs(1);
 const STOP: Duration = Duration::from_secs(10);
 
-/// Sidecars, their clocks, and their living processes.
+/// Sidecars, their clocks, and their running processes.
 struct World {
     sidecars: SidecarSupervisor,
     now: Now,
@@ -171,7 +171,7 @@ fn a_daemon_that_ends_well_at_once_is_tried_less_and_less_and_given_up() {
     assert_eq!(world.starts, [4, 1]);
     world.feed(Event::Reloaded);
     assert_eq!(world.starts[0], 5);
-    // The failing daemon is tried again; the daemon that had run was restarted.
+    // The start of the failing daemon is retried; the daemon that had run was restarted.
     for _ in 0..20 {
         world.end(0, AfterExit::Replace);
         world.pass(30 * S);
