@@ -326,6 +326,33 @@ fn those_below_a_program_that_term_ends_finish_what_they_serve() {
     }
 }
 
+#[test]
+fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgrade() {
+    let place = Place::new();
+    let text = "for _ in range(2):\n  if os.fork() == 0:\n    while True: serve(s.accept()[0])\nos.wait()\n";
+    let script = place.script("app", &format!("{SERVE}{text}"));
+    // Time enough for the reload and the upgrade, also on a busy machine.
+    let options = [&ALL[..], &["--drain-timeout", "10s"]].concat();
+    let mut server = Server::start_command(&mut place.run(&options, &[&script]));
+    let old = wait_until("all are there", || Some(named(&server, "python3")).filter(|all| all.len() == 6));
+    let waiting = Waiting::new(&place, "request");
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| waiting.ask());
+        let serving = waiting.has_begun();
+        server.signal(Signal::SIGHUP);
+        wait_until("of the old ones only the one that serves is left", || {
+            let left: Vec<i32> = old.iter().copied().filter(|&pid| lives(pid)).collect();
+            (left == [serving]).then_some(())
+        });
+        server.signal(Signal::SIGUSR2);
+        server.wait_for("upgraded");
+        let killed = format!("(--drain-timeout): killed pid={serving}");
+        wait_until("it is killed when its time is over", || server.log().contains(&killed).then_some(()));
+        assert!(client.join().is_err(), "the request had no response");
+    });
+    server.stop();
+}
+
 /// They may never be seen without a connection: an event loop is asked at once, others after half of the time that they have.
 #[test]
 fn those_that_handle_term_are_asked_while_they_serve() {

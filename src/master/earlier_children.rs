@@ -18,11 +18,11 @@ impl EarlierChildren {
     }
 
     pub(super) fn save(&self) -> Vec<SavedProcess> {
-        self.0.iter().map(|&Process { pid, started }| SavedProcess { pid, started }).collect()
+        self.0.iter().map(|&process| process.into()).collect()
     }
 
     pub(super) fn restore(saved: &[SavedProcess]) -> Self {
-        Self(saved.iter().map(|&SavedProcess { pid, started }| Process { pid, started }).collect())
+        Self(saved.iter().map(|&process| process.into()).collect())
     }
 
     /// Whether the process is one of these, or comes from one: it is then in the process group of one of them. Each process that the

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::net::listen::Listener;
 use crate::sys;
+use crate::upgrade::saved_state::SavedProcess;
 
 /// Maximum number of threads of one process, and of processes of one tree, that are examined.
 const MAX_PROCESSES: usize = 256;
@@ -28,6 +29,18 @@ pub(super) struct Process {
     pub(super) pid: i32,
     /// Start time, in ticks since the boot of the machine.
     pub(super) started: u64,
+}
+
+impl From<Process> for SavedProcess {
+    fn from(Process { pid, started }: Process) -> Self {
+        Self { pid, started }
+    }
+}
+
+impl From<SavedProcess> for Process {
+    fn from(SavedProcess { pid, started }: SavedProcess) -> Self {
+        Self { pid, started }
+    }
 }
 
 /// The fields of `/proc/PID/stat`: see proc_pid_stat(5).

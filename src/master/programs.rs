@@ -25,6 +25,7 @@ use super::reap::Kind;
 use super::spawn::{Child, Launch, Link};
 use super::supervisor::Now;
 use crate::sys::Ending;
+use crate::upgrade::saved_state::{SavedProgram, SavedStray};
 
 /// How long a program must run to count as ready, if it was never seen to accept and `--settle` is not set.
 const SETTLE_TIME: Duration = Duration::from_secs(1);
@@ -54,11 +55,11 @@ pub(crate) struct ProgramState {
     pub(crate) started: bool,
     /// The program, or a process below it, was seen to accept connections.
     pub(crate) seen: bool,
-    /// When the program first got a signal to exit.
-    asked_at: Option<Now>,
-    /// The program's descriptors could not be read at that time.
+    /// The program got its first signal to exit, and must have exited by then.
+    leave_by: Option<Now>,
+    /// The program's descriptors could not be read when it got that signal.
     hidden: bool,
-    /// The processes below the program that had the socket at that time, if the program does not serve itself.
+    /// The processes below the program that had the socket then, if the program does not serve itself.
     servers: Vec<Process>,
     /// The program got TERM some time ago, and still runs.
     reminded: bool,
@@ -67,9 +68,28 @@ pub(crate) struct ProgramState {
 }
 
 impl ProgramState {
+    pub(crate) fn save(&self, now: Now) -> SavedProgram {
+        SavedProgram {
+            started: self.started,
+            seen: self.seen,
+            leave_left_ms: self.leave_by.map(|by| millis_until(by, now)),
+            hidden: self.hidden,
+            servers: self.servers.iter().map(|&process| process.into()).collect(),
+            reminded: self.reminded,
+        }
+    }
+
     /// A program that another master has started.
-    pub(crate) fn restore(started: bool, seen: bool) -> Self {
-        Self { started, seen, ..Self::default() }
+    pub(crate) fn restore(saved: SavedProgram, now: Now) -> Self {
+        Self {
+            started: saved.started,
+            seen: saved.seen,
+            leave_by: saved.leave_left_ms.map(|left| now + Duration::from_millis(left)),
+            hidden: saved.hidden,
+            servers: saved.servers.into_iter().map(Process::from).collect(),
+            reminded: saved.reminded,
+            trouble: "",
+        }
     }
 
     /// Logs that none of the program's processes has the listening socket any more.
@@ -124,6 +144,27 @@ impl Programs {
     /// Whether there are no strays.
     pub(super) fn is_empty(&self) -> bool {
         self.strays.is_empty()
+    }
+
+    pub(super) fn save_strays(&self, now: Now) -> Vec<SavedStray> {
+        let save = |stray: &Stray| SavedStray {
+            process: stray.process.into(),
+            left_ms: millis_until(stray.deadline, now),
+            asked: stray.asked.is_some(),
+            unasked: stray.unasked,
+        };
+        self.strays.iter().map(save).collect()
+    }
+
+    /// Continues with the strays of another master.
+    pub(super) fn restore_strays(&mut self, saved: Vec<SavedStray>, now: Now) {
+        self.strays.extend(saved.into_iter().map(|stray| Stray {
+            process: stray.process.into(),
+            deadline: now + Duration::from_millis(stray.left_ms),
+            asked: stray.asked.then_some(now),
+            unasked: stray.unasked,
+        }));
+        self.check_soon(now);
     }
 
     /// Ends all programs and strays now.
@@ -260,9 +301,9 @@ impl Master {
         let Some(child) = self.children.get_mut(&pid) else { return };
         let to_group = signal == Signal::SIGKILL && !child.is_worker();
         if let Link::Program(program) = &mut child.link
-            && program.asked_at.is_none()
+            && program.leave_by.is_none()
         {
-            program.asked_at = Some(now);
+            program.leave_by = Some(now + self.spawner.config.drain_timeout);
             let observed = procfs::of(pid, listener);
             program.hidden = observed == Observed::Hidden;
             if !observed.serves() {
@@ -316,7 +357,7 @@ impl Master {
         if !program.started && ending == Ending::Exited(0) {
             self.programs.quick_until = now + QUICK_POLL_TIME;
         }
-        let deadline = program.asked_at.unwrap_or(now) + self.spawner.config.drain_timeout;
+        let deadline = program.leave_by.unwrap_or(now + self.spawner.config.drain_timeout);
         for process in program.servers.into_iter().filter(|process| process.lives()) {
             if self.programs.at_once {
                 let _ = kill(process.pid(), Signal::SIGKILL);
@@ -395,6 +436,10 @@ impl Master {
         };
         self.programs.next_look = left.map(|left| now + left);
     }
+}
+
+fn millis_until(deadline: Now, now: Now) -> u64 {
+    u64::try_from(deadline.saturating_sub(now).as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Whether any process of a program has the socket; true if that is unknown.

@@ -69,6 +69,18 @@ pub(crate) struct Saved {
     /// Processes that were there before the master started.
     #[serde(default)]
     pub(crate) earlier: Vec<SavedProcess>,
+    #[serde(default)]
+    pub(crate) strays: Vec<SavedStray>,
+}
+
+/// A process that accepts connections though its program has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedStray {
+    pub(crate) process: SavedProcess,
+    pub(crate) left_ms: u64,
+    pub(crate) asked: bool,
+    /// TERM ended its wrapper, and did not reach it.
+    pub(crate) unasked: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,12 +139,25 @@ pub(crate) enum SavedLink {
         #[serde(default)]
         trace: String,
     },
-    Program {
-        started: bool,
-        /// The program was seen to accept connections.
-        #[serde(default)]
-        seen: bool,
-    },
+    Program(SavedProgram),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedProgram {
+    pub(crate) started: bool,
+    /// The program was seen to accept connections.
+    #[serde(default)]
+    pub(crate) seen: bool,
+    /// It was asked to leave, and has this time left.
+    #[serde(default)]
+    pub(crate) leave_left_ms: Option<u64>,
+    #[serde(default)]
+    pub(crate) hidden: bool,
+    /// The processes below it that had the socket when it was asked to leave.
+    #[serde(default)]
+    pub(crate) servers: Vec<SavedProcess>,
+    #[serde(default)]
+    pub(crate) reminded: bool,
 }
 
 /// The pipe with the output of a process, and its unfinished line.
@@ -235,7 +260,13 @@ impl Saved {
                 Phase::Ready | Phase::Killing => {}
             }
         }
-        self.children.iter_mut().for_each(|child| age(&mut child.age_ms));
+        for child in &mut self.children {
+            age(&mut child.age_ms);
+            if let SavedLink::Program(program) = &mut child.link {
+                program.leave_left_ms.iter_mut().for_each(shorten);
+            }
+        }
+        self.strays.iter_mut().for_each(|stray| shorten(&mut stray.left_ms));
         for sidecar in &mut self.sidecars {
             age(&mut sidecar.age_ms);
             sidecar.stop_left_ms.iter_mut().for_each(shorten);
@@ -254,7 +285,7 @@ impl Saved {
         let of_child = |child: &SavedChild| {
             let report = match child.link {
                 SavedLink::Worker { report, .. } => Some(report),
-                SavedLink::Program { .. } => None,
+                SavedLink::Program(_) => None,
             };
             [report, child.output.as_ref().map(|output| output.fd), child.files].into_iter().flatten()
         };
@@ -326,6 +357,7 @@ mod tests {
     use crate::upgrade::saved_processes::{Phase, Place};
 
     fn state() -> Saved {
+        let process = SavedProcess { pid: 82, started: u64::MAX };
         let phase = Phase::Draining { left_ms: 5 };
         let place = Place { slot: 3, generation: 2, pid: 77, phase, worn: true, replaced: false };
         let output = |fd| SavedOutput { slot: 3, pid: 77, fd, partial: vec![b'x'] };
@@ -390,7 +422,8 @@ mod tests {
             publish: Some(SavedPublish { fd: 19, asked: None, path: "/run/e".into(), file: Some((1, 2)) }),
             relay: Some(80),
             guard: Some(SavedGuard { pid: 81, link: 20 }),
-            earlier: vec![SavedProcess { pid: 82, started: u64::MAX }],
+            earlier: vec![process],
+            strays: vec![SavedStray { process, left_ms: 1000, asked: true, unasked: false }],
         }
     }
 
@@ -418,6 +451,10 @@ mod tests {
         let mut starting = state.roster.places[0];
         starting.phase = Phase::Starting { left_ms: 500 };
         state.roster.places.push(starting);
+        let leave_left_ms = Some(600);
+        let (started, seen, hidden, servers, reminded) = (true, true, false, Vec::new(), false);
+        let link = SavedLink::Program(SavedProgram { started, seen, leave_left_ms, hidden, servers, reminded });
+        state.children.push(SavedChild { link, ..state.children[0].clone() });
         let before = serde_json::to_value(&state).unwrap();
         let read = |state: &Saved| {
             let phases: Vec<Phase> = state.roster.places.iter().map(|place| place.phase).collect();
@@ -434,11 +471,11 @@ mod tests {
         differences(&before, &after, "", &mut changed);
         changed.sort_unstable();
         changed.dedup();
-        assert_eq!(changed, ["age_ms", "left_ms", "stop_left_ms", "written_ms"]);
+        assert_eq!(changed, ["age_ms", "leave_left_ms", "left_ms", "stop_left_ms", "written_ms"]);
         let text = before.to_string();
         let is_time = |name: &&str| name.ends_with("age_ms") || name.ends_with("left_ms");
         let times: std::collections::BTreeSet<&str> = text.split('"').filter(is_time).collect();
-        assert_eq!(times.into_iter().collect::<Vec<_>>(), changed[..3]);
+        assert_eq!(times.into_iter().collect::<Vec<_>>(), changed[..4]);
         // A build that does not write down when has no times that could be put right.
         state.written_ms = None;
         assert_eq!(state.catch_up(5000), Duration::ZERO);

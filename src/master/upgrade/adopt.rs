@@ -14,7 +14,7 @@ use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
 use crate::master::programs::ProgramState;
 use crate::master::spawn::{Child, Link, Spawner};
-use crate::master::supervisor::{Command, Event, Supervisor};
+use crate::master::supervisor::{Command, Event, Now, Supervisor};
 use crate::master::{Control, EarlierChildren, Master, policy};
 use crate::sys;
 use crate::upgrade::Takeover;
@@ -45,7 +45,8 @@ impl Master {
             lifeline: spawner.lifeline(),
             handover: Some((spawner.handover.sender().as_raw_fd(), spawner.handover.receiver().as_raw_fd())),
             roster: self.supervisor.save(self.now())?,
-            children: self.children.iter().map(|(pid, child)| child.save(*pid)).collect(),
+            children: self.children.iter().map(|(pid, child)| child.save(*pid, self.now())).collect(),
+            strays: self.programs.save_strays(self.now()),
             orphaned_outputs: self.orphaned_outputs.save(),
             sidecars: sidecars.collect(),
             jobs_looked_at_ms: self.sidecars.looked_at_ms(),
@@ -67,6 +68,7 @@ impl Master {
         let passed = left.saved.catch_up(clock_ms());
         self.earlier = EarlierChildren::restore(&left.saved.earlier);
         self.adopt_children(&mut left, passed);
+        self.programs.restore_strays(std::mem::take(&mut left.saved.strays), now);
         left.saved.roster.places.retain(|place| self.children.contains_key(&Pid::from_raw(place.pid)));
         self.supervisor = Supervisor::restore(policy(&self.spawner.config), &left.saved.roster, now);
         for saved in std::mem::take(&mut left.saved.orphaned_outputs) {
@@ -123,7 +125,7 @@ impl Master {
             let pid = Pid::from_raw(saved.pid);
             if !sys::is_child(pid) {
                 log::error!("worker pid={pid} is not ours any more");
-            } else if let Some(child) = Child::restore(saved, left) {
+            } else if let Some(child) = Child::restore(saved, left, now) {
                 if child.hung {
                     self.faults.told_to_die(pid, now.saturating_sub(passed));
                 }
@@ -153,7 +155,7 @@ fn restore_output(saved: SavedOutput, left: &mut Takeover) -> Option<Output> {
 }
 
 impl Child {
-    fn save(&self, pid: Pid) -> SavedChild {
+    fn save(&self, pid: Pid, now: Now) -> SavedChild {
         let link = match &self.link {
             Link::Worker { report, open, unread, last_words, trace } => SavedLink::Worker {
                 report: report.as_raw_fd(),
@@ -162,7 +164,7 @@ impl Child {
                 last_words: last_words.clone(),
                 trace: trace.clone(),
             },
-            Link::Program(program) => SavedLink::Program { started: program.started, seen: program.seen },
+            Link::Program(program) => SavedLink::Program(program.save(now)),
         };
         SavedChild {
             pid: pid.as_raw(),
@@ -178,18 +180,18 @@ impl Child {
     }
 
     /// `None` if the child's reports cannot be read.
-    fn restore(saved: SavedChild, left: &mut Takeover) -> Option<Self> {
+    fn restore(saved: SavedChild, left: &mut Takeover, now: Now) -> Option<Self> {
         let SavedChild { slot, generation, age_ms, asked_to_leave, hung, link, output, files, .. } = saved;
         let link = match link {
             SavedLink::Worker { report, open, unread, last_words, trace } => {
                 Link::Worker { report: left.claim(report)?.into(), open, unread, last_words, trace }
             }
-            SavedLink::Program { started, seen } => Link::Program(ProgramState::restore(started, seen)),
+            SavedLink::Program(program) => Link::Program(ProgramState::restore(program, now)),
         };
         let output = output.and_then(|output| restore_output(output, left));
         let files = files.and_then(|files| left.claim(files));
-        let now = Instant::now();
-        let since = now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now);
+        let clock = Instant::now();
+        let since = clock.checked_sub(Duration::from_millis(age_ms)).unwrap_or(clock);
         Some(Self { since, asked_to_leave, hung, output, files, ..Self::new(slot, generation, link) })
     }
 }
