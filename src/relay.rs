@@ -37,8 +37,8 @@ const FRAME: usize = 128 + 2;
 const BATCH: usize = 64;
 /// How long the relay waits for the log while other processes hold its lock, and the interval of
 /// the attempts.
-const LOG_TIMEOUT: Duration = Duration::from_secs(5);
-const LOG_INTERVAL: Duration = Duration::from_millis(10);
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+const BUSY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Publishes the datagrams from `socket` until `lifeline` ends. Returns the exit status.
 pub(crate) fn run(socket: BorrowedFd<'_>, lifeline: BorrowedFd<'_>, segment: &Segment) -> u8 {
@@ -50,7 +50,7 @@ pub(crate) fn run(socket: BorrowedFd<'_>, lifeline: BorrowedFd<'_>, segment: &Se
         events,
         begun: Instant::now(),
         complaints: Complaints::default(),
-        log_timeout: LOG_TIMEOUT,
+        busy_timeout: BUSY_TIMEOUT,
     };
     say(READY);
     match relay.work(&mut vec![0; most]) {
@@ -69,7 +69,7 @@ struct Relay<'a> {
     begun: Instant,
     complaints: Complaints,
     /// Zero after a wait in vain, until an event can be published again.
-    log_timeout: Duration,
+    busy_timeout: Duration,
 }
 
 /// The content of the socket.
@@ -117,17 +117,17 @@ impl Relay<'_> {
         let begun = Instant::now();
         loop {
             match self.events.publish(topic, name, data) {
-                Ok(_) => self.log_timeout = LOG_TIMEOUT,
-                Err(PublishError::Busy) if begun.elapsed() < self.log_timeout => {
+                Ok(_) => self.busy_timeout = BUSY_TIMEOUT,
+                Err(PublishError::Busy) if begun.elapsed() < self.busy_timeout => {
                     // The senders wait during the sleep.
-                    if wait(self.lifeline, None, Some(LOG_INTERVAL))? {
+                    if wait(self.lifeline, None, Some(BUSY_INTERVAL))? {
                         return Ok(ControlFlow::Break(()));
                     }
                     continue;
                 }
                 Err(error) => {
                     if error == PublishError::Busy {
-                        self.log_timeout = Duration::ZERO;
+                        self.busy_timeout = Duration::ZERO;
                     }
                     self.complaints.add(error);
                 }

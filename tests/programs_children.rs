@@ -91,6 +91,14 @@ fn lives(pid: i32) -> bool {
     !is_gone(pid)
 }
 
+/// Waits until only `serving` is left of the processes in `old`.
+fn wait_until_only(serving: i32, old: &[i32]) {
+    wait_until("only the one that serves is left", || {
+        let left: Vec<i32> = old.iter().copied().filter(|&pid| lives(pid)).collect();
+        (left == [serving]).then_some(())
+    });
+}
+
 /// Requests a page that waits for a program, runs `done`, and lets the program continue when `done` returns.
 fn is_finished(place: &Place, name: &str, server: &mut Server, done: impl FnOnce(&mut Server)) {
     let waiting = Waiting::new(place, name);
@@ -292,12 +300,15 @@ def serve(c):
     c.close()
 ";
 
+/// A program whose two children serve; it only waits for them.
+const TWO_CHILDREN: &str =
+    "for _ in range(2):\n  if os.fork() == 0:\n    while True: serve(s.accept()[0])\nos.wait()\n";
+
 /// The TERM is for the program alone, and ends it: those below it have not been asked yet.
 #[test]
 fn those_below_a_program_that_term_ends_finish_what_they_serve() {
     let place = Place::new();
-    let text = "for _ in range(2):\n  if os.fork() == 0:\n    while True: serve(s.accept()[0])\nos.wait()\n";
-    let script = place.script("app", &format!("{SERVE}{text}"));
+    let script = place.script("app", &format!("{SERVE}{TWO_CHILDREN}"));
     let nested = ["sh", "-c", "\"$@\"; true", "sh", &script];
     let asked = [Some(Signal::SIGHUP), Some(Signal::SIGTERM), None];
     for (index, (command, signal)) in
@@ -310,10 +321,7 @@ fn those_below_a_program_that_term_ends_finish_what_they_serve() {
         let serving = || number_in(&place.path(&format!("{name}.in")));
         is_finished(&place, &name, &mut server, |server| {
             signal.iter().for_each(|signal| server.signal(*signal));
-            wait_until("only the one that serves is left", || {
-                let left: Vec<i32> = old.iter().copied().filter(|&pid| lives(pid)).collect();
-                (left == [serving()]).then_some(())
-            });
+            wait_until_only(serving(), &old);
         });
         let serving = serving();
         wait_until("it has left too", || is_gone(serving).then_some(()));
@@ -329,8 +337,7 @@ fn those_below_a_program_that_term_ends_finish_what_they_serve() {
 #[test]
 fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgrade() {
     let place = Place::new();
-    let text = "for _ in range(2):\n  if os.fork() == 0:\n    while True: serve(s.accept()[0])\nos.wait()\n";
-    let script = place.script("app", &format!("{SERVE}{text}"));
+    let script = place.script("app", &format!("{SERVE}{TWO_CHILDREN}"));
     // Time enough for the reload and the upgrade, also on a busy machine.
     let options = [&ALL[..], &["--drain-timeout", "10s"]].concat();
     let mut server = Server::start_command(&mut place.run(&options, &[&script]));
@@ -340,10 +347,7 @@ fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgra
         let client = scope.spawn(|| waiting.ask());
         let serving = waiting.has_begun();
         server.signal(Signal::SIGHUP);
-        wait_until("of the old ones only the one that serves is left", || {
-            let left: Vec<i32> = old.iter().copied().filter(|&pid| lives(pid)).collect();
-            (left == [serving]).then_some(())
-        });
+        wait_until_only(serving, &old);
         server.signal(Signal::SIGUSR2);
         server.wait_for("upgraded");
         let killed = format!("(--drain-timeout): killed pid={serving}");

@@ -50,8 +50,8 @@ impl Overrun {
 }
 
 /// Sets how long a function may still run. Called once, in a new worker.
-pub(crate) fn set_hang_timeout(patience: Duration) {
-    let _ = HANG_TIMEOUT.set(patience);
+pub(crate) fn set_hang_timeout(timeout: Duration) {
+    let _ = HANG_TIMEOUT.set(timeout);
 }
 
 fn patience() -> Duration {

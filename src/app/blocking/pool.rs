@@ -113,7 +113,7 @@ pub(crate) fn finish() -> usize {
 /// ones.
 pub(super) fn look_whether_stuck() {
     let Some(pool) = POOL.get() else { return };
-    pool.tell_hung();
+    pool.report_hung();
     if !pool.is_stuck() {
         return;
     }
@@ -241,7 +241,7 @@ impl Pool {
     }
 
     /// Publishes the number of hanging threads.
-    fn tell_hung(&self) {
+    fn report_hung(&self) {
         let _one_at_a_time = self.reporting.lock().unwrap_or_else(PoisonError::into_inner);
         let hung = u32::try_from(overdue::hung()).unwrap_or(u32::MAX);
         self.hung.store(hung, Ordering::SeqCst);
@@ -295,7 +295,7 @@ impl Pool {
             }
         }
         if self.hung.load(Ordering::SeqCst) > 0 {
-            self.tell_hung();
+            self.report_hung();
         }
         if self.is_finishing.load(Ordering::SeqCst) {
             let _locked = self.one_has_ended.0.lock().unwrap_or_else(PoisonError::into_inner);
