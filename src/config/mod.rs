@@ -257,6 +257,11 @@ pub(crate) fn format_size(bytes: u64) -> String {
     format!("{rest}{}", units[unit])
 }
 
+/// A length of time in whole milliseconds.
+pub(crate) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Reads a length of time: seconds, or with ms, s, m or h.
 ///
 /// # Errors

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::{parse_duration, parse_size};
+use super::{millis, parse_duration, parse_size};
 
 /// Maximum number of workers.
 const MOST: u32 = 1024;
@@ -101,8 +101,7 @@ impl Jittered<u64> {
 impl Jittered<Duration> {
     /// Draws the limit of one worker, in milliseconds.
     pub(crate) fn draw(self) -> Duration {
-        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        Duration::from_millis(Jittered { limit: ms(self.limit), jitter: ms(self.jitter) }.draw())
+        Duration::from_millis(Jittered { limit: millis(self.limit), jitter: millis(self.jitter) }.draw())
     }
 }
 

@@ -255,9 +255,8 @@ pub(super) fn can_be_asked(pid: Pid, listener: &Listener) -> bool {
 
 /// Whether a process blocks, ignores or catches a signal (proc_pid_status(5)).
 pub(super) fn handles(pid: Pid, signal: Signal) -> bool {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     ["SigBlk:", "SigIgn:", "SigCgt:"].iter().any(|name| {
-        let mask = text.lines().find_map(|line| u64::from_str_radix(line.strip_prefix(name)?.trim(), 16).ok());
+        let mask = sys::process_status(pid, name).and_then(|mask| u64::from_str_radix(&mask, 16).ok());
         mask.is_some_and(|mask| mask >> (signal as i32 - 1) & 1 == 1)
     })
 }

@@ -24,6 +24,7 @@ use super::procfs::{self, Observed, Process};
 use super::reap::Kind;
 use super::spawn::{Child, Launch, Link};
 use super::supervisor::Now;
+use crate::config::millis;
 use crate::sys::Ending;
 use crate::upgrade::saved_state::{SavedProgram, SavedStray};
 
@@ -72,7 +73,7 @@ impl ProgramState {
         SavedProgram {
             started: self.started,
             seen: self.seen,
-            leave_left_ms: self.leave_by.map(|by| millis_until(by, now)),
+            leave_left_ms: self.leave_by.map(|by| millis(by.saturating_sub(now))),
             hidden: self.hidden,
             servers: self.servers.iter().map(|&process| process.into()).collect(),
             reminded: self.reminded,
@@ -149,7 +150,7 @@ impl Programs {
     pub(super) fn save_strays(&self, now: Now) -> Vec<SavedStray> {
         let save = |stray: &Stray| SavedStray {
             process: stray.process.into(),
-            left_ms: millis_until(stray.deadline, now),
+            left_ms: millis(stray.deadline.saturating_sub(now)),
             asked: stray.asked.is_some(),
             unasked: stray.unasked,
         };
@@ -436,10 +437,6 @@ impl Master {
         };
         self.programs.next_look = left.map(|left| now + left);
     }
-}
-
-fn millis_until(deadline: Now, now: Now) -> u64 {
-    u64::try_from(deadline.saturating_sub(now).as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Whether any process of a program has the socket; true if that is unknown.

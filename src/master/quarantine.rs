@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use super::supervisor::Now;
 use crate::config::failures::QuarantineConfig;
+use crate::config::millis;
 use crate::diagnostics::request_key::RequestKey;
 use crate::upgrade::saved_state::SavedRefusal;
 
@@ -94,12 +95,11 @@ impl Quarantine {
 
     /// The saved form, for the next master in an upgrade.
     pub(crate) fn save(&self, now: Now) -> Vec<SavedRefusal> {
-        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let save = |(request, record): (&String, &Record)| SavedRefusal {
             request: request.clone(),
             refused: record.refused,
-            left_ms: ms(record.until.saturating_sub(now)),
-            time_ms: ms(record.time),
+            left_ms: millis(record.until.saturating_sub(now)),
+            time_ms: millis(record.time),
             times: record.times,
         };
         self.records.iter().map(save).collect()

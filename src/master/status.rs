@@ -8,6 +8,7 @@ use nix::unistd::Pid;
 use super::Master;
 use super::spawn::Child;
 use super::supervisor::{Phase, Place};
+use crate::config::millis;
 use crate::control::wire::{BindStatus, MAX_SERVING, QuarantinedStatus, ServingStatus, Status, WorkerStatus};
 use crate::sys;
 
@@ -27,7 +28,7 @@ impl Master {
         });
         let quarantined = self.quarantined().into_iter().map(|listed| QuarantinedStatus {
             request: listed.key,
-            left_ms: ms(listed.left),
+            left_ms: millis(listed.left),
             times: listed.times,
         });
         let mut room = MAX_SERVING;
@@ -40,7 +41,7 @@ impl Master {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: nix::unistd::getpid().as_raw(),
-            uptime_ms: ms(self.now()),
+            uptime_ms: millis(self.now()),
             generation: view.generation,
             target: view.target,
             min: view.limits.0,
@@ -58,7 +59,7 @@ impl Master {
         let mut worker =
             WorkerStatus { slot, generation, state, pid: pid.map(|pid| pid.as_raw()), ..Default::default() };
         let Some((pid, child)) = pid.and_then(|pid| Some((pid, self.children.get(&pid)?))) else { return worker };
-        worker.age_ms = Some(ms(child.since.elapsed()));
+        worker.age_ms = Some(millis(child.since.elapsed()));
         worker.rss_bytes = resident_bytes(pid.as_raw());
         // The row is the child's only if the child has claimed it.
         let row = self.scoreboard.read(slot).filter(|_| child.is_worker());
@@ -73,14 +74,10 @@ impl Master {
         worker.serving = row
             .serving
             .into_iter()
-            .map(|request| ServingStatus { what: request.what, for_ms: ms(request.since) })
+            .map(|request| ServingStatus { what: request.what, for_ms: millis(request.since) })
             .collect();
         worker
     }
-}
-
-fn ms(time: std::time::Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The resident memory of process `pid`.

@@ -16,6 +16,7 @@ use http::uri::PathAndQuery;
 use http::{Method, Request, StatusCode, Uri, Version};
 
 pub(crate) use self::response::{has_no_body, response_head};
+use super::grammar::parse_digits;
 use super::host::is_host;
 use super::params::Params;
 
@@ -249,13 +250,6 @@ fn has_control(bytes: &[u8]) -> bool {
 
 fn parse_address(value: &[u8]) -> Option<IpAddr> {
     std::str::from_utf8(value).ok()?.parse().ok()
-}
-
-/// Parses a number that consists of one or more digits.
-pub(super) fn parse_digits(value: &[u8]) -> Option<u64> {
-    let (first, rest) = value.split_first()?;
-    let digit = |byte: u8| byte.is_ascii_digit().then(|| u64::from(byte - b'0'));
-    rest.iter().try_fold(digit(*first)?, |number, &byte| number.checked_mul(10)?.checked_add(digit(byte)?))
 }
 
 /// Converts `USER_AGENT` to the header `user-agent` (4.1.18). Returns `None` for a name that no

@@ -2,6 +2,8 @@
 
 use std::net::Ipv6Addr;
 
+use super::grammar::parse_digits;
+
 /// Whether this is a host with or without a port (RFC 3986, sections 3.2.2 and 3.2.3), or empty:
 /// the field of a request whose URI has no authority. `userinfo@` is not allowed, and neither is a
 /// port without a host.
@@ -31,11 +33,7 @@ fn is_after_name(rest: &[u8]) -> bool {
 
 /// Digits, possibly none, up to TCP's highest port.
 fn is_port(port: &[u8]) -> bool {
-    let number = port.iter().try_fold(0_u16, |number, &byte| {
-        let digit = byte.is_ascii_digit().then(|| u16::from(byte - b'0'))?;
-        number.checked_mul(10)?.checked_add(digit)
-    });
-    number.is_some()
+    port.is_empty() || parse_digits(port).is_some_and(|number| number <= u64::from(u16::MAX))
 }
 
 /// An IPv6 address, or an address of a future IP version.

@@ -5,7 +5,7 @@
 //!   request, for the application.
 //! - [`scgi`]: the netstring, and the body after it.
 //! - [`cgi`]: CGI variables as an `http::Request`, and the head of a response.
-//! - [`host`]: valid values of `Host`.
+//! - [`host`]: valid values of `Host`. [`grammar`]: numbers and lists, as several of these have them.
 //! - [`query`]: the pairs of a query.
 //! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client according to HTTP
 //!   headers.
@@ -17,6 +17,7 @@
 pub(crate) mod cgi;
 pub(crate) mod fastcgi;
 pub(crate) mod forwarded;
+pub(crate) mod grammar;
 pub(crate) mod host;
 pub(crate) mod params;
 pub(crate) mod proxy;

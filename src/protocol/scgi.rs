@@ -19,7 +19,7 @@ use std::fmt;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 
-use super::cgi::parse_digits;
+use super::grammar::parse_digits;
 use super::params::Params;
 
 /// The length of the shortest possible request: the netstring's length, the two required variables,

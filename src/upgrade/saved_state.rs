@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::saved_processes::{Phase, Roster};
 use super::start_command::StartCommand;
+use crate::config::millis;
 
 /// The format that this build writes, and the only one that it reads.
 pub(crate) const FORMAT: u32 = 1;
@@ -243,8 +244,7 @@ pub(crate) struct SavedPublish {
 
 /// Milliseconds of CLOCK_MONOTONIC, which is the same before and after an exec.
 pub(crate) fn clock_ms() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| millis(now.into()))
 }
 
 impl Saved {

@@ -19,6 +19,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::frame::{COMMENT, put_event, put_id, put_retry};
 use super::{Event, Events, EventsError, Message, Published, Subscription, name};
 use crate::app::body::Body;
+use crate::config::millis;
 use crate::protocol::query;
 
 /// Content type of these responses.
@@ -232,7 +233,7 @@ impl Stream {
             Stage::Opening { retry } => {
                 self.stage = Stage::Going;
                 let mut bytes = BytesMut::new();
-                let ms = u64::try_from(retry.as_millis()).unwrap_or(u64::MAX);
+                let ms = millis(retry);
                 put_retry(&mut bytes, between(ms / 2, ms.saturating_add(ms / 2)));
                 self.put_whole_id(&mut bytes);
                 return self.send(bytes.freeze());

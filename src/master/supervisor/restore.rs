@@ -5,6 +5,7 @@ use std::time::Duration;
 use nix::unistd::Pid;
 
 use super::{Mode, Now, Policy, Slot, State, Supervisor, TERMINATE_INTERVAL, number};
+use crate::config::millis;
 use crate::upgrade::saved_processes::{Phase, Place, Roster};
 
 /// More slots than any policy has.
@@ -16,7 +17,7 @@ impl Supervisor {
         if self.mode != Mode::Running {
             return None;
         }
-        let left_ms = |deadline: Now| u64::try_from(deadline.saturating_sub(now).as_millis()).unwrap_or(u64::MAX);
+        let left_ms = |deadline: Now| millis(deadline.saturating_sub(now));
         let places = self.slots.iter().enumerate().filter_map(|(index, slot)| {
             let (pid, phase) = match slot.state {
                 State::Starting { pid: Some(pid), deadline } => (pid, Phase::Starting { left_ms: left_ms(deadline) }),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::config::millis;
 use crate::control::wire::Reply;
 use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
@@ -25,14 +26,14 @@ use crate::upgrade::saved_state::{
 impl Master {
     /// The whole state; `None` while the server stops, since no upgrade takes place then.
     pub(super) fn save(&self) -> Option<Saved> {
-        let spawner = &self.spawner;
+        let (spawner, now) = (&self.spawner, self.now());
         let sidecars = self.sidecars.living().into_iter().map(|one| SavedSidecar {
             name: one.name.to_owned(),
             pid: one.pid.as_raw(),
             output: one.output.as_raw_fd(),
             partial: one.partial.to_vec(),
-            age_ms: u64::try_from(one.age.as_millis()).unwrap_or(u64::MAX),
-            stop_left_ms: one.stop_left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
+            age_ms: millis(one.age),
+            stop_left_ms: one.stop_left.map(millis),
         });
         Some(Saved {
             format: FORMAT,
@@ -44,13 +45,13 @@ impl Master {
             segment: SavedSegment { fd: spawner.segment.fd().as_raw_fd(), file: spawner.config.cache.file.clone() },
             lifeline: spawner.lifeline(),
             handover: Some((spawner.handover.sender().as_raw_fd(), spawner.handover.receiver().as_raw_fd())),
-            roster: self.supervisor.save(self.now())?,
-            children: self.children.iter().map(|(pid, child)| child.save(*pid, self.now())).collect(),
-            strays: self.programs.save_strays(self.now()),
+            roster: self.supervisor.save(now)?,
+            children: self.children.iter().map(|(pid, child)| child.save(*pid, now)).collect(),
+            strays: self.programs.save_strays(now),
             orphaned_outputs: self.orphaned_outputs.save(),
             sidecars: sidecars.collect(),
             jobs_looked_at_ms: self.sidecars.looked_at_ms(),
-            quarantine: self.faults.save(self.now()),
+            quarantine: self.faults.save(now),
             control: self.control.as_ref().and_then(Control::save),
             pid_file: self.pid_file.clone(),
             publish: self.relay.save_socket(),
@@ -170,7 +171,7 @@ impl Child {
             pid: pid.as_raw(),
             slot: self.slot,
             generation: self.generation,
-            age_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            age_ms: millis(self.since.elapsed()),
             asked_to_leave: self.asked_to_leave,
             hung: self.hung,
             link,

@@ -2,7 +2,9 @@
 
 use bytes::{BufMut as _, BytesMut};
 use http::StatusCode;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName};
+
+use crate::protocol::grammar::elements;
 
 /// Whether a response with this status ends with its head (RFC 9110, section 6.4.1).
 pub(crate) fn has_no_body(status: StatusCode) -> bool {
@@ -18,7 +20,7 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.reserve(64 + headers.len() * 48);
     // The header names in these options are left out too (RFC 9110, section 7.6.1). There are
     // usually none.
-    let options: Vec<&HeaderValue> = headers.get_all(header::CONNECTION).iter().collect();
+    let options: Vec<&[u8]> = elements(headers, header::CONNECTION).collect();
     if let Some(location) = headers.get(header::LOCATION) {
         out.put_slice(b"location: ");
         out.put_slice(location.as_bytes());
@@ -38,10 +40,7 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
         if status == StatusCode::NO_CONTENT && *name == header::CONTENT_LENGTH {
             continue;
         }
-        if options
-            .iter()
-            .any(|option| option.as_bytes().split(|&byte| byte == b',').any(|option| is_named(name, option)))
-        {
+        if options.iter().any(|option| option.eq_ignore_ascii_case(name.as_str().as_bytes())) {
             continue;
         }
         match name.as_str().strip_prefix("variable-") {
@@ -71,12 +70,10 @@ fn is_of_one_connection(name: &HeaderName) -> bool {
         || matches!(name.as_str(), "keep-alive" | "proxy-connection")
 }
 
-fn is_named(name: &HeaderName, option: &[u8]) -> bool {
-    option.trim_ascii().eq_ignore_ascii_case(name.as_str().as_bytes())
-}
-
 #[cfg(test)]
 mod tests {
+    use http::HeaderValue;
+
     use super::*;
 
     #[test]

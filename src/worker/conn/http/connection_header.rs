@@ -1,17 +1,13 @@
 //! `Connection` in HTTP/1 (RFC 9112, section 9): the server decides whether a connection is kept.
 
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap, HeaderValue};
 use http::{Response, Version};
+
+use crate::protocol::grammar::elements;
 
 const CLOSE: &[u8] = b"close";
 const KEEP_ALIVE: &[u8] = b"keep-alive";
 const UPGRADE: &[u8] = b"upgrade";
-
-/// The elements of a header whose value is a list (RFC 9110, section 5.6.1).
-pub(super) fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
-    let elements = headers.get_all(name).into_iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
-    elements.map(<[u8]>::trim_ascii).filter(|element| !element.is_empty())
-}
 
 fn has_option(headers: &HeaderMap, option: &[u8]) -> bool {
     elements(headers, header::CONNECTION).any(|other| other.eq_ignore_ascii_case(option))
@@ -57,6 +53,8 @@ pub(super) fn set_connection<B>(response: &mut Response<B>, version: Version, is
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderName;
+
     use super::*;
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {

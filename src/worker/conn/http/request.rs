@@ -5,7 +5,7 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::{PathAndQuery, Uri};
 use http::{Method, Request, StatusCode, Version};
 
-use super::connection_header::elements;
+use crate::protocol::grammar::elements;
 use crate::protocol::host::is_host;
 
 const NO_HOST: &str = "Host, or the host of the target, is not a host";

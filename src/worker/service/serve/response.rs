@@ -8,6 +8,7 @@ use http_body::Body as HttpBody;
 use super::Served;
 use crate::app::events;
 use crate::protocol::cgi;
+use crate::protocol::grammar::parse_digits;
 
 /// The way in which a request may switch its connection or stream to another protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,8 +103,7 @@ pub(super) fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> O
         return None;
     }
     let mut values = response.headers().get_all(header::CONTENT_LENGTH).iter();
-    let digits = values.next()?.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
-    let length = digits.and_then(|text| text.parse().ok()).filter(|_| values.next().is_none());
+    let length = parse_digits(values.next()?.as_bytes()).filter(|_| values.next().is_none());
     if length.is_none() {
         log::error!("a Content-Length that is no length was left out request={:?}", in_flight.what());
         response.headers_mut().remove(header::CONTENT_LENGTH);

@@ -1,0 +1,16 @@
+//! Rules of grammar that several protocols share: numbers, and headers whose value is a list.
+
+use http::header::{HeaderMap, HeaderName};
+
+/// A number that consists of digits alone, at least one. `None` if it does not fit.
+pub(crate) fn parse_digits(text: &[u8]) -> Option<u64> {
+    let (first, rest) = text.split_first()?;
+    let digit = |byte: u8| byte.is_ascii_digit().then(|| u64::from(byte - b'0'));
+    rest.iter().try_fold(digit(*first)?, |number, &byte| number.checked_mul(10)?.checked_add(digit(byte)?))
+}
+
+/// The elements of a header whose value is a list of tokens (RFC 9110, section 5.6.1).
+pub(crate) fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
+    let elements = headers.get_all(name).into_iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    elements.map(<[u8]>::trim_ascii).filter(|element| !element.is_empty())
+}
