@@ -27,8 +27,12 @@ const TAGS: u32 = 64;
 const SLOWEST_GET: Duration = Duration::from_secs(20);
 /// The longest allowed time without progress of a child.
 const STUCK: Duration = Duration::from_secs(60);
+/// Words of a torn page that are reported.
+const TORN_WORDS: usize = 8192;
 /// Exit codes of children that have detected an error.
 const TORN: i32 = 77;
+/// What a child was doing.
+const CHECKS: [&str; 5] = ["get", "get_into", "pin", "pin before its release", "list"];
 const REFUSED: i32 = 78;
 
 fn main() {
@@ -48,6 +52,10 @@ struct Report {
     stored: AtomicU64,
     busy: AtomicU64,
     pinned: AtomicU64,
+    /// The error that a child has found: which check, the key, and the length of the page.
+    torn: [AtomicU64; 3],
+    /// The beginning of that page.
+    torn_page: [AtomicU64; TORN_WORDS],
     slots: [Slot; CHILDREN],
 }
 
@@ -67,6 +75,26 @@ impl Report {
         let memory = unsafe { mmap_anonymous(None, len, access, MapFlags::MAP_SHARED) }.expect("mmap");
         // SAFETY: as long as a report, aligned to a page, zeroed, atomics only, and never unmapped.
         unsafe { memory.cast::<Report>().as_ref() }
+    }
+}
+
+impl Report {
+    /// The error that a child has found, in words: where the page changes from one version to another shows how it was torn.
+    fn torn(&self) -> String {
+        let [which, key, len] = [0, 1, 2].map(|at: usize| self.torn[at].load(Ordering::Relaxed));
+        let words = usize::try_from(len.div_ceil(8)).expect("a page").min(TORN_WORDS);
+        let page: Vec<u64> = self.torn_page[..words].iter().map(|word| word.load(Ordering::Relaxed)).collect();
+        let mut runs: Vec<(usize, u64, usize)> = Vec::new();
+        for (at, &word) in page.iter().enumerate() {
+            match runs.last_mut() {
+                Some((_, last, count)) if *last == word => *count += 1,
+                _ => runs.push((at * 8, word, 1)),
+            }
+        }
+        runs.truncate(64);
+        let runs: Vec<String> = runs.iter().map(|(at, word, count)| format!("{at}: {word:016x} x{count}")).collect();
+        let which = CHECKS[usize::try_from(which).expect("an index")];
+        format!("{which}, key {key}, {len} bytes:\n  {}", runs.join("\n  "))
     }
 }
 
@@ -104,12 +132,12 @@ impl Worker<'_> {
         match self.random.u32(..50_000) {
             0..17_000 => self.timed(|worker| {
                 let bytes = worker.cache.get(name(key));
-                worker.check(key, bytes.as_deref());
+                worker.check("get", key, bytes.as_deref());
             }),
             17_000..22_000 => self.timed(|worker| {
                 let mut buffer = std::mem::take(&mut worker.buffer);
                 let found = worker.cache.get_into(name(key), &mut buffer);
-                worker.check(key, found.then_some(&buffer));
+                worker.check("get_into", key, found.then_some(&buffer));
                 worker.buffer = buffer;
             }),
             22_000..27_000 => self.pin(key),
@@ -133,19 +161,31 @@ impl Worker<'_> {
         self.slot.since_ns.store(0, Ordering::Relaxed);
     }
 
-    fn check(&self, key: u32, bytes: Option<&[u8]>) {
+    fn check(&self, which: &'static str, key: u32, bytes: Option<&[u8]>) {
         match bytes {
             Some(bytes) if is_whole(key, bytes) => count(&self.report.hits),
-            Some(_) => leave(TORN),
+            Some(bytes) => self.report_torn(which, key, bytes),
             None => {}
         }
+    }
+
+    fn report_torn(&self, which: &'static str, key: u32, bytes: &[u8]) {
+        let which = CHECKS.iter().position(|check| *check == which).expect("a check");
+        let values = [which as u64, key.into(), bytes.len() as u64];
+        self.report.torn.iter().zip(values).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
+        for (word, bytes) in self.report.torn_page.iter().zip(bytes.chunks(8)) {
+            let mut value = [0; 8];
+            value[..bytes.len()].copy_from_slice(bytes);
+            word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+        }
+        leave(TORN)
     }
 
     /// Pins a page for a while, and checks it again before it is released.
     fn pin(&mut self, key: u32) {
         self.timed(|worker| {
             if let Some(pin) = worker.cache.pin(name(key)) {
-                worker.check(key, Some(&pin.to_vec()));
+                worker.check("pin", key, Some(&pin.to_vec()));
                 count(&worker.report.pinned);
                 worker.pins.push_back((key, pin));
             }
@@ -153,7 +193,7 @@ impl Worker<'_> {
         if self.pins.len() > 8
             && let Some((key, pin)) = self.pins.pop_front()
         {
-            self.check(key, Some(&pin.to_vec()));
+            self.check("pin before its release", key, Some(&pin.to_vec()));
         }
     }
 
@@ -175,7 +215,7 @@ impl Worker<'_> {
     fn list(&mut self) {
         let listed = self.cache.list("/page/1", 100);
         if listed.iter().any(|page| !page.key.starts_with(b"/page/1")) {
-            leave(TORN);
+            self.report_torn("list", 0, &[]);
         }
         self.cache.distribution();
     }
@@ -233,7 +273,9 @@ impl Storm<'_> {
         kill(pid, Signal::SIGKILL).expect("kill");
         match waitpid(pid, None).expect("waitpid") {
             WaitStatus::Signaled(_, Signal::SIGKILL, _) => {}
-            WaitStatus::Exited(_, TORN) => panic!("a child saw a page that is torn or another's"),
+            WaitStatus::Exited(_, TORN) => {
+                panic!("a child saw a page that is torn or another's: {}", self.report.torn())
+            }
             WaitStatus::Exited(_, REFUSED) => panic!("a child's page was refused for no reason"),
             other => panic!("a child failed: {other:?}"),
         }
