@@ -113,7 +113,10 @@ impl LockedShard<'_> {
         let skip = (obstacle.end.saturating_sub(head)).min(to_end);
         self.make_room(ring, skip, judge)?;
         let (floor, moved) = self.bounds(ring)?;
-        if moved == head && head + skip <= floor + bytes.len {
+        // The size of the obstacle is rounded up, so the entry after it is skipped in part. If that entry was pinned before the floor
+        // was raised over it, the next attempt skips all of it.
+        let is_clear = || self.end_of_pins(ring, head, head + skip) <= head + skip || skip == to_end;
+        if moved == head && head + skip <= floor + bytes.len && is_clear() {
             self.pad(ring, head, skip)?;
         }
         Ok(())
@@ -317,16 +320,26 @@ impl LockedShard<'_> {
         Ok(obstacle.filter(|obstacle| obstacle.start < end))
     }
 
-    /// The first pinned entry that begins in `from..to`, a range of less than one lap.
+    /// The first pinned entry that begins in `from..to`, a range of less than one lap, together with those that begin before its end.
     ///
     /// The head never lies inside a pinned entry, so a pinned entry that begins before `from` also ends before it.
     fn nearest_pin(&self, ring: Ring, from: u64, to: u64) -> Option<Obstacle> {
         let by_start = |obstacle: &Obstacle| obstacle.start;
         let mut nearest = self.pins_from(ring, from).min_by_key(by_start).filter(|pin| pin.start < to)?;
-        // The size is rounded up, and the entry after it may be pinned too.
-        let next = self.pins_from(ring, nearest.start + 1).map(|pin| pin.start).min();
-        nearest.end = next.map_or(nearest.end, |next| nearest.end.min(next));
+        nearest.end = self.end_of_pins(ring, from, nearest.end);
         Some(nearest)
+    }
+
+    /// The first position from `end` on that lies inside none of the pinned entries that begin between `from` and it.
+    ///
+    /// A pin may begin inside the entry of another one: the size of an entry is rounded up, and a reader that is about to find out that
+    /// its entry is gone has set a pin for a place that is now in the middle of another entry.
+    fn end_of_pins(&self, ring: Ring, from: u64, mut end: u64) -> u64 {
+        let ends = |end| self.pins_from(ring, from).filter(move |pin| pin.start < end).map(|pin| pin.end).max();
+        while let Some(further) = ends(end).filter(|&further| further > end) {
+            end = further;
+        }
+        end
     }
 
     /// The pinned entries of a ring, in the positions at which a head that starts at `from` will reach them.

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
 use super::*;
+use crate::protocols::pin;
 use crate::{Plan, Segment, Stats};
 
 const SMALL: u64 = 256 * 1024;
@@ -504,4 +505,26 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
         cache.set("k", "v", &StoreOptions::new()).unwrap();
     }
     assert!(cache.stats().lost > 0);
+}
+
+/// A reader sets a pin before it finds out that its entry is gone. The place may then be in the middle of another entry.
+#[test]
+fn a_pin_in_the_middle_of_a_pinned_entry_does_not_shorten_it() {
+    for into in [32, 192, 1024, 1984] {
+        let cache = cache(SMALL);
+        let page = vec![7; 2000];
+        cache.set("page", &page, &StoreOptions::new()).unwrap();
+        let pinned = cache.pin("page").unwrap();
+        let cells = &cache.segment.member().unwrap().head.pins;
+        let pin = cells.iter().find_map(pin::get).unwrap();
+        let of_late_reader = cells.last().unwrap();
+        assert!(pin::set(of_late_reader, pin::Pin { position: pin.position + into, size: 64, ..pin }));
+        for n in 0..2000_u32 {
+            let _ = cache.set(n.to_le_bytes(), [1; 500], &StoreOptions::new());
+        }
+        assert!(pinned.to_vec() == page, "overwritten from {into}");
+        pin::free(of_late_reader);
+        drop(pinned);
+        cache.audit().unwrap();
+    }
 }
