@@ -369,9 +369,13 @@ impl Cache {
                 Seen::Wait => &tally.lease_waits,
                 Seen::Render => &tally.renders,
             };
-            // Not `fetch_add`, which would wait until the bytes just copied are written. If two threads of a process count at the same
-            // instant, one count is lost, which is acceptable.
-            counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+            if seen == Seen::Hit {
+                // Not `fetch_add`, which would wait until the bytes just copied are written. If two threads of a process count a hit at
+                // the same instant, one count is lost, which is acceptable.
+                counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+            } else {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
             add(&tally.retries, retries as u64);
         }
     }

@@ -26,7 +26,7 @@ pub struct Stats {
     pub wasted_bytes: u64,
     /// Number of entries in `live_bytes`.
     pub entries: u64,
-    /// Lookups that returned a fresh page.
+    /// Lookups that returned a fresh page. If several threads of one process look at the same instant, some are not counted.
     pub hits: u64,
     /// Lookups that returned a stale page.
     pub stale_hits: u64,

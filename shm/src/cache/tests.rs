@@ -80,6 +80,20 @@ fn stores_answers_replaces_and_purges() {
 }
 
 #[test]
+fn threads_that_count_at_the_same_instant_lose_no_count_but_hits() {
+    const EACH: u64 = 50_000;
+    let cache = cache(SMALL);
+    let seen = [Seen::Stale, Seen::Miss, Seen::Wait, Seen::Render];
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..EACH).for_each(|_| seen.iter().for_each(|&seen| cache.count(0, 0, seen))));
+        }
+    });
+    let stats = cache.stats();
+    assert_eq!([stats.stale_hits, stats.misses, stats.lease_waits, stats.renders], [4 * EACH; 4]);
+}
+
+#[test]
 fn large_values_come_back_whole_and_larger_ones_are_refused() {
     let cache = cache(1 << 20);
     let limit = usize::try_from(cache.max_entry()).unwrap();
