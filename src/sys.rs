@@ -18,7 +18,7 @@ mod signals;
 mod sockets;
 mod syn_filter;
 
-pub(crate) use self::announce::{announce, announce_by};
+pub(crate) use self::announce::{announce, announce_by, announce_process};
 pub(crate) use self::descriptors::{
     close_all_except, descriptor, hard_descriptor_limit, identity, note_descriptor_limit, open_descriptors, own,
     own_descriptors, raise_descriptor_limit, replace, take_over,

@@ -16,6 +16,9 @@
 //! another process reaped the last process of a group. So the guard also checks that a group is in the same session as before,
 //! and that its leader, if it still exists, is the announced process.
 //!
+//! A daemon that puts itself into the background is announced as a process: it may found its group later than it is found. The guard
+//! kills it, and its group if it leads one.
+//!
 //! When the master stops by itself, it ends the guard after all other processes. A guard that dies is replaced, and a guard that
 //! is stopped is continued. A new guard begins with the groups that exist then. After an upgrade, the new build starts its own
 //! guard before it ends the guard of the old build; the link stays open through the exec.
@@ -157,6 +160,8 @@ impl Master {
     fn start_guard(&mut self) {
         let mut groups = Groups::default();
         self.groups().into_iter().for_each(|group| groups.add(group));
+        let orphans = procfs::family_of(&self.orphans());
+        orphans.into_iter().filter(|pid| self.sidecars.has_left(*pid)).for_each(|pid| groups.add_process(pid));
         match start(groups, &self.spawner, &self.signals) {
             Ok(process) => {
                 log::debug!("guard started pid={}", process.pid);
@@ -208,10 +213,13 @@ fn start(groups: Groups, spawner: &Spawner, signals: &super::SignalInbox) -> io:
 /// The main function of the guard.
 fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
     loop {
-        let mut message = [0; size_of::<i32>()];
-        match recv(link.as_raw_fd(), &mut message, MsgFlags::empty()) {
+        let mut message = [[0; size_of::<i32>()]; 2];
+        match recv(link.as_raw_fd(), message.as_flattened_mut(), MsgFlags::empty()) {
             Ok(0) => break,
-            Ok(_) => groups.read_child(i32::from_ne_bytes(message)),
+            Ok(length) if length == size_of_val(&message) => {
+                groups.add_process(Pid::from_raw(i32::from_ne_bytes(message[0])))
+            }
+            Ok(_) => groups.read_child(i32::from_ne_bytes(message[0])),
             Err(Errno::EINTR) => {}
             Err(_) if getppid() == master => std::thread::sleep(POLL_INTERVAL), // for example ENOMEM
             Err(_) => break,
@@ -238,13 +246,21 @@ fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
     0
 }
 
+/// Whether this process, which started at this time, still exists.
+fn is_process(pid: i32, started: u64) -> bool {
+    procfs::stat(Pid::from_raw(pid)).is_some_and(|stat| stat.started == started)
+}
+
 fn own_session() -> i32 {
     getsid(None).map_or(0, Pid::as_raw)
 }
 
-/// The process groups that end with the master, by their numbers.
+/// The process groups that end with the master, by their numbers, and single processes with their start times.
 #[derive(Debug, Default)]
-struct Groups(BTreeMap<i32, Group>);
+struct Groups {
+    groups: BTreeMap<i32, Group>,
+    processes: BTreeMap<i32, u64>,
+}
 
 /// Identifies a group when its number may have been reused.
 #[derive(Debug)]
@@ -258,9 +274,16 @@ impl Groups {
     /// Handles a message: the number of a new group, or the negative number of a group that has ended. Every message also removes the
     /// groups that no longer exist.
     fn read_child(&mut self, message: i32) {
-        self.0.retain(|&group, _| Some(group) != message.checked_neg());
-        self.0.retain(|&group, _| killpg(Pid::from_raw(group), None) != Err(Errno::ESRCH));
+        self.groups.retain(|&group, _| Some(group) != message.checked_neg());
+        self.groups.retain(|&group, _| killpg(Pid::from_raw(group), None) != Err(Errno::ESRCH));
         self.add(message);
+    }
+
+    fn add_process(&mut self, pid: Pid) {
+        self.processes.retain(|&pid, started| is_process(pid, *started));
+        if let Some(stat) = procfs::stat(pid) {
+            self.processes.insert(pid.as_raw(), stat.started);
+        }
     }
 
     fn add(&mut self, group: i32) {
@@ -269,7 +292,7 @@ impl Groups {
         }
         let leader = procfs::stat(Pid::from_raw(group));
         let session = leader.as_ref().map_or_else(own_session, |leader| leader.session);
-        self.0.insert(group, Group { session, leader: leader.map(|leader| leader.started) });
+        self.groups.insert(group, Group { session, leader: leader.map(|leader| leader.started) });
     }
 
     /// The running processes of these groups, with their names.
@@ -277,21 +300,33 @@ impl Groups {
         let mut left: BTreeMap<i32, Vec<(i32, String)>> = BTreeMap::new();
         for pid in procfs::all() {
             let Some(stat) = procfs::stat(pid).filter(|stat| !stat.is_zombie) else { continue };
-            if self.0.get(&stat.group).is_some_and(|group| group.session == stat.session) {
+            if self.groups.get(&stat.group).is_some_and(|group| group.session == stat.session) {
                 left.entry(stat.group).or_default().push((pid.as_raw(), stat.name));
             }
         }
         // With another leader, the number belongs to another group.
         left.retain(|&number, _| {
             let leader = procfs::stat(Pid::from_raw(number)).map(|leader| leader.started);
-            leader.is_none() || self.0.get(&number).is_some_and(|group| group.leader == leader)
+            leader.is_none() || self.groups.get(&number).is_some_and(|group| group.leader == leader)
         });
         left
     }
 
-    /// Kills the groups. Returns their processes.
-    fn kill(&self) -> Vec<(i32, String)> {
+    /// Kills the groups and the processes. Returns the processes.
+    fn kill(&mut self) -> Vec<(i32, String)> {
         let mut killed = Vec::new();
+        for (pid, started) in std::mem::take(&mut self.processes) {
+            let Some(stat) =
+                procfs::stat(Pid::from_raw(pid)).filter(|stat| is_process(pid, started) && !stat.is_zombie)
+            else {
+                continue;
+            };
+            if stat.group == pid {
+                self.add(pid); // killed below, with the rest of its group
+            } else if !self.groups.contains_key(&stat.group) && kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok() {
+                killed.push((pid, stat.name));
+            }
+        }
         for (group, processes) in self.left() {
             match killpg(Pid::from_raw(group), Signal::SIGKILL) {
                 Ok(()) => killed.extend(processes),
@@ -305,13 +340,18 @@ impl Groups {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::os::unix::process::CommandExt as _;
-    use std::process::{Child, Command};
+    use std::process::{Child, Command, Stdio};
 
     use super::*;
 
     fn sleeper() -> Child {
-        Command::new("sleep").arg("600").process_group(0).spawn().unwrap()
+        sleeper_of(Pid::from_raw(0))
+    }
+
+    fn sleeper_of(group: Pid) -> Child {
+        Command::new("sleep").arg("600").process_group(group.as_raw()).spawn().unwrap()
     }
 
     #[test]
@@ -321,20 +361,20 @@ mod tests {
         let mut groups = Groups::default();
         [our, others, 0, 1, -1].into_iter().for_each(|group| groups.add(group));
         assert_eq!(
-            groups.0.keys().copied().collect::<Vec<_>>(),
+            groups.groups.keys().copied().collect::<Vec<_>>(),
             [our, others].into_iter().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
         );
-        let recorded = groups.0.get_mut(&others).unwrap();
+        let recorded = groups.groups.get_mut(&others).unwrap();
         recorded.leader = recorded.leader.map(|started| started - 1);
         assert_eq!(groups.kill(), [(our, "sleep".to_owned())], "the other's leader is another process");
         ours.wait().unwrap();
-        let recorded = groups.0.get_mut(&others).unwrap();
+        let recorded = groups.groups.get_mut(&others).unwrap();
         recorded.leader = recorded.leader.map(|started| started + 1);
         recorded.session -= 1;
         assert_eq!(groups.kill(), [], "it was in another session");
         assert!(other.try_wait().unwrap().is_none());
         groups.read_child(others);
-        assert_eq!(groups.0.len(), 1, "the group that is gone is forgotten");
+        assert_eq!(groups.groups.len(), 1, "the group that is gone is forgotten");
         assert_eq!(groups.kill().len(), 1);
         other.wait().unwrap();
     }
@@ -360,5 +400,29 @@ mod tests {
         groups.read_child(gone);
         assert_eq!(groups.kill(), [(gone, "sleep".to_owned())]);
         given_up.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_that_founds_its_group_after_it_was_announced_is_ended_with_its_group() {
+        let mut later = Command::new("sh");
+        let mut later = later.args(["-c", "read go; exec setsid sleep 600"]).stdin(Stdio::piped()).spawn().unwrap();
+        let (mut alone, mut other) = (sleeper_of(getpgrp()), sleeper_of(getpgrp()));
+        let [pid, alone_pid, others] = [&later, &alone, &other].map(|child| Pid::from_raw(child.id().cast_signed()));
+        let mut groups = Groups::default();
+        [pid, alone_pid, others].into_iter().for_each(|pid| groups.add_process(pid));
+        *groups.processes.get_mut(&others.as_raw()).unwrap() += 1;
+        drop(later.stdin.take().map(|mut stdin| stdin.write_all(b"\n")));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while procfs::stat(pid).unwrap().name != "sleep" {
+            assert!(Instant::now() < deadline, "setsid calls exec");
+            std::thread::sleep(POLL_INTERVAL);
+        }
+        let ended: BTreeSet<i32> = groups.kill().into_iter().map(|(pid, _)| pid).collect();
+        assert_eq!(ended, [pid, alone_pid].map(Pid::as_raw).into());
+        later.wait().unwrap();
+        alone.wait().unwrap();
+        assert!(other.try_wait().unwrap().is_none(), "the number belongs to another process");
+        other.kill().unwrap();
+        other.wait().unwrap();
     }
 }

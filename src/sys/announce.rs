@@ -2,7 +2,8 @@
 //! is no moment at which it runs without the guard knowing. The end of a process group, whose number may then be reused, is announced by
 //! the master when it reaps the group's last process.
 //!
-//! A message is the number of a group that begins, or its negative when the group has ended.
+//! A message is the number of a group that begins, or its negative when the group has ended. Two numbers are a process that the master
+//! has found, and 0: its group is not settled yet.
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -26,6 +27,15 @@ pub(crate) fn announce(group: Pid) {
     let link = LINK.load(Ordering::Relaxed);
     if link >= 0 {
         let _ = send(link, &group.as_raw().to_ne_bytes(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+    }
+}
+
+/// Announces a process that may still leave its group and found another one, as daemons do that put themselves into the background.
+pub(crate) fn announce_process(pid: Pid) {
+    let link = LINK.load(Ordering::Relaxed);
+    if link >= 0 {
+        let message = [pid.as_raw().to_ne_bytes(), [0; 4]].concat();
+        let _ = send(link, &message, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
     }
 }
 
