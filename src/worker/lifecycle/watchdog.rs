@@ -26,7 +26,8 @@ use crate::worker::conn::throttle::Throttle;
 const TICK: Duration = Duration::from_secs(1);
 /// How long the end of an event stream may take to be sent, after the worker began to drain.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
-/// Number of ticks that a connection without a request may take after its end was requested.
+/// Number of ticks that a connection may take without a request after its end was requested: time for the end of its
+/// last response, which may not be written yet when the request is over, and for the client's answer.
 const GOODBYE: u32 = 1;
 /// Minimum number of bytes that must move within the timeout, of a request body or of a response,
 /// unless fewer are left.
@@ -61,7 +62,7 @@ struct Watched {
     written: u32,
     /// Number of ticks of a drain in which only the end of an event stream was left.
     leaving: u32,
-    /// Number of ticks since the end of the connection was requested.
+    /// Number of ticks without a request since the end of the connection was requested.
     goodbye: Option<u32>,
 }
 
@@ -227,8 +228,8 @@ impl Watched {
             self.goodbye.get_or_insert(0);
         }
         if let Some(ticks) = &mut self.goodbye {
-            *ticks += 1;
-            if *ticks > GOODBYE && stage == Stage::Idle {
+            *ticks = if stage == Stage::Idle { *ticks + 1 } else { 0 };
+            if *ticks > GOODBYE {
                 self.cut_off("ending", Shutdown::Both);
                 return false;
             }
@@ -476,6 +477,10 @@ mod tests {
         watched.activity.request_came();
         assert!((0..9).all(|_| tick(&mut watched)), "a request that came before its peer knew is answered");
         watched.activity.request_over();
+        assert!(
+            tick(&mut watched) && !watched.activity.has_expired(),
+            "the end of its response may not be written yet"
+        );
         assert!(!tick(&mut watched) && watched.activity.has_expired());
 
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
