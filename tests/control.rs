@@ -492,7 +492,7 @@ fn status_shows_threads_that_hang_and_a_worker_of_which_all_do_as_hung() {
     let limits = [
         ["--workers", "1"],
         ["--threads", "2"],
-        ["--request-timeout", "100ms"],
+        ["--request-timeout", "3s"], // the function must have begun by then, on a busy machine too
         ["--hang-timeout", "300ms"],
         ["--drain-timeout", "1h"],
     ];

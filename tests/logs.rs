@@ -128,7 +128,8 @@ fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
             let (ours, theirs) = nix::unistd::pipe().unwrap();
             (Box::new(File::from(ours)), theirs.into())
         };
-        let (mut server, address) = start_with_stderr(directory.path(), theirs, &["--output-rate", "0"]);
+        let endless = ["--output-rate", "0", "--hang-timeout", "1h"]; // a busy machine is no hang
+        let (mut server, address) = start_with_stderr(directory.path(), theirs, &endless);
         assert_eq!(ask(&address, &format!("/flood/{LINES}")), Some(200), "it is not held up");
         let first = worker(&server);
         server.signal(Signal::SIGTTIN);

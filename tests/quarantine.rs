@@ -116,7 +116,8 @@ fn the_refusal_is_a_503_over_each_protocol() {
 
 #[test]
 fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that() {
-    let hangs = ["--threads", "2", "--request-timeout", "100ms", "--hang-timeout", "300ms", "--drain-timeout", "1h"];
+    // The function must have begun when the timeout comes, on a busy machine too.
+    let hangs = ["--threads", "2", "--request-timeout", "3s", "--hang-timeout", "300ms", "--drain-timeout", "1h"];
     let mut server = crashy(&hangs);
     let address = server.http();
     for _ in 0..3 {
@@ -137,7 +138,8 @@ fn functions_that_hang_in_one_worker_count_once() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     let mut command = std::process::Command::new(common::program("crashy"));
-    let hangs = ["--threads", "4", "--request-timeout", "100ms", "--hang-timeout", "300ms", "--quarantine", "2"];
+    // The function must have begun when the timeout comes, on a busy machine too.
+    let hangs = ["--threads", "4", "--request-timeout", "3s", "--hang-timeout", "300ms", "--quarantine", "2"];
     let command = command.args(["--bind", "http:127.0.0.1:0", "--workers", "1"]).args(hangs);
     let mut server = Server::start_command(command.env("CRASHY_BROKEN", &broken));
     std::fs::write(&broken, "").unwrap(); // prevents a replacement, so that the worker stays

@@ -79,8 +79,9 @@ fn number_behind(line: &str, key: &str) -> i32 {
     digits.parse().unwrap()
 }
 
-fn user_of(pid: i32) -> u64 {
-    common::status_number(pid, "Uid").unwrap()
+/// `None` if the process is gone.
+fn user_of(pid: i32) -> Option<u64> {
+    common::status_number(pid, "Uid")
 }
 
 fn command_line(pid: i32) -> String {
@@ -96,7 +97,7 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
     let with = |user: u32| format!("{bind}{beside}user = {user}\ngroup = {user}\nsocket-mode = 0o660\n");
     let mut served = Served::start("crashy", &[], &with(4711));
     let daemon = served.daemon("d");
-    assert_eq!(user_of(daemon), 4711);
+    assert_eq!(user_of(daemon), Some(4711));
     assert!(served.server.wait_for("cron=c").ends_with("| 4711"));
     let publish = |served: &Served| {
         // The relay runs with the workers' user, and must be replaced.
@@ -106,15 +107,15 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
     };
     publish(&served);
     let relay = number_behind(&served.server.wait_for("relay started"), "pid=");
-    wait_until("it has given up its privileges", || (user_of(relay) == 4711).then_some(()));
+    wait_until("it has given up its privileges", || (user_of(relay) == Some(4711)).then_some(()));
 
     let said = served.reloaded(&with(4712));
     assert!(!said.contains("restart only"), "{said}");
     wait_until("all workers are of the new user", || {
-        served.server.workers().into_iter().all(|worker| user_of(worker) == 4712).then_some(())
+        served.server.workers().into_iter().all(|worker| user_of(worker) == Some(4712)).then_some(())
     });
     let daemon = served.daemon("d");
-    assert_eq!(user_of(daemon), 4712);
+    assert_eq!(user_of(daemon), Some(4712));
     // A job that started before the reload keeps the old user.
     wait_until("jobs are of the new user", || served.server.wait_for("cron=c").ends_with("| 4712").then_some(()));
     for name in ["a.sock", "events"] {
@@ -124,7 +125,7 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
     wait_until("the old relay is gone", || is_gone(relay).then_some(()));
     publish(&served);
     let relay = number_behind(&served.server.wait_for("relay started"), "pid=");
-    wait_until("it has given up its privileges", || (user_of(relay) == 4712).then_some(()));
+    wait_until("it has given up its privileges", || (user_of(relay) == Some(4712)).then_some(()));
     served.server.stop();
 }
 
@@ -237,7 +238,7 @@ fn after_a_failed_reload_those_that_die_are_replaced_by_what_they_were() {
         (children.len() == 2 && !children.contains(&victim)).then_some(children)
     });
     for pid in replaced {
-        wait_until("it is as before", || (command_line(pid) == "sleep 1001" && user_of(pid) == 0).then_some(()));
+        wait_until("it is as before", || (command_line(pid) == "sleep 1001" && user_of(pid) == Some(0)).then_some(()));
     }
     assert!(!served.server.log().contains("daemon started"), "nor does anything else begin");
 
