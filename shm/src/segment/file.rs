@@ -458,4 +458,4 @@ fn real_ms() -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -1,16 +1,30 @@
 use std::path::PathBuf;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use super::*;
 use crate::StoreOptions;
 
 const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0, events_bytes: 64 * 1024 };
 
-struct Scratch(PathBuf);
+/// Written by a test that forks: until its child ends, it has a copy of each descriptor of this process, and keeps the files locked
+/// that other tests have just closed.
+pub(in crate::segment) static FORKS: RwLock<()> = RwLock::new(());
+
+/// A path for a file, and the assurance that no test forks.
+struct Scratch(
+    PathBuf,
+    #[expect(dead_code, reason = "released when the test ends")] Option<RwLockReadGuard<'static, ()>>,
+);
 
 impl Scratch {
     fn new(name: &str) -> Scratch {
+        let nobody_forks = FORKS.read().unwrap_or_else(PoisonError::into_inner);
+        Scratch(Self::path(name), Some(nobody_forks))
+    }
+
+    fn path(name: &str) -> PathBuf {
         let name = format!("forkyard-{name}-{}-{}", std::process::id(), fastrand::u64(..));
-        Scratch(std::env::temp_dir().join(name))
+        std::env::temp_dir().join(name)
     }
 
     fn open(&self) -> (Segment, Found) {
@@ -279,7 +293,8 @@ fn who_has_attached_a_file_that_is_truncated_or_has_holes_lives_on() {
 
 #[test]
 fn a_child_and_its_parent_learn_from_each_other_that_pages_are_lost() {
-    let scratch = Scratch::new("truncated-fork");
+    let _forks = FORKS.write().unwrap_or_else(PoisonError::into_inner);
+    let scratch = Scratch(Scratch::path("truncated-fork"), None);
     let (segment, _) = scratch.open();
     OpenOptions::new().write(true).open(&scratch.0).unwrap().set_len(0).unwrap();
     assert!(!segment.inner.map.is_lost());
