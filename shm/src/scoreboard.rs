@@ -228,6 +228,9 @@ impl Scoreboard {
         row.generation.store(generation, Ordering::Relaxed);
         row.pid.store(pid, Ordering::Relaxed);
         row.state.store(State::Starting.to_word(), Ordering::Release);
+        if let Some(header) = self.segment.header() {
+            header.claimed_rows.fetch_max(slot.saturating_add(1), Ordering::Relaxed);
+        }
         let (segment, surplus) = (Arc::clone(&self.segment), Arc::default());
         let (used, free, made) = (Local::new(0), RefCell::default(), Local::new(0));
         Some(Row { held: Rc::new(Holding { segment, at, epoch, used, surplus, free, made }) })
@@ -259,13 +262,18 @@ impl Scoreboard {
 
     /// The load of the least busy serving process, apart from the process in `slot`. `None` if no other process is serving.
     pub fn freest(&self, slot: u32) -> Option<Load> {
-        let others = (0..self.rows()).filter(|&other| other != slot).filter_map(|other| self.row(other));
+        // For each accepted connection: rows that were never claimed are not looked at.
+        let claimed = self.segment.header().map_or(0, |header| header.claimed_rows.load(Ordering::Relaxed));
+        let others = (0..claimed.min(self.rows())).filter(|&other| other != slot).filter_map(|other| self.row(other));
         let serving = others.filter(|(_, row)| State::from_word(row.state.load(Ordering::Relaxed)) == State::Ready);
         serving.map(|(_, row)| Load::of(row)).min()
     }
 
     /// Empties all rows: for a segment that no process uses yet.
     pub(crate) fn reset(&self) {
+        if let Some(header) = self.segment.header() {
+            header.claimed_rows.store(0, Ordering::Relaxed);
+        }
         for (_, row) in (0..self.rows()).filter_map(|slot| self.row(slot)) {
             row.pid.store(0, Ordering::Relaxed);
             row.state.store(State::Empty.to_word(), Ordering::Release);

@@ -14,7 +14,7 @@
 //!           48 max_entry 8 | 56 checksum 8 | 64 events_bytes 8
 //!           128 tag clock 8 | 136 cleared 8 | 144 newest prefix purge 8 | 152 prefix floor 8 (latest prefix purge not in the table)
 //!           256 time_base 8 | 264 clean 8 | 272 clean_ms 8 | 280 clean_real_ms 8 | 288 boot id 16 | 304 sweep_due 8
-//!           312 prefix lock 4
+//!           312 prefix lock 4 | 316 claimed rows 4 (no row from this number on was ever claimed)
 //!           1024 quarantine: 0 count 4 | 4 unused 4 | 64 entries 64 x 16        (written by the master alone)
 //! barred    0 key 8 (0 = free) | 8 until_ms 8
 //!
@@ -124,7 +124,7 @@ pub(crate) struct Header {
     pub(crate) boot_id: [AtomicU64; 2],
     pub(crate) sweep_due: AtomicU64,
     pub(crate) prefix_lock: AtomicU32,
-    unused_word: AtomicU32,
+    pub(crate) claimed_rows: AtomicU32,
     unused_at_the_end: [AtomicU64; 8],
 }
 

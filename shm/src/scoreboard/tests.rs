@@ -98,6 +98,8 @@ fn the_freest_is_one_that_serves_and_is_not_occupied() {
     rows[2].set_state(State::Draining);
     rows[1].occupancy().set(true);
     assert_eq!(board.freest(3), load(true, 0));
+    board.claim(3, 3, 1).unwrap().set_state(State::Ready);
+    assert_eq!(board.freest(0), load(false, 0), "the last row, claimed later");
 }
 
 #[test]

@@ -37,7 +37,10 @@ pub(super) fn set_connection<B>(response: &mut Response<B>, version: Version, is
     }
     let headers = response.headers_mut();
     let is_upgrade = headers.contains_key(header::UPGRADE); // RFC 9110, section 7.8
-    if !is_last && !is_upgrade && !headers.contains_key(header::CONNECTION) {
+    if !is_upgrade && !headers.contains_key(header::CONNECTION) {
+        if is_last {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         return;
     }
     let own = [CLOSE, KEEP_ALIVE, UPGRADE];
