@@ -227,6 +227,12 @@ fn who_asks_for_nothing_is_cut_off() {
             assert_eq!(raw::ask(&mut kept, &protocol.head("GET", "/ok", 0)).0, 200);
             clients.push(kept);
         }
+        if protocol == Protocol::FastCgi {
+            // It goes on after a request that cannot be read.
+            let mut refused = raw::connect(&server.binds[0]);
+            assert_eq!(raw::ask(&mut refused, &protocol.head("G(T", "/ok", 0)).0, 400);
+            clients.push(refused);
+        }
         let count = clients.len();
         for mut client in clients {
             let mut rest = Vec::new();

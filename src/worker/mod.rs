@@ -56,7 +56,7 @@ use self::lifecycle::watchdog::Watchdog;
 use self::logs::OutputPipes;
 use self::service::access_log::AccessLog;
 use self::service::max_requests::Counted;
-use self::service::serve::{Application, BoxError, Guard};
+use self::service::serve::{Application, BoxError, Protection};
 use self::service::{health, serve};
 use crate::app::blocking;
 use crate::app::body::Body;
@@ -183,14 +183,14 @@ where
         let service = Counted::new(service, config.scaling.max_requests, report.try_clone()?);
         let application = Application::new(service, row.clone(), config.limits, config.trust.clone());
         let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
-        let application = Rc::new(application.guarded(guard(&config, &heritage.segment)).logged(access_log.clone()));
+        let application = application.protected(protection(&config, &heritage.segment)).logged(access_log.clone());
         if let Some(path) = &config.scaling.health_path {
             // A little less than the master's limit, so that the worker can still report the
             // reason.
             let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
             health::check(&application, path, limit).await?;
         }
-        let server = Rc::new(Server::new(&config, &heritage.listeners, application, drain.clone()));
+        let server = Rc::new(Server::new(&config, &heritage.listeners, Rc::new(application), drain.clone()));
         hooks.on_ready(worker)?;
         // The worker has not accepted any connection yet.
         starts.store(false, Ordering::SeqCst);
@@ -283,10 +283,10 @@ fn event_loop(pulse: EventLoopBeat, is_watched: bool) -> io::Result<LocalRuntime
     builder.build_local(LocalOptions::default())
 }
 
-fn guard(config: &Config, segment: &Segment) -> Guard {
+fn protection(config: &Config, segment: &Segment) -> Protection {
     let (failures, max_queue_time) = (&config.failures, config.scaling.max_queue_time);
     let quarantine = (failures.quarantine.deaths > 0).then(|| segment.quarantine());
-    Guard { request_timeout: failures.request_timeout, max_queue_time, quarantine, by: failures.quarantine.by }
+    Protection { request_timeout: failures.request_timeout, max_queue_time, quarantine, by: failures.quarantine.by }
 }
 
 /// Requests this worker's replacement when a function hangs.

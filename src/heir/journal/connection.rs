@@ -137,12 +137,6 @@ impl ConnHandle {
         }
     }
 
-    /// Whether the start of the response is recorded. Also true for a request without an entry.
-    pub(crate) fn has_begun(&self, Entry(index): Entry) -> bool {
-        let request = self.record().and_then(|record| record.requests.get(usize::from(index)));
-        request.is_none_or(|request| request.from.load(Acquire) & KNOWN != 0)
-    }
-
     /// Records the output position at which the response ends.
     pub(crate) fn response_to(&self, Entry(index): Entry, position: u32) {
         if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {

@@ -41,7 +41,8 @@ use crate::protocol::params::Params;
 use crate::request::activity::Activity;
 use crate::sys;
 use crate::worker::lifecycle::watchdog::watch_bodies;
-use crate::worker::service::serve::{self, Application, BoxError, Guard, Served};
+use crate::worker::service::request_guard::RequestGuard;
+use crate::worker::service::serve::{self, Application, BoxError, Protection, Served};
 use crate::worker::{on_thread, run_in_turns};
 
 /// Maximum size of a read, and of the small pieces that are collected before a write.
@@ -125,7 +126,7 @@ where
         Ok(request) => request,
         Err((status, error)) => {
             log::warn!("a CGI request was refused: {error}");
-            return (serve::refusal(status, row.begin("-", "-").into()), false);
+            return (serve::refusal(status, RequestGuard::begin_unread(&row, None, None)), false);
         }
     };
     let is_head = request.method() == Method::HEAD;
@@ -134,13 +135,13 @@ where
     let context = Context::new(0, 1, segment, Arc::default(), events);
     let response = match serve::catch_panic(|| factory(context)) {
         Ok(service) => {
-            let guard = Guard { request_timeout: config.failures.request_timeout, ..Guard::default() };
-            let application = Application::new(service, row, config.limits, config.trust.clone()).guarded(guard);
-            application.answer(Protocol::Http, request).await
+            let protection = Protection { request_timeout: config.failures.request_timeout, ..Protection::default() };
+            let application = Application::new(service, row, config.limits, config.trust.clone()).protected(protection);
+            application.answer(Protocol::Http, request, None).await
         }
         Err(panic) => {
             log::error!("the application cannot be made: {panic}");
-            serve::refusal(StatusCode::INTERNAL_SERVER_ERROR, row.begin("-", "-").into())
+            serve::refusal(StatusCode::INTERNAL_SERVER_ERROR, RequestGuard::begin_unread(&row, None, None))
         }
     };
     (response, is_head)

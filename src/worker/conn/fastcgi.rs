@@ -28,6 +28,7 @@ use self::exchange::{Exchange, Work};
 use super::linger;
 use super::outbox::Outbox;
 use super::socket::Socket;
+use super::under_way::UnderWay;
 use crate::app::body::{Body, FilterData, pipe};
 use crate::config::address::Protocol;
 use crate::heir::journal::Entry;
@@ -199,20 +200,9 @@ where
         if self.exchanges.len() > 1 {
             self.exchanges.rotate_left(1); // the exchange that filled the outbox is the last to continue
         }
-        let (conn, activity) = (*self.socket.conn(), self.socket.activity());
         for exchange in &mut self.exchanges {
-            let waiting = self.outbox.len();
-            let outcome = exchange.poll(context, activity, &mut self.outbox, &mut self.head);
-            if !exchange.has_begun && self.outbox.len() > waiting {
-                exchange.has_begun = true;
-                conn.response_from(exchange.entry, conn.output(waiting));
-            }
-            if matches!(*exchange.work, Work::Ended) {
-                conn.response_to(exchange.entry, conn.output(self.outbox.len()));
-            }
-            if outcome.is_err() {
-                exchange.work.set(Work::BrokenOff);
-                (exchange.stdin, exchange.data) = (None, None);
+            if exchange.poll(context, &mut self.outbox, &mut self.head).is_err() {
+                exchange.break_off();
             }
         }
         let mut index = 0;
@@ -226,14 +216,12 @@ where
             self.closing |= !ended.keep_connection;
             self.last_chance_over |= self.draining;
             self.spare = Some(ended.work);
-            self.socket.activity().request_over();
         }
         let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
         if !self.exchanges.is_empty() && self.exchanges.iter().all(broken_off) {
             // Every other response has ended before the connection is broken off.
             for exchange in self.exchanges.drain(..) {
                 self.unread |= !self.decoder.finish(exchange.id);
-                self.socket.activity().request_over();
             }
             fastcgi::break_off(self.outbox.tail());
             self.broken = true;
@@ -349,11 +337,13 @@ where
     }
 
     /// Enters a request in the journal, before the application receives it.
-    fn enter(&mut self, id: RequestId, keep_connection: bool, is_head: bool) -> Entry {
-        if let Some(index) = self.assembled.iter().position(|&(known, _)| known == id) {
-            return self.assembled.swap_remove(index).1;
-        }
-        self.socket.conn().begin(id, is_head, !keep_connection)
+    fn enter(&mut self, id: RequestId, keep_connection: bool, is_head: bool) -> UnderWay {
+        let assembled = self.assembled.iter().position(|&(known, _)| known == id);
+        let entry = match assembled {
+            Some(index) => self.assembled.swap_remove(index).1,
+            None => self.socket.conn().begin(id, is_head, !keep_connection),
+        };
+        UnderWay::begin(self.socket.activity(), self.socket.conn(), entry)
     }
 
     fn take(&mut self, event: Event) -> io::Result<()> {
@@ -391,8 +381,8 @@ where
             Event::Abort { id } => {
                 // Drops the response future, which cancels the application's work.
                 if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id) {
-                    exchange.end_now();
-                    fastcgi::stdout_end(self.outbox.tail(), id, 0);
+                    exchange.app_status = 0;
+                    exchange.end(&mut self.outbox);
                 }
             }
             Event::Reply { bytes, then_close } => {
@@ -414,7 +404,6 @@ where
     fn begin(&mut self, id: RequestId, keep_connection: bool, role: Role, params: Params) {
         let max_body = self.application.limits.max_body;
         let activity = self.socket.activity();
-        activity.request_came();
         let mut stdin = None;
         let made = cgi::request(params, |length| {
             // An authorizer has no body (FastCGI specification, section 6.3), even if a server
@@ -437,27 +426,26 @@ where
         };
         let data = give_role(&mut request, role, self.socket.activity());
         let is_head = request.method() == Method::HEAD;
-        let entry = self.enter(id, keep_connection, is_head);
+        let under_way = self.enter(id, keep_connection, is_head);
         self.socket.activity().tell_waited(&mut request);
-        let answer = self.application.answer(Protocol::FastCgi, request);
-        self.start(id, entry, keep_connection, answer);
+        let answer = self.application.answer(Protocol::FastCgi, request, Some(under_way));
+        self.start(id, keep_connection, answer);
         if let Some(exchange) = self.exchanges.last_mut() {
             (exchange.is_head, exchange.stdin, exchange.data) = (is_head, stdin, data);
         }
     }
 
     fn refuse(&mut self, id: RequestId, keep_connection: bool, status: StatusCode, why: impl Into<String>) {
-        self.socket.activity().request_came();
-        let entry = self.enter(id, keep_connection, false);
-        let answer = self.application.refuse(Protocol::FastCgi, status, self.from, why);
-        self.start(id, entry, keep_connection, answer);
+        let under_way = self.enter(id, keep_connection, false);
+        let answer = self.application.refuse(Protocol::FastCgi, status, self.from, why, under_way);
+        self.start(id, keep_connection, answer);
     }
 
-    fn start(&mut self, id: RequestId, entry: Entry, keep_connection: bool, answer: ResponseFuture<S, B>) {
+    fn start(&mut self, id: RequestId, keep_connection: bool, answer: ResponseFuture<S, B>) {
         let mut work = self.spare.take().unwrap_or_else(|| Box::pin(Work::Ended));
         work.set(Work::Answering { answer });
-        let (has_begun, is_head, stdin, data, app_status) = (false, false, None, None, 0);
-        self.exchanges.push(Exchange { id, entry, has_begun, keep_connection, is_head, stdin, data, app_status, work });
+        let (is_head, stdin, data, app_status) = (false, None, None, 0);
+        self.exchanges.push(Exchange { id, keep_connection, is_head, stdin, data, app_status, work });
     }
 
     /// If the peer may still be sending, shuts down the write side and reads until the peer closes:

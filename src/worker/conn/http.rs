@@ -36,7 +36,7 @@ use tower_service::Service;
 
 use self::connection_header::{response_closes, set_connection};
 use self::request::settle;
-use self::requests::{Requests, UnderWay};
+use self::requests::{Counted, Requests};
 use self::rest::Rest;
 use self::upgrade::{Ends, Offer};
 use super::linger::linger;
@@ -372,7 +372,7 @@ where
         request: Request<Incoming>,
     ) -> impl Future<Output = Result<Response<Reply<B>>, Infallible>> {
         // Counted here, because hyper may poll the response future later.
-        let mut under_way = self.requests.begin(&request);
+        let (under_way, mut counted) = self.requests.begin(&request);
         async move {
             let max_body = self.application.limits.max_body;
             let (head, incoming) = request.into_parts();
@@ -381,19 +381,19 @@ where
             let mut rest = rest.map(|rest| Rest::new(rest, head.headers.contains_key(header::EXPECT)));
             let mut request = Request::from_parts(head, body);
             let version = request.version();
-            let is_http2 = version == Version::HTTP_2;
             let offer = Offer::of(&mut request);
             let switch = offer.as_ref().map_or(Switch::No, |offer| offer.switch);
-            under_way.offers_upgrade(offer.is_some());
+            counted.offers_upgrade(offer.is_some());
             let answer = match settle(&mut request) {
                 Ok(()) => {
                     request.extensions_mut().insert(self.origin.clone());
                     self.requests.activity().tell_waited(&mut request);
-                    self.application.answer(Protocol::Http, request).offering(switch)
+                    self.application.answer(Protocol::Http, request, Some(under_way)).offering(switch)
                 }
                 Err(refusal) => {
-                    under_way.is_last = true;
-                    self.application.refuse(Protocol::Http, refusal.status, self.origin.address, refusal.why)
+                    counted.is_last = true;
+                    let from = self.origin.address;
+                    self.application.refuse(Protocol::Http, refusal.status, from, refusal.why, under_way)
                 }
             };
             let mut response = {
@@ -409,38 +409,49 @@ where
                 });
                 polled.await
             };
-            under_way.is_answered();
+            counted.is_answered();
             let offer = offer.filter(|_| switch.is_made_by(response.status()));
             if let Some(mut rest) = rest {
                 if offer.is_some() {
                     rest.read().await;
                 }
-                under_way.is_last |= rest.ends_connection();
+                counted.is_last |= rest.ends_connection();
                 self.read_rest(rest);
             }
             if let Some(offer) = offer {
                 if !self.requests.left_unread() {
-                    return Ok(self.switch(response, offer, under_way));
+                    return Ok(self.switch(response, offer, counted));
                 }
                 response = without_switch(response);
             }
-            under_way.offers_upgrade(false);
-            if is_http2 {
-                response.headers_mut().remove(header::TE); // hyper removes the other such headers, but h2 would reset the stream
-            } else {
-                under_way.is_last |= self.requests.are_closing() || response_closes(response.headers());
-                under_way.is_last |= version < Version::HTTP_11 && ends_with_connection(response.body());
-                set_connection(&mut response, version, under_way.is_last);
-            }
-            under_way.enter_response(under_way.is_last);
-            response.body_mut().set_activity(self.requests.activity());
-            let room = is_http2.then(|| {
-                let mut room = Wait::for_room(self.requests.activity());
-                room.set(true);
-                room
-            });
-            Ok(response.map(|body| Reply { body, room, under_way: Some(under_way) }))
+            Ok(self.reply(response, version, counted))
         }
+    }
+
+    /// Completes the head of a response to a request of this version, and begins to send it.
+    fn reply(&self, mut response: Response<Served<B>>, version: Version, mut counted: Counted) -> Response<Reply<B>> {
+        let is_http2 = version == Version::HTTP_2;
+        counted.offers_upgrade(false);
+        if is_http2 {
+            response.headers_mut().remove(header::TE); // hyper removes the other such headers, but h2 would reset the stream
+        } else {
+            counted.is_last |= self.requests.are_closing() || response_closes(response.headers());
+            counted.is_last |= version < Version::HTTP_11 && ends_with_connection(response.body());
+            set_connection(&mut response, version, counted.is_last);
+        }
+        if let Some(guard) = response.body_mut().guard_mut() {
+            guard.response_begins(0);
+            if counted.is_last && !is_http2 {
+                guard.is_last();
+                self.requests.close();
+            }
+        }
+        let room = is_http2.then(|| {
+            let mut room = Wait::for_room(self.requests.activity());
+            room.set(true);
+            room
+        });
+        response.map(|body| Reply { body, room, counted: Some(counted) })
     }
 
     /// Reads the rest of a request's body while the response is sent.
@@ -461,27 +472,27 @@ where
 
     /// Turns the connection or stream over to the application's upgrade: the bytes after the
     /// response belong to another protocol.
-    fn switch(&self, response: Response<Served<B>>, offer: Offer, under_way: UnderWay) -> Response<Reply<B>> {
-        under_way.enter_response(false);
+    fn switch(&self, response: Response<Served<B>>, offer: Offer, counted: Counted) -> Response<Reply<B>> {
         let (head, body) = response.into_parts();
-        let (body, serving) = body.switch();
-        if let Some(serving) = serving {
+        let (body, guard) = body.switch();
+        if let Some(mut guard) = guard {
+            guard.response_begins(0);
             let switch = offer.switch;
-            let taken = offer.take(serving, under_way);
+            let taken = offer.take(guard, counted);
             if switch == Switch::Connect {
                 tokio::task::spawn_local(taken.carry_stream(Arc::clone(self.requests.activity()), self.ends.clone()));
             } else {
                 self.requests.take(taken);
             }
         }
-        Response::from_parts(head, Reply { body, room: None, under_way: None })
+        Response::from_parts(head, Reply { body, room: None, counted: None })
     }
 }
 
 /// Refuses to switch protocols: the end of the request's body, where the other protocol would begin, has not come.
 fn without_switch<B>(response: Response<Served<B>>) -> Response<Served<B>> {
-    let (body, serving) = response.into_body().switch();
-    serving.map_or_else(|| Response::new(body), |serving| refusal(StatusCode::BAD_REQUEST, serving))
+    let (body, guard) = response.into_body().switch();
+    guard.map_or_else(|| Response::new(body), |guard| refusal(StatusCode::BAD_REQUEST, guard))
 }
 
 /// Whether the end of the connection is what ends this body in HTTP/1.0, which has no chunks.
@@ -490,7 +501,7 @@ fn ends_with_connection(body: &impl HttpBody) -> bool {
 }
 
 pin_project! {
-    /// The body of a response; its request is under way until this is dropped.
+    /// The body of a response; its request counts until this is dropped.
     struct Reply<B>
     where
         B: HttpBody,
@@ -501,7 +512,7 @@ pin_project! {
         // Over HTTP/2: waits for window while the last piece has not been taken.
         room: Option<Wait>,
         // None if the request continues in an upgrade.
-        under_way: Option<UnderWay>,
+        counted: Option<Counted>,
     }
 
     impl<B> PinnedDrop for Reply<B>

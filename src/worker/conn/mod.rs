@@ -17,3 +17,4 @@ pub(crate) mod scgi;
 pub(crate) mod socket;
 pub(crate) mod stop_listening;
 pub(crate) mod throttle;
+pub(crate) mod under_way;

@@ -10,6 +10,7 @@ use http::Response;
 use http_body::Body as HttpBody;
 
 use crate::protocol::cgi;
+use crate::worker::service::request_guard::RequestGuard;
 use crate::worker::service::serve::{BoxError, Served};
 
 /// The body of a response whose head was written.
@@ -33,6 +34,11 @@ where
         cgi::response_head(head, status, &parts.headers, length);
         let over = bodiless || is_head || body.is_end_stream();
         Self { body: Box::pin(body), over }
+    }
+
+    /// The request that is answered.
+    pub(crate) fn guard(&mut self) -> Option<&mut RequestGuard> {
+        self.body.as_mut().guard_pinned()
     }
 
     /// The next piece of the body; `None` at its end.

@@ -31,9 +31,9 @@ use super::linger;
 use super::outbox::Outbox;
 use super::reply::Reply;
 use super::socket::Socket;
+use super::under_way::UnderWay;
 use crate::app::body::{Body, pipe};
 use crate::config::address::Protocol;
-use crate::heir::journal::Entry;
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
 use crate::protocol::scgi::{Decoder, Error, Event};
@@ -61,7 +61,6 @@ where
         outbox: Outbox::default(),
         stdin: None,
         state: State::Reading,
-        entry: None,
         application,
     };
     let mut drained = pin!(drain.wait());
@@ -96,8 +95,6 @@ struct Connection<S: Service<Request<Body>>, B> {
     /// Pipe of the request body, while the body lasts.
     stdin: Option<pipe::Writer>,
     state: State<S, B>,
-    /// The request's journal entry, once part of the request has arrived.
-    entry: Option<Entry>,
     application: Rc<Application<S>>,
 }
 
@@ -134,10 +131,9 @@ where
     /// the peer is gone, or the response failed.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
-            let waiting = self.outbox.len();
             self.poll_response(context)?;
             let held_back = self.outbox.len() >= OUTBOX_LIMIT;
-            self.enter_response(waiting);
+            self.socket.conn().queue(self.outbox.len());
             if let Poll::Ready(Err(error)) = self.outbox.poll_write(Pin::new(&mut self.socket), context) {
                 return Poll::Ready(Err(error));
             }
@@ -151,19 +147,6 @@ where
         }
     }
 
-    /// Enters new output in the journal; `waiting` is the length of the output before.
-    fn enter_response(&self, waiting: usize) {
-        let Some(entry) = self.entry else { return };
-        let (conn, now) = (self.socket.conn(), self.outbox.len());
-        if now > waiting && !conn.has_begun(entry) {
-            conn.response_from(entry, conn.output(waiting));
-        }
-        if matches!(self.state, State::Answered) {
-            conn.response_to(entry, conn.output(now));
-        }
-        conn.queue(now);
-    }
-
     fn is_untouched(&self) -> bool {
         matches!(self.state, State::Reading) && self.decoder.is_untouched() && self.input.is_empty()
     }
@@ -174,13 +157,18 @@ where
             match &mut self.state {
                 State::Answering { answer, is_head } => {
                     let Poll::Ready(mut response) = answer.as_mut().poll(context) else { return Ok(()) };
-                    response.body_mut().set_activity(self.socket.activity());
+                    if let Some(guard) = response.body_mut().guard_mut() {
+                        guard.response_begins(self.outbox.len());
+                    }
                     self.state = State::Sending(Reply::begin(response, *is_head, self.outbox.tail()));
                 }
                 State::Sending(reply) => match reply.poll_piece(context) {
                     Poll::Pending => return Ok(()),
                     Poll::Ready(Some(piece)) => self.outbox.push(piece?),
                     Poll::Ready(None) => {
+                        if let Some(guard) = reply.guard() {
+                            guard.response_ends(self.outbox.len());
+                        }
                         self.state = State::Answered;
                         self.stdin = None;
                     }
@@ -318,16 +306,15 @@ where
         }
     }
 
-    fn enter(&mut self, is_head: bool) {
-        if self.entry.is_none() {
-            self.entry = Some(self.socket.conn().begin(1, is_head, true));
-        }
+    /// Enters the request in the journal, before the application receives it.
+    fn enter(&self, is_head: bool) -> UnderWay {
+        let conn = self.socket.conn();
+        UnderWay::begin(self.socket.activity(), conn, conn.begin(1, is_head, true))
     }
 
     fn begin(&mut self, params: Params, length: Option<u64>) {
         let max_body = self.application.limits.max_body;
         let activity = self.socket.activity();
-        activity.request_came();
         let made = cgi::request(params, |_| {
             if length == Some(0) {
                 return Body::empty();
@@ -344,16 +331,15 @@ where
             }
         };
         let is_head = request.method() == Method::HEAD;
-        self.enter(is_head);
+        let under_way = self.enter(is_head);
         self.socket.activity().tell_waited(&mut request);
-        let answer = Box::pin(self.application.answer(Protocol::Scgi, request));
+        let answer = Box::pin(self.application.answer(Protocol::Scgi, request, Some(under_way)));
         self.state = State::Answering { answer, is_head };
     }
 
     fn refuse(&mut self, status: StatusCode, why: impl Into<String>) {
-        self.enter(false);
-        self.socket.activity().request_came();
-        let answer = Box::pin(self.application.refuse(Protocol::Scgi, status, self.from, why));
+        let under_way = self.enter(false);
+        let answer = Box::pin(self.application.refuse(Protocol::Scgi, status, self.from, why, under_way));
         self.state = State::Answering { answer, is_head: false };
     }
 

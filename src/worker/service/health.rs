@@ -34,7 +34,7 @@ where
         .map_err(|error| fail(format!("is no request: {error}")))?;
     request.extensions_mut().insert(ClientInfo::of_http(None, false));
     let exchange = async {
-        let (head, body) = application.answer(Protocol::Http, request).await.into_parts();
+        let (head, body) = application.answer(Protocol::Http, request, None).await.into_parts();
         let mut body = std::pin::pin!(body);
         while let Some(frame) = body.frame().await {
             frame.map_err(|error| fail(format!("breaks off: {error}")))?;

@@ -1,8 +1,8 @@
 //! Wraps the application for the connections: every request gets a response.
 //!
-//! For all protocols alike, this adds to the user's service: the entry in the scoreboard, the limit
-//! of a body, the conversion of a panic into a 500 response, and the check of a response's
-//! announced length.
+//! For all protocols alike, this adds to the user's service: the records of a request
+//! (`request_guard.rs`), the limit of a body, the conversion of a panic into a 500 response, and the
+//! check of a response's announced length.
 
 mod client;
 mod response;
@@ -11,7 +11,6 @@ mod served;
 use std::cell::{Cell, RefCell};
 use std::error::Error;
 use std::net::SocketAddr;
-use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -19,33 +18,34 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use forkyard_shm::{InFlight, Quarantine, Row, request_text};
+use forkyard_shm::{Quarantine, Row, request_text};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
-use http_body::{Body as HttpBody, Frame};
+use http_body::Body as HttpBody;
 use pin_project_lite::pin_project;
 use tokio::time::Sleep;
 use tower_service::Service;
 
-use self::client::{Begun, Client};
+use self::client::Begun;
+pub(super) use self::client::Client;
 pub(crate) use self::response::Switch;
 use self::response::{is_event_stream, prepare_switch, promised, without_body};
 pub(crate) use self::served::Served;
 use super::access_log::{AccessLog, Entry};
+use super::request_guard::RequestGuard;
 use crate::app::body::Body;
 use crate::app::{blocking, events};
 use crate::config::address::Protocol;
 use crate::config::failures::QuarantineBy;
 use crate::config::{Limits, Trust};
-use crate::diagnostics::current_request;
 use crate::diagnostics::request_key::RequestKey;
 use crate::protocol::cgi::ClientInfo;
 use crate::protocol::forwarded;
 use crate::protocol::host::is_host;
-use crate::request::activity::Wait;
 use crate::request::queue_time::BeginBy;
 use crate::request::{buffered, queue_time};
 use crate::worker::conn::refusals::Refusals;
 use crate::worker::conn::throttle::Throttle;
+use crate::worker::conn::under_way::UnderWay;
 
 /// An error of the application.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -57,7 +57,7 @@ pub(crate) struct Application<S> {
     row: Row,
     pub(crate) limits: Limits,
     pub(crate) trust: Option<Trust>,
-    guard: Guard,
+    protection: Protection,
     access_log: Option<Rc<AccessLog>>,
     /// Counts requests refused because memory was short.
     refused: Throttle,
@@ -66,7 +66,7 @@ pub(crate) struct Application<S> {
 
 /// Protections of a worker that serves more than one request.
 #[derive(Debug, Default)]
-pub(crate) struct Guard {
+pub(crate) struct Protection {
     /// Limit for the head of a response; zero means no limit.
     pub(crate) request_timeout: Duration,
     /// Limit for the wait before the application begins; zero means no limit.
@@ -78,12 +78,12 @@ pub(crate) struct Guard {
 
 impl<S> Application<S> {
     pub(crate) fn new(service: S, row: Row, limits: Limits, trust: Option<Trust>) -> Self {
-        let (guard, refused, refusals) = (Guard::default(), Throttle::default(), Rc::default());
-        Self { service, row, limits, trust, guard, access_log: None, refused, refusals }
+        let (protection, refused, refusals) = (Protection::default(), Throttle::default(), Rc::default());
+        Self { service, row, limits, trust, protection, access_log: None, refused, refusals }
     }
 
-    pub(crate) fn guarded(self, guard: Guard) -> Self {
-        Self { guard, ..self }
+    pub(crate) fn protected(self, protection: Protection) -> Self {
+        Self { protection, ..self }
     }
 
     pub(crate) fn logged(self, access_log: Option<Rc<AccessLog>>) -> Self {
@@ -91,7 +91,7 @@ impl<S> Application<S> {
     }
 }
 
-impl Guard {
+impl Protection {
     /// How long the quarantine will still refuse this request; `None` if it does not.
     fn refuses(&self, method: &Method, target: &str) -> Option<Duration> {
         let quarantine = self.quarantine.as_ref().filter(|quarantine| !quarantine.is_empty())?;
@@ -108,45 +108,46 @@ impl<S, B> Application<S>
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone,
 {
-    /// Calls the application; if it fails or panics, produces an error response.
-    pub(crate) fn answer(&self, protocol: Protocol, mut request: Request<Body>) -> ResponseFuture<S, B> {
+    /// Calls the application; if it fails or panics, produces an error response. `under_way` is
+    /// `None` for a request that has no connection.
+    pub(crate) fn answer(
+        &self,
+        protocol: Protocol,
+        mut request: Request<Body>,
+        under_way: Option<UnderWay>,
+    ) -> ResponseFuture<S, B> {
         let is_trusted = self.trust.as_ref().is_some_and(|trust| apply_forwarded_headers(trust, &mut request));
         let is_head = request.method() == Method::HEAD;
-        let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
-        let mut in_flight = Serving {
-            in_flight: self.row.begin(request.method().as_str(), target),
-            entry: self.access_log.as_ref().map(|log| Entry::begin(log, protocol, Some(&request))),
-            kind: Kind::ResponseFuture,
-            client: None,
-        };
+        let mut guard = RequestGuard::begin(&self.row, self.access_log.as_ref(), protocol, &request, under_way);
         let from = request.extensions().get::<ClientInfo>().and_then(|origin| origin.address);
         if let Some((status, why)) = self.beyond_limits(&request, protocol) {
             self.refusals.note(protocol, status, from, why);
-            return ResponseFuture::refused(status, in_flight).to(is_head);
+            return ResponseFuture::refused(status, guard).to(is_head);
         }
-        if let Some(left) = self.guard.refuses(request.method(), target) {
-            return ResponseFuture::put_off(left, in_flight).to(is_head);
+        let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
+        if let Some(left) = self.protection.refuses(request.method(), target) {
+            return ResponseFuture::put_off(left, guard).to(is_head);
         }
         if buffered::is_full() {
             if let Some(count) = self.refused.add(1) {
                 log::warn!("requests got 503: too much memory is held for requests (--max-buffered) count={count}");
             }
-            return ResponseFuture::put_off(Duration::ZERO, in_flight).to(is_head);
+            return ResponseFuture::put_off(Duration::ZERO, guard).to(is_head);
         }
-        if self.sheds() && !queue_time::admits(self.guard.max_queue_time, &mut request, is_trusted) {
+        if self.sheds() && !queue_time::admits(self.protection.max_queue_time, &mut request, is_trusted) {
             queue_time::count();
-            return ResponseFuture::put_off(Duration::ZERO, in_flight).to(is_head);
+            return ResponseFuture::put_off(Duration::ZERO, guard).to(is_head);
         }
         let client = |trouble| Box::new(Client { trouble, refusals: Rc::clone(&self.refusals), protocol, from });
-        in_flight.client = request.body_mut().watch().map(client);
+        guard.set_client(request.body_mut().watch().map(client));
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
-        let (switch, in_flight, deadline) = (Switch::No, Some(in_flight), self.guard.deadline());
-        ResponseFuture { stage, is_head, switch, in_flight, deadline, begun: None }
+        let (switch, guard, deadline) = (Switch::No, Some(guard), self.protection.deadline());
+        ResponseFuture { stage, is_head, switch, guard, deadline, begun: None }
     }
 
     /// Whether requests that have waited too long are refused.
     pub(crate) fn sheds(&self) -> bool {
-        !self.guard.max_queue_time.is_zero()
+        !self.protection.max_queue_time.is_zero()
     }
 
     /// The configured limit that a request exceeds, if any.
@@ -176,11 +177,11 @@ where
         status: StatusCode,
         from: Option<SocketAddr>,
         why: impl Into<String>,
+        under_way: UnderWay,
     ) -> ResponseFuture<S, B> {
         self.refusals.note(protocol, status, from, why);
-        let in_flight = self.row.begin("-", "-");
-        let entry = self.access_log.as_ref().map(|log| Entry::of_unread(log, protocol, from));
-        ResponseFuture::refused(status, Serving { in_flight, entry, kind: Kind::ResponseFuture, client: None })
+        let log = self.access_log.as_ref().map(|log| (log, protocol, from));
+        ResponseFuture::refused(status, RequestGuard::begin_unread(&self.row, log, Some(under_way)))
     }
 }
 
@@ -211,63 +212,6 @@ fn length_of(headers: &HeaderMap) -> usize {
     headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
 }
 
-/// A request that is being served: its entry in the scoreboard, and its line in the access log.
-#[derive(Debug)]
-pub(crate) struct Serving {
-    in_flight: InFlight,
-    entry: Option<Box<Entry>>,
-    kind: Kind,
-    /// Present if the request has a body, which may fail.
-    client: Option<Box<Client>>,
-}
-
-/// The kind of the response.
-#[derive(Debug)]
-enum Kind {
-    ResponseFuture,
-    /// Events, until the worker leaves. The wait marks this on the connection.
-    Events(Option<Wait>),
-}
-
-impl From<InFlight> for Serving {
-    fn from(in_flight: InFlight) -> Self {
-        Self { in_flight, entry: None, kind: Kind::ResponseFuture, client: None }
-    }
-}
-
-impl Deref for Serving {
-    type Target = InFlight;
-
-    fn deref(&self) -> &InFlight {
-        &self.in_flight
-    }
-}
-
-impl Serving {
-    fn answered(&mut self, status: StatusCode) {
-        if let Some(entry) = &mut self.entry {
-            entry.answered(status);
-        }
-    }
-
-    fn becomes_stream(&mut self) {
-        self.in_flight.becomes_stream();
-    }
-
-    /// Counts bytes sent to the client in an upgraded connection.
-    pub(crate) fn carried(&mut self, bytes: usize) {
-        if let Some(entry) = &mut self.entry {
-            entry.sent(bytes);
-        }
-    }
-
-    fn sent(&mut self, frame: Option<&Frame<Bytes>>) {
-        if let (Some(entry), Some(data)) = (&mut self.entry, frame.and_then(Frame::data_ref)) {
-            entry.sent(data.len());
-        }
-    }
-}
-
 pin_project! {
     /// The future response.
     pub(crate) struct ResponseFuture<S: Service<Request<Body>>, B> {
@@ -275,7 +219,7 @@ pin_project! {
         stage: Stage<S>,
         is_head: bool,
         switch: Switch,
-        in_flight: Option<Serving>,
+        guard: Option<RequestGuard>,
         // Time at which the application's work is abandoned.
         deadline: Option<Pin<Box<Sleep>>>,
         // Boxed, because most responses do not need it.
@@ -287,10 +231,10 @@ pin_project! {
         // deadline of its request.
         fn drop(this: Pin<&mut Self>) {
             let mut answer = this.project();
-            if let (Some(serving), Some(deadline)) = (answer.in_flight, answer.deadline) {
+            if let (Some(guard), Some(deadline)) = (answer.guard, answer.deadline) {
                 let refused = Stage::Refused { status: StatusCode::GATEWAY_TIMEOUT, again_after: None };
                 let over = deadline.deadline().into_std();
-                blocking::give_up(serving.what(), over, || answer.stage.set(refused));
+                blocking::give_up(guard.what(), over, || answer.stage.set(refused));
             }
         }
     }
@@ -307,9 +251,9 @@ pin_project! {
 }
 
 impl<S: Service<Request<Body>>, B> ResponseFuture<S, B> {
-    fn refused(status: StatusCode, in_flight: Serving) -> Self {
-        let (stage, in_flight) = (Stage::Refused { status, again_after: None }, Some(in_flight));
-        Self { stage, is_head: false, switch: Switch::No, in_flight, deadline: None, begun: None }
+    fn refused(status: StatusCode, guard: RequestGuard) -> Self {
+        let (stage, guard) = (Stage::Refused { status, again_after: None }, Some(guard));
+        Self { stage, is_head: false, switch: Switch::No, guard, deadline: None, begun: None }
     }
 
     fn to(mut self, is_head: bool) -> Self {
@@ -324,10 +268,14 @@ impl<S: Service<Request<Body>>, B> ResponseFuture<S, B> {
     }
 
     /// A refusal with a `Retry-After` of `left`.
-    fn put_off(left: Duration, in_flight: Serving) -> Self {
+    fn put_off(left: Duration, guard: RequestGuard) -> Self {
         let stage = Stage::Refused { status: StatusCode::SERVICE_UNAVAILABLE, again_after: Some(left) };
-        let in_flight = Some(in_flight);
-        Self { stage, is_head: false, switch: Switch::No, in_flight, deadline: None, begun: None }
+        Self { stage, is_head: false, switch: Switch::No, guard: Some(guard), deadline: None, begun: None }
+    }
+
+    /// The request, until the response is there.
+    pub(crate) fn guard(self: Pin<&mut Self>) -> Option<&mut RequestGuard> {
+        self.project().guard.as_mut()
     }
 }
 
@@ -387,68 +335,67 @@ where
         if answer.begun.is_some() {
             return Begun::poll(answer.begun, context);
         }
-        let Some(serving) = answer.in_flight.as_ref() else { return Poll::Pending };
+        let Some(guard) = answer.guard.as_ref() else { return Poll::Pending };
         let mut stage = answer.stage;
-        let polled = current_request::enter(Some(serving.cell()), || stage.as_mut().poll(context));
-        serving.beat();
+        let polled = guard.run(|| stage.as_mut().poll(context));
         let outcome = match (polled, answer.deadline.as_mut()) {
             (Poll::Ready(outcome), _) => outcome,
             (Poll::Pending, None) => return Poll::Pending,
             (Poll::Pending, Some(deadline)) => {
                 ready!(deadline.as_mut().poll(context));
-                let (status, what) = (StatusCode::GATEWAY_TIMEOUT, serving.what());
+                let (status, what) = (StatusCode::GATEWAY_TIMEOUT, guard.what());
                 log::error!("a request takes too long (--request-timeout): answered 504 request={what:?}");
                 let over = deadline.deadline().into_std();
                 let give_up =
                     || blocking::give_up(what, over, || stage.set(Stage::Refused { status, again_after: None }));
                 if let Err(panic) = catch_panic(give_up) {
-                    log::error!("a request that was given up panicked: {panic} request={:?}", serving.what());
+                    log::error!("a request that was given up panicked: {panic} request={:?}", guard.what());
                 }
                 Err(Failure::Refused(status, None))
             }
         };
-        let Some(mut in_flight) = answer.in_flight.take() else { return Poll::Pending };
+        let Some(mut guard) = answer.guard.take() else { return Poll::Pending };
         // The client's fault determines the status, whatever the application returned.
-        if let Some(status) = in_flight.client.as_deref().and_then(Client::breach) {
-            return Poll::Ready(without_body(refusal(status, in_flight), *answer.is_head));
+        if let Some(status) = guard.client().and_then(Client::breach) {
+            return Poll::Ready(without_body(refusal(status, guard), *answer.is_head));
         }
         let response = match outcome {
             Ok(mut response) if answer.switch.is_made_by(response.status()) => {
                 if let Err(why) = prepare_switch(&mut response) {
-                    log::error!("{why} request={:?}", in_flight.what());
-                    return Poll::Ready(refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight));
+                    log::error!("{why} request={:?}", guard.what());
+                    return Poll::Ready(refusal(StatusCode::INTERNAL_SERVER_ERROR, guard));
                 }
-                in_flight.answered(response.status());
-                in_flight.becomes_stream();
-                in_flight.client = None;
-                response.map(|body| Served::App { body, in_flight, left: None })
+                guard.answered(response.status());
+                guard.becomes_stream();
+                guard.set_client(None);
+                response.map(|body| Served::app(body, None, guard))
             }
             Ok(response) if response.status().is_informational() => {
-                let (status, what) = (response.status(), in_flight.what());
+                let (status, what) = (response.status(), guard.what());
                 let why = why_not_interim(status, *answer.switch);
                 log::error!("a response has status {status}: {why} request={what:?}");
-                refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight) // other servers do not accept it as a final response either
+                refusal(StatusCode::INTERNAL_SERVER_ERROR, guard) // other servers do not accept it as a final response either
             }
             Ok(mut response) => {
-                response::settle(&mut response, &in_flight);
-                in_flight.answered(response.status());
-                let promised = promised(&mut response, &in_flight);
+                response::settle(&mut response, &guard);
+                guard.answered(response.status());
+                let promised = promised(&mut response, &guard);
                 let left = promised.filter(|_| !*answer.is_head);
                 if response.extensions().get::<events::EndsWithWorker>().is_some() {
-                    in_flight.kind = Kind::Events(None);
+                    guard.ends_with_worker();
                 }
                 if is_event_stream(&response) {
-                    in_flight.becomes_stream();
+                    guard.becomes_stream();
                 }
-                response.map(|body| Served::App { body, in_flight, left })
+                response.map(|body| Served::app(body, left, guard))
             }
-            Err(failure) => apologize(failure, in_flight),
+            Err(failure) => apologize(failure, guard),
         };
         let response = without_body(response, *answer.is_head);
         if !Begun::is_needed(&response) {
             return Poll::Ready(response);
         }
-        *answer.begun = Some(Begun::new(response));
+        *answer.begun = Begun::new(response);
         Begun::poll(answer.begun, context)
     }
 }
@@ -465,10 +412,10 @@ fn why_not_interim(status: StatusCode, switch: Switch) -> &'static str {
 }
 
 /// The response for a request that the application did not answer.
-fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, in_flight: Serving) -> Response<Served<B>> {
+fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, guard: RequestGuard) -> Response<Served<B>> {
     match failure {
         Failure::Refused(status, again_after) => {
-            let mut response = refusal(status, in_flight);
+            let mut response = refusal(status, guard);
             if let Some(left) = again_after {
                 let seconds = left.as_secs().saturating_add(1);
                 response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
@@ -476,15 +423,15 @@ fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, in_flight: Serving) -> R
             return response;
         }
         Failure::Error(error) => {
-            if let Some(status) = in_flight.client.as_deref().and_then(Client::fault) {
-                return refusal(status, in_flight);
+            if let Some(status) = guard.client().and_then(Client::fault) {
+                return refusal(status, guard);
             }
             let error: BoxError = error.into();
-            log::error!("a request failed: {error} request={:?}", in_flight.what());
+            log::error!("a request failed: {error} request={:?}", guard.what());
         }
-        Failure::Panic(panic) => log::error!("a request panicked: {panic} request={:?}", in_flight.what()),
+        Failure::Panic(panic) => log::error!("a request panicked: {panic} request={:?}", guard.what()),
     }
-    refusal(StatusCode::INTERNAL_SERVER_ERROR, in_flight)
+    refusal(StatusCode::INTERNAL_SERVER_ERROR, guard)
 }
 
 /// If a request comes from a trusted proxy, sets [`ClientInfo`] and `Host` from the proxy's
@@ -520,10 +467,10 @@ fn apply_forwarded_headers(trust: &Trust, request: &mut Request<Body>) -> bool {
 }
 
 /// A response with a status and its name as the body.
-pub(crate) fn refusal<B>(status: StatusCode, mut in_flight: Serving) -> Response<Served<B>> {
-    in_flight.answered(status);
+pub(crate) fn refusal<B>(status: StatusCode, mut guard: RequestGuard) -> Response<Served<B>> {
+    guard.answered(status);
     let text = format!("{status}\n");
-    let mut response = Response::new(Served::Canned { text: Bytes::from(text), in_flight });
+    let mut response = Response::new(Served::canned(Bytes::from(text), guard));
     *response.status_mut() = status;
     response
 }

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
@@ -14,18 +13,13 @@ use tower_service::Service;
 use super::super::outbox::Outbox;
 use super::OUTBOX_LIMIT;
 use crate::app::body::{Body, pipe};
-use crate::heir::journal::Entry;
 use crate::protocol::cgi;
 use crate::protocol::fastcgi::{self, MAX_CONTENT, RequestId};
 use crate::protocol::role::AppStatus;
-use crate::request::activity::Activity;
 use crate::worker::service::serve::{BoxError, ResponseFuture, Served};
 
 pub(super) struct Exchange<S: Service<Request<Body>>, B> {
     pub(super) id: RequestId,
-    pub(super) entry: Entry,
-    /// Part of its response is, or was, in the outbox.
-    pub(super) has_begun: bool,
     pub(super) keep_connection: bool,
     pub(super) is_head: bool,
     /// Pipe of the request body, while the body lasts and the application may read it.
@@ -63,7 +57,6 @@ where
     pub(super) fn poll(
         &mut self,
         context: &mut Context<'_>,
-        activity: &Arc<Activity>,
         outbox: &mut Outbox,
         head: &mut BytesMut,
     ) -> io::Result<()> {
@@ -71,7 +64,9 @@ where
             match self.work.as_mut().project() {
                 Working::Answering { answer } => {
                     let Poll::Ready(mut response) = answer.poll(context) else { return Ok(()) };
-                    response.body_mut().set_activity(activity);
+                    if let Some(guard) = response.body_mut().guard_mut() {
+                        guard.response_begins(outbox.len());
+                    }
                     self.send_head(response, context, outbox, head)?;
                 }
                 Working::Sending { mut body } => match body.as_mut().poll_frame(context) {
@@ -147,13 +142,24 @@ where
         }
     }
 
-    fn end(&mut self, outbox: &mut Outbox) {
+    /// Ends the response, whether it is complete or not.
+    pub(super) fn end(&mut self, outbox: &mut Outbox) {
         fastcgi::stdout_end(outbox.tail(), self.id, self.app_status);
-        self.end_now();
+        let guard = match self.work.as_mut().project() {
+            Working::Answering { answer } => answer.guard(),
+            Working::Sending { body } => body.guard_pinned(),
+            Working::Ended | Working::BrokenOff => None,
+        };
+        if let Some(guard) = guard {
+            guard.response_ends(outbox.len());
+        }
+        self.work.set(Work::Ended);
+        (self.stdin, self.data) = (None, None);
     }
 
-    pub(super) fn end_now(&mut self) {
-        self.work.set(Work::Ended);
+    /// Gives up the response: nothing tells the peer that it has ended.
+    pub(super) fn break_off(&mut self) {
+        self.work.set(Work::BrokenOff);
         (self.stdin, self.data) = (None, None);
     }
 }

@@ -1,4 +1,4 @@
-//! Tracks the requests of an HTTP connection for its drain, the heir's journal and the watchdog.
+//! Counts the requests of an HTTP connection for its drain and its limits, and enters them in the heir's journal.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -14,6 +14,7 @@ use super::connection_header::request_closes;
 use super::upgrade::Taken;
 use crate::heir::journal::{ConnHandle, Entry, READ_BUFFER};
 use crate::request::activity::Activity;
+use crate::worker::conn::under_way::UnderWay;
 
 /// Longest body whose end can be stored as a position, which wraps around.
 const MAX_BODY: u32 = 1 << 30;
@@ -71,9 +72,9 @@ impl Requests {
         }
     }
 
-    pub(super) fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> UnderWay {
+    pub(super) fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> (UnderWay, Counted) {
         let entry = (request.version() != Version::HTTP_2).then(|| self.enter(request));
-        self.activity.request_came();
+        let under_way = UnderWay::begin_http(&self.activity, &self.conn, entry);
         self.unanswered.set(self.unanswered.get() + 1);
         self.count.set(self.count.get().saturating_add(1));
         self.begun.notify_waiters();
@@ -81,7 +82,7 @@ impl Requests {
             self.last_begun.notify_one();
         }
         let is_last = self.are_enough();
-        UnderWay { requests: Rc::clone(self), entry, is_last, is_answered: false, offers: false }
+        (under_way, Counted { requests: Rc::clone(self), is_last, is_answered: false, offers: false })
     }
 
     /// Enters an HTTP/1 request in the journal, with its end if that is known.
@@ -219,11 +220,9 @@ impl OpenBody {
     }
 }
 
-/// A request, under way until this is dropped.
-pub(super) struct UnderWay {
+/// A request in the counts of its connection, until this is dropped.
+pub(super) struct Counted {
     requests: Rc<Requests>,
-    /// Journal entry, for HTTP/1.
-    entry: Option<Entry>,
     /// This is the last request of the connection.
     pub(super) is_last: bool,
     is_answered: bool,
@@ -231,7 +230,7 @@ pub(super) struct UnderWay {
     offers: bool,
 }
 
-impl UnderWay {
+impl Counted {
     /// The application has answered.
     pub(super) fn is_answered(&mut self) {
         if !std::mem::replace(&mut self.is_answered, true) {
@@ -256,27 +255,12 @@ impl UnderWay {
             (false, false) | (true, true) => {}
         }
     }
-
-    /// Enters the start of the response in the journal, and whether the connection ends after it.
-    pub(super) fn enter_response(&self, is_last: bool) {
-        let Some(entry) = self.entry else { return };
-        let conn = &self.requests.conn;
-        conn.response_from(entry, conn.output(0));
-        if is_last {
-            conn.is_last(entry);
-            self.requests.is_closing.set(true);
-        }
-    }
 }
 
-impl Drop for UnderWay {
+impl Drop for Counted {
     fn drop(&mut self) {
         self.is_answered();
         self.offers_upgrade(false);
-        if let Some(entry) = self.entry {
-            self.requests.conn.response_over(entry);
-        }
-        self.requests.activity.request_over();
     }
 }
 

@@ -32,12 +32,13 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::super::socket::poll_block;
 use super::connection_header::asks_for_upgrade;
-use super::requests::UnderWay;
+use super::requests::Counted;
 use crate::app::body::{Body, pipe};
 use crate::request::activity::{Activity, Wait};
 use crate::worker::conn::linger::LINGER;
 use crate::worker::lifecycle::drain::Drain;
-use crate::worker::service::serve::{Serving, Switch};
+use crate::worker::service::request_guard::RequestGuard;
+use crate::worker::service::serve::Switch;
 
 /// The request of the connection in memory, and the end of its response head.
 const PREFACE: &[u8] = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
@@ -169,11 +170,11 @@ impl Offer {
     }
 
     /// The application has taken the upgrade: its `OnUpgrade` yields the tunnel.
-    pub(super) fn take(mut self, serving: Serving, under_way: UnderWay) -> Taken {
+    pub(super) fn take(mut self, guard: RequestGuard, counted: Counted) -> Taken {
         self.is_taken.set(true);
         let done = self.in_memory.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         debug_assert!(done.is_ready(), "a head that nothing holds up is written at once");
-        Taken { link: self.link, theirs: self.theirs, serving, under_way }
+        Taken { link: self.link, theirs: self.theirs, guard, counted }
     }
 }
 
@@ -187,32 +188,32 @@ fn switching() -> Response<http_body_util::Empty<Bytes>> {
 pub(super) struct Taken {
     link: Link,
     theirs: OnUpgrade,
-    serving: Serving,
-    under_way: UnderWay,
+    guard: RequestGuard,
+    counted: Counted,
 }
 
 impl Taken {
     /// Copies the bytes of an HTTP/1 connection; `early` was received after the request. Returns
     /// when both directions have ended and the socket must be closed.
     pub(super) async fn carry(self, io: impl AsyncRead + AsyncWrite + Unpin, early: Bytes, ends: &Ends) {
-        let Self { link, mut serving, under_way, .. } = self;
-        under_way.is_upgraded();
-        carry(io, early, link, &mut serving, None, ends).await;
-        drop(under_way);
+        let Self { link, mut guard, counted, .. } = self;
+        counted.is_upgraded();
+        carry(io, early, link, &mut guard, None, ends).await;
+        drop((guard, counted));
     }
 
     /// Copies the bytes of an HTTP/2 stream.
     pub(super) async fn carry_stream(self, activity: Arc<Activity>, ends: Ends) {
-        let Self { link, theirs, mut serving, under_way } = self;
-        under_way.is_upgraded();
+        let Self { link, theirs, mut guard, counted } = self;
+        counted.is_upgraded();
         match theirs.await {
             Ok(stream) => {
                 let (stream, room) = (hyper_util::rt::TokioIo::new(stream), Wait::for_room(&activity));
-                carry(stream, Bytes::new(), link, &mut serving, Some(room), &ends).await;
+                carry(stream, Bytes::new(), link, &mut guard, Some(room), &ends).await;
             }
             Err(error) => log::debug!("a stream did not become a tunnel: {error}"),
         }
-        drop(under_way);
+        drop((guard, counted));
     }
 }
 
@@ -251,7 +252,7 @@ async fn carry(
     mut io: impl AsyncRead + AsyncWrite + Unpin,
     early: Bytes,
     link: Link,
-    serving: &mut Serving,
+    guard: &mut RequestGuard,
     room: Option<Wait>,
     ends: &Ends,
 ) {
@@ -267,7 +268,7 @@ async fn carry(
             farewell.set(Some(sleep_until(Instant::now() + ends.drain.farewell())));
             way.end_input();
         }
-        let carried = way.poll(&mut io, context, serving, &moved);
+        let carried = way.poll(&mut io, context, guard, &moved);
         match farewell.as_mut().as_pin_mut() {
             Some(farewell) if carried.is_pending() => farewell.poll(context).map(Ok),
             _ => carried,
@@ -318,7 +319,7 @@ impl Way {
         &mut self,
         io: &mut (impl AsyncRead + AsyncWrite + Unpin),
         context: &mut Context<'_>,
-        serving: &mut Serving,
+        guard: &mut RequestGuard,
         moved: &Cell<Instant>,
     ) -> Poll<io::Result<()>> {
         let Some(link) = &self.link else { return Poll::Ready(Ok(())) };
@@ -355,7 +356,7 @@ impl Way {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             moved.set(Instant::now());
-            serving.carried(count);
+            guard.carried(count);
             self.output.advance(count);
             if self.output.is_empty() {
                 let _ = Pin::new(&mut *io).poll_flush(context)?;

@@ -8,13 +8,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
+use http::response::Parts;
 use http::{Response, StatusCode};
 use http_body::Body as HttpBody;
 
-use super::{BoxError, Served, refusal};
+use super::served::{Content, Served};
+use super::{BoxError, refusal};
 use crate::app::body::Trouble;
 use crate::config::address::Protocol;
 use crate::worker::conn::refusals::Refusals;
+use crate::worker::service::request_guard::RequestGuard;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
@@ -43,7 +47,9 @@ impl Client {
 /// A response whose head is delayed until the first piece of its body, by one poll at most: long
 /// enough to read the part of the request that has arrived.
 pub(super) struct Begun<B> {
-    response: Response<Pin<Box<Served<B>>>>,
+    head: Parts,
+    content: Pin<Box<Content<B>>>,
+    guard: RequestGuard,
     was_polled: bool,
 }
 
@@ -58,35 +64,37 @@ where
         response.body().depends_on_client() && !response.body().is_end_stream()
     }
 
-    pub(super) fn new(response: Response<Served<B>>) -> Box<Self> {
-        Box::new(Self { response: response.map(Box::pin), was_polled: false })
+    /// `None` if the request of the response continues in an upgrade.
+    pub(super) fn new(response: Response<Served<B>>) -> Option<Box<Self>> {
+        let (head, Served { content, guard }) = response.into_parts();
+        Some(Box::new(Self { head, content: Box::pin(content), guard: guard?, was_polled: false }))
     }
 
     pub(super) fn poll(this: &mut Option<Box<Self>>, context: &mut Context<'_>) -> Poll<Response<Served<B>>> {
-        let Some(mut begun) = this.take() else { return Poll::Pending };
-        let first = match begun.response.body_mut().as_mut().poll_frame(context) {
+        let Some(begun) = this else { return Poll::Pending };
+        let first = match begun.content.as_mut().poll_frame(&mut begun.guard, context) {
             Poll::Pending if !begun.was_polled => {
                 begun.was_polled = true;
-                *this = Some(begun);
                 context.waker().wake_by_ref();
                 return Poll::Pending;
             }
             Poll::Pending => None,
-            Poll::Ready(None) => {
-                // The body must not be polled again.
-                return Poll::Ready(begun.response.map(|mut body| match body.as_mut().take_serving() {
-                    Some(serving) => Served::ended(serving),
-                    None => Served::Nothing { in_flight: None },
-                }));
-            }
-            Poll::Ready(Some(Err(error))) => {
-                if let Some((status, serving)) = begun.response.body_mut().as_mut().take_faulty() {
-                    return Poll::Ready(refusal(status, serving));
-                }
-                Some(Err(error))
-            }
-            Poll::Ready(first) => first,
+            Poll::Ready(first) => Some(first),
         };
-        Poll::Ready(begun.response.map(|body| Served::Begun { first, body }))
+        let Some(begun) = this.take() else { return Poll::Pending };
+        let Self { head, content, guard, .. } = *begun;
+        let body = match first {
+            // The body must not be polled again.
+            Some(None) => Served::canned(Bytes::new(), guard),
+            Some(Some(Err(error))) => {
+                if let Some((status, _)) = guard.client().and_then(|client| client.trouble.cause()) {
+                    return Poll::Ready(refusal(status, guard));
+                }
+                Served::begun(Some(Err(error)), content, guard)
+            }
+            Some(first) => Served::begun(first, content, guard),
+            None => Served::begun(None, content, guard),
+        };
+        Poll::Ready(Response::from_parts(head, body))
     }
 }

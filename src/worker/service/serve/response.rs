@@ -1,7 +1,6 @@
 //! Corrects the head of a response for all protocols, whatever the application has set:
 //! `docs/http.md`.
 
-use forkyard_shm::InFlight;
 use http::{HeaderValue, Response, StatusCode, Version, header};
 use http_body::Body as HttpBody;
 
@@ -9,6 +8,7 @@ use super::Served;
 use crate::app::events;
 use crate::protocol::cgi;
 use crate::protocol::grammar::parse_digits;
+use crate::worker::service::request_guard::RequestGuard;
 
 /// The way in which a request may switch its connection or stream to another protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,13 +32,13 @@ impl Switch {
 }
 
 /// Removes headers that the application must not set.
-pub(super) fn settle<B>(response: &mut Response<B>, in_flight: &InFlight) {
+pub(super) fn settle<B>(response: &mut Response<B>, guard: &RequestGuard) {
     *response.version_mut() = Version::HTTP_11; // hyper panics on some other versions
     // The protocol determines how a body is framed.
     if let Some(coding) = response.headers_mut().remove(header::TRANSFER_ENCODING)
         && !coding.as_bytes().eq_ignore_ascii_case(b"chunked")
     {
-        log::error!("a Transfer-Encoding was left out: {coding:?} request={:?}", in_flight.what());
+        log::error!("a Transfer-Encoding was left out: {coding:?} request={:?}", guard.what());
     }
 }
 
@@ -98,14 +98,14 @@ pub(super) fn is_event_stream<B>(response: &Response<B>) -> bool {
 
 /// The `Content-Length` that the application has set for the body of a response. An invalid value
 /// is removed, because servers would interpret it differently.
-pub(super) fn promised<B>(response: &mut Response<B>, in_flight: &InFlight) -> Option<u64> {
+pub(super) fn promised<B>(response: &mut Response<B>, guard: &RequestGuard) -> Option<u64> {
     if cgi::has_no_body(response.status()) {
         return None;
     }
     let mut values = response.headers().get_all(header::CONTENT_LENGTH).iter();
     let length = parse_digits(values.next()?.as_bytes()).filter(|_| values.next().is_none());
     if length.is_none() {
-        log::error!("a Content-Length that is no length was left out request={:?}", in_flight.what());
+        log::error!("a Content-Length that is no length was left out request={:?}", guard.what());
         response.headers_mut().remove(header::CONTENT_LENGTH);
     }
     length

@@ -1,0 +1,78 @@
+//! Tracks a request on its connection: for the watchdog and the drain, which ask what the connection waits for, and
+//! for the heir, which answers in place of this worker if it dies.
+
+use std::sync::Arc;
+
+use crate::heir::journal::{ConnHandle, Entry};
+use crate::request::activity::Activity;
+
+/// A request that is under way on a connection, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct UnderWay {
+    activity: Arc<Activity>,
+    conn: ConnHandle,
+    /// `None` over HTTP/2, whose requests are not in the journal.
+    entry: Option<Entry>,
+    end: End,
+    has_begun: bool,
+}
+
+/// Where the response ends in the connection's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Unknown until [`UnderWay::response_ends`]. Without that, the response was broken off.
+    Announced,
+    /// With all the output that is unwritten when this is dropped: hyper keeps it to itself.
+    Unwritten,
+}
+
+impl UnderWay {
+    /// A request whose protocol announces where its response ends.
+    pub(crate) fn begin(activity: &Arc<Activity>, conn: &ConnHandle, entry: Entry) -> Self {
+        activity.request_came();
+        Self { activity: Arc::clone(activity), conn: *conn, entry: Some(entry), end: End::Announced, has_begun: false }
+    }
+
+    /// A request over HTTP, whose response ends when hyper drops it.
+    pub(crate) fn begin_http(activity: &Arc<Activity>, conn: &ConnHandle, entry: Option<Entry>) -> Self {
+        activity.request_came();
+        Self { activity: Arc::clone(activity), conn: *conn, entry, end: End::Unwritten, has_begun: false }
+    }
+
+    /// Records that the response begins after `waiting` bytes of output that are not written yet. Only the first call
+    /// counts.
+    pub(crate) fn response_begins(&mut self, waiting: usize) {
+        if let Some(entry) = self.entry
+            && !std::mem::replace(&mut self.has_begun, true)
+        {
+            self.conn.response_from(entry, self.conn.output(waiting));
+        }
+    }
+
+    /// Records that the response ends after `waiting` bytes of output that are not written yet.
+    pub(crate) fn response_ends(&mut self, waiting: usize) {
+        if let Some(entry) = self.entry {
+            self.conn.response_to(entry, self.conn.output(waiting));
+        }
+    }
+
+    pub(crate) fn activity(&self) -> &Arc<Activity> {
+        &self.activity
+    }
+
+    /// Records that the connection is closed after the response.
+    pub(crate) fn is_last(&mut self) {
+        if let Some(entry) = self.entry {
+            self.conn.is_last(entry);
+        }
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        if let (Some(entry), End::Unwritten) = (self.entry, self.end) {
+            self.conn.response_over(entry);
+        }
+        self.activity.request_over();
+    }
+}

@@ -1,0 +1,157 @@
+//! A request from the moment its head is known until its response is complete or given up: begun once, ended once.
+//!
+//! A request is recorded in several places, because different processes ask different questions about it:
+//!
+//! | record | read by | after a SIGKILL |
+//! |---|---|---|
+//! | its cell in the scoreboard | the master: `forkyard status`, hangs, recycling by requests | still readable |
+//! | the thread slot of the thread that runs it | the master: which request has killed the worker | still readable |
+//! | its entry in the connection's journal | the heir, which answers in place of the worker | still readable |
+//! | its connection's activity | the watchdog, the drain | gone |
+//! | its entry in the access log | people | written by the heir, if it was complete |
+//!
+//! [`RequestGuard`] begins all of them, and dropping it ends all of them. It moves with the request: from the
+//! connection into the future of the response, from there into the response's body, or into an upgraded connection.
+//!
+//! What only HTTP connections count (requests without a response, open upgrades) stays in `conn/http/requests.rs`.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use forkyard_shm::{InFlight, Row};
+use http::{Request, StatusCode};
+use http_body::Frame;
+
+use super::access_log::{AccessLog, Entry};
+use super::serve::Client;
+use crate::app::body::Body;
+use crate::config::address::Protocol;
+use crate::diagnostics::current_request;
+use crate::request::activity::Wait;
+use crate::worker::conn::under_way::UnderWay;
+
+/// A request that is being served. Dropping it ends the request.
+#[derive(Debug)]
+pub(crate) struct RequestGuard {
+    // Ended in this order.
+    in_flight: InFlight,
+    log_entry: Option<Box<Entry>>,
+    kind: Kind,
+    /// Present if the request has a body, which may fail.
+    client: Option<Box<Client>>,
+    /// `None` in CGI mode and in a health check, which have no connection.
+    under_way: Option<UnderWay>,
+}
+
+/// The kind of the response.
+#[derive(Debug)]
+enum Kind {
+    Ordinary,
+    /// Events, until the worker leaves. The wait marks this on the connection.
+    Events(Option<Wait>),
+}
+
+impl RequestGuard {
+    /// `under_way` is `None` for a request that has no connection.
+    pub(super) fn begin(
+        row: &Row,
+        log: Option<&Rc<AccessLog>>,
+        protocol: Protocol,
+        request: &Request<Body>,
+        under_way: Option<UnderWay>,
+    ) -> Self {
+        let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
+        Self {
+            in_flight: row.begin(request.method().as_str(), target),
+            log_entry: log.map(|log| Entry::begin(log, protocol, Some(request))),
+            kind: Kind::Ordinary,
+            client: None,
+            under_way,
+        }
+    }
+
+    /// A request that could not be read. `from` is the peer, which may be a proxy.
+    pub(crate) fn begin_unread(
+        row: &Row,
+        log: Option<(&Rc<AccessLog>, Protocol, Option<SocketAddr>)>,
+        under_way: Option<UnderWay>,
+    ) -> Self {
+        let log_entry = log.map(|(log, protocol, from)| Entry::of_unread(log, protocol, from));
+        Self { in_flight: row.begin("-", "-"), log_entry, kind: Kind::Ordinary, client: None, under_way }
+    }
+
+    /// Runs code of the application: if this kills the worker, the request is known as the culprit.
+    pub(super) fn run<T>(&self, code: impl FnOnce() -> T) -> T {
+        self.in_flight.beat();
+        current_request::enter(Some(self.in_flight.cell()), code)
+    }
+
+    /// The request in messages: "GET /path".
+    pub(crate) fn what(&self) -> String {
+        self.in_flight.what()
+    }
+
+    /// Records the status of the response.
+    pub(super) fn answered(&mut self, status: StatusCode) {
+        if let Some(entry) = &mut self.log_entry {
+            entry.answered(status);
+        }
+    }
+
+    /// Counts a part of the response's body.
+    pub(super) fn sent(&mut self, frame: &Frame<Bytes>) {
+        if let Some(data) = frame.data_ref() {
+            self.carried(data.len());
+        }
+    }
+
+    /// Counts bytes sent to the client, also in an upgraded connection.
+    pub(crate) fn carried(&mut self, bytes: usize) {
+        if let Some(entry) = &mut self.log_entry {
+            entry.sent(bytes);
+        }
+    }
+
+    /// The response is a stream, or an upgraded connection: it no longer counts as in flight.
+    pub(super) fn becomes_stream(&mut self) {
+        self.in_flight.becomes_stream();
+    }
+
+    /// The response consists of events, which end when the worker leaves.
+    pub(super) fn ends_with_worker(&mut self) {
+        self.kind = Kind::Events(None);
+    }
+
+    /// The head of the response is about to be sent, after `waiting` bytes of output that are not written yet.
+    pub(crate) fn response_begins(&mut self, waiting: usize) {
+        let Some(under_way) = &mut self.under_way else { return };
+        under_way.response_begins(waiting);
+        if let Kind::Events(wait) = &mut self.kind {
+            *wait = Some(Wait::for_events(under_way.activity()));
+        }
+    }
+
+    /// The response ends after `waiting` bytes of output that are not written yet.
+    pub(crate) fn response_ends(&mut self, waiting: usize) {
+        if let Some(under_way) = &mut self.under_way {
+            under_way.response_ends(waiting);
+        }
+    }
+
+    /// The connection is closed after the response.
+    pub(crate) fn is_last(&mut self) {
+        if let Some(under_way) = &mut self.under_way {
+            under_way.is_last();
+        }
+    }
+
+    /// The client, if it can make the request fail.
+    pub(super) fn client(&self) -> Option<&Client> {
+        self.client.as_deref()
+    }
+
+    pub(super) fn set_client(&mut self, client: Option<Box<Client>>) {
+        self.client = client;
+    }
+}
