@@ -219,7 +219,7 @@ pub use forkyard_shm::{
 };
 pub use http;
 
-pub use crate::app::page;
+pub use crate::app::cached_page as page;
 
 pub use crate::app::blocking::{Blocking, BlockingFuture, blocking};
 pub use crate::app::body::{Body, BodyError, BodyReader, FilterData};

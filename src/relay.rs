@@ -13,8 +13,8 @@
 //! The relay reports on standard error, which the master logs. It must not write to log files
 //! itself, because they are not reopened here, and must not depend on the master or the workers.
 
-mod complaints;
 mod datagram;
+mod refused_datagrams;
 
 use std::io::{self, IoSliceMut};
 use std::ops::ControlFlow;
@@ -26,8 +26,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recvmsg};
 
-use self::complaints::Complaints;
 use self::datagram::Datagram;
+use self::refused_datagrams::Complaints;
 
 /// The first line that the relay writes.
 pub(crate) const READY: &str = "ready";

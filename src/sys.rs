@@ -3,14 +3,14 @@
 //! Nothing here makes decisions: policy lives in `master::supervisor`. Other files with `unsafe` are the signal handlers of
 //! `diagnostics/`, `startup/abort_signal.rs` and `logging/`, and the steps between fork and exec in `privileges/`.
 
-mod announce;
 mod descriptors;
 mod environment;
+mod epoll_exclusive;
 mod errors;
-mod exclusive;
 pub(crate) mod file_path;
+mod guard_link;
 pub(crate) mod lock_file;
-mod peek;
+mod other_processes;
 mod process;
 mod process_status;
 mod receive;
@@ -18,15 +18,15 @@ mod signals;
 mod sockets;
 mod syn_filter;
 
-pub(crate) use self::announce::{announce, announce_by, announce_process};
 pub(crate) use self::descriptors::{
     close_all_except, descriptor, hard_descriptor_limit, identity, note_descriptor_limit, open_descriptors, own,
     own_descriptors, raise_descriptor_limit, replace, take_over,
 };
 pub(crate) use self::environment::{clear_environment, forget_environment, set_environment};
+pub(crate) use self::epoll_exclusive::Exclusive;
 pub(crate) use self::errors::explain;
-pub(crate) use self::exclusive::Exclusive;
-pub(crate) use self::peek::{descriptor_of, ending_of};
+pub(crate) use self::guard_link::{announce, announce_by, announce_process};
+pub(crate) use self::other_processes::{descriptor_of, ending_of};
 pub(crate) use self::process::{
     Ending, clone_with_descriptors, die_with_parent, ended_child, exec, exit_now, expect_one_thread, fork, is_child,
     process_descriptor, reap, spawn,

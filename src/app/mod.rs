@@ -3,7 +3,7 @@
 
 pub(crate) mod blocking;
 pub(crate) mod body;
+pub mod cached_page;
 pub(crate) mod context;
 pub(crate) mod events;
 pub(crate) mod hooks;
-pub mod page;

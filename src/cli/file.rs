@@ -16,7 +16,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::refused;
+use super::refused_flags;
 
 /// The key for the arguments after `--` on the command line.
 const COMMAND: &str = "command";
@@ -170,7 +170,7 @@ impl Reading<'_> {
             (Some(_), _) if NEVER.contains(&flag) => {
                 self.mistake(at, format!("'{flag}' cannot be set in a configuration file (use the flag --{flag})"));
             }
-            (Some(argument), _) => match refused::reason(argument) {
+            (Some(argument), _) => match refused_flags::reason(argument) {
                 Some(reason) => self.mistake(at, format!("'{flag}' is not available here: {reason}")),
                 None => self.flag(argument, flag, value),
             },

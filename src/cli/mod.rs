@@ -24,7 +24,7 @@ mod parse;
 mod privileges;
 mod publish;
 mod recycling;
-mod refused;
+mod refused_flags;
 mod timeouts;
 mod upgrade;
 
@@ -42,7 +42,7 @@ use self::limits::LimitOptions;
 use self::logs::{AccessLogOptions, LogOptions};
 use self::parse::{Mismatch, Read, conclude, or_note, read};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
-use self::refused::Way;
+use self::refused_flags::Way;
 use self::scaling::{OfEachWorker, ScalingOptions};
 use self::timeouts::TimeoutOptions;
 use crate::config::address::{Address, Bind, Protocol};
@@ -334,8 +334,8 @@ pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Resul
     let name =
         arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
     let run = RunOptions::augment_args(Command::new("run"));
-    let mut command = refused::know(Linked::command(), &run, Way::Linked);
-    command = command.mut_subcommand("check", |check| refused::know(check, &run, Way::Linked));
+    let mut command = refused_flags::know(Linked::command(), &run, Way::Linked);
+    command = command.mut_subcommand("check", |check| refused_flags::know(check, &run, Way::Linked));
     // Not the version of this library, which would be printed after the application's name.
     command = command.version(identity.version.clone().unwrap_or_default());
     if let Some(about) = &identity.about {
@@ -403,7 +403,7 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
     for name in ["run", "check"] {
         command = command.mut_subcommand(name, |run| {
             let run = run.mut_arg("bind", |bind| bind.help(BIND_OF_RUN[0]).long_help(BIND_OF_RUN[1]));
-            refused::know(run, &linked, Way::Run)
+            refused_flags::know(run, &linked, Way::Run)
         });
     }
     let Read { matches, mistakes, checked } = read(&mut command, arguments, &["run", "check"])?;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{ArgMatches, Command};
 
 use super::file::{self, Mistakes};
-use super::{Invocation, Request, hints, refused};
+use super::{Invocation, Request, hints, refused_flags};
 
 /// An error in a combination of settings.
 pub(super) struct Mismatch {
@@ -58,7 +58,7 @@ pub(super) fn read(command: &mut Command, arguments: &[OsString], serving: &[&st
         None => (None, &matches),
     };
     let grammar = name.and_then(|name| command.find_subcommand(name)).unwrap_or(command);
-    let refused = refused::given(grammar, given);
+    let refused = refused_flags::given(grammar, given);
     if checked {
         mistakes.lines.extend(refused);
     } else if !refused.is_empty() {

@@ -25,18 +25,16 @@
 //!   [`closing`] closes the listening sockets at a stop.
 //! - [`status`] describes the state, and [`sd_notify`] reports it to systemd.
 
-mod closing;
+mod background_daemons;
+mod close_listeners;
 mod control;
-mod damage;
 mod death_log;
 pub(crate) mod decision_log;
 mod demand;
 mod earlier_children;
-pub(crate) mod faults;
 mod guard;
 mod hangs;
-mod inherited;
-mod leftovers;
+mod memory_damage;
 mod oom;
 mod operator;
 mod output;
@@ -47,6 +45,7 @@ mod reap;
 mod recycling;
 mod relay;
 mod reload;
+mod remaining_processes;
 pub(crate) mod sd_notify;
 pub(crate) mod sidecars;
 mod signals;
@@ -56,6 +55,7 @@ mod status;
 mod supervisor;
 pub(crate) mod symbolizer;
 pub(crate) mod upgrade;
+pub(crate) mod worker_faults;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -68,13 +68,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use self::closing::Closing;
+use self::close_listeners::Closing;
 pub(crate) use self::control::Control;
-use self::damage::Damage;
 use self::death_log::DeathRecord;
 pub(crate) use self::earlier_children::EarlierChildren;
-use self::faults::Faults;
 use self::guard::Guard;
+use self::memory_damage::Damage;
 use self::output::OrphanedOutputs;
 use self::programs::Programs;
 use self::recycling::Recycling;
@@ -88,6 +87,7 @@ pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Spawner};
 use self::supervisor::{Action, Budget, Command, Event, Phase, Policy, Supervisor};
 use self::upgrade::Upgrade;
+use self::worker_faults::Faults;
 use crate::config::{Config, Program, Share};
 use crate::inherited_by_workers::Report;
 use crate::logging;

@@ -18,7 +18,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, pipe2};
 
 use self::supervisor::{Action, Event, Notice, STEADY_TIME, SidecarSupervisor};
-use super::inherited::Inherited;
+use super::background_daemons::Inherited;
 use super::output::{self, LineFilter, LineReader, MAX_REST};
 use super::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
 use super::supervisor::{Command as Order, Now};

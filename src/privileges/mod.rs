@@ -11,7 +11,7 @@
 
 mod drop_calls;
 mod exec_error;
-mod reach;
+mod path_access;
 mod sandbox;
 mod sandbox_syscalls;
 mod steps;
@@ -26,7 +26,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{Pid, Uid};
 
-pub(crate) use self::reach::Visitor;
+pub(crate) use self::path_access::Visitor;
 use self::steps::Standing;
 pub(crate) use self::steps::Step;
 use crate::config::Program;

@@ -21,7 +21,7 @@ use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{ForkResult, Pid, getppid};
 
 use super::descriptors::{DESCRIPTOR_LIMIT, numbers_without_close_range, set_close_on_exec_from};
-use super::{announce, block_signals, restore_signals, unblock_signals};
+use super::{announce, block_signals, guard_link, restore_signals, unblock_signals};
 
 /// How a child process ended, as reported by `waitpid(2)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -269,13 +269,13 @@ pub(crate) fn ended_child() -> Option<Pid> {
 
 /// Reaps a child that has ended, which frees its pid. If its process group has ended too, announces that to the guard.
 pub(crate) fn reap(pid: Pid) -> Option<Ending> {
-    let groups = announce::groups_of(pid);
+    let groups = guard_link::groups_of(pid);
     loop {
         let mut status = 0;
         // SAFETY: `status` is valid for writes during the whole call.
         let reaped = unsafe { libc::waitpid(pid.as_raw(), &raw mut status, libc::WNOHANG) };
         if reaped > 0 {
-            announce::announce_ends(groups);
+            guard_link::announce_ends(groups);
             return Some(if libc::WIFSIGNALED(status) {
                 Ending::Signaled(libc::WTERMSIG(status))
             } else {

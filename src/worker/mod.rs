@@ -15,7 +15,7 @@
 //! timeout, even without a master.
 
 pub(crate) mod conn;
-pub(crate) mod defer;
+pub(crate) mod deferred_wakes;
 pub(crate) mod lifecycle;
 mod logs;
 pub(crate) mod service;
@@ -199,7 +199,7 @@ where
 
         let tasks = [
             tokio::task::spawn_local(sweep(heritage.segment.cache(), Rc::clone(&connections), row.clone())),
-            tokio::task::spawn_local(defer::run()),
+            tokio::task::spawn_local(deferred_wakes::run()),
             tokio::task::spawn_local(events.clone().deliver()),
             tokio::task::spawn_local(end_drain(drain.clone(), Rc::clone(&watchdog))),
             tokio::task::spawn_local(async move { watchdog.run().await }),

@@ -83,6 +83,8 @@ impl Reply {
     }
 }
 
+const XS: [u8; 4096] = [b'x'; 4096];
+
 /// The body of a response. If all bytes are `x`, only the length is kept.
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
@@ -99,7 +101,9 @@ impl Taken {
     pub(crate) fn add(&mut self, piece: &[u8]) -> io::Result<()> {
         let before = usize::try_from(self.length).map_err(io::Error::other)?;
         self.length += piece.len() as u64;
-        if self.is_all_x && piece.iter().any(|&byte| byte != b'x') {
+        // Compared in pieces: byte by byte, a response of 4 GiB takes minutes in a test that is not optimized.
+        let is_all_x = || piece.chunks(XS.len()).all(|piece| Some(piece) == XS.get(..piece.len()));
+        if self.is_all_x && !is_all_x() {
             self.bytes.resize(before, b'x');
             self.is_all_x = false;
         }

@@ -24,7 +24,7 @@ use crate::heir::journal::{ConnHandle, READ_BUFFER};
 use crate::request::activity::Activity;
 use crate::request::buffered;
 use crate::sys;
-use crate::worker::defer;
+use crate::worker::deferred_wakes;
 use crate::worker::lifecycle::watchdog::Watchdog;
 
 #[derive(Debug)]
@@ -178,7 +178,7 @@ impl Socket {
             && *look != Look::Last
         {
             *look = Look::Last;
-            defer::wake_later(context.waker().clone());
+            deferred_wakes::wake_later(context.waker().clone());
             return Poll::Pending;
         }
         Poll::Ready(self.register())

@@ -5,8 +5,8 @@
 //! use forkyard::{Body, page};
 //!
 //! # async fn example(rendered: Response<Body>, request: &HeaderMap) -> Result<(), Box<dyn std::error::Error>> {
-//! let kept = page::from_response(rendered, 1 << 20).await?.gzip(); // what is to be stored
-//! let response = page::to_response(kept, request)?; // for this client, with or without gzip, or 304
+//! let kept = cached_page::from_response(rendered, 1 << 20).await?.gzip(); // what is to be stored
+//! let response = cached_page::to_response(kept, request)?; // for this client, with or without gzip, or 304
 //! # Ok(()) }
 //! ```
 
