@@ -1,21 +1,17 @@
-//! Accepts connections from the listeners that all workers share, and takes those that other
-//! workers pass on.
+//! Accepts connections from the listeners that all workers share, and connections handed over by other workers.
 //!
-//! A new connection wakes one of the waiting workers, not all of them: each worker replaces the
-//! event loop's registration of the listener with one that has EPOLLEXCLUSIVE (see
-//! [`ReadyListener`]). A worker leaves new connections to its siblings by removing this
-//! registration. It does so:
+//! A new connection wakes one of the waiting workers, not all of them: each worker replaces the event loop's
+//! registration of the listener with one that uses EPOLLEXCLUSIVE (see [`ReadyListener`]). A worker removes this
+//! registration to leave new connections to its siblings:
 //!
-//! - when its blocking functions occupy all their threads and a sibling has a free thread;
-//! - when it has more connections than a sibling, so that keep-alive connections spread over the
-//!   workers;
+//! - when blocking functions occupy all its threads and a sibling has a free thread;
+//! - when it has more connections than a sibling, so that keep-alive connections spread over the workers;
 //! - when it is at its connection limit.
 //!
 //! A worker whose event loop is busy does not wait on epoll, so it is not woken.
 //!
-//! If a connection arrives at a worker at its limit, no sibling has room either. The worker then
-//! closes connections that have no request under way ([`reclaim`]). If there are none, clients wait
-//! in the kernel's queue.
+//! If a connection arrives at a worker that is at its limit, its siblings are full too. The worker then closes
+//! connections that have no request under way ([`reclaim`]). If there are none, clients wait in the kernel's queue.
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -43,13 +39,11 @@ use crate::worker::lifecycle::watchdog::Watchdog;
 
 /// How long a waiting connection is left to siblings that have fewer connections.
 const LEFT_TO_SIBLINGS: Duration = Duration::from_millis(1);
-/// How long a waiting connection is left to siblings with a free thread while this worker has none.
-/// On a busy machine a sibling may need some time to accept the connection, but here the connection
-/// could wait for much longer.
+/// How long a waiting connection is left to siblings with a free thread while this worker has none. On a busy machine a
+/// sibling may take some time to accept the connection, but in this worker the connection could wait much longer.
 const LEFT_TO_FREE: Duration = Duration::from_secs(1);
-/// Number of connections that are accepted without waiting for siblings again, after the siblings
-/// let the time pass. High enough that a stopped or hanging sibling slows this worker little; low
-/// enough that a late sibling gets its share.
+/// Number of connections that are accepted without waiting for siblings after they failed to accept one in time. High
+/// enough that a stopped or hanging sibling slows this worker little; low enough that a slow sibling gets its share.
 const NOT_WAITED_FOR: u32 = 4;
 /// How long a worker at its limit leaves waiting clients to its siblings before it closes idle
 /// connections.
@@ -57,10 +51,10 @@ const LEFT_WHEN_FULL: Duration = Duration::from_millis(10);
 /// Time for which the worker stops accepting when it cannot accept a connection, for example
 /// because no descriptor or memory is available.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Number of pauses after which a closed listener is logged as an error. Until then, the master may
-/// be stopping.
+/// Number of pauses after which a closed listener is logged as an error. Until then, the cause may be a master that is
+/// stopping.
 const CLOSED_FOR: u32 = 20;
-/// Minimum time between two log lines about accepting that pauses.
+/// Minimum time between two log lines about pauses in accepting.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Number of wakeups without a connection after which the worker checks that the socket is still
 /// listening.
@@ -130,8 +124,8 @@ impl Connections {
         self.open.get() >= self.limit
     }
 
-    /// Closes some idle connections, because a client waits to be accepted and there is no room.
-    /// `why` names the flag to change.
+    /// Closes some idle connections, because a client is waiting to be accepted and the worker is at its limit. `why`
+    /// names the flag to change.
     fn make_room(&self, why: &str) {
         let closed = self.watchdog.make_room(reclaim::share(self.limit));
         let open = self.open.get();
@@ -183,12 +177,12 @@ impl Drop for Open {
 
 /// Wakes this worker's event loop, and no sibling's, when a connection waits to be accepted.
 ///
-/// [`sys::Exclusive`] does this. For tokio the only difference from its own registrations is that
-/// the event repeats as long as a connection waits.
+/// [`sys::Exclusive`] does this. For tokio the only difference from its own registrations is that the event repeats as
+/// long as a connection waits.
 #[derive(Debug)]
 struct ReadyListener {
     listener: sys::Exclusive,
-    /// Connections arrive as messages.
+    /// Connections arrive as messages on a channel.
     is_channel: bool,
 }
 
@@ -228,7 +222,7 @@ impl ReadyListener {
             match take(self.listener.as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     has_pending.clear_ready();
-                    // A sibling may have been faster. But a Unix socket that was shut down stays
+                    // A sibling may have accepted the connection first. But a Unix socket that was shut down stays
                     // ready without a connection.
                     rung_for_nothing += 1;
                     let is_odd = rung_for_nothing % RUNG_FOR_NOTHING == 0;
@@ -262,11 +256,11 @@ enum Source {
         index: u16,
         wire_protocol: WireProtocol,
     },
-    /// Connections that other workers pass on.
+    /// Connections handed over by other workers.
     Channel,
 }
 
-/// A connection that was accepted but is not yet entered in the journal.
+/// A connection that was accepted but has no journal record yet.
 struct Taken {
     socket: OwnedFd,
     arrival: Arrival,
@@ -293,7 +287,7 @@ impl Acceptor {
         })
     }
 
-    /// Accepts the connections that other workers pass on.
+    /// Accepts the connections that other workers hand over.
     ///
     /// # Errors
     /// If no descriptor is available, or epoll refuses the registration.
@@ -326,8 +320,7 @@ impl Acceptor {
                 Ok(()) => tokio::select! {
                     biased;
                     taken = self.bell.wait(|from| self.take(from)) => taken,
-                    // A request of an open connection filled the pool: a sibling may now be the
-                    // better choice.
+                    // A request on an open connection filled the pool: a sibling may now be the better choice.
                     () = blocking::pool_became_full() => continue,
                 },
                 Err(error) => Err(error),
@@ -338,7 +331,7 @@ impl Acceptor {
                     self.start(serve, taken).await;
                     self.settled().await;
                 }
-                // That connection is already gone; the next one is waiting.
+                // The client of this connection is already gone; accept the next one.
                 Err(error)
                     if !self.bell.listener.is_paused()
                         && is_of_one_connection(&error)
@@ -348,7 +341,7 @@ impl Acceptor {
                 }
                 Err(error) => {
                     failed_in_a_row = 0;
-                    // A master that stops closes its sockets shortly before it stops its workers.
+                    // A stopping master closes its sockets shortly before it stops its workers.
                     let is_closed = error.raw_os_error() == Some(libc::EINVAL);
                     closed_for = if is_closed { closed_for.saturating_add(1) } else { CLOSED_FOR };
                     if closed_for >= CLOSED_FOR && reported.is_none_or(|reported| reported.elapsed() > LOG_INTERVAL) {
@@ -374,7 +367,7 @@ impl Acceptor {
         }
     }
 
-    /// Returns when this worker should accept the next connection.
+    /// Returns when it is this worker's turn to accept the next connection.
     async fn turn(&self, patience: &mut Patience) -> io::Result<()> {
         let connections = &self.connections;
         while connections.is_full() {
@@ -391,19 +384,17 @@ impl Acceptor {
             tokio::select! {
                 () = connections.one_ended.notified() => {}
                 () = blocking::one_is_free(), if occupied => {}
-                // If no client waits, the siblings have not failed to accept one.
+                // Without a waiting client, the siblings have not failed to accept one.
                 () = sleep(left_for) => if !occupied || self.bell.is_ready() { patience.end(occupied) },
             }
         }
         self.bell.resume()
     }
 
-    /// Accepts the connections in the kernel's queue, and no more: a worker that leaves must do
-    /// this, because all workers may be leaving. Returns false if there was no room for all of
-    /// them.
+    /// Accepts the connections in the kernel's queue, and no more. A worker that leaves must do this, because all
+    /// workers may be leaving. Returns false if the worker could not take all of them.
     pub(crate) async fn run_dry(&self, serve: &impl Serve) -> bool {
-        // Pause first: otherwise the kernel would notify this worker, and no other, of the next
-        // connection.
+        // Pause first: otherwise the kernel would notify only this worker of the next connection.
         self.bell.pause();
         let mut failed_in_a_row = 0;
         while !self.connections.is_full() {
@@ -446,8 +437,7 @@ impl Acceptor {
         let conn = self.journal.enter(socket.as_fd(), wire_protocol, arrival.listener, arrival.origin);
         let socket = Socket::new(socket, conn, &early, &self.connections.watchdog);
         let mut serving = Box::pin(serve.serve(socket, arrival));
-        // The early bytes are in the journal's intent record, so they must be processed before
-        // anything else is read.
+        // The early bytes are in the journal's intent record, so they must be processed before anything else is read.
         if !early.is_empty() && poll_fn(|context| Poll::Ready(serving.as_mut().poll(context))).await.is_ready() {
             return drop(open);
         }
@@ -472,13 +462,13 @@ async fn let_others_run() {
     .await;
 }
 
-/// Suspends waiting for siblings that had time to accept a waiting connection and did not. Such a
-/// sibling may be stopped, or hang.
+/// Suspends waiting for siblings that had time to accept a waiting connection and did not. Such a sibling may be
+/// stopped or hanging.
 #[derive(Default)]
 struct Patience {
     accepts_without: u32,
-    /// The wait ended while this worker was occupied. A wait that ended while it could serve is
-    /// much shorter, and gives no reason to shorten the wait of an occupied worker.
+    /// The wait ended while this worker was occupied. A wait that ends while the worker is free is much shorter, and is
+    /// no reason to shorten the wait of an occupied worker.
     while_occupied: bool,
 }
 
@@ -494,10 +484,9 @@ impl Patience {
     }
 }
 
-/// Whether the error concerns only the connection that would have been accepted. According to
-/// accept(2) these are pending network errors of the connection, and errors of a connection that
-/// ended early. Every other error (no descriptor, no memory, a socket that no longer listens, a
-/// security module) also affects the next connection.
+/// Whether the error concerns only the connection that would have been accepted. According to accept(2) these are
+/// pending network errors of the connection and errors of a connection that ended early. Every other error (no
+/// descriptor, no memory, a socket that no longer listens, a security module) also affects the next connection.
 fn is_of_one_connection(error: &io::Error) -> bool {
     match error.raw_os_error() {
         None => true, // a malformed message

@@ -1,6 +1,5 @@
-//! Checks a peer's address against `--allow` or, for FastCGI without `--allow`, against
-//! `FCGI_WEB_SERVER_ADDRS`. A connection that is refused has been accepted, but nothing was read
-//! from it.
+//! Checks a peer's address against `--allow` or, for FastCGI without `--allow`, against `FCGI_WEB_SERVER_ADDRS`. A
+//! refused connection is accepted and closed without being read.
 
 use std::net::SocketAddr;
 

@@ -1,12 +1,11 @@
-//! Serves one CGI request (RFC 3875), with the request in the environment and on standard input and
-//! the response on standard output. There is no master and no fork. Output that the application
-//! prints goes to standard error (`cgi_invocation.rs`).
+//! Serves one CGI request (RFC 3875). The request is in the environment and on standard input; the response goes to
+//! standard output. There is no master and no fork. Output that the application prints goes to standard error
+//! (`cgi_invocation.rs`).
 //!
-//! Standard input is read up to the announced length, not to its end, because the end might never
-//! come. The part that the application leaves unread is read after the response, because standard
-//! input and output may be one socket (Apache's mod_cgid), and closing a socket with unread bytes
-//! destroys the response in transit. Standard output may be shared with other processes and stays
-//! blocking, because the process has only one response to write.
+//! Standard input is read up to the announced length, not to end of file, because that may never come. The part that
+//! the application leaves unread is read after the response: standard input and output may be one socket (Apache's
+//! mod_cgid), and closing a socket with unread bytes destroys the response in transit. Standard output may be shared
+//! with other processes, so it stays blocking, which is enough for the single response that the process writes.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -45,11 +44,11 @@ use crate::worker::service::request_guard::RequestGuard;
 use crate::worker::service::serve::{self, Application, BoxError, Protection, Served};
 use crate::worker::{on_thread, run_in_turns};
 
-/// Maximum size of a read, and of the small pieces that are collected before a write.
+/// Maximum size of a read, and of the small chunks that are collected before a write.
 const PIECE: usize = 64 << 10;
 
-/// Serves the request and writes the response to `stdout`. `segment` has the cache. Its scoreboard
-/// belongs to the server's workers; this process has a scoreboard of its own.
+/// Serves the request and writes the response to `stdout`. `segment` contains the cache. Its scoreboard belongs to the
+/// server's workers; this process has its own.
 ///
 /// # Errors
 /// If the response could not be written, or its body failed.
@@ -90,7 +89,7 @@ where
     // end of the response, so the client does not wait for the rest of this function.
     drop(going_on);
     if let Some(rest) = rest {
-        // Inside the runtime, which provides the timer.
+        // Inside the runtime, because it provides the timer.
         run_in_turns(&runtime, discard(rest));
     }
     blocking::finish();
@@ -158,8 +157,8 @@ struct Rest {
     read: Rc<Cell<u64>>,
 }
 
-/// Reads and discards the rest of a body until the body ends, or no data has arrived for the time of [`LINGER`]. Otherwise, a web
-/// server that sends the whole body before it reads the response (mod_cgid) would lose the response.
+/// Reads and discards the rest of a body until the body ends, or until no data arrives within the time of [`LINGER`]. Without
+/// this, a web server that sends the whole body before it reads the response (mod_cgid) would lose the response.
 async fn discard(mut rest: Rest) {
     loop {
         let before = rest.read.get();
@@ -192,7 +191,7 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
         return (request.map(|request| request.map(|()| Body::empty())), None);
     }
     let (writer, reader) = pipe::pipe();
-    // Without standard input the body is cut short at once.
+    // Without standard input the body is truncated immediately.
     let stdin = sys::descriptor(0).map(File::from);
     let read = Rc::new(Cell::new(0));
     let rest = stdin.map(|stdin| {
@@ -203,8 +202,7 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
     (request.map(|request| request.map(|()| body)), rest)
 }
 
-/// Passes the body on as it arrives. If it ends early, dropping the writer marks the body as cut
-/// short.
+/// Passes the body on as it arrives. If the body ends early, dropping the writer marks it as truncated.
 async fn feed(mut stdin: File, length: u64, so_far: Rc<Cell<u64>>, body: pipe::Writer) {
     let mut left = length;
     while left > 0 {
@@ -235,7 +233,7 @@ async fn feed(mut stdin: File, length: u64, so_far: Rc<Cell<u64>>, body: pipe::W
     body.finish();
 }
 
-/// Writes the response: the available part at once, and the rest as it becomes available.
+/// Writes the response: the available part immediately, the rest as it becomes available.
 async fn send<B>(response: Response<Served<B>>, is_head: bool, stdout: &mut File) -> io::Result<()>
 where
     B: HttpBody,
@@ -278,10 +276,10 @@ fn write(stdout: &mut File, waiting: &mut BytesMut) -> io::Result<()> {
     written
 }
 
-/// Returns when standard output has no reader any more, or the other end of `over` is closed. If
-/// standard output is a file, only the latter can happen.
+/// Returns when standard output no longer has a reader, or the other end of `over` is closed. If standard output is a
+/// file, only the latter can happen.
 async fn gone(stdout: OwnedFd, over: PipeReader) {
-    // On a thread, because epoll does not accept files.
+    // On a thread, because epoll does not support regular files.
     let hung_up = on_thread("stdout", move || {
         let mut sockets = [stdout.as_fd(), over.as_fd()].map(|fd| PollFd::new(fd, PollFlags::empty()));
         while let Err(Errno::EINTR) = nix::poll::poll(&mut sockets, PollTimeout::NONE) {}

@@ -1,13 +1,13 @@
 //! Serves one FastCGI connection: decodes records into requests for the application, and encodes
 //! the responses as records.
 //!
-//! One task does all the work of its connection. It reads, advances each request as far as
-//! possible, and writes, so a request body and a response stream at the same time. Requests of one
-//! connection may overlap; they take turns to write their output.
+//! One task does all the work of its connection. It reads, advances each request as far as possible, and writes, so a
+//! request body and a response stream at the same time. Requests on one connection may overlap; they take turns to
+//! write their output.
 //!
-//! The memory of a connection is bounded by the parameters of each request (`--max-params`), the
-//! pipe of each body, and [`OUTBOX_LIMIT`] bytes of output. When the application does not read a
-//! body, the connection stops reading; when the peer does not read, the responses wait.
+//! The memory of a connection is bounded by the parameters of each request (`--max-params`), the pipe of each body, and
+//! [`OUTBOX_LIMIT`] bytes of output. When the application does not read a body, the connection stops reading; when the
+//! peer does not read, the responses wait.
 
 mod exchange;
 
@@ -42,7 +42,7 @@ use crate::worker::service::serve::{Application, BoxError, ResponseFuture};
 
 /// Bytes of output that may be queued on a connection before its responses pause.
 pub(crate) const OUTBOX_LIMIT: usize = 64 << 10;
-/// Bytes of management replies and refusals that may be queued in addition; one piece of a response
+/// Bytes of management replies and refusals that may be queued in addition to the responses; one chunk of a response
 /// may be queued too.
 const REPLIES_LIMIT: usize = 1 << 20;
 
@@ -101,7 +101,7 @@ where
 }
 
 enum Outcome {
-    /// The peer must be notified that nothing more will come.
+    /// The peer must be notified that no more output follows.
     Over,
     /// Nothing is under way, and another worker may continue.
     Movable,
@@ -117,17 +117,16 @@ struct Connection<S: Service<Request<Body>>, B> {
     /// Buffer in which the head of a response is built.
     head: BytesMut,
     exchanges: Vec<Exchange<S, B>>,
-    /// The allocation of an ended exchange, for reuse.
+    /// The heap allocation of an ended exchange, for reuse.
     spare: Option<Pin<Box<Work<S, B>>>>,
     application: Rc<Application<S>>,
     /// The peer did not request to keep the connection.
     closing: bool,
-    /// A response failed, and nothing else is in flight: the connection ends after the output that
-    /// is queued.
+    /// A response failed, and nothing else is in flight: the connection ends after the queued output.
     broken: bool,
     /// The worker is leaving.
     draining: bool,
-    /// Since the drain began, a request was answered, or the time for one more request has passed.
+    /// Since the drain began, a request was answered or the time for one more request has passed.
     last_chance_over: bool,
     /// A sibling can take the connection over.
     moving: bool,
@@ -135,7 +134,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     assembled: Vec<(RequestId, Entry)>,
     /// The last request was answered before all of it was received.
     unread: bool,
-    /// The peer exceeded a timeout: nothing more is read from it.
+    /// The peer exceeded a timeout: no more input is read from it.
     ignores_input: bool,
 }
 
@@ -146,8 +145,8 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    /// Advances the connection as far as possible. Ready when the connection must be closed; an
-    /// error if the peer is gone or violated the protocol.
+    /// Advances the connection as far as possible. Ready when the connection must be closed; an error if the peer is
+    /// gone or violated the protocol.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Outcome>> {
         loop {
             self.poll_exchanges(context);
@@ -160,7 +159,7 @@ where
                 if self.is_idle() {
                     return Poll::Ready(Ok(Outcome::Movable));
                 }
-                // The next worker reads the requests that follow.
+                // The next worker reads the following requests.
                 if !self.exchanges.is_empty() && self.is_whole() {
                     return Poll::Pending;
                 }
@@ -180,8 +179,8 @@ where
         if !self.exchanges.is_empty() || !self.outbox.is_empty() {
             return false;
         }
-        // A request that has arrived in part when the drain begins is served. But a peer that did
-        // not request to keep the connection gets nothing more, and may be waiting for its end.
+        // A request that has partly arrived when the drain begins is served. But a peer that did not request to keep
+        // the connection gets no further response, and may be waiting for the connection to end.
         self.closing || self.broken || (self.draining && self.last_chance_over && self.is_idle())
     }
 
@@ -190,7 +189,7 @@ where
         self.exchanges.is_empty() && self.outbox.is_empty() && self.input.is_empty() && self.decoder.is_idle()
     }
 
-    /// Whether all requests that have begun were received completely, and no byte beyond them.
+    /// Whether all requests that have begun were received completely, with no byte beyond them.
     fn is_whole(&self) -> bool {
         let streams = self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data));
         streams.count() == 0 && self.input.is_empty() && self.decoder.is_between_records()
@@ -228,12 +227,10 @@ where
         }
     }
 
-    /// Reads and decodes input from the peer. Pending when there is no more input, or no room for
-    /// it.
+    /// Reads and decodes input from the peer. Pending when there is no more input, or no space for it.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
-        // The length of the queued output does not matter: a peer may write all of its request
-        // before it reads. A body that the application has dropped takes no memory, and a body that
-        // is being read is bounded by its pipe.
+        // The length of the queued output does not matter: a peer may write all of its request before it reads. A body
+        // that the application has dropped takes no memory, and a body that is being read is bounded by its pipe.
         for stream in self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data)) {
             if stream.poll_room(context).is_pending() {
                 return Ok(Poll::Pending);
@@ -250,8 +247,8 @@ where
                 let is_idle = self.input.is_empty() && self.decoder.is_idle();
                 self.socket.activity().set_head_begun(!is_idle);
                 self.enter_assembled();
-                // The wait may be long: copy the rest, so that it does not keep the whole read
-                // block allocated.
+                // The wait may be long: copy the remaining bytes, so that they do not keep the whole read block
+                // allocated.
                 self.decoder.unshare();
                 if !self.input.is_empty() {
                     self.input = BytesMut::from(&self.input[..]);
@@ -270,7 +267,7 @@ where
                 Ok(Poll::Ready(()))
             }
             Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !self.exchanges.is_empty() => {
-                // The bodies are cut short, and the application can still respond.
+                // The bodies are truncated, and the application can still respond.
                 for exchange in &mut self.exchanges {
                     (exchange.stdin, exchange.data) = (None, None);
                 }
@@ -311,14 +308,14 @@ where
             any = true;
             let body_came = matches!(event, Event::Stdin { .. } | Event::Data { .. });
             self.take(event)?;
-            // After a piece of a body, check whether there is room for the next one.
+            // After a chunk of a body, check whether there is space for the next one.
             if body_came {
                 return Ok(true);
             }
         }
     }
 
-    /// Enters partly received requests in the journal: the peer will not send the bytes again.
+    /// Records partly received requests in the journal: the peer will not send their bytes again.
     fn enter_assembled(&mut self) {
         let conn = *self.socket.conn();
         let (decoder, outbox) = (&self.decoder, &self.outbox);
@@ -336,7 +333,7 @@ where
         }
     }
 
-    /// Enters a request in the journal, before the application receives it.
+    /// Records a request in the journal before the application receives it.
     fn enter(&mut self, id: RequestId, keep_connection: bool, is_head: bool) -> UnderWay {
         let assembled = self.assembled.iter().position(|&(known, _)| known == id);
         let entry = match assembled {
@@ -448,8 +445,8 @@ where
         self.exchanges.push(Exchange { id, keep_connection, is_head, stdin, data, app_status, work });
     }
 
-    /// If the peer may still be sending, shuts down the write side and reads until the peer closes:
-    /// closing a socket with unread bytes would destroy output on its way.
+    /// If the peer may still be sending, shuts down the write side and reads until the peer closes: closing a socket
+    /// with unread bytes would destroy output in transit.
     async fn close(self, drain: &Drain) {
         if self.unread {
             linger::linger(self.socket, drain).await;

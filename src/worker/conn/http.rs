@@ -1,9 +1,9 @@
-//! Serves one HTTP connection, version 1 or 2. hyper implements the protocols. This module detects
-//! the version, refuses requests that hyper accepts but no application should receive, and connects
-//! hyper to the application and to the drain.
+//! Serves one HTTP connection, version 1 or 2. hyper implements the protocols. This module detects the version, refuses
+//! requests that hyper accepts but no application should receive, and connects hyper to the application and to the
+//! drain.
 //!
-//! The application receives each request in one form, whatever the version: the URI is a path, the
-//! host is in `Host`, and the client's address and scheme are in [`ClientInfo`].
+//! The application receives requests of either version in the same form: the URI is a path, the host is in `Host`, and
+//! the client's address and scheme are in [`ClientInfo`].
 
 mod connection_header;
 mod request;
@@ -51,21 +51,21 @@ use crate::request::activity::{Stage, Wait};
 use crate::worker::lifecycle::drain::{Asked, Drain};
 use crate::worker::service::serve::{Application, BoxError, Served, Switch, refusal};
 
-/// Bytes of a request body that may be in transit in one HTTP/2 stream.
+/// Bytes of a request body that may be in transit on one HTTP/2 stream.
 const WINDOW: u32 = 64 << 10;
 /// Largest window of a connection (RFC 9113, section 6.9.1).
 const LARGEST_WINDOW: u32 = i32::MAX.cast_unsigned();
 /// Bytes of one stream's response that may be queued.
 const SEND_BUFFER: usize = 64 << 10;
-/// Limits on streams that the client has reset before the application received them, and on streams
-/// that the server had to reset. A connection that exceeds one is closed, against a client that
-/// keeps the server busy in this way (CVE-2023-44487).
+/// Limits on streams that the client resets before the application receives them, and on streams that the server has to
+/// reset. A connection that exceeds one is closed, to stop a client that keeps the server busy this way
+/// (CVE-2023-44487).
 const RESETS: (usize, usize) = (20, 128);
 /// The first bytes of a TLS connection: a handshake record, version 3 (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: &[u8] = &[0x16, 0x03];
 const TLS_ON_PLAIN_PORT: &str = "a TLS handshake on a port that speaks plain HTTP";
-/// Number of headers that hyper's parser handles without an allocation. A higher limit costs two
-/// allocations a request.
+/// Number of headers that hyper's parser handles without an allocation. A higher limit costs two allocations per
+/// request.
 const ROOM_FOR_HEADERS: usize = 100;
 
 /// Serves one connection until it ends.
@@ -144,7 +144,7 @@ where
     }
 }
 
-/// Detects whether the client uses HTTP/2. `None` if the connection has ended or was passed on.
+/// Detects whether the client uses HTTP/2. `None` if the connection has ended or was handed over.
 async fn with_version<S, B>(
     mut socket: Socket,
     application: &Application<S>,
@@ -173,9 +173,8 @@ where
     None
 }
 
-/// Passes a connection on with the bytes that hyper has read, if these are exactly the requests
-/// that the journal has as unfinished. Otherwise closes it: the rest of a body must not be read as
-/// a request.
+/// Hands a connection over with the bytes that hyper has read, if these are exactly the requests that the journal lists
+/// as unfinished. Otherwise closes it: the rest of a body must not be read as a request.
 async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
     if usize::try_from(socket.conn().unfinished()) == Ok(taken_in.len() + socket.early().len()) {
         return drain.hand_over(socket, taken_in).await;
@@ -186,12 +185,10 @@ async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
 /// How serving an HTTP/1 connection ended.
 enum Http1End {
     Ended(hyper::Result<()>),
-    /// Nothing is under way, but a request arrived in pieces, or its body in chunks. The journal and
-    /// the drain need the number of bytes that hyper has read of the next request, and hyper
-    /// returns it only with its buffer.
+    /// Nothing is under way, but a request arrived in several reads, or its body in chunks. The journal and the drain
+    /// need the number of bytes that hyper has read of the next request, and hyper returns it only with its buffer.
     Unsettled,
-    /// The worker leaves, a sibling is available, and nothing is under way: the connection can be
-    /// passed on.
+    /// The worker is leaving, a sibling is available, and nothing is under way: the connection can be handed over.
     Movable,
     /// The connection must be closed when the requests that have begun are complete.
     Ending,
@@ -284,8 +281,7 @@ fn http1_settings(limits: &Limits) -> http1::Builder {
 fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
     let mut builder = http2::Builder::new(LocalTasks);
     let streams = u32::try_from(limits.max_multiplexed).unwrap_or(u32::MAX);
-    // Sum of all streams' windows: otherwise, bodies that are not read yet would leave no window
-    // for a body that is being read.
+    // Sum of all streams' windows: otherwise, bodies that are not being read would leave no window for a body that is.
     let window = WINDOW.saturating_mul(streams).min(LARGEST_WINDOW);
     builder
         .timer(TokioTimer::new())
@@ -316,8 +312,8 @@ where
 {
     let drained = async {
         drain.wait().await;
-        // hyper closes an idle connection at once. Waiting here lets the next request be answered,
-        // with a notice that it is the last one. The requests that have begun get the same notice.
+        // hyper closes an idle connection immediately. Waiting here lets the next request be answered, with a notice
+        // that it is the last one. The requests that have begun get the same notice.
         tokio::select! {
             () = requests.one_under_way() => {}
             () = drain.wait_for_last_request() => {}
@@ -428,7 +424,7 @@ where
         }
     }
 
-    /// Completes the head of a response to a request of this version, and begins to send it.
+    /// Completes the head of a response to a request of this version, and begins to send the response.
     fn reply(&self, mut response: Response<Served<B>>, version: Version, mut counted: Counted) -> Response<Reply<B>> {
         let is_http2 = version == Version::HTTP_2;
         counted.offers_upgrade(false);
@@ -470,8 +466,8 @@ where
         }
     }
 
-    /// Turns the connection or stream over to the application's upgrade: the bytes after the
-    /// response belong to another protocol.
+    /// Turns the connection or stream over to the application's upgrade: the bytes after the response belong to another
+    /// protocol.
     fn switch(&self, response: Response<Served<B>>, offer: Offer, counted: Counted) -> Response<Reply<B>> {
         let (head, body) = response.into_parts();
         let (body, guard) = body.switch();
@@ -489,19 +485,19 @@ where
     }
 }
 
-/// Refuses to switch protocols: the end of the request's body, where the other protocol would begin, has not come.
+/// Refuses to switch protocols: the request's body has not ended, and the other protocol would begin after its end.
 fn without_switch<B>(response: Response<Served<B>>) -> Response<Served<B>> {
     let (body, guard) = response.into_body().switch();
     guard.map_or_else(|| Response::new(body), |guard| refusal(StatusCode::BAD_REQUEST, guard))
 }
 
-/// Whether the end of the connection is what ends this body in HTTP/1.0, which has no chunks.
+/// Whether this body ends with the connection in HTTP/1.0, which has no chunked coding.
 fn ends_with_connection(body: &impl HttpBody) -> bool {
     !body.is_end_stream() && body.size_hint().exact().is_none()
 }
 
 pin_project! {
-    /// The body of a response; its request counts until this is dropped.
+    /// The body of a response. Its request counts as open until this is dropped.
     struct Reply<B>
     where
         B: HttpBody,
@@ -509,7 +505,7 @@ pin_project! {
     {
         #[pin]
         body: Served<B>,
-        // Over HTTP/2: waits for window while the last piece has not been taken.
+        // Over HTTP/2: waits for window while the last chunk has not been taken.
         room: Option<Wait>,
         // None if the request continues in an upgrade.
         counted: Option<Counted>,

@@ -1,5 +1,5 @@
-//! Closes a connection whose peer may still be sending: reads and discards input for a while first.
-//! Closing a socket with unread bytes would destroy output on its way.
+//! Closes a connection whose peer may still be sending: reads and discards input for a while first, because closing a
+//! socket with unread bytes would destroy output in transit.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use super::socket::Socket;
 use crate::worker::lifecycle::drain::Drain;
 
-/// Limits on the time and the bytes for which a peer that still sends is read.
+/// Limits on how long, and for how many bytes, a peer that is still sending is read.
 pub(crate) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
 /// Shuts down the write side, and reads until the peer closes, a limit is reached, or the drain is

@@ -1,7 +1,7 @@
 //! Queues the output of a connection.
 //!
-//! Small pieces are copied together. Large pieces are not copied: one vectored call writes them
-//! together with the pieces before and after them.
+//! Small chunks are copied together. Large chunks are not copied: one vectored call writes them together with the
+//! chunks before and after them.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::io::AsyncWrite;
 
-/// Size from which a piece is not copied.
+/// Size from which a chunk is not copied.
 const WORTH_SHARING: usize = 2048;
 /// Maximum number of slices in one vectored call.
 const SLICES: usize = 32;
@@ -33,7 +33,7 @@ impl Outbox {
         self.len() == 0
     }
 
-    /// Buffer for small pieces.
+    /// Buffer for small chunks.
     pub(crate) fn tail(&mut self) -> &mut BytesMut {
         &mut self.tail
     }

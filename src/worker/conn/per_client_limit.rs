@@ -1,9 +1,9 @@
 //! Limits the connections of one client (`--max-connections-per-address`) in this worker. A client
 //! is an IPv4 address or an IPv6 network.
 //!
-//! A connection above the limit is closed before anything is read from it. A connection that
-//! another worker has admitted and passed on does not count: the client's connections were spread
-//! over several workers, and need not fit in one.
+//! A connection above the limit is closed before anything is read from it. A connection that another worker has
+//! admitted and handed over does not count: the client's connections were spread over several workers, and one worker's
+//! limit may not cover them all.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -21,7 +21,7 @@ pub(crate) struct Crowd {
     turned_away: Throttle,
 }
 
-/// The unit that is counted. A client with IPv6 usually has a whole /64 network.
+/// The unit that is counted. An IPv6 client usually has a whole /64 network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Client {
     V4(u32),
@@ -46,8 +46,8 @@ impl Crowd {
         Rc::new(Self { most, open: RefCell::default(), turned_away: Throttle::default() })
     }
 
-    /// Admits a connection of this client; `None` if the client is at the limit. A client without
-    /// an address (a Unix socket, or a proxy with many clients) is always admitted.
+    /// Admits a connection of this client; `None` if the client is at the limit. A client without an address (a Unix
+    /// socket, or a proxy with many clients) is always admitted.
     pub(crate) fn admit(self: &Rc<Self>, client: Option<IpAddr>) -> Option<Counted> {
         let Some(address) = client.filter(|_| self.most > 0) else { return Some(Counted(None)) };
         let client = Client::of(address);

@@ -1,4 +1,4 @@
-//! Reads the first bytes of a connection, to detect the protocol and the client.
+//! Reads the first bytes of a connection to detect the protocol and the client.
 //!
 //! These functions wait for no more bytes than they need. Excess bytes are put back
 //! ([`Socket::look_ahead`]), or are only peeked at.
@@ -24,8 +24,8 @@ const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const MAX_PROXY_HEADER: usize = 16 + (4 << 10);
 const PEEK: MsgFlags = MsgFlags::MSG_PEEK.union(MsgFlags::MSG_DONTWAIT);
 
-/// Reads the required PROXY header, and sets `origin` to the client it names. The bytes after it
-/// stay in the kernel's queue: SCGI needs the last byte of its request there.
+/// Reads the required PROXY header, and sets `origin` to the client that it names. The bytes after it stay in the
+/// kernel's queue: SCGI needs the last byte of its request there.
 ///
 /// # Errors
 /// An error or the end of the socket; or the header is missing or malformed, or does not arrive
@@ -47,8 +47,8 @@ pub(crate) async fn read_proxy_header(socket: &mut Socket, origin: &mut ClientIn
     Ok(())
 }
 
-/// Peeks at the received bytes. Returns `WouldBlock` for an incomplete header: the event loop
-/// reports each further piece, although nothing was read.
+/// Peeks at the received bytes. Returns `WouldBlock` for an incomplete header: the event loop reports further bytes
+/// even though nothing was read.
 fn look(fd: BorrowedFd<'_>, seen: &mut [u8]) -> io::Result<Header> {
     let count = recv(fd.as_raw_fd(), seen, PEEK)?;
     match proxy::decode(seen.get(..count).unwrap_or_default()).map_err(io::Error::other)? {
@@ -70,7 +70,7 @@ fn has_ended(fd: BorrowedFd<'_>) -> bool {
 /// # Errors
 /// An error of the socket. (The end of the stream is left for the next read.)
 pub(crate) async fn speaks_http2(socket: &mut Socket) -> io::Result<bool> {
-    // The bytes stay with the socket: the connection may be passed on before this function returns.
+    // The bytes stay with the socket: the connection may be handed over before this function returns.
     while socket.early().len() < HTTP2_PREFACE.len() && HTTP2_PREFACE.starts_with(socket.early()) {
         if socket.look_ahead().await? == 0 {
             break;

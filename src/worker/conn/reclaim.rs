@@ -1,5 +1,5 @@
-//! Chooses the connections to close when others need their place or their memory. Idle connections
-//! that were unused for the longest time are closed first.
+//! Chooses the connections to close when others need their slots or their memory. Connections that have been idle the
+//! longest are closed first.
 //!
 //! No I/O and no clock: the caller passes in the state of each connection.
 
@@ -11,8 +11,8 @@ pub(crate) struct Idle {
     pub(crate) ticks: u32,
 }
 
-/// Number of connections to close at a time, for a limit of `limit` connections. Closing them one
-/// at a time would search all connections for each single place.
+/// Number of connections to close at a time, for a limit of `limit` connections. Closing one at a time would search all
+/// connections for every slot.
 pub(crate) fn share(limit: u32) -> usize {
     usize::try_from(limit / 32).unwrap_or(usize::MAX).max(1)
 }
@@ -33,9 +33,9 @@ pub(crate) fn choose(mut idle: Vec<Idle>, most: usize) -> Vec<usize> {
 pub(crate) struct Holder {
     pub(crate) index: usize,
     pub(crate) bytes: u32,
-    /// The request cannot proceed before the peer sends more.
+    /// The request cannot proceed until the peer sends more.
     pub(crate) is_waited_for: bool,
-    /// Number of ticks for which this has been so.
+    /// Number of ticks for which the request has waited.
     pub(crate) ticks: u32,
 }
 
@@ -43,9 +43,8 @@ pub(crate) struct Holder {
 /// body that is not read, or many requests.
 const MUCH: u32 = 256 << 10;
 
-/// Returns the connections to close so that `bytes` are freed. First come those that wait for their
-/// peer: the slowest first, and among equally slow ones those that hold most. Then come those that
-/// hold more than [`MUCH`].
+/// Returns the connections to close so that `bytes` are freed. First come those that wait for their peer: the slowest
+/// first and, among equally slow ones, those that hold the most. Then come those that hold more than [`MUCH`].
 pub(crate) fn heaviest(mut holders: Vec<Holder>, mut bytes: u64) -> Vec<usize> {
     holders.retain(|holder| holder.is_waited_for || holder.bytes > MUCH);
     let key = |holder: &Holder| (!holder.is_waited_for, u32::MAX - holder.ticks, u32::MAX - holder.bytes);

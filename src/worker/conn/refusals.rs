@@ -1,5 +1,5 @@
-//! Logs the requests that could not be read, or were refused before they reached the application.
-//! Clients cause these lines, so their number is limited, however many requests there are.
+//! Logs requests that could not be read, or were refused before they reached the application. Clients cause these
+//! lines, so their number is limited, however many requests there are.
 //!
 //! The first refusal for a reason is logged at once. Further refusals are counted, and their number
 //! is logged [`PERIOD`] later, with the client of the last one. [`Counts`] decides when to count

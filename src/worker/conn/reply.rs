@@ -1,5 +1,5 @@
-//! Writes a response in CGI form: a head, then the body as it is produced, to its end. For SCGI and
-//! CGI, which have no framing.
+//! Writes a response in CGI form: a head, then the body as it is produced, until it ends. For SCGI and CGI, which have
+//! no framing.
 
 use std::io;
 use std::pin::Pin;
@@ -36,12 +36,12 @@ where
         Self { body: Box::pin(body), over }
     }
 
-    /// The request that is answered.
+    /// The request that this reply answers.
     pub(crate) fn guard(&mut self) -> Option<&mut RequestGuard> {
         self.body.as_mut().guard_pinned()
     }
 
-    /// The next piece of the body; `None` at its end.
+    /// The next chunk of the body; `None` at its end.
     ///
     /// # Errors
     /// If the body fails, which has already been logged.

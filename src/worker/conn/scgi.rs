@@ -3,12 +3,12 @@
 //! One task does all the work, as for FastCGI: it reads while it writes, so the request body and
 //! the response stream at the same time.
 //!
-//! **The last byte of a request is left in the kernel's queue**, peeked at but not read, until the
-//! response is complete. SCGI does not mark the end of a response. The connection simply ends,
-//! which also happens when a worker dies or a body fails. But when a process closes a socket with
-//! unread bytes, or dies, the kernel resets the connection, and the web server reads an error
-//! instead of a normal end. This works on Unix sockets and over TCP, and for deaths of any kind.
-//! (It does not work for a body without an announced length, which has no known last byte.)
+//! **The last byte of a request is left in the kernel's queue**, peeked at but not read, until the response is
+//! complete. SCGI does not mark the end of a response: the connection simply ends, which also happens when a worker
+//! dies or a body fails. But when a process closes a socket with unread bytes, or dies, the kernel resets the
+//! connection, and the web server reads an error instead of a normal end. This works on Unix sockets and over TCP,
+//! whatever killed the process. (It does not work for a body without an announced length, which has no known last
+//! byte.)
 
 use std::future::{Future as _, poll_fn};
 use std::io;
@@ -98,7 +98,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     application: Rc<Application<S>>,
 }
 
-/// The state of the input after the bytes that were read.
+/// State of the input after the bytes read so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
     /// Unknown.
@@ -179,8 +179,7 @@ where
         Ok(())
     }
 
-    /// Reads and decodes input from the peer. Pending when there is no more input, or no room for
-    /// it.
+    /// Reads and decodes input from the peer. Pending when there is no more input, or no space for it.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
         if self.stdin.as_ref().is_some_and(|stdin| stdin.poll_room(context).is_pending()) {
             return Ok(Poll::Pending);
@@ -207,7 +206,7 @@ where
                     Ok(Poll::Pending) => return Ok(Poll::Pending),
                     Ok(Poll::Ready(0)) => self.stream_ended()?,
                     Ok(Poll::Ready(_)) => {}
-                    // The response is still to come.
+                    // The response is not written yet.
                     Err(error) if error.kind() == io::ErrorKind::TimedOut => self.stream_ended()?,
                     Err(error) => return Err(error),
                 }
@@ -237,8 +236,8 @@ where
         Ok(looked.map(|count| byte.first().copied().filter(|_| count > 0)))
     }
 
-    /// The whole request was received. Returns an error when the peer leaves; until then the
-    /// connection only waits.
+    /// The whole request was received. Returns an error when the peer disconnects; until then the connection only
+    /// waits.
     fn poll_hangup(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
         let hung_up = |fd: BorrowedFd<'_>| {
             let mut sockets = [PollFd::new(fd, PollFlags::from_bits_retain(libc::POLLRDHUP))];
@@ -262,8 +261,8 @@ where
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         self.rest = Rest::Nothing;
-        // Dropping the unfinished pipe cuts the body short. An end caused by `--body-timeout` is
-        // not the peer's.
+        // Dropping the unfinished pipe truncates the body. The peer is not to blame for an end caused by
+        // `--body-timeout`.
         if let Some(stdin) = self.stdin.take()
             && self.decoder.ends_with_the_stream()
             && !self.socket.activity().has_expired()
@@ -284,7 +283,7 @@ where
                     if let Some(stdin) = &self.stdin {
                         stdin.push(bytes);
                     }
-                    return true; // check whether there is room for the next piece
+                    return true; // check whether there is space for the next chunk
                 }
                 Ok(Some(Event::End)) => {
                     if let Some(stdin) = self.stdin.take() {
@@ -306,7 +305,7 @@ where
         }
     }
 
-    /// Enters the request in the journal, before the application receives it.
+    /// Records the request in the journal before the application receives it.
     fn enter(&self, is_head: bool) -> UnderWay {
         let conn = self.socket.conn();
         UnderWay::begin(self.socket.activity(), conn, conn.begin(1, is_head, true))
@@ -343,8 +342,8 @@ where
         self.state = State::Answering { answer, is_head: false };
     }
 
-    /// Closes the connection after the response. Reads the bytes that the peer has sent: closing a
-    /// socket with unread bytes would destroy output on its way.
+    /// Closes the connection after the response. Reads the bytes that the peer has sent: closing a socket with unread
+    /// bytes would destroy output in transit.
     async fn close(self, drain: &Drain) {
         match self.rest {
             Rest::LastByte => {

@@ -1,9 +1,8 @@
 //! The socket of an accepted connection.
 //!
-//! A socket is registered with the event loop only when it has to wait. A short request on a new
-//! connection has usually arrived before the connection is accepted, and its response fits in the
-//! socket's buffer. Such a connection costs accept, read, write and close, and no other system
-//! call. The [`Watchdog`] monitors connections that wait.
+//! A socket is registered with the event loop only when it has to wait. A short request on a new connection has usually
+//! arrived before the connection is accepted, and its response fits in the socket's buffer. Such a connection costs
+//! four system calls: accept, read, write and close. The [`Watchdog`] monitors connections that wait.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -50,7 +49,7 @@ enum Link {
 
 /// Maximum size of a read before the connection has waited.
 const FIRST: usize = 4 << 10;
-/// Size of the block that reads share, and the free space that a read needs at least.
+/// Size of the block that reads share, and the minimum free space for a read.
 const BLOCK: usize = 64 << 10;
 const ROOM: usize = 16 << 10;
 
@@ -58,8 +57,7 @@ thread_local! {
     static BLOCK_OF_THREAD: RefCell<BytesMut> = RefCell::default();
 }
 
-/// Reads the available bytes, at most [`BLOCK`], in the way of [`Socket::poll_bytes`]; an empty
-/// buffer is the end of the stream.
+/// Reads the available bytes, at most [`BLOCK`], like [`Socket::poll_bytes`]; an empty buffer is the end of the stream.
 ///
 /// # Errors
 /// An error of `io`.
@@ -73,28 +71,26 @@ pub(crate) fn poll_block(io: Pin<&mut impl AsyncRead>, context: &mut Context<'_>
     })
 }
 
-/// Whether an unregistered socket may have something to read.
+/// Whether an unregistered socket may have input to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
-    /// It may have.
+    /// It may have input.
     Now,
     /// Everything that had arrived was read.
     Deferred,
-    /// Everything that had arrived was read, and every task that could run has done so.
+    /// Everything that had arrived was read, and every runnable task has run since.
     Last,
 }
 
 impl Socket {
-    /// `accepted` is a non-blocking connection that is entered in the journal. `early` was read
-    /// from it before.
+    /// `accepted` is a non-blocking connection that has a journal record. `early` was read from it before.
     pub(crate) fn new(accepted: OwnedFd, conn: ConnHandle, early: &[u8], watchdog: &Rc<Watchdog>) -> Self {
         let (link, early) = (Link::Fresh(accepted, Look::Now), BytesMut::from(early));
         let asks_wait = Cell::new(false);
         Self { early, link, conn, activity: Arc::default(), watchdog: Rc::clone(watchdog), asks_wait }
     }
 
-    /// Measures for the first request how long it waited in the kernel, if this is TCP. Must be
-    /// called before the first read.
+    /// Measures how long the first request waited in the kernel, if this is TCP. Must be called before the first read.
     pub(crate) fn ask_wait(&self) {
         self.asks_wait.set(true);
     }
@@ -137,9 +133,9 @@ impl Socket {
 
     /// Reads the available bytes, at most [`BLOCK`]; an empty buffer is the end of the stream.
     ///
-    /// The bytes lie in a block of memory that all connections of this thread read into in turn: a
-    /// connection that waits has no buffer, and a request costs no allocation. A caller that keeps
-    /// the bytes for long must copy them, because they keep the whole block allocated.
+    /// The bytes lie in a block of memory that all connections of this thread share for their reads: a connection that
+    /// waits has no buffer, and a request costs no allocation. A caller that keeps the bytes for long must copy them,
+    /// because they keep the whole block allocated.
     ///
     /// # Errors
     /// An error of the socket, or `TimedOut`.
@@ -170,9 +166,8 @@ impl Socket {
         Ok(())
     }
 
-    /// Registers the socket before a wait. First lets every other task run: one of them may produce
-    /// the response, which may end the connection without a registration. Ready when the socket is
-    /// registered.
+    /// Registers the socket before a wait. First lets every other task run: one of them may produce the response, after
+    /// which the connection may end without a registration. Ready when the socket is registered.
     fn poll_register(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Link::Fresh(_, look) = &mut self.link
             && *look != Look::Last
@@ -202,7 +197,7 @@ impl Socket {
             let mut readable = ready!(socket.poll_read_ready(context))?;
             match call(socket.get_ref().as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => readable.clear_ready(),
-                // `poll(2)` returns this when a signal arrives, even with a timeout of zero.
+                // `poll(2)` fails with this error when a signal arrives, even with a timeout of zero.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 outcome => return Poll::Ready(outcome),
             }

@@ -1,8 +1,8 @@
-//! Closes a leaving worker's listeners and channel: the queued connections are accepted first.
+//! Closes a leaving worker's listeners and channel after accepting the queued connections.
 //!
-//! A worker that leaves accepts no further connections, so it closes its copies of the listening
-//! sockets, even if its siblings continue. If the master is dead, no other process can shut the
-//! sockets down for all, so the workers do it: the address is then free for the next start.
+//! A worker that leaves accepts no further connections, so it closes its copies of the listening sockets, even if its
+//! siblings continue. If the master is dead, no other process can shut the sockets down for everyone, so the workers do
+//! it: the address is then free for the next start.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -27,8 +27,7 @@ pub(crate) struct Entry<'a> {
 }
 
 impl Entry<'_> {
-    /// Stops the accepting tasks. An orphan also keeps new connections out of a queue that will not
-    /// be served.
+    /// Stops the accepting tasks. An orphan also shuts new connections out of a queue that will not be served.
     pub(crate) fn begin_to_close(&self) {
         self.accepting.iter().for_each(|(task, _)| task.abort());
         if self.is_orphan {
@@ -42,9 +41,8 @@ impl Entry<'_> {
         self.listeners.iter().filter(|listener| listener.is_own())
     }
 
-    /// Accepts the queued connections: the kernel may have notified only this worker of them.
-    /// Closes the listening sockets when their queues are empty. Returns false if there is no room
-    /// for all connections yet.
+    /// Accepts the queued connections, because the kernel may have notified only this worker of them. Closes the
+    /// listening sockets when their queues are empty. Returns false if the worker cannot take all connections yet.
     pub(crate) async fn run_dry(&mut self, server: &impl Serve) -> bool {
         let mut is_dry = true;
         for (_, acceptor) in &self.accepting {
@@ -61,7 +59,7 @@ impl Entry<'_> {
         is_dry
     }
 
-    /// Returns when the last connection has ended or was passed on.
+    /// Returns when the last connection has ended or was handed over.
     pub(crate) async fn leave(&mut self, drain: &Drain, connections: &Connections, server: &impl Serve) {
         let mut is_dry = self.run_dry(server).await;
         loop {

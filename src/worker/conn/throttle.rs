@@ -1,5 +1,4 @@
-//! Limits log lines that clients can cause to one per [`APART`], with a count of the events in
-//! between.
+//! Limits log lines that clients can cause to one per [`APART`], with a count of the events since the previous line.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! Tracks a request on its connection: for the watchdog and the drain, which ask what the connection waits for, and
-//! for the heir, which answers in place of this worker if it dies.
+//! Tracks a request on its connection, for the watchdog and the drain, which need to know what the connection waits
+//! for, and for the heir, which answers if this worker dies.
 
 use std::sync::Arc;
 
@@ -20,9 +20,9 @@ pub(crate) struct UnderWay {
 /// Where the response ends in the connection's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// Unknown until [`UnderWay::response_ends`]. Without that, the response was broken off.
+    /// Unknown until [`UnderWay::response_ends`] is called. Without that call, the response was broken off.
     Announced,
-    /// With all the output that is unwritten when this is dropped: hyper keeps it to itself.
+    /// After all output that is unwritten when this is dropped: hyper does not expose the position.
     Unwritten,
 }
 

@@ -22,7 +22,7 @@ pub(super) struct Exchange<S: Service<Request<Body>>, B> {
     pub(super) id: RequestId,
     pub(super) keep_connection: bool,
     pub(super) is_head: bool,
-    /// Pipe of the request body, while the body lasts and the application may read it.
+    /// Pipe of the request body, until the body ends or the application may no longer read it.
     pub(super) stdin: Option<pipe::Writer>,
     /// Pipe of a filter's file, with the same lifetime.
     pub(super) data: Option<pipe::Writer>,
@@ -52,8 +52,7 @@ where
     /// Advances until the exchange waits, has ended, or has filled the output.
     ///
     /// # Errors
-    /// If the response failed, which has been logged: only closing the connection signals this to
-    /// the peer.
+    /// If the response failed, which has already been logged: only closing the connection signals this to the peer.
     pub(super) fn poll(
         &mut self,
         context: &mut Context<'_>,
@@ -88,7 +87,7 @@ where
         Ok(())
     }
 
-    /// Writes the head and, in the same record, the part of the body that is available.
+    /// Writes the head and, in the same record, the available part of the body.
     fn send_head(
         &mut self,
         response: Response<Served<B>>,
@@ -157,7 +156,7 @@ where
         (self.stdin, self.data) = (None, None);
     }
 
-    /// Gives up the response: nothing tells the peer that it has ended.
+    /// Abandons the response: nothing tells the peer that it has ended.
     pub(super) fn break_off(&mut self) {
         self.work.set(Work::BrokenOff);
         (self.stdin, self.data) = (None, None);

@@ -13,8 +13,8 @@ fn has_option(headers: &HeaderMap, option: &[u8]) -> bool {
     elements(headers, header::CONNECTION).any(|other| other.eq_ignore_ascii_case(option))
 }
 
-/// Whether an HTTP/1.1 request offers another protocol. A proxy that does not implement `Upgrade` passes the header on, but
-/// removes the connection option that belongs to it (RFC 9110, section 7.8).
+/// Whether an HTTP/1.1 request offers another protocol. A proxy that does not implement `Upgrade` forwards the header, but
+/// removes the matching connection option (RFC 9110, section 7.8).
 pub(super) fn asks_for_upgrade(headers: &HeaderMap) -> bool {
     headers.contains_key(header::UPGRADE) && has_option(headers, UPGRADE)
 }

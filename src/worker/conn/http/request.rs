@@ -24,8 +24,8 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     if request.method() == Method::CONNECT && !is_extended {
         return refuse(StatusCode::NOT_IMPLEMENTED, "CONNECT is for proxies");
     }
-    // hyper has checked that the last coding is chunked and decodes it. It would pass on a body
-    // with other codings still applied.
+    // hyper has checked that the last coding is chunked, and decodes it. It would pass on a body with other codings
+    // still applied.
     let mut codings = request.headers().get_all(header::TRANSFER_ENCODING).iter();
     if let Some(coding) = codings.next()
         && (codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
@@ -33,8 +33,7 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
         return refuse(StatusCode::NOT_IMPLEMENTED, "Transfer-Encoding is more than chunked");
     }
     let version = request.version();
-    // RFC 9112, section 3.2: checked even if the Host is ignored. Over HTTP/2 `:authority` may take
-    // its place.
+    // RFC 9112, section 3.2. Checked even if the Host is ignored. Over HTTP/2 `:authority` may replace it.
     let is_named = version == Version::HTTP_2 && request.uri().authority().is_some();
     let mut hosts = request.headers().get_all(header::HOST).iter();
     match (hosts.next(), hosts.next()) {
@@ -72,8 +71,8 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Joins the cookies into one header, because HTTP/2 clients may send each cookie in its own (RFC
-/// 9113, section 8.2.3).
+/// Joins the cookies into one header, because HTTP/2 clients may send each cookie in its own header (RFC 9113, section
+/// 8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
     let cookies: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
     if cookies.len() > 1

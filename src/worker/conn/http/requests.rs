@@ -1,4 +1,4 @@
-//! Counts the requests of an HTTP connection for its drain and its limits, and enters them in the heir's journal.
+//! Counts the requests of an HTTP connection for its drain and its limits, and records them in the heir's journal.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -26,14 +26,14 @@ pub(super) struct Requests {
     unanswered: Cell<u32>,
     begun: Notify,
     count: Cell<u32>,
-    /// Highest number of requests; 0 means no limit.
+    /// Maximum number of requests; 0 means no limit.
     limit: u32,
     last_begun: Notify,
     /// The end of some request in the input is unknown.
     end_is_unknown: Cell<bool>,
-    /// The input after a request is not read, because its body cannot be.
+    /// The input after a request is not read, because the request's body cannot be.
     left_unread: Cell<bool>,
-    /// The connection ends after the requests that have begun, or if none has, after the next one.
+    /// The connection ends after the requests that have begun or, if none has, after the next one.
     is_closing: Cell<bool>,
     /// Bodies that are still being read although the response is complete.
     open_bodies: Cell<u32>,
@@ -42,7 +42,7 @@ pub(super) struct Requests {
     /// Requests that may still switch protocols.
     offers: Cell<u32>,
     no_offers: Notify,
-    /// The upgrade in which an HTTP/1 connection ends.
+    /// The upgrade that an HTTP/1 connection switched to.
     taken: RefCell<Option<Taken>>,
 }
 
@@ -85,7 +85,7 @@ impl Requests {
         (under_way, Counted { requests: Rc::clone(self), is_last, is_answered: false, offers: false })
     }
 
-    /// Enters an HTTP/1 request in the journal, with its end if that is known.
+    /// Records an HTTP/1 request in the journal, with its end if that is known.
     fn enter(&self, request: &Request<Incoming>) -> Entry {
         let look = || self.conn.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
         let head = if self.end_is_unknown.get() { None } else { look() };
@@ -112,8 +112,8 @@ impl Requests {
         self.limit > 0 && self.count.get() >= self.limit
     }
 
-    /// Whether another worker can continue: the bytes read are whole requests, or the beginning of
-    /// one that fits in a message.
+    /// Whether another worker can continue: the bytes read are complete requests, or the beginning of one that fits in
+    /// a message.
     pub(super) fn can_go_on_elsewhere(&self) -> bool {
         let unfinished = usize::try_from(self.conn.unfinished());
         !self.are_enough() && !self.end_is_unknown.get() && unfinished.is_ok_and(|length| length <= READ_BUFFER)
@@ -124,8 +124,7 @@ impl Requests {
         self.activity.under_way() == 0 && !self.activity.is_writing() && self.open_bodies.get() == 0
     }
 
-    /// Whether nothing is under way, and only the HTTP library has the number of bytes read of the
-    /// next request.
+    /// Whether nothing is under way, and only the HTTP library knows how many bytes of the next request were read.
     pub(super) fn are_to_be_settled(&self) -> bool {
         self.end_is_unknown.get() && self.are_over() && !self.left_unread.get() && !self.is_closing.get()
     }
@@ -189,12 +188,12 @@ impl Requests {
         }
     }
 
-    /// Stores the upgrade in which the connection ends.
+    /// Stores the upgrade that the connection switched to.
     pub(super) fn take(&self, taken: Taken) {
         self.taken.replace(Some(taken));
     }
 
-    /// The upgrade in which the connection ends.
+    /// The upgrade that the connection switched to.
     pub(super) fn taken(&self) -> Option<Taken> {
         self.taken.take()
     }
@@ -210,7 +209,7 @@ impl Requests {
 pub(super) struct OpenBody(Rc<Requests>);
 
 impl OpenBody {
-    /// The body was read to its end, or with `is_cut` its rest stays unread.
+    /// The body was read to its end; or, with `is_cut`, the rest stays unread.
     pub(super) fn end(self, is_cut: bool) {
         if is_cut {
             self.0.leave_unread();
@@ -238,7 +237,7 @@ impl Counted {
         }
     }
 
-    /// The protocol was switched: input is passed on from now, and no longer held.
+    /// The protocol was switched: from now on input is passed on, and no longer held.
     pub(super) fn is_upgraded(&self) {
         self.requests.activity.held().stop();
     }
@@ -264,8 +263,8 @@ impl Drop for Counted {
     }
 }
 
-/// Length of the head at the beginning of `input`, if it is complete and each of its lines ends in
-/// CRLF. hyper accepts other line ends too.
+/// Length of the head at the beginning of `input`, if it is complete and each of its lines ends in CRLF. hyper accepts
+/// other line endings too.
 fn head_length(input: &[u8]) -> Option<u32> {
     let mut from = 0;
     loop {

@@ -1,6 +1,5 @@
-//! Reads the part of a request body that the application has left unread, up to a limit. Some
-//! clients do not read the response before they have sent the whole body, and hyper closes a
-//! connection whose body is dropped.
+//! Reads the part of a request body that the application has left unread, up to a limit. Some clients do not read the
+//! response before they have sent the whole body, and hyper closes a connection whose body is dropped.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -15,7 +14,7 @@ use tokio::time::{Sleep, timeout};
 use crate::app::body;
 use crate::worker::conn::linger::LINGER;
 
-/// Bytes of an unread body that are read to keep the connection.
+/// Maximum number of unread body bytes that are read to keep the connection.
 const WORTH_READING: u64 = 64 << 10;
 
 pub(super) struct Rest {
@@ -44,8 +43,7 @@ impl Rest {
         Self { left, is_awaited, state: State::Held }
     }
 
-    /// Whether the connection will be closed because the body is not read to its end, as far as is
-    /// known.
+    /// Whether, as far as is known, the connection will be closed because the body is not read to its end.
     pub(super) fn ends_connection(&mut self) -> bool {
         // The next poll registers a real waker.
         let _ = self.poll(&mut Context::from_waker(Waker::noop()));
@@ -82,8 +80,8 @@ impl Rest {
         self.state = State::Cut;
     }
 
-    /// Reads the body before the connection switches protocols, whose bytes begin behind it. hyper sends the 100 that the client
-    /// may wait for. An application may keep the body for as long as it has the upgrade.
+    /// Reads the body before the connection switches protocols, because the other protocol's bytes follow it. hyper sends the
+    /// 100 response that the client may wait for. An application may keep the body for as long as it has the upgrade.
     pub(super) async fn read(&mut self) {
         let read = timeout(LINGER.0, poll_fn(|context| self.poll(context))).await;
         if read.is_err() && !matches!(self.state, State::Held) {
@@ -91,7 +89,7 @@ impl Rest {
         }
     }
 
-    /// Reads the available part of the body. Ready when nothing more must be read.
+    /// Reads the available part of the body. Ready when no more needs to be read.
     pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
             self.state = match &mut self.state {

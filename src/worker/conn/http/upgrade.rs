@@ -1,15 +1,13 @@
 //! Carries upgraded connections: `101 Switching Protocols` over HTTP/1.1, and extended CONNECT over
 //! HTTP/2 (RFC 8441).
 //!
-//! The application gets the type that every server built on hyper provides,
-//! [`hyper::upgrade::Upgraded`]. It contains not the connection itself but a [`Tunnel`], which may
-//! move to any thread. The connection's task keeps the socket and copies the bytes between socket
-//! and tunnel ([`carry`]). So an upgraded connection remains one of the worker's connections: it is
-//! counted, it is in the journal, the watchdog checks it, and a drain ends it.
+//! The application gets the type that every server built on hyper provides, [`hyper::upgrade::Upgraded`]. It contains
+//! not the connection itself but a [`Tunnel`], which may move to any thread. The connection's task keeps the socket and
+//! copies the bytes between socket and tunnel ([`carry`]). So an upgraded connection is still one of the worker's
+//! connections: it is counted and in the journal, the watchdog checks it, and a drain ends it.
 //!
-//! Only hyper can create an `Upgraded`. A second, very short HTTP/1 connection in memory turns the
-//! [`Tunnel`] into one: the tunnel supplies a request, and discards the head of the response
-//! ([`Offer`]).
+//! Only hyper can create an `Upgraded`. A second, very short HTTP/1 connection in memory turns the [`Tunnel`] into one:
+//! the tunnel supplies a request and discards the head of the response ([`Offer`]).
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -40,10 +38,10 @@ use crate::worker::lifecycle::drain::Drain;
 use crate::worker::service::request_guard::RequestGuard;
 use crate::worker::service::serve::Switch;
 
-/// The request of the connection in memory, and the end of its response head.
+/// The request on the in-memory connection, and the end of its response head.
 const PREFACE: &[u8] = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
-/// Maximum number of bytes that a write of the application passes on.
+/// Maximum number of bytes that one write of the application passes on.
 const PIECE: usize = 64 << 10;
 
 /// The application's end of an upgraded connection.
@@ -54,7 +52,7 @@ struct Tunnel {
     /// application has the tunnel.
     head_end: usize,
     from_client: pipe::Reader,
-    /// Bytes taken from the pipe and not read yet.
+    /// Bytes taken from the pipe but not read yet.
     rest: Bytes,
     /// `None` when the application has shut down its direction.
     to_client: Option<pipe::Writer>,
@@ -245,9 +243,9 @@ impl Ends {
     }
 }
 
-/// Copies bytes in both directions until both have ended. When one of the `ends` is reached, the
-/// application reads the end of its input and has the time of [`Drain::farewell`] for its last
-/// output. Then the client's direction is shut down.
+/// Copies bytes in both directions until both have ended. When one of the `ends` is reached, the application reads end
+/// of input and has the time of [`Drain::farewell`] for its last output. Then the direction towards the client is shut
+/// down.
 async fn carry(
     mut io: impl AsyncRead + AsyncWrite + Unpin,
     early: Bytes,
@@ -307,7 +305,7 @@ struct Way {
 }
 
 impl Way {
-    /// Makes the application read the end of its input.
+    /// Makes the application read end of input.
     fn end_input(&mut self) {
         if let Some(link) = &self.link {
             link.from_client.finish();
