@@ -48,7 +48,8 @@ type CgiMain = Box<dyn Fn(&Config, Segment, OwnedFd) -> Result<(), BoxError>>;
 type Parse = Box<dyn Fn() -> Result<Invocation, clap::Error>>;
 type Preload = Box<dyn FnOnce() -> Result<(), BoxError>>;
 
-/// Configures an application before it is served: [`crate::run`] with hooks and further settings.
+/// Configures an application before it is served: like [`crate::run`], with hooks and further
+/// settings.
 ///
 /// ```no_run
 /// use std::process::ExitCode;
@@ -146,11 +147,11 @@ impl Builder {
     /// Runs `hook` in the master before each worker is forked, on the master's only thread.
     ///
     /// Use it to refresh data that all further workers share. The hook must not block, because nothing is supervised
-    /// meanwhile, and must leave no thread running, as with [`preload`](Self::preload). Descriptors that it opens are
-    /// closed in the workers.
+    /// while it runs, and it must leave no thread running, as with [`preload`](Self::preload). Descriptors that it
+    /// opens are closed in the workers.
     ///
-    /// If the hook returns an error or panics, that worker is not created; the log gives the reason, and the master
-    /// tries again a little later.
+    /// If the hook returns an error or panics, that worker is not created; the master logs the reason and tries again a
+    /// little later.
     ///
     /// ```no_run
     /// # use forkyard::http::{Request, Response};
@@ -180,8 +181,8 @@ impl Builder {
         self
     }
 
-    /// Runs `hook` in each worker when it can serve (its factory and `--health-path` have succeeded), just before it
-    /// reports to the master that it is ready.
+    /// Runs `hook` in each worker when it can serve (its factory and `--health-path` have succeeded), just before the
+    /// worker reports to the master that it is ready.
     ///
     /// The hook runs on the event loop: nothing is served until it returns, and the worker is killed after
     /// `--start-timeout`. If it returns an error or panics, the worker exits; this counts as a failed start.
@@ -190,10 +191,10 @@ impl Builder {
         self
     }
 
-    /// Runs `hook` in a worker that has been asked to leave. Its second argument is the time the worker has to drain
+    /// Runs `hook` in a worker that has been asked to exit. The second argument is the time the worker has to drain
     /// (`--drain-timeout`).
     ///
-    /// [`Context::draining`] already returns true. The hook runs on the event loop, which serves nothing until it
+    /// [`Context::draining`] already returns true. The hook runs on the event loop, which serves nothing until the hook
     /// returns: use this hook to ask threads to stop, and [`on_exit`](Self::on_exit) to wait for them. A panic is
     /// logged.
     pub fn on_drain(mut self, hook: impl Fn(WorkerId, Duration) + Send + Sync + 'static) -> Self {
@@ -204,7 +205,7 @@ impl Builder {
     /// Runs `hook` in a worker that has drained, as the last step before the worker exits: all requests have been
     /// answered, and the event loop has stopped.
     ///
-    /// The hook has whatever time remains of the drain. It does not run in a worker that crashes, is killed, or failed
+    /// The hook has whatever time remains of the drain. It does not run in a worker that crashes, is killed, or fails
     /// to start. A panic is logged.
     pub fn on_exit(mut self, hook: impl Fn(WorkerId) + Send + Sync + 'static) -> Self {
         self.hooks.of_worker.on_exit = Some(Box::new(hook));
@@ -222,14 +223,14 @@ impl Builder {
 
     /// Reads this program's command line and serves until it is asked to stop.
     ///
-    /// If a web server has started the program as a CGI program, it answers only that request, in this process.
+    /// If a web server has started the program as a CGI program, answers only that request, in this process.
     ///
     /// Returns 0 if it was asked to stop or has answered the CGI request, 1 after a failure, and 2 if the command line
     /// is invalid. Error messages go to standard error.
     pub fn run(self) -> ExitCode {
         let begun = Instant::now();
-        // From here on a signal is blocked until its meaning is set up: if this were process 1, the
-        // kernel would discard it.
+        // From here on, signals are blocked until their handlers are installed: if this is process
+        // 1, the kernel would discard a signal without a handler.
         let mask = sys::block_signals();
         let Self { worker, cgi, preload, hooks, identity } = self;
         let arguments = cgi_invocation::trusted(std::env::args_os().collect());
@@ -310,7 +311,7 @@ fn check(request: &Request, mistakes: Vec<String>) -> ExitCode {
     perform(&Task::Print(b"configuration is fine\n".to_vec()))
 }
 
-/// Performs a task that does not serve.
+/// Performs a task other than serving.
 fn perform(task: &Task) -> ExitCode {
     use std::io::Write as _;
     let done = match task {
@@ -345,8 +346,8 @@ fn reread(running: &Config, parse: Parse) -> Reread {
     })
 }
 
-/// Binds, maps, preloads, forks and supervises. If a running master checks whether this build can
-/// replace it, does only the steps before the first fork.
+/// Binds, maps, preloads, forks and supervises. If a running master is checking whether this build
+/// can replace it, does only the steps before the first fork.
 fn serve(
     request: Request,
     launch: Launch,
@@ -364,7 +365,7 @@ fn serve(
         takeover.as_ref().map_or_else(StartCommand::record, |left| Ok(left.saved.start_command.clone()))?;
     let log_files = Arc::new(LogFiles::open(&config.logs)?);
     let blocking = matches!(launch, Launch::Program(_));
-    // Before anything is created, so that an impossible setting fails at once.
+    // Checked before anything is created, so that an impossible setting fails at once.
     Privileges::resolve(&config.privileges, blocking)?;
     rlimits::check(&config, blocking)?;
     master::check_sidecars(&config)?;
@@ -379,8 +380,8 @@ fn serve(
             memory::open(&config, takeover.as_mut())
         })
         .and_then(|segment| {
-            // A signal must not end this process after a takeover: the event loop lets the former
-            // master's workers finish their requests.
+            // After a takeover, a signal must not terminate this process: the event loop lets the
+            // former master's workers finish their requests.
             let may_end = takeover.as_ref().is_none_or(|left| left.check);
             let made = || leftovers(&listeners, pid_file.as_ref(), control.as_ref(), publish.as_ref());
             Ok((segment, run_preload(preload, may_end.then(made))?))
@@ -424,8 +425,8 @@ fn serve(
     });
     listeners.iter().for_each(Listener::remove_file);
     pid_file.into_iter().for_each(PidFile::remove);
-    // Dropping the control socket notifies clients that wait for this master's end. By then all its
-    // files are gone.
+    // Dropping the control socket notifies clients that wait for this master to exit. By then all
+    // its files have been removed.
     let (ended, control) = outcome?;
     drop(control);
     Ok(ended)
@@ -433,8 +434,8 @@ fn serve(
 
 /// Opens the log, unless another setting names the same file.
 fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
-    // Makes a write above the file size limit fail like a write to a full disk. A handler that does
-    // nothing, because programs would inherit `SIG_IGN`.
+    // Makes a write above the file size limit fail like a write to a full disk. This is an empty
+    // handler rather than `SIG_IGN`, because programs would inherit `SIG_IGN`.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     if !conflicts.iter().any(|conflict| conflict.flags.contains(&"--log-file")) {
         logging::start(&config.logs)?;
@@ -463,7 +464,7 @@ fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
     banner::show(config, listeners, program.as_deref());
 }
 
-/// The files that the start has created.
+/// The files that this start has created.
 fn leftovers(
     listeners: &[Listener],
     pid_file: Option<&PidFile>,
@@ -486,7 +487,7 @@ fn leftovers(
 
 /// Answers the request of a CGI process.
 fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<End, BoxError> {
-    // Before any code of the application runs: its output must not precede the response.
+    // This must precede all application code, whose output must not precede the response.
     let output = cgi_invocation::take_output().map_err(|error| format!("standard output cannot be used: {error}"))?;
     start_log(config, &conflicts::find_among_files(config))?;
     if let Some(preload) = preload {
@@ -500,8 +501,8 @@ fn cannot_preload(error: BoxError) -> BoxError {
     format!("the application cannot preload: {error}").into()
 }
 
-/// The cache of a CGI process: the file's, shared with other CGI processes and with a
-/// server. If the file cannot be used, the request is answered without a shared cache.
+/// The cache of a CGI process: the one in the configured file, shared with other CGI processes and
+/// with a server. If the file cannot be used, the request is answered without a shared cache.
 fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     let CacheConfig { bytes, file, .. } = &config.cache;
     if let Some(path) = file.as_ref().filter(|_| *bytes > 0) {
@@ -513,8 +514,8 @@ fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     Ok(Segment::create(&Plan { rows: 1, ..Plan::default() })?)
 }
 
-/// Runs the application's preload, and returns the descriptors that it left open. If `leftovers`
-/// are given, a termination signal may end the process during the preload and remove these files.
+/// Runs the application's preload, and returns the descriptors that it left open. With `leftovers`,
+/// a termination signal may terminate the process during the preload and remove these files.
 fn run_preload(preload: Option<Preload>, leftovers: Option<Vec<Leftover>>) -> Result<Vec<RawFd>, BoxError> {
     let Some(preload) = preload else { return Ok(Vec::new()) };
     let before = sys::open_descriptors()?;

@@ -1,7 +1,7 @@
 //! Lists everything that a worker inherits from the master, by name.
 //!
-//! A freshly forked worker closes every descriptor that is not listed here, and uses nothing else of the master. The modules
-//! of the master and the worker do not import each other; this module is their only link.
+//! A freshly forked worker closes every descriptor that is not listed here, and uses nothing else from the master. The modules of the
+//! master and the worker do not import each other; this module is their only link.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -20,7 +20,7 @@ use crate::privileges::Privileges;
 /// Everything that one worker inherits.
 #[derive(Debug)]
 pub(crate) struct Heritage {
-    /// Number of the worker, unique among the running processes, and index of its row in the scoreboard.
+    /// Number of the worker, unique among the running processes; also the index of its row in the scoreboard.
     pub(crate) slot: u32,
     /// Number of reloads, counted from 1, when this worker was created.
     pub(crate) generation: u64,
@@ -32,7 +32,7 @@ pub(crate) struct Heritage {
     pub(crate) report: OwnedFd,
     /// Passes connections from one worker to another.
     pub(crate) handover: Arc<Channel>,
-    /// Never readable; its end means that the master is dead.
+    /// Never readable; end of file means that the master is dead.
     pub(crate) lifeline: OwnedFd,
     /// Descriptors that the application opened before the fork, in `main` or in `preload`.
     pub(crate) application: Arc<[RawFd]>,
@@ -45,16 +45,16 @@ pub(crate) struct Heritage {
     pub(crate) hooks: Arc<WorkerHooks>,
 }
 
-/// A worker's report to the master, one line each. The master must treat it as gossip.
+/// A worker's report to the master, one line each. The master must not trust it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Report {
     /// The worker accepts connections.
     Ready,
     /// The worker has reached the end of its lifetime, for this reason. It continues to serve until another worker replaces it.
     Recycle(String),
-    /// As [`Report::Recycle`]; the reason is a blocking function that hangs, called for this request.
+    /// Like [`Report::Recycle`]; the reason is a blocking function that hangs, called for this request.
     HungThread(String),
-    /// Another process, with this pid, sent the signal that ends the worker.
+    /// Another process, with this pid, sent the signal that terminates the worker.
     SentBy(i32),
     /// Why the worker cannot continue.
     LastWords(String),
@@ -100,7 +100,7 @@ impl Heritage {
     /// A sentence for the operator, with the flag that could not be applied.
     pub(crate) fn apply_privileges(&self) -> io::Result<()> {
         if self.privileges.change_access() {
-            // The process must register as a user of the cache while it can still open the file again.
+            // The process must register as a user of the cache while it can still reopen the file.
             self.segment.enter();
         }
         self.privileges.apply(self.slot)
@@ -109,7 +109,7 @@ impl Heritage {
     /// Reports to the master why this worker cannot continue. Returns the worker's exit status.
     pub(crate) fn fail(&self, why: &impl std::fmt::Display) -> u8 {
         let line = Report::LastWords(why.to_string()).line();
-        let _ = nix::unistd::write(&self.report, line.as_bytes()); // fails if the master is gone; nothing remains to be done
+        let _ = nix::unistd::write(&self.report, line.as_bytes()); // fails if the master has exited; nothing can be done then
         1
     }
 

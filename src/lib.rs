@@ -132,8 +132,8 @@
 //!
 //! # Loading data before the fork, and hooks
 //!
-//! [`Builder`] has the same factory as [`run`], data that is loaded once and shared copy-on-write, and hooks for each
-//! step in a worker's life:
+//! [`Builder`] takes the same factory as [`run`]. It adds data that is loaded once and shared copy-on-write, and hooks
+//! for each step in a worker's life:
 //!
 //! ```no_run
 //! use std::process::ExitCode;
@@ -169,8 +169,8 @@
 //!   socket shared by all workers.
 //! - Thread-local random number generators start anew in each worker. A generator in a static, or captured by the
 //!   factory, is copied by the fork; seed it in the factory.
-//! - `before_fork` and `on_worker_exit` run on the master's only thread. They must not block: nothing is supervised
-//!   meanwhile.
+//! - `before_fork` and `on_worker_exit` run on the master's only thread. They must not block, because nothing is
+//!   supervised while they run.
 //!
 //! # Further documents
 //!

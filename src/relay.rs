@@ -6,12 +6,13 @@
 //! ```
 //!
 //! The relay takes one datagram at a time, so that the others stay in the socket if it dies: at
-//! most the current datagram is lost, and none is published twice. The relay ends with its
-//! lifeline, after it has published the datagrams that it can publish at once: when the master
-//! ends, and when a new build replaces the master.
+//! most the current datagram is lost, and none is published twice. The relay exits when its
+//! lifeline ends, after publishing the datagrams that it can publish at once: when the master
+//! exits, and when a new build replaces the master.
 //!
 //! The relay reports on standard error, which the master logs. It must not write to log files
-//! itself, because they are not reopened here, and must not depend on the master or the workers.
+//! itself, because the relay does not reopen them, and must not depend on the master or the
+//! workers.
 
 mod datagram;
 mod refused_datagrams;
@@ -31,12 +32,12 @@ use self::refused_datagrams::Complaints;
 
 /// The first line that the relay writes.
 pub(crate) const READY: &str = "ready";
-/// Bytes of a datagram in addition to the event's: its topic, and two line ends.
+/// Bytes of a datagram in addition to the event's: the topic, and two line ends.
 const FRAME: usize = 128 + 2;
 /// Number of datagrams between two checks of the lifeline.
 const BATCH: usize = 64;
-/// How long the relay waits for the log while other processes hold its lock, and the interval of
-/// the attempts.
+/// How long the relay waits for the log while other processes hold its lock, and the interval
+/// between attempts.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 const BUSY_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -68,11 +69,11 @@ struct Relay<'a> {
     events: Events,
     begun: Instant,
     complaints: Complaints,
-    /// Zero after a wait in vain, until an event can be published again.
+    /// Zero after a wait that timed out, until an event can be published again.
     busy_timeout: Duration,
 }
 
-/// The content of the socket.
+/// What was read from the socket.
 enum Taken {
     Nothing,
     Whole(usize),
@@ -105,7 +106,7 @@ impl Relay<'_> {
         }
     }
 
-    /// Breaks if the lifeline ends while other processes hold the log's lock.
+    /// Returns `Break` if the lifeline ends while other processes hold the log's lock.
     fn publish(&mut self, bytes: &[u8]) -> io::Result<ControlFlow<()>> {
         let Datagram { topic, name, data } = match Datagram::parse(bytes) {
             Ok(datagram) => datagram,
@@ -137,7 +138,7 @@ impl Relay<'_> {
     }
 }
 
-/// Waits for the socket, at most for `longest`. Returns whether the lifeline has ended.
+/// Waits for the socket, for up to `longest`. Returns whether the lifeline has ended.
 fn wait(lifeline: BorrowedFd<'_>, socket: Option<BorrowedFd<'_>>, longest: Option<Duration>) -> io::Result<bool> {
     let timeout = longest.map_or(PollTimeout::NONE, |longest| {
         PollTimeout::try_from(longest.as_millis() + 1).unwrap_or(PollTimeout::MAX)
@@ -163,7 +164,7 @@ fn take(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Taken> {
     }
 }
 
-/// Writes a line to the master. An error is ignored.
+/// Writes a line to the master. Errors are ignored.
 pub(crate) fn say(line: &str) {
     let _ = nix::unistd::write(io::stderr().as_fd(), format!("{line}\n").as_bytes());
 }

@@ -5,8 +5,8 @@
 //! use forkyard::{Body, page};
 //!
 //! # async fn example(rendered: Response<Body>, request: &HeaderMap) -> Result<(), Box<dyn std::error::Error>> {
-//! let kept = cached_page::from_response(rendered, 1 << 20).await?.gzip(); // what is to be stored
-//! let response = cached_page::to_response(kept, request)?; // for this client, with or without gzip, or 304
+//! let kept = page::from_response(rendered, 1 << 20).await?.gzip(); // what is to be stored
+//! let response = page::to_response(kept, request)?; // for this client, with or without gzip, or 304
 //! # Ok(()) }
 //! ```
 
@@ -57,7 +57,7 @@ impl Error for CollectError {
     }
 }
 
-/// Makes the response to a GET or HEAD request with these headers from a page.
+/// Creates the response to a GET or HEAD request with these headers from a page.
 ///
 /// The response is the result of [`Page::negotiate`], with a `Content-Length`; or the 304 of [`Page::not_modified`], if
 /// `If-None-Match` lists the page's `ETag` (RFC 9110 §13.1.2). Other conditional headers and ranges are ignored, and no
@@ -92,7 +92,7 @@ pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<B
     Ok(response)
 }
 
-/// Makes a page from a response, with up to `limit` bytes of body.
+/// Creates a page from a response, with up to `limit` bytes of body.
 ///
 /// Waits for the complete body, however long that takes, so it is not suitable for event streams. A body whose
 /// announced length exceeds `limit` is rejected before any of it is read. Trailers, extensions and the HTTP version are
@@ -132,15 +132,15 @@ where
     Ok(all)
 }
 
-/// Joins all fields with a name into the list that they represent (RFC 9110 §5.3).
+/// Joins all fields with this name into the list that they represent (RFC 9110 §5.3).
 fn list(headers: &HeaderMap, name: impl AsHeaderName) -> Option<Cow<'_, [u8]>> {
     let mut values = headers.get_all(name).iter().map(HeaderValue::as_bytes);
     let first = Cow::Borrowed(values.next()?);
     Some(values.fold(first, |list, value| Cow::Owned([&list, value].join(&b", "[..]))))
 }
 
-/// Adds a header; returns the name if HTTP does not allow the name or the value, or there are too
-/// many headers.
+/// Adds a header; returns the name if HTTP does not allow the name or the value, or if there are
+/// too many headers.
 fn add(headers: &mut HeaderMap, name: Vec<u8>, value: Vec<u8>) -> Result<(), Vec<u8>> {
     let made = HeaderName::from_bytes(&name).ok().zip(HeaderValue::from_maybe_shared(Bytes::from(value)).ok());
     match made.map(|(name, value)| headers.try_append(name, value)) {

@@ -42,7 +42,7 @@ impl Context {
         self.slot
     }
 
-    /// The generation of this worker: 1 for the first workers, and one more after each reload.
+    /// The generation of this worker: 1 for the first workers, incremented by each reload.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation

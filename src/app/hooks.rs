@@ -1,7 +1,7 @@
 //! Calls the application's hooks when workers are forked, become ready, drain and exit.
 //!
 //! The master's hooks run in the master, between its events; a worker's hooks run in the worker. A
-//! panic in a hook does not end the process.
+//! panic in a hook does not terminate the process.
 
 use std::cell::RefCell;
 use std::error::Error;
@@ -21,9 +21,9 @@ type OfWorker<A, R> = Option<Box<dyn Fn(A) -> R + Send + Sync>>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct WorkerId {
-    /// The number of its slot, unique among the running workers: see [`Context::slot`](crate::Context::slot).
+    /// The number of the worker's slot, unique among the running workers: see [`Context::slot`](crate::Context::slot).
     pub slot: u32,
-    /// Its generation: 1 for the first workers, and one more after each reload.
+    /// The worker's generation: 1 for the first workers, incremented by each reload.
     pub generation: u64,
 }
 
@@ -35,13 +35,13 @@ pub struct WorkerExit {
     pub worker: WorkerId,
     /// The worker's process id.
     pub pid: u32,
-    /// The exit status, or the signal that ended the worker.
+    /// The exit status, or the signal that terminated the worker.
     pub status: ExitStatus,
-    /// Whether the worker had been asked to leave. It may still have crashed while draining: see `status`.
+    /// Whether the worker had been asked to exit. It may still have crashed while draining: see `status`.
     pub asked: bool,
     /// Number of requests served, as counted by the worker itself.
     pub served: u64,
-    /// How long the worker lived.
+    /// How long the worker ran.
     pub lived: Duration,
 }
 

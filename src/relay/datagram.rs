@@ -1,5 +1,5 @@
-//! Parses a datagram of the publish socket: the topic, the event's name and its data. A line end
-//! follows each of the first two.
+//! Parses a datagram of the publish socket: the topic, the event's name and its data. The topic and
+//! the name each end with a line end.
 //!
 //! No I/O.
 

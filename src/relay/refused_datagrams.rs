@@ -9,7 +9,7 @@ use std::time::Duration;
 /// Minimum time between two lines.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The datagrams that are not reported yet. All times are relative to one arbitrary start.
+/// The datagrams that have not been reported yet. All times are relative to one arbitrary start.
 #[derive(Debug, Default)]
 pub(super) struct Complaints {
     unreported: u64,

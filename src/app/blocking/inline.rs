@@ -1,17 +1,17 @@
-//! Connects blocking functions to the turns of the event loop. At the end of a turn, pool threads
-//! are woken. At the beginning of a turn, the futures whose responses are ready are woken. Between
-//! two turns, inline functions run.
+//! Connects blocking functions to the event loop. At the end of an iteration of the loop, pool
+//! threads are woken. At the beginning of an iteration, the futures whose responses are ready are
+//! woken. Between two iterations, inline functions run.
 //!
-//! To pass a request to another thread and its response back costs several times as much as a quick
-//! function. So a function that its author has declared quick ([`super::Blocking::inline`]) runs on
-//! the event loop's thread, once it has been quick for a while. It does not run within the loop,
-//! because there it would run inside tokio (a database client with its own runtime would panic),
-//! but between two turns of the loop: the loop returns when inline jobs wait, they run, and the
-//! loop continues.
+//! Passing a request to another thread and its response back costs several times as much as a quick
+//! function. A function declared quick by its author ([`super::Blocking::inline`]) therefore runs
+//! on the event loop's thread, once its recent runs have been quick. It does not run within the
+//! loop, because there it would run inside tokio (a database client with its own runtime would
+//! panic), but between two iterations: when inline jobs are waiting, the loop returns, the jobs
+//! run, and the loop continues.
 //!
 //! While such a job runs, the loop does not. [`InlinePolicy`] makes this rare even if the
-//! declaration is wrong: a function runs inline after a row of quick runs, stops doing so after a
-//! single slow run, and then needs a row twice as long.
+//! declaration is wrong: a function runs inline after a number of consecutive quick runs, stops
+//! doing so after a single slow run, and then needs twice as many quick runs.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -22,12 +22,12 @@ use std::time::Duration;
 
 use super::{Job, pool};
 
-/// A run is quick up to this duration, which is about the cost of passing it to another thread and
-/// back.
+/// A run that takes up to this long is quick. This is about the cost of passing a request to
+/// another thread and back.
 const QUICK_RUN: Duration = Duration::from_micros(50);
 /// A run that holds up the loop for at least this long moves the function back to the threads.
 const SLOW_RUN: Duration = Duration::from_millis(1);
-/// Number of quick runs in a row that are required at first, and at most.
+/// Number of consecutive quick runs required at first, and at most.
 const RUNS_REQUIRED: (u32, u32) = (32, 1 << 20);
 
 /// Recent run times of a function.
@@ -48,8 +48,8 @@ impl InlinePolicy {
         self.quick_in_a_row.load(Ordering::Relaxed) >= self.asked_for.load(Ordering::Relaxed)
     }
 
-    /// Records a run; returns true if the function no longer runs inline. If two threads record a
-    /// run at once, one may be lost, which is harmless: the policy is a heuristic.
+    /// Records a run; returns true if this run ends inline execution. If two threads record a run
+    /// at once, one may be lost, which is harmless because the policy is a heuristic.
     pub(super) fn took(&self, time: Duration) -> bool {
         let row = self.quick_in_a_row.load(Ordering::Relaxed);
         let asked_for = self.asked_for.load(Ordering::Relaxed);
@@ -68,18 +68,18 @@ impl InlinePolicy {
 
 thread_local! {
     static JOBS: RefCell<VecDeque<Arc<dyn Job>>> = const { RefCell::new(VecDeque::new()) };
-    /// The bell of this thread's event loop, if the loop has turns.
+    /// The bell of this thread's event loop, if that loop polls [`jobs_wait`].
     static BELL: RefCell<Option<Arc<Bell>>> = const { RefCell::new(None) };
-    /// Wakers collected between two turns until the loop continues: waking the loop from outside
-    /// costs a system call each time.
+    /// Wakers collected between two iterations, woken when the loop continues: waking the loop from
+    /// outside would cost a system call each time.
     static WAKE_LATER: RefCell<Vec<Waker>> = const { RefCell::new(Vec::new()) };
     static BETWEEN_TURNS: Cell<bool> = const { Cell::new(false) };
-    /// Jobs were started in this turn.
+    /// Jobs were started in this iteration.
     static ENDS_WITH_CALL: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Reports ended jobs from the threads to the event loop. The first report wakes the loop; further
-/// reports do not until the loop has looked.
+/// Reports finished jobs from the threads to the event loop. The first report wakes the loop;
+/// further reports do not, until the loop has read them.
 #[derive(Debug)]
 pub(super) struct Bell(Mutex<Ended>);
 
@@ -127,7 +127,7 @@ impl Bell {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Delivers the reports at the beginning of a turn.
+    /// Delivers the reports at the beginning of an iteration.
     fn look(&self, context: &Context<'_>) {
         let mut ended = self.ended();
         ended.is_woken = false;
@@ -148,8 +148,8 @@ impl Bell {
     }
 }
 
-/// Makes the loop reach the end of its turn, where threads are woken. Returns false if this thread
-/// has no loop with turns.
+/// Makes the loop finish its iteration, because threads are woken at the end. Returns false if this
+/// thread has no loop that polls [`jobs_wait`].
 pub(super) fn ends_later() -> bool {
     BELL.with_borrow(|bell| {
         let Some(bell) = bell else { return false };
@@ -161,7 +161,8 @@ pub(super) fn ends_later() -> bool {
     })
 }
 
-/// Runs the job after this turn of the loop. Returns it if this thread has no loop with turns.
+/// Runs the job after this iteration. Returns it if this thread has no loop that polls
+/// [`jobs_wait`].
 pub(super) fn run_inline(job: Arc<dyn Job>) -> Result<(), Arc<dyn Job>> {
     BELL.with_borrow(|bell| match bell {
         Some(bell) => {
@@ -179,8 +180,8 @@ pub(super) fn run_inline(job: Arc<dyn Job>) -> Result<(), Arc<dyn Job>> {
     })
 }
 
-/// Must be polled by the event loop's main future; returns true if the loop must return to let
-/// [`run_jobs`] run.
+/// Must be polled by the event loop's main future; returns true if the loop must return so that
+/// [`run_jobs`] can run.
 pub(crate) fn jobs_wait(context: &Context<'_>) -> bool {
     for waker in WAKE_LATER.take() {
         waker.wake();

@@ -1,13 +1,12 @@
 //! Turns plain functions into services: [`blocking`] runs them on a bounded pool of threads.
 //!
-//! The event loop of a worker stays free while they run, so idle connections and event streams cost
-//! no thread. There are `--threads` threads in each worker; `--queue` requests may wait for one of
-//! them, and a request beyond that gets 503 at once. A function that blocks delays no other request
-//! while a thread is free. A function whose author declares that it never blocks
-//! ([`Blocking::inline`]) runs on the event loop's own thread, between two turns of the loop.
+//! The event loop of a worker stays free while they run, so idle connections and event streams cost no thread. Each worker has `--threads`
+//! threads; up to `--queue` requests may wait for a thread, and further requests get 503 at once. A function that blocks delays no other
+//! request while a thread is free. A function whose author declares that it never blocks ([`Blocking::inline`]) runs on the event loop's
+//! own thread, between two iterations of the loop.
 //!
-//! - [`pool`] has the threads.
-//! - [`overdue`] watches functions that still run although their request was given up.
+//! - [`pool`] runs the threads.
+//! - [`overdue`] watches functions that are still running after their request was abandoned.
 //! - [`inline`] connects the threads and the event loop, and runs quick functions.
 
 pub(crate) mod inline;
@@ -37,7 +36,7 @@ use crate::diagnostics::current_request;
 use crate::request::queue_time;
 use crate::request::queue_time::BeginBy;
 
-/// A run of this length on the event loop's thread is logged.
+/// Inline runs of at least this length are logged.
 const LONG_FOR_THE_LOOP: Duration = Duration::from_millis(100);
 
 /// Makes a service from a function that may block. The function runs on the worker's `--threads` and never on the event
@@ -157,7 +156,7 @@ struct Call<F> {
 struct Progress {
     request: Option<Request<Body>>,
     outcome: Option<Result<Response<Body>, Panicked>>,
-    /// There was an outcome, which may have been taken.
+    /// An outcome was stored; it may have been taken since.
     is_over: bool,
     waker: Option<Waker>,
 }
@@ -167,13 +166,13 @@ struct Panicked;
 
 /// A [`Call`] of any function.
 trait Job: Send + Sync {
-    /// Runs the function, unless the client has left.
+    /// Runs the function, unless the client has disconnected.
     fn run(&self);
     /// The response, if it is ready.
     fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>>;
-    /// Sheds the request because it has waited too long, unless it is running.
+    /// Refuses the request because it has waited too long, unless it is running.
     fn shed(&self);
-    /// Refuses the request because no thread will be free for it.
+    /// Refuses the request because no thread will become free for it.
     fn refuse(&self);
     /// Marks that the response is no longer waited for. Returns true if the function is running.
     fn abandon(&self) -> bool;
@@ -212,7 +211,7 @@ where
     fn run(&self) {
         current_request::enter(None, || {
             let mut progress = self.progress();
-            // If the client left while its request waited, the request is gone.
+            // If the client disconnected while its request waited, the request has been dropped.
             let Some(request) = progress.request.take() else { return };
             if BeginBy::is_past(&request) {
                 drop(progress);
@@ -230,8 +229,7 @@ where
                     "a function that was declared quick (Blocking::inline) held up the event loop for {took}ms: it runs on threads again"
                 );
             }
-            // Before the response is stored: right after that, the cell may belong to another
-            // request.
+            // This must precede storing the response: right after that, the cell may belong to another request.
             current_request::switch_to(None);
             self.put(outcome.map_err(|_| Panicked));
         });
@@ -303,7 +301,7 @@ where
 /// The future of [`Blocking`]: resolves to the response.
 pub struct BlockingFuture {
     job: Arc<dyn Job>,
-    /// Time at which the request is given up if no thread has begun it.
+    /// Time at which the request is abandoned if no thread has begun it.
     begin_by: Option<Pin<Box<Sleep>>>,
 }
 

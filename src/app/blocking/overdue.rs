@@ -1,8 +1,8 @@
-//! Watches functions that still run although their response is no longer waited for.
+//! Watches functions that are still running although nothing waits for their response any more.
 //!
-//! A draining worker waits for such a function for up to `--hang-timeout`. If the function still
-//! runs that long after the deadline of its request (`--request-timeout`), it counts as hanging, and
-//! the worker requests its own replacement, whether the client got the 504 or disconnected before.
+//! A draining worker waits for such a function for up to `--hang-timeout`. If the function is still running that long
+//! after the deadline of its request (`--request-timeout`), it counts as hanging, and the worker requests its own
+//! replacement, whether the client got the 504 or had disconnected before.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -13,25 +13,25 @@ use tokio::time::sleep_until;
 
 use super::{Job, pool};
 
-/// How long a function may still run; zero means forever.
+/// How long an abandoned function may keep running; zero means forever.
 static HANG_TIMEOUT: OnceLock<Duration> = OnceLock::new();
-/// The functions that still run, and some that have ended.
+/// Abandoned functions that are still running, and some that have returned.
 static OVERRUNS: Mutex<Vec<Overrun>> = Mutex::new(Vec::new());
 /// Signals a new entry in [`OVERRUNS`].
 static ONE_MORE: Notify = Notify::const_new();
 
 thread_local! {
-    /// The request that is being given up, and its deadline.
+    /// The request that is being abandoned, and its deadline.
     static GIVEN_UP: RefCell<Option<(Arc<str>, Instant)>> = const { RefCell::new(None) };
 }
 
-/// A function that still runs.
+/// A function that is still running after its request was abandoned.
 #[derive(Clone)]
 struct Overrun {
     job: Weak<dyn Job>,
     /// When the wait for its response ended.
     since: Instant,
-    /// Its request, and the deadline of the request, at which the 504 was due. `None` without a
+    /// Its request, and the request's deadline, at which the 504 was due. `None` without a
     /// deadline.
     over: Option<(Arc<str>, Instant)>,
     is_reported: bool,
@@ -49,7 +49,7 @@ impl Overrun {
     }
 }
 
-/// Sets how long a function may still run. Called once, in a new worker.
+/// Sets how long an abandoned function may keep running. Called once, in a new worker.
 pub(crate) fn set_hang_timeout(timeout: Duration) {
     let _ = HANG_TIMEOUT.set(timeout);
 }
@@ -58,14 +58,14 @@ fn patience() -> Duration {
     HANG_TIMEOUT.get().copied().unwrap_or_default()
 }
 
-/// Runs `drop`, which drops the response to a request whose deadline is `over`.
+/// Runs `drop`, which drops the response to a request whose deadline `over` has passed.
 pub(crate) fn give_up(what: String, over: Instant, drop: impl FnOnce()) {
     GIVEN_UP.set(Some((what.into(), over)));
     drop();
     GIVEN_UP.set(None);
 }
 
-/// Returns the request of the next function that hangs, once for each function.
+/// Returns the request of the next function that hangs; reports each function once.
 pub(crate) async fn one_hangs() -> String {
     loop {
         let now = Instant::now();
@@ -98,8 +98,8 @@ pub(super) fn hung() -> usize {
     running().iter().filter(|one| one.hangs_at().is_some_and(|at| at <= now)).count()
 }
 
-/// Number of functions for which a draining worker no longer waits, and the time at which the next
-/// function joins them if it still runs.
+/// Number of functions that a draining worker no longer waits for, and the time at which the next
+/// function joins them unless it returns before.
 pub(super) fn outstaying() -> (usize, Option<Instant>) {
     let now = Instant::now();
     let ends = running().into_iter().filter_map(|one| one.ends());
@@ -107,13 +107,13 @@ pub(super) fn outstaying() -> (usize, Option<Instant>) {
     (over.len(), will.into_iter().min())
 }
 
-/// The functions that still run now. Empty if functions never count as hanging.
+/// The abandoned functions that are still running. Empty if functions never count as hanging.
 fn running() -> Vec<Overrun> {
     if patience().is_zero() {
         return Vec::new();
     }
     let all = overruns().clone();
-    // The last reference to a job must not be dropped under the lock, because this drops the
+    // The last reference to a job must not be dropped under the lock, because that drops the
     // application's response.
     all.into_iter().filter(|one| one.job.upgrade().is_some_and(|job| job.is_running())).collect()
 }
@@ -122,7 +122,7 @@ fn overruns() -> MutexGuard<'static, Vec<Overrun>> {
     OVERRUNS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Watches a function that still runs although its response is no longer waited for.
+/// Watches a function that is still running although nothing waits for its response any more.
 pub(super) fn watch(job: &Arc<dyn Job>) {
     let over = GIVEN_UP.with_borrow(Clone::clone);
     let mut overruns = overruns();

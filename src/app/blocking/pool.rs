@@ -1,9 +1,9 @@
 //! Runs blocking functions on a bounded pool of threads.
 //!
-//! Waking a thread costs a system call, and so does waking the event loop. Each is done once for
-//! all the jobs that a turn of the loop starts, or finds ended. A thread that is awake takes
-//! further jobs by itself. Sleeping threads are woken at the end of the turn ([`end_turn`]), and
-//! each of them wakes the next one if there is another job.
+//! Waking a thread costs a system call, and so does waking the event loop. Both are therefore
+//! batched: one wake-up covers all jobs that an iteration of the loop starts, or finds finished. A
+//! thread that is awake takes further jobs by itself. Sleeping threads are woken at the end of the
+//! iteration ([`end_turn`]), and each of them wakes the next one if another job is waiting.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,11 +27,11 @@ pub(super) struct Pool {
     started: AtomicU32,
     /// Time of the last attempt to create threads.
     attempted: Mutex<Option<Instant>>,
-    /// Number of jobs that may wait in addition to those that run.
+    /// Number of jobs that may wait in addition to those that are running.
     queue: u32,
     waiting: Mutex<Waiting>,
     one_is_called: Condvar,
-    /// Jobs that wait or run.
+    /// Jobs that are waiting or running.
     count: AtomicU32,
     occupancy: Option<Occupancy>,
     /// The siblings were notified that all threads are occupied. Written under `reporting`.
@@ -50,9 +50,9 @@ pub(super) struct Pool {
 #[derive(Default)]
 struct Waiting {
     jobs: VecDeque<Arc<dyn Job>>,
-    /// Threads that sleep and were not called.
+    /// Sleeping threads that have not been notified.
     asleep: u32,
-    /// Threads that were called and have not woken yet.
+    /// Threads that have been notified but have not woken yet.
     called: u32,
 }
 
@@ -67,7 +67,8 @@ pub(crate) fn pool_is_full() -> bool {
     POOL.get().is_some_and(Pool::is_occupied)
 }
 
-/// Returns when the next job ends. Jobs that end before the call are not reported.
+/// Returns when the pool next has a free thread again after all were occupied. Changes before the
+/// call are not reported.
 pub(crate) async fn one_is_free() {
     match POOL.get() {
         Some(pool) => pool.one_is_free.notified().await,
@@ -75,8 +76,7 @@ pub(crate) async fn one_is_free() {
     }
 }
 
-/// Returns when the next job takes the last free thread. Jobs that did so before the call are not
-/// reported.
+/// Returns when a job next takes the last free thread. Changes before the call are not reported.
 pub(crate) async fn pool_became_full() {
     POOL_IS_FULL.notified().await;
 }
@@ -109,8 +109,8 @@ pub(crate) fn finish() -> usize {
     }
 }
 
-/// Called when a function hangs. If all threads hang, the waiting requests get 503, and so do later
-/// ones.
+/// Called when a function hangs. If all threads hang, the waiting requests and all later ones get
+/// 503.
 pub(super) fn look_whether_stuck() {
     let Some(pool) = POOL.get() else { return };
     pool.report_hung();
@@ -125,7 +125,7 @@ pub(super) fn look_whether_stuck() {
     jobs.iter().for_each(|job| job.refuse());
 }
 
-/// Called at the end of a turn of the event loop in which jobs were started: wakes a thread and
+/// Called at the end of an event loop iteration in which jobs were started: wakes a thread and
 /// notifies siblings.
 pub(super) fn end_turn() {
     if let Some(pool) = POOL.get() {
@@ -165,11 +165,12 @@ pub(super) fn pool() -> &'static Pool {
 }
 
 impl Pool {
-    /// Queues a job. Returns false if too many jobs wait already, or there is no thread. If this
-    /// thread has an event loop, a sleeping thread is woken at the end of the loop's turn.
+    /// Queues a job. Returns false if too many jobs are waiting already, or no thread exists. If
+    /// this thread has an event loop, a sleeping pool thread is woken at the end of the loop's
+    /// iteration.
     ///
-    /// The first call starts the threads, so a worker without blocking functions has none, and
-    /// neither has the master.
+    /// The first call starts the threads, so neither the master nor a worker without blocking
+    /// functions has any.
     pub(super) fn start(&'static self, job: Arc<dyn Job>) -> bool {
         if self.started.load(Ordering::SeqCst) < self.threads && !self.start_threads() {
             return false;
@@ -191,8 +192,8 @@ impl Pool {
         true
     }
 
-    /// Starts the missing threads, as far as the system allows. Returns whether there is at least
-    /// one.
+    /// Starts the missing threads, as far as the system allows. Returns whether at least one
+    /// exists.
     fn start_threads(&'static self) -> bool {
         let mut attempted = self.attempted.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.started.load(Ordering::SeqCst);
@@ -222,7 +223,8 @@ impl Pool {
         started > 0
     }
 
-    /// Number of threads that take jobs, or 1 if there is none: then no job waits either.
+    /// Number of threads that take jobs, or 1 if no thread exists, in which case no job waits
+    /// either.
     fn capacity(&self) -> u32 {
         self.started.load(Ordering::SeqCst).max(1)
     }
@@ -250,7 +252,7 @@ impl Pool {
         }
     }
 
-    /// Whether no request waits for a thread, and at most `running` jobs run.
+    /// Whether no request is waiting for a thread, and at most `running` jobs are running.
     fn has_nothing_but(&self, running: usize) -> bool {
         let waiting = self.waiting();
         let most = waiting.jobs.len().saturating_add(running);
@@ -267,7 +269,7 @@ impl Pool {
         }
     }
 
-    /// Takes a job; waits until there is one.
+    /// Takes a job; waits until one is available.
     fn next(&self) -> Arc<dyn Job> {
         let mut waiting = self.waiting();
         loop {
@@ -303,8 +305,9 @@ impl Pool {
         }
     }
 
-    /// Publishes the occupancy to siblings and acceptors. A thread that changes the count at the
-    /// same time either reads the flag that is set here, or the loop below reads its change.
+    /// Publishes the occupancy to siblings and acceptors. If another thread changes the count at
+    /// the same time, either that thread reads the flag set here, or the loop below reads the
+    /// changed count.
     fn report(&self) {
         let _one_at_a_time = self.reporting.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -323,7 +326,7 @@ impl Pool {
 }
 
 impl Waiting {
-    /// Returns whether a thread must be woken, and counts it as called.
+    /// Returns whether a thread must be woken, and counts it as notified.
     fn call(&mut self) -> bool {
         let is_called = !self.jobs.is_empty() && self.asleep > 0;
         self.asleep -= u32::from(is_called);
@@ -331,8 +334,8 @@ impl Waiting {
         is_called
     }
 
-    /// A thread woke: the called thread, or another thread spuriously, as condition variables
-    /// allow.
+    /// Records that a thread woke: the notified thread, or another one spuriously, as condition
+    /// variables allow.
     fn woke(&mut self) {
         match self.called.checked_sub(1) {
             Some(called) => self.called = called,

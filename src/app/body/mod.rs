@@ -27,8 +27,8 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The body of a request; also usable as the body of a response.
 ///
-/// It implements [`http_body::Body`] with [`Bytes`] as its data. A request's body is read piece by piece as it arrives,
-/// with about 64 KiB buffered at most. A blocking function reads it through [`Body::reader`].
+/// It implements [`http_body::Body`] with [`Bytes`] as its data. A request's body is read in chunks as it arrives, with
+/// at most about 64 KiB buffered. A blocking function reads it through [`Body::reader`].
 #[derive(Debug)]
 pub struct Body {
     kind: Kind,
@@ -36,11 +36,11 @@ pub struct Body {
     allowed: u64,
     /// Set when the body was too long, too slow or cut short.
     trouble: Option<Arc<Trouble>>,
-    /// The wait for the client to send more.
+    /// Tracks the time spent waiting for the client to send more.
     wait: Option<BodyWait>,
 }
 
-/// Why a body was not read to its end. The worker uses this for the response, whatever the
+/// Why a body was not read to its end. The worker derives the response from this, whatever the
 /// application made of the error.
 #[derive(Debug, Default)]
 pub(crate) struct Trouble(AtomicU8);
@@ -49,7 +49,7 @@ impl Trouble {
     const TOO_LARGE: u8 = 1;
     const TOO_SLOW: u8 = 2;
     const CUT: u8 = 3;
-    /// The body was read to its end without trouble.
+    /// The body was read to its end without an error.
     const WHOLE: u8 = 4;
 
     /// The status that replaces the application's response, if any.
@@ -57,7 +57,7 @@ impl Trouble {
         self.cause().map(|(status, _)| status).filter(|&status| status != StatusCode::BAD_REQUEST)
     }
 
-    /// The status for a body that failed because of the client, and the reason.
+    /// The status and the reason for a body that failed because of the client.
     pub(crate) fn cause(&self) -> Option<(StatusCode, &'static str)> {
         match self.0.load(Ordering::Relaxed) {
             Self::TOO_LARGE => Some((StatusCode::PAYLOAD_TOO_LARGE, "a body larger than --max-body")),
@@ -81,16 +81,16 @@ impl Trouble {
 #[derive(Debug)]
 enum Kind {
     Full(Bytes),
-    /// The body from a FastCGI, SCGI or CGI connection, and the part of the announced length that
-    /// is still to come.
+    /// The body from a FastCGI, SCGI or CGI connection, and how much of the announced length has
+    /// not arrived yet.
     Stdin(pipe::Reader, Option<u64>),
     Http(Unread),
     Other(UnsyncBoxBody<Bytes, BoxError>),
 }
 
 /// The unread part of an HTTP request's body. Dropping it returns the body to its connection: hyper
-/// would otherwise close the connection at once, and a peer that still sends might never read the
-/// response.
+/// would otherwise close the connection at once, and a peer that is still sending might never read
+/// the response.
 #[derive(Debug)]
 struct Unread {
     /// Present until the drop.
@@ -163,7 +163,7 @@ impl Body {
         Self::from(Bytes::new())
     }
 
-    /// Wraps another body, such as a response that is produced piece by piece.
+    /// Wraps another body, such as a response that is produced in chunks.
     pub fn new<B>(body: B) -> Self
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
@@ -183,15 +183,15 @@ impl Body {
         Self::from_kind(Kind::Stdin(reader, length), allowed)
     }
 
-    /// The body of an HTTP request, and a receiver of its rest in case it is dropped before its
-    /// end.
+    /// Creates the body of an HTTP request, and a receiver for the unread rest in case the body is
+    /// dropped early.
     pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<Rest>>) {
         let (sender, rest) = if incoming.is_end_stream() { (None, None) } else { pair(oneshot::channel()) };
         let unread = Unread { incoming: Some(incoming), is_broken: false, rest: sender };
         (Self::from_kind(Kind::Http(unread), allowed), rest)
     }
 
-    /// Makes the body record in its connection's activity when a reader waits for a piece.
+    /// Makes the body record in its connection's activity when a reader is waiting for a chunk.
     pub(crate) fn with_activity(mut self, activity: &Arc<Activity>) -> Self {
         self.wait = Some(BodyWait::new(activity));
         self

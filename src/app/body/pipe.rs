@@ -1,8 +1,8 @@
-//! Passes a request body from its connection to its reader, piece by piece.
+//! Passes a request body in chunks from its connection to its reader.
 //!
-//! The pipe is small: when more than [`CAPACITY`] bytes wait to be read, the connection stops
-//! reading from its socket until there is room, which slows the client to the reader's pace. The
-//! reader may be on another thread (a blocking function); the writer is the connection's task.
+//! The pipe is small: when more than [`CAPACITY`] bytes are unread, the connection stops reading
+//! from its socket until there is room, which slows the client to the reader's pace. The reader may
+//! be on another thread (a blocking function); the writer is the connection's task.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,8 +17,8 @@ use crate::request::buffered;
 const CAPACITY: usize = 64 << 10;
 const LESS: usize = 4 << 10;
 
-/// Pieces smaller than this are copied together: otherwise each would keep the whole buffer of the
-/// connection allocated, and 64 KiB of single bytes would be 64 Ki pieces.
+/// Chunks smaller than this are copied together: otherwise each would keep the whole buffer of the
+/// connection allocated, and 64 KiB of single bytes would be 64 Ki chunks.
 const WORTH_SHARING: usize = 4096;
 
 #[derive(Debug, Default)]
@@ -28,7 +28,7 @@ struct Shared {
     tail: BytesMut,
     bytes: usize,
     end: End,
-    /// The reader is gone: input is discarded.
+    /// The reader has been dropped: input is discarded.
     abandoned: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
@@ -39,7 +39,7 @@ enum End {
     #[default]
     Open,
     Whole,
-    /// The peer left or cancelled the request.
+    /// The peer disconnected or cancelled the request.
     Cut,
 }
 
@@ -93,7 +93,7 @@ impl Writer {
         }
     }
 
-    /// Whether the reader is gone. A writer that waits for room is woken by this.
+    /// Whether the reader has been dropped. This wakes a writer that waits for room.
     pub(crate) fn is_abandoned(&self) -> bool {
         lock(&self.0).abandoned
     }
@@ -103,7 +103,7 @@ impl Writer {
         self.end(End::Whole);
     }
 
-    /// Ready when there is room, or the reader is gone.
+    /// Ready when there is room, or the reader has been dropped.
     pub(crate) fn poll_room(&self, context: &mut Context<'_>) -> Poll<()> {
         let capacity = if buffered::is_tight() { LESS } else { CAPACITY };
         let mut shared = lock(&self.0);
@@ -130,7 +130,7 @@ impl Drop for Writer {
 }
 
 impl Reader {
-    /// The next piece; `None` at the end.
+    /// The next chunk; `None` at the end.
     pub(crate) fn poll_next(&self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
         let mut shared = lock(&self.0);
         let next = shared.queue.pop_front();

@@ -1,11 +1,12 @@
 //! Holds a worker's latest events in its own memory, and the subscribers that wait for further
 //! events.
 //!
-//! An event is stored once, however many subscribers receive it. A subscriber has no queue: it has
-//! a position and reads on from there. If the position is before the events stored here, the
-//! subscriber reads from the log. So a subscriber that does not read costs nothing.
+//! An event is stored once, however many subscribers receive it. A subscriber has no queue, only a
+//! position from which it reads on. If events at that position are no longer stored here, the
+//! subscriber reads them from the log. So a subscriber that does not read costs nothing.
 //!
-//! No system call, no clock, no shared memory: the caller passes in the events of the log.
+//! Makes no system call and uses no clock or shared memory: the caller passes in the events of the
+//! log.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -42,7 +43,7 @@ struct Feed {
     last: u64,
     /// The event after id `leap.0` has id `leap.1 + 1`: the log had dropped the topic in between.
     leap: (u64, u64),
-    /// Events with ids up to `last`, without a gap.
+    /// Consecutive events with ids up to `last`.
     recent: VecDeque<Published>,
     subscribers: Vec<Key>,
 }
@@ -58,7 +59,7 @@ pub(super) enum Found {
     /// There is no further event.
     Nothing,
     Events(Vec<Published>),
-    /// The subscriber is too far behind: the log may have the events, up to this id.
+    /// The subscriber is too far behind: the log may still have the events, up to this id.
     InLog(u64),
 }
 
@@ -117,7 +118,7 @@ impl Feeds {
         self.topics.contains_key(topic)
     }
 
-    /// Stores the next event of the log. Adds the wakers of its subscribers to `wakers`.
+    /// Stores the next event from the log. Adds the wakers of its subscribers to `wakers`.
     pub(super) fn take(&mut self, event: Published, wakers: &mut Vec<Waker>) {
         let Some(feed) = self.topics.get_mut(event.topic()) else { return };
         if event.id() <= feed.last {
@@ -143,8 +144,7 @@ impl Feeds {
         }
     }
 
-    /// Handles events of the log that were missed: subscribers find the new events of their topics
-    /// in the log.
+    /// Handles missed events: subscribers find the new events of their topics in the log.
     pub(super) fn skip(&mut self, last_id: impl Fn(&str) -> u64, wakers: &mut Vec<Waker>) {
         self.order.clear();
         self.bytes = 0;
@@ -155,7 +155,7 @@ impl Feeds {
         }
     }
 
-    /// Returns the events of a topic after the id `after`, at most `most`.
+    /// Returns up to `most` events of a topic after the id `after`.
     pub(super) fn find(&self, topic: &str, after: u64, most: usize) -> Found {
         let Some(feed) = self.topics.get(topic) else { return Found::Nothing };
         if after >= feed.last {

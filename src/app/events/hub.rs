@@ -1,13 +1,13 @@
 //! Reads the event log once for all subscribers of a worker.
 //!
-//! The first subscription starts a thread that sleeps until something is published, and that ends
+//! The first subscription starts a thread that sleeps until something is published, and that exits
 //! within a second of the end of the last subscription. The thread wakes the event loop and then
 //! waits until the loop has read the log. So a busy loop is woken only once, and publishers need no
 //! system call to wake it. The loop reads each event once, in batches; subscribers run between
 //! batches.
 //!
-//! The lock is local to this process. The event loop holds it for a batch or a lookup; a
-//! subscription on another thread, for a moment.
+//! The lock is local to this process. The event loop holds it for one batch or lookup at a time, a
+//! subscription on another thread only briefly.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
@@ -22,7 +22,7 @@ use super::{EventsError, Published};
 use crate::config::events::EventsConfig;
 use crate::diagnostics::crash;
 
-/// Longest sleep of the thread: a publisher may have died before it woke the readers.
+/// Longest sleep of the thread, in case a publisher dies before it wakes the readers.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum number of events that are read before subscribers run.
 const BATCH: usize = 64;
@@ -45,11 +45,11 @@ struct State {
     feeds: Feeds,
     /// Present while there are subscribers.
     tail: Option<Tail>,
-    /// The thread exists.
+    /// The thread is running.
     is_watched: bool,
     /// The loop was woken and has not read the whole log yet.
     is_due: bool,
-    /// The log's sequence number when the loop had last read the whole log.
+    /// The log's sequence number when the loop last finished reading the whole log.
     seen: u32,
     is_over: bool,
 }
@@ -59,9 +59,9 @@ pub(super) enum Look {
     Nothing,
     /// Events of the topic with this number.
     Events(usize, Vec<Published>),
-    /// Events up to this id of the topic with this number, as far as the log still has them.
+    /// The log may have events of the topic with this number, up to this id.
     InLog(usize, u64),
-    /// Nothing, forever: the worker drains.
+    /// There will be no more events: the worker is draining.
     Over,
 }
 
@@ -110,7 +110,8 @@ impl Hub {
             state.seen = self.log.sequence();
             state.tail = Some(self.log.tail());
         }
-        // After the tail is set, and under the lock that guards its reads: so no event is missed.
+        // The tail must be set first, and the lock that guards its reads must be held, so that no
+        // event is missed.
         let last_ids = topics.iter().map(|topic| self.log.last_id(topic)).collect();
         Ok((state.feeds.add(topics, |topic| self.log.last_id(topic)), last_ids))
     }
@@ -119,9 +120,8 @@ impl Hub {
         self.state().feeds.remove(key, topics);
     }
 
-    /// Returns the next events for a subscriber, from the first of its topics that has some,
-    /// starting with topic number `first`. If there are none, the subscriber is woken by the next
-    /// event.
+    /// Returns the next events for a subscriber, from the first of its topics that has any,
+    /// starting with topic number `first`. If there are none, the next event wakes the subscriber.
     pub(super) fn look(
         &self,
         key: Key,
@@ -195,7 +195,7 @@ impl Hub {
         !is_all
     }
 
-    /// The body of the thread.
+    /// The thread's main function.
     fn watch(&self) {
         crash::give_stack();
         let mut seen = self.state().seen;
@@ -216,7 +216,7 @@ impl Hub {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // No code of the application runs under the lock.
+        // No application code runs under the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

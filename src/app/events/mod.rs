@@ -108,8 +108,8 @@ impl Events {
         Subscription::new(&self.hub, topics.into_iter().map(|topic| Arc::from(topic.as_ref())).collect(), last_event_id)
     }
 
-    /// Delivers published events to this process's subscribers. Must run forever, as one task of
-    /// the event loop.
+    /// Delivers published events to this process's subscribers. Must run forever, as a task of the
+    /// event loop.
     pub(crate) async fn deliver(self) {
         self.hub.deliver().await;
     }
@@ -159,8 +159,8 @@ struct Inner {
     name: Box<str>,
     data: Bytes,
     epoch: u32,
-    /// The frame for all subscribers of this topic only; encoded when the first of them receives
-    /// the event.
+    /// The frame for subscribers of this topic only, encoded when the first of them receives the
+    /// event.
     frame: OnceLock<Frame>,
 }
 

@@ -1,7 +1,7 @@
-//! Sends a subscription as a response: a `text/event-stream` until one side leaves, or one batch of
-//! events for a client that polls. `docs/events.md` has the protocol.
+//! Sends a subscription as a response: a `text/event-stream` until one side disconnects, or one
+//! batch of events for a client that polls. `docs/events.md` describes the protocol.
 //!
-//! No function waits: the response is created at once, on any thread, and its connection polls its
+//! No function blocks: the response is created at once, on any thread, and its connection polls its
 //! body.
 
 use std::convert::Infallible;
@@ -24,17 +24,17 @@ use crate::protocol::query;
 
 /// Content type of these responses.
 pub(crate) const TYPE: &str = "text/event-stream";
-/// Response extension: the response ends when its worker leaves, and its client resumes at another
-/// worker. (An event stream that the application produces itself does neither.)
+/// Response extension: the response ends when its worker drains, and its client resumes at another
+/// worker. (Neither applies to an event stream that the application produces itself.)
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct EndsWithWorker;
 const LAST_EVENT_ID: &str = "last-event-id";
 const SIMULATE: &str = "x-event-source-simulate";
-/// Reconnection delay of clients after their worker has left, spread over this range.
+/// Reconnection delay of clients of a draining worker, spread over this range.
 const BACK_AFTER_DRAIN_MS: (u64, u64) = (100, 2000);
-/// Number of filtered messages after which other tasks get their turn.
+/// Number of filtered messages after which the stream yields to other tasks.
 const HELD_BACK: usize = 64;
-/// Number of bytes at which the batch of a poll is full; its last message may exceed it.
+/// Number of bytes at which the batch for a poll is full; its last message may exceed it.
 const BATCH: usize = 64 << 10;
 
 /// Answers a request with the events of some topics, as Server-Sent Events; or with the next events, if the client uses
@@ -212,13 +212,13 @@ struct Stream {
     stage: Stage,
     alarm: Option<Pin<Box<Sleep>>>,
     sent_at: Option<Instant>,
-    /// The subscriber's position is ahead of the last id that was sent.
+    /// The subscriber's position is ahead of the last id sent to the client.
     is_id_due: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Stage {
-    /// Nothing was sent.
+    /// Nothing has been sent yet.
     Opening {
         retry: Duration,
     },
@@ -275,8 +275,8 @@ impl Stream {
             match self.subscription.advance(context) {
                 Poll::Ready(Some(message)) => match self.encode(&message) {
                     Some(frame) => bytes.extend_from_slice(&frame),
-                    // So many filtered messages delay other tasks: the client polls again for the
-                    // rest.
+                    // So many filtered messages would delay other tasks: send the position, and let
+                    // the client poll again for the rest.
                     None if held_back == 16 * HELD_BACK => {
                         self.put_whole_id(&mut bytes);
                         break;
@@ -293,7 +293,7 @@ impl Stream {
         bytes
     }
 
-    /// Handles a time without anything to send.
+    /// Called when there is nothing to send; sends a keep-alive, or ends the poll, when it is due.
     fn poll_alarm(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         if self.every.is_zero() && !self.polls {
             return Poll::Pending;
@@ -363,14 +363,14 @@ impl Stream {
         bytes.freeze()
     }
 
-    /// Sends the position to the client, without an event.
+    /// Writes the position, without an event.
     fn put_whole_id(&mut self, bytes: &mut BytesMut) {
         self.is_id_due = false;
         put_id(bytes, self.subscription.cursor());
         bytes.extend_from_slice(b"\n");
     }
 
-    /// The last bytes before the worker leaves.
+    /// The last bytes before the worker exits.
     fn farewell(&mut self) -> Bytes {
         let mut bytes = BytesMut::new();
         put_retry(&mut bytes, between(BACK_AFTER_DRAIN_MS.0, BACK_AFTER_DRAIN_MS.1));
@@ -381,7 +381,7 @@ impl Stream {
 
 /// A random number from `least` to `most`.
 fn between(least: u64, most: u64) -> u64 {
-    // Without random numbers all clients reconnect at the same time, which is no reason to fail.
+    // Without random numbers, all clients reconnect at the same time, which is no reason to fail.
     let random = getrandom::u64().unwrap_or(0);
     least + random % (most - least).saturating_add(1)
 }

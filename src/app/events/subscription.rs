@@ -14,10 +14,11 @@ use super::feeds::Key;
 use super::hub::{Hub, Look};
 use super::{EventsError, MAX_TOPICS, Message, Published};
 
-/// Maximum number of events that are taken at a time from the worker's memory, and in the first
-/// read from the log.
+/// Maximum number of events taken at a time from the worker's memory, and in the first read from
+/// the log.
 const MAX_BATCH: usize = 16;
-/// Limits of a read from the log, in bytes and events: these are copies for this subscriber alone.
+/// Limits of one read from the log, in bytes and events, because the copies are for this subscriber
+/// alone.
 const COPIED: (usize, usize) = (64 << 10, 256);
 
 /// The events of some topics, as a [`Stream`]. The stream ends when the worker is about to exit; dropping it ends the
@@ -27,17 +28,18 @@ pub struct Subscription {
     hub: Arc<Hub>,
     key: Key,
     topics: Box<[Arc<str>]>,
-    /// The topics, each with the id of its last taken event.
+    /// The topics, each with the id of the last event taken from it.
     taken: Vec<(Arc<str>, u64)>,
-    /// Messages taken and not yet yielded, with the topic's number and its position afterwards.
+    /// Messages taken and not yet yielded, each with its topic's number and the position in the
+    /// topic after the message.
     waiting: VecDeque<(usize, u64, Message)>,
     /// Position after the yielded messages.
     cursor: Cursor,
     /// The topic that is read first.
     turn: usize,
-    /// Number of events of one read from the log.
+    /// Number of events requested in one read from the log.
     stride: usize,
-    /// Where the last read from the log ended for each topic; empty until the first read.
+    /// For each topic, where the last read from the log ended; empty until the first read.
     places: Vec<u64>,
 }
 
@@ -106,8 +108,8 @@ impl Subscription {
         &self.topics
     }
 
-    /// Returns the next message to a task. After many messages in one turn the task must wait for
-    /// its next turn, even if there are more: tokio's budget decides when.
+    /// Returns the next message to a task. After many messages in one poll of the task, returns
+    /// Pending although there are more, so that other tasks can run: tokio's budget decides when.
     pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Message>> {
         let turn = ready!(poll_proceed(context));
         let message = self.advance(Some(context));
@@ -117,8 +119,8 @@ impl Subscription {
         message
     }
 
-    /// Returns the next message, or Pending if there is none; with `context`, the task is woken by
-    /// the next message.
+    /// Returns the next message, or Pending if there is none; with `context`, the next message
+    /// wakes the task.
     pub(super) fn advance(&mut self, context: Option<&Context<'_>>) -> Poll<Option<Message>> {
         loop {
             if let Some((number, at, message)) = self.waiting.pop_front() {
@@ -192,7 +194,7 @@ mod tests {
         Events::new(&segment, EventsConfig { bytes: 4 << 20, backlog: 256, max_subscribers: 4 })
     }
 
-    /// Returns everything that a subscriber gets in one turn of its task.
+    /// Returns everything that a subscriber gets in one poll of its task.
     async fn turn(subscription: &mut Subscription) -> Vec<(String, u64)> {
         poll_fn(|context| {
             let mut got = Vec::new();
