@@ -1,4 +1,4 @@
-//! An application that writes to standard output and error, to show how its output appears in the log.
+//! An application that writes to standard output and standard error, to show how its output appears in the log.
 //!
 //! `cargo run --release --example chatty -- --access-log -`, then `curl http://127.0.0.1:8080/line/30`
 
@@ -36,18 +36,18 @@ async fn flood(Path(lines): Path<u32>) -> String {
     format!("{outcome:?}\n")
 }
 
-/// Runs a program that prints a line.
+/// Runs a child process that prints a line.
 async fn child() -> String {
     format!("{:?}\n", std::process::Command::new("echo").arg("from a child").status().map(|status| status.code()))
 }
 
-/// Dies in the middle of a line.
+/// Aborts after writing half a line.
 async fn half() -> &'static str {
     let _ = std::io::stderr().write_all(b"these are my last");
     std::process::abort()
 }
 
-/// Dies of SIGKILL, as if killed by an operator.
+/// Is killed by SIGKILL, as if by an operator.
 async fn kill() -> &'static str {
     let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
     "it did not work\n"

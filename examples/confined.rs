@@ -1,4 +1,5 @@
-//! An application that reports what its workers can do and see, to try `--user`, `--chroot`, `--sandbox` and the like.
+//! An application that reports what its workers can do and see, for trying `--user`, `--chroot`, `--sandbox` and
+//! similar flags.
 //!
 //! `cargo run --release --example confined -- --user nobody --sandbox`, then
 //! `curl http://127.0.0.1:8080/read?path=/etc/shadow`
@@ -70,7 +71,7 @@ async fn environment() -> String {
     all.concat()
 }
 
-/// Uses a thread, a timer and a second runtime, as applications do.
+/// Uses a thread, a timer and a second runtime, as real applications do.
 async fn threads() -> String {
     tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     let thread = std::thread::spawn(|| {

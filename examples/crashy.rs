@@ -60,7 +60,7 @@ fn main() -> ExitCode {
 
 type InThread = fn(Request<forkyard::Body>) -> Response<String>;
 
-/// Paths below `/thread/` run on a thread for blocking functions, all others on the event loop.
+/// Requests below `/thread/` run on a thread for blocking functions, all others on the event loop.
 #[derive(Clone)]
 struct Crashy {
     router: Router,
@@ -101,19 +101,19 @@ async fn bytes(Path(mib): Path<usize>) -> Body {
     Body::from_stream(futures_util::stream::iter(pieces))
 }
 
-/// A body that ends in an error.
+/// A body that fails after its first chunk.
 async fn break_off() -> Body {
     let pieces = [Ok(Bytes::from_static(b"a part\n")), Err("broken on purpose")];
     Body::from_stream(futures_util::stream::iter(pieces))
 }
 
-/// A response with a wrong `Content-Length`.
+/// A response whose `Content-Length` may be wrong.
 async fn claim(Path((length, real)): Path<(String, usize)>) -> Response {
     let pieces = std::iter::repeat_n(Ok::<_, Infallible>(Bytes::from_static(b"xxxxx")), real / 5);
     ([(CONTENT_LENGTH, length)], Body::from_stream(futures_util::stream::iter(pieces))).into_response()
 }
 
-/// Headers of about this many bytes, and a header that CGI would use as the status.
+/// About this many bytes of headers, and a header with the name that CGI uses for the status.
 async fn head(Path(bytes): Path<usize>) -> Response {
     let mut response = "body\n".into_response();
     for _ in 0..bytes / 1000 {
@@ -136,7 +136,7 @@ async fn slow(Path(ms): Path<u64>) -> String {
 #[expect(unsafe_code, reason = "a bad pointer is what this is about")]
 async fn segv() -> String {
     let nowhere: *const u8 = std::ptr::without_provenance(8);
-    // SAFETY: none. The process ends here.
+    // SAFETY: none. The process is meant to crash here.
     format!("{}\n", unsafe { nowhere.read_volatile() })
 }
 
@@ -167,7 +167,7 @@ fn in_a_thread(request: Request<forkyard::Body>) -> Response<String> {
     }
     if path.ends_with("/segv") {
         let nowhere: *const u8 = std::ptr::without_provenance(16);
-        // SAFETY: none. The process ends here.
+        // SAFETY: none. The process is meant to crash here.
         let byte = unsafe { nowhere.read_volatile() };
         return Response::new(byte.to_string());
     }
@@ -185,14 +185,14 @@ fn sleep_in_a_thread(time: Duration) {
     std::hint::black_box(time);
 }
 
-/// Blocks the event loop for ever.
+/// Blocks the event loop forever.
 async fn hang() {
     loop {
         std::thread::park();
     }
 }
 
-/// Leaves a hanging thread that is not one of the server's, and answers 500.
+/// Answers 500 and leaves a hung thread that does not belong to the server.
 async fn hang_outside() -> StatusCode {
     tokio::task::spawn_blocking(|| {
         loop {
@@ -220,7 +220,7 @@ async fn exit_at_once(Path(status): Path<i32>) {
     unsafe { libc::_exit(status) }
 }
 
-/// Dies of SIGKILL, as if killed by the kernel or an operator.
+/// Is killed by SIGKILL, as if by the kernel or an operator.
 async fn kill() {
     let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
 }

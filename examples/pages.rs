@@ -1,4 +1,4 @@
-//! Slow pages, kept in the cache that all workers share.
+//! Slow pages, stored in the cache that all workers share.
 //!
 //! `cargo run --release --example pages -- --workers 2`, then open http://127.0.0.1:8080
 
@@ -31,7 +31,7 @@ async fn front() -> Html<&'static str> {
     Html(include_str!("pages.html"))
 }
 
-/// How long rendering takes, for example `/page/7?ms=500`.
+/// How long rendering takes: `/page/7?ms=500`, for example.
 #[derive(Deserialize)]
 struct Effort {
     #[serde(default = "usual_ms")]

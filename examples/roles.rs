@@ -2,7 +2,7 @@
 //!
 //! - A responder counts the bytes of the request's body.
 //! - An authorizer admits `/?user=NAME`, and passes that name to the web server.
-//! - A filter converts the file that the web server sends to capitals.
+//! - A filter converts the file that the web server sends to upper case.
 //!
 //! `cargo run --release --example roles -- --bind fastcgi:unix:/run/roles.sock`
 

@@ -1,5 +1,5 @@
-//! An application that returns parts of the request as it received them, and produces responses of every form, to test
-//! what web servers in front of it change.
+//! An application that returns parts of the request as it received them, and produces every kind of response, to test
+//! what the web servers in front of it change.
 //!
 //! `cargo run --release --example scenarios`, then `curl http://127.0.0.1:8080/target/a%20b?c=d`
 
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     forkyard::run(|_cx| App(router()))
 }
 
-/// The routes, and responses that axum would correct.
+/// The axum routes, and responses that axum would correct if it produced them.
 #[derive(Clone)]
 struct App(Router);
 
@@ -58,7 +58,7 @@ impl Service<Request<forkyard::Body>> for App {
     }
 }
 
-/// A response with this status, the headers of the query and a body, even if the combination is invalid.
+/// A response with this status, the headers from the query, and a body, even if the combination is invalid.
 fn raw(status: &str, query: &str, body: Body) -> Response {
     let mut response = Response::new(body);
     *response.status_mut() = status.parse().unwrap_or(StatusCode::BAD_REQUEST);
@@ -108,7 +108,7 @@ fn router() -> Router {
         .route("/switch-to-nothing", any(async || StatusCode::SWITCHING_PROTOCOLS))
 }
 
-/// SCRIPT_NAME and PATH_INFO, decoded by the web server; the URI's path if there are no variables.
+/// SCRIPT_NAME and PATH_INFO, decoded by the web server; the URI's path if these variables are absent.
 async fn path(request: Request) -> Vec<u8> {
     let path = request.uri().path().as_bytes();
     let origin: Option<&ClientInfo> = request.extensions().get();
@@ -118,7 +118,7 @@ async fn path(request: Request) -> Vec<u8> {
     ["SCRIPT_NAME", "PATH_INFO"].map(|name| variables.get(name).unwrap_or_default()).concat()
 }
 
-/// The values of a header, joined, because a web server may have joined them.
+/// The values of a header, joined, because a web server may have joined them already.
 async fn header_of(Path(name): Path<String>, headers: HeaderMap) -> Vec<u8> {
     let values: Vec<&[u8]> = headers.get_all(&name).iter().map(HeaderValue::as_bytes).collect();
     let glue: &[u8] = if name == "cookie" { b"; " } else { b", " };
@@ -131,7 +131,7 @@ async fn variable(Path(name): Path<String>, request: Request) -> Vec<u8> {
     value.unwrap_or(b"(none)").to_vec()
 }
 
-/// The number of bytes in the request's body, and a checksum.
+/// The length of the request's body, and a checksum.
 async fn sum(mut body: Body) -> Result<String, StatusCode> {
     let (mut count, mut sum) = (0, 0_u64);
     while let Some(frame) = body.frame().await {
@@ -144,7 +144,7 @@ async fn sum(mut body: Body) -> Result<String, StatusCode> {
     Ok(format!("{count} {sum:016x}\n"))
 }
 
-/// A response with this status; its body is the code if the status allows a body.
+/// A response with this status. The body is the status code if the status allows a body.
 async fn status(Path(code): Path<u16>) -> Response {
     match StatusCode::from_u16(code) {
         Ok(status @ (StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)) => status.into_response(),
@@ -186,7 +186,7 @@ async fn long(Path(length): Path<usize>) -> Response {
     response
 }
 
-/// A body of known length, also above 32 bits.
+/// A body of known length, which may exceed 32 bits.
 struct Bytes64 {
     left: u64,
 }
@@ -232,7 +232,7 @@ async fn upgrade(mut request: Request) -> Response {
     (StatusCode::SWITCHING_PROTOCOLS, [(header::UPGRADE, "echo")]).into_response()
 }
 
-/// Sends a first line, connects to this port of 127.0.0.1, and sends the last line when the peer has closed the connection.
+/// Sends a first line, connects to this port of 127.0.0.1, and sends a last line when the peer closes the connection.
 async fn gate(Path(port): Path<u16>) -> Body {
     let last = async move {
         let mut gate = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;

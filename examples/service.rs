@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     forkyard::run(|_cx| Hello { greeting: "Hello, world\n" })
 }
 
-/// Made once in each worker and cloned for each request; put large values into an `Arc` or `Rc`.
+/// Created once in each worker and cloned for each request; put large values into an `Arc` or `Rc`.
 #[derive(Clone)]
 struct Hello {
     greeting: &'static str,
@@ -24,7 +24,7 @@ struct Hello {
 impl Service<Request<Body>> for Hello {
     type Response = Response<Body>;
     type Error = Infallible;
-    /// It stays on the thread of its worker, so it need not be `Send`.
+    /// The future stays on its worker's thread, so it need not be `Send`.
     type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>>>>;
 
     fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
@@ -37,7 +37,7 @@ impl Service<Request<Body>> for Hello {
     }
 }
 
-/// An application would wait here for its database, or for the rest of the request's body.
+/// A real application would wait here for its database, or for the rest of the request's body.
 async fn answer(_request: &Request<Body>, greeting: &'static str) -> Response<Body> {
     Response::new(Body::from(greeting))
 }

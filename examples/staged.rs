@@ -1,9 +1,9 @@
-//! An application whose start and requests can be delayed from outside, to test signals meanwhile.
+//! An application whose startup and requests can be held up from outside, to test signals during that time.
 //!
 //! `STAGED=DIRECTORY cargo run --release --example staged`
 //!
-//! - A stage of the start (`preload`, `factory`, `ready`) waits if DIRECTORY has a FIFO of its name, until another
-//!   process has opened the FIFO for writing and closed it again.
+//! - A startup stage (`preload`, `factory`, `ready`) waits if DIRECTORY has a FIFO with the name of the stage, until
+//!   another process opens the FIFO for writing and closes it.
 //! - `/until` answers when DIRECTORY has a file `go`; `/block` blocks the event loop until then.
 //! - `/deaf` calls shutdown(2) on all listening sockets.
 
@@ -62,7 +62,8 @@ async fn block() -> &'static str {
     "went\n"
 }
 
-/// Shuts down the listening sockets, which its siblings share, as a process would that assumes to own them.
+/// Shuts down the listening sockets, which it shares with its siblings, like a process that assumes to be their only
+/// owner.
 async fn deaf() -> &'static str {
     // proc_net(5): TCP sockets have a state; a flag marks Unix sockets that accept connections.
     let inodes = |table: &str, place: usize, value: &str, inode: usize| -> BTreeSet<String> {
@@ -76,7 +77,7 @@ async fn deaf() -> &'static str {
         let target = std::fs::read_link(entry.path()).unwrap_or_default();
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         if let (true, Some(number)) = (listening.contains(&*target.to_string_lossy()), number) {
-            let _ = shutdown(number, Shutdown::Read); // can fail if an earlier descriptor has the same socket
+            let _ = shutdown(number, Shutdown::Read); // fails if an earlier descriptor refers to the same socket
         }
     }
     "deaf\n"

@@ -1,4 +1,4 @@
-//! Server-Sent Events across all workers, with all options, for the tests and for experiments.
+//! Server-Sent Events across all workers, with all options, for tests and experiments.
 //!
 //! `cargo run --release --example stream -- --workers 4`, then
 //! `curl -N -H 'Accept: text/event-stream' 'http://127.0.0.1:8080/events?topics=news'` and, in another terminal,
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// The query, for example `/events?topics=a,b&keep_alive_ms=200&only=even`.
+/// The query: `/events?topics=a,b&keep_alive_ms=200&only=even`, for example.
 #[derive(Deserialize)]
 struct Wish {
     topics: String,
@@ -65,7 +65,7 @@ fn choose(cx: &Context, wish: &Wish, request: &Request) -> Sse {
     }
 }
 
-/// An event stream made without [`sse`], of `pieces` pieces, one per second; it continues while the worker drains.
+/// An event stream produced without [`sse`]: `pieces` chunks, one per second, also while the worker drains.
 async fn answer(Path(pieces): Path<u32>) -> ([(HeaderName, &'static str); 1], Body) {
     let mut seconds = tokio::time::interval(Duration::from_secs(1));
     let mut left = pieces;
@@ -81,7 +81,7 @@ async fn answer(Path(pieces): Path<u32>) -> ([(HeaderName, &'static str); 1], Bo
     ([(CONTENT_TYPE, "text/event-stream")], Body::from_stream(pieces))
 }
 
-/// The query, for example `/publish/news?name=headline`.
+/// The query: `/publish/news?name=headline`, for example.
 #[derive(Deserialize)]
 struct Named {
     #[serde(default)]
@@ -100,7 +100,7 @@ async fn publish(
     }
 }
 
-/// Publishes `count` events of `length` bytes.
+/// Publishes `count` events of `length` bytes each.
 async fn flood(
     State(cx): State<Context>,
     Path((topic, count, length)): Path<(String, u64, usize)>,

@@ -1,10 +1,10 @@
-//! A stock ticker: a page of prices that every worker serves, and every browser sees change at the same moment.
+//! A stock ticker: a page of prices that any worker can serve, and that every browser sees change at the same moment.
 //!
-//! `cargo run --release --example ticker -- --workers 4`, then open http://127.0.0.1:8080 in some windows, kill a worker or
-//! two, and watch the prices go on.
+//! `cargo run --release --example ticker -- --workers 4`, then open http://127.0.0.1:8080 in several windows, kill a
+//! worker or two, and watch the prices keep changing.
 //!
-//! One worker makes the prices: the worker that holds a lock on a file. When that worker dies, the kernel gives the lock
-//! to the next. The worker publishes the prices, and stores them in the cache for its successor.
+//! One worker generates the prices: the worker that holds a lock on a file. When it dies, the kernel grants the lock to
+//! another worker. The worker publishes the prices, and stores them in the cache for its successor.
 
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
@@ -29,7 +29,7 @@ const STOCKS: [(&str, &str, f64); 6] = [
     ("FJRD", "Fjord Shipping", 128.60),
 ];
 
-/// A temporary file without a name, which the workers lock.
+/// An unnamed temporary file that the workers lock.
 static OFFICE: OnceLock<File> = OnceLock::new();
 
 fn main() -> ExitCode {
@@ -49,14 +49,14 @@ fn main() -> ExitCode {
     .run()
 }
 
-/// Streams the prices, or returns the next ones to a browser that polls.
+/// Streams the prices, or returns the next ones to a browser that uses long polling.
 async fn prices(State(cx): State<Context>, request: Request) -> Response<forkyard::Body> {
     let mut response = sse(&request, &cx.events(), [TOPIC]).retry(Duration::from_millis(250)).response();
     response.headers_mut().insert("x-worker", std::process::id().into());
     response
 }
 
-/// The page with the current prices, for browsers without scripts, and so that it is complete before the first event.
+/// The page with the current prices: complete before the first event, and for browsers without scripts.
 async fn page(State(cx): State<Context>) -> Html<String> {
     let prices = current(&cx);
     let row = |((symbol, name, _), price): (&(&str, &str, f64), &f64)| {
@@ -77,9 +77,10 @@ fn current(cx: &Context) -> Vec<f64> {
     if prices.len() == STOCKS.len() { prices } else { STOCKS.map(|(_, _, price)| price).to_vec() }
 }
 
-/// Waits for the lock, and then makes prices as long as the process lives.
+/// Waits for the lock, and then generates prices until the process exits.
 fn make_prices(cx: &Context) {
-    // Opening the file again gives this process a lock owner of its own; the inherited descriptor shares its parent's.
+    // Reopening the file gives this process its own lock owner; the inherited descriptor shares the lock owner of its
+    // parent.
     let Some(office) = OFFICE.get().and_then(|file| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok())
     else {
         return log::error!("no prices: the file to lock cannot be opened");
@@ -93,12 +94,12 @@ fn make_prices(cx: &Context) {
     loop {
         std::thread::sleep(Duration::from_millis(pause));
         for price in &mut prices {
-            // Up or down by at most half a percent, and never to zero.
+            // Up or down by at most half a percent, but never to zero.
             *price = (*price * (1.0 + (fastrand::f64() - 0.5) / 100.0)).clamp(1.0, 10_000.0);
         }
         let text: Vec<String> = prices.iter().map(|price| format!("{price:.2}")).collect();
         let text = text.join(",");
-        let _ = cx.cache().set(TOPIC, &text, &StoreOptions::new()); // on failure, the successor continues from older prices
+        let _ = cx.cache().set(TOPIC, &text, &StoreOptions::new()); // on failure, the successor starts from older prices
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let event =
             format!("{{\"at\":{},\"maker\":{},\"prices\":[{text}]}}", since_1970.as_millis(), std::process::id());

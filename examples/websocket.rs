@@ -1,4 +1,4 @@
-//! A WebSocket echo server with axum's own handler. A worker that leaves closes its sockets with status 1001, so that
+//! A WebSocket echo server with axum's own handler. A draining worker closes its sockets with status 1001, so that
 //! clients reconnect to another worker.
 //!
 //! `cargo run --release --example websocket -- --workers 2`, then open http://127.0.0.1:8080
