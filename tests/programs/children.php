@@ -4,7 +4,7 @@ header('Content-Type: text/plain');
 $name = $_GET['name'] ?? '';
 switch ($_GET['do'] ?? '') {
     case 'wait':
-        // Waits for a program, which writes its pid and then waits for a line from a pipe.
+        // Waits for a program that writes its pid and then waits for a line from a FIFO.
         exec("echo $$ > $name.in; read line < $name.gate; echo picture made", $output, $status);
         echo "status=$status out=", implode(',', $output), "\n";
         break;
@@ -24,7 +24,7 @@ switch ($_GET['do'] ?? '') {
         echo "started\n";
         break;
     case 'non-blocking':
-        // Like ssh and event loops do with their standard input.
+        // As ssh and event loops do with their standard input.
         echo shell_exec("perl -e 'use Fcntl; fcntl(STDIN, F_SETFL, fcntl(STDIN, F_GETFL, 0) | O_NONBLOCK) or die'; echo done");
         break;
     case 'shutdown':

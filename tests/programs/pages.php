@@ -6,7 +6,7 @@ switch ($_GET['do'] ?? '') {
         echo $_GET['a'] + $_GET['b'], "\n";
         break;
     case 'length':
-        // The md5 detects a body of the right length with wrong bytes.
+        // The MD5 detects a body of the right length with wrong bytes.
         $body = file_get_contents('php://input');
         echo strlen($body), ' ', md5($body), "\n";
         break;

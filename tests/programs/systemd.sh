@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Tests the unit files under a real systemd: a user manager configured like the system manager, so that the account and the
-# hardening are also real. tests/systemd_itself.rs runs this script as the first process of new namespaces, in a new control
-# group: systemd.sh UNITS PROGRAMS (the directory of forkyard.service and .socket, and the directory of the examples `pages`
-# and `crashy`). Prints a line for each verified behavior. Must not affect anything outside its namespaces and control group.
+# hardening are real too. tests/systemd_itself.rs runs this script as the first process of new namespaces, in a new control
+# group: systemd.sh UNITS PROGRAMS (the directory of forkyard.service and .socket, and the directory of the examples `pages` and
+# `crashy`). Prints a line for each verified behavior. Must not affect anything outside its namespaces and control group.
 set -euo pipefail
 units=$1 programs=$2
 
 mount -t proc proc /proc
 mount -t tmpfs -o mode=755 tmpfs /run
-# Unmounts the machine's hierarchies: a manager takes over all processes that it finds at a root.
+# Unmounts the machine's hierarchies, because a manager takes over all processes that it finds at their root.
 umount --recursive --lazy /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /run/systemd/system /run/systemd/user/forkyard.service.d /run/programs /run/seen
@@ -26,7 +26,7 @@ for unit in service socket; do
 done
 cp /run/systemd/user/forkyard.service /run/seen/plain.service
 
-# Like the system manager, without a umask: otherwise the service's account cannot write to the notification socket.
+# No umask, as in the system manager: otherwise the service's account cannot write to the notification socket.
 (umask 0 && exec /lib/systemd/systemd --user) &
 ended() {
   status=$?
@@ -49,7 +49,7 @@ property_is() { [[ $(property "$1") == "$2" ]]; }
 replaced() { local now; now=$(property MainPID) && [[ $now != 0 && $now != "$1" ]]; }
 expect_property() { property_is "$1" "$2" || fail "$1 is $(property "$1"), not $2"; }
 logged() { [[ $(grep -c "$1" "$log") == "$2" ]]; }
-# Changes the unit from here on.
+# Changes the unit for the following checks.
 drop_in() {
   printf '[Service]\n%b\n' "$1" > /run/systemd/user/forkyard.service.d/test.conf
   systemctl --user daemon-reload
@@ -155,7 +155,7 @@ await property_is ActiveState inactive
 expect_property Result success
 echo "seen: stop lets a request be finished"
 
-# The configuration described in docs/systemd.md.
+# The configuration from docs/systemd.md.
 if ((version < 253)); then
   echo "NOT RUN: Type=notify-reload, which needs systemd 253; this is $version"
   exit

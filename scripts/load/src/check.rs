@@ -1,4 +1,4 @@
-//! Checks a complete response against the expected one. Pure. The body is compared as it arrives and is not stored.
+//! Compares a complete response with the expected one. Pure. The body is compared as it arrives and is not stored.
 
 use crate::response::End;
 use crate::tally::{Fault, Kind};
@@ -8,7 +8,7 @@ use crate::tally::{Fault, Kind};
 pub(crate) struct Expectation<'a> {
     /// The body, byte for byte.
     pub(crate) body: Option<&'a [u8]>,
-    /// The length of the body, if the body itself may differ.
+    /// The length of the body, if only its length is checked.
     pub(crate) length: Option<u64>,
 }
 

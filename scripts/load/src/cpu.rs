@@ -1,10 +1,10 @@
 //! Measures the CPU time of processes and their descendants, from their clocks and /proc.
 //!
-//! /proc has times in clock ticks, usually of 10 ms, each rounded down: if 64 processes share half a second, all of them
-//! would show zero. So living processes are measured by their CPU-time clocks, in nanoseconds, and only dead ones in ticks.
+//! /proc reports times in clock ticks, usually of 10 ms, each rounded down: if 64 processes share half a second, each shows
+//! zero. Therefore living processes are measured by their CPU-time clocks, in nanoseconds, and only dead ones in ticks.
 //!
-//! A dead child is counted in its parent's sum of waited-for children, so workers may come and go during a run. Descendants
-//! that have left the tree (by a double fork) are not counted.
+//! A parent's count of its reaped children includes the time of a dead child, so workers may come and go during a run.
+//! Descendants that have left the tree (by a double fork) are not counted.
 
 use std::collections::HashMap;
 use std::fs;
@@ -17,18 +17,18 @@ use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use crate::error::Error;
 
-/// A time below this is not significant: the processes' own timers may have as large a part in it as the requests.
+/// A shorter time is not significant, because the processes' own timers may use as much of it as the requests do.
 pub(crate) const MEASURABLE: Duration = Duration::from_millis(10);
 
 /// The figures of one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stat {
     parent: i32,
-    /// The time of its dead children, in clock ticks.
+    /// The time of its reaped children, in clock ticks.
     dead: u64,
 }
 
-/// The time that the trees below `roots` have used since they started.
+/// The time that the processes of the trees below `roots` have used since they started.
 pub(crate) fn of_trees(roots: &[i32]) -> Result<Duration, Error> {
     let members = trees(roots)?;
     let failed = Error::system("sysconf");
@@ -52,12 +52,12 @@ fn trees(roots: &[i32]) -> Result<Vec<(i32, Stat)>, Error> {
     Ok(members(&processes, roots))
 }
 
-/// The time of a process, all its threads together; `None` if it has just died.
+/// The time of all threads of a process together; `None` if the process has just died.
 fn clock(pid: i32) -> Option<Duration> {
     ClockId::pid_cpu_clock_id(Pid::from_raw(pid)).and_then(ClockId::now).ok().map(Duration::from)
 }
 
-/// The time that this process itself has used.
+/// The time that this process has used.
 pub(crate) fn own() -> Result<Duration, Error> {
     let usage = getrusage(UsageWho::RUSAGE_SELF).map_err(Error::system("getrusage"))?;
     let micros = [usage.user_time(), usage.system_time()]
@@ -75,18 +75,18 @@ fn processes() -> HashMap<i32, Stat> {
         .collect()
 }
 
-/// The line of /proc/PID/stat. Its second field, the command in parentheses, can contain anything.
+/// Parses /proc/PID/stat. Its second field, the command in parentheses, can contain any character.
 fn parse(line: &str) -> Option<Stat> {
     let (_, behind_command) = line.rsplit_once(')')?;
     let fields: Vec<&str> = behind_command.split_ascii_whitespace().collect();
-    // Fields 4 (ppid), 16 and 17 (cutime, cstime) of proc_pid_stat(5); the first here is field 3.
+    // Fields 4 (ppid), 16 and 17 (cutime, cstime) of proc_pid_stat(5); the first field here is field 3.
     let times = fields.get(13..15)?.iter().map(|field| field.parse::<u64>().ok());
     Some(Stat { parent: fields.get(1)?.parse().ok()?, dead: times.sum::<Option<u64>>()? })
 }
 
 fn members(processes: &HashMap<i32, Stat>, roots: &[i32]) -> Vec<(i32, Stat)> {
     let below_a_root = |mut pid: i32| {
-        // The chain is as long as the tree is deep. The limit ends a loop if the tree changed while it was read.
+        // The chain is as long as the tree is deep. The limit stops the loop if the tree changed while it was read.
         for _ in 0..processes.len() {
             if roots.contains(&pid) {
                 return true;

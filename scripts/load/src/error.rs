@@ -19,7 +19,7 @@ pub(crate) enum Error {
     Publish(Fault),
     /// The CPU time or memory of a process of `--pids` cannot be read.
     Memory { pid: i32, source: io::Error },
-    /// The first response's body is larger than the limit of the body that is stored for comparison.
+    /// The first response's body is longer than the limit for the body that is stored for comparison.
     LargeBody { limit: usize },
     /// A process of `--pids` does not exist.
     NoProcess(i32),
@@ -30,7 +30,7 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// For `map_err` after a system call.
+    /// An argument for `map_err` after a system call.
     pub(crate) fn system(call: &'static str) -> impl Fn(Errno) -> Self {
         move |source| Self::System { call, source }
     }

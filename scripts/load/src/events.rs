@@ -3,10 +3,11 @@
 //! ```text
 //! all subscribe -> events of number 0 until each has got one -> events 1, 2, 3 … at a rate -> until each has got the last
 //! ```
-//! Two threads, so that the publisher keeps its schedule while the subscribers read. This thread has one `epoll_wait` for
-//! all subscribers; the publisher's thread waits for each response on a kept connection. `stream`, which decides, does no I/O.
+//! There are two threads, so that the publisher keeps its schedule while the subscribers read. This thread has one `epoll_wait`
+//! for all subscribers; the publisher's thread waits for each response on a kept connection. `stream`, which classifies the
+//! events, does no I/O.
 //!
-//! An event carries the time just before its request was sent. If a response arrives after the next event is due, that
+//! An event carries the time just before its request was sent. If a response arrives after the next event is due, the next
 //! event follows at once, and `late_max_us` reports the delay.
 
 mod options;
@@ -34,7 +35,7 @@ use crate::target::Peer;
 struct Signals {
     /// Each subscriber has received an event.
     all_subscribed: AtomicBool,
-    /// There will be no further event.
+    /// No further event will be published.
     is_published: AtomicBool,
     /// Publishing ended before the first measured event.
     has_failed: AtomicBool,
@@ -47,7 +48,7 @@ struct Usage {
     memory: u64,
 }
 
-/// Measures what `options` describe.
+/// Runs the measurement that `options` describe.
 pub(crate) fn measure(peer: &Peer, options: &EventsOptions) -> Result<Report, Error> {
     let clock = Instant::now();
     let signals = Signals::default();
@@ -62,7 +63,7 @@ pub(crate) fn measure(peer: &Peer, options: &EventsOptions) -> Result<Report, Er
             published
         });
         let read = subscribers.read(&signals);
-        signals.all_subscribed.store(true, Ordering::Release); // also on failure, so that the publisher ends
+        signals.all_subscribed.store(true, Ordering::Release); // also on failure, so that the publisher stops
         let published = publisher.join().expect("the publisher does not panic")?;
         Ok::<_, Error>((published, cpu::own()?.saturating_sub(read?)))
     })?;

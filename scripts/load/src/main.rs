@@ -6,11 +6,11 @@
 //! ```
 //! `forkyard-load events` measures event streams instead: see `events`.
 //!
-//! It has one thread and one `epoll_wait`. `response`, `request`, `tally`, and the parsers in `options` and `target` do no
-//! I/O; `socket`, `probe`, `run` and `cpu` make the system calls.
+//! The program has one thread and one `epoll_wait`. `response`, `request`, `tally`, and the parsers in `options` and `target`
+//! do no I/O; `socket`, `probe`, `run` and `cpu` make the system calls.
 //!
-//! Each client has one request in flight and sends the next when the response is complete. Such a loop slows
-//! down with the server, so its latencies flatter a server that stalls: look at `max`, `starved` and `timeout` too.
+//! Each client has one request in flight and sends the next one when the response is complete. Such a closed loop slows down
+//! with the server, so its latencies flatter a server that stalls: look at `max`, `starved` and `timeout` too.
 
 mod check;
 mod cpu;
@@ -38,7 +38,7 @@ use crate::events::EventsOptions;
 use crate::options::{Arguments, Command, Options};
 use crate::report::Report;
 
-/// The run took place, and some responses were wrong or missing. (1: no run, 2: wrong usage.)
+/// Some responses were wrong or missing. (1: there was no run, 2: wrong usage.)
 const EXIT_FAULTS: u8 = 3;
 
 fn main() -> ExitCode {

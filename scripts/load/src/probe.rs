@@ -1,4 +1,4 @@
-//! Sends one request alone before the run, to check that there is a server, and to get the body for comparison.
+//! Sends one request before the run, to check that the server is up, and to obtain the body for comparison.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ pub(crate) fn probe(peer: &Peer, options: &Options) -> Result<Vec<u8>, Error> {
     Ok(body)
 }
 
-/// A connection with blocking calls, for up to `timeout`.
+/// Opens a connection on which each call blocks for up to `timeout`.
 pub(crate) fn connect(peer: &Peer, timeout: Duration) -> Result<Socket, Fault> {
     Socket::open_blocking(peer, timeout).map_err(|error| fault(Kind::Connect, error))
 }
@@ -64,7 +64,7 @@ pub(crate) fn exchange(
     }
 }
 
-/// Sends a whole request on a connection with blocking calls.
+/// Sends a whole request on a blocking connection.
 pub(crate) fn send_all(socket: &Socket, request: &[u8]) -> Result<(), Fault> {
     let mut sent = 0;
     while sent < request.len() {

@@ -1,4 +1,4 @@
-//! Prints the report of a run, as text or as one line of JSON.
+//! Prints the report on a run, as text or as one line of JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,7 +11,7 @@ use crate::options::Options;
 use crate::run::Outcome;
 use crate::tally::{Kind, Tally};
 
-/// The figures of one run. The names of the fields are those of the JSON.
+/// The figures of one run. The field names are those of the JSON.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     target: String,
@@ -19,7 +19,7 @@ pub(crate) struct Report {
     clients: u32,
     kept: bool,
     seconds: f64,
-    /// All requests that ended, successful or not.
+    /// All completed requests, successful or not.
     requests: u64,
     ok: u64,
     /// Successful requests per second.
@@ -27,7 +27,7 @@ pub(crate) struct Report {
     latency_us: Latency,
     errors: u64,
     errors_by_kind: BTreeMap<&'static str, u64>,
-    /// One message for each kind that occurred.
+    /// The first message of each kind that occurred.
     first_errors: BTreeMap<&'static str, String>,
     warmup_errors: u64,
     in_flight: u64,

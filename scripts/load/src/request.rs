@@ -1,4 +1,4 @@
-//! Builds the bytes of the request, once per run. Pure.
+//! Builds the bytes of the request once per run. Pure.
 
 use crate::options::Options;
 use crate::target::{Protocol, Target};
@@ -13,11 +13,11 @@ mod wire {
     pub(super) const KEEP_CONN: u8 = 1;
 }
 
-/// The request id of all requests: a connection has one request at a time.
+/// The id of every request: a connection has only one request at a time.
 pub(crate) const REQUEST_ID: u16 = 1;
 
-/// A browser's request headers, without the host. No `Accept-Encoding`, because only some servers would then compress the
-/// response. No cookie, because it can keep a page out of a cache.
+/// A browser's request headers, except the host. No `Accept-Encoding`, because only some servers would then compress the
+/// response. No cookie, because a cookie can keep a page out of a cache.
 const BROWSER: [(&str, &str); 4] = [
     ("User-Agent", "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"),
     ("Accept", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
@@ -25,7 +25,7 @@ const BROWSER: [(&str, &str); 4] = [
     ("Upgrade-Insecure-Requests", "1"),
 ];
 
-/// The request that `options` describe; `keep` requests that the server leaves the connection open.
+/// The request that `options` describe; with `keep`, it asks the server to leave the connection open.
 pub(crate) fn request(options: &Options, keep: bool) -> Vec<u8> {
     match options.connect.protocol {
         Protocol::Fastcgi => fastcgi(&params(&options.uri, &options.params), keep),
@@ -101,7 +101,7 @@ fn fastcgi(params: &[(String, String)], keep: bool) -> Vec<u8> {
     out
 }
 
-/// One byte up to 127, else four with the top bit set.
+/// One byte for lengths up to 127, otherwise four bytes with the top bit set.
 fn push_length(out: &mut Vec<u8>, length: usize) {
     match u8::try_from(length) {
         Ok(short @ 0..=127) => out.push(short),
@@ -112,7 +112,7 @@ fn push_length(out: &mut Vec<u8>, length: usize) {
     }
 }
 
-/// A record, padded to a multiple of eight bytes as in nginx.
+/// Appends a record, padded to a multiple of eight bytes as nginx pads it.
 fn push_record(out: &mut Vec<u8>, kind: u8, content: &[u8]) {
     let length = u16::try_from(content.len()).expect("callers cut what is longer than a record");
     let padding = content.len().wrapping_neg() & 7;

@@ -1,7 +1,7 @@
-//! Parses a response: takes bytes, passes the body to a callback, and returns the response's properties at the end.
+//! Parses a response: takes bytes, passes the body to a callback, and returns the properties of the response at its end.
 //!
-//! Pure, with bounded memory: only the head is stored. The result does not depend on how the bytes are split. The caller
-//! checks the status and the body.
+//! Pure, with bounded memory: only the head is stored. The result does not depend on how the bytes are split. The caller checks
+//! the status and the body.
 
 mod fastcgi;
 mod head;
@@ -23,7 +23,7 @@ pub(crate) struct End {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Malformed(pub(crate) String);
 
-/// The reader of one response at a time.
+/// Reads one response at a time.
 #[derive(Debug)]
 pub(crate) enum Response {
     Fastcgi(fastcgi::Reader),
@@ -46,7 +46,8 @@ impl Response {
         }
     }
 
-    /// Takes the next bytes of the connection. Bytes after the end of the response are malformed, as there is no request for them.
+    /// Takes the next bytes of the connection. Bytes after the end of the response are malformed, because no request asked for
+    /// them.
     pub(crate) fn feed(&mut self, bytes: &[u8], body: &mut impl FnMut(&[u8])) -> Result<Option<End>, Malformed> {
         match self {
             Self::Fastcgi(reader) => reader.feed(bytes, body),
@@ -54,7 +55,7 @@ impl Response {
         }
     }
 
-    /// The server has closed the connection. `None`: in the middle of the response.
+    /// To be called when the server has closed the connection. Returns `None` if the response was incomplete.
     pub(crate) fn closed(&mut self) -> Option<End> {
         match self {
             Self::Fastcgi(_) => None,
@@ -76,7 +77,7 @@ fn take<'a>(bytes: &mut &'a [u8], wanted: usize) -> &'a [u8] {
     taken
 }
 
-/// Like `take`, for a 64-bit remaining length.
+/// Like `take`, but decrements a 64-bit remaining length.
 fn take_counted<'a>(bytes: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
     let taken = take(bytes, usize::try_from(*left).unwrap_or(usize::MAX));
     *left -= taken.len() as u64;
@@ -87,14 +88,14 @@ fn take_counted<'a>(bytes: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
 mod tests {
     use super::*;
 
-    /// The result for some bytes: the body, and the end, the violation, or the meaning of a close at that point.
+    /// The result of parsing some bytes: the body, and the end, the violation, or the meaning of a close after the last byte.
     #[derive(Debug, PartialEq, Eq)]
     pub(super) struct Read {
         pub(super) body: Vec<u8>,
         pub(super) end: Result<Option<End>, Malformed>,
     }
 
-    /// Feeds the pieces one by one, then closes the connection.
+    /// Feeds the parts one by one, then closes the connection.
     fn read<'a>(protocol: Protocol, pieces: impl IntoIterator<Item = &'a [u8]>) -> Read {
         let mut response = Response::new(protocol);
         let mut body = Vec::new();
@@ -114,7 +115,7 @@ mod tests {
         Read { body, end }
     }
 
-    /// Reads the bytes whole, byte by byte, cut in two at each place, and cut at random; all must agree.
+    /// Reads the bytes whole, byte by byte, cut in two at every position, and cut at random; all results must agree.
     pub(super) fn read_split(protocol: Protocol, bytes: &[u8]) -> Read {
         let whole = read(protocol, [bytes]);
         assert_eq!(read(protocol, bytes.chunks(1)), whole, "byte by byte");

@@ -1,8 +1,8 @@
-//! Runs the closed loop: each client sends a request, waits for the response, and sends the next request, until the time is
-//! over or the requests are used up.
+//! Runs the closed loop: each client sends a request, waits for the response, and sends the next request, until the time is up
+//! or the requests are used up.
 //!
-//! One epoll instance has all connections, level-triggered. A client's events carry its index. An event left from a connection
-//! that was closed meanwhile is harmless: reading from the new connection returns `EAGAIN`.
+//! One level-triggered epoll instance has all connections. A client's events carry its index. A stale event from a connection
+//! that was closed meanwhile is harmless, because reading from the new connection returns `EAGAIN`.
 
 use std::time::{Duration, Instant};
 
@@ -19,13 +19,13 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
 use crate::target::Peer;
 
-/// A client that could not connect retries after this time.
+/// A client that could not connect retries after this delay.
 const BACK_OFF: Duration = Duration::from_millis(2);
 
-/// How often the clients are searched for timeouts.
+/// How often to check the clients for timeouts.
 const SCAN: Duration = Duration::from_millis(20);
 
-/// A request that has waited longer than this when the run ends is starved.
+/// A request that has waited longer than this at the end of the run counts as starved.
 const STARVED: Duration = Duration::from_secs(1);
 
 const EVENTS_AT_ONCE: usize = 256;
@@ -36,19 +36,19 @@ const BUFFER_LEN: usize = 256 * 1024;
 pub(crate) struct Outcome {
     pub(crate) tally: Tally,
     pub(crate) elapsed: Duration,
-    /// Requests that were not complete when the run ended.
+    /// Requests that were incomplete at the end of the run.
     pub(crate) in_flight: u64,
-    /// The number of requests in flight that had waited for over a second.
+    /// Requests in flight that had waited for over a second.
     pub(crate) starved: u64,
-    /// Clients that waited at the end, and none of whose requests had ended in the measured time.
+    /// Clients that were waiting at the end, and for which no request had completed in the measured time.
     pub(crate) unserved: u64,
     pub(crate) warmup_errors: u64,
-    /// `None` if no processes were named, one of them has exited, or the time is too short to be significant.
+    /// `None` if no processes were named, if one of them has exited, or if the time is too short to be significant.
     pub(crate) server_cpu: Option<Duration>,
     pub(crate) own_cpu: Duration,
 }
 
-/// A client, with one connection.
+/// A client and its connection.
 #[derive(Debug)]
 struct Client {
     socket: Option<Socket>,
@@ -60,7 +60,7 @@ struct Client {
     began: Option<Instant>,
     sent: usize,
     answered: bool,
-    /// Whether a request has ended since the measurement began.
+    /// Whether a request has completed since the measurement began.
     served: bool,
     response: Response,
     seen: Seen,
@@ -73,7 +73,7 @@ struct Run<'a> {
     request: Vec<u8>,
     keep: bool,
     timeout: Duration,
-    /// The number of requests that may still begin.
+    /// The number of requests that may still be started.
     budget: u64,
     epoll: Epoll,
     clients: Vec<Client>,
@@ -90,7 +90,7 @@ struct Start {
     own_cpu: Duration,
 }
 
-/// Runs the load that `options` describe. Every body must be equal to `body`, unless the options allow any.
+/// Runs the load that `options` describe. Every body must be equal to `body`, unless `options` allow any body.
 pub(crate) fn run(peer: &Peer, options: &Options, body: &[u8]) -> Result<Outcome, Error> {
     let mut run = Run::new(peer, options, body)?;
     let mut start = Start::now(options)?;
@@ -173,7 +173,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Handles events until the deadline, or until this number of requests has ended.
+    /// Handles events until the deadline, or until this number of requests has completed.
     fn until(&mut self, deadline: Option<Instant>, requests: Option<u64>) -> Result<(), Error> {
         let mut events = [EpollEvent::empty(); EVENTS_AT_ONCE];
         let mut next_scan = Instant::now() + SCAN;
@@ -214,7 +214,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Ends requests that have taken too long, and lets clients reconnect.
+    /// Fails requests that have taken too long, and lets waiting clients reconnect.
     fn scan(&mut self, now: Instant) -> Result<(), Error> {
         for index in 0..self.clients.len() {
             let client = &mut self.clients[index];
@@ -230,7 +230,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Starts a client's next request, on its connection or a new one.
+    /// Starts a client's next request, on its connection or on a new one.
     fn begin(&mut self, index: usize, now: Instant) -> Result<(), Error> {
         let client = &mut self.clients[index];
         if self.budget == 0 {
@@ -288,7 +288,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Writes as much of the request as possible. True: all of it is written. The only error is that there is no connection.
+    /// Writes as much of the request as possible. Returns true if all of it is written. The only error is that there is no
+    /// connection.
     fn write(&mut self, index: usize) -> Result<bool, Fault> {
         let client = &mut self.clients[index];
         let Some(socket) = &client.socket else {
@@ -304,7 +305,7 @@ impl<'a> Run<'a> {
                 Err(error) if !client.connected && !matches!(error, Errno::EPIPE | Errno::ECONNRESET) => {
                     return Err(Fault::new(Kind::Connect, error.desc()));
                 }
-                // The server has closed the connection. Reading returns the data that it sent before.
+                // The server has closed the connection. Data that it sent before can still be read.
                 Err(_) => {
                     client.sent = self.request.len();
                     client.connected = true;
@@ -340,7 +341,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The response ended as its protocol requires.
+    /// Handles a response that ended as its protocol requires.
     fn complete(&mut self, index: usize, end: &End) -> Result<(), Error> {
         let now = Instant::now();
         let client = &mut self.clients[index];
@@ -350,14 +351,14 @@ impl<'a> Run<'a> {
             Ok(()) => self.tally.right(now.saturating_duration_since(began)),
             Err(fault) => self.tally.wrong(fault),
         }
-        // If the response came before the whole request was sent, the connection cannot be used for another request.
+        // If the response arrived before the whole request was sent, the connection cannot be reused.
         if !self.keep || !end.keep || client.sent < self.request.len() {
             client.disconnect();
         }
         self.begin(index, now)
     }
 
-    /// The request failed, and its connection is closed or cannot be used.
+    /// Handles a failed request; its connection is closed or cannot be reused.
     fn fail(&mut self, index: usize, fault: Fault) -> Result<(), Error> {
         let now = Instant::now();
         let client = &mut self.clients[index];

@@ -1,4 +1,4 @@
-//! Wraps the system calls on one connection, without counting or protocol.
+//! Wraps the system calls on one connection. It neither counts nor parses.
 
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -16,8 +16,8 @@ use crate::target::Peer;
 pub(crate) struct Socket(OwnedFd);
 
 impl Socket {
-    /// Starts to connect without waiting; returns whether the connection is already established. If not, `send` returns
-    /// `EAGAIN` until it is, or the error.
+    /// Starts to connect without waiting. Returns whether the connection is already established. If not, `send` returns
+    /// `EAGAIN` until it is, or the error of the connect.
     pub(crate) fn open(peer: &Peer) -> Result<(Self, bool), Errno> {
         let socket = Self::unconnected(peer, SockFlag::SOCK_NONBLOCK)?;
         match connect(socket.0.as_raw_fd(), peer.address()) {
@@ -27,7 +27,8 @@ impl Socket {
         }
     }
 
-    /// Connects, and waits for the connection. Each call on the socket returns `EAGAIN` after waiting for `timeout`.
+    /// Connects, and waits until the connection is established. Each call on the socket returns `EAGAIN` after waiting for
+    /// `timeout`.
     pub(crate) fn open_blocking(peer: &Peer, timeout: Duration) -> Result<Self, Errno> {
         let socket = Self::unconnected(peer, SockFlag::empty())?;
         let timeout = TimeVal::microseconds(i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX));
@@ -49,7 +50,7 @@ impl Socket {
         retry_interrupted(|| send(self.0.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL))
     }
 
-    /// Zero bytes: the server has closed the connection.
+    /// Returns zero if the server has closed the connection.
     pub(crate) fn receive(&self, into: &mut [u8]) -> Result<usize, Errno> {
         retry_interrupted(|| recv(self.0.as_raw_fd(), into, MsgFlags::empty()))
     }
@@ -70,7 +71,7 @@ fn retry_interrupted(mut call: impl FnMut() -> Result<usize, Errno>) -> Result<u
     }
 }
 
-/// Raises the limit of descriptors as far as possible. If that is too low, connecting fails and is counted.
+/// Raises the descriptor limit as far as possible. If that is still too low, connecting fails and the failure is counted.
 pub(crate) fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);

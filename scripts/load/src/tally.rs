@@ -7,7 +7,7 @@ use hdrhistogram::Histogram;
 /// The ways in which a request can fail. Each failed request is counted under exactly one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// No connection: refused, queue full, out of descriptors or ports.
+    /// No connection: refused, accept queue full, or no free descriptors or ports.
     Connect,
     /// The server closed the connection before the first byte of a response. (A web server may send such a request again.)
     Dropped,
@@ -21,7 +21,7 @@ pub(crate) enum Kind {
     Status,
     /// Complete, but the body has the wrong length.
     Length,
-    /// Complete and of the correct length, but with a different body from the first response.
+    /// Complete and of the correct length, but the body differs from that of the first response.
     Content,
     /// Not complete in time.
     Timeout,
@@ -84,7 +84,7 @@ impl Fault {
 }
 
 impl Tally {
-    /// Latencies above this are counted as this much.
+    /// Latencies above this value are counted as this value.
     const LONGEST: Duration = Duration::from_secs(3600);
 
     pub(crate) fn new() -> Self {
@@ -104,7 +104,7 @@ impl Tally {
         count.first.get_or_insert(fault.what);
     }
 
-    /// Requests that ended, successful or not.
+    /// Completed requests, successful or not.
     pub(crate) fn finished(&self) -> u64 {
         self.ok + self.errors()
     }
@@ -119,13 +119,13 @@ impl Tally {
         (count.times, count.first.as_deref())
     }
 
-    /// One failure, if there was any.
+    /// One of the failures, if there were any.
     pub(crate) fn first_fault(&self) -> Option<Fault> {
         let mut faults = Kind::ALL.into_iter().map(|kind| (kind, self.faults(kind).1));
         faults.find_map(|(kind, first)| Some(Fault::new(kind, first?)))
     }
 
-    /// The latency at `quantile` of the successful requests, to 1 %.
+    /// The latency of successful requests at `quantile`, accurate to 1 %.
     pub(crate) fn latency(&self, quantile: f64) -> Duration {
         Duration::from_nanos(self.latency_ns.value_at_quantile(quantile))
     }

@@ -36,7 +36,7 @@ pub(crate) enum Peer {
 }
 
 impl Target {
-    /// Looks the host name up. The first address is used, for the whole run.
+    /// Resolves the host name. The first address is used for the whole run.
     pub(crate) fn resolve(&self) -> Result<Peer, Error> {
         let host_port = match &self.place {
             Place::Unix { address, .. } => return Ok(Peer::Unix(*address)),

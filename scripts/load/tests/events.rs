@@ -1,4 +1,5 @@
-//! Runs `forkyard-load events` against an event server with one fault, and checks that the fault is counted as such.
+//! Runs `forkyard-load events` against an event server with one fault, and checks that the fault is counted as that kind of
+//! fault.
 
 #[path = "../../../tests/common/limit.rs"]
 mod limit;
@@ -19,14 +20,14 @@ const EVENTS: u64 = 20;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Does {
     Well,
-    /// Closes the publisher's connection after each response, as announced.
+    /// Closes the publisher's connection after each response, and announces the close.
     ClosesPublisher,
     Loses,
     Doubles,
     /// Sends event 3 after event 4.
     Delays,
     CutsStreams,
-    /// Sends data that is not an event of the program.
+    /// Sends data that is not an event of this program.
     SendsOther,
     RefusesSubscribers,
     RefusesEvents,
@@ -53,7 +54,7 @@ impl Server {
         format!("http:unix:@{name}")
     }
 
-    /// Serves requests until the client has closed, or is a subscriber.
+    /// Serves requests until the client closes the connection or subscribes.
     fn serve(&self, mut stream: UnixStream) {
         let mut reader = BufReader::new(stream.try_clone().expect("a descriptor more"));
         loop {

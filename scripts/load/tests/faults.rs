@@ -1,4 +1,4 @@
-//! Runs the program against servers with one fault each, and checks that the fault is counted as such.
+//! Runs the program against servers with one fault each, and checks that each fault is counted as the right kind.
 
 #[path = "../../../tests/common/limit.rs"]
 mod limit;
@@ -17,7 +17,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 const HTTP_OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello";
 const REQUESTS: u64 = 5;
 
-/// A server's behaviour after it has answered the first connection correctly.
+/// The server's behavior after it has answered the first connection correctly.
 #[derive(Clone, Copy)]
 enum Does {
     /// Sends these bytes and waits for the next request.
@@ -30,7 +30,7 @@ enum Does {
     Leaves,
 }
 
-/// What a run reported.
+/// The report of a run.
 struct Told {
     json: serde_json::Value,
     exit: Option<i32>,
@@ -41,7 +41,7 @@ impl Told {
         self.json[field].as_u64().unwrap_or_else(|| panic!("no number {field} in {}", self.json))
     }
 
-    /// Asserts that all requests failed, and in this way.
+    /// Asserts that all requests failed in this way.
     #[track_caller]
     fn all_failed(&self, kind: &str) {
         assert_eq!(self.json["errors_by_kind"][kind], REQUESTS, "{}", self.json);
@@ -59,7 +59,7 @@ fn listener(name: &str) -> (String, UnixListener) {
     (format!("unix:@{name}"), UnixListener::bind_addr(&address).expect("a name of our own"))
 }
 
-/// Reads one request. False: the client has closed.
+/// Reads one request. Returns false if the client has closed the connection.
 fn request_came(stream: &mut UnixStream) -> bool {
     let fastcgi_end = [1, 5, 0, 1, 0, 0, 0, 0];
     let mut request = Vec::new();
@@ -154,7 +154,8 @@ fn each_fault_is_counted_as_what_it_is() {
         ("content", Does::Answers(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhullo")),
         ("timeout", Does::Waits),
     ] {
-        // A short timeout, and all requests at once, where it passes; otherwise so long that a busy machine does not reach it.
+        // For a timeout, all requests run at once with a short limit. Otherwise the limit is so long that a busy machine does
+        // not reach it.
         let (clients, timeout) = if kind == "timeout" { (REQUESTS, "3s") } else { (2, "60s") };
         let args = format!("-n {REQUESTS} -c {clients} --timeout {timeout}");
         against(kind, does, &args).all_failed(kind);
@@ -174,7 +175,8 @@ fn a_server_that_has_gone() {
     let (address, listener) = listener("gone");
     let server = thread::spawn(move || {
         let (mut stream, _) = listener.accept().expect("the first connection");
-        // Closing alone is not enough: the child of another test may hold a copy until it calls exec.
+        // Closing alone is not enough, because a child forked by another test may hold a copy of the descriptor until it calls
+        // exec.
         shutdown(listener.as_raw_fd(), Shutdown::Both).expect("a listening socket");
         assert!(request_came(&mut stream));
         stream.write_all(HTTP_OK).expect("the client waits");

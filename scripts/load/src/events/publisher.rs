@@ -1,4 +1,4 @@
-//! Publishes the events: one request after the other on a kept connection, each event at its time.
+//! Publishes the events: one request after another on a kept connection, each at its scheduled time.
 
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -12,10 +12,10 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
 use crate::target::{Peer, Protocol};
 
-/// The time between two events before the measurement.
+/// The time between two of the events published before the measurement.
 const EARLY: Duration = Duration::from_millis(100);
 
-/// The time after the last of these events, so that all of them can arrive.
+/// The time to wait after the last of these events, so that all of them can arrive.
 const SETTLE: Duration = Duration::from_millis(500);
 
 pub(super) struct Publisher<'a> {
@@ -28,7 +28,7 @@ pub(super) struct Publisher<'a> {
 /// The result of publishing.
 #[derive(Debug)]
 pub(super) struct Published {
-    /// From request to response.
+    /// The time from request to response.
     pub(super) tally: Tally,
     /// The server's usage when the first event was due.
     pub(super) before: Usage,

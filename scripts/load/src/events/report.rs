@@ -1,4 +1,4 @@
-//! Prints the report about event streams, as text or as one line of JSON.
+//! Prints the report on event streams, as text or as one line of JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -23,7 +23,7 @@ pub(super) struct Outcome {
     pub(super) published: Published,
 }
 
-/// The figures of one run. The names of the fields are those of the JSON.
+/// The figures of one run. The field names are those of the JSON.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     target: String,
@@ -40,7 +40,7 @@ pub(crate) struct Report {
     deliveries: u64,
     /// Events that a subscriber did not receive.
     missing: u64,
-    /// Events that a subscriber received again or out of order.
+    /// Events that a subscriber received twice or out of order.
     doubled: u64,
     deliveries_per_second: f64,
     /// From before the event's request to a subscriber's read.
@@ -55,7 +55,7 @@ pub(crate) struct Report {
     /// The server's memory, before the first subscription and at the end.
     memory_bytes_before: Option<u64>,
     memory_bytes: Option<u64>,
-    /// Its growth per subscriber, until all had subscribed and until the end.
+    /// The growth of this memory per subscriber, until all had subscribed and until the end.
     memory_each_subscribed: Option<u64>,
     memory_each: Option<u64>,
 }

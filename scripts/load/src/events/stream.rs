@@ -5,12 +5,12 @@ use crate::response::Malformed;
 /// The longest line that is accepted.
 const LIMIT: usize = 4096;
 
-/// The stream of one subscriber, split in any way.
+/// The state of one subscriber's stream, which may arrive split at any point.
 #[derive(Debug, Default)]
 pub(super) struct Stream {
-    /// The beginning of a line.
+    /// The part of a line received so far.
     rest: Vec<u8>,
-    /// Whether the current event has a name. Such an event is one of the server's own.
+    /// Whether the current event has a name. Named events are the server's own.
     is_named: bool,
     /// Whether an event has arrived.
     pub(super) is_subscribed: bool,
@@ -25,7 +25,7 @@ pub(super) enum Came {
     Early,
     /// In order, with this number of events missing before it.
     Next { missing: u64, published_ns: u64 },
-    /// Received again, or out of order.
+    /// Received twice, or out of order.
     Again,
 }
 
@@ -94,7 +94,7 @@ fn parse(data: &[u8]) -> Option<(u64, u64)> {
 mod tests {
     use super::*;
 
-    /// The result for a body, which must be the same however the body is split.
+    /// The result for a body, which must not depend on how the body is split.
     fn read(body: &str) -> (Vec<Came>, Result<(), Malformed>) {
         let in_pieces = |size: usize| {
             let (mut stream, mut came) = (Stream::default(), Vec::new());

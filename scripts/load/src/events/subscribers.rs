@@ -18,9 +18,9 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
 use crate::target::{Peer, Protocol};
 
-/// The largest number of subscribers without a response while connecting.
+/// The largest number of subscribers that wait for a response while others connect.
 const UNANSWERED: u32 = 128;
-/// How often the end of the run is checked.
+/// How often to check whether the run is over.
 const LOOK: Duration = Duration::from_millis(20);
 
 const EVENTS_AT_ONCE: usize = 256;
@@ -38,7 +38,7 @@ pub(super) struct Subscribers<'a> {
     subscribed: u32,
     /// Subscribers that have received the last event, or whose connection is closed.
     done: u32,
-    /// The time of the last data.
+    /// When data last arrived.
     progress: Instant,
     seen: Seen,
     buffer: Vec<u8>,
@@ -81,7 +81,7 @@ impl<'a> Subscribers<'a> {
         })
     }
 
-    /// Connects and requests, until each subscriber has the beginning of a response.
+    /// Connects and sends the requests, until each subscriber has received the beginning of its response.
     pub(super) fn open(&mut self) -> Result<(), Error> {
         let host = self.options.connect.host();
         let get = |uri: &str, accept: &str| format!("GET {uri} HTTP/1.1\r\nHost: {host}\r\nAccept: {accept}\r\n\r\n");
@@ -117,7 +117,7 @@ impl<'a> Subscribers<'a> {
     }
 
     /// Reads until all subscribers have all events, or no more data arrives. Returns the CPU time that this process had used
-    /// when all were subscribed.
+    /// when all had subscribed.
     pub(super) fn read(&mut self, signals: &Signals) -> Result<Duration, Error> {
         self.progress = Instant::now();
         while self.subscribed < self.options.subscribers && !signals.is_published.load(Ordering::Acquire) {
@@ -151,7 +151,7 @@ impl<'a> Subscribers<'a> {
         Error::Subscribe { ready: self.subscribed, of: self.options.subscribers, fault }
     }
 
-    /// A turn in which any failure is an error, because there would be fewer subscribers than requested.
+    /// One iteration in which any failure is an error, because fewer subscribers than requested would remain.
     fn turn_before_all(&mut self) -> Result<(), Error> {
         self.turn()?;
         if let Some(fault) = self.seen.tally.first_fault() {

@@ -1,4 +1,4 @@
-//! Parses a FastCGI response: records whose stdout has a CGI header and the body, then END_REQUEST.
+//! Parses a FastCGI response: STDOUT records with a CGI header and the body, then END_REQUEST.
 
 use super::head::{CgiHead, Collector, parse_cgi};
 use super::{End, Malformed, take};
@@ -14,7 +14,7 @@ const HEADER_LEN: usize = 8;
 const END_LEN: usize = 8;
 const REQUEST_COMPLETE: u8 = 0;
 
-/// Parses records; `stdout` parses their content.
+/// Parses the records; `stdout` parses the content of STDOUT records.
 #[derive(Debug, Default)]
 pub(crate) struct Reader {
     at: At,
@@ -173,7 +173,7 @@ impl Stdout {
 }
 
 impl<const N: usize> Fixed<N> {
-    /// Returns the block when it is full, and is then empty again.
+    /// Returns the block once it is full, and starts a new one.
     fn fill(&mut self, bytes: &mut &[u8]) -> Option<[u8; N]> {
         let part = take(bytes, N - self.filled);
         let free = self.bytes.iter_mut().skip(self.filled);

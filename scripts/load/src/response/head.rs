@@ -7,7 +7,7 @@ use super::{Malformed, take};
 /// The longest head, chunk line or trailer that is accepted.
 const LIMIT: usize = 32 * 1024;
 
-/// The most header lines in one head.
+/// The maximum number of header lines in one head.
 pub(super) const MAX_HEADERS: usize = 100;
 
 /// Collects bytes that can be parsed only when they are complete.
@@ -15,8 +15,8 @@ pub(super) const MAX_HEADERS: usize = 100;
 pub(super) struct Collector(Vec<u8>);
 
 impl Collector {
-    /// Takes bytes from the front of `bytes` until `parse` has all it needs. `parse` returns the number of bytes used. Nothing
-    /// is copied if all bytes come in one piece.
+    /// Takes bytes from the front of `bytes` until `parse` succeeds. `parse` returns the number of bytes that it used. Nothing
+    /// is copied if all of them arrive at once.
     pub(super) fn collect<T>(
         &mut self,
         bytes: &mut &[u8],
@@ -77,12 +77,12 @@ pub(super) fn parse_cgi(bytes: &[u8]) -> Result<Status<(usize, CgiHead)>, Malfor
     Ok(Status::Complete((used, CgiHead { status, length })))
 }
 
-/// The value of the first line with this name.
+/// The value of the first header with this name.
 pub(super) fn value<'a>(lines: &[Header<'a>], name: &str) -> Option<&'a [u8]> {
     lines.iter().find(|line| line.name.eq_ignore_ascii_case(name)).map(|line| line.value)
 }
 
-/// Whether `token` is in the comma-separated list that all lines with this name form.
+/// Whether `token` occurs in the comma-separated list that all headers with this name form.
 pub(super) fn has_token(lines: &[Header<'_>], name: &str, token: &str) -> bool {
     lines
         .iter()

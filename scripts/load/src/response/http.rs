@@ -1,4 +1,4 @@
-//! Parses an HTTP/1.1 response: a head, and a body that ends by Content-Length, by chunks, or with the connection.
+//! Parses an HTTP/1.1 response: a head, and a body delimited by Content-Length, by chunks, or by the end of the connection.
 
 use httparse::{EMPTY_HEADER, Status};
 

@@ -3,11 +3,11 @@
 //! ```text
 //! forkyard-peer-axum 127.0.0.1:PORT      /hello  13 bytes      /page  16 KiB from memory
 //! ```
-//! One process with one thread. For several processes, start the first with port 0, and the rest with the port that the
-//! first prints. They share the port by `SO_REUSEPORT`, each with its own queue. With an inherited listener, each
-//! connection would wake all processes (tokio does not register with `EPOLLEXCLUSIVE`), and most kept connections would
-//! stay with the first process to wake. With `SO_REUSEPORT`, the kernel selects a process at random for each connection,
-//! so a small number of kept connections may spread unevenly.
+//! One process with one thread. To run several processes, start the first with port 0, and the others with the port that the
+//! first prints. They share the port by `SO_REUSEPORT`, each with its own queue. An inherited listener would be worse: each
+//! connection would wake all processes (tokio does not register with `EPOLLEXCLUSIVE`), and most kept connections would stay
+//! with the first process to wake. With `SO_REUSEPORT`, the kernel selects a process at random for each connection, so a small
+//! number of kept connections may be spread unevenly.
 
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -45,7 +45,7 @@ fn serve(address: SocketAddr) -> io::Result<()> {
         let listener = listen(address)?;
         writeln!(io::stdout(), "listening {}", listener.local_addr()?)?;
         let listener = listener.tap_io(|connection| {
-            let _ = connection.set_nodelay(true); // it fails on a connection that is gone
+            let _ = connection.set_nodelay(true); // fails if the connection is already closed
         });
         axum::serve(listener, router).await
     })
